@@ -1,0 +1,54 @@
+"""Fetch what a training run downloads, ahead of time: for compute nodes and machines without internet.
+
+    python scripts/fetch.py [sst2] [xlmr.base] [xlmr.large] [--cache-dir DIR]
+
+Needs Python, tqdm and this folder, but not torch. Copy the cache folder it names to where training runs, or set
+SST2_XLMR_CACHE there to a copy of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+# A checkout that was not installed works too.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sst2_xlmr.config import exit_on_user_error
+from sst2_xlmr.sources import BUNDLE_URLS, cache_dir, fetch_bundle, fetch_sst2
+
+CHOICES = ("sst2", *BUNDLE_URLS)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Fetch data and encoders into the cache, for machines without internet."
+    )
+    what = f"{', '.join(CHOICES)} (default: sst2 xlmr.base)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=what)
+    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"default: {cache_dir()}")
+    arguments = parser.parse_args()
+    # With nargs="*", argparse before Python 3.12 holds the empty list against `choices`.
+    for name in arguments.names:
+        if name not in CHOICES:
+            parser.error(f"argument NAME: invalid choice: {name!r} (choose from {', '.join(CHOICES)})")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.cache_dir is not None:
+        os.environ["SST2_XLMR_CACHE"] = str(arguments.cache_dir.expanduser().resolve())
+    # Without this, being terminated would leave a partial file behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for name in arguments.names or ("sst2", "xlmr.base"):
+        folder = fetch_sst2() if name == "sst2" else fetch_bundle(name)[0].parent
+        print(f"{name}: {folder}", flush=True)
+    print(f"elsewhere, set SST2_XLMR_CACHE to a copy of {cache_dir()}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

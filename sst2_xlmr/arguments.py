@@ -1,0 +1,121 @@
+"""The command line: builds a `Config` from defaults, then a saved `config.json`, then the flags that were given."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sst2_xlmr.config import OPTIONS, Config, UserError, check, flag, label_list, shown
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse prints its usage before an error; here an error is one line, with the nearest flag that exists."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments:"):
+            given = message.split(":", 1)[1].split()[0]
+            near = difflib.get_close_matches(given, [flag(n) for n in OPTIONS], 1)
+            raise UserError(f"unknown argument {given}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        raise UserError(f"{message}; see --help")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train.py",
+        allow_abbrev=False,
+        description="Fine-tune XLM-R for text classification; SST-2 by default.",
+        epilog="Also: torchrun --nproc_per_node=2 train.py ...; sbatch scripts/train.sbatch",
+    )
+    groups: dict[str, Any] = {}
+    for name, field in OPTIONS.items():
+        facts = field.metadata
+        group = groups.setdefault(facts["group"], None) or parser.add_argument_group(facts["group"])
+        groups[facts["group"]] = group
+        default = getattr(Config(), name)
+        text = facts["help"] + ("" if default in (None, []) or facts["kind"] is bool else f" [{shown(default)}]")
+        common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if facts["kind"] is bool:
+            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, **common)
+        else:
+            nargs = "+" if facts["many"] else None
+            group.add_argument(flag(name), type=facts["kind"], metavar=facts["metavar"], nargs=nargs, **common)
+    run = parser.add_argument_group("starting from a former run")
+    run.add_argument("--config", metavar="FILE", help="take options from a saved config.json; flags override it")
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --output-dir from its newest checkpoint; its options are read from there",
+    )
+    return parser
+
+
+def _has_kind(value: Any, field: dataclasses.Field[Any]) -> bool:
+    """Whether a value from JSON has the type of its option; an integer may stand for a float."""
+    kind = field.metadata["kind"]
+    if field.metadata["many"] or kind is label_list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if value is None:
+        return field.default is None
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a saved `config.json`; returns field name -> value, checked for names and types."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); --config takes the config.json of a run") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold a JSON object; --config takes the config.json of a run")
+    for name, value in values.items():
+        if name not in OPTIONS:
+            near = difflib.get_close_matches(name, OPTIONS, 1)
+            raise UserError(f"{path}: unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if not _has_kind(value, OPTIONS[name]):
+            raise UserError(f"{path}: {name!r} has the value {value!r}, which is not of the option's type")
+    return values
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
+    """Parse and check the command line.
+
+    Returns:
+        The run's options, and whether to resume the run in `config.output_dir`.
+
+    Raises:
+        UserError: for anything that is wrong with an option, a config file, or a resumed run's options.
+    """
+    given = vars(_build_parser().parse_args(argv))
+    config_file, resume = given.pop("config"), given.pop("resume")
+    if resume:
+        if config_file:
+            raise UserError("--resume reads the run's own config.json; leave --config away")
+        if "output_dir" not in given:
+            raise UserError("--resume needs --output-dir, the folder of the run to continue")
+        saved = Path(given["output_dir"]) / "config.json"
+        if not saved.is_file():
+            raise UserError(
+                f"nothing to resume: {saved} does not exist; give the --output-dir of a run, or start without --resume"
+            )
+        config = Config(**read_config_file(saved))
+        for name, value in given.items():
+            before = getattr(config, name)
+            if value != before and not OPTIONS[name].metadata["changeable"]:
+                raise UserError(
+                    f"{flag(name)} {shown(value)} differs from {shown(before)}, with which the run in"
+                    f" {given['output_dir']} was started; leave it away, or start a new run"
+                )
+        config = dataclasses.replace(config, **given)
+    else:
+        base = read_config_file(Path(config_file)) if config_file else {}
+        config = Config(**{**base, **given})
+    check(config)
+    return config, resume

@@ -1,0 +1,270 @@
+"""Token cache on disk, length-grouped global batches, position in the epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import numpy as np
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from sst2_xlmr.config import Config, UserError
+from sst2_xlmr.data import read_rows
+from sst2_xlmr.tokenizer import PAD_ID, load_tokenizer
+
+CACHE_FORMAT = 1
+BATCHES_PER_GROUP = 100
+
+
+@dataclass
+class TokenCache:
+    """The ids of a file, on disk; the operating system pages in what is read.
+
+    Attributes:
+        folder: where it lies.
+        ids: int32 [tokens], all rows one after another, `<s>` and `</s>` included.
+        offsets: int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]].
+        labels: int32 [rows].
+        truncated: how many rows were cut to the longest length.
+        digest: SHA-256 of the file, hexadecimal.
+    """
+
+    folder: Path
+    ids: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+    truncated: int
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def lengths(self) -> np.ndarray:
+        """Return int64 [rows], tokens per row."""
+        return np.diff(self.offsets)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def tokenize_file(path: Path, tokenizer_file: Path, config: Config, cache_dir: Path) -> TokenCache:
+    """Return the token cache of a file, made at the first call and found by its content later.
+
+    Raises:
+        UserError: for a bad row (see `data.read_rows`) or a cache folder that cannot be written.
+    """
+    digest = file_digest(path)
+    recipe = [CACHE_FORMAT, digest, file_digest(tokenizer_file), config.max_length, path.suffix.lower()]
+    recipe += [config.text_column, config.label_column, config.label_names]
+    folder = cache_dir / hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
+    try:
+        return _open_cache(folder, digest)
+    except (OSError, ValueError, KeyError):
+        pass  # not there, or damaged: made anew
+    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        beside.mkdir(parents=True)
+        _write_cache(beside, path, tokenizer_file, config)
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            beside.rename(folder)
+        except OSError:  # another process was faster; its cache has the same content
+            shutil.rmtree(beside)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the token cache in {cache_dir}: {error.strerror}; set SST2_XLMR_CACHE to a folder that can be written"
+        ) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return _open_cache(folder, digest)
+
+
+def _write_cache(folder: Path, path: Path, tokenizer_file: Path, config: Config) -> None:
+    tokenizer = load_tokenizer(tokenizer_file, config.max_length)
+    rows = tokens = truncated = 0
+    with (
+        (folder / "ids.bin").open("wb") as ids_file,
+        (folder / "offsets.bin").open("wb") as offsets_file,
+        (folder / "labels.bin").open("wb") as labels_file,
+    ):
+        np.zeros(1, np.int64).tofile(offsets_file)
+        for text, label in read_rows(path, config.text_column, config.label_column, config.label_names):
+            [ids] = tokenizer([text])
+            rows, tokens = rows + 1, tokens + len(ids)
+            truncated += len(ids) == config.max_length and tokenizer.is_longer(text)
+            np.asarray(ids, np.int32).tofile(ids_file)
+            np.asarray([tokens], np.int64).tofile(offsets_file)
+            np.asarray([label], np.int32).tofile(labels_file)
+    facts = {"rows": rows, "tokens": tokens, "truncated": truncated}
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _open_cache(folder: Path, digest: str) -> TokenCache:
+    """Map a cache's files into memory; ValueError if a file has not the size that `facts.json` says."""
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    rows, tokens = facts["rows"], facts["tokens"]
+    arrays = {}
+    for name, dtype, count in (("ids", np.int32, tokens), ("offsets", np.int64, rows + 1), ("labels", np.int32, rows)):
+        arrays[name] = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
+        if len(arrays[name]) != count:
+            raise ValueError(f"{folder / name}.bin is damaged")
+    return TokenCache(folder, arrays["ids"], arrays["offsets"], arrays["labels"], facts["truncated"], digest)
+
+
+class Batch(NamedTuple):
+    """Rows that go through the model together.
+
+    Attributes:
+        tokens: int64 [rows, length], padded with 1 at the right to the longest of these rows.
+        labels: int64 [rows].
+        padded: whether any row is shorter than the others, i.e. a mask is needed.
+        real_tokens: how many tokens are not padding.
+        weight: 1.0, or 0.0 where a rank without a row of its own computes one in order to keep step with the others.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    padded: bool
+    real_tokens: int
+    weight: float = 1.0
+
+    def to(self, device: torch.device) -> Batch:
+        return self._replace(
+            tokens=self.tokens.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True)
+        )
+
+
+class RankShare(NamedTuple):
+    """One rank's part of a global batch.
+
+    Attributes:
+        micro_batches: its rows, cut to the micro-batch size.
+        global_rows: how many rows all ranks have together.
+        accumulates: whether any rank has more than one micro-batch.
+    """
+
+    micro_batches: list[Batch]
+    global_rows: int
+    accumulates: bool
+
+
+class ShareRows(NamedTuple):
+    """What the sampler asks the dataset for: row numbers, and the facts that do not follow from them."""
+
+    rows: np.ndarray
+    global_rows: int
+    largest_share: int
+    weight: float
+
+
+def collate(cache: TokenCache, rows: np.ndarray, weight: float = 1.0) -> Batch:
+    """Pad the given rows of the cache to the longest of them."""
+    spans = [(cache.offsets[row], cache.offsets[row + 1]) for row in rows]
+    lengths = [int(end - start) for start, end in spans]
+    tokens = np.full((len(rows), max(lengths)), PAD_ID, np.int64)
+    for line, (start, end) in zip(tokens, spans):
+        line[: end - start] = cache.ids[start:end]
+    labels = cache.labels[rows].astype(np.int64)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), min(lengths) < max(lengths), sum(lengths), weight)
+
+
+def rows_in_training_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Return the global batches of an epoch, each an array of row numbers; a function of its arguments alone.
+
+    The rows are permuted, cut into groups of 100 batches, each group sorted by length and cut into batches, and the
+    batches permuted: neighbours in length share a batch, so there is little padding, and batches of all lengths mix.
+    `RandomState` is used because NumPy guarantees its numbers for ever (NEP 19).
+    """
+    random = np.random.RandomState([seed, epoch])
+    order = random.permutation(len(lengths))
+    group = batch_size * BATCHES_PER_GROUP
+    batches = []
+    for start in range(0, len(order), group):
+        rows = order[start : start + group]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+class GlobalBatchSampler:
+    """Yields this rank's share of every global batch of the current epoch, from the current position on.
+
+    Its whole state is the position (epoch, batches consumed), which any number of ranks can resume from. The training
+    loop moves it with `load_state_dict`; what a loader has fetched ahead does not count as consumed.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.batch = 0
+
+    def __len__(self) -> int:
+        """Return the number of global batches in a whole epoch."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[ShareRows]:
+        for rows in rows_in_training_order(self.lengths, self.batch_size, self.seed, self.epoch)[self.batch :]:
+            share = rows[self.rank :: self.world_size]
+            largest_share = -(-len(rows) // self.world_size)
+            if len(share):
+                yield ShareRows(share, len(rows), largest_share, 1.0)
+            else:
+                yield ShareRows(rows[:1], len(rows), largest_share, 0.0)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+class ShareDataset:
+    """Turns the sampler's row numbers into tensors; the loader calls `__getitems__` with a whole share at once."""
+
+    def __init__(self, cache: TokenCache, micro_batch_size: int) -> None:
+        self.cache, self.micro_batch_size = cache, micro_batch_size
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitems__(self, share: ShareRows) -> RankShare:
+        size = self.micro_batch_size or len(share.rows)
+        cuts = [share.rows[i : i + size] for i in range(0, len(share.rows), size)]
+        micro_batches = [collate(self.cache, rows, share.weight) for rows in cuts]
+        accumulates = self.micro_batch_size > 0 and share.largest_share > self.micro_batch_size
+        return RankShare(micro_batches, share.global_rows, accumulates)
+
+
+def _as_it_is(share: RankShare) -> RankShare:
+    return share
+
+
+def build_loader(
+    cache: TokenCache, sampler: GlobalBatchSampler, config: Config, pin_memory: bool
+) -> StatefulDataLoader:
+    """Return the loader that yields a `RankShare` per global batch, in the sampler's order."""
+    return StatefulDataLoader(
+        ShareDataset(cache, config.micro_batch_size),
+        batch_sampler=sampler,
+        collate_fn=_as_it_is,
+        num_workers=config.num_workers,
+        pin_memory=pin_memory,
+        # A loader draws a seed at every start; taken from torch's global generator, that draw would change dropout
+        # after a resume.
+        generator=torch.Generator(),
+    )

@@ -1,0 +1,164 @@
+"""Checkpoints: atomic, verified, complete; everything needed to go on bit for bit.
+
+A checkpoint is a folder `step-00001234/` whose `manifest.json` has the size and SHA-256 of every other file. It is
+written under another name, synced to the disk and renamed; without a valid manifest it does not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sst2_xlmr.batching import file_digest
+from sst2_xlmr.config import Config, UserError
+from sst2_xlmr.distributed import World, gather_objects
+from sst2_xlmr.export import sync_files, sync_folder
+from sst2_xlmr.optim import AdamW
+
+
+@dataclass
+class Progress:
+    """How far a run is; all that is saved besides tensors.
+
+    Attributes:
+        step: optimizer steps made.
+        epoch, batch: position of the next global batch.
+        best_accuracy, best_step: of the best evaluation on dev so far.
+        stale_evaluations: evaluations since then.
+        window: sums over the steps since the last line of metrics, over all ranks: loss, rows, tokens.
+        train_digest: SHA-256 of the training file.
+        world_size: how many processes wrote it.
+    """
+
+    train_digest: str
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    best_accuracy: float = -1.0
+    best_step: int = 0
+    stale_evaluations: int = 0
+    window: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])
+    world_size: int = 1
+
+
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def save_checkpoint(folder: Path, progress: Progress, optimizer: AdamW, config: Config, world: World) -> None:
+    """Write `folder/step-NNNNNNNN` from rank 0, with every rank's random state, and remove the oldest ones.
+
+    Raises:
+        UserError: if it cannot be written (a full disk, say); the former checkpoints are then untouched.
+    """
+    states = gather_objects(world, _random_states(world.device))
+    if world.is_main:
+        target = folder / f"step-{progress.step:08d}"
+        try:
+            _write(target, progress, optimizer, config, states)
+            _remove_old(folder, config.keep_checkpoints)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the checkpoint {target}: {error.strerror or error}; make room and continue with --resume"
+            ) from None
+        except Exception as error:
+            if "SafetensorError" not in type(error).__name__:
+                raise
+            raise UserError(
+                f"cannot write the checkpoint {target}: {error}; make room and continue with --resume"
+            ) from None
+
+
+def _write(
+    target: Path, progress: Progress, optimizer: AdamW, config: Config, states: list[dict[str, torch.Tensor]]
+) -> None:
+    beside = target.with_name(target.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    random = {f"{kind}.{rank}": state for rank, kinds in enumerate(states) for kind, state in kinds.items()}
+    for name, tensors in (
+        ("model", optimizer.master_tensors()),
+        ("optimizer", optimizer.state_tensors()),
+        ("random", random),
+    ):
+        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, beside / f"{name}.safetensors")
+    for name, content in (("progress", progress), ("config", config)):
+        text = json.dumps(dataclasses.asdict(content), indent=2, ensure_ascii=False)
+        (beside / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": file_digest(f)} for f in sorted(beside.iterdir())}
+    (beside / "manifest.json").write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+    sync_files(beside)
+    shutil.rmtree(target, ignore_errors=True)
+    beside.rename(target)
+    sync_folder(target.parent)
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    for old in sorted(folder.glob("step-????????"))[:-keep]:
+        (old / "manifest.json").unlink(missing_ok=True)  # first, so that what remains of it does not exist
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def what_is_damaged(checkpoint: Path) -> str:
+    """Compare a checkpoint with its manifest; returns an empty string, or what is wrong."""
+    try:
+        files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        for name, facts in files.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != facts["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}"
+            if file_digest(file) != facts["sha256"]:
+                return f"{name} has another SHA-256 than the manifest says"
+    except OSError:
+        return "manifest.json cannot be read"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "manifest.json is damaged"
+    return ""
+
+
+def find_checkpoint(folder: Path, warn: Callable[[str], Any]) -> Path | None:
+    """Return the newest valid checkpoint, or None; damaged newer ones are named through `warn`."""
+    for checkpoint in sorted(folder.glob("step-????????"), reverse=True):
+        problem = what_is_damaged(checkpoint)
+        if not problem:
+            return checkpoint
+        warn(f"warning: {checkpoint} is damaged ({problem}) and is not used")
+    return None
+
+
+def load_progress(checkpoint: Path) -> Progress:
+    """Read how far the run was."""
+    return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+
+
+def load_checkpoint(checkpoint: Path, progress: Progress, optimizer: AdamW, seed: int, world: World) -> None:
+    """Restore weights, moments and random states into `optimizer` and torch.
+
+    With another number of processes than wrote it, every rank starts a random stream of its own, drawn from the seed
+    and the step; what does not depend on dropout goes on exactly.
+    """
+    masters = load_file(checkpoint / "model.safetensors")
+    optimizer.load(masters, load_file(checkpoint / "optimizer.safetensors"), progress.step)
+    random = load_file(checkpoint / "random.safetensors")
+    seed_rank(seed + progress.step, world.rank)
+    if progress.world_size == world.world_size:
+        torch.set_rng_state(random[f"cpu.{world.rank}"])
+        if world.device.type == "cuda" and f"cuda.{world.rank}" in random:
+            torch.cuda.set_rng_state(random[f"cuda.{world.rank}"], world.device)
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Seed torch on all devices, differently on every rank, so that ranks drop different units."""
+    torch.manual_seed(seed * 100_003 + rank)

@@ -1,0 +1,386 @@
+"""Every option once: typed, documented, checked before anything is loaded.
+
+`Config` is what a run is made of; `arguments.parse_args` fills it. This module imports neither torch nor anything slow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that says what is wrong, where, and what to do."""
+
+
+def exit_on_user_error(main: Callable[[], None]) -> None:
+    """Run `main`; a `UserError` becomes one line on stderr and exit status 2, anything else keeps its traceback.
+
+    Of several processes only rank 0 speaks: errors are either the same everywhere or have been passed on to every
+    rank by `distributed.once_per_node`.
+    """
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def one_of(*values: str) -> Callable[[Any], str]:
+    return lambda value: "" if value in values else f"is not one of {', '.join(values)}"
+
+
+def between(low: float, high: float, include_high: bool = True) -> Callable[[Any], str]:
+    """Return a check for low <= value <= high (or < high); infinity as `high` means no upper limit."""
+
+    def check(value: float) -> str:
+        if math.isfinite(value) and low <= value and (value <= high if include_high else value < high):
+            return ""
+        if high == math.inf:
+            return f"must be {low:g} or more"
+        return f"must be from {low:g} to {high:g}" + ("" if include_high else " (excluded)")
+
+    return check
+
+
+def above(low: float) -> Callable[[Any], str]:
+    return lambda value: "" if math.isfinite(value) and value > low else f"must be above {low:g}"
+
+
+def label_list(text: str) -> list[str]:
+    """Parse `negative,positive`."""
+    return [name.strip() for name in text.split(",")]
+
+
+def _check_label_names(names: list[str]) -> str:
+    if len(names) < 2 or len(set(names)) < len(names) or not all(names):
+        return "needs two or more different names, separated by commas"
+    return ""
+
+
+def option(
+    default: Any,
+    group: str,
+    help: str,
+    kind: Callable[[str], Any] = str,
+    metavar: str | None = None,
+    check: Callable[[Any], str] | None = None,
+    changeable: bool = False,
+    many: bool = False,
+) -> Any:
+    """Declare one option.
+
+    Args:
+        default: its value when nobody sets it; None where there is none.
+        group: the heading under which `--help` lists it.
+        help: one sentence, with the unit.
+        kind: turns the command line's text into a value; `bool` gives `--x` and `--no-x`.
+        metavar: what `--help` shows for the value.
+        check: returns what is wrong with a value, or an empty string.
+        changeable: whether `--resume` accepts another value (it can't change what is computed).
+        many: whether it takes several values.
+    """
+    facts = {k: v for k, v in locals().items() if k != "default"}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=facts)
+    return dataclasses.field(default=default, metadata=facts)
+
+
+@dataclass
+class Config:
+    """All that defines a run. Field `some_name` is option `--some-name` and key `some_name` of `config.json`."""
+
+    data_dir: str | None = option(
+        None,
+        "data",
+        "folder with train and dev (and test) as .tsv, .csv or .jsonl; without it and without --train-file, SST-2 is downloaded once",
+        metavar="DIR",
+        changeable=True,
+    )
+    train_file: str | None = option(
+        None, "data", "training rows; overrides --data-dir", metavar="FILE", changeable=True
+    )
+    dev_file: str | None = option(
+        None, "data", "rows to evaluate on during training; overrides --data-dir", metavar="FILE", changeable=True
+    )
+    test_file: list[str] = option(
+        [],
+        "data",
+        "labelled rows to evaluate on at the end, one or more files",
+        metavar="FILE",
+        many=True,
+        changeable=True,
+    )
+    text_column: str = option("sentence", "data", "name of the column with the text", metavar="NAME")
+    label_column: str = option("label", "data", "name of the column with the label", metavar="NAME")
+    label_names: list[str] = option(
+        ["negative", "positive"],
+        "data",
+        "names of the classes, separated by commas, in the order of the numbers 0, 1, ...; a file may use names or numbers",
+        kind=label_list,
+        metavar="A,B,...",
+        check=_check_label_names,
+    )
+    max_length: int = option(
+        256,
+        "data",
+        "longest input in tokens, <s> and </s> included; longer texts are cut",
+        kind=int,
+        metavar="TOKENS",
+        check=between(3, 100_000),
+    )
+    num_workers: int = option(
+        0,
+        "data",
+        "loader processes per training process",
+        kind=int,
+        metavar="N",
+        check=between(0, 256),
+        changeable=True,
+    )
+
+    encoder: str = option(
+        "xlmr.base",
+        "model",
+        "xlmr.base, xlmr.large (downloaded once), or a folder in Hugging Face layout",
+        metavar="NAME|DIR",
+        changeable=True,
+    )
+    dropout: float = option(
+        0.1,
+        "model",
+        "dropout in the encoder, on hidden states and attention weights",
+        kind=float,
+        metavar="P",
+        check=between(0, 1, False),
+    )
+    head_dropout: float = option(
+        0.1, "model", "dropout in the classification head", kind=float, metavar="P", check=between(0, 1, False)
+    )
+    freeze_encoder: bool = option(False, "model", "train the classification head only", kind=bool)
+
+    epochs: int = option(
+        3, "training", "passes over the training rows", kind=int, metavar="N", check=between(1, 1_000_000)
+    )
+    max_steps: int = option(
+        0,
+        "training",
+        "stop after N optimizer steps instead (0: --epochs decides); the schedule ends there too",
+        kind=int,
+        metavar="N",
+        check=between(0, math.inf),
+    )
+    batch_size: int = option(
+        32,
+        "training",
+        "rows per optimizer step, over all processes together",
+        kind=int,
+        metavar="ROWS",
+        check=between(1, math.inf),
+    )
+    micro_batch_size: int = option(
+        0,
+        "training",
+        "rows per forward pass on one process, to save memory (0: all of its share at once)",
+        kind=int,
+        metavar="ROWS",
+        check=between(0, math.inf),
+    )
+    lr: float = option(2e-5, "training", "peak learning rate", kind=float, metavar="RATE", check=above(0))
+    weight_decay: float = option(
+        0.01,
+        "training",
+        "AdamW weight decay; biases and LayerNorm are exempt",
+        kind=float,
+        metavar="RATE",
+        check=between(0, math.inf),
+    )
+    layerwise_lr_decay: float = option(
+        1.0,
+        "training",
+        "factor on the rate for every layer further from the head",
+        kind=float,
+        metavar="F",
+        check=lambda v: "" if 0 < v <= 1 else "must be above 0 and at most 1",
+    )
+    schedule: str = option(
+        "linear",
+        "training",
+        "rate after warm-up: linear (to 0), cosine (to 0) or constant",
+        metavar="NAME",
+        check=one_of("linear", "cosine", "constant"),
+    )
+    warmup_ratio: float = option(
+        0.06,
+        "training",
+        "share of all steps over which the rate rises from 0",
+        kind=float,
+        metavar="SHARE",
+        check=between(0, 1),
+    )
+    max_grad_norm: float = option(
+        1.0,
+        "training",
+        "clip the gradient's global norm to this (0: never)",
+        kind=float,
+        metavar="NORM",
+        check=between(0, math.inf),
+    )
+    label_smoothing: float = option(
+        0.0,
+        "training",
+        "probability mass spread evenly over all classes",
+        kind=float,
+        metavar="P",
+        check=between(0, 1, False),
+    )
+    seed: int = option(
+        0,
+        "training",
+        "seed of the row order, the new head and dropout",
+        kind=int,
+        metavar="N",
+        check=between(0, 2**31 - 1),
+    )
+
+    device: str = option(
+        "auto",
+        "machine",
+        "auto (CUDA where there is one), cpu or cuda",
+        metavar="NAME",
+        check=one_of("auto", "cpu", "cuda"),
+        changeable=True,
+    )
+    precision: str = option(
+        "auto",
+        "machine",
+        "bf16 (fp32 master weights), fp32, or auto (bf16 where the device computes it natively)",
+        metavar="NAME",
+        check=one_of("auto", "bf16", "fp32"),
+    )
+    compile: bool = option(
+        True,
+        "machine",
+        "compile the optimizer's pass with torch.compile, where a C++ compiler (CPU) or Triton (CUDA) is found",
+        kind=bool,
+    )
+    threads: int = option(
+        0,
+        "machine",
+        "CPU threads per process (0: the cores at hand, shared among this node's processes)",
+        kind=int,
+        metavar="N",
+        check=between(0, 1024),
+        changeable=True,
+    )
+    timeout_minutes: float = option(
+        10.0,
+        "machine",
+        "minutes without an answer after which the other processes count as lost",
+        kind=float,
+        metavar="MIN",
+        check=above(0),
+        changeable=True,
+    )
+
+    output_dir: str | None = option(
+        None, "output", "the run's folder (default: runs/ and the time of the start)", metavar="DIR", changeable=True
+    )
+    eval_every: int = option(
+        0,
+        "output",
+        "evaluate on dev every N steps besides every end of an epoch (0: only there)",
+        kind=int,
+        metavar="N",
+        check=between(0, math.inf),
+    )
+    eval_batch_size: int = option(
+        64,
+        "output",
+        "rows per forward pass in evaluation, on one process",
+        kind=int,
+        metavar="ROWS",
+        check=between(1, math.inf),
+    )
+    early_stopping_patience: int = option(
+        0,
+        "output",
+        "stop after N evaluations in a row without a better dev accuracy (0: never)",
+        kind=int,
+        metavar="N",
+        check=between(0, math.inf),
+    )
+    save_every: int = option(
+        0,
+        "output",
+        "write a checkpoint every N steps besides every end of an epoch (0: only there)",
+        kind=int,
+        metavar="N",
+        check=between(0, math.inf),
+        changeable=True,
+    )
+    keep_checkpoints: int = option(
+        2,
+        "output",
+        "how many of the newest checkpoints to keep, at least 2",
+        kind=int,
+        metavar="N",
+        check=between(2, math.inf),
+        changeable=True,
+    )
+    log_every: int = option(
+        50,
+        "output",
+        "write a line of training metrics every N steps, the mean since the last line",
+        kind=int,
+        metavar="N",
+        check=between(1, math.inf),
+        changeable=True,
+    )
+    tensorboard_dir: str | None = option(
+        None, "output", "TensorBoard events (default: tensorboard/ in the run's folder)", metavar="DIR", changeable=True
+    )
+
+
+OPTIONS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    """Write an option's value as the command line takes it."""
+    return ",".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def check(config: Config) -> None:
+    """Check what can be known from the options and the file system alone.
+
+    Raises:
+        UserError: naming the option, its value and the cure.
+    """
+    for name, field in OPTIONS.items():
+        value = getattr(config, name)
+        problem = field.metadata["check"](value) if field.metadata["check"] and value is not None else ""
+        if problem:
+            raise UserError(f"{flag(name)} {problem}, not {shown(value)!s}")
+    if config.data_dir is not None and not Path(config.data_dir).is_dir():
+        raise UserError(f"--data-dir {config.data_dir} is not a folder")
+    for name in ("train_file", "dev_file", "test_file"):
+        files = getattr(config, name) or []
+        for file in [files] if isinstance(files, str) else files:
+            if not Path(file).is_file():
+                raise UserError(f"{flag(name)} {file} is not a file")
+    if config.train_file and not config.dev_file and not config.data_dir:
+        raise UserError("--train-file without --dev-file: name a file to evaluate on, or a --data-dir that has one")
+    if config.dev_file and not config.train_file and not config.data_dir:
+        raise UserError("--dev-file without --train-file: name a file to train on, or a --data-dir that has one")

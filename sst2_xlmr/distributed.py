@@ -1,0 +1,148 @@
+"""Process group, rank facts, exact sums over ranks, work that only one process per node may do."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Callable, Iterator, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from sst2_xlmr.config import UserError
+
+Result = TypeVar("Result")
+
+# Downloads and tokenization take longer than any step; the others wait for them in a group of its own.
+PREPARATION_TIMEOUT = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all that train together.
+
+    Attributes:
+        rank, world_size: of this process, of how many.
+        local_rank, local_world_size: the same on this node.
+        device: what this process computes on.
+        control: gloo group for Python objects and long waits; None with one process.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """Turn `--device` into this process's device.
+
+    Raises:
+        UserError: CUDA was asked for and is not there, or this node has fewer GPUs than processes.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA GPU on this machine; use --device cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()};"
+            " start torchrun with --nproc_per_node at most that"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Turn `--precision` into "bf16" or "fp32": auto takes bf16 where the hardware multiplies it natively."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+@contextmanager
+def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[World]:
+    """Join the process group that torchrun's environment describes, if any, and leave it at the end.
+
+    Without torchrun (no RANK in the environment) this is a world of one process, with no group.
+    """
+    env = {name: int(os.environ.get(name.upper(), 0)) for name in ("rank", "local_rank")}
+    sizes = {name: int(os.environ.get(name.upper(), 1)) for name in ("world_size", "local_world_size")}
+    device = choose_device(device_name, env["local_rank"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # torchrun sets OMP_NUM_THREADS=1, which leaves most cores of a larger machine idle.
+    if threads:
+        torch.set_num_threads(threads)
+    elif sizes["local_world_size"] > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // sizes["local_world_size"]))
+    if sizes["world_size"] == 1:
+        yield World(**env, **sizes, device=device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        control = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
+        yield World(**env, **sizes, device=device, control=control)
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all ranks, in place; the same bits on every rank."""
+    if world.world_size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(world: World, item: Any) -> list[Any]:
+    """Return every rank's `item`, in the order of the ranks."""
+    if world.world_size == 1:
+        return [item]
+    items: list[Any] = [None] * world.world_size
+    dist.all_gather_object(items, item, group=world.control)
+    return items
+
+
+def from_main(world: World, item: Any) -> Any:
+    """Return rank 0's `item` on every rank."""
+    return gather_objects(world, item if world.is_main else None)[0]
+
+
+def barrier(world: World) -> None:
+    gather_objects(world, None)
+
+
+def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
+    """Run `prepare` on one process of every node, then on the others, which find its work done.
+
+    `prepare` must leave its result on disk, so that the second call is cheap.
+
+    Raises:
+        UserError: on every rank, if it was raised on any; so no rank waits for one that is gone.
+    """
+    result = None
+    for first in (True, False):
+        problem = None
+        if (world.local_rank == 0) == first:
+            try:
+                result = prepare()
+            except UserError as error:
+                problem = str(error)
+        problems = [p for p in gather_objects(world, problem) if p]
+        if problems:
+            raise UserError(problems[0])
+    assert result is not None
+    return result

@@ -1,0 +1,265 @@
+"""Pretrained encoders: torchtext's XLM-R bundles, and folders in Hugging Face layout.
+
+Both end as tensors under the names of torchtext's `RobertaModel`; `to_hugging_face` is the way back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sst2_xlmr import sources
+from sst2_xlmr.config import UserError
+
+Tensors = dict[str, torch.Tensor]
+TOKENIZER_NAME = "sentencepiece.bpe.model"
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """The sizes of an XLM-R encoder; `positions` counts the two rows that are never used (0 and padding)."""
+
+    vocab_size: int = 250_002
+    hidden: int = 768
+    layers: int = 12
+    heads: int = 12
+    ffn: int = 3072
+    positions: int = 514
+    layer_norm_eps: float = 1e-5
+
+
+# As in torchtext.models.XLMR_BASE_ENCODER and XLMR_LARGE_ENCODER.
+BUNDLE_SHAPES = {"xlmr.base": EncoderShape(), "xlmr.large": EncoderShape(hidden=1024, layers=24, heads=16, ffn=4096)}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A pretrained encoder on disk.
+
+    Attributes:
+        name: as the user gave it.
+        shape: its sizes.
+        weights_file, tokenizer_file: where they lie.
+        label_names: the classes of the classification head that the folder also holds; None if it holds none.
+    """
+
+    name: str
+    shape: EncoderShape
+    weights_file: Path
+    tokenizer_file: Path
+    label_names: list[str] | None = None
+
+
+def find_encoder(name: str, quiet: bool = False) -> Encoder:
+    """Find an encoder by bundle name (downloading it once) or folder.
+
+    Raises:
+        UserError: if it is neither, or the folder is incomplete or not of XLM-R's kind.
+    """
+    if name in BUNDLE_SHAPES:
+        weights_file, tokenizer_file = sources.fetch_bundle(name, quiet=quiet)
+        return Encoder(name, BUNDLE_SHAPES[name], weights_file, tokenizer_file)
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"--encoder {name} is neither {' nor '.join(BUNDLE_SHAPES)} nor a folder")
+    settings = _read_settings(folder / "config.json")
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / file).is_file():
+            break
+    else:
+        raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a model's folder?")
+    if not (folder / TOKENIZER_NAME).is_file():
+        raise UserError(f"{folder} has no {TOKENIZER_NAME}; copy it from the model that this one was trained from")
+    labels = settings.get("id2label") if "SequenceClassification" in str(settings.get("architectures")) else None
+    label_names = [labels[str(i)] for i in range(len(labels))] if labels else None
+    return Encoder(
+        name, _shape_of(settings, folder / "config.json"), folder / file, folder / TOKENIZER_NAME, label_names
+    )
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{file.parent} has no config.json; --encoder takes a model's folder in Hugging Face layout"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} does not hold a JSON object")
+    return settings
+
+
+def _shape_of(settings: dict[str, Any], file: Path) -> EncoderShape:
+    wanted = {
+        "model_type": "xlm-roberta",
+        "hidden_act": "gelu",
+        "position_embedding_type": "absolute",
+        "pad_token_id": 1,
+    }
+    for key, value in wanted.items():
+        if settings.get(key, value if key != "model_type" else None) != value:
+            raise UserError(f"{file}: {key} is {settings.get(key)!r}, but only {value!r} (XLM-R) can be trained here")
+    keys = {
+        "vocab_size": "vocab_size",
+        "hidden": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "ffn": "intermediate_size",
+        "positions": "max_position_embeddings",
+    }
+    sizes = {}
+    for field, key in keys.items():
+        sizes[field] = settings.get(key)
+        if not isinstance(sizes[field], int) or isinstance(sizes[field], bool) or sizes[field] < 1:
+            raise UserError(f"{file}: {key} is {sizes[field]!r}; a positive number is needed")
+    if sizes["hidden"] % sizes["heads"]:
+        raise UserError(f"{file}: hidden_size {sizes['hidden']} is no multiple of num_attention_heads {sizes['heads']}")
+    return EncoderShape(**sizes, layer_norm_eps=float(settings.get("layer_norm_eps", 1e-5)))
+
+
+def load_tensors(encoder: Encoder) -> Tensors:
+    """Read an encoder's weights; returns fp32 tensors under torchtext's names, with `head.*` where it has a head.
+
+    Raises:
+        UserError: if the file cannot be read as weights.
+    """
+    file = encoder.weights_file
+    try:
+        if file.suffix == ".safetensors":
+            raw = load_file(file)
+        else:
+            raw = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"cannot read weights from {file}: {str(error).splitlines()[0]}; the file is damaged, fetch it again"
+        ) from None
+    except Exception as error:  # weights_only raises pickle's errors for anything that is not plain tensors
+        if "UnpicklingError" not in type(error).__name__:
+            raise
+        raise UserError(f"{file} holds more than tensors, or is damaged; convert it to model.safetensors") from None
+    raw = {
+        name: tensor.float()
+        for name, tensor in raw.items()
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+    }
+    return from_bundle(raw) if encoder.name in BUNDLE_SHAPES else from_hugging_face(raw)
+
+
+_BUNDLE_NAMES = {
+    "attention.input_projection": "self_attn.in_proj",
+    "attention.output_projection": "self_attn.out_proj",
+    "residual_mlp.mlp.0": "linear1",
+    "residual_mlp.mlp.3": "linear2",
+    "attention_layer_norm": "norm1",
+    "final_layer_norm": "norm2",
+}
+_HF_NAMES = {
+    "attention.output.dense": "self_attn.out_proj",
+    "attention.output.LayerNorm": "norm1",
+    "intermediate.dense": "linear1",
+    "output.dense": "linear2",
+    "output.LayerNorm": "norm2",
+}
+_HF_EMBEDDINGS = {
+    "embeddings.word_embeddings": "token_embedding",
+    "embeddings.position_embeddings": "positional_embedding.embedding",
+    "embeddings.LayerNorm": "embedding_layer_norm",
+}
+_HF_HEAD = {"classifier.dense": "head.dense", "classifier.out_proj": "head.out_proj"}
+
+
+def from_bundle(raw: Tensors) -> Tensors:
+    """Rename the tensors of torchtext's downloads, which have the names of an older torchtext, to today's."""
+    renamed = {}
+    for name, tensor in raw.items():
+        match = re.fullmatch(r"encoder\.transformer\.layers\.(\d+)\.(.+)\.?(weight|bias)", name)
+        if match:
+            inner = match[2].rstrip("._")
+            new = _BUNDLE_NAMES.get(inner)
+            joint = "_" if new == "self_attn.in_proj" else "."
+            name = f"encoder.transformer.layers.layers.{match[1]}.{new}{joint}{match[3]}" if new else name
+        renamed[name] = tensor
+    return renamed
+
+
+def from_hugging_face(raw: Tensors) -> Tensors:
+    """Rename and join the tensors of transformers' XLM-R models (with or without the prefix `roberta.`).
+
+    The one token type of XLM-R is added to every position, so it is folded into the position table. Tensors that
+    belong to other heads (language model, pooler) are left out.
+    """
+    raw = {name[8:] if name.startswith("roberta.") else name: tensor for name, tensor in raw.items()}
+    result: Tensors = {}
+    joined: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in raw.items():
+        stem, kind = name.rsplit(".", 1) if "." in name else (name, "")
+        if stem in _HF_EMBEDDINGS:
+            result[f"encoder.transformer.{_HF_EMBEDDINGS[stem]}.{kind}"] = tensor
+        elif stem in _HF_HEAD:
+            result[f"{_HF_HEAD[stem]}.{kind}"] = tensor
+        elif match := re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", stem):
+            layer = f"encoder.transformer.layers.layers.{match[1]}."
+            if part := re.fullmatch(r"attention\.self\.(query|key|value)", match[2]):
+                joined.setdefault(f"{layer}self_attn.in_proj_{kind}", {})[part[1]] = tensor
+            else:
+                result[f"{layer}{_HF_NAMES.get(match[2], match[2])}.{kind}"] = tensor
+    for name, parts in joined.items():
+        result[name] = torch.cat([parts[part] for part in ("query", "key", "value") if part in parts])
+    token_type = raw.get("embeddings.token_type_embeddings.weight")
+    positions = "encoder.transformer.positional_embedding.embedding.weight"
+    if token_type is not None and positions in result and token_type.any():
+        folded = result[positions] + token_type[0]
+        folded[:2] = result[positions][:2]
+        result[positions] = folded
+    return result
+
+
+def to_hugging_face(tensors: Tensors) -> Tensors:
+    """Return the tensors of a classifier under the names of transformers' `XLMRobertaForSequenceClassification`."""
+    names = {f"encoder.transformer.{ours}": f"roberta.{theirs}" for theirs, ours in _HF_EMBEDDINGS.items()}
+    names.update({ours: theirs for theirs, ours in _HF_HEAD.items()})
+    inner = {ours: theirs for theirs, ours in _HF_NAMES.items()}
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"encoder\.transformer\.layers\.layers\.(\d+)\.(.+)[._](weight|bias)", name)
+        if match and match[2] == "self_attn.in_proj":
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3)):
+                result[f"roberta.encoder.layer.{match[1]}.attention.self.{part}.{match[3]}"] = piece.contiguous()
+        elif match:
+            result[f"roberta.encoder.layer.{match[1]}.{inner[match[2]]}.{match[3]}"] = tensor
+        else:
+            stem, kind = name.rsplit(".", 1)
+            result[f"{names[stem]}.{kind}"] = tensor
+    word = result["roberta.embeddings.word_embeddings.weight"]
+    result["roberta.embeddings.token_type_embeddings.weight"] = word.new_zeros(1, word.shape[1])
+    return result
+
+
+def check_fit(tensors: Tensors, expected: dict[str, torch.Size], file: Path) -> None:
+    """Check that the encoder's tensors are those that its configuration asks for.
+
+    Raises:
+        UserError: naming the first tensor that is missing, superfluous or of another shape, and how many there are.
+    """
+    problems = []
+    for name, shape in expected.items():
+        if name not in tensors:
+            problems.append(f"{name} {list(shape)} is missing")
+        elif tensors[name].shape != shape:
+            problems.append(f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}")
+    problems += [
+        f"{n} is not in the configured model" for n in tensors if n.startswith("encoder.") and n not in expected
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{file} does not fit its configuration: {problems[0]}{more}; check config.json beside it")

@@ -1,0 +1,98 @@
+"""Write a trained classifier as a folder in Hugging Face layout, which `transformers` and this project open."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from sst2_xlmr.config import UserError
+from sst2_xlmr.encoders import TOKENIZER_NAME, EncoderShape, to_hugging_face
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's entries survive a power failure (files are synced by themselves)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_files(folder: Path) -> None:
+    """Make all files of a folder, and its entries, survive a power failure."""
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    sync_folder(folder)
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put the finished folder `new` in the place of `old`, which may exist; a reader finds one of them whole."""
+    aside = old.with_name(old.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if old.exists():
+        old.rename(aside)
+    new.rename(old)
+    sync_folder(old.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def export_hugging_face(
+    folder: Path,
+    masters: dict[str, torch.Tensor],
+    shape: EncoderShape,
+    label_names: list[str],
+    max_length: int,
+    tokenizer_file: Path,
+) -> None:
+    """Write `config.json`, `model.safetensors`, the SentencePiece model and its settings; atomically.
+
+    Args:
+        folder: where; is replaced if it is there.
+        masters: fp32 weights under the classifier's names.
+        max_length: longest input in tokens.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    settings = {
+        "architectures": ["XLMRobertaForSequenceClassification"],
+        "model_type": "xlm-roberta",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.ffn,
+        "max_position_embeddings": shape.positions,
+        "layer_norm_eps": shape.layer_norm_eps,
+        "type_vocab_size": 1,
+        "hidden_act": "gelu",
+        "position_embedding_type": "absolute",
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "id2label": {str(i): name for i, name in enumerate(label_names)},
+        "label2id": {name: i for i, name in enumerate(label_names)},
+        "torch_dtype": "float32",
+    }
+    tokenizer = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": max_length}
+    beside = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for name, content in (("config.json", settings), ("tokenizer_config.json", tokenizer)):
+            (beside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        shutil.copyfile(tokenizer_file, beside / TOKENIZER_NAME)
+        tensors = {name: tensor.cpu() for name, tensor in to_hugging_face(masters).items()}
+        save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+        sync_files(beside)
+        replace_folder(beside, folder)
+    except OSError as error:
+        raise UserError(f"cannot write the model to {folder}: {error.strerror or error}") from None

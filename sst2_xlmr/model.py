@@ -1,0 +1,138 @@
+"""The classifier around torchtext's `RobertaModel`, which owns the parameters; the forward pass is ours."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, RobertaModel
+
+from sst2_xlmr.config import Config
+from sst2_xlmr.encoders import Encoder, EncoderShape, check_fit, load_tensors
+from sst2_xlmr.tokenizer import PAD_ID
+
+
+class Classifier(RobertaModel):
+    """XLM-R with RoBERTa's classification head: dropout, dense, tanh, dropout, projection.
+
+    Parameters and their names are torchtext's. Against torchtext's own forward pass there is no mask where a batch has
+    no padding, and the last layer computes the position of `<s>` only (its keys and values come from all positions),
+    since nothing else reaches the head. Dropout stands where transformers has it: after the embeddings, on attention
+    weights, after both halves of a layer; torchtext has one more inside the feed-forward part.
+    """
+
+    def __init__(self, shape: EncoderShape, num_labels: int, dropout: float, head_dropout: float) -> None:
+        conf = RobertaEncoderConf(
+            vocab_size=shape.vocab_size,
+            embedding_dim=shape.hidden,
+            ffn_dimension=shape.ffn,
+            padding_idx=PAD_ID,
+            max_seq_len=shape.positions,
+            num_attention_heads=shape.heads,
+            num_encoder_layers=shape.layers,
+            dropout=dropout,
+        )
+        head = RobertaClassificationHead(num_labels, shape.hidden, dropout=head_dropout, activation=nn.Tanh)
+        super().__init__(conf, head)
+        self.shape = shape
+        for module in self.encoder.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = shape.layer_norm_eps
+
+    def forward(self, tokens: torch.Tensor, padded: bool = True) -> torch.Tensor:
+        """Return logits.
+
+        Args:
+            tokens: int64 [batch, length], padded with 1 at the right.
+            padded: False if no row has padding; then no mask is computed.
+
+        Returns:
+            The parameters' dtype, [batch, num_labels].
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_encoder_frozen()):
+            features = self._encode(tokens, padded)
+        return self.head(features)
+
+    def is_encoder_frozen(self) -> bool:
+        return not self.encoder.transformer.token_embedding.weight.requires_grad
+
+    def _encode(self, tokens: torch.Tensor, padded: bool) -> torch.Tensor:
+        """Return the last layer's output at `<s>`, [batch, 1, hidden]."""
+        transformer = self.encoder.transformer
+        if padded:
+            is_token = tokens.ne(PAD_ID)
+            positions = transformer.positional_embedding(tokens)
+            mask = is_token[:, None, None, :]
+        else:
+            # Position 0 of a text is row PAD_ID + 1, as in fairseq.
+            first = PAD_ID + 1
+            positions = transformer.positional_embedding.embedding.weight[first : first + tokens.shape[1]]
+            mask = None
+        hidden = transformer.token_embedding(tokens) + positions
+        hidden = transformer.dropout(transformer.embedding_layer_norm(hidden))
+        layers = transformer.layers.layers
+        for layer in layers[:-1]:
+            hidden = _layer(layer, hidden, hidden, mask)
+        return _layer(layers[-1], hidden[:, :1], hidden, mask)
+
+
+def _layer(
+    layer: nn.TransformerEncoderLayer, queries: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """One post-norm transformer layer (https://arxiv.org/abs/1706.03762), at the positions of `queries` only.
+
+    Args:
+        queries: [batch, queries, hidden], the positions to compute.
+        hidden: [batch, length, hidden], all positions, for keys and values.
+        mask: bool [batch, 1, 1, length], True where attention may look; None for everywhere.
+    """
+    attention = layer.self_attn
+    heads, size = attention.num_heads, attention.head_dim
+    batch = hidden.shape[0]
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    if queries is hidden:
+        projected = F.linear(hidden, weight, bias).view(batch, -1, 3, heads, size).permute(2, 0, 3, 1, 4)
+        query, key, value = projected.unbind(0)
+    else:
+        cut = heads * size
+        query = F.linear(queries, weight[:cut], bias[:cut]).view(batch, -1, heads, size).transpose(1, 2)
+        projected = F.linear(hidden, weight[cut:], bias[cut:]).view(batch, -1, 2, heads, size).permute(2, 0, 3, 1, 4)
+        key, value = projected.unbind(0)
+    dropout = layer.dropout1.p if layer.training else 0.0
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    mixed = mixed.transpose(1, 2).reshape(batch, -1, heads * size)
+    hidden = layer.norm1(queries + layer.dropout1(attention.out_proj(mixed)))
+    return layer.norm2(hidden + layer.dropout2(layer.linear2(F.gelu(layer.linear1(hidden)))))
+
+
+def build_classifier(encoder: Encoder, config: Config) -> tuple[Classifier, bool]:
+    """Build the classifier with the encoder's weights, in fp32 on the CPU.
+
+    The head is the encoder folder's own if that has one for the same label names; otherwise it is new: weights from
+    a normal distribution with deviation 0.02 (as in BERT, RoBERTa), drawn from the seed alone, biases zero.
+
+    Returns:
+        The classifier, and whether its head is new.
+
+    Raises:
+        UserError: if the weights do not fit the encoder's configuration.
+    """
+    dropout = 0.0 if config.freeze_encoder else config.dropout
+    with torch.device("meta"):
+        model = Classifier(encoder.shape, len(config.label_names), dropout, config.head_dropout)
+    tensors = load_tensors(encoder)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    head_is_new = encoder.label_names != config.label_names
+    if head_is_new:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+        generator = torch.Generator().manual_seed(config.seed)
+        for name, shape in shapes.items():
+            if name.startswith("head."):
+                is_matrix = len(shape) == 2
+                tensors[name] = (
+                    torch.empty(shape).normal_(0, 0.02, generator=generator) if is_matrix else torch.zeros(shape)
+                )
+    check_fit(tensors, shapes, encoder.weights_file)
+    model.load_state_dict({name: tensors[name] for name in shapes}, assign=True)
+    model.encoder.requires_grad_(not config.freeze_encoder)
+    return model, head_is_new

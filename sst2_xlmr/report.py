@@ -1,0 +1,141 @@
+"""What a run says: lines or a progress bar on the console, metrics.jsonl, TensorBoard. Only rank 0 says anything."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from sst2_xlmr.config import UserError
+
+
+@dataclass
+class Report:
+    """Open outputs of a run; on other ranks than 0 all are None, and nothing is said.
+
+    Attributes:
+        metrics: `metrics.jsonl`, one JSON object a line.
+        tensorboard: event writer.
+        bar: tqdm's bar, on a terminal only.
+        total_steps, started_at_step, started: for the time left (seconds of time.monotonic).
+    """
+
+    metrics: TextIO | None
+    tensorboard: SummaryWriter | None
+    bar: tqdm | None
+    total_steps: int
+    started_at_step: int
+    started: float
+
+
+def open_report(run_folder: Path, tensorboard_dir: Path, first_step: int, total_steps: int, is_main: bool) -> Report:
+    """Open the outputs; those of a resumed run lose what they say of steps after `first_step`."""
+    if not is_main:
+        return Report(None, None, None, total_steps, first_step, time.monotonic())
+    try:
+        path = run_folder / "metrics.jsonl"
+        _cut_metrics(path, first_step)
+        metrics = path.open("a", encoding="utf-8")
+        tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1 if first_step else None)
+    except OSError as error:
+        raise UserError(f"cannot write metrics to {error.filename or tensorboard_dir}: {error.strerror}") from None
+    bar = None
+    if sys.stderr.isatty():
+        bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+    return Report(metrics, tensorboard, bar, total_steps, first_step, time.monotonic())
+
+
+def _cut_metrics(path: Path, last_step: int) -> None:
+    """Keep the lines up to a checkpoint's step; test results always come after it."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the process died while it wrote this line
+            continue
+        if entry["step"] <= last_step and entry.get("split", "dev") == "dev":
+            kept.append(line + "\n")
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)
+
+
+def say(report: Report, text: str) -> None:
+    """Print a line, above the bar if there is one."""
+    if report.metrics is None:
+        return
+    if report.bar is not None:
+        report.bar.write(text, file=sys.stdout)
+    else:
+        print(text, flush=True)
+
+
+def advance(report: Report) -> None:
+    """Move the bar by one step."""
+    if report.bar is not None:
+        report.bar.update()
+
+
+def _write(report: Report, entry: dict[str, Any], prefix: str) -> None:
+    assert report.metrics is not None and report.tensorboard is not None
+    report.metrics.write(json.dumps(entry) + "\n")
+    report.metrics.flush()
+    for key, value in entry.items():
+        if key not in ("step", "epoch", "split", "rows"):
+            report.tensorboard.add_scalar(f"{prefix}/{key}", value, entry["step"])
+
+
+def log_training(report: Report, entry: dict[str, Any]) -> None:
+    """Write a line of training metrics.
+
+    Args:
+        entry: step, epoch (with fraction), loss, lr, grad_norm, samples_per_s, tokens_per_s.
+    """
+    if report.metrics is None:
+        return
+    _write(report, entry, "train")
+    if report.bar is not None:
+        report.bar.set_postfix_str(f"loss {entry['loss']:.4f}, {entry['samples_per_s']:.0f} samples/s")
+        return
+    done = entry["step"] - report.started_at_step
+    left_s = (time.monotonic() - report.started) / max(1, done) * (report.total_steps - entry["step"])
+    say(
+        report,
+        f"step {entry['step']:>6}/{report.total_steps}  epoch {entry['epoch']:.2f}  loss {entry['loss']:.4f}  "
+        f"lr {entry['lr']:.2e}  {entry['samples_per_s']:.1f} samples/s  {_clock(left_s)} left",
+    )
+
+
+def log_evaluation(report: Report, step: int, split: str, metrics: dict[str, Any], remark: str = "") -> None:
+    """Write a line of evaluation metrics: loss, accuracy, macro_f1, rows."""
+    if report.metrics is None:
+        return
+    _write(report, {"step": step, "split": split, **metrics}, split)
+    say(
+        report,
+        f"step {step:>6}  {split}: accuracy {metrics['accuracy']:.4f}  macro F1 {metrics['macro_f1']:.4f}  "
+        f"loss {metrics['loss']:.4f}  {metrics['rows']:,} rows{remark}",
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def close_report(report: Report) -> None:
+    """Close what is open."""
+    if report.bar is not None:
+        report.bar.close()
+    if report.metrics is not None and report.tensorboard is not None:
+        report.metrics.close()
+        report.tensorboard.close()
