@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -26,10 +27,11 @@ from sst2_xlmr import distributed, sources
 from sst2_xlmr.arguments import parse_args
 from sst2_xlmr.batching import GlobalBatchSampler, RankShare, TokenCache, build_loader, tokenize_file
 from sst2_xlmr.checkpoint import Progress, find_checkpoint, load_checkpoint, load_progress, save_checkpoint, seed_rank
+from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table, renumbering, used_ids
 from sst2_xlmr.config import Config, UserError, exit_on_user_error
 from sst2_xlmr.data import find_split, has_column
 from sst2_xlmr.distributed import World
-from sst2_xlmr.encoders import Encoder, find_encoder
+from sst2_xlmr.encoders import Encoder, find_encoder, load_tensors
 from sst2_xlmr.evaluate import evaluate
 from sst2_xlmr.export import export_hugging_face
 from sst2_xlmr.model import Classifier, build_classifier
@@ -134,8 +136,14 @@ def train(config: Config, resume: bool, world: World) -> None:
     checkpoints = run_folder / "checkpoints"
 
     # 2. Model, optimizer, batches.
+    kept_ids = np.arange(encoder.shape.vocab_size)
+    if config.compact_vocab:
+        kept_ids = used_ids((cache.ids for cache in caches.values()), encoder.shape.vocab_size)
+        for cache in caches.values():
+            cache.renumbering = renumbering(kept_ids, encoder.shape.vocab_size)
+    vocabulary = torch.from_numpy(kept_ids)
     bf16 = distributed.choose_precision(config.precision, world.device) == "bf16"
-    classifier, head_is_new = build_classifier(encoder, config)
+    classifier, head_is_new = build_classifier(encoder, config, kept_ids if config.compact_vocab else None)
     classifier.to(world.device)
     optimizer = AdamW(
         classifier,
@@ -162,7 +170,7 @@ def train(config: Config, resume: bool, world: World) -> None:
             raise UserError(
                 f"{caches['train'].folder}: the training rows are not those with which {run_folder} was started"
             )
-        load_checkpoint(checkpoint, progress, optimizer, config.seed, world)
+        load_checkpoint(checkpoint, progress, optimizer, vocabulary, config.seed, world)
     model: torch.nn.Module = classifier
     if world.world_size > 1:
         device_ids = [world.device] if world.device.type == "cuda" else None
@@ -227,7 +235,7 @@ def train(config: Config, resume: bool, world: World) -> None:
                 log_evaluation(report, progress.step, "dev", metrics, "  (best so far)" if is_best else "")
                 if is_best:
                     progress.best_accuracy, progress.best_step = metrics["accuracy"], progress.step
-                    export(run_folder / "best", optimizer, encoder, config, world)
+                    export(run_folder / "best", optimizer, encoder, vocabulary, config, world)
                 patience = config.early_stopping_patience
                 stopped_early = 0 < patience <= progress.stale_evaluations
             if (
@@ -238,9 +246,9 @@ def train(config: Config, resume: bool, world: World) -> None:
             ):
                 distributed.sum_over_ranks(world, window)
                 progress.window = window.tolist()
-                progress.world_size = world.world_size
+                progress.world_size, progress.table_decay = world.world_size, optimizer.table_decay
                 window *= world.is_main
-                save_checkpoint(checkpoints, progress, optimizer, config, world)
+                save_checkpoint(checkpoints, progress, optimizer, vocabulary, config, world)
             window_start += time.monotonic() - paused
             if ends_run or stopped_early:
                 break
@@ -251,7 +259,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     for split, cache in caches.items():
         if split not in ("train", "dev"):
             log_evaluation(report, progress.step, split, evaluate(classifier, cache, config.eval_batch_size, world))
-    export(run_folder / "model", optimizer, encoder, config, world)
+    export(run_folder / "model", optimizer, encoder, vocabulary, config, world)
     say(
         report,
         f"best       dev accuracy {progress.best_accuracy:.4f} at step {progress.best_step}: {run_folder / 'best'}",
@@ -260,10 +268,15 @@ def train(config: Config, resume: bool, world: World) -> None:
     close_report(report)
 
 
-def export(folder: Path, optimizer: AdamW, encoder: Encoder, config: Config, world: World) -> None:
-    """Write the weights as they are now in Hugging Face layout, from rank 0."""
+def export(
+    folder: Path, optimizer: AdamW, encoder: Encoder, kept_ids: torch.Tensor, config: Config, world: World
+) -> None:
+    """Write the weights as they are now in Hugging Face layout, with the whole vocabulary, from rank 0."""
     if world.is_main:
-        masters = optimizer.master_tensors()
+        masters = {name: tensor.cpu() for name, tensor in optimizer.master_tensors().items()}
+        if config.compact_vocab:
+            pretrained = load_tensors(encoder)[TABLE_NAME]
+            masters[TABLE_NAME] = expand_table(pretrained, kept_ids, masters[TABLE_NAME], optimizer.table_decay)
         export_hugging_face(
             folder, masters, encoder.shape, config.label_names, config.max_length, encoder.tokenizer_file
         )
@@ -284,7 +297,8 @@ def describe(
 ) -> list[str]:
     """Return the header: what will run."""
     shape = encoder.shape
-    count = sum(slot.master.numel() for slot in optimizer.slots)
+    table = next(slot.master for slot in optimizer.slots if slot.name == TABLE_NAME)
+    count = sum(slot.master.numel() for slot in optimizer.slots) + (shape.vocab_size - len(table)) * shape.hidden
     trained = sum(slot.master.numel() for slot, _, _ in optimizer.trained())
     rows = ", ".join(f"{split} {len(cache):,}" for split, cache in caches.items())
     truncated = sum(cache.truncated for cache in caches.values())
@@ -295,7 +309,8 @@ def describe(
     return [
         f"encoder    {encoder.name}: {shape.layers} layers, {shape.hidden} wide; head {'new' if head_is_new else 'its own'}"
         f" for {', '.join(config.label_names)}",
-        f"parameters {count / 1e6:.1f} M, {trained / 1e6:.1f} M trained",
+        f"parameters {count / 1e6:.1f} M, {trained / 1e6:.1f} M trained"
+        + (f"; {len(table):,} of {shape.vocab_size:,} embedding rows" if config.compact_vocab else ""),
         f"rows       {rows}" + (f"; {truncated:,} cut to {config.max_length} tokens" if truncated else ""),
         f"batches    {len(sampler):,} of {config.batch_size} rows an epoch{micro}; {length}, {total_steps:,} steps",
         f"device     {device} a process, {world.world_size} process{'es' if world.world_size > 1 else ''};"

@@ -2,8 +2,7 @@
 
     python scripts/fetch.py [sst2] [xlmr.base] [xlmr.large] [--cache-dir DIR]
 
-Needs Python, tqdm and this folder, but not torch. Copy the cache folder it names to where training runs, or set
-SST2_XLMR_CACHE there to a copy of it.
+Copy the folder it names last to where training runs, and set SST2_XLMR_CACHE there to the copy.
 """
 
 from __future__ import annotations

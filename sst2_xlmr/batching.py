@@ -33,6 +33,7 @@ class TokenCache:
         labels: int32 [rows].
         truncated: how many rows were cut to the longest length.
         digest: SHA-256 of the file, hexadecimal.
+        renumbering: int32 [vocabulary], what `collate` turns ids into (see compact_vocab); None for no change.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class TokenCache:
     labels: np.ndarray
     truncated: int
     digest: str
+    renumbering: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -179,6 +181,8 @@ def collate(cache: TokenCache, rows: np.ndarray, weight: float = 1.0) -> Batch:
     tokens = np.full((len(rows), max(lengths)), PAD_ID, np.int64)
     for line, (start, end) in zip(tokens, spans):
         line[: end - start] = cache.ids[start:end]
+    if cache.renumbering is not None:
+        tokens = cache.renumbering[tokens].astype(np.int64)
     labels = cache.labels[rows].astype(np.int64)
     return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), min(lengths) < max(lengths), sum(lengths), weight)
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sst2_xlmr.batching import file_digest
+from sst2_xlmr.compact_vocab import TABLE_NAME
 from sst2_xlmr.config import Config, UserError
 from sst2_xlmr.distributed import World, gather_objects
 from sst2_xlmr.export import sync_files, sync_folder
@@ -34,6 +35,7 @@ class Progress:
         stale_evaluations: evaluations since then.
         window: sums over the steps since the last line of metrics, over all ranks: loss, rows, tokens.
         train_digest: SHA-256 of the training file.
+        table_decay: what weight decay has left of embedding rows without gradient (see compact_vocab).
         world_size: how many processes wrote it.
     """
 
@@ -46,6 +48,7 @@ class Progress:
     stale_evaluations: int = 0
     window: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])
     world_size: int = 1
+    table_decay: float = 1.0
 
 
 def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
@@ -55,8 +58,13 @@ def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
     return states
 
 
-def save_checkpoint(folder: Path, progress: Progress, optimizer: AdamW, config: Config, world: World) -> None:
+def save_checkpoint(
+    folder: Path, progress: Progress, optimizer: AdamW, kept_ids: torch.Tensor, config: Config, world: World
+) -> None:
     """Write `folder/step-NNNNNNNN` from rank 0, with every rank's random state, and remove the oldest ones.
+
+    Args:
+        kept_ids: int64 [rows], the ids of the embedding table's rows.
 
     Raises:
         UserError: if it cannot be written (a full disk, say); the former checkpoints are then untouched.
@@ -65,7 +73,7 @@ def save_checkpoint(folder: Path, progress: Progress, optimizer: AdamW, config: 
     if world.is_main:
         target = folder / f"step-{progress.step:08d}"
         try:
-            _write(target, progress, optimizer, config, states)
+            _write(target, progress, optimizer, kept_ids, config, states)
             _remove_old(folder, config.keep_checkpoints)
         except OSError as error:
             raise UserError(
@@ -80,7 +88,12 @@ def save_checkpoint(folder: Path, progress: Progress, optimizer: AdamW, config: 
 
 
 def _write(
-    target: Path, progress: Progress, optimizer: AdamW, config: Config, states: list[dict[str, torch.Tensor]]
+    target: Path,
+    progress: Progress,
+    optimizer: AdamW,
+    kept_ids: torch.Tensor,
+    config: Config,
+    states: list[dict[str, torch.Tensor]],
 ) -> None:
     beside = target.with_name(target.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -89,6 +102,7 @@ def _write(
     for name, tensors in (
         ("model", optimizer.master_tensors()),
         ("optimizer", optimizer.state_tensors()),
+        ("vocabulary", {"kept_ids": kept_ids}),
         ("random", random),
     ):
         save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, beside / f"{name}.safetensors")
@@ -143,20 +157,40 @@ def load_progress(checkpoint: Path) -> Progress:
     return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
 
 
-def load_checkpoint(checkpoint: Path, progress: Progress, optimizer: AdamW, seed: int, world: World) -> None:
+def load_checkpoint(
+    checkpoint: Path, progress: Progress, optimizer: AdamW, kept_ids: torch.Tensor, seed: int, world: World
+) -> None:
     """Restore weights, moments and random states into `optimizer` and torch.
 
     With another number of processes than wrote it, every rank starts a random stream of its own, drawn from the seed
     and the step; what does not depend on dropout goes on exactly.
+
+    Args:
+        kept_ids: int64 [rows], the ids of the embedding rows now; other test files may have brought new ones.
     """
     masters = load_file(checkpoint / "model.safetensors")
-    optimizer.load(masters, load_file(checkpoint / "optimizer.safetensors"), progress.step)
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    saved_ids = load_file(checkpoint / "vocabulary.safetensors")["kept_ids"]
+    if not torch.equal(saved_ids, kept_ids):
+        untrained = optimizer.master_tensors()[TABLE_NAME].cpu() * progress.table_decay
+        masters[TABLE_NAME] = _moved_rows(masters[TABLE_NAME], saved_ids, kept_ids, untrained)
+        for name in (f"exp_avg.{TABLE_NAME}", f"exp_avg_sq.{TABLE_NAME}"):
+            if name in moments:
+                moments[name] = _moved_rows(moments[name], saved_ids, kept_ids, torch.zeros_like(untrained))
+    optimizer.load(masters, moments, progress.step, progress.table_decay)
     random = load_file(checkpoint / "random.safetensors")
     seed_rank(seed + progress.step, world.rank)
     if progress.world_size == world.world_size:
         torch.set_rng_state(random[f"cpu.{world.rank}"])
         if world.device.type == "cuda" and f"cuda.{world.rank}" in random:
             torch.cuda.set_rng_state(random[f"cuda.{world.rank}"], world.device)
+
+
+def _moved_rows(rows: torch.Tensor, old_ids: torch.Tensor, new_ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Return `start` ([new rows, hidden]) with the rows of ids that both have taken from `rows`."""
+    is_common = torch.isin(new_ids, old_ids)
+    start[is_common] = rows[torch.isin(old_ids, new_ids)]
+    return start
 
 
 def seed_rank(seed: int, rank: int) -> None:

@@ -165,6 +165,9 @@ class Config:
     head_dropout: float = option(
         0.1, "model", "dropout in the classification head", kind=float, metavar="P", check=between(0, 1, False)
     )
+    compact_vocab: bool = option(
+        True, "model", "train only the embedding rows that the run's files use; exact, and much faster", kind=bool
+    )
     freeze_encoder: bool = option(False, "model", "train the classification head only", kind=bool)
 
     epochs: int = option(

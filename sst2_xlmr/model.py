@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, RobertaModel
 
+from sst2_xlmr.compact_vocab import TABLE_NAME
 from sst2_xlmr.config import Config
 from sst2_xlmr.encoders import Encoder, EncoderShape, check_fit, load_tensors
 from sst2_xlmr.tokenizer import PAD_ID
@@ -105,11 +107,14 @@ def _layer(
     return layer.norm2(hidden + layer.dropout2(layer.linear2(F.gelu(layer.linear1(hidden)))))
 
 
-def build_classifier(encoder: Encoder, config: Config) -> tuple[Classifier, bool]:
+def build_classifier(encoder: Encoder, config: Config, kept_ids: np.ndarray | None) -> tuple[Classifier, bool]:
     """Build the classifier with the encoder's weights, in fp32 on the CPU.
 
     The head is the encoder folder's own if that has one for the same label names; otherwise it is new: weights from
     a normal distribution with deviation 0.02 (as in BERT, RoBERTa), drawn from the seed alone, biases zero.
+
+    Args:
+        kept_ids: int64 [rows], the embedding rows to keep (see compact_vocab); None for all.
 
     Returns:
         The classifier, and whether its head is new.
@@ -133,6 +138,11 @@ def build_classifier(encoder: Encoder, config: Config) -> tuple[Classifier, bool
                     torch.empty(shape).normal_(0, 0.02, generator=generator) if is_matrix else torch.zeros(shape)
                 )
     check_fit(tensors, shapes, encoder.weights_file)
+    if kept_ids is not None:
+        tensors[TABLE_NAME] = tensors[TABLE_NAME][torch.from_numpy(kept_ids)]
+        model.encoder.transformer.token_embedding = nn.Embedding(
+            len(kept_ids), encoder.shape.hidden, PAD_ID, device="meta"
+        )
     model.load_state_dict({name: tensors[name] for name in shapes}, assign=True)
     model.encoder.requires_grad_(not config.freeze_encoder)
     return model, head_is_new

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sst2_xlmr.compact_vocab import TABLE_NAME
+
 BETA1, BETA2 = 0.9, 0.999
 # RoBERTa's (https://arxiv.org/abs/1907.11692, table 10). With Adam's 1e-8, a weight whose gradient is only rounding
 # noise (the attention's key bias has none in exact arithmetic) would take whole steps in random directions.
@@ -117,6 +119,8 @@ class AdamW:
     Attributes:
         slots: per parameter, in the model's order.
         is_compiled: whether the pass is compiled.
+        steps: how many steps were made.
+        table_decay: product over all steps of what weight decay leaves of an embedding row without gradient.
     """
 
     def __init__(
@@ -131,6 +135,7 @@ class AdamW:
     ) -> None:
         self.max_grad_norm = max_grad_norm
         self.steps = 0
+        self.table_decay = 1.0
         self.slots: list[Slot] = []
         for name, parameter in model.named_parameters():
             master = parameter.detach()
@@ -199,6 +204,8 @@ class AdamW:
                 rate = lr * slot.lr_scale
                 fixed = [1 - rate * slot.weight_decay, rate / correction1, 1 / math.sqrt(correction2)]
                 scalars[group] = torch.cat([scale.view(1), torch.tensor(fixed).to(norm.device, non_blocking=True)])
+            if slot.name == TABLE_NAME:
+                self.table_decay *= 1 - lr * slot.lr_scale * slot.weight_decay
             flat = [gradient, exp_avg, exp_avg_sq, slot.master]
             views = [tensor.view(-1) for tensor in flat]
             working = views[3] if slot.working.dtype == torch.float32 else slot.working.data.view(-1)
@@ -221,9 +228,11 @@ class AdamW:
         return {slot.name: slot.master for slot in self.slots}
 
     @torch.no_grad()
-    def load(self, masters: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], steps: int) -> None:
-        """Take over weights, moments and step count from a checkpoint."""
-        self.steps = steps
+    def load(
+        self, masters: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], steps: int, table_decay: float
+    ) -> None:
+        """Take over weights, moments and what was counted from a checkpoint."""
+        self.steps, self.table_decay = steps, table_decay
         for slot in self.slots:
             slot.master.copy_(masters[slot.name])
             slot.working.data.copy_(slot.master)

@@ -37,7 +37,6 @@ BUNDLE_URLS = {
 SST2_URL = "https://dl.fbaipublicfiles.com/glue/data/SST-2.zip"
 SST2_MD5 = "9f81648d4199384278b86e315dac217c"
 SST2_FILES = ("train.tsv", "dev.tsv", "test.tsv")
-
 RETRY_WAITS_S = (1.0, 3.0)
 _CURE = "check SST2_XLMR_MIRROR and any proxy, or pass --data-dir / --encoder DIR"
 
@@ -48,6 +47,7 @@ def _network_errors(url: str) -> Iterator[None]:
     try:
         yield
     except urllib.error.HTTPError as error:
+        error.close()
         kind = ConnectionError if error.code >= 500 else UserError
         raise kind(f"{url} answered HTTP {error.code} {error.reason}; {_CURE}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -122,9 +122,8 @@ def download(
 def fetch_bundle(name: str, *, quiet: bool = False) -> tuple[Path, Path]:
     """Fetch an encoder of torchtext's; return its weights (from torch.save) and its SentencePiece model."""
     folder = cache_dir() / "encoders" / name
-    weights, model = (
-        download(mirrored(url), folder / Path(url).name, quiet=quiet) for url in BUNDLE_URLS[name]
-    )
+    urls = BUNDLE_URLS[name]
+    weights, model = (download(mirrored(url), folder / Path(url).name, quiet=quiet) for url in urls)
     # Login pages and proxies answer with HTML and status 200.
     is_page = model.read_bytes()[:256].lstrip().lower().startswith((b"<html", b"<!doctype"))
     for path, bad in ((weights, not zipfile.is_zipfile(weights)), (model, is_page)):
@@ -194,8 +193,9 @@ def _extract(archive: Path, folder: Path) -> None:
             for name in SST2_FILES:
                 (part / name).write_bytes(zipped.read(f"SST-2/{name}"))
                 _write_record(part / name, SST2_URL)
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
+            if not _is_extracted(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                part.rename(folder)
     except (KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         archive.unlink(missing_ok=True)
         _record_path(archive).unlink(missing_ok=True)

@@ -1,0 +1,49 @@
+"""Train only the embedding rows that the run's own files use, and expand the table again, exactly.
+
+SST-2 uses 9,370 of XLM-R's 250,002 rows. A row that no batch contains has no gradient, so its Adam moments stay zero
+and it only decays, by the product of all `1 - lr * weight_decay`; that one number is kept and applied when the table is
+expanded. flair's `transformer-smaller-training-vocab` (https://github.com/helpmefindaname/transformer-smaller-training-vocab)
+shrinks and restores the table around a Trainer run likewise, but leaves the decay of untouched rows out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+TABLE_NAME = "encoder.transformer.token_embedding.weight"
+SPECIAL_IDS = 4  # <s>, <pad>, </s>, <unk> keep their places
+_CHUNK = 1 << 22
+
+
+def used_ids(id_arrays: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
+    """Return int64 [rows], ascending: the special ids and every id that occurs."""
+    used = np.zeros(vocab_size, bool)
+    used[:SPECIAL_IDS] = True
+    for ids in id_arrays:
+        for start in range(0, len(ids), _CHUNK):  # ids may be a memory map larger than memory
+            used[ids[start : start + _CHUNK]] = True
+    return np.flatnonzero(used)
+
+
+def renumbering(kept_ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Return int32 [vocab_size]: an id's row in the compact table; rows of ids that are not kept mean `<unk>`."""
+    rows = np.full(vocab_size, 3, np.int32)
+    rows[kept_ids] = np.arange(len(kept_ids), dtype=np.int32)
+    return rows
+
+
+def expand_table(pretrained: torch.Tensor, kept_ids: torch.Tensor, rows: torch.Tensor, decay: float) -> torch.Tensor:
+    """Return the whole table, as training it whole would have left it.
+
+    Args:
+        pretrained: fp32 [vocab_size, hidden], before training.
+        kept_ids: int64 [rows].
+        rows: fp32 [rows, hidden], after training.
+        decay: product of `1 - lr * weight_decay` over all steps.
+    """
+    table = pretrained * decay
+    table[kept_ids] = rows
+    return table
