@@ -34,7 +34,7 @@ from sst2_xlmr.distributed import World
 from sst2_xlmr.encoders import Encoder, find_encoder, load_tensors
 from sst2_xlmr.evaluate import evaluate
 from sst2_xlmr.export import export_hugging_face
-from sst2_xlmr.model import Classifier, build_classifier
+from sst2_xlmr.model import build_classifier
 from sst2_xlmr.optim import AdamW, lr_factor
 from sst2_xlmr.report import advance, close_report, log_evaluation, log_training, open_report, say
 
@@ -168,7 +168,7 @@ def train(config: Config, resume: bool, world: World) -> None:
         progress = load_progress(checkpoint)
         if progress.train_digest != caches["train"].digest:
             raise UserError(
-                f"{caches['train'].folder}: the training rows are not those with which {run_folder} was started"
+                f"the training rows are not those that {run_folder} was started with; name the same --train-file"
             )
         load_checkpoint(checkpoint, progress, optimizer, vocabulary, config.seed, world)
     model: torch.nn.Module = classifier
@@ -307,8 +307,8 @@ def describe(
     micro = f", at most {config.micro_batch_size} a pass" if config.micro_batch_size else ""
     length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epochs"
     return [
-        f"encoder    {encoder.name}: {shape.layers} layers, {shape.hidden} wide; head {'new' if head_is_new else 'its own'}"
-        f" for {', '.join(config.label_names)}",
+        f"encoder    {encoder.name}: {shape.layers} layers, {shape.hidden} wide;"
+        f" {'new head' if head_is_new else 'its own head'} for {', '.join(config.label_names)}",
         f"parameters {count / 1e6:.1f} M, {trained / 1e6:.1f} M trained"
         + (f"; {len(table):,} of {shape.vocab_size:,} embedding rows" if config.compact_vocab else ""),
         f"rows       {rows}" + (f"; {truncated:,} cut to {config.max_length} tokens" if truncated else ""),

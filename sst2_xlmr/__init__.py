@@ -4,36 +4,32 @@ Importing the package checks Python and torch by their version numbers alone, be
 library fails under another torch with an undefined symbol that nobody can act on.
 """
 
+from __future__ import annotations
+
 import sys
+import warnings
 from importlib import metadata
 
-TORCH_VERSION = "2.3.1"
+# torchtext's notice that its development has ended, once per submodule; the pins are the answer to it.
+warnings.filterwarnings("ignore", message=r"\s*/!\\ IMPORTANT WARNING ABOUT TORCHTEXT STATUS")
 
 
 def _unusable_stack() -> str:
     """Return why this Python or torch cannot run the package, or an empty string."""
     if not (3, 9) <= sys.version_info[:2] <= (3, 12):
-        found = "%d.%d" % sys.version_info[:2]
-        return "Python %s cannot run this: torch %s exists for Python 3.9 to 3.12" % (found, TORCH_VERSION)
-    for package, needed in (("torch", TORCH_VERSION), ("torchtext", "0.18.0"), ("torchdata", "0.9.0")):
+        found = ".".join(map(str, sys.version_info[:2]))
+        return f"Python {found} cannot run this: torch 2.3.1 exists for Python 3.9 to 3.12"
+    for package, needed in (("torch", "2.3.1"), ("torchtext", "0.18.0"), ("torchdata", "0.9.0")):
         try:
             found = metadata.version(package)
         except metadata.PackageNotFoundError:
-            return "%s is not installed in %s: run `pip install -e .` in the project's folder" % (
-                package,
-                sys.prefix,
-            )
+            return f"{package} is not installed in {sys.prefix}: run `pip install -e .` in the project's folder"
         if found.split("+")[0] != needed:
-            return "%s %s is installed, but torchtext's C++ library loads only with torch %s: `pip install %s==%s`" % (
-                package,
-                found,
-                TORCH_VERSION,
-                package,
-                needed,
-            )
+            reason = "torchtext's C++ library loads only with torch 2.3.1"
+            return f"{package} {found} is installed, but {reason}: run `pip install {package}=={needed}`"
     return ""
 
 
-if _unusable_stack():
-    print("error: " + _unusable_stack(), file=sys.stderr)
+if problem := _unusable_stack():
+    print(f"error: {problem}", file=sys.stderr)
     raise SystemExit(2)

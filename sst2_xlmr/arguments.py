@@ -12,19 +12,19 @@ from typing import Any, NoReturn
 from sst2_xlmr.config import OPTIONS, Config, UserError, check, flag, label_list, shown
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """argparse prints its usage before an error; here an error is one line, with the nearest flag that exists."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments:"):
             given = message.split(":", 1)[1].split()[0]
-            near = difflib.get_close_matches(given, [flag(n) for n in OPTIONS], 1)
+            near = difflib.get_close_matches(given, self._option_string_actions, 1)
             raise UserError(f"unknown argument {given}; " + (f"did you mean {near[0]}?" if near else "see --help"))
         raise UserError(f"{message}; see --help")
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="train.py",
         allow_abbrev=False,
         description="Fine-tune XLM-R for text classification; SST-2 by default.",

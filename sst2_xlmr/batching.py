@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +25,9 @@ BATCHES_PER_GROUP = 100
 
 @dataclass
 class TokenCache:
-    """The ids of a file, on disk; the operating system pages in what is read.
+    """The ids of a file's rows; mapped from disk, so the operating system pages in what is read.
 
     Attributes:
-        folder: where it lies.
         ids: int32 [tokens], all rows one after another, `<s>` and `</s>` included.
         offsets: int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]].
         labels: int32 [rows].
@@ -36,12 +36,11 @@ class TokenCache:
         renumbering: int32 [vocabulary], what `collate` turns ids into (see compact_vocab); None for no change.
     """
 
-    folder: Path
     ids: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
-    truncated: int
-    digest: str
+    truncated: int = 0
+    digest: str = ""
     renumbering: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -89,7 +88,8 @@ def tokenize_file(path: Path, tokenizer_file: Path, config: Config, cache_dir: P
             shutil.rmtree(beside)
     except OSError as error:
         raise UserError(
-            f"cannot write the token cache in {cache_dir}: {error.strerror}; set SST2_XLMR_CACHE to a folder that can be written"
+            f"cannot write the token cache in {cache_dir}: {error.strerror};"
+            " set SST2_XLMR_CACHE to a folder that can be written"
         ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -125,7 +125,7 @@ def _open_cache(folder: Path, digest: str) -> TokenCache:
         arrays[name] = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
         if len(arrays[name]) != count:
             raise ValueError(f"{folder / name}.bin is damaged")
-    return TokenCache(folder, arrays["ids"], arrays["offsets"], arrays["labels"], facts["truncated"], digest)
+    return TokenCache(arrays["ids"], arrays["offsets"], arrays["labels"], facts["truncated"], digest)
 
 
 class Batch(NamedTuple):

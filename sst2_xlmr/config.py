@@ -101,7 +101,7 @@ class Config:
     data_dir: str | None = option(
         None,
         "data",
-        "folder with train and dev (and test) as .tsv, .csv or .jsonl; without it and without --train-file, SST-2 is downloaded once",
+        "folder with train and dev (and test) as .tsv, .csv or .jsonl; without any file, SST-2 is downloaded",
         metavar="DIR",
         changeable=True,
     )
@@ -124,7 +124,7 @@ class Config:
     label_names: list[str] = option(
         ["negative", "positive"],
         "data",
-        "names of the classes, separated by commas, in the order of the numbers 0, 1, ...; a file may use names or numbers",
+        "names of the classes 0, 1, ..., separated by commas; the label column may hold names or numbers",
         kind=label_list,
         metavar="A,B,...",
         check=_check_label_names,

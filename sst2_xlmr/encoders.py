@@ -48,6 +48,7 @@ class Encoder:
         name: as the user gave it.
         shape: its sizes.
         weights_file, tokenizer_file: where they lie.
+        max_length: longest input in tokens that it was made for, at most shape.positions - 2.
         label_names: the classes of the classification head that the folder also holds; None if it holds none.
     """
 
@@ -56,6 +57,7 @@ class Encoder:
     weights_file: Path
     tokenizer_file: Path
     label_names: list[str] | None = None
+    max_length: int = 512
 
 
 def find_encoder(name: str, quiet: bool = False) -> Encoder:
@@ -69,7 +71,7 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         return Encoder(name, BUNDLE_SHAPES[name], weights_file, tokenizer_file)
     folder = Path(name)
     if not folder.is_dir():
-        raise UserError(f"--encoder {name} is neither {' nor '.join(BUNDLE_SHAPES)} nor a folder")
+        raise UserError(f"encoder or model {name}: neither {' nor '.join(BUNDLE_SHAPES)} nor a folder that is there")
     settings = _read_settings(folder / "config.json")
     for file in ("model.safetensors", "pytorch_model.bin"):
         if (folder / file).is_file():
@@ -80,9 +82,12 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         raise UserError(f"{folder} has no {TOKENIZER_NAME}; copy it from the model that this one was trained from")
     labels = settings.get("id2label") if "SequenceClassification" in str(settings.get("architectures")) else None
     label_names = [labels[str(i)] for i in range(len(labels))] if labels else None
-    return Encoder(
-        name, _shape_of(settings, folder / "config.json"), folder / file, folder / TOKENIZER_NAME, label_names
-    )
+    shape = _shape_of(settings, folder / "config.json")
+    longest = shape.positions - 2
+    if (folder / "tokenizer_config.json").is_file():
+        stated = _read_settings(folder / "tokenizer_config.json").get("model_max_length")
+        longest = min(longest, stated) if isinstance(stated, int) and stated > 2 else longest
+    return Encoder(name, shape, folder / file, folder / TOKENIZER_NAME, label_names, longest)
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{file.parent} has no config.json; --encoder takes a model's folder in Hugging Face layout"
+            f"{file.parent} has no {file.name}; a model's folder in Hugging Face layout is needed"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
@@ -117,7 +122,7 @@ def _shape_of(settings: dict[str, Any], file: Path) -> EncoderShape:
         "ffn": "intermediate_size",
         "positions": "max_position_embeddings",
     }
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for field, key in keys.items():
         sizes[field] = settings.get(key)
         if not isinstance(sizes[field], int) or isinstance(sizes[field], bool) or sizes[field] < 1:

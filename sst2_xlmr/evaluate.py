@@ -14,7 +14,7 @@ from sst2_xlmr.model import Classifier
 
 
 def macro_f1(confusion: torch.Tensor) -> float:
-    """Return the mean over classes of F1 = 2 TP / (2 TP + FP + FN); a class that never occurs counts 0, as in scikit-learn.
+    """Return the mean over classes of F1 = 2 TP / (2 TP + FP + FN); a class that never occurs counts 0 (scikit-learn).
 
     Args:
         confusion: int64 [labels, predictions].
@@ -22,6 +22,27 @@ def macro_f1(confusion: torch.Tensor) -> float:
     hits = confusion.diagonal().double()
     denominator = confusion.sum(0) + confusion.sum(1)
     return float((2 * hits / denominator.clamp(min=1)).mean())
+
+
+@torch.no_grad()
+def predict(model: Classifier, ids: list[list[int]], batch_size: int, device: torch.device) -> torch.Tensor:
+    """Return fp32 [texts, labels] on the CPU: every label's probability, in the order of `ids`.
+
+    Args:
+        model: in evaluation mode, with the whole vocabulary.
+        ids: per text, as the tokenizer gives them.
+        batch_size: texts per forward pass; texts of like length go together.
+    """
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
+    labels = np.zeros(len(ids), np.int32)
+    rows = TokenCache(np.concatenate(ids).astype(np.int32), offsets, labels)
+    probabilities = torch.empty(len(ids), model.head.out_proj.out_features)
+    by_length = np.argsort(rows.lengths(), kind="stable")
+    for start in range(0, len(ids), batch_size):
+        batch = collate(rows, by_length[start : start + batch_size]).to(device)
+        logits = model(batch.tokens, batch.padded).float()
+        probabilities[torch.from_numpy(by_length[start : start + batch_size])] = logits.softmax(-1).cpu()
+    return probabilities
 
 
 @torch.no_grad()

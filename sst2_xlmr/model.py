@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,9 @@ from torch import nn
 from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, RobertaModel
 
 from sst2_xlmr.compact_vocab import TABLE_NAME
-from sst2_xlmr.config import Config
-from sst2_xlmr.encoders import Encoder, EncoderShape, check_fit, load_tensors
-from sst2_xlmr.tokenizer import PAD_ID
+from sst2_xlmr.config import Config, UserError
+from sst2_xlmr.encoders import Encoder, EncoderShape, check_fit, find_encoder, load_tensors
+from sst2_xlmr.tokenizer import PAD_ID, Tokenizer, load_tokenizer
 
 
 class Classifier(RobertaModel):
@@ -105,6 +107,23 @@ def _layer(
     mixed = mixed.transpose(1, 2).reshape(batch, -1, heads * size)
     hidden = layer.norm1(queries + layer.dropout1(attention.out_proj(mixed)))
     return layer.norm2(hidden + layer.dropout2(layer.linear2(F.gelu(layer.linear1(hidden)))))
+
+
+def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Classifier, Tokenizer, list[str]]:
+    """Load a trained model's folder for prediction.
+
+    Returns:
+        The classifier in evaluation mode, its tokenizer, and the names of its labels.
+
+    Raises:
+        UserError: if the folder is incomplete, or holds an encoder without classification head.
+    """
+    encoder = find_encoder(str(folder))
+    if encoder.label_names is None:
+        raise UserError(f"{folder} has no classification head; give a model folder that train.py wrote")
+    model, _ = build_classifier(encoder, Config(label_names=encoder.label_names), None)
+    model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
+    return model, load_tokenizer(encoder.tokenizer_file, encoder.max_length), encoder.label_names
 
 
 def build_classifier(encoder: Encoder, config: Config, kept_ids: np.ndarray | None) -> tuple[Classifier, bool]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Callable, Iterator
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -144,9 +145,9 @@ class AdamW:
             trained = parameter.requires_grad
             # Biases and LayerNorm, the only vectors, are not decayed: the convention since BERT.
             decay = weight_decay if parameter.dim() > 1 else 0.0
-            moments = [torch.zeros_like(master) if trained else None for _ in range(2)]
             scale = lr_scale(name, layers, layerwise_lr_decay)
-            self.slots.append(Slot(name, parameter, master, *moments, decay, scale))
+            first, second = (torch.zeros_like(master) if trained else None for _ in range(2))
+            self.slots.append(Slot(name, parameter, master, first, second, decay, scale))
         device = self.slots[0].master.device
         self.is_compiled = compile_step and _can_compile(device)
         self._update: Callable[..., None] = _update

@@ -124,9 +124,11 @@ def fetch_bundle(name: str, *, quiet: bool = False) -> tuple[Path, Path]:
     folder = cache_dir() / "encoders" / name
     urls = BUNDLE_URLS[name]
     weights, model = (download(mirrored(url), folder / Path(url).name, quiet=quiet) for url in urls)
-    # Login pages and proxies answer with HTML and status 200.
+    # Login pages and proxies answer with HTML and status 200; torch.save writes a zip, or once wrote a pickle.
+    with weights.open("rb") as file:
+        is_weights = file.read(2) == b"\x80\x02" or zipfile.is_zipfile(weights)
     is_page = model.read_bytes()[:256].lstrip().lower().startswith((b"<html", b"<!doctype"))
-    for path, bad in ((weights, not zipfile.is_zipfile(weights)), (model, is_page)):
+    for path, bad in ((weights, not is_weights), (model, is_page)):
         if bad:
             path.unlink(missing_ok=True)
             _record_path(path).unlink(missing_ok=True)
@@ -193,9 +195,9 @@ def _extract(archive: Path, folder: Path) -> None:
             for name in SST2_FILES:
                 (part / name).write_bytes(zipped.read(f"SST-2/{name}"))
                 _write_record(part / name, SST2_URL)
-            if not _is_extracted(folder):
+            if folder.exists() and not _is_extracted(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                part.rename(folder)
+            part.rename(folder)
     except (KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         archive.unlink(missing_ok=True)
         _record_path(archive).unlink(missing_ok=True)

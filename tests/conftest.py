@@ -1,0 +1,135 @@
+"""A tiny encoder with random weights, made on the spot, and ways to run the command line on it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from sst2_xlmr.config import exit_on_user_error
+from sst2_xlmr.encoders import EncoderShape
+from sst2_xlmr.export import export_hugging_face
+from sst2_xlmr.model import Classifier
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE_DATA = ROOT / "sample_data"
+SMALL_ENCODER = Path(os.environ.get("SST2_XLMR_SMALL_ENCODER", ROOT / "models" / "small"))
+SST2 = Path(os.environ.get("SST2_XLMR_TEST_SST2", ROOT.parent / "shared" / "data" / "SST-2"))
+
+needs_small_encoder = pytest.mark.skipif(
+    not (SMALL_ENCODER / "model.safetensors").is_file(),
+    reason=f"{SMALL_ENCODER} is not there: python scripts/fetch_small_encoder.py models/small",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the user's cache out of the tests, and torch on two threads, as the subprocesses are."""
+    os.environ["SST2_XLMR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    torch.set_num_threads(2)
+
+
+def make_tokenizer(file: Path) -> int:
+    """Train a small SentencePiece model on the sample sentences; returns XLM-R's vocabulary size for it."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lines = (SAMPLE_DATA / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line.split("\t")[0] for line in lines),
+        model_writer=trained,
+        vocab_size=500,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    file.write_bytes(trained.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue()).GetPieceSize() + 2
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in Hugging Face layout: 3 layers, 32 wide, about 500 pieces, no classification head."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = folder / "tokenizer.model"
+    shape = EncoderShape(make_tokenizer(tokenizer), hidden=32, layers=3, heads=4, ffn=64, positions=66)
+    torch.manual_seed(1)
+    model = Classifier(shape, 2, 0.1, 0.1)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2)
+    target = folder / "tiny"
+    export_hugging_face(target, dict(model.named_parameters()), shape, ["a", "b"], 64, tokenizer)
+    settings = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    settings["architectures"] = ["XLMRobertaModel"]
+    (target / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return target
+
+
+@pytest.fixture
+def small_data(tmp_path: Path) -> Path:
+    """A data folder: 50 training rows, 20 dev rows."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, rows in (("train", 50), ("dev", 20)):
+        lines = (SAMPLE_DATA / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
+        (folder / f"{split}.tsv").write_text("\n".join(lines[: rows + 1]) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run_train(tiny_encoder: Path, small_data: Path) -> Callable[..., Path]:
+    """Run `train.py` in this process on the tiny encoder: run_train(folder, "--epochs", 1, ...) -> folder."""
+
+    def run(folder: Path, *options: Any) -> Path:
+        train.main(train_options(tiny_encoder, small_data, folder, *options))
+        return folder
+
+    return run
+
+
+def train_options(encoder: Path, data: Path, folder: Path, *options: Any) -> list[str]:
+    """Return a quick run's command line; later options win."""
+    fixed = ["--encoder", encoder, "--data-dir", data, "--output-dir", folder, "--device", "cpu", "--no-compile"]
+    fixed += ["--max-length", 64, "--batch-size", 8, "--lr", 1e-3, "--log-every", 1, "--precision", "fp32"]
+    return [str(option) for option in [*fixed, *options]]
+
+
+def torchrun(processes: int, options: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run `train.py` under torchrun, with one thread a process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--nnodes=1"]
+    launcher += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+
+
+def user_error(main: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run `main`, which must end with status 2 and one line on stderr; returns that line."""
+    with pytest.raises(SystemExit) as stop:
+        exit_on_user_error(main)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert printed.err.startswith("error: "), printed.err
+    assert printed.err.count("\n") == 1, printed.err
+    return printed.err
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    """Return the training losses of a run, line by line."""
+    return [line["loss"] for line in metrics(folder) if "split" not in line]

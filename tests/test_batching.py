@@ -1,0 +1,150 @@
+"""Token cache, global batches, position."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SAMPLE_DATA
+
+from sst2_xlmr import batching
+from sst2_xlmr.batching import GlobalBatchSampler, TokenCache, build_loader, rows_in_training_order, tokenize_file
+from sst2_xlmr.config import Config, UserError
+from sst2_xlmr.data import read_rows
+from sst2_xlmr.tokenizer import load_tokenizer
+
+LENGTHS = np.random.RandomState(0).randint(3, 60, 1003)
+
+
+@pytest.fixture
+def cache(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
+    tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
+    return tokenize_file(SAMPLE_DATA / "train.tsv", tokenizer_file, Config(max_length=20), tmp_path / "cache")
+
+
+def test_cache_equals_tokenizing_afresh(cache: TokenCache, tiny_encoder: Path) -> None:
+    config = Config(max_length=20)
+    tokenizer = load_tokenizer(tiny_encoder / "sentencepiece.bpe.model", 20)
+    rows = list(read_rows(SAMPLE_DATA / "train.tsv", "sentence", "label", config.label_names))
+    assert len(cache) == len(rows)
+    for row, (text, label) in enumerate(rows):
+        assert cache.ids[cache.offsets[row] : cache.offsets[row + 1]].tolist() == tokenizer([text])[0]
+        assert cache.labels[row] == label
+    assert cache.truncated == sum(tokenizer.is_longer(text) for text, _ in rows) > 0
+
+
+def test_second_start_does_not_tokenize(
+    cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "_write_cache", lambda *_: pytest.fail("tokenized again"))
+    again = tokenize_file(
+        SAMPLE_DATA / "train.tsv", tiny_encoder / "sentencepiece.bpe.model", Config(max_length=20), tmp_path / "cache"
+    )
+    np.testing.assert_array_equal(again.ids, cache.ids)
+
+
+@pytest.mark.parametrize("change", ["content", "length", "labels"])
+def test_whatever_changes_the_ids_makes_a_new_cache(tiny_encoder: Path, tmp_path: Path, change: str) -> None:
+    file, tokenizer_file = tmp_path / "train.tsv", tiny_encoder / "sentencepiece.bpe.model"
+    file.write_text("sentence\tlabel\na fine film about nothing at all\t1\n")
+    config = Config(max_length=20)
+    before = tokenize_file(file, tokenizer_file, config, tmp_path / "cache")
+    if change == "content":
+        file.write_text("sentence\tlabel\na poor film about nothing at all\t1\n")
+    elif change == "length":
+        config = dataclasses.replace(config, max_length=4)
+    else:
+        config = dataclasses.replace(config, label_names=["1", "0"])
+    after = tokenize_file(file, tokenizer_file, config, tmp_path / "cache")
+    assert (before.ids.tolist(), before.labels.tolist()) != (after.ids.tolist(), after.labels.tolist())
+
+
+def test_damaged_cache_is_made_anew(cache: TokenCache, tiny_encoder: Path, tmp_path: Path) -> None:
+    expected = cache.ids.tolist()
+    [folder] = (tmp_path / "cache").iterdir()
+    with (folder / "ids.bin").open("r+b") as file:
+        file.truncate(100)
+    again = tokenize_file(
+        SAMPLE_DATA / "train.tsv", tiny_encoder / "sentencepiece.bpe.model", Config(max_length=20), tmp_path / "cache"
+    )
+    assert again.ids.tolist() == expected
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+def test_a_bad_row_leaves_no_cache(tiny_encoder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "train.tsv"
+    file.write_text("sentence\tlabel\nfine\t1\nbad\t7\n")
+    with pytest.raises(UserError, match="line 3"):
+        tokenize_file(file, tiny_encoder / "sentencepiece.bpe.model", Config(), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tiny_encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="SST2_XLMR_CACHE"):
+        tokenize_file(
+            SAMPLE_DATA / "dev.tsv", tiny_encoder / "sentencepiece.bpe.model", Config(), tmp_path / "file" / "cache"
+        )
+
+
+def test_every_row_once_an_epoch_and_one_smaller_batch() -> None:
+    batches = rows_in_training_order(LENGTHS, 8, seed=3, epoch=0)
+    assert sorted(np.concatenate(batches)) == list(range(1003))
+    assert sorted(len(batch) for batch in batches) == [3] + [8] * 125
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return np.concatenate(rows_in_training_order(LENGTHS, 8, seed, epoch)).tolist()
+
+    assert order(3, 1) == order(3, 1)
+    assert order(3, 1) != order(3, 2)
+    assert order(3, 1) != order(4, 1)
+
+
+def test_batches_hold_rows_of_like_length() -> None:
+    batches = rows_in_training_order(LENGTHS, 8, seed=0, epoch=0)
+    padded = sum(len(batch) * LENGTHS[batch].max() for batch in batches)
+    assert padded < 1.1 * LENGTHS.sum()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_share_every_global_batch(world_size: int) -> None:
+    expected = rows_in_training_order(LENGTHS, 8, seed=0, epoch=0)
+    ranks = [list(GlobalBatchSampler(LENGTHS, 8, 0, rank, world_size)) for rank in range(world_size)]
+    for number, batch in enumerate(expected):
+        shares = [rank[number] for rank in ranks]
+        real = [share.rows for share in shares if share.weight]
+        assert sorted(np.concatenate(real)) == sorted(batch)
+        assert all(len(share.rows) >= 1 and share.global_rows == len(batch) for share in shares)
+
+
+def test_position_is_epoch_and_batch() -> None:
+    sampler = GlobalBatchSampler(LENGTHS, 8, 0, 0, 1)
+    sampler.load_state_dict({"epoch": 2, "batch": 0})
+    whole = [share.rows.tolist() for share in sampler]
+    sampler.load_state_dict({"epoch": 2, "batch": 100})
+    assert [share.rows.tolist() for share in sampler] == whole[100:]
+    assert sampler.state_dict() == {"epoch": 2, "batch": 100}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_serves_the_sampler_without_touching_the_global_generator(cache: TokenCache, num_workers: int) -> None:
+    config = Config(batch_size=30, micro_batch_size=8, num_workers=num_workers)
+    sampler = GlobalBatchSampler(cache.lengths(), 30, 0, 1, 2)
+    sampler.load_state_dict({"epoch": 1, "batch": 5})
+    state = torch.get_rng_state()
+    shares = list(build_loader(cache, sampler, config, pin_memory=False))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(shares) == len(sampler) - 5
+    for share, rows in zip(shares, sampler):
+        assert [len(batch.labels) for batch in share.micro_batches][:1] == [min(8, len(rows.rows))]
+        assert share.accumulates == (rows.largest_share > 8)
+        labels = torch.cat([batch.labels for batch in share.micro_batches])
+        assert labels.tolist() == cache.labels[rows.rows].tolist()
+        for batch in share.micro_batches:
+            assert batch.padded == bool((batch.tokens == 1).any())
+            assert batch.real_tokens == int((batch.tokens != 1).sum())

@@ -1,0 +1,189 @@
+"""Pretrained weights: names, folds, and what is said of those that do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sst2_xlmr import sources
+from sst2_xlmr.config import Config, UserError
+from sst2_xlmr.encoders import (
+    BUNDLE_SHAPES,
+    EncoderShape,
+    find_encoder,
+    from_hugging_face,
+    load_tensors,
+    to_hugging_face,
+)
+from sst2_xlmr.model import Classifier, build_classifier
+
+SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
+
+
+@pytest.fixture
+def folder(tiny_encoder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
+
+
+def change_settings(folder: Path, **changes: Any) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **changes}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_names_there_and_back() -> None:
+    tensors = dict(Classifier(SHAPE, 3, 0.1, 0.1).named_parameters())
+    back = from_hugging_face(to_hugging_face({name: tensor.detach() for name, tensor in tensors.items()}))
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("prefix", ["roberta.", ""])
+def test_files_with_and_without_prefix(folder: Path, file: str, prefix: str) -> None:
+    expected = load_tensors(find_encoder(str(folder)))
+    raw = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    renamed = {name.replace("roberta.", prefix): tensor.half() for name, tensor in raw.items()}
+    renamed["lm_head.bias"] = torch.zeros(5)
+    renamed["pooler.dense.weight"] = torch.zeros(5)
+    if file == "model.safetensors":
+        save_file(renamed, folder / file)
+    else:
+        torch.save(renamed, folder / file)
+    found = load_tensors(find_encoder(str(folder)))
+    assert found.keys() == expected.keys()
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    build_classifier(find_encoder(str(folder)), Config(), None)
+
+
+def test_token_type_is_folded_into_positions(folder: Path) -> None:
+    name = "encoder.transformer.positional_embedding.embedding.weight"
+    before = load_tensors(find_encoder(str(folder)))[name]
+    change_weights(folder, lambda t: t["roberta.embeddings.token_type_embeddings.weight"].fill_(0.5))
+    after = load_tensors(find_encoder(str(folder)))[name]
+    torch.testing.assert_close(after[2:], before[2:] + 0.5)
+    assert torch.equal(after[:2], before[:2])
+
+
+def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -> None:
+    """torchtext's own loading code, which knows the old names of its downloads, is the reference."""
+    old_names = {
+        "self_attn.in_proj_": "attention.input_projection.",
+        "self_attn.out_proj": "attention.output_projection",
+        "linear1": "residual_mlp.mlp.0",
+        "linear2": "residual_mlp.mlp.3",
+        "norm1": "attention_layer_norm",
+        "norm2": "final_layer_norm",
+    }
+    source = Classifier(SHAPE, 2, 0.0, 0.0)
+    old = {}
+    for name, tensor in source.encoder.state_dict(prefix="encoder.").items():
+        if ".layers.layers." in name:
+            name = name.replace(".layers.layers.", ".layers.")
+            for new, former in old_names.items():
+                name = name.replace(f".{new}", f".{former}")
+        old[name] = tensor
+    assert "encoder.transformer.layers.1.attention.input_projection.weight" in old
+    torch.save(old, tmp_path / "tiny.pt")
+    monkeypatch.setitem(BUNDLE_SHAPES, "xlmr.base", SHAPE)
+    tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
+    monkeypatch.setattr(sources, "fetch_bundle", lambda *_, **__: (tmp_path / "tiny.pt", tokenizer_file))
+    model, head_is_new = build_classifier(find_encoder("xlmr.base"), Config(), None)
+    assert head_is_new
+    reference = Classifier(SHAPE, 2, 0.0, 0.0)
+    missing = reference.load_state_dict(old, strict=False).missing_keys
+    assert all(name.startswith("head.") for name in missing)
+    for name, tensor in reference.encoder.state_dict().items():
+        assert torch.equal(model.encoder.state_dict()[name], tensor), name
+
+
+def test_own_head_is_kept_for_the_same_labels_only(folder: Path) -> None:
+    change_settings(folder, architectures=["XLMRobertaForSequenceClassification"])
+    own = load_file(folder / "model.safetensors")["classifier.dense.weight"]
+    same, is_new = build_classifier(find_encoder(str(folder)), Config(label_names=["a", "b"]), None)
+    assert not is_new
+    assert torch.equal(same.head.dense.weight, own)
+    other, is_new = build_classifier(find_encoder(str(folder)), Config(label_names=["b", "a"]), None)
+    assert is_new
+    assert not torch.equal(other.head.dense.weight, own)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_hidden_layers": 2}, "layers.layers.2.* is not in the configured model"),
+        ({"num_hidden_layers": 4}, "layers.layers.3.* is missing"),
+        ({"intermediate_size": 128}, r"linear1.weight has shape \[64, 32\], expected \[128, 32\]"),
+        ({"vocab_size": 7}, r"token_embedding.weight has shape \[\d+, 32\], expected \[7, 32\]"),
+        ({"model_type": "bert"}, "model_type is 'bert'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"num_attention_heads": 5}, "no multiple of num_attention_heads"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings is 'many'"),
+    ],
+)
+def test_what_does_not_fit_the_configuration_is_named(folder: Path, settings: dict[str, Any], says: str) -> None:
+    change_settings(folder, **settings)
+    with pytest.raises(UserError, match=says):
+        build_classifier(find_encoder(str(folder)), Config(), None)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("config.json", None, "has no config.json"),
+        ("config.json", b"{", "cannot read"),
+        ("config.json", b"[]", "JSON object"),
+        ("model.safetensors", None, "neither model.safetensors nor pytorch_model.bin"),
+        ("model.safetensors", b"", "cannot read weights"),
+        ("model.safetensors", b"\x00" * 1000, "cannot read weights"),
+        ("sentencepiece.bpe.model", None, "has no sentencepiece.bpe.model"),
+    ],
+)
+def test_incomplete_and_damaged_folders_are_named(folder: Path, file: str, content: bytes | None, says: str) -> None:
+    (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        load_tensors(find_encoder(str(folder)))
+
+
+@pytest.mark.parametrize("cut", [10, 1000, -10])
+def test_truncated_weights_are_named(folder: Path, cut: int) -> None:
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if file == "pytorch_model.bin":
+            torch.save(load_file(folder.parent / "whole.safetensors"), folder / file)
+        else:
+            shutil.copy(folder / file, folder.parent / "whole.safetensors")
+        (folder / file).write_bytes((folder / file).read_bytes()[:cut])
+        with pytest.raises(UserError, match=file):
+            load_tensors(find_encoder(str(folder)))
+        (folder / file).unlink()
+
+
+def test_pickles_with_code_are_not_run(folder: Path, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "was_run",))
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Trap()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="more than tensors"):
+        load_tensors(find_encoder(str(folder)))
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_what_is_no_encoder_is_named() -> None:
+    with pytest.raises(UserError, match="xlmr.huge: neither xlmr.base nor xlmr.large"):
+        find_encoder("xlmr.huge")

@@ -1,0 +1,59 @@
+"""Ids: XLM-R's numbering, cuts, and the scripted tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_ENCODER, needs_small_encoder
+
+from sst2_xlmr.config import UserError
+from sst2_xlmr.tokenizer import load_tokenizer
+
+
+@needs_small_encoder
+def test_known_answer() -> None:
+    tokenizer = load_tokenizer(SMALL_ENCODER / "sentencepiece.bpe.model", 256)
+    assert tokenizer(["Hello World!"]) == [[0, 35378, 6661, 38, 2]]
+    # As published in fairseq's examples/xlmr/README.md.
+    published = {
+        "Hello world!": [0, 35378, 8999, 38, 2],
+        "你好，世界": [0, 6, 124084, 4, 3221, 2],  # noqa: RUF001
+        "नमस्ते दुनिया": [0, 68700, 97883, 29405, 2],
+        "مرحبا بالعالم": [0, 665, 193478, 258, 1705, 77796, 2],
+        "Bonjour le monde": [0, 84602, 95, 11146, 2],
+    }
+    assert tokenizer(list(published)) == list(published.values())
+
+
+def test_unknown_characters_become_unk(tiny_encoder: Path) -> None:
+    ids = load_tokenizer(tiny_encoder / "sentencepiece.bpe.model", 64)(["a 汉"])[0]
+    assert ids[0] == 0
+    assert ids[-2:] == [3, 2]
+
+
+def test_long_texts_are_cut_and_keep_their_end(tiny_encoder: Path) -> None:
+    file = tiny_encoder / "sentencepiece.bpe.model"
+    text = "a long story about a film " * 20
+    whole = load_tokenizer(file, 10_000)([text])[0]
+    short = load_tokenizer(file, 12)
+    assert short([text]) == [[*whole[:11], 2]]
+    assert short.is_longer(text)
+    exact = load_tokenizer(file, len(whole))
+    assert exact([text]) == [whole]
+    assert not exact.is_longer(text)
+
+
+def test_scripted_tokenizer_gives_the_same_ids(tiny_encoder: Path) -> None:
+    tokenizer = load_tokenizer(tiny_encoder / "sentencepiece.bpe.model", 16)
+    texts = ["A fine film.", "", "  spaces   between  ", "Café 汉 \U0001f600", "word " * 50]
+    assert torch.jit.script(tokenizer)(texts) == tokenizer(texts)
+
+
+def test_what_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(tmp_path / "x.model", 64)
+    (tmp_path / "x.model").write_text("<html>not found</html>")
+    with pytest.raises(UserError, match="x.model is not a SentencePiece model"):
+        load_tokenizer(tmp_path / "x.model", 64)
