@@ -97,6 +97,11 @@ def open_run_folder(config: Config, resume: bool, world: World) -> Path:
     return folder
 
 
+def has_stopped_improving(config: Config, progress: Progress) -> bool:
+    """Whether the last evaluations were so many without a better one that training ends."""
+    return 0 < config.early_stopping_patience <= progress.stale_evaluations
+
+
 def forward_and_backward(
     model: torch.nn.Module, share: RankShare, optimizer: AdamW, config: Config, world: World, bf16: bool
 ) -> torch.Tensor:
@@ -187,7 +192,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     # 4. The loop.
     window = torch.tensor(progress.window if world.is_main else [0.0] * 3, dtype=torch.float64, device=world.device)
     window_start = time.monotonic()
-    stopped_early = False
+    stopped_early = has_stopped_improving(config, progress)
     model.train()
     while progress.step < total_steps and not stopped_early:
         sampler.load_state_dict({"epoch": progress.epoch, "batch": progress.batch})
@@ -236,8 +241,7 @@ def train(config: Config, resume: bool, world: World) -> None:
                 if is_best:
                     progress.best_accuracy, progress.best_step = metrics["accuracy"], progress.step
                     export(run_folder / "best", optimizer, encoder, vocabulary, config, world)
-                patience = config.early_stopping_patience
-                stopped_early = 0 < patience <= progress.stale_evaluations
+                stopped_early = has_stopped_improving(config, progress)
             if (
                 ends_epoch
                 or ends_run
@@ -303,7 +307,9 @@ def describe(
     rows = ", ".join(f"{split} {len(cache):,}" for split, cache in caches.items())
     truncated = sum(cache.truncated for cache in caches.values())
     device: Any = world.device.type
-    device = torch.cuda.get_device_name(world.device) if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name(world.device) if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    )
     micro = f", at most {config.micro_batch_size} a pass" if config.micro_batch_size else ""
     length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epochs"
     return [

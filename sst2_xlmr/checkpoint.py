@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sst2_xlmr.batching import file_digest
 from sst2_xlmr.compact_vocab import TABLE_NAME
 from sst2_xlmr.config import Config, UserError
 from sst2_xlmr.distributed import World, gather_objects
-from sst2_xlmr.export import sync_files, sync_folder
+from sst2_xlmr.export import sync_files, sync_folder, write_tensors
 from sst2_xlmr.optim import AdamW
 
 
@@ -79,12 +79,6 @@ def save_checkpoint(
             raise UserError(
                 f"cannot write the checkpoint {target}: {error.strerror or error}; make room and continue with --resume"
             ) from None
-        except Exception as error:
-            if "SafetensorError" not in type(error).__name__:
-                raise
-            raise UserError(
-                f"cannot write the checkpoint {target}: {error}; make room and continue with --resume"
-            ) from None
 
 
 def _write(
@@ -105,7 +99,7 @@ def _write(
         ("vocabulary", {"kept_ids": kept_ids}),
         ("random", random),
     ):
-        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, beside / f"{name}.safetensors")
+        write_tensors(tensors, beside / f"{name}.safetensors")
     for name, content in (("progress", progress), ("config", config)):
         text = json.dumps(dataclasses.asdict(content), indent=2, ensure_ascii=False)
         (beside / f"{name}.json").write_text(text + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,13 +109,25 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+# torch 2.3.1 deadlocks if a gloo group is destroyed while its worker thread, which then needs the GIL, frees a tensor
+# that Python has let go of. What the last exchange used is therefore held until the next one, or the end.
+_held: list[Any] = []
+
+
 def gather_objects(world: World, item: Any) -> list[Any]:
     """Return every rank's `item`, in the order of the ranks."""
     if world.world_size == 1:
         return [item]
-    items: list[Any] = [None] * world.world_size
-    dist.all_gather_object(items, item, group=world.control)
-    return items
+    content = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
+    size = torch.tensor([len(content)])
+    sizes = [torch.zeros_like(size) for _ in range(world.world_size)]
+    dist.all_gather(sizes, size, group=world.control)
+    padded = torch.zeros(int(torch.stack(sizes).max()), dtype=torch.uint8)
+    padded[: len(content)] = content
+    contents = [torch.zeros_like(padded) for _ in range(world.world_size)]
+    dist.all_gather(contents, padded, group=world.control)
+    _held[:] = [size, sizes, padded, contents]
+    return [pickle.loads(content.numpy().tobytes()) for content in contents]
 
 
 def from_main(world: World, item: Any) -> Any:

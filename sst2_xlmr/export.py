@@ -8,10 +8,26 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sst2_xlmr.config import UserError
 from sst2_xlmr.encoders import TOKENIZER_NAME, EncoderShape, to_hugging_face
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write a safetensors file with the permissions of any new file; safetensors makes it readable by its owner only.
+
+    Raises:
+        OSError: if it cannot be written, with the reason in its text.
+    """
+    file.touch()
+    mode = file.stat().st_mode
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    file.chmod(mode)
 
 
 def sync_folder(folder: Path) -> None:
@@ -90,8 +106,7 @@ def export_hugging_face(
         for name, content in (("config.json", settings), ("tokenizer_config.json", tokenizer)):
             (beside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         shutil.copyfile(tokenizer_file, beside / TOKENIZER_NAME)
-        tensors = {name: tensor.cpu() for name, tensor in to_hugging_face(masters).items()}
-        save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(to_hugging_face(masters), beside / "model.safetensors")
         sync_files(beside)
         replace_folder(beside, folder)
     except OSError as error:

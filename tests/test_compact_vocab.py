@@ -1,0 +1,45 @@
+"""The compact table: which rows, which numbers, and the same result as training the whole table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import losses
+from safetensors.torch import load_file
+
+from sst2_xlmr.compact_vocab import expand_table, renumbering, used_ids
+
+
+def test_ids_that_occur_and_the_special_ones() -> None:
+    kept = used_ids([np.array([0, 9, 7, 2], np.int32), np.array([7, 30], np.int32)], 40)
+    assert kept.tolist() == [0, 1, 2, 3, 7, 9, 30]
+    rows = renumbering(kept, 40)
+    assert rows[[0, 1, 2, 3, 7, 9, 30]].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert rows[8] == 3
+
+
+def test_expand_decays_what_was_not_trained() -> None:
+    table = torch.arange(12.0).view(6, 2)
+    expanded = expand_table(table, torch.tensor([0, 4]), torch.tensor([[-1.0, -1.0], [-2.0, -2.0]]), 0.5)
+    assert expanded.tolist() == [[-1, -1], [1, 1.5], [2, 2.5], [3, 3.5], [-2, -2], [5, 5.5]]
+
+
+def test_same_result_as_the_whole_table(run_train: Callable[..., Path], tmp_path: Path) -> None:
+    """Without clipping, whose norm is summed in another order, all is equal to the bit but the untouched rows."""
+    options = ("--epochs", 2, "--max-grad-norm", 0, "--weight-decay", 0.1)
+    compact = run_train(tmp_path / "compact", *options)
+    whole = run_train(tmp_path / "whole", *options, "--no-compact-vocab")
+    assert losses(compact) == losses(whole)
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (compact, whole))
+    for name, tensor in theirs.items():
+        if name == "roberta.embeddings.word_embeddings.weight":
+            saved = load_file(next((compact / "checkpoints").glob("step-*")) / "vocabulary.safetensors")
+            kept = saved["kept_ids"]
+            assert 4 < len(kept) < len(tensor)
+            assert torch.equal(ours[name][kept], tensor[kept])
+            torch.testing.assert_close(ours[name], tensor, atol=1e-7, rtol=1e-5)
+        else:
+            assert torch.equal(ours[name], tensor), name

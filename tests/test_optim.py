@@ -1,0 +1,152 @@
+"""AdamW against torch's, master weights, groups, schedule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sst2_xlmr import optim
+from sst2_xlmr.encoders import EncoderShape
+from sst2_xlmr.model import Classifier
+from sst2_xlmr.optim import AdamW, lr_factor, lr_scale
+
+SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
+
+
+def model() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(SHAPE, 2, 0.0, 0.0)
+
+
+def build(classifier: Classifier, bf16: bool = False, compile_step: bool = False, max_grad_norm: float = 0.0) -> AdamW:
+    return AdamW(
+        classifier,
+        layers=2,
+        weight_decay=0.1,
+        layerwise_lr_decay=1.0,
+        max_grad_norm=max_grad_norm,
+        bf16=bf16,
+        compile_step=compile_step,
+    )
+
+
+def set_gradients(classifier: Classifier, step: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in classifier.parameters():
+        gradient = torch.randn(parameter.shape, generator=generator) * scale
+        parameter.grad = gradient.to(parameter.dtype)
+
+
+@pytest.mark.parametrize("compile_step", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+def test_equals_torchs_adamw(compile_step: bool, max_grad_norm: float) -> None:
+    ours, theirs = model(), model()
+    optimizer = build(ours, compile_step=compile_step, max_grad_norm=max_grad_norm)
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in theirs.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6)
+    for step in range(20):
+        lr = 0.01 * (step + 1) / 20
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        norm = optimizer.step(lr, accumulated=False)
+        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_grad_norm or math.inf)
+        for group in reference.param_groups:
+            group["lr"] = lr
+        reference.step()
+        torch.testing.assert_close(norm, expected)
+    for mine, other in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_copies_follow_fp32_masters() -> None:
+    """Steps far below bf16's resolution add up in the masters and reach the working copies."""
+    classifier = model()
+    optimizer = build(classifier, bf16=True)
+    start = {slot.name: slot.master.clone() for slot in optimizer.slots}
+    for _ in range(100):
+        for parameter in classifier.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(1e-4, accumulated=False)
+    for slot in optimizer.slots:
+        assert slot.working.dtype == torch.bfloat16
+        assert torch.equal(slot.working, slot.master.bfloat16())
+        decay = (1 - 1e-4 * slot.weight_decay) ** 100
+        torch.testing.assert_close(slot.master, start[slot.name] * decay - 0.01, atol=1e-4, rtol=0)
+
+
+def test_micro_batches_add_up_in_fp32() -> None:
+    """1 + 512 * 2^-9 is 2 in fp32; in bf16 every single addition would be lost."""
+    classifier = model()
+    optimizer = build(classifier, bf16=True)
+    for number in range(513):
+        for parameter in classifier.parameters():
+            parameter.grad = torch.full_like(parameter, 2.0**-9 if number else 1.0)
+        optimizer.accumulate()
+    count = sum(parameter.numel() for parameter in classifier.parameters())
+    norm = optimizer.step(1e-4, accumulated=True)
+    torch.testing.assert_close(norm, torch.tensor(2.0 * math.sqrt(count)))
+    assert all(not slot.accumulator.any() for slot in optimizer.slots if slot.accumulator is not None)
+
+
+def test_without_a_compiler_it_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(optim.torch, "compile", no_compiler)
+    classifier = model()
+    optimizer = build(classifier, compile_step=True)
+    assert not optimizer.is_compiled
+    set_gradients(classifier, 0)
+    optimizer.step(0.1, accumulated=False)
+
+
+def test_decay_of_rows_without_gradient_is_kept() -> None:
+    classifier = model()
+    optimizer = build(classifier)
+    table = classifier.encoder.transformer.token_embedding.weight
+    before = table.detach().clone()
+    for step in range(5):
+        set_gradients(classifier, step)
+        assert table.grad is not None
+        table.grad[10] = 0
+        optimizer.step(0.1 * (step + 1), accumulated=False)
+    expected = math.prod(1 - 0.1 * (step + 1) * 0.1 for step in range(5))
+    assert optimizer.table_decay == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(table[10], before[10] * optimizer.table_decay)
+
+
+def test_layerwise_rates() -> None:
+    scales = {name: lr_scale(name, 2, 0.5) for name, _ in model().named_parameters()}
+    assert scales["head.dense.weight"] == 1.0
+    assert scales["encoder.transformer.layers.layers.1.linear1.bias"] == 0.5
+    assert scales["encoder.transformer.layers.layers.0.self_attn.in_proj_weight"] == 0.25
+    assert scales["encoder.transformer.token_embedding.weight"] == 0.125
+    assert scales["encoder.transformer.positional_embedding.embedding.weight"] == 0.125
+    assert scales["encoder.transformer.embedding_layer_norm.weight"] == 0.125
+
+
+def test_only_matrices_decay() -> None:
+    for slot in build(model()).slots:
+        assert (slot.weight_decay > 0) == (slot.name.endswith("weight") and "norm" not in slot.name)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("constant", [0.5] + [1.0] * 9),
+        ("cosine", [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]),
+    ],
+)
+def test_schedule(schedule: str, expected: list[float]) -> None:
+    assert [lr_factor(step, 10, 0.2, schedule) for step in range(10)] == pytest.approx(expected)
+
+
+def test_schedule_without_and_with_only_warmup() -> None:
+    assert [lr_factor(step, 4, 0.0, "linear") for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [lr_factor(step, 4, 1.0, "linear") for step in range(4)] == [0.25, 0.5, 0.75, 1.0]

@@ -1,0 +1,235 @@
+"""The real command line: what a run leaves, exact resume, independence of the number of processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SAMPLE_DATA, losses, metrics, torchrun, train_options
+from safetensors.torch import load_file
+
+import train
+
+RunTrain = Callable[..., Path]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same_weights(ours: Path, theirs: Path, atol: float) -> None:
+    expected = weights(theirs)
+    for name, tensor in weights(ours).items():
+        torch.testing.assert_close(tensor, expected[name], atol=atol, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_run_folder(run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test_files = [SAMPLE_DATA / "test.de.tsv", SAMPLE_DATA / "test.ru.tsv"]
+    run = run_train(tmp_path / "run", "--epochs", 2, "--eval-every", 5, "--test-file", *test_files)
+    names = {entry.name for entry in run.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "best", "model"}
+    assert json.loads((run / "config.json").read_text())["batch_size"] == 8
+    lines = metrics(run)
+    training = [line for line in lines if "split" not in line]
+    assert [line["step"] for line in training] == list(range(1, 15))
+    assert set(training[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s"}
+    evaluations = [(line["step"], line["split"], line["rows"]) for line in lines if "split" in line]
+    assert evaluations == [
+        *((step, "dev", 20) for step in (5, 7, 10, 14)),
+        (14, "test.de", 40),
+        (14, "test.ru", 40),
+    ]
+    assert set(lines[-1]) == {"step", "split", "loss", "accuracy", "macro_f1", "rows"}
+    for folder in ("best", "model"):
+        assert {entry.name for entry in (run / folder).iterdir()} == {
+            "config.json",
+            "model.safetensors",
+            "sentencepiece.bpe.model",
+            "tokenizer_config.json",
+        }
+    assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == ["step-00000007", "step-00000014"]
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "dev: accuracy" in printed.out
+    assert str(run / "model") in printed.out.splitlines()[-1]
+
+
+def test_same_seed_same_bits_other_seed_other_run(run_train: RunTrain, tmp_path: Path) -> None:
+    first, second, other = (
+        run_train(tmp_path / name, "--epochs", 1, "--seed", seed) for name, seed in (("a", 5), ("b", 5), ("c", 6))
+    )
+    assert losses(first) == losses(second)
+    assert_same_weights(first, second, 0.0)
+    assert losses(first) != losses(other)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stop", [4, 7, 10])
+def test_resumed_equals_uninterrupted(run_train: RunTrain, tmp_path: Path, stop: int, precision: str) -> None:
+    """In the middle of an epoch, at its end, and after it; with dropout, and between two lines of metrics."""
+    options = ["--epochs", 2, "--precision", precision, "--log-every", 3, "--micro-batch-size", 3]
+    options += ["--save-every", 1, "--keep-checkpoints", 100, "--eval-every", 4]
+    whole = run_train(tmp_path / "whole", *options)
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    for checkpoint in (broken / "checkpoints").iterdir():
+        if int(checkpoint.name.split("-")[1]) > stop:
+            shutil.rmtree(checkpoint)
+    for folder in ("best", "model"):
+        shutil.rmtree(broken / folder)
+    train.main(["--resume", "--output-dir", str(broken)])
+    assert_same_weights(broken, whole, 0.0)
+    speeds = ("samples_per_s", "tokens_per_s")
+    expected = [{k: v for k, v in line.items() if k not in speeds} for line in metrics(whole)]
+    assert [{k: v for k, v in line.items() if k not in speeds} for line in metrics(broken)] == expected
+    final = "step-00000014"
+    for file in ("model", "optimizer", "random", "vocabulary"):
+        ours, theirs = (load_file(run / "checkpoints" / final / f"{file}.safetensors") for run in (broken, whole))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_resume_of_a_finished_run_changes_nothing(run_train: RunTrain, tmp_path: Path) -> None:
+    run = run_train(tmp_path / "run", "--epochs", 1, "--test-file", SAMPLE_DATA / "test.de.tsv")
+    before, lines = weights(run), metrics(run)
+    train.main(["--resume", "--output-dir", str(run)])
+    assert metrics(run) == lines
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run).items())
+
+
+def test_resume_without_checkpoint_begins_at_the_beginning(
+    run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_train(tmp_path / "run", "--epochs", 1)
+    expected = losses(run)
+    shutil.rmtree(run / "checkpoints")
+    train.main(["--resume", "--output-dir", str(run)])
+    assert "from the beginning" in capsys.readouterr().out
+    assert losses(run) == expected
+
+
+def test_resume_from_a_damaged_checkpoint_uses_the_one_before(
+    run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_train(tmp_path / "run", "--epochs", 2)
+    expected = weights(run)
+    with (run / "checkpoints" / "step-00000014" / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    train.main(["--resume", "--output-dir", str(run)])
+    printed = capsys.readouterr().out
+    assert "step-00000014 is damaged (model.safetensors has 1000 bytes" in printed
+    assert "step-00000007" in printed
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run).items())
+
+
+def test_saved_config_runs_again(run_train: RunTrain, tmp_path: Path) -> None:
+    first = run_train(tmp_path / "first", "--epochs", 1, "--lr", 3e-4)
+    train.main(["--config", str(first / "config.json"), "--output-dir", str(tmp_path / "second")])
+    assert losses(tmp_path / "second") == losses(first)
+    train.main(["--config", str(first / "config.json"), "--output-dir", str(tmp_path / "third"), "--seed", "9"])
+    assert losses(tmp_path / "third") != losses(first)
+
+
+def test_micro_batches_change_nothing(run_train: RunTrain, tmp_path: Path) -> None:
+    options = ["--epochs", 2, "--dropout", 0, "--head-dropout", 0, "--label-smoothing", 0.1]
+    whole = run_train(tmp_path / "whole", *options)
+    for size in (1, 3, 8):
+        cut = run_train(tmp_path / f"cut{size}", *options, "--micro-batch-size", size)
+        assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
+        assert_same_weights(cut, whole, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [
+        (2, []),
+        (2, ["--batch-size", 30, "--micro-batch-size", 4]),
+        # 50 rows: the last batch has one row, so that one of the ranks has none; resumed by one process below.
+        (2, ["--batch-size", 7, "--save-every", 5]),
+        (3, ["--batch-size", 7, "--micro-batch-size", 1]),
+    ],
+)
+def test_processes_change_nothing(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, processes: int, options: list[object]
+) -> None:
+    """In fp32 without dropout, over 50 steps and more: every loss within 1e-5, all weights within 1e-5."""
+    options = ["--max-steps", 56, "--dropout", 0, "--head-dropout", 0, *options]
+    train.main(train_options(tiny_encoder, small_data, tmp_path / "one", *options))
+    done = torchrun(processes, train_options(tiny_encoder, small_data, tmp_path / "many", *options))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("encoder  ") == 1, "only rank 0 speaks"
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert len(losses(tmp_path / "many")) == 56
+    assert_same_weights(tmp_path / "many", tmp_path / "one", 1e-5)
+    ours, theirs = metrics(tmp_path / "many")[-1], metrics(tmp_path / "one")[-1]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert [ours[key] for key in ("accuracy", "rows")] == [theirs[key] for key in ("accuracy", "rows")]
+    if "--save-every" in options:
+        for run in ("one", "many"):
+            shutil.rmtree(tmp_path / run / "checkpoints" / "step-00000056")
+            train.main(["--resume", "--output-dir", str(tmp_path / run)])
+        assert_same_weights(tmp_path / "many", tmp_path / "one", 1e-5)
+
+
+def test_two_processes_in_bf16_with_micro_batches(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+    options = ["--epochs", 2, "--dropout", 0, "--head-dropout", 0, "--precision", "bf16", "--micro-batch-size", 2]
+    train.main(train_options(tiny_encoder, small_data, tmp_path / "one", *options))
+    done = torchrun(2, train_options(tiny_encoder, small_data, tmp_path / "two", *options))
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=0.02)
+
+
+def test_errors_under_torchrun_are_said_once(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+    with (small_data / "train.tsv").open("a") as file:
+        file.write("no label here\n")
+    done = torchrun(2, train_options(tiny_encoder, small_data, tmp_path / "run"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "train.tsv, line 52: 1 columns" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_early_stopping(run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_train(tmp_path / "run", "--epochs", 50, "--lr", 1e-9, "--early-stopping-patience", 2)
+    assert [line["step"] for line in metrics(run) if "split" in line] == [7, 14, 21]
+    assert "stopped early" in capsys.readouterr().out
+    assert (run / "model" / "model.safetensors").is_file()
+    train.main(["--resume", "--output-dir", str(run)])
+    assert [line["step"] for line in metrics(run) if "split" in line] == [7, 14, 21]
+
+
+def test_frozen_encoder_stays_as_it_was(run_train: RunTrain, tiny_encoder: Path, tmp_path: Path) -> None:
+    run = run_train(tmp_path / "run", "--epochs", 2, "--freeze-encoder", "--precision", "bf16")
+    before = load_file(tiny_encoder / "model.safetensors")
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, before[name]) == name.startswith("roberta."), name
+
+
+def test_training_goes_on_from_an_exported_model(run_train: RunTrain, tmp_path: Path) -> None:
+    first = run_train(tmp_path / "first", "--epochs", 3)
+    again = run_train(tmp_path / "again", "--encoder", first / "model", "--epochs", 1, "--lr", 1e-12)
+    metric = [line for line in metrics(first) if "split" in line][-1]
+    assert [line for line in metrics(again) if "split" in line][-1]["loss"] == pytest.approx(metric["loss"], rel=1e-5)
+
+
+def test_three_classes_in_other_formats(tiny_encoder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"text": f"word {n} of many", "kind": ["low", "middle", "high"][n % 3]} for n in range(30)]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (data / "dev.csv").write_text("text,kind\n" + "".join(f'"{r["text"]}, dev",{r["kind"]}\n' for r in rows))
+    columns = ["--text-column", "text", "--label-column", "kind", "--label-names", "low,middle,high"]
+    train.main(train_options(tiny_encoder, data, tmp_path / "run", "--epochs", 1, *columns))
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["id2label"]["1"] == "middle"
+    assert metrics(tmp_path / "run")[-1]["rows"] == 30
+
+
+def test_it_learns(run_train: RunTrain, tmp_path: Path) -> None:
+    run = run_train(tmp_path / "run", "--epochs", 30, "--dropout", 0, "--lr", 3e-3)
+    found = losses(run)
+    assert sum(found[-7:]) / 7 < 0.3 < 0.6 < sum(found[:7]) / 7
