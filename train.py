@@ -74,24 +74,18 @@ def prepare(config: Config, quiet: bool) -> tuple[Encoder, dict[str, TokenCache]
     }
 
 
-def open_run_folder(config: Config, resume: bool, world: World) -> Path:
-    """Make the run's folder and write its `config.json`; a new run never touches an old one's folder."""
+def open_run_folder(config: Config, world: World) -> Path:
+    """Make the run's folder and write its `config.json`."""
     name = config.output_dir or distributed.from_main(world, f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
     folder = Path(name)
     problem = None
     if world.is_main:
         try:
-            if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise UserError(
-                    f"--output-dir {folder} is there already; continue it with --resume, or take another name"
-                )
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             problem = f"cannot write to --output-dir {folder}: {error.strerror}"
-        except UserError as error:
-            problem = str(error)
     if problem := distributed.from_main(world, problem):
         raise UserError(problem)
     return folder
@@ -137,7 +131,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     """Train as `config` says, and leave the model in the run's folder."""
     # 1. Files -> rows -> ids.
     encoder, caches = distributed.once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
-    run_folder = open_run_folder(config, resume, world)
+    run_folder = open_run_folder(config, world)
     checkpoints = run_folder / "checkpoints"
 
     # 2. Model, optimizer, batches.

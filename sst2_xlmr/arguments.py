@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -117,5 +118,26 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     else:
         base = read_config_file(Path(config_file)) if config_file else {}
         config = Config(**{**base, **given})
+        if config.output_dir:
+            _check_new_folder(Path(config.output_dir))
     check(config)
-    return config, resume
+    return _with_absolute_paths(config), resume
+
+
+def _check_new_folder(folder: Path) -> None:
+    """Find out before any work that a new run's folder cannot be made; a run never touches another one's folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output-dir {folder} is there already; continue it with --resume, or take another name")
+    parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot write to --output-dir {folder}: {parent} is no folder that you may write to")
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Return the options so that a saved `config.json` means the same from any folder."""
+    names = ("data_dir", "train_file", "dev_file", "tensorboard_dir")
+    changes: dict[str, Any] = {name: os.path.abspath(value) for name in names if (value := getattr(config, name))}
+    changes["test_file"] = [os.path.abspath(file) for file in config.test_file]
+    if Path(config.encoder).is_dir():
+        changes["encoder"] = os.path.abspath(config.encoder)
+    return dataclasses.replace(config, **changes)

@@ -24,7 +24,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def assert_same_weights(ours: Path, theirs: Path, atol: float) -> None:
     expected = weights(theirs)
     for name, tensor in weights(ours).items():
-        torch.testing.assert_close(tensor, expected[name], atol=atol, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(tensor, expected[name], atol=atol, rtol=0, msg=name)
 
 
 def test_run_folder(run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

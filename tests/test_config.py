@@ -1,0 +1,225 @@
+"""The command line and its files: what is read, and one line with status 2 for all that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, train_options, user_error
+
+import train
+from sst2_xlmr.arguments import parse_args
+from sst2_xlmr.config import OPTIONS, Config, flag
+
+
+def test_defaults_are_those_of_config() -> None:
+    config, resume = parse_args([])
+    assert config == Config()
+    assert not resume
+
+
+def test_flags_override_a_config_file(tmp_path: Path) -> None:
+    saved = dataclasses.replace(Config(), lr=3e-5, freeze_encoder=True, label_names=["a", "b"])
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(saved)))
+    config, _ = parse_args(["--config", str(tmp_path / "config.json"), "--no-freeze-encoder", "--epochs", "7"])
+    assert config == dataclasses.replace(saved, freeze_encoder=False, epochs=7)
+
+
+def test_paths_are_kept_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saved config.json, and --resume, work from any folder."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config, _ = parse_args(["--data-dir", "data", "--encoder", "xlmr.base"])
+    assert config.data_dir == str(tmp_path / "data")
+    assert config.encoder == "xlmr.base"
+
+
+def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"{flag(name)} " in text for name in OPTIONS)
+    assert "[2e-05]" in text
+    for group in ("data:", "model:", "training:", "machine:", "output:"):
+        assert group in text
+
+
+WRONG_FLAGS = [
+    (["--lrr", "1"], "unknown argument --lrr; did you mean --lr?"),
+    (["--epochs"], "expected one argument"),
+    (["--epochs", "three"], "--epochs: invalid int value: 'three'"),
+    (["--epochs", "0"], "--epochs must be"),
+    (["--max-steps", "-1"], "--max-steps must be 0 or more"),
+    (["--batch-size", "0"], "--batch-size must be 1 or more"),
+    (["--batch-size", "2.5"], "invalid int value"),
+    (["--micro-batch-size", "-3"], "--micro-batch-size must be"),
+    (["--lr", "0"], "--lr must be above 0"),
+    (["--lr", "nan"], "--lr must be above 0"),
+    (["--lr", "inf"], "--lr must be above 0"),
+    (["--weight-decay", "-0.1"], "--weight-decay must be"),
+    (["--layerwise-lr-decay", "1.5"], "--layerwise-lr-decay must be"),
+    (["--schedule", "step"], "--schedule is not one of linear, cosine, constant"),
+    (["--warmup-ratio", "2"], "--warmup-ratio must be from 0 to 1"),
+    (["--label-smoothing", "1"], "--label-smoothing must be"),
+    (["--dropout", "1"], "--dropout must be from 0 to 1 (excluded)"),
+    (["--precision", "fp16"], "--precision is not one of"),
+    (["--device", "tpu"], "--device is not one of"),
+    (["--device", "cuda"], "torch finds no CUDA GPU"),
+    (["--seed", "-1"], "--seed must be"),
+    (["--keep-checkpoints", "1"], "--keep-checkpoints must be 2 or more"),
+    (["--log-every", "0"], "--log-every must be"),
+    (["--max-length", "2"], "--max-length must be"),
+    (["--max-length", "513"], "takes at most 64 tokens"),
+    (["--label-names", "good"], "--label-names needs two or more"),
+    (["--label-names", "a,a"], "--label-names needs two or more different names"),
+    (["--timeout-minutes", "0"], "--timeout-minutes must be above 0"),
+    (["--data-dir", "no/such/folder"], "--data-dir no/such/folder is not a folder"),
+    (["--train-file", "no.tsv"], "--train-file no.tsv is not a file"),
+    (["--dev-file", "."], "--dev-file . is not a file"),
+    (["--test-file", "no.tsv"], "--test-file no.tsv is not a file"),
+    (["--text-column", "review"], "no column 'review' among sentence, label; name it with --text-column"),
+    (["--label-column", "stars"], "no column 'stars'"),
+    (["--encoder", "bert-base"], "bert-base: neither xlmr.base nor xlmr.large nor a folder"),
+    (["--encoder", "."], "has no config.json"),
+    (["--config", "no.json"], "cannot read no.json"),
+    (["--resume", "--config", "x.json"], "leave --config away"),
+    (["--resume"], "nothing to resume"),
+    (["--output-dir", "pyproject.toml"], "is there already"),
+    (["--output-dir", "pyproject.toml/run"], "cannot write to --output-dir"),
+    (["--tensorboard-dir", "pyproject.toml/x"], "cannot write metrics"),
+    (["stray"], "unknown argument stray"),
+]
+
+
+@pytest.mark.skipif("CUDA_VISIBLE_DEVICES" in os.environ, reason="a GPU may be there")
+@pytest.mark.parametrize(("options", "says"), WRONG_FLAGS, ids=[" ".join(options) for options, _ in WRONG_FLAGS])
+def test_wrong_flags(
+    options: list[str],
+    says: str,
+    tiny_encoder: Path,
+    small_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    line = user_error(lambda: train.main(train_options(tiny_encoder, small_data, tmp_path / "run", *options)), capsys)
+    assert says in line
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def write(file: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda data: (data / file).write_bytes(content)
+
+
+WRONG_FILES: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("no dev", lambda data: (data / "dev.tsv").unlink(), "has no dev.tsv, dev.csv or dev.jsonl"),
+    ("no train", lambda data: (data / "train.tsv").unlink(), "has no train.tsv"),
+    ("two trains", lambda data: shutil.copy(data / "train.tsv", data / "train.csv"), "keep one, or use --train-file"),
+    ("empty", write("train.tsv", b""), "train.tsv has no rows"),
+    ("header only", write("dev.tsv", b"sentence\tlabel\n"), "dev.tsv has no rows"),
+    ("no header", write("train.tsv", b"a fine film\t1\na poor one\t0\n"), "no column 'sentence'"),
+    ("bad label", write("train.tsv", b"sentence\tlabel\nx\t5\n"), "line 2: label '5'"),
+    ("latin-1", write("train.tsv", b"sentence\tlabel\ncaf\xe9\t1\n"), "line 2: not UTF-8"),
+    ("utf-16", write("train.tsv", "sentence\tlabel\nx\t1\n".encode("utf-16")), "is UTF-16"),
+    ("truncated row", write("train.tsv", b"sentence\tlabel\nx\t1\nhalf a se"), "line 3: 1 columns"),
+    ("zip", write("train.tsv", b"PK\x03\x04\xff\xfe" + bytes(range(256))), "line 1: not UTF-8"),
+    (
+        "folder",
+        lambda data: ((data / "train.tsv").rename(data / "x"), os.mkdir(data / "train.tsv")),
+        "has no train.tsv",
+    ),
+    ("unlabelled test", write("test.tsv", b"sentence\tlabel\nx\t\n"), "test.tsv, line 2: label ''"),
+]
+
+
+@pytest.mark.parametrize(("damage", "says"), [case[1:] for case in WRONG_FILES], ids=[case[0] for case in WRONG_FILES])
+def test_wrong_files(
+    damage: Callable[[Path], Any],
+    says: str,
+    tiny_encoder: Path,
+    small_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage(small_data)
+    line = user_error(lambda: train.main(train_options(tiny_encoder, small_data, tmp_path / "run")), capsys)
+    assert says in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "does not hold a JSON object"),
+        ('{"learning_rate": 1}', "unknown option 'learning_rate'"),
+        ('{"batchsize": 1}', "did you mean 'batch_size'?"),
+        ('{"epochs": "3"}', "'epochs' has the value '3'"),
+        ('{"epochs": true}', "'epochs' has the value True"),
+        ('{"lr": null}', "'lr' has the value None"),
+        ('{"epochs": 0}', "--epochs must be"),
+        ('{"label_names": "a,b"}', "'label_names' has the value 'a,b'"),
+    ],
+)
+def test_wrong_config_files(content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert says in user_error(lambda: train.main(["--config", str(tmp_path / "config.json")]), capsys)
+
+
+def test_resume_refuses_what_would_compute_something_else(
+    run_train: Callable[..., Path], small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_train(tmp_path / "run", "--epochs", 1)
+    resume = ["--resume", "--output-dir", str(run)]
+    capsys.readouterr()
+    for options in (["--lr", "1e-4"], ["--seed", "5"], ["--batch-size", "16"], ["--epochs", "2"]):
+        line = user_error(lambda options=options: train.main([*resume, *options]), capsys)  # type: ignore[misc]
+        assert f"{options[0]} {options[1].replace('1e-4', '0.0001')} differs from" in line
+    train.main([*resume, "--log-every", "2"])
+    with (small_data / "train.tsv").open("a") as file:
+        file.write("one more\t1\n")
+    capsys.readouterr()
+    assert "the training rows are not those" in user_error(lambda: train.main(resume), capsys)
+
+
+def test_status_and_line_of_the_real_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "train.py", "--epochs", "x"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: argument --epochs: invalid int value: 'x'; see --help\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "says"),
+    [
+        ("torch", "2.4.1", "torch 2.4.1 is installed, but torchtext's C++ library loads only with torch 2.3.1"),
+        ("torchtext", "0.17.0", "pip install torchtext==0.18.0"),
+    ],
+)
+def test_another_torch_is_refused_before_it_is_loaded(tmp_path: Path, package: str, version: str, says: str) -> None:
+    other = tmp_path / f"{package}-{version}.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sst2_xlmr"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
