@@ -16,7 +16,6 @@ import math
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +35,18 @@ from sst2_xlmr.evaluate import evaluate
 from sst2_xlmr.export import export_hugging_face
 from sst2_xlmr.model import build_classifier
 from sst2_xlmr.optim import AdamW, lr_factor
-from sst2_xlmr.report import advance, close_report, log_evaluation, log_training, open_report, say
+from sst2_xlmr.report import (
+    advance,
+    close_report,
+    describe_batches,
+    describe_device,
+    describe_model,
+    describe_rows,
+    log_evaluation,
+    log_training,
+    open_report,
+    say,
+)
 
 
 def find_files(config: Config, quiet: bool) -> dict[str, Path]:
@@ -96,6 +106,14 @@ def has_stopped_improving(config: Config, progress: Progress) -> bool:
     return 0 < config.early_stopping_patience <= progress.stale_evaluations
 
 
+def check_finite(step: int, loss: float) -> None:
+    """Stop before a broken model is saved as if it were a good one."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is not finite at step {step}: lower --lr, or take --precision fp32; older checkpoints are whole"
+        )
+
+
 def forward_and_backward(
     model: torch.nn.Module, share: RankShare, optimizer: AdamW, config: Config, world: World, bf16: bool
 ) -> torch.Tensor:
@@ -130,6 +148,8 @@ def forward_and_backward(
 def train(config: Config, resume: bool, world: World) -> None:
     """Train as `config` says, and leave the model in the run's folder."""
     # 1. Files -> rows -> ids.
+    config = dataclasses.replace(config, precision=distributed.choose_precision(config.precision, world.device))
+    bf16 = config.precision == "bf16"
     encoder, caches = distributed.once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
     run_folder = open_run_folder(config, world)
     checkpoints = run_folder / "checkpoints"
@@ -141,7 +161,6 @@ def train(config: Config, resume: bool, world: World) -> None:
         for cache in caches.values():
             cache.renumbering = renumbering(kept_ids, encoder.shape.vocab_size)
     vocabulary = torch.from_numpy(kept_ids)
-    bf16 = distributed.choose_precision(config.precision, world.device) == "bf16"
     classifier, head_is_new = build_classifier(encoder, config, kept_ids if config.compact_vocab else None)
     classifier.to(world.device)
     optimizer = AdamW(
@@ -162,7 +181,8 @@ def train(config: Config, resume: bool, world: World) -> None:
     # 3. Where to begin.
     progress = Progress(train_digest=caches["train"].digest)
     seed_rank(config.seed, world.rank)
-    checkpoint = find_checkpoint(checkpoints, print if world.is_main else lambda _: None) if resume else None
+    checkpoint = find_checkpoint(checkpoints, print) if resume and world.is_main else None
+    checkpoint = distributed.from_main(world, checkpoint)
     if checkpoint:
         progress = load_progress(checkpoint)
         if progress.train_digest != caches["train"].digest:
@@ -176,10 +196,14 @@ def train(config: Config, resume: bool, world: World) -> None:
         model = DistributedDataParallel(classifier, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     tensorboard_dir = Path(config.tensorboard_dir or run_folder / "tensorboard")
     report = open_report(run_folder, tensorboard_dir, progress.step, total_steps, world.is_main)
-    for line in describe(
-        config, encoder, head_is_new, caches, optimizer, sampler, total_steps, run_folder, bf16, world
-    ):
-        say(report, line)
+    head = f"{'new' if head_is_new else 'its own'} head for {', '.join(config.label_names)}"
+    masters = "bf16 with fp32 master weights" if bf16 else "fp32"
+    compiled = "AdamW compiled" if optimizer.is_compiled else "AdamW not compiled"
+    say(report, f"encoder    {config.encoder}: {describe_model(encoder, optimizer, len(kept_ids))}; {head}")
+    say(report, f"rows       {describe_rows(caches, config.max_length)}")
+    say(report, f"batches    {describe_batches(config, len(sampler), total_steps)}")
+    say(report, f"device     {describe_device(world)}; {masters}; {compiled}")
+    say(report, f"run        {run_folder}")
     if resume:
         say(report, f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
 
@@ -215,11 +239,7 @@ def train(config: Config, resume: bool, world: World) -> None:
                     "samples_per_s": round(rows / elapsed_s, 2),
                     "tokens_per_s": round(tokens / elapsed_s, 1),
                 }
-                if not math.isfinite(entry["loss"] + entry["grad_norm"]):
-                    raise UserError(
-                        f"loss or gradient is not finite at step {progress.step} (loss {entry['loss']}, norm"
-                        f" {entry['grad_norm']}); lower --lr, or try --precision fp32"
-                    )
+                check_finite(progress.step, loss)
                 log_training(report, entry)
                 window.zero_()
                 window_start = time.monotonic()
@@ -244,6 +264,7 @@ def train(config: Config, resume: bool, world: World) -> None:
             ):
                 distributed.sum_over_ranks(world, window)
                 progress.window = window.tolist()
+                check_finite(progress.step, progress.window[0])
                 progress.world_size, progress.table_decay = world.world_size, optimizer.table_decay
                 window *= world.is_main
                 save_checkpoint(checkpoints, progress, optimizer, vocabulary, config, world)
@@ -279,45 +300,6 @@ def export(
             folder, masters, encoder.shape, config.label_names, config.max_length, encoder.tokenizer_file
         )
     distributed.barrier(world)
-
-
-def describe(
-    config: Config,
-    encoder: Encoder,
-    head_is_new: bool,
-    caches: dict[str, TokenCache],
-    optimizer: AdamW,
-    sampler: GlobalBatchSampler,
-    total_steps: int,
-    run_folder: Path,
-    bf16: bool,
-    world: World,
-) -> list[str]:
-    """Return the header: what will run."""
-    shape = encoder.shape
-    table = next(slot.master for slot in optimizer.slots if slot.name == TABLE_NAME)
-    count = sum(slot.master.numel() for slot in optimizer.slots) + (shape.vocab_size - len(table)) * shape.hidden
-    trained = sum(slot.master.numel() for slot, _, _ in optimizer.trained())
-    rows = ", ".join(f"{split} {len(cache):,}" for split, cache in caches.items())
-    truncated = sum(cache.truncated for cache in caches.values())
-    device: Any = world.device.type
-    device = (
-        torch.cuda.get_device_name(world.device) if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    )
-    micro = f", at most {config.micro_batch_size} a pass" if config.micro_batch_size else ""
-    length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epochs"
-    return [
-        f"encoder    {encoder.name}: {shape.layers} layers, {shape.hidden} wide;"
-        f" {'new head' if head_is_new else 'its own head'} for {', '.join(config.label_names)}",
-        f"parameters {count / 1e6:.1f} M, {trained / 1e6:.1f} M trained"
-        + (f"; {len(table):,} of {shape.vocab_size:,} embedding rows" if config.compact_vocab else ""),
-        f"rows       {rows}" + (f"; {truncated:,} cut to {config.max_length} tokens" if truncated else ""),
-        f"batches    {len(sampler):,} of {config.batch_size} rows an epoch{micro}; {length}, {total_steps:,} steps",
-        f"device     {device} a process, {world.world_size} process{'es' if world.world_size > 1 else ''};"
-        f" {'bf16 with fp32 master weights' if bf16 else 'fp32'};"
-        f" AdamW {'compiled' if optimizer.is_compiled else 'not compiled'}",
-        f"run        {run_folder}",
-    ]
 
 
 def main(argv: list[str] | None = None) -> None:

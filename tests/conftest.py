@@ -128,7 +128,7 @@ def torchrun(processes: int, options: list[str]) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
 
 
-def user_error(main: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> str:
+def user_error(main: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> str:
     """Run `main`, which must end with status 2 and one line on stderr; returns that line."""
     with pytest.raises(SystemExit) as stop:
         exit_on_user_error(main)

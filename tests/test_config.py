@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,11 @@ def write(file: str, content: bytes) -> Callable[[Path], Any]:
     return lambda data: (data / file).write_bytes(content)
 
 
+def folder_for_file(data: Path) -> None:
+    (data / "train.tsv").unlink()
+    (data / "train.tsv").mkdir()
+
+
 WRONG_FILES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no dev", lambda data: (data / "dev.tsv").unlink(), "has no dev.tsv, dev.csv or dev.jsonl"),
     ("no train", lambda data: (data / "train.tsv").unlink(), "has no train.tsv"),
@@ -133,11 +139,7 @@ WRONG_FILES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("utf-16", write("train.tsv", "sentence\tlabel\nx\t1\n".encode("utf-16")), "is UTF-16"),
     ("truncated row", write("train.tsv", b"sentence\tlabel\nx\t1\nhalf a se"), "line 3: 1 columns"),
     ("zip", write("train.tsv", b"PK\x03\x04\xff\xfe" + bytes(range(256))), "line 1: not UTF-8"),
-    (
-        "folder",
-        lambda data: ((data / "train.tsv").rename(data / "x"), os.mkdir(data / "train.tsv")),
-        "has no train.tsv",
-    ),
+    ("folder", folder_for_file, "has no train.tsv"),
     ("unlabelled test", write("test.tsv", b"sentence\tlabel\nx\t\n"), "test.tsv, line 2: label ''"),
 ]
 
@@ -183,7 +185,7 @@ def test_resume_refuses_what_would_compute_something_else(
     resume = ["--resume", "--output-dir", str(run)]
     capsys.readouterr()
     for options in (["--lr", "1e-4"], ["--seed", "5"], ["--batch-size", "16"], ["--epochs", "2"]):
-        line = user_error(lambda options=options: train.main([*resume, *options]), capsys)  # type: ignore[misc]
+        line = user_error(partial(train.main, [*resume, *options]), capsys)
         assert f"{options[0]} {options[1].replace('1e-4', '0.0001')} differs from" in line
     train.main([*resume, "--log-every", "2"])
     with (small_data / "train.tsv").open("a") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAMPLE_DATA, losses, metrics, torchrun, train_options
+from conftest import SAMPLE_DATA, losses, metrics, torchrun, train_options, user_error
 from safetensors.torch import load_file
 
 import train
@@ -233,3 +233,12 @@ def test_it_learns(run_train: RunTrain, tmp_path: Path) -> None:
     run = run_train(tmp_path / "run", "--epochs", 30, "--dropout", 0, "--lr", 3e-3)
     found = losses(run)
     assert sum(found[-7:]) / 7 < 0.3 < 0.6 < sum(found[:7]) / 7
+
+
+def test_a_loss_that_explodes_stops_the_run(
+    run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--epochs", 5, "--lr", 1e30, "--warmup-ratio", 0, "--max-grad-norm", 0, "--log-every", 1000]
+    line = user_error(lambda: run_train(tmp_path / "run", *options), capsys)
+    assert "the loss is not finite at step 7" in line
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
