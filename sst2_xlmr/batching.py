@@ -17,6 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sst2_xlmr.config import Config, UserError
 from sst2_xlmr.data import read_rows
+from sst2_xlmr.files import digest_of
 from sst2_xlmr.tokenizer import PAD_ID, load_tokenizer
 
 CACHE_FORMAT = 1
@@ -51,26 +52,17 @@ class TokenCache:
         return np.diff(self.offsets)
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return digest.hexdigest()
-
-
 def tokenize_file(path: Path, tokenizer_file: Path, config: Config, cache_dir: Path) -> TokenCache:
     """Return the token cache of a file, made at the first call and found by its content later.
 
     Raises:
         UserError: for a bad row (see `data.read_rows`) or a cache folder that cannot be written.
     """
-    digest = file_digest(path)
-    recipe = [CACHE_FORMAT, digest, file_digest(tokenizer_file), config.max_length, path.suffix.lower()]
+    try:
+        digest, tokenizer_digest = digest_of(path), digest_of(tokenizer_file)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    recipe = [CACHE_FORMAT, digest, tokenizer_digest, config.max_length, path.suffix.lower()]
     recipe += [config.text_column, config.label_column, config.label_names]
     folder = cache_dir / hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
     try:

@@ -16,11 +16,10 @@ from typing import Any, Callable
 import torch
 from safetensors.torch import load_file
 
-from sst2_xlmr.batching import file_digest
 from sst2_xlmr.compact_vocab import TABLE_NAME
 from sst2_xlmr.config import Config, UserError
 from sst2_xlmr.distributed import World, gather_objects
-from sst2_xlmr.export import sync_files, sync_folder, write_tensors
+from sst2_xlmr.files import digest_of, sync_files, sync_folder, write_tensors
 from sst2_xlmr.optim import AdamW
 
 
@@ -103,7 +102,7 @@ def _write(
     for name, content in (("progress", progress), ("config", config)):
         text = json.dumps(dataclasses.asdict(content), indent=2, ensure_ascii=False)
         (beside / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": file_digest(f)} for f in sorted(beside.iterdir())}
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(beside.iterdir())}
     (beside / "manifest.json").write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
     sync_files(beside)
     shutil.rmtree(target, ignore_errors=True)
@@ -127,7 +126,7 @@ def what_is_damaged(checkpoint: Path) -> str:
                 return f"{name} is missing"
             if file.stat().st_size != facts["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}"
-            if file_digest(file) != facts["sha256"]:
+            if digest_of(file) != facts["sha256"]:
                 return f"{name} has another SHA-256 than the manifest says"
     except OSError:
         return "manifest.json cannot be read"

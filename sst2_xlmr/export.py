@@ -3,59 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from sst2_xlmr.config import UserError
 from sst2_xlmr.encoders import TOKENIZER_NAME, EncoderShape, to_hugging_face
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Write a safetensors file with the permissions of any new file; safetensors makes it readable by its owner only.
-
-    Raises:
-        OSError: if it cannot be written, with the reason in its text.
-    """
-    file.touch()
-    mode = file.stat().st_mode
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from None
-    file.chmod(mode)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries survive a power failure (files are synced by themselves)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_files(folder: Path) -> None:
-    """Make all files of a folder, and its entries, survive a power failure."""
-    for file in folder.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    sync_folder(folder)
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Put the finished folder `new` in the place of `old`, which may exist; a reader finds one of them whole."""
-    aside = old.with_name(old.name + ".old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if old.exists():
-        old.rename(aside)
-    new.rename(old)
-    sync_folder(old.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+from sst2_xlmr.files import replace_folder, sync_files, write_tensors
 
 
 def export_hugging_face(

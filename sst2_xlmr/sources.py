@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import http.client
 import json
 import os
@@ -27,6 +26,7 @@ from pathlib import Path, PureWindowsPath
 from tqdm import tqdm
 
 from sst2_xlmr.config import UserError
+from sst2_xlmr.files import digest_of
 
 # The addresses of torchtext 0.18: torchtext/models/roberta/bundler.py and torchtext/datasets/sst2.py.
 _BUCKET = "https://download.pytorch.org/models/text"
@@ -175,7 +175,7 @@ def _download_once(url: str, target: Path, expected: dict[str, str], timeout_s: 
         if size == 0:
             raise UserError(f"{url} is empty; {_CURE}")
         for kind, value in expected.items():
-            if (found := _digest(part, kind)) != value:
+            if (found := digest_of(part, kind)) != value:
                 raise UserError(f"{url} has {kind} {found}, expected {value}; it was not kept; {_CURE}")
         part.replace(target)
     _write_record(target, url)
@@ -214,7 +214,7 @@ def _is_extracted(folder: Path) -> bool:
 
 def _is_good(path: Path, expected: dict[str, str]) -> bool:
     record, size = _read_record(path), path.stat().st_size if path.is_file() else 0
-    wrong = (kind for kind, value in expected.items() if (record.get(kind) or _digest(path, kind)) != value)
+    wrong = (kind for kind, value in expected.items() if (record.get(kind) or digest_of(path, kind)) != value)
     return size > 0 and record.get("bytes", size) == size and not any(wrong)
 
 
@@ -239,13 +239,5 @@ def _read_record(path: Path) -> dict[str, object]:
 
 
 def _write_record(path: Path, url: str) -> None:
-    record = {"url": url, "bytes": path.stat().st_size, "sha256": _digest(path, "sha256")}
+    record = {"url": url, "bytes": path.stat().st_size, "sha256": digest_of(path, "sha256")}
     _record_path(path).write_text(json.dumps(record) + "\n", encoding="utf-8")
-
-
-def _digest(path: Path, kind: str) -> str:
-    digest = hashlib.new(kind, usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
