@@ -18,7 +18,7 @@ from sst2_xlmr.config import UserError
 
 Result = TypeVar("Result")
 
-# Downloads and tokenization take longer than any step; the others wait for them in a group of its own.
+# Downloads and tokenization take longer than any step; the others wait for them in a group with more patience.
 PREPARATION_TIMEOUT = timedelta(hours=6)
 
 
@@ -30,7 +30,8 @@ class World:
         rank, world_size: of this process, of how many.
         local_rank, local_world_size: the same on this node.
         device: what this process computes on.
-        control: gloo group for Python objects and long waits; None with one process.
+        control: gloo group for Python objects; None with one process.
+        preparation: gloo group that waits for downloads; None with one process.
     """
 
     rank: int
@@ -39,6 +40,7 @@ class World:
     local_world_size: int
     device: torch.device
     control: Any = None
+    preparation: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -94,10 +96,11 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
         yield World(**env, **sizes, device=device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(backend, timeout=timeout)
     try:
-        control = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
-        yield World(**env, **sizes, device=device, control=control)
+        control, preparation = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PREPARATION_TIMEOUT))
+        yield World(**env, **sizes, device=device, control=control, preparation=preparation)
     finally:
         dist.destroy_process_group()
 
@@ -110,23 +113,24 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
 
 
 # torch 2.3.1 deadlocks if a gloo group is destroyed while its worker thread, which then needs the GIL, frees a tensor
-# that Python has let go of. What the last exchange used is therefore held until the next one, or the end.
-_held: list[Any] = []
+# that Python has let go of. What the last exchange of every group used is therefore held until the next, or the end.
+_held: dict[Any, Any] = {}
 
 
-def gather_objects(world: World, item: Any) -> list[Any]:
-    """Return every rank's `item`, in the order of the ranks."""
+def gather_objects(world: World, item: Any, group: Any = None) -> list[Any]:
+    """Return every rank's `item`, in the order of the ranks; over `world.control` unless another group is given."""
+    group = group or world.control
     if world.world_size == 1:
         return [item]
     content = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
     size = torch.tensor([len(content)])
     sizes = [torch.zeros_like(size) for _ in range(world.world_size)]
-    dist.all_gather(sizes, size, group=world.control)
+    dist.all_gather(sizes, size, group=group)
     padded = torch.zeros(int(torch.stack(sizes).max()), dtype=torch.uint8)
     padded[: len(content)] = content
     contents = [torch.zeros_like(padded) for _ in range(world.world_size)]
-    dist.all_gather(contents, padded, group=world.control)
-    _held[:] = [size, sizes, padded, contents]
+    dist.all_gather(contents, padded, group=group)
+    _held[group] = (size, sizes, padded, contents)
     return [pickle.loads(content.numpy().tobytes()) for content in contents]
 
 
@@ -155,7 +159,7 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
                 result = prepare()
             except UserError as error:
                 problem = str(error)
-        problems = [p for p in gather_objects(world, problem) if p]
+        problems = [p for p in gather_objects(world, problem, world.preparation) if p]
         if problems:
             raise UserError(problems[0])
     assert result is not None

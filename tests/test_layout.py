@@ -16,6 +16,6 @@ def test_a_module_uses_only_those_before_it() -> None:
     for name, file in modules.items():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sst2_xlmr"):
-                package, _, module = node.module.partition(".")
+                _, _, module = node.module.partition(".")
                 for other in [module] if module else [alias.name for alias in node.names]:
                     assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
