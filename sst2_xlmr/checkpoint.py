@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from sst2_xlmr.compact_vocab import TABLE_NAME
 from sst2_xlmr.config import Config, UserError
-from sst2_xlmr.distributed import World, gather_objects
+from sst2_xlmr.distributed import World, gather_objects, on_main
 from sst2_xlmr.files import digest_of, sync_files, sync_folder, write_tensors
 from sst2_xlmr.optim import AdamW
 
@@ -32,20 +32,21 @@ class Progress:
         epoch, batch: position of the next global batch.
         best_accuracy, best_step: of the best evaluation on dev so far.
         stale_evaluations: evaluations since then.
-        window: sums over the steps since the last line of metrics, over all ranks: loss, rows, tokens.
-        train_digest: SHA-256 of the training file.
+        window: over the steps since the last line of metrics and all ranks: sum of losses, rows, tokens, seconds.
+        train_digest, encoder_digest: SHA-256 of the training file and of the encoder's weights.
         table_decay: what weight decay has left of embedding rows without gradient (see compact_vocab).
         world_size: how many processes wrote it.
     """
 
     train_digest: str
+    encoder_digest: str
     step: int = 0
     epoch: int = 0
     batch: int = 0
     best_accuracy: float = -1.0
     best_step: int = 0
     stale_evaluations: int = 0
-    window: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])
+    window: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
     world_size: int = 1
     table_decay: float = 1.0
 
@@ -69,8 +70,9 @@ def save_checkpoint(
         UserError: if it cannot be written (a full disk, say); the former checkpoints are then untouched.
     """
     states = gather_objects(world, _random_states(world.device))
-    if world.is_main:
-        target = folder / f"step-{progress.step:08d}"
+    target = folder / f"step-{progress.step:08d}"
+
+    def write() -> None:
         try:
             _write(target, progress, optimizer, kept_ids, config, states)
             _remove_old(folder, config.keep_checkpoints)
@@ -78,6 +80,8 @@ def save_checkpoint(
             raise UserError(
                 f"cannot write the checkpoint {target}: {error.strerror or error}; make room and continue with --resume"
             ) from None
+
+    on_main(world, write)
 
 
 def _write(
@@ -111,12 +115,13 @@ def _write(
 
 
 def _remove_old(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("step-????????"))[:-keep]:
+    whole = [found for found in sorted(folder.glob("step-????????")) if not what_is_damaged(found, sizes_only=True)]
+    for old in whole[:-keep]:
         (old / "manifest.json").unlink(missing_ok=True)  # first, so that what remains of it does not exist
         shutil.rmtree(old, ignore_errors=True)
 
 
-def what_is_damaged(checkpoint: Path) -> str:
+def what_is_damaged(checkpoint: Path, sizes_only: bool = False) -> str:
     """Compare a checkpoint with its manifest; returns an empty string, or what is wrong."""
     try:
         files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
@@ -126,7 +131,7 @@ def what_is_damaged(checkpoint: Path) -> str:
                 return f"{name} is missing"
             if file.stat().st_size != facts["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}"
-            if digest_of(file) != facts["sha256"]:
+            if not sizes_only and digest_of(file) != facts["sha256"]:
                 return f"{name} has another SHA-256 than the manifest says"
     except OSError:
         return "manifest.json cannot be read"

@@ -1,9 +1,11 @@
-"""Train only the embedding rows that the run's own files use, and expand the table again, exactly.
+"""Train only the embedding rows that the run's own files use, and expand the table again.
 
 SST-2 uses 9,370 of XLM-R's 250,002 rows. A row that no batch contains has no gradient, so its Adam moments stay zero
 and it only decays, by the product of all `1 - lr * weight_decay`; that one number is kept and applied when the table is
 expanded. flair's `transformer-smaller-training-vocab` (https://github.com/helpmefindaname/transformer-smaller-training-vocab)
-shrinks and restores the table around a Trainer run likewise, but leaves the decay of untouched rows out.
+shrinks and restores the table around a Trainer run likewise, but leaves the decay of untouched rows out. Rows that are
+used come out with the same bits as from the whole table (given the same clipping factor); untouched ones differ by the
+rounding of one multiplication instead of one per step.
 """
 
 from __future__ import annotations

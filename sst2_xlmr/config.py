@@ -15,19 +15,25 @@ from typing import Any, Callable
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that says what is wrong, where, and what to do."""
+    """A mistake of the user's: one line that says what is wrong, where, and what to do.
+
+    Attributes:
+        is_shared: whether every rank raises it, because `distributed` has passed it on.
+    """
+
+    is_shared = False
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`; a `UserError` becomes one line on stderr and exit status 2, anything else keeps its traceback.
 
-    Of several processes only rank 0 speaks: errors are either the same everywhere or have been passed on to every
-    rank by `distributed.once_per_node`.
+    Of several processes only rank 0 says what all know; what a node finds before they talk to one another (a folder
+    that is missing there, say), its first process says.
     """
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK" if error.is_shared else "LOCAL_RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -166,7 +172,7 @@ class Config:
         0.1, "model", "dropout in the classification head", kind=float, metavar="P", check=between(0, 1, False)
     )
     compact_vocab: bool = option(
-        True, "model", "train only the embedding rows that the run's files use; exact, and much faster", kind=bool
+        True, "model", "train only the embedding rows that the run's files use; same result, much faster", kind=bool
     )
     freeze_encoder: bool = option(False, "model", "train the classification head only", kind=bool)
 
@@ -373,16 +379,21 @@ def check(config: Config) -> None:
     """
     for name, field in OPTIONS.items():
         value = getattr(config, name)
+        if value == "":
+            raise UserError(f"{flag(name)} is empty; give a value, or leave it away")
         problem = field.metadata["check"](value) if field.metadata["check"] and value is not None else ""
         if problem:
             raise UserError(f"{flag(name)} {problem}, not {shown(value)!s}")
-    if config.data_dir is not None and not Path(config.data_dir).is_dir():
-        raise UserError(f"--data-dir {config.data_dir} is not a folder")
-    for name in ("train_file", "dev_file", "test_file"):
-        files = getattr(config, name) or []
-        for file in [files] if isinstance(files, str) else files:
-            if not Path(file).is_file():
-                raise UserError(f"{flag(name)} {file} is not a file")
+    try:
+        if config.data_dir is not None and not Path(config.data_dir).is_dir():
+            raise UserError(f"--data-dir {config.data_dir} is not a folder")
+        for name in ("train_file", "dev_file", "test_file"):
+            files = getattr(config, name) or []
+            for file in [files] if isinstance(files, str) else files:
+                if not Path(file).is_file():
+                    raise UserError(f"{flag(name)} {file} is not a file")
+    except OSError as error:
+        raise UserError(f"cannot look at {error.filename}: {error.strerror}") from None
     if config.train_file and not config.dev_file and not config.data_dir:
         raise UserError("--train-file without --dev-file: name a file to evaluate on, or a --data-dir that has one")
     if config.dev_file and not config.train_file and not config.data_dir:

@@ -78,12 +78,12 @@ def _csv_fields(path: Path) -> Fields:
         for cells in reader:
             if not header:
                 header = [name.strip() for name in cells]
-            elif len(cells) != len(header):
+            elif cells and len(cells) != len(header):
                 raise UserError(
                     f"{path}, line {reader.line_num}: {len(cells)} columns, but the header has {len(header)}"
                     f' ({", ".join(header)}); put text that has a comma between "quotes"'
                 )
-            else:
+            elif cells:
                 yield reader.line_num, dict(zip(header, cells))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
@@ -114,7 +114,10 @@ def _label_index(value: object, label_names: list[str]) -> int | None:
 
 def has_column(path: Path, column: str) -> bool:
     """Whether the file has a row, and the first one a column of that name."""
-    return any(column in row for _, row in itertools.islice(_fields(path), 1))
+    try:
+        return any(column in row for _, row in itertools.islice(_fields(path), 1))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _fields(path: Path) -> Fields:
@@ -146,6 +149,10 @@ def read_rows(path: Path, text_column: str, label_column: str, label_names: list
             if not isinstance(text, str) or not text.strip():
                 raise UserError(
                     f"{path}, line {number}: column {text_column!r} holds no text; remove the row or fill it"
+                )
+            if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can say what UTF-8 cannot
+                raise UserError(
+                    f"{path}, line {number}: column {text_column!r} has half a character (a lone surrogate)"
                 )
             label = _label_index(row[label_column], label_names)
             if label is None:

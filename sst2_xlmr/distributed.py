@@ -13,6 +13,7 @@ from typing import Any, Callable, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from sst2_xlmr.config import UserError
 
@@ -47,7 +48,7 @@ class World:
         return self.rank == 0
 
 
-def choose_device(name: str, local_rank: int) -> torch.device:
+def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
     """Turn `--device` into this process's device.
 
     Raises:
@@ -57,9 +58,9 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA GPU on this machine; use --device cpu")
-    if local_rank >= torch.cuda.device_count():
+    if local_world_size > torch.cuda.device_count():
         raise UserError(
-            f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()};"
+            f"{local_world_size} processes, but {torch.cuda.device_count()} GPUs on this node;"
             " start torchrun with --nproc_per_node at most that"
         )
     return torch.device("cuda", local_rank)
@@ -84,7 +85,7 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
     """
     env = {name: int(os.environ.get(name.upper(), 0)) for name in ("rank", "local_rank")}
     sizes = {name: int(os.environ.get(name.upper(), 1)) for name in ("world_size", "local_world_size")}
-    device = choose_device(device_name, env["local_rank"])
+    device = choose_device(device_name, env["local_rank"], sizes["local_world_size"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # torchrun sets OMP_NUM_THREADS=1, which leaves most cores of a larger machine idle.
@@ -139,10 +140,6 @@ def from_main(world: World, item: Any) -> Any:
     return gather_objects(world, item if world.is_main else None)[0]
 
 
-def barrier(world: World) -> None:
-    gather_objects(world, None)
-
-
 def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
     """Run `prepare` on one process of every node, then on the others, which find its work done.
 
@@ -161,6 +158,44 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
                 problem = str(error)
         problems = [p for p in gather_objects(world, problem, world.preparation) if p]
         if problems:
-            raise UserError(problems[0])
+            raise shared_error(problems[0])
     assert result is not None
     return result
+
+
+def on_main(world: World, work: Callable[[], Any]) -> None:
+    """Run `work` on rank 0 while the others wait.
+
+    Raises:
+        UserError: on every rank, if it was raised there.
+    """
+    problem = None
+    if world.is_main:
+        try:
+            work()
+        except UserError as error:
+            problem = str(error)
+    if problem := from_main(world, problem):
+        raise shared_error(problem)
+
+
+def shared_error(text: str) -> UserError:
+    """Return an error that every rank raises and only rank 0 says."""
+    error = UserError(text)
+    error.is_shared = True
+    return error
+
+
+def settle_buckets(model: DistributedDataParallel, device: torch.device) -> None:
+    """Run one backward pass for nothing: DDP rebuilds its buckets after its first.
+
+    With three processes and more, the order of summation depends on the buckets, so that the first step after a resume
+    would differ in the last bit from the same step of a run that was not interrupted.
+    """
+    cpu_state = torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    model(torch.zeros(1, 2, dtype=torch.int64, device=device), padded=False).float().sum().backward()
+    model.zero_grad(set_to_none=True)
+    torch.set_rng_state(cpu_state)
+    if cuda_state is not None:
+        torch.cuda.set_rng_state(cuda_state, device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +81,12 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a model's folder?")
     if not (folder / TOKENIZER_NAME).is_file():
         raise UserError(f"{folder} has no {TOKENIZER_NAME}; copy it from the model that this one was trained from")
-    labels = settings.get("id2label") if "SequenceClassification" in str(settings.get("architectures")) else None
-    label_names = [labels[str(i)] for i in range(len(labels))] if labels else None
+    label_names = None
+    if "SequenceClassification" in str(settings.get("architectures")):
+        names = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its defaults out
+        if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
+            raise UserError(f"{folder / 'config.json'}: id2label must name the labels 0, 1, ... of the head")
+        label_names = [str(names[str(i)]) for i in range(len(names))]
     shape = _shape_of(settings, folder / "config.json")
     longest = shape.positions - 2
     if (folder / "tokenizer_config.json").is_file():
@@ -144,10 +149,9 @@ def load_tensors(encoder: Encoder) -> Tensors:
             raw = load_file(file)
         else:
             raw = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"cannot read weights from {file}: {str(error).splitlines()[0]}; the file is damaged, fetch it again"
-        ) from None
+    except (OSError, SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read weights from {file}: {reason}; the file is damaged, fetch it again") from None
     except Exception as error:  # weights_only raises pickle's errors for anything that is not plain tensors
         if "UnpicklingError" not in type(error).__name__:
             raise

@@ -6,10 +6,10 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 
 def digest_of(path: Path, kind: str = "sha256") -> str:
@@ -27,9 +27,6 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     Raises:
         OSError: if it cannot be written, with the reason in its text.
     """
-    from safetensors import SafetensorError  # with torch, which scripts that only download do without
-    from safetensors.torch import save_file
-
     file.touch()
     mode = file.stat().st_mode
     try:
@@ -57,7 +54,10 @@ def sync_files(folder: Path) -> None:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Put the finished folder `new` in the place of `old`, which may exist; a reader finds one of them whole."""
+    """Put the finished folder `new` in the place of `old`, which may exist.
+
+    A reader finds one of them whole, or none for the moment between two renames; never a half-written one.
+    """
     aside = old.with_name(old.name + ".old")
     shutil.rmtree(aside, ignore_errors=True)
     if old.exists():

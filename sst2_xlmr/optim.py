@@ -82,12 +82,13 @@ def _update(
 
     Args:
         gradient: bf16 or fp32, any shape; the other tensors have the same.
-        scalars: fp32 [4]: gradient scale, 1 - lr * weight decay, lr / bias correction 1, 1 / sqrt(bias correction 2).
+        scalars: fp32 [4]: gradient scale, lr * weight decay, lr / bias correction 1, 1 / sqrt(bias correction 2).
     """
     gradient = gradient.float() * scalars[0]
     average = exp_avg * BETA1 + gradient * (1 - BETA1)
     square = exp_avg_sq * BETA2 + gradient * gradient * (1 - BETA2)
-    weights = master * scalars[1] - scalars[2] * average / (square.sqrt() * scalars[3] + EPSILON)
+    # Subtracted, not multiplied by 1 - lr * decay: that factor, in fp32, is often exactly 1.
+    weights = master - master * scalars[1] - scalars[2] * average / (square.sqrt() * scalars[3] + EPSILON)
     exp_avg.copy_(average)
     exp_avg_sq.copy_(square)
     master.copy_(weights)
@@ -100,7 +101,7 @@ def _square_sum(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.float().square().sum()
 
 
-def _can_compile(device: torch.device) -> bool:
+def can_compile(device: torch.device) -> bool:
     """Whether torch.compile works here; on a CPU it needs a C++ compiler, which many clusters' nodes lack."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # torch speaks of a missing CUDA runtime here
@@ -115,7 +116,7 @@ class AdamW:
 
     With `bf16`, the model's parameters become bf16 copies of the masters. One compiled pass per tensor reads the
     gradient and writes moments, master and working copy; it is memory-bound, and several passes cost several times
-    as much. Where nothing can be compiled, the same function runs eagerly.
+    as much. Without `compile_step` the same function runs eagerly.
 
     Attributes:
         slots: per parameter, in the model's order.
@@ -148,8 +149,7 @@ class AdamW:
             scale = lr_scale(name, layers, layerwise_lr_decay)
             first, second = (torch.zeros_like(master) if trained else None for _ in range(2))
             self.slots.append(Slot(name, parameter, master, first, second, decay, scale))
-        device = self.slots[0].master.device
-        self.is_compiled = compile_step and _can_compile(device)
+        self.is_compiled = compile_step
         self._update: Callable[..., None] = _update
         self._square_sum: Callable[[torch.Tensor], torch.Tensor] = _square_sum
         if self.is_compiled:
@@ -203,7 +203,7 @@ class AdamW:
             group = (slot.lr_scale, slot.weight_decay)
             if group not in scalars:
                 rate = lr * slot.lr_scale
-                fixed = [1 - rate * slot.weight_decay, rate / correction1, 1 / math.sqrt(correction2)]
+                fixed = [rate * slot.weight_decay, rate / correction1, 1 / math.sqrt(correction2)]
                 scalars[group] = torch.cat([scale.view(1), torch.tensor(fixed).to(norm.device, non_blocking=True)])
             if slot.name == TABLE_NAME:
                 self.table_decay *= 1 - lr * slot.lr_scale * slot.weight_decay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -39,6 +40,23 @@ class Report:
     started: float
 
 
+def open_run_folder(run_folder: Path, tensorboard_dir: Path, config: Config, resume: bool) -> None:
+    """Make the run's folder and write its `config.json`; of two new runs with one folder, only the first gets it."""
+    try:
+        tensorboard_dir.mkdir(parents=True, exist_ok=True)
+        run_folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n"
+        target = run_folder / ("config.json.tmp" if resume else "config.json")
+        with target.open("w" if resume else "x", encoding="utf-8") as file:
+            file.write(text)
+        if resume:
+            target.replace(run_folder / "config.json")
+    except FileExistsError as error:
+        raise UserError(f"{error.filename} is there already; take another --output-dir or --tensorboard-dir") from None
+    except OSError as error:
+        raise UserError(f"cannot write to {error.filename}: {error.strerror}; take another folder") from None
+
+
 def open_report(run_folder: Path, tensorboard_dir: Path, first_step: int, total_steps: int, is_main: bool) -> Report:
     """Open the outputs; those of a resumed run lose what they say of steps after `first_step`."""
     if not is_main:
@@ -47,7 +65,7 @@ def open_report(run_folder: Path, tensorboard_dir: Path, first_step: int, total_
         path = run_folder / "metrics.jsonl"
         _cut_metrics(path, first_step)
         metrics = path.open("a", encoding="utf-8")
-        tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1 if first_step else None)
+        tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1)
     except OSError as error:
         raise UserError(f"cannot write metrics to {error.filename or tensorboard_dir}: {error.strerror}") from None
     bar = None
@@ -124,11 +142,16 @@ def advance(report: Report) -> None:
 
 def _write(report: Report, entry: dict[str, Any], prefix: str) -> None:
     assert report.metrics is not None and report.tensorboard is not None
-    report.metrics.write(json.dumps(entry) + "\n")
-    report.metrics.flush()
-    for key, value in entry.items():
-        if key not in ("step", "epoch", "split", "rows"):
-            report.tensorboard.add_scalar(f"{prefix}/{key}", value, entry["step"])
+    try:
+        report.metrics.write(json.dumps(entry) + "\n")
+        report.metrics.flush()
+        for key, value in entry.items():
+            if key not in ("step", "epoch", "split", "rows"):
+                report.tensorboard.add_scalar(f"{prefix}/{key}", value, entry["step"])
+    except OSError as error:
+        raise UserError(
+            f"cannot write metrics to {report.metrics.name}: {error.strerror}; make room and continue with --resume"
+        ) from None
 
 
 def log_training(report: Report, entry: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def optimizer(seed: int, vocab_size: int = 50) -> AdamW:
 
 def save(folder: Path, step: int, seed: int = 0) -> AdamW:
     saved = optimizer(seed)
-    progress = Progress(train_digest="x", step=step, epoch=1, batch=3, table_decay=saved.table_decay)
+    progress = Progress("x", "y", step=step, epoch=1, batch=3, table_decay=saved.table_decay)
     save_checkpoint(folder, progress, saved, IDS, Config(), ALONE)
     return saved
 
@@ -133,7 +133,7 @@ def test_same_step_again_replaces(tmp_path: Path) -> None:
     save(tmp_path, 1)
     second = save(tmp_path, 1, seed=5)
     loaded = optimizer(9)
-    load_checkpoint(tmp_path / "step-00000001", Progress("x"), loaded, IDS, 0, ALONE)
+    load_checkpoint(tmp_path / "step-00000001", Progress("x", "y"), loaded, IDS, 0, ALONE)
     assert torch.equal(loaded.slots[0].master, second.slots[0].master)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, train_options, user_error
+from safetensors.torch import load_file, save_file
 
 import train
 from sst2_xlmr.arguments import parse_args
@@ -50,6 +51,8 @@ def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     assert all(f"{flag(name)} " in text for name in OPTIONS)
     assert "[2e-05]" in text
+    assert "[on]" in text
+    assert "==SUPPRESS==" not in text
     for group in ("data:", "model:", "training:", "machine:", "output:"):
         assert group in text
 
@@ -96,7 +99,8 @@ WRONG_FLAGS = [
     (["--resume"], "nothing to resume"),
     (["--output-dir", "pyproject.toml"], "is there already"),
     (["--output-dir", "pyproject.toml/run"], "cannot write to --output-dir"),
-    (["--tensorboard-dir", "pyproject.toml/x"], "cannot write metrics"),
+    (["--tensorboard-dir", "pyproject.toml/x"], "cannot write to"),
+    (["--data-dir", ""], "--data-dir is empty"),
     (["stray"], "unknown argument stray"),
 ]
 
@@ -115,7 +119,7 @@ def test_wrong_flags(
     monkeypatch.chdir(ROOT)
     line = user_error(lambda: train.main(train_options(tiny_encoder, small_data, tmp_path / "run", *options)), capsys)
     assert says in line
-    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run").exists(), "a corrected command would find the folder taken"
 
 
 def write(file: str, content: bytes) -> Callable[[Path], Any]:
@@ -179,7 +183,11 @@ def test_wrong_config_files(content: str, says: str, tmp_path: Path, capsys: pyt
 
 
 def test_resume_refuses_what_would_compute_something_else(
-    run_train: Callable[..., Path], small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_train: Callable[..., Path],
+    tiny_encoder: Path,
+    small_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = run_train(tmp_path / "run", "--epochs", 1)
     resume = ["--resume", "--output-dir", str(run)]
@@ -187,11 +195,16 @@ def test_resume_refuses_what_would_compute_something_else(
     for options in (["--lr", "1e-4"], ["--seed", "5"], ["--batch-size", "16"], ["--epochs", "2"]):
         line = user_error(partial(train.main, [*resume, *options]), capsys)
         assert f"{options[0]} {options[1].replace('1e-4', '0.0001')} differs from" in line
-    train.main([*resume, "--log-every", "2"])
+    train.main([*resume, "--log-every", "2", "--precision", "auto"])
+    other = shutil.copytree(tiny_encoder, tmp_path / "other")
+    tensors = load_file(tiny_encoder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, other / "model.safetensors")
+    line = user_error(lambda: train.main([*resume, "--encoder", str(other)]), capsys)
+    assert "the training weights differ" in line
     with (small_data / "train.tsv").open("a") as file:
         file.write("one more\t1\n")
     capsys.readouterr()
-    assert "the training rows are not those" in user_error(lambda: train.main(resume), capsys)
+    assert "the training rows differ" in user_error(lambda: train.main(resume), capsys)
 
 
 def test_status_and_line_of_the_real_command(tmp_path: Path) -> None:
@@ -215,7 +228,7 @@ def test_another_torch_is_refused_before_it_is_loaded(tmp_path: Path, package: s
     other.mkdir()
     (other / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
     done = subprocess.run(
-        [sys.executable, "-c", "import sst2_xlmr"],
+        [sys.executable, "train.py", "--help"],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -339,7 +339,7 @@ def test_a_failure_leaves_nothing_behind(wheel: Path, tmp_path: Path, monkeypatc
     def fail_at_the_end(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(script, "sync_to_disk", fail_at_the_end)
+    monkeypatch.setattr(script, "sync_files", fail_at_the_end)
     (tmp_path / "disk").mkdir()
     with pytest.raises(UserError, match="No space left"):
         script.make_folder(tmp_path / "disk" / "deep" / "small", wheel, timeout_s=60)
