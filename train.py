@@ -9,6 +9,9 @@ The way of the data: files -> rows -> ids -> global batches -> model -> loss -> 
 
 from __future__ import annotations
 
+import sst2_xlmr  # noqa: F401 (says in one line if Python or torch cannot work, before anything below fails)
+
+# isort: split
 import contextlib
 import dataclasses
 import itertools
@@ -22,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import sst2_xlmr  # noqa: F401  # isort: split (checks Python and torch before anything else needs them)
 from sst2_xlmr import distributed, sources
 from sst2_xlmr.arguments import parse_args
 from sst2_xlmr.batching import GlobalBatchSampler, RankShare, TokenCache, build_loader, tokenize_file

@@ -156,8 +156,9 @@ def load_tensors(encoder: Encoder) -> Tensors:
         if "UnpicklingError" not in type(error).__name__:
             raise
         raise UserError(f"{file} holds more than tensors, or is damaged; convert it to model.safetensors") from None
+    # A copy, because safetensors may map the file into memory, where it would change with the file.
     raw = {
-        name: tensor.float()
+        name: tensor.to(torch.float32, copy=True)
         for name, tensor in raw.items()
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
     }

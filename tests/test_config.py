@@ -238,3 +238,10 @@ def test_another_torch_is_refused_before_it_is_loaded(tmp_path: Path, package: s
     assert done.returncode == 2
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_python_without_torch_is_told_so() -> None:
+    done = subprocess.run([sys.executable, "-S", "train.py"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: torch is not installed")
+    assert done.stderr.count("\n") == 1
