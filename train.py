@@ -92,9 +92,14 @@ def prepare(config: Config, quiet: bool) -> tuple[Encoder, dict[str, TokenCache]
     encoder = find_encoder(config.encoder, quiet)
     check_max_length(config, encoder.shape)
     cache_dir = sources.cache_dir() / "tokens"
-    return encoder, {
-        split: tokenize_file(file, encoder.tokenizer_file, config, cache_dir) for split, file in files.items()
-    }
+    caches = {split: tokenize_file(file, encoder.tokenizer_file, config, cache_dir) for split, file in files.items()}
+    largest_id = max(int(cache.ids.max()) for cache in caches.values())
+    if largest_id >= encoder.shape.vocab_size:
+        raise UserError(
+            f"{encoder.tokenizer_file} gives ids up to {largest_id}, but {encoder.name} has {encoder.shape.vocab_size}"
+            " embedding rows; the two are not of one model"
+        )
+    return encoder, caches
 
 
 def has_stopped_improving(config: Config, progress: Progress) -> bool:
@@ -158,7 +163,6 @@ def train(config: Config, resume: bool, world: World) -> None:
     # 1. Files -> rows -> ids. What a node decides by its hardware, rank 0 decides for all.
     precision = distributed.from_main(world, distributed.choose_precision(config.precision, world.device))
     bf16 = precision == "bf16"
-    compiles = config.compile and all(distributed.gather_objects(world, can_compile(world.device)))
     output_dir = distributed.from_main(world, config.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
     config = dataclasses.replace(config, precision=precision, output_dir=output_dir)
     run_folder = Path(output_dir)
@@ -175,6 +179,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     vocabulary = torch.from_numpy(kept_ids)
     classifier, head_is_new = build_classifier(encoder, config, kept_ids if config.compact_vocab else None)
     classifier.to(world.device)
+    compiles = config.compile and all(distributed.gather_objects(world, can_compile(world.device)))
     optimizer = AdamW(
         classifier,
         layers=encoder.shape.layers,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SAMPLE_DATA, losses, metrics, torchrun, train_options, user_error
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 
@@ -270,3 +270,16 @@ def test_a_loss_that_explodes_stops_the_run(
     line = user_error(lambda: run_train(tmp_path / "run", *options), capsys)
     assert "loss or gradient is not finite at step 7" in line
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_tokenizer_of_another_model_is_noticed(
+    run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(tiny_encoder, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["roberta.embeddings.word_embeddings.weight"] = torch.zeros(100, 32)
+    save_file(tensors, other / "model.safetensors")
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "vocab_size": 100}))
+    line = user_error(lambda: run_train(tmp_path / "run", "--encoder", other), capsys)
+    assert "has 100 embedding rows; the two are not of one model" in line
