@@ -31,12 +31,14 @@ from sst2_xlmr.batching import GlobalBatchSampler, RankShare, TokenCache, build_
 from sst2_xlmr.checkpoint import Progress, find_checkpoint, load_checkpoint, load_progress, save_checkpoint, seed_rank
 from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table, renumbering, used_ids
 from sst2_xlmr.config import Config, UserError, exit_on_user_error
+from sst2_xlmr.cpu_kernels import Kernels, load_kernels
 from sst2_xlmr.data import find_split, has_column, read_rows
 from sst2_xlmr.distributed import World, shared_error
 from sst2_xlmr.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder, load_tensors
 from sst2_xlmr.evaluate import evaluate
 from sst2_xlmr.export import export_hugging_face
 from sst2_xlmr.files import digest_of
+from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model import build_classifier
 from sst2_xlmr.optim import AdamW, can_compile, lr_factor
 from sst2_xlmr.report import (
@@ -102,6 +104,15 @@ def prepare(config: Config, quiet: bool) -> tuple[Encoder, dict[str, TokenCache]
     return encoder, caches
 
 
+def choose_compiled(config: Config, world: World, bf16: bool) -> tuple[Kernels | None, bool]:
+    """Return the CPU's kernels, if all ranks can compile them, and whether the optimizer's pass compiles on CUDA."""
+    on_cpu = world.device.type == "cpu"
+    kernels = load_kernels(torch.bfloat16 if bf16 else torch.float32) if config.compile and on_cpu else None
+    works = kernels is not None or (config.compile and not on_cpu and can_compile(world.device))
+    agreed = all(distributed.gather_objects(world, works))
+    return (kernels if agreed else None), agreed and not on_cpu
+
+
 def has_stopped_improving(config: Config, progress: Progress) -> bool:
     """Whether the last evaluations were so many without a better one that training ends."""
     return 0 < config.early_stopping_patience <= progress.stale_evaluations
@@ -146,7 +157,7 @@ def forward_and_backward(
         synchronizes = number == len(share.micro_batches) and not in_fp32
         alone = isinstance(model, DistributedDataParallel) and not synchronizes
         with model.no_sync() if alone else contextlib.nullcontext():
-            logits = model(batch.tokens, batch.padded).float()
+            logits = model(batch.tokens, batch.padded, batch.keys).float()
             smoothing = config.label_smoothing
             loss = F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing) * batch.weight
             (loss * (world.world_size / share.global_rows)).backward()
@@ -172,14 +183,15 @@ def train(config: Config, resume: bool, world: World) -> None:
 
     # 2. Model, optimizer, batches.
     kept_ids = np.arange(encoder.shape.vocab_size)
-    if config.compact_vocab:
+    if not config.full_vocabulary:
         kept_ids = used_ids((cache.ids for cache in caches.values()), encoder.shape.vocab_size)
         for cache in caches.values():
             cache.renumbering = renumbering(kept_ids, encoder.shape.vocab_size)
     vocabulary = torch.from_numpy(kept_ids)
-    classifier, head_is_new = build_classifier(encoder, config, kept_ids if config.compact_vocab else None)
+    classifier, head_is_new = build_classifier(encoder, config, None if config.full_vocabulary else kept_ids)
     classifier.to(world.device)
-    compiles = config.compile and all(distributed.gather_objects(world, can_compile(world.device)))
+    kernels, compiles = choose_compiled(config, world, bf16)
+    classifier.kernels = kernels
     optimizer = AdamW(
         classifier,
         layers=encoder.shape.layers,
@@ -187,6 +199,7 @@ def train(config: Config, resume: bool, world: World) -> None:
         layerwise_lr_decay=config.layerwise_lr_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=bf16,
+        kernels=kernels,
         compile_step=compiles,
     )
     sampler = GlobalBatchSampler(
@@ -217,7 +230,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     report = open_report(run_folder, tensorboard_dir, progress.step, total_steps, world.is_main)
     head = f"{'new' if head_is_new else 'its own'} head for {', '.join(config.label_names)}"
     masters = "bf16 with fp32 master weights" if bf16 else "fp32"
-    compiled = "AdamW compiled" if optimizer.is_compiled else "AdamW not compiled"
+    compiled = "compiled" if kernels or compiles else "not compiled: slower"
     say(report, f"encoder    {config.encoder}: {describe_model(encoder, optimizer, len(kept_ids))}; {head}")
     say(report, f"rows       {describe_rows(caches, config.max_length)}")
     say(report, f"batches    {describe_batches(config, len(sampler), total_steps)}")
@@ -237,7 +250,9 @@ def train(config: Config, resume: bool, world: World) -> None:
         for share in loader:
             lr = config.lr * lr_factor(progress.step, total_steps, config.warmup_ratio, config.schedule)
             loss_sum += forward_and_backward(model, share, optimizer, config, world, bf16)
-            grad_norm = optimizer.step(lr, accumulated=share.accumulates and bf16)
+            accumulated = share.accumulates and bf16
+            grad_norm = optimizer.gradient_norm(accumulated)
+            optimizer.step(lr, grad_norm, accumulated)
             progress.step += 1
             progress.batch += 1
             rows += sum(len(batch.labels) * batch.weight for batch in share.micro_batches)
@@ -303,7 +318,7 @@ def export(
 
     def write() -> None:
         masters = {name: tensor.cpu() for name, tensor in optimizer.master_tensors().items()}
-        if config.compact_vocab:
+        if not config.full_vocabulary:
             pretrained = load_tensors(encoder)[TABLE_NAME]
             masters[TABLE_NAME] = expand_table(pretrained, kept_ids, masters[TABLE_NAME], optimizer.table_decay)
         export_hugging_face(
@@ -314,6 +329,7 @@ def export(
 
 
 def main(argv: list[str] | None = None) -> None:
+    keep_freed_memory()
     config, resume = parse_args(argv)
     with distributed.start(config.device, config.threads, config.timeout_minutes) as world:
         try:

@@ -6,12 +6,16 @@ library fails under another torch with an undefined symbol that nobody can act o
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from importlib import metadata
 
 # torchtext's notice that its development has ended, once per submodule; the pins are the answer to it.
 warnings.filterwarnings("ignore", message=r"\s*/!\\ IMPORTANT WARNING ABOUT TORCHTEXT STATUS")
+
+# torch then asks the system for large pages: the optimizer walks through gigabytes. Counts only before torch allocates.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _unusable_stack() -> str:

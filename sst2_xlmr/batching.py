@@ -129,6 +129,8 @@ class Batch(NamedTuple):
     Attributes:
         tokens: int64 [rows, length], padded with 1 at the right to the longest of these rows.
         labels: int64 [rows].
+        keys: int64 [rows], a random number below 2**32 for every row, from seed, epoch and row: dropout on a CPU draws
+            from it, so that masks are the same however a batch is cut.
         padded: whether any row is shorter than the others, i.e. a mask is needed.
         real_tokens: how many tokens are not padding.
         weight: 1.0, or 0.0 where a rank without a row of its own computes one in order to keep step with the others.
@@ -136,6 +138,7 @@ class Batch(NamedTuple):
 
     tokens: torch.Tensor
     labels: torch.Tensor
+    keys: torch.Tensor
     padded: bool
     real_tokens: int
     weight: float = 1.0
@@ -164,13 +167,24 @@ class ShareRows(NamedTuple):
     """What the sampler asks the dataset for: row numbers, and the facts that do not follow from them."""
 
     rows: np.ndarray
+    keys: np.ndarray
     global_rows: int
     largest_share: int
     weight: float
 
 
-def collate(cache: TokenCache, rows: np.ndarray, weight: float = 1.0) -> Batch:
-    """Pad the given rows of the cache to the longest of them."""
+def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Return int64 [rows], numbers below 2**32 that look random (splitmix64, https://prng.di.unimi.it/splitmix64.c)."""
+    values = (
+        rows.astype(np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + (np.uint64(epoch) << np.uint64(40))
+    )
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
+    return (values >> np.uint64(32)).astype(np.int64)
+
+
+def collate(cache: TokenCache, rows: np.ndarray, keys: np.ndarray | None = None, weight: float = 1.0) -> Batch:
+    """Pad the given rows of the cache to the longest of them; without keys, these are zeros."""
     spans = [(cache.offsets[row], cache.offsets[row + 1]) for row in rows]
     lengths = [int(end - start) for start, end in spans]
     tokens = np.full((len(rows), max(lengths)), PAD_ID, np.int64)
@@ -179,7 +193,9 @@ def collate(cache: TokenCache, rows: np.ndarray, weight: float = 1.0) -> Batch:
     if cache.renumbering is not None:
         tokens = cache.renumbering[tokens].astype(np.int64)
     labels = cache.labels[rows].astype(np.int64)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), min(lengths) < max(lengths), sum(lengths), weight)
+    keys = np.zeros(len(rows), np.int64) if keys is None else keys
+    tensors = [torch.from_numpy(array) for array in (tokens, labels, keys)]
+    return Batch(tensors[0], tensors[1], tensors[2], min(lengths) < max(lengths), sum(lengths), weight)
 
 
 def rows_in_training_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -220,10 +236,10 @@ class GlobalBatchSampler:
         for rows in rows_in_training_order(self.lengths, self.batch_size, self.seed, self.epoch)[self.batch :]:
             share = rows[self.rank :: self.world_size]
             largest_share = -(-len(rows) // self.world_size)
-            if len(share):
-                yield ShareRows(share, len(rows), largest_share, 1.0)
-            else:
-                yield ShareRows(rows[:1], len(rows), largest_share, 0.0)
+            weight = 1.0 if len(share) else 0.0
+            share = share if len(share) else rows[:1]
+            keys = dropout_keys(share, self.seed, self.epoch)
+            yield ShareRows(share, keys, len(rows), largest_share, weight)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "batch": self.batch}
@@ -243,8 +259,8 @@ class ShareDataset:
 
     def __getitems__(self, share: ShareRows) -> RankShare:
         size = self.micro_batch_size or len(share.rows)
-        cuts = [share.rows[i : i + size] for i in range(0, len(share.rows), size)]
-        micro_batches = [collate(self.cache, rows, share.weight) for rows in cuts]
+        cuts = [slice(i, i + size) for i in range(0, len(share.rows), size)]
+        micro_batches = [collate(self.cache, share.rows[cut], share.keys[cut], share.weight) for cut in cuts]
         accumulates = self.micro_batch_size > 0 and share.largest_share > self.micro_batch_size
         return RankShare(micro_batches, share.global_rows, accumulates)
 

@@ -171,8 +171,11 @@ class Config:
     head_dropout: float = option(
         0.1, "model", "dropout in the classification head", kind=float, metavar="P", check=between(0, 1, False)
     )
-    compact_vocab: bool = option(
-        True, "model", "train only the embedding rows that the run's files use; same result, much faster", kind=bool
+    full_vocabulary: bool = option(
+        False,
+        "model",
+        "train all embedding rows, not only those that the run's files use; same result, slower",
+        kind=bool,
     )
     freeze_encoder: bool = option(False, "model", "train the classification head only", kind=bool)
 
@@ -278,7 +281,7 @@ class Config:
     compile: bool = option(
         True,
         "machine",
-        "compile the optimizer's pass with torch.compile, where a C++ compiler (CPU) or Triton (CUDA) is found",
+        "compile what is not a matrix product: with a C compiler on a CPU, the optimizer's pass with Triton on CUDA",
         kind=bool,
     )
     threads: int = option(

@@ -12,7 +12,9 @@ from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, Robe
 
 from sst2_xlmr.compact_vocab import TABLE_NAME
 from sst2_xlmr.config import Config, UserError
+from sst2_xlmr.cpu_kernels import Kernels
 from sst2_xlmr.encoders import Encoder, EncoderShape, check_fit, find_encoder, load_tensors
+from sst2_xlmr.packed_encoder import encode, first_token_masks, pack
 from sst2_xlmr.tokenizer import PAD_ID, Tokenizer, load_tokenizer
 
 
@@ -39,23 +41,38 @@ class Classifier(RobertaModel):
         head = RobertaClassificationHead(num_labels, shape.hidden, dropout=head_dropout, activation=nn.Tanh)
         super().__init__(conf, head)
         self.shape = shape
+        self.kernels: Kernels | None = None
         for module in self.encoder.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = shape.layer_norm_eps
 
-    def forward(self, tokens: torch.Tensor, padded: bool = True) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, padded: bool = True, dropout_keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return logits.
 
         Args:
             tokens: int64 [batch, length], padded with 1 at the right.
             padded: False if no row has padding; then no mask is computed.
+            dropout_keys: int64 [batch], where `kernels` draw every row's dropout masks from; torch's generator else.
 
         Returns:
             The parameters' dtype, [batch, num_labels].
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_encoder_frozen()):
-            features = self._encode(tokens, padded)
-        return self.head(features)
+        trains_encoder = torch.is_grad_enabled() and not self.is_encoder_frozen()
+        if self.kernels is None:
+            with torch.set_grad_enabled(trains_encoder):
+                features = self._encode(tokens, padded)
+            return self.head(features)
+        transformer, head = self.encoder.transformer, self.head
+        rows, ids, positions = pack(tokens, dropout_keys, transformer.dropout.p if self.training else 0.0)
+        with torch.set_grad_enabled(trains_encoder):
+            features = encode(transformer, self.kernels, rows, ids, positions, self.shape.layer_norm_eps)
+        head_p = head.dropout.p if self.training else 0.0
+        site = 3 * len(transformer.layers.layers) + 1
+        features = features * first_token_masks(features, self.kernels, rows, site, head_p)
+        inner = torch.tanh(head.dense(features))
+        return head.out_proj(inner * first_token_masks(inner, self.kernels, rows, site + 1, head_p))
 
     def is_encoder_frozen(self) -> bool:
         return not self.encoder.transformer.token_embedding.weight.requires_grad

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from sst2_xlmr.compact_vocab import TABLE_NAME
+from sst2_xlmr.cpu_kernels import PARAMETER, Kernels
 
 BETA1, BETA2 = 0.9, 0.999
 # RoBERTa's (https://arxiv.org/abs/1907.11692, table 10). With Adam's 1e-8, a weight whose gradient is only rounding
@@ -47,6 +47,18 @@ def lr_scale(name: str, layers: int, decay: float) -> float:
     return decay ** (layers - depth)
 
 
+def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return fp32 weights as bf16 weights, rounded to nearest, and int16 values that have the rest of their bits."""
+    bits = master.view(torch.int32)
+    high = (bits + 0x8000) >> 16  # ties go away from zero, so that the rest fits into int16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join_master(weights: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """Return the fp32 weights that `split_master` was given, bit for bit."""
+    return ((weights.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
+
+
 @dataclass
 class Slot:
     """One parameter and all that AdamW keeps for it.
@@ -54,7 +66,7 @@ class Slot:
     Attributes:
         name: the parameter's.
         working: what the model computes with; bf16 or fp32.
-        master: fp32 weights; the parameter's own tensor in fp32.
+        low: int16, in bf16 what `working` lacks of the fp32 master weights (see `split_master`); None in fp32.
         exp_avg, exp_avg_sq: fp32 moments, None for a frozen parameter.
         accumulator: fp32 sum of the micro-batches' gradients, made when first needed.
         weight_decay, lr_scale: as its group has them.
@@ -62,23 +74,34 @@ class Slot:
 
     name: str
     working: nn.Parameter
-    master: torch.Tensor
+    low: torch.Tensor | None
     exp_avg: torch.Tensor | None
     exp_avg_sq: torch.Tensor | None
     weight_decay: float
     lr_scale: float
     accumulator: torch.Tensor | None = None
 
+    def master(self) -> torch.Tensor:
+        """Return the fp32 weights: a copy in bf16, the parameter's own tensor in fp32."""
+        return self.working.data if self.low is None else join_master(self.working.data, self.low)
+
+    def set_master(self, master: torch.Tensor) -> None:
+        if self.low is None:
+            self.working.data.copy_(master)
+        else:
+            for target, half in zip((self.working.data, self.low), split_master(master)):
+                target.copy_(half)
+
 
 def _update(
     gradient: torch.Tensor,
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
-    master: torch.Tensor,
     working: torch.Tensor,
+    low: torch.Tensor | None,
     scalars: torch.Tensor,
 ) -> None:
-    """One AdamW step (https://arxiv.org/abs/1711.05101) of one tensor, written so that compiling makes it one pass.
+    """One AdamW step (https://arxiv.org/abs/1711.05101) of one tensor, as `adamw` in cpu_kernels.c makes it.
 
     Args:
         gradient: bf16 or fp32, any shape; the other tensors have the same.
@@ -87,26 +110,23 @@ def _update(
     gradient = gradient.float() * scalars[0]
     average = exp_avg * BETA1 + gradient * (1 - BETA1)
     square = exp_avg_sq * BETA2 + gradient * gradient * (1 - BETA2)
+    master = working if low is None else join_master(working, low)
     # Subtracted, not multiplied by 1 - lr * decay: that factor, in fp32, is often exactly 1.
-    weights = master - master * scalars[1] - scalars[2] * average / (square.sqrt() * scalars[3] + EPSILON)
+    master = master - master * scalars[1] - scalars[2] * average / (square.sqrt() * scalars[3] + EPSILON)
     exp_avg.copy_(average)
     exp_avg_sq.copy_(square)
-    master.copy_(weights)
-    if working is not master:
-        working.copy_(weights)
-
-
-def _square_sum(gradient: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 sum of squares, also of bf16."""
-    return gradient.float().square().sum()
+    if low is None:
+        working.copy_(master)
+    else:
+        for target, half in zip((working, low), split_master(master)):
+            target.copy_(half)
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here; on a CPU it needs a C++ compiler, which many clusters' nodes lack."""
+    """Whether torch.compile works on a CUDA device; it needs Triton."""
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # torch speaks of a missing CUDA runtime here
-            tensor = torch.ones(16, device=device)
-            return bool(torch.compile(lambda x: x + 1)(tensor).sum() == 32)
+        tensor = torch.ones(16, device=device)
+        return bool(torch.compile(lambda x: x + 1)(tensor).sum() == 32)
     except Exception:  # whatever its backend raises, the eager way remains
         return False
 
@@ -114,13 +134,12 @@ def can_compile(device: torch.device) -> bool:
 class AdamW:
     """AdamW over a model's parameters, with fp32 masters.
 
-    With `bf16`, the model's parameters become bf16 copies of the masters. One compiled pass per tensor reads the
-    gradient and writes moments, master and working copy; it is memory-bound, and several passes cost several times
-    as much. Without `compile_step` the same function runs eagerly.
+    With `bf16`, the model's parameters become bf16, and the optimizer keeps the bits that they lack. A step is one
+    pass over memory: it reads the gradient and writes moments and weights. On a CPU that is `cpu_kernels`, on CUDA a
+    compiled function; without either the same is done operation by operation, several times as slowly.
 
     Attributes:
         slots: per parameter, in the model's order.
-        is_compiled: whether the pass is compiled.
         steps: how many steps were made.
         table_decay: product over all steps of what weight decay leaves of an embedding row without gradient.
     """
@@ -133,28 +152,36 @@ class AdamW:
         layerwise_lr_decay: float,
         max_grad_norm: float,
         bf16: bool,
-        compile_step: bool,
+        kernels: Kernels | None = None,
+        compile_step: bool = False,
     ) -> None:
         self.max_grad_norm = max_grad_norm
         self.steps = 0
         self.table_decay = 1.0
         self.slots: list[Slot] = []
         for name, parameter in model.named_parameters():
-            master = parameter.detach()
-            if bf16:
-                parameter.data = master.bfloat16()
+            low = None
             trained = parameter.requires_grad
             # Biases and LayerNorm, the only vectors, are not decayed: the convention since BERT.
             decay = weight_decay if parameter.dim() > 1 else 0.0
             scale = lr_scale(name, layers, layerwise_lr_decay)
-            first, second = (torch.zeros_like(master) if trained else None for _ in range(2))
-            self.slots.append(Slot(name, parameter, master, first, second, decay, scale))
-        self.is_compiled = compile_step
-        self._update: Callable[..., None] = _update
-        self._square_sum: Callable[[torch.Tensor], torch.Tensor] = _square_sum
-        if self.is_compiled:
-            self._update = torch.compile(_update, dynamic=True)
-            self._square_sum = torch.compile(_square_sum, dynamic=True)
+            first, second = (torch.zeros_like(parameter.data) if trained else None for _ in range(2))
+            if bf16:
+                parameter.data, low = split_master(parameter.data)
+            self.slots.append(Slot(name, parameter, low, first, second, decay, scale))
+        self._kernels = kernels
+        self._update: Callable[..., None] = torch.compile(_update, dynamic=True) if compile_step else _update
+        self._arguments = self._describe()
+
+    def _describe(self) -> np.ndarray:
+        """Return the trained parameters for `Kernels.adamw`; gradients and rates are filled in at every step."""
+        arguments = np.zeros(len(list(self.trained())), PARAMETER)
+        for line, (slot, exp_avg, exp_avg_sq) in zip(arguments, self.trained()):
+            low = 0 if slot.low is None else slot.low.data_ptr()
+            pointers = (slot.working.data_ptr(), low, exp_avg.data_ptr(), exp_avg_sq.data_ptr())
+            line["weights"], line["low"], line["mean"], line["square"] = pointers
+            line["n"] = slot.working.numel()
+        return arguments
 
     def trained(self) -> Iterator[tuple[Slot, torch.Tensor, torch.Tensor]]:
         """Yield (slot, first moment, second moment) of the parameters that are trained."""
@@ -167,7 +194,7 @@ class AdamW:
         for slot, _, _ in self.trained():
             assert slot.working.grad is not None
             if slot.accumulator is None:
-                slot.accumulator = torch.zeros_like(slot.master)
+                slot.accumulator = torch.zeros_like(slot.working, dtype=torch.float32)
             slot.accumulator += slot.working.grad
             slot.working.grad = None
 
@@ -178,43 +205,58 @@ class AdamW:
                 dist.all_reduce(slot.accumulator)
                 slot.accumulator /= world_size
 
+    def _gradients(self, accumulated: bool) -> list[torch.Tensor]:
+        gradients = [slot.accumulator if accumulated else slot.working.grad for slot, _, _ in self.trained()]
+        return [gradient.contiguous() for gradient in gradients if gradient is not None]
+
     @torch.no_grad()
-    def step(self, lr: float, accumulated: bool) -> torch.Tensor:
-        """Make one step, and clear the gradients.
+    def gradient_norm(self, accumulated: bool = False) -> torch.Tensor:
+        """Return the gradient's global norm; fp32, no dimensions.
+
+        Args:
+            accumulated: whether the gradients lie in the accumulators.
+        """
+        gradients = self._gradients(accumulated)
+        if self._kernels is None:
+            return torch.stack([gradient.float().square().sum() for gradient in gradients]).sum().sqrt()
+        self._arguments["grad"] = [gradient.data_ptr() for gradient in gradients]
+        fp32_grads = gradients[0].dtype == torch.float32
+        return torch.tensor(math.sqrt(self._kernels.square_sum(self._arguments, fp32_grads)))
+
+    @torch.no_grad()
+    def step(self, lr: float, norm: torch.Tensor, accumulated: bool = False) -> None:
+        """Make one step with the gradient clipped, and clear the gradients.
 
         Args:
             lr: the rate of this step, before layer-wise decay.
+            norm: the gradient's global norm.
             accumulated: whether the gradients lie in the accumulators.
-
-        Returns:
-            The gradient's global norm before clipping; fp32, no dimensions.
         """
         self.steps += 1
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_grad_norm else torch.ones_like(norm)
+        correction1, root = 1 - BETA1**self.steps, 1 / math.sqrt(1 - BETA2**self.steps)
         trained = list(self.trained())
-        gradients = [slot.accumulator if accumulated else slot.working.grad for slot, _, _ in trained]
-        norm = torch.stack([self._square_sum(g.view(-1)) for g in gradients if g is not None]).sum().sqrt()
-        scale = torch.ones_like(norm)
-        if self.max_grad_norm:
-            scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        correction1, correction2 = 1 - BETA1**self.steps, 1 - BETA2**self.steps
-        scalars: dict[tuple[float, float], torch.Tensor] = {}
-        for (slot, exp_avg, exp_avg_sq), gradient in zip(trained, gradients):
-            assert gradient is not None
-            group = (slot.lr_scale, slot.weight_decay)
-            if group not in scalars:
-                rate = lr * slot.lr_scale
-                fixed = [rate * slot.weight_decay, rate / correction1, 1 / math.sqrt(correction2)]
-                scalars[group] = torch.cat([scale.view(1), torch.tensor(fixed).to(norm.device, non_blocking=True)])
+        rates = [(lr * slot.lr_scale / correction1, lr * slot.lr_scale * slot.weight_decay) for slot, _, _ in trained]
+        gradients = self._gradients(accumulated)
+        if self._kernels is not None:
+            self._arguments["grad"] = [gradient.data_ptr() for gradient in gradients]
+            self._arguments["rate"], self._arguments["decay"] = zip(*rates)
+            fp32_grads = gradients[0].dtype == torch.float32
+            self._kernels.adamw(self._arguments, fp32_grads, float(scale), (BETA1, BETA2), EPSILON, root)
+        else:
+            scalars = {}
+            for group in set(rates):
+                fixed = torch.tensor([group[1], group[0], root]).to(norm.device, non_blocking=True)
+                scalars[group] = torch.cat([scale.view(1), fixed])
+            for (slot, exp_avg, exp_avg_sq), gradient, group in zip(trained, gradients, rates):
+                flat = [tensor.view(-1) for tensor in (gradient, exp_avg, exp_avg_sq, slot.working.data)]
+                self._update(*flat, None if slot.low is None else slot.low.view(-1), scalars[group])
+        for slot, _, _ in trained:
+            slot.working.grad = None
             if slot.name == TABLE_NAME:
                 self.table_decay *= 1 - lr * slot.lr_scale * slot.weight_decay
-            flat = [gradient, exp_avg, exp_avg_sq, slot.master]
-            views = [tensor.view(-1) for tensor in flat]
-            working = views[3] if slot.working.dtype == torch.float32 else slot.working.data.view(-1)
-            self._update(*views, working, scalars[group])
-            slot.working.grad = None
-            if accumulated:
-                gradient.zero_()
-        return norm
+            if accumulated and slot.accumulator is not None:
+                slot.accumulator.zero_()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Return the moments by name, for a checkpoint (`steps` is the training step)."""
@@ -226,7 +268,7 @@ class AdamW:
 
     def master_tensors(self) -> dict[str, torch.Tensor]:
         """Return the fp32 weights by the parameters' names."""
-        return {slot.name: slot.master for slot in self.slots}
+        return {slot.name: slot.master() for slot in self.slots}
 
     @torch.no_grad()
     def load(
@@ -235,7 +277,6 @@ class AdamW:
         """Take over weights, moments and what was counted from a checkpoint."""
         self.steps, self.table_decay = steps, table_decay
         for slot in self.slots:
-            slot.master.copy_(masters[slot.name])
-            slot.working.data.copy_(slot.master)
+            slot.set_master(masters[slot.name])
         for name, tensor in self.state_tensors().items():
             tensor.copy_(moments[name])

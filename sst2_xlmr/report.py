@@ -104,8 +104,8 @@ def say(report: Report, text: str) -> None:
 def describe_model(encoder: Encoder, optimizer: AdamW, table_rows: int) -> str:
     """Say the model's size, and how much of it is trained."""
     shape = encoder.shape
-    whole = sum(slot.master.numel() for slot in optimizer.slots) + (shape.vocab_size - table_rows) * shape.hidden
-    trained = sum(slot.master.numel() for slot, _, _ in optimizer.trained())
+    whole = sum(slot.working.numel() for slot in optimizer.slots) + (shape.vocab_size - table_rows) * shape.hidden
+    trained = sum(slot.working.numel() for slot, _, _ in optimizer.trained())
     rows = f" ({table_rows:,} of {shape.vocab_size:,} embedding rows occur)" if table_rows < shape.vocab_size else ""
     size = f"{shape.layers} layers, {shape.hidden} wide, {whole / 1e6:,.1f} M parameters"
     return f"{size}, {trained / 1e6:,.1f} M trained{rows}"

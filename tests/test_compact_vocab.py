@@ -31,7 +31,7 @@ def test_same_result_as_the_whole_table(run_train: Callable[..., Path], tmp_path
     """Without clipping, whose norm is summed in another order, all is equal to the bit but the untouched rows."""
     options = ("--epochs", 2, "--max-grad-norm", 0, "--weight-decay", 0.1)
     compact = run_train(tmp_path / "compact", *options)
-    whole = run_train(tmp_path / "whole", *options, "--no-compact-vocab")
+    whole = run_train(tmp_path / "whole", *options, "--full-vocabulary")
     assert losses(compact) == losses(whole)
     ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (compact, whole))
     for name, tensor in theirs.items():

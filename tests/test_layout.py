@@ -6,8 +6,19 @@ import ast
 
 from conftest import ROOT
 
-ORDER = ["config", "arguments", "distributed", "files", "sources", "data", "tokenizer", "batching", "encoders"]
-ORDER += ["compact_vocab", "model", "optim", "checkpoint", "evaluate", "export", "report"]
+ORDER = ["config", "arguments", "memory", "distributed", "files", "sources", "data", "tokenizer", "batching"]
+ORDER += [
+    "encoders",
+    "compact_vocab",
+    "cpu_kernels",
+    "packed_encoder",
+    "model",
+    "optim",
+    "checkpoint",
+    "evaluate",
+    "export",
+    "report",
+]
 
 
 def test_a_module_uses_only_those_before_it() -> None:
