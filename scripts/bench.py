@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="Python of an environment with transformers, to compare with its Trainer",
     )
     add("--processes", type=positives, default=[], metavar="N,...", help="measure DDP with so many processes")
-    add("--processes-batch-size", type=int, default=32, metavar="ROWS", help="global batch of --processes [32]")
+    add("--processes-batch-size", type=positive, default=32, metavar="ROWS", help="global batch of --processes [32]")
     add("--rows", type=positives, default=[], metavar="N,...", help="measure train.py's start on files of so many rows")
     add("--only", type=parts, metavar="PART,...", help=f"of {', '.join(PARTS)} [train and eval, and what is asked for]")
     add("--out", type=Path, metavar="FILE", help="write the JSON there too")
@@ -133,7 +133,7 @@ def build_config(arguments: argparse.Namespace, shape: EncoderShape) -> Config:
         threads=arguments.threads,
     )
     check(config)
-    device = choose_device(config.device)
+    device = choose_device(config.device, 0, max(arguments.processes, default=1))
     torch.set_num_threads(config.threads or torch.get_num_threads())
     precision = choose_precision(config.precision, device)
     return dataclasses.replace(config, device=device.type, precision=precision, threads=torch.get_num_threads())
@@ -206,7 +206,10 @@ def describe(arguments: argparse.Namespace, config: Config, shape: EncoderShape,
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.is_file() else []
     with np.load(spec.with_name("rows.npz")) as arrays:
         table_rows = len(arrays["kept_ids"])
-        tokens = {split: len(arrays[f"{split}_ids"]) / len(arrays[f"{split}_labels"]) for split in ("train", "dev")}
+        tokens = {
+            task: len(arrays[f"{split}_ids"]) / len(arrays[f"{split}_labels"])
+            for task, split in (("train", "train"), ("eval", "dev"))
+        }
     return {
         "cpu": names[0].split(":", 1)[1].strip() if names else platform.processor(),
         "gpu": torch.cuda.get_device_name() if config.device == "cuda" else None,
@@ -216,7 +219,7 @@ def describe(arguments: argparse.Namespace, config: Config, shape: EncoderShape,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "shape": {"name": arguments.shape, **dataclasses.asdict(shape)},
         "table_rows": table_rows,
-        "tokens_per_row": {split: rounded(mean) for split, mean in tokens.items()},
+        "tokens_per_row": {task: rounded(mean) for task, mean in tokens.items()},
         **{
             name: getattr(config, name)
             for name in ("precision", "device", "batch_size", "eval_batch_size", "max_length")

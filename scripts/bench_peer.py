@@ -212,13 +212,15 @@ def main() -> None:
     file, configuration = sys.argv[1:]
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # the Trainer prints what it logs
-    result: dict[str, Any] = {}
-    if configuration != "versions":
-        spec = json.loads(Path(file).read_text(encoding="utf-8"))
-        torch.set_num_threads(spec["config"]["threads"])
-        result.update(evaluate(spec) if configuration == "eval" else train(spec, configuration))
-        result.update(peak_memory(spec["config"]["device"] == "cuda"))
-    print(json.dumps({**result, "versions": versions()}), file=answer, flush=True)
+    spec = json.loads(Path(file).read_text(encoding="utf-8"))
+    torch.set_num_threads(spec["config"]["threads"])
+    result: dict[str, Any]
+    if configuration == "versions":
+        result = {"versions": versions()}
+    else:
+        figures = evaluate(spec) if configuration == "eval" else train(spec, configuration)
+        result = {**figures, **peak_memory(spec["config"]["device"] == "cuda")}
+    print(json.dumps(result), file=answer, flush=True)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def say(text: str) -> None:
 
 
 def rounded(figure: float) -> float:
-    return figure if isinstance(figure, int) else float(f"{figure:.5g}")
+    """Return a figure without digits that mean nothing."""
+    return round(figure) if figure >= 10_000 else float(f"{figure:.5g}")
 
 
 def spread(figures: list[float]) -> Answer:
@@ -46,17 +47,17 @@ def spread(figures: list[float]) -> Answer:
 
 
 def summarize(answers: list[Answer]) -> Answer:
-    """Return the medians of the rounds' figures by their names, and under `min` and `max` what they ranged over."""
-    kinds = {name: type(figure) for name, figure in answers[0].items()}
+    """Return the medians of the rounds' figures, what they ranged over (`min`, `max`), and the last of all else."""
+    last = answers[-1]
     spreads = {
-        name: spread([answer[name] for answer in answers]) for name, kind in kinds.items() if kind in (int, float)
+        name: spread([answer[name] for answer in answers]) for name, of in last.items() if type(of) in (int, float)
     }
-    summary: Answer = {name: values["median"] for name, values in spreads.items()}
-    summary.update({name: answers[-1][name] for name, kind in kinds.items() if kind is bool})
-    return {**summary, **{bound: {name: values[bound] for name, values in spreads.items()} for bound in ("min", "max")}}
+    bounds = {bound: {name: values[bound] for name, values in spreads.items()} for bound in ("min", "max")}
+    return {**last, **{name: values["median"] for name, values in spreads.items()}, **bounds}
 
 
 def ratio(ours: list[Answer], others: list[Answer], name: str = "samples_per_s") -> Answer:
+    """Return what the quotients of the rounds ranged over; a round's two figures saw the same machine."""
     return spread([our[name] / other[name] for our, other in zip(ours, others)])
 
 
@@ -81,16 +82,24 @@ def machine_rate(device: torch.device, dtype: torch.dtype) -> float:
 @contextlib.contextmanager
 def worker(task: str, spec: Path, processes: int = 0) -> Iterator[Callable[..., Answer]]:
     """Start scripts/bench_worker.py, under torchrun if `processes` are given; yields the function that asks it."""
-    command = [str(ROOT / "scripts" / "bench_worker.py"), task, str(spec)]
+    command = [str(SCRIPTS / "bench_worker.py"), task, str(spec)]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
     if processes:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--nnodes=1"]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "--nnodes=1",
+            "--monitor_interval=0.5",
+        ]
+        environment.setdefault("OMP_NUM_THREADS", "1")  # or torchrun says that it does so
         command = [*launcher, "--master_addr=127.0.0.1", f"--master_port={port}", *command]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     pipes: Answer = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, *command], env={**os.environ, "PYTHONPATH": path}, **pipes) as process:
+    with subprocess.Popen([sys.executable, *command], env=environment, **pipes) as process:
         assert process.stdin is not None and process.stdout is not None
         orders, answers = process.stdin, process.stdout
 
@@ -101,8 +110,9 @@ def worker(task: str, spec: Path, processes: int = 0) -> Iterator[Callable[..., 
             return json.loads(line)
 
         def ask(**order: Any) -> Answer:
-            orders.write(json.dumps(order) + "\n")
-            orders.flush()
+            with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+                orders.write(json.dumps(order) + "\n")
+                orders.flush()
             return answer()
 
         answer()  # it is ready
@@ -115,7 +125,7 @@ def run_peer(python: str, spec: Path, configuration: str) -> Answer:
     Raises:
         UserError: if there is no such interpreter, or it lacks what is needed.
     """
-    command = [python, str(ROOT / "scripts" / "bench_peer.py"), str(spec), configuration]
+    command = [python, str(SCRIPTS / "bench_peer.py"), str(spec), configuration]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     try:
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -158,7 +168,6 @@ def measure_rates(tasks: list[str], peer: str, rounds: int, config: Config, spec
     result: Answer = {task: summarize(answers) for task, answers in ours.items()}
     result["machine"] = summarize(machine)
     if "train" in tasks:
-        result["train"]["ms_per_step"] = ours["train"][-1]["ms_per_step"]
         result["peak_rss_bytes"] = result["train"]["max"]["peak_rss_bytes"]
         result["utilisation"] = result["train"]["utilisation"]
     if peer:
@@ -231,7 +240,7 @@ def time_train(config: Config, data: Path, encoder: Path, cache: Path, rows: int
         "first_step_s": rounded(first_step_s),
         "rows_per_s_to_first_step": rounded(rows / first_step_s),
         "total_s": rounded(total_s),
-        "samples_per_s": statistics.median([line["samples_per_s"] for line in lines if "loss" in line][1:]),
+        "samples_per_s": rounded(statistics.median([line["samples_per_s"] for line in lines if "lr" in line][1:])),
         "peak_rss_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
     }
 

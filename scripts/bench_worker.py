@@ -208,7 +208,9 @@ def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
         run_epoch("train", epoch, mark)
         hook.remove()
         steps = len(feeds["train"][0])
-        return {phase: spent[phase] / steps * 1e3 for phase in ("data", "forward", "backward", "clip", "step")}
+        return {
+            phase: round(spent[phase] / steps * 1e3, 3) for phase in ("data", "forward", "backward", "clip", "step")
+        }
 
     run_epoch("warmup", 0, lambda phase: None)
     return measure
