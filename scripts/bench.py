@@ -10,10 +10,12 @@ and greatest (`max`). Machines are noisy: within a round everything is measured 
 is taken in every round. With `--peer` every measurement has a new process; without it one process serves all rounds,
 and its later ones meet batch shapes that it has seen.
 
-The Trainer's environment needs torch, transformers and accelerate, in any version: `python -m venv ../peer` and
-`../peer/bin/pip install torch "transformers[torch]"`. Both sides train on the same sample of the train split (see
-bench_peer.py for how the Trainer is set up) and evaluate the whole dev split. Utilisation is the rate of the operations
-that the rows need (`model_flops` in bench_worker.py) over the rate of a plain matrix product in the same precision.
+The Trainer's environment needs a current torch, transformers and accelerate: `python -m venv ../peer`, then
+`../peer/bin/pip install "transformers[torch]"`. Both sides train on the same sample of the train split (see
+bench_peer.py for how the Trainer is set up) and evaluate the whole dev split. Rows of like length are grouped within
+the sample: with fewer than 100 steps there is more padding than in a long run, on both sides. Utilisation is the rate
+of the operations that the rows need (`model_flops` in bench_worker.py) over the rate of a plain matrix product in the
+same precision.
 """
 
 from __future__ import annotations
@@ -139,6 +141,17 @@ def build_config(arguments: argparse.Namespace, shape: EncoderShape) -> Config:
     return dataclasses.replace(config, device=device.type, precision=precision, threads=torch.get_num_threads())
 
 
+def sample_rows(lengths: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return so many row numbers in random order, spread evenly over the lengths, so that few rows stand for all.
+
+    A sample larger than the file has rows more than once.
+    """
+    random = np.random.RandomState(seed)
+    order = random.permutation(len(lengths))
+    by_length = order[np.argsort(lengths[order], kind="stable")]
+    return random.permutation(by_length[((np.arange(count) + 0.5) * len(lengths) / count).astype(np.int64)])
+
+
 def subset(cache: TokenCache, rows: np.ndarray) -> dict[str, np.ndarray]:
     ids = [cache.ids[cache.offsets[row] : cache.offsets[row + 1]] for row in rows]
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
@@ -163,10 +176,7 @@ def write_spec(
     shape: EncoderShape,
     tokenizer_file: Path,
 ) -> Path:
-    """Write what the measured processes need: options, and the rows as ids, a fixed random sample of the train split.
-
-    A sample larger than the split has rows more than once.
-    """
+    """Write what the measured processes need: options, and rows as ids, of the train split a fixed sample."""
     cache_dir = sources.cache_dir() / "tokens"
     caches = {split: tokenize_file(file, tokenizer_file, config, cache_dir) for split, file in files.items()}
     largest_id = max(int(cache.ids.max()) for cache in caches.values())
@@ -175,13 +185,15 @@ def write_spec(
     kept_ids = np.arange(shape.vocab_size)
     if config.compact_vocab:
         kept_ids = used_ids((cache.ids for cache in caches.values()), shape.vocab_size)
-    order = np.random.RandomState(config.seed).permutation(len(caches["train"]))
-    warm = arguments.warmup_steps * config.batch_size
-    order = np.resize(order, warm + arguments.steps * config.batch_size)
+    lengths = caches["train"].lengths()
+    samples = {
+        split: sample_rows(lengths, steps * config.batch_size, config.seed)
+        for split, steps in (("warmup", arguments.warmup_steps), ("train", arguments.steps))
+    }
     arrays = {"kept_ids": kept_ids}
     for split, cache, rows in (
-        ("warmup", caches["train"], order[:warm]),
-        ("train", caches["train"], order[warm:]),
+        ("warmup", caches["train"], samples["warmup"]),
+        ("train", caches["train"], samples["train"]),
         ("dev", caches["dev"], np.arange(len(caches["dev"]))),
     ):
         arrays.update({f"{split}_{part}": array for part, array in subset(cache, rows).items()})

@@ -102,6 +102,15 @@ def test_cold_and_warm_start_on_many_rows(tiny_encoder: Path, capfd: pytest.Capt
         assert figures["samples_per_s"] > 0 and figures["peak_rss_bytes"] > 50e6
 
 
+def test_a_small_sample_has_the_lengths_of_all_rows() -> None:
+    lengths = np.random.RandomState(0).geometric(0.07, size=5000)
+    rows = bench.sample_rows(lengths, 96, seed=0)
+    assert len(set(rows)) == 96
+    assert lengths[rows].mean() == pytest.approx(lengths.mean(), rel=0.03)
+    assert abs(np.corrcoef(np.arange(96), lengths[rows])[0, 1]) < 0.3  # not sorted
+    assert set(bench.sample_rows(lengths[:10], 25, seed=0)) == set(range(10))
+
+
 def test_many_rows_are_new_and_as_long(tmp_path: Path) -> None:
     source, target = SAMPLE_DATA / "train.tsv", tmp_path / "many.tsv"
     bench_runs.write_many_rows(source, target, 5000, seed=0)
