@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", metavar="NAME", help="auto, cpu or cuda [auto]")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads [0: the cores at hand]")
     add("--full-vocabulary", action="store_true", help="train the whole embedding table, not only the rows in use")
-    add("--no-compile", action="store_true", help="do not compile the optimizer's pass")
+    add("--no-compile", action="store_true", help="measure what runs where nothing can be compiled")
     add(
         "--peer",
         default="",
@@ -126,7 +126,7 @@ def build_config(arguments: argparse.Namespace, shape: EncoderShape) -> Config:
     config = Config(
         data_dir=arguments.data_dir,
         max_length=min(MAX_LENGTH, shape.positions - 2),
-        compact_vocab=not arguments.full_vocabulary,
+        full_vocabulary=arguments.full_vocabulary,
         batch_size=arguments.batch_size,
         eval_batch_size=arguments.eval_batch_size,
         device=arguments.device,
@@ -183,7 +183,7 @@ def write_spec(
     if largest_id >= shape.vocab_size:
         raise UserError(f"{tokenizer_file} gives ids up to {largest_id}, but the shape has {shape.vocab_size} rows")
     kept_ids = np.arange(shape.vocab_size)
-    if config.compact_vocab:
+    if not config.full_vocabulary:
         kept_ids = used_ids((cache.ids for cache in caches.values()), shape.vocab_size)
     lengths = caches["train"].lengths()
     samples = {

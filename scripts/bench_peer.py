@@ -9,7 +9,9 @@ is the only file that runs in the peer's environment, and it needs nothing of th
               least 3, gives the rate.
     dynamic   every batch to its longest row
     grouped   dynamic, rows of like length in one batch (the Trainer's `group_by_length`)
-    eval      `Trainer.predict` on rows sorted by length, dynamic, the weights in bf16 if that is the precision
+    eval      `Trainer.predict` on rows sorted by length, dynamic; bf16 means autocast, as when a Trainer in training
+              evaluates
+    eval_bf16 the same with `bf16_full_eval`: the weights in bf16, which a Trainer does only outside training
     versions  nothing but what is installed
 
 The model is `XLMRobertaForSequenceClassification` with random weights and the whole vocabulary; AdamW is torch's fused
@@ -118,7 +120,7 @@ def training_arguments(spec: dict[str, Any], configuration: str, max_steps: int)
         max_grad_norm=config["max_grad_norm"],
         optim="adamw_torch_fused",
         bf16=bf16,
-        bf16_full_eval=bf16 and configuration == "eval",
+        bf16_full_eval=bf16 and configuration == "eval_bf16",
         use_cpu=config["device"] == "cpu",
         dataloader_pin_memory=config["device"] == "cuda",
         seed=config["seed"],
@@ -196,8 +198,8 @@ def train(spec: dict[str, Any], configuration: str) -> dict[str, float]:
     return {"samples_per_s": steps * batch_size / seconds, "tokens_per_s": tokens / seconds}
 
 
-def evaluate(spec: dict[str, Any]) -> dict[str, float]:
-    model, arguments = build_model(spec["shape"], spec["config"]), training_arguments(spec, "eval", 1)
+def evaluate(spec: dict[str, Any], configuration: str) -> dict[str, float]:
+    model, arguments = build_model(spec["shape"], spec["config"]), training_arguments(spec, configuration, 1)
     trainer = Trainer(model, arguments, data_collator=Collator(0))
     rows = sorted(read_rows(spec["rows_file"], "dev"), key=lambda row: len(row["input_ids"]))
     trainer.predict(read_rows(spec["rows_file"], "warmup"))
@@ -218,7 +220,7 @@ def main() -> None:
     if configuration == "versions":
         result = {"versions": versions()}
     else:
-        figures = evaluate(spec) if configuration == "eval" else train(spec, configuration)
+        figures = (evaluate if configuration.startswith("eval") else train)(spec, configuration)
         result = {**figures, **peak_memory(spec["config"]["device"] == "cuda")}
     print(json.dumps(result), file=answer, flush=True)
 

@@ -24,7 +24,7 @@ from sst2_xlmr.data import read_rows
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 STEPS_ON_MANY_ROWS = 5
-PEER_CONFIGURATIONS = {"train": ("padded", "dynamic", "grouped"), "eval": ("eval",)}
+PEER_CONFIGURATIONS = {"train": ("padded", "dynamic", "grouped"), "eval": ("eval", "eval_bf16")}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Answer = dict[str, Any]
 
@@ -218,7 +218,7 @@ def time_train(config: Config, data: Path, encoder: Path, cache: Path, rows: int
     command += ["--output-dir", str(run_folder), "--max-steps", str(STEPS_ON_MANY_ROWS), "--log-every", "1"]
     for name in ("max_length", "batch_size", "eval_batch_size", "device", "precision", "threads"):
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-    command += [f"--no-{name.replace('_', '-')}" for name in ("compact_vocab", "compile") if not getattr(config, name)]
+    command += ["--full-vocabulary"] * config.full_vocabulary + ["--no-compile"] * (not config.compile)
     environment = {**os.environ, "SST2_XLMR_CACHE": str(cache)}
     first_step_s = 0.0
     start = time.perf_counter()

@@ -31,9 +31,11 @@ from sst2_xlmr.distributed import World
 from sst2_xlmr.encoders import EncoderShape
 from sst2_xlmr.evaluate import evaluate
 from sst2_xlmr.export import export_hugging_face
+from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model import Classifier
-from sst2_xlmr.optim import AdamW, can_compile
-from train import forward_and_backward
+from sst2_xlmr.optim import AdamW
+from sst2_xlmr.packed_encoder import rounded_up
+from train import choose_compiled, forward_and_backward
 
 Answer = dict[str, Any]
 
@@ -62,7 +64,7 @@ def read_spec(file: Path) -> Spec:
     config, shape = Config(**settings["config"]), EncoderShape(**settings["shape"])
     with np.load(settings["rows_file"]) as arrays:
         kept_ids = arrays["kept_ids"]
-        renumbered = renumbering(kept_ids, shape.vocab_size) if config.compact_vocab else None
+        renumbered = renumbering(kept_ids, shape.vocab_size) if not config.full_vocabulary else None
         caches = {
             split: TokenCache(*(arrays[f"{split}_{part}"] for part in ("ids", "offsets", "labels")))
             for split in ("warmup", "train", "dev")
@@ -138,7 +140,9 @@ def random_classifier(spec: Spec, rows: int) -> Classifier:
 
 def optimizer_step(optimizer: AdamW, lr: float, accumulated: bool, mark: Callable[[str], None]) -> None:
     """Clip and make one step, as train.py does."""
-    optimizer.step(lr, accumulated)
+    norm = optimizer.gradient_norm(accumulated)
+    mark("clip")
+    optimizer.step(lr, norm, accumulated)
     mark("step")
 
 
@@ -147,7 +151,7 @@ def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
     config = spec.config
     bf16 = config.precision == "bf16"
     classifier = random_classifier(spec, len(spec.kept_ids)).to(world.device)
-    compiles = config.compile and can_compile(world.device)
+    classifier.kernels, compiles = choose_compiled(config, world, bf16)
     optimizer = AdamW(
         classifier,
         layers=spec.shape.layers,
@@ -155,6 +159,7 @@ def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
         layerwise_lr_decay=config.layerwise_lr_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=bf16,
+        kernels=classifier.kernels,
         compile_step=compiles,
     )
     feeds = {}
@@ -181,14 +186,19 @@ def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
             forward_and_backward(model, share, optimizer, config, world, bf16)
             mark("backward")
             optimizer_step(optimizer, config.lr, share.accumulates and bf16, mark)
-            computed += sum(batch.tokens.numel() for batch in share.micro_batches)
-            real += sum(batch.real_tokens for batch in share.micro_batches)
+            for batch in share.micro_batches:
+                real += batch.real_tokens
+                computed += batch.tokens.numel() if classifier.kernels is None else rounded_up(batch.real_tokens)
         return clock(world.device) - start, 1 - real / computed
 
     def measure(epoch: int, phases: bool) -> Answer:
         seconds, padding_share = run_epoch("train", epoch, lambda phase: None)
         answer = rates(spec, "train", seconds, training=True)
-        answer.update(padding_share=padding_share, compiled=compiles, **peak_memory(world.device))
+        answer.update(
+            padding_share=padding_share,
+            compiled=compiles or classifier.kernels is not None,
+            **peak_memory(world.device),
+        )
         if phases:
             answer["ms_per_step"] = phases_of_a_step(epoch)
         return answer
@@ -220,6 +230,7 @@ def prepare_evaluation(spec: Spec, world: World) -> Callable[..., Answer]:
     """Build the model as it is evaluated during training, and warm up; the result evaluates on dev when called."""
     dtype = torch.bfloat16 if spec.config.precision == "bf16" else torch.float32
     model = random_classifier(spec, len(spec.kept_ids)).to(world.device, dtype)
+    model.kernels, _ = choose_compiled(spec.config, world, dtype == torch.bfloat16)
     size = spec.config.eval_batch_size
 
     def measure(epoch: int, phases: bool) -> Answer:
@@ -247,6 +258,7 @@ def main() -> None:
     task, file = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else a library prints is no answer
+    keep_freed_memory()
     spec = read_spec(Path(file))
     with distributed.start(spec.config.device, spec.config.threads, spec.config.timeout_minutes) as world:
         measure = TASKS[task](spec, world)

@@ -27,10 +27,17 @@ ATTENTION, AFTER_ATTENTION, AFTER_FEED_FORWARD = (
 Gradients = tuple[Any, ...]
 
 
-def pack(tokens: torch.Tensor, keys: torch.Tensor | None, drop_p: float) -> tuple[Packed, torch.Tensor, torch.Tensor]:
-    """Leave padding out, but for what makes the number of tokens a multiple of 8.
+def rounded_up(tokens: int) -> int:
+    """Return how many rows the matrices of so many tokens have.
 
-    oneDNN generates code for every new shape of a matrix product, half a millisecond each; rounding keeps them few.
+    oneDNN generates code for every new shape of a matrix product, half a millisecond each; multiples of 8 keep them
+    few.
+    """
+    return tokens + -tokens % 8
+
+
+def pack(tokens: torch.Tensor, keys: torch.Tensor | None, drop_p: float) -> tuple[Packed, torch.Tensor, torch.Tensor]:
+    """Leave padding out, but for the few rows that `rounded_up` adds.
 
     Args:
         tokens: int64 [texts, length], padded with 1.
@@ -42,8 +49,8 @@ def pack(tokens: torch.Tensor, keys: torch.Tensor | None, drop_p: float) -> tupl
     is_token = tokens != PAD_ID
     lengths = is_token.sum(1).numpy()
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    real_tokens = starts[-1]
-    rounding = -real_tokens % 8
+    real_tokens = int(starts[-1])
+    rounding = rounded_up(real_tokens) - real_tokens
     positions = np.arange(real_tokens) - np.repeat(starts[:-1], lengths)
     token_keys = positions.astype(np.uint32)
     if keys is not None:
@@ -54,7 +61,7 @@ def pack(tokens: torch.Tensor, keys: torch.Tensor | None, drop_p: float) -> tupl
         int(lengths.max()),
         drop_p,
     )
-    ids = F.pad(tokens[is_token], (0, int(rounding)), value=PAD_ID)
+    ids = F.pad(tokens[is_token], (0, rounding), value=PAD_ID)
     return packed, ids, torch.from_numpy(np.pad(positions, (0, rounding)))
 
 
