@@ -221,11 +221,7 @@ def train(config: Config, resume: bool, world: World) -> None:
             if before != now:
                 raise shared_error(f"the training {what} differ from those that {run_folder} was started with")
         load_checkpoint(checkpoint, progress, optimizer, vocabulary, config.seed, world)
-    model: torch.nn.Module = classifier
-    if world.world_size > 1:
-        device_ids = [world.device] if world.device.type == "cuda" else None
-        model = DistributedDataParallel(classifier, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-        distributed.settle_buckets(model, world.device)
+    model = distributed.wrap_model(classifier, world, kernels.mean_of if kernels else None)
     distributed.on_main(world, lambda: open_run_folder(run_folder, tensorboard_dir, config, resume))
     report = open_report(run_folder, tensorboard_dir, progress.step, total_steps, world.is_main)
     head = f"{'new' if head_is_new else 'its own'} head for {', '.join(config.label_names)}"

@@ -21,7 +21,6 @@ from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from sst2_xlmr import distributed
 from sst2_xlmr.batching import GlobalBatchSampler, TokenCache, build_loader
@@ -168,11 +167,7 @@ def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
         sampler = GlobalBatchSampler(lengths, config.batch_size, config.seed, world.rank, world.world_size)
         loader = build_loader(spec.caches[split], sampler, config, pin_memory=world.device.type == "cuda")
         feeds[split] = (sampler, loader)
-    model: torch.nn.Module = classifier
-    if world.world_size > 1:
-        device_ids = [world.device] if world.device.type == "cuda" else None
-        model = DistributedDataParallel(classifier, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-        distributed.settle_buckets(model, world.device)
+    model = distributed.wrap_model(classifier, world, classifier.kernels.mean_of if classifier.kernels else None)
     model.train()
 
     def run_epoch(split: str, epoch: int, mark: Callable[[str], None]) -> tuple[float, float]:

@@ -106,6 +106,22 @@ void column_sums(const real *x, int64_t rows, int n, real *result, int threads) 
     finish_sums(sums, n, threads, 1, (real *[]){result});
 }
 
+/* result = sum of `count` arrays of n values, in their order, over `count` */
+void mean_of(const real *const *arrays, int count, int64_t n, real *result, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t start = 0; start < n; start += 1024) {
+        int size = n - start < 1024 ? n - start : 1024;
+        float sum[1024], other[1024];
+        load(sum, arrays[0] + start, size);
+        for (int a = 1; a < count; a++) {
+            load(other, arrays[a] + start, size);
+            for (int i = 0; i < size; i++) sum[i] += other[i];
+        }
+        for (int i = 0; i < size; i++) sum[i] /= count;
+        store(result + start, sum, size);
+    }
+}
+
 /* ---- layer normalization ---- */
 
 static void moments(const float *x, int n, float epsilon, float *mean, float *scale) {
