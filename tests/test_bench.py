@@ -61,7 +61,7 @@ def test_rates_phases_and_ratios(tiny_encoder: Path, tmp_path: Path, capfd: pyte
     assert result["utilisation"] == result["train"]["utilisation"]
     assert result["peak_rss_bytes"] > 50e6  # torch alone is larger
 
-    assert set(result["ratio"]) == {"padded", "dynamic", "grouped", "eval", "peak_rss"}
+    assert set(result["ratio"]) == {"padded", "dynamic", "grouped", "eval", "eval_bf16", "peak_rss"}
     for name, task in (("padded", "train"), ("dynamic", "train"), ("grouped", "train"), ("eval", "eval")):
         assert result["ratio"][name]["median"] == pytest.approx(result[task]["samples_per_s"] / 0.5, rel=1e-3)
     assert result["ratio"]["peak_rss"]["median"] == pytest.approx(result["peak_rss_bytes"] / 1000, rel=1e-3)
