@@ -14,6 +14,7 @@ import sst2_xlmr  # noqa: F401 (says in one line if Python or torch cannot work,
 # isort: split
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -54,6 +55,7 @@ from sst2_xlmr.report import (
     open_run_folder,
     say,
 )
+from sst2_xlmr.tokenizer import load_tokenizer
 
 
 def find_files(config: Config, quiet: bool) -> dict[str, Path]:
@@ -94,8 +96,11 @@ def prepare(config: Config, quiet: bool) -> tuple[Encoder, dict[str, TokenCache]
     encoder = find_encoder(config.encoder, quiet)
     check_max_length(config, encoder.shape)
     cache_dir = sources.cache_dir() / "tokens"
-    caches = {split: tokenize_file(file, encoder.tokenizer_file, config, cache_dir) for split, file in files.items()}
-    largest_id = max(int(cache.ids.max()) for cache in caches.values())
+    load = functools.lru_cache(maxsize=1)(load_tokenizer)
+    caches = {
+        split: tokenize_file(file, encoder.tokenizer_file, config, cache_dir, load) for split, file in files.items()
+    }
+    largest_id = max(int(cache.distinct_ids[-1]) for cache in caches.values())
     if largest_id >= encoder.shape.vocab_size:
         raise UserError(
             f"{encoder.tokenizer_file} gives ids up to {largest_id}, but {encoder.name} has {encoder.shape.vocab_size}"
@@ -184,7 +189,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     # 2. Model, optimizer, batches.
     kept_ids = np.arange(encoder.shape.vocab_size)
     if not config.full_vocabulary:
-        kept_ids = used_ids((cache.ids for cache in caches.values()), encoder.shape.vocab_size)
+        kept_ids = used_ids((cache.distinct_ids for cache in caches.values()), encoder.shape.vocab_size)
         for cache in caches.values():
             cache.renumbering = renumbering(kept_ids, encoder.shape.vocab_size)
     vocabulary = torch.from_numpy(kept_ids)
