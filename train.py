@@ -29,13 +29,21 @@ from torch.nn.parallel import DistributedDataParallel
 from sst2_xlmr import distributed, sources
 from sst2_xlmr.arguments import parse_args
 from sst2_xlmr.batching import GlobalBatchSampler, RankShare, TokenCache, build_loader, tokenize_file
-from sst2_xlmr.checkpoint import Progress, find_checkpoint, load_checkpoint, load_progress, save_checkpoint, seed_rank
+from sst2_xlmr.checkpoint import (
+    Progress,
+    find_checkpoint,
+    load_checkpoint,
+    load_progress,
+    masters_of,
+    save_checkpoint,
+    seed_rank,
+)
 from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table, renumbering, used_ids
 from sst2_xlmr.config import Config, UserError, exit_on_user_error
 from sst2_xlmr.cpu_kernels import Kernels, load_kernels
 from sst2_xlmr.data import find_split, has_column, read_rows
 from sst2_xlmr.distributed import World, shared_error
-from sst2_xlmr.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder, load_tensors
+from sst2_xlmr.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder, pretrained_table
 from sst2_xlmr.evaluate import evaluate
 from sst2_xlmr.export import export_hugging_face
 from sst2_xlmr.files import digest_of
@@ -322,9 +330,9 @@ def export(
     """Write the weights as they are now in Hugging Face layout, with the whole vocabulary, from rank 0."""
 
     def write() -> None:
-        masters = {name: tensor.cpu() for name, tensor in optimizer.master_tensors().items()}
+        masters = masters_of(optimizer)
         if not config.full_vocabulary:
-            pretrained = load_tensors(encoder)[TABLE_NAME]
+            pretrained = pretrained_table(encoder)
             masters[TABLE_NAME] = expand_table(pretrained, kept_ids, masters[TABLE_NAME], optimizer.table_decay)
         export_hugging_face(
             folder, masters, encoder.shape, config.label_names, config.max_length, encoder.tokenizer_file
