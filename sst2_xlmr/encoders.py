@@ -193,6 +193,9 @@ class _Weights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self.raw)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.raw  # Mapping's own would read the tensor
+
     def __getitem__(self, name: str) -> torch.Tensor:
         if self._kept_ids is None or name not in _TABLE_NAMES:
             return self.read(name, ...)

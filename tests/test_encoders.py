@@ -105,6 +105,16 @@ def test_weights_do_not_change_with_their_file(folder: Path) -> None:
     assert all(torch.equal(tensors[name], before[name]) for name in before)
 
 
+def test_the_table_is_not_read_before_its_rows_are_wanted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    read = encoders._Weights.read
+    monkeypatch.setattr(encoders._Weights, "read", lambda *of: asked.append(of[1:]) or read(*of))
+    table = pretrained_table(find_encoder(str(folder)))
+    assert asked == []
+    table.rows(3, 5)
+    assert asked == [("roberta.embeddings.word_embeddings.weight", slice(3, 5))]
+
+
 @pytest.mark.parametrize("read", [pretrained_table, lambda encoder: load_tensors(encoder, np.arange(4))])
 def test_table_of_another_height_than_configured_is_named(folder: Path, read: Callable[[Encoder], Any]) -> None:
     change_settings(folder, vocab_size=7)
