@@ -106,9 +106,14 @@ def test_weights_do_not_change_with_their_file(folder: Path) -> None:
 
 
 def test_the_table_is_not_read_before_its_rows_are_wanted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[tuple[str, Any]] = []
     read = encoders._Weights.read
-    monkeypatch.setattr(encoders._Weights, "read", lambda *of: asked.append(of[1:]) or read(*of))
+
+    def noted(self: encoders._Weights, name: str, rows: Any) -> torch.Tensor:
+        asked.append((name, rows))
+        return read(self, name, rows)
+
+    monkeypatch.setattr(encoders._Weights, "read", noted)
     table = pretrained_table(find_encoder(str(folder)))
     assert asked == []
     table.rows(3, 5)
