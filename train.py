@@ -14,6 +14,7 @@ import sst2_xlmr  # noqa: F401 (says in one line if Python or torch cannot work,
 # isort: split
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -28,13 +29,21 @@ from torch.nn.parallel import DistributedDataParallel
 from sst2_xlmr import distributed, sources
 from sst2_xlmr.arguments import parse_args
 from sst2_xlmr.batching import GlobalBatchSampler, RankShare, TokenCache, build_loader, tokenize_file
-from sst2_xlmr.checkpoint import Progress, find_checkpoint, load_checkpoint, load_progress, save_checkpoint, seed_rank
+from sst2_xlmr.checkpoint import (
+    Progress,
+    find_checkpoint,
+    load_checkpoint,
+    load_progress,
+    masters_of,
+    save_checkpoint,
+    seed_rank,
+)
 from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table, renumbering, used_ids
 from sst2_xlmr.config import Config, UserError, exit_on_user_error
 from sst2_xlmr.cpu_kernels import Kernels, load_kernels
 from sst2_xlmr.data import find_split, has_column, read_rows
 from sst2_xlmr.distributed import World, shared_error
-from sst2_xlmr.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder, load_tensors
+from sst2_xlmr.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder, pretrained_table
 from sst2_xlmr.evaluate import evaluate
 from sst2_xlmr.export import export_hugging_face
 from sst2_xlmr.files import digest_of
@@ -54,6 +63,7 @@ from sst2_xlmr.report import (
     open_run_folder,
     say,
 )
+from sst2_xlmr.tokenizer import load_tokenizer
 
 
 def find_files(config: Config, quiet: bool) -> dict[str, Path]:
@@ -94,8 +104,11 @@ def prepare(config: Config, quiet: bool) -> tuple[Encoder, dict[str, TokenCache]
     encoder = find_encoder(config.encoder, quiet)
     check_max_length(config, encoder.shape)
     cache_dir = sources.cache_dir() / "tokens"
-    caches = {split: tokenize_file(file, encoder.tokenizer_file, config, cache_dir) for split, file in files.items()}
-    largest_id = max(int(cache.ids.max()) for cache in caches.values())
+    load = functools.lru_cache(maxsize=1)(load_tokenizer)
+    caches = {
+        split: tokenize_file(file, encoder.tokenizer_file, config, cache_dir, load) for split, file in files.items()
+    }
+    largest_id = max(int(cache.distinct_ids[-1]) for cache in caches.values())
     if largest_id >= encoder.shape.vocab_size:
         raise UserError(
             f"{encoder.tokenizer_file} gives ids up to {largest_id}, but {encoder.name} has {encoder.shape.vocab_size}"
@@ -184,7 +197,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     # 2. Model, optimizer, batches.
     kept_ids = np.arange(encoder.shape.vocab_size)
     if not config.full_vocabulary:
-        kept_ids = used_ids((cache.ids for cache in caches.values()), encoder.shape.vocab_size)
+        kept_ids = used_ids((cache.distinct_ids for cache in caches.values()), encoder.shape.vocab_size)
         for cache in caches.values():
             cache.renumbering = renumbering(kept_ids, encoder.shape.vocab_size)
     vocabulary = torch.from_numpy(kept_ids)
@@ -313,9 +326,9 @@ def export(
     """Write the weights as they are now in Hugging Face layout, with the whole vocabulary, from rank 0."""
 
     def write() -> None:
-        masters = {name: tensor.cpu() for name, tensor in optimizer.master_tensors().items()}
+        masters = masters_of(optimizer)
         if not config.full_vocabulary:
-            pretrained = load_tensors(encoder)[TABLE_NAME]
+            pretrained = pretrained_table(encoder)
             masters[TABLE_NAME] = expand_table(pretrained, kept_ids, masters[TABLE_NAME], optimizer.table_decay)
         export_hugging_face(
             folder, masters, encoder.shape, config.label_names, config.max_length, encoder.tokenizer_file

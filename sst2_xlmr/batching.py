@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +22,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from sst2_xlmr.config import Config, UserError
 from sst2_xlmr.data import read_rows
 from sst2_xlmr.files import digest_of
-from sst2_xlmr.tokenizer import PAD_ID, load_tokenizer
+from sst2_xlmr.tokenizer import PAD_ID, Tokenizer, load_tokenizer
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 BATCHES_PER_GROUP = 100
+TOKENIZER_THREADS = 4  # reading and writing the rows, which is Python's work, keeps no more of them busy
+_CHUNK_ROWS, _CHUNK_CHARACTERS = 1000, 1 << 20
 
 
 @dataclass
@@ -32,6 +38,7 @@ class TokenCache:
         ids: int32 [tokens], all rows one after another, `<s>` and `</s>` included.
         offsets: int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]].
         labels: int32 [rows].
+        distinct_ids: int32 [distinct ids], ascending, those that occur; only a cache from disk knows them.
         truncated: how many rows were cut to the longest length.
         digest: SHA-256 of the file, hexadecimal.
         renumbering: int32 [vocabulary], what `collate` turns ids into (see compact_vocab); None for no change.
@@ -40,6 +47,7 @@ class TokenCache:
     ids: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
+    distinct_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     truncated: int = 0
     digest: str = ""
     renumbering: np.ndarray | None = None
@@ -48,12 +56,22 @@ class TokenCache:
         return len(self.labels)
 
     def lengths(self) -> np.ndarray:
-        """Return int64 [rows], tokens per row."""
-        return np.diff(self.offsets)
+        """Return int32 [rows], tokens per row."""
+        lengths = np.empty(len(self), np.int32)
+        return np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="unsafe")
 
 
-def tokenize_file(path: Path, tokenizer_file: Path, config: Config, cache_dir: Path) -> TokenCache:
+def tokenize_file(
+    path: Path,
+    tokenizer_file: Path,
+    config: Config,
+    cache_dir: Path,
+    load: Callable[[Path, int], Tokenizer] = load_tokenizer,
+) -> TokenCache:
     """Return the token cache of a file, made at the first call and found by its content later.
+
+    Args:
+        load: loads the tokenizer, if the file has no cache yet; one that remembers it serves several files faster.
 
     Raises:
         UserError: for a bad row (see `data.read_rows`) or a cache folder that cannot be written.
@@ -74,7 +92,7 @@ def tokenize_file(path: Path, tokenizer_file: Path, config: Config, cache_dir: P
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
             beside = Path(scratch, "tokens")
             beside.mkdir()
-            _write_cache(beside, path, tokenizer_file, config)
+            _write_cache(beside, path, load(tokenizer_file, config.max_length), config)
             try:
                 beside.rename(folder)
             except OSError:  # another process was faster, or what is there is damaged
@@ -91,36 +109,87 @@ def tokenize_file(path: Path, tokenizer_file: Path, config: Config, cache_dir: P
     return _open_cache(folder, digest)
 
 
-def _write_cache(folder: Path, path: Path, tokenizer_file: Path, config: Config) -> None:
-    tokenizer = load_tokenizer(tokenizer_file, config.max_length)
+class Chunk(NamedTuple):
+    """Some rows, tokenized; `lengths` and `labels` have one number a row, `ids` is int32 [tokens]."""
+
+    ids: np.ndarray
+    lengths: list[int]
+    labels: list[int]
+    truncated: int
+
+
+def _chunks_of(rows: Iterator[tuple[str, int]]) -> Iterator[tuple[list[str], list[int]]]:
+    """Yield texts and labels of some rows at a time, of fewer where they are long."""
+    texts: list[str] = []
+    labels: list[int] = []
+    characters = 0
+    for text, label in rows:
+        texts.append(text)
+        labels.append(label)
+        characters += len(text)
+        if len(texts) == _CHUNK_ROWS or characters > _CHUNK_CHARACTERS:
+            yield texts, labels
+            texts, labels, characters = [], [], 0
+    if texts:
+        yield texts, labels
+
+
+def _tokenize_chunks(rows: Iterator[tuple[str, int]], tokenizer: Tokenizer) -> Iterator[Chunk]:
+    """Tokenize on several threads, in the order of the rows; only a few chunks are in memory at a time."""
+    scripted = torch.jit.script(tokenizer)  # runs without Python's lock, so that threads do not wait for each other
+
+    def tokenize(texts: list[str], labels: list[int]) -> Chunk:
+        result = scripted(texts)
+        lengths = [len(ids) for ids in result]
+        ids = np.fromiter(itertools.chain.from_iterable(result), np.int32, sum(lengths))
+        full = (text for text, length in zip(texts, lengths) if length == tokenizer.max_length)
+        return Chunk(ids, lengths, labels, sum(map(tokenizer.is_longer, full)))
+
+    threads = min(TOKENIZER_THREADS, len(os.sched_getaffinity(0)))
+    pending: deque[Future[Chunk]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for texts, labels in _chunks_of(rows):
+            pending.append(pool.submit(tokenize, texts, labels))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, config: Config) -> None:
     rows = tokens = truncated = 0
+    occurs = np.zeros(tokenizer.vocab_size, bool)
     with (
         (folder / "ids.bin").open("wb") as ids_file,
         (folder / "offsets.bin").open("wb") as offsets_file,
         (folder / "labels.bin").open("wb") as labels_file,
     ):
         offsets_file.write(np.int64(0).tobytes())
-        for text, label in read_rows(path, config.text_column, config.label_column, config.label_names):
-            [ids] = tokenizer([text])
-            rows, tokens = rows + 1, tokens + len(ids)
-            truncated += len(ids) == config.max_length and tokenizer.is_longer(text)
-            ids_file.write(np.asarray(ids, np.int32).tobytes())
-            offsets_file.write(np.int64(tokens).tobytes())
-            labels_file.write(np.int32(label).tobytes())
-    facts = {"rows": rows, "tokens": tokens, "truncated": truncated}
+        texts_and_labels = read_rows(path, config.text_column, config.label_column, config.label_names)
+        for chunk in _tokenize_chunks(texts_and_labels, tokenizer):
+            ids_file.write(chunk.ids.tobytes())
+            offsets_file.write((tokens + np.cumsum(chunk.lengths, dtype=np.int64)).tobytes())
+            labels_file.write(np.asarray(chunk.labels, np.int32).tobytes())
+            occurs[chunk.ids] = True
+            rows, tokens, truncated = rows + len(chunk.labels), tokens + len(chunk.ids), truncated + chunk.truncated
+    distinct_ids = np.flatnonzero(occurs).astype(np.int32)
+    (folder / "distinct_ids.bin").write_bytes(distinct_ids.tobytes())
+    facts = {"rows": rows, "tokens": tokens, "distinct_ids": len(distinct_ids), "truncated": truncated}
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _open_cache(folder: Path, digest: str) -> TokenCache:
     """Map a cache's files into memory; ValueError if a file has not the size that `facts.json` says."""
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    rows, tokens = facts["rows"], facts["tokens"]
+    counts = {"ids": facts["tokens"], "offsets": facts["rows"] + 1, "labels": facts["rows"]}
+    counts["distinct_ids"] = facts["distinct_ids"]
     arrays = {}
-    for name, dtype, count in (("ids", np.int32, tokens), ("offsets", np.int64, rows + 1), ("labels", np.int32, rows)):
+    for name, count in counts.items():
+        dtype = np.int64 if name == "offsets" else np.int32
         arrays[name] = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
         if len(arrays[name]) != count:
             raise ValueError(f"{folder / name}.bin is damaged")
-    return TokenCache(arrays["ids"], arrays["offsets"], arrays["labels"], facts["truncated"], digest)
+    return TokenCache(**arrays, truncated=facts["truncated"], digest=digest)
 
 
 class Batch(NamedTuple):
@@ -198,22 +267,29 @@ def collate(cache: TokenCache, rows: np.ndarray, keys: np.ndarray | None = None,
     return Batch(tensors[0], tensors[1], tensors[2], min(lengths) < max(lengths), sum(lengths), weight)
 
 
-def rows_in_training_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Return the global batches of an epoch, each an array of row numbers; a function of its arguments alone.
+def rows_in_training_order(
+    lengths: np.ndarray, batch_size: int, seed: int, epoch: int, first: int = 0
+) -> Iterator[np.ndarray]:
+    """Yield the global batches of an epoch from number `first` on, each an array of row numbers.
 
-    The rows are permuted, cut into groups of 100 batches, each group sorted by length and cut into batches, and the
-    batches permuted: neighbours in length share a batch, so there is little padding, and batches of all lengths mix.
-    `RandomState` is used because NumPy guarantees its numbers for ever (NEP 19).
+    Their order is a function of the other arguments alone. The rows are permuted, cut into groups of 100 batches, each
+    group sorted by length and cut into batches, and the batches permuted: neighbours in length share a batch, so there
+    is little padding, and batches of all lengths mix. A group is sorted when the first of its batches is wanted, so
+    that a large file does not keep the first step waiting. `RandomState` is used because NumPy guarantees its numbers
+    for ever (NEP 19).
     """
     random = np.random.RandomState([seed, epoch])
-    order = random.permutation(len(lengths))
-    group = batch_size * BATCHES_PER_GROUP
-    batches = []
-    for start in range(0, len(order), group):
-        rows = order[start : start + group]
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
-        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    return [batches[i] for i in random.permutation(len(batches))]
+    order = np.arange(len(lengths), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
+    random.shuffle(order)
+    group_size = batch_size * BATCHES_PER_GROUP
+    is_sorted = np.zeros(-(-len(order) // group_size), bool)
+    for batch in random.permutation(-(-len(order) // batch_size))[first:]:
+        group = batch // BATCHES_PER_GROUP
+        if not is_sorted[group]:
+            rows = order[group * group_size : (group + 1) * group_size]
+            rows[:] = rows[np.argsort(lengths[rows], kind="stable")]
+            is_sorted[group] = True
+        yield order[batch * batch_size : (batch + 1) * batch_size]
 
 
 class GlobalBatchSampler:
@@ -233,7 +309,7 @@ class GlobalBatchSampler:
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[ShareRows]:
-        for rows in rows_in_training_order(self.lengths, self.batch_size, self.seed, self.epoch)[self.batch :]:
+        for rows in rows_in_training_order(self.lengths, self.batch_size, self.seed, self.epoch, self.batch):
             share = rows[self.rank :: self.world_size]
             largest_share = -(-len(rows) // self.world_size)
             weight = 1.0 if len(share) else 0.0

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from sst2_xlmr.compact_vocab import TABLE_NAME
 from sst2_xlmr.config import Config, UserError
 from sst2_xlmr.distributed import World, gather_objects, on_main
-from sst2_xlmr.files import digest_of, sync_files, sync_folder, write_tensors
-from sst2_xlmr.optim import AdamW
+from sst2_xlmr.files import Deferred, digest_of, sync_files, sync_folder, write_tensors
+from sst2_xlmr.optim import AdamW, Slot, join_master
 
 
 @dataclass
@@ -56,6 +56,20 @@ def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
+
+
+def masters_of(optimizer: AdamW) -> dict[str, Deferred]:
+    """Return the fp32 weights by the parameters' names, to be written; in bf16 they are joined as they are written."""
+
+    def deferred(slot: Slot) -> Deferred:
+        weights, low = slot.working.data, slot.low
+
+        def rows(start: int, stop: int) -> torch.Tensor:
+            return weights[start:stop] if low is None else join_master(weights[start:stop], low[start:stop])
+
+        return Deferred(tuple(weights.shape), torch.float32, rows)
+
+    return {slot.name: deferred(slot) for slot in optimizer.slots}
 
 
 def save_checkpoint(
@@ -97,7 +111,7 @@ def _write(
     beside.mkdir(parents=True)
     random = {f"{kind}.{rank}": state for rank, kinds in enumerate(states) for kind, state in kinds.items()}
     for name, tensors in (
-        ("model", optimizer.master_tensors()),
+        ("model", masters_of(optimizer)),
         ("optimizer", optimizer.state_tensors()),
         ("vocabulary", {"kept_ids": kept_ids}),
         ("random", random),

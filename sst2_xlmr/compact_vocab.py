@@ -15,6 +15,8 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from sst2_xlmr.files import Deferred
+
 TABLE_NAME = "encoder.transformer.token_embedding.weight"
 SPECIAL_IDS = 4  # <s>, <pad>, </s>, <unk> keep their places
 _CHUNK = 1 << 22
@@ -37,15 +39,20 @@ def renumbering(kept_ids: np.ndarray, vocab_size: int) -> np.ndarray:
     return rows
 
 
-def expand_table(pretrained: torch.Tensor, kept_ids: torch.Tensor, rows: torch.Tensor, decay: float) -> torch.Tensor:
-    """Return the whole table, as training it whole would have left it.
+def expand_table(pretrained: Deferred, kept_ids: torch.Tensor, rows: Deferred, decay: float) -> Deferred:
+    """Return the whole table, as training it whole would have left it; it is made some rows at a time.
 
     Args:
         pretrained: fp32 [vocab_size, hidden], before training.
-        kept_ids: int64 [rows].
+        kept_ids: int64 [rows], ascending.
         rows: fp32 [rows, hidden], after training.
         decay: product of `1 - lr * weight_decay` over all steps.
     """
-    table = pretrained * decay
-    table[kept_ids] = rows
-    return table
+
+    def make(start: int, stop: int) -> torch.Tensor:
+        table = pretrained.rows(start, stop) * decay
+        first, last = torch.searchsorted(kept_ids, torch.tensor([start, stop])).tolist()
+        table[kept_ids[first:last] - start] = rows.rows(first, last).cpu()
+        return table
+
+    return Deferred(pretrained.shape, pretrained.dtype, make)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable
 
 from sst2_xlmr.config import UserError
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 SUFFIXES = (".tsv", ".csv", ".jsonl")
 Fields = Iterator[tuple[int, dict[str, object]]]
 
@@ -150,7 +152,7 @@ def read_rows(path: Path, text_column: str, label_column: str, label_names: list
                 raise UserError(
                     f"{path}, line {number}: column {text_column!r} holds no text; remove the row or fill it"
                 )
-            if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can say what UTF-8 cannot
+            if _SURROGATE.search(text):  # JSON can say what UTF-8 cannot
                 raise UserError(
                     f"{path}, line {number}: column {text_column!r} has half a character (a lone surrogate)"
                 )

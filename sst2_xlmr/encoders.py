@@ -5,23 +5,35 @@ Both end as tensors under the names of torchtext's `RobertaModel`; `to_hugging_f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sst2_xlmr import sources
 from sst2_xlmr.config import UserError
+from sst2_xlmr.files import Deferred, Storable
 
 Tensors = dict[str, torch.Tensor]
 TOKENIZER_NAME = "sentencepiece.bpe.model"
+_TABLE_NAMES = [
+    "encoder.transformer.token_embedding.weight",
+    "roberta.embeddings.word_embeddings.weight",
+    "embeddings.word_embeddings.weight",
+]
+_ROWS_AT_ONCE = 512
+_MAPPED_BYTES = 1 << 26
+_FAULT_BYTES = 1 << 16  # what Linux maps around a byte that is touched
 
 
 @dataclass(frozen=True)
@@ -137,18 +149,10 @@ def _shape_of(settings: dict[str, Any], file: Path) -> EncoderShape:
     return EncoderShape(**sizes, layer_norm_eps=float(settings.get("layer_norm_eps", 1e-5)))
 
 
-def load_tensors(encoder: Encoder) -> Tensors:
-    """Read an encoder's weights; returns fp32 tensors under torchtext's names, with `head.*` where it has a head.
-
-    Raises:
-        UserError: if the file cannot be read as weights.
-    """
-    file = encoder.weights_file
+@contextlib.contextmanager
+def _reading_errors(file: Path) -> Iterator[None]:
     try:
-        if file.suffix == ".safetensors":
-            raw = load_file(file)
-        else:
-            raw = torch.load(file, map_location="cpu", weights_only=True)
+        yield
     except (OSError, SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read weights from {file}: {reason}; the file is damaged, fetch it again") from None
@@ -156,13 +160,98 @@ def load_tensors(encoder: Encoder) -> Tensors:
         if "UnpicklingError" not in type(error).__name__:
             raise
         raise UserError(f"{file} holds more than tensors, or is damaged; convert it to model.safetensors") from None
-    # A copy, because safetensors may map the file into memory, where it would change with the file.
-    raw = {
-        name: tensor.to(torch.float32, copy=True)
-        for name, tensor in raw.items()
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-    }
-    return from_bundle(raw) if encoder.name in BUNDLE_SHAPES else from_hugging_face(raw)
+
+
+class _Weights(Mapping[str, torch.Tensor]):
+    """A file's floating-point tensors, each read when it is asked for, as fp32.
+
+    The file is mapped into memory, where what has been read counts as the process's until the mapping goes; so it is
+    mapped anew from time to time. Tensors are copied, because the mapping would change with the file. Only torch's
+    old format, a bare pickle, cannot be mapped and is read whole.
+    """
+
+    def __init__(self, file: Path, kept_ids: np.ndarray | None = None) -> None:
+        self._file, self._kept_ids = file, kept_ids
+        self._is_mapped = file.suffix == ".safetensors" or zipfile.is_zipfile(file)
+        self._map()
+
+    def _map(self) -> None:
+        if self._file.suffix == ".safetensors":
+            raw = load_file(self._file)
+        else:
+            raw = torch.load(self._file, map_location="cpu", weights_only=True, mmap=self._is_mapped)
+        self.raw = {
+            name: tensor
+            for name, tensor in raw.items()
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        }
+        self._read_bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self.raw))  # the names alone, or the mapping would stay as long as the iterator
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.raw  # Mapping's own would read the tensor
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if self._kept_ids is None or name not in _TABLE_NAMES:
+            return self.read(name, ...)
+        return torch.cat([self.read(name, ids) for ids in torch.from_numpy(self._kept_ids).split(_ROWS_AT_ONCE)])
+
+    def read(self, name: str, rows: Any) -> torch.Tensor:
+        """Return the part of a tensor that the index `rows` selects."""
+        result = self.raw[name][rows].to(torch.float32, copy=self._is_mapped)
+        scattered = len(rows) * _FAULT_BYTES if isinstance(rows, torch.Tensor) else 0
+        self._read_bytes += max(result.nbytes, scattered)
+        if self._is_mapped and self._read_bytes > _MAPPED_BYTES:
+            self._map()
+        return result
+
+
+def load_tensors(encoder: Encoder, kept_ids: np.ndarray | None = None) -> Tensors:
+    """Read an encoder's weights; returns fp32 tensors under torchtext's names, with `head.*` where it has a head.
+
+    Args:
+        kept_ids: int64 [rows], the rows of the embedding table to read (see compact_vocab); None for all.
+
+    Raises:
+        UserError: if the file cannot be read as weights, or its table has not as many rows as is configured.
+    """
+    file = encoder.weights_file
+    with _reading_errors(file):
+        raw = _Weights(file, kept_ids)
+        if kept_ids is not None:
+            _find_table(encoder, raw)
+        return from_bundle(raw) if encoder.name in BUNDLE_SHAPES else from_hugging_face(raw)
+
+
+def pretrained_table(encoder: Encoder) -> Deferred:
+    """Return the encoder's embedding table, fp32 [vocab_size, hidden], which is read some rows at a time.
+
+    Raises:
+        UserError: if the file cannot be read as weights, or has no such table.
+    """
+    file = encoder.weights_file
+    with _reading_errors(file):
+        raw = _Weights(file)
+        name = _find_table(encoder, raw)
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        with _reading_errors(file):
+            return raw.read(name, slice(start, stop))
+
+    return Deferred((encoder.shape.vocab_size, encoder.shape.hidden), torch.float32, rows)
+
+
+def _find_table(encoder: Encoder, raw: _Weights) -> str:
+    """Return the embedding table's name in the file, after a check of its shape."""
+    name = next((name for name in _TABLE_NAMES if name in raw), "")
+    expected = torch.Size((encoder.shape.vocab_size, encoder.shape.hidden))
+    check_fit({_TABLE_NAMES[0]: raw.raw[name]} if name else {}, {_TABLE_NAMES[0]: expected}, encoder.weights_file)
+    return name
 
 
 _BUNDLE_NAMES = {
@@ -188,70 +277,74 @@ _HF_EMBEDDINGS = {
 _HF_HEAD = {"classifier.dense": "head.dense", "classifier.out_proj": "head.out_proj"}
 
 
-def from_bundle(raw: Tensors) -> Tensors:
+def from_bundle(raw: Mapping[str, torch.Tensor]) -> Tensors:
     """Rename the tensors of torchtext's downloads, which have the names of an older torchtext, to today's."""
     renamed = {}
-    for name, tensor in raw.items():
+    for old_name in raw:
+        name = old_name
         match = re.fullmatch(r"encoder\.transformer\.layers\.(\d+)\.(.+)\.?(weight|bias)", name)
         if match:
             inner = match[2].rstrip("._")
             new = _BUNDLE_NAMES.get(inner)
             joint = "_" if new == "self_attn.in_proj" else "."
             name = f"encoder.transformer.layers.layers.{match[1]}.{new}{joint}{match[3]}" if new else name
-        renamed[name] = tensor
+        renamed[name] = raw[old_name]
     return renamed
 
 
-def from_hugging_face(raw: Tensors) -> Tensors:
+def from_hugging_face(raw: Mapping[str, torch.Tensor]) -> Tensors:
     """Rename and join the tensors of transformers' XLM-R models (with or without the prefix `roberta.`).
 
     The one token type of XLM-R is added to every position, so it is folded into the position table. Tensors that
-    belong to other heads (language model, pooler) are left out.
+    belong to other heads (language model, pooler) are left out, unread.
     """
-    raw = {name[8:] if name.startswith("roberta.") else name: tensor for name, tensor in raw.items()}
     result: Tensors = {}
-    joined: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in raw.items():
+    joined: dict[str, dict[str, str]] = {}
+    token_type = torch.zeros(1, 1)
+    for raw_name in raw:
+        name = raw_name[8:] if raw_name.startswith("roberta.") else raw_name
         stem, kind = name.rsplit(".", 1) if "." in name else (name, "")
         if stem in _HF_EMBEDDINGS:
-            result[f"encoder.transformer.{_HF_EMBEDDINGS[stem]}.{kind}"] = tensor
+            result[f"encoder.transformer.{_HF_EMBEDDINGS[stem]}.{kind}"] = raw[raw_name]
         elif stem in _HF_HEAD:
-            result[f"{_HF_HEAD[stem]}.{kind}"] = tensor
+            result[f"{_HF_HEAD[stem]}.{kind}"] = raw[raw_name]
+        elif name == "embeddings.token_type_embeddings.weight":
+            token_type = raw[raw_name]
         elif match := re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", stem):
             layer = f"encoder.transformer.layers.layers.{match[1]}."
             if part := re.fullmatch(r"attention\.self\.(query|key|value)", match[2]):
-                joined.setdefault(f"{layer}self_attn.in_proj_{kind}", {})[part[1]] = tensor
+                joined.setdefault(f"{layer}self_attn.in_proj_{kind}", {})[part[1]] = raw_name
             else:
-                result[f"{layer}{_HF_NAMES.get(match[2], match[2])}.{kind}"] = tensor
+                result[f"{layer}{_HF_NAMES.get(match[2], match[2])}.{kind}"] = raw[raw_name]
     for name, parts in joined.items():
-        result[name] = torch.cat([parts[part] for part in ("query", "key", "value") if part in parts])
-    token_type = raw.get("embeddings.token_type_embeddings.weight")
+        result[name] = torch.cat([raw[parts[part]] for part in ("query", "key", "value") if part in parts])
     positions = "encoder.transformer.positional_embedding.embedding.weight"
-    if token_type is not None and positions in result and token_type.any():
+    if positions in result and token_type.any():
         folded = result[positions] + token_type[0]
         folded[:2] = result[positions][:2]
         result[positions] = folded
     return result
 
 
-def to_hugging_face(tensors: Tensors) -> Tensors:
+def to_hugging_face(tensors: Mapping[str, Storable]) -> dict[str, Storable]:
     """Return the tensors of a classifier under the names of transformers' `XLMRobertaForSequenceClassification`."""
     names = {f"encoder.transformer.{ours}": f"roberta.{theirs}" for theirs, ours in _HF_EMBEDDINGS.items()}
     names.update({ours: theirs for theirs, ours in _HF_HEAD.items()})
     inner = {ours: theirs for theirs, ours in _HF_NAMES.items()}
-    result: Tensors = {}
+    result: dict[str, Storable] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"encoder\.transformer\.layers\.layers\.(\d+)\.(.+)[._](weight|bias)", name)
         if match and match[2] == "self_attn.in_proj":
-            for part, piece in zip(("query", "key", "value"), tensor.chunk(3)):
-                result[f"roberta.encoder.layer.{match[1]}.attention.self.{part}.{match[3]}"] = piece.contiguous()
+            pieces: Sequence[Storable] = tensor.chunk(3)
+            for part, piece in zip(("query", "key", "value"), pieces):
+                result[f"roberta.encoder.layer.{match[1]}.attention.self.{part}.{match[3]}"] = piece
         elif match:
             result[f"roberta.encoder.layer.{match[1]}.{inner[match[2]]}.{match[3]}"] = tensor
         else:
             stem, kind = name.rsplit(".", 1)
             result[f"{names[stem]}.{kind}"] = tensor
     word = result["roberta.embeddings.word_embeddings.weight"]
-    result["roberta.embeddings.token_type_embeddings.weight"] = word.new_zeros(1, word.shape[1])
+    result["roberta.embeddings.token_type_embeddings.weight"] = torch.zeros(1, word.shape[1], dtype=word.dtype)
     return result
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-
-import torch
 
 from sst2_xlmr.config import UserError
 from sst2_xlmr.encoders import TOKENIZER_NAME, EncoderShape, to_hugging_face
-from sst2_xlmr.files import replace_folder, sync_files, write_tensors
+from sst2_xlmr.files import Storable, replace_folder, sync_files, write_tensors
 
 
 def export_hugging_face(
     folder: Path,
-    masters: dict[str, torch.Tensor],
+    masters: Mapping[str, Storable],
     shape: EncoderShape,
     label_names: list[str],
     max_length: int,
@@ -25,7 +24,7 @@ def export_hugging_face(
 
     Args:
         folder: where; is replaced if it is there.
-        masters: fp32 weights under the classifier's names.
+        masters: fp32 weights under the classifier's names; those that are deferred are never in memory whole.
         max_length: longest input in tokens.
 
     Raises:

@@ -25,6 +25,7 @@ class Tokenizer(torch.nn.Module):
         super().__init__()
         self.pieces = SentencePieceTokenizer(model_file).sp_model
         self.max_length = max_length
+        self.vocab_size: int = self.pieces.GetPieceSize() + 1  # every id is below it
 
     def forward(self, texts: List[str]) -> List[List[int]]:  # noqa: UP006
         """Return ids per text, at most `max_length` each; a text that is cut keeps its `</s>`."""

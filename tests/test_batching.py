@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,23 @@ def test_cache_equals_tokenizing_afresh(cache: TokenCache, tiny_encoder: Path) -
     for row, (text, label) in enumerate(rows):
         assert cache.ids[cache.offsets[row] : cache.offsets[row + 1]].tolist() == tokenizer([text])[0]
         assert cache.labels[row] == label
+    assert cache.lengths().tolist() == [len(tokenizer([text])[0]) for text, _ in rows]
     assert cache.truncated == sum(tokenizer.is_longer(text) for text, _ in rows) > 0
+    assert cache.distinct_ids.tolist() == sorted(set(cache.ids.tolist()))
+
+
+def test_chunks_do_not_change_the_cache(
+    cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(batching, "_CHUNK_CHARACTERS", 300)
+    other = tokenize_file(
+        SAMPLE_DATA / "train.tsv", tiny_encoder / "sentencepiece.bpe.model", Config(max_length=20), tmp_path / "other"
+    )
+    [folder], [other_folder] = (list((tmp_path / name).iterdir()) for name in ("cache", "other"))
+    assert len(other) == len(cache) > 21
+    for file in folder.iterdir():
+        assert file.read_bytes() == (other_folder / file.name).read_bytes(), file.name
 
 
 def test_second_start_does_not_tokenize(
@@ -90,15 +107,49 @@ def test_a_cache_that_cannot_be_written_is_named(tiny_encoder: Path, tmp_path: P
         )
 
 
+def whole_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The order as it is defined, made all at once."""
+    random = np.random.RandomState([seed, epoch])
+    order = random.permutation(len(lengths))
+    group = batch_size * 100
+    batches = []
+    for start in range(0, len(order), group):
+        rows = order[start : start + group]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(1, 4), (800, 4), (1003, 4), (1003, 1), (1003, 7), (1003, 2000)])
+@pytest.mark.parametrize("first", [0, 1, 37, 250])
+def test_order_is_the_defined_one_from_any_position_on(rows: int, batch_size: int, first: int) -> None:
+    for seed, epoch in ((0, 0), (5, 3)):
+        expected = whole_order(LENGTHS[:rows], batch_size, seed, epoch)[first:]
+        found = list(rows_in_training_order(LENGTHS[:rows], batch_size, seed, epoch, first))
+        assert [batch.tolist() for batch in found] == [batch.tolist() for batch in expected]
+
+
+def test_the_first_batch_sorts_one_group_only() -> None:
+    class Lengths(np.ndarray):
+        asked = 0
+
+        def __getitem__(self, rows: Any) -> Any:
+            Lengths.asked += len(rows)
+            return super().__getitem__(rows)
+
+    next(rows_in_training_order(LENGTHS.view(Lengths), 2, 0, 0))
+    assert Lengths.asked <= 200
+
+
 def test_every_row_once_an_epoch_and_one_smaller_batch() -> None:
-    batches = rows_in_training_order(LENGTHS, 8, seed=3, epoch=0)
+    batches = list(rows_in_training_order(LENGTHS, 8, seed=3, epoch=0))
     assert sorted(np.concatenate(batches)) == list(range(1003))
     assert sorted(len(batch) for batch in batches) == [3] + [8] * 125
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        return np.concatenate(rows_in_training_order(LENGTHS, 8, seed, epoch)).tolist()
+        return np.concatenate(list(rows_in_training_order(LENGTHS, 8, seed, epoch))).tolist()
 
     assert order(3, 1) == order(3, 1)
     assert order(3, 1) != order(3, 2)
@@ -106,7 +157,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 
 
 def test_batches_hold_rows_of_like_length() -> None:
-    batches = rows_in_training_order(LENGTHS, 8, seed=0, epoch=0)
+    batches = list(rows_in_training_order(LENGTHS, 8, seed=0, epoch=0))
     padded = sum(len(batch) * LENGTHS[batch].max() for batch in batches)
     assert padded < 1.1 * LENGTHS.sum()
 

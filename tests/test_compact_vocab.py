@@ -11,6 +11,7 @@ from conftest import losses
 from safetensors.torch import load_file
 
 from sst2_xlmr.compact_vocab import expand_table, renumbering, used_ids
+from sst2_xlmr.files import Deferred
 
 
 def test_ids_that_occur_and_the_special_ones() -> None:
@@ -22,9 +23,15 @@ def test_ids_that_occur_and_the_special_ones() -> None:
 
 
 def test_expand_decays_what_was_not_trained() -> None:
-    table = torch.arange(12.0).view(6, 2)
-    expanded = expand_table(table, torch.tensor([0, 4]), torch.tensor([[-1.0, -1.0], [-2.0, -2.0]]), 0.5)
-    assert expanded.tolist() == [[-1, -1], [1, 1.5], [2, 2.5], [3, 3.5], [-2, -2], [5, 5.5]]
+    table, rows = torch.arange(12.0).view(6, 2), torch.tensor([[-1.0, -1.0], [-2.0, -2.0]])
+    before = Deferred((6, 2), table.dtype, lambda start, stop: table[start:stop])
+    after = Deferred((2, 2), rows.dtype, lambda start, stop: rows[start:stop])
+    expanded = expand_table(before, torch.tensor([0, 4]), after, 0.5)
+    expected = [[-1, -1], [1, 1.5], [2, 2.5], [3, 3.5], [-2, -2], [5, 5.5]]
+    assert expanded.shape == (6, 2)
+    for start in range(6):
+        for stop in range(start + 1, 7):
+            assert expanded.rows(start, stop).tolist() == expected[start:stop]
 
 
 def test_same_result_as_the_whole_table(run_train: Callable[..., Path], tmp_path: Path) -> None:

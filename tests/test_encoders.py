@@ -8,20 +8,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sst2_xlmr import sources
+from sst2_xlmr import encoders, sources
+from sst2_xlmr.compact_vocab import TABLE_NAME
 from sst2_xlmr.config import Config, UserError
 from sst2_xlmr.encoders import (
     BUNDLE_SHAPES,
+    Encoder,
     EncoderShape,
     find_encoder,
     from_hugging_face,
     load_tensors,
+    pretrained_table,
     to_hugging_face,
 )
+from sst2_xlmr.files import write_tensors
 from sst2_xlmr.model import Classifier, build_classifier
 
 SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
@@ -43,9 +48,10 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
     save_file(tensors, folder / "model.safetensors")
 
 
-def test_names_there_and_back() -> None:
+def test_names_there_and_back(tmp_path: Path) -> None:
     tensors = dict(Classifier(SHAPE, 3, 0.1, 0.1).named_parameters())
-    back = from_hugging_face(to_hugging_face({name: tensor.detach() for name, tensor in tensors.items()}))
+    write_tensors(to_hugging_face(tensors), tmp_path / "x.safetensors")
+    back = from_hugging_face(load_file(tmp_path / "x.safetensors"))
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
@@ -67,6 +73,58 @@ def test_files_with_and_without_prefix(folder: Path, file: str, prefix: str) -> 
     assert found.keys() == expected.keys()
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
     build_classifier(find_encoder(str(folder)), Config(), None)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle"])
+def test_parts_of_the_table_are_those_of_the_whole(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind != "safetensors":
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "zip")
+    monkeypatch.setattr(encoders, "_MAPPED_BYTES", 1000)  # so that the file is mapped many times
+    monkeypatch.setattr(encoders, "_ROWS_AT_ONCE", 3)
+    encoder = find_encoder(str(folder))
+    whole = load_tensors(encoder)
+    kept_ids = np.array([0, 1, 2, 3, 9, 40, encoder.shape.vocab_size - 1])
+    kept = load_tensors(encoder, kept_ids)
+    assert kept.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(kept[name], tensor[kept_ids] if name == TABLE_NAME else tensor), name
+    table = pretrained_table(encoder)
+    assert table.shape == whole[TABLE_NAME].shape
+    assert torch.equal(table.rows(0, table.shape[0]), whole[TABLE_NAME])
+    assert torch.equal(table.rows(5, 9), whole[TABLE_NAME][5:9])
+
+
+def test_weights_do_not_change_with_their_file(folder: Path) -> None:
+    tensors = load_tensors(find_encoder(str(folder)))
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"\x11" * ((folder / "model.safetensors").stat().st_size - 5000))
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+
+
+def test_the_table_is_not_read_before_its_rows_are_wanted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+    read = encoders._Weights.read
+
+    def noted(self: encoders._Weights, name: str, rows: Any) -> torch.Tensor:
+        asked.append((name, rows))
+        return read(self, name, rows)
+
+    monkeypatch.setattr(encoders._Weights, "read", noted)
+    table = pretrained_table(find_encoder(str(folder)))
+    assert asked == []
+    table.rows(3, 5)
+    assert asked == [("roberta.embeddings.word_embeddings.weight", slice(3, 5))]
+
+
+@pytest.mark.parametrize("read", [pretrained_table, lambda encoder: load_tensors(encoder, np.arange(4))])
+def test_table_of_another_height_than_configured_is_named(folder: Path, read: Callable[[Encoder], Any]) -> None:
+    change_settings(folder, vocab_size=7)
+    with pytest.raises(UserError, match=r"token_embedding.weight has shape \[\d+, 32\], expected \[7, 32\]"):
+        read(find_encoder(str(folder)))
 
 
 def test_token_type_is_folded_into_positions(folder: Path) -> None:
