@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,6 +103,9 @@ class Kernels:
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, ctypes.c_double if name == "square_sum" else None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # so that a model with kernels can be copied and saved
+        return load_kernels, (self.dtype,)
 
     def dropout_(self, values: torch.Tensor, rows: Packed, site: int, at: torch.Tensor | None = None) -> None:
         """Multiply [rows, n] by the masks of a site, in place; `at` has the rows' keys if they are not all tokens."""
