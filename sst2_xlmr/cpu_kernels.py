@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from sst2_xlmr import sources
+from sst2_xlmr.files import sync_files
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"]
@@ -251,6 +252,7 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
             with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
                 made = Path(scratch, "kernels.so")
                 subprocess.run([*command, "-o", str(made), str(SOURCE), "-lm"], check=True, capture_output=True)
+                sync_files(Path(scratch))  # cut short by a power failure, it would crash every later start
                 made.replace(file)
         return Kernels(ctypes.CDLL(str(file)), dtype)
     except (OSError, subprocess.CalledProcessError):
