@@ -244,9 +244,8 @@ class ShareRows(NamedTuple):
 
 def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Return int64 [rows], numbers below 2**32 that look random (splitmix64, https://prng.di.unimi.it/splitmix64.c)."""
-    values = (
-        rows.astype(np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + (np.uint64(epoch) << np.uint64(40))
-    )
+    start = (seed * 0x9E3779B97F4A7C15 + (epoch << 40)) % 2**64  # NumPy warns of overflow in a scalar, not in arrays
+    values = rows.astype(np.uint64) + np.uint64(start)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
     return (values >> np.uint64(32)).astype(np.int64)

@@ -17,11 +17,13 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from sst2_xlmr import sources
+from sst2_xlmr.files import sync_files
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"]
@@ -103,6 +105,9 @@ class Kernels:
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, ctypes.c_double if name == "square_sum" else None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # so that a model with kernels can be copied and saved
+        return load_kernels, (self.dtype,)
 
     def dropout_(self, values: torch.Tensor, rows: Packed, site: int, at: torch.Tensor | None = None) -> None:
         """Multiply [rows, n] by the masks of a site, in place; `at` has the rows' keys if they are not all tokens."""
@@ -253,6 +258,7 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
             with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
                 made = Path(scratch, "kernels.so")
                 subprocess.run([*command, "-o", str(made), str(SOURCE), "-lm"], check=True, capture_output=True)
+                sync_files(Path(scratch))  # cut short by a power failure, it would crash every later start
                 made.replace(file)
         return Kernels(ctypes.CDLL(str(file)), dtype)
     except (OSError, subprocess.CalledProcessError):

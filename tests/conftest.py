@@ -99,7 +99,7 @@ def run_train(tiny_encoder: Path, small_data: Path) -> Callable[..., Path]:
 
 def train_options(encoder: Path, data: Path, folder: Path, *options: Any) -> list[str]:
     """Return a quick run's command line; later options win."""
-    fixed = ["--encoder", encoder, "--data-dir", data, "--output-dir", folder, "--device", "cpu", "--no-compile"]
+    fixed = ["--encoder", encoder, "--data-dir", data, "--output-dir", folder, "--device", "cpu"]
     fixed += [
         "--max-length",
         64,

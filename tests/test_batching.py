@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import torch
 from conftest import SAMPLE_DATA
 
 from sst2_xlmr import batching
-from sst2_xlmr.batching import GlobalBatchSampler, TokenCache, build_loader, rows_in_training_order, tokenize_file
+from sst2_xlmr.batching import (
+    GlobalBatchSampler,
+    TokenCache,
+    build_loader,
+    dropout_keys,
+    rows_in_training_order,
+    tokenize_file,
+)
 from sst2_xlmr.config import Config, UserError
 from sst2_xlmr.data import read_rows
 from sst2_xlmr.tokenizer import load_tokenizer
@@ -199,3 +207,27 @@ def test_loader_serves_the_sampler_without_touching_the_global_generator(cache: 
         for batch in share.micro_batches:
             assert batch.padded == bool((batch.tokens == 1).any())
             assert batch.real_tokens == int((batch.tokens != 1).sum())
+
+
+def test_dropout_keys_belong_to_seed_epoch_and_row() -> None:
+    """All different, the same whatever else is in the batch, and no warning of an overflow for any seed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keys = {
+            (seed, epoch): dropout_keys(np.arange(1000), seed, epoch) for seed in (0, 1, 2**32 - 1) for epoch in (0, 9)
+        }
+    assert len(np.unique(np.concatenate(list(keys.values())))) == 6000
+    for (seed, epoch), found in keys.items():
+        assert found.min() >= 0 and found.max() < 2**32
+        some = np.array([700, 3, 41])
+        np.testing.assert_array_equal(dropout_keys(some, seed, epoch), found[some])
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_micro_batches_carry_the_keys_of_their_rows(cache: TokenCache, world_size: int) -> None:
+    for rank in range(world_size):
+        sampler = GlobalBatchSampler(cache.lengths(), 16, 5, rank, world_size)
+        sampler.load_state_dict({"epoch": 2, "batch": 0})
+        for share, batch in zip(sampler, build_loader(cache, sampler, Config(micro_batch_size=3), False)):
+            keys = torch.cat([micro_batch.keys for micro_batch in batch.micro_batches])
+            np.testing.assert_array_equal(keys, dropout_keys(share.rows, 5, 2))

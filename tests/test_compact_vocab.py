@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from conftest import losses
+from conftest import losses, metrics
 from safetensors.torch import load_file
 
 from sst2_xlmr.compact_vocab import expand_table, renumbering, used_ids
@@ -34,15 +35,23 @@ def test_expand_decays_what_was_not_trained() -> None:
             assert expanded.rows(start, stop).tolist() == expected[start:stop]
 
 
-def test_same_result_as_the_whole_table(run_train: Callable[..., Path], tmp_path: Path) -> None:
-    """Without clipping, whose norm is summed in another order, all is equal to the bit but the untouched rows."""
-    options = ("--epochs", 2, "--max-grad-norm", 0, "--weight-decay", 0.1)
+TABLE = "roberta.embeddings.word_embeddings.weight"
+
+
+def train_both(run_train: Callable[..., Path], tmp_path: Path, *options: object) -> tuple[Path, Path]:
+    """Return the run with the compact table, and the run with the whole one."""
     compact = run_train(tmp_path / "compact", *options)
-    whole = run_train(tmp_path / "whole", *options, "--full-vocabulary")
+    return compact, run_train(tmp_path / "whole", *options, "--full-vocabulary")
+
+
+@pytest.mark.parametrize("how", ["--compile", "--no-compile"])
+def test_same_result_as_the_whole_table(run_train: Callable[..., Path], tmp_path: Path, how: str) -> None:
+    """Without clipping, whose norm is summed in another order, all is equal to the bit but the untouched rows."""
+    compact, whole = train_both(run_train, tmp_path, how, "--epochs", 2, "--max-grad-norm", 0, "--weight-decay", 0.1)
     assert losses(compact) == losses(whole)
     ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (compact, whole))
     for name, tensor in theirs.items():
-        if name == "roberta.embeddings.word_embeddings.weight":
+        if name == TABLE:
             saved = load_file(next((compact / "checkpoints").glob("step-*")) / "vocabulary.safetensors")
             kept = saved["kept_ids"]
             assert 4 < len(kept) < len(tensor)
@@ -50,3 +59,23 @@ def test_same_result_as_the_whole_table(run_train: Callable[..., Path], tmp_path
             torch.testing.assert_close(ours[name], tensor, atol=1e-7, rtol=1e-5)
         else:
             assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("how", ["--compile", "--no-compile"])
+def test_all_rows_agree_with_clipping(
+    run_train: Callable[..., Path], tiny_encoder: Path, tmp_path: Path, how: str
+) -> None:
+    """30 steps with decay and clipping: all weights within 1e-6, where decay alone moves untouched rows by far more."""
+    options = [how, "--max-steps", 30, "--weight-decay", 0.1, "--max-grad-norm", 0.05]
+    runs = train_both(run_train, tmp_path, *options)
+    assert min(line["grad_norm"] for line in metrics(runs[0]) if "split" not in line) > 0.05, "a step was not clipped"
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-6)
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in runs)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=0, msg=name)
+    kept = load_file(next((runs[0] / "checkpoints").glob("step-*")) / "vocabulary.safetensors")["kept_ids"]
+    is_untouched = torch.ones(len(ours[TABLE]), dtype=torch.bool)
+    is_untouched[kept] = False
+    assert int(is_untouched.sum()) > 100
+    before = load_file(tiny_encoder / "model.safetensors")[TABLE]
+    assert float((ours[TABLE] - before)[is_untouched].abs().max()) > 1e-4
