@@ -18,6 +18,7 @@ from sst2_xlmr.arguments import OneLineParser
 from sst2_xlmr.config import UserError, exit_on_user_error
 from sst2_xlmr.distributed import choose_device, choose_precision
 from sst2_xlmr.evaluate import predict
+from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model import load_classifier
 
 SENTENCES_AT_ONCE = 1024
@@ -47,6 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size must be 1 or more, not {arguments.batch_size}")
+    keep_freed_memory()
     device = choose_device(arguments.device, 0)
     bf16 = choose_precision(arguments.precision, device) == "bf16"
     model, tokenizer, label_names = load_classifier(arguments.model, device, bf16)

@@ -12,7 +12,7 @@ from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, Robe
 
 from sst2_xlmr.compact_vocab import TABLE_NAME
 from sst2_xlmr.config import Config, UserError
-from sst2_xlmr.cpu_kernels import Kernels
+from sst2_xlmr.cpu_kernels import Kernels, load_kernels
 from sst2_xlmr.encoders import Encoder, EncoderShape, check_fit, find_encoder, load_tensors
 from sst2_xlmr.packed_encoder import encode, first_token_masks, pack
 from sst2_xlmr.tokenizer import PAD_ID, Tokenizer, load_tokenizer
@@ -139,7 +139,9 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Cla
     if encoder.label_names is None:
         raise UserError(f"{folder} has no classification head; give a model folder that train.py wrote")
     model, _ = build_classifier(encoder, Config(label_names=encoder.label_names), None)
-    model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model.requires_grad_(False).eval().to(device, dtype)
+    model.kernels = load_kernels(dtype) if device.type == "cpu" else None
     return model, load_tokenizer(encoder.tokenizer_file, encoder.max_length), encoder.label_names
 
 
