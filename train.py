@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import signal
 import time
 from datetime import datetime
 from pathlib import Path
@@ -39,30 +40,34 @@ from sst2_xlmr.checkpoint import (
     seed_rank,
 )
 from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table, renumbering, used_ids
-from sst2_xlmr.config import Config, UserError, exit_on_user_error
+from sst2_xlmr.config import Config, Stopped, UserError, exit_on_user_error
 from sst2_xlmr.cpu_kernels import Kernels, load_kernels
 from sst2_xlmr.data import find_split, has_column, read_rows
 from sst2_xlmr.distributed import World, shared_error
 from sst2_xlmr.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder, pretrained_table
-from sst2_xlmr.evaluate import evaluate
+from sst2_xlmr.evaluate import Interrupted, evaluate
 from sst2_xlmr.export import export_hugging_face
-from sst2_xlmr.files import digest_of
+from sst2_xlmr.files import Finisher, digest_of
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model import build_classifier
 from sst2_xlmr.optim import AdamW, can_compile, lr_factor
 from sst2_xlmr.report import (
+    Report,
     advance,
-    close_report,
     describe_batches,
     describe_device,
     describe_model,
     describe_rows,
     log_evaluation,
+    log_save,
     log_training,
     open_report,
-    open_run_folder,
     say,
+    silent_report,
+    sync_report,
 )
+from sst2_xlmr.run_folder import claim, clean_up, write_config
+from sst2_xlmr.signals import StopRequest
 from sst2_xlmr.tokenizer import load_tokenizer
 
 
@@ -145,10 +150,19 @@ def training_entry(progress: Progress, batches: int, lr: float, grad_norm: float
     }
 
 
-def check_finite(step: int, loss_and_norm: float) -> None:
-    """Stop before a broken model is saved as if it were a good one."""
-    if not math.isfinite(loss_and_norm):
-        raise UserError(f"loss or gradient is not finite at step {step}: lower --lr; older checkpoints are whole")
+def not_finite(step: int, rows: np.ndarray, skipped_in_row: int) -> UserError:
+    """Return the error that ends a run whose gradient is not finite, before that reaches the weights.
+
+    Args:
+        rows: int [rows], numbers from 0 of the training rows to look at.
+        skipped_in_row: how many batches, this one included, were like this.
+    """
+    numbers = ", ".join(str(row + 1) for row in rows[:50]) + (", ..." if len(rows) > 50 else "")
+    after = f" (the last of {skipped_in_row} in a row)" if skipped_in_row > 1 else ""
+    return shared_error(
+        f"loss or gradient is not finite at step {step}{after}: lower --lr or raise --warmup-ratio in a new run, or"
+        f" --resume with --skip-nonfinite N; checkpoints are whole; training rows of this batch, from 1: {numbers}"
+    )
 
 
 def forward_and_backward(
@@ -222,6 +236,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     total_steps = config.max_steps or config.epochs * len(sampler)
 
     # 3. Where to begin.
+    lock = distributed.on_main(world, lambda: claim(run_folder))
     encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
     progress = Progress(caches["train"].digest, encoder_digest)
     seed_rank(config.seed, world.rank)
@@ -235,8 +250,13 @@ def train(config: Config, resume: bool, world: World) -> None:
                 raise shared_error(f"the training {what} differ from those that {run_folder} was started with")
         load_checkpoint(checkpoint, progress, optimizer, vocabulary, config.seed, world)
     model = distributed.wrap_model(classifier, world, kernels.mean_of if kernels else None)
-    distributed.on_main(world, lambda: open_run_folder(run_folder, tensorboard_dir, config, resume))
-    report = open_report(run_folder, tensorboard_dir, progress.step, total_steps, world.is_main)
+
+    def open_outputs() -> Report:
+        write_config(run_folder, config, resume)
+        clean_up(run_folder)
+        return open_report(run_folder, tensorboard_dir, progress.step, total_steps)
+
+    report = distributed.on_main(world, open_outputs) or silent_report()
     head = f"{'new' if head_is_new else 'its own'} head for {', '.join(config.label_names)}"
     masters = "bf16 with fp32 master weights" if bf16 else "fp32"
     compiled = "compiled" if kernels or compiles else "not compiled: slower"
@@ -248,82 +268,134 @@ def train(config: Config, resume: bool, world: World) -> None:
     if resume:
         say(report, f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
 
-    # 4. The loop.
-    loss_sum = torch.tensor(progress.window[0] * world.is_main, dtype=torch.float64, device=world.device)
-    rows, tokens = (count * world.is_main for count in progress.window[1:3])
-    window_start = time.monotonic() - progress.window[3]
-    stopped_early = has_stopped_improving(config, progress)
-    model.train()
-    while progress.step < total_steps and not stopped_early:
-        sampler.load_state_dict({"epoch": progress.epoch, "batch": progress.batch})
-        for share in loader:
-            lr = config.lr * lr_factor(progress.step, total_steps, config.warmup_ratio, config.schedule)
-            loss_sum += forward_and_backward(model, share, optimizer, config, world, bf16)
-            accumulated = share.accumulates and bf16
-            grad_norm = optimizer.gradient_norm(accumulated)
-            optimizer.step(lr, grad_norm, accumulated)
-            progress.step += 1
-            progress.batch += 1
-            rows += sum(len(batch.labels) * batch.weight for batch in share.micro_batches)
-            tokens += sum(batch.real_tokens * batch.weight for batch in share.micro_batches)
-            advance(report)
+    with Finisher() as finisher, StopRequest(world) as stop, contextlib.closing(report):
 
-            ends_epoch = progress.batch == len(sampler)
-            ends = ends_epoch or progress.step == total_steps
-            logs = progress.step % config.log_every == 0 or progress.step == total_steps
-            evaluates = ends or (config.eval_every and progress.step % config.eval_every == 0)
-            saves = ends or (config.save_every and progress.step % config.save_every == 0)
-            if not (logs or evaluates or saves):
-                continue
+        def evaluate_on_dev() -> bool:
+            """Evaluate, keep the model if it is the best; returns False if a signal came in between."""
+            try:
+                metrics = evaluate(classifier, caches["dev"], config.eval_batch_size, world, stop.is_agreed)
+            except Interrupted:
+                return False
+            is_best = metrics["accuracy"] > progress.best_accuracy
+            progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
+            progress.evaluation_due = False
+            log_evaluation(report, progress.step, "dev", metrics, "  (best so far)" if is_best else "")
+            if is_best:
+                progress.best_accuracy, progress.best_step = metrics["accuracy"], progress.step
+                export(run_folder / "best", optimizer, encoder, vocabulary, config, world, finisher)
+            return True
 
-            elapsed_s = time.monotonic() - window_start
-            sums = torch.stack([loss_sum, loss_sum.new_tensor(rows), loss_sum.new_tensor(tokens)])
-            progress.window = [*distributed.sum_over_ranks(world, sums).tolist(), elapsed_s]
-            check_finite(progress.step, progress.window[0] + float(grad_norm))
-            if logs:
-                log_training(report, training_entry(progress, len(sampler), lr, float(grad_norm)))
-                progress.window = [0.0, 0.0, 0.0, 0.0]
-            if ends_epoch:
-                progress.epoch, progress.batch = progress.epoch + 1, 0
-            if evaluates:
-                metrics = evaluate(classifier, caches["dev"], config.eval_batch_size, world)
-                is_best = metrics["accuracy"] > progress.best_accuracy
-                progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
-                log_evaluation(report, progress.step, "dev", metrics, "  (best so far)" if is_best else "")
-                if is_best:
-                    progress.best_accuracy, progress.best_step = metrics["accuracy"], progress.step
-                    export(run_folder / "best", optimizer, encoder, vocabulary, config, world)
-                stopped_early = has_stopped_improving(config, progress)
-            if saves or stopped_early:
-                progress.world_size, progress.table_decay = world.world_size, optimizer.table_decay
-                save_checkpoint(checkpoints, progress, optimizer, vocabulary, config, world)
+        def save() -> None:
+            progress.world_size, progress.table_decay = world.world_size, optimizer.table_decay
+            distributed.on_main(world, lambda: sync_report(report))
+            saved = save_checkpoint(checkpoints, progress, optimizer, vocabulary, config, world, finisher)
+            log_save(report, progress.step, saved)
 
-            # Rank 0 goes on from the sums of all; what evaluation and saving took is no training time.
-            loss_sum.fill_(progress.window[0] * world.is_main)
-            rows, tokens = (count * world.is_main for count in progress.window[1:3])
-            window_start = time.monotonic() - progress.window[3]
-            if stopped_early or progress.step == total_steps:
-                break
+        # 4. The loop. On CUDA, reading the norm at every step would keep the GPU waiting.
+        watches_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
+        loss_sum = torch.tensor(progress.window[0] * world.is_main, dtype=torch.float64, device=world.device)
+        rows, tokens = (count * world.is_main for count in progress.window[1:3])
+        window_start = time.monotonic() - progress.window[3]
+        grad_norm = torch.zeros(())
+        is_stopped = progress.evaluation_due and not evaluate_on_dev()
+        stopped_early = has_stopped_improving(config, progress)
+        model.train()
+        while progress.step < total_steps and not stopped_early and not is_stopped:
+            sampler.load_state_dict({"epoch": progress.epoch, "batch": progress.batch})
+            for share in loader:
+                lr = config.lr * lr_factor(progress.step, total_steps, config.warmup_ratio, config.schedule)
+                share_loss = forward_and_backward(model, share, optimizer, config, world, bf16)
+                accumulated = share.accumulates and bf16
+                norm = optimizer.gradient_norm(accumulated)
+                progress.step += 1
+                progress.batch += 1
+                if watches_norm and not math.isfinite(float(norm)):
+                    progress.skipped += 1
+                    progress.skipped_in_row += 1
+                    if progress.skipped_in_row > config.skip_nonfinite:
+                        batch = next(sampler.global_batches(progress.batch - 1))
+                        raise not_finite(progress.step, batch, progress.skipped_in_row)
+                    say(report, f"step {progress.step:>6}  gradient is not finite: batch passed over")
+                    optimizer.clear_gradients()
+                else:
+                    progress.skipped_in_row = 0
+                    grad_norm = norm
+                    optimizer.step(lr, grad_norm, accumulated)
+                    loss_sum += share_loss
+                    rows += sum(len(batch.labels) * batch.weight for batch in share.micro_batches)
+                    tokens += sum(batch.real_tokens * batch.weight for batch in share.micro_batches)
+                advance(report)
 
-    # 5. What comes out.
-    if stopped_early:
-        say(report, f"stopped early: {progress.stale_evaluations} evaluations without a better dev accuracy")
-    for split, cache in caches.items():
-        if split not in ("train", "dev"):
-            log_evaluation(report, progress.step, split, evaluate(classifier, cache, config.eval_batch_size, world))
-    export(run_folder / "model", optimizer, encoder, vocabulary, config, world)
-    say(
-        report,
-        f"best       dev accuracy {progress.best_accuracy:.4f} at step {progress.best_step}: {run_folder / 'best'}",
-    )
-    say(report, f"model      after step {progress.step}: {run_folder / 'model'}")
-    close_report(report)
+                ends_epoch = progress.batch == len(sampler)
+                ends = ends_epoch or progress.step == total_steps
+                logs = progress.step % config.log_every == 0 or progress.step == total_steps
+                evaluates = ends or (config.eval_every and progress.step % config.eval_every == 0)
+                saves = ends or (config.save_every and progress.step % config.save_every == 0)
+                is_stopped = stop.is_agreed()
+                if not (logs or evaluates or saves or is_stopped):
+                    continue
+
+                elapsed_s = time.monotonic() - window_start
+                sums = torch.stack([loss_sum, loss_sum.new_tensor(rows), loss_sum.new_tensor(tokens)])
+                progress.window = [*distributed.sum_over_ranks(world, sums).tolist(), elapsed_s]
+                if not watches_norm and not math.isfinite(progress.window[0] + float(grad_norm)):
+                    raise not_finite(progress.step, next(sampler.global_batches(progress.batch - 1)), 1)
+                if logs and progress.window[1]:  # there may be nothing but batches passed over
+                    log_training(report, training_entry(progress, len(sampler), lr, float(grad_norm)))
+                    progress.window = [0.0, 0.0, 0.0, 0.0]
+                if ends_epoch:
+                    progress.epoch, progress.batch = progress.epoch + 1, 0
+                if evaluates:
+                    progress.evaluation_due = True
+                    is_stopped = is_stopped or not evaluate_on_dev()
+                    stopped_early = has_stopped_improving(config, progress)
+                if saves or stopped_early or is_stopped:
+                    save()
+
+                # Rank 0 goes on from the sums of all; what evaluation and saving took is no training time.
+                loss_sum.fill_(progress.window[0] * world.is_main)
+                rows, tokens = (count * world.is_main for count in progress.window[1:3])
+                window_start = time.monotonic() - progress.window[3]
+                if stopped_early or is_stopped or progress.step == total_steps:
+                    break
+
+        # 5. What comes out.
+        if stopped_early:
+            say(report, f"stopped early: {progress.stale_evaluations} evaluations without a better dev accuracy")
+        try:
+            for split in [] if is_stopped else [split for split in caches if split not in ("train", "dev")]:
+                metrics = evaluate(classifier, caches[split], config.eval_batch_size, world, stop.is_agreed)
+                log_evaluation(report, progress.step, split, metrics)
+        except Interrupted:
+            is_stopped = True
+        if not is_stopped:
+            export(run_folder / "model", optimizer, encoder, vocabulary, config, world, finisher)
+        distributed.on_main(world, finisher.wait)
+        if is_stopped:
+            name = signal.Signals(stop.number).name
+            say(report, f"stopped    by {name} after step {progress.step}, and saved; to go on, add --resume to")
+            say(report, f"           train.py --output-dir {run_folder}")
+            raise Stopped(stop.number)
+        best = f"dev accuracy {progress.best_accuracy:.4f} at step {progress.best_step}"
+        say(report, f"best       {best}: {run_folder / 'best'}")
+        say(report, f"model      after step {progress.step}: {run_folder / 'model'}")
+        if lock is not None:
+            lock.close()
 
 
 def export(
-    folder: Path, optimizer: AdamW, encoder: Encoder, kept_ids: torch.Tensor, config: Config, world: World
+    folder: Path,
+    optimizer: AdamW,
+    encoder: Encoder,
+    kept_ids: torch.Tensor,
+    config: Config,
+    world: World,
+    finisher: Finisher,
 ) -> None:
-    """Write the weights as they are now in Hugging Face layout, with the whole vocabulary, from rank 0."""
+    """Write the weights as they are now in Hugging Face layout, with the whole vocabulary, from rank 0.
+
+    The folder takes its name once `finisher` has come to it.
+    """
 
     def write() -> None:
         masters = masters_of(optimizer)
@@ -331,7 +403,13 @@ def export(
             pretrained = pretrained_table(encoder)
             masters[TABLE_NAME] = expand_table(pretrained, kept_ids, masters[TABLE_NAME], optimizer.table_decay)
         export_hugging_face(
-            folder, masters, encoder.shape, config.label_names, config.max_length, encoder.tokenizer_file
+            folder,
+            masters,
+            encoder.shape,
+            config.label_names,
+            config.max_length,
+            encoder.tokenizer_file,
+            finisher.submit,
         )
 
     distributed.on_main(world, write)

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sst2_xlmr.config import OPTIONS, Config, UserError, check, flag, label_list, shown
+from sst2_xlmr.config import LOCK_NAME, OPTIONS, Config, UserError, check, flag, label_list, shown
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -102,6 +102,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     """
     given = vars(_build_parser().parse_args(argv))
     config_file, resume = given.pop("config"), given.pop("resume")
+    if _is_restarted(given.get("output_dir")):
+        config_file, resume = None, True
     if resume:
         if config_file:
             raise UserError("--resume reads the run's own config.json; leave --config away")
@@ -132,10 +134,22 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     return _with_absolute_paths(config), resume
 
 
+def _is_restarted(output_dir: str | None) -> bool:
+    """Whether torchrun (`--max-restarts`) has started the command again, so that it goes on with its own run.
+
+    Raises:
+        UserError: if torchrun may do so, but could not find the run again.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and output_dir is None:
+        raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run to go on with")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return restarts > 0 and output_dir is not None and Path(output_dir, "config.json").is_file()
+
+
 def _check_new_folder(folder: Path) -> None:
     """Find out before any work that a new run's folder cannot be made; a run never touches another one's folder."""
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(file.name != LOCK_NAME for file in folder.iterdir())):
             raise UserError(f"--output-dir {folder} is there already; continue it with --resume, or take another name")
         parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):

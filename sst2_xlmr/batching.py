@@ -307,8 +307,12 @@ class GlobalBatchSampler:
         """Return the number of global batches in a whole epoch."""
         return -(-len(self.lengths) // self.batch_size)
 
+    def global_batches(self, first: int) -> Iterator[np.ndarray]:
+        """Yield the row numbers of the epoch's global batches, of all ranks together, from number `first` on."""
+        return rows_in_training_order(self.lengths, self.batch_size, self.seed, self.epoch, first)
+
     def __iter__(self) -> Iterator[ShareRows]:
-        for rows in rows_in_training_order(self.lengths, self.batch_size, self.seed, self.epoch, self.batch):
+        for rows in self.global_batches(self.batch):
             share = rows[self.rank :: self.world_size]
             largest_share = -(-len(rows) // self.world_size)
             weight = 1.0 if len(share) else 0.0

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
+LOCK_NAME = ".lock"  # in a run's folder; a folder that holds nothing else is still free
+
 
 class UserError(Exception):
     """A mistake of the user's: one line that says what is wrong, where, and what to do.
@@ -22,6 +24,22 @@ class UserError(Exception):
     """
 
     is_shared = False
+
+
+class LostContact(Exception):
+    """Another process died or hangs; one line, exit status 1."""
+
+
+class Stopped(Exception):
+    """A signal ended the run; it was saved, and said.
+
+    Attributes:
+        status: the exit status, 128 + the signal's number, as shells have it.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.status = 128 + signal_number
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
@@ -36,6 +54,12 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         if os.environ.get("RANK" if error.is_shared else "LOCAL_RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except LostContact as error:
+        print(f"error: rank {os.environ.get('RANK', '0')}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # leaving in order would wait for the lost process once more
+    except Stopped as stop:
+        sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -253,6 +277,15 @@ class Config:
         kind=float,
         metavar="P",
         check=between(0, 1, False),
+    )
+    skip_nonfinite: int = option(
+        0,
+        "training",
+        "pass over up to N batches in a row whose gradient is not finite, instead of stopping (0: stop)",
+        kind=int,
+        metavar="N",
+        check=between(0, math.inf),
+        changeable=True,
     )
     seed: int = option(
         0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from sst2_xlmr.config import UserError
+from sst2_xlmr.config import LostContact, UserError
 
 Result = TypeVar("Result")
 MeanOf = Callable[[list[torch.Tensor], torch.Tensor], None]
+
+# What gloo says when a peer is gone or silent; it has no exception of its own.
+_GLOO_ERROR = re.compile(
+    r"gloo|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket (closed|Timeout)"
+)
 
 # Downloads and tokenization take longer than any step; the others wait for them in a group with more patience.
 PREPARATION_TIMEOUT = timedelta(hours=6)
@@ -100,11 +106,22 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group(backend, timeout=timeout)
+    lost = False
     try:
         control, preparation = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PREPARATION_TIMEOUT))
         yield World(**env, **sizes, device=device, control=control, preparation=preparation)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not _GLOO_ERROR.search(str(error)):
+            raise
+        lost = True
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LostContact(
+            f"lost contact with another process ({reason}): it died, or gave no answer for {timeout_minutes:g} minutes;"
+            " if it said why, that stands above; checkpoints are whole: continue with --resume"
+        ) from None
     finally:
-        dist.destroy_process_group()
+        if not lost:  # it would wait for the lost process
+            dist.destroy_process_group()
 
 
 def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
@@ -164,20 +181,21 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
     return result
 
 
-def on_main(world: World, work: Callable[[], Any]) -> None:
-    """Run `work` on rank 0 while the others wait.
+def on_main(world: World, work: Callable[[], Result]) -> Result | None:
+    """Run `work` on rank 0 while the others wait; returns its result there, None elsewhere.
 
     Raises:
         UserError: on every rank, if it was raised there.
     """
-    problem = None
+    problem = result = None
     if world.is_main:
         try:
-            work()
+            result = work()
         except UserError as error:
             problem = str(error)
     if problem := from_main(world, problem):
         raise shared_error(problem)
+    return result
 
 
 def shared_error(text: str) -> UserError:

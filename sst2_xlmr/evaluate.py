@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from sst2_xlmr.batching import TokenCache, collate
 from sst2_xlmr.distributed import World, sum_over_ranks
 from sst2_xlmr.model import Classifier
+
+
+class Interrupted(Exception):
+    """An evaluation was asked to stop before its end."""
 
 
 def macro_f1(confusion: torch.Tensor) -> float:
@@ -46,15 +50,25 @@ def predict(model: Classifier, ids: list[list[int]], batch_size: int, device: to
 
 
 @torch.no_grad()
-def evaluate(model: Classifier, cache: TokenCache, batch_size: int, world: World) -> dict[str, Any]:
+def evaluate(
+    model: Classifier,
+    cache: TokenCache,
+    batch_size: int,
+    world: World,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Evaluate on all rows of a file, shared among the ranks.
 
     Args:
         model: not wrapped in DDP; is left in the mode that it was in.
         batch_size: rows per forward pass on one rank.
+        should_stop: is asked before every forward pass, equally often on every rank, and answers them alike.
 
     Returns:
         loss (mean cross-entropy, nats), accuracy, macro_f1 and rows; the same on every rank.
+
+    Raises:
+        Interrupted: if it was stopped.
     """
     was_training = model.training
     model.eval()
@@ -63,7 +77,12 @@ def evaluate(model: Classifier, cache: TokenCache, batch_size: int, world: World
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=world.device)
     by_length = np.argsort(cache.lengths(), kind="stable")
     mine = by_length[world.rank :: world.world_size]
-    for start in range(0, len(mine), batch_size):
+    for start in range(0, -(-len(cache) // world.world_size), batch_size):
+        if should_stop():
+            model.train(was_training)
+            raise Interrupted
+        if start >= len(mine):  # another rank has one row more
+            continue
         batch = collate(cache, mine[start : start + batch_size]).to(world.device)
         logits = model(batch.tokens, batch.padded).float()
         loss_sum += F.cross_entropy(logits, batch.labels, reduction="sum").double()

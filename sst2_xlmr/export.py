@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Callable
 
 from sst2_xlmr.config import UserError
 from sst2_xlmr.encoders import TOKENIZER_NAME, EncoderShape, to_hugging_face
@@ -19,6 +21,7 @@ def export_hugging_face(
     label_names: list[str],
     max_length: int,
     tokenizer_file: Path,
+    finish: Callable[[Callable[[], None]], None] = lambda work: work(),
 ) -> None:
     """Write `config.json`, `model.safetensors`, the SentencePiece model and its settings; atomically.
 
@@ -26,6 +29,7 @@ def export_hugging_face(
         folder: where; is replaced if it is there.
         masters: fp32 weights under the classifier's names; those that are deferred are never in memory whole.
         max_length: longest input in tokens.
+        finish: does what remains after the weights were read and written, at once or later (see `files.Finisher`).
 
     Raises:
         UserError: if it cannot be written.
@@ -54,14 +58,26 @@ def export_hugging_face(
     }
     tokenizer = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": max_length}
     beside = folder.with_name(folder.name + ".tmp")
-    try:
+
+    def put_in_place() -> None:
+        with _writing(folder, beside):
+            sync_files(beside)
+            replace_folder(beside, folder)
+
+    with _writing(folder, beside):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         for name, content in (("config.json", settings), ("tokenizer_config.json", tokenizer)):
             (beside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         shutil.copyfile(tokenizer_file, beside / TOKENIZER_NAME)
         write_tensors(to_hugging_face(masters), beside / "model.safetensors")
-        sync_files(beside)
-        replace_folder(beside, folder)
+    finish(put_in_place)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, beside: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
         raise UserError(f"cannot write the model to {folder}: {error.strerror or error}") from None

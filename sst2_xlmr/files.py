@@ -8,9 +8,11 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Union
+from types import TracebackType
+from typing import Any, Callable, Union
 
 import torch
 
@@ -121,15 +123,67 @@ def sync_files(folder: Path) -> None:
     sync_folder(folder)
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a small file, synced to the disk, in the place of what is there; never through a symbolic link."""
+    beside = file.with_name(file.name + ".tmp")
+    beside.unlink(missing_ok=True)
+    with beside.open("x", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    beside.replace(file)
+    sync_folder(file.parent)
+
+
+def _former(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
 def replace_folder(new: Path, old: Path) -> None:
     """Put the finished folder `new` in the place of `old`, which may exist.
 
     A reader finds one of them whole, or none for the moment between two renames; never a half-written one.
     """
-    aside = old.with_name(old.name + ".old")
+    aside = _former(old)
     shutil.rmtree(aside, ignore_errors=True)
     if old.exists():
         old.rename(aside)
     new.rename(old)
     sync_folder(old.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Undo a `replace_folder` that was killed between its renames."""
+    aside = _former(folder)
+    if aside.is_dir() and not folder.exists():
+        aside.rename(folder)
+
+
+class Finisher:
+    """Finishes what was written (digests, syncing, renaming) on a thread, in order, while training goes on.
+
+    Leaving it waits for what is left.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: list[Future[Any]] = []
+
+    def __enter__(self) -> Finisher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self.wait()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Do `work` after what was submitted before."""
+        self._pending.append(self._thread.submit(work))
+
+    def wait(self) -> None:
+        """Wait until all is done; raises what any of it raised."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()

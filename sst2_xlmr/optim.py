@@ -251,11 +251,15 @@ class AdamW:
             for (slot, exp_avg, exp_avg_sq), gradient, group in zip(trained, gradients, rates):
                 flat = [tensor.view(-1) for tensor in (gradient, exp_avg, exp_avg_sq, slot.working.data)]
                 self._update(*flat, None if slot.low is None else slot.low.view(-1), scalars[group])
-        for slot, _, _ in trained:
-            slot.working.grad = None
             if slot.name == TABLE_NAME:
                 self.table_decay *= 1 - lr * slot.lr_scale * slot.weight_decay
-            if accumulated and slot.accumulator is not None:
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients, also those that were accumulated."""
+        for slot, _, _ in self.trained():
+            slot.working.grad = None
+            if slot.accumulator is not None:
                 slot.accumulator.zero_()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +20,7 @@ from sst2_xlmr.batching import TokenCache
 from sst2_xlmr.config import Config, UserError
 from sst2_xlmr.distributed import World
 from sst2_xlmr.encoders import Encoder
+from sst2_xlmr.files import write_text
 from sst2_xlmr.optim import AdamW
 
 
@@ -39,32 +42,31 @@ class Report:
     started_at_step: int
     started: float
 
-
-def open_run_folder(run_folder: Path, tensorboard_dir: Path, config: Config, resume: bool) -> None:
-    """Make the run's folder and write its `config.json`; of two new runs with one folder, only the first gets it."""
-    try:
-        tensorboard_dir.mkdir(parents=True, exist_ok=True)
-        run_folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n"
-        target = run_folder / ("config.json.tmp" if resume else "config.json")
-        with target.open("w" if resume else "x", encoding="utf-8") as file:
-            file.write(text)
-        if resume:
-            target.replace(run_folder / "config.json")
-    except FileExistsError as error:
-        raise UserError(f"{error.filename} is there already; take another --output-dir or --tensorboard-dir") from None
-    except OSError as error:
-        raise UserError(f"cannot write to {error.filename}: {error.strerror}; take another folder") from None
+    def close(self) -> None:
+        """Close what is open."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.metrics is not None and self.tensorboard is not None:
+            self.metrics.close()
+            self.tensorboard.close()
 
 
-def open_report(run_folder: Path, tensorboard_dir: Path, first_step: int, total_steps: int, is_main: bool) -> Report:
-    """Open the outputs; those of a resumed run lose what they say of steps after `first_step`."""
-    if not is_main:
-        return Report(None, None, None, total_steps, first_step, time.monotonic())
+def silent_report() -> Report:
+    """Return the report of other ranks than 0."""
+    return Report(None, None, None, 0, 0, 0.0)
+
+
+def open_report(run_folder: Path, tensorboard_dir: Path, first_step: int, total_steps: int) -> Report:
+    """Open the outputs; those of a resumed run lose what they say of steps after `first_step`.
+
+    Raises:
+        UserError: if they cannot be written.
+    """
     try:
         path = run_folder / "metrics.jsonl"
         _cut_metrics(path, first_step)
         metrics = path.open("a", encoding="utf-8")
+        tensorboard_dir.mkdir(parents=True, exist_ok=True)
         tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1)
     except OSError as error:
         raise UserError(f"cannot write metrics to {error.filename or tensorboard_dir}: {error.strerror}") from None
@@ -77,6 +79,7 @@ def open_report(run_folder: Path, tensorboard_dir: Path, first_step: int, total_
 def _cut_metrics(path: Path, last_step: int) -> None:
     """Keep the lines up to a checkpoint's step; test results always come after it."""
     if not path.is_file():
+        path.unlink(missing_ok=True)  # a link that leads nowhere would make a file elsewhere
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -86,9 +89,7 @@ def _cut_metrics(path: Path, last_step: int) -> None:
             continue
         if entry["step"] <= last_step and entry.get("split", "dev") == "dev":
             kept.append(line + "\n")
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+    write_text(path, "".join(kept))
 
 
 def say(report: Report, text: str) -> None:
@@ -142,13 +143,20 @@ def advance(report: Report) -> None:
 
 def _write(report: Report, entry: dict[str, Any], prefix: str) -> None:
     assert report.metrics is not None and report.tensorboard is not None
-    try:
+    with _writing(report):
         report.metrics.write(json.dumps(entry) + "\n")
         report.metrics.flush()
         for key, value in entry.items():
             if key not in ("step", "epoch", "split", "rows"):
                 report.tensorboard.add_scalar(f"{prefix}/{key}", value, entry["step"])
+
+
+@contextlib.contextmanager
+def _writing(report: Report) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
+        assert report.metrics is not None
         raise UserError(
             f"cannot write metrics to {report.metrics.name}: {error.strerror}; make room and continue with --resume"
         ) from None
@@ -187,16 +195,25 @@ def log_evaluation(report: Report, step: int, split: str, metrics: dict[str, Any
     )
 
 
+def log_save(report: Report, step: int, saved: tuple[int, float] | None) -> None:
+    """Say what a checkpoint took.
+
+    Args:
+        saved: bytes written, and the seconds that training waited for it.
+    """
+    if saved is not None:
+        say(report, f"step {step:>6}  checkpoint: {saved[0] / 1e6:,.0f} MB, training waited {saved[1]:.1f} s")
+
+
+def sync_report(report: Report) -> None:
+    """Bring all that was logged to the disk, so that no checkpoint is ahead of it."""
+    if report.metrics is not None and report.tensorboard is not None:
+        with _writing(report):
+            os.fsync(report.metrics.fileno())
+            report.tensorboard.flush()
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def close_report(report: Report) -> None:
-    """Close what is open."""
-    if report.bar is not None:
-        report.bar.close()
-    if report.metrics is not None and report.tensorboard is not None:
-        report.metrics.close()
-        report.tensorboard.close()

@@ -19,6 +19,7 @@ from sst2_xlmr.checkpoint import (
 from sst2_xlmr.config import Config, UserError
 from sst2_xlmr.distributed import World
 from sst2_xlmr.encoders import EncoderShape
+from sst2_xlmr.files import Finisher
 from sst2_xlmr.model import Classifier
 from sst2_xlmr.optim import AdamW
 
@@ -39,7 +40,8 @@ def optimizer(seed: int, vocab_size: int = 50) -> AdamW:
 def save(folder: Path, step: int, seed: int = 0) -> AdamW:
     saved = optimizer(seed)
     progress = Progress("x", "y", step=step, epoch=1, batch=3, table_decay=saved.table_decay)
-    save_checkpoint(folder, progress, saved, IDS, Config(), ALONE)
+    with Finisher() as finisher:
+        save_checkpoint(folder, progress, saved, IDS, Config(), ALONE, finisher)
     return saved
 
 

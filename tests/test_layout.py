@@ -6,8 +6,20 @@ import ast
 
 from conftest import ROOT
 
-ORDER = ["config", "arguments", "memory", "distributed", "files", "sources", "data", "tokenizer", "batching"]
+ORDER = [
+    "config",
+    "arguments",
+    "memory",
+    "distributed",
+    "signals",
+    "files",
+    "run_folder",
+    "sources",
+    "data",
+    "tokenizer",
+]
 ORDER += [
+    "batching",
     "encoders",
     "compact_vocab",
     "cpu_kernels",

@@ -1,0 +1,60 @@
+"""Stop when asked to: a signal sets a flag, and all ranks agree on the step after which they stop."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sst2_xlmr.distributed import World
+
+# torchrun and SLURM send SIGTERM, a terminal SIGINT; SIGUSR1 is what batch scripts ask for before a time limit.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """While it is entered, a signal no longer ends the process but is remembered; a second one changes nothing.
+
+    Attributes:
+        number: the signal that came, on this rank or, once they have agreed, on any; 0 for none.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.number = 0
+        self._world = world
+        self._votes = torch.zeros(1, dtype=torch.int32)
+        self._counting: Any = None
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._former = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        if self._counting is not None and kind is None:
+            self._counting.wait()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
+
+    def is_agreed(self) -> bool:
+        """Whether to stop now: the same answer on every rank. All ranks must ask equally often.
+
+        What is counted is the vote before this one, so that no rank waits for another: they stop one question later.
+        """
+        if self._world.world_size == 1:
+            return self.number != 0
+        if self._counting is not None:
+            self._counting.wait()
+            self._counting = None
+            if int(self._votes):
+                self.number = int(self._votes)
+                return True
+        self._votes.fill_(self.number)
+        self._counting = dist.all_reduce(self._votes, dist.ReduceOp.MAX, self._world.control, async_op=True)
+        return False
