@@ -373,8 +373,8 @@ def train(config: Config, resume: bool, world: World) -> None:
         distributed.on_main(world, finisher.wait)
         if is_stopped:
             name = signal.Signals(stop.number).name
-            say(report, f"stopped    by {name} after step {progress.step}, and saved; to go on, add --resume to")
-            say(report, f"           train.py --output-dir {run_folder}")
+            say(report, f"stopped    by {name} after step {progress.step}, and saved; continue with")
+            say(report, f"           train.py --resume --output-dir {run_folder}")
             raise Stopped(stop.number)
         best = f"dev accuracy {progress.best_accuracy:.4f} at step {progress.best_step}"
         say(report, f"best       {best}: {run_folder / 'best'}")
