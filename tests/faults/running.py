@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,8 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL for a launcher and all its processes, torchrun's workers too, which have sessions of their own."""
     for pid in [process.pid, *descendants(process.pid)]:
         for kill in (os.killpg, os.kill):
-            try:
+            with suppress(ProcessLookupError, PermissionError):
                 kill(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
     process.wait()
 
 
