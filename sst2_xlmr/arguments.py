@@ -78,7 +78,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); --config takes the config.json of a run") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} does not hold a JSON object; --config takes the config.json of a run")

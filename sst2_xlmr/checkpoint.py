@@ -176,14 +176,16 @@ def _finish(beside: Path, target: Path) -> None:
 
 
 def _remove_old(folder: Path, keep: int) -> None:
-    ours = [found for found in sorted(folder.glob("step-????????")) if not found.is_symlink()]
-    for old in [found for found in ours if not what_is_damaged(found, sizes_only=True)][:-keep]:
+    whole = [found for found in sorted(folder.glob("step-????????")) if not what_is_damaged(found, sizes_only=True)]
+    for old in whole[:-keep]:
         (old / "manifest.json").unlink(missing_ok=True)  # first, so that what remains of it does not exist
         shutil.rmtree(old, ignore_errors=True)
 
 
 def what_is_damaged(checkpoint: Path, sizes_only: bool = False) -> str:
     """Compare a checkpoint with its manifest; returns an empty string, or what is wrong."""
+    if checkpoint.is_symlink():
+        return "it is a symbolic link"
     try:
         text = (checkpoint / "manifest.json").read_text(encoding="utf-8")
         files = json.loads(text)
@@ -201,7 +203,7 @@ def what_is_damaged(checkpoint: Path, sizes_only: bool = False) -> str:
                 return f"{name} has another SHA-256 than the manifest says"
     except OSError:
         return "manifest.json cannot be read"
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "manifest.json is damaged"
     return ""
 
@@ -221,7 +223,7 @@ def _reading(checkpoint: Path) -> Iterator[None]:
     """A checkpoint with a valid manifest that cannot be read was not written by this project, or was made to harm."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise shared_error(
             f"cannot read the checkpoint {checkpoint}: {reason}; remove it to use the one before"

@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from sst2_xlmr import sources
-from sst2_xlmr.files import sync_files
+from sst2_xlmr.files import digest_of, sync_files
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"]
@@ -251,15 +252,33 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
     defines = ["-DBF16"] if dtype == torch.bfloat16 else []
     command = [*shlex.split(compiler), *FLAGS, *defines]
     recipe = repr((SOURCE.read_bytes(), command, platform.machine(), features))
-    file = sources.cache_dir() / "kernels" / f"{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.so"
+    name = hashlib.sha256(recipe.encode()).hexdigest()[:32]
     try:
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-                made = Path(scratch, "kernels.so")
-                subprocess.run([*command, "-o", str(made), str(SOURCE), "-lm"], check=True, capture_output=True)
-                sync_files(Path(scratch))  # cut short by a power failure, it would crash every later start
-                made.replace(file)
-        return Kernels(ctypes.CDLL(str(file)), dtype)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = _private_folder() or Path(scratch)
+            made = [file for file in folder.glob(f"{name}-*.so") if file.stem == f"{name}-{digest_of(file)[:16]}"]
+            file = made[0] if made else _compile(command, folder, name)
+            return Kernels(ctypes.CDLL(str(file)), dtype)  # once loaded, the file may go
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _private_folder() -> Path | None:
+    """Return the cache's folder for code that this process loads, unless others than its user can write to it."""
+    folder = sources.cache_dir() / f"kernels-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.lstat()
+    except OSError:
+        return None
+    is_private = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
+    return folder if is_private else None
+
+
+def _compile(command: list[str], folder: Path, name: str) -> Path:
+    """Compile into `folder`; the name has the file's own digest, so that a damaged one is not loaded."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch, "kernels.so")
+        subprocess.run([*command, "-o", str(made), str(SOURCE), "-lm"], check=True, capture_output=True)
+        sync_files(Path(scratch))  # cut short by a power failure, it would be compiled again
+        return made.rename(folder / f"{name}-{digest_of(made)[:16]}.so")

@@ -95,7 +95,7 @@ def _jsonl_fields(path: Path) -> Fields:
     for number, line in _row_lines(path):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not a JSON object with one key per column")

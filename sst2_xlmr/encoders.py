@@ -9,6 +9,7 @@ import contextlib
 import json
 import re
 import struct
+import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file.parent} has no {file.name}; a model's folder in Hugging Face layout is needed"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{file} does not hold a JSON object")
@@ -142,11 +143,15 @@ def _shape_of(settings: dict[str, Any], file: Path) -> EncoderShape:
     sizes: dict[str, Any] = {}
     for field, key in keys.items():
         sizes[field] = settings.get(key)
-        if not isinstance(sizes[field], int) or isinstance(sizes[field], bool) or sizes[field] < 1:
-            raise UserError(f"{file}: {key} is {sizes[field]!r}; a positive number is needed")
+        largest = 1_000 if field in ("layers", "heads") else 10_000_000  # a typing error, or made to fill the memory
+        if type(sizes[field]) is not int or not 1 <= sizes[field] <= largest:
+            raise UserError(f"{file}: {key} is {sizes[field]!r}; a number from 1 to {largest:,} is needed")
     if sizes["hidden"] % sizes["heads"]:
         raise UserError(f"{file}: hidden_size {sizes['hidden']} is no multiple of num_attention_heads {sizes['heads']}")
-    return EncoderShape(**sizes, layer_norm_eps=float(settings.get("layer_norm_eps", 1e-5)))
+    epsilon = settings.get("layer_norm_eps", 1e-5)
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        raise UserError(f"{file}: layer_norm_eps is {epsilon!r}; a number between 0 and 1 is needed")
+    return EncoderShape(**sizes, layer_norm_eps=epsilon)
 
 
 @contextlib.contextmanager
@@ -162,6 +167,25 @@ def _reading_errors(file: Path) -> Iterator[None]:
         raise UserError(f"{file} holds more than tensors, or is damaged; convert it to model.safetensors") from None
 
 
+def _is_plain_zip(file: Path) -> bool:
+    """Whether a file that torch.save has written is a zip; if not, it is a bare pickle.
+
+    Raises:
+        UserError: for what torch.load reads by other ways than the one that `weights_only` guards: tar files
+            (CVE-2025-32434; torch 2.6 refuses them too) and TorchScript.
+    """
+    with file.open("rb") as opened:
+        is_zip = opened.read(4) == b"PK\x03\x04"  # torch's own test
+    if is_zip:
+        with zipfile.ZipFile(file) as zipped:
+            unsafe = any(name.rsplit("/", 1)[-1] == "constants.pkl" for name in zipped.namelist())
+    else:
+        unsafe = tarfile.is_tarfile(file)
+    if unsafe:
+        raise UserError(f"{file} is TorchScript or a tar file, which may run code; convert it to model.safetensors")
+    return is_zip
+
+
 class _Weights(Mapping[str, torch.Tensor]):
     """A file's floating-point tensors, each read when it is asked for, as fp32.
 
@@ -172,7 +196,7 @@ class _Weights(Mapping[str, torch.Tensor]):
 
     def __init__(self, file: Path, kept_ids: np.ndarray | None = None) -> None:
         self._file, self._kept_ids = file, kept_ids
-        self._is_mapped = file.suffix == ".safetensors" or zipfile.is_zipfile(file)
+        self._is_mapped = file.suffix == ".safetensors" or _is_plain_zip(file)
         self._map()
 
     def _map(self) -> None:
@@ -180,6 +204,8 @@ class _Weights(Mapping[str, torch.Tensor]):
             raw = load_file(self._file)
         else:
             raw = torch.load(self._file, map_location="cpu", weights_only=True, mmap=self._is_mapped)
+            if not isinstance(raw, dict):
+                raise UserError(f"{self._file} holds no tensors by name; save a model's state_dict()")
         self.raw = {
             name: tensor
             for name, tensor in raw.items()

@@ -25,6 +25,9 @@ def claim(run_folder: Path) -> IO[str]:
         UserError: if another process holds it, or the folder cannot be written.
     """
     path = run_folder / LOCK_NAME
+    for name in ("checkpoints", "tensorboard", "best", "model"):
+        if (run_folder / name).is_symlink():
+            raise UserError(f"{run_folder / name} is a symbolic link; a run stays in its folder: link that as a whole")
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")

@@ -538,7 +538,7 @@ def test_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     again = compile_anew()
     assert again is not None
     check_works(again)
-    assert len(list((tmp_path / "kernels").iterdir())) == 1, "something was left behind"
+    assert len(list((tmp_path / f"kernels-{os.getuid()}").iterdir())) == 1, "something was left behind"
 
 
 def test_two_processes_compile_at_once(tmp_path: Path) -> None:
@@ -556,4 +556,27 @@ for dtype in (torch.float32, torch.bfloat16):
     ]
     for process in started:
         assert process.communicate(timeout=60)[0] == "[5.0, 5.0, 5.0]\n" * 2
-    assert len(list((tmp_path / "kernels").iterdir())) == 2
+    assert len(list((tmp_path / f"kernels-{os.getuid()}").iterdir())) == 2
+
+
+def test_what_others_can_write_or_time_has_damaged_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    load(torch.float32)
+    monkeypatch.setenv("SST2_XLMR_CACHE", str(tmp_path))
+    assert compile_anew() is not None
+    folder = tmp_path / f"kernels-{os.getuid()}"
+    compiled = next(folder.iterdir())
+    content = compiled.read_bytes()
+
+    def replace(planted: bytes) -> None:
+        compiled.unlink()  # this process has it mapped
+        compiled.write_bytes(planted)
+
+    replace(content[:1000] + b"x" + content[1001:])
+    assert compile_anew() is not None
+    assert compiled.read_bytes() == content, "the damaged library was not compiled anew"
+    folder.chmod(0o777)
+    replace(b"planted by somebody else")
+    assert compile_anew() is not None
+    assert compiled.read_bytes() == b"planted by somebody else"
