@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, losses, metrics, train_options
+from conftest import ROOT, losses, metrics, torchrun, train_options
+from running import digests, logged
 
 import train
 
@@ -65,31 +66,41 @@ def job_facts(job: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S*)", call("scontrol", "--oneliner", "show", "job", job)))
 
 
-def run_job(
-    log: Path, nodes: int, processes: int, run: Path, options: list[str], **environment: str
-) -> tuple[dict[str, str], str]:
-    """Submit the script with `environment` as the user of a cluster without GPUs does; wait for the job's end.
+def submit(
+    log: Path, nodes: int, processes: int, run: Path, options: list[str], *resources: str, **environment: str
+) -> str:
+    """Submit the script with `environment` as the user of a cluster without GPUs does; returns the job's number.
 
     Args:
         log: a file that is not there yet.
         nodes, processes: of the job; of each node.
         run: the run's folder.
         options: of `train.py`.
-
-    Returns:
-        What SLURM says of the job, and the job's log.
+        resources: further options of `sbatch`.
     """
     settings = {"RUN": str(run), "DEVICE": "cpu", "PROCESSES_PER_NODE": str(processes), "PYTHON": sys.executable}
     settings.update(environment)
-    resources = [f"--nodes={nodes}", "--cpus-per-task=2", "--gres=none", "--time=2", f"--output={log}"]
-    script = ["scripts/train.sbatch", *options]
-    job = call("sbatch", "--parsable", *resources, *script, environment=settings)
-    deadline = time.monotonic() + JOB_TIMEOUT_S
+    fixed = [f"--nodes={nodes}", "--cpus-per-task=2", "--gres=none", "--time=2", "--signal=B:USR1@5", f"--output={log}"]
+    return call("sbatch", "--parsable", *fixed, *resources, "scripts/train.sbatch", *options, environment=settings)
+
+
+def run_job(
+    log: Path, nodes: int, processes: int, run: Path, options: list[str], **environment: str
+) -> tuple[dict[str, str], str]:
+    """Submit a job (see `submit`) and wait for its end; returns what SLURM says of it, and its log."""
+    return wait_for_end(submit(log, nodes, processes, run, options, **environment), log, JOB_TIMEOUT_S)
+
+
+def wait_for_end(job: str, log: Path, timeout_s: float) -> tuple[dict[str, str], str]:
+    """Wait for a job's end; a requeued one is started at once, without the two minutes that SLURM keeps it waiting."""
+    deadline = time.monotonic() + timeout_s
     while (facts := job_facts(job))["JobState"] in UNFINISHED:
         if time.monotonic() > deadline:
             call("scancel", job)
             written = log.read_text(encoding="utf-8") if log.is_file() else "no log"
-            pytest.fail(f"job {job} is {facts['JobState']} ({facts['Reason']}) after {JOB_TIMEOUT_S} s: {written}")
+            pytest.fail(f"job {job} is {facts['JobState']} ({facts['Reason']}) after {timeout_s} s: {written}")
+        if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+            call("scontrol", "update", f"jobid={job}", "StartTime=now")
         time.sleep(0.5)
     return facts, log.read_text(encoding="utf-8")
 
@@ -149,3 +160,45 @@ def test_missing_python_fails_with_one_line(tmp_path: Path) -> None:
     facts, log = run_job(tmp_path / "log", 1, 1, tmp_path / "job", [], PYTHON="no/such/python")
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0"), log
     assert log.startswith("error: no train.py or no no/such/python in ") and log.count("\n") == 1, log
+
+
+def undisturbed(encoder: Path, data: Path, run: Path, options: list[object]) -> None:
+    """Train with the same two processes, without SLURM."""
+    done = torchrun(2, train_options(encoder, data, run, *options))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("_slurm")
+def test_time_limit_saves_requeues_and_ends_with_the_same_bits(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path
+) -> None:
+    options = ["--max-steps", 6000, "--log-every", 100, "--eval-every", 50]
+    run, log = tmp_path / "job", tmp_path / "log"
+    # Half a minute to a minute after its start the job gets its signal, long before it is done.
+    job = submit(log, 2, 1, run, job_options(tiny_encoder, small_data, *options), "--signal=B:USR1@60")
+    facts, said = wait_for_end(job, log, timeout_s=400)
+    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), said
+    assert int(facts["Restarts"]) >= 1, said
+    assert said.count("the time limit is near") == int(facts["Restarts"])
+    assert said.count("stopped    by SIGTERM after step ") == int(facts["Restarts"])
+    undisturbed(tiny_encoder, small_data, tmp_path / "one", options)
+    assert digests(run) == digests(tmp_path / "one")
+    assert logged(run) == logged(tmp_path / "one")
+
+
+@pytest.mark.usefixtures("_slurm")
+def test_requeued_from_outside_ends_with_the_same_bits(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+    options = ["--max-steps", 1500, "--log-every", 100, "--save-every", 5]
+    run, log = tmp_path / "job", tmp_path / "log"
+    job = submit(log, 2, 1, run, job_options(tiny_encoder, small_data, *options))
+    deadline = time.monotonic() + JOB_TIMEOUT_S
+    while not log.is_file() or log.read_text().count("step ") < 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    call("scontrol", "requeue", job)
+    facts, said = wait_for_end(job, log, timeout_s=200)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "1"), said
+    assert "resume     from " in said
+    undisturbed(tiny_encoder, small_data, tmp_path / "one", options)
+    assert digests(run) == digests(tmp_path / "one")
+    assert logged(run) == logged(tmp_path / "one")
