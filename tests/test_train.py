@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE_DATA, losses, metrics, torchrun, train_options, user_error
+from conftest import ROOT, SAMPLE_DATA, losses, metrics, torchrun, train_options, user_error
+from running import launcher
 from safetensors.torch import load_file, save_file
 
 import train
+from sst2_xlmr.batching import rows_in_training_order
+from sst2_xlmr.checkpoint import find_checkpoint
+from sst2_xlmr.tokenizer import load_tokenizer
 
 RunTrain = Callable[..., Path]
 # Without the kernels, whose dropout belongs to rows, only a run without dropout is the same however it is cut.
@@ -291,3 +298,65 @@ def test_a_tokenizer_of_another_model_is_noticed(
     (other / "config.json").write_text(json.dumps({**settings, "vocab_size": 100}))
     line = user_error(lambda: run_train(tmp_path / "run", "--encoder", other), capsys)
     assert "has 100 embedding rows; the two are not of one model" in line
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_batches_without_a_finite_gradient_are_passed_over(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, processes: int
+) -> None:
+    """Two in a row are allowed and three are not, on every rank alike; a resumed run goes on counting."""
+    poison = tmp_path / "poison"
+    poison.mkdir()
+    # As a fault of the hardware would do it: the loss of rank 0 is infinite at some steps.
+    (poison / "train_poisoned.py").write_text(
+        "import os, runpy, sys, torch\n"
+        "import train\n"
+        "real, calls = train.forward_and_backward, [0]\n"
+        "bad = {int(step) for step in os.environ['BAD_STEPS'].split(',')}\n"
+        "def poisoned(model, share, optimizer, config, world, bf16):\n"
+        "    loss = real(model, share, optimizer, config, world, bf16)\n"
+        "    calls[0] += 1\n"
+        "    if calls[0] in bad:\n"
+        "        for slot, _, _ in optimizer.trained():\n"
+        "            slot.working.grad[:] = float('nan')\n"
+        "        loss = loss * float('inf')\n"
+        "    return loss\n"
+        "train.forward_and_backward = poisoned\n"
+        "train.exit_on_user_error(train.main)\n"
+    )
+
+    def run(folder: Path, bad: str, *options: object) -> subprocess.CompletedProcess[str]:
+        words = train_options(tiny_encoder, small_data, folder, "--epochs", 2, *options)
+        command = [*launcher(processes), str(poison / "train_poisoned.py"), *words]
+        env = {**os.environ, "BAD_STEPS": bad, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120, check=False)
+
+    done = run(tmp_path / "skips", "3,9,10", "--skip-nonfinite", 2, "--save-every", 4)
+    assert done.returncode == 0, done.stderr
+    assert [f"step {step:>6}  gradient is not finite: batch passed over" in done.stdout for step in (3, 9, 10)] == [
+        True
+    ] * 3
+    steps = [line["step"] for line in metrics(tmp_path / "skips") if "split" not in line]
+    assert steps == [step for step in range(1, 15) if step not in (3, 9, 10)]
+    progress = json.loads((tmp_path / "skips" / "checkpoints" / "step-00000014" / "progress.json").read_text())
+    assert (progress["skipped"], progress["skipped_in_row"]) == (3, 0)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "skips").values())
+
+    done = run(tmp_path / "stops", "5,6,7", "--skip-nonfinite", 2, "--save-every", 4)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "loss or gradient is not finite at step 7 (the last of 3 in a row)" in errors[0]
+    expected = next(rows_in_training_order(lengths_of(small_data, tiny_encoder), 8, 0, 0, first=6))
+    assert errors[0].endswith("from 1: " + ", ".join(str(row + 1) for row in expected))
+    assert find_checkpoint(tmp_path / "stops" / "checkpoints", pytest.fail) is not None
+    resumed = run(tmp_path / "stops", "0", "--resume", "--skip-nonfinite", 0)
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(tmp_path / "stops")[-1]["step"] == 14
+
+
+def lengths_of(data: Path, encoder: Path) -> np.ndarray:
+    """Return the number of tokens of every training row."""
+    tokenizer = load_tokenizer(encoder / "sentencepiece.bpe.model", 64)
+    lines = (data / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    return np.array([len(ids) for ids in tokenizer([line.split("\t")[0] for line in lines])], np.int32)
