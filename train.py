@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sst2_xlmr import distributed, sources
 from sst2_xlmr.arguments import parse_args
-from sst2_xlmr.batching import GlobalBatchSampler, RankShare, TokenCache, build_loader, tokenize_file
+from sst2_xlmr.batching import GlobalBatchSampler, RankShare, build_loader
 from sst2_xlmr.checkpoint import (
     Progress,
     find_checkpoint,
@@ -63,6 +63,7 @@ from sst2_xlmr.report import (
     open_run_folder,
     say,
 )
+from sst2_xlmr.token_cache import TokenCache, tokenize_file
 from sst2_xlmr.tokenizer import load_tokenizer
 
 

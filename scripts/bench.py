@@ -34,12 +34,12 @@ from bench_runs import ROOT, Answer, measure_processes, measure_rates, measure_r
 
 from sst2_xlmr import sources
 from sst2_xlmr.arguments import OneLineParser
-from sst2_xlmr.batching import TokenCache, tokenize_file
 from sst2_xlmr.compact_vocab import used_ids
 from sst2_xlmr.config import Config, UserError, check, exit_on_user_error
 from sst2_xlmr.data import find_split
 from sst2_xlmr.distributed import choose_device, choose_precision
 from sst2_xlmr.encoders import BUNDLE_SHAPES, TOKENIZER_NAME, EncoderShape, _read_settings, _shape_of
+from sst2_xlmr.token_cache import TokenCache, tokenize_file
 
 SHAPES = {**BUNDLE_SHAPES, "small": EncoderShape(hidden=384, layers=12, heads=12, ffn=1536)}
 PARTS = ("train", "eval", "processes", "rows")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from sst2_xlmr import distributed
-from sst2_xlmr.batching import GlobalBatchSampler, TokenCache, build_loader
+from sst2_xlmr.batching import GlobalBatchSampler, build_loader
 from sst2_xlmr.compact_vocab import renumbering
 from sst2_xlmr.config import Config, exit_on_user_error
 from sst2_xlmr.distributed import World
@@ -34,6 +34,7 @@ from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model import Classifier
 from sst2_xlmr.optim import AdamW
 from sst2_xlmr.packed_encoder import rounded_up
+from sst2_xlmr.token_cache import TokenCache
 from train import choose_compiled, forward_and_backward
 
 Answer = dict[str, Any]

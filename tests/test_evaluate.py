@@ -9,12 +9,12 @@ import torch
 from conftest import SAMPLE_DATA
 
 from sst2_xlmr import evaluate as module
-from sst2_xlmr.batching import TokenCache, tokenize_file
 from sst2_xlmr.config import Config
 from sst2_xlmr.distributed import World
 from sst2_xlmr.encoders import find_encoder
 from sst2_xlmr.evaluate import evaluate, macro_f1, predict
 from sst2_xlmr.model import Classifier, build_classifier
+from sst2_xlmr.token_cache import TokenCache, tokenize_file
 
 CPU = torch.device("cpu")
 

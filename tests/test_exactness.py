@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from conftest import SMALL_ENCODER, SST2, losses, needs_small_encoder
 
 import train
-from sst2_xlmr.batching import GlobalBatchSampler, collate, dropout_keys, tokenize_file
+from sst2_xlmr.batching import GlobalBatchSampler, collate, dropout_keys
 from sst2_xlmr.compact_vocab import renumbering, used_ids
 from sst2_xlmr.config import Config
 from sst2_xlmr.encoders import find_encoder
 from sst2_xlmr.model import build_classifier
 from sst2_xlmr.optim import lr_factor
+from sst2_xlmr.token_cache import tokenize_file
 
 STEPS, BATCH_SIZE = 200, 16
 ROWS = 8000  # of the training split, so that tokenizing does not take longer than training

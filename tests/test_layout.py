@@ -6,7 +6,8 @@ import ast
 
 from conftest import ROOT
 
-ORDER = ["config", "arguments", "memory", "distributed", "files", "sources", "data", "tokenizer", "batching"]
+ORDER = ["config", "arguments", "memory", "distributed", "files", "sources", "data", "tokenizer", "token_cache"]
+ORDER += ["batching"]
 ORDER += [
     "encoders",
     "compact_vocab",
