@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -18,14 +19,15 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-from sst2_xlmr.config import Config, UserError
-from sst2_xlmr.data import read_rows
+from sst2_xlmr.config import UserError
+from sst2_xlmr.data import Columns, Row, find_label_names, in_chunks, read_rows
 from sst2_xlmr.files import digest_of
+from sst2_xlmr.formats import kind_of
 from sst2_xlmr.tokenizer import Tokenizer, load_tokenizer
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 TOKENIZER_THREADS = 4  # reading and writing the rows, which is Python's work, keeps no more of them busy
-_CHUNK_ROWS, _CHUNK_CHARACTERS = 1000, 1 << 20
+_CHUNK_ROWS = 1000
 
 
 @dataclass
@@ -62,13 +64,17 @@ class TokenCache:
 def tokenize_file(
     path: Path,
     tokenizer_file: Path,
-    config: Config,
+    columns: Columns,
+    label_names: list[str],
+    max_length: int,
     cache_dir: Path,
     load: Callable[[Path, int], Tokenizer] = load_tokenizer,
 ) -> TokenCache:
     """Return the token cache of a file, made at the first call and found by its content later.
 
     Args:
+        label_names: of the classes 0, 1, ...
+        max_length: longest input in tokens.
         load: loads the tokenizer, if the file has no cache yet; one that remembers it serves several files faster.
 
     Raises:
@@ -78,9 +84,7 @@ def tokenize_file(
         digest, tokenizer_digest = digest_of(path), digest_of(tokenizer_file)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
-    recipe = [CACHE_FORMAT, digest, tokenizer_digest, config.max_length, path.suffix.lower()]
-    recipe += [config.text_column, config.label_column, config.label_names]
-    folder = cache_dir / hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
+    folder = cache_dir / _name_of(digest, path, columns, tokenizer_digest, max_length, label_names)
     try:
         return _open_cache(folder, digest)
     except (OSError, ValueError, KeyError):
@@ -90,7 +94,7 @@ def tokenize_file(
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
             beside = Path(scratch, "tokens")
             beside.mkdir()
-            _write_cache(beside, path, load(tokenizer_file, config.max_length), config)
+            _write_cache(beside, path, load(tokenizer_file, max_length), columns, label_names)
             try:
                 beside.rename(folder)
             except OSError:  # another process was faster, or what is there is damaged
@@ -100,11 +104,49 @@ def tokenize_file(
                     shutil.rmtree(folder, ignore_errors=True)
                     beside.rename(folder)
     except OSError as error:
-        raise UserError(
-            f"cannot write the token cache in {cache_dir}: {error.strerror};"
-            " set SST2_XLMR_CACHE to a folder that can be written"
-        ) from None
+        raise _cannot_write(cache_dir, error) from None
     return _open_cache(folder, digest)
+
+
+def label_names_of(path: Path, columns: Columns, cache_dir: Path) -> list[str]:
+    """Return the names of a training file's classes: found at the first call, and by the file's content later.
+
+    Raises:
+        UserError: see `data.find_label_names`; or for a cache folder that cannot be written.
+    """
+    try:
+        digest = digest_of(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    file = cache_dir / (_name_of(digest, path, columns) + ".labels.json")
+    try:
+        names: list[str] = json.loads(file.read_text(encoding="utf-8"))["label_names"]
+        return names
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or damaged: made anew
+    names = find_label_names(path, columns)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
+            beside = Path(scratch, "labels")
+            beside.write_text(json.dumps({"label_names": names}), encoding="utf-8")
+            beside.replace(file)
+    except OSError as error:
+        raise _cannot_write(cache_dir, error) from None
+    return names
+
+
+def _name_of(digest: str, path: Path, columns: Columns, *further: object) -> str:
+    """Return a name that nothing else has which is made of another file, or in another way."""
+    recipe = [CACHE_FORMAT, digest, kind_of(path), dataclasses.astuple(columns), further]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
+
+
+def _cannot_write(cache_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write the token cache in {cache_dir}: {error.strerror};"
+        " set SST2_XLMR_CACHE to a folder that can be written"
+    )
 
 
 class Chunk(NamedTuple):
@@ -116,45 +158,30 @@ class Chunk(NamedTuple):
     truncated: int
 
 
-def _chunks_of(rows: Iterator[tuple[str, int]]) -> Iterator[tuple[list[str], list[int]]]:
-    """Yield texts and labels of some rows at a time, of fewer where they are long."""
-    texts: list[str] = []
-    labels: list[int] = []
-    characters = 0
-    for text, label in rows:
-        texts.append(text)
-        labels.append(label)
-        characters += len(text)
-        if len(texts) == _CHUNK_ROWS or characters > _CHUNK_CHARACTERS:
-            yield texts, labels
-            texts, labels, characters = [], [], 0
-    if texts:
-        yield texts, labels
-
-
-def _tokenize_chunks(rows: Iterator[tuple[str, int]], tokenizer: Tokenizer) -> Iterator[Chunk]:
+def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chunk]:
     """Tokenize on several threads, in the order of the rows; only a few chunks are in memory at a time."""
     scripted = torch.jit.script(tokenizer)  # runs without Python's lock, so that threads do not wait for each other
 
-    def tokenize(texts: list[str], labels: list[int]) -> Chunk:
-        result = scripted(texts)
+    def tokenize(rows: list[Row]) -> Chunk:
+        texts, pairs, labels = zip(*rows)
+        result = scripted(list(texts), None if pairs[0] is None else list(pairs))
         lengths = [len(ids) for ids in result]
         ids = np.fromiter(itertools.chain.from_iterable(result), np.int32, sum(lengths))
-        full = (text for text, length in zip(texts, lengths) if length == tokenizer.max_length)
-        return Chunk(ids, lengths, labels, sum(map(tokenizer.is_longer, full)))
+        full = (row for row, length in zip(rows, lengths) if length == tokenizer.max_length)
+        return Chunk(ids, lengths, list(labels), sum(tokenizer.is_longer(row.text, row.pair) for row in full))
 
     threads = min(TOKENIZER_THREADS, len(os.sched_getaffinity(0)))
     pending: deque[Future[Chunk]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for texts, labels in _chunks_of(rows):
-            pending.append(pool.submit(tokenize, texts, labels))
+        for chunk in in_chunks(rows, _CHUNK_ROWS):
+            pending.append(pool.submit(tokenize, chunk))
             if len(pending) > threads:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
-def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, config: Config) -> None:
+def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Columns, label_names: list[str]) -> None:
     rows = tokens = truncated = 0
     occurs = np.zeros(tokenizer.vocab_size, bool)
     with (
@@ -163,8 +190,7 @@ def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, config: Config)
         (folder / "labels.bin").open("wb") as labels_file,
     ):
         offsets_file.write(np.int64(0).tobytes())
-        texts_and_labels = read_rows(path, config.text_column, config.label_column, config.label_names)
-        for chunk in _tokenize_chunks(texts_and_labels, tokenizer):
+        for chunk in _tokenize_chunks(read_rows(path, columns, label_names), tokenizer):
             ids_file.write(chunk.ids.tobytes())
             offsets_file.write((tokens + np.cumsum(chunk.lengths, dtype=np.int64)).tobytes())
             labels_file.write(np.asarray(chunk.labels, np.int32).tobytes())

@@ -13,6 +13,7 @@ from conftest import SAMPLE_DATA
 
 from sst2_xlmr.batching import GlobalBatchSampler, build_loader, dropout_keys, rows_in_training_order
 from sst2_xlmr.config import Config
+from sst2_xlmr.data import SST2_NAMES, Columns
 from sst2_xlmr.token_cache import TokenCache, tokenize_file
 
 LENGTHS = np.random.RandomState(0).randint(3, 60, 1003)
@@ -21,7 +22,7 @@ LENGTHS = np.random.RandomState(0).randint(3, 60, 1003)
 @pytest.fixture
 def cache(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
     tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
-    return tokenize_file(SAMPLE_DATA / "train.tsv", tokenizer_file, Config(max_length=20), tmp_path / "cache")
+    return tokenize_file(SAMPLE_DATA / "train.tsv", tokenizer_file, Columns(), SST2_NAMES, 20, tmp_path / "cache")
 
 
 def whole_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

@@ -6,14 +6,15 @@ import ast
 
 from conftest import ROOT
 
-ORDER = ["config", "arguments", "memory", "distributed", "files", "sources", "data", "tokenizer", "token_cache"]
-ORDER += ["batching"]
+ORDER = ["config", "arguments", "memory", "distributed", "files", "sources", "formats", "data", "tokenizer"]
+ORDER += ["token_cache", "batching"]
 ORDER += [
     "encoders",
     "compact_vocab",
     "cpu_kernels",
     "packed_encoder",
     "model",
+    "loss",
     "optim",
     "checkpoint",
     "evaluate",
