@@ -120,17 +120,15 @@ def _located(path: Path, header: bool, wanted: list[_Column]) -> Iterator[tuple[
         raise UserError(f"{path} has no rows")
 
 
-def _texts(path: Path, fields: Fields, positions: list[int], may_be_empty: bool) -> tuple[str, str | None]:
-    """Return a row's text and the second one, if there is one, after a check."""
-    for position in positions:
-        text = fields.cells[position]
-        where = f"{path}, line {fields.line}: column {fields.names[position]!r}"
-        if not isinstance(text, str) or not (may_be_empty or text.strip()):
-            raise UserError(f"{where} holds no text; remove the row or fill it")
-        if _UNUSABLE.search(text):  # JSON can say what UTF-8 cannot
-            raise UserError(f"{where} has half a character (a lone surrogate) or a NUL; remove it")
-    texts = [str(fields.cells[position]) for position in positions]
-    return texts[0], texts[1] if len(texts) > 1 else None
+def _text(path: Path, fields: Fields, position: int, may_be_empty: bool) -> str:
+    """Return a row's text after a check."""
+    text = fields.cells[position]
+    if isinstance(text, str) and (may_be_empty or text.strip()) and not _UNUSABLE.search(text):
+        return text
+    where = f"{path}, line {fields.line}: column {fields.names[position]!r}"
+    if isinstance(text, str) and text.strip():  # JSON can say what UTF-8 cannot
+        raise UserError(f"{where} has half a character (a lone surrogate) or a NUL; remove it")
+    raise UserError(f"{where} holds no text; remove the row or fill it")
 
 
 def _label_text(path: Path, line: int, value: object) -> str:
@@ -173,8 +171,10 @@ def read_rows(path: Path, columns: Columns, label_names: list[str]) -> Iterator[
     """
     numbers = _label_numbers(label_names)
     for fields, positions in _located(path, columns.header, [*_text_columns(columns), _label_column(columns)]):
-        text, pair = _texts(path, fields, positions[:-1], may_be_empty=False)
-        label = _label_text(path, fields.line, fields.cells[positions[-1]])
+        text = _text(path, fields, positions[0], may_be_empty=False)
+        pair = _text(path, fields, positions[1], may_be_empty=False) if columns.pair else None
+        cell = fields.cells[positions[-1]]
+        label = cell if isinstance(cell, str) and cell in numbers else _label_text(path, fields.line, cell)
         if label not in numbers:
             known = f"one of {listed(label_names)}"
             if len(numbers) > len(label_names):
@@ -194,8 +194,9 @@ def read_examples(path: Path, columns: Columns) -> Iterator[Example]:
     Raises:
         UserError: as `read_rows` does.
     """
-    for fields, positions in _located(path, columns.header, _text_columns(columns)):
-        yield Example(*_texts(path, fields, positions, may_be_empty=True), fields)
+    for fields, texts in _located(path, columns.header, _text_columns(columns)):
+        text, *pair = [_text(path, fields, position, may_be_empty=True) for position in texts]
+        yield Example(text, pair[0] if pair else None, fields)
 
 
 def check_text(text: str, where: str) -> None:

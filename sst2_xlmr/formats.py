@@ -12,9 +12,9 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Callable, NamedTuple, TextIO
+from typing import Any, BinaryIO, Callable, NamedTuple, TextIO
 
 from sst2_xlmr.config import UserError
 
@@ -37,7 +37,7 @@ class Fields(NamedTuple):
 
     line: int
     names: list[str]
-    cells: list[object]
+    cells: Sequence[Any]
 
 
 def kind_of(path: Path) -> str:
@@ -155,7 +155,7 @@ def _table(rows: Rows, path: Path, header: bool, cure: str) -> Iterator[Fields]:
                 f"{path}, line {line}: {len(cells)} columns, but the {'header' if header else 'first row'} has"
                 f" {len(names)}{listed}; {cure}"
             )
-        yield Fields(line, names, list(cells))
+        yield Fields(line, names, cells)
 
 
 def _jsonl_fields(lines: Lines, path: Path) -> Iterator[Fields]:
