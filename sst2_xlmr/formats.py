@@ -11,6 +11,7 @@ import functools
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ KINDS = (".tsv", ".csv", ".jsonl")
 # Longest line in bytes and longest CSV field in characters: a quote that is never closed, or a file without line ends,
 # must not fill the memory.
 LONGEST = 1 << 24
+_BREAKS = re.compile("\r\n|[\t\r\n]")
 Lines = Iterator[tuple[int, str]]
 Rows = Iterator[tuple[int, list[str]]]
 
@@ -210,7 +212,7 @@ def cell_text(cell: object) -> str:
 
 def one_line(text: str) -> str:
     """Return a text that can stand between tabs on a line: every tab and line end a space."""
-    return " ".join(text.splitlines()).replace("\t", " ")
+    return _BREAKS.sub(" ", text)
 
 
 def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[object]], object]:
