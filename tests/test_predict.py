@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import gzip
 import io
 import json
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,6 +208,18 @@ def test_glue_submission(model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     options = ["--input", test, "--glue-submission", tmp_path / "other"]
     assert "the model's classes are a, b" in user_error(lambda: run(model, *options), capsys)
     assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_progress_bar_on_a_terminal_only(model: Path, tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 90, 0, 0))  # rows, columns
+    command = [sys.executable, "scripts/predict.py", "--model", str(model), "--device", "cpu"]
+    command += ["--input", str(write_input(tmp_path / "in.tsv")), "--output", str(tmp_path / "out.tsv")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, cwd=ROOT, check=False)
+    os.close(end)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"4 rows [00:" in os.read(terminal, 10_000)
+    os.close(terminal)
 
 
 def test_output_that_is_there_is_kept_unless_told_otherwise(
