@@ -38,7 +38,7 @@ from sst2_xlmr.checkpoint import (
     seed_rank,
 )
 from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table, renumbering, used_ids
-from sst2_xlmr.config import Config, UserError, exit_on_user_error
+from sst2_xlmr.config import Config, UserError, check, exit_on_user_error
 from sst2_xlmr.cpu_kernels import Kernels, load_kernels
 from sst2_xlmr.data import columns_of, has_labels, listed, read_rows
 from sst2_xlmr.distributed import World, shared_error
@@ -107,6 +107,7 @@ def prepare(config: Config, quiet: bool) -> tuple[Config, Encoder, dict[str, Tok
     config = dataclasses.replace(
         config, label_names=config.label_names or label_names_of(files["train"], columns, cache_dir)
     )
+    check(config)
     for file in files.values():  # a wrong column or layout shows in the first rows, before anything is downloaded
         next(itertools.islice(read_rows(file, columns, config.classes), 1000, None), None)
     if config.encoder in BUNDLE_SHAPES:  # nor must this wait for a download

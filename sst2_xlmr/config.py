@@ -441,6 +441,10 @@ def check(config: Config) -> None:
                     raise UserError(f"{flag(name)} {file} is not a file")
     except OSError as error:
         raise UserError(f"cannot look at {error.filename}: {error.strerror}") from None
+    if config.label_names and config.class_weights not in (None, "balanced"):
+        weights = str(config.class_weights).count(",") + 1
+        if weights != len(config.label_names):
+            raise UserError(f"--class-weights has {weights} numbers, but there are {len(config.label_names)} classes")
     if config.text_pair_column is not None and config.max_length < SHORTEST_PAIR:
         raise UserError(
             f"--max-length must be {SHORTEST_PAIR} or more with --text-pair-column, not {config.max_length}"

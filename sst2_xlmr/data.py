@@ -14,7 +14,7 @@ from sst2_xlmr.formats import Fields, kind_of, read_fields, shortened
 
 SST2_NAMES = ["negative", "positive"]
 _UNUSABLE = re.compile("[\ud800-\udfff\0]")
-_INTEGER = re.compile("0|-?[1-9][0-9]*")
+_INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")
 _FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _CHUNK_CHARACTERS = 1 << 20
 
@@ -137,7 +137,7 @@ def _label_text(path: Path, line: int, value: object) -> str:
         return value.strip()
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    problem = "is empty" if value == "" or isinstance(value, str) else "is neither a word nor an integer"
+    problem = "is empty" if isinstance(value, str) else "is neither a word nor an integer"
     raise UserError(
         f"{path}, line {line}: label {_quoted(value)} {problem}; write the class's name or number, or name the column"
         " with --label-column"

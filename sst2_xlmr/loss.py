@@ -13,13 +13,13 @@ def class_weights(choice: str | None, labels: np.ndarray, names: list[str]) -> t
     """Return fp32 [classes], or None where all classes weigh 1.
 
     Args:
-        choice: as `--class-weights` has it. `balanced` is rows / (classes * rows of the class): every class has the
+        choice: `--class-weights`, checked; `balanced` is rows / (classes * rows of the class): every class has the
             same weight in all, and the mean over the training rows is 1.
         labels: int [rows], those of the training file.
         names: of the classes.
 
     Raises:
-        UserError: if there are more or fewer numbers than classes, or a class has no row to balance.
+        UserError: if a class has no row to balance.
     """
     if choice is None:
         return None
@@ -31,10 +31,7 @@ def class_weights(choice: str | None, labels: np.ndarray, names: list[str]) -> t
                 " leave it out of --label-names, or give the weights as numbers"
             )
         return torch.from_numpy(len(labels) / (len(names) * counts)).float()
-    weights = [float(weight) for weight in choice.split(",")]
-    if len(weights) != len(names):
-        raise UserError(f"--class-weights has {len(weights)} numbers, but there are {len(names)} classes")
-    return torch.tensor(weights)
+    return torch.tensor([float(weight) for weight in choice.split(",")])
 
 
 def sum_of_losses(
