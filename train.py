@@ -24,12 +24,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from sst2_xlmr import distributed, sources
 from sst2_xlmr.arguments import parse_args
-from sst2_xlmr.batching import GlobalBatchSampler, RankShare, TokenCache, build_loader, tokenize_file
+from sst2_xlmr.batching import GlobalBatchSampler, RankShare, build_loader
 from sst2_xlmr.checkpoint import (
     Progress,
     find_checkpoint,
@@ -40,14 +39,16 @@ from sst2_xlmr.checkpoint import (
     seed_rank,
 )
 from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table, renumbering, used_ids
-from sst2_xlmr.config import Config, Stopped, UserError, exit_on_user_error
+from sst2_xlmr.config import Config, Stopped, UserError, check, exit_on_user_error
 from sst2_xlmr.cpu_kernels import Kernels, load_kernels
-from sst2_xlmr.data import find_split, has_column, read_rows
+from sst2_xlmr.data import columns_of, has_labels, listed, read_rows
 from sst2_xlmr.distributed import World, shared_error
 from sst2_xlmr.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder, pretrained_table
 from sst2_xlmr.evaluate import Interrupted, evaluate
 from sst2_xlmr.export import export_hugging_face
 from sst2_xlmr.files import Finisher, digest_of
+from sst2_xlmr.formats import find_split, plain_name
+from sst2_xlmr.loss import class_weights, sum_of_losses
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model import build_classifier
 from sst2_xlmr.optim import AdamW, can_compile, lr_factor
@@ -68,6 +69,7 @@ from sst2_xlmr.report import (
 )
 from sst2_xlmr.run_folder import claim, clean_up, write_config
 from sst2_xlmr.signals import StopRequest
+from sst2_xlmr.token_cache import TokenCache, label_names_of, tokenize_file
 from sst2_xlmr.tokenizer import load_tokenizer
 
 
@@ -81,14 +83,16 @@ def find_files(config: Config, quiet: bool) -> dict[str, Path]:
         file = Path(given) if given else find_split(folder, split) if folder else None
         if file is None:
             raise UserError(
-                f"{folder} has no {split}.tsv, {split}.csv or {split}.jsonl; name the file with --{split}-file"
+                f"{folder} has no {split}.tsv, {split}.csv or {split}.jsonl, also none with .gz; name the file with"
+                f" --{split}-file"
             )
         files[split] = file
     tests = [Path(file) for file in config.test_file]
-    if not tests and folder and (test := find_split(folder, "test")) and has_column(test, config.label_column):
+    if not tests and folder and (test := find_split(folder, "test")) and has_labels(test, columns_of(config)):
         tests = [test]  # GLUE's test file has no labels
     for file in tests:
-        files[file.stem if file.stem not in files else str(file)] = file
+        name = plain_name(file)
+        files[name if name not in files else str(file)] = file
     return files
 
 
@@ -98,20 +102,27 @@ def check_max_length(config: Config, shape: EncoderShape) -> None:
         raise UserError(f"--max-length {config.max_length}: {config.encoder} takes at most {longest} tokens")
 
 
-def prepare(config: Config, quiet: bool) -> tuple[Encoder, dict[str, TokenCache]]:
-    """Fetch and tokenize what the run needs; what an earlier run has left is used as it is."""
-    files = find_files(config, quiet)
+def prepare(config: Config, quiet: bool) -> tuple[Config, Encoder, dict[str, TokenCache]]:
+    """Fetch and tokenize what the run needs; what an earlier run has left is used as it is.
+
+    Returns:
+        The options, with the names of the classes; the encoder; and the tokens of every file.
+    """
+    files, columns, cache_dir = find_files(config, quiet), columns_of(config), sources.cache_dir() / "tokens"
+    config = dataclasses.replace(
+        config, label_names=config.label_names or label_names_of(files["train"], columns, cache_dir)
+    )
+    check(config)
     for file in files.values():  # a wrong column or layout shows in the first rows, before anything is downloaded
-        rows = read_rows(file, config.text_column, config.label_column, config.label_names)
-        next(itertools.islice(rows, 1000, None), None)
+        next(itertools.islice(read_rows(file, columns, config.classes), 1000, None), None)
     if config.encoder in BUNDLE_SHAPES:  # nor must this wait for a download
         check_max_length(config, BUNDLE_SHAPES[config.encoder])
     encoder = find_encoder(config.encoder, quiet)
     check_max_length(config, encoder.shape)
-    cache_dir = sources.cache_dir() / "tokens"
     load = functools.lru_cache(maxsize=1)(load_tokenizer)
     caches = {
-        split: tokenize_file(file, encoder.tokenizer_file, config, cache_dir, load) for split, file in files.items()
+        split: tokenize_file(file, encoder.tokenizer_file, columns, config.classes, config.max_length, cache_dir, load)
+        for split, file in files.items()
     }
     largest_id = max(int(cache.distinct_ids[-1]) for cache in caches.values())
     if largest_id >= encoder.shape.vocab_size:
@@ -119,7 +130,7 @@ def prepare(config: Config, quiet: bool) -> tuple[Encoder, dict[str, TokenCache]
             f"{encoder.tokenizer_file} gives ids up to {largest_id}, but {encoder.name} has {encoder.shape.vocab_size}"
             " embedding rows; the two are not of one model"
         )
-    return encoder, caches
+    return config, encoder, caches
 
 
 def choose_compiled(config: Config, world: World, bf16: bool) -> tuple[Kernels | None, bool]:
@@ -166,7 +177,13 @@ def not_finite(step: int, rows: np.ndarray, skipped_in_row: int) -> UserError:
 
 
 def forward_and_backward(
-    model: torch.nn.Module, share: RankShare, optimizer: AdamW, config: Config, world: World, bf16: bool
+    model: torch.nn.Module,
+    share: RankShare,
+    optimizer: AdamW,
+    config: Config,
+    world: World,
+    bf16: bool,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the gradient of the mean loss over the global batch, on every rank the same.
 
@@ -185,8 +202,7 @@ def forward_and_backward(
         alone = isinstance(model, DistributedDataParallel) and not synchronizes
         with model.no_sync() if alone else contextlib.nullcontext():
             logits = model(batch.tokens, batch.padded, batch.keys).float()
-            smoothing = config.label_smoothing
-            loss = F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing) * batch.weight
+            loss = sum_of_losses(logits, batch.labels, config.label_smoothing, weights) * batch.weight
             (loss * (world.world_size / share.global_rows)).backward()
         loss_sum += loss.detach()
         if in_fp32:
@@ -206,7 +222,10 @@ def train(config: Config, resume: bool, world: World) -> None:
     run_folder = Path(output_dir)
     tensorboard_dir = Path(config.tensorboard_dir or run_folder / "tensorboard")
     checkpoints = run_folder / "checkpoints"
-    encoder, caches = distributed.once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
+    config, encoder, caches = distributed.once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
+
+    weights = class_weights(config.class_weights, caches["train"].labels, config.classes)
+    weights = weights if weights is None else weights.to(world.device)
 
     # 2. Model, optimizer, batches.
     kept_ids = np.arange(encoder.shape.vocab_size)
@@ -257,7 +276,7 @@ def train(config: Config, resume: bool, world: World) -> None:
         return open_report(run_folder, tensorboard_dir, progress.step, total_steps)
 
     report = distributed.on_main(world, open_outputs) or silent_report()
-    head = f"{'new' if head_is_new else 'its own'} head for {', '.join(config.label_names)}"
+    head = f"{'new' if head_is_new else 'its own'} head for {listed(config.classes)}"
     masters = "bf16 with fp32 master weights" if bf16 else "fp32"
     compiled = "compiled" if kernels or compiles else "not compiled: slower"
     say(report, f"encoder    {config.encoder}: {describe_model(encoder, optimizer, len(kept_ids))}; {head}")
@@ -304,7 +323,7 @@ def train(config: Config, resume: bool, world: World) -> None:
             sampler.load_state_dict({"epoch": progress.epoch, "batch": progress.batch})
             for share in loader:
                 lr = config.lr * lr_factor(progress.step, total_steps, config.warmup_ratio, config.schedule)
-                share_loss = forward_and_backward(model, share, optimizer, config, world, bf16)
+                share_loss = forward_and_backward(model, share, optimizer, config, world, bf16, weights)
                 accumulated = share.accumulates and bf16
                 norm = optimizer.gradient_norm(accumulated)
                 progress.step += 1
@@ -406,7 +425,7 @@ def export(
             folder,
             masters,
             encoder.shape,
-            config.label_names,
+            config.classes,
             config.max_length,
             encoder.tokenizer_file,
             finisher.submit,

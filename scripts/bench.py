@@ -34,12 +34,13 @@ from bench_runs import ROOT, Answer, measure_processes, measure_rates, measure_r
 
 from sst2_xlmr import sources
 from sst2_xlmr.arguments import OneLineParser
-from sst2_xlmr.batching import TokenCache, tokenize_file
 from sst2_xlmr.compact_vocab import used_ids
 from sst2_xlmr.config import Config, UserError, check, exit_on_user_error
-from sst2_xlmr.data import find_split
+from sst2_xlmr.data import SST2_NAMES, Columns
 from sst2_xlmr.distributed import choose_device, choose_precision
 from sst2_xlmr.encoders import BUNDLE_SHAPES, TOKENIZER_NAME, EncoderShape, _read_settings, _shape_of
+from sst2_xlmr.formats import find_split
+from sst2_xlmr.token_cache import TokenCache, tokenize_file
 
 SHAPES = {**BUNDLE_SHAPES, "small": EncoderShape(hidden=384, layers=12, heads=12, ffn=1536)}
 PARTS = ("train", "eval", "processes", "rows")
@@ -125,6 +126,7 @@ def build_config(arguments: argparse.Namespace, shape: EncoderShape) -> Config:
     """Return train.py's options for what is measured, with everything that the machine decides decided."""
     config = Config(
         data_dir=arguments.data_dir,
+        label_names=SST2_NAMES,
         max_length=min(MAX_LENGTH, shape.positions - 2),
         full_vocabulary=arguments.full_vocabulary,
         batch_size=arguments.batch_size,
@@ -178,7 +180,10 @@ def write_spec(
 ) -> Path:
     """Write what the measured processes need: options, and rows as ids, of the train split a fixed sample."""
     cache_dir = sources.cache_dir() / "tokens"
-    caches = {split: tokenize_file(file, tokenizer_file, config, cache_dir) for split, file in files.items()}
+    caches = {
+        split: tokenize_file(file, tokenizer_file, Columns(), SST2_NAMES, config.max_length, cache_dir)
+        for split, file in files.items()
+    }
     largest_id = max(int(cache.ids.max()) for cache in caches.values())
     if largest_id >= shape.vocab_size:
         raise UserError(f"{tokenizer_file} gives ids up to {largest_id}, but the shape has {shape.vocab_size} rows")

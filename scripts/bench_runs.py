@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from sst2_xlmr.config import Config, UserError
-from sst2_xlmr.data import read_rows
+from sst2_xlmr.data import SST2_NAMES, Columns, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -203,7 +203,7 @@ def write_many_rows(source: Path, target: Path, count: int, seed: int) -> None:
 
     With one random cut for both, the mean length stays what it was, and nearly every row is new.
     """
-    rows = [(text.split(), label) for text, label in read_rows(source, "sentence", "label", Config().label_names)]
+    rows = [(text.split(), label) for text, _, label in read_rows(source, Columns(), SST2_NAMES)]
     random = np.random.RandomState(seed)
     with target.open("w", encoding="utf-8") as file:
         file.write("sentence\tlabel\n")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from sst2_xlmr import distributed
-from sst2_xlmr.batching import GlobalBatchSampler, TokenCache, build_loader
+from sst2_xlmr.batching import GlobalBatchSampler, build_loader
 from sst2_xlmr.compact_vocab import renumbering
 from sst2_xlmr.config import Config, exit_on_user_error
 from sst2_xlmr.distributed import World
@@ -34,6 +34,7 @@ from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model import Classifier
 from sst2_xlmr.optim import AdamW
 from sst2_xlmr.packed_encoder import rounded_up
+from sst2_xlmr.token_cache import TokenCache
 from train import choose_compiled, forward_and_backward
 
 Answer = dict[str, Any]
@@ -122,7 +123,7 @@ def peak_memory(device: torch.device) -> Answer:
 def rates(spec: Spec, split: str, seconds: float, training: bool) -> Answer:
     """Return what having gone through all rows of a split once, in so many seconds, comes to."""
     lengths = spec.caches[split].lengths()
-    flops = model_flops(spec.shape, lengths, len(spec.config.label_names), training)
+    flops = model_flops(spec.shape, lengths, len(spec.config.classes), training)
     return {
         "samples_per_s": len(lengths) / seconds,
         "tokens_per_s": int(lengths.sum()) / seconds,
@@ -134,7 +135,7 @@ def random_classifier(spec: Spec, rows: int) -> Classifier:
     """Build the model with random weights and an embedding table of so many rows."""
     torch.manual_seed(spec.config.seed)
     shape = dataclasses.replace(spec.shape, vocab_size=rows)
-    return Classifier(shape, len(spec.config.label_names), spec.config.dropout, spec.config.head_dropout)
+    return Classifier(shape, len(spec.config.classes), spec.config.dropout, spec.config.head_dropout)
 
 
 def optimizer_step(optimizer: AdamW, lr: float, accumulated: bool, mark: Callable[[str], None]) -> None:
@@ -241,7 +242,7 @@ def prepare_evaluation(spec: Spec, world: World) -> Callable[..., Answer]:
 def write_weights(spec: Spec, world: World) -> Callable[..., Answer]:
     """Write an encoder's folder with random weights and the whole vocabulary, for train.py to start from."""
     masters = dict(random_classifier(spec, spec.shape.vocab_size).named_parameters())
-    names, length = spec.config.label_names, spec.config.max_length
+    names, length = spec.config.classes, spec.config.max_length
     export_hugging_face(spec.encoder_folder, masters, spec.shape, names, length, spec.tokenizer_file)
     return lambda epoch, phases: {}
 

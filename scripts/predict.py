@@ -1,69 +1,243 @@
-"""Classify sentences with a trained model.
+"""Classify texts with a trained model.
 
     python scripts/predict.py --model runs/NAME/model "A fine film." "Not my cup of tea."
     python scripts/predict.py --model runs/NAME/model < sentences.txt
+    python scripts/predict.py --model runs/NAME/model --input reviews.csv --output answers.csv
+    python scripts/predict.py --model runs/NAME/model --input test.tsv --glue-submission submission
 
-Prints a line a sentence, in order: label, tab, its probability, tab, the sentence.
+Prints a line a text, in order: label, tab, its probability, tab, the text; or writes all columns of the input, followed
+by these, to a file, which gets its name when it is whole. Rows are read, classified and written some at a time, so that
+a file may be larger than memory.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Callable, TextIO
 
-from sst2_xlmr.arguments import OneLineParser
-from sst2_xlmr.config import UserError, exit_on_user_error
+from tqdm import tqdm
+
+from sst2_xlmr.arguments import OneLineParser, add_option
+from sst2_xlmr.config import Config, UserError, exit_on_user_error, flag
+from sst2_xlmr.data import Example, check_text, columns_of, in_chunks, listed, read_examples
 from sst2_xlmr.distributed import choose_device, choose_precision
 from sst2_xlmr.evaluate import predict
+from sst2_xlmr.formats import Fields, decoded_lines, kind_of, new_file, row_writer
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model import load_classifier
 
-SENTENCES_AT_ONCE = 1024
+ROWS_AT_ONCE = 1024
+COLUMN_OPTIONS = ("text_column", "text_pair_column", "header")
+GLUE_NUMBERS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
+# Takes a row, the number of its most probable class, and the probabilities of all.
+Writer = Callable[[Example, int, Sequence[float]], object]
 
 
-def read_sentences(arguments: list[str]) -> Iterator[str]:
-    """Yield the arguments, or without any the lines of standard input (UTF-8, LF or CRLF)."""
-    if arguments:
-        yield from arguments
-        return
-    if sys.stdin.isatty():
-        raise UserError("no sentences: give them as arguments, or one a line on standard input")
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise UserError(f"standard input, line {number}: not UTF-8; convert it, e.g. with iconv") from None
-
-
-def main() -> None:
-    parser = OneLineParser(description="Classify sentences: label, probability and sentence on a line each.")
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line, and check what can be known from it and the file system alone."""
+    parser = OneLineParser(
+        allow_abbrev=False, description="Classify texts: label and probability for each, in the order of the texts."
+    )
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder that train.py wrote")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="ROWS", help="sentences per forward pass [64]")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="ROWS", help="texts per forward pass [64]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="[auto]")
+    parser.add_argument(
+        "--input", type=Path, metavar="FILE", help="texts: a .tsv, .csv or .jsonl file, perhaps with .gz"
+    )
+    for name in COLUMN_OPTIONS:
+        add_option(parser, name)
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write a .tsv, .csv or .jsonl file, perhaps with .gz, instead"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace output that is there already")
+    parser.add_argument("--all-probabilities", action="store_true", help="also those of the other classes")
+    parser.add_argument("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size must be 1 or more, not {arguments.batch_size}")
-    keep_freed_memory()
+    if arguments.input and arguments.sentences:
+        raise UserError(f"--input and a sentence, {arguments.sentences[0][:40]!r}: leave one of them away")
+    for name in COLUMN_OPTIONS:
+        if not arguments.input and name in arguments:
+            raise UserError(f"{flag(name)} needs --input, whose columns it is about")
+    if arguments.glue_submission and not arguments.input:
+        raise UserError("--glue-submission needs --input, the test.tsv of SST-2")
+    if arguments.output:
+        kind_of(arguments.output)
+    try:
+        for path in output_files(arguments):
+            if path.exists() and not arguments.overwrite:
+                raise UserError(f"{path} is there already; take another name, or --overwrite")
+        if arguments.glue_submission:
+            arguments.glue_submission.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {error.filename}: {error.strerror}") from None
+    return arguments
+
+
+def output_files(arguments: argparse.Namespace) -> list[Path]:
+    """Return the files that will be written."""
+    glue = arguments.glue_submission
+    return [file for file in (arguments.output, glue and glue / "SST-2.tsv") if file]
+
+
+def read_sentences(sentences: list[str]) -> Iterator[str]:
+    """Yield the given sentences, or if there are none the lines of standard input (UTF-8, LF or CRLF)."""
+    for number, sentence in enumerate(sentences, 1):
+        check_text(sentence, f"sentence {number}")
+        yield sentence
+    if sentences:
+        return
+    if sys.stdin.isatty():
+        raise UserError("no sentences: give them as arguments, one a line on standard input, or in a file with --input")
+    for _, line in decoded_lines(sys.stdin.buffer, "standard input"):
+        yield line.rstrip("\r\n")
+
+
+def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
+    """Yield the rows to classify; a file's first one is read at once, so that a wrong column shows before any work."""
+    if not arguments.input:
+        names = ["sentence"]
+        numbered = enumerate(read_sentences(arguments.sentences), 1)
+        return (Example(sentence, None, Fields(line, names, [sentence])) for line, sentence in numbered)
+    given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
+    rows = read_examples(arguments.input, columns_of(Config(**given)))
+    return itertools.chain([next(rows)], rows)
+
+
+def write_lines(label_names: list[str], all_probabilities: bool) -> Writer:
+    """Return a writer of lines on standard output, where tabs and line ends in a text are spaces."""
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    write = row_writer(sys.stdout, ".tsv")
+
+    def add(row: Example, best: int, probabilities: Sequence[float]) -> None:
+        shown = [probabilities[best], *(probabilities if all_probabilities else ())]
+        texts = [row.text] if row.pair is None else [row.text, row.pair]
+        write((), [label_names[best], *(f"{probability:.4f}" for probability in shown), *texts])
+
+    return add
+
+
+class RowsWriter:
+    """Writes the input's rows with `label`, `probability` and, if wanted, `probability_CLASS`.
+
+    Where the input has such a column, `predicted_` is put before the new one's name.
+    """
+
+    def __init__(self, file: TextIO, path: Path, header: bool, label_names: list[str], all_probabilities: bool) -> None:
+        self.path, self.kind = path, kind_of(path)
+        self.label_names, self.all_probabilities = label_names, all_probabilities
+        self.write = row_writer(file, self.kind)
+        self.needs_header = header and self.kind != ".jsonl"
+        self.first: list[str] = []  # names of the first row's columns
+        self.last: list[str] = []  # and of the last one's, followed by those of the new columns
+        self.new: list[str] = []
+
+    def __call__(self, row: Example, best: int, probabilities: Sequence[float]) -> None:
+        names, cells = row.fields.names, row.fields.cells
+        if names is not self.last:
+            self._name_columns(row)
+        if self.kind != ".jsonl" and names != self.first:
+            cells = [cells[names.index(name)] for name in self.first]
+        shown = [probabilities[best], *(probabilities if self.all_probabilities else ())]
+        rounded = [round(probability, 6) for probability in shown]
+        self.write([*names, *self.new], [*cells, self.label_names[best], *rounded])
+
+    def _name_columns(self, row: Example) -> None:
+        """Find names for the new columns of the first row, or, in JSONL, of one with other keys than the last."""
+        self.last = names = row.fields.names
+        self.first = self.first or names
+        if self.kind == ".jsonl" and len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(
+                f"two columns are named {twice!r}, which JSON cannot say; let {self.path} end in .csv or .tsv"
+            )
+        if self.kind != ".jsonl" and sorted(names) != sorted(self.first):
+            raise UserError(
+                f"line {row.fields.line} of the input has other keys than the first row; let {self.path} end in .jsonl"
+            )
+        self.new = ["label", "probability"]
+        self.new += [f"probability_{name}" for name in self.label_names if self.all_probabilities]
+        for number, name in enumerate(self.new):
+            while name in names:
+                name = "predicted_" + name
+            self.new[number] = name
+        if self.needs_header:
+            self.write((), [*names, *self.new])
+            self.needs_header = False
+
+
+def write_submission(file: TextIO, label_names: list[str]) -> Writer:
+    """Return a writer of what the GLUE server takes: index, tab, 0 or 1."""
+    numbers = [GLUE_NUMBERS.get(name) for name in label_names]
+    if len(numbers) != 2 or set(numbers) != {0, 1}:
+        raise UserError(
+            f"--glue-submission: the model's classes are {listed(label_names)}, those of SST-2 negative and positive"
+        )
+    write = row_writer(file, ".tsv")
+    write((), ["index", "prediction"])
+    count = itertools.count()
+
+    def add(row: Example, best: int, probabilities: Sequence[float]) -> None:
+        number, names = next(count), row.fields.names
+        write((), [row.fields.cells[names.index("index")] if "index" in names else number, numbers[best]])
+
+    return add
+
+
+def classify(arguments: argparse.Namespace, rows: Iterator[Example], files: list[TextIO]) -> None:
+    """Load the model, and give each row its label."""
     device = choose_device(arguments.device, 0)
     bf16 = choose_precision(arguments.precision, device) == "bf16"
     model, tokenizer, label_names = load_classifier(arguments.model, device, bf16)
-    sentences = read_sentences(arguments.sentences)
-    while chunk := list(itertools.islice(sentences, SENTENCES_AT_ONCE)):
-        probabilities = predict(model, tokenizer(chunk), arguments.batch_size, device)
-        for sentence, row in zip(chunk, probabilities):
-            best = int(row.argmax())
-            # Tabs and line ends inside a sentence would break the three columns.
-            print(f"{label_names[best]}\t{row[best]:.4f}\t{' '.join(sentence.splitlines()).replace(chr(9), ' ')}")
-        sys.stdout.flush()
+    writers: list[Writer] = []
+    for path, file in zip(output_files(arguments), files):
+        if path == arguments.output:
+            header = getattr(arguments, "header", True)
+            writers.append(RowsWriter(file, path, header, label_names, arguments.all_probabilities))
+        else:
+            writers.append(write_submission(file, label_names))
+    writers = writers or [write_lines(label_names, arguments.all_probabilities)]
+    with tqdm(unit=" rows", disable=not (files and sys.stderr.isatty()), dynamic_ncols=True) as bar:
+        for chunk in in_chunks(rows, ROWS_AT_ONCE):
+            pairs = None if chunk[0].pair is None else [row.pair or "" for row in chunk]
+            probabilities = predict(model, tokenizer([row.text for row in chunk], pairs), arguments.batch_size, device)
+            for row, best, of_row in zip(chunk, probabilities.argmax(1).tolist(), probabilities.tolist()):
+                for write in writers:
+                    write(row, best, of_row)
+            sys.stdout.flush()
+            bar.update(len(chunk))
+
+
+def discard_output() -> None:
+    """Send what Python still holds for standard output nowhere, so that its end is quiet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_args(argv)
+    keep_freed_memory()
+    rows = read_input(arguments)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(new_file(path)) for path in output_files(arguments)]
+        try:
+            classify(arguments, rows, files)
+        except BrokenPipeError:  # the reader, `head` say, has seen enough
+            discard_output()
+        except OSError as error:
+            if files:
+                raise
+            discard_output()
+            raise UserError(f"cannot write to standard output: {error.strerror}") from None
 
 
 if __name__ == "__main__":
-    try:
-        exit_on_user_error(main)
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    exit_on_user_error(main)

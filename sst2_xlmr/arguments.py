@@ -24,6 +24,24 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def add_option(parser: Any, name: str) -> None:
+    """Add an option of `Config` to a parser or group of it; a flag that is not given leaves no value."""
+    facts, default = OPTIONS[name].metadata, getattr(Config(), name)
+    if facts["kind"] is bool:
+        # The help comes afterwards: Python 3.9 and 3.10 would add a default of their own to it.
+        action = parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+        action.help = f"{facts['help']} [{'on' if default else 'off'}]"
+        return
+    parser.add_argument(
+        flag(name),
+        type=facts["kind"],
+        metavar=facts["metavar"],
+        nargs="+" if facts["many"] else None,
+        default=argparse.SUPPRESS,
+        help=(facts["help"] + (f" [{shown(default)}]" if default not in (None, []) else "")).replace("%", "%%"),
+    )
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="train.py",
@@ -33,23 +51,10 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     groups: dict[str, Any] = {}
     for name, field in OPTIONS.items():
-        facts = field.metadata
-        group = groups.setdefault(facts["group"], None) or parser.add_argument_group(facts["group"])
-        groups[facts["group"]] = group
-        default = getattr(Config(), name)
-        if facts["kind"] is bool:
-            # The help comes afterwards: Python 3.9 and 3.10 would add a default of their own to it.
-            action = group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
-            action.help = f"{facts['help']} [{'on' if default else 'off'}]"
-            continue
-        group.add_argument(
-            flag(name),
-            type=facts["kind"],
-            metavar=facts["metavar"],
-            nargs="+" if facts["many"] else None,
-            default=argparse.SUPPRESS,
-            help=(facts["help"] + (f" [{shown(default)}]" if default not in (None, []) else "")).replace("%", "%%"),
-        )
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        add_option(groups[title], name)
     run = parser.add_argument_group("starting from a former run")
     run.add_argument("--config", metavar="FILE", help="take options from a saved config.json; flags override it")
     run.add_argument(
@@ -63,12 +68,12 @@ def _build_parser() -> argparse.ArgumentParser:
 def _has_kind(value: Any, field: dataclasses.Field[Any]) -> bool:
     """Whether a value from JSON has the type of its option; an integer may stand for a float."""
     kind = field.metadata["kind"]
+    if value is None:
+        return field.default is None
     if field.metadata["many"] or kind is label_list:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
-    if value is None:
-        return field.default is None
     return isinstance(value, (int, float) if kind is float else kind)
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 LOCK_NAME = ".lock"  # in a run's folder; a folder that holds nothing else is still free
+MAX_CLASSES = 1000
+SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
 
 
 class UserError(Exception):
@@ -91,8 +93,20 @@ def label_list(text: str) -> list[str]:
 
 
 def _check_label_names(names: list[str]) -> str:
-    if len(names) < 2 or len(set(names)) < len(names) or not all(names):
-        return "needs two or more different names, separated by commas"
+    if not 2 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names) or not all(names):
+        return f"needs two or more different names (at most {MAX_CLASSES:,}), separated by commas"
+    return ""
+
+
+def _check_class_weights(text: str) -> str:
+    if text == "balanced":
+        return ""
+    try:
+        weights = [float(weight) for weight in text.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) < 2 or not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+        return "is neither balanced nor a number of 0 or more for every class, separated by commas, not all 0"
     return ""
 
 
@@ -131,7 +145,8 @@ class Config:
     data_dir: str | None = option(
         None,
         "data",
-        "folder with train and dev (and test) as .tsv, .csv or .jsonl; without any file, SST-2 is downloaded",
+        "folder with train and dev (and test) as .tsv, .csv or .jsonl, perhaps with .gz; without any file, SST-2 is"
+        " downloaded",
         metavar="DIR",
         changeable=True,
     )
@@ -149,12 +164,26 @@ class Config:
         many=True,
         changeable=True,
     )
-    text_column: str = option("sentence", "data", "name of the column with the text", metavar="NAME")
-    label_column: str = option("label", "data", "name of the column with the label", metavar="NAME")
-    label_names: list[str] = option(
-        ["negative", "positive"],
+    text_column: str | None = option(
+        None,
         "data",
-        "names of the classes 0, 1, ..., separated by commas; the label column may hold names or numbers",
+        "column with the text, by name or by number from 1 (default: sentence, or else text)",
+        metavar="NAME|N",
+    )
+    text_pair_column: str | None = option(
+        None, "data", "column with a second text, where a row is a pair of them", metavar="NAME|N"
+    )
+    label_column: str = option("label", "data", "column with the label, by name or by number from 1", metavar="NAME|N")
+    header: bool = option(
+        True,
+        "data",
+        "the first line of a .tsv or .csv file names its columns; without, give them by number",
+        kind=bool,
+    )
+    label_names: list[str] | None = option(
+        None,
+        "data",
+        "names of the classes 0, 1, ..., separated by commas (default: the labels that the training file has)",
         kind=label_list,
         metavar="A,B,...",
         check=_check_label_names,
@@ -287,6 +316,13 @@ class Config:
         check=between(0, math.inf),
         changeable=True,
     )
+    class_weights: str | None = option(
+        None,
+        "training",
+        "factor on the loss of every class's rows: numbers, or balanced, so that all classes weigh the same",
+        metavar="balanced|W0,W1,...",
+        check=_check_class_weights,
+    )
     seed: int = option(
         0,
         "training",
@@ -394,6 +430,13 @@ class Config:
         None, "output", "TensorBoard events (default: tensorboard/ in the run's folder)", metavar="DIR", changeable=True
     )
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes 0, 1, ...; without --label-names they are known when the training file has been read."""
+        if self.label_names is None:
+            raise ValueError("the training file has not been read")
+        return self.label_names
+
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Config)}
 
@@ -430,6 +473,14 @@ def check(config: Config) -> None:
                     raise UserError(f"{flag(name)} {file} is not a file")
     except OSError as error:
         raise UserError(f"cannot look at {error.filename}: {error.strerror}") from None
+    if config.label_names and config.class_weights not in (None, "balanced"):
+        weights = str(config.class_weights).count(",") + 1
+        if weights != len(config.label_names):
+            raise UserError(f"--class-weights has {weights} numbers, but there are {len(config.label_names)} classes")
+    if config.text_pair_column is not None and config.max_length < SHORTEST_PAIR:
+        raise UserError(
+            f"--max-length must be {SHORTEST_PAIR} or more with --text-pair-column, not {config.max_length}"
+        )
     if config.train_file and not config.dev_file and not config.data_dir:
         raise UserError("--train-file without --dev-file: name a file to evaluate on, or a --data-dir that has one")
     if config.dev_file and not config.train_file and not config.data_dir:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sst2_xlmr.batching import TokenCache, collate
+from sst2_xlmr.batching import collate
 from sst2_xlmr.distributed import World, sum_over_ranks
 from sst2_xlmr.model import Classifier
+from sst2_xlmr.token_cache import TokenCache
 
 
 class Interrupted(Exception):

@@ -162,10 +162,10 @@ def build_classifier(encoder: Encoder, config: Config, kept_ids: np.ndarray | No
     """
     dropout = 0.0 if config.freeze_encoder else config.dropout
     with torch.device("meta"):
-        model = Classifier(encoder.shape, len(config.label_names), dropout, config.head_dropout)
+        model = Classifier(encoder.shape, len(config.classes), dropout, config.head_dropout)
     tensors = load_tensors(encoder)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    head_is_new = encoder.label_names != config.label_names
+    head_is_new = encoder.label_names != config.classes
     if head_is_new:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
         generator = torch.Generator().manual_seed(config.seed)

@@ -16,12 +16,12 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sst2_xlmr.batching import TokenCache
 from sst2_xlmr.config import Config, UserError
 from sst2_xlmr.distributed import World
 from sst2_xlmr.encoders import Encoder
 from sst2_xlmr.files import write_text
 from sst2_xlmr.optim import AdamW
+from sst2_xlmr.token_cache import TokenCache
 
 
 @dataclass

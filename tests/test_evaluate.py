@@ -9,12 +9,13 @@ import torch
 from conftest import SAMPLE_DATA
 
 from sst2_xlmr import evaluate as module
-from sst2_xlmr.batching import TokenCache, tokenize_file
 from sst2_xlmr.config import Config
+from sst2_xlmr.data import SST2_NAMES, Columns
 from sst2_xlmr.distributed import World
 from sst2_xlmr.encoders import find_encoder
 from sst2_xlmr.evaluate import evaluate, macro_f1, predict
 from sst2_xlmr.model import Classifier, build_classifier
+from sst2_xlmr.token_cache import TokenCache, tokenize_file
 
 CPU = torch.device("cpu")
 
@@ -22,13 +23,13 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def dev(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
     return tokenize_file(
-        SAMPLE_DATA / "dev.tsv", tiny_encoder / "sentencepiece.bpe.model", Config(max_length=64), tmp_path
+        SAMPLE_DATA / "dev.tsv", tiny_encoder / "sentencepiece.bpe.model", Columns(), SST2_NAMES, 64, tmp_path
     )
 
 
 @pytest.fixture
 def model(tiny_encoder: Path) -> Classifier:
-    classifier, _ = build_classifier(find_encoder(str(tiny_encoder)), Config(), None)
+    classifier, _ = build_classifier(find_encoder(str(tiny_encoder)), Config(label_names=SST2_NAMES), None)
     classifier.head.out_proj.weight.data *= 50
     return classifier.train()
 

@@ -11,24 +11,34 @@ import torch.nn.functional as F
 from conftest import SMALL_ENCODER, SST2, losses, needs_small_encoder
 
 import train
-from sst2_xlmr.batching import GlobalBatchSampler, collate, dropout_keys, tokenize_file
+from sst2_xlmr.batching import GlobalBatchSampler, collate, dropout_keys
 from sst2_xlmr.compact_vocab import renumbering, used_ids
 from sst2_xlmr.config import Config
+from sst2_xlmr.data import SST2_NAMES, Columns
 from sst2_xlmr.encoders import find_encoder
 from sst2_xlmr.model import build_classifier
 from sst2_xlmr.optim import lr_factor
+from sst2_xlmr.token_cache import tokenize_file
 
 STEPS, BATCH_SIZE = 200, 16
 ROWS = 8000  # of the training split, so that tokenizing does not take longer than training
 CONFIG = Config(
-    encoder=str(SMALL_ENCODER), batch_size=BATCH_SIZE, max_steps=STEPS, max_length=64, dropout=0.0, head_dropout=0.0
+    label_names=SST2_NAMES,
+    encoder=str(SMALL_ENCODER),
+    batch_size=BATCH_SIZE,
+    max_steps=STEPS,
+    max_length=64,
+    dropout=0.0,
+    head_dropout=0.0,
 )
 
 
 def autocast_losses(data: Path, seed: int) -> list[float]:
     """Train the usual way: fp32 weights, padded batches, autograd under autocast, torch's AdamW and clipping."""
     encoder = find_encoder(CONFIG.encoder)
-    cache = tokenize_file(data / "train.tsv", encoder.tokenizer_file, CONFIG, data / "cache")
+    cache = tokenize_file(
+        data / "train.tsv", encoder.tokenizer_file, Columns(), SST2_NAMES, CONFIG.max_length, data / "cache"
+    )
     kept_ids = used_ids([cache.ids], encoder.shape.vocab_size)
     cache.renumbering = renumbering(kept_ids, encoder.shape.vocab_size)
     model, _ = build_classifier(encoder, Config(**{**vars(CONFIG), "seed": seed}), kept_ids)

@@ -6,25 +6,17 @@ import ast
 
 from conftest import ROOT
 
-ORDER = [
-    "config",
-    "arguments",
-    "memory",
-    "distributed",
-    "signals",
-    "files",
-    "run_folder",
-    "sources",
-    "data",
-    "tokenizer",
-]
+ORDER = ["config", "arguments", "memory", "distributed", "signals", "files", "run_folder", "sources", "formats", "data"]
 ORDER += [
+    "tokenizer",
+    "token_cache",
     "batching",
     "encoders",
     "compact_vocab",
     "cpu_kernels",
     "packed_encoder",
     "model",
+    "loss",
     "optim",
     "checkpoint",
     "evaluate",

@@ -10,6 +10,7 @@ from conftest import SMALL_ENCODER, needs_small_encoder
 from torchtext.models import RobertaModel
 
 from sst2_xlmr.config import Config
+from sst2_xlmr.data import SST2_NAMES
 from sst2_xlmr.encoders import find_encoder
 from sst2_xlmr.export import export_hugging_face
 from sst2_xlmr.model import Classifier, build_classifier
@@ -27,7 +28,7 @@ def tokens(vocab_size: int, padded: bool = True) -> torch.Tensor:
 
 
 def classifier(folder: Path) -> Classifier:
-    model, _ = build_classifier(find_encoder(str(folder)), Config(), None)
+    model, _ = build_classifier(find_encoder(str(folder)), Config(label_names=SST2_NAMES), None)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.head.parameters():  # a new head's logits are too small to show a difference
         parameter.data.normal_(0, 0.3, generator=generator)
@@ -107,13 +108,15 @@ def test_dropout_is_where_it_was_asked_for(tiny_encoder: Path) -> None:
     encoder = find_encoder(str(tiny_encoder))
     batch = tokens(encoder.shape.vocab_size)
     for dropout, head_dropout in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):
-        model, _ = build_classifier(encoder, Config(dropout=dropout, head_dropout=head_dropout), None)
+        model, _ = build_classifier(
+            encoder, Config(label_names=SST2_NAMES, dropout=dropout, head_dropout=head_dropout), None
+        )
         model.train()
         assert torch.equal(model(batch), model(batch)) == (dropout == head_dropout == 0.0)
 
 
 def test_frozen_encoder_has_no_dropout_and_no_gradient(tiny_encoder: Path) -> None:
-    config = Config(freeze_encoder=True, head_dropout=0.0)
+    config = Config(label_names=SST2_NAMES, freeze_encoder=True, head_dropout=0.0)
     model, _ = build_classifier(find_encoder(str(tiny_encoder)), config, None)
     model.train()
     batch = tokens(model.shape.vocab_size)

@@ -15,6 +15,7 @@ from torchtext.models import RobertaModel
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.cpu_kernels import Kernels, Packed, load_kernels
+from sst2_xlmr.data import SST2_NAMES
 from sst2_xlmr.encoders import EncoderShape, find_encoder
 from sst2_xlmr.model import Classifier, build_classifier
 from sst2_xlmr.packed_encoder import pack
@@ -107,7 +108,7 @@ def test_equals_the_plain_path_and_torchtext(threads: None, shape: tuple[int, in
 @needs_small_encoder
 def test_is_as_exact_as_torch_on_real_weights() -> None:
     """Against float64, over 12 layers: everything within 1e-5, and on average no further off than the plain path."""
-    config = Config(dropout=0.0, head_dropout=0.0)
+    config = Config(label_names=SST2_NAMES, dropout=0.0, head_dropout=0.0)
     model, _ = build_classifier(find_encoder(str(SMALL_ENCODER)), config, np.arange(5000))
     torch.manual_seed(0)
     for parameter in model.head.parameters():

@@ -51,6 +51,30 @@ def test_scripted_tokenizer_gives_the_same_ids(tiny_encoder: Path) -> None:
     assert torch.jit.script(tokenizer)(texts) == tokenizer(texts)
 
 
+PAIRS = [
+    ("A fine film.", "It was good."),
+    ("short", "a long story about a film that nobody will ever see again"),
+    ("a long story about a film that nobody will ever see again", "short"),
+    ("the same length as that", "the same length as that"),
+    ("", "only a second"),
+    ("only a first", ""),
+    ("汉", "\U0001f600 café"),
+]
+
+
+@pytest.mark.parametrize("max_length", range(5, 30))
+def test_pairs_are_joined_and_cut_as_transformers_does(tiny_encoder: Path, max_length: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    file = tiny_encoder / "sentencepiece.bpe.model"
+    reference, ours = transformers.XLMRobertaTokenizer(str(file)), load_tokenizer(file, max_length)
+    expected = reference(*map(list, zip(*PAIRS)), truncation="longest_first", max_length=max_length)["input_ids"]
+    texts, pairs = map(list, zip(*PAIRS))
+    assert ours(texts, pairs) == expected
+    assert torch.jit.script(ours)(texts, pairs) == expected
+    whole = reference(texts, pairs)["input_ids"]
+    assert [ours.is_longer(*pair) for pair in PAIRS] == [len(ids) > max_length for ids in whole]
+
+
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_tokenizer(tmp_path / "x.model", 64)
