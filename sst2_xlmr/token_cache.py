@@ -25,7 +25,7 @@ from sst2_xlmr.files import digest_of
 from sst2_xlmr.formats import kind_of
 from sst2_xlmr.tokenizer import Tokenizer, load_tokenizer
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 TOKENIZER_THREADS = 4  # reading and writing the rows, which is Python's work, keeps no more of them busy
 _CHUNK_ROWS = 1000
 
@@ -87,7 +87,7 @@ def tokenize_file(
     folder = cache_dir / _name_of(digest, path, columns, tokenizer_digest, max_length, label_names)
     try:
         return _open_cache(folder, digest)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or damaged: made anew
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def tokenize_file(
             except OSError:  # another process was faster, or what is there is damaged
                 try:
                     return _open_cache(folder, digest)
-                except (OSError, ValueError, KeyError):
+                except (OSError, ValueError, KeyError, TypeError):
                     shutil.rmtree(folder, ignore_errors=True)
                     beside.rename(folder)
     except OSError as error:
@@ -198,19 +198,21 @@ def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Column
             rows, tokens, truncated = rows + len(chunk.labels), tokens + len(chunk.ids), truncated + chunk.truncated
     distinct_ids = np.flatnonzero(occurs).astype(np.int32)
     (folder / "distinct_ids.bin").write_bytes(distinct_ids.tobytes())
-    facts = {"rows": rows, "tokens": tokens, "distinct_ids": len(distinct_ids), "truncated": truncated}
+    counts = {"rows": rows, "tokens": tokens, "distinct_ids": len(distinct_ids), "truncated": truncated}
+    facts = {**counts, "sha256": {file.name: digest_of(file) for file in sorted(folder.iterdir())}}
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _open_cache(folder: Path, digest: str) -> TokenCache:
-    """Map a cache's files into memory; ValueError if a file has not the size that `facts.json` says."""
+    """Map a cache's files into memory; ValueError if one is not what `facts.json` says."""
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     counts = {"ids": facts["tokens"], "offsets": facts["rows"] + 1, "labels": facts["rows"]}
     counts["distinct_ids"] = facts["distinct_ids"]
     arrays = {}
     for name, count in counts.items():
         dtype = np.int64 if name == "offsets" else np.int32
-        arrays[name] = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
-        if len(arrays[name]) != count:
-            raise ValueError(f"{folder / name}.bin is damaged")
+        file = folder / f"{name}.bin"
+        arrays[name] = np.memmap(file, dtype=dtype, mode="r")
+        if len(arrays[name]) != count or digest_of(file) != facts["sha256"][file.name]:
+            raise ValueError(f"{file} is damaged")
     return TokenCache(**arrays, truncated=facts["truncated"], digest=digest)

@@ -118,11 +118,16 @@ def test_label_names_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         label_names_of(file, Columns(), tmp_path / "file" / "cache")
 
 
-def test_damaged_cache_is_made_anew(cache: TokenCache, tiny_encoder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "labels.bin", "distinct_ids.bin", "facts.json"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "deleted"])
+def test_damaged_cache_is_made_anew(cache: TokenCache, tiny_encoder: Path, tmp_path: Path, name: str, how: str) -> None:
     expected = cache.ids.tolist()
     [folder] = (tmp_path / "cache").iterdir()
-    with (folder / "ids.bin").open("r+b") as file:
-        file.truncate(100)
+    content = bytearray((folder / name).read_bytes())
+    content[9] ^= 1
+    (folder / name).unlink()  # the first cache has it mapped
+    if how != "deleted":
+        (folder / name).write_bytes(content if how == "flipped" else content[:-4])
     again = tokenize_sample(tiny_encoder, tmp_path / "cache")
     assert again.ids.tolist() == expected
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
