@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SAMPLE_DATA, losses, metrics, torchrun, train_options, user_error
-from running import launcher
+from running import digests, launcher, logged
 from safetensors.torch import load_file, save_file
 
 import train
@@ -244,6 +244,19 @@ def test_early_stopping(run_train: RunTrain, tmp_path: Path, capsys: pytest.Capt
     assert (run / "model" / "model.safetensors").is_file()
     train.main(["--resume", "--output-dir", str(run)])
     assert [line["step"] for line in metrics(run) if "split" in line] == [7, 14, 21]
+
+
+def test_early_stopping_comes_at_the_same_step_after_a_resume(run_train: RunTrain, tmp_path: Path) -> None:
+    options = ["--epochs", 50, "--lr", 1e-5, "--early-stopping-patience", 3, "--eval-every", 2, "--save-every", 1]
+    whole = run_train(tmp_path / "whole", *options, "--keep-checkpoints", 100, "--precision", "bf16")
+    last = metrics(whole)[-1]["step"]
+    for left_out in (1, 3):  # of the last evaluations
+        broken = Path(shutil.copytree(whole, tmp_path / f"broken{left_out}"))
+        for step in range(last - 2 * left_out + 1, last + 1):
+            shutil.rmtree(broken / "checkpoints" / f"step-{step:08d}")
+        train.main(["--resume", "--output-dir", str(broken)])
+        assert digests(broken) == digests(whole)
+        assert logged(broken) == logged(whole)
 
 
 def test_frozen_encoder_stays_as_it_was(run_train: RunTrain, tiny_encoder: Path, tmp_path: Path) -> None:
