@@ -49,6 +49,7 @@ from sst2_xlmr.export import export_hugging_face
 from sst2_xlmr.files import digest_of
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model import build_classifier
+from sst2_xlmr.model_card import last_evaluations, write_card
 from sst2_xlmr.optim import AdamW, can_compile, lr_factor
 from sst2_xlmr.report import (
     advance,
@@ -292,7 +293,7 @@ def train(config: Config, resume: bool, world: World) -> None:
                 log_evaluation(report, progress.step, "dev", metrics, "  (best so far)" if is_best else "")
                 if is_best:
                     progress.best_accuracy, progress.best_step = metrics["accuracy"], progress.step
-                    export(run_folder / "best", optimizer, encoder, vocabulary, config, world)
+                    export(run_folder / "best", optimizer, encoder, vocabulary, caches, progress.step, config, world)
                 stopped_early = has_stopped_improving(config, progress)
             if saves or stopped_early:
                 progress.world_size, progress.table_decay = world.world_size, optimizer.table_decay
@@ -311,7 +312,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     for split, cache in caches.items():
         if split not in ("train", "dev"):
             log_evaluation(report, progress.step, split, evaluate(classifier, cache, config.eval_batch_size, world))
-    export(run_folder / "model", optimizer, encoder, vocabulary, config, world)
+    export(run_folder / "model", optimizer, encoder, vocabulary, caches, progress.step, config, world)
     say(
         report,
         f"best       dev accuracy {progress.best_accuracy:.4f} at step {progress.best_step}: {run_folder / 'best'}",
@@ -321,7 +322,14 @@ def train(config: Config, resume: bool, world: World) -> None:
 
 
 def export(
-    folder: Path, optimizer: AdamW, encoder: Encoder, kept_ids: torch.Tensor, config: Config, world: World
+    folder: Path,
+    optimizer: AdamW,
+    encoder: Encoder,
+    kept_ids: torch.Tensor,
+    caches: dict[str, TokenCache],
+    step: int,
+    config: Config,
+    world: World,
 ) -> None:
     """Write the weights as they are now in Hugging Face layout, with the whole vocabulary, from rank 0."""
 
@@ -330,8 +338,10 @@ def export(
         if not config.full_vocabulary:
             pretrained = pretrained_table(encoder)
             masters[TABLE_NAME] = expand_table(pretrained, kept_ids, masters[TABLE_NAME], optimizer.table_decay)
+        rows = {split: len(cache) for split, cache in caches.items()}
+        card = write_card(config, rows, last_evaluations(folder.parent / "metrics.jsonl", step), step)
         export_hugging_face(
-            folder, masters, encoder.shape, config.label_names, config.max_length, encoder.tokenizer_file
+            folder, masters, encoder.shape, config.label_names, config.max_length, encoder.tokenizer_file, card
         )
 
     distributed.on_main(world, write)

@@ -16,7 +16,10 @@ ORDER += [
     "optim",
     "checkpoint",
     "evaluate",
+    "fast_tokenizer",
+    "model_card",
     "export",
+    "torchscript",
     "report",
 ]
 
