@@ -70,7 +70,7 @@ def probabilities_of(model: Path, texts: list[str]) -> torch.Tensor:
 
 def test_torchscript_answers_alike_without_this_package(model: Path, tmp_path: Path) -> None:
     options = ["--model", model, "--format", "torchscript", "--output", tmp_path / "new" / "classifier.pt"]
-    command = [sys.executable, ROOT / "scripts" / "export.py", *options]
+    command: list[object] = [sys.executable, ROOT / "scripts" / "export.py", *options]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
