@@ -1,7 +1,7 @@
 """Launch train.py with TorchX (`pip install torchx`), on this machine or on a cluster.
 
     torchx run -s local_cwd scripts/torchx_app.py:train --nproc 2 -- --device cpu --data-dir sample_data
-    torchx run -s slurm -cfg partition=gpu,time=04:00:00 scripts/torchx_app.py:train --nodes 2 --nproc 8 --gpu 8 --cpu 64
+    torchx run -s slurm -cfg time=04:00:00 scripts/torchx_app.py:train --nodes 2 --nproc 8 --gpu 8 --cpu 64
 
 What stands before `--` is for this component, what stands after it goes to train.py. Launch it from the project's
 folder, which all nodes must see: TorchX runs in the current folder, and tells a component no other.
