@@ -2,7 +2,7 @@
 
     python scripts/seeds.py --seeds 1,2,3 --output-dir runs/small @scripts/recipes/small_encoder_sst2.args
 
-All other options go to train.py; seed N's run is the folder seed-N in --output-dir. It ends at the first run that fails,
+All other options go to train.py; the run of seed N is the folder seed-N in --output-dir. A run that fails ends it all,
 with its exit status; the same command again skips what is finished and continues what is not.
 """
 

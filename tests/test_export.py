@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, metrics, user_error
+from conftest import ROOT, metrics, needs_small_encoder, sst2_sentences, user_error
 from safetensors.torch import load_file
 
 from sst2_xlmr.config import Config, UserError
@@ -77,18 +77,30 @@ def test_torchscript_answers_alike_without_this_package(model: Path, tmp_path: P
     assert "same answers on 15 texts" in done.stdout
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["classifier.pt"]
 
-    (tmp_path / "texts").write_text(json.dumps(TEXTS))
-    command = [sys.executable, "-W", "ignore", "-c", USE_ALONE, "new/classifier.pt", "texts", "answers"]
-    alone = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, check=False
-    )
-    assert (alone.returncode, alone.stderr) == (0, b"")
-    labels, probabilities, label_names = json.loads((tmp_path / "answers").read_text())
-    expected = probabilities_of(model, TEXTS)
-    torch.testing.assert_close(torch.tensor(probabilities), expected, atol=1e-5, rtol=0)
-    assert label_names == ["a", "b"]
-    assert labels == [label_names[index] for index in expected.argmax(-1).tolist()]
+    labels = check_alone(model, tmp_path / "new" / "classifier.pt", TEXTS, tmp_path)
     assert len(set(labels)) == 2, "the texts must tell the labels apart"
+
+
+def check_alone(model: Path, file: Path, texts: list[str], scratch: Path) -> list[str]:
+    """Check the file's answers in a process that has no other package of ours; returns its labels."""
+    (scratch / "texts").write_text(json.dumps(texts))
+    words = [sys.executable, "-W", "ignore", "-c", USE_ALONE, str(file), "texts", "answers"]
+    env = {**os.environ, "PYTHONPATH": ""}
+    alone = subprocess.run(words, cwd=scratch, env=env, capture_output=True, check=False)
+    assert (alone.returncode, alone.stderr) == (0, b"")
+    labels, probabilities, label_names = json.loads((scratch / "answers").read_text())
+    expected = probabilities_of(model, texts)
+    torch.testing.assert_close(torch.tensor(probabilities), expected, atol=1e-5, rtol=0)
+    assert labels == [label_names[index] for index in expected.argmax(-1).tolist()]
+    return labels
+
+
+@pytest.mark.slow
+@needs_small_encoder
+def test_torchscript_on_sst2(trained_small_model: Path, tmp_path: Path) -> None:
+    run_export("--model", trained_small_model, "--format", "torchscript", "--output", tmp_path / "classifier.pt")
+    labels = check_alone(trained_small_model, tmp_path / "classifier.pt", sst2_sentences(), tmp_path)
+    assert set(labels) == {"negative", "positive"}
 
 
 def test_torchscript_cuts_long_texts_at_the_models_length(model: Path, tmp_path: Path) -> None:
