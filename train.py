@@ -339,7 +339,8 @@ def export(
             pretrained = pretrained_table(encoder)
             masters[TABLE_NAME] = expand_table(pretrained, kept_ids, masters[TABLE_NAME], optimizer.table_decay)
         rows = {split: len(cache) for split, cache in caches.items()}
-        card = write_card(config, rows, last_evaluations(folder.parent / "metrics.jsonl", step), step)
+        evaluations = last_evaluations(folder.parent / "metrics.jsonl", step)
+        card = write_card(config, config.label_names, rows, evaluations, step)
         export_hugging_face(
             folder, masters, encoder.shape, config.label_names, config.max_length, encoder.tokenizer_file, card
         )

@@ -5,7 +5,8 @@
 
 torchscript: one file that takes raw texts and needs torch and torchtext only (see sst2_xlmr/torchscript.py). hf: a
 folder in Hugging Face layout, as train.py writes it, from any such folder. What has been written is read back and
-compared on a dozen sentences in as many languages, or those of --check-file; it gets its name only if it agrees.
+compared on a dozen sentences in as many languages, or those of --check-file, alone and in pairs; only if it agrees does
+it get its name.
 """
 
 from __future__ import annotations
@@ -74,16 +75,18 @@ def read_sentences(file: Path) -> list[str]:
 
 
 def answers(folder: Path, sentences: list[str]) -> torch.Tensor:
-    """Return fp32 [sentences, labels], the probabilities that a model folder gives."""
+    """Return fp32 [2 * sentences, labels], the probabilities that a model folder gives: of each alone, and in pairs."""
     model, tokenizer, _ = load_classifier(folder, CPU, bf16=False)
-    return predict(model, tokenizer(sentences), 64, CPU)
+    return predict(model, tokenizer(sentences) + tokenizer(sentences, sentences[::-1]), 64, CPU)
 
 
 def write_torchscript(source: Path, file: Path, sentences: list[str]) -> torch.Tensor:
     """Write the file; returns what it answers."""
     model, tokenizer, label_names = load_classifier(source, CPU, bf16=False)
     save_torchscript(model, tokenizer, label_names, file)
-    labels, probabilities = torch.jit.load(file)(sentences)
+    classify = torch.jit.load(file)
+    alone, paired = classify(sentences), classify(sentences, sentences[::-1])
+    labels, probabilities = alone[0] + paired[0], torch.cat([alone[1], paired[1]])
     if labels != [label_names[index] for index in probabilities.argmax(-1).tolist()]:
         raise UserError("the written file names other labels than its probabilities say; it was removed")
     return probabilities
@@ -123,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             written.rename(output)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from None
-    print(f"{output}: same answers on {len(sentences)} texts, probabilities within {difference:.1g}")
+    print(f"{output}: same answers on {len(sentences)} texts and pairs, probabilities within {difference:.1g}")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(f"encoder or model {name}: neither {' nor '.join(BUNDLE_SHAPES)} nor a folder that is there")
-    if (folder / "model" / "config.json").is_file():
+    if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is the folder of a run; give the model in it, {folder / 'model'}")
     settings = _read_settings(folder / "config.json")
     for file in ("model.safetensors", "pytorch_model.bin"):

@@ -26,10 +26,18 @@ def last_evaluations(metrics_file: Path, step: int) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def write_card(config: Config, rows: Mapping[str, int], evaluations: Iterable[Mapping[str, Any]], step: int) -> str:
+def write_card(
+    config: Config,
+    label_names: list[str],
+    rows: Mapping[str, int],
+    evaluations: Iterable[Mapping[str, Any]],
+    step: int,
+) -> str:
     """Return the card's text, Markdown with the header that the Hugging Face Hub reads.
 
     Args:
+        config: the run's options.
+        label_names: the classes 0, 1, ...
         rows: rows of every file that the run read, by its name ("train", "dev", ...).
         evaluations: of these weights, with at least split, rows, accuracy, macro_f1 and loss.
         step: after which the weights are as they are.
@@ -48,7 +56,7 @@ def write_card(config: Config, rows: Mapping[str, int], evaluations: Iterable[Ma
         "metrics: [accuracy, f1]",
         "---",
         "",
-        f"# Text classifier: {_classes(config.label_names)}",
+        f"# Text classifier: {_classes(label_names)}",
         "",
         f"{encoder}, fine-tuned with sst2_xlmr for {step:,} steps.",
         "",

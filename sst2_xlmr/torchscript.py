@@ -10,7 +10,7 @@ The file needs torch and torchtext, whose library holds SentencePiece, and nothi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List, Tuple  # noqa: UP035 (TorchScript knows these only)
+from typing import List, Optional, Tuple  # noqa: UP035 (TorchScript knows these only)
 
 import torch
 from torch import nn
@@ -35,14 +35,24 @@ class TextClassifier(nn.Module):
         self.label_names: List[str] = label_names  # noqa: UP006
         self.batch_size, self.pad_id = BATCH_SIZE, PAD_ID
 
-    def forward(self, texts: List[str]) -> Tuple[List[str], torch.Tensor]:  # noqa: UP006
+    def forward(
+        self,
+        texts: List[str],  # noqa: UP006
+        pairs: Optional[List[str]] = None,  # noqa: UP006, UP045
+    ) -> Tuple[List[str], torch.Tensor]:  # noqa: UP006
         """Classify texts of any number and length; texts of like length are computed together.
+
+        Args:
+            texts: one per row.
+            pairs: the second text of every row, for a model that was trained on pairs.
 
         Returns:
             The most probable label of every text, and fp32 [texts, labels], the probabilities of all, in the texts'
             order.
         """
-        ids = self.tokenizer(texts)
+        if pairs is not None:
+            assert len(pairs) == len(texts), "as many pairs as texts are needed"
+        ids = self.tokenizer(texts, pairs)
         lengths = torch.tensor([len(row) for row in ids], dtype=torch.int64)
         by_length = torch.argsort(lengths, stable=True)
         probabilities = torch.zeros(len(ids), len(self.label_names))

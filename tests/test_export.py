@@ -74,7 +74,7 @@ def test_torchscript_answers_alike_without_this_package(model: Path, tmp_path: P
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
-    assert "same answers on 15 texts" in done.stdout
+    assert "same answers on 15 texts and pairs" in done.stdout
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["classifier.pt"]
 
     labels = check_alone(model, tmp_path / "new" / "classifier.pt", TEXTS, tmp_path)
@@ -112,13 +112,23 @@ def test_torchscript_cuts_long_texts_at_the_models_length(model: Path, tmp_path:
     assert torch.equal(loaded([text])[1], loaded([text + " eleven"])[1])
 
 
+def test_torchscript_takes_pairs(model: Path, tmp_path: Path) -> None:
+    classifier, tokenizer, names = load_classifier(model, CPU, bf16=False)
+    pairs = [f"{text} again" for text in reversed(TEXTS)]
+    expected = predict(classifier, tokenizer(TEXTS, pairs), 16, CPU)
+    save_torchscript(classifier, tokenizer, names, tmp_path / "x.pt")
+    found = torch.jit.load(tmp_path / "x.pt")(TEXTS, pairs)
+    torch.testing.assert_close(found[1], expected, atol=1e-5, rtol=0)
+    assert found[0] == [names[index] for index in expected.argmax(-1).tolist()]
+
+
 def test_folder_is_rewritten_with_its_card(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = Path(shutil.copytree(model, tmp_path / "source"))
     (source / "README.md").write_text("what it is")
     (tmp_path / "texts.txt").write_text("A fine film.\nEin guter Film.\n", encoding="utf-8")
     options = ["--check-file", tmp_path / "texts.txt", "--output", tmp_path / "copy"]
     run_export("--model", source, "--format", "hf", *options)
-    assert "same answers on 2 texts, probabilities within 0" in capsys.readouterr().out
+    assert "same answers on 2 texts and pairs, probabilities within 0" in capsys.readouterr().out
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "copy" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -211,8 +221,8 @@ def test_training_writes_a_card_without_paths(run_train: Callable[..., Path], sm
 
 
 def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -> None:
-    card = write_card(Config(label_names=[f"c|{n}" for n in range(50)]), {"train": 5}, [], 3)
+    card = write_card(Config(text_column="a|b"), [f"c{n}" for n in range(50)], {"train": 5}, [], 3)
     assert "base_model: FacebookAI/xlm-roberta-base\n" in card
     assert "# Text classifier: 50 classes\n" in card
     assert "SST-2 of the GLUE benchmark: 5 rows train." in card
-    assert "c\\|0, c\\|1" in card
+    assert "| `--text-column` | a\\|b |" in card
