@@ -9,11 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sst2_xlmr.config import OPTIONS, Config, flag
+from sst2_xlmr.config import OPTIONS, Config, flag, shown
 
 _HUB_NAMES = {"xlmr.base": "FacebookAI/xlm-roberta-base", "xlmr.large": "FacebookAI/xlm-roberta-large"}
 _PACKAGES = ("torch", "torchtext", "torchdata", "numpy", "safetensors")
-_LEFT_OUT = {"output_dir", "tensorboard_dir", "device", "threads", "num_workers", "timeout_minutes", "log_every"}
 
 
 def last_evaluations(metrics_file: Path, step: int) -> list[dict[str, Any]]:
@@ -46,6 +45,10 @@ def write_card(
     base = [f"base_model: {encoder}"] if config.encoder in _HUB_NAMES else []
     files = [Path(config.data_dir).name] if config.data_dir else []
     files += [Path(file).name for file in (config.train_file, config.dev_file, *config.test_file) if file]
+    results = [
+        (Path(e["split"]).name, f"{e['rows']:,}", *(f"{e[key]:.4f}" for key in ("accuracy", "macro_f1", "loss")))
+        for e in evaluations
+    ]
     lines = [
         "---",
         "library_name: transformers",
@@ -69,18 +72,12 @@ def write_card(
         "",
         "## Data",
         "",
-        f"{', '.join(files) if files else 'SST-2 of the GLUE benchmark'}:"
-        f" {', '.join(f'{count:,} rows {_name(split)}' for split, count in rows.items())}.",
+        f"{', '.join(f'{count:,} rows {Path(split).name}' for split, count in rows.items())};"
+        f" from {', '.join(files) if files else 'SST-2 of the GLUE benchmark'}.",
         "",
         "## Metrics",
         "",
-        *_table(
-            ("file", "rows", "accuracy", "macro F1", "loss"),
-            [
-                (_name(e["split"]), f"{e['rows']:,}", *(f"{e[key]:.4f}" for key in ("accuracy", "macro_f1", "loss")))
-                for e in evaluations
-            ],
-        ),
+        *_table(("file", "rows", "accuracy", "macro F1", "loss"), results),
         "",
         "## Settings",
         "",
@@ -98,21 +95,19 @@ def _classes(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 10 else f"{len(names):,} classes"
 
 
-def _name(value: Any) -> str:
-    """Return how a value is shown; of a path only its last part."""
-    if isinstance(value, list):
-        return ", ".join(map(_name, value))
-    return Path(value).name if isinstance(value, str) and "/" in value else f"{value}"
-
-
 def _settings(config: Config) -> list[tuple[str, str]]:
-    """Return the options that say how the model came about, as they were, defaults too."""
-    values = {name: getattr(config, name) for name in OPTIONS if name not in _LEFT_OUT}
-    return [(f"`{flag(name)}`", _cell(_name(value))) for name, value in values.items() if value not in (None, [], "")]
+    """Return the options that say how the model came about, as they were, defaults too.
 
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    Those that a resumed run may change do not say that; all paths are among them.
+    """
+    result = []
+    for name, field in OPTIONS.items():
+        facts, value = field.metadata, getattr(config, name)
+        says_how = facts["group"] in ("data", "model", "training") or name == "precision"
+        if says_how and not facts["changeable"] and value is not None:
+            text = {True: "on", False: "off"}[value] if isinstance(value, bool) else shown(value)
+            result.append((f"`{flag(name)}`", text.replace("|", "\\|").replace("\n", " ")))
+    return result
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -205,12 +205,12 @@ def test_training_writes_a_card_without_paths(run_train: Callable[..., Path], sm
     dev = {line["step"]: line for line in entries if line["split"] == "dev"}
     assert f"| other.tsv | 20 | {entries[-1]['accuracy']:.4f}" not in cards["best"], "best/ is older than that"
     for text in (
-        "fine-tuned with sst2_xlmr for 14 steps",
-        "50 rows train, 20 rows dev, 20 rows other",
+        "tiny, fine-tuned with sst2_xlmr for 14 steps",
+        "50 rows train, 20 rows dev, 20 rows other; from data, other.tsv.",
         f"| dev | 20 | {dev[14]['accuracy']:.4f} | {dev[14]['macro_f1']:.4f} | {dev[14]['loss']:.4f} |",
         f"| other | 20 | {entries[-1]['accuracy']:.4f} |",
         "| `--lr` | 0.001 |",
-        "| `--encoder` | tiny |",
+        "| `--freeze-encoder` | off |",
         "torch 2.3.1",
     ):
         assert text in cards["model"]
@@ -224,5 +224,5 @@ def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -
     card = write_card(Config(text_column="a|b"), [f"c{n}" for n in range(50)], {"train": 5}, [], 3)
     assert "base_model: FacebookAI/xlm-roberta-base\n" in card
     assert "# Text classifier: 50 classes\n" in card
-    assert "SST-2 of the GLUE benchmark: 5 rows train." in card
+    assert "5 rows train; from SST-2 of the GLUE benchmark." in card
     assert "| `--text-column` | a\\|b |" in card
