@@ -54,8 +54,9 @@ def run(options: list[str], folder: Path, seed: int) -> int:
             return 0
     print(f"seed {seed}: {folder}", flush=True)
     with subprocess.Popen([sys.executable, str(TRAIN), *options]) as process:
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # or training would go on alone
         status = process.wait()
+        signal.signal(signal.SIGTERM, before)
     return status if status >= 0 else 128 - status
 
 

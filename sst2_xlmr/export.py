@@ -67,7 +67,7 @@ def export_hugging_face(
             (beside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         shutil.copyfile(tokenizer_file, beside / TOKENIZER_NAME)
         if converted := tokenizer_json(tokenizer_file):
-            (beside / "tokenizer.json").write_text(converted, encoding="utf-8")
+            (beside / "tokenizer.json").write_bytes(converted)
         if card:
             (beside / CARD_NAME).write_text(card, encoding="utf-8")
         write_tensors(to_hugging_face(masters), beside / "model.safetensors")

@@ -8,6 +8,7 @@ that transformers' own conversion makes for XLM-R.
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import struct
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ _UNIGRAM = 1  # TrainerSpec.ModelType in sentencepiece_model.proto, and its defa
 _SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # XLM-R's ids 0 to 3; <mask> is the last
 
 
-def tokenizer_json(model_file: Path) -> str | None:
+@functools.lru_cache(maxsize=1)  # takes a second; a run writes it with every better model
+def tokenizer_json(model_file: Path) -> bytes | None:
     """Return the content of `tokenizer.json`, or None if the model is of another kind than XLM-R's (unigram)."""
     pieces: list[tuple[str, float]] = []
     charsmap, kind = b"", _UNIGRAM
@@ -36,7 +38,7 @@ def tokenizer_json(model_file: Path) -> str | None:
     vocab = [(token, 0.0) for token in _SPECIAL_TOKENS] + pieces[3:] + [("<mask>", 0.0)]
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     normalizer = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
-    return json.dumps(
+    content = json.dumps(
         {
             "version": "1.0",
             "truncation": None,
@@ -56,6 +58,7 @@ def tokenizer_json(model_file: Path) -> str | None:
         ensure_ascii=False,
         separators=(",", ":"),
     )
+    return content.encode()
 
 
 def _added_token(number: int, token: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -109,6 +110,21 @@ def test_a_failing_run_ends_it_with_its_status(tmp_path: Path, capfd: pytest.Cap
     assert stop.value.code == 2
     assert printed.err.startswith("error: --train-file no/such is not a file")
     assert "seed 2" not in printed.out
+
+
+def test_a_run_that_is_terminated_ends_it(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+    options = train_options(tiny_encoder, small_data, tmp_path / "all", "--epochs", 100_000)
+    command = [sys.executable, str(ROOT / "scripts" / "seeds.py"), "--seeds", "1,2", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("step "):
+                process.terminate()
+                break
+        rest = process.stdout.read()  # ends when the training process has ended too
+    assert process.returncode != 0
+    assert "seed 2" not in rest
+    assert not (tmp_path / "all" / "seed-2").exists()
 
 
 @pytest.mark.parametrize(
