@@ -57,6 +57,8 @@ def run(options: list[str], folder: Path, seed: int) -> int:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # or training would go on alone
         status = process.wait()
         signal.signal(signal.SIGTERM, before)
+    if status == 0 and not (folder / "model").is_dir():
+        raise UserError(f"{folder} was stopped before its end; the same command continues it")
     return status if status >= 0 else 128 - status
 
 
