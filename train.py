@@ -51,6 +51,7 @@ from sst2_xlmr.formats import find_split, plain_name
 from sst2_xlmr.loss import class_weights, sum_of_losses
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model import build_classifier
+from sst2_xlmr.model_card import last_evaluations, write_card
 from sst2_xlmr.optim import AdamW, can_compile, lr_factor
 from sst2_xlmr.report import (
     Report,
@@ -301,8 +302,12 @@ def train(config: Config, resume: bool, world: World) -> None:
             log_evaluation(report, progress.step, "dev", metrics, "  (best so far)" if is_best else "")
             if is_best:
                 progress.best_accuracy, progress.best_step = metrics["accuracy"], progress.step
-                export(run_folder / "best", optimizer, encoder, vocabulary, config, world, finisher)
+                export_to("best")
             return True
+
+        def export_to(name: str) -> None:
+            step = progress.step
+            export(run_folder / name, optimizer, encoder, vocabulary, caches, step, config, world, finisher)
 
         def save() -> None:
             progress.world_size, progress.table_decay = world.world_size, optimizer.table_decay
@@ -388,7 +393,7 @@ def train(config: Config, resume: bool, world: World) -> None:
         except Interrupted:
             is_stopped = True
         if not is_stopped:
-            export(run_folder / "model", optimizer, encoder, vocabulary, config, world, finisher)
+            export_to("model")
         distributed.on_main(world, finisher.wait)
         if is_stopped:
             name = signal.Signals(stop.number).name
@@ -407,6 +412,8 @@ def export(
     optimizer: AdamW,
     encoder: Encoder,
     kept_ids: torch.Tensor,
+    caches: dict[str, TokenCache],
+    step: int,
     config: Config,
     world: World,
     finisher: Finisher,
@@ -421,6 +428,9 @@ def export(
         if not config.full_vocabulary:
             pretrained = pretrained_table(encoder)
             masters[TABLE_NAME] = expand_table(pretrained, kept_ids, masters[TABLE_NAME], optimizer.table_decay)
+        rows = {split: len(cache) for split, cache in caches.items()}
+        evaluations = last_evaluations(folder.parent / "metrics.jsonl", step)
+        card = write_card(config, config.classes, rows, evaluations, step)
         export_hugging_face(
             folder,
             masters,
@@ -428,6 +438,7 @@ def export(
             config.classes,
             config.max_length,
             encoder.tokenizer_file,
+            card,
             finisher.submit,
         )
 

@@ -38,7 +38,7 @@ from sst2_xlmr.compact_vocab import used_ids
 from sst2_xlmr.config import Config, UserError, check, exit_on_user_error
 from sst2_xlmr.data import SST2_NAMES, Columns
 from sst2_xlmr.distributed import choose_device, choose_precision
-from sst2_xlmr.encoders import BUNDLE_SHAPES, TOKENIZER_NAME, EncoderShape, _read_settings, _shape_of
+from sst2_xlmr.encoders import BUNDLE_SHAPES, TOKENIZER_NAME, EncoderShape, read_shape
 from sst2_xlmr.formats import find_split
 from sst2_xlmr.token_cache import TokenCache, tokenize_file
 
@@ -110,7 +110,7 @@ def find_shape(arguments: argparse.Namespace) -> tuple[EncoderShape, Path]:
         folder = Path(arguments.shape)
         if not folder.is_dir():
             raise UserError(f"--shape {folder}: neither one of {', '.join(SHAPES)} nor a folder that is there")
-        shape = _shape_of(_read_settings(folder / "config.json"), folder / "config.json")
+        shape = read_shape(folder)
         if (folder / TOKENIZER_NAME).is_file():
             tokenizer_file = folder / TOKENIZER_NAME
     tokenizer_file = arguments.tokenizer or tokenizer_file

@@ -7,6 +7,8 @@ import dataclasses
 import difflib
 import json
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +49,8 @@ def _build_parser() -> argparse.ArgumentParser:
         prog="train.py",
         allow_abbrev=False,
         description="Fine-tune XLM-R for text classification; SST-2 by default.",
-        epilog="Also: torchrun --nproc_per_node=2 train.py ...; sbatch scripts/train.sbatch",
+        epilog="@FILE takes options from a file, such as those in scripts/recipes/; what comes after it overrides them."
+        " Also: torchrun --nproc_per_node=2 train.py ...; sbatch scripts/train.sbatch",
     )
     groups: dict[str, Any] = {}
     for name, field in OPTIONS.items():
@@ -96,6 +99,25 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return values
 
 
+def _with_files(words: list[str]) -> list[str]:
+    """Replace every `@FILE` by the words in the file, which are quoted as in a shell; `#` begins a comment.
+
+    argparse can do that too (fromfile_prefix_chars), but wants one word a line, and knows no comments.
+    """
+    result = []
+    for word in words:
+        if not word.startswith("@"):
+            result.append(word)
+            continue
+        try:
+            result += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+        except OSError as error:
+            raise UserError(f"cannot read {word[1:]}, named by {word}: {error.strerror}") from None
+        except ValueError as error:  # a quotation that does not end, or bytes that are no UTF-8
+            raise UserError(f"{word[1:]} does not hold options: {error}") from None
+    return result
+
+
 def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     """Parse and check the command line.
 
@@ -105,7 +127,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     Raises:
         UserError: for anything that is wrong with an option, a config file, or a resumed run's options.
     """
-    given = vars(_build_parser().parse_args(argv))
+    given = vars(_build_parser().parse_args(_with_files(sys.argv[1:] if argv is None else argv)))
     config_file, resume = given.pop("config"), given.pop("resume")
     if _is_restarted(given.get("output_dir")):
         config_file, resume = None, True

@@ -86,21 +86,29 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(f"encoder or model {name}: neither {' nor '.join(BUNDLE_SHAPES)} nor a folder that is there")
+    if (folder / "metrics.jsonl").is_file():
+        raise UserError(f"{folder} is the folder of a run; give the model in it, {folder / 'model'}")
     settings = _read_settings(folder / "config.json")
     for file in ("model.safetensors", "pytorch_model.bin"):
         if (folder / file).is_file():
             break
     else:
+        if any(folder.glob("*.index.json")):
+            raise UserError(f"{folder} has its weights in parts; save it again with max_shard_size='100GB'")
         raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a model's folder?")
     if not (folder / TOKENIZER_NAME).is_file():
-        raise UserError(f"{folder} has no {TOKENIZER_NAME}; copy it from the model that this one was trained from")
+        converted = " (newer transformers save tokenizer.json only)" if (folder / "tokenizer.json").is_file() else ""
+        raise UserError(
+            f"{folder} has no {TOKENIZER_NAME}{converted}; copy it from the model that this one was trained from,"
+            " e.g. FacebookAI/xlm-roberta-base on the Hugging Face Hub"
+        )
     label_names = None
     if "SequenceClassification" in str(settings.get("architectures")):
         names = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its defaults out
         if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
             raise UserError(f"{folder / 'config.json'}: id2label must name the labels 0, 1, ... of the head")
         label_names = [str(names[str(i)]) for i in range(len(names))]
-    shape = _shape_of(settings, folder / "config.json")
+    shape = read_shape(folder)
     longest = shape.positions - 2
     if (folder / "tokenizer_config.json").is_file():
         stated = _read_settings(folder / "tokenizer_config.json").get("model_max_length")
@@ -122,7 +130,14 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _shape_of(settings: dict[str, Any], file: Path) -> EncoderShape:
+def read_shape(folder: Path) -> EncoderShape:
+    """Read the sizes of the encoder from a folder's `config.json`.
+
+    Raises:
+        UserError: if it is missing, damaged, or not of XLM-R's kind.
+    """
+    file = folder / "config.json"
+    settings = _read_settings(file)
     wanted = {
         "model_type": "xlm-roberta",
         "hidden_act": "gelu",

@@ -11,7 +11,10 @@ from typing import Callable
 
 from sst2_xlmr.config import UserError
 from sst2_xlmr.encoders import TOKENIZER_NAME, EncoderShape, to_hugging_face
+from sst2_xlmr.fast_tokenizer import tokenizer_json
 from sst2_xlmr.files import Storable, replace_folder, sync_files, write_tensors
+
+CARD_NAME = "README.md"
 
 
 def export_hugging_face(
@@ -21,14 +24,17 @@ def export_hugging_face(
     label_names: list[str],
     max_length: int,
     tokenizer_file: Path,
+    card: str = "",
     finish: Callable[[Callable[[], None]], None] = lambda work: work(),
 ) -> None:
-    """Write `config.json`, `model.safetensors`, the SentencePiece model and its settings; atomically.
+    """Write `config.json`, `model.safetensors`, the tokenizer's files and the model card; atomically.
 
     Args:
         folder: where; is replaced if it is there.
-        masters: fp32 weights under the classifier's names; those that are deferred are never in memory whole.
+        masters: weights under the classifier's names, all fp32 or all bf16; those that are deferred are never in memory
+            whole.
         max_length: longest input in tokens.
+        card: what `README.md` shall say (see model_card); none is written if it is empty.
         finish: does what remains after the weights were read and written, at once or later (see `files.Finisher`).
 
     Raises:
@@ -54,7 +60,7 @@ def export_hugging_face(
         "eos_token_id": 2,
         "id2label": {str(i): name for i, name in enumerate(label_names)},
         "label2id": {name: i for i, name in enumerate(label_names)},
-        "torch_dtype": "float32",
+        "torch_dtype": str(next(iter(masters.values())).dtype).removeprefix("torch."),
     }
     tokenizer = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": max_length}
     beside = folder.with_name(folder.name + ".tmp")
@@ -70,6 +76,10 @@ def export_hugging_face(
         for name, content in (("config.json", settings), ("tokenizer_config.json", tokenizer)):
             (beside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         shutil.copyfile(tokenizer_file, beside / TOKENIZER_NAME)
+        if converted := tokenizer_json(tokenizer_file):
+            (beside / "tokenizer.json").write_bytes(converted)
+        if card:
+            (beside / CARD_NAME).write_text(card, encoding="utf-8")
         write_tensors(to_hugging_face(masters), beside / "model.safetensors")
     finish(put_in_place)
 

@@ -117,6 +117,21 @@ def train_options(encoder: Path, data: Path, folder: Path, *options: Any) -> lis
     return [str(option) for option in [*fixed, *options]]
 
 
+@pytest.fixture(scope="session")
+def trained_small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of 30 steps on the sample data with the small encoder; takes most of a minute."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    options = ["--max-steps", 30, "--batch-size", 16, "--lr", 1e-4, "--max-length", 256]
+    train.main(train_options(SMALL_ENCODER, SAMPLE_DATA, run, *options))
+    return run / "model"
+
+
+def sst2_sentences() -> list[str]:
+    """Return the 872 sentences of SST-2's dev split, where that is at hand, or the sample data's."""
+    file = (SST2 if SST2.is_dir() else SAMPLE_DATA) / "dev.tsv"
+    return [line.split("\t")[0] for line in file.read_text(encoding="utf-8").splitlines()[1:]]
+
+
 def torchrun(processes: int, options: list[str]) -> subprocess.CompletedProcess[str]:
     """Run `train.py` under torchrun, with one thread a process."""
     with socket.socket() as probe:

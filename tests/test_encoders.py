@@ -218,6 +218,16 @@ def test_incomplete_and_damaged_folders_are_named(folder: Path, file: str, conte
         load_tensors(find_encoder(str(folder)))
 
 
+def test_what_transformers_leaves_out_is_named(folder: Path) -> None:
+    (folder / "sentencepiece.bpe.model").unlink()
+    with pytest.raises(UserError, match="newer transformers save tokenizer.json only"):
+        find_encoder(str(folder))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").touch()
+    with pytest.raises(UserError, match="weights in parts"):
+        find_encoder(str(folder))
+
+
 @pytest.mark.parametrize("cut", [10, 1000, -10])
 def test_truncated_weights_are_named(folder: Path, cut: int) -> None:
     for file in ("model.safetensors", "pytorch_model.bin"):

@@ -20,7 +20,10 @@ ORDER += [
     "optim",
     "checkpoint",
     "evaluate",
+    "fast_tokenizer",
+    "model_card",
     "export",
+    "torchscript",
     "report",
 ]
 

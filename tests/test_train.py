@@ -55,9 +55,11 @@ def test_run_folder(run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureF
     assert set(lines[-1]) == {"step", "split", "loss", "accuracy", "macro_f1", "rows"}
     for folder in ("best", "model"):
         assert {entry.name for entry in (run / folder).iterdir()} == {
+            "README.md",
             "config.json",
             "model.safetensors",
             "sentencepiece.bpe.model",
+            "tokenizer.json",
             "tokenizer_config.json",
         }
     assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == ["step-00000007", "step-00000014"]

@@ -1,0 +1,133 @@
+"""Write a trained model in another form, and check that it gives the same answers.
+
+    python scripts/export.py --model runs/NAME/model --format torchscript --output classifier.pt
+    python scripts/export.py --model runs/NAME/best --format hf --dtype bf16 --output models/reviews
+
+torchscript: one file that takes raw texts and needs torch and torchtext only (see sst2_xlmr/torchscript.py). hf: a
+folder in Hugging Face layout, as train.py writes it, from any such folder. What has been written is read back and
+compared on a dozen sentences in as many languages, or those of --check-file, alone and in pairs; only if it agrees does
+it get its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from sst2_xlmr.arguments import OneLineParser
+from sst2_xlmr.config import UserError, exit_on_user_error
+from sst2_xlmr.encoders import find_encoder, load_tensors
+from sst2_xlmr.evaluate import predict
+from sst2_xlmr.export import CARD_NAME, export_hugging_face
+from sst2_xlmr.model import load_classifier
+from sst2_xlmr.torchscript import save_torchscript
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # of a probability; rounding the weights to 8 bits moves it, honestly
+SENTENCES = [
+    "A quiet film that stays with you for days.",
+    "Das Essen war kalt, der Kellner unfreundlich und die Rechnung falsch.",
+    "Un concert inoubliable !",
+    "Очень скучная книга, я не дочитал её до конца.",
+    "Πολύ καλή εξυπηρέτηση.",
+    "الفندق نظيف والموقع ممتاز.",
+    "המשלוח הגיע באיחור של שבועיים.",
+    "यह फ़ोन दो दिन में ख़राब हो गया।",
+    "อาหารอร่อยมากและราคาไม่แพง",
+    "这家店的服务太差了,再也不来了。",
+    "この本を読んで本当によかった。",
+    "배터리가 하루도 못 가요.",
+    "One word and another, " * 200,
+    "  two  spaces, a\ttab, ﬁ and ① ",
+    "",
+]
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(description="Write a trained model in another form, and check it.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", required=True, type=Path, metavar="DIR", help="model folder in Hugging Face layout")
+    add("--format", required=True, choices=("hf", "torchscript"), help="what to write")
+    add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf) or file (torchscript)")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights in the folder; hf only [fp32]")
+    add("--check-file", type=Path, metavar="FILE", help="compare on these texts, one a line [sentences of its own]")
+    arguments = parser.parse_args(argv)
+    if arguments.format == "torchscript" and arguments.dtype != "fp32":
+        raise UserError("--dtype bf16 is for --format hf; a TorchScript file computes in fp32")
+    if os.path.lexists(arguments.output):
+        raise UserError(f"--output {arguments.output} is there already; take another name")
+    return arguments
+
+
+def read_sentences(file: Path) -> list[str]:
+    try:
+        sentences = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --check-file {file} as UTF-8 text: {error}") from None
+    if not sentences:
+        raise UserError(f"--check-file {file} is empty")
+    return sentences
+
+
+def answers(folder: Path, sentences: list[str]) -> torch.Tensor:
+    """Return fp32 [2 * sentences, labels], the probabilities that a model folder gives: of each alone, and in pairs."""
+    model, tokenizer, _ = load_classifier(folder, CPU, bf16=False)
+    return predict(model, tokenizer(sentences) + tokenizer(sentences, sentences[::-1]), 64, CPU)
+
+
+def write_torchscript(source: Path, file: Path, sentences: list[str]) -> torch.Tensor:
+    """Write the file; returns what it answers."""
+    model, tokenizer, label_names = load_classifier(source, CPU, bf16=False)
+    save_torchscript(model, tokenizer, label_names, file)
+    classify = torch.jit.load(file)
+    alone, paired = classify(sentences), classify(sentences, sentences[::-1])
+    labels, probabilities = alone[0] + paired[0], torch.cat([alone[1], paired[1]])
+    if labels != [label_names[index] for index in probabilities.argmax(-1).tolist()]:
+        raise UserError("the written file names other labels than its probabilities say; it was removed")
+    return probabilities
+
+
+def write_hugging_face(source: Path, folder: Path, dtype: str, sentences: list[str]) -> torch.Tensor:
+    """Write the folder, with the source's model card if it has one; returns what it answers."""
+    encoder = find_encoder(str(source))
+    assert encoder.label_names is not None
+    tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
+    card = source / CARD_NAME
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    names, longest = encoder.label_names, encoder.max_length
+    export_hugging_face(folder, tensors, encoder.shape, names, longest, encoder.tokenizer_file, text)
+    return answers(folder, sentences)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_args(argv)
+    sentences = read_sentences(arguments.check_file) if arguments.check_file else SENTENCES
+    expected = answers(arguments.model, sentences)
+    output = arguments.output
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as scratch:
+            written = Path(scratch, output.name)
+            if arguments.format == "torchscript":
+                found = write_torchscript(arguments.model, written, sentences)
+            else:
+                found = write_hugging_face(arguments.model, written, arguments.dtype, sentences)
+            difference = float((found - expected).abs().max())
+            if not difference <= TOLERANCE[arguments.dtype]:  # NaN is no agreement either
+                raise UserError(
+                    f"what was written answers otherwise than {arguments.model}: a probability differs by"
+                    f" {difference:.2g}; it was removed"
+                )
+            written.rename(output)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from None
+    print(f"{output}: same answers on {len(sentences)} texts and pairs, probabilities within {difference:.1g}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
