@@ -18,7 +18,7 @@ from conftest import ROOT, metrics
 from sst2_xlmr.files import digest_of
 
 DEADLINE_S = 120
-SPEEDS = ("samples_per_s", "tokens_per_s", "memory_mb")
+SPEEDS = ("samples_per_s", "tokens_per_s", "memory_gb")
 
 
 def free_port() -> int:
