@@ -20,6 +20,7 @@ import math
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from sst2_xlmr.checkpoint import (
     seed_rank,
 )
 from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table, renumbering, used_ids
-from sst2_xlmr.config import Config, UserError, exit_on_user_error
+from sst2_xlmr.config import Config, UserError, exit_on_user_error, named_file
 from sst2_xlmr.cpu_kernels import Kernels, load_kernels
 from sst2_xlmr.data import find_split, has_column, read_rows
 from sst2_xlmr.distributed import World, shared_error
@@ -48,20 +49,24 @@ from sst2_xlmr.evaluate import evaluate
 from sst2_xlmr.export import export_hugging_face
 from sst2_xlmr.files import digest_of
 from sst2_xlmr.memory import keep_freed_memory
-from sst2_xlmr.model import build_classifier
+from sst2_xlmr.model import Classifier, build_classifier
 from sst2_xlmr.optim import AdamW, can_compile, lr_factor
 from sst2_xlmr.report import (
+    Report,
     advance,
     close_report,
     describe_batches,
     describe_device,
     describe_model,
     describe_rows,
+    log_end,
     log_evaluation,
     log_training,
     open_report,
     open_run_folder,
     say,
+    say_evaluation,
+    splits_during,
 )
 from sst2_xlmr.tokenizer import load_tokenizer
 
@@ -79,6 +84,7 @@ def find_files(config: Config, quiet: bool) -> dict[str, Path]:
                 f"{folder} has no {split}.tsv, {split}.csv or {split}.jsonl; name the file with --{split}-file"
             )
         files[split] = file
+    files.update(map(named_file, config.eval_file))
     tests = [Path(file) for file in config.test_file]
     if not tests and folder and (test := find_split(folder, "test")) and has_column(test, config.label_column):
         tests = [test]  # GLUE's test file has no labels
@@ -93,7 +99,7 @@ def check_max_length(config: Config, shape: EncoderShape) -> None:
         raise UserError(f"--max-length {config.max_length}: {config.encoder} takes at most {longest} tokens")
 
 
-def prepare(config: Config, quiet: bool) -> tuple[Encoder, dict[str, TokenCache]]:
+def prepare(config: Config, quiet: bool) -> tuple[Encoder, dict[str, Path], dict[str, TokenCache]]:
     """Fetch and tokenize what the run needs; what an earlier run has left is used as it is."""
     files = find_files(config, quiet)
     for file in files.values():  # a wrong column or layout shows in the first rows, before anything is downloaded
@@ -114,7 +120,7 @@ def prepare(config: Config, quiet: bool) -> tuple[Encoder, dict[str, TokenCache]
             f"{encoder.tokenizer_file} gives ids up to {largest_id}, but {encoder.name} has {encoder.shape.vocab_size}"
             " embedding rows; the two are not of one model"
         )
-    return encoder, caches
+    return encoder, files, caches
 
 
 def choose_compiled(config: Config, world: World, bf16: bool) -> tuple[Kernels | None, bool]:
@@ -182,6 +188,25 @@ def forward_and_backward(
     return loss_sum
 
 
+def evaluate_splits(
+    splits: list[str],
+    draws: bool,
+    model: Classifier,
+    caches: dict[str, TokenCache],
+    report: Report,
+    step: int,
+    config: Config,
+    world: World,
+) -> dict[str, dict[str, Any]]:
+    """Evaluate on some files, and report what comes out, with pictures if `draws`; returns metrics by split."""
+    metrics = {}
+    for split in splits:
+        found = evaluate(model, caches[split], config.eval_batch_size, world, wants_probabilities=draws)
+        log_evaluation(report, step, split, found, caches[split])
+        metrics[split] = found.metrics
+    return metrics
+
+
 def train(config: Config, resume: bool, world: World) -> None:
     """Train as `config` says, and leave the model in the run's folder."""
     # 1. Files -> rows -> ids. What a node decides by its hardware, rank 0 decides for all.
@@ -192,7 +217,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     run_folder = Path(output_dir)
     tensorboard_dir = Path(config.tensorboard_dir or run_folder / "tensorboard")
     checkpoints = run_folder / "checkpoints"
-    encoder, caches = distributed.once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
+    encoder, files, caches = distributed.once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
 
     # 2. Model, optimizer, batches.
     kept_ids = np.arange(encoder.shape.vocab_size)
@@ -236,7 +261,10 @@ def train(config: Config, resume: bool, world: World) -> None:
         load_checkpoint(checkpoint, progress, optimizer, vocabulary, config.seed, world)
     model = distributed.wrap_model(classifier, world, kernels.mean_of if kernels else None)
     distributed.on_main(world, lambda: open_run_folder(run_folder, tensorboard_dir, config, resume))
-    report = open_report(run_folder, tensorboard_dir, progress.step, total_steps, world.is_main)
+    during = splits_during(config)
+    at_end = [split for split in files if split not in ("train", *during)]
+    evaluated = {split: files[split] for split in (*during, *at_end)}
+    report = open_report(run_folder, tensorboard_dir, config, evaluated, progress.step, total_steps, world.is_main)
     head = f"{'new' if head_is_new else 'its own'} head for {', '.join(config.label_names)}"
     masters = "bf16 with fp32 master weights" if bf16 else "fp32"
     compiled = "compiled" if kernels or compiles else "not compiled: slower"
@@ -286,12 +314,14 @@ def train(config: Config, resume: bool, world: World) -> None:
             if ends_epoch:
                 progress.epoch, progress.batch = progress.epoch + 1, 0
             if evaluates:
-                metrics = evaluate(classifier, caches["dev"], config.eval_batch_size, world)
-                is_best = metrics["accuracy"] > progress.best_accuracy
+                draws = ends or progress.stale_evaluations + 1 == config.early_stopping_patience
+                found = evaluate_splits(during, draws, classifier, caches, report, progress.step, config, world)
+                accuracy = found["dev"]["accuracy"]
+                is_best = accuracy > progress.best_accuracy
                 progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
-                log_evaluation(report, progress.step, "dev", metrics, "  (best so far)" if is_best else "")
+                say_evaluation(report, progress.step, found, is_best)
                 if is_best:
-                    progress.best_accuracy, progress.best_step = metrics["accuracy"], progress.step
+                    progress.best_accuracy, progress.best_step = accuracy, progress.step
                     export(run_folder / "best", optimizer, encoder, vocabulary, config, world)
                 stopped_early = has_stopped_improving(config, progress)
             if saves or stopped_early:
@@ -308,9 +338,8 @@ def train(config: Config, resume: bool, world: World) -> None:
     # 5. What comes out.
     if stopped_early:
         say(report, f"stopped early: {progress.stale_evaluations} evaluations without a better dev accuracy")
-    for split, cache in caches.items():
-        if split not in ("train", "dev"):
-            log_evaluation(report, progress.step, split, evaluate(classifier, cache, config.eval_batch_size, world))
+    evaluate_splits(at_end, True, classifier, caches, report, progress.step, config, world)
+    log_end(report, progress.step)
     export(run_folder / "model", optimizer, encoder, vocabulary, config, world)
     say(
         report,

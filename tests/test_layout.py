@@ -15,8 +15,11 @@ ORDER += [
     "model",
     "optim",
     "checkpoint",
+    "metrics",
     "evaluate",
     "export",
+    "pictures",
+    "tensorboard",
     "report",
 ]
 

@@ -1,0 +1,168 @@
+"""What TensorBoard shows of an evaluation besides scalars, a run's hyperparameters, and what a resumed run keeps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from sst2_xlmr.batching import TokenCache
+from sst2_xlmr.config import OPTIONS, Config, UserError
+from sst2_xlmr.data import read_rows
+from sst2_xlmr.evaluate import Evaluation
+from sst2_xlmr.files import digest_of
+from sst2_xlmr.pictures import confusion_picture, table_picture
+
+MISTAKES = 50
+CURVES = 10
+LONGEST_TEXT = 300
+TABLE_TAG = "accuracy by file"
+SCALARS = ("loss", "accuracy", "macro_f1", "ece")  # of an evaluation
+_MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|&~]")
+
+
+def event_files(folder: Path) -> list[Path]:
+    """Return the event files in a folder."""
+    return sorted(folder.glob("events.out.tfevents.*"))
+
+
+def check_no_events(folder: Path) -> None:
+    """Refuse a folder with another run's events: TensorBoard would mix the two."""
+    if event_files(folder):
+        raise UserError(f"--tensorboard-dir {folder} has events of another run; take another folder")
+
+
+def cut_events(folder: Path, last_step: int, written_again: list[str]) -> None:
+    """Remove from a folder's events what a run that goes on after `last_step` will write.
+
+    SummaryWriter's `purge_step` asks TensorBoard to hide it, which its default data server does not do: it hides
+    points only of tags that are written again.
+
+    Args:
+        written_again: splits that are evaluated at the end only, so again if the run was there already.
+    """
+    at_end = (TABLE_TAG, *(f"{split}/" for split in written_again))
+
+    def is_kept(tag: str, step: int) -> bool:
+        is_again = tag.startswith("_hparams_") or (step == last_step and tag.startswith(at_end))
+        return step <= last_step and not is_again
+
+    for file in event_files(folder):
+        beside = folder / "cut.tmp"  # TensorBoard reads all that has "tfevents" in its name
+        with beside.open("wb") as opened:
+            records = RecordWriter(opened)
+            for record in RawEventFileLoader(str(file)).Load():  # ends before a record that was not written whole
+                event = Event.FromString(record)
+                values = [value for value in event.summary.value if is_kept(value.tag, event.step)]
+                if values:
+                    del event.summary.value[:]
+                    event.summary.value.extend(values)
+                if values or not event.HasField("summary"):
+                    records.write(event.SerializeToString())
+            records.flush()
+        beside.replace(file)
+
+
+def hyperparameters(config: Config) -> dict[str, Any]:
+    """Return the options by which runs are compared: those of model and training, and the precision."""
+    names = [name for name, field in OPTIONS.items() if field.metadata["group"] in ("model", "training")]
+    values = {name: getattr(config, name) for name in [*names, "max_length", "precision"]}
+    return {**values, "encoder": Path(config.encoder).name}
+
+
+def begin_hparams(writer: SummaryWriter, config: Config, splits: list[str]) -> None:
+    """Write hyperparameters, and which metrics to show beside them; `SummaryWriter.add_hparams` makes a run of its own.
+
+    Args:
+        splits: that are evaluated; dev has the first columns.
+    """
+    tags = [f"{split}/{key}" for key in ("accuracy", "macro_f1", "loss") for split in splits]
+    for summary in hparams(hyperparameters(config), dict.fromkeys(tags, 0.0))[:2]:
+        _add_summary(writer, summary)
+
+
+def end_hparams(writer: SummaryWriter) -> None:
+    """Mark the run as finished."""
+    _add_summary(writer, hparams({}, {})[2])
+
+
+def _add_summary(writer: SummaryWriter, summary: Any) -> None:
+    assert writer.file_writer is not None
+    writer.file_writer.add_summary(summary)
+
+
+def escape(text: str) -> str:
+    """Return Markdown of one line that shows the text as it is, cut if it is long."""
+    text = " ".join(text.split())
+    text = text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "..."
+    return _MARKDOWN.sub(lambda found: f"&#{ord(found[0])};", text)
+
+
+def read_texts(file: Path, digest: str, rows: set[int], config: Config) -> dict[int, str]:
+    """Return the texts of some rows; none if the file is no longer the one that was tokenized."""
+    try:
+        if digest_of(file) != digest:
+            return {}
+        lines = read_rows(file, config.text_column, config.label_column, config.label_names)
+        return {row: text for row, (text, _) in enumerate(lines) if row in rows}
+    except OSError:
+        return {}
+
+
+def mistakes_table(probabilities: np.ndarray, cache: TokenCache, file: Path, config: Config) -> str:
+    """Return the mistakes that the model is surest of as a Markdown table; texts are read from the file.
+
+    Args:
+        probabilities: float32 [rows, labels].
+        cache: of the file.
+    """
+    predictions = probabilities.argmax(-1)
+    wrong = np.flatnonzero(predictions != cache.labels)
+    confidences = probabilities[wrong, predictions[wrong]]
+    chosen = wrong[np.argsort(-confidences, kind="stable")[:MISTAKES]].tolist()
+    texts = read_texts(file, cache.digest, set(chosen), config)
+    names = [escape(name) for name in config.label_names]
+    lines = [f"{len(wrong):,} of {len(cache):,} rows are mistaken; of these the {len(chosen)} surest.", ""]
+    lines += ["| row | text | true | predicted | probability |", "| ---: | --- | --- | --- | ---: |"]
+    for row in chosen:
+        label, prediction = int(cache.labels[row]), int(predictions[row])
+        text = escape(texts[row]) if row in texts else "(the file has changed)"
+        share = f"{probabilities[row, prediction]:.4f}"
+        lines.append(f"| {row + 1} | {text} | {names[label]} | {names[prediction]} | {share} |")
+    return "\n".join(lines)
+
+
+def draw_evaluation(
+    writer: SummaryWriter, step: int, split: str, found: Evaluation, cache: TokenCache, file: Path, config: Config
+) -> None:
+    """Write confusion matrix, precision-recall curves and the mistakes that the model is surest of.
+
+    Args:
+        found: with probabilities.
+        cache: of the evaluated file.
+    """
+    assert found.probabilities is not None
+    names = config.label_names
+    title = f"{split}, step {step:,}: accuracy {found.metrics['accuracy']:.4f}, {len(cache):,} rows"
+    writer.add_image(f"{split}/confusion", confusion_picture(found.confusion, names, title), step, dataformats="HWC")
+    for number in [1] if len(names) == 2 else range(min(len(names), CURVES)):
+        is_label = np.asarray(cache.labels) == number
+        writer.add_pr_curve(f"{split}/pr_{names[number]}", is_label, found.probabilities[:, number], step)
+    writer.add_text(f"{split}/mistakes", mistakes_table(found.probabilities, cache, file, config), step)
+
+
+def draw_table(writer: SummaryWriter, step: int, found: dict[str, dict[str, Any]]) -> None:
+    """Write a picture of several files' accuracy.
+
+    Args:
+        found: metrics by the files' names.
+    """
+    picture = table_picture(found, f"accuracy by file, step {step:,}")
+    writer.add_image(TABLE_TAG, picture, step, dataformats="HWC")
