@@ -83,31 +83,30 @@ def table_picture(found: dict[str, dict[str, Any]], title: str) -> np.ndarray:
     Returns:
         uint8 [height, width, 3].
     """
-    font, large, step = _font(15), _font(18), 30
+    font, large, step, bar, top = _font(15), _font(18), 28, 200, 70
     names = [drawable(name, f"file {number}") for number, name in enumerate(found, 1)]
-    left = 32 + round(min(240, max(font.getlength(name) for name in [*names, "mean"])))
-    bar, top = 320, 76
-    columns = [left + bar + gap for gap in (80, 210, 300, 370, 450)]
+    left = 28 + round(min(200, max(font.getlength(name) for name in [*names, "mean"])))
+    columns = [left + bar + gap for gap in (78, 192, 280, 340)]
     picture = Image.new("RGB", (columns[-1] + 16, top + step * (len(found) + 1) + 12), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((16, 12), title, INK, large)
-    for x, head in zip(columns, ("accuracy", "95 % interval", "macro F1", "ECE", "rows")):
+    for x, head in zip(columns, ("accuracy", "95 % interval", "macro F1", "ECE")):
         draw.text((x, top - 18), head, PALE, font, anchor="rm")
-    for tick in (0, 0.25, 0.5, 0.75, 1):
+    for tick in (0, 0.5, 1):
         at = left + tick * bar
         draw.text((at, top - 18), f"{tick:g}", PALE, font, anchor="mm")
         draw.line((at, top - 6, at, top + step * len(found)), LINE)
     for number, (name, metrics) in enumerate(zip(names, found.values())):
         y = top + (number + 0.5) * step
         low, high = (left + metrics[key] * bar for key in ("accuracy_low", "accuracy_high"))
-        draw.text((left - 12, y), _fit(name, 240, font), INK, font, anchor="rm")
+        draw.text((left - 12, y), _fit(name, 200, font), INK, font, anchor="rm")
         draw.rectangle((left, y - 8, left + metrics["accuracy"] * bar, y + 8), BAR)
         draw.line((low, y, high, y), INK, 2)
         for end in (low, high):
             draw.line((end, y - 5, end, y + 5), INK, 2)
-        interval = f"{metrics['accuracy_low']:.3f} - {metrics['accuracy_high']:.3f}"
+        interval = f"{metrics['accuracy_low']:.2f} - {metrics['accuracy_high']:.2f}"
         numbers = (f"{metrics['accuracy']:.4f}", interval, f"{metrics['macro_f1']:.4f}", f"{metrics['ece']:.3f}")
-        for x, text in zip(columns, (*numbers, f"{metrics['rows']:,}")):
+        for x, text in zip(columns, numbers):
             draw.text((x, y), text, INK, font, anchor="rm")
     mean, y = mean_of(list(found.values())), top + (len(found) + 0.5) * step
     draw.line((16, y - step / 2, columns[-1], y - step / 2), PALE)

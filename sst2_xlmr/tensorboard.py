@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sst2_xlmr.pictures import confusion_picture, table_picture
 
 MISTAKES = 50
 CURVES = 10
-LONGEST_TEXT = 300
+LINE_LENGTH, MOST_LINES = 60, 5
 TABLE_TAG = "accuracy by file"
 SCALARS = ("loss", "accuracy", "macro_f1", "ece")  # of an evaluation
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|&~]")
@@ -36,7 +37,7 @@ def event_files(folder: Path) -> list[Path]:
 def check_no_events(folder: Path) -> None:
     """Refuse a folder with another run's events: TensorBoard would mix the two."""
     if event_files(folder):
-        raise UserError(f"--tensorboard-dir {folder} has events of another run; take another folder")
+        raise UserError(f"{folder} has events of another run; take another folder")
 
 
 def cut_events(folder: Path, last_step: int, written_again: list[str]) -> None:
@@ -74,16 +75,18 @@ def hyperparameters(config: Config) -> dict[str, Any]:
     """Return the options by which runs are compared: those of model and training, and the precision."""
     names = [name for name, field in OPTIONS.items() if field.metadata["group"] in ("model", "training")]
     values = {name: getattr(config, name) for name in [*names, "max_length", "precision"]}
-    return {**values, "encoder": Path(config.encoder).name}
+    values["encoder"] = Path(config.encoder).name
+    # torch writes a bool as a number.
+    return {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
 
 
 def begin_hparams(writer: SummaryWriter, config: Config, splits: list[str]) -> None:
     """Write hyperparameters, and which metrics to show beside them; `SummaryWriter.add_hparams` makes a run of its own.
 
     Args:
-        splits: that are evaluated; dev has the first columns.
+        splits: that are evaluated, dev among them.
     """
-    tags = [f"{split}/{key}" for key in ("accuracy", "macro_f1", "loss") for split in splits]
+    tags = ["dev/macro_f1", "dev/loss", *(f"{split}/accuracy" for split in splits)]
     for summary in hparams(hyperparameters(config), dict.fromkeys(tags, 0.0))[:2]:
         _add_summary(writer, summary)
 
@@ -99,10 +102,13 @@ def _add_summary(writer: SummaryWriter, summary: Any) -> None:
 
 
 def escape(text: str) -> str:
-    """Return Markdown of one line that shows the text as it is, cut if it is long."""
-    text = " ".join(text.split())
-    text = text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "..."
-    return _MARKDOWN.sub(lambda found: f"&#{ord(found[0])};", text)
+    """Return Markdown that shows the text as it is, cut if it is long.
+
+    TensorBoard's tables break words of narrow columns in favour of a wide one, so the lines are broken here.
+    """
+    lines = textwrap.wrap(" ".join(text.split()), LINE_LENGTH) or [""]
+    lines = [*lines[: MOST_LINES - 1], lines[MOST_LINES - 1] + " ..."] if len(lines) > MOST_LINES else lines
+    return "<br>".join(_MARKDOWN.sub(lambda found: f"&#{ord(found[0])};", line) for line in lines)
 
 
 def read_texts(file: Path, digest: str, rows: set[int], config: Config) -> dict[int, str]:
