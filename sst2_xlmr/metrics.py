@@ -82,6 +82,11 @@ def accuracy_interval(
     return float(low), float(high)
 
 
+def share_below(scores: np.ndarray) -> np.ndarray:
+    """Return float64 [rows]: for every score, the share of all rows that have a lower one."""
+    return np.searchsorted(np.sort(scores), scores) / len(scores)
+
+
 def summarize(confusion: np.ndarray, calibration: np.ndarray, loss_sum: float) -> dict[str, Any]:
     """Return what `metrics.jsonl` has of an evaluation; lists have a number a class.
 

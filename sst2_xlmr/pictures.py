@@ -43,8 +43,8 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
     """
     classes = len(label_names)
     is_named = classes <= MOST_NAMED_CLASSES
-    cell = min(120, max(64, 960 // classes)) if is_named else max(1, 800 // classes)
-    small, large = _font(max(12, cell // 8)), _font(max(13, cell // 6))
+    cell = min(108, max(64, 960 // classes)) if is_named else max(1, 800 // classes)
+    small, large = _font(max(12, cell // 8)), _font(max(13, cell // 7))
     names = [drawable(name, f"class {number}") for number, name in enumerate(label_names)]
     left = 30 + (round(min(200, max(small.getlength(name) for name in names))) + 12 if is_named else 0)
     top = 66 + (24 if is_named else 0)
@@ -75,7 +75,7 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
 
 
 def table_picture(found: dict[str, dict[str, Any]], title: str) -> np.ndarray:
-    """Draw the accuracy of every file as a bar with its interval, numbers beside it, and the mean as a line.
+    """Draw the accuracy of every file as a bar with its interval, numbers beside it, and the mean of several as a line.
 
     Args:
         found: metrics by the files' names.
@@ -87,7 +87,7 @@ def table_picture(found: dict[str, dict[str, Any]], title: str) -> np.ndarray:
     names = [drawable(name, f"file {number}") for number, name in enumerate(found, 1)]
     left = 28 + round(min(200, max(font.getlength(name) for name in [*names, "mean"])))
     columns = [left + bar + gap for gap in (78, 192, 280, 340)]
-    picture = Image.new("RGB", (columns[-1] + 16, top + step * (len(found) + 1) + 12), "white")
+    picture = Image.new("RGB", (columns[-1] + 16, top + step * (len(found) + (len(found) > 1)) + 12), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((16, 12), title, INK, large)
     for x, head in zip(columns, ("accuracy", "95 % interval", "macro F1", "ECE")):
@@ -108,12 +108,13 @@ def table_picture(found: dict[str, dict[str, Any]], title: str) -> np.ndarray:
         numbers = (f"{metrics['accuracy']:.4f}", interval, f"{metrics['macro_f1']:.4f}", f"{metrics['ece']:.3f}")
         for x, text in zip(columns, numbers):
             draw.text((x, y), text, INK, font, anchor="rm")
-    mean, y = mean_of(list(found.values())), top + (len(found) + 0.5) * step
-    draw.line((16, y - step / 2, columns[-1], y - step / 2), PALE)
-    draw.text((left - 12, y), "mean", INK, font, anchor="rm")
-    at = left + mean["accuracy"] * bar
-    draw.line((at, top - 6, at, y + 8), BLUE, 2)
-    numbers = (f"{mean['accuracy']:.4f}", "", f"{mean['macro_f1']:.4f}", f"{mean['ece']:.3f}")
-    for x, text in zip(columns, numbers):
-        draw.text((x, y), text, INK, font, anchor="rm")
+    if len(found) > 1:
+        mean, y = mean_of(list(found.values())), top + (len(found) + 0.5) * step
+        draw.line((16, y - step / 2, columns[-1], y - step / 2), PALE)
+        draw.text((left - 12, y), "mean", INK, font, anchor="rm")
+        at = left + mean["accuracy"] * bar
+        draw.line((at, top - 6, at, y + 8), BLUE, 2)
+        numbers = (f"{mean['accuracy']:.4f}", "", f"{mean['macro_f1']:.4f}", f"{mean['ece']:.3f}")
+        for x, text in zip(columns, numbers):
+            draw.text((x, y), text, INK, font, anchor="rm")
     return np.asarray(picture)

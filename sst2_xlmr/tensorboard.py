@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -19,12 +20,14 @@ from sst2_xlmr.config import OPTIONS, Config, UserError
 from sst2_xlmr.data import read_rows
 from sst2_xlmr.evaluate import Evaluation
 from sst2_xlmr.files import digest_of
+from sst2_xlmr.metrics import share_below
 from sst2_xlmr.pictures import confusion_picture, table_picture
 
 MISTAKES = 50
 CURVES = 10
 LINE_LENGTH, MOST_LINES = 60, 5
 TABLE_TAG = "accuracy by file"
+FIRST_COLUMNS = ("batch_size", "encoder", "epochs", "lr", "seed")  # of hyperparameters
 SCALARS = ("loss", "accuracy", "macro_f1", "ece")  # of an evaluation
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|&~]")
 
@@ -86,8 +89,16 @@ def begin_hparams(writer: SummaryWriter, config: Config, splits: list[str]) -> N
     Args:
         splits: that are evaluated, dev among them.
     """
-    tags = ["dev/macro_f1", "dev/loss", *(f"{split}/accuracy" for split in splits)]
-    for summary in hparams(hyperparameters(config), dict.fromkeys(tags, 0.0))[:2]:
+    tags = ["dev/accuracy", "dev/macro_f1", "dev/loss"]
+    tags += [f"{split}/accuracy" for split in splits if split != "dev"]
+    experiment, start, _ = hparams(hyperparameters(config), dict.fromkeys(tags, 0.0))
+    # TensorBoard shows five columns unless asked for more, first those that differ between runs: here, we say which.
+    plugin = experiment.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    for info in data.experiment.hparam_infos:
+        info.differs = info.name in FIRST_COLUMNS
+    plugin.content = data.SerializeToString()
+    for summary in (experiment, start):
         _add_summary(writer, summary)
 
 
@@ -159,8 +170,10 @@ def draw_evaluation(
     title = f"{split}, step {step:,}: accuracy {found.metrics['accuracy']:.4f}, {len(cache):,} rows"
     writer.add_image(f"{split}/confusion", confusion_picture(found.confusion, names, title), step, dataformats="HWC")
     for number in [1] if len(names) == 2 else range(min(len(names), CURVES)):
-        is_label = np.asarray(cache.labels) == number
-        writer.add_pr_curve(f"{split}/pr_{names[number]}", is_label, found.probabilities[:, number], step)
+        # A curve has 127 equally spaced thresholds. Most probabilities lie near 0 and 1, where few of them are; ranks
+        # are spread evenly, and give the same curve.
+        ranks = share_below(found.probabilities[:, number])
+        writer.add_pr_curve(f"{split}/pr_{names[number]}", np.asarray(cache.labels) == number, ranks, step)
     writer.add_text(f"{split}/mistakes", mistakes_table(found.probabilities, cache, file, config), step)
 
 

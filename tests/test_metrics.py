@@ -16,6 +16,7 @@ from sst2_xlmr.metrics import (
     macro_f1,
     mean_of,
     per_class,
+    share_below,
     summarize,
 )
 
@@ -97,3 +98,7 @@ def test_summary_and_mean() -> None:
     mean = mean_of([found, {"accuracy": 0.95, "macro_f1": 1.0, "ece": 0.15}])
     assert mean["accuracy"] == pytest.approx(0.9)
     assert mean["ece"] == pytest.approx(0.1)
+
+
+def test_share_below() -> None:
+    assert share_below(np.array([0.9, 0.1, 0.5, 0.9], np.float32)).tolist() == [0.5, 0, 0.25, 0.5]

@@ -102,10 +102,13 @@ def test_pictures_curves_and_mistakes(run_train: RunTrain, tmp_path: Path) -> No
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
     last = [entry for entry in metrics(run) if entry.get("split") == "de"][-1]
     curve = np.array(events.Tensors("de/pr_positive")[0].tensor_proto.float_val).reshape(6, -1)
+    true_positives, false_positives, true_negatives, false_negatives, precision, recall = curve
+    assert (true_positives + false_positives + true_negatives + false_negatives == 40).all()
+    assert (np.diff(recall) <= 0).all()
+    assert recall[0] == 1
+    assert precision[0] == 0.5
+    assert len(set(recall)) == 21, "every row is a point, however near to 0 or 1 the probabilities are"
     right = 40 * last["accuracy"]
-    half = curve[:, curve.shape[1] // 2]  # true and false positives and negatives at the threshold 0.5
-    assert half[:4].sum() == 40
-    assert half[0] + half[2] == pytest.approx(right, abs=1)
     text = events.Tensors("de/mistakes/text_summary")[0].tensor_proto.string_val[0].decode()
     lines = text.splitlines()
     wrong = round(40 - right)
@@ -138,7 +141,14 @@ def test_hyperparameters_and_their_metrics(run_train: RunTrain, tmp_path: Path, 
     assert values["freeze_encoder"].string_value == "false"
     experiment = HParamsPluginData.FromString(hparams_of(events, "experiment")).experiment
     tags = [info.name.tag for info in experiment.metric_infos]
-    assert {"dev/accuracy", "dev/macro_f1", "dev/loss", "de/accuracy", "test.ru/accuracy"} == set(tags)
+    assert tags == ["dev/accuracy", "dev/macro_f1", "dev/loss", "de/accuracy", "test.ru/accuracy"]
+    assert [info.name for info in experiment.hparam_infos if info.differs] == [
+        "encoder",
+        "epochs",
+        "batch_size",
+        "lr",
+        "seed",
+    ]
     assert set(tags) <= set(events.Tags()["scalars"]), "every column has a value"
     assert parse_session_end_info_plugin_data(hparams_of(events, "session_end_info")).status == 1  # success
 
@@ -304,14 +314,14 @@ def test_confusion_pictures(classes: int) -> None:
     assert picture.dtype == np.uint8
     assert max(picture.shape[:2]) < 1700
     is_dark = (picture == (26, 95, 180)).all(-1)
-    cell = 120 if classes < 9 else max(64, 960 // classes) if classes < 21 else max(1, 800 // classes)
+    cell = 108 if classes < 9 else max(64, 960 // classes) if classes < 21 else max(1, 800 // classes)
     assert is_dark.sum() > 0.5 * classes * cell * cell, "the diagonal has the full shade"
 
 
 def test_table_picture_shows_every_file() -> None:
     numbers = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "macro_f1": 0.5, "ece": 0.1, "rows": 40}
     one, three = (table_picture({f"file {n}": numbers for n in range(count)}, "t") for count in (1, 3))
-    assert three.shape[0] - one.shape[0] == 56
+    assert three.shape[0] - one.shape[0] == 84
     bars = (three == (129, 167, 214)).all(-1)
     assert (np.diff(np.flatnonzero(bars.any(1))) > 1).sum() == 2, "three bars, one below the other"
     assert (bars.sum(1).max()) == pytest.approx(100, abs=8), "half of the axis"

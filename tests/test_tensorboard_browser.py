@@ -234,9 +234,9 @@ def test_pr_curves(browser: Browser) -> None:
 def test_hparams(browser: Browser, runs: Path) -> None:
     browser.open("hparams")
     shown = {name: f"{last(runs / name, 'dev')['accuracy']:#.5g}" for name in ("gentle", "bold")}
-    text = browser.wait_for("Trial ID", "batch_size", "dropout", "lr", "dev/accuracy", *shown.values())
+    text = browser.wait_for("Trial ID", "batch_size", "encoder", "lr", "dev/accuracy", *shown.values())
     for name, accuracy in shown.items():
         row = text.split(f"{name}/tensorboard")[-1].split("/tensorboard")[0].split()
-        assert row[:3] == ["16.000", "0.0000", "tiny"]
-        assert accuracy in row
+        lr = {"gentle": "0.00050000", "bold": "0.0030000"}[name]
+        assert row[:6] == ["16.000", "tiny", "12.000", lr, "0.0000", accuracy]
     browser.screenshot("hparams")
