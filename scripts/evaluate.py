@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +152,19 @@ def main() -> None:
         name: evaluate(model, cache, arguments.batch_size, world, wants_probabilities) for name, cache in caches.items()
     }
     metrics = {name: evaluation.metrics for name, evaluation in found.items()}
-    print("\n".join(evaluation_table(metrics)))
-    for name, evaluation in found.items():
-        print("\n".join(["", *class_lines(name, evaluation, label_names)]))
     if arguments.json:
         parts = {name: as_json(files[name], evaluation, label_names) for name, evaluation in found.items()}
         content = {"model": str(arguments.model), "precision": precision, "labels": label_names, "files": parts}
         write_json(arguments.json, {**content, "mean": mean_of(list(metrics.values()))})
     if arguments.tensorboard:
         write_events(arguments.tensorboard, found, caches, files, config)
+    print("\n".join(evaluation_table(metrics)))
+    for name, evaluation in found.items():
+        print("\n".join(["", *class_lines(name, evaluation, label_names)]))
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    try:
+        exit_on_user_error(main)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

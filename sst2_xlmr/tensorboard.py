@@ -167,7 +167,7 @@ def draw_evaluation(
     """
     assert found.probabilities is not None
     names = config.label_names
-    title = f"{split}, step {step:,}: accuracy {found.metrics['accuracy']:.4f}, {len(cache):,} rows"
+    title = f"{split}{_at(step)}: accuracy {found.metrics['accuracy']:.4f}, {len(cache):,} rows"
     writer.add_image(f"{split}/confusion", confusion_picture(found.confusion, names, title), step, dataformats="HWC")
     for number in [1] if len(names) == 2 else range(min(len(names), CURVES)):
         # A curve has 127 equally spaced thresholds. Most probabilities lie near 0 and 1, where few of them are; ranks
@@ -183,5 +183,10 @@ def draw_table(writer: SummaryWriter, step: int, found: dict[str, dict[str, Any]
     Args:
         found: metrics by the files' names.
     """
-    picture = table_picture(found, f"accuracy by file, step {step:,}")
+    picture = table_picture(found, f"accuracy by file{_at(step)}")
     writer.add_image(TABLE_TAG, picture, step, dataformats="HWC")
+
+
+def _at(step: int) -> str:
+    """Return words for a title; a model that is evaluated after its training has step 0, which says nothing."""
+    return f", step {step:,}" if step else ""

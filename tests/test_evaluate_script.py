@@ -98,6 +98,13 @@ def test_many_classes_have_no_matrix(tiny_encoder: Path, tmp_path: Path) -> None
     assert sorted(curves) == sorted(f"dev/pr_class{n}" for n in range(10))
 
 
+def test_a_reader_that_stops_is_no_error(run: Path, tmp_path: Path) -> None:
+    command = f'"{sys.executable}" scripts/evaluate.py --model "{run}/model" --file "{DE}" --json "{tmp_path}/x" | true'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, check=False)
+    assert done.stderr == b""
+    assert (tmp_path / "x").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

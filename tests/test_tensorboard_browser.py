@@ -108,7 +108,7 @@ class Browser:
     """A headless Chromium, driven in the W3C's WebDriver protocol (https://www.w3.org/TR/webdriver2/)."""
 
     def __init__(self, driver_url: str, tensorboard_url: str, folder: Path) -> None:
-        arguments = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1500"]
+        arguments = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1700,1400"]
         options = {"goog:chromeOptions": {"binary": CHROMIUM, "args": arguments}}
         started = answer(f"{driver_url}/session", "POST", {"capabilities": {"alwaysMatch": options}})
         self.url = f"{driver_url}/session/{json.loads(started)['value']['sessionId']}"
