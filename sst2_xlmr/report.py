@@ -6,6 +6,8 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -187,19 +189,27 @@ def advance(report: Report) -> None:
         report.bar.update()
 
 
+@contextmanager
+def _disk_errors(report: Report) -> Iterator[None]:
+    """Turn errors of writing into the user's."""
+    assert report.metrics is not None
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write metrics to {report.metrics.name}: {error.strerror}; make room and continue with --resume"
+        ) from None
+
+
 def _write(report: Report, entry: dict[str, Any], scalars: dict[str, float]) -> None:
     """Write a line of metrics, and scalars by their tags; both are with the system before a checkpoint is written."""
     assert report.metrics is not None and report.tensorboard is not None
-    try:
+    with _disk_errors(report):
         report.metrics.write(json.dumps(entry) + "\n")
         report.metrics.flush()
         for tag, value in scalars.items():
             report.tensorboard.add_scalar(tag, value, entry["step"])
         report.tensorboard.flush()
-    except OSError as error:
-        raise UserError(
-            f"cannot write metrics to {report.metrics.name}: {error.strerror}; make room and continue with --resume"
-        ) from None
 
 
 def log_training(report: Report, entry: dict[str, Any]) -> None:
@@ -233,7 +243,8 @@ def log_evaluation(report: Report, step: int, split: str, found: Evaluation, cac
     if report.metrics is None or report.tensorboard is None:
         return
     if found.probabilities is not None:
-        draw_evaluation(report.tensorboard, step, split, found, cache, report.files[split], report.config)
+        with _disk_errors(report):
+            draw_evaluation(report.tensorboard, step, split, found, cache, report.files[split], report.config)
     scalars = {f"{split}/{key}": found.metrics[key] for key in SCALARS}
     _write(report, {"step": step, "split": split, **found.metrics}, scalars)
 
@@ -284,10 +295,13 @@ def log_end(report: Report, step: int) -> None:
         return
     last = {entry["split"]: entry for entry in _entries(Path(report.metrics.name)) if "split" in entry}
     others = {split: last[split] for split in report.files if split != "dev" and split in last}
+    with _disk_errors(report):
+        if others:
+            draw_table(report.tensorboard, step, others)
+        end_hparams(report.tensorboard)
+        report.tensorboard.flush()
     if others:
-        draw_table(report.tensorboard, step, others)
         say(report, "\n".join(["", *evaluation_table(others), ""]))
-    end_hparams(report.tensorboard)
 
 
 def _clock(seconds: float) -> str:

@@ -79,8 +79,8 @@ def hyperparameters(config: Config) -> dict[str, Any]:
     names = [name for name, field in OPTIONS.items() if field.metadata["group"] in ("model", "training")]
     values = {name: getattr(config, name) for name in [*names, "max_length", "precision"]}
     values["encoder"] = Path(config.encoder).name
-    # torch writes a bool as a number.
-    return {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
+    # torch writes a bool as a number, and refuses a list.
+    return {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
 
 
 def begin_hparams(writer: SummaryWriter, config: Config, splits: list[str]) -> None:
@@ -129,7 +129,7 @@ def read_texts(file: Path, digest: str, rows: set[int], config: Config) -> dict[
             return {}
         lines = read_rows(file, config.text_column, config.label_column, config.label_names)
         return {row: text for row, (text, _) in enumerate(lines) if row in rows}
-    except OSError:
+    except (OSError, UserError):  # it is being changed just now
         return {}
 
 

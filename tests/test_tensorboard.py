@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
 import train
+from sst2_xlmr import report
 from sst2_xlmr.batching import TokenCache
 from sst2_xlmr.config import Config, UserError
 from sst2_xlmr.files import digest_of
@@ -138,7 +141,7 @@ def test_hyperparameters_and_their_metrics(run_train: RunTrain, tmp_path: Path, 
     assert values["batch_size"].number_value == 8
     assert values["encoder"].string_value == tiny_encoder.name
     assert values["precision"].string_value == "fp32"
-    assert values["freeze_encoder"].string_value == "false"
+    assert values["freeze_encoder"].string_value == "False"
     experiment = HParamsPluginData.FromString(hparams_of(events, "experiment")).experiment
     tags = [info.name.tag for info in experiment.metric_infos]
     assert tags == ["dev/accuracy", "dev/macro_f1", "dev/loss", "de/accuracy", "test.ru/accuracy"]
@@ -364,3 +367,29 @@ def test_eval_files_are_saved_and_may_change(run_train: RunTrain, tmp_path: Path
     assert saved == [f"de={DE}", f"ru={RU}"]
     with pytest.raises(UserError, match="twice"):
         train.main(["--resume", "--output-dir", str(run), "--eval-file", f"x={DE}", f"x={RU}"])
+
+
+def test_a_full_disk_is_a_users_error(
+    run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("draw_evaluation", "draw_table"):
+        with monkeypatch.context() as patched:
+            patched.setattr(report, name, full)
+            options = ["--epochs", 1, "--eval-file", f"de={DE}"]
+            line = user_error(partial(run_train, tmp_path / name, *options), capsys)
+        assert "No space left on device; make room and continue with --resume" in line
+        train.main(["--resume", "--output-dir", str(tmp_path / name)])
+        assert steps(opened(tmp_path / name / "tensorboard"))["accuracy by file"] == [7]
+
+
+def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
+    """A killed process has no time to write what it holds back, and a resumed run does not repeat it."""
+    files = {"dev": SAMPLE_DATA / "dev.tsv"}
+    opened_report = report.open_report(tmp_path, tmp_path / "events", Config(), files, 0, 10, is_main=True)
+    report.log_training(opened_report, {"step": 1, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0})
+    assert steps(opened(tmp_path / "events"))["train/loss"] == [1]
+    assert metrics(tmp_path)[0]["loss"] == 0.5
+    report.close_report(opened_report)
