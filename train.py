@@ -14,19 +14,18 @@ import sst2_xlmr  # noqa: F401 (says in one line if Python or torch cannot work,
 # isort: split
 import contextlib
 import dataclasses
-import functools
-import itertools
 import math
 import signal
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from sst2_xlmr import distributed, sources
+from sst2_xlmr import distributed
 from sst2_xlmr.arguments import parse_args
 from sst2_xlmr.batching import GlobalBatchSampler, RankShare, build_loader
 from sst2_xlmr.checkpoint import (
@@ -39,20 +38,20 @@ from sst2_xlmr.checkpoint import (
     seed_rank,
 )
 from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table, renumbering, used_ids
-from sst2_xlmr.config import Config, Stopped, UserError, check, exit_on_user_error
+from sst2_xlmr.config import Config, Stopped, UserError, exit_on_user_error
 from sst2_xlmr.cpu_kernels import Kernels, load_kernels
-from sst2_xlmr.data import columns_of, has_labels, listed, read_rows
+from sst2_xlmr.data import listed
 from sst2_xlmr.distributed import World, shared_error
-from sst2_xlmr.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder, pretrained_table
+from sst2_xlmr.encoders import Encoder, pretrained_table
 from sst2_xlmr.evaluate import Interrupted, evaluate
 from sst2_xlmr.export import export_hugging_face
 from sst2_xlmr.files import Finisher, digest_of
-from sst2_xlmr.formats import find_split, plain_name
 from sst2_xlmr.loss import class_weights, sum_of_losses
 from sst2_xlmr.memory import keep_freed_memory
-from sst2_xlmr.model import build_classifier
+from sst2_xlmr.model import Classifier, build_classifier
 from sst2_xlmr.model_card import last_evaluations, write_card
 from sst2_xlmr.optim import AdamW, can_compile, lr_factor
+from sst2_xlmr.prepare import prepare
 from sst2_xlmr.report import (
     Report,
     advance,
@@ -60,78 +59,21 @@ from sst2_xlmr.report import (
     describe_device,
     describe_model,
     describe_rows,
+    log_end,
     log_evaluation,
     log_save,
     log_training,
     open_report,
     say,
+    say_evaluation,
     silent_report,
+    splits_during,
     sync_report,
 )
 from sst2_xlmr.run_folder import claim, clean_up, write_config
 from sst2_xlmr.signals import StopRequest
-from sst2_xlmr.token_cache import TokenCache, label_names_of, tokenize_file
-from sst2_xlmr.tokenizer import load_tokenizer
-
-
-def find_files(config: Config, quiet: bool) -> dict[str, Path]:
-    """Return split name -> file: train, dev, and the test files by their names."""
-    folder = Path(config.data_dir) if config.data_dir else None
-    if folder is None and config.train_file is None:
-        folder = sources.fetch_sst2(quiet=quiet)
-    files = {}
-    for split, given in (("train", config.train_file), ("dev", config.dev_file)):
-        file = Path(given) if given else find_split(folder, split) if folder else None
-        if file is None:
-            raise UserError(
-                f"{folder} has no {split}.tsv, {split}.csv or {split}.jsonl, also none with .gz; name the file with"
-                f" --{split}-file"
-            )
-        files[split] = file
-    tests = [Path(file) for file in config.test_file]
-    if not tests and folder and (test := find_split(folder, "test")) and has_labels(test, columns_of(config)):
-        tests = [test]  # GLUE's test file has no labels
-    for file in tests:
-        name = plain_name(file)
-        files[name if name not in files else str(file)] = file
-    return files
-
-
-def check_max_length(config: Config, shape: EncoderShape) -> None:
-    longest = shape.positions - 2
-    if config.max_length > longest:
-        raise UserError(f"--max-length {config.max_length}: {config.encoder} takes at most {longest} tokens")
-
-
-def prepare(config: Config, quiet: bool) -> tuple[Config, Encoder, dict[str, TokenCache]]:
-    """Fetch and tokenize what the run needs; what an earlier run has left is used as it is.
-
-    Returns:
-        The options, with the names of the classes; the encoder; and the tokens of every file.
-    """
-    files, columns, cache_dir = find_files(config, quiet), columns_of(config), sources.cache_dir() / "tokens"
-    config = dataclasses.replace(
-        config, label_names=config.label_names or label_names_of(files["train"], columns, cache_dir)
-    )
-    check(config)
-    for file in files.values():  # a wrong column or layout shows in the first rows, before anything is downloaded
-        next(itertools.islice(read_rows(file, columns, config.classes), 1000, None), None)
-    if config.encoder in BUNDLE_SHAPES:  # nor must this wait for a download
-        check_max_length(config, BUNDLE_SHAPES[config.encoder])
-    encoder = find_encoder(config.encoder, quiet)
-    check_max_length(config, encoder.shape)
-    load = functools.lru_cache(maxsize=1)(load_tokenizer)
-    caches = {
-        split: tokenize_file(file, encoder.tokenizer_file, columns, config.classes, config.max_length, cache_dir, load)
-        for split, file in files.items()
-    }
-    largest_id = max(int(cache.distinct_ids[-1]) for cache in caches.values())
-    if largest_id >= encoder.shape.vocab_size:
-        raise UserError(
-            f"{encoder.tokenizer_file} gives ids up to {largest_id}, but {encoder.name} has {encoder.shape.vocab_size}"
-            " embedding rows; the two are not of one model"
-        )
-    return config, encoder, caches
+from sst2_xlmr.tensorboard import check_no_events
+from sst2_xlmr.token_cache import TokenCache
 
 
 def choose_compiled(config: Config, world: World, bf16: bool) -> tuple[Kernels | None, bool]:
@@ -213,6 +155,29 @@ def forward_and_backward(
     return loss_sum
 
 
+def evaluate_splits(
+    splits: list[str],
+    draws: bool,
+    model: Classifier,
+    caches: dict[str, TokenCache],
+    report: Report,
+    step: int,
+    world: World,
+    stop: StopRequest,
+) -> dict[str, dict[str, Any]]:
+    """Evaluate on some files, and report what comes out, with pictures if `draws`; returns metrics by split.
+
+    Raises:
+        Interrupted: if a signal came before the last was done.
+    """
+    metrics = {}
+    for split in splits:
+        found = evaluate(model, caches[split], report.config.eval_batch_size, world, draws, stop.is_agreed)
+        log_evaluation(report, step, split, found, caches[split])
+        metrics[split] = found.metrics
+    return metrics
+
+
 def train(config: Config, resume: bool, world: World) -> None:
     """Train as `config` says, and leave the model in the run's folder."""
     # 1. Files -> rows -> ids. What a node decides by its hardware, rank 0 decides for all.
@@ -223,8 +188,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     run_folder = Path(output_dir)
     tensorboard_dir = Path(config.tensorboard_dir or run_folder / "tensorboard")
     checkpoints = run_folder / "checkpoints"
-    config, encoder, caches = distributed.once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
-
+    config, encoder, files, caches = distributed.once_per_node(world, lambda: prepare(config, world.local_rank != 0))
     weights = class_weights(config.class_weights, caches["train"].labels, config.classes)
     weights = weights if weights is None else weights.to(world.device)
 
@@ -270,13 +234,19 @@ def train(config: Config, resume: bool, world: World) -> None:
                 raise shared_error(f"the training {what} differ from those that {run_folder} was started with")
         load_checkpoint(checkpoint, progress, optimizer, vocabulary, config.seed, world)
     model = distributed.wrap_model(classifier, world, kernels.mean_of if kernels else None)
+    during = splits_during(config)
+    at_end = [split for split in files if split not in ("train", *during)]
 
     def open_outputs() -> Report:
+        if not resume:
+            check_no_events(tensorboard_dir)
         write_config(run_folder, config, resume)
         clean_up(run_folder)
-        return open_report(run_folder, tensorboard_dir, progress.step, total_steps)
+        evaluated = {split: files[split] for split in (*during, *at_end)}
+        again = at_end + (during if progress.evaluation_due else [])
+        return open_report(run_folder, tensorboard_dir, config, evaluated, progress.step, total_steps, again)
 
-    report = distributed.on_main(world, open_outputs) or silent_report()
+    report = distributed.on_main(world, open_outputs) or silent_report(config)
     head = f"{'new' if head_is_new else 'its own'} head for {listed(config.classes)}"
     masters = "bf16 with fp32 master weights" if bf16 else "fp32"
     compiled = "compiled" if kernels or compiles else "not compiled: slower"
@@ -292,16 +262,19 @@ def train(config: Config, resume: bool, world: World) -> None:
 
         def evaluate_on_dev() -> bool:
             """Evaluate, keep the model if it is the best; returns False if a signal came in between."""
+            ends = progress.batch == 0 or progress.step == total_steps
+            draws = ends or progress.stale_evaluations + 1 == config.early_stopping_patience
             try:
-                metrics = evaluate(classifier, caches["dev"], config.eval_batch_size, world, stop.is_agreed)
+                found = evaluate_splits(during, draws, classifier, caches, report, progress.step, world, stop)
             except Interrupted:
                 return False
-            is_best = metrics["accuracy"] > progress.best_accuracy
+            accuracy = found["dev"]["accuracy"]
+            is_best = accuracy > progress.best_accuracy
             progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
             progress.evaluation_due = False
-            log_evaluation(report, progress.step, "dev", metrics, "  (best so far)" if is_best else "")
+            say_evaluation(report, progress.step, found, is_best)
             if is_best:
-                progress.best_accuracy, progress.best_step = metrics["accuracy"], progress.step
+                progress.best_accuracy, progress.best_step = accuracy, progress.step
                 export_to("best")
             return True
 
@@ -386,13 +359,13 @@ def train(config: Config, resume: bool, world: World) -> None:
         # 5. What comes out.
         if stopped_early:
             say(report, f"stopped early: {progress.stale_evaluations} evaluations without a better dev accuracy")
-        try:
-            for split in [] if is_stopped else [split for split in caches if split not in ("train", "dev")]:
-                metrics = evaluate(classifier, caches[split], config.eval_batch_size, world, stop.is_agreed)
-                log_evaluation(report, progress.step, split, metrics)
-        except Interrupted:
-            is_stopped = True
         if not is_stopped:
+            try:
+                evaluate_splits(at_end, True, classifier, caches, report, progress.step, world, stop)
+            except Interrupted:
+                is_stopped = True
+        if not is_stopped:
+            log_end(report, progress.step)
             export_to("model")
         distributed.on_main(world, finisher.wait)
         if is_stopped:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sst2_xlmr.config import LOCK_NAME, OPTIONS, Config, UserError, check, flag, label_list, shown
+from sst2_xlmr.config import LOCK_NAME, OPTIONS, Config, UserError, check, flag, label_list, named_file, shown
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -39,6 +39,7 @@ def add_option(parser: Any, name: str) -> None:
         type=facts["kind"],
         metavar=facts["metavar"],
         nargs="+" if facts["many"] else None,
+        action="extend" if facts["many"] else "store",
         default=argparse.SUPPRESS,
         help=(facts["help"] + (f" [{shown(default)}]" if default not in (None, []) else "")).replace("%", "%%"),
     )
@@ -190,6 +191,8 @@ def _with_absolute_paths(config: Config) -> Config:
     names = ("data_dir", "train_file", "dev_file", "tensorboard_dir")
     changes: dict[str, Any] = {name: os.path.abspath(value) for name in names if (value := getattr(config, name))}
     changes["test_file"] = [os.path.abspath(file) for file in config.test_file]
+    named = map(named_file, config.eval_file)
+    changes["eval_file"] = [f"{name}={os.path.abspath(file)}" for name, file in named]
     if Path(config.encoder).is_dir():
         changes["encoder"] = os.path.abspath(config.encoder)
     return dataclasses.replace(config, **changes)

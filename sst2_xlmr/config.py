@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Callable
 LOCK_NAME = ".lock"  # in a run's folder; a folder that holds nothing else is still free
 MAX_CLASSES = 1000
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
+_NAME = re.compile(r"[\w.-]+")
 
 
 class UserError(Exception):
@@ -110,6 +112,28 @@ def _check_class_weights(text: str) -> str:
     return ""
 
 
+def named_file(text: str) -> tuple[str, Path]:
+    """Split `NAME=FILE`; without a name, it is the file's without its endings' last (`.gz` aside)."""
+    name, equals, path = text.partition("=")
+    if equals and _NAME.fullmatch(name):
+        return name, Path(path)
+    return Path(Path(text).name.removesuffix(".gz")).stem, Path(text)
+
+
+def _check_eval_files(values: list[str]) -> str:
+    names = []
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not (equals and path and _NAME.fullmatch(name)):
+            return "takes NAME=FILE, the name made of letters, digits and ._-"
+        if name in ("train", "dev"):
+            return f"takes other names than {name}, which has its own option"
+        if name in names:
+            return f"has the name {name} twice"
+        names.append(name)
+    return ""
+
+
 def option(
     default: Any,
     group: str,
@@ -161,6 +185,15 @@ class Config:
         "data",
         "labelled rows to evaluate on at the end, one or more files",
         metavar="FILE",
+        many=True,
+        changeable=True,
+    )
+    eval_file: list[str] = option(
+        [],
+        "data",
+        "more labelled rows to evaluate on during training, under a name (a language, say); may be repeated",
+        metavar="NAME=FILE",
+        check=_check_eval_files,
         many=True,
         changeable=True,
     )
@@ -466,11 +499,12 @@ def check(config: Config) -> None:
     try:
         if config.data_dir is not None and not Path(config.data_dir).is_dir():
             raise UserError(f"--data-dir {config.data_dir} is not a folder")
-        for name in ("train_file", "dev_file", "test_file"):
-            files = getattr(config, name) or []
-            for file in [files] if isinstance(files, str) else files:
-                if not Path(file).is_file():
-                    raise UserError(f"{flag(name)} {file} is not a file")
+        files = [("train_file", config.train_file), ("dev_file", config.dev_file)]
+        files += [("test_file", file) for file in config.test_file]
+        files += [("eval_file", str(named_file(value)[1])) for value in config.eval_file]
+        for name, file in files:
+            if file and not Path(file).is_file():
+                raise UserError(f"{flag(name)} {file} is not a file")
     except OSError as error:
         raise UserError(f"cannot look at {error.filename}: {error.strerror}") from None
     if config.label_names and config.class_weights not in (None, "balanced"):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sst2_xlmr.batching import collate
-from sst2_xlmr.distributed import World, sum_over_ranks
+from sst2_xlmr.batching import Batch, collate
+from sst2_xlmr.distributed import World, gather_objects, sum_over_ranks
+from sst2_xlmr.metrics import calibration_sums, confusion_matrix, summarize
 from sst2_xlmr.model import Classifier
 from sst2_xlmr.token_cache import TokenCache
 
@@ -18,15 +21,29 @@ class Interrupted(Exception):
     """An evaluation was asked to stop before its end."""
 
 
-def macro_f1(confusion: torch.Tensor) -> float:
-    """Return the mean over classes of F1 = 2 TP / (2 TP + FP + FN); a class that never occurs counts 0 (scikit-learn).
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out on the rows of a file.
 
-    Args:
-        confusion: int64 [labels, predictions].
+    Attributes:
+        metrics: see `metrics.summarize`; the same on every rank.
+        confusion: int64 [labels, predictions]; the same on every rank.
+        probabilities: float32 [rows, labels], in the file's order; on rank 0, if they were asked for.
     """
-    hits = confusion.diagonal().double()
-    denominator = confusion.sum(0) + confusion.sum(1)
-    return float((2 * hits / denominator.clamp(min=1)).mean())
+
+    metrics: dict[str, Any]
+    confusion: np.ndarray
+    probabilities: np.ndarray | None
+
+
+def _forward(
+    model: Classifier, cache: TokenCache, rows: np.ndarray, batch_size: int, device: torch.device
+) -> Iterator[tuple[slice, Batch, torch.Tensor]]:
+    """Yield batch by batch its place in `rows` (row numbers), the batch, and fp32 logits [batch, labels]."""
+    for start in range(0, len(rows), batch_size):
+        place = slice(start, start + batch_size)
+        batch = collate(cache, rows[place]).to(device)
+        yield place, batch, model(batch.tokens, batch.padded).float()
 
 
 @torch.no_grad()
@@ -40,13 +57,11 @@ def predict(model: Classifier, ids: list[list[int]], batch_size: int, device: to
     """
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
     labels = np.zeros(len(ids), np.int32)
-    rows = TokenCache(np.concatenate(ids).astype(np.int32), offsets, labels)
+    cache = TokenCache(np.concatenate(ids).astype(np.int32), offsets, labels)
     probabilities = torch.empty(len(ids), model.head.out_proj.out_features)
-    by_length = np.argsort(rows.lengths(), kind="stable")
-    for start in range(0, len(ids), batch_size):
-        batch = collate(rows, by_length[start : start + batch_size]).to(device)
-        logits = model(batch.tokens, batch.padded).float()
-        probabilities[torch.from_numpy(by_length[start : start + batch_size])] = logits.softmax(-1).cpu()
+    by_length = np.argsort(cache.lengths(), kind="stable")
+    for place, _, logits in _forward(model, cache, by_length, batch_size, device):
+        probabilities[torch.from_numpy(by_length[place])] = logits.softmax(-1).cpu()
     return probabilities
 
 
@@ -56,17 +71,16 @@ def evaluate(
     cache: TokenCache,
     batch_size: int,
     world: World,
+    wants_probabilities: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate on all rows of a file, shared among the ranks.
 
     Args:
         model: not wrapped in DDP; is left in the mode that it was in.
         batch_size: rows per forward pass on one rank.
+        wants_probabilities: whether rank 0 shall have every row's probabilities.
         should_stop: is asked before every forward pass, equally often on every rank, and answers them alike.
-
-    Returns:
-        loss (mean cross-entropy, nats), accuracy, macro_f1 and rows; the same on every rank.
 
     Raises:
         Interrupted: if it was stopped.
@@ -74,28 +88,42 @@ def evaluate(
     was_training = model.training
     model.eval()
     classes = model.head.out_proj.out_features
+    mine = np.argsort(cache.lengths(), kind="stable")[world.rank :: world.world_size]
+    # They stay on the device until all rows are through, so that a GPU need not be waited for at every batch.
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=world.device)
-    by_length = np.argsort(cache.lengths(), kind="stable")
-    mine = by_length[world.rank :: world.world_size]
-    for start in range(0, -(-len(cache) // world.world_size), batch_size):
+    predictions = torch.empty(len(mine), dtype=torch.int64, device=world.device)
+    confidences = torch.empty(len(mine), device=world.device)
+    probabilities = torch.empty(len(mine) if wants_probabilities else 0, classes, device=world.device)
+    batches = _forward(model, cache, mine, batch_size, world.device)
+    for _ in range(0, -(-len(cache) // world.world_size), batch_size):
         if should_stop():
             model.train(was_training)
             raise Interrupted
-        if start >= len(mine):  # another rank has one row more
+        if (computed := next(batches, None)) is None:  # another rank has one row more
             continue
-        batch = collate(cache, mine[start : start + batch_size]).to(world.device)
-        logits = model(batch.tokens, batch.padded).float()
+        place, batch, logits = computed
         loss_sum += F.cross_entropy(logits, batch.labels, reduction="sum").double()
-        confusion += torch.bincount(batch.labels * classes + logits.argmax(-1), minlength=classes * classes)
-    sum_over_ranks(world, loss_sum)
-    sum_over_ranks(world, confusion)
+        softmax = logits.softmax(-1)
+        predictions[place] = logits.argmax(-1)
+        confidences[place] = softmax.amax(-1)
+        if wants_probabilities:
+            probabilities[place] = softmax
     model.train(was_training)
-    confusion = confusion.view(classes, classes).cpu()
-    rows = int(confusion.sum())
-    return {
-        "loss": float(loss_sum) / rows,
-        "accuracy": int(confusion.diagonal().sum()) / rows,
-        "macro_f1": macro_f1(confusion),
-        "rows": rows,
-    }
+
+    predicted, labels = predictions.cpu().numpy(), cache.labels[mine]
+    calibration = calibration_sums(confidences.cpu().numpy(), predicted == labels)
+    confusion = confusion_matrix(labels, predicted, classes)
+    # Counts are whole numbers, which float64 adds exactly.
+    parts = [np.array([float(loss_sum)]), calibration.ravel(), confusion.ravel().astype(np.float64)]
+    sums = sum_over_ranks(world, torch.from_numpy(np.concatenate(parts)).to(world.device)).cpu().numpy()
+    calibration = sums[1 : 1 + calibration.size].reshape(calibration.shape)
+    confusion = sums[1 + calibration.size :].astype(np.int64).reshape(classes, classes)
+
+    in_order = None
+    if wants_probabilities:
+        shares = gather_objects(world, (mine, probabilities.cpu().numpy()))
+        if world.is_main:
+            in_order = np.empty((len(cache), classes), np.float32)
+            for rows, values in shares:
+                in_order[rows] = values
+    return Evaluation(summarize(confusion, calibration, float(sums[0])), confusion, in_order)

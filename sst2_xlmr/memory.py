@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from pathlib import Path
+
+import torch
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -20,3 +23,11 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
         libc.mallopt(parameter, value)
+
+
+def used_memory_gb() -> float:
+    """Return this process's memory in 1e9 bytes: the most that tensors took on its GPU, or what is resident now."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e9

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,11 +16,22 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sst2_xlmr.config import Config, UserError
+from sst2_xlmr.config import Config, UserError, named_file
 from sst2_xlmr.distributed import World
 from sst2_xlmr.encoders import Encoder
+from sst2_xlmr.evaluate import Evaluation
 from sst2_xlmr.files import write_text
+from sst2_xlmr.memory import used_memory_gb
+from sst2_xlmr.metrics import mean_of
 from sst2_xlmr.optim import AdamW
+from sst2_xlmr.tensorboard import (
+    SCALARS,
+    begin_hparams,
+    cut_events,
+    draw_evaluation,
+    draw_table,
+    end_hparams,
+)
 from sst2_xlmr.token_cache import TokenCache
 
 
@@ -32,12 +43,16 @@ class Report:
         metrics: `metrics.jsonl`, one JSON object a line.
         tensorboard: event writer.
         bar: tqdm's bar, on a terminal only.
+        config: the run's options.
+        files: split name -> file, of all that is evaluated on.
         total_steps, started_at_step, started: for the time left (seconds of time.monotonic).
     """
 
     metrics: TextIO | None
     tensorboard: SummaryWriter | None
     bar: tqdm | None
+    config: Config
+    files: dict[str, Path]
     total_steps: int
     started_at_step: int
     started: float
@@ -51,45 +66,69 @@ class Report:
             self.tensorboard.close()
 
 
-def silent_report() -> Report:
+def silent_report(config: Config) -> Report:
     """Return the report of other ranks than 0."""
-    return Report(None, None, None, 0, 0, 0.0)
+    return Report(None, None, None, config, {}, 0, 0, 0.0)
 
 
-def open_report(run_folder: Path, tensorboard_dir: Path, first_step: int, total_steps: int) -> Report:
+def open_report(
+    run_folder: Path,
+    tensorboard_dir: Path,
+    config: Config,
+    files: dict[str, Path],
+    first_step: int,
+    total_steps: int,
+    written_again: list[str],
+) -> Report:
     """Open the outputs; those of a resumed run lose what they say of steps after `first_step`.
+
+    Args:
+        files: split name -> file, of all that is evaluated on.
+        written_again: splits that will be evaluated (once more) at `first_step`.
 
     Raises:
         UserError: if they cannot be written.
     """
     try:
         path = run_folder / "metrics.jsonl"
-        _cut_metrics(path, first_step)
+        _cut_metrics(path, first_step, written_again)
+        cut_events(tensorboard_dir, first_step, written_again)
         metrics = path.open("a", encoding="utf-8")
         tensorboard_dir.mkdir(parents=True, exist_ok=True)
         tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1)
+        begin_hparams(tensorboard, config, list(files))
     except OSError as error:
         raise UserError(f"cannot write metrics to {error.filename or tensorboard_dir}: {error.strerror}") from None
     bar = None
     if sys.stderr.isatty():
         bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
-    return Report(metrics, tensorboard, bar, total_steps, first_step, time.monotonic())
+    return Report(metrics, tensorboard, bar, config, files, total_steps, first_step, time.monotonic())
 
 
-def _cut_metrics(path: Path, last_step: int) -> None:
-    """Keep the lines up to a checkpoint's step; test results always come after it."""
-    if not path.is_file():
-        path.unlink(missing_ok=True)  # a link that leads nowhere would make a file elsewhere
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def splits_during(config: Config) -> list[str]:
+    """Return the names of the splits that are evaluated during training; all others are at its end."""
+    return ["dev", *(name for name, _ in map(named_file, config.eval_file))]
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl`, as far as it was written whole."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            entry = json.loads(line)
+            entries.append(json.loads(line))
         except ValueError:  # the process died while it wrote this line
             continue
-        if entry["step"] <= last_step and entry.get("split", "dev") == "dev":
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    return entries
+
+
+def _cut_metrics(path: Path, last_step: int, written_again: list[str]) -> None:
+    """Remove the lines that a run that goes on after `last_step` will write; see `cut_events`."""
+    kept = [
+        entry
+        for entry in _entries(path)
+        if entry["step"] <= last_step and not (entry["step"] == last_step and entry.get("split") in written_again)
+    ]
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def say(report: Report, text: str) -> None:
@@ -141,18 +180,10 @@ def advance(report: Report) -> None:
         report.bar.update()
 
 
-def _write(report: Report, entry: dict[str, Any], prefix: str) -> None:
-    assert report.metrics is not None and report.tensorboard is not None
-    with _writing(report):
-        report.metrics.write(json.dumps(entry) + "\n")
-        report.metrics.flush()
-        for key, value in entry.items():
-            if key not in ("step", "epoch", "split", "rows"):
-                report.tensorboard.add_scalar(f"{prefix}/{key}", value, entry["step"])
-
-
-@contextlib.contextmanager
-def _writing(report: Report) -> Iterator[None]:
+@contextmanager
+def _disk_errors(report: Report) -> Iterator[None]:
+    """Turn errors of writing into the user's."""
+    assert report.metrics is not None
     try:
         yield
     except OSError as error:
@@ -160,6 +191,17 @@ def _writing(report: Report) -> Iterator[None]:
         raise UserError(
             f"cannot write metrics to {report.metrics.name}: {error.strerror}; make room and continue with --resume"
         ) from None
+
+
+def _write(report: Report, entry: dict[str, Any], scalars: dict[str, float]) -> None:
+    """Write a line of metrics, and scalars by their tags; both are with the system before a checkpoint is written."""
+    assert report.metrics is not None and report.tensorboard is not None
+    with _disk_errors(report):
+        report.metrics.write(json.dumps(entry) + "\n")
+        report.metrics.flush()
+        for tag, value in scalars.items():
+            report.tensorboard.add_scalar(tag, value, entry["step"])
+        report.tensorboard.flush()
 
 
 def log_training(report: Report, entry: dict[str, Any]) -> None:
@@ -170,7 +212,8 @@ def log_training(report: Report, entry: dict[str, Any]) -> None:
     """
     if report.metrics is None:
         return
-    _write(report, entry, "train")
+    scalars = {f"train/{key}": value for key, value in entry.items() if key not in ("step", "epoch")}
+    _write(report, entry, {**scalars, "train/memory_gb": used_memory_gb()})
     if report.bar is not None:
         report.bar.set_postfix_str(f"loss {entry['loss']:.4f}, {entry['samples_per_s']:.0f} samples/s")
         return
@@ -183,16 +226,74 @@ def log_training(report: Report, entry: dict[str, Any]) -> None:
     )
 
 
-def log_evaluation(report: Report, step: int, split: str, metrics: dict[str, Any], remark: str = "") -> None:
-    """Write a line of evaluation metrics: loss, accuracy, macro_f1, rows."""
-    if report.metrics is None:
+def log_evaluation(report: Report, step: int, split: str, found: Evaluation, cache: TokenCache) -> None:
+    """Write a line of evaluation metrics, and pictures if there are probabilities to draw them from.
+
+    Args:
+        cache: of the evaluated file.
+    """
+    if report.metrics is None or report.tensorboard is None:
         return
-    _write(report, {"step": step, "split": split, **metrics}, split)
+    if found.probabilities is not None:
+        with _disk_errors(report):
+            draw_evaluation(report.tensorboard, step, split, found, cache, report.files[split], report.config)
+    scalars = {f"{split}/{key}": found.metrics[key] for key in SCALARS}
+    _write(report, {"step": step, "split": split, **found.metrics}, scalars)
+
+
+def say_evaluation(report: Report, step: int, found: dict[str, dict[str, Any]], is_best: bool) -> None:
+    """Print a line on dev, and one with the accuracy on all other files.
+
+    Args:
+        found: metrics by split.
+    """
+    dev, others = found["dev"], {split: metrics for split, metrics in found.items() if split != "dev"}
     say(
         report,
-        f"step {step:>6}  {split}: accuracy {metrics['accuracy']:.4f}  macro F1 {metrics['macro_f1']:.4f}  "
-        f"loss {metrics['loss']:.4f}  {metrics['rows']:,} rows{remark}",
+        f"step {step:>6}  dev: accuracy {dev['accuracy']:.4f}  macro F1 {dev['macro_f1']:.4f}  "
+        f"loss {dev['loss']:.4f}  {dev['rows']:,} rows{'  (best so far)' if is_best else ''}",
     )
+    if others:
+        accuracies = "  ".join(f"{split} {metrics['accuracy']:.4f}" for split, metrics in others.items())
+        mean = f"  mean {mean_of(list(others.values()))['accuracy']:.4f}" if len(others) > 1 else ""
+        say(report, f"step {step:>6}  accuracy: {accuracies}{mean}")
+
+
+def evaluation_table(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the lines of a table: a file each, and the mean of several.
+
+    Args:
+        found: metrics by the files' names.
+    """
+    width = max(len(name) for name in [*found, "file"])
+    lines = [f"{'file':<{width}}  accuracy  95 % interval  macro F1     ECE      rows"]
+    for name, metrics in found.items():
+        interval = f"{metrics['accuracy_low']:.4f}-{metrics['accuracy_high']:.4f}"
+        lines.append(
+            f"{name:<{width}}    {metrics['accuracy']:.4f}  {interval:>13}    {metrics['macro_f1']:.4f}"
+            f"  {metrics['ece']:.4f}  {metrics['rows']:>8,}"
+        )
+    if len(found) > 1:
+        mean = mean_of(list(found.values()))
+        lines.append(
+            f"{'mean':<{width}}    {mean['accuracy']:.4f}  {'':>13}    {mean['macro_f1']:.4f}  {mean['ece']:.4f}"
+        )
+    return lines
+
+
+def log_end(report: Report, step: int) -> None:
+    """Mark the run as finished; if other files than dev were evaluated, make a table of their last metrics."""
+    if report.metrics is None or report.tensorboard is None:
+        return
+    last = {entry["split"]: entry for entry in _entries(Path(report.metrics.name)) if "split" in entry}
+    others = {split: last[split] for split in report.files if split != "dev" and split in last}
+    with _disk_errors(report):
+        if others:
+            draw_table(report.tensorboard, step, others)
+        end_hparams(report.tensorboard)
+        report.tensorboard.flush()
+    if others:
+        say(report, "\n".join(["", *evaluation_table(others), ""]))
 
 
 def log_save(report: Report, step: int, saved: tuple[int, float] | None) -> None:
@@ -208,7 +309,7 @@ def log_save(report: Report, step: int, saved: tuple[int, float] | None) -> None
 def sync_report(report: Report) -> None:
     """Bring all that was logged to the disk, so that no checkpoint is ahead of it."""
     if report.metrics is not None and report.tensorboard is not None:
-        with _writing(report):
+        with _disk_errors(report):
             os.fsync(report.metrics.fileno())
             report.tensorboard.flush()
 

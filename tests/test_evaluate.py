@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SAMPLE_DATA
@@ -13,7 +14,8 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.data import SST2_NAMES, Columns
 from sst2_xlmr.distributed import World
 from sst2_xlmr.encoders import find_encoder
-from sst2_xlmr.evaluate import evaluate, macro_f1, predict
+from sst2_xlmr.evaluate import evaluate, predict
+from sst2_xlmr.metrics import confusion_matrix, summarize
 from sst2_xlmr.model import Classifier, build_classifier
 from sst2_xlmr.token_cache import TokenCache, tokenize_file
 
@@ -34,41 +36,53 @@ def model(tiny_encoder: Path) -> Classifier:
     return classifier.train()
 
 
-def test_macro_f1_by_hand() -> None:
-    assert macro_f1(torch.tensor([[3, 1], [2, 4]])) == pytest.approx((2 * 3 / 9 + 2 * 4 / 11) / 2)
-    assert macro_f1(torch.tensor([[5, 0], [5, 0]])) == pytest.approx((2 / 3 + 0) / 2)
-
-
 def test_agrees_with_one_row_at_a_time(model: Classifier, dev: TokenCache) -> None:
-    found = evaluate(model, dev, 7, World(0, 1, 0, 1, CPU))
+    found = evaluate(model, dev, 7, World(0, 1, 0, 1, CPU), wants_probabilities=True)
     assert model.training
     model.eval()
     rows = [dev.ids[dev.offsets[i] : dev.offsets[i + 1]] for i in range(len(dev))]
     with torch.no_grad():
         logits = torch.cat([model(torch.tensor(row[None].astype("int64"))) for row in rows])
     labels = torch.tensor(dev.labels.astype("int64"))
-    assert found["rows"] == 152
-    assert found["accuracy"] == float((logits.argmax(-1) == labels).sum()) / 152
-    assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert found.metrics["rows"] == found.confusion.sum() == 152
+    assert found.metrics["accuracy"] == float((logits.argmax(-1) == labels).sum()) / 152
+    assert found.metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert found.probabilities is not None
+    np.testing.assert_allclose(found.probabilities, logits.softmax(-1).numpy(), atol=1e-6)
+    assert confusion_matrix(dev.labels, found.probabilities.argmax(-1), 2).tolist() == found.confusion.tolist()
+    assert evaluate(model, dev, 7, World(0, 1, 0, 1, CPU)).probabilities is None
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 200])
 def test_ranks_count_every_row_once(
     model: Classifier, dev: TokenCache, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every rank's own sums, added up by hand; with 200 ranks, most have nothing to do."""
-    alone = evaluate(model, dev, 64, World(0, 1, 0, 1, CPU))
+    """The ranks one after the other, rank 0 last with what the others had; with 200, most have nothing to do."""
+    alone = evaluate(model, dev, 64, World(0, 1, 0, 1, CPU), wants_probabilities=True)
     sums: list[torch.Tensor] = []
-    monkeypatch.setattr(module, "sum_over_ranks", lambda _, tensor: sums.append(tensor.clone()))
-    for rank in range(world_size):
-        try:
-            evaluate(model, dev, 64, World(rank, world_size, rank, world_size, CPU))
-        except ZeroDivisionError:
-            assert rank >= 152  # a rank without rows, whose sums nobody else's complete here
-    confusion = torch.stack(sums[1::2]).sum(0).view(2, 2)
-    assert int(confusion.sum()) == 152
-    assert int(confusion.diagonal().sum()) / 152 == alone["accuracy"]
-    assert float(torch.stack(sums[::2]).sum()) / 152 == pytest.approx(alone["loss"], rel=1e-6)
+    shares: list[object] = []
+
+    def sum_so_far(_: World, tensor: torch.Tensor) -> torch.Tensor:
+        sums.append(tensor)
+        return torch.stack(sums).sum(0)
+
+    def gathered(_: World, item: object) -> list[object]:
+        shares.append(item)
+        return shares
+
+    monkeypatch.setattr(module, "sum_over_ranks", sum_so_far)
+    monkeypatch.setattr(module, "gather_objects", gathered)
+    monkeypatch.setattr(module, "summarize", lambda *arguments: {"arguments": arguments})
+    for rank in reversed(range(world_size)):
+        found = evaluate(model, dev, 64, World(rank, world_size, rank, world_size, CPU), wants_probabilities=True)
+        assert (found.probabilities is None) == (rank > 0)
+    assert found.confusion.tolist() == alone.confusion.tolist()
+    metrics = summarize(*found.metrics["arguments"])
+    assert metrics.keys() == alone.metrics.keys()
+    for key, value in alone.metrics.items():
+        assert metrics[key] == pytest.approx(value, rel=1e-6), key
+    assert found.probabilities is not None and alone.probabilities is not None
+    np.testing.assert_allclose(found.probabilities, alone.probabilities, atol=1e-6)
 
 
 def test_predictions_keep_their_order(model: Classifier) -> None:

@@ -12,6 +12,7 @@ ORDER += [
     "token_cache",
     "batching",
     "encoders",
+    "prepare",
     "compact_vocab",
     "cpu_kernels",
     "packed_encoder",
@@ -19,11 +20,14 @@ ORDER += [
     "loss",
     "optim",
     "checkpoint",
+    "metrics",
     "evaluate",
     "fast_tokenizer",
     "model_card",
     "export",
     "torchscript",
+    "pictures",
+    "tensorboard",
     "report",
 ]
 

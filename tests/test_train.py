@@ -52,7 +52,8 @@ def test_run_folder(run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureF
         (14, "test.de", 40),
         (14, "test.ru", 40),
     ]
-    assert set(lines[-1]) == {"step", "split", "loss", "accuracy", "macro_f1", "rows"}
+    numbers = {"loss", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "ece", "precision", "recall", "rows"}
+    assert set(lines[-1]) == {"step", "split", *numbers}
     for folder in ("best", "model"):
         assert {entry.name for entry in (run / folder).iterdir()} == {
             "README.md",

@@ -1,0 +1,170 @@
+"""Evaluate a trained model on labelled files: a table of files, then every file's classes and confusion matrix.
+
+    python scripts/evaluate.py --model runs/NAME/model --file fr=fr.tsv --file de=de.tsv
+    python scripts/evaluate.py --model runs/NAME/model --file sample_data/test.*.tsv --json table.json
+
+Files are labelled as for training (see README.md); a file without NAME= is called by its own name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from sst2_xlmr import sources
+from sst2_xlmr.arguments import OneLineParser, add_option
+from sst2_xlmr.config import Config, UserError, exit_on_user_error, named_file
+from sst2_xlmr.data import columns_of
+from sst2_xlmr.distributed import World, choose_device, choose_precision
+from sst2_xlmr.encoders import TOKENIZER_NAME
+from sst2_xlmr.evaluate import Evaluation, evaluate
+from sst2_xlmr.memory import keep_freed_memory
+from sst2_xlmr.metrics import mean_of, per_class
+from sst2_xlmr.model import load_classifier
+from sst2_xlmr.report import evaluation_table
+from sst2_xlmr.tensorboard import SCALARS, check_no_events, draw_evaluation, draw_table
+from sst2_xlmr.token_cache import TokenCache, tokenize_file
+
+COLUMN_OPTIONS = ("text_column", "text_pair_column", "label_column", "header")
+MOST_CONFUSED_CLASSES = 10  # whose confusion matrix fits on a line
+
+
+def name_files(arguments: list[str]) -> dict[str, Path]:
+    """Return name -> file of the arguments, `NAME=FILE` or `FILE`."""
+    files: dict[str, Path] = {}
+    for name, file in map(named_file, arguments):
+        if name in files:
+            raise UserError(
+                f"two files have the name {name}, {files[name]} and {file}; name them with --file NAME=FILE"
+            )
+        if not file.is_file():
+            raise UserError(f"--file {file} is not a file")
+        files[name] = file
+    return files
+
+
+def check_outputs(json_file: Path | None, tensorboard_dir: Path | None) -> None:
+    """Find out before any work that a result cannot be written."""
+    if json_file:
+        folder = json_file.absolute().parent
+        if json_file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"cannot write --json {json_file}; name a file in a folder that is there")
+    if tensorboard_dir:
+        check_no_events(tensorboard_dir)
+        try:
+            tensorboard_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to --tensorboard {tensorboard_dir}: {error.strerror}") from None
+
+
+def class_lines(name: str, found: Evaluation, label_names: list[str]) -> list[str]:
+    """Return the lines of a table of a file's classes, with the confusion matrix unless it is too wide."""
+    classes = per_class(found.confusion)
+    width = max(len(text) for text in [*label_names, name])
+    shown = label_names if len(label_names) <= MOST_CONFUSED_CLASSES else []
+    widths = [max(len(label), len(f"{found.confusion.max():,}")) for label in shown]
+    head = "  ".join(f"{label:>{size}}" for label, size in zip(shown, widths))
+    lines = [f"{name:<{width}}  precision  recall      F1     rows" + (f"   taken for: {head}" if shown else "")]
+    for number, label in enumerate(label_names):
+        precision, recall, f1, rows = (classes[key][number] for key in ("precision", "recall", "f1", "support"))
+        counts = "  ".join(f"{count:>{size},}" for count, size in zip(found.confusion[number], widths))
+        line = f"{label:<{width}}     {precision:.4f}  {recall:.4f}  {f1:.4f}  {rows:>7,}"
+        lines.append(line + (f"   {'':<10} {counts}" if shown else ""))
+    return lines
+
+
+def as_json(file: Path, found: Evaluation, label_names: list[str]) -> dict[str, Any]:
+    """Return a file's part of the JSON."""
+    numbers = {key: values.tolist() for key, values in per_class(found.confusion).items()}
+    classes = {label: {key: numbers[key][i] for key in numbers} for i, label in enumerate(label_names)}
+    keys = ("rows", "loss", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "ece")
+    metrics = {key: found.metrics[key] for key in keys}
+    return {"file": str(file), **metrics, "classes": classes, "confusion": found.confusion.tolist()}
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    try:
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write --json {file}: {error.strerror}") from None
+
+
+def write_events(
+    folder: Path, found: dict[str, Evaluation], caches: dict[str, TokenCache], files: dict[str, Path], config: Config
+) -> None:
+    """Write scalars and pictures for TensorBoard, at step 0."""
+    try:
+        with SummaryWriter(str(folder)) as writer:
+            for name, evaluation in found.items():
+                for key in SCALARS:
+                    writer.add_scalar(f"{name}/{key}", evaluation.metrics[key], 0)
+                draw_evaluation(writer, 0, name, evaluation, caches[name], files[name], config)
+            draw_table(writer, 0, {name: evaluation.metrics for name, evaluation in found.items()})
+    except OSError as error:
+        raise UserError(f"cannot write to --tensorboard {folder}: {error.strerror}") from None
+
+
+def main() -> None:
+    parser = OneLineParser(description="Evaluate a trained model on labelled files.")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder that train.py wrote")
+    parser.add_argument(
+        "--file",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="[NAME=]FILE",
+        help="labelled rows: .tsv, .csv or .jsonl, perhaps with .gz; may be repeated",
+    )
+    for name in COLUMN_OPTIONS:
+        add_option(parser, name)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write scalars and pictures there")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="ROWS", help="rows per forward pass [64]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="[auto]")
+    arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size must be 1 or more, not {arguments.batch_size}")
+    files = name_files(arguments.file)
+    check_outputs(arguments.json, arguments.tensorboard)
+    keep_freed_memory()
+    device = choose_device(arguments.device)
+    precision = choose_precision(arguments.precision, device)
+    model, tokenizer, label_names = load_classifier(arguments.model, device, precision == "bf16")
+    given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
+    config = Config(**given, label_names=label_names, max_length=tokenizer.max_length)
+    columns = columns_of(config)
+    cache_dir, tokenizer_file = sources.cache_dir() / "tokens", arguments.model / TOKENIZER_NAME
+    caches = {  # all of them before the first evaluation, so that a bad row shows at once
+        name: tokenize_file(
+            file, tokenizer_file, columns, label_names, tokenizer.max_length, cache_dir, lambda *_: tokenizer
+        )
+        for name, file in files.items()
+    }
+    world = World(0, 1, 0, 1, device)
+    wants_probabilities = arguments.tensorboard is not None
+    found = {
+        name: evaluate(model, cache, arguments.batch_size, world, wants_probabilities) for name, cache in caches.items()
+    }
+    metrics = {name: evaluation.metrics for name, evaluation in found.items()}
+    if arguments.json:
+        parts = {name: as_json(files[name], evaluation, label_names) for name, evaluation in found.items()}
+        content = {"model": str(arguments.model), "precision": precision, "labels": label_names, "files": parts}
+        write_json(arguments.json, {**content, "mean": mean_of(list(metrics.values()))})
+    if arguments.tensorboard:
+        write_events(arguments.tensorboard, found, caches, files, config)
+    print("\n".join(evaluation_table(metrics)))
+    for name, evaluation in found.items():
+        print("\n".join(["", *class_lines(name, evaluation, label_names)]))
+
+
+if __name__ == "__main__":
+    try:
+        exit_on_user_error(main)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
