@@ -19,7 +19,7 @@ import signal
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -220,7 +220,13 @@ def train(config: Config, resume: bool, world: World) -> None:
     total_steps = config.max_steps or config.epochs * len(sampler)
 
     # 3. Where to begin.
-    lock = distributed.on_main(world, lambda: claim(run_folder))
+
+    def claim_folders() -> IO[str]:
+        if not resume:
+            check_no_events(tensorboard_dir)
+        return claim(run_folder)
+
+    lock = distributed.on_main(world, claim_folders)
     encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
     progress = Progress(caches["train"].digest, encoder_digest)
     seed_rank(config.seed, world.rank)
@@ -238,8 +244,6 @@ def train(config: Config, resume: bool, world: World) -> None:
     at_end = [split for split in files if split not in ("train", *during)]
 
     def open_outputs() -> Report:
-        if not resume:
-            check_no_events(tensorboard_dir)
         write_config(run_folder, config, resume)
         clean_up(run_folder)
         evaluated = {split: files[split] for split in (*during, *at_end)}

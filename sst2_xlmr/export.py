@@ -90,4 +90,6 @@ def _writing(folder: Path, beside: Path) -> Iterator[None]:
         yield
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"cannot write the model to {folder}: {error.strerror or error}") from None
+        raise UserError(
+            f"cannot write the model to {folder}: {error.strerror or error}; make room and continue"
+        ) from None

@@ -54,7 +54,7 @@ def test_the_service_answers(tiny_encoder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_files_that_a_page_names_are_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"@?((?:scripts|sst2_xlmr|sample_data)/[\w./-]+\w)", text):
+    for name in re.findall(r"@?((?:scripts|sst2_xlmr|sample_data)/[\w./-]+\w)(?![\w.*-])", text):
         assert (ROOT / name).exists(), name
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), link

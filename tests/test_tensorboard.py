@@ -296,7 +296,7 @@ def test_at_most_fifty_mistakes(tmp_path: Path) -> None:
     file.write_text("sentence\tlabel\n" + "".join(f"text {n}\t1\n" for n in range(80)))
     cache = TokenCache(np.zeros(80, np.int32), np.arange(81), np.ones(80, np.int32), digest=digest_of(file))
     wrong = np.linspace(0.51, 0.99, 80, dtype=np.float32)
-    table = mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, Config())
+    table = mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, Config(label_names=["negative", "positive"]))
     lines = table.splitlines()
     assert lines[0] == "80 of 80 rows are mistaken; of these the 50 surest."
     assert len(lines) == 54
