@@ -6,11 +6,13 @@ import csv
 import gzip
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, losses, metrics, torchrun, train_options
 from safetensors.torch import load_file
 
@@ -57,6 +59,24 @@ def accuracy_of_predictions(model: Path, file: Path, output: Path, truth: str, *
     return sum(row[name] == row[truth] for row in rows) / len(rows)
 
 
+def check_evaluate_and_export(model: Path, file: Path, expected: float, scratch: Path, *options: str) -> None:
+    """The scripts find the same accuracy, and the TorchScript file gives predict.py's labels."""
+    numbers, classify = scratch / "numbers.json", scratch / "classifier.pt"
+    common = ["--model", str(model)]
+    for script, words in (
+        ("evaluate.py", ["--file", f"test={file}", "--json", str(numbers), "--device", "cpu", *options]),
+        ("export.py", ["--format", "torchscript", "--output", str(classify)]),
+    ):
+        command = [sys.executable, f"scripts/{script}", *common, *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), script
+    assert json.loads(numbers.read_text())["files"]["test"]["accuracy"] == pytest.approx(expected)
+    texts = [" ".join(words) for words in WORDS.values()]
+    labels, _ = torch.jit.load(classify)(texts, texts) if len(options) > 2 else torch.jit.load(classify)(texts)
+    names = json.loads((model / "config.json").read_text())["id2label"].values()
+    assert sorted(labels) == sorted(names), "each class's own words"
+
+
 def test_csv_with_words_as_labels_and_quoted_text(tiny_encoder: Path, tmp_path: Path) -> None:
     for split, rows in (("train", 120), ("dev", 30), ("test", 60)):
         write_csv(tmp_path / f"{split}.csv", rows, seed=rows)
@@ -72,6 +92,9 @@ def test_csv_with_words_as_labels_and_quoted_text(tiny_encoder: Path, tmp_path: 
     model, output = tmp_path / "run" / "model", tmp_path / "out.csv.gz"
     found = accuracy_of_predictions(model, tmp_path / "test.csv", output, "verdict", "--text-column", "review")
     assert found == pytest.approx(final["accuracy"])
+    check_evaluate_and_export(
+        model, tmp_path / "test.csv", found, tmp_path, "--text-column=review", "--label-column=verdict"
+    )
     # The saved options have the classes, also of a file that lacks one.
     (tmp_path / "train.csv").write_text("id,verdict,review\n1,bad,awful\n2,good,fine\n")
     config = ["--config", str(tmp_path / "run" / "config.json"), "--output-dir", str(tmp_path / "again")]
@@ -93,6 +116,7 @@ def test_gzipped_jsonl_with_pairs(tiny_encoder: Path, tmp_path: Path) -> None:
     assert accuracy_of_predictions(model, file, tmp_path / "out.csv.gz", "label", *columns) == pytest.approx(
         final["accuracy"]
     )
+    check_evaluate_and_export(model, file, final["accuracy"], tmp_path, *columns)
     alone = accuracy_of_predictions(model, file, tmp_path / "first.csv.gz", "label", "--text-column", "premise")
     assert alone < 0.7, "the second text does not count"
 

@@ -296,16 +296,17 @@ def test_at_most_fifty_mistakes(tmp_path: Path) -> None:
     file.write_text("sentence\tlabel\n" + "".join(f"text {n}\t1\n" for n in range(80)))
     cache = TokenCache(np.zeros(80, np.int32), np.arange(81), np.ones(80, np.int32), digest=digest_of(file))
     wrong = np.linspace(0.51, 0.99, 80, dtype=np.float32)
-    table = mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, Config(label_names=["negative", "positive"]))
+    config = Config(label_names=["negative", "positive"])
+    table = mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, config)
     lines = table.splitlines()
     assert lines[0] == "80 of 80 rows are mistaken; of these the 50 surest."
     assert len(lines) == 54
     assert lines[4] == "| 80 | text 79 | positive | negative | 0.9900 |"
     file.write_text(file.read_text() + "another\t0\n")
-    assert "(the file has changed)" in mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, Config())
+    assert "(the file has changed)" in mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, config)
     file.unlink()
-    assert "(the file has changed)" in mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, Config())
-    right = mistakes_table(np.stack([1 - wrong, wrong], 1), cache, file, Config())
+    assert "(the file has changed)" in mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, config)
+    right = mistakes_table(np.stack([1 - wrong, wrong], 1), cache, file, config)
     assert right.startswith("0 of 80 rows")
 
 
