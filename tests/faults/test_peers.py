@@ -13,7 +13,7 @@ from running import charted, digests, launcher, logged, started, wait_for, worke
 
 from sst2_xlmr.checkpoint import find_checkpoint
 
-STEPS = 300
+STEPS = 150
 
 
 def options(encoder: Path, data: Path, run: Path, *more: object) -> list[str]:
@@ -55,7 +55,7 @@ def test_torchrun_restarts_and_the_result_is_exact(tiny_encoder: Path, small_dat
         assert process.wait() == 0, log.read_text()
     log.unlink()
     with started([*launcher(2, "--max-restarts=3"), *options(tiny_encoder, small_data, run)], log) as process:
-        for times, rank in ((30, 1), (120, 0)):
+        for times, rank in ((30, 1), (80, 0)):
             wait_for(log, "step ", process, times=times)
             os.kill(workers(process)[rank], signal.SIGKILL)
             wait_for(log, "resume     from", process, times=2 if rank == 0 else 1)

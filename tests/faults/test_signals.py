@@ -18,7 +18,7 @@ from sst2_xlmr.encoders import EncoderShape
 from sst2_xlmr.export import export_hugging_face
 from sst2_xlmr.model import Classifier
 
-STEPS = 1000  # ten seconds; a signal comes after some tenths of the first
+STEPS = 250  # some seconds; a signal comes in the first of them
 
 
 def options(encoder: Path, data: Path, run: Path, *more: object) -> list[str]:
