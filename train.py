@@ -33,32 +33,25 @@ from sst2_xlmr.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     load_progress,
-    masters_of,
     save_checkpoint,
     seed_rank,
 )
-from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table, renumbering, used_ids
+from sst2_xlmr.compact_vocab import renumbering, used_ids
 from sst2_xlmr.config import Config, Stopped, UserError, exit_on_user_error
 from sst2_xlmr.cpu_kernels import Kernels, load_kernels
-from sst2_xlmr.data import listed
 from sst2_xlmr.distributed import World, shared_error
-from sst2_xlmr.encoders import Encoder, pretrained_table
 from sst2_xlmr.evaluate import Interrupted, evaluate
-from sst2_xlmr.export import export_hugging_face
+from sst2_xlmr.export import export_run
 from sst2_xlmr.files import Finisher, digest_of
+from sst2_xlmr.header import header_lines
 from sst2_xlmr.loss import class_weights, sum_of_losses
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model import Classifier, build_classifier
-from sst2_xlmr.model_card import last_evaluations, write_card
 from sst2_xlmr.optim import AdamW, can_compile, lr_factor
 from sst2_xlmr.prepare import prepare
 from sst2_xlmr.report import (
     Report,
     advance,
-    describe_batches,
-    describe_device,
-    describe_model,
-    describe_rows,
     log_end,
     log_evaluation,
     log_save,
@@ -251,14 +244,11 @@ def train(config: Config, resume: bool, world: World) -> None:
         return open_report(run_folder, tensorboard_dir, config, evaluated, progress.step, total_steps, again)
 
     report = distributed.on_main(world, open_outputs) or silent_report(config)
-    head = f"{'new' if head_is_new else 'its own'} head for {listed(config.classes)}"
-    masters = "bf16 with fp32 master weights" if bf16 else "fp32"
-    compiled = "compiled" if kernels or compiles else "not compiled: slower"
-    say(report, f"encoder    {config.encoder}: {describe_model(encoder, optimizer, len(kept_ids))}; {head}")
-    say(report, f"rows       {describe_rows(caches, config.max_length)}")
-    say(report, f"batches    {describe_batches(config, len(sampler), total_steps)}")
-    say(report, f"device     {describe_device(world)}; {masters}; {compiled}")
-    say(report, f"run        {run_folder}")
+    compiled = kernels is not None or compiles
+    for line in header_lines(
+        config, encoder, optimizer, len(kept_ids), head_is_new, caches, total_steps, world, compiled
+    ):
+        say(report, line)
     if resume:
         say(report, f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
 
@@ -284,7 +274,7 @@ def train(config: Config, resume: bool, world: World) -> None:
 
         def export_to(name: str) -> None:
             step = progress.step
-            export(run_folder / name, optimizer, encoder, vocabulary, caches, step, config, world, finisher)
+            export_run(run_folder / name, optimizer, encoder, vocabulary, caches, step, config, world, finisher)
 
         def save() -> None:
             progress.world_size, progress.table_decay = world.world_size, optimizer.table_decay
@@ -382,44 +372,6 @@ def train(config: Config, resume: bool, world: World) -> None:
         say(report, f"model      after step {progress.step}: {run_folder / 'model'}")
         if lock is not None:
             lock.close()
-
-
-def export(
-    folder: Path,
-    optimizer: AdamW,
-    encoder: Encoder,
-    kept_ids: torch.Tensor,
-    caches: dict[str, TokenCache],
-    step: int,
-    config: Config,
-    world: World,
-    finisher: Finisher,
-) -> None:
-    """Write the weights as they are now in Hugging Face layout, with the whole vocabulary, from rank 0.
-
-    The folder takes its name once `finisher` has come to it.
-    """
-
-    def write() -> None:
-        masters = masters_of(optimizer)
-        if not config.full_vocabulary:
-            pretrained = pretrained_table(encoder)
-            masters[TABLE_NAME] = expand_table(pretrained, kept_ids, masters[TABLE_NAME], optimizer.table_decay)
-        rows = {split: len(cache) for split, cache in caches.items()}
-        evaluations = last_evaluations(folder.parent / "metrics.jsonl", step)
-        card = write_card(config, config.classes, rows, evaluations, step)
-        export_hugging_face(
-            folder,
-            masters,
-            encoder.shape,
-            config.classes,
-            config.max_length,
-            encoder.tokenizer_file,
-            card,
-            finisher.submit,
-        )
-
-    distributed.on_main(world, write)
 
 
 def main(argv: list[str] | None = None) -> None:

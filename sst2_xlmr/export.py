@@ -9,10 +9,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Callable
 
-from sst2_xlmr.config import UserError
-from sst2_xlmr.encoders import TOKENIZER_NAME, EncoderShape, to_hugging_face
+import torch
+
+from sst2_xlmr.checkpoint import masters_of
+from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table
+from sst2_xlmr.config import Config, UserError
+from sst2_xlmr.distributed import World, on_main
+from sst2_xlmr.encoders import TOKENIZER_NAME, Encoder, EncoderShape, pretrained_table, to_hugging_face
 from sst2_xlmr.fast_tokenizer import tokenizer_json
-from sst2_xlmr.files import Storable, replace_folder, sync_files, write_tensors
+from sst2_xlmr.files import Finisher, Storable, replace_folder, sync_files, write_tensors
+from sst2_xlmr.model_card import last_evaluations, write_card
+from sst2_xlmr.optim import AdamW
+from sst2_xlmr.token_cache import TokenCache
 
 CARD_NAME = "README.md"
 
@@ -93,3 +101,45 @@ def _writing(folder: Path, beside: Path) -> Iterator[None]:
         raise UserError(
             f"cannot write the model to {folder}: {error.strerror or error}; make room and continue"
         ) from None
+
+
+def export_run(
+    folder: Path,
+    optimizer: AdamW,
+    encoder: Encoder,
+    kept_ids: torch.Tensor,
+    caches: dict[str, TokenCache],
+    step: int,
+    config: Config,
+    world: World,
+    finisher: Finisher,
+) -> None:
+    """Write a run's weights as they are now, with the whole vocabulary and a model card, from rank 0.
+
+    Args:
+        folder: in the run's folder; takes its name once `finisher` has come to it.
+        kept_ids: int64 [rows], the ids of the embedding table's rows.
+        caches: the rows that the run reads, by split.
+        step: how many were made.
+    """
+
+    def write() -> None:
+        masters = masters_of(optimizer)
+        if not config.full_vocabulary:
+            pretrained = pretrained_table(encoder)
+            masters[TABLE_NAME] = expand_table(pretrained, kept_ids, masters[TABLE_NAME], optimizer.table_decay)
+        rows = {split: len(cache) for split, cache in caches.items()}
+        evaluations = last_evaluations(folder.parent / "metrics.jsonl", step)
+        card = write_card(config, config.classes, rows, evaluations, step)
+        export_hugging_face(
+            folder,
+            masters,
+            encoder.shape,
+            config.classes,
+            config.max_length,
+            encoder.tokenizer_file,
+            card,
+            finisher.submit,
+        )
+
+    on_main(world, write)

@@ -12,18 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from sst2_xlmr.config import Config, UserError, named_file
-from sst2_xlmr.distributed import World
-from sst2_xlmr.encoders import Encoder
 from sst2_xlmr.evaluate import Evaluation
 from sst2_xlmr.files import write_text
 from sst2_xlmr.memory import used_memory_gb
 from sst2_xlmr.metrics import mean_of
-from sst2_xlmr.optim import AdamW
 from sst2_xlmr.tensorboard import (
     SCALARS,
     begin_hparams,
@@ -139,39 +135,6 @@ def say(report: Report, text: str) -> None:
         report.bar.write(text, file=sys.stdout)
     else:
         print(text, flush=True)
-
-
-def describe_model(encoder: Encoder, optimizer: AdamW, table_rows: int) -> str:
-    """Say the model's size, and how much of it is trained."""
-    shape = encoder.shape
-    whole = sum(slot.working.numel() for slot in optimizer.slots) + (shape.vocab_size - table_rows) * shape.hidden
-    trained = sum(slot.working.numel() for slot, _, _ in optimizer.trained())
-    rows = f" ({table_rows:,} of {shape.vocab_size:,} embedding rows occur)" if table_rows < shape.vocab_size else ""
-    size = f"{shape.layers} layers, {shape.hidden} wide, {whole / 1e6:,.1f} M parameters"
-    return f"{size}, {trained / 1e6:,.1f} M trained{rows}"
-
-
-def describe_rows(caches: dict[str, TokenCache], max_length: int) -> str:
-    """Say how many rows every file has, and how many are cut."""
-    rows = ", ".join(f"{split} {len(cache):,}" for split, cache in caches.items())
-    truncated = sum(cache.truncated for cache in caches.values())
-    return rows + (f"; {truncated:,} cut to {max_length} tokens" if truncated else "")
-
-
-def describe_batches(config: Config, batches: int, total_steps: int) -> str:
-    """Say how the rows become steps."""
-    cut = f" (at most {config.micro_batch_size} a pass)" if config.micro_batch_size else ""
-    epochs = "" if config.max_steps else f"{config.epochs} epoch{'s' * (config.epochs > 1)}, "
-    return f"{batches:,} an epoch, of {config.batch_size} rows{cut}; {epochs}{total_steps:,} steps"
-
-
-def describe_device(world: World) -> str:
-    """Say what computes, and how many processes of it there are."""
-    if world.device.type == "cuda":
-        device = torch.cuda.get_device_name(world.device)
-    else:
-        device = f"CPU with {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    return f"{device}, {world.world_size} process{'es' * (world.world_size > 1)}"
 
 
 def advance(report: Report) -> None:

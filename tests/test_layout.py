@@ -28,6 +28,7 @@ ORDER += [
     "torchscript",
     "pictures",
     "tensorboard",
+    "header",
     "report",
 ]
 
