@@ -65,7 +65,7 @@ from sst2_xlmr.report import (
 )
 from sst2_xlmr.run_folder import claim, clean_up, write_config
 from sst2_xlmr.signals import StopRequest
-from sst2_xlmr.tensorboard import check_no_events
+from sst2_xlmr.tensorboard import make_event_folder
 from sst2_xlmr.token_cache import TokenCache
 
 
@@ -215,8 +215,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     # 3. Where to begin.
 
     def claim_folders() -> IO[str]:
-        if not resume:
-            check_no_events(tensorboard_dir)
+        make_event_folder(tensorboard_dir, is_new=not resume)
         return claim(run_folder)
 
     lock = distributed.on_main(world, claim_folders)

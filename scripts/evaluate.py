@@ -27,7 +27,7 @@ from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.metrics import mean_of, per_class
 from sst2_xlmr.model import load_classifier
 from sst2_xlmr.report import evaluation_table
-from sst2_xlmr.tensorboard import SCALARS, check_no_events, draw_evaluation, draw_table
+from sst2_xlmr.tensorboard import SCALARS, draw_evaluation, draw_table, make_event_folder
 from sst2_xlmr.token_cache import TokenCache, tokenize_file
 
 COLUMN_OPTIONS = ("text_column", "text_pair_column", "label_column", "header")
@@ -55,11 +55,7 @@ def check_outputs(json_file: Path | None, tensorboard_dir: Path | None) -> None:
         if json_file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"cannot write --json {json_file}; name a file in a folder that is there")
     if tensorboard_dir:
-        check_no_events(tensorboard_dir)
-        try:
-            tensorboard_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to --tensorboard {tensorboard_dir}: {error.strerror}") from None
+        make_event_folder(tensorboard_dir)
 
 
 def class_lines(name: str, found: Evaluation, label_names: list[str]) -> list[str]:

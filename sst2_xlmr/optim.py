@@ -251,6 +251,7 @@ class AdamW:
             for (slot, exp_avg, exp_avg_sq), gradient, group in zip(trained, gradients, rates):
                 flat = [tensor.view(-1) for tensor in (gradient, exp_avg, exp_avg_sq, slot.working.data)]
                 self._update(*flat, None if slot.low is None else slot.low.view(-1), scalars[group])
+        for slot, _, _ in trained:
             if slot.name == TABLE_NAME:
                 self.table_decay *= 1 - lr * slot.lr_scale * slot.weight_decay
         self.clear_gradients()

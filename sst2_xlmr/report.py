@@ -90,7 +90,6 @@ def open_report(
         _cut_metrics(path, first_step, written_again)
         cut_events(tensorboard_dir, first_step, written_again)
         metrics = path.open("a", encoding="utf-8")
-        tensorboard_dir.mkdir(parents=True, exist_ok=True)
         tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1)
         begin_hparams(tensorboard, config, list(files))
     except OSError as error:

@@ -37,10 +37,18 @@ def event_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("events.out.tfevents.*"))
 
 
-def check_no_events(folder: Path) -> None:
-    """Refuse a folder with another run's events: TensorBoard would mix the two."""
-    if event_files(folder):
+def make_event_folder(folder: Path, is_new: bool = True) -> None:
+    """Make the folder for events; refuse a new run one with events of another, since TensorBoard would mix the two.
+
+    Raises:
+        UserError: for that, or if it cannot be made.
+    """
+    if is_new and event_files(folder):
         raise UserError(f"{folder} has events of another run; take another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; take another folder") from None
 
 
 def cut_events(folder: Path, last_step: int, written_again: list[str]) -> None:
