@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sst2_xlmr.compact_vocab import TABLE_NAME
-from sst2_xlmr.config import Config, UserError
+from sst2_xlmr.config import Config
 from sst2_xlmr.distributed import World, gather_objects, on_main, shared_error
-from sst2_xlmr.files import Deferred, Finisher, digest_of, sync_files, sync_folder, write_tensors
+from sst2_xlmr.files import Deferred, Finisher, digest_of, disk_errors, sync_files, sync_folder, write_tensors
 from sst2_xlmr.optim import AdamW, Slot, join_master
 
 _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "vocabulary", "random"))
@@ -112,30 +112,19 @@ def save_checkpoint(
     beside = target.with_name(target.name + ".tmp")
 
     def finish() -> None:
-        with _writing(target, beside):
+        with disk_errors(f"the checkpoint {target}", beside):
             _finish(beside, target)
             _remove_old(folder, config.keep_checkpoints)
 
     def write() -> tuple[int, float]:
         finisher.wait()
-        with _writing(target, beside):
+        with disk_errors(f"the checkpoint {target}", beside):
             _write(beside, progress, optimizer, kept_ids, config, states)
             size = sum(file.stat().st_size for file in beside.iterdir())
         finisher.submit(finish)
         return size, time.monotonic() - started
 
     return on_main(world, write)
-
-
-@contextlib.contextmanager
-def _writing(target: Path, beside: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(
-            f"cannot write the checkpoint {target}: {error.strerror or error}; make room and continue with --resume"
-        ) from None
 
 
 def _write(

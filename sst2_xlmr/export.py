@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Callable
 
@@ -13,11 +12,11 @@ import torch
 
 from sst2_xlmr.checkpoint import masters_of
 from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table
-from sst2_xlmr.config import Config, UserError
+from sst2_xlmr.config import Config
 from sst2_xlmr.distributed import World, on_main
 from sst2_xlmr.encoders import TOKENIZER_NAME, Encoder, EncoderShape, pretrained_table, to_hugging_face
 from sst2_xlmr.fast_tokenizer import tokenizer_json
-from sst2_xlmr.files import Finisher, Storable, replace_folder, sync_files, write_tensors
+from sst2_xlmr.files import Finisher, Storable, disk_errors, replace_folder, sync_files, write_tensors
 from sst2_xlmr.model_card import last_evaluations, write_card
 from sst2_xlmr.optim import AdamW
 from sst2_xlmr.token_cache import TokenCache
@@ -74,11 +73,11 @@ def export_hugging_face(
     beside = folder.with_name(folder.name + ".tmp")
 
     def put_in_place() -> None:
-        with _writing(folder, beside):
+        with disk_errors(f"the model to {folder}", beside):
             sync_files(beside)
             replace_folder(beside, folder)
 
-    with _writing(folder, beside):
+    with disk_errors(f"the model to {folder}", beside):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         for name, content in (("config.json", settings), ("tokenizer_config.json", tokenizer)):
@@ -90,17 +89,6 @@ def export_hugging_face(
             (beside / CARD_NAME).write_text(card, encoding="utf-8")
         write_tensors(to_hugging_face(masters), beside / "model.safetensors")
     finish(put_in_place)
-
-
-@contextlib.contextmanager
-def _writing(folder: Path, beside: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(
-            f"cannot write the model to {folder}: {error.strerror or error}; make room and continue"
-        ) from None
 
 
 def export_run(

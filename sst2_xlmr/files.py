@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,6 +16,8 @@ from types import TracebackType
 from typing import Any, Callable, Union
 
 import torch
+
+from sst2_xlmr.config import UserError
 
 _CHUNK_BYTES = 1 << 23
 _DTYPE_NAMES = {
@@ -121,6 +124,17 @@ def sync_files(folder: Path) -> None:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
     sync_folder(folder)
+
+
+@contextlib.contextmanager
+def disk_errors(what: str, beside: Path) -> Iterator[None]:
+    """Turn an error of writing (a full disk, say) into the user's, and remove the half-written folder `beside`."""
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        reason = error.strerror or error
+        raise UserError(f"cannot write {what}: {reason}; make room, then continue (training: with --resume)") from None
 
 
 def write_text(file: Path, text: str) -> None:
