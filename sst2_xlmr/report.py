@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -127,13 +127,18 @@ def _cut_metrics(path: Path, last_step: int, written_again: list[str]) -> None:
 
 
 def say(report: Report, text: str) -> None:
-    """Print a line, above the bar if there is one."""
+    """Print a line, above the bar if there is one; training goes on if nobody can read it."""
     if report.metrics is None:
         return
-    if report.bar is not None:
-        report.bar.write(text, file=sys.stdout)
-    else:
-        print(text, flush=True)
+    try:
+        if report.bar is not None:
+            report.bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+    except OSError as error:  # its reader is gone (`head`), or the log's disk full: no reason to end a run of hours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):
+            print(f"warning: cannot write to standard output: {error.strerror}; going on without", file=sys.stderr)
 
 
 def advance(report: Report) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,6 +239,18 @@ def test_errors_under_torchrun_are_said_once(tiny_encoder: Path, small_data: Pat
     assert done.stderr.count("error: ") == 1
     assert "train.tsv, line 52: 1 columns" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_training_goes_on_without_a_reader(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+    options = train_options(tiny_encoder, small_data, tmp_path / "run", "--epochs", 1)
+    command, pipe = [sys.executable, "train.py", *options], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()  # as `head` does
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert said == "warning: cannot write to standard output: Broken pipe; going on without\n"
+    assert (tmp_path / "run" / "model").is_dir()
 
 
 def test_early_stopping(run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
