@@ -229,7 +229,7 @@ def train(config: Config, resume: bool, world: World) -> None:
         progress = load_progress(checkpoint)
         for what, before, now in zip(("rows", "weights"), (progress.train_digest, progress.encoder_digest), inputs):
             if before != now:
-                raise shared_error(f"the training {what} differ from those that {run_folder} was started with")
+                raise UserError(f"the training {what} differ from those that {run_folder} was started with")
         load_checkpoint(checkpoint, progress, optimizer, vocabulary, config.seed, world)
     model = distributed.wrap_model(classifier, world, kernels.mean_of if kernels else None)
     during = splits_during(config)
