@@ -88,6 +88,10 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         raise UserError(f"encoder or model {name}: neither {' nor '.join(BUNDLE_SHAPES)} nor a folder that is there")
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is the folder of a run; give the model in it, {folder / 'model'}")
+    if (folder / "manifest.json").is_file():
+        raise UserError(
+            f"{folder} is a checkpoint, which --resume goes on from; give best or model in the run's folder"
+        )
     settings = _read_settings(folder / "config.json")
     for file in ("model.safetensors", "pytorch_model.bin"):
         if (folder / file).is_file():
