@@ -108,11 +108,13 @@ def splits_during(config: Config) -> list[str]:
 def _entries(path: Path) -> list[dict[str, Any]]:
     """Read `metrics.jsonl`, as far as it was written whole."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:  # the process died while it wrote this line
             continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
     return entries
 
 
