@@ -97,13 +97,18 @@ def training_entry(progress: Progress, batches: int, lr: float, grad_norm: float
     }
 
 
-def not_finite(step: int, rows: np.ndarray, skipped_in_row: int) -> UserError:
-    """Return the error that ends a run whose gradient is not finite, before that reaches the weights.
+def not_finite(step: int, rows: np.ndarray | None, skipped_in_row: int) -> UserError:
+    """Return the error that ends a run whose gradient is not finite, before that reaches a checkpoint.
 
     Args:
-        rows: int [rows], numbers from 0 of the training rows to look at.
+        rows: int [rows], numbers from 0 of the training rows to look at; None if it may have been an earlier step.
         skipped_in_row: how many batches, this one included, were like this.
     """
+    if rows is None:
+        return shared_error(
+            f"loss or gradient is not finite at step {step} or shortly before: lower --lr or raise --warmup-ratio in a"
+            " new run, or --resume with --skip-nonfinite N, which looks at every step; checkpoints are whole"
+        )
     numbers = ", ".join(str(row + 1) for row in rows[:50]) + (", ..." if len(rows) > 50 else "")
     after = f" (the last of {skipped_in_row} in a row)" if skipped_in_row > 1 else ""
     return shared_error(
@@ -214,12 +219,13 @@ def train(config: Config, resume: bool, world: World) -> None:
 
     # 3. Where to begin.
 
+    encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
+
     def claim_folders() -> IO[str]:
         make_event_folder(tensorboard_dir, is_new=not resume)
         return claim(run_folder)
 
     lock = distributed.on_main(world, claim_folders)
-    encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
     progress = Progress(caches["train"].digest, encoder_digest)
     seed_rank(config.seed, world.rank)
     checkpoint = find_checkpoint(checkpoints, print) if resume and world.is_main else None
@@ -329,7 +335,7 @@ def train(config: Config, resume: bool, world: World) -> None:
                 sums = torch.stack([loss_sum, loss_sum.new_tensor(rows), loss_sum.new_tensor(tokens)])
                 progress.window = [*distributed.sum_over_ranks(world, sums).tolist(), elapsed_s]
                 if not watches_norm and not math.isfinite(progress.window[0] + float(grad_norm)):
-                    raise not_finite(progress.step, next(sampler.global_batches(progress.batch - 1)), 1)
+                    raise not_finite(progress.step, None, 1)
                 if logs and progress.window[1]:  # there may be nothing but batches passed over
                     log_training(report, training_entry(progress, len(sampler), lr, float(grad_norm)))
                     progress.window = [0.0, 0.0, 0.0, 0.0]
