@@ -177,6 +177,8 @@ def read_shape(folder: Path) -> EncoderShape:
 def _reading_errors(file: Path) -> Iterator[None]:
     try:
         yield
+    except FileNotFoundError:
+        raise UserError(f"cannot read weights from {file}: it is not there any more; put it back") from None
     except (OSError, SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read weights from {file}: {reason}; the file is damaged, fetch it again") from None
