@@ -97,13 +97,18 @@ def training_entry(progress: Progress, batches: int, lr: float, grad_norm: float
     }
 
 
-def not_finite(step: int, rows: np.ndarray, skipped_in_row: int) -> UserError:
-    """Return the error that ends a run whose gradient is not finite, before that reaches the weights.
+def not_finite(step: int, rows: np.ndarray | None, skipped_in_row: int) -> UserError:
+    """Return the error that ends a run whose gradient is not finite, before that reaches a checkpoint.
 
     Args:
-        rows: int [rows], numbers from 0 of the training rows to look at.
+        rows: int [rows], numbers from 0 of the training rows to look at; None if it may have been an earlier step.
         skipped_in_row: how many batches, this one included, were like this.
     """
+    if rows is None:
+        return shared_error(
+            f"loss or gradient is not finite at step {step} or shortly before: lower --lr or raise --warmup-ratio in a"
+            " new run, or --resume with --skip-nonfinite N, which looks at every step; checkpoints are whole"
+        )
     numbers = ", ".join(str(row + 1) for row in rows[:50]) + (", ..." if len(rows) > 50 else "")
     after = f" (the last of {skipped_in_row} in a row)" if skipped_in_row > 1 else ""
     return shared_error(
@@ -182,6 +187,9 @@ def train(config: Config, resume: bool, world: World) -> None:
     tensorboard_dir = Path(config.tensorboard_dir or run_folder / "tensorboard")
     checkpoints = run_folder / "checkpoints"
     config, encoder, files, caches = distributed.once_per_node(world, lambda: prepare(config, world.local_rank != 0))
+    digests = distributed.gather_objects(world, {split: cache.digest for split, cache in caches.items()})
+    if differing := [split for split in caches if len({digest.get(split) for digest in digests}) > 1]:
+        raise shared_error(f"the nodes have different files for {differing[0]}; give all of them the same")
     weights = class_weights(config.class_weights, caches["train"].labels, config.classes)
     weights = weights if weights is None else weights.to(world.device)
 
@@ -214,12 +222,13 @@ def train(config: Config, resume: bool, world: World) -> None:
 
     # 3. Where to begin.
 
+    encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
+
     def claim_folders() -> IO[str]:
         make_event_folder(tensorboard_dir, is_new=not resume)
         return claim(run_folder)
 
     lock = distributed.on_main(world, claim_folders)
-    encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
     progress = Progress(caches["train"].digest, encoder_digest)
     seed_rank(config.seed, world.rank)
     checkpoint = find_checkpoint(checkpoints, print) if resume and world.is_main else None
@@ -229,7 +238,7 @@ def train(config: Config, resume: bool, world: World) -> None:
         progress = load_progress(checkpoint)
         for what, before, now in zip(("rows", "weights"), (progress.train_digest, progress.encoder_digest), inputs):
             if before != now:
-                raise shared_error(f"the training {what} differ from those that {run_folder} was started with")
+                raise UserError(f"the training {what} differ from those that {run_folder} was started with")
         load_checkpoint(checkpoint, progress, optimizer, vocabulary, config.seed, world)
     model = distributed.wrap_model(classifier, world, kernels.mean_of if kernels else None)
     during = splits_during(config)
@@ -263,12 +272,16 @@ def train(config: Config, resume: bool, world: World) -> None:
                 return False
             accuracy = found["dev"]["accuracy"]
             is_best = accuracy > progress.best_accuracy
-            progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
-            progress.evaluation_due = False
             say_evaluation(report, progress.step, found, is_best)
             if is_best:
+                try:
+                    export_to("best")
+                except UserError:
+                    save()  # with the evaluation still due, so that no step is lost
+                    raise
                 progress.best_accuracy, progress.best_step = accuracy, progress.step
-                export_to("best")
+            progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
+            progress.evaluation_due = False
             return True
 
         def export_to(name: str) -> None:
@@ -329,7 +342,7 @@ def train(config: Config, resume: bool, world: World) -> None:
                 sums = torch.stack([loss_sum, loss_sum.new_tensor(rows), loss_sum.new_tensor(tokens)])
                 progress.window = [*distributed.sum_over_ranks(world, sums).tolist(), elapsed_s]
                 if not watches_norm and not math.isfinite(progress.window[0] + float(grad_norm)):
-                    raise not_finite(progress.step, next(sampler.global_batches(progress.batch - 1)), 1)
+                    raise not_finite(progress.step, None, 1)
                 if logs and progress.window[1]:  # there may be nothing but batches passed over
                     log_training(report, training_entry(progress, len(sampler), lr, float(grad_norm)))
                     progress.window = [0.0, 0.0, 0.0, 0.0]

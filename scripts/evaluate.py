@@ -3,7 +3,7 @@
     python scripts/evaluate.py --model runs/NAME/model --file fr=fr.tsv --file de=de.tsv
     python scripts/evaluate.py --model runs/NAME/model --file sample_data/test.*.tsv --json table.json
 
-Files are labelled as for training (see README.md); a file without NAME= is called by its own name.
+Files are labelled as for training (see docs/data.md); a file without NAME= is called by its own name.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def write_events(
 
 
 def main() -> None:
-    parser = OneLineParser(description="Evaluate a trained model on labelled files.")
+    parser = OneLineParser(description="Evaluate a trained model on labelled files.", allow_abbrev=False)
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder that train.py wrote")
     parser.add_argument(
         "--file",

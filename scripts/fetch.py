@@ -21,7 +21,9 @@ CHOICES = ("sst2", *BUNDLE_URLS)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = OneLineParser(description="Fetch data and encoders into the cache, for machines without internet.")
+    parser = OneLineParser(
+        description="Fetch data and encoders into the cache, for machines without internet.", allow_abbrev=False
+    )
     what = f"{', '.join(CHOICES)} (default: sst2 xlmr.base)"
     parser.add_argument("names", nargs="*", metavar="NAME", help=what)
     parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"default: {cache_dir()}")

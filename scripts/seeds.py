@@ -18,6 +18,7 @@ from pathlib import Path
 
 from sst2_xlmr.arguments import OneLineParser, parse_args
 from sst2_xlmr.config import UserError, exit_on_user_error
+from sst2_xlmr.signals import SIGNALS
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -54,11 +55,11 @@ def run(options: list[str], folder: Path, seed: int) -> int:
             return 0
     print(f"seed {seed}: {folder}", flush=True)
     with subprocess.Popen([sys.executable, str(TRAIN), *options]) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # or training would go on alone
+        # Training saves and ends, and this waits for it; without, training would go on alone. Ctrl-C it gets twice.
+        before = {number: signal.signal(number, lambda sent, _: process.send_signal(sent)) for number in SIGNALS}
         status = process.wait()
-        signal.signal(signal.SIGTERM, before)
-    if status == 0 and not (folder / "model").is_dir():
-        raise UserError(f"{folder} was stopped before its end; the same command continues it")
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return status if status >= 0 else 128 - status
 
 

@@ -20,8 +20,10 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments:"):
-            given = message.split(":", 1)[1].split()[0]
-            near = difflib.get_close_matches(given, self._option_string_actions, 1)
+            given = message.split(":", 1)[1].split()[0].split("=")[0]
+            flags = [known for known in self._option_string_actions if known.startswith("--")]
+            near = difflib.get_close_matches(given, flags, 1, 0.7)
+            near = near or [known for known in flags if given.startswith("--") and given[2:] in known.split("-")]
             raise UserError(f"unknown argument {given}; " + (f"did you mean {near[0]}?" if near else "see --help"))
         raise UserError(f"{message}; see --help")
 

@@ -22,8 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sst2_xlmr.compact_vocab import TABLE_NAME
-from sst2_xlmr.config import Config
-from sst2_xlmr.distributed import World, gather_objects, on_main, shared_error
+from sst2_xlmr.distributed import World, gather_objects, on_main
 from sst2_xlmr.files import Deferred, Finisher, digest_of, disk_errors, sync_files, sync_folder, write_tensors
 from sst2_xlmr.optim import AdamW, Slot, join_master
 
@@ -214,9 +213,8 @@ def _reading(checkpoint: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise shared_error(
-            f"cannot read the checkpoint {checkpoint}: {reason}; remove it to use the one before"
-        ) from None
+        # Not shared: it may be one node that cannot read it, and must say so itself.
+        raise UserError(f"cannot read the checkpoint {checkpoint}: {reason}; remove it to use the one before") from None
 
 
 def load_progress(checkpoint: Path) -> Progress:

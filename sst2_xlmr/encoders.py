@@ -85,9 +85,15 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         return Encoder(name, BUNDLE_SHAPES[name], weights_file, tokenizer_file)
     folder = Path(name)
     if not folder.is_dir():
-        raise UserError(f"encoder or model {name}: neither {' nor '.join(BUNDLE_SHAPES)} nor a folder that is there")
+        raise UserError(
+            f"encoder or model {name}: neither {' nor '.join(BUNDLE_SHAPES)} nor a folder that is there; check the path"
+        )
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is the folder of a run; give the model in it, {folder / 'model'}")
+    if (folder / "manifest.json").is_file():
+        raise UserError(
+            f"{folder} is a checkpoint, which --resume goes on from; give best or model in the run's folder"
+        )
     settings = _read_settings(folder / "config.json")
     for file in ("model.safetensors", "pytorch_model.bin"):
         if (folder / file).is_file():
@@ -173,6 +179,8 @@ def read_shape(folder: Path) -> EncoderShape:
 def _reading_errors(file: Path) -> Iterator[None]:
     try:
         yield
+    except FileNotFoundError:
+        raise UserError(f"cannot read weights from {file}: it is not there any more; put it back") from None
     except (OSError, SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read weights from {file}: {reason}; the file is damaged, fetch it again") from None

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sst2_xlmr.config import OPTIONS, Config, flag, shown
+from sst2_xlmr.config import OPTIONS, Config, flag, named_file, shown
 
 _HUB_NAMES = {"xlmr.base": "FacebookAI/xlm-roberta-base", "xlmr.large": "FacebookAI/xlm-roberta-large"}
 _PACKAGES = ("torch", "torchtext", "torchdata", "numpy", "safetensors")
@@ -44,7 +44,8 @@ def write_card(
     encoder = _HUB_NAMES.get(config.encoder, Path(config.encoder).name)
     base = [f"base_model: {encoder}"] if config.encoder in _HUB_NAMES else []
     files = [Path(config.data_dir).name] if config.data_dir else []
-    files += [Path(file).name for file in (config.train_file, config.dev_file, *config.test_file) if file]
+    more = (named_file(value)[1] for value in config.eval_file)
+    files += [Path(file).name for file in (config.train_file, config.dev_file, *more, *config.test_file) if file]
     results = [
         (Path(e["split"]).name, f"{e['rows']:,}", *(f"{e[key]:.4f}" for key in ("accuracy", "macro_f1", "loss")))
         for e in evaluations

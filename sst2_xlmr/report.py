@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -108,11 +108,13 @@ def splits_during(config: Config) -> list[str]:
 def _entries(path: Path) -> list[dict[str, Any]]:
     """Read `metrics.jsonl`, as far as it was written whole."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:  # the process died while it wrote this line
             continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
     return entries
 
 
@@ -127,13 +129,18 @@ def _cut_metrics(path: Path, last_step: int, written_again: list[str]) -> None:
 
 
 def say(report: Report, text: str) -> None:
-    """Print a line, above the bar if there is one."""
+    """Print a line, above the bar if there is one; training goes on if nobody can read it."""
     if report.metrics is None:
         return
-    if report.bar is not None:
-        report.bar.write(text, file=sys.stdout)
-    else:
-        print(text, flush=True)
+    try:
+        if report.bar is not None:
+            report.bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+    except OSError as error:  # its reader is gone (`head`), or the log's disk full: no reason to end a run of hours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):
+            print(f"warning: cannot write to standard output: {error.strerror}; going on without", file=sys.stderr)
 
 
 def advance(report: Report) -> None:

@@ -256,3 +256,10 @@ def test_pickles_with_code_are_not_run(folder: Path, tmp_path: Path) -> None:
 def test_what_is_no_encoder_is_named() -> None:
     with pytest.raises(UserError, match="xlmr.huge: neither xlmr.base nor xlmr.large"):
         find_encoder("xlmr.huge")
+
+
+def test_weights_that_go_away_during_a_run(folder: Path) -> None:
+    encoder = find_encoder(str(folder))
+    encoder.weights_file.unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors: it is not there any more; put it back"):
+        pretrained_table(encoder)

@@ -194,6 +194,8 @@ def test_an_encoder_without_head_and_a_runs_folder_are_refused(
     run = run_train(tmp_path / "run", "--max-steps", 1)
     with pytest.raises(UserError, match="is the folder of a run; give the model in it, .*run/model"):
         find_encoder(str(run))
+    with pytest.raises(UserError, match="step-00000001 is a checkpoint, .*; give best or model in the run's folder"):
+        find_encoder(str(run / "checkpoints" / "step-00000001"))
 
 
 def test_training_writes_a_card_without_paths(run_train: Callable[..., Path], small_data: Path, tmp_path: Path) -> None:
@@ -225,4 +227,6 @@ def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -
     assert "base_model: FacebookAI/xlm-roberta-base\n" in card
     assert "# Text classifier: 50 classes\n" in card
     assert "5 rows train; from SST-2 of the GLUE benchmark." in card
+    given = Config(data_dir="/data/films", eval_file=["fr=/data/fr.tsv"], test_file=["/data/de.tsv"])
+    assert "; from films, fr.tsv, de.tsv." in write_card(given, ["a", "b"], {"train": 5, "fr": 2, "de": 2}, [], 3)
     assert "| `--text-column` | a\\|b |" in card

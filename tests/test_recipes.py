@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from conftest import ROOT, metrics, train_options, user_error
 
 from sst2_xlmr.arguments import parse_args
 from sst2_xlmr.config import UserError
+from sst2_xlmr.run_folder import claim
 
 sys.path.insert(0, str(ROOT / "scripts"))
 seeds = importlib.import_module("seeds")
@@ -112,17 +114,24 @@ def test_a_failing_run_ends_it_with_its_status(tmp_path: Path, capfd: pytest.Cap
     assert "seed 2" not in printed.out
 
 
-def test_a_run_that_is_terminated_ends_it(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_run_that_is_stopped_ends_it(
+    number: signal.Signals, tiny_encoder: Path, small_data: Path, tmp_path: Path
+) -> None:
     options = train_options(tiny_encoder, small_data, tmp_path / "all", "--epochs", 100_000)
     command = [sys.executable, str(ROOT / "scripts" / "seeds.py"), "--seeds", "1,2", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout
         for line in process.stdout:
             if line.startswith("step "):
-                process.terminate()
+                # A terminal's Ctrl-C goes to both processes.
+                os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
                 break
-        rest = process.stdout.read()  # ends when the training process has ended too
-    assert process.returncode != 0
+        assert process.wait() == 128 + number
+        # Training has ended before: the same command, given at once, does not find its folder in use.
+        claim(tmp_path / "all" / "seed-1").close()
+        rest = process.stdout.read()
+    assert f"by {number.name} after step" in rest
     assert "seed 2" not in rest
     assert not (tmp_path / "all" / "seed-2").exists()
 

@@ -149,6 +149,28 @@ def test_full_disk_leaves_the_checkpoints_before_whole(
     assert logged(small_disk / "run") == logged(tmp_path / "whole")
 
 
+def test_encoder_that_goes_away_costs_no_step(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The untrained rows of the table are read again when a model is written."""
+    whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    encoder = Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
+    options = ["--max-steps", 1000, "--eval-every", 1000, "--save-every", 1000, "--batch-size", 1]
+    lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()
+    (small_data / "train.tsv").write_text("\n".join([lines[0], *lines[1:] * 25]) + "\n", encoding="utf-8")
+    with started([*launcher(1), "train.py", *train_options(encoder, small_data, run, *options)], log) as process:
+        wait_for(log, "step ", process)
+        encoder.rename(tmp_path / "away")
+        assert process.wait(timeout=60) == 2, log.read_text()
+    assert "model.safetensors: it is not there any more" in log.read_text()
+    assert (run / "checkpoints" / "step-00001000").is_dir()
+    (tmp_path / "away").rename(encoder)
+    train.main(["--resume", "--output-dir", str(run)])
+    train.main(train_options(encoder, small_data, whole, *options))
+    assert digests(run) == digests(whole)
+    assert logged(run) == logged(whole)
+
+
 def test_folder_that_becomes_read_only(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     words = train_options(tiny_encoder, small_data, run, "--max-steps", 2000, "--save-every", 50)
