@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sst2_xlmr.compact_vocab import TABLE_NAME
+from sst2_xlmr.config import Config, UserError
 from sst2_xlmr.distributed import World, gather_objects, on_main
 from sst2_xlmr.files import Deferred, Finisher, digest_of, disk_errors, sync_files, sync_folder, write_tensors
 from sst2_xlmr.optim import AdamW, Slot, join_master
