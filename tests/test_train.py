@@ -255,6 +255,25 @@ def test_training_goes_on_without_a_reader(tiny_encoder: Path, small_data: Path,
     assert (tmp_path / "run" / "model").is_dir()
 
 
+def test_nodes_with_other_files_are_noticed(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(small_data, tmp_path / "data1"))
+    with (other / "dev.tsv").open("a") as file:
+        file.write("one row more\t1\n")
+    small_data.rename(tmp_path / "data0")
+    program = tmp_path / "of_my_node.py"
+    program.write_text(
+        "import os, sys, train\n"
+        "sys.argv = [word.replace('data-of-this-node', 'data' + os.environ['RANK']) for word in sys.argv]\n"
+        "train.exit_on_user_error(train.main)\n"
+    )
+    words = train_options(tiny_encoder, tmp_path / "data-of-this-node", tmp_path / "run")
+    command, env = [*launcher(2), str(program), *words], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1
+    assert "error: the nodes have different files for dev; give all of them the same" in done.stderr
+
+
 def test_early_stopping(run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_train(tmp_path / "run", "--epochs", 50, "--lr", 1e-9, "--early-stopping-patience", 2)
     assert [line["step"] for line in metrics(run) if "split" in line] == [7, 14, 21]
