@@ -15,7 +15,7 @@ fi
 scripts/setup.sh small-encoder
 .venv/bin/python scripts/fetch_small_encoder.py models/small
 .venv/bin/python train.py --device cpu --encoder models/small --data-dir sample_data \
-    --test-file sample_data/test.*.tsv --batch-size 16 --lr 1e-4 --epochs 8 --layerwise-lr-decay 0.9 --output-dir "$run"
+    --test-file sample_data/test.*.tsv --batch-size 16 --lr 6e-5 --epochs 5 --layerwise-lr-decay 0.9 --dropout 0.2 --output-dir "$run"
 echo
 .venv/bin/python - "$run/metrics.jsonl" <<'PYTHON'
 import json, sys
