@@ -28,7 +28,7 @@ print(f"mean of other languages    {sum(languages) / len(languages):.4f}  ({len(
 PYTHON
 echo
 .venv/bin/python scripts/predict.py --model "$run/model" \
-    "The plot is thin, but I grinned from the first scene to the last." \
+    "I grinned from the first scene to the last." \
     "Two hours of my life that nobody will give back." \
     "Das Essen war kalt und der Kellner unfreundlich." \
     "这家酒店干净又安静,我们还会再来。"
