@@ -221,7 +221,6 @@ def train(config: Config, resume: bool, world: World) -> None:
     total_steps = config.max_steps or config.epochs * len(sampler)
 
     # 3. Where to begin.
-
     encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
 
     def claim_folders() -> IO[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sst2_xlmr.config import OPTIONS, Config, flag, named_file, shown
+from sst2_xlmr.run_folder import read_metrics
 
 _HUB_NAMES = {"xlmr.base": "FacebookAI/xlm-roberta-base", "xlmr.large": "FacebookAI/xlm-roberta-large"}
 _PACKAGES = ("torch", "torchtext", "torchdata", "numpy", "safetensors")
@@ -18,8 +18,7 @@ _PACKAGES = ("torch", "torchtext", "torchdata", "numpy", "safetensors")
 def last_evaluations(metrics_file: Path, step: int) -> list[dict[str, Any]]:
     """Return the lines of `metrics.jsonl` that evaluate the model as it was after `step`, the last one per file."""
     found = {}
-    for line in metrics_file.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+    for entry in read_metrics(metrics_file):
         if "split" in entry and entry["step"] == step:
             found[entry["split"]] = entry
     return list(found.values())

@@ -20,6 +20,7 @@ from sst2_xlmr.evaluate import Evaluation
 from sst2_xlmr.files import write_text
 from sst2_xlmr.memory import used_memory_gb
 from sst2_xlmr.metrics import mean_of
+from sst2_xlmr.run_folder import read_metrics
 from sst2_xlmr.tensorboard import (
     SCALARS,
     begin_hparams,
@@ -105,24 +106,11 @@ def splits_during(config: Config) -> list[str]:
     return ["dev", *(name for name, _ in map(named_file, config.eval_file))]
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl`, as far as it was written whole."""
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the process died while it wrote this line
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append(entry)
-    return entries
-
-
 def _cut_metrics(path: Path, last_step: int, written_again: list[str]) -> None:
     """Remove the lines that a run that goes on after `last_step` will write; see `cut_events`."""
     kept = [
         entry
-        for entry in _entries(path)
+        for entry in read_metrics(path)
         if entry["step"] <= last_step and not (entry["step"] == last_step and entry.get("split") in written_again)
     ]
     write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
@@ -156,7 +144,6 @@ def _disk_errors(report: Report) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        assert report.metrics is not None
         raise UserError(
             f"cannot write metrics to {report.metrics.name}: {error.strerror}; make room and continue with --resume"
         ) from None
@@ -254,7 +241,7 @@ def log_end(report: Report, step: int) -> None:
     """Mark the run as finished; if other files than dev were evaluated, make a table of their last metrics."""
     if report.metrics is None or report.tensorboard is None:
         return
-    last = {entry["split"]: entry for entry in _entries(Path(report.metrics.name)) if "split" in entry}
+    last = {entry["split"]: entry for entry in read_metrics(Path(report.metrics.name)) if "split" in entry}
     others = {split: last[split] for split in report.files if split != "dev" and split in last}
     with _disk_errors(report):
         if others:

@@ -1,4 +1,4 @@
-"""The run's folder: one process at a time, its `config.json`, and what a process that was killed has left in it."""
+"""The run's folder: one process at a time, its `config.json` and metrics, and what a killed process has left in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from sst2_xlmr.config import LOCK_NAME, Config, UserError
 from sst2_xlmr.files import restore_folder, write_text
@@ -59,6 +59,19 @@ def write_config(run_folder: Path, config: Config, resume: bool) -> None:
         write_text(target, json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {target}: {error.strerror}; make room, or take another folder") from None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of `metrics.jsonl`, as far as they were written whole."""
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the process died while it wrote this line
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+    return entries
 
 
 def clean_up(run_folder: Path) -> None:

@@ -117,7 +117,7 @@ def test_quota_ends_with_one_line_and_nothing_half_written(
     """A limit on the size of a file, which is less than the moments need."""
     options = train_options(tiny_encoder, small_data, tmp_path / "run", "--epochs", 1, "--save-every", 3)
     line = run_until_it_fails(options, limit_bytes=250_000)
-    assert "step-00000003: File too large; make room, then continue" in line
+    assert "step-00000003: File too large; make room, then continue (training: with --resume)" in line
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
@@ -139,7 +139,7 @@ def test_full_disk_leaves_the_checkpoints_before_whole(
     options = ["--epochs", 2, "--save-every", 3]
     train.main(train_options(tiny_encoder, small_data, tmp_path / "whole", *options))
     line = run_until_it_fails(train_options(tiny_encoder, small_data, small_disk / "run", *options))
-    assert "No space left on device; make room" in line
+    assert "No space left on device; make room, then continue (training: with --resume)" in line
     found = find_checkpoint(small_disk / "run" / "checkpoints", pytest.fail)
     assert found is not None
     assert not list((small_disk / "run").rglob("*.tmp"))
