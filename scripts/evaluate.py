@@ -17,7 +17,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from sst2_xlmr import sources
-from sst2_xlmr.arguments import OneLineParser, add_option
+from sst2_xlmr.arguments import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, UserError, exit_on_user_error, named_file
 from sst2_xlmr.data import columns_of
 from sst2_xlmr.distributed import World, choose_device, choose_precision
@@ -107,7 +107,7 @@ def write_events(
 
 def main() -> None:
     parser = OneLineParser(description="Evaluate a trained model on labelled files.", allow_abbrev=False)
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder that train.py wrote")
+    add_model_options(parser)
     parser.add_argument(
         "--file",
         required=True,
@@ -120,12 +120,7 @@ def main() -> None:
         add_option(parser, name)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write scalars and pictures there")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="ROWS", help="rows per forward pass [64]")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="[auto]")
     arguments = parser.parse_args()
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size must be 1 or more, not {arguments.batch_size}")
     files = name_files(arguments.file)
     check_outputs(arguments.json, arguments.tensorboard)
     keep_freed_memory()

@@ -23,7 +23,7 @@ from typing import Callable, TextIO
 
 from tqdm import tqdm
 
-from sst2_xlmr.arguments import OneLineParser, add_option
+from sst2_xlmr.arguments import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, UserError, exit_on_user_error, flag
 from sst2_xlmr.data import Example, check_text, columns_of, in_chunks, listed, read_examples
 from sst2_xlmr.distributed import choose_device, choose_precision
@@ -44,10 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         allow_abbrev=False, description="Classify texts: label and probability for each, in the order of the texts."
     )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder that train.py wrote")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="ROWS", help="texts per forward pass [64]")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="[auto]")
+    add_model_options(parser)
     parser.add_argument(
         "--input", type=Path, metavar="FILE", help="texts: a .tsv, .csv or .jsonl file, perhaps with .gz"
     )
@@ -61,8 +58,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
     arguments = parser.parse_args(argv)
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size must be 1 or more, not {arguments.batch_size}")
     if arguments.input and arguments.sentences:
         raise UserError(f"--input and a sentence, {arguments.sentences[0][:40]!r}: leave one of them away")
     for name in COLUMN_OPTIONS:
