@@ -127,12 +127,13 @@ def sync_files(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(what: str, beside: Path) -> Iterator[None]:
+def disk_errors(what: str, beside: Path | None = None) -> Iterator[None]:
     """Turn an error of writing (a full disk, say) into the user's, and remove the half-written folder `beside`."""
     try:
         yield
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
         reason = error.strerror or error
         raise UserError(f"cannot write {what}: {reason}; make room, then continue (training: with --resume)") from None
 

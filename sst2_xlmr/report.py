@@ -6,8 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from sst2_xlmr.config import Config, UserError, named_file
 from sst2_xlmr.evaluate import Evaluation
-from sst2_xlmr.files import write_text
+from sst2_xlmr.files import disk_errors, write_text
 from sst2_xlmr.memory import used_memory_gb
 from sst2_xlmr.metrics import mean_of
 from sst2_xlmr.run_folder import read_metrics
@@ -91,7 +90,7 @@ def open_report(
         _cut_metrics(path, first_step, written_again)
         cut_events(tensorboard_dir, first_step, written_again)
         metrics = path.open("a", encoding="utf-8")
-        tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1)
+        tensorboard = SummaryWriter(str(tensorboard_dir))
         begin_hparams(tensorboard, config, list(files))
     except OSError as error:
         raise UserError(f"cannot write metrics to {error.filename or tensorboard_dir}: {error.strerror}") from None
@@ -137,16 +136,9 @@ def advance(report: Report) -> None:
         report.bar.update()
 
 
-@contextmanager
-def _disk_errors(report: Report) -> Iterator[None]:
-    """Turn errors of writing into the user's."""
+def _disk_errors(report: Report) -> AbstractContextManager[None]:
     assert report.metrics is not None
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write metrics to {report.metrics.name}: {error.strerror}; make room and continue with --resume"
-        ) from None
+    return disk_errors(f"metrics to {report.metrics.name}")
 
 
 def _write(report: Report, entry: dict[str, Any], scalars: dict[str, float]) -> None:
@@ -263,11 +255,10 @@ def log_save(report: Report, step: int, saved: tuple[int, float] | None) -> None
 
 
 def sync_report(report: Report) -> None:
-    """Bring all that was logged to the disk, so that no checkpoint is ahead of it."""
-    if report.metrics is not None and report.tensorboard is not None:
+    """Bring metrics to the disk, so that no checkpoint is ahead of them."""
+    if report.metrics is not None:
         with _disk_errors(report):
             os.fsync(report.metrics.fileno())
-            report.tensorboard.flush()
 
 
 def _clock(seconds: float) -> str:

@@ -55,7 +55,9 @@ def cut_events(folder: Path, last_step: int, written_again: list[str]) -> None:
     """Remove from a folder's events what a run that goes on after `last_step` will write.
 
     SummaryWriter's `purge_step` asks TensorBoard to hide it, which its default data server does not do: it hides
-    points only of tags that are written again.
+    points only of tags that are written again. The files also get names that come before every new one: TensorBoard
+    reads in the order of names, which begin with the second, so that two starts in one second, or on a node whose
+    clock is behind, would be read the wrong way round.
 
     Args:
         written_again: splits that will be evaluated (once more) at `last_step`.
@@ -66,7 +68,8 @@ def cut_events(folder: Path, last_step: int, written_again: list[str]) -> None:
         is_again = tag.startswith("_hparams_") or (step == last_step and tag.startswith(again))
         return step <= last_step and not is_again
 
-    for file in event_files(folder):
+    for number, newest_name in enumerate(event_files(folder)):
+        file = newest_name.rename(folder / f"events.out.tfevents.{number:010}")
         beside = folder / "cut.tmp"  # TensorBoard reads all that has "tfevents" in its name
         beside.unlink(missing_ok=True)
         with beside.open("xb") as opened:

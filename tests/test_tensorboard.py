@@ -380,9 +380,22 @@ def test_a_full_disk_is_a_users_error(
             patched.setattr(report, name, full)
             options = ["--epochs", 1, "--eval-file", f"de={DE}"]
             line = user_error(partial(run_train, tmp_path / name, *options), capsys)
-        assert "No space left on device; make room and continue with --resume" in line
+        assert "No space left on device; make room, then continue (training: with --resume)" in line
         train.main(["--resume", "--output-dir", str(tmp_path / name)])
         assert steps(opened(tmp_path / name / "tensorboard"))["accuracy by file"] == [7]
+
+
+def test_a_start_by_another_clock_is_read_in_order(run_train: RunTrain, tmp_path: Path) -> None:
+    """Files are read in the order of their names, which begin with the second; a requeued job's clock may be behind."""
+    run = run_train(tmp_path / "run", "--epochs", 1, "--save-every", 5, "--keep-checkpoints", 2)
+    for file in event_files(run / "tensorboard"):
+        file.rename(file.with_name("events.out.tfevents.9999999999.another-node.1.0"))
+    shutil.rmtree(run / "checkpoints" / "step-00000007")
+    train.main(["--resume", "--output-dir", str(run)])
+    first, second = event_files(run / "tensorboard")
+    assert first.name == "events.out.tfevents.0000000000"
+    assert "another-node" not in second.name
+    assert steps(opened(run / "tensorboard"))["train/loss"] == list(range(1, 8))
 
 
 def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
