@@ -239,7 +239,9 @@ def train(config: Config, resume: bool, world: World) -> None:
             if before != now:
                 raise UserError(f"the training {what} differ from those that {run_folder} was started with")
         load_checkpoint(checkpoint, progress, optimizer, vocabulary, config.seed, world)
-    model = distributed.wrap_model(classifier, world, kernels.mean_of if kernels else None)
+    # On one machine's CPU, processes share memory; all others exchange gradients through DDP.
+    shares = optimizer.share_memory(world)
+    model = classifier if shares else distributed.wrap_model(classifier, world, kernels.mean_of if kernels else None)
     during = splits_during(config)
     at_end = [split for split in files if split not in ("train", *during)]
 

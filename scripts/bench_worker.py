@@ -168,7 +168,8 @@ def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
         sampler = GlobalBatchSampler(lengths, config.batch_size, config.seed, world.rank, world.world_size)
         loader = build_loader(spec.caches[split], sampler, config, pin_memory=world.device.type == "cuda")
         feeds[split] = (sampler, loader)
-    model = distributed.wrap_model(classifier, world, classifier.kernels.mean_of if classifier.kernels else None)
+    mean_of = classifier.kernels.mean_of if classifier.kernels else None
+    model = classifier if optimizer.share_memory(world) else distributed.wrap_model(classifier, world, mean_of)
     model.train()
 
     def run_epoch(split: str, epoch: int, mark: Callable[[str], None]) -> tuple[float, float]:

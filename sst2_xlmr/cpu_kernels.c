@@ -435,16 +435,41 @@ void attention_backward(const Attention *a, const real *dout, real *dq, real *dk
 
 /* One parameter. With bf16 weights, `low` has what rounding took from the fp32 master weights: bits of the master =
  * (bits of the weight << 16) + low. Together they have the master's 4 bytes, and it need not be read beside them
- * (https://arxiv.org/abs/2010.06192). `grad` is fp32 if `fp32_grads` is set, else of the weights' type.
+ * (https://arxiv.org/abs/2010.06192).
  */
 typedef struct {
-    const void *grad;
+    const void *grad; /* of the first process; see Gradients */
     real *weights;
     int16_t *low;
     float *mean, *square; /* moments */
     int64_t n;
     float rate, decay; /* lr / bias correction of the mean; lr * weight decay */
 } Parameter;
+
+/* Where the gradients are: those of several processes that share memory lie `stride` bytes apart, and their mean counts. */
+typedef struct {
+    int64_t stride;
+    int32_t processes, is_fp32; /* fp32, else of the weights' type */
+} Gradients;
+
+/* to [n] = a parameter's gradient from `start` on */
+static void load_gradient(float *restrict to, const Parameter *p, const Gradients *gradients, int64_t start, int n) {
+    const char *from = p->grad;
+    for (int process = 0; process < gradients->processes; process++, from += gradients->stride) {
+        const float *wide = (const float *)from + start;
+        const real *values = (const real *)from + start;
+        if (process == 0 && gradients->is_fp32)
+            memcpy(to, wide, sizeof(float) * n);
+        else if (process == 0)
+            load(to, values, n);
+        else if (gradients->is_fp32)
+            for (int i = 0; i < n; i++) to[i] += wide[i];
+        else
+            for (int i = 0; i < n; i++) to[i] += widen(values[i]);
+    }
+    if (gradients->processes > 1)
+        for (int i = 0; i < n; i++) to[i] /= gradients->processes;
+}
 
 /* Values of this thread: [*from, *to) of n, cut at whole cache lines. */
 static void my_part(int64_t n, int64_t *from, int64_t *to) {
@@ -455,7 +480,7 @@ static void my_part(int64_t n, int64_t *from, int64_t *to) {
 }
 
 /* The sum of squares of all gradients. */
-double square_sum(const Parameter *parameters, int count, int fp32_grads, int threads) {
+double square_sum(const Parameter *parameters, int count, const Gradients *gradients, int threads) {
     double *sums = calloc(threads, sizeof(double)), total = 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -464,17 +489,11 @@ double square_sum(const Parameter *parameters, int count, int fp32_grads, int th
             int64_t from, to;
             my_part(parameters[p].n, &from, &to);
             for (int64_t start = from; start < to; start += 4096) {
-                int64_t end = start + 4096 < to ? start + 4096 : to;
-                float sum = 0;
-                if (fp32_grads) {
-                    const float *grad = parameters[p].grad;
+                int n = to - start < 4096 ? to - start : 4096;
+                float grad[4096], sum = 0;
+                load_gradient(grad, &parameters[p], gradients, start, n);
 #pragma omp simd reduction(+ : sum)
-                    for (int64_t i = start; i < end; i++) sum += grad[i] * grad[i];
-                } else {
-                    const real *grad = parameters[p].grad;
-#pragma omp simd reduction(+ : sum)
-                    for (int64_t i = start; i < end; i++) sum += widen(grad[i]) * widen(grad[i]);
-                }
+                for (int i = 0; i < n; i++) sum += grad[i] * grad[i];
                 mine += sum;
             }
         }
@@ -524,8 +543,8 @@ static void update(const Parameter *p, const float *grad, int64_t from, int64_t 
 }
 
 /* One step (https://arxiv.org/abs/1711.05101). scale: of the gradients; root: 1 / sqrt(bias correction of the square). */
-void adamw(const Parameter *parameters, int count, int fp32_grads, float scale, float beta1, float beta2, float epsilon,
-           float root, int threads) {
+void adamw(const Parameter *parameters, int count, const Gradients *gradients, float scale, float beta1, float beta2,
+           float epsilon, float root, int threads) {
 #pragma omp parallel num_threads(threads)
     for (int p = 0; p < count; p++) {
         int64_t from, to;
@@ -533,10 +552,7 @@ void adamw(const Parameter *parameters, int count, int fp32_grads, float scale, 
         for (int64_t start = from; start < to; start += 1024) { /* in pieces that stay in the first-level cache */
             int64_t n = to - start < 1024 ? to - start : 1024;
             float grad[1024];
-            if (fp32_grads)
-                memcpy(grad, (const float *)parameters[p].grad + start, sizeof(float) * n);
-            else
-                load(grad, (const real *)parameters[p].grad + start, n);
+            load_gradient(grad, &parameters[p], gradients, start, n);
             for (int64_t i = 0; i < n; i++) grad[i] *= scale;
             update(&parameters[p], grad, start, n, beta1, beta2, epsilon, root);
         }

@@ -44,6 +44,12 @@ class _Attention(ctypes.Structure):
     )
 
 
+class Gradients(ctypes.Structure):
+    """Where AdamW finds gradients: fp32 or of the kernels' dtype, those of several processes `stride` bytes apart."""
+
+    _fields_ = (("stride", _L), ("processes", ctypes.c_int32), ("is_fp32", ctypes.c_int32))
+
+
 # One parameter for AdamW: numpy's description of the C struct.
 PARAMETER = np.dtype(
     [(name, np.uint64) for name in ("grad", "weights", "low", "mean", "square")]
@@ -60,8 +66,8 @@ _SIGNATURES = {
     "bias_gelu_backward": (_P, _P, _P, _L, _I, _I),
     "attention": (_P, _P, _P, _I),
     "attention_backward": (_P, _P, _P, _P, _P, _P, _I),
-    "square_sum": (_P, _I, _I, _I),
-    "adamw": (_P, _I, _I, *[ctypes.c_float] * 5, _I),
+    "square_sum": (_P, _I, _P, _I),
+    "adamw": (_P, _I, _P, *[ctypes.c_float] * 5, _I),
 }
 
 
@@ -212,23 +218,22 @@ class Kernels:
         threads = torch.get_num_threads()
         self.library.attention_backward(ctypes.byref(facts), grad.data_ptr(), *pointers, ctypes.byref(drop), threads)
 
-    def square_sum(self, parameters: np.ndarray, fp32_grads: bool) -> float:
+    def square_sum(self, parameters: np.ndarray, gradients: Gradients) -> float:
         """Return the sum of squares of all gradients; `parameters` is an array of PARAMETER."""
-        return float(
-            self.library.square_sum(parameters.ctypes.data, len(parameters), fp32_grads, torch.get_num_threads())
-        )
+        sizes = (parameters.ctypes.data, len(parameters), ctypes.byref(gradients))
+        return float(self.library.square_sum(*sizes, torch.get_num_threads()))
 
     def adamw(
         self,
         parameters: np.ndarray,
-        fp32_grads: bool,
+        gradients: Gradients,
         scale: float,
         betas: tuple[float, float],
         epsilon: float,
         root: float,
     ) -> None:
         """Make one step of AdamW; see the C source."""
-        sizes = (parameters.ctypes.data, len(parameters), fp32_grads)
+        sizes = (parameters.ctypes.data, len(parameters), ctypes.byref(gradients))
         self.library.adamw(*sizes, scale, *betas, epsilon, root, torch.get_num_threads())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from sst2_xlmr.compact_vocab import TABLE_NAME
-from sst2_xlmr.cpu_kernels import PARAMETER, Kernels
+from sst2_xlmr.cpu_kernels import PARAMETER, Gradients, Kernels
+from sst2_xlmr.distributed import World
+from sst2_xlmr.shared_memory import Meeting, Places, aligned_bytes, shared_bytes
 
 BETA1, BETA2 = 0.9, 0.999
 # RoBERTa's (https://arxiv.org/abs/1907.11692, table 10). With Adam's 1e-8, a weight whose gradient is only rounding
@@ -59,6 +62,13 @@ def join_master(weights: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     return ((weights.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
 
 
+def part_of(n: int, world: World) -> tuple[int, int]:
+    """Return which of n values, from one to before another, this rank updates: whole blocks of 64, as threads do."""
+    blocks = -(-n // 64)
+    start, stop = (blocks * rank // world.world_size * 64 for rank in (world.rank, world.rank + 1))
+    return min(start, n), min(stop, n)
+
+
 @dataclass
 class Slot:
     """One parameter and all that AdamW keeps for it.
@@ -80,6 +90,11 @@ class Slot:
     weight_decay: float
     lr_scale: float
     accumulator: torch.Tensor | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return all but the accumulator."""
+        found = (self.working.data, self.low, self.exp_avg, self.exp_avg_sq)
+        return [tensor for tensor in found if tensor is not None]
 
     def master(self) -> torch.Tensor:
         """Return the fp32 weights: a copy in bf16, the parameter's own tensor in fp32."""
@@ -122,6 +137,13 @@ def _update(
             target.copy_(half)
 
 
+def _leave_gradient(place: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Move a gradient that autograd has just made to `place`, where autograd adds to it, if there is more."""
+    if parameter.grad is not place:
+        assert parameter.grad is not None
+        parameter.grad = place.copy_(parameter.grad)
+
+
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile works on a CUDA device; it needs Triton."""
     try:
@@ -136,7 +158,8 @@ class AdamW:
 
     With `bf16`, the model's parameters become bf16, and the optimizer keeps the bits that they lack. A step is one
     pass over memory: it reads the gradient and writes moments and weights. On a CPU that is `cpu_kernels`, on CUDA a
-    compiled function; without either the same is done operation by operation, several times as slowly.
+    compiled function; without either the same is done operation by operation, several times as slowly. Processes of
+    one machine's CPU can do it together (`share_memory`).
 
     Attributes:
         slots: per parameter, in the model's order.
@@ -171,17 +194,57 @@ class AdamW:
             self.slots.append(Slot(name, parameter, low, first, second, decay, scale))
         self._kernels = kernels
         self._update: Callable[..., None] = torch.compile(_update, dynamic=True) if compile_step else _update
+        self._world = World(0, 1, 0, 1, torch.device("cpu"))  # those that make a step together
+        self._meeting: Meeting | None = None
         self._arguments = self._describe()
 
     def _describe(self) -> np.ndarray:
-        """Return the trained parameters for `Kernels.adamw`; gradients and rates are filled in at every step."""
+        """Return what this rank updates for `Kernels.adamw`; gradients and rates are filled in at every step."""
         arguments = np.zeros(len(list(self.trained())), PARAMETER)
         for line, (slot, exp_avg, exp_avg_sq) in zip(arguments, self.trained()):
-            low = 0 if slot.low is None else slot.low.data_ptr()
-            pointers = (slot.working.data_ptr(), low, exp_avg.data_ptr(), exp_avg_sq.data_ptr())
-            line["weights"], line["low"], line["mean"], line["square"] = pointers
-            line["n"] = slot.working.numel()
+            start, stop = part_of(slot.working.numel(), self._world)
+            tensors = {"weights": slot.working.data, "low": slot.low, "mean": exp_avg, "square": exp_avg_sq}
+            for name, tensor in tensors.items():
+                line[name] = 0 if tensor is None else tensor.data_ptr() + start * tensor.element_size()
+            line["n"] = stop - start
         return arguments
+
+    @torch.no_grad()
+    def share_memory(self, world: World) -> bool:
+        """Move weights, moments and gradients to memory that all ranks see, and from now on step together.
+
+        Every rank must call this, all with the same state. Each has the gradient of its rows then, not averaged;
+        `gradient_norm` and `step` wait for the others.
+
+        Returns:
+            False if there is no such memory; then nothing has changed.
+        """
+        if self._kernels is None or world.world_size == 1:
+            return False
+        slots = [slot for slot, _, _ in self.trained()]
+        state = [tensor for slot in slots for tensor in slot.tensors()]
+        memory = shared_bytes(world, aligned_bytes(state) + world.world_size * aligned_bytes([*self._weights()]))
+        if memory is None:
+            return False
+        places = Places(memory)
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            place = places.take(tensor)
+            return place.copy_(tensor) if world.is_main else place
+
+        for slot, exp_avg, exp_avg_sq in list(self.trained()):
+            slot.working.data = moved(slot.working.data)
+            slot.low = None if slot.low is None else moved(slot.low)
+            slot.exp_avg, slot.exp_avg_sq = moved(exp_avg), moved(exp_avg_sq)
+        for slot, place in zip(slots, places.take_for_ranks(world, [*self._weights()])):
+            slot.working.register_post_accumulate_grad_hook(partial(_leave_gradient, place))
+        self._world, self._meeting = world, Meeting(world)
+        self._arguments = self._describe()
+        self._meeting.sum(0)
+        return True
+
+    def _weights(self) -> Iterator[torch.Tensor]:
+        return (slot.working.data for slot, _, _ in self.trained())
 
     def trained(self) -> Iterator[tuple[Slot, torch.Tensor, torch.Tensor]]:
         """Yield (slot, first moment, second moment) of the parameters that are trained."""
@@ -194,14 +257,27 @@ class AdamW:
         for slot, _, _ in self.trained():
             assert slot.working.grad is not None
             if slot.accumulator is None:
-                slot.accumulator = torch.zeros_like(slot.working, dtype=torch.float32)
+                self._make_accumulators()
+            assert slot.accumulator is not None
             slot.accumulator += slot.working.grad
             slot.working.grad = None
 
+    def _make_accumulators(self) -> None:
+        slots = [slot for slot, _, _ in self.trained()]
+        places = [torch.zeros_like(slot.working.data, dtype=torch.float32) for slot in slots]
+        if self._meeting is not None:
+            memory = shared_bytes(self._world, self._world.world_size * aligned_bytes(places))
+            assert memory is not None  # since there was some before
+            places = Places(memory).take_for_ranks(self._world, places)
+        for slot, place in zip(slots, places):
+            slot.accumulator = place
+
     def average_accumulated(self, world_size: int) -> None:
         """Average the accumulators over all ranks, as DDP does with gradients."""
+        if world_size == 1 or self._meeting is not None:
+            return
         for slot, _, _ in self.trained():
-            if world_size > 1 and slot.accumulator is not None:
+            if slot.accumulator is not None:
                 dist.all_reduce(slot.accumulator)
                 slot.accumulator /= world_size
 
@@ -219,9 +295,21 @@ class AdamW:
         gradients = self._gradients(accumulated)
         if self._kernels is None:
             return torch.stack([gradient.float().square().sum() for gradient in gradients]).sum().sqrt()
-        self._arguments["grad"] = [gradient.data_ptr() for gradient in gradients]
-        fp32_grads = gradients[0].dtype == torch.float32
-        return torch.tensor(math.sqrt(self._kernels.square_sum(self._arguments, fp32_grads)))
+        places = self._locate(gradients)
+        if self._meeting is None:
+            return torch.tensor(math.sqrt(self._kernels.square_sum(self._arguments, places)))
+        self._meeting.sum(0)  # everybody's gradients are there
+        return torch.tensor(math.sqrt(self._meeting.sum(self._kernels.square_sum(self._arguments, places))))
+
+    def _locate(self, gradients: list[torch.Tensor]) -> Gradients:
+        """Tell the kernels where the gradients of all ranks are, given this rank's."""
+        world, size = self._world, gradients[0].element_size()
+        stride = aligned_bytes(gradients)
+        starts = [part_of(gradient.numel(), world)[0] for gradient in gradients]
+        self._arguments["grad"] = [
+            gradient.data_ptr() - world.rank * stride + start * size for gradient, start in zip(gradients, starts)
+        ]
+        return Gradients(stride, world.world_size, gradients[0].dtype == torch.float32)
 
     @torch.no_grad()
     def step(self, lr: float, norm: torch.Tensor, accumulated: bool = False) -> None:
@@ -239,10 +327,11 @@ class AdamW:
         rates = [(lr * slot.lr_scale / correction1, lr * slot.lr_scale * slot.weight_decay) for slot, _, _ in trained]
         gradients = self._gradients(accumulated)
         if self._kernels is not None:
-            self._arguments["grad"] = [gradient.data_ptr() for gradient in gradients]
             self._arguments["rate"], self._arguments["decay"] = zip(*rates)
-            fp32_grads = gradients[0].dtype == torch.float32
-            self._kernels.adamw(self._arguments, fp32_grads, float(scale), (BETA1, BETA2), EPSILON, root)
+            places = self._locate(gradients)
+            self._kernels.adamw(self._arguments, places, float(scale), (BETA1, BETA2), EPSILON, root)
+            if self._meeting is not None:
+                self._meeting.sum(0)  # everybody's part is updated
         else:
             scalars = {}
             for group in set(rates):

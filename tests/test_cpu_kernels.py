@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from sst2_xlmr.cpu_kernels import PARAMETER, Kernels, Packed, load_kernels
+from sst2_xlmr.cpu_kernels import PARAMETER, Gradients, Kernels, Packed, load_kernels
 from sst2_xlmr.optim import BETA1, BETA2, EPSILON, _update, join_master, split_master
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -350,14 +350,14 @@ def test_square_sum(kernels: Kernels, threads: int, fp32_grads: bool) -> None:
     found = parameters(kernels.dtype, fp32_grads)
     arguments = describe(found, [(0.0, 0.0)] * len(SIZES))
     expected = sum(float(grad.double().square().sum()) for grad, *_ in found if grad is not None)
-    total = kernels.square_sum(arguments, fp32_grads)
+    total = kernels.square_sum(arguments, Gradients(0, 1, fp32_grads))
     assert total == pytest.approx(expected, rel=1e-6)
-    assert kernels.square_sum(arguments, fp32_grads) == total
+    assert kernels.square_sum(arguments, Gradients(0, 1, fp32_grads)) == total
     for bad in (NAN, INF):
         grad = found[4][0]
         assert grad is not None
         grad[-1] = bad
-        assert not math.isfinite(kernels.square_sum(arguments, fp32_grads))
+        assert not math.isfinite(kernels.square_sum(arguments, Gradients(0, 1, fp32_grads)))
 
 
 @pytest.mark.parametrize("fp32_grads", [True, False])
@@ -370,7 +370,7 @@ def test_adamw(kernels: Kernels, threads: int, fp32_grads: bool) -> None:
         torch.set_num_threads(count)
         for step in range(1, 11):
             root = 1 / math.sqrt(1 - BETA2**step)
-            kernels.adamw(describe(run, rates), fp32_grads, 0.5, (BETA1, BETA2), EPSILON, root)
+            kernels.adamw(describe(run, rates), Gradients(0, 1, fp32_grads), 0.5, (BETA1, BETA2), EPSILON, root)
     for step in range(1, 11):
         for (grad, weights, low, mean, square), (rate, decay) in zip(runs[2], rates):
             assert grad is not None and weights is not None and mean is not None and square is not None
@@ -387,6 +387,33 @@ def test_adamw(kernels: Kernels, threads: int, fp32_grads: bool) -> None:
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fp32_grads", [True, False])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_gradients_of_several_processes_are_averaged(
+    kernels: Kernels, threads: int, processes: int, fp32_grads: bool
+) -> None:
+    """Equal bits to one process that is given their fp32 mean, added in their order."""
+    dtype = torch.float32 if fp32_grads else kernels.dtype
+    size = 5000
+    of_all = torch.stack([random(size, seed=10 + number, dtype=dtype) for number in range(processes)])
+    mean = of_all[0].float()
+    for other in of_all[1:]:
+        mean = mean + other.float()
+    results = []
+    for grad, places in (
+        (of_all, Gradients(size * of_all.element_size(), processes, fp32_grads or dtype == torch.float32)),
+        (mean / processes, Gradients(0, 1, True)),
+    ):
+        found = parameters(kernels.dtype, False)[-1]
+        arguments = describe([[grad, *found[1:]]], [(1e-3, 1e-2)])
+        arguments["n"] = size
+        norm = kernels.square_sum(arguments, places)
+        kernels.adamw(arguments, places, 0.5, (BETA1, BETA2), EPSILON, 1.0)
+        results.append((norm, [tensor.view(torch.uint8) for tensor in found[1:] if tensor is not None]))
+    assert results[0][0] == results[1][0]
+    assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_adamw_shows_a_gradient_that_is_not_finite(kernels: Kernels, bad: float) -> None:
     found = parameters(kernels.dtype, False)
@@ -394,8 +421,8 @@ def test_adamw_shows_a_gradient_that_is_not_finite(kernels: Kernels, bad: float)
         assert grad is not None
         grad[-1] = bad
     root = 1 / math.sqrt(1 - BETA2)
-    fp32_grads = kernels.dtype == torch.float32
-    kernels.adamw(describe(found, [(1e-3, 0.01)] * len(SIZES)), fp32_grads, 1.0, (BETA1, BETA2), EPSILON, root)
+    gradients = Gradients(0, 1, kernels.dtype == torch.float32)
+    kernels.adamw(describe(found, [(1e-3, 0.01)] * len(SIZES)), gradients, 1.0, (BETA1, BETA2), EPSILON, root)
     for _, weights, _, mean, _ in found:
         assert weights is not None and mean is not None
         assert not weights[-1].isfinite() and not mean[-1].isfinite()

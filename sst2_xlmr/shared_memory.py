@@ -1,0 +1,94 @@
+"""Memory that all processes of one machine map, so that those that train on its CPU need not send each other anything.
+
+Under DistributedDataParallel every process copies its gradients into buckets, sends them through the loopback device,
+and makes the whole optimizer step: on a CPU, all of that is time of the same cores. Here weights, moments and gradients
+lie in one place. A process leaves the gradient of its rows there, then updates its part of all weights from everybody's
+gradients (as ZeRO divides the optimizer's work, https://arxiv.org/abs/1910.02054, without its communication).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+from pathlib import Path
+
+import torch
+
+from sst2_xlmr.distributed import World, from_main, gather_objects, sum_over_ranks
+
+ALIGNMENT = 64  # bytes; of every tensor, so that no two share a cache line
+
+
+def shared_bytes(world: World, size: int) -> mmap.mmap | None:
+    """Return `size` bytes, all zero, that all processes see; every rank must call it.
+
+    Returns:
+        None on every rank if they are not all on one Linux machine, where each sees the others' processes.
+    """
+    if world.world_size != world.local_world_size:
+        return None
+    file, facts, mapped = -1, None, None
+    token = secrets.token_bytes(ALIGNMENT)
+    if world.is_main:
+        with contextlib.suppress(OSError, AttributeError):  # memfd_create is Linux's
+            # Not in /dev/shm, which containers often limit to 64 MB.
+            file = os.memfd_create("sst2_xlmr")
+            os.ftruncate(file, size)
+            facts = (f"/proc/{os.getpid()}/fd/{file}", token)
+            os.pwrite(file, token, 0)
+    facts = from_main(world, facts)
+    if facts is not None:
+        path, token = facts
+        with contextlib.suppress(OSError, ValueError), Path(path).open("r+b", buffering=0) as opened:
+            mapped = mmap.mmap(opened.fileno(), size)
+    # In a container of its own, a process may find another file by that name.
+    agreed = all(gather_objects(world, mapped is not None and mapped[: len(token)] == token))
+    if file >= 0:
+        os.close(file)
+    if not agreed or mapped is None:
+        return None
+    if world.is_main:
+        mapped[: len(token)] = bytes(len(token))
+    return mapped
+
+
+def aligned_bytes(tensors: list[torch.Tensor], dtype: torch.dtype | None = None) -> int:
+    """Return how many bytes tensors take in shared memory, each from a multiple of ALIGNMENT on."""
+    sizes = [tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors]
+    return sum(size + -size % ALIGNMENT for size in sizes)
+
+
+class Places:
+    """Hands out a shared memory's bytes as tensors, one after another; the same on every rank."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory, self._used = memory, 0
+
+    def take(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the next tensor, of the shape of `like`, and of its dtype unless another is given."""
+        dtype = dtype or like.dtype
+        tensor = torch.frombuffer(self._memory, dtype=dtype, count=like.numel(), offset=self._used)
+        self._used += aligned_bytes([like], dtype)
+        return tensor.view(like.shape)
+
+    def take_for_ranks(self, world: World, like: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return tensors of these shapes and dtypes that are this rank's; the same of all ranks lie one after another.
+
+        One rank's lie `aligned_bytes(like)` behind those of the rank before.
+        """
+        ranks = [[self.take(tensor) for tensor in like] for _ in range(world.world_size)]
+        return ranks[world.rank]
+
+
+class Meeting:
+    """Where processes that share memory wait for each other."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sum = torch.zeros((), dtype=torch.float64)  # kept: gloo may still hold it after an exchange
+
+    def sum(self, value: float) -> float:
+        """Return the sum of all ranks' values, once all have come here; what they wrote before can be read."""
+        return float(sum_over_ranks(self._world, self._sum.fill_(value)))
