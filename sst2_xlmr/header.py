@@ -37,7 +37,7 @@ def header_lines(
         f"encoder    {config.encoder}: {_describe_model(encoder, optimizer, table_rows)}; {head}",
         f"rows       {_describe_rows(caches, config.max_length)}",
         f"batches    {_describe_batches(config, len(caches['train']), total_steps)}",
-        f"device     {_describe_device(world)}; {masters}; {compiled}",
+        f"device     {_describe_device(world, optimizer)}; {masters}; {compiled}",
         f"run        {config.output_dir}",
     ]
 
@@ -67,10 +67,11 @@ def _describe_batches(config: Config, rows: int, total_steps: int) -> str:
     return f"{batches:,} an epoch, of {config.batch_size} rows{cut}; {epochs}{total_steps:,} steps"
 
 
-def _describe_device(world: World) -> str:
+def _describe_device(world: World, optimizer: AdamW) -> str:
     """Say what computes, and how many processes of it there are."""
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name(world.device)
     else:
         device = f"CPU with {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    return f"{device}, {world.world_size} process{'es' * (world.world_size > 1)}"
+    how = " that share memory" if optimizer.shares_memory else ""
+    return f"{device}, {world.world_size} process{'es' * (world.world_size > 1)}{how}"

@@ -25,6 +25,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(parameter, value)
 
 
+def give_back_memory() -> None:
+    """Give back what `keep_freed_memory` has kept so far, after something large that will not be needed again."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+
+
 def used_memory_gb() -> float:
     """Return this process's memory in 1e9 bytes: the most that tensors took on its GPU, or what is resident now."""
     if torch.cuda.is_initialized():

@@ -16,6 +16,7 @@ from torch import nn
 from sst2_xlmr.compact_vocab import TABLE_NAME
 from sst2_xlmr.cpu_kernels import PARAMETER, Gradients, Kernels
 from sst2_xlmr.distributed import World
+from sst2_xlmr.memory import give_back_memory
 from sst2_xlmr.shared_memory import Meeting, Places, aligned_bytes, shared_bytes
 
 BETA1, BETA2 = 0.9, 0.999
@@ -198,6 +199,11 @@ class AdamW:
         self._meeting: Meeting | None = None
         self._arguments = self._describe()
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether all processes update the same weights together (see `share_memory`)."""
+        return self._meeting is not None
+
     def _describe(self) -> np.ndarray:
         """Return what this rank updates for `Kernels.adamw`; gradients and rates are filled in at every step."""
         arguments = np.zeros(len(list(self.trained())), PARAMETER)
@@ -241,6 +247,7 @@ class AdamW:
         self._world, self._meeting = world, Meeting(world)
         self._arguments = self._describe()
         self._meeting.sum(0)
+        give_back_memory()
         return True
 
     def _weights(self) -> Iterator[torch.Tensor]:
@@ -274,7 +281,7 @@ class AdamW:
 
     def average_accumulated(self, world_size: int) -> None:
         """Average the accumulators over all ranks, as DDP does with gradients."""
-        if world_size == 1 or self._meeting is not None:
+        if world_size == 1 or self.shares_memory:
             return
         for slot, _, _ in self.trained():
             if slot.accumulator is not None:

@@ -132,14 +132,17 @@ def sst2_sentences() -> list[str]:
     return [line.split("\t")[0] for line in file.read_text(encoding="utf-8").splitlines()[1:]]
 
 
-def torchrun(processes: int, options: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run `train.py` under torchrun, with one thread a process."""
+def torchrun(processes: int, options: list[str], nodes: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run `train.py` under torchrun, with one thread a process; with `nodes`, each as if on a node of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--nnodes=1"]
     launcher += ["--master_addr=127.0.0.1", f"--master_port={port}"]
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *options]
+    program = [str(ROOT / "train.py"), *options]
+    if nodes:
+        program = ["--no-python", "env", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1", sys.executable, *program]
+    command = [sys.executable, *launcher, *program]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
 
 

@@ -6,8 +6,12 @@ import ast
 
 from conftest import ROOT
 
-ORDER = ["config", "arguments", "memory", "distributed", "signals", "files", "run_folder", "sources", "formats", "data"]
+ORDER = ["config", "arguments", "memory", "distributed", "shared_memory", "signals", "files"]
 ORDER += [
+    "run_folder",
+    "sources",
+    "formats",
+    "data",
     "tokenizer",
     "token_cache",
     "batching",

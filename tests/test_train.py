@@ -198,10 +198,13 @@ def test_processes_change_nothing(
         assert_same_weights(tmp_path / "many", tmp_path / "one", 1e-5)
 
 
-def test_two_processes_in_bf16_with_micro_batches(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [False, True])
+def test_two_processes_in_bf16_with_micro_batches(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, nodes: bool
+) -> None:
     options = ["--epochs", 2, "--dropout", 0, "--head-dropout", 0, "--precision", "bf16", "--micro-batch-size", 2]
     train.main(train_options(tiny_encoder, small_data, tmp_path / "one", *options))
-    done = torchrun(2, train_options(tiny_encoder, small_data, tmp_path / "two", *options))
+    done = torchrun(2, train_options(tiny_encoder, small_data, tmp_path / "two", *options), nodes)
     assert done.returncode == 0, done.stderr
     ours, theirs = (metrics(tmp_path / run) for run in ("two", "one"))
     for key in ("loss", "grad_norm"):
@@ -210,13 +213,33 @@ def test_two_processes_in_bf16_with_micro_batches(tiny_encoder: Path, small_data
         )
 
 
-def test_three_processes_resume_to_the_bit(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "options"), [(2, ["--micro-batch-size", 2]), (3, [])])
+def test_shared_memory_and_ddp_give_the_same_bits(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, processes: int, options: list[object]
+) -> None:
+    """In fp32, where both add the ranks' gradients in their order; clipping would show how the norm was added."""
+    options = ["--epochs", 2, "--max-grad-norm", 0, "--save-every", 5, *options]
+    for run, nodes in (("shared", False), ("sent", True)):
+        done = torchrun(processes, train_options(tiny_encoder, small_data, tmp_path / run, *options), nodes)
+        assert done.returncode == 0, done.stderr
+        assert (f"{processes} processes that share memory;" in done.stdout) != nodes
+    assert losses(tmp_path / "shared") == losses(tmp_path / "sent")
+    assert_same_weights(tmp_path / "shared", tmp_path / "sent", 0.0)
+    states = [
+        load_file(tmp_path / run / "checkpoints/step-00000014/optimizer.safetensors") for run in ("shared", "sent")
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("nodes", [False, True])
+def test_three_processes_resume_to_the_bit(tiny_encoder: Path, small_data: Path, tmp_path: Path, nodes: bool) -> None:
     options = ["--epochs", 2, "--save-every", 5, "--keep-checkpoints", 9]
-    assert torchrun(3, train_options(tiny_encoder, small_data, tmp_path / "whole", *options)).returncode == 0
+    assert torchrun(3, train_options(tiny_encoder, small_data, tmp_path / "whole", *options), nodes).returncode == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     for step in (7, 10, 14):
         shutil.rmtree(tmp_path / "broken" / "checkpoints" / f"step-{step:08d}")
-    done = torchrun(3, ["--resume", "--output-dir", str(tmp_path / "broken")])
+    done = torchrun(3, ["--resume", "--output-dir", str(tmp_path / "broken")], nodes)
     assert "step-00000005" in done.stdout
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert_same_weights(tmp_path / "broken", tmp_path / "whole", 0.0)
