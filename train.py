@@ -170,7 +170,7 @@ def evaluate_splits(
     """
     metrics = {}
     for split in splits:
-        found = evaluate(model, caches[split], report.config.eval_batch_size, world, draws, stop.is_agreed)
+        found = evaluate(model, caches[split], report.config.eval_batch_tokens, world, draws, stop.is_agreed)
         log_evaluation(report, step, split, found, caches[split])
         metrics[split] = found.metrics
     return metrics

@@ -70,7 +70,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", default=str(ROOT / "sample_data"), metavar="DIR", help="folder with train and dev [sample_data]")
     add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model [the --shape folder's, or models/small's]")
     add("--batch-size", type=int, default=16, metavar="ROWS", help="rows per optimizer step [16]")
-    add("--eval-batch-size", type=int, default=64, metavar="ROWS", help="rows per forward pass in evaluation [64]")
+    add(
+        "--eval-batch-size",
+        type=int,
+        default=64,
+        metavar="ROWS",
+        help="rows per forward pass of the peer's evaluation [64]",
+    )
     add("--precision", default="auto", metavar="NAME", help="auto, bf16 or fp32 [auto]")
     add("--steps", type=positive, default=30, metavar="N", help="timed optimizer steps per round [30]")
     add("--warmup-steps", type=positive, default=3, metavar="N", help="steps before, not timed [3]")
@@ -130,7 +136,6 @@ def build_config(arguments: argparse.Namespace, shape: EncoderShape) -> Config:
         max_length=min(MAX_LENGTH, shape.positions - 2),
         full_vocabulary=arguments.full_vocabulary,
         batch_size=arguments.batch_size,
-        eval_batch_size=arguments.eval_batch_size,
         device=arguments.device,
         precision=arguments.precision,
         compile=not arguments.no_compile,
@@ -210,6 +215,7 @@ def write_spec(
         "rows_file": str(folder / "rows.npz"),
         "steps": arguments.steps,
         "warmup_steps": arguments.warmup_steps,
+        "eval_batch_size": arguments.eval_batch_size,
         "encoder_folder": str(folder / "encoder"),
         "tokenizer_file": str(tokenizer_file.absolute()),
     }
@@ -239,9 +245,9 @@ def describe(arguments: argparse.Namespace, config: Config, shape: EncoderShape,
         "tokens_per_row": {task: rounded(mean) for task, mean in tokens.items()},
         **{
             name: getattr(config, name)
-            for name in ("precision", "device", "batch_size", "eval_batch_size", "max_length")
+            for name in ("precision", "device", "batch_size", "eval_batch_tokens", "max_length")
         },
-        **{name: getattr(arguments, name) for name in ("steps", "warmup_steps", "rounds")},
+        **{name: getattr(arguments, name) for name in ("eval_batch_size", "steps", "warmup_steps", "rounds")},
     }
 
 

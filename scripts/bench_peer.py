@@ -113,7 +113,7 @@ def training_arguments(spec: dict[str, Any], configuration: str, max_steps: int)
     return TrainingArguments(
         output_dir=str(Path(spec["rows_file"]).with_name("peer")),
         per_device_train_batch_size=config["batch_size"],
-        per_device_eval_batch_size=config["eval_batch_size"],
+        per_device_eval_batch_size=spec["eval_batch_size"],
         max_steps=max_steps,
         learning_rate=config["lr"],
         weight_decay=config["weight_decay"],

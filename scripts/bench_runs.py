@@ -23,7 +23,7 @@ from sst2_xlmr.data import SST2_NAMES, Columns, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
-STEPS_ON_MANY_ROWS = 5
+STEPS_ON_MANY_ROWS, DEV_ROWS = 5, 64
 PEER_CONFIGURATIONS = {"train": ("padded", "dynamic", "grouped"), "eval": ("eval", "eval_bf16")}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Answer = dict[str, Any]
@@ -224,7 +224,7 @@ def time_train(config: Config, data: Path, encoder: Path, cache: Path, rows: int
     run_folder = data / "run"
     command = [sys.executable, str(ROOT / "train.py"), "--encoder", str(encoder), "--data-dir", str(data)]
     command += ["--output-dir", str(run_folder), "--max-steps", str(STEPS_ON_MANY_ROWS), "--log-every", "1"]
-    for name in ("max_length", "batch_size", "eval_batch_size", "device", "precision", "threads"):
+    for name in ("max_length", "batch_size", "device", "precision", "threads"):
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     command += ["--full-vocabulary"] * config.full_vocabulary + ["--no-compile"] * (not config.compile)
     environment = {**os.environ, "SST2_XLMR_CACHE": str(cache)}
@@ -262,7 +262,7 @@ def measure_rows(counts: list[int], files: dict[str, Path], config: Config, spec
         data = spec.parent / f"{count}-rows"
         data.mkdir()
         write_many_rows(files["train"], data / "train.tsv", count, config.seed)
-        write_many_rows(files["dev"], data / "dev.tsv", config.eval_batch_size, config.seed)
+        write_many_rows(files["dev"], data / "dev.tsv", DEV_ROWS, config.seed)
         results[str(count)] = {}
         for state in ("cold", "warm"):
             answer = results[str(count)][state] = time_train(config, data, encoder, data / "cache", count)

@@ -228,15 +228,15 @@ def prepare_evaluation(spec: Spec, world: World) -> Callable[..., Answer]:
     dtype = torch.bfloat16 if spec.config.precision == "bf16" else torch.float32
     model = random_classifier(spec, len(spec.kept_ids)).to(world.device, dtype)
     model.kernels, _ = choose_compiled(spec.config, world, dtype == torch.bfloat16)
-    size = spec.config.eval_batch_size
+    batch_tokens = spec.config.eval_batch_tokens
 
     def measure(epoch: int, phases: bool) -> Answer:
         start = clock(world.device)
-        evaluate(model, spec.caches["dev"], size, world)
+        evaluate(model, spec.caches["dev"], batch_tokens, world)
         seconds = clock(world.device) - start
         return {**rates(spec, "dev", seconds, training=False), **peak_memory(world.device)}
 
-    evaluate(model, spec.caches["warmup"], size, world)
+    evaluate(model, spec.caches["warmup"], batch_tokens, world)
     return measure
 
 

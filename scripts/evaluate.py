@@ -140,7 +140,8 @@ def main() -> None:
     world = World(0, 1, 0, 1, device)
     wants_probabilities = arguments.tensorboard is not None
     found = {
-        name: evaluate(model, cache, arguments.batch_size, world, wants_probabilities) for name, cache in caches.items()
+        name: evaluate(model, cache, arguments.batch_tokens, world, wants_probabilities)
+        for name, cache in caches.items()
     }
     metrics = {name: evaluation.metrics for name, evaluation in found.items()}
     if arguments.json:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from sst2_xlmr.arguments import OneLineParser
-from sst2_xlmr.config import UserError, exit_on_user_error
+from sst2_xlmr.config import EVAL_BATCH_TOKENS, UserError, exit_on_user_error
 from sst2_xlmr.encoders import find_encoder, load_tensors
 from sst2_xlmr.evaluate import predict
 from sst2_xlmr.export import CARD_NAME, export_hugging_face
@@ -77,7 +77,7 @@ def read_sentences(file: Path) -> list[str]:
 def answers(folder: Path, sentences: list[str]) -> torch.Tensor:
     """Return fp32 [2 * sentences, labels], the probabilities that a model folder gives: of each alone, and in pairs."""
     model, tokenizer, _ = load_classifier(folder, CPU, bf16=False)
-    return predict(model, tokenizer(sentences) + tokenizer(sentences, sentences[::-1]), 64, CPU)
+    return predict(model, tokenizer(sentences) + tokenizer(sentences, sentences[::-1]), EVAL_BATCH_TOKENS, CPU)
 
 
 def write_torchscript(source: Path, file: Path, sentences: list[str]) -> torch.Tensor:

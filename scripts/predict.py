@@ -204,7 +204,9 @@ def classify(arguments: argparse.Namespace, rows: Iterator[Example], files: list
     with tqdm(unit=" rows", disable=not (files and sys.stderr.isatty()), dynamic_ncols=True) as bar:
         for chunk in in_chunks(rows, ROWS_AT_ONCE):
             pairs = None if chunk[0].pair is None else [row.pair or "" for row in chunk]
-            probabilities = predict(model, tokenizer([row.text for row in chunk], pairs), arguments.batch_size, device)
+            probabilities = predict(
+                model, tokenizer([row.text for row in chunk], pairs), arguments.batch_tokens, device
+            )
             for row, best, of_row in zip(chunk, probabilities.argmax(1).tolist(), probabilities.tolist()):
                 for write in writers:
                     write(row, best, of_row)

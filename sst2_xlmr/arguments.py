@@ -12,7 +12,18 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sst2_xlmr.config import LOCK_NAME, OPTIONS, Config, UserError, check, flag, label_list, named_file, shown
+from sst2_xlmr.config import (
+    EVAL_BATCH_TOKENS,
+    LOCK_NAME,
+    OPTIONS,
+    Config,
+    UserError,
+    check,
+    flag,
+    label_list,
+    named_file,
+    shown,
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -50,18 +61,24 @@ def add_option(parser: Any, name: str) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what scripts that use a trained model take: which, and how it computes."""
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder that train.py wrote")
-    parser.add_argument("--batch-size", type=_batch_size, default=64, metavar="ROWS", help="rows per forward pass [64]")
+    parser.add_argument(
+        "--batch-tokens",
+        type=_batch_tokens,
+        default=EVAL_BATCH_TOKENS,
+        metavar="TOKENS",
+        help=f"tokens per forward pass; a longer row goes alone [{EVAL_BATCH_TOKENS}]",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="[auto]")
 
 
-def _batch_size(text: str) -> int:
+def _batch_tokens(text: str) -> int:
     try:
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
     if number < 1:
-        raise UserError(f"--batch-size must be 1 or more, not {number}")
+        raise UserError(f"--batch-tokens must be 1 or more, not {number}")
     return number
 
 

@@ -16,6 +16,7 @@ from typing import Any, Callable
 
 LOCK_NAME = ".lock"  # in a run's folder; a folder that holds nothing else is still free
 MAX_CLASSES = 1000
+EVAL_BATCH_TOKENS = 4096
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
 _NAME = re.compile(r"[\w.-]+")
 
@@ -416,12 +417,12 @@ class Config:
         metavar="N",
         check=between(0, math.inf),
     )
-    eval_batch_size: int = option(
-        64,
+    eval_batch_tokens: int = option(
+        EVAL_BATCH_TOKENS,
         "output",
-        "rows per forward pass in evaluation, on one process",
+        "tokens per forward pass in evaluation, on one process; a longer row goes alone",
         kind=int,
-        metavar="ROWS",
+        metavar="TOKENS",
         check=between(1, math.inf),
     )
     early_stopping_patience: int = option(

@@ -36,32 +36,45 @@ class Evaluation:
     probabilities: np.ndarray | None
 
 
-def _forward(
-    model: Classifier, cache: TokenCache, rows: np.ndarray, batch_size: int, device: torch.device
-) -> Iterator[tuple[slice, Batch, torch.Tensor]]:
-    """Yield batch by batch its place in `rows` (row numbers), the batch, and fp32 logits [batch, labels]."""
-    for start in range(0, len(rows), batch_size):
-        place = slice(start, start + batch_size)
-        batch = collate(cache, rows[place]).to(device)
-        yield place, batch, model(batch.tokens, batch.padded).float()
+def batches_of_like_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Yield the numbers of all rows, shortest first, cut into batches of so many tokens, padding included, at most.
+
+    A row that is longer makes a batch alone.
+
+    Args:
+        lengths: int [rows], tokens per row, at least 1.
+    """
+    order = np.argsort(lengths, kind="stable")
+    while len(order):
+        lengths_here = lengths[order[:batch_tokens]]
+        sizes = lengths_here * np.arange(1, len(lengths_here) + 1)  # of a batch that ends with each row
+        rows = max(1, int(np.searchsorted(sizes, batch_tokens, side="right")))
+        yield order[:rows]
+        order = order[rows:]
+
+
+def _logits(model: Classifier, cache: TokenCache, rows: np.ndarray, device: torch.device) -> tuple[Batch, torch.Tensor]:
+    """Return some rows as a batch, and their fp32 logits [rows, labels]."""
+    batch = collate(cache, rows).to(device)
+    return batch, model(batch.tokens, batch.padded).float()
 
 
 @torch.no_grad()
-def predict(model: Classifier, ids: list[list[int]], batch_size: int, device: torch.device) -> torch.Tensor:
+def predict(model: Classifier, ids: list[list[int]], batch_tokens: int, device: torch.device) -> torch.Tensor:
     """Return fp32 [texts, labels] on the CPU: every label's probability, in the order of `ids`.
 
     Args:
         model: in evaluation mode, with the whole vocabulary.
         ids: per text, as the tokenizer gives them.
-        batch_size: texts per forward pass; texts of like length go together.
+        batch_tokens: per forward pass (see `batches_of_like_length`).
     """
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
     labels = np.zeros(len(ids), np.int32)
     cache = TokenCache(np.concatenate(ids).astype(np.int32), offsets, labels)
     probabilities = torch.empty(len(ids), model.head.out_proj.out_features)
-    by_length = np.argsort(cache.lengths(), kind="stable")
-    for place, _, logits in _forward(model, cache, by_length, batch_size, device):
-        probabilities[torch.from_numpy(by_length[place])] = logits.softmax(-1).cpu()
+    for rows in batches_of_like_length(cache.lengths(), batch_tokens):
+        _, logits = _logits(model, cache, rows, device)
+        probabilities[torch.from_numpy(rows)] = logits.softmax(-1).cpu()
     return probabilities
 
 
@@ -69,7 +82,7 @@ def predict(model: Classifier, ids: list[list[int]], batch_size: int, device: to
 def evaluate(
     model: Classifier,
     cache: TokenCache,
-    batch_size: int,
+    batch_tokens: int,
     world: World,
     wants_probabilities: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
@@ -78,7 +91,7 @@ def evaluate(
 
     Args:
         model: not wrapped in DDP; is left in the mode that it was in.
-        batch_size: rows per forward pass on one rank.
+        batch_tokens: per forward pass on one rank (see `batches_of_like_length`).
         wants_probabilities: whether rank 0 shall have every row's probabilities.
         should_stop: is asked before every forward pass, equally often on every rank, and answers them alike.
 
@@ -88,20 +101,25 @@ def evaluate(
     was_training = model.training
     model.eval()
     classes = model.head.out_proj.out_features
-    mine = np.argsort(cache.lengths(), kind="stable")[world.rank :: world.world_size]
+    # Every batch is shared among the ranks, so that all have equally many; some of them may be empty.
+    shared = batches_of_like_length(cache.lengths(), batch_tokens * world.world_size)
+    batches = [rows[world.rank :: world.world_size] for rows in shared]
+    mine = np.concatenate(batches)
     # They stay on the device until all rows are through, so that a GPU need not be waited for at every batch.
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     predictions = torch.empty(len(mine), dtype=torch.int64, device=world.device)
     confidences = torch.empty(len(mine), device=world.device)
     probabilities = torch.empty(len(mine) if wants_probabilities else 0, classes, device=world.device)
-    batches = _forward(model, cache, mine, batch_size, world.device)
-    for _ in range(0, -(-len(cache) // world.world_size), batch_size):
+    done = 0
+    for rows in batches:
         if should_stop():
             model.train(was_training)
             raise Interrupted
-        if (computed := next(batches, None)) is None:  # another rank has one row more
+        if not len(rows):
             continue
-        place, batch, logits = computed
+        batch, logits = _logits(model, cache, rows, world.device)
+        place = slice(done, done + len(rows))
+        done += len(rows)
         loss_sum += F.cross_entropy(logits, batch.labels, reduction="sum").double()
         softmax = logits.softmax(-1)
         predictions[place] = logits.argmax(-1)

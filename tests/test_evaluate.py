@@ -14,7 +14,7 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.data import SST2_NAMES, Columns
 from sst2_xlmr.distributed import World
 from sst2_xlmr.encoders import find_encoder
-from sst2_xlmr.evaluate import evaluate, predict
+from sst2_xlmr.evaluate import batches_of_like_length, evaluate, predict
 from sst2_xlmr.metrics import confusion_matrix, summarize
 from sst2_xlmr.model import Classifier, build_classifier
 from sst2_xlmr.token_cache import TokenCache, tokenize_file
@@ -37,7 +37,7 @@ def model(tiny_encoder: Path) -> Classifier:
 
 
 def test_agrees_with_one_row_at_a_time(model: Classifier, dev: TokenCache) -> None:
-    found = evaluate(model, dev, 7, World(0, 1, 0, 1, CPU), wants_probabilities=True)
+    found = evaluate(model, dev, 200, World(0, 1, 0, 1, CPU), wants_probabilities=True)
     assert model.training
     model.eval()
     rows = [dev.ids[dev.offsets[i] : dev.offsets[i + 1]] for i in range(len(dev))]
@@ -50,7 +50,21 @@ def test_agrees_with_one_row_at_a_time(model: Classifier, dev: TokenCache) -> No
     assert found.probabilities is not None
     np.testing.assert_allclose(found.probabilities, logits.softmax(-1).numpy(), atol=1e-6)
     assert confusion_matrix(dev.labels, found.probabilities.argmax(-1), 2).tolist() == found.confusion.tolist()
-    assert evaluate(model, dev, 7, World(0, 1, 0, 1, CPU)).probabilities is None
+    assert evaluate(model, dev, 200, World(0, 1, 0, 1, CPU)).probabilities is None
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 30, 31, 1000, 10**9])
+def test_batches_have_every_row_once_and_no_more_tokens_than_allowed(batch_tokens: int) -> None:
+    lengths = np.random.default_rng(0).integers(2, 40, 500)
+    batches = list(batches_of_like_length(lengths, batch_tokens))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(500))
+    for rows, behind in zip(batches, [*batches[1:], None]):
+        padded = len(rows) * lengths[rows].max()
+        assert padded <= batch_tokens or len(rows) == 1
+        if behind is not None:
+            assert lengths[rows].max() <= lengths[behind].min()
+            assert (len(rows) + 1) * lengths[behind[0]] > batch_tokens, "one row more would have found room"
+    assert not list(batches_of_like_length(np.zeros(0, np.int64), batch_tokens))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 200])
@@ -58,7 +72,7 @@ def test_ranks_count_every_row_once(
     model: Classifier, dev: TokenCache, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ranks one after the other, rank 0 last with what the others had; with 200, most have nothing to do."""
-    alone = evaluate(model, dev, 64, World(0, 1, 0, 1, CPU), wants_probabilities=True)
+    alone = evaluate(model, dev, 900, World(0, 1, 0, 1, CPU), wants_probabilities=True)
     sums: list[torch.Tensor] = []
     shares: list[object] = []
 
@@ -74,7 +88,7 @@ def test_ranks_count_every_row_once(
     monkeypatch.setattr(module, "gather_objects", gathered)
     monkeypatch.setattr(module, "summarize", lambda *arguments: {"arguments": arguments})
     for rank in reversed(range(world_size)):
-        found = evaluate(model, dev, 64, World(rank, world_size, rank, world_size, CPU), wants_probabilities=True)
+        found = evaluate(model, dev, 900, World(rank, world_size, rank, world_size, CPU), wants_probabilities=True)
         assert (found.probabilities is None) == (rank > 0)
     assert found.confusion.tolist() == alone.confusion.tolist()
     metrics = summarize(*found.metrics["arguments"])
@@ -88,7 +102,7 @@ def test_ranks_count_every_row_once(
 def test_predictions_keep_their_order(model: Classifier) -> None:
     model.eval()
     ids = [[0, 7, 2], [0, 9, 8, 7, 6, 2], [0, 9, 2], [0, 2]]
-    whole = predict(model, ids, 3, CPU)
+    whole = predict(model, ids, 12, CPU)
     for row, probabilities in zip(ids, whole):
         torch.testing.assert_close(predict(model, [row], 1, CPU)[0], probabilities)
     torch.testing.assert_close(whole.sum(-1), torch.ones(4))

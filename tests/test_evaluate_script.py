@@ -74,7 +74,7 @@ def test_columns_and_formats(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "reviews.jsonl"
     lines = [json.dumps({"review": text, "kind": names[int(label)]}, ensure_ascii=False) for text, label in rows]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    columns = ["--text-column", "review", "--label-column", "kind", "--batch-size", 7]
+    columns = ["--text-column", "review", "--label-column", "kind", "--batch-tokens", 7]
     ours = evaluate("--model", run / "model", "--file", file, *columns).stdout
     theirs = evaluate("--model", run / "model", "--file", f"reviews={DE}").stdout
     assert ours == theirs != ""
@@ -115,8 +115,8 @@ def test_a_reader_that_stops_is_no_error(run: Path, tmp_path: Path) -> None:
         (lambda run, tmp: ["--model", run / "model", "--file", "de=no.tsv"], "--file no.tsv is not a file"),
         (lambda run, tmp: ["--model", run / "model", "--file", DE, DE], "two files have the name test.de"),
         (lambda run, tmp: ["--model", run / "model", "--file", f"x={DE}", f"x={RU}"], "two files have the name x"),
-        (lambda run, tmp: ["--model", run / "model", "--file", DE, "--batch-size", "0"], "--batch-size must be"),
-        (lambda run, tmp: ["--model", run / "model", "--file", DE, "--batch-size", "x"], "--batch-size"),
+        (lambda run, tmp: ["--model", run / "model", "--file", DE, "--batch-tokens", "0"], "--batch-tokens must be"),
+        (lambda run, tmp: ["--model", run / "model", "--file", DE, "--batch-tokens", "x"], "--batch-tokens"),
         (lambda run, tmp: ["--model", run / "model", "--file", DE, "--device", "cuda"], "no CUDA GPU"),
         (lambda run, tmp: ["--model", run / "model", "--file", DE, "--text-column", "t"], "no column 't'"),
         (lambda run, tmp: ["--model", run / "model", "--file", DE, "--label-column", "l"], "no column 'l'"),

@@ -65,7 +65,7 @@ def run_export(*options: object) -> None:
 
 def probabilities_of(model: Path, texts: list[str]) -> torch.Tensor:
     classifier, tokenizer, _ = load_classifier(model, CPU, bf16=False)
-    return predict(classifier, tokenizer(texts), 16, CPU)
+    return predict(classifier, tokenizer(texts), 256, CPU)
 
 
 def test_torchscript_answers_alike_without_this_package(model: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_torchscript_cuts_long_texts_at_the_models_length(model: Path, tmp_path:
 def test_torchscript_takes_pairs(model: Path, tmp_path: Path) -> None:
     classifier, tokenizer, names = load_classifier(model, CPU, bf16=False)
     pairs = [f"{text} again" for text in reversed(TEXTS)]
-    expected = predict(classifier, tokenizer(TEXTS, pairs), 16, CPU)
+    expected = predict(classifier, tokenizer(TEXTS, pairs), 256, CPU)
     save_torchscript(classifier, tokenizer, names, tmp_path / "x.pt")
     found = torch.jit.load(tmp_path / "x.pt")(TEXTS, pairs)
     torch.testing.assert_close(found[1], expected, atol=1e-5, rtol=0)

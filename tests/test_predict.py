@@ -57,7 +57,7 @@ def test_arguments_and_lines_give_the_same(model: Path) -> None:
         assert label in ("a", "b")
         assert 0.5 <= float(probability) <= 1
     stdin = "\r\n".join(sentences).encode()
-    from_lines = predict("--model", model, "--precision", "fp32", "--batch-size", 2, stdin=b"\xef\xbb\xbf" + stdin)
+    from_lines = predict("--model", model, "--precision", "fp32", "--batch-tokens", 40, stdin=b"\xef\xbb\xbf" + stdin)
     assert from_lines.stdout == from_arguments.stdout
 
 
@@ -300,7 +300,7 @@ def test_two_columns_with_one_name_are_no_json(model: Path, tmp_path: Path, caps
         (lambda _: ["x"], b"", "required: --model"),
         (lambda _: ["--model", "no/such", "x"], b"", "no/such: neither"),
         (lambda model: ["--model", model.parent, "x"], b"", "has no config.json"),
-        (lambda model: ["--model", model, "--batch-size", "0", "x"], b"", "--batch-size must be"),
+        (lambda model: ["--model", model, "--batch-tokens", "0", "x"], b"", "--batch-tokens must be"),
         (lambda model: ["--model", model, "--device", "cuda", "x"], b"", "no CUDA GPU"),
         (lambda model: ["--model", model], b"fine\ncaf\xe9\n", "standard input, line 2: not UTF-8"),
     ],

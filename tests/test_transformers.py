@@ -115,7 +115,7 @@ def answers_of(python: str, folder: Path, texts: list[str], scratch: Path) -> tu
     encoder = find_encoder(str(folder))
     ids = load_tokenizer(encoder.tokenizer_file, encoder.max_length)(texts)
     model, _, names = load_classifier(folder, torch.device("cpu"), bf16=False)
-    ours = {"ids": ids, "probabilities": predict(model, ids, 32, torch.device("cpu")), "names": names}
+    ours = {"ids": ids, "probabilities": predict(model, ids, 1024, torch.device("cpu")), "names": names}
     (scratch / "questions").write_text(json.dumps({"texts": texts, "ids": ids}), encoding="utf-8")
     run_python(python, OPEN, folder, scratch / "questions", scratch / "answers")
     theirs = json.loads((scratch / "answers").read_text())

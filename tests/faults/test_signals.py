@@ -72,7 +72,7 @@ def test_signal_during_evaluation_does_not_wait_for_its_end(
     shutil.copytree(whole[1], data)
     lines = (data / "dev.tsv").read_text().splitlines()
     (data / "dev.tsv").write_text("\n".join([lines[0], *lines[1:] * 2000]) + "\n")
-    words = options(tiny_encoder, data, run, "--max-steps", 8, "--eval-batch-size", 4, "--eval-every", 0)
+    words = options(tiny_encoder, data, run, "--max-steps", 8, "--eval-batch-tokens", 100, "--eval-every", 0)
     with started([*launcher(1), "train.py", *words], log) as process:
         wait_for(log, "step      8/8", process)
         process.terminate()
