@@ -452,21 +452,20 @@ typedef struct {
     int32_t processes, is_fp32; /* fp32, else of the weights' type */
 } Gradients;
 
+/* to [n] += or = what a process's gradient has from `start` on */
+static inline void take_gradient(float *restrict to, const char *grad, int is_fp32, int64_t start, int n, int adds) {
+    if (is_fp32)
+        for (int i = 0; i < n; i++) to[i] = (adds ? to[i] : 0) + ((const float *)grad)[start + i];
+    else
+        for (int i = 0; i < n; i++) to[i] = (adds ? to[i] : 0) + widen(((const real *)grad)[start + i]);
+}
+
 /* to [n] = a parameter's gradient from `start` on */
-static void load_gradient(float *restrict to, const Parameter *p, const Gradients *gradients, int64_t start, int n) {
-    const char *from = p->grad;
-    for (int process = 0; process < gradients->processes; process++, from += gradients->stride) {
-        const float *wide = (const float *)from + start;
-        const real *values = (const real *)from + start;
-        if (process == 0 && gradients->is_fp32)
-            memcpy(to, wide, sizeof(float) * n);
-        else if (process == 0)
-            load(to, values, n);
-        else if (gradients->is_fp32)
-            for (int i = 0; i < n; i++) to[i] += wide[i];
-        else
-            for (int i = 0; i < n; i++) to[i] += widen(values[i]);
-    }
+static inline void load_gradient(float *restrict to, const Parameter *p, const Gradients *gradients, int64_t start, int n) {
+    const char *grad = p->grad;
+    take_gradient(to, grad, gradients->is_fp32, start, n, 0);
+    for (int process = 1; process < gradients->processes; process++)
+        take_gradient(to, grad + process * gradients->stride, gradients->is_fp32, start, n, 1);
     if (gradients->processes > 1)
         for (int i = 0; i < n; i++) to[i] /= gradients->processes;
 }
@@ -488,9 +487,9 @@ double square_sum(const Parameter *parameters, int count, const Gradients *gradi
         for (int p = 0; p < count; p++) {
             int64_t from, to;
             my_part(parameters[p].n, &from, &to);
-            for (int64_t start = from; start < to; start += 4096) {
-                int n = to - start < 4096 ? to - start : 4096;
-                float grad[4096], sum = 0;
+            for (int64_t start = from; start < to; start += 1024) {
+                int n = to - start < 1024 ? to - start : 1024;
+                float grad[1024], sum = 0;
                 load_gradient(grad, &parameters[p], gradients, start, n);
 #pragma omp simd reduction(+ : sum)
                 for (int i = 0; i < n; i++) sum += grad[i] * grad[i];
