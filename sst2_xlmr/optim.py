@@ -228,8 +228,8 @@ class AdamW:
         if self._kernels is None or world.world_size == 1:
             return False
         slots = [slot for slot, _, _ in self.trained()]
-        state = [tensor for slot in slots for tensor in slot.tensors()]
-        memory = shared_bytes(world, aligned_bytes(state) + world.world_size * aligned_bytes([*self._weights()]))
+        size = aligned_bytes([tensor for slot in slots for tensor in slot.tensors()])
+        memory = shared_bytes(world, size + world.world_size * aligned_bytes([*self._weights()]))
         if memory is None:
             return False
         places = Places(memory)
