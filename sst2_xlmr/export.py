@@ -14,12 +14,13 @@ from sst2_xlmr.checkpoint import masters_of
 from sst2_xlmr.compact_vocab import TABLE_NAME, expand_table
 from sst2_xlmr.config import Config
 from sst2_xlmr.distributed import World, on_main
-from sst2_xlmr.encoders import TOKENIZER_NAME, Encoder, EncoderShape, pretrained_table, to_hugging_face
+from sst2_xlmr.encoders import TOKENIZER_NAME, Encoder, EncoderShape, pretrained_table
 from sst2_xlmr.fast_tokenizer import tokenizer_json
 from sst2_xlmr.files import Finisher, Storable, disk_errors, replace_folder, sync_files, write_tensors
 from sst2_xlmr.model_card import last_evaluations, write_card
 from sst2_xlmr.optim import AdamW
 from sst2_xlmr.token_cache import TokenCache
+from sst2_xlmr.weight_names import to_hugging_face
 
 CARD_NAME = "README.md"
 

@@ -22,13 +22,12 @@ from sst2_xlmr.encoders import (
     Encoder,
     EncoderShape,
     find_encoder,
-    from_hugging_face,
     load_tensors,
     pretrained_table,
-    to_hugging_face,
 )
 from sst2_xlmr.files import write_tensors
 from sst2_xlmr.model import Classifier, build_classifier
+from sst2_xlmr.weight_names import from_hugging_face, to_hugging_face
 
 SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
 

@@ -15,6 +15,7 @@ ORDER += [
     "tokenizer",
     "token_cache",
     "batching",
+    "weight_names",
     "encoders",
     "prepare",
     "compact_vocab",
