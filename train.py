@@ -126,11 +126,11 @@ def forward_and_backward(
     bf16: bool,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute the gradient of the mean loss over the global batch, on every rank the same.
+    """Compute this rank's gradients, whose average over the ranks is that of the mean loss over the global batch.
 
-    DDP averages the ranks' gradients; the sum over this rank's rows, divided by the global batch's rows and multiplied
-    by the number of ranks, averages to the global mean, however the rows are cut. Several micro-batches in bf16 are
-    summed in fp32 and averaged over the ranks afterwards.
+    That is the sum over this rank's rows, divided by the global batch's rows and multiplied by the number of ranks,
+    however the rows are cut. DDP averages at once, or afterwards where several micro-batches in bf16 are summed in
+    fp32; processes that share memory average when they make the optimizer's step.
 
     Returns:
         The sum of this rank's losses; float64, no dimensions.
@@ -239,7 +239,7 @@ def train(config: Config, resume: bool, world: World) -> None:
             if before != now:
                 raise UserError(f"the training {what} differ from those that {run_folder} was started with")
         load_checkpoint(checkpoint, progress, optimizer, vocabulary, config.seed, world)
-    # On one machine's CPU, processes share memory; all others exchange gradients through DDP.
+    # On one machine's CPU, with kernels, processes share memory; all others exchange gradients through DDP.
     shares = optimizer.share_memory(world)
     model = classifier if shares else distributed.wrap_model(classifier, world, kernels.mean_of if kernels else None)
     during = splits_during(config)

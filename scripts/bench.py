@@ -2,7 +2,7 @@
 
     python scripts/bench.py --data-dir data/SST-2                                 # rates, phases, memory, utilisation
     python scripts/bench.py --data-dir data/SST-2 --peer ../peer/bin/python       # also the ratios to the Trainer
-    python scripts/bench.py --only processes --processes 1,2                      # DDP, one thread a process
+    python scripts/bench.py --only processes --processes 1,2                      # one thread a process
     python scripts/bench.py --only rows --rows 10000,1000000                      # train.py's time to its first step
 
 Prints JSON; progress goes to standard error. Every figure is the median of the rounds, beside it their least (`min`)
@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="PYTHON",
         help="Python of an environment with transformers, to compare with its Trainer",
     )
-    add("--processes", type=positives, default=[], metavar="N,...", help="measure DDP with so many processes")
+    add("--processes", type=positives, default=[], metavar="N,...", help="measure with so many processes")
     add("--processes-batch-size", type=positive, default=32, metavar="ROWS", help="global batch of --processes [32]")
     add("--rows", type=positives, default=[], metavar="N,...", help="measure train.py's start on files of so many rows")
     add("--only", type=parts, metavar="PART,...", help=f"of {', '.join(PARTS)} [train and eval, and what is asked for]")

@@ -187,7 +187,7 @@ def measure_rates(tasks: list[str], peer: str, rounds: int, config: Config, spec
 
 
 def measure_processes(counts: list[int], rounds: int, spec: Path) -> Answer:
-    """Measure DDP with so many processes, of one thread each, on the same global batches; ratios are to the first."""
+    """Train with so many processes, of one thread each, on the same global batches; ratios are to the first."""
     answers: dict[int, list[Answer]] = {count: [] for count in counts}
     for number in range(rounds):
         for count in counts:

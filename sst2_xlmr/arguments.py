@@ -16,6 +16,7 @@ from sst2_xlmr.config import (
     EVAL_BATCH_TOKENS,
     LOCK_NAME,
     OPTIONS,
+    REMOVED_OPTIONS,
     Config,
     UserError,
     check,
@@ -128,6 +129,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({error}); --config takes the config.json of a run") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} does not hold a JSON object; --config takes the config.json of a run")
+    values = {name: value for name, value in values.items() if name not in REMOVED_OPTIONS}
     for name, value in values.items():
         if name not in OPTIONS:
             near = difflib.get_close_matches(name, OPTIONS, 1)

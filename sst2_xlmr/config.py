@@ -17,6 +17,7 @@ from typing import Any, Callable
 LOCK_NAME = ".lock"  # in a run's folder; a folder that holds nothing else is still free
 MAX_CLASSES = 1000
 EVAL_BATCH_TOKENS = 4096
+REMOVED_OPTIONS = ("eval_batch_size",)  # runs that were started with them go on without
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
 _NAME = re.compile(r"[\w.-]+")
 

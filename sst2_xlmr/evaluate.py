@@ -36,18 +36,23 @@ class Evaluation:
     probabilities: np.ndarray | None
 
 
-def batches_of_like_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+def batches_of_like_length(lengths: np.ndarray, batch_tokens: int, world_size: int = 1) -> Iterator[np.ndarray]:
     """Yield the numbers of all rows, shortest first, cut into batches of so many tokens, padding included, at most.
 
     A row that is longer makes a batch alone.
 
     Args:
         lengths: int [rows], tokens per row, at least 1.
+        batch_tokens: of each rank's share of a batch.
+        world_size: ranks that take a batch's rows in turn.
     """
     order = np.argsort(lengths, kind="stable")
     while len(order):
-        lengths_here = lengths[order[:batch_tokens]]
-        sizes = lengths_here * np.arange(1, len(lengths_here) + 1)  # of a batch that ends with each row
+        lengths_here = lengths[order[: batch_tokens * world_size]]
+        shares = -(
+            -np.arange(1, len(lengths_here) + 1) // world_size
+        )  # the largest, of a batch that ends with each row
+        sizes = lengths_here * shares
         rows = max(1, int(np.searchsorted(sizes, batch_tokens, side="right")))
         yield order[:rows]
         order = order[rows:]
@@ -102,7 +107,7 @@ def evaluate(
     model.eval()
     classes = model.head.out_proj.out_features
     # Every batch is shared among the ranks, so that all have equally many; some of them may be empty.
-    shared = batches_of_like_length(cache.lengths(), batch_tokens * world.world_size)
+    shared = batches_of_like_length(cache.lengths(), batch_tokens, world.world_size)
     batches = [rows[world.rank :: world.world_size] for rows in shared]
     mine = np.concatenate(batches)
     # They stay on the device until all rows are through, so that a GPU need not be waited for at every batch.

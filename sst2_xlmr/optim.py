@@ -15,7 +15,7 @@ from torch import nn
 
 from sst2_xlmr.compact_vocab import TABLE_NAME
 from sst2_xlmr.cpu_kernels import PARAMETER, Gradients, Kernels
-from sst2_xlmr.distributed import World
+from sst2_xlmr.distributed import World, shared_error
 from sst2_xlmr.memory import give_back_memory
 from sst2_xlmr.shared_memory import Meeting, Places, aligned_bytes, shared_bytes
 
@@ -223,7 +223,7 @@ class AdamW:
         `gradient_norm` and `step` wait for the others.
 
         Returns:
-            False if there is no such memory; then nothing has changed.
+            False if there are no kernels, or no such memory (see `shared_bytes`); then nothing has changed.
         """
         if self._kernels is None or world.world_size == 1:
             return False
@@ -270,17 +270,20 @@ class AdamW:
             slot.working.grad = None
 
     def _make_accumulators(self) -> None:
-        slots = [slot for slot, _, _ in self.trained()]
-        places = [torch.zeros_like(slot.working.data, dtype=torch.float32) for slot in slots]
-        if self._meeting is not None:
-            memory = shared_bytes(self._world, self._world.world_size * aligned_bytes(places))
-            assert memory is not None  # since there was some before
-            places = Places(memory).take_for_ranks(self._world, places)
-        for slot, place in zip(slots, places):
-            slot.accumulator = place
+        weights = [*self._weights()]
+        if self._meeting is None:
+            sums = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in weights]
+        else:
+            shapes = [torch.empty_like(tensor, dtype=torch.float32, device="meta") for tensor in weights]
+            memory = shared_bytes(self._world, self._world.world_size * aligned_bytes(shapes))
+            if memory is None:
+                raise shared_error("no memory to share for the sums of micro-batches; leave --micro-batch-size away")
+            sums = Places(memory).take_for_ranks(self._world, shapes)
+        for (slot, _, _), accumulator in zip(self.trained(), sums):
+            slot.accumulator = accumulator
 
     def average_accumulated(self, world_size: int) -> None:
-        """Average the accumulators over all ranks, as DDP does with gradients."""
+        """Average the accumulators over all ranks, as DDP does with gradients; not needed if they share memory."""
         if world_size == 1 or self.shares_memory:
             return
         for slot, _, _ in self.trained():
@@ -302,11 +305,11 @@ class AdamW:
         gradients = self._gradients(accumulated)
         if self._kernels is None:
             return torch.stack([gradient.float().square().sum() for gradient in gradients]).sum().sqrt()
-        places = self._locate(gradients)
+        where = self._locate(gradients)
         if self._meeting is None:
-            return torch.tensor(math.sqrt(self._kernels.square_sum(self._arguments, places)))
+            return torch.tensor(math.sqrt(self._kernels.square_sum(self._arguments, where)))
         self._meeting.sum(0)  # everybody's gradients are there
-        return torch.tensor(math.sqrt(self._meeting.sum(self._kernels.square_sum(self._arguments, places))))
+        return torch.tensor(math.sqrt(self._meeting.sum(self._kernels.square_sum(self._arguments, where))))
 
     def _locate(self, gradients: list[torch.Tensor]) -> Gradients:
         """Tell the kernels where the gradients of all ranks are, given this rank's."""
@@ -335,8 +338,8 @@ class AdamW:
         gradients = self._gradients(accumulated)
         if self._kernels is not None:
             self._arguments["rate"], self._arguments["decay"] = zip(*rates)
-            places = self._locate(gradients)
-            self._kernels.adamw(self._arguments, places, float(scale), (BETA1, BETA2), EPSILON, root)
+            where = self._locate(gradients)
+            self._kernels.adamw(self._arguments, where, float(scale), (BETA1, BETA2), EPSILON, root)
             if self._meeting is not None:
                 self._meeting.sum(0)  # everybody's part is updated
         else:

@@ -22,10 +22,11 @@ ALIGNMENT = 64  # bytes; of every tensor, so that no two share a cache line
 
 
 def shared_bytes(world: World, size: int) -> mmap.mmap | None:
-    """Return `size` bytes, all zero, that all processes see; every rank must call it.
+    """Return `size` bytes and a few more, zeros at first, that all processes see; every rank must call it.
 
     Returns:
-        None on every rank if they are not all on one Linux machine, where each sees the others' processes.
+        None on every rank if they are not all on one Linux machine, where each sees the others' processes, or if
+        Python was built without `os.memfd_create`.
     """
     if world.world_size != world.local_world_size:
         return None
@@ -35,28 +36,24 @@ def shared_bytes(world: World, size: int) -> mmap.mmap | None:
         with contextlib.suppress(OSError, AttributeError):  # memfd_create is Linux's
             # Not in /dev/shm, which containers often limit to 64 MB.
             file = os.memfd_create("sst2_xlmr")
-            os.ftruncate(file, size)
+            os.ftruncate(file, size + len(token))
+            os.pwrite(file, token, size)
             facts = (f"/proc/{os.getpid()}/fd/{file}", token)
-            os.pwrite(file, token, 0)
     facts = from_main(world, facts)
     if facts is not None:
         path, token = facts
         with contextlib.suppress(OSError, ValueError), Path(path).open("r+b", buffering=0) as opened:
-            mapped = mmap.mmap(opened.fileno(), size)
+            mapped = mmap.mmap(opened.fileno(), size + len(token))
     # In a container of its own, a process may find another file by that name.
-    agreed = all(gather_objects(world, mapped is not None and mapped[: len(token)] == token))
+    agreed = all(gather_objects(world, mapped is not None and mapped[size:] == token))
     if file >= 0:
         os.close(file)
-    if not agreed or mapped is None:
-        return None
-    if world.is_main:
-        mapped[: len(token)] = bytes(len(token))
-    return mapped
+    return mapped if agreed else None
 
 
-def aligned_bytes(tensors: list[torch.Tensor], dtype: torch.dtype | None = None) -> int:
+def aligned_bytes(tensors: list[torch.Tensor]) -> int:
     """Return how many bytes tensors take in shared memory, each from a multiple of ALIGNMENT on."""
-    sizes = [tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors]
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     return sum(size + -size % ALIGNMENT for size in sizes)
 
 
@@ -66,11 +63,10 @@ class Places:
     def __init__(self, memory: mmap.mmap) -> None:
         self._memory, self._used = memory, 0
 
-    def take(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the next tensor, of the shape of `like`, and of its dtype unless another is given."""
-        dtype = dtype or like.dtype
-        tensor = torch.frombuffer(self._memory, dtype=dtype, count=like.numel(), offset=self._used)
-        self._used += aligned_bytes([like], dtype)
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        """Return the next tensor, of the shape and dtype of `like`."""
+        tensor = torch.frombuffer(self._memory, dtype=like.dtype, count=like.numel(), offset=self._used)
+        self._used += aligned_bytes([like])
         return tensor.view(like.shape)
 
     def take_for_ranks(self, world: World, like: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sst2_xlmr.metrics import share_below
 from sst2_xlmr.pictures import confusion_picture, table_picture
 from sst2_xlmr.token_cache import TokenCache
 
+EVENTS_PREFIX = "events.out.tfevents."  # SummaryWriter's
 MISTAKES = 50
 CURVES = 10
 LINE_LENGTH, MOST_LINES = 60, 5
@@ -34,7 +36,7 @@ _MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|&~]")
 
 def event_files(folder: Path) -> list[Path]:
     """Return the event files in a folder."""
-    return sorted(folder.glob("events.out.tfevents.*"))
+    return sorted(folder.glob(f"{EVENTS_PREFIX}*"))
 
 
 def make_event_folder(folder: Path, is_new: bool = True) -> None:
@@ -55,9 +57,9 @@ def cut_events(folder: Path, last_step: int, written_again: list[str]) -> None:
     """Remove from a folder's events what a run that goes on after `last_step` will write.
 
     SummaryWriter's `purge_step` asks TensorBoard to hide it, which its default data server does not do: it hides
-    points only of tags that are written again. The files also get names that come before every new one: TensorBoard
-    reads in the order of names, which begin with the second, so that two starts in one second, or on a node whose
-    clock is behind, would be read the wrong way round.
+    points only of tags that are written again. TensorBoard reads files in the order of their names, which begin with
+    the second of the start; if a new one would not be the last (a start in the same second, or on a node whose clock is
+    behind), the others are renamed.
 
     Args:
         written_again: splits that will be evaluated (once more) at `last_step`.
@@ -68,8 +70,10 @@ def cut_events(folder: Path, last_step: int, written_again: list[str]) -> None:
         is_again = tag.startswith("_hparams_") or (step == last_step and tag.startswith(again))
         return step <= last_step and not is_again
 
-    for number, newest_name in enumerate(event_files(folder)):
-        file = newest_name.rename(folder / f"events.out.tfevents.{number:010}")
+    files = event_files(folder)
+    if files and files[-1].name >= f"{EVENTS_PREFIX}{int(time.time()):010}":
+        files = [file.rename(folder / f"{EVENTS_PREFIX}{number:010}") for number, file in enumerate(files)]
+    for file in files:
         beside = folder / "cut.tmp"  # TensorBoard reads all that has "tfevents" in its name
         beside.unlink(missing_ok=True)
         with beside.open("xb") as opened:

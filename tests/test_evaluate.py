@@ -53,17 +53,19 @@ def test_agrees_with_one_row_at_a_time(model: Classifier, dev: TokenCache) -> No
     assert evaluate(model, dev, 200, World(0, 1, 0, 1, CPU)).probabilities is None
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 7])
 @pytest.mark.parametrize("batch_tokens", [1, 30, 31, 1000, 10**9])
-def test_batches_have_every_row_once_and_no_more_tokens_than_allowed(batch_tokens: int) -> None:
+def test_batches_have_every_row_once_and_no_more_tokens_than_allowed(batch_tokens: int, ranks: int) -> None:
     lengths = np.random.default_rng(0).integers(2, 40, 500)
-    batches = list(batches_of_like_length(lengths, batch_tokens))
+    batches = list(batches_of_like_length(lengths, batch_tokens, ranks))
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))
     for rows, behind in zip(batches, [*batches[1:], None]):
-        padded = len(rows) * lengths[rows].max()
+        padded = max(len(rows[rank::ranks]) * lengths[rows[rank::ranks]].max(initial=0) for rank in range(ranks))
         assert padded <= batch_tokens or len(rows) == 1
         if behind is not None:
             assert lengths[rows].max() <= lengths[behind].min()
-            assert (len(rows) + 1) * lengths[behind[0]] > batch_tokens, "one row more would have found room"
+            with_next = -(-(len(rows) + 1) // ranks) * lengths[behind[0]]
+            assert with_next > batch_tokens, "one row more would have found room"
     assert not list(batches_of_like_length(np.zeros(0, np.int64), batch_tokens))
 
 

@@ -396,7 +396,7 @@ def test_batches_without_a_finite_gradient_are_passed_over(
         "def poisoned(model, share, optimizer, *others):\n"
         "    loss = real(model, share, optimizer, *others)\n"
         "    calls[0] += 1\n"
-        "    if calls[0] in bad:\n"
+        "    if calls[0] in bad and os.environ.get('RANK', '0') == '0':\n"
         "        for slot, _, _ in optimizer.trained():\n"
         "            slot.working.grad[:] = float('nan')\n"
         "        loss = loss * float('inf')\n"
