@@ -100,6 +100,7 @@ def wait_for_end(job: str, log: Path, timeout_s: float) -> tuple[dict[str, str],
             written = log.read_text(encoding="utf-8") if log.is_file() else "no log"
             pytest.fail(f"job {job} is {facts['JobState']} ({facts['Reason']}) after {timeout_s} s: {written}")
         if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+            time.sleep(3)  # a start within the second of the requeueing fails: «Job credential revoked»
             call("scontrol", "update", f"jobid={job}", "StartTime=now")
         time.sleep(0.5)
     return facts, log.read_text(encoding="utf-8")
@@ -163,8 +164,8 @@ def test_missing_python_fails_with_one_line(tmp_path: Path) -> None:
 
 
 def undisturbed(encoder: Path, data: Path, run: Path, options: list[object]) -> None:
-    """Train with the same two processes, without SLURM."""
-    done = torchrun(2, train_options(encoder, data, run, *options))
+    """Train with two such processes, each as if on a node of its own, without SLURM."""
+    done = torchrun(2, train_options(encoder, data, run, *options), nodes=True)
     assert done.returncode == 0, done.stderr
 
 
