@@ -78,6 +78,16 @@ def choose_compiled(config: Config, world: World, bf16: bool) -> tuple[Kernels |
     return (kernels if agreed else None), agreed and not on_cpu
 
 
+def connect_processes(classifier: Classifier, optimizer: AdamW, world: World) -> torch.nn.Module:
+    """Return the model to train: as it is, or under DDP where processes cannot share memory.
+
+    On one machine's CPU, with kernels, they can; all others exchange gradients.
+    """
+    if optimizer.share_memory(world):
+        return classifier
+    return distributed.wrap_model(classifier, world, classifier.kernels.mean_of if classifier.kernels else None)
+
+
 def has_stopped_improving(config: Config, progress: Progress) -> bool:
     """Whether the last evaluations were so many without a better one that training ends."""
     return 0 < config.early_stopping_patience <= progress.stale_evaluations
@@ -239,9 +249,7 @@ def train(config: Config, resume: bool, world: World) -> None:
             if before != now:
                 raise UserError(f"the training {what} differ from those that {run_folder} was started with")
         load_checkpoint(checkpoint, progress, optimizer, vocabulary, config.seed, world)
-    # On one machine's CPU, with kernels, processes share memory; all others exchange gradients through DDP.
-    shares = optimizer.share_memory(world)
-    model = classifier if shares else distributed.wrap_model(classifier, world, kernels.mean_of if kernels else None)
+    model = connect_processes(classifier, optimizer, world)
     during = splits_during(config)
     at_end = [split for split in files if split not in ("train", *during)]
 

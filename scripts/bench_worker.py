@@ -35,7 +35,7 @@ from sst2_xlmr.model import Classifier
 from sst2_xlmr.optim import AdamW
 from sst2_xlmr.packed_encoder import rounded_up
 from sst2_xlmr.token_cache import TokenCache
-from train import choose_compiled, forward_and_backward
+from train import choose_compiled, connect_processes, forward_and_backward
 
 Answer = dict[str, Any]
 
@@ -168,8 +168,7 @@ def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
         sampler = GlobalBatchSampler(lengths, config.batch_size, config.seed, world.rank, world.world_size)
         loader = build_loader(spec.caches[split], sampler, config, pin_memory=world.device.type == "cuda")
         feeds[split] = (sampler, loader)
-    mean_of = classifier.kernels.mean_of if classifier.kernels else None
-    model = classifier if optimizer.share_memory(world) else distributed.wrap_model(classifier, world, mean_of)
+    model = connect_processes(classifier, optimizer, world)
     model.train()
 
     def run_epoch(split: str, epoch: int, mark: Callable[[str], None]) -> tuple[float, float]:

@@ -49,10 +49,9 @@ def batches_of_like_length(lengths: np.ndarray, batch_tokens: int, world_size: i
     order = np.argsort(lengths, kind="stable")
     while len(order):
         lengths_here = lengths[order[: batch_tokens * world_size]]
-        shares = -(
-            -np.arange(1, len(lengths_here) + 1) // world_size
-        )  # the largest, of a batch that ends with each row
-        sizes = lengths_here * shares
+        # Of a batch that would end with each row: the rows of its largest share, and that share's tokens.
+        rows_of_share = -(-np.arange(1, len(lengths_here) + 1) // world_size)
+        sizes = lengths_here * rows_of_share
         rows = max(1, int(np.searchsorted(sizes, batch_tokens, side="right")))
         yield order[:rows]
         order = order[rows:]

@@ -196,19 +196,20 @@ class AdamW:
         self._kernels = kernels
         self._update: Callable[..., None] = torch.compile(_update, dynamic=True) if compile_step else _update
         self._world = World(0, 1, 0, 1, torch.device("cpu"))  # those that make a step together
-        self._meeting: Meeting | None = None
+        self._meeting = Meeting(self._world)
         self._arguments = self._describe()
 
     @property
     def shares_memory(self) -> bool:
         """Whether all processes update the same weights together (see `share_memory`)."""
-        return self._meeting is not None
+        return self._world.world_size > 1
 
     def _describe(self) -> np.ndarray:
         """Return what this rank updates for `Kernels.adamw`; gradients and rates are filled in at every step."""
-        arguments = np.zeros(len(list(self.trained())), PARAMETER)
-        for line, (slot, exp_avg, exp_avg_sq) in zip(arguments, self.trained()):
-            start, stop = part_of(slot.working.numel(), self._world)
+        parts = [part_of(weights.numel(), self._world) for weights in self._weights()]
+        self._starts = [start for start, _ in parts]
+        arguments = np.zeros(len(parts), PARAMETER)
+        for line, (slot, exp_avg, exp_avg_sq), (start, stop) in zip(arguments, self.trained(), parts):
             tensors = {"weights": slot.working.data, "low": slot.low, "mean": exp_avg, "square": exp_avg_sq}
             for name, tensor in tensors.items():
                 line[name] = 0 if tensor is None else tensor.data_ptr() + start * tensor.element_size()
@@ -271,7 +272,7 @@ class AdamW:
 
     def _make_accumulators(self) -> None:
         weights = [*self._weights()]
-        if self._meeting is None:
+        if not self.shares_memory:
             sums = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in weights]
         else:
             shapes = [torch.empty_like(tensor, dtype=torch.float32, device="meta") for tensor in weights]
@@ -306,8 +307,6 @@ class AdamW:
         if self._kernels is None:
             return torch.stack([gradient.float().square().sum() for gradient in gradients]).sum().sqrt()
         where = self._locate(gradients)
-        if self._meeting is None:
-            return torch.tensor(math.sqrt(self._kernels.square_sum(self._arguments, where)))
         self._meeting.sum(0)  # everybody's gradients are there
         return torch.tensor(math.sqrt(self._meeting.sum(self._kernels.square_sum(self._arguments, where))))
 
@@ -315,9 +314,8 @@ class AdamW:
         """Tell the kernels where the gradients of all ranks are, given this rank's."""
         world, size = self._world, gradients[0].element_size()
         stride = aligned_bytes(gradients)
-        starts = [part_of(gradient.numel(), world)[0] for gradient in gradients]
         self._arguments["grad"] = [
-            gradient.data_ptr() - world.rank * stride + start * size for gradient, start in zip(gradients, starts)
+            gradient.data_ptr() - world.rank * stride + start * size for gradient, start in zip(gradients, self._starts)
         ]
         return Gradients(stride, world.world_size, gradients[0].dtype == torch.float32)
 
@@ -340,8 +338,7 @@ class AdamW:
             self._arguments["rate"], self._arguments["decay"] = zip(*rates)
             where = self._locate(gradients)
             self._kernels.adamw(self._arguments, where, float(scale), (BETA1, BETA2), EPSILON, root)
-            if self._meeting is not None:
-                self._meeting.sum(0)  # everybody's part is updated
+            self._meeting.sum(0)  # everybody's part is updated
         else:
             scalars = {}
             for group in set(rates):

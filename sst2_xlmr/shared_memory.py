@@ -79,7 +79,7 @@ class Places:
 
 
 class Meeting:
-    """Where processes that share memory wait for each other."""
+    """Where processes that share memory wait for each other; one alone does not wait."""
 
     def __init__(self, world: World) -> None:
         self._world = world
