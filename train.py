@@ -26,30 +26,22 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from sst2_xlmr import distributed
-from sst2_xlmr.arguments import parse_args
-from sst2_xlmr.batching import GlobalBatchSampler, RankShare, build_loader
-from sst2_xlmr.checkpoint import (
-    Progress,
-    find_checkpoint,
-    load_checkpoint,
-    load_progress,
-    save_checkpoint,
-    seed_rank,
-)
-from sst2_xlmr.compact_vocab import renumbering, used_ids
-from sst2_xlmr.config import Config, Stopped, UserError, exit_on_user_error
-from sst2_xlmr.cpu_kernels import Kernels, load_kernels
+from sst2_xlmr.cli import parse_args
+from sst2_xlmr.config import Config
+from sst2_xlmr.data.batches import GlobalBatchSampler, RankShare, build_loader
+from sst2_xlmr.data.prepare import prepare
+from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.distributed import World, shared_error
-from sst2_xlmr.evaluate import Interrupted, evaluate
-from sst2_xlmr.export import export_run
+from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
+from sst2_xlmr.errors import Stopped, UserError, exit_on_user_error
+from sst2_xlmr.evaluation.evaluate import Interrupted, evaluate
+from sst2_xlmr.export.hugging_face import export_run
 from sst2_xlmr.files import Finisher, digest_of
-from sst2_xlmr.header import header_lines
-from sst2_xlmr.loss import class_weights, sum_of_losses
 from sst2_xlmr.memory import keep_freed_memory
-from sst2_xlmr.model import Classifier, build_classifier
-from sst2_xlmr.optim import AdamW, can_compile, lr_factor
-from sst2_xlmr.prepare import prepare
-from sst2_xlmr.report import (
+from sst2_xlmr.model.classifier import Classifier, build_classifier
+from sst2_xlmr.model.compact_vocab import renumbering, used_ids
+from sst2_xlmr.report.header import header_lines
+from sst2_xlmr.report.report import (
     Report,
     advance,
     log_end,
@@ -63,10 +55,19 @@ from sst2_xlmr.report import (
     splits_during,
     sync_report,
 )
-from sst2_xlmr.run_folder import claim, clean_up, write_config
-from sst2_xlmr.signals import StopRequest
-from sst2_xlmr.tensorboard import make_event_folder
-from sst2_xlmr.token_cache import TokenCache
+from sst2_xlmr.report.tensorboard import make_event_folder
+from sst2_xlmr.training.checkpoint import (
+    Progress,
+    find_checkpoint,
+    load_checkpoint,
+    load_progress,
+    save_checkpoint,
+    seed_rank,
+)
+from sst2_xlmr.training.loss import class_weights, sum_of_losses
+from sst2_xlmr.training.optimizer import AdamW, can_compile, lr_factor
+from sst2_xlmr.training.run_folder import claim, clean_up, write_config
+from sst2_xlmr.training.signals import StopRequest
 
 
 def choose_compiled(config: Config, world: World, bf16: bool) -> tuple[Kernels | None, bool]:

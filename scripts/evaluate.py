@@ -17,18 +17,19 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from sst2_xlmr import sources
-from sst2_xlmr.arguments import OneLineParser, add_model_options, add_option
-from sst2_xlmr.config import Config, UserError, exit_on_user_error, named_file
-from sst2_xlmr.data import columns_of
+from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
+from sst2_xlmr.config import Config, named_file
+from sst2_xlmr.data.rows import columns_of
+from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
 from sst2_xlmr.distributed import World, choose_device, choose_precision
-from sst2_xlmr.encoders import TOKENIZER_NAME
-from sst2_xlmr.evaluate import Evaluation, evaluate
+from sst2_xlmr.errors import UserError, exit_on_user_error
+from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
+from sst2_xlmr.evaluation.metrics import mean_of, per_class
 from sst2_xlmr.memory import keep_freed_memory
-from sst2_xlmr.metrics import mean_of, per_class
-from sst2_xlmr.model import load_classifier
-from sst2_xlmr.report import evaluation_table
-from sst2_xlmr.tensorboard import SCALARS, draw_evaluation, draw_table, make_event_folder
-from sst2_xlmr.token_cache import TokenCache, tokenize_file
+from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.model.encoders import TOKENIZER_NAME
+from sst2_xlmr.report.report import evaluation_table
+from sst2_xlmr.report.tensorboard import SCALARS, draw_evaluation, draw_table, make_event_folder
 
 COLUMN_OPTIONS = ("text_column", "text_pair_column", "label_column", "header")
 MOST_CONFUSED_CLASSES = 10  # whose confusion matrix fits on a line

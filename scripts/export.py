@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 
-from sst2_xlmr.arguments import OneLineParser
-from sst2_xlmr.config import EVAL_BATCH_TOKENS, UserError, exit_on_user_error
-from sst2_xlmr.encoders import find_encoder, load_tensors
-from sst2_xlmr.evaluate import predict
-from sst2_xlmr.export import CARD_NAME, export_hugging_face
-from sst2_xlmr.model import load_classifier
-from sst2_xlmr.torchscript import save_torchscript
+from sst2_xlmr.cli import OneLineParser
+from sst2_xlmr.config import EVAL_BATCH_TOKENS
+from sst2_xlmr.errors import UserError, exit_on_user_error
+from sst2_xlmr.evaluation.evaluate import predict
+from sst2_xlmr.export.hugging_face import CARD_NAME, export_hugging_face
+from sst2_xlmr.export.torchscript import save_torchscript
+from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.model.encoders import find_encoder, load_tensors
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

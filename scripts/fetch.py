@@ -13,8 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
-from sst2_xlmr.arguments import OneLineParser
-from sst2_xlmr.config import exit_on_user_error
+from sst2_xlmr.cli import OneLineParser
+from sst2_xlmr.errors import exit_on_user_error
 from sst2_xlmr.sources import BUNDLE_URLS, cache_dir, fetch_bundle, fetch_sst2
 
 CHOICES = ("sst2", *BUNDLE_URLS)

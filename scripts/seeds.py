@@ -16,9 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sst2_xlmr.arguments import OneLineParser, parse_args
-from sst2_xlmr.config import UserError, exit_on_user_error
-from sst2_xlmr.signals import SIGNALS
+from sst2_xlmr.cli import OneLineParser, parse_args
+from sst2_xlmr.errors import UserError, exit_on_user_error
+from sst2_xlmr.training.signals import SIGNALS
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from sst2_xlmr.config import LostContact, UserError
+from sst2_xlmr.errors import LostContact, UserError
 
 Result = TypeVar("Result")
 MeanOf = Callable[[list[torch.Tensor], torch.Tensor], None]

@@ -17,7 +17,7 @@ from typing import Any, Callable, Union
 
 import torch
 
-from sst2_xlmr.config import UserError
+from sst2_xlmr.errors import UserError
 
 _CHUNK_BYTES = 1 << 23
 _DTYPE_NAMES = {

@@ -25,7 +25,7 @@ from pathlib import Path, PureWindowsPath
 
 from tqdm import tqdm
 
-from sst2_xlmr.config import UserError
+from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import digest_of
 
 # The addresses of torchtext 0.18: torchtext/models/roberta/bundler.py and torchtext/datasets/sst2.py.

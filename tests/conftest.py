@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import train
-from sst2_xlmr.config import exit_on_user_error
-from sst2_xlmr.encoders import EncoderShape
-from sst2_xlmr.export import export_hugging_face
-from sst2_xlmr.model import Classifier
+from sst2_xlmr.errors import exit_on_user_error
+from sst2_xlmr.export.hugging_face import export_hugging_face
+from sst2_xlmr.model.classifier import Classifier
+from sst2_xlmr.model.encoders import EncoderShape
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_DATA = ROOT / "sample_data"

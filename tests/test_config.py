@@ -18,7 +18,7 @@ from conftest import ROOT, train_options, user_error
 from safetensors.torch import load_file, save_file
 
 import train
-from sst2_xlmr.arguments import parse_args
+from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from sst2_xlmr import sources
-from sst2_xlmr.config import UserError
+from sst2_xlmr.errors import UserError
 from sst2_xlmr.sources import download, fetch_bundle, fetch_sst2, mirrored
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from conftest import ROOT, train_options, user_error
 from running import digests, launcher, logged, started, wait_for
 
 import train
-from sst2_xlmr.checkpoint import find_checkpoint, what_is_damaged
+from sst2_xlmr.training.checkpoint import find_checkpoint, what_is_damaged
 
 RunTrain = Callable[..., Path]
 FILES = ["manifest.json", "progress.json", "config.json"]

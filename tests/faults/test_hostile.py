@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train
-from sst2_xlmr.encoders import TOKENIZER_NAME
 from sst2_xlmr.files import digest_of
+from sst2_xlmr.model.encoders import TOKENIZER_NAME
 
 WORD = "roberta.embeddings.word_embeddings.weight"
 
@@ -273,14 +273,14 @@ def test_zip_entries_that_leave_the_folder_are_tested_with_the_downloads() -> No
     package = Path(train.__file__).parent / "sst2_xlmr"
     unpacking = [
         file.name
-        for file in package.glob("*.py")
+        for file in package.rglob("*.py")
         if any(word in file.read_text() for word in ("extractall", ".extract(", "unpack_archive"))
     ]
     assert unpacking == []
-    assert [f.name for f in package.glob("*.py") if "import pickle" in f.read_text()] == ["distributed.py"]
+    assert [f.name for f in package.rglob("*.py") if "import pickle" in f.read_text()] == ["distributed.py"]
     assert all(
         "weights_only=True" in line
-        for file in package.glob("*.py")
+        for file in package.rglob("*.py")
         for line in file.read_text().splitlines()
         if "torch.load(" in line
     )

@@ -11,7 +11,7 @@ import pytest
 from conftest import train_options
 from running import charted, digests, launcher, logged, started, wait_for, workers
 
-from sst2_xlmr.checkpoint import find_checkpoint
+from sst2_xlmr.training.checkpoint import find_checkpoint
 
 STEPS = 150
 

@@ -14,9 +14,9 @@ from conftest import SMALL_ENCODER, needs_small_encoder, train_options
 from running import charted, digests, launcher, logged, started, wait_for, workers
 from safetensors.torch import load_file
 
-from sst2_xlmr.encoders import EncoderShape
-from sst2_xlmr.export import export_hugging_face
-from sst2_xlmr.model import Classifier
+from sst2_xlmr.export.hugging_face import export_hugging_face
+from sst2_xlmr.model.classifier import Classifier
+from sst2_xlmr.model.encoders import EncoderShape
 
 STEPS = 250  # some seconds; a signal comes in the first of them
 

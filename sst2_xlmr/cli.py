@@ -1,0 +1,237 @@
+"""The command line: builds a `Config` from defaults, then a saved `config.json`, then the flags that were given."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sst2_xlmr.config import (
+    EVAL_BATCH_TOKENS,
+    LOCK_NAME,
+    OPTIONS,
+    REMOVED_OPTIONS,
+    Config,
+    check,
+    flag,
+    label_list,
+    named_file,
+    shown,
+)
+from sst2_xlmr.errors import UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse prints its usage before an error; here an error is one line, with the nearest flag that exists."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments:"):
+            given = message.split(":", 1)[1].split()[0].split("=")[0]
+            flags = [known for known in self._option_string_actions if known.startswith("--")]
+            near = difflib.get_close_matches(given, flags, 1, 0.7)
+            near = near or [known for known in flags if given.startswith("--") and given[2:] in known.split("-")]
+            raise UserError(f"unknown argument {given}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        raise UserError(f"{message}; see --help")
+
+
+def add_option(parser: Any, name: str) -> None:
+    """Add an option of `Config` to a parser or group of it; a flag that is not given leaves no value."""
+    facts, default = OPTIONS[name].metadata, getattr(Config(), name)
+    if facts["kind"] is bool:
+        # The help comes afterwards: Python 3.9 and 3.10 would add a default of their own to it.
+        action = parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+        action.help = f"{facts['help']} [{'on' if default else 'off'}]"
+        return
+    parser.add_argument(
+        flag(name),
+        type=facts["kind"],
+        metavar=facts["metavar"],
+        nargs="+" if facts["many"] else None,
+        action="extend" if facts["many"] else "store",
+        default=argparse.SUPPRESS,
+        help=(facts["help"] + (f" [{shown(default)}]" if default not in (None, []) else "")).replace("%", "%%"),
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add what scripts that use a trained model take: which, and how it computes."""
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder that train.py wrote")
+    parser.add_argument(
+        "--batch-tokens",
+        type=_batch_tokens,
+        default=EVAL_BATCH_TOKENS,
+        metavar="TOKENS",
+        help=f"tokens per forward pass; a longer row goes alone [{EVAL_BATCH_TOKENS}]",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="[auto]")
+
+
+def _batch_tokens(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    if number < 1:
+        raise UserError(f"--batch-tokens must be 1 or more, not {number}")
+    return number
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="train.py",
+        allow_abbrev=False,
+        description="Fine-tune XLM-R for text classification; SST-2 by default.",
+        epilog="@FILE takes options from a file, such as those in scripts/recipes/; what comes after it overrides them."
+        " Also: torchrun --nproc_per_node=2 train.py ...; sbatch scripts/train.sbatch",
+    )
+    groups: dict[str, Any] = {}
+    for name, field in OPTIONS.items():
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        add_option(groups[title], name)
+    run = parser.add_argument_group("starting from a former run")
+    run.add_argument("--config", metavar="FILE", help="take options from a saved config.json; flags override it")
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --output-dir from its newest checkpoint; its options are read from there",
+    )
+    return parser
+
+
+def _has_kind(value: Any, field: dataclasses.Field[Any]) -> bool:
+    """Whether a value from JSON has the type of its option; an integer may stand for a float."""
+    kind = field.metadata["kind"]
+    if value is None:
+        return field.default is None
+    if field.metadata["many"] or kind is label_list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a saved `config.json`; returns field name -> value, checked for names and types."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}); --config takes the config.json of a run") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold a JSON object; --config takes the config.json of a run")
+    values = {name: value for name, value in values.items() if name not in REMOVED_OPTIONS}
+    for name, value in values.items():
+        if name not in OPTIONS:
+            near = difflib.get_close_matches(name, OPTIONS, 1)
+            raise UserError(f"{path}: unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if not _has_kind(value, OPTIONS[name]):
+            raise UserError(f"{path}: {name!r} has the value {value!r}, which is not of the option's type")
+    return values
+
+
+def _with_files(words: list[str]) -> list[str]:
+    """Replace every `@FILE` by the words in the file, which are quoted as in a shell; `#` begins a comment.
+
+    argparse can do that too (fromfile_prefix_chars), but wants one word a line, and knows no comments.
+    """
+    result = []
+    for word in words:
+        if not word.startswith("@"):
+            result.append(word)
+            continue
+        try:
+            result += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+        except OSError as error:
+            raise UserError(f"cannot read {word[1:]}, named by {word}: {error.strerror}") from None
+        except ValueError as error:  # a quotation that does not end, or bytes that are no UTF-8
+            raise UserError(f"{word[1:]} does not hold options: {error}") from None
+    return result
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
+    """Parse and check the command line.
+
+    Returns:
+        The run's options, and whether to resume the run in `config.output_dir`.
+
+    Raises:
+        UserError: for anything that is wrong with an option, a config file, or a resumed run's options.
+    """
+    given = vars(_build_parser().parse_args(_with_files(sys.argv[1:] if argv is None else argv)))
+    config_file, resume = given.pop("config"), given.pop("resume")
+    if _is_restarted(given.get("output_dir")):
+        config_file, resume = None, True
+    if resume:
+        if config_file:
+            raise UserError("--resume reads the run's own config.json; leave --config away")
+        if "output_dir" not in given:
+            raise UserError("--resume needs --output-dir, the folder of the run to continue")
+        saved = Path(given["output_dir"]) / "config.json"
+        if not saved.is_file():
+            raise UserError(
+                f"nothing to resume: {saved} does not exist; give the --output-dir of a run, or start without --resume"
+            )
+        config = Config(**read_config_file(saved))
+        for name, value in list(given.items()):
+            before = getattr(config, name)
+            if value == "auto":
+                given[name] = before
+            elif value != before and not OPTIONS[name].metadata["changeable"]:
+                raise UserError(
+                    f"{flag(name)} {shown(value)} differs from {shown(before)}, with which the run in"
+                    f" {given['output_dir']} was started; leave it away, or start a new run"
+                )
+        config = dataclasses.replace(config, **given)
+    else:
+        base = read_config_file(Path(config_file)) if config_file else {}
+        config = Config(**{**base, **given})
+        if config.output_dir:
+            _check_new_folder(Path(config.output_dir))
+    check(config)
+    return _with_absolute_paths(config), resume
+
+
+def _is_restarted(output_dir: str | None) -> bool:
+    """Whether torchrun (`--max-restarts`) has started the command again, so that it goes on with its own run.
+
+    Raises:
+        UserError: if torchrun may do so, but could not find the run again.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and output_dir is None:
+        raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run to go on with")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return restarts > 0 and output_dir is not None and Path(output_dir, "config.json").is_file()
+
+
+def _check_new_folder(folder: Path) -> None:
+    """Find out before any work that a new run's folder cannot be made; a run never touches another one's folder."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(file.name != LOCK_NAME for file in folder.iterdir())):
+            raise UserError(f"--output-dir {folder} is there already; continue it with --resume, or take another name")
+        parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"cannot write to --output-dir {folder}: {parent} is no folder that you may write to")
+    except OSError as error:
+        raise UserError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Return the options so that a saved `config.json` means the same from any folder."""
+    names = ("data_dir", "train_file", "dev_file", "tensorboard_dir")
+    changes: dict[str, Any] = {name: os.path.abspath(value) for name in names if (value := getattr(config, name))}
+    changes["test_file"] = [os.path.abspath(file) for file in config.test_file]
+    named = map(named_file, config.eval_file)
+    changes["eval_file"] = [f"{name}={os.path.abspath(file)}" for name, file in named]
+    if Path(config.encoder).is_dir():
+        changes["encoder"] = os.path.abspath(config.encoder)
+    return dataclasses.replace(config, **changes)

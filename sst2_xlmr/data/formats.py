@@ -1,0 +1,253 @@
+"""Files of rows, read and written: TSV (GLUE's layout), CSV (RFC 4180), JSONL, each also gzipped.
+
+Nothing but the current row is held in memory. Errors name the file and the line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Callable, NamedTuple, TextIO
+
+from sst2_xlmr.errors import UserError
+
+KINDS = (".tsv", ".csv", ".jsonl")
+# Longest line in bytes and longest CSV field in characters: a quote that is never closed, or a file without line ends,
+# must not fill the memory.
+LONGEST = 1 << 24
+_BREAKS = re.compile("\r\n|[\t\r\n]")
+Lines = Iterator[tuple[int, str]]
+Rows = Iterator[tuple[int, list[str]]]
+
+
+class Fields(NamedTuple):
+    """A row as it stands in a file.
+
+    Attributes:
+        line: number, from 1, of the line that it begins in.
+        names: of its columns; the same list for all rows that have the same ones.
+        cells: one for every name; text, or in JSONL whatever JSON can say.
+    """
+
+    line: int
+    names: list[str]
+    cells: Sequence[Any]
+
+
+def kind_of(path: Path) -> str:
+    """Return .tsv, .csv or .jsonl.
+
+    Raises:
+        UserError: if the name ends otherwise.
+    """
+    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    if plain.suffix.lower() not in KINDS:
+        raise UserError(f"{path}: unknown kind of file; the name must end in .tsv, .csv or .jsonl, perhaps with .gz")
+    return plain.suffix.lower()
+
+
+def plain_name(path: Path) -> str:
+    """Return a file's name without what says its kind: `fr` for `data/fr.csv.gz`."""
+    name = path.with_suffix("").name if path.suffix.lower() == ".gz" else path.name
+    return Path(name).stem
+
+
+def find_split(data_dir: Path, split: str) -> Path | None:
+    """Return the file of `split` ("train", "dev", "test") in a folder, or None.
+
+    Raises:
+        UserError: if there is more than one.
+    """
+    names = [split + kind + packed for kind in KINDS for packed in ("", ".gz")]
+    found = [name for name in names if (data_dir / name).is_file()]
+    if len(found) > 1:
+        raise UserError(f"{data_dir} has {' and '.join(found)}; keep one, or use --{split}-file")
+    return data_dir / found[0] if found else None
+
+
+def shortened(text: str, longest: int = 200) -> str:
+    """Return a text for an error's one line, cut if it is long."""
+    return text if len(text) <= longest else text[:longest] + "..."
+
+
+def decoded_lines(file: BinaryIO, name: str) -> Lines:
+    """Yield (line number from 1, line with its end) of UTF-8 text, with or without a byte order mark.
+
+    Args:
+        name: what errors call the file.
+    """
+    lines = iter(functools.partial(file.readline, LONGEST + 1), b"")
+    for number, raw in enumerate(lines, 1):
+        if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise UserError(f"{name} is UTF-16, not UTF-8; convert it, e.g. with iconv -f UTF-16 -t UTF-8")
+        if number == 1 and raw[:2] == b"\x1f\x8b":
+            raise UserError(f"{name} is gzipped; let its name end in .gz")
+        if len(raw) > LONGEST:
+            raise UserError(f"{name}, line {number}: longer than {LONGEST:,} bytes; is it a file of rows?")
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{name}, line {number}: not UTF-8 (byte {error.start + 1} of the line); convert it, e.g. with iconv"
+            ) from None
+        if "\0" in line:
+            raise UserError(f"{name}, line {number}: has a NUL character; a file of rows is UTF-8 text without any")
+        yield number, line
+
+
+def _row_lines(lines: Lines, path: Path) -> Lines:
+    """Yield (line number, line without LF or CRLF) for formats with one row a line."""
+    blank_line = 0
+    for number, line in lines:
+        line = line.rstrip("\n")
+        line = line[:-1] if line.endswith("\r") else line
+        if not line:
+            blank_line = blank_line or number
+        elif blank_line:  # blank lines at the very end are harmless, elsewhere a row has been lost
+            raise UserError(f"{path}, line {blank_line}: empty line between rows; remove it")
+        else:
+            yield number, line
+
+
+def _tsv_rows(lines: Lines, path: Path) -> Rows:
+    """Split at line ends and tabs only: SST-2 has sentences that start with a quotation mark, which is text."""
+    for number, line in _row_lines(lines, path):
+        yield number, line.split("\t")
+
+
+def _csv_rows(lines: Lines, path: Path) -> Rows:
+    csv.field_size_limit(LONGEST)  # the default is 131,072
+    reader = csv.reader((line for _, line in lines), strict=True)
+    while True:
+        first = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problem = str(error)
+            if "field larger" in problem:
+                problem = f"a field of more than {LONGEST:,} characters; is a quotation mark never closed?"
+            elif "unexpected end" in problem:
+                problem = "the file ends inside a quoted field; is a quotation mark never closed?"
+            raise UserError(f"{path}: the row at line {first} is not valid CSV: {problem}") from None
+        if cells:  # blank lines hold nothing: a row with one empty field is written as ""
+            yield first, cells
+
+
+def _table(rows: Rows, path: Path, header: bool, cure: str) -> Iterator[Fields]:
+    """Name the cells by the header, or by their numbers from 1 where there is none."""
+    names: list[str] = []
+    for line, cells in rows:
+        if not names:
+            names = [name.strip() for name in cells] if header else [str(i) for i in range(1, len(cells) + 1)]
+            if header:
+                continue
+        if len(cells) != len(names):
+            listed = f" ({shortened(', '.join(names))})" if header else ""
+            raise UserError(
+                f"{path}, line {line}: {len(cells)} columns, but the {'header' if header else 'first row'} has"
+                f" {len(names)}{listed}; {cure}"
+            )
+        yield Fields(line, names, cells)
+
+
+def _jsonl_fields(lines: Lines, path: Path) -> Iterator[Fields]:
+    names: list[str] = []
+    for number, line in _row_lines(lines, path):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object with one key per column")
+        if list(row) != names:
+            names = list(row)
+        yield Fields(number, names, list(row.values()))
+
+
+def read_fields(path: Path, header: bool = True) -> Iterator[Fields]:
+    """Yield a file's rows, all columns as they are.
+
+    Args:
+        path: .tsv (rows split at tabs, no quoting), .csv (RFC 4180 quoting) or .jsonl (an object a line), perhaps .gz.
+        header: whether the first line of a .tsv or .csv file names the columns; else their names are 1, 2, ...
+
+    Raises:
+        UserError: naming file, line and cure, for anything that is not as described.
+    """
+    kind = kind_of(path)
+    is_packed = path.suffix.lower() == ".gz"
+    try:
+        with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if is_packed else raw as file:
+            lines = decoded_lines(file, str(path))  # type: ignore[arg-type]
+            if kind == ".jsonl":
+                yield from _jsonl_fields(lines, path)
+            elif kind == ".csv":
+                yield from _table(_csv_rows(lines, path), path, header, 'put text that has a comma between "quotes"')
+            else:
+                yield from _table(_tsv_rows(lines, path), path, header, "separate columns with one tab each")
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise UserError(f"{path} is not a whole gzip file: truncated, damaged, or no gzip; fetch it again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def cell_text(cell: object) -> str:
+    """Return a cell as text: nothing for JSON's null, JSON for what is neither text nor number."""
+    if isinstance(cell, str):
+        return cell
+    if cell is None:
+        return ""
+    return json.dumps(cell, ensure_ascii=False)
+
+
+def one_line(text: str) -> str:
+    """Return a text that can stand between tabs on a line: every tab and line end a space."""
+    return _BREAKS.sub(" ", text)
+
+
+def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[object]], object]:
+    """Return write(names, cells), which adds a row to a file; TSV and CSV need a first one with the names themselves.
+
+    Args:
+        file: opened with newline="".
+        kind: .tsv, where tabs and line ends in cells become spaces, .csv or .jsonl.
+    """
+    if kind == ".jsonl":
+        return lambda names, cells: file.write(json.dumps(dict(zip(names, cells)), ensure_ascii=False) + "\n")
+    if kind == ".csv":
+        rows = csv.writer(file)  # line ends are RFC 4180's CRLF: with them, a lone CR or LF in a cell is quoted too
+        return lambda _, cells: rows.writerow(map(cell_text, cells))
+    return lambda _, cells: file.write("\t".join(one_line(cell_text(cell)) for cell in cells) + "\n")
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[TextIO]:
+    """Open a text file, gzipped if its name says so, that gets its name when it is written whole.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        # JSON can hold half a character (a lone surrogate), which UTF-8 cannot; its escape is what JSON writes for it.
+        with opener(beside, "wt", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+        with beside.open("rb") as written:
+            os.fsync(written.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room, or take another place") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()

@@ -1,0 +1,78 @@
+"""Files -> rows -> ids: find, fetch and tokenize what a run needs, and check it before anything slow begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
+
+from sst2_xlmr import sources
+from sst2_xlmr.config import Config, check, named_file
+from sst2_xlmr.data.formats import find_split, plain_name
+from sst2_xlmr.data.rows import columns_of, has_labels, read_rows
+from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
+from sst2_xlmr.errors import UserError
+from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder
+from sst2_xlmr.model.tokenizer import load_tokenizer
+
+
+def find_files(config: Config, quiet: bool) -> dict[str, Path]:
+    """Return split name -> file: train, dev, and the test files by their names."""
+    folder = Path(config.data_dir) if config.data_dir else None
+    if folder is None and config.train_file is None:
+        folder = sources.fetch_sst2(quiet=quiet)
+    files = {}
+    for split, given in (("train", config.train_file), ("dev", config.dev_file)):
+        file = Path(given) if given else find_split(folder, split) if folder else None
+        if file is None:
+            raise UserError(
+                f"{folder} has no {split}.tsv, {split}.csv or {split}.jsonl, also none with .gz; name the file with"
+                f" --{split}-file"
+            )
+        files[split] = file
+    files.update(map(named_file, config.eval_file))
+    tests = [Path(file) for file in config.test_file]
+    if not tests and folder and (test := find_split(folder, "test")) and has_labels(test, columns_of(config)):
+        tests = [test]  # GLUE's test file has no labels
+    for file in tests:
+        name = plain_name(file)
+        files[name if name not in files else str(file)] = file
+    return files
+
+
+def check_max_length(config: Config, shape: EncoderShape) -> None:
+    longest = shape.positions - 2
+    if config.max_length > longest:
+        raise UserError(f"--max-length {config.max_length}: {config.encoder} takes at most {longest} tokens")
+
+
+def prepare(config: Config, quiet: bool) -> tuple[Config, Encoder, dict[str, Path], dict[str, TokenCache]]:
+    """Fetch and tokenize what the run needs; what an earlier run has left is used as it is.
+
+    Returns:
+        The options, with the names of the classes; the encoder; and by split the files and their tokens.
+    """
+    files, columns, cache_dir = find_files(config, quiet), columns_of(config), sources.cache_dir() / "tokens"
+    config = dataclasses.replace(
+        config, label_names=config.label_names or label_names_of(files["train"], columns, cache_dir)
+    )
+    check(config)
+    for file in files.values():  # a wrong column or layout shows in the first rows, before anything is downloaded
+        next(itertools.islice(read_rows(file, columns, config.classes), 1000, None), None)
+    if config.encoder in BUNDLE_SHAPES:  # nor must this wait for a download
+        check_max_length(config, BUNDLE_SHAPES[config.encoder])
+    encoder = find_encoder(config.encoder, quiet)
+    check_max_length(config, encoder.shape)
+    load = functools.lru_cache(maxsize=1)(load_tokenizer)
+    caches = {
+        split: tokenize_file(file, encoder.tokenizer_file, columns, config.classes, config.max_length, cache_dir, load)
+        for split, file in files.items()
+    }
+    largest_id = max(int(cache.distinct_ids[-1]) for cache in caches.values())
+    if largest_id >= encoder.shape.vocab_size:
+        raise UserError(
+            f"{encoder.tokenizer_file} gives ids up to {largest_id}, but {encoder.name} has {encoder.shape.vocab_size}"
+            " embedding rows; the two are not of one model"
+        )
+    return config, encoder, files, caches

@@ -1,0 +1,218 @@
+"""Token cache on disk: the ids of a file's rows, made once and found by content later."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+
+from sst2_xlmr.data.formats import kind_of
+from sst2_xlmr.data.rows import Columns, Row, find_label_names, in_chunks, read_rows
+from sst2_xlmr.errors import UserError
+from sst2_xlmr.files import digest_of
+from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
+
+CACHE_FORMAT = 4
+TOKENIZER_THREADS = 4  # reading and writing the rows, which is Python's work, keeps no more of them busy
+_CHUNK_ROWS = 1000
+
+
+@dataclass
+class TokenCache:
+    """The ids of a file's rows; mapped from disk, so the operating system pages in what is read.
+
+    Attributes:
+        ids: int32 [tokens], all rows one after another, `<s>` and `</s>` included.
+        offsets: int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]].
+        labels: int32 [rows].
+        distinct_ids: int32 [distinct ids], ascending, those that occur; only a cache from disk knows them.
+        truncated: how many rows were cut to the longest length.
+        digest: SHA-256 of the file, hexadecimal.
+        renumbering: int32 [vocabulary], what `collate` turns ids into (see compact_vocab); None for no change.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+    distinct_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    truncated: int = 0
+    digest: str = ""
+    renumbering: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def lengths(self) -> np.ndarray:
+        """Return int32 [rows], tokens per row."""
+        lengths = np.empty(len(self), np.int32)
+        return np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="unsafe")
+
+
+def tokenize_file(
+    path: Path,
+    tokenizer_file: Path,
+    columns: Columns,
+    label_names: list[str],
+    max_length: int,
+    cache_dir: Path,
+    load: Callable[[Path, int], Tokenizer] = load_tokenizer,
+) -> TokenCache:
+    """Return the token cache of a file, made at the first call and found by its content later.
+
+    Args:
+        label_names: of the classes 0, 1, ...
+        max_length: longest input in tokens.
+        load: loads the tokenizer, if the file has no cache yet; one that remembers it serves several files faster.
+
+    Raises:
+        UserError: for a bad row (see `data.read_rows`) or a cache folder that cannot be written.
+    """
+    try:
+        digest, tokenizer_digest = digest_of(path), digest_of(tokenizer_file)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    folder = cache_dir / _name_of(digest, path, columns, tokenizer_digest, max_length, label_names)
+    try:
+        return _open_cache(folder, digest)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or damaged: made anew
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
+            beside = Path(scratch, "tokens")
+            beside.mkdir()
+            _write_cache(beside, path, load(tokenizer_file, max_length), columns, label_names)
+            try:
+                beside.rename(folder)
+            except OSError:  # another process was faster, or what is there is damaged
+                try:
+                    return _open_cache(folder, digest)
+                except (OSError, ValueError, KeyError, TypeError):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    beside.rename(folder)
+    except OSError as error:
+        raise _cannot_write(cache_dir, error) from None
+    return _open_cache(folder, digest)
+
+
+def label_names_of(path: Path, columns: Columns, cache_dir: Path) -> list[str]:
+    """Return the names of a training file's classes: found at the first call, and by the file's content later.
+
+    Raises:
+        UserError: see `data.find_label_names`; or for a cache folder that cannot be written.
+    """
+    try:
+        digest = digest_of(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    file = cache_dir / (_name_of(digest, path, columns) + ".labels.json")
+    try:
+        names: list[str] = json.loads(file.read_text(encoding="utf-8"))["label_names"]
+        return names
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or damaged: made anew
+    names = find_label_names(path, columns)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
+            beside = Path(scratch, "labels")
+            beside.write_text(json.dumps({"label_names": names}), encoding="utf-8")
+            beside.replace(file)
+    except OSError as error:
+        raise _cannot_write(cache_dir, error) from None
+    return names
+
+
+def _name_of(digest: str, path: Path, columns: Columns, *further: object) -> str:
+    """Return a name that nothing else has which is made of another file, or in another way."""
+    recipe = [CACHE_FORMAT, digest, kind_of(path), dataclasses.astuple(columns), further]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
+
+
+def _cannot_write(cache_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write the token cache in {cache_dir}: {error.strerror};"
+        " set SST2_XLMR_CACHE to a folder that can be written"
+    )
+
+
+class Chunk(NamedTuple):
+    """Some rows, tokenized; `lengths` and `labels` have one number a row, `ids` is int32 [tokens]."""
+
+    ids: np.ndarray
+    lengths: list[int]
+    labels: list[int]
+    truncated: int
+
+
+def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chunk]:
+    """Tokenize on several threads, in the order of the rows; only a few chunks are in memory at a time."""
+    scripted = torch.jit.script(tokenizer)  # runs without Python's lock, so that threads do not wait for each other
+
+    def tokenize(rows: list[Row]) -> Chunk:
+        texts, pairs, labels = zip(*rows)
+        result = scripted(list(texts), None if pairs[0] is None else list(pairs))
+        lengths = [len(ids) for ids in result]
+        ids = np.fromiter(itertools.chain.from_iterable(result), np.int32, sum(lengths))
+        full = (row for row, length in zip(rows, lengths) if length == tokenizer.max_length)
+        return Chunk(ids, lengths, list(labels), sum(tokenizer.is_longer(row.text, row.pair) for row in full))
+
+    threads = min(TOKENIZER_THREADS, len(os.sched_getaffinity(0)))
+    pending: deque[Future[Chunk]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for chunk in in_chunks(rows, _CHUNK_ROWS):
+            pending.append(pool.submit(tokenize, chunk))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Columns, label_names: list[str]) -> None:
+    rows = tokens = truncated = 0
+    occurs = np.zeros(tokenizer.vocab_size, bool)
+    with (
+        (folder / "ids.bin").open("wb") as ids_file,
+        (folder / "offsets.bin").open("wb") as offsets_file,
+        (folder / "labels.bin").open("wb") as labels_file,
+    ):
+        offsets_file.write(np.int64(0).tobytes())
+        for chunk in _tokenize_chunks(read_rows(path, columns, label_names), tokenizer):
+            ids_file.write(chunk.ids.tobytes())
+            offsets_file.write((tokens + np.cumsum(chunk.lengths, dtype=np.int64)).tobytes())
+            labels_file.write(np.asarray(chunk.labels, np.int32).tobytes())
+            occurs[chunk.ids] = True
+            rows, tokens, truncated = rows + len(chunk.labels), tokens + len(chunk.ids), truncated + chunk.truncated
+    distinct_ids = np.flatnonzero(occurs).astype(np.int32)
+    (folder / "distinct_ids.bin").write_bytes(distinct_ids.tobytes())
+    counts = {"rows": rows, "tokens": tokens, "distinct_ids": len(distinct_ids), "truncated": truncated}
+    facts = {**counts, "sha256": {file.name: digest_of(file) for file in sorted(folder.iterdir())}}
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _open_cache(folder: Path, digest: str) -> TokenCache:
+    """Map a cache's files into memory; ValueError if one is not what `facts.json` says."""
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    counts = {"ids": facts["tokens"], "offsets": facts["rows"] + 1, "labels": facts["rows"]}
+    counts["distinct_ids"] = facts["distinct_ids"]
+    arrays = {}
+    for name, count in counts.items():
+        dtype = np.int64 if name == "offsets" else np.int32
+        file = folder / f"{name}.bin"
+        arrays[name] = np.memmap(file, dtype=dtype, mode="r")
+        if len(arrays[name]) != count or digest_of(file) != facts["sha256"][file.name]:
+            raise ValueError(f"{file} is damaged")
+    return TokenCache(**arrays, truncated=facts["truncated"], digest=digest)

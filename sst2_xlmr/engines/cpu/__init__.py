@@ -1,0 +1,1 @@
+"""Kernels for a CPU: packed forward and backward pass, AdamW, shared memory."""

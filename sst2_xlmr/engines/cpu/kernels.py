@@ -1,0 +1,289 @@
+"""Compile `kernels.c` for this machine, once, and call it on tensors.
+
+The library has a plain C interface and needs no torch headers, so compiling takes a second or two. It uses the OpenMP
+runtime that torch has loaded, and with it torch's threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sst2_xlmr import sources
+from sst2_xlmr.files import digest_of, sync_files
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-fopenmp", "-shared", "-fPIC"]
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+
+
+class _Dropout(ctypes.Structure):
+    _fields_ = (("keys", _P), ("site", ctypes.c_uint32), ("threshold", ctypes.c_uint32), ("scale", ctypes.c_float))
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, _P) for name in ("q", "k", "v", "starts")),
+        *((name, _L) for name in ("q_stride", "kv_stride")),
+        *((name, ctypes.c_int32) for name in ("texts", "heads", "size", "longest", "first_only")),
+    )
+
+
+class Gradients(ctypes.Structure):
+    """Where AdamW finds gradients: fp32 or of the kernels' dtype, those of several processes `stride` bytes apart."""
+
+    _fields_ = (("stride", _L), ("processes", ctypes.c_int32), ("is_fp32", ctypes.c_int32))
+
+
+# One parameter for AdamW: numpy's description of the C struct.
+PARAMETER = np.dtype(
+    [(name, np.uint64) for name in ("grad", "weights", "low", "mean", "square")]
+    + [("n", np.int64), ("rate", np.float32), ("decay", np.float32)]
+)
+
+_SIGNATURES = {
+    "dropout": (_P, _L, _I, _P, _I),
+    "column_sums": (_P, _L, _I, _P, _I),
+    "mean_of": (_P, _I, _L, _P, _I),
+    "add_norm": (_P, _P, _P, _P, _P, ctypes.c_float, _P, _P, _L, _I, _P, _I),
+    "add_norm_backward": (_P, _P, _P, ctypes.c_float, _P, _P, _P, _P, _P, _L, _I, _P, _I),
+    "bias_gelu": (_P, _P, _P, _L, _I, _I),
+    "bias_gelu_backward": (_P, _P, _P, _L, _I, _I),
+    "attention": (_P, _P, _P, _I),
+    "attention_backward": (_P, _P, _P, _P, _P, _P, _I),
+    "square_sum": (_P, _I, _P, _I),
+    "adamw": (_P, _I, _P, *[ctypes.c_float] * 5, _I),
+}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The tokens of some texts one after another; matrices may have more rows, which belong to no text.
+
+    Attributes:
+        starts: int32 [texts + 1], text b has tokens starts[b]:starts[b + 1].
+        keys: uint32 [rows], what dropout masks are drawn from, as int32.
+        longest: tokens of the longest text.
+        drop_p: the probability of dropout.
+    """
+
+    starts: torch.Tensor
+    keys: torch.Tensor
+    longest: int
+    drop_p: float
+
+    @property
+    def tokens(self) -> int:
+        return int(self.starts[-1])
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """murmur3's finalizer on uint32 values, as `mix` in the C source: a cheap random permutation."""
+    values = (values ^ (values >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    values = (values ^ (values >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return values ^ (values >> np.uint32(16))
+
+
+def _dropout(rows: Packed, site: int, at: torch.Tensor | None = None) -> _Dropout:
+    keys = rows.keys if at is None else at
+    return _Dropout(keys.data_ptr(), site, int(rows.drop_p * 2**32), 1 / (1 - rows.drop_p))
+
+
+class Kernels:
+    """The functions of `kernels.c` for one dtype, on contiguous tensors of it."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.library, self.dtype = library, dtype
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, ctypes.c_double if name == "square_sum" else None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # so that a model with kernels can be copied and saved
+        return load_kernels, (self.dtype,)
+
+    def dropout_(self, values: torch.Tensor, rows: Packed, site: int, at: torch.Tensor | None = None) -> None:
+        """Multiply [rows, n] by the masks of a site, in place; `at` has the rows' keys if they are not all tokens."""
+        drop = _dropout(rows, site, at)
+        self.library.dropout(values.data_ptr(), *values.shape, ctypes.byref(drop), torch.get_num_threads())
+
+    def column_sums(self, values: torch.Tensor) -> torch.Tensor:
+        result = values.new_empty(values.shape[1])
+        self.library.column_sums(values.data_ptr(), *values.shape, result.data_ptr(), torch.get_num_threads())
+        return result
+
+    def mean_of(self, tensors: list[torch.Tensor], result: torch.Tensor) -> None:
+        """Write the mean of tensors, added in fp32 in their order, into `result`, which may be one of them."""
+        pointers = (_P * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+        self.library.mean_of(pointers, len(tensors), result.numel(), result.data_ptr(), torch.get_num_threads())
+
+    def add_norm(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        gamma: torch.Tensor,
+        beta: torch.Tensor,
+        epsilon: float,
+        rows: Packed,
+        site: int,
+        at: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return hidden = x + dropout(y + bias), or x without y, and its LayerNorm; all [rows, n]."""
+        hidden, normed = torch.empty_like(x), torch.empty_like(x)
+        tensors = [None if t is None else t.data_ptr() for t in (x, y, bias, gamma, beta)]
+        outputs = (hidden.data_ptr(), normed.data_ptr())
+        drop = _dropout(rows, site, at)
+        self.library.add_norm(*tensors, epsilon, *outputs, *x.shape, ctypes.byref(drop), torch.get_num_threads())
+        return hidden, normed
+
+    def add_norm_backward(
+        self,
+        grad: torch.Tensor,
+        hidden: torch.Tensor,
+        gamma: torch.Tensor,
+        epsilon: float,
+        rows: Packed,
+        site: int,
+        at: torch.Tensor | None = None,
+        has_y: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the gradients of hidden (and x), y, gamma, beta, bias."""
+        dhidden, dy = torch.empty_like(grad), torch.empty_like(grad)
+        dgamma, dbeta, dbias = (torch.empty_like(gamma) for _ in range(3))
+        written = (dhidden, dy if has_y else None, dgamma, dbeta, dbias if has_y else None)
+        outputs = [None if t is None else t.data_ptr() for t in written]
+        inputs = (grad.data_ptr(), hidden.data_ptr(), gamma.data_ptr())
+        drop = _dropout(rows, site, at)
+        self.library.add_norm_backward(
+            *inputs, epsilon, *outputs, *grad.shape, ctypes.byref(drop), torch.get_num_threads()
+        )
+        return dhidden, dy, dgamma, dbeta, dbias
+
+    def bias_gelu_(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Return gelu(x + bias); x becomes the derivative there."""
+        y = torch.empty_like(x)
+        self.library.bias_gelu(x.data_ptr(), bias.data_ptr(), y.data_ptr(), *x.shape, torch.get_num_threads())
+        return y
+
+    def bias_gelu_backward_(self, grad: torch.Tensor, derivative: torch.Tensor) -> torch.Tensor:
+        """Multiply `grad` by the derivative, in place, and return the bias's gradient."""
+        bias = grad.new_empty(grad.shape[1])
+        tensors = (grad.data_ptr(), derivative.data_ptr(), bias.data_ptr())
+        self.library.bias_gelu_backward(*tensors, *grad.shape, torch.get_num_threads())
+        return bias
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, rows: Packed, site: int
+    ) -> torch.Tensor:
+        """Return [queries, hidden]; q, k, v are [tokens, hidden], possibly columns of a wider matrix.
+
+        A `q` with one row per text is the query of the text's first token. Rows behind the last text become zero.
+        """
+        mixed = q.new_empty(q.shape)
+        mixed[rows.tokens :] = 0
+        facts, drop = _attention(q, k, v, heads, rows), _dropout(rows, site)
+        self.library.attention(ctypes.byref(facts), mixed.data_ptr(), ctypes.byref(drop), torch.get_num_threads())
+        return mixed
+
+    def attention_backward(
+        self,
+        grad: torch.Tensor,
+        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        heads: int,
+        rows: Packed,
+        site: int,
+    ) -> None:
+        """Write the gradients of `inputs` (q, k, v) into `outputs`, which are laid out as these are."""
+        for output in outputs:
+            output[rows.tokens :] = 0
+        q, k, v = inputs
+        facts, drop = _attention(q, k, v, heads, rows), _dropout(rows, site)
+        pointers = [output.data_ptr() for output in outputs]
+        threads = torch.get_num_threads()
+        self.library.attention_backward(ctypes.byref(facts), grad.data_ptr(), *pointers, ctypes.byref(drop), threads)
+
+    def square_sum(self, parameters: np.ndarray, gradients: Gradients) -> float:
+        """Return the sum of squares of all gradients; `parameters` is an array of PARAMETER."""
+        sizes = (parameters.ctypes.data, len(parameters), ctypes.byref(gradients))
+        return float(self.library.square_sum(*sizes, torch.get_num_threads()))
+
+    def adamw(
+        self,
+        parameters: np.ndarray,
+        gradients: Gradients,
+        scale: float,
+        betas: tuple[float, float],
+        epsilon: float,
+        root: float,
+    ) -> None:
+        """Make one step of AdamW; see the C source."""
+        sizes = (parameters.ctypes.data, len(parameters), ctypes.byref(gradients))
+        self.library.adamw(*sizes, scale, *betas, epsilon, root, torch.get_num_threads())
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, rows: Packed) -> _Attention:
+    texts = len(rows.starts) - 1
+    sizes = (texts, heads, q.shape[1] // heads, rows.longest, int(len(q) != len(k) or len(k) == texts))
+    return _Attention(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), rows.starts.data_ptr(), q.stride(0), k.stride(0), *sizes
+    )
+
+
+@functools.lru_cache
+def load_kernels(dtype: torch.dtype) -> Kernels | None:
+    """Return the kernels for bf16 or fp32, compiled at the first call on a machine; None if no compiler works."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc", "clang")), None)
+    if compiler is None or platform.system() != "Linux":
+        return None
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = cpuinfo.read_text(encoding="utf-8", errors="replace").split("\n\n")[0] if cpuinfo.is_file() else ""
+    features = [line for line in processor.splitlines() if line.startswith(("flags", "Features"))]
+    defines = ["-DBF16"] if dtype == torch.bfloat16 else []
+    command = [*shlex.split(compiler), *FLAGS, *defines]
+    recipe = repr((SOURCE.read_bytes(), command, platform.machine(), features))
+    name = hashlib.sha256(recipe.encode()).hexdigest()[:32]
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = _private_folder() or Path(scratch)
+            made = [file for file in folder.glob(f"{name}-*.so") if file.stem == f"{name}-{digest_of(file)[:16]}"]
+            file = made[0] if made else _compile(command, folder, name)
+            return Kernels(ctypes.CDLL(str(file)), dtype)  # once loaded, the file may go
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _private_folder() -> Path | None:
+    """Return the cache's folder for code that this process loads, unless others than its user can write to it."""
+    folder = sources.cache_dir() / f"kernels-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.lstat()
+    except OSError:
+        return None
+    is_private = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
+    return folder if is_private else None
+
+
+def _compile(command: list[str], folder: Path, name: str) -> Path:
+    """Compile into `folder`; the name has the file's own digest, so that a damaged one is not loaded."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch, "kernels.so")
+        subprocess.run([*command, "-o", str(made), str(SOURCE), "-lm"], check=True, capture_output=True)
+        sync_files(Path(scratch))  # cut short by a power failure, it would be compiled again
+        return made.rename(folder / f"{name}-{digest_of(made)[:16]}.so")

@@ -1,0 +1,114 @@
+"""The model card, `README.md` in a model's folder: data, settings, metrics, versions; no path of the machine."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sst2_xlmr.config import OPTIONS, Config, flag, named_file, shown
+from sst2_xlmr.training.run_folder import read_metrics
+
+_HUB_NAMES = {"xlmr.base": "FacebookAI/xlm-roberta-base", "xlmr.large": "FacebookAI/xlm-roberta-large"}
+_PACKAGES = ("torch", "torchtext", "torchdata", "numpy", "safetensors")
+
+
+def last_evaluations(metrics_file: Path, step: int) -> list[dict[str, Any]]:
+    """Return the lines of `metrics.jsonl` that evaluate the model as it was after `step`, the last one per file."""
+    found = {}
+    for entry in read_metrics(metrics_file):
+        if "split" in entry and entry["step"] == step:
+            found[entry["split"]] = entry
+    return list(found.values())
+
+
+def write_card(
+    config: Config,
+    label_names: list[str],
+    rows: Mapping[str, int],
+    evaluations: Iterable[Mapping[str, Any]],
+    step: int,
+) -> str:
+    """Return the card's text, Markdown with the header that the Hugging Face Hub reads.
+
+    Args:
+        config: the run's options.
+        label_names: the classes 0, 1, ...
+        rows: rows of every file that the run read, by its name ("train", "dev", ...).
+        evaluations: of these weights, with at least split, rows, accuracy, macro_f1 and loss.
+        step: after which the weights are as they are.
+    """
+    encoder = _HUB_NAMES.get(config.encoder, Path(config.encoder).name)
+    base = [f"base_model: {encoder}"] if config.encoder in _HUB_NAMES else []
+    files = [Path(config.data_dir).name] if config.data_dir else []
+    more = (named_file(value)[1] for value in config.eval_file)
+    files += [Path(file).name for file in (config.train_file, config.dev_file, *more, *config.test_file) if file]
+    results = [
+        (Path(e["split"]).name, f"{e['rows']:,}", *(f"{e[key]:.4f}" for key in ("accuracy", "macro_f1", "loss")))
+        for e in evaluations
+    ]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-classification",
+        "language: multilingual",
+        *base,
+        "tags: [text-classification, xlm-roberta]",
+        "metrics: [accuracy, f1]",
+        "---",
+        "",
+        f"# Text classifier: {_classes(label_names)}",
+        "",
+        f"{encoder}, fine-tuned with sst2_xlmr for {step:,} steps.",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        'classify = pipeline("text-classification", "path/of/this/folder")',
+        'classify(["A text.", "Another one."], truncation=True)',
+        "```",
+        "",
+        "## Data",
+        "",
+        f"{', '.join(f'{count:,} rows {Path(split).name}' for split, count in rows.items())};"
+        f" from {', '.join(files) if files else 'SST-2 of the GLUE benchmark'}.",
+        "",
+        "## Metrics",
+        "",
+        *_table(("file", "rows", "accuracy", "macro F1", "loss"), results),
+        "",
+        "## Settings",
+        "",
+        *_table(("option", "value"), _settings(config)),
+        "",
+        "## Versions",
+        "",
+        f"Python {platform.python_version()}, "
+        + ", ".join(f"{package} {metadata.version(package)}" for package in _PACKAGES),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _classes(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 10 else f"{len(names):,} classes"
+
+
+def _settings(config: Config) -> list[tuple[str, str]]:
+    """Return the options that say how the model came about, as they were, defaults too.
+
+    Those that a resumed run may change do not say that; all paths are among them.
+    """
+    result = []
+    for name, field in OPTIONS.items():
+        facts, value = field.metadata, getattr(config, name)
+        says_how = facts["group"] in ("data", "model", "training") or name == "precision"
+        if says_how and not facts["changeable"] and value is not None:
+            text = {True: "on", False: "off"}[value] if isinstance(value, bool) else shown(value)
+            result.append((f"`{flag(name)}`", text.replace("|", "\\|").replace("\n", " ")))
+    return result
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows)]

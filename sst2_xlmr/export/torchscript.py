@@ -1,0 +1,80 @@
+"""A trained classifier as one TorchScript file: raw texts in, labels and probabilities out, tokenizer included.
+
+The file needs torch and torchtext, whose library holds SentencePiece, and nothing of this package:
+
+    import torch, torchtext
+    classify = torch.jit.load("classifier.pt")
+    labels, probabilities = classify(["A fine film.", "Not my cup of tea."])
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import List, Optional, Tuple  # noqa: UP035 (TorchScript knows these only)
+
+import torch
+from torch import nn
+from torchtext.functional import to_tensor
+
+from sst2_xlmr.model.classifier import Classifier
+from sst2_xlmr.model.tokenizer import PAD_ID, Tokenizer
+
+BATCH_SIZE = 32
+
+
+class TextClassifier(nn.Module):
+    """What is in the file; scriptable. `label_names` can be read from the loaded module too."""
+
+    def __init__(self, model: Classifier, tokenizer: Tokenizer, label_names: list[str]) -> None:
+        super().__init__()
+        example = torch.tensor([[0, 3, 2], [0, 2, PAD_ID]])
+        model.kernels = None  # what they do in C, the plain layers do in torch
+        with torch.no_grad():
+            self.model = torch.jit.trace(model, example)  # nothing in it depends on the batch but its sizes
+        self.tokenizer = tokenizer
+        self.label_names: List[str] = label_names  # noqa: UP006
+        self.batch_size, self.pad_id = BATCH_SIZE, PAD_ID
+
+    def forward(
+        self,
+        texts: List[str],  # noqa: UP006
+        pairs: Optional[List[str]] = None,  # noqa: UP006, UP045
+    ) -> Tuple[List[str], torch.Tensor]:  # noqa: UP006
+        """Classify texts of any number and length; texts of like length are computed together.
+
+        Args:
+            texts: one per row.
+            pairs: the second text of every row, for a model that was trained on pairs.
+
+        Returns:
+            The most probable label of every text, and fp32 [texts, labels], the probabilities of all, in the texts'
+            order.
+        """
+        if pairs is not None:
+            assert len(pairs) == len(texts), "as many pairs as texts are needed"
+        ids = self.tokenizer(texts, pairs)
+        lengths = torch.tensor([len(row) for row in ids], dtype=torch.int64)
+        by_length = torch.argsort(lengths, stable=True)
+        probabilities = torch.zeros(len(ids), len(self.label_names))
+        with torch.no_grad():
+            for start in range(0, len(ids), self.batch_size):
+                chosen = by_length[start : start + self.batch_size]
+                rows: List[int] = chosen.tolist()  # noqa: UP006
+                tokens = to_tensor([ids[row] for row in rows], self.pad_id)
+                probabilities[chosen] = self.model(tokens).softmax(-1)
+        best: List[int] = probabilities.argmax(-1).tolist()  # noqa: UP006
+        return [self.label_names[index] for index in best], probabilities
+
+
+def save_torchscript(model: Classifier, tokenizer: Tokenizer, label_names: list[str], file: Path) -> None:
+    """Write the file.
+
+    Args:
+        model: in evaluation mode, fp32 on the CPU, with the whole vocabulary; loses its `kernels`.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    scripted = torch.jit.script(TextClassifier(model, tokenizer, label_names).eval())
+    with file.open("wb") as opened:  # torch's own error for a file that it cannot write is no OSError
+        torch.jit.save(scripted, opened)

@@ -1,0 +1,1 @@
+"""XLM-R in plain PyTorch: texts to ids, pretrained weights, the classifier."""

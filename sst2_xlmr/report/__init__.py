@@ -1,0 +1,1 @@
+"""What a run tells people: the console, metrics.jsonl, TensorBoard."""

@@ -1,0 +1,1 @@
+"""The step, the optimizer, and what keeps a run whole."""

@@ -1,0 +1,53 @@
+"""The loss of rows: cross-entropy, smoothed, times the weight of the row's class."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from sst2_xlmr.errors import UserError
+
+
+def class_weights(choice: str | None, labels: np.ndarray, names: list[str]) -> torch.Tensor | None:
+    """Return fp32 [classes], or None where all classes weigh 1.
+
+    Args:
+        choice: `--class-weights`, checked; `balanced` is rows / (classes * rows of the class): every class has the
+            same weight in all, and the mean over the training rows is 1.
+        labels: int [rows], those of the training file.
+        names: of the classes.
+
+    Raises:
+        UserError: if a class has no row to balance.
+    """
+    if choice is None:
+        return None
+    if choice == "balanced":
+        counts = np.bincount(labels, minlength=len(names))
+        if not counts.all():
+            raise UserError(
+                f"--class-weights balanced: the training file has no row of class {names[int(counts.argmin())]!r};"
+                " leave it out of --label-names, or give the weights as numbers"
+            )
+        return torch.from_numpy(len(labels) / (len(names) * counts)).float()
+    return torch.tensor([float(weight) for weight in choice.split(",")])
+
+
+def sum_of_losses(
+    logits: torch.Tensor, labels: torch.Tensor, smoothing: float, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the sum over rows of the loss times the weight of the row's class.
+
+    `F.cross_entropy` has weights too, but gives the smoothed part of a row those of all classes.
+
+    Args:
+        logits: fp32 [rows, classes].
+        labels: int64 [rows].
+        smoothing: probability mass spread evenly over all classes.
+        weights: fp32 [classes], or None.
+    """
+    if weights is None:
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    return (losses * weights[labels]).sum()

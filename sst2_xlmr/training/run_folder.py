@@ -1,0 +1,84 @@
+"""The run's folder: one process at a time, its `config.json` and metrics, and what a killed process has left in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import IO, Any
+
+from sst2_xlmr.config import LOCK_NAME, Config
+from sst2_xlmr.errors import UserError
+from sst2_xlmr.files import restore_folder, write_text
+
+
+def claim(run_folder: Path) -> IO[str]:
+    """Make the folder if need be, and lock it for as long as the returned file is open and this process lives.
+
+    The lock is POSIX's: it works over NFS, goes with the process however that ends, and is not inherited by loader
+    processes, which may outlive it for seconds.
+
+    Raises:
+        UserError: if another process holds it, or the folder cannot be written.
+    """
+    path = run_folder / LOCK_NAME
+    for name in ("checkpoints", "tensorboard", "best", "model"):
+        if (run_folder / name).is_symlink():
+            raise UserError(f"{run_folder / name} is a symbolic link; a run stays in its folder: link that as a whole")
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}; take another --output-dir") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = file.read(200).strip() or "another process"
+        raise UserError(f"{run_folder} is in use by {holder}; wait for it, stop it, or take another folder") from None
+    except OSError as error:
+        raise UserError(f"cannot lock {path}: {error.strerror}; put the run on a file system with locks") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def write_config(run_folder: Path, config: Config, resume: bool) -> None:
+    """Write `config.json`; the folder must be claimed.
+
+    Raises:
+        UserError: if a new run finds another one there, or the file cannot be written.
+    """
+    target = run_folder / "config.json"
+    if target.exists() and not resume:
+        raise UserError(f"{target} is there already; take another --output-dir")
+    try:
+        write_text(target, json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to {target}: {error.strerror}; make room, or take another folder") from None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of `metrics.jsonl`, as far as they were written whole."""
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the process died while it wrote this line
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+    return entries
+
+
+def clean_up(run_folder: Path) -> None:
+    """Remove what a killed process left half-written, and finish what it was replacing; the folder must be claimed."""
+    for name in ("best", "model"):
+        restore_folder(run_folder / name)
+    for half in [*run_folder.glob("checkpoints/*.tmp"), *run_folder.glob("*.tmp")]:
+        if half.is_dir() and not half.is_symlink():
+            shutil.rmtree(half, ignore_errors=True)

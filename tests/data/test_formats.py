@@ -1,0 +1,166 @@
+"""Files of rows: what each format means, what is said of bad files, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sst2_xlmr.data import formats
+from sst2_xlmr.data.formats import find_split, new_file, plain_name, read_fields, row_writer
+from sst2_xlmr.errors import UserError
+
+
+def read(path: Path, content: bytes, header: bool = True) -> list[dict[str, Any]]:
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return [dict(zip(fields.names, fields.cells)) for fields in read_fields(path, header)]
+
+
+EXPECTED = [{"text": '"quoted at the start', "n": "1"}, {"text": "plain, with comma", "n": "0"}]
+CASES = [
+    ("a.tsv", b'text\tn\n"quoted at the start\t1\nplain, with comma\t0\n'),
+    ("no_end.tsv", b'text\tn\n"quoted at the start\t1\nplain, with comma\t0'),
+    ("crlf.tsv", b'text\tn\r\n"quoted at the start\t1\r\nplain, with comma\t0\r\n'),
+    ("bom.tsv", b'\xef\xbb\xbftext\tn\n"quoted at the start\t1\nplain, with comma\t0\n\n'),
+    ("spaces.tsv", b'text \t n\n"quoted at the start\t1\nplain, with comma\t0\n'),
+    ("a.csv", b'text,n\n"""quoted at the start",1\n"plain, with comma",0\n'),
+    ("bom.csv", b'\xef\xbb\xbf"text","n"\r\n"""quoted at the start",1\r\n"plain, with comma",0\r\n'),
+    ("blank.csv", b'text,n\n\n"""quoted at the start",1\n\n"plain, with comma","0"\n\n'),
+    ("a.jsonl", b'{"text": "\\"quoted at the start", "n": "1"}\r\n{"text": "plain, with comma", "n": "0"}\n'),
+]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize(("name", "content"), CASES)
+def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, content: bytes, ending: str) -> None:
+    assert read(tmp_path / (name + ending), content) == EXPECTED
+
+
+def test_names_in_capitals(tmp_path: Path) -> None:
+    assert read(tmp_path / "A.TSV", b"a\tb\n1\t2\n") == [{"a": "1", "b": "2"}]
+    (tmp_path / "A.CSV.GZ").write_bytes(gzip.compress(b"a,b\n1,2\n"))
+    assert [fields.cells for fields in read_fields(tmp_path / "A.CSV.GZ")] == [["1", "2"]]
+
+
+def test_without_a_header_columns_have_numbers(tmp_path: Path) -> None:
+    assert read(tmp_path / "a.csv", b"x,1\ny,0\n", header=False) == [{"1": "x", "2": "1"}, {"1": "y", "2": "0"}]
+    assert read(tmp_path / "a.jsonl", b'{"a": 1}\n', header=False) == [{"a": 1}]
+
+
+def test_csv_text_may_have_line_ends_and_tsv_text_other_separators(tmp_path: Path) -> None:
+    assert read(tmp_path / "a.csv", b'a,b\n"two\nlines\r\nand \r",1\n') == [{"a": "two\nlines\r\nand \r", "b": "1"}]
+    text = "next\u2028line\x0bstays\x85here"  # str.splitlines would cut here
+    assert read(tmp_path / "a.tsv", f"a\tb\n{text}\t1\n".encode()) == [{"a": text, "b": "1"}]
+
+
+def test_lines_are_those_where_rows_begin(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'a,b\n"two\nlines",1\n\nx,2\n')
+    assert [fields.line for fields in read_fields(tmp_path / "a.csv")] == [2, 5]
+
+
+def test_a_megabyte_in_a_field(tmp_path: Path) -> None:
+    """The csv module's own limit is 131,072 characters."""
+    text = "word " * 200_000
+    assert read(tmp_path / "a.csv", f"a,b\n{text},1\n".encode()) == [{"a": text, "b": "1"}]
+    assert read(tmp_path / "a.tsv", f"a\tb\n{text}\t1\n".encode()) == [{"a": text, "b": "1"}]
+
+
+WHOLE = gzip.compress(b"a\tb\n" + b"".join(b"%d\t1\n" % i for i in range(5000)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.tsv", b"a\tb\nx\t1\ny\n", "line 3: 1 columns, but the header has 2 (a, b)"),
+        ("a.tsv", b"a\tb\nx\t1\t2\n", "line 2: 3 columns"),
+        ("a.tsv", b"a\tb\nx\t1\n\ny\t0\n", "line 3: empty line between rows"),
+        ("a.tsv", b"a\tb\nx\t1\ncaf\xe9\t0\n", "line 3: not UTF-8 (byte 4"),
+        ("a.tsv", b"a\tb\n\xed\xa0\x80\t0\n", "line 2: not UTF-8 (byte 1"),
+        ("a.tsv", b"a\tb\nx\0y\t0\n", "line 2: has a NUL"),
+        ("a.csv", b"a,b\nx\0y,0\n", "line 2: has a NUL"),
+        ("a.tsv", "a\tb\nx\t1\n".encode("utf-16"), "is UTF-16"),
+        ("a.tsv", "a\tb\nx\t1\n".encode("utf-16-le"), "line 1: has a NUL"),
+        ("a.tsv", gzip.compress(b"a\tb\n"), "is gzipped; let its name end in .gz"),
+        ("a.tsv", b"a\tb\n" + b"x" * 3000 + b"\t1\n", "line 2: longer than 2,000 bytes"),
+        ("a.csv", b'a,b\nx,1\n"x,1\ny,2\n', "the row at line 3 is not valid CSV: the file ends inside a quoted field"),
+        ("a.csv", b'a,b\nx,1\n"x,1\n' + b"y,2\n" * 600, "the row at line 3 is not valid CSV: a field of more than 2,0"),
+        ("a.csv", b'a,b\nx,"1"2\n', "line 2 is not valid CSV"),
+        ("a.csv", b"a,b\rx,1\ry,2\r", "line 1 is not valid CSV"),
+        ("a.csv", b"a,b\nx,y,1\n", "line 2: 3 columns"),
+        ("a.jsonl", b'{"a": "x", "b": 1}\n{"a"\n', "line 2: not JSON"),
+        ("a.jsonl", b'["x", 1]\n', "line 1: not a JSON object"),
+        ("a.jsonl", b"[" * 1900 + b"\n", "line 1: not JSON"),
+        ("a.txt", b"a\tb\nx\t1\n", "unknown kind of file"),
+        ("a.gz", b"a\tb\nx\t1\n", "unknown kind of file"),
+        ("a.tsv.gz", None, "cannot read"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(
+    tmp_path: Path, name: str, content: bytes | None, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "LONGEST", 2000)
+    with pytest.raises(UserError, match=r"a[.](tsv|csv|jsonl|txt|gz)") as error:
+        list(read_fields(tmp_path / name)) if content is None else read(tmp_path / name, content)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        WHOLE[:-4],
+        WHOLE[: len(WHOLE) // 2],
+        WHOLE[:5],
+        WHOLE[:100] + bytes(100) + WHOLE[200:],
+        WHOLE[:-8] + bytes(4) + WHOLE[-4:],
+        b"a\tb\nx\t1\n",
+    ],
+    ids=["no end", "half", "header", "hole", "checksum", "no gzip"],
+)
+def test_damaged_gzip_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.tsv.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.tsv\.gz is not a whole gzip file"):
+        list(read_fields(tmp_path / "a.tsv.gz"))
+
+
+def test_find_split_takes_the_one_file_there_is(tmp_path: Path) -> None:
+    assert find_split(tmp_path, "train") is None
+    (tmp_path / "train.csv.gz").touch()
+    assert find_split(tmp_path, "train") == tmp_path / "train.csv.gz"
+    (tmp_path / "train.tsv").touch()
+    with pytest.raises(UserError, match=r"train\.tsv and train\.csv\.gz"):
+        find_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", ["fr.tsv", "fr.csv.gz", "fr.JSONL.GZ"])
+def test_plain_name(name: str) -> None:
+    assert plain_name(Path("data", name)) == "fr"
+
+
+def write(path: Path, rows: list[list[object]]) -> None:
+    with new_file(path) as file:
+        write_row = row_writer(file, formats.kind_of(path))
+        for row in rows:
+            write_row(["a", "b"], row)
+
+
+def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
+    row: list[object] = ["tab\tand\r\nline", {"n": [1, None]}]
+    write(tmp_path / "x.tsv", [row])
+    assert (tmp_path / "x.tsv").read_bytes() == b'tab and line\t{"n": [1, null]}\n'
+    write(tmp_path / "x.csv", [[*row, None, 0.5, True]])
+    assert (tmp_path / "x.csv").read_bytes() == b'"tab\tand\r\nline","{""n"": [1, null]}",,0.5,true\r\n'
+    write(tmp_path / "x.jsonl", [["half \ud800", 1]])
+    assert (tmp_path / "x.jsonl").read_bytes() == b'{"a": "half \\ud800", "b": 1}\n'
+
+
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), new_file(tmp_path / "x.tsv.gz") as file:
+        file.write("half of it" * (1 // 0))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"cannot write .*no/x\.tsv: No such file"), new_file(tmp_path / "no" / "x.tsv"):
+        pass
+    with pytest.raises(UserError, match="cannot write /dev/full"), new_file(Path("/dev/full/x.tsv")):
+        pass

@@ -1,0 +1,223 @@
+"""Rows: which columns hold them, what a label means, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import SST2
+
+from sst2_xlmr.data import rows as data
+from sst2_xlmr.data.rows import SST2_NAMES, Columns, Row, find_label_names, has_labels, read_examples, read_rows
+from sst2_xlmr.errors import UserError
+
+
+def rows(path: Path, content: bytes, names: list[str] = SST2_NAMES, columns: Columns = Columns()) -> list[Row]:  # noqa: B008
+    path.write_bytes(content)
+    return list(read_rows(path, columns, names))
+
+
+def labels_file(folder: Path, labels: list[object]) -> Path:
+    """Write labels as JSON if one of them is no text, else as TSV."""
+    if all(isinstance(label, str) for label in labels):
+        (folder / "a.tsv").write_text("".join(["text\tlabel\n", *(f"x\t{label}\n" for label in labels)]))
+        return folder / "a.tsv"
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": "x", "label": label}) + "\n" for label in labels))
+    return folder / "a.jsonl"
+
+
+EXPECTED = [("a fine film", None, 1), ("a poor one", None, 0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns"),
+    [
+        ("glue.tsv", b"sentence\tlabel\na fine film\t1\na poor one\t0\n", Columns()),
+        ("hugging_face.csv", b"idx,text,label\n0,a fine film,1\n1,a poor one,0\n", Columns()),
+        ("both.csv", b"text,sentence,label\nx,a fine film,1\ny,a poor one,0\n", Columns()),
+        ("order.tsv", b"id\tlabel\tsentence\n7\t1\ta fine film\n8\t0\ta poor one\n", Columns()),
+        ("names.tsv", b"sentence\tlabel\na fine film\tpositive\na poor one\t negative \n", Columns()),
+        ("a.jsonl", b'{"text": "a fine film", "label": 1}\n{"label": "0", "text": "a poor one"}\n', Columns()),
+        ("named.csv", b"review,stars\na fine film,1\na poor one,0\n", Columns("review", label="stars")),
+        ("numbers.csv", b"review,stars\na fine film,1\na poor one,0\n", Columns("1", label="2")),
+        ("a_name_wins.csv", b"label,2,1\n1,a fine film,x\n0,a poor one,y\n", Columns("2")),
+        ("twice.csv", b"text,label,text\nx,1,a fine film\ny,0,a poor one\n", Columns("3")),
+        ("headless.csv", b"a fine film,1\na poor one,0\n", Columns("1", label="2", header=False)),
+    ],
+)
+def test_columns(tmp_path: Path, name: str, content: bytes, columns: Columns) -> None:
+    assert rows(tmp_path / name, content, columns=columns) == EXPECTED
+
+
+def test_pairs(tmp_path: Path) -> None:
+    content = b"premise,hypothesis,label\nit rains,it is wet,0\nit rains,it is dry,1\n"
+    expected = [("it rains", "it is wet", 0), ("it rains", "it is dry", 1)]
+    for columns in (Columns("premise", "hypothesis"), Columns("1", "2", "3")):
+        assert rows(tmp_path / "a.csv", content, columns=columns) == expected
+
+
+def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
+    assert rows(tmp_path / "a.tsv", b"text\tlabel\nx\t1\ny\t0\n", ["1", "0"]) == [("x", None, 0), ("y", None, 1)]
+    with pytest.raises(UserError, match="label '0' is not one of 1, 2, 3"):
+        rows(tmp_path / "a.tsv", b"text\tlabel\nx\t0\n", ["1", "2", "3"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.tsv", b"", "has no rows"),
+        ("a.tsv", b"sentence\tlabel\n", "has no rows"),
+        ("a.csv", b"\n\n", "has no rows"),
+        ("a.tsv", b"review\tlabel\nx\t1\n", "line 2: no column 'sentence' or 'text' among review, label; name it with"),
+        ("a.tsv", b"text\tstars\nx\t1\n", "no column 'label' among text, stars; name it with --label-column"),
+        ("a.csv", b"text,label,text\nx,1,y\n", "two columns are named 'text'; give --text-column a number"),
+        ("a.tsv", b"text\tlabel\nx\t1\n \t0\n", "line 3: column 'text' holds no text"),
+        ("a.tsv", b"text\tlabel\nx\t2\n", "line 2: label '2' is neither one of negative, positive nor a number from 0"),
+        ("a.tsv", b"text\tlabel\nx\t-1\n", "line 2: label '-1'"),
+        ("a.tsv", b"text\tlabel\nx\t1.0\n", "line 2: label '1.0'"),
+        ("a.tsv", "text\tlabel\nx\t\u0966\n".encode(), "line 2: label '\u0966'"),  # zero in Hindi
+        ("a.tsv", b"text\tlabel\nx\tTrue\n", "line 2: label 'True'"),
+        ("a.tsv", b"text\tlabel\nx\tgood\n", "line 2: label 'good'"),
+        ("a.tsv", b"text\tlabel\nx\t \n", "line 2: label ' ' is empty"),
+        ("a.jsonl", b'{"text": 5, "label": 1}\n', "line 1: column 'text' holds no text"),
+        ("a.jsonl", b'{"text": "x", "label": true}\n', "line 1: label true is neither a word nor an integer"),
+        ("a.jsonl", b'{"text": "x", "label": 1.0}\n', "line 1: label 1.0 is neither a word nor an integer"),
+        ("a.jsonl", b'{"text": "x", "label": null}\n', "line 1: label null is neither a word nor an integer"),
+        ("a.jsonl", b'{"text": "x", "label": [1]}\n', "line 1: label [1] is neither a word nor an integer"),
+        ("a.jsonl", b'{"text": "x", "label": 1}\n{"text": "x"}\n', "line 2: no column 'label' among text"),
+        ("a.jsonl", b'{"text": "\\ud83d", "label": 1}\n', "line 1: column 'text' has half a character"),
+        (
+            "a.jsonl",
+            b'{"text": "\\u0000", "label": 1}\n',
+            "line 1: column 'text' has half a character (a lone surrogate",
+        ),
+    ],
+)
+def test_bad_rows_are_named_with_their_line(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    with pytest.raises(UserError, match=r"a[.](tsv|csv|jsonl)") as error:
+        rows(tmp_path / name, content)
+    assert says in str(error.value)
+
+
+def test_a_number_is_no_key_of_jsonl(tmp_path: Path) -> None:
+    """The order of an object's keys means nothing."""
+    with pytest.raises(UserError, match="no column '1' among text, label"):
+        rows(tmp_path / "a.jsonl", b'{"text": "x", "label": 1}\n', columns=Columns("1"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u202eright to left\u202c",
+        "\u200f\u0627\u0628",
+        "\U0001f600\U0001f468\u200d\U0001f469",
+        "x" * 1_000_000,
+        "\ufffd",
+    ],
+    ids=["rtl override", "rtl mark", "only emoji", "a megabyte", "replacement"],
+)
+def test_strange_texts_are_texts(tmp_path: Path, text: str) -> None:
+    assert rows(tmp_path / "a.tsv", f"text\tlabel\n{text}\t1\n".encode()) == [(text, None, 1)]
+    assert rows(tmp_path / "a.csv", f"text,label\n{text},1\n".encode()) == [(text, None, 1)]
+    assert rows(tmp_path / "a.jsonl", json.dumps({"text": text, "label": 1}).encode()) == [(text, None, 1)]
+
+
+def test_of_many_classes_only_some_are_listed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a, a0, a1, .* and 991 more") as error:
+        rows(tmp_path / "a.tsv", b"text\tlabel\nx\tz\n", ["a", *(f"a{i}" for i in range(1000))])
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["1", "0", "1"], SST2_NAMES),
+        ([1, 0, "1"], SST2_NAMES),
+        (["positive", "negative"], SST2_NAMES),
+        (["10", "9", "2"], ["2", "9", "10"]),
+        (["1", "-1"], ["-1", "1"]),
+        ([3, 1, 2, 1], ["1", "2", "3"]),
+        (["2", "0", "1"], ["0", "1", "2"]),
+        (["so-so", "bad", " good"], ["bad", "good", "so-so"]),
+        (["True", "False"], ["False", "True"]),
+        (["01", "02"], ["01", "02"]),
+        (["9" * 5000, "8" * 5000], ["8" * 5000, "9" * 5000]),
+        (["न", "क"], ["क", "न"]),
+        (["\u0966", "\u0967"], ["\u0966", "\u0967"]),
+    ],
+)
+def test_names_of_the_classes_from_the_training_file(tmp_path: Path, labels: list[object], names: list[str]) -> None:
+    file = labels_file(tmp_path, labels)
+    assert find_label_names(file, Columns()) == names
+    assert {row.label for row in read_rows(file, Columns(), names)} == set(range(len(names)))
+
+
+def test_a_thousand_classes_and_not_one_more(tmp_path: Path) -> None:
+    labels: list[object] = [f"class {i:04}" for i in range(1000)]
+    assert find_label_names(labels_file(tmp_path, labels), Columns()) == labels
+    with pytest.raises(UserError, match=r"line 1002: more than 1,000 different labels .*--label-column"):
+        find_label_names(labels_file(tmp_path, [*labels, "one more"]), Columns())
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (["1", "1"], "all rows have the label '1'; name the column with the classes with --label-column"),
+        (["0.5", "0.7"], "line 2: label '0.5' is a fraction"),
+        (["1.0", "0.0"], "line 2: label '1.0' is a fraction"),
+        (["good", "", "bad"], "line 3: label '' is empty"),
+        (["good", "1", "bad"], "integers and words as labels ('1' in line 3, 'bad' in line 4)"),
+        ([True, False], "line 1: label true is neither a word nor an integer"),
+        ([0.0, 1.0], "line 1: label 0.0 is neither a word nor an integer"),
+    ],
+)
+def test_labels_that_are_no_classes(tmp_path: Path, labels: list[object], says: str) -> None:
+    with pytest.raises(UserError, match=r"a[.](tsv|jsonl)") as error:
+        find_label_names(labels_file(tmp_path, labels), Columns())
+    assert says in str(error.value)
+
+
+def test_given_names_may_look_like_fractions(tmp_path: Path) -> None:
+    assert rows(tmp_path / "a.tsv", b"text\tlabel\nx\t1.0\n", ["0.0", "1.0"]) == [("x", None, 1)]
+
+
+def test_rows_for_prediction_need_no_label_and_may_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n7,fine\n8,""\n')
+    found = list(read_examples(tmp_path / "a.csv", Columns()))
+    assert [(row.text, row.pair, row.fields.cells) for row in found] == [
+        ("fine", None, ["7", "fine"]),
+        ("", None, ["8", ""]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "labelled"),
+    [
+        (b"index\tsentence\n0\tx\n", False),
+        (b"sentence\tlabel\nx\t-1\ny\t-1\n", False),
+        (b"sentence\tlabel\nx\t-1\ny\t1\n", True),
+        (b"sentence\tlabel\nx\t\n", True),
+        (b"sentence\tlabel\n", False),
+    ],
+    ids=["GLUE", "Hugging Face", "minus one is a class", "empty is an error", "no rows"],
+)
+def test_whether_a_test_file_has_labels(tmp_path: Path, content: bytes, labelled: bool) -> None:
+    (tmp_path / "test.tsv").write_bytes(content)
+    assert has_labels(tmp_path / "test.tsv", Columns()) == labelled
+
+
+def test_chunks_are_smaller_where_texts_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_CHUNK_CHARACTERS", 10)
+    texts = ["a", "b", "c", "d" * 20, "e", "f" * 6]
+    found = data.in_chunks((Row(text, text, 0) for text in texts), 2)
+    assert [[row.text for row in chunk] for chunk in found] == [["a", "b"], ["c", "d" * 20], ["e", "f" * 6]]
+
+
+@pytest.mark.skipif(not SST2.is_dir(), reason=f"the real SST-2 is not at {SST2}")
+def test_real_sst2_has_all_its_rows() -> None:
+    counts = [sum(1 for _ in read_rows(SST2 / f"{s}.tsv", Columns(), SST2_NAMES)) for s in ("train", "dev")]
+    assert counts == [67_349, 872]
+    assert find_label_names(SST2 / "train.tsv", Columns()) == SST2_NAMES
+    assert sum(1 for _ in read_examples(SST2 / "test.tsv", Columns())) == 1_821
+    assert not has_labels(SST2 / "test.tsv", Columns())

@@ -1,0 +1,148 @@
+"""Token cache: made once, found by content, whole or not there."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SAMPLE_DATA
+
+from sst2_xlmr.data import rows as data
+from sst2_xlmr.data import token_cache
+from sst2_xlmr.data.rows import SST2_NAMES, Columns, read_rows
+from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
+from sst2_xlmr.errors import UserError
+from sst2_xlmr.model.tokenizer import load_tokenizer
+
+
+def tokenize_sample(encoder: Path, cache_dir: Path) -> TokenCache:
+    tokenizer_file = encoder / "sentencepiece.bpe.model"
+    return tokenize_file(SAMPLE_DATA / "train.tsv", tokenizer_file, Columns(), SST2_NAMES, 20, cache_dir)
+
+
+@pytest.fixture
+def cache(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
+    return tokenize_sample(tiny_encoder, tmp_path / "cache")
+
+
+def test_cache_equals_tokenizing_afresh(cache: TokenCache, tiny_encoder: Path) -> None:
+    tokenizer = load_tokenizer(tiny_encoder / "sentencepiece.bpe.model", 20)
+    rows = list(read_rows(SAMPLE_DATA / "train.tsv", Columns(), SST2_NAMES))
+    assert len(cache) == len(rows)
+    for row, (text, _, label) in enumerate(rows):
+        assert cache.ids[cache.offsets[row] : cache.offsets[row + 1]].tolist() == tokenizer([text])[0]
+        assert cache.labels[row] == label
+    assert cache.lengths().tolist() == [len(tokenizer([text])[0]) for text, _, _ in rows]
+    assert cache.truncated == sum(tokenizer.is_longer(text) for text, _, _ in rows) > 0
+    assert cache.distinct_ids.tolist() == sorted(set(cache.ids.tolist()))
+
+
+def test_chunks_do_not_change_the_cache(
+    cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_cache, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(data, "_CHUNK_CHARACTERS", 300)
+    other = tokenize_sample(tiny_encoder, tmp_path / "other")
+    [folder], [other_folder] = (list((tmp_path / name).iterdir()) for name in ("cache", "other"))
+    assert len(other) == len(cache) > 21
+    for file in folder.iterdir():
+        assert file.read_bytes() == (other_folder / file.name).read_bytes(), file.name
+
+
+def test_second_start_does_not_tokenize(
+    cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_cache, "_write_cache", lambda *_: pytest.fail("tokenized again"))
+    again = tokenize_sample(tiny_encoder, tmp_path / "cache")
+    np.testing.assert_array_equal(again.ids, cache.ids)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "content": {},
+    "length": {"max_length": 4},
+    "labels": {"label_names": ["1", "0"]},
+    "text column": {"columns": Columns(text="other")},
+    "pair column": {"columns": Columns(pair="other")},
+    "label column": {"columns": Columns(label="stars")},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_the_ids_makes_a_new_cache(tiny_encoder: Path, tmp_path: Path, change: str) -> None:
+    file = tmp_path / "train.tsv"
+    file.write_text("sentence\tother\tlabel\tstars\na fine film about nothing\ta plot\t1\t0\n")
+    fixed: dict[str, Any] = {"columns": Columns(), "label_names": SST2_NAMES, "max_length": 20}
+    fixed.update(tokenizer_file=tiny_encoder / "sentencepiece.bpe.model", cache_dir=tmp_path / "cache")
+    before = tokenize_file(file, **fixed)
+    if change == "content":
+        file.write_text("sentence\tother\tlabel\tstars\na poor film about nothing\ta plot\t1\t0\n")
+    after = tokenize_file(file, **{**fixed, **CHANGES[change]})
+    assert (before.ids.tolist(), before.labels.tolist()) != (after.ids.tolist(), after.labels.tolist())
+
+
+def test_no_header_makes_a_new_cache(tiny_encoder: Path, tmp_path: Path) -> None:
+    file, tokenizer_file = tmp_path / "train.tsv", tiny_encoder / "sentencepiece.bpe.model"
+    file.write_text("a fine film\t1\na poor one\t0\n")
+    for header, rows in ((True, 1), (False, 2)):
+        columns = Columns(text="1", label="2", header=header)
+        assert len(tokenize_file(file, tokenizer_file, columns, SST2_NAMES, 20, tmp_path / "cache")) == rows
+
+
+def test_pairs_are_in_the_cache_as_the_tokenizer_joins_them(tiny_encoder: Path, tmp_path: Path) -> None:
+    file, tokenizer_file = tmp_path / "train.csv.gz", tiny_encoder / "sentencepiece.bpe.model"
+    rows = [("a fine film", "it was good", 1), ("a poor film " * 9, "bad " * 9, 0)]
+    file.write_bytes(gzip.compress("".join(["text,pair,label\n", *(f"{a},{b},{c}\n" for a, b, c in rows)]).encode()))
+    cache = tokenize_file(file, tokenizer_file, Columns(pair="pair"), SST2_NAMES, 20, tmp_path / "cache")
+    expected = load_tokenizer(tokenizer_file, 20)([row[0] for row in rows], [row[1] for row in rows])
+    found = [cache.ids[start:end].tolist() for start, end in zip(cache.offsets, cache.offsets[1:])]
+    assert found == expected
+    assert cache.truncated == 1
+
+
+def test_label_names_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, cache_dir = tmp_path / "train.tsv", tmp_path / "cache"
+    file.write_text("sentence\tlabel\tstars\nx\tgood\t1\ny\tbad\t2\n")
+    assert label_names_of(file, Columns(), cache_dir) == ["bad", "good"]
+    assert label_names_of(file, Columns(label="stars"), cache_dir) == ["1", "2"]
+    monkeypatch.setattr(token_cache, "find_label_names", lambda *_: ["read", "again"])
+    assert label_names_of(file, Columns(), cache_dir) == ["bad", "good"]
+    for damaged in cache_dir.glob("*.labels.json"):
+        damaged.write_text("{")
+    assert label_names_of(file, Columns(), cache_dir) == ["read", "again"]
+    file.write_text("sentence\tlabel\nx\tgood\n")
+    assert label_names_of(file, Columns(), cache_dir) == ["read", "again"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="SST2_XLMR_CACHE"):
+        label_names_of(file, Columns(), tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "labels.bin", "distinct_ids.bin", "facts.json"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "deleted"])
+def test_damaged_cache_is_made_anew(cache: TokenCache, tiny_encoder: Path, tmp_path: Path, name: str, how: str) -> None:
+    expected = cache.ids.tolist()
+    [folder] = (tmp_path / "cache").iterdir()
+    content = bytearray((folder / name).read_bytes())
+    content[9] ^= 1
+    (folder / name).unlink()  # the first cache has it mapped
+    if how != "deleted":
+        (folder / name).write_bytes(content if how == "flipped" else content[:-4])
+    again = tokenize_sample(tiny_encoder, tmp_path / "cache")
+    assert again.ids.tolist() == expected
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+def test_a_bad_row_leaves_no_cache(tiny_encoder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "train.tsv"
+    file.write_text("sentence\tlabel\nfine\t1\nbad\t7\n")
+    with pytest.raises(UserError, match="line 3"):
+        tokenize_file(file, tiny_encoder / "sentencepiece.bpe.model", Columns(), SST2_NAMES, 64, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tiny_encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="SST2_XLMR_CACHE"):
+        tokenize_sample(tiny_encoder, tmp_path / "file" / "cache")

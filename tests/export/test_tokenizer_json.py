@@ -1,0 +1,47 @@
+"""tokenizer.json against the SentencePiece model that it is made from; tests/test_transformers.py uses it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from conftest import SMALL_ENCODER, needs_small_encoder
+
+from sst2_xlmr.export.tokenizer_json import tokenizer_json
+from sst2_xlmr.model.encoders import TOKENIZER_NAME
+
+
+def check_pieces(model_file: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pieces = sentencepiece.SentencePieceProcessor(str(model_file))
+    content = tokenizer_json(model_file)
+    assert content is not None
+    vocab = json.loads(content)["model"]["vocab"]
+    assert len(vocab) == pieces.GetPieceSize() + 2
+    assert [token for token, _ in vocab[:4]] == ["<s>", "<pad>", "</s>", "<unk>"]
+    assert vocab[-1][0] == "<mask>"
+    for number in range(3, pieces.GetPieceSize()):
+        assert vocab[number + 1] == [pieces.IdToPiece(number), pieces.GetScore(number)], number
+
+
+def test_pieces_of_a_tiny_model(tiny_encoder: Path) -> None:
+    check_pieces(tiny_encoder / TOKENIZER_NAME)
+
+
+@needs_small_encoder
+def test_pieces_of_xlmr() -> None:
+    check_pieces(SMALL_ENCODER / TOKENIZER_NAME)
+
+
+def test_another_kind_of_model_gives_none(tmp_path: Path) -> None:
+    """XLM-R's is a unigram model; of another, a file that claims to be one would cut texts wrongly."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    trained = io.BytesIO()
+    lines = iter(["a few words about nothing", "and some more words about it"] * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=trained, vocab_size=40, model_type="bpe", minloglevel=2
+    )
+    (tmp_path / "bpe.model").write_bytes(trained.getvalue())
+    assert tokenizer_json(tmp_path / "bpe.model") is None

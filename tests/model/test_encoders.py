@@ -1,0 +1,266 @@
+"""Pretrained weights: names, folds, and what is said of those that do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sst2_xlmr import sources
+from sst2_xlmr.config import Config
+from sst2_xlmr.data.rows import SST2_NAMES
+from sst2_xlmr.errors import UserError
+from sst2_xlmr.files import write_tensors
+from sst2_xlmr.model import encoders
+from sst2_xlmr.model.classifier import Classifier, build_classifier
+from sst2_xlmr.model.compact_vocab import TABLE_NAME
+from sst2_xlmr.model.encoders import (
+    BUNDLE_SHAPES,
+    Encoder,
+    EncoderShape,
+    find_encoder,
+    load_tensors,
+    pretrained_table,
+)
+from sst2_xlmr.model.weight_names import from_hugging_face, to_hugging_face
+
+SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
+
+
+@pytest.fixture
+def folder(tiny_encoder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
+
+
+def change_settings(folder: Path, **changes: Any) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **changes}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_names_there_and_back(tmp_path: Path) -> None:
+    tensors = dict(Classifier(SHAPE, 3, 0.1, 0.1).named_parameters())
+    write_tensors(to_hugging_face(tensors), tmp_path / "x.safetensors")
+    back = from_hugging_face(load_file(tmp_path / "x.safetensors"))
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("prefix", ["roberta.", ""])
+def test_files_with_and_without_prefix(folder: Path, file: str, prefix: str) -> None:
+    expected = load_tensors(find_encoder(str(folder)))
+    raw = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    renamed = {name.replace("roberta.", prefix): tensor.half() for name, tensor in raw.items()}
+    renamed["lm_head.bias"] = torch.zeros(5)
+    renamed["pooler.dense.weight"] = torch.zeros(5)
+    if file == "model.safetensors":
+        save_file(renamed, folder / file)
+    else:
+        torch.save(renamed, folder / file)
+    found = load_tensors(find_encoder(str(folder)))
+    assert found.keys() == expected.keys()
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    build_classifier(find_encoder(str(folder)), Config(label_names=SST2_NAMES), None)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle"])
+def test_parts_of_the_table_are_those_of_the_whole(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind != "safetensors":
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "zip")
+    monkeypatch.setattr(encoders, "_MAPPED_BYTES", 1000)  # so that the file is mapped many times
+    monkeypatch.setattr(encoders, "_ROWS_AT_ONCE", 3)
+    encoder = find_encoder(str(folder))
+    whole = load_tensors(encoder)
+    kept_ids = np.array([0, 1, 2, 3, 9, 40, encoder.shape.vocab_size - 1])
+    kept = load_tensors(encoder, kept_ids)
+    assert kept.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(kept[name], tensor[kept_ids] if name == TABLE_NAME else tensor), name
+    table = pretrained_table(encoder)
+    assert table.shape == whole[TABLE_NAME].shape
+    assert torch.equal(table.rows(0, table.shape[0]), whole[TABLE_NAME])
+    assert torch.equal(table.rows(5, 9), whole[TABLE_NAME][5:9])
+
+
+def test_weights_do_not_change_with_their_file(folder: Path) -> None:
+    tensors = load_tensors(find_encoder(str(folder)))
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"\x11" * ((folder / "model.safetensors").stat().st_size - 5000))
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+
+
+def test_the_table_is_not_read_before_its_rows_are_wanted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+    read = encoders._Weights.read
+
+    def noted(self: encoders._Weights, name: str, rows: Any) -> torch.Tensor:
+        asked.append((name, rows))
+        return read(self, name, rows)
+
+    monkeypatch.setattr(encoders._Weights, "read", noted)
+    table = pretrained_table(find_encoder(str(folder)))
+    assert asked == []
+    table.rows(3, 5)
+    assert asked == [("roberta.embeddings.word_embeddings.weight", slice(3, 5))]
+
+
+@pytest.mark.parametrize("read", [pretrained_table, lambda encoder: load_tensors(encoder, np.arange(4))])
+def test_table_of_another_height_than_configured_is_named(folder: Path, read: Callable[[Encoder], Any]) -> None:
+    change_settings(folder, vocab_size=7)
+    with pytest.raises(UserError, match=r"token_embedding.weight has shape \[\d+, 32\], expected \[7, 32\]"):
+        read(find_encoder(str(folder)))
+
+
+def test_token_type_is_folded_into_positions(folder: Path) -> None:
+    name = "encoder.transformer.positional_embedding.embedding.weight"
+    before = load_tensors(find_encoder(str(folder)))[name]
+    change_weights(folder, lambda t: t["roberta.embeddings.token_type_embeddings.weight"].fill_(0.5))
+    after = load_tensors(find_encoder(str(folder)))[name]
+    torch.testing.assert_close(after[2:], before[2:] + 0.5)
+    assert torch.equal(after[:2], before[:2])
+
+
+def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -> None:
+    """torchtext's own loading code, which knows the old names of its downloads, is the reference."""
+    old_names = {
+        "self_attn.in_proj_": "attention.input_projection.",
+        "self_attn.out_proj": "attention.output_projection",
+        "linear1": "residual_mlp.mlp.0",
+        "linear2": "residual_mlp.mlp.3",
+        "norm1": "attention_layer_norm",
+        "norm2": "final_layer_norm",
+    }
+    source = Classifier(SHAPE, 2, 0.0, 0.0)
+    old = {}
+    for name, tensor in source.encoder.state_dict(prefix="encoder.").items():
+        if ".layers.layers." in name:
+            name = name.replace(".layers.layers.", ".layers.")
+            for new, former in old_names.items():
+                name = name.replace(f".{new}", f".{former}")
+        old[name] = tensor
+    assert "encoder.transformer.layers.1.attention.input_projection.weight" in old
+    torch.save(old, tmp_path / "tiny.pt")
+    monkeypatch.setitem(BUNDLE_SHAPES, "xlmr.base", SHAPE)
+    tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
+    monkeypatch.setattr(sources, "fetch_bundle", lambda *_, **__: (tmp_path / "tiny.pt", tokenizer_file))
+    model, head_is_new = build_classifier(find_encoder("xlmr.base"), Config(label_names=SST2_NAMES), None)
+    assert head_is_new
+    reference = Classifier(SHAPE, 2, 0.0, 0.0)
+    missing = reference.load_state_dict(old, strict=False).missing_keys
+    assert all(name.startswith("head.") for name in missing)
+    for name, tensor in reference.encoder.state_dict().items():
+        assert torch.equal(model.encoder.state_dict()[name], tensor), name
+
+
+def test_own_head_is_kept_for_the_same_labels_only(folder: Path) -> None:
+    change_settings(folder, architectures=["XLMRobertaForSequenceClassification"])
+    own = load_file(folder / "model.safetensors")["classifier.dense.weight"]
+    same, is_new = build_classifier(find_encoder(str(folder)), Config(label_names=["a", "b"]), None)
+    assert not is_new
+    assert torch.equal(same.head.dense.weight, own)
+    other, is_new = build_classifier(find_encoder(str(folder)), Config(label_names=["b", "a"]), None)
+    assert is_new
+    assert not torch.equal(other.head.dense.weight, own)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_hidden_layers": 2}, "layers.layers.2.* is not in the configured model"),
+        ({"num_hidden_layers": 4}, "layers.layers.3.* is missing"),
+        ({"intermediate_size": 128}, r"linear1.weight has shape \[64, 32\], expected \[128, 32\]"),
+        ({"vocab_size": 7}, r"token_embedding.weight has shape \[\d+, 32\], expected \[7, 32\]"),
+        ({"model_type": "bert"}, "model_type is 'bert'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"num_attention_heads": 5}, "no multiple of num_attention_heads"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings is 'many'"),
+    ],
+)
+def test_what_does_not_fit_the_configuration_is_named(folder: Path, settings: dict[str, Any], says: str) -> None:
+    change_settings(folder, **settings)
+    with pytest.raises(UserError, match=says):
+        build_classifier(find_encoder(str(folder)), Config(label_names=SST2_NAMES), None)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("config.json", None, "has no config.json"),
+        ("config.json", b"{", "cannot read"),
+        ("config.json", b"[]", "JSON object"),
+        ("model.safetensors", None, "neither model.safetensors nor pytorch_model.bin"),
+        ("model.safetensors", b"", "cannot read weights"),
+        ("model.safetensors", b"\x00" * 1000, "cannot read weights"),
+        ("sentencepiece.bpe.model", None, "has no sentencepiece.bpe.model"),
+    ],
+)
+def test_incomplete_and_damaged_folders_are_named(folder: Path, file: str, content: bytes | None, says: str) -> None:
+    (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        load_tensors(find_encoder(str(folder)))
+
+
+def test_what_transformers_leaves_out_is_named(folder: Path) -> None:
+    (folder / "sentencepiece.bpe.model").unlink()
+    with pytest.raises(UserError, match="newer transformers save tokenizer.json only"):
+        find_encoder(str(folder))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").touch()
+    with pytest.raises(UserError, match="weights in parts"):
+        find_encoder(str(folder))
+
+
+@pytest.mark.parametrize("cut", [10, 1000, -10])
+def test_truncated_weights_are_named(folder: Path, cut: int) -> None:
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if file == "pytorch_model.bin":
+            torch.save(load_file(folder.parent / "whole.safetensors"), folder / file)
+        else:
+            shutil.copy(folder / file, folder.parent / "whole.safetensors")
+        (folder / file).write_bytes((folder / file).read_bytes()[:cut])
+        with pytest.raises(UserError, match=file):
+            load_tensors(find_encoder(str(folder)))
+        (folder / file).unlink()
+
+
+def test_pickles_with_code_are_not_run(folder: Path, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "was_run",))
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Trap()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="more than tensors"):
+        load_tensors(find_encoder(str(folder)))
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_what_is_no_encoder_is_named() -> None:
+    with pytest.raises(UserError, match="xlmr.huge: neither xlmr.base nor xlmr.large"):
+        find_encoder("xlmr.huge")
+
+
+def test_weights_that_go_away_during_a_run(folder: Path) -> None:
+    encoder = find_encoder(str(folder))
+    encoder.weights_file.unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors: it is not there any more; put it back"):
+        pretrained_table(encoder)

@@ -1,0 +1,83 @@
+"""Ids: XLM-R's numbering, cuts, and the scripted tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_ENCODER, needs_small_encoder
+
+from sst2_xlmr.errors import UserError
+from sst2_xlmr.model.tokenizer import load_tokenizer
+
+
+@needs_small_encoder
+def test_known_answer() -> None:
+    tokenizer = load_tokenizer(SMALL_ENCODER / "sentencepiece.bpe.model", 256)
+    assert tokenizer(["Hello World!"]) == [[0, 35378, 6661, 38, 2]]
+    # As published in fairseq's examples/xlmr/README.md.
+    published = {
+        "Hello world!": [0, 35378, 8999, 38, 2],
+        "你好，世界": [0, 6, 124084, 4, 3221, 2],  # noqa: RUF001
+        "नमस्ते दुनिया": [0, 68700, 97883, 29405, 2],
+        "مرحبا بالعالم": [0, 665, 193478, 258, 1705, 77796, 2],
+        "Bonjour le monde": [0, 84602, 95, 11146, 2],
+    }
+    assert tokenizer(list(published)) == list(published.values())
+
+
+def test_unknown_characters_become_unk(tiny_encoder: Path) -> None:
+    ids = load_tokenizer(tiny_encoder / "sentencepiece.bpe.model", 64)(["a 汉"])[0]
+    assert ids[0] == 0
+    assert ids[-2:] == [3, 2]
+
+
+def test_long_texts_are_cut_and_keep_their_end(tiny_encoder: Path) -> None:
+    file = tiny_encoder / "sentencepiece.bpe.model"
+    text = "a long story about a film " * 20
+    whole = load_tokenizer(file, 10_000)([text])[0]
+    short = load_tokenizer(file, 12)
+    assert short([text]) == [[*whole[:11], 2]]
+    assert short.is_longer(text)
+    exact = load_tokenizer(file, len(whole))
+    assert exact([text]) == [whole]
+    assert not exact.is_longer(text)
+
+
+def test_scripted_tokenizer_gives_the_same_ids(tiny_encoder: Path) -> None:
+    tokenizer = load_tokenizer(tiny_encoder / "sentencepiece.bpe.model", 16)
+    texts = ["A fine film.", "", "  spaces   between  ", "Café 汉 \U0001f600", "word " * 50]
+    assert torch.jit.script(tokenizer)(texts) == tokenizer(texts)
+
+
+PAIRS = [
+    ("A fine film.", "It was good."),
+    ("short", "a long story about a film that nobody will ever see again"),
+    ("a long story about a film that nobody will ever see again", "short"),
+    ("the same length as that", "the same length as that"),
+    ("", "only a second"),
+    ("only a first", ""),
+    ("汉", "\U0001f600 café"),
+]
+
+
+@pytest.mark.parametrize("max_length", range(5, 30))
+def test_pairs_are_joined_and_cut_as_transformers_does(tiny_encoder: Path, max_length: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    file = tiny_encoder / "sentencepiece.bpe.model"
+    reference, ours = transformers.XLMRobertaTokenizer(str(file)), load_tokenizer(file, max_length)
+    expected = reference(*map(list, zip(*PAIRS)), truncation="longest_first", max_length=max_length)["input_ids"]
+    texts, pairs = map(list, zip(*PAIRS))
+    assert ours(texts, pairs) == expected
+    assert torch.jit.script(ours)(texts, pairs) == expected
+    whole = reference(texts, pairs)["input_ids"]
+    assert [ours.is_longer(*pair) for pair in PAIRS] == [len(ids) > max_length for ids in whole]
+
+
+def test_what_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(tmp_path / "x.model", 64)
+    (tmp_path / "x.model").write_text("<html>not found</html>")
+    with pytest.raises(UserError, match="x.model is not a SentencePiece model"):
+        load_tokenizer(tmp_path / "x.model", 64)

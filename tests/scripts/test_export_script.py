@@ -1,0 +1,233 @@
+"""What training and scripts/export.py write: the folder with its card, and the TorchScript file."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, metrics, needs_small_encoder, sst2_sentences, user_error
+from safetensors.torch import load_file
+
+from sst2_xlmr.config import Config
+from sst2_xlmr.errors import UserError
+from sst2_xlmr.evaluation.evaluate import predict
+from sst2_xlmr.export.model_card import write_card
+from sst2_xlmr.export.torchscript import save_torchscript
+from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.model.encoders import find_encoder
+
+sys.path.insert(0, str(ROOT / "scripts"))
+export = importlib.import_module("export")
+
+# torch ignores it by itself, pytest does not: torch.nn.functional looks at a size that never changes.
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+
+CPU = torch.device("cpu")
+TEXTS = ["A fine film.", "", "word " * 300, "  It was  slow,\tand long ", "Кино 映画 ταινία", "no"] * 12
+
+# Runs where sst2_xlmr cannot be imported: argv is the file, a JSON list of texts, and where the answers go.
+USE_ALONE = """
+import json, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("sst2_xlmr", "train", "transformers"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+import torch, torchtext
+classify = torch.jit.load(sys.argv[1])
+labels, probabilities = classify(json.load(open(sys.argv[2])))
+assert classify([])[0] == [] and classify([])[1].shape == (0, len(classify.label_names))
+json.dump([labels, probabilities.tolist(), classify.label_names], open(sys.argv[3], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny encoder with its own random head."""
+    folder = Path(shutil.copytree(tiny_encoder, tmp_path_factory.mktemp("export") / "model"))
+    settings = json.loads((folder / "config.json").read_text())
+    settings["architectures"] = ["XLMRobertaForSequenceClassification"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def run_export(*options: object) -> None:
+    export.main([str(option) for option in options])
+
+
+def probabilities_of(model: Path, texts: list[str]) -> torch.Tensor:
+    classifier, tokenizer, _ = load_classifier(model, CPU, bf16=False)
+    return predict(classifier, tokenizer(texts), 256, CPU)
+
+
+def test_torchscript_answers_alike_without_this_package(model: Path, tmp_path: Path) -> None:
+    options = ["--model", model, "--format", "torchscript", "--output", tmp_path / "new" / "classifier.pt"]
+    command: list[object] = [sys.executable, ROOT / "scripts" / "export.py", *options]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    assert "same answers on 15 texts and pairs" in done.stdout
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["classifier.pt"]
+
+    labels = check_alone(model, tmp_path / "new" / "classifier.pt", TEXTS, tmp_path)
+    assert len(set(labels)) == 2, "the texts must tell the labels apart"
+
+
+def check_alone(model: Path, file: Path, texts: list[str], scratch: Path) -> list[str]:
+    """Check the file's answers in a process that has no other package of ours; returns its labels."""
+    (scratch / "texts").write_text(json.dumps(texts))
+    words = [sys.executable, "-W", "ignore", "-c", USE_ALONE, str(file), "texts", "answers"]
+    env = {**os.environ, "PYTHONPATH": ""}
+    alone = subprocess.run(words, cwd=scratch, env=env, capture_output=True, check=False)
+    assert (alone.returncode, alone.stderr) == (0, b"")
+    labels, probabilities, label_names = json.loads((scratch / "answers").read_text())
+    expected = probabilities_of(model, texts)
+    torch.testing.assert_close(torch.tensor(probabilities), expected, atol=1e-5, rtol=0)
+    assert labels == [label_names[index] for index in expected.argmax(-1).tolist()]
+    return labels
+
+
+@pytest.mark.slow
+@needs_small_encoder
+def test_torchscript_on_sst2(trained_small_model: Path, tmp_path: Path) -> None:
+    run_export("--model", trained_small_model, "--format", "torchscript", "--output", tmp_path / "classifier.pt")
+    labels = check_alone(trained_small_model, tmp_path / "classifier.pt", sst2_sentences(), tmp_path)
+    assert set(labels) == {"negative", "positive"}
+
+
+def test_torchscript_cuts_long_texts_at_the_models_length(model: Path, tmp_path: Path) -> None:
+    classifier, tokenizer, names = load_classifier(model, CPU, bf16=False)
+    tokenizer.max_length = 8
+    save_torchscript(classifier, tokenizer, names, tmp_path / "x.pt")
+    loaded = torch.jit.load(tmp_path / "x.pt")
+    text = "one two three four five six seven eight nine ten"
+    assert torch.equal(loaded([text])[1], loaded([text + " eleven"])[1])
+
+
+def test_torchscript_takes_pairs(model: Path, tmp_path: Path) -> None:
+    classifier, tokenizer, names = load_classifier(model, CPU, bf16=False)
+    pairs = [f"{text} again" for text in reversed(TEXTS)]
+    expected = predict(classifier, tokenizer(TEXTS, pairs), 256, CPU)
+    save_torchscript(classifier, tokenizer, names, tmp_path / "x.pt")
+    found = torch.jit.load(tmp_path / "x.pt")(TEXTS, pairs)
+    torch.testing.assert_close(found[1], expected, atol=1e-5, rtol=0)
+    assert found[0] == [names[index] for index in expected.argmax(-1).tolist()]
+
+
+def test_folder_is_rewritten_with_its_card(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "source"))
+    (source / "README.md").write_text("what it is")
+    (tmp_path / "texts.txt").write_text("A fine film.\nEin guter Film.\n", encoding="utf-8")
+    options = ["--check-file", tmp_path / "texts.txt", "--output", tmp_path / "copy"]
+    run_export("--model", source, "--format", "hf", *options)
+    assert "same answers on 2 texts and pairs, probabilities within 0" in capsys.readouterr().out
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "copy" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert sorted(file.name for file in (tmp_path / "copy").iterdir()) == sorted(f.name for f in source.iterdir())
+    assert (tmp_path / "copy" / "README.md").read_text() == "what it is"
+
+
+def test_folder_in_bf16(model: Path, tmp_path: Path) -> None:
+    run_export("--model", model, "--format", "hf", "--dtype", "bf16", "--output", tmp_path / "copy")
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "copy" / "model.safetensors")
+    assert all(torch.equal(before[name].bfloat16(), after[name]) for name in before)
+    assert json.loads((tmp_path / "copy" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("form", ["hf", "torchscript"])
+def test_what_answers_otherwise_is_removed(
+    model: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(written: Any) -> Any:
+        return lambda *given: written(*given) + torch.tensor([2e-5, -2e-5])
+
+    monkeypatch.setattr(export, "write_hugging_face", spoil(export.write_hugging_face))
+    monkeypatch.setattr(export, "write_torchscript", spoil(export.write_torchscript))
+    output = tmp_path / "out" / "x"
+    options = ["--model", model, "--format", form, "--output", output]
+    assert "a probability differs by 2e-05; it was removed" in user_error(lambda: run_export(*options), capsys)
+    assert not list(output.parent.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--format", "onnx"], "invalid choice: 'onnx'"),
+        (["--format", "hf", "--dtype", "fp16"], "invalid choice: 'fp16'"),
+        (["--format", "torchscript", "--dtype", "bf16"], "--dtype bf16 is for --format hf"),
+        (["--format", "hf", "--check-file", "no/such"], "cannot read --check-file no/such"),
+        (["--format", "hf", "--check-file", "empty"], "--check-file empty is empty"),
+        (["--format", "hf", "--output", "empty"], "--output empty is there already"),
+        (["--format", "hf", "--output", "empty/x"], "cannot write empty/x: "),
+        (["--format", "hf", "--model", "no/such"], "no/such: neither"),
+        ([], "--format"),
+    ],
+)
+def test_wrong_use(
+    model: Path,
+    tmp_path: Path,
+    options: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").touch()
+    assert says in user_error(lambda: run_export("--model", model, "--output", "x", *options), capsys)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["empty"]
+
+
+def test_an_encoder_without_head_and_a_runs_folder_are_refused(
+    tiny_encoder: Path, run_train: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="has no classification head"):
+        run_export("--model", tiny_encoder, "--format", "hf", "--output", tmp_path / "x")
+    run = run_train(tmp_path / "run", "--max-steps", 1)
+    with pytest.raises(UserError, match="is the folder of a run; give the model in it, .*run/model"):
+        find_encoder(str(run))
+    with pytest.raises(UserError, match="step-00000001 is a checkpoint, .*; give best or model in the run's folder"):
+        find_encoder(str(run / "checkpoints" / "step-00000001"))
+
+
+def test_training_writes_a_card_without_paths(run_train: Callable[..., Path], small_data: Path, tmp_path: Path) -> None:
+    shutil.copy(small_data / "dev.tsv", small_data / "other.tsv")
+    options = ["--epochs", 2, "--test-file", small_data / "other.tsv"]
+    run = run_train(tmp_path / "run", *options)
+    cards = {name: (run / name / "README.md").read_text(encoding="utf-8") for name in ("best", "model")}
+    entries = [line for line in metrics(run) if "split" in line]
+    dev = {line["step"]: line for line in entries if line["split"] == "dev"}
+    assert f"| other.tsv | 20 | {entries[-1]['accuracy']:.4f}" not in cards["best"], "best/ is older than that"
+    for text in (
+        "tiny, fine-tuned with sst2_xlmr for 14 steps",
+        "50 rows train, 20 rows dev, 20 rows other; from data, other.tsv.",
+        f"| dev | 20 | {dev[14]['accuracy']:.4f} | {dev[14]['macro_f1']:.4f} | {dev[14]['loss']:.4f} |",
+        f"| other | 20 | {entries[-1]['accuracy']:.4f} |",
+        "| `--lr` | 0.001 |",
+        "| `--freeze-encoder` | off |",
+        "torch 2.3.1",
+    ):
+        assert text in cards["model"]
+    for card in cards.values():
+        assert card.startswith("---\nlibrary_name: transformers\n")
+        assert str(tmp_path) not in card
+        assert "/" not in card.split("## Data")[1]
+
+
+def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -> None:
+    card = write_card(Config(text_column="a|b"), [f"c{n}" for n in range(50)], {"train": 5}, [], 3)
+    assert "base_model: FacebookAI/xlm-roberta-base\n" in card
+    assert "# Text classifier: 50 classes\n" in card
+    assert "5 rows train; from SST-2 of the GLUE benchmark." in card
+    given = Config(data_dir="/data/films", eval_file=["fr=/data/fr.tsv"], test_file=["/data/de.tsv"])
+    assert "; from films, fr.tsv, de.tsv." in write_card(given, ["a", "b"], {"train": 5, "fr": 2, "de": 2}, [], 3)
+    assert "| `--text-column` | a\\|b |" in card

@@ -1,0 +1,345 @@
+"""scripts/predict.py as it is used."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import gzip
+import io
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, SST2, user_error
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import predict as script
+
+from sst2_xlmr.data.formats import kind_of
+from sst2_xlmr.data.rows import Columns, read_examples
+
+
+@pytest.fixture(scope="module")
+def model(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a head: the tiny encoder's own random one, under its label names."""
+    folder = tmp_path_factory.mktemp("predict") / "model"
+    folder.mkdir()
+    for file in tiny_encoder.iterdir():
+        content = file.read_bytes()
+        if file.name == "config.json":
+            content = content.replace(b"XLMRobertaModel", b"XLMRobertaForSequenceClassification")
+        (folder / file.name).write_bytes(content)
+    return folder
+
+
+def predict(*options: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "scripts/predict.py", "--device", "cpu", *map(str, options)]
+    return subprocess.run(command, input=stdin, capture_output=True, cwd=ROOT, check=False)
+
+
+def test_arguments_and_lines_give_the_same(model: Path) -> None:
+    sentences = ["A fine film.", "Ein Café, größer als nötig", "word " * 200 + "end", "", '"Quoted']
+    from_arguments = predict("--model", model, "--precision", "fp32", *sentences)
+    assert (from_arguments.returncode, from_arguments.stderr) == (0, b"")
+    lines = from_arguments.stdout.decode().splitlines()
+    assert [line.split("\t")[2] for line in lines] == sentences
+    for line in lines:
+        label, probability, _ = line.split("\t")
+        assert label in ("a", "b")
+        assert 0.5 <= float(probability) <= 1
+    stdin = "\r\n".join(sentences).encode()
+    from_lines = predict("--model", model, "--precision", "fp32", "--batch-tokens", 40, stdin=b"\xef\xbb\xbf" + stdin)
+    assert from_lines.stdout == from_arguments.stdout
+
+
+def test_three_columns_whatever_the_sentence_holds(model: Path) -> None:
+    done = predict("--model", model, "tab\there and\nline end")
+    assert done.stdout.decode().rstrip("\n").split("\t")[2] == "tab here and line end"
+
+
+def test_nothing_in_nothing_out(model: Path) -> None:
+    assert predict("--model", model).stdout == b""
+
+
+ROWS = [
+    {"id": "7", "text": 'a "fine" film, really', "note": "x"},
+    {"id": "8", "text": "two\nlines\tand a tab", "note": ""},
+    {"id": "9", "text": "", "note": "empty"},
+    {"id": "10", "text": "\u202eright to left \U0001f600", "note": "y"},
+]
+
+
+def write_input(path: Path) -> Path:
+    """Write ROWS; TSV has spaces where it cannot have what they have."""
+    if kind_of(path) == ".jsonl":
+        content = "".join(json.dumps(row) + "\n" for row in ROWS)
+    elif kind_of(path) == ".tsv":
+        cells = [[cell.replace("\n", " ").replace("\t", " ") for cell in row.values()] for row in ROWS]
+        content = "".join("\t".join(row) + "\n" for row in [list(ROWS[0]), *cells])
+    else:
+        with path.with_suffix("").open("w", newline="") as file:
+            csv.writer(file).writerows([list(ROWS[0]), *(list(row.values()) for row in ROWS)])
+        content = path.with_suffix("").read_text()
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    return path
+
+
+def run(model: Path, *options: object) -> None:
+    script.main(["--model", str(model), "--device", "cpu", "--precision", "fp32", *map(str, options)])
+
+
+def read_output(path: Path) -> list[dict[str, Any]]:
+    examples = read_examples(path, Columns("text"))
+    return [dict(zip(row.fields.names, row.fields.cells)) for row in examples]
+
+
+@pytest.mark.parametrize("given", ["in.tsv", "in.csv.gz", "in.jsonl"])
+@pytest.mark.parametrize("wanted", ["out.tsv.gz", "out.csv", "out.jsonl"])
+def test_every_format_in_and_out_keeps_all_columns_and_the_order(
+    model: Path, tmp_path: Path, given: str, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(model, "--input", write_input(tmp_path / given), "--output", tmp_path / wanted, "--all-probabilities")
+    found = read_output(tmp_path / wanted)
+    assert list(found[0]) == ["id", "text", "note", "label", "probability", "probability_a", "probability_b"]
+    plain = ".tsv" in given + wanted
+    for row, expected in zip(found, ROWS):
+        text = expected["text"].replace("\n", " ").replace("\t", " ") if plain else expected["text"]
+        assert (row["id"], row["text"], row["note"]) == (expected["id"], text, expected["note"])
+        probabilities = {name: float(row[f"probability_{name}"]) for name in ("a", "b")}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=2e-6)
+        assert row["label"] == max(probabilities, key=lambda name: probabilities[name])
+        assert float(row["probability"]) == max(probabilities.values())
+    assert len(found) == len(ROWS)
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
+def test_a_file_gives_what_arguments_give(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [row["text"] for row in ROWS]
+    run(model, *texts)
+    expected = capsys.readouterr().out
+    run(model, "--input", write_input(tmp_path / "in.jsonl"))
+    assert capsys.readouterr().out == expected
+    run(model, "--output", tmp_path / "out.jsonl", *texts)
+    lines = [line.split("\t")[:2] for line in expected.splitlines()]
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [list(row) for row in found] == [["sentence", "label", "probability"]] * len(ROWS)
+    assert [[row["label"], f"{row['probability']:.4f}"] for row in found] == lines
+
+
+def test_pairs_columns_by_number_and_no_header(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.tsv").write_text("1\ta fine film\tit was good\n2\ta poor one\t\n")
+    options = ["--input", tmp_path / "in.tsv", "--text-column", 2, "--text-pair-column", 3, "--no-header"]
+    run(model, *options)
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[2:] for line in lines] == [["a fine film", "it was good"], ["a poor one", ""]]
+    run(model, *options, "--output", tmp_path / "out.csv")
+    rows = list(csv.reader((tmp_path / "out.csv").read_text().splitlines()))
+    assert [row[:4] for row in rows] == [["1", *lines[0][2:], lines[0][0]], ["2", *lines[1][2:], lines[1][0]]]
+    run(model, *options[:-3], "--no-header")
+    assert capsys.readouterr().out.splitlines()[0].split("\t")[1] != lines[0][1], "the second text does not count"
+
+
+def test_columns_that_the_input_has_already_stay(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("text,label,text2,label\nx,1,y,2\n")
+    run(model, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.csv")
+    header, row = csv.reader((tmp_path / "out.csv").read_text().splitlines())
+    assert header == ["text", "label", "text2", "label", "predicted_label", "probability"]
+    assert row[:4] == ["x", "1", "y", "2"]
+
+
+def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, Any]] = [{"text": "x", "n": 1}, {"n": None, "text": "y"}, {"text": "z", "label": [1]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(model, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    found = read_output(tmp_path / "out.jsonl")
+    assert [list(row) for row in found] == [
+        ["text", "n", "label", "probability"],
+        ["n", "text", "label", "probability"],
+        ["text", "label", "predicted_label", "probability"],
+    ]
+    assert [{**row, **kept} for row, kept in zip(found, rows)] == found
+    options = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.csv"]
+    assert "line 3 of the input has other keys" in user_error(lambda: run(model, *options), capsys)
+    assert not (tmp_path / "out.csv").exists()
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    run(model, *options)
+    found = read_output(tmp_path / "out.csv")
+    assert [(row["text"], row["n"]) for row in found] == [("x", "1"), ("y", "")]
+
+
+def sst2_model(model: Path, folder: Path, names: list[str]) -> Path:
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "config.json").read_text())
+    settings["id2label"] = {str(number): name for number, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_glue_submission(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many rows as test.tsv, numbers by the classes' names; the server takes nothing else."""
+    test, count = SST2 / "test.tsv", 1821
+    if not test.is_file():
+        test, count = tmp_path / "test.tsv", 3
+        test.write_text("index\tsentence\n0\ta fine film\n1\ta poor one\n2\tso-so\n")
+    found = {}
+    for names in (["negative", "positive"], ["positive", "negative"]):
+        folder = sst2_model(model, tmp_path / names[0], names)
+        run(folder, "--input", test, "--glue-submission", tmp_path / f"{names[0]}.glue")
+        lines = (tmp_path / f"{names[0]}.glue" / "SST-2.tsv").read_text().split("\n")
+        assert lines[0] == "index\tprediction"
+        assert [line.split("\t")[0] for line in lines[1:-1]] == [str(number) for number in range(count)]
+        found[names[0]] = [int(line.split("\t")[1]) for line in lines[1:-1]]
+        assert lines[-1] == ""
+    assert set(found["negative"]) <= {0, 1}
+    assert [1 - number for number in found["negative"]] == found["positive"]
+    assert capsys.readouterr().out == ""
+    options = ["--input", test, "--glue-submission", tmp_path / "other"]
+    assert "the model's classes are a, b" in user_error(lambda: run(model, *options), capsys)
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_progress_bar_on_a_terminal_only(model: Path, tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 90, 0, 0))  # rows, columns
+    command = [sys.executable, "scripts/predict.py", "--model", str(model), "--device", "cpu"]
+    command += ["--input", str(write_input(tmp_path / "in.tsv")), "--output", str(tmp_path / "out.tsv")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, cwd=ROOT, check=False)
+    os.close(end)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"4 rows [00:" in os.read(terminal, 10_000)
+    os.close(terminal)
+
+
+def test_output_that_is_there_is_kept_unless_told_otherwise(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.tsv").write_text("precious")
+    options = ["--output", tmp_path / "out.tsv", "A fine film."]
+    assert "out.tsv is there already" in user_error(lambda: run(model, *options), capsys)
+    assert (tmp_path / "out.tsv").read_text() == "precious"
+    run(model, *options, "--overwrite")
+    assert read_examples(tmp_path / "out.tsv", Columns())
+    assert [file.name for file in tmp_path.iterdir()] == ["out.tsv"]
+
+
+def test_a_bad_row_leaves_no_half_output(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.tsv").write_bytes(b"text\n" + b"fine\n" * 3000 + b"caf\xe9\n")
+    options = ["--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv"]
+    assert "in.tsv, line 3002: not UTF-8" in user_error(lambda: run(model, *options), capsys)
+    assert [file.name for file in tmp_path.iterdir()] == ["in.tsv"]
+
+
+WRONG_USE: list[tuple[list[str], str]] = [
+    (["--input", "no.tsv"], "cannot read no.tsv: No such file"),
+    (["--input", "sample_data"], "unknown kind of file"),
+    (["--input", "sample_data/dev.tsv", "x"], "--input and a sentence, 'x'"),
+    (["--input", "sample_data/dev.tsv", "--text-column", "review"], "dev.tsv, line 2: no column 'review'"),
+    (["--input", "sample_data/dev.tsv", "--output", "no/such/x.tsv"], "cannot write no/such/x.tsv: No such file"),
+    (["--input", "sample_data/dev.tsv", "--output", "x.txt"], "x.txt: unknown kind of file"),
+    (
+        ["--input", "sample_data/dev.tsv", "--output", "README.md/x.tsv"],
+        "README.md/x.tsv: Not a directory",
+    ),
+    (["--input", "sample_data/dev.tsv", "--glue-submission", "README.md"], "cannot write to README.md: File exists"),
+    (["--text-column", "2", "x"], "--text-column needs --input"),
+    (["--no-header", "x"], "--header needs --input"),
+    (["--glue-submission", "x", "x"], "--glue-submission needs --input"),
+    (["a \udce9"], "sentence 1: not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), WRONG_USE, ids=[" ".join(options) for options, _ in WRONG_USE])
+def test_wrong_use_of_files(
+    model: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert says in user_error(lambda: run(model, *options), capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("in.tsv", b"", "has no rows"),
+        ("in.tsv", b"text\n", "has no rows"),
+        ("in.csv", b'text\n"never closed\n', "the row at line 2 is not valid CSV"),
+        ("in.jsonl", b'{"text": null}\n', "line 1: column 'text' holds no text"),
+        ("in.jsonl", b'{"text": "\\ud83d"}\n', "line 1: column 'text' has half a character"),
+        ("in.csv.gz", gzip.compress(b"text\nx\n")[:-3], "not a whole gzip file"),
+    ],
+)
+def test_wrong_input(
+    model: Path, tmp_path: Path, name: str, content: bytes, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    options = ["--input", tmp_path / name, "--output", tmp_path / "out.csv"]
+    assert says in user_error(lambda: run(model, *options), capsys)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_two_columns_with_one_name_are_no_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.csv").write_text("text,a,a\nx,1,2\n")
+    options = ["--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl"]
+    assert "two columns are named 'a'" in user_error(lambda: run(model, *options), capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "stdin", "says"),
+    [
+        (lambda _: ["x"], b"", "required: --model"),
+        (lambda _: ["--model", "no/such", "x"], b"", "no/such: neither"),
+        (lambda model: ["--model", model.parent, "x"], b"", "has no config.json"),
+        (lambda model: ["--model", model, "--batch-tokens", "0", "x"], b"", "--batch-tokens must be"),
+        (lambda model: ["--model", model, "--device", "cuda", "x"], b"", "no CUDA GPU"),
+        (lambda model: ["--model", model], b"fine\ncaf\xe9\n", "standard input, line 2: not UTF-8"),
+    ],
+)
+def test_wrong_use(
+    model: Path,
+    options: Callable[[Path], list[object]],
+    stdin: bytes,
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    assert says in user_error(lambda: script.main([str(option) for option in options(model)]), capsys)
+
+
+def test_status_and_line_of_the_real_command(model: Path) -> None:
+    done = predict("--model", model, stdin=b"fine\ncaf\xe9\n")
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert done.stderr.startswith(b"error: standard input, line 2: not UTF-8")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_full_disk_is_said_in_one_line(model: Path) -> None:
+    command = f'seq 3 | "{sys.executable}" scripts/predict.py --model "{model}" --device cpu > /dev/full'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, check=False)
+    assert done.stderr == b"error: cannot write to standard output: No space left on device\n"
+    assert done.returncode == 2
+
+
+def test_an_encoder_without_head_is_refused(tiny_encoder: Path) -> None:
+    done = predict("--model", tiny_encoder, "x")
+    assert done.returncode == 2
+    assert b"has no classification head" in done.stderr
+
+
+def test_a_reader_that_stops_is_no_error(model: Path) -> None:
+    command = f'seq 5000 | "{sys.executable}" scripts/predict.py --model "{model}" --device cpu | head -n 1'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, check=False)
+    assert done.stderr == b""
+    assert done.stdout.count(b"\n") == 1

