@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 train.py               # one machine, several GPUs (or CPU processes)
     sbatch scripts/train.sbatch                        # SLURM cluster, one or many nodes
 
-The way of the data: files -> rows -> ids -> global batches -> model -> loss -> step -> checkpoint -> model folder.
+Data flow: files -> rows -> ids -> global batches -> model -> loss -> step -> checkpoint -> model folder.
 """
 
 from __future__ import annotations
@@ -16,23 +16,21 @@ import contextlib
 import dataclasses
 import math
 import signal
-import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from sst2_xlmr import distributed
+from sst2_xlmr.accelerate import accelerate
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.batches import GlobalBatchSampler, RankShare, build_loader
-from sst2_xlmr.data.prepare import prepare
-from sst2_xlmr.data.token_cache import TokenCache
+from sst2_xlmr.data.batches import BatchLoader
+from sst2_xlmr.data.prepare import Prepared, prepare
 from sst2_xlmr.distributed import World, shared_error
-from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.errors import Stopped, UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import Interrupted, evaluate
 from sst2_xlmr.export.hugging_face import export_run
@@ -40,360 +38,308 @@ from sst2_xlmr.files import Finisher, digest_of
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import Classifier, build_classifier
 from sst2_xlmr.model.compact_vocab import renumbering, used_ids
-from sst2_xlmr.report.header import header_lines
-from sst2_xlmr.report.report import (
-    Report,
-    advance,
-    log_end,
-    log_evaluation,
-    log_save,
-    log_training,
-    open_report,
-    say,
-    say_evaluation,
-    silent_report,
-    splits_during,
-    sync_report,
-)
-from sst2_xlmr.report.tensorboard import make_event_folder
-from sst2_xlmr.training.checkpoint import (
-    Progress,
-    find_checkpoint,
-    load_checkpoint,
-    load_progress,
-    save_checkpoint,
-    seed_rank,
-)
-from sst2_xlmr.training.loss import class_weights, sum_of_losses
-from sst2_xlmr.training.optimizer import AdamW, can_compile, lr_factor
+from sst2_xlmr.report.header import HeaderFigures, header_lines
+from sst2_xlmr.report.report import Report, SilentReport, open_report, splits_during
+from sst2_xlmr.report.tensorboard import event_folder, make_event_folder
+from sst2_xlmr.training.averaging import Computation, connect
+from sst2_xlmr.training.checkpoint import RunState, find_checkpoint, load_checkpoint, save_checkpoint, seed_rank
+from sst2_xlmr.training.loss import Loss, make_loss
+from sst2_xlmr.training.optimizer import AdamW, Groups
+from sst2_xlmr.training.progress import Progress, Window
 from sst2_xlmr.training.run_folder import claim, clean_up, write_config
+from sst2_xlmr.training.schedule import Schedule
 from sst2_xlmr.training.signals import StopRequest
+from sst2_xlmr.training.step import forward_backward
 
 
-def choose_compiled(config: Config, world: World, bf16: bool) -> tuple[Kernels | None, bool]:
-    """Return the CPU's kernels, if all ranks can compile them, and whether the optimizer's pass compiles on CUDA."""
-    on_cpu = world.device.type == "cpu"
-    kernels = load_kernels(torch.bfloat16 if bf16 else torch.float32) if config.compile and on_cpu else None
-    works = kernels is not None or (config.compile and not on_cpu and can_compile(world.device))
-    agreed = all(distributed.gather_objects(world, works))
-    return (kernels if agreed else None), agreed and not on_cpu
+@dataclass
+class Run:
+    """What a run is made of. Its state has three owners: progress, window and optimizer, all in `state`.
 
-
-def connect_processes(classifier: Classifier, optimizer: AdamW, world: World) -> torch.nn.Module:
-    """Return the model to train: as it is, or under DDP where processes cannot share memory.
-
-    On one machine's CPU, with kernels, they can; all others exchange gradients.
+    Attributes:
+        inputs: options with everything decided, encoder, files, and their ids.
+        loader: this rank's part of the global batches.
+        head_is_new: whether the classification head begins untrained.
+        computation: how the classifier is computed, the plain way or by an engine.
+        model: what is trained: that computation, under DDP where DDP averages gradients.
     """
-    if optimizer.share_memory(world):
-        return classifier
-    return distributed.wrap_model(classifier, world, classifier.kernels.mean_of if classifier.kernels else None)
+
+    world: World
+    inputs: Prepared
+    classifier: Classifier
+    head_is_new: bool
+    loss: Loss
+    loader: BatchLoader
+    schedule: Schedule
+    state: RunState
+    computation: Computation
+    model: torch.nn.Module
+
+    @property
+    def config(self) -> Config:
+        return self.inputs.config
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.config.output_dir))
 
 
-def has_stopped_improving(config: Config, progress: Progress) -> bool:
-    """Whether the last evaluations were so many without a better one that training ends."""
-    return 0 < config.early_stopping_patience <= progress.stale_evaluations
+@dataclass
+class Outputs:
+    """Where a run's results go, and what stops it."""
+
+    report: Report | SilentReport
+    finisher: Finisher
+    stop: StopRequest
 
 
-def training_entry(progress: Progress, batches: int, lr: float, grad_norm: float) -> dict[str, float]:
-    """Return a line of training metrics: what the steps since the last line had on average."""
-    loss, rows, tokens, elapsed_s = progress.window
-    return {
-        "step": progress.step,
-        "epoch": round(progress.epoch + progress.batch / batches, 4),
-        "loss": loss / rows,
-        "lr": lr,
-        "grad_norm": grad_norm,
-        "samples_per_s": round(rows / elapsed_s, 2),
-        "tokens_per_s": round(tokens / elapsed_s, 1),
-    }
-
-
-def not_finite(step: int, rows: np.ndarray | None, skipped_in_row: int) -> UserError:
-    """Return the error that ends a run whose gradient is not finite, before that reaches a checkpoint.
-
-    Args:
-        rows: int [rows], numbers from 0 of the training rows to look at; None if it may have been an earlier step.
-        skipped_in_row: how many batches, this one included, were like this.
-    """
-    if rows is None:
-        return shared_error(
-            f"loss or gradient is not finite at step {step} or shortly before: lower --lr or raise --warmup-ratio in a"
-            " new run, or --resume with --skip-nonfinite N, which looks at every step; checkpoints are whole"
-        )
-    numbers = ", ".join(str(row + 1) for row in rows[:50]) + (", ..." if len(rows) > 50 else "")
-    after = f" (the last of {skipped_in_row} in a row)" if skipped_in_row > 1 else ""
-    return shared_error(
-        f"loss or gradient is not finite at step {step}{after}: lower --lr or raise --warmup-ratio in a new run, or"
-        f" --resume with --skip-nonfinite N; checkpoints are whole; training rows of this batch, from 1: {numbers}"
-    )
-
-
-def forward_and_backward(
-    model: torch.nn.Module,
-    share: RankShare,
-    optimizer: AdamW,
-    config: Config,
-    world: World,
-    bf16: bool,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Compute this rank's gradients, whose average over the ranks is that of the mean loss over the global batch.
-
-    That is the sum over this rank's rows, divided by the global batch's rows and multiplied by the number of ranks,
-    however the rows are cut. DDP averages at once, or afterwards where several micro-batches in bf16 are summed in
-    fp32; processes that share memory average when they make the optimizer's step.
-
-    Returns:
-        The sum of this rank's losses; float64, no dimensions.
-    """
-    in_fp32 = share.accumulates and bf16
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    for number, micro_batch in enumerate(share.micro_batches, 1):
-        batch = micro_batch.to(world.device)
-        synchronizes = number == len(share.micro_batches) and not in_fp32
-        alone = isinstance(model, DistributedDataParallel) and not synchronizes
-        with model.no_sync() if alone else contextlib.nullcontext():
-            logits = model(batch.tokens, batch.padded, batch.keys).float()
-            loss = sum_of_losses(logits, batch.labels, config.label_smoothing, weights) * batch.weight
-            (loss * (world.world_size / share.global_rows)).backward()
-        loss_sum += loss.detach()
-        if in_fp32:
-            optimizer.accumulate()
-    if in_fp32:
-        optimizer.average_accumulated(world.world_size)
-    return loss_sum
-
-
-def evaluate_splits(
-    splits: list[str],
-    draws: bool,
-    model: Classifier,
-    caches: dict[str, TokenCache],
-    report: Report,
-    step: int,
-    world: World,
-    stop: StopRequest,
-) -> dict[str, dict[str, Any]]:
-    """Evaluate on some files, and report what comes out, with pictures if `draws`; returns metrics by split.
-
-    Raises:
-        Interrupted: if a signal came before the last was done.
-    """
-    metrics = {}
-    for split in splits:
-        found = evaluate(model, caches[split], report.config.eval_batch_tokens, world, draws, stop.is_agreed)
-        log_evaluation(report, step, split, found, caches[split])
-        metrics[split] = found.metrics
-    return metrics
-
-
-def train(config: Config, resume: bool, world: World) -> None:
-    """Train as `config` says, and leave the model in the run's folder."""
-    # 1. Files -> rows -> ids. What a node decides by its hardware, rank 0 decides for all.
+def load_inputs(config: Config, world: World) -> Prepared:
+    """Files -> rows -> ids. What a node would decide by its hardware or clock, rank 0 decides for all."""
     precision = distributed.from_main(world, distributed.choose_precision(config.precision, world.device))
-    bf16 = precision == "bf16"
     output_dir = distributed.from_main(world, config.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
     config = dataclasses.replace(config, precision=precision, output_dir=output_dir)
-    run_folder = Path(output_dir)
-    tensorboard_dir = Path(config.tensorboard_dir or run_folder / "tensorboard")
-    checkpoints = run_folder / "checkpoints"
-    config, encoder, files, caches = distributed.once_per_node(world, lambda: prepare(config, world.local_rank != 0))
-    digests = distributed.gather_objects(world, {split: cache.digest for split, cache in caches.items()})
-    if differing := [split for split in caches if len({digest.get(split) for digest in digests}) > 1]:
+    inputs = distributed.once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
+    digests = distributed.gather_objects(world, {split: cache.digest for split, cache in inputs.caches.items()})
+    if differing := [split for split in inputs.caches if len({digest.get(split) for digest in digests}) > 1]:
         raise shared_error(f"the nodes have different files for {differing[0]}; give all of them the same")
-    weights = class_weights(config.class_weights, caches["train"].labels, config.classes)
-    weights = weights if weights is None else weights.to(world.device)
+    return inputs
 
-    # 2. Model, optimizer, batches.
+
+def build(inputs: Prepared, world: World) -> Run:
+    """Ids -> batches; pretrained weights -> model and optimizer, at the beginning of a run."""
+    config, encoder, caches = inputs.config, inputs.encoder, inputs.caches
+    loss = make_loss(config, caches["train"].labels, world.device)
     kept_ids = np.arange(encoder.shape.vocab_size)
     if not config.full_vocabulary:
         kept_ids = used_ids((cache.distinct_ids for cache in caches.values()), encoder.shape.vocab_size)
         for cache in caches.values():
             cache.renumbering = renumbering(kept_ids, encoder.shape.vocab_size)
-    vocabulary = torch.from_numpy(kept_ids)
-    classifier, head_is_new = build_classifier(encoder, config, None if config.full_vocabulary else kept_ids)
+    classifier, head_is_new = build_classifier(
+        encoder,
+        config.classes,
+        dropout=0.0 if config.freeze_encoder else config.dropout,
+        head_dropout=config.head_dropout,
+        seed=config.seed,
+        kept_ids=None if config.full_vocabulary else kept_ids,
+    )
+    classifier.encoder.requires_grad_(not config.freeze_encoder)
     classifier.to(world.device)
-    kernels, compiles = choose_compiled(config, world, bf16)
-    classifier.kernels = kernels
-    optimizer = AdamW(
-        classifier,
-        layers=encoder.shape.layers,
-        weight_decay=config.weight_decay,
-        layerwise_lr_decay=config.layerwise_lr_decay,
-        max_grad_norm=config.max_grad_norm,
-        bf16=bf16,
-        kernels=kernels,
-        compile_step=compiles,
-    )
-    sampler = GlobalBatchSampler(
-        caches["train"].lengths(), config.batch_size, config.seed, world.rank, world.world_size
-    )
-    loader = build_loader(caches["train"], sampler, config, pin_memory=world.device.type == "cuda")
-    total_steps = config.max_steps or config.epochs * len(sampler)
-
-    # 3. Where to begin.
+    groups = Groups(encoder.shape.layers, config.weight_decay, config.layerwise_lr_decay)
+    optimizer = AdamW(classifier, groups, config.max_grad_norm, bf16=config.precision == "bf16")
+    loader = BatchLoader(caches["train"], config, world)
     encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
+    progress = Progress(caches["train"].digest, encoder_digest, len(loader))
+    return Run(
+        world=world,
+        inputs=inputs,
+        classifier=classifier,
+        head_is_new=head_is_new,
+        loss=loss,
+        loader=loader,
+        schedule=Schedule(config, len(loader)),
+        state=RunState(progress, Window(world), optimizer, torch.from_numpy(kept_ids)),
+        computation=Computation(classifier),
+        model=classifier,
+    )
 
-    def claim_folders() -> IO[str]:
-        make_event_folder(tensorboard_dir, is_new=not resume)
-        return claim(run_folder)
 
-    lock = distributed.on_main(world, claim_folders)
-    progress = Progress(caches["train"].digest, encoder_digest)
+def restore(run: Run, resume: bool) -> Path | None:
+    """Seed torch, and go back to the newest checkpoint of a resumed run; returns that, if there is one."""
+    config, world = run.config, run.world
     seed_rank(config.seed, world.rank)
-    checkpoint = find_checkpoint(checkpoints, print) if resume and world.is_main else None
+    checkpoint = find_checkpoint(run.folder / "checkpoints", print) if resume and world.is_main else None
     checkpoint = distributed.from_main(world, checkpoint)
     if checkpoint:
-        inputs = (progress.train_digest, progress.encoder_digest)
-        progress = load_progress(checkpoint)
-        for what, before, now in zip(("rows", "weights"), (progress.train_digest, progress.encoder_digest), inputs):
-            if before != now:
-                raise UserError(f"the training {what} differ from those that {run_folder} was started with")
-        load_checkpoint(checkpoint, progress, optimizer, vocabulary, config.seed, world)
-    model = connect_processes(classifier, optimizer, world)
-    during = splits_during(config)
-    at_end = [split for split in files if split not in ("train", *during)]
+        load_checkpoint(checkpoint, run.state, config.seed, world)
+    return checkpoint
 
-    def open_outputs() -> Report:
-        write_config(run_folder, config, resume)
-        clean_up(run_folder)
-        evaluated = {split: files[split] for split in (*during, *at_end)}
-        again = at_end + (during if progress.evaluation_due else [])
-        return open_report(run_folder, tensorboard_dir, config, evaluated, progress.step, total_steps, again)
 
-    report = distributed.on_main(world, open_outputs) or silent_report(config)
-    compiled = kernels is not None or compiles
-    for line in header_lines(
-        config, encoder, optimizer, len(kept_ids), head_is_new, caches, total_steps, world, compiled
-    ):
-        say(report, line)
+def claim_folders(run: Run, resume: bool) -> IO[str] | None:
+    """Make the run's folders, and lock them for this run; returns the lock on rank 0."""
+
+    def claim_both() -> IO[str]:
+        make_event_folder(event_folder(run.folder, run.config), is_new=not resume)
+        return claim(run.folder)
+
+    return distributed.on_main(run.world, claim_both)
+
+
+def splits_at_end(run: Run) -> list[str]:
+    return [split for split in run.inputs.files if split not in ("train", *splits_during(run.config))]
+
+
+def open_outputs(run: Run, resume: bool) -> Report:
+    """Open what the run writes, in a folder that is claimed; on rank 0."""
+    write_config(run.folder, run.config, resume)
+    clean_up(run.folder)
+    return open_report(run.folder, run.config, run.inputs.files, run.state.progress, run.schedule.total_steps)
+
+
+def header(run: Run) -> list[str]:
+    """Return what a run says of itself at its start."""
+    state = run.state
+    figures = HeaderFigures(len(state.kept_ids), run.head_is_new, run.schedule.total_steps, run.computation.is_compiled)
+    return header_lines(run.inputs, state.optimizer, run.world, figures)
+
+
+def evaluate_splits(
+    run: Run, outputs: Outputs, splits: list[str], keep_probabilities: bool
+) -> dict[str, dict[str, Any]]:
+    """Evaluate on some files and report what comes out, with pictures if probabilities are kept.
+
+    Returns:
+        Metrics by split.
+
+    Raises:
+        Interrupted: if a signal came before the last was done.
+    """
+    caches, step = run.inputs.caches, run.state.progress.step
+    metrics = {}
+    for split in splits:
+        evaluation = evaluate(
+            run.computation.model,
+            caches[split],
+            run.config.eval_batch_tokens,
+            run.world,
+            keep_probabilities,
+            outputs.stop.is_agreed,
+        )
+        outputs.report.log_evaluation(step, split, evaluation, caches[split])
+        metrics[split] = evaluation.metrics
+    return metrics
+
+
+def evaluate_dev(run: Run, outputs: Outputs) -> bool:
+    """Evaluate during training, and keep the model if it is the best; returns False if a signal came in between."""
+    progress, patience = run.state.progress, run.config.early_stopping_patience
+    ends = progress.batch == 0 or progress.step == run.schedule.total_steps
+    may_be_last = ends or progress.stale_evaluations + 1 == patience
+    try:
+        metrics = evaluate_splits(run, outputs, splits_during(run.config), keep_probabilities=may_be_last)
+    except Interrupted:
+        return False
+    accuracy = metrics["dev"]["accuracy"]
+    is_best = accuracy > progress.best_accuracy
+    outputs.report.say_evaluation(progress.step, metrics, is_best)
+    if is_best:
+        try:
+            export(run, outputs, "best")
+        except UserError:
+            save(run, outputs)  # with the evaluation still due, so that no step is lost
+            raise
+    progress.count_evaluation(accuracy)
+    return True
+
+
+def export(run: Run, outputs: Outputs, name: str) -> None:
+    """Write the model as it is now to a folder of that name in the run's folder."""
+    inputs, state = run.inputs, run.state
+    export_run(
+        run.folder / name,
+        state.optimizer,
+        inputs.encoder,
+        state.kept_ids,
+        inputs.caches,
+        state.progress.step,
+        run.config,
+        run.world,
+        outputs.finisher,
+    )
+
+
+def save(run: Run, outputs: Outputs) -> None:
+    """Write a checkpoint; no checkpoint is ever ahead of the metrics on the disk."""
+    distributed.on_main(run.world, outputs.report.sync)
+    saved = save_checkpoint(run.folder / "checkpoints", run.state, run.config, run.world, outputs.finisher)
+    outputs.report.log_checkpoint(run.state.progress.step, saved)
+
+
+def train_loop(run: Run, outputs: Outputs) -> bool:
+    """Train until the run is over, or a signal stops it; returns whether one did."""
+    schedule, loader, config = run.schedule, run.loader, run.config
+    progress, window, optimizer = run.state.progress, run.state.window, run.state.optimizer
+    # On CUDA, reading the norm at every step would keep the GPU waiting; `window` notices it later.
+    reads_norm = run.world.device.type == "cpu" or config.skip_nonfinite > 0
+    stopped = progress.evaluation_due and not evaluate_dev(run, outputs)
+    if stopped or schedule.is_over(progress):
+        return stopped
+    run.model.train()
+    for batch in loader.starting_at(progress.epoch, progress.batch):
+        # 1. the gradient of the global batch
+        loss_sum = forward_backward(run.model, batch, run.loss, optimizer, run.world)
+        norm = optimizer.gradient_norm()
+
+        # 2. one step, or this batch is passed over
+        if not reads_norm or math.isfinite(float(norm)):
+            optimizer.step(schedule.lr(progress.step), norm)
+            window.add(loss_sum, norm, batch)
+            progress.advance()
+        else:
+            progress.pass_over(config.skip_nonfinite, loader.rows_at(progress.epoch, progress.batch))
+            optimizer.clear_gradients()
+            outputs.report.say(f"step {progress.step:>6}  gradient is not finite: batch passed over")
+        outputs.report.advance()
+
+        # 3. say, evaluate, save
+        due = schedule.due(progress)
+        stopped = outputs.stop.is_agreed()
+        if not (due.log or due.evaluate or due.save or stopped):
+            continue
+        window.collect(progress.step)
+        if due.log and window.totals.rows:  # there may be nothing but batches passed over
+            outputs.report.log_training(window.close(progress, schedule.lr(progress.step - 1)))
+        if due.evaluate:
+            progress.evaluation_due = True
+            stopped = stopped or not evaluate_dev(run, outputs)
+        if due.save or stopped or schedule.is_over(progress):
+            save(run, outputs)
+        if stopped or schedule.is_over(progress):
+            break
+        window.go_on()
+    return stopped
+
+
+def finish(run: Run, outputs: Outputs, stopped: bool) -> None:
+    """Evaluate on the files for the end, write the model, and say where it lies; or how a stopped run goes on."""
+    progress, report = run.state.progress, outputs.report
+    if not stopped and run.schedule.has_stopped_improving(progress):
+        report.say(f"stopped early: {progress.stale_evaluations} evaluations without a better dev accuracy")
+    if not stopped:
+        try:
+            evaluate_splits(run, outputs, splits_at_end(run), keep_probabilities=True)
+        except Interrupted:
+            stopped = True
+    if not stopped:
+        report.log_end(progress.step)
+        export(run, outputs, "model")
+    distributed.on_main(run.world, outputs.finisher.wait)
+    if stopped:
+        name = signal.Signals(outputs.stop.number).name
+        report.say(f"stopped    by {name} after step {progress.step}, and saved; continue with")
+        report.say(f"           train.py --resume --output-dir {run.folder}")
+        raise Stopped(outputs.stop.number)
+    best = f"dev accuracy {progress.best_accuracy:.4f} at step {progress.best_step}"
+    report.say(f"best       {best}: {run.folder / 'best'}")
+    report.say(f"model      after step {progress.step}: {run.folder / 'model'}")
+
+
+def train(config: Config, resume: bool, world: World) -> None:
+    """Train as `config` says, and leave the model in the run's folder."""
+    run = build(load_inputs(config, world), world)
+    lock = claim_folders(run, resume)
+    checkpoint = restore(run, resume)
+    run.computation = accelerate(run.classifier, world, run.state.optimizer, run.config.compile)
+    run.model = connect(run.computation, run.state.optimizer, world)
+    report = distributed.on_main(world, lambda: open_outputs(run, resume)) or SilentReport()
+    for line in header(run):
+        report.say(line)
     if resume:
-        say(report, f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
-
+        report.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
     with Finisher() as finisher, StopRequest(world) as stop, contextlib.closing(report):
-
-        def evaluate_on_dev() -> bool:
-            """Evaluate, keep the model if it is the best; returns False if a signal came in between."""
-            ends = progress.batch == 0 or progress.step == total_steps
-            draws = ends or progress.stale_evaluations + 1 == config.early_stopping_patience
-            try:
-                found = evaluate_splits(during, draws, classifier, caches, report, progress.step, world, stop)
-            except Interrupted:
-                return False
-            accuracy = found["dev"]["accuracy"]
-            is_best = accuracy > progress.best_accuracy
-            say_evaluation(report, progress.step, found, is_best)
-            if is_best:
-                try:
-                    export_to("best")
-                except UserError:
-                    save()  # with the evaluation still due, so that no step is lost
-                    raise
-                progress.best_accuracy, progress.best_step = accuracy, progress.step
-            progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
-            progress.evaluation_due = False
-            return True
-
-        def export_to(name: str) -> None:
-            step = progress.step
-            export_run(run_folder / name, optimizer, encoder, vocabulary, caches, step, config, world, finisher)
-
-        def save() -> None:
-            progress.world_size, progress.table_decay = world.world_size, optimizer.table_decay
-            distributed.on_main(world, lambda: sync_report(report))
-            saved = save_checkpoint(checkpoints, progress, optimizer, vocabulary, config, world, finisher)
-            log_save(report, progress.step, saved)
-
-        # 4. The loop. On CUDA, reading the norm at every step would keep the GPU waiting.
-        watches_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
-        loss_sum = torch.tensor(progress.window[0] * world.is_main, dtype=torch.float64, device=world.device)
-        rows, tokens = (count * world.is_main for count in progress.window[1:3])
-        window_start = time.monotonic() - progress.window[3]
-        grad_norm = torch.zeros(())
-        is_stopped = progress.evaluation_due and not evaluate_on_dev()
-        stopped_early = has_stopped_improving(config, progress)
-        model.train()
-        while progress.step < total_steps and not stopped_early and not is_stopped:
-            sampler.load_state_dict({"epoch": progress.epoch, "batch": progress.batch})
-            for share in loader:
-                lr = config.lr * lr_factor(progress.step, total_steps, config.warmup_ratio, config.schedule)
-                share_loss = forward_and_backward(model, share, optimizer, config, world, bf16, weights)
-                accumulated = share.accumulates and bf16
-                norm = optimizer.gradient_norm(accumulated)
-                progress.step += 1
-                progress.batch += 1
-                if watches_norm and not math.isfinite(float(norm)):
-                    progress.skipped += 1
-                    progress.skipped_in_row += 1
-                    if progress.skipped_in_row > config.skip_nonfinite:
-                        batch = next(sampler.global_batches(progress.batch - 1))
-                        raise not_finite(progress.step, batch, progress.skipped_in_row)
-                    say(report, f"step {progress.step:>6}  gradient is not finite: batch passed over")
-                    optimizer.clear_gradients()
-                else:
-                    progress.skipped_in_row = 0
-                    grad_norm = norm
-                    optimizer.step(lr, grad_norm, accumulated)
-                    loss_sum += share_loss
-                    rows += sum(len(batch.labels) * batch.weight for batch in share.micro_batches)
-                    tokens += sum(batch.real_tokens * batch.weight for batch in share.micro_batches)
-                advance(report)
-
-                ends_epoch = progress.batch == len(sampler)
-                ends = ends_epoch or progress.step == total_steps
-                logs = progress.step % config.log_every == 0 or progress.step == total_steps
-                evaluates = ends or (config.eval_every and progress.step % config.eval_every == 0)
-                saves = ends or (config.save_every and progress.step % config.save_every == 0)
-                is_stopped = stop.is_agreed()
-                if not (logs or evaluates or saves or is_stopped):
-                    continue
-
-                elapsed_s = time.monotonic() - window_start
-                sums = torch.stack([loss_sum, loss_sum.new_tensor(rows), loss_sum.new_tensor(tokens)])
-                progress.window = [*distributed.sum_over_ranks(world, sums).tolist(), elapsed_s]
-                if not watches_norm and not math.isfinite(progress.window[0] + float(grad_norm)):
-                    raise not_finite(progress.step, None, 1)
-                if logs and progress.window[1]:  # there may be nothing but batches passed over
-                    log_training(report, training_entry(progress, len(sampler), lr, float(grad_norm)))
-                    progress.window = [0.0, 0.0, 0.0, 0.0]
-                if ends_epoch:
-                    progress.epoch, progress.batch = progress.epoch + 1, 0
-                if evaluates:
-                    progress.evaluation_due = True
-                    is_stopped = is_stopped or not evaluate_on_dev()
-                    stopped_early = has_stopped_improving(config, progress)
-                if saves or stopped_early or is_stopped:
-                    save()
-
-                # Rank 0 goes on from the sums of all; what evaluation and saving took is no training time.
-                loss_sum.fill_(progress.window[0] * world.is_main)
-                rows, tokens = (count * world.is_main for count in progress.window[1:3])
-                window_start = time.monotonic() - progress.window[3]
-                if stopped_early or is_stopped or progress.step == total_steps:
-                    break
-
-        # 5. What comes out.
-        if stopped_early:
-            say(report, f"stopped early: {progress.stale_evaluations} evaluations without a better dev accuracy")
-        if not is_stopped:
-            try:
-                evaluate_splits(at_end, True, classifier, caches, report, progress.step, world, stop)
-            except Interrupted:
-                is_stopped = True
-        if not is_stopped:
-            log_end(report, progress.step)
-            export_to("model")
-        distributed.on_main(world, finisher.wait)
-        if is_stopped:
-            name = signal.Signals(stop.number).name
-            say(report, f"stopped    by {name} after step {progress.step}, and saved; continue with")
-            say(report, f"           train.py --resume --output-dir {run_folder}")
-            raise Stopped(stop.number)
-        best = f"dev accuracy {progress.best_accuracy:.4f} at step {progress.best_step}"
-        say(report, f"best       {best}: {run_folder / 'best'}")
-        say(report, f"model      after step {progress.step}: {run_folder / 'model'}")
-        if lock is not None:
-            lock.close()
+        outputs = Outputs(report, finisher, stop)
+        finish(run, outputs, stopped=train_loop(run, outputs))
+    if lock is not None:
+        lock.close()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from sst2_xlmr import sources
+from sst2_xlmr.accelerate import accelerate
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, named_file
 from sst2_xlmr.data.rows import columns_of
@@ -28,7 +29,7 @@ from sst2_xlmr.evaluation.metrics import mean_of, per_class
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
-from sst2_xlmr.report.report import evaluation_table
+from sst2_xlmr.report.table import evaluation_table
 from sst2_xlmr.report.tensorboard import SCALARS, draw_evaluation, draw_table, make_event_folder
 
 COLUMN_OPTIONS = ("text_column", "text_pair_column", "label_column", "header")
@@ -138,10 +139,11 @@ def main() -> None:
         )
         for name, file in files.items()
     }
-    world = World(0, 1, 0, 1, device)
-    wants_probabilities = arguments.tensorboard is not None
+    world = World.alone(device)
+    computed = accelerate(model, world).model
+    keep_probabilities = arguments.tensorboard is not None
     found = {
-        name: evaluate(model, cache, arguments.batch_tokens, world, wants_probabilities)
+        name: evaluate(computed, cache, arguments.batch_tokens, world, keep_probabilities)
         for name, cache in caches.items()
     }
     metrics = {name: evaluation.metrics for name, evaluation in found.items()}

@@ -23,11 +23,12 @@ from typing import Callable, TextIO
 
 from tqdm import tqdm
 
+from sst2_xlmr.accelerate import accelerate
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, flag
 from sst2_xlmr.data.formats import Fields, decoded_lines, kind_of, new_file, row_writer
 from sst2_xlmr.data.rows import Example, check_text, columns_of, in_chunks, listed, read_examples
-from sst2_xlmr.distributed import choose_device, choose_precision
+from sst2_xlmr.distributed import World, choose_device, choose_precision
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.memory import keep_freed_memory
@@ -193,7 +194,8 @@ def classify(arguments: argparse.Namespace, rows: Iterator[Example], files: list
     """Load the model, and give each row its label."""
     device = choose_device(arguments.device, 0)
     bf16 = choose_precision(arguments.precision, device) == "bf16"
-    model, tokenizer, label_names = load_classifier(arguments.model, device, bf16)
+    classifier, tokenizer, label_names = load_classifier(arguments.model, device, bf16)
+    model = accelerate(classifier, World.alone(device)).model
     writers: list[Writer] = []
     for path, file in zip(output_files(arguments), files):
         if path == arguments.output:

@@ -14,12 +14,10 @@ from typing import Any, Callable, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from sst2_xlmr.errors import LostContact, UserError
 
 Result = TypeVar("Result")
-MeanOf = Callable[[list[torch.Tensor], torch.Tensor], None]
 
 # What gloo says when a peer is gone or silent; it has no exception of its own.
 _GLOO_ERROR = re.compile(
@@ -53,6 +51,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @classmethod
+    def alone(cls, device: torch.device) -> World:
+        """Return the world of one process."""
+        return cls(0, 1, 0, 1, device)
 
 
 def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
@@ -203,62 +206,3 @@ def shared_error(text: str) -> UserError:
     error = UserError(text)
     error.is_shared = True
     return error
-
-
-def exchange_gradients(world: World, mean_of: MeanOf, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average a bucket of DDP's over all ranks; a communication hook, since gloo's own sum takes several times as long.
-
-    Every rank gets one part of the bucket from all others, averages it, and sends the result to them; so much is sent
-    as in a ring. Ranks are added in their order, in fp32, so the result does not depend on how buckets are cut.
-
-    Args:
-        mean_of: averages tensors into one (see `Kernels.mean_of`).
-    """
-    flat = bucket.buffer()
-    parts = list(flat.tensor_split(world.world_size))
-    mine = parts[world.rank]
-    received = [mine if rank == world.rank else torch.empty_like(mine) for rank in range(world.world_size)]
-    others = [rank for rank in range(world.world_size) if rank != world.rank]
-    for to_send, to_receive in ((parts, received), ([mine] * world.world_size, parts)):
-        works = [dist.isend(to_send[rank], rank) for rank in others]
-        works += [dist.irecv(to_receive[rank], rank) for rank in others]
-        for work in works:
-            assert work is not None  # it is for ranks outside the group only
-            work.wait()
-        if to_receive is received:
-            mean_of(received, mine)
-    result: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    result.set_result(flat)
-    return result
-
-
-def wrap_model(model: torch.nn.Module, world: World, mean_of: MeanOf | None) -> torch.nn.Module:
-    """Return the model under DistributedDataParallel, or as it is with one process.
-
-    Args:
-        mean_of: on a CPU, what averages gradients (see `exchange_gradients`); None for the backend's own all-reduce.
-    """
-    if world.world_size == 1:
-        return model
-    device_ids = [world.device] if world.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if mean_of is not None:
-        # A lambda, because DDP compares a hook's annotations with its own types, and ours are strings.
-        wrapped.register_comm_hook(None, lambda _, bucket: exchange_gradients(world, mean_of, bucket))
-    settle_buckets(wrapped, world.device)
-    return wrapped
-
-
-def settle_buckets(model: DistributedDataParallel, device: torch.device) -> None:
-    """Run one backward pass for nothing: DDP rebuilds its buckets after its first.
-
-    With three processes and more, the order of summation depends on the buckets, so that the first step after a resume
-    would differ in the last bit from the same step of a run that was not interrupted.
-    """
-    cpu_state = torch.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    model(torch.zeros(1, 2, dtype=torch.int64, device=device), padded=False).float().sum().backward()
-    model.zero_grad(set_to_none=True)
-    torch.set_rng_state(cpu_state)
-    if cuda_state is not None:
-        torch.cuda.set_rng_state(cuda_state, device)

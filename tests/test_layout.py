@@ -18,6 +18,7 @@ LEVELS = [
     {"data"},
     {"training"},
     {"evaluation", "engines", "export"},
+    {"accelerate"},
     {"report"},
 ]
 MODULES = {
@@ -57,3 +58,14 @@ def test_there_is_no_circle() -> None:
         ready = {name for name, others in waiting.items() if not others & waiting.keys()}
         assert ready, f"a circle among {sorted(waiting)}"
         waiting = {name: others for name, others in waiting.items() if name not in ready}
+
+
+def test_engines_can_be_deleted() -> None:
+    """Only `accelerate` knows of them, and looks whether they are there (tests/end_to_end/test_without_engines.py)."""
+    programs = {str(file.relative_to(ROOT)): file for file in [ROOT / "train.py", *(ROOT / "scripts").glob("*.py")]}
+    users = {
+        name
+        for name, file in {**MODULES, **programs}.items()
+        if not name.startswith("engines") and any(other.startswith("engines") for other in imports_of(file))
+    }
+    assert users == {"accelerate"}

@@ -9,6 +9,7 @@ with one on standard output, until the input ends. Started by torchrun, its proc
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -23,8 +24,9 @@ import numpy as np
 import torch
 
 from sst2_xlmr import distributed
+from sst2_xlmr.accelerate import accelerate
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.batches import GlobalBatchSampler, build_loader
+from sst2_xlmr.data.batches import BatchLoader
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.distributed import World
 from sst2_xlmr.engines.cpu.packed_encoder import rounded_up
@@ -35,8 +37,10 @@ from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.compact_vocab import renumbering
 from sst2_xlmr.model.encoders import EncoderShape
-from sst2_xlmr.training.optimizer import AdamW
-from train import choose_compiled, connect_processes, forward_and_backward
+from sst2_xlmr.training.averaging import connect
+from sst2_xlmr.training.loss import make_loss
+from sst2_xlmr.training.optimizer import AdamW, Groups
+from sst2_xlmr.training.step import forward_backward
 
 Answer = dict[str, Any]
 
@@ -139,53 +143,34 @@ def random_classifier(spec: Spec, rows: int) -> Classifier:
     return Classifier(shape, len(spec.config.classes), spec.config.dropout, spec.config.head_dropout)
 
 
-def optimizer_step(optimizer: AdamW, lr: float, accumulated: bool, mark: Callable[[str], None]) -> None:
-    """Clip and make one step, as train.py does."""
-    norm = optimizer.gradient_norm(accumulated)
-    mark("clip")
-    optimizer.step(lr, norm, accumulated)
-    mark("step")
-
-
 def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
     """Build what train.py builds, and warm up; the result trains for one epoch of the sampled rows when called."""
     config = spec.config
-    bf16 = config.precision == "bf16"
     classifier = random_classifier(spec, len(spec.kept_ids)).to(world.device)
-    classifier.kernels, compiles = choose_compiled(config, world, bf16)
-    optimizer = AdamW(
-        classifier,
-        layers=spec.shape.layers,
-        weight_decay=config.weight_decay,
-        layerwise_lr_decay=config.layerwise_lr_decay,
-        max_grad_norm=config.max_grad_norm,
-        bf16=bf16,
-        kernels=classifier.kernels,
-        compile_step=compiles,
-    )
-    feeds = {}
-    for split in ("warmup", "train"):
-        lengths = spec.caches[split].lengths()
-        sampler = GlobalBatchSampler(lengths, config.batch_size, config.seed, world.rank, world.world_size)
-        loader = build_loader(spec.caches[split], sampler, config, pin_memory=world.device.type == "cuda")
-        feeds[split] = (sampler, loader)
-    model = connect_processes(classifier, optimizer, world)
+    groups = Groups(spec.shape.layers, config.weight_decay, config.layerwise_lr_decay)
+    optimizer = AdamW(classifier, groups, config.max_grad_norm, bf16=config.precision == "bf16")
+    computation = accelerate(classifier, world, optimizer, config.compile)
+    model = connect(computation, optimizer, world)
+    loaders = {split: BatchLoader(spec.caches[split], config, world) for split in ("warmup", "train")}
+    loss = make_loss(config, spec.caches["train"].labels, world.device)
     model.train()
 
     def run_epoch(split: str, epoch: int, mark: Callable[[str], None]) -> tuple[float, float]:
         """Return seconds, and the share of what the model computed that was padding."""
-        sampler, loader = feeds[split]
-        sampler.load_state_dict({"epoch": epoch, "batch": 0})
+        loader = loaders[split]
         computed = real = 0
         start = clock(world.device)
-        for share in loader:
+        for rank_batch in itertools.islice(loader.starting_at(epoch, 0), len(loader)):
             mark("data")
-            forward_and_backward(model, share, optimizer, config, world, bf16)
+            forward_backward(model, rank_batch, loss, optimizer, world)
             mark("backward")
-            optimizer_step(optimizer, config.lr, share.accumulates and bf16, mark)
-            for batch in share.micro_batches:
+            norm = optimizer.gradient_norm()
+            mark("clip")
+            optimizer.step(config.lr, norm)
+            mark("step")
+            for batch in rank_batch.micro_batches:
                 real += batch.real_tokens
-                computed += batch.tokens.numel() if classifier.kernels is None else rounded_up(batch.real_tokens)
+                computed += batch.tokens.numel() if computation.model is classifier else rounded_up(batch.real_tokens)
         return clock(world.device) - start, 1 - real / computed
 
     def measure(epoch: int, phases: bool) -> Answer:
@@ -193,7 +178,7 @@ def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
         answer = rates(spec, "train", seconds, training=True)
         answer.update(
             padding_share=padding_share,
-            compiled=compiles or classifier.kernels is not None,
+            compiled=computation.is_compiled,
             **peak_memory(world.device),
         )
         if phases:
@@ -211,10 +196,10 @@ def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
             spent[phase] += now - last
             last = now
 
-        hook = classifier.register_forward_hook(lambda *_: mark("forward"))
+        hook = computation.model.register_forward_hook(lambda *_: mark("forward"))
         run_epoch("train", epoch, mark)
         hook.remove()
-        steps = len(feeds["train"][0])
+        steps = len(loaders["train"])
         return {
             phase: round(spent[phase] / steps * 1e3, 3) for phase in ("data", "forward", "backward", "clip", "step")
         }
@@ -226,8 +211,8 @@ def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
 def prepare_evaluation(spec: Spec, world: World) -> Callable[..., Answer]:
     """Build the model as it is evaluated during training, and warm up; the result evaluates on dev when called."""
     dtype = torch.bfloat16 if spec.config.precision == "bf16" else torch.float32
-    model = random_classifier(spec, len(spec.kept_ids)).to(world.device, dtype)
-    model.kernels, _ = choose_compiled(spec.config, world, dtype == torch.bfloat16)
+    classifier = random_classifier(spec, len(spec.kept_ids)).to(world.device, dtype)
+    model = accelerate(classifier, world, compiles=spec.config.compile).model
     batch_tokens = spec.config.eval_batch_tokens
 
     def measure(epoch: int, phases: bool) -> Answer:

@@ -1,4 +1,4 @@
-"""Length-grouped global batches, position in the epoch."""
+"""Ids to global batches of rows of like length, in an order that is a function of seed and epoch alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
+from sst2_xlmr.distributed import World
 from sst2_xlmr.model.tokenizer import PAD_ID
 
 BATCHES_PER_GROUP = 100
@@ -22,8 +23,8 @@ class Batch(NamedTuple):
     Attributes:
         tokens: int64 [rows, length], padded with 1 at the right to the longest of these rows.
         labels: int64 [rows].
-        keys: int64 [rows], a random number below 2**32 for every row, from seed, epoch and row: dropout on a CPU draws
-            from it, so that masks are the same however a batch is cut.
+        keys: int64 [rows], a random number below 2**32 for every row, from seed, epoch and row: an engine that draws
+            dropout masks from it has the same masks however a batch is cut.
         padded: whether any row is shorter than the others, i.e. a mask is needed.
         real_tokens: how many tokens are not padding.
         weight: 1.0, or 0.0 where a rank without a row of its own computes one in order to keep step with the others.
@@ -42,7 +43,7 @@ class Batch(NamedTuple):
         )
 
 
-class RankShare(NamedTuple):
+class RankBatch(NamedTuple):
     """One rank's part of a global batch.
 
     Attributes:
@@ -55,14 +56,24 @@ class RankShare(NamedTuple):
     global_rows: int
     accumulates: bool
 
+    @property
+    def rows(self) -> float:
+        """Rows of this rank's own."""
+        return sum(len(batch.labels) * batch.weight for batch in self.micro_batches)
 
-class ShareRows(NamedTuple):
-    """What the sampler asks the dataset for: row numbers, and the facts that do not follow from them."""
+    @property
+    def real_tokens(self) -> float:
+        """Tokens of this rank's own rows, padding excluded."""
+        return sum(batch.real_tokens * batch.weight for batch in self.micro_batches)
+
+
+class RankRows(NamedTuple):
+    """What the sampler asks the dataset for: one rank's row numbers, and what does not follow from them."""
 
     rows: np.ndarray
     keys: np.ndarray
     global_rows: int
-    largest_share: int
+    most_rows: int  # of any rank
     weight: float
 
 
@@ -116,33 +127,33 @@ def rows_in_training_order(
 
 
 class GlobalBatchSampler:
-    """Yields this rank's share of every global batch of the current epoch, from the current position on.
+    """Yields this rank's rows of every global batch of the current epoch, from the current position on.
 
-    Its whole state is the position (epoch, batches consumed), which any number of ranks can resume from. The training
-    loop moves it with `load_state_dict`; what a loader has fetched ahead does not count as consumed.
+    Its whole state is the position (epoch, batches consumed), from which any number of ranks can go on. What a loader
+    has fetched ahead does not count as consumed.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, world: World) -> None:
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size = world.rank, world.world_size
         self.epoch = self.batch = 0
 
     def __len__(self) -> int:
         """Return the number of global batches in a whole epoch."""
         return -(-len(self.lengths) // self.batch_size)
 
-    def global_batches(self, first: int) -> Iterator[np.ndarray]:
-        """Yield the row numbers of the epoch's global batches, of all ranks together, from number `first` on."""
-        return rows_in_training_order(self.lengths, self.batch_size, self.seed, self.epoch, first)
+    def global_batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:
+        """Yield the row numbers of an epoch's global batches, of all ranks together, from number `first` on."""
+        return rows_in_training_order(self.lengths, self.batch_size, self.seed, epoch, first)
 
-    def __iter__(self) -> Iterator[ShareRows]:
-        for rows in self.global_batches(self.batch):
-            share = rows[self.rank :: self.world_size]
-            largest_share = -(-len(rows) // self.world_size)
-            weight = 1.0 if len(share) else 0.0
-            share = share if len(share) else rows[:1]
-            keys = dropout_keys(share, self.seed, self.epoch)
-            yield ShareRows(share, keys, len(rows), largest_share, weight)
+    def __iter__(self) -> Iterator[RankRows]:
+        for rows in self.global_batches(self.epoch, self.batch):
+            rank_rows = rows[self.rank :: self.world_size]
+            most_rows = -(-len(rows) // self.world_size)
+            weight = 1.0 if len(rank_rows) else 0.0
+            rank_rows = rank_rows if len(rank_rows) else rows[:1]
+            keys = dropout_keys(rank_rows, self.seed, self.epoch)
+            yield RankRows(rank_rows, keys, len(rows), most_rows, weight)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "batch": self.batch}
@@ -151,8 +162,8 @@ class GlobalBatchSampler:
         self.epoch, self.batch = state["epoch"], state["batch"]
 
 
-class ShareDataset:
-    """Turns the sampler's row numbers into tensors; the loader calls `__getitems__` with a whole share at once."""
+class RankBatchDataset:
+    """Turns the sampler's row numbers into tensors; the loader calls `__getitems__` for a whole batch at once."""
 
     def __init__(self, cache: TokenCache, micro_batch_size: int) -> None:
         self.cache, self.micro_batch_size = cache, micro_batch_size
@@ -160,29 +171,45 @@ class ShareDataset:
     def __len__(self) -> int:
         return len(self.cache)
 
-    def __getitems__(self, share: ShareRows) -> RankShare:
-        size = self.micro_batch_size or len(share.rows)
-        cuts = [slice(i, i + size) for i in range(0, len(share.rows), size)]
-        micro_batches = [collate(self.cache, share.rows[cut], share.keys[cut], share.weight) for cut in cuts]
-        accumulates = self.micro_batch_size > 0 and share.largest_share > self.micro_batch_size
-        return RankShare(micro_batches, share.global_rows, accumulates)
+    def __getitems__(self, wanted: RankRows) -> RankBatch:
+        size = self.micro_batch_size or len(wanted.rows)
+        cuts = [slice(i, i + size) for i in range(0, len(wanted.rows), size)]
+        micro_batches = [collate(self.cache, wanted.rows[cut], wanted.keys[cut], wanted.weight) for cut in cuts]
+        accumulates = self.micro_batch_size > 0 and wanted.most_rows > self.micro_batch_size
+        return RankBatch(micro_batches, wanted.global_rows, accumulates)
 
 
-def _as_it_is(share: RankShare) -> RankShare:
-    return share
+def _unchanged(rank_batch: RankBatch) -> RankBatch:
+    return rank_batch
 
 
-def build_loader(
-    cache: TokenCache, sampler: GlobalBatchSampler, config: Config, pin_memory: bool
-) -> StatefulDataLoader:
-    """Return the loader that yields a `RankShare` per global batch, in the sampler's order."""
-    return StatefulDataLoader(
-        ShareDataset(cache, config.micro_batch_size),
-        batch_sampler=sampler,
-        collate_fn=_as_it_is,
-        num_workers=config.num_workers,
-        pin_memory=pin_memory,
-        # A loader draws a seed at every start; taken from torch's global generator, that draw would change dropout
-        # after a resume.
-        generator=torch.Generator(),
-    )
+class BatchLoader:
+    """This rank's part of the global batches, epoch after epoch, from any position on."""
+
+    def __init__(self, cache: TokenCache, config: Config, world: World) -> None:
+        self.sampler = GlobalBatchSampler(cache.lengths(), config.batch_size, config.seed, world)
+        self._loader = StatefulDataLoader(
+            RankBatchDataset(cache, config.micro_batch_size),
+            batch_sampler=self.sampler,
+            collate_fn=_unchanged,
+            num_workers=config.num_workers,
+            pin_memory=world.device.type == "cuda",
+            # A loader draws a seed at every start; taken from torch's global generator, that draw would change dropout
+            # after a resume.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        """Return the number of global batches in an epoch."""
+        return len(self.sampler)
+
+    def starting_at(self, epoch: int, batch: int) -> Iterator[RankBatch]:
+        """Yield batches without end, from number `batch` of an epoch on; no batch before it is read."""
+        while True:
+            self.sampler.load_state_dict({"epoch": epoch, "batch": batch})
+            yield from self._loader
+            epoch, batch = epoch + 1, 0
+
+    def rows_at(self, epoch: int, batch: int) -> np.ndarray:
+        """Return the row numbers, from 0, of one global batch of all ranks."""
+        return next(self.sampler.global_batches(epoch, batch))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 from sst2_xlmr import sources
@@ -15,6 +16,22 @@ from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder
 from sst2_xlmr.model.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs of its inputs.
+
+    Attributes:
+        config: the options, with the names of the classes.
+        encoder: the pretrained encoder.
+        files, caches: by split, the files of rows and their ids.
+    """
+
+    config: Config
+    encoder: Encoder
+    files: dict[str, Path]
+    caches: dict[str, TokenCache]
 
 
 def find_files(config: Config, quiet: bool) -> dict[str, Path]:
@@ -47,12 +64,8 @@ def check_max_length(config: Config, shape: EncoderShape) -> None:
         raise UserError(f"--max-length {config.max_length}: {config.encoder} takes at most {longest} tokens")
 
 
-def prepare(config: Config, quiet: bool) -> tuple[Config, Encoder, dict[str, Path], dict[str, TokenCache]]:
-    """Fetch and tokenize what the run needs; what an earlier run has left is used as it is.
-
-    Returns:
-        The options, with the names of the classes; the encoder; and by split the files and their tokens.
-    """
+def prepare(config: Config, quiet: bool) -> Prepared:
+    """Fetch and tokenize what the run needs; what an earlier run has left is used as it is."""
     files, columns, cache_dir = find_files(config, quiet), columns_of(config), sources.cache_dir() / "tokens"
     config = dataclasses.replace(
         config, label_names=config.label_names or label_names_of(files["train"], columns, cache_dir)
@@ -75,4 +88,4 @@ def prepare(config: Config, quiet: bool) -> tuple[Config, Encoder, dict[str, Pat
             f"{encoder.tokenizer_file} gives ids up to {largest_id}, but {encoder.name} has {encoder.shape.vocab_size}"
             " embedding rows; the two are not of one model"
         )
-    return config, encoder, files, caches
+    return Prepared(config, encoder, files, caches)

@@ -1,1 +1,47 @@
-"""Faster ways to compute the same; everything works without this folder."""
+"""Faster ways to compute the same; everything works without this folder (see `sst2_xlmr.accelerate`).
+
+An engine replaces one of three things: the forward pass over the classifier's parameters, the optimizer's norm and
+update, the averaging of gradients. Nothing in `model/` and `training/` knows of it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from sst2_xlmr.distributed import World, gather_objects
+from sst2_xlmr.engines.cpu.adamw import CpuEngine, share_memory
+from sst2_xlmr.engines.cpu.exchange import exchange_gradients
+from sst2_xlmr.engines.cpu.kernels import load_kernels
+from sst2_xlmr.engines.cpu.packed_encoder import PackedClassifier
+from sst2_xlmr.engines.cuda.adamw import can_compile, compiled_engine
+from sst2_xlmr.model.classifier import Classifier
+from sst2_xlmr.training.averaging import Computation
+from sst2_xlmr.training.optimizer import AdamW
+
+
+def accelerate(classifier: Classifier, world: World, optimizer: AdamW | None) -> Computation | None:
+    """Replace what can be computed faster on this device; None if nothing can, on any rank.
+
+    On a CPU that needs a C compiler, on CUDA Triton. Every rank must call this, all with the same weights.
+
+    Args:
+        optimizer: gets another engine; None for prediction.
+    """
+    if world.device.type == "cuda":
+        return _accelerate_on_cuda(classifier, world, optimizer)
+    kernels = load_kernels(next(classifier.parameters()).dtype)
+    if not all(gather_objects(world, kernels is not None)) or kernels is None:
+        return None
+    model = PackedClassifier(classifier, kernels)
+    if optimizer is not None:
+        shares_memory = world.world_size > 1 and share_memory(optimizer.trained, world)
+        team = world if shares_memory else World.alone(world.device)
+        optimizer.engine = CpuEngine(kernels, optimizer.trained, team)
+    return Computation(model, partial(exchange_gradients, world, kernels), is_compiled=True)
+
+
+def _accelerate_on_cuda(classifier: Classifier, world: World, optimizer: AdamW | None) -> Computation | None:
+    if optimizer is None or not all(gather_objects(world, can_compile(world.device))):
+        return None
+    optimizer.engine = compiled_engine()
+    return Computation(classifier, is_compiled=True)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from sst2_xlmr.data.batches import Batch, collate
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.distributed import World, gather_objects, sum_over_ranks
 from sst2_xlmr.evaluation.metrics import calibration_sums, confusion_matrix, summarize
-from sst2_xlmr.model.classifier import Classifier
 
 
 class Interrupted(Exception):
@@ -57,25 +57,25 @@ def batches_of_like_length(lengths: np.ndarray, batch_tokens: int, world_size: i
         order = order[rows:]
 
 
-def _logits(model: Classifier, cache: TokenCache, rows: np.ndarray, device: torch.device) -> tuple[Batch, torch.Tensor]:
+def _logits(model: nn.Module, cache: TokenCache, rows: np.ndarray, device: torch.device) -> tuple[Batch, torch.Tensor]:
     """Return some rows as a batch, and their fp32 logits [rows, labels]."""
     batch = collate(cache, rows).to(device)
     return batch, model(batch.tokens, batch.padded).float()
 
 
 @torch.no_grad()
-def predict(model: Classifier, ids: list[list[int]], batch_tokens: int, device: torch.device) -> torch.Tensor:
+def predict(model: nn.Module, ids: list[list[int]], batch_tokens: int, device: torch.device) -> torch.Tensor:
     """Return fp32 [texts, labels] on the CPU: every label's probability, in the order of `ids`.
 
     Args:
-        model: in evaluation mode, with the whole vocabulary.
+        model: a classifier, or what computes it; in evaluation mode, with the whole vocabulary.
         ids: per text, as the tokenizer gives them.
         batch_tokens: per forward pass (see `batches_of_like_length`).
     """
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
     labels = np.zeros(len(ids), np.int32)
     cache = TokenCache(np.concatenate(ids).astype(np.int32), offsets, labels)
-    probabilities = torch.empty(len(ids), model.head.out_proj.out_features)
+    probabilities = torch.empty(len(ids), model.num_labels)
     for rows in batches_of_like_length(cache.lengths(), batch_tokens):
         _, logits = _logits(model, cache, rows, device)
         probabilities[torch.from_numpy(rows)] = logits.softmax(-1).cpu()
@@ -84,68 +84,108 @@ def predict(model: Classifier, ids: list[list[int]], batch_tokens: int, device: 
 
 @torch.no_grad()
 def evaluate(
-    model: Classifier,
+    model: nn.Module,
     cache: TokenCache,
     batch_tokens: int,
     world: World,
-    wants_probabilities: bool = False,
+    keep_probabilities: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Evaluate on all rows of a file, shared among the ranks.
 
     Args:
-        model: not wrapped in DDP; is left in the mode that it was in.
+        model: a classifier, or what computes it, not under DDP; is left in the mode that it was in.
         batch_tokens: per forward pass on one rank (see `batches_of_like_length`).
-        wants_probabilities: whether rank 0 shall have every row's probabilities.
-        should_stop: is asked before every forward pass, equally often on every rank, and answers them alike.
+        keep_probabilities: whether rank 0 is to have every row's probabilities.
+        should_stop: is asked before every forward pass, equally often on every rank, and gives all the same answer.
 
     Raises:
         Interrupted: if it was stopped.
     """
+    # Every rank takes a part of every batch, so that all have equally many; some parts may be empty.
+    global_batches = batches_of_like_length(cache.lengths(), batch_tokens, world.world_size)
+    batches = [rows[world.rank :: world.world_size] for rows in global_batches]
+    rank_rows = np.concatenate(batches)
     was_training = model.training
     model.eval()
-    classes = model.head.out_proj.out_features
-    # Every batch is shared among the ranks, so that all have equally many; some of them may be empty.
-    shared = batches_of_like_length(cache.lengths(), batch_tokens, world.world_size)
-    batches = [rows[world.rank :: world.world_size] for rows in shared]
-    mine = np.concatenate(batches)
-    # They stay on the device until all rows are through, so that a GPU need not be waited for at every batch.
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    predictions = torch.empty(len(mine), dtype=torch.int64, device=world.device)
-    confidences = torch.empty(len(mine), device=world.device)
-    probabilities = torch.empty(len(mine) if wants_probabilities else 0, classes, device=world.device)
+    try:
+        outputs = _run(model, cache, batches, world.device, keep_probabilities, should_stop)
+    finally:
+        model.train(was_training)
+    metrics, confusion = _sum_up(outputs, cache.labels[rank_rows], world)
+    probabilities = None
+    if keep_probabilities:
+        parts = gather_objects(world, (rank_rows, outputs.probabilities.cpu().numpy()))
+        if world.is_main:
+            probabilities = np.empty((len(cache), model.num_labels), np.float32)
+            for rows, values in parts:
+                probabilities[rows] = values
+    return Evaluation(metrics, confusion, probabilities)
+
+
+class _Outputs(NamedTuple):
+    """What a rank's rows give, in the order of its batches, on its device.
+
+    Attributes:
+        loss_sum: float64, no dimensions; cross-entropy, nats.
+        predictions: int64 [rows].
+        confidences: fp32 [rows], probability of the predicted label.
+        probabilities: fp32 [rows, labels], or no rows if they are not kept: of many labels they take much memory.
+    """
+
+    loss_sum: torch.Tensor
+    predictions: torch.Tensor
+    confidences: torch.Tensor
+    probabilities: torch.Tensor
+
+
+def _run(
+    model: nn.Module,
+    cache: TokenCache,
+    batches: list[np.ndarray],
+    device: torch.device,
+    keep_probabilities: bool,
+    should_stop: Callable[[], bool],
+) -> _Outputs:
+    """Run the model on a rank's batches; all stays on the device, so that a GPU need not be waited for at each."""
+    rows_in_all = sum(map(len, batches))
+    outputs = _Outputs(
+        torch.zeros((), dtype=torch.float64, device=device),
+        torch.empty(rows_in_all, dtype=torch.int64, device=device),
+        torch.empty(rows_in_all, device=device),
+        torch.empty(rows_in_all if keep_probabilities else 0, model.num_labels, device=device),
+    )
     done = 0
     for rows in batches:
         if should_stop():
-            model.train(was_training)
             raise Interrupted
         if not len(rows):
             continue
-        batch, logits = _logits(model, cache, rows, world.device)
+        batch, logits = _logits(model, cache, rows, device)
         place = slice(done, done + len(rows))
         done += len(rows)
-        loss_sum += F.cross_entropy(logits, batch.labels, reduction="sum").double()
+        outputs.loss_sum.add_(F.cross_entropy(logits, batch.labels, reduction="sum").double())
         softmax = logits.softmax(-1)
-        predictions[place] = logits.argmax(-1)
-        confidences[place] = softmax.amax(-1)
-        if wants_probabilities:
-            probabilities[place] = softmax
-    model.train(was_training)
+        outputs.predictions[place] = logits.argmax(-1)
+        outputs.confidences[place] = softmax.amax(-1)
+        if keep_probabilities:
+            outputs.probabilities[place] = softmax
+    return outputs
 
-    predicted, labels = predictions.cpu().numpy(), cache.labels[mine]
-    calibration = calibration_sums(confidences.cpu().numpy(), predicted == labels)
-    confusion = confusion_matrix(labels, predicted, classes)
+
+def _sum_up(outputs: _Outputs, labels: np.ndarray, world: World) -> tuple[dict[str, Any], np.ndarray]:
+    """Return metrics and confusion matrix over all ranks.
+
+    Args:
+        labels: int [rows], of this rank's rows.
+    """
+    classes = outputs.probabilities.shape[1]
+    predictions = outputs.predictions.cpu().numpy()
+    calibration = calibration_sums(outputs.confidences.cpu().numpy(), predictions == labels)
+    confusion = confusion_matrix(labels, predictions, classes)
     # Counts are whole numbers, which float64 adds exactly.
-    parts = [np.array([float(loss_sum)]), calibration.ravel(), confusion.ravel().astype(np.float64)]
+    parts = [np.array([float(outputs.loss_sum)]), calibration.ravel(), confusion.ravel().astype(np.float64)]
     sums = sum_over_ranks(world, torch.from_numpy(np.concatenate(parts)).to(world.device)).cpu().numpy()
     calibration = sums[1 : 1 + calibration.size].reshape(calibration.shape)
     confusion = sums[1 + calibration.size :].astype(np.int64).reshape(classes, classes)
-
-    in_order = None
-    if wants_probabilities:
-        shares = gather_objects(world, (mine, probabilities.cpu().numpy()))
-        if world.is_main:
-            in_order = np.empty((len(cache), classes), np.float32)
-            for rows, values in shares:
-                in_order[rows] = values
-    return Evaluation(summarize(confusion, calibration, float(sums[0])), confusion, in_order)
+    return summarize(confusion, calibration, float(sums[0])), confusion

@@ -19,7 +19,6 @@ from sst2_xlmr.files import Finisher, Storable, disk_errors, replace_folder, syn
 from sst2_xlmr.model.compact_vocab import TABLE_NAME, expand_table
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder, EncoderShape, pretrained_table
 from sst2_xlmr.model.weight_names import to_hugging_face
-from sst2_xlmr.training.checkpoint import masters_of
 from sst2_xlmr.training.optimizer import AdamW
 
 CARD_NAME = "README.md"
@@ -113,7 +112,7 @@ def export_run(
     """
 
     def write() -> None:
-        masters = masters_of(optimizer)
+        masters = optimizer.masters()
         if not config.full_vocabulary:
             pretrained = pretrained_table(encoder)
             masters[TABLE_NAME] = expand_table(pretrained, kept_ids, masters[TABLE_NAME], optimizer.table_decay)

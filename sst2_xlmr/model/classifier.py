@@ -1,4 +1,4 @@
-"""The classifier around torchtext's `RobertaModel`, which owns the parameters; the forward pass is ours."""
+"""The classifier: torchtext's `RobertaModel` owns the parameters; the forward pass is ours."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, RobertaModel
 
-from sst2_xlmr.config import Config
-from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
-from sst2_xlmr.engines.cpu.packed_encoder import encode, first_token_masks, pack
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.model.compact_vocab import TABLE_NAME
 from sst2_xlmr.model.encoders import Encoder, EncoderShape, check_fit, find_encoder, load_tensors
@@ -22,8 +19,8 @@ from sst2_xlmr.model.tokenizer import PAD_ID, Tokenizer, load_tokenizer
 class Classifier(RobertaModel):
     """XLM-R with RoBERTa's classification head: dropout, dense, tanh, dropout, projection.
 
-    Parameters and their names are torchtext's. Against torchtext's own forward pass there is no mask where a batch has
-    no padding, and the last layer computes the position of `<s>` only (its keys and values come from all positions),
+    Parameters and their names are torchtext's. Unlike torchtext's own forward pass, this one uses no mask where a batch
+    has no padding, and computes the last layer at the position of `<s>` only (keys and values come from all positions),
     since nothing else reaches the head. Dropout stands where transformers has it: after the embeddings, on attention
     weights, after both halves of a layer; torchtext has one more inside the feed-forward part.
     """
@@ -42,7 +39,7 @@ class Classifier(RobertaModel):
         head = RobertaClassificationHead(num_labels, shape.hidden, dropout=head_dropout, activation=nn.Tanh)
         super().__init__(conf, head)
         self.shape = shape
-        self.kernels: Kernels | None = None
+        self.num_labels = num_labels
         for module in self.encoder.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = shape.layer_norm_eps
@@ -55,25 +52,15 @@ class Classifier(RobertaModel):
         Args:
             tokens: int64 [batch, length], padded with 1 at the right.
             padded: False if no row has padding; then no mask is computed.
-            dropout_keys: int64 [batch], where `kernels` draw every row's dropout masks from; torch's generator else.
+            dropout_keys: int64 [batch], not used here: an engine may draw every row's dropout masks from it instead of
+                from torch's generator.
 
         Returns:
             The parameters' dtype, [batch, num_labels].
         """
-        trains_encoder = torch.is_grad_enabled() and not self.is_encoder_frozen()
-        if self.kernels is None:
-            with torch.set_grad_enabled(trains_encoder):
-                features = self._encode(tokens, padded)
-            return self.head(features)
-        transformer, head = self.encoder.transformer, self.head
-        rows, ids, positions = pack(tokens, dropout_keys, transformer.dropout.p if self.training else 0.0)
-        with torch.set_grad_enabled(trains_encoder):
-            features = encode(transformer, self.kernels, rows, ids, positions, self.shape.layer_norm_eps)
-        head_p = head.dropout.p if self.training else 0.0
-        site = 3 * len(transformer.layers.layers) + 1
-        features = features * first_token_masks(features, self.kernels, rows, site, head_p)
-        inner = torch.tanh(head.dense(features))
-        return head.out_proj(inner * first_token_masks(inner, self.kernels, rows, site + 1, head_p))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_encoder_frozen()):
+            features = self._encode(tokens, padded)
+        return self.head(features)
 
     def is_encoder_frozen(self) -> bool:
         return not self.encoder.transformer.token_embedding.weight.requires_grad
@@ -120,7 +107,7 @@ def _layer(
         query = F.linear(queries, weight[:cut], bias[:cut]).view(batch, -1, heads, size).transpose(1, 2)
         projected = F.linear(hidden, weight[cut:], bias[cut:]).view(batch, -1, 2, heads, size).permute(2, 0, 3, 1, 4)
         key, value = projected.unbind(0)
-    dropout = layer.dropout1.p if layer.training else 0.0
+    dropout = attention.dropout if layer.training else 0.0
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     mixed = mixed.transpose(1, 2).reshape(batch, -1, heads * size)
     hidden = layer.norm1(queries + layer.dropout1(attention.out_proj(mixed)))
@@ -139,20 +126,25 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Cla
     encoder = find_encoder(str(folder))
     if encoder.label_names is None:
         raise UserError(f"{folder} has no classification head; give a model folder that train.py wrote")
-    model, _ = build_classifier(encoder, Config(label_names=encoder.label_names), None)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    model.requires_grad_(False).eval().to(device, dtype)
-    model.kernels = load_kernels(dtype) if device.type == "cpu" else None
+    model, _ = build_classifier(encoder, encoder.label_names)
+    model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
     return model, load_tokenizer(encoder.tokenizer_file, encoder.max_length), encoder.label_names
 
 
-def build_classifier(encoder: Encoder, config: Config, kept_ids: np.ndarray | None) -> tuple[Classifier, bool]:
+def build_classifier(
+    encoder: Encoder,
+    label_names: list[str],
+    dropout: float = 0.0,
+    head_dropout: float = 0.0,
+    seed: int = 0,
+    kept_ids: np.ndarray | None = None,
+) -> tuple[Classifier, bool]:
     """Build the classifier with the encoder's weights, in fp32 on the CPU.
 
-    The head is the encoder folder's own if that has one for the same label names; otherwise it is new: weights from
-    a normal distribution with deviation 0.02 (as in BERT, RoBERTa), drawn from the seed alone, biases zero.
+    The head is the encoder folder's own if that has one for the same label names; otherwise it is new.
 
     Args:
+        seed: of a new head.
         kept_ids: int64 [rows], the embedding rows to keep (see compact_vocab); None for all.
 
     Returns:
@@ -161,21 +153,14 @@ def build_classifier(encoder: Encoder, config: Config, kept_ids: np.ndarray | No
     Raises:
         UserError: if the weights do not fit the encoder's configuration.
     """
-    dropout = 0.0 if config.freeze_encoder else config.dropout
     with torch.device("meta"):
-        model = Classifier(encoder.shape, len(config.classes), dropout, config.head_dropout)
+        model = Classifier(encoder.shape, len(label_names), dropout, head_dropout)
     tensors = load_tensors(encoder)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    head_is_new = encoder.label_names != config.classes
+    head_is_new = encoder.label_names != label_names
     if head_is_new:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-        generator = torch.Generator().manual_seed(config.seed)
-        for name, shape in shapes.items():
-            if name.startswith("head."):
-                is_matrix = len(shape) == 2
-                tensors[name] = (
-                    torch.empty(shape).normal_(0, 0.02, generator=generator) if is_matrix else torch.zeros(shape)
-                )
+        tensors.update(_new_head(shapes, seed))
     check_fit(tensors, shapes, encoder.weights_file)
     if kept_ids is not None:
         tensors[TABLE_NAME] = tensors[TABLE_NAME][torch.from_numpy(kept_ids)]
@@ -183,5 +168,18 @@ def build_classifier(encoder: Encoder, config: Config, kept_ids: np.ndarray | No
             len(kept_ids), encoder.shape.hidden, PAD_ID, device="meta"
         )
     model.load_state_dict({name: tensors[name] for name in shapes}, assign=True)
-    model.encoder.requires_grad_(not config.freeze_encoder)
     return model, head_is_new
+
+
+def _new_head(shapes: dict[str, torch.Size], seed: int) -> dict[str, torch.Tensor]:
+    """Return fp32 tensors for a new head: normal weights of deviation 0.02, as in BERT and RoBERTa, and zero biases.
+
+    Args:
+        shapes: of all parameters; those of the head are named `head.*`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    head = {name: torch.zeros(shape) for name, shape in shapes.items() if name.startswith("head.")}
+    for tensor in head.values():
+        if tensor.dim() == 2:
+            tensor.normal_(0, 0.02, generator=generator)
+    return head

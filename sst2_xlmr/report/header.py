@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from sst2_xlmr.config import Config
+from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.data.rows import listed
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.distributed import World
@@ -12,31 +15,33 @@ from sst2_xlmr.model.encoders import Encoder
 from sst2_xlmr.training.optimizer import AdamW
 
 
-def header_lines(
-    config: Config,
-    encoder: Encoder,
-    optimizer: AdamW,
-    table_rows: int,
-    head_is_new: bool,
-    caches: dict[str, TokenCache],
-    total_steps: int,
-    world: World,
-    is_compiled: bool,
-) -> list[str]:
-    """Return the lines that say what will run.
+@dataclass(frozen=True)
+class HeaderFigures:
+    """What `header_lines` cannot read off options and files.
 
-    Args:
-        table_rows: how many rows the embedding table has.
-        caches: the rows of all files, by split.
+    Attributes:
+        table_rows: of the embedding table.
+        head_is_new: whether the classification head begins untrained.
+        total_steps: of the run.
         is_compiled: whether more than matrix products is compiled.
     """
-    head = f"{'new' if head_is_new else 'its own'} head for {listed(config.classes)}"
+
+    table_rows: int
+    head_is_new: bool
+    total_steps: int
+    is_compiled: bool
+
+
+def header_lines(inputs: Prepared, optimizer: AdamW, world: World, figures: HeaderFigures) -> list[str]:
+    """Return the lines that say what will run."""
+    config = inputs.config
+    head = f"{'new' if figures.head_is_new else 'its own'} head for {listed(config.classes)}"
     masters = "bf16 with fp32 master weights" if config.precision == "bf16" else "fp32"
-    compiled = "compiled" if is_compiled else "not compiled: slower"
+    compiled = "compiled" if figures.is_compiled else "not compiled: slower"
     return [
-        f"encoder    {config.encoder}: {_describe_model(encoder, optimizer, table_rows)}; {head}",
-        f"rows       {_describe_rows(caches, config.max_length)}",
-        f"batches    {_describe_batches(config, len(caches['train']), total_steps)}",
+        f"encoder    {config.encoder}: {_describe_model(inputs.encoder, optimizer, figures.table_rows)}; {head}",
+        f"rows       {_describe_rows(inputs.caches, config.max_length)}",
+        f"batches    {_describe_batches(config, len(inputs.caches['train']), figures.total_steps)}",
         f"device     {_describe_device(world, optimizer)}; {masters}; {compiled}",
         f"run        {config.output_dir}",
     ]
@@ -46,7 +51,7 @@ def _describe_model(encoder: Encoder, optimizer: AdamW, table_rows: int) -> str:
     """Say the model's size, and how much of it is trained."""
     shape = encoder.shape
     whole = sum(slot.working.numel() for slot in optimizer.slots) + (shape.vocab_size - table_rows) * shape.hidden
-    trained = sum(slot.working.numel() for slot, _, _ in optimizer.trained())
+    trained = sum(slot.working.numel() for slot in optimizer.trained)
     rows = f" ({table_rows:,} of {shape.vocab_size:,} embedding rows occur)" if table_rows < shape.vocab_size else ""
     size = f"{shape.layers} layers, {shape.hidden} wide, {whole / 1e6:,.1f} M parameters"
     return f"{size}, {trained / 1e6:,.1f} M trained{rows}"
@@ -73,5 +78,5 @@ def _describe_device(world: World, optimizer: AdamW) -> str:
         device = torch.cuda.get_device_name(world.device)
     else:
         device = f"CPU with {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    how = " that share memory" if optimizer.shares_memory else ""
+    how = " that share memory" if optimizer.engine.averages else ""
     return f"{device}, {world.world_size} process{'es' * (world.world_size > 1)}{how}"

@@ -40,6 +40,11 @@ def event_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{EVENTS_PREFIX}*"))
 
 
+def event_folder(run_folder: Path, config: Config) -> Path:
+    """Return where a run's events go."""
+    return Path(config.tensorboard_dir or run_folder / "tensorboard")
+
+
 def make_event_folder(folder: Path, is_new: bool = True) -> None:
     """Make the folder for events; refuse a new run one with events of another, since TensorBoard would mix the two.
 

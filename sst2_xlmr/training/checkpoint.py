@@ -12,7 +12,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -24,45 +24,27 @@ from safetensors.torch import load_file
 from sst2_xlmr.config import Config
 from sst2_xlmr.distributed import World, gather_objects, on_main
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import Deferred, Finisher, digest_of, disk_errors, sync_files, sync_folder, write_tensors
+from sst2_xlmr.files import Finisher, Storable, digest_of, disk_errors, sync_files, sync_folder, write_tensors
 from sst2_xlmr.model.compact_vocab import TABLE_NAME
-from sst2_xlmr.training.optimizer import AdamW, Slot, join_master
+from sst2_xlmr.training.optimizer import AdamW
+from sst2_xlmr.training.progress import Progress, Totals, Window
 
 _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "vocabulary", "random"))
 _FILES = (*_TENSOR_FILES, "progress.json", "config.json")
 
 
 @dataclass
-class Progress:
-    """How far a run is; all that is saved besides tensors.
+class RunState:
+    """What a checkpoint holds of a run besides its options and random states. Each part is its own owner.
 
     Attributes:
-        step: optimizer steps made.
-        epoch, batch: position of the next global batch.
-        best_accuracy, best_step: of the best evaluation on dev so far.
-        stale_evaluations: evaluations since then.
-        evaluation_due: whether the run was stopped before this step's evaluation was done.
-        skipped, skipped_in_row: batches passed over because their gradient was not finite; the last ones without pause.
-        window: over the steps since the last line of metrics and all ranks: sum of losses, rows, tokens, seconds.
-        train_digest, encoder_digest: SHA-256 of the training file and of the encoder's weights.
-        table_decay: what weight decay has left of embedding rows without gradient (see compact_vocab).
-        world_size: how many processes wrote it.
+        kept_ids: int64 [rows], the ids of the embedding table's rows (see compact_vocab).
     """
 
-    train_digest: str
-    encoder_digest: str
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    best_accuracy: float = -1.0
-    best_step: int = 0
-    stale_evaluations: int = 0
-    evaluation_due: bool = False
-    skipped: int = 0
-    skipped_in_row: int = 0
-    window: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
-    world_size: int = 1
-    table_decay: float = 1.0
+    progress: Progress
+    window: Window
+    optimizer: AdamW
+    kept_ids: torch.Tensor
 
 
 def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
@@ -72,33 +54,12 @@ def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
     return states
 
 
-def masters_of(optimizer: AdamW) -> dict[str, Deferred]:
-    """Return the fp32 weights by the parameters' names, to be written; in bf16 they are joined as they are written."""
-
-    def deferred(slot: Slot) -> Deferred:
-        weights, low = slot.working.data, slot.low
-
-        def rows(start: int, stop: int) -> torch.Tensor:
-            return weights[start:stop] if low is None else join_master(weights[start:stop], low[start:stop])
-
-        return Deferred(tuple(weights.shape), torch.float32, rows)
-
-    return {slot.name: deferred(slot) for slot in optimizer.slots}
-
-
 def save_checkpoint(
-    folder: Path,
-    progress: Progress,
-    optimizer: AdamW,
-    kept_ids: torch.Tensor,
-    config: Config,
-    world: World,
-    finisher: Finisher,
+    folder: Path, state: RunState, config: Config, world: World, finisher: Finisher
 ) -> tuple[int, float] | None:
     """Write `folder/step-NNNNNNNN` from rank 0, with every rank's random state, and remove the oldest ones.
 
     Args:
-        kept_ids: int64 [rows], the ids of the embedding table's rows.
         finisher: finishes it; once that has, and only then, the checkpoint is there.
 
     Returns:
@@ -108,47 +69,48 @@ def save_checkpoint(
         UserError: if it, or the one before, cannot be written (a full disk, say); former checkpoints are untouched.
     """
     started = time.monotonic()
-    states = gather_objects(world, _random_states(world.device))
-    target = folder / f"step-{progress.step:08d}"
-    beside = target.with_name(target.name + ".tmp")
+    random_states = gather_objects(world, _random_states(world.device))
+    target = folder / f"step-{state.progress.step:08d}"
+    unfinished = target.with_name(target.name + ".tmp")
 
     def finish() -> None:
-        with disk_errors(f"the checkpoint {target}", beside):
-            _finish(beside, target)
+        with disk_errors(f"the checkpoint {target}", unfinished):
+            _finish(unfinished, target)
             _remove_old(folder, config.keep_checkpoints)
 
     def write() -> tuple[int, float]:
         finisher.wait()
-        with disk_errors(f"the checkpoint {target}", beside):
-            _write(beside, progress, optimizer, kept_ids, config, states)
-            size = sum(file.stat().st_size for file in beside.iterdir())
+        with disk_errors(f"the checkpoint {target}", unfinished):
+            _write(unfinished, state, config, random_states)
+            size = sum(file.stat().st_size for file in unfinished.iterdir())
         finisher.submit(finish)
         return size, time.monotonic() - started
 
     return on_main(world, write)
 
 
-def _write(
-    beside: Path,
-    progress: Progress,
-    optimizer: AdamW,
-    kept_ids: torch.Tensor,
-    config: Config,
-    states: list[dict[str, torch.Tensor]],
-) -> None:
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    random = {f"{kind}.{rank}": state for rank, kinds in enumerate(states) for kind, state in kinds.items()}
-    for name, tensors in (
-        ("model", masters_of(optimizer)),
-        ("optimizer", optimizer.state_tensors()),
-        ("vocabulary", {"kept_ids": kept_ids}),
-        ("random", random),
-    ):
-        write_tensors(tensors, beside / f"{name}.safetensors")
-    for name, content in (("progress", progress), ("config", config)):
-        text = json.dumps(dataclasses.asdict(content), indent=2, ensure_ascii=False)
-        (beside / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+def _write(folder: Path, state: RunState, config: Config, random_states: list[dict[str, torch.Tensor]]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tensors: dict[str, Mapping[str, Storable]] = {
+        "model": state.optimizer.masters(),
+        "optimizer": state.optimizer.moments(),
+        "vocabulary": {"kept_ids": state.kept_ids},
+        "random": {
+            f"{kind}.{rank}": random for rank, kinds in enumerate(random_states) for kind, random in kinds.items()
+        },
+    }
+    for name in tensors:
+        write_tensors(tensors[name], folder / f"{name}.safetensors")
+    progress = {
+        **dataclasses.asdict(state.progress),
+        "window": dataclasses.asdict(state.window.totals),
+        "optimizer": state.optimizer.counters(),
+        "world_size": len(random_states),
+    }
+    for name, content in (("progress", progress), ("config", dataclasses.asdict(config))):
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _manifest(files: Any) -> str:
@@ -213,51 +175,75 @@ def _reading(checkpoint: Path) -> Iterator[None]:
     """A checkpoint with a valid manifest that cannot be read was not written by this project, or was made to harm."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         # Not shared: it may be one node that cannot read it, and must say so itself.
         raise UserError(f"cannot read the checkpoint {checkpoint}: {reason}; remove it to use the one before") from None
 
 
-def load_progress(checkpoint: Path) -> Progress:
-    """Read how far the run was.
-
-    Raises:
-        UserError: if its content makes no sense, though its manifest is valid.
-    """
-    with _reading(checkpoint):
-        return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
-
-
-def load_checkpoint(
-    checkpoint: Path, progress: Progress, optimizer: AdamW, kept_ids: torch.Tensor, seed: int, world: World
-) -> None:
-    """Restore weights, moments and random states into `optimizer` and torch.
+def load_checkpoint(checkpoint: Path, state: RunState, seed: int, world: World) -> None:
+    """Restore `state`, and torch's random state.
 
     With another number of processes than wrote it, every rank starts a random stream of its own, drawn from the seed
     and the step; what does not depend on dropout goes on exactly.
 
     Args:
-        kept_ids: int64 [rows], the ids of the embedding rows now; other test files may have brought new ones.
+        state: of a new run; its embedding rows may be others, since other test files may have brought new ones.
 
     Raises:
-        UserError: if its content makes no sense, though its manifest is valid.
+        UserError: if the run was started with other rows or weights; or if its content makes no sense, though its
+            manifest is valid.
     """
     with _reading(checkpoint):
+        values = _read_progress(checkpoint)
+        counters, world_size = values.pop("optimizer"), values.pop("world_size")
+        state.window.totals = Totals(**values.pop("window"))
+        state.window.go_on()
+        values["batches_per_epoch"] = state.progress.batches_per_epoch
+        new, state.progress = state.progress, Progress(**values)
+    for what, before, now in (
+        ("rows", state.progress.train_digest, new.train_digest),
+        ("weights", state.progress.encoder_digest, new.encoder_digest),
+    ):
+        if before != now:
+            raise UserError(f"the training {what} differ from those that {checkpoint.parent.parent} was started with")
+    with _reading(checkpoint):
         masters, moments, vocabulary, random = (load_file(checkpoint / name) for name in _TENSOR_FILES)
-        saved_ids = vocabulary["kept_ids"]
-        if not torch.equal(saved_ids, kept_ids):
-            untrained = optimizer.master_tensors()[TABLE_NAME].cpu() * progress.table_decay
-            masters[TABLE_NAME] = _moved_rows(masters[TABLE_NAME], saved_ids, kept_ids, untrained)
-            for name in (f"exp_avg.{TABLE_NAME}", f"exp_avg_sq.{TABLE_NAME}"):
-                if name in moments:
-                    moments[name] = _moved_rows(moments[name], saved_ids, kept_ids, torch.zeros_like(untrained))
-        optimizer.load(masters, moments, progress.step - progress.skipped, progress.table_decay)
-        seed_rank(seed + progress.step, world.rank)
-        if progress.world_size == world.world_size:
+        _fit_rows(masters, moments, vocabulary["kept_ids"], state, counters["table_decay"])
+        state.optimizer.load(masters, moments, counters)
+        seed_rank(seed + state.progress.step, world.rank)
+        if world_size == world.world_size:
             torch.set_rng_state(random[f"cpu.{world.rank}"])
             if world.device.type == "cuda" and f"cuda.{world.rank}" in random:
                 torch.cuda.set_rng_state(random[f"cuda.{world.rank}"], world.device)
+
+
+def _read_progress(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of `progress.json`, as it is written today."""
+    values: dict[str, Any] = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+    if "optimizer" not in values:  # written before November 2026
+        steps = values["step"] - values["skipped"]
+        values["optimizer"] = {"steps": steps, "table_decay": values.pop("table_decay")}
+        values["window"] = dict(zip(("loss", "rows", "tokens", "seconds"), values["window"]))
+    return values
+
+
+def _fit_rows(
+    masters: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    saved_ids: torch.Tensor,
+    state: RunState,
+    table_decay: float,
+) -> None:
+    """Make the embedding table and its moments, as loaded, have the rows of `state.kept_ids`."""
+    if torch.equal(saved_ids, state.kept_ids):
+        return
+    table = state.optimizer.masters()[TABLE_NAME]
+    untrained = table.rows(0, len(state.kept_ids)).cpu() * table_decay
+    masters[TABLE_NAME] = _moved_rows(masters[TABLE_NAME], saved_ids, state.kept_ids, untrained)
+    for name in (f"exp_avg.{TABLE_NAME}", f"exp_avg_sq.{TABLE_NAME}"):
+        if name in moments:
+            moments[name] = _moved_rows(moments[name], saved_ids, state.kept_ids, torch.zeros_like(untrained))
 
 
 def _moved_rows(rows: torch.Tensor, old_ids: torch.Tensor, new_ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

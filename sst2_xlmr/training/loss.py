@@ -1,12 +1,33 @@
-"""The loss of rows: cross-entropy, smoothed, times the weight of the row's class."""
+"""The loss: cross-entropy, smoothed, times the weight of the row's class."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sst2_xlmr.config import Config
 from sst2_xlmr.errors import UserError
+
+# Takes fp32 logits [rows, classes] and int64 labels [rows]; returns the sum of the rows' losses, fp32.
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def make_loss(config: Config, labels: np.ndarray, device: torch.device) -> Loss:
+    """Return the loss that a run is trained with.
+
+    Args:
+        labels: int [rows], those of the training file.
+
+    Raises:
+        UserError: see `class_weights`.
+    """
+    weights = class_weights(config.class_weights, labels, config.classes)
+    weights = None if weights is None else weights.to(device)
+    return partial(sum_of_losses, smoothing=config.label_smoothing, weights=weights)
 
 
 def class_weights(choice: str | None, labels: np.ndarray, names: list[str]) -> torch.Tensor | None:

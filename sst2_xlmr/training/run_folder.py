@@ -15,6 +15,8 @@ from sst2_xlmr.config import LOCK_NAME, Config
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import restore_folder, write_text
 
+METRICS_NAME = "metrics.jsonl"
+
 
 def claim(run_folder: Path) -> IO[str]:
     """Make the folder if need be, and lock it for as long as the returned file is open and this process lives.

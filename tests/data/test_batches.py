@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,16 @@ import torch
 from conftest import SAMPLE_DATA
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.batches import GlobalBatchSampler, build_loader, dropout_keys, rows_in_training_order
+from sst2_xlmr.data.batches import BatchLoader, GlobalBatchSampler, dropout_keys, rows_in_training_order
 from sst2_xlmr.data.rows import SST2_NAMES, Columns
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
+from sst2_xlmr.distributed import World
 
 LENGTHS = np.random.RandomState(0).randint(3, 60, 1003)
+
+
+def world_of(rank: int, world_size: int) -> World:
+    return World(rank, world_size, rank, world_size, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -83,38 +89,41 @@ def test_batches_hold_rows_of_like_length() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_ranks_share_every_global_batch(world_size: int) -> None:
     expected = rows_in_training_order(LENGTHS, 8, seed=0, epoch=0)
-    ranks = [list(GlobalBatchSampler(LENGTHS, 8, 0, rank, world_size)) for rank in range(world_size)]
+    ranks = [list(GlobalBatchSampler(LENGTHS, 8, 0, world_of(rank, world_size))) for rank in range(world_size)]
     for number, batch in enumerate(expected):
-        shares = [rank[number] for rank in ranks]
-        real = [share.rows for share in shares if share.weight]
+        parts = [rank[number] for rank in ranks]
+        real = [part.rows for part in parts if part.weight]
         assert sorted(np.concatenate(real)) == sorted(batch)
-        assert all(len(share.rows) >= 1 and share.global_rows == len(batch) for share in shares)
+        assert all(len(part.rows) >= 1 and part.global_rows == len(batch) for part in parts)
 
 
 def test_position_is_epoch_and_batch() -> None:
-    sampler = GlobalBatchSampler(LENGTHS, 8, 0, 0, 1)
+    sampler = GlobalBatchSampler(LENGTHS, 8, 0, world_of(0, 1))
     sampler.load_state_dict({"epoch": 2, "batch": 0})
-    whole = [share.rows.tolist() for share in sampler]
+    whole = [wanted.rows.tolist() for wanted in sampler]
     sampler.load_state_dict({"epoch": 2, "batch": 100})
-    assert [share.rows.tolist() for share in sampler] == whole[100:]
+    assert [wanted.rows.tolist() for wanted in sampler] == whole[100:]
     assert sampler.state_dict() == {"epoch": 2, "batch": 100}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loader_serves_the_sampler_without_touching_the_global_generator(cache: TokenCache, num_workers: int) -> None:
     config = Config(batch_size=30, micro_batch_size=8, num_workers=num_workers)
-    sampler = GlobalBatchSampler(cache.lengths(), 30, 0, 1, 2)
+    loader, sampler = (
+        BatchLoader(cache, config, world_of(1, 2)),
+        GlobalBatchSampler(cache.lengths(), 30, 0, world_of(1, 2)),
+    )
     sampler.load_state_dict({"epoch": 1, "batch": 5})
     state = torch.get_rng_state()
-    shares = list(build_loader(cache, sampler, config, pin_memory=False))
+    rank_batches = list(itertools.islice(loader.starting_at(1, 5), len(loader) - 5))
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(shares) == len(sampler) - 5
-    for share, rows in zip(shares, sampler):
-        assert [len(batch.labels) for batch in share.micro_batches][:1] == [min(8, len(rows.rows))]
-        assert share.accumulates == (rows.largest_share > 8)
-        labels = torch.cat([batch.labels for batch in share.micro_batches])
-        assert labels.tolist() == cache.labels[rows.rows].tolist()
-        for batch in share.micro_batches:
+    for rank_batch, wanted in zip(rank_batches, sampler):
+        assert [len(batch.labels) for batch in rank_batch.micro_batches][:1] == [min(8, len(wanted.rows))]
+        assert rank_batch.accumulates == (wanted.most_rows > 8)
+        assert rank_batch.rows == len(wanted.rows)
+        labels = torch.cat([batch.labels for batch in rank_batch.micro_batches])
+        assert labels.tolist() == cache.labels[wanted.rows].tolist()
+        for batch in rank_batch.micro_batches:
             assert batch.padded == bool((batch.tokens == 1).any())
             assert batch.real_tokens == int((batch.tokens != 1).sum())
 
@@ -136,8 +145,20 @@ def test_dropout_keys_belong_to_seed_epoch_and_row() -> None:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_micro_batches_carry_the_keys_of_their_rows(cache: TokenCache, world_size: int) -> None:
     for rank in range(world_size):
-        sampler = GlobalBatchSampler(cache.lengths(), 16, 5, rank, world_size)
+        config, world = Config(batch_size=16, seed=5, micro_batch_size=3), world_of(rank, world_size)
+        sampler = GlobalBatchSampler(cache.lengths(), 16, 5, world)
         sampler.load_state_dict({"epoch": 2, "batch": 0})
-        for share, batch in zip(sampler, build_loader(cache, sampler, Config(micro_batch_size=3), False)):
+        for wanted, batch in zip(sampler, BatchLoader(cache, config, world).starting_at(2, 0)):
             keys = torch.cat([micro_batch.keys for micro_batch in batch.micro_batches])
-            np.testing.assert_array_equal(keys, dropout_keys(share.rows, 5, 2))
+            np.testing.assert_array_equal(keys, dropout_keys(wanted.rows, 5, 2))
+
+
+def test_loader_goes_on_into_the_next_epoch(cache: TokenCache) -> None:
+    loader = BatchLoader(cache, Config(batch_size=30), world_of(0, 1))
+    served = list(itertools.islice(loader.starting_at(0, len(loader) - 2), 5))
+    expected = [
+        loader.rows_at(epoch, batch)
+        for epoch, batch in ((0, len(loader) - 2), (0, len(loader) - 1), (1, 0), (1, 1), (1, 2))
+    ]
+    for rank_batch, rows in zip(served, expected):
+        assert rank_batch.micro_batches[0].labels.tolist() == cache.labels[rows].tolist()

@@ -15,10 +15,11 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import GlobalBatchSampler, collate, dropout_keys
 from sst2_xlmr.data.rows import SST2_NAMES, Columns
 from sst2_xlmr.data.token_cache import tokenize_file
+from sst2_xlmr.distributed import World
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.compact_vocab import renumbering, used_ids
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.training.optimizer import lr_factor
+from sst2_xlmr.training.schedule import lr_factor
 
 STEPS, BATCH_SIZE = 200, 16
 ROWS = 8000  # of the training split, so that tokenizing does not take longer than training
@@ -41,16 +42,16 @@ def autocast_losses(data: Path, seed: int) -> list[float]:
     )
     kept_ids = used_ids([cache.ids], encoder.shape.vocab_size)
     cache.renumbering = renumbering(kept_ids, encoder.shape.vocab_size)
-    model, _ = build_classifier(encoder, Config(**{**vars(CONFIG), "seed": seed}), kept_ids)
+    model, _ = build_classifier(encoder, SST2_NAMES, seed=seed, kept_ids=kept_ids)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": CONFIG.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6)
-    sampler = GlobalBatchSampler(cache.lengths(), BATCH_SIZE, seed, 0, 1)
+    sampler = GlobalBatchSampler(cache.lengths(), BATCH_SIZE, seed, World.alone(torch.device("cpu")))
     found = []
     model.train()
-    for step, share in zip(range(STEPS), sampler):
-        batch = collate(cache, share.rows, dropout_keys(share.rows, seed, 0))
+    for step, wanted in zip(range(STEPS), sampler):
+        batch = collate(cache, wanted.rows, dropout_keys(wanted.rows, seed, 0))
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(batch.tokens, batch.padded)
         loss = F.cross_entropy(logits.float(), batch.labels)

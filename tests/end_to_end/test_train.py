@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ import train
 from sst2_xlmr.data.batches import rows_in_training_order
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.training.checkpoint import find_checkpoint
+from sst2_xlmr.training.loss import Loss, make_loss
 
 RunTrain = Callable[..., Path]
 # Without the kernels, whose dropout belongs to rows, only a run without dropout is the same however it is cut.
@@ -356,7 +359,7 @@ def test_a_loss_that_explodes_stops_the_run(
 ) -> None:
     options = ["--epochs", 5, "--lr", 1e30, "--warmup-ratio", 0, "--max-grad-norm", 0, "--log-every", 1000]
     line = user_error(lambda: run_train(tmp_path / "run", *options), capsys)
-    assert "loss or gradient is not finite at step 2: " in line
+    assert "the gradient is not finite at step 2: " in line
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
@@ -373,11 +376,62 @@ def test_a_tokenizer_of_another_model_is_noticed(
     assert "has 100 embedding rows; the two are not of one model" in line
 
 
-def test_an_error_found_late_names_no_rows() -> None:
-    """On CUDA the norm is looked at now and then: the batch of that step need not be the one."""
-    said = str(train.not_finite(50, None, 1))
-    assert "not finite at step 50 or shortly before" in said
-    assert "rows of this batch" not in said
+def test_a_loss_that_is_not_finite_stops_the_run_though_its_gradient_is(
+    run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_infinite_loss(*arguments: Any) -> Loss:
+        loss = make_loss(*arguments)
+        return lambda logits, labels: loss(logits, labels) + math.inf
+
+    monkeypatch.setattr(train, "make_loss", with_infinite_loss)
+    line = user_error(lambda: run_train(tmp_path / "run", "--epochs", 1, "--log-every", 3), capsys)
+    assert "loss or gradient is not finite at step 3 or shortly before" in line
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+# As a fault of the hardware would do it: the gradient of rank 0 is not finite at some of this process's steps.
+POISONED = """
+import os
+import train
+real, calls = train.forward_backward, [0]
+bad = {int(step) for step in os.environ["BAD_STEPS"].split(",")}
+def poisoned(model, batch, loss, optimizer, world):
+    loss_sum = real(model, batch, loss, optimizer, world)
+    calls[0] += 1
+    if calls[0] in bad and os.environ.get("RANK", "0") == "0":
+        for slot in optimizer.trained:
+            slot.working.grad[:] = float("nan")
+        loss_sum = loss_sum * float("inf")
+    return loss_sum
+train.forward_backward = poisoned
+train.exit_on_user_error(train.main)
+"""
+
+
+def run_poisoned(program: Path, bad: str, *words: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run `train.py` as a program that spoils the steps numbered in `bad`."""
+    program.write_text(POISONED)
+    command = [*launcher(processes), str(program), *map(str, words)]
+    environment = {**os.environ, "BAD_STEPS": bad, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False)
+
+
+def test_a_line_of_metrics_after_a_resume_has_the_last_gradient_norm(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """Also where no step was taken between the resume and the line."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    options = ["--log-every", 3, "--save-every", 2, "--skip-nonfinite", 1, "--epochs", 1, "--keep-checkpoints", 9]
+    done = run_poisoned(tmp_path / "p.py", "3", *train_options(tiny_encoder, small_data, whole, *options))
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(whole, resumed)
+    for checkpoint in (resumed / "checkpoints").iterdir():
+        if checkpoint.name != "step-00000002":
+            shutil.rmtree(checkpoint)
+    done = run_poisoned(tmp_path / "p.py", "1", "--resume", "--output-dir", resumed)
+    assert done.returncode == 0, done.stderr
+    assert logged(resumed) == logged(whole)
+    assert logged(resumed)[0]["step"] == 3 and logged(resumed)[0]["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -385,31 +439,10 @@ def test_batches_without_a_finite_gradient_are_passed_over(
     tiny_encoder: Path, small_data: Path, tmp_path: Path, processes: int
 ) -> None:
     """Two in a row are allowed and three are not, on every rank alike; a resumed run goes on counting."""
-    poison = tmp_path / "poison"
-    poison.mkdir()
-    # As a fault of the hardware would do it: the loss of rank 0 is infinite at some steps.
-    (poison / "train_poisoned.py").write_text(
-        "import os, runpy, sys, torch\n"
-        "import train\n"
-        "real, calls = train.forward_and_backward, [0]\n"
-        "bad = {int(step) for step in os.environ['BAD_STEPS'].split(',')}\n"
-        "def poisoned(model, share, optimizer, *others):\n"
-        "    loss = real(model, share, optimizer, *others)\n"
-        "    calls[0] += 1\n"
-        "    if calls[0] in bad and os.environ.get('RANK', '0') == '0':\n"
-        "        for slot, _, _ in optimizer.trained():\n"
-        "            slot.working.grad[:] = float('nan')\n"
-        "        loss = loss * float('inf')\n"
-        "    return loss\n"
-        "train.forward_and_backward = poisoned\n"
-        "train.exit_on_user_error(train.main)\n"
-    )
 
     def run(folder: Path, bad: str, *options: object) -> subprocess.CompletedProcess[str]:
         words = train_options(tiny_encoder, small_data, folder, "--epochs", 2, *options)
-        command = [*launcher(processes), str(poison / "train_poisoned.py"), *words]
-        env = {**os.environ, "BAD_STEPS": bad, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120, check=False)
+        return run_poisoned(tmp_path / "poisoned.py", bad, *words, processes=processes)
 
     done = run(tmp_path / "skips", "3,9,10", "--skip-nonfinite", 2, "--save-every", 4)
     assert done.returncode == 0, done.stderr
@@ -426,7 +459,7 @@ def test_batches_without_a_finite_gradient_are_passed_over(
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "loss or gradient is not finite at step 7 (the last of 3 in a row)" in errors[0]
+    assert "the gradient is not finite at step 7 (the last of 3 in a row)" in errors[0]
     expected = next(rows_in_training_order(lengths_of(small_data, tiny_encoder), 8, 0, 0, first=6))
     assert errors[0].endswith("from 1: " + ", ".join(str(row + 1) for row in expected))
     assert find_checkpoint(tmp_path / "stops" / "checkpoints", pytest.fail) is not None

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from conftest import SMALL_ENCODER, needs_small_encoder
 from torchtext.models import RobertaModel
 
-from sst2_xlmr.config import Config
 from sst2_xlmr.data.rows import SST2_NAMES
-from sst2_xlmr.engines.cpu.kernels import Kernels, Packed, load_kernels
-from sst2_xlmr.engines.cpu.packed_encoder import pack
+from sst2_xlmr.engines.cpu.kernels import Packed, load_kernels
+from sst2_xlmr.engines.cpu.packed_encoder import PackedClassifier, pack
 from sst2_xlmr.model.classifier import Classifier, build_classifier
 from sst2_xlmr.model.encoders import EncoderShape, find_encoder
 
@@ -26,17 +25,22 @@ LENGTHS = [2, 40, 16, 3, 17, 31, 5]
 
 
 def build(shape: tuple[int, int, int], dropout: float = 0.0, head_dropout: float = 0.0) -> Classifier:
-    """In training mode, with kernels; weights large enough for every part to matter. shape: hidden, heads, layers."""
+    """In training mode; weights large enough for every part to matter. shape: hidden, heads, layers."""
     hidden, heads, layers = shape
     torch.manual_seed(0)
     model = Classifier(EncoderShape(200, hidden, layers, heads, 2 * hidden + 3, 48), 2, dropout, head_dropout)
     for name, parameter in model.named_parameters():
         is_gamma = "norm" in name and name.endswith("weight")
         parameter.data.normal_(float(is_gamma), 1.5 / hidden**0.5 if parameter.dim() > 1 else 0.3)
-    model.kernels = load_kernels(torch.float32)
-    if model.kernels is None:
-        pytest.skip("there is no C compiler")
     return model.train()
+
+
+def packed(model: Classifier) -> PackedClassifier:
+    """The engine over the same parameters."""
+    kernels = load_kernels(next(model.parameters()).dtype)
+    if kernels is None:
+        pytest.skip("there is no C compiler")
+    return PackedClassifier(model, kernels).train(model.training)
 
 
 def batch(lengths: list[int], vocab_size: int = 200) -> torch.Tensor:
@@ -73,10 +77,10 @@ def assert_same(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor
         assert difference <= tolerance * float(expected.abs().max()), name
 
 
-def run(model: Classifier, tokens: torch.Tensor, kernels: Kernels | None) -> dict[str, torch.Tensor]:
+def run(model: Classifier, tokens: torch.Tensor, uses_engine: bool) -> dict[str, torch.Tensor]:
     """Return all gradients, and the logits, without dropout."""
-    model.train().kernels = kernels
-    logits = model(tokens)
+    model.train()
+    logits = (packed(model) if uses_engine else model)(tokens)
     loss(logits if logits.dtype == torch.float64 else logits.float()).backward()
     return {**gradients(model), "logits": logits.detach()}
 
@@ -98,8 +102,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_equals_the_plain_path_and_torchtext(threads: None, shape: tuple[int, int, int], lengths: list[int]) -> None:
     """Logits and all gradients without dropout; torchtext computes all positions of the last layer."""
     model, tokens = build(shape), batch(lengths)
-    ours = run(model, tokens, model.kernels)
-    assert_same(ours, run(model, tokens, None), 1e-5)
+    ours = run(model, tokens, True)
+    assert_same(ours, run(model, tokens, False), 1e-5)
     logits = RobertaModel.forward(model, tokens)
     loss(logits).backward()
     assert_same(ours, {**gradients(model), "logits": logits.detach()}, 1e-5)
@@ -108,14 +112,13 @@ def test_equals_the_plain_path_and_torchtext(threads: None, shape: tuple[int, in
 @needs_small_encoder
 def test_is_as_exact_as_torch_on_real_weights() -> None:
     """Against float64, over 12 layers: everything within 1e-5, and on average no further off than the plain path."""
-    config = Config(label_names=SST2_NAMES, dropout=0.0, head_dropout=0.0)
-    model, _ = build_classifier(find_encoder(str(SMALL_ENCODER)), config, np.arange(5000))
+    model, _ = build_classifier(find_encoder(str(SMALL_ENCODER)), SST2_NAMES, kept_ids=np.arange(5000))
     torch.manual_seed(0)
     for parameter in model.head.parameters():
         parameter.data.normal_(0, 0.3)
     tokens = batch(LENGTHS, 5000)
-    ours, plain = run(model, tokens, load_kernels(torch.float32)), run(model, tokens, None)
-    exact = run(model.double(), tokens, None)
+    ours, plain = run(model, tokens, True), run(model, tokens, False)
+    exact = run(model.double(), tokens, False)
     assert_same(ours, exact, 1e-5)
     assert average_error(ours, exact) < 1.1 * average_error(plain, exact)
 
@@ -124,8 +127,8 @@ def test_is_as_exact_as_torch_on_real_weights() -> None:
 def test_bf16_is_as_exact_as_torchs(threads: None, shape: tuple[int, int, int]) -> None:
     """Against the same weights in fp32, logits and gradients are no further off than the plain path in bf16."""
     model, tokens = build(shape).bfloat16(), batch(LENGTHS)
-    ours, plain = run(model, tokens, load_kernels(torch.bfloat16)), run(model, tokens, None)
-    exact = run(model.double(), tokens, None)
+    ours, plain = run(model, tokens, True), run(model, tokens, False)
+    exact = run(model.double(), tokens, False)
     assert_same(ours, exact, 0.2)
     assert average_error(ours, exact) < 1.1 * average_error(plain, exact)
 
@@ -133,7 +136,7 @@ def test_bf16_is_as_exact_as_torchs(threads: None, shape: tuple[int, int, int]) 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_does_not_depend_on_its_batch(shape: tuple[int, int, int]) -> None:
     """Nor on its place in it, nor on how much padding comes behind; with dropout."""
-    model, tokens, keyed = build(shape, 0.3, 0.3), batch(LENGTHS), keys(len(LENGTHS))
+    model, tokens, keyed = packed(build(shape, 0.3, 0.3)), batch(LENGTHS), keys(len(LENGTHS))
     with torch.no_grad():
         together = model(tokens, dropout_keys=keyed)
         for row, length in enumerate(LENGTHS):
@@ -163,11 +166,12 @@ def test_packing() -> None:
 def test_gradients_of_parts_add_up_with_dropout(threads: None, shape: tuple[int, int, int]) -> None:
     """Masks belong to rows: the gradient of a batch is the sum over its parts, however it is cut."""
     model, tokens, keyed = build(shape, 0.2, 0.2), batch(LENGTHS), keys(len(LENGTHS))
+    engine = packed(model)
     labels = torch.arange(len(LENGTHS)) % 2
 
     def add(rows: torch.Tensor) -> None:
         part = tokens[rows][:, : int(tokens[rows].ne(1).sum(1).max())]
-        logits = model(part, dropout_keys=keyed[rows])
+        logits = engine(part, dropout_keys=keyed[rows])
         F.cross_entropy(logits, labels[rows], reduction="sum").backward()
 
     everything = torch.arange(len(LENGTHS))
@@ -230,7 +234,7 @@ def test_dropout_equals_explicit_masks(shape: tuple[int, int, int]) -> None:
     model, tokens, keyed = build(shape, 0.2, 0.4), batch(LENGTHS), keys(len(LENGTHS))
     found = []
     for forward in (
-        lambda: model(tokens, dropout_keys=keyed),
+        lambda: packed(model)(tokens, dropout_keys=keyed),
         lambda: forward_with_masks(model, tokens, keyed, 0.2, 0.4),
     ):
         logits = forward()
@@ -241,10 +245,11 @@ def test_dropout_equals_explicit_masks(shape: tuple[int, int, int]) -> None:
 
 def test_frozen_encoder_trains_the_head_only() -> None:
     model, tokens, keyed = build(SHAPES[0], 0.0, 0.2), batch(LENGTHS), keys(len(LENGTHS))
-    loss(model(tokens, dropout_keys=keyed)).backward()
+    engine = packed(model)
+    loss(engine(tokens, dropout_keys=keyed)).backward()
     whole = gradients(model)
     model.encoder.requires_grad_(False)
-    logits = model(tokens, dropout_keys=keyed)
+    logits = engine(tokens, dropout_keys=keyed)
     loss(logits).backward()
     head = gradients(model)
     assert head.keys() == {name for name, _ in model.named_parameters() if name.startswith("head.")}
@@ -259,12 +264,13 @@ def test_frozen_encoder_trains_the_head_only() -> None:
 
 
 def test_evaluation_has_no_dropout_and_leaves_no_graph() -> None:
-    model, tokens = build(SHAPES[0], 0.5, 0.5).eval(), batch(LENGTHS)
+    model, tokens = build(SHAPES[0], 0.5, 0.5), batch(LENGTHS)
+    engine = packed(model).eval()
     with torch.no_grad():
-        first = model(tokens)
-        assert torch.equal(model(tokens, dropout_keys=keys(len(LENGTHS))), first)
+        first = engine(tokens)
+        assert torch.equal(engine(tokens, dropout_keys=keys(len(LENGTHS))), first)
     assert first.grad_fn is None
-    assert torch.equal(first, build(SHAPES[0])(tokens).detach())
+    assert torch.equal(first, packed(build(SHAPES[0]))(tokens).detach())
     assert not gradients(model)
 
 
@@ -272,7 +278,7 @@ def test_equal_calls_give_equal_bits(threads: None) -> None:
     model, tokens, keyed = build(SHAPES[1], 0.2, 0.2), batch(LENGTHS), keys(len(LENGTHS))
     runs = []
     for _ in range(3):
-        loss(model(tokens, dropout_keys=keyed)).backward()
+        loss(packed(model)(tokens, dropout_keys=keyed)).backward()
         runs.append(gradients(model))
     for run in runs[1:]:
         assert all(torch.equal(grad, runs[0][name]) for name, grad in run.items())
@@ -289,7 +295,7 @@ def test_what_is_not_a_number_reaches_the_loss_and_the_gradients() -> None:
     ):
         model.load_state_dict(clean)
         parameter.data[where] = float("nan")
-        logits = model(tokens)
+        logits = packed(model)(tokens)
         assert logits[1].isnan().all()
         loss(logits).backward()
         found = gradients(model)
@@ -297,8 +303,7 @@ def test_what_is_not_a_number_reaches_the_loss_and_the_gradients() -> None:
         assert found["head.dense.weight"].isnan().any()
 
 
-def test_a_model_with_kernels_can_be_copied_and_saved() -> None:
-    model, tokens = build(SHAPES[0]), batch(LENGTHS)
+def test_it_can_be_copied_and_saved() -> None:
+    model, tokens = packed(build(SHAPES[0])), batch(LENGTHS)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.kernels is not None
         assert torch.equal(other(tokens), model(tokens))

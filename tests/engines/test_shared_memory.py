@@ -9,8 +9,8 @@ import torch
 from running import launcher, started
 
 from sst2_xlmr.distributed import World
+from sst2_xlmr.engines.cpu.adamw import part_of
 from sst2_xlmr.engines.cpu.shared_memory import ALIGNMENT, aligned_bytes, shared_bytes
-from sst2_xlmr.training.optimizer import part_of
 
 PROGRAM = """
 import os, sys
@@ -84,7 +84,8 @@ import torch
 from torch import nn
 from sst2_xlmr import distributed
 from sst2_xlmr.engines.cpu.kernels import load_kernels
-from sst2_xlmr.training.optimizer import AdamW
+from sst2_xlmr.engines.cpu.adamw import CpuEngine, share_memory
+from sst2_xlmr.training.optimizer import AdamW, Groups
 
 dtype = torch.bfloat16 if sys.argv[1] == "bf16" else torch.float32
 shapes = [(1,), (3,), (63,), (64,), (65,), (129,), (7, 9), (33, 100), (1000, 17)]
@@ -99,7 +100,7 @@ class Weights(nn.Module):
 
 
 def new_optimizer():
-    return AdamW(Weights(), 1, 0.01, 1.0, 0.5, dtype == torch.bfloat16, load_kernels(dtype))
+    return AdamW(Weights(), Groups(1, 0.01), 0.5, dtype == torch.bfloat16)
 
 
 class LateKernels:
@@ -117,34 +118,36 @@ class LateKernels:
 
 with distributed.start("cpu", 1, 1) as world:
     together, alone = new_optimizer(), new_optimizer()
-    together._kernels = LateKernels(together._kernels)
-    assert together.share_memory(world)
+    assert share_memory(together.trained, world)
+    together.engine = CpuEngine(LateKernels(load_kernels(dtype)), together.trained, world)
+    alone.engine = CpuEngine(load_kernels(dtype), alone.trained, distributed.World.alone(world.device))
     for step in range(1, 41):
         accumulated, is_bad = dtype == torch.bfloat16 and step % 3 == 0, step % 5 == 0
         torch.manual_seed(step)
-        gradients = [[torch.randn(slot.working.shape).to(dtype) for slot, _, _ in alone.trained()] for _ in range(3)]
+        gradients = [[torch.randn(slot.working.shape).to(dtype) for slot in alone.trained] for _ in range(3)]
         if is_bad:
             gradients[step % world.world_size][2][-1] = float("nan")
         time.sleep(0.02 * (step % 7 == world.rank))
-        for (slot, _, _), gradient in zip(together.trained(), gradients[world.rank]):
+        for slot, gradient in zip(together.trained, gradients[world.rank]):
             (slot.working * gradient).sum().backward()
         if accumulated:
             together.accumulate()
-        for number, (slot, _, _) in enumerate(alone.trained()):
+        for number, slot in enumerate(alone.trained):
             total = gradients[0][number].float()
             for other in gradients[1 : world.world_size]:
                 total = total + other[number].float()
             slot.accumulator = total / world.world_size
-        norms = together.gradient_norm(accumulated), alone.gradient_norm(True)
+        alone._is_accumulated = True
+        norms = together.gradient_norm(), alone.gradient_norm()
         assert all(norm.isfinite() == (not is_bad) for norm in norms)
         if is_bad:
             together.clear_gradients()
             alone.clear_gradients()
             continue
         torch.testing.assert_close(*norms)
-        together.step(1e-2, norms[1], accumulated)
-        alone.step(1e-2, norms[1], True)
-        for ours, theirs in zip(together.slots, alone.slots):
+        together.step(1e-2, norms[1])
+        alone.step(1e-2, norms[1])
+        for ours, theirs in zip(together.trained, alone.trained):
             assert all(map(torch.equal, ours.tensors(), theirs.tensors())), (step, ours.name)
     print("equal")
 """

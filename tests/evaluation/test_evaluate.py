@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import SAMPLE_DATA
 
-from sst2_xlmr.config import Config
 from sst2_xlmr.data.rows import SST2_NAMES, Columns
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
 from sst2_xlmr.distributed import World
@@ -31,13 +30,13 @@ def dev(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
 
 @pytest.fixture
 def model(tiny_encoder: Path) -> Classifier:
-    classifier, _ = build_classifier(find_encoder(str(tiny_encoder)), Config(label_names=SST2_NAMES), None)
+    classifier, _ = build_classifier(find_encoder(str(tiny_encoder)), SST2_NAMES)
     classifier.head.out_proj.weight.data *= 50
     return classifier.train()
 
 
 def test_agrees_with_one_row_at_a_time(model: Classifier, dev: TokenCache) -> None:
-    found = evaluate(model, dev, 200, World(0, 1, 0, 1, CPU), wants_probabilities=True)
+    found = evaluate(model, dev, 200, World.alone(CPU), keep_probabilities=True)
     assert model.training
     model.eval()
     rows = [dev.ids[dev.offsets[i] : dev.offsets[i + 1]] for i in range(len(dev))]
@@ -50,7 +49,7 @@ def test_agrees_with_one_row_at_a_time(model: Classifier, dev: TokenCache) -> No
     assert found.probabilities is not None
     np.testing.assert_allclose(found.probabilities, logits.softmax(-1).numpy(), atol=1e-6)
     assert confusion_matrix(dev.labels, found.probabilities.argmax(-1), 2).tolist() == found.confusion.tolist()
-    assert evaluate(model, dev, 200, World(0, 1, 0, 1, CPU)).probabilities is None
+    assert evaluate(model, dev, 200, World.alone(CPU)).probabilities is None
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 7])
@@ -74,7 +73,7 @@ def test_ranks_count_every_row_once(
     model: Classifier, dev: TokenCache, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ranks one after the other, rank 0 last with what the others had; with 200, most have nothing to do."""
-    alone = evaluate(model, dev, 900, World(0, 1, 0, 1, CPU), wants_probabilities=True)
+    alone = evaluate(model, dev, 900, World.alone(CPU), keep_probabilities=True)
     sums: list[torch.Tensor] = []
     shares: list[object] = []
 
@@ -90,7 +89,7 @@ def test_ranks_count_every_row_once(
     monkeypatch.setattr(module, "gather_objects", gathered)
     monkeypatch.setattr(module, "summarize", lambda *arguments: {"arguments": arguments})
     for rank in reversed(range(world_size)):
-        found = evaluate(model, dev, 900, World(rank, world_size, rank, world_size, CPU), wants_probabilities=True)
+        found = evaluate(model, dev, 900, World(rank, world_size, rank, world_size, CPU), keep_probabilities=True)
         assert (found.probabilities is None) == (rank > 0)
     assert found.confusion.tolist() == alone.confusion.tolist()
     metrics = summarize(*found.metrics["arguments"])

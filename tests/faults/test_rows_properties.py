@@ -6,12 +6,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sst2_xlmr.data.batches import GlobalBatchSampler
 from sst2_xlmr.data.formats import kind_of, new_file, row_writer
 from sst2_xlmr.data.rows import Columns, Row, find_label_names, read_examples, read_rows
+from sst2_xlmr.distributed import World
 
 quick = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 ENDINGS = st.sampled_from([".tsv", ".csv", ".jsonl", ".tsv.gz", ".csv.gz", ".jsonl.gz"])
@@ -71,22 +73,26 @@ epochs = {
 }
 
 
+def world_of(rank: int, world_size: int) -> World:
+    return World(rank, world_size, rank, world_size, torch.device("cpu"))
+
+
 @quick
 @given(**epochs)
 def test_an_epoch_has_every_row_exactly_once(
     rows: int, batch_size: int, world_size: int, seed: int, epoch: int
 ) -> None:
     lengths = np.random.RandomState(seed).randint(3, 60, rows)
-    ranks = [GlobalBatchSampler(lengths, batch_size, seed, rank, world_size) for rank in range(world_size)]
+    ranks = [GlobalBatchSampler(lengths, batch_size, seed, world_of(rank, world_size)) for rank in range(world_size)]
     for rank in ranks:
         rank.load_state_dict({"epoch": epoch, "batch": 0})
     seen: list[int] = []
     sizes: list[int] = []
-    for shares in zip(*ranks):
-        real = [row for share in shares if share.weight for row in share.rows.tolist()]
-        assert {share.global_rows for share in shares} == {len(real)}
-        assert {share.largest_share for share in shares} == {max(len(share.rows) for share in shares)}
-        assert all(len(share.rows) > 0 for share in shares)
+    for parts in zip(*ranks):
+        real = [row for part in parts if part.weight for row in part.rows.tolist()]
+        assert {part.global_rows for part in parts} == {len(real)}
+        assert {part.most_rows for part in parts} == {max(len(part.rows) for part in parts)}
+        assert all(len(part.rows) > 0 for part in parts)
         seen += real
         sizes.append(len(real))
     assert sorted(seen) == list(range(rows))
@@ -100,12 +106,12 @@ def test_a_position_has_exactly_the_rest_of_its_epoch_for_any_number_of_processe
     rows: int, batch_size: int, world_size: int, seed: int, epoch: int, part: float
 ) -> None:
     lengths = np.random.RandomState(seed).randint(3, 60, rows)
-    alone = GlobalBatchSampler(lengths, batch_size, seed, 0, 1)
+    alone = GlobalBatchSampler(lengths, batch_size, seed, world_of(0, 1))
     alone.load_state_dict({"epoch": epoch, "batch": 0})
-    whole = [sorted(share.rows.tolist()) for share in alone]
+    whole = [sorted(wanted.rows.tolist()) for wanted in alone]
     position = {"epoch": epoch, "batch": round(part * len(alone))}
-    ranks = [GlobalBatchSampler(lengths, batch_size, seed, rank, world_size) for rank in range(world_size)]
+    ranks = [GlobalBatchSampler(lengths, batch_size, seed, world_of(rank, world_size)) for rank in range(world_size)]
     for rank in ranks:
         rank.load_state_dict(position)
-    rest = [sorted(row for share in shares if share.weight for row in share.rows.tolist()) for shares in zip(*ranks)]
+    rest = [sorted(row for one in parts if one.weight for row in one.rows.tolist()) for parts in zip(*ranks)]
     assert rest == whole[position["batch"] :]

@@ -9,7 +9,6 @@ import torch
 from conftest import SMALL_ENCODER, needs_small_encoder
 from torchtext.models import RobertaModel
 
-from sst2_xlmr.config import Config
 from sst2_xlmr.data.rows import SST2_NAMES
 from sst2_xlmr.export.hugging_face import export_hugging_face
 from sst2_xlmr.model.classifier import Classifier, build_classifier
@@ -28,7 +27,7 @@ def tokens(vocab_size: int, padded: bool = True) -> torch.Tensor:
 
 
 def classifier(folder: Path) -> Classifier:
-    model, _ = build_classifier(find_encoder(str(folder)), Config(label_names=SST2_NAMES), None)
+    model, _ = build_classifier(find_encoder(str(folder)), SST2_NAMES)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.head.parameters():  # a new head's logits are too small to show a difference
         parameter.data.normal_(0, 0.3, generator=generator)
@@ -108,17 +107,14 @@ def test_dropout_is_where_it_was_asked_for(tiny_encoder: Path) -> None:
     encoder = find_encoder(str(tiny_encoder))
     batch = tokens(encoder.shape.vocab_size)
     for dropout, head_dropout in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):
-        model, _ = build_classifier(
-            encoder, Config(label_names=SST2_NAMES, dropout=dropout, head_dropout=head_dropout), None
-        )
+        model, _ = build_classifier(encoder, SST2_NAMES, dropout, head_dropout)
         model.train()
         assert torch.equal(model(batch), model(batch)) == (dropout == head_dropout == 0.0)
 
 
-def test_frozen_encoder_has_no_dropout_and_no_gradient(tiny_encoder: Path) -> None:
-    config = Config(label_names=SST2_NAMES, freeze_encoder=True, head_dropout=0.0)
-    model, _ = build_classifier(find_encoder(str(tiny_encoder)), config, None)
-    model.train()
+def test_frozen_encoder_has_no_gradient(tiny_encoder: Path) -> None:
+    model, _ = build_classifier(find_encoder(str(tiny_encoder)), SST2_NAMES)
+    model.train().encoder.requires_grad_(False)
     batch = tokens(model.shape.vocab_size)
     assert torch.equal(model(batch), model(batch))
     model(batch).sum().backward()

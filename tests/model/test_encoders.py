@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sst2_xlmr import sources
-from sst2_xlmr.config import Config
 from sst2_xlmr.data.rows import SST2_NAMES
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import write_tensors
@@ -74,7 +73,7 @@ def test_files_with_and_without_prefix(folder: Path, file: str, prefix: str) -> 
     found = load_tensors(find_encoder(str(folder)))
     assert found.keys() == expected.keys()
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
-    build_classifier(find_encoder(str(folder)), Config(label_names=SST2_NAMES), None)
+    build_classifier(find_encoder(str(folder)), SST2_NAMES)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle"])
@@ -161,7 +160,7 @@ def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(BUNDLE_SHAPES, "xlmr.base", SHAPE)
     tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
     monkeypatch.setattr(sources, "fetch_bundle", lambda *_, **__: (tmp_path / "tiny.pt", tokenizer_file))
-    model, head_is_new = build_classifier(find_encoder("xlmr.base"), Config(label_names=SST2_NAMES), None)
+    model, head_is_new = build_classifier(find_encoder("xlmr.base"), SST2_NAMES)
     assert head_is_new
     reference = Classifier(SHAPE, 2, 0.0, 0.0)
     missing = reference.load_state_dict(old, strict=False).missing_keys
@@ -173,10 +172,10 @@ def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.Mo
 def test_own_head_is_kept_for_the_same_labels_only(folder: Path) -> None:
     change_settings(folder, architectures=["XLMRobertaForSequenceClassification"])
     own = load_file(folder / "model.safetensors")["classifier.dense.weight"]
-    same, is_new = build_classifier(find_encoder(str(folder)), Config(label_names=["a", "b"]), None)
+    same, is_new = build_classifier(find_encoder(str(folder)), ["a", "b"])
     assert not is_new
     assert torch.equal(same.head.dense.weight, own)
-    other, is_new = build_classifier(find_encoder(str(folder)), Config(label_names=["b", "a"]), None)
+    other, is_new = build_classifier(find_encoder(str(folder)), ["b", "a"])
     assert is_new
     assert not torch.equal(other.head.dense.weight, own)
 
@@ -198,7 +197,7 @@ def test_own_head_is_kept_for_the_same_labels_only(folder: Path) -> None:
 def test_what_does_not_fit_the_configuration_is_named(folder: Path, settings: dict[str, Any], says: str) -> None:
     change_settings(folder, **settings)
     with pytest.raises(UserError, match=says):
-        build_classifier(find_encoder(str(folder)), Config(label_names=SST2_NAMES), None)
+        build_classifier(find_encoder(str(folder)), SST2_NAMES)
 
 
 @pytest.mark.parametrize(

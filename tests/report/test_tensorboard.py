@@ -402,8 +402,10 @@ def test_a_start_by_another_clock_is_read_in_order(run_train: RunTrain, tmp_path
 def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
     """A killed process has no time to write what it holds back, and a resumed run does not repeat it."""
     files = {"dev": SAMPLE_DATA / "dev.tsv"}
-    opened_report = report.open_report(tmp_path, tmp_path / "events", Config(), files, 0, 10, [])
-    report.log_training(opened_report, {"step": 1, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0})
-    assert steps(opened(tmp_path / "events"))["train/loss"] == [1]
-    assert metrics(tmp_path)[0]["loss"] == 0.5
-    opened_report.close()
+    entry = {"step": 1, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0}
+    for _ in range(2):
+        report = open_report(tmp_path, Config(), files, Progress("x", "y", 5), 10)
+        report.log_training(entry)
+        assert steps(opened(tmp_path / "tensorboard"))["train/loss"] == [1]
+        assert [line["loss"] for line in metrics(tmp_path)] == [0.5]
+        report.close()

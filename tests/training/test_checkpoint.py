@@ -15,23 +15,23 @@ from sst2_xlmr.files import Finisher
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.training.checkpoint import (
-    Progress,
+    RunState,
     find_checkpoint,
     load_checkpoint,
-    load_progress,
     save_checkpoint,
     what_is_damaged,
 )
-from sst2_xlmr.training.optimizer import AdamW
+from sst2_xlmr.training.optimizer import AdamW, Groups
+from sst2_xlmr.training.progress import Progress, Totals, Window
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World.alone(torch.device("cpu"))
 IDS = torch.arange(50)
 
 
 def optimizer(seed: int, vocab_size: int = 50) -> AdamW:
     torch.manual_seed(seed)
     model = Classifier(EncoderShape(vocab_size, hidden=8, layers=1, heads=2, ffn=16, positions=20), 2, 0.0, 0.0)
-    result = AdamW(model, 1, 0.01, 1.0, 1.0, bf16=True)
+    result = AdamW(model, Groups(1, 0.01), 1.0, bf16=True)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     result.step(0.1, result.gradient_norm())
@@ -40,10 +40,27 @@ def optimizer(seed: int, vocab_size: int = 50) -> AdamW:
 
 def save(folder: Path, step: int, seed: int = 0) -> AdamW:
     saved = optimizer(seed)
-    progress = Progress("x", "y", step=step, epoch=1, batch=3, table_decay=saved.table_decay)
+    progress = Progress("x", "y", 5, step=step, epoch=1, batch=3)
+    window = Window(ALONE)
+    window.totals = Totals(1.5, 8.0, 100.0, 2.0, 0.25)
     with Finisher() as finisher:
-        save_checkpoint(folder, progress, saved, IDS, Config(), ALONE, finisher)
+        save_checkpoint(folder, RunState(progress, window, saved, IDS), Config(), ALONE, finisher)
     return saved
+
+
+def new_state(optimizer: AdamW, ids: torch.Tensor = IDS, digests: tuple[str, str] = ("x", "y")) -> RunState:
+    return RunState(Progress(*digests, 5), Window(ALONE), optimizer, ids)
+
+
+def master(optimizer: AdamW, name: str) -> torch.Tensor:
+    return next(slot.master() for slot in optimizer.slots if slot.name == name)
+
+
+def test_other_rows_or_weights_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    for digests, what in ((("z", "y"), "rows"), (("x", "z"), "weights")):
+        with pytest.raises(UserError, match=f"the training {what} differ"):
+            load_checkpoint(tmp_path / "step-00000001", new_state(optimizer(0), digests=digests), 0, ALONE)
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
@@ -51,16 +68,17 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     expected = torch.rand(5)  # the numbers that come after the save
     checkpoint = find_checkpoint(tmp_path, pytest.fail)
     assert checkpoint is not None
-    progress = load_progress(checkpoint)
-    assert (progress.step, progress.epoch, progress.batch) == (7, 1, 3)
     loaded = optimizer(1)
-    load_checkpoint(checkpoint, progress, loaded, IDS, 0, ALONE)
-    assert (loaded.steps, loaded.table_decay) == (7, saved.table_decay)
+    state = new_state(loaded)
+    load_checkpoint(checkpoint, state, 0, ALONE)
+    assert state.progress == Progress("x", "y", 5, step=7, epoch=1, batch=3)
+    assert state.window.totals == Totals(1.5, 8.0, 100.0, 2.0, 0.25)
+    assert (loaded.steps, loaded.table_decay) == (1, saved.table_decay)
     for mine, other in zip(loaded.slots, saved.slots):
         assert torch.equal(mine.master(), other.master())
         assert torch.equal(mine.working, other.working)
-    for name, tensor in saved.state_tensors().items():
-        assert torch.equal(loaded.state_tensors()[name], tensor)
+    for name, tensor in saved.moments().items():
+        assert torch.equal(loaded.moments()[name], tensor)
     assert torch.equal(torch.rand(5), expected)
     assert sorted(f.name for f in checkpoint.iterdir()) == [
         "config.json",
@@ -81,13 +99,13 @@ def test_other_vocabulary_keeps_what_was_trained(tmp_path: Path) -> None:
     wider = optimizer(1, vocab_size=60)
     ids = torch.cat([torch.arange(30), torch.arange(35, 65)])
     name = "encoder.transformer.token_embedding.weight"
-    new_row = wider.master_tensors()[name][-1].clone()
-    load_checkpoint(checkpoint, load_progress(checkpoint), wider, ids, 0, ALONE)
-    table = wider.master_tensors()[name]
-    assert torch.equal(table[:30], saved.master_tensors()[name][:30])
-    assert torch.equal(table[30:45], saved.master_tensors()[name][35:])
+    new_row = master(wider, name)[-1].clone()
+    load_checkpoint(checkpoint, new_state(wider, ids), 0, ALONE)
+    table = master(wider, name)
+    assert torch.equal(table[:30], master(saved, name)[:30])
+    assert torch.equal(table[30:45], master(saved, name)[35:])
     torch.testing.assert_close(table[-1], new_row * saved.table_decay)
-    assert not wider.state_tensors()[f"exp_avg.{name}"][45:].any()
+    assert not wider.moments()[f"exp_avg.{name}"][45:].any()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +154,7 @@ def test_same_step_again_replaces(tmp_path: Path) -> None:
     save(tmp_path, 1)
     second = save(tmp_path, 1, seed=5)
     loaded = optimizer(9)
-    load_checkpoint(tmp_path / "step-00000001", Progress("x", "y"), loaded, IDS, 0, ALONE)
+    load_checkpoint(tmp_path / "step-00000001", new_state(loaded), 0, ALONE)
     assert torch.equal(loaded.slots[0].master(), second.slots[0].master())
 
 

@@ -1,4 +1,4 @@
-"""AdamW against torch's, master weights, groups, schedule."""
+"""AdamW against torch's, master weights, groups."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import math
 import pytest
 import torch
 
+from sst2_xlmr.distributed import World
+from sst2_xlmr.engines.cpu.adamw import CpuEngine
 from sst2_xlmr.engines.cpu.kernels import load_kernels
+from sst2_xlmr.engines.cuda.adamw import can_compile, compiled_engine
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
-from sst2_xlmr.training import optimizer as optim
-from sst2_xlmr.training.optimizer import AdamW, can_compile, join_master, lr_factor, lr_scale, split_master
+from sst2_xlmr.training.master_weights import join_master, split_master
+from sst2_xlmr.training.optimizer import AdamW, Groups, lr_scale, update_tensor
 
 SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
+CPU = torch.device("cpu")
 
 
 def model() -> Classifier:
@@ -27,19 +31,15 @@ def model() -> Classifier:
 
 def build(classifier: Classifier, bf16: bool = False, how: str = "kernels", max_grad_norm: float = 0.0) -> AdamW:
     """How: "eager", "compiled" (torch.compile, as on CUDA) or "kernels"."""
-    kernels = load_kernels(torch.bfloat16 if bf16 else torch.float32) if how == "kernels" else None
-    if (how == "kernels" and kernels is None) or (how == "compiled" and not can_compile(torch.device("cpu"))):
+    kernels = load_kernels(torch.bfloat16 if bf16 else torch.float32)
+    if (how == "kernels" and kernels is None) or (how == "compiled" and not can_compile(CPU)):
         pytest.skip("nothing compiles here")
-    return AdamW(
-        classifier,
-        layers=2,
-        weight_decay=0.1,
-        layerwise_lr_decay=1.0,
-        max_grad_norm=max_grad_norm,
-        bf16=bf16,
-        kernels=kernels,
-        compile_step=how == "compiled",
-    )
+    optimizer = AdamW(classifier, Groups(layers=2, weight_decay=0.1), max_grad_norm, bf16)
+    if how == "kernels" and kernels is not None:
+        optimizer.engine = CpuEngine(kernels, optimizer.trained, World.alone(CPU))
+    elif how == "compiled":
+        optimizer.engine = compiled_engine()
+    return optimizer
 
 
 def set_gradients(classifier: Classifier, step: int, scale: float = 1.0) -> None:
@@ -106,7 +106,7 @@ def test_bf16_copies_follow_fp32_masters(how: str) -> None:
         for parameter in classifier.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step(1e-4, optimizer.gradient_norm())
-    for slot in optimizer.slots:
+    for slot in optimizer.trained:
         assert slot.working.dtype == torch.bfloat16
         torch.testing.assert_close(slot.working.float(), slot.master(), atol=0, rtol=2.0**-8)
         decay = (1 - 1e-4 * slot.weight_decay) ** 100
@@ -122,10 +122,10 @@ def test_micro_batches_add_up_in_fp32() -> None:
             parameter.grad = torch.full_like(parameter, 2.0**-9 if number else 1.0)
         optimizer.accumulate()
     count = sum(parameter.numel() for parameter in classifier.parameters())
-    norm = optimizer.gradient_norm(accumulated=True)
-    optimizer.step(1e-4, norm, accumulated=True)
+    norm = optimizer.gradient_norm()
+    optimizer.step(1e-4, norm)
     torch.testing.assert_close(norm, torch.tensor(2.0 * math.sqrt(count)))
-    assert all(not slot.accumulator.any() for slot in optimizer.slots if slot.accumulator is not None)
+    assert all(not slot.accumulator.any() for slot in optimizer.trained if slot.accumulator is not None)
 
 
 def test_a_missing_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_a_missing_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    assert not can_compile(torch.device("cpu"))
+    assert not can_compile(CPU)
 
 
 def test_decay_of_rows_without_gradient_is_kept() -> None:
@@ -158,7 +158,7 @@ def test_decay_at_real_settings_adds_up() -> None:
     zero = torch.zeros(10_000)
     scalars = torch.tensor([1.0, 2e-5 * 0.01, 2e-5, 1.0])
     for _ in range(6315):
-        optim._update(zero, zero, zero, weights, None, scalars)
+        update_tensor(zero, zero, zero, weights, None, scalars)
     decay = 1 - (weights.double() / before.double()).mean()
     assert decay == pytest.approx(1 - (1 - 2e-7) ** 6315, rel=0.03)
     # Each weight's own rounding remains; one multiplication, as for compact tables, has none of it.
@@ -176,22 +176,5 @@ def test_layerwise_rates() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    for slot in build(model()).slots:
+    for slot in build(model()).trained:
         assert (slot.weight_decay > 0) == (slot.name.endswith("weight") and "norm" not in slot.name)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("linear", [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
-        ("constant", [0.5] + [1.0] * 9),
-        ("cosine", [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]),
-    ],
-)
-def test_schedule(schedule: str, expected: list[float]) -> None:
-    assert [lr_factor(step, 10, 0.2, schedule) for step in range(10)] == pytest.approx(expected)
-
-
-def test_schedule_without_and_with_only_warmup() -> None:
-    assert [lr_factor(step, 4, 0.0, "linear") for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    assert [lr_factor(step, 4, 1.0, "linear") for step in range(4)] == [0.25, 0.5, 0.75, 1.0]

@@ -1,30 +1,22 @@
-"""The encoder's forward and backward pass on a CPU, on packed rows: no padding, one pass over memory per step.
+"""The classifier's forward and backward pass on a CPU, on packed rows: no padding, few passes over memory.
 
-The same mathematics as `model`'s plain path, which autograd differentiates and other devices run; the tests compare
-the two. Here matrix products are torch's (oneDNN), everything between them is `cpu_kernels`, and the backward pass is
-written by hand, so that it needs few intermediate results and no small operations.
+The same mathematics, over the same parameters, as the plain `Classifier`, which autograd differentiates; the tests
+compare the two.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from sst2_xlmr.engines.cpu.kernels import Kernels, Packed, mix
+from sst2_xlmr.engines.cpu.packed_layers import SITES_PER_LAYER, Embedding, LastLayer, Layer, Settings
+from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.tokenizer import PAD_ID
-
-ATTENTION, AFTER_ATTENTION, AFTER_FEED_FORWARD = (
-    1,
-    2,
-    3,
-)  # the dropout sites of layer 0; a layer has three, embeddings 0
-Gradients = tuple[Any, ...]
 
 
 def rounded_up(tokens: int) -> int:
@@ -65,213 +57,63 @@ def pack(tokens: torch.Tensor, keys: torch.Tensor | None, drop_p: float) -> tupl
     return packed, ids, torch.from_numpy(np.pad(positions, (0, rounding)))
 
 
-def encode(
-    transformer: nn.Module,
-    kernels: Kernels,
-    rows: Packed,
-    ids: torch.Tensor,
-    positions: torch.Tensor,
-    epsilon: float,
-) -> torch.Tensor:
+class PackedClassifier(nn.Module):
+    """A classifier with another forward pass, over packed rows; all parameters are the classifier's."""
+
+    def __init__(self, classifier: Classifier, kernels: Kernels) -> None:
+        super().__init__()
+        self.classifier, self.kernels = classifier, kernels
+        self.num_labels = classifier.num_labels
+
+    def forward(
+        self, tokens: torch.Tensor, padded: bool = True, dropout_keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return logits, [batch, num_labels], of the parameters' dtype.
+
+        Args:
+            tokens: int64 [batch, length], padded with 1 at the right.
+            padded: not used: padding is left out.
+            dropout_keys: int64 [batch], what every row's dropout masks are drawn from.
+        """
+        transformer, head = self.classifier.encoder.transformer, self.classifier.head
+        rows, ids, positions = pack(tokens, dropout_keys, transformer.dropout.p if self.training else 0.0)
+        shape = self.classifier.shape
+        settings = Settings(self.kernels, rows, rows, shape.heads, shape.layer_norm_eps, first_site=0)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.classifier.is_encoder_frozen()):
+            features = _encode(transformer, settings, ids, positions)
+        head_rows = dataclasses.replace(rows, drop_p=head.dropout.p if self.training else 0.0)
+        site = SITES_PER_LAYER * len(transformer.layers.layers) + 1
+        features = features * _first_token_masks(features, self.kernels, head_rows, site)
+        inner = torch.tanh(head.dense(features))
+        return head.out_proj(inner * _first_token_masks(inner, self.kernels, head_rows, site + 1))
+
+
+def _encode(transformer: nn.Module, settings: Settings, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Return the last layer's output at every text's first token, [texts, hidden].
 
     Args:
         transformer: torchtext's `TransformerEncoder`, with parameters of the kernels' dtype.
-        epsilon: LayerNorm's.
+        ids, positions: int64 [tokens].
     """
     norm = transformer.embedding_layer_norm
     table, position_table = transformer.token_embedding.weight, transformer.positional_embedding.embedding.weight
     # Position 0 of a text is row PAD_ID + 1, as in fairseq.
-    where = (ids, positions + PAD_ID + 1)
-    hidden = _Embedding.apply(table, position_table, norm.weight, norm.bias, kernels, rows, where, epsilon)
+    hidden = Embedding.apply(table, position_table, norm.weight, norm.bias, settings, (ids, positions + PAD_ID + 1))
     layers = transformer.layers.layers
     for number, layer in enumerate(layers):
         attention = layer.self_attn
         parameters = [attention.in_proj_weight, attention.in_proj_bias]
         for module in (attention.out_proj, layer.norm1, layer.linear1, layer.linear2, layer.norm2):
             parameters += [module.weight, module.bias]
-        facts = (attention.num_heads, epsilon, 3 * number)
-        function = _LastLayer if number == len(layers) - 1 else _Layer
-        hidden = function.apply(hidden, kernels, rows, facts, *parameters)
+        attention_rows = dataclasses.replace(settings.rows, drop_p=attention.dropout if layer.training else 0.0)
+        of_layer = settings._replace(attention_rows=attention_rows, first_site=SITES_PER_LAYER * number)
+        function = LastLayer if number == len(layers) - 1 else Layer
+        hidden = function.apply(hidden, of_layer, *parameters)
     return hidden
 
 
-def first_token_masks(like: torch.Tensor, kernels: Kernels, rows: Packed, site: int, drop_p: float) -> torch.Tensor:
-    """Return dropout masks like `like`, [texts, n], of every text's first token: 0 or 1 / (1 - drop_p)."""
+def _first_token_masks(like: torch.Tensor, kernels: Kernels, rows: Packed, site: int) -> torch.Tensor:
+    """Return dropout masks like `like`, [texts, n], of every text's first token: 0 or 1 / (1 - rows.drop_p)."""
     masks = torch.ones_like(like)
-    kernels.dropout_(masks, dataclasses.replace(rows, drop_p=drop_p), site, rows.keys[rows.starts[:-1].long()])
+    kernels.dropout_(masks, rows, site, rows.keys[rows.starts[:-1].long()])
     return masks
-
-
-def _sum_by_row(like: torch.Tensor, where: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return zeros like `like` with values[i] added to row where[i]; summed in fp32."""
-    found, inverse = where.unique(return_inverse=True)
-    sums = torch.zeros(len(found), values.shape[1]).index_add_(0, inverse, values.float())
-    result = torch.zeros_like(like)
-    result[found] = sums.to(like.dtype)
-    return result
-
-
-class _Embedding(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        table: torch.Tensor,
-        position_table: torch.Tensor,
-        gamma: torch.Tensor,
-        beta: torch.Tensor,
-        kernels: Kernels,
-        rows: Packed,
-        where: tuple[torch.Tensor, torch.Tensor],
-        epsilon: float,
-    ) -> torch.Tensor:
-        summed = F.embedding(where[0], table) + F.embedding(where[1], position_table)
-        hidden, normed = kernels.add_norm(summed, None, None, gamma, beta, epsilon, rows, 0)
-        kernels.dropout_(normed, rows, 0)
-        ctx.save_for_backward(table, position_table, gamma, hidden)
-        ctx.facts = kernels, rows, where, epsilon
-        return normed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        table, position_table, gamma, hidden = ctx.saved_tensors
-        kernels, rows, where, epsilon = ctx.facts
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        kernels.dropout_(grad, rows, 0)
-        dhidden, _, dgamma, dbeta, _ = kernels.add_norm_backward(grad, hidden, gamma, epsilon, rows, 0, has_y=False)
-        tables = (_sum_by_row(table, where[0], dhidden), _sum_by_row(position_table, where[1], dhidden))
-        return *tables, dgamma, dbeta, None, None, None, None
-
-
-class _Layer(torch.autograd.Function):
-    """One post-norm transformer layer (https://arxiv.org/abs/1706.03762), all positions."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        kernels: Kernels,
-        rows: Packed,
-        facts: tuple[int, float, int],
-        *parameters: torch.Tensor,
-    ) -> torch.Tensor:
-        heads, _, site = facts
-        projected = F.linear(x, parameters[0], parameters[1])
-        q, k, v = projected.chunk(3, dim=1)
-        mixed = kernels.attention(q, k, v, heads, rows, site + ATTENTION)
-        output, saved = _after_attention(x, mixed, kernels, rows, facts, parameters, None)
-        ctx.save_for_backward(x, projected, mixed, *saved, *parameters)
-        ctx.facts = kernels, rows, facts
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        x, projected, mixed, *saved = ctx.saved_tensors
-        kernels, rows, facts = ctx.facts
-        saved, parameters = saved[:-12], saved[-12:]
-        dhidden, dmixed, gradients = _after_attention_backward(
-            grad, mixed, kernels, rows, facts, saved, parameters, None
-        )
-        dprojected = torch.empty_like(projected)
-        (q, k, v), (dq, dk, dv) = projected.chunk(3, dim=1), dprojected.chunk(3, dim=1)
-        kernels.attention_backward(dmixed, (q, k, v), (dq, dk, dv), facts[0], rows, facts[2] + ATTENTION)
-        dx = torch.addmm(dhidden, dprojected, parameters[0])
-        in_proj = (dprojected.t().mm(x), kernels.column_sums(dprojected))
-        return dx, None, None, None, *in_proj, *gradients
-
-
-class _LastLayer(torch.autograd.Function):
-    """The same at the first token of every text only; its keys and values come from all tokens."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        kernels: Kernels,
-        rows: Packed,
-        facts: tuple[int, float, int],
-        *parameters: torch.Tensor,
-    ) -> torch.Tensor:
-        heads, _, site = facts
-        width = x.shape[1]
-        firsts = rows.starts[:-1].long()
-        at = rows.keys[firsts]
-        first = x[firsts]
-        q = F.linear(first, parameters[0][:width], parameters[1][:width])
-        kv = F.linear(x, parameters[0][width:], parameters[1][width:])
-        k, v = kv.chunk(2, dim=1)
-        mixed = kernels.attention(q, k, v, heads, rows, site + ATTENTION)
-        output, saved = _after_attention(first, mixed, kernels, rows, facts, parameters, at)
-        ctx.save_for_backward(x, firsts, at, first, q, kv, mixed, *saved, *parameters)
-        ctx.facts = kernels, rows, facts
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        x, firsts, at, first, q, kv, mixed, *saved = ctx.saved_tensors
-        kernels, rows, facts = ctx.facts
-        saved, parameters = saved[:-12], saved[-12:]
-        width = x.shape[1]
-        dhidden, dmixed, gradients = _after_attention_backward(
-            grad.contiguous(), mixed, kernels, rows, facts, saved, parameters, at
-        )
-        dq, dkv = torch.empty_like(q), torch.empty_like(kv)
-        (k, v), (dk, dv) = kv.chunk(2, dim=1), dkv.chunk(2, dim=1)
-        kernels.attention_backward(dmixed, (q, k, v), (dq, dk, dv), facts[0], rows, facts[2] + ATTENTION)
-        dx = dkv.mm(parameters[0][width:])
-        dx.index_add_(0, firsts, torch.addmm(dhidden, dq, parameters[0][:width]))
-        weight = torch.cat([dq.t().mm(first), dkv.t().mm(x)])
-        bias = torch.cat([kernels.column_sums(dq), kernels.column_sums(dkv)])
-        return dx, None, None, None, weight, bias, *gradients
-
-
-def _after_attention(
-    x: torch.Tensor,
-    mixed: torch.Tensor,
-    kernels: Kernels,
-    rows: Packed,
-    facts: tuple[int, float, int],
-    parameters: tuple[torch.Tensor, ...],
-    at: torch.Tensor | None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the layer's output, and what its backward pass needs. All are [rows, ...] for the rows of x."""
-    _, epsilon, site = facts
-    out, out_bias, gamma1, beta1, linear1, bias1, linear2, bias2, gamma2, beta2 = parameters[2:]
-    attended = mixed.mm(out.t())
-    hidden1, y = kernels.add_norm(x, attended, out_bias, gamma1, beta1, epsilon, rows, site + AFTER_ATTENTION, at)
-    derivative = y.mm(linear1.t())
-    inner = kernels.bias_gelu_(derivative, bias1)
-    fed = inner.mm(linear2.t())
-    hidden2, output = kernels.add_norm(y, fed, bias2, gamma2, beta2, epsilon, rows, site + AFTER_FEED_FORWARD, at)
-    return output, [hidden1, y, derivative, inner, hidden2]
-
-
-def _after_attention_backward(
-    grad: torch.Tensor,
-    mixed: torch.Tensor,
-    kernels: Kernels,
-    rows: Packed,
-    facts: tuple[int, float, int],
-    saved: list[torch.Tensor],
-    parameters: list[torch.Tensor],
-    at: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
-    """Return the gradients of x (its residual part), of `mixed`, and of the parameters after the input projection."""
-    _, epsilon, site = facts
-    out, _, gamma1, _, linear1, _, linear2, _, gamma2, _ = parameters[2:]
-    hidden1, y, derivative, inner, hidden2 = saved
-    site2 = site + AFTER_FEED_FORWARD
-    dy, dfed, dgamma2, dbeta2, dbias2 = kernels.add_norm_backward(grad, hidden2, gamma2, epsilon, rows, site2, at)
-    dinner = dfed.mm(linear2)
-    dlinear2 = dfed.t().mm(inner)
-    dbias1 = kernels.bias_gelu_backward_(dinner, derivative)
-    dy = torch.addmm(dy, dinner, linear1)
-    dlinear1 = dinner.t().mm(y)
-    site1 = site + AFTER_ATTENTION
-    dx, dattended, dgamma1, dbeta1, dbias = kernels.add_norm_backward(dy, hidden1, gamma1, epsilon, rows, site1, at)
-    dmixed = dattended.mm(out)
-    dout = dattended.t().mm(mixed)
-    return dx, dmixed, (dout, dbias, dgamma1, dbeta1, dlinear1, dbias1, dlinear2, dbias2, dgamma2, dbeta2)

@@ -1,0 +1,1 @@
+"""What makes a CUDA device faster: the optimizer's update, compiled."""

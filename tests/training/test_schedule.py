@@ -1,0 +1,67 @@
+"""The learning rate of a step, and what is due after it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from sst2_xlmr.config import OPTIONS, Config
+from sst2_xlmr.training.progress import Progress
+from sst2_xlmr.training.schedule import SCHEDULES, Due, Schedule, lr_factor
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("constant", [0.5] + [1.0] * 9),
+        ("cosine", [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]),
+    ],
+)
+def test_schedule(schedule: str, expected: list[float]) -> None:
+    assert [lr_factor(step, 10, 0.2, schedule) for step in range(10)] == pytest.approx(expected)
+
+
+def test_schedule_without_and_with_only_warmup() -> None:
+    assert [lr_factor(step, 4, 0.0, "linear") for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [lr_factor(step, 4, 1.0, "linear") for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_every_schedule_that_can_be_asked_for_is_there_and_no_other_trains() -> None:
+    check = OPTIONS["schedule"].metadata["check"]
+    assert not any(check(name) for name in SCHEDULES)
+    assert check("polynomial") == f"is not one of {', '.join(SCHEDULES)}"
+    with pytest.raises(KeyError):
+        lr_factor(5, 10, 0.0, "polynomial")
+
+
+def progress_at(step: int, batches: int = 10) -> Progress:
+    progress = Progress("x", "y", batches)
+    for _ in range(step):
+        progress.advance()
+    return progress
+
+
+def test_what_is_due_follows_from_the_position() -> None:
+    schedule = Schedule(Config(epochs=2, log_every=4, eval_every=6, save_every=3), 10)
+    dues = [schedule.due(progress_at(step)) for step in range(1, 21)]
+    assert [step for step, due in enumerate(dues, 1) if due.log] == [4, 8, 12, 16, 20]
+    assert [step for step, due in enumerate(dues, 1) if due.evaluate] == [6, 10, 12, 18, 20]
+    assert [step for step, due in enumerate(dues, 1) if due.save] == [3, 6, 9, 10, 12, 15, 18, 20]
+    assert schedule.total_steps == 20
+    assert [schedule.is_over(progress_at(step)) for step in (19, 20)] == [False, True]
+
+
+def test_a_last_step_within_an_epoch_is_an_end_too() -> None:
+    schedule = Schedule(Config(max_steps=7), 10)
+    assert schedule.due(progress_at(6)) == Due(False, False, False)
+    assert schedule.due(progress_at(7)) == Due(True, True, True)
+
+
+def test_patience_ends_a_run() -> None:
+    schedule, progress = Schedule(Config(early_stopping_patience=2), 10), progress_at(5)
+    for accuracy, over in ((0.5, False), (0.5, False), (0.6, False), (0.6, False), (0.1, True)):
+        progress.count_evaluation(accuracy)
+        assert schedule.is_over(progress) == over
+    assert (progress.best_accuracy, progress.best_step) == (0.6, 5)
