@@ -30,9 +30,10 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import TokenCache
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import digest_of
-from sst2_xlmr.report import report
 from sst2_xlmr.report.pictures import confusion_picture, table_picture
+from sst2_xlmr.report.report import open_report
 from sst2_xlmr.report.tensorboard import cut_events, escape, event_files, mistakes_table
+from sst2_xlmr.training.progress import Progress
 
 RunTrain = Callable[..., Path]
 DE, RU = SAMPLE_DATA / "test.de.tsv", SAMPLE_DATA / "test.ru.tsv"
