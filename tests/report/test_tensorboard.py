@@ -30,6 +30,7 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import TokenCache
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import digest_of
+from sst2_xlmr.report import report as report_module
 from sst2_xlmr.report.pictures import confusion_picture, table_picture
 from sst2_xlmr.report.report import open_report
 from sst2_xlmr.report.tensorboard import cut_events, escape, event_files, mistakes_table
@@ -379,7 +380,7 @@ def test_a_full_disk_is_a_users_error(
 
     for name in ("draw_evaluation", "draw_table"):
         with monkeypatch.context() as patched:
-            patched.setattr(report, name, full)
+            patched.setattr(report_module, name, full)
             options = ["--epochs", 1, "--eval-file", f"de={DE}"]
             line = user_error(partial(run_train, tmp_path / name, *options), capsys)
         assert "No space left on device; make room, then continue (training: with --resume)" in line
