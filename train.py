@@ -26,7 +26,7 @@ import torch
 
 from sst2_xlmr import distributed
 from sst2_xlmr.accelerate import accelerate
-from sst2_xlmr.cli import parse_args
+from sst2_xlmr.cli import parse_args, read_config_file
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import BatchLoader
 from sst2_xlmr.data.prepare import Prepared, prepare
@@ -154,24 +154,25 @@ def restore(run: Run, resume: bool) -> Path | None:
     return checkpoint
 
 
-def claim_folders(run: Run, resume: bool) -> IO[str] | None:
-    """Make the run's folders, and lock them for this run; returns the lock on rank 0."""
-
-    def claim_both() -> IO[str]:
-        make_event_folder(event_folder(run.folder, run.config), is_new=not resume)
-        return claim(run.folder)
-
-    return distributed.on_main(run.world, claim_both)
+def claim_folders(run: Run, resume: bool) -> IO[str]:
+    """Lock the run's folder for this process, and write its options: from here on `--resume` goes on; on rank 0."""
+    lock = claim(run.folder)
+    events, own_events = event_folder(run.folder, run.config), set()
+    if resume:
+        former_config = Config(**read_config_file(run.folder / "config.json"))
+        own_events = {run.folder / "tensorboard", event_folder(run.folder, former_config)}
+    make_event_folder(events, is_new=events not in own_events)
+    write_config(run.folder, run.config, resume)
+    clean_up(run.folder)
+    return lock
 
 
 def splits_at_end(run: Run) -> list[str]:
     return [split for split in run.inputs.files if split not in ("train", *splits_during(run.config))]
 
 
-def open_outputs(run: Run, resume: bool) -> Report:
-    """Open what the run writes, in a folder that is claimed; on rank 0."""
-    write_config(run.folder, run.config, resume)
-    clean_up(run.folder)
+def open_outputs(run: Run) -> Report:
+    """Open metrics and TensorBoard; on rank 0."""
     return open_report(run.folder, run.config, run.inputs.files, run.state.progress, run.schedule.total_steps)
 
 
@@ -326,11 +327,11 @@ def finish(run: Run, outputs: Outputs, stopped: bool) -> None:
 def train(config: Config, resume: bool, world: World) -> None:
     """Train as `config` says, and leave the model in the run's folder."""
     run = build(load_inputs(config, world), world)
-    lock = claim_folders(run, resume)
+    lock = distributed.on_main(world, lambda: claim_folders(run, resume))
     checkpoint = restore(run, resume)
     run.computation = accelerate(run.classifier, world, run.state.optimizer, run.config.compile)
     run.model = connect(run.computation, run.state.optimizer, world)
-    report = distributed.on_main(world, lambda: open_outputs(run, resume)) or SilentReport()
+    report = distributed.on_main(world, lambda: open_outputs(run)) or SilentReport()
     for line in header(run):
         report.say(line)
     if resume:

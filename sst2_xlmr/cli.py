@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 from sst2_xlmr.config import (
     EVAL_BATCH_TOKENS,
-    LOCK_NAME,
     OPTIONS,
     REMOVED_OPTIONS,
+    UNSTARTED_NAMES,
     Config,
     check,
     flag,
@@ -216,7 +216,7 @@ def _is_restarted(output_dir: str | None) -> bool:
 def _check_new_folder(folder: Path) -> None:
     """Find out before any work that a new run's folder cannot be made; a run never touches another one's folder."""
     try:
-        if folder.exists() and (not folder.is_dir() or any(file.name != LOCK_NAME for file in folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - UNSTARTED_NAMES):
             raise UserError(f"--output-dir {folder} is there already; continue it with --resume, or take another name")
         parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):

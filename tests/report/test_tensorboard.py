@@ -411,3 +411,19 @@ def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
         assert steps(opened(tmp_path / "tensorboard"))["train/loss"] == [1]
         assert [line["loss"] for line in metrics(tmp_path)] == [0.5]
         report.close()
+
+
+def test_a_resumed_run_leaves_events_of_others_alone(
+    run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In another folder it is held to what holds for a new run; its own, also a second one, it continues."""
+    other, run = run_train(tmp_path / "other", "--epochs", 1), run_train(tmp_path / "run", "--epochs", 1)
+    shutil.rmtree(run / "checkpoints" / "step-00000007")
+    before = {file.name: file.read_bytes() for file in event_files(other / "tensorboard")}
+    resume = ["--resume", "--output-dir", str(run), "--tensorboard-dir"]
+    line = user_error(lambda: train.main([*resume, str(other / "tensorboard")]), capsys)
+    assert f"{other / 'tensorboard'} has events of another run; take another folder" in line
+    assert {file.name: file.read_bytes() for file in event_files(other / "tensorboard")} == before
+    for folder in (tmp_path / "second", tmp_path / "second", run / "tensorboard"):
+        train.main([*resume, str(folder)])
+    train.main(["--resume", "--output-dir", str(run)])
