@@ -234,18 +234,7 @@ def evaluate_dev(run: Run, outputs: Outputs) -> bool:
 
 def export(run: Run, outputs: Outputs, name: str) -> None:
     """Write the model as it is now to a folder of that name in the run's folder."""
-    inputs, state = run.inputs, run.state
-    export_run(
-        run.folder / name,
-        state.optimizer,
-        inputs.encoder,
-        state.kept_ids,
-        inputs.caches,
-        state.progress.step,
-        run.config,
-        run.world,
-        outputs.finisher,
-    )
+    distributed.on_main(run.world, lambda: export_run(run.folder / name, run.inputs, run.state, outputs.finisher))
 
 
 def save(run: Run, outputs: Outputs) -> None:

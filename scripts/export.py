@@ -22,7 +22,7 @@ from sst2_xlmr.cli import OneLineParser
 from sst2_xlmr.config import EVAL_BATCH_TOKENS
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import predict
-from sst2_xlmr.export.hugging_face import CARD_NAME, export_hugging_face
+from sst2_xlmr.export.hugging_face import CARD_NAME, Description, export_hugging_face
 from sst2_xlmr.export.torchscript import save_torchscript
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import find_encoder, load_tensors
@@ -100,8 +100,10 @@ def write_hugging_face(source: Path, folder: Path, dtype: str, sentences: list[s
     tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
     card = source / CARD_NAME
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    names, longest = encoder.label_names, encoder.max_length
-    export_hugging_face(folder, tensors, encoder.shape, names, longest, encoder.tokenizer_file, text)
+    described = Description(
+        encoder.shape, encoder.label_names, encoder.max_length, encoder.tokenizer_file, encoder.dropouts, text
+    )
+    export_hugging_face(folder, tensors, described)
     return answers(folder, sentences)
 
 

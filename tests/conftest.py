@@ -17,7 +17,7 @@ import torch
 
 import train
 from sst2_xlmr.errors import exit_on_user_error
-from sst2_xlmr.export.hugging_face import export_hugging_face
+from sst2_xlmr.export.hugging_face import Description, export_hugging_face
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
 
@@ -68,7 +68,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2)
     target = folder / "tiny"
-    export_hugging_face(target, dict(model.named_parameters()), shape, ["a", "b"], 64, tokenizer)
+    export_hugging_face(target, dict(model.named_parameters()), Description(shape, ["a", "b"], 64, tokenizer))
     settings = json.loads((target / "config.json").read_text(encoding="utf-8"))
     settings["architectures"] = ["XLMRobertaModel"]
     (target / "config.json").write_text(json.dumps(settings), encoding="utf-8")

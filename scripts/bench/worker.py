@@ -32,7 +32,7 @@ from sst2_xlmr.distributed import World
 from sst2_xlmr.engines.cpu.packed_encoder import rounded_up
 from sst2_xlmr.errors import exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import evaluate
-from sst2_xlmr.export.hugging_face import export_hugging_face
+from sst2_xlmr.export.hugging_face import Description, export_hugging_face
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.compact_vocab import renumbering
@@ -229,7 +229,7 @@ def write_weights(spec: Spec, world: World) -> Callable[..., Answer]:
     """Write an encoder's folder with random weights and the whole vocabulary, for train.py to start from."""
     masters = dict(random_classifier(spec, spec.shape.vocab_size).named_parameters())
     names, length = spec.config.classes, spec.config.max_length
-    export_hugging_face(spec.encoder_folder, masters, spec.shape, names, length, spec.tokenizer_file)
+    export_hugging_face(spec.encoder_folder, masters, Description(spec.shape, names, length, spec.tokenizer_file))
     return lambda epoch, phases: {}
 
 

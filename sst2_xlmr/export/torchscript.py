@@ -28,7 +28,6 @@ class TextClassifier(nn.Module):
     def __init__(self, model: Classifier, tokenizer: Tokenizer, label_names: list[str]) -> None:
         super().__init__()
         example = torch.tensor([[0, 3, 2], [0, 2, PAD_ID]])
-        model.kernels = None  # what they do in C, the plain layers do in torch
         with torch.no_grad():
             self.model = torch.jit.trace(model, example)  # nothing in it depends on the batch but its sizes
         self.tokenizer = tokenizer
@@ -70,7 +69,7 @@ def save_torchscript(model: Classifier, tokenizer: Tokenizer, label_names: list[
     """Write the file.
 
     Args:
-        model: in evaluation mode, fp32 on the CPU, with the whole vocabulary; loses its `kernels`.
+        model: in evaluation mode, fp32 on the CPU, with the whole vocabulary.
 
     Raises:
         OSError: if it cannot be written.

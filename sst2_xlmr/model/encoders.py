@@ -11,7 +11,7 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sst2_xlmr.files import Deferred
 from sst2_xlmr.model.weight_names import Tensors, from_bundle, from_hugging_face
 
 TOKENIZER_NAME = "sentencepiece.bpe.model"
+DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")  # of config.json
 _TABLE_NAMES = [
     "encoder.transformer.token_embedding.weight",
     "roberta.embeddings.word_embeddings.weight",
@@ -62,6 +63,7 @@ class Encoder:
         shape: its sizes.
         weights_file, tokenizer_file: where they lie.
         max_length: longest input in tokens that it was made for, at most shape.positions - 2.
+        dropouts: what a folder's `config.json` says of dropout, under its names there.
         label_names: the classes of the classification head that the folder also holds; None if it holds none.
     """
 
@@ -71,6 +73,7 @@ class Encoder:
     tokenizer_file: Path
     label_names: list[str] | None = None
     max_length: int = 512
+    dropouts: dict[str, Any] = field(default_factory=dict)
 
 
 def find_encoder(name: str, quiet: bool = False) -> Encoder:
@@ -118,7 +121,8 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
     if (folder / "tokenizer_config.json").is_file():
         stated = _read_settings(folder / "tokenizer_config.json").get("model_max_length")
         longest = min(longest, stated) if isinstance(stated, int) and stated > 2 else longest
-    return Encoder(name, shape, folder / file, folder / TOKENIZER_NAME, label_names, longest)
+    dropouts = {key: settings[key] for key in DROPOUT_KEYS if key in settings}
+    return Encoder(name, shape, folder / file, folder / TOKENIZER_NAME, label_names, longest, dropouts)
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -161,11 +165,11 @@ def read_shape(folder: Path) -> EncoderShape:
         "positions": "max_position_embeddings",
     }
     sizes: dict[str, Any] = {}
-    for field, key in keys.items():
-        sizes[field] = settings.get(key)
-        largest = 1_000 if field in ("layers", "heads") else 10_000_000  # a typing error, or made to fill the memory
-        if type(sizes[field]) is not int or not 1 <= sizes[field] <= largest:
-            raise UserError(f"{file}: {key} is {sizes[field]!r}; a number from 1 to {largest:,} is needed")
+    for size, key in keys.items():
+        sizes[size] = settings.get(key)
+        largest = 1_000 if size in ("layers", "heads") else 10_000_000  # a typing error, or made to fill the memory
+        if type(sizes[size]) is not int or not 1 <= sizes[size] <= largest:
+            raise UserError(f"{file}: {key} is {sizes[size]!r}; a number from 1 to {largest:,} is needed")
     if sizes["hidden"] % sizes["heads"]:
         raise UserError(f"{file}: hidden_size {sizes['hidden']} is no multiple of num_attention_heads {sizes['heads']}")
     epsilon = settings.get("layer_norm_eps", 1e-5)

@@ -14,7 +14,7 @@ from conftest import SMALL_ENCODER, needs_small_encoder, train_options
 from running import charted, digests, launcher, logged, started, wait_for, workers
 from safetensors.torch import load_file
 
-from sst2_xlmr.export.hugging_face import export_hugging_face
+from sst2_xlmr.export.hugging_face import Description, export_hugging_face
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
 
@@ -118,7 +118,8 @@ def test_base_shapes_are_saved_and_gone_within_ten_seconds(whole: tuple[Path, Pa
     tensors = dict(model.named_parameters())
     for tensor in tensors.values():
         torch.nn.init.normal_(tensor.data, 0, 0.02)
-    export_hugging_face(encoder, tensors, shape, ["a", "b"], 512, SMALL_ENCODER / "sentencepiece.bpe.model")
+    described = Description(shape, ["a", "b"], 512, SMALL_ENCODER / "sentencepiece.bpe.model")
+    export_hugging_face(encoder, tensors, described)
     assert len(load_file(encoder / "model.safetensors")) > 200
     run, log = tmp_path / "run", tmp_path / "log"
     words = ["--encoder", str(encoder), "--data-dir", str(whole[1]), "--output-dir", str(run), "--device", "cpu"]

@@ -10,7 +10,7 @@ from conftest import SMALL_ENCODER, needs_small_encoder
 from torchtext.models import RobertaModel
 
 from sst2_xlmr.data.rows import SST2_NAMES
-from sst2_xlmr.export.hugging_face import export_hugging_face
+from sst2_xlmr.export.hugging_face import Description, export_hugging_face
 from sst2_xlmr.model.classifier import Classifier, build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 
@@ -45,7 +45,8 @@ def check_against_transformers(folder: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model, encoder = classifier(folder), find_encoder(str(folder))
     masters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    export_hugging_face(tmp_path / "m", masters, encoder.shape, ["no", "yes"], 64, encoder.tokenizer_file)
+    described = Description(encoder.shape, ["no", "yes"], 64, encoder.tokenizer_file)
+    export_hugging_face(tmp_path / "m", masters, described)
     reference = transformers.XLMRobertaForSequenceClassification.from_pretrained(tmp_path / "m").eval()
     assert reference.config.id2label == {0: "no", 1: "yes"}
     batch = tokens(model.shape.vocab_size)

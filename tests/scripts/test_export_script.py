@@ -231,3 +231,10 @@ def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -
     given = Config(data_dir="/data/films", eval_file=["fr=/data/fr.tsv"], test_file=["/data/de.tsv"])
     assert "; from films, fr.tsv, de.tsv." in write_card(given, ["a", "b"], {"train": 5, "fr": 2, "de": 2}, [], 3)
     assert "| `--text-column` | a\\|b |" in card
+
+
+def test_a_model_that_is_exported_again_keeps_its_settings(run_train: Callable[..., Path], tmp_path: Path) -> None:
+    run = run_train(tmp_path / "run", "--dropout", 0.25, "--head-dropout", 0.5, "--max-steps", 1)
+    run_export("--model", run / "model", "--format", "hf", "--output", tmp_path / "again")
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (run / "model", tmp_path / "again"))
+    assert after == before
