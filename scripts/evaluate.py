@@ -20,6 +20,7 @@ from sst2_xlmr import sources
 from sst2_xlmr.accelerate import accelerate
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, named_file
+from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.rows import columns_of
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
 from sst2_xlmr.distributed import World, choose_device, choose_precision
@@ -116,7 +117,7 @@ def main() -> None:
         nargs="+",
         action="extend",
         metavar="[NAME=]FILE",
-        help="labelled rows: .tsv, .csv or .jsonl, perhaps with .gz; may be repeated",
+        help=f"labelled rows: {either(KINDS)}, perhaps with .gz; may be repeated",
     )
     for name in COLUMN_OPTIONS:
         add_option(parser, name)

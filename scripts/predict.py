@@ -26,7 +26,7 @@ from tqdm import tqdm
 from sst2_xlmr.accelerate import accelerate
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, flag
-from sst2_xlmr.data.formats import Fields, decoded_lines, kind_of, new_file, row_writer
+from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, is_table, kind_of, new_file, row_writer
 from sst2_xlmr.data.rows import Example, check_text, columns_of, in_chunks, listed, read_examples
 from sst2_xlmr.distributed import World, choose_device, choose_precision
 from sst2_xlmr.errors import UserError, exit_on_user_error
@@ -47,13 +47,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False, description="Classify texts: label and probability for each, in the order of the texts."
     )
     add_model_options(parser)
-    parser.add_argument(
-        "--input", type=Path, metavar="FILE", help="texts: a .tsv, .csv or .jsonl file, perhaps with .gz"
-    )
+    parser.add_argument("--input", type=Path, metavar="FILE", help=f"texts: a {either(KINDS)} file, perhaps with .gz")
     for name in COLUMN_OPTIONS:
         add_option(parser, name)
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write a .tsv, .csv or .jsonl file, perhaps with .gz, instead"
+        "--output", type=Path, metavar="FILE", help=f"write a {either(KINDS)} file, perhaps with .gz, instead"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace output that is there already")
     parser.add_argument("--all-probabilities", action="store_true", help="also those of the other classes")
@@ -130,10 +128,10 @@ class RowsWriter:
     """
 
     def __init__(self, file: TextIO, path: Path, header: bool, label_names: list[str], all_probabilities: bool) -> None:
-        self.path, self.kind = path, kind_of(path)
+        self.path, self.is_table = path, is_table(path)
         self.label_names, self.all_probabilities = label_names, all_probabilities
-        self.write = row_writer(file, self.kind)
-        self.needs_header = header and self.kind != ".jsonl"
+        self.write = row_writer(file, kind_of(path))
+        self.needs_header = header and self.is_table
         self.first: list[str] = []  # names of the first row's columns
         self.last: list[str] = []  # and of the last one's, followed by those of the new columns
         self.new: list[str] = []
@@ -142,7 +140,7 @@ class RowsWriter:
         names, cells = row.fields.names, row.fields.cells
         if names is not self.last:
             self._name_columns(row)
-        if self.kind != ".jsonl" and names != self.first:
+        if self.is_table and names != self.first:
             cells = [cells[names.index(name)] for name in self.first]
         shown = [probabilities[best], *(probabilities if self.all_probabilities else ())]
         rounded = [round(probability, 6) for probability in shown]
@@ -152,12 +150,12 @@ class RowsWriter:
         """Find names for the new columns of the first row, or, in JSONL, of one with other keys than the last."""
         self.last = names = row.fields.names
         self.first = self.first or names
-        if self.kind == ".jsonl" and len(set(names)) < len(names):
+        if not self.is_table and len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(
                 f"two columns are named {twice!r}, which JSON cannot say; let {self.path} end in .csv or .tsv"
             )
-        if self.kind != ".jsonl" and sorted(names) != sorted(self.first):
+        if self.is_table and sorted(names) != sorted(self.first):
             raise UserError(
                 f"line {row.fields.line} of the input has other keys than the first row; let {self.path} end in .jsonl"
             )

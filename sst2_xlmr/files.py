@@ -169,10 +169,11 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def restore_folder(folder: Path) -> None:
-    """Undo a `replace_folder` that was killed between its renames."""
+    """Undo a `replace_folder` that was killed between its renames, or remove what it had still to remove."""
     aside = _former(folder)
     if aside.is_dir() and not folder.exists():
         aside.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 class Finisher:

@@ -35,7 +35,7 @@ from runs import ROOT, Answer, measure_processes, measure_rates, measure_rows, r
 from sst2_xlmr import sources
 from sst2_xlmr.cli import OneLineParser
 from sst2_xlmr.config import Config, check
-from sst2_xlmr.data.formats import find_split
+from sst2_xlmr.data.formats import find_split, no_split
 from sst2_xlmr.data.rows import SST2_NAMES, Columns
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
 from sst2_xlmr.distributed import choose_device, choose_precision
@@ -171,7 +171,7 @@ def find_files(data_dir: str) -> dict[str, Path]:
     for split in ("train", "dev"):
         file = find_split(Path(data_dir), split)
         if file is None:
-            raise UserError(f"--data-dir {data_dir} has no {split}.tsv, {split}.csv or {split}.jsonl")
+            raise no_split(Path(data_dir), split)
         files[split] = file
     return files
 

@@ -19,7 +19,6 @@ from typing import Any, BinaryIO, Callable, NamedTuple, TextIO
 
 from sst2_xlmr.errors import UserError
 
-KINDS = (".tsv", ".csv", ".jsonl")
 # Longest line in bytes and longest CSV field in characters: a quote that is never closed, or a file without line ends,
 # must not fill the memory.
 LONGEST = 1 << 24
@@ -42,35 +41,10 @@ class Fields(NamedTuple):
     cells: Sequence[Any]
 
 
-def kind_of(path: Path) -> str:
-    """Return .tsv, .csv or .jsonl.
-
-    Raises:
-        UserError: if the name ends otherwise.
-    """
-    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    if plain.suffix.lower() not in KINDS:
-        raise UserError(f"{path}: unknown kind of file; the name must end in .tsv, .csv or .jsonl, perhaps with .gz")
-    return plain.suffix.lower()
-
-
 def plain_name(path: Path) -> str:
     """Return a file's name without what says its kind: `fr` for `data/fr.csv.gz`."""
     name = path.with_suffix("").name if path.suffix.lower() == ".gz" else path.name
     return Path(name).stem
-
-
-def find_split(data_dir: Path, split: str) -> Path | None:
-    """Return the file of `split` ("train", "dev", "test") in a folder, or None.
-
-    Raises:
-        UserError: if there is more than one.
-    """
-    names = [split + kind + packed for kind in KINDS for packed in ("", ".gz")]
-    found = [name for name in names if (data_dir / name).is_file()]
-    if len(found) > 1:
-        raise UserError(f"{data_dir} has {' and '.join(found)}; keep one, or use --{split}-file")
-    return data_dir / found[0] if found else None
 
 
 def shortened(text: str, longest: int = 200) -> str:
@@ -117,10 +91,10 @@ def _row_lines(lines: Lines, path: Path) -> Lines:
             yield number, line
 
 
-def _tsv_rows(lines: Lines, path: Path) -> Rows:
+def _read_tsv(file: BinaryIO, path: Path, header: bool) -> Iterator[Fields]:
     """Split at line ends and tabs only: SST-2 has sentences that start with a quotation mark, which is text."""
-    for number, line in _row_lines(lines, path):
-        yield number, line.split("\t")
+    rows = ((number, line.split("\t")) for number, line in _row_lines(decoded_lines(file, str(path)), path))
+    return _table(rows, path, header, "separate columns with one tab each")
 
 
 def _csv_rows(lines: Lines, path: Path) -> Rows:
@@ -160,9 +134,15 @@ def _table(rows: Rows, path: Path, header: bool, cure: str) -> Iterator[Fields]:
         yield Fields(line, names, cells)
 
 
-def _jsonl_fields(lines: Lines, path: Path) -> Iterator[Fields]:
+def _read_csv(file: BinaryIO, path: Path, header: bool) -> Iterator[Fields]:
+    rows = _csv_rows(decoded_lines(file, str(path)), path)
+    return _table(rows, path, header, 'put text that has a comma between "quotes"')
+
+
+def _read_jsonl(file: BinaryIO, path: Path, header: bool) -> Iterator[Fields]:
+    """One JSON object a line; keys are names, so a header says nothing."""
     names: list[str] = []
-    for number, line in _row_lines(lines, path):
+    for number, line in _row_lines(decoded_lines(file, str(path)), path):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -172,33 +152,6 @@ def _jsonl_fields(lines: Lines, path: Path) -> Iterator[Fields]:
         if list(row) != names:
             names = list(row)
         yield Fields(number, names, list(row.values()))
-
-
-def read_fields(path: Path, header: bool = True) -> Iterator[Fields]:
-    """Yield a file's rows, all columns as they are.
-
-    Args:
-        path: .tsv (rows split at tabs, no quoting), .csv (RFC 4180 quoting) or .jsonl (an object a line), perhaps .gz.
-        header: whether the first line of a .tsv or .csv file names the columns; else their names are 1, 2, ...
-
-    Raises:
-        UserError: naming file, line and cure, for anything that is not as described.
-    """
-    kind = kind_of(path)
-    is_packed = path.suffix.lower() == ".gz"
-    try:
-        with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if is_packed else raw as file:
-            lines = decoded_lines(file, str(path))  # type: ignore[arg-type]
-            if kind == ".jsonl":
-                yield from _jsonl_fields(lines, path)
-            elif kind == ".csv":
-                yield from _table(_csv_rows(lines, path), path, header, 'put text that has a comma between "quotes"')
-            else:
-                yield from _table(_tsv_rows(lines, path), path, header, "separate columns with one tab each")
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise UserError(f"{path} is not a whole gzip file: truncated, damaged, or no gzip; fetch it again") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def cell_text(cell: object) -> str:
@@ -215,19 +168,116 @@ def one_line(text: str) -> str:
     return _BREAKS.sub(" ", text)
 
 
-def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[object]], object]:
-    """Return write(names, cells), which adds a row to a file; TSV and CSV need a first one with the names themselves.
+# Takes a row's column names and cells.
+RowWriter = Callable[[Iterable[str], Iterable[object]], object]
+
+
+def _write_tsv(file: TextIO) -> RowWriter:
+    return lambda _, cells: file.write("\t".join(one_line(cell_text(cell)) for cell in cells) + "\n")
+
+
+def _write_csv(file: TextIO) -> RowWriter:
+    rows = csv.writer(file)  # line ends are RFC 4180's CRLF: with them, a lone CR or LF in a cell is quoted too
+    return lambda _, cells: rows.writerow(map(cell_text, cells))
+
+
+def _write_jsonl(file: TextIO) -> RowWriter:
+    return lambda names, cells: file.write(json.dumps(dict(zip(names, cells)), ensure_ascii=False) + "\n")
+
+
+class Kind(NamedTuple):
+    """A kind of file of rows.
+
+    Attributes:
+        read: takes a file opened for bytes, its path for errors, and whether there is a header; yields its rows.
+        write: takes a file opened for text with newline=""; returns what adds a row to it.
+        is_table: whether all rows have the same columns, in an order that counts, named by a header if there is one.
+    """
+
+    read: Callable[[BinaryIO, Path, bool], Iterator[Fields]]
+    write: Callable[[TextIO], RowWriter]
+    is_table: bool
+
+
+# All that is known of a kind of file; to add one, add it here (and to the help of --data-dir).
+KINDS = {
+    ".tsv": Kind(_read_tsv, _write_tsv, is_table=True),
+    ".csv": Kind(_read_csv, _write_csv, is_table=True),
+    ".jsonl": Kind(_read_jsonl, _write_jsonl, is_table=False),
+}
+
+
+def kind_of(path: Path) -> str:
+    """Return what a file's name says of its kind, a key of KINDS.
+
+    Raises:
+        UserError: if the name ends otherwise.
+    """
+    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    if plain.suffix.lower() not in KINDS:
+        raise UserError(f"{path}: unknown kind of file; the name must end in {either(KINDS)}, perhaps with .gz")
+    return plain.suffix.lower()
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file's columns have an order, and the same names in every row."""
+    return KINDS[kind_of(path)].is_table
+
+
+def either(names: Iterable[str]) -> str:
+    """Return `a, b or c`."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def find_split(data_dir: Path, split: str) -> Path | None:
+    """Return the file of `split` ("train", "dev", "test") in a folder, or None.
+
+    Raises:
+        UserError: if there is more than one.
+    """
+    names = [split + kind + packed for kind in KINDS for packed in ("", ".gz")]
+    present = [name for name in names if (data_dir / name).is_file()]
+    if len(present) > 1:
+        raise UserError(f"{data_dir} has {' and '.join(present)}; keep one, or use --{split}-file")
+    return data_dir / present[0] if present else None
+
+
+def no_split(data_dir: Path, split: str) -> UserError:
+    """Return the error of a folder without a file of `split`."""
+    names = either(split + kind for kind in KINDS)
+    return UserError(f"{data_dir} has no {names}, also none with .gz; name the file with --{split}-file")
+
+
+def read_fields(path: Path, header: bool = True) -> Iterator[Fields]:
+    """Yield a file's rows, all columns as they are.
+
+    Args:
+        path: .tsv (rows split at tabs, no quoting), .csv (RFC 4180 quoting) or .jsonl (an object a line), perhaps .gz.
+        header: whether the first line of a .tsv or .csv file names the columns; else their names are 1, 2, ...
+
+    Raises:
+        UserError: naming file, line and cure, for anything that is not as described.
+    """
+    kind = KINDS[kind_of(path)]
+    is_packed = path.suffix.lower() == ".gz"
+    try:
+        with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if is_packed else raw as file:
+            yield from kind.read(file, path, header)  # type: ignore[arg-type]
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise UserError(f"{path} is not a whole gzip file: truncated, damaged, or no gzip; fetch it again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def row_writer(file: TextIO, kind: str) -> RowWriter:
+    """Return write(names, cells), which adds a row to a file; a table needs a first one with the names themselves.
 
     Args:
         file: opened with newline="".
-        kind: .tsv, where tabs and line ends in cells become spaces, .csv or .jsonl.
+        kind: a key of KINDS; in .tsv, tabs and line ends in cells become spaces.
     """
-    if kind == ".jsonl":
-        return lambda names, cells: file.write(json.dumps(dict(zip(names, cells)), ensure_ascii=False) + "\n")
-    if kind == ".csv":
-        rows = csv.writer(file)  # line ends are RFC 4180's CRLF: with them, a lone CR or LF in a cell is quoted too
-        return lambda _, cells: rows.writerow(map(cell_text, cells))
-    return lambda _, cells: file.write("\t".join(one_line(cell_text(cell)) for cell in cells) + "\n")
+    return KINDS[kind].write(file)
 
 
 @contextlib.contextmanager

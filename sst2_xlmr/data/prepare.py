@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sst2_xlmr import sources
 from sst2_xlmr.config import Config, check, named_file
-from sst2_xlmr.data.formats import find_split, plain_name
+from sst2_xlmr.data.formats import find_split, no_split, plain_name
 from sst2_xlmr.data.rows import columns_of, has_labels, read_rows
 from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
 from sst2_xlmr.errors import UserError
@@ -43,10 +43,8 @@ def find_files(config: Config, quiet: bool) -> dict[str, Path]:
     for split, given in (("train", config.train_file), ("dev", config.dev_file)):
         file = Path(given) if given else find_split(folder, split) if folder else None
         if file is None:
-            raise UserError(
-                f"{folder} has no {split}.tsv, {split}.csv or {split}.jsonl, also none with .gz; name the file with"
-                f" --{split}-file"
-            )
+            assert folder is not None  # a file for both splits, or a folder, is given: see config.check
+            raise no_split(folder, split)
         files[split] = file
     files.update(map(named_file, config.eval_file))
     tests = [Path(file) for file in config.test_file]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from sst2_xlmr.config import MAX_CLASSES, Config
-from sst2_xlmr.data.formats import Fields, kind_of, read_fields, shortened
+from sst2_xlmr.data.formats import Fields, is_table, read_fields, shortened
 from sst2_xlmr.errors import UserError
 
 SST2_NAMES = ["negative", "positive"]
@@ -79,16 +79,15 @@ class _Column(NamedTuple):
         Raises:
             UserError: if it is not there, or twice.
         """
-        is_table = kind_of(path) != ".jsonl"  # the order of an object's keys means nothing
         for name in self.names:
             if fields.names.count(name) > 1:
                 raise UserError(f"{path}: two columns are named {name!r}; give {self.option} a number, from 1")
             if name in fields.names:
                 return fields.names.index(name)
         number = self.names[0]
-        if re.fullmatch("[1-9][0-9]{0,5}", number) and is_table and int(number) <= len(fields.names):
+        if re.fullmatch("[1-9][0-9]{0,5}", number) and is_table(path) and int(number) <= len(fields.names):
             return int(number) - 1
-        headless = ", or say --no-header if the first line is a row already" if is_table and header else ""
+        headless = ", or say --no-header if the first line is a row already" if is_table(path) and header else ""
         raise UserError(
             f"{path}, line {fields.line}: no column {' or '.join(map(repr, self.names))} among"
             f" {shortened(', '.join(fields.names))}; name it with {self.option}{headless}"

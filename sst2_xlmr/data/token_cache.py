@@ -72,19 +72,19 @@ def tokenize_file(
 ) -> TokenCache:
     """Return the token cache of a file, made at the first call and found by its content later.
 
+    All parameters but the last two are what the result depends on, and so the cache key.
+
     Args:
         label_names: of the classes 0, 1, ...
         max_length: longest input in tokens.
         load: loads the tokenizer, if the file has no cache yet; one that remembers it serves several files faster.
 
     Raises:
-        UserError: for a bad row (see `data.read_rows`) or a cache folder that cannot be written.
+        UserError: for a bad row (see `rows.read_rows`), a file that changes while it is read, or a cache folder that
+            cannot be written.
     """
-    try:
-        digest, tokenizer_digest = digest_of(path), digest_of(tokenizer_file)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
-    folder = cache_dir / _name_of(digest, path, columns, tokenizer_digest, max_length, label_names)
+    digest, tokenizer_digest = _digest_of(path), _digest_of(tokenizer_file)
+    folder = cache_dir / _cache_key(digest, path, columns, tokenizer_digest, max_length, label_names)
     try:
         return _open_cache(folder, digest)
     except (OSError, ValueError, KeyError, TypeError):
@@ -92,17 +92,18 @@ def tokenize_file(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-            beside = Path(scratch, "tokens")
-            beside.mkdir()
-            _write_cache(beside, path, load(tokenizer_file, max_length), columns, label_names)
+            unfinished = Path(scratch, "tokens")
+            unfinished.mkdir()
+            _write_cache(unfinished, path, load(tokenizer_file, max_length), columns, label_names)
+            _check_unchanged(path, digest)
             try:
-                beside.rename(folder)
+                unfinished.rename(folder)
             except OSError:  # another process was faster, or what is there is damaged
                 try:
                     return _open_cache(folder, digest)
                 except (OSError, ValueError, KeyError, TypeError):
                     shutil.rmtree(folder, ignore_errors=True)
-                    beside.rename(folder)
+                    unfinished.rename(folder)
     except OSError as error:
         raise _cannot_write(cache_dir, error) from None
     return _open_cache(folder, digest)
@@ -114,30 +115,45 @@ def label_names_of(path: Path, columns: Columns, cache_dir: Path) -> list[str]:
     Raises:
         UserError: see `data.find_label_names`; or for a cache folder that cannot be written.
     """
-    try:
-        digest = digest_of(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    file = cache_dir / (_name_of(digest, path, columns) + ".labels.json")
+    digest = _digest_of(path)
+    file = cache_dir / (_cache_key(digest, path, columns) + ".labels.json")
     try:
         names: list[str] = json.loads(file.read_text(encoding="utf-8"))["label_names"]
         return names
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or damaged: made anew
     names = find_label_names(path, columns)
+    _check_unchanged(path, digest)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-            beside = Path(scratch, "labels")
-            beside.write_text(json.dumps({"label_names": names}), encoding="utf-8")
-            beside.replace(file)
+            unfinished = Path(scratch, "labels")
+            unfinished.write_text(json.dumps({"label_names": names}), encoding="utf-8")
+            unfinished.replace(file)
     except OSError as error:
         raise _cannot_write(cache_dir, error) from None
     return names
 
 
-def _name_of(digest: str, path: Path, columns: Columns, *further: object) -> str:
-    """Return a name that nothing else has which is made of another file, or in another way."""
+def _digest_of(path: Path) -> str:
+    try:
+        return digest_of(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _check_unchanged(path: Path, digest: str) -> None:
+    """Check that a file that has been read is still the one that its digest was taken of.
+
+    Raises:
+        UserError: if not; what was read must not be found under that digest later.
+    """
+    if _digest_of(path) != digest:
+        raise UserError(f"{path} has changed while it was read; start again once it is written whole")
+
+
+def _cache_key(digest: str, path: Path, columns: Columns, *further: object) -> str:
+    """Return the cache key of what is made of a file with this digest; `further` is what else it depends on."""
     recipe = [CACHE_FORMAT, digest, kind_of(path), dataclasses.astuple(columns), further]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
 

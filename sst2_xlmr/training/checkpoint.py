@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from sst2_xlmr.config import Config
 from sst2_xlmr.distributed import World, gather_objects, on_main
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import Finisher, Storable, digest_of, disk_errors, sync_files, sync_folder, write_tensors
+from sst2_xlmr.files import Finisher, Storable, digest_of, disk_errors, replace_folder, sync_files, write_tensors
 from sst2_xlmr.model.compact_vocab import TABLE_NAME
 from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.training.progress import Progress, Totals, Window
@@ -122,9 +122,7 @@ def _finish(beside: Path, target: Path) -> None:
     files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(beside.iterdir())}
     (beside / "manifest.json").write_text(_manifest(files), encoding="utf-8")
     sync_files(beside)
-    shutil.rmtree(target, ignore_errors=True)
-    beside.rename(target)
-    sync_folder(target.parent)
+    replace_folder(beside, target)
 
 
 def _remove_old(folder: Path, keep: int) -> None:

@@ -79,8 +79,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def clean_up(run_folder: Path) -> None:
     """Remove what a killed process left half-written, and finish what it was replacing; the folder must be claimed."""
-    for name in ("best", "model"):
-        restore_folder(run_folder / name)
+    replaced = [checkpoint.with_suffix("") for checkpoint in run_folder.glob("checkpoints/*.old")]
+    for folder in (run_folder / "best", run_folder / "model", *replaced):
+        restore_folder(folder)
     for half in [*run_folder.glob("checkpoints/*.tmp"), *run_folder.glob("*.tmp")]:
         if half.is_dir() and not half.is_symlink():
             shutil.rmtree(half, ignore_errors=True)

@@ -164,3 +164,12 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="cannot write /dev/full"), new_file(Path("/dev/full/x.tsv")):
         pass
+
+
+def test_an_unknown_kind_is_neither_read_nor_written(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_text("sentence\tlabel\nfine\t1\n")
+    with pytest.raises(UserError, match="must end in .tsv, .csv or .jsonl, perhaps with .gz"):
+        next(read_fields(path))
+    with path.open("w") as file, pytest.raises(KeyError):
+        row_writer(file, ".parquet")

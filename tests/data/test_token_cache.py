@@ -146,3 +146,34 @@ def test_a_cache_that_cannot_be_written_is_named(tiny_encoder: Path, tmp_path: P
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="SST2_XLMR_CACHE"):
         tokenize_sample(tiny_encoder, tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("what", ["rows", "label names"])
+def test_a_file_that_changes_while_it_is_read_is_not_cached(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """What is found under a digest later is what has that digest."""
+    file, cache_dir = tmp_path / "rows.tsv", tmp_path / "cache"
+    before, after = "sentence\tlabel\nfine\tyes\nbad\tno\n", "sentence\tlabel\nsplendid\tgood\nbad\tno\n"
+    file.write_text(before)
+    real_digest = token_cache.digest_of
+
+    def changed_afterwards(path: Path) -> str:
+        digest = real_digest(path)
+        if path == file:
+            file.write_text(after)
+        return digest
+
+    def read() -> object:
+        if what == "label names":
+            return token_cache.label_names_of(file, Columns(), cache_dir)
+        tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
+        names = ["no", "yes", "good"]
+        return tokenize_file(file, tokenizer_file, Columns(), names, 20, cache_dir).labels.tolist()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(token_cache, "digest_of", changed_afterwards)
+        with pytest.raises(UserError, match="has changed while it was read"):
+            read()
+    file.write_text(before)
+    assert read() == (["no", "yes"] if what == "label names" else [1, 0])

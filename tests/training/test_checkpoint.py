@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +27,7 @@ from sst2_xlmr.training.checkpoint import (
 )
 from sst2_xlmr.training.optimizer import AdamW, Groups
 from sst2_xlmr.training.progress import Progress, Totals, Window
+from sst2_xlmr.training.run_folder import clean_up
 
 ALONE = World.alone(torch.device("cpu"))
 IDS = torch.arange(50)
@@ -169,3 +174,32 @@ def test_manifest_names_size_and_digest(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "step-00000001" / "manifest.json").read_text())
     assert set(manifest) == {f.name for f in (tmp_path / "step-00000001").iterdir()} - {"manifest.json"}
     assert all(len(facts["sha256"]) == 64 and facts["bytes"] > 0 for facts in manifest.values())
+
+
+@pytest.mark.parametrize("calls", range(8))
+def test_a_kill_while_the_same_step_is_replaced_leaves_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """After any number of renames and removals; the next start brings back what was set aside."""
+    folder = tmp_path / "checkpoints"
+    save(folder, 1)
+    save(folder, 2)
+    left = calls
+
+    def killed_after(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise SystemExit
+            return real(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patched, contextlib.suppress(SystemExit):
+        patched.setattr(Path, "rename", killed_after(Path.rename))
+        patched.setattr(shutil, "rmtree", killed_after(shutil.rmtree))
+        save(folder, 2, seed=5)
+    clean_up(tmp_path)
+    assert find_checkpoint(folder, pytest.fail) == folder / "step-00000002"
+    assert sorted(entry.name for entry in folder.iterdir()) == ["step-00000001", "step-00000002"]
