@@ -138,7 +138,7 @@ def torchrun(processes: int, options: list[str], nodes: bool = False) -> subproc
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--nnodes=1"]
-    launcher += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    launcher += ["--master_addr=127.0.0.1", f"--master_port={port}", "--monitor_interval=0.1"]
     program = [str(ROOT / "train.py"), *options]
     if nodes:
         program = ["--no-python", "env", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1", sys.executable, *program]

@@ -32,6 +32,7 @@ def launcher(processes: int, *options: str) -> list[str]:
     if processes == 1:
         return [sys.executable]
     static = ["--nnodes=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    static += ["--monitor_interval=0.1"]  # torchrun looks every 5 s whether its processes have ended
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *static, *options]
 
 

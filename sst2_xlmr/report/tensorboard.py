@@ -23,7 +23,6 @@ from sst2_xlmr.errors import UserError
 from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.evaluation.metrics import share_below
 from sst2_xlmr.files import digest_of
-from sst2_xlmr.report.pictures import confusion_picture, table_picture
 
 EVENTS_PREFIX = "events.out.tfevents."  # SummaryWriter's
 MISTAKES = 50
@@ -188,6 +187,8 @@ def draw_evaluation(
         found: with probabilities.
         cache: of the evaluated file.
     """
+    from sst2_xlmr.report.pictures import confusion_picture  # loads matplotlib
+
     assert found.probabilities is not None
     names = config.classes
     title = f"{split}{_at(step)}: accuracy {found.metrics['accuracy']:.4f}, {len(cache):,} rows"
@@ -206,6 +207,8 @@ def draw_table(writer: SummaryWriter, step: int, found: dict[str, dict[str, Any]
     Args:
         found: metrics by the files' names.
     """
+    from sst2_xlmr.report.pictures import table_picture  # loads matplotlib
+
     picture = table_picture(found, f"accuracy by file{_at(step)}")
     writer.add_image(TABLE_TAG, picture, step, dataformats="HWC")
 

@@ -71,7 +71,7 @@ def test_signal_during_evaluation_does_not_wait_for_its_end(
     data, run, log = tmp_path / "data", tmp_path / "run", tmp_path / "log"
     shutil.copytree(whole[1], data)
     lines = (data / "dev.tsv").read_text().splitlines()
-    (data / "dev.tsv").write_text("\n".join([lines[0], *lines[1:] * 2000]) + "\n")
+    (data / "dev.tsv").write_text("\n".join([lines[0], *lines[1:] * 300]) + "\n")
     words = options(tiny_encoder, data, run, "--max-steps", 8, "--eval-batch-tokens", 100, "--eval-every", 0)
     with started([*launcher(1), "train.py", *words], log) as process:
         wait_for(log, "step      8/8", process)
