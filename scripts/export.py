@@ -25,7 +25,8 @@ from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.hugging_face import CARD_NAME, Description, export_hugging_face
 from sst2_xlmr.export.torchscript import save_torchscript
 from sst2_xlmr.model.classifier import load_classifier
-from sst2_xlmr.model.encoders import find_encoder, load_tensors
+from sst2_xlmr.model.encoders import find_encoder
+from sst2_xlmr.model.weights import load_tensors
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -284,7 +284,7 @@ def import_sentencepiece() -> tuple[ModuleType, ModuleType]:
     except Exception as error:  # protobuf has exceptions of its own for a version that does not fit
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"cannot import sentencepiece and protobuf ({reason}): pip install 'sst2-xlmr[small-encoder]'"
+            f"cannot import sentencepiece and protobuf ({reason}): pip install sentencepiece protobuf"
         ) from error
 
 

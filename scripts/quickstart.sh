@@ -12,7 +12,7 @@ if [ -e "$run" ]; then
     echo "error: $run is there already; name another folder: scripts/quickstart.sh runs/second" >&2
     exit 2
 fi
-scripts/setup.sh small-encoder
+scripts/setup.sh
 .venv/bin/python scripts/fetch_small_encoder.py models/small
 .venv/bin/python train.py --device cpu --encoder models/small --data-dir sample_data \
     --test-file sample_data/test.*.tsv --batch-size 16 --lr 6e-5 --epochs 5 --layerwise-lr-decay 0.9 --dropout 0.2 --output-dir "$run"

@@ -14,8 +14,9 @@ from sst2_xlmr.export.model_card import last_evaluations, write_card
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.files import Finisher, Storable, disk_errors, replace_folder, sync_files, write_tensors
 from sst2_xlmr.model.compact_vocab import TABLE_NAME, expand_table
-from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderShape, pretrained_table
+from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderShape
 from sst2_xlmr.model.weight_names import to_hugging_face
+from sst2_xlmr.model.weights import pretrained_table
 from sst2_xlmr.training.checkpoint import RunState
 
 CARD_NAME = "README.md"

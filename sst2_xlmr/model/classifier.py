@@ -12,8 +12,9 @@ from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, Robe
 
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.model.compact_vocab import TABLE_NAME
-from sst2_xlmr.model.encoders import Encoder, EncoderShape, check_fit, find_encoder, load_tensors
+from sst2_xlmr.model.encoders import Encoder, EncoderShape, find_encoder
 from sst2_xlmr.model.tokenizer import PAD_ID, Tokenizer, load_tokenizer
+from sst2_xlmr.model.weights import check_fit, load_tensors
 
 
 class Classifier(RobertaModel):

@@ -5,36 +5,16 @@ Both end as tensors under the names of torchtext's `RobertaModel` (see weight_na
 
 from __future__ import annotations
 
-import contextlib
 import json
-import struct
-import tarfile
-import zipfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
 from sst2_xlmr import sources
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import Deferred
-from sst2_xlmr.model.weight_names import Tensors, from_bundle, from_hugging_face
 
 TOKENIZER_NAME = "sentencepiece.bpe.model"
 DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")  # of config.json
-_TABLE_NAMES = [
-    "encoder.transformer.token_embedding.weight",
-    "roberta.embeddings.word_embeddings.weight",
-    "embeddings.word_embeddings.weight",
-]
-_ROWS_AT_ONCE = 512
-_MAPPED_BYTES = 1 << 26
-_FAULT_BYTES = 1 << 16  # what Linux maps around a byte that is touched
 
 
 @dataclass(frozen=True)
@@ -176,151 +156,3 @@ def read_shape(folder: Path) -> EncoderShape:
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise UserError(f"{file}: layer_norm_eps is {epsilon!r}; a number between 0 and 1 is needed")
     return EncoderShape(**sizes, layer_norm_eps=epsilon)
-
-
-@contextlib.contextmanager
-def _reading_errors(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"cannot read weights from {file}: it is not there any more; put it back") from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read weights from {file}: {reason}; the file is damaged, fetch it again") from None
-    except Exception as error:  # weights_only raises pickle's errors for anything that is not plain tensors
-        if "UnpicklingError" not in type(error).__name__:
-            raise
-        raise UserError(f"{file} holds more than tensors, or is damaged; convert it to model.safetensors") from None
-
-
-def _is_plain_zip(file: Path) -> bool:
-    """Whether a file that torch.save has written is a zip; if not, it is a bare pickle.
-
-    Raises:
-        UserError: for what torch.load reads by other ways than the one that `weights_only` guards: tar files
-            (CVE-2025-32434; torch 2.6 refuses them too) and TorchScript.
-    """
-    with file.open("rb") as opened:
-        is_zip = opened.read(4) == b"PK\x03\x04"  # torch's own test
-    if is_zip:
-        with zipfile.ZipFile(file) as zipped:
-            unsafe = any(name.rsplit("/", 1)[-1] == "constants.pkl" for name in zipped.namelist())
-    else:
-        unsafe = tarfile.is_tarfile(file)
-    if unsafe:
-        raise UserError(f"{file} is TorchScript or a tar file, which may run code; convert it to model.safetensors")
-    return is_zip
-
-
-class _Weights(Mapping[str, torch.Tensor]):
-    """A file's floating-point tensors, each read when it is asked for, as fp32.
-
-    The file is mapped into memory, where what has been read counts as the process's until the mapping goes; so it is
-    mapped anew from time to time. Tensors are copied, because the mapping would change with the file. Only torch's
-    old format, a bare pickle, cannot be mapped and is read whole.
-    """
-
-    def __init__(self, file: Path, kept_ids: np.ndarray | None = None) -> None:
-        self._file, self._kept_ids = file, kept_ids
-        self._is_mapped = file.suffix == ".safetensors" or _is_plain_zip(file)
-        self._map()
-
-    def _map(self) -> None:
-        if self._file.suffix == ".safetensors":
-            raw = load_file(self._file)
-        else:
-            raw = torch.load(self._file, map_location="cpu", weights_only=True, mmap=self._is_mapped)
-            if not isinstance(raw, dict):
-                raise UserError(f"{self._file} holds no tensors by name; save a model's state_dict()")
-        self.raw = {
-            name: tensor
-            for name, tensor in raw.items()
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-        }
-        self._read_bytes = 0
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self.raw))  # the names alone, or the mapping would stay as long as the iterator
-
-    def __len__(self) -> int:
-        return len(self.raw)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.raw  # Mapping's own would read the tensor
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if self._kept_ids is None or name not in _TABLE_NAMES:
-            return self.read(name, ...)
-        return torch.cat([self.read(name, ids) for ids in torch.from_numpy(self._kept_ids).split(_ROWS_AT_ONCE)])
-
-    def read(self, name: str, rows: Any) -> torch.Tensor:
-        """Return the part of a tensor that the index `rows` selects."""
-        result = self.raw[name][rows].to(torch.float32, copy=self._is_mapped)
-        scattered = len(rows) * _FAULT_BYTES if isinstance(rows, torch.Tensor) else 0
-        self._read_bytes += max(result.nbytes, scattered)
-        if self._is_mapped and self._read_bytes > _MAPPED_BYTES:
-            self._map()
-        return result
-
-
-def load_tensors(encoder: Encoder, kept_ids: np.ndarray | None = None) -> Tensors:
-    """Read an encoder's weights; returns fp32 tensors under torchtext's names, with `head.*` where it has a head.
-
-    Args:
-        kept_ids: int64 [rows], the rows of the embedding table to read (see compact_vocab); None for all.
-
-    Raises:
-        UserError: if the file cannot be read as weights, or its table has not as many rows as is configured.
-    """
-    file = encoder.weights_file
-    with _reading_errors(file):
-        raw = _Weights(file, kept_ids)
-        if kept_ids is not None:
-            _find_table(encoder, raw)
-        return from_bundle(raw) if encoder.name in BUNDLE_SHAPES else from_hugging_face(raw)
-
-
-def pretrained_table(encoder: Encoder) -> Deferred:
-    """Return the encoder's embedding table, fp32 [vocab_size, hidden], which is read some rows at a time.
-
-    Raises:
-        UserError: if the file cannot be read as weights, or has no such table.
-    """
-    file = encoder.weights_file
-    with _reading_errors(file):
-        raw = _Weights(file)
-        name = _find_table(encoder, raw)
-
-    def rows(start: int, stop: int) -> torch.Tensor:
-        with _reading_errors(file):
-            return raw.read(name, slice(start, stop))
-
-    return Deferred((encoder.shape.vocab_size, encoder.shape.hidden), torch.float32, rows)
-
-
-def _find_table(encoder: Encoder, raw: _Weights) -> str:
-    """Return the embedding table's name in the file, after a check of its shape."""
-    name = next((name for name in _TABLE_NAMES if name in raw), "")
-    expected = torch.Size((encoder.shape.vocab_size, encoder.shape.hidden))
-    check_fit({_TABLE_NAMES[0]: raw.raw[name]} if name else {}, {_TABLE_NAMES[0]: expected}, encoder.weights_file)
-    return name
-
-
-def check_fit(tensors: Tensors, expected: dict[str, torch.Size], file: Path) -> None:
-    """Check that the encoder's tensors are those that its configuration asks for.
-
-    Raises:
-        UserError: naming the first tensor that is missing, superfluous or of another shape, and how many there are.
-    """
-    problems = []
-    for name, shape in expected.items():
-        if name not in tensors:
-            problems.append(f"{name} {list(shape)} is missing")
-        elif tensors[name].shape != shape:
-            problems.append(f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}")
-    problems += [
-        f"{n} is not in the configured model" for n in tensors if n.startswith("encoder.") and n not in expected
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{file} does not fit its configuration: {problems[0]}{more}; check config.json beside it")

@@ -17,18 +17,12 @@ from sst2_xlmr import sources
 from sst2_xlmr.data.rows import SST2_NAMES
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import write_tensors
-from sst2_xlmr.model import encoders
+from sst2_xlmr.model import weights
 from sst2_xlmr.model.classifier import Classifier, build_classifier
 from sst2_xlmr.model.compact_vocab import TABLE_NAME
-from sst2_xlmr.model.encoders import (
-    BUNDLE_SHAPES,
-    Encoder,
-    EncoderShape,
-    find_encoder,
-    load_tensors,
-    pretrained_table,
-)
+from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder
 from sst2_xlmr.model.weight_names import from_hugging_face, to_hugging_face
+from sst2_xlmr.model.weights import load_tensors, pretrained_table
 
 SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
 
@@ -82,8 +76,8 @@ def test_parts_of_the_table_are_those_of_the_whole(folder: Path, kind: str, monk
         weights = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
         torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "zip")
-    monkeypatch.setattr(encoders, "_MAPPED_BYTES", 1000)  # so that the file is mapped many times
-    monkeypatch.setattr(encoders, "_ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(weights, "_MAPPED_BYTES", 1000)  # so that the file is mapped many times
+    monkeypatch.setattr(weights, "_ROWS_AT_ONCE", 3)
     encoder = find_encoder(str(folder))
     whole = load_tensors(encoder)
     kept_ids = np.array([0, 1, 2, 3, 9, 40, encoder.shape.vocab_size - 1])
@@ -108,13 +102,13 @@ def test_weights_do_not_change_with_their_file(folder: Path) -> None:
 
 def test_the_table_is_not_read_before_its_rows_are_wanted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, Any]] = []
-    read = encoders._Weights.read
+    read = weights._Weights.read
 
-    def noted(self: encoders._Weights, name: str, rows: Any) -> torch.Tensor:
+    def noted(self: weights._Weights, name: str, rows: Any) -> torch.Tensor:
         asked.append((name, rows))
         return read(self, name, rows)
 
-    monkeypatch.setattr(encoders._Weights, "read", noted)
+    monkeypatch.setattr(weights._Weights, "read", noted)
     table = pretrained_table(find_encoder(str(folder)))
     assert asked == []
     table.rows(3, 5)
