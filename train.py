@@ -40,22 +40,9 @@ from sst2_xlmr.files import Finisher, digest_of
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import Classifier, build_classifier
 from sst2_xlmr.model.compact_vocab import renumbering, used_ids
-from sst2_xlmr.report.header import header_lines
-from sst2_xlmr.report.report import (
-    Report,
-    advance,
-    log_end,
-    log_evaluation,
-    log_save,
-    log_training,
-    open_report,
-    say,
-    say_evaluation,
-    silent_report,
-    splits_during,
-    sync_report,
-)
-from sst2_xlmr.report.tensorboard import make_event_folder
+from sst2_xlmr.report.event_folder import claim_event_folder
+from sst2_xlmr.report.header import Header
+from sst2_xlmr.report.report import Report, SilentReport, open_report, splits_during
 from sst2_xlmr.training.checkpoint import (
     Progress,
     find_checkpoint,
@@ -166,24 +153,25 @@ def forward_and_backward(
 
 def evaluate_splits(
     splits: list[str],
-    draws: bool,
+    keep_probabilities: bool,
     model: Classifier,
     caches: dict[str, TokenCache],
-    report: Report,
+    config: Config,
+    report: Report | SilentReport,
     step: int,
     world: World,
     stop: StopRequest,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate on some files, and report what comes out, with pictures if `draws`; returns metrics by split.
+    """Evaluate on some files, and report what comes out, with pictures if `keep_probabilities`; returns the metrics.
 
     Raises:
         Interrupted: if a signal came before the last was done.
     """
     metrics = {}
     for split in splits:
-        found = evaluate(model, caches[split], report.config.eval_batch_tokens, world, draws, stop.is_agreed)
-        log_evaluation(report, step, split, found, caches[split])
-        metrics[split] = found.metrics
+        evaluation = evaluate(model, caches[split], config.eval_batch_tokens, world, keep_probabilities, stop.is_agreed)
+        report.log_evaluation(step, split, evaluation, caches[split])
+        metrics[split] = evaluation.metrics
     return metrics
 
 
@@ -195,7 +183,6 @@ def train(config: Config, resume: bool, world: World) -> None:
     output_dir = distributed.from_main(world, config.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
     config = dataclasses.replace(config, precision=precision, output_dir=output_dir)
     run_folder = Path(output_dir)
-    tensorboard_dir = Path(config.tensorboard_dir or run_folder / "tensorboard")
     checkpoints = run_folder / "checkpoints"
     config, encoder, files, caches = distributed.once_per_node(world, lambda: prepare(config, world.local_rank != 0))
     digests = distributed.gather_objects(world, {split: cache.digest for split, cache in caches.items()})
@@ -235,8 +222,11 @@ def train(config: Config, resume: bool, world: World) -> None:
     encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
 
     def claim_folders() -> IO[str]:
-        make_event_folder(tensorboard_dir, is_new=not resume)
-        return claim(run_folder)
+        claim_event_folder(config, resume)
+        lock = claim(run_folder)
+        if not resume:
+            write_config(run_folder, config, is_new=True)
+        return lock
 
     lock = distributed.on_main(world, claim_folders)
     progress = Progress(caches["train"].digest, encoder_digest)
@@ -255,34 +245,43 @@ def train(config: Config, resume: bool, world: World) -> None:
     at_end = [split for split in files if split not in ("train", *during)]
 
     def open_outputs() -> Report:
-        write_config(run_folder, config, resume)
+        if resume:
+            write_config(run_folder, config, is_new=False)
         clean_up(run_folder)
         evaluated = {split: files[split] for split in (*during, *at_end)}
         again = at_end + (during if progress.evaluation_due else [])
-        return open_report(run_folder, tensorboard_dir, config, evaluated, progress.step, total_steps, again)
+        return open_report(config, evaluated, progress.step, total_steps, again)
 
-    report = distributed.on_main(world, open_outputs) or silent_report(config)
-    compiled = kernels is not None or compiles
-    for line in header_lines(
-        config, encoder, optimizer, len(kept_ids), head_is_new, caches, total_steps, world, compiled
-    ):
-        say(report, line)
+    report = distributed.on_main(world, open_outputs) or SilentReport()
+    header = Header(
+        config=config,
+        encoder=encoder,
+        optimizer=optimizer,
+        caches=caches,
+        world=world,
+        table_rows=len(kept_ids),
+        has_new_head=head_is_new,
+        total_steps=total_steps,
+        is_compiled=kernels is not None or compiles,
+    )
+    for line in header.lines():
+        report.say(line)
     if resume:
-        say(report, f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
+        report.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
 
     with Finisher() as finisher, StopRequest(world) as stop, contextlib.closing(report):
 
         def evaluate_on_dev() -> bool:
             """Evaluate, keep the model if it is the best; returns False if a signal came in between."""
             ends = progress.batch == 0 or progress.step == total_steps
-            draws = ends or progress.stale_evaluations + 1 == config.early_stopping_patience
+            keeps = ends or progress.stale_evaluations + 1 == config.early_stopping_patience
             try:
-                found = evaluate_splits(during, draws, classifier, caches, report, progress.step, world, stop)
+                found = evaluate_splits(during, keeps, classifier, caches, config, report, progress.step, world, stop)
             except Interrupted:
                 return False
             accuracy = found["dev"]["accuracy"]
             is_best = accuracy > progress.best_accuracy
-            say_evaluation(report, progress.step, found, is_best)
+            report.say_evaluation(progress.step, found, is_best)
             if is_best:
                 try:
                     export_to("best")
@@ -300,9 +299,9 @@ def train(config: Config, resume: bool, world: World) -> None:
 
         def save() -> None:
             progress.world_size, progress.table_decay = world.world_size, optimizer.table_decay
-            distributed.on_main(world, lambda: sync_report(report))
+            distributed.on_main(world, report.sync)
             saved = save_checkpoint(checkpoints, progress, optimizer, vocabulary, config, world, finisher)
-            log_save(report, progress.step, saved)
+            report.log_checkpoint(progress.step, saved)
 
         # 4. The loop. On CUDA, reading the norm at every step would keep the GPU waiting.
         watches_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
@@ -328,7 +327,7 @@ def train(config: Config, resume: bool, world: World) -> None:
                     if progress.skipped_in_row > config.skip_nonfinite:
                         batch = next(sampler.global_batches(progress.batch - 1))
                         raise not_finite(progress.step, batch, progress.skipped_in_row)
-                    say(report, f"step {progress.step:>6}  gradient is not finite: batch passed over")
+                    report.say(f"step {progress.step:>6}  gradient is not finite: batch passed over")
                     optimizer.clear_gradients()
                 else:
                     progress.skipped_in_row = 0
@@ -337,7 +336,7 @@ def train(config: Config, resume: bool, world: World) -> None:
                     loss_sum += share_loss
                     rows += sum(len(batch.labels) * batch.weight for batch in share.micro_batches)
                     tokens += sum(batch.real_tokens * batch.weight for batch in share.micro_batches)
-                advance(report)
+                report.advance()
 
                 ends_epoch = progress.batch == len(sampler)
                 ends = ends_epoch or progress.step == total_steps
@@ -354,7 +353,7 @@ def train(config: Config, resume: bool, world: World) -> None:
                 if not watches_norm and not math.isfinite(progress.window[0] + float(grad_norm)):
                     raise not_finite(progress.step, None, 1)
                 if logs and progress.window[1]:  # there may be nothing but batches passed over
-                    log_training(report, training_entry(progress, len(sampler), lr, float(grad_norm)))
+                    report.log_training(training_entry(progress, len(sampler), lr, float(grad_norm)))
                     progress.window = [0.0, 0.0, 0.0, 0.0]
                 if ends_epoch:
                     progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -374,24 +373,24 @@ def train(config: Config, resume: bool, world: World) -> None:
 
         # 5. What comes out.
         if stopped_early:
-            say(report, f"stopped early: {progress.stale_evaluations} evaluations without a better dev accuracy")
+            report.say(f"stopped early: {progress.stale_evaluations} evaluations without a better dev accuracy")
         if not is_stopped:
             try:
-                evaluate_splits(at_end, True, classifier, caches, report, progress.step, world, stop)
+                evaluate_splits(at_end, True, classifier, caches, config, report, progress.step, world, stop)
             except Interrupted:
                 is_stopped = True
         if not is_stopped:
-            log_end(report, progress.step)
+            report.log_end(progress.step)
             export_to("model")
         distributed.on_main(world, finisher.wait)
         if is_stopped:
             name = signal.Signals(stop.number).name
-            say(report, f"stopped    by {name} after step {progress.step}, and saved; continue with")
-            say(report, f"           train.py --resume --output-dir {run_folder}")
+            report.say(f"stopped    by {name} after step {progress.step}, and saved; continue with")
+            report.say(f"           train.py --resume --output-dir {run_folder}")
             raise Stopped(stop.number)
         best = f"dev accuracy {progress.best_accuracy:.4f} at step {progress.best_step}"
-        say(report, f"best       {best}: {run_folder / 'best'}")
-        say(report, f"model      after step {progress.step}: {run_folder / 'model'}")
+        report.say(f"best       {best}: {run_folder / 'best'}")
+        report.say(f"model      after step {progress.step}: {run_folder / 'model'}")
         if lock is not None:
             lock.close()
 

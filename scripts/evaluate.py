@@ -20,7 +20,7 @@ from sst2_xlmr import sources
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, named_file
 from sst2_xlmr.data.rows import columns_of
-from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
+from sst2_xlmr.data.token_cache import tokenize_file
 from sst2_xlmr.distributed import World, choose_device, choose_precision
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
@@ -28,8 +28,10 @@ from sst2_xlmr.evaluation.metrics import mean_of, per_class
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
-from sst2_xlmr.report.report import evaluation_table
-from sst2_xlmr.report.tensorboard import SCALARS, draw_evaluation, draw_table, make_event_folder
+from sst2_xlmr.report.event_folder import make_event_folder
+from sst2_xlmr.report.mistakes import EvaluatedFile
+from sst2_xlmr.report.table import evaluation_table
+from sst2_xlmr.report.tensorboard import SCALARS, draw_accuracy, draw_evaluation
 
 COLUMN_OPTIONS = ("text_column", "text_pair_column", "label_column", "header")
 MOST_CONFUSED_CLASSES = 10  # whose confusion matrix fits on a line
@@ -91,17 +93,15 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
         raise UserError(f"cannot write --json {file}: {error.strerror}") from None
 
 
-def write_events(
-    folder: Path, found: dict[str, Evaluation], caches: dict[str, TokenCache], files: dict[str, Path], config: Config
-) -> None:
+def write_events(folder: Path, evaluations: dict[str, Evaluation], files: dict[str, EvaluatedFile]) -> None:
     """Write scalars and pictures for TensorBoard, at step 0."""
     try:
         with SummaryWriter(str(folder)) as writer:
-            for name, evaluation in found.items():
+            for name, evaluation in evaluations.items():
                 for key in SCALARS:
                     writer.add_scalar(f"{name}/{key}", evaluation.metrics[key], 0)
-                draw_evaluation(writer, 0, name, evaluation, caches[name], files[name], config)
-            draw_table(writer, 0, {name: evaluation.metrics for name, evaluation in found.items()})
+                draw_evaluation(writer, 0, files[name], evaluation)
+            draw_accuracy(writer, 0, {name: evaluation.metrics for name, evaluation in evaluations.items()})
     except OSError as error:
         raise UserError(f"cannot write to --tensorboard {folder}: {error.strerror}") from None
 
@@ -139,9 +139,9 @@ def main() -> None:
         for name, file in files.items()
     }
     world = World(0, 1, 0, 1, device)
-    wants_probabilities = arguments.tensorboard is not None
+    keep_probabilities = arguments.tensorboard is not None
     found = {
-        name: evaluate(model, cache, arguments.batch_tokens, world, wants_probabilities)
+        name: evaluate(model, cache, arguments.batch_tokens, world, keep_probabilities)
         for name, cache in caches.items()
     }
     metrics = {name: evaluation.metrics for name, evaluation in found.items()}
@@ -150,7 +150,8 @@ def main() -> None:
         content = {"model": str(arguments.model), "precision": precision, "labels": label_names, "files": parts}
         write_json(arguments.json, {**content, "mean": mean_of(list(metrics.values()))})
     if arguments.tensorboard:
-        write_events(arguments.tensorboard, found, caches, files, config)
+        evaluated = {name: EvaluatedFile(name, files[name], cache, config) for name, cache in caches.items()}
+        write_events(arguments.tensorboard, found, evaluated)
     print("\n".join(evaluation_table(metrics)))
     for name, evaluation in found.items():
         print("\n".join(["", *class_lines(name, evaluation, label_names)]))

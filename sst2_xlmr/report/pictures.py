@@ -1,120 +1,181 @@
-"""Pictures for TensorBoard and the docs, drawn with Pillow: a confusion matrix, the accuracy of several files."""
+"""Pictures for TensorBoard and the docs, as PNG files: a confusion matrix, and the accuracy of several files.
+
+matplotlib is imported when something is drawn: it takes half a second, and few commands draw. Its global state stays as
+it is: no pyplot, and settings (the user's own, too) hold for one picture only.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import io
+import unicodedata
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from sst2_xlmr.evaluation.metrics import mean_of
 
-INK, PALE, LINE = (32, 33, 36), (110, 114, 120), (222, 225, 230)
-BLUE, BAR = (26, 95, 180), (129, 167, 214)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, PALE, LINE, BLUE, BAR = "#202124", "#6e7278", "#dee1e6", "#1a5fb4", "#81a7d6"
 MOST_NAMED_CLASSES = 20  # with more, names and numbers would not be readable
+MOST_LETTERS = 32  # of a name
+DOTS_PER_INCH = 100
+# matplotlib brings this one; for letters that it lacks (Chinese, Devanagari ...), fonts of the system whose names begin
+# with one of the others are asked.
+BASE_FONT = "DejaVu Sans"
+MORE_FONTS = ("Noto Sans", "WenQuanYi", "Droid Sans Fallback", "PingFang", "Hiragino Sans", "Arial Unicode")
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def drawable(name: str, instead: str) -> str:
-    """Return the name, or what stands for it: Pillow's own font has no letters but ASCII's."""
-    return name if name.isascii() and name.isprintable() else instead
-
-
-def _fit(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Cut a text so that it is at most so many pixels wide."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
-
-
-def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str) -> np.ndarray:
+def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str) -> bytes:
     """Draw a confusion matrix; a cell's shade, and its second number, is its share of the rows with that label.
 
     Args:
         confusion: int64 [labels, predictions].
 
     Returns:
-        uint8 [height, width, 3].
+        A PNG file.
     """
     classes = len(label_names)
     is_named = classes <= MOST_NAMED_CLASSES
-    cell = min(108, max(64, 960 // classes)) if is_named else max(1, 800 // classes)
-    small, large = _font(max(12, cell // 8)), _font(max(13, cell // 7))
-    names = [drawable(name, f"class {number}") for number, name in enumerate(label_names)]
-    left = 30 + (round(min(200, max(small.getlength(name) for name in names))) + 12 if is_named else 0)
-    top = 66 + (24 if is_named else 0)
-    width = max(left + classes * cell + 16, round(large.getlength(title)) + 32)
-    picture = Image.new("RGB", (width, top + classes * cell + 16), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((16, 12), title, INK, large)
-    draw.text((left + classes * cell / 2, 50), "predicted", PALE, small, anchor="mm")
-    sideways = Image.new("RGB", (round(small.getlength("true")) + 4, 20), "white")
-    ImageDraw.Draw(sideways).text((2, 2), "true", PALE, small)
-    sideways = sideways.rotate(90, expand=True)
-    picture.paste(sideways, (6, top + (classes * cell - sideways.height) // 2))
+    # Of the matrix, in inches; without names a whole number of pixels to a cell, so that none is left out.
+    size = max(2.2, 0.72 * classes) if is_named else classes * max(1, 800 // classes) / DOTS_PER_INCH
     shares = confusion / confusion.sum(1, keepdims=True).clip(1)
-    shades = (255 + (np.array(BLUE) - 255) * shares[..., None]).round().astype(np.uint8)
-    picture.paste(Image.fromarray(shades.repeat(cell, 0).repeat(cell, 1)), (left, top))
-    for number, name in enumerate(names if is_named else []):
-        middle = (number + 0.5) * cell
-        draw.text((left - 8, top + middle), _fit(name, 200, small), INK, small, anchor="rm")
-        draw.text((left + middle, top - 14), _fit(name, cell - 6, small), INK, small, anchor="mm")
-        for column in range(classes):
-            x, y, share = left + column * cell, top + number * cell, shares[number, column]
-            ink = "white" if share > 0.5 else INK
-            draw.rectangle((x, y, x + cell, y + cell), outline=LINE)
-            draw.text((x + cell / 2, y + cell * 0.4), f"{confusion[number, column]:,}", ink, large, anchor="mm")
-            draw.text((x + cell / 2, y + cell * 0.68), f"{share:.1%}", ink, small, anchor="mm")
-    draw.rectangle((left - 1, top - 1, left + classes * cell, top + classes * cell), outline=LINE)
-    return np.asarray(picture)
+    with _settings([*label_names, title]) as missing:
+        title = "".join("?" if letter in missing else letter for letter in title)
+        figure, axes = _new_figure(size, size, title)
+        axes.imshow(shares, cmap=_shades(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set_xlabel("predicted", color=PALE)
+        axes.set_ylabel("true", color=PALE)
+        axes.xaxis.set_label_position("top")
+        axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, colors=INK)
+        axes.spines[:].set_color(LINE)
+        axes.spines[:].set_position(("outward", 1))
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if is_named:
+            names = [_shown(name, missing, f"class {number}") for number, name in enumerate(label_names)]
+            is_wide = max(map(len, names)) > 8
+            axes.set_xticks(range(classes), names, rotation=40 * is_wide, ha="left" if is_wide else "center")
+            axes.set_yticks(range(classes), names)
+            axes.hlines(np.arange(1, classes) - 0.5, -0.5, classes - 0.5, LINE, linewidth=0.8)
+            axes.vlines(np.arange(1, classes) - 0.5, -0.5, classes - 0.5, LINE, linewidth=0.8)
+            for (label, prediction), share in np.ndenumerate(shares):
+                count = confusion[label, prediction]
+                numbers = f"{count:,}\n{share:.1%}" if count else "0"
+                ink = "white" if share > 0.5 else INK if count else PALE
+                axes.text(prediction, label, numbers, color=ink, ha="center", va="center", size=8)
+        return _png(figure)
 
 
-def table_picture(found: dict[str, dict[str, Any]], title: str) -> np.ndarray:
-    """Draw the accuracy of every file as a bar with its interval, numbers beside it, and the mean of several as a line.
-
-    Args:
-        found: metrics by the files' names.
+def accuracy_picture(metrics_by_file: dict[str, dict[str, Any]], title: str) -> bytes:
+    """Draw the accuracy of every file as a bar with its interval, its numbers, and the mean of several as a line.
 
     Returns:
-        uint8 [height, width, 3].
+        A PNG file.
     """
-    font, large, step, bar, top = _font(15), _font(18), 28, 200, 70
-    names = [drawable(name, f"file {number}") for number, name in enumerate(found, 1)]
-    left = 28 + round(min(200, max(font.getlength(name) for name in [*names, "mean"])))
-    columns = [left + bar + gap for gap in (78, 192, 280, 340)]
-    picture = Image.new("RGB", (columns[-1] + 16, top + step * (len(found) + (len(found) > 1)) + 12), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((16, 12), title, INK, large)
-    for x, head in zip(columns, ("accuracy", "95 % interval", "macro F1", "ECE")):
-        draw.text((x, top - 18), head, PALE, font, anchor="rm")
-    for tick in (0, 0.5, 1):
-        at = left + tick * bar
-        draw.text((at, top - 18), f"{tick:g}", PALE, font, anchor="mm")
-        draw.line((at, top - 6, at, top + step * len(found)), LINE)
-    for number, (name, metrics) in enumerate(zip(names, found.values())):
-        y = top + (number + 0.5) * step
-        low, high = (left + metrics[key] * bar for key in ("accuracy_low", "accuracy_high"))
-        draw.text((left - 12, y), _fit(name, 200, font), INK, font, anchor="rm")
-        draw.rectangle((left, y - 8, left + metrics["accuracy"] * bar, y + 8), BAR)
-        draw.line((low, y, high, y), INK, 2)
-        for end in (low, high):
-            draw.line((end, y - 5, end, y + 5), INK, 2)
-        interval = f"{metrics['accuracy_low']:.2f} - {metrics['accuracy_high']:.2f}"
-        numbers = (f"{metrics['accuracy']:.4f}", interval, f"{metrics['macro_f1']:.4f}", f"{metrics['ece']:.3f}")
-        for x, text in zip(columns, numbers):
-            draw.text((x, y), text, INK, font, anchor="rm")
-    if len(found) > 1:
-        mean, y = mean_of(list(found.values())), top + (len(found) + 0.5) * step
-        draw.line((16, y - step / 2, columns[-1], y - step / 2), PALE)
-        draw.text((left - 12, y), "mean", INK, font, anchor="rm")
-        at = left + mean["accuracy"] * bar
-        draw.line((at, top - 6, at, y + 8), BLUE, 2)
-        numbers = (f"{mean['accuracy']:.4f}", "", f"{mean['macro_f1']:.4f}", f"{mean['ece']:.3f}")
-        for x, text in zip(columns, numbers):
-            draw.text((x, y), text, INK, font, anchor="rm")
-    return np.asarray(picture)
+    files = len(metrics_by_file)
+    mean = mean_of(list(metrics_by_file.values()))
+    rows = files + (files > 1)
+    columns = (1.4, 2.0, 2.42, 2.74)  # right edges; the axis goes from 0 to 1
+    with _settings([*metrics_by_file, title]) as missing:
+        figure, axes = _new_figure(2.2, 0.28 * rows, title)
+        for number, (name, metrics) in enumerate(metrics_by_file.items()):
+            low, high = metrics["accuracy_low"], metrics["accuracy_high"]
+            label = _shown(name, missing, f"file {number + 1}")
+            _add_row(axes, number, label, columns, _numbers(metrics, f"{low:.2f} - {high:.2f}"))
+            axes.barh(number, metrics["accuracy"], 0.6, color=BAR)
+            axes.plot([low, high], [number, number], color=INK, marker="|", markersize=8)
+        if files > 1:
+            _add_row(axes, files, "mean", columns, _numbers(mean, ""))
+            axes.plot([mean["accuracy"]] * 2, [-0.6, files + 0.3], color=BLUE)
+            axes.plot([-0.3, columns[-1]], [files - 0.5] * 2, color=PALE, linewidth=0.8, clip_on=False)
+        for right, head in zip(columns, ("accuracy", "95 % interval", "macro F1", "ECE")):
+            axes.text(right, -0.8, head, color=PALE, ha="right", va="bottom")
+        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+        axes.tick_params(length=0, labeltop=True, labelbottom=False, colors=PALE)
+        axes.grid(axis="x", color=LINE)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+        axes.set_yticks([])
+        axes.set_xlim(0, 1)
+        axes.set_ylim(rows - 0.5, -0.6)
+        return _png(figure)
+
+
+def _add_row(axes: Axes, row: int, name: str, columns: Iterable[float], numbers: Iterable[str]) -> None:
+    """Write a file's name to the left of its bar, and its numbers to the right."""
+    axes.text(-0.05, row, name, color=INK, ha="right", va="center")
+    for right, number in zip(columns, numbers):
+        axes.text(right, row, number, color=INK, ha="right", va="center")
+
+
+def _new_figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+    """Return a figure whose axes have a size in inches; what stands around them makes the picture larger."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), DOTS_PER_INCH)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_title(title, color=INK, loc="left", pad=12)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.15)
+    return content.getvalue()
+
+
+@contextmanager
+def _settings(texts: Iterable[str]) -> Iterator[set[str]]:
+    """Draw with matplotlib's defaults and with fonts for these texts; yields the letters that none of them has."""
+    import matplotlib.style
+
+    families, missing = _fonts_for({letter for text in texts for letter in text})
+    ours = {"font.family": families, "font.size": 10, "axes.titlesize": 12, "text.parse_math": False}
+    with matplotlib.style.context(["default", ours]):
+        yield missing
+
+
+def _fonts_for(letters: set[str]) -> tuple[list[str], set[str]]:
+    """Return as many font families as these letters need, and the letters that cannot be shown."""
+    from matplotlib import font_manager, ft2font
+
+    others = sorted({font.name for font in font_manager.fontManager.ttflist if font.name.startswith(MORE_FONTS)})
+    families, missing = [], set(letters)
+    for family in [BASE_FONT, *others]:
+        font = font_manager.get_font(font_manager.findfont(family))
+        known = {letter for letter in missing if font.get_char_index(ord(letter))}
+        if known or family == BASE_FONT:
+            families.append(family)
+            missing -= known
+        if not missing:
+            break
+    if not hasattr(ft2font, "__libraqm_version__"):  # before 3.11: letters one after the other, from left to right
+        missing |= {letter for letter in letters if _needs_layout(letter)}
+    return families, missing
+
+
+def _needs_layout(letter: str) -> bool:
+    """Whether a letter is written from right to left, or combines with its neighbours as in Devanagari."""
+    return unicodedata.bidirectional(letter) in ("R", "AL") or unicodedata.category(letter) in ("Mc", "Mn")
+
+
+def _shown(name: str, missing: set[str], instead: str) -> str:
+    """Return the name, cut if it is long, or what stands for one that no font can show."""
+    if missing.intersection(name):
+        return instead
+    return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
+
+
+def _shades() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("shares", ["white", BLUE])
+
+
+def _numbers(metrics: dict[str, Any], interval: str) -> list[str]:
+    return [f"{metrics['accuracy']:.4f}", interval, f"{metrics['macro_f1']:.4f}", f"{metrics['ece']:.3f}"]

@@ -27,12 +27,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 import train
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.batches import TokenCache
+from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import digest_of
 from sst2_xlmr.report import report
-from sst2_xlmr.report.pictures import confusion_picture, table_picture
-from sst2_xlmr.report.tensorboard import cut_events, escape, event_files, mistakes_table
+from sst2_xlmr.report.event_folder import cut_events, event_files
+from sst2_xlmr.report.mistakes import EvaluatedFile, escape, mistakes_table
 
 RunTrain = Callable[..., Path]
 DE, RU = SAMPLE_DATA / "test.de.tsv", SAMPLE_DATA / "test.ru.tsv"
@@ -234,16 +234,6 @@ def test_early_stopping_draws_too(run_train: RunTrain, tmp_path: Path) -> None:
     assert steps(opened(run / "tensorboard"))["dev/confusion"] == [7, last]
 
 
-def test_another_runs_folder_is_refused(
-    run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--epochs", 1, "--tensorboard-dir", tmp_path / "events"]
-    run_train(tmp_path / "one", *options)
-    line = user_error(lambda: run_train(tmp_path / "two", *options), capsys)
-    assert "events has events of another run; take another folder" in line
-    assert not (tmp_path / "two").exists()
-
-
 def test_cut_keeps_what_is_not_written_again(tmp_path: Path) -> None:
     writer = SummaryWriter(str(tmp_path))
     for step in range(1, 6):
@@ -297,38 +287,18 @@ def test_at_most_fifty_mistakes(tmp_path: Path) -> None:
     cache = TokenCache(np.zeros(80, np.int32), np.arange(81), np.ones(80, np.int32), digest=digest_of(file))
     wrong = np.linspace(0.51, 0.99, 80, dtype=np.float32)
     config = Config(label_names=["negative", "positive"])
-    table = mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, config)
-    lines = table.splitlines()
+    evaluated = EvaluatedFile("dev", file, cache, config)
+    probabilities = np.stack([wrong, 1 - wrong], 1)
+    lines = mistakes_table(evaluated, probabilities).splitlines()
     assert lines[0] == "80 of 80 rows are mistaken; of these the 50 surest."
     assert len(lines) == 54
     assert lines[4] == "| 80 | text 79 | positive | negative | 0.9900 |"
     file.write_text(file.read_text() + "another\t0\n")
-    assert "(the file has changed)" in mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, config)
+    assert "(the file has changed)" in mistakes_table(evaluated, probabilities)
     file.unlink()
-    assert "(the file has changed)" in mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, config)
-    right = mistakes_table(np.stack([1 - wrong, wrong], 1), cache, file, config)
+    assert "(the file has changed)" in mistakes_table(evaluated, probabilities)
+    right = mistakes_table(evaluated, 1 - probabilities)
     assert right.startswith("0 of 80 rows")
-
-
-@pytest.mark.parametrize("classes", [2, 3, 20, 21, 1000])
-def test_confusion_pictures(classes: int) -> None:
-    confusion = np.diag(np.arange(classes) + 1)
-    names = [f"class with a long name {n}" for n in range(classes - 1)] + ["größer 很好"]
-    picture = confusion_picture(confusion, names, "dev, step 1")
-    assert picture.dtype == np.uint8
-    assert max(picture.shape[:2]) < 1700
-    is_dark = (picture == (26, 95, 180)).all(-1)
-    cell = 108 if classes < 9 else max(64, 960 // classes) if classes < 21 else max(1, 800 // classes)
-    assert is_dark.sum() > 0.5 * classes * cell * cell, "the diagonal has the full shade"
-
-
-def test_table_picture_shows_every_file() -> None:
-    numbers = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "macro_f1": 0.5, "ece": 0.1, "rows": 40}
-    one, three = (table_picture({f"file {n}": numbers for n in range(count)}, "t") for count in (1, 3))
-    assert three.shape[0] - one.shape[0] == 84
-    bars = (three == (129, 167, 214)).all(-1)
-    assert (np.diff(np.flatnonzero(bars.any(1))) > 1).sum() == 2, "three bars, one below the other"
-    assert (bars.sum(1).max()) == pytest.approx(100, abs=8), "half of the axis"
 
 
 @pytest.mark.parametrize(
@@ -376,7 +346,7 @@ def test_a_full_disk_is_a_users_error(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name in ("draw_evaluation", "draw_table"):
+    for name in ("draw_evaluation", "draw_accuracy"):
         with monkeypatch.context() as patched:
             patched.setattr(report, name, full)
             options = ["--epochs", 1, "--eval-file", f"de={DE}"]
@@ -397,13 +367,3 @@ def test_a_start_by_another_clock_is_read_in_order(run_train: RunTrain, tmp_path
     assert first.name == "events.out.tfevents.0000000000"
     assert "another-node" not in second.name
     assert steps(opened(run / "tensorboard"))["train/loss"] == list(range(1, 8))
-
-
-def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
-    """A killed process has no time to write what it holds back, and a resumed run does not repeat it."""
-    files = {"dev": SAMPLE_DATA / "dev.tsv"}
-    opened_report = report.open_report(tmp_path, tmp_path / "events", Config(), files, 0, 10, [])
-    report.log_training(opened_report, {"step": 1, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0})
-    assert steps(opened(tmp_path / "events"))["train/loss"] == [1]
-    assert metrics(tmp_path)[0]["loss"] == 0.5
-    opened_report.close()
