@@ -26,7 +26,7 @@ import torch
 
 from sst2_xlmr import distributed
 from sst2_xlmr.accelerate import accelerate
-from sst2_xlmr.cli import parse_args, read_config_file
+from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import BatchLoader
 from sst2_xlmr.data.prepare import Prepared, prepare
@@ -38,9 +38,9 @@ from sst2_xlmr.files import Finisher, digest_of
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import Classifier, build_classifier
 from sst2_xlmr.model.compact_vocab import renumbering, used_ids
+from sst2_xlmr.report.event_folder import claim_event_folder
 from sst2_xlmr.report.header import HeaderFigures, header_lines
 from sst2_xlmr.report.report import Report, SilentReport, open_report, splits_during
-from sst2_xlmr.report.tensorboard import event_folder, make_event_folder
 from sst2_xlmr.training.averaging import Computation, connect
 from sst2_xlmr.training.checkpoint import RunState, find_checkpoint, load_checkpoint, save_checkpoint, seed_rank
 from sst2_xlmr.training.loss import Loss, make_loss
@@ -156,13 +156,10 @@ def restore(run: Run, resume: bool) -> Path | None:
 
 def claim_folders(run: Run, resume: bool) -> IO[str]:
     """Lock the run's folder for this process, and write its options: from here on `--resume` goes on; on rank 0."""
+    claim_event_folder(run.config, resume)
     lock = claim(run.folder)
-    events, own_events = event_folder(run.folder, run.config), set()
-    if resume:
-        former_config = Config(**read_config_file(run.folder / "config.json"))
-        own_events = {run.folder / "tensorboard", event_folder(run.folder, former_config)}
-    make_event_folder(events, is_new=events not in own_events)
-    write_config(run.folder, run.config, resume)
+    if not resume:
+        write_config(run.folder, run.config, is_new=True)
     clean_up(run.folder)
     return lock
 
@@ -171,9 +168,14 @@ def splits_at_end(run: Run) -> list[str]:
     return [split for split in run.inputs.files if split not in ("train", *splits_during(run.config))]
 
 
-def open_outputs(run: Run) -> Report:
-    """Open metrics and TensorBoard; on rank 0."""
-    return open_report(run.folder, run.config, run.inputs.files, run.state.progress, run.schedule.total_steps)
+def open_outputs(run: Run, resume: bool) -> Report:
+    """Open metrics and TensorBoard; on rank 0, once a resumed run's checkpoint has been accepted."""
+    if resume:
+        write_config(run.folder, run.config, is_new=False)
+    during, at_end, progress = splits_during(run.config), splits_at_end(run), run.state.progress
+    evaluated = {split: run.inputs.files[split] for split in (*during, *at_end)}
+    written_again = [*at_end, *(during if progress.evaluation_due else [])]
+    return open_report(run.config, evaluated, progress.step, run.schedule.total_steps, written_again)
 
 
 def header(run: Run) -> list[str]:
@@ -320,7 +322,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     checkpoint = restore(run, resume)
     run.computation = accelerate(run.classifier, world, run.state.optimizer, run.config.compile)
     run.model = connect(run.computation, run.state.optimizer, world)
-    report = distributed.on_main(world, lambda: open_outputs(run)) or SilentReport()
+    report = distributed.on_main(world, lambda: open_outputs(run, resume)) or SilentReport()
     for line in header(run):
         report.say(line)
     if resume:

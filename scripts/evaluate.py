@@ -22,7 +22,7 @@ from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, named_file
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.rows import columns_of
-from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
+from sst2_xlmr.data.token_cache import tokenize_file
 from sst2_xlmr.distributed import World, choose_device, choose_precision
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
@@ -30,8 +30,10 @@ from sst2_xlmr.evaluation.metrics import mean_of, per_class
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
+from sst2_xlmr.report.event_folder import make_event_folder
+from sst2_xlmr.report.mistakes import EvaluatedFile
 from sst2_xlmr.report.table import evaluation_table
-from sst2_xlmr.report.tensorboard import SCALARS, draw_evaluation, draw_table, make_event_folder
+from sst2_xlmr.report.tensorboard import SCALARS, draw_accuracy, draw_evaluation
 
 COLUMN_OPTIONS = ("text_column", "text_pair_column", "label_column", "header")
 MOST_CONFUSED_CLASSES = 10  # whose confusion matrix fits on a line
@@ -61,29 +63,29 @@ def check_outputs(json_file: Path | None, tensorboard_dir: Path | None) -> None:
         make_event_folder(tensorboard_dir)
 
 
-def class_lines(name: str, found: Evaluation, label_names: list[str]) -> list[str]:
+def class_lines(name: str, evaluation: Evaluation, label_names: list[str]) -> list[str]:
     """Return the lines of a table of a file's classes, with the confusion matrix unless it is too wide."""
-    classes = per_class(found.confusion)
+    classes = per_class(evaluation.confusion)
     width = max(len(text) for text in [*label_names, name])
     shown = label_names if len(label_names) <= MOST_CONFUSED_CLASSES else []
-    widths = [max(len(label), len(f"{found.confusion.max():,}")) for label in shown]
+    widths = [max(len(label), len(f"{evaluation.confusion.max():,}")) for label in shown]
     head = "  ".join(f"{label:>{size}}" for label, size in zip(shown, widths))
     lines = [f"{name:<{width}}  precision  recall      F1     rows" + (f"   taken for: {head}" if shown else "")]
     for number, label in enumerate(label_names):
         precision, recall, f1, rows = (classes[key][number] for key in ("precision", "recall", "f1", "support"))
-        counts = "  ".join(f"{count:>{size},}" for count, size in zip(found.confusion[number], widths))
+        counts = "  ".join(f"{count:>{size},}" for count, size in zip(evaluation.confusion[number], widths))
         line = f"{label:<{width}}     {precision:.4f}  {recall:.4f}  {f1:.4f}  {rows:>7,}"
         lines.append(line + (f"   {'':<10} {counts}" if shown else ""))
     return lines
 
 
-def as_json(file: Path, found: Evaluation, label_names: list[str]) -> dict[str, Any]:
+def as_json(file: Path, evaluation: Evaluation, label_names: list[str]) -> dict[str, Any]:
     """Return a file's part of the JSON."""
-    numbers = {key: values.tolist() for key, values in per_class(found.confusion).items()}
+    numbers = {key: values.tolist() for key, values in per_class(evaluation.confusion).items()}
     classes = {label: {key: numbers[key][i] for key in numbers} for i, label in enumerate(label_names)}
     keys = ("rows", "loss", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "ece")
-    metrics = {key: found.metrics[key] for key in keys}
-    return {"file": str(file), **metrics, "classes": classes, "confusion": found.confusion.tolist()}
+    metrics = {key: evaluation.metrics[key] for key in keys}
+    return {"file": str(file), **metrics, "classes": classes, "confusion": evaluation.confusion.tolist()}
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -93,17 +95,15 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
         raise UserError(f"cannot write --json {file}: {error.strerror}") from None
 
 
-def write_events(
-    folder: Path, found: dict[str, Evaluation], caches: dict[str, TokenCache], files: dict[str, Path], config: Config
-) -> None:
+def write_events(folder: Path, evaluations: dict[str, Evaluation], files: dict[str, EvaluatedFile]) -> None:
     """Write scalars and pictures for TensorBoard, at step 0."""
     try:
         with SummaryWriter(str(folder)) as writer:
-            for name, evaluation in found.items():
+            for name, evaluation in evaluations.items():
                 for key in SCALARS:
                     writer.add_scalar(f"{name}/{key}", evaluation.metrics[key], 0)
-                draw_evaluation(writer, 0, name, evaluation, caches[name], files[name], config)
-            draw_table(writer, 0, {name: evaluation.metrics for name, evaluation in found.items()})
+                draw_evaluation(writer, 0, files[name], evaluation)
+            draw_accuracy(writer, 0, {name: evaluation.metrics for name, evaluation in evaluations.items()})
     except OSError as error:
         raise UserError(f"cannot write to --tensorboard {folder}: {error.strerror}") from None
 
@@ -143,19 +143,20 @@ def main() -> None:
     world = World.alone(device)
     computed = accelerate(model, world).model
     keep_probabilities = arguments.tensorboard is not None
-    found = {
+    evaluations = {
         name: evaluate(computed, cache, arguments.batch_tokens, world, keep_probabilities)
         for name, cache in caches.items()
     }
-    metrics = {name: evaluation.metrics for name, evaluation in found.items()}
+    metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
     if arguments.json:
-        parts = {name: as_json(files[name], evaluation, label_names) for name, evaluation in found.items()}
+        parts = {name: as_json(files[name], evaluation, label_names) for name, evaluation in evaluations.items()}
         content = {"model": str(arguments.model), "precision": precision, "labels": label_names, "files": parts}
         write_json(arguments.json, {**content, "mean": mean_of(list(metrics.values()))})
     if arguments.tensorboard:
-        write_events(arguments.tensorboard, found, caches, files, config)
+        evaluated = {name: EvaluatedFile(name, files[name], cache, config) for name, cache in caches.items()}
+        write_events(arguments.tensorboard, evaluations, evaluated)
     print("\n".join(evaluation_table(metrics)))
-    for name, evaluation in found.items():
+    for name, evaluation in evaluations.items():
         print("\n".join(["", *class_lines(name, evaluation, label_names)]))
 
 

@@ -214,9 +214,14 @@ def _is_restarted(output_dir: str | None) -> bool:
 
 
 def _check_new_folder(folder: Path) -> None:
-    """Find out before any work that a new run's folder cannot be made; a run never touches another one's folder."""
+    """Find out before any work that a new run's folder cannot be made; a run never touches another one's folder.
+
+    A folder is free, too, if a start died there before its `config.json` was in place; --resume would have nothing to
+    read.
+    """
     try:
-        if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - UNSTARTED_NAMES):
+        names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        if names - UNSTARTED_NAMES or (folder.exists() and not folder.is_dir()):
             raise UserError(f"--output-dir {folder} is there already; continue it with --resume, or take another name")
         parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):

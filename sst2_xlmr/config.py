@@ -16,7 +16,7 @@ from sst2_xlmr.errors import UserError
 
 LOCK_NAME = ".lock"  # in a run's folder
 # What a start leaves that dies before it has written the run's options; a folder with nothing else is still free.
-UNSTARTED_NAMES = {LOCK_NAME, "config.json.tmp", "tensorboard"}
+UNSTARTED_NAMES = {LOCK_NAME, "config.json.tmp"}
 MAX_CLASSES = 1000
 EVAL_BATCH_TOKENS = 4096
 REMOVED_OPTIONS = ("eval_batch_size",)  # runs that were started with them go on without

@@ -1,159 +1,181 @@
-"""Pictures for TensorBoard and the docs: a confusion matrix, the accuracy of several files. Import this to draw only.
+"""Pictures for TensorBoard and the docs, as PNG files: a confusion matrix, and the accuracy of several files.
 
-matplotlib takes half a second to load. Its canvas is used directly, so that nothing global is set.
+matplotlib is imported when something is drawn: it takes half a second, and few commands draw. Its global state stays as
+it is: no pyplot, and settings (the user's own, too) hold for one picture only.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Sequence
-from typing import Any
+import io
+import unicodedata
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import font_manager
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 
 from sst2_xlmr.evaluation.metrics import mean_of
 
-INK, PALE, LINE = "#202124", "#6e7278", "#dee1e6"
-BLUE, BAR = "#1a5fb4", "#81a7d6"
-SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", BLUE])
-DPI = 100
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, PALE, LINE, BLUE, BAR = "#202124", "#6e7278", "#dee1e6", "#1a5fb4", "#81a7d6"
 MOST_NAMED_CLASSES = 20  # with more, names and numbers would not be readable
-LONGEST_NAME = 24  # characters
-# matplotlib's own font comes first; it has Latin, Greek, Cyrillic, Arabic and Hebrew letters. The others are used for
-# what it lacks, where the system has them.
-FONTS = (
-    "DejaVu Sans",
-    *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "Malgun Gothic"),
-    *("Noto Sans Devanagari", "Noto Sans Thai", "Nirmala UI", "Leelawadee UI", "Droid Sans Fallback", "FreeSans"),
-    "Arial Unicode MS",
-)
-
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it builds its list of fonts, once, is no news
+MOST_LETTERS = 32  # of a name
+DOTS_PER_INCH = 100
+# matplotlib brings this one; for letters that it lacks (Chinese, Devanagari ...), fonts of the system whose names begin
+# with one of the others are asked.
+BASE_FONT = "DejaVu Sans"
+MORE_FONTS = ("Noto Sans", "WenQuanYi", "Droid Sans Fallback", "PingFang", "Hiragino Sans", "Arial Unicode")
 
 
-@functools.lru_cache
-def _fonts() -> tuple[list[str], frozenset[int]]:
-    """Return the names of the fonts that are there, and the letters that they have."""
-    files = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist if entry.name in FONTS}
-    present = [name for name in FONTS if name in files]
-    letters = (font_manager.get_font(files[name]).get_charmap() for name in present)
-    return present, frozenset(letter for charmap in letters for letter in charmap)
-
-
-def _font(size: float) -> FontProperties:
-    return FontProperties(family=_fonts()[0], size=size)
-
-
-def drawable(name: str, instead: str) -> str:
-    """Return a name, cut if it is long, or what stands for it if no font has its letters."""
-    _, letters = _fonts()
-    if not name.isprintable() or any(ord(letter) not in letters for letter in name):
-        return instead
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
-
-
-def _canvas(width: float, height: float) -> tuple[Figure, Any]:
-    """Return a figure of so many pixels, and axes that measure pixels from its upper left corner."""
-    figure = Figure((width / DPI, height / DPI), DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
-    axes.axis("off")
-    return figure, axes
-
-
-def _pixels(figure: Figure) -> np.ndarray:
-    """Draw; returns uint8 [height, width, 3]."""
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
-
-
-def confusion_picture(confusion: np.ndarray, label_names: Sequence[str], title: str) -> np.ndarray:
+def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str) -> bytes:
     """Draw a confusion matrix; a cell's shade, and its second number, is its share of the rows with that label.
 
     Args:
         confusion: int64 [labels, predictions].
 
     Returns:
-        uint8 [height, width, 3].
+        A PNG file.
     """
     classes = len(label_names)
     is_named = classes <= MOST_NAMED_CLASSES
-    names = [drawable(name, f"class {number}") for number, name in enumerate(label_names)] if is_named else []
-    cell = min(108, max(64, 960 // classes)) if is_named else max(1, 800 // classes)
-    small, large = _font(max(8, cell / 12)), _font(max(9, cell / 10))
-    left = 34 + (12 + 8 * max(map(len, names)) if is_named else 0)
-    top = 66 + (24 if is_named else 0)
-    side = classes * cell
-    figure, axes = _canvas(max(left + side + 16, 32 + 9 * len(title)), top + side + 16)
-    axes.text(16, 22, title, color=INK, font=large, va="center")
-    axes.text(left + side / 2, 50, "predicted", color=PALE, font=small, ha="center", va="center")
-    axes.text(18, top + side / 2, "true", color=PALE, font=small, ha="center", va="center", rotation=90)
+    # Of the matrix, in inches; without names a whole number of pixels to a cell, so that none is left out.
+    size = max(2.2, 0.72 * classes) if is_named else classes * max(1, 800 // classes) / DOTS_PER_INCH
     shares = confusion / confusion.sum(1, keepdims=True).clip(1)
-    extent = (left, left + side, top + side, top)
-    axes.imshow(shares, SHADES, vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
-    axes.set(xlim=(0, figure.bbox.width), ylim=(figure.bbox.height, 0))  # imshow has changed them
-    for number, name in enumerate(names):
-        middle = (number + 0.5) * cell
-        axes.text(left - 8, top + middle, name, color=INK, font=small, ha="right", va="center")
-        column_name = axes.text(left + middle, top - 14, name, color=INK, font=small, ha="center", va="center")
-        column_name.set_text(name if 8 * len(name) <= cell else name[: cell // 8 - 1] + "…")
-        for column in range(classes):
-            x, share = left + (column + 0.5) * cell, shares[number, column]
-            ink = "white" if share > 0.5 else INK
-            y, count = top + number * cell, f"{confusion[number, column]:,}"
-            axes.text(x, y + 0.4 * cell, count, color=ink, font=large, ha="center", va="center")
-            axes.text(x, y + 0.68 * cell, f"{share:.1%}", color=ink, font=small, ha="center", va="center")
-    for line in range(classes + 1) if is_named else (0, classes):
-        axes.plot([left, left + side], [top + line * cell] * 2, color=LINE, linewidth=0.7)
-        axes.plot([left + line * cell] * 2, [top, top + side], color=LINE, linewidth=0.7)
-    return _pixels(figure)
+    with _settings([*label_names, title]) as missing:
+        title = "".join("?" if letter in missing else letter for letter in title)
+        figure, axes = _new_figure(size, size, title)
+        axes.imshow(shares, cmap=_shades(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set_xlabel("predicted", color=PALE)
+        axes.set_ylabel("true", color=PALE)
+        axes.xaxis.set_label_position("top")
+        axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, colors=INK)
+        axes.spines[:].set_color(LINE)
+        axes.spines[:].set_position(("outward", 1))
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if is_named:
+            names = [_shown(name, missing, f"class {number}") for number, name in enumerate(label_names)]
+            is_wide = max(map(len, names)) > 8
+            axes.set_xticks(range(classes), names, rotation=40 * is_wide, ha="left" if is_wide else "center")
+            axes.set_yticks(range(classes), names)
+            axes.hlines(np.arange(1, classes) - 0.5, -0.5, classes - 0.5, LINE, linewidth=0.8)
+            axes.vlines(np.arange(1, classes) - 0.5, -0.5, classes - 0.5, LINE, linewidth=0.8)
+            for (label, prediction), share in np.ndenumerate(shares):
+                count = confusion[label, prediction]
+                numbers = f"{count:,}\n{share:.1%}" if count else "0"
+                ink = "white" if share > 0.5 else INK if count else PALE
+                axes.text(prediction, label, numbers, color=ink, ha="center", va="center", size=8)
+        return _png(figure)
 
 
-def table_picture(metrics_by_file: dict[str, dict[str, Any]], title: str) -> np.ndarray:
-    """Draw the accuracy of every file as a bar with its interval, numbers beside it, and the mean of several as a line.
+def accuracy_picture(metrics_by_file: dict[str, dict[str, Any]], title: str) -> bytes:
+    """Draw the accuracy of every file as a bar with its interval, its numbers, and the mean of several as a line.
 
     Returns:
-        uint8 [height, width, 3].
+        A PNG file.
     """
-    font, large, step, bar, top = _font(10), _font(12), 28, 200, 70
-    names = [drawable(name, f"file {number}") for number, name in enumerate(metrics_by_file, 1)]
-    rows, has_mean = len(names), len(names) > 1
-    left = 28 + 9 * max(map(len, [*names, "mean"]))
-    columns = [left + bar + gap for gap in (78, 200, 288, 348)]
-    figure, axes = _canvas(columns[-1] + 16, top + step * (rows + has_mean) + 12)
+    files = len(metrics_by_file)
+    mean = mean_of(list(metrics_by_file.values()))
+    rows = files + (files > 1)
+    columns = (1.4, 2.0, 2.42, 2.74)  # right edges; the axis goes from 0 to 1
+    with _settings([*metrics_by_file, title]) as missing:
+        figure, axes = _new_figure(2.2, 0.28 * rows, title)
+        for number, (name, metrics) in enumerate(metrics_by_file.items()):
+            low, high = metrics["accuracy_low"], metrics["accuracy_high"]
+            label = _shown(name, missing, f"file {number + 1}")
+            _add_row(axes, number, label, columns, _numbers(metrics, f"{low:.2f} - {high:.2f}"))
+            axes.barh(number, metrics["accuracy"], 0.6, color=BAR)
+            axes.plot([low, high], [number, number], color=INK, marker="|", markersize=8)
+        if files > 1:
+            _add_row(axes, files, "mean", columns, _numbers(mean, ""))
+            axes.plot([mean["accuracy"]] * 2, [-0.6, files + 0.3], color=BLUE)
+            axes.plot([-0.3, columns[-1]], [files - 0.5] * 2, color=PALE, linewidth=0.8, clip_on=False)
+        for right, head in zip(columns, ("accuracy", "95 % interval", "macro F1", "ECE")):
+            axes.text(right, -0.8, head, color=PALE, ha="right", va="bottom")
+        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+        axes.tick_params(length=0, labeltop=True, labelbottom=False, colors=PALE)
+        axes.grid(axis="x", color=LINE)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+        axes.set_yticks([])
+        axes.set_xlim(0, 1)
+        axes.set_ylim(rows - 0.5, -0.6)
+        return _png(figure)
 
-    def write(x: float, y: float, text: str, color: str = INK, ha: str = "right") -> None:
-        axes.text(x, y, text, color=color, font=font, ha=ha, va="center")
 
-    axes.text(16, 22, title, color=INK, font=large, va="center")
-    for x, head in zip(columns, ("accuracy", "95 % interval", "macro F1", "ECE")):
-        write(x, top - 18, head, PALE)
-    for tick in (0, 0.5, 1):
-        write(left + tick * bar, top - 18, f"{tick:g}", PALE, "center")
-        axes.plot([left + tick * bar] * 2, [top - 6, top + step * rows], color=LINE, linewidth=0.7)
-    for number, (name, metrics) in enumerate(zip(names, metrics_by_file.values())):
-        y = top + (number + 0.5) * step
-        low, high = (left + metrics[key] * bar for key in ("accuracy_low", "accuracy_high"))
-        axes.barh(y, metrics["accuracy"] * bar, 16, left, color=BAR)
-        axes.plot([low, low, low, high, high, high], [y - 5, y + 5, y, y, y - 5, y + 5], color=INK, linewidth=1.2)
-        interval = f"{metrics['accuracy_low']:.2f} - {metrics['accuracy_high']:.2f}"
-        numbers = (f"{metrics['accuracy']:.4f}", interval, f"{metrics['macro_f1']:.4f}", f"{metrics['ece']:.3f}")
-        for x, text in zip((left - 12, *columns), (name, *numbers)):
-            write(x, y, text)
-    if has_mean:
-        mean, y = mean_of(list(metrics_by_file.values())), top + (rows + 0.5) * step
-        axes.plot([16, columns[-1]], [y - step / 2] * 2, color=PALE, linewidth=0.7)
-        axes.plot([left + mean["accuracy"] * bar] * 2, [top - 6, y + 8], color=BLUE, linewidth=1.6)
-        numbers = (f"{mean['accuracy']:.4f}", "", f"{mean['macro_f1']:.4f}", f"{mean['ece']:.3f}")
-        for x, text in zip((left - 12, *columns), ("mean", *numbers)):
-            write(x, y, text)
-    axes.set(xlim=(0, figure.bbox.width), ylim=(figure.bbox.height, 0))
-    return _pixels(figure)
+def _add_row(axes: Axes, row: int, name: str, columns: Iterable[float], numbers: Iterable[str]) -> None:
+    """Write a file's name to the left of its bar, and its numbers to the right."""
+    axes.text(-0.05, row, name, color=INK, ha="right", va="center")
+    for right, number in zip(columns, numbers):
+        axes.text(right, row, number, color=INK, ha="right", va="center")
+
+
+def _new_figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+    """Return a figure whose axes have a size in inches; what stands around them makes the picture larger."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), DOTS_PER_INCH)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_title(title, color=INK, loc="left", pad=12)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.15)
+    return content.getvalue()
+
+
+@contextmanager
+def _settings(texts: Iterable[str]) -> Iterator[set[str]]:
+    """Draw with matplotlib's defaults and with fonts for these texts; yields the letters that none of them has."""
+    import matplotlib.style
+
+    families, missing = _fonts_for({letter for text in texts for letter in text})
+    ours = {"font.family": families, "font.size": 10, "axes.titlesize": 12, "text.parse_math": False}
+    with matplotlib.style.context(["default", ours]):
+        yield missing
+
+
+def _fonts_for(letters: set[str]) -> tuple[list[str], set[str]]:
+    """Return as many font families as these letters need, and the letters that cannot be shown."""
+    from matplotlib import font_manager, ft2font
+
+    others = sorted({font.name for font in font_manager.fontManager.ttflist if font.name.startswith(MORE_FONTS)})
+    families, missing = [], set(letters)
+    for family in [BASE_FONT, *others]:
+        font = font_manager.get_font(font_manager.findfont(family))
+        known = {letter for letter in missing if font.get_char_index(ord(letter))}
+        if known or family == BASE_FONT:
+            families.append(family)
+            missing -= known
+        if not missing:
+            break
+    if not hasattr(ft2font, "__libraqm_version__"):  # before 3.11: letters one after the other, from left to right
+        missing |= {letter for letter in letters if _needs_layout(letter)}
+    return families, missing
+
+
+def _needs_layout(letter: str) -> bool:
+    """Whether a letter is written from right to left, or combines with its neighbours as in Devanagari."""
+    return unicodedata.bidirectional(letter) in ("R", "AL") or unicodedata.category(letter) in ("Mc", "Mn")
+
+
+def _shown(name: str, missing: set[str], instead: str) -> str:
+    """Return the name, cut if it is long, or what stands for one that no font can show."""
+    if missing.intersection(name):
+        return instead
+    return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
+
+
+def _shades() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("shares", ["white", BLUE])
+
+
+def _numbers(metrics: dict[str, Any], interval: str) -> list[str]:
+    return [f"{metrics['accuracy']:.4f}", interval, f"{metrics['macro_f1']:.4f}", f"{metrics['ece']:.3f}"]

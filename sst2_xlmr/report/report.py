@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -20,64 +20,42 @@ from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.files import disk_errors, write_text
 from sst2_xlmr.memory import used_memory_gb
+from sst2_xlmr.report.event_folder import cut_events, event_folder
+from sst2_xlmr.report.mistakes import EvaluatedFile
 from sst2_xlmr.report.table import evaluation_table
-from sst2_xlmr.report.tensorboard import (
-    SCALARS,
-    begin_hparams,
-    cut_events,
-    draw_evaluation,
-    draw_table,
-    end_hparams,
-    event_folder,
-)
-from sst2_xlmr.training.progress import Progress
-from sst2_xlmr.training.run_folder import METRICS_NAME, read_metrics
+from sst2_xlmr.report.tensorboard import SCALARS, begin_hparams, draw_accuracy, draw_evaluation, end_hparams
+from sst2_xlmr.training.run_folder import read_metrics
 
 
 class Report:
-    """What rank 0 says and writes of a run; other ranks have a `SilentReport`.
+    """The open outputs of a run; see `open_report`.
 
-    Args:
-        run_folder: gets `metrics.jsonl`, one JSON object a line.
-        tensorboard: event writer.
-        files: split name -> file, of all that is evaluated on.
-        first_step, total_steps: of this process, which may go on with a run; and of the run.
+    Its methods raise UserError if metrics cannot be written (a full disk, say); a console that nobody reads any more
+    stops nothing.
     """
 
     def __init__(
         self,
-        run_folder: Path,
-        tensorboard: SummaryWriter,
+        metrics: TextIO,
+        events: SummaryWriter,
         config: Config,
         files: dict[str, Path],
         first_step: int,
         total_steps: int,
     ) -> None:
-        self._metrics = (run_folder / METRICS_NAME).open("a", encoding="utf-8")
-        self._tensorboard, self._config, self._files = tensorboard, config, files
+        self._metrics, self._events = metrics, events
+        self._config, self._files = config, files
         self._first_step, self._total_steps, self._started = first_step, total_steps, time.monotonic()
+        # disable=None: a bar on a terminal only.
         self._bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0.1,
-            disable=not sys.stderr.isatty(),
+            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None
         )
 
-    def close(self) -> None:
-        """Close what is open."""
-        self._bar.close()
-        self._metrics.close()
-        self._tensorboard.close()
-
     def say(self, text: str) -> None:
-        """Print a line, above the bar if there is one; training goes on if nobody can read it."""
+        """Print a line, above the bar if there is one."""
         try:
-            if self._bar.disable:
+            with tqdm.external_write_mode(file=sys.stdout):
                 print(text, flush=True)
-            else:
-                self._bar.write(text, file=sys.stdout)
         except OSError as error:  # its reader is gone (`head`), or the log's disk full: no reason to end a run of hours
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             with suppress(OSError):
@@ -87,11 +65,12 @@ class Report:
         """Move the bar by one step."""
         self._bar.update()
 
-    def log_training(self, entry: dict[str, float]) -> None:
-        """Write a line of training metrics, and say it.
+    def log_training(self, entry: dict[str, Any]) -> None:
+        """Write a line of training metrics, and show the most important ones.
 
         Args:
-            entry: what `Window.close` returns; all of it but step and epoch is a scalar for TensorBoard.
+            entry: step, epoch (with fraction), and metrics, of which loss, lr and samples_per_s are shown; all of them
+                become scalars.
         """
         scalars = {f"train/{key}": value for key, value in entry.items() if key not in ("step", "epoch")}
         self._write(entry, {**scalars, "train/memory_gb": used_memory_gb()})
@@ -106,32 +85,39 @@ class Report:
         )
 
     def log_evaluation(self, step: int, split: str, evaluation: Evaluation, cache: TokenCache) -> None:
-        """Write a line of evaluation metrics, and pictures if the evaluation has kept probabilities.
+        """Write a line of evaluation metrics, and pictures if there are probabilities to draw them from.
 
         Args:
             cache: of the evaluated file.
         """
         if evaluation.probabilities is not None:
+            file = EvaluatedFile(split, self._files[split], cache, self._config)
             with self._disk_errors():
-                draw_evaluation(self._tensorboard, step, split, evaluation, cache, self._files[split], self._config)
+                draw_evaluation(self._events, step, file, evaluation)
         scalars = {f"{split}/{key}": evaluation.metrics[key] for key in SCALARS}
         self._write({"step": step, "split": split, **evaluation.metrics}, scalars)
 
-    def say_evaluation(self, step: int, metrics: dict[str, dict[str, Any]], is_best: bool) -> None:
-        """Print a line on dev, and one with the accuracy on all other files.
-
-        Args:
-            metrics: by split.
-        """
-        dev, others = metrics["dev"], {split: values for split, values in metrics.items() if split != "dev"}
+    def say_evaluation(self, step: int, metrics_by_split: dict[str, dict[str, Any]], is_best: bool) -> None:
+        """Print a line on dev, and one with the accuracy on all other files."""
+        dev = metrics_by_split["dev"]
+        others = {split: metrics for split, metrics in metrics_by_split.items() if split != "dev"}
         self.say(
             f"step {step:>6}  dev: accuracy {dev['accuracy']:.4f}  macro F1 {dev['macro_f1']:.4f}  "
             f"loss {dev['loss']:.4f}  {dev['rows']:,} rows{'  (best so far)' if is_best else ''}"
         )
         if others:
-            accuracies = "  ".join(f"{split} {values['accuracy']:.4f}" for split, values in others.items())
+            accuracies = "  ".join(f"{split} {metrics['accuracy']:.4f}" for split, metrics in others.items())
             mean = f"  mean {mean_of(list(others.values()))['accuracy']:.4f}" if len(others) > 1 else ""
             self.say(f"step {step:>6}  accuracy: {accuracies}{mean}")
+
+    def log_checkpoint(self, step: int, saved: tuple[int, float] | None) -> None:
+        """Say what a checkpoint took.
+
+        Args:
+            saved: bytes written, and the seconds that training waited for it; None if it had been saved already.
+        """
+        if saved:
+            self.say(f"step {step:>6}  checkpoint: {saved[0] / 1e6:,.0f} MB, training waited {saved[1]:.1f} s")
 
     def log_end(self, step: int) -> None:
         """Mark the run as finished; if other files than dev were evaluated, make a table of their last metrics."""
@@ -139,72 +125,85 @@ class Report:
         others = {split: last[split] for split in self._files if split != "dev" and split in last}
         with self._disk_errors():
             if others:
-                draw_table(self._tensorboard, step, others)
-            end_hparams(self._tensorboard)
-            self._tensorboard.flush()
+                draw_accuracy(self._events, step, others)
+            end_hparams(self._events)
+            self._events.flush()
         if others:
             self.say("\n".join(["", *evaluation_table(others), ""]))
-
-    def log_checkpoint(self, step: int, saved: tuple[int, float] | None) -> None:
-        """Say what a checkpoint took.
-
-        Args:
-            saved: on rank 0, bytes written, and the seconds that training waited for it.
-        """
-        if saved is not None:
-            self.say(f"step {step:>6}  checkpoint: {saved[0] / 1e6:,.0f} MB, training waited {saved[1]:.1f} s")
 
     def sync(self) -> None:
         """Bring metrics to the disk, so that no checkpoint is ahead of them."""
         with self._disk_errors():
             os.fsync(self._metrics.fileno())
 
+    def close(self) -> None:
+        """Close what is open."""
+        self._bar.close()
+        self._metrics.close()
+        self._events.close()
+
     def _disk_errors(self) -> AbstractContextManager[None]:
         return disk_errors(f"metrics to {self._metrics.name}")
 
     def _write(self, entry: dict[str, Any], scalars: dict[str, float]) -> None:
-        """Write a line of metrics, and scalars by their tags; both are with the system before a checkpoint is."""
+        """Write a line of metrics, and scalars by their tags; neither waits in a buffer of this process, which may die.
+
+        What a killed process loses of what came before its last checkpoint, no resumed one writes again.
+        """
         with self._disk_errors():
             self._metrics.write(json.dumps(entry) + "\n")
             self._metrics.flush()
             for tag, value in scalars.items():
-                self._tensorboard.add_scalar(tag, value, entry["step"])
-            self._tensorboard.flush()
+                self._events.add_scalar(tag, value, entry["step"])
+            self._events.flush()
 
 
 class SilentReport:
-    """The report of ranks other than 0: the same methods as `Report`, which do nothing."""
+    """The report of ranks other than 0: the methods of `Report`, which do nothing."""
 
-    def nothing(self, *_: Any) -> None:
-        """Do nothing."""
+    def say(self, text: str) -> None: ...
 
-    say = advance = log_training = log_evaluation = say_evaluation = nothing
-    log_end = log_checkpoint = sync = close = nothing
+    def advance(self) -> None: ...
+
+    def log_training(self, entry: dict[str, Any]) -> None: ...
+
+    def log_evaluation(self, step: int, split: str, evaluation: Evaluation, cache: TokenCache) -> None: ...
+
+    def say_evaluation(self, step: int, metrics_by_split: dict[str, dict[str, Any]], is_best: bool) -> None: ...
+
+    def log_checkpoint(self, step: int, saved: tuple[int, float] | None) -> None: ...
+
+    def log_end(self, step: int) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def open_report(
-    run_folder: Path, config: Config, files: dict[str, Path], progress: Progress, total_steps: int
+    config: Config, files: dict[str, Path], first_step: int, total_steps: int, written_again: list[str]
 ) -> Report:
-    """Open the outputs; those of a resumed run lose what it will write again.
+    """Open the outputs; those of a resumed run lose what they say of steps after `first_step`.
 
     Args:
-        files: split name -> file, of all that the run reads.
+        config: with `output_dir`; the folder must be claimed, and that for events as well.
+        files: split name -> file, of all that is evaluated on.
+        written_again: splits that will be evaluated (once more) at `first_step`.
 
     Raises:
         UserError: if they cannot be written.
     """
-    during = splits_during(config)
-    evaluated = {split: file for split, file in files.items() if split != "train"}
-    written_again = [split for split in evaluated if split not in during or progress.evaluation_due]
-    tensorboard_dir = event_folder(run_folder, config)
+    assert config.output_dir is not None
+    path, events_to = Path(config.output_dir, "metrics.jsonl"), event_folder(config)
     try:
-        _cut_metrics(run_folder / METRICS_NAME, progress.step, written_again)
-        cut_events(tensorboard_dir, progress.step, written_again)
-        tensorboard = SummaryWriter(str(tensorboard_dir))
-        begin_hparams(tensorboard, config, list(evaluated))
-        return Report(run_folder, tensorboard, config, evaluated, progress.step, total_steps)
+        _cut_metrics(path, first_step, written_again)
+        cut_events(events_to, first_step, written_again)
+        metrics = path.open("a", encoding="utf-8")
+        events = SummaryWriter(str(events_to))
+        begin_hparams(events, config, list(files))
     except OSError as error:
-        raise UserError(f"cannot write metrics to {error.filename or tensorboard_dir}: {error.strerror}") from None
+        raise UserError(f"cannot write metrics to {error.filename or events_to}: {error.strerror}") from None
+    return Report(metrics, events, config, files, first_step, total_steps)
 
 
 def splits_during(config: Config) -> list[str]:

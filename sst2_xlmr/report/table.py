@@ -1,4 +1,4 @@
-"""Evaluations of several files as a table of text."""
+"""The console's table of evaluated files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from sst2_xlmr.evaluation.metrics import mean_of
 
 
 def evaluation_table(metrics_by_file: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the lines of a table: a file each, and the mean of several.
-
-    Args:
-        metrics_by_file: by the files' names.
-    """
+    """Return the lines of a table: a file each, and the mean of several."""
     width = max(len(name) for name in [*metrics_by_file, "file"])
     lines = [f"{'file':<{width}}  accuracy  95 % interval  macro F1     ECE      rows"]
     for name, metrics in metrics_by_file.items():

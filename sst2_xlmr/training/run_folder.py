@@ -1,4 +1,4 @@
-"""The run's folder: one process at a time, its `config.json` and metrics, and what a killed process has left in it."""
+"""The run's folder: its lock, `config.json` and `metrics.jsonl`, and what a killed process has left in it."""
 
 from __future__ import annotations
 
@@ -49,14 +49,17 @@ def claim(run_folder: Path) -> IO[str]:
     return file
 
 
-def write_config(run_folder: Path, config: Config, resume: bool) -> None:
+def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
     """Write `config.json`; the folder must be claimed.
+
+    A new run's is written right after that: a folder without it cannot be resumed, should the process die. A resumed
+    run's is replaced when its checkpoint has been accepted.
 
     Raises:
         UserError: if a new run finds another one there, or the file cannot be written.
     """
     target = run_folder / "config.json"
-    if target.exists() and not resume:
+    if is_new and target.exists():
         raise UserError(f"{target} is there already; take another --output-dir")
     try:
         write_text(target, json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAMPLE_DATA, train_options
+from conftest import SAMPLE_DATA, train_options
 from running import charted, digests, kill_group, last_step, launcher, logged, started
-
-import train
 
 STEPS = 200
 
@@ -72,28 +67,3 @@ def test_killed_run_equals_undisturbed_run(
     assert logged(broken) == logged(whole)
     assert charted(broken) == charted(whole) == list(range(1, STEPS + 1))
     assert not list(broken.rglob("*.tmp"))
-
-
-# Dies at the first call of a function of train.py's.
-DIES = """
-import os, sys
-import train
-name = sys.argv.pop(1)
-setattr(train, name, lambda *_, **__: os._exit(9))
-train.exit_on_user_error(train.main)
-"""
-
-
-@pytest.mark.parametrize("moment", ["make_event_folder", "write_config", "clean_up", "accelerate", "open_report"])
-def test_a_start_that_dies_can_be_made_again(tiny_encoder: Path, small_data: Path, tmp_path: Path, moment: str) -> None:
-    """By the same command, or, once the options are there, by --resume: as scripts/train.sbatch chooses."""
-    program, run = tmp_path / "dies.py", tmp_path / "run"
-    program.write_text(DIES)
-    words = train_options(tiny_encoder, small_data, run, "--epochs", 1)
-    died = subprocess.run(
-        [sys.executable, str(program), moment, *words], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
-    )
-    assert died.returncode == 9
-    resume = ["--resume"] if (run / "config.json").is_file() else []
-    train.main([*words, *resume])
-    assert [line["step"] for line in logged(run)] == [*range(1, 8), 7]

@@ -6,8 +6,6 @@ import errno
 import io
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from html import unescape
@@ -16,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, SAMPLE_DATA, metrics, torchrun, train_options, user_error
+from conftest import SAMPLE_DATA, metrics, torchrun, train_options, user_error
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
@@ -29,14 +27,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 import train
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.batches import TokenCache
+from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import digest_of
-from sst2_xlmr.report import report as report_module
-from sst2_xlmr.report.pictures import confusion_picture, drawable, table_picture
-from sst2_xlmr.report.report import open_report
-from sst2_xlmr.report.tensorboard import cut_events, escape, event_files, mistakes_table
-from sst2_xlmr.training.progress import Progress
+from sst2_xlmr.report import report
+from sst2_xlmr.report.event_folder import cut_events, event_files
+from sst2_xlmr.report.mistakes import EvaluatedFile, escape, mistakes_table
 
 RunTrain = Callable[..., Path]
 DE, RU = SAMPLE_DATA / "test.de.tsv", SAMPLE_DATA / "test.ru.tsv"
@@ -238,16 +234,6 @@ def test_early_stopping_draws_too(run_train: RunTrain, tmp_path: Path) -> None:
     assert steps(opened(run / "tensorboard"))["dev/confusion"] == [7, last]
 
 
-def test_another_runs_folder_is_refused(
-    run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--epochs", 1, "--tensorboard-dir", tmp_path / "events"]
-    run_train(tmp_path / "one", *options)
-    line = user_error(lambda: run_train(tmp_path / "two", *options), capsys)
-    assert "events has events of another run; take another folder" in line
-    assert not (tmp_path / "two").exists()
-
-
 def test_cut_keeps_what_is_not_written_again(tmp_path: Path) -> None:
     writer = SummaryWriter(str(tmp_path))
     for step in range(1, 6):
@@ -301,54 +287,18 @@ def test_at_most_fifty_mistakes(tmp_path: Path) -> None:
     cache = TokenCache(np.zeros(80, np.int32), np.arange(81), np.ones(80, np.int32), digest=digest_of(file))
     wrong = np.linspace(0.51, 0.99, 80, dtype=np.float32)
     config = Config(label_names=["negative", "positive"])
-    table = mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, config)
-    lines = table.splitlines()
+    evaluated = EvaluatedFile("dev", file, cache, config)
+    probabilities = np.stack([wrong, 1 - wrong], 1)
+    lines = mistakes_table(evaluated, probabilities).splitlines()
     assert lines[0] == "80 of 80 rows are mistaken; of these the 50 surest."
     assert len(lines) == 54
     assert lines[4] == "| 80 | text 79 | positive | negative | 0.9900 |"
     file.write_text(file.read_text() + "another\t0\n")
-    assert "(the file has changed)" in mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, config)
+    assert "(the file has changed)" in mistakes_table(evaluated, probabilities)
     file.unlink()
-    assert "(the file has changed)" in mistakes_table(np.stack([wrong, 1 - wrong], 1), cache, file, config)
-    right = mistakes_table(np.stack([1 - wrong, wrong], 1), cache, file, config)
+    assert "(the file has changed)" in mistakes_table(evaluated, probabilities)
+    right = mistakes_table(evaluated, 1 - probabilities)
     assert right.startswith("0 of 80 rows")
-
-
-@pytest.mark.parametrize("classes", [2, 3, 20, 21, 1000])
-def test_confusion_pictures(classes: int) -> None:
-    confusion = np.diag(np.arange(classes) + 1)
-    names = [f"class with a long name {n}" for n in range(classes - 1)] + ["größer 很好"]
-    picture = confusion_picture(confusion, names, "dev, step 1")
-    assert picture.dtype == np.uint8
-    assert max(picture.shape[:2]) < 1700
-    is_dark = (np.abs(picture.astype(int) - (26, 95, 180)) < 3).all(-1)
-    cell = 108 if classes < 9 else max(64, 960 // classes) if classes < 21 else max(1, 800 // classes)
-    assert is_dark.sum() > 0.5 * classes * cell * cell, "the diagonal has the full shade"
-
-
-def test_names_in_any_script_are_shown_where_a_font_has_their_letters() -> None:
-    for name in ("größer", "Ελληνικά", "Русский", "العربية"):
-        assert drawable(name, "class 1") == name
-    assert drawable("Klingon \uf8d0\uf8d1", "class 1") == "class 1", "no font has these"
-    assert drawable("two\nlines", "class 1") == "class 1"
-    assert len(drawable("long " * 100, "class 1")) < 30
-    confusion = np.diag([3, 4])
-    shown, hidden = (confusion_picture(confusion, [name, "b"], "t") for name in ("Ωμέγα", "Алъфа"))
-    assert shown.shape == hidden.shape and (shown != hidden).any()
-
-
-def test_training_does_not_wait_for_matplotlib() -> None:
-    code = "import sys, train; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-def test_table_picture_shows_every_file() -> None:
-    numbers = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "macro_f1": 0.5, "ece": 0.1, "rows": 40}
-    one, three = (table_picture({f"file {n}": numbers for n in range(count)}, "t") for count in (1, 3))
-    assert three.shape[0] - one.shape[0] == 84
-    bars = (three == (129, 167, 214)).all(-1)
-    assert (np.diff(np.flatnonzero(bars.any(1))) > 1).sum() == 2, "three bars, one below the other"
-    assert (bars.sum(1).max()) == pytest.approx(100, abs=8), "half of the axis"
 
 
 @pytest.mark.parametrize(
@@ -396,9 +346,9 @@ def test_a_full_disk_is_a_users_error(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name in ("draw_evaluation", "draw_table"):
+    for name in ("draw_evaluation", "draw_accuracy"):
         with monkeypatch.context() as patched:
-            patched.setattr(report_module, name, full)
+            patched.setattr(report, name, full)
             options = ["--epochs", 1, "--eval-file", f"de={DE}"]
             line = user_error(partial(run_train, tmp_path / name, *options), capsys)
         assert "No space left on device; make room, then continue (training: with --resume)" in line
@@ -417,31 +367,3 @@ def test_a_start_by_another_clock_is_read_in_order(run_train: RunTrain, tmp_path
     assert first.name == "events.out.tfevents.0000000000"
     assert "another-node" not in second.name
     assert steps(opened(run / "tensorboard"))["train/loss"] == list(range(1, 8))
-
-
-def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
-    """A killed process has no time to write what it holds back, and a resumed run does not repeat it."""
-    files = {"dev": SAMPLE_DATA / "dev.tsv"}
-    entry = {"step": 1, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0}
-    for _ in range(2):
-        report = open_report(tmp_path, Config(), files, Progress("x", "y", 5), 10)
-        report.log_training(entry)
-        assert steps(opened(tmp_path / "tensorboard"))["train/loss"] == [1]
-        assert [line["loss"] for line in metrics(tmp_path)] == [0.5]
-        report.close()
-
-
-def test_a_resumed_run_leaves_events_of_others_alone(
-    run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In another folder it is held to what holds for a new run; its own, also a second one, it continues."""
-    other, run = run_train(tmp_path / "other", "--epochs", 1), run_train(tmp_path / "run", "--epochs", 1)
-    shutil.rmtree(run / "checkpoints" / "step-00000007")
-    before = {file.name: file.read_bytes() for file in event_files(other / "tensorboard")}
-    resume = ["--resume", "--output-dir", str(run), "--tensorboard-dir"]
-    line = user_error(lambda: train.main([*resume, str(other / "tensorboard")]), capsys)
-    assert f"{other / 'tensorboard'} has events of another run; take another folder" in line
-    assert {file.name: file.read_bytes() for file in event_files(other / "tensorboard")} == before
-    for folder in (tmp_path / "second", tmp_path / "second", run / "tensorboard"):
-        train.main([*resume, str(folder)])
-    train.main(["--resume", "--output-dir", str(run)])

@@ -1,0 +1,130 @@
+"""Pictures as PNG files: what they show, in which letters, and that only those who draw pay for it."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from conftest import ROOT
+from matplotlib import ft2font
+from PIL import Image
+
+from sst2_xlmr.report import pictures
+from sst2_xlmr.report.pictures import accuracy_picture, confusion_picture
+
+BLUE, BAR = (26, 95, 180), (129, 167, 214)
+UNKNOWN = "\U0001e7e0\U000e0041"  # letters that no font has
+METRICS: dict[str, Any] = {
+    "accuracy": 0.5,
+    "accuracy_low": 0.4,
+    "accuracy_high": 0.6,
+    "macro_f1": 0.5,
+    "ece": 0.1,
+    "rows": 40,
+}
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+@pytest.fixture
+def drawn_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts of the pictures that are drawn, as they stand there."""
+    texts: list[str] = []
+    to_png = pictures._png
+
+    def png(figure: Any) -> bytes:
+        texts.extend(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+        return to_png(figure)
+
+    monkeypatch.setattr(pictures, "_png", png)
+    return texts
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 20, 21, 1000])
+def test_confusion_pictures(classes: int) -> None:
+    confusion = np.diag(np.arange(classes) + 1)
+    picture = pixels(confusion_picture(confusion, [f"a class called {n}" for n in range(classes)], "dev, step 1"))
+    assert max(picture.shape[:2]) < 2000
+    is_diagonal = (picture == BLUE).all(-1)
+    size = max(220, 72 * classes) if classes <= 20 else classes * max(1, 800 // classes)
+    cell = size / classes
+    assert is_diagonal.sum() == pytest.approx(classes * cell * cell, rel=0.25), "the diagonal has the full shade"
+    if classes > 20:
+        assert is_diagonal.any(0).sum() == is_diagonal.any(1).sum() == size, "no class is left out"
+
+
+@pytest.mark.filterwarnings("error")
+def test_counts_shares_and_names(drawn_texts: list[str]) -> None:
+    names = ["größer", "$x_1$ 100%", "л" * 40, UNKNOWN]
+    confusion = np.diag([1234, 0, 3, 4])
+    confusion[0, 2] = 1
+    confusion_picture(confusion, names, f"dev {UNKNOWN}")
+    assert {"1,234\n99.9%", "1\n0.1%", "3\n100.0%", "0"} <= set(drawn_texts)
+    assert {"größer", "$x_1$ 100%", "л" * 31 + "…", "class 3", "dev ??"} <= set(drawn_texts)
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_of_every_script_are_drawn_or_replaced(drawn_texts: list[str]) -> None:
+    """No box stands for a letter, and no warning comes, whatever fonts the machine has."""
+    names = [
+        "отрицательный",
+        "αρνητικό",
+        "سلبي",
+        "שלילי",
+        "नकारात्मक",
+        "เชิงลบ",
+        "负面",
+        "否定的",
+        "부정적인",
+        "👍",
+        "a\nb",
+    ]
+    accuracy_picture(dict.fromkeys(names, METRICS), "accuracy by file")
+    for number, name in enumerate(names, 1):
+        assert (name in drawn_texts) != (f"file {number}" in drawn_texts), name
+    assert {"отрицательный", "αρνητικό", "file 9", "file 10"} <= set(drawn_texts)
+    can_lay_out = hasattr(ft2font, "__libraqm_version__")
+    assert ("سلبي" in drawn_texts) == ("שלילי" in drawn_texts) == can_lay_out
+
+
+def test_a_system_font_is_used_for_its_letters(drawn_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "BASE_FONT", "STIXSizeOneSym")  # a font with hardly any letters
+    monkeypatch.setattr(pictures, "MORE_FONTS", ("DejaVu Sans",))
+    accuracy_picture({"größer": METRICS}, "accuracy by file")
+    assert {"größer", "accuracy by file"} <= set(drawn_texts)
+
+
+def test_accuracy_picture_shows_every_file(drawn_texts: list[str]) -> None:
+    one, three = (
+        pixels(accuracy_picture({f"file {n}": METRICS for n in range(count)}, "accuracy by file")) for count in (1, 3)
+    )
+    assert three.shape[0] - one.shape[0] == pytest.approx(84, abs=2), "two more files and their mean"
+    bars = (three == BAR).all(-1)
+    assert (np.diff(np.flatnonzero(bars.any(1))) > 1).sum() == 2, "three bars, one below the other"
+    assert bars.sum(1).max() == pytest.approx(110, abs=8), "half of the axis"
+    assert {"file 2", "mean", "0.5000", "0.40 - 0.60", "0.100"} <= set(drawn_texts)
+
+
+def test_settings_are_left_alone() -> None:
+    before = dict(matplotlib.rcParams)
+    with matplotlib.rc_context({"text.usetex": True, "savefig.dpi": 30, "axes.facecolor": "black"}):
+        theirs = accuracy_picture({"de": METRICS}, "accuracy by file")
+    assert theirs == accuracy_picture({"de": METRICS}, "accuracy by file"), "the user's settings change nothing"
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_only_drawing_imports_matplotlib() -> None:
+    program = "import sys, train, sst2_xlmr.report.pictures; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+    program = (
+        "import sys; from sst2_xlmr.report.pictures import confusion_picture as f; import numpy;"
+        "f(numpy.eye(2), ['a', 'b'], 't'); sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

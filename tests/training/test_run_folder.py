@@ -1,0 +1,74 @@
+"""A start that dies, at any point of it, leaves a folder that the same command or --resume accepts."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, metrics, train_options
+
+import train
+from sst2_xlmr.config import Config
+from sst2_xlmr.errors import UserError
+from sst2_xlmr.training.run_folder import claim, write_config
+
+# Where a start is killed: before `target` is called.
+KILLED = """
+import importlib, os, signal, sys
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+*names, function = sys.argv[1].split(".")
+target = importlib.import_module(names[0])
+for name in names[1:]:
+    target = getattr(target, name) if hasattr(target, name) else importlib.import_module(f"{target.__name__}.{name}")
+setattr(target, function, die)
+import train
+train.main(sys.argv[2:])
+"""
+PLACES = {
+    "with the lock only": "sst2_xlmr.training.run_folder.write_text",
+    "while config.json is written": "sst2_xlmr.files.sync_folder",
+    "with config.json only": "sst2_xlmr.training.run_folder.clean_up",
+    "before the event file": "sst2_xlmr.report.report.SummaryWriter",
+    "before the first checkpoint": "sst2_xlmr.training.checkpoint.write_tensors",
+}
+
+
+@pytest.mark.parametrize("events", ["inside", "outside"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_killed_start_can_be_made_again(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, place: str, events: str
+) -> None:
+    run = tmp_path / "run"
+    options = ["--epochs", 1, "--save-every", 3]
+    options += ["--tensorboard-dir", tmp_path / "events"] if events == "outside" else []
+    command = train_options(tiny_encoder, small_data, run, *options)
+    killed = subprocess.run([sys.executable, "-c", KILLED, PLACES[place], *command], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert run.is_dir()
+    # As scripts/train.sbatch decides it.
+    train.main([*(["--resume"] if (run / "config.json").exists() else []), *command])
+    assert [entry["step"] for entry in metrics(run) if "split" not in entry] == list(range(1, 8))
+
+
+def test_a_folder_with_anything_else_is_refused(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "notes.txt").touch()
+    with pytest.raises(UserError, match="is there already"):
+        train.main(train_options(tiny_encoder, small_data, run))
+    assert [file.name for file in run.iterdir()] == ["notes.txt"]
+
+
+def test_a_new_run_overwrites_no_config(tmp_path: Path) -> None:
+    """Two starts that both found the folder free: the second comes when the first has ended."""
+    with claim(tmp_path):
+        write_config(tmp_path, Config(), is_new=True)
+        with pytest.raises(UserError, match="is there already; take another --output-dir"):
+            write_config(tmp_path, Config(), is_new=True)
+        write_config(tmp_path, Config(), is_new=False)
