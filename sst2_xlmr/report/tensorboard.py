@@ -65,7 +65,7 @@ def _add_summary(writer: SummaryWriter, summary: Any, step: int | None = None) -
 def _add_picture(writer: SummaryWriter, tag: str, png: bytes, step: int) -> None:
     """Write a PNG file as it is; `SummaryWriter.add_image` would take pixels and compress them once more."""
     width, height = struct.unpack(">II", png[16:24])
-    image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)  # 3: RGB
+    image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)  # 4: RGBA
     _add_summary(writer, Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 

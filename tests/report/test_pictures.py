@@ -8,11 +8,11 @@ import sys
 from typing import Any
 
 import matplotlib
+import matplotlib.image
 import numpy as np
 import pytest
 from conftest import ROOT
 from matplotlib import ft2font
-from PIL import Image
 
 from sst2_xlmr.report import pictures
 from sst2_xlmr.report.pictures import accuracy_picture, confusion_picture
@@ -30,7 +30,7 @@ METRICS: dict[str, Any] = {
 
 
 def pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    return (matplotlib.image.imread(io.BytesIO(png))[..., :3] * 255).round().astype(np.uint8)
 
 
 @pytest.fixture

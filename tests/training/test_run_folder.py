@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,12 @@ setattr(target, function, die)
 import train
 train.main(sys.argv[2:])
 """
-PLACES = {
-    "with the lock only": "sst2_xlmr.training.run_folder.write_text",
-    "while config.json is written": "sst2_xlmr.files.sync_folder",
-    "with config.json only": "sst2_xlmr.training.run_folder.clean_up",
-    "before the event file": "sst2_xlmr.report.report.SummaryWriter",
-    "before the first checkpoint": "sst2_xlmr.training.checkpoint.write_tensors",
+PLACES = {  # -> what the run's folder then holds
+    "sst2_xlmr.training.run_folder.write_text": {".lock"},
+    "sst2_xlmr.training.optimizer.AdamW.share_memory": {".lock", "config.json"},  # when processes are connected
+    "sst2_xlmr.training.run_folder.clean_up": {".lock", "config.json"},
+    "sst2_xlmr.report.report.SummaryWriter": {".lock", "config.json", "metrics.jsonl"},
+    "sst2_xlmr.training.checkpoint.write_tensors": {".lock", "config.json", "metrics.jsonl", "checkpoints"},
 }
 
 
@@ -48,12 +49,21 @@ def test_a_killed_start_can_be_made_again(
     options = ["--epochs", 1, "--save-every", 3]
     options += ["--tensorboard-dir", tmp_path / "events"] if events == "outside" else []
     command = train_options(tiny_encoder, small_data, run, *options)
-    killed = subprocess.run([sys.executable, "-c", KILLED, PLACES[place], *command], cwd=ROOT, check=False)
+    killed = subprocess.run([sys.executable, "-c", KILLED, place, *command], cwd=ROOT, check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert run.is_dir()
+    assert {file.name for file in run.iterdir()} - {"tensorboard"} == PLACES[place]
     # As scripts/train.sbatch decides it.
     train.main([*(["--resume"] if (run / "config.json").exists() else []), *command])
     assert [entry["step"] for entry in metrics(run) if "split" not in entry] == list(range(1, 8))
+
+
+def test_a_start_killed_while_it_wrote_its_config(run_train: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").write_text("process 1 on a node that is gone\n")
+    (run / "config.json.tmp").write_text('{"enco')
+    run_train(run, "--epochs", 1)
+    assert not list(run.glob("*.tmp"))
 
 
 def test_a_folder_with_anything_else_is_refused(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
