@@ -181,10 +181,44 @@ def test_time_limit_saves_requeues_and_ends_with_the_same_bits(
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), said
     assert int(facts["Restarts"]) >= 1, said
     assert said.count("the time limit is near") == int(facts["Restarts"])
-    assert said.count("stopped    by SIGTERM after step ") == int(facts["Restarts"])
+    assert said.count("stopped    by SIGUSR1 after step ") == int(facts["Restarts"])
     undisturbed(tiny_encoder, small_data, tmp_path / "one", options)
     assert digests(run) == digests(tmp_path / "one")
     assert logged(run) == logged(tmp_path / "one")
+
+
+SLOW_SAVING = """
+import os, pathlib, re, time
+rename = pathlib.Path.rename
+def slow_rename(self, target):
+    if re.fullmatch("step-[0-9]{8}", pathlib.Path(target).name) and "SLURM_RESTART_COUNT" not in os.environ:
+        time.sleep(45)
+    return rename(self, target)
+pathlib.Path.rename = slow_rename
+"""
+
+
+@pytest.mark.usefixtures("_slurm")
+def test_save_that_takes_longer_than_torchruns_patience(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+    """torchrun kills its processes half a minute after SIGTERM, whatever time is left."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_SAVING, encoding="utf-8")
+    lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()
+    many = [lines[0], *lines[1:] * 4000]  # no epoch ends before the time limit, so nothing else is saved
+    (small_data / "train.tsv").write_text("\n".join(many) + "\n", encoding="utf-8")
+    run, log = tmp_path / "job", tmp_path / "log"
+    options = job_options(tiny_encoder, small_data, "--log-every", 100)
+    job = submit(log, 2, 1, run, options, "--signal=B:USR1@60", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    deadline = time.monotonic() + 200
+    while (facts := job_facts(job))["JobState"] in UNFINISHED and facts["Restarts"] == "0":
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+    said = log.read_text()
+    assert facts["Restarts"] == "1", said
+    assert "lost contact" not in said
+    stopped = re.search(r"stopped    by SIGUSR1 after step (\d+), and saved", said)
+    assert stopped, said
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step-{int(stopped[1]):08}"]
+    call("scancel", job)
 
 
 @pytest.mark.usefixtures("_slurm")
