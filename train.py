@@ -28,7 +28,7 @@ from sst2_xlmr import distributed
 from sst2_xlmr.accelerate import accelerate
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.batches import BatchLoader
+from sst2_xlmr.data.batches import BatchLoader, GlobalBatchSampler
 from sst2_xlmr.data.prepare import Prepared, prepare
 from sst2_xlmr.distributed import World, shared_error
 from sst2_xlmr.errors import Stopped, UserError, exit_on_user_error
@@ -126,7 +126,8 @@ def build(inputs: Prepared, world: World) -> Run:
     classifier.to(world.device)
     groups = Groups(encoder.shape.layers, config.weight_decay, config.layerwise_lr_decay)
     optimizer = AdamW(classifier, groups, config.max_grad_norm, bf16=config.precision == "bf16")
-    loader = BatchLoader(caches["train"], config, world)
+    sampler = GlobalBatchSampler(caches["train"].lengths(), config.batch_size, config.seed, world)
+    loader = BatchLoader(caches["train"], sampler, config, world.device)
     encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
     progress = Progress(caches["train"].digest, encoder_digest, len(loader))
     return Run(

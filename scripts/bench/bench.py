@@ -5,17 +5,21 @@
     python scripts/bench/bench.py --only processes --processes 1,2               # one thread a process
     python scripts/bench/bench.py --only rows --rows 10000,1000000               # train.py's time to its first step
 
-Prints JSON; progress goes to standard error. Every figure is the median of the rounds, beside it their least (`min`)
-and greatest (`max`). Machines are noisy: within a round everything is measured once, one after the other, and a ratio
-is taken in every round. With `--peer` every measurement has a new process; without it one process serves all rounds,
-and its later ones meet batch shapes that it has seen.
+Prints JSON; progress goes to standard error. Every figure is the median of the rounds, with their minimum (`min`) and
+maximum (`max`). Machines are noisy: a round measures everything once, one after the other, and ratios are taken round
+by round. With `--peer` every measurement has a new process; without it one process serves all rounds, and its later
+ones meet batch shapes that it has seen.
 
 The Trainer's environment needs a current torch, transformers and accelerate: `python -m venv ../peer`, then
-`../peer/bin/pip install "transformers[torch]"`. Both sides train on the same sample of the train split (see
-peer.py for how the Trainer is set up) and evaluate the whole dev split. Rows of like length are grouped within
-the sample: with fewer than 100 steps there is more padding than in a long run, on both sides. Utilisation is the rate
-of the operations that the rows need (`model_flops` in worker.py) over the rate of a plain matrix product in the
-same precision.
+`../peer/bin/pip install "transformers[torch]"`; peer.py says how the Trainer is set up.
+
+Both sides evaluate the whole dev split. In training each side orders the whole train split in its own way, and the
+steps are batches of that order, spread evenly over their lengths (sampling.py). So both train on rows of the same mean
+length, `tokens_per_row`, which is that of the split (`settings`), and each pads as much as in real training:
+`computed_tokens_per_row` counts padding too.
+
+Utilisation is the rate of the operations that the rows need (`model_flops` in worker.py) over the rate of a plain
+matrix product in the same precision.
 """
 
 from __future__ import annotations
@@ -31,16 +35,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from runs import ROOT, Answer, measure_processes, measure_rates, measure_rows, rounded
+from spec import Setup, find_files, read_tokens, write_spec
 
-from sst2_xlmr import sources
 from sst2_xlmr.cli import OneLineParser
 from sst2_xlmr.config import Config, check
-from sst2_xlmr.data.formats import find_split, no_split
-from sst2_xlmr.data.rows import SST2_NAMES, Columns
-from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
+from sst2_xlmr.data.rows import SST2_NAMES
 from sst2_xlmr.distributed import choose_device, choose_precision
 from sst2_xlmr.errors import UserError, exit_on_user_error
-from sst2_xlmr.model.compact_vocab import used_ids
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, TOKENIZER_NAME, EncoderShape, read_shape
 
 SHAPES = {**BUNDLE_SHAPES, "small": EncoderShape(hidden=384, layers=12, heads=12, ffn=1536)}
@@ -129,8 +130,9 @@ def find_shape(arguments: argparse.Namespace) -> tuple[EncoderShape, Path]:
     return shape, tokenizer_file
 
 
-def build_config(arguments: argparse.Namespace, shape: EncoderShape) -> Config:
-    """Return train.py's options for what is measured, with everything that the machine decides decided."""
+def build_setup(arguments: argparse.Namespace) -> Setup:
+    """Return what is measured, with everything decided that depends on the machine."""
+    shape, tokenizer_file = find_shape(arguments)
     config = Config(
         data_dir=arguments.data_dir,
         label_names=SST2_NAMES,
@@ -146,94 +148,21 @@ def build_config(arguments: argparse.Namespace, shape: EncoderShape) -> Config:
     device = choose_device(config.device, 0, max(arguments.processes, default=1))
     torch.set_num_threads(config.threads or torch.get_num_threads())
     precision = choose_precision(config.precision, device)
-    return dataclasses.replace(config, device=device.type, precision=precision, threads=torch.get_num_threads())
+    config = dataclasses.replace(config, device=device.type, precision=precision, threads=torch.get_num_threads())
+    return Setup(config, shape, tokenizer_file, arguments.steps, arguments.warmup_steps, arguments.eval_batch_size)
 
 
-def sample_rows(lengths: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return so many row numbers in random order, spread evenly over the lengths, so that few rows stand for all.
-
-    A sample larger than the file has rows more than once.
-    """
-    random = np.random.RandomState(seed)
-    order = random.permutation(len(lengths))
-    by_length = order[np.argsort(lengths[order], kind="stable")]
-    return random.permutation(by_length[((np.arange(count) + 0.5) * len(lengths) / count).astype(np.int64)])
-
-
-def subset(cache: TokenCache, rows: np.ndarray) -> dict[str, np.ndarray]:
-    ids = [cache.ids[cache.offsets[row] : cache.offsets[row + 1]] for row in rows]
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-    return {"ids": np.concatenate(ids), "offsets": offsets, "labels": cache.labels[rows]}
-
-
-def find_files(data_dir: str) -> dict[str, Path]:
-    files = {}
-    for split in ("train", "dev"):
-        file = find_split(Path(data_dir), split)
-        if file is None:
-            raise no_split(Path(data_dir), split)
-        files[split] = file
-    return files
-
-
-def write_spec(
-    folder: Path,
-    files: dict[str, Path],
-    arguments: argparse.Namespace,
-    config: Config,
-    shape: EncoderShape,
-    tokenizer_file: Path,
-) -> Path:
-    """Write what the measured processes need: options, and rows as ids, of the train split a fixed sample."""
-    cache_dir = sources.cache_dir() / "tokens"
-    caches = {
-        split: tokenize_file(file, tokenizer_file, Columns(), SST2_NAMES, config.max_length, cache_dir)
-        for split, file in files.items()
-    }
-    largest_id = max(int(cache.ids.max()) for cache in caches.values())
-    if largest_id >= shape.vocab_size:
-        raise UserError(f"{tokenizer_file} gives ids up to {largest_id}, but the shape has {shape.vocab_size} rows")
-    kept_ids = np.arange(shape.vocab_size)
-    if not config.full_vocabulary:
-        kept_ids = used_ids((cache.ids for cache in caches.values()), shape.vocab_size)
-    lengths = caches["train"].lengths()
-    samples = {
-        split: sample_rows(lengths, steps * config.batch_size, config.seed)
-        for split, steps in (("warmup", arguments.warmup_steps), ("train", arguments.steps))
-    }
-    arrays = {"kept_ids": kept_ids}
-    for split, cache, rows in (
-        ("warmup", caches["train"], samples["warmup"]),
-        ("train", caches["train"], samples["train"]),
-        ("dev", caches["dev"], np.arange(len(caches["dev"]))),
-    ):
-        arrays.update({f"{split}_{part}": array for part, array in subset(cache, rows).items()})
-    folder.mkdir()
-    np.savez(folder / "rows.npz", **arrays)
-    spec = {
-        "config": dataclasses.asdict(config),
-        "shape": dataclasses.asdict(shape),
-        "rows_file": str(folder / "rows.npz"),
-        "steps": arguments.steps,
-        "warmup_steps": arguments.warmup_steps,
-        "eval_batch_size": arguments.eval_batch_size,
-        "encoder_folder": str(folder / "encoder"),
-        "tokenizer_file": str(tokenizer_file.absolute()),
-    }
-    (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-    return folder / "spec.json"
-
-
-def describe(arguments: argparse.Namespace, config: Config, shape: EncoderShape, spec: Path) -> Answer:
-    """Say on what machine, with what versions and settings the figures were obtained."""
+def describe(arguments: argparse.Namespace, setup: Setup, spec: Path) -> Answer:
+    """Return on what machine, with what versions and settings the figures were obtained."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.is_file() else []
     with np.load(spec.with_name("rows.npz")) as arrays:
         table_rows = len(arrays["kept_ids"])
-        tokens = {
-            task: len(arrays[f"{split}_ids"]) / len(arrays[f"{split}_labels"])
-            for task, split in (("train", "train"), ("eval", "dev"))
+        tokens_per_row = {
+            split: rounded(arrays[f"{split}_offsets"][-1] / len(arrays[f"{split}_labels"]))
+            for split in ("train", "dev")
         }
+    config = setup.config
     return {
         "cpu": names[0].split(":", 1)[1].strip() if names else platform.processor(),
         "gpu": torch.cuda.get_device_name() if config.device == "cuda" else None,
@@ -241,9 +170,9 @@ def describe(arguments: argparse.Namespace, config: Config, shape: EncoderShape,
         "threads": config.threads,
         "preloaded": os.environ.get("LD_PRELOAD"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "shape": {"name": arguments.shape, **dataclasses.asdict(shape)},
+        "shape": {"name": arguments.shape, **dataclasses.asdict(setup.shape)},
         "table_rows": table_rows,
-        "tokens_per_row": {task: rounded(mean) for task, mean in tokens.items()},
+        "tokens_per_row": tokens_per_row,  # of the whole splits
         **{
             name: getattr(config, name)
             for name in ("precision", "device", "batch_size", "eval_batch_tokens", "max_length")
@@ -252,23 +181,29 @@ def describe(arguments: argparse.Namespace, config: Config, shape: EncoderShape,
     }
 
 
+def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
+    """Measure what the command line asks for; the folder is for files of the measured processes."""
+    setup = build_setup(arguments)
+    files = find_files(arguments.data_dir)
+    spec = write_spec(folder / "rates", read_tokens(files, setup), setup)
+    result: Answer = {"settings": describe(arguments, setup, spec)}
+    if tasks := [part for part in ("train", "eval") if part in arguments.only]:
+        result.update(measure_rates(tasks, arguments.peer, arguments.rounds, setup.config, spec))
+    if "processes" in arguments.only:
+        one_thread = dataclasses.replace(setup.config, batch_size=arguments.processes_batch_size, threads=1)
+        setup_of_processes = setup._replace(config=one_thread)
+        caches = read_tokens(files, setup_of_processes)
+        spec_of_processes = write_spec(folder / "processes", caches, setup_of_processes)
+        result["processes"] = measure_processes(arguments.processes, arguments.rounds, spec_of_processes)
+    if "rows" in arguments.only:
+        result["rows"] = measure_rows(arguments.rows, files, setup.config, spec)
+    return result
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
-    shape, tokenizer_file = find_shape(arguments)
-    config = build_config(arguments, shape)
     with tempfile.TemporaryDirectory(prefix="sst2-xlmr-bench-") as temporary:
-        folder = Path(temporary)
-        files = find_files(arguments.data_dir)
-        spec = write_spec(folder / "rates", files, arguments, config, shape, tokenizer_file)
-        result: Answer = {"settings": describe(arguments, config, shape, spec)}
-        if tasks := [part for part in ("train", "eval") if part in arguments.only]:
-            result.update(measure_rates(tasks, arguments.peer, arguments.rounds, config, spec))
-        if "processes" in arguments.only:
-            shared = dataclasses.replace(config, batch_size=arguments.processes_batch_size, threads=1)
-            shared_spec = write_spec(folder / "processes", files, arguments, shared, shape, tokenizer_file)
-            result["processes"] = measure_processes(arguments.processes, arguments.rounds, shared_spec)
-        if "rows" in arguments.only:
-            result["rows"] = measure_rows(arguments.rows, files, config, spec)
+        result = measure(arguments, Path(temporary))
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.out:

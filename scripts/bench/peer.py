@@ -1,18 +1,20 @@
-"""The other side of bench.py: the same rows under transformers' Trainer, in whatever Python has that.
+"""The other side of bench.py: transformers' Trainer on the same files, under a Python that has transformers.
 
     PYTHON peer.py SPEC CONFIGURATION
 
-SPEC is the file that bench.py wrote; one JSON object comes on standard output, all else on standard error. It
-is the only file that runs in the peer's environment, and it needs nothing of this project. Configurations:
+SPEC is the file that bench.py wrote (spec.py); one JSON object comes on standard output, all else on standard error.
+Only this file and sampling.py run in the peer's environment; they need nothing of the package. Configurations:
 
     padded    every row to the longest length (128 tokens). Such rows all cost the same, so a tenth of the steps, at
               least 3, gives the rate.
     dynamic   every batch to its longest row
     grouped   dynamic, rows of like length in one batch (the Trainer's `group_by_length`)
+
+              These three order the whole train split as the Trainer does, and train on batches of that order.
     eval      `Trainer.predict` on rows sorted by length, dynamic; bf16 means autocast, as when a Trainer in training
               evaluates
     eval_bf16 the same with `bf16_full_eval`: the weights in bf16, which a Trainer does only outside training
-    versions  nothing but what is installed
+    versions  measures nothing, and says what is installed
 
 The model is `XLMRobertaForSequenceClassification` with random weights and the whole vocabulary; AdamW is torch's fused
 one, and bf16 means autocast, which is what the Trainer does.
@@ -38,6 +40,7 @@ import accelerate
 import numpy as np
 import torch
 import transformers
+from sampling import choose_batches
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -51,8 +54,8 @@ Row = dict[str, Any]
 
 
 def versions() -> dict[str, str]:
-    found = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
-    return {"python": platform.python_version(), **found}
+    libraries = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
+    return {"python": platform.python_version(), **libraries}
 
 
 def clock() -> float:
@@ -65,8 +68,8 @@ def clock() -> float:
 def peak_memory(on_cuda: bool) -> dict[str, int]:
     """Return what this process has had in memory at most; `ru_maxrss` would begin with the peak of its parent."""
     status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
-        peak = {"peak_rss_bytes": int(found[1]) * 1024}
+    if status.is_file() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
+        peak = {"peak_rss_bytes": int(match[1]) * 1024}
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
@@ -75,11 +78,23 @@ def peak_memory(on_cuda: bool) -> dict[str, int]:
     return peak
 
 
-def read_rows(rows_file: str, split: str) -> list[Row]:
-    with np.load(rows_file) as arrays:
-        ids, offsets, labels = (arrays[f"{split}_{part}"] for part in ("ids", "offsets", "labels"))
-    spans = zip(offsets[:-1], offsets[1:], labels)
-    return [{"input_ids": ids[start:end].tolist(), "labels": int(label)} for start, end, label in spans]
+class Rows:
+    """A set of rows (spec.py) as a data set; a row becomes a list when asked for, so that a large file costs little."""
+
+    def __init__(self, rows_file: str, name: str) -> None:
+        with np.load(rows_file) as arrays:
+            self.ids, self.offsets, self.labels = (arrays[f"{name}_{part}"] for part in ("ids", "offsets", "labels"))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> Row:
+        label = int(self.labels[row])  # beyond the last row an IndexError, which ends a loop over the data set
+        return {"input_ids": self.ids[self.offsets[row] : self.offsets[row + 1]].tolist(), "labels": label}
+
+    def lengths(self) -> np.ndarray:
+        """Return int64 [rows], tokens per row."""
+        return np.diff(self.offsets)
 
 
 def build_model(shape: dict[str, Any], config: dict[str, Any]) -> XLMRobertaForSequenceClassification:
@@ -134,18 +149,20 @@ def training_arguments(spec: dict[str, Any], configuration: str, max_steps: int)
 
 
 class Collator:
-    """Pads rows to the longest of them, at least to `length`, and counts the real tokens of every batch."""
+    """Pads rows to the longest of them, at least to `length`; notes every batch's tokens without and with padding."""
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self.tokens: list[int] = []
+        self.real_tokens: list[int] = []
+        self.computed_tokens: list[int] = []
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
-        self.tokens.append(sum(lengths))
         ids = torch.full((len(rows), max(self.length, *lengths)), PAD_ID)
         for line, row, length in zip(ids, rows, lengths):
             line[:length] = torch.tensor(row["input_ids"])
+        self.real_tokens.append(sum(lengths))
+        self.computed_tokens.append(ids.numel())
         labels = torch.tensor([row["labels"] for row in rows])
         return {"input_ids": ids, "attention_mask": ids.ne(PAD_ID).long(), "labels": labels}
 
@@ -160,54 +177,70 @@ class Stopwatch(TrainerCallback):
         self.times.append(clock())
 
 
-class WarmTrainer(Trainer):
-    """A Trainer that first trains on the `warm` first rows as they come, then on all others in its own order.
+class MeasuredTrainer(Trainer):
+    """A Trainer that orders the whole data set in its own way, and trains on a few batches of that order.
 
-    Its own order may begin with the longest batch and end with the shortest; if a part of it were not timed, the timed
-    rows would not be those that this project is measured on.
+    Attributes:
+        warmup_steps: how many batches come first, for warming up.
+        steps: how many batches come then.
     """
 
-    warm = 0
-    train_dataset: list[Row]
+    train_dataset: Rows
+    warmup_steps = steps = 0
 
     def _get_train_sampler(self, *_: Any) -> list[int]:
-        whole = self.train_dataset
-        self.train_dataset = whole[self.warm :]
-        own = super()._get_train_sampler()
-        self.train_dataset = whole
-        assert own is not None
-        return [*range(self.warm), *(self.warm + row for row in own)]
+        sampler = super()._get_train_sampler()
+        assert sampler is not None
+        order, batch_size = np.array(list(sampler)), self.args.train_batch_size
+        batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+        chosen = choose_batches(batches, self.train_dataset.lengths(), self.warmup_steps, self.steps)
+        return np.concatenate(chosen).ravel().tolist()
 
 
 def train(spec: dict[str, Any], configuration: str) -> dict[str, float]:
-    batch_size, warmup = spec["config"]["batch_size"], spec["warmup_steps"]
-    steps = max(3, spec["steps"] // 10) if configuration == "padded" else spec["steps"]
+    warmup_steps, steps = spec["warmup_steps"], spec["steps"]
+    if configuration == "padded":
+        steps = max(3, steps // 10)
     collator = Collator(spec["config"]["max_length"] if configuration == "padded" else 0)
     stopwatch = Stopwatch()
-    trainer = WarmTrainer(
+    trainer = MeasuredTrainer(
         build_model(spec["shape"], spec["config"]),
-        training_arguments(spec, configuration, warmup + steps),
-        train_dataset=read_rows(spec["rows_file"], "warmup") + read_rows(spec["rows_file"], "train"),
+        training_arguments(spec, configuration, warmup_steps + steps),
+        train_dataset=Rows(spec["rows_file"], "train"),
         data_collator=collator,
         callbacks=[stopwatch],
     )
-    trainer.warm = warmup * batch_size
+    trainer.warmup_steps, trainer.steps = warmup_steps, steps
     trainer.train()
-    seconds = stopwatch.times[warmup + steps - 1] - stopwatch.times[warmup - 1]
-    tokens = sum(collator.tokens[warmup : warmup + steps])  # the loader may have fetched one batch more
-    return {"samples_per_s": steps * batch_size / seconds, "tokens_per_s": tokens / seconds}
+    seconds = stopwatch.times[warmup_steps + steps - 1] - stopwatch.times[warmup_steps - 1]
+    rows = steps * spec["config"]["batch_size"]
+    tokens = sum(collator.real_tokens[warmup_steps:])
+    return {
+        "samples_per_s": rows / seconds,
+        "tokens_per_s": tokens / seconds,
+        "tokens_per_row": tokens / rows,
+        "computed_tokens_per_row": sum(collator.computed_tokens[warmup_steps:]) / rows,
+    }
 
 
 def evaluate(spec: dict[str, Any], configuration: str) -> dict[str, float]:
     model, arguments = build_model(spec["shape"], spec["config"]), training_arguments(spec, configuration, 1)
-    trainer = Trainer(model, arguments, data_collator=Collator(0))
-    rows = sorted(read_rows(spec["rows_file"], "dev"), key=lambda row: len(row["input_ids"]))
-    trainer.predict(read_rows(spec["rows_file"], "warmup"))
+    collator = Collator(0)
+    trainer = Trainer(model, arguments, data_collator=collator)
+    dev = Rows(spec["rows_file"], "dev")
+    rows = [dev[row] for row in np.argsort(dev.lengths(), kind="stable")]
+    trainer.predict(Rows(spec["rows_file"], "warmup"))
+    warmup_batches = len(collator.real_tokens)
     start = clock()
     trainer.predict(rows)
     seconds = clock() - start
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    return {"samples_per_s": len(rows) / seconds, "tokens_per_s": tokens / seconds}
+    tokens = sum(collator.real_tokens[warmup_batches:])
+    return {
+        "samples_per_s": len(rows) / seconds,
+        "tokens_per_s": tokens / seconds,
+        "tokens_per_row": tokens / len(rows),
+        "computed_tokens_per_row": sum(collator.computed_tokens[warmup_batches:]) / len(rows),
+    }
 
 
 def main() -> None:

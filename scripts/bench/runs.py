@@ -1,4 +1,4 @@
-"""The runs of bench.py: what is started in which order, and what becomes of the answers."""
+"""The runs of bench.py: which processes are started in which order, and how their figures are summarized."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def say(text: str) -> None:
 
 
 def rounded(figure: float) -> float:
-    """Return a figure without digits that mean nothing."""
+    """Round to five significant digits, or to a whole number."""
     return round(figure) if figure >= 10_000 else float(f"{figure:.5g}")
 
 
@@ -48,17 +48,19 @@ def spread(figures: list[float]) -> Answer:
 
 
 def summarize(answers: list[Answer]) -> Answer:
-    """Return the medians of the rounds' figures, what they ranged over (`min`, `max`), and the last of all else."""
+    """Return the median, minimum and maximum over the rounds of every number; of all else the last round's."""
     last = answers[-1]
     spreads = {
-        name: spread([answer[name] for answer in answers]) for name, of in last.items() if type(of) in (int, float)
+        name: spread([answer[name] for answer in answers])
+        for name, value in last.items()
+        if type(value) in (int, float)
     }
     bounds = {bound: {name: values[bound] for name, values in spreads.items()} for bound in ("min", "max")}
     return {**last, **{name: values["median"] for name, values in spreads.items()}, **bounds}
 
 
 def ratio(ours: list[Answer], others: list[Answer], name: str = "samples_per_s") -> Answer:
-    """Return what the quotients of the rounds ranged over; a round's two figures saw the same machine."""
+    """Return median, minimum and maximum of the quotients, each of two figures of one round."""
     return spread([our[name] / other[name] for our, other in zip(ours, others)])
 
 
@@ -68,7 +70,7 @@ def report(number: int, rounds: int, what: str, answer: Answer) -> None:
 
 
 def machine_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return GFLOP/s of a large square matrix product, the median of five, or of what a second has time for."""
+    """Return GFLOP/s of a large square matrix product: the median of five, or of as many as a second allows."""
     size = 8192 if device.type == "cuda" else 2048
     matrix = torch.randn(size, size, device=device).to(dtype)
     times: list[float] = []
@@ -165,7 +167,7 @@ def measure_rates(tasks: list[str], peer: str, rounds: int, config: Config, spec
                 ours[task].append(answer)
                 report(number, rounds, task, answer)
             after = machine_rates(device)
-            machine.append({name: max(before[name], after[name]) for name in before})  # a busy moment is no limit
+            machine.append({name: max(before[name], after[name]) for name in before})  # either may be too low
             for task in tasks:
                 answer = ours[task][-1]
                 answer["utilisation"] = answer["model_gflop_per_s"] / machine[-1][f"{config.precision}_gflop_per_s"]
@@ -188,7 +190,7 @@ def measure_rates(tasks: list[str], peer: str, rounds: int, config: Config, spec
 
 
 def measure_processes(counts: list[int], rounds: int, spec: Path) -> Answer:
-    """Train with so many processes, of one thread each, on the same global batches; ratios are to the first."""
+    """Train with each number of processes, of one thread each, on the same global batches; ratios are to the first."""
     answers: dict[int, list[Answer]] = {count: [] for count in counts}
     for number in range(rounds):
         for count in counts:
@@ -200,9 +202,9 @@ def measure_processes(counts: list[int], rounds: int, spec: Path) -> Answer:
 
 
 def write_many_rows(source: Path, target: Path, count: int, seed: int) -> None:
-    """Write as many rows as wanted, each the beginning of one of the source's sentences and the end of another.
+    """Write `count` rows, each the beginning of one of the source's sentences and the end of another.
 
-    With one random cut for both, the mean length stays what it was, and nearly every row is new.
+    Both are cut at the same random fraction, so the mean length stays the same, and nearly every row is new.
     """
     rows = [(text.split(), label) for text, _, label in read_rows(source, Columns(), SST2_NAMES)]
     random = np.random.RandomState(seed)
@@ -219,8 +221,8 @@ def time_train(config: Config, data: Path, encoder: Path, cache: Path, rows: int
     """Run train.py for a few steps.
 
     Returns:
-        Seconds from its start to its first line of metrics, i.e. one step, and to its end; peak memory (at the least
-        that of this process, from which it begins); the rate of the steps after the first.
+        Seconds from its start to its first line of metrics, i.e. one step, and to its end; peak memory, which begins
+        with that of this process; the rate of the steps after the first.
     """
     run_folder = data / "run"
     command = [sys.executable, str(ROOT / "train.py"), "--encoder", str(encoder), "--data-dir", str(data)]
@@ -255,7 +257,7 @@ def time_train(config: Config, data: Path, encoder: Path, cache: Path, rows: int
 
 
 def measure_rows(counts: list[int], files: dict[str, Path], config: Config, spec: Path) -> Answer:
-    """Start train.py on ever longer files, each twice: with an empty token cache, and with the one that this made."""
+    """Start train.py on files of each number of rows twice: without a token cache, and with that of the first start."""
     with worker("weights", spec):
         encoder = spec.parent / "encoder"
     results: Answer = {}

@@ -1,9 +1,10 @@
-"""One measured process of bench.py, which starts it: its peak memory is then that of its task alone.
+"""One measured process, which bench.py starts so that its peak memory is that of its task alone.
 
     worker.py train|eval|weights SPEC
 
-prints `{"ready": true}` once everything is built and warm, then answers every line of standard input, a JSON object,
-with one on standard output, until the input ends. Started by torchrun, its processes train together, and rank 0 speaks.
+prints `{"ready": true}` once everything is built and warm. Then every line of standard input is a JSON object and is
+answered by one on standard output, until the input ends. SPEC is a spec.json (see spec.py). Under torchrun the
+processes train together, and rank 0 answers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -26,7 +28,7 @@ import torch
 from sst2_xlmr import distributed
 from sst2_xlmr.accelerate import accelerate
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.batches import BatchLoader
+from sst2_xlmr.data.batches import Batch, BatchLoader, GlobalBatchSampler, RankBatch
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.distributed import World
 from sst2_xlmr.engines.cpu.packed_encoder import rounded_up
@@ -46,13 +48,13 @@ Answer = dict[str, Any]
 
 
 class Spec(NamedTuple):
-    """What bench.py writes for its processes.
+    """What is measured.
 
     Attributes:
-        config: batch sizes, precision, device, threads, compilation, seed.
-        shape: the encoder's, with the whole vocabulary.
+        config: train.py's options.
+        shape: the encoder's sizes, with the whole vocabulary.
         kept_ids: int64 [rows], the embedding rows to build.
-        caches: the rows to warm up with, to train on, and to evaluate on ("warmup", "train", "dev").
+        caches: the rows to warm up with, to train on, and to evaluate on ("warmup", "timed", "dev").
         encoder_folder, tokenizer_file: where task "weights" writes, and what it copies there.
     """
 
@@ -71,8 +73,8 @@ def read_spec(file: Path) -> Spec:
         kept_ids = arrays["kept_ids"]
         renumbered = renumbering(kept_ids, shape.vocab_size) if not config.full_vocabulary else None
         caches = {
-            split: TokenCache(*(arrays[f"{split}_{part}"] for part in ("ids", "offsets", "labels")))
-            for split in ("warmup", "train", "dev")
+            name: TokenCache(*(arrays[f"{name}_{part}"] for part in ("ids", "offsets", "labels")))
+            for name in ("warmup", "timed", "dev")
         }
     for cache in caches.values():
         cache.renumbering = renumbered
@@ -82,10 +84,10 @@ def read_spec(file: Path) -> Spec:
 def model_flops(shape: EncoderShape, lengths: np.ndarray, num_labels: int, training: bool) -> int:
     """Return the floating-point operations that rows of these lengths need, 2 m n k for a product [m, k] x [k, n].
 
-    Only matrix products count, and only what the result depends on: no padding; in the last layer keys and values of
-    all tokens, but queries, output projection and feed-forward part of `<s>` alone, which is all that reaches the head.
-    A backward pass needs two products of the same size for each one forward. Recomputed, masked or padded work counts
-    for nothing, so a wasteful implementation cannot look busy.
+    Only matrix products count, and only those that the result depends on: none of padding; in the last layer keys and
+    values of all tokens, but queries, output projection and feed-forward part of `<s>` alone, which is all that reaches
+    the head. A backward pass needs two products of the same size for each one forward. What is recomputed, masked or
+    padded does not count: wasted work does not raise the utilisation.
 
     Args:
         lengths: int [rows], tokens per row, `<s>` and `</s>` included.
@@ -110,13 +112,10 @@ def clock(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> Answer:
-    """Return what this process has had in memory at most.
-
-    Not `ru_maxrss`, where the kernel tells: that begins with the peak of the process that started this one.
-    """
+    """Return this process's peak memory; `ru_maxrss`, a fallback, begins with the peak of its parent."""
     status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
-        peak = {"peak_rss_bytes": int(found[1]) * 1024}
+    if status.is_file() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
+        peak = {"peak_rss_bytes": int(match[1]) * 1024}
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
@@ -125,14 +124,15 @@ def peak_memory(device: torch.device) -> Answer:
     return peak
 
 
-def rates(spec: Spec, split: str, seconds: float, training: bool) -> Answer:
-    """Return what having gone through all rows of a split once, in so many seconds, comes to."""
-    lengths = spec.caches[split].lengths()
+def rates(spec: Spec, name: str, seconds: float, training: bool) -> Answer:
+    """Return the rates at which one pass through a set of rows was made in so many seconds."""
+    lengths = spec.caches[name].lengths()
     flops = model_flops(spec.shape, lengths, len(spec.config.classes), training)
     return {
         "samples_per_s": len(lengths) / seconds,
         "tokens_per_s": int(lengths.sum()) / seconds,
         "model_gflop_per_s": flops / seconds / 1e9,
+        "tokens_per_row": float(lengths.mean()),
     }
 
 
@@ -143,73 +143,108 @@ def random_classifier(spec: Spec, rows: int) -> Classifier:
     return Classifier(shape, len(spec.config.classes), spec.config.dropout, spec.config.head_dropout)
 
 
-def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
-    """Build what train.py builds, and warm up; the result trains for one epoch of the sampled rows when called."""
-    config = spec.config
-    classifier = random_classifier(spec, len(spec.kept_ids)).to(world.device)
-    groups = Groups(spec.shape.layers, config.weight_decay, config.layerwise_lr_decay)
-    optimizer = AdamW(classifier, groups, config.max_grad_norm, bf16=config.precision == "bf16")
-    computation = accelerate(classifier, world, optimizer, config.compile)
-    model = connect(computation, optimizer, world)
-    loaders = {split: BatchLoader(spec.caches[split], config, world) for split in ("warmup", "train")}
-    loss = make_loss(config, spec.caches["train"].labels, world.device)
-    model.train()
+class ConsecutiveBatches(GlobalBatchSampler):
+    """Yields rows as they come, a global batch after another: bench.py has put them in an order of training."""
 
-    def run_epoch(split: str, epoch: int, mark: Callable[[str], None]) -> tuple[float, float]:
-        """Return seconds, and the share of what the model computed that was padding."""
-        loader = loaders[split]
+    def global_batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:
+        rows = np.arange(len(self.lengths))
+        for batch in range(first, len(self)):
+            yield rows[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def no_mark(phase: str) -> None:
+    """Ignore that a phase has ended."""
+
+
+class TrainingRun:
+    """What train.py builds for its loop; only the first few methods depend on how the package does it."""
+
+    def __init__(self, spec: Spec, world: World) -> None:
+        self.spec, self.config, self.world = spec, spec.config, world
+        config, self.classifier = spec.config, random_classifier(spec, len(spec.kept_ids)).to(world.device)
+        groups = Groups(spec.shape.layers, config.weight_decay, config.layerwise_lr_decay)
+        self.optimizer = AdamW(self.classifier, groups, config.max_grad_norm, bf16=config.precision == "bf16")
+        self.computation = accelerate(self.classifier, world, self.optimizer, config.compile)
+        self.model = connect(self.computation, self.optimizer, world)
+        self.loss = make_loss(config, spec.caches["timed"].labels, world.device)
+        self.loaders = {name: self.build_loader(name) for name in ("warmup", "timed")}
+        self.model.train()
+
+    def build_loader(self, name: str) -> BatchLoader:
+        """Return the loader of a set of rows."""
+        cache, config = self.spec.caches[name], self.config
+        sampler = ConsecutiveBatches(cache.lengths(), config.batch_size, config.seed, self.world)
+        return BatchLoader(cache, sampler, config, self.world.device)
+
+    def make_step(self, rank_batch: RankBatch, mark: Callable[[str], None]) -> None:
+        """Make one optimizer step, as train.py does; `mark` is told the name of every phase when it ends."""
+        forward_backward(self.model, rank_batch, self.loss, self.optimizer, self.world)
+        mark("backward")
+        norm = self.optimizer.gradient_norm()
+        mark("clip")
+        self.optimizer.step(self.config.lr, norm)
+        mark("step")
+
+    def computed_tokens(self, batch: Batch) -> int:
+        """Return how many tokens the model computes for a batch, padding included."""
+        packs = self.computation.model is not self.classifier
+        return rounded_up(batch.real_tokens) if packs else batch.tokens.numel()
+
+    def train(self, name: str, epoch: int, mark: Callable[[str], None] = no_mark) -> tuple[float, float]:
+        """Train on a set of rows once; returns seconds, and computed tokens per real one."""
+        loader = self.loaders[name]
         computed = real = 0
-        start = clock(world.device)
+        start = clock(self.world.device)
         for rank_batch in itertools.islice(loader.starting_at(epoch, 0), len(loader)):
             mark("data")
-            forward_backward(model, rank_batch, loss, optimizer, world)
-            mark("backward")
-            norm = optimizer.gradient_norm()
-            mark("clip")
-            optimizer.step(config.lr, norm)
-            mark("step")
+            self.make_step(rank_batch, mark)
             for batch in rank_batch.micro_batches:
                 real += batch.real_tokens
-                computed += batch.tokens.numel() if computation.model is classifier else rounded_up(batch.real_tokens)
-        return clock(world.device) - start, 1 - real / computed
+                computed += self.computed_tokens(batch)
+        return clock(self.world.device) - start, computed / real
 
-    def measure(epoch: int, phases: bool) -> Answer:
-        seconds, padding_share = run_epoch("train", epoch, lambda phase: None)
-        answer = rates(spec, "train", seconds, training=True)
-        answer.update(
-            padding_share=padding_share,
-            compiled=computation.is_compiled,
-            **peak_memory(world.device),
+    def measure(self, epoch: int, phases: bool) -> Answer:
+        """Train on the timed rows, once more for the phases if these are asked for; `epoch` draws the dropout."""
+        seconds, computed_per_real = self.train("timed", epoch)
+        figures = rates(self.spec, "timed", seconds, training=True)
+        figures.update(
+            computed_tokens_per_row=figures["tokens_per_row"] * computed_per_real,
+            compiled=self.computation.is_compiled,
+            **peak_memory(self.world.device),
         )
         if phases:
-            answer["ms_per_step"] = phases_of_a_step(epoch)
-        return answer
+            figures["ms_per_step"] = self.ms_per_step(epoch)
+        return figures
 
-    def phases_of_a_step(epoch: int) -> dict[str, float]:
-        """Go through the rows once more, looking at the clock after every phase; returns milliseconds."""
+    def ms_per_step(self, epoch: int) -> dict[str, float]:
+        """Return milliseconds per phase of a step; looking at the clock after each slows a GPU down."""
         spent: dict[str, float] = defaultdict(float)
-        last = clock(world.device)
+        last = clock(self.world.device)
 
         def mark(phase: str) -> None:
             nonlocal last
-            now = clock(world.device)
+            now = clock(self.world.device)
             spent[phase] += now - last
             last = now
 
-        hook = computation.model.register_forward_hook(lambda *_: mark("forward"))
-        run_epoch("train", epoch, mark)
+        hook = self.computation.model.register_forward_hook(lambda *_: mark("forward"))
+        self.train("timed", epoch, mark)
         hook.remove()
-        steps = len(loaders["train"])
+        steps = len(self.loaders["timed"])
         return {
             phase: round(spent[phase] / steps * 1e3, 3) for phase in ("data", "forward", "backward", "clip", "step")
         }
 
-    run_epoch("warmup", 0, lambda phase: None)
-    return measure
+
+def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
+    """Build the model and warm up; the result trains on the timed rows when called."""
+    run = TrainingRun(spec, world)
+    run.train("warmup", epoch=0)
+    return run.measure
 
 
 def prepare_evaluation(spec: Spec, world: World) -> Callable[..., Answer]:
-    """Build the model as it is evaluated during training, and warm up; the result evaluates on dev when called."""
+    """Build the model as train.py evaluates it, and warm up; the result evaluates on the dev split when called."""
     dtype = torch.bfloat16 if spec.config.precision == "bf16" else torch.float32
     classifier = random_classifier(spec, len(spec.kept_ids)).to(world.device, dtype)
     model = accelerate(classifier, world, compiles=spec.config.compile).model

@@ -186,14 +186,14 @@ def _unchanged(rank_batch: RankBatch) -> RankBatch:
 class BatchLoader:
     """This rank's part of the global batches, epoch after epoch, from any position on."""
 
-    def __init__(self, cache: TokenCache, config: Config, world: World) -> None:
-        self.sampler = GlobalBatchSampler(cache.lengths(), config.batch_size, config.seed, world)
+    def __init__(self, cache: TokenCache, sampler: GlobalBatchSampler, config: Config, device: torch.device) -> None:
+        self.sampler = sampler
         self._loader = StatefulDataLoader(
             RankBatchDataset(cache, config.micro_batch_size),
-            batch_sampler=self.sampler,
+            batch_sampler=sampler,
             collate_fn=_unchanged,
             num_workers=config.num_workers,
-            pin_memory=world.device.type == "cuda",
+            pin_memory=device.type == "cuda",
             # A loader draws a seed at every start; taken from torch's global generator, that draw would change dropout
             # after a resume.
             generator=torch.Generator(),

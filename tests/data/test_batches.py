@@ -25,6 +25,11 @@ def world_of(rank: int, world_size: int) -> World:
     return World(rank, world_size, rank, world_size, torch.device("cpu"))
 
 
+def loader_of(cache: TokenCache, config: Config, world: World) -> BatchLoader:
+    sampler = GlobalBatchSampler(cache.lengths(), config.batch_size, config.seed, world)
+    return BatchLoader(cache, sampler, config, world.device)
+
+
 @pytest.fixture
 def cache(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
     tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
@@ -109,10 +114,8 @@ def test_position_is_epoch_and_batch() -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loader_serves_the_sampler_without_touching_the_global_generator(cache: TokenCache, num_workers: int) -> None:
     config = Config(batch_size=30, micro_batch_size=8, num_workers=num_workers)
-    loader, sampler = (
-        BatchLoader(cache, config, world_of(1, 2)),
-        GlobalBatchSampler(cache.lengths(), 30, 0, world_of(1, 2)),
-    )
+    loader = loader_of(cache, config, world_of(1, 2))
+    sampler = GlobalBatchSampler(cache.lengths(), 30, 0, world_of(1, 2))
     sampler.load_state_dict({"epoch": 1, "batch": 5})
     state = torch.get_rng_state()
     rank_batches = list(itertools.islice(loader.starting_at(1, 5), len(loader) - 5))
@@ -148,13 +151,13 @@ def test_micro_batches_carry_the_keys_of_their_rows(cache: TokenCache, world_siz
         config, world = Config(batch_size=16, seed=5, micro_batch_size=3), world_of(rank, world_size)
         sampler = GlobalBatchSampler(cache.lengths(), 16, 5, world)
         sampler.load_state_dict({"epoch": 2, "batch": 0})
-        for wanted, batch in zip(sampler, BatchLoader(cache, config, world).starting_at(2, 0)):
+        for wanted, batch in zip(sampler, loader_of(cache, config, world).starting_at(2, 0)):
             keys = torch.cat([micro_batch.keys for micro_batch in batch.micro_batches])
             np.testing.assert_array_equal(keys, dropout_keys(wanted.rows, 5, 2))
 
 
 def test_loader_goes_on_into_the_next_epoch(cache: TokenCache) -> None:
-    loader = BatchLoader(cache, Config(batch_size=30), world_of(0, 1))
+    loader = loader_of(cache, Config(batch_size=30), world_of(0, 1))
     served = list(itertools.islice(loader.starting_at(0, len(loader) - 2), 5))
     expected = [
         loader.rows_at(epoch, batch)

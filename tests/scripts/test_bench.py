@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, SAMPLE_DATA, user_error
+from conftest import ROOT, SAMPLE_DATA, SST2, user_error
 
+from sst2_xlmr.config import Config
 from sst2_xlmr.model.encoders import EncoderShape
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
-bench, bench_runs, bench_worker = (importlib.import_module(name) for name in ("bench", "runs", "worker"))
+bench, bench_runs, bench_worker, sampling, spec = (
+    importlib.import_module(name) for name in ("bench", "runs", "worker", "sampling", "spec")
+)
 
 PEER = os.environ.get("SST2_XLMR_TEST_PEER")
 STEPS, WARMUP_STEPS, BATCH_SIZE = 3, 1, 4
@@ -51,11 +54,11 @@ def test_rates_phases_and_ratios(tiny_encoder: Path, tmp_path: Path, capfd: pyte
         figures = result[task]
         assert figures["min"]["samples_per_s"] <= figures["samples_per_s"] <= figures["max"]["samples_per_s"]
         tokens_per_row = figures["tokens_per_s"] / figures["samples_per_s"]
-        assert tokens_per_row == pytest.approx(result["settings"]["tokens_per_row"][task], rel=1e-3)
+        assert tokens_per_row == pytest.approx(figures["tokens_per_row"], rel=1e-3)
         rate = result["machine"]["fp32_gflop_per_s"]
         assert figures["utilisation"] == pytest.approx(figures["model_gflop_per_s"] / rate, rel=1e-3)
         assert 0 < figures["utilisation"] < 1
-    assert 0 < result["train"]["padding_share"] < 1
+    assert result["train"]["computed_tokens_per_row"] > result["train"]["tokens_per_row"]
     phases = result["train"]["ms_per_step"]
     assert all(phases[phase] > 0 for phase in ("data", "forward", "backward", "step"))
     assert result["utilisation"] == result["train"]["utilisation"]
@@ -102,13 +105,36 @@ def test_cold_and_warm_start_on_many_rows(tiny_encoder: Path, capfd: pytest.Capt
         assert figures["samples_per_s"] > 0 and figures["peak_rss_bytes"] > 50e6
 
 
-def test_a_small_sample_has_the_lengths_of_all_rows() -> None:
-    lengths = np.random.RandomState(0).geometric(0.07, size=5000)
-    rows = bench.sample_rows(lengths, 96, seed=0)
-    assert len(set(rows)) == 96
-    assert lengths[rows].mean() == pytest.approx(lengths.mean(), rel=0.03)
-    assert abs(np.corrcoef(np.arange(96), lengths[rows])[0, 1]) < 0.3  # not sorted
-    assert set(bench.sample_rows(lengths[:10], 25, seed=0)) == set(range(10))
+def trainers_order(lengths: np.ndarray, batch_size: int) -> np.ndarray:
+    """The batches of the Trainer's `group_by_length` over a whole file: 50 batches sorted together, longest first."""
+    rows = np.random.RandomState(1).permutation(len(lengths))
+    groups = [rows[start : start + 50 * batch_size] for start in range(0, len(rows), 50 * batch_size)]
+    order = np.concatenate([group[np.argsort(-lengths[group], kind="stable")] for group in groups])
+    return order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+
+
+def test_timed_batches_of_both_sides_stand_for_their_whole_order() -> None:
+    """Real and computed tokens are those of an epoch, so neither side pads more or less than in real training."""
+    lengths = np.random.RandomState(0).geometric(0.07, size=20_000) + 2
+    config = Config(batch_size=16, seed=0)
+    means = []
+    for batches in (trainers_order(lengths, 16), spec.full_batches(lengths, config)):
+        warmup, timed = sampling.choose_batches(batches, lengths, 3, 40)
+        assert (warmup.shape, timed.shape) == ((3, 16), (40, 16))
+        whole = {tuple(batch) for batch in batches.tolist()}
+        assert {tuple(batch) for batch in [*warmup.tolist(), *timed.tolist()]} <= whole
+        assert len({tuple(batch) for batch in timed.tolist()}) == 40
+        means.append(lengths[timed].mean())
+        for measure in (np.mean, lambda tokens: tokens.max(1).mean()):
+            assert measure(lengths[timed]) == pytest.approx(measure(lengths[batches]), rel=0.03)
+    assert means[0] == pytest.approx(means[1], rel=0.03)
+
+
+def test_a_short_epoch_gives_batches_more_than_once() -> None:
+    batches, lengths = np.arange(20).reshape(5, 4), np.arange(20)
+    warmup, timed = sampling.choose_batches(batches, lengths, 2, 12)
+    assert len(warmup) == 2 and len(timed) == 12
+    assert {tuple(batch) for batch in timed.tolist()} == {tuple(batch) for batch in batches.tolist()}
 
 
 def test_many_rows_are_new_and_as_long(tmp_path: Path) -> None:
@@ -122,13 +148,16 @@ def test_many_rows_are_new_and_as_long(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PEER, reason="SST2_XLMR_TEST_PEER names no Python that has transformers")
-def test_the_peer_trains_on_the_same_rows(tiny_encoder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    result = run_bench(capfd, *quick_options(tiny_encoder, "--peer", PEER))
-    for name in ("dynamic", "grouped", "eval"):
+def test_the_peer_trains_on_rows_of_the_same_length(capfd: pytest.CaptureFixture[str]) -> None:
+    """And pads more than we do, since no row of SST-2's is as long as another."""
+    data = SST2 if SST2.is_dir() else SAMPLE_DATA
+    options = ["--shape", "small", "--data-dir", str(data), "--steps", "20", "--rounds", "1", "--device", "cpu"]
+    result = run_bench(capfd, *options, "--batch-size", "16", "--peer", str(PEER))
+    ours = result["train"]
+    for name in ("dynamic", "grouped"):
         figures = result["peer"][name]
-        tokens_per_row = figures["tokens_per_s"] / figures["samples_per_s"]
-        split = "eval" if name == "eval" else "train"
-        assert tokens_per_row == pytest.approx(result["settings"]["tokens_per_row"][split], rel=1e-3)
+        assert figures["tokens_per_row"] == pytest.approx(ours["tokens_per_row"], rel=0.05)
+        assert figures["computed_tokens_per_row"] > ours["computed_tokens_per_row"]
 
 
 @pytest.mark.parametrize(
