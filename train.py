@@ -35,7 +35,7 @@ from sst2_xlmr.errors import Stopped, UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import Interrupted, evaluate
 from sst2_xlmr.export.hugging_face import export_run
 from sst2_xlmr.files import Finisher, digest_of
-from sst2_xlmr.memory import keep_freed_memory
+from sst2_xlmr.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.model.classifier import Classifier, build_classifier
 from sst2_xlmr.model.compact_vocab import renumbering, used_ids
 from sst2_xlmr.report.event_folder import claim_event_folder
@@ -198,16 +198,12 @@ def evaluate_splits(
         Interrupted: if a signal came before the last was done.
     """
     caches, step = run.inputs.caches, run.state.progress.step
-    metrics = {}
+    metrics, tokens = {}, run.config.eval_batch_tokens
     for split in splits:
-        evaluation = evaluate(
-            run.computation.model,
-            caches[split],
-            run.config.eval_batch_tokens,
-            run.world,
-            keep_probabilities,
-            outputs.stop.is_agreed,
-        )
+        with memory_errors(f"start again with --eval-batch-tokens {max(1, tokens // 2)} or less"):
+            evaluation = evaluate(
+                run.computation.model, caches[split], tokens, run.world, keep_probabilities, outputs.stop.is_agreed
+            )
         outputs.report.log_evaluation(step, split, evaluation, caches[split])
         metrics[split] = evaluation.metrics
     return metrics
@@ -253,13 +249,17 @@ def train_loop(run: Run, outputs: Outputs) -> bool:
     progress, window, optimizer = run.state.progress, run.state.window, run.state.optimizer
     # On CUDA, reading the norm at every step would keep the GPU waiting; `window` notices it later.
     reads_norm = run.world.device.type == "cpu" or config.skip_nonfinite > 0
+    rank_rows = -(-config.batch_size // run.world.world_size)
+    half = max(1, (config.micro_batch_size or rank_rows) // 2)
+    smaller_batch = f"start again with --micro-batch-size {half} or less, which changes the result only by rounding"
     stopped = progress.evaluation_due and not evaluate_dev(run, outputs)
     if stopped or schedule.is_over(progress):
         return stopped
     run.model.train()
     for batch in loader.starting_at(progress.epoch, progress.batch):
         # 1. the gradient of the global batch
-        loss_sum = forward_backward(run.model, batch, run.loss, optimizer, run.world)
+        with memory_errors(smaller_batch):
+            loss_sum = forward_backward(run.model, batch, run.loss, optimizer, run.world)
         norm = optimizer.gradient_norm()
 
         # 2. one step, or this batch is passed over
@@ -339,10 +339,8 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     config, resume = parse_args(argv)
     with distributed.start(config.device, config.threads, config.timeout_minutes) as world:
-        try:
+        with memory_errors("take a smaller --encoder, or a machine with more"):
             train(config, resume, world)
-        except torch.cuda.OutOfMemoryError:
-            raise UserError("the GPU's memory is full: lower --micro-batch-size (the result stays the same)") from None
 
 
 if __name__ == "__main__":

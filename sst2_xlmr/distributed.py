@@ -15,7 +15,7 @@ from typing import Any, Callable, TypeVar
 import torch
 import torch.distributed as dist
 
-from sst2_xlmr.errors import LostContact, UserError
+from sst2_xlmr.errors import LostContact, UserError, own_error
 
 Result = TypeVar("Result")
 
@@ -87,24 +87,51 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
+def _read_environment() -> dict[str, int]:
+    """Return what torchrun's variables say of this process: rank, world_size, local_rank, local_world_size.
+
+    Raises:
+        UserError: if they make no sense together.
+    """
+    cure = "start train.py with torchrun, which sets it, or unset it to train with one process"
+    place = {}
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+        text = os.environ.get(name, str(default))
+        if not text.isdecimal():
+            raise own_error(f"the environment has {name}={text}, which is not a number from 0; {cure}")
+        place[name.lower()] = int(text)
+    for number, count in (("rank", "world_size"), ("local_rank", "local_world_size")):
+        if place[number] >= place[count]:
+            raise own_error(
+                f"the environment has {number.upper()}={place[number]}, but {count.upper()}={place[count]}; {cure}"
+            )
+    port = os.environ.get("MASTER_PORT", "")
+    if place["world_size"] > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise own_error(f"the environment has WORLD_SIZE={place['world_size']}, but no {name}; {cure}")
+        if not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise own_error(f"the environment has MASTER_PORT={port}, which is no port; {cure}")
+    return place
+
+
 @contextmanager
 def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[World]:
     """Join the process group that torchrun's environment describes, if any, and leave it at the end.
 
     Without torchrun (no RANK in the environment) this is a world of one process, with no group.
     """
-    env = {name: int(os.environ.get(name.upper(), 0)) for name in ("rank", "local_rank")}
-    sizes = {name: int(os.environ.get(name.upper(), 1)) for name in ("world_size", "local_world_size")}
-    device = choose_device(device_name, env["local_rank"], sizes["local_world_size"])
+    place = _read_environment()
+    device = choose_device(device_name, place["local_rank"], place["local_world_size"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # torchrun sets OMP_NUM_THREADS=1, which leaves most cores of a larger machine idle.
     if threads:
         torch.set_num_threads(threads)
-    elif sizes["local_world_size"] > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // sizes["local_world_size"]))
-    if sizes["world_size"] == 1:
-        yield World(**env, **sizes, device=device)
+    elif place["local_world_size"] > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place["local_world_size"]))
+    if place["world_size"] == 1:
+        yield World(**place, device=device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
@@ -112,7 +139,7 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
     lost = False
     try:
         control, preparation = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PREPARATION_TIMEOUT))
-        yield World(**env, **sizes, device=device, control=control, preparation=preparation)
+        yield World(**place, device=device, control=control, preparation=preparation)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not _GLOO_ERROR.search(str(error)):
             raise

@@ -12,9 +12,11 @@ class UserError(Exception):
 
     Attributes:
         is_shared: whether every rank raises it, because `distributed` has passed it on.
+        is_own: whether only this rank raises it, so that it must say it, whatever its number.
     """
 
     is_shared = False
+    is_own = False
 
 
 class LostContact(Exception):
@@ -33,17 +35,27 @@ class Stopped(Exception):
         self.status = 128 + signal_number
 
 
+def own_error(text: str) -> UserError:
+    """Return an error of this rank alone, which it says itself."""
+    error = UserError(text)
+    error.is_own = True
+    return error
+
+
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`; a `UserError` becomes one line on stderr and exit status 2, anything else keeps its traceback.
 
     Of several processes only rank 0 says what all know; what a node finds before they talk to one another (a folder
-    that is missing there, say), its first process says.
+    that is missing there, say), its first process says; what befalls one rank alone, that rank says.
     """
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK" if error.is_shared else "LOCAL_RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if error.is_own or os.environ.get("RANK" if error.is_shared else "LOCAL_RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if error.is_own:
+            sys.stdout.flush()
+            os._exit(2)  # leaving in order would wait for the others, who wait for this one
         sys.exit(2)
     except LostContact as error:
         print(f"error: rank {os.environ.get('RANK', '0')}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -7,11 +7,16 @@ XLM-R base that is 20,000 page faults a step. torch's own way to have large page
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from sst2_xlmr.errors import own_error
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -37,3 +42,23 @@ def used_memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e9
+
+
+@contextlib.contextmanager
+def memory_errors(cure: str) -> Iterator[None]:
+    """Turn an error of a full memory, a GPU's or the machine's, into the user's; the rank that it befalls says it.
+
+    Args:
+        cure: what to do.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            what = "the GPU's memory"
+        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            what = "the memory"
+        else:
+            raise
+        where = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        raise own_error(f"{what} is full{where}: {cure}") from None
