@@ -338,9 +338,9 @@ def train(config: Config, resume: bool, world: World) -> None:
 def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     config, resume = parse_args(argv)
-    with distributed.start(config.device, config.threads, config.timeout_minutes) as world:
-        with memory_errors("take a smaller --encoder, or a machine with more"):
-            train(config, resume, world)
+    too_large = "take a smaller --encoder, or a machine with more"
+    with distributed.start(config.device, config.threads, config.timeout_minutes) as world, memory_errors(too_large):
+        train(config, resume, world)
 
 
 if __name__ == "__main__":
