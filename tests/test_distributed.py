@@ -64,7 +64,7 @@ train.exit_on_user_error(train.main)
             "forward_backward",
             "cpu",
             ["--micro-batch-size", 3],
-            "the memory is full: start again with --micro-batch-size 1 ",
+            "the memory is full: start again with --micro-batch-size 1",
         ),
         (1, "evaluate", "cuda", [], "the GPU's memory is full: start again with --eval-batch-tokens 2048 or less"),
         (
@@ -72,7 +72,7 @@ train.exit_on_user_error(train.main)
             "forward_backward",
             "cuda",
             [],
-            "the GPU's memory is full on rank 1: start again with --micro-batch-size 2 or",
+            "the GPU's memory is full on rank 1: start again with --micro-batch-size 2",
         ),
         (2, "evaluate", "cpu", [], "the memory is full on rank 1: start again with --eval-batch-tokens 2048 or less"),
     ],
@@ -97,4 +97,5 @@ def test_the_rank_whose_memory_is_full_says_so_and_what_to_set(
     assert len([line for line in errors if says in line]) == 1, done.stderr
     assert done.returncode == (2 if processes == 1 else 1)
     assert all("lost contact" in line for line in errors if says not in line)
-    assert "Traceback" not in done.stderr.split("torch/distributed/run.py")[0]
+    # A traceback of torchrun's own is no business of ours.
+    assert "train.py" not in done.stderr, "a traceback of ours"

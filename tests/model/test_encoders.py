@@ -73,9 +73,9 @@ def test_files_with_and_without_prefix(folder: Path, file: str, prefix: str) -> 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle"])
 def test_parts_of_the_table_are_those_of_the_whole(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind != "safetensors":
-        weights = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
-        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "zip")
+        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "zip")
     monkeypatch.setattr(weights, "_MAPPED_BYTES", 1000)  # so that the file is mapped many times
     monkeypatch.setattr(weights, "_ROWS_AT_ONCE", 3)
     encoder = find_encoder(str(folder))

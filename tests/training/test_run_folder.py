@@ -33,7 +33,7 @@ train.main(sys.argv[2:])
 """
 PLACES = {  # -> what the run's folder then holds
     "sst2_xlmr.training.run_folder.write_text": {".lock"},
-    "sst2_xlmr.training.optimizer.AdamW.share_memory": {".lock", "config.json"},  # when processes are connected
+    "train.accelerate": {".lock", "config.json"},  # before processes are connected
     "sst2_xlmr.training.run_folder.clean_up": {".lock", "config.json"},
     "sst2_xlmr.report.report.SummaryWriter": {".lock", "config.json", "metrics.jsonl"},
     "sst2_xlmr.training.checkpoint.write_tensors": {".lock", "config.json", "metrics.jsonl", "checkpoints"},
