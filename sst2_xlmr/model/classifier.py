@@ -11,7 +11,6 @@ from torch import nn
 from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, RobertaModel
 
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.model.compact_vocab import TABLE_NAME
 from sst2_xlmr.model.encoders import Encoder, EncoderShape, find_encoder
 from sst2_xlmr.model.tokenizer import PAD_ID, Tokenizer, load_tokenizer
 from sst2_xlmr.model.weights import check_fit, load_tensors
@@ -156,18 +155,17 @@ def build_classifier(
     """
     with torch.device("meta"):
         model = Classifier(encoder.shape, len(label_names), dropout, head_dropout)
-    tensors = load_tensors(encoder)
+    if kept_ids is not None:
+        model.encoder.transformer.token_embedding = nn.Embedding(
+            len(kept_ids), encoder.shape.hidden, PAD_ID, device="meta"
+        )
+    tensors = load_tensors(encoder, kept_ids)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     head_is_new = encoder.label_names != label_names
     if head_is_new:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
         tensors.update(_new_head(shapes, seed))
     check_fit(tensors, shapes, encoder.weights_file)
-    if kept_ids is not None:
-        tensors[TABLE_NAME] = tensors[TABLE_NAME][torch.from_numpy(kept_ids)]
-        model.encoder.transformer.token_embedding = nn.Embedding(
-            len(kept_ids), encoder.shape.hidden, PAD_ID, device="meta"
-        )
     model.load_state_dict({name: tensors[name] for name in shapes}, assign=True)
     return model, head_is_new
 

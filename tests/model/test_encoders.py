@@ -115,6 +115,29 @@ def test_the_table_is_not_read_before_its_rows_are_wanted(folder: Path, monkeypa
     assert asked == [("roberta.embeddings.word_embeddings.weight", slice(3, 5))]
 
 
+def test_a_compact_classifier_reads_the_kept_rows_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole table of XLM-R base would be three quarters of a gigabyte, read to be thrown away."""
+    whole, _ = build_classifier(find_encoder(str(folder)), SST2_NAMES)
+    read_rows: list[int] = []
+    read = weights._Weights.read
+
+    def noted(self: weights._Weights, name: str, rows: Any) -> torch.Tensor:
+        tensor = read(self, name, rows)
+        if name == "roberta.embeddings.word_embeddings.weight":
+            read_rows.append(len(tensor))
+        return tensor
+
+    monkeypatch.setattr(weights._Weights, "read", noted)
+    kept_ids = np.array([0, 1, 2, 3, 9, 40])
+    compact, _ = build_classifier(find_encoder(str(folder)), SST2_NAMES, kept_ids=kept_ids)
+    assert sum(read_rows) == len(kept_ids)
+    expected = whole.state_dict()
+    expected[TABLE_NAME] = expected[TABLE_NAME][kept_ids]
+    found = compact.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("read", [pretrained_table, lambda encoder: load_tensors(encoder, np.arange(4))])
 def test_table_of_another_height_than_configured_is_named(folder: Path, read: Callable[[Encoder], Any]) -> None:
     change_settings(folder, vocab_size=7)
