@@ -13,16 +13,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+
+_UNIGRAM = 1  # of TrainerSpec.ModelType, and its default
 _SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # XLM-R's ids 0 to 3; <mask> is the last
 
 
 @functools.lru_cache(maxsize=1)  # takes a second; a run writes it with every better model
 def tokenizer_json(model_file: Path) -> bytes | None:
     """Return the content of `tokenizer.json`, or None if the model is of another kind than XLM-R's (unigram)."""
-    from sentencepiece import sentencepiece_model_pb2  # with protobuf, only where a model is written
-
-    model = sentencepiece_model_pb2.ModelProto.FromString(model_file.read_bytes())  # type: ignore[attr-defined]
-    if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM:
+    model = _model_class().FromString(model_file.read_bytes())
+    if model.trainer_spec.model_type != _UNIGRAM:
         return None
     charsmap = model.normalizer_spec.precompiled_charsmap
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
@@ -51,6 +52,33 @@ def tokenizer_json(model_file: Path) -> bytes | None:
         separators=(",", ":"),
     )
     return content.encode()
+
+
+def _model_class() -> Any:
+    """Return the protobuf class of a SentencePiece model, with only the fields that are read here.
+
+    sentencepiece and transformers each bring a class for the same message, and the second of them to be imported fails
+    with "duplicate file name"; this class is in a pool of its own. Numbers and defaults are those of
+    https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
+    """
+
+    def field(name: str, number: int, kind: str, label: str = "OPTIONAL", **more: str) -> dict[str, Any]:
+        return {"name": name, "number": number, "type": f"TYPE_{kind}", "label": f"LABEL_{label}", **more}
+
+    messages = {
+        "Piece": [field("piece", 1, "STRING"), field("score", 2, "FLOAT")],
+        "Trainer": [field("model_type", 3, "INT32", defaultValue=str(_UNIGRAM))],
+        "Normalizer": [field("precompiled_charsmap", 2, "BYTES")],
+        "Model": [
+            field("pieces", 1, "MESSAGE", "REPEATED", typeName="Piece"),
+            field("trainer_spec", 2, "MESSAGE", typeName="Trainer"),
+            field("normalizer_spec", 3, "MESSAGE", typeName="Normalizer"),
+        ],
+    }
+    schema = {"name": "model.proto", "messageType": [{"name": n, "field": fields} for n, fields in messages.items()]}
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(json_format.ParseDict(schema, descriptor_pb2.FileDescriptorProto()).SerializeToString())
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("Model"))
 
 
 def _added_token(number: int, token: str) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_ENCODER, needs_small_encoder
+from conftest import ROOT, SMALL_ENCODER, needs_small_encoder
 
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
@@ -33,6 +35,21 @@ def test_pieces_of_a_tiny_model(tiny_encoder: Path) -> None:
 @needs_small_encoder
 def test_pieces_of_xlmr() -> None:
     check_pieces(SMALL_ENCODER / TOKENIZER_NAME)
+
+
+@pytest.mark.parametrize(
+    "other", ["sentencepiece.sentencepiece_model_pb2", "transformers.utils.sentencepiece_model_pb2_new"]
+)
+def test_other_classes_of_the_same_message_can_be_imported_too(tiny_encoder: Path, other: str) -> None:
+    """In one process, protobuf takes only one file of a name into its common pool."""
+    pytest.importorskip(other.partition(".")[0])
+    code = (
+        "import importlib, pathlib, sys; from sst2_xlmr.export.tokenizer_json import tokenizer_json;"
+        f"tokenizer_json(pathlib.Path(sys.argv[1])); importlib.import_module({other!r})"
+    )
+    command = [sys.executable, "-c", code, str(tiny_encoder / TOKENIZER_NAME)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_another_kind_of_model_gives_none(tmp_path: Path) -> None:
