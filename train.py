@@ -157,8 +157,8 @@ def restore(run: Run, resume: bool) -> Path | None:
 
 def claim_folders(run: Run, resume: bool) -> IO[str]:
     """Lock the run's folder for this process, and write its options: from here on `--resume` goes on; on rank 0."""
-    lock = claim(run.folder)
     claim_event_folder(run.config, resume)
+    lock = claim(run.folder)
     if not resume:
         write_config(run.folder, run.config, is_new=True)
     clean_up(run.folder)

@@ -140,6 +140,9 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
     try:
         control, preparation = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PREPARATION_TIMEOUT))
         yield World(**place, device=device, control=control, preparation=preparation)
+    except UserError as error:
+        lost = error.is_own  # the others still wait for this rank
+        raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not _GLOO_ERROR.search(str(error)):
             raise

@@ -55,7 +55,10 @@ def claim_event_folder(config: Config, resume: bool) -> None:
     """
     assert config.output_dir is not None
     folder, run_folder = event_folder(config), os.path.realpath(config.output_dir)
-    if Path(os.path.realpath(folder)).is_relative_to(run_folder):
+    # By its name or in fact: a link out of the run's folder is refused when that is claimed.
+    inside = [path(folder) for path in (os.path.abspath, os.path.realpath)]
+    outer = (os.path.abspath(config.output_dir), run_folder)
+    if any(Path(path).is_relative_to(parent) for path, parent in zip(inside, outer)):
         return
     owner_file = folder / OWNER_NAME
     if not (resume and owner_file.is_file()):
