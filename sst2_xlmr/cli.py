@@ -41,33 +41,33 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def add_option(parser: Any, name: str) -> None:
-    """Add an option of `Config` to a parser or group of it; a flag that is not given leaves no value."""
-    facts, default = OPTIONS[name].metadata, getattr(Config(), name)
-    if facts["kind"] is bool:
+    """Add an option of `Config` to a parser or group of it; a flag that is not given sets no value."""
+    metadata, default = OPTIONS[name].metadata, getattr(Config(), name)
+    if metadata["kind"] is bool:
         # The help comes afterwards: Python 3.9 and 3.10 would add a default of their own to it.
         action = parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
-        action.help = f"{facts['help']} [{'on' if default else 'off'}]"
+        action.help = f"{metadata['help']} [{'on' if default else 'off'}]"
         return
     parser.add_argument(
         flag(name),
-        type=facts["kind"],
-        metavar=facts["metavar"],
-        nargs="+" if facts["many"] else None,
-        action="extend" if facts["many"] else "store",
+        type=metadata["kind"],
+        metavar=metadata["metavar"],
+        nargs="+" if metadata["many"] else None,
+        action="extend" if metadata["many"] else "store",
         default=argparse.SUPPRESS,
-        help=(facts["help"] + (f" [{shown(default)}]" if default not in (None, []) else "")).replace("%", "%%"),
+        help=(metadata["help"] + (f" [{shown(default)}]" if default not in (None, []) else "")).replace("%", "%%"),
     )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add what scripts that use a trained model take: which, and how it computes."""
+    """Add the options of scripts that use a trained model: which one, and how to compute with it."""
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder that train.py wrote")
     parser.add_argument(
         "--batch-tokens",
         type=_batch_tokens,
         default=EVAL_BATCH_TOKENS,
         metavar="TOKENS",
-        help=f"tokens per forward pass; a longer row goes alone [{EVAL_BATCH_TOKENS}]",
+        help=f"tokens per forward pass; a longer row is computed alone [{EVAL_BATCH_TOKENS}]",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="[auto]")
@@ -88,7 +88,7 @@ def _build_parser() -> argparse.ArgumentParser:
         prog="train.py",
         allow_abbrev=False,
         description="Fine-tune XLM-R for text classification; SST-2 by default.",
-        epilog="@FILE takes options from a file, such as those in scripts/recipes/; what comes after it overrides them."
+        epilog="@FILE takes options from a file, such as those in scripts/recipes/; options after it override them."
         " Also: torchrun --nproc_per_node=2 train.py ...; sbatch scripts/train.sbatch",
     )
     groups: dict[str, Any] = {}
@@ -142,7 +142,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 def _with_files(words: list[str]) -> list[str]:
     """Replace every `@FILE` by the words in the file, which are quoted as in a shell; `#` begins a comment.
 
-    argparse can do that too (fromfile_prefix_chars), but wants one word a line, and knows no comments.
+    argparse can do that too (fromfile_prefix_chars), but takes one word per line, and no comments.
     """
     result = []
     for word in words:
@@ -153,7 +153,7 @@ def _with_files(words: list[str]) -> list[str]:
             result += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
         except OSError as error:
             raise UserError(f"cannot read {word[1:]}, named by {word}: {error.strerror}") from None
-        except ValueError as error:  # a quotation that does not end, or bytes that are no UTF-8
+        except ValueError as error:  # an unclosed quotation, or bytes that are not UTF-8
             raise UserError(f"{word[1:]} does not hold options: {error}") from None
     return result
 
@@ -165,7 +165,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
         The run's options, and whether to resume the run in `config.output_dir`.
 
     Raises:
-        UserError: for anything that is wrong with an option, a config file, or a resumed run's options.
+        UserError: if an option, a config file, or a resumed run's options are wrong.
     """
     given = vars(_build_parser().parse_args(_with_files(sys.argv[1:] if argv is None else argv)))
     config_file, resume = given.pop("config"), given.pop("resume")
@@ -173,7 +173,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
         config_file, resume = None, True
     if resume:
         if config_file:
-            raise UserError("--resume reads the run's own config.json; leave --config away")
+            raise UserError("--resume reads the run's own config.json; leave out --config")
         if "output_dir" not in given:
             raise UserError("--resume needs --output-dir, the folder of the run to continue")
         saved = Path(given["output_dir"]) / "config.json"
@@ -189,7 +189,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
             elif value != before and not OPTIONS[name].metadata["changeable"]:
                 raise UserError(
                     f"{flag(name)} {shown(value)} differs from {shown(before)}, with which the run in"
-                    f" {given['output_dir']} was started; leave it away, or start a new run"
+                    f" {given['output_dir']} was started; leave it out, or start a new run"
                 )
         config = dataclasses.replace(config, **given)
     else:
@@ -202,36 +202,37 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
 
 
 def _is_restarted(output_dir: str | None) -> bool:
-    """Whether torchrun (`--max-restarts`) has started the command again, so that it goes on with its own run.
+    """Whether torchrun (`--max-restarts`) has restarted the command, so that it must continue its own run.
 
     Raises:
-        UserError: if torchrun may do so, but could not find the run again.
+        UserError: if torchrun may restart it, but it could not find its run again.
     """
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and output_dir is None:
-        raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run to go on with")
+        raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run to continue")
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     return restarts > 0 and output_dir is not None and Path(output_dir, "config.json").is_file()
 
 
 def _check_new_folder(folder: Path) -> None:
-    """Find out before any work that a new run's folder cannot be made; a run never touches another one's folder.
+    """Check before any work that a new run's folder can be made; a run never touches another run's folder.
 
-    A folder is free, too, if a start died there before its `config.json` was in place; --resume would have nothing to
-    read.
+    A folder is also free if a run died there before it wrote `config.json`: --resume would have nothing to read.
     """
     try:
         names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
         if names - UNSTARTED_NAMES or (folder.exists() and not folder.is_dir()):
-            raise UserError(f"--output-dir {folder} is there already; continue it with --resume, or take another name")
+            raise UserError(
+                f"--output-dir {folder} is there already; continue it with --resume, or choose another name"
+            )
         parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"cannot write to --output-dir {folder}: {parent} is no folder that you may write to")
+            raise UserError(f"cannot write to --output-dir {folder}: {parent} is not a folder that you may write to")
     except OSError as error:
         raise UserError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """Return the options so that a saved `config.json` means the same from any folder."""
+    """Return the options with absolute paths, so that a saved `config.json` means the same in any folder."""
     names = ("data_dir", "train_file", "dev_file", "tensorboard_dir")
     changes: dict[str, Any] = {name: os.path.abspath(value) for name in names if (value := getattr(config, name))}
     changes["test_file"] = [os.path.abspath(file) for file in config.test_file]

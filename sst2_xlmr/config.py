@@ -1,6 +1,6 @@
-"""Every option once: typed, documented, checked before anything is loaded.
+"""Every option, declared once: type, default, unit, help, and a check that runs before anything is loaded.
 
-`Config` is what a run is made of; `arguments.parse_args` fills it. This module imports neither torch nor anything slow.
+`cli.parse_args` fills a `Config`. This module imports neither torch nor anything else that is slow.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, Callable
 from sst2_xlmr.errors import UserError
 
 LOCK_NAME = ".lock"  # in a run's folder
-# What a start leaves that dies before it has written the run's options; a folder with nothing else is still free.
+# What a run leaves that dies before it has written its options; a folder that holds nothing else is still free.
 UNSTARTED_NAMES = {LOCK_NAME, "config.json.tmp"}
 MAX_CLASSES = 1000
 EVAL_BATCH_TOKENS = 4096
-REMOVED_OPTIONS = ("eval_batch_size",)  # runs that were started with them go on without
+REMOVED_OPTIONS = ("eval_batch_size",)  # a run that was started with one of them continues without it
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
 _NAME = re.compile(r"[\w.-]+")
 
@@ -69,7 +69,7 @@ def _check_class_weights(text: str) -> str:
 
 
 def named_file(text: str) -> tuple[str, Path]:
-    """Split `NAME=FILE`; without a name, it is the file's without its endings' last (`.gz` aside)."""
+    """Split `NAME=FILE`; without a name, take the file's, without its extension."""
     name, equals, path = text.partition("=")
     if equals and _NAME.fullmatch(name):
         return name, Path(path)
@@ -103,19 +103,19 @@ def option(
     """Declare one option.
 
     Args:
-        default: its value when nobody sets it; None where there is none.
+        default: its value if it is not given; None for none.
         group: the heading under which `--help` lists it.
         help: one sentence, with the unit.
         kind: turns the command line's text into a value; `bool` gives `--x` and `--no-x`.
         metavar: what `--help` shows for the value.
         check: returns what is wrong with a value, or an empty string.
-        changeable: whether `--resume` accepts another value (it can't change what is computed).
+        changeable: whether `--resume` accepts another value, because it does not affect the result.
         many: whether it takes several values.
     """
-    facts = {k: v for k, v in locals().items() if k != "default"}
+    metadata = {k: v for k, v in locals().items() if k != "default"}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=facts)
-    return dataclasses.field(default=default, metadata=facts)
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -125,8 +125,8 @@ class Config:
     data_dir: str | None = option(
         None,
         "data",
-        "folder with train and dev (and test) as .tsv, .csv or .jsonl, perhaps with .gz; without any file, SST-2 is"
-        " downloaded",
+        "folder with train and dev (and test) as .tsv, .csv or .jsonl, perhaps with .gz; SST-2 is downloaded if no"
+        " file is named",
         metavar="DIR",
         changeable=True,
     )
@@ -166,13 +166,13 @@ class Config:
     header: bool = option(
         True,
         "data",
-        "the first line of a .tsv or .csv file names its columns; without, give them by number",
+        "the first line of a .tsv or .csv file names its columns; without it, give them by number",
         kind=bool,
     )
     label_names: list[str] | None = option(
         None,
         "data",
-        "names of the classes 0, 1, ..., separated by commas (default: the labels that the training file has)",
+        "names of the classes 0, 1, ..., separated by commas (default: the labels in the training file)",
         kind=label_list,
         metavar="A,B,...",
         check=_check_label_names,
@@ -243,7 +243,7 @@ class Config:
     micro_batch_size: int = option(
         0,
         "training",
-        "rows per forward pass on one process, to save memory (0: all of its share at once)",
+        "rows per forward pass on one process, to save memory (0: all of its rows at once)",
         kind=int,
         metavar="ROWS",
         check=between(0, math.inf),
@@ -275,7 +275,7 @@ class Config:
     warmup_ratio: float = option(
         0.06,
         "training",
-        "share of all steps over which the rate rises from 0",
+        "fraction of all steps over which the rate rises from 0",
         kind=float,
         metavar="SHARE",
         check=between(0, 1),
@@ -354,7 +354,7 @@ class Config:
     timeout_minutes: float = option(
         10.0,
         "machine",
-        "minutes without an answer after which the other processes count as lost",
+        "minutes without an answer after which another process counts as lost",
         kind=float,
         metavar="MIN",
         check=above(0),
@@ -362,7 +362,7 @@ class Config:
     )
 
     output_dir: str | None = option(
-        None, "output", "the run's folder (default: runs/ and the time of the start)", metavar="DIR", changeable=True
+        None, "output", "the run's folder (default: runs/ and the start time)", metavar="DIR", changeable=True
     )
     eval_every: int = option(
         0,
@@ -375,7 +375,7 @@ class Config:
     eval_batch_tokens: int = option(
         EVAL_BATCH_TOKENS,
         "output",
-        "tokens per forward pass in evaluation, on one process; a longer row goes alone",
+        "tokens per forward pass in evaluation, on one process; a longer row is computed alone",
         kind=int,
         metavar="TOKENS",
         check=between(1, math.inf),
@@ -409,7 +409,7 @@ class Config:
     log_every: int = option(
         50,
         "output",
-        "write a line of training metrics every N steps, the mean since the last line",
+        "write a line of training metrics every N steps: means since the last line",
         kind=int,
         metavar="N",
         check=between(1, math.inf),
@@ -440,7 +440,7 @@ def shown(value: Any) -> str:
 
 
 def check(config: Config) -> None:
-    """Check what can be known from the options and the file system alone.
+    """Check whatever the options and the file system alone can tell.
 
     Raises:
         UserError: naming the option, its value and the cure.
@@ -448,7 +448,7 @@ def check(config: Config) -> None:
     for name, field in OPTIONS.items():
         value = getattr(config, name)
         if value == "":
-            raise UserError(f"{flag(name)} is empty; give a value, or leave it away")
+            raise UserError(f"{flag(name)} is empty; give a value, or leave it out")
         problem = field.metadata["check"](value) if field.metadata["check"] and value is not None else ""
         if problem:
             raise UserError(f"{flag(name)} {problem}, not {shown(value)!s}")

@@ -1,4 +1,4 @@
-"""Process group, rank facts, exact sums over ranks, work that only one process per node may do."""
+"""Processes: which one this is, sums over ranks, errors that all ranks raise, work for one process per node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sst2_xlmr.errors import LostContact, UserError, own_error
 
 Result = TypeVar("Result")
 
-# What gloo says when a peer is gone or silent; it has no exception of its own.
+# gloo's messages when a peer is gone or silent; it has no exception type of its own.
 _GLOO_ERROR = re.compile(
     r"gloo|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket (closed|Timeout)"
 )
@@ -30,10 +30,10 @@ PREPARATION_TIMEOUT = timedelta(hours=6)
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among all that train together.
+    """Which process this is, among all that train together.
 
     Attributes:
-        rank, world_size: of this process, of how many.
+        rank, world_size: this process's number, and how many there are.
         local_rank, local_world_size: the same on this node.
         device: what this process computes on.
         control: gloo group for Python objects; None with one process.
@@ -77,7 +77,7 @@ def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> 
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Turn `--precision` into "bf16" or "fp32": auto takes bf16 where the hardware multiplies it natively."""
+    """Turn `--precision` into "bf16" or "fp32": auto is bf16 where the hardware multiplies it natively."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -88,10 +88,10 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def _read_environment() -> dict[str, int]:
-    """Return what torchrun's variables say of this process: rank, world_size, local_rank, local_world_size.
+    """Return rank, world_size, local_rank and local_world_size from torchrun's environment variables.
 
     Raises:
-        UserError: if they make no sense together.
+        UserError: if they contradict each other.
     """
     cure = "start train.py with torchrun, which sets it, or unset it to train with one process"
     place = {}
@@ -111,7 +111,7 @@ def _read_environment() -> dict[str, int]:
             if not os.environ.get(name):
                 raise own_error(f"the environment has WORLD_SIZE={place['world_size']}, but no {name}; {cure}")
         if not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise own_error(f"the environment has MASTER_PORT={port}, which is no port; {cure}")
+            raise own_error(f"the environment has MASTER_PORT={port}, which is not a port; {cure}")
     return place
 
 
@@ -119,7 +119,7 @@ def _read_environment() -> dict[str, int]:
 def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[World]:
     """Join the process group that torchrun's environment describes, if any, and leave it at the end.
 
-    Without torchrun (no RANK in the environment) this is a world of one process, with no group.
+    Without torchrun (no RANK in the environment) the world is one process, without a group.
     """
     place = _read_environment()
     device = choose_device(device_name, place["local_rank"], place["local_world_size"])
@@ -164,8 +164,8 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-# torch 2.3.1 deadlocks if a gloo group is destroyed while its worker thread, which then needs the GIL, frees a tensor
-# that Python has let go of. What the last exchange of every group used is therefore held until the next, or the end.
+# torch 2.3.1 deadlocks if a gloo group is destroyed while its worker thread, which needs the GIL for it, frees a tensor
+# that Python no longer holds. So the tensors of every group's last exchange are kept until the next one, or the end.
 _held: dict[Any, Any] = {}
 
 
@@ -192,12 +192,12 @@ def from_main(world: World, item: Any) -> Any:
 
 
 def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
-    """Run `prepare` on one process of every node, then on the others, which find its work done.
+    """Run `prepare` on one process of every node, then on the others, which reuse its work.
 
     `prepare` must leave its result on disk, so that the second call is cheap.
 
     Raises:
-        UserError: on every rank, if it was raised on any; so no rank waits for one that is gone.
+        UserError: on every rank, if it was raised on any; so that no rank waits for one that is gone.
     """
     result = None
     for first in (True, False):
@@ -232,7 +232,7 @@ def on_main(world: World, work: Callable[[], Result]) -> Result | None:
 
 
 def shared_error(text: str) -> UserError:
-    """Return an error that every rank raises and only rank 0 says."""
+    """Return an error that every rank raises and rank 0 reports."""
     error = UserError(text)
     error.is_shared = True
     return error

@@ -1,4 +1,4 @@
-"""What ends a run, and how it is said: one line on stderr and an exit status, or a traceback for a bug."""
+"""How a run ends early: one line on stderr and an exit status, or a traceback for a bug."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class UserError(Exception):
 
     Attributes:
         is_shared: whether every rank raises it, because `distributed` has passed it on.
-        is_own: whether only this rank raises it, so that it must say it, whatever its number.
+        is_own: whether only this rank raises it, and so must report it, whatever its number.
     """
 
     is_shared = False
@@ -24,10 +24,10 @@ class LostContact(Exception):
 
 
 class Stopped(Exception):
-    """A signal ended the run; it was saved, and said.
+    """A signal ended the run, which has been saved and has said so.
 
     Attributes:
-        status: the exit status, 128 + the signal's number, as shells have it.
+        status: the exit status, 128 + the signal's number, as in shells.
     """
 
     def __init__(self, signal_number: int) -> None:
@@ -36,7 +36,7 @@ class Stopped(Exception):
 
 
 def own_error(text: str) -> UserError:
-    """Return an error of this rank alone, which it says itself."""
+    """Return an error of this rank alone, which reports it itself."""
     error = UserError(text)
     error.is_own = True
     return error
@@ -45,8 +45,9 @@ def own_error(text: str) -> UserError:
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`; a `UserError` becomes one line on stderr and exit status 2, anything else keeps its traceback.
 
-    Of several processes only rank 0 says what all know; what a node finds before they talk to one another (a folder
-    that is missing there, say), its first process says; what befalls one rank alone, that rank says.
+    Of several processes, rank 0 reports an error that all of them know. One that a node finds before the processes
+    communicate (a missing folder, say) is reported by the first process of that node, and one that concerns a single
+    rank by that rank.
     """
     try:
         main()
@@ -55,12 +56,12 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         if error.is_own:
             sys.stdout.flush()
-            os._exit(2)  # leaving in order would wait for the others, who wait for this one
+            os._exit(2)  # an orderly exit would wait for the others, which wait for this one
         sys.exit(2)
     except LostContact as error:
         print(f"error: rank {os.environ.get('RANK', '0')}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(1)  # leaving in order would wait for the lost process once more
+        os._exit(1)  # an orderly exit would wait for the lost process again
     except Stopped as stop:
         sys.exit(stop.status)
     except KeyboardInterrupt:

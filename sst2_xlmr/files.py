@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: digests, tensors, syncing to the disk, replacing a folder."""
+"""Files that are either whole or absent: digests, tensors, syncing to disk, replacing a folder."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Deferred:
-    """A tensor that is made a few rows at a time when it is written, so that it need never be in memory whole.
+    """A tensor whose rows are computed a few at a time while it is written, so that it is never in memory as a whole.
 
     Attributes:
         shape: its sizes, at least one.
         dtype: its type.
-        rows: rows(start, stop) makes the tensor's [start:stop], on any device.
+        rows: rows(start, stop) returns the tensor's [start:stop], on any device.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Deferred:
     rows: Callable[[int, int], torch.Tensor]
 
     def chunk(self, count: int) -> list[Deferred]:
-        """Cut into equal parts along the rows, as `torch.chunk` does where that is possible."""
+        """Cut into equal parts along the rows, as `torch.chunk` does."""
         size, rest = divmod(self.shape[0], count)
         if rest:
             raise ValueError(f"{self.shape[0]} rows cannot be cut into {count} equal parts")
@@ -83,7 +83,7 @@ def _parts(tensor: Storable) -> Iterator[torch.Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, Storable], file: Path) -> None:
-    """Write a safetensors file (https://github.com/huggingface/safetensors#format), one tensor after the other.
+    """Write a safetensors file (https://github.com/huggingface/safetensors#format), one tensor after another.
 
     safetensors' own `save_file` wants all tensors in memory, and makes the file readable by its owner only.
 
@@ -91,7 +91,7 @@ def write_tensors(tensors: Mapping[str, Storable], file: Path) -> None:
         OSError: if it cannot be written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    # Wide types first, as save_file has them: every tensor then begins at a multiple of its element's size.
+    # Wide types first, as in save_file: every tensor then starts at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     end = 0
     for name in names:
@@ -127,39 +127,39 @@ def sync_files(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(what: str, beside: Path | None = None) -> Iterator[None]:
-    """Turn an error of writing (a full disk, say) into the user's, and remove the half-written folder `beside`."""
+def disk_errors(what: str, unfinished: Path | None = None) -> Iterator[None]:
+    """Turn a failed write (a full disk, say) into a `UserError`, and remove the folder `unfinished`."""
     try:
         yield
     except OSError as error:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
         reason = error.strerror or error
         raise UserError(f"cannot write {what}: {reason}; make room, then continue (training: with --resume)") from None
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a small file, synced to the disk, in the place of what is there; never through a symbolic link."""
-    beside = file.with_name(file.name + ".tmp")
-    beside.unlink(missing_ok=True)
-    with beside.open("x", encoding="utf-8") as opened:
+    """Write a small file, synced to disk, replacing any that is there; never through a symbolic link."""
+    unfinished = file.with_name(file.name + ".tmp")
+    unfinished.unlink(missing_ok=True)
+    with unfinished.open("x", encoding="utf-8") as opened:
         opened.write(text)
         opened.flush()
         os.fsync(opened.fileno())
-    beside.replace(file)
+    unfinished.replace(file)
     sync_folder(file.parent)
 
 
-def _former(folder: Path) -> Path:
+def _set_aside(folder: Path) -> Path:
     return folder.with_name(folder.name + ".old")
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Put the finished folder `new` in the place of `old`, which may exist.
+    """Replace the folder `old`, which may exist, by the finished folder `new`.
 
-    A reader finds one of them whole, or none for the moment between two renames; never a half-written one.
+    A reader finds either of them whole, or neither for the moment between two renames; never a half-written one.
     """
-    aside = _former(old)
+    aside = _set_aside(old)
     shutil.rmtree(aside, ignore_errors=True)
     if old.exists():
         old.rename(aside)
@@ -169,17 +169,17 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def restore_folder(folder: Path) -> None:
-    """Undo a `replace_folder` that was killed between its renames, or remove what it had still to remove."""
-    aside = _former(folder)
+    """Undo a `replace_folder` that was killed between its renames, or finish its clean-up."""
+    aside = _set_aside(folder)
     if aside.is_dir() and not folder.exists():
         aside.rename(folder)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 class Finisher:
-    """Finishes what was written (digests, syncing, renaming) on a thread, in order, while training goes on.
+    """Finishes written files (digests, syncing, renaming) on a thread, in order, while training goes on.
 
-    Leaving it waits for what is left.
+    Leaving the context waits for the rest.
     """
 
     def __init__(self) -> None:
@@ -195,11 +195,11 @@ class Finisher:
             self.wait()
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Do `work` after what was submitted before."""
+        """Do `work` after all that was submitted before."""
         self._pending.append(self._thread.submit(work))
 
     def wait(self) -> None:
-        """Wait until all is done; raises what any of it raised."""
+        """Wait until everything is done; raises the first error."""
         pending, self._pending = self._pending, []
         for future in pending:
             future.result()

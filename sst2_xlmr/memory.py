@@ -1,8 +1,8 @@
-"""How this process gets memory from the system: freed memory is kept for the next step.
+"""This process's memory: freed blocks are kept for the next step, and a full memory is the user's error.
 
-glibc gives freed blocks of many kilobytes back to the system, which hands out zeroed pages again at the next step; for
-XLM-R base that is 20,000 page faults a step. torch's own way to have large pages is an environment variable, which
-`sst2_xlmr/__init__.py` sets, since it counts only if set before torch allocates.
+glibc returns large freed blocks to the system, which hands out zeroed pages again at the next step; for XLM-R base that
+is 20,000 page faults per step. torch enables large pages by an environment variable, which `sst2_xlmr/__init__.py`
+sets, because torch must see it before it allocates anything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Make malloc keep what is freed, in blocks of 64 MiB; does nothing where there is no glibc."""
+    """Make malloc keep what is freed, in blocks of 64 MiB; does nothing without glibc."""
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
@@ -31,7 +31,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Give back what `keep_freed_memory` has kept so far, after something large that will not be needed again."""
+    """Return the memory that `keep_freed_memory` has kept so far, after freeing something large for good."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
@@ -46,7 +46,7 @@ def used_memory_gb() -> float:
 
 @contextlib.contextmanager
 def memory_errors(cure: str) -> Iterator[None]:
-    """Turn an error of a full memory, a GPU's or the machine's, into the user's; the rank that it befalls says it.
+    """Turn an out-of-memory error of a GPU or the machine into a `UserError`, which the rank that has it reports.
 
     Args:
         cure: what to do.

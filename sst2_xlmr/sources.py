@@ -1,7 +1,7 @@
 """Where files come from: download, verify, cache.
 
-A file appears in the cache under its own name only when it is whole: it is streamed to a temporary name, its
-length (and digest, where one is known) is checked, then it is renamed. Several processes may ask at once.
+A file gets its final name in the cache only when it is whole: it is streamed to a temporary name, its length (and
+digest, where one is known) is checked, then it is renamed. Several processes may ask at once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _CURE = "check SST2_XLMR_MIRROR and any proxy, or pass --data-dir / --encoder DI
 
 @contextlib.contextmanager
 def _network_errors(url: str) -> Iterator[None]:
-    """Raise ConnectionError for what may pass by itself, UserError for what will not."""
+    """Raise ConnectionError for errors that may be temporary, UserError for others."""
     try:
         yield
     except urllib.error.HTTPError as error:
@@ -59,7 +59,7 @@ def _network_errors(url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _disk_errors() -> Iterator[None]:
-    # Those of the network never get here: `download` makes them UserErrors.
+    # Network errors never get here: `download` turns them into UserErrors.
     try:
         yield
     except OSError as error:
@@ -91,14 +91,15 @@ def download(
 ) -> Path:
     """Fetch `url` into `target` unless it is there; record url, bytes and sha256 in `NAME.json` beside it.
 
-    A file that is there must have the recorded size and any digest asked for, or it is fetched anew. The
-    recorded sha256 is believed, as hashing a gigabyte takes long; a copy without record is accepted.
+    A file that is there must have the recorded size and any digest asked for, or it is fetched again. The
+    recorded sha256 is trusted, because hashing a gigabyte is slow; a copy without a record is accepted.
 
     Args:
         timeout_s: longest silence of the server, in seconds.
 
     Raises:
-        UserError: not reached (three tries), refused, not as expected, or the folder cannot be written.
+        UserError: if the server is not reached in three tries, refuses, or sends something unexpected; or if the folder
+            cannot be written.
     """
     expected = {kind: value.lower() for kind, value in (("md5", md5), ("sha256", sha256)) if value}
     if _is_good(target, expected):
@@ -107,7 +108,7 @@ def download(
     with _locked(target):
         for wait_s in (*RETRY_WAITS_S, None):
             try:
-                # Whoever held the lock before has probably fetched it.
+                # The previous owner of the lock has probably fetched it.
                 if not _is_good(target, expected):
                     _download_once(url, target, expected, timeout_s, quiet)
                 break
@@ -120,7 +121,7 @@ def download(
 
 @_disk_errors()
 def fetch_bundle(name: str, *, quiet: bool = False) -> tuple[Path, Path]:
-    """Fetch an encoder of torchtext's; return its weights (from torch.save) and its SentencePiece model."""
+    """Fetch one of torchtext's encoders; returns its weights (from torch.save) and its SentencePiece model."""
     folder = cache_dir() / "encoders" / name
     urls = BUNDLE_URLS[name]
     weights, model = (download(mirrored(url), folder / Path(url).name, quiet=quiet) for url in urls)
@@ -175,8 +176,8 @@ def _download_once(url: str, target: Path, expected: dict[str, str], timeout_s: 
         if size == 0:
             raise UserError(f"{url} is empty; {_CURE}")
         for kind, value in expected.items():
-            if (found := digest_of(part, kind)) != value:
-                raise UserError(f"{url} has {kind} {found}, expected {value}; it was not kept; {_CURE}")
+            if (actual := digest_of(part, kind)) != value:
+                raise UserError(f"{url} has {kind} {actual}, expected {value}; it was not kept; {_CURE}")
         part.replace(target)
     _write_record(target, url)
 
@@ -203,7 +204,7 @@ def _extract(archive: Path, folder: Path) -> None:
         _record_path(archive).unlink(missing_ok=True)
         raise UserError(f"{archive} is not SST-2 and was removed: {error}; {_CURE}") from error
     except OSError:
-        # Where there are no locks, another process may have been faster.
+        # Without lock support another process may have been faster.
         if not _is_extracted(folder):
             raise
 
@@ -220,7 +221,7 @@ def _is_good(path: Path, expected: dict[str, str]) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # Without lock support work is only done twice: every change is atomic.
+    # Without lock support, work is done twice at worst: every change is atomic.
     with path.with_name(f".{path.name}.lock").open("a") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -108,7 +108,7 @@ WRONG_FLAGS = [
     (["--encoder", "bert-base"], "bert-base: neither xlmr.base nor xlmr.large nor a folder"),
     (["--encoder", "."], "has no config.json"),
     (["--config", "no.json"], "cannot read no.json"),
-    (["--resume", "--config", "x.json"], "leave --config away"),
+    (["--resume", "--config", "x.json"], "leave out --config"),
     (["--resume"], "nothing to resume"),
     (["--output-dir", "pyproject.toml"], "is there already"),
     (["--output-dir", "pyproject.toml/run"], "cannot write to --output-dir"),

@@ -25,7 +25,7 @@ TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but no RANK"),
         ({**TORCHRUN, "MASTER_ADDR": "", "MASTER_PORT": "29500"}, "WORLD_SIZE=2, but no MASTER_ADDR"),
         (TORCHRUN, "WORLD_SIZE=2, but no MASTER_PORT"),
-        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT=99999, which is no port"),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT=99999, which is not a port"),
     ],
 )
 def test_a_broken_environment_is_one_line(

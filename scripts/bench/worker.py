@@ -125,7 +125,7 @@ def peak_memory(device: torch.device) -> Answer:
 
 
 def rates(spec: Spec, name: str, seconds: float, training: bool) -> Answer:
-    """Return the rates at which one pass through a set of rows was made in so many seconds."""
+    """Return the rates of one pass over a set of rows that took `seconds`."""
     lengths = spec.caches[name].lengths()
     flops = model_flops(spec.shape, lengths, len(spec.config.classes), training)
     return {
@@ -137,7 +137,7 @@ def rates(spec: Spec, name: str, seconds: float, training: bool) -> Answer:
 
 
 def random_classifier(spec: Spec, rows: int) -> Classifier:
-    """Build the model with random weights and an embedding table of so many rows."""
+    """Build the model with random weights and an embedding table of `rows` rows."""
     torch.manual_seed(spec.config.seed)
     shape = dataclasses.replace(spec.shape, vocab_size=rows)
     return Classifier(shape, len(spec.config.classes), spec.config.dropout, spec.config.head_dropout)
@@ -274,7 +274,7 @@ TASKS = {"train": prepare_training, "eval": prepare_evaluation, "weights": write
 def main() -> None:
     task, file = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever else a library prints is no answer
+    os.dup2(2, 1)  # anything a library prints must not be read as an answer
     keep_freed_memory()
     spec = read_spec(Path(file))
     with distributed.start(spec.config.device, spec.config.threads, spec.config.timeout_minutes) as world:

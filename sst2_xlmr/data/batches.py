@@ -1,4 +1,4 @@
-"""Ids to global batches of rows of like length, in an order that is a function of seed and epoch alone."""
+"""Ids to global batches of similar length, in an order that is a function of seed and epoch alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
             dropout masks from it has the same masks however a batch is cut.
         padded: whether any row is shorter than the others, i.e. a mask is needed.
         real_tokens: how many tokens are not padding.
-        weight: 1.0, or 0.0 where a rank without a row of its own computes one in order to keep step with the others.
+        weight: 1.0, or 0.0 if a rank that has no row left computes one only to keep step with the others.
     """
 
     tokens: torch.Tensor
@@ -68,7 +68,7 @@ class RankBatch(NamedTuple):
 
 
 class RankRows(NamedTuple):
-    """What the sampler asks the dataset for: one rank's row numbers, and what does not follow from them."""
+    """What the sampler asks the dataset for: one rank's row numbers, and what cannot be derived from them."""
 
     rows: np.ndarray
     keys: np.ndarray
@@ -110,7 +110,7 @@ def rows_in_training_order(
     group sorted by length and cut into batches, and the batches permuted: neighbours in length share a batch, so there
     is little padding, and batches of all lengths mix. A group is sorted when the first of its batches is wanted, so
     that a large file does not keep the first step waiting. `RandomState` is used because NumPy guarantees its numbers
-    for ever (NEP 19).
+    forever (NEP 19).
     """
     random = np.random.RandomState([seed, epoch])
     order = np.arange(len(lengths), dtype=np.int32 if len(lengths) < 2**31 else np.int64)

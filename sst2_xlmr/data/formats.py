@@ -1,6 +1,6 @@
 """Files of rows, read and written: TSV (GLUE's layout), CSV (RFC 4180), JSONL, each also gzipped.
 
-Nothing but the current row is held in memory. Errors name the file and the line.
+Only the current row is held in memory. Errors name the file and the line.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Fields(NamedTuple):
     """A row as it stands in a file.
 
     Attributes:
-        line: number, from 1, of the line that it begins in.
-        names: of its columns; the same list for all rows that have the same ones.
-        cells: one for every name; text, or in JSONL whatever JSON can say.
+        line: number, from 1, of its first line.
+        names: of its columns; rows with the same columns share one list.
+        cells: one per name; text, or any JSON value in JSONL.
     """
 
     line: int
@@ -42,13 +42,13 @@ class Fields(NamedTuple):
 
 
 def plain_name(path: Path) -> str:
-    """Return a file's name without what says its kind: `fr` for `data/fr.csv.gz`."""
+    """Return a file's name without its extensions: `fr` for `data/fr.csv.gz`."""
     name = path.with_suffix("").name if path.suffix.lower() == ".gz" else path.name
     return Path(name).stem
 
 
 def shortened(text: str, longest: int = 200) -> str:
-    """Return a text for an error's one line, cut if it is long."""
+    """Return a text for a one-line error, cut if it is long."""
     return text if len(text) <= longest else text[:longest] + "..."
 
 
@@ -92,7 +92,7 @@ def _row_lines(lines: Lines, path: Path) -> Lines:
 
 
 def _read_tsv(file: BinaryIO, path: Path, header: bool) -> Iterator[Fields]:
-    """Split at line ends and tabs only: SST-2 has sentences that start with a quotation mark, which is text."""
+    """Split at line ends and tabs only: some of SST-2's sentences start with a quotation mark."""
     rows = ((number, line.split("\t")) for number, line in _row_lines(decoded_lines(file, str(path)), path))
     return _table(rows, path, header, "separate columns with one tab each")
 
@@ -118,7 +118,7 @@ def _csv_rows(lines: Lines, path: Path) -> Rows:
 
 
 def _table(rows: Rows, path: Path, header: bool, cure: str) -> Iterator[Fields]:
-    """Name the cells by the header, or by their numbers from 1 where there is none."""
+    """Name the cells by the header, or number them from 1 without one."""
     names: list[str] = []
     for line, cells in rows:
         if not names:
@@ -140,7 +140,7 @@ def _read_csv(file: BinaryIO, path: Path, header: bool) -> Iterator[Fields]:
 
 
 def _read_jsonl(file: BinaryIO, path: Path, header: bool) -> Iterator[Fields]:
-    """One JSON object a line; keys are names, so a header says nothing."""
+    """Read one JSON object per line; keys are the columns' names, so there is no header."""
     names: list[str] = []
     for number, line in _row_lines(decoded_lines(file, str(path)), path):
         try:
@@ -155,7 +155,7 @@ def _read_jsonl(file: BinaryIO, path: Path, header: bool) -> Iterator[Fields]:
 
 
 def cell_text(cell: object) -> str:
-    """Return a cell as text: nothing for JSON's null, JSON for what is neither text nor number."""
+    """Return a cell as text: empty for JSON's null, JSON for any value that is not a string."""
     if isinstance(cell, str):
         return cell
     if cell is None:
@@ -164,11 +164,11 @@ def cell_text(cell: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a text that can stand between tabs on a line: every tab and line end a space."""
+    """Return a text with every tab and line end replaced by a space."""
     return _BREAKS.sub(" ", text)
 
 
-# Takes a row's column names and cells.
+# Writes a row, given its column names and cells.
 RowWriter = Callable[[Iterable[str], Iterable[object]], object]
 
 
@@ -190,8 +190,8 @@ class Kind(NamedTuple):
 
     Attributes:
         read: takes a file opened for bytes, its path for errors, and whether there is a header; yields its rows.
-        write: takes a file opened for text with newline=""; returns what adds a row to it.
-        is_table: whether all rows have the same columns, in an order that counts, named by a header if there is one.
+        write: takes a file opened for text with newline=""; returns a function that adds a row to it.
+        is_table: whether all rows have the same columns in the same order, perhaps named by a header.
     """
 
     read: Callable[[BinaryIO, Path, bool], Iterator[Fields]]
@@ -199,7 +199,7 @@ class Kind(NamedTuple):
     is_table: bool
 
 
-# All that is known of a kind of file; to add one, add it here (and to the help of --data-dir).
+# To add a kind of file, add it here (and to the help of --data-dir).
 KINDS = {
     ".tsv": Kind(_read_tsv, _write_tsv, is_table=True),
     ".csv": Kind(_read_csv, _write_csv, is_table=True),
@@ -208,10 +208,10 @@ KINDS = {
 
 
 def kind_of(path: Path) -> str:
-    """Return what a file's name says of its kind, a key of KINDS.
+    """Return a file's kind by its name, a key of KINDS.
 
     Raises:
-        UserError: if the name ends otherwise.
+        UserError: for any other extension.
     """
     plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     if plain.suffix.lower() not in KINDS:
@@ -253,11 +253,11 @@ def read_fields(path: Path, header: bool = True) -> Iterator[Fields]:
     """Yield a file's rows, all columns as they are.
 
     Args:
-        path: .tsv (rows split at tabs, no quoting), .csv (RFC 4180 quoting) or .jsonl (an object a line), perhaps .gz.
+        path: .tsv (split at tabs, no quoting), .csv (RFC 4180 quoting) or .jsonl (one object per line), perhaps .gz.
         header: whether the first line of a .tsv or .csv file names the columns; else their names are 1, 2, ...
 
     Raises:
-        UserError: naming file, line and cure, for anything that is not as described.
+        UserError: naming file, line and cure, if the file is not as described.
     """
     kind = KINDS[kind_of(path)]
     is_packed = path.suffix.lower() == ".gz"
@@ -271,7 +271,7 @@ def read_fields(path: Path, header: bool = True) -> Iterator[Fields]:
 
 
 def row_writer(file: TextIO, kind: str) -> RowWriter:
-    """Return write(names, cells), which adds a row to a file; a table needs a first one with the names themselves.
+    """Return write(names, cells), which adds a row to a file; a table's first row must be the names.
 
     Args:
         file: opened with newline="".
@@ -282,22 +282,22 @@ def row_writer(file: TextIO, kind: str) -> RowWriter:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[TextIO]:
-    """Open a text file, gzipped if its name says so, that gets its name when it is written whole.
+    """Open a text file, gzipped if its name ends in .gz, that gets its name once it is complete.
 
     Raises:
         UserError: if it cannot be written.
     """
-    beside = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(path.name + ".tmp")
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        # JSON can hold half a character (a lone surrogate), which UTF-8 cannot; its escape is what JSON writes for it.
-        with opener(beside, "wt", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        # JSON can hold a lone surrogate, which UTF-8 cannot; it is written as JSON's escape.
+        with opener(unfinished, "wt", encoding="utf-8", errors="backslashreplace", newline="") as file:
             yield file
-        with beside.open("rb") as written:
+        with unfinished.open("rb") as written:
             os.fsync(written.fileno())
-        beside.replace(path)
+        unfinished.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room, or take another place") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; make room, or choose another place") from None
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            unfinished.unlink()

@@ -1,4 +1,4 @@
-"""Files -> rows -> ids: find, fetch and tokenize what a run needs, and check it before anything slow begins."""
+"""Files -> rows -> ids: find, fetch and tokenize a run's inputs, and check them before anything slow begins."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sst2_xlmr.model.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs of its inputs.
+    """A run's inputs.
 
     Attributes:
         config: the options, with the names of the classes.
         encoder: the pretrained encoder.
-        files, caches: by split, the files of rows and their ids.
+        files, caches: the file and the ids of every split.
     """
 
     config: Config
@@ -63,15 +63,15 @@ def check_max_length(config: Config, shape: EncoderShape) -> None:
 
 
 def prepare(config: Config, quiet: bool) -> Prepared:
-    """Fetch and tokenize what the run needs; what an earlier run has left is used as it is."""
+    """Fetch and tokenize the run's inputs; earlier downloads and token caches are reused."""
     files, columns, cache_dir = find_files(config, quiet), columns_of(config), sources.cache_dir() / "tokens"
     config = dataclasses.replace(
         config, label_names=config.label_names or label_names_of(files["train"], columns, cache_dir)
     )
     check(config)
-    for file in files.values():  # a wrong column or layout shows in the first rows, before anything is downloaded
+    for file in files.values():  # wrong columns or labels show in the first rows, before any download
         next(itertools.islice(read_rows(file, columns, config.classes), 1000, None), None)
-    if config.encoder in BUNDLE_SHAPES:  # nor must this wait for a download
+    if config.encoder in BUNDLE_SHAPES:  # this must not wait for a download either
         check_max_length(config, BUNDLE_SHAPES[config.encoder])
     encoder = find_encoder(config.encoder, quiet)
     check_max_length(config, encoder.shape)
@@ -84,6 +84,6 @@ def prepare(config: Config, quiet: bool) -> Prepared:
     if largest_id >= encoder.shape.vocab_size:
         raise UserError(
             f"{encoder.tokenizer_file} gives ids up to {largest_id}, but {encoder.name} has {encoder.shape.vocab_size}"
-            " embedding rows; the two are not of one model"
+            " embedding rows; they do not belong to the same model"
         )
     return Prepared(config, encoder, files, caches)

@@ -1,4 +1,4 @@
-"""Rows of text with labels: which columns hold them, what a label means. Errors name the file and the line."""
+"""Rows of labelled text: which columns hold them, and what a label means. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHUNK_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a file's texts and labels are; a column is given by its name, or by its number from 1.
+    """The columns of texts and labels, each given by its name or its number from 1.
 
     Attributes:
         text: None for `sentence`, or else `text`.
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A row whose label is not asked for, with all that its file says."""
+    """A row without its label, and with all of its columns."""
 
     text: str
     pair: str | None
@@ -62,13 +62,13 @@ def columns_of(config: Config) -> Columns:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return names for a line of text, of many only the first."""
+    """Return names, separated by commas; of many only the first."""
     more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
     return ", ".join(shortened(name, 40) for name in names[:10]) + more
 
 
 class _Column(NamedTuple):
-    """A column that is looked for: its name, or several of which the first that is there counts."""
+    """A column to look for: its name, or several names, the first of which takes precedence."""
 
     names: tuple[str, ...]
     option: str
@@ -77,7 +77,7 @@ class _Column(NamedTuple):
         """Return its place in a row.
 
         Raises:
-            UserError: if it is not there, or twice.
+            UserError: if it is missing or occurs twice.
         """
         for name in self.names:
             if fields.names.count(name) > 1:
@@ -107,7 +107,7 @@ def _located(path: Path, header: bool, wanted: list[_Column]) -> Iterator[tuple[
     """Yield a file's rows with the positions of the wanted columns.
 
     Raises:
-        UserError: also if there is no row.
+        UserError: if a column is missing, or there are no rows.
     """
     fields = None
     names: list[str] = []
@@ -121,7 +121,7 @@ def _located(path: Path, header: bool, wanted: list[_Column]) -> Iterator[tuple[
 
 
 def _text(path: Path, fields: Fields, position: int, may_be_empty: bool) -> str:
-    """Return a row's text after a check."""
+    """Return a row's text, checked."""
     text = fields.cells[position]
     if isinstance(text, str) and (may_be_empty or text.strip()) and not _UNUSABLE.search(text):
         return text
@@ -132,7 +132,7 @@ def _text(path: Path, fields: Fields, position: int, may_be_empty: bool) -> str:
 
 
 def _label_text(path: Path, line: int, value: object) -> str:
-    """Return a label as it is compared: without spaces around, JSON's integer 1 the same as "1"."""
+    """Return a label in the form to compare: stripped of spaces, JSON's integer 1 as "1"."""
     if isinstance(value, str) and value.strip():
         return value.strip()
     if isinstance(value, int) and not isinstance(value, bool):
@@ -149,7 +149,7 @@ def _quoted(value: object) -> str:
 
 
 def _label_numbers(label_names: list[str]) -> dict[str, int]:
-    """Return what a label may be, and the class that it means.
+    """Return the class's number for every form that a label may have.
 
     The number of a class stands for its name only if no name is a number: among the classes 1, 2, 3, 0 is an error.
     """
@@ -160,14 +160,14 @@ def _label_numbers(label_names: list[str]) -> dict[str, int]:
 
 
 def read_rows(path: Path, columns: Columns, label_names: list[str]) -> Iterator[Row]:
-    """Yield a file's labelled rows; nothing but the current one is held in memory.
+    """Yield a file's labelled rows; only the current one is held in memory.
 
     Args:
         path: see `formats.read_fields`.
         label_names: a label is one of these, or, if none of them is an integer itself, its number from 0.
 
     Raises:
-        UserError: naming file, line and cure, for anything that is not as described, or if there is no row.
+        UserError: naming file, line and cure, if a row is not as described, or there are no rows.
     """
     numbers = _label_numbers(label_names)
     for fields, positions in _located(path, columns.header, [*_text_columns(columns), _label_column(columns)]):
@@ -200,7 +200,7 @@ def read_examples(path: Path, columns: Columns) -> Iterator[Example]:
 
 
 def check_text(text: str, where: str) -> None:
-    """Check a text that comes from no file.
+    """Check a text that does not come from a file.
 
     Raises:
         UserError: if the tokenizer cannot take it.
@@ -210,12 +210,12 @@ def check_text(text: str, where: str) -> None:
 
 
 def find_label_names(path: Path, columns: Columns) -> list[str]:
-    """Return the names of the classes that occur in a training file, in the order of their numbers.
+    """Return the names of the classes in a training file, in the order of their numbers.
 
     Labels 0 and 1, or negative and positive, are SST-2's; other integers are in numerical, words in alphabetical order.
 
     Raises:
-        UserError: if there are fewer than two or more than `MAX_CLASSES`, or if they are no classes.
+        UserError: if there are fewer than two or more than `MAX_CLASSES`, or if they are not classes.
     """
     first_lines: dict[str, int] = {}
     for fields, (position,) in _located(path, columns.header, [_label_column(columns)]):
@@ -237,28 +237,28 @@ def find_label_names(path: Path, columns: Columns) -> list[str]:
                 f"{where}: more than {MAX_CLASSES:,} different labels in column {columns.label!r}; name the column with"
                 " the classes with --label-column"
             )
-    found = sorted(first_lines)
-    if len(found) == 1:
+    labels = sorted(first_lines)
+    if len(labels) == 1:
         raise UserError(
-            f"{path}: all rows have the label {_quoted(found[0])}; name the column with the classes with"
+            f"{path}: all rows have the label {_quoted(labels[0])}; name the column with the classes with"
             " --label-column, or all classes with --label-names"
         )
-    if found in (["0", "1"], SST2_NAMES):
+    if labels in (["0", "1"], SST2_NAMES):
         return list(SST2_NAMES)
-    integers = [label for label in found if _INTEGER.fullmatch(label)]
-    if len(integers) == len(found):
-        return sorted(found, key=int)
+    integers = [label for label in labels if _INTEGER.fullmatch(label)]
+    if len(integers) == len(labels):
+        return sorted(labels, key=int)
     if integers:
-        word = next(label for label in found if label not in integers)
+        word = next(label for label in labels if label not in integers)
         raise UserError(
             f"{path} has integers and words as labels ({integers[0]!r} in line {first_lines[integers[0]]},"
             f" {_quoted(word)} in line {first_lines[word]}); make them one, or name the classes with --label-names"
         )
-    return found
+    return labels
 
 
 def has_labels(path: Path, columns: Columns) -> bool:
-    """Whether a file has the label's column, and not only -1 in it, which Hugging Face writes for no label."""
+    """Whether a file has the label's column with any label but -1, which Hugging Face writes for no label."""
     first = next(read_fields(path, columns.header), None)
     if first is None:
         return False
@@ -271,7 +271,7 @@ def has_labels(path: Path, columns: Columns) -> bool:
 
 
 def in_chunks(rows: Iterable[AnyRow], count: int) -> Iterator[list[AnyRow]]:
-    """Yield so many rows at a time, fewer where their texts are long."""
+    """Yield lists of `count` rows, or fewer where their texts are long."""
     chunk: list[AnyRow] = []
     characters = 0
     for row in rows:

@@ -1,4 +1,4 @@
-"""Token cache on disk: the ids of a file's rows, made once and found by content later."""
+"""Token cache on disk: the ids of a file's rows, computed once per content of the file."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import digest_of
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
 
-CACHE_FORMAT = 4
-TOKENIZER_THREADS = 4  # reading and writing the rows, which is Python's work, keeps no more of them busy
+CACHE_FORMAT = 5
+TOKENIZER_THREADS = 4  # reading and writing rows, in Python, cannot keep more of them busy
 _CHUNK_ROWS = 1000
 
 
@@ -38,10 +38,10 @@ class TokenCache:
         ids: int32 [tokens], all rows one after another, `<s>` and `</s>` included.
         offsets: int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]].
         labels: int32 [rows].
-        distinct_ids: int32 [distinct ids], ascending, those that occur; only a cache from disk knows them.
+        distinct_ids: int32 [distinct ids], the ids that occur, ascending; empty unless the cache is on disk.
         truncated: how many rows were cut to the longest length.
         digest: SHA-256 of the file, hexadecimal.
-        renumbering: int32 [vocabulary], what `collate` turns ids into (see compact_vocab); None for no change.
+        renumbering: int32 [vocabulary], what `collate` replaces each id by (see compact_vocab); None to keep the ids.
     """
 
     ids: np.ndarray
@@ -70,14 +70,14 @@ def tokenize_file(
     cache_dir: Path,
     load: Callable[[Path, int], Tokenizer] = load_tokenizer,
 ) -> TokenCache:
-    """Return the token cache of a file, made at the first call and found by its content later.
+    """Return a file's token cache, computed on the first call with this content and read from disk after that.
 
-    All parameters but the last two are what the result depends on, and so the cache key.
+    The result depends on all parameters but the last two, and these make up the cache key.
 
     Args:
         label_names: of the classes 0, 1, ...
         max_length: longest input in tokens.
-        load: loads the tokenizer, if the file has no cache yet; one that remembers it serves several files faster.
+        load: loads the tokenizer, if the file has no cache yet; pass one that caches its result for several files.
 
     Raises:
         UserError: for a bad row (see `rows.read_rows`), a file that changes while it is read, or a cache folder that
@@ -88,7 +88,7 @@ def tokenize_file(
     try:
         return _open_cache(folder, digest)
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or damaged: made anew
+        pass  # absent or damaged: computed again
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
@@ -110,10 +110,10 @@ def tokenize_file(
 
 
 def label_names_of(path: Path, columns: Columns, cache_dir: Path) -> list[str]:
-    """Return the names of a training file's classes: found at the first call, and by the file's content later.
+    """Return the names of a training file's classes, cached on disk by the file's content.
 
     Raises:
-        UserError: see `data.find_label_names`; or for a cache folder that cannot be written.
+        UserError: see `rows.find_label_names`; or if the cache folder cannot be written.
     """
     digest = _digest_of(path)
     file = cache_dir / (_cache_key(digest, path, columns) + ".labels.json")
@@ -121,7 +121,7 @@ def label_names_of(path: Path, columns: Columns, cache_dir: Path) -> list[str]:
         names: list[str] = json.loads(file.read_text(encoding="utf-8"))["label_names"]
         return names
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or damaged: made anew
+        pass  # absent or damaged: computed again
     names = find_label_names(path, columns)
     _check_unchanged(path, digest)
     try:
@@ -143,17 +143,17 @@ def _digest_of(path: Path) -> str:
 
 
 def _check_unchanged(path: Path, digest: str) -> None:
-    """Check that a file that has been read is still the one that its digest was taken of.
+    """Check that a file still has the content whose digest was computed before it was read.
 
     Raises:
-        UserError: if not; what was read must not be found under that digest later.
+        UserError: if not, because its rows must not be cached under that digest.
     """
     if _digest_of(path) != digest:
-        raise UserError(f"{path} has changed while it was read; start again once it is written whole")
+        raise UserError(f"{path} changed while it was being read; start again when it is completely written")
 
 
 def _cache_key(digest: str, path: Path, columns: Columns, *further: object) -> str:
-    """Return the cache key of what is made of a file with this digest; `further` is what else it depends on."""
+    """Return the cache key for a result that depends on this digest and these columns, and on `further`."""
     recipe = [CACHE_FORMAT, digest, kind_of(path), dataclasses.astuple(columns), further]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
 
@@ -166,7 +166,7 @@ def _cannot_write(cache_dir: Path, error: OSError) -> UserError:
 
 
 class Chunk(NamedTuple):
-    """Some rows, tokenized; `lengths` and `labels` have one number a row, `ids` is int32 [tokens]."""
+    """Some tokenized rows; `lengths` and `labels` have one number per row, `ids` is int32 [tokens]."""
 
     ids: np.ndarray
     lengths: list[int]
@@ -176,7 +176,7 @@ class Chunk(NamedTuple):
 
 def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chunk]:
     """Tokenize on several threads, in the order of the rows; only a few chunks are in memory at a time."""
-    scripted = torch.jit.script(tokenizer)  # runs without Python's lock, so that threads do not wait for each other
+    scripted = torch.jit.script(tokenizer)  # runs without Python's lock, so threads do not wait for each other
 
     def tokenize(rows: list[Row]) -> Chunk:
         texts, pairs, labels = zip(*rows)
@@ -215,20 +215,20 @@ def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Column
     distinct_ids = np.flatnonzero(occurs).astype(np.int32)
     (folder / "distinct_ids.bin").write_bytes(distinct_ids.tobytes())
     counts = {"rows": rows, "tokens": tokens, "distinct_ids": len(distinct_ids), "truncated": truncated}
-    facts = {**counts, "sha256": {file.name: digest_of(file) for file in sorted(folder.iterdir())}}
-    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    manifest = {**counts, "sha256": {file.name: digest_of(file) for file in sorted(folder.iterdir())}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def _open_cache(folder: Path, digest: str) -> TokenCache:
-    """Map a cache's files into memory; ValueError if one is not what `facts.json` says."""
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    counts = {"ids": facts["tokens"], "offsets": facts["rows"] + 1, "labels": facts["rows"]}
-    counts["distinct_ids"] = facts["distinct_ids"]
+    """Map a cache's files into memory; ValueError if one is not what `manifest.json` says."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    counts = {"ids": manifest["tokens"], "offsets": manifest["rows"] + 1, "labels": manifest["rows"]}
+    counts["distinct_ids"] = manifest["distinct_ids"]
     arrays = {}
     for name, count in counts.items():
         dtype = np.int64 if name == "offsets" else np.int32
         file = folder / f"{name}.bin"
         arrays[name] = np.memmap(file, dtype=dtype, mode="r")
-        if len(arrays[name]) != count or digest_of(file) != facts["sha256"][file.name]:
+        if len(arrays[name]) != count or digest_of(file) != manifest["sha256"][file.name]:
             raise ValueError(f"{file} is damaged")
-    return TokenCache(**arrays, truncated=facts["truncated"], digest=digest)
+    return TokenCache(**arrays, truncated=manifest["truncated"], digest=digest)

@@ -77,8 +77,8 @@ def accuracy_interval(
     Of `rows` rows drawn with replacement, a binomial number is right, so that number is drawn at once. If all rows are
     right, or none, the interval is a point.
     """
-    found = np.random.RandomState(seed).binomial(rows, right / rows, resamples) / rows
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    accuracies = np.random.RandomState(seed).binomial(rows, right / rows, resamples) / rows
+    low, high = np.quantile(accuracies, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -110,6 +110,6 @@ def summarize(confusion: np.ndarray, calibration: np.ndarray, loss_sum: float) -
     }
 
 
-def mean_of(found: list[dict[str, Any]]) -> dict[str, float]:
+def mean_of(files: list[dict[str, Any]]) -> dict[str, float]:
     """Return the mean over files, each counting the same, of accuracy, macro_f1 and ece."""
-    return {key: sum(metrics[key] for metrics in found) / len(found) for key in ("accuracy", "macro_f1", "ece")}
+    return {key: sum(metrics[key] for metrics in files) / len(files) for key in ("accuracy", "macro_f1", "ece")}

@@ -17,11 +17,11 @@ _PACKAGES = ("torch", "torchtext", "torchdata", "numpy", "safetensors")
 
 def last_evaluations(metrics_file: Path, step: int) -> list[dict[str, Any]]:
     """Return the lines of `metrics.jsonl` that evaluate the model as it was after `step`, the last one per file."""
-    found = {}
+    newest = {}
     for entry in read_metrics(metrics_file):
         if "split" in entry and entry["step"] == step:
-            found[entry["split"]] = entry
-    return list(found.values())
+            newest[entry["split"]] = entry
+    return list(newest.values())
 
 
 def write_card(
@@ -102,9 +102,9 @@ def _settings(config: Config) -> list[tuple[str, str]]:
     """
     result = []
     for name, field in OPTIONS.items():
-        facts, value = field.metadata, getattr(config, name)
-        says_how = facts["group"] in ("data", "model", "training") or name == "precision"
-        if says_how and not facts["changeable"] and value is not None:
+        metadata, value = field.metadata, getattr(config, name)
+        says_how = metadata["group"] in ("data", "model", "training") or name == "precision"
+        if says_how and not metadata["changeable"] and value is not None:
             text = {True: "on", False: "off"}[value] if isinstance(value, bool) else shown(value)
             result.append((f"`{flag(name)}`", text.replace("|", "\\|").replace("\n", " ")))
     return result

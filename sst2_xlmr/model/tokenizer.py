@@ -55,7 +55,7 @@ class Tokenizer(torch.nn.Module):
         return result
 
     def _append(self, ids: List[int], pieces: List[int], count: int) -> None:  # noqa: UP006
-        """Append the first so many pieces and a `</s>`."""
+        """Append the first `count` pieces and a `</s>`."""
         for piece in pieces[:count]:
             ids.append(3 if piece == 0 else piece + 1)
         ids.append(2)

@@ -1,4 +1,4 @@
-"""What the same weights are called by torchtext today, in torchtext's downloads, and by transformers."""
+"""The names of the same weights in torchtext 0.18, in torchtext's downloads, and in transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _HF_HEAD = {"classifier.dense": "head.dense", "classifier.out_proj": "head.out_p
 
 
 def from_bundle(raw: Mapping[str, torch.Tensor]) -> Tensors:
-    """Rename the tensors of torchtext's downloads, which have the names of an older torchtext, to today's."""
+    """Rename the tensors of torchtext's downloads, which have an older torchtext's names."""
     renamed = {}
     for old_name in raw:
         name = old_name

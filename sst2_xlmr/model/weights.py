@@ -27,7 +27,7 @@ _TABLE_NAMES = [
 ]
 _ROWS_AT_ONCE = 512
 _MAPPED_BYTES = 1 << 26
-_FAULT_BYTES = 1 << 16  # what Linux maps around a byte that is touched
+_FAULT_BYTES = 1 << 16  # what Linux maps around a byte that is read
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def _reading_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"cannot read weights from {file}: it is not there any more; put it back") from None
+        raise UserError(f"cannot read weights from {file}: it no longer exists; put it back") from None
     except (OSError, SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read weights from {file}: {reason}; the file is damaged, fetch it again") from None
@@ -46,11 +46,11 @@ def _reading_errors(file: Path) -> Iterator[None]:
 
 
 def _is_plain_zip(file: Path) -> bool:
-    """Whether a file that torch.save has written is a zip; if not, it is a bare pickle.
+    """Whether a file from torch.save is a zip; otherwise it is a bare pickle.
 
     Raises:
-        UserError: for what torch.load reads by other ways than the one that `weights_only` guards: tar files
-            (CVE-2025-32434; torch 2.6 refuses them too) and TorchScript.
+        UserError: for formats that `weights_only` does not guard in torch.load: tar files (CVE-2025-32434; torch 2.6
+            refuses them too) and TorchScript.
     """
     with file.open("rb") as opened:
         is_zip = opened.read(4) == b"PK\x03\x04"  # torch's own test
@@ -65,11 +65,11 @@ def _is_plain_zip(file: Path) -> bool:
 
 
 class _Weights(Mapping[str, torch.Tensor]):
-    """A file's floating-point tensors, each read when it is asked for, as fp32.
+    """A file's floating-point tensors, each read on access, as fp32.
 
-    The file is mapped into memory, where what has been read counts as the process's until the mapping goes; so it is
-    mapped anew from time to time. Tensors are copied, because the mapping would change with the file. Only torch's
-    old format, a bare pickle, cannot be mapped and is read whole.
+    The file is mapped into memory. Pages that have been read count as the process's memory until the mapping is closed,
+    so it is renewed from time to time. Tensors are copied, because a mapping would change with the file. Only torch's
+    old format, a bare pickle, cannot be mapped and is read as a whole.
     """
 
     def __init__(self, file: Path, kept_ids: np.ndarray | None = None) -> None:
@@ -122,7 +122,7 @@ def load_tensors(encoder: Encoder, kept_ids: np.ndarray | None = None) -> Tensor
         kept_ids: int64 [rows], the rows of the embedding table to read (see compact_vocab); None for all.
 
     Raises:
-        UserError: if the file cannot be read as weights, or its table has not as many rows as is configured.
+        UserError: if the file cannot be read as weights, or its table does not have the configured number of rows.
     """
     file = encoder.weights_file
     with _reading_errors(file):
@@ -133,7 +133,7 @@ def load_tensors(encoder: Encoder, kept_ids: np.ndarray | None = None) -> Tensor
 
 
 def pretrained_table(encoder: Encoder) -> Deferred:
-    """Return the encoder's embedding table, fp32 [vocab_size, hidden], which is read some rows at a time.
+    """Return the encoder's embedding table, fp32 [vocab_size, hidden], read a few rows at a time.
 
     Raises:
         UserError: if the file cannot be read as weights, or has no such table.
@@ -151,7 +151,7 @@ def pretrained_table(encoder: Encoder) -> Deferred:
 
 
 def _find_table(encoder: Encoder, raw: _Weights) -> str:
-    """Return the embedding table's name in the file, after a check of its shape."""
+    """Return the embedding table's name in the file, and check its shape."""
     name = next((name for name in _TABLE_NAMES if name in raw), "")
     expected = torch.Size((encoder.shape.vocab_size, encoder.shape.hidden))
     check_fit({_TABLE_NAMES[0]: raw.raw[name]} if name else {}, {_TABLE_NAMES[0]: expected}, encoder.weights_file)
@@ -159,7 +159,7 @@ def _find_table(encoder: Encoder, raw: _Weights) -> str:
 
 
 def check_fit(tensors: Tensors, expected: dict[str, torch.Size], file: Path) -> None:
-    """Check that the encoder's tensors are those that its configuration asks for.
+    """Check that the encoder's tensors are those of its configuration.
 
     Raises:
         UserError: naming the first tensor that is missing, superfluous or of another shape, and how many there are.

@@ -51,9 +51,9 @@ def wrap_model(model: nn.Module, world: World, exchange: Exchange | None) -> Dis
 
 
 def settle_buckets(model: DistributedDataParallel, device: torch.device) -> None:
-    """Run one backward pass for nothing: DDP rebuilds its buckets after its first.
+    """Run one backward pass in advance, because DDP rebuilds its buckets after the first one.
 
-    With three processes and more, the order of summation depends on the buckets, so that the first step after a resume
+    With three or more processes the order of summation depends on the buckets, so that the first step after a resume
     would differ in the last bit from the same step of a run that was not interrupted.
     """
     cpu_state = torch.get_rng_state()

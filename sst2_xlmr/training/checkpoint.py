@@ -1,7 +1,7 @@
-"""Checkpoints: atomic, verified, complete; everything needed to go on bit for bit.
+"""Checkpoints: atomic, verified, complete; everything needed to continue bit for bit.
 
 A checkpoint is a folder `step-00001234/` whose `manifest.json` has the size and SHA-256 of every other file. It is
-written under another name, synced to the disk and renamed; without a valid manifest it does not exist. Training waits
+written under another name, synced to disk and renamed; without a valid manifest it does not exist. Training waits
 until the tensors are written; digests, syncing and renaming are finished on a thread meanwhile.
 """
 
@@ -60,13 +60,13 @@ def save_checkpoint(
     """Write `folder/step-NNNNNNNN` from rank 0, with every rank's random state, and remove the oldest ones.
 
     Args:
-        finisher: finishes it; once that has, and only then, the checkpoint is there.
+        finisher: finishes the checkpoint, which does not exist before that.
 
     Returns:
         On rank 0 how many bytes were written, and the seconds that training waited for it.
 
     Raises:
-        UserError: if it, or the one before, cannot be written (a full disk, say); former checkpoints are untouched.
+        UserError: if this checkpoint or the last one cannot be written (a full disk, say); older ones are untouched.
     """
     started = time.monotonic()
     random_states = gather_objects(world, _random_states(world.device))
@@ -114,21 +114,23 @@ def _write(folder: Path, state: RunState, config: Config, random_states: list[di
 
 
 def _manifest(files: Any) -> str:
-    """Return the one text that says so: a manifest with any other byte is damaged."""
+    """Return a manifest's only valid text: with any other byte it is damaged."""
     return json.dumps(files, indent=2) + "\n"
 
 
-def _finish(beside: Path, target: Path) -> None:
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(beside.iterdir())}
-    (beside / "manifest.json").write_text(_manifest(files), encoding="utf-8")
-    sync_files(beside)
-    replace_folder(beside, target)
+def _finish(unfinished: Path, target: Path) -> None:
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(unfinished.iterdir())}
+    (unfinished / "manifest.json").write_text(_manifest(files), encoding="utf-8")
+    sync_files(unfinished)
+    replace_folder(unfinished, target)
 
 
 def _remove_old(folder: Path, keep: int) -> None:
-    whole = [found for found in sorted(folder.glob("step-????????")) if not what_is_damaged(found, sizes_only=True)]
+    whole = [saved for saved in sorted(folder.glob("step-????????")) if not what_is_damaged(saved, sizes_only=True)]
     for old in whole[:-keep]:
-        (old / "manifest.json").unlink(missing_ok=True)  # first, so that what remains of it does not exist
+        (old / "manifest.json").unlink(
+            missing_ok=True
+        )  # first, so that a half-removed checkpoint does not count as one
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -143,13 +145,13 @@ def what_is_damaged(checkpoint: Path, sizes_only: bool = False) -> str:
             return "manifest.json is damaged"
         if missing := [name for name in _FILES if name not in files]:
             return f"manifest.json does not name {missing[0]}"
-        for name, facts in files.items():
+        for name, entry in files.items():
             file = checkpoint / name
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != facts["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}"
-            if not sizes_only and digest_of(file) != facts["sha256"]:
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
+            if not sizes_only and digest_of(file) != entry["sha256"]:
                 return f"{name} has another SHA-256 than the manifest says"
     except OSError:
         return "manifest.json cannot be read"
@@ -170,27 +172,26 @@ def find_checkpoint(folder: Path, warn: Callable[[str], Any]) -> Path | None:
 
 @contextlib.contextmanager
 def _reading(checkpoint: Path) -> Iterator[None]:
-    """A checkpoint with a valid manifest that cannot be read was not written by this project, or was made to harm."""
+    """Report a checkpoint that has a valid manifest but cannot be read: written by something else, or forged."""
     try:
         yield
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        # Not shared: it may be one node that cannot read it, and must say so itself.
+        # Not shared: perhaps only one node cannot read it, and must say so itself.
         raise UserError(f"cannot read the checkpoint {checkpoint}: {reason}; remove it to use the one before") from None
 
 
 def load_checkpoint(checkpoint: Path, state: RunState, seed: int, world: World) -> None:
     """Restore `state`, and torch's random state.
 
-    With another number of processes than wrote it, every rank starts a random stream of its own, drawn from the seed
-    and the step; what does not depend on dropout goes on exactly.
+    If the number of processes has changed, every rank starts a new random stream, seeded by seed and step; whatever
+    does not depend on dropout continues exactly.
 
     Args:
-        state: of a new run; its embedding rows may be others, since other test files may have brought new ones.
+        state: of a new run; its embedding rows may differ, since other test files may use other ids.
 
     Raises:
-        UserError: if the run was started with other rows or weights; or if its content makes no sense, though its
-            manifest is valid.
+        UserError: if the run was started with other rows or weights, or the content is invalid under a valid manifest.
     """
     with _reading(checkpoint):
         values = _read_progress(checkpoint)
@@ -217,9 +218,9 @@ def load_checkpoint(checkpoint: Path, state: RunState, seed: int, world: World) 
 
 
 def _read_progress(checkpoint: Path) -> dict[str, Any]:
-    """Return the content of `progress.json`, as it is written today."""
+    """Return the content of `progress.json` in today's format."""
     values: dict[str, Any] = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-    if "optimizer" not in values:  # written before November 2026
+    if "optimizer" not in values:  # an older format, in which the optimizer had no counters of its own
         steps = values["step"] - values["skipped"]
         values["optimizer"] = {"steps": steps, "table_decay": values.pop("table_decay")}
         values["window"] = dict(zip(("loss", "rows", "tokens", "seconds"), values["window"]))
@@ -233,7 +234,7 @@ def _fit_rows(
     state: RunState,
     table_decay: float,
 ) -> None:
-    """Make the embedding table and its moments, as loaded, have the rows of `state.kept_ids`."""
+    """Give the loaded embedding table and its moments the rows of `state.kept_ids`."""
     if torch.equal(saved_ids, state.kept_ids):
         return
     table = state.optimizer.masters()[TABLE_NAME]
@@ -245,7 +246,7 @@ def _fit_rows(
 
 
 def _moved_rows(rows: torch.Tensor, old_ids: torch.Tensor, new_ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """Return `start` ([new rows, hidden]) with the rows of ids that both have taken from `rows`."""
+    """Return `start` ([new rows, hidden]), in which the ids that both have got their rows from `rows`."""
     is_common = torch.isin(new_ids, old_ids)
     start[is_common] = rows[torch.isin(old_ids, new_ids)]
     return start

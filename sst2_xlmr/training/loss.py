@@ -17,7 +17,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def make_loss(config: Config, labels: np.ndarray, device: torch.device) -> Loss:
-    """Return the loss that a run is trained with.
+    """Return a run's training loss.
 
     Args:
         labels: int [rows], those of the training file.
@@ -60,7 +60,7 @@ def sum_of_losses(
 ) -> torch.Tensor:
     """Return the sum over rows of the loss times the weight of the row's class.
 
-    `F.cross_entropy` has weights too, but gives the smoothed part of a row those of all classes.
+    `F.cross_entropy` has weights too, but applies every class's own weight to the smoothed part of a row.
 
     Args:
         logits: fp32 [rows, classes].

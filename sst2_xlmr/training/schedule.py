@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sst2_xlmr.config import Config
 from sst2_xlmr.training.progress import Progress
 
-# Share of the peak rate after warm-up, given the share of the steps after warm-up that have been taken, 0 <= t < 1.
+# Fraction of the peak rate, given the fraction t of the steps after warm-up that have been taken, 0 <= t < 1.
 # Those that fall reach 0 one step after the last, so that no step is taken at a rate of 0.
 SCHEDULES = {
     "linear": lambda t: 1 - t,
@@ -18,7 +18,7 @@ SCHEDULES = {
 
 
 def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
-    """Return the learning rate of optimizer step `step` (from 0) as a share of the peak rate.
+    """Return the learning rate of optimizer step `step` (from 0) as a fraction of the peak rate.
 
     Warm-up rises linearly and reaches 1 at its last step.
     """

@@ -173,7 +173,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(
 
     with monkeypatch.context() as patched:
         patched.setattr(token_cache, "digest_of", changed_afterwards)
-        with pytest.raises(UserError, match="has changed while it was read"):
+        with pytest.raises(UserError, match="changed while it was being read"):
             read()
     file.write_text(before)
     assert read() == (["no", "yes"] if what == "label names" else [1, 0])

@@ -373,7 +373,7 @@ def test_a_tokenizer_of_another_model_is_noticed(
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**settings, "vocab_size": 100}))
     line = user_error(lambda: run_train(tmp_path / "run", "--encoder", other), capsys)
-    assert "has 100 embedding rows; the two are not of one model" in line
+    assert "has 100 embedding rows; they do not belong to the same model" in line
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_though_its_gradient_is(

@@ -162,7 +162,7 @@ def test_encoder_that_goes_away_costs_no_step(
         wait_for(log, "step ", process)
         encoder.rename(tmp_path / "away")
         assert process.wait(timeout=60) == 2, log.read_text()
-    assert "model.safetensors: it is not there any more" in log.read_text()
+    assert "model.safetensors: it no longer exists" in log.read_text()
     assert (run / "checkpoints" / "step-00001000").is_dir()
     (tmp_path / "away").rename(encoder)
     train.main(["--resume", "--output-dir", str(run)])

@@ -289,10 +289,10 @@ def test_zip_entries_that_leave_the_folder_are_tested_with_the_downloads() -> No
 def test_bomb_in_the_token_cache_is_data(run_train: Callable[..., Path], tmp_path: Path) -> None:
     """What is not as it was written is made anew."""
     run_train(tmp_path / "first", "--epochs", 1)
-    caches = list(Path(os.environ["SST2_XLMR_CACHE"], "tokens").glob("*/facts.json"))
+    caches = list(Path(os.environ["SST2_XLMR_CACHE"], "tokens").glob("*/manifest.json"))
     assert caches
-    for facts in caches:
-        for file in facts.parent.iterdir():
+    for manifest in caches:
+        for file in manifest.parent.iterdir():
             file.write_bytes(pickle.dumps(Bomb(tmp_path / "it ran")))
     run_train(tmp_path / "second", "--epochs", 1)
     assert not (tmp_path / "it ran").exists()

@@ -278,5 +278,5 @@ def test_what_is_no_encoder_is_named() -> None:
 def test_weights_that_go_away_during_a_run(folder: Path) -> None:
     encoder = find_encoder(str(folder))
     encoder.weights_file.unlink()
-    with pytest.raises(UserError, match=r"model\.safetensors: it is not there any more; put it back"):
+    with pytest.raises(UserError, match=r"model\.safetensors: it no longer exists; put it back"):
         pretrained_table(encoder)

@@ -196,8 +196,8 @@ class Kernels:
         """
         mixed = q.new_empty(q.shape)
         mixed[rows.tokens :] = 0
-        facts, drop = _attention(q, k, v, heads, rows), _dropout(rows, site)
-        self.library.attention(ctypes.byref(facts), mixed.data_ptr(), ctypes.byref(drop), torch.get_num_threads())
+        attention, drop = _attention(q, k, v, heads, rows), _dropout(rows, site)
+        self.library.attention(ctypes.byref(attention), mixed.data_ptr(), ctypes.byref(drop), torch.get_num_threads())
         return mixed
 
     def attention_backward(
@@ -213,10 +213,12 @@ class Kernels:
         for output in outputs:
             output[rows.tokens :] = 0
         q, k, v = inputs
-        facts, drop = _attention(q, k, v, heads, rows), _dropout(rows, site)
+        attention, drop = _attention(q, k, v, heads, rows), _dropout(rows, site)
         pointers = [output.data_ptr() for output in outputs]
         threads = torch.get_num_threads()
-        self.library.attention_backward(ctypes.byref(facts), grad.data_ptr(), *pointers, ctypes.byref(drop), threads)
+        self.library.attention_backward(
+            ctypes.byref(attention), grad.data_ptr(), *pointers, ctypes.byref(drop), threads
+        )
 
     def square_sum(self, parameters: np.ndarray, gradients: Gradients) -> float:
         """Return the sum of squares of all gradients; `parameters` is an array of PARAMETER."""
@@ -273,10 +275,10 @@ def _private_folder() -> Path | None:
     folder = sources.cache_dir() / f"kernels-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = folder.lstat()
+        status = folder.lstat()
     except OSError:
         return None
-    is_private = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
+    is_private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
     return folder if is_private else None
 
 

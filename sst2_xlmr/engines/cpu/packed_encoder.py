@@ -20,7 +20,7 @@ from sst2_xlmr.model.tokenizer import PAD_ID
 
 
 def rounded_up(tokens: int) -> int:
-    """Return how many rows the matrices of so many tokens have.
+    """Return how many rows the matrices have for a number of tokens.
 
     oneDNN generates code for every new shape of a matrix product, half a millisecond each; multiples of 8 keep them
     few.

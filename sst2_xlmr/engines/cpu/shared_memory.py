@@ -30,7 +30,7 @@ def shared_bytes(world: World, size: int) -> mmap.mmap | None:
     """
     if world.world_size != world.local_world_size:
         return None
-    file, facts, mapped = -1, None, None
+    file, address, mapped = -1, None, None
     token = secrets.token_bytes(ALIGNMENT)
     if world.is_main:
         with contextlib.suppress(OSError, AttributeError):  # memfd_create is Linux's
@@ -38,10 +38,10 @@ def shared_bytes(world: World, size: int) -> mmap.mmap | None:
             file = os.memfd_create("sst2_xlmr")
             os.ftruncate(file, size + len(token))
             os.pwrite(file, token, size)
-            facts = (f"/proc/{os.getpid()}/fd/{file}", token)
-    facts = from_main(world, facts)
-    if facts is not None:
-        path, token = facts
+            address = (f"/proc/{os.getpid()}/fd/{file}", token)
+    address = from_main(world, address)
+    if address is not None:
+        path, token = address
         with contextlib.suppress(OSError, ValueError), Path(path).open("r+b", buffering=0) as opened:
             mapped = mmap.mmap(opened.fileno(), size + len(token))
     # In a container of its own, a process may find another file by that name.

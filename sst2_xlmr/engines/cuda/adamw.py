@@ -12,7 +12,7 @@ def can_compile(device: torch.device) -> bool:
     try:
         tensor = torch.ones(16, device=device)
         return bool(torch.compile(lambda x: x + 1)(tensor).sum() == 32)
-    except Exception:  # whatever its backend raises, the plain engine remains
+    except Exception:  # of any kind: the plain engine remains
         return False
 
 
