@@ -3,7 +3,7 @@
     python scripts/evaluate.py --model runs/NAME/model --file fr=fr.tsv --file de=de.tsv
     python scripts/evaluate.py --model runs/NAME/model --file sample_data/test.*.tsv --json table.json
 
-Files are labelled as for training (see docs/data.md); a file without NAME= is called by its own name.
+Files are labelled as for training (see docs/data.md); a file without NAME= goes by its own name.
 """
 
 from __future__ import annotations

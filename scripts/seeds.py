@@ -1,9 +1,9 @@
-"""Train with several seeds, one run after the other, and say mean and standard deviation of the accuracy.
+"""Train with several seeds, one run after another, and print mean and standard deviation of the accuracy.
 
     python scripts/seeds.py --seeds 1,2,3 --output-dir runs/small @scripts/recipes/small_encoder_sst2.args
 
-All other options go to train.py; the run of seed N is the folder seed-N in --output-dir. A run that fails ends it all,
-with its exit status; the same command again skips what is finished and continues what is not.
+All other options go to train.py; the run of seed N is the folder seed-N in --output-dir. A run that fails ends the
+script with its exit status. The same command again skips finished runs and continues the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 def seed_list(text: str) -> list[int]:
     seeds = text.split(",")
     if not all(seed.isdecimal() for seed in seeds) or len({int(seed) for seed in seeds}) < len(seeds):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of different seeds such as 1,2,3")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different seeds such as 1,2,3")
     return [int(seed) for seed in seeds]
 
 
@@ -45,17 +45,17 @@ def parse(argv: list[str] | None) -> tuple[list[int], Path, list[str]]:
 
 
 def run(options: list[str], folder: Path, seed: int) -> int:
-    """Train in `folder`, or go on there; returns the exit status, 0 also if it was finished before."""
+    """Train in `folder`, or continue there; returns the exit status, which is 0 if the run was finished before."""
     options = [*options, "--seed", str(seed), "--output-dir", str(folder)]
     if (folder / "config.json").is_file():
         options.append("--resume")
-        parse_args(options)  # a UserError if the options are not those that the run was started with
+        parse_args(options)  # a UserError if the run was started with other options
         if (folder / "model").is_dir():
             print(f"seed {seed}: {folder} is finished", flush=True)
             return 0
     print(f"seed {seed}: {folder}", flush=True)
     with subprocess.Popen([sys.executable, str(TRAIN), *options]) as process:
-        # Training saves and ends, and this waits for it; without, training would go on alone. Ctrl-C it gets twice.
+        # Passes signals on and waits for training to save; otherwise it would go on alone. Ctrl-C reaches it twice.
         before = {number: signal.signal(number, lambda sent, _: process.send_signal(sent)) for number in SIGNALS}
         status = process.wait()
         for number, handler in before.items():
@@ -64,7 +64,7 @@ def run(options: list[str], folder: Path, seed: int) -> int:
 
 
 def final_accuracies(folder: Path) -> dict[str, float]:
-    """Return the last accuracy on every file of a run; of dev also the best, which is that of best/."""
+    """Return a run's last accuracy on every file, and its best on dev, which is that of best/."""
     accuracies: dict[str, float] = {}
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     for entry in (line for line in lines if "split" in line):
@@ -75,7 +75,7 @@ def final_accuracies(folder: Path) -> dict[str, float]:
 
 
 def table(results: dict[int, dict[str, float]]) -> str:
-    """Return lines: a seed each, then mean and standard deviation of the sample (n - 1)."""
+    """Return one line per seed, then mean and sample standard deviation (n - 1)."""
     columns = list(next(iter(results.values())))
     rows = {str(seed): [accuracies[column] for column in columns] for seed, accuracies in results.items()}
     per_column = list(zip(*rows.values()))

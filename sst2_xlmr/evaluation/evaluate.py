@@ -18,17 +18,17 @@ from sst2_xlmr.evaluation.metrics import calibration_sums, confusion_matrix, sum
 
 
 class Interrupted(Exception):
-    """An evaluation was asked to stop before its end."""
+    """An evaluation was stopped before its end."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out on the rows of a file.
+    """The result on a file's rows.
 
     Attributes:
         metrics: see `metrics.summarize`; the same on every rank.
         confusion: int64 [labels, predictions]; the same on every rank.
-        probabilities: float32 [rows, labels], in the file's order; on rank 0, if they were asked for.
+        probabilities: float32 [rows, labels], in the file's order; on rank 0, if they were kept.
     """
 
     metrics: dict[str, Any]
@@ -37,21 +37,21 @@ class Evaluation:
 
 
 def batches_of_like_length(lengths: np.ndarray, batch_tokens: int, world_size: int = 1) -> Iterator[np.ndarray]:
-    """Yield the numbers of all rows, shortest first, cut into batches of so many tokens, padding included, at most.
+    """Yield the numbers of all rows, shortest first, cut into batches of at most `batch_tokens` tokens with padding.
 
-    A row that is longer makes a batch alone.
+    A longer row is a batch of its own.
 
     Args:
         lengths: int [rows], tokens per row, at least 1.
-        batch_tokens: of each rank's share of a batch.
+        batch_tokens: per rank.
         world_size: ranks that take a batch's rows in turn.
     """
     order = np.argsort(lengths, kind="stable")
     while len(order):
         lengths_here = lengths[order[: batch_tokens * world_size]]
-        # Of a batch that would end with each row: the rows of its largest share, and that share's tokens.
-        rows_of_share = -(-np.arange(1, len(lengths_here) + 1) // world_size)
-        sizes = lengths_here * rows_of_share
+        # For a batch that ends with each row: how many rows and tokens the first rank has, which has most.
+        rank_rows = -(-np.arange(1, len(lengths_here) + 1) // world_size)
+        sizes = lengths_here * rank_rows
         rows = max(1, int(np.searchsorted(sizes, batch_tokens, side="right")))
         yield order[:rows]
         order = order[rows:]
@@ -68,7 +68,7 @@ def predict(model: nn.Module, ids: list[list[int]], batch_tokens: int, device: t
     """Return fp32 [texts, labels] on the CPU: every label's probability, in the order of `ids`.
 
     Args:
-        model: a classifier, or what computes it; in evaluation mode, with the whole vocabulary.
+        model: a classifier, or an engine's model of it; in evaluation mode, with the whole vocabulary.
         ids: per text, as the tokenizer gives them.
         batch_tokens: per forward pass (see `batches_of_like_length`).
     """
@@ -91,18 +91,18 @@ def evaluate(
     keep_probabilities: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Evaluate on all rows of a file, shared among the ranks.
+    """Evaluate on all rows of a file, split over the ranks.
 
     Args:
-        model: a classifier, or what computes it, not under DDP; is left in the mode that it was in.
+        model: a classifier, or an engine's model of it, not under DDP; its mode is restored.
         batch_tokens: per forward pass on one rank (see `batches_of_like_length`).
-        keep_probabilities: whether rank 0 is to have every row's probabilities.
-        should_stop: is asked before every forward pass, equally often on every rank, and gives all the same answer.
+        keep_probabilities: whether rank 0 gets every row's probabilities.
+        should_stop: called before every forward pass, equally often on every rank; must return the same on all.
 
     Raises:
         Interrupted: if it was stopped.
     """
-    # Every rank takes a part of every batch, so that all have equally many; some parts may be empty.
+    # Every rank takes a part of every batch, so that all have the same number of batches; a part may be empty.
     global_batches = batches_of_like_length(cache.lengths(), batch_tokens, world.world_size)
     batches = [rows[world.rank :: world.world_size] for rows in global_batches]
     rank_rows = np.concatenate(batches)
@@ -124,13 +124,13 @@ def evaluate(
 
 
 class _Outputs(NamedTuple):
-    """What a rank's rows give, in the order of its batches, on its device.
+    """Results of a rank's rows, in the order of its batches, on its device.
 
     Attributes:
         loss_sum: float64, no dimensions; cross-entropy, nats.
         predictions: int64 [rows].
         confidences: fp32 [rows], probability of the predicted label.
-        probabilities: fp32 [rows, labels], or no rows if they are not kept: of many labels they take much memory.
+        probabilities: fp32 [rows, labels], or no rows if they are not kept, since with many labels they take much memory.
     """
 
     loss_sum: torch.Tensor
@@ -147,7 +147,7 @@ def _run(
     keep_probabilities: bool,
     should_stop: Callable[[], bool],
 ) -> _Outputs:
-    """Run the model on a rank's batches; all stays on the device, so that a GPU need not be waited for at each."""
+    """Run the model on a rank's batches; results stay on the device, so that nothing waits for a GPU after each batch."""
     rows_in_all = sum(map(len, batches))
     outputs = _Outputs(
         torch.zeros((), dtype=torch.float64, device=device),

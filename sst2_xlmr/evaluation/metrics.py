@@ -1,4 +1,4 @@
-"""Figures of merit from labels, predictions and probabilities: NumPy alone, no model and no files.
+"""Metrics from labels, predictions and probabilities: NumPy only, no model, no files.
 
 All of them follow from counts and sums, which may come from several ranks: `confusion_matrix` and `calibration_sums`
 of parts of the rows add up to those of all rows.
@@ -14,7 +14,7 @@ CALIBRATION_BINS = 15
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """Return int64 [labels, predictions]: how many rows of a label were taken for what.
+    """Return int64 [labels, predictions]: how many rows of each label got each prediction.
 
     Args:
         labels, predictions: integers from 0 to `classes` - 1, [rows].
@@ -24,14 +24,14 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) 
 
 
 def accuracy(confusion: np.ndarray) -> float:
-    """Return the share of rows on the diagonal."""
+    """Return the fraction of rows on the diagonal."""
     return float(confusion.trace() / confusion.sum())
 
 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """Return precision, recall, f1 (float64 [classes]) and support (int64 [classes], rows of that label).
 
-    What would be 0 / 0, for a class that never occurs or is never predicted, is 0, as in scikit-learn.
+    0 / 0, for a class that never occurs or is never predicted, counts as 0, as in scikit-learn.
     """
     hits, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     return {
@@ -83,12 +83,12 @@ def accuracy_interval(
 
 
 def share_below(scores: np.ndarray) -> np.ndarray:
-    """Return float64 [rows]: for every score, the share of all rows that have a lower one."""
+    """Return float64 [rows]: for every score, the fraction of all rows with a lower one."""
     return np.searchsorted(np.sort(scores), scores) / len(scores)
 
 
 def summarize(confusion: np.ndarray, calibration: np.ndarray, loss_sum: float) -> dict[str, Any]:
-    """Return what `metrics.jsonl` has of an evaluation; lists have a number a class.
+    """Return an evaluation's entry for `metrics.jsonl`; lists have one number per class.
 
     Args:
         confusion: int64 [labels, predictions].

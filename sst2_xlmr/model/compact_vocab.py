@@ -3,9 +3,9 @@
 SST-2 uses 9,370 of XLM-R's 250,002 rows. A row that no batch contains has no gradient, so its Adam moments stay zero
 and it only decays, by the product of all `1 - lr * weight_decay`; that one number is kept and applied when the table is
 expanded. flair's `transformer-smaller-training-vocab` (https://github.com/helpmefindaname/transformer-smaller-training-vocab)
-shrinks and restores the table around a Trainer run likewise, but leaves the decay of untouched rows out. Rows that are
-used come out with the same bits as from the whole table (given the same clipping factor); untouched ones differ by the
-rounding of one multiplication instead of one per step.
+shrinks and restores the table around a Trainer run too, but leaves out the decay of untouched rows. Used rows get
+the same bits as in a whole table (given the same clipping factor); untouched ones are rounded once instead of at every
+step.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def used_ids(id_arrays: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
 
 
 def renumbering(kept_ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Return int32 [vocab_size]: an id's row in the compact table; rows of ids that are not kept mean `<unk>`."""
+    """Return int32 [vocab_size]: an id's row in the compact table; ids that are not kept become `<unk>`."""
     rows = np.full(vocab_size, 3, np.int32)
     rows[kept_ids] = np.arange(len(kept_ids), dtype=np.int32)
     return rows
 
 
 def expand_table(pretrained: Deferred, kept_ids: torch.Tensor, rows: Deferred, decay: float) -> Deferred:
-    """Return the whole table, as training it whole would have left it; it is made some rows at a time.
+    """Return the whole table as if it had been trained whole, computed a few rows at a time.
 
     Args:
         pretrained: fp32 [vocab_size, hidden], before training.

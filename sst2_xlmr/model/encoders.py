@@ -1,6 +1,6 @@
 """Pretrained encoders: torchtext's XLM-R bundles, and folders in Hugging Face layout.
 
-Both end as tensors under the names of torchtext's `RobertaModel` (see weight_names).
+Both become tensors under the names of torchtext's `RobertaModel` (see weight_names).
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Encoder:
     Attributes:
         name: as the user gave it.
         shape: its sizes.
-        weights_file, tokenizer_file: where they lie.
+        weights_file, tokenizer_file: their paths.
         max_length: longest input in tokens that it was made for, at most shape.positions - 2.
-        dropouts: what a folder's `config.json` says of dropout, under its names there.
-        label_names: the classes of the classification head that the folder also holds; None if it holds none.
+        dropouts: dropout probabilities in the folder's `config.json`, under their names there.
+        label_names: the classes of the folder's classification head; None if it has none.
     """
 
     name: str
@@ -60,7 +60,7 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
     """Find an encoder by bundle name (downloading it once) or folder.
 
     Raises:
-        UserError: if it is neither, or the folder is incomplete or not of XLM-R's kind.
+        UserError: if it is neither, or the folder is incomplete or does not hold an XLM-R model.
     """
     if name in BUNDLE_SHAPES:
         weights_file, tokenizer_file = sources.fetch_bundle(name, quiet=quiet)
@@ -73,9 +73,7 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is the folder of a run; give the model in it, {folder / 'model'}")
     if (folder / "manifest.json").is_file():
-        raise UserError(
-            f"{folder} is a checkpoint, which --resume goes on from; give best or model in the run's folder"
-        )
+        raise UserError(f"{folder} is a checkpoint, for --resume; give best or model in the run's folder")
     settings = _read_settings(folder / "config.json")
     for file in ("model.safetensors", "pytorch_model.bin"):
         if (folder / file).is_file():
@@ -123,7 +121,7 @@ def read_shape(folder: Path) -> EncoderShape:
     """Read the sizes of the encoder from a folder's `config.json`.
 
     Raises:
-        UserError: if it is missing, damaged, or not of XLM-R's kind.
+        UserError: if it is missing, damaged, or not XLM-R's.
     """
     file = folder / "config.json"
     settings = _read_settings(file)
@@ -147,7 +145,9 @@ def read_shape(folder: Path) -> EncoderShape:
     sizes: dict[str, Any] = {}
     for size, key in keys.items():
         sizes[size] = settings.get(key)
-        largest = 1_000 if size in ("layers", "heads") else 10_000_000  # a typing error, or made to fill the memory
+        largest = (
+            1_000 if size in ("layers", "heads") else 10_000_000
+        )  # beyond this: a typing error, or an attack on memory
         if type(sizes[size]) is not int or not 1 <= sizes[size] <= largest:
             raise UserError(f"{file}: {key} is {sizes[size]!r}; a number from 1 to {largest:,} is needed")
     if sizes["hidden"] % sizes["heads"]:
