@@ -130,7 +130,7 @@ class _Outputs(NamedTuple):
         loss_sum: float64, no dimensions; cross-entropy, nats.
         predictions: int64 [rows].
         confidences: fp32 [rows], probability of the predicted label.
-        probabilities: fp32 [rows, labels], or no rows if they are not kept, since with many labels they take much memory.
+        probabilities: fp32 [rows, labels], or no rows if they are not kept, since many labels need much memory.
     """
 
     loss_sum: torch.Tensor
@@ -147,7 +147,7 @@ def _run(
     keep_probabilities: bool,
     should_stop: Callable[[], bool],
 ) -> _Outputs:
-    """Run the model on a rank's batches; results stay on the device, so that nothing waits for a GPU after each batch."""
+    """Run the model on a rank's batches; results stay on the device, so that no batch waits for a GPU."""
     rows_in_all = sum(map(len, batches))
     outputs = _Outputs(
         torch.zeros((), dtype=torch.float64, device=device),
