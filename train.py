@@ -54,7 +54,7 @@ from sst2_xlmr.training.step import forward_backward
 
 @dataclass
 class Run:
-    """What a run is made of. Its state has three owners: progress, window and optimizer, all in `state`.
+    """The parts of a run. Its state has three owners, progress, window and optimizer, all in `state`.
 
     Attributes:
         inputs: options with everything decided, encoder, files, and their ids.
@@ -180,7 +180,7 @@ def open_outputs(run: Run, resume: bool) -> Report:
 
 
 def header(run: Run) -> list[str]:
-    """Return what a run says of itself at its start."""
+    """Return the lines that describe a run at its start."""
     state = run.state
     figures = HeaderFigures(len(state.kept_ids), run.head_is_new, run.schedule.total_steps, run.computation.is_compiled)
     return header_lines(run.inputs, state.optimizer, run.world, figures)

@@ -3,10 +3,10 @@
     python scripts/export.py --model runs/NAME/model --format torchscript --output classifier.pt
     python scripts/export.py --model runs/NAME/best --format hf --dtype bf16 --output models/reviews
 
-torchscript: one file that takes raw texts and needs torch and torchtext only (see sst2_xlmr/torchscript.py). hf: a
-folder in Hugging Face layout, as train.py writes it, from any such folder. What has been written is read back and
-compared on a dozen sentences in as many languages, or those of --check-file, alone and in pairs; only if it agrees does
-it get its name.
+torchscript: one file that takes raw texts and needs torch and torchtext only (see sst2_xlmr/export/torchscript.py). hf: a
+folder in Hugging Face layout, as train.py writes it, from any such folder. The result is read back and
+compared with the model on a dozen sentences in as many languages, or those of --check-file, alone and in pairs. It gets
+its name only if they agree.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sst2_xlmr.model.weights import load_tensors
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # of a probability; rounding the weights to 8 bits moves it, honestly
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # of a probability; bf16 weights have 8 significant bits
 SENTENCES = [
     "A quiet film that stays with you for days.",
     "Das Essen war kalt, der Kellner unfreundlich und die Rechnung falsch.",
@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--format", required=True, choices=("hf", "torchscript"), help="what to write")
     add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf) or file (torchscript)")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights in the folder; hf only [fp32]")
-    add("--check-file", type=Path, metavar="FILE", help="compare on these texts, one a line [sentences of its own]")
+    add("--check-file", type=Path, metavar="FILE", help="compare on these texts, one per line [built-in sentences]")
     arguments = parser.parse_args(argv)
     if arguments.format == "torchscript" and arguments.dtype != "fp32":
         raise UserError("--dtype bf16 is for --format hf; a TorchScript file computes in fp32")
@@ -77,13 +77,13 @@ def read_sentences(file: Path) -> list[str]:
 
 
 def answers(folder: Path, sentences: list[str]) -> torch.Tensor:
-    """Return fp32 [2 * sentences, labels], the probabilities that a model folder gives: of each alone, and in pairs."""
+    """Return fp32 [2 * sentences, labels], a model folder's probabilities for each sentence alone, then in pairs."""
     model, tokenizer, _ = load_classifier(folder, CPU, bf16=False)
     return predict(model, tokenizer(sentences) + tokenizer(sentences, sentences[::-1]), EVAL_BATCH_TOKENS, CPU)
 
 
 def write_torchscript(source: Path, file: Path, sentences: list[str]) -> torch.Tensor:
-    """Write the file; returns what it answers."""
+    """Write the file; returns its probabilities, as `answers` does."""
     model, tokenizer, label_names = load_classifier(source, CPU, bf16=False)
     save_torchscript(model, tokenizer, label_names, file)
     classify = torch.jit.load(file)
@@ -95,7 +95,7 @@ def write_torchscript(source: Path, file: Path, sentences: list[str]) -> torch.T
 
 
 def write_hugging_face(source: Path, folder: Path, dtype: str, sentences: list[str]) -> torch.Tensor:
-    """Write the folder, with the source's model card if it has one; returns what it answers."""
+    """Write the folder, with the source's model card if it has one; returns its `answers`."""
     encoder = find_encoder(str(source))
     assert encoder.label_names is not None
     tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
@@ -122,9 +122,9 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 probabilities = write_hugging_face(arguments.model, written, arguments.dtype, sentences)
             difference = float((probabilities - expected).abs().max())
-            if not difference <= TOLERANCE[arguments.dtype]:  # NaN is no agreement either
+            if not difference <= TOLERANCE[arguments.dtype]:  # also if it is NaN
                 raise UserError(
-                    f"what was written answers otherwise than {arguments.model}: a probability differs by"
+                    f"the written model disagrees with {arguments.model}: a probability differs by"
                     f" {difference:.2g}; it was removed"
                 )
             written.rename(output)

@@ -26,11 +26,12 @@ from tqdm import tqdm
 from sst2_xlmr.accelerate import accelerate
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, flag
-from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, is_table, kind_of, new_file, row_writer
+from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, is_table, kind_of, row_writer
 from sst2_xlmr.data.rows import Example, check_text, columns_of, in_chunks, listed, read_examples
 from sst2_xlmr.distributed import World, choose_device, choose_precision
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import predict
+from sst2_xlmr.files import new_file
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import load_classifier
 
@@ -42,7 +43,7 @@ Writer = Callable[[Example, int, Sequence[float]], object]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line, and check what can be known from it and the file system alone."""
+    """Parse the command line, and check whatever it and the file system alone can tell."""
     parser = OneLineParser(
         allow_abbrev=False, description="Classify texts: label and probability for each, in the order of the texts."
     )
@@ -53,7 +54,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help=f"write a {either(KINDS)} file, perhaps with .gz, instead"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace output that is there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
     parser.add_argument("--all-probabilities", action="store_true", help="also those of the other classes")
     parser.add_argument("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
@@ -62,7 +63,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--input and a sentence, {arguments.sentences[0][:40]!r}: leave one of them out")
     for name in COLUMN_OPTIONS:
         if not arguments.input and name in arguments:
-            raise UserError(f"{flag(name)} needs --input, whose columns it is about")
+            raise UserError(f"{flag(name)} needs --input, whose columns it names")
     if arguments.glue_submission and not arguments.input:
         raise UserError("--glue-submission needs --input, the test.tsv of SST-2")
     if arguments.output:
@@ -92,13 +93,15 @@ def read_sentences(sentences: list[str]) -> Iterator[str]:
     if sentences:
         return
     if sys.stdin.isatty():
-        raise UserError("no sentences: give them as arguments, one a line on standard input, or in a file with --input")
+        raise UserError(
+            "no sentences: give them as arguments, one per line on standard input, or in a file with --input"
+        )
     for _, line in decoded_lines(sys.stdin.buffer, "standard input"):
         yield line.rstrip("\r\n")
 
 
 def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
-    """Yield the rows to classify; a file's first one is read at once, so that a wrong column shows before any work."""
+    """Yield the rows to classify; a file's first row is read at once, so that a wrong column is reported before any work."""
     if not arguments.input:
         names = ["sentence"]
         numbered = enumerate(read_sentences(arguments.sentences), 1)
@@ -109,7 +112,7 @@ def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
 
 
 def write_lines(label_names: list[str], all_probabilities: bool) -> Writer:
-    """Return a writer of lines on standard output, where tabs and line ends in a text are spaces."""
+    """Return a writer of lines on standard output, where tabs and line ends in a text become spaces."""
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     write = row_writer(sys.stdout, ".tsv")
 
@@ -124,7 +127,7 @@ def write_lines(label_names: list[str], all_probabilities: bool) -> Writer:
 class RowsWriter:
     """Writes the input's rows with `label`, `probability` and, if wanted, `probability_CLASS`.
 
-    Where the input has such a column, `predicted_` is put before the new one's name.
+    If the input already has such a column, the new one's name gets the prefix `predicted_`.
     """
 
     def __init__(self, file: TextIO, path: Path, header: bool, label_names: list[str], all_probabilities: bool) -> None:
@@ -133,7 +136,7 @@ class RowsWriter:
         self.write = row_writer(file, kind_of(path))
         self.needs_header = header and self.is_table
         self.first: list[str] = []  # names of the first row's columns
-        self.last: list[str] = []  # and of the last one's, followed by those of the new columns
+        self.last: list[str] = []  # and of the last one's
         self.new: list[str] = []
 
     def __call__(self, row: Example, best: int, probabilities: Sequence[float]) -> None:
@@ -147,13 +150,13 @@ class RowsWriter:
         self.write([*names, *self.new], [*cells, self.label_names[best], *rounded])
 
     def _name_columns(self, row: Example) -> None:
-        """Find names for the new columns of the first row, or, in JSONL, of one with other keys than the last."""
+        """Name the new columns of the first row, or, in JSONL, of a row whose keys differ from the last one's."""
         self.last = names = row.fields.names
         self.first = self.first or names
         if not self.is_table and len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(
-                f"two columns are named {twice!r}, which JSON cannot say; let {self.path} end in .csv or .tsv"
+                f"two columns are named {twice!r}, which JSON cannot express; let {self.path} end in .csv or .tsv"
             )
         if self.is_table and sorted(names) != sorted(self.first):
             raise UserError(
@@ -171,7 +174,7 @@ class RowsWriter:
 
 
 def write_submission(file: TextIO, label_names: list[str]) -> Writer:
-    """Return a writer of what the GLUE server takes: index, tab, 0 or 1."""
+    """Return a writer of the GLUE server's format: index, tab, 0 or 1."""
     numbers = [GLUE_NUMBERS.get(name) for name in label_names]
     if len(numbers) != 2 or set(numbers) != {0, 1}:
         raise UserError(
@@ -189,7 +192,7 @@ def write_submission(file: TextIO, label_names: list[str]) -> Writer:
 
 
 def classify(arguments: argparse.Namespace, rows: Iterator[Example], files: list[TextIO]) -> None:
-    """Load the model, and give each row its label."""
+    """Load the model, and classify and write all rows."""
     device = choose_device(arguments.device, 0)
     bf16 = choose_precision(arguments.precision, device) == "bf16"
     classifier, tokenizer, label_names = load_classifier(arguments.model, device, bf16)
@@ -216,7 +219,7 @@ def classify(arguments: argparse.Namespace, rows: Iterator[Example], files: list
 
 
 def discard_output() -> None:
-    """Send what Python still holds for standard output nowhere, so that its end is quiet."""
+    """Discard what Python still buffers for standard output, so that it exits quietly."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -228,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         files = [stack.enter_context(new_file(path)) for path in output_files(arguments)]
         try:
             classify(arguments, rows, files)
-        except BrokenPipeError:  # the reader, `head` say, has seen enough
+        except BrokenPipeError:  # the reader, `head` say, has ended
             discard_output()
         except OSError as error:
             if files:

@@ -26,7 +26,7 @@ def train(
     port: int = 0,
     python: str = sys.executable,
 ) -> specs.AppDef:
-    """Train on one or many nodes, with torchrun on each.
+    """Train on one or many nodes, with torchrun on each; TorchX turns every parameter into an option.
 
     Args:
         args: options of train.py

@@ -1,4 +1,4 @@
-"""The one place that knows of `engines/`: without that folder, everything is computed the plain way, more slowly."""
+"""The only module that knows `engines/`. Without that folder everything is computed the plain way, more slowly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sst2_xlmr.training.optimizer import AdamW
 def accelerate(
     classifier: Classifier, world: World, optimizer: AdamW | None = None, compiles: bool = True
 ) -> Computation:
-    """Return how a classifier is computed: by the engines where they can, else the plain way.
+    """Return how to compute a classifier: by an engine if one applies, else the plain way.
 
     Every rank must call this, all with the same weights.
 

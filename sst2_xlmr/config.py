@@ -100,7 +100,7 @@ def option(
     changeable: bool = False,
     many: bool = False,
 ) -> Any:
-    """Declare one option.
+    """Declare one option: a field with metadata, hence one parameter per property.
 
     Args:
         default: its value if it is not given; None for none.

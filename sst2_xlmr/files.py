@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable, Union
+from typing import Any, Callable, TextIO, Union
 
 import torch
 
@@ -148,6 +149,29 @@ def write_text(file: Path, text: str) -> None:
         os.fsync(opened.fileno())
     unfinished.replace(file)
     sync_folder(file.parent)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[TextIO]:
+    """Open a text file, gzipped if its name ends in .gz, that gets its name once it is complete.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        # JSON can hold a lone surrogate, which UTF-8 cannot; it is written as JSON's escape.
+        with opener(unfinished, "wt", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+        with unfinished.open("rb") as written:
+            os.fsync(written.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room, or choose another place") from None
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def _set_aside(folder: Path) -> Path:

@@ -5,12 +5,10 @@ Only the current row is held in memory. Errors name the file and the line.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
 import gzip
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -278,26 +276,3 @@ def row_writer(file: TextIO, kind: str) -> RowWriter:
         kind: a key of KINDS; in .tsv, tabs and line ends in cells become spaces.
     """
     return KINDS[kind].write(file)
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[TextIO]:
-    """Open a text file, gzipped if its name ends in .gz, that gets its name once it is complete.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    unfinished = path.with_name(path.name + ".tmp")
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    try:
-        # JSON can hold a lone surrogate, which UTF-8 cannot; it is written as JSON's escape.
-        with opener(unfinished, "wt", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room, or choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()

@@ -12,11 +12,17 @@ from sst2_xlmr.config import OPTIONS, Config, flag, named_file, shown
 from sst2_xlmr.training.run_folder import read_metrics
 
 _HUB_NAMES = {"xlmr.base": "FacebookAI/xlm-roberta-base", "xlmr.large": "FacebookAI/xlm-roberta-large"}
+_USAGE = """```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", "path/of/this/folder")
+classify(["A text.", "Another one."], truncation=True)
+```"""
 _PACKAGES = ("torch", "torchtext", "torchdata", "numpy", "safetensors")
 
 
 def last_evaluations(metrics_file: Path, step: int) -> list[dict[str, Any]]:
-    """Return the lines of `metrics.jsonl` that evaluate the model as it was after `step`, the last one per file."""
+    """Return the last evaluation per file of the model after `step`, from `metrics.jsonl`."""
     newest = {}
     for entry in read_metrics(metrics_file):
         if "split" in entry and entry["step"] == step:
@@ -38,7 +44,7 @@ def write_card(
         label_names: the classes 0, 1, ...
         rows: rows of every file that the run read, by its name ("train", "dev", ...).
         evaluations: of these weights, with at least split, rows, accuracy, macro_f1 and loss.
-        step: after which the weights are as they are.
+        step: number of steps that the weights were trained for.
     """
     encoder = _HUB_NAMES.get(config.encoder, Path(config.encoder).name)
     base = [f"base_model: {encoder}"] if config.encoder in _HUB_NAMES else []
@@ -63,12 +69,7 @@ def write_card(
         "",
         f"{encoder}, fine-tuned with sst2_xlmr for {step:,} steps.",
         "",
-        "```python",
-        "from transformers import pipeline",
-        "",
-        'classify = pipeline("text-classification", "path/of/this/folder")',
-        'classify(["A text.", "Another one."], truncation=True)',
-        "```",
+        _USAGE,
         "",
         "## Data",
         "",
@@ -96,10 +97,7 @@ def _classes(names: list[str]) -> str:
 
 
 def _settings(config: Config) -> list[tuple[str, str]]:
-    """Return the options that say how the model came about, as they were, defaults too.
-
-    Those that a resumed run may change do not say that; all paths are among them.
-    """
+    """Return the options that affect the result, also defaults, but not those that a resumed run may change."""
     result = []
     for name, field in OPTIONS.items():
         metadata, value = field.metadata, getattr(config, name)

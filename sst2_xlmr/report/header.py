@@ -1,4 +1,4 @@
-"""What a run says of itself at its start."""
+"""The lines that describe a run at its start."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sst2_xlmr.training.optimizer import AdamW
 
 @dataclass(frozen=True)
 class HeaderFigures:
-    """What `header_lines` cannot read off options and files.
+    """What `header_lines` cannot derive from options and files.
 
     Attributes:
         table_rows: of the embedding table.
-        head_is_new: whether the classification head begins untrained.
+        head_is_new: whether the classification head starts untrained.
         total_steps: of the run.
         is_compiled: whether more than matrix products is compiled.
     """
@@ -33,7 +33,7 @@ class HeaderFigures:
 
 
 def header_lines(inputs: Prepared, optimizer: AdamW, world: World, figures: HeaderFigures) -> list[str]:
-    """Return the lines that say what will run."""
+    """Return the header's lines."""
     config = inputs.config
     head = f"{'new' if figures.head_is_new else 'its own'} head for {listed(config.classes)}"
     masters = "bf16 with fp32 master weights" if config.precision == "bf16" else "fp32"
@@ -48,7 +48,7 @@ def header_lines(inputs: Prepared, optimizer: AdamW, world: World, figures: Head
 
 
 def _describe_model(encoder: Encoder, optimizer: AdamW, table_rows: int) -> str:
-    """Say the model's size, and how much of it is trained."""
+    """Return the model's size, and how much of it is trained."""
     shape = encoder.shape
     whole = sum(slot.working.numel() for slot in optimizer.slots) + (shape.vocab_size - table_rows) * shape.hidden
     trained = sum(slot.working.numel() for slot in optimizer.trained)
@@ -58,14 +58,14 @@ def _describe_model(encoder: Encoder, optimizer: AdamW, table_rows: int) -> str:
 
 
 def _describe_rows(caches: dict[str, TokenCache], max_length: int) -> str:
-    """Say how many rows every file has, and how many are cut."""
+    """Return how many rows every file has, and how many are cut."""
     rows = ", ".join(f"{split} {len(cache):,}" for split, cache in caches.items())
     truncated = sum(cache.truncated for cache in caches.values())
     return rows + (f"; {truncated:,} cut to {max_length} tokens" if truncated else "")
 
 
 def _describe_batches(config: Config, rows: int, total_steps: int) -> str:
-    """Say how the rows become steps."""
+    """Return how the rows become steps."""
     cut = f" (at most {config.micro_batch_size} a pass)" if config.micro_batch_size else ""
     epochs = "" if config.max_steps else f"{config.epochs} epoch{'s' * (config.epochs > 1)}, "
     batches = -(-rows // config.batch_size)
@@ -73,7 +73,7 @@ def _describe_batches(config: Config, rows: int, total_steps: int) -> str:
 
 
 def _describe_device(world: World, optimizer: AdamW) -> str:
-    """Say what computes, and how many processes of it there are."""
+    """Return the device and the number of processes."""
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name(world.device)
     else:

@@ -1,4 +1,4 @@
-"""What a run says: lines or a progress bar on the console, metrics.jsonl, TensorBoard. Only rank 0 says anything."""
+"""A run's outputs: lines or a progress bar on the console, metrics.jsonl, TensorBoard; on rank 0 only."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ from sst2_xlmr.training.run_folder import read_metrics
 class Report:
     """The open outputs of a run; see `open_report`.
 
-    Its methods raise UserError if metrics cannot be written (a full disk, say); a console that nobody reads any more
-    stops nothing.
+    Its methods raise UserError if metrics cannot be written (a full disk, say). A closed console does not stop a run.
     """
 
     def __init__(
@@ -56,21 +55,23 @@ class Report:
         try:
             with tqdm.external_write_mode(file=sys.stdout):
                 print(text, flush=True)
-        except OSError as error:  # its reader is gone (`head`), or the log's disk full: no reason to end a run of hours
+        except OSError as error:  # the reader (`head`) has ended, or the log's disk is full: the run goes on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             with suppress(OSError):
-                print(f"warning: cannot write to standard output: {error.strerror}; going on without", file=sys.stderr)
+                print(
+                    f"warning: cannot write to standard output: {error.strerror}; continuing without it",
+                    file=sys.stderr,
+                )
 
     def advance(self) -> None:
         """Move the bar by one step."""
         self._bar.update()
 
     def log_training(self, entry: dict[str, Any]) -> None:
-        """Write a line of training metrics, and show the most important ones.
+        """Write a line of training metrics, and show the main ones.
 
         Args:
-            entry: step, epoch (with fraction), and metrics, of which loss, lr and samples_per_s are shown; all of them
-                become scalars.
+            entry: step, epoch (with fraction), and metrics. All become scalars; loss, lr and samples_per_s are shown.
         """
         scalars = {f"train/{key}": value for key, value in entry.items() if key not in ("step", "epoch")}
         self._write(entry, {**scalars, "train/memory_gb": used_memory_gb()})
@@ -85,7 +86,7 @@ class Report:
         )
 
     def log_evaluation(self, step: int, split: str, evaluation: Evaluation, cache: TokenCache) -> None:
-        """Write a line of evaluation metrics, and pictures if there are probabilities to draw them from.
+        """Write a line of evaluation metrics, and pictures if the evaluation kept probabilities.
 
         Args:
             cache: of the evaluated file.
@@ -111,7 +112,7 @@ class Report:
             self.say(f"step {step:>6}  accuracy: {accuracies}{mean}")
 
     def log_checkpoint(self, step: int, saved: tuple[int, float] | None) -> None:
-        """Say what a checkpoint took.
+        """Say how large a checkpoint is, and how long it took.
 
         Args:
             saved: bytes written, and the seconds that training waited for it; None if it had been saved already.
@@ -132,12 +133,12 @@ class Report:
             self.say("\n".join(["", *evaluation_table(others), ""]))
 
     def sync(self) -> None:
-        """Bring metrics to the disk, so that no checkpoint is ahead of them."""
+        """Sync metrics to disk, so that no checkpoint is ahead of them."""
         with self._disk_errors():
             os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close all outputs."""
         self._bar.close()
         self._metrics.close()
         self._events.close()
@@ -146,9 +147,9 @@ class Report:
         return disk_errors(f"metrics to {self._metrics.name}")
 
     def _write(self, entry: dict[str, Any], scalars: dict[str, float]) -> None:
-        """Write a line of metrics, and scalars by their tags; neither waits in a buffer of this process, which may die.
+        """Write a line of metrics, and scalars by their tags; both are flushed at once.
 
-        What a killed process loses of what came before its last checkpoint, no resumed one writes again.
+        A resumed run does not write again what came before its checkpoint, so a kill must not lose any of it.
         """
         with self._disk_errors():
             self._metrics.write(json.dumps(entry) + "\n")
@@ -159,7 +160,7 @@ class Report:
 
 
 class SilentReport:
-    """The report of ranks other than 0: the methods of `Report`, which do nothing."""
+    """The report of all ranks but 0: the methods of `Report`, doing nothing."""
 
     def say(self, text: str) -> None: ...
 
@@ -183,11 +184,11 @@ class SilentReport:
 def open_report(
     config: Config, files: dict[str, Path], first_step: int, total_steps: int, written_again: list[str]
 ) -> Report:
-    """Open the outputs; those of a resumed run lose what they say of steps after `first_step`.
+    """Open the outputs; a resumed run's lose all entries after `first_step`.
 
     Args:
-        config: with `output_dir`; the folder must be claimed, and that for events as well.
-        files: split name -> file, of all that is evaluated on.
+        config: with `output_dir`; this folder, and that of the events, must be claimed.
+        files: split name -> file, for all splits to evaluate on.
         written_again: splits that will be evaluated (once more) at `first_step`.
 
     Raises:
@@ -207,12 +208,12 @@ def open_report(
 
 
 def splits_during(config: Config) -> list[str]:
-    """Return the names of the splits that are evaluated during training; all others are at its end."""
+    """Return the splits to evaluate on during training; all others follow at its end."""
     return ["dev", *(name for name, _ in map(named_file, config.eval_file))]
 
 
 def _cut_metrics(path: Path, last_step: int, written_again: list[str]) -> None:
-    """Remove the lines that a run that goes on after `last_step` will write; see `cut_events`."""
+    """Remove the lines that a run resumed after `last_step` will write again; see `cut_events`."""
     kept = [
         entry
         for entry in read_metrics(path)

@@ -105,7 +105,10 @@ def _dropout(rows: Packed, site: int, at: torch.Tensor | None = None) -> _Dropou
 
 
 class Kernels:
-    """The functions of `kernels.c` for one dtype, on contiguous tensors of it."""
+    """The functions of `kernels.c` for one dtype, on contiguous tensors of it.
+
+    A kernel does several operations in one pass over memory; that is why some take many arguments.
+    """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.library, self.dtype = library, dtype
