@@ -3,10 +3,10 @@
     python scripts/export.py --model runs/NAME/model --format torchscript --output classifier.pt
     python scripts/export.py --model runs/NAME/best --format hf --dtype bf16 --output models/reviews
 
-torchscript: one file that takes raw texts and needs torch and torchtext only (see sst2_xlmr/export/torchscript.py). hf: a
-folder in Hugging Face layout, as train.py writes it, from any such folder. The result is read back and
-compared with the model on a dozen sentences in as many languages, or those of --check-file, alone and in pairs. It gets
-its name only if they agree.
+torchscript: one file that takes raw texts and needs torch and torchtext only (see sst2_xlmr/export/torchscript.py).
+hf: a folder in Hugging Face layout, as train.py writes it, from any such folder. The result is read back and compared
+with the model on a dozen sentences in as many languages, or those of --check-file, alone and in pairs. It gets its name
+only if they agree.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def read_sentences(sentences: list[str]) -> Iterator[str]:
 
 
 def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
-    """Yield the rows to classify; a file's first row is read at once, so that a wrong column is reported before any work."""
+    """Yield the rows to classify; a file's first row is read at once, to report a wrong column before any work."""
     if not arguments.input:
         names = ["sentence"]
         numbered = enumerate(read_sentences(arguments.sentences), 1)

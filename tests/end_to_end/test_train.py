@@ -277,7 +277,7 @@ def test_training_goes_on_without_a_reader(tiny_encoder: Path, small_data: Path,
         process.stdout.close()  # as `head` does
         said = process.stderr.read()
     assert process.returncode == 0, said
-    assert said == "warning: cannot write to standard output: Broken pipe; going on without\n"
+    assert said == "warning: cannot write to standard output: Broken pipe; continuing without it\n"
     assert (tmp_path / "run" / "model").is_dir()
 
 
