@@ -36,7 +36,7 @@ from sst2_xlmr.evaluation.evaluate import Interrupted, evaluate
 from sst2_xlmr.export.hugging_face import export_run
 from sst2_xlmr.files import Finisher, digest_of
 from sst2_xlmr.memory import keep_freed_memory, memory_errors
-from sst2_xlmr.model.classifier import Classifier, build_classifier
+from sst2_xlmr.model.classifier import Classifier, Dropouts, build_classifier, dropouts_of
 from sst2_xlmr.model.compact_vocab import renumbering, used_ids
 from sst2_xlmr.report.event_folder import claim_event_folder
 from sst2_xlmr.report.header import HeaderFigures, header_lines
@@ -117,8 +117,7 @@ def build(inputs: Prepared, world: World) -> Run:
     classifier, head_is_new = build_classifier(
         encoder,
         config.classes,
-        dropout=0.0 if config.freeze_encoder else config.dropout,
-        head_dropout=config.head_dropout,
+        Dropouts(head=config.head_dropout) if config.freeze_encoder else dropouts_of(config),
         seed=config.seed,
         kept_ids=None if config.full_vocabulary else kept_ids,
     )
@@ -259,13 +258,13 @@ def train_loop(run: Run, outputs: Outputs) -> bool:
     for batch in loader.starting_at(progress.epoch, progress.batch):
         # 1. the gradient of the global batch
         with memory_errors(smaller_batch):
-            loss_sum = forward_backward(run.model, batch, run.loss, optimizer, run.world)
+            sums = forward_backward(run.model, batch, run.loss, optimizer, run.world)
         norm = optimizer.gradient_norm()
 
         # 2. one step, or this batch is passed over
         if not reads_norm or math.isfinite(float(norm)):
             optimizer.step(schedule.lr(progress.step), norm)
-            window.add(loss_sum, norm, batch)
+            window.add(sums, norm, batch)
             progress.advance()
         else:
             progress.pass_over(config.skip_nonfinite, loader.rows_at(progress.epoch, progress.batch))
@@ -273,7 +272,7 @@ def train_loop(run: Run, outputs: Outputs) -> bool:
             outputs.report.say(f"step {progress.step:>6}  gradient is not finite: batch passed over")
         outputs.report.advance()
 
-        # 3. say, evaluate, save
+        # 3. log, evaluate, save
         due = schedule.due(progress)
         stopped = outputs.stop.is_agreed()
         if not (due.log or due.evaluate or due.save or stopped):

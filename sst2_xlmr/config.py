@@ -260,7 +260,7 @@ class Config:
     layerwise_lr_decay: float = option(
         1.0,
         "training",
-        "factor on the rate for every layer further from the head",
+        "factor applied to the rate once per layer away from the head",
         kind=float,
         metavar="F",
         check=lambda v: "" if 0 < v <= 1 else "must be above 0 and at most 1",
@@ -367,7 +367,7 @@ class Config:
     eval_every: int = option(
         0,
         "output",
-        "evaluate on dev every N steps besides every end of an epoch (0: only there)",
+        "evaluate on dev every N steps in addition to the end of every epoch (0: only then)",
         kind=int,
         metavar="N",
         check=between(0, math.inf),
@@ -391,7 +391,7 @@ class Config:
     save_every: int = option(
         0,
         "output",
-        "write a checkpoint every N steps besides every end of an epoch (0: only there)",
+        "write a checkpoint every N steps in addition to the end of every epoch (0: only then)",
         kind=int,
         metavar="N",
         check=between(0, math.inf),

@@ -36,7 +36,7 @@ from sst2_xlmr.errors import exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import evaluate
 from sst2_xlmr.export.hugging_face import Description, export_hugging_face
 from sst2_xlmr.memory import keep_freed_memory
-from sst2_xlmr.model.classifier import Classifier
+from sst2_xlmr.model.classifier import Classifier, dropouts_of
 from sst2_xlmr.model.compact_vocab import renumbering
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.training.averaging import connect
@@ -140,7 +140,8 @@ def random_classifier(spec: Spec, rows: int) -> Classifier:
     """Build the model with random weights and an embedding table of `rows` rows."""
     torch.manual_seed(spec.config.seed)
     shape = dataclasses.replace(spec.shape, vocab_size=rows)
-    return Classifier(shape, len(spec.config.classes), spec.config.dropout, spec.config.head_dropout)
+    config = spec.config
+    return Classifier(shape, len(config.classes), dropouts_of(config))
 
 
 class ConsecutiveBatches(GlobalBatchSampler):

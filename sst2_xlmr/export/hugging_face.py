@@ -13,6 +13,7 @@ from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.export.model_card import last_evaluations, write_card
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.files import Finisher, Storable, disk_errors, replace_folder, sync_files, write_tensors
+from sst2_xlmr.model.classifier import dropouts_of
 from sst2_xlmr.model.compact_vocab import TABLE_NAME, expand_table
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderShape
 from sst2_xlmr.model.weight_names import to_hugging_face
@@ -113,9 +114,10 @@ def export_run(folder: Path, inputs: Prepared, state: RunState, finisher: Finish
     """Write a run's weights as they are now, with the whole vocabulary and a model card; on rank 0.
 
     Args:
-        folder: in the run's folder; takes its name once `finisher` has come to it.
+        folder: in the run's folder; gets its name once `finisher` has come to it.
     """
     finisher.wait()  # an export to the same folder may not have its name yet
+    dropouts = dropouts_of(inputs.config)  # also where a frozen encoder had none: they are for training on
     config, encoder, step = inputs.config, inputs.encoder, state.progress.step
     masters: dict[str, Storable] = {**state.optimizer.masters()}
     if not config.full_vocabulary:
@@ -130,9 +132,9 @@ def export_run(folder: Path, inputs: Prepared, state: RunState, finisher: Finish
         config.max_length,
         encoder.tokenizer_file,
         {
-            "hidden_dropout_prob": config.dropout,
-            "attention_probs_dropout_prob": config.dropout,
-            "classifier_dropout": config.head_dropout,
+            "hidden_dropout_prob": dropouts.hidden,
+            "attention_probs_dropout_prob": dropouts.attention,
+            "classifier_dropout": dropouts.head,
         },
         write_card(config, config.classes, row_counts, evaluations, step),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,28 @@ import torch.nn.functional as F
 from torch import nn
 from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, RobertaModel
 
+from sst2_xlmr.config import Config
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.model.encoders import Encoder, EncoderShape, find_encoder
 from sst2_xlmr.model.tokenizer import PAD_ID, Tokenizer, load_tokenizer
 from sst2_xlmr.model.weights import check_fit, load_tensors
+
+
+@dataclass(frozen=True)
+class Dropouts:
+    """Probabilities of dropout: of hidden states, of attention weights, and in the classification head."""
+
+    hidden: float = 0.0
+    attention: float = 0.0
+    head: float = 0.0
+
+
+NO_DROPOUT = Dropouts()
+
+
+def dropouts_of(config: Config) -> Dropouts:
+    """Return the probabilities that a run's options ask for."""
+    return Dropouts(hidden=config.dropout, attention=config.dropout, head=config.head_dropout)
 
 
 class Classifier(RobertaModel):
@@ -25,7 +44,7 @@ class Classifier(RobertaModel):
     weights, after both halves of a layer; torchtext has one more inside the feed-forward part.
     """
 
-    def __init__(self, shape: EncoderShape, num_labels: int, dropout: float, head_dropout: float) -> None:
+    def __init__(self, shape: EncoderShape, num_labels: int, dropouts: Dropouts = NO_DROPOUT) -> None:
         conf = RobertaEncoderConf(
             vocab_size=shape.vocab_size,
             embedding_dim=shape.hidden,
@@ -34,12 +53,14 @@ class Classifier(RobertaModel):
             max_seq_len=shape.positions,
             num_attention_heads=shape.heads,
             num_encoder_layers=shape.layers,
-            dropout=dropout,
+            dropout=dropouts.hidden,
         )
-        head = RobertaClassificationHead(num_labels, shape.hidden, dropout=head_dropout, activation=nn.Tanh)
+        head = RobertaClassificationHead(num_labels, shape.hidden, dropout=dropouts.head, activation=nn.Tanh)
         super().__init__(conf, head)
         self.shape = shape
         self.num_labels = num_labels
+        for layer in self.encoder.transformer.layers.layers:
+            layer.self_attn.dropout = dropouts.attention
         for module in self.encoder.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = shape.layer_norm_eps
@@ -134,8 +155,7 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Cla
 def build_classifier(
     encoder: Encoder,
     label_names: list[str],
-    dropout: float = 0.0,
-    head_dropout: float = 0.0,
+    dropouts: Dropouts = NO_DROPOUT,
     seed: int = 0,
     kept_ids: np.ndarray | None = None,
 ) -> tuple[Classifier, bool]:
@@ -154,7 +174,7 @@ def build_classifier(
         UserError: if the weights do not fit the encoder's configuration.
     """
     with torch.device("meta"):
-        model = Classifier(encoder.shape, len(label_names), dropout, head_dropout)
+        model = Classifier(encoder.shape, len(label_names), dropouts)
     if kept_ids is not None:
         model.encoder.transformer.token_embedding = nn.Embedding(
             len(kept_ids), encoder.shape.hidden, PAD_ID, device="meta"

@@ -224,6 +224,8 @@ def _read_progress(checkpoint: Path) -> dict[str, Any]:
         steps = values["step"] - values["skipped"]
         values["optimizer"] = {"steps": steps, "table_decay": values.pop("table_decay")}
         values["window"] = dict(zip(("loss", "rows", "tokens", "seconds"), values["window"]))
+    if "loss" in values["window"]:
+        values["window"]["sums"] = {"loss": values["window"].pop("loss")}
     return values
 
 

@@ -27,7 +27,7 @@ EPSILON = 1e-6
 
 
 def lr_scale(name: str, layers: int, decay: float) -> float:
-    """Return decay ** (distance from the head): 0 for the head, 1 for the last layer, layers + 1 for embeddings."""
+    """Return decay ** distance from the head; the distance is 0 for the head and 1 + layers for the embeddings."""
     if name.startswith("head."):
         return 1.0
     parts = name.split(".")

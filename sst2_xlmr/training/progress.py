@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -96,13 +96,13 @@ class Totals:
     """What a window has summed up over all ranks.
 
     Attributes:
-        loss: sum over rows, nats.
+        sums: of the training metrics over rows, by name: "loss" in nats, and what else `forward_backward` returns.
         rows, tokens: how many.
         seconds: of training.
         grad_norm: of the last gradient.
     """
 
-    loss: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
     rows: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
@@ -113,7 +113,7 @@ class Window:
     """Sums over the steps since the last line of training metrics.
 
     Every rank adds up its own, without waiting for a GPU. `collect` brings them together and stops the clock, so that
-    evaluating and saving do not count as training; `go_on` starts it again, with what is there on rank 0.
+    evaluating and saving do not count as training; `go_on` starts it again, from the totals on rank 0.
 
     Attributes:
         totals: over all ranks, as of the last `collect`.
@@ -126,21 +126,26 @@ class Window:
 
     def go_on(self) -> None:
         """Continue from `totals`."""
-        mine = Totals(grad_norm=self.totals.grad_norm) if not self._world.is_main else self.totals
-        self._loss = torch.tensor(mine.loss, dtype=torch.float64, device=self._world.device)
-        self._rows, self._tokens = mine.rows, mine.tokens
-        self._norm = torch.tensor(mine.grad_norm, device=self._world.device)
+        totals, device = self.totals, self._world.device
+        rank_0 = 1.0 if self._world.is_main else 0.0  # the totals count once
+        self._sums = {
+            name: torch.tensor(value * rank_0, dtype=torch.float64, device=device)
+            for name, value in totals.sums.items()
+        }
+        self._rows, self._tokens = totals.rows * rank_0, totals.tokens * rank_0
+        self._norm = torch.tensor(totals.grad_norm, device=device)
         self._norm_sum = torch.zeros_like(self._norm)  # not finite, once any norm was not
         self._started = time.monotonic() - self.totals.seconds
 
-    def add(self, loss_sum: torch.Tensor, norm: torch.Tensor, batch: RankBatch) -> None:
+    def add(self, sums: dict[str, torch.Tensor], norm: torch.Tensor, batch: RankBatch) -> None:
         """Add an optimizer step.
 
         Args:
-            loss_sum: float64, no dimensions; over this rank's rows.
+            sums: of training metrics over this rank's rows, the same names on every rank; float64, no dimensions.
             norm: fp32, no dimensions; the gradient's.
         """
-        self._loss += loss_sum
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._norm = norm
         self._norm_sum += norm
         self._rows += batch.rows
@@ -153,14 +158,15 @@ class Window:
             UserError: on every rank, if a loss or a gradient's norm was not finite; `step` is the last one added.
         """
         seconds = time.monotonic() - self._started
-        sums = torch.stack([self._loss, self._loss.new_tensor(self._rows), self._loss.new_tensor(self._tokens)])
-        loss, rows, tokens = sum_over_ranks(self._world, sums).tolist()
-        if not math.isfinite(loss + float(self._norm_sum)):
+        counts = torch.tensor([self._rows, self._tokens], dtype=torch.float64, device=self._world.device)
+        packed = torch.cat([counts, *(value.view(1) for value in self._sums.values())])
+        rows, tokens, *sums = sum_over_ranks(self._world, packed).tolist()
+        if not math.isfinite(sum(sums) + float(self._norm_sum)):
             raise shared_error(
                 f"loss or gradient is not finite at step {step} or shortly before: {_CURE}, which looks at the gradient"
                 " of every step; checkpoints are whole"
             )
-        self.totals = Totals(loss, rows, tokens, seconds, float(self._norm))
+        self.totals = Totals(dict(zip(self._sums, sums)), rows, tokens, seconds, float(self._norm))
 
     def close(self, progress: Progress, lr: float) -> dict[str, float]:
         """Return a line of training metrics, means over the window, and begin the next one.
@@ -172,7 +178,7 @@ class Window:
         return {
             "step": progress.step,
             "epoch": round(progress.epochs, 4),
-            "loss": totals.loss / totals.rows,
+            **{name: value / totals.rows for name, value in totals.sums.items()},
             "lr": lr,
             "grad_norm": totals.grad_norm,
             "samples_per_s": round(totals.rows / totals.seconds, 2),

@@ -10,6 +10,7 @@ from sst2_xlmr.training.progress import Progress
 
 # Fraction of the peak rate, given the fraction t of the steps after warm-up that have been taken, 0 <= t < 1.
 # Those that fall reach 0 one step after the last, so that no step is taken at a rate of 0.
+# To add one, add it here, and its name to --schedule in config.py.
 SCHEDULES = {
     "linear": lambda t: 1 - t,
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),

@@ -16,7 +16,7 @@ from torchtext.models import RobertaModel
 from sst2_xlmr.data.rows import SST2_NAMES
 from sst2_xlmr.engines.cpu.kernels import Packed, load_kernels
 from sst2_xlmr.engines.cpu.packed_encoder import PackedClassifier, pack
-from sst2_xlmr.model.classifier import Classifier, build_classifier
+from sst2_xlmr.model.classifier import Classifier, Dropouts, build_classifier
 from sst2_xlmr.model.encoders import EncoderShape, find_encoder
 
 # Head sizes 8, 20 and 64; with one layer, the last is also the first.
@@ -28,7 +28,9 @@ def build(shape: tuple[int, int, int], dropout: float = 0.0, head_dropout: float
     """In training mode; weights large enough for every part to matter. shape: hidden, heads, layers."""
     hidden, heads, layers = shape
     torch.manual_seed(0)
-    model = Classifier(EncoderShape(200, hidden, layers, heads, 2 * hidden + 3, 48), 2, dropout, head_dropout)
+    model = Classifier(
+        EncoderShape(200, hidden, layers, heads, 2 * hidden + 3, 48), 2, Dropouts(dropout, dropout, head_dropout)
+    )
     for name, parameter in model.named_parameters():
         is_gamma = "norm" in name and name.endswith("weight")
         parameter.data.normal_(float(is_gamma), 1.5 / hidden**0.5 if parameter.dim() > 1 else 0.3)

@@ -113,7 +113,7 @@ def test_torchrun_passes_it_on_and_all_ranks_stop_at_one_step(
 def test_base_shapes_are_saved_and_gone_within_ten_seconds(whole: tuple[Path, Path], tmp_path: Path) -> None:
     """XLM-R base's shapes with random weights: in a step, and in the evaluation after it."""
     shape = EncoderShape()
-    model = Classifier(shape, 2, 0.1, 0.1)
+    model = Classifier(shape, 2)
     encoder = tmp_path / "encoder"
     tensors = dict(model.named_parameters())
     for tensor in tensors.values():

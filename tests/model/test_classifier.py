@@ -11,7 +11,7 @@ from torchtext.models import RobertaModel
 
 from sst2_xlmr.data.rows import SST2_NAMES
 from sst2_xlmr.export.hugging_face import Description, export_hugging_face
-from sst2_xlmr.model.classifier import Classifier, build_classifier
+from sst2_xlmr.model.classifier import Classifier, Dropouts, build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 
 
@@ -108,7 +108,7 @@ def test_dropout_is_where_it_was_asked_for(tiny_encoder: Path) -> None:
     encoder = find_encoder(str(tiny_encoder))
     batch = tokens(encoder.shape.vocab_size)
     for dropout, head_dropout in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):
-        model, _ = build_classifier(encoder, SST2_NAMES, dropout, head_dropout)
+        model, _ = build_classifier(encoder, SST2_NAMES, Dropouts(dropout, dropout, head_dropout))
         model.train()
         assert torch.equal(model(batch), model(batch)) == (dropout == head_dropout == 0.0)
 

@@ -44,7 +44,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 
 def test_names_there_and_back(tmp_path: Path) -> None:
-    tensors = dict(Classifier(SHAPE, 3, 0.1, 0.1).named_parameters())
+    tensors = dict(Classifier(SHAPE, 3).named_parameters())
     write_tensors(to_hugging_face(tensors), tmp_path / "x.safetensors")
     back = from_hugging_face(load_file(tmp_path / "x.safetensors"))
     assert back.keys() == tensors.keys()
@@ -164,7 +164,7 @@ def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.Mo
         "norm1": "attention_layer_norm",
         "norm2": "final_layer_norm",
     }
-    source = Classifier(SHAPE, 2, 0.0, 0.0)
+    source = Classifier(SHAPE, 2)
     old = {}
     for name, tensor in source.encoder.state_dict(prefix="encoder.").items():
         if ".layers.layers." in name:
@@ -179,7 +179,7 @@ def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sources, "fetch_bundle", lambda *_, **__: (tmp_path / "tiny.pt", tokenizer_file))
     model, head_is_new = build_classifier(find_encoder("xlmr.base"), SST2_NAMES)
     assert head_is_new
-    reference = Classifier(SHAPE, 2, 0.0, 0.0)
+    reference = Classifier(SHAPE, 2)
     missing = reference.load_state_dict(old, strict=False).missing_keys
     assert all(name.startswith("head.") for name in missing)
     for name, tensor in reference.encoder.state_dict().items():

@@ -35,7 +35,7 @@ IDS = torch.arange(50)
 
 def optimizer(seed: int, vocab_size: int = 50) -> AdamW:
     torch.manual_seed(seed)
-    model = Classifier(EncoderShape(vocab_size, hidden=8, layers=1, heads=2, ffn=16, positions=20), 2, 0.0, 0.0)
+    model = Classifier(EncoderShape(vocab_size, hidden=8, layers=1, heads=2, ffn=16, positions=20), 2)
     result = AdamW(model, Groups(1, 0.01), 1.0, bf16=True)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -47,7 +47,7 @@ def save(folder: Path, step: int, seed: int = 0) -> AdamW:
     saved = optimizer(seed)
     progress = Progress("x", "y", 5, step=step, epoch=1, batch=3)
     window = Window(ALONE)
-    window.totals = Totals(1.5, 8.0, 100.0, 2.0, 0.25)
+    window.totals = Totals({"loss": 1.5}, 8.0, 100.0, 2.0, 0.25)
     with Finisher() as finisher:
         save_checkpoint(folder, RunState(progress, window, saved, IDS), Config(), ALONE, finisher)
     return saved
@@ -77,7 +77,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     state = new_state(loaded)
     load_checkpoint(checkpoint, state, 0, ALONE)
     assert state.progress == Progress("x", "y", 5, step=7, epoch=1, batch=3)
-    assert state.window.totals == Totals(1.5, 8.0, 100.0, 2.0, 0.25)
+    assert state.window.totals == Totals({"loss": 1.5}, 8.0, 100.0, 2.0, 0.25)
     assert (loaded.steps, loaded.table_decay) == (1, saved.table_decay)
     for mine, other in zip(loaded.slots, saved.slots):
         assert torch.equal(mine.master(), other.master())

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def model() -> Classifier:
     """Weights about as large as a pretrained model's."""
     torch.manual_seed(0)
-    classifier = Classifier(SHAPE, 2, 0.0, 0.0)
+    classifier = Classifier(SHAPE, 2)
     for parameter in classifier.parameters():
         parameter.data *= 0.1
     return classifier

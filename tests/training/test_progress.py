@@ -18,7 +18,7 @@ BATCH = RankBatch([Batch(torch.zeros(4, 5), torch.zeros(4), torch.zeros(4), Fals
 
 
 def add(window: Window, loss: float = 2.0, norm: float = 0.5) -> None:
-    window.add(torch.tensor(loss, dtype=torch.float64), torch.tensor(norm), BATCH)
+    window.add({"loss": torch.tensor(loss, dtype=torch.float64)}, torch.tensor(norm), BATCH)
 
 
 def test_position_rolls_over_into_the_next_epoch() -> None:
