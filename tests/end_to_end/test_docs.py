@@ -19,7 +19,7 @@ from conftest import ROOT
 from sst2_xlmr.export.torchscript import save_torchscript
 from sst2_xlmr.model.classifier import load_classifier
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -54,7 +54,7 @@ def test_the_service_answers(tiny_encoder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_files_that_a_page_names_are_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"@?((?:scripts|sst2_xlmr|sample_data)/[\w./-]+\w)(?![\w.*-])", text):
+    for name in re.findall(r"(?<![\w/.])@?((?:scripts|sst2_xlmr|sample_data|tests)/[\w./-]+\w)(?![\w.*-])", text):
         assert (ROOT / name).exists(), name
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), link
