@@ -119,7 +119,7 @@ def test_label_names_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         label_names_of(file, Columns(), tmp_path / "file" / "cache")
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "labels.bin", "distinct_ids.bin", "facts.json"])
+@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "labels.bin", "distinct_ids.bin", "manifest.json"])
 @pytest.mark.parametrize("how", ["truncated", "flipped", "deleted"])
 def test_damaged_cache_is_made_anew(cache: TokenCache, tiny_encoder: Path, tmp_path: Path, name: str, how: str) -> None:
     expected = cache.ids.tolist()

@@ -396,13 +396,13 @@ import train
 real, calls = train.forward_backward, [0]
 bad = {int(step) for step in os.environ["BAD_STEPS"].split(",")}
 def poisoned(model, batch, loss, optimizer, world):
-    loss_sum = real(model, batch, loss, optimizer, world)
+    sums = real(model, batch, loss, optimizer, world)
     calls[0] += 1
     if calls[0] in bad and os.environ.get("RANK", "0") == "0":
         for slot in optimizer.trained:
             slot.working.grad[:] = float("nan")
-        loss_sum = loss_sum * float("inf")
-    return loss_sum
+        sums["loss"] = sums["loss"] * float("inf")
+    return sums
 train.forward_backward = poisoned
 train.exit_on_user_error(train.main)
 """
