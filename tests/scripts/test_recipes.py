@@ -141,8 +141,8 @@ def test_a_run_that_is_stopped_ends_it(
     [
         (["--seeds", "1,x"], "'1,x' is not a list of different seeds"),
         (["--seeds", "1,01"], "'1,01' is not a list of different seeds"),
-        (["--seeds", "1", "--seed=2"], "leave --seed=2 away"),
-        (["--seeds", "1", "--resume"], "leave --resume away"),
+        (["--seeds", "1", "--seed=2"], "leave out --seed=2"),
+        (["--seeds", "1", "--resume"], "leave out --resume"),
         ([], "required: --seeds"),
     ],
 )
