@@ -69,7 +69,7 @@ def _check_class_weights(text: str) -> str:
 
 
 def named_file(text: str) -> tuple[str, Path]:
-    """Split `NAME=FILE`; without a name, take the file's, without its extension."""
+    """Split `NAME=FILE`; without a name, take the file's, without its extension and `.gz`."""
     name, equals, path = text.partition("=")
     if equals and _NAME.fullmatch(name):
         return name, Path(path)

@@ -117,7 +117,7 @@ def export_run(folder: Path, inputs: Prepared, state: RunState, finisher: Finish
         folder: in the run's folder; gets its name once `finisher` has come to it.
     """
     finisher.wait()  # an export to the same folder may not have its name yet
-    dropouts = dropouts_of(inputs.config)  # also where a frozen encoder had none: they are for training on
+    dropouts = dropouts_of(inputs.config)  # also of a frozen encoder, which had none: for training it further
     config, encoder, step = inputs.config, inputs.encoder, state.progress.step
     masters: dict[str, Storable] = {**state.optimizer.masters()}
     if not config.full_vocabulary:

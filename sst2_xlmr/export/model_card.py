@@ -100,9 +100,9 @@ def _settings(config: Config) -> list[tuple[str, str]]:
     """Return the options that affect the result, also defaults, but not those that a resumed run may change."""
     result = []
     for name, field in OPTIONS.items():
-        metadata, value = field.metadata, getattr(config, name)
-        says_how = metadata["group"] in ("data", "model", "training") or name == "precision"
-        if says_how and not metadata["changeable"] and value is not None:
+        value = getattr(config, name)
+        affects_result = field.metadata["group"] in ("data", "model", "training") or name == "precision"
+        if affects_result and not field.metadata["changeable"] and value is not None:
             text = {True: "on", False: "off"}[value] if isinstance(value, bool) else shown(value)
             result.append((f"`{flag(name)}`", text.replace("|", "\\|").replace("\n", " ")))
     return result

@@ -129,13 +129,13 @@ class Window:
         totals, device = self.totals, self._world.device
         rank_0 = 1.0 if self._world.is_main else 0.0  # the totals count once
         self._sums = {
-            name: torch.tensor(value * rank_0, dtype=torch.float64, device=device)
-            for name, value in totals.sums.items()
+            name: torch.tensor(total * rank_0, dtype=torch.float64, device=device)
+            for name, total in totals.sums.items()
         }
         self._rows, self._tokens = totals.rows * rank_0, totals.tokens * rank_0
         self._norm = torch.tensor(totals.grad_norm, device=device)
         self._norm_sum = torch.zeros_like(self._norm)  # not finite, once any norm was not
-        self._started = time.monotonic() - self.totals.seconds
+        self._started = time.monotonic() - totals.seconds
 
     def add(self, sums: dict[str, torch.Tensor], norm: torch.Tensor, batch: RankBatch) -> None:
         """Add an optimizer step.
