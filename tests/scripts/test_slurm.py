@@ -173,7 +173,7 @@ def undisturbed(encoder: Path, data: Path, run: Path, options: list[object]) -> 
 def test_time_limit_saves_requeues_and_ends_with_the_same_bits(
     tiny_encoder: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    options = ["--max-steps", 6000, "--log-every", 100, "--eval-every", 50]
+    options = ["--max-steps", 5000, "--log-every", 100, "--eval-every", 50]
     run, log = tmp_path / "job", tmp_path / "log"
     # Half a minute to a minute after its start the job gets its signal, long before it is done.
     job = submit(log, 2, 1, run, job_options(tiny_encoder, small_data, *options), "--signal=B:USR1@60")
