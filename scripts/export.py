@@ -3,7 +3,8 @@
     python scripts/export.py --model runs/NAME/model --format torchscript --output classifier.pt
     python scripts/export.py --model runs/NAME/best --format hf --dtype bf16 --output models/reviews
 
-torchscript: one file that takes raw texts and needs torch and torchtext only (see sst2_xlmr/export/torchscript.py).
+torchscript: one file that takes raw texts and needs torch and torchtext only (see sst2_xlmr/export/torchscript.py); to
+be written under torch 2.3.1 with torchtext.
 hf: a folder in Hugging Face layout, as train.py writes it, from any such folder. The result is read back and compared
 with the model on a dozen sentences in as many languages, or those of --check-file, alone and in pairs. It gets its name
 only if they agree.
@@ -18,12 +19,12 @@ from pathlib import Path
 
 import torch
 
+from sst2_xlmr import stack
 from sst2_xlmr.cli import OneLineParser
 from sst2_xlmr.config import EVAL_BATCH_TOKENS
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.hugging_face import CARD_NAME, Description, export_hugging_face
-from sst2_xlmr.export.torchscript import save_torchscript
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.model.weights import load_tensors
@@ -61,6 +62,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.format == "torchscript" and arguments.dtype != "fp32":
         raise UserError("--dtype bf16 is for --format hf; a TorchScript file computes in fp32")
+    if arguments.format == "torchscript" and not stack.has_torchtext():
+        raise UserError(
+            f"--format torchscript needs torchtext under torch 2.3.1, and this is {stack.description()}; export it in"
+            " an environment that `STACK=torchtext scripts/setup.sh` has made"
+        )
     if os.path.lexists(arguments.output):
         raise UserError(f"--output {arguments.output} is there already; choose another name")
     return arguments
@@ -84,6 +90,8 @@ def answers(folder: Path, sentences: list[str]) -> torch.Tensor:
 
 def write_torchscript(source: Path, file: Path, sentences: list[str]) -> torch.Tensor:
     """Write the file; returns its probabilities, as `answers` does."""
+    from sst2_xlmr.export.torchscript import save_torchscript  # only here: it needs torchtext
+
     model, tokenizer, label_names = load_classifier(source, CPU, bf16=False)
     save_torchscript(model, tokenizer, label_names, file)
     classify = torch.jit.load(file)

@@ -1,31 +1,62 @@
 #!/usr/bin/env bash
-# Make the virtual environment .venv, once, and install the project into it.
+# Make a virtual environment, once, and install the project into it.
 #
-#   scripts/setup.sh              # what training needs
-#   scripts/setup.sh dev          # and what tests need: pyproject.toml's extra of that name
+#   scripts/setup.sh                    # what training needs
+#   scripts/setup.sh dev                # and what tests need: pyproject.toml's extra of that name
+#   STACK=newest scripts/setup.sh       # the newest torch; STACK=torchtext: torch 2.3.1 with torchtext (see constraints/)
 #
-# PYTHON=python3.10 scripts/setup.sh dev takes another Python (3.9 to 3.12).
+# Without STACK, Python 3.9 to 3.12 gets torchtext's stack, a newer Python the newest. PYTHON=python3.10 takes another
+# Python, VENV=FOLDER another folder than .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 extra=${1:-}
+venv=${VENV:-.venv}
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+# A version manager's stand-in for a Python may be there and not work, so each is run. Prints 11 for Python 3.11.
+minor_version() {
+    "$1" -c 'import sys; sys.version_info[0] == 3 and print(sys.version_info[1])' 2>/dev/null
+}
 python=${PYTHON:-}
-if [ -z "$python" ]; then
-    for python in python3.11 python3.10 python3.9 python3.12 none; do
-        if [ "$python" = none ]; then
-            echo "error: no Python from 3.9 to 3.12 is installed; torch 2.3.1 needs one (set PYTHON to name it)" >&2
-            exit 2
-        fi
-        "$python" --version >/dev/null 2>&1 && break # a version manager's stand-in may be there and not work
+if [ -x "$venv/bin/python" ]; then
+    python=$venv/bin/python
+elif [ -z "$python" ]; then
+    [ "${STACK:-}" = newest ] && candidates="3.13 3.12 3.11 3.10 3.14" || candidates="3.11 3.10 3.9 3.12 3.13 3.14"
+    for version in $candidates none; do
+        [ "$version" != none ] || fail "no Python from 3.9 on is installed (set PYTHON to name it)"
+        python=python$version
+        [ -z "$(minor_version "$python")" ] || break
     done
 fi
-# The stamp says for which pyproject.toml this was installed.
-stamp=.venv/installed${extra:+-$extra}
-if ! cmp -s pyproject.toml "$stamp"; then
-    if [ ! -x .venv/bin/python ]; then
-        "$python" -m venv .venv
+minor=$(minor_version "$python") || true
+[ -n "$minor" ] || fail "$python does not run; set PYTHON to name a Python from 3.9 on"
+if [ -z "${STACK:-}" ]; then
+    [ "$minor" -le 12 ] && STACK=torchtext || STACK=newest
+fi
+case $STACK in
+    torchtext) oldest=9 latest=12 what=torchtext ;;
+    newest) oldest=10 latest=99 what= ;;
+    *) fail "STACK=$STACK: there are torchtext and newest" ;;
+esac
+[ "$minor" -ge "$oldest" ] && [ "$minor" -le "$latest" ] ||
+    fail "STACK=$STACK does not go with Python 3.$minor (torchtext: 3.9 to 3.12; newest: from 3.10); set PYTHON or STACK"
+
+# The stamps say for which stack, pyproject.toml and constraints this was installed.
+constraints=constraints/$STACK.txt
+stamp=$venv/installed${extra:+-$extra}
+if [ -e "$venv/stack" ] && [ "$(cat "$venv/stack")" != "$STACK" ]; then
+    fail "$venv has the stack $(cat "$venv/stack"), not $STACK; remove it, or name another folder: VENV=.venv-$STACK"
+fi
+if ! cat pyproject.toml "$constraints" | cmp -s - "$stamp"; then
+    if [ ! -x "$venv/bin/python" ]; then
+        "$python" -m venv "$venv"
     fi
-    echo "installing into .venv with $(.venv/bin/python --version) (torch takes about two minutes)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
-    cp pyproject.toml "$stamp"
+    echo "$STACK" >"$venv/stack"
+    extras=${what}${what:+${extra:+,}}$extra
+    echo "installing the stack $STACK into $venv with $("$venv/bin/python" --version) (torch takes about two minutes)"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".${extras:+[$extras]}"
+    cat pyproject.toml "$constraints" >"$stamp"
 fi

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Set up and run everything that has to be green: ruff, mypy, all tests. Arguments go to pytest.
+# Set up and run everything that has to be green: ruff, mypy, all quick tests. Arguments go to pytest.
+#
+#   STACK=newest VENV=.venv-newest scripts/test.sh     # on the newest stack (see scripts/setup.sh)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+venv=${VENV:-.venv}
 scripts/setup.sh dev
 # Tests on real weights skip without it; a machine that cannot fetch it still runs all others.
-.venv/bin/python scripts/fetch_small_encoder.py models/small || echo "going on without the small encoder" >&2
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+"$venv/bin/python" scripts/fetch_small_encoder.py models/small || echo "going on without the small encoder" >&2
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/mypy"
+"$venv/bin/python" -m pytest "$@"

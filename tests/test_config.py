@@ -254,27 +254,52 @@ def test_status_and_line_of_the_real_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "version", "says"),
+    ("versions", "says"),
     [
-        ("torch", "2.4.1", "torch 2.4.1 is installed, but torchtext's C++ library loads only with torch 2.3.1"),
-        ("torchtext", "0.17.0", "pip install torchtext==0.18.0"),
+        ({"torch": "2.2.2"}, "torch 2.2.2 is installed, but 2.3.1 or newer is needed"),
+        ({"torch": "2.3.0+cu121"}, "torch 2.3.0+cu121 is installed, but 2.3.1 or newer is needed"),
+        ({"torchdata": "0.8.0"}, "torchdata 0.8.0 is installed, but 0.9.0 or newer is needed"),
+        ({"torch": "2.3.1", "numpy": "2.1.0"}, "NumPy 2.1.0 is installed: run `pip install 'numpy<2'`"),
     ],
 )
-def test_another_torch_is_refused_before_it_is_loaded(tmp_path: Path, package: str, version: str, says: str) -> None:
-    other = tmp_path / f"{package}-{version}.dist-info"
-    other.mkdir()
-    (other / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
-    done = subprocess.run(
-        [sys.executable, "train.py", "--help"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        check=False,
-    )
+def test_what_cannot_work_is_refused_before_torch_is_loaded(
+    tmp_path: Path, versions: dict[str, str], says: str
+) -> None:
+    done = with_versions(tmp_path, versions, "train.py", "--help")
     assert done.returncode == 2
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def with_versions(folder: Path, versions: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python as if these versions of packages were installed."""
+    for package, version in versions.items():
+        other = folder / f"{package}-{version}.dist-info"
+        other.mkdir()
+        (other / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchtext", "described"),
+    [
+        ("2.3.1", "0.18.0", "True torch 2.3.1 with torchtext 0.18.0"),
+        ("2.13.0", "0.18.0", "False torch 2.13.0 without torchtext"),  # it would not load
+        ("2.3.1", "0.17.0", "False torch 2.3.1 without torchtext"),
+    ],
+)
+def test_torchtext_counts_only_where_it_loads(tmp_path: Path, torch: str, torchtext: str, described: str) -> None:
+    program = "from sst2_xlmr import stack; print(stack.has_torchtext(), stack.description())"
+    versions = {"torch": torch, "torchtext": torchtext, "numpy": "1.26.4"}
+    done = with_versions(tmp_path, versions, "-c", program)
+    assert (done.returncode, done.stdout) == (0, f"{described}\n"), done.stderr
 
 
 def test_a_python_without_torch_is_told_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,9 +13,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.distributed import World
-from sst2_xlmr.model.tokenizer import PAD_ID
+from sst2_xlmr.model.roberta import PAD_ID
 
 BATCHES_PER_GROUP = 100
+
+# torchdata's newest release warns of what it calls itself.
+warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
 
 
 class Batch(NamedTuple):

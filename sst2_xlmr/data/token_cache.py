@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
-import torch
 
 from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.rows import Columns, Row, find_label_names, in_chunks, read_rows
@@ -176,11 +175,10 @@ class Chunk(NamedTuple):
 
 def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chunk]:
     """Tokenize on several threads, in the order of the rows; only a few chunks are in memory at a time."""
-    scripted = torch.jit.script(tokenizer)  # runs without Python's lock, so threads do not wait for each other
 
     def tokenize(rows: list[Row]) -> Chunk:
         texts, pairs, labels = zip(*rows)
-        result = scripted(list(texts), None if pairs[0] is None else list(pairs))
+        result = tokenizer(list(texts), None if pairs[0] is None else list(pairs))
         lengths = [len(ids) for ids in result]
         ids = np.fromiter(itertools.chain.from_iterable(result), np.int32, sum(lengths))
         full = (row for row, length in zip(rows, lengths) if length == tokenizer.max_length)

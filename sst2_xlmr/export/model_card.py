@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sst2_xlmr import stack
 from sst2_xlmr.config import OPTIONS, Config, flag, named_file, shown
 from sst2_xlmr.training.run_folder import read_metrics
 
@@ -18,7 +17,6 @@ from transformers import pipeline
 classify = pipeline("text-classification", "path/of/this/folder")
 classify(["A text.", "Another one."], truncation=True)
 ```"""
-_PACKAGES = ("torch", "torchtext", "torchdata", "numpy", "safetensors")
 
 
 def last_evaluations(metrics_file: Path, step: int) -> list[dict[str, Any]]:
@@ -86,8 +84,7 @@ def write_card(
         "",
         "## Versions",
         "",
-        f"Python {platform.python_version()}, "
-        + ", ".join(f"{package} {metadata.version(package)}" for package in _PACKAGES),
+        stack.versions(),
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,7 @@
 """A trained classifier as one TorchScript file: raw texts in, labels and probabilities out, tokenizer included.
 
-The file needs torch and torchtext, whose library holds SentencePiece, and nothing of this package:
+Only the stack with torchtext can write and read it (see `stack`): the file needs torch and torchtext, whose library
+holds SentencePiece, and nothing of this package:
 
     import torch, torchtext
     classify = torch.jit.load("classifier.pt")
@@ -9,17 +10,39 @@ The file needs torch and torchtext, whose library holds SentencePiece, and nothi
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import List, Optional, Tuple  # noqa: UP035 (TorchScript knows these only)
 
 import torch
 from torch import nn
-from torchtext.functional import to_tensor
 
-from sst2_xlmr.model.classifier import Classifier
-from sst2_xlmr.model.tokenizer import PAD_ID, Tokenizer
+warnings.filterwarnings("ignore", message=r"\s*/!\\ IMPORTANT WARNING ABOUT TORCHTEXT STATUS")  # once per submodule
+from torchtext.functional import to_tensor  # noqa: E402
+from torchtext.transforms import SentencePieceTokenizer  # noqa: E402
+
+from sst2_xlmr.model.classifier import Classifier  # noqa: E402
+from sst2_xlmr.model.roberta import PAD_ID  # noqa: E402
+from sst2_xlmr.model.tokenizer import Tokenizer, row_ids  # noqa: E402
 
 BATCH_SIZE = 32
+
+
+class ScriptedTokenizer(nn.Module):
+    """`Tokenizer` with torchtext's SentencePiece, which TorchScript can save."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.pieces = SentencePieceTokenizer(str(tokenizer.model_file)).sp_model
+        self.max_length = tokenizer.max_length
+
+    def forward(self, texts: List[str], pairs: Optional[List[str]]) -> List[List[int]]:  # noqa: UP006, UP045
+        """Return ids per row, as `Tokenizer` does."""
+        result: List[List[int]] = []  # noqa: UP006
+        for row, text in enumerate(texts):
+            second = None if pairs is None else self.pieces.EncodeAsIds(pairs[row])
+            result.append(row_ids(self.pieces.EncodeAsIds(text), second, self.max_length))
+        return result
 
 
 class TextClassifier(nn.Module):
@@ -30,7 +53,7 @@ class TextClassifier(nn.Module):
         example = torch.tensor([[0, 3, 2], [0, 2, PAD_ID]])
         with torch.no_grad():
             self.model = torch.jit.trace(model, example)  # nothing in it depends on the batch but its sizes
-        self.tokenizer = tokenizer
+        self.tokenizer = ScriptedTokenizer(tokenizer)
         self.label_names: List[str] = label_names  # noqa: UP006
         self.batch_size, self.pad_id = BATCH_SIZE, PAD_ID
 

@@ -1,71 +1,71 @@
-"""XLM-R text -> ids, with torchtext's SentencePiece; scriptable, so that a saved model can take raw strings."""
+"""XLM-R text -> ids, with SentencePiece."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List, Optional  # noqa: UP035 (TorchScript knows List only)
+from typing import List, Optional  # noqa: UP035 (TorchScript knows these only)
 
-import torch
-from torchtext.transforms import SentencePieceTokenizer
+from sentencepiece import SentencePieceProcessor
 
 from sst2_xlmr.errors import UserError
 
-PAD_ID = 1
 
-
-class Tokenizer(torch.nn.Module):
-    """Turn texts into XLM-R's ids: `<s> a </s>`, or of a pair `<s> a </s></s> b </s>`.
+def append_pieces(ids: List[int], pieces: List[int], count: int) -> None:  # noqa: UP006
+    """Append the first `count` SentencePiece ids, as XLM-R numbers them, and a `</s>`.
 
     XLM-R's numbering is fairseq's: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, and every other piece its SentencePiece
-    id + 1 (SentencePiece's own 0 is `<unk>`). Asking SentencePiece for ids directly needs neither the string pieces
-    nor torchtext's separate vocabulary file.
+    id + 1 (SentencePiece's own 0 is `<unk>`). So neither the string pieces nor torchtext's separate vocabulary file are
+    needed.
     """
+    for piece in pieces[:count]:
+        ids.append(3 if piece == 0 else piece + 1)
+    ids.append(2)
 
-    def __init__(self, model_file: str, max_length: int) -> None:
-        super().__init__()
-        self.pieces = SentencePieceTokenizer(model_file).sp_model
-        self.max_length = max_length
-        self.vocab_size: int = self.pieces.GetPieceSize() + 1  # every id is below it
 
-    def forward(self, texts: List[str], pairs: Optional[List[str]] = None) -> List[List[int]]:  # noqa: UP006, UP045
-        """Return ids per row, at most `max_length` each; a text that is cut keeps its `</s>`.
+def row_ids(first: List[int], second: Optional[List[int]], max_length: int) -> List[int]:  # noqa: UP006, UP045
+    """Return XLM-R's ids of a row, at most `max_length`: `<s> a </s>`, or of a pair `<s> a </s></s> b </s>`.
 
-        A pair that is too long loses tokens at the end of the longer text, one at a time, and of the second where both
-        are equally long: `longest_first` of transformers' `XLMRobertaTokenizer`.
+    A text that is cut keeps its `</s>`. A pair that is too long loses tokens at the end of the longer text, one at a
+    time, and of the second where both are equally long: `longest_first` of transformers 4's `XLMRobertaTokenizer`.
+    TorchScript can compile this and `append_pieces`, for the export.
+
+    Args:
+        first, second: SentencePiece ids of the texts; None if the row has no second.
+    """
+    ids = [0]
+    room = max_length - 2
+    if second is None:
+        append_pieces(ids, first, room)
+    else:
+        room -= 2
+        kept = min(len(first), max(room - len(second), (room + 1) // 2))
+        append_pieces(ids, first, kept)
+        ids.append(2)
+        append_pieces(ids, second, room - kept)
+    return ids
+
+
+class Tokenizer:
+    """Turns texts into XLM-R's ids; several threads may use it at once."""
+
+    def __init__(self, pieces: SentencePieceProcessor, model_file: Path, max_length: int) -> None:
+        self.model_file, self.max_length = model_file, max_length
+        self._pieces = pieces
+        self.vocab_size: int = pieces.GetPieceSize() + 1  # every id is below it
+
+    def __call__(self, texts: list[str], pairs: list[str] | None = None) -> list[list[int]]:
+        """Return ids per row (see `row_ids`).
 
         Args:
             texts: one per row.
             pairs: the second text of every row; None if rows have one.
         """
-        result: List[List[int]] = []  # noqa: UP006
-        for row, text in enumerate(texts):
-            ids = [0]
-            first = self.pieces.EncodeAsIds(text)
-            room = self.max_length - 2
-            if pairs is None:
-                self._append(ids, first, room)
-            else:
-                second = self.pieces.EncodeAsIds(pairs[row])
-                room -= 2
-                kept = min(len(first), max(room - len(second), (room + 1) // 2))
-                self._append(ids, first, kept)
-                ids.append(2)
-                self._append(ids, second, room - kept)
-            result.append(ids)
-        return result
+        seconds = [None] * len(texts) if pairs is None else self._pieces.Encode(pairs)
+        return [row_ids(*both, self.max_length) for both in zip(self._pieces.Encode(texts), seconds)]
 
-    def _append(self, ids: List[int], pieces: List[int], count: int) -> None:  # noqa: UP006
-        """Append the first `count` pieces and a `</s>`."""
-        for piece in pieces[:count]:
-            ids.append(3 if piece == 0 else piece + 1)
-        ids.append(2)
-
-    def is_longer(self, text: str, pair: Optional[str] = None) -> bool:  # noqa: UP045
-        """Whether `forward` cuts this row."""
-        length = len(self.pieces.EncodeAsIds(text)) + 2
-        if pair is not None:
-            length += len(self.pieces.EncodeAsIds(pair)) + 2
-        return length > self.max_length
+    def is_longer(self, text: str, pair: str | None = None) -> bool:
+        """Whether this row is cut."""
+        return sum(len(self._pieces.Encode(part)) + 2 for part in (text, pair) if part is not None) > self.max_length
 
 
 def load_tokenizer(model_file: Path, max_length: int) -> Tokenizer:
@@ -79,8 +79,8 @@ def load_tokenizer(model_file: Path, max_length: int) -> Tokenizer:
             f"{model_file} does not exist; an encoder's folder needs its SentencePiece model under that name"
         )
     try:
-        return Tokenizer(str(model_file), max_length)
-    except RuntimeError as error:
+        return Tokenizer(SentencePieceProcessor(model_file=str(model_file), num_threads=1), model_file, max_length)
+    except (RuntimeError, OSError) as error:
         raise UserError(
             f"{model_file} is not a SentencePiece model ({str(error).splitlines()[0]}); fetch it again"
         ) from None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 
 import torch
 
+from sst2_xlmr import stack
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.data.rows import listed
@@ -39,6 +41,7 @@ def header_lines(inputs: Prepared, optimizer: AdamW, world: World, figures: Head
     masters = "bf16 with fp32 master weights" if config.precision == "bf16" else "fp32"
     compiled = "compiled" if figures.is_compiled else "not compiled: slower"
     return [
+        f"stack      {stack.description()}, Python {platform.python_version()}",
         f"encoder    {config.encoder}: {_describe_model(inputs.encoder, optimizer, figures.table_rows)}; {head}",
         f"rows       {_describe_rows(inputs.caches, config.max_length)}",
         f"batches    {_describe_batches(config, len(inputs.caches['train']), figures.total_steps)}",

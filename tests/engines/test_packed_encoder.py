@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL_ENCODER, needs_small_encoder
-from torchtext.models import RobertaModel
+from reference import torchtext_model
+from torch import nn
 
 from sst2_xlmr.data.rows import SST2_NAMES
 from sst2_xlmr.engines.cpu.kernels import Packed, load_kernels
@@ -24,10 +25,10 @@ SHAPES = [(32, 4, 3), (40, 2, 2), (128, 2, 1)]
 LENGTHS = [2, 40, 16, 3, 17, 31, 5]
 
 
-def build(shape: tuple[int, int, int], dropout: float = 0.0, head_dropout: float = 0.0) -> Classifier:
+def build(shape: tuple[int, int, int], dropout: float = 0.0, head_dropout: float = 0.0, seed: int = 0) -> Classifier:
     """In training mode; weights large enough for every part to matter. shape: hidden, heads, layers."""
     hidden, heads, layers = shape
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Classifier(
         EncoderShape(200, hidden, layers, heads, 2 * hidden + 3, 48), 2, Dropouts(dropout, dropout, head_dropout)
     )
@@ -64,7 +65,7 @@ def loss(logits: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, torch.arange(len(logits)) % 2, reduction="sum")
 
 
-def gradients(model: Classifier) -> dict[str, torch.Tensor]:
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the gradients, and forget them."""
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
@@ -101,14 +102,20 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("lengths", [LENGTHS, [16] * 3, [40], [2] * 8], ids=str)
-def test_equals_the_plain_path_and_torchtext(threads: None, shape: tuple[int, int, int], lengths: list[int]) -> None:
-    """Logits and all gradients without dropout; torchtext computes all positions of the last layer."""
+def test_equals_the_plain_path(threads: None, shape: tuple[int, int, int], lengths: list[int]) -> None:
+    """Logits and all gradients without dropout."""
     model, tokens = build(shape), batch(lengths)
-    ours = run(model, tokens, True)
-    assert_same(ours, run(model, tokens, False), 1e-5)
-    logits = RobertaModel.forward(model, tokens)
+    assert_same(run(model, tokens, True), run(model, tokens, False), 1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_torchtext(shape: tuple[int, int, int]) -> None:
+    """Which computes all positions of the last layer, and a mask."""
+    model, tokens = build(shape), batch(LENGTHS)
+    reference = torchtext_model(model).train()
+    logits = reference(tokens)
     loss(logits).backward()
-    assert_same(ours, {**gradients(model), "logits": logits.detach()}, 1e-5)
+    assert_same(run(model, tokens, True), {**gradients(reference), "logits": logits.detach()}, 1e-5)
 
 
 @needs_small_encoder
@@ -127,12 +134,19 @@ def test_is_as_exact_as_torch_on_real_weights() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bf16_is_as_exact_as_torchs(threads: None, shape: tuple[int, int, int]) -> None:
-    """Against the same weights in fp32, logits and gradients are no further off than the plain path in bf16."""
-    model, tokens = build(shape).bfloat16(), batch(LENGTHS)
-    ours, plain = run(model, tokens, True), run(model, tokens, False)
-    exact = run(model.double(), tokens, False)
-    assert_same(ours, exact, 0.2)
-    assert average_error(ours, exact) < 1.1 * average_error(plain, exact)
+    """Against the same weights in float64, logits and gradients are no further off than the plain path in bf16.
+
+    The first rounding that tips over decides much of one draw's error, so it is the mean over several.
+    """
+    errors = []
+    for seed in range(6):
+        model, tokens = build(shape, seed=seed).bfloat16(), batch(LENGTHS)
+        ours, plain = run(model, tokens, True), run(model, tokens, False)
+        exact = run(model.double(), tokens, False)
+        assert_same(ours, exact, 0.2)
+        errors.append((average_error(ours, exact), average_error(plain, exact)))
+    ours_mean, plain_mean = np.mean(errors, axis=0)
+    assert ours_mean < 1.1 * plain_mean
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -213,7 +227,7 @@ def forward_with_masks(
         x = drop(transformer.embedding_layer_norm(x), 0)
         for number, layer in enumerate(layers):
             attention = layer.self_attn
-            heads, size = attention.num_heads, attention.head_dim
+            heads, size = attention.heads, model.shape.hidden // attention.heads
             # Queries of zero weigh all keys alike; value j of every head is 1 at key j.
             zeros, ones = torch.zeros(len(rows.keys), heads * 64), torch.zeros(len(rows.keys), heads, 64)
             ones[torch.arange(n), :, torch.arange(n)] = n
@@ -233,7 +247,7 @@ def forward_with_masks(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dropout_equals_explicit_masks(shape: tuple[int, int, int]) -> None:
     """Forward and backward, at every place where dropout stands."""
-    model, tokens, keyed = build(shape, 0.2, 0.4), batch(LENGTHS), keys(len(LENGTHS))
+    model, tokens, keyed = build(shape, 0.2, 0.4, seed=1), batch(LENGTHS), keys(len(LENGTHS))
     found = []
     for forward in (
         lambda: packed(model)(tokens, dropout_keys=keyed),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_ENCODER, needs_small_encoder
-from torchtext.models import RobertaModel
+from reference import torchtext_model
 
 from sst2_xlmr.data.rows import SST2_NAMES
 from sst2_xlmr.export.hugging_face import Description, export_hugging_face
@@ -36,9 +36,11 @@ def classifier(folder: Path) -> Classifier:
 
 def check_against_torchtext(folder: Path) -> None:
     model = classifier(folder)
+    reference = torchtext_model(model)
+    assert list(model.state_dict()) == list(reference.state_dict())
     for batch in (tokens(model.shape.vocab_size), tokens(model.shape.vocab_size, padded=False)):
         with torch.no_grad():
-            torch.testing.assert_close(model(batch), RobertaModel.forward(model, batch), atol=1e-5, rtol=0)
+            torch.testing.assert_close(model(batch), reference(batch), atol=1e-5, rtol=0)
 
 
 def check_against_transformers(folder: Path, tmp_path: Path) -> None:
@@ -92,14 +94,10 @@ def test_no_mask_where_no_padding_is_the_same(tiny_encoder: Path) -> None:
 
 def test_gradients_equal_torchtexts(tiny_encoder: Path) -> None:
     """In training mode with dropout 0, all parameters get the gradient of torchtext's forward pass."""
-    ours, theirs = classifier(tiny_encoder), classifier(tiny_encoder)
-    for model, forward in ((ours, ours.forward), (theirs, lambda batch: RobertaModel.forward(theirs, batch))):
-        for module in model.train().modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        for layer in model.encoder.transformer.layers.layers:
-            layer.self_attn.dropout = 0.0
-        forward(tokens(model.shape.vocab_size)).square().sum().backward()
+    ours = classifier(tiny_encoder)
+    theirs = torchtext_model(ours)
+    for model in (ours, theirs):
+        model.train()(tokens(ours.shape.vocab_size)).square().sum().backward()
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters()):
         torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-4, msg=name)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference import torchtext_model
 from safetensors.torch import load_file, save_file
 
 from sst2_xlmr import sources
@@ -154,8 +155,8 @@ def test_token_type_is_folded_into_positions(folder: Path) -> None:
     assert torch.equal(after[:2], before[:2])
 
 
-def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -> None:
-    """torchtext's own loading code, which knows the old names of its downloads, is the reference."""
+def bundle_weights(model: Classifier) -> dict[str, torch.Tensor]:
+    """Return the encoder's weights under the old names that torchtext's downloads have."""
     old_names = {
         "self_attn.in_proj_": "attention.input_projection.",
         "self_attn.out_proj": "attention.output_projection",
@@ -164,26 +165,36 @@ def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.Mo
         "norm1": "attention_layer_norm",
         "norm2": "final_layer_norm",
     }
-    source = Classifier(SHAPE, 2)
     old = {}
-    for name, tensor in source.encoder.state_dict(prefix="encoder.").items():
+    for name, tensor in model.encoder.state_dict(prefix="encoder.").items():
         if ".layers.layers." in name:
             name = name.replace(".layers.layers.", ".layers.")
             for new, former in old_names.items():
                 name = name.replace(f".{new}", f".{former}")
         old[name] = tensor
     assert "encoder.transformer.layers.1.attention.input_projection.weight" in old
-    torch.save(old, tmp_path / "tiny.pt")
+    return old
+
+
+def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -> None:
+    source = Classifier(SHAPE, 2)
+    torch.save(bundle_weights(source), tmp_path / "tiny.pt")
     monkeypatch.setitem(BUNDLE_SHAPES, "xlmr.base", SHAPE)
     tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
     monkeypatch.setattr(sources, "fetch_bundle", lambda *_, **__: (tmp_path / "tiny.pt", tokenizer_file))
     model, head_is_new = build_classifier(find_encoder("xlmr.base"), SST2_NAMES)
     assert head_is_new
-    reference = Classifier(SHAPE, 2)
-    missing = reference.load_state_dict(old, strict=False).missing_keys
-    assert all(name.startswith("head.") for name in missing)
-    for name, tensor in reference.encoder.state_dict().items():
+    for name, tensor in source.encoder.state_dict().items():
         assert torch.equal(model.encoder.state_dict()[name], tensor), name
+
+
+def test_torchtexts_own_loading_code_takes_these_names_to_be_the_same() -> None:
+    source = Classifier(SHAPE, 2)
+    reference = torchtext_model(Classifier(SHAPE, 2))
+    missing = reference.load_state_dict(bundle_weights(source), strict=False).missing_keys
+    assert all(name.startswith("head.") for name in missing)
+    for name, tensor in source.encoder.state_dict().items():
+        assert torch.equal(reference.encoder.state_dict()[name], tensor), name
 
 
 def test_own_head_is_kept_for_the_same_labels_only(folder: Path) -> None:

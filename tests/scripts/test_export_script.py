@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, metrics, needs_small_encoder, sst2_sentences, user_error
+from reference import needs_torchtext
 from safetensors.torch import load_file
 
+from sst2_xlmr import stack
 from sst2_xlmr.config import Config
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.model_card import write_card
-from sst2_xlmr.export.torchscript import save_torchscript
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import find_encoder
 
@@ -69,6 +70,7 @@ def probabilities_of(model: Path, texts: list[str]) -> torch.Tensor:
     return predict(classifier, tokenizer(texts), 256, CPU)
 
 
+@needs_torchtext
 def test_torchscript_answers_alike_without_this_package(model: Path, tmp_path: Path) -> None:
     options = ["--model", model, "--format", "torchscript", "--output", tmp_path / "new" / "classifier.pt"]
     command: list[object] = [sys.executable, ROOT / "scripts" / "export.py", *options]
@@ -96,6 +98,7 @@ def check_alone(model: Path, file: Path, texts: list[str], scratch: Path) -> lis
     return labels
 
 
+@needs_torchtext
 @pytest.mark.slow
 @needs_small_encoder
 def test_torchscript_on_sst2(trained_small_model: Path, tmp_path: Path) -> None:
@@ -104,7 +107,10 @@ def test_torchscript_on_sst2(trained_small_model: Path, tmp_path: Path) -> None:
     assert set(labels) == {"negative", "positive"}
 
 
+@needs_torchtext
 def test_torchscript_cuts_long_texts_at_the_models_length(model: Path, tmp_path: Path) -> None:
+    from sst2_xlmr.export.torchscript import save_torchscript
+
     classifier, tokenizer, names = load_classifier(model, CPU, bf16=False)
     tokenizer.max_length = 8
     save_torchscript(classifier, tokenizer, names, tmp_path / "x.pt")
@@ -113,7 +119,10 @@ def test_torchscript_cuts_long_texts_at_the_models_length(model: Path, tmp_path:
     assert torch.equal(loaded([text])[1], loaded([text + " eleven"])[1])
 
 
+@needs_torchtext
 def test_torchscript_takes_pairs(model: Path, tmp_path: Path) -> None:
+    from sst2_xlmr.export.torchscript import save_torchscript
+
     classifier, tokenizer, names = load_classifier(model, CPU, bf16=False)
     pairs = [f"{text} again" for text in reversed(TEXTS)]
     expected = predict(classifier, tokenizer(TEXTS, pairs), 256, CPU)
@@ -144,7 +153,7 @@ def test_folder_in_bf16(model: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("form", ["hf", "torchscript"])
+@pytest.mark.parametrize("form", ["hf", pytest.param("torchscript", marks=needs_torchtext)])
 def test_what_answers_otherwise_is_removed(
     model: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +208,15 @@ def test_an_encoder_without_head_and_a_runs_folder_are_refused(
         find_encoder(str(run / "checkpoints" / "step-00000001"))
 
 
+def test_torchscript_is_refused_without_torchtext(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stack, "has_torchtext", lambda: False)
+    options = ["--model", str(model), "--format", "torchscript", "--output", str(tmp_path / "x.pt")]
+    line = user_error(lambda: export.main(options), capsys)
+    assert "--format torchscript needs torchtext under torch 2.3.1, and this is torch" in line
+
+
 def test_training_writes_a_card_without_paths(run_train: Callable[..., Path], small_data: Path, tmp_path: Path) -> None:
     shutil.copy(small_data / "dev.tsv", small_data / "other.tsv")
     options = ["--epochs", 2, "--test-file", small_data / "other.tsv"]
@@ -214,7 +232,7 @@ def test_training_writes_a_card_without_paths(run_train: Callable[..., Path], sm
         f"| other | 20 | {entries[-1]['accuracy']:.4f} |",
         "| `--lr` | 0.001 |",
         "| `--freeze-encoder` | off |",
-        "torch 2.3.1",
+        stack.versions(),
     ):
         assert text in cards["model"]
     for card in cards.values():

@@ -16,7 +16,7 @@ from torch import nn
 from sst2_xlmr.engines.cpu.kernels import Kernels, Packed, mix
 from sst2_xlmr.engines.cpu.packed_layers import SITES_PER_LAYER, Embedding, LastLayer, Layer, Settings
 from sst2_xlmr.model.classifier import Classifier
-from sst2_xlmr.model.tokenizer import PAD_ID
+from sst2_xlmr.model.roberta import PAD_ID
 
 
 def rounded_up(tokens: int) -> int:

@@ -1,0 +1,77 @@
+"""Which stack this Python has: torch with torchtext, or torch alone. No other module asks.
+
+torchtext's last release, 0.18, loads its C++ library only under torch 2.3. All that it adds is the TorchScript export,
+whose SentencePiece operator it owns; training and prediction need torch alone, from 2.3.1 on. Only version numbers are
+read, so that asking is quick and comes before anything fails with an undefined symbol.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from importlib import metadata
+
+OLDEST_PYTHON = (3, 9)
+OLDEST = {"torch": "2.3.1", "torchdata": "0.9.0"}
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return (2, 3, 1) for 2.3.1+cu121."""
+    return tuple(map(int, re.findall(r"\d+", version.split("+")[0])[:3]))
+
+
+def unusable() -> str:
+    """Return why this Python or torch cannot run the package, in one line; an empty string if it can."""
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        return f"Python {platform.python_version()} is too old: {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed"
+    for package, oldest in OLDEST.items():
+        version = _installed(package)
+        if version is None:
+            return f"{package} is not installed in {sys.prefix}: run `pip install -e .` in the project's folder"
+        if _numbers(version) < _numbers(oldest):
+            return (
+                f"{package} {version} is installed, but {oldest} or newer is needed: run `pip install -U {package}`,"
+                " or set up an environment with scripts/setup.sh"
+            )
+    torch, numpy = _installed("torch") or "", _installed("numpy") or "0"
+    if _numbers(torch)[:2] == (2, 3) and _numbers(numpy)[0] >= 2:
+        return f"torch {torch} was built for NumPy 1, and NumPy {numpy} is installed: run `pip install 'numpy<2'`"
+    return ""
+
+
+def has_torchtext() -> bool:
+    """Whether torchtext is there and loads under this torch."""
+    torchtext = _installed("torchtext")
+    return (
+        torchtext is not None
+        and _numbers(torchtext)[:2] == (0, 18)
+        and _numbers(_installed("torch") or "")[:2] == (2, 3)
+    )
+
+
+def description() -> str:
+    """Return the stack in a few words, for the header and for error messages."""
+    beside = f"with torchtext {_installed('torchtext')}" if has_torchtext() else "without torchtext"
+    return f"torch {_installed('torch')} {beside}"
+
+
+def versions() -> str:
+    """Return Python's version and those of the packages that a result may depend on."""
+    packages = [
+        "torch",
+        *(["torchtext"] if has_torchtext() else []),
+        "torchdata",
+        "numpy",
+        "safetensors",
+        "sentencepiece",
+    ]
+    python = ".".join(map(str, sys.version_info[:3]))
+    return ", ".join([f"Python {python}", *(f"{package} {_installed(package)}" for package in packages)])

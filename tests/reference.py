@@ -1,0 +1,38 @@
+"""torchtext's own `RobertaModel`, to compare with; tests that use it skip where torchtext does not load."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from sst2_xlmr import stack
+from sst2_xlmr.model.classifier import Classifier
+from sst2_xlmr.model.roberta import PAD_ID
+
+needs_torchtext = pytest.mark.skipif(not stack.has_torchtext(), reason=f"this is {stack.description()}")
+
+
+def torchtext_model(classifier: Classifier) -> nn.Module:
+    """Return the same model in torchtext's modules, with copies of the weights, in evaluation mode; no dropout."""
+    if not stack.has_torchtext():
+        pytest.skip(f"this is {stack.description()}")
+    from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, RobertaModel
+
+    shape = classifier.shape
+    conf = RobertaEncoderConf(
+        vocab_size=shape.vocab_size,
+        embedding_dim=shape.hidden,
+        ffn_dimension=shape.ffn,
+        padding_idx=PAD_ID,
+        max_seq_len=shape.positions,
+        num_attention_heads=shape.heads,
+        num_encoder_layers=shape.layers,
+        dropout=0.0,
+    )
+    head = RobertaClassificationHead(classifier.num_labels, shape.hidden, dropout=0.0, activation=nn.Tanh)
+    model = RobertaModel(conf, head)
+    for module in model.encoder.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = shape.layer_norm_eps
+    model.load_state_dict(classifier.state_dict())
+    return model.eval()
