@@ -181,7 +181,9 @@ def open_outputs(run: Run, resume: bool) -> Report:
 def header(run: Run) -> list[str]:
     """Return the lines that describe a run at its start."""
     state = run.state
-    figures = HeaderFigures(len(state.kept_ids), run.head_is_new, run.schedule.total_steps, run.computation.is_compiled)
+    figures = HeaderFigures(
+        len(state.kept_ids), run.head_is_new, run.schedule.total_steps, run.computation.why_not_compiled
+    )
     return header_lines(run.inputs, state.optimizer, run.world, figures)
 
 

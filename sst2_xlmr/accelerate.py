@@ -21,9 +21,8 @@ def accelerate(
         optimizer: of these parameters, in training; the engines may take over its steps too.
         compiles: whether the engines may be used at all.
     """
-    fast = None
-    if compiles and Path(__file__).with_name("engines").is_dir():
-        from sst2_xlmr import engines
+    if not compiles or not Path(__file__).with_name("engines").is_dir():
+        return Computation(classifier)
+    from sst2_xlmr import engines
 
-        fast = engines.accelerate(classifier, world, optimizer)
-    return fast or Computation(classifier)
+    return engines.accelerate(classifier, world, optimizer)

@@ -210,7 +210,7 @@ class TrainingRun:
         figures = rates(self.spec, "timed", seconds, training=True)
         figures.update(
             computed_tokens_per_row=figures["tokens_per_row"] * computed_per_real,
-            compiled=self.computation.is_compiled,
+            compiled=not self.computation.why_not_compiled,
             **peak_memory(self.world.device),
         )
         if phases:

@@ -13,14 +13,14 @@ from sst2_xlmr.engines.cpu.adamw import CpuEngine, share_memory
 from sst2_xlmr.engines.cpu.exchange import exchange_gradients
 from sst2_xlmr.engines.cpu.kernels import load_kernels
 from sst2_xlmr.engines.cpu.packed_encoder import PackedClassifier
-from sst2_xlmr.engines.cuda.adamw import can_compile, compiled_engine
+from sst2_xlmr.engines.cuda.adamw import compiled_engine, why_not_compiled
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.training.averaging import Computation
 from sst2_xlmr.training.optimizer import AdamW
 
 
-def accelerate(classifier: Classifier, world: World, optimizer: AdamW | None) -> Computation | None:
-    """Replace what can be computed faster on this device; None if nothing can, on any rank.
+def accelerate(classifier: Classifier, world: World, optimizer: AdamW | None) -> Computation:
+    """Replace what can be computed faster on this device; nothing, if it cannot on any rank.
 
     On a CPU that needs a C compiler, on CUDA Triton. Every rank must call this, all with the same weights.
 
@@ -31,17 +31,21 @@ def accelerate(classifier: Classifier, world: World, optimizer: AdamW | None) ->
         return _accelerate_on_cuda(classifier, world, optimizer)
     kernels = load_kernels(next(classifier.parameters()).dtype)
     if not all(gather_objects(world, kernels is not None)) or kernels is None:
-        return None
+        return Computation(classifier, why_not_compiled="no C compiler that works")
     model = PackedClassifier(classifier, kernels)
     if optimizer is not None:
         shares_memory = world.world_size > 1 and share_memory(optimizer.trained, world)
         team = world if shares_memory else World.alone(world.device)
         optimizer.engine = CpuEngine(kernels, optimizer.trained, team)
-    return Computation(model, partial(exchange_gradients, world, kernels), is_compiled=True)
+    return Computation(model, partial(exchange_gradients, world, kernels), why_not_compiled="")
 
 
-def _accelerate_on_cuda(classifier: Classifier, world: World, optimizer: AdamW | None) -> Computation | None:
-    if optimizer is None or not all(gather_objects(world, can_compile(world.device))):
-        return None
-    optimizer.engine = compiled_engine()
-    return Computation(classifier, is_compiled=True)
+def _accelerate_on_cuda(classifier: Classifier, world: World, optimizer: AdamW | None) -> Computation:
+    if optimizer is None:
+        return Computation(classifier)
+    reasons = [
+        reason for reason in gather_objects(world, why_not_compiled(world.device, optimizer.has_masters)) if reason
+    ]
+    if not reasons:
+        optimizer.engine = compiled_engine(optimizer.trained)
+    return Computation(classifier, why_not_compiled="".join(reasons[:1]))

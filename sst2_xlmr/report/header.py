@@ -25,13 +25,13 @@ class HeaderFigures:
         table_rows: of the embedding table.
         head_is_new: whether the classification head starts untrained.
         total_steps: of the run.
-        is_compiled: whether more than matrix products is compiled.
+        why_not_compiled: see `Computation`.
     """
 
     table_rows: int
     head_is_new: bool
     total_steps: int
-    is_compiled: bool
+    why_not_compiled: str
 
 
 def header_lines(inputs: Prepared, optimizer: AdamW, world: World, figures: HeaderFigures) -> list[str]:
@@ -39,7 +39,8 @@ def header_lines(inputs: Prepared, optimizer: AdamW, world: World, figures: Head
     config = inputs.config
     head = f"{'new' if figures.head_is_new else 'its own'} head for {listed(config.classes)}"
     masters = "bf16 with fp32 master weights" if config.precision == "bf16" else "fp32"
-    compiled = "compiled" if figures.is_compiled else "not compiled: slower"
+    reason = figures.why_not_compiled
+    compiled = f"not compiled: slower ({reason})" if reason else "compiled"
     return [
         f"stack      {stack.description()}, Python {platform.python_version()}",
         f"encoder    {config.encoder}: {_describe_model(inputs.encoder, optimizer, figures.table_rows)}; {head}",

@@ -24,12 +24,12 @@ class Computation:
     Attributes:
         model: gives logits; the classifier itself, or another forward pass over the same parameters.
         exchange: averages DDP's gradients; None for the backend's own all-reduce.
-        is_compiled: whether more than matrix products is compiled.
+        why_not_compiled: why nothing but torch's own operations computes; empty if something does.
     """
 
     model: nn.Module
     exchange: Exchange | None = None
-    is_compiled: bool = False
+    why_not_compiled: str = "as asked"
 
 
 def connect(computation: Computation, optimizer: AdamW, world: World) -> nn.Module:

@@ -11,15 +11,19 @@ from sst2_xlmr.files import Deferred
 
 
 def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return fp32 weights as bf16 weights, rounded to nearest, and int16 values that have the rest of their bits."""
+    """Return fp32 weights as bf16 weights, rounded to nearest, and int16 values that have the rest of their bits.
+
+    A bf16 value has the upper 16 bits of an fp32 value. They are reached through fp32 whose lower bits are zero, which
+    is exact: Triton has no way from 16-bit integers to bf16 (https://github.com/pytorch/pytorch/issues/120357).
+    """
     bits = master.view(torch.int32)
-    high = (bits + 0x8000) >> 16  # ties go away from zero, so that the rest fits into int16
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+    rounded = (bits + 0x8000).bitwise_and_(-0x10000)  # ties go away from zero, so that the rest fits into int16
+    return rounded.view(torch.float32).to(torch.bfloat16), (bits - rounded).to(torch.int16)
 
 
 def join_master(weights: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """Return the fp32 weights that `split_master` was given, bit for bit."""
-    return ((weights.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
+    return (weights.float().view(torch.int32) + low).view(torch.float32)
 
 
 @dataclass

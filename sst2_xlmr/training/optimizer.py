@@ -1,15 +1,13 @@
-"""AdamW with fp32 master weights: the mathematics, and a plain engine that carries it out.
+"""AdamW with fp32 master weights: parameter groups, clipping, and what is saved.
 
-`AdamW` has the parameter groups, masters, clipping and what is saved. Its `engine` does what touches every weight at
-every step: the gradient's norm, and the update. `TensorByTensor` does that in torch's own operations.
+Its `engine` does what touches every weight at every step, the gradient's norm and the update (see flat_engine).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,12 +16,8 @@ from torch import nn
 from sst2_xlmr.distributed import World
 from sst2_xlmr.files import Deferred
 from sst2_xlmr.model.compact_vocab import TABLE_NAME
-from sst2_xlmr.training.master_weights import Slot, TrainedSlot, join_master, split_master
-
-BETA1, BETA2 = 0.9, 0.999
-# RoBERTa's (https://arxiv.org/abs/1907.11692, table 10). With Adam's 1e-8, a weight whose gradient is only rounding
-# noise (the attention's key bias has none in exact arithmetic) would take whole steps in random directions.
-EPSILON = 1e-6
+from sst2_xlmr.training.flat_engine import BETA1, BETA2, Engine, FlatEngine, Rates
+from sst2_xlmr.training.master_weights import Slot, TrainedSlot, split_master
 
 
 def lr_scale(name: str, layers: int, decay: float) -> float:
@@ -33,111 +27,6 @@ def lr_scale(name: str, layers: int, decay: float) -> float:
     parts = name.split(".")
     depth = int(parts[parts.index("layers") + 2]) if "layers" in parts else -1
     return decay ** (layers - depth)
-
-
-class Rates(NamedTuple):
-    """What a step multiplies with, for one parameter.
-
-    Attributes:
-        update: learning rate / (1 - BETA1 ** steps).
-        decay: learning rate * weight decay.
-    """
-
-    update: float
-    decay: float
-
-
-class Engine(Protocol):
-    """What carries out a step of `AdamW` on its trained slots."""
-
-    averages: bool  # whether it reads the gradients of all processes and averages them itself
-
-    def new_accumulators(self, slots: Sequence[TrainedSlot]) -> list[torch.Tensor]:
-        """Return fp32 zeros like the slots' weights."""
-
-    def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Return the global norm of the (averaged) gradients, fp32, no dimensions."""
-
-    def update(
-        self,
-        slots: Sequence[TrainedSlot],
-        gradients: list[torch.Tensor],
-        scale: torch.Tensor,
-        rates: list[Rates],
-        root: float,
-    ) -> None:
-        """Change weights and moments.
-
-        Args:
-            gradients: bf16 or fp32, contiguous, one per slot.
-            scale: fp32, no dimensions; clips the gradients.
-            rates: one per slot.
-            root: 1 / sqrt(1 - BETA2 ** steps).
-        """
-
-
-def update_tensor(
-    gradient: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    working: torch.Tensor,
-    low: torch.Tensor | None,
-    scalars: torch.Tensor,
-) -> None:
-    """Take one AdamW step (https://arxiv.org/abs/1711.05101) for one tensor.
-
-    Args:
-        gradient: bf16 or fp32, any shape; the other tensors have the same.
-        scalars: fp32 [4]: gradient scale, lr * weight decay, lr / bias correction 1, 1 / sqrt(bias correction 2).
-    """
-    gradient = gradient.float() * scalars[0]
-    average = exp_avg * BETA1 + gradient * (1 - BETA1)
-    square = exp_avg_sq * BETA2 + gradient * gradient * (1 - BETA2)
-    master = working if low is None else join_master(working, low)
-    # Subtracted, not multiplied by 1 - lr * decay: that factor, in fp32, is often exactly 1.
-    master = master - master * scalars[1] - scalars[2] * average / (square.sqrt() * scalars[3] + EPSILON)
-    exp_avg.copy_(average)
-    exp_avg_sq.copy_(square)
-    if low is None:
-        working.copy_(master)
-    else:
-        for target, half in zip((working, low), split_master(master)):
-            target.copy_(half)
-
-
-class TensorByTensor:
-    """The plain engine: torch's operations on one tensor after the other, on any device.
-
-    Args:
-        update_tensor: the function of that name, or a compiled form of it.
-    """
-
-    averages = False
-
-    def __init__(self, update_tensor: Callable[..., None] = update_tensor) -> None:
-        self._update_tensor = update_tensor
-
-    def new_accumulators(self, slots: Sequence[TrainedSlot]) -> list[torch.Tensor]:
-        return [torch.zeros_like(slot.working.data, dtype=torch.float32) for slot in slots]
-
-    def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([gradient.float().square().sum() for gradient in gradients]).sum().sqrt()
-
-    def update(
-        self,
-        slots: Sequence[TrainedSlot],
-        gradients: list[torch.Tensor],
-        scale: torch.Tensor,
-        rates: list[Rates],
-        root: float,
-    ) -> None:
-        scalars = {}
-        for group in set(rates):
-            fixed = torch.tensor([group.decay, group.update, root]).to(scale.device, non_blocking=True)
-            scalars[group] = torch.cat([scale.view(1), fixed])
-        for slot, gradient, group in zip(slots, gradients, rates):
-            flat = [t.view(-1) for t in (gradient, slot.exp_avg, slot.exp_avg_sq, slot.working.data)]
-            self._update_tensor(*flat, None if slot.low is None else slot.low.view(-1), scalars[group])
 
 
 @dataclass(frozen=True)
@@ -162,7 +51,6 @@ class AdamW:
         slots: per parameter, in the model's order.
         trained: those that are trained.
         has_masters: whether the model's parameters are bf16, and the optimizer keeps the bits that they lack.
-        engine: carries out the steps; another one may take its place before the first.
         steps: optimizer steps taken.
         table_decay: product over all steps of what weight decay leaves of an embedding row without gradient.
     """
@@ -173,7 +61,7 @@ class AdamW:
         Args:
             max_grad_norm: the gradient's global norm is clipped to this; 0 for never.
         """
-        self.engine: Engine = TensorByTensor()
+        self._engine: Engine | None = None
         self.steps = 0
         self.table_decay = 1.0
         self.has_masters = bf16
@@ -193,10 +81,21 @@ class AdamW:
         self.trained = [slot for slot in self.slots if isinstance(slot, TrainedSlot)]
         self._is_accumulated = False  # whether the gradients lie in the accumulators
 
+    @property
+    def engine(self) -> Engine:
+        """What carries out the steps: the plain engine, unless another one has been put in its place before."""
+        if self._engine is None:
+            self._engine = FlatEngine(self.trained)
+        return self._engine
+
+    @engine.setter
+    def engine(self, engine: Engine) -> None:
+        self._engine = engine
+
     def accumulate(self) -> None:
         """Add the gradients to fp32 accumulators and clear them: bf16 sums would lose small micro-batches' bits."""
         if any(slot.accumulator is None for slot in self.trained):
-            for slot, accumulator in zip(self.trained, self.engine.new_accumulators(self.trained)):
+            for slot, accumulator in zip(self.trained, self.engine.new_accumulators()):
                 slot.accumulator = accumulator
         for slot in self.trained:
             assert slot.working.grad is not None and slot.accumulator is not None
@@ -219,7 +118,7 @@ class AdamW:
 
     @torch.no_grad()
     def gradient_norm(self) -> torch.Tensor:
-        """Return the gradient's global norm, the same on every rank; fp32, no dimensions."""
+        """Return the gradient's global norm, the same on every rank, before a step; fp32, no dimensions."""
         return self.engine.norm(self._gradients())
 
     @torch.no_grad()
@@ -228,7 +127,7 @@ class AdamW:
 
         Args:
             lr: the rate of this step, before layer-wise decay.
-            norm: the gradient's global norm.
+            norm: what `gradient_norm` has returned for these gradients.
         """
         self.steps += 1
         scale = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if self._max_grad_norm else torch.ones_like(norm)
@@ -236,7 +135,7 @@ class AdamW:
         rates = [
             Rates(lr * slot.lr_scale / correction1, lr * slot.lr_scale * slot.weight_decay) for slot in self.trained
         ]
-        self.engine.update(self.trained, self._gradients(), scale, rates, root)
+        self.engine.update(scale, rates, root)
         for slot in self.trained:
             if slot.name == TABLE_NAME:
                 self.table_decay *= 1 - lr * slot.lr_scale * slot.weight_decay

@@ -10,11 +10,12 @@ import torch
 from sst2_xlmr.distributed import World
 from sst2_xlmr.engines.cpu.adamw import CpuEngine
 from sst2_xlmr.engines.cpu.kernels import load_kernels
-from sst2_xlmr.engines.cuda.adamw import can_compile, compiled_engine
+from sst2_xlmr.engines.cuda.adamw import compiled_engine, why_not_compiled
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
+from sst2_xlmr.training.flat_engine import update_flat
 from sst2_xlmr.training.master_weights import join_master, split_master
-from sst2_xlmr.training.optimizer import AdamW, Groups, lr_scale, update_tensor
+from sst2_xlmr.training.optimizer import AdamW, Groups, lr_scale
 
 SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
 CPU = torch.device("cpu")
@@ -32,13 +33,13 @@ def model() -> Classifier:
 def build(classifier: Classifier, bf16: bool = False, how: str = "kernels", max_grad_norm: float = 0.0) -> AdamW:
     """How: "eager", "compiled" (torch.compile, as on CUDA) or "kernels"."""
     kernels = load_kernels(torch.bfloat16 if bf16 else torch.float32)
-    if (how == "kernels" and kernels is None) or (how == "compiled" and not can_compile(CPU)):
+    if (how == "kernels" and kernels is None) or (how == "compiled" and why_not_compiled(CPU, bf16)):
         pytest.skip("nothing compiles here")
     optimizer = AdamW(classifier, Groups(layers=2, weight_decay=0.1), max_grad_norm, bf16)
     if how == "kernels" and kernels is not None:
         optimizer.engine = CpuEngine(kernels, optimizer.trained, World.alone(CPU))
     elif how == "compiled":
-        optimizer.engine = compiled_engine()
+        optimizer.engine = compiled_engine(optimizer.trained)
     return optimizer
 
 
@@ -133,7 +134,7 @@ def test_a_missing_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    assert not can_compile(CPU)
+    assert why_not_compiled(CPU, bf16=True) == "torch.compile: no C++ compiler"
 
 
 def test_decay_of_rows_without_gradient_is_kept() -> None:
@@ -158,7 +159,7 @@ def test_decay_at_real_settings_adds_up() -> None:
     zero = torch.zeros(10_000)
     scalars = torch.tensor([1.0, 2e-5 * 0.01, 2e-5, 1.0])
     for _ in range(6315):
-        update_tensor(zero, zero, zero, weights, None, scalars)
+        update_flat(zero, zero, zero, weights, None, scalars)
     decay = 1 - (weights.double() / before.double()).mean()
     assert decay == pytest.approx(1 - (1 - 2e-7) ** 6315, rel=0.03)
     # Each weight's own rounding remains; one multiplication, as for compact tables, has none of it.

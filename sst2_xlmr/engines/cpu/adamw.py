@@ -13,8 +13,8 @@ from sst2_xlmr.distributed import World, shared_error
 from sst2_xlmr.engines.cpu.kernels import PARAMETER, Gradients, Kernels
 from sst2_xlmr.engines.cpu.shared_memory import Meeting, Places, aligned_bytes, shared_bytes
 from sst2_xlmr.memory import give_back_memory
+from sst2_xlmr.training.flat_engine import BETA1, BETA2, EPSILON, Rates
 from sst2_xlmr.training.master_weights import TrainedSlot
-from sst2_xlmr.training.optimizer import BETA1, BETA2, EPSILON, Rates
 
 
 def part_of(n: int, team: World) -> tuple[int, int]:
@@ -36,7 +36,7 @@ class CpuEngine:
 
     def __init__(self, kernels: Kernels, trained: Sequence[TrainedSlot], team: World) -> None:
         self.averages = team.world_size > 1
-        self._kernels, self._team, self._meeting = kernels, team, Meeting(team)
+        self._kernels, self._trained, self._team, self._meeting = kernels, trained, team, Meeting(team)
         parts = [part_of(slot.working.numel(), team) for slot in trained]
         self._starts = [start for start, _ in parts]
         # What this rank updates; gradients and rates are filled in at every step.
@@ -46,43 +46,36 @@ class CpuEngine:
             for name, tensor in tensors.items():
                 entry[name] = 0 if tensor is None else tensor.data_ptr() + start * tensor.element_size()
             entry["n"] = stop - start
+        self._gradients: list[torch.Tensor] = []
 
-    def new_accumulators(self, slots: Sequence[TrainedSlot]) -> list[torch.Tensor]:
+    def new_accumulators(self) -> list[torch.Tensor]:
         if not self.averages:
-            return [torch.zeros_like(slot.working.data, dtype=torch.float32) for slot in slots]
-        shapes = [torch.empty_like(slot.working.data, dtype=torch.float32, device="meta") for slot in slots]
+            return [torch.zeros_like(slot.working.data, dtype=torch.float32) for slot in self._trained]
+        shapes = [torch.empty_like(slot.working.data, dtype=torch.float32, device="meta") for slot in self._trained]
         memory = shared_bytes(self._team, self._team.world_size * aligned_bytes(shapes))
         if memory is None:
             raise shared_error("no memory to share for the sums of micro-batches; leave out --micro-batch-size")
         return Places(memory).take_for_ranks(self._team, shapes)
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        located = self._locate(gradients)
-        self._meeting.sum(0)  # the gradients of all are there
-        return torch.tensor(math.sqrt(self._meeting.sum(self._kernels.square_sum(self._parameters, located))))
-
-    def update(
-        self,
-        slots: Sequence[TrainedSlot],
-        gradients: list[torch.Tensor],
-        scale: torch.Tensor,
-        rates: list[Rates],
-        root: float,
-    ) -> None:
-        self._parameters["rate"] = [rate.update for rate in rates]
-        self._parameters["decay"] = [rate.decay for rate in rates]
-        located = self._locate(gradients)
-        self._kernels.adamw(self._parameters, located, float(scale), (BETA1, BETA2), EPSILON, root)
-        self._meeting.sum(0)  # all parts are updated
-
-    def _locate(self, gradients: list[torch.Tensor]) -> Gradients:
-        """Tell the kernels where the gradients of all ranks are, given this rank's."""
+        """Tell the kernels where the gradients of all ranks are, given this rank's, and return their norm."""
         size, stride = gradients[0].element_size(), aligned_bytes(gradients)
         self._parameters["grad"] = [
             gradient.data_ptr() - self._team.rank * stride + start * size
             for gradient, start in zip(gradients, self._starts)
         ]
-        return Gradients(stride, self._team.world_size, gradients[0].dtype == torch.float32)
+        self._gradients = gradients  # kept: the kernels have their addresses
+        self._located = Gradients(stride, self._team.world_size, gradients[0].dtype == torch.float32)
+        self._meeting.sum(0)  # the gradients of all are there
+        square_sum = self._meeting.sum(self._kernels.square_sum(self._parameters, self._located))
+        return torch.tensor(math.sqrt(square_sum))
+
+    def update(self, scale: torch.Tensor, rates: list[Rates], root: float) -> None:
+        self._parameters["rate"] = [rate.update for rate in rates]
+        self._parameters["decay"] = [rate.decay for rate in rates]
+        self._kernels.adamw(self._parameters, self._located, float(scale), (BETA1, BETA2), EPSILON, root)
+        self._gradients = []
+        self._meeting.sum(0)  # all parts are updated
 
 
 @torch.no_grad()

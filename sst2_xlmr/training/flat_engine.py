@@ -1,0 +1,187 @@
+"""The plain engine of `AdamW`: torch's own operations on a few long tensors, on any device.
+
+A model has some two hundred parameters, and on a GPU the number of operations decides, not their size. So parameters
+that a step treats alike lie one after another in one tensor, as do their moments: about fifteen operations update all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Callable, NamedTuple, Protocol
+
+import torch
+
+from sst2_xlmr.training.master_weights import TrainedSlot, join_master, split_master
+
+BETA1, BETA2 = 0.9, 0.999
+# RoBERTa's (https://arxiv.org/abs/1907.11692, table 10). With Adam's 1e-8, a weight whose gradient is only rounding
+# noise (the attention's key bias has none in exact arithmetic) would take whole steps in random directions.
+EPSILON = 1e-6
+
+# Elements that are updated together. On a CPU what one operation writes should be in the cache for the next; on a GPU
+# this bounds the memory for intermediate results, some 16 bytes each.
+_CPU_CHUNK, _GPU_CHUNK = 1 << 16, 1 << 27
+
+
+class Rates(NamedTuple):
+    """What a step multiplies with, for one parameter.
+
+    Attributes:
+        update: learning rate / (1 - BETA1 ** steps).
+        decay: learning rate * weight decay.
+    """
+
+    update: float
+    decay: float
+
+
+class Engine(Protocol):
+    """What carries out the steps of `AdamW` on its trained slots."""
+
+    averages: bool  # whether it reads the gradients of all processes and averages them itself
+
+    def new_accumulators(self) -> list[torch.Tensor]:
+        """Return fp32 zeros like the slots' weights."""
+
+    def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Return the global norm of the (averaged) gradients, fp32, no dimensions.
+
+        Args:
+            gradients: bf16 or fp32, contiguous, one per slot; they stay as they are until `update`.
+        """
+
+    def update(self, scale: torch.Tensor, rates: list[Rates], root: float) -> None:
+        """Change weights and moments by the gradients that `norm` was given.
+
+        Args:
+            scale: fp32, no dimensions; clips the gradients.
+            rates: one per slot.
+            root: 1 / sqrt(1 - BETA2 ** steps).
+        """
+
+
+def update_flat(
+    gradient: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    working: torch.Tensor,
+    low: torch.Tensor | None,
+    scalars: torch.Tensor,
+) -> None:
+    """Take one AdamW step (https://arxiv.org/abs/1711.05101), in as few operations as possible.
+
+    Args:
+        gradient: bf16 or fp32 [n], and so are the others; `low` as in `Slot`.
+        scalars: fp32 [4]: gradient scale, lr * weight decay, lr / bias correction 1, 1 / sqrt(bias correction 2).
+    """
+    scale, decay, rate, root = scalars.split(1)
+    gradient = gradient * scale  # fp32
+    exp_avg.lerp_(gradient, 1 - BETA1)
+    exp_avg_sq.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+    # rate * average / (sqrt(square) * root + epsilon), both sides divided by root
+    change, denominator = exp_avg * (rate / root), exp_avg_sq.sqrt().add_(EPSILON / root)
+    master = working if low is None else join_master(working, low)
+    # Subtracted, not multiplied by 1 - lr * decay: that factor, in fp32, is often exactly 1.
+    master.addcmul_(master, decay, value=-1).addcdiv_(change, denominator, value=-1)
+    if low is not None:
+        for target, half in zip((working, low), split_master(master)):
+            target.copy_(half)
+
+
+@dataclass
+class _Segment:
+    """Parameters with the same rates, one after another.
+
+    Attributes:
+        numbers: of their slots.
+        working, low, exp_avg, exp_avg_sq: [n], of which the slots' tensors are parts; see `TrainedSlot`.
+        gradient: bf16 or fp32 [n], between `norm` and `update`.
+    """
+
+    numbers: list[int]
+    working: torch.Tensor
+    low: torch.Tensor | None
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    gradient: torch.Tensor | None = None
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the tensors' values one after another, and each tensor's part of that."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return flat, [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
+
+
+def _make_segment(numbers: list[int], slots: list[TrainedSlot]) -> _Segment:
+    working, parts = _joined([slot.working.data for slot in slots])
+    for slot, part in zip(slots, parts):
+        slot.working.data = part
+    low = None
+    lows = [slot.low for slot in slots if slot.low is not None]
+    if lows:
+        low, parts = _joined(lows)
+        for slot, part in zip(slots, parts):
+            slot.low = part
+    exp_avg, parts = _joined([slot.exp_avg for slot in slots])
+    for slot, part in zip(slots, parts):
+        slot.exp_avg = part
+    exp_avg_sq, parts = _joined([slot.exp_avg_sq for slot in slots])
+    for slot, part in zip(slots, parts):
+        slot.exp_avg_sq = part
+    return _Segment(numbers, working, low, exp_avg, exp_avg_sq)
+
+
+class FlatEngine:
+    """Moves the slots' tensors into long ones and updates these.
+
+    Args:
+        trained: the slots; their tensors become parts of longer ones.
+        update: `update_flat`, or a compiled form of it.
+        chunk: how many elements to update together; None for what suits the device.
+    """
+
+    averages = False
+
+    def __init__(
+        self, trained: Sequence[TrainedSlot], update: Callable[..., None] = update_flat, chunk: int | None = None
+    ) -> None:
+        self._trained, self._update = trained, update
+        self._device = trained[0].working.device
+        self._chunk = chunk or (_CPU_CHUNK if self._device.type == "cpu" else _GPU_CHUNK)
+
+        # Tensors of odd sizes last, so that the others begin at addresses that vector instructions like.
+        by_size = sorted(range(len(trained)), key=lambda number: trained[number].working.numel() % 8 > 0)
+        segments: dict[tuple[float, float], list[int]] = {}
+        for number in by_size:
+            segments.setdefault((trained[number].lr_scale, trained[number].weight_decay), []).append(number)
+        self._segments = [_make_segment(numbers, [trained[n] for n in numbers]) for numbers in segments.values()]
+
+    def new_accumulators(self) -> list[torch.Tensor]:
+        return [torch.zeros_like(slot.working.data, dtype=torch.float32) for slot in self._trained]
+
+    def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        norms = []
+        for segment in self._segments:
+            segment.gradient = torch.cat([gradients[number].view(-1) for number in segment.numbers])
+            chunks = segment.gradient.split(self._chunk)
+            norms += [torch.linalg.vector_norm(chunk, dtype=torch.float32) for chunk in chunks]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def update(self, scale: torch.Tensor, rates: list[Rates], root: float) -> None:
+        of_segments = [rates[segment.numbers[0]] for segment in self._segments]
+        fixed = torch.tensor([[rate.decay, rate.update, root] for rate in of_segments])
+        if self._device.type == "cuda":
+            fixed = fixed.pin_memory().to(
+                self._device, non_blocking=True
+            )  # from other memory it would wait for the GPU
+        scalars = torch.cat([scale.expand(len(fixed), 1), fixed], dim=1)
+        for segment, own_scalars in zip(self._segments, scalars):
+            assert segment.gradient is not None
+            for start in range(0, len(segment.working), self._chunk):
+                part = slice(start, start + self._chunk)
+                low = None if segment.low is None else segment.low[part]
+                tensors = (segment.gradient, segment.exp_avg, segment.exp_avg_sq, segment.working)
+                self._update(*(tensor[part] for tensor in tensors), low, own_scalars)
+            segment.gradient = None
