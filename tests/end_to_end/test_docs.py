@@ -15,15 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from reference import needs_torchtext
 
-from sst2_xlmr.export.torchscript import save_torchscript
 from sst2_xlmr.model.classifier import load_classifier
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+@needs_torchtext
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_the_service_answers(tiny_encoder: Path, tmp_path: Path) -> None:
+    from sst2_xlmr.export.torchscript import save_torchscript
+
     page = (ROOT / "docs" / "from-csv-to-service.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(.+?)```", page, re.DOTALL)
     folder = Path(shutil.copytree(tiny_encoder, tmp_path / "model"))

@@ -33,9 +33,9 @@ def why_not_compiled(device: torch.device, bf16: bool) -> str:
     results = []
     try:
         for update in (update_flat, torch.compile(update_flat, dynamic=True)):
-            state = [exp_avg.clone(), exp_avg_sq.abs(), working.clone()]
-            update(gradient, *state, None if low is None else low.clone(), scalars)
-            results.append(state)
+            average, square, weights = exp_avg.clone(), exp_avg_sq.abs(), working.clone()
+            update(gradient, average, square, weights, None if low is None else low.clone(), scalars)
+            results.append((average, square, weights))
         torch.testing.assert_close(results[1], results[0])
     except Exception as error:  # of any kind: the plain engine remains
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
