@@ -7,12 +7,12 @@ that a step treats alike lie one after another in one tensor, as do their moment
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Callable, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
-from sst2_xlmr.training.master_weights import TrainedSlot, join_master, split_master
+from sst2_xlmr.training.master_weights import TrainedSlot, join_master, store_master
 
 BETA1, BETA2 = 0.9, 0.999
 # RoBERTa's (https://arxiv.org/abs/1907.11692, table 10). With Adam's 1e-8, a weight whose gradient is only rounding
@@ -73,38 +73,25 @@ def update_flat(
 
     Args:
         gradient: bf16 or fp32 [n], and so are the others; `low` as in `Slot`.
-        scalars: fp32 [4]: gradient scale, lr * weight decay, lr / bias correction 1, 1 / sqrt(bias correction 2).
+        scalars: fp32 [4]; see `scalars_of`.
     """
-    scale, decay, rate, root = scalars.split(1)
+    scale, decay, rate, epsilon = scalars.split(1)
     gradient = gradient * scale  # fp32
     exp_avg.lerp_(gradient, 1 - BETA1)
     exp_avg_sq.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-    # rate * average / (sqrt(square) * root + epsilon), both sides divided by root
-    change, denominator = exp_avg * (rate / root), exp_avg_sq.sqrt().add_(EPSILON / root)
     master = working if low is None else join_master(working, low)
     # Subtracted, not multiplied by 1 - lr * decay: that factor, in fp32, is often exactly 1.
-    master.addcmul_(master, decay, value=-1).addcdiv_(change, denominator, value=-1)
+    master.addcmul_(master, decay, value=-1).addcdiv_(exp_avg * rate, exp_avg_sq.sqrt().add_(epsilon), value=-1)
     if low is not None:
-        for target, half in zip((working, low), split_master(master)):
-            target.copy_(half)
+        store_master(master, working, low)
 
 
-@dataclass
-class _Segment:
-    """Parameters with the same rates, one after another.
+def scalars_of(rates: Rates, root: float) -> list[float]:
+    """Return the scalars of `update_flat` but for the first, the gradient's scale.
 
-    Attributes:
-        numbers: of their slots.
-        working, low, exp_avg, exp_avg_sq: [n], of which the slots' tensors are parts; see `TrainedSlot`.
-        gradient: bf16 or fp32 [n], between `norm` and `update`.
+    AdamW divides rates.update * exp_avg by sqrt(exp_avg_sq) * root + EPSILON; here both sides are divided by root.
     """
-
-    numbers: list[int]
-    working: torch.Tensor
-    low: torch.Tensor | None
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
-    gradient: torch.Tensor | None = None
+    return [rates.decay, rates.update / root, EPSILON / root]
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -114,30 +101,11 @@ def _joined(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.T
     return flat, [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
 
 
-def _make_segment(numbers: list[int], slots: list[TrainedSlot]) -> _Segment:
-    working, parts = _joined([slot.working.data for slot in slots])
-    for slot, part in zip(slots, parts):
-        slot.working.data = part
-    low = None
-    lows = [slot.low for slot in slots if slot.low is not None]
-    if lows:
-        low, parts = _joined(lows)
-        for slot, part in zip(slots, parts):
-            slot.low = part
-    exp_avg, parts = _joined([slot.exp_avg for slot in slots])
-    for slot, part in zip(slots, parts):
-        slot.exp_avg = part
-    exp_avg_sq, parts = _joined([slot.exp_avg_sq for slot in slots])
-    for slot, part in zip(slots, parts):
-        slot.exp_avg_sq = part
-    return _Segment(numbers, working, low, exp_avg, exp_avg_sq)
-
-
 class FlatEngine:
     """Moves the slots' tensors into long ones and updates these.
 
     Args:
-        trained: the slots; their tensors become parts of longer ones.
+        trained: the slots; their tensors become parts of the long ones.
         update: `update_flat`, or a compiled form of it.
         chunk: how many elements to update together; None for what suits the device.
     """
@@ -150,38 +118,54 @@ class FlatEngine:
         self._trained, self._update = trained, update
         self._device = trained[0].working.device
         self._chunk = chunk or (_CPU_CHUNK if self._device.type == "cpu" else _GPU_CHUNK)
+        # Those with the same rates side by side; tensors of odd sizes last, so that the others begin at addresses that
+        # vector instructions like.
+        groups: dict[tuple[float, float], list[int]] = {}
+        for number in sorted(range(len(trained)), key=lambda number: trained[number].working.numel() % 8 > 0):
+            groups.setdefault((trained[number].lr_scale, trained[number].weight_decay), []).append(number)
+        self._order = [number for numbers in groups.values() for number in numbers]
+        self._join([trained[number] for number in self._order])
+        self._gradient: torch.Tensor | None = None  # flat, between `norm` and `update`
+        ends = np.cumsum([sum(trained[number].working.numel() for number in numbers) for numbers in groups.values()])
+        # Of every group: one of its slots, and where it lies.
+        self._groups = [(numbers[0], end) for numbers, end in zip(groups.values(), ends.tolist())]
 
-        # Tensors of odd sizes last, so that the others begin at addresses that vector instructions like.
-        by_size = sorted(range(len(trained)), key=lambda number: trained[number].working.numel() % 8 > 0)
-        segments: dict[tuple[float, float], list[int]] = {}
-        for number in by_size:
-            segments.setdefault((trained[number].lr_scale, trained[number].weight_decay), []).append(number)
-        self._segments = [_make_segment(numbers, [trained[n] for n in numbers]) for numbers in segments.values()]
+    def _join(self, slots: list[TrainedSlot]) -> None:
+        self._working, parts = _joined([slot.working.data for slot in slots])
+        for slot, part in zip(slots, parts):
+            slot.working.data = part
+        self._exp_avg, parts = _joined([slot.exp_avg for slot in slots])
+        for slot, part in zip(slots, parts):
+            slot.exp_avg = part
+        self._exp_avg_sq, parts = _joined([slot.exp_avg_sq for slot in slots])
+        for slot, part in zip(slots, parts):
+            slot.exp_avg_sq = part
+        self._low = None
+        lows = [slot.low for slot in slots if slot.low is not None]
+        if lows:
+            self._low, parts = _joined(lows)
+            for slot, part in zip(slots, parts):
+                slot.low = part
 
     def new_accumulators(self) -> list[torch.Tensor]:
         return [torch.zeros_like(slot.working.data, dtype=torch.float32) for slot in self._trained]
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        norms = []
-        for segment in self._segments:
-            segment.gradient = torch.cat([gradients[number].view(-1) for number in segment.numbers])
-            chunks = segment.gradient.split(self._chunk)
-            norms += [torch.linalg.vector_norm(chunk, dtype=torch.float32) for chunk in chunks]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        self._gradient = torch.cat([gradients[number].view(-1) for number in self._order])
+        return torch.linalg.vector_norm(self._gradient, dtype=torch.float32)
 
     def update(self, scale: torch.Tensor, rates: list[Rates], root: float) -> None:
-        of_segments = [rates[segment.numbers[0]] for segment in self._segments]
-        fixed = torch.tensor([[rate.decay, rate.update, root] for rate in of_segments])
+        assert self._gradient is not None
+        fixed = torch.tensor([scalars_of(rates[number], root) for number, _ in self._groups])
         if self._device.type == "cuda":
-            fixed = fixed.pin_memory().to(
-                self._device, non_blocking=True
-            )  # from other memory it would wait for the GPU
+            fixed = fixed.pin_memory().to(self._device, non_blocking=True)  # other memory would wait for the GPU
         scalars = torch.cat([scale.expand(len(fixed), 1), fixed], dim=1)
-        for segment, own_scalars in zip(self._segments, scalars):
-            assert segment.gradient is not None
-            for start in range(0, len(segment.working), self._chunk):
-                part = slice(start, start + self._chunk)
-                low = None if segment.low is None else segment.low[part]
-                tensors = (segment.gradient, segment.exp_avg, segment.exp_avg_sq, segment.working)
-                self._update(*(tensor[part] for tensor in tensors), low, own_scalars)
-            segment.gradient = None
+        start = 0
+        for (_, end), own_scalars in zip(self._groups, scalars):
+            for begin in range(start, end, self._chunk):
+                part = slice(begin, min(begin + self._chunk, end))
+                flat = (self._gradient, self._exp_avg, self._exp_avg_sq, self._working)
+                low = None if self._low is None else self._low[part]
+                self._update(*(tensor[part] for tensor in flat), low, own_scalars)
+            start = end
+        self._gradient = None

@@ -10,19 +10,27 @@ from torch import nn
 from sst2_xlmr.files import Deferred
 
 
-def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return fp32 weights as bf16 weights, rounded to nearest, and int16 values that have the rest of their bits.
+def store_master(master: torch.Tensor, weights: torch.Tensor, low: torch.Tensor) -> None:
+    """Store fp32 weights as bf16 weights, rounded to nearest, and int16 values that have the rest of their bits.
 
     A bf16 value has the upper 16 bits of an fp32 value. They are reached through fp32 whose lower bits are zero, which
     is exact: Triton has no way from 16-bit integers to bf16 (https://github.com/pytorch/pytorch/issues/120357).
     """
     bits = master.view(torch.int32)
     rounded = (bits + 0x8000).bitwise_and_(-0x10000)  # ties go away from zero, so that the rest fits into int16
-    return rounded.view(torch.float32).to(torch.bfloat16), (bits - rounded).to(torch.int16)
+    weights.copy_(rounded.view(torch.float32))
+    low.copy_(bits - rounded)
+
+
+def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `store_master` stores."""
+    weights, low = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16)
+    store_master(master, weights, low)
+    return weights, low
 
 
 def join_master(weights: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 weights that `split_master` was given, bit for bit."""
+    """Return the fp32 weights that `store_master` was given, bit for bit."""
     return (weights.float().view(torch.int32) + low).view(torch.float32)
 
 
@@ -33,7 +41,7 @@ class Slot:
     Attributes:
         name: the parameter's.
         working: what the model computes with; bf16 or fp32.
-        low: int16, in bf16 what `working` lacks of the fp32 master weights (see `split_master`); None in fp32.
+        low: int16, in bf16 what `working` lacks of the fp32 master weights (see `store_master`); None in fp32.
     """
 
     name: str
@@ -48,8 +56,7 @@ class Slot:
         if self.low is None:
             self.working.data.copy_(master)
         else:
-            for target, half in zip((self.working.data, self.low), split_master(master)):
-                target.copy_(half)
+            store_master(master, self.working.data, self.low)
 
     def deferred_master(self) -> Deferred:
         """Return the fp32 weights, to be written; in bf16 they are joined some rows at a time."""

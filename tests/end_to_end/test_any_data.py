@@ -61,7 +61,7 @@ def accuracy_of_predictions(model: Path, file: Path, output: Path, truth: str, *
 
 
 def check_evaluate_and_export(model: Path, file: Path, expected: float, scratch: Path, *options: str) -> None:
-    """The scripts find the same accuracy, and the TorchScript file, where there can be one, gives predict.py's labels."""
+    """The scripts find the same accuracy; the TorchScript file, where there can be one, gives the right labels."""
     numbers, classify = scratch / "numbers.json", scratch / "classifier.pt"
     common = ["--model", str(model)]
     steps = [("evaluate.py", ["--file", f"test={file}", "--json", str(numbers), "--device", "cpu", *options])]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from sst2_xlmr.engines.cpu.kernels import PARAMETER, Gradients, Kernels, Packed, load_kernels
-from sst2_xlmr.training.flat_engine import BETA1, BETA2, EPSILON, update_flat
+from sst2_xlmr.training.flat_engine import BETA1, BETA2, EPSILON, Rates, scalars_of, update_flat
 from sst2_xlmr.training.master_weights import join_master, split_master
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -375,7 +375,7 @@ def test_adamw(kernels: Kernels, threads: int, fp32_grads: bool) -> None:
     for step in range(1, 11):
         for (grad, weights, low, mean, square), (rate, decay) in zip(runs[2], rates):
             assert grad is not None and weights is not None and mean is not None and square is not None
-            scalars = torch.tensor([0.5, decay, rate, 1 / math.sqrt(1 - BETA2**step)])
+            scalars = torch.tensor([0.5, *scalars_of(Rates(rate, decay), 1 / math.sqrt(1 - BETA2**step))])
             update_flat(grad, mean, square, weights, low, scalars)
     for ours, again, theirs in zip(*runs):
         for one, other in zip(ours[1:], again[1:]):

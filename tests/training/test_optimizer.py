@@ -13,7 +13,7 @@ from sst2_xlmr.engines.cpu.kernels import load_kernels
 from sst2_xlmr.engines.cuda.adamw import compiled_engine, why_not_compiled
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
-from sst2_xlmr.training.flat_engine import update_flat
+from sst2_xlmr.training.flat_engine import Rates, scalars_of, update_flat
 from sst2_xlmr.training.master_weights import join_master, split_master
 from sst2_xlmr.training.optimizer import AdamW, Groups, lr_scale
 
@@ -157,7 +157,7 @@ def test_decay_at_real_settings_adds_up() -> None:
     weights = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) + 0.5
     before = weights.clone()
     zero = torch.zeros(10_000)
-    scalars = torch.tensor([1.0, 2e-5 * 0.01, 2e-5, 1.0])
+    scalars = torch.tensor([1.0, *scalars_of(Rates(2e-5, 2e-5 * 0.01), 1.0)])
     for _ in range(6315):
         update_flat(zero, zero, zero, weights, None, scalars)
     decay = 1 - (weights.double() / before.double()).mean()

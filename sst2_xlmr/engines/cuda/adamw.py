@@ -29,7 +29,7 @@ def why_not_compiled(device: torch.device, bf16: bool) -> str:
     gradient, exp_avg, exp_avg_sq, master = (value.to(device) for value in values)
     working, low = split_master(master) if bf16 else (master, None)
     gradient = gradient.to(working.dtype)
-    scalars = torch.tensor([0.5, 0.001, 0.01, 1.5], device=device)
+    scalars = torch.tensor([0.5, 0.001, 0.01, 1e-6], device=device)
     results = []
     try:
         for update in (update_flat, torch.compile(update_flat, dynamic=True)):
