@@ -38,6 +38,7 @@ from sst2_xlmr.files import Finisher, digest_of
 from sst2_xlmr.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.model.classifier import Classifier, Dropouts, build_classifier, dropouts_of
 from sst2_xlmr.model.compact_vocab import renumbering, used_ids
+from sst2_xlmr.numerics import choose_precision, set_up_numerics
 from sst2_xlmr.report.event_folder import claim_event_folder
 from sst2_xlmr.report.header import HeaderFigures, header_lines
 from sst2_xlmr.report.report import Report, SilentReport, open_report, splits_during
@@ -95,9 +96,10 @@ class Outputs:
 
 def load_inputs(config: Config, world: World) -> Prepared:
     """Files -> rows -> ids. What a node would decide by its hardware or clock, rank 0 decides for all."""
-    precision = distributed.from_main(world, distributed.choose_precision(config.precision, world.device))
+    precision = distributed.from_main(world, choose_precision(config.precision, world.device))
     output_dir = distributed.from_main(world, config.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
     config = dataclasses.replace(config, precision=precision, output_dir=output_dir)
+    set_up_numerics(precision, config.deterministic, world.device)
     inputs = distributed.once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
     digests = distributed.gather_objects(world, {split: cache.digest for split, cache in inputs.caches.items()})
     if differing := [split for split in inputs.caches if len({digest.get(split) for digest in digests}) > 1]:

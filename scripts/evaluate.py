@@ -23,13 +23,14 @@ from sst2_xlmr.config import Config, named_file
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.rows import columns_of
 from sst2_xlmr.data.token_cache import tokenize_file
-from sst2_xlmr.distributed import World, choose_device, choose_precision
+from sst2_xlmr.distributed import World, choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
+from sst2_xlmr.numerics import choose_precision
 from sst2_xlmr.report.event_folder import make_event_folder
 from sst2_xlmr.report.mistakes import EvaluatedFile
 from sst2_xlmr.report.table import evaluation_table

@@ -28,12 +28,13 @@ from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, flag
 from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, is_table, kind_of, row_writer
 from sst2_xlmr.data.rows import Example, check_text, columns_of, in_chunks, listed, read_examples
-from sst2_xlmr.distributed import World, choose_device, choose_precision
+from sst2_xlmr.distributed import World, choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.files import new_file
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.numerics import choose_precision
 
 ROWS_AT_ONCE = 1024
 COLUMN_OPTIONS = ("text_column", "text_pair_column", "header")

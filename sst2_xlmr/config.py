@@ -332,9 +332,16 @@ class Config:
     precision: str = option(
         "auto",
         "machine",
-        "bf16 (fp32 master weights), fp32, or auto (bf16 where the device computes it natively)",
+        "bf16 (fp32 master weights), fp32, tf32 (CUDA: fp32 with faster, rounded products), or auto (bf16 where the"
+        " device computes it natively, else fp32)",
         metavar="NAME",
-        check=one_of("auto", "bf16", "fp32"),
+        check=one_of("auto", "bf16", "fp32", "tf32"),
+    )
+    deterministic: bool = option(
+        False,
+        "machine",
+        "on CUDA, take only kernels that give the same bits at every repetition; a CPU always does",
+        kind=bool,
     )
     compile: bool = option(
         True,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Callable, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from sst2_xlmr.errors import LostContact, UserError, own_error
 
@@ -23,6 +25,8 @@ Result = TypeVar("Result")
 _GLOO_ERROR = re.compile(
     r"gloo|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket (closed|Timeout)"
 )
+
+_POLL_S = 1e-4  # between two looks at an event; a step takes some milliseconds
 
 # Downloads and tokenization take longer than any step; the others wait for them in a group with more patience.
 PREPARATION_TIMEOUT = timedelta(hours=6)
@@ -38,6 +42,7 @@ class World:
         device: what this process computes on.
         control: gloo group for Python objects; None with one process.
         preparation: gloo group that waits for downloads; None with one process.
+        timeout_s: seconds without an answer after which another process counts as lost.
     """
 
     rank: int
@@ -47,6 +52,7 @@ class World:
     device: torch.device
     control: Any = None
     preparation: Any = None
+    timeout_s: float = math.inf
 
     @property
     def is_main(self) -> bool:
@@ -74,17 +80,6 @@ def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> 
             " start torchrun with --nproc_per_node at most that"
         )
     return torch.device("cuda", local_rank)
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """Turn `--precision` into "bf16" or "fp32": auto is bf16 where the hardware multiplies it natively."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
 def _read_environment() -> dict[str, int]:
@@ -133,13 +128,16 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
     if place["world_size"] == 1:
         yield World(**place, device=device)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(backend, timeout=timeout)
+    if device.type == "cuda":
+        # NCCL would end the process with a dump of its own; it gets a minute more, so that `wait_for_step` comes first.
+        _join("nccl", timeout + timedelta(minutes=1))
+    else:
+        _join("gloo", timeout)
     lost = False
     try:
         control, preparation = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PREPARATION_TIMEOUT))
-        yield World(**place, device=device, control=control, preparation=preparation)
+        yield World(**place, device=device, control=control, preparation=preparation, timeout_s=timeout.total_seconds())
     except UserError as error:
         lost = error.is_own  # the others still wait for this rank
         raise
@@ -155,6 +153,34 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
     finally:
         if not lost:  # it would wait for the lost process
             dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Join the process group that the environment describes.
+
+    What torchrun has started again must not find the addresses of its predecessors in torchrun's store. torch 2.3 keeps
+    them apart, 2.13 does not with static rendezvous.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own_store = dist.PrefixStore(f"attempt_{attempt}", store)
+    dist.init_process_group(backend, store=own_store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def wait_for_step(event: torch.cuda.Event, world: World) -> None:
+    """Wait until the GPU has reached an event.
+
+    A peer that hangs makes an all-reduce on the GPU wait for ever; the host would not notice before the GPU's queue is
+    full.
+
+    Raises:
+        DistError: after `world.timeout_s`; `start` then says that contact is lost.
+    """
+    deadline = time.monotonic() + world.timeout_s
+    while not event.query():
+        if time.monotonic() > deadline:
+            raise dist.DistError("the GPU still waits for it")
+        time.sleep(_POLL_S)
 
 
 def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:

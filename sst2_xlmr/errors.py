@@ -43,7 +43,7 @@ def own_error(text: str) -> UserError:
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run `main`; a `UserError` becomes one line on stderr and exit status 2, anything else keeps its traceback.
+    """Run `main`, a whole program; a `UserError` becomes one line and exit status 2, a bug keeps its traceback.
 
     Of several processes, rank 0 reports an error that all of them know. One that a node finds before the processes
     communicate (a missing folder, say) is reported by the first process of that node, and one that concerns a single
@@ -55,14 +55,30 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         if error.is_own or os.environ.get("RANK" if error.is_shared else "LOCAL_RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         if error.is_own:
-            sys.stdout.flush()
-            os._exit(2)  # an orderly exit would wait for the others, which wait for this one
+            _end_at_once(2)  # an orderly exit would wait for the others, which wait for this one
         sys.exit(2)
     except LostContact as error:
         print(f"error: rank {os.environ.get('RANK', '0')}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)  # an orderly exit would wait for the lost process again
+        _end_at_once(1)  # an orderly exit would wait for the lost process again
     except Stopped as stop:
+        _end_among_others(stop.status)
         sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(130)
+    _end_among_others(0)
+
+
+def _end_among_others(status: int) -> None:
+    """End the process at once if it is one of several; all that it has opened must be closed.
+
+    The threads of torch's gloo groups may still be freeing tensors, which needs Python. Under torch 2.13 one run in ten
+    was aborted, after its work was done, because Python was gone by then.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _end_at_once(status)
+
+
+def _end_at_once(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

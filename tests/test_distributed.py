@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import ROOT, train_options
 from running import launcher
+
+from sst2_xlmr.distributed import World, wait_for_step
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 
@@ -38,6 +44,25 @@ def test_a_broken_environment_is_one_line(
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith("error: the environment has ") and says in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+class Event:
+    """A CUDA event that is reached after some looks at it."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def query(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def test_a_step_of_the_gpu_that_does_not_end_counts_as_a_lost_peer() -> None:
+    world = dataclasses.replace(World.alone(torch.device("cuda", 0)), timeout_s=0.05)
+    event: Any = Event(3)
+    wait_for_step(event, world)
+    with pytest.raises(dist.DistError, match="the GPU still waits for it"):
+        wait_for_step(Event(10**9), world)  # type: ignore[arg-type]
 
 
 # Memory is full on one rank, in a function of train.py's.

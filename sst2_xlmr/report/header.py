@@ -38,7 +38,7 @@ def header_lines(inputs: Prepared, optimizer: AdamW, world: World, figures: Head
     """Return the header's lines."""
     config = inputs.config
     head = f"{'new' if figures.head_is_new else 'its own'} head for {listed(config.classes)}"
-    masters = "bf16 with fp32 master weights" if config.precision == "bf16" else "fp32"
+    masters = {"bf16": "bf16 with fp32 master weights", "tf32": "fp32 with tf32 products"}.get(config.precision, "fp32")
     reason = figures.why_not_compiled
     compiled = f"not compiled: slower ({reason})" if reason else "compiled"
     return [

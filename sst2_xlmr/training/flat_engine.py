@@ -21,7 +21,7 @@ EPSILON = 1e-6
 
 # Elements that are updated together. On a CPU what one operation writes should be in the cache for the next; on a GPU
 # this bounds the memory for intermediate results, some 16 bytes each.
-_CPU_CHUNK, _GPU_CHUNK = 1 << 16, 1 << 27
+_CPU_CHUNK, _GPU_CHUNK = 1 << 19, 1 << 27
 
 
 class Rates(NamedTuple):

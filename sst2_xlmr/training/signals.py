@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sst2_xlmr.distributed import World
+from sst2_xlmr.distributed import World, wait_for_step
 
 # torchrun and SLURM send SIGTERM, a terminal SIGINT; SIGUSR1 is what batch scripts ask for before a time limit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -27,6 +27,7 @@ class StopRequest:
         self._world = world
         self._votes = torch.zeros(1, dtype=torch.int32)
         self._counting: Any = None
+        self._step: torch.cuda.Event | None = None  # on the GPU's queue, at the last vote
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -49,6 +50,12 @@ class StopRequest:
         """
         if self._world.world_size == 1:
             return self.number != 0
+        if self._world.device.type == "cuda":
+            # A rank votes only once its GPU has done the step before this one, so that one that hangs does not vote.
+            if self._step is not None:
+                wait_for_step(self._step, self._world)
+            self._step = torch.cuda.Event()
+            self._step.record()
         if self._counting is not None:
             self._counting.wait()
             self._counting = None
