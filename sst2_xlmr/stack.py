@@ -14,6 +14,7 @@ from importlib import metadata
 
 OLDEST_PYTHON = (3, 9)
 OLDEST = {"torch": "2.3.1", "torchdata": "0.9.0"}
+NEEDED = ("torch", "torchdata", "numpy", "safetensors", "tqdm", "tensorboard", "protobuf", "sentencepiece")
 
 
 def _installed(package: str) -> str | None:
@@ -32,10 +33,13 @@ def unusable() -> str:
     """Return why this Python or torch cannot run the package, in one line; an empty string if it can."""
     if sys.version_info[:2] < OLDEST_PYTHON:
         return f"Python {platform.python_version()} is too old: {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed"
+    missing = [package for package in NEEDED if _installed(package) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        install = f"run `pip install -e .` in the project's folder, or `pip install {' '.join(missing)}`"
+        return f"{', '.join(missing)} {verb} not installed in {sys.prefix}: {install}"
     for package, oldest in OLDEST.items():
-        version = _installed(package)
-        if version is None:
-            return f"{package} is not installed in {sys.prefix}: run `pip install -e .` in the project's folder"
+        version = str(_installed(package))
         if _numbers(version) < _numbers(oldest):
             return (
                 f"{package} {version} is installed, but {oldest} or newer is needed: run `pip install -U {package}`,"

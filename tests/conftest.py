@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import importlib
 import json
 import os
 import socket
@@ -26,10 +26,21 @@ SAMPLE_DATA = ROOT / "sample_data"
 SMALL_ENCODER = Path(os.environ.get("SST2_XLMR_SMALL_ENCODER", ROOT / "models" / "small"))
 SST2 = Path(os.environ.get("SST2_XLMR_TEST_SST2", ROOT.parent / "shared" / "data" / "SST-2"))
 
+sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+make_tokenizer = importlib.import_module("sample_rows").make_tokenizer
+
 needs_small_encoder = pytest.mark.skipif(
     not (SMALL_ENCODER / "model.safetensors").is_file(),
     reason=f"{SMALL_ENCODER} is not there: python scripts/fetch_small_encoder.py models/small",
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,22 +49,6 @@ def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["SST2_XLMR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-
-
-def make_tokenizer(file: Path) -> int:
-    """Train a small SentencePiece model on the sample sentences; returns XLM-R's vocabulary size for it."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    lines = (SAMPLE_DATA / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line.split("\t")[0] for line in lines),
-        model_writer=trained,
-        vocab_size=500,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    file.write_bytes(trained.getvalue())
-    return sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue()).GetPieceSize() + 2
 
 
 @pytest.fixture(scope="session")

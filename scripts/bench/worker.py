@@ -215,7 +215,19 @@ class TrainingRun:
         )
         if phases:
             figures["ms_per_step"] = self.ms_per_step(epoch)
+            if self.world.device.type == "cuda":
+                figures.update(self.gpu_figures(epoch))
         return figures
+
+    def gpu_figures(self, epoch: int) -> Answer:
+        """Return how many kernels a step launches, and how busy they keep the GPU; the profiler slows the host down."""
+        steps = len(self.loaders["timed"])
+        with torch.profiler.profile() as profile:
+            seconds, _ = self.train("timed", epoch)
+        events = profile.key_averages()
+        launches = sum(event.count for event in events if re.match(r"(cuda|cu)(LaunchKernel|GraphLaunch)", event.key))
+        busy_s = sum(getattr(event, "self_device_time_total", 0) for event in events) / 1e6
+        return {"launches_per_step": launches / steps, "gpu_busy_share_profiled": busy_s / seconds}
 
     def ms_per_step(self, epoch: int) -> dict[str, float]:
         """Return milliseconds per phase of a step; looking at the clock after each slows a GPU down."""

@@ -6,6 +6,7 @@ it is: no pyplot, and settings (the user's own, too) hold for one picture only.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,11 @@ DOTS_PER_INCH = 100
 # with one of the others are asked.
 BASE_FONT = "DejaVu Sans"
 MORE_FONTS = ("Noto Sans", "WenQuanYi", "Droid Sans Fallback", "PingFang", "Hiragino Sans", "Arial Unicode")
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there; in an environment made for something else, a run goes without pictures."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str) -> bytes:

@@ -16,7 +16,7 @@ from sst2_xlmr.config import OPTIONS, Config
 from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.evaluation.metrics import share_below
 from sst2_xlmr.report.mistakes import EvaluatedFile, mistakes_table
-from sst2_xlmr.report.pictures import accuracy_picture, confusion_picture
+from sst2_xlmr.report.pictures import accuracy_picture, can_draw, confusion_picture
 
 CURVES = 10
 TABLE_TAG = "accuracy by file"
@@ -78,7 +78,8 @@ def draw_evaluation(writer: SummaryWriter, step: int, file: EvaluatedFile, evalu
     assert evaluation.probabilities is not None
     classes, labels = file.config.classes, np.asarray(file.cache.labels)
     title = f"{file.name}{_at(step)}: accuracy {evaluation.metrics['accuracy']:.4f}, {len(labels):,} rows"
-    _add_picture(writer, f"{file.name}/confusion", confusion_picture(evaluation.confusion, classes, title), step)
+    if can_draw():
+        _add_picture(writer, f"{file.name}/confusion", confusion_picture(evaluation.confusion, classes, title), step)
     for number in [1] if len(classes) == 2 else range(min(len(classes), CURVES)):
         # A curve has 127 equally spaced thresholds. Most probabilities lie near 0 and 1, where few of them are; ranks
         # are spread evenly, and give the same curve.
@@ -89,7 +90,8 @@ def draw_evaluation(writer: SummaryWriter, step: int, file: EvaluatedFile, evalu
 
 def draw_accuracy(writer: SummaryWriter, step: int, metrics_by_file: dict[str, dict[str, Any]]) -> None:
     """Write a picture of several files' accuracy."""
-    _add_picture(writer, TABLE_TAG, accuracy_picture(metrics_by_file, f"accuracy by file{_at(step)}"), step)
+    if can_draw():
+        _add_picture(writer, TABLE_TAG, accuracy_picture(metrics_by_file, f"accuracy by file{_at(step)}"), step)
 
 
 def _at(step: int) -> str:

@@ -368,3 +368,12 @@ def test_a_start_by_another_clock_is_read_in_order(run_train: RunTrain, tmp_path
     assert first.name == "events.out.tfevents.0000000000"
     assert "another-node" not in second.name
     assert steps(opened(run / "tensorboard"))["train/loss"] == list(range(1, 8))
+
+
+def test_without_matplotlib_there_are_curves_but_no_pictures(
+    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sst2_xlmr.report.tensorboard.can_draw", lambda: False)
+    tags = opened(run_train(tmp_path / "run", "--max-steps", 2) / "tensorboard").Tags()
+    assert not tags["images"]
+    assert "dev/accuracy" in tags["scalars"]

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Prove on one GPU that this project computes what it computes on a CPU, and measure how fast; under eight minutes.
+#
+#   scripts/check_gpu.sh                          # with the environment's Python, .venv/bin/python
+#   PYTHON=python3 scripts/check_gpu.sh --out gpu.json
+#   PYTHONPATH=torchdata-0.11.0-py3-none-any.whl PYTHON=python3 scripts/check_gpu.sh
+#
+# Needs torch, torchdata (a wheel in PYTHONPATH will do), numpy, safetensors, tqdm, tensorboard and sentencepiece, and no
+# network: weights are random, texts those of sample_data. Where transformers and accelerate are installed, the Trainer
+# is measured beside it. Prints a table and one line of JSON; ends with status 1 if a check fails.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-${VENV:-.venv}/bin/python}
+if ! command -v "$python" >/dev/null; then
+    echo "error: $python is not there; run scripts/setup.sh, or set PYTHON" >&2
+    exit 2
+fi
+PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} exec "$python" scripts/bench/check_gpu.py "$@"
