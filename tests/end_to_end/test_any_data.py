@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib
 import json
 import random
 import subprocess
@@ -74,6 +75,7 @@ def check_evaluate_and_export(model: Path, file: Path, expected: float, scratch:
     assert json.loads(numbers.read_text())["files"]["test"]["accuracy"] == pytest.approx(expected)
     if not stack.has_torchtext():
         return
+    importlib.import_module("torchtext")  # which owns an operator of the file
     texts = [" ".join(words) for words in WORDS.values()]
     labels, _ = torch.jit.load(classify)(texts, texts) if len(options) > 2 else torch.jit.load(classify)(texts)
     names = json.loads((model / "config.json").read_text())["id2label"].values()
