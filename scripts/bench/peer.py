@@ -117,14 +117,18 @@ def build_model(shape: dict[str, Any], config: dict[str, Any]) -> XLMRobertaForS
     )
 
 
+def grouping() -> dict[str, Any]:
+    """Return the arguments that put rows of like length into one batch."""
+    if any(
+        field.name == "train_sampling_strategy" for field in dataclasses.fields(TrainingArguments)
+    ):  # transformers 5
+        return {"train_sampling_strategy": "group_by_length"}
+    return {"group_by_length": True}
+
+
 def training_arguments(spec: dict[str, Any], configuration: str, max_steps: int) -> TrainingArguments:
     config = spec["config"]
     bf16 = config["precision"] == "bf16"
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    grouping: dict[str, Any] = {}
-    if configuration == "grouped":
-        new = "train_sampling_strategy" in known  # transformers 5
-        grouping = {"train_sampling_strategy": "group_by_length"} if new else {"group_by_length": True}
     return TrainingArguments(
         output_dir=str(Path(spec["rows_file"]).with_name("peer")),
         per_device_train_batch_size=config["batch_size"],
@@ -144,7 +148,7 @@ def training_arguments(spec: dict[str, Any], configuration: str, max_steps: int)
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        **grouping,
+        **(grouping() if configuration == "grouped" else {}),
     )
 
 
