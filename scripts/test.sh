@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up and run everything that has to be green: ruff, mypy, all quick tests. Arguments go to pytest.
+# Set up and run everything that has to be green: ruff, mypy, all quick tests, two at a time. Arguments go to pytest.
 #
 #   STACK=newest VENV=.venv-newest scripts/test.sh     # on the newest stack (see scripts/setup.sh)
 set -euo pipefail
@@ -12,4 +12,4 @@ scripts/setup.sh dev
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-"$venv/bin/python" -m pytest "$@"
+"$venv/bin/python" -m pytest -n 2 --dist worksteal "$@"

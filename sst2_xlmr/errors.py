@@ -61,14 +61,14 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         print(f"error: rank {os.environ.get('RANK', '0')}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         _end_at_once(1)  # an orderly exit would wait for the lost process again
     except Stopped as stop:
-        _end_among_others(stop.status)
+        end_among_others(stop.status)
         sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(130)
-    _end_among_others(0)
+    end_among_others(0)
 
 
-def _end_among_others(status: int) -> None:
+def end_among_others(status: int) -> None:
     """End the process at once if it is one of several; all that it has opened must be closed.
 
     The threads of torch's gloo groups may still be freeing tensors, which needs Python. Under torch 2.13 one run in ten

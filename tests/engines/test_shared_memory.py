@@ -16,6 +16,7 @@ PROGRAM = """
 import os, sys
 import torch
 from sst2_xlmr import distributed
+from sst2_xlmr.errors import end_among_others
 from sst2_xlmr.engines.cpu.shared_memory import Meeting, Places, aligned_bytes, shared_bytes
 if sys.argv[1] == "none":
     del os.memfd_create
@@ -33,7 +34,7 @@ with distributed.start("cpu", 1, 1) as world:
     memory = shared_bytes(world, world.world_size * size)
     if memory is None:
         print("none")
-        sys.exit()
+        end_among_others(0)
     places, meeting = Places(memory), Meeting(world)
     mine = places.take_for_ranks(world, like)
     assert all(not tensor.any() for tensor in mine)
@@ -48,6 +49,7 @@ with distributed.start("cpu", 1, 1) as world:
             assert found.shape == tensor.shape and found.dtype == tensor.dtype and (found == rank + 1).all()
     meeting.sum(0)
     print("seen")
+end_among_others(0)
 """
 
 
@@ -83,6 +85,7 @@ import sys, time
 import torch
 from torch import nn
 from sst2_xlmr import distributed
+from sst2_xlmr.errors import end_among_others
 from sst2_xlmr.engines.cpu.kernels import load_kernels
 from sst2_xlmr.engines.cpu.adamw import CpuEngine, share_memory
 from sst2_xlmr.training.optimizer import AdamW, Groups
@@ -150,6 +153,7 @@ with distributed.start("cpu", 1, 1) as world:
         for ours, theirs in zip(together.trained, alone.trained):
             assert all(map(torch.equal, ours.tensors(), theirs.tensors())), (step, ours.name)
     print("equal")
+end_among_others(0)
 """
 
 
