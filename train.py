@@ -110,7 +110,7 @@ def load_inputs(config: Config, world: World) -> Prepared:
 def build(inputs: Prepared, world: World) -> Run:
     """Ids -> batches; pretrained weights -> model and optimizer, at the beginning of a run."""
     config, encoder, caches = inputs.config, inputs.encoder, inputs.caches
-    loss = make_loss(config, caches["train"].labels, world.device)
+    loss = make_loss(config, inputs.train_labels, world.device)
     kept_ids = np.arange(encoder.shape.vocab_size)
     if not config.full_vocabulary:
         kept_ids = used_ids((cache.distinct_ids for cache in caches.values()), encoder.shape.vocab_size)
@@ -127,7 +127,8 @@ def build(inputs: Prepared, world: World) -> Run:
     classifier.to(world.device)
     groups = Groups(encoder.shape.layers, config.weight_decay, config.layerwise_lr_decay)
     optimizer = AdamW(classifier, groups, config.max_grad_norm, bf16=config.precision == "bf16")
-    sampler = GlobalBatchSampler(caches["train"].lengths(), config.batch_size, config.seed, world)
+    lengths = caches["train"].lengths()
+    sampler = GlobalBatchSampler(lengths, config.batch_size, config.seed, world, inputs.train_rows)
     loader = BatchLoader(caches["train"], sampler, config, world.device)
     encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
     progress = Progress(caches["train"].digest, encoder_digest, len(loader))

@@ -185,6 +185,15 @@ class Config:
         metavar="TOKENS",
         check=between(3, 100_000),
     )
+    drop_duplicates: bool = option(
+        False,
+        "data",
+        "train on the first row only of those with the same text and label, and on no text that has different labels",
+        kind=bool,
+    )
+    drop_leaks: bool = option(
+        False, "data", "do not train on rows whose text is in a file to evaluate on, too", kind=bool
+    )
     num_workers: int = option(
         0,
         "data",

@@ -137,8 +137,17 @@ class GlobalBatchSampler:
     has fetched ahead does not count as consumed.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, world: World) -> None:
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+    def __init__(
+        self, lengths: np.ndarray, batch_size: int, seed: int, world: World, rows: np.ndarray | None = None
+    ) -> None:
+        """Batch the rows of a file.
+
+        Args:
+            lengths: int [rows], tokens per row of the file.
+            rows: int [some rows], the numbers of those to train on; None for all.
+        """
+        self.lengths = lengths if rows is None else lengths[rows]
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.rank, self.world_size = world.rank, world.world_size
         self.epoch = self.batch = 0
 
@@ -148,7 +157,8 @@ class GlobalBatchSampler:
 
     def global_batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:
         """Yield the row numbers of an epoch's global batches, of all ranks together, from number `first` on."""
-        return rows_in_training_order(self.lengths, self.batch_size, self.seed, epoch, first)
+        batches = rows_in_training_order(self.lengths, self.batch_size, self.seed, epoch, first)
+        return batches if self.rows is None else (self.rows[batch] for batch in batches)
 
     def __iter__(self) -> Iterator[RankRows]:
         for rows in self.global_batches(self.epoch, self.batch):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from sst2_xlmr import sources
 from sst2_xlmr.config import Config, check, named_file
 from sst2_xlmr.data.formats import find_split, no_split, plain_name
+from sst2_xlmr.data.hygiene import find_leaks
 from sst2_xlmr.data.rows import columns_of, has_labels, read_rows
 from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
 from sst2_xlmr.errors import UserError
@@ -26,12 +29,22 @@ class Prepared:
         config: the options, with the names of the classes.
         encoder: the pretrained encoder.
         files, caches: the file and the ids of every split.
+        leaks: split -> int64 numbers of the training rows whose text it has, too; of those that have any.
+        train_rows: int64 numbers of the rows to train on; None for all.
     """
 
     config: Config
     encoder: Encoder
     files: dict[str, Path]
     caches: dict[str, TokenCache]
+    leaks: dict[str, np.ndarray] = field(default_factory=dict)
+    train_rows: np.ndarray | None = None
+
+    @property
+    def train_labels(self) -> np.ndarray:
+        """int32 [rows], of the rows to train on."""
+        labels = self.caches["train"].labels
+        return labels if self.train_rows is None else labels[self.train_rows]
 
 
 def find_files(config: Config, quiet: bool) -> dict[str, Path]:
@@ -86,4 +99,26 @@ def prepare(config: Config, quiet: bool) -> Prepared:
             f"{encoder.tokenizer_file} gives ids up to {largest_id}, but {encoder.name} has {encoder.shape.vocab_size}"
             " embedding rows; they do not belong to the same model"
         )
-    return Prepared(config, encoder, files, caches)
+    train = caches["train"]
+    leaks = {split: find_leaks(train.text_digests, cache.text_digests) for split, cache in caches.items()}
+    leaks = {split: rows for split, rows in leaks.items() if split != "train" and len(rows)}
+    return Prepared(config, encoder, files, caches, leaks, choose_rows(config, train, leaks))
+
+
+def choose_rows(config: Config, train: TokenCache, leaks: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Return the numbers of the rows to train on, int64, ascending; None for all.
+
+    Raises:
+        UserError: if none are left.
+    """
+    stays = np.ones(len(train), bool)
+    if config.drop_duplicates:
+        stays[train.repeats] = stays[train.contradictions] = False
+    if config.drop_leaks:
+        for rows in leaks.values():
+            stays[rows] = False
+    if stays.all():
+        return None
+    if not stays.any():
+        raise UserError("--drop-duplicates or --drop-leaks leaves no row to train on; leave them out")
+    return np.flatnonzero(stays)

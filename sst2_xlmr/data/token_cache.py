@@ -1,4 +1,4 @@
-"""Token cache on disk: the ids of a file's rows, computed once per content of the file."""
+"""Token cache on disk: the ids of a file's rows, and digests of their texts, computed once per content of the file."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 from sst2_xlmr.data.formats import kind_of
+from sst2_xlmr.data.hygiene import find_repeats, text_digests
 from sst2_xlmr.data.rows import Columns, Row, find_label_names, in_chunks, read_rows
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import digest_of
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 TOKENIZER_THREADS = 4  # reading and writing rows, in Python, cannot keep more of them busy
 _CHUNK_ROWS = 1000
+_DTYPES = {"offsets": np.int64, "text_digests": np.uint64, "labels": np.int32}  # int32 elsewhere
 
 
 @dataclass
@@ -38,6 +40,8 @@ class TokenCache:
         offsets: int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]].
         labels: int32 [rows].
         distinct_ids: int32 [distinct ids], the ids that occur, ascending; empty unless the cache is on disk.
+        text_digests: uint64 [rows], equal for equal texts (pairs of texts); empty unless the cache is on disk.
+        repeats, contradictions: int32 [found]; see `hygiene.find_repeats`.
         truncated: how many rows were cut to the longest length.
         digest: SHA-256 of the file, hexadecimal.
         renumbering: int32 [vocabulary], what `collate` replaces each id by (see compact_vocab); None to keep the ids.
@@ -47,6 +51,9 @@ class TokenCache:
     offsets: np.ndarray
     labels: np.ndarray
     distinct_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    text_digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    repeats: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    contradictions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     truncated: int = 0
     digest: str = ""
     renumbering: np.ndarray | None = None
@@ -165,11 +172,12 @@ def _cannot_write(cache_dir: Path, error: OSError) -> UserError:
 
 
 class Chunk(NamedTuple):
-    """Some tokenized rows; `lengths` and `labels` have one number per row, `ids` is int32 [tokens]."""
+    """Some tokenized rows; `ids` is int32 [tokens], all else has one number per row."""
 
     ids: np.ndarray
     lengths: list[int]
     labels: list[int]
+    text_digests: np.ndarray
     truncated: int
 
 
@@ -182,7 +190,8 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chun
         lengths = [len(ids) for ids in result]
         ids = np.fromiter(itertools.chain.from_iterable(result), np.int32, sum(lengths))
         full = (row for row, length in zip(rows, lengths) if length == tokenizer.max_length)
-        return Chunk(ids, lengths, list(labels), sum(tokenizer.is_longer(row.text, row.pair) for row in full))
+        truncated = sum(tokenizer.is_longer(row.text, row.pair) for row in full)
+        return Chunk(ids, lengths, list(labels), text_digests(rows), truncated)
 
     threads = min(TOKENIZER_THREADS, len(os.sched_getaffinity(0)))
     pending: deque[Future[Chunk]] = deque()
@@ -202,17 +211,23 @@ def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Column
         (folder / "ids.bin").open("wb") as ids_file,
         (folder / "offsets.bin").open("wb") as offsets_file,
         (folder / "labels.bin").open("wb") as labels_file,
+        (folder / "text_digests.bin").open("wb") as digests_file,
     ):
         offsets_file.write(np.int64(0).tobytes())
         for chunk in _tokenize_chunks(read_rows(path, columns, label_names), tokenizer):
             ids_file.write(chunk.ids.tobytes())
             offsets_file.write((tokens + np.cumsum(chunk.lengths, dtype=np.int64)).tobytes())
             labels_file.write(np.asarray(chunk.labels, np.int32).tobytes())
+            digests_file.write(chunk.text_digests.tobytes())
             occurs[chunk.ids] = True
             rows, tokens, truncated = rows + len(chunk.labels), tokens + len(chunk.ids), truncated + chunk.truncated
-    distinct_ids = np.flatnonzero(occurs).astype(np.int32)
-    (folder / "distinct_ids.bin").write_bytes(distinct_ids.tobytes())
-    counts = {"rows": rows, "tokens": tokens, "distinct_ids": len(distinct_ids), "truncated": truncated}
+    found = {"distinct_ids": np.flatnonzero(occurs)}
+    digests, labels = (np.fromfile(folder / f"{name}.bin", _DTYPES[name]) for name in ("text_digests", "labels"))
+    found["repeats"], found["contradictions"] = find_repeats(digests, labels)
+    for name, numbers in found.items():
+        (folder / f"{name}.bin").write_bytes(numbers.astype(np.int32).tobytes())
+    counts = {"rows": rows, "tokens": tokens, "truncated": truncated}
+    counts.update({name: len(numbers) for name, numbers in found.items()})
     manifest = {**counts, "sha256": {file.name: digest_of(file) for file in sorted(folder.iterdir())}}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
@@ -220,13 +235,14 @@ def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Column
 def _open_cache(folder: Path, digest: str) -> TokenCache:
     """Map a cache's files into memory; ValueError if one is not what `manifest.json` says."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    counts = {"ids": manifest["tokens"], "offsets": manifest["rows"] + 1, "labels": manifest["rows"]}
-    counts["distinct_ids"] = manifest["distinct_ids"]
+    rows = manifest["rows"]
+    counts = {"ids": manifest["tokens"], "offsets": rows + 1, "labels": rows, "text_digests": rows}
+    counts.update({name: manifest[name] for name in ("distinct_ids", "repeats", "contradictions")})
     arrays = {}
     for name, count in counts.items():
-        dtype = np.int64 if name == "offsets" else np.int32
+        dtype = _DTYPES.get(name, np.int32)
         file = folder / f"{name}.bin"
-        arrays[name] = np.memmap(file, dtype=dtype, mode="r")
+        arrays[name] = np.memmap(file, dtype=dtype, mode="r") if count else np.fromfile(file, dtype)
         if len(arrays[name]) != count or digest_of(file) != manifest["sha256"][file.name]:
             raise ValueError(f"{file} is damaged")
     return TokenCache(**arrays, truncated=manifest["truncated"], digest=digest)

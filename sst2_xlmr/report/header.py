@@ -11,9 +11,9 @@ from sst2_xlmr import stack
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.data.rows import listed
-from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.distributed import World
 from sst2_xlmr.model.encoders import Encoder
+from sst2_xlmr.report.findings import findings
 from sst2_xlmr.training.optimizer import AdamW
 
 
@@ -44,8 +44,9 @@ def header_lines(inputs: Prepared, optimizer: AdamW, world: World, figures: Head
     return [
         f"stack      {stack.description()}, Python {platform.python_version()}",
         f"encoder    {config.encoder}: {_describe_model(inputs.encoder, optimizer, figures.table_rows)}; {head}",
-        f"rows       {_describe_rows(inputs.caches, config.max_length)}",
-        f"batches    {_describe_batches(config, len(inputs.caches['train']), figures.total_steps)}",
+        f"rows       {_describe_rows(inputs)}",
+        *findings(inputs),
+        f"batches    {_describe_batches(config, len(inputs.train_labels), figures.total_steps)}",
         f"device     {_describe_device(world, optimizer)}; {masters}; {compiled}",
         f"run        {config.output_dir}",
     ]
@@ -61,11 +62,14 @@ def _describe_model(encoder: Encoder, optimizer: AdamW, table_rows: int) -> str:
     return f"{size}, {trained / 1e6:,.1f} M trained{rows}"
 
 
-def _describe_rows(caches: dict[str, TokenCache], max_length: int) -> str:
-    """Return how many rows every file has, and how many are cut."""
-    rows = ", ".join(f"{split} {len(cache):,}" for split, cache in caches.items())
-    truncated = sum(cache.truncated for cache in caches.values())
-    return rows + (f"; {truncated:,} cut to {max_length} tokens" if truncated else "")
+def _describe_rows(inputs: Prepared) -> str:
+    """Return how many rows every file has, how many are trained on, and how many are cut."""
+    counts = {split: f"{len(cache):,}" for split, cache in inputs.caches.items()}
+    if inputs.train_rows is not None:
+        counts["train"] = f"{len(inputs.train_rows):,} of {counts['train']}"
+    rows = ", ".join(f"{split} {count}" for split, count in counts.items())
+    truncated = sum(cache.truncated for cache in inputs.caches.values())
+    return rows + (f"; {truncated:,} cut to {inputs.config.max_length} tokens" if truncated else "")
 
 
 def _describe_batches(config: Config, rows: int, total_steps: int) -> str:

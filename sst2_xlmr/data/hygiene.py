@@ -1,0 +1,58 @@
+"""Rows that training had better not have: repeated ones, contradictions, texts of the files to evaluate on.
+
+Texts are compared by digests of 64 bits, kept in the token cache. Among a million different texts, two have the same
+digest with a probability of 3e-8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from sst2_xlmr.data.formats import read_fields
+from sst2_xlmr.data.rows import Row
+
+
+def text_digests(rows: Iterable[Row]) -> np.ndarray:
+    """Return uint64 [rows], equal for rows with the same text (and the same second text)."""
+    digests = [
+        hashlib.blake2b(f"{row.text}\0{row.pair or ''}".encode(), digest_size=8, usedforsecurity=False).digest()
+        for row in rows
+    ]
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
+def find_repeats(digests: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return int64 arrays of row numbers, ascending: repeats and contradictions.
+
+    A repeat has text and label of an earlier row. A contradiction is a row whose text has another label elsewhere in
+    the file; all rows of such a text are.
+
+    Args:
+        digests: uint64 [rows], of the texts.
+        labels: int [rows].
+    """
+    order = np.lexsort((labels, digests))  # stable: among equals, the earlier row comes first
+    same_text = digests[order][1:] == digests[order][:-1]
+    same_label = labels[order][1:] == labels[order][:-1]
+    repeats = order[1:][same_text & same_label]
+    text = np.concatenate([[0], np.cumsum(~same_text)]) if len(order) else order  # numbered in that order
+    contradicted = np.zeros(len(order), bool)
+    contradicted[text[1:][same_text & ~same_label]] = True
+    return np.sort(repeats), np.sort(order[contradicted[text]])
+
+
+def find_leaks(digests: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return int64 row numbers, ascending, of the texts in `digests` that are also in `others`; both uint64."""
+    known = np.unique(others)
+    places = np.searchsorted(known, digests).clip(max=len(known) - 1)
+    return np.flatnonzero(known[places] == digests)
+
+
+def line_of(path: Path, row: int, header: bool) -> int:
+    """Return the number, from 1, of the line in which a row begins; the row's number is from 0."""
+    return next(itertools.islice(read_fields(path, header), row, None)).line

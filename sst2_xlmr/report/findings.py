@@ -1,0 +1,40 @@
+"""The header's lines on rows that training had better not have."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sst2_xlmr.data.hygiene import line_of
+from sst2_xlmr.data.prepare import Prepared
+
+
+def findings(inputs: Prepared) -> list[str]:
+    """Return a line each for repeated rows, contradictory labels and leaked texts, where there are any."""
+    config, train = inputs.config, inputs.caches["train"]
+    duplicates = "dropped" if config.drop_duplicates else "--drop-duplicates leaves them out"
+    leaks = "dropped" if config.drop_leaks else "--drop-leaks leaves them out"
+    lines = []
+    if count := len(train.repeats):
+        example = _place(inputs, "train", train.repeats[0])
+        lines.append(f"repeated   {_rows(count)} text and label of an earlier one, e.g. {example}; {duplicates}")
+    if count := len(train.contradictions):
+        first = train.contradictions[0]
+        same = np.flatnonzero(train.text_digests == train.text_digests[first])
+        other = next(row for row in same if train.labels[row] != train.labels[first])
+        example = f"{_place(inputs, 'train', first)} and {_place(inputs, 'train', other)}"
+        lines.append(f"labels     {_rows(count)} a text with several labels, e.g. {example}; {duplicates}")
+    for split, rows in inputs.leaks.items():
+        there = np.flatnonzero(inputs.caches[split].text_digests == train.text_digests[rows[0]])[0]
+        example = f"{_place(inputs, 'train', rows[0])} and {_place(inputs, split, there)}"
+        lines.append(f"leaked     {_rows(len(rows))} a text of {split}, e.g. {example}; {leaks}")
+    return lines
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} training rows have" if count > 1 else "1 training row has"
+
+
+def _place(inputs: Prepared, split: str, row: int) -> str:
+    """Return a row's file and line."""
+    file = inputs.files[split]
+    return f"{file.name}:{line_of(file, int(row), inputs.config.header)}"
