@@ -19,7 +19,7 @@ import signal
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ from sst2_xlmr.data.batches import BatchLoader, GlobalBatchSampler
 from sst2_xlmr.data.prepare import Prepared, prepare
 from sst2_xlmr.distributed import World, shared_error
 from sst2_xlmr.errors import Stopped, UserError, exit_on_user_error
-from sst2_xlmr.evaluation.evaluate import Interrupted, evaluate
+from sst2_xlmr.evaluation.calibration import Calibration, calibrate
+from sst2_xlmr.evaluation.evaluate import Evaluation, Interrupted, evaluate
 from sst2_xlmr.export.hugging_face import export_run
 from sst2_xlmr.files import Finisher, digest_of
 from sst2_xlmr.memory import keep_freed_memory, memory_errors
@@ -190,27 +191,24 @@ def header(run: Run) -> list[str]:
     return header_lines(run.inputs, state.optimizer, run.world, figures)
 
 
-def evaluate_splits(
-    run: Run, outputs: Outputs, splits: list[str], keep_probabilities: bool
-) -> dict[str, dict[str, Any]]:
-    """Evaluate on some files and report what comes out, with pictures if probabilities are kept.
+def evaluate_splits(run: Run, outputs: Outputs, splits: list[str], draws: bool) -> dict[str, Evaluation]:
+    """Evaluate on some files and report what comes out, perhaps with pictures.
 
     Returns:
-        Metrics by split.
+        Evaluations by split, with probabilities on rank 0 if there are pictures or a temperature is to be fitted.
 
     Raises:
         Interrupted: if a signal came before the last was done.
     """
     caches, step = run.inputs.caches, run.state.progress.step
-    metrics, tokens = {}, run.config.eval_batch_tokens
+    evaluations, tokens, keeps = {}, run.config.eval_batch_tokens, draws or run.config.calibrate
     for split in splits:
         with memory_errors(f"start again with --eval-batch-tokens {max(1, tokens // 2)} or less"):
-            evaluation = evaluate(
-                run.computation.model, caches[split], tokens, run.world, keep_probabilities, outputs.stop.is_agreed
+            evaluations[split] = evaluate(
+                run.computation.model, caches[split], tokens, run.world, keeps, outputs.stop.is_agreed
             )
-        outputs.report.log_evaluation(step, split, evaluation, caches[split])
-        metrics[split] = evaluation.metrics
-    return metrics
+        outputs.report.log_evaluation(step, split, evaluations[split], caches[split], draws)
+    return evaluations
 
 
 def evaluate_dev(run: Run, outputs: Outputs) -> bool:
@@ -219,12 +217,16 @@ def evaluate_dev(run: Run, outputs: Outputs) -> bool:
     ends = progress.batch == 0 or progress.step == run.schedule.total_steps
     may_be_last = ends or progress.stale_evaluations + 1 == patience
     try:
-        metrics = evaluate_splits(run, outputs, splits_during(run.config), keep_probabilities=may_be_last)
+        evaluations = evaluate_splits(run, outputs, splits_during(run.config), draws=may_be_last)
     except Interrupted:
         return False
-    accuracy = metrics["dev"]["accuracy"]
+    accuracy = evaluations["dev"].metrics["accuracy"]
     is_best = accuracy > progress.best_accuracy
-    outputs.report.say_evaluation(progress.step, metrics, is_best)
+    outputs.report.say_evaluation(progress.step, evaluations, is_best)
+    if run.config.calibrate:
+        probabilities, labels = evaluations["dev"].probabilities, run.inputs.caches["dev"].labels
+        fitted = None if probabilities is None else calibrate(probabilities, labels)
+        progress.calibration = distributed.from_main(run.world, fitted)
     if is_best:
         try:
             export(run, outputs, "best")
@@ -303,7 +305,7 @@ def finish(run: Run, outputs: Outputs, stopped: bool) -> None:
         report.say(f"stopped early: {progress.stale_evaluations} evaluations without a better dev accuracy")
     if not stopped:
         try:
-            evaluate_splits(run, outputs, splits_at_end(run), keep_probabilities=True)
+            evaluate_splits(run, outputs, splits_at_end(run), draws=True)
         except Interrupted:
             stopped = True
     if not stopped:
@@ -315,6 +317,8 @@ def finish(run: Run, outputs: Outputs, stopped: bool) -> None:
         report.say(f"stopped    by {name} after step {progress.step}, and saved; continue with")
         report.say(f"           train.py --resume --output-dir {run.folder}")
         raise Stopped(outputs.stop.number)
+    if progress.calibration:
+        report.say(f"calibrated {Calibration(*progress.calibration)}")
     best = f"dev accuracy {progress.best_accuracy:.4f} at step {progress.best_step}"
     report.say(f"best       {best}: {run.folder / 'best'}")
     report.say(f"model      after step {progress.step}: {run.folder / 'model'}")

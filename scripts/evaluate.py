@@ -2,12 +2,14 @@
 
     python scripts/evaluate.py --model runs/NAME/model --file fr=fr.tsv --file de=de.tsv
     python scripts/evaluate.py --model runs/NAME/model --file sample_data/test.*.tsv --json table.json
+    python scripts/evaluate.py --model runs/NAME/model --calibrate dev.tsv --output models/calibrated
 
 Files are labelled as for training (see docs/data.md); a file without NAME= goes by its own name.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -25,11 +27,14 @@ from sst2_xlmr.data.rows import columns_of
 from sst2_xlmr.data.token_cache import tokenize_file
 from sst2_xlmr.distributed import World, choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
+from sst2_xlmr.evaluation.calibration import Calibration, calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
+from sst2_xlmr.export.hugging_face import CARD_NAME, Description, export_hugging_face, with_temperature
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import load_classifier
-from sst2_xlmr.model.encoders import TOKENIZER_NAME
+from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
+from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.numerics import choose_precision
 from sst2_xlmr.report.event_folder import make_event_folder
 from sst2_xlmr.report.mistakes import EvaluatedFile
@@ -109,23 +114,53 @@ def write_events(folder: Path, evaluations: dict[str, Evaluation], files: dict[s
         raise UserError(f"cannot write to --tensorboard {folder}: {error.strerror}") from None
 
 
+def check_arguments(arguments: argparse.Namespace) -> None:
+    if (arguments.calibrate is None) != (arguments.output is None):
+        raise UserError("--calibrate FILE and --output DIR belong together")
+    if bool(arguments.calibrate) == bool(arguments.file):
+        raise UserError("give either --file [NAME=]FILE to evaluate on, or --calibrate FILE --output DIR")
+    if arguments.calibrate and (arguments.json or arguments.tensorboard):
+        raise UserError("--json and --tensorboard are for --file; leave them out with --calibrate")
+    if arguments.output and os.path.lexists(arguments.output):
+        raise UserError(f"--output {arguments.output} is there already; choose another name")
+
+
+def write_calibrated(source: Path, output: Path, calibration: Calibration) -> None:
+    """Write a model folder like `source` that gives calibrated probabilities, and say so in its card."""
+    encoder = find_encoder(str(source))
+    assert encoder.label_names is not None
+    card = source / CARD_NAME
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text += f"\nThe probabilities are calibrated: {calibration}.\n" if text else ""
+    described = Description(
+        encoder.shape, encoder.label_names, encoder.max_length, encoder.tokenizer_file, encoder.dropouts, text
+    )
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    export_hugging_face(output, with_temperature(load_tensors(encoder), calibration.temperature), described)
+
+
 def main() -> None:
     parser = OneLineParser(description="Evaluate a trained model on labelled files.", allow_abbrev=False)
     add_model_options(parser)
     parser.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="fit a temperature on these rows, and write --output"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the new folder of the calibrated model")
+    parser.add_argument(
         "--file",
-        required=True,
+        default=[],
         nargs="+",
         action="extend",
         metavar="[NAME=]FILE",
-        help=f"labelled rows: {either(KINDS)}, perhaps with .gz; may be repeated",
+        help=f"labelled rows to evaluate on: {either(KINDS)}, perhaps with .gz; may be repeated",
     )
     for name in COLUMN_OPTIONS:
         add_option(parser, name)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write scalars and pictures there")
     arguments = parser.parse_args()
-    files = name_files(arguments.file)
+    check_arguments(arguments)
+    files = name_files(arguments.file or [f"dev={arguments.calibrate}"])
     check_outputs(arguments.json, arguments.tensorboard)
     keep_freed_memory()
     device = choose_device(arguments.device)
@@ -143,11 +178,18 @@ def main() -> None:
     }
     world = World.alone(device)
     computed = accelerate(model, world).model
-    keep_probabilities = arguments.tensorboard is not None
+    keep_probabilities = bool(arguments.tensorboard or arguments.calibrate)
     evaluations = {
         name: evaluate(computed, cache, arguments.batch_tokens, world, keep_probabilities)
         for name, cache in caches.items()
     }
+    if arguments.calibrate:
+        probabilities = evaluations["dev"].probabilities
+        assert probabilities is not None
+        calibration = calibrate(probabilities, caches["dev"].labels)
+        write_calibrated(arguments.model, arguments.output, calibration)
+        print(f"{arguments.output}: {calibration}")
+        return
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
     if arguments.json:
         parts = {name: as_json(files[name], evaluation, label_names) for name, evaluation in evaluations.items()}

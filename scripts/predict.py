@@ -39,8 +39,19 @@ from sst2_xlmr.numerics import choose_precision
 ROWS_AT_ONCE = 1024
 COLUMN_OPTIONS = ("text_column", "text_pair_column", "header")
 GLUE_NUMBERS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
-# Takes a row, the number of its most probable class, and the probabilities of all.
-Writer = Callable[[Example, int, Sequence[float]], object]
+NO_ANSWER = "?"
+# Takes a row, its label, and the probabilities of all classes.
+Writer = Callable[[Example, str, Sequence[float]], object]
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a probability from 0 to 1")
+    return value
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -56,6 +67,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--output", type=Path, metavar="FILE", help=f"write a {either(KINDS)} file, perhaps with .gz, instead"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.add_argument(
+        "--abstain-below",
+        type=_probability,
+        default=0.0,
+        metavar="P",
+        help=f"answer {NO_ANSWER} instead of a label whose probability is lower",
+    )
     parser.add_argument("--all-probabilities", action="store_true", help="also those of the other classes")
     parser.add_argument("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
@@ -65,6 +83,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in COLUMN_OPTIONS:
         if not arguments.input and name in arguments:
             raise UserError(f"{flag(name)} needs --input, whose columns it names")
+    if arguments.glue_submission and arguments.abstain_below:
+        raise UserError("--glue-submission takes a label for every row; leave out --abstain-below")
     if arguments.glue_submission and not arguments.input:
         raise UserError("--glue-submission needs --input, the test.tsv of SST-2")
     if arguments.output:
@@ -112,15 +132,15 @@ def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
     return itertools.chain([next(rows)], rows)
 
 
-def write_lines(label_names: list[str], all_probabilities: bool) -> Writer:
+def write_lines(all_probabilities: bool) -> Writer:
     """Return a writer of lines on standard output, where tabs and line ends in a text become spaces."""
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     write = row_writer(sys.stdout, ".tsv")
 
-    def add(row: Example, best: int, probabilities: Sequence[float]) -> None:
-        shown = [probabilities[best], *(probabilities if all_probabilities else ())]
+    def add(row: Example, label: str, probabilities: Sequence[float]) -> None:
+        shown = [max(probabilities), *(probabilities if all_probabilities else ())]
         texts = [row.text] if row.pair is None else [row.text, row.pair]
-        write((), [label_names[best], *(f"{probability:.4f}" for probability in shown), *texts])
+        write((), [label, *(f"{probability:.4f}" for probability in shown), *texts])
 
     return add
 
@@ -140,15 +160,15 @@ class RowsWriter:
         self.last: list[str] = []  # and of the last one's
         self.new: list[str] = []
 
-    def __call__(self, row: Example, best: int, probabilities: Sequence[float]) -> None:
+    def __call__(self, row: Example, label: str, probabilities: Sequence[float]) -> None:
         names, cells = row.fields.names, row.fields.cells
         if names is not self.last:
             self._name_columns(row)
         if self.is_table and names != self.first:
             cells = [cells[names.index(name)] for name in self.first]
-        shown = [probabilities[best], *(probabilities if self.all_probabilities else ())]
+        shown = [max(probabilities), *(probabilities if self.all_probabilities else ())]
         rounded = [round(probability, 6) for probability in shown]
-        self.write([*names, *self.new], [*cells, self.label_names[best], *rounded])
+        self.write([*names, *self.new], [*cells, label, *rounded])
 
     def _name_columns(self, row: Example) -> None:
         """Name the new columns of the first row, or, in JSONL, of a row whose keys differ from the last one's."""
@@ -176,8 +196,8 @@ class RowsWriter:
 
 def write_submission(file: TextIO, label_names: list[str]) -> Writer:
     """Return a writer of the GLUE server's format: index, tab, 0 or 1."""
-    numbers = [GLUE_NUMBERS.get(name) for name in label_names]
-    if len(numbers) != 2 or set(numbers) != {0, 1}:
+    numbers = {name: GLUE_NUMBERS.get(name) for name in label_names}
+    if len(numbers) != 2 or set(numbers.values()) != {0, 1}:
         raise UserError(
             f"--glue-submission: the model's classes are {listed(label_names)}, those of SST-2 negative and positive"
         )
@@ -185,9 +205,9 @@ def write_submission(file: TextIO, label_names: list[str]) -> Writer:
     write((), ["index", "prediction"])
     count = itertools.count()
 
-    def add(row: Example, best: int, probabilities: Sequence[float]) -> None:
+    def add(row: Example, label: str, probabilities: Sequence[float]) -> None:
         number, names = next(count), row.fields.names
-        write((), [row.fields.cells[names.index("index")] if "index" in names else number, numbers[best]])
+        write((), [row.fields.cells[names.index("index")] if "index" in names else number, numbers[label]])
 
     return add
 
@@ -205,7 +225,7 @@ def classify(arguments: argparse.Namespace, rows: Iterator[Example], files: list
             writers.append(RowsWriter(file, path, header, label_names, arguments.all_probabilities))
         else:
             writers.append(write_submission(file, label_names))
-    writers = writers or [write_lines(label_names, arguments.all_probabilities)]
+    writers = writers or [write_lines(arguments.all_probabilities)]
     with tqdm(unit=" rows", disable=not (files and sys.stderr.isatty()), dynamic_ncols=True) as bar:
         for chunk in in_chunks(rows, ROWS_AT_ONCE):
             pairs = None if chunk[0].pair is None else [row.pair or "" for row in chunk]
@@ -213,8 +233,9 @@ def classify(arguments: argparse.Namespace, rows: Iterator[Example], files: list
                 model, tokenizer([row.text for row in chunk], pairs), arguments.batch_tokens, device
             )
             for row, best, of_row in zip(chunk, probabilities.argmax(1).tolist(), probabilities.tolist()):
+                label = label_names[best] if of_row[best] >= arguments.abstain_below else NO_ANSWER
                 for write in writers:
-                    write(row, best, of_row)
+                    write(row, label, of_row)
             sys.stdout.flush()
             bar.update(len(chunk))
 

@@ -321,6 +321,12 @@ class Config:
         metavar="balanced|W0,W1,...",
         check=_check_class_weights,
     )
+    calibrate: bool = option(
+        False,
+        "training",
+        "calibrate the probabilities of the written model: divide its logits by a temperature fitted on dev",
+        kind=bool,
+    )
     seed: int = option(
         0,
         "training",

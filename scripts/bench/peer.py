@@ -50,6 +50,7 @@ from transformers import (
 )
 
 PAD_ID = 1
+ARGUMENTS = {field.name for field in dataclasses.fields(TrainingArguments)}
 Row = dict[str, Any]
 
 

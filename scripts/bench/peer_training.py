@@ -16,8 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer import Collator, Rows, grouping
+from peer import ARGUMENTS, Collator, Rows, grouping
 from transformers import Trainer, TrainerCallback, TrainingArguments, XLMRobertaForSequenceClassification
+
+
+def warmup(ratio: float) -> dict[str, Any]:
+    return {"warmup_ratio": ratio} if "warmup_ratio" in ARGUMENTS else {"warmup_steps": ratio}  # transformers 5
 
 
 def build_trainer(order: dict[str, Any]) -> Trainer:
@@ -37,7 +41,6 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
         num_train_epochs=order["epochs"],
         learning_rate=order["lr"],
         lr_scheduler_type="linear",
-        warmup_ratio=order["warmup_ratio"],
         weight_decay=order["weight_decay"],
         max_grad_norm=order["max_grad_norm"],
         adam_epsilon=1e-6,
@@ -52,6 +55,7 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
         disable_tqdm=True,
         remove_unused_columns=False,
         **grouping(),
+        **warmup(order["warmup_ratio"]),
     )
     return Trainer(model, arguments, train_dataset=Rows(order["rows_file"], "train"), data_collator=Collator(0))
 

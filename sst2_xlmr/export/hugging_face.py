@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 
+import torch
+
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.export.model_card import last_evaluations, write_card
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
-from sst2_xlmr.files import Finisher, Storable, disk_errors, replace_folder, sync_files, write_tensors
+from sst2_xlmr.files import Deferred, Finisher, Storable, disk_errors, replace_folder, sync_files, write_tensors
 from sst2_xlmr.model.classifier import dropouts_of
 from sst2_xlmr.model.compact_vocab import TABLE_NAME, expand_table
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderShape
@@ -110,6 +112,19 @@ def export_hugging_face(
     finish(put_in_place)
 
 
+def with_temperature(masters: Mapping[str, Storable], temperature: float) -> dict[str, Storable]:
+    """Return the weights with the head's last layer divided by a temperature (see evaluation/calibration)."""
+
+    def divided(tensor: Storable) -> Storable:
+        if isinstance(tensor, torch.Tensor):
+            return tensor / temperature
+        rows = tensor.rows
+        return Deferred(tensor.shape, tensor.dtype, lambda start, stop: rows(start, stop) / temperature)
+
+    names = ("head.out_proj.weight", "head.out_proj.bias")
+    return {**masters, **{name: divided(masters[name]) for name in names}}
+
+
 def export_run(folder: Path, inputs: Prepared, state: RunState, finisher: Finisher) -> None:
     """Write a run's weights as they are now, with the whole vocabulary and a model card; on rank 0.
 
@@ -124,6 +139,8 @@ def export_run(folder: Path, inputs: Prepared, state: RunState, finisher: Finish
         rows = state.optimizer.masters()[TABLE_NAME]
         pretrained, decay = pretrained_table(encoder), state.optimizer.table_decay
         masters[TABLE_NAME] = expand_table(pretrained, state.kept_ids, rows, decay)
+    if state.progress.calibration:
+        masters = with_temperature(masters, state.progress.calibration[0])
     row_counts = {split: len(cache) for split, cache in inputs.caches.items()}
     evaluations = last_evaluations(folder.parent / "metrics.jsonl", step)
     described = Description(
@@ -136,6 +153,6 @@ def export_run(folder: Path, inputs: Prepared, state: RunState, finisher: Finish
             "attention_probs_dropout_prob": dropouts.attention,
             "classifier_dropout": dropouts.head,
         },
-        write_card(config, config.classes, row_counts, evaluations, step),
+        write_card(config, config.classes, row_counts, evaluations, state.progress),
     )
     export_hugging_face(folder, masters, described, finisher.submit)

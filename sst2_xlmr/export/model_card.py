@@ -8,6 +8,7 @@ from typing import Any
 
 from sst2_xlmr import stack
 from sst2_xlmr.config import OPTIONS, Config, flag, named_file, shown
+from sst2_xlmr.training.progress import Progress
 from sst2_xlmr.training.run_folder import read_metrics
 
 _HUB_NAMES = {"xlmr.base": "FacebookAI/xlm-roberta-base", "xlmr.large": "FacebookAI/xlm-roberta-large"}
@@ -33,7 +34,7 @@ def write_card(
     label_names: list[str],
     rows: Mapping[str, int],
     evaluations: Iterable[Mapping[str, Any]],
-    step: int,
+    progress: Progress,
 ) -> str:
     """Return the card's text, Markdown with the header that the Hugging Face Hub reads.
 
@@ -42,8 +43,9 @@ def write_card(
         label_names: the classes 0, 1, ...
         rows: rows of every file that the run read, by its name ("train", "dev", ...).
         evaluations: of these weights, with at least split, rows, accuracy, macro_f1 and loss.
-        step: number of steps that the weights were trained for.
+        progress: of the run, whose weights these are.
     """
+    step = progress.step
     encoder = _HUB_NAMES.get(config.encoder, Path(config.encoder).name)
     base = [f"base_model: {encoder}"] if config.encoder in _HUB_NAMES else []
     files = [Path(config.data_dir).name] if config.data_dir else []
@@ -78,6 +80,7 @@ def write_card(
         "",
         *_table(("file", "rows", "accuracy", "macro F1", "loss"), results),
         "",
+        *_calibration(progress),
         "## Settings",
         "",
         *_table(("option", "value"), _settings(config)),
@@ -87,6 +90,18 @@ def write_card(
         stack.versions(),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _calibration(progress: Progress) -> list[str]:
+    if not progress.calibration:
+        return []
+    temperature, before, after = progress.calibration
+    return [
+        f"The probabilities are calibrated: the last layer is divided by a temperature of {temperature:.3f}, fitted on"
+        f" dev, where it takes the expected calibration error from {before:.4f} to {after:.4f}. Losses above are"
+        " without it.",
+        "",
+    ]
 
 
 def _classes(names: list[str]) -> str:

@@ -85,23 +85,24 @@ class Report:
             f"lr {entry['lr']:.2e}  {entry['samples_per_s']:.1f} samples/s  {_clock(left_s)} left"
         )
 
-    def log_evaluation(self, step: int, split: str, evaluation: Evaluation, cache: TokenCache) -> None:
-        """Write a line of evaluation metrics, and pictures if the evaluation kept probabilities.
+    def log_evaluation(self, step: int, split: str, evaluation: Evaluation, cache: TokenCache, draws: bool) -> None:
+        """Write a line of evaluation metrics.
 
         Args:
             cache: of the evaluated file.
+            draws: whether to draw pictures, too, for which the evaluation must have kept probabilities.
         """
-        if evaluation.probabilities is not None:
+        if draws:
             file = EvaluatedFile(split, self._files[split], cache, self._config)
             with self._disk_errors():
                 draw_evaluation(self._events, step, file, evaluation)
         scalars = {f"{split}/{key}": evaluation.metrics[key] for key in SCALARS}
         self._write({"step": step, "split": split, **evaluation.metrics}, scalars)
 
-    def say_evaluation(self, step: int, metrics_by_split: dict[str, dict[str, Any]], is_best: bool) -> None:
+    def say_evaluation(self, step: int, evaluations: dict[str, Evaluation], is_best: bool) -> None:
         """Print a line on dev, and one with the accuracy on all other files."""
-        dev = metrics_by_split["dev"]
-        others = {split: metrics for split, metrics in metrics_by_split.items() if split != "dev"}
+        dev = evaluations["dev"].metrics
+        others = {split: evaluation.metrics for split, evaluation in evaluations.items() if split != "dev"}
         self.say(
             f"step {step:>6}  dev: accuracy {dev['accuracy']:.4f}  macro F1 {dev['macro_f1']:.4f}  "
             f"loss {dev['loss']:.4f}  {dev['rows']:,} rows{'  (best so far)' if is_best else ''}"
@@ -168,9 +169,9 @@ class SilentReport:
 
     def log_training(self, entry: dict[str, Any]) -> None: ...
 
-    def log_evaluation(self, step: int, split: str, evaluation: Evaluation, cache: TokenCache) -> None: ...
+    def log_evaluation(self, step: int, split: str, evaluation: Evaluation, cache: TokenCache, draws: bool) -> None: ...
 
-    def say_evaluation(self, step: int, metrics_by_split: dict[str, dict[str, Any]], is_best: bool) -> None: ...
+    def say_evaluation(self, step: int, evaluations: dict[str, Evaluation], is_best: bool) -> None: ...
 
     def log_checkpoint(self, step: int, saved: tuple[int, float] | None) -> None: ...
 

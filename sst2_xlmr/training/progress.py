@@ -29,6 +29,7 @@ class Progress:
         evaluation_due: whether the run was stopped before this step's evaluation was done.
         skipped: batches passed over because their gradient was not finite.
         skipped_in_row: those among them that were the most recent batches.
+        calibration: temperature fitted at the last evaluation on dev, with ECE before and after; None if not asked for.
     """
 
     train_digest: str
@@ -43,6 +44,7 @@ class Progress:
     evaluation_due: bool = False
     skipped: int = 0
     skipped_in_row: int = 0
+    calibration: tuple[float, float, float] | None = None
 
     @property
     def epochs(self) -> float:

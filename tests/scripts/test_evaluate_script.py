@@ -109,7 +109,7 @@ def test_a_reader_that_stops_is_no_error(run: Path, tmp_path: Path) -> None:
     ("options", "says"),
     [
         (lambda run, tmp: ["--file", DE], "required: --model"),
-        (lambda run, tmp: ["--model", run / "model"], "required: --file"),
+        (lambda run, tmp: ["--model", run / "model"], "give either --file"),
         (lambda run, tmp: ["--model", "no/such", "--file", DE], "no/such: neither"),
         (lambda run, tmp: ["--model", run / "model", "--file", "no.tsv"], "--file no.tsv is not a file"),
         (lambda run, tmp: ["--model", run / "model", "--file", "de=no.tsv"], "--file no.tsv is not a file"),

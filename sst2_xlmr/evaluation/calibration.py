@@ -1,0 +1,67 @@
+"""Temperature scaling: one number that makes probabilities mean what they say (Guo et al. 2017).
+
+https://arxiv.org/abs/1706.04599. Logits are divided by a temperature that minimizes the cross-entropy on labelled rows
+which the model was not trained on. No prediction changes. Logits come from a linear layer, so dividing its weights and
+bias does the same, and whoever opens the model need not know.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sst2_xlmr.evaluation.metrics import calibration_sums, expected_calibration_error
+
+# Beyond these, the rows are too few or too easy to tell.
+LOWEST, HIGHEST = 0.25, 20.0
+_SMALLEST = 1e-30  # a probability that fp32 rounded to 0
+_STEPS = 60
+
+
+class Calibration(NamedTuple):
+    """A fitted temperature, and the expected calibration error on the rows it was fitted to, before and after."""
+
+    temperature: float = 1.0
+    ece_before: float = 0.0
+    ece_after: float = 0.0
+
+    def __str__(self) -> str:
+        errors = f"ECE on dev {self.ece_before:.4f} before, {self.ece_after:.4f} with it"
+        return f"temperature {self.temperature:.3f}, {errors}"
+
+
+def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Return float64 [rows, labels]: the probabilities that the logits divided by `temperature` give."""
+    logits = np.log(probabilities.astype(np.float64).clip(min=_SMALLEST)) / temperature
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def calibrate(probabilities: np.ndarray, labels: np.ndarray) -> Calibration:
+    """Fit a temperature.
+
+    Args:
+        probabilities: float [rows, labels], at temperature 1.
+        labels: int [rows].
+    """
+    rows = np.arange(len(labels))
+
+    def loss(inverse: float) -> float:
+        right = tempered(probabilities, 1 / inverse)[rows, labels]
+        return -float(np.log(right.clip(min=_SMALLEST)).mean())
+
+    low, high = 1 / HIGHEST, 1 / LOWEST
+    for _ in range(_STEPS):  # the loss is convex in the inverse temperature
+        third = (high - low) / 3
+        if loss(low + third) < loss(high - third):
+            high -= third
+        else:
+            low += third
+    temperature = 2 / (low + high)
+    return Calibration(temperature, _ece(probabilities, labels), _ece(tempered(probabilities, temperature), labels))
+
+
+def _ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    sums = calibration_sums(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels)
+    return expected_calibration_error(sums, len(labels))
