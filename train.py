@@ -49,7 +49,7 @@ from sst2_xlmr.training.loss import Loss, make_loss
 from sst2_xlmr.training.optimizer import AdamW, Groups
 from sst2_xlmr.training.progress import Progress, Window
 from sst2_xlmr.training.run_folder import claim, clean_up, write_config
-from sst2_xlmr.training.schedule import Schedule
+from sst2_xlmr.training.schedule import Schedule, evaluation_interval
 from sst2_xlmr.training.signals import StopRequest
 from sst2_xlmr.training.step import forward_backward
 
@@ -105,6 +105,11 @@ def load_inputs(config: Config, world: World) -> Prepared:
     digests = distributed.gather_objects(world, {split: cache.digest for split, cache in inputs.caches.items()})
     if differing := [split for split in inputs.caches if len({digest.get(split) for digest in digests}) > 1]:
         raise shared_error(f"the nodes have different files for {differing[0]}; give all of them the same")
+    if inputs.config.eval_every is None:
+        lengths, evaluated = inputs.train_lengths, (inputs.caches[split] for split in splits_during(config))
+        batches = -(-len(lengths) // config.batch_size)
+        every = evaluation_interval(batches, int(lengths.sum()), sum(len(cache.ids) for cache in evaluated))
+        inputs = dataclasses.replace(inputs, config=dataclasses.replace(inputs.config, eval_every=every))
     return inputs
 
 
@@ -319,7 +324,8 @@ def finish(run: Run, outputs: Outputs, stopped: bool) -> None:
         raise Stopped(outputs.stop.number)
     if progress.calibration:
         report.say(f"calibrated {Calibration(*progress.calibration)}")
-    best = f"dev accuracy {progress.best_accuracy:.4f} at step {progress.best_step}"
+    chosen = f", the best of {progress.evaluations} and so a little too high" if progress.evaluations > 1 else ""
+    best = f"dev accuracy {progress.best_accuracy:.4f} at step {progress.best_step}{chosen}"
     report.say(f"best       {best}: {run.folder / 'best'}")
     report.say(f"model      after step {progress.step}: {run.folder / 'model'}")
 

@@ -386,10 +386,11 @@ class Config:
     output_dir: str | None = option(
         None, "output", "the run's folder (default: runs/ and the start time)", metavar="DIR", changeable=True
     )
-    eval_every: int = option(
-        0,
+    eval_every: int | None = option(
+        None,
         "output",
-        "evaluate on dev every N steps in addition to the end of every epoch (0: only then)",
+        "evaluate on dev after every N steps of an epoch and at its end (0: only then; default: about eight times an"
+        " epoch, in at most 3 % of the time)",
         kind=int,
         metavar="N",
         check=between(0, math.inf),

@@ -46,6 +46,12 @@ class Prepared:
         labels = self.caches["train"].labels
         return labels if self.train_rows is None else labels[self.train_rows]
 
+    @property
+    def train_lengths(self) -> np.ndarray:
+        """int32 [rows], tokens of the rows to train on."""
+        lengths = self.caches["train"].lengths()
+        return lengths if self.train_rows is None else lengths[self.train_rows]
+
 
 def find_files(config: Config, quiet: bool) -> dict[str, Path]:
     """Return split name -> file: train, dev, and the test files by their names."""

@@ -153,6 +153,6 @@ def export_run(folder: Path, inputs: Prepared, state: RunState, finisher: Finish
             "attention_probs_dropout_prob": dropouts.attention,
             "classifier_dropout": dropouts.head,
         },
-        write_card(config, config.classes, row_counts, evaluations, state.progress),
+        write_card(config, config.classes, row_counts, evaluations, state.progress, is_chosen=folder.name == "best"),
     )
     export_hugging_face(folder, masters, described, finisher.submit)

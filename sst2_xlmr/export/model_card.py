@@ -35,6 +35,7 @@ def write_card(
     rows: Mapping[str, int],
     evaluations: Iterable[Mapping[str, Any]],
     progress: Progress,
+    is_chosen: bool = False,
 ) -> str:
     """Return the card's text, Markdown with the header that the Hugging Face Hub reads.
 
@@ -44,6 +45,7 @@ def write_card(
         rows: rows of every file that the run read, by its name ("train", "dev", ...).
         evaluations: of these weights, with at least split, rows, accuracy, macro_f1 and loss.
         progress: of the run, whose weights these are.
+        is_chosen: whether they were chosen among others by their accuracy on dev.
     """
     step = progress.step
     encoder = _HUB_NAMES.get(config.encoder, Path(config.encoder).name)
@@ -80,6 +82,11 @@ def write_card(
         "",
         *_table(("file", "rows", "accuracy", "macro F1", "loss"), results),
         "",
+        *(
+            ["These weights were chosen by their accuracy on dev, which is therefore a little too high.", ""]
+            if is_chosen
+            else []
+        ),
         *_calibration(progress),
         "## Settings",
         "",

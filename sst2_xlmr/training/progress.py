@@ -25,7 +25,8 @@ class Progress:
         step: global batches consumed; an optimizer step each, but for those that were passed over.
         epoch, batch: position of the next global batch.
         best_accuracy, best_step: of the best evaluation on dev so far.
-        stale_evaluations: evaluations since then.
+        evaluations: on dev, so far.
+        stale_evaluations: since the best one.
         evaluation_due: whether the run was stopped before this step's evaluation was done.
         skipped: batches passed over because their gradient was not finite.
         skipped_in_row: those among them that were the most recent batches.
@@ -40,6 +41,7 @@ class Progress:
     batch: int = 0
     best_accuracy: float = -1.0
     best_step: int = 0
+    evaluations: int = 0
     stale_evaluations: int = 0
     evaluation_due: bool = False
     skipped: int = 0
@@ -86,6 +88,7 @@ class Progress:
 
     def count_evaluation(self, accuracy: float) -> None:
         """Take note of a finished evaluation on dev at this step."""
+        self.evaluations += 1
         if accuracy > self.best_accuracy:
             self.best_accuracy, self.best_step, self.stale_evaluations = accuracy, self.step, 0
         else:

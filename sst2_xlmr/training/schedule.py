@@ -18,6 +18,9 @@ SCHEDULES = {
 }
 
 
+MOST_EVALUATIONS, EVALUATION_SHARE = 8, 0.03  # per epoch, if nothing was asked for
+
+
 def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
     """Return the learning rate of optimizer step `step` (from 0) as a fraction of the peak rate.
 
@@ -28,6 +31,21 @@ def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return after_warmup((step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
+def evaluation_interval(batches: int, train_tokens: int, evaluated_tokens: int) -> int:
+    """Return after how many steps of an epoch to evaluate, if nothing was asked for; 0 for the end of epochs only.
+
+    That is an eighth of an epoch, or longer, so that evaluations take at most 3 % of its time. In training, which
+    has a backward pass, a token costs three times as much. It does not depend on any clock.
+
+    Args:
+        batches: global batches in an epoch.
+        train_tokens: in an epoch.
+        evaluated_tokens: in the files that are evaluated on.
+    """
+    times = min(MOST_EVALUATIONS, int(EVALUATION_SHARE * 3 * train_tokens / evaluated_tokens))
+    return math.ceil(batches / times) if times > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +82,7 @@ class Schedule:
         ends = progress.batch == 0 or is_last  # of an epoch, or of the run
         return Due(
             log=step % config.log_every == 0 or is_last,
-            evaluate=ends or _is_multiple(step, config.eval_every),
+            evaluate=ends or _is_multiple(progress.batch, config.eval_every or 0),
             save=ends or _is_multiple(step, config.save_every),
         )
 

@@ -8,7 +8,7 @@ import pytest
 
 from sst2_xlmr.config import OPTIONS, Config
 from sst2_xlmr.training.progress import Progress
-from sst2_xlmr.training.schedule import SCHEDULES, Due, Schedule, lr_factor
+from sst2_xlmr.training.schedule import SCHEDULES, Due, Schedule, evaluation_interval, lr_factor
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,28 @@ def test_what_is_due_follows_from_the_position() -> None:
     schedule = Schedule(Config(epochs=2, log_every=4, eval_every=6, save_every=3), 10)
     dues = [schedule.due(progress_at(step)) for step in range(1, 21)]
     assert [step for step, due in enumerate(dues, 1) if due.log] == [4, 8, 12, 16, 20]
-    assert [step for step, due in enumerate(dues, 1) if due.evaluate] == [6, 10, 12, 18, 20]
+    assert [step for step, due in enumerate(dues, 1) if due.evaluate] == [6, 10, 16, 20]
     assert [step for step, due in enumerate(dues, 1) if due.save] == [3, 6, 9, 10, 12, 15, 18, 20]
     assert schedule.total_steps == 20
     assert [schedule.is_over(progress_at(step)) for step in (19, 20)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("batches", "train_tokens", "evaluated_tokens", "expected"),
+    [
+        (2105, 1_000_000, 22_000, 527),  # SST-2: four times, since eight would take 6 % of the time
+        (31250, 20_000_000, 22_000, 3907),  # eight times
+        (313, 150_000, 22_000, 0),  # a tenth of SST-2: only at the end of an epoch
+        (5, 10_000_000, 100, 1),
+    ],
+)
+def test_evaluations_are_about_eight_an_epoch_in_little_time(
+    batches: int, train_tokens: int, evaluated_tokens: int, expected: int
+) -> None:
+    every = evaluation_interval(batches, train_tokens, evaluated_tokens)
+    assert every == expected
+    times = -(-batches // every) if every else 1
+    assert times == 1 or times * evaluated_tokens <= 0.03 * 3 * train_tokens
 
 
 def test_a_last_step_within_an_epoch_is_an_end_too() -> None:
