@@ -44,14 +44,28 @@ from sst2_xlmr.report.event_folder import claim_event_folder
 from sst2_xlmr.report.header import HeaderFigures, header_lines
 from sst2_xlmr.report.report import Report, SilentReport, open_report, splits_during
 from sst2_xlmr.training.averaging import Computation, connect
-from sst2_xlmr.training.checkpoint import RunState, find_checkpoint, load_checkpoint, save_checkpoint, seed_rank
-from sst2_xlmr.training.loss import Loss, make_loss
+from sst2_xlmr.training.checkpoint import (
+    RunState,
+    find_checkpoint,
+    load_checkpoint,
+    remove_former_attempts,
+    save_checkpoint,
+    seed_rank,
+)
+from sst2_xlmr.training.collapse import answers_alike, is_suspicious
+from sst2_xlmr.training.loss import Loss, loss_of_constant_answer, make_loss
 from sst2_xlmr.training.optimizer import AdamW, Groups
 from sst2_xlmr.training.progress import Progress, Window
-from sst2_xlmr.training.run_folder import claim, clean_up, write_config
+from sst2_xlmr.training.run_folder import claim, clean_up, read_restarts, write_config, write_restarts
 from sst2_xlmr.training.schedule import Schedule, evaluation_interval
 from sst2_xlmr.training.signals import StopRequest
 from sst2_xlmr.training.step import forward_backward
+
+SEEDS_APART = 100_003  # between the seeds of two attempts, so that they are not those of neighbouring runs
+
+
+class Collapsed(Exception):
+    """The run answers every text alike, and is to begin again."""
 
 
 @dataclass
@@ -62,6 +76,7 @@ class Run:
         inputs: options with everything decided, encoder, files, and their ids.
         loader: this rank's part of the global batches.
         head_is_new: whether the classification head begins untrained.
+        constant_loss: training loss of the best answer that is the same for every text, nats a row.
         computation: how the classifier is computed, the plain way or by an engine.
         model: what is trained: that computation, under DDP where DDP averages gradients.
     """
@@ -71,6 +86,7 @@ class Run:
     classifier: Classifier
     head_is_new: bool
     loss: Loss
+    constant_loss: float
     loader: BatchLoader
     schedule: Schedule
     state: RunState
@@ -144,6 +160,7 @@ def build(inputs: Prepared, world: World) -> Run:
         classifier=classifier,
         head_is_new=head_is_new,
         loss=loss,
+        constant_loss=loss_of_constant_answer(config, inputs.train_labels),
         loader=loader,
         schedule=Schedule(config, len(loader)),
         state=RunState(progress, Window(world), optimizer, torch.from_numpy(kept_ids)),
@@ -156,20 +173,24 @@ def restore(run: Run, resume: bool) -> Path | None:
     """Seed torch, and go back to the newest checkpoint of a resumed run; returns that, if there is one."""
     config, world = run.config, run.world
     seed_rank(config.seed, world.rank)
-    checkpoint = find_checkpoint(run.folder / "checkpoints", print) if resume and world.is_main else None
+    checkpoint = None
+    if resume and world.is_main:
+        remove_former_attempts(run.folder / "checkpoints", run.state.progress.restarts)
+        checkpoint = find_checkpoint(run.folder / "checkpoints", print)
     checkpoint = distributed.from_main(world, checkpoint)
     if checkpoint:
         load_checkpoint(checkpoint, run.state, config.seed, world)
     return checkpoint
 
 
-def claim_folders(run: Run, resume: bool) -> IO[str]:
+def claim_folders(config: Config, resume: bool) -> IO[str]:
     """Lock the run's folder for this process, and write its options: from here on `--resume` goes on; on rank 0."""
-    claim_event_folder(run.config, resume)
-    lock = claim(run.folder)
+    folder = Path(str(config.output_dir))
+    claim_event_folder(config, resume)
+    lock = claim(folder)
     if not resume:
-        write_config(run.folder, run.config, is_new=True)
-    clean_up(run.folder)
+        write_config(folder, config, is_new=True)
+    clean_up(folder)
     return lock
 
 
@@ -177,14 +198,20 @@ def splits_at_end(run: Run) -> list[str]:
     return [split for split in run.inputs.files if split not in ("train", *splits_during(run.config))]
 
 
-def open_outputs(run: Run, resume: bool) -> Report:
-    """Open metrics and TensorBoard; on rank 0, once a resumed run's checkpoint has been accepted."""
+def open_outputs(run: Run, asked: Config, resume: bool) -> Report:
+    """Open metrics and TensorBoard; on rank 0, once a resumed run's checkpoint has been accepted.
+
+    Args:
+        asked: the run's options, before any restart has changed them.
+    """
     if resume:
-        write_config(run.folder, run.config, is_new=False)
+        write_config(run.folder, asked, is_new=False)
     during, at_end, progress = splits_during(run.config), splits_at_end(run), run.state.progress
     evaluated = {split: run.inputs.files[split] for split in (*during, *at_end)}
     written_again = [*at_end, *(during if progress.evaluation_due else [])]
-    return open_report(run.config, evaluated, progress.step, run.schedule.total_steps, written_again)
+    report = open_report(run.config, evaluated, progress.step, run.schedule.total_steps, written_again)
+    report.log_restarts(read_restarts(run.folder))
+    return report
 
 
 def header(run: Run) -> list[str]:
@@ -242,6 +269,36 @@ def evaluate_dev(run: Run, outputs: Outputs) -> bool:
     return True
 
 
+def notice_collapse(run: Run, outputs: Outputs, loss: float) -> bool:
+    """Look at dev's answers if the loss of the last line of metrics is that of a constant answer.
+
+    Returns:
+        Whether the run has collapsed and is to begin again.
+
+    Raises:
+        Interrupted: if a signal came in between.
+    """
+    progress, config, dev = run.state.progress, run.config, run.inputs.caches["dev"]
+    after_warmup, since_check = progress.step - run.schedule.warmup_steps, progress.step - progress.checked_step
+    if progress.collapsed_step or not is_suspicious(loss, run.constant_loss, after_warmup, since_check):
+        return False
+    evaluation = evaluate(run.computation.model, dev, config.eval_batch_tokens, run.world, True, outputs.stop.is_agreed)
+    progress.checked_step = progress.step
+    answers = evaluation.probabilities
+    if not distributed.from_main(run.world, answers is not None and answers_alike(answers, dev.labels)):
+        return False
+    progress.collapsed_step = progress.step
+    begins_again = progress.restarts < config.restart_on_collapse
+    cure = f"lower --lr, now {config.lr:g}, or let --restart-on-collapse N try again"
+    if begins_again:
+        number = f"{progress.restarts + 1} of {config.restart_on_collapse}"
+        cure = f"beginning again with half the rate, {config.lr / 2:g}, and another seed, {number}"
+    label = config.classes[int(evaluation.confusion.sum(0).argmax())]
+    same = f"every text of dev gets the label {label!r}, and the loss, {loss:.4f}, is that of a constant answer"
+    outputs.report.log_collapse(progress.step, f"{same}; {cure}")
+    return begins_again
+
+
 def export(run: Run, outputs: Outputs, name: str) -> None:
     """Write the model as it is now to a folder of that name in the run's folder."""
     distributed.on_main(run.world, lambda: export_run(run.folder / name, run.inputs, run.state, outputs.finisher))
@@ -255,7 +312,11 @@ def save(run: Run, outputs: Outputs) -> None:
 
 
 def train_loop(run: Run, outputs: Outputs) -> bool:
-    """Train until the run is over, or a signal stops it; returns whether one did."""
+    """Train until the run is over, or a signal stops it; returns whether one did.
+
+    Raises:
+        Collapsed: if the run is to begin again.
+    """
     schedule, loader, config = run.schedule, run.loader, run.config
     progress, window, optimizer = run.state.progress, run.state.window, run.state.optimizer
     # On CUDA, reading the norm at every step would keep the GPU waiting; `window` notices it later.
@@ -291,7 +352,11 @@ def train_loop(run: Run, outputs: Outputs) -> bool:
             continue
         window.collect(progress.step)
         if due.log and window.totals.rows:  # there may be nothing but batches passed over
-            outputs.report.log_training(window.close(progress, schedule.lr(progress.step - 1)))
+            entry = window.close(progress, schedule.lr(progress.step - 1))
+            outputs.report.log_training(entry)
+            with contextlib.suppress(Interrupted):  # looked at again after the resume
+                if notice_collapse(run, outputs, entry["loss"]):
+                    raise Collapsed
         if due.evaluate:
             progress.evaluation_due = True
             stopped = stopped or not evaluate_dev(run, outputs)
@@ -330,23 +395,62 @@ def finish(run: Run, outputs: Outputs, stopped: bool) -> None:
     report.say(f"model      after step {progress.step}: {run.folder / 'model'}")
 
 
+def build_attempt(inputs: Prepared, world: World) -> Run:
+    """Build the run, with the rate halved and another seed for every attempt that has collapsed before."""
+    folder = Path(str(inputs.config.output_dir))
+    restarts = len(distributed.from_main(world, read_restarts(folder) if world.is_main else None))
+    lr, seed = inputs.config.lr / 2**restarts, (inputs.config.seed + restarts * SEEDS_APART) % 2**31
+    config = dataclasses.replace(inputs.config, lr=lr, seed=seed)
+    run = build(dataclasses.replace(inputs, config=config), world)
+    run.state.progress.restarts = restarts
+    return run
+
+
+def begin_again(run: Run) -> None:
+    """Take note, on disk, that this attempt has collapsed; on rank 0."""
+    attempt = {"step": run.state.progress.step, "lr": run.config.lr, "seed": run.config.seed}
+    write_restarts(run.folder, [*read_restarts(run.folder), attempt])
+
+
 def train(config: Config, resume: bool, world: World) -> None:
     """Train as `config` says, and leave the model in the run's folder."""
-    run = build(load_inputs(config, world), world)
-    lock = distributed.on_main(world, lambda: claim_folders(run, resume))
+    inputs = load_inputs(config, world)
+    run = build_attempt(inputs, world)
+    lock = distributed.on_main(world, lambda: claim_folders(inputs.config, resume))
+    while not run_attempt(run, inputs.config, resume, world):
+        resume = True
+        del run  # before the next one takes as much memory
+        run = build_attempt(inputs, world)
+    if lock is not None:
+        lock.close()
+
+
+def run_attempt(run: Run, asked: Config, resume: bool, world: World) -> bool:
+    """Train, from the newest checkpoint of a resumed run or from the beginning, and write the model.
+
+    Args:
+        asked: the run's options, before any restart has changed them.
+
+    Returns:
+        False if the run has collapsed and is to begin again.
+    """
     checkpoint = restore(run, resume)
     run.computation = accelerate(run.classifier, world, run.state.optimizer, run.config.compile)
     run.model = connect(run.computation, run.state.optimizer, world)
-    report = distributed.on_main(world, lambda: open_outputs(run, resume)) or SilentReport()
+    report = distributed.on_main(world, lambda: open_outputs(run, asked, resume)) or SilentReport()
     for line in header(run):
         report.say(line)
     if resume:
         report.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
     with Finisher() as finisher, StopRequest(world) as stop, contextlib.closing(report):
         outputs = Outputs(report, finisher, stop)
-        finish(run, outputs, stopped=train_loop(run, outputs))
-    if lock is not None:
-        lock.close()
+        try:
+            stopped = train_loop(run, outputs)
+        except Collapsed:
+            distributed.on_main(world, lambda: begin_again(run))
+            return False
+        finish(run, outputs, stopped)
+    return True
 
 
 def main(argv: list[str] | None = None) -> None:

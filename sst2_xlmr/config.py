@@ -321,6 +321,15 @@ class Config:
         metavar="balanced|W0,W1,...",
         check=_check_class_weights,
     )
+    restart_on_collapse: int = option(
+        0,
+        "training",
+        "begin again, at most N times, with half the rate and another seed, once the model answers every text alike",
+        kind=int,
+        metavar="N",
+        check=between(0, 100),
+        changeable=True,
+    )
     calibrate: bool = option(
         False,
         "training",

@@ -87,6 +87,7 @@ def write_card(
             if is_chosen
             else []
         ),
+        *_restarts(progress),
         *_calibration(progress),
         "## Settings",
         "",
@@ -97,6 +98,17 @@ def write_card(
         stack.versions(),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _restarts(progress: Progress) -> list[str]:
+    if not progress.restarts:
+        return []
+    times = "once" if progress.restarts == 1 else f"{progress.restarts} times"
+    return [
+        f"Training stopped learning and was begun again {times}, each time with half the rate and another seed; the"
+        " settings below are the last ones.",
+        "",
+    ]
 
 
 def _calibration(progress: Progress) -> list[str]:

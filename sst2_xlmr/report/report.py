@@ -85,6 +85,17 @@ class Report:
             f"lr {entry['lr']:.2e}  {entry['samples_per_s']:.1f} samples/s  {_clock(left_s)} left"
         )
 
+    def log_collapse(self, step: int, says: str) -> None:
+        """Write that the run has stopped learning, and say so."""
+        self._write({"step": step, "collapsed": True}, {"train/collapsed": 1.0})
+        self.say(f"step {step:>6}  collapsed: {says}")
+
+    def log_restarts(self, restarts: list[dict[str, Any]]) -> None:
+        """Write, before the first step, how often the run has begun again, unless that stands there already."""
+        entry = {"step": 0, "restarts": len(restarts), "collapsed": restarts}
+        if restarts and entry not in read_metrics(Path(self._metrics.name)):
+            self._write(entry, {"train/restarts": float(len(restarts))})
+
     def log_evaluation(self, step: int, split: str, evaluation: Evaluation, cache: TokenCache, draws: bool) -> None:
         """Write a line of evaluation metrics.
 
@@ -168,6 +179,10 @@ class SilentReport:
     def advance(self) -> None: ...
 
     def log_training(self, entry: dict[str, Any]) -> None: ...
+
+    def log_collapse(self, step: int, says: str) -> None: ...
+
+    def log_restarts(self, restarts: list[dict[str, Any]]) -> None: ...
 
     def log_evaluation(self, step: int, split: str, evaluation: Evaluation, cache: TokenCache, draws: bool) -> None: ...
 

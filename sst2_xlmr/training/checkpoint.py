@@ -160,6 +160,16 @@ def what_is_damaged(checkpoint: Path, sizes_only: bool = False) -> str:
     return ""
 
 
+def remove_former_attempts(folder: Path, restarts: int) -> None:
+    """Remove the checkpoints of attempts that have collapsed; `restarts` is the number of the current one."""
+    for checkpoint in folder.glob("step-????????"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged one is reported by find_checkpoint
+            progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+            if progress.get("restarts", 0) != restarts:
+                (checkpoint / "manifest.json").unlink(missing_ok=True)
+                shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def find_checkpoint(folder: Path, warn: Callable[[str], Any]) -> Path | None:
     """Return the newest valid checkpoint, or None; damaged newer ones are named through `warn`."""
     for checkpoint in sorted(folder.glob("step-????????"), reverse=True):

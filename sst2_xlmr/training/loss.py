@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.errors import UserError
+from sst2_xlmr.training.collapse import constant_loss
 
 # Takes fp32 logits [rows, classes] and int64 labels [rows]; returns the sum of the rows' losses, fp32.
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -28,6 +29,13 @@ def make_loss(config: Config, labels: np.ndarray, device: torch.device) -> Loss:
     weights = class_weights(config.class_weights, labels, config.classes)
     weights = None if weights is None else weights.to(device)
     return partial(sum_of_losses, smoothing=config.label_smoothing, weights=weights)
+
+
+def loss_of_constant_answer(config: Config, labels: np.ndarray) -> float:
+    """Return the training loss, nats a row, of the best answer that is the same for every text (see collapse)."""
+    weights = class_weights(config.class_weights, labels, config.classes)
+    factors = np.ones(len(config.classes)) if weights is None else weights.numpy()
+    return constant_loss(labels, factors, config.label_smoothing)
 
 
 def class_weights(choice: str | None, labels: np.ndarray, names: list[str]) -> torch.Tensor | None:

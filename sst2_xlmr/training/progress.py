@@ -30,6 +30,9 @@ class Progress:
         evaluation_due: whether the run was stopped before this step's evaluation was done.
         skipped: batches passed over because their gradient was not finite.
         skipped_in_row: those among them that were the most recent batches.
+        checked_step: when dev's answers were last looked at because the run seemed not to learn.
+        collapsed_step: when the run was seen to have collapsed (see training/collapse); 0 for never.
+        restarts: how often it has begun again after that.
         calibration: temperature fitted at the last evaluation on dev, with ECE before and after; None if not asked for.
     """
 
@@ -46,6 +49,9 @@ class Progress:
     evaluation_due: bool = False
     skipped: int = 0
     skipped_in_row: int = 0
+    checked_step: int = 0
+    collapsed_step: int = 0
+    restarts: int = 0
     calibration: tuple[float, float, float] | None = None
 
     @property

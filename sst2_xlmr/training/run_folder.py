@@ -16,6 +16,7 @@ from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import restore_folder, write_text
 
 METRICS_NAME = "metrics.jsonl"
+RESTARTS_NAME = "restarts.json"
 
 
 def claim(run_folder: Path) -> IO[str]:
@@ -78,6 +79,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             entries.append(entry)
     return entries
+
+
+def read_restarts(run_folder: Path) -> list[dict[str, Any]]:
+    """Return for every attempt that has collapsed its last step, rate and seed."""
+    file = run_folder / RESTARTS_NAME
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def write_restarts(run_folder: Path, restarts: list[dict[str, Any]]) -> None:
+    """Make it known that the run begins again; from here on, checkpoints of the attempts before do not count.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        write_text(run_folder / RESTARTS_NAME, json.dumps(restarts, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {run_folder / RESTARTS_NAME}: {error.strerror}; make room") from None
 
 
 def clean_up(run_folder: Path) -> None:

@@ -62,13 +62,14 @@ class Schedule:
 
     Attributes:
         batches_per_epoch: global batches in an epoch.
-        total_steps: steps of the whole run.
+        total_steps, warmup_steps: steps of the whole run, and those of warm-up among them.
     """
 
     def __init__(self, config: Config, batches_per_epoch: int) -> None:
         self._config = config
         self.batches_per_epoch = batches_per_epoch
         self.total_steps = config.max_steps or config.epochs * batches_per_epoch
+        self.warmup_steps = math.ceil(self.total_steps * config.warmup_ratio)
 
     def lr(self, step: int) -> float:
         """Return the learning rate of step `step`, counted from 0, before layer-wise decay."""
