@@ -184,9 +184,7 @@ def main() -> None:
         for name, cache in caches.items()
     }
     if arguments.calibrate:
-        probabilities = evaluations["dev"].probabilities
-        assert probabilities is not None
-        calibration = calibrate(probabilities, caches["dev"].labels)
+        calibration = calibrate(evaluations["dev"].probabilities, caches["dev"].labels)
         write_calibrated(arguments.model, arguments.output, calibration)
         print(f"{arguments.output}: {calibration}")
         return

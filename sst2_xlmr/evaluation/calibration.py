@@ -38,13 +38,14 @@ def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def calibrate(probabilities: np.ndarray, labels: np.ndarray) -> Calibration:
+def calibrate(probabilities: np.ndarray | None, labels: np.ndarray) -> Calibration:
     """Fit a temperature.
 
     Args:
-        probabilities: float [rows, labels], at temperature 1.
+        probabilities: float [rows, labels], at temperature 1; an evaluation must have kept them.
         labels: int [rows].
     """
+    assert probabilities is not None
     rows = np.arange(len(labels))
 
     def loss(inverse: float) -> float:

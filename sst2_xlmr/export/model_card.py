@@ -50,9 +50,6 @@ def write_card(
     step = progress.step
     encoder = _HUB_NAMES.get(config.encoder, Path(config.encoder).name)
     base = [f"base_model: {encoder}"] if config.encoder in _HUB_NAMES else []
-    files = [Path(config.data_dir).name] if config.data_dir else []
-    more = (named_file(value)[1] for value in config.eval_file)
-    files += [Path(file).name for file in (config.train_file, config.dev_file, *more, *config.test_file) if file]
     results = [
         (Path(e["split"]).name, f"{e['rows']:,}", *(f"{e[key]:.4f}" for key in ("accuracy", "macro_f1", "loss")))
         for e in evaluations
@@ -76,19 +73,13 @@ def write_card(
         "## Data",
         "",
         f"{', '.join(f'{count:,} rows {Path(split).name}' for split, count in rows.items())};"
-        f" from {', '.join(files) if files else 'SST-2 of the GLUE benchmark'}.",
+        f" from {', '.join(_files(config)) or 'SST-2 of the GLUE benchmark'}.",
         "",
         "## Metrics",
         "",
         *_table(("file", "rows", "accuracy", "macro F1", "loss"), results),
         "",
-        *(
-            ["These weights were chosen by their accuracy on dev, which is therefore a little too high.", ""]
-            if is_chosen
-            else []
-        ),
-        *_restarts(progress),
-        *_calibration(progress),
+        *_remarks(progress, is_chosen),
         "## Settings",
         "",
         *_table(("option", "value"), _settings(config)),
@@ -100,27 +91,32 @@ def write_card(
     return "\n".join(lines) + "\n"
 
 
-def _restarts(progress: Progress) -> list[str]:
-    if not progress.restarts:
-        return []
-    times = "once" if progress.restarts == 1 else f"{progress.restarts} times"
-    return [
-        f"Training stopped learning and was begun again {times}, each time with half the rate and another seed; the"
-        " settings below are the last ones.",
-        "",
-    ]
+def _files(config: Config) -> list[str]:
+    """Return the names of the folder and the files that hold the rows; none for the downloaded SST-2."""
+    files = [config.data_dir, config.train_file, config.dev_file]
+    files += [str(named_file(value)[1]) for value in config.eval_file] + config.test_file
+    return [Path(file).name for file in files if file]
 
 
-def _calibration(progress: Progress) -> list[str]:
-    if not progress.calibration:
-        return []
-    temperature, before, after = progress.calibration
-    return [
-        f"The probabilities are calibrated: the last layer is divided by a temperature of {temperature:.3f}, fitted on"
-        f" dev, where it takes the expected calibration error from {before:.4f} to {after:.4f}. Losses above are"
-        " without it.",
-        "",
-    ]
+def _remarks(progress: Progress, is_chosen: bool) -> list[str]:
+    """Return what must be known to read the metrics; each sentence is followed by an empty line."""
+    remarks = []
+    if is_chosen:
+        remarks.append("These weights were chosen by their accuracy on dev, which is therefore a little too high.")
+    if progress.restarts:
+        times = "once" if progress.restarts == 1 else f"{progress.restarts} times"
+        remarks.append(
+            f"Training stopped learning and was begun again {times}, each time with half the rate and another seed; the"
+            " settings below are the last ones."
+        )
+    if progress.calibration:
+        temperature, before, after = progress.calibration
+        remarks.append(
+            f"The probabilities are calibrated: the last layer is divided by a temperature of {temperature:.3f}, fitted"
+            f" on dev, where it takes the expected calibration error from {before:.4f} to {after:.4f}. Losses above are"
+            " without it."
+        )
+    return [line for remark in remarks for line in (remark, "")]
 
 
 def _classes(names: list[str]) -> str:
