@@ -31,11 +31,16 @@ class Calibration(NamedTuple):
         return f"temperature {self.temperature:.3f}, {errors}"
 
 
+def _log_tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Return float64 [rows, labels]: the logarithms of what `tempered` returns, also where that would be 0."""
+    logits = np.log(probabilities.astype(np.float64).clip(min=_SMALLEST)) / temperature
+    logits -= logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
 def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """Return float64 [rows, labels]: the probabilities that the logits divided by `temperature` give."""
-    logits = np.log(probabilities.astype(np.float64).clip(min=_SMALLEST)) / temperature
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
+    return np.exp(_log_tempered(probabilities, temperature))
 
 
 def calibrate(probabilities: np.ndarray | None, labels: np.ndarray) -> Calibration:
@@ -49,8 +54,7 @@ def calibrate(probabilities: np.ndarray | None, labels: np.ndarray) -> Calibrati
     rows = np.arange(len(labels))
 
     def loss(inverse: float) -> float:
-        right = tempered(probabilities, 1 / inverse)[rows, labels]
-        return -float(np.log(right.clip(min=_SMALLEST)).mean())
+        return -float(_log_tempered(probabilities, 1 / inverse)[rows, labels].mean())
 
     low, high = 1 / HIGHEST, 1 / LOWEST
     for _ in range(_STEPS):  # the loss is convex in the inverse temperature
