@@ -5,8 +5,8 @@
 #   scripts/setup.sh dev                # and what tests need: pyproject.toml's extra of that name
 #   STACK=newest scripts/setup.sh       # the newest torch; STACK=torchtext: torch 2.3.1 with torchtext (see constraints/)
 #
-# Without STACK, Python 3.9 to 3.12 gets torchtext's stack, a newer Python the newest. PYTHON=python3.10 takes another
-# Python, VENV=FOLDER another folder than .venv.
+# Without STACK, an environment that is there keeps its stack; a new one gets torchtext's with Python 3.9 to 3.12, the
+# newest with a newer Python. PYTHON=python3.10 takes another Python, VENV=FOLDER another folder than .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -33,7 +33,9 @@ elif [ -z "$python" ]; then
 fi
 minor=$(minor_version "$python") || true
 [ -n "$minor" ] || fail "$python does not run; set PYTHON to name a Python from 3.9 on"
-if [ -z "${STACK:-}" ]; then
+if [ -z "${STACK:-}" ] && [ -e "$venv/stack" ]; then
+    STACK=$(cat "$venv/stack")
+elif [ -z "${STACK:-}" ]; then
     [ "$minor" -le 12 ] && STACK=torchtext || STACK=newest
 fi
 case $STACK in
