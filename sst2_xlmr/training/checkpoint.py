@@ -163,7 +163,8 @@ def what_is_damaged(checkpoint: Path, sizes_only: bool = False) -> str:
 def remove_former_attempts(folder: Path, restarts: int) -> None:
     """Remove the checkpoints of attempts that have collapsed; `restarts` is the number of the current one."""
     for checkpoint in folder.glob("step-????????"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged one is reported by find_checkpoint
+        # A damaged one is reported by find_checkpoint.
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
             progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
             if progress.get("restarts", 0) != restarts:
                 (checkpoint / "manifest.json").unlink(missing_ok=True)
