@@ -153,7 +153,7 @@ def build(inputs: Prepared, world: World) -> Run:
     sampler = GlobalBatchSampler(lengths, config.batch_size, config.seed, world, inputs.train_rows)
     loader = BatchLoader(caches["train"], sampler, config, world.device)
     encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
-    progress = Progress(caches["train"].digest, encoder_digest, len(loader))
+    progress = Progress(inputs.train_digest, encoder_digest, len(loader))
     return Run(
         world=world,
         inputs=inputs,
@@ -173,13 +173,19 @@ def restore(run: Run, resume: bool) -> Path | None:
     """Seed torch, and go back to the newest checkpoint of a resumed run; returns that, if there is one."""
     config, world = run.config, run.world
     seed_rank(config.seed, world.rank)
-    checkpoint = None
-    if resume and world.is_main:
+    if not resume:
+        return None
+
+    def newest() -> Path | None:
         remove_former_attempts(run.folder / "checkpoints", run.state.progress.restarts)
-        checkpoint = find_checkpoint(run.folder / "checkpoints", print)
-    checkpoint = distributed.from_main(world, checkpoint)
+        return find_checkpoint(run.folder / "checkpoints", print)
+
+    checkpoint = distributed.from_main(world, distributed.on_main(world, newest))
     if checkpoint:
         load_checkpoint(checkpoint, run.state, config.seed, world)
+        progress = run.state.progress
+        if progress.collapsed_step and progress.restarts < config.restart_on_collapse:  # it may begin again now
+            progress.collapsed_step = progress.checked_step = 0
     return checkpoint
 
 
@@ -255,7 +261,7 @@ def evaluate_dev(run: Run, outputs: Outputs) -> bool:
     accuracy = evaluations["dev"].metrics["accuracy"]
     is_best = accuracy > progress.best_accuracy
     outputs.report.say_evaluation(progress.step, evaluations, is_best)
-    if run.config.calibrate:
+    if run.config.calibrate and (is_best or may_be_last):
         probabilities, labels = evaluations["dev"].probabilities, run.inputs.caches["dev"].labels
         fitted = None if probabilities is None else calibrate(probabilities, labels)
         progress.calibration = distributed.from_main(run.world, fitted)
@@ -355,7 +361,7 @@ def train_loop(run: Run, outputs: Outputs) -> bool:
             entry = window.close(progress, schedule.lr(progress.step - 1))
             outputs.report.log_training(entry)
             with contextlib.suppress(Interrupted):  # looked at again after the resume
-                if notice_collapse(run, outputs, entry["loss"]):
+                if not stopped and notice_collapse(run, outputs, entry["loss"]):
                     raise Collapsed
         if due.evaluate:
             progress.evaluation_due = True
@@ -398,7 +404,7 @@ def finish(run: Run, outputs: Outputs, stopped: bool) -> None:
 def build_attempt(inputs: Prepared, world: World) -> Run:
     """Build the run, with the rate halved and another seed for every attempt that has collapsed before."""
     folder = Path(str(inputs.config.output_dir))
-    restarts = len(distributed.from_main(world, read_restarts(folder) if world.is_main else None))
+    restarts = len(distributed.from_main(world, distributed.on_main(world, lambda: read_restarts(folder))))
     lr, seed = inputs.config.lr / 2**restarts, (inputs.config.seed + restarts * SEEDS_APART) % 2**31
     config = dataclasses.replace(inputs.config, lr=lr, seed=seed)
     run = build(dataclasses.replace(inputs, config=config), world)
@@ -417,7 +423,8 @@ def train(config: Config, resume: bool, world: World) -> None:
     inputs = load_inputs(config, world)
     run = build_attempt(inputs, world)
     lock = distributed.on_main(world, lambda: claim_folders(inputs.config, resume))
-    while not run_attempt(run, inputs.config, resume, world):
+    stop = StopRequest(world)
+    while not run_attempt(run, inputs.config, resume, stop):
         resume = True
         del run  # before the next one takes as much memory
         run = build_attempt(inputs, world)
@@ -425,16 +432,17 @@ def train(config: Config, resume: bool, world: World) -> None:
         lock.close()
 
 
-def run_attempt(run: Run, asked: Config, resume: bool, world: World) -> bool:
+def run_attempt(run: Run, asked: Config, resume: bool, stop: StopRequest) -> bool:
     """Train, from the newest checkpoint of a resumed run or from the beginning, and write the model.
 
     Args:
         asked: the run's options, before any restart has changed them.
+        stop: is entered while it trains; remembers a signal until the next attempt.
 
     Returns:
         False if the run has collapsed and is to begin again.
     """
-    checkpoint = restore(run, resume)
+    world, checkpoint = run.world, restore(run, resume)
     run.computation = accelerate(run.classifier, world, run.state.optimizer, run.config.compile)
     run.model = connect(run.computation, run.state.optimizer, world)
     report = distributed.on_main(world, lambda: open_outputs(run, asked, resume)) or SilentReport()
@@ -442,11 +450,12 @@ def run_attempt(run: Run, asked: Config, resume: bool, world: World) -> bool:
         report.say(line)
     if resume:
         report.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
-    with Finisher() as finisher, StopRequest(world) as stop, contextlib.closing(report):
+    with Finisher() as finisher, stop, contextlib.closing(report):
         outputs = Outputs(report, finisher, stop)
         try:
             stopped = train_loop(run, outputs)
         except Collapsed:
+            distributed.on_main(world, outputs.finisher.wait)
             distributed.on_main(world, lambda: begin_again(run))
             return False
         finish(run, outputs, stopped)

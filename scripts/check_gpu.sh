@@ -9,10 +9,10 @@
 # network: weights are random, texts those of sample_data. Where transformers and accelerate are installed, the Trainer
 # is measured beside it. Prints a table and one line of JSON; ends with status 1 if a check fails.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-python=${PYTHON:-${VENV:-.venv}/bin/python}
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-$root/${VENV:-.venv}/bin/python}
 if ! command -v "$python" >/dev/null; then
     echo "error: $python is not there; run scripts/setup.sh, or set PYTHON" >&2
     exit 2
 fi
-PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} exec "$python" scripts/bench/check_gpu.py "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" "$root/scripts/bench/check_gpu.py" "$@"

@@ -121,8 +121,15 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("give either --file [NAME=]FILE to evaluate on, or --calibrate FILE --output DIR")
     if arguments.calibrate and (arguments.json or arguments.tensorboard):
         raise UserError("--json and --tensorboard are for --file; leave them out with --calibrate")
-    if arguments.output and os.path.lexists(arguments.output):
-        raise UserError(f"--output {arguments.output} is there already; choose another name")
+    if arguments.calibrate and not arguments.calibrate.is_file():
+        raise UserError(f"--calibrate {arguments.calibrate} is not a file")
+    if arguments.output:
+        if os.path.lexists(arguments.output):
+            raise UserError(f"--output {arguments.output} is there already; choose another name")
+        try:
+            arguments.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to --output {arguments.output}: {error.strerror}") from None
 
 
 def write_calibrated(source: Path, output: Path, calibration: Calibration) -> None:
@@ -131,11 +138,12 @@ def write_calibrated(source: Path, output: Path, calibration: Calibration) -> No
     assert encoder.label_names is not None
     card = source / CARD_NAME
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    text += f"\nThe probabilities are calibrated: {calibration}.\n" if text else ""
+    if text:  # without what an earlier calibration has said
+        lines = [line for line in text.splitlines() if not line.startswith("The probabilities are calibrated: temp")]
+        text = "\n".join(lines).rstrip() + f"\n\nThe probabilities are calibrated: {calibration}.\n"
     described = Description(
         encoder.shape, encoder.label_names, encoder.max_length, encoder.tokenizer_file, encoder.dropouts, text
     )
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
     export_hugging_face(output, with_temperature(load_tensors(encoder), calibration.temperature), described)
 
 

@@ -71,10 +71,10 @@ def split_rows(rows: Sequence[Words], count: int, seed: int) -> tuple[np.ndarray
     drawn, left = np.zeros(len(rows), int), np.zeros(len(rows), int)  # in how many whole texts of either side a row is
     whole = np.flatnonzero(is_whole)
     for number in whole:
-        left[np.array(sorted(parts[number]))] += 1
+        left[np.array(sorted(parts[number]), np.int64)] += 1
     exclusive = 0  # rows that are in drawn texts only
     for number in random.permutation(whole):
-        found = np.array(sorted(parts[number]))
+        found = np.array(sorted(parts[number]), np.int64)
         left[found] -= 1
         drawn[found] += 1
         exclusive += int((left[found] == 0).sum())

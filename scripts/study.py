@@ -31,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sst2_xlmr.cli import OneLineParser, parse_args
+from sst2_xlmr.config import Config, flag
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.distributed import choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
@@ -40,6 +41,15 @@ from sst2_xlmr.training.signals import SIGNALS
 
 SCRIPTS = Path(__file__).resolve().parent
 TRAINER = "trainer"
+TRAINER_LACKS = (
+    "max_steps",
+    "schedule",
+    "layerwise_lr_decay",
+    "label_smoothing",
+    "class_weights",
+    "freeze_encoder",
+    "early_stopping_patience",
+)
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the normal distribution's.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 Results = dict[int, dict[str, float]]  # by seed, then column
@@ -75,7 +85,13 @@ def parse(argv: list[str] | None) -> Study:
     add("--output-dir", required=True, type=Path, metavar="DIR", help="gets a folder for each setting")
     add("--setting", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"), help="may be repeated")
     add("--peer", default="", metavar="PYTHON", help="also train the Trainer, with an environment's bin/python")
-    own, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    for place, word in enumerate(words[:-2]):
+        if word == "--setting":
+            words[place + 2] = (
+                f" {words[place + 2]}"  # or argparse would take "--freeze-encoder" for an option of its own
+            )
+    own, rest = parser.parse_known_args(words)
     settings: dict[str, list[str]] = {}
     for name, options in own.setting or [("ours", "")]:
         if not name.isidentifier() and not name.replace("-", "").isalnum():
@@ -87,6 +103,8 @@ def parse(argv: list[str] | None) -> Study:
         for word in words:
             if word.split("=")[0] in ("--seed", "--resume", "--output-dir"):
                 raise UserError(f"leave out {word}: every run gets its own, and is continued if it is there")
+            if word.split("=")[0] == "--config":
+                raise UserError("leave out --config, which no run can be continued with; take a file of options, @FILE")
         parse_args([*words, "--output-dir", str(own.output_dir / "unused")])  # a UserError before anything is trained
     return Study(own.seeds, own.output_dir, settings, rest, own.peer)
 
@@ -149,8 +167,14 @@ def write_peer_inputs(study: Study) -> dict[str, Any]:
     config = inputs.config
     if not Path(config.encoder).is_dir():
         raise UserError(f"--peer needs an encoder in a folder that transformers opens, not {config.encoder}")
+    defaults = Config()
+    for name in TRAINER_LACKS:
+        if getattr(config, name) != getattr(defaults, name):
+            raise UserError(f"--peer: the Trainer knows no {flag(name)}; put it into a --setting")
     arrays: dict[str, np.ndarray] = {}
     for split, cache in inputs.caches.items():
+        if split == "train" and inputs.train_rows is not None:
+            cache = cache.subset(inputs.train_rows)
         arrays.update({f"{split}_ids": cache.ids, f"{split}_offsets": cache.offsets, f"{split}_labels": cache.labels})
     folder = study.folder / TRAINER
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,12 +223,18 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return statistics.mean(differences), quantile * statistics.stdev(differences) / count**0.5
 
 
+def shared_columns(results: dict[str, Results]) -> list[str]:
+    """Return the columns that all runs have; settings may evaluate on different files."""
+    runs = [run for by_seed in results.values() for run in by_seed.values()]
+    return [column for column in runs[0] if all(column in run for run in runs)]
+
+
 def summary(results: dict[str, Results]) -> dict[str, Any]:
     """Return mean and deviation (n - 1) of every column per setting, and the differences to the first setting."""
     reference = next(iter(results))
     found: dict[str, Any] = {}
     for name, by_seed in results.items():
-        columns = list(next(iter(by_seed.values())))
+        columns = shared_columns(results)
         values = {column: [by_seed[seed][column] for seed in by_seed] for column in columns}
         found[name] = {"mean": {column: statistics.mean(values[column]) for column in columns}}
         if len(by_seed) > 1:
@@ -220,7 +250,7 @@ def summary(results: dict[str, Results]) -> dict[str, Any]:
 
 def table(results: dict[str, Results]) -> list[str]:
     """Return the results in lines: every run, then means and deviations, then differences in points."""
-    reference, columns = next(iter(results)), list(next(iter(next(iter(results.values())).values())))
+    reference, columns = next(iter(results)), shared_columns(results)
     width = max(12, *(len(name) + 2 for name in results))
 
     def line(name: str, seed: object, values: dict[str, float]) -> str:

@@ -159,10 +159,11 @@ def _join(backend: str, timeout: timedelta) -> None:
     """Join the process group that the environment describes.
 
     What torchrun has started again must not find the addresses of its predecessors in torchrun's store. torch 2.3 keeps
-    them apart, 2.13 does not with static rendezvous.
+    them apart, 2.13 does not with static rendezvous. On one node; with several, each counts its restarts for itself.
     """
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_node else "0"
     own_store = dist.PrefixStore(f"attempt_{attempt}", store)
     dist.init_process_group(backend, store=own_store, rank=rank, world_size=world_size, timeout=timeout)
 

@@ -86,17 +86,11 @@ def full_batches(lengths: np.ndarray, config: Config) -> np.ndarray:
     return np.stack([rows for rows in batches if len(rows) == config.batch_size]).astype(np.int64)
 
 
-def subset(cache: TokenCache, rows: np.ndarray) -> TokenCache:
-    ids = [cache.ids[cache.offsets[row] : cache.offsets[row + 1]] for row in rows]
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-    return TokenCache(np.concatenate(ids), offsets, cache.labels[rows])
-
-
 def write_spec(folder: Path, caches: dict[str, TokenCache], setup: Setup) -> Path:
     """Write spec.json and rows.npz into a new folder; returns the path of spec.json."""
     train, lengths = caches["train"], caches["train"].lengths()
     warmup, timed = choose_batches(full_batches(lengths, setup.config), lengths, setup.warmup_steps, setup.steps)
-    row_sets = {**caches, "warmup": subset(train, warmup.ravel()), "timed": subset(train, timed.ravel())}
+    row_sets = {**caches, "warmup": train.subset(warmup.ravel()), "timed": train.subset(timed.ravel())}
     kept_ids = np.arange(setup.shape.vocab_size)
     if not setup.config.full_vocabulary:
         kept_ids = used_ids((cache.ids for cache in caches.values()), setup.shape.vocab_size)

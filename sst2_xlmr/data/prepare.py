@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,14 @@ class Prepared:
         """int32 [rows], of the rows to train on."""
         labels = self.caches["train"].labels
         return labels if self.train_rows is None else labels[self.train_rows]
+
+    @property
+    def train_digest(self) -> str:
+        """SHA-256 of the training file and of which of its rows are trained on, hexadecimal."""
+        digest = self.caches["train"].digest
+        if self.train_rows is None:
+            return digest
+        return hashlib.sha256(digest.encode() + self.train_rows.tobytes()).hexdigest()
 
     @property
     def train_lengths(self) -> np.ndarray:

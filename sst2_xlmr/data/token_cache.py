@@ -66,6 +66,12 @@ class TokenCache:
         lengths = np.empty(len(self), np.int32)
         return np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="unsafe")
 
+    def subset(self, rows: np.ndarray) -> TokenCache:
+        """Return the ids and labels of some rows, in memory, in the order given."""
+        ids = [self.ids[self.offsets[row] : self.offsets[row + 1]] for row in rows]
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
+        return TokenCache(np.concatenate(ids), offsets, self.labels[rows])
+
 
 def tokenize_file(
     path: Path,

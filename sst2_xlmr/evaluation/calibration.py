@@ -16,7 +16,7 @@ from sst2_xlmr.evaluation.metrics import calibration_sums, expected_calibration_
 # Beyond these, the rows are too few or too easy to tell.
 LOWEST, HIGHEST = 0.25, 20.0
 _SMALLEST = 1e-30  # a probability that fp32 rounded to 0
-_STEPS = 60
+_STEPS = 40
 
 
 class Calibration(NamedTuple):
@@ -31,16 +31,19 @@ class Calibration(NamedTuple):
         return f"temperature {self.temperature:.3f}, {errors}"
 
 
-def _log_tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Return float64 [rows, labels]: the logarithms of what `tempered` returns, also where that would be 0."""
-    logits = np.log(probabilities.astype(np.float64).clip(min=_SMALLEST)) / temperature
-    logits -= logits.max(axis=1, keepdims=True)
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits - logits.max(axis=1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def _logits(probabilities: np.ndarray) -> np.ndarray:
+    """Return float64 [rows, labels]: logits, up to a constant for each row."""
+    return np.log(probabilities.astype(np.float64).clip(min=_SMALLEST))
 
 
 def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """Return float64 [rows, labels]: the probabilities that the logits divided by `temperature` give."""
-    return np.exp(_log_tempered(probabilities, temperature))
+    return np.exp(_log_softmax(_logits(probabilities) / temperature))
 
 
 def calibrate(probabilities: np.ndarray | None, labels: np.ndarray) -> Calibration:
@@ -51,10 +54,10 @@ def calibrate(probabilities: np.ndarray | None, labels: np.ndarray) -> Calibrati
         labels: int [rows].
     """
     assert probabilities is not None
-    rows = np.arange(len(labels))
+    logits, rows = _logits(probabilities), np.arange(len(labels))
 
     def loss(inverse: float) -> float:
-        return -float(_log_tempered(probabilities, 1 / inverse)[rows, labels].mean())
+        return -float(_log_softmax(logits * inverse)[rows, labels].mean())
 
     low, high = 1 / HIGHEST, 1 / LOWEST
     for _ in range(_STEPS):  # the loss is convex in the inverse temperature

@@ -142,6 +142,7 @@ def export_run(folder: Path, inputs: Prepared, state: RunState, finisher: Finish
     if state.progress.calibration:
         masters = with_temperature(masters, state.progress.calibration[0])
     row_counts = {split: len(cache) for split, cache in inputs.caches.items()}
+    row_counts["train"] = len(inputs.train_labels)
     evaluations = last_evaluations(folder.parent / "metrics.jsonl", step)
     described = Description(
         encoder.shape,

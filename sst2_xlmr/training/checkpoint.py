@@ -161,12 +161,18 @@ def what_is_damaged(checkpoint: Path, sizes_only: bool = False) -> str:
 
 
 def remove_former_attempts(folder: Path, restarts: int) -> None:
-    """Remove the checkpoints of attempts that have collapsed; `restarts` is the number of the current one."""
+    """Remove the checkpoints of attempts that have collapsed; `restarts` is the number of the current one.
+
+    Raises:
+        UserError: if there is one of a later attempt, so that the list of attempts must have been lost.
+    """
     for checkpoint in folder.glob("step-????????"):
         # A damaged one is reported by find_checkpoint.
         with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
             progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-            if progress.get("restarts", 0) != restarts:
+            if progress.get("restarts", 0) > restarts:
+                raise UserError(f"{checkpoint} is of a later attempt than restarts.json says; put that file back")
+            if progress.get("restarts", 0) < restarts:
                 (checkpoint / "manifest.json").unlink(missing_ok=True)
                 shutil.rmtree(checkpoint, ignore_errors=True)
 

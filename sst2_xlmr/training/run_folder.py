@@ -82,9 +82,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_restarts(run_folder: Path) -> list[dict[str, Any]]:
-    """Return for every attempt that has collapsed its last step, rate and seed."""
+    """Return for every attempt that has collapsed its last step, rate and seed.
+
+    Raises:
+        UserError: if the list is damaged.
+    """
     file = run_folder / RESTARTS_NAME
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    try:
+        restarts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {file}: {error}; put it back") from None
+    if not isinstance(restarts, list):
+        raise UserError(f"{file} holds no list; put it back")
+    return restarts
 
 
 def write_restarts(run_folder: Path, restarts: list[dict[str, Any]]) -> None:

@@ -50,18 +50,18 @@ class StopRequest:
         """
         if self._world.world_size == 1:
             return self.number != 0
-        if self._world.device.type == "cuda":
-            # A rank votes only once its GPU has done the step before this one, so that one that hangs does not vote.
-            if self._step is not None:
-                wait_for_step(self._step, self._world)
-            self._step = torch.cuda.Event()
-            self._step.record()
         if self._counting is not None:
             self._counting.wait()
             self._counting = None
             if int(self._votes):
                 self.number = int(self._votes)
                 return True
+        if self._world.device.type == "cuda":
+            # A rank votes only once its GPU has done the step before this one, so that one that hangs does not vote.
+            if self._step is not None:
+                wait_for_step(self._step, self._world)
+            self._step = torch.cuda.Event()
+            self._step.record()
         self._votes.fill_(self.number)
         self._counting = dist.all_reduce(self._votes, dist.ReduceOp.MAX, self._world.control, async_op=True)
         return False

@@ -100,6 +100,17 @@ def test_what_is_dropped_is_not_trained_on(
     assert "--drop-leaks" in capsys.readouterr().err
 
 
+def test_a_resumed_run_keeps_to_its_rows(
+    run_train: RunTrain, dirty_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another test file would have other leaks."""
+    run = run_train(tmp_path / "run", "--max-steps", 2, "--drop-leaks", "--save-every", 1)
+    lines = (dirty_data / "train.tsv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "other.tsv").write_text("\n".join(lines[:9]) + "\n", encoding="utf-8")
+    line = user_error(lambda: train.main([*resume(run), "--test-file", str(tmp_path / "other.tsv")]), capsys)
+    assert "the training rows differ" in line
+
+
 def resume(run: Path) -> list[str]:
     return ["--resume", "--output-dir", str(run)]
 

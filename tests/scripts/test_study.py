@@ -37,7 +37,7 @@ def test_settings_and_seeds_are_run_once_and_summed_up(
     tiny_encoder: Path, small_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--seeds", "3,5", *common(tiny_encoder, small_data, tmp_path / "all", "--epochs", 1)]
-    words += ["--setting", "plain", "", "--setting", "fast", "--lr 5e-3 --label-smoothing 0.1"]
+    words += ["--setting", "plain", "--drop-leaks", "--setting", "fast", "--lr 5e-3 --label-smoothing 0.1"]
     run_study(*words)
     first = capfd.readouterr()
     runs = {(name, seed): tmp_path / "all" / name / f"seed-{seed}" for name in ("plain", "fast") for seed in (3, 5)}
@@ -118,6 +118,7 @@ def test_a_run_that_is_stopped_ends_it(
         (["--seeds", "1,01"], "'1,01' is not a list of different seeds"),
         (["--seeds", "1", "--seed=2"], "leave out --seed=2"),
         (["--seeds", "1", "--resume"], "leave out --resume"),
+        (["--seeds", "1", "--config", "x"], "leave out --config"),
         (["--seeds", "1", "--setting", "a/b", ""], "take letters, digits and hyphens"),
         (["--seeds", "1", "--setting", "a", "", "--setting", "a", "--lr 1"], "--setting a: that name is taken"),
         (["--seeds", "1", "--setting", "trainer", ""], "that name is taken"),

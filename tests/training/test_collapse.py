@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import metrics
+from conftest import metrics, user_error
 from running import digests
 
 import train
@@ -113,6 +113,38 @@ def test_it_begins_again_with_half_the_rate_and_another_seed(
     assert saved is not None and json.loads((saved / "progress.json").read_text())["restarts"] == 1
     config = json.loads((run / "config.json").read_text())
     assert (config["lr"], config["seed"]) == (1e-9, 0), "as asked for"
+
+
+def test_a_collapsed_run_begins_again_once_it_is_told_to(
+    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its message says; at the next look."""
+    monkeypatch.setattr(train, "answers_alike", lambda *_: True)
+    run = run_train(tmp_path / "run", *STUCK, "--keep-checkpoints", 100)
+    shutil.rmtree(run / "model")
+    for checkpoint in (run / "checkpoints").iterdir():
+        if int(checkpoint.name.split("-")[1]) > 400:
+            shutil.rmtree(checkpoint)
+    monkeypatch.setattr(train, "answers_alike", once(True))
+    train.main(["--resume", "--output-dir", str(run), "--restart-on-collapse", "1"])
+    assert [attempt["step"] for attempt in json.loads((run / "restarts.json").read_text())] == [410]
+    assert metrics(run)[-1]["step"] == 420
+
+
+def test_a_lost_list_of_attempts_costs_no_checkpoint(
+    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collapse_at_first_look(monkeypatch)
+    run = run_train(tmp_path / "run", *STUCK, "--restart-on-collapse", 1)
+    saved = sorted(each.name for each in (run / "checkpoints").iterdir())
+    for content, says in ((None, "is of a later attempt than restarts.json says"), ("{", "cannot read")):
+        if content is None:
+            (run / "restarts.json").unlink()
+        else:
+            (run / "restarts.json").write_text(content)
+        line = user_error(lambda: train.main(["--resume", "--output-dir", str(run)]), capsys)
+        assert says in line
+        assert sorted(each.name for each in (run / "checkpoints").iterdir()) == saved
 
 
 @pytest.mark.parametrize("stop", [0, 100, 300])
