@@ -88,9 +88,8 @@ def parse(argv: list[str] | None) -> Study:
     words = sys.argv[1:] if argv is None else list(argv)
     for place, word in enumerate(words[:-2]):
         if word == "--setting":
-            words[place + 2] = (
-                f" {words[place + 2]}"  # or argparse would take "--freeze-encoder" for an option of its own
-            )
+            # Or argparse would take the setting's "--freeze-encoder" for an option of this script.
+            words[place + 2] = f" {words[place + 2]}"
     own, rest = parser.parse_known_args(words)
     settings: dict[str, list[str]] = {}
     for name, options in own.setting or [("ours", "")]:
