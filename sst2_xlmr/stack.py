@@ -45,9 +45,6 @@ def unusable() -> str:
                 f"{package} {version} is installed, but {oldest} or newer is needed: run `pip install -U {package}`,"
                 " or set up an environment with scripts/setup.sh"
             )
-    torch, numpy = _installed("torch") or "", _installed("numpy") or "0"
-    if _numbers(torch)[:2] == (2, 3) and _numbers(numpy)[0] >= 2:
-        return f"torch {torch} was built for NumPy 1, and NumPy {numpy} is installed: run `pip install 'numpy<2'`"
     return ""
 
 
