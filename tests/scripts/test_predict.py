@@ -276,7 +276,7 @@ def test_wrong_use_of_files(
         ("in.csv", b'text\n"never closed\n', "the row at line 2 is not valid CSV"),
         ("in.jsonl", b'{"text": null}\n', "line 1: column 'text' holds no text"),
         ("in.jsonl", b'{"text": "\\ud83d"}\n', "line 1: column 'text' has half a character"),
-        ("in.csv.gz", gzip.compress(b"text\nx\n")[:-3], "not a whole gzip file"),
+        ("in.csv.gz", gzip.compress(b"text\nx\n", mtime=0)[:-3], "not a whole gzip file"),
     ],
 )
 def test_wrong_input(
