@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from peer import ARGUMENTS, Collator, Rows, grouping
-from transformers import Trainer, TrainerCallback, TrainingArguments, XLMRobertaForSequenceClassification
+from peer import ARGUMENTS, Collator, Rows, grouping, training_arguments
+from transformers import Trainer, TrainerCallback, XLMRobertaForSequenceClassification
 
 
 def warmup(ratio: float) -> dict[str, Any]:
@@ -25,7 +24,6 @@ def warmup(ratio: float) -> dict[str, Any]:
 
 
 def build_trainer(order: dict[str, Any]) -> Trainer:
-    bf16 = order["precision"] == "bf16"
     model = XLMRobertaForSequenceClassification.from_pretrained(
         order["encoder"],
         num_labels=order["labels"],
@@ -34,26 +32,13 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
         classifier_dropout=order["head_dropout"],
         ignore_mismatched_sizes=True,
     )
-    arguments = TrainingArguments(
-        output_dir=str(Path(order["rows_file"]).with_name("peer")),
-        per_device_train_batch_size=order["batch_size"],
+    arguments = training_arguments(
+        order,
+        order["rows_file"],
         per_device_eval_batch_size=64,
         num_train_epochs=order["epochs"],
-        learning_rate=order["lr"],
         lr_scheduler_type="linear",
-        weight_decay=order["weight_decay"],
-        max_grad_norm=order["max_grad_norm"],
         adam_epsilon=1e-6,
-        optim="adamw_torch_fused",
-        bf16=bf16,
-        use_cpu=order["device"] == "cpu",
-        dataloader_pin_memory=order["device"] == "cuda",
-        seed=order["seed"],
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
         **grouping(),
         **warmup(order["warmup_ratio"]),
     )
@@ -61,11 +46,9 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
 
 
 def accuracy(trainer: Trainer, rows_file: str, split: str) -> float:
-    """Return the accuracy on a file, computed in an order of similar length."""
-    rows = Rows(rows_file, split)
-    order = np.argsort(rows.lengths(), kind="stable")
-    logits = trainer.predict([rows[row] for row in order]).predictions
-    return float((logits.argmax(-1) == rows.labels[order]).mean())
+    """Return the accuracy on a file, whose rows the Trainer takes in an order of its own: it gives the labels too."""
+    result = trainer.predict(Rows(rows_file, split))
+    return float((result.predictions.argmax(-1) == result.label_ids).mean())
 
 
 class Curve(TrainerCallback):
