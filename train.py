@@ -64,10 +64,6 @@ from sst2_xlmr.training.step import forward_backward
 SEEDS_APART = 100_003  # between the seeds of two attempts, so that they are not those of neighbouring runs
 
 
-class Collapsed(Exception):
-    """The run answers every text alike, and is to begin again."""
-
-
 @dataclass
 class Run:
     """The parts of a run. Its state has three owners, progress, window and optimizer, all in `state`.
@@ -149,8 +145,7 @@ def build(inputs: Prepared, world: World) -> Run:
     classifier.to(world.device)
     groups = Groups(encoder.shape.layers, config.weight_decay, config.layerwise_lr_decay)
     optimizer = AdamW(classifier, groups, config.max_grad_norm, bf16=config.precision == "bf16")
-    lengths = caches["train"].lengths()
-    sampler = GlobalBatchSampler(lengths, config.batch_size, config.seed, world, inputs.train_rows)
+    sampler = GlobalBatchSampler(inputs.train_lengths, config.batch_size, config.seed, world, inputs.train_rows)
     loader = BatchLoader(caches["train"], sampler, config, world.device)
     encoder_digest = distributed.from_main(world, digest_of(encoder.weights_file) if world.is_main else None)
     progress = Progress(inputs.train_digest, encoder_digest, len(loader))
@@ -184,7 +179,7 @@ def restore(run: Run, resume: bool) -> Path | None:
     if checkpoint:
         load_checkpoint(checkpoint, run.state, config.seed, world)
         progress = run.state.progress
-        if progress.collapsed_step and progress.restarts < config.restart_on_collapse:  # it may begin again now
+        if begins_again(run):  # --restart-on-collapse is new, or allows more: look once more
             progress.collapsed_step = progress.checked_step = 0
     return checkpoint
 
@@ -221,7 +216,7 @@ def open_outputs(run: Run, asked: Config, resume: bool) -> Report:
 
 
 def header(run: Run) -> list[str]:
-    """Return the lines that describe a run at its start."""
+    """Return the lines that describe a run at its start; on rank 0."""
     state = run.state
     figures = HeaderFigures(
         len(state.kept_ids), run.head_is_new, run.schedule.total_steps, run.computation.why_not_compiled
@@ -279,30 +274,36 @@ def notice_collapse(run: Run, outputs: Outputs, loss: float) -> bool:
     """Look at dev's answers if the loss of the last line of metrics is that of a constant answer.
 
     Returns:
-        Whether the run has collapsed and is to begin again.
-
-    Raises:
-        Interrupted: if a signal came in between.
+        Whether the run has collapsed and is to begin again. If a signal came in between, a resumed run looks again.
     """
     progress, config, dev = run.state.progress, run.config, run.inputs.caches["dev"]
     after_warmup, since_check = progress.step - run.schedule.warmup_steps, progress.step - progress.checked_step
     if progress.collapsed_step or not is_suspicious(loss, run.constant_loss, after_warmup, since_check):
         return False
-    evaluation = evaluate(run.computation.model, dev, config.eval_batch_tokens, run.world, True, outputs.stop.is_agreed)
+    model, tokens = run.computation.model, config.eval_batch_tokens
+    try:
+        evaluation = evaluate(model, dev, tokens, run.world, True, outputs.stop.is_agreed)
+    except Interrupted:
+        return False
     progress.checked_step = progress.step
     answers = evaluation.probabilities
     if not distributed.from_main(run.world, answers is not None and answers_alike(answers, dev.labels)):
         return False
     progress.collapsed_step = progress.step
-    begins_again = progress.restarts < config.restart_on_collapse
     cure = f"lower --lr, now {config.lr:g}, or let --restart-on-collapse N try again"
-    if begins_again:
+    if begins_again(run):
         number = f"{progress.restarts + 1} of {config.restart_on_collapse}"
         cure = f"beginning again with half the rate, {config.lr / 2:g}, and another seed, {number}"
     label = config.classes[int(evaluation.confusion.sum(0).argmax())]
     same = f"every text of dev gets the label {label!r}, and the loss, {loss:.4f}, is that of a constant answer"
     outputs.report.log_collapse(progress.step, f"{same}; {cure}")
-    return begins_again
+    return begins_again(run)
+
+
+def begins_again(run: Run) -> bool:
+    """Whether the run has collapsed and has an attempt left."""
+    progress = run.state.progress
+    return progress.collapsed_step > 0 and progress.restarts < run.config.restart_on_collapse
 
 
 def export(run: Run, outputs: Outputs, name: str) -> None:
@@ -318,11 +319,7 @@ def save(run: Run, outputs: Outputs) -> None:
 
 
 def train_loop(run: Run, outputs: Outputs) -> bool:
-    """Train until the run is over, or a signal stops it; returns whether one did.
-
-    Raises:
-        Collapsed: if the run is to begin again.
-    """
+    """Train until the run is over, is to begin again, or a signal stops it; returns whether one did."""
     schedule, loader, config = run.schedule, run.loader, run.config
     progress, window, optimizer = run.state.progress, run.state.window, run.state.optimizer
     # On CUDA, reading the norm at every step would keep the GPU waiting; `window` notices it later.
@@ -360,9 +357,8 @@ def train_loop(run: Run, outputs: Outputs) -> bool:
         if due.log and window.totals.rows:  # there may be nothing but batches passed over
             entry = window.close(progress, schedule.lr(progress.step - 1))
             outputs.report.log_training(entry)
-            with contextlib.suppress(Interrupted):  # looked at again after the resume
-                if not stopped and notice_collapse(run, outputs, entry["loss"]):
-                    raise Collapsed
+            if not stopped and notice_collapse(run, outputs, entry["loss"]):
+                break
         if due.evaluate:
             progress.evaluation_due = True
             stopped = stopped or not evaluate_dev(run, outputs)
@@ -412,7 +408,7 @@ def build_attempt(inputs: Prepared, world: World) -> Run:
     return run
 
 
-def begin_again(run: Run) -> None:
+def note_attempt(run: Run) -> None:
     """Take note, on disk, that this attempt has collapsed; on rank 0."""
     attempt = {"step": run.state.progress.step, "lr": run.config.lr, "seed": run.config.seed}
     write_restarts(run.folder, [*read_restarts(run.folder), attempt])
@@ -446,17 +442,17 @@ def run_attempt(run: Run, asked: Config, resume: bool, stop: StopRequest) -> boo
     run.computation = accelerate(run.classifier, world, run.state.optimizer, run.config.compile)
     run.model = connect(run.computation, run.state.optimizer, world)
     report = distributed.on_main(world, lambda: open_outputs(run, asked, resume)) or SilentReport()
-    for line in header(run):
-        report.say(line)
+    if world.is_main:
+        for line in header(run):
+            report.say(line)
     if resume:
         report.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
     with Finisher() as finisher, stop, contextlib.closing(report):
         outputs = Outputs(report, finisher, stop)
-        try:
-            stopped = train_loop(run, outputs)
-        except Collapsed:
-            distributed.on_main(world, outputs.finisher.wait)
-            distributed.on_main(world, lambda: begin_again(run))
+        stopped = train_loop(run, outputs)
+        if begins_again(run):
+            distributed.on_main(world, finisher.wait)
+            distributed.on_main(world, lambda: note_attempt(run))
             return False
         finish(run, outputs, stopped)
     return True

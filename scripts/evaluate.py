@@ -10,6 +10,7 @@ Files are labelled as for training (see docs/data.md); a file without NAME= goes
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -30,7 +31,7 @@ from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.calibration import Calibration, calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
-from sst2_xlmr.export.hugging_face import CARD_NAME, Description, export_hugging_face, with_temperature
+from sst2_xlmr.export.hugging_face import description_of, export_hugging_face, with_temperature
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
@@ -135,15 +136,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def write_calibrated(source: Path, output: Path, calibration: Calibration) -> None:
     """Write a model folder like `source` that gives calibrated probabilities, and say so in its card."""
     encoder = find_encoder(str(source))
-    assert encoder.label_names is not None
-    card = source / CARD_NAME
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    if text:  # without what an earlier calibration has said
-        lines = [line for line in text.splitlines() if not line.startswith("The probabilities are calibrated: temp")]
-        text = "\n".join(lines).rstrip() + f"\n\nThe probabilities are calibrated: {calibration}.\n"
-    described = Description(
-        encoder.shape, encoder.label_names, encoder.max_length, encoder.tokenizer_file, encoder.dropouts, text
-    )
+    described = description_of(encoder)
+    if described.card:  # without what an earlier calibration has said
+        begins, lines = "The probabilities are calibrated: temperature", described.card.splitlines()
+        card = "\n".join(line for line in lines if not line.startswith(begins)).rstrip()
+        described = dataclasses.replace(described, card=f"{card}\n\nThe probabilities are calibrated: {calibration}.\n")
     export_hugging_face(output, with_temperature(load_tensors(encoder), calibration.temperature), described)
 
 

@@ -24,7 +24,7 @@ from sst2_xlmr.cli import OneLineParser
 from sst2_xlmr.config import EVAL_BATCH_TOKENS
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import predict
-from sst2_xlmr.export.hugging_face import CARD_NAME, Description, export_hugging_face
+from sst2_xlmr.export.hugging_face import description_of, export_hugging_face
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.model.weights import load_tensors
@@ -105,14 +105,8 @@ def write_torchscript(source: Path, file: Path, sentences: list[str]) -> torch.T
 def write_hugging_face(source: Path, folder: Path, dtype: str, sentences: list[str]) -> torch.Tensor:
     """Write the folder, with the source's model card if it has one; returns its `answers`."""
     encoder = find_encoder(str(source))
-    assert encoder.label_names is not None
     tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
-    card = source / CARD_NAME
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    described = Description(
-        encoder.shape, encoder.label_names, encoder.max_length, encoder.tokenizer_file, encoder.dropouts, text
-    )
-    export_hugging_face(folder, tensors, described)
+    export_hugging_face(folder, tensors, description_of(encoder))
     return answers(folder, sentences)
 
 

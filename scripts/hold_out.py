@@ -13,13 +13,12 @@ is left, to see what few data do.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from sst2_xlmr.cli import OneLineParser, add_option
+from sst2_xlmr.cli import OneLineParser, add_option, positive
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.formats import KINDS, Fields, kind_of, row_writer
 from sst2_xlmr.data.rows import columns_of, read_examples
@@ -95,12 +94,6 @@ def write_rows(file: Path, rows: Iterable[Fields], header: bool) -> None:
             if number == 0 and header and KINDS[kind].is_table:
                 write(fields.names, fields.names)
             write(fields.names, fields.cells)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> None:

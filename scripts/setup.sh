@@ -33,11 +33,9 @@ elif [ -z "$python" ]; then
 fi
 minor=$(minor_version "$python") || true
 [ -n "$minor" ] || fail "$python does not run; set PYTHON to name a Python from 3.9 on"
-if [ -z "${STACK:-}" ] && [ -e "$venv/stack" ]; then
-    STACK=$(cat "$venv/stack")
-elif [ -z "${STACK:-}" ]; then
-    [ "$minor" -le 12 ] && STACK=torchtext || STACK=newest
-fi
+there=$(cat "$venv/stack" 2>/dev/null) || true
+[ "$minor" -le 12 ] && default=torchtext || default=newest
+STACK=${STACK:-${there:-$default}}
 case $STACK in
     torchtext) oldest=9 latest=12 what=torchtext ;;
     newest) oldest=10 latest=99 what= ;;
@@ -49,9 +47,8 @@ esac
 # The stamps say for which stack, pyproject.toml and constraints this was installed.
 constraints=constraints/$STACK.txt
 stamp=$venv/installed${extra:+-$extra}
-if [ -e "$venv/stack" ] && [ "$(cat "$venv/stack")" != "$STACK" ]; then
-    fail "$venv has the stack $(cat "$venv/stack"), not $STACK; remove it, or name another folder: VENV=.venv-$STACK"
-fi
+[ "${there:-$STACK}" = "$STACK" ] ||
+    fail "$venv has the stack $there, not $STACK; remove it, or name another folder: VENV=.venv-$STACK"
 if ! cat pyproject.toml "$constraints" | cmp -s - "$stamp"; then
     if [ ! -x "$venv/bin/python" ]; then
         "$python" -m venv "$venv"

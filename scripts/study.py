@@ -50,7 +50,8 @@ TRAINER_LACKS = (
     "freeze_encoder",
     "early_stopping_patience",
 )
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the normal distribution's.
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; for more, the last makes intervals a little
+# too wide.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 Results = dict[int, dict[str, float]]  # by seed, then column
 
@@ -218,7 +219,7 @@ def peer_accuracies(folder: Path, seed: int) -> dict[str, float]:
 def interval(differences: list[float]) -> tuple[float, float]:
     """Return the mean of paired differences, and half the width of its 95 % interval (Student's t)."""
     count = len(differences)
-    quantile = _T95[count - 2] if count - 2 < len(_T95) else 1.96
+    quantile = _T95[min(count - 2, len(_T95) - 1)]
     return statistics.mean(differences), quantile * statistics.stdev(differences) / count**0.5
 
 
@@ -230,10 +231,9 @@ def shared_columns(results: dict[str, Results]) -> list[str]:
 
 def summary(results: dict[str, Results]) -> dict[str, Any]:
     """Return mean and deviation (n - 1) of every column per setting, and the differences to the first setting."""
-    reference = next(iter(results))
+    reference, columns = next(iter(results)), shared_columns(results)
     found: dict[str, Any] = {}
     for name, by_seed in results.items():
-        columns = shared_columns(results)
         values = {column: [by_seed[seed][column] for seed in by_seed] for column in columns}
         found[name] = {"mean": {column: statistics.mean(values[column]) for column in columns}}
         if len(by_seed) > 1:

@@ -59,6 +59,13 @@ def add_option(parser: Any, name: str) -> None:
     )
 
 
+def positive(text: str) -> int:
+    """Return a number from 1, for argparse's `type`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of scripts that use a trained model: which one, and how to compute with it."""
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder that train.py wrote")

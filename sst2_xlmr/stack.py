@@ -66,13 +66,6 @@ def description() -> str:
 
 def versions() -> str:
     """Return Python's version and those of the packages that a result may depend on."""
-    packages = [
-        "torch",
-        *(["torchtext"] if has_torchtext() else []),
-        "torchdata",
-        "numpy",
-        "safetensors",
-        "sentencepiece",
-    ]
-    python = ".".join(map(str, sys.version_info[:3]))
-    return ", ".join([f"Python {python}", *(f"{package} {_installed(package)}" for package in packages)])
+    beside_torch = ["torchtext"] if has_torchtext() else []
+    packages = ["torch", *beside_torch, "torchdata", "numpy", "safetensors", "sentencepiece"]
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_installed(name)}" for name in packages)])

@@ -37,7 +37,7 @@ import torch
 from runs import ROOT, Answer, measure_processes, measure_rates, measure_rows, rounded
 from spec import Setup, find_files, read_tokens, write_spec
 
-from sst2_xlmr.cli import OneLineParser
+from sst2_xlmr.cli import OneLineParser, positive
 from sst2_xlmr.config import Config, check
 from sst2_xlmr.data.rows import SST2_NAMES
 from sst2_xlmr.distributed import choose_device
@@ -48,12 +48,6 @@ from sst2_xlmr.numerics import choose_precision
 SHAPES = {**BUNDLE_SHAPES, "small": EncoderShape(hidden=384, layers=12, heads=12, ffn=1536)}
 PARTS = ("train", "eval", "processes", "rows")
 MAX_LENGTH = 128  # tokens; SST-2's longest sentence has fewer
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
-    return int(text)
 
 
 def positives(text: str) -> list[int]:

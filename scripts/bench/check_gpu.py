@@ -22,14 +22,14 @@ import sst2_xlmr  # says in one line if Python or torch cannot work
 import gpu_checks
 import numpy as np
 import torch
-from bench import SHAPES, positive, positives
+from bench import SHAPES, positives
 from runs import Answer, machine_rates, ratio, run_peer, say, summarize, worker
 from sample_rows import make_tokenizer, write_rows
 from spec import Setup, find_files, read_tokens, write_spec
 from worker import read_spec
 
 from sst2_xlmr import stack
-from sst2_xlmr.cli import OneLineParser
+from sst2_xlmr.cli import OneLineParser, positive
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.rows import SST2_NAMES
 from sst2_xlmr.distributed import choose_device
@@ -40,7 +40,6 @@ from sst2_xlmr.numerics import choose_precision
 PIECES = 2000  # of the tokenizer
 TABLE_ROWS = 9_370  # embedding rows that SST-2 uses
 PEER_BATCH_SIZES = (32, 256)
-CHECKED_SHAPE = EncoderShape(hidden=384, layers=12, heads=12, ffn=1536)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -93,7 +92,7 @@ class Inputs:
 
 def run_checks(inputs: Inputs, device: torch.device) -> Answer:
     """Run all checks; a result has `figures`, or says in `failed` why it has none."""
-    file = inputs.write("checks", CHECKED_SHAPE, batch_size=16, steps=100, lr=5e-5)
+    file = inputs.write("checks", SHAPES["small"], batch_size=16, steps=100, lr=5e-5)
     spec = read_spec(file)
     checks: dict[str, Callable[[], Answer]] = {
         "parity with the CPU": lambda: gpu_checks.check_parity(spec, device),

@@ -120,27 +120,26 @@ def build_model(shape: dict[str, Any], config: dict[str, Any]) -> XLMRobertaForS
 
 def grouping() -> dict[str, Any]:
     """Return the arguments that put rows of like length into one batch."""
-    if any(
-        field.name == "train_sampling_strategy" for field in dataclasses.fields(TrainingArguments)
-    ):  # transformers 5
+    if "train_sampling_strategy" in ARGUMENTS:  # transformers 5
         return {"train_sampling_strategy": "group_by_length"}
     return {"group_by_length": True}
 
 
-def training_arguments(spec: dict[str, Any], configuration: str, max_steps: int) -> TrainingArguments:
-    config = spec["config"]
-    bf16 = config["precision"] == "bf16"
+def training_arguments(config: dict[str, Any], rows_file: str, **more: Any) -> TrainingArguments:
+    """Return the arguments of a quiet Trainer with torch's fused AdamW that saves nothing.
+
+    Args:
+        config: options under the names of train.py's.
+        more: arguments of the Trainer's own.
+    """
     return TrainingArguments(
-        output_dir=str(Path(spec["rows_file"]).with_name("peer")),
+        output_dir=str(Path(rows_file).with_name("peer")),
         per_device_train_batch_size=config["batch_size"],
-        per_device_eval_batch_size=spec["eval_batch_size"],
-        max_steps=max_steps,
         learning_rate=config["lr"],
         weight_decay=config["weight_decay"],
         max_grad_norm=config["max_grad_norm"],
         optim="adamw_torch_fused",
-        bf16=bf16,
-        bf16_full_eval=bf16 and configuration == "eval_bf16",
+        bf16=config["precision"] == "bf16",
         use_cpu=config["device"] == "cpu",
         dataloader_pin_memory=config["device"] == "cuda",
         seed=config["seed"],
@@ -149,6 +148,18 @@ def training_arguments(spec: dict[str, Any], configuration: str, max_steps: int)
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
+        **more,
+    )
+
+
+def arguments_for(spec: dict[str, Any], configuration: str, max_steps: int) -> TrainingArguments:
+    """Return the arguments of a configuration; see the top of this file."""
+    return training_arguments(
+        spec["config"],
+        spec["rows_file"],
+        per_device_eval_batch_size=spec["eval_batch_size"],
+        max_steps=max_steps,
+        bf16_full_eval=spec["config"]["precision"] == "bf16" and configuration == "eval_bf16",
         **(grouping() if configuration == "grouped" else {}),
     )
 
@@ -210,7 +221,7 @@ def train(spec: dict[str, Any], configuration: str) -> dict[str, float]:
     stopwatch = Stopwatch()
     trainer = MeasuredTrainer(
         build_model(spec["shape"], spec["config"]),
-        training_arguments(spec, configuration, warmup_steps + steps),
+        arguments_for(spec, configuration, warmup_steps + steps),
         train_dataset=Rows(spec["rows_file"], "train"),
         data_collator=collator,
         callbacks=[stopwatch],
@@ -229,7 +240,7 @@ def train(spec: dict[str, Any], configuration: str) -> dict[str, float]:
 
 
 def evaluate(spec: dict[str, Any], configuration: str) -> dict[str, float]:
-    model, arguments = build_model(spec["shape"], spec["config"]), training_arguments(spec, configuration, 1)
+    model, arguments = build_model(spec["shape"], spec["config"]), arguments_for(spec, configuration, 1)
     collator = Collator(0)
     trainer = Trainer(model, arguments, data_collator=collator)
     dev = Rows(spec["rows_file"], "dev")

@@ -140,14 +140,13 @@ class GlobalBatchSampler:
     def __init__(
         self, lengths: np.ndarray, batch_size: int, seed: int, world: World, rows: np.ndarray | None = None
     ) -> None:
-        """Batch the rows of a file.
+        """Batch some rows of a file.
 
         Args:
-            lengths: int [rows], tokens per row of the file.
-            rows: int [some rows], the numbers of those to train on; None for all.
+            lengths: int [rows], tokens per row.
+            rows: int [rows], their numbers in the file; None if they are all of its rows.
         """
-        self.lengths = lengths if rows is None else lengths[rows]
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.lengths, self.rows, self.batch_size, self.seed = lengths, rows, batch_size, seed
         self.rank, self.world_size = world.rank, world.world_size
         self.epoch = self.batch = 0
 

@@ -17,7 +17,7 @@ from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.files import Deferred, Finisher, Storable, disk_errors, replace_folder, sync_files, write_tensors
 from sst2_xlmr.model.classifier import dropouts_of
 from sst2_xlmr.model.compact_vocab import TABLE_NAME, expand_table
-from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderShape
+from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder, EncoderShape
 from sst2_xlmr.model.weight_names import to_hugging_face
 from sst2_xlmr.model.weights import pretrained_table
 from sst2_xlmr.training.checkpoint import RunState
@@ -43,6 +43,20 @@ class Description:
     tokenizer_file: Path
     dropouts: dict[str, Any] = field(default_factory=dict)
     card: str = ""
+
+
+def description_of(encoder: Encoder) -> Description:
+    """Return the description of a model's folder that is there, with its card; `encoder` has label names."""
+    assert encoder.label_names is not None
+    card = Path(encoder.name, CARD_NAME)
+    return Description(
+        encoder.shape,
+        encoder.label_names,
+        encoder.max_length,
+        encoder.tokenizer_file,
+        encoder.dropouts,
+        card.read_text(encoding="utf-8") if card.is_file() else "",
+    )
 
 
 def _settings(described: Description, dtype: str) -> dict[str, Any]:

@@ -101,6 +101,14 @@ def _joined(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.T
     return flat, [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
 
 
+def _join_field(slots: Sequence[TrainedSlot], name: str) -> torch.Tensor:
+    """Return the slots' tensors of one kind in one, of which theirs become parts."""
+    flat, parts = _joined([getattr(slot, name) for slot in slots])
+    for slot, part in zip(slots, parts):
+        setattr(slot, name, part)
+    return flat
+
+
 class FlatEngine:
     """Moves the slots' tensors into long ones and updates these.
 
@@ -124,28 +132,16 @@ class FlatEngine:
         for number in sorted(range(len(trained)), key=lambda number: trained[number].working.numel() % 8 > 0):
             groups.setdefault((trained[number].lr_scale, trained[number].weight_decay), []).append(number)
         self._order = [number for numbers in groups.values() for number in numbers]
-        self._join([trained[number] for number in self._order])
+        slots = [trained[number] for number in self._order]
+        self._working, parts = _joined([slot.working.data for slot in slots])
+        for slot, part in zip(slots, parts):
+            slot.working.data = part
+        self._exp_avg, self._exp_avg_sq = _join_field(slots, "exp_avg"), _join_field(slots, "exp_avg_sq")
+        self._low = None if slots[0].low is None else _join_field(slots, "low")
         self._gradient: torch.Tensor | None = None  # flat, between `norm` and `update`
         ends = np.cumsum([sum(trained[number].working.numel() for number in numbers) for numbers in groups.values()])
         # Of every group: one of its slots, and where it lies.
         self._groups = [(numbers[0], end) for numbers, end in zip(groups.values(), ends.tolist())]
-
-    def _join(self, slots: list[TrainedSlot]) -> None:
-        self._working, parts = _joined([slot.working.data for slot in slots])
-        for slot, part in zip(slots, parts):
-            slot.working.data = part
-        self._exp_avg, parts = _joined([slot.exp_avg for slot in slots])
-        for slot, part in zip(slots, parts):
-            slot.exp_avg = part
-        self._exp_avg_sq, parts = _joined([slot.exp_avg_sq for slot in slots])
-        for slot, part in zip(slots, parts):
-            slot.exp_avg_sq = part
-        self._low = None
-        lows = [slot.low for slot in slots if slot.low is not None]
-        if lows:
-            self._low, parts = _joined(lows)
-            for slot, part in zip(slots, parts):
-                slot.low = part
 
     def new_accumulators(self) -> list[torch.Tensor]:
         return [torch.zeros_like(slot.working.data, dtype=torch.float32) for slot in self._trained]

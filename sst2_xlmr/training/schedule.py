@@ -21,13 +21,17 @@ SCHEDULES = {
 MOST_EVALUATIONS, EVALUATION_SHARE = 8, 0.03  # per epoch, if nothing was asked for
 
 
+def steps_of_warmup(total_steps: int, warmup_ratio: float) -> int:
+    return math.ceil(total_steps * warmup_ratio)
+
+
 def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
     """Return the learning rate of optimizer step `step` (from 0) as a fraction of the peak rate.
 
     Warm-up rises linearly and reaches 1 at its last step.
     """
     after_warmup = SCHEDULES[schedule]
-    warmup_steps = math.ceil(total_steps * warmup_ratio)
+    warmup_steps = steps_of_warmup(total_steps, warmup_ratio)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return after_warmup((step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -69,7 +73,7 @@ class Schedule:
         self._config = config
         self.batches_per_epoch = batches_per_epoch
         self.total_steps = config.max_steps or config.epochs * batches_per_epoch
-        self.warmup_steps = math.ceil(self.total_steps * config.warmup_ratio)
+        self.warmup_steps = steps_of_warmup(self.total_steps, config.warmup_ratio)
 
     def lr(self, step: int) -> float:
         """Return the learning rate of step `step`, counted from 0, before layer-wise decay."""

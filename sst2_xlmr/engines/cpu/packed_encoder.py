@@ -75,7 +75,7 @@ class PackedClassifier(nn.Module):
             padded: not used: padding is left out.
             dropout_keys: int64 [batch], what every row's dropout masks are drawn from.
         """
-        transformer, head = self.classifier.encoder.transformer, self.classifier.head
+        transformer, head = self.classifier.transformer, self.classifier.head
         rows, ids, positions = pack(tokens, dropout_keys, transformer.dropout.p if self.training else 0.0)
         shape = self.classifier.shape
         settings = Settings(self.kernels, rows, rows, shape.heads, shape.layer_norm_eps, first_site=0)
