@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -40,6 +40,8 @@ from sst2_xlmr.numerics import choose_precision
 from sst2_xlmr.training.signals import SIGNALS
 
 SCRIPTS = Path(__file__).resolve().parent
+TRAIN_PROGRAM = SCRIPTS.parent / "train.py"
+PEER_PROGRAM = SCRIPTS / "bench" / "peer_training.py"
 TRAINER = "trainer"
 TRAINER_LACKS = (
     "max_steps",
@@ -130,9 +132,14 @@ def run(command: list[str], log: Path, seconds_file: Path) -> None:
             signal.signal(number, handler)
     add_seconds(seconds_file, time.monotonic() - start)
     if status:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        print("\n".join([f"{log}:", *lines[-3:]]), file=sys.stderr)
-        sys.exit(status if status > 0 else 128 - status)
+        end_with(status, log)
+
+
+def end_with(status: int, log: Path) -> NoReturn:
+    """End with the exit status of a command that failed, and print what it said last."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    print("\n".join([f"{log}:", *lines[-3:]]), file=sys.stderr)
+    sys.exit(status if status > 0 else 128 - status)
 
 
 def train(words: list[str], folder: Path, seed: int) -> bool:
@@ -144,7 +151,7 @@ def train(words: list[str], folder: Path, seed: int) -> bool:
         if (folder / "model").is_dir():
             return False
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(SCRIPTS.parent / "train.py"), *options]
+    command = [sys.executable, str(TRAIN_PROGRAM), *options]
     run(command, folder.with_suffix(".log"), folder.with_suffix(".seconds"))
     return True
 
@@ -204,8 +211,7 @@ def train_peer(study: Study, inputs: dict[str, Any], seed: int) -> bool:
         return False
     order_file = folder / f"seed-{seed}.order"
     write_text(order_file, json.dumps(order))
-    program = str(SCRIPTS / "bench" / "peer_training.py")
-    command = [study.peer, program, str(order_file), str(result)]
+    command = [study.peer, str(PEER_PROGRAM), str(order_file), str(result)]
     run(command, folder / f"seed-{seed}.log", folder / f"seed-{seed}.seconds")
     return True
 

@@ -1,9 +1,10 @@
-"""The other side of study.py: transformers' Trainer, under a Python that has transformers.
+"""The other side of study.py and time_to_accuracy.py: transformers' Trainer, under a Python that has transformers.
 
     PYTHON peer_training.py ORDER RESULT
 
 ORDER is a JSON file (see `write_peer_inputs` in study.py); RESULT gets the order and the accuracy on every file. With
-`eval_every` steps in the order, RESULT also has a curve: [time.time(), accuracy on dev].
+`evaluations_file` in the order, the Trainer also evaluates on dev during training, at the steps at which train.py
+would with `--eval-every`, and adds a line to that file each time, as in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -51,18 +52,21 @@ def accuracy(trainer: Trainer, rows_file: str, split: str) -> float:
     return float((result.predictions.argmax(-1) == result.label_ids).mean())
 
 
-class Curve(TrainerCallback):
-    """Evaluates on dev every so many steps."""
+class Evaluations(TrainerCallback):
+    """Evaluates on dev after every so many steps of an epoch and at its end."""
 
     def __init__(self, trainer: Trainer, order: dict[str, Any]) -> None:
         self.trainer, self.order = trainer, order
-        self.points: list[tuple[float, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self.order["eval_every"] == 0:
+        batches = state.max_steps // self.order["epochs"]
+        place = (state.global_step - 1) % batches + 1
+        if place == batches or (self.order["eval_every"] and place % self.order["eval_every"] == 0):
             reached = accuracy(self.trainer, self.order["rows_file"], "dev")
             self.trainer.model.train()
-            self.points.append((time.time(), reached))
+            entry = {"step": state.global_step, "split": "dev", "accuracy": reached}
+            with Path(self.order["evaluations_file"]).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
 
 
 def main() -> None:
@@ -71,16 +75,14 @@ def main() -> None:
     if order["threads"]:
         torch.set_num_threads(order["threads"])
     trainer = build_trainer(order)
-    curve = Curve(trainer, order)
-    if order.get("eval_every"):
-        trainer.add_callback(curve)
+    if "evaluations_file" in order:
+        trainer.add_callback(Evaluations(trainer, order))
     start = time.monotonic()
     trainer.train()
     result = {
         "order": order,
         "train_s": time.monotonic() - start,
         "accuracy": {split: accuracy(trainer, order["rows_file"], split) for split in order["splits"]},
-        "curve": curve.points,
     }
     unfinished = result_file.with_suffix(".tmp")
     unfinished.write_text(json.dumps(result), encoding="utf-8")
