@@ -4,44 +4,57 @@
     python scripts/predict.py --model runs/NAME/model < sentences.txt
     python scripts/predict.py --model runs/NAME/model --input reviews.csv --output answers.csv
     python scripts/predict.py --model runs/NAME/model --input test.tsv --glue-submission submission
+    torchrun --nproc_per_node=2 scripts/predict.py --model runs/NAME/model --input reviews.csv --output answers.csv
 
 Prints one line per text, in order: label, tab, its probability, tab, text; or writes all columns of the input, followed
 by these, to a file, which gets its name when it is whole. Rows are read, classified and written some at a time, so that
-a file may be larger than memory.
+a file may be larger than memory; the input is read through first, so that a bad row shows before any work. Until
+answers.csv is whole, its rows are in answers.csv.part-0, where the same command with --resume goes on after a kill.
+Several processes take a share of the rows each.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import io
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, TextIO
+from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
+from sst2_xlmr import distributed
 from sst2_xlmr.accelerate import accelerate
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, flag
-from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, is_table, kind_of, row_writer
-from sst2_xlmr.data.rows import Example, check_text, columns_of, in_chunks, listed, read_examples
+from sst2_xlmr.data.answers import RowsWriter, Writer, write_lines, write_submission
+from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, kind_of
+from sst2_xlmr.data.rows import Example, check_text, columns_of, in_chunks, read_examples
 from sst2_xlmr.distributed import World, choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import predict
-from sst2_xlmr.files import new_file
+from sst2_xlmr.files import Finisher, digest_of
+from sst2_xlmr.growing_files import join_parts, open_parts
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.numerics import choose_precision
 
 ROWS_AT_ONCE = 1024
 COLUMN_OPTIONS = ("text_column", "text_pair_column", "header")
-GLUE_NUMBERS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
+# Options on which the output depends, besides the input and the model.
+ORDER_OPTIONS = (*COLUMN_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
+TIMEOUT_MINUTES, SECONDS_BETWEEN_LINES = 10.0, 60.0
 NO_ANSWER = "?"
-# Takes a row, its label, and the probabilities of all classes.
-Writer = Callable[[Example, str, Sequence[float]], object]
+Answer = tuple[Example, str, list[float]]  # a row, its label, and the probabilities of all classes
 
 
 def _probability(text: str) -> float:
@@ -67,6 +80,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--output", type=Path, metavar="FILE", help=f"write a {either(KINDS)} file, perhaps with .gz, instead"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.add_argument("--resume", action="store_true", help="go on where a run with the same --output was killed")
     parser.add_argument(
         "--abstain-below",
         type=_probability,
@@ -89,9 +103,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--glue-submission needs --input, the test.tsv of SST-2")
     if arguments.output:
         kind_of(arguments.output)
+    if not (arguments.input and output_files(arguments)):
+        if arguments.resume:
+            raise UserError("--resume needs --input and --output, to know what is done")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError("several processes need --input and --output, to divide the rows")
+    if arguments.resume and arguments.overwrite:
+        raise UserError("--resume goes on with output, and --overwrite replaces it; leave one of them out")
     try:
         for path in output_files(arguments):
-            if path.exists() and not arguments.overwrite:
+            if path.exists() and not arguments.overwrite and not arguments.resume:
                 raise UserError(f"{path} is there already; choose another name, or --overwrite")
         if arguments.glue_submission:
             arguments.glue_submission.mkdir(parents=True, exist_ok=True)
@@ -132,112 +153,152 @@ def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
     return itertools.chain([next(rows)], rows)
 
 
-def write_lines(all_probabilities: bool) -> Writer:
-    """Return a writer of lines on standard output, where tabs and line ends in a text become spaces."""
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    write = row_writer(sys.stdout, ".tsv")
+class Share(NamedTuple):
+    """What this process classifies of a file.
 
-    def add(row: Example, label: str, probabilities: Sequence[float]) -> None:
-        shown = [max(probabilities), *(probabilities if all_probabilities else ())]
-        texts = [row.text] if row.pair is None else [row.text, row.pair]
-        write((), [label, *(f"{probability:.4f}" for probability in shown), *texts])
-
-    return add
-
-
-class RowsWriter:
-    """Writes the input's rows with `label`, `probability` and, if wanted, `probability_CLASS`.
-
-    If the input already has such a column, the new one's name gets the prefix `predicted_`.
+    Attributes:
+        columns: names of the columns of the file's first row.
+        rows: of every chunk of the whole file.
+        first, last: its chunks, from `first` to before `last`.
     """
 
-    def __init__(self, file: TextIO, path: Path, header: bool, label_names: list[str], all_probabilities: bool) -> None:
-        self.path, self.is_table = path, is_table(path)
-        self.label_names, self.all_probabilities = label_names, all_probabilities
-        self.write = row_writer(file, kind_of(path))
-        self.needs_header = header and self.is_table
-        self.first: list[str] = []  # names of the first row's columns
-        self.last: list[str] = []  # and of the last one's
-        self.new: list[str] = []
-
-    def __call__(self, row: Example, label: str, probabilities: Sequence[float]) -> None:
-        names, cells = row.fields.names, row.fields.cells
-        if names is not self.last:
-            self._name_columns(row)
-        if self.is_table and names != self.first:
-            cells = [cells[names.index(name)] for name in self.first]
-        shown = [max(probabilities), *(probabilities if self.all_probabilities else ())]
-        rounded = [round(probability, 6) for probability in shown]
-        self.write([*names, *self.new], [*cells, label, *rounded])
-
-    def _name_columns(self, row: Example) -> None:
-        """Name the new columns of the first row, or, in JSONL, of a row whose keys differ from the last one's."""
-        self.last = names = row.fields.names
-        self.first = self.first or names
-        if not self.is_table and len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(
-                f"two columns are named {twice!r}, which JSON cannot express; let {self.path} end in .csv or .tsv"
-            )
-        if self.is_table and sorted(names) != sorted(self.first):
-            raise UserError(
-                f"line {row.fields.line} of the input has other keys than the first row; let {self.path} end in .jsonl"
-            )
-        self.new = ["label", "probability"]
-        self.new += [f"probability_{name}" for name in self.label_names if self.all_probabilities]
-        for number, name in enumerate(self.new):
-            while name in names:
-                name = "predicted_" + name
-            self.new[number] = name
-        if self.needs_header:
-            self.write((), [*names, *self.new])
-            self.needs_header = False
+    columns: list[str]
+    rows: list[int]
+    first: int
+    last: int
 
 
-def write_submission(file: TextIO, label_names: list[str]) -> Writer:
-    """Return a writer of the GLUE server's format: index, tab, 0 or 1."""
-    numbers = {name: GLUE_NUMBERS.get(name) for name in label_names}
-    if len(numbers) != 2 or set(numbers.values()) != {0, 1}:
-        raise UserError(
-            f"--glue-submission: the model's classes are {listed(label_names)}, those of SST-2 negative and positive"
-        )
-    write = row_writer(file, ".tsv")
-    write((), ["index", "prediction"])
-    count = itertools.count()
+def find_share(arguments: argparse.Namespace, world: World) -> Share:
+    """Read the input through once, on rank 0, so that a bad row shows before any work; divide its chunks."""
 
-    def add(row: Example, label: str, probabilities: Sequence[float]) -> None:
-        number, names = next(count), row.fields.names
-        write((), [row.fields.cells[names.index("index")] if "index" in names else number, numbers[label]])
+    def read_through() -> tuple[list[str], list[int]]:
+        columns: list[str] = []
+        rows = []
+        for chunk in in_chunks(read_input(arguments), ROWS_AT_ONCE):
+            columns = columns or chunk[0].fields.names
+            rows.append(len(chunk))
+        return columns, rows
 
-    return add
+    columns, rows = distributed.from_main(world, distributed.on_main(world, read_through))
+    first, last = (len(rows) * rank // world.world_size for rank in (world.rank, world.rank + 1))
+    return Share(columns, rows, first, last)
 
 
-def classify(arguments: argparse.Namespace, rows: Iterator[Example], files: list[TextIO]) -> None:
-    """Load the model, and classify and write all rows."""
-    device = choose_device(arguments.device, 0)
-    bf16 = choose_precision(arguments.precision, device) == "bf16"
-    classifier, tokenizer, label_names = load_classifier(arguments.model, device, bf16)
-    model = accelerate(classifier, World.alone(device)).model
-    writers: list[Writer] = []
-    for path, file in zip(output_files(arguments), files):
-        if path == arguments.output:
-            header = getattr(arguments, "header", True)
-            writers.append(RowsWriter(file, path, header, label_names, arguments.all_probabilities))
-        else:
-            writers.append(write_submission(file, label_names))
-    writers = writers or [write_lines(arguments.all_probabilities)]
-    with tqdm(unit=" rows", disable=not (files and sys.stderr.isatty()), dynamic_ncols=True) as bar:
-        for chunk in in_chunks(rows, ROWS_AT_ONCE):
+def order_of(arguments: argparse.Namespace, precision: str, world: World) -> dict[str, Any]:
+    """Return what makes the rows of the output; parts of it that were begun with another order are not continued."""
+    weights = find_encoder(str(arguments.model)).weights_file
+    options = {name: str(value) for name, value in vars(arguments).items() if name in ORDER_OPTIONS}
+    digests = {"input": digest_of(arguments.input), "model": digest_of(weights)}
+    return {**digests, **options, "precision": precision, "device": world.device.type, "processes": world.world_size}
+
+
+class Progress:
+    """A bar with the time left on a terminal, else a line a minute, on standard error."""
+
+    def __init__(self, total: int | None, done: int) -> None:
+        is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=done, unit=" rows", disable=not is_terminal, dynamic_ncols=True)
+        self._says_lines = not is_terminal and total is not None
+        self._total, self._before, self._done = total or 0, done, done
+        self._started = self._said = time.monotonic()
+
+    def advance(self, rows: int) -> None:
+        self._done += rows
+        self._bar.update(rows)
+        now = time.monotonic()
+        if self._says_lines and now - self._said > SECONDS_BETWEEN_LINES:
+            self._said, rate = now, (self._done - self._before) / (now - self._started)
+            left = tqdm.format_interval((self._total - self._done) / rate)
+            print(f"{self._done:,} of {self._total:,} rows, {rate:,.0f} rows/s, {left} left", file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Predictor:
+    """A loaded model, its tokenizer, and how to compute with them."""
+
+    def __init__(self, arguments: argparse.Namespace, precision: str, device: torch.device) -> None:
+        classifier, self.tokenizer, self.label_names = load_classifier(arguments.model, device, precision == "bf16")
+        self.model = accelerate(classifier, World.alone(device)).model
+        self.device, self.batch_tokens, self.abstain_below = device, arguments.batch_tokens, arguments.abstain_below
+
+    def answers(self, chunks: Iterator[list[Example]]) -> Iterator[list[Answer]]:
+        """Yield the answers to every chunk; the next one is read and tokenized meanwhile, on a thread."""
+
+        def tokenized() -> tuple[list[Example], list[list[int]]] | None:
+            chunk = next(chunks, None)
+            if chunk is None:
+                return None
             pairs = None if chunk[0].pair is None else [row.pair or "" for row in chunk]
-            probabilities = predict(
-                model, tokenizer([row.text for row in chunk], pairs), arguments.batch_tokens, device
-            )
-            for row, best, of_row in zip(chunk, probabilities.argmax(1).tolist(), probabilities.tolist()):
-                label = label_names[best] if of_row[best] >= arguments.abstain_below else NO_ANSWER
+            return chunk, self.tokenizer([row.text for row in chunk], pairs)
+
+        with ThreadPoolExecutor(1) as thread:
+            pending = thread.submit(tokenized)
+            while (prepared := pending.result()) is not None:
+                pending = thread.submit(tokenized)
+                chunk, ids = prepared
+                probabilities = predict(self.model, ids, self.batch_tokens, self.device)
+                yield [
+                    (row, self.label_names[best] if of_row[best] >= self.abstain_below else NO_ANSWER, of_row)
+                    for row, best, of_row in zip(chunk, probabilities.argmax(1).tolist(), probabilities.tolist())
+                ]
+
+
+def print_answers(arguments: argparse.Namespace, device: torch.device) -> None:
+    """Classify all texts, and write lines on standard output."""
+    rows = read_input(arguments)
+    predictor = Predictor(arguments, choose_precision(arguments.precision, device), device)
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    write = write_lines(sys.stdout, arguments.all_probabilities)
+    for answers in predictor.answers(in_chunks(rows, ROWS_AT_ONCE)):
+        for answer in answers:
+            write(*answer)
+        sys.stdout.flush()
+
+
+def write_answers(arguments: argparse.Namespace, world: World) -> None:
+    """Classify all texts, or this process's share of the input, and write the output files."""
+    paths = output_files(arguments)
+    precision = distributed.from_main(world, choose_precision(arguments.precision, world.device))
+    order = order_of(arguments, precision, world) if arguments.input else None
+    with open_parts(paths, order, world.rank, arguments.resume) as parts, Finisher() as finisher:
+        share = find_share(arguments, world) if arguments.input else None
+        predictor = Predictor(arguments, precision, world.device)
+        chunks = in_chunks(read_input(arguments), ROWS_AT_ONCE)
+        begin, total, done = parts.blocks, None, 0
+        if share:
+            begin += share.first
+            chunks = itertools.islice(chunks, begin, share.last)
+            total, done = sum(share.rows[share.first : share.last]), sum(share.rows[share.first : begin])
+        texts = [io.StringIO(newline="") for _ in paths]
+        writers: list[Writer] = []
+        for path, text in zip(paths, texts):
+            if path == arguments.output:
+                header = getattr(arguments, "header", True) and begin == 0
+                names = predictor.label_names if arguments.all_probabilities else []
+                writers.append(RowsWriter(text, path, header, names, share.columns if share else []))
+            else:
+                writers.append(write_submission(text, predictor.label_names, sum(share.rows[:begin]) if share else 0))
+
+        def add(answers: list[Answer]) -> None:
+            for answer in answers:
                 for write in writers:
-                    write(row, label, of_row)
-            sys.stdout.flush()
-            bar.update(len(chunk))
+                    write(*answer)
+            parts.append([text.getvalue() for text in texts])
+            for text in texts:
+                text.seek(0)
+                text.truncate()
+
+        with contextlib.closing(Progress(total, done)) as progress:
+            for answers in predictor.answers(chunks):
+                finisher.wait()  # until the chunk before has been written
+                finisher.submit(functools.partial(add, answers))
+                progress.advance(len(answers))
+        finisher.wait()
+        parts.note()
+    distributed.gather_objects(world, None, world.preparation)  # all parts are there
+    distributed.on_main(world, lambda: join_parts(paths, world.world_size))
 
 
 def discard_output() -> None:
@@ -248,18 +309,19 @@ def discard_output() -> None:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     keep_freed_memory()
-    rows = read_input(arguments)
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(new_file(path)) for path in output_files(arguments)]
-        try:
-            classify(arguments, rows, files)
-        except BrokenPipeError:  # the reader, `head` say, has ended
-            discard_output()
-        except OSError as error:
-            if files:
-                raise
-            discard_output()
-            raise UserError(f"cannot write to standard output: {error.strerror}") from None
+    if output_files(arguments):
+        if arguments.resume and all(path.exists() for path in output_files(arguments)):
+            return
+        with distributed.start(arguments.device, 0, TIMEOUT_MINUTES) as world:
+            write_answers(arguments, world)
+        return
+    try:
+        print_answers(arguments, choose_device(arguments.device))
+    except BrokenPipeError:  # the reader, `head` say, has ended
+        discard_output()
+    except OSError as error:
+        discard_output()
+        raise UserError(f"cannot write to standard output: {error.strerror}") from None
 
 
 if __name__ == "__main__":

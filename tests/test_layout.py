@@ -13,7 +13,7 @@ PACKAGE = ROOT / "sst2_xlmr"
 # A folder may use those of the rows above its own, and modules of itself; the order of modules within a folder is free
 # of circles.
 LEVELS = [
-    {"stack", "errors", "config", "cli", "files", "sources", "distributed", "memory", "numerics"},
+    {"stack", "errors", "config", "cli", "files", "growing_files", "sources", "distributed", "memory", "numerics"},
     {"model"},
     {"data"},
     {"training"},

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import predict as script
 
+from sst2_xlmr import growing_files
 from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.rows import Columns, read_examples
 
@@ -218,7 +220,7 @@ def test_a_progress_bar_on_a_terminal_only(model: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, cwd=ROOT, check=False)
     os.close(end)
     assert (done.returncode, done.stdout) == (0, b"")
-    assert b"4 rows [00:" in os.read(terminal, 10_000)
+    assert b"| 4/4 [00:" in os.read(terminal, 10_000)
     os.close(terminal)
 
 
@@ -232,6 +234,76 @@ def test_output_that_is_there_is_kept_unless_told_otherwise(
     run(model, *options, "--overwrite")
     assert read_examples(tmp_path / "out.tsv", Columns())
     assert [file.name for file in tmp_path.iterdir()] == ["out.tsv"]
+
+
+# Notes how far it is after every block, so that a quick test can be killed in between.
+EAGER = "import sys, sst2_xlmr.growing_files as g; g._SECONDS_BETWEEN_NOTES = 0; sys.path.insert(0, 'scripts')"
+
+
+def write_many(path: Path, rows: int) -> Path:
+    """Write rows of different length, some of them in quotes, more than two lines long."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [["n", "text"], *([n, f'a "film"\nnumber {n} ' + "good " * (n % 7)] for n in range(rows))]
+        )
+    return path
+
+
+@pytest.mark.parametrize(("name", "processes"), [("out.jsonl.gz", 1), ("out.csv", 2)])
+def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path, name: str, processes: int) -> None:
+    """Killed twice while it writes, bit for bit that of an undisturbed run of one process."""
+    words = ["--model", model, "--precision", "fp32", "--input", write_many(tmp_path / "in.csv", 9000), "--output"]
+    assert predict(*words, tmp_path / "whole" / name).returncode == 2, "the folder is not there"
+    (tmp_path / "whole").mkdir()
+    assert predict(*words, tmp_path / "whole" / name).returncode == 0
+    (tmp_path / "eager.py").write_text(f"{EAGER}\nimport predict; predict.exit_on_user_error(predict.main)\n")
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, str(tmp_path / "eager.py"), "--device", "cpu", *map(str, words), str(tmp_path / name)]
+    states = [tmp_path / f"{name}.part-{rank}.json" for rank in range(processes)]
+
+    def blocks() -> int:
+        return sum(json.loads(state.read_text())["blocks"] for state in states if state.exists())
+
+    kills = 0
+    while not (tmp_path / name).exists():
+        before = blocks()
+        with subprocess.Popen([*command, "--resume"], cwd=ROOT, start_new_session=True) as process:
+            while process.poll() is None:
+                if kills < 2 and blocks() > before + 1:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    kills += 1
+                    break
+    assert kills == 2
+    assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["in.csv", "eager.py", "whole", name])
+    assert subprocess.run([*command, "--resume"], cwd=ROOT, check=False).returncode == 0, "nothing is left to do"
+
+
+def test_other_rows_are_not_continued(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(growing_files, "_SECONDS_BETWEEN_NOTES", 0.0)
+        patch.setattr(script.Progress, "advance", lambda self, rows: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model, *options)
+    assert (tmp_path / "out.csv.part-0").is_file()
+    said = user_error(lambda: run(model, *options, "--resume", "--all-probabilities"), capsys)
+    assert "out.csv.part-0 was begun with another model, input" in said
+    run(model, *options)
+    assert len(read_output(tmp_path / "out.csv")) == 3000
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
+def test_lines_tell_the_time_left_where_there_is_no_terminal(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "SECONDS_BETWEEN_LINES", 0.0)
+    run(model, "--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("1,024 of 1,500 rows, ")
+    assert "rows/s, 00:00 left" in lines[1]
 
 
 def test_a_bad_row_leaves_no_half_output(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,6 +328,8 @@ WRONG_USE: list[tuple[list[str], str]] = [
     (["--text-column", "2", "x"], "--text-column needs --input"),
     (["--no-header", "x"], "--header needs --input"),
     (["--glue-submission", "x", "x"], "--glue-submission needs --input"),
+    (["--resume", "x"], "--resume needs --input and --output"),
+    (["--input", "sample_data/dev.tsv", "--output", "x.tsv", "--resume", "--overwrite"], "leave one of them out"),
     (["a \udce9"], "sentence 1: not UTF-8"),
 ]
 
