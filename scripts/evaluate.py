@@ -20,7 +20,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from sst2_xlmr import sources
-from sst2_xlmr.accelerate import accelerate
+from sst2_xlmr.accelerate import load_model
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, named_file
 from sst2_xlmr.data.formats import KINDS, either
@@ -33,10 +33,8 @@ from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
 from sst2_xlmr.export.hugging_face import description_of, export_hugging_face, with_temperature
 from sst2_xlmr.memory import keep_freed_memory
-from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.weights import load_tensors
-from sst2_xlmr.numerics import choose_precision
 from sst2_xlmr.report.event_folder import make_event_folder
 from sst2_xlmr.report.mistakes import EvaluatedFile
 from sst2_xlmr.report.table import evaluation_table
@@ -169,8 +167,7 @@ def main() -> None:
     check_outputs(arguments.json, arguments.tensorboard)
     keep_freed_memory()
     device = choose_device(arguments.device)
-    precision = choose_precision(arguments.precision, device)
-    model, tokenizer, label_names = load_classifier(arguments.model, device, precision == "bf16")
+    model, tokenizer, label_names, precision = load_model(arguments.model, device, arguments.precision)
     given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
     config = Config(**given, label_names=label_names, max_length=tokenizer.max_length)
     columns = columns_of(config)
@@ -182,10 +179,9 @@ def main() -> None:
         for name, file in files.items()
     }
     world = World.alone(device)
-    computed = accelerate(model, world).model
     keep_probabilities = bool(arguments.tensorboard or arguments.calibrate)
     evaluations = {
-        name: evaluate(computed, cache, arguments.batch_tokens, world, keep_probabilities)
+        name: evaluate(model, cache, arguments.batch_tokens, world, keep_probabilities)
         for name, cache in caches.items()
     }
     if arguments.calibrate:

@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from sst2_xlmr import distributed
-from sst2_xlmr.accelerate import accelerate
+from sst2_xlmr.accelerate import load_model
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, flag
 from sst2_xlmr.data.answers import RowsWriter, Writer, write_lines, write_submission
@@ -44,9 +44,7 @@ from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.files import Finisher, digest_of
 from sst2_xlmr.growing_files import join_parts, open_parts
 from sst2_xlmr.memory import keep_freed_memory
-from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.numerics import choose_precision
 
 ROWS_AT_ONCE = 1024
 COLUMN_OPTIONS = ("text_column", "text_pair_column", "header")
@@ -111,11 +109,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume goes on with output, and --overwrite replaces it; leave one of them out")
     try:
-        for path in output_files(arguments):
-            if path.exists() and not arguments.overwrite and not arguments.resume:
-                raise UserError(f"{path} is there already; choose another name, or --overwrite")
         if arguments.glue_submission:
             arguments.glue_submission.mkdir(parents=True, exist_ok=True)
+        for path in output_files(arguments):
+            os.scandir(path.parent).close()  # an OSError if it is no folder
+            if path.exists() and not arguments.overwrite and not arguments.resume:
+                raise UserError(f"{path} is there already; choose another name, or --overwrite")
     except OSError as error:
         raise UserError(f"cannot write to {error.filename}: {error.strerror}") from None
     return arguments
@@ -216,11 +215,11 @@ class Progress:
 
 
 class Predictor:
-    """A loaded model, its tokenizer, and how to compute with them."""
+    """A loaded model, and how to compute with it."""
 
-    def __init__(self, arguments: argparse.Namespace, precision: str, device: torch.device) -> None:
-        classifier, self.tokenizer, self.label_names = load_classifier(arguments.model, device, precision == "bf16")
-        self.model = accelerate(classifier, World.alone(device)).model
+    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
+        loaded = load_model(arguments.model, device, arguments.precision)
+        self.model, self.tokenizer, self.label_names, self.precision = loaded
         self.device, self.batch_tokens, self.abstain_below = device, arguments.batch_tokens, arguments.abstain_below
 
     def answers(self, chunks: Iterator[list[Example]]) -> Iterator[list[Answer]]:
@@ -248,7 +247,7 @@ class Predictor:
 def print_answers(arguments: argparse.Namespace, device: torch.device) -> None:
     """Classify all texts, and write lines on standard output."""
     rows = read_input(arguments)
-    predictor = Predictor(arguments, choose_precision(arguments.precision, device), device)
+    predictor = Predictor(arguments, device)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     write = write_lines(sys.stdout, arguments.all_probabilities)
     for answers in predictor.answers(in_chunks(rows, ROWS_AT_ONCE)):
@@ -260,11 +259,12 @@ def print_answers(arguments: argparse.Namespace, device: torch.device) -> None:
 def write_answers(arguments: argparse.Namespace, world: World) -> None:
     """Classify all texts, or this process's share of the input, and write the output files."""
     paths = output_files(arguments)
-    precision = distributed.from_main(world, choose_precision(arguments.precision, world.device))
-    order = order_of(arguments, precision, world) if arguments.input else None
+    share = find_share(arguments, world) if arguments.input else None
+    predictor = Predictor(arguments, world.device)
+    if len(set(distributed.gather_objects(world, predictor.precision))) > 1:
+        raise distributed.shared_error("the processes compute in different precisions; name one with --precision")
+    order = order_of(arguments, predictor.precision, world) if arguments.input else None
     with open_parts(paths, order, world.rank, arguments.resume) as parts, Finisher() as finisher:
-        share = find_share(arguments, world) if arguments.input else None
-        predictor = Predictor(arguments, precision, world.device)
         chunks = in_chunks(read_input(arguments), ROWS_AT_ONCE)
         begin, total, done = parts.blocks, None, 0
         if share:

@@ -77,7 +77,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help=f"tokens per forward pass; a longer row is computed alone [{EVAL_BATCH_TOKENS}]",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="[auto]")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32", "int8"),
+        default="auto",
+        help="auto: bf16 where the device computes it natively, else fp32; int8: products in 8-bit integers, on a CPU"
+        " with AVX512-VNNI [auto]",
+    )
 
 
 def _batch_tokens(text: str) -> int:

@@ -1,16 +1,21 @@
 """Faster ways to compute the same; everything works without this folder (see `sst2_xlmr.accelerate`).
 
-An engine replaces one of three things: the forward pass over the classifier's parameters, the optimizer's norm and
-update, the averaging of gradients. Nothing in `model/` and `training/` knows of it.
+An engine replaces one of three things: the forward pass over the classifier's parameters (in prediction also by one in
+8-bit integers), the optimizer's norm and update, the averaging of gradients. Nothing in `model/` and `training/` knows
+of it.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
+import torch
+from torch import nn
+
 from sst2_xlmr.distributed import World, gather_objects
 from sst2_xlmr.engines.cpu.adamw import CpuEngine, share_memory
 from sst2_xlmr.engines.cpu.exchange import exchange_gradients
+from sst2_xlmr.engines.cpu.int8 import Int8Classifier
 from sst2_xlmr.engines.cpu.kernels import load_kernels
 from sst2_xlmr.engines.cpu.packed_encoder import PackedClassifier
 from sst2_xlmr.engines.cuda.adamw import compiled_engine, why_not_compiled
@@ -49,3 +54,14 @@ def _accelerate_on_cuda(classifier: Classifier, world: World, optimizer: AdamW |
     if not reasons:
         optimizer.engine = compiled_engine(optimizer.trained)
     return Computation(classifier, why_not_compiled="".join(reasons[:1]))
+
+
+def quantize(classifier: Classifier, dtype: torch.dtype) -> nn.Module | None:
+    """Return a classifier's forward pass in 8-bit integers; None without a C compiler and AVX512-VNNI.
+
+    Args:
+        classifier: in fp32, on the CPU; it is not needed any more.
+        dtype: of what is not a product with weights.
+    """
+    kernels = load_kernels(dtype)
+    return Int8Classifier(classifier, kernels) if kernels is not None and kernels.has_int8 else None

@@ -318,11 +318,11 @@ WRONG_USE: list[tuple[list[str], str]] = [
     (["--input", "sample_data"], "unknown kind of file"),
     (["--input", "sample_data/dev.tsv", "x"], "--input and a sentence, 'x'"),
     (["--input", "sample_data/dev.tsv", "--text-column", "review"], "dev.tsv, line 2: no column 'review'"),
-    (["--input", "sample_data/dev.tsv", "--output", "no/such/x.tsv"], "cannot write no/such/x.tsv: No such file"),
+    (["--input", "sample_data/dev.tsv", "--output", "no/such/x.tsv"], "cannot write to no/such: No such file"),
     (["--input", "sample_data/dev.tsv", "--output", "x.txt"], "x.txt: unknown kind of file"),
     (
         ["--input", "sample_data/dev.tsv", "--output", "README.md/x.tsv"],
-        "README.md/x.tsv: Not a directory",
+        "cannot write to README.md: Not a directory",
     ),
     (["--input", "sample_data/dev.tsv", "--glue-submission", "README.md"], "cannot write to README.md: File exists"),
     (["--text-column", "2", "x"], "--text-column needs --input"),

@@ -18,33 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef BF16
-typedef uint16_t real;
-static inline float widen(real x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-static inline real narrow(float x) { /* to nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded; /* not a number stays so */
-}
-#else
-typedef float real;
-static inline float widen(real x) { return x; }
-static inline real narrow(float x) { return x; }
-#endif
-
-static void load(float *restrict to, const real *restrict from, int n) {
-    for (int i = 0; i < n; i++) to[i] = widen(from[i]);
-}
-
-static void store(real *restrict to, const float *restrict from, int n) {
-    for (int i = 0; i < n; i++) to[i] = narrow(from[i]);
-}
+#include "real.h"
 
 /* ---- dropout ---- */
 
@@ -124,16 +98,6 @@ void mean_of(const real *const *arrays, int count, int64_t n, real *result, int 
 
 /* ---- layer normalization ---- */
 
-static void moments(const float *x, int n, float epsilon, float *mean, float *scale) {
-    float sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; i++) sum += x[i];
-    *mean = sum / n;
-#pragma omp simd reduction(+ : square)
-    for (int i = 0; i < n; i++) square += (x[i] - *mean) * (x[i] - *mean);
-    *scale = 1 / sqrtf(square / n + epsilon);
-}
-
 /* hidden = x + dropout(y + bias); normed = LayerNorm(hidden). Without y: hidden = x. All [rows, n]. */
 void add_norm(const real *x, const real *y, const real *bias, const real *gamma, const real *beta, float epsilon,
               real *hidden, real *normed, int64_t rows, int n, const Dropout *dropout, int threads) {
@@ -197,29 +161,13 @@ void add_norm_backward(const real *dnormed, const real *hidden, const real *gamm
 
 /* ---- GELU ---- */
 
-/* e^x for x <= 0: 2^k * e^r with |r| <= ln(2) / 2, Taylor to the 6th power; relative error below 2e-7 */
-static inline float exp_of(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float k = rintf(x * 1.44269504f);
-    float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-    float y = 1 + r * (1 + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f))))));
-    int32_t bits = ((int32_t)k + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return y * power;
-}
-
 /* y = gelu(x + bias) with the error function; x becomes the derivative there, for the backward pass. [rows, n] */
 void bias_gelu(real *restrict x, const real *restrict bias, real *restrict y, int64_t rows, int n, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < rows; t++)
         for (int i = 0; i < n; i++) {
             float v = widen(x[t * n + i]) + widen(bias[i]);
-            float e = exp_of(-0.5f * v * v);
-            /* 1 - erf(|v| / sqrt 2), Abramowitz and Stegun 7.1.26, error below 1.5e-7 */
-            float s = 1 / (1 + 0.3275911f * 0.70710678f * fabsf(v));
-            float tail = s * (0.254829592f + s * (-0.284496736f + s * (1.421413741f + s * (-1.453152027f + s * 1.061405429f)))) * e;
-            float below = v < 0 ? 0.5f * tail : 1 - 0.5f * tail; /* the normal distribution up to v */
+            float e = exp_of(-0.5f * v * v), below = normal_below(v, e);
             y[t * n + i] = narrow(v * below);
             x[t * n + i] = narrow(below + v * e * 0.39894228f);
         }

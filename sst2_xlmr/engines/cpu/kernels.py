@@ -1,4 +1,4 @@
-"""Compile `kernels.c` for this machine, once, and call it on tensors.
+"""Compile `kernels.c` and `int8.c` for this machine, once, and call them on tensors.
 
 The library has a plain C interface and needs no torch headers, so compiling takes a second or two. It uses the OpenMP
 runtime that torch has loaded, and with it torch's threads.
@@ -26,7 +26,8 @@ import torch
 from sst2_xlmr import sources
 from sst2_xlmr.files import digest_of, sync_files
 
-SOURCE = Path(__file__).with_name("kernels.c")
+HERE = Path(__file__).parent
+SOURCES, HEADER = [HERE / "kernels.c", HERE / "int8.c"], HERE / "real.h"
 FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fopenmp", "-shared", "-fPIC"]
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -112,6 +113,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.library, self.dtype = library, dtype
+        self.has_int8 = hasattr(library, "int8_linear")
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, ctypes.c_double if name == "square_sum" else None
@@ -261,7 +263,7 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
     features = [line for line in processor.splitlines() if line.startswith(("flags", "Features"))]
     defines = ["-DBF16"] if dtype == torch.bfloat16 else []
     command = [*shlex.split(compiler), *FLAGS, *defines]
-    recipe = repr((SOURCE.read_bytes(), command, platform.machine(), features))
+    recipe = repr(([file.read_bytes() for file in (*SOURCES, HEADER)], command, platform.machine(), features))
     name = hashlib.sha256(recipe.encode()).hexdigest()[:32]
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -289,6 +291,6 @@ def _compile(command: list[str], folder: Path, name: str) -> Path:
     """Compile into `folder`; the name has the file's own digest, so that a damaged one is not loaded."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch, "kernels.so")
-        subprocess.run([*command, "-o", str(made), str(SOURCE), "-lm"], check=True, capture_output=True)
+        subprocess.run([*command, "-o", str(made), *map(str, SOURCES), "-lm"], check=True, capture_output=True)
         sync_files(Path(scratch))  # cut short by a power failure, it would be compiled again
         return made.rename(folder / f"{name}-{digest_of(made)[:16]}.so")

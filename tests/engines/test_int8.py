@@ -1,0 +1,157 @@
+"""8-bit products against exact ones, and the model that they make against the plain one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sst2_xlmr import accelerate, engines
+from sst2_xlmr.engines.cpu.int8 import Int8Classifier, Int8Kernels, Int8Linear, Norm, Quantized, quantize_weights
+from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
+from sst2_xlmr.errors import UserError
+from sst2_xlmr.evaluation.evaluate import predict
+from sst2_xlmr.model.classifier import Classifier
+from sst2_xlmr.model.encoders import EncoderShape
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def kernels_for(dtype: torch.dtype) -> Kernels:
+    kernels = load_kernels(dtype)
+    if kernels is None or not kernels.has_int8:
+        pytest.skip("no C compiler, or no AVX512-VNNI")
+    return kernels
+
+
+def values_of(quantized: Quantized, n: int) -> torch.Tensor:
+    scale, shift = quantized.ranges.double().split(1, dim=1)
+    return quantized.bytes[:, :n].double() * scale - shift
+
+
+def test_a_row_uses_the_whole_range_of_its_own() -> None:
+    """Values are off by half a step at most; 0 stays 0 to that; a row of zeros has no range."""
+    int8 = Int8Kernels(kernels_for(torch.float32))
+    torch.manual_seed(0)
+    x = torch.randn(7, 30) * 10.0 ** torch.arange(-4, 3)[:, None]
+    x[3], x[4] = 0, x[4].abs() + 5
+    quantized = int8.quantize(x)
+    span = x.amax(1).clamp(min=0) - x.amin(1).clamp(max=0)
+    assert torch.all((values_of(quantized, 30) - x).abs().amax(1) <= span * (0.5 / 255 + 1e-6))
+    assert quantized.bytes[:, :30].amax(1).tolist() == [255, 255, 255, 0, 255, 255, 255]
+    assert not quantized.bytes[:, 30:].any(), "what is behind the last value multiplies weights of zero"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "rows"), [(3, 5, 1), (64, 4, 6), (70, 30, 13), (200, 96, 100), (1, 8, 49)])
+def test_a_layer_is_the_product_of_what_was_quantized(n: int, k: int, rows: int, dtype: torch.dtype) -> None:
+    """With bias, GELU, residual connection and LayerNorm, against float64 on the same bytes."""
+    int8 = Int8Kernels(kernels_for(dtype))
+    torch.manual_seed(n)
+    weight, bias, x = torch.randn(n, k), torch.randn(n), torch.randn(rows, k).to(dtype)
+    layer, quantized = Int8Linear(weight, bias), int8.quantize(x)
+    values, scales = quantize_weights(weight)
+    exact = values_of(quantized, k) @ (values.double() * scales.double()[:, None]).t() + bias.double()
+    norm = nn.LayerNorm(n, eps=1e-5).requires_grad_(False)
+    norm.weight.normal_(1, 0.5)
+    norm.bias.normal_()
+    residual = torch.randn(rows, n).to(dtype)
+    normed = F.layer_norm(exact + residual.double(), (n,), norm.weight.double(), norm.bias.double(), 1e-5)
+    found = {
+        "bias": (int8.linear(layer, quantized), exact),
+        "gelu": (int8.linear(layer, quantized, gelu=True), F.gelu(exact)),
+        "norm": (int8.linear(layer, quantized, norm=Norm(residual, norm)), normed),
+    }
+    for name, ((plain, in_bytes), expected) in found.items():
+        tolerance = 1e-5 if dtype == torch.float32 else 1 / 128
+        span = (expected.amax(1, keepdim=True) - expected.amin(1, keepdim=True)).clamp(min=1)
+        # A row of one value has no deviation for LayerNorm to divide by.
+        if not (name == "norm" and n == 1):
+            assert torch.all((plain.double() - expected).abs() <= tolerance * (expected.abs() + span)), name
+            assert torch.all((values_of(in_bytes, n) - expected).abs() <= span * 0.01 + 0.03), name
+    alone, nothing = int8.linear(layer, quantized, wanted="values")
+    assert torch.equal(alone, found["bias"][0][0])
+    assert len(nothing.bytes) == 0
+
+
+def test_threads_and_neighbours_change_no_bit() -> None:
+    int8 = Int8Kernels(kernels_for(torch.float32))
+    torch.manual_seed(1)
+    layer, x = Int8Linear(torch.randn(100, 40), torch.randn(100)), torch.randn(131, 40)
+    expected, _ = int8.linear(layer, int8.quantize(x))
+    torch.set_num_threads(3)
+    assert torch.equal(int8.linear(layer, int8.quantize(x))[0], expected)
+    for row in (0, 59, 130):
+        assert torch.equal(int8.linear(layer, int8.quantize(x[row : row + 1]))[0], expected[row : row + 1])
+
+
+def build(layers: int = 3) -> Classifier:
+    torch.manual_seed(0)
+    model = Classifier(EncoderShape(200, 64, layers, 4, 131, 48), 3).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        is_gamma = "norm" in name and name.endswith("weight")
+        parameter.normal_(float(is_gamma), 1.0 / 8 if parameter.dim() > 1 else 0.3)
+    return model
+
+
+def texts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 40, (200,), generator=generator).tolist()
+    return [[0, *torch.randint(4, 200, (length,), generator=generator).tolist(), 2] for length in lengths]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_answers_as_the_plain_one(dtype: torch.dtype, layers: int) -> None:
+    """Measured by how much the texts' answers differ, which on random weights is little."""
+    model, ids = build(layers), texts()
+    expected = predict(model, ids, 4096, CPU)
+    found = predict(Int8Classifier(model, kernels_for(dtype)), ids, 4096, CPU)
+    error, spread = (found - expected).std(0), expected.std(0)
+    assert torch.all(error < 0.15 * spread), (error, spread)
+
+
+def test_an_answer_does_not_depend_on_the_batch() -> None:
+    model, ids = Int8Classifier(build(), kernels_for(torch.float32)), texts()
+    together, apart = predict(model, ids, 4096, CPU), predict(model, ids, 60, CPU)
+    assert torch.allclose(together, apart, atol=1e-6)
+
+
+def test_weights_of_zero_and_large_ones_are_kept() -> None:
+    weight = torch.tensor([[0.0, 0.0], [1e6, -1e6], [1e-6, 0.5e-6]])
+    values, scales = quantize_weights(weight)
+    assert torch.allclose(values.float() * scales[:, None], weight, rtol=1 / 127)
+    assert values[2].tolist() == [127, 64]
+
+
+def test_without_the_instructions_it_is_said_once(
+    tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_encoder.iterdir():
+        content = file.read_bytes().replace(b"XLMRobertaModel", b"XLMRobertaForSequenceClassification")
+        (folder / file.name).write_bytes(content)
+    monkeypatch.setattr(engines, "quantize", lambda classifier, dtype: None)
+    loaded = accelerate.load_model(folder, CPU, "int8")
+    said = capsys.readouterr().err
+    assert loaded.precision in ("bf16", "fp32")
+    assert said.startswith("warning: int8 needs a CPU with AVX512-VNNI")
+    assert said.count("\n") == 1
+    logits = loaded.module(torch.tensor([[0, 5, 2]]))
+    assert math.isfinite(float(logits.float().sum()))
+    with pytest.raises(UserError, match="--precision int8 is for a CPU"):
+        accelerate.load_model(folder, torch.device("cuda"), "int8")
