@@ -230,8 +230,13 @@ class Config:
     )
     freeze_encoder: bool = option(False, "model", "train the classification head only", kind=bool)
 
-    epochs: int = option(
-        3, "training", "passes over the training rows", kind=int, metavar="N", check=between(1, 1_000_000)
+    epochs: float = option(
+        3.0,
+        "training",
+        "passes over the training rows; 2.5, say, ends half-way through the third",
+        kind=float,
+        metavar="N",
+        check=lambda v: "" if 0 < v <= 1_000_000 else "must be above 0 and at most 1,000,000",
     )
     max_steps: int = option(
         0,

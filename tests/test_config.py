@@ -62,7 +62,7 @@ WRONG_FLAGS = [
     (["--patience=3"], "unknown argument --patience; did you mean --early-stopping-patience?"),
     (["--learning-rate", "1"], "unknown argument --learning-rate; see --help"),
     (["--epochs"], "expected one argument"),
-    (["--epochs", "three"], "--epochs: invalid int value: 'three'"),
+    (["--epochs", "three"], "--epochs: invalid float value: 'three'"),
     (["--epochs", "0"], "--epochs must be"),
     (["--max-steps", "-1"], "--max-steps must be 0 or more"),
     (["--batch-size", "0"], "--batch-size must be 1 or more"),
@@ -250,7 +250,7 @@ def test_status_and_line_of_the_real_command(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "error: argument --epochs: invalid int value: 'x'; see --help\n"
+    assert done.stderr == "error: argument --epochs: invalid float value: 'x'; see --help\n"
 
 
 @pytest.mark.parametrize(

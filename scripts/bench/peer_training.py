@@ -59,7 +59,7 @@ class Evaluations(TrainerCallback):
         self.trainer, self.order = trainer, order
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        batches = state.max_steps // self.order["epochs"]
+        batches = round(state.max_steps / self.order["epochs"])
         place = (state.global_step - 1) % batches + 1
         if place == batches or (self.order["eval_every"] and place % self.order["eval_every"] == 0):
             reached = accuracy(self.trainer, self.order["rows_file"], "dev")

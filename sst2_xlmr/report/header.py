@@ -75,7 +75,7 @@ def _describe_rows(inputs: Prepared) -> str:
 def _describe_batches(config: Config, rows: int, total_steps: int) -> str:
     """Return how the rows become steps."""
     cut = f" (at most {config.micro_batch_size} a pass)" if config.micro_batch_size else ""
-    epochs = "" if config.max_steps else f"{config.epochs} epoch{'s' * (config.epochs > 1)}, "
+    epochs = "" if config.max_steps else f"{config.epochs:g} epoch{'s' * (config.epochs != 1)}, "
     batches = -(-rows // config.batch_size)
     return f"{batches:,} an epoch, of {config.batch_size} rows{cut}; {epochs}{total_steps:,} steps"
 

@@ -72,7 +72,7 @@ class Schedule:
     def __init__(self, config: Config, batches_per_epoch: int) -> None:
         self._config = config
         self.batches_per_epoch = batches_per_epoch
-        self.total_steps = config.max_steps or config.epochs * batches_per_epoch
+        self.total_steps = config.max_steps or max(1, round(config.epochs * batches_per_epoch))
         self.warmup_steps = steps_of_warmup(self.total_steps, config.warmup_ratio)
 
     def lr(self, step: int) -> float:

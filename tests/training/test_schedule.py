@@ -71,6 +71,11 @@ def test_evaluations_are_about_eight_an_epoch_in_little_time(
     assert times == 1 or times * evaluated_tokens <= 0.03 * 3 * train_tokens
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 313), (2.5, 782), (0.001, 1)])
+def test_epochs_may_end_within_one(epochs: float, steps: int) -> None:
+    assert Schedule(Config(epochs=epochs), 313).total_steps == steps
+
+
 def test_a_last_step_within_an_epoch_is_an_end_too() -> None:
     schedule = Schedule(Config(max_steps=7), 10)
     assert schedule.due(progress_at(6)) == Due(False, False, False)
