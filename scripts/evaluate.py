@@ -3,8 +3,11 @@
     python scripts/evaluate.py --model runs/NAME/model --file fr=fr.tsv --file de=de.tsv
     python scripts/evaluate.py --model runs/NAME/model --file sample_data/test.*.tsv --json table.json
     python scripts/evaluate.py --model runs/NAME/model --calibrate dev.tsv --output models/calibrated
+    python scripts/evaluate.py --model runs/NAME/model --file dev.tsv --precision int8 --against fp32
 
-Files are labelled as for training (see docs/data.md); a file without NAME= goes by its own name.
+Files are labelled as for training (see docs/data.md); a file without NAME= goes by its own name. --against computes in
+another precision, too, prints how far the two agree, and fails if more labels change or more accuracy is lost than
+--most-changed and --most-lost allow.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sst2_xlmr import sources
 from sst2_xlmr.accelerate import load_model
-from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
+from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_option
 from sst2_xlmr.config import Config, named_file
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.rows import columns_of
 from sst2_xlmr.data.token_cache import tokenize_file
 from sst2_xlmr.distributed import World, choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
+from sst2_xlmr.evaluation.agreement import Answers, agreement_table, all_rows, check_agreement
 from sst2_xlmr.evaluation.calibration import Calibration, calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
@@ -118,8 +122,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("--calibrate FILE and --output DIR belong together")
     if bool(arguments.calibrate) == bool(arguments.file):
         raise UserError("give either --file [NAME=]FILE to evaluate on, or --calibrate FILE --output DIR")
-    if arguments.calibrate and (arguments.json or arguments.tensorboard):
-        raise UserError("--json and --tensorboard are for --file; leave them out with --calibrate")
+    if arguments.calibrate and (arguments.json or arguments.tensorboard or arguments.against):
+        raise UserError("--json, --tensorboard and --against are for --file; leave them out with --calibrate")
+    if arguments.calibrate and arguments.precision == "int8":
+        raise UserError("--precision int8 is for a model that is used; calibrate in fp32 or bf16")
     if arguments.calibrate and not arguments.calibrate.is_file():
         raise UserError(f"--calibrate {arguments.calibrate} is not a file")
     if arguments.output:
@@ -159,6 +165,8 @@ def main() -> None:
     )
     for name in COLUMN_OPTIONS:
         add_option(parser, name)
+    parser.add_argument("--against", choices=("bf16", "fp32"), help="compare --precision with this one")
+    add_bounds(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write scalars and pictures there")
     arguments = parser.parse_args()
@@ -179,7 +187,7 @@ def main() -> None:
         for name, file in files.items()
     }
     world = World.alone(device)
-    keep_probabilities = bool(arguments.tensorboard or arguments.calibrate)
+    keep_probabilities = bool(arguments.tensorboard or arguments.calibrate or arguments.against)
     evaluations = {
         name: evaluate(model, cache, arguments.batch_tokens, world, keep_probabilities)
         for name, cache in caches.items()
@@ -200,6 +208,18 @@ def main() -> None:
     print("\n".join(evaluation_table(metrics)))
     for name, evaluation in evaluations.items():
         print("\n".join(["", *class_lines(name, evaluation, label_names)]))
+    if arguments.against:
+        reference = load_model(arguments.model, device, arguments.against).module
+        answers = {}
+        for name, cache in caches.items():
+            expected = evaluate(reference, cache, arguments.batch_tokens, world, True).probabilities
+            found = evaluations[name].probabilities
+            assert found is not None
+            assert expected is not None
+            answers[name] = Answers(found, expected, cache.labels)
+        print("\n".join(["", *agreement_table(answers, precision, arguments.against)]), flush=True)
+        bounds = (arguments.most_changed / 100, arguments.most_lost / 100)
+        check_agreement(all_rows(answers), *bounds, precision, arguments.against)
 
 
 if __name__ == "__main__":

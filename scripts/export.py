@@ -2,36 +2,58 @@
 
     python scripts/export.py --model runs/NAME/model --format torchscript --output classifier.pt
     python scripts/export.py --model runs/NAME/best --format hf --dtype bf16 --output models/reviews
+    python scripts/export.py --model runs/NAME/model --format onnx --output classifier.onnx
+    python scripts/export.py --model runs/NAME/model --format onnx-int8 --check-file dev.tsv --output classifier.onnx
+    python scripts/export.py --model runs/NAME/model --format hf --keep-vocabulary-of train.tsv --output models/small
 
 torchscript: one file that takes raw texts and needs torch and torchtext only (see sst2_xlmr/export/torchscript.py); to
 be written under torch 2.3.1 with torchtext.
-hf: a folder in Hugging Face layout, as train.py writes it, from any such folder. The result is read back and compared
-with the model on a dozen sentences in as many languages, or those of --check-file, alone and in pairs. It gets its name
-only if they agree.
+onnx: one file that takes raw texts, or with --from-ids token ids, and needs onnxruntime only (see export/onnx_file.py).
+hf: a folder in Hugging Face layout, as train.py writes it, from any such folder.
+onnx-int8, hf-int8: the same in 8 bits; such a folder is for the scripts here, with --precision int8 or another.
+--keep-vocabulary-of leaves out the embedding rows that these texts do not need, before anything else is done.
+
+The result is read back and compared with the model on a dozen sentences in as many languages, or on the rows of
+--check-file. It gets its name only if they agree; in 8 bits, if no more labels change and no more accuracy is lost than
+--most-changed and --most-lost allow.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 
 from sst2_xlmr import stack
-from sst2_xlmr.cli import OneLineParser
-from sst2_xlmr.config import EVAL_BATCH_TOKENS
+from sst2_xlmr.accelerate import load_model
+from sst2_xlmr.cli import OneLineParser, add_bounds, add_option
+from sst2_xlmr.config import EVAL_BATCH_TOKENS, Config, named_file
+from sst2_xlmr.data.formats import KINDS, either, kind_of
+from sst2_xlmr.data.rows import Columns, columns_of, has_labels, read_examples, read_rows
 from sst2_xlmr.errors import UserError, exit_on_user_error
+from sst2_xlmr.evaluation.agreement import Answers, agreement_table, all_rows, check_agreement
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.hugging_face import description_of, export_hugging_face
+from sst2_xlmr.export.trimmed import write_trimmed
 from sst2_xlmr.model.classifier import load_classifier
-from sst2_xlmr.model.encoders import find_encoder
+from sst2_xlmr.model.encoders import Encoder, find_encoder
+from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.weights import load_tensors
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # of a probability; bf16 weights have 8 significant bits
+ONNX_TOLERANCE = 1e-4
+ROWS_COMPARED = 1000  # of the texts whose vocabulary is kept: all have the same ids, these also the same answers
+ONNX_BATCH = 32
+COLUMN_OPTIONS = ("text_column", "text_pair_column", "label_column", "header")
 SENTENCES = [
     "A quiet film that stays with you for days.",
     "Das Essen war kalt, der Kellner unfreundlich und die Rechnung falsch.",
@@ -51,88 +73,275 @@ SENTENCES = [
 ]
 
 
+class Rows(NamedTuple):
+    """Rows to compare answers on.
+
+    Attributes:
+        pairs: the second texts; None where rows have one text.
+        labels: int [rows]; None where rows have none.
+    """
+
+    texts: list[str]
+    pairs: list[str] | None
+    labels: np.ndarray | None
+
+
+# Returns fp32 probabilities, [rows, labels].
+Classify = Callable[[Rows], torch.Tensor]
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description="Write a trained model in another form, and check it.", allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, type=Path, metavar="DIR", help="model folder in Hugging Face layout")
-    add("--format", required=True, choices=("hf", "torchscript"), help="what to write")
-    add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf) or file (torchscript)")
+    formats = ("hf", "hf-int8", "onnx", "onnx-int8", "torchscript")
+    add("--format", required=True, choices=formats, help="what to write")
+    add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf) or file")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights in the folder; hf only [fp32]")
-    add("--check-file", type=Path, metavar="FILE", help="compare on these texts, one per line [built-in sentences]")
+    add("--from-ids", action="store_true", help="onnx: take token ids instead of texts, to tokenize elsewhere")
+    add(
+        "--keep-vocabulary-of",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="leave out the embedding rows that these texts, and single characters, do not need",
+    )
+    add(
+        "--check-file",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]FILE",
+        help=f"compare on these rows, labelled or not: {either(KINDS)}, or lines of text [built-in sentences]",
+    )
+    for name in COLUMN_OPTIONS:
+        add_option(parser, name)
+    add_bounds(parser)
     arguments = parser.parse_args(argv)
-    if arguments.format == "torchscript" and arguments.dtype != "fp32":
-        raise UserError("--dtype bf16 is for --format hf; a TorchScript file computes in fp32")
-    if arguments.format == "torchscript" and not stack.has_torchtext():
+    check_arguments(arguments)
+    return arguments
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    kind = arguments.format
+    if kind != "hf" and arguments.dtype != "fp32":
+        raise UserError("--dtype bf16 is for --format hf")
+    if kind == "torchscript" and not stack.has_torchtext():
         raise UserError(
             f"--format torchscript needs torchtext under torch 2.3.1, and this is {stack.description()}; export it in"
             " an environment that `STACK=torchtext scripts/setup.sh` has made"
         )
+    if kind.startswith("onnx"):
+        import_onnx()
+    elif arguments.from_ids:
+        raise UserError("--from-ids is for --format onnx")
+    if kind.endswith("int8") and not arguments.check_file:
+        raise UserError(f"--format {kind} needs --check-file: what 8 bits cost is measured on rows such as yours")
+    if kind in ("onnx", "onnx-int8") and not arguments.from_ids and getattr(arguments, "text_pair_column", None):
+        raise UserError("an ONNX file that takes texts takes one for each row; export pairs with --from-ids")
     if os.path.lexists(arguments.output):
         raise UserError(f"--output {arguments.output} is there already; choose another name")
-    return arguments
 
 
-def read_sentences(file: Path) -> list[str]:
+def import_onnx() -> None:
+    """Find out whether the packages for ONNX are there."""
     try:
-        sentences = file.read_text(encoding="utf-8-sig").splitlines()
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxruntime_extensions  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--format onnx needs {error.name}; install them with pip install -e '.[onnx]'") from None
+
+
+def read_texts(file: Path, columns: Columns) -> Iterator[tuple[str, str | None]]:
+    """Yield the texts of a file of rows, or the lines of any other file."""
+    if is_rows_file(file):
+        for example in read_examples(file, columns):
+            yield example.text, example.pair
+        return
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --check-file {file} as UTF-8 text: {error}") from None
-    if not sentences:
-        raise UserError(f"--check-file {file} is empty")
-    return sentences
+        raise UserError(f"cannot read {file} as UTF-8 text: {error}") from None
+    if not lines:
+        raise UserError(f"{file} is empty")
+    yield from ((line, None) for line in lines)
 
 
-def answers(folder: Path, sentences: list[str]) -> torch.Tensor:
-    """Return fp32 [2 * sentences, labels], a model folder's probabilities for each sentence alone, then in pairs."""
-    model, tokenizer, _ = load_classifier(folder, CPU, bf16=False)
-    return predict(model, tokenizer(sentences) + tokenizer(sentences, sentences[::-1]), EVAL_BATCH_TOKENS, CPU)
+def is_rows_file(file: Path) -> bool:
+    try:
+        kind_of(file)
+    except UserError:
+        return False
+    return True
 
 
-def write_torchscript(source: Path, file: Path, sentences: list[str]) -> torch.Tensor:
-    """Write the file; returns its probabilities, as `answers` does."""
+def read_checks(arguments: argparse.Namespace, columns: Columns, label_names: list[str]) -> dict[str, Rows]:
+    """Return the rows to compare on, by the names of their files."""
+    checks: dict[str, Rows] = {}
+    for name, file in map(named_file, arguments.check_file):
+        if name in checks:
+            raise UserError(f"two files have the name {name}; name them with --check-file NAME=FILE")
+        if is_rows_file(file) and has_labels(file, columns):
+            rows = list(read_rows(file, columns, label_names))
+            texts = [(row.text, row.pair) for row in rows]
+            labels = np.array([row.label for row in rows])
+        else:
+            texts, labels = list(read_texts(file, columns)), None
+        pairs = [pair for _, pair in texts if pair is not None]
+        checks[name] = Rows([text for text, _ in texts], pairs or None, labels)
+    if not checks:
+        checks["sentences"] = Rows(SENTENCES, None, None)
+        if not arguments.format.startswith("onnx") or arguments.from_ids:
+            checks["pairs"] = Rows(SENTENCES, SENTENCES[::-1], None)
+    return checks
+
+
+def classify_with_folder(folder: Path, precision: str = "fp32") -> Classify:
+    if precision == "int8":
+        model = load_model(folder, CPU, precision)
+        module, tokenizer = model.module, model.tokenizer
+    else:
+        module, tokenizer, _ = load_classifier(folder, CPU, bf16=False)
+    return lambda rows: predict(module, tokenizer(rows.texts, rows.pairs), EVAL_BATCH_TOKENS, CPU)
+
+
+def write_torchscript(encoder: Encoder, file: Path) -> Classify:
     from sst2_xlmr.export.torchscript import save_torchscript  # only here: it needs torchtext
 
-    model, tokenizer, label_names = load_classifier(source, CPU, bf16=False)
+    model, tokenizer, label_names = load_classifier(Path(encoder.name), CPU, bf16=False)
     save_torchscript(model, tokenizer, label_names, file)
     classify = torch.jit.load(file)
-    alone, paired = classify(sentences), classify(sentences, sentences[::-1])
-    labels, probabilities = alone[0] + paired[0], torch.cat([alone[1], paired[1]])
+
+    def answers(rows: Rows) -> torch.Tensor:
+        labels, probabilities = classify(rows.texts, rows.pairs)
+        check_labels(labels, probabilities, label_names)
+        return probabilities
+
+    return answers
+
+
+def write_onnx_file(encoder: Encoder, file: Path, int8: bool, from_ids: bool) -> Classify:
+    import onnxruntime
+    import onnxruntime_extensions
+
+    from sst2_xlmr.export.onnx_file import build_onnx, write_onnx  # only here: it needs onnx
+
+    tensors = {name: tensor.numpy() for name, tensor in load_tensors(encoder).items()}
+    label_names = encoder.label_names or []
+    tokenizer_file = None if from_ids else encoder.tokenizer_file.read_bytes()
+    write_onnx(build_onnx(tensors, encoder.shape, label_names, encoder.max_length, tokenizer_file, int8), file)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
+
+    def answers(rows: Rows) -> torch.Tensor:
+        ids = tokenizer(rows.texts, rows.pairs)
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        probabilities = torch.empty(len(ids), len(label_names))
+        for start in range(0, len(order), ONNX_BATCH):
+            chosen = order[start : start + ONNX_BATCH]
+            if from_ids:
+                padded = np.full((len(chosen), len(ids[chosen[-1]])), 1, np.int64)
+                for line, row in zip(padded, chosen):
+                    line[: len(ids[row])] = ids[row]
+                inputs = {"input_ids": padded, "attention_mask": (padded != 1).astype(np.int64)}
+            else:
+                inputs = {"text": np.array([rows.texts[row] for row in chosen], dtype=object)}
+            labels, found = session.run(None, inputs)
+            probabilities[chosen] = torch.from_numpy(found)
+            check_labels(list(labels), torch.from_numpy(found), label_names)
+        return probabilities
+
+    return answers
+
+
+def check_labels(labels: list[str], probabilities: torch.Tensor, label_names: list[str]) -> None:
     if labels != [label_names[index] for index in probabilities.argmax(-1).tolist()]:
         raise UserError("the written file names other labels than its probabilities say; it was removed")
-    return probabilities
 
 
-def write_hugging_face(source: Path, folder: Path, dtype: str, sentences: list[str]) -> torch.Tensor:
-    """Write the folder, with the source's model card if it has one; returns its `answers`."""
-    encoder = find_encoder(str(source))
+def write_hugging_face(encoder: Encoder, folder: Path, dtype: str, int8: bool) -> Classify:
+    """Write the folder, with the source's model card if it has one."""
     tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
-    export_hugging_face(folder, tensors, description_of(encoder))
-    return answers(folder, sentences)
+    export_hugging_face(folder, tensors, description_of(encoder), int8=int8)
+    return classify_with_folder(folder, "int8" if int8 else "fp32")
+
+
+def trim(encoder: Encoder, files: list[str], columns: Columns, folder: Path) -> None:
+    """Write a model's folder with the vocabulary of some files; checked to give these the same answers, bit for bit."""
+    texts = [part for file in files for row in read_texts(Path(file), columns) for part in row if part is not None]
+    trimmed = write_trimmed(encoder, texts, folder)
+    before = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
+    after = load_tokenizer(find_encoder(str(folder)).tokenizer_file, encoder.max_length)
+    for text, old, new in zip(texts, before(texts), after(texts)):
+        if before.pieces_of(old) != after.pieces_of(new):
+            raise UserError(f"the trimmed tokenizer cuts {text[:80]!r} in another way; it was removed")
+    rows = Rows(texts[:ROWS_COMPARED], None, None)
+    if not torch.equal(classify_with_folder(Path(encoder.name))(rows), classify_with_folder(folder)(rows)):
+        raise UserError("the trimmed model gives other answers; it was removed")
+    kept, all_of_them = trimmed.shape.vocab_size, encoder.shape.vocab_size
+    print(
+        f"kept {kept:,} of {all_of_them:,} embedding rows; {len(texts):,} texts have the same ids, so the same answers"
+    )
+
+
+def write(arguments: argparse.Namespace, source: Path, written: Path) -> str:
+    """Write the new form of the model in `source` and compare it; returns what to say.
+
+    Raises:
+        UserError: if its answers are too far from the model's.
+    """
+    encoder, int8 = find_encoder(str(source)), arguments.format.endswith("int8")
+    checks = read_checks(arguments, columns_for(arguments), encoder.label_names or [])
+    expected = classify_with_folder(source)
+    if arguments.format == "torchscript":
+        found = write_torchscript(encoder, written)
+    elif arguments.format.startswith("onnx"):
+        found = write_onnx_file(encoder, written, int8, arguments.from_ids)
+    else:
+        found = write_hugging_face(encoder, written, arguments.dtype, int8)
+    answers = {name: Answers(found(rows).numpy(), expected(rows).numpy(), rows.labels) for name, rows in checks.items()}
+    count = sum(len(rows.texts) for rows in checks.values())
+    if int8:
+        print("\n".join(agreement_table(answers, "int8", "fp32")), flush=True)
+        bounds = (arguments.most_changed / 100, arguments.most_lost / 100)
+        check_agreement(all_rows(answers), *bounds, "int8", "fp32")
+        return f"answers as above on {count:,} rows"
+    both = all_rows(answers)
+    difference = float(np.abs(both.found - both.expected).max())
+    tolerance = ONNX_TOLERANCE if arguments.format == "onnx" else TOLERANCE[arguments.dtype]
+    if not difference <= tolerance:  # also if it is NaN
+        raise UserError(
+            f"the written model disagrees with {source}: a probability differs by {difference:.2g}; it was removed"
+        )
+    return f"same answers on {count:,} texts and pairs, probabilities within {difference:.1g}"
+
+
+def columns_for(arguments: argparse.Namespace) -> Columns:
+    return columns_of(Config(**{name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}))
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
-    sentences = read_sentences(arguments.check_file) if arguments.check_file else SENTENCES
-    expected = answers(arguments.model, sentences)
+    encoder = find_encoder(str(arguments.model))
+    if encoder.label_names is None:
+        raise UserError(f"{arguments.model} has no classification head; give a model folder that train.py wrote")
     output = arguments.output
     try:
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as scratch:
-            written = Path(scratch, output.name)
-            if arguments.format == "torchscript":
-                probabilities = write_torchscript(arguments.model, written, sentences)
-            else:
-                probabilities = write_hugging_face(arguments.model, written, arguments.dtype, sentences)
-            difference = float((probabilities - expected).abs().max())
-            if not difference <= TOLERANCE[arguments.dtype]:  # also if it is NaN
-                raise UserError(
-                    f"the written model disagrees with {arguments.model}: a probability differs by"
-                    f" {difference:.2g}; it was removed"
-                )
-            written.rename(output)
+        with contextlib.ExitStack() as exits:
+            parent, prefix = output.absolute().parent, f".{output.name}."
+            scratch = Path(exits.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=prefix)))
+            source = arguments.model
+            if arguments.keep_vocabulary_of:
+                source = scratch / "trimmed"
+                trim(encoder, arguments.keep_vocabulary_of, columns_for(arguments), source)
+            said = write(arguments, source, scratch / output.name)
+            (scratch / output.name).rename(output)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from None
-    print(f"{output}: same answers on {len(sentences)} texts and pairs, probabilities within {difference:.1g}")
+    print(f"{output}: {said}")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,27 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def percent(text: str) -> float:
+    """Parse a number from 0 to 100."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage from 0 to 100")
+    return value
+
+
+def add_bounds(parser: argparse.ArgumentParser) -> None:
+    """Add the bounds of a comparison (see `evaluation.agreement`)."""
+    parser.add_argument(
+        "--most-changed", type=percent, default=1.0, metavar="%", help="of the labels that may change [1]"
+    )
+    parser.add_argument(
+        "--most-lost", type=percent, default=0.3, metavar="%", help="of the rows, lost in accuracy at most [0.3]"
+    )
+
+
 def _batch_tokens(text: str) -> int:
     try:
         number = int(text)

@@ -17,9 +17,10 @@ from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.files import Deferred, Finisher, Storable, disk_errors, replace_folder, sync_files, write_tensors
 from sst2_xlmr.model.classifier import dropouts_of
 from sst2_xlmr.model.compact_vocab import TABLE_NAME, expand_table
-from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder, EncoderShape
+from sst2_xlmr.model.encoders import INT8_NAME, TOKENIZER_NAME, Encoder, EncoderShape
+from sst2_xlmr.model.quantized import quantize_weights
 from sst2_xlmr.model.weight_names import to_hugging_face
-from sst2_xlmr.model.weights import pretrained_table
+from sst2_xlmr.model.weights import SCALE_SUFFIX, pretrained_table
 from sst2_xlmr.training.checkpoint import RunState
 
 CARD_NAME = "README.md"
@@ -90,6 +91,7 @@ def export_hugging_face(
     masters: Mapping[str, Storable],
     described: Description,
     finish: Callable[[Callable[[], None]], None] = lambda work: work(),
+    int8: bool = False,
 ) -> None:
     """Write `config.json`, `model.safetensors`, the tokenizer's files and the model card; atomically.
 
@@ -98,6 +100,8 @@ def export_hugging_face(
         masters: weights under the classifier's names, all fp32 or all bf16; those that are deferred are never in memory
             whole.
         finish: does what remains after the weights were read and written, at once or later (see `files.Finisher`).
+        int8: whether to write matrices in 8 bits (see `in_8_bits`), into a file that transformers does not take for a
+            model's weights.
 
     Raises:
         UserError: if it cannot be written.
@@ -122,8 +126,28 @@ def export_hugging_face(
             (unfinished / "tokenizer.json").write_bytes(converted)
         if described.card:
             (unfinished / CARD_NAME).write_text(described.card, encoding="utf-8")
-        write_tensors(to_hugging_face(masters), unfinished / "model.safetensors")
+        tensors = to_hugging_face(masters)
+        write_tensors(
+            in_8_bits(tensors) if int8 else tensors, unfinished / (INT8_NAME if int8 else "model.safetensors")
+        )
     finish(put_in_place)
+
+
+def in_8_bits(tensors: Mapping[str, Storable]) -> dict[str, Storable]:
+    """Return the weights with the matrices of embeddings and layers as int8, each with its scales beside it.
+
+    Args:
+        tensors: under transformers' names, fp32 and in memory; position table, norms, biases and head stay as they are.
+    """
+    result: dict[str, Storable] = {}
+    for name, tensor in tensors.items():
+        is_layer = name.startswith("roberta.encoder.layer.") and len(tensor.shape) == 2
+        if is_layer or name == "roberta.embeddings.word_embeddings.weight":
+            assert isinstance(tensor, torch.Tensor)
+            result[name], result[name + SCALE_SUFFIX] = quantize_weights(tensor)
+        else:
+            result[name] = tensor
+    return result
 
 
 def with_temperature(masters: Mapping[str, Storable], temperature: float) -> dict[str, Storable]:

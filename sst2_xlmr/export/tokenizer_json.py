@@ -15,15 +15,15 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
 
-_UNIGRAM = 1  # of TrainerSpec.ModelType, and its default
+UNIGRAM = 1  # of TrainerSpec.ModelType, and its default
 _SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # XLM-R's ids 0 to 3; <mask> is the last
 
 
 @functools.lru_cache(maxsize=1)  # takes a second; a run writes it with every better model
 def tokenizer_json(model_file: Path) -> bytes | None:
     """Return the content of `tokenizer.json`, or None if the model is of another kind than XLM-R's (unigram)."""
-    model = _model_class().FromString(model_file.read_bytes())
-    if model.trainer_spec.model_type != _UNIGRAM:
+    model = model_class().FromString(model_file.read_bytes())
+    if model.trainer_spec.model_type != UNIGRAM:
         return None
     charsmap = model.normalizer_spec.precompiled_charsmap
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
@@ -54,7 +54,7 @@ def tokenizer_json(model_file: Path) -> bytes | None:
     return content.encode()
 
 
-def _model_class() -> Any:
+def model_class() -> Any:
     """Return the protobuf class of a SentencePiece model, with only the fields that are read here.
 
     sentencepiece and transformers each bring a class for the same message, and the second of them to be imported fails
@@ -67,7 +67,7 @@ def _model_class() -> Any:
 
     messages = {
         "Piece": [field("piece", 1, "STRING"), field("score", 2, "FLOAT")],
-        "Trainer": [field("model_type", 3, "INT32", defaultValue=str(_UNIGRAM))],
+        "Trainer": [field("model_type", 3, "INT32", defaultValue=str(UNIGRAM))],
         "Normalizer": [field("precompiled_charsmap", 2, "BYTES")],
         "Model": [
             field("pieces", 1, "MESSAGE", "REPEATED", typeName="Piece"),

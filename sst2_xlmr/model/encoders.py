@@ -14,6 +14,7 @@ from sst2_xlmr import sources
 from sst2_xlmr.errors import UserError
 
 TOKENIZER_NAME = "sentencepiece.bpe.model"
+INT8_NAME = "model.int8.safetensors"  # see export.int8_folder; a name that transformers does not open
 DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")  # of config.json
 
 
@@ -75,7 +76,7 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a checkpoint, for --resume; give best or model in the run's folder")
     settings = _read_settings(folder / "config.json")
-    for file in ("model.safetensors", "pytorch_model.bin"):
+    for file in ("model.safetensors", "pytorch_model.bin", INT8_NAME):
         if (folder / file).is_file():
             break
     else:

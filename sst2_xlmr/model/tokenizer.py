@@ -63,6 +63,10 @@ class Tokenizer:
         seconds = [None] * len(texts) if pairs is None else self._pieces.Encode(pairs)
         return [row_ids(*both, self.max_length) for both in zip(self._pieces.Encode(texts), seconds)]
 
+    def pieces_of(self, ids: list[int]) -> list[str]:
+        """Return the pieces that ids stand for; `<s>`, `</s>` and `<unk>` are the same for all tokenizers."""
+        return [str(number) if number < 4 else self._pieces.IdToPiece(number - 1) for number in ids]
+
     def is_longer(self, text: str, pair: str | None = None) -> bool:
         """Whether this row is cut."""
         return sum(len(self._pieces.Encode(part)) + 2 for part in (text, pair) if part is not None) > self.max_length

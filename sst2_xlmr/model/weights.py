@@ -25,6 +25,7 @@ _TABLE_NAMES = [
     "roberta.embeddings.word_embeddings.weight",
     "embeddings.word_embeddings.weight",
 ]
+SCALE_SUFFIX = "_scale"  # of the fp32 scales [n] of a matrix in int8 [n, k]
 _ROWS_AT_ONCE = 512
 _MAPPED_BYTES = 1 << 26
 _FAULT_BYTES = 1 << 16  # what Linux maps around a byte that is read
@@ -65,7 +66,7 @@ def _is_plain_zip(file: Path) -> bool:
 
 
 class _Weights(Mapping[str, torch.Tensor]):
-    """A file's floating-point tensors, each read on access, as fp32.
+    """A file's floating-point tensors, and matrices of 8-bit integers with their scales; each read on access, as fp32.
 
     The file is mapped into memory. Pages that have been read count as the process's memory until the mapping is closed,
     so it is renewed from time to time. Tensors are copied, because a mapping would change with the file. Only torch's
@@ -84,10 +85,13 @@ class _Weights(Mapping[str, torch.Tensor]):
             raw = torch.load(self._file, map_location="cpu", weights_only=True, mmap=self._is_mapped)
             if not isinstance(raw, dict):
                 raise UserError(f"{self._file} holds no tensors by name; save a model's state_dict()")
+        self._scales = {name: raw[name + SCALE_SUFFIX] for name in raw if name + SCALE_SUFFIX in raw}
         self.raw = {
             name: tensor
             for name, tensor in raw.items()
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+            if isinstance(tensor, torch.Tensor)
+            and (tensor.is_floating_point() or name in self._scales)
+            and name.removesuffix(SCALE_SUFFIX) not in self._scales.keys() - {name}
         }
         self._read_bytes = 0
 
@@ -108,6 +112,8 @@ class _Weights(Mapping[str, torch.Tensor]):
     def read(self, name: str, rows: Any) -> torch.Tensor:
         """Return the part of a tensor that the index `rows` selects."""
         result = self.raw[name][rows].to(torch.float32, copy=self._is_mapped)
+        if name in self._scales:
+            result *= self._scales[name][rows].unsqueeze(-1)
         scattered = len(rows) * _FAULT_BYTES if isinstance(rows, torch.Tensor) else 0
         self._read_bytes += max(result.nbytes, scattered)
         if self._is_mapped and self._read_bytes > _MAPPED_BYTES:

@@ -2,56 +2,145 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
-from reference import needs_torchtext
 
+from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import load_classifier
+
+sys.path.insert(0, str(ROOT / "scripts"))
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@needs_torchtext
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_the_service_answers(tiny_encoder: Path, tmp_path: Path) -> None:
-    from sst2_xlmr.export.torchscript import save_torchscript
-
-    page = (ROOT / "docs" / "from-csv-to-service.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"```python\n(.+?)```", page, re.DOTALL)
+@pytest.fixture
+def served_model(tiny_encoder: Path, tmp_path: Path) -> Path:
+    """A model's folder, in a folder where the page's commands are run."""
     folder = Path(shutil.copytree(tiny_encoder, tmp_path / "model"))
     settings = (folder / "config.json").read_text().replace("XLMRobertaModel", "XLMRobertaForSequenceClassification")
     (folder / "config.json").write_text(settings)
-    save_torchscript(*load_classifier(folder, torch.device("cpu"), bf16=False), tmp_path / "classifier.pt")
+    return folder
+
+
+def programs_of(page: str, language: str) -> list[str]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.+?)```", text, re.DOTALL)
+
+
+def ask(port: int, body: bytes) -> tuple[int, Any]:
+    """Send a request; returns the status and the JSON of the answer."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}", body), timeout=20) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def answer_of_half(port: int, sent: bytes) -> bytes:
+    """Send a request that announces 1,000 bytes and ends earlier; returns what comes back."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        head = "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+        connection.sendall(head.encode() + sent)
+        return connection.recv(1000)
+
+
+def test_the_service_answers_and_survives_what_is_sent_to_it(served_model: Path, tmp_path: Path) -> None:
+    for package in ("fastapi", "uvicorn", "onnx", "onnxruntime_extensions"):
+        pytest.importorskip(package)
+    (program,) = programs_of("from-csv-to-service.md", "python")
+    (tmp_path / "service.py").write_text(
+        program.replace("SECONDS_TO_ARRIVE = 1 << 20, 10", "SECONDS_TO_ARRIVE = 1 << 20, 1")
+    )
+    export = importlib.import_module("export")
+    export.main(["--model", str(served_model), "--format", "onnx", "--output", str(tmp_path / "classifier.onnx")])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    (tmp_path / "service.py").write_text(program.replace("8000", str(port)))
     texts = ["Not bad at all.", "映画", ""]
-    with subprocess.Popen([sys.executable, "service.py"], cwd=tmp_path, stderr=subprocess.DEVNULL) as service:
+    good = json.dumps({"texts": texts}).encode()
+    command = [sys.executable, "-m", "uvicorn", "service:app", "--port", str(port), "--log-level", "error"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as service:
         try:
             for _ in range(300):
                 with socket.socket() as probe:
                     if not probe.connect_ex(("127.0.0.1", port)):
                         break
                 time.sleep(0.1)
-            asked = urllib.request.Request(f"http://127.0.0.1:{port}", json.dumps(texts).encode())
-            with urllib.request.urlopen(asked, timeout=10) as answer:
-                found = json.load(answer)
+            status, expected = ask(port, good)
+            assert status == 200
+            hostile = {
+                b"": 400,
+                b"not JSON": 400,
+                b"[]": 400,
+                b'["a text"]': 400,
+                b'{"texts": "a text"}': 400,
+                b'{"texts": []}': 400,
+                b'{"texts": [1]}': 400,
+                b'{"texts": [null]}': 400,
+                b'{"texts": ["\\ud83d"]}': 400,
+                b'{"texts": ["\xff"]}': 400,
+                b'{"texts": ["a"': 400,
+                b"[" * 100_000: 400,
+                json.dumps({"texts": ["a"] * 101}).encode(): 400,
+                json.dumps({"texts": ["a" * 10_001]}).encode(): 400,
+                b" " * ((1 << 20) + 1): 413,
+            }
+            for body, wanted in hostile.items():
+                status, answer = ask(port, body)
+                assert status == wanted, body[:40]
+                assert list(answer) == ["detail"]
+                assert "\n" not in answer["detail"]
+            assert b" 408 " in answer_of_half(port, b'{"texts": [')
+            with ThreadPoolExecutor(16) as clients:
+                answers = list(clients.map(lambda _: ask(port, good), range(64)))
         finally:
             service.terminate()
-    assert len(found) == len(texts)
-    assert all(entry["label"] in "ab" and 0.5 <= entry["probability"] <= 1 for entry in found)
+            assert service.stderr is not None
+            said = service.stderr.read()
+    for status, found in answers:
+        assert status == 200
+        assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
+        for entry, first in zip(found, expected):
+            assert entry["probability"] == pytest.approx(first["probability"], abs=1e-5)
+    assert len(expected) == len(texts)
+    assert said == b"", "not a line on standard error"
+
+
+@pytest.mark.skipif(
+    "SST2_XLMR_TEST_NODE_MODULES" not in os.environ, reason="SST2_XLMR_TEST_NODE_MODULES names no folder"
+)
+def test_javascript_gives_the_same_labels(served_model: Path, tmp_path: Path) -> None:
+    (program,) = programs_of("from-csv-to-service.md", "javascript")
+    (tmp_path / "classify.mjs").write_text(program.replace("LONGEST = 256", "LONGEST = 64"))
+    (tmp_path / "node_modules").symlink_to(os.environ["SST2_XLMR_TEST_NODE_MODULES"])
+    export = importlib.import_module("export")
+    options = ["--format", "onnx", "--from-ids", "--output", str(tmp_path / "classifier-ids.onnx")]
+    export.main(["--model", str(served_model), *options])
+    texts = ["Not bad at all.", "Das Essen war kalt.", "word " * 300]
+    done = subprocess.run(
+        ["node", "classify.mjs", "model", *texts], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    found = [line.split("\t") for line in done.stdout.splitlines()]
+    model, tokenizer, names = load_classifier(served_model, torch.device("cpu"), bf16=False)
+    expected = predict(model, tokenizer(texts), 4096, torch.device("cpu"))
+    assert [row[0] for row in found] == [names[index] for index in expected.argmax(1).tolist()]
+    assert [float(row[1]) for row in found] == pytest.approx(expected.amax(1).tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from sst2_xlmr import accelerate, engines
-from sst2_xlmr.engines.cpu.int8 import Int8Classifier, Int8Kernels, Int8Linear, Norm, Quantized, quantize_weights
+from sst2_xlmr.engines.cpu.int8 import Int8Classifier, Int8Kernels, Int8Linear, Norm, Quantized
 from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
+from sst2_xlmr.model.quantized import quantize_weights
 
 CPU = torch.device("cpu")
 

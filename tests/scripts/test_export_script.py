@@ -159,7 +159,11 @@ def test_what_answers_otherwise_is_removed(
     model: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def spoil(written: Any) -> Any:
-        return lambda *given: written(*given) + torch.tensor([2e-5, -2e-5])
+        def write(*given: Any) -> Any:
+            classify = written(*given)
+            return lambda rows: classify(rows) + torch.tensor([2e-5, -2e-5])
+
+        return write
 
     monkeypatch.setattr(export, "write_hugging_face", spoil(export.write_hugging_face))
     monkeypatch.setattr(export, "write_torchscript", spoil(export.write_torchscript))
@@ -172,11 +176,17 @@ def test_what_answers_otherwise_is_removed(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--format", "onnx"], "invalid choice: 'onnx'"),
+        (["--format", "gguf"], "invalid choice: 'gguf'"),
         (["--format", "hf", "--dtype", "fp16"], "invalid choice: 'fp16'"),
         (["--format", "torchscript", "--dtype", "bf16"], "--dtype bf16 is for --format hf"),
-        (["--format", "hf", "--check-file", "no/such"], "cannot read --check-file no/such"),
-        (["--format", "hf", "--check-file", "empty"], "--check-file empty is empty"),
+        (["--format", "hf", "--check-file", "no/such"], "cannot read no/such as UTF-8 text"),
+        (["--format", "hf", "--check-file", "no.tsv"], "cannot read no.tsv: No such file"),
+        (["--format", "hf", "--check-file", "empty"], "empty is empty"),
+        (["--format", "hf", "--check-file", "empty", "a/empty"], "two files have the name empty"),
+        (["--format", "hf", "--keep-vocabulary-of", "no.csv"], "cannot read no.csv: No such file"),
+        (["--format", "hf", "--from-ids"], "--from-ids is for --format onnx"),
+        (["--format", "hf-int8"], "--format hf-int8 needs --check-file"),
+        (["--format", "hf", "--most-changed", "101"], "'101' is not a percentage from 0 to 100"),
         (["--format", "hf", "--output", "empty"], "--output empty is there already"),
         (["--format", "hf", "--output", "empty/x"], "cannot write empty/x: "),
         (["--format", "hf", "--model", "no/such"], "no/such: neither"),

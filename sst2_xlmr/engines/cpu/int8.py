@@ -16,6 +16,7 @@ from torch import nn
 from sst2_xlmr.engines.cpu.kernels import Kernels, Packed
 from sst2_xlmr.engines.cpu.packed_encoder import pack
 from sst2_xlmr.model.classifier import Classifier
+from sst2_xlmr.model.quantized import quantize_weights
 from sst2_xlmr.model.roberta import PAD_ID
 
 _PANEL = 64  # channels that lie together, as in int8.c
@@ -60,13 +61,6 @@ class Norm(NamedTuple):
 
     residual: torch.Tensor
     module: nn.LayerNorm
-
-
-def quantize_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 [n, k], symmetric, and fp32 scales [n]: the largest magnitude of a row becomes 127."""
-    largest = weight.abs().amax(1)
-    values = (weight * (127 / largest.clamp(min=1e-30))[:, None]).round_()
-    return values.to(torch.int8), largest / 127
 
 
 class Int8Linear(nn.Module):

@@ -1,0 +1,88 @@
+"""A model without the embedding rows that some texts do not need: most of XLM-R's parameters are such rows.
+
+The pieces that the texts are made of stay, and every single character, so that no character becomes unknown. A
+SentencePiece model of XLM-R's kind (unigram) cuts a text into the most probable pieces, so the texts are cut as before
+when only pieces are left out that no best cut has. Other texts are cut into more and shorter pieces, which the model
+knows less well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from sentencepiece import SentencePieceProcessor
+
+from sst2_xlmr.errors import UserError
+from sst2_xlmr.export.hugging_face import Description, description_of, export_hugging_face
+from sst2_xlmr.export.tokenizer_json import UNIGRAM, model_class
+from sst2_xlmr.model.compact_vocab import SPECIAL_IDS, TABLE_NAME
+from sst2_xlmr.model.encoders import Encoder
+from sst2_xlmr.model.weights import load_tensors
+
+_CONTROLS = 3  # <unk>, <s>, </s> are SentencePiece's first
+_SPACE = "▁"
+
+
+def needed_pieces(pieces: SentencePieceProcessor, texts: Iterable[str]) -> np.ndarray:
+    """Return int64, ascending: the SentencePiece ids that stay."""
+    names = [pieces.IdToPiece(number) for number in range(pieces.GetPieceSize())]
+    is_needed = np.zeros(len(names), bool)
+    is_needed[:_CONTROLS] = True
+    characters = [set(name) - {_SPACE} for name in names]
+    alone = {name.lstrip(_SPACE) for name in names if len(name.lstrip(_SPACE)) == 1}
+    for number, (name, of_piece) in enumerate(zip(names, characters)):
+        # Characters that only occur inside longer pieces stay with all of these.
+        is_needed[number] |= len(name.lstrip(_SPACE)) <= 1 or not of_piece <= alone
+    for text in texts:
+        is_needed[pieces.EncodeAsIds(text)] = True
+    return np.flatnonzero(is_needed)
+
+
+def trimmed_tokenizer(model_file: Path, kept: np.ndarray) -> bytes:
+    """Return the SentencePiece model with some of its pieces.
+
+    Args:
+        kept: int, ascending: their ids.
+
+    Raises:
+        UserError: if it is of another kind than unigram.
+    """
+    model = model_class().FromString(model_file.read_bytes())
+    if model.trainer_spec.model_type != UNIGRAM:
+        raise UserError(f"{model_file} is no unigram model, so its pieces depend on one another; it cannot be trimmed")
+    pieces = [model.pieces[number] for number in kept.tolist()]
+    trimmed = model_class()()
+    trimmed.CopyFrom(model)
+    del trimmed.pieces[:]
+    trimmed.pieces.extend(pieces)
+    return bytes(trimmed.SerializeToString())
+
+
+def write_trimmed(encoder: Encoder, texts: Iterable[str], folder: Path) -> Description:
+    """Write a model's folder without what the texts do not need; returns what it says of itself.
+
+    Args:
+        encoder: the folder of a trained model.
+        folder: must not be there.
+
+    Raises:
+        UserError: if it cannot be trimmed or written.
+    """
+    described = description_of(encoder)
+    pieces = SentencePieceProcessor(model_file=str(encoder.tokenizer_file))
+    kept = needed_pieces(pieces, texts)
+    # XLM-R's ids: four of its own, then every piece's + 1 (see model.tokenizer), then <mask>.
+    rest = np.arange(pieces.GetPieceSize() + 1, encoder.shape.vocab_size)
+    rows = np.concatenate([np.arange(SPECIAL_IDS), kept[_CONTROLS:] + 1, rest])
+    tensors = load_tensors(encoder)
+    tensors[TABLE_NAME] = tensors[TABLE_NAME][torch.from_numpy(rows)]
+    tokenizer_file = folder.with_name(f"{folder.name}.{encoder.tokenizer_file.name}")
+    tokenizer_file.write_bytes(trimmed_tokenizer(encoder.tokenizer_file, kept))
+    trimmed = replace(described, shape=replace(encoder.shape, vocab_size=len(rows)), tokenizer_file=tokenizer_file)
+    export_hugging_face(folder, tensors, trimmed)
+    tokenizer_file.unlink()
+    return trimmed
