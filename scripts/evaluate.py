@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from sst2_xlmr import sources
@@ -117,6 +118,13 @@ def write_events(folder: Path, evaluations: dict[str, Evaluation], files: dict[s
         raise UserError(f"cannot write to --tensorboard {folder}: {error.strerror}") from None
 
 
+def answers_of(found: Evaluation, expected: Evaluation, labels: np.ndarray) -> Answers:
+    """Return both sides of a comparison, whose probabilities must have been kept."""
+    assert found.probabilities is not None
+    assert expected.probabilities is not None
+    return Answers(found.probabilities, expected.probabilities, labels)
+
+
 def check_arguments(arguments: argparse.Namespace) -> None:
     if (arguments.calibrate is None) != (arguments.output is None):
         raise UserError("--calibrate FILE and --output DIR belong together")
@@ -210,13 +218,10 @@ def main() -> None:
         print("\n".join(["", *class_lines(name, evaluation, label_names)]))
     if arguments.against:
         reference = load_model(arguments.model, device, arguments.against).module
-        answers = {}
-        for name, cache in caches.items():
-            expected = evaluate(reference, cache, arguments.batch_tokens, world, True).probabilities
-            found = evaluations[name].probabilities
-            assert found is not None
-            assert expected is not None
-            answers[name] = Answers(found, expected, cache.labels)
+        expected = {
+            name: evaluate(reference, cache, arguments.batch_tokens, world, True) for name, cache in caches.items()
+        }
+        answers = {name: answers_of(evaluations[name], expected[name], cache.labels) for name, cache in caches.items()}
         print("\n".join(["", *agreement_table(answers, precision, arguments.against)]), flush=True)
         bounds = (arguments.most_changed / 100, arguments.most_lost / 100)
         check_agreement(all_rows(answers), *bounds, precision, arguments.against)

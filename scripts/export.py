@@ -178,9 +178,12 @@ def is_rows_file(file: Path) -> bool:
 def read_checks(arguments: argparse.Namespace, columns: Columns, label_names: list[str]) -> dict[str, Rows]:
     """Return the rows to compare on, by the names of their files."""
     checks: dict[str, Rows] = {}
-    for name, file in map(named_file, arguments.check_file):
-        if name in checks:
+    files = [named_file(given) for given in arguments.check_file]
+    names = [name for name, _ in files]
+    for name in names:
+        if names.count(name) > 1:
             raise UserError(f"two files have the name {name}; name them with --check-file NAME=FILE")
+    for name, file in files:
         if is_rows_file(file) and has_labels(file, columns):
             rows = list(read_rows(file, columns, label_names))
             texts = [(row.text, row.pair) for row in rows]
@@ -280,10 +283,8 @@ def trim(encoder: Encoder, files: list[str], columns: Columns, folder: Path) -> 
     rows = Rows(texts[:ROWS_COMPARED], None, None)
     if not torch.equal(classify_with_folder(Path(encoder.name))(rows), classify_with_folder(folder)(rows)):
         raise UserError("the trimmed model gives other answers; it was removed")
-    kept, all_of_them = trimmed.shape.vocab_size, encoder.shape.vocab_size
-    print(
-        f"kept {kept:,} of {all_of_them:,} embedding rows; {len(texts):,} texts have the same ids, so the same answers"
-    )
+    kept = f"{trimmed.shape.vocab_size:,} of {encoder.shape.vocab_size:,} embedding rows"
+    print(f"kept {kept}: {len(texts):,} texts are cut into the same pieces, so they get the same answers")
 
 
 def write(arguments: argparse.Namespace, source: Path, written: Path) -> str:
@@ -315,7 +316,7 @@ def write(arguments: argparse.Namespace, source: Path, written: Path) -> str:
         raise UserError(
             f"the written model disagrees with {source}: a probability differs by {difference:.2g}; it was removed"
         )
-    return f"same answers on {count:,} texts and pairs, probabilities within {difference:.1g}"
+    return f"same answers on {count:,} rows, probabilities within {difference:.1g}"
 
 
 def columns_for(arguments: argparse.Namespace) -> Columns:

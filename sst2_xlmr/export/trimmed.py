@@ -51,14 +51,14 @@ def trimmed_tokenizer(model_file: Path, kept: np.ndarray) -> bytes:
     Raises:
         UserError: if it is of another kind than unigram.
     """
-    model = model_class().FromString(model_file.read_bytes())
+    message = model_class()
+    model = message.FromString(model_file.read_bytes())
     if model.trainer_spec.model_type != UNIGRAM:
         raise UserError(f"{model_file} is no unigram model, so its pieces depend on one another; it cannot be trimmed")
-    pieces = [model.pieces[number] for number in kept.tolist()]
-    trimmed = model_class()()
+    trimmed = message()
     trimmed.CopyFrom(model)
     del trimmed.pieces[:]
-    trimmed.pieces.extend(pieces)
+    trimmed.pieces.extend(model.pieces[number] for number in kept.tolist())
     return bytes(trimmed.SerializeToString())
 
 

@@ -68,6 +68,21 @@ def test_numbers_are_those_of_training(run: Path, tmp_path: Path) -> None:
     assert {"de/pr_positive", "de/mistakes/text_summary"} <= set(tags["tensors"])
 
 
+def test_a_precision_is_compared_with_another_and_refused_if_it_is_too_far(run: Path) -> None:
+    options = ["--model", run / "model", "--file", f"de={DE}", f"ru={RU}", "--precision", "int8", "--against", "fp32"]
+    done = evaluate(*options, "--most-changed", 100, "--most-lost", 100)
+    assert done.returncode == 0, done.stderr
+    table = [line.split() for line in done.stdout.split("\n\n")[-1].splitlines()]
+    assert [line[0] for line in table] == ["file", "de", "ru", "all"]
+    assert [line[-1] for line in table[1:]] == ["40", "40", "80"]
+    changed = int(table[3][2])
+    refused = evaluate(*options, "--most-changed", 0, "--most-lost", 0)
+    assert refused.returncode == (2 if changed else 0)
+    same = evaluate(*options[:-4], "--precision", "fp32", "--against", "fp32", "--most-changed", 0)
+    assert same.returncode == 0
+    assert "0 (0.00%)" in same.stdout.splitlines()[-1]
+
+
 def test_columns_and_formats(run: Path, tmp_path: Path) -> None:
     rows = [line.split("\t") for line in DE.read_text(encoding="utf-8").splitlines()[1:]]
     names = ["negative", "positive"]

@@ -78,7 +78,7 @@ def test_torchscript_answers_alike_without_this_package(model: Path, tmp_path: P
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
-    assert "same answers on 15 texts and pairs" in done.stdout
+    assert "same answers on 30 rows" in done.stdout
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["classifier.pt"]
 
     labels = check_alone(model, tmp_path / "new" / "classifier.pt", TEXTS, tmp_path)
@@ -139,7 +139,7 @@ def test_folder_is_rewritten_with_its_card(model: Path, tmp_path: Path, capsys: 
     (tmp_path / "texts.txt").write_text("A fine film.\nEin guter Film.\n", encoding="utf-8")
     options = ["--check-file", tmp_path / "texts.txt", "--output", tmp_path / "copy"]
     run_export("--model", source, "--format", "hf", *options)
-    assert "same answers on 2 texts and pairs, probabilities within 0" in capsys.readouterr().out
+    assert "same answers on 2 rows, probabilities within 0" in capsys.readouterr().out
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "copy" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -182,7 +182,7 @@ def test_what_answers_otherwise_is_removed(
         (["--format", "hf", "--check-file", "no/such"], "cannot read no/such as UTF-8 text"),
         (["--format", "hf", "--check-file", "no.tsv"], "cannot read no.tsv: No such file"),
         (["--format", "hf", "--check-file", "empty"], "empty is empty"),
-        (["--format", "hf", "--check-file", "empty", "a/empty"], "two files have the name empty"),
+        (["--format", "hf", "--check-file", "a/empty", "empty"], "two files have the name empty"),
         (["--format", "hf", "--keep-vocabulary-of", "no.csv"], "cannot read no.csv: No such file"),
         (["--format", "hf", "--from-ids"], "--from-ids is for --format onnx"),
         (["--format", "hf-int8"], "--format hf-int8 needs --check-file"),
