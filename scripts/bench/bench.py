@@ -2,6 +2,7 @@
 
     python scripts/bench/bench.py --data-dir data/SST-2                          # rates, phases, memory, utilisation
     python scripts/bench/bench.py --data-dir data/SST-2 --peer ../peer/bin/python  # also the ratios to the Trainer
+    python scripts/bench/bench.py --only eval,int8 --peer ../peer/bin/python     # prediction in 8 bits, too
     python scripts/bench/bench.py --only processes --processes 1,2               # one thread a process
     python scripts/bench/bench.py --only rows --rows 10000,1000000               # train.py's time to its first step
 
@@ -46,7 +47,8 @@ from sst2_xlmr.model.encoders import BUNDLE_SHAPES, TOKENIZER_NAME, EncoderShape
 from sst2_xlmr.numerics import choose_precision
 
 SHAPES = {**BUNDLE_SHAPES, "small": EncoderShape(hidden=384, layers=12, heads=12, ffn=1536)}
-PARTS = ("train", "eval", "processes", "rows")
+MEASURED, WITH_COUNTS = ("train", "eval", "int8"), ("processes", "rows")
+PARTS = (*MEASURED, *WITH_COUNTS)
 MAX_LENGTH = 128  # tokens; SST-2's longest sentence has fewer
 
 
@@ -94,11 +96,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--only", type=parts, metavar="PART,...", help=f"of {', '.join(PARTS)} [train and eval, and what is asked for]")
     add("--out", type=Path, metavar="FILE", help="write the JSON there too")
     arguments = parser.parse_args(argv)
-    wanted = ["train", "eval", *(part for part in PARTS[2:] if getattr(arguments, part))]
+    wanted = ["train", "eval", *(part for part in WITH_COUNTS if getattr(arguments, part))]
     arguments.only = arguments.only or wanted
-    for part in PARTS[2:]:
+    for part in WITH_COUNTS:
         if part in arguments.only and part not in wanted:
             raise UserError(f"--only {part} needs --{part} N,...")
+    if "int8" in arguments.only and "eval" not in arguments.only:
+        raise UserError("--only int8 needs eval, which it is compared with")
     if arguments.out and not arguments.out.absolute().parent.is_dir():
         raise UserError(f"--out {arguments.out}: its folder does not exist")
     return arguments
@@ -182,7 +186,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
     files = find_files(arguments.data_dir)
     spec = write_spec(folder / "rates", read_tokens(files, setup), setup)
     result: Answer = {"settings": describe(arguments, setup, spec)}
-    if tasks := [part for part in ("train", "eval") if part in arguments.only]:
+    if tasks := [part for part in MEASURED if part in arguments.only]:
         result.update(measure_rates(tasks, arguments.peer, arguments.rounds, setup.config, spec))
     if "processes" in arguments.only:
         one_thread = dataclasses.replace(setup.config, batch_size=arguments.processes_batch_size, threads=1)

@@ -14,6 +14,7 @@ Only this file and sampling.py run in the peer's environment; they need nothing 
     eval      `Trainer.predict` on rows sorted by length, dynamic; bf16 means autocast, as when a Trainer in training
               evaluates
     eval_bf16 the same with `bf16_full_eval`: the weights in bf16, which a Trainer does only outside training
+    eval_fp32 the same in fp32, as `pipeline` computes
     versions  measures nothing, and says what is installed
 
 The model is `XLMRobertaForSequenceClassification` with random weights and the whole vocabulary; AdamW is torch's fused
@@ -154,8 +155,9 @@ def training_arguments(config: dict[str, Any], rows_file: str, **more: Any) -> T
 
 def arguments_for(spec: dict[str, Any], configuration: str, max_steps: int) -> TrainingArguments:
     """Return the arguments of a configuration; see the top of this file."""
+    precision = {"precision": "fp32"} if configuration == "eval_fp32" else {}
     return training_arguments(
-        spec["config"],
+        {**spec["config"], **precision},
         spec["rows_file"],
         per_device_eval_batch_size=spec["eval_batch_size"],
         max_steps=max_steps,

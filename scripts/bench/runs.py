@@ -25,7 +25,11 @@ from sst2_xlmr.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
 STEPS_ON_MANY_ROWS, DEV_ROWS = 5, 64
-PEER_CONFIGURATIONS = {"train": ("padded", "dynamic", "grouped"), "eval": ("eval", "eval_bf16")}
+PEER_CONFIGURATIONS = {
+    "train": ("padded", "dynamic", "grouped"),
+    "eval": ("eval", "eval_bf16"),
+    "int8": ("eval_fp32",),  # and eval_bf16
+}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Answer = dict[str, Any]
 
@@ -149,7 +153,7 @@ def measure_rates(tasks: list[str], peer: str, rounds: int, config: Config, spec
     """Measure the machine, this project and the peer, one after the other in every round.
 
     Args:
-        tasks: of "train" and "eval", what to measure.
+        tasks: of "train", "eval" and "int8", what to measure.
         peer: the Python that has the peer; an empty string for no comparison.
     """
     ours: dict[str, list[Answer]] = {task: [] for task in tasks}
@@ -170,7 +174,8 @@ def measure_rates(tasks: list[str], peer: str, rounds: int, config: Config, spec
             machine.append({name: max(before[name], after[name]) for name in before})  # either may be too low
             for task in tasks:
                 answer = ours[task][-1]
-                answer["utilisation"] = answer["model_gflop_per_s"] / machine[-1][f"{config.precision}_gflop_per_s"]
+                if task != "int8":
+                    answer["utilisation"] = answer["model_gflop_per_s"] / machine[-1][f"{config.precision}_gflop_per_s"]
             if peer:
                 running.close()  # the peer has the machine to itself
             for name, answers in peers.items():
@@ -181,12 +186,18 @@ def measure_rates(tasks: list[str], peer: str, rounds: int, config: Config, spec
     if "train" in tasks:
         result["peak_rss_bytes"] = result["train"]["max"]["peak_rss_bytes"]
         result["utilisation"] = result["train"]["utilisation"]
+    ratios: Answer = {}
+    if "int8" in tasks:
+        ratios["int8 to eval"] = ratio(ours["int8"], ours["eval"])
     if peer:
         result["peer"] = {"versions": versions, **{name: summarize(answers) for name, answers in peers.items()}}
-        result["ratio"] = {name: ratio(ours[task], peers[name]) for task in tasks for name in PEER_CONFIGURATIONS[task]}
+        for task in tasks:
+            ratios.update({name: ratio(ours[task], peers[name]) for name in PEER_CONFIGURATIONS[task]})
+        if "int8" in tasks:
+            ratios["int8 to eval_bf16"] = ratio(ours["int8"], peers["eval_bf16"])
         if "grouped" in peers:
-            result["ratio"]["peak_rss"] = ratio(ours["train"], peers["grouped"], "peak_rss_bytes")
-    return result
+            ratios["peak_rss"] = ratio(ours["train"], peers["grouped"], "peak_rss_bytes")
+    return {**result, "ratio": ratios} if ratios else result
 
 
 def measure_processes(counts: list[int], rounds: int, spec: Path) -> Answer:

@@ -1,6 +1,6 @@
 """One measured process, which bench.py starts so that its peak memory is that of its task alone.
 
-    worker.py train|eval|weights SPEC
+    worker.py train|eval|int8|weights SPEC
 
 prints `{"ready": true}` once everything is built and warm. Then every line of standard input is a JSON object and is
 answered by one on standard output, until the input ends. SPEC is a spec.json (see spec.py). Under torchrun the
@@ -10,6 +10,7 @@ processes train together, and rank 0 answers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -25,14 +26,14 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 import torch
 
-from sst2_xlmr import distributed
+from sst2_xlmr import distributed, engines
 from sst2_xlmr.accelerate import accelerate
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import Batch, BatchLoader, GlobalBatchSampler, RankBatch
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.distributed import World
 from sst2_xlmr.engines.cpu.packed_encoder import rounded_up
-from sst2_xlmr.errors import exit_on_user_error
+from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import evaluate
 from sst2_xlmr.export.hugging_face import Description, export_hugging_face
 from sst2_xlmr.memory import keep_freed_memory
@@ -256,11 +257,16 @@ def prepare_training(spec: Spec, world: World) -> Callable[..., Answer]:
     return run.measure
 
 
-def prepare_evaluation(spec: Spec, world: World) -> Callable[..., Answer]:
+def prepare_evaluation(spec: Spec, world: World, int8: bool = False) -> Callable[..., Answer]:
     """Build the model as train.py evaluates it, and warm up; the result evaluates on the dev split when called."""
     dtype = torch.bfloat16 if spec.config.precision == "bf16" else torch.float32
-    classifier = random_classifier(spec, len(spec.kept_ids)).to(world.device, dtype)
-    model = accelerate(classifier, world, compiles=spec.config.compile).model
+    classifier = random_classifier(spec, len(spec.kept_ids))
+    if int8:
+        model = engines.quantize(classifier, dtype)
+        if model is None:
+            raise UserError("8-bit products need a CPU with AVX512-VNNI, Linux and a C compiler")
+    else:
+        model = accelerate(classifier.to(world.device, dtype), world, compiles=spec.config.compile).model
     batch_tokens = spec.config.eval_batch_tokens
 
     def measure(epoch: int, phases: bool) -> Answer:
@@ -281,7 +287,12 @@ def write_weights(spec: Spec, world: World) -> Callable[..., Answer]:
     return lambda epoch, phases: {}
 
 
-TASKS = {"train": prepare_training, "eval": prepare_evaluation, "weights": write_weights}
+TASKS: dict[str, Callable[..., Callable[..., Answer]]] = {
+    "train": prepare_training,
+    "eval": prepare_evaluation,
+    "int8": functools.partial(prepare_evaluation, int8=True),
+    "weights": write_weights,
+}
 
 
 def main() -> None:
