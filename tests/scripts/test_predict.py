@@ -249,18 +249,16 @@ def write_many(path: Path, rows: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("name", "processes"), [("out.jsonl.gz", 1), ("out.csv", 2)])
-def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path, name: str, processes: int) -> None:
-    """Killed twice while it writes, bit for bit that of an undisturbed run of one process."""
+def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> None:
+    """Two processes, killed twice while they write: bit for bit the file of one undisturbed process."""
+    name, processes = "out.csv", 2
     words = ["--model", model, "--precision", "fp32", "--input", write_many(tmp_path / "in.csv", 9000), "--output"]
-    assert predict(*words, tmp_path / "whole" / name).returncode == 2, "the folder is not there"
     (tmp_path / "whole").mkdir()
     assert predict(*words, tmp_path / "whole" / name).returncode == 0
     (tmp_path / "eager.py").write_text(f"{EAGER}\nimport predict; predict.exit_on_user_error(predict.main)\n")
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launcher, str(tmp_path / "eager.py"), "--device", "cpu", *map(str, words), str(tmp_path / name)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    options = map(str, [tmp_path / "eager.py", "--device", "cpu", *words, tmp_path / name])
+    command = [*launcher, *options]
     states = [tmp_path / f"{name}.part-{rank}.json" for rank in range(processes)]
 
     def blocks() -> int:

@@ -1,0 +1,105 @@
+"""Output that grows by blocks and survives a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sst2_xlmr import growing_files
+from sst2_xlmr.errors import UserError
+from sst2_xlmr.growing_files import join_parts, open_parts, part_of, state_of
+
+ORDER = {"model": "m", "options": [1, 2]}
+
+
+@pytest.fixture(autouse=True)
+def _every_block_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing_files, "_SECONDS_BETWEEN_NOTES", 0.0)
+
+
+class Killed(BaseException):
+    pass
+
+
+def write(paths: list[Path], blocks: range, resume: bool, dies: bool = False, order: Any = ORDER, rank: int = 0) -> int:
+    """Write some blocks; returns how many were there. A process that dies has written half a block more."""
+    try:
+        with open_parts(paths, order, rank, resume) as parts:
+            before = parts.blocks
+            for number in blocks[before:]:
+                parts.append([f"{path.name} {number}\n" for path in paths])
+            if dies:
+                raise Killed
+            parts.note()
+    except Killed:
+        for path in paths:
+            with part_of(path, rank).open("ab") as file:
+                file.write(b"half a ro")
+    return before
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
+def test_what_was_continued_has_the_same_bytes(tmp_path: Path, name: str) -> None:
+    """Two files at once; what was written after the last note is cut off."""
+    whole, killed = ([tmp_path / folder / file for file in (name, "b.csv")] for folder in ("whole", "killed"))
+    for paths in (whole, killed):
+        paths[0].parent.mkdir()
+    write(whole, range(5), resume=False)
+    assert write(killed, range(2), resume=False, dies=True) == 0
+    assert write(killed, range(4), resume=True, dies=True) == 2
+    assert write(killed, range(5), resume=True) == 4
+    for paths in (whole, killed):
+        join_parts(paths, 1)
+        assert sorted(file.name for file in paths[0].parent.iterdir()) == [name, "b.csv"]
+    for one, other in zip(whole, killed):
+        assert one.read_bytes() == other.read_bytes()
+    text = whole[0].read_bytes()
+    text = gzip.decompress(text) if name.endswith(".gz") else text
+    assert text.decode().splitlines() == [f"{name} {number}" for number in range(5)]
+
+
+def test_parts_of_several_processes_are_joined_in_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    for rank in (1, 0, 2):
+        write([path], range(rank * 2, rank * 2 + 2), resume=False, rank=rank)
+    join_parts([path], 3)
+    assert path.read_text().splitlines() == [f"a.tsv {number}" for number in range(6)]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.tsv"]
+
+
+def test_another_order_is_refused_and_without_resume_begins_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    write([path], range(3), resume=False, dies=True)
+    with pytest.raises(UserError, match="part-0 was begun with another model, input"):
+        write([path], range(3), resume=True, order={"model": "other"})
+    assert state_of(part_of(path, 0)).is_file(), "what is refused stays"
+    assert write([path], range(1), resume=False) == 0
+    join_parts([path], 1)
+    assert path.read_text() == "a.tsv 0\n"
+
+
+@pytest.mark.parametrize("damage", ["state", "part"])
+def test_what_is_lost_or_damaged_is_written_again(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "a.tsv"
+    write([path], range(3), resume=False, dies=True)
+    if damage == "state":
+        state_of(part_of(path, 0)).write_text('{"blocks": 3')
+    else:
+        part_of(path, 0).write_bytes(b"short")
+    assert write([path], range(3), resume=True) == 0
+    join_parts([path], 1)
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_nothing_is_left_if_nothing_was_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing_files, "_SECONDS_BETWEEN_NOTES", 1e9)
+    with contextlib.suppress(Killed), open_parts([tmp_path / "a.tsv"], ORDER, 0, False) as parts:
+        parts.append(["x"])
+        raise Killed
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="cannot write .*: No such file"):
+        write([tmp_path / "b" / "a.tsv"], range(1), resume=False)
