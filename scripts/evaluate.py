@@ -25,14 +25,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sst2_xlmr import sources
 from sst2_xlmr.accelerate import load_model
-from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_option
+from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_option, bounds_of
 from sst2_xlmr.config import Config, named_file
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.rows import columns_of
 from sst2_xlmr.data.token_cache import tokenize_file
 from sst2_xlmr.distributed import World, choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
-from sst2_xlmr.evaluation.agreement import Answers, agreement_table, all_rows, check_agreement
+from sst2_xlmr.evaluation.agreement import Answers, agreement_table, check_agreement
 from sst2_xlmr.evaluation.calibration import Calibration, calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
@@ -132,6 +132,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("give either --file [NAME=]FILE to evaluate on, or --calibrate FILE --output DIR")
     if arguments.calibrate and (arguments.json or arguments.tensorboard or arguments.against):
         raise UserError("--json, --tensorboard and --against are for --file; leave them out with --calibrate")
+    if not arguments.against and (arguments.most_changed, arguments.most_lost) != (None, None):
+        raise UserError("--most-changed and --most-lost need --against, with which they compare")
     if arguments.calibrate and arguments.precision == "int8":
         raise UserError("--precision int8 is for a model that is used; calibrate in fp32 or bf16")
     if arguments.calibrate and not arguments.calibrate.is_file():
@@ -184,6 +186,10 @@ def main() -> None:
     keep_freed_memory()
     device = choose_device(arguments.device)
     model, tokenizer, label_names, precision = load_model(arguments.model, device, arguments.precision)
+    if arguments.against and arguments.precision == "int8" != precision:
+        raise UserError("--precision int8 cannot be compared on this machine, which cannot compute it")
+    if arguments.against == precision:
+        raise UserError(f"--against {precision} compares {precision} with itself; name another --precision")
     given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
     config = Config(**given, label_names=label_names, max_length=tokenizer.max_length)
     columns = columns_of(config)
@@ -223,8 +229,7 @@ def main() -> None:
         }
         answers = {name: answers_of(evaluations[name], expected[name], cache.labels) for name, cache in caches.items()}
         print("\n".join(["", *agreement_table(answers, precision, arguments.against)]), flush=True)
-        bounds = (arguments.most_changed / 100, arguments.most_lost / 100)
-        check_agreement(all_rows(answers), *bounds, precision, arguments.against)
+        check_agreement(answers, *bounds_of(arguments), precision, arguments.against)
 
 
 if __name__ == "__main__":

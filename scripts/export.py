@@ -33,14 +33,14 @@ import torch
 
 from sst2_xlmr import stack
 from sst2_xlmr.accelerate import load_model
-from sst2_xlmr.cli import OneLineParser, add_bounds, add_option
-from sst2_xlmr.config import EVAL_BATCH_TOKENS, Config, named_file
+from sst2_xlmr.cli import OneLineParser, add_bounds, add_option, bounds_of
+from sst2_xlmr.config import EVAL_BATCH_TOKENS, Config, flag, named_file
 from sst2_xlmr.data.formats import KINDS, either, kind_of
 from sst2_xlmr.data.rows import Columns, columns_of, has_labels, read_examples, read_rows
 from sst2_xlmr.errors import UserError, exit_on_user_error
-from sst2_xlmr.evaluation.agreement import Answers, agreement_table, all_rows, check_agreement
+from sst2_xlmr.evaluation.agreement import Answers, agreement_table, check_agreement, compare
 from sst2_xlmr.evaluation.evaluate import predict
-from sst2_xlmr.export.hugging_face import description_of, export_hugging_face
+from sst2_xlmr.export.hugging_face import description_of, export_hugging_face, with_note
 from sst2_xlmr.export.trimmed import write_trimmed
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import Encoder, find_encoder
@@ -134,8 +134,18 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         import_onnx()
     elif arguments.from_ids:
         raise UserError("--from-ids is for --format onnx")
+    if arguments.from_ids and arguments.keep_vocabulary_of:
+        raise UserError(
+            "--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids; export --format hf"
+            " trimmed, then that folder with --from-ids"
+        )
     if kind.endswith("int8") and not arguments.check_file:
         raise UserError(f"--format {kind} needs --check-file: what 8 bits cost is measured on rows such as yours")
+    if not kind.endswith("int8") and (arguments.most_changed, arguments.most_lost) != (None, None):
+        raise UserError("--most-changed and --most-lost are for formats in 8 bits; leave them out")
+    for name in COLUMN_OPTIONS:
+        if name in arguments and not arguments.check_file and not arguments.keep_vocabulary_of:
+            raise UserError(f"{flag(name)} needs a file whose columns it names: --check-file or --keep-vocabulary-of")
     if kind in ("onnx", "onnx-int8") and not arguments.from_ids and getattr(arguments, "text_pair_column", None):
         raise UserError("an ONNX file that takes texts takes one for each row; export pairs with --from-ids")
     if os.path.lexists(arguments.output):
@@ -202,6 +212,8 @@ def read_checks(arguments: argparse.Namespace, columns: Columns, label_names: li
 def classify_with_folder(folder: Path, precision: str = "fp32") -> Classify:
     if precision == "int8":
         model = load_model(folder, CPU, precision)
+        if model.precision != precision:
+            raise UserError("--format hf-int8 is checked by computing in int8, which this machine cannot")
         module, tokenizer = model.module, model.tokenizer
     else:
         module, tokenizer, _ = load_classifier(folder, CPU, bf16=False)
@@ -267,7 +279,10 @@ def check_labels(labels: list[str], probabilities: torch.Tensor, label_names: li
 def write_hugging_face(encoder: Encoder, folder: Path, dtype: str, int8: bool) -> Classify:
     """Write the folder, with the source's model card if it has one."""
     tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
-    export_hugging_face(folder, tensors, description_of(encoder), int8=int8)
+    described = description_of(encoder)
+    if int8:
+        described = with_note(described, "The encoder's matrices are stored in 8 bits.")
+    export_hugging_face(folder, tensors, described, int8=int8)
     return classify_with_folder(folder, "int8" if int8 else "fp32")
 
 
@@ -306,11 +321,9 @@ def write(arguments: argparse.Namespace, source: Path, written: Path) -> str:
     count = sum(len(rows.texts) for rows in checks.values())
     if int8:
         print("\n".join(agreement_table(answers, "int8", "fp32")), flush=True)
-        bounds = (arguments.most_changed / 100, arguments.most_lost / 100)
-        check_agreement(all_rows(answers), *bounds, "int8", "fp32")
+        check_agreement(answers, *bounds_of(arguments), "int8", "fp32")
         return f"answers as above on {count:,} rows"
-    both = all_rows(answers)
-    difference = float(np.abs(both.found - both.expected).max())
+    difference = max(compare(part).largest for part in answers.values())
     tolerance = ONNX_TOLERANCE if arguments.format == "onnx" else TOLERANCE[arguments.dtype]
     if not difference <= tolerance:  # also if it is NaN
         raise UserError(
@@ -336,13 +349,16 @@ def main(argv: list[str] | None = None) -> None:
             scratch = Path(exits.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=prefix)))
             source = arguments.model
             if arguments.keep_vocabulary_of:
-                source = scratch / "trimmed"
+                source = scratch / "source" / "trimmed"
+                source.parent.mkdir()
                 trim(encoder, arguments.keep_vocabulary_of, columns_for(arguments), source)
-            said = write(arguments, source, scratch / output.name)
-            (scratch / output.name).rename(output)
+            result = scratch / "result" / output.name
+            result.parent.mkdir()
+            summary = write(arguments, source, result)
+            result.rename(output)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from None
-    print(f"{output}: {said}")
+    print(f"{output}: {summary}")
 
 
 if __name__ == "__main__":

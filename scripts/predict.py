@@ -35,14 +35,14 @@ from sst2_xlmr import distributed
 from sst2_xlmr.accelerate import load_model
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
 from sst2_xlmr.config import Config, flag
-from sst2_xlmr.data.answers import RowsWriter, Writer, write_lines, write_submission
-from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, kind_of
+from sst2_xlmr.data.answers import RowsWriter, Writer, check_columns, write_lines, write_submission
+from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, is_table, kind_of
 from sst2_xlmr.data.rows import Example, check_text, columns_of, in_chunks, read_examples
 from sst2_xlmr.distributed import World, choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.files import Finisher, digest_of
-from sst2_xlmr.growing_files import join_parts, open_parts
+from sst2_xlmr.growing_files import is_begun, join_parts, open_parts
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.encoders import find_encoder
 
@@ -50,7 +50,9 @@ ROWS_AT_ONCE = 1024
 COLUMN_OPTIONS = ("text_column", "text_pair_column", "header")
 # Options on which the output depends, besides the input and the model.
 ORDER_OPTIONS = (*COLUMN_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
-TIMEOUT_MINUTES, SECONDS_BETWEEN_LINES = 10.0, 60.0
+SECONDS_BETWEEN_LINES = 60.0
+# Processes wait for one another at the beginning and the end only, however long the rows of one take.
+TIMEOUT_MINUTES = 7 * 24 * 60.0
 NO_ANSWER = "?"
 Answer = tuple[Example, str, list[float]]  # a row, its label, and the probabilities of all classes
 
@@ -113,11 +115,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             arguments.glue_submission.mkdir(parents=True, exist_ok=True)
         for path in output_files(arguments):
             os.scandir(path.parent).close()  # an OSError if it is no folder
-            if path.exists() and not arguments.overwrite and not arguments.resume:
+            if not os.access(path.parent, os.W_OK):
+                raise UserError(f"cannot write to {path.parent}: no permission; choose another place")
+            if path.exists() and not arguments.overwrite and not (arguments.resume and is_resumable(arguments)):
                 raise UserError(f"{path} is there already; choose another name, or --overwrite")
     except OSError as error:
         raise UserError(f"cannot write to {error.filename}: {error.strerror}") from None
     return arguments
+
+
+def is_resumable(arguments: argparse.Namespace) -> bool:
+    """Whether there is something to continue, or nothing left to do."""
+    paths = output_files(arguments)
+    return is_begun(paths[0]) or all(path.exists() for path in paths)
 
 
 def output_files(arguments: argparse.Namespace) -> list[Path]:
@@ -152,7 +162,7 @@ def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
     return itertools.chain([next(rows)], rows)
 
 
-class Share(NamedTuple):
+class RankChunks(NamedTuple):
     """What this process classifies of a file.
 
     Attributes:
@@ -167,7 +177,7 @@ class Share(NamedTuple):
     last: int
 
 
-def find_share(arguments: argparse.Namespace, world: World) -> Share:
+def find_chunks(arguments: argparse.Namespace, world: World) -> RankChunks:
     """Read the input through once, on rank 0, so that a bad row shows before any work; divide its chunks."""
 
     def read_through() -> tuple[list[str], list[int]]:
@@ -176,28 +186,32 @@ def find_share(arguments: argparse.Namespace, world: World) -> Share:
         for chunk in in_chunks(read_input(arguments), ROWS_AT_ONCE):
             columns = columns or chunk[0].fields.names
             rows.append(len(chunk))
+            if arguments.output and is_table(arguments.output):
+                for row in chunk:
+                    check_columns(row, columns, arguments.output)
         return columns, rows
 
     columns, rows = distributed.from_main(world, distributed.on_main(world, read_through))
     first, last = (len(rows) * rank // world.world_size for rank in (world.rank, world.rank + 1))
-    return Share(columns, rows, first, last)
+    return RankChunks(columns, rows, first, last)
 
 
 def order_of(arguments: argparse.Namespace, precision: str, world: World) -> dict[str, Any]:
     """Return what makes the rows of the output; parts of it that were begun with another order are not continued."""
-    weights = find_encoder(str(arguments.model)).weights_file
+    encoder = find_encoder(str(arguments.model))
+    files = [encoder.weights_file, encoder.tokenizer_file, *sorted(arguments.model.glob("*config.json"))]
     options = {name: str(value) for name, value in vars(arguments).items() if name in ORDER_OPTIONS}
-    digests = {"input": digest_of(arguments.input), "model": digest_of(weights)}
+    digests = {"input": digest_of(arguments.input), "model": [digest_of(file) for file in files]}
     return {**digests, **options, "precision": precision, "device": world.device.type, "processes": world.world_size}
 
 
 class Progress:
-    """A bar with the time left on a terminal, else a line a minute, on standard error."""
+    """A bar with the time left on a terminal, else a line a minute, on standard error; for this process's rows."""
 
-    def __init__(self, total: int | None, done: int) -> None:
-        is_terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=done, unit=" rows", disable=not is_terminal, dynamic_ncols=True)
-        self._says_lines = not is_terminal and total is not None
+    def __init__(self, total: int | None, done: int, quiet: bool) -> None:
+        shows_bar = sys.stderr.isatty() and not quiet
+        self._bar = tqdm(total=total, initial=done, unit=" rows", disable=not shows_bar, dynamic_ncols=True)
+        self._says_lines = not shows_bar and not quiet and total is not None
         self._total, self._before, self._done = total or 0, done, done
         self._started = self._said = time.monotonic()
 
@@ -222,8 +236,13 @@ class Predictor:
         self.model, self.tokenizer, self.label_names, self.precision = loaded
         self.device, self.batch_tokens, self.abstain_below = device, arguments.batch_tokens, arguments.abstain_below
 
-    def answers(self, chunks: Iterator[list[Example]]) -> Iterator[list[Answer]]:
-        """Yield the answers to every chunk; the next one is read and tokenized meanwhile, on a thread."""
+    def answers(self, chunks: Iterator[list[Example]], reads_ahead: bool) -> Iterator[list[Answer]]:
+        """Yield the answers to every chunk.
+
+        Args:
+            reads_ahead: whether to read and tokenize the next chunk meanwhile, on a thread; not from a stream, which
+                may keep it waiting.
+        """
 
         def tokenized() -> tuple[list[Example], list[list[int]]] | None:
             chunk = next(chunks, None)
@@ -235,13 +254,16 @@ class Predictor:
         with ThreadPoolExecutor(1) as thread:
             pending = thread.submit(tokenized)
             while (prepared := pending.result()) is not None:
-                pending = thread.submit(tokenized)
+                if reads_ahead:
+                    pending = thread.submit(tokenized)
                 chunk, ids = prepared
                 probabilities = predict(self.model, ids, self.batch_tokens, self.device)
                 yield [
                     (row, self.label_names[best] if of_row[best] >= self.abstain_below else NO_ANSWER, of_row)
                     for row, best, of_row in zip(chunk, probabilities.argmax(1).tolist(), probabilities.tolist())
                 ]
+                if not reads_ahead:
+                    pending = thread.submit(tokenized)
 
 
 def print_answers(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -250,7 +272,7 @@ def print_answers(arguments: argparse.Namespace, device: torch.device) -> None:
     predictor = Predictor(arguments, device)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     write = write_lines(sys.stdout, arguments.all_probabilities)
-    for answers in predictor.answers(in_chunks(rows, ROWS_AT_ONCE)):
+    for answers in predictor.answers(in_chunks(rows, ROWS_AT_ONCE), reads_ahead=arguments.input is not None):
         for answer in answers:
             write(*answer)
         sys.stdout.flush()
@@ -259,7 +281,7 @@ def print_answers(arguments: argparse.Namespace, device: torch.device) -> None:
 def write_answers(arguments: argparse.Namespace, world: World) -> None:
     """Classify all texts, or this process's share of the input, and write the output files."""
     paths = output_files(arguments)
-    share = find_share(arguments, world) if arguments.input else None
+    mine = find_chunks(arguments, world) if arguments.input else None
     predictor = Predictor(arguments, world.device)
     if len(set(distributed.gather_objects(world, predictor.precision))) > 1:
         raise distributed.shared_error("the processes compute in different precisions; name one with --precision")
@@ -267,19 +289,19 @@ def write_answers(arguments: argparse.Namespace, world: World) -> None:
     with open_parts(paths, order, world.rank, arguments.resume) as parts, Finisher() as finisher:
         chunks = in_chunks(read_input(arguments), ROWS_AT_ONCE)
         begin, total, done = parts.blocks, None, 0
-        if share:
-            begin += share.first
-            chunks = itertools.islice(chunks, begin, share.last)
-            total, done = sum(share.rows[share.first : share.last]), sum(share.rows[share.first : begin])
+        if mine:
+            begin += mine.first
+            chunks = itertools.islice(chunks, begin, mine.last)
+            total, done = sum(mine.rows[mine.first : mine.last]), sum(mine.rows[mine.first : begin])
         texts = [io.StringIO(newline="") for _ in paths]
         writers: list[Writer] = []
         for path, text in zip(paths, texts):
             if path == arguments.output:
                 header = getattr(arguments, "header", True) and begin == 0
                 names = predictor.label_names if arguments.all_probabilities else []
-                writers.append(RowsWriter(text, path, header, names, share.columns if share else []))
+                writers.append(RowsWriter(text, path, header, names, mine.columns if mine else []))
             else:
-                writers.append(write_submission(text, predictor.label_names, sum(share.rows[:begin]) if share else 0))
+                writers.append(write_submission(text, predictor.label_names, sum(mine.rows[:begin]) if mine else 0))
 
         def add(answers: list[Answer]) -> None:
             for answer in answers:
@@ -290,14 +312,14 @@ def write_answers(arguments: argparse.Namespace, world: World) -> None:
                 text.seek(0)
                 text.truncate()
 
-        with contextlib.closing(Progress(total, done)) as progress:
-            for answers in predictor.answers(chunks):
+        with contextlib.closing(Progress(total, done, quiet=not world.is_main)) as progress:
+            for answers in predictor.answers(chunks, reads_ahead=mine is not None):
                 finisher.wait()  # until the chunk before has been written
                 finisher.submit(functools.partial(add, answers))
                 progress.advance(len(answers))
         finisher.wait()
         parts.note()
-    distributed.gather_objects(world, None, world.preparation)  # all parts are there
+    distributed.gather_objects(world, None)  # all parts are there
     distributed.on_main(world, lambda: join_parts(paths, world.world_size))
 
 
@@ -310,7 +332,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     keep_freed_memory()
     if output_files(arguments):
-        if arguments.resume and all(path.exists() for path in output_files(arguments)):
+        path = output_files(arguments)[0]
+        if arguments.resume and path.exists() and not is_begun(path):
+            print(f"{path} is complete: there is nothing to continue", file=sys.stderr)
             return
         with distributed.start(arguments.device, 0, TIMEOUT_MINUTES) as world:
             write_answers(arguments, world)

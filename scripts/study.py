@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -108,6 +109,8 @@ def parse(argv: list[str] | None) -> Study:
             if word.split("=")[0] == "--config":
                 raise UserError("leave out --config, which no run can be continued with; take a file of options, @FILE")
         parse_args([*words, "--output-dir", str(own.output_dir / "unused")])  # a UserError before anything is trained
+    if own.peer and not shutil.which(own.peer):
+        raise UserError(f"--peer {own.peer} is no program; give an environment's bin/python")
     return Study(own.seeds, own.output_dir, settings, rest, own.peer)
 
 
@@ -187,6 +190,7 @@ def write_peer_inputs(study: Study) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "rows.npz", **arrays)
     device = choose_device(config.device)
+    batches = -(-len(inputs.train_labels) // config.batch_size)
     names = ("batch_size", "epochs", "lr", "warmup_ratio", "weight_decay", "max_grad_norm", "dropout", "head_dropout")
     return {
         **{name: getattr(config, name) for name in names},
@@ -194,6 +198,8 @@ def write_peer_inputs(study: Study) -> dict[str, Any]:
         "rows_file": str(folder / "rows.npz"),
         "splits": [split for split in inputs.caches if split != "train"],
         "labels": len(config.classes),
+        "batches": batches,
+        "max_steps": max(1, round(config.epochs * batches)),
         "precision": choose_precision(config.precision, device),
         "device": device.type,
         "threads": config.threads,

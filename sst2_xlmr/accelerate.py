@@ -70,10 +70,10 @@ def load_model(folder: Path, device: torch.device, precision: str) -> Model:
     if precision == "int8" and _has_engines():
         from sst2_xlmr import engines
 
-        classifier, tokenizer, label_names = load_classifier(folder, device, bf16=False)
-        quantized = engines.quantize(classifier, torch.bfloat16 if plain == "bf16" else torch.float32)
-        if quantized is not None:
-            return Model(quantized, tokenizer, label_names, precision)
+        if engines.can_quantize():
+            classifier, tokenizer, label_names = load_classifier(folder, device, bf16=False)
+            dtype = torch.bfloat16 if plain == "bf16" else torch.float32
+            return Model(engines.quantize(classifier, dtype), tokenizer, label_names, precision)
     if precision == "int8":
         lacks = "int8 needs a CPU with AVX512-VNNI, Linux and a C compiler"
         print(f"warning: {lacks}: computing in {plain} instead", file=sys.stderr)

@@ -98,13 +98,15 @@ def percent(text: str) -> float:
 
 
 def add_bounds(parser: argparse.ArgumentParser) -> None:
-    """Add the bounds of a comparison (see `evaluation.agreement`)."""
-    parser.add_argument(
-        "--most-changed", type=percent, default=1.0, metavar="%", help="of the labels that may change [1]"
-    )
-    parser.add_argument(
-        "--most-lost", type=percent, default=0.3, metavar="%", help="of the rows, lost in accuracy at most [0.3]"
-    )
+    """Add the bounds of a comparison of precisions (see `bounds_of`)."""
+    parser.add_argument("--most-changed", type=percent, metavar="%%", help="share of labels that may change [1]")
+    parser.add_argument("--most-lost", type=percent, metavar="POINTS", help="accuracy that may be lost [0.3]")
+
+
+def bounds_of(arguments: argparse.Namespace) -> tuple[float, float]:
+    """Return which fractions of the labels may change, and of accuracy be lost (see `evaluation.agreement`)."""
+    changed, lost = arguments.most_changed, arguments.most_lost
+    return (1.0 if changed is None else changed) / 100, (0.3 if lost is None else lost) / 100
 
 
 def _batch_tokens(text: str) -> int:

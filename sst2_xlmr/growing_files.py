@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import gzip
 import json
 import os
@@ -28,10 +29,14 @@ class GrowingFiles:
 
     def __init__(self, paths: Sequence[Path], order: Any, rank: int, resume: bool) -> None:
         self._parts = [part_of(path, rank) for path in paths]
-        self._state, self._order = state_of(self._parts[0]), order
         self._is_gzipped = [path.suffix.lower() == ".gz" for path in paths]
-        nothing: dict[str, Any] = {"blocks": 0, "bytes": [0] * len(paths)}
-        state = (resume and self._read_state()) or nothing
+        self._state = state_of(self._parts[0])
+        self._order = {"files": [path.name for path in paths], "order": order}
+        state = self._read_state() if resume else None
+        self._has_note = state is not None
+        if state is None:
+            self._state.unlink(missing_ok=True)  # or a kill before the next note would resume it over other rows
+            state = {"blocks": 0, "bytes": [0] * len(paths)}
         self.blocks: int = state["blocks"]
         self._files: list[BinaryIO] = []
         with ExitStack() as stack:
@@ -41,7 +46,7 @@ class GrowingFiles:
                 file.seek(size)
                 self._files.append(file)
             self._opened = stack.pop_all()
-        self._noted_blocks, self._noted_at = self.blocks, time.monotonic()
+        self._noted_at = time.monotonic()
 
     def _read_state(self) -> dict[str, Any] | None:
         """Return what was noted last; None if it was killed before that."""
@@ -77,14 +82,14 @@ class GrowingFiles:
             os.fsync(file.fileno())
         sizes = [file.tell() for file in self._files]
         write_text(self._state, json.dumps({"order": self._order, "blocks": self.blocks, "bytes": sizes}))
-        self._noted_blocks, self._noted_at = self.blocks, time.monotonic()
+        self._has_note, self._noted_at = True, time.monotonic()
 
     def close(self) -> None:
         """Close the parts, and remove them if nothing has been noted."""
         with contextlib.suppress(OSError):
             self._opened.close()
-        if not self._noted_blocks:
-            remove_parts(self._parts)
+        if not self._has_note:
+            _remove(self._parts)
 
 
 def part_of(path: Path, rank: int) -> Path:
@@ -93,11 +98,17 @@ def part_of(path: Path, rank: int) -> Path:
 
 
 def state_of(part: Path) -> Path:
+    """Return where the parts' state lies; it is named after that of the first file."""
     return part.with_name(f"{part.name}.json")
 
 
-def remove_parts(parts: Sequence[Path]) -> None:
-    for file in (*parts, state_of(parts[0])):
+def is_begun(path: Path) -> bool:
+    """Whether there are parts that can be continued, given the first output file."""
+    return state_of(part_of(path, 0)).is_file()
+
+
+def _remove(files: Sequence[Path]) -> None:
+    for file in files:
         with contextlib.suppress(OSError):
             file.unlink()
 
@@ -119,9 +130,12 @@ def open_parts(paths: Sequence[Path], order: Any, rank: int, resume: bool) -> It
         growing = GrowingFiles(paths, order, rank, resume)
         yield growing
     except OSError as error:
-        problem = cannot_write(paths[0], error)
+        problem = _cannot_write(paths[0], error)
         problem.is_own = rank > 0  # or nobody would say it
         raise problem from None
+    except UserError as error:
+        error.is_own = rank > 0 and not error.is_shared
+        raise
     finally:
         if growing is not None:
             growing.close()
@@ -136,19 +150,26 @@ def join_parts(paths: Sequence[Path], world_size: int) -> None:
     for path in paths:
         first, *others = [part_of(path, rank) for rank in range(world_size)]
         try:
-            with first.open("ab") as joined:
+            with first.open("r+b") as joined:
+                joined.seek(0, os.SEEK_END)
                 for part in others:
                     with part.open("rb") as file:
                         shutil.copyfileobj(file, joined, 1 << 20)
                 joined.flush()
                 os.fsync(joined.fileno())
-            first.replace(path)
-            sync_folder(path.parent)
         except OSError as error:
-            raise cannot_write(path, error) from None
-    for rank in range(world_size):
-        remove_parts([part_of(path, rank) for path in paths])
+            raise _cannot_write(path, error) from None
+    try:
+        for path in paths:
+            part_of(path, 0).replace(path)
+            sync_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    for path in paths:  # also those that more processes have left, which were killed
+        parts = list(path.parent.glob(f"{glob.escape(path.name)}.part-*"))
+        _remove([file for file in parts if file.suffix == ".json"])
+        _remove(parts)
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
+def _cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror}; make room, or choose another place")

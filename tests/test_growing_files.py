@@ -71,6 +71,30 @@ def test_parts_of_several_processes_are_joined_in_their_order(tmp_path: Path) ->
     assert [file.name for file in tmp_path.iterdir()] == ["a.tsv"]
 
 
+def test_a_process_without_rows_has_an_empty_part(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    for rank in range(3):
+        write([path], range(2 if rank == 2 else 0), resume=False, rank=rank)
+    join_parts([path], 3)
+    assert path.read_text().splitlines() == ["a.tsv 0", "a.tsv 1"]
+
+
+def test_what_more_processes_have_left_is_removed(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.tsv", tmp_path / "b.csv"]
+    for rank in range(3):
+        write(paths, range(2), resume=False, dies=True, rank=rank)
+    write(paths, range(2), resume=False)
+    join_parts(paths, 1)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tsv", "b.csv"]
+
+
+def test_another_output_is_not_begun_in_the_middle(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.tsv", tmp_path / "b.csv"]
+    write(paths[:1], range(2), resume=False, dies=True)
+    with pytest.raises(UserError, match="was begun with another"):
+        write(paths, range(3), resume=True)
+
+
 def test_another_order_is_refused_and_without_resume_begins_again(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     write([path], range(3), resume=False, dies=True)

@@ -37,7 +37,7 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
         order,
         order["rows_file"],
         per_device_eval_batch_size=64,
-        num_train_epochs=order["epochs"],
+        max_steps=order["max_steps"],
         lr_scheduler_type="linear",
         adam_epsilon=1e-6,
         **grouping(),
@@ -59,9 +59,9 @@ class Evaluations(TrainerCallback):
         self.trainer, self.order = trainer, order
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        batches = round(state.max_steps / self.order["epochs"])
-        place = (state.global_step - 1) % batches + 1
-        if place == batches or (self.order["eval_every"] and place % self.order["eval_every"] == 0):
+        place = (state.global_step - 1) % self.order["batches"] + 1
+        is_end = place == self.order["batches"] or state.global_step == state.max_steps
+        if is_end or (self.order["eval_every"] and place % self.order["eval_every"] == 0):
             reached = accuracy(self.trainer, self.order["rows_file"], "dev")
             self.trainer.model.train()
             entry = {"step": state.global_step, "split": "dev", "accuracy": reached}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def seconds_to(target: float, command: list[str], evaluations: Path) -> float | 
     Raises:
         SystemExit: with the command's exit status if that is not 0; what it said last is printed.
     """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the command ends too
     log, start = evaluations.parent.with_suffix(".log"), time.monotonic()
     evaluations.parent.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:

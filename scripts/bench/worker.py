@@ -262,9 +262,9 @@ def prepare_evaluation(spec: Spec, world: World, int8: bool = False) -> Callable
     dtype = torch.bfloat16 if spec.config.precision == "bf16" else torch.float32
     classifier = random_classifier(spec, len(spec.kept_ids))
     if int8:
-        model = engines.quantize(classifier, dtype)
-        if model is None:
+        if not engines.can_quantize():
             raise UserError("8-bit products need a CPU with AVX512-VNNI, Linux and a C compiler")
+        model = engines.quantize(classifier, dtype)
     else:
         model = accelerate(classifier.to(world.device, dtype), world, compiles=spec.config.compile).model
     batch_tokens = spec.config.eval_batch_tokens

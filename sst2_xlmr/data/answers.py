@@ -70,10 +70,8 @@ class RowsWriter:
             raise UserError(
                 f"two columns are named {twice!r}, which JSON cannot express; let {self.path} end in .csv or .tsv"
             )
-        if self.is_table and sorted(names) != sorted(self.first):
-            raise UserError(
-                f"line {row.fields.line} of the input has other keys than the first row; let {self.path} end in .jsonl"
-            )
+        if self.is_table:
+            check_columns(row, self.first, self.path)
         self.new = ["label", "probability"]
         self.new += [f"probability_{name}" for name in self.label_names]
         for number, name in enumerate(self.new):
@@ -83,6 +81,14 @@ class RowsWriter:
         if self.needs_header:
             self.write((), [*names, *self.new])
             self.needs_header = False
+
+
+def check_columns(row: Example, columns: list[str], path: Path) -> None:
+    """Refuse a row that a table cannot hold, since it has other columns than the first."""
+    if row.fields.names != columns and sorted(row.fields.names) != sorted(columns):
+        raise UserError(
+            f"line {row.fields.line} of the input has other keys than the first row; let {path} end in .jsonl"
+        )
 
 
 def write_submission(file: TextIO, label_names: list[str], first_row: int = 0) -> Writer:

@@ -56,12 +56,19 @@ def _accelerate_on_cuda(classifier: Classifier, world: World, optimizer: AdamW |
     return Computation(classifier, why_not_compiled="".join(reasons[:1]))
 
 
-def quantize(classifier: Classifier, dtype: torch.dtype) -> nn.Module | None:
-    """Return a classifier's forward pass in 8-bit integers; None without a C compiler and AVX512-VNNI.
+def can_quantize() -> bool:
+    """Whether `quantize` works: that takes a C compiler and AVX512-VNNI."""
+    kernels = load_kernels(torch.float32)
+    return kernels is not None and kernels.has_int8
+
+
+def quantize(classifier: Classifier, dtype: torch.dtype) -> nn.Module:
+    """Return a classifier's forward pass in 8-bit integers.
 
     Args:
         classifier: in fp32, on the CPU; it is not needed any more.
         dtype: of what is not a product with weights.
     """
     kernels = load_kernels(dtype)
-    return Int8Classifier(classifier, kernels) if kernels is not None and kernels.has_int8 else None
+    assert kernels is not None
+    return Int8Classifier(classifier, kernels)

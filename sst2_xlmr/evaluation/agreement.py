@@ -9,8 +9,6 @@ import numpy as np
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.evaluation.metrics import calibration_sums, expected_calibration_error
 
-MOST_CHANGED, MOST_LOST = 0.01, 0.003  # fractions of all rows
-
 
 class Answers(NamedTuple):
     """A file's answers, twice.
@@ -60,8 +58,8 @@ def compare(answers: Answers) -> Agreement:
     return Agreement(rows, changed, largest, int(right), int(expected_right), ece, expected_ece)
 
 
-def all_rows(files: dict[str, Answers]) -> Answers:
-    """Return the answers to all files' rows together; labels only if all have them."""
+def _joined(files: dict[str, Answers]) -> Answers:
+    """Return the answers to the rows of all files; labels only if all have them."""
     labels = [answers.labels for answers in files.values() if answers.labels is not None]
     return Answers(
         np.concatenate([answers.found for answers in files.values()]),
@@ -78,7 +76,7 @@ def agreement_table(files: dict[str, Answers], name: str, reference: str) -> lis
     """
     parts = {file: compare(answers) for file, answers in files.items()}
     if len(parts) > 1:
-        parts["all rows"] = compare(all_rows(files))
+        parts["all rows"] = compare(_joined(files))
     width = max(len(file) for file in (*parts, "file"))
     sides = f"{name} ({reference})"
     lines = [
@@ -94,27 +92,30 @@ def agreement_table(files: dict[str, Answers], name: str, reference: str) -> lis
     return lines
 
 
-def check_agreement(answers: Answers, most_changed: float, most_lost: float, name: str, reference: str) -> None:
+def check_agreement(
+    files: dict[str, Answers], most_changed: float, most_lost: float, name: str, reference: str
+) -> None:
     """Refuse answers that are too far from the reference.
 
     Args:
-        most_changed: fraction of the rows that may get another label.
-        most_lost: fraction of the rows by which the accuracy may fall.
+        most_changed: fraction of all rows that may get another label.
+        most_lost: by how much the accuracy on all labelled rows may fall.
 
     Raises:
         UserError: saying by how much a bound is passed.
     """
-    part = compare(answers)
+    part = compare(_joined(files))
+    if not np.isfinite(part.largest):
+        raise UserError(f"{name} gives probabilities that are no numbers; take {reference}")
     if part.changed > most_changed * part.rows:
         raise UserError(
             f"{name} changes {part.changed:,} of {part.rows:,} labels of {reference}, {part.changed / part.rows:.2%},"
             f" and at most {most_changed:.2%} are allowed; take {reference}, or allow more"
         )
-    if part.right is None or part.expected_right is None:
-        return
-    lost = (part.expected_right - part.right) / part.rows
-    if lost > most_lost:
+    labelled = [compare(answers) for answers in files.values() if answers.labels is not None]
+    rows, lost = sum(part.rows for part in labelled), sum((p.expected_right or 0) - (p.right or 0) for p in labelled)
+    if lost > most_lost * rows:
         raise UserError(
-            f"{name} loses {lost:.2%} of accuracy against {reference}, and at most {most_lost:.2%} are allowed; take"
-            f" {reference}, or allow more"
+            f"{name} loses {lost / rows:.2%} of accuracy against {reference}, and at most {most_lost:.2%} are allowed;"
+            f" take {reference}, or allow more"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -58,6 +58,11 @@ def description_of(encoder: Encoder) -> Description:
         encoder.dropouts,
         card.read_text(encoding="utf-8") if card.is_file() else "",
     )
+
+
+def with_note(described: Description, note: str) -> Description:
+    """Return the description with a line more at the end of its card, if it has one."""
+    return replace(described, card=f"{described.card.rstrip()}\n\n{note}\n") if described.card else described
 
 
 def _settings(described: Description, dtype: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.export.hugging_face import Description, description_of, export_hugging_face
+from sst2_xlmr.export.hugging_face import Description, description_of, export_hugging_face, with_note
 from sst2_xlmr.export.tokenizer_json import UNIGRAM, model_class
 from sst2_xlmr.model.compact_vocab import SPECIAL_IDS, TABLE_NAME
 from sst2_xlmr.model.encoders import Encoder
@@ -83,6 +83,7 @@ def write_trimmed(encoder: Encoder, texts: Iterable[str], folder: Path) -> Descr
     tokenizer_file = folder.with_name(f"{folder.name}.{encoder.tokenizer_file.name}")
     tokenizer_file.write_bytes(trimmed_tokenizer(encoder.tokenizer_file, kept))
     trimmed = replace(described, shape=replace(encoder.shape, vocab_size=len(rows)), tokenizer_file=tokenizer_file)
-    export_hugging_face(folder, tensors, trimmed)
+    note = f"The vocabulary is trimmed: {len(rows):,} of {encoder.shape.vocab_size:,} pieces are left."
+    export_hugging_face(folder, tensors, with_note(trimmed, note))
     tokenizer_file.unlink()
     return trimmed

@@ -14,7 +14,7 @@ from sst2_xlmr import sources
 from sst2_xlmr.errors import UserError
 
 TOKENIZER_NAME = "sentencepiece.bpe.model"
-INT8_NAME = "model.int8.safetensors"  # see export.int8_folder; a name that transformers does not open
+INT8_NAME = "model.int8.safetensors"  # see export.hugging_face.in_8_bits; transformers does not open it
 DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")  # of config.json
 
 

@@ -10,7 +10,7 @@ _SMALLEST = 1e-30
 def quantize_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 [n, k] and fp32 scales [n], symmetric: the largest magnitude of a row becomes 127.
 
-    Quantizing what it has given, multiplied out, gives the same integers.
+    Quantizing the dequantized weights again gives the same integers.
 
     Args:
         weight: fp32 [n, k].

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.evaluation.agreement import Answers, agreement_table, all_rows, check_agreement, compare
+from sst2_xlmr.evaluation.agreement import Answers, agreement_table, check_agreement, compare
 
 
 def answers(found: list[float], expected: list[float], labels: list[int] | None) -> Answers:
@@ -40,11 +40,15 @@ def test_the_table_has_a_line_for_every_file_and_one_for_all() -> None:
 
 
 def test_what_passes_a_bound_is_refused() -> None:
-    check_agreement(PAIR, 0.5, 0.0, "int8", "fp32")
+    check_agreement({"a": PAIR}, 0.5, 0.0, "int8", "fp32")
     with pytest.raises(UserError, match=r"int8 changes 2 of 4 labels of fp32, 50.00%, and at most 49.00%"):
-        check_agreement(PAIR, 0.49, 1.0, "int8", "fp32")
+        check_agreement({"a": PAIR}, 0.49, 1.0, "int8", "fp32")
     worse = answers([0.9, 0.6, 0.1], [0.8, 0.4, 0.1], [1, 0, 0])
     with pytest.raises(UserError, match=r"int8 loses 33.33% of accuracy against fp32, and at most 33.00%"):
-        check_agreement(worse, 0.5, 0.33, "int8", "fp32")
-    check_agreement(worse, 0.5, 0.34, "int8", "fp32")
-    check_agreement(all_rows({"a": worse, "b": UNLABELLED}), 0.5, 0.0, "int8", "fp32")  # no accuracy to lose
+        check_agreement({"a": worse}, 0.5, 0.33, "int8", "fp32")
+    check_agreement({"a": worse}, 0.5, 0.34, "int8", "fp32")
+    with pytest.raises(UserError, match=r"loses 33.33%"):
+        check_agreement({"a": worse, "b": UNLABELLED}, 0.5, 0.0, "int8", "fp32")
+    check_agreement({"b": UNLABELLED}, 0.0, 0.0, "int8", "fp32")  # no accuracy to lose
+    with pytest.raises(UserError, match="no numbers"):
+        check_agreement({"a": answers([float("nan")], [0.5], None)}, 1.0, 1.0, "int8", "fp32")

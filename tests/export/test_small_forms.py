@@ -225,6 +225,25 @@ def test_trimming_composes_with_other_forms(model: Path, tmp_path: Path) -> None
     assert np.abs(probabilities - probabilities_of(model, ["A fine film."])).max() < 1e-5
 
 
+def test_ids_of_a_trimmed_tokenizer_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime_extensions")
+    (tmp_path / "texts.txt").write_text("A fine film.\n")
+    options = ["--keep-vocabulary-of", tmp_path / "texts.txt", "--output", tmp_path / "x", "--from-ids"]
+    line = user_error(lambda: run_export("--model", model, "--format", "onnx", *options), capsys)
+    assert "would leave no tokenizer that gives these ids" in line
+
+
+def test_a_model_beyond_the_limit_of_a_file_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx_file = pytest.importorskip("sst2_xlmr.export.onnx_file")
+    monkeypatch.setattr(onnx_file, "_LARGEST_FILE", 1000)
+    options = ["--model", model, "--format", "onnx", "--output", tmp_path / "x"]
+    assert "larger than the 2 GB of an ONNX file" in user_error(lambda: run_export(*options), capsys)
+
+
 def test_characters_that_only_longer_pieces_have_keep_these(model: Path, tmp_path: Path) -> None:
     """Take a letter's own piece away; the pieces that have it are then the only ones that know it."""
     file = model / TOKENIZER_NAME

@@ -187,6 +187,8 @@ def test_what_answers_otherwise_is_removed(
         (["--format", "hf", "--from-ids"], "--from-ids is for --format onnx"),
         (["--format", "hf-int8"], "--format hf-int8 needs --check-file"),
         (["--format", "hf", "--most-changed", "101"], "'101' is not a percentage from 0 to 100"),
+        (["--format", "hf", "--most-changed", "5"], "are for formats in 8 bits"),
+        (["--format", "hf", "--text-column", "x"], "--text-column needs a file"),
         (["--format", "hf", "--output", "empty"], "--output empty is there already"),
         (["--format", "hf", "--output", "empty/x"], "cannot write empty/x: "),
         (["--format", "hf", "--model", "no/such"], "no/such: neither"),

@@ -276,7 +276,37 @@ def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> 
     assert kills == 2
     assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["in.csv", "eager.py", "whole", name])
-    assert subprocess.run([*command, "--resume"], cwd=ROOT, check=False).returncode == 0, "nothing is left to do"
+    again = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert "out.csv is complete: there is nothing to continue" in again.stderr
+
+
+def test_more_processes_than_rows_at_once(model: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    options = ["--model", model, "--device", "cpu", "--input", write_many(tmp_path / "in.csv", 10)]
+    command = [*launcher, "scripts/predict.py", *map(str, [*options, "--output", tmp_path / "out.csv"])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(read_output(tmp_path / "out.csv")) == 10
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
+def test_what_was_to_replace_a_file_is_continued(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file that is there is not taken for the result."""
+    options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
+    (tmp_path / "out.csv").write_text("of before")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(growing_files, "_SECONDS_BETWEEN_NOTES", 0.0)
+        patch.setattr(script.Progress, "advance", lambda self, rows: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model, *options, "--overwrite")
+    run(model, *options, "--resume")
+    assert len(read_output(tmp_path / "out.csv")) == 3000
+    (tmp_path / "out.csv.part-0").unlink(missing_ok=True)
+    glue = ["--glue-submission", tmp_path / "glue"]
+    assert "out.csv is there already" in user_error(lambda: run(model, *options, *glue, "--resume"), capsys)
 
 
 def test_other_rows_are_not_continued(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

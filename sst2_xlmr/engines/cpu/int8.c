@@ -46,11 +46,16 @@ static int rounded_up(int n, int to) { return (n + to - 1) / to * to; }
 
 /* bytes [rounded_up(n, 4)]: the least value, or 0, becomes 0, and the largest, or 0, 255 */
 static inline Range quantize_row(const float *row, int n, uint8_t *bytes) {
-    float least = 0, largest = 0;
-#pragma omp simd reduction(min : least) reduction(max : largest)
+    float least = 0, largest = 0, wrong = 0;
+#pragma omp simd reduction(min : least) reduction(max : largest) reduction(+ : wrong)
     for (int i = 0; i < n; i++) {
         least = row[i] < least ? row[i] : least;
         largest = row[i] > largest ? row[i] : largest;
+        wrong += row[i] * 0.0f; /* not a number as soon as one value is none, or infinite */
+    }
+    if (wrong != 0) {
+        memset(bytes, 0, rounded_up(n, 4));
+        return (Range){wrong, wrong}; /* so that the result is none either */
     }
     float scale = (largest - least) / 255, factor = scale > 0 ? 1 / scale : 0;
     for (int i = 0; i < n; i++) bytes[i] = (uint8_t)(int32_t)((row[i] - least) * factor + 0.5f);
