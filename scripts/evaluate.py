@@ -158,7 +158,7 @@ def write_calibrated(source: Path, output: Path, calibration: Calibration) -> No
     export_hugging_face(output, with_temperature(load_tensors(encoder), calibration.temperature), described)
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = OneLineParser(description="Evaluate a trained model on labelled files.", allow_abbrev=False)
     add_model_options(parser)
     parser.add_argument(
@@ -181,6 +181,11 @@ def main() -> None:
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write scalars and pictures there")
     arguments = parser.parse_args()
     check_arguments(arguments)
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_args()
     files = name_files(arguments.file or [f"dev={arguments.calibrate}"])
     check_outputs(arguments.json, arguments.tensorboard)
     keep_freed_memory()

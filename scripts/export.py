@@ -24,9 +24,8 @@ import argparse
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import numpy as np
 import torch
@@ -34,12 +33,13 @@ import torch
 from sst2_xlmr import stack
 from sst2_xlmr.accelerate import load_model
 from sst2_xlmr.cli import OneLineParser, add_bounds, add_option, bounds_of
-from sst2_xlmr.config import EVAL_BATCH_TOKENS, Config, flag, named_file
-from sst2_xlmr.data.formats import KINDS, either, kind_of
-from sst2_xlmr.data.rows import Columns, columns_of, has_labels, read_examples, read_rows
+from sst2_xlmr.config import EVAL_BATCH_TOKENS, Config, flag
+from sst2_xlmr.data.formats import KINDS, either
+from sst2_xlmr.data.rows import Columns, columns_of
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.agreement import Answers, agreement_table, check_agreement, compare
 from sst2_xlmr.evaluation.evaluate import predict
+from sst2_xlmr.export.check_rows import Rows, read_checks, read_texts
 from sst2_xlmr.export.hugging_face import description_of, export_hugging_face, with_note
 from sst2_xlmr.export.trimmed import write_trimmed
 from sst2_xlmr.model.classifier import load_classifier
@@ -54,38 +54,6 @@ ONNX_TOLERANCE = 1e-4
 ROWS_COMPARED = 1000  # of the texts whose vocabulary is kept: all have the same ids, these also the same answers
 ONNX_BATCH = 32
 COLUMN_OPTIONS = ("text_column", "text_pair_column", "label_column", "header")
-SENTENCES = [
-    "A quiet film that stays with you for days.",
-    "Das Essen war kalt, der Kellner unfreundlich und die Rechnung falsch.",
-    "Un concert inoubliable !",
-    "Очень скучная книга, я не дочитал её до конца.",
-    "Πολύ καλή εξυπηρέτηση.",
-    "الفندق نظيف والموقع ممتاز.",
-    "המשלוח הגיע באיחור של שבועיים.",
-    "यह फ़ोन दो दिन में ख़राब हो गया।",
-    "อาหารอร่อยมากและราคาไม่แพง",
-    "这家店的服务太差了,再也不来了。",
-    "この本を読んで本当によかった。",
-    "배터리가 하루도 못 가요.",
-    "One word and another, " * 200,
-    "  two  spaces, a\ttab, ﬁ and ① ",
-    "",
-]
-
-
-class Rows(NamedTuple):
-    """Rows to compare answers on.
-
-    Attributes:
-        pairs: the second texts; None where rows have one text.
-        labels: int [rows]; None where rows have none.
-    """
-
-    texts: list[str]
-    pairs: list[str] | None
-    labels: np.ndarray | None
-
-
 # Returns fp32 probabilities, [rows, labels].
 Classify = Callable[[Rows], torch.Tensor]
 
@@ -160,53 +128,6 @@ def import_onnx() -> None:
         import onnxruntime_extensions  # noqa: F401
     except ImportError as error:
         raise UserError(f"--format onnx needs {error.name}; install them with pip install -e '.[onnx]'") from None
-
-
-def read_texts(file: Path, columns: Columns) -> Iterator[tuple[str, str | None]]:
-    """Yield the texts of a file of rows, or the lines of any other file."""
-    if is_rows_file(file):
-        for example in read_examples(file, columns):
-            yield example.text, example.pair
-        return
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file} as UTF-8 text: {error}") from None
-    if not lines:
-        raise UserError(f"{file} is empty")
-    yield from ((line, None) for line in lines)
-
-
-def is_rows_file(file: Path) -> bool:
-    try:
-        kind_of(file)
-    except UserError:
-        return False
-    return True
-
-
-def read_checks(arguments: argparse.Namespace, columns: Columns, label_names: list[str]) -> dict[str, Rows]:
-    """Return the rows to compare on, by the names of their files."""
-    checks: dict[str, Rows] = {}
-    files = [named_file(given) for given in arguments.check_file]
-    names = [name for name, _ in files]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two files have the name {name}; name them with --check-file NAME=FILE")
-    for name, file in files:
-        if is_rows_file(file) and has_labels(file, columns):
-            rows = list(read_rows(file, columns, label_names))
-            texts = [(row.text, row.pair) for row in rows]
-            labels = np.array([row.label for row in rows])
-        else:
-            texts, labels = list(read_texts(file, columns)), None
-        pairs = [pair for _, pair in texts if pair is not None]
-        checks[name] = Rows([text for text, _ in texts], pairs or None, labels)
-    if not checks:
-        checks["sentences"] = Rows(SENTENCES, None, None)
-        if not arguments.format.startswith("onnx") or arguments.from_ids:
-            checks["pairs"] = Rows(SENTENCES, SENTENCES[::-1], None)
-    return checks
 
 
 def classify_with_folder(folder: Path, precision: str = "fp32") -> Classify:
@@ -309,7 +230,8 @@ def write(arguments: argparse.Namespace, source: Path, written: Path) -> str:
         UserError: if its answers are too far from the model's.
     """
     encoder, int8 = find_encoder(str(source)), arguments.format.endswith("int8")
-    checks = read_checks(arguments, columns_for(arguments), encoder.label_names or [])
+    takes_pairs = not arguments.format.startswith("onnx") or arguments.from_ids
+    checks = read_checks(arguments.check_file, columns_for(arguments), encoder.label_names or [], takes_pairs)
     expected = classify_with_folder(source)
     if arguments.format == "torchscript":
         found = write_torchscript(encoder, written)

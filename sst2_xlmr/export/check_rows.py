@@ -1,0 +1,97 @@
+"""Rows on which a model's exported form is compared with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sst2_xlmr.config import named_file
+from sst2_xlmr.data.formats import kind_of
+from sst2_xlmr.data.rows import Columns, has_labels, read_examples, read_rows
+from sst2_xlmr.errors import UserError
+
+SENTENCES = [
+    "A quiet film that stays with you for days.",
+    "Das Essen war kalt, der Kellner unfreundlich und die Rechnung falsch.",
+    "Un concert inoubliable !",
+    "Очень скучная книга, я не дочитал её до конца.",
+    "Πολύ καλή εξυπηρέτηση.",
+    "الفندق نظيف والموقع ممتاز.",
+    "המשלוח הגיע באיחור של שבועיים.",
+    "यह फ़ोन दो दिन में ख़राब हो गया।",
+    "อาหารอร่อยมากและราคาไม่แพง",
+    "这家店的服务太差了,再也不来了。",
+    "この本を読んで本当によかった。",
+    "배터리가 하루도 못 가요.",
+    "One word and another, " * 200,
+    "  two  spaces, a\ttab, ﬁ and ① ",
+    "",
+]
+
+
+class Rows(NamedTuple):
+    """Rows to compare answers on.
+
+    Attributes:
+        pairs: the second texts; None where rows have one text.
+        labels: int [rows]; None where rows have none.
+    """
+
+    texts: list[str]
+    pairs: list[str] | None
+    labels: np.ndarray | None
+
+
+def read_texts(file: Path, columns: Columns) -> Iterator[tuple[str, str | None]]:
+    """Yield the texts of a file of rows, or the lines of any other file."""
+    if is_rows_file(file):
+        for example in read_examples(file, columns):
+            yield example.text, example.pair
+        return
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file} as UTF-8 text: {error}") from None
+    if not lines:
+        raise UserError(f"{file} is empty")
+    yield from ((line, None) for line in lines)
+
+
+def is_rows_file(file: Path) -> bool:
+    try:
+        kind_of(file)
+    except UserError:
+        return False
+    return True
+
+
+def read_checks(given: list[str], columns: Columns, label_names: list[str], takes_pairs: bool) -> dict[str, Rows]:
+    """Return the rows to compare on, by the names of their files.
+
+    Args:
+        given: files, `[NAME=]FILE`; built-in sentences if there are none.
+        takes_pairs: whether the written form takes pairs of texts.
+    """
+    checks: dict[str, Rows] = {}
+    files = [named_file(file) for file in given]
+    names = [name for name, _ in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two files have the name {name}; name them with --check-file NAME=FILE")
+    for name, file in files:
+        if is_rows_file(file) and has_labels(file, columns):
+            rows = list(read_rows(file, columns, label_names))
+            texts = [(row.text, row.pair) for row in rows]
+            labels = np.array([row.label for row in rows])
+        else:
+            texts, labels = list(read_texts(file, columns)), None
+        pairs = [pair for _, pair in texts if pair is not None]
+        checks[name] = Rows([text for text, _ in texts], pairs or None, labels)
+    if not checks:
+        checks["sentences"] = Rows(SENTENCES, None, None)
+        if takes_pairs:
+            checks["pairs"] = Rows(SENTENCES, SENTENCES[::-1], None)
+    return checks
