@@ -47,8 +47,8 @@ def run_with_kills(words: list[str], run: Path, kills: int, processes: int, seed
 @pytest.mark.parametrize(
     ("precision", "processes", "kills"),
     [
-        ("fp32", 1, 3),
-        ("bf16", 2, 3),
+        ("fp32", 1, 2),
+        ("bf16", 2, 2),
         *(
             pytest.param(precision, processes, 20, marks=pytest.mark.slow)
             for precision in ("fp32", "bf16")

@@ -169,7 +169,7 @@ def test_the_peer_trains_on_rows_of_the_same_length(capfd: pytest.CaptureFixture
         (["--steps", "0"], "argument --steps: '0' is not a number from 1"),
         (["--batch-size", "0"], "--batch-size must be 1 or more, not 0"),
         (["--rows", "10,many"], "argument --rows: 'many' is not a number from 1"),
-        (["--only", "train,speed"], "argument --only: 'speed' is not one of train, eval, processes, rows"),
+        (["--only", "train,speed"], "argument --only: 'speed' is not one of train, eval, int8, processes, rows"),
         (["--only", "rows"], "--only rows needs --rows N,..."),
         (["--out", "nowhere/bench.json"], "--out nowhere/bench.json: its folder does not exist"),
         (["--peer", "nowhere/python"], "--peer nowhere/python: No such file or directory; give an environment's"),
