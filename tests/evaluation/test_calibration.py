@@ -123,7 +123,10 @@ def test_evaluate_calibrates_a_model_that_is_there(run_train: RunTrain, small_da
         (["--calibrate", dev], "--calibrate FILE and --output DIR belong together"),
         (["--calibrate", dev, "--output", new], "is there already"),
         (["--calibrate", dev, "--output", tmp_path / "x", "--file", dev], "either --file"),
-        (["--calibrate", dev, "--output", tmp_path / "x", "--json", "y"], "--json, --tensorboard and --against are for --file"),
+        (
+            ["--calibrate", dev, "--output", tmp_path / "x", "--json", "y"],
+            "--json, --tensorboard and --against are for --file",
+        ),
         ([], "either --file"),
     ):
         refused = evaluate("--model", model, *words)
