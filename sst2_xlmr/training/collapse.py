@@ -14,9 +14,11 @@ import numpy as np
 # A suspicion arises once the mean loss of a line of metrics is so close to that of a constant answer ...
 _SUSPICIOUS_LOSS = 0.98
 # ... so many steps after warm-up, and again after so many more steps.
-_STEPS_TO_LEARN, _STEPS_BETWEEN_CHECKS = 100, 200
-# A correlation counts as chance within so many standard errors, but on few rows not beyond this.
-_STANDARD_ERRORS, _MOST_BY_CHANCE = 3.0, 0.3
+_STEPS_TO_LEARN, _STEPS_BETWEEN_CHECKS = 100, 100
+# Between the rows of a class and the others, the mean probability of that class may differ by chance: by so many
+# standard errors. That is at least the first of these parts of its deviation, for models were seen whose answers were
+# all alike but still varied a little with a text's length; and on few rows no more than the second.
+_STANDARD_ERRORS, _BY_CHANCE, _MOST_BY_CHANCE = 3.0, 0.4, 0.6
 
 
 def constant_loss(labels: np.ndarray, weights: np.ndarray, smoothing: float) -> float:
@@ -56,14 +58,16 @@ def answers_alike(probabilities: np.ndarray, labels: np.ndarray) -> bool:
     """
     if len(np.unique(probabilities.argmax(1))) > 1 or len(np.unique(labels)) < 2:
         return False
-    chance = min(_STANDARD_ERRORS / math.sqrt(len(labels)), _MOST_BY_CHANCE)
     return all(
-        abs(_correlation(probabilities[:, number].astype(np.float64), labels == number)) < chance
-        for number in range(probabilities.shape[1])
+        _is_chance(probabilities[:, number].astype(np.float64), labels == number) for number in np.unique(labels)
     )
 
 
-def _correlation(values: np.ndarray, is_class: np.ndarray) -> float:
-    """Return Pearson's correlation; 0 where one of the two does not vary."""
-    deviation = values.std() * is_class.std()
-    return float(((values - values.mean()) * (is_class - is_class.mean())).mean() / deviation) if deviation else 0.0
+def _is_chance(values: np.ndarray, is_class: np.ndarray) -> bool:
+    """Whether the values of a class's rows are those of the others, up to chance."""
+    deviation, share = values.std(), is_class.mean()
+    if not deviation:
+        return True
+    error = 1 / math.sqrt(len(values) * share * (1 - share))  # of the difference of means, in deviations
+    difference = abs(values[is_class].mean() - values[~is_class].mean()) / deviation
+    return bool(difference < min(max(_STANDARD_ERRORS * error, _BY_CHANCE), _MOST_BY_CHANCE))

@@ -41,11 +41,11 @@ def test_the_loss_of_a_constant_answer_is_the_least(smoothing: float, weights: l
 
 
 def test_suspicion_waits_for_warm_up_and_asks_seldom() -> None:
-    assert is_suspicious(0.69, 0.693, 100, 200)
-    assert not is_suspicious(0.67, 0.693, 100, 200), "it learns"
-    assert not is_suspicious(0.69, 0.693, 99, 200)
-    assert not is_suspicious(0.69, 0.693, -5, 200)
-    assert not is_suspicious(0.69, 0.693, 500, 199)
+    assert is_suspicious(0.69, 0.693, 100, 100)
+    assert not is_suspicious(0.67, 0.693, 100, 100), "it learns"
+    assert not is_suspicious(0.69, 0.693, 99, 100)
+    assert not is_suspicious(0.69, 0.693, -5, 100)
+    assert not is_suspicious(0.69, 0.693, 500, 99)
 
 
 def answers(slope: float, share: float, rows: int = 872, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +59,8 @@ def answers(slope: float, share: float, rows: int = 872, noise: float = 1.0) -> 
 def test_answers_are_alike_where_they_say_no_more_than_chance() -> None:
     assert answers_alike(*answers(0.0, 0.5))
     assert answers_alike(*answers(0.0, 0.5, noise=0.0)), "the same to the bit"
-    assert not answers_alike(*answers(0.5, 0.5)), "it learns slowly"
+    assert answers_alike(*answers(0.3, 0.5)), "with a little that is no learning"
+    assert not answers_alike(*answers(0.6, 0.5)), "it learns slowly"
     assert not answers_alike(*answers(1.0, 0.05)), "skewed classes: one label, but it ranks them"
     probabilities, labels = answers(0.0, 0.5)
     probabilities[0] = [0.3, 0.7]
@@ -89,9 +90,9 @@ def test_a_collapse_is_said_once_and_written(
     run = run_train(tmp_path / "run", *STUCK)
     said = [line for line in capsys.readouterr().out.splitlines() if "collapsed" in line]
     assert len(said) == 1
-    assert said[0].startswith("step    200  collapsed: every text of dev gets the label '")
+    assert said[0].startswith("step    130  collapsed: every text of dev gets the label '")
     assert said[0].endswith("lower --lr, now 1e-09, or let --restart-on-collapse N try again")
-    assert [line["step"] for line in metrics(run) if line.get("collapsed")] == [200]
+    assert [line["step"] for line in metrics(run) if line.get("collapsed")] == [130]
     assert metrics(run)[-1]["step"] == 420, "it trains on"
 
 
@@ -102,9 +103,9 @@ def test_it_begins_again_with_half_the_rate_and_another_seed(
     run = run_train(tmp_path / "run", *STUCK, "--restart-on-collapse", 2)
     said = capsys.readouterr().out
     assert "beginning again with half the rate, 5e-10, and another seed, 1 of 2" in said
-    assert json.loads((run / "restarts.json").read_text()) == [{"step": 200, "lr": 1e-9, "seed": 0}]
+    assert json.loads((run / "restarts.json").read_text()) == [{"step": 130, "lr": 1e-9, "seed": 0}]
     first, *lines = metrics(run)
-    assert first == {"step": 0, "restarts": 1, "collapsed": [{"step": 200, "lr": 1e-9, "seed": 0}]}
+    assert first == {"step": 0, "restarts": 1, "collapsed": [{"step": 130, "lr": 1e-9, "seed": 0}]}
     steps = [line["step"] for line in lines if "split" not in line]
     assert steps == list(range(10, 421, 10)), "the lines of the first attempt are gone"
     assert max(line["lr"] for line in lines if "lr" in line) <= 5e-10
