@@ -148,7 +148,9 @@ def test_a_lost_list_of_attempts_costs_no_checkpoint(
         assert sorted(each.name for each in (run / "checkpoints").iterdir()) == saved
 
 
-@pytest.mark.parametrize("stop", [0, 100, 300])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(0, marks=pytest.mark.slow), 100, pytest.param(300, marks=pytest.mark.slow)]
+)
 def test_a_second_attempt_resumes_to_the_bit(
     run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
