@@ -29,6 +29,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from sst2_xlmr import stack
 from sst2_xlmr.accelerate import load_model
@@ -44,6 +45,7 @@ from sst2_xlmr.export.hugging_face import description_of, export_hugging_face, w
 from sst2_xlmr.export.trimmed import write_trimmed
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import Encoder, find_encoder
+from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.weights import load_tensors
 
@@ -172,16 +174,14 @@ def write_onnx_file(encoder: Encoder, file: Path, int8: bool, from_ids: bool) ->
     tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
 
     def answers(rows: Rows) -> torch.Tensor:
-        ids = tokenizer(rows.texts, rows.pairs)
+        ids = [torch.tensor(row) for row in tokenizer(rows.texts, rows.pairs)]
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         probabilities = torch.empty(len(ids), len(label_names))
         for start in range(0, len(order), ONNX_BATCH):
             chosen = order[start : start + ONNX_BATCH]
             if from_ids:
-                padded = np.full((len(chosen), len(ids[chosen[-1]])), 1, np.int64)
-                for line, row in zip(padded, chosen):
-                    line[: len(ids[row])] = ids[row]
-                inputs = {"input_ids": padded, "attention_mask": (padded != 1).astype(np.int64)}
+                padded = pad_sequence([ids[row] for row in chosen], batch_first=True, padding_value=PAD_ID)
+                inputs = {"input_ids": padded.numpy(), "attention_mask": padded.ne(PAD_ID).long().numpy()}
             else:
                 inputs = {"text": np.array([rows.texts[row] for row in chosen], dtype=object)}
             labels, found = session.run(None, inputs)
@@ -245,7 +245,7 @@ def write(arguments: argparse.Namespace, source: Path, written: Path) -> str:
         print("\n".join(agreement_table(answers, "int8", "fp32")), flush=True)
         check_agreement(answers, *bounds_of(arguments), "int8", "fp32")
         return f"answers as above on {count:,} rows"
-    difference = max(compare(part).largest for part in answers.values())
+    difference = float(np.max([compare(part).largest for part in answers.values()]))  # NaN if one is
     tolerance = ONNX_TOLERANCE if arguments.format == "onnx" else TOLERANCE[arguments.dtype]
     if not difference <= tolerance:  # also if it is NaN
         raise UserError(

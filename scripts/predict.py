@@ -23,7 +23,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from sst2_xlmr import distributed
 from sst2_xlmr.accelerate import load_model
-from sst2_xlmr.cli import OneLineParser, add_model_options, add_option
+from sst2_xlmr.cli import OneLineParser, add_model_options, add_option, number_to
 from sst2_xlmr.config import Config, flag
 from sst2_xlmr.data.answers import RowsWriter, Writer, check_columns, write_lines, write_submission
 from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, is_table, kind_of
@@ -57,16 +57,6 @@ NO_ANSWER = "?"
 Answer = tuple[Example, str, list[float]]  # a row, its label, and the probabilities of all classes
 
 
-def _probability(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a probability from 0 to 1")
-    return value
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line, and check whatever it and the file system alone can tell."""
     parser = OneLineParser(
@@ -83,7 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on where a run with the same --output was killed")
     parser.add_argument(
         "--abstain-below",
-        type=_probability,
+        type=number_to(1, "probability"),
         default=0.0,
         metavar="P",
         help=f"answer {NO_ANSWER} instead of a label whose probability is lower",
@@ -163,18 +153,18 @@ def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
 
 
 class RankChunks(NamedTuple):
-    """What this process classifies of a file.
+    """What this process classifies of a file, or of a stream, whose chunks are not known beforehand.
 
     Attributes:
         columns: names of the columns of the file's first row.
         rows: of every chunk of the whole file.
-        first, last: its chunks, from `first` to before `last`.
+        first, last: its chunks, from `first` to before `last`; None for all that come.
     """
 
-    columns: list[str]
-    rows: list[int]
-    first: int
-    last: int
+    columns: Sequence[str] = ()
+    rows: Sequence[int] = ()
+    first: int = 0
+    last: int | None = None
 
 
 def find_chunks(arguments: argparse.Namespace, world: World) -> RankChunks:
@@ -208,11 +198,11 @@ def order_of(arguments: argparse.Namespace, precision: str, world: World) -> dic
 class Progress:
     """A bar with the time left on a terminal, else a line a minute, on standard error; for this process's rows."""
 
-    def __init__(self, total: int | None, done: int, quiet: bool) -> None:
+    def __init__(self, total: int, done: int, quiet: bool) -> None:
         shows_bar = sys.stderr.isatty() and not quiet
-        self._bar = tqdm(total=total, initial=done, unit=" rows", disable=not shows_bar, dynamic_ncols=True)
-        self._says_lines = not shows_bar and not quiet and total is not None
-        self._total, self._before, self._done = total or 0, done, done
+        self._bar = tqdm(total=total or None, initial=done, unit=" rows", disable=not shows_bar, dynamic_ncols=True)
+        self._says_lines = not shows_bar and not quiet and total > 0
+        self._total, self._before, self._done = total, done, done
         self._started = self._said = time.monotonic()
 
     def advance(self, rows: int) -> None:
@@ -281,27 +271,24 @@ def print_answers(arguments: argparse.Namespace, device: torch.device) -> None:
 def write_answers(arguments: argparse.Namespace, world: World) -> None:
     """Classify all texts, or this process's share of the input, and write the output files."""
     paths = output_files(arguments)
-    mine = find_chunks(arguments, world) if arguments.input else None
+    mine = find_chunks(arguments, world) if arguments.input else RankChunks()
     predictor = Predictor(arguments, world.device)
     if len(set(distributed.gather_objects(world, predictor.precision))) > 1:
         raise distributed.shared_error("the processes compute in different precisions; name one with --precision")
     order = order_of(arguments, predictor.precision, world) if arguments.input else None
     with open_parts(paths, order, world.rank, arguments.resume) as parts, Finisher() as finisher:
-        chunks = in_chunks(read_input(arguments), ROWS_AT_ONCE)
-        begin, total, done = parts.blocks, None, 0
-        if mine:
-            begin += mine.first
-            chunks = itertools.islice(chunks, begin, mine.last)
-            total, done = sum(mine.rows[mine.first : mine.last]), sum(mine.rows[mine.first : begin])
+        begin = mine.first + parts.blocks
+        chunks = itertools.islice(in_chunks(read_input(arguments), ROWS_AT_ONCE), begin, mine.last)
+        total, done = sum(mine.rows[mine.first : mine.last]), sum(mine.rows[mine.first : begin])
         texts = [io.StringIO(newline="") for _ in paths]
         writers: list[Writer] = []
         for path, text in zip(paths, texts):
             if path == arguments.output:
                 header = getattr(arguments, "header", True) and begin == 0
                 names = predictor.label_names if arguments.all_probabilities else []
-                writers.append(RowsWriter(text, path, header, names, mine.columns if mine else []))
+                writers.append(RowsWriter(text, path, header, names, mine.columns))
             else:
-                writers.append(write_submission(text, predictor.label_names, sum(mine.rows[:begin]) if mine else 0))
+                writers.append(write_submission(text, predictor.label_names, sum(mine.rows[:begin])))
 
         def add(answers: list[Answer]) -> None:
             for answer in answers:
@@ -313,7 +300,7 @@ def write_answers(arguments: argparse.Namespace, world: World) -> None:
                 text.truncate()
 
         with contextlib.closing(Progress(total, done, quiet=not world.is_main)) as progress:
-            for answers in predictor.answers(chunks, reads_ahead=mine is not None):
+            for answers in predictor.answers(chunks, reads_ahead=arguments.input is not None):
                 finisher.wait()  # until the chunk before has been written
                 finisher.submit(functools.partial(add, answers))
                 progress.advance(len(answers))

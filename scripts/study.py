@@ -38,6 +38,7 @@ from sst2_xlmr.distributed import choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.files import write_text
 from sst2_xlmr.numerics import choose_precision
+from sst2_xlmr.training.schedule import Schedule
 from sst2_xlmr.training.signals import SIGNALS
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -200,7 +201,7 @@ def write_peer_inputs(study: Study) -> dict[str, Any]:
         "splits": [split for split in inputs.caches if split != "train"],
         "labels": len(config.classes),
         "batches": batches,
-        "max_steps": max(1, round(config.epochs * batches)),
+        "max_steps": Schedule(config, batches).total_steps,
         "precision": choose_precision(config.precision, device),
         "device": device.type,
         "threads": config.threads,

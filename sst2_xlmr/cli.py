@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Callable, NoReturn
 
 from sst2_xlmr.config import (
     EVAL_BATCH_TOKENS,
@@ -86,19 +86,24 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def percent(text: str) -> float:
-    """Parse a number from 0 to 100."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage from 0 to 100")
-    return value
+def number_to(highest: float, what: str) -> Callable[[str], float]:
+    """Return a parser of numbers from 0 to `highest`; errors call them `what`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= highest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from 0 to {highest:g}")
+        return value
+
+    return parse
 
 
 def add_bounds(parser: argparse.ArgumentParser) -> None:
     """Add the bounds of a comparison of precisions (see `bounds_of`)."""
+    percent = number_to(100, "percentage")
     parser.add_argument("--most-changed", type=percent, metavar="%%", help="share of labels that may change [1]")
     parser.add_argument("--most-lost", type=percent, metavar="POINTS", help="accuracy that may be lost [0.3]")
 

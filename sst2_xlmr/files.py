@@ -152,6 +152,10 @@ def write_text(file: Path, text: str) -> None:
     sync_folder(file.parent)
 
 
+def cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; make room, or choose another place")
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[TextIO]:
     """Open a text file, gzipped if its name ends in .gz, that gets its name once it is complete.
@@ -169,7 +173,7 @@ def new_file(path: Path) -> Iterator[TextIO]:
             os.fsync(written.fileno())
         unfinished.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room, or choose another place") from None
+        raise cannot_write(path, error) from None
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()

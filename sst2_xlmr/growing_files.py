@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import sync_folder, write_text
+from sst2_xlmr.files import cannot_write, sync_folder, write_text
 
 _SECONDS_BETWEEN_NOTES = 5.0
 
@@ -130,7 +130,7 @@ def open_parts(paths: Sequence[Path], order: Any, rank: int, resume: bool) -> It
         growing = GrowingFiles(paths, order, rank, resume)
         yield growing
     except OSError as error:
-        problem = _cannot_write(paths[0], error)
+        problem = cannot_write(paths[0], error)
         problem.is_own = rank > 0  # or nobody would say it
         raise problem from None
     except UserError as error:
@@ -158,18 +158,14 @@ def join_parts(paths: Sequence[Path], world_size: int) -> None:
                 joined.flush()
                 os.fsync(joined.fileno())
         except OSError as error:
-            raise _cannot_write(path, error) from None
+            raise cannot_write(path, error) from None
     try:
         for path in paths:
             part_of(path, 0).replace(path)
             sync_folder(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise cannot_write(path, error) from None
     for path in paths:  # also those that more processes have left, which were killed
         parts = list(path.parent.glob(f"{glob.escape(path.name)}.part-*"))
         _remove([file for file in parts if file.suffix == ".json"])
         _remove(parts)
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; make room, or choose another place")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -68,6 +69,16 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings["architectures"] = ["XLMRobertaModel"]
     (target / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     return target
+
+
+@pytest.fixture(scope="session")
+def model(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model's folder: the tiny encoder with its own random head, under its label names, a and b."""
+    folder = Path(shutil.copytree(tiny_encoder, tmp_path_factory.mktemp("model") / "model"))
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings["architectures"] = ["XLMRobertaForSequenceClassification"]
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

@@ -56,7 +56,6 @@ def seconds_to(target: float, command: list[str], evaluations: Path) -> float | 
     Raises:
         SystemExit: with the command's exit status if that is not 0; what it said last is printed.
     """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the command ends too
     log, start = evaluations.parent.with_suffix(".log"), time.monotonic()
     evaluations.parent.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
@@ -116,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         inputs = {**write_peer_inputs(study), "eval_every": config.eval_every}
     names = ([TRAINER] if study.peer else []) + list(study.settings)
     seconds: dict[str, dict[int, float | None]] = {name: {} for name in names}
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the command ends too
     for seed in study.seeds:
         for name in names:
             folder = study.folder / name / f"seed-{seed}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,16 +48,6 @@ labels, probabilities = session.run(["label", "probabilities"], inputs)
 said = session.get_modelmeta().custom_metadata_map
 json.dump([list(labels), probabilities.tolist(), said], open(sys.argv[3], "w"))
 """
-
-
-@pytest.fixture(scope="module")
-def model(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny encoder with its own random head."""
-    folder = Path(shutil.copytree(tiny_encoder, tmp_path_factory.mktemp("export") / "model"))
-    settings = json.loads((folder / "config.json").read_text())
-    settings["architectures"] = ["XLMRobertaForSequenceClassification"]
-    (folder / "config.json").write_text(json.dumps(settings))
-    return folder
 
 
 @pytest.fixture

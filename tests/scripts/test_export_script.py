@@ -52,16 +52,6 @@ json.dump([labels, probabilities.tolist(), classify.label_names], open(sys.argv[
 """
 
 
-@pytest.fixture(scope="module")
-def model(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny encoder with its own random head."""
-    folder = Path(shutil.copytree(tiny_encoder, tmp_path_factory.mktemp("export") / "model"))
-    settings = json.loads((folder / "config.json").read_text())
-    settings["architectures"] = ["XLMRobertaForSequenceClassification"]
-    (folder / "config.json").write_text(json.dumps(settings))
-    return folder
-
-
 def run_export(*options: object) -> None:
     export.main([str(option) for option in options])
 

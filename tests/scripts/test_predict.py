@@ -30,19 +30,6 @@ from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.rows import Columns, read_examples
 
 
-@pytest.fixture(scope="module")
-def model(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a head: the tiny encoder's own random one, under its label names."""
-    folder = tmp_path_factory.mktemp("predict") / "model"
-    folder.mkdir()
-    for file in tiny_encoder.iterdir():
-        content = file.read_bytes()
-        if file.name == "config.json":
-            content = content.replace(b"XLMRobertaModel", b"XLMRobertaForSequenceClassification")
-        (folder / file.name).write_bytes(content)
-    return folder
-
-
 def predict(*options: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "scripts/predict.py", "--device", "cpu", *map(str, options)]
     return subprocess.run(command, input=stdin, capture_output=True, cwd=ROOT, check=False)

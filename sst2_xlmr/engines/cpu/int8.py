@@ -63,7 +63,7 @@ class Norm(NamedTuple):
     module: nn.LayerNorm
 
 
-class Int8Linear(nn.Module):
+class Int8Linear:
     """A linear layer whose weights lie as int8.c reads them.
 
     Args:
@@ -72,18 +72,13 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        super().__init__()
         values, scales = quantize_weights(weight)
         self.n, self.k = weight.shape
         sums = values.sum(1, dtype=torch.int32) * scales
         padded = F.pad(values, (0, -self.k % 4, 0, -self.n % _PANEL))
         panels = padded.view(-1, _PANEL, padded.shape[1] // 4, 4).permute(0, 2, 1, 3).contiguous()
-        self.tensors = nn.ParameterList(
-            [nn.Parameter(t, requires_grad=False) for t in (panels, scales, sums, bias.float().clone())]
-        )
-
-    def as_c(self) -> _Linear:
-        return _Linear(*[tensor.data_ptr() for tensor in self.tensors], self.n, self.k)
+        self._tensors = (panels, scales, sums, bias.float().clone())  # kept: the struct has their addresses
+        self.as_c = _Linear(*[tensor.data_ptr() for tensor in self._tensors], self.n, self.k)
 
 
 class Int8Kernels:
@@ -126,7 +121,7 @@ class Int8Kernels:
             after = _After(int(gelu), *parameters, module.eps)
         outputs = [tensor.data_ptr() if len(tensor) else None for tensor in (values, *result)]
         self._library.int8_linear(
-            ctypes.byref(layer.as_c()),
+            ctypes.byref(layer.as_c),
             x.bytes.data_ptr(),
             x.ranges.data_ptr(),
             rows,
@@ -141,7 +136,7 @@ def _room(rows: int, n: int) -> Quantized:
     return Quantized(torch.empty(rows, n + -n % 4, dtype=torch.uint8), torch.empty(rows, 2))
 
 
-class Int8Layer(nn.Module):
+class Int8Layer:
     """A transformer layer's weights; the last layer's query has its own, since it is computed for `<s>` only.
 
     Args:
@@ -149,11 +144,10 @@ class Int8Layer(nn.Module):
     """
 
     def __init__(self, layer: nn.Module, is_last: bool) -> None:
-        super().__init__()
         attention = layer.self_attn
         weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.in_features
         cuts = [slice(0, width), slice(width, None)] if is_last else [slice(None)]
-        self.projections = nn.ModuleList([Int8Linear(weight[cut], bias[cut]) for cut in cuts])
+        self.projections = [Int8Linear(weight[cut], bias[cut]) for cut in cuts]
         self.out = Int8Linear(attention.out_proj.weight, attention.out_proj.bias)
         self.linear1 = Int8Linear(layer.linear1.weight, layer.linear1.bias)
         self.linear2 = Int8Linear(layer.linear2.weight, layer.linear2.bias)
@@ -180,9 +174,7 @@ class Int8Classifier(nn.Module):
         norm = transformer.embedding_layer_norm
         self.norm_parameters = (norm.weight.to(kernels.dtype), norm.bias.to(kernels.dtype), norm.eps)
         layers = transformer.layers.layers
-        self.layers = nn.ModuleList(
-            [Int8Layer(layer, number == len(layers) - 1) for number, layer in enumerate(layers)]
-        )
+        self.layers = [Int8Layer(layer, number == len(layers) - 1) for number, layer in enumerate(layers)]
 
     @torch.no_grad()
     def forward(
@@ -204,7 +196,7 @@ class Int8Classifier(nn.Module):
         return self.head.out_proj(inner)
 
     def _layer(
-        self, layer: nn.Module, x: torch.Tensor, quantized: Quantized, rows: Packed
+        self, layer: Int8Layer, x: torch.Tensor, quantized: Quantized, rows: Packed
     ) -> tuple[torch.Tensor, Quantized]:
         """Return the layer's output for all tokens, or, of the last one, for every text's first token."""
         linear = self.int8.linear
