@@ -11,6 +11,7 @@ from torch import nn
 
 from sst2_xlmr.distributed import World
 from sst2_xlmr.errors import UserError
+from sst2_xlmr.memory import give_back_memory
 from sst2_xlmr.model.classifier import Classifier, load_classifier
 from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.numerics import choose_precision
@@ -73,7 +74,10 @@ def load_model(folder: Path, device: torch.device, precision: str) -> Model:
         if engines.can_quantize():
             classifier, tokenizer, label_names = load_classifier(folder, device, bf16=False)
             dtype = torch.bfloat16 if plain == "bf16" else torch.float32
-            return Model(engines.quantize(classifier, dtype), tokenizer, label_names, precision)
+            quantized = engines.quantize(classifier, dtype)
+            del classifier
+            give_back_memory()
+            return Model(quantized, tokenizer, label_names, precision)
     if precision == "int8":
         lacks = "int8 needs a CPU with AVX512-VNNI, Linux and a C compiler"
         print(f"warning: {lacks}: computing in {plain} instead", file=sys.stderr)
