@@ -142,8 +142,6 @@ def build(inputs: Prepared, world: World) -> Run:
         kept_ids=None if config.full_vocabulary else kept_ids,
     )
     classifier.encoder.requires_grad_(not config.freeze_encoder)
-    if config.freeze_embeddings:
-        classifier.transformer.token_embedding.requires_grad_(False)
     classifier.to(world.device)
     groups = Groups(encoder.shape.layers, config.weight_decay, config.layerwise_lr_decay)
     optimizer = AdamW(classifier, groups, config.max_grad_norm, bf16=config.precision == "bf16")

@@ -52,7 +52,6 @@ TRAINER_LACKS = (
     "label_smoothing",
     "class_weights",
     "freeze_encoder",
-    "freeze_embeddings",
     "early_stopping_patience",
 )
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; for more, the last makes intervals a little

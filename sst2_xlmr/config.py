@@ -229,12 +229,6 @@ class Config:
         kind=bool,
     )
     freeze_encoder: bool = option(False, "model", "train the classification head only", kind=bool)
-    freeze_embeddings: bool = option(
-        False,
-        "model",
-        "do not train the table of word embeddings: words that training lacks stay beside the others",
-        kind=bool,
-    )
 
     epochs: float = option(
         3.0,

@@ -67,7 +67,7 @@ class Classifier(nn.Module):
         return self.head(features)
 
     def is_encoder_frozen(self) -> bool:
-        return not self.transformer.embedding_layer_norm.weight.requires_grad
+        return not self.transformer.token_embedding.weight.requires_grad
 
 
 def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Classifier, Tokenizer, list[str]]:

@@ -79,7 +79,7 @@ class Embedding(torch.autograd.Function):
             grad, hidden, gamma, ctx.settings.epsilon, rows, EMBEDDINGS, has_y=False
         )
         return (
-            _sum_by_row(table, ids, dhidden) if ctx.needs_input_grad[0] else None,
+            _sum_by_row(table, ids, dhidden),
             _sum_by_row(position_table, positions, dhidden),
             dgamma,
             dbeta,
