@@ -31,7 +31,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Return the memory that `keep_freed_memory` has kept so far, after freeing something large for good."""
+    """Return to the system what malloc has kept so far, after freeing something large for good."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 

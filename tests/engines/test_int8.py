@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, SMALL_ENCODER, needs_small_encoder
 from torch import nn
 
 from sst2_xlmr import accelerate, engines
@@ -21,6 +24,19 @@ from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.quantized import quantize_weights
 
 CPU = torch.device("cpu")
+# Gives the small encoder a head, and prints the bytes that loading it takes for good.
+LOADED = """
+import sys; from pathlib import Path
+import torch; from sst2_xlmr import accelerate, memory
+from sst2_xlmr.model.classifier import build_classifier
+from sst2_xlmr.model.encoders import find_encoder
+accelerate.load_classifier = lambda folder, device, bf16: (
+    build_classifier(find_encoder(str(folder)), ["a", "b"])[0].requires_grad_(False).eval(), None, ["a", "b"])
+memory.keep_freed_memory()
+before = memory.used_memory_gb()
+model = accelerate.load_model(Path(sys.argv[1]), torch.device("cpu"), "int8")
+print(round((memory.used_memory_gb() - before) * 1e9))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +163,15 @@ def test_weights_of_zero_and_large_ones_are_kept() -> None:
     values, scales = quantize_weights(weight)
     assert torch.allclose(values.float() * scales[:, None], weight, rtol=1 / 127)
     assert values[2].tolist() == [127, 64]
+
+
+@needs_small_encoder
+def test_loading_leaves_no_fp32_weights_in_memory() -> None:
+    """The small encoder has 117.6 M parameters: 470 MB in fp32."""
+    kernels_for(torch.float32)
+    command = [sys.executable, "-c", LOADED, str(SMALL_ENCODER)]
+    taken = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert int(taken) < 470e6 / 2
 
 
 def test_without_the_instructions_it_is_said_once(
