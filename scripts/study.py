@@ -1,7 +1,7 @@
 """Compare settings over several seeds: mean and deviation of the accuracy, time, and intervals of the differences.
 
-    python scripts/study.py --seeds 1,2,3 --output-dir runs/study @scripts/recipes/small_encoder_sst2.args \\
-        --setting plain "" --setting longer "--epochs 3 --lr 7e-5" --peer ../peer/bin/python
+    python scripts/study.py --seeds 1,2,3 --output-dir runs/study --encoder models/small --batch-size 32 --lr 5e-5 \\
+        --epochs 1 --setting plain "" --setting longer "--epochs 3 --lr 7e-5" --peer ../peer/bin/python
 
 All other options go to train.py, for every setting; those of a setting come after them. The run of setting NAME and
 seed N is the folder NAME/seed-N in --output-dir; without --setting there is one, `ours`. --peer also trains
