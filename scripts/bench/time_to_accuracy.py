@@ -1,7 +1,8 @@
 """Measure the seconds from the command to the first evaluation on dev at or above a target, here and by the Trainer.
 
     python scripts/bench/time_to_accuracy.py --target 0.87 --seeds 1,2,3 --eval-every 25 --output-dir runs/soon \\
-        --peer ../peer/bin/python --encoder models/small --batch-size 32 --lr 5e-5 --epochs 1 --setting faster "--lr 1e-4"
+        --peer ../peer/bin/python --encoder models/small --batch-size 32 --lr 5e-5 --epochs 1 \\
+        --setting faster "--lr 1e-4"
 
 Options are those of study.py. With --peer, transformers' Trainer learns the same rows, grouped by length, with the
 options for all settings, and evaluates at the same steps. Seed by seed, one command runs after the other, and ends as
