@@ -179,8 +179,8 @@ def restore(run: Run, resume: bool) -> Path | None:
     if checkpoint:
         load_checkpoint(checkpoint, run.state, config.seed, world)
         progress = run.state.progress
-        if begins_again(run):  # --restart-on-collapse is new, or allows more: look once more
-            progress.collapsed_step = progress.checked_step = 0
+        if begins_again(run):  # --restart-on-collapse is new, or allows more
+            progress.look_due = True
     return checkpoint
 
 
@@ -270,34 +270,27 @@ def evaluate_dev(run: Run, outputs: Outputs) -> bool:
     return True
 
 
-def notice_collapse(run: Run, outputs: Outputs, loss: float) -> bool:
-    """Look at dev's answers if the loss of the last line of metrics is that of a constant answer.
-
-    Returns:
-        Whether the run has collapsed and is to begin again. If a signal came in between, a resumed run looks again.
-    """
+def look_for_collapse(run: Run, outputs: Outputs) -> bool:
+    """Look whether dev's answers are all alike, and say so; returns False if a signal came in between."""
     progress, config, dev = run.state.progress, run.config, run.inputs.caches["dev"]
-    after_warmup, since_check = progress.step - run.schedule.warmup_steps, progress.step - progress.checked_step
-    if progress.collapsed_step or not is_suspicious(loss, run.constant_loss, after_warmup, since_check):
-        return False
     model, tokens = run.computation.model, config.eval_batch_tokens
     try:
         evaluation = evaluate(model, dev, tokens, run.world, True, outputs.stop.is_agreed)
     except Interrupted:
         return False
-    progress.checked_step = progress.step
     answers = evaluation.probabilities
-    if not distributed.from_main(run.world, answers is not None and answers_alike(answers, dev.labels)):
-        return False
-    progress.collapsed_step = progress.step
-    cure = f"lower --lr, now {config.lr:g}, or let --restart-on-collapse N try again"
-    if begins_again(run):
-        number = f"{progress.restarts + 1} of {config.restart_on_collapse}"
-        cure = f"beginning again with half the rate, {config.lr / 2:g}, and another seed, {number}"
-    label = config.classes[int(evaluation.confusion.sum(0).argmax())]
-    same = f"every text of dev gets the label {label!r}, and the loss, {loss:.4f}, is that of a constant answer"
-    outputs.report.log_collapse(progress.step, f"{same}; {cure}")
-    return begins_again(run)
+    has_collapsed = distributed.from_main(run.world, answers is not None and answers_alike(answers, dev.labels))
+    progress.look_due, progress.checked_step = False, progress.step
+    progress.collapsed_step = progress.step if has_collapsed else 0
+    if has_collapsed:
+        cure = f"lower --lr, now {config.lr:g}, or let --restart-on-collapse N try again"
+        if begins_again(run):
+            number = f"{progress.restarts + 1} of {config.restart_on_collapse}"
+            cure = f"beginning again with half the rate, {config.lr / 2:g}, and another seed, {number}"
+        label = config.classes[int(evaluation.confusion.sum(0).argmax())]
+        same = f"every text of dev gets the label {label!r}, with the same probability"
+        outputs.report.log_collapse(progress.step, f"{same}; {cure}")
+    return True
 
 
 def begins_again(run: Run) -> bool:
@@ -328,7 +321,8 @@ def train_loop(run: Run, outputs: Outputs) -> bool:
     half = max(1, (config.micro_batch_size or rank_rows) // 2)
     smaller_batch = f"start again with --micro-batch-size {half} or less, which changes the result only by rounding"
     stopped = progress.evaluation_due and not evaluate_dev(run, outputs)
-    if stopped or schedule.is_over(progress):
+    stopped = stopped or (progress.look_due and not look_for_collapse(run, outputs))
+    if stopped or begins_again(run) or schedule.is_over(progress):
         return stopped
     run.model.train()
     for batch in loader.starting_at(progress.epoch, progress.batch):
@@ -357,11 +351,16 @@ def train_loop(run: Run, outputs: Outputs) -> bool:
         if due.log and window.totals.rows:  # there may be nothing but batches passed over
             entry = window.close(progress, schedule.lr(progress.step - 1))
             outputs.report.log_training(entry)
-            if not stopped and notice_collapse(run, outputs, entry["loss"]):
-                break
+            since_warmup = progress.step - schedule.warmup_steps
+            progress.look_due = is_suspicious(entry["loss"], run.constant_loss, since_warmup, progress)
         if due.evaluate:
             progress.evaluation_due = True
             stopped = stopped or not evaluate_dev(run, outputs)
+            progress.look_due |= schedule.has_stopped_improving(progress) and not progress.collapsed_step
+        if progress.look_due and not stopped:
+            stopped = not look_for_collapse(run, outputs)
+            if begins_again(run):
+                break
         if due.save or stopped or schedule.is_over(progress):
             save(run, outputs)
         if stopped or schedule.is_over(progress):
@@ -389,6 +388,9 @@ def finish(run: Run, outputs: Outputs, stopped: bool) -> None:
         report.say(f"stopped    by {name} after step {progress.step}, and saved; continue with")
         report.say(f"           train.py --resume --output-dir {run.folder}")
         raise Stopped(outputs.stop.number)
+    if progress.collapsed_step:
+        report.say(f"collapsed  at step {progress.collapsed_step}; begin again with a lower --lr, or with")
+        report.say(f"           train.py --resume --output-dir {run.folder} --restart-on-collapse 3")
     if progress.calibration:
         report.say(f"calibrated {Calibration(*progress.calibration)}")
     chosen = f", the best of {progress.evaluations} and so a little too high" if progress.evaluations > 1 else ""

@@ -103,6 +103,11 @@ def _remarks(progress: Progress, is_chosen: bool) -> list[str]:
     remarks = []
     if is_chosen:
         remarks.append("These weights were chosen by their accuracy on dev, which is therefore a little too high.")
+    if progress.collapsed_step:
+        remarks.append(
+            f"At step {progress.collapsed_step} the run had collapsed: every text of dev got the same label, with the"
+            " same probability."
+        )
     if progress.restarts:
         times = "once" if progress.restarts == 1 else f"{progress.restarts} times"
         remarks.append(

@@ -30,7 +30,8 @@ class Progress:
         evaluation_due: whether the run was stopped before this step's evaluation was done.
         skipped: batches passed over because their gradient was not finite.
         skipped_in_row: those among them that were the most recent batches.
-        checked_step: when dev's answers were last looked at because the run seemed not to learn.
+        look_due: whether dev's answers are to be looked at, because the run seems not to learn.
+        checked_step: when that was done last.
         collapsed_step: when the run was seen to have collapsed (see training/collapse); 0 for never.
         restarts: how often it has begun again after that.
         calibration: temperature fitted at the last evaluation on dev, with ECE before and after; None if not asked for.
@@ -49,6 +50,7 @@ class Progress:
     evaluation_due: bool = False
     skipped: int = 0
     skipped_in_row: int = 0
+    look_due: bool = False
     checked_step: int = 0
     collapsed_step: int = 0
     restarts: int = 0

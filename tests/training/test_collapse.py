@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import train
 from sst2_xlmr.training.checkpoint import find_checkpoint
 from sst2_xlmr.training.collapse import answers_alike, constant_loss, is_suspicious
 from sst2_xlmr.training.loss import sum_of_losses
+from sst2_xlmr.training.progress import Progress
 
 RunTrain = Callable[..., Path]
 # So slow that the loss stays where it is; 420 steps.
@@ -41,31 +43,35 @@ def test_the_loss_of_a_constant_answer_is_the_least(smoothing: float, weights: l
 
 
 def test_suspicion_waits_for_warm_up_and_asks_seldom() -> None:
-    assert is_suspicious(0.69, 0.693, 100, 100)
-    assert not is_suspicious(0.67, 0.693, 100, 100), "it learns"
-    assert not is_suspicious(0.69, 0.693, 99, 100)
-    assert not is_suspicious(0.69, 0.693, -5, 100)
-    assert not is_suspicious(0.69, 0.693, 500, 99)
+    progress = Progress("", "", 300, step=120)
+    assert is_suspicious(0.69, 0.693, 100, progress)
+    assert not is_suspicious(0.67, 0.693, 100, progress), "it learns"
+    assert not is_suspicious(0.69, 0.693, 99, progress)
+    assert not is_suspicious(0.69, 0.693, -5, progress)
+    assert not is_suspicious(0.69, 0.693, 100, dataclasses.replace(progress, checked_step=21)), "it was looked at"
+    assert not is_suspicious(0.69, 0.693, 100, dataclasses.replace(progress, collapsed_step=10)), "it was said"
 
 
-def answers(slope: float, share: float, rows: int = 872, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities near 0.6 for class 0, whose tiny differences follow the labels by `slope`."""
+def answers(deviation: float, classes: int = 2, rows: int = 872) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities whose logits, 0.4 for the first class, deviate at random from text to text."""
     random = np.random.RandomState(0)
-    labels = (random.random_sample(rows) < share).astype(int)
-    second = 0.4 + 1e-4 * (noise * random.normal(size=rows) + slope * labels)
-    return np.stack([1 - second, second], 1).astype(np.float32), labels
+    logits = deviation * random.normal(size=(rows, classes))
+    logits[:, 0] += 0.4
+    return (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32), random.randint(
+        classes, size=rows
+    )
 
 
-def test_answers_are_alike_where_they_say_no_more_than_chance() -> None:
-    assert answers_alike(*answers(0.0, 0.5))
-    assert answers_alike(*answers(0.0, 0.5, noise=0.0)), "the same to the bit"
-    assert answers_alike(*answers(0.3, 0.5)), "with a little that is no learning"
-    assert not answers_alike(*answers(0.6, 0.5)), "it learns slowly"
-    assert not answers_alike(*answers(1.0, 0.05)), "skewed classes: one label, but it ranks them"
-    probabilities, labels = answers(0.0, 0.5)
-    probabilities[0] = [0.3, 0.7]
+@pytest.mark.parametrize("classes", [2, 77])
+def test_answers_are_alike_where_they_do_not_depend_on_the_text(classes: int) -> None:
+    assert answers_alike(*answers(0.0, classes)), "the same to the bit"
+    assert answers_alike(*answers(1e-3, classes)), "rounding of bf16, a little of a text's length"
+    assert not answers_alike(*answers(0.008, classes)), "a new head on a pretrained encoder"
+    probabilities, labels = answers(1e-3, classes)
+    probabilities[0] = np.roll(probabilities[0], 1)
     assert not answers_alike(probabilities, labels), "two labels"
     assert not answers_alike(probabilities[1:], np.zeros(871, int)), "dev has one class"
+    assert answers_alike(np.eye(classes)[np.zeros(872, int)], labels), "probabilities of 0"
 
 
 def once(result: bool) -> Callable[..., bool]:
@@ -88,7 +94,7 @@ def test_a_collapse_is_said_once_and_written(
 ) -> None:
     monkeypatch.setattr(train, "answers_alike", lambda *_: True)
     run = run_train(tmp_path / "run", *STUCK)
-    said = [line for line in capsys.readouterr().out.splitlines() if "collapsed" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "  collapsed: " in line]
     assert len(said) == 1
     assert said[0].startswith("step    130  collapsed: every text of dev gets the label '")
     assert said[0].endswith("lower --lr, now 1e-09, or let --restart-on-collapse N try again")
@@ -116,20 +122,60 @@ def test_it_begins_again_with_half_the_rate_and_another_seed(
     assert (config["lr"], config["seed"]) == (1e-9, 0), "as asked for"
 
 
-def test_a_collapsed_run_begins_again_once_it_is_told_to(
+def test_a_finished_run_that_collapsed_begins_again_once_it_is_told_to(
+    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the command that it ends with."""
+    monkeypatch.setattr(train, "answers_alike", lambda *_: True)
+    run = run_train(tmp_path / "run", *STUCK)
+    assert f"train.py --resume --output-dir {run} --restart-on-collapse 3" in capsys.readouterr().out
+    assert "At step 130 the run had collapsed" in (run / "model" / "README.md").read_text()
+    monkeypatch.setattr(train, "answers_alike", once(True))
+    train.main(["--resume", "--output-dir", str(run), "--restart-on-collapse", "3"])
+    assert [attempt["step"] for attempt in json.loads((run / "restarts.json").read_text())] == [420]
+    assert metrics(run)[-1]["step"] == 420
+    assert "had collapsed" not in (run / "model" / "README.md").read_text()
+    assert "collapsed  at step" not in capsys.readouterr().out
+
+
+def test_a_finished_run_that_has_recovered_is_left_as_it_is(
     run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As its message says; at the next look."""
-    monkeypatch.setattr(train, "answers_alike", lambda *_: True)
-    run = run_train(tmp_path / "run", *STUCK, "--keep-checkpoints", 100)
-    shutil.rmtree(run / "model")
-    for checkpoint in (run / "checkpoints").iterdir():
-        if int(checkpoint.name.split("-")[1]) > 400:
-            shutil.rmtree(checkpoint)
-    monkeypatch.setattr(train, "answers_alike", once(True))
-    train.main(["--resume", "--output-dir", str(run), "--restart-on-collapse", "1"])
-    assert [attempt["step"] for attempt in json.loads((run / "restarts.json").read_text())] == [410]
-    assert metrics(run)[-1]["step"] == 420
+    collapse_at_first_look(monkeypatch)
+    run = run_train(tmp_path / "run", *STUCK)
+    train.main(["--resume", "--output-dir", str(run), "--restart-on-collapse", "3"])
+    assert not (run / "restarts.json").exists()
+
+
+def test_early_stopping_looks_first(
+    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its patience may be over before a collapse shows in the lines of metrics."""
+    collapse_at_first_look(monkeypatch)
+    stops = ["--eval-every", 1, "--early-stopping-patience", 3]
+    run = run_train(tmp_path / "run", *STUCK, *stops, "--restart-on-collapse", 1)
+    assert [attempt["step"] for attempt in json.loads((run / "restarts.json").read_text())] == [4]
+    assert "stopped early" in capsys.readouterr().out, "the second attempt"
+
+
+def test_a_run_stopped_at_a_look_resumes_with_it(
+    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it had not been stopped."""
+    looked: list[int] = []
+
+    def stop_at_first_look(run: train.Run, outputs: train.Outputs) -> bool:
+        looked.append(run.state.progress.step)
+        return len(looked) > 1 and look(run, outputs)
+
+    look = train.look_for_collapse
+    monkeypatch.setattr(train, "look_for_collapse", stop_at_first_look)
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    run = run_train(tmp_path / "run", *STUCK, "--restart-on-collapse", 1)
+    collapse_at_first_look(monkeypatch)
+    train.main(["--resume", "--output-dir", str(run)])
+    assert looked[:2] == [130, 130]
+    assert [attempt["step"] for attempt in json.loads((run / "restarts.json").read_text())] == [130]
 
 
 def test_a_lost_list_of_attempts_costs_no_checkpoint(
@@ -191,6 +237,17 @@ def test_healthy_runs_are_left_alone(
     run = run_train(tmp_path / "run", "--epochs", 45, "--log-every", 10, "--eval-every", 0, *options)
     assert "collapsed" not in capsys.readouterr().out
     lines = metrics(run)
-    assert not [line for line in lines if "collapsed" in line]
     losses = [line["loss"] for line in lines if "split" not in line]
     assert np.mean(losses[-5:]) < 0.97 * losses[0], "a run that does not learn would prove nothing"
+
+
+@pytest.mark.parametrize("options", [[], ["--freeze-encoder"], ["--class-weights", "0.05,1"]], ids=" ".join)
+def test_a_run_that_is_merely_slow_is_looked_at_and_left_alone(
+    run_train: RunTrain, tmp_path: Path, options: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rate is too low for the loss to move, and every text gets the same label."""
+    run = run_train(tmp_path / "run", *STUCK, *options)
+    saved = find_checkpoint(run / "checkpoints", pytest.fail)
+    assert saved is not None and json.loads((saved / "progress.json").read_text())["checked_step"] >= 130
+    assert metrics(run)[-1]["accuracy"] == pytest.approx(0.5, abs=0.1)
+    assert "collapsed" not in capsys.readouterr().out
