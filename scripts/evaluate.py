@@ -13,7 +13,6 @@ another precision, too, prints how far the two agree, and fails if more labels c
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -36,7 +35,7 @@ from sst2_xlmr.evaluation.agreement import Answers, agreement_table, check_agree
 from sst2_xlmr.evaluation.calibration import Calibration, calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
-from sst2_xlmr.export.hugging_face import description_of, export_hugging_face, with_temperature
+from sst2_xlmr.export.hugging_face import description_of, export_hugging_face, with_note, with_temperature
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.weights import load_tensors
@@ -150,11 +149,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def write_calibrated(source: Path, output: Path, calibration: Calibration) -> None:
     """Write a model folder like `source` that gives calibrated probabilities, and say so in its card."""
     encoder = find_encoder(str(source))
-    described = description_of(encoder)
-    if described.card:  # without what an earlier calibration has said
-        begins, lines = "The probabilities are calibrated: temperature", described.card.splitlines()
-        card = "\n".join(line for line in lines if not line.startswith(begins)).rstrip()
-        described = dataclasses.replace(described, card=f"{card}\n\nThe probabilities are calibrated: {calibration}.\n")
+    begin = "The probabilities are calibrated: "
+    described = with_note(description_of(encoder), f"{begin}{calibration}.", former=f"{begin}temperature")
     export_hugging_face(output, with_temperature(load_tensors(encoder), calibration.temperature), described)
 
 

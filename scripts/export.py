@@ -41,7 +41,7 @@ from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.agreement import Answers, agreement_table, check_agreement, compare
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.check_rows import Rows, read_checks, read_texts
-from sst2_xlmr.export.hugging_face import description_of, export_hugging_face, with_note
+from sst2_xlmr.export.hugging_face import IN_8_BITS, description_of, export_hugging_face, with_note
 from sst2_xlmr.export.trimmed import write_trimmed
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import Encoder, find_encoder
@@ -202,7 +202,7 @@ def write_hugging_face(encoder: Encoder, folder: Path, dtype: str, int8: bool) -
     tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
     described = description_of(encoder)
     if int8:
-        described = with_note(described, "The encoder's matrices are stored in 8 bits.")
+        described = with_note(described, IN_8_BITS)
     export_hugging_face(folder, tensors, described, int8=int8)
     return classify_with_folder(folder, "int8" if int8 else "fp32")
 
@@ -231,7 +231,11 @@ def write(arguments: argparse.Namespace, source: Path, written: Path) -> str:
     """
     encoder, int8 = find_encoder(str(source)), arguments.format.endswith("int8")
     takes_pairs = not arguments.format.startswith("onnx") or arguments.from_ids
-    checks = read_checks(arguments.check_file, columns_for(arguments), encoder.label_names or [], takes_pairs)
+    columns, has_label_column = columns_for(arguments), "label_column" in arguments
+    checks = read_checks(arguments.check_file, columns, encoder.label_names or [], takes_pairs, has_label_column)
+    unlabelled = [name for name, rows in checks.items() if rows.labels is None] if int8 else []
+    if unlabelled and arguments.most_lost is not None and len(unlabelled) == len(checks):
+        raise UserError(f"--most-lost: no labels in {', '.join(unlabelled)}; name their column with --label-column")
     expected = classify_with_folder(source)
     if arguments.format == "torchscript":
         found = write_torchscript(encoder, written)
@@ -242,7 +246,8 @@ def write(arguments: argparse.Namespace, source: Path, written: Path) -> str:
     answers = {name: Answers(found(rows).numpy(), expected(rows).numpy(), rows.labels) for name, rows in checks.items()}
     count = sum(len(rows.texts) for rows in checks.values())
     if int8:
-        print("\n".join(agreement_table(answers, "int8", "fp32")), flush=True)
+        lines = [f"no labels in {name}: accuracy was not compared" for name in unlabelled]
+        print("\n".join([*agreement_table(answers, "int8", "fp32"), *lines]), flush=True)
         check_agreement(answers, *bounds_of(arguments), "int8", "fp32")
         return f"answers as above on {count:,} rows"
     difference = float(np.max([compare(part).largest for part in answers.values()]))  # NaN if one is

@@ -9,8 +9,8 @@
 Prints one line per text, in order: label, tab, its probability, tab, text; or writes all columns of the input, followed
 by these, to a file, which gets its name when it is whole. Rows are read, classified and written some at a time, so that
 a file may be larger than memory; the input is read through first, so that a bad row shows before any work. Until
-answers.csv is whole, its rows are in answers.csv.part-0, where the same command with --resume goes on after a kill.
-Several processes take a share of the rows each.
+answers.csv is whole, its rows are in answers.csv.part-0, where the same command with --resume (instead of --overwrite)
+goes on after a kill. Several processes take a share of the rows each.
 """
 
 from __future__ import annotations
@@ -100,23 +100,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise UserError("several processes need --input and --output, to divide the rows")
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume goes on with output, and --overwrite replaces it; leave one of them out")
+    paths = output_files(arguments)
     try:
+        if len({path.resolve() for path in paths}) < len(paths):
+            raise UserError(f"--output and --glue-submission both write {paths[0]}; give --output another name")
         if arguments.glue_submission:
             arguments.glue_submission.mkdir(parents=True, exist_ok=True)
-        for path in output_files(arguments):
+        for path in paths:
             os.scandir(path.parent).close()  # an OSError if it is no folder
             if not os.access(path.parent, os.W_OK):
                 raise UserError(f"cannot write to {path.parent}: no permission; choose another place")
-            if path.exists() and not arguments.overwrite and not (arguments.resume and is_resumable(arguments)):
+            if path.is_dir():
+                raise UserError(f"{path} is a folder; name a file")
+            if path.exists() and not arguments.overwrite and not (arguments.resume and is_resumable(paths)):
                 raise UserError(f"{path} is there already; choose another name, or --overwrite")
+            if is_begun(path) and not (arguments.overwrite or arguments.resume):
+                cure = "--resume goes on with them, --overwrite discards them"
+                raise UserError(f"rows of an earlier run are in {path}.part-*; {cure}")
     except OSError as error:
         raise UserError(f"cannot write to {error.filename}: {error.strerror}") from None
     return arguments
 
 
-def is_resumable(arguments: argparse.Namespace) -> bool:
+def is_resumable(paths: list[Path]) -> bool:
     """Whether there is something to continue, or nothing left to do."""
-    paths = output_files(arguments)
     return is_begun(paths[0]) or all(path.exists() for path in paths)
 
 
@@ -133,7 +140,7 @@ def read_sentences(sentences: list[str]) -> Iterator[str]:
         yield sentence
     if sentences:
         return
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():  # None if it is closed
         raise UserError(
             "no sentences: give them as arguments, one per line on standard input, or in a file with --input"
         )
@@ -159,18 +166,21 @@ class RankChunks(NamedTuple):
         columns: names of the columns of the file's first row.
         rows: of every chunk of the whole file.
         first, last: its chunks, from `first` to before `last`; None for all that come.
+        digest: of the file, before it was read.
     """
 
     columns: Sequence[str] = ()
     rows: Sequence[int] = ()
     first: int = 0
     last: int | None = None
+    digest: str = ""
 
 
 def find_chunks(arguments: argparse.Namespace, world: World) -> RankChunks:
     """Read the input through once, on rank 0, so that a bad row shows before any work; divide its chunks."""
 
-    def read_through() -> tuple[list[str], list[int]]:
+    def read_through() -> tuple[str, list[str], list[int]]:
+        digest = digest_of_input(arguments.input)
         columns: list[str] = []
         rows = []
         for chunk in in_chunks(read_input(arguments), ROWS_AT_ONCE):
@@ -179,19 +189,26 @@ def find_chunks(arguments: argparse.Namespace, world: World) -> RankChunks:
             if arguments.output and is_table(arguments.output):
                 for row in chunk:
                     check_columns(row, columns, arguments.output)
-        return columns, rows
+        return digest, columns, rows
 
-    columns, rows = distributed.from_main(world, distributed.on_main(world, read_through))
+    digest, columns, rows = distributed.from_main(world, distributed.on_main(world, read_through))
     first, last = (len(rows) * rank // world.world_size for rank in (world.rank, world.rank + 1))
-    return RankChunks(columns, rows, first, last)
+    return RankChunks(columns, rows, first, last, digest)
 
 
-def order_of(arguments: argparse.Namespace, precision: str, world: World) -> dict[str, Any]:
+def digest_of_input(path: Path) -> str:
+    try:
+        return digest_of(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def order_of(arguments: argparse.Namespace, digest: str, precision: str, world: World) -> dict[str, Any]:
     """Return what makes the rows of the output; parts of it that were begun with another order are not continued."""
     encoder = find_encoder(str(arguments.model))
     files = [encoder.weights_file, encoder.tokenizer_file, *sorted(arguments.model.glob("*config.json"))]
     options = {name: str(value) for name, value in vars(arguments).items() if name in ORDER_OPTIONS}
-    digests = {"input": digest_of(arguments.input), "model": [digest_of(file) for file in files]}
+    digests = {"input": digest, "model": [digest_of(file) for file in files]}
     return {**digests, **options, "precision": precision, "device": world.device.type, "processes": world.world_size}
 
 
@@ -275,7 +292,7 @@ def write_answers(arguments: argparse.Namespace, world: World) -> None:
     predictor = Predictor(arguments, world.device)
     if len(set(distributed.gather_objects(world, predictor.precision))) > 1:
         raise distributed.shared_error("the processes compute in different precisions; name one with --precision")
-    order = order_of(arguments, predictor.precision, world) if arguments.input else None
+    order = order_of(arguments, mine.digest, predictor.precision, world) if arguments.input else None
     with open_parts(paths, order, world.rank, arguments.resume) as parts, Finisher() as finisher:
         begin = mine.first + parts.blocks
         chunks = itertools.islice(in_chunks(read_input(arguments), ROWS_AT_ONCE), begin, mine.last)
@@ -306,8 +323,14 @@ def write_answers(arguments: argparse.Namespace, world: World) -> None:
                 progress.advance(len(answers))
         finisher.wait()
         parts.note()
-    distributed.gather_objects(world, None)  # all parts are there
-    distributed.on_main(world, lambda: join_parts(paths, world.world_size))
+        distributed.gather_objects(world, None)  # all parts are there
+
+        def finish() -> None:
+            if arguments.input and digest_of_input(arguments.input) != mine.digest:
+                raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
+            join_parts(paths, world.world_size)
+
+        distributed.on_main(world, finish)  # before the parts are closed, and so free for other processes
 
 
 def discard_output() -> None:
@@ -321,7 +344,9 @@ def main(argv: list[str] | None = None) -> None:
     if output_files(arguments):
         path = output_files(arguments)[0]
         if arguments.resume and path.exists() and not is_begun(path):
-            print(f"{path} is complete: there is nothing to continue", file=sys.stderr)
+            cure = "--overwrite instead of --resume makes it anew"
+            unknown = "whether it is of this input and model is not known"
+            print(f"{path} is there and complete, so nothing was done; {unknown}: {cure}", file=sys.stderr)
             return
         with distributed.start(arguments.device, 0, TIMEOUT_MINUTES) as world:
             write_answers(arguments, world)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import gzip
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -28,23 +30,26 @@ class GrowingFiles:
     """
 
     def __init__(self, paths: Sequence[Path], order: Any, rank: int, resume: bool) -> None:
+        self._paths = paths
         self._parts = [part_of(path, rank) for path in paths]
         self._is_gzipped = [path.suffix.lower() == ".gz" for path in paths]
         self._state = state_of(self._parts[0])
         self._order = {"files": [path.name for path in paths], "order": order}
-        state = self._read_state() if resume else None
-        self._has_note = state is not None
-        if state is None:
-            self._state.unlink(missing_ok=True)  # or a kill before the next note would resume it over other rows
-            state = {"blocks": 0, "bytes": [0] * len(paths)}
-        self.blocks: int = state["blocks"]
-        self._files: list[BinaryIO] = []
+        self.blocks = 0
+        sizes = [0] * len(paths)
         with ExitStack() as stack:
-            for part, size in zip(self._parts, state["bytes"]):
-                file = stack.enter_context(part.open("r+b" if size else "wb"))
+            self._files = [stack.enter_context(_lock(self._parts[0]))]
+            state = self._read_state() if resume else None
+            self._files += [stack.enter_context(_lock(part)) for part in self._parts[1:]]
+            self._is_worth_keeping = state is not None
+            if state is not None:
+                self.blocks, sizes = state["blocks"], state["bytes"]
+            else:  # noted before anything else, so that no other rows, nor a file that is there, pass for the result
+                _remove([state_of(part) for part in self._parts[1:]])
+                self._write_state(sizes)
+            for file, size in zip(self._files, sizes):
                 file.truncate(size)  # what was written after the last note may be half a row
                 file.seek(size)
-                self._files.append(file)
             self._opened = stack.pop_all()
         self._noted_at = time.monotonic()
 
@@ -59,8 +64,8 @@ class GrowingFiles:
             return None
         if state["order"] != json.loads(json.dumps(self._order)):
             raise UserError(
-                f"{self._parts[0]} was begun with another model, input, machine or other options; leave out --resume"
-                " to begin again"
+                f"{self._parts[0]} was begun with another model, input, machine or other options; --overwrite"
+                " instead of --resume begins again"
             )
         return state
 
@@ -80,16 +85,44 @@ class GrowingFiles:
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
-        sizes = [file.tell() for file in self._files]
+        self._write_state([file.tell() for file in self._files])
+        self._is_worth_keeping, self._noted_at = True, time.monotonic()
+
+    def _write_state(self, sizes: list[int]) -> None:
         write_text(self._state, json.dumps({"order": self._order, "blocks": self.blocks, "bytes": sizes}))
-        self._has_note, self._noted_at = True, time.monotonic()
 
     def close(self) -> None:
-        """Close the parts, and remove them if nothing has been noted."""
+        """Close the parts, and remove them if no rows have been noted; not if a file was to be replaced.
+
+        That file must not pass for the result.
+        """
+        if not self._is_worth_keeping and not any(path.exists() for path in self._paths):
+            _remove([self._state, *self._parts])
         with contextlib.suppress(OSError):
             self._opened.close()
-        if not self._has_note:
-            _remove(self._parts)
+
+
+def _lock(part: Path) -> BinaryIO:
+    """Open a part, and lock it for as long as the returned file is open and this process lives.
+
+    The lock is that of `flock`, which closing the same file elsewhere in this process does not end (see `join_parts`).
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    file = part.open("ab")  # does not truncate: the rows may be another process's
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = os.path.samestat(os.fstat(file.fileno()), part.stat())  # it may just have got its final name
+    except (BlockingIOError, FileNotFoundError):
+        is_ours = False
+    except OSError:
+        file.close()
+        raise
+    if not is_ours:
+        file.close()
+        raise UserError(f"another process is writing {part}; wait for it, stop it, or choose another name")
+    return file
 
 
 def part_of(path: Path, rank: int) -> Path:
@@ -103,8 +136,15 @@ def state_of(part: Path) -> Path:
 
 
 def is_begun(path: Path) -> bool:
-    """Whether there are parts that can be continued, given the first output file."""
-    return state_of(part_of(path, 0)).is_file()
+    """Whether there are parts that can be continued, of any process, given the first output file."""
+    return any(file.suffix == ".json" for file in _left_files(path))
+
+
+def _left_files(path: Path) -> list[Path]:
+    """Return the parts of an output file, of however many processes, and the files of their states."""
+    prefix = f"{path.name}.part-"
+    files = path.parent.glob(f"{glob.escape(prefix)}*")
+    return [file for file in files if re.fullmatch(r"[0-9]+(\.json(\.tmp)?)?", file.name[len(prefix) :])]
 
 
 def _remove(files: Sequence[Path]) -> None:
@@ -115,7 +155,7 @@ def _remove(files: Sequence[Path]) -> None:
 
 @contextlib.contextmanager
 def open_parts(paths: Sequence[Path], order: Any, rank: int, resume: bool) -> Iterator[GrowingFiles]:
-    """Open this process's parts of the output files `paths`.
+    """Open this process's parts of the output files `paths`, and keep other processes from them.
 
     Args:
         order: JSON that says what makes the rows; parts that were begun with another are not continued.
@@ -123,7 +163,7 @@ def open_parts(paths: Sequence[Path], order: Any, rank: int, resume: bool) -> It
         resume: whether to continue after the blocks that are there.
 
     Raises:
-        UserError: if a part cannot be written or continued.
+        UserError: if a part cannot be written or continued, or another process is writing it.
     """
     growing = None
     try:
@@ -166,6 +206,6 @@ def join_parts(paths: Sequence[Path], world_size: int) -> None:
     except OSError as error:
         raise cannot_write(path, error) from None
     for path in paths:  # also those that more processes have left, which were killed
-        parts = list(path.parent.glob(f"{glob.escape(path.name)}.part-*"))
-        _remove([file for file in parts if file.suffix == ".json"])
-        _remove(parts)
+        files = _left_files(path)
+        _remove([file for file in files if file.suffix == ".json"])
+        _remove(files)

@@ -11,7 +11,7 @@ import pytest
 
 from sst2_xlmr import growing_files
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.growing_files import join_parts, open_parts, part_of, state_of
+from sst2_xlmr.growing_files import is_begun, join_parts, open_parts, part_of, state_of
 
 ORDER = {"model": "m", "options": [1, 2]}
 
@@ -117,6 +117,69 @@ def test_what_is_lost_or_damaged_is_written_again(tmp_path: Path, damage: str) -
     assert write([path], range(3), resume=True) == 0
     join_parts([path], 1)
     assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_process_is_refused_while_the_first_one_writes(tmp_path: Path, resume: bool) -> None:
+    """With the same output, or one that shares a file with it; the first one's rows stay."""
+    paths = [tmp_path / "a.tsv", tmp_path / "b.csv"]
+    with open_parts(paths, ORDER, 0, False) as parts:
+        parts.append(["one\n", "eins\n"])
+        for others in (paths, paths[1:]):
+            with pytest.raises(UserError, match="another process is writing .*part-0; wait"):
+                write(others, range(1), resume)
+        parts.append(["two\n", "zwei\n"])
+        parts.note()
+        join_parts(paths, 1)
+    assert [path.read_text() for path in paths] == ["one\ntwo\n", "eins\nzwei\n"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tsv", "b.csv"]
+
+
+def test_a_part_that_gets_its_final_name_while_it_is_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second process has opened the part of a first one, which ends before the second one locks it."""
+    path = tmp_path / "a.tsv"
+    write([path], range(2), resume=False)
+    lock = growing_files.fcntl.flock
+
+    def too_late(file: Any, kind: int) -> None:
+        join_parts([path], 1)
+        lock(file, kind)
+
+    monkeypatch.setattr(growing_files.fcntl, "flock", too_late)
+    with pytest.raises(UserError, match="another process is writing"):
+        write([path], range(1), resume=False)
+    assert path.read_text() == "a.tsv 0\na.tsv 1\n"
+
+
+def test_what_was_begun_shows_from_the_first_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a process that was killed before its first block, beside a file that was to be replaced."""
+    path = tmp_path / "a.tsv"
+    path.write_text("of before\n")
+    assert not is_begun(path)
+    with open_parts([path], ORDER, 1, False):
+        assert is_begun(path)
+    assert is_begun(path), "what is there must not pass for the result"
+    with pytest.raises(UserError, match="was begun with another model, input"):
+        write([path], range(1), resume=True, order={"model": "other"}, rank=1)
+    assert write([path], range(1), resume=True) == 0
+    join_parts([path], 1)
+    assert path.read_text() == "a.tsv 0\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.tsv"]
+
+
+def test_files_that_only_look_like_parts_stay(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    mine = {f"a.tsv.part-{end}" for end in ("aa", "0.gz", "1.json.bak", "x.json", "")} | {"aa.tsv.part-0"}
+    for name in mine:
+        (tmp_path / name).touch()
+    assert not is_begun(path)
+    for name in ("a.tsv.part-7", "a.tsv.part-7.json.tmp"):
+        (tmp_path / name).touch()
+    write([path], range(1), resume=False)
+    join_parts([path], 1)
+    assert {file.name for file in tmp_path.iterdir()} == mine | {"a.tsv"}
 
 
 def test_nothing_is_left_if_nothing_was_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

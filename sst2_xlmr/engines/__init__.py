@@ -36,7 +36,7 @@ def accelerate(classifier: Classifier, world: World, optimizer: AdamW | None) ->
         return _accelerate_on_cuda(classifier, world, optimizer)
     kernels = load_kernels(next(classifier.parameters()).dtype)
     if not all(gather_objects(world, kernels is not None)) or kernels is None:
-        return Computation(classifier, why_not_compiled="no C compiler that works")
+        return Computation(classifier, why_not_compiled="no GCC that works")
     model = PackedClassifier(classifier, kernels)
     if optimizer is not None:
         shares_memory = world.world_size > 1 and share_memory(optimizer.trained, world)

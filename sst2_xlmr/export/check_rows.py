@@ -68,12 +68,18 @@ def is_rows_file(file: Path) -> bool:
     return True
 
 
-def read_checks(given: list[str], columns: Columns, label_names: list[str], takes_pairs: bool) -> dict[str, Rows]:
+def read_checks(
+    given: list[str], columns: Columns, label_names: list[str], takes_pairs: bool, has_label_column: bool = False
+) -> dict[str, Rows]:
     """Return the rows to compare on, by the names of their files.
 
     Args:
         given: files, `[NAME=]FILE`; built-in sentences if there are none.
         takes_pairs: whether the written form takes pairs of texts.
+        has_label_column: whether the column of the labels was named, so that a file must have it.
+
+    Raises:
+        UserError: if a file has not what it must have.
     """
     checks: dict[str, Rows] = {}
     files = [named_file(file) for file in given]
@@ -82,7 +88,7 @@ def read_checks(given: list[str], columns: Columns, label_names: list[str], take
         if names.count(name) > 1:
             raise UserError(f"two files have the name {name}; name them with --check-file NAME=FILE")
     for name, file in files:
-        if is_rows_file(file) and has_labels(file, columns):
+        if is_rows_file(file) and (has_label_column or has_labels(file, columns)):
             rows = list(read_rows(file, columns, label_names))
             texts = [(row.text, row.pair) for row in rows]
             labels = np.array([row.label for row in rows])

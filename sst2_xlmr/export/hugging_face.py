@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from sst2_xlmr.model.weights import SCALE_SUFFIX, pretrained_table
 from sst2_xlmr.training.checkpoint import RunState
 
 CARD_NAME = "README.md"
+IN_8_BITS = "The encoder's matrices are stored in 8 bits."
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class Description:
 
 
 def description_of(encoder: Encoder) -> Description:
-    """Return the description of a model's folder that is there, with its card; `encoder` has label names."""
+    """Return the description of a model's folder that is there, with its card; `encoder` has label names.
+
+    The card says no more that the weights are in 8 bits: whoever writes them again knows in what.
+    """
     assert encoder.label_names is not None
     card = Path(encoder.name, CARD_NAME)
     return Description(
@@ -56,13 +61,24 @@ def description_of(encoder: Encoder) -> Description:
         encoder.max_length,
         encoder.tokenizer_file,
         encoder.dropouts,
-        card.read_text(encoding="utf-8") if card.is_file() else "",
+        _without_note(card.read_text(encoding="utf-8"), IN_8_BITS) if card.is_file() else "",
     )
 
 
-def with_note(described: Description, note: str) -> Description:
-    """Return the description with a line more at the end of its card, if it has one."""
-    return replace(described, card=f"{described.card.rstrip()}\n\n{note}\n") if described.card else described
+def with_note(described: Description, note: str, former: str = "") -> Description:
+    """Return the description with a line more at the end of its card, if it has one.
+
+    Args:
+        former: how a line begins that the new one replaces.
+    """
+    if not described.card:
+        return described
+    card = _without_note(described.card, former) if former else described.card
+    return replace(described, card=f"{card.rstrip()}\n\n{note}\n")
+
+
+def _without_note(card: str, begin: str) -> str:
+    return re.sub(rf"\n*^{re.escape(begin)}.*$", "", card, flags=re.MULTILINE)
 
 
 def _settings(described: Description, dtype: str) -> dict[str, Any]:

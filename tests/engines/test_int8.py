@@ -72,6 +72,12 @@ def test_a_row_uses_the_whole_range_of_its_own() -> None:
     assert not quantized.bytes[:, 30:].any(), "what is behind the last value multiplies weights of zero"
 
 
+def test_no_rows_give_none() -> None:
+    int8 = Int8Kernels(kernels_for(torch.float32))
+    values, quantized = int8.linear(Int8Linear(torch.randn(5, 20), torch.zeros(5)), int8.quantize(torch.empty(0, 20)))
+    assert values.shape == (0, 5) and quantized.ranges.shape == (0, 2)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_stays_none(bad: float) -> None:
     """In its own row, however the layer goes on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from sst2_xlmr import stack
 from sst2_xlmr.config import Config
 from sst2_xlmr.errors import UserError
+from sst2_xlmr.evaluation.calibration import Calibration
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.model_card import write_card
 from sst2_xlmr.model.classifier import load_classifier
@@ -135,6 +137,63 @@ def test_folder_is_rewritten_with_its_card(model: Path, tmp_path: Path, capsys: 
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert sorted(file.name for file in (tmp_path / "copy").iterdir()) == sorted(f.name for f in source.iterdir())
     assert (tmp_path / "copy" / "README.md").read_text() == "what it is"
+
+
+def test_the_card_says_8_bits_once_and_only_of_such_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often the folder is written again, in whatever form."""
+    monkeypatch.setattr(export, "classify_with_folder", lambda *_: None)
+    evaluate = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))
+    source = Path(shutil.copytree(model, tmp_path / "source"))
+    (source / "README.md").write_text("What it is.\n\nThe probabilities are calibrated: by training.\n")
+
+    def card_after(folder: Path, name: str, int8: bool) -> str:
+        export.write_hugging_face(find_encoder(str(folder)), tmp_path / name, "fp32", int8)
+        return (tmp_path / name / "README.md").read_text()
+
+    plain, note = (source / "README.md").read_text(), "The encoder's matrices are stored in 8 bits.\n"
+    assert card_after(source, "once", int8=True) == f"{plain}\n{note}"
+    assert card_after(tmp_path / "once", "twice", int8=True) == f"{plain}\n{note}"
+    assert card_after(tmp_path / "twice", "back", int8=False) == plain
+    for number in range(2):
+        evaluate["write_calibrated"](tmp_path / "once", tmp_path / f"{number}", Calibration(1.5, 0.2, 0.1))
+        card = (tmp_path / f"{number}" / "README.md").read_text()
+        assert card.startswith(plain + "\nThe probabilities are calibrated: temperature 1.500")
+        assert card.count("calibrated: temperature") == 1
+        assert note not in card
+        export.write_hugging_face(find_encoder(str(tmp_path / f"{number}")), tmp_path / "once", "fp32", True)
+
+
+@pytest.mark.parametrize(
+    ("header", "options", "says"),
+    [
+        ("text\tlabel", ["--label-column", "kind"], "no column 'kind' among text, label"),
+        ("text\tlabel\tlabel", ["--label-column", "label"], "two columns are named 'label'"),
+        ("text\tkind", ["--most-lost", "1"], "--most-lost: no labels in rows; name their column with --label-column"),
+    ],
+)
+def test_accuracy_is_not_left_out_where_it_was_asked_for(
+    model: Path, tmp_path: Path, header: str, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.tsv").write_text(f"{header}\n" + "\t".join(["fine", "a", "a"][: header.count("\t") + 1]) + "\n")
+    paths: list[object] = ["--check-file", tmp_path / "rows.tsv", "--output", tmp_path / "x"]
+    assert says in user_error(lambda: run_export("--model", model, "--format", "hf-int8", *paths, *options), capsys)
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.tsv"]
+
+
+def test_accuracy_that_was_not_compared_is_said(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classify = export.classify_with_folder
+    monkeypatch.setattr(export, "classify_with_folder", lambda folder, *_: classify(folder))  # on any processor
+    (tmp_path / "rows.tsv").write_text("text\tlabel\nfine\ta\n")
+    (tmp_path / "lines.txt").write_text("fine\n")
+    options = ["--check-file", tmp_path / "rows.tsv", tmp_path / "lines.txt", "--most-changed", 100, "--most-lost", 100]
+    run_export("--model", model, "--format", "hf-int8", "--output", tmp_path / "x", *options)
+    said = capsys.readouterr().out
+    assert "no labels in lines: accuracy was not compared" in said
+    assert said.count("not compared") == 1
 
 
 def test_folder_in_bf16(model: Path, tmp_path: Path) -> None:

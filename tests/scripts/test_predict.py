@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import struct
 import subprocess
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, SST2, user_error
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -219,8 +221,14 @@ def test_output_that_is_there_is_kept_unless_told_otherwise(
     assert "out.tsv is there already" in user_error(lambda: run(model, *options), capsys)
     assert (tmp_path / "out.tsv").read_text() == "precious"
     run(model, *options, "--overwrite")
-    assert read_examples(tmp_path / "out.tsv", Columns())
+    assert len(list(read_examples(tmp_path / "out.tsv", Columns()))) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["out.tsv"]
+
+
+def test_a_folder_is_no_output(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out.tsv").mkdir()
+    options = ["--output", tmp_path / "out.tsv", "--overwrite", "A fine film."]
+    assert "out.tsv is a folder; name a file" in user_error(lambda: run(model, *options), capsys)
 
 
 # Notes how far it is after every block, so that a quick test can be killed in between.
@@ -265,7 +273,7 @@ def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> 
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["in.csv", "eager.py", "whole", name])
     again = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0
-    assert "out.csv is complete: there is nothing to continue" in again.stderr
+    assert "out.csv is there and complete, so nothing was done; whether it is of this input" in again.stderr
 
 
 def test_more_processes_than_rows_at_once(model: Path, tmp_path: Path) -> None:
@@ -278,14 +286,15 @@ def test_more_processes_than_rows_at_once(model: Path, tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
 
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
 def test_what_was_to_replace_a_file_is_continued(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, seconds: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The file that is there is not taken for the result."""
+    """The file that is there is not taken for the result, also if no row has been noted."""
     options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
     (tmp_path / "out.csv").write_text("of before")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(growing_files, "_SECONDS_BETWEEN_NOTES", 0.0)
+        patch.setattr(growing_files, "_SECONDS_BETWEEN_NOTES", seconds)
         patch.setattr(script.Progress, "advance", lambda self, rows: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(model, *options, "--overwrite")
@@ -296,7 +305,43 @@ def test_what_was_to_replace_a_file_is_continued(
     assert "out.csv is there already" in user_error(lambda: run(model, *options, *glue, "--resume"), capsys)
 
 
-def test_other_rows_are_not_continued(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def change_row(file: Path) -> None:
+    content = file.read_bytes()
+    assert b"number 2999 " in content
+    file.write_bytes(content.replace(b"number 2999 ", b"number 2998 "))
+
+
+def change_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.out_proj.bias"][0] += 1e-3
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_classes(folder: Path) -> None:
+    settings = (folder / "config.json").read_text(encoding="utf-8")
+    assert '"0": "a"' in settings
+    (folder / "config.json").write_text(settings.replace('"0": "a"', '"0": "c"').replace('"a": 0', '"c": 0'))
+
+
+@pytest.mark.parametrize(
+    ("change", "more"),
+    [
+        (lambda tmp: None, ["--all-probabilities"]),
+        (lambda tmp: None, ["--precision", "bf16"]),
+        (lambda tmp: change_row(tmp / "in.csv"), []),
+        (lambda tmp: change_weight(tmp / "model"), []),
+        (lambda tmp: change_classes(tmp / "model"), []),
+    ],
+    ids=["option", "precision", "row", "weight", "classes"],
+)
+def test_other_rows_are_not_continued(
+    model: Path,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    more: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = Path(shutil.copytree(model, tmp_path / "model"))
     options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(growing_files, "_SECONDS_BETWEEN_NOTES", 0.0)
@@ -304,11 +349,34 @@ def test_other_rows_are_not_continued(model: Path, tmp_path: Path, capsys: pytes
         with pytest.raises(ZeroDivisionError):
             run(model, *options)
     assert (tmp_path / "out.csv.part-0").is_file()
-    said = user_error(lambda: run(model, *options, "--resume", "--all-probabilities"), capsys)
+    change(tmp_path)
+    said = user_error(lambda: run(model, *options, "--resume", *more), capsys)
     assert "out.csv.part-0 was begun with another model, input" in said
-    run(model, *options)
+    assert "rows of an earlier run are in" in user_error(lambda: run(model, *options, *more), capsys)
+    run(model, *options, *more, "--overwrite")
     assert len(read_output(tmp_path / "out.csv")) == 3000
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "model", "out.csv"]
+
+
+def test_an_input_that_changes_meanwhile_is_no_result(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row that is added after the file was read through would be missing."""
+    file = write_many(tmp_path / "in.csv", 2000)
+    advance = script.Progress.advance
+
+    def add_row(self: script.Progress, rows: int) -> None:
+        with file.open("a") as opened:
+            opened.write("2000,one more\n")
+        advance(self, rows)
+
+    monkeypatch.setattr(script.Progress, "advance", add_row)
+    options = ["--input", file, "--output", tmp_path / "out.csv"]
+    assert "in.csv changed while it was being read" in user_error(lambda: run(model, *options), capsys)
+    assert not (tmp_path / "out.csv").exists()
+    monkeypatch.undo()
+    run(model, *options, "--overwrite")
+    assert len(read_output(tmp_path / "out.csv")) == 2002
 
 
 def test_lines_tell_the_time_left_where_there_is_no_terminal(
@@ -346,6 +414,10 @@ WRONG_USE: list[tuple[list[str], str]] = [
     (["--resume", "x"], "--resume needs --input and --output"),
     (["--input", "sample_data/dev.tsv", "--output", "x.tsv", "--resume", "--overwrite"], "leave one of them out"),
     (["a \udce9"], "sentence 1: not UTF-8"),
+    (
+        ["--input", "rows.tsv", "--glue-submission", "g", "--output", "g/../g/SST-2.tsv"],
+        "--output and --glue-submission both write g/../g/SST-2.tsv",
+    ),
 ]
 
 
@@ -412,6 +484,13 @@ def test_status_and_line_of_the_real_command(model: Path) -> None:
     assert done.stdout == b""
     assert done.stderr.startswith(b"error: standard input, line 2: not UTF-8")
     assert done.stderr.count(b"\n") == 1
+
+
+def test_closed_input_is_said_in_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "no sentences: give them as arguments" in user_error(lambda: run(model), capsys)
 
 
 def test_a_full_disk_is_said_in_one_line(model: Path) -> None:

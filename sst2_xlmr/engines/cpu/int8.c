@@ -142,6 +142,7 @@ static void add_norm_row(float *row, const real *residual, const After *after, i
  * either may be NULL. */
 void int8_linear(const Linear *l, const uint8_t *a, const Range *ranges, int64_t rows, const After *after, real *out,
                  uint8_t *bytes, Range *ranges_out, int threads) {
+    if (rows == 0) return; /* no block, by which OpenMP would divide */
     int n = l->n, ld = rounded_up(n, PANEL), stride = rounded_up(l->k, 4), stride_out = rounded_up(n, 4);
     int64_t share = (rows + threads - 1) / threads;
     int block = share < BLOCK ? rounded_up(share, HEIGHT) : BLOCK;

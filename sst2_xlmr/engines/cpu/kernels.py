@@ -255,7 +255,7 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, ro
 @functools.lru_cache
 def load_kernels(dtype: torch.dtype) -> Kernels | None:
     """Return the kernels for bf16 or fp32, compiled at the first call on a machine; None if no compiler works."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc", "clang")), None)
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc")), None)
     if compiler is None or platform.system() != "Linux":
         return None
     cpuinfo = Path("/proc/cpuinfo")
