@@ -13,6 +13,7 @@ is left, to see what few data do.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -36,21 +37,25 @@ def words_of(text: str, pair: str | None) -> Words:
     return first if pair is None else (*first, "\t", *pair.casefold().split())
 
 
-def find_parts(rows: Sequence[Words]) -> list[set[int]]:
-    """Return for every row the rows whose words stand in it, one after another; those with the same words, too."""
-    by_key: dict[Words, list[int]] = {}
-    for number, words in enumerate(rows):
-        by_key.setdefault(words[:_KEY_WORDS], []).append(number)
+def find_parts(texts: Sequence[Words]) -> list[np.ndarray]:
+    """Return for every text, each of which is there once, the texts whose words stand in it, one after another.
+
+    It is one of them itself, unless it is empty. They are int64 arrays of numbers, ascending.
+    """
+    number_of = {words: number for number, words in enumerate(texts)}
+    lengths: dict[Words, set[int]] = {}  # first words -> how many words the texts have that begin so
+    for words in texts:
+        lengths.setdefault(words[:_KEY_WORDS], set()).add(len(words))
     parts = []
-    for words in rows:
+    for words in texts:
         found = set()
         for start in range(len(words)):
-            for length in range(1, _KEY_WORDS + 1):
-                for number in by_key.get(words[start : start + length], ()):
-                    other = rows[number]
-                    if min(len(other), _KEY_WORDS) == length and words[start : start + len(other)] == other:
+            for key_length in range(1, _KEY_WORDS + 1):
+                for length in lengths.get(words[start : start + key_length], ()):
+                    number = number_of.get(words[start : start + length])
+                    if number is not None:
                         found.add(number)
-        parts.append(found)
+        parts.append(np.array(sorted(found), np.int64))
     return parts
 
 
@@ -60,30 +65,38 @@ def split_rows(rows: Sequence[Words], count: int, seed: int) -> tuple[np.ndarray
     Raises:
         UserError: if so many cannot be drawn, or none would stay.
     """
-    parts = find_parts(rows)
-    is_whole = np.ones(len(rows), bool)  # whether no longer row has it as a part
+    numbers: dict[Words, int] = {}
+    text_of = np.array([numbers.setdefault(words, len(numbers)) for words in rows], np.int64)  # row -> text
+    texts = list(numbers)
+    parts, copies = find_parts(texts), np.bincount(text_of, minlength=len(texts))
+    is_whole = np.ones(len(texts), bool)  # whether no longer text has it as a part
     for number, members in enumerate(parts):
-        for other in members:
-            if len(rows[other]) < len(rows[number]):
-                is_whole[other] = False
+        is_whole[members[members != number]] = False
     random = np.random.RandomState(seed)
-    drawn, left = np.zeros(len(rows), int), np.zeros(len(rows), int)  # in how many whole texts of either side a row is
-    whole = np.flatnonzero(is_whole)
-    for number in whole:
-        left[np.array(sorted(parts[number]), np.int64)] += 1
+    # In how many whole rows of either side a text is.
+    drawn, left = np.zeros(len(texts), int), np.zeros(len(texts), int)
+    for number in np.flatnonzero(is_whole):
+        left[parts[number]] += copies[number]
     exclusive = 0  # rows that are in drawn texts only
-    for number in random.permutation(whole):
-        found = np.array(sorted(parts[number]), np.int64)
+    for row in random.permutation(np.flatnonzero(is_whole[text_of])):
+        found = parts[text_of[row]]
         left[found] -= 1
         drawn[found] += 1
-        exclusive += int((left[found] == 0).sum())
+        exclusive += int(copies[found][left[found] == 0].sum())
         if exclusive >= count:
             break
-    test = np.flatnonzero((drawn > 0) & (left == 0))
-    stays = np.flatnonzero(drawn == 0)
+    test = np.flatnonzero(((drawn > 0) & (left == 0))[text_of])
+    stays = np.flatnonzero((drawn == 0)[text_of])
     if len(test) < count or not len(stays):
         raise UserError(f"--rows {count}: only {len(rows):,} rows are there, and some must stay; hold out fewer")
     return stays, np.sort(random.choice(test, count, replace=False))
+
+
+def seed_number(text: str) -> int:
+    """Return a number that NumPy takes for a seed, for argparse's `type`."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 4294967295")
+    return int(text)
 
 
 def write_rows(file: Path, rows: Iterable[Fields], header: bool) -> None:
@@ -102,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", required=True, type=positive, metavar="N", help="how many to hold out")
     parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="new folder, with both files")
     parser.add_argument("--train-rows", type=positive, metavar="N", help="keep N random rows of the others [all]")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn [0]")
+    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of what is drawn [0]")
     for name in COLUMN_OPTIONS:
         add_option(parser, name)
     arguments = parser.parse_args(argv)

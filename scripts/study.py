@@ -11,17 +11,21 @@ seeds; its results stand under `trainer`.
 What is finished is skipped, and what was stopped continues, so the same command with more seeds or settings adds them.
 The table has the accuracy after the last step on dev and on every test file, the best on dev, and the seconds of the
 whole command. Differences are to the Trainer, or else to the first setting, seed by seed, with a 95 % interval. The
-same numbers are in study.json.
+same numbers are in study.json. A run's seconds are `-` (null in study.json), and in no mean, if this script was killed
+while it ran.
+
+Beside every run, seed-N.inputs.json has the digests of what it has read. It is compared before the run is skipped or
+continued, since train.py takes another path for the same file, and would not notice another file for a finished run.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -31,13 +35,15 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from sst2_xlmr.cli import OneLineParser, parse_args
+from sst2_xlmr.cli import OneLineParser, parse_args, with_files
 from sst2_xlmr.config import Config, flag
-from sst2_xlmr.data.prepare import prepare
+from sst2_xlmr.data.prepare import find_files, prepare
 from sst2_xlmr.distributed import choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
-from sst2_xlmr.files import write_text
+from sst2_xlmr.files import digest_of, write_text
+from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.numerics import choose_precision
+from sst2_xlmr.report.comparison import Figures, Results, summary, table
 from sst2_xlmr.training.schedule import Schedule
 from sst2_xlmr.training.signals import SIGNALS
 
@@ -54,10 +60,6 @@ TRAINER_LACKS = (
     "freeze_encoder",
     "early_stopping_patience",
 )
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; for more, the last makes intervals a little
-# too wide.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-Results = dict[int, dict[str, float]]  # by seed, then column
 
 
 class Study(NamedTuple):
@@ -102,9 +104,12 @@ def parse(argv: list[str] | None) -> Study:
             raise UserError(f"--setting {name!r}: take letters, digits and hyphens for the name, which is a folder's")
         if name in (*settings, TRAINER):
             raise UserError(f"--setting {name}: that name is taken; choose another")
-        settings[name] = [*rest, *shlex.split(options)]
+        try:
+            settings[name] = [*rest, *shlex.split(options)]
+        except ValueError as error:
+            raise UserError(f"--setting {name}: {options.strip()!r} cannot be cut into words: {error}") from None
     for words in settings.values():
-        for word in words:
+        for word in with_files(words):
             if word.split("=")[0] in ("--seed", "--resume", "--output-dir"):
                 raise UserError(f"leave out {word}: every run gets its own, and is continued if it is there")
             if word.split("=")[0] == "--config":
@@ -115,18 +120,60 @@ def parse(argv: list[str] | None) -> Study:
     return Study(own.seeds, own.output_dir, settings, rest, own.peer)
 
 
-def add_seconds(file: Path, seconds: float) -> None:
-    """Add to the seconds that a run has taken, which may have been stopped and continued."""
-    before = float(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
-    write_text(file, f"{before + seconds:.1f}\n")
+@functools.cache
+def digest(file: Path) -> str:
+    """Return a file's SHA-256; every file is read once in a study, whose runs share most of them."""
+    try:
+        return digest_of(file)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
 
 
-def run(command: list[str], log: Path, seconds_file: Path) -> None:
+def read_by(words: list[str]) -> dict[str, Path]:
+    """Return what a run with these options reads: name -> file."""
+    config, _ = parse_args(words)
+    encoder = find_encoder(config.encoder)
+    model = {"the encoder's weights": encoder.weights_file, "the encoder's tokenizer": encoder.tokenizer_file}
+    return {**find_files(config, quiet=False), **model}
+
+
+def check_inputs(run_folder: Path, files: dict[str, Path], is_new: bool) -> None:
+    """Compare the files with those that a run has read, or note them if it is new (or older than these notes).
+
+    Raises:
+        UserError: if they differ.
+    """
+    notes, cure = run_folder.with_suffix(".inputs.json"), "or choose another --output-dir"
+    digests = {name: digest(file) for name, file in files.items()}
+    former = digests if is_new or not notes.is_file() else json.loads(notes.read_text(encoding="utf-8"))
+    for name, file in files.items():
+        if name not in former:
+            raise UserError(f"{file} ({name}) is none of the files of the run {run_folder}; leave it out, {cure}")
+        if former[name] != digests[name]:
+            raise UserError(f"{file} ({name}) is not the file of the run {run_folder}; give that one, {cure}")
+    for name in former:
+        if name not in files:
+            raise UserError(f"{name}, a file of the run {run_folder}, is not named now; name it again, {cure}")
+    notes.parent.mkdir(parents=True, exist_ok=True)
+    write_text(notes, json.dumps(digests, indent=2) + "\n")
+
+
+def seconds_of(file: Path) -> float | None:
+    """Return the seconds that a run has taken; None if the study that started it was killed."""
+    return float(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def run(command: list[str], log: Path, seconds_file: Path, is_new: bool) -> None:
     """Run a command, its output in a file; a signal is passed on.
+
+    Args:
+        seconds_file: gets the seconds, with those of before, unless this run `is_new`.
 
     Raises:
         SystemExit: with the command's exit status if that is not 0; what it said last is printed.
     """
+    taken = 0.0 if is_new else seconds_of(seconds_file)
+    seconds_file.unlink(missing_ok=True)  # if this process is killed, the command may go on, for nobody knows how long
     start = time.monotonic()
     with log.open("ab") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         # It saves before it ends; alone it would go on. Ctrl-C reaches it twice.
@@ -134,7 +181,8 @@ def run(command: list[str], log: Path, seconds_file: Path) -> None:
         status = process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
-    add_seconds(seconds_file, time.monotonic() - start)
+    if taken is not None:
+        write_text(seconds_file, f"{taken + time.monotonic() - start:.1f}\n")
     if status:
         end_with(status, log)
 
@@ -149,18 +197,19 @@ def end_with(status: int, log: Path) -> NoReturn:
 def train(words: list[str], folder: Path, seed: int) -> bool:
     """Train in `folder`, or continue there; returns False if the run was finished before."""
     options = [*words, "--seed", str(seed), "--output-dir", str(folder)]
-    if (folder / "config.json").is_file():
+    is_new = not (folder / "config.json").is_file()
+    if not is_new:
         options.append("--resume")
         parse_args(options)  # a UserError if the run was started with other options
-        if (folder / "model").is_dir():
-            return False
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_inputs(folder, read_by(words), is_new)
+    if not is_new and (folder / "model").is_dir():
+        return False
     command = [sys.executable, str(TRAIN_PROGRAM), *options]
-    run(command, folder.with_suffix(".log"), folder.with_suffix(".seconds"))
+    run(command, folder.with_suffix(".log"), folder.with_suffix(".seconds"), is_new)
     return True
 
 
-def accuracies(folder: Path) -> dict[str, float]:
+def accuracies(folder: Path) -> Figures:
     """Return a run's last accuracy on every file, its best on dev, which is that of best/, and its seconds."""
     found: dict[str, float] = {}
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
@@ -168,7 +217,7 @@ def accuracies(folder: Path) -> dict[str, float]:
         found[entry["split"]] = entry["accuracy"]
         if entry["split"] == "dev":
             found["best dev"] = max(entry["accuracy"], found.get("best dev", 0.0))
-    return {**found, "seconds": float(folder.with_suffix(".seconds").read_text(encoding="utf-8"))}
+    return {**found, "seconds": seconds_of(folder.with_suffix(".seconds"))}
 
 
 def write_peer_inputs(study: Study) -> dict[str, Any]:
@@ -211,75 +260,24 @@ def train_peer(study: Study, inputs: dict[str, Any], seed: int) -> bool:
     """Let the Trainer train; returns False if it has done so before with the same inputs."""
     folder = study.folder / TRAINER
     result, order = folder / f"seed-{seed}.json", {**inputs, "seed": seed}
-    if result.is_file():
+    is_new = not result.is_file()
+    check_inputs(result.with_suffix(""), read_by(study.common), is_new)
+    if not is_new:
         former = json.loads(result.read_text(encoding="utf-8"))["order"]
-        if former != json.loads(json.dumps(order)):
+        # The digests have told whether the rows are the same, wherever they are now.
+        if {**former, "rows_file": ""} != json.loads(json.dumps({**order, "rows_file": ""})):
             raise UserError(f"{result} was made with other options; remove it, or choose another --output-dir")
         return False
     order_file = folder / f"seed-{seed}.order"
     write_text(order_file, json.dumps(order))
     command = [study.peer, str(PEER_PROGRAM), str(order_file), str(result)]
-    run(command, folder / f"seed-{seed}.log", folder / f"seed-{seed}.seconds")
+    run(command, folder / f"seed-{seed}.log", folder / f"seed-{seed}.seconds", is_new)
     return True
 
 
-def peer_accuracies(folder: Path, seed: int) -> dict[str, float]:
+def peer_accuracies(folder: Path, seed: int) -> Figures:
     found = json.loads((folder / f"seed-{seed}.json").read_text(encoding="utf-8"))["accuracy"]
-    seconds = float((folder / f"seed-{seed}.seconds").read_text(encoding="utf-8"))
-    return {**found, "best dev": found["dev"], "seconds": seconds}
-
-
-def interval(differences: list[float]) -> tuple[float, float]:
-    """Return the mean of paired differences, and half the width of its 95 % interval (Student's t)."""
-    count = len(differences)
-    quantile = _T95[min(count - 2, len(_T95) - 1)]
-    return statistics.mean(differences), quantile * statistics.stdev(differences) / count**0.5
-
-
-def shared_columns(results: dict[str, Results]) -> list[str]:
-    """Return the columns that all runs have; settings may evaluate on different files."""
-    runs = [run for by_seed in results.values() for run in by_seed.values()]
-    return [column for column in runs[0] if all(column in run for run in runs)]
-
-
-def summary(results: dict[str, Results]) -> dict[str, Any]:
-    """Return mean and deviation (n - 1) of every column per setting, and the differences to the first setting."""
-    reference, columns = next(iter(results)), shared_columns(results)
-    found: dict[str, Any] = {}
-    for name, by_seed in results.items():
-        values = {column: [by_seed[seed][column] for seed in by_seed] for column in columns}
-        found[name] = {"mean": {column: statistics.mean(values[column]) for column in columns}}
-        if len(by_seed) > 1:
-            found[name]["deviation"] = {column: statistics.stdev(values[column]) for column in columns}
-            if name != reference:
-                found[name]["difference"] = {}
-                for column in columns:
-                    pairs = [by_seed[seed][column] - results[reference][seed][column] for seed in by_seed]
-                    mean, half = interval(pairs)
-                    found[name]["difference"][column] = {"mean": mean, "half_width": half}
-    return found
-
-
-def table(results: dict[str, Results]) -> list[str]:
-    """Return the results in lines: every run, then means and deviations, then differences in points."""
-    reference, columns = next(iter(results)), shared_columns(results)
-    width = max(12, *(len(name) + 2 for name in results))
-
-    def line(name: str, seed: object, values: dict[str, float]) -> str:
-        cells = [f"{values[c]:>12.0f}" if c == "seconds" else f"{values[c]:>12.4f}" for c in columns]
-        return f"{name:<{width}}{seed!s:<10}" + "".join(cells)
-
-    lines = [f"{'setting':<{width}}{'seed':<10}" + "".join(f"{column[-11:]:>12}" for column in columns)]
-    lines += [line(name, seed, by_seed[seed]) for name, by_seed in results.items() for seed in by_seed]
-    found = summary(results)
-    for name, figures in found.items():
-        lines += [line(name, which, figures[which]) for which in ("mean", "deviation") if which in figures]
-    for name, figures in found.items():
-        for column, difference in figures.get("difference", {}).items():
-            if column != "seconds":
-                points, half = difference["mean"] * 100, difference["half_width"] * 100
-                lines.append(f"{name} - {reference}, {column}: {points:+.2f} points, 95 % interval +-{half:.2f}")
-    return lines
+    return {**found, "best dev": found["dev"], "seconds": seconds_of(folder / f"seed-{seed}.seconds")}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -299,7 +297,8 @@ def main(argv: list[str] | None = None) -> None:
                 is_new = train(study.settings[name], folder, seed)
                 results[name][seed] = accuracies(folder)
             found = results[name][seed]
-            state = f"{found['seconds']:.0f} s" if is_new else "was finished"
+            seconds = "took unknown time" if found["seconds"] is None else f"{found['seconds']:.0f} s"
+            state = seconds if is_new else "was finished"
             tqdm.write(f"{name}, seed {seed}: {state}, dev {found['dev']:.4f}", file=sys.stdout)
     print("\n".join(table(results)))
     content = {"runs": results, "summary": summary(results)}

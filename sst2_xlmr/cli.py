@@ -180,7 +180,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _with_files(words: list[str]) -> list[str]:
+def with_files(words: list[str]) -> list[str]:
     """Replace every `@FILE` by the words in the file, which are quoted as in a shell; `#` begins a comment.
 
     argparse can do that too (fromfile_prefix_chars), but takes one word per line, and no comments.
@@ -208,7 +208,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     Raises:
         UserError: if an option, a config file, or a resumed run's options are wrong.
     """
-    given = vars(_build_parser().parse_args(_with_files(sys.argv[1:] if argv is None else argv)))
+    given = vars(_build_parser().parse_args(with_files(sys.argv[1:] if argv is None else argv)))
     config_file, resume = given.pop("config"), given.pop("resume")
     if _is_restarted(given.get("output_dir")):
         config_file, resume = None, True

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from peer import ARGUMENTS, Collator, Rows, grouping, training_arguments
-from transformers import Trainer, TrainerCallback, XLMRobertaForSequenceClassification
+from transformers import Trainer, TrainerCallback, XLMRobertaForSequenceClassification, set_seed
 
 
 def warmup(ratio: float) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def warmup(ratio: float) -> dict[str, Any]:
 
 
 def build_trainer(order: dict[str, Any]) -> Trainer:
+    set_seed(order["seed"])  # the Trainer does so too, but only after from_pretrained has drawn the head
     model = XLMRobertaForSequenceClassification.from_pretrained(
         order["encoder"],
         num_labels=order["labels"],

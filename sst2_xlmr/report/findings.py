@@ -6,6 +6,7 @@ import numpy as np
 
 from sst2_xlmr.data.hygiene import line_of
 from sst2_xlmr.data.prepare import Prepared
+from sst2_xlmr.errors import UserError
 
 
 def findings(inputs: Prepared) -> list[str]:
@@ -15,18 +16,18 @@ def findings(inputs: Prepared) -> list[str]:
     leaks = "dropped" if config.drop_leaks else "--drop-leaks leaves them out"
     lines = []
     if count := len(train.repeats):
-        example = _place(inputs, "train", train.repeats[0])
-        lines.append(f"repeated   {_rows(count)} text and label of an earlier one, e.g. {example}; {duplicates}")
+        example = _example(inputs, ("train", train.repeats[0]))
+        lines.append(f"repeated   {_rows(count)} text and label of an earlier one{example}; {duplicates}")
     if count := len(train.contradictions):
         first = train.contradictions[0]
         same = np.flatnonzero(train.text_digests == train.text_digests[first])
         other = next(row for row in same if train.labels[row] != train.labels[first])
-        example = f"{_place(inputs, 'train', first)} and {_place(inputs, 'train', other)}"
-        lines.append(f"labels     {_rows(count)} a text with several labels, e.g. {example}; {duplicates}")
+        example = _example(inputs, ("train", first), ("train", other))
+        lines.append(f"labels     {_rows(count)} a text with several labels{example}; {duplicates}")
     for split, rows in inputs.leaks.items():
         there = np.flatnonzero(inputs.caches[split].text_digests == train.text_digests[rows[0]])[0]
-        example = f"{_place(inputs, 'train', rows[0])} and {_place(inputs, split, there)}"
-        lines.append(f"leaked     {_rows(len(rows))} a text of {split}, e.g. {example}; {leaks}")
+        example = _example(inputs, ("train", rows[0]), (split, there))
+        lines.append(f"leaked     {_rows(len(rows))} a text of {split}{example}; {leaks}")
     return lines
 
 
@@ -34,7 +35,16 @@ def _rows(count: int) -> str:
     return f"{count:,} training rows have" if count > 1 else "1 training row has"
 
 
-def _place(inputs: Prepared, split: str, row: int) -> str:
-    """Return a row's file and line."""
-    file = inputs.files[split]
-    return f"{file.name}:{line_of(file, int(row), inputs.config.header)}"
+def _example(inputs: Prepared, *rows: tuple[str, int]) -> str:
+    """Return the files and lines of rows, each with its split, after a comma.
+
+    Nothing if a file is not what it was: a run that begins again after a collapse reads it no more than for this.
+    """
+    places = []
+    for split, row in rows:
+        file = inputs.files[split]
+        try:
+            places.append(f"{file.name}:{line_of(file, int(row), inputs.config.header)}")
+        except (UserError, StopIteration):
+            return ""
+    return f", e.g. {' and '.join(places)}"

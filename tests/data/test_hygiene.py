@@ -11,8 +11,11 @@ import pytest
 from conftest import metrics, train_options, user_error
 
 import train
+from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.hygiene import find_leaks, find_repeats, line_of, text_digests
+from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.data.rows import Row
+from sst2_xlmr.report.findings import findings
 
 RunTrain = Callable[..., Path]
 
@@ -72,6 +75,25 @@ def test_the_header_says_what_was_found(
         in said
     )
     assert "rows       train 56, dev 20;" in said
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_findings_are_told_without_lines_of_a_file_that_has_gone(
+    is_there: bool, tiny_encoder: Path, dirty_data: Path, tmp_path: Path
+) -> None:
+    """As when a run begins again after a collapse, long after it has read its files."""
+    config, _ = parse_args(train_options(tiny_encoder, dirty_data, tmp_path / "run"))
+    inputs = prepare(config, quiet=True)
+    if is_there:
+        (dirty_data / "train.tsv").write_text("sentence\tlabel\n")  # shorter now
+    else:
+        (dirty_data / "train.tsv").rename(tmp_path / "moved.tsv")
+    hint = "--drop-duplicates leaves them out"
+    assert findings(inputs) == [
+        f"repeated   3 training rows have text and label of an earlier one; {hint}",
+        f"labels     2 training rows have a text with several labels; {hint}",
+        "leaked     2 training rows have a text of dev; --drop-leaks leaves them out",
+    ]
 
 
 def test_clean_data_are_not_mentioned(run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
