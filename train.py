@@ -52,7 +52,7 @@ from sst2_xlmr.training.checkpoint import (
     save_checkpoint,
     seed_rank,
 )
-from sst2_xlmr.training.collapse import answers_alike, is_suspicious
+from sst2_xlmr.training.collapse import has_learned, is_suspicious, why_collapsed
 from sst2_xlmr.training.loss import Loss, loss_of_constant_answer, make_loss
 from sst2_xlmr.training.optimizer import AdamW, Groups
 from sst2_xlmr.training.progress import Progress, Window
@@ -271,25 +271,24 @@ def evaluate_dev(run: Run, outputs: Outputs) -> bool:
 
 
 def look_for_collapse(run: Run, outputs: Outputs) -> bool:
-    """Look whether dev's answers are all alike, and say so; returns False if a signal came in between."""
+    """Look whether dev's answers say anything, and report it if not; returns False if a signal came in between."""
     progress, config, dev = run.state.progress, run.config, run.inputs.caches["dev"]
     model, tokens = run.computation.model, config.eval_batch_tokens
     try:
         evaluation = evaluate(model, dev, tokens, run.world, True, outputs.stop.is_agreed)
     except Interrupted:
         return False
-    answers = evaluation.probabilities
-    has_collapsed = distributed.from_main(run.world, answers is not None and answers_alike(answers, dev.labels))
+    answers = evaluation.probabilities  # on rank 0
+    why = "" if answers is None else why_collapsed(answers, dev.labels, progress.has_learned, config.classes)
+    why = distributed.from_main(run.world, why)
     progress.look_due, progress.checked_step = False, progress.step
-    progress.collapsed_step = progress.step if has_collapsed else 0
-    if has_collapsed:
+    progress.collapsed_step = progress.step if why else 0
+    if why:
         cure = f"lower --lr, now {config.lr:g}, or let --restart-on-collapse N try again"
         if begins_again(run):
             number = f"{progress.restarts + 1} of {config.restart_on_collapse}"
             cure = f"beginning again with half the rate, {config.lr / 2:g}, and another seed, {number}"
-        label = config.classes[int(evaluation.confusion.sum(0).argmax())]
-        same = f"every text of dev gets the label {label!r}, with the same probability"
-        outputs.report.log_collapse(progress.step, f"{same}; {cure}")
+        outputs.report.log_collapse(progress.step, f"{why}; {cure}")
     return True
 
 
@@ -349,8 +348,10 @@ def train_loop(run: Run, outputs: Outputs) -> bool:
             continue
         window.collect(progress.step)
         if due.log and window.totals.rows:  # there may be nothing but batches passed over
+            rows = window.totals.rows
             entry = window.close(progress, schedule.lr(progress.step - 1))
             outputs.report.log_training(entry)
+            progress.has_learned |= has_learned(entry["loss"], rows, run.constant_loss)
             since_warmup = progress.step - schedule.warmup_steps
             progress.look_due = is_suspicious(entry["loss"], run.constant_loss, since_warmup, progress)
         if due.evaluate:

@@ -105,8 +105,8 @@ def _remarks(progress: Progress, is_chosen: bool) -> list[str]:
         remarks.append("These weights were chosen by their accuracy on dev, which is therefore a little too high.")
     if progress.collapsed_step:
         remarks.append(
-            f"At step {progress.collapsed_step} the run had collapsed: every text of dev got the same label, with the"
-            " same probability."
+            f"At step {progress.collapsed_step} the run had collapsed: on dev it was hardly better than one label for"
+            " all texts."
         )
     if progress.restarts:
         times = "once" if progress.restarts == 1 else f"{progress.restarts} times"

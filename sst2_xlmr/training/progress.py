@@ -30,6 +30,7 @@ class Progress:
         evaluation_due: whether the run was stopped before this step's evaluation was done.
         skipped: batches passed over because their gradient was not finite.
         skipped_in_row: those among them that were the most recent batches.
+        has_learned: whether a line of metrics was clearly better than a constant answer.
         look_due: whether dev's answers are to be looked at, because the run seems not to learn.
         checked_step: when that was done last.
         collapsed_step: when the run was seen to have collapsed (see training/collapse); 0 for never.
@@ -50,6 +51,7 @@ class Progress:
     evaluation_due: bool = False
     skipped: int = 0
     skipped_in_row: int = 0
+    has_learned: bool = False
     look_due: bool = False
     checked_step: int = 0
     collapsed_step: int = 0

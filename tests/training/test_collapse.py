@@ -16,11 +16,12 @@ from running import digests
 
 import train
 from sst2_xlmr.training.checkpoint import find_checkpoint
-from sst2_xlmr.training.collapse import answers_alike, constant_loss, is_suspicious
+from sst2_xlmr.training.collapse import constant_loss, has_learned, is_suspicious, why_collapsed
 from sst2_xlmr.training.loss import sum_of_losses
 from sst2_xlmr.training.progress import Progress
 
 RunTrain = Callable[..., Path]
+WHY = "every text of dev gets the label 'x', with the same probability"
 # So slow that the loss stays where it is; 420 steps.
 STUCK = ["--epochs", 60, "--lr", 1e-9, "--log-every", 10, "--eval-every", 0, "--save-every", 100]
 
@@ -63,40 +64,68 @@ def answers(deviation: float, classes: int = 2, rows: int = 872) -> tuple[np.nda
 
 
 @pytest.mark.parametrize("classes", [2, 77])
-def test_answers_are_alike_where_they_do_not_depend_on_the_text(classes: int) -> None:
-    assert answers_alike(*answers(0.0, classes)), "the same to the bit"
-    assert answers_alike(*answers(1e-3, classes)), "rounding of bf16, a little of a text's length"
-    assert not answers_alike(*answers(0.008, classes)), "a new head on a pretrained encoder"
+def test_answers_that_do_not_depend_on_the_text(classes: int) -> None:
+    names = [f"class {number}" for number in range(classes)]
+
+    def alike(probabilities: np.ndarray, labels: np.ndarray) -> bool:
+        return "'class 0', with the same probability" in why_collapsed(probabilities, labels, False, names)
+
+    assert alike(*answers(0.0, classes)), "the same to the bit"
+    assert alike(*answers(1e-3, classes)), "rounding of bf16, a little of a text's length"
+    assert not alike(*answers(0.008, classes)), "a new head on a pretrained encoder"
     probabilities, labels = answers(1e-3, classes)
     probabilities[0] = np.roll(probabilities[0], 1)
-    assert not answers_alike(probabilities, labels), "two labels"
-    assert not answers_alike(probabilities[1:], np.zeros(871, int)), "dev has one class"
-    assert answers_alike(np.eye(classes)[np.zeros(872, int)], labels), "probabilities of 0"
+    assert not alike(probabilities, labels), "two labels"
+    assert not alike(probabilities[1:], np.zeros(871, int)), "dev has one class"
+    assert alike(np.eye(classes)[np.zeros(872, int)], labels), "probabilities of 0"
 
 
-def once(result: bool) -> Callable[..., bool]:
-    """Return what says `result` when it is first called, and False after that."""
+def test_answers_that_have_become_useless() -> None:
+    def useless(accuracy: float, sure: float, share: float = 0.5, had_learned: bool = True) -> bool:
+        """Answers right in that share of the rows, with that probability for the label; the other rows wrong."""
+        labels = (np.arange(1000) < 1000 * share).astype(int)
+        is_right = np.random.RandomState(0).random_sample(1000) < accuracy
+        answered = np.where(is_right, labels, 1 - labels)
+        probabilities = np.full((1000, 2), 1 - sure)
+        probabilities[np.arange(1000), answered] = sure
+        return "had learned" in why_collapsed(probabilities, labels, had_learned, ["bad", "good"])
+
+    assert useless(0.52, 0.55)
+    assert not useless(0.52, 0.55, had_learned=False), "a slow beginning"
+    assert not useless(0.70, 0.70), "it is better than chance"
+    assert not useless(0.85, 0.999), "overfitted: a high loss, but right"
+    assert useless(0.95, 0.999, share=0.05), "so is always the frequent label"
+
+
+def test_a_run_has_learned_once_its_loss_is_clearly_lower() -> None:
+    assert has_learned(0.60, 800, 0.693)
+    assert not has_learned(0.65, 800, 0.693)
+    assert not has_learned(0.60, 80, 0.693), "of few rows, it may be chance"
+
+
+def once(result: str) -> Callable[..., str]:
+    """Return what says `result` when it is first called, and nothing after that."""
     calls: list[None] = []
 
-    def answer(*_: object) -> bool:
+    def answer(*_: object) -> str:
         calls.append(None)
-        return result and len(calls) == 1
+        return result if len(calls) == 1 else ""
 
     return answer
 
 
 def collapse_at_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "answers_alike", once(True))
+    monkeypatch.setattr(train, "why_collapsed", once(WHY))
 
 
 def test_a_collapse_is_said_once_and_written(
     run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "answers_alike", lambda *_: True)
+    monkeypatch.setattr(train, "why_collapsed", lambda *_: WHY)
     run = run_train(tmp_path / "run", *STUCK)
     said = [line for line in capsys.readouterr().out.splitlines() if "  collapsed: " in line]
     assert len(said) == 1
-    assert said[0].startswith("step    130  collapsed: every text of dev gets the label '")
+    assert said[0].startswith(f"step    130  collapsed: {WHY}; ")
     assert said[0].endswith("lower --lr, now 1e-09, or let --restart-on-collapse N try again")
     assert [line["step"] for line in metrics(run) if line.get("collapsed")] == [130]
     assert metrics(run)[-1]["step"] == 420, "it trains on"
@@ -126,11 +155,11 @@ def test_a_finished_run_that_collapsed_begins_again_once_it_is_told_to(
     run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the command that it ends with."""
-    monkeypatch.setattr(train, "answers_alike", lambda *_: True)
+    monkeypatch.setattr(train, "why_collapsed", lambda *_: WHY)
     run = run_train(tmp_path / "run", *STUCK)
     assert f"train.py --resume --output-dir {run} --restart-on-collapse 3" in capsys.readouterr().out
     assert "At step 130 the run had collapsed" in (run / "model" / "README.md").read_text()
-    monkeypatch.setattr(train, "answers_alike", once(True))
+    monkeypatch.setattr(train, "why_collapsed", once(WHY))
     train.main(["--resume", "--output-dir", str(run), "--restart-on-collapse", "3"])
     assert [attempt["step"] for attempt in json.loads((run / "restarts.json").read_text())] == [420]
     assert metrics(run)[-1]["step"] == 420
@@ -211,7 +240,7 @@ def test_a_second_attempt_resumes_to_the_bit(
     other = run_train(tmp_path / "other", *STUCK[:-2], "--max-steps", 7, "--save-every", 5)
     stale = run / "checkpoints" / "step-00000400"  # of the first attempt, had the process died at the worst moment
     shutil.copytree(other / "checkpoints" / "step-00000005", stale)
-    monkeypatch.setattr(train, "answers_alike", lambda *_: False)
+    monkeypatch.setattr(train, "why_collapsed", lambda *_: "")
     train.main(["--resume", "--output-dir", str(run)])
     assert digests(run) == whole
     assert [line for line in metrics(run) if "split" in line or "restarts" in line] == lines
