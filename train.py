@@ -391,7 +391,8 @@ def finish(run: Run, outputs: Outputs, stopped: bool) -> None:
         raise Stopped(outputs.stop.number)
     if progress.collapsed_step:
         report.say(f"collapsed  at step {progress.collapsed_step}; begin again with a lower --lr, or with")
-        report.say(f"           train.py --resume --output-dir {run.folder} --restart-on-collapse 3")
+        more = f"--restart-on-collapse {progress.restarts + 3}"
+        report.say(f"           train.py --resume --output-dir {run.folder} {more}")
     if progress.calibration:
         report.say(f"calibrated {Calibration(*progress.calibration)}")
     chosen = f", the best of {progress.evaluations} and so a little too high" if progress.evaluations > 1 else ""
