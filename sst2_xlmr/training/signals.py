@@ -35,8 +35,8 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+        for number, handler in self._former.items():  # ignored if one came: a second must not kill a process that ends
+            signal.signal(number, signal.SIG_IGN if self.number else handler)
         if self._counting is not None and kind is None:
             self._counting.wait()
 

@@ -14,9 +14,11 @@ from conftest import SMALL_ENCODER, needs_small_encoder, train_options
 from running import charted, digests, launcher, logged, started, wait_for, workers
 from safetensors.torch import load_file
 
+from sst2_xlmr.distributed import World
 from sst2_xlmr.export.hugging_face import Description, export_hugging_face
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
+from sst2_xlmr.training.signals import SIGNALS, StopRequest
 
 STEPS = 250  # some seconds; a signal comes in the first of them
 
@@ -62,6 +64,21 @@ def test_signal_saves_and_the_rest_is_exact(
     assert digests(run) == digests(whole[0])
     assert logged(run) == logged(whole[0])
     assert charted(run) == list(range(1, STEPS + 1))
+
+
+def test_a_second_signal_does_not_kill_a_process_that_ends() -> None:
+    former = signal.getsignal(signal.SIGUSR1)
+    with StopRequest(World.alone(torch.device("cpu"))):
+        pass
+    assert signal.getsignal(signal.SIGUSR1) == former
+    try:
+        with StopRequest(World.alone(torch.device("cpu"))) as stop:
+            signal.raise_signal(signal.SIGUSR1)
+        assert stop.number == signal.SIGUSR1
+        signal.raise_signal(signal.SIGUSR1)  # would end the tests
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def test_signal_during_evaluation_does_not_wait_for_its_end(
