@@ -115,8 +115,9 @@ def prepare(config: Config, quiet: bool) -> Prepared:
             " embedding rows; they do not belong to the same model"
         )
     train = caches["train"]
-    leaks = {split: find_leaks(train.text_digests, cache.text_digests) for split, cache in caches.items()}
-    leaks = {split: rows for split, rows in leaks.items() if split != "train" and len(rows)}
+    others = {split: cache.text_digests for split, cache in caches.items() if split != "train"}
+    leaks = {split: find_leaks(train.text_digests, digests) for split, digests in others.items()}
+    leaks = {split: rows for split, rows in leaks.items() if len(rows)}
     return Prepared(config, encoder, files, caches, leaks, choose_rows(config, train, leaks))
 
 
