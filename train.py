@@ -52,7 +52,7 @@ from sst2_xlmr.training.checkpoint import (
     save_checkpoint,
     seed_rank,
 )
-from sst2_xlmr.training.collapse import has_learned, is_suspicious, why_collapsed
+from sst2_xlmr.training.collapse import beats_constant, is_suspicious, why_collapsed
 from sst2_xlmr.training.loss import Loss, loss_of_constant_answer, make_loss
 from sst2_xlmr.training.optimizer import AdamW, Groups
 from sst2_xlmr.training.progress import Progress, Window
@@ -351,7 +351,7 @@ def train_loop(run: Run, outputs: Outputs) -> bool:
             rows = window.totals.rows
             entry = window.close(progress, schedule.lr(progress.step - 1))
             outputs.report.log_training(entry)
-            progress.has_learned |= has_learned(entry["loss"], rows, run.constant_loss)
+            progress.has_learned |= beats_constant(entry["loss"], rows, run.constant_loss)
             since_warmup = progress.step - schedule.warmup_steps
             progress.look_due = is_suspicious(entry["loss"], run.constant_loss, since_warmup, progress)
         if due.evaluate:

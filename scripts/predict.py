@@ -41,7 +41,7 @@ from sst2_xlmr.data.rows import Example, check_text, columns_of, in_chunks, read
 from sst2_xlmr.distributed import World, choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import predict
-from sst2_xlmr.files import Finisher, digest_of
+from sst2_xlmr.files import Finisher, digest_of, digest_of_input
 from sst2_xlmr.growing_files import is_begun, join_parts, open_parts
 from sst2_xlmr.memory import keep_freed_memory
 from sst2_xlmr.model.encoders import find_encoder
@@ -100,6 +100,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise UserError("several processes need --input and --output, to divide the rows")
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume goes on with output, and --overwrite replaces it; leave one of them out")
+    check_output_files(arguments)
+    return arguments
+
+
+def check_output_files(arguments: argparse.Namespace) -> None:
+    """Check that the output files can be written, and that nothing is replaced unasked; make the submission's folder.
+
+    Raises:
+        UserError: if not.
+    """
     paths = output_files(arguments)
     try:
         if len({path.resolve() for path in paths}) < len(paths):
@@ -119,7 +129,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 raise UserError(f"rows of an earlier run are in {path}.part-*; {cure}")
     except OSError as error:
         raise UserError(f"cannot write to {error.filename}: {error.strerror}") from None
-    return arguments
 
 
 def is_resumable(paths: list[Path]) -> bool:
@@ -194,13 +203,6 @@ def find_chunks(arguments: argparse.Namespace, world: World) -> RankChunks:
     digest, columns, rows = distributed.from_main(world, distributed.on_main(world, read_through))
     first, last = (len(rows) * rank // world.world_size for rank in (world.rank, world.rank + 1))
     return RankChunks(columns, rows, first, last, digest)
-
-
-def digest_of_input(path: Path) -> str:
-    try:
-        return digest_of(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def order_of(arguments: argparse.Namespace, digest: str, precision: str, world: World) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from sst2_xlmr.config import Config, flag
 from sst2_xlmr.data.prepare import find_files, prepare
 from sst2_xlmr.distributed import choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
-from sst2_xlmr.files import digest_of, write_text
+from sst2_xlmr.files import digest_of_input, write_text
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.numerics import choose_precision
 from sst2_xlmr.report.comparison import Figures, Results, summary, table
@@ -123,10 +123,7 @@ def parse(argv: list[str] | None) -> Study:
 @functools.cache
 def digest(file: Path) -> str:
     """Return a file's SHA-256; every file is read once in a study, whose runs share most of them."""
-    try:
-        return digest_of(file)
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    return digest_of_input(file)
 
 
 def read_by(words: list[str]) -> dict[str, Path]:

@@ -73,6 +73,18 @@ def digest_of(path: Path, kind: str = "sha256") -> str:
     return digest.hexdigest()
 
 
+def digest_of_input(path: Path) -> str:
+    """Return the SHA-256 of a file that the user has named.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return digest_of(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
 def _parts(tensor: Storable) -> Iterator[torch.Tensor]:
     """Yield a tensor's values in order, in contiguous pieces on the CPU."""
     if isinstance(tensor, torch.Tensor):

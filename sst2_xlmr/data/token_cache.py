@@ -22,7 +22,7 @@ from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.hygiene import find_repeats, text_digests
 from sst2_xlmr.data.rows import Columns, Row, find_label_names, in_chunks, read_rows
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import digest_of
+from sst2_xlmr.files import digest_of, digest_of_input
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
 
 CACHE_FORMAT = 6
@@ -95,7 +95,7 @@ def tokenize_file(
         UserError: for a bad row (see `rows.read_rows`), a file that changes while it is read, or a cache folder that
             cannot be written.
     """
-    digest, tokenizer_digest = _digest_of(path), _digest_of(tokenizer_file)
+    digest, tokenizer_digest = digest_of_input(path), digest_of_input(tokenizer_file)
     folder = cache_dir / _cache_key(digest, path, columns, tokenizer_digest, max_length, label_names)
     try:
         return _open_cache(folder, digest)
@@ -127,7 +127,7 @@ def label_names_of(path: Path, columns: Columns, cache_dir: Path) -> list[str]:
     Raises:
         UserError: see `rows.find_label_names`; or if the cache folder cannot be written.
     """
-    digest = _digest_of(path)
+    digest = digest_of_input(path)
     file = cache_dir / (_cache_key(digest, path, columns) + ".labels.json")
     try:
         names: list[str] = json.loads(file.read_text(encoding="utf-8"))["label_names"]
@@ -147,20 +147,13 @@ def label_names_of(path: Path, columns: Columns, cache_dir: Path) -> list[str]:
     return names
 
 
-def _digest_of(path: Path) -> str:
-    try:
-        return digest_of(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
 def _check_unchanged(path: Path, digest: str) -> None:
     """Check that a file still has the content whose digest was computed before it was read.
 
     Raises:
         UserError: if not, because its rows must not be cached under that digest.
     """
-    if _digest_of(path) != digest:
+    if digest_of_input(path) != digest:
         raise UserError(f"{path} changed while it was being read; start again when it is completely written")
 
 

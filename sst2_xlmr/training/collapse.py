@@ -57,7 +57,7 @@ def is_suspicious(loss: float, constant: float, steps_since_warmup: int, progres
     return is_late and not progress.collapsed_step and loss >= _SUSPICIOUS_LOSS * constant
 
 
-def has_learned(loss: float, rows: float, constant: float) -> bool:
+def beats_constant(loss: float, rows: float, constant: float) -> bool:
     """Whether a line of metrics, the mean loss of so many rows, is clearly better than a constant answer."""
     return loss + 3 * _LOSS_DEVIATION / math.sqrt(rows) < _LEARNED_LOSS * constant
 
@@ -71,8 +71,7 @@ def answers_alike(probabilities: np.ndarray, labels: np.ndarray) -> bool:
     """
     if len(np.unique(probabilities.argmax(1))) > 1 or len(np.unique(labels)) < 2:
         return False
-    logarithms = np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
-    return bool(logarithms.std(0).max() <= _MOST_DEVIATION)
+    return bool(_logarithms(probabilities).std(0).max() <= _MOST_DEVIATION)
 
 
 def answers_are_useless(probabilities: np.ndarray, labels: np.ndarray) -> bool:
@@ -82,11 +81,15 @@ def answers_are_useless(probabilities: np.ndarray, labels: np.ndarray) -> bool:
         probabilities: float [rows, classes].
         labels: int [rows].
     """
-    rows = np.arange(len(labels))
-    loss = -float(np.log(np.maximum(probabilities[rows, labels].astype(np.float64), np.finfo(np.float32).tiny)).mean())
+    loss = -float(_logarithms(probabilities[np.arange(len(labels)), labels]).mean())
     constant = constant_loss(labels, np.ones(probabilities.shape[1]), smoothing=0.0)
     accuracy, most = float((probabilities.argmax(1) == labels).mean()), np.bincount(labels).max() / len(labels)
     return loss >= _SUSPICIOUS_LOSS * constant and accuracy - most < _LITTLE_ACCURACY * (1 - most)
+
+
+def _logarithms(probabilities: np.ndarray) -> np.ndarray:
+    """Return fp64 logarithms, finite for a probability of 0 too."""
+    return np.log(probabilities.astype(np.float64).clip(min=np.finfo(np.float32).tiny))
 
 
 def why_collapsed(probabilities: np.ndarray, labels: np.ndarray, has_learned: bool, names: list[str]) -> str:

@@ -156,7 +156,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(
     file, cache_dir = tmp_path / "rows.tsv", tmp_path / "cache"
     before, after = "sentence\tlabel\nfine\tyes\nbad\tno\n", "sentence\tlabel\nsplendid\tgood\nbad\tno\n"
     file.write_text(before)
-    real_digest = token_cache.digest_of
+    real_digest = token_cache.digest_of_input
 
     def changed_afterwards(path: Path) -> str:
         digest = real_digest(path)
@@ -172,7 +172,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(
         return tokenize_file(file, tokenizer_file, Columns(), names, 20, cache_dir).labels.tolist()
 
     with monkeypatch.context() as patched:
-        patched.setattr(token_cache, "digest_of", changed_afterwards)
+        patched.setattr(token_cache, "digest_of_input", changed_afterwards)
         with pytest.raises(UserError, match="changed while it was being read"):
             read()
     file.write_text(before)

@@ -16,7 +16,7 @@ from running import digests
 
 import train
 from sst2_xlmr.training.checkpoint import find_checkpoint
-from sst2_xlmr.training.collapse import constant_loss, has_learned, is_suspicious, why_collapsed
+from sst2_xlmr.training.collapse import beats_constant, constant_loss, is_suspicious, why_collapsed
 from sst2_xlmr.training.loss import sum_of_losses
 from sst2_xlmr.training.progress import Progress
 
@@ -58,9 +58,8 @@ def answers(deviation: float, classes: int = 2, rows: int = 872) -> tuple[np.nda
     random = np.random.RandomState(0)
     logits = deviation * random.normal(size=(rows, classes))
     logits[:, 0] += 0.4
-    return (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32), random.randint(
-        classes, size=rows
-    )
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return probabilities.astype(np.float32), random.randint(classes, size=rows)
 
 
 @pytest.mark.parametrize("classes", [2, 77])
@@ -98,9 +97,9 @@ def test_answers_that_have_become_useless() -> None:
 
 
 def test_a_run_has_learned_once_its_loss_is_clearly_lower() -> None:
-    assert has_learned(0.60, 800, 0.693)
-    assert not has_learned(0.65, 800, 0.693)
-    assert not has_learned(0.60, 80, 0.693), "of few rows, it may be chance"
+    assert beats_constant(0.60, 800, 0.693)
+    assert not beats_constant(0.65, 800, 0.693)
+    assert not beats_constant(0.60, 80, 0.693), "of few rows, it may be chance"
 
 
 def once(result: str) -> Callable[..., str]:
