@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import functools
 import gzip
+import itertools
 import json
 import re
 import zlib
@@ -190,17 +191,19 @@ class Kind(NamedTuple):
         read: takes a file opened for bytes, its path for errors, and whether there is a header; yields its rows.
         write: takes a file opened for text with newline=""; returns a function that adds a row to it.
         is_table: whether all rows have the same columns in the same order, perhaps named by a header.
+        spans_lines: whether a row may take several lines.
     """
 
     read: Callable[[BinaryIO, Path, bool], Iterator[Fields]]
     write: Callable[[TextIO], RowWriter]
     is_table: bool
+    spans_lines: bool = False
 
 
 # To add a kind of file, add it here (and to the help of --data-dir).
 KINDS = {
     ".tsv": Kind(_read_tsv, _write_tsv, is_table=True),
-    ".csv": Kind(_read_csv, _write_csv, is_table=True),
+    ".csv": Kind(_read_csv, _write_csv, is_table=True, spans_lines=True),
     ".jsonl": Kind(_read_jsonl, _write_jsonl, is_table=False),
 }
 
@@ -266,6 +269,18 @@ def read_fields(path: Path, header: bool = True) -> Iterator[Fields]:
         raise UserError(f"{path} is not a whole gzip file: truncated, damaged, or no gzip; fetch it again") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def line_of(path: Path, row: int, header: bool) -> int:
+    """Return the number, from 1, of the line in which a row begins; the row's number is from 0.
+
+    Raises:
+        UserError, StopIteration: if the file has to be read for it, and is not what it was.
+    """
+    kind = KINDS[kind_of(path)]
+    if kind.spans_lines:
+        return next(itertools.islice(read_fields(path, header), row, None)).line
+    return row + 1 + (header and kind.is_table)
 
 
 def row_writer(file: TextIO, kind: str) -> RowWriter:

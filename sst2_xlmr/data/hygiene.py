@@ -7,22 +7,17 @@ digest with a probability of 3e-8.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
-from sst2_xlmr.data.formats import read_fields
 from sst2_xlmr.data.rows import Row
 
 
 def text_digests(rows: Iterable[Row]) -> np.ndarray:
     """Return uint64 [rows], equal for rows with the same text (and the same second text)."""
-    digests = [
-        hashlib.blake2b(f"{row.text}\0{row.pair or ''}".encode(), digest_size=8, usedforsecurity=False).digest()
-        for row in rows
-    ]
+    texts = (row.text if row.pair is None else f"{row.text}\0{row.pair}" for row in rows)
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
@@ -51,8 +46,3 @@ def find_leaks(digests: np.ndarray, others: np.ndarray) -> np.ndarray:
     known = np.unique(others)
     places = np.searchsorted(known, digests).clip(max=len(known) - 1)
     return np.flatnonzero(known[places] == digests)
-
-
-def line_of(path: Path, row: int, header: bool) -> int:
-    """Return the number, from 1, of the line in which a row begins; the row's number is from 0."""
-    return next(itertools.islice(read_fields(path, header), row, None)).line

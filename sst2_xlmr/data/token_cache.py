@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -174,7 +173,7 @@ class Chunk(NamedTuple):
     """Some tokenized rows; `ids` is int32 [tokens], all else has one number per row."""
 
     ids: np.ndarray
-    lengths: list[int]
+    lengths: np.ndarray
     labels: list[int]
     text_digests: np.ndarray
     truncated: int
@@ -185,10 +184,8 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chun
 
     def tokenize(rows: list[Row]) -> Chunk:
         texts, pairs, labels = zip(*rows)
-        result = tokenizer(list(texts), None if pairs[0] is None else list(pairs))
-        lengths = [len(ids) for ids in result]
-        ids = np.fromiter(itertools.chain.from_iterable(result), np.int32, sum(lengths))
-        full = (row for row, length in zip(rows, lengths) if length == tokenizer.max_length)
+        ids, lengths = tokenizer.flat_ids(list(texts), None if pairs[0] is None else list(pairs))
+        full = (rows[number] for number in np.flatnonzero(lengths == tokenizer.max_length))
         truncated = sum(tokenizer.is_longer(row.text, row.pair) for row in full)
         return Chunk(ids, lengths, list(labels), text_digests(rows), truncated)
 
@@ -215,7 +212,7 @@ def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Column
         offsets_file.write(np.int64(0).tobytes())
         for chunk in _tokenize_chunks(read_rows(path, columns, label_names), tokenizer):
             ids_file.write(chunk.ids.tobytes())
-            offsets_file.write((tokens + np.cumsum(chunk.lengths, dtype=np.int64)).tobytes())
+            offsets_file.write((tokens + np.cumsum(chunk.lengths)).tobytes())
             labels_file.write(np.asarray(chunk.labels, np.int32).tobytes())
             digests_file.write(chunk.text_digests.tobytes())
             occurs[chunk.ids] = True

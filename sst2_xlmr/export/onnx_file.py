@@ -181,7 +181,7 @@ class _Model:
 
 
 def _tokenize(graph: _Graph, texts: str, tokenizer: bytes, max_length: int) -> tuple[str, str]:
-    """Return ids, int64 [texts, length], and where there is a token, bool; as `model.tokenizer.row_ids`."""
+    """Return ids, int64 [texts, length], and where there is a token, bool; as `model.tokenizer.Tokenizer`."""
     add = graph.add
     no = np.array([False])
     pieces, starts = add(

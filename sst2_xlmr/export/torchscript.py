@@ -23,7 +23,7 @@ from torchtext.transforms import SentencePieceTokenizer  # noqa: E402
 
 from sst2_xlmr.model.classifier import Classifier  # noqa: E402
 from sst2_xlmr.model.roberta import PAD_ID  # noqa: E402
-from sst2_xlmr.model.tokenizer import Tokenizer, row_ids  # noqa: E402
+from sst2_xlmr.model.tokenizer import Tokenizer, framed_pieces  # noqa: E402
 
 BATCH_SIZE = 32
 
@@ -41,7 +41,8 @@ class ScriptedTokenizer(nn.Module):
         result: List[List[int]] = []  # noqa: UP006
         for row, text in enumerate(texts):
             second = None if pairs is None else self.pieces.EncodeAsIds(pairs[row])
-            result.append(row_ids(self.pieces.EncodeAsIds(text), second, self.max_length))
+            pieces = framed_pieces(self.pieces.EncodeAsIds(text), second, self.max_length)
+            result.append([3 if piece == 0 else piece + 1 for piece in pieces])  # 3 is <unk>
         return result
 
 

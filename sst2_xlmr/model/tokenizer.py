@@ -2,51 +2,44 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import List, Optional  # noqa: UP035 (TorchScript knows these only)
 
+import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from sst2_xlmr.errors import UserError
 
 
-def append_pieces(ids: List[int], pieces: List[int], count: int) -> None:  # noqa: UP006
-    """Append the first `count` SentencePiece ids, as XLM-R numbers them, and a `</s>`.
+def framed_pieces(first: List[int], second: Optional[List[int]], max_length: int) -> List[int]:  # noqa: UP006, UP045
+    """Return a row's SentencePiece ids, at most `max_length`: `<s> a </s>`, or of a pair `<s> a </s></s> b </s>`.
+
+    A text that is cut keeps its `</s>`. A pair that is too long loses tokens at the end of the longer text, one at a
+    time, and of the second where both are equally long: `longest_first` of transformers 4's `XLMRobertaTokenizer`.
+    TorchScript can compile this, for the export.
+
+    Args:
+        first, second: SentencePiece ids of the texts; None if the row has no second.
+
+    Returns:
+        Ids, -1 for `<s>` and 1 for `</s>`, which become XLM-R's numbers as every other piece does (see `Tokenizer`).
+    """
+    begin, end, room = [-1], [1], max_length - 2
+    if second is None:
+        return begin + first[:room] + end
+    room -= 2
+    kept = min(len(first), max(room - len(second), (room + 1) // 2))
+    return begin + first[:kept] + end + end + second[: room - kept] + end
+
+
+class Tokenizer:
+    """Turns texts into XLM-R's ids; several threads may use it at once.
 
     XLM-R's numbering is fairseq's: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, and every other piece its SentencePiece
     id + 1 (SentencePiece's own 0 is `<unk>`). So neither the string pieces nor torchtext's separate vocabulary file are
     needed.
     """
-    for piece in pieces[:count]:
-        ids.append(3 if piece == 0 else piece + 1)
-    ids.append(2)
-
-
-def row_ids(first: List[int], second: Optional[List[int]], max_length: int) -> List[int]:  # noqa: UP006, UP045
-    """Return XLM-R's ids of a row, at most `max_length`: `<s> a </s>`, or of a pair `<s> a </s></s> b </s>`.
-
-    A text that is cut keeps its `</s>`. A pair that is too long loses tokens at the end of the longer text, one at a
-    time, and of the second where both are equally long: `longest_first` of transformers 4's `XLMRobertaTokenizer`.
-    TorchScript can compile this and `append_pieces`, for the export.
-
-    Args:
-        first, second: SentencePiece ids of the texts; None if the row has no second.
-    """
-    ids = [0]
-    room = max_length - 2
-    if second is None:
-        append_pieces(ids, first, room)
-    else:
-        room -= 2
-        kept = min(len(first), max(room - len(second), (room + 1) // 2))
-        append_pieces(ids, first, kept)
-        ids.append(2)
-        append_pieces(ids, second, room - kept)
-    return ids
-
-
-class Tokenizer:
-    """Turns texts into XLM-R's ids; several threads may use it at once."""
 
     def __init__(self, pieces: SentencePieceProcessor, model_file: Path, max_length: int) -> None:
         self.model_file, self.max_length = model_file, max_length
@@ -54,14 +47,25 @@ class Tokenizer:
         self.vocab_size: int = pieces.GetPieceSize() + 1  # every id is below it
 
     def __call__(self, texts: list[str], pairs: list[str] | None = None) -> list[list[int]]:
-        """Return ids per row (see `row_ids`).
+        """Return ids per row (see `framed_pieces`).
 
         Args:
             texts: one per row.
             pairs: the second text of every row; None if rows have one.
         """
+        ids, lengths = self.flat_ids(texts, pairs)
+        ends = np.cumsum(lengths).tolist()
+        return [ids[end - length : end].tolist() for end, length in zip(ends, lengths.tolist())]
+
+    def flat_ids(self, texts: list[str], pairs: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all rows one after another, int32 [tokens], and tokens per row, int64 [rows]."""
         seconds = [None] * len(texts) if pairs is None else self._pieces.Encode(pairs)
-        return [row_ids(*both, self.max_length) for both in zip(self._pieces.Encode(texts), seconds)]
+        rows = [framed_pieces(*both, self.max_length) for both in zip(self._pieces.Encode(texts), seconds)]
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
+        ids += 1
+        ids[ids == 1] = 3  # <unk>
+        return ids, lengths
 
     def pieces_of(self, ids: list[int]) -> list[str]:
         """Return the pieces that ids stand for; `<s>`, `</s>` and `<unk>` are the same for all tokenizers."""

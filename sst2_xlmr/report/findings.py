@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sst2_xlmr.data.hygiene import line_of
+from sst2_xlmr.data.formats import line_of
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.errors import UserError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,8 @@ from conftest import metrics, train_options, user_error
 
 import train
 from sst2_xlmr.cli import parse_args
-from sst2_xlmr.data.hygiene import find_leaks, find_repeats, line_of, text_digests
+from sst2_xlmr.data.formats import line_of, read_fields
+from sst2_xlmr.data.hygiene import find_leaks, find_repeats, text_digests
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.data.rows import Row
 from sst2_xlmr.report.findings import findings
@@ -36,15 +39,29 @@ def test_counts_are_those_of_a_slow_comparison() -> None:
     assert leaks.tolist() == [number for number, row in enumerate(rows) if (row.text, row.pair) in known]
 
 
-@pytest.mark.parametrize("rows", [[], [Row("a", None, 0)], [Row("a", None, 0), Row("a", "", 1)]])
+@pytest.mark.parametrize("rows", [[], [Row("a", None, 0)], [Row("a", None, 0), Row("a", None, 1)]])
 def test_few_rows(rows: list[Row]) -> None:
     repeats, contradictions = find_repeats(text_digests(rows), np.array([row.label for row in rows], int))
     assert (len(repeats), len(contradictions)) == (0, 0 if len(rows) < 2 else 2)
 
 
-def test_a_csv_row_is_named_by_its_first_line(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_text('text,label\n"a\nb",0\nc,1\n')
-    assert [line_of(tmp_path / "x.csv", row, header=True) for row in (0, 1)] == [2, 4]
+@pytest.mark.parametrize(
+    ("name", "content", "header"),
+    [
+        ("x.csv", 'text,label\n"a\nb",0\nc,1\n', True),
+        ("x.csv", '"a\nb",0\nc,1\n', False),
+        ("x.tsv", "text\tlabel\na\t0\nb\t1\n", True),
+        ("x.tsv", "a\t0\nb\t1\n", False),
+        ("x.jsonl", '{"text": "a"}\n{"text": "b"}\n', True),
+        ("x.jsonl.gz", '{"text": "a"}\n{"text": "b"}\n', False),
+    ],
+)
+def test_a_row_is_named_by_its_first_line(name: str, content: str, header: bool, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+    lines = [fields.line for fields in read_fields(file, header)]
+    assert len(lines) == 2
+    assert [line_of(file, row, header) for row in (0, 1)] == lines
 
 
 @pytest.fixture
@@ -81,13 +98,18 @@ def test_the_header_says_what_was_found(
 def test_findings_are_told_without_lines_of_a_file_that_has_gone(
     is_there: bool, tiny_encoder: Path, dirty_data: Path, tmp_path: Path
 ) -> None:
-    """As when a run begins again after a collapse, long after it has read its files."""
+    """As when a run begins again after a collapse, long after it has read its files; a .csv has to be read again."""
+    file = dirty_data / "train.csv"
+    with file.open("w", encoding="utf-8", newline="") as written:
+        lines = (dirty_data / "train.tsv").read_text(encoding="utf-8").splitlines()
+        csv.writer(written).writerows(line.split("\t") for line in lines)
+    (dirty_data / "train.tsv").unlink()
     config, _ = parse_args(train_options(tiny_encoder, dirty_data, tmp_path / "run"))
     inputs = prepare(config, quiet=True)
     if is_there:
-        (dirty_data / "train.tsv").write_text("sentence\tlabel\n")  # shorter now
+        file.write_text("sentence,label\n")  # shorter now
     else:
-        (dirty_data / "train.tsv").rename(tmp_path / "moved.tsv")
+        file.rename(tmp_path / "moved.csv")
     hint = "--drop-duplicates leaves them out"
     assert findings(inputs) == [
         f"repeated   3 training rows have text and label of an earlier one; {hint}",
