@@ -34,13 +34,13 @@ from torch.nn.utils.rnn import pad_sequence
 from sst2_xlmr import stack
 from sst2_xlmr.accelerate import load_model
 from sst2_xlmr.cli import OneLineParser, add_bounds, add_option, bounds_of
-from sst2_xlmr.config import EVAL_BATCH_TOKENS, Config, flag
+from sst2_xlmr.config import EVAL_BATCH_TOKENS, Config, flag, named_file
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.rows import Columns, columns_of
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.agreement import Answers, agreement_table, check_agreement, compare
 from sst2_xlmr.evaluation.evaluate import predict
-from sst2_xlmr.export.check_rows import Rows, read_checks, read_texts
+from sst2_xlmr.export.check_rows import Rows, is_rows_file, read_checks, read_texts
 from sst2_xlmr.export.hugging_face import IN_8_BITS, description_of, export_hugging_face, with_note
 from sst2_xlmr.export.trimmed import write_trimmed
 from sst2_xlmr.model.classifier import load_classifier
@@ -113,9 +113,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError(f"--format {kind} needs --check-file: what 8 bits cost is measured on rows such as yours")
     if not kind.endswith("int8") and (arguments.most_changed, arguments.most_lost) != (None, None):
         raise UserError("--most-changed and --most-lost are for formats in 8 bits; leave them out")
+    files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, arguments.keep_vocabulary_of)]
     for name in COLUMN_OPTIONS:
-        if name in arguments and not arguments.check_file and not arguments.keep_vocabulary_of:
-            raise UserError(f"{flag(name)} needs a file whose columns it names: --check-file or --keep-vocabulary-of")
+        if name in arguments and not any(map(is_rows_file, files)):
+            where = "--check-file or --keep-vocabulary-of"
+            raise UserError(f"{flag(name)} needs a {either(KINDS)} file whose columns it names: {where}")
     if kind in ("onnx", "onnx-int8") and not arguments.from_ids and getattr(arguments, "text_pair_column", None):
         raise UserError("an ONNX file that takes texts takes one for each row; export pairs with --from-ids")
     if os.path.lexists(arguments.output):

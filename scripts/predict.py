@@ -91,6 +91,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--glue-submission takes a label for every row; leave out --abstain-below")
     if arguments.glue_submission and not arguments.input:
         raise UserError("--glue-submission needs --input, the test.tsv of SST-2")
+    if arguments.overwrite and not output_files(arguments):
+        raise UserError("--overwrite needs the --output that it may replace")
+    if arguments.glue_submission and arguments.all_probabilities and not arguments.output:
+        raise UserError("--glue-submission holds labels only; leave out --all-probabilities, or add --output")
     if arguments.output:
         kind_of(arguments.output)
     if not (arguments.input and output_files(arguments)):

@@ -195,6 +195,8 @@ def join_parts(paths: Sequence[Path], world_size: int) -> None:
                 for part in others:
                     with part.open("rb") as file:
                         shutil.copyfileobj(file, joined, 1 << 20)
+                if path.suffix.lower() == ".gz" and joined.tell() == 0:
+                    joined.write(gzip.compress(b"", mtime=0))  # nothing at all is no gzip file
                 joined.flush()
                 os.fsync(joined.fileno())
         except OSError as error:

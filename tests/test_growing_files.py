@@ -62,6 +62,13 @@ def test_what_was_continued_has_the_same_bytes(tmp_path: Path, name: str) -> Non
     assert text.decode().splitlines() == [f"{name} {number}" for number in range(5)]
 
 
+def test_without_any_rows_a_gzip_file_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl.gz"
+    write([file], range(0), resume=False)
+    join_parts([file], 1)
+    assert gzip.decompress(file.read_bytes()) == b""
+
+
 def test_parts_of_several_processes_are_joined_in_their_order(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     for rank in (1, 0, 2):

@@ -9,6 +9,7 @@ from typing import Callable, TextIO
 
 from sst2_xlmr.data.formats import is_table, kind_of, row_writer
 from sst2_xlmr.data.rows import Example, listed
+from sst2_xlmr.distributed import shared_error
 from sst2_xlmr.errors import UserError
 
 GLUE_NUMBERS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
@@ -96,10 +97,13 @@ def write_submission(file: TextIO, label_names: list[str], first_row: int = 0) -
 
     Args:
         first_row: number from 0 of the first row that it will be given; before row 0 it writes the header.
+
+    Raises:
+        UserError: on every rank, if the classes are not SST-2's.
     """
     numbers = {name: GLUE_NUMBERS.get(name) for name in label_names}
     if len(numbers) != 2 or set(numbers.values()) != {0, 1}:
-        raise UserError(
+        raise shared_error(
             f"--glue-submission: the model's classes are {listed(label_names)}, those of SST-2 negative and positive"
         )
     write = row_writer(file, ".tsv")

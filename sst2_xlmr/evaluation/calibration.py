@@ -1,8 +1,8 @@
 """Temperature scaling: one number that makes probabilities mean what they say (Guo et al. 2017).
 
 https://arxiv.org/abs/1706.04599. Logits are divided by a temperature that minimizes the cross-entropy on labelled rows
-which the model was not trained on. No prediction changes. Logits come from a linear layer, so dividing its weights and
-bias does the same, and whoever opens the model need not know.
+which the model was not trained on; it stays at 1 unless another is significantly better. No prediction changes. Logits
+come from a linear layer, so dividing its weights and bias does the same, and whoever opens the model need not know.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ from sst2_xlmr.evaluation.metrics import calibration_sums, expected_calibration_
 LOWEST, HIGHEST = 0.25, 20.0
 _SMALLEST = 1e-30  # a probability that fp32 rounded to 0
 _STEPS = 40
+# Twice the gain in log-likelihood, beyond which a temperature is significantly better than 1: the 95th percentile of
+# chi-squared with one degree of freedom (Wilks 1938, https://doi.org/10.1214/aoms/1177732360).
+_SIGNIFICANT_GAIN = 3.84
 
 
 class Calibration(NamedTuple):
     """A fitted temperature, and the expected calibration error on the rows it was fitted to, before and after."""
 
-    temperature: float = 1.0
-    ece_before: float = 0.0
-    ece_after: float = 0.0
+    temperature: float
+    ece_before: float
+    ece_after: float
 
     def __str__(self) -> str:
-        errors = f"ECE on dev {self.ece_before:.4f} before, {self.ece_after:.4f} with it"
-        return f"temperature {self.temperature:.3f}, {errors}"
+        if self.temperature == 1:
+            return f"temperature 1, as no other is significantly better on these rows; ECE {self.ece_before:.4f}"
+        errors = f"ECE {self.ece_before:.4f} before, {self.ece_after:.4f} with it"
+        return f"temperature {self.temperature:.3f}, {errors} on the rows it was fitted to"
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -66,7 +71,9 @@ def calibrate(probabilities: np.ndarray | None, labels: np.ndarray) -> Calibrati
             high -= third
         else:
             low += third
-    temperature = 2 / (low + high)
+    inverse = (low + high) / 2
+    gain = 2 * len(labels) * (loss(1.0) - loss(inverse))
+    temperature = 1 / inverse if gain > _SIGNIFICANT_GAIN else 1.0
     return Calibration(temperature, _ece(probabilities, labels), _ece(tempered(probabilities, temperature), labels))
 
 

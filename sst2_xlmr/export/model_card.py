@@ -116,11 +116,17 @@ def _remarks(progress: Progress, is_chosen: bool) -> list[str]:
         )
     if progress.calibration:
         temperature, before, after = progress.calibration
-        remarks.append(
-            f"The probabilities are calibrated: the last layer is divided by a temperature of {temperature:.3f}, fitted"
-            f" on dev, where it takes the expected calibration error from {before:.4f} to {after:.4f}. Losses above are"
-            " without it."
-        )
+        if temperature == 1:
+            remarks.append(
+                "The probabilities are as training left them: on dev, no temperature makes them significantly better;"
+                f" their expected calibration error is {before:.4f}."
+            )
+        else:
+            remarks.append(
+                f"The probabilities are calibrated: the last layer is divided by a temperature of {temperature:.3f},"
+                f" fitted on dev, where it takes the expected calibration error from {before:.4f} to {after:.4f}. Losses"
+                " above are without it."
+            )
     return [line for remark in remarks for line in (remark, "")]
 
 

@@ -20,6 +20,7 @@ from running import digests
 from safetensors.torch import load_file
 
 import train
+from sst2_xlmr.evaluation import calibration
 from sst2_xlmr.evaluation.calibration import HIGHEST, LOWEST, calibrate, tempered
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import load_classifier
@@ -41,6 +42,12 @@ def drawn(temperature: float, classes: int) -> tuple[np.ndarray, np.ndarray]:
     return (said / said.sum(1, keepdims=True)).astype(np.float32), labels
 
 
+@pytest.fixture
+def any_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For models of this test's size, which no temperature makes significantly better."""
+    monkeypatch.setattr(calibration, "_SIGNIFICANT_GAIN", 0.0)
+
+
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_temperature_is_found(temperature: float, classes: int) -> None:
@@ -52,10 +59,21 @@ def test_the_temperature_is_found(temperature: float, classes: int) -> None:
     assert (tempered(probabilities, fitted.temperature).argmax(1) == probabilities.argmax(1)).all()
 
 
-def test_rows_that_say_nothing_do_not_make_it_extreme() -> None:
-    sure = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
+def test_rows_that_say_nothing_do_not_make_it_extreme(any_gain: None) -> None:
+    sure = np.array([[1 - 1e-6, 1e-6], [1e-6, 1 - 1e-6]], np.float32)
     assert calibrate(sure, np.array([0, 1])).temperature == pytest.approx(LOWEST, rel=0.01)
     assert calibrate(sure, np.array([1, 0])).temperature == pytest.approx(HIGHEST, rel=0.01)
+
+
+def test_it_stays_at_1_if_rows_cannot_tell() -> None:
+    """Of a hundred draws of rows from a calibrated model, about five show another temperature by chance."""
+    probabilities, labels = drawn(1.0, 2)
+    fitted = [
+        calibrate(probabilities[start : start + 200], labels[start : start + 200]) for start in range(0, 20_000, 200)
+    ]
+    assert sum(one.temperature == 1 for one in fitted) >= 90
+    assert all(one.ece_after == one.ece_before for one in fitted if one.temperature == 1)
+    assert "temperature 1, as no other" in str(next(one for one in fitted if one.temperature == 1))
 
 
 def probabilities_of(model: Path, texts: list[str] = TEXTS) -> np.ndarray:
@@ -65,7 +83,7 @@ def probabilities_of(model: Path, texts: list[str] = TEXTS) -> np.ndarray:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_train_writes_calibrated_models(
-    run_train: RunTrain, tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
+    any_gain: None, run_train: RunTrain, tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--epochs", 3, "--precision", precision]
     plain = run_train(tmp_path / "plain", *options)
@@ -86,7 +104,7 @@ def test_train_writes_calibrated_models(
     assert "chosen by their accuracy on dev" not in card
 
 
-def test_a_resumed_run_has_the_same_temperature(run_train: RunTrain, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_same_temperature(any_gain: None, run_train: RunTrain, tmp_path: Path) -> None:
     run = run_train(tmp_path / "run", "--epochs", 2, "--calibrate")
     whole = digests(run)
     shutil.rmtree(run / "model")
@@ -96,7 +114,7 @@ def test_a_resumed_run_has_the_same_temperature(run_train: RunTrain, tmp_path: P
 
 @needs_torchtext
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_exported_files_are_calibrated_too(run_train: RunTrain, tmp_path: Path) -> None:
+def test_exported_files_are_calibrated_too(any_gain: None, run_train: RunTrain, tmp_path: Path) -> None:
     """export.py compares them with the model; transformers' side is in tests/end_to_end/test_transformers.py."""
     model = run_train(tmp_path / "run", "--epochs", 2, "--calibrate") / "model"
     options = ["--model", str(model), "--format", "torchscript", "--output", str(tmp_path / "x.pt")]
@@ -114,9 +132,10 @@ def test_evaluate_calibrates_a_model_that_is_there(run_train: RunTrain, small_da
     model, dev, new = run_train(tmp_path / "run", "--epochs", 2) / "model", small_data / "dev.tsv", tmp_path / "new/m"
     done = evaluate("--model", model, "--device", "cpu", "--calibrate", dev, "--output", new)
     assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{new}: temperature ")
     temperature = float(done.stdout.split("temperature ")[1].split(",")[0])
     np.testing.assert_allclose(probabilities_of(new), tempered(probabilities_of(model), temperature), atol=1e-3)
-    assert "The probabilities are calibrated" in (new / "README.md").read_text()
+    assert "The probabilities are calibrated: temperature " in (new / "README.md").read_text()
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (model, new))
     assert before == after
     for words, says in (

@@ -276,6 +276,15 @@ def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> 
     assert "out.csv is there and complete, so nothing was done; whether it is of this input" in again.stderr
 
 
+def test_several_processes_say_once_that_a_model_is_not_for_glue(model: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = ["--model", model, "--device", "cpu", "--input", write_many(tmp_path / "in.csv", 10)]
+    command = [*launcher, "scripts/predict.py", *map(str, [*options, "--glue-submission", tmp_path / "glue"])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("error: --glue-submission: the model's classes are a, b") == 1
+
+
 def test_more_processes_than_rows_at_once(model: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     options = ["--model", model, "--device", "cpu", "--input", write_many(tmp_path / "in.csv", 10)]
@@ -411,6 +420,11 @@ WRONG_USE: list[tuple[list[str], str]] = [
     (["--text-column", "2", "x"], "--text-column needs --input"),
     (["--no-header", "x"], "--header needs --input"),
     (["--glue-submission", "x", "x"], "--glue-submission needs --input"),
+    (["--overwrite", "x"], "--overwrite needs the --output"),
+    (
+        ["--input", "sample_data/dev.tsv", "--glue-submission", "g", "--all-probabilities"],
+        "--glue-submission holds labels only",
+    ),
     (["--resume", "x"], "--resume needs --input and --output"),
     (["--input", "sample_data/dev.tsv", "--output", "x.tsv", "--resume", "--overwrite"], "leave one of them out"),
     (["a \udce9"], "sentence 1: not UTF-8"),
