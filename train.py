@@ -15,6 +15,7 @@ import sst2_xlmr  # noqa: F401 (says in one line if Python or torch cannot work,
 import contextlib
 import dataclasses
 import math
+import shlex
 import signal
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,7 +28,7 @@ import torch
 from sst2_xlmr import distributed
 from sst2_xlmr.accelerate import accelerate
 from sst2_xlmr.cli import parse_args
-from sst2_xlmr.config import Config
+from sst2_xlmr.config import Config, named_file
 from sst2_xlmr.data.batches import BatchLoader, GlobalBatchSampler
 from sst2_xlmr.data.prepare import Prepared, prepare
 from sst2_xlmr.distributed import World, shared_error
@@ -42,7 +43,7 @@ from sst2_xlmr.model.compact_vocab import renumbering, used_ids
 from sst2_xlmr.numerics import choose_precision, set_up_numerics
 from sst2_xlmr.report.event_folder import claim_event_folder
 from sst2_xlmr.report.header import HeaderFigures, header_lines
-from sst2_xlmr.report.report import Report, SilentReport, open_report, splits_during
+from sst2_xlmr.report.report import Report, SilentReport, open_report
 from sst2_xlmr.training.averaging import Computation, connect
 from sst2_xlmr.training.checkpoint import (
     RunState,
@@ -193,6 +194,11 @@ def claim_folders(config: Config, resume: bool) -> IO[str]:
         write_config(folder, config, is_new=True)
     clean_up(folder)
     return lock
+
+
+def splits_during(config: Config) -> list[str]:
+    """Return the splits to evaluate on during training; all others follow at its end."""
+    return ["dev", *(name for name, _ in map(named_file, config.eval_file))]
 
 
 def splits_at_end(run: Run) -> list[str]:
@@ -387,12 +393,12 @@ def finish(run: Run, outputs: Outputs, stopped: bool) -> None:
     if stopped:
         name = signal.Signals(outputs.stop.number).name
         report.say(f"stopped    by {name} after step {progress.step}, and saved; continue with")
-        report.say(f"           train.py --resume --output-dir {run.folder}")
+        report.say(f"           train.py --resume --output-dir {shlex.quote(str(run.folder))}")
         raise Stopped(outputs.stop.number)
     if progress.collapsed_step:
         report.say(f"collapsed  at step {progress.collapsed_step}; begin again with a lower --lr, or with")
         more = f"--restart-on-collapse {progress.restarts + 3}"
-        report.say(f"           train.py --resume --output-dir {run.folder} {more}")
+        report.say(f"           train.py --resume --output-dir {shlex.quote(str(run.folder))} {more}")
     if progress.calibration:
         report.say(f"calibrated {Calibration(*progress.calibration)}")
     chosen = f", the best of {progress.evaluations} and so a little too high" if progress.evaluations > 1 else ""

@@ -13,6 +13,7 @@ another precision, too, prints how far the two agree, and fails if more labels c
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -23,11 +24,10 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from sst2_xlmr import sources
-from sst2_xlmr.accelerate import load_model
 from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_option, bounds_of
-from sst2_xlmr.config import Config, named_file
+from sst2_xlmr.config import Config, named_files
 from sst2_xlmr.data.formats import KINDS, either
-from sst2_xlmr.data.rows import columns_of
+from sst2_xlmr.data.rows import COLUMN_OPTIONS, columns_of
 from sst2_xlmr.data.token_cache import tokenize_file
 from sst2_xlmr.distributed import World, choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
@@ -36,30 +36,16 @@ from sst2_xlmr.evaluation.calibration import Calibration, calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
 from sst2_xlmr.export.hugging_face import description_of, export_hugging_face, with_note, with_temperature
-from sst2_xlmr.memory import keep_freed_memory
+from sst2_xlmr.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.weights import load_tensors
+from sst2_xlmr.prediction import load_model
 from sst2_xlmr.report.event_folder import make_event_folder
 from sst2_xlmr.report.mistakes import EvaluatedFile
 from sst2_xlmr.report.table import evaluation_table
 from sst2_xlmr.report.tensorboard import SCALARS, draw_accuracy, draw_evaluation
 
-COLUMN_OPTIONS = ("text_column", "text_pair_column", "label_column", "header")
 MOST_CONFUSED_CLASSES = 10  # whose confusion matrix fits on a line
-
-
-def name_files(arguments: list[str]) -> dict[str, Path]:
-    """Return name -> file of the arguments, `NAME=FILE` or `FILE`."""
-    files: dict[str, Path] = {}
-    for name, file in map(named_file, arguments):
-        if name in files:
-            raise UserError(
-                f"two files have the name {name}, {files[name]} and {file}; name them with --file NAME=FILE"
-            )
-        if not file.is_file():
-            raise UserError(f"--file {file} is not a file")
-        files[name] = file
-    return files
 
 
 def check_outputs(json_file: Path | None, tensorboard_dir: Path | None) -> None:
@@ -141,7 +127,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         if os.path.lexists(arguments.output):
             raise UserError(f"--output {arguments.output} is there already; choose another name")
         try:
-            arguments.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+            parent = arguments.output.absolute().parent
+            parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(parent, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise UserError(f"cannot write to --output {arguments.output}: {error.strerror}") from None
 
@@ -182,11 +171,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_args()
-    files = name_files(arguments.file or [f"dev={arguments.calibrate}"])
+    files = named_files(arguments.file, "--file") or {"dev": arguments.calibrate}
+    for file in files.values():
+        if not file.is_file():
+            raise UserError(f"{'--file' if arguments.file else '--calibrate'} {file} is not a file")
     check_outputs(arguments.json, arguments.tensorboard)
     keep_freed_memory()
     device = choose_device(arguments.device)
-    model, tokenizer, label_names, precision = load_model(arguments.model, device, arguments.precision)
+    model, tokenizer, label_names, precision, _ = load_model(arguments.model, device, arguments.precision)
     if arguments.against and arguments.precision == "int8" != precision:
         raise UserError("--precision int8 cannot be compared on this machine, which cannot compute it")
     if arguments.against == precision:
@@ -203,10 +195,11 @@ def main() -> None:
     }
     world = World.alone(device)
     keep_probabilities = bool(arguments.tensorboard or arguments.calibrate or arguments.against)
-    evaluations = {
-        name: evaluate(model, cache, arguments.batch_tokens, world, keep_probabilities)
-        for name, cache in caches.items()
-    }
+    with memory_errors(f"take a smaller --batch-tokens than {arguments.batch_tokens}"):
+        evaluations = {
+            name: evaluate(model, cache, arguments.batch_tokens, world, keep_probabilities)
+            for name, cache in caches.items()
+        }
     if arguments.calibrate:
         calibration = calibrate(evaluations["dev"].probabilities, caches["dev"].labels)
         write_calibrated(arguments.model, arguments.output, calibration)

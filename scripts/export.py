@@ -21,7 +21,6 @@ The result is read back and compared with the model on a dozen sentences in as m
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -32,11 +31,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from sst2_xlmr import stack
-from sst2_xlmr.accelerate import load_model
 from sst2_xlmr.cli import OneLineParser, add_bounds, add_option, bounds_of
-from sst2_xlmr.config import EVAL_BATCH_TOKENS, Config, flag, named_file
+from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file
 from sst2_xlmr.data.formats import KINDS, either
-from sst2_xlmr.data.rows import Columns, columns_of
+from sst2_xlmr.data.rows import COLUMN_OPTIONS, Columns, columns_given
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.agreement import Answers, agreement_table, check_agreement, compare
 from sst2_xlmr.evaluation.evaluate import predict
@@ -44,10 +42,11 @@ from sst2_xlmr.export.check_rows import Rows, is_rows_file, read_checks, read_te
 from sst2_xlmr.export.hugging_face import IN_8_BITS, description_of, export_hugging_face, with_note
 from sst2_xlmr.export.trimmed import write_trimmed
 from sst2_xlmr.model.classifier import load_classifier
-from sst2_xlmr.model.encoders import Encoder, find_encoder
+from sst2_xlmr.model.encoders import Encoder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.weights import load_tensors
+from sst2_xlmr.prediction import load_model
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -55,7 +54,6 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # of a probability; bf16 weights have 
 ONNX_TOLERANCE = 1e-4
 ROWS_COMPARED = 1000  # of the texts whose vocabulary is kept: all have the same ids, these also the same answers
 ONNX_BATCH = 32
-COLUMN_OPTIONS = ("text_column", "text_pair_column", "label_column", "header")
 # Returns fp32 probabilities, [rows, labels].
 Classify = Callable[[Rows], torch.Tensor]
 
@@ -160,14 +158,13 @@ def write_torchscript(encoder: Encoder, file: Path) -> Classify:
     return answers
 
 
-def write_onnx_file(encoder: Encoder, file: Path, int8: bool, from_ids: bool) -> Classify:
+def write_onnx_file(encoder: Encoder, label_names: list[str], file: Path, int8: bool, from_ids: bool) -> Classify:
     import onnxruntime
     import onnxruntime_extensions
 
     from sst2_xlmr.export.onnx_file import build_onnx, write_onnx  # only here: it needs onnx
 
     tensors = {name: tensor.numpy() for name, tensor in load_tensors(encoder).items()}
-    label_names = encoder.label_names or []
     tokenizer_file = None if from_ids else encoder.tokenizer_file.read_bytes()
     write_onnx(build_onnx(tensors, encoder.shape, label_names, encoder.max_length, tokenizer_file, int8), file)
     options = onnxruntime.SessionOptions()
@@ -231,10 +228,10 @@ def write(arguments: argparse.Namespace, source: Path, written: Path) -> str:
     Raises:
         UserError: if its answers are too far from the model's.
     """
-    encoder, int8 = find_encoder(str(source)), arguments.format.endswith("int8")
+    (encoder, label_names), int8 = find_model(source), arguments.format.endswith("int8")
     takes_pairs = not arguments.format.startswith("onnx") or arguments.from_ids
-    columns, has_label_column = columns_for(arguments), "label_column" in arguments
-    checks = read_checks(arguments.check_file, columns, encoder.label_names or [], takes_pairs, has_label_column)
+    columns, has_label_column = columns_given(arguments), "label_column" in arguments
+    checks = read_checks(arguments.check_file, columns, label_names, takes_pairs, has_label_column)
     unlabelled = [name for name, rows in checks.items() if rows.labels is None] if int8 else []
     if unlabelled and arguments.most_lost is not None and len(unlabelled) == len(checks):
         raise UserError(f"--most-lost: no labels in {', '.join(unlabelled)}; name their column with --label-column")
@@ -242,7 +239,7 @@ def write(arguments: argparse.Namespace, source: Path, written: Path) -> str:
     if arguments.format == "torchscript":
         found = write_torchscript(encoder, written)
     elif arguments.format.startswith("onnx"):
-        found = write_onnx_file(encoder, written, int8, arguments.from_ids)
+        found = write_onnx_file(encoder, label_names, written, int8, arguments.from_ids)
     else:
         found = write_hugging_face(encoder, written, arguments.dtype, int8)
     answers = {name: Answers(found(rows).numpy(), expected(rows).numpy(), rows.labels) for name, rows in checks.items()}
@@ -261,26 +258,18 @@ def write(arguments: argparse.Namespace, source: Path, written: Path) -> str:
     return f"same answers on {count:,} rows, probabilities within {difference:.1g}"
 
 
-def columns_for(arguments: argparse.Namespace) -> Columns:
-    return columns_of(Config(**{name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}))
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
-    encoder = find_encoder(str(arguments.model))
-    if encoder.label_names is None:
-        raise UserError(f"{arguments.model} has no classification head; give a model folder that train.py wrote")
+    encoder, _ = find_model(arguments.model)
     output = arguments.output
     try:
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as exits:
-            parent, prefix = output.absolute().parent, f".{output.name}."
-            scratch = Path(exits.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=prefix)))
-            source = arguments.model
+        with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as folder:
+            source, scratch = arguments.model, Path(folder)
             if arguments.keep_vocabulary_of:
                 source = scratch / "source" / "trimmed"
                 source.parent.mkdir()
-                trim(encoder, arguments.keep_vocabulary_of, columns_for(arguments), source)
+                trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), source)
             result = scratch / "result" / output.name
             result.parent.mkdir()
             summary = write(arguments, source, result)

@@ -20,13 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from sst2_xlmr.cli import OneLineParser, add_option, positive
-from sst2_xlmr.config import Config
 from sst2_xlmr.data.formats import KINDS, Fields, kind_of, row_writer
-from sst2_xlmr.data.rows import columns_of, read_examples
+from sst2_xlmr.data.rows import TEXT_OPTIONS, columns_given, read_examples
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.files import new_file
 
-COLUMN_OPTIONS = ("text_column", "text_pair_column", "header")
 _KEY_WORDS = 3  # by so many first words a text is looked up in another
 Words = tuple[str, ...]
 
@@ -116,11 +114,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="new folder, with both files")
     parser.add_argument("--train-rows", type=positive, metavar="N", help="keep N random rows of the others [all]")
     parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of what is drawn [0]")
-    for name in COLUMN_OPTIONS:
+    for name in TEXT_OPTIONS:
         add_option(parser, name)
     arguments = parser.parse_args(argv)
-    given = {name: getattr(arguments, name) for name in COLUMN_OPTIONS if name in arguments}
-    columns, kind = columns_of(Config(**given)), kind_of(arguments.train_file)
+    columns, kind = columns_given(arguments), kind_of(arguments.train_file)
     if arguments.output_dir.exists():
         raise UserError(f"--output-dir {arguments.output_dir} is there already; choose another name")
     examples = list(read_examples(arguments.train_file, columns))

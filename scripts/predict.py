@@ -22,39 +22,32 @@ import io
 import itertools
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from sst2_xlmr import distributed
-from sst2_xlmr.accelerate import load_model
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option, number_to
-from sst2_xlmr.config import Config, flag
-from sst2_xlmr.data.answers import RowsWriter, Writer, check_columns, write_lines, write_submission
+from sst2_xlmr.config import flag
+from sst2_xlmr.data.answers import RowsWriter, Writer, check_columns, line_writer, submission_writer
 from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, is_table, kind_of
-from sst2_xlmr.data.rows import Example, check_text, columns_of, in_chunks, read_examples
+from sst2_xlmr.data.rows import TEXT_OPTIONS, Example, check_text, columns_given, in_chunks, read_examples
 from sst2_xlmr.distributed import World, choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
-from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.files import Finisher, digest_of, digest_of_input
 from sst2_xlmr.growing_files import is_begun, join_parts, open_parts
 from sst2_xlmr.memory import keep_freed_memory
-from sst2_xlmr.model.encoders import find_encoder
+from sst2_xlmr.model.encoders import find_model
+from sst2_xlmr.prediction import NO_ANSWER, Answer, Model, answers, load_model
+from sst2_xlmr.report.rows_bar import RowsBar
 
 ROWS_AT_ONCE = 1024
-COLUMN_OPTIONS = ("text_column", "text_pair_column", "header")
 # Options on which the output depends, besides the input and the model.
-ORDER_OPTIONS = (*COLUMN_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
-SECONDS_BETWEEN_LINES = 60.0
+RECIPE_OPTIONS = (*TEXT_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
 # Processes wait for one another at the beginning and the end only, however long the rows of one take.
 TIMEOUT_MINUTES = 7 * 24 * 60.0
-NO_ANSWER = "?"
-Answer = tuple[Example, str, list[float]]  # a row, its label, and the probabilities of all classes
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -64,7 +57,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add_model_options(parser)
     parser.add_argument("--input", type=Path, metavar="FILE", help=f"texts: a {either(KINDS)} file, perhaps with .gz")
-    for name in COLUMN_OPTIONS:
+    for name in TEXT_OPTIONS:
         add_option(parser, name)
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help=f"write a {either(KINDS)} file, perhaps with .gz, instead"
@@ -84,7 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.input and arguments.sentences:
         raise UserError(f"--input and a sentence, {arguments.sentences[0][:40]!r}: leave one of them out")
-    for name in COLUMN_OPTIONS:
+    for name in TEXT_OPTIONS:
         if not arguments.input and name in arguments:
             raise UserError(f"{flag(name)} needs --input, whose columns it names")
     if arguments.glue_submission and arguments.abstain_below:
@@ -167,8 +160,7 @@ def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
         names = ["sentence"]
         numbered = enumerate(read_sentences(arguments.sentences), 1)
         return (Example(sentence, None, Fields(line, names, [sentence])) for line, sentence in numbered)
-    given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
-    rows = read_examples(arguments.input, columns_of(Config(**given)))
+    rows = read_examples(arguments.input, columns_given(arguments))
     return itertools.chain([next(rows)], rows)
 
 
@@ -209,124 +201,90 @@ def find_chunks(arguments: argparse.Namespace, world: World) -> RankChunks:
     return RankChunks(columns, rows, first, last, digest)
 
 
-def order_of(arguments: argparse.Namespace, digest: str, precision: str, world: World) -> dict[str, Any]:
-    """Return what makes the rows of the output; parts of it that were begun with another order are not continued."""
-    encoder = find_encoder(str(arguments.model))
+def recipe_of(arguments: argparse.Namespace, digest: str, precision: str, world: World) -> dict[str, Any]:
+    """Return what makes the rows of the output; parts of it that were begun with another recipe are not continued."""
+    encoder, _ = find_model(arguments.model)
     files = [encoder.weights_file, encoder.tokenizer_file, *sorted(arguments.model.glob("*config.json"))]
-    options = {name: str(value) for name, value in vars(arguments).items() if name in ORDER_OPTIONS}
+    options = {name: str(value) for name, value in vars(arguments).items() if name in RECIPE_OPTIONS}
     digests = {"input": digest, "model": [digest_of(file) for file in files]}
     return {**digests, **options, "precision": precision, "device": world.device.type, "processes": world.world_size}
 
 
-class Progress:
-    """A bar with the time left on a terminal, else a line a minute, on standard error; for this process's rows."""
-
-    def __init__(self, total: int, done: int, quiet: bool) -> None:
-        shows_bar = sys.stderr.isatty() and not quiet
-        self._bar = tqdm(total=total or None, initial=done, unit=" rows", disable=not shows_bar, dynamic_ncols=True)
-        self._says_lines = not shows_bar and not quiet and total > 0
-        self._total, self._before, self._done = total, done, done
-        self._started = self._said = time.monotonic()
-
-    def advance(self, rows: int) -> None:
-        self._done += rows
-        self._bar.update(rows)
-        now = time.monotonic()
-        if self._says_lines and now - self._said > SECONDS_BETWEEN_LINES:
-            self._said, rate = now, (self._done - self._before) / (now - self._started)
-            left = tqdm.format_interval((self._total - self._done) / rate)
-            print(f"{self._done:,} of {self._total:,} rows, {rate:,.0f} rows/s, {left} left", file=sys.stderr)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-class Predictor:
-    """A loaded model, and how to compute with it."""
-
-    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
-        loaded = load_model(arguments.model, device, arguments.precision)
-        self.model, self.tokenizer, self.label_names, self.precision = loaded
-        self.device, self.batch_tokens, self.abstain_below = device, arguments.batch_tokens, arguments.abstain_below
-
-    def answers(self, chunks: Iterator[list[Example]], reads_ahead: bool) -> Iterator[list[Answer]]:
-        """Yield the answers to every chunk.
-
-        Args:
-            reads_ahead: whether to read and tokenize the next chunk meanwhile, on a thread; not from a stream, which
-                may keep it waiting.
-        """
-
-        def tokenized() -> tuple[list[Example], list[list[int]]] | None:
-            chunk = next(chunks, None)
-            if chunk is None:
-                return None
-            pairs = None if chunk[0].pair is None else [row.pair or "" for row in chunk]
-            return chunk, self.tokenizer([row.text for row in chunk], pairs)
-
-        with ThreadPoolExecutor(1) as thread:
-            pending = thread.submit(tokenized)
-            while (prepared := pending.result()) is not None:
-                if reads_ahead:
-                    pending = thread.submit(tokenized)
-                chunk, ids = prepared
-                probabilities = predict(self.model, ids, self.batch_tokens, self.device)
-                yield [
-                    (row, self.label_names[best] if of_row[best] >= self.abstain_below else NO_ANSWER, of_row)
-                    for row, best, of_row in zip(chunk, probabilities.argmax(1).tolist(), probabilities.tolist())
-                ]
-                if not reads_ahead:
-                    pending = thread.submit(tokenized)
+def answers_to(arguments: argparse.Namespace, model: Model, chunks: Iterator[list[Example]]) -> Iterator[list[Answer]]:
+    reads_ahead = arguments.input is not None
+    return answers(model, chunks, arguments.batch_tokens, arguments.abstain_below, reads_ahead)
 
 
 def print_answers(arguments: argparse.Namespace, device: torch.device) -> None:
     """Classify all texts, and write lines on standard output."""
     rows = read_input(arguments)
-    predictor = Predictor(arguments, device)
+    model = load_model(arguments.model, device, arguments.precision)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    write = write_lines(sys.stdout, arguments.all_probabilities)
-    for answers in predictor.answers(in_chunks(rows, ROWS_AT_ONCE), reads_ahead=arguments.input is not None):
-        for answer in answers:
-            write(*answer)
-        sys.stdout.flush()
+    write = line_writer(sys.stdout, arguments.all_probabilities)
+    for block in answers_to(arguments, model, in_chunks(rows, ROWS_AT_ONCE)):
+        try:
+            for answer in block:
+                write(*answer)
+            sys.stdout.flush()
+        except OSError as error:
+            discard_output()
+            if isinstance(error, BrokenPipeError):  # the reader, `head` say, has ended
+                return
+            raise UserError(f"cannot write to standard output: {error.strerror}") from None
+
+
+class Texts:
+    """What a block of answers adds to every output file."""
+
+    def __init__(self, arguments: argparse.Namespace, label_names: list[str], mine: RankChunks, begin: int) -> None:
+        """Begin with this chunk of the input, whose columns and chunks `mine` has."""
+        self._texts: list[io.StringIO] = []
+        self._writers: list[Writer] = []
+        if arguments.output:
+            header = getattr(arguments, "header", True) and begin == 0
+            names = label_names if arguments.all_probabilities else []
+            self._writers.append(RowsWriter(self._text(), arguments.output, header, names, mine.columns))
+        if arguments.glue_submission:
+            self._writers.append(submission_writer(self._text(), label_names, sum(mine.rows[:begin])))
+
+    def _text(self) -> io.StringIO:
+        self._texts.append(io.StringIO(newline=""))
+        return self._texts[-1]
+
+    def of(self, block: list[Answer]) -> list[str]:
+        """Return the text of these answers for every output file."""
+        for answer in block:
+            for write in self._writers:
+                write(*answer)
+        contents = [text.getvalue() for text in self._texts]
+        for text in self._texts:
+            text.seek(0)
+            text.truncate()
+        return contents
 
 
 def write_answers(arguments: argparse.Namespace, world: World) -> None:
     """Classify all texts, or this process's share of the input, and write the output files."""
     paths = output_files(arguments)
     mine = find_chunks(arguments, world) if arguments.input else RankChunks()
-    predictor = Predictor(arguments, world.device)
-    if len(set(distributed.gather_objects(world, predictor.precision))) > 1:
+    model = load_model(arguments.model, world.device, arguments.precision)
+    if len(set(distributed.gather_objects(world, model.precision))) > 1:
         raise distributed.shared_error("the processes compute in different precisions; name one with --precision")
-    order = order_of(arguments, mine.digest, predictor.precision, world) if arguments.input else None
-    with open_parts(paths, order, world.rank, arguments.resume) as parts, Finisher() as finisher:
+    recipe = recipe_of(arguments, mine.digest, model.precision, world) if arguments.input else None
+    with open_parts(paths, recipe, world.rank, arguments.resume) as parts, Finisher() as finisher:
         begin = mine.first + parts.blocks
+        texts = Texts(arguments, model.label_names, mine, begin)
         chunks = itertools.islice(in_chunks(read_input(arguments), ROWS_AT_ONCE), begin, mine.last)
         total, done = sum(mine.rows[mine.first : mine.last]), sum(mine.rows[mine.first : begin])
-        texts = [io.StringIO(newline="") for _ in paths]
-        writers: list[Writer] = []
-        for path, text in zip(paths, texts):
-            if path == arguments.output:
-                header = getattr(arguments, "header", True) and begin == 0
-                names = predictor.label_names if arguments.all_probabilities else []
-                writers.append(RowsWriter(text, path, header, names, mine.columns))
-            else:
-                writers.append(write_submission(text, predictor.label_names, sum(mine.rows[:begin])))
 
-        def add(answers: list[Answer]) -> None:
-            for answer in answers:
-                for write in writers:
-                    write(*answer)
-            parts.append([text.getvalue() for text in texts])
-            for text in texts:
-                text.seek(0)
-                text.truncate()
+        def write(block: list[Answer]) -> None:
+            parts.append(texts.of(block))
 
-        with contextlib.closing(Progress(total, done, quiet=not world.is_main)) as progress:
-            for answers in predictor.answers(chunks, reads_ahead=arguments.input is not None):
-                finisher.wait()  # until the chunk before has been written
-                finisher.submit(functools.partial(add, answers))
-                progress.advance(len(answers))
+        with contextlib.closing(RowsBar(total, done, quiet=not world.is_main)) as bar:
+            for block in answers_to(arguments, model, chunks):
+                finisher.wait()  # until the block before has been written
+                finisher.submit(functools.partial(write, block))
+                bar.advance(len(block))
         finisher.wait()
         parts.note()
         distributed.gather_objects(world, None)  # all parts are there
@@ -357,13 +315,7 @@ def main(argv: list[str] | None = None) -> None:
         with distributed.start(arguments.device, 0, TIMEOUT_MINUTES) as world:
             write_answers(arguments, world)
         return
-    try:
-        print_answers(arguments, choose_device(arguments.device))
-    except BrokenPipeError:  # the reader, `head` say, has ended
-        discard_output()
-    except OSError as error:
-        discard_output()
-        raise UserError(f"cannot write to standard output: {error.strerror}") from None
+    print_answers(arguments, choose_device(arguments.device))
 
 
 if __name__ == "__main__":

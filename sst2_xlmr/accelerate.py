@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from sst2_xlmr.distributed import World
-from sst2_xlmr.errors import UserError
 from sst2_xlmr.memory import give_back_memory
 from sst2_xlmr.model.classifier import Classifier, load_classifier
 from sst2_xlmr.model.tokenizer import Tokenizer
-from sst2_xlmr.numerics import choose_precision
 from sst2_xlmr.training.averaging import Computation
 from sst2_xlmr.training.optimizer import AdamW
 
@@ -31,7 +27,7 @@ def accelerate(
         compiles: whether the engines may be used at all.
     """
     if not compiles or not _has_engines():
-        return Computation(classifier)
+        return Computation(classifier, why_not_compiled="there is no engines/" if compiles else "as asked")
     from sst2_xlmr import engines
 
     return engines.accelerate(classifier, world, optimizer)
@@ -41,45 +37,23 @@ def _has_engines() -> bool:
     return Path(__file__).with_name("engines").is_dir()
 
 
-class Model(NamedTuple):
-    """A trained model, ready for prediction.
-
-    Attributes:
-        module: gives logits.
-        precision: in which it computes: int8, bf16 or fp32.
-    """
-
-    module: nn.Module
-    tokenizer: Tokenizer
-    label_names: list[str]
-    precision: str
-
-
-def load_model(folder: Path, device: torch.device, precision: str) -> Model:
-    """Load a trained model's folder.
+def quantized(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer, list[str]] | None:
+    """Load a trained model's folder for prediction in 8 bits on the CPU; see `load_classifier`.
 
     Args:
-        precision: auto, bf16, fp32 or int8. If this machine cannot compute int8 faster, one line on standard error says
-            so, and it is auto.
+        dtype: of what is not computed in 8 bits.
 
-    Raises:
-        UserError: for int8 on CUDA, or if the folder is not a model's.
+    Returns:
+        None if this machine cannot.
     """
-    if precision == "int8" and device.type != "cpu":
-        raise UserError("--precision int8 is for a CPU; take bf16 or fp32, or --device cpu")
-    plain = choose_precision("auto" if precision == "int8" else precision, device)
-    if precision == "int8" and _has_engines():
-        from sst2_xlmr import engines
+    if not _has_engines():
+        return None
+    from sst2_xlmr import engines
 
-        if engines.can_quantize():
-            classifier, tokenizer, label_names = load_classifier(folder, device, bf16=False)
-            dtype = torch.bfloat16 if plain == "bf16" else torch.float32
-            quantized = engines.quantize(classifier, dtype)
-            del classifier
-            give_back_memory()
-            return Model(quantized, tokenizer, label_names, precision)
-    if precision == "int8":
-        lacks = "int8 needs a CPU with AVX512-VNNI, Linux and a C compiler"
-        print(f"warning: {lacks}: computing in {plain} instead", file=sys.stderr)
-    classifier, tokenizer, label_names = load_classifier(folder, device, plain == "bf16")
-    return Model(accelerate(classifier, World.alone(device)).model, tokenizer, label_names, plain)
+    if not engines.can_quantize():
+        return None
+    classifier, tokenizer, label_names = load_classifier(folder, torch.device("cpu"), bf16=False)
+    module = engines.quantize(classifier, dtype)
+    del classifier
+    give_back_memory()
+    return module, tokenizer, label_names

@@ -32,7 +32,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments:"):
-            given = message.split(":", 1)[1].split()[0].split("=")[0]
+            given = (message.split(":", 1)[1].split() or ["''"])[0].split("=")[0]
             flags = [known for known in self._option_string_actions if known.startswith("--")]
             near = difflib.get_close_matches(given, flags, 1, 0.7)
             near = near or [known for known in flags if given.startswith("--") and given[2:] in known.split("-")]
@@ -71,7 +71,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder that train.py wrote")
     parser.add_argument(
         "--batch-tokens",
-        type=_batch_tokens,
+        type=positive,
         default=EVAL_BATCH_TOKENS,
         metavar="TOKENS",
         help=f"tokens per forward pass; a longer row is computed alone [{EVAL_BATCH_TOKENS}]",
@@ -104,7 +104,7 @@ def number_to(highest: float, what: str) -> Callable[[str], float]:
 def add_bounds(parser: argparse.ArgumentParser) -> None:
     """Add the bounds of a comparison of precisions (see `bounds_of`)."""
     percent = number_to(100, "percentage")
-    parser.add_argument("--most-changed", type=percent, metavar="%%", help="share of labels that may change [1]")
+    parser.add_argument("--most-changed", type=percent, metavar="PERCENT", help="share of labels that may change [1]")
     parser.add_argument("--most-lost", type=percent, metavar="POINTS", help="accuracy that may be lost [0.3]")
 
 
@@ -112,16 +112,6 @@ def bounds_of(arguments: argparse.Namespace) -> tuple[float, float]:
     """Return which fractions of the labels may change, and of accuracy be lost (see `evaluation.agreement`)."""
     changed, lost = arguments.most_changed, arguments.most_lost
     return (1.0 if changed is None else changed) / 100, (0.3 if lost is None else lost) / 100
-
-
-def _batch_tokens(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
-    if number < 1:
-        raise UserError(f"--batch-tokens must be 1 or more, not {number}")
-    return number
 
 
 def _build_parser() -> argparse.ArgumentParser:

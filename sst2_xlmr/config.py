@@ -68,12 +68,34 @@ def _check_class_weights(text: str) -> str:
     return ""
 
 
+def plain_name(path: Path) -> str:
+    """Return a file's name without its extensions: `fr` for `data/fr.csv.gz`."""
+    name = path.with_suffix("").name if path.suffix.lower() == ".gz" else path.name
+    return Path(name).stem
+
+
 def named_file(text: str) -> tuple[str, Path]:
     """Split `NAME=FILE`; without a name, take the file's, without its extension and `.gz`."""
     name, equals, path = text.partition("=")
     if equals and _NAME.fullmatch(name):
         return name, Path(path)
-    return Path(Path(text).name.removesuffix(".gz")).stem, Path(text)
+    return plain_name(Path(text)), Path(text)
+
+
+def named_files(values: list[str], option: str) -> dict[str, Path]:
+    """Return name -> file of an option's values, `[NAME=]FILE`.
+
+    Raises:
+        UserError: if two files have the same name.
+    """
+    files: dict[str, Path] = {}
+    for name, file in map(named_file, values):
+        if name in files:
+            raise UserError(
+                f"two files have the name {name}, {files[name]} and {file}; name them with {option} NAME=FILE"
+            )
+        files[name] = file
+    return files
 
 
 def _check_eval_files(values: list[str]) -> str:

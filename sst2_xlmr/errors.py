@@ -52,11 +52,9 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if error.is_own or os.environ.get("RANK" if error.is_shared else "LOCAL_RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        if error.is_own:
-            _end_at_once(2)  # an orderly exit would wait for the others, which wait for this one
-        sys.exit(2)
+        _end_with(error)
+    except PermissionError as error:  # on looking at a path; where one is written, more is said
+        _end_with(UserError(f"no permission for {error.filename}; ask its owner, or choose another place"))
     except LostContact as error:
         print(f"error: rank {os.environ.get('RANK', '0')}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         _end_at_once(1)  # an orderly exit would wait for the lost process again
@@ -66,6 +64,14 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     end_among_others(0)
+
+
+def _end_with(error: UserError) -> None:
+    if error.is_own or os.environ.get("RANK" if error.is_shared else "LOCAL_RANK", "0") == "0":
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if error.is_own:
+        _end_at_once(2)  # an orderly exit would wait for the others, which wait for this one
+    sys.exit(2)
 
 
 def end_among_others(status: int) -> None:

@@ -29,12 +29,12 @@ class GrowingFiles:
         blocks: how many blocks are in the parts, those of an earlier process included.
     """
 
-    def __init__(self, paths: Sequence[Path], order: Any, rank: int, resume: bool) -> None:
+    def __init__(self, paths: Sequence[Path], recipe: Any, rank: int, resume: bool) -> None:
         self._paths = paths
         self._parts = [part_of(path, rank) for path in paths]
         self._is_gzipped = [path.suffix.lower() == ".gz" for path in paths]
         self._state = state_of(self._parts[0])
-        self._order = {"files": [path.name for path in paths], "order": order}
+        self._recipe = {"files": [path.name for path in paths], "recipe": recipe}
         self.blocks = 0
         sizes = [0] * len(paths)
         with ExitStack() as stack:
@@ -62,7 +62,7 @@ class GrowingFiles:
             is_whole = False
         if not is_whole:
             return None
-        if state["order"] != json.loads(json.dumps(self._order)):
+        if state.get("recipe") != json.loads(json.dumps(self._recipe)):
             raise UserError(
                 f"{self._parts[0]} was begun with another model, input, machine or other options; --overwrite"
                 " instead of --resume begins again"
@@ -89,7 +89,7 @@ class GrowingFiles:
         self._is_worth_keeping, self._noted_at = True, time.monotonic()
 
     def _write_state(self, sizes: list[int]) -> None:
-        write_text(self._state, json.dumps({"order": self._order, "blocks": self.blocks, "bytes": sizes}))
+        write_text(self._state, json.dumps({"recipe": self._recipe, "blocks": self.blocks, "bytes": sizes}))
 
     def close(self) -> None:
         """Close the parts, and remove them if no rows have been noted; not if a file was to be replaced.
@@ -154,11 +154,11 @@ def _remove(files: Sequence[Path]) -> None:
 
 
 @contextlib.contextmanager
-def open_parts(paths: Sequence[Path], order: Any, rank: int, resume: bool) -> Iterator[GrowingFiles]:
+def open_parts(paths: Sequence[Path], recipe: Any, rank: int, resume: bool) -> Iterator[GrowingFiles]:
     """Open this process's parts of the output files `paths`, and keep other processes from them.
 
     Args:
-        order: JSON that says what makes the rows; parts that were begun with another are not continued.
+        recipe: JSON that says what makes the rows; parts that were begun with another are not continued.
         rank: of the process; the parts are joined in this order.
         resume: whether to continue after the blocks that are there.
 
@@ -167,7 +167,7 @@ def open_parts(paths: Sequence[Path], order: Any, rank: int, resume: bool) -> It
     """
     growing = None
     try:
-        growing = GrowingFiles(paths, order, rank, resume)
+        growing = GrowingFiles(paths, recipe, rank, resume)
         yield growing
     except OSError as error:
         problem = cannot_write(paths[0], error)

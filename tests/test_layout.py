@@ -19,6 +19,7 @@ LEVELS = [
     {"training"},
     {"evaluation", "engines", "export"},
     {"accelerate"},
+    {"prediction"},
     {"report"},
 ]
 MODULES = {

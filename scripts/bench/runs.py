@@ -55,7 +55,7 @@ def summarize(answers: list[Answer]) -> Answer:
     """Return the median, minimum and maximum over the rounds of every number; of all else the last round's."""
     last = answers[-1]
     spreads = {
-        name: spread([answer[name] for answer in answers])
+        name: spread([answer[name] for answer in answers if name in answer])  # some are measured in the last round
         for name, value in last.items()
         if type(value) in (int, float)
     }

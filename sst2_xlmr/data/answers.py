@@ -17,7 +17,7 @@ GLUE_NUMBERS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LAB
 Writer = Callable[[Example, str, Sequence[float]], object]
 
 
-def write_lines(file: TextIO, all_probabilities: bool) -> Writer:
+def line_writer(file: TextIO, all_probabilities: bool) -> Writer:
     """Return a writer of lines for people, where tabs and line ends in a text become spaces."""
     write = row_writer(file, ".tsv")
 
@@ -92,7 +92,7 @@ def check_columns(row: Example, columns: list[str], path: Path) -> None:
         )
 
 
-def write_submission(file: TextIO, label_names: list[str], first_row: int = 0) -> Writer:
+def submission_writer(file: TextIO, label_names: list[str], first_row: int = 0) -> Writer:
     """Return a writer of the GLUE server's format: index, tab, 0 or 1.
 
     Args:

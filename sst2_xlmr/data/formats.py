@@ -40,12 +40,6 @@ class Fields(NamedTuple):
     cells: Sequence[Any]
 
 
-def plain_name(path: Path) -> str:
-    """Return a file's name without its extensions: `fr` for `data/fr.csv.gz`."""
-    name = path.with_suffix("").name if path.suffix.lower() == ".gz" else path.name
-    return Path(name).stem
-
-
 def shortened(text: str, longest: int = 200) -> str:
     """Return a text for a one-line error, cut if it is long."""
     return text if len(text) <= longest else text[:longest] + "..."

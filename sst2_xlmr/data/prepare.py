@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from sst2_xlmr import sources
-from sst2_xlmr.config import Config, check, named_file
-from sst2_xlmr.data.formats import find_split, no_split, plain_name
+from sst2_xlmr.config import Config, check, named_file, plain_name
+from sst2_xlmr.data.formats import find_split, no_split
 from sst2_xlmr.data.hygiene import find_leaks
 from sst2_xlmr.data.rows import columns_of, has_labels, read_rows
 from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,8 @@ from sst2_xlmr.data.formats import Fields, is_table, read_fields, shortened
 from sst2_xlmr.errors import UserError
 
 SST2_NAMES = ["negative", "positive"]
+TEXT_OPTIONS = ("text_column", "text_pair_column", "header")
+COLUMN_OPTIONS = (*TEXT_OPTIONS, "label_column")
 _UNUSABLE = re.compile("[\ud800-\udfff\0]")
 _INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")
 _FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -59,6 +62,12 @@ AnyRow = TypeVar("AnyRow", Row, Example)
 def columns_of(config: Config) -> Columns:
     """Return a run's columns."""
     return Columns(config.text_column, config.text_pair_column, config.label_column, config.header)
+
+
+def columns_given(arguments: argparse.Namespace) -> Columns:
+    """Return the columns that a script's options name; those that are not given or that it does not have by default."""
+    given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
+    return columns_of(Config(**given))
 
 
 def listed(names: Sequence[str]) -> str:

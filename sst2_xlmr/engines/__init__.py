@@ -42,7 +42,7 @@ def accelerate(classifier: Classifier, world: World, optimizer: AdamW | None) ->
         shares_memory = world.world_size > 1 and share_memory(optimizer.trained, world)
         team = world if shares_memory else World.alone(world.device)
         optimizer.engine = CpuEngine(kernels, optimizer.trained, team)
-    return Computation(model, partial(exchange_gradients, world, kernels), why_not_compiled="")
+    return Computation(model, partial(exchange_gradients, world, kernels))
 
 
 def _accelerate_on_cuda(classifier: Classifier, world: World, optimizer: AdamW | None) -> Computation:

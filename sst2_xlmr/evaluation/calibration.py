@@ -72,9 +72,10 @@ def calibrate(probabilities: np.ndarray | None, labels: np.ndarray) -> Calibrati
         else:
             low += third
     inverse = (low + high) / 2
-    gain = 2 * len(labels) * (loss(1.0) - loss(inverse))
-    temperature = 1 / inverse if gain > _SIGNIFICANT_GAIN else 1.0
-    return Calibration(temperature, _ece(probabilities, labels), _ece(tempered(probabilities, temperature), labels))
+    before = _ece(probabilities, labels)
+    if 2 * len(labels) * (loss(1.0) - loss(inverse)) <= _SIGNIFICANT_GAIN:
+        return Calibration(1.0, before, before)
+    return Calibration(1 / inverse, before, _ece(tempered(probabilities, 1 / inverse), labels))
 
 
 def _ece(probabilities: np.ndarray, labels: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sst2_xlmr.config import named_file
+from sst2_xlmr.config import named_files
 from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.rows import Columns, has_labels, read_examples, read_rows
 from sst2_xlmr.errors import UserError
@@ -82,12 +82,7 @@ def read_checks(
         UserError: if a file has not what it must have.
     """
     checks: dict[str, Rows] = {}
-    files = [named_file(file) for file in given]
-    names = [name for name, _ in files]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two files have the name {name}; name them with --check-file NAME=FILE")
-    for name, file in files:
+    for name, file in named_files(given, "--check-file").items():
         if is_rows_file(file) and (has_label_column or has_labels(file, columns)):
             rows = list(read_rows(file, columns, label_names))
             texts = [(row.text, row.pair) for row in rows]

@@ -13,7 +13,7 @@ from typing import Any, Callable
 import torch
 
 from sst2_xlmr.data.prepare import Prepared
-from sst2_xlmr.export.model_card import last_evaluations, write_card
+from sst2_xlmr.export.model_card import card_text, last_evaluations
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.files import Deferred, Finisher, Storable, disk_errors, replace_folder, sync_files, write_tensors
 from sst2_xlmr.model.classifier import dropouts_of
@@ -61,7 +61,7 @@ def description_of(encoder: Encoder) -> Description:
         encoder.max_length,
         encoder.tokenizer_file,
         encoder.dropouts,
-        _without_note(card.read_text(encoding="utf-8"), IN_8_BITS) if card.is_file() else "",
+        _without_note(card.read_text(encoding="utf-8", errors="replace"), IN_8_BITS) if card.is_file() else "",
     )
 
 
@@ -213,6 +213,6 @@ def export_run(folder: Path, inputs: Prepared, state: RunState, finisher: Finish
             "attention_probs_dropout_prob": dropouts.attention,
             "classifier_dropout": dropouts.head,
         },
-        write_card(config, config.classes, row_counts, evaluations, state.progress, is_chosen=folder.name == "best"),
+        card_text(config, config.classes, row_counts, evaluations, state.progress, is_chosen=folder.name == "best"),
     )
     export_hugging_face(folder, masters, described, finisher.submit)

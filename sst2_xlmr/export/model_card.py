@@ -29,7 +29,7 @@ def last_evaluations(metrics_file: Path, step: int) -> list[dict[str, Any]]:
     return list(newest.values())
 
 
-def write_card(
+def card_text(
     config: Config,
     label_names: list[str],
     rows: Mapping[str, int],
@@ -124,8 +124,8 @@ def _remarks(progress: Progress, is_chosen: bool) -> list[str]:
         else:
             remarks.append(
                 f"The probabilities are calibrated: the last layer is divided by a temperature of {temperature:.3f},"
-                f" fitted on dev, where it takes the expected calibration error from {before:.4f} to {after:.4f}. Losses"
-                " above are without it."
+                f" fitted on dev, where it takes the expected calibration error from {before:.4f} to {after:.4f}."
+                " Losses above are without it."
             )
     return [line for remark in remarks for line in (remark, "")]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.model.encoders import Encoder, EncoderShape, find_encoder
+from sst2_xlmr.model.encoders import Encoder, EncoderShape, find_model
 from sst2_xlmr.model.roberta import Dropouts, Head, Layer, Transformer
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
 from sst2_xlmr.model.weights import check_fit, load_tensors
@@ -79,12 +79,16 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Cla
     Raises:
         UserError: if the folder is incomplete, or holds an encoder without classification head.
     """
-    encoder = find_encoder(str(folder))
-    if encoder.label_names is None:
-        raise UserError(f"{folder} has no classification head; give a model folder that train.py wrote")
-    model, _ = build_classifier(encoder, encoder.label_names)
+    encoder, label_names = find_model(folder)
+    tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
+    if tokenizer.vocab_size > encoder.shape.vocab_size:
+        raise UserError(
+            f"{encoder.tokenizer_file} gives ids below {tokenizer.vocab_size}, but the model has"
+            f" {encoder.shape.vocab_size} embedding rows; they do not belong together"
+        )
+    model, _ = build_classifier(encoder, label_names)
     model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
-    return model, load_tokenizer(encoder.tokenizer_file, encoder.max_length), encoder.label_names
+    return model, tokenizer, label_names
 
 
 def build_classifier(

@@ -104,6 +104,18 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
     return Encoder(name, shape, folder / file, folder / TOKENIZER_NAME, label_names, longest, dropouts)
 
 
+def find_model(folder: Path) -> tuple[Encoder, list[str]]:
+    """Find a trained model's folder; returns its parts and the names of its labels.
+
+    Raises:
+        UserError: if it is incomplete, or an encoder without classification head.
+    """
+    encoder = None if str(folder) in BUNDLE_SHAPES else find_encoder(str(folder))
+    if encoder is None or encoder.label_names is None:
+        raise UserError(f"{folder} has no classification head; give a model folder that train.py wrote")
+    return encoder, encoder.label_names
+
+
 def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))

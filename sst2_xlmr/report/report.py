@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sst2_xlmr.config import Config, named_file
+from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.evaluation.evaluate import Evaluation
@@ -127,7 +127,7 @@ class Report:
         """Say how large a checkpoint is, and how long it took.
 
         Args:
-            saved: bytes written, and the seconds that training waited for it; None if it had been saved already.
+            saved: bytes written, and the seconds that training waited for it; None on other ranks than 0.
         """
         if saved:
             self.say(f"step {step:>6}  checkpoint: {saved[0] / 1e6:,.0f} MB, training waited {saved[1]:.1f} s")
@@ -221,11 +221,6 @@ def open_report(
     except OSError as error:
         raise UserError(f"cannot write metrics to {error.filename or events_to}: {error.strerror}") from None
     return Report(metrics, events, config, files, first_step, total_steps)
-
-
-def splits_during(config: Config) -> list[str]:
-    """Return the splits to evaluate on during training; all others follow at its end."""
-    return ["dev", *(name for name, _ in map(named_file, config.eval_file))]
 
 
 def _cut_metrics(path: Path, last_step: int, written_again: list[str]) -> None:

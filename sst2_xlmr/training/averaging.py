@@ -29,7 +29,7 @@ class Computation:
 
     model: nn.Module
     exchange: Exchange | None = None
-    why_not_compiled: str = "as asked"
+    why_not_compiled: str = ""
 
 
 def connect(computation: Computation, optimizer: AdamW, world: World) -> nn.Module:

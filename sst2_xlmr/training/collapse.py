@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 
+from sst2_xlmr.training.loss import constant_loss
 from sst2_xlmr.training.progress import Progress
 
 # A suspicion arises once the mean loss of a line of metrics is so close to that of a constant answer ...
@@ -28,21 +29,6 @@ _LEARNED_LOSS, _LOSS_DEVIATION = 0.95, 0.5
 # Answers are useless only if they also get right less than this part of what the most frequent label gets wrong: on
 # dev, overfitting makes the loss high as well.
 _LITTLE_ACCURACY = 0.2
-
-
-def constant_loss(labels: np.ndarray, weights: np.ndarray, smoothing: float) -> float:
-    """Return the training loss, nats a row, of the best answer that is the same for every text.
-
-    Args:
-        labels: int [rows], of the training file.
-        weights: float [classes], of the classes in the loss.
-        smoothing: of the labels.
-    """
-    classes = len(weights)
-    counted = np.bincount(labels, minlength=classes) * weights
-    answer = (1 - smoothing) * counted / counted.sum() + smoothing / classes
-    entropy = -float(sum(p * math.log(p) for p in answer if p > 0))
-    return entropy * float(counted.sum()) / len(labels)
 
 
 def is_suspicious(loss: float, constant: float, steps_since_warmup: int, progress: Progress) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Callable
 
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.training.collapse import constant_loss
 
 # Takes fp32 logits [rows, classes] and int64 labels [rows]; returns the sum of the rows' losses, fp32.
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -32,10 +32,25 @@ def make_loss(config: Config, labels: np.ndarray, device: torch.device) -> Loss:
 
 
 def loss_of_constant_answer(config: Config, labels: np.ndarray) -> float:
-    """Return the training loss, nats a row, of the best answer that is the same for every text (see collapse)."""
+    """Return the training loss, nats a row, of the best answer that is the same for every text."""
     weights = class_weights(config.class_weights, labels, config.classes)
     factors = np.ones(len(config.classes)) if weights is None else weights.numpy()
     return constant_loss(labels, factors, config.label_smoothing)
+
+
+def constant_loss(labels: np.ndarray, weights: np.ndarray, smoothing: float) -> float:
+    """Return the training loss, nats a row, of the best answer that is the same for every text.
+
+    Args:
+        labels: int [rows], of the training file.
+        weights: float [classes], of the classes in the loss.
+        smoothing: of the labels.
+    """
+    classes = len(weights)
+    counted = np.bincount(labels, minlength=classes) * weights
+    answer = (1 - smoothing) * counted / counted.sum() + smoothing / classes
+    entropy = -float(sum(p * math.log(p) for p in answer if p > 0))
+    return entropy * float(counted.sum()) / len(labels)
 
 
 def class_weights(choice: str | None, labels: np.ndarray, names: list[str]) -> torch.Tensor | None:

@@ -35,7 +35,7 @@ class Progress:
         checked_step: when that was done last.
         collapsed_step: when the run was seen to have collapsed (see training/collapse); 0 for never.
         restarts: how often it has begun again after that.
-        calibration: temperature fitted at the last evaluation on dev, with ECE before and after; None if not asked for.
+        calibration: temperature of the model that is written next, with ECE before and after; None if not asked for.
     """
 
     train_digest: str

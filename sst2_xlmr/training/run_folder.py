@@ -15,7 +15,6 @@ from sst2_xlmr.config import LOCK_NAME, Config
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import restore_folder, write_text
 
-METRICS_NAME = "metrics.jsonl"
 RESTARTS_NAME = "restarts.json"
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from sst2_xlmr.config import plain_name
 from sst2_xlmr.data import formats
-from sst2_xlmr.data.formats import find_split, plain_name, read_fields, row_writer
+from sst2_xlmr.data.formats import find_split, read_fields, row_writer
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import new_file
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import ROOT, SMALL_ENCODER, needs_small_encoder
 from torch import nn
 
-from sst2_xlmr import accelerate, engines
+from sst2_xlmr import engines
 from sst2_xlmr.engines.cpu.int8 import Int8Classifier, Int8Kernels, Int8Linear, Norm, Quantized
 from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.errors import UserError
@@ -22,19 +22,20 @@ from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.quantized import quantize_weights
+from sst2_xlmr.prediction import load_model
 
 CPU = torch.device("cpu")
 # Gives the small encoder a head, and prints the bytes that loading it takes for good.
 LOADED = """
 import sys; from pathlib import Path
-import torch; from sst2_xlmr import accelerate, memory
+import torch; from sst2_xlmr import accelerate, memory, prediction
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 accelerate.load_classifier = lambda folder, device, bf16: (
     build_classifier(find_encoder(str(folder)), ["a", "b"])[0].requires_grad_(False).eval(), None, ["a", "b"])
 memory.keep_freed_memory()
 before = memory.used_memory_gb()
-model = accelerate.load_model(Path(sys.argv[1]), torch.device("cpu"), "int8")
+model = prediction.load_model(Path(sys.argv[1]), torch.device("cpu"), "int8")
 print(round((memory.used_memory_gb() - before) * 1e9))
 """
 
@@ -184,7 +185,7 @@ def test_without_the_instructions_it_is_said_once(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(engines, "can_quantize", lambda: False)
-    loaded = accelerate.load_model(model, CPU, "int8")
+    loaded = load_model(model, CPU, "int8")
     said = capsys.readouterr().err
     assert loaded.precision in ("bf16", "fp32")
     assert said.startswith("warning: int8 needs a CPU with AVX512-VNNI")
@@ -192,4 +193,4 @@ def test_without_the_instructions_it_is_said_once(
     logits = loaded.module(torch.tensor([[0, 5, 2]]))
     assert math.isfinite(float(logits.float().sum()))
     with pytest.raises(UserError, match="--precision int8 is for a CPU"):
-        accelerate.load_model(model, torch.device("cuda"), "int8")
+        load_model(model, torch.device("cuda"), "int8")

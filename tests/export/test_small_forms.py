@@ -17,12 +17,12 @@ from conftest import ROOT, user_error
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
-from sst2_xlmr.accelerate import load_model
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.trimmed import needed_pieces, trimmed_tokenizer
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import INT8_NAME, TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.weights import load_tensors
+from sst2_xlmr.prediction import load_model
 
 sys.path.insert(0, str(ROOT / "scripts"))
 export = importlib.import_module("export")

@@ -150,7 +150,10 @@ def test_a_reader_that_stops_is_no_error(run: Path, tmp_path: Path) -> None:
         (lambda run, tmp: ["--model", run / "model", "--file", "de=no.tsv"], "--file no.tsv is not a file"),
         (lambda run, tmp: ["--model", run / "model", "--file", DE, DE], "two files have the name test.de"),
         (lambda run, tmp: ["--model", run / "model", "--file", f"x={DE}", f"x={RU}"], "two files have the name x"),
-        (lambda run, tmp: ["--model", run / "model", "--file", DE, "--batch-tokens", "0"], "--batch-tokens must be"),
+        (
+            lambda run, tmp: ["--model", run / "model", "--file", DE, "--batch-tokens", "0"],
+            "--batch-tokens: '0' is not a number from 1",
+        ),
         (lambda run, tmp: ["--model", run / "model", "--file", DE, "--batch-tokens", "x"], "--batch-tokens"),
         (lambda run, tmp: ["--model", run / "model", "--file", DE, "--device", "cuda"], "no CUDA GPU"),
         (lambda run, tmp: ["--model", run / "model", "--file", DE, "--text-column", "t"], "no column 't'"),

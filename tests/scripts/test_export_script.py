@@ -24,7 +24,7 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.evaluation.calibration import Calibration
 from sst2_xlmr.evaluation.evaluate import predict
-from sst2_xlmr.export.model_card import write_card
+from sst2_xlmr.export.model_card import card_text
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.training.progress import Progress
@@ -306,14 +306,12 @@ def test_training_writes_a_card_without_paths(run_train: Callable[..., Path], sm
 
 def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -> None:
     progress = Progress("", "", 1, step=3)
-    card = write_card(Config(text_column="a|b"), [f"c{n}" for n in range(50)], {"train": 5}, [], progress)
+    card = card_text(Config(text_column="a|b"), [f"c{n}" for n in range(50)], {"train": 5}, [], progress)
     assert "base_model: FacebookAI/xlm-roberta-base\n" in card
     assert "# Text classifier: 50 classes\n" in card
     assert "5 rows train; from SST-2 of the GLUE benchmark." in card
     given = Config(data_dir="/data/films", eval_file=["fr=/data/fr.tsv"], test_file=["/data/de.tsv"])
-    assert "; from films, fr.tsv, de.tsv." in write_card(
-        given, ["a", "b"], {"train": 5, "fr": 2, "de": 2}, [], progress
-    )
+    assert "; from films, fr.tsv, de.tsv." in card_text(given, ["a", "b"], {"train": 5, "fr": 2, "de": 2}, [], progress)
     assert "| `--text-column` | a\\|b |" in card
 
 

@@ -30,6 +30,7 @@ import predict as script
 from sst2_xlmr import growing_files
 from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.rows import Columns, read_examples
+from sst2_xlmr.report import rows_bar
 
 
 def predict(*options: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -304,7 +305,7 @@ def test_what_was_to_replace_a_file_is_continued(
     (tmp_path / "out.csv").write_text("of before")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(growing_files, "_SECONDS_BETWEEN_NOTES", seconds)
-        patch.setattr(script.Progress, "advance", lambda self, rows: 1 / 0)
+        patch.setattr(script.RowsBar, "advance", lambda self, rows: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(model, *options, "--overwrite")
     run(model, *options, "--resume")
@@ -354,7 +355,7 @@ def test_other_rows_are_not_continued(
     options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(growing_files, "_SECONDS_BETWEEN_NOTES", 0.0)
-        patch.setattr(script.Progress, "advance", lambda self, rows: 1 / 0)
+        patch.setattr(script.RowsBar, "advance", lambda self, rows: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(model, *options)
     assert (tmp_path / "out.csv.part-0").is_file()
@@ -372,14 +373,14 @@ def test_an_input_that_changes_meanwhile_is_no_result(
 ) -> None:
     """A row that is added after the file was read through would be missing."""
     file = write_many(tmp_path / "in.csv", 2000)
-    advance = script.Progress.advance
+    advance = script.RowsBar.advance
 
-    def add_row(self: script.Progress, rows: int) -> None:
+    def add_row(self: script.RowsBar, rows: int) -> None:
         with file.open("a") as opened:
             opened.write("2000,one more\n")
         advance(self, rows)
 
-    monkeypatch.setattr(script.Progress, "advance", add_row)
+    monkeypatch.setattr(script.RowsBar, "advance", add_row)
     options = ["--input", file, "--output", tmp_path / "out.csv"]
     assert "in.csv changed while it was being read" in user_error(lambda: run(model, *options), capsys)
     assert not (tmp_path / "out.csv").exists()
@@ -391,7 +392,7 @@ def test_an_input_that_changes_meanwhile_is_no_result(
 def test_lines_tell_the_time_left_where_there_is_no_terminal(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(rows_bar, "_SECONDS_BETWEEN_LINES", 0.0)
     run(model, "--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("1,024 of 1,500 rows, ")
@@ -475,7 +476,11 @@ def test_two_columns_with_one_name_are_no_json(model: Path, tmp_path: Path, caps
         (lambda _: ["x"], b"", "required: --model"),
         (lambda _: ["--model", "no/such", "x"], b"", "no/such: neither"),
         (lambda model: ["--model", model.parent, "x"], b"", "has no config.json"),
-        (lambda model: ["--model", model, "--batch-tokens", "0", "x"], b"", "--batch-tokens must be"),
+        (
+            lambda model: ["--model", model, "--batch-tokens", "0", "x"],
+            b"",
+            "--batch-tokens: '0' is not a number from 1",
+        ),
         (lambda model: ["--model", model, "--device", "cuda", "x"], b"", "no CUDA GPU"),
         (lambda model: ["--model", model], b"fine\ncaf\xe9\n", "standard input, line 2: not UTF-8"),
     ],
