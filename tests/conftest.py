@@ -25,7 +25,7 @@ from sst2_xlmr.model.encoders import EncoderShape
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_DATA = ROOT / "sample_data"
 SMALL_ENCODER = Path(os.environ.get("SST2_XLMR_SMALL_ENCODER", ROOT / "models" / "small"))
-SST2 = Path(os.environ.get("SST2_XLMR_TEST_SST2", ROOT.parent / "shared" / "data" / "SST-2"))
+SST2 = Path(os.environ.get("SST2_XLMR_TEST_SST2", ROOT / "data" / "SST-2"))
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 make_tokenizer = importlib.import_module("sample_rows").make_tokenizer

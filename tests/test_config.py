@@ -58,6 +58,7 @@ def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[
 
 
 WRONG_FLAGS = [
+    ([""], "unknown argument ''; see --help"),
     (["--lrr", "1"], "unknown argument --lrr; did you mean --lr?"),
     (["--patience=3"], "unknown argument --patience; did you mean --early-stopping-patience?"),
     (["--learning-rate", "1"], "unknown argument --learning-rate; see --help"),

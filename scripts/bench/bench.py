@@ -145,6 +145,8 @@ def build_setup(arguments: argparse.Namespace) -> Setup:
     )
     check(config)
     device = choose_device(config.device, 0, max(arguments.processes, default=1))
+    if "int8" in arguments.only and device.type != "cpu":
+        raise UserError("--only int8 measures a CPU; add --device cpu")
     torch.set_num_threads(config.threads or torch.get_num_threads())
     precision = choose_precision(config.precision, device)
     config = dataclasses.replace(config, device=device.type, precision=precision, threads=torch.get_num_threads())

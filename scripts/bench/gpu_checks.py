@@ -134,8 +134,10 @@ def check_no_waiting(spec: Spec, device: torch.device) -> Answer:
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     set_up_numerics("bf16", True, device)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def repeats(run: TrainingRun, length: int, rows: int) -> bool:

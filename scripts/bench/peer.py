@@ -3,7 +3,8 @@
     PYTHON peer.py SPEC CONFIGURATION
 
 SPEC is the file that bench.py wrote (spec.py); one JSON object comes on standard output, all else on standard error.
-Only this file and sampling.py run in the peer's environment; they need nothing of the package. Configurations:
+Only this file, peer_training.py, measuring.py and sampling.py run in the peer's environment; they need nothing of the
+package. Configurations:
 
     padded    every row to the longest length (128 tokens). Such rows all cost the same, so a tenth of the steps, at
               least 3, gives the rate.
@@ -27,10 +28,7 @@ import dataclasses
 import json
 import os
 import platform
-import re
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ import accelerate
 import numpy as np
 import torch
 import transformers
+from measuring import clock, peak_memory
 from sampling import choose_batches
 from transformers import (
     Trainer,
@@ -58,26 +57,6 @@ Row = dict[str, Any]
 def versions() -> dict[str, str]:
     libraries = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
     return {"python": platform.python_version(), **libraries}
-
-
-def clock() -> float:
-    """Return the time in seconds, once the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak_memory(on_cuda: bool) -> dict[str, int]:
-    """Return what this process has had in memory at most; `ru_maxrss` would begin with the peak of its parent."""
-    status = Path("/proc/self/status")
-    if status.is_file() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
-        peak = {"peak_rss_bytes": int(match[1]) * 1024}
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if on_cuda:
-        peak["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
-    return peak
 
 
 class Rows:
@@ -192,7 +171,7 @@ class Stopwatch(TrainerCallback):
         self.times: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.times.append(clock())
+        self.times.append(clock(torch.cuda.is_available()))
 
 
 class MeasuredTrainer(Trainer):
@@ -249,9 +228,9 @@ def evaluate(spec: dict[str, Any], configuration: str) -> dict[str, float]:
     rows = [dev[row] for row in np.argsort(dev.lengths(), kind="stable")]
     trainer.predict(Rows(spec["rows_file"], "warmup"))
     warmup_batches = len(collator.real_tokens)
-    start = clock()
+    start = clock(torch.cuda.is_available())
     trainer.predict(rows)
-    seconds = clock() - start
+    seconds = clock(torch.cuda.is_available()) - start
     tokens = sum(collator.real_tokens[warmup_batches:])
     return {
         "samples_per_s": len(rows) / seconds,

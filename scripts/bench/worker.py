@@ -15,9 +15,7 @@ import itertools
 import json
 import os
 import re
-import resource
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
+from measuring import clock, peak_memory
 
 from sst2_xlmr import distributed, engines
 from sst2_xlmr.accelerate import accelerate
@@ -105,26 +104,6 @@ def model_flops(shape: EncoderShape, lengths: np.ndarray, num_labels: int, train
     return forward * (3 if training else 1)
 
 
-def clock(device: torch.device) -> float:
-    """Return the time in seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def peak_memory(device: torch.device) -> Answer:
-    """Return this process's peak memory; `ru_maxrss`, a fallback, begins with the peak of its parent."""
-    status = Path("/proc/self/status")
-    if status.is_file() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
-        peak = {"peak_rss_bytes": int(match[1]) * 1024}
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if device.type == "cuda":
-        peak["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(device)
-    return peak
-
-
 def rates(spec: Spec, name: str, seconds: float, training: bool) -> Answer:
     """Return the rates of one pass over a set of rows that took `seconds`."""
     lengths = spec.caches[name].lengths()
@@ -163,6 +142,7 @@ class TrainingRun:
 
     def __init__(self, spec: Spec, world: World) -> None:
         self.spec, self.config, self.world = spec, spec.config, world
+        self.on_cuda = world.device.type == "cuda"
         config, self.classifier = spec.config, random_classifier(spec, len(spec.kept_ids)).to(world.device)
         groups = Groups(spec.shape.layers, config.weight_decay, config.layerwise_lr_decay)
         self.optimizer = AdamW(self.classifier, groups, config.max_grad_norm, bf16=config.precision == "bf16")
@@ -196,14 +176,14 @@ class TrainingRun:
         """Train on a set of rows once; returns seconds, and computed tokens per real one."""
         loader = self.loaders[name]
         computed = real = 0
-        start = clock(self.world.device)
+        start = clock(self.on_cuda)
         for rank_batch in itertools.islice(loader.starting_at(epoch, 0), len(loader)):
             mark("data")
             self.make_step(rank_batch, mark)
             for batch in rank_batch.micro_batches:
                 real += batch.real_tokens
                 computed += self.computed_tokens(batch)
-        return clock(self.world.device) - start, computed / real
+        return clock(self.on_cuda) - start, computed / real
 
     def measure(self, epoch: int, phases: bool) -> Answer:
         """Train on the timed rows, once more for the phases if these are asked for; `epoch` draws the dropout."""
@@ -212,11 +192,11 @@ class TrainingRun:
         figures.update(
             computed_tokens_per_row=figures["tokens_per_row"] * computed_per_real,
             compiled=not self.computation.why_not_compiled,
-            **peak_memory(self.world.device),
+            **peak_memory(self.on_cuda),
         )
         if phases:
             figures["ms_per_step"] = self.ms_per_step(epoch)
-            if self.world.device.type == "cuda":
+            if self.on_cuda:
                 figures.update(self.gpu_figures(epoch))
         return figures
 
@@ -233,11 +213,11 @@ class TrainingRun:
     def ms_per_step(self, epoch: int) -> dict[str, float]:
         """Return milliseconds per phase of a step; looking at the clock after each slows a GPU down."""
         spent: dict[str, float] = defaultdict(float)
-        last = clock(self.world.device)
+        last = clock(self.on_cuda)
 
         def mark(phase: str) -> None:
             nonlocal last
-            now = clock(self.world.device)
+            now = clock(self.on_cuda)
             spent[phase] += now - last
             last = now
 
@@ -267,13 +247,13 @@ def prepare_evaluation(spec: Spec, world: World, int8: bool = False) -> Callable
         model = engines.quantize(classifier, dtype)
     else:
         model = accelerate(classifier.to(world.device, dtype), world, compiles=spec.config.compile).model
-    batch_tokens = spec.config.eval_batch_tokens
+    batch_tokens, on_cuda = spec.config.eval_batch_tokens, world.device.type == "cuda"
 
     def measure(epoch: int, phases: bool) -> Answer:
-        start = clock(world.device)
+        start = clock(on_cuda)
         evaluate(model, spec.caches["dev"], batch_tokens, world)
-        seconds = clock(world.device) - start
-        return {**rates(spec, "dev", seconds, training=False), **peak_memory(world.device)}
+        seconds = clock(on_cuda) - start
+        return {**rates(spec, "dev", seconds, training=False), **peak_memory(on_cuda)}
 
     evaluate(model, spec.caches["warmup"], batch_tokens, world)
     return measure

@@ -44,6 +44,13 @@ def write_interpreter(file: Path, script: str) -> Path:
     return file
 
 
+def test_a_figure_of_the_last_round_alone_is_summarized() -> None:
+    """On a GPU, what the profiler counts is measured once."""
+    found = bench_runs.summarize([{"rate": 1.0, "gpu": "x"}, {"rate": 3.0, "gpu": "x", "launches": 7.0}])
+    assert (found["rate"], found["launches"], found["gpu"]) == (2.0, 7.0, "x")
+    assert (found["min"]["rate"], found["max"]["rate"]) == (1.0, 3.0)
+
+
 def test_rates_phases_and_ratios(tiny_encoder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     answer = {"samples_per_s": 0.5, "tokens_per_s": 5.0, "peak_rss_bytes": 1000, "versions": {"torch": "9"}}
     peer = write_interpreter(tmp_path / "python", f"echo '{json.dumps(answer)}'")

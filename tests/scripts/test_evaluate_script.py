@@ -152,7 +152,7 @@ def test_a_reader_that_stops_is_no_error(run: Path, tmp_path: Path) -> None:
         (lambda run, tmp: ["--model", run / "model", "--file", f"x={DE}", f"x={RU}"], "two files have the name x"),
         (
             lambda run, tmp: ["--model", run / "model", "--file", DE, "--batch-tokens", "0"],
-            "--batch-tokens: '0' is not a number from 1",
+            "'0' is not a number from 1",
         ),
         (lambda run, tmp: ["--model", run / "model", "--file", DE, "--batch-tokens", "x"], "--batch-tokens"),
         (lambda run, tmp: ["--model", run / "model", "--file", DE, "--device", "cuda"], "no CUDA GPU"),

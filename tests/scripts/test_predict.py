@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import gzip
 import io
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SST2, user_error
+from conftest import ROOT, SST2, make_tokenizer, user_error
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -476,10 +477,11 @@ def test_two_columns_with_one_name_are_no_json(model: Path, tmp_path: Path, caps
         (lambda _: ["x"], b"", "required: --model"),
         (lambda _: ["--model", "no/such", "x"], b"", "no/such: neither"),
         (lambda model: ["--model", model.parent, "x"], b"", "has no config.json"),
+        (lambda _: ["--model", "xlmr.base", "x"], b"", "xlmr.base has no classification head"),
         (
             lambda model: ["--model", model, "--batch-tokens", "0", "x"],
             b"",
-            "--batch-tokens: '0' is not a number from 1",
+            "'0' is not a number from 1",
         ),
         (lambda model: ["--model", model, "--device", "cuda", "x"], b"", "no CUDA GPU"),
         (lambda model: ["--model", model], b"fine\ncaf\xe9\n", "standard input, line 2: not UTF-8"),
@@ -495,6 +497,26 @@ def test_wrong_use(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
     assert says in user_error(lambda: script.main([str(option) for option in options(model)]), capsys)
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(model, tmp_path / "model"))
+    rows = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    assert make_tokenizer(model / "sentencepiece.bpe.model", 2 * rows) > rows
+    assert f"but the model has {rows} embedding rows" in user_error(lambda: run(model, "x"), capsys)
+
+
+def test_a_path_without_permission_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/secret/model")
+
+    monkeypatch.setattr(script, "load_model", refuse)
+    said = user_error(lambda: script.main(["--model", "/secret/model", "x"]), capsys)
+    assert "no permission for /secret/model" in said
 
 
 def test_status_and_line_of_the_real_command(model: Path) -> None:
