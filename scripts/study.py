@@ -32,34 +32,22 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
+from trainer_side import PEER_PROGRAM, write_peer_inputs
+
 from sst2_xlmr.cli import OneLineParser, parse_args, with_files
-from sst2_xlmr.config import Config, flag
-from sst2_xlmr.data.prepare import find_files, prepare
-from sst2_xlmr.distributed import choose_device
+from sst2_xlmr.data.prepare import find_files
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.files import digest_of_input, write_text
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.numerics import choose_precision
 from sst2_xlmr.report.comparison import Figures, Results, summary, table
-from sst2_xlmr.training.schedule import Schedule
+from sst2_xlmr.training.run_folder import read_metrics
 from sst2_xlmr.training.signals import SIGNALS
 
-SCRIPTS = Path(__file__).resolve().parent
-TRAIN_PROGRAM = SCRIPTS.parent / "train.py"
-PEER_PROGRAM = SCRIPTS / "bench" / "peer_training.py"
+TRAIN_PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
 TRAINER = "trainer"
-TRAINER_LACKS = (
-    "max_steps",
-    "schedule",
-    "layerwise_lr_decay",
-    "label_smoothing",
-    "class_weights",
-    "freeze_encoder",
-    "early_stopping_patience",
-)
 
 
 class Study(NamedTuple):
@@ -209,48 +197,11 @@ def train(words: list[str], folder: Path, seed: int) -> bool:
 def accuracies(folder: Path) -> Figures:
     """Return a run's last accuracy on every file, its best on dev, which is that of best/, and its seconds."""
     found: dict[str, float] = {}
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    for entry in (line for line in lines if "split" in line):
+    for entry in (line for line in read_metrics(folder / "metrics.jsonl") if "split" in line):
         found[entry["split"]] = entry["accuracy"]
         if entry["split"] == "dev":
             found["best dev"] = max(entry["accuracy"], found.get("best dev", 0.0))
     return {**found, "seconds": seconds_of(folder.with_suffix(".seconds"))}
-
-
-def write_peer_inputs(study: Study) -> dict[str, Any]:
-    """Write the rows of all files, as ids, for the Trainer; returns what it is to do, but for the seed."""
-    config, _ = parse_args([*study.common, "--output-dir", str(study.folder / "unused")])
-    inputs = prepare(config, quiet=True)
-    config = inputs.config
-    if not Path(config.encoder).is_dir():
-        raise UserError(f"--peer needs an encoder in a folder that transformers opens, not {config.encoder}")
-    defaults = Config()
-    for name in TRAINER_LACKS:
-        if getattr(config, name) != getattr(defaults, name):
-            raise UserError(f"--peer: the Trainer knows no {flag(name)}; put it into a --setting")
-    arrays: dict[str, np.ndarray] = {}
-    for split, cache in inputs.caches.items():
-        if split == "train" and inputs.train_rows is not None:
-            cache = cache.subset(inputs.train_rows)
-        arrays.update({f"{split}_ids": cache.ids, f"{split}_offsets": cache.offsets, f"{split}_labels": cache.labels})
-    folder = study.folder / TRAINER
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "rows.npz", **arrays)
-    device = choose_device(config.device)
-    batches = -(-len(inputs.train_labels) // config.batch_size)
-    names = ("batch_size", "epochs", "lr", "warmup_ratio", "weight_decay", "max_grad_norm", "dropout", "head_dropout")
-    return {
-        **{name: getattr(config, name) for name in names},
-        "encoder": config.encoder,
-        "rows_file": str(folder / "rows.npz"),
-        "splits": [split for split in inputs.caches if split != "train"],
-        "labels": len(config.classes),
-        "batches": batches,
-        "max_steps": Schedule(config, batches).total_steps,
-        "precision": choose_precision(config.precision, device),
-        "device": device.type,
-        "threads": config.threads,
-    }
 
 
 def train_peer(study: Study, inputs: dict[str, Any], seed: int) -> bool:
@@ -279,7 +230,7 @@ def peer_accuracies(folder: Path, seed: int) -> Figures:
 
 def main(argv: list[str] | None = None) -> None:
     study = parse(argv)
-    inputs = write_peer_inputs(study) if study.peer else {}
+    inputs = write_peer_inputs(study.common, study.folder / TRAINER) if study.peer else {}
     results: dict[str, Results] = {name: {} for name in ([TRAINER] if study.peer else []) + list(study.settings)}
     # Seed by seed, so that every setting meets the same state of the machine.
     jobs = [(seed, name) for seed in study.seeds for name in results]

@@ -92,9 +92,9 @@ class GrowingFiles:
         write_text(self._state, json.dumps({"recipe": self._recipe, "blocks": self.blocks, "bytes": sizes}))
 
     def close(self) -> None:
-        """Close the parts, and remove them if no rows have been noted; not if a file was to be replaced.
+        """Close the parts. Without noted rows remove them, but not if there is an output of before.
 
-        That file must not pass for the result.
+        Then the note must stay, or `--resume` would take that output for the result.
         """
         if not self._is_worth_keeping and not any(path.exists() for path in self._paths):
             _remove([self._state, *self._parts])

@@ -2,7 +2,7 @@
 
     PYTHON peer_training.py ORDER RESULT
 
-ORDER is a JSON file (see `write_peer_inputs` in study.py); RESULT gets the order and the accuracy on every file. With
+ORDER is a JSON file (see trainer_side.py); RESULT gets the order and the accuracy on every file. With
 `evaluations_file` in the order, the Trainer also evaluates on dev during training, at the steps at which train.py
 would with `--eval-every`, and adds a line to that file each time, as in metrics.jsonl.
 """

@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from runs import ROOT, say, spread
+from trainer_side import PEER_PROGRAM, write_peer_inputs
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from study import PEER_PROGRAM, TRAIN_PROGRAM, TRAINER, Study, end_with, parse, write_peer_inputs
+from study import TRAIN_PROGRAM, TRAINER, Study, end_with, parse
 
 from sst2_xlmr.cli import OneLineParser, parse_args
 from sst2_xlmr.errors import UserError, exit_on_user_error
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         config, _ = parse_args([*study.common, "--output-dir", str(study.folder)])
         if config.eval_every is None:
             raise UserError("--peer needs --eval-every N, so that both sides evaluate at the same steps")
-        inputs = {**write_peer_inputs(study), "eval_every": config.eval_every}
+        inputs = {**write_peer_inputs(study.common, study.folder / TRAINER), "eval_every": config.eval_every}
     names = ([TRAINER] if study.peer else []) + list(study.settings)
     seconds: dict[str, dict[int, float | None]] = {name: {} for name in names}
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the command ends too

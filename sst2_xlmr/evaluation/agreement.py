@@ -1,4 +1,4 @@
-"""The gate of a faster precision: how far its answers are from a reference, and whether that is too far."""
+"""A faster precision: how far its answers are from those of a reference, and whether that is too far."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.evaluation.metrics import calibration_sums, expected_calibration_error
+from sst2_xlmr.evaluation.metrics import calibration_error_of
 
 
 class Answers(NamedTuple):
@@ -23,6 +23,13 @@ class Answers(NamedTuple):
     labels: np.ndarray | None
 
 
+class Quality(NamedTuple):
+    """How good the answers of one side are: how many rows are right, and the calibration error."""
+
+    right: int
+    ece: float
+
+
 class Agreement(NamedTuple):
     """How far they agree.
 
@@ -30,32 +37,27 @@ class Agreement(NamedTuple):
         rows: how many.
         changed: how many get another label.
         largest: change of a probability.
-        right, expected_right: how many are right, found and expected; None without labels.
-        ece, expected_ece: calibration error; None without labels.
+        found, expected: of both sides; None without labels.
     """
 
     rows: int
     changed: int
     largest: float
-    right: int | None
-    expected_right: int | None
-    ece: float | None
-    expected_ece: float | None
+    found: Quality | None
+    expected: Quality | None
 
 
 def compare(answers: Answers) -> Agreement:
-    found, expected = answers.found.argmax(1), answers.expected.argmax(1)
-    changed, rows = int((found != expected).sum()), len(found)
+    changed = int((answers.found.argmax(1) != answers.expected.argmax(1)).sum())
     largest = float(np.abs(answers.found - answers.expected).max())
-    if answers.labels is None:
-        return Agreement(rows, changed, largest, None, None, None, None)
-    figures: list[float] = []
-    for probabilities, predictions in ((answers.found, found), (answers.expected, expected)):
-        is_right = predictions == answers.labels
-        figures += [int(is_right.sum())]
-        figures += [expected_calibration_error(calibration_sums(probabilities.max(1), is_right), rows)]
-    right, ece, expected_right, expected_ece = figures
-    return Agreement(rows, changed, largest, int(right), int(expected_right), ece, expected_ece)
+    found, expected = _quality(answers.found, answers.labels), _quality(answers.expected, answers.labels)
+    return Agreement(len(answers.found), changed, largest, found, expected)
+
+
+def _quality(probabilities: np.ndarray, labels: np.ndarray | None) -> Quality | None:
+    if labels is None:
+        return None
+    return Quality(int((probabilities.argmax(1) == labels).sum()), calibration_error_of(probabilities, labels))
 
 
 def _joined(files: dict[str, Answers]) -> Answers:
@@ -84,9 +86,9 @@ def agreement_table(files: dict[str, Answers], name: str, reference: str) -> lis
     ]
     for file, part in parts.items():
         accuracy = ece = "-"
-        if part.right is not None and part.expected_right is not None:
-            accuracy = f"{part.right / part.rows:.4f} ({part.expected_right / part.rows:.4f})"
-            ece = f"{part.ece:.4f} ({part.expected_ece:.4f})"
+        if part.found and part.expected:
+            accuracy = f"{part.found.right / part.rows:.4f} ({part.expected.right / part.rows:.4f})"
+            ece = f"{part.found.ece:.4f} ({part.expected.ece:.4f})"
         share = f"{part.changed:,} ({part.changed / part.rows:.2%})"
         lines.append(f"{file:<{width}}  {share:>14}  {part.largest:>14.4f}  {accuracy:>26}  {ece:>26}  {part.rows:>8,}")
     return lines
@@ -112,8 +114,10 @@ def check_agreement(
             f"{name} changes {part.changed:,} of {part.rows:,} labels of {reference}, {part.changed / part.rows:.2%},"
             f" and at most {most_changed:.2%} are allowed; take {reference}, or allow more"
         )
-    labelled = [compare(answers) for answers in files.values() if answers.labels is not None]
-    rows, lost = sum(part.rows for part in labelled), sum((p.expected_right or 0) - (p.right or 0) for p in labelled)
+    rows = lost = 0
+    for part in map(compare, files.values()):
+        if part.found and part.expected:
+            rows, lost = rows + part.rows, lost + part.expected.right - part.found.right
     if lost > most_lost * rows:
         raise UserError(
             f"{name} loses {lost / rows:.2%} of accuracy against {reference}, and at most {most_lost:.2%} are allowed;"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sst2_xlmr.evaluation.metrics import calibration_sums, expected_calibration_error
+from sst2_xlmr.evaluation.metrics import calibration_error_of
 
 # Beyond these, the rows are too few or too easy to tell.
 LOWEST, HIGHEST = 0.25, 20.0
@@ -72,12 +72,7 @@ def calibrate(probabilities: np.ndarray | None, labels: np.ndarray) -> Calibrati
         else:
             low += third
     inverse = (low + high) / 2
-    before = _ece(probabilities, labels)
+    before = calibration_error_of(probabilities, labels)
     if 2 * len(labels) * (loss(1.0) - loss(inverse)) <= _SIGNIFICANT_GAIN:
         return Calibration(1.0, before, before)
-    return Calibration(1 / inverse, before, _ece(tempered(probabilities, 1 / inverse), labels))
-
-
-def _ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    sums = calibration_sums(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels)
-    return expected_calibration_error(sums, len(labels))
+    return Calibration(1 / inverse, before, calibration_error_of(tempered(probabilities, 1 / inverse), labels))

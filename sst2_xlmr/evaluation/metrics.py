@@ -69,6 +69,12 @@ def expected_calibration_error(sums: np.ndarray, rows: int) -> float:
     return float(np.abs(sums[0] - sums[1]).sum() / rows)
 
 
+def calibration_error_of(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Return the expected calibration error of answers: float [rows, labels], and int [rows]."""
+    sums = calibration_sums(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels)
+    return expected_calibration_error(sums, len(labels))
+
+
 def accuracy_interval(
     right: int, rows: int, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:

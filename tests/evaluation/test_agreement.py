@@ -22,12 +22,14 @@ UNLABELLED = answers([0.9], [0.7], None)
 
 def test_figures_by_hand() -> None:
     part = compare(PAIR)
-    assert (part.rows, part.changed, part.right, part.expected_right) == (4, 2, 3, 3)
+    assert (part.rows, part.changed) == (4, 2)
+    assert part.found is not None and part.expected is not None
+    assert (part.found.right, part.expected.right) == (3, 3)
     assert part.largest == pytest.approx(0.2)
     # Each row is alone in its bin: 0.9 and 0.9 right, 0.6 wrong, 0.55 right.
-    assert part.ece == pytest.approx((abs(0.9 - 1) * 2 + 0.6 + 0.45) / 4)
+    assert part.found.ece == pytest.approx((abs(0.9 - 1) * 2 + 0.6 + 0.45) / 4)
     alone = compare(UNLABELLED)
-    assert (alone.changed, alone.right, alone.ece) == (0, None, None)
+    assert (alone.changed, alone.found, alone.expected) == (0, None, None)
 
 
 def test_the_table_has_a_line_for_every_file_and_one_for_all() -> None:
