@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from sst2_xlmr import sources
@@ -28,7 +29,7 @@ from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_opti
 from sst2_xlmr.config import Config, named_files
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.rows import COLUMN_OPTIONS, columns_of
-from sst2_xlmr.data.token_cache import tokenize_file
+from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
 from sst2_xlmr.distributed import World, choose_device
 from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.agreement import Answers, agreement_table, check_agreement
@@ -138,8 +139,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def write_calibrated(source: Path, output: Path, calibration: Calibration) -> None:
     """Write a model folder like `source` that gives calibrated probabilities, and say so in its card."""
     encoder = find_encoder(str(source))
-    begin = "The probabilities are calibrated: "
-    described = with_note(description_of(encoder), f"{begin}{calibration}.", former=f"{begin}temperature")
+    begin, described = "The probabilities are calibrated: ", description_of(encoder)
+    if calibration.temperature != 1:
+        described = with_note(described, f"{begin}{calibration}.", former=f"{begin}temperature")
     export_hugging_face(output, with_temperature(load_tensors(encoder), calibration.temperature), described)
 
 
@@ -169,12 +171,19 @@ def parse_args() -> argparse.Namespace:
     return arguments
 
 
+def evaluate_all(
+    model: torch.nn.Module, caches: dict[str, TokenCache], batch_tokens: int, world: World, keep_probabilities: bool
+) -> dict[str, Evaluation]:
+    with memory_errors(f"take a smaller --batch-tokens than {batch_tokens}"):
+        return {name: evaluate(model, cache, batch_tokens, world, keep_probabilities) for name, cache in caches.items()}
+
+
 def main() -> None:
     arguments = parse_args()
     files = named_files(arguments.file, "--file") or {"dev": arguments.calibrate}
     for file in files.values():
         if not file.is_file():
-            raise UserError(f"{'--file' if arguments.file else '--calibrate'} {file} is not a file")
+            raise UserError(f"--file {file} is not a file")
     check_outputs(arguments.json, arguments.tensorboard)
     keep_freed_memory()
     device = choose_device(arguments.device)
@@ -195,11 +204,7 @@ def main() -> None:
     }
     world = World.alone(device)
     keep_probabilities = bool(arguments.tensorboard or arguments.calibrate or arguments.against)
-    with memory_errors(f"take a smaller --batch-tokens than {arguments.batch_tokens}"):
-        evaluations = {
-            name: evaluate(model, cache, arguments.batch_tokens, world, keep_probabilities)
-            for name, cache in caches.items()
-        }
+    evaluations = evaluate_all(model, caches, arguments.batch_tokens, world, keep_probabilities)
     if arguments.calibrate:
         calibration = calibrate(evaluations["dev"].probabilities, caches["dev"].labels)
         write_calibrated(arguments.model, arguments.output, calibration)
@@ -218,9 +223,7 @@ def main() -> None:
         print("\n".join(["", *class_lines(name, evaluation, label_names)]))
     if arguments.against:
         reference = load_model(arguments.model, device, arguments.against).module
-        expected = {
-            name: evaluate(reference, cache, arguments.batch_tokens, world, True) for name, cache in caches.items()
-        }
+        expected = evaluate_all(reference, caches, arguments.batch_tokens, world, True)
         answers = {name: answers_of(evaluations[name], expected[name], cache.labels) for name, cache in caches.items()}
         print("\n".join(["", *agreement_table(answers, precision, arguments.against)]), flush=True)
         check_agreement(answers, *bounds_of(arguments), precision, arguments.against)

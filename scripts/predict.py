@@ -237,7 +237,13 @@ class Texts:
     """What a block of answers adds to every output file."""
 
     def __init__(self, arguments: argparse.Namespace, label_names: list[str], mine: RankChunks, begin: int) -> None:
-        """Begin with this chunk of the input, whose columns and chunks `mine` has."""
+        """Begin with a chunk of the input.
+
+        Args:
+            label_names: the model's classes.
+            mine: the input's columns, and the rows of its chunks.
+            begin: number of that chunk.
+        """
         self._texts: list[io.StringIO] = []
         self._writers: list[Writer] = []
         if arguments.output:

@@ -397,7 +397,7 @@ class Config:
     compile: bool = option(
         True,
         "machine",
-        "compile what is not a matrix product: with a C compiler on a CPU, the optimizer's pass with Triton on CUDA",
+        "compile what is not a matrix product: with GCC on a CPU, the optimizer's pass with Triton on CUDA",
         kind=bool,
     )
     threads: int = option(

@@ -45,6 +45,8 @@ def own_error(text: str) -> UserError:
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`, a whole program; a `UserError` becomes one line and exit status 2, a bug keeps its traceback.
 
+    So does a path without permission, which any look at the file system may meet.
+
     Of several processes, rank 0 reports an error that all of them know. One that a node finds before the processes
     communicate (a missing folder, say) is reported by the first process of that node, and one that concerns a single
     rank by that rank.
@@ -54,6 +56,8 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except UserError as error:
         _end_with(error)
     except PermissionError as error:  # on looking at a path; where one is written, more is said
+        if error.filename is None:
+            raise
         _end_with(UserError(f"no permission for {error.filename}; ask its owner, or choose another place"))
     except LostContact as error:
         print(f"error: rank {os.environ.get('RANK', '0')}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

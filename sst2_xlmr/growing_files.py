@@ -34,7 +34,7 @@ class GrowingFiles:
         self._parts = [part_of(path, rank) for path in paths]
         self._is_gzipped = [path.suffix.lower() == ".gz" for path in paths]
         self._state = state_of(self._parts[0])
-        self._recipe = {"files": [path.name for path in paths], "recipe": recipe}
+        self._recipe = {"files": [path.name for path in paths], "rows": recipe}
         self.blocks = 0
         sizes = [0] * len(paths)
         with ExitStack() as stack:
@@ -92,9 +92,9 @@ class GrowingFiles:
         write_text(self._state, json.dumps({"recipe": self._recipe, "blocks": self.blocks, "bytes": sizes}))
 
     def close(self) -> None:
-        """Close the parts. Without noted rows remove them, but not if there is an output of before.
+        """Close the parts, and remove them if no rows were noted.
 
-        Then the note must stay, or `--resume` would take that output for the result.
+        They stay if an output file is there already: without the note, `--resume` would take that file for the result.
         """
         if not self._is_worth_keeping and not any(path.exists() for path in self._paths):
             _remove([self._state, *self._parts])

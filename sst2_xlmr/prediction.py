@@ -66,7 +66,7 @@ def load_model(folder: Path, device: torch.device, precision: str) -> Model:
         loaded = quantized(folder, torch.bfloat16 if plain == "bf16" else torch.float32)
         if loaded:
             return Model(*loaded, precision, device)
-        lacks = "int8 needs a CPU with AVX512-VNNI, Linux and a C compiler"
+        lacks = "int8 needs a CPU with AVX512-VNNI, Linux and GCC"
         print(f"warning: {lacks}: computing in {plain} instead", file=sys.stderr)
     classifier, tokenizer, label_names = load_classifier(folder, device, plain == "bf16")
     module = accelerate(classifier, World.alone(device)).model

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from sst2_xlmr.cli import parse_args
-from sst2_xlmr.config import OPTIONS, Config, flag
+from sst2_xlmr.config import OPTIONS, Config, flag, plain_name
 
 
 def test_defaults_are_those_of_config() -> None:
@@ -307,3 +307,8 @@ def test_a_python_without_torch_is_told_so() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: torch, torchdata, numpy, ") and "are not installed in" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["fr.tsv", "fr.csv.gz", "fr.JSONL.GZ"])
+def test_plain_name(name: str) -> None:
+    assert plain_name(Path("data", name)) == "fr"

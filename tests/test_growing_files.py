@@ -13,7 +13,7 @@ from sst2_xlmr import growing_files
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.growing_files import is_begun, join_parts, open_parts, part_of, state_of
 
-ORDER = {"model": "m", "options": [1, 2]}
+RECIPE = {"model": "m", "options": [1, 2]}
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +25,12 @@ class Killed(BaseException):
     pass
 
 
-def write(paths: list[Path], blocks: range, resume: bool, dies: bool = False, order: Any = ORDER, rank: int = 0) -> int:
+def write(
+    paths: list[Path], blocks: range, resume: bool, dies: bool = False, recipe: Any = RECIPE, rank: int = 0
+) -> int:
     """Write some blocks; returns how many were there. A process that dies has written half a block more."""
     try:
-        with open_parts(paths, order, rank, resume) as parts:
+        with open_parts(paths, recipe, rank, resume) as parts:
             before = parts.blocks
             for number in blocks[before:]:
                 parts.append([f"{path.name} {number}\n" for path in paths])
@@ -102,11 +104,11 @@ def test_another_output_is_not_begun_in_the_middle(tmp_path: Path) -> None:
         write(paths, range(3), resume=True)
 
 
-def test_another_order_is_refused_and_without_resume_begins_again(tmp_path: Path) -> None:
+def test_another_recipe_is_refused_and_without_resume_begins_again(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     write([path], range(3), resume=False, dies=True)
     with pytest.raises(UserError, match="part-0 was begun with another model, input"):
-        write([path], range(3), resume=True, order={"model": "other"})
+        write([path], range(3), resume=True, recipe={"model": "other"})
     assert state_of(part_of(path, 0)).is_file(), "what is refused stays"
     assert write([path], range(1), resume=False) == 0
     join_parts([path], 1)
@@ -130,7 +132,7 @@ def test_what_is_lost_or_damaged_is_written_again(tmp_path: Path, damage: str) -
 def test_a_second_process_is_refused_while_the_first_one_writes(tmp_path: Path, resume: bool) -> None:
     """With the same output, or one that shares a file with it; the first one's rows stay."""
     paths = [tmp_path / "a.tsv", tmp_path / "b.csv"]
-    with open_parts(paths, ORDER, 0, False) as parts:
+    with open_parts(paths, RECIPE, 0, False) as parts:
         parts.append(["one\n", "eins\n"])
         for others in (paths, paths[1:]):
             with pytest.raises(UserError, match="another process is writing .*part-0; wait"):
@@ -165,11 +167,11 @@ def test_what_was_begun_shows_from_the_first_moment(tmp_path: Path, monkeypatch:
     path = tmp_path / "a.tsv"
     path.write_text("of before\n")
     assert not is_begun(path)
-    with open_parts([path], ORDER, 1, False):
+    with open_parts([path], RECIPE, 1, False):
         assert is_begun(path)
     assert is_begun(path), "what is there must not pass for the result"
     with pytest.raises(UserError, match="was begun with another model, input"):
-        write([path], range(1), resume=True, order={"model": "other"}, rank=1)
+        write([path], range(1), resume=True, recipe={"model": "other"}, rank=1)
     assert write([path], range(1), resume=True) == 0
     join_parts([path], 1)
     assert path.read_text() == "a.tsv 0\n"
@@ -191,7 +193,7 @@ def test_files_that_only_look_like_parts_stay(tmp_path: Path) -> None:
 
 def test_nothing_is_left_if_nothing_was_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing_files, "_SECONDS_BETWEEN_NOTES", 1e9)
-    with contextlib.suppress(Killed), open_parts([tmp_path / "a.tsv"], ORDER, 0, False) as parts:
+    with contextlib.suppress(Killed), open_parts([tmp_path / "a.tsv"], RECIPE, 0, False) as parts:
         parts.append(["x"])
         raise Killed
     assert list(tmp_path.iterdir()) == []

@@ -243,7 +243,7 @@ def prepare_evaluation(spec: Spec, world: World, int8: bool = False) -> Callable
     classifier = random_classifier(spec, len(spec.kept_ids))
     if int8:
         if not engines.can_quantize():
-            raise UserError("8-bit products need a CPU with AVX512-VNNI, Linux and a C compiler")
+            raise UserError("8-bit products need a CPU with AVX512-VNNI, Linux and GCC")
         model = engines.quantize(classifier, dtype)
     else:
         model = accelerate(classifier.to(world.device, dtype), world, compiles=spec.config.compile).model

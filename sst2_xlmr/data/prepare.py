@@ -18,7 +18,7 @@ from sst2_xlmr.data.hygiene import find_leaks
 from sst2_xlmr.data.rows import columns_of, has_labels, read_rows
 from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder
+from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, check_tokenizer, find_encoder
 from sst2_xlmr.model.tokenizer import load_tokenizer
 
 
@@ -108,13 +108,8 @@ def prepare(config: Config, quiet: bool) -> Prepared:
         split: tokenize_file(file, encoder.tokenizer_file, columns, config.classes, config.max_length, cache_dir, load)
         for split, file in files.items()
     }
-    largest_id = max(int(cache.distinct_ids[-1]) for cache in caches.values())
-    if largest_id >= encoder.shape.vocab_size:
-        raise UserError(
-            f"{encoder.tokenizer_file} gives ids up to {largest_id}, but {encoder.name} has {encoder.shape.vocab_size}"
-            " embedding rows; they do not belong to the same model"
-        )
     train = caches["train"]
+    check_tokenizer(encoder, train.vocab_size)
     others = {split: cache.text_digests for split, cache in caches.items() if split != "train"}
     leaks = {split: find_leaks(train.text_digests, digests) for split, digests in others.items()}
     leaks = {split: rows for split, rows in leaks.items() if len(rows)}

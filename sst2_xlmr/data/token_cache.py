@@ -24,7 +24,7 @@ from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import digest_of, digest_of_input
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
 
-CACHE_FORMAT = 6
+CACHE_FORMAT = 7
 TOKENIZER_THREADS = 4  # reading and writing rows, in Python, cannot keep more of them busy
 _CHUNK_ROWS = 1000
 _DTYPES = {"offsets": np.int64, "text_digests": np.uint64, "labels": np.int32}  # int32 elsewhere
@@ -42,6 +42,7 @@ class TokenCache:
         text_digests: uint64 [rows], equal for equal texts (pairs of texts); empty unless the cache is on disk.
         repeats, contradictions: int32 [found]; see `hygiene.find_repeats`.
         truncated: how many rows were cut to the longest length.
+        vocab_size: every id that the tokenizer can give is below it; 0 unless the cache is on disk.
         digest: SHA-256 of the file, hexadecimal.
         renumbering: int32 [vocabulary], what `collate` replaces each id by (see compact_vocab); None to keep the ids.
     """
@@ -54,6 +55,7 @@ class TokenCache:
     repeats: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     contradictions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     truncated: int = 0
+    vocab_size: int = 0
     digest: str = ""
     renumbering: np.ndarray | None = None
 
@@ -222,7 +224,7 @@ def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Column
     found["repeats"], found["contradictions"] = find_repeats(digests, labels)
     for name, numbers in found.items():
         (folder / f"{name}.bin").write_bytes(numbers.astype(np.int32).tobytes())
-    counts = {"rows": rows, "tokens": tokens, "truncated": truncated}
+    counts = {"rows": rows, "tokens": tokens, "truncated": truncated, "vocab_size": tokenizer.vocab_size}
     counts.update({name: len(numbers) for name, numbers in found.items()})
     manifest = {**counts, "sha256": {file.name: digest_of(file) for file in sorted(folder.iterdir())}}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -241,4 +243,4 @@ def _open_cache(folder: Path, digest: str) -> TokenCache:
         arrays[name] = np.memmap(file, dtype=dtype, mode="r") if count else np.fromfile(file, dtype)
         if len(arrays[name]) != count or digest_of(file) != manifest["sha256"][file.name]:
             raise ValueError(f"{file} is damaged")
-    return TokenCache(**arrays, truncated=manifest["truncated"], digest=digest)
+    return TokenCache(**arrays, truncated=manifest["truncated"], vocab_size=manifest["vocab_size"], digest=digest)

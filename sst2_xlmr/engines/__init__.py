@@ -27,7 +27,7 @@ from sst2_xlmr.training.optimizer import AdamW
 def accelerate(classifier: Classifier, world: World, optimizer: AdamW | None) -> Computation:
     """Replace what can be computed faster on this device; nothing, if it cannot on any rank.
 
-    On a CPU that needs a C compiler, on CUDA Triton. Every rank must call this, all with the same weights.
+    On a CPU that needs GCC, on CUDA Triton. Every rank must call this, all with the same weights.
 
     Args:
         optimizer: gets another engine; None for prediction.
@@ -57,7 +57,7 @@ def _accelerate_on_cuda(classifier: Classifier, world: World, optimizer: AdamW |
 
 
 def can_quantize() -> bool:
-    """Whether `quantize` works: that takes a C compiler and AVX512-VNNI."""
+    """Whether `quantize` works: that takes GCC and AVX512-VNNI."""
     kernels = load_kernels(torch.float32)
     return kernels is not None and kernels.has_int8
 

@@ -118,8 +118,8 @@ def _remarks(progress: Progress, is_chosen: bool) -> list[str]:
         temperature, before, after = progress.calibration
         if temperature == 1:
             remarks.append(
-                "The probabilities are as training left them: on dev, no temperature makes them significantly better;"
-                f" their expected calibration error is {before:.4f}."
+                "The probabilities are calibrated: temperature 1, as no other is significantly better on dev; their"
+                f" expected calibration error there is {before:.4f}."
             )
         else:
             remarks.append(

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.errors import UserError
-from sst2_xlmr.model.encoders import Encoder, EncoderShape, find_model
+from sst2_xlmr.model.encoders import Encoder, EncoderShape, check_tokenizer, find_model
 from sst2_xlmr.model.roberta import Dropouts, Head, Layer, Transformer
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
 from sst2_xlmr.model.weights import check_fit, load_tensors
@@ -81,11 +80,7 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Cla
     """
     encoder, label_names = find_model(folder)
     tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
-    if tokenizer.vocab_size > encoder.shape.vocab_size:
-        raise UserError(
-            f"{encoder.tokenizer_file} gives ids below {tokenizer.vocab_size}, but the model has"
-            f" {encoder.shape.vocab_size} embedding rows; they do not belong together"
-        )
+    check_tokenizer(encoder, tokenizer.vocab_size)
     model, _ = build_classifier(encoder, label_names)
     model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
     return model, tokenizer, label_names

@@ -116,6 +116,19 @@ def find_model(folder: Path) -> tuple[Encoder, list[str]]:
     return encoder, encoder.label_names
 
 
+def check_tokenizer(encoder: Encoder, vocab_size: int) -> None:
+    """Check that there is an embedding for every id of the encoder's tokenizer, all of which are below `vocab_size`.
+
+    Raises:
+        UserError: if not.
+    """
+    if vocab_size > encoder.shape.vocab_size:
+        raise UserError(
+            f"{encoder.tokenizer_file} gives ids up to {vocab_size - 1}, but {encoder.name} has"
+            f" {encoder.shape.vocab_size} embedding rows; they do not belong to the same model"
+        )
+
+
 def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))

@@ -38,7 +38,8 @@ def _rows(count: int) -> str:
 def _example(inputs: Prepared, *rows: tuple[str, int]) -> str:
     """Return the files and lines of rows, each with its split, after a comma.
 
-    Nothing if a file is not what it was: a run that begins again after a collapse reads it no more than for this.
+    Nothing if a .csv file, which has to be read again for it, is not what it was: so a run can begin again after a
+    collapse, long after it has read its files.
     """
     places = []
     for split, row in rows:

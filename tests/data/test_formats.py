@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from sst2_xlmr.config import plain_name
 from sst2_xlmr.data import formats
 from sst2_xlmr.data.formats import find_split, read_fields, row_writer
 from sst2_xlmr.errors import UserError
@@ -134,11 +133,6 @@ def test_find_split_takes_the_one_file_there_is(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").touch()
     with pytest.raises(UserError, match=r"train\.tsv and train\.csv\.gz"):
         find_split(tmp_path, "train")
-
-
-@pytest.mark.parametrize("name", ["fr.tsv", "fr.csv.gz", "fr.JSONL.GZ"])
-def test_plain_name(name: str) -> None:
-    assert plain_name(Path("data", name)) == "fr"
 
 
 def write(path: Path, rows: list[list[object]]) -> None:

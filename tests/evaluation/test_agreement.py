@@ -1,4 +1,4 @@
-"""The gate of a faster precision."""
+"""A faster precision and its reference."""
 
 from __future__ import annotations
 

@@ -505,7 +505,7 @@ def test_a_tokenizer_of_another_model_is_refused(
     model = Path(shutil.copytree(model, tmp_path / "model"))
     rows = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     assert make_tokenizer(model / "sentencepiece.bpe.model", 2 * rows) > rows
-    assert f"but the model has {rows} embedding rows" in user_error(lambda: run(model, "x"), capsys)
+    assert f" has {rows} embedding rows; they do not belong" in user_error(lambda: run(model, "x"), capsys)
 
 
 def test_a_path_without_permission_is_named(

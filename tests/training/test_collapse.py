@@ -16,8 +16,8 @@ from running import digests
 
 import train
 from sst2_xlmr.training.checkpoint import find_checkpoint
-from sst2_xlmr.training.collapse import beats_constant, constant_loss, is_suspicious, why_collapsed
-from sst2_xlmr.training.loss import sum_of_losses
+from sst2_xlmr.training.collapse import beats_constant, is_suspicious, why_collapsed
+from sst2_xlmr.training.loss import constant_loss, sum_of_losses
 from sst2_xlmr.training.progress import Progress
 
 RunTrain = Callable[..., Path]
