@@ -313,7 +313,8 @@ def save(run: Run, outputs: Outputs) -> None:
     """Write a checkpoint; no checkpoint is ever ahead of the metrics on the disk."""
     distributed.on_main(run.world, outputs.report.sync)
     saved = save_checkpoint(run.folder / "checkpoints", run.state, run.config, run.world, outputs.finisher)
-    outputs.report.log_checkpoint(run.state.progress.step, saved)
+    if saved:
+        outputs.report.log_checkpoint(run.state.progress.step, *saved)
 
 
 def train_loop(run: Run, outputs: Outputs) -> bool:

@@ -35,7 +35,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import ROOT, Answer, measure_processes, measure_rates, measure_rows, rounded
+from figures import Answer, rounded
+from many_rows import measure_rows
+from runs import ROOT, measure_processes, measure_rates
 from spec import Setup, find_files, read_tokens, write_spec
 
 from sst2_xlmr.cli import OneLineParser, positive

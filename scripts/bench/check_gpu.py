@@ -23,7 +23,8 @@ import gpu_checks
 import numpy as np
 import torch
 from bench import SHAPES, positives
-from runs import Answer, machine_rates, ratio, run_peer, say, summarize, worker
+from figures import Answer, ratio, say, summarize
+from runs import machine_rates, run_peer, worker
 from sample_rows import make_tokenizer, write_rows
 from spec import Setup, find_files, read_tokens, write_spec
 from worker import read_spec

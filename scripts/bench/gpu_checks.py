@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from figures import Answer
 from runs import ROOT
 from worker import Spec, TrainingRun
 
@@ -27,7 +28,6 @@ from sst2_xlmr.files import digest_of
 from sst2_xlmr.numerics import set_up_numerics
 from sst2_xlmr.training.step import forward_backward
 
-Answer = dict[str, Any]
 PARITY_STEPS, CURVE_STEPS, RESUME_STEPS = 30, 100, 20
 LENGTHS = (16, 64, 128, 256, 512)  # tokens, for repetitions
 

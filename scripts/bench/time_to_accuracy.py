@@ -25,7 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runs import ROOT, say, spread
+from figures import say, spread
+from runs import ROOT
 from trainer_side import PEER_PROGRAM, write_peer_inputs
 
 sys.path.insert(0, str(ROOT / "scripts"))

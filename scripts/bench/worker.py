@@ -19,10 +19,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+from figures import Answer
 from measuring import clock, peak_memory
 
 from sst2_xlmr import distributed, engines
@@ -43,8 +44,6 @@ from sst2_xlmr.training.averaging import connect
 from sst2_xlmr.training.loss import make_loss
 from sst2_xlmr.training.optimizer import AdamW, Groups
 from sst2_xlmr.training.step import forward_backward
-
-Answer = dict[str, Any]
 
 
 class Spec(NamedTuple):

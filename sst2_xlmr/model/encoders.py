@@ -76,32 +76,40 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a checkpoint, for --resume; give best or model in the run's folder")
     settings = _read_settings(folder / "config.json")
-    for file in ("model.safetensors", "pytorch_model.bin", INT8_NAME):
-        if (folder / file).is_file():
-            break
-    else:
-        if any(folder.glob("*.index.json")):
-            raise UserError(f"{folder} has its weights in parts; save it again with max_shard_size='100GB'")
-        raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a model's folder?")
+    weights_file = _weights_file(folder)
     if not (folder / TOKENIZER_NAME).is_file():
         converted = " (newer transformers save tokenizer.json only)" if (folder / "tokenizer.json").is_file() else ""
         raise UserError(
             f"{folder} has no {TOKENIZER_NAME}{converted}; copy it from the model that this one was trained from,"
             " e.g. FacebookAI/xlm-roberta-base on the Hugging Face Hub"
         )
-    label_names = None
-    if "SequenceClassification" in str(settings.get("architectures")):
-        names = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its defaults out
-        if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
-            raise UserError(f"{folder / 'config.json'}: id2label must name the labels 0, 1, ... of the head")
-        label_names = [str(names[str(i)]) for i in range(len(names))]
+    label_names = _label_names(settings, folder / "config.json")
     shape = read_shape(folder)
     longest = shape.positions - 2
     if (folder / "tokenizer_config.json").is_file():
         stated = _read_settings(folder / "tokenizer_config.json").get("model_max_length")
         longest = min(longest, stated) if isinstance(stated, int) and stated > 2 else longest
     dropouts = {key: settings[key] for key in DROPOUT_KEYS if key in settings}
-    return Encoder(name, shape, folder / file, folder / TOKENIZER_NAME, label_names, longest, dropouts)
+    return Encoder(name, shape, weights_file, folder / TOKENIZER_NAME, label_names, longest, dropouts)
+
+
+def _weights_file(folder: Path) -> Path:
+    for name in ("model.safetensors", "pytorch_model.bin", INT8_NAME):
+        if (folder / name).is_file():
+            return folder / name
+    if any(folder.glob("*.index.json")):
+        raise UserError(f"{folder} has its weights in parts; save it again with max_shard_size='100GB'")
+    raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a model's folder?")
+
+
+def _label_names(settings: dict[str, Any], file: Path) -> list[str] | None:
+    """Return the names of the classes 0, 1, ... of the head; None if there is no head."""
+    if "SequenceClassification" not in str(settings.get("architectures")):
+        return None
+    names = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its defaults out
+    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
+        raise UserError(f"{file}: id2label must name the labels 0, 1, ... of the head")
+    return [str(names[str(i)]) for i in range(len(names))]
 
 
 def find_model(folder: Path) -> tuple[Encoder, list[str]]:
@@ -171,9 +179,8 @@ def read_shape(folder: Path) -> EncoderShape:
     sizes: dict[str, Any] = {}
     for size, key in keys.items():
         sizes[size] = settings.get(key)
-        largest = (
-            1_000 if size in ("layers", "heads") else 10_000_000
-        )  # beyond this: a typing error, or an attack on memory
+        # Beyond this: a typing error, or an attack on memory.
+        largest = 1_000 if size in ("layers", "heads") else 10_000_000
         if type(sizes[size]) is not int or not 1 <= sizes[size] <= largest:
             raise UserError(f"{file}: {key} is {sizes[size]!r}; a number from 1 to {largest:,} is needed")
     if sizes["hidden"] % sizes["heads"]:

@@ -123,14 +123,9 @@ class Report:
             mean = f"  mean {mean_of(list(others.values()))['accuracy']:.4f}" if len(others) > 1 else ""
             self.say(f"step {step:>6}  accuracy: {accuracies}{mean}")
 
-    def log_checkpoint(self, step: int, saved: tuple[int, float] | None) -> None:
-        """Say how large a checkpoint is, and how long it took.
-
-        Args:
-            saved: bytes written, and the seconds that training waited for it; None on other ranks than 0.
-        """
-        if saved:
-            self.say(f"step {step:>6}  checkpoint: {saved[0] / 1e6:,.0f} MB, training waited {saved[1]:.1f} s")
+    def log_checkpoint(self, step: int, size: int, waited_s: float) -> None:
+        """Say how many bytes a checkpoint has, and how long training waited for it."""
+        self.say(f"step {step:>6}  checkpoint: {size / 1e6:,.0f} MB, training waited {waited_s:.1f} s")
 
     def log_end(self, step: int) -> None:
         """Mark the run as finished; if other files than dev were evaluated, make a table of their last metrics."""
@@ -188,7 +183,7 @@ class SilentReport:
 
     def say_evaluation(self, step: int, evaluations: dict[str, Evaluation], is_best: bool) -> None: ...
 
-    def log_checkpoint(self, step: int, saved: tuple[int, float] | None) -> None: ...
+    def log_checkpoint(self, step: int, size: int, waited_s: float) -> None: ...
 
     def log_end(self, step: int) -> None: ...
 

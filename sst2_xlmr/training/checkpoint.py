@@ -128,9 +128,7 @@ def _finish(unfinished: Path, target: Path) -> None:
 def _remove_old(folder: Path, keep: int) -> None:
     whole = [saved for saved in sorted(folder.glob("step-????????")) if not what_is_damaged(saved, sizes_only=True)]
     for old in whole[:-keep]:
-        (old / "manifest.json").unlink(
-            missing_ok=True
-        )  # first, so that a half-removed checkpoint does not count as one
+        (old / "manifest.json").unlink(missing_ok=True)  # first: then a half-removed checkpoint does not count as one
         shutil.rmtree(old, ignore_errors=True)
 
 

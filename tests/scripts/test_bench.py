@@ -17,8 +17,8 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.model.encoders import EncoderShape
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
-bench, bench_runs, bench_worker, sampling, spec = (
-    importlib.import_module(name) for name in ("bench", "runs", "worker", "sampling", "spec")
+bench, bench_worker, figures, many_rows, sampling, spec = (
+    importlib.import_module(name) for name in ("bench", "worker", "figures", "many_rows", "sampling", "spec")
 )
 
 PEER = os.environ.get("SST2_XLMR_TEST_PEER")
@@ -46,7 +46,7 @@ def write_interpreter(file: Path, script: str) -> Path:
 
 def test_a_figure_of_the_last_round_alone_is_summarized() -> None:
     """On a GPU, what the profiler counts is measured once."""
-    found = bench_runs.summarize([{"rate": 1.0, "gpu": "x"}, {"rate": 3.0, "gpu": "x", "launches": 7.0}])
+    found = figures.summarize([{"rate": 1.0, "gpu": "x"}, {"rate": 3.0, "gpu": "x", "launches": 7.0}])
     assert (found["rate"], found["launches"], found["gpu"]) == (2.0, 7.0, "x")
     assert (found["min"]["rate"], found["max"]["rate"]) == (1.0, 3.0)
 
@@ -82,7 +82,7 @@ def test_rates_phases_and_ratios(tiny_encoder: Path, tmp_path: Path, capfd: pyte
 def test_a_ratio_is_taken_in_every_round() -> None:
     ours = [{"samples_per_s": rate} for rate in (10.0, 30.0, 20.0)]
     others = [{"samples_per_s": rate} for rate in (5.0, 10.0, 5.0)]
-    assert bench_runs.ratio(ours, others) == {"median": 3, "min": 2, "max": 4}
+    assert figures.ratio(ours, others) == {"median": 3, "min": 2, "max": 4}
 
 
 def test_needed_operations_by_hand() -> None:
@@ -146,7 +146,7 @@ def test_a_short_epoch_gives_batches_more_than_once() -> None:
 
 def test_many_rows_are_new_and_as_long(tmp_path: Path) -> None:
     source, target = SAMPLE_DATA / "train.tsv", tmp_path / "many.tsv"
-    bench_runs.write_many_rows(source, target, 5000, seed=0)
+    many_rows.write_many_rows(source, target, 5000, seed=0)
     old, new = (file.read_text(encoding="utf-8").splitlines()[1:] for file in (source, target))
     assert len(new) == 5000 and len(set(new)) > 4500
     old_words, new_words = (np.mean([len(line.split()) for line in lines]) for lines in (old, new))
