@@ -79,10 +79,10 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Cla
         UserError: if the folder is incomplete, or holds an encoder without classification head.
     """
     encoder, label_names = find_model(folder)
-    tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
-    check_tokenizer(encoder, tokenizer.vocab_size)
     model, _ = build_classifier(encoder, label_names)
     model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
+    tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
+    check_tokenizer(encoder, tokenizer.vocab_size)
     return model, tokenizer, label_names
 
 
