@@ -13,7 +13,6 @@ another precision, too, prints how far the two agree, and fails if more labels c
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -131,7 +130,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             parent = arguments.output.absolute().parent
             parent.mkdir(parents=True, exist_ok=True)
             if not os.access(parent, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                raise UserError(f"cannot write to --output {arguments.output}: no permission; choose another place")
         except OSError as error:
             raise UserError(f"cannot write to --output {arguments.output}: {error.strerror}") from None
 

@@ -48,6 +48,7 @@ from sst2_xlmr.training.signals import SIGNALS
 
 TRAIN_PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
 TRAINER = "trainer"
+digest = functools.cache(digest_of_input)  # the runs of a study share most of their files
 
 
 class Study(NamedTuple):
@@ -106,12 +107,6 @@ def parse(argv: list[str] | None) -> Study:
     if own.peer and not shutil.which(own.peer):
         raise UserError(f"--peer {own.peer} is no program; give an environment's bin/python")
     return Study(own.seeds, own.output_dir, settings, rest, own.peer)
-
-
-@functools.cache
-def digest(file: Path) -> str:
-    """Return a file's SHA-256; every file is read once in a study, whose runs share most of them."""
-    return digest_of_input(file)
 
 
 def read_by(words: list[str]) -> dict[str, Path]:

@@ -45,7 +45,7 @@ def own_error(text: str) -> UserError:
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`, a whole program; a `UserError` becomes one line and exit status 2, a bug keeps its traceback.
 
-    So does a path without permission, which any look at the file system may meet.
+    A path without permission, which any look at the file system may meet, becomes one line as well.
 
     Of several processes, rank 0 reports an error that all of them know. One that a node finds before the processes
     communicate (a missing folder, say) is reported by the first process of that node, and one that concerns a single

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
@@ -18,6 +17,7 @@ from runs import ROOT, worker
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.rows import SST2_NAMES, Columns, read_rows
 from sst2_xlmr.errors import UserError
+from sst2_xlmr.training.run_folder import read_metrics
 
 STEPS_ON_MANY_ROWS, DEV_ROWS = 5, 64
 
@@ -66,7 +66,7 @@ def time_train(config: Config, data: Path, encoder: Path, cache: Path, rows: int
         errors.seek(0)
         if process.returncode:
             raise UserError(f"train.py failed on {rows} rows: {(errors.read().splitlines() or ['no message'])[-1]}")
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(run_folder / "metrics.jsonl")
     shutil.rmtree(run_folder)
     return {
         "first_step_s": rounded(first_step_s),

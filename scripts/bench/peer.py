@@ -50,6 +50,7 @@ from transformers import (
 )
 
 PAD_ID = 1
+ON_CUDA = torch.cuda.is_available()
 ARGUMENTS = {field.name for field in dataclasses.fields(TrainingArguments)}
 Row = dict[str, Any]
 
@@ -171,7 +172,7 @@ class Stopwatch(TrainerCallback):
         self.times: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.times.append(clock(torch.cuda.is_available()))
+        self.times.append(clock(ON_CUDA))
 
 
 class MeasuredTrainer(Trainer):
@@ -228,9 +229,9 @@ def evaluate(spec: dict[str, Any], configuration: str) -> dict[str, float]:
     rows = [dev[row] for row in np.argsort(dev.lengths(), kind="stable")]
     trainer.predict(Rows(spec["rows_file"], "warmup"))
     warmup_batches = len(collator.real_tokens)
-    start = clock(torch.cuda.is_available())
+    start = clock(ON_CUDA)
     trainer.predict(rows)
-    seconds = clock(torch.cuda.is_available()) - start
+    seconds = clock(ON_CUDA) - start
     tokens = sum(collator.real_tokens[warmup_batches:])
     return {
         "samples_per_s": len(rows) / seconds,

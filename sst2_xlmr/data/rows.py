@@ -65,7 +65,7 @@ def columns_of(config: Config) -> Columns:
 
 
 def columns_given(arguments: argparse.Namespace) -> Columns:
-    """Return the columns that a script's options name; those that are not given or that it does not have by default."""
+    """Return the columns that a script's options name; an option that is not given, or not there, has its default."""
     given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
     return columns_of(Config(**given))
 

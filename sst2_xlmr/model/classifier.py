@@ -76,7 +76,7 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Cla
         The classifier in evaluation mode, its tokenizer, and the names of its labels.
 
     Raises:
-        UserError: if the folder is incomplete, or holds an encoder without classification head.
+        UserError: if the folder is incomplete, has no classification head, or has another model's tokenizer.
     """
     encoder, label_names = find_model(folder)
     model, _ = build_classifier(encoder, label_names)

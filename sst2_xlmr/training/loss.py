@@ -32,7 +32,7 @@ def make_loss(config: Config, labels: np.ndarray, device: torch.device) -> Loss:
 
 
 def loss_of_constant_answer(config: Config, labels: np.ndarray) -> float:
-    """Return the training loss, nats a row, of the best answer that is the same for every text."""
+    """Return `constant_loss` for a run's class weights and label smoothing; labels are int [rows]."""
     weights = class_weights(config.class_weights, labels, config.classes)
     factors = np.ones(len(config.classes)) if weights is None else weights.numpy()
     return constant_loss(labels, factors, config.label_smoothing)
