@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import nn
 
 from sst2_xlmr.distributed import World, gather_objects
 from sst2_xlmr.engines.cpu.adamw import CpuEngine, share_memory
@@ -62,13 +61,13 @@ def can_quantize() -> bool:
     return kernels is not None and kernels.has_int8
 
 
-def quantize(classifier: Classifier, dtype: torch.dtype) -> nn.Module:
+def quantize(classifier: Classifier, dtype: torch.dtype) -> Int8Classifier:
     """Return a classifier's forward pass in 8-bit integers.
 
     Args:
         classifier: in fp32, on the CPU; it is not needed any more.
         dtype: of what is not a product with weights.
     """
-    kernels = load_kernels(dtype)
-    assert kernels is not None
-    return Int8Classifier(classifier, kernels)
+    kernels, exact = load_kernels(dtype), load_kernels(torch.float32)
+    assert kernels is not None and exact is not None
+    return Int8Classifier(classifier, kernels, exact)

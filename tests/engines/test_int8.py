@@ -15,7 +15,8 @@ from conftest import ROOT, SMALL_ENCODER, needs_small_encoder
 from torch import nn
 
 from sst2_xlmr import engines
-from sst2_xlmr.engines.cpu.int8 import Int8Classifier, Int8Kernels, Int8Linear, Norm, Quantized
+from sst2_xlmr.engines.cpu.int8 import Int8Classifier
+from sst2_xlmr.engines.cpu.int8_linear import Int8Kernels, Int8Linear, Int16Linear, Norm, Quantized
 from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.evaluation.evaluate import predict
@@ -55,6 +56,10 @@ def kernels_for(dtype: torch.dtype) -> Kernels:
     return kernels
 
 
+def int8_linear(weight: torch.Tensor, bias: torch.Tensor) -> Int8Linear:
+    return Int8Linear(*quantize_weights(weight), bias)
+
+
 def values_of(quantized: Quantized, n: int) -> torch.Tensor:
     scale, shift = quantized.ranges.double().split(1, dim=1)
     return quantized.bytes[:, :n].double() * scale - shift
@@ -75,7 +80,7 @@ def test_a_row_uses_the_whole_range_of_its_own() -> None:
 
 def test_no_rows_give_none() -> None:
     int8 = Int8Kernels(kernels_for(torch.float32))
-    values, quantized = int8.linear(Int8Linear(torch.randn(5, 20), torch.zeros(5)), int8.quantize(torch.empty(0, 20)))
+    values, quantized = int8.linear(int8_linear(torch.randn(5, 20), torch.zeros(5)), int8.quantize(torch.empty(0, 20)))
     assert values.shape == (0, 5) and quantized.ranges.shape == (0, 2)
 
 
@@ -85,7 +90,7 @@ def test_what_is_no_number_stays_none(bad: float) -> None:
     int8 = Int8Kernels(kernels_for(torch.float32))
     x = torch.randn(3, 20)
     x[1, 7] = bad
-    values, quantized = int8.linear(Int8Linear(torch.randn(5, 20), torch.zeros(5)), int8.quantize(x), gelu=True)
+    values, quantized = int8.linear(int8_linear(torch.randn(5, 20), torch.zeros(5)), int8.quantize(x), gelu=True)
     assert values.isnan().all(1).tolist() == [False, True, False]
     assert quantized.ranges.isnan().all(1).tolist() == [False, True, False]
 
@@ -97,7 +102,7 @@ def test_a_layer_is_the_product_of_what_was_quantized(n: int, k: int, rows: int,
     int8 = Int8Kernels(kernels_for(dtype))
     torch.manual_seed(n)
     weight, bias, x = torch.randn(n, k), torch.randn(n), torch.randn(rows, k).to(dtype)
-    layer, quantized = Int8Linear(weight, bias), int8.quantize(x)
+    layer, quantized = int8_linear(weight, bias), int8.quantize(x)
     values, scales = quantize_weights(weight)
     exact = values_of(quantized, k) @ (values.double() * scales.double()[:, None]).t() + bias.double()
     norm = nn.LayerNorm(n, eps=1e-5).requires_grad_(False)
@@ -125,7 +130,7 @@ def test_a_layer_is_the_product_of_what_was_quantized(n: int, k: int, rows: int,
 def test_threads_and_neighbours_change_no_bit() -> None:
     int8 = Int8Kernels(kernels_for(torch.float32))
     torch.manual_seed(1)
-    layer, x = Int8Linear(torch.randn(100, 40), torch.randn(100)), torch.randn(131, 40)
+    layer, x = int8_linear(torch.randn(100, 40), torch.randn(100)), torch.randn(131, 40)
     expected, _ = int8.linear(layer, int8.quantize(x))
     torch.set_num_threads(3)
     assert torch.equal(int8.linear(layer, int8.quantize(x))[0], expected)
@@ -148,21 +153,60 @@ def texts() -> list[list[int]]:
     return [[0, *torch.randint(4, 200, (length,), generator=generator).tolist(), 2] for length in lengths]
 
 
+def answer_to(texts: list[list[int]], model: Classifier, dtype: torch.dtype, near_tie: float) -> torch.Tensor:
+    """Return probabilities."""
+    int8 = Int8Classifier(model, kernels_for(dtype), kernels_for(torch.float32), near_tie)
+    return predict(int8, texts, 4096, CPU)
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_answers_as_the_plain_one(dtype: torch.dtype, layers: int) -> None:
     """Measured by how much the texts' answers differ, which on random weights is little."""
     model, ids = build(layers), texts()
     expected = predict(model, ids, 4096, CPU)
-    found = predict(Int8Classifier(model, kernels_for(dtype)), ids, 4096, CPU)
-    error, spread = (found - expected).std(0), expected.std(0)
-    assert torch.all(error < 0.15 * spread), (error, spread)
+    for near_tie, allowed in ((0.0, 0.15), (math.inf, 0.01)):
+        error, spread = (answer_to(ids, model, dtype, near_tie) - expected).std(0), expected.std(0)
+        assert torch.all(error < allowed * spread), (near_tie, error, spread)
+
+
+def test_only_near_ties_are_computed_in_16_bits() -> None:
+    model, ids = build(), texts()
+    in_8_bits, in_16_bits = (answer_to(ids, model, torch.bfloat16, near_tie) for near_tie in (0.0, math.inf))
+    best, second = in_8_bits.log().topk(2).values.unbind(1)
+    near_tie = float((best - second).median())
+    is_near = best - second < near_tie
+    found = answer_to(ids, model, torch.bfloat16, near_tie)
+    assert torch.equal(found[~is_near], in_8_bits[~is_near])
+    assert torch.allclose(found[is_near], in_16_bits[is_near], atol=1e-6)
+    assert not torch.equal(in_8_bits[is_near], in_16_bits[is_near])
 
 
 def test_an_answer_does_not_depend_on_the_batch() -> None:
-    model, ids = Int8Classifier(build(), kernels_for(torch.float32)), texts()
+    fp32 = kernels_for(torch.float32)
+    model, ids = Int8Classifier(build(), fp32, fp32), texts()
     together, apart = predict(model, ids, 4096, CPU), predict(model, ids, 60, CPU)
     assert torch.allclose(together, apart, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "rows"), [(3, 5, 1), (64, 4, 6), (70, 30, 13), (200, 96, 100), (1, 8, 49), (5, 3, 0)]
+)
+def test_16_bits_lose_almost_nothing(n: int, k: int, rows: int) -> None:
+    """Against float64; a row and a channel with values of different sizes, threads, neighbours change nothing."""
+    int16 = Int8Kernels(kernels_for(torch.float32))
+    torch.manual_seed(n)
+    weight, bias, x = torch.randn(n, k), torch.randn(n), torch.randn(rows, k)
+    weight[0] *= 1e-3
+    x[:1] *= 1e3
+    layer = Int16Linear(weight, bias)
+    found = int16.linear16(layer, x)
+    size = x.double().abs().amax(1, keepdim=True) * weight.double().abs().amax(1) * math.sqrt(k)
+    error = found.double() - F.linear(x.double(), weight.double(), bias.double())
+    assert torch.all(error.abs() < size * 2**-14 + 1e-6)
+    torch.set_num_threads(3)
+    assert torch.equal(int16.linear16(layer, x[-1:]), found[-1:])
+    assert torch.equal(int16.linear16(layer, x), found)
 
 
 def test_weights_of_zero_and_large_ones_are_kept() -> None:

@@ -73,27 +73,35 @@ void quantize(const real *x, int64_t rows, int n, uint8_t *bytes, Range *ranges,
     }
 }
 
-/* sums [rows, PANEL] = activations [rows, 4 * steps] x one panel of weights; rows is at most HEIGHT, and constant */
+/* sums [rows, PANEL] = activations [rows, 4 * steps] x one panel of weights; rows is at most HEIGHT, and constant. All
+ * loops but the one over steps are unrolled, or GCC may keep the sums in memory. */
 static inline __attribute__((always_inline)) void multiply(int rows, const uint8_t *a, int stride, const int8_t *panel,
                                                            int steps, __m512i *sums) {
     __m512i sum[HEIGHT][VECTORS];
+#pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) sum[r][v] = _mm512_setzero_si512();
     for (int s = 0; s < steps; s++) {
         __m512i weights[VECTORS];
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) weights[v] = _mm512_loadu_si512(panel + (s * VECTORS + v) * 64);
+#pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             int32_t four;
             memcpy(&four, a + r * stride + 4 * s, 4);
             __m512i activation = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], activation, weights[v]);
         }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) sums[r * VECTORS + v] = sum[r][v];
 }
 
-static void multiply_rows(int rows, const uint8_t *a, int stride, const int8_t *panel, int steps, __m512i *sums) {
+static inline __attribute__((always_inline)) void multiply_rows(int rows, const uint8_t *a, int stride, const int8_t *panel, int steps, __m512i *sums) {
     switch (rows) {
     case 1: multiply(1, a, stride, panel, steps, sums); break;
     case 2: multiply(2, a, stride, panel, steps, sums); break;
@@ -104,22 +112,19 @@ static void multiply_rows(int rows, const uint8_t *a, int stride, const int8_t *
     }
 }
 
-/* values [rows, ld] = the product in fp32, with bias; ld is n rounded up to whole panels */
-static void product(const Linear *l, const uint8_t *a, const Range *ranges, int rows, float *values, int ld) {
-    int stride = rounded_up(l->k, 4), steps = stride / 4;
-    for (int c = 0; c < l->n; c += PANEL) {
-        int width = l->n - c < PANEL ? l->n - c : PANEL;
-        for (int r = 0; r < rows; r += HEIGHT) {
-            int count = rows - r < HEIGHT ? rows - r : HEIGHT;
-            __m512i sums[HEIGHT * VECTORS];
-            multiply_rows(count, a + r * stride, stride, l->weights + (int64_t)c * stride, steps, sums);
-            for (int i = 0; i < count; i++) {
-                const int32_t *sum = (const int32_t *)(sums + i * VECTORS);
-                float *to = values + (r + i) * ld + c;
-                Range range = ranges[r + i];
-                for (int j = 0; j < width; j++)
-                    to[j] = sum[j] * (range.scale * l->scales[c + j]) - range.shift * l->sums[c + j] + l->bias[c + j];
-            }
+/* values [rows, ld] = the product with one panel in fp32, with bias; its channels begin at c */
+static inline __attribute__((always_inline)) void panel_product(const Linear *l, int c, const uint8_t *a, const Range *ranges, int rows, float *values, int ld) {
+    int stride = rounded_up(l->k, 4), width = l->n - c < PANEL ? l->n - c : PANEL;
+    for (int r = 0; r < rows; r += HEIGHT) {
+        int count = rows - r < HEIGHT ? rows - r : HEIGHT;
+        __m512i sums[HEIGHT * VECTORS];
+        multiply_rows(count, a + (int64_t)r * stride, stride, l->weights + (int64_t)c * stride, stride / 4, sums);
+        for (int i = 0; i < count; i++) {
+            const int32_t *sum = (const int32_t *)(sums + i * VECTORS);
+            float *to = values + (r + i) * ld;
+            Range range = ranges[r + i];
+            for (int j = 0; j < width; j++)
+                to[j] = sum[j] * (range.scale * l->scales[c + j]) - range.shift * l->sums[c + j] + l->bias[c + j];
         }
     }
 }
@@ -144,15 +149,16 @@ void int8_linear(const Linear *l, const uint8_t *a, const Range *ranges, int64_t
                  uint8_t *bytes, Range *ranges_out, int threads) {
     if (rows == 0) return; /* no block, by which OpenMP would divide */
     int n = l->n, ld = rounded_up(n, PANEL), stride = rounded_up(l->k, 4), stride_out = rounded_up(n, 4);
-    int64_t share = (rows + threads - 1) / threads;
-    int block = share < BLOCK ? rounded_up(share, HEIGHT) : BLOCK;
+    int64_t share = (rows + threads - 1) / threads, blocks = (share + BLOCK - 1) / BLOCK; /* of a thread */
+    int block = rounded_up((share + blocks - 1) / blocks, HEIGHT);
 #pragma omp parallel num_threads(threads)
     {
         float *values = malloc(sizeof(float) * block * ld);
 #pragma omp for schedule(static)
         for (int64_t start = 0; start < rows; start += block) {
             int count = rows - start < block ? rows - start : block;
-            product(l, a + start * stride, ranges + start, count, values, ld);
+            for (int c = 0; c < n; c += PANEL)
+                panel_product(l, c, a + start * stride, ranges + start, count, values + c, ld);
             for (int r = 0; r < count; r++) {
                 float *row = values + r * ld;
                 int64_t t = start + r;
@@ -164,5 +170,38 @@ void int8_linear(const Linear *l, const uint8_t *a, const Range *ranges, int64_t
         }
         free(values);
     }
+}
+
+/* The layer in 16 bits, for few rows: out [rows, n] = x [rows, k] with weights high + low. What 8 bits round away from x
+ * is quantized, too; of both roundings' product there is nothing to see. */
+void int16_linear(const Linear *high, const Linear *low, const float *x, int64_t rows, float *out, int threads) {
+    int n = high->n, k = high->k, stride = rounded_up(k, 4);
+    uint8_t *bytes = malloc(2 * rows * stride); /* x, then the rest of x */
+    Range *ranges = malloc(sizeof(Range) * 2 * rows);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < rows; t++) {
+            float rest[k];
+            uint8_t *of_row = bytes + t * stride;
+            Range range = ranges[t] = quantize_row(x + t * k, k, of_row);
+            for (int i = 0; i < k; i++) rest[i] = x[t * k + i] - (range.scale * of_row[i] - range.shift);
+            ranges[rows + t] = quantize_row(rest, k, of_row + rows * stride);
+        }
+        float *values = malloc(sizeof(float) * 3 * rows * PANEL), *last = values + 2 * rows * PANEL;
+#pragma omp for schedule(static)
+        for (int c = 0; c < n; c += PANEL) {
+            panel_product(high, c, bytes, ranges, 2 * rows, values, PANEL);
+            panel_product(low, c, bytes, ranges, rows, last, PANEL);
+            for (int64_t t = 0; t < rows; t++)
+                for (int j = 0; j < PANEL && c + j < n; j++) {
+                    float of_rest = values[(rows + t) * PANEL + j] - high->bias[c + j]; /* which the first has */
+                    out[t * n + c + j] = values[t * PANEL + j] + of_rest + last[t * PANEL + j];
+                }
+        }
+        free(values);
+    }
+    free(bytes);
+    free(ranges);
 }
 #endif

@@ -217,6 +217,7 @@ static void multiply(int m, int n, int k, const float *a, int ai, int aj, const 
 /* to [padded(rows), ld] = the head's columns of a token-major matrix, times scale; zeros around them */
 static void load_head(float *to, int ld, const real *from, int64_t stride, int rows, int size, float scale) {
     for (int t = 0; t < rows; t++) {
+        __builtin_prefetch(from + t * stride + size); /* the next head */
         for (int i = 0; i < size; i++) to[t * ld + i] = widen(from[t * stride + i]) * scale;
         for (int i = size; i < ld; i++) to[t * ld + i] = 0;
     }
@@ -250,8 +251,10 @@ static void transpose(float *to, int ldt, const float *from, int ldf, int rows, 
 }
 
 static void store_head(real *to, int64_t stride, const float *from, int ld, int rows, int size, float scale) {
-    for (int t = 0; t < rows; t++)
+    for (int t = 0; t < rows; t++) {
+        __builtin_prefetch(to + t * stride + size, 1);
         for (int i = 0; i < size; i++) to[t * stride + i] = narrow(from[t * ld + i] * scale);
+    }
 }
 
 /* weights [n, ld] = softmax of every column. A column is a query, a lane of the vectors: nothing is summed across lanes. */

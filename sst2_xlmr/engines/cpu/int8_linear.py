@@ -1,0 +1,154 @@
+"""Linear layers in 8-bit integers on a CPU with AVX512-VNNI: see int8.c for how they lose nothing."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sst2_xlmr.engines.cpu.kernels import Kernels
+from sst2_xlmr.model.quantized import quantize_weights
+
+_PANEL = 64  # channels that lie together, as in int8.c
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        *((name, _P) for name in ("weights", "scales", "sums", "bias")),
+        *((name, ctypes.c_int32) for name in ("n", "k")),
+    )
+
+
+class _After(ctypes.Structure):
+    _fields_ = (
+        ("gelu", ctypes.c_int32),
+        *((name, _P) for name in ("residual", "gamma", "beta")),
+        ("epsilon", ctypes.c_float),
+    )
+
+
+class Quantized(NamedTuple):
+    """Activations, every row with a range of its own.
+
+    Attributes:
+        bytes: uint8 [rows, n rounded up to a multiple of 4].
+        ranges: fp32 [rows, 2], scale and shift: a value is scale * byte - shift.
+    """
+
+    bytes: torch.Tensor
+    ranges: torch.Tensor
+
+
+class Norm(NamedTuple):
+    """The residual connection and the LayerNorm that follow a layer.
+
+    Attributes:
+        residual: of the kernels' dtype, [rows, n].
+        module: its parameters in fp32.
+    """
+
+    residual: torch.Tensor
+    module: nn.LayerNorm
+
+
+class Int8Linear:
+    """A linear layer whose weights lie as int8.c reads them.
+
+    Args:
+        values, scales: int8 [n, k] and fp32 [n], as `quantize_weights` gives them.
+        bias: fp32 [n].
+    """
+
+    def __init__(self, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor) -> None:
+        self.n, self.k = values.shape
+        sums = values.sum(1, dtype=torch.int32) * scales
+        padded = F.pad(values, (0, -self.k % 4, 0, -self.n % _PANEL))
+        panels = padded.view(-1, _PANEL, padded.shape[1] // 4, 4).permute(0, 2, 1, 3).contiguous()
+        self.bias = bias.float().clone()
+        self._tensors = (panels, scales, sums, self.bias)  # kept: the struct has their addresses
+        self.as_c = _Linear(*[tensor.data_ptr() for tensor in self._tensors], self.n, self.k)
+
+
+class Int16Linear:
+    """A linear layer whose weights are the sum of two parts of 8 bits.
+
+    Args:
+        weight: fp32 [n, k].
+        bias: fp32 [n].
+
+    Attributes:
+        high: the layer in 8 bits.
+        low: what that rounds away, without a bias.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        values, scales = quantize_weights(weight)
+        self.high = Int8Linear(values, scales, bias)
+        self.low = Int8Linear(*quantize_weights(weight - values * scales[:, None]), torch.zeros_like(bias))
+
+
+class Int8Kernels:
+    """The functions of int8.c."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._library, self.dtype = kernels.library, kernels.dtype
+        self._library.quantize.argtypes = (_P, _L, _I, _P, _P, _I)
+        self._library.int8_linear.argtypes = (_P, _P, _P, _L, _P, _P, _P, _P, _I)
+        self._library.int16_linear.argtypes = (_P, _P, _P, _L, _P, _I)
+        for function in (self._library.quantize, self._library.int8_linear, self._library.int16_linear):
+            function.restype = None
+
+    def quantize(self, x: torch.Tensor) -> Quantized:
+        """Quantize activations of the kernels' dtype, [rows, n]."""
+        result = _room(len(x), x.shape[1])
+        threads = torch.get_num_threads()
+        self._library.quantize(x.data_ptr(), *x.shape, result.bytes.data_ptr(), result.ranges.data_ptr(), threads)
+        return result
+
+    def linear16(self, layer: Int16Linear, x: torch.Tensor) -> torch.Tensor:
+        """Return a layer's output in 16 bits, fp32 [rows, n]; x is fp32 [rows, k]."""
+        values = torch.empty(len(x), layer.high.n)
+        weights = (ctypes.byref(layer.high.as_c), ctypes.byref(layer.low.as_c))
+        self._library.int16_linear(*weights, x.data_ptr(), len(x), values.data_ptr(), torch.get_num_threads())
+        return values
+
+    def linear(
+        self,
+        layer: Int8Linear,
+        x: Quantized,
+        gelu: bool = False,
+        norm: Norm | None = None,
+        wanted: str = "both",
+    ) -> tuple[torch.Tensor, Quantized]:
+        """Return the layer's output, after GELU or `norm`, in the kernels' dtype and quantized.
+
+        Args:
+            wanted: "values", "quantized" or "both"; what is not wanted is not filled in.
+        """
+        rows = len(x.ranges)
+        values = torch.empty(rows if wanted != "quantized" else 0, layer.n, dtype=self.dtype)
+        result = _room(rows if wanted != "values" else 0, layer.n)
+        after = _After(int(gelu), None, None, None, 0.0)
+        if norm:
+            module = norm.module
+            parameters = (norm.residual.data_ptr(), module.weight.data_ptr(), module.bias.data_ptr())
+            after = _After(int(gelu), *parameters, module.eps)
+        outputs = [tensor.data_ptr() if len(tensor) else None for tensor in (values, *result)]
+        self._library.int8_linear(
+            ctypes.byref(layer.as_c),
+            x.bytes.data_ptr(),
+            x.ranges.data_ptr(),
+            rows,
+            ctypes.byref(after),
+            *outputs,
+            torch.get_num_threads(),
+        )
+        return values, result
+
+
+def _room(rows: int, n: int) -> Quantized:
+    return Quantized(torch.empty(rows, n + -n % 4, dtype=torch.uint8), torch.empty(rows, 2))
