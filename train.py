@@ -35,7 +35,7 @@ from sst2_xlmr.distributed import World, shared_error
 from sst2_xlmr.errors import Stopped, UserError, exit_on_user_error
 from sst2_xlmr.evaluation.calibration import Calibration, calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, Interrupted, evaluate
-from sst2_xlmr.export.run_model import Snapshot, current, export_run, remembered
+from sst2_xlmr.export.hugging_face import export_run
 from sst2_xlmr.files import Finisher, digest_of
 from sst2_xlmr.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.model.classifier import Classifier, Dropouts, build_classifier, dropouts_of
@@ -101,16 +101,11 @@ class Run:
 
 @dataclass
 class Outputs:
-    """Where a run's results go, and what stops it.
-
-    Attributes:
-        best: the best model so far, if it has not been written yet; on rank 0.
-    """
+    """Where a run's results go, and what stops it."""
 
     report: Report | SilentReport
     finisher: Finisher
     stop: StopRequest
-    best: Snapshot | None = None
 
 
 def load_inputs(config: Config, world: World) -> Prepared:
@@ -271,8 +266,12 @@ def evaluate_dev(run: Run, outputs: Outputs) -> bool:
         probabilities, labels = evaluations["dev"].probabilities, run.inputs.caches["dev"].labels
         fitted = None if probabilities is None else calibrate(probabilities, labels)
         progress.calibration = distributed.from_main(run.world, fitted)
-    if is_best and run.world.is_main:
-        outputs.best = remembered(run.state)
+    if is_best:
+        try:
+            export(run, outputs, "best")
+        except UserError:
+            save(run, outputs)  # with the evaluation still due, so that no step is lost
+            raise
     progress.count_evaluation(accuracy)
     return True
 
@@ -305,27 +304,17 @@ def begins_again(run: Run) -> bool:
     return progress.collapsed_step > 0 and progress.restarts < run.config.restart_on_collapse
 
 
-def write_best(run: Run, outputs: Outputs) -> None:
-    """Write the best model so far, if it has not been written yet; on rank 0."""
-    if outputs.best:
-        export_run(run.folder / "best", run.inputs, outputs.best, outputs.finisher)
-        outputs.best = None
+def export(run: Run, outputs: Outputs, name: str) -> None:
+    """Write the model as it is now to a folder of that name in the run's folder."""
+    distributed.on_main(run.world, lambda: export_run(run.folder / name, run.inputs, run.state, outputs.finisher))
 
 
 def save(run: Run, outputs: Outputs) -> None:
-    """Write a checkpoint; no checkpoint is ever ahead of the metrics and of the best model on the disk."""
-    state = run.state
+    """Write a checkpoint; no checkpoint is ever ahead of the metrics on the disk."""
     distributed.on_main(run.world, outputs.report.sync)
-    try:
-        distributed.on_main(run.world, lambda: write_best(run, outputs))
-    except UserError:
-        if state.progress.best_step == state.progress.step:  # with the evaluation still due, so that no step is lost
-            state.progress = outputs.best.progress if outputs.best else state.progress
-            save_checkpoint(run.folder / "checkpoints", state, run.config, run.world, outputs.finisher)
-        raise
-    saved = save_checkpoint(run.folder / "checkpoints", state, run.config, run.world, outputs.finisher)
+    saved = save_checkpoint(run.folder / "checkpoints", run.state, run.config, run.world, outputs.finisher)
     if saved:
-        outputs.report.log_checkpoint(state.progress.step, *saved)
+        outputs.report.log_checkpoint(run.state.progress.step, *saved)
 
 
 def train_loop(run: Run, outputs: Outputs) -> bool:
@@ -400,9 +389,7 @@ def finish(run: Run, outputs: Outputs, stopped: bool) -> None:
             stopped = True
     if not stopped:
         report.log_end(progress.step)
-        model = run.folder / "model"
-        distributed.on_main(run.world, lambda: export_run(model, run.inputs, current(run.state), outputs.finisher))
-    distributed.on_main(run.world, lambda: write_best(run, outputs))
+        export(run, outputs, "model")
     distributed.on_main(run.world, outputs.finisher.wait)
     if stopped:
         name = signal.Signals(outputs.stop.number).name

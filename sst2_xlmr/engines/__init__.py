@@ -68,6 +68,6 @@ def quantize(classifier: Classifier, dtype: torch.dtype) -> Int8Classifier:
         classifier: in fp32, on the CPU; it is not needed any more.
         dtype: of what is not a product with weights.
     """
-    kernels, exact = load_kernels(dtype), load_kernels(torch.float32)
-    assert kernels is not None and exact is not None
-    return Int8Classifier(classifier, kernels, exact)
+    kernels, fp32 = load_kernels(dtype), load_kernels(torch.float32)
+    assert kernels is not None and fp32 is not None
+    return Int8Classifier(classifier, kernels, fp32)

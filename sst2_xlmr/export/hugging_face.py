@@ -12,12 +12,17 @@ from typing import Any, Callable
 
 import torch
 
+from sst2_xlmr.data.prepare import Prepared
+from sst2_xlmr.export.model_card import card_text, last_evaluations
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
-from sst2_xlmr.files import Deferred, Storable, disk_errors, replace_folder, sync_files, write_tensors
+from sst2_xlmr.files import Deferred, Finisher, Storable, disk_errors, replace_folder, sync_files, write_tensors
+from sst2_xlmr.model.classifier import dropouts_of
+from sst2_xlmr.model.compact_vocab import TABLE_NAME, expand_table
 from sst2_xlmr.model.encoders import INT8_NAME, TOKENIZER_NAME, Encoder, EncoderShape
 from sst2_xlmr.model.quantized import quantize_weights
 from sst2_xlmr.model.weight_names import to_hugging_face
-from sst2_xlmr.model.weights import SCALE_SUFFIX
+from sst2_xlmr.model.weights import SCALE_SUFFIX, pretrained_table
+from sst2_xlmr.training.checkpoint import RunState
 
 CARD_NAME = "README.md"
 IN_8_BITS = "The encoder's matrices are stored in 8 bits."
@@ -177,3 +182,37 @@ def with_temperature(masters: Mapping[str, Storable], temperature: float) -> dic
 
     names = ("head.out_proj.weight", "head.out_proj.bias")
     return {**masters, **{name: divided(masters[name]) for name in names}}
+
+
+def export_run(folder: Path, inputs: Prepared, state: RunState, finisher: Finisher) -> None:
+    """Write a run's weights as they are now, with the whole vocabulary and a model card; on rank 0.
+
+    Args:
+        folder: in the run's folder; gets its name once `finisher` has come to it.
+    """
+    finisher.wait()  # an export to the same folder may not have its name yet
+    dropouts = dropouts_of(inputs.config)  # also of a frozen encoder, which had none: for training it further
+    config, encoder, step = inputs.config, inputs.encoder, state.progress.step
+    masters: dict[str, Storable] = {**state.optimizer.masters()}
+    if not config.full_vocabulary:
+        rows = state.optimizer.masters()[TABLE_NAME]
+        pretrained, decay = pretrained_table(encoder), state.optimizer.table_decay
+        masters[TABLE_NAME] = expand_table(pretrained, state.kept_ids, rows, decay)
+    if state.progress.calibration:
+        masters = with_temperature(masters, state.progress.calibration[0])
+    row_counts = {split: len(cache) for split, cache in inputs.caches.items()}
+    row_counts["train"] = len(inputs.train_labels)
+    evaluations = last_evaluations(folder.parent / "metrics.jsonl", step)
+    described = Description(
+        encoder.shape,
+        config.classes,
+        config.max_length,
+        encoder.tokenizer_file,
+        {
+            "hidden_dropout_prob": dropouts.hidden,
+            "attention_probs_dropout_prob": dropouts.attention,
+            "classifier_dropout": dropouts.head,
+        },
+        card_text(config, config.classes, row_counts, evaluations, state.progress, is_chosen=folder.name == "best"),
+    )
+    export_hugging_face(folder, masters, described, finisher.submit)

@@ -17,7 +17,6 @@ from conftest import ROOT, user_error
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
-from sst2_xlmr.engines.cpu.int8 import Int8Classifier
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.trimmed import needed_pieces, trimmed_tokenizer
 from sst2_xlmr.model.classifier import load_classifier
@@ -164,6 +163,8 @@ def test_a_folder_in_8_bits_computes_as_its_source_does_in_8_bits(model: Path, r
         assert torch.allclose(after[name], tensor, atol=float(tensor.abs().max()) / 250), name
     loaded = [load_model(folder, CPU, "int8") for folder in (model, tmp_path / "small")]
     if loaded[0].precision == "int8":
+        from sst2_xlmr.engines.cpu.int8 import Int8Classifier
+
         for m in loaded:
             assert isinstance(m.module, Int8Classifier)
             m.module.near_tie = 0.0  # the folder has no more than 8 bits of a weight for those
