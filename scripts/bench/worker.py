@@ -242,7 +242,7 @@ def prepare_evaluation(spec: Spec, world: World, int8: bool = False) -> Callable
     dtype = torch.bfloat16 if spec.config.precision == "bf16" else torch.float32
     classifier = random_classifier(spec, len(spec.kept_ids))
     if int8:
-        model = quantize(classifier, dtype, spec, world)
+        model = model_in_8_bits(classifier, dtype, spec, world)
     else:
         model = accelerate(classifier.to(world.device, dtype), world, compiles=spec.config.compile).model
     batch_tokens, on_cuda = spec.config.eval_batch_tokens, world.device.type == "cuda"
@@ -257,7 +257,7 @@ def prepare_evaluation(spec: Spec, world: World, int8: bool = False) -> Callable
     return measure
 
 
-def quantize(classifier: Classifier, dtype: torch.dtype, spec: Spec, world: World) -> nn.Module:
+def model_in_8_bits(classifier: Classifier, dtype: torch.dtype, spec: Spec, world: World) -> nn.Module:
     """Return a classifier in 8 bits that computes 1 % of the texts again in 16, as trained models do.
 
     With random weights the labels of nearly all texts would be nearly as probable.

@@ -49,8 +49,7 @@ def test_better_models_in_quick_succession_leave_a_whole_one(
 def test_best_has_the_weights_of_its_step(
     run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    """Whether it is written at that step or, with the next checkpoint, some steps later."""
-
+    """However often checkpoints are written."""
     evaluate = train.evaluate
 
     def first_is_best(*arguments: Any) -> Evaluation:
@@ -59,13 +58,13 @@ def test_best_has_the_weights_of_its_step(
 
     monkeypatch.setattr(train, "evaluate", first_is_best)
     saved = {}
-    for name, options in {"at once": ["--save-every", 1, "--keep-checkpoints", 9], "later": []}.items():
+    for name, options in {"often": ["--save-every", 1, "--keep-checkpoints", 9], "once": []}.items():
         accuracies = iter([0.9, 0.5, 0.5, 0.5])
         run = run_train(tmp_path / name, "--epochs", 1, "--eval-every", 2, "--precision", precision, *options)
         saved[name] = load_file(run / "best" / "model.safetensors")
-    checkpoint = load_file(tmp_path / "at once" / "checkpoints" / "step-00000002" / "model.safetensors")
-    assert saved["later"]["classifier.dense.weight"].equal(checkpoint["head.dense.weight"])
-    assert all(saved["later"][name].equal(weights) for name, weights in saved["at once"].items())
+    checkpoint = load_file(tmp_path / "often" / "checkpoints" / "step-00000002" / "model.safetensors")
+    assert saved["once"]["classifier.dense.weight"].equal(checkpoint["head.dense.weight"])
+    assert all(saved["once"][name].equal(weights) for name, weights in saved["often"].items())
 
 
 @pytest.mark.parametrize("freeze", [False, True])
