@@ -233,6 +233,14 @@ class Config:
         metavar="NAME|DIR",
         changeable=True,
     )
+    layers: int = option(
+        0,
+        "model",
+        "train only the encoder's lowest N layers, and leave the others out: faster and smaller (0: all)",
+        kind=int,
+        metavar="N",
+        check=between(0, math.inf),
+    )
     dropout: float = option(
         0.1,
         "model",

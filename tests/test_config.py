@@ -86,6 +86,7 @@ WRONG_FLAGS = [
     (["--log-every", "0"], "--log-every must be"),
     (["--max-length", "2"], "--max-length must be"),
     (["--max-length", "513"], "takes at most 64 tokens"),
+    (["--layers", "4"], "has 3 layers"),
     (["--label-names", "good"], "--label-names needs two or more"),
     (["--label-names", "a,a"], "--label-names needs two or more different names"),
     (["--timeout-minutes", "0"], "--timeout-minutes must be above 0"),

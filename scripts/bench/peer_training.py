@@ -29,6 +29,7 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
     model = XLMRobertaForSequenceClassification.from_pretrained(
         order["encoder"],
         num_labels=order["labels"],
+        num_hidden_layers=order["layers"],  # the lowest of them
         hidden_dropout_prob=order["dropout"],
         attention_probs_dropout_prob=order["dropout"],
         classifier_dropout=order["head_dropout"],

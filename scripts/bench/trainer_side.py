@@ -58,6 +58,7 @@ def write_peer_inputs(words: list[str], folder: Path) -> dict[str, Any]:
     return {
         **{name: getattr(config, name) for name in _SAME},
         "encoder": config.encoder,
+        "layers": inputs.encoder.shape.layers,
         "rows_file": str(folder / "rows.npz"),
         "splits": [split for split in inputs.caches if split != "train"],
         "labels": len(config.classes),

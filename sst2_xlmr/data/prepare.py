@@ -18,7 +18,7 @@ from sst2_xlmr.data.hygiene import find_leaks
 from sst2_xlmr.data.rows import columns_of, has_labels, read_rows
 from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
 from sst2_xlmr.errors import UserError
-from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, check_tokenizer, find_encoder
+from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, check_tokenizer, find_encoder, lowest_layers
 from sst2_xlmr.model.tokenizer import load_tokenizer
 
 
@@ -84,10 +84,17 @@ def find_files(config: Config, quiet: bool) -> dict[str, Path]:
     return files
 
 
-def check_max_length(config: Config, shape: EncoderShape) -> None:
+def check_sizes(config: Config, shape: EncoderShape) -> None:
+    """Check that the encoder is as large as the options ask for.
+
+    Raises:
+        UserError: if not.
+    """
     longest = shape.positions - 2
     if config.max_length > longest:
         raise UserError(f"--max-length {config.max_length}: {config.encoder} takes at most {longest} tokens")
+    if config.layers > shape.layers:
+        raise UserError(f"--layers {config.layers}: {config.encoder} has {shape.layers} layers")
 
 
 def prepare(config: Config, quiet: bool) -> Prepared:
@@ -100,9 +107,11 @@ def prepare(config: Config, quiet: bool) -> Prepared:
     for file in files.values():  # wrong columns or labels show in the first rows, before any download
         next(itertools.islice(read_rows(file, columns, config.classes), 1000, None), None)
     if config.encoder in BUNDLE_SHAPES:  # this must not wait for a download either
-        check_max_length(config, BUNDLE_SHAPES[config.encoder])
+        check_sizes(config, BUNDLE_SHAPES[config.encoder])
     encoder = find_encoder(config.encoder, quiet)
-    check_max_length(config, encoder.shape)
+    check_sizes(config, encoder.shape)
+    if config.layers:
+        encoder = lowest_layers(encoder, config.layers)
     load = functools.lru_cache(maxsize=1)(load_tokenizer)
     caches = {
         split: tokenize_file(file, encoder.tokenizer_file, columns, config.classes, config.max_length, cache_dir, load)

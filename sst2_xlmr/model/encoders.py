@@ -6,7 +6,7 @@ Both become tensors under the names of torchtext's `RobertaModel` (see weight_na
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,12 @@ class Encoder:
 
     Attributes:
         name: as the user gave it.
-        shape: its sizes.
+        shape: its sizes, without layers that are left out.
         weights_file, tokenizer_file: their paths.
         max_length: longest input in tokens that it was made for, at most shape.positions - 2.
         dropouts: dropout probabilities in the folder's `config.json`, under their names there.
         label_names: the classes of the folder's classification head; None if it has none.
+        layers_left_out: layers of the weights file above those of `shape`.
     """
 
     name: str
@@ -55,6 +56,19 @@ class Encoder:
     label_names: list[str] | None = None
     max_length: int = 512
     dropouts: dict[str, Any] = field(default_factory=dict)
+    layers_left_out: int = 0
+
+
+def lowest_layers(encoder: Encoder, layers: int) -> Encoder:
+    """Return the encoder with only its lowest layers, and without its head, which belongs to the last one's output.
+
+    Args:
+        layers: how many; at most as many as it has.
+    """
+    if layers == encoder.shape.layers:
+        return encoder
+    shape = replace(encoder.shape, layers=layers)
+    return replace(encoder, shape=shape, label_names=None, layers_left_out=encoder.shape.layers - layers)
 
 
 def find_encoder(name: str, quiet: bool = False) -> Encoder:

@@ -135,7 +135,10 @@ def load_tensors(encoder: Encoder, kept_ids: np.ndarray | None = None) -> Tensor
         raw = _Weights(file, kept_ids)
         if kept_ids is not None:
             _find_table(encoder, raw)
-        return from_bundle(raw) if encoder.name in BUNDLE_SHAPES else from_hugging_face(raw)
+        tensors = from_bundle(raw) if encoder.name in BUNDLE_SHAPES else from_hugging_face(raw)
+    first = encoder.shape.layers
+    left_out = tuple(f"encoder.transformer.layers.layers.{first + i}." for i in range(encoder.layers_left_out))
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}
 
 
 def pretrained_table(encoder: Encoder) -> Deferred:

@@ -322,6 +322,28 @@ def test_early_stopping_comes_at_the_same_step_after_a_resume(run_train: RunTrai
         assert logged(broken) == logged(whole)
 
 
+def test_the_lowest_layers_train_like_a_shorter_encoder(
+    run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shorter = Path(shutil.copytree(tiny_encoder, tmp_path / "shorter"))
+    settings = {**json.loads((shorter / "config.json").read_text()), "num_hidden_layers": 2}
+    (shorter / "config.json").write_text(json.dumps(settings))
+    tensors = {n: t for n, t in load_file(shorter / "model.safetensors").items() if ".layer.2." not in n}
+    save_file(tensors, shorter / "model.safetensors")
+    options = ["--epochs", 2, "--layerwise-lr-decay", 0.5]
+    theirs = run_train(tmp_path / "theirs", *options, "--encoder", shorter)
+    ours = run_train(tmp_path / "ours", *options, "--layers", 2, "--save-every", 3, "--keep-checkpoints", 9)
+    assert ": 2 of 3 layers, 32 wide" in capsys.readouterr().out
+    assert losses(ours) == losses(theirs)
+    assert_same_weights(ours, theirs, 0.0)
+    assert json.loads((ours / "model" / "config.json").read_text())["num_hidden_layers"] == 2
+    whole = digests(ours)
+    for folder in ("model", "checkpoints/step-00000014", "checkpoints/step-00000012"):
+        shutil.rmtree(ours / folder)
+    train.main(["--resume", "--output-dir", str(ours)])
+    assert digests(ours) == whole
+
+
 def test_frozen_encoder_stays_as_it_was(run_train: RunTrain, tiny_encoder: Path, tmp_path: Path) -> None:
     run = run_train(tmp_path / "run", "--epochs", 2, "--freeze-encoder", "--precision", "bf16")
     before = load_file(tiny_encoder / "model.safetensors")

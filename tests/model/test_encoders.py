@@ -21,7 +21,7 @@ from sst2_xlmr.files import write_tensors
 from sst2_xlmr.model import weights
 from sst2_xlmr.model.classifier import Classifier, build_classifier
 from sst2_xlmr.model.compact_vocab import TABLE_NAME
-from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder
+from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder, lowest_layers
 from sst2_xlmr.model.weight_names import from_hugging_face, to_hugging_face
 from sst2_xlmr.model.weights import load_tensors, pretrained_table
 
@@ -69,6 +69,23 @@ def test_files_with_and_without_prefix(folder: Path, file: str, prefix: str) -> 
     assert found.keys() == expected.keys()
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
     build_classifier(find_encoder(str(folder)), SST2_NAMES)
+
+
+def test_a_head_belongs_to_the_last_layer(model: Path) -> None:
+    encoder = find_encoder(str(model))
+    assert lowest_layers(encoder, 3) == encoder
+    _, head_is_new = build_classifier(lowest_layers(encoder, 2), ["a", "b"])
+    assert head_is_new
+
+
+def test_a_downloaded_encoder_is_shortened_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUNDLE_SHAPES, "xlmr.base", SHAPE)
+    whole = dict(Classifier(SHAPE, 2).encoder.named_parameters(prefix="encoder"))
+    torch.save({name: tensor.data for name, tensor in whole.items()}, tmp_path / "xlmr.pt")
+    encoder = lowest_layers(Encoder("xlmr.base", SHAPE, tmp_path / "xlmr.pt", tmp_path / "none"), 1)
+    found = load_tensors(encoder)
+    assert found.keys() == {name for name in whole if ".layers.layers.1." not in name}
+    build_classifier(encoder, SST2_NAMES)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle"])
