@@ -60,7 +60,7 @@ class Encoder:
 
 
 def lowest_layers(encoder: Encoder, layers: int) -> Encoder:
-    """Return the encoder with only its lowest layers, and without its head, which belongs to the last one's output.
+    """Return the encoder with only its lowest layers; its head, made for the last one's output, is left out too.
 
     Args:
         layers: how many; at most as many as it has.

@@ -34,6 +34,12 @@ _HF_EMBEDDINGS = {
 _HF_HEAD = {"classifier.dense": "head.dense", "classifier.out_proj": "head.out_proj"}
 
 
+def layer_of(name: str) -> int | None:
+    """Return the number of the encoder's layer that a tensor belongs to, by any of its names; None if to no layer."""
+    match = re.search(r"\.layers?\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
 def from_bundle(raw: Mapping[str, torch.Tensor]) -> Tensors:
     """Rename the tensors of torchtext's downloads, which have an older torchtext's names."""
     renamed = {}

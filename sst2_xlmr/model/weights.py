@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from sst2_xlmr.errors import UserError
 from sst2_xlmr.files import Deferred
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder
-from sst2_xlmr.model.weight_names import Tensors, from_bundle, from_hugging_face
+from sst2_xlmr.model.weight_names import Tensors, from_bundle, from_hugging_face, layer_of
 
 _TABLE_NAMES = [
     "encoder.transformer.token_embedding.weight",
@@ -71,10 +71,13 @@ class _Weights(Mapping[str, torch.Tensor]):
     The file is mapped into memory. Pages that have been read count as the process's memory until the mapping is closed,
     so it is renewed from time to time. Tensors are copied, because a mapping would change with the file. Only torch's
     old format, a bare pickle, cannot be mapped and is read as a whole.
+
+    Args:
+        left_out: numbers of layers to leave out, unread.
     """
 
-    def __init__(self, file: Path, kept_ids: np.ndarray | None = None) -> None:
-        self._file, self._kept_ids = file, kept_ids
+    def __init__(self, file: Path, kept_ids: np.ndarray | None = None, left_out: range = range(0)) -> None:
+        self._file, self._kept_ids, self._left_out = file, kept_ids, left_out
         self._is_mapped = file.suffix == ".safetensors" or _is_plain_zip(file)
         self._map()
 
@@ -92,6 +95,7 @@ class _Weights(Mapping[str, torch.Tensor]):
             if isinstance(tensor, torch.Tensor)
             and (tensor.is_floating_point() or name in self._scales)
             and name.removesuffix(SCALE_SUFFIX) not in self._scales.keys() - {name}
+            and layer_of(name) not in self._left_out
         }
         self._read_bytes = 0
 
@@ -130,15 +134,12 @@ def load_tensors(encoder: Encoder, kept_ids: np.ndarray | None = None) -> Tensor
     Raises:
         UserError: if the file cannot be read as weights, or its table does not have the configured number of rows.
     """
-    file = encoder.weights_file
+    file, first = encoder.weights_file, encoder.shape.layers
     with _reading_errors(file):
-        raw = _Weights(file, kept_ids)
+        raw = _Weights(file, kept_ids, range(first, first + encoder.layers_left_out))
         if kept_ids is not None:
             _find_table(encoder, raw)
-        tensors = from_bundle(raw) if encoder.name in BUNDLE_SHAPES else from_hugging_face(raw)
-    first = encoder.shape.layers
-    left_out = tuple(f"encoder.transformer.layers.layers.{first + i}." for i in range(encoder.layers_left_out))
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}
+        return from_bundle(raw) if encoder.name in BUNDLE_SHAPES else from_hugging_face(raw)
 
 
 def pretrained_table(encoder: Encoder) -> Deferred:
