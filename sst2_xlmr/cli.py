@@ -24,7 +24,7 @@ from sst2_xlmr.config import (
     named_file,
     shown,
 )
-from sst2_xlmr.errors import UserError
+from sst2_xlmr.util.errors import UserError
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from sst2_xlmr.errors import UserError
+from sst2_xlmr.util.errors import UserError
 
 LOCK_NAME = ".lock"  # in a run's folder
 # What a run leaves that dies before it has written its options; a folder that holds nothing else is still free.

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-import train
-from sst2_xlmr.errors import exit_on_user_error
-from sst2_xlmr.export.hugging_face import Description, export_hugging_face
+from sst2_xlmr import train
+from sst2_xlmr.export.folder import Description, export_hugging_face
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
+from sst2_xlmr.util.errors import exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_DATA = ROOT / "sample_data"

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from sst2_xlmr import stack
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.roberta import PAD_ID
+from sst2_xlmr.util import versions
 
-needs_torchtext = pytest.mark.skipif(not stack.has_torchtext(), reason=f"this is {stack.description()}")
+needs_torchtext = pytest.mark.skipif(not versions.has_torchtext(), reason=f"this is {versions.description()}")
 
 
 def torchtext_model(classifier: Classifier) -> nn.Module:
     """Return the same model in torchtext's modules, with copies of the weights, in evaluation mode; no dropout."""
-    if not stack.has_torchtext():
-        pytest.skip(f"this is {stack.description()}")
+    if not versions.has_torchtext():
+        pytest.skip(f"this is {versions.description()}")
     from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, RobertaModel
 
     shape = classifier.shape

@@ -15,7 +15,7 @@ from typing import Any
 
 from conftest import ROOT, metrics
 
-from sst2_xlmr.files import digest_of
+from sst2_xlmr.util.files import digest_of
 
 DEADLINE_S = 120
 SPEEDS = ("samples_per_s", "tokens_per_s", "memory_gb")

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, train_options, user_error
 from safetensors.torch import load_file, save_file
 
-import train
+from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag, plain_name
 
@@ -297,7 +297,7 @@ def with_versions(folder: Path, versions: dict[str, str], *command: str) -> subp
     ],
 )
 def test_torchtext_counts_only_where_it_loads(tmp_path: Path, torch: str, torchtext: str, described: str) -> None:
-    program = "from sst2_xlmr import stack; print(stack.has_torchtext(), stack.description())"
+    program = "from sst2_xlmr.util import versions; print(versions.has_torchtext(), versions.description())"
     versions = {"torch": torch, "torchtext": torchtext}
     done = with_versions(tmp_path, versions, "-c", program)
     assert (done.returncode, done.stdout) == (0, f"{described}\n"), done.stderr

@@ -43,10 +43,10 @@ from spec import Setup, find_files, read_tokens, write_spec
 from sst2_xlmr.cli import OneLineParser, positive
 from sst2_xlmr.config import Config, check
 from sst2_xlmr.data.rows import SST2_NAMES
-from sst2_xlmr.distributed import choose_device
-from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, TOKENIZER_NAME, EncoderShape, read_shape
-from sst2_xlmr.numerics import choose_precision
+from sst2_xlmr.util.distributed import choose_device
+from sst2_xlmr.util.errors import UserError, exit_on_user_error
+from sst2_xlmr.util.precision import choose_precision
 
 SHAPES = {**BUNDLE_SHAPES, "small": EncoderShape(hidden=384, layers=12, heads=12, ffn=1536)}
 MEASURED, WITH_COUNTS = ("train", "eval", "int8"), ("processes", "rows")

@@ -16,7 +16,6 @@ from typing import Any, Callable
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA is there, for repetitions
 
-import sst2_xlmr  # says in one line if Python or torch cannot work
 
 # isort: split
 import gpu_checks
@@ -29,14 +28,14 @@ from sample_rows import make_tokenizer, write_rows
 from spec import Setup, find_files, read_tokens, write_spec
 from worker import read_spec
 
-from sst2_xlmr import stack
 from sst2_xlmr.cli import OneLineParser, positive
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.rows import SST2_NAMES
-from sst2_xlmr.distributed import choose_device
-from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderShape
-from sst2_xlmr.numerics import choose_precision
+from sst2_xlmr.util import versions
+from sst2_xlmr.util.distributed import choose_device
+from sst2_xlmr.util.errors import UserError, exit_on_user_error
+from sst2_xlmr.util.precision import choose_precision
 
 PIECES = 2000  # of the tokenizer
 TABLE_ROWS = 9_370  # embedding rows that SST-2 uses
@@ -176,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         inputs = Inputs(Path(temporary), arguments, device)
         result: Answer = {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, to try the checks",
-            "stack": f"{stack.description()}, CUDA {torch.version.cuda}, sst2_xlmr {Path(sst2_xlmr.__file__).parent}",
+            "stack": f"{versions.description()}, CUDA {torch.version.cuda}",
             "checks": run_checks(inputs, device),
             "training": measure(inputs, has_peer),
             "machine": machine_rates(device),

@@ -22,11 +22,11 @@ from figures import Answer
 from runs import ROOT
 from worker import Spec, TrainingRun
 
-from sst2_xlmr.distributed import World
 from sst2_xlmr.engines.cuda.adamw import why_not_compiled
-from sst2_xlmr.files import digest_of
-from sst2_xlmr.numerics import set_up_numerics
 from sst2_xlmr.training.step import forward_backward
+from sst2_xlmr.util.distributed import World
+from sst2_xlmr.util.files import digest_of
+from sst2_xlmr.util.precision import set_up_numerics
 
 PARITY_STEPS, CURVE_STEPS, RESUME_STEPS = 30, 100, 20
 LENGTHS = (16, 64, 128, 256, 512)  # tokens, for repetitions

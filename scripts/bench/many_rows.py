@@ -16,8 +16,8 @@ from runs import ROOT, worker
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.rows import SST2_NAMES, Columns, read_rows
-from sst2_xlmr.errors import UserError
 from sst2_xlmr.training.run_folder import read_metrics
+from sst2_xlmr.util.errors import UserError
 
 STEPS_ON_MANY_ROWS, DEV_ROWS = 5, 64
 

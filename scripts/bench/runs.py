@@ -18,7 +18,7 @@ import torch
 from figures import Answer, ratio, report, summarize
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.errors import UserError
+from sst2_xlmr.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent

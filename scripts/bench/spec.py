@@ -19,15 +19,15 @@ from typing import NamedTuple
 import numpy as np
 from sampling import choose_batches
 
-from sst2_xlmr import sources
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import rows_in_training_order
 from sst2_xlmr.data.formats import find_split, no_split
 from sst2_xlmr.data.rows import SST2_NAMES, Columns
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
-from sst2_xlmr.errors import UserError
-from sst2_xlmr.model.compact_vocab import used_ids
 from sst2_xlmr.model.encoders import EncoderShape
+from sst2_xlmr.model.vocabulary import used_ids
+from sst2_xlmr.util import downloads
+from sst2_xlmr.util.errors import UserError
 
 
 class Setup(NamedTuple):
@@ -67,7 +67,7 @@ def read_tokens(files: dict[str, Path], setup: Setup) -> dict[str, TokenCache]:
         UserError: if an id is beyond the encoder's vocabulary, or the train split has no full batch.
     """
     vocab_size, batch_size = setup.shape.vocab_size, setup.config.batch_size
-    cache_dir, max_length = sources.cache_dir() / "tokens", setup.config.max_length
+    cache_dir, max_length = downloads.cache_dir() / "tokens", setup.config.max_length
     caches = {
         split: tokenize_file(file, setup.tokenizer_file, Columns(), SST2_NAMES, max_length, cache_dir)
         for split, file in files.items()

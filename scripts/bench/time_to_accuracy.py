@@ -30,11 +30,10 @@ from runs import ROOT
 from trainer_side import PEER_PROGRAM, write_peer_inputs
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from study import TRAIN_PROGRAM, TRAINER, Study, end_with, parse
-
 from sst2_xlmr.cli import OneLineParser, parse_args
-from sst2_xlmr.errors import UserError, exit_on_user_error
-from sst2_xlmr.files import write_text
+from sst2_xlmr.programs.study import TRAIN_PROGRAM, TRAINER, Study, end_with, parse
+from sst2_xlmr.util.errors import UserError, exit_on_user_error
+from sst2_xlmr.util.files import write_text
 
 _POLL_S = 0.02
 

@@ -10,10 +10,10 @@ import numpy as np
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import Config, flag
 from sst2_xlmr.data.prepare import prepare
-from sst2_xlmr.distributed import choose_device
-from sst2_xlmr.errors import UserError
-from sst2_xlmr.numerics import choose_precision
 from sst2_xlmr.training.schedule import Schedule
+from sst2_xlmr.util.distributed import choose_device
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.precision import choose_precision
 
 PEER_PROGRAM = Path(__file__).with_name("peer_training.py")
 _LACKS = (

@@ -27,24 +27,25 @@ from figures import Answer
 from measuring import clock, peak_memory
 from torch import nn
 
-from sst2_xlmr import distributed, engines
-from sst2_xlmr.accelerate import accelerate
+from sst2_xlmr import engines
+from sst2_xlmr.backend import accelerate
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import Batch, BatchLoader, GlobalBatchSampler, RankBatch
 from sst2_xlmr.data.token_cache import TokenCache
-from sst2_xlmr.distributed import World
 from sst2_xlmr.engines.cpu.packed_encoder import rounded_up
-from sst2_xlmr.errors import UserError, exit_on_user_error
 from sst2_xlmr.evaluation.evaluate import evaluate
-from sst2_xlmr.export.hugging_face import Description, export_hugging_face
-from sst2_xlmr.memory import keep_freed_memory
+from sst2_xlmr.export.folder import Description, export_hugging_face
 from sst2_xlmr.model.classifier import Classifier, dropouts_of
-from sst2_xlmr.model.compact_vocab import renumbering
 from sst2_xlmr.model.encoders import EncoderShape
-from sst2_xlmr.training.averaging import connect
+from sst2_xlmr.model.vocabulary import renumbering
+from sst2_xlmr.training.ddp import connect
 from sst2_xlmr.training.loss import make_loss
 from sst2_xlmr.training.optimizer import AdamW, Groups
 from sst2_xlmr.training.step import forward_backward
+from sst2_xlmr.util import distributed
+from sst2_xlmr.util.distributed import World
+from sst2_xlmr.util.errors import UserError, exit_on_user_error
+from sst2_xlmr.util.memory import keep_freed_memory
 
 
 class Spec(NamedTuple):

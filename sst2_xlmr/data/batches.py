@@ -12,8 +12,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
-from sst2_xlmr.distributed import World
 from sst2_xlmr.model.roberta import PAD_ID
+from sst2_xlmr.util.distributed import World
 
 BATCHES_PER_GROUP = 100
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, NamedTuple, TextIO
 
-from sst2_xlmr.errors import UserError
+from sst2_xlmr.util.errors import UserError
 
 # Longest line in bytes and longest CSV field in characters: a quote that is never closed, or a file without line ends,
 # must not fill the memory.

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from sst2_xlmr import sources
 from sst2_xlmr.config import Config, check, named_file, plain_name
+from sst2_xlmr.data.duplicates import find_leaks
 from sst2_xlmr.data.formats import find_split, no_split
-from sst2_xlmr.data.hygiene import find_leaks
 from sst2_xlmr.data.rows import columns_of, has_labels, read_rows
 from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
-from sst2_xlmr.errors import UserError
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, check_tokenizer, find_encoder, lowest_layers
 from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.util import downloads
+from sst2_xlmr.util.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def find_files(config: Config, quiet: bool) -> dict[str, Path]:
     """Return split name -> file: train, dev, and the test files by their names."""
     folder = Path(config.data_dir) if config.data_dir else None
     if folder is None and config.train_file is None:
-        folder = sources.fetch_sst2(quiet=quiet)
+        folder = downloads.fetch_sst2(quiet=quiet)
     files = {}
     for split, given in (("train", config.train_file), ("dev", config.dev_file)):
         file = Path(given) if given else find_split(folder, split) if folder else None
@@ -99,7 +99,7 @@ def check_sizes(config: Config, shape: EncoderShape) -> None:
 
 def prepare(config: Config, quiet: bool) -> Prepared:
     """Fetch and tokenize the run's inputs; earlier downloads and token caches are reused."""
-    files, columns, cache_dir = find_files(config, quiet), columns_of(config), sources.cache_dir() / "tokens"
+    files, columns, cache_dir = find_files(config, quiet), columns_of(config), downloads.cache_dir() / "tokens"
     config = dataclasses.replace(
         config, label_names=config.label_names or label_names_of(files["train"], columns, cache_dir)
     )

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from sst2_xlmr.config import MAX_CLASSES, Config
 from sst2_xlmr.data.formats import Fields, is_table, read_fields, shortened
-from sst2_xlmr.errors import UserError
+from sst2_xlmr.util.errors import UserError
 
 SST2_NAMES = ["negative", "positive"]
 TEXT_OPTIONS = ("text_column", "text_pair_column", "header")

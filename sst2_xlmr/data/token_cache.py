@@ -17,12 +17,12 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
+from sst2_xlmr.data.duplicates import find_repeats, text_digests
 from sst2_xlmr.data.formats import kind_of
-from sst2_xlmr.data.hygiene import find_repeats, text_digests
 from sst2_xlmr.data.rows import Columns, Row, find_label_names, in_chunks, read_rows
-from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import digest_of, digest_of_input
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import digest_of, digest_of_input
 
 CACHE_FORMAT = 7
 TOKENIZER_THREADS = 4  # reading and writing rows, in Python, cannot keep more of them busy

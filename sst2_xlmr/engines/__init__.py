@@ -1,4 +1,4 @@
-"""Faster ways to compute the same; everything works without this folder (see `sst2_xlmr.accelerate`).
+"""Faster ways to compute the same; everything works without this folder (see `sst2_xlmr.backend`).
 
 An engine replaces one of three things: the forward pass over the classifier's parameters (in prediction also by one in
 8-bit integers), the optimizer's norm and update, the averaging of gradients. Nothing in `model/` and `training/` knows
@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 
-from sst2_xlmr.distributed import World, gather_objects
 from sst2_xlmr.engines.cpu.adamw import CpuEngine, share_memory
 from sst2_xlmr.engines.cpu.exchange import exchange_gradients
 from sst2_xlmr.engines.cpu.int8 import Int8Classifier
@@ -19,8 +18,9 @@ from sst2_xlmr.engines.cpu.kernels import load_kernels
 from sst2_xlmr.engines.cpu.packed_encoder import PackedClassifier
 from sst2_xlmr.engines.cuda.adamw import compiled_engine, why_not_compiled
 from sst2_xlmr.model.classifier import Classifier
-from sst2_xlmr.training.averaging import Computation
+from sst2_xlmr.training.ddp import Computation
 from sst2_xlmr.training.optimizer import AdamW
+from sst2_xlmr.util.distributed import World, gather_objects
 
 
 def accelerate(classifier: Classifier, world: World, optimizer: AdamW | None) -> Computation:

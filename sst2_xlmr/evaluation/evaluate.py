@@ -13,8 +13,8 @@ from torch import nn
 
 from sst2_xlmr.data.batches import Batch, collate
 from sst2_xlmr.data.token_cache import TokenCache
-from sst2_xlmr.distributed import World, gather_objects, sum_over_ranks
 from sst2_xlmr.evaluation.metrics import calibration_sums, confusion_matrix, summarize
+from sst2_xlmr.util.distributed import World, gather_objects, sum_over_ranks
 
 
 class Interrupted(Exception):

@@ -11,7 +11,7 @@ import numpy as np
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.rows import Columns, has_labels, read_examples, read_rows
-from sst2_xlmr.errors import UserError
+from sst2_xlmr.util.errors import UserError
 
 SENTENCES = [
     "A quiet film that stays with you for days.",

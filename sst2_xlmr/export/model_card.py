@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sst2_xlmr import stack
 from sst2_xlmr.config import OPTIONS, Config, flag, named_file, shown
-from sst2_xlmr.training.progress import Progress
 from sst2_xlmr.training.run_folder import read_metrics
+from sst2_xlmr.training.state import Progress
+from sst2_xlmr.util import versions
 
 _HUB_NAMES = {"xlmr.base": "FacebookAI/xlm-roberta-base", "xlmr.large": "FacebookAI/xlm-roberta-large"}
 _USAGE = """```python
@@ -86,7 +86,7 @@ def card_text(
         "",
         "## Versions",
         "",
-        stack.versions(),
+        versions.versions(),
     ]
     return "\n".join(lines) + "\n"
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
 
-from sst2_xlmr.errors import UserError
-from sst2_xlmr.export.hugging_face import Description, description_of, export_hugging_face, with_note
+from sst2_xlmr.export.folder import Description, description_of, export_hugging_face, with_note
 from sst2_xlmr.export.tokenizer_json import UNIGRAM, model_class
-from sst2_xlmr.model.compact_vocab import SPECIAL_IDS, TABLE_NAME
 from sst2_xlmr.model.encoders import Encoder
+from sst2_xlmr.model.vocabulary import SPECIAL_IDS, TABLE_NAME
 from sst2_xlmr.model.weights import load_tensors
+from sst2_xlmr.util.errors import UserError
 
 _CONTROLS = 3  # <unk>, <s>, </s> are SentencePiece's first
 _SPACE = "▁"

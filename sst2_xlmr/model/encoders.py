@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sst2_xlmr import sources
-from sst2_xlmr.errors import UserError
+from sst2_xlmr.util import downloads
+from sst2_xlmr.util.errors import UserError
 
 TOKENIZER_NAME = "sentencepiece.bpe.model"
 INT8_NAME = "model.int8.safetensors"  # see export.hugging_face.in_8_bits; transformers does not open it
@@ -78,7 +78,7 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         UserError: if it is neither, or the folder is incomplete or does not hold an XLM-R model.
     """
     if name in BUNDLE_SHAPES:
-        weights_file, tokenizer_file = sources.fetch_bundle(name, quiet=quiet)
+        weights_file, tokenizer_file = downloads.fetch_bundle(name, quiet=quiet)
         return Encoder(name, BUNDLE_SHAPES[name], weights_file, tokenizer_file)
     folder = Path(name)
     if not folder.is_dir():

@@ -9,7 +9,7 @@ from typing import List, Optional  # noqa: UP035 (TorchScript knows these only)
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from sst2_xlmr.errors import UserError
+from sst2_xlmr.util.errors import UserError
 
 
 def framed_pieces(first: List[int], second: Optional[List[int]], max_length: int) -> List[int]:  # noqa: UP006, UP045

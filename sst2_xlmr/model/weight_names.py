@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sst2_xlmr.files import Storable
+from sst2_xlmr.util.files import Storable
 
 Tensors = dict[str, torch.Tensor]
 

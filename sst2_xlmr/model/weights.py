@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import Deferred
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder
 from sst2_xlmr.model.weight_names import Tensors, from_bundle, from_hugging_face, layer_of
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import Deferred
 
 _TABLE_NAMES = [
     "encoder.transformer.token_embedding.weight",

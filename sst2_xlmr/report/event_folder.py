@@ -11,8 +11,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.errors import UserError
 from sst2_xlmr.report.tensorboard import TABLE_TAG
+from sst2_xlmr.util.errors import UserError
 
 EVENTS_PREFIX = "events.out.tfevents."  # SummaryWriter's
 OWNER_NAME = "run.txt"  # in an event folder outside the run's own: the path of the run that it belongs to

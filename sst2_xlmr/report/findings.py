@@ -6,7 +6,7 @@ import numpy as np
 
 from sst2_xlmr.data.formats import line_of
 from sst2_xlmr.data.prepare import Prepared
-from sst2_xlmr.errors import UserError
+from sst2_xlmr.util.errors import UserError
 
 
 def findings(inputs: Prepared) -> list[str]:

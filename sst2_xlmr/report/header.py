@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from sst2_xlmr import stack
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.data.rows import listed
-from sst2_xlmr.distributed import World
 from sst2_xlmr.model.encoders import Encoder
 from sst2_xlmr.report.findings import findings
 from sst2_xlmr.training.optimizer import AdamW
+from sst2_xlmr.util import versions
+from sst2_xlmr.util.distributed import World
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def header_lines(inputs: Prepared, optimizer: AdamW, world: World, figures: Head
     reason = figures.why_not_compiled
     compiled = f"not compiled: slower ({reason})" if reason else "compiled"
     return [
-        f"stack      {stack.description()}, Python {platform.python_version()}",
+        f"stack      {versions.description()}, Python {platform.python_version()}",
         f"encoder    {config.encoder}: {_describe_model(inputs.encoder, optimizer, figures.table_rows)}; {head}",
         f"rows       {_describe_rows(inputs)}",
         *findings(inputs),

@@ -12,8 +12,8 @@ import numpy as np
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.rows import columns_of, read_rows
 from sst2_xlmr.data.token_cache import TokenCache
-from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import digest_of
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import digest_of
 
 MISTAKES = 50
 LINE_LENGTH, MOST_LINES = 60, 5

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.distributed import World, gather_objects, on_main
-from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import Finisher, Storable, digest_of, disk_errors, replace_folder, sync_files, write_tensors
-from sst2_xlmr.model.compact_vocab import TABLE_NAME
+from sst2_xlmr.model.vocabulary import TABLE_NAME
 from sst2_xlmr.training.optimizer import AdamW
-from sst2_xlmr.training.progress import Progress, Totals, Window
+from sst2_xlmr.training.state import Progress, Totals, Window
+from sst2_xlmr.util.distributed import World, gather_objects, on_main
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import Finisher, Storable, digest_of, disk_errors, replace_folder, sync_files, write_tensors
 
 _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "vocabulary", "random"))
 _FILES = (*_TENSOR_FILES, "progress.json", "config.json")

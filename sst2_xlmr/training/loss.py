@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.errors import UserError
+from sst2_xlmr.util.errors import UserError
 
 # Takes fp32 logits [rows, classes] and int64 labels [rows]; returns the sum of the rows' losses, fp32.
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sst2_xlmr.files import Deferred
+from sst2_xlmr.util.files import Deferred
 
 
 def store_master(master: torch.Tensor, weights: torch.Tensor, low: torch.Tensor) -> None:

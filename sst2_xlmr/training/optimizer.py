@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sst2_xlmr.distributed import World
-from sst2_xlmr.files import Deferred
-from sst2_xlmr.model.compact_vocab import TABLE_NAME
+from sst2_xlmr.model.vocabulary import TABLE_NAME
 from sst2_xlmr.training.flat_engine import BETA1, BETA2, Engine, FlatEngine, Rates
 from sst2_xlmr.training.master_weights import Slot, TrainedSlot, split_master
+from sst2_xlmr.util.distributed import World
+from sst2_xlmr.util.files import Deferred
 
 
 def lr_scale(name: str, layers: int, decay: float) -> float:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from sst2_xlmr.config import LOCK_NAME, Config
-from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import restore_folder, write_text
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import restore_folder, write_text
 
 RESTARTS_NAME = "restarts.json"
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.training.progress import Progress
+from sst2_xlmr.training.state import Progress
 
 # Fraction of the peak rate, given the fraction t of the steps after warm-up that have been taken, 0 <= t < 1.
 # Those that fall reach 0 one step after the last, so that no step is taken at a rate of 0.

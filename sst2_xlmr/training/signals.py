@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sst2_xlmr.distributed import World, wait_for_step
+from sst2_xlmr.util.distributed import World, wait_for_step
 
 # torchrun and SLURM send SIGTERM, a terminal SIGINT; SIGUSR1 is what batch scripts ask for before a time limit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

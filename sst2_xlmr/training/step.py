@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sst2_xlmr.data.batches import RankBatch
-from sst2_xlmr.distributed import World
 from sst2_xlmr.training.loss import Loss
 from sst2_xlmr.training.optimizer import AdamW
+from sst2_xlmr.util.distributed import World
 
 
 def forward_backward(

@@ -16,7 +16,7 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import BatchLoader, GlobalBatchSampler, dropout_keys, rows_in_training_order
 from sst2_xlmr.data.rows import SST2_NAMES, Columns
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
-from sst2_xlmr.distributed import World
+from sst2_xlmr.util.distributed import World
 
 LENGTHS = np.random.RandomState(0).randint(3, 60, 1003)
 

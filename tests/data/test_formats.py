@@ -10,8 +10,8 @@ import pytest
 
 from sst2_xlmr.data import formats
 from sst2_xlmr.data.formats import find_split, read_fields, row_writer
-from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import new_file
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import new_file
 
 
 def read(path: Path, content: bytes, header: bool = True) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from conftest import SST2
 
 from sst2_xlmr.data import rows as data
 from sst2_xlmr.data.rows import SST2_NAMES, Columns, Row, find_label_names, has_labels, read_examples, read_rows
-from sst2_xlmr.errors import UserError
+from sst2_xlmr.util.errors import UserError
 
 
 def rows(path: Path, content: bytes, names: list[str] = SST2_NAMES, columns: Columns = Columns()) -> list[Row]:  # noqa: B008

@@ -14,8 +14,8 @@ from sst2_xlmr.data import rows as data
 from sst2_xlmr.data import token_cache
 from sst2_xlmr.data.rows import SST2_NAMES, Columns, read_rows
 from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
-from sst2_xlmr.errors import UserError
 from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.util.errors import UserError
 
 
 def tokenize_sample(encoder: Path, cache_dir: Path) -> TokenCache:

@@ -17,12 +17,12 @@ import torch
 from conftest import ROOT, losses, metrics, torchrun, train_options
 from safetensors.torch import load_file
 
-import train
-from sst2_xlmr import stack
+from sst2_xlmr import train
+from sst2_xlmr.util import versions
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import predict
+from sst2_xlmr.programs import predict
 
 WORDS = {"good": ["fine", "great", "funny"], "bad": ["boring", "awful", "thin"], "so, so": ["plot", "film", "story"]}
 LEARN = ["--epochs", 12, "--lr", 3e-3, "--warmup-ratio", 0.1]
@@ -66,14 +66,14 @@ def check_evaluate_and_export(model: Path, file: Path, expected: float, scratch:
     numbers, classify = scratch / "numbers.json", scratch / "classifier.pt"
     common = ["--model", str(model)]
     steps = [("evaluate.py", ["--file", f"test={file}", "--json", str(numbers), "--device", "cpu", *options])]
-    if stack.has_torchtext():
+    if versions.has_torchtext():
         steps.append(("export.py", ["--format", "torchscript", "--output", str(classify)]))
     for script, words in steps:
         command = [sys.executable, f"scripts/{script}", *common, *words]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), script
     assert json.loads(numbers.read_text())["files"]["test"]["accuracy"] == pytest.approx(expected)
-    if not stack.has_torchtext():
+    if not versions.has_torchtext():
         return
     importlib.import_module("torchtext")  # which owns an operator of the file
     texts = [" ".join(words) for words in WORDS.values()]

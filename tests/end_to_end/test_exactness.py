@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL_ENCODER, SST2, losses, needs_small_encoder
 
-import train
+from sst2_xlmr import train
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import GlobalBatchSampler, collate, dropout_keys
 from sst2_xlmr.data.rows import SST2_NAMES, Columns
 from sst2_xlmr.data.token_cache import tokenize_file
-from sst2_xlmr.distributed import World
 from sst2_xlmr.model.classifier import build_classifier
-from sst2_xlmr.model.compact_vocab import renumbering, used_ids
 from sst2_xlmr.model.encoders import find_encoder
+from sst2_xlmr.model.vocabulary import renumbering, used_ids
 from sst2_xlmr.training.schedule import lr_factor
+from sst2_xlmr.util.distributed import World
 
 STEPS, BATCH_SIZE = 200, 16
 ROWS = 8000  # of the training split, so that tokenizing does not take longer than training

@@ -19,7 +19,7 @@ from conftest import ROOT, SAMPLE_DATA, losses, metrics, torchrun, train_options
 from running import digests, launcher, logged
 from safetensors.torch import load_file, save_file
 
-import train
+from sst2_xlmr import train
 from sst2_xlmr.data.batches import rows_in_training_order
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.training.checkpoint import find_checkpoint
@@ -414,7 +414,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_though_its_gradient_is(
 # As a fault of the hardware would do it: the gradient of rank 0 is not finite at some of this process's steps.
 POISONED = """
 import os
-import train
+from sst2_xlmr import train
 real, calls = train.forward_backward, [0]
 bad = {int(step) for step in os.environ["BAD_STEPS"].split(",")}
 def poisoned(model, batch, loss, optimizer, world):

@@ -20,12 +20,12 @@ import pytest
 import torch
 from conftest import metrics, needs_small_encoder, sst2_sentences, train_options
 
-import train
-from sst2_xlmr.errors import UserError
+from sst2_xlmr import train
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.util.errors import UserError
 
 HERE = sys.executable if find_spec("transformers") else ""
 PEER = os.environ.get("SST2_XLMR_TEST_PEER", "")

@@ -23,7 +23,7 @@ from conftest import (
     train_options,
 )
 
-import train
+from sst2_xlmr import train
 from sst2_xlmr.data.rows import SST2_NAMES, Columns
 from sst2_xlmr.data.token_cache import tokenize_file
 

@@ -15,11 +15,11 @@ import torch
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sst2_xlmr import stack
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.training.flat_engine import FlatEngine
 from sst2_xlmr.training.optimizer import AdamW, Groups
+from sst2_xlmr.util import versions
 
 SST2_TABLE_ROWS = 9_370
 VIEWS = {"view", "split", "slice", "select", "expand", "alias", "detach", "t", "unbind"}
@@ -73,8 +73,8 @@ def test_layerwise_rates_cost_one_pass_a_group() -> None:
 
 
 @pytest.mark.skipif(
-    not stack.has_torchtext() or importlib.util.find_spec("triton") is None,
-    reason=f"written for the internals of torch 2.3 with Triton; this is {stack.description()}",
+    not versions.has_torchtext() or importlib.util.find_spec("triton") is None,
+    reason=f"written for the internals of torch 2.3 with Triton; this is {versions.description()}",
 )
 def test_the_update_compiles_for_gpus_in_one_kernel(tmp_path: Path) -> None:
     """In bf16 from compute capability 8.0, the first that has it; in fp32 from 7.0."""

@@ -18,18 +18,18 @@ from sst2_xlmr import engines
 from sst2_xlmr.engines.cpu.int8 import Int8Classifier
 from sst2_xlmr.engines.cpu.int8_linear import Int8Kernels, Int8Linear, Int16Linear, Norm, Quantized
 from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
-from sst2_xlmr.errors import UserError
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.quantized import quantize_weights
-from sst2_xlmr.prediction import load_model
+from sst2_xlmr.predictor import load_model
+from sst2_xlmr.util.errors import UserError
 
 CPU = torch.device("cpu")
 # Gives the small encoder a head, and prints the bytes that loading it takes for good.
 LOADED = """
 import sys; from pathlib import Path
-import torch; from sst2_xlmr import accelerate, memory, prediction
+import torch; from sst2_xlmr import backend as accelerate, predictor as prediction; from sst2_xlmr.util import memory
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 accelerate.load_classifier = lambda folder, device, bf16: (

@@ -8,15 +8,15 @@ import pytest
 import torch
 from running import launcher, started
 
-from sst2_xlmr.distributed import World
 from sst2_xlmr.engines.cpu.adamw import part_of
 from sst2_xlmr.engines.cpu.shared_memory import ALIGNMENT, aligned_bytes, shared_bytes
+from sst2_xlmr.util.distributed import World
 
 PROGRAM = """
 import os, sys
 import torch
-from sst2_xlmr import distributed
-from sst2_xlmr.errors import end_among_others
+from sst2_xlmr.util import distributed
+from sst2_xlmr.util.errors import end_among_others
 from sst2_xlmr.engines.cpu.shared_memory import Meeting, Places, aligned_bytes, shared_bytes
 if sys.argv[1] == "none":
     del os.memfd_create
@@ -84,8 +84,8 @@ STEPS_TOGETHER = """
 import sys, time
 import torch
 from torch import nn
-from sst2_xlmr import distributed
-from sst2_xlmr.errors import end_among_others
+from sst2_xlmr.util import distributed
+from sst2_xlmr.util.errors import end_among_others
 from sst2_xlmr.engines.cpu.kernels import load_kernels
 from sst2_xlmr.engines.cpu.adamw import CpuEngine, share_memory
 from sst2_xlmr.training.optimizer import AdamW, Groups

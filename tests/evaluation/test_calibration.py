@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -19,14 +18,15 @@ from reference import needs_torchtext
 from running import digests
 from safetensors.torch import load_file
 
-import train
+from sst2_xlmr import train
 from sst2_xlmr.evaluation import calibration
 from sst2_xlmr.evaluation.calibration import HIGHEST, LOWEST, calibrate, tempered
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.programs import export as export_script
+from sst2_xlmr.programs import predict as predict_script
 
 sys.path.insert(0, str(ROOT / "scripts"))
-predict_script, export_script = importlib.import_module("predict"), importlib.import_module("export")
 RunTrain = Callable[..., Path]
 CPU = torch.device("cpu")
 TEXTS = ["A fine film.", "Not my cup of tea.", "", "word " * 30, "It was  slow"]

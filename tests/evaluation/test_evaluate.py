@@ -11,12 +11,12 @@ from conftest import SAMPLE_DATA
 
 from sst2_xlmr.data.rows import SST2_NAMES, Columns
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
-from sst2_xlmr.distributed import World
 from sst2_xlmr.evaluation import evaluate as module
 from sst2_xlmr.evaluation.evaluate import batches_of_like_length, evaluate, predict
 from sst2_xlmr.evaluation.metrics import confusion_matrix, summarize
 from sst2_xlmr.model.classifier import Classifier, build_classifier
 from sst2_xlmr.model.encoders import find_encoder
+from sst2_xlmr.util.distributed import World
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ from sst2_xlmr.export.trimmed import needed_pieces, trimmed_tokenizer
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import INT8_NAME, TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.weights import load_tensors
-from sst2_xlmr.prediction import load_model
+from sst2_xlmr.predictor import load_model
 
 sys.path.insert(0, str(ROOT / "scripts"))
 export = importlib.import_module("export")
@@ -232,7 +232,7 @@ def test_ids_of_a_trimmed_tokenizer_are_refused(
 def test_a_model_beyond_the_limit_of_a_file_is_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    onnx_file = pytest.importorskip("sst2_xlmr.export.onnx_file")
+    onnx_file = pytest.importorskip("sst2_xlmr.export.onnx")
     monkeypatch.setattr(onnx_file, "_LARGEST_FILE", 1000)
     options = ["--model", model, "--format", "onnx", "--output", tmp_path / "x"]
     assert "larger than the 2 GB of an ONNX file" in user_error(lambda: run_export(*options), capsys)

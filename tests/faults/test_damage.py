@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, train_options, user_error
 from running import digests, launcher, logged, started, wait_for
 
-import train
+from sst2_xlmr import train
 from sst2_xlmr.training.checkpoint import find_checkpoint, what_is_damaged
 
 RunTrain = Callable[..., Path]

@@ -19,9 +19,9 @@ from conftest import train_options, user_error
 from safetensors.torch import load_file
 from torch import nn
 
-import train
-from sst2_xlmr.files import digest_of
+from sst2_xlmr import train
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
+from sst2_xlmr.util.files import digest_of
 
 WORD = "roberta.embeddings.word_embeddings.weight"
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sst2_xlmr.data.batches import GlobalBatchSampler
 from sst2_xlmr.data.formats import kind_of, row_writer
 from sst2_xlmr.data.rows import Columns, Row, find_label_names, read_examples, read_rows
-from sst2_xlmr.distributed import World
-from sst2_xlmr.files import new_file
+from sst2_xlmr.util.distributed import World
+from sst2_xlmr.util.files import new_file
 
 quick = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 ENDINGS = st.sampled_from([".tsv", ".csv", ".jsonl", ".tsv.gz", ".csv.gz", ".jsonl.gz"])

@@ -14,11 +14,11 @@ from conftest import SMALL_ENCODER, needs_small_encoder, train_options
 from running import charted, digests, launcher, logged, started, wait_for, workers
 from safetensors.torch import load_file
 
-from sst2_xlmr.distributed import World
-from sst2_xlmr.export.hugging_face import Description, export_hugging_face
+from sst2_xlmr.export.folder import Description, export_hugging_face
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.training.signals import SIGNALS, StopRequest
+from sst2_xlmr.util.distributed import World
 
 STEPS = 250  # some seconds; a signal comes in the first of them
 

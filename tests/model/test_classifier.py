@@ -10,7 +10,7 @@ from conftest import SMALL_ENCODER, needs_small_encoder
 from reference import torchtext_model
 
 from sst2_xlmr.data.rows import SST2_NAMES
-from sst2_xlmr.export.hugging_face import Description, export_hugging_face
+from sst2_xlmr.export.folder import Description, export_hugging_face
 from sst2_xlmr.model.classifier import Classifier, Dropouts, build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 

@@ -14,16 +14,16 @@ import torch
 from reference import torchtext_model
 from safetensors.torch import load_file, save_file
 
-from sst2_xlmr import sources
 from sst2_xlmr.data.rows import SST2_NAMES
-from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import write_tensors
 from sst2_xlmr.model import weights
 from sst2_xlmr.model.classifier import Classifier, build_classifier
-from sst2_xlmr.model.compact_vocab import TABLE_NAME
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder, lowest_layers
+from sst2_xlmr.model.vocabulary import TABLE_NAME
 from sst2_xlmr.model.weight_names import from_hugging_face, to_hugging_face
 from sst2_xlmr.model.weights import load_tensors, pretrained_table
+from sst2_xlmr.util import downloads
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import write_tensors
 
 SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
 
@@ -198,7 +198,7 @@ def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.Mo
     torch.save(bundle_weights(source), tmp_path / "tiny.pt")
     monkeypatch.setitem(BUNDLE_SHAPES, "xlmr.base", SHAPE)
     tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
-    monkeypatch.setattr(sources, "fetch_bundle", lambda *_, **__: (tmp_path / "tiny.pt", tokenizer_file))
+    monkeypatch.setattr(downloads, "fetch_bundle", lambda *_, **__: (tmp_path / "tiny.pt", tokenizer_file))
     model, head_is_new = build_classifier(find_encoder("xlmr.base"), SST2_NAMES)
     assert head_is_new
     for name, tensor in source.encoder.state_dict().items():

@@ -9,8 +9,8 @@ import torch
 from conftest import SMALL_ENCODER, SST2, needs_small_encoder
 from reference import needs_torchtext
 
-from sst2_xlmr.errors import UserError
 from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.util.errors import UserError
 
 
 @needs_small_encoder

@@ -10,7 +10,7 @@ import pytest
 from conftest import metrics, user_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train
+from sst2_xlmr import train
 
 RunTrain = Callable[..., Path]
 OPTIONS = ("--epochs", 1, "--save-every", 3, "--keep-checkpoints", 100)
@@ -84,7 +84,7 @@ def test_two_starts_at_the_same_time_share_no_folder(
     """Both find it without events; the one that names itself first has it."""
     events, options = tmp_path / "events", [*OPTIONS, "--tensorboard-dir", tmp_path / "events"]
     with monkeypatch.context() as patched:
-        patched.setattr("sst2_xlmr.report.report.SummaryWriter", lambda *_: exec("raise KeyboardInterrupt"))
+        patched.setattr("sst2_xlmr.report.console.SummaryWriter", lambda *_: exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
             run_train(tmp_path / "one", *options)
     assert list(content(events)) == ["run.txt"]

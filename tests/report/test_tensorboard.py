@@ -25,14 +25,14 @@ from tensorboard.plugins.hparams.metadata import (
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
-import train
+from sst2_xlmr import train
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
-from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import digest_of
-from sst2_xlmr.report import report
+from sst2_xlmr.report import console as report
 from sst2_xlmr.report.event_folder import cut_events, event_files
 from sst2_xlmr.report.mistakes import EvaluatedFile, escape, mistakes_table
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import digest_of
 
 RunTrain = Callable[..., Path]
 DE, RU = SAMPLE_DATA / "test.de.tsv", SAMPLE_DATA / "test.ru.tsv"

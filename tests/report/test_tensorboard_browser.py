@@ -30,7 +30,7 @@ import pytest
 from conftest import SAMPLE_DATA, metrics, train_options
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train
+from sst2_xlmr import train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, losses, metrics, torchrun, train_options
 from running import digests, logged
 
-import train
+from sst2_xlmr import train
 
 UP = Path(os.environ.get("SST2_XLMR_SLURM_UP", "up.sh"))
 LAB = Path(tempfile.gettempdir()) / "slurm-lab"  # where up.sh puts its files

@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from sst2_xlmr.errors import UserError
+from sst2_xlmr.util.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "scripts" / "fetch_small_encoder.py"

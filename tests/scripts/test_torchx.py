@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, losses, metrics, train_options
 from test_slurm import JOB_TIMEOUT_S, LAB, UNFINISHED, UP, _slurm, job_facts
 
-import train
+from sst2_xlmr import train
 
 TORCHX = os.environ.get("SST2_XLMR_TEST_TORCHX") or shutil.which("torchx") or ""
 COMPONENT = "scripts/torchx_app.py:train"

@@ -13,9 +13,6 @@ import pytest
 import torch
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.distributed import World
-from sst2_xlmr.errors import UserError
-from sst2_xlmr.files import Finisher
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.training.checkpoint import (
@@ -26,8 +23,11 @@ from sst2_xlmr.training.checkpoint import (
     what_is_damaged,
 )
 from sst2_xlmr.training.optimizer import AdamW, Groups
-from sst2_xlmr.training.progress import Progress, Totals, Window
 from sst2_xlmr.training.run_folder import clean_up
+from sst2_xlmr.training.state import Progress, Totals, Window
+from sst2_xlmr.util.distributed import World
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import Finisher
 
 ALONE = World.alone(torch.device("cpu"))
 IDS = torch.arange(50)

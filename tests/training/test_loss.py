@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sst2_xlmr.errors import UserError
 from sst2_xlmr.training.loss import class_weights, sum_of_losses
+from sst2_xlmr.util.errors import UserError
 
 LABELS = torch.tensor([0, 2, 1, 0, 0, 2])
 LOGITS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from sst2_xlmr.distributed import World
 from sst2_xlmr.engines.cpu.adamw import CpuEngine
 from sst2_xlmr.engines.cpu.kernels import load_kernels
 from sst2_xlmr.engines.cuda.adamw import compiled_engine, why_not_compiled
@@ -16,6 +15,7 @@ from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.training.flat_engine import Rates, scalars_of, update_flat
 from sst2_xlmr.training.master_weights import join_master, split_master
 from sst2_xlmr.training.optimizer import AdamW, Groups, lr_scale
+from sst2_xlmr.util.distributed import World
 
 SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
 CPU = torch.device("cpu")

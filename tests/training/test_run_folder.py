@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, metrics, train_options
 
-import train
+from sst2_xlmr import train
 from sst2_xlmr.config import Config
-from sst2_xlmr.errors import UserError
 from sst2_xlmr.training.run_folder import claim, write_config
+from sst2_xlmr.util.errors import UserError
 
 # Where a start is killed: before `target` is called.
 KILLED = """
@@ -28,14 +28,14 @@ target = importlib.import_module(names[0])
 for name in names[1:]:
     target = getattr(target, name) if hasattr(target, name) else importlib.import_module(f"{target.__name__}.{name}")
 setattr(target, function, die)
-import train
+from sst2_xlmr import train
 train.main(sys.argv[2:])
 """
 PLACES = {  # -> what the run's folder then holds
     "sst2_xlmr.training.run_folder.write_text": {".lock"},
     "train.accelerate": {".lock", "config.json"},  # before processes are connected
     "sst2_xlmr.training.run_folder.clean_up": {".lock", "config.json"},
-    "sst2_xlmr.report.report.SummaryWriter": {".lock", "config.json", "metrics.jsonl"},
+    "sst2_xlmr.report.console.SummaryWriter": {".lock", "config.json", "metrics.jsonl"},
     "sst2_xlmr.training.checkpoint.write_tensors": {".lock", "config.json", "metrics.jsonl", "checkpoints"},
 }
 

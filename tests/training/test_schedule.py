@@ -7,8 +7,8 @@ import math
 import pytest
 
 from sst2_xlmr.config import OPTIONS, Config
-from sst2_xlmr.training.progress import Progress
 from sst2_xlmr.training.schedule import SCHEDULES, Due, Schedule, evaluation_interval, lr_factor
+from sst2_xlmr.training.state import Progress
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from functools import partial
 import numpy as np
 import torch
 
-from sst2_xlmr.distributed import World, shared_error
 from sst2_xlmr.engines.cpu.kernels import PARAMETER, Gradients, Kernels
 from sst2_xlmr.engines.cpu.shared_memory import Meeting, Places, aligned_bytes, shared_bytes
-from sst2_xlmr.memory import give_back_memory
 from sst2_xlmr.training.flat_engine import BETA1, BETA2, EPSILON, Rates
 from sst2_xlmr.training.master_weights import TrainedSlot
+from sst2_xlmr.util.distributed import World, shared_error
+from sst2_xlmr.util.memory import give_back_memory
 
 
 def part_of(n: int, team: World) -> tuple[int, int]:

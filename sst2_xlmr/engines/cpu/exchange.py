@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from sst2_xlmr.distributed import World
 from sst2_xlmr.engines.cpu.kernels import Kernels
+from sst2_xlmr.util.distributed import World
 
 
 def exchange_gradients(world: World, kernels: Kernels, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sst2_xlmr import sources
-from sst2_xlmr.files import digest_of, sync_files
+from sst2_xlmr.util import downloads
+from sst2_xlmr.util.files import digest_of, sync_files
 
 HERE = Path(__file__).parent
 SOURCES, HEADER = [HERE / "kernels.c", HERE / "int8.c"], HERE / "real.h"
@@ -277,7 +277,7 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
 
 def _private_folder() -> Path | None:
     """Return the cache's folder for code that this process loads, unless others than its user can write to it."""
-    folder = sources.cache_dir() / f"kernels-{os.getuid()}"
+    folder = downloads.cache_dir() / f"kernels-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sst2_xlmr.distributed import World, from_main, gather_objects, sum_over_ranks
+from sst2_xlmr.util.distributed import World, from_main, gather_objects, sum_over_ranks
 
 ALIGNMENT = 64  # bytes; of every tensor, so that no two share a cache line
 

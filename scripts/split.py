@@ -1,0 +1,7 @@
+"""`sst2-xlmr split` from a checkout; see sst2_xlmr/programs/split.py."""
+
+from sst2_xlmr.programs.split import main
+from sst2_xlmr.util.errors import exit_on_user_error
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

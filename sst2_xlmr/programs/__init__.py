@@ -1,0 +1,1 @@
+"""The commands besides training; each module has main(argv)."""

@@ -1,0 +1,140 @@
+"""Cut rows from a training file for a test that nobody tunes on.
+
+    python scripts/split.py --train-file data/SST-2/train.tsv --rows 5000 --output-dir data/held-out
+
+writes train.tsv and test.tsv into the new folder. SST-2's training rows are sentences and thousands of phrases cut from
+them, so rows drawn at random would leave their own words in training. Here whole texts are drawn, and what is part of
+them goes with them: a row of the test is never part of a text that is left, nor is any row that is left part of a text
+of the test. Rows for which neither can be said, phrases that occur in texts of both sides, are left out of both.
+
+Texts are compared by their words, without regard to upper and lower case. `--train-rows N` keeps N random rows of what
+is left, to see what few data do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sst2_xlmr.cli import OneLineParser, add_option, positive
+from sst2_xlmr.data.formats import KINDS, Fields, kind_of, row_writer
+from sst2_xlmr.data.rows import TEXT_OPTIONS, columns_given, read_examples
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import new_file
+
+_KEY_WORDS = 3  # by so many first words a text is looked up in another
+Words = tuple[str, ...]
+
+
+def words_of(text: str, pair: str | None) -> Words:
+    """Return a row's words; a pair of texts counts as one, with a mark between them."""
+    first = tuple(text.casefold().split())
+    return first if pair is None else (*first, "\t", *pair.casefold().split())
+
+
+def find_parts(texts: Sequence[Words]) -> list[np.ndarray]:
+    """Return for every text, each of which is there once, the texts whose words stand in it, one after another.
+
+    It is one of them itself, unless it is empty. They are int64 arrays of numbers, ascending.
+    """
+    number_of = {words: number for number, words in enumerate(texts)}
+    lengths: dict[Words, set[int]] = {}  # first words -> how many words the texts have that begin so
+    for words in texts:
+        lengths.setdefault(words[:_KEY_WORDS], set()).add(len(words))
+    parts = []
+    for words in texts:
+        found = set()
+        for start in range(len(words)):
+            for key_length in range(1, _KEY_WORDS + 1):
+                for length in lengths.get(words[start : start + key_length], ()):
+                    number = number_of.get(words[start : start + length])
+                    if number is not None:
+                        found.add(number)
+        parts.append(np.array(sorted(found), np.int64))
+    return parts
+
+
+def split_rows(rows: Sequence[Words], count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return int64 arrays of row numbers, those that stay and `count` for the test, both in the file's order.
+
+    Raises:
+        UserError: if so many cannot be drawn, or none would stay.
+    """
+    numbers: dict[Words, int] = {}
+    text_of = np.array([numbers.setdefault(words, len(numbers)) for words in rows], np.int64)  # row -> text
+    texts = list(numbers)
+    parts, copies = find_parts(texts), np.bincount(text_of, minlength=len(texts))
+    is_whole = np.ones(len(texts), bool)  # whether no longer text has it as a part
+    for number, members in enumerate(parts):
+        is_whole[members[members != number]] = False
+    random = np.random.RandomState(seed)
+    # In how many whole rows of either side a text is.
+    drawn, left = np.zeros(len(texts), int), np.zeros(len(texts), int)
+    for number in np.flatnonzero(is_whole):
+        left[parts[number]] += copies[number]
+    exclusive = 0  # rows that are in drawn texts only
+    for row in random.permutation(np.flatnonzero(is_whole[text_of])):
+        found = parts[text_of[row]]
+        left[found] -= 1
+        drawn[found] += 1
+        exclusive += int(copies[found][left[found] == 0].sum())
+        if exclusive >= count:
+            break
+    test = np.flatnonzero(((drawn > 0) & (left == 0))[text_of])
+    stays = np.flatnonzero((drawn == 0)[text_of])
+    if len(test) < count or not len(stays):
+        raise UserError(f"--rows {count}: only {len(rows):,} rows are there, and some must stay; hold out fewer")
+    return stays, np.sort(random.choice(test, count, replace=False))
+
+
+def seed_number(text: str) -> int:
+    """Return a number that NumPy takes for a seed, for argparse's `type`."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 4294967295")
+    return int(text)
+
+
+def write_rows(file: Path, rows: Iterable[Fields], header: bool) -> None:
+    kind = kind_of(file)
+    with new_file(file) as opened:
+        write = row_writer(opened, kind)
+        for number, fields in enumerate(rows):
+            if number == 0 and header and KINDS[kind].is_table:
+                write(fields.names, fields.names)
+            write(fields.names, fields.cells)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(description="Cut rows from a training file for a test.", allow_abbrev=False)
+    parser.add_argument("--train-file", required=True, type=Path, metavar="FILE", help="labelled rows")
+    parser.add_argument("--rows", required=True, type=positive, metavar="N", help="how many to hold out")
+    parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="new folder, with both files")
+    parser.add_argument("--train-rows", type=positive, metavar="N", help="keep N random rows of the others [all]")
+    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of what is drawn [0]")
+    for name in TEXT_OPTIONS:
+        add_option(parser, name)
+    arguments = parser.parse_args(argv)
+    columns, kind = columns_given(arguments), kind_of(arguments.train_file)
+    if arguments.output_dir.exists():
+        raise UserError(f"--output-dir {arguments.output_dir} is there already; choose another name")
+    examples = list(read_examples(arguments.train_file, columns))
+    stays, test = split_rows([words_of(each.text, each.pair) for each in examples], arguments.rows, arguments.seed)
+    left_out = len(examples) - len(stays) - len(test)
+    if arguments.train_rows is not None:
+        if arguments.train_rows > len(stays):
+            raise UserError(f"--train-rows {arguments.train_rows}: {len(stays):,} rows are left to train on")
+        random = np.random.RandomState(arguments.seed)
+        stays = np.sort(random.choice(stays, arguments.train_rows, replace=False))
+    try:
+        arguments.output_dir.mkdir(parents=True)
+        for name, numbers in (("train", stays), ("test", test)):
+            fields = (examples[number].fields for number in numbers)
+            write_rows(arguments.output_dir / f"{name}{kind}", fields, columns.header)
+    except OSError as error:
+        raise UserError(f"cannot write to {arguments.output_dir}: {error.strerror}") from None
+    print(
+        f"{arguments.output_dir}: {len(stays):,} rows to train on, {len(test):,} for the test, {left_out:,} in neither"
+    )

@@ -1,0 +1,1 @@
+"""What every other part uses: files, processes, errors, memory, downloads."""

@@ -1,0 +1,265 @@
+"""Processes: which one this is, sums over ranks, errors that all ranks raise, work for one process per node."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Callable, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from sst2_xlmr.util.errors import LostContact, UserError, own_error
+
+Result = TypeVar("Result")
+
+# gloo's messages when a peer is gone or silent; it has no exception type of its own.
+_GLOO_ERROR = re.compile(
+    r"gloo|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket (closed|Timeout)"
+)
+
+_POLL_S = 1e-4  # between two looks at an event; a step takes some milliseconds
+
+# Downloads and tokenization take longer than any step; the others wait for them in a group with more patience.
+PREPARATION_TIMEOUT = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is, among all that train together.
+
+    Attributes:
+        rank, world_size: this process's number, and how many there are.
+        local_rank, local_world_size: the same on this node.
+        device: what this process computes on.
+        control: gloo group for Python objects; None with one process.
+        preparation: gloo group that waits for downloads; None with one process.
+        timeout_s: seconds without an answer after which another process counts as lost.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    control: Any = None
+    preparation: Any = None
+    timeout_s: float = math.inf
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def alone(cls, device: torch.device) -> World:
+        """Return the world of one process."""
+        return cls(0, 1, 0, 1, device)
+
+
+def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
+    """Turn `--device` into this process's device.
+
+    Raises:
+        UserError: CUDA was asked for and is not there, or this node has fewer GPUs than processes.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA GPU on this machine; use --device cpu")
+    if local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"{local_world_size} processes, but {torch.cuda.device_count()} GPUs on this node;"
+            " start torchrun with --nproc_per_node at most that"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _read_environment() -> dict[str, int]:
+    """Return rank, world_size, local_rank and local_world_size from torchrun's environment variables.
+
+    Raises:
+        UserError: if they contradict each other.
+    """
+    cure = "start train.py with torchrun, which sets it, or unset it to train with one process"
+    place = {}
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+        text = os.environ.get(name, str(default))
+        if not text.isdecimal():
+            raise own_error(f"the environment has {name}={text}, which is not a number from 0; {cure}")
+        place[name.lower()] = int(text)
+    for number, count in (("rank", "world_size"), ("local_rank", "local_world_size")):
+        if place[number] >= place[count]:
+            raise own_error(
+                f"the environment has {number.upper()}={place[number]}, but {count.upper()}={place[count]}; {cure}"
+            )
+    port = os.environ.get("MASTER_PORT", "")
+    if place["world_size"] > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise own_error(f"the environment has WORLD_SIZE={place['world_size']}, but no {name}; {cure}")
+        if not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise own_error(f"the environment has MASTER_PORT={port}, which is not a port; {cure}")
+    return place
+
+
+@contextmanager
+def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[World]:
+    """Join the process group that torchrun's environment describes, if any, and leave it at the end.
+
+    Without torchrun (no RANK in the environment) the world is one process, without a group.
+    """
+    place = _read_environment()
+    device = choose_device(device_name, place["local_rank"], place["local_world_size"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # torchrun sets OMP_NUM_THREADS=1, which leaves most cores of a larger machine idle.
+    if threads:
+        torch.set_num_threads(threads)
+    elif place["local_world_size"] > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place["local_world_size"]))
+    if place["world_size"] == 1:
+        yield World(**place, device=device)
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    if device.type == "cuda":
+        # NCCL would end the process with a dump of its own; it gets a minute more, so that `wait_for_step` comes first.
+        _join("nccl", timeout + timedelta(minutes=1))
+    else:
+        _join("gloo", timeout)
+    lost = False
+    try:
+        control, preparation = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PREPARATION_TIMEOUT))
+        yield World(**place, device=device, control=control, preparation=preparation, timeout_s=timeout.total_seconds())
+    except UserError as error:
+        lost = error.is_own  # the others still wait for this rank
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not _GLOO_ERROR.search(str(error)):
+            raise
+        lost = True
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LostContact(
+            f"lost contact with another process ({reason}): it died, or gave no answer for {timeout_minutes:g} minutes;"
+            " if it said why, that stands above; checkpoints are whole: continue with --resume"
+        ) from None
+    finally:
+        if not lost:  # it would wait for the lost process
+            dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Join the process group that the environment describes.
+
+    What torchrun has started again must not find the addresses of its predecessors in torchrun's store. torch 2.3 keeps
+    them apart, 2.13 does not with static rendezvous. On one node; with several, each counts its restarts for itself.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    is_one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_node else "0"
+    own_store = dist.PrefixStore(f"attempt_{attempt}", store)
+    dist.init_process_group(backend, store=own_store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def wait_for_step(event: torch.cuda.Event, world: World) -> None:
+    """Wait until the GPU has reached an event.
+
+    A peer that hangs makes an all-reduce on the GPU wait for ever; the host would not notice before the GPU's queue is
+    full.
+
+    Raises:
+        DistError: after `world.timeout_s`; `start` then says that contact is lost.
+    """
+    deadline = time.monotonic() + world.timeout_s
+    while not event.query():
+        if time.monotonic() > deadline:
+            raise dist.DistError("the GPU still waits for it")
+        time.sleep(_POLL_S)
+
+
+def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all ranks, in place; the same bits on every rank."""
+    if world.world_size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# torch 2.3.1 deadlocks if a gloo group is destroyed while its worker thread, which needs the GIL for it, frees a tensor
+# that Python no longer holds. So the tensors of every group's last exchange are kept until the next one, or the end.
+_held: dict[Any, Any] = {}
+
+
+def gather_objects(world: World, item: Any, group: Any = None) -> list[Any]:
+    """Return every rank's `item`, in the order of the ranks; over `world.control` unless another group is given."""
+    group = group or world.control
+    if world.world_size == 1:
+        return [item]
+    content = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
+    size = torch.tensor([len(content)])
+    sizes = [torch.zeros_like(size) for _ in range(world.world_size)]
+    dist.all_gather(sizes, size, group=group)
+    padded = torch.zeros(int(torch.stack(sizes).max()), dtype=torch.uint8)
+    padded[: len(content)] = content
+    contents = [torch.zeros_like(padded) for _ in range(world.world_size)]
+    dist.all_gather(contents, padded, group=group)
+    _held[group] = (size, sizes, padded, contents)
+    return [pickle.loads(content.numpy().tobytes()) for content in contents]
+
+
+def from_main(world: World, item: Any) -> Any:
+    """Return rank 0's `item` on every rank."""
+    return gather_objects(world, item if world.is_main else None)[0]
+
+
+def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
+    """Run `prepare` on one process of every node, then on the others, which reuse its work.
+
+    `prepare` must leave its result on disk, so that the second call is cheap.
+
+    Raises:
+        UserError: on every rank, if it was raised on any; so that no rank waits for one that is gone.
+    """
+    result = None
+    for first in (True, False):
+        problem = None
+        if (world.local_rank == 0) == first:
+            try:
+                result = prepare()
+            except UserError as error:
+                problem = str(error)
+        problems = [p for p in gather_objects(world, problem, world.preparation) if p]
+        if problems:
+            raise shared_error(problems[0])
+    assert result is not None
+    return result
+
+
+def on_main(world: World, work: Callable[[], Result]) -> Result | None:
+    """Run `work` on rank 0 while the others wait; returns its result there, None elsewhere.
+
+    Raises:
+        UserError: on every rank, if it was raised there.
+    """
+    problem = result = None
+    if world.is_main:
+        try:
+            result = work()
+        except UserError as error:
+            problem = str(error)
+    if problem := from_main(world, problem):
+        raise shared_error(problem)
+    return result
+
+
+def shared_error(text: str) -> UserError:
+    """Return an error that every rank raises and rank 0 reports."""
+    error = UserError(text)
+    error.is_shared = True
+    return error

@@ -1,0 +1,64 @@
+"""This process's memory: freed blocks are kept for the next step, and a full memory is the user's error.
+
+glibc returns large freed blocks to the system, which hands out zeroed pages again at the next step; for XLM-R base that
+is 20,000 page faults per step. torch enables large pages by an environment variable, which `sst2_xlmr/__init__.py`
+sets, because torch must see it before it allocates anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from sst2_xlmr.util.errors import own_error
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Make malloc keep what is freed, in blocks of 64 MiB; does nothing without glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
+        libc.mallopt(parameter, value)
+
+
+def give_back_memory() -> None:
+    """Return to the system what malloc has kept so far, after freeing something large for good."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+
+
+def used_memory_gb() -> float:
+    """Return this process's memory in 1e9 bytes: the most that tensors took on its GPU, or what is resident now."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e9
+
+
+@contextlib.contextmanager
+def memory_errors(cure: str) -> Iterator[None]:
+    """Turn an out-of-memory error of a GPU or the machine into a `UserError`, which the rank that has it reports.
+
+    Args:
+        cure: what to do.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            what = "the GPU's memory"
+        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            what = "the memory"
+        else:
+            raise
+        where = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        raise own_error(f"{what} is full{where}: {cure}") from None

@@ -1,0 +1,168 @@
+"""Repeated, contradictory and leaked rows: counted exactly, named by their lines, dropped on request."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import metrics, train_options, user_error
+
+from sst2_xlmr import train
+from sst2_xlmr.cli import parse_args
+from sst2_xlmr.data.duplicates import find_leaks, find_repeats, text_digests
+from sst2_xlmr.data.formats import line_of, read_fields
+from sst2_xlmr.data.prepare import prepare
+from sst2_xlmr.data.rows import Row
+from sst2_xlmr.report.findings import findings
+
+RunTrain = Callable[..., Path]
+
+
+def test_counts_are_those_of_a_slow_comparison() -> None:
+    draw = random.Random(0)
+    rows = [Row(f"text {draw.randrange(300)}", draw.choice([None, "b", "c"]), draw.randrange(3)) for _ in range(1000)]
+    digests, labels = text_digests(rows), np.array([row.label for row in rows])
+    repeats, contradictions = find_repeats(digests, labels)
+    assert repeats.tolist() == [number for number, row in enumerate(rows) if row in rows[:number]]
+    labels_of: dict[tuple[str, str | None], set[int]] = {}
+    for row in rows:
+        labels_of.setdefault((row.text, row.pair), set()).add(row.label)
+    assert contradictions.tolist() == [n for n, row in enumerate(rows) if len(labels_of[row.text, row.pair]) > 1]
+    others = [Row(f"text {number}", None, 0) for number in range(0, 600, 3)]
+    known = {(row.text, row.pair) for row in others}
+    leaks = find_leaks(digests, text_digests(others))
+    assert leaks.tolist() == [number for number, row in enumerate(rows) if (row.text, row.pair) in known]
+
+
+@pytest.mark.parametrize("rows", [[], [Row("a", None, 0)], [Row("a", None, 0), Row("a", None, 1)]])
+def test_few_rows(rows: list[Row]) -> None:
+    repeats, contradictions = find_repeats(text_digests(rows), np.array([row.label for row in rows], int))
+    assert (len(repeats), len(contradictions)) == (0, 0 if len(rows) < 2 else 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "header"),
+    [
+        ("x.csv", 'text,label\n"a\nb",0\nc,1\n', True),
+        ("x.csv", '"a\nb",0\nc,1\n', False),
+        ("x.tsv", "text\tlabel\na\t0\nb\t1\n", True),
+        ("x.tsv", "a\t0\nb\t1\n", False),
+        ("x.jsonl", '{"text": "a"}\n{"text": "b"}\n', True),
+        ("x.jsonl.gz", '{"text": "a"}\n{"text": "b"}\n', False),
+    ],
+)
+def test_a_row_is_named_by_its_first_line(name: str, content: str, header: bool, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+    lines = [fields.line for fields in read_fields(file, header)]
+    assert len(lines) == 2
+    assert [line_of(file, row, header) for row in (0, 1)] == lines
+
+
+@pytest.fixture
+def dirty_data(small_data: Path) -> Path:
+    """50 rows of which the first three come twice more, one with another label; two are dev's."""
+    file = small_data / "train.tsv"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    dev = (small_data / "dev.tsv").read_text(encoding="utf-8").splitlines()
+    text, label = lines[4].split("\t")
+    lines += [lines[1], lines[2], lines[3], f"{text}\t{1 - int(label)}", dev[1], dev[7]]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return small_data
+
+
+def test_the_header_says_what_was_found(
+    run_train: RunTrain, dirty_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_train(tmp_path / "run", "--max-steps", 1)
+    said = capsys.readouterr().out
+    hint = "--drop-duplicates leaves them out"
+    assert f"repeated   3 training rows have text and label of an earlier one, e.g. train.tsv:52; {hint}\n" in said
+    assert (
+        f"labels     2 training rows have a text with several labels, e.g. train.tsv:5 and train.tsv:55; {hint}\n"
+        in said
+    )
+    assert (
+        "leaked     2 training rows have a text of dev, e.g. train.tsv:56 and dev.tsv:2; --drop-leaks leaves them out\n"
+        in said
+    )
+    assert "rows       train 56, dev 20;" in said
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_findings_are_told_without_lines_of_a_file_that_has_gone(
+    is_there: bool, tiny_encoder: Path, dirty_data: Path, tmp_path: Path
+) -> None:
+    """As when a run begins again after a collapse, long after it has read its files; a .csv has to be read again."""
+    file = dirty_data / "train.csv"
+    with file.open("w", encoding="utf-8", newline="") as written:
+        lines = (dirty_data / "train.tsv").read_text(encoding="utf-8").splitlines()
+        csv.writer(written).writerows(line.split("\t") for line in lines)
+    (dirty_data / "train.tsv").unlink()
+    config, _ = parse_args(train_options(tiny_encoder, dirty_data, tmp_path / "run"))
+    inputs = prepare(config, quiet=True)
+    if is_there:
+        file.write_text("sentence,label\n")  # shorter now
+    else:
+        file.rename(tmp_path / "moved.csv")
+    hint = "--drop-duplicates leaves them out"
+    assert findings(inputs) == [
+        f"repeated   3 training rows have text and label of an earlier one; {hint}",
+        f"labels     2 training rows have a text with several labels; {hint}",
+        "leaked     2 training rows have a text of dev; --drop-leaks leaves them out",
+    ]
+
+
+def test_clean_data_are_not_mentioned(run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_train(tmp_path / "run", "--max-steps", 1)
+    said = capsys.readouterr().out
+    assert not any(word in said for word in ("repeated ", "labels  ", "leaked "))
+
+
+def test_what_is_dropped_is_not_trained_on(
+    run_train: RunTrain,
+    tiny_encoder: Path,
+    dirty_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same rows without the bad ones give the same number of steps; a resumed run keeps to them."""
+    run = run_train(tmp_path / "run", "--epochs", 2, "--drop-duplicates", "--drop-leaks", "--save-every", 3)
+    said = capsys.readouterr().out
+    # 3 repeats, 2 contradictory rows and 2 leaks: 49 rows, 7 batches of 8.
+    assert "rows       train 49 of 56, dev 20" in said
+    assert said.count("; dropped\n") == 3
+    entries = [line for line in metrics(run) if "split" not in line]
+    assert entries[-1]["step"] == 14
+    with pytest.raises(SystemExit):
+        train.exit_on_user_error(lambda: train.main([*resume(run), "--no-drop-leaks"]))
+    assert "--drop-leaks" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_to_its_rows(
+    run_train: RunTrain, dirty_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another test file would have other leaks."""
+    run = run_train(tmp_path / "run", "--max-steps", 2, "--drop-leaks", "--save-every", 1)
+    lines = (dirty_data / "train.tsv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "other.tsv").write_text("\n".join(lines[:9]) + "\n", encoding="utf-8")
+    line = user_error(lambda: train.main([*resume(run), "--test-file", str(tmp_path / "other.tsv")]), capsys)
+    assert "the training rows differ" in line
+
+
+def resume(run: Path) -> list[str]:
+    return ["--resume", "--output-dir", str(run)]
+
+
+def test_nothing_left_is_an_error(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (small_data / "train.tsv").write_text((small_data / "dev.tsv").read_text())
+    words = train_options(tiny_encoder, small_data, tmp_path / "run", "--drop-leaks")
+    assert "leaves no row to train on" in user_error(lambda: train.main(words), capsys)
+    assert not (tmp_path / "run").exists()

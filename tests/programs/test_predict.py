@@ -1,0 +1,555 @@
+"""scripts/predict.py as it is used."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import fcntl
+import gzip
+import io
+import json
+import os
+import pty
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, SST2, make_tokenizer, user_error
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from sst2_xlmr.data.formats import kind_of
+from sst2_xlmr.data.rows import Columns, read_examples
+from sst2_xlmr.programs import predict as script
+from sst2_xlmr.report import rows_bar
+from sst2_xlmr.util import shards
+
+
+def predict(*options: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "scripts/predict.py", "--device", "cpu", *map(str, options)]
+    return subprocess.run(command, input=stdin, capture_output=True, cwd=ROOT, check=False)
+
+
+def test_arguments_and_lines_give_the_same(model: Path) -> None:
+    sentences = ["A fine film.", "Ein Café, größer als nötig", "word " * 200 + "end", "", '"Quoted']
+    from_arguments = predict("--model", model, "--precision", "fp32", *sentences)
+    assert (from_arguments.returncode, from_arguments.stderr) == (0, b"")
+    lines = from_arguments.stdout.decode().splitlines()
+    assert [line.split("\t")[2] for line in lines] == sentences
+    for line in lines:
+        label, probability, _ = line.split("\t")
+        assert label in ("a", "b")
+        assert 0.5 <= float(probability) <= 1
+    stdin = "\r\n".join(sentences).encode()
+    from_lines = predict("--model", model, "--precision", "fp32", "--batch-tokens", 40, stdin=b"\xef\xbb\xbf" + stdin)
+    assert from_lines.stdout == from_arguments.stdout
+
+
+def test_three_columns_whatever_the_sentence_holds(model: Path) -> None:
+    done = predict("--model", model, "tab\there and\nline end")
+    assert done.stdout.decode().rstrip("\n").split("\t")[2] == "tab here and line end"
+
+
+def test_nothing_in_nothing_out(model: Path) -> None:
+    assert predict("--model", model).stdout == b""
+
+
+ROWS = [
+    {"id": "7", "text": 'a "fine" film, really', "note": "x"},
+    {"id": "8", "text": "two\nlines\tand a tab", "note": ""},
+    {"id": "9", "text": "", "note": "empty"},
+    {"id": "10", "text": "\u202eright to left \U0001f600", "note": "y"},
+]
+
+
+def write_input(path: Path) -> Path:
+    """Write ROWS; TSV has spaces where it cannot have what they have."""
+    if kind_of(path) == ".jsonl":
+        content = "".join(json.dumps(row) + "\n" for row in ROWS)
+    elif kind_of(path) == ".tsv":
+        cells = [[cell.replace("\n", " ").replace("\t", " ") for cell in row.values()] for row in ROWS]
+        content = "".join("\t".join(row) + "\n" for row in [list(ROWS[0]), *cells])
+    else:
+        with path.with_suffix("").open("w", newline="") as file:
+            csv.writer(file).writerows([list(ROWS[0]), *(list(row.values()) for row in ROWS)])
+        content = path.with_suffix("").read_text()
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    return path
+
+
+def run(model: Path, *options: object) -> None:
+    script.main(["--model", str(model), "--device", "cpu", "--precision", "fp32", *map(str, options)])
+
+
+def read_output(path: Path) -> list[dict[str, Any]]:
+    examples = read_examples(path, Columns("text"))
+    return [dict(zip(row.fields.names, row.fields.cells)) for row in examples]
+
+
+@pytest.mark.parametrize("given", ["in.tsv", "in.csv.gz", "in.jsonl"])
+@pytest.mark.parametrize("wanted", ["out.tsv.gz", "out.csv", "out.jsonl"])
+def test_every_format_in_and_out_keeps_all_columns_and_the_order(
+    model: Path, tmp_path: Path, given: str, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(model, "--input", write_input(tmp_path / given), "--output", tmp_path / wanted, "--all-probabilities")
+    found = read_output(tmp_path / wanted)
+    assert list(found[0]) == ["id", "text", "note", "label", "probability", "probability_a", "probability_b"]
+    plain = ".tsv" in given + wanted
+    for row, expected in zip(found, ROWS):
+        text = expected["text"].replace("\n", " ").replace("\t", " ") if plain else expected["text"]
+        assert (row["id"], row["text"], row["note"]) == (expected["id"], text, expected["note"])
+        probabilities = {name: float(row[f"probability_{name}"]) for name in ("a", "b")}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=2e-6)
+        assert row["label"] == max(probabilities, key=lambda name: probabilities[name])
+        assert float(row["probability"]) == max(probabilities.values())
+    assert len(found) == len(ROWS)
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
+def test_a_file_gives_what_arguments_give(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [row["text"] for row in ROWS]
+    run(model, *texts)
+    expected = capsys.readouterr().out
+    run(model, "--input", write_input(tmp_path / "in.jsonl"))
+    assert capsys.readouterr().out == expected
+    run(model, "--output", tmp_path / "out.jsonl", *texts)
+    lines = [line.split("\t")[:2] for line in expected.splitlines()]
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [list(row) for row in found] == [["sentence", "label", "probability"]] * len(ROWS)
+    assert [[row["label"], f"{row['probability']:.4f}"] for row in found] == lines
+
+
+def test_pairs_columns_by_number_and_no_header(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.tsv").write_text("1\ta fine film\tit was good\n2\ta poor one\t\n")
+    options = ["--input", tmp_path / "in.tsv", "--text-column", 2, "--text-pair-column", 3, "--no-header"]
+    run(model, *options)
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[2:] for line in lines] == [["a fine film", "it was good"], ["a poor one", ""]]
+    run(model, *options, "--output", tmp_path / "out.csv")
+    rows = list(csv.reader((tmp_path / "out.csv").read_text().splitlines()))
+    assert [row[:4] for row in rows] == [["1", *lines[0][2:], lines[0][0]], ["2", *lines[1][2:], lines[1][0]]]
+    run(model, *options[:-3], "--no-header")
+    assert capsys.readouterr().out.splitlines()[0].split("\t")[1] != lines[0][1], "the second text does not count"
+
+
+def test_columns_that_the_input_has_already_stay(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("text,label,text2,label\nx,1,y,2\n")
+    run(model, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.csv")
+    header, row = csv.reader((tmp_path / "out.csv").read_text().splitlines())
+    assert header == ["text", "label", "text2", "label", "predicted_label", "probability"]
+    assert row[:4] == ["x", "1", "y", "2"]
+
+
+def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, Any]] = [{"text": "x", "n": 1}, {"n": None, "text": "y"}, {"text": "z", "label": [1]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(model, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    found = read_output(tmp_path / "out.jsonl")
+    assert [list(row) for row in found] == [
+        ["text", "n", "label", "probability"],
+        ["n", "text", "label", "probability"],
+        ["text", "label", "predicted_label", "probability"],
+    ]
+    assert [{**row, **kept} for row, kept in zip(found, rows)] == found
+    options = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.csv"]
+    assert "line 3 of the input has other keys" in user_error(lambda: run(model, *options), capsys)
+    assert not (tmp_path / "out.csv").exists()
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    run(model, *options)
+    found = read_output(tmp_path / "out.csv")
+    assert [(row["text"], row["n"]) for row in found] == [("x", "1"), ("y", "")]
+
+
+def sst2_model(model: Path, folder: Path, names: list[str]) -> Path:
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "config.json").read_text())
+    settings["id2label"] = {str(number): name for number, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_glue_submission(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many rows as test.tsv, numbers by the classes' names; the server takes nothing else."""
+    test, count = SST2 / "test.tsv", 1821
+    if not test.is_file():
+        test, count = tmp_path / "test.tsv", 3
+        test.write_text("index\tsentence\n0\ta fine film\n1\ta poor one\n2\tso-so\n")
+    found = {}
+    for names in (["negative", "positive"], ["positive", "negative"]):
+        folder = sst2_model(model, tmp_path / names[0], names)
+        run(folder, "--input", test, "--glue-submission", tmp_path / f"{names[0]}.glue")
+        lines = (tmp_path / f"{names[0]}.glue" / "SST-2.tsv").read_text().split("\n")
+        assert lines[0] == "index\tprediction"
+        assert [line.split("\t")[0] for line in lines[1:-1]] == [str(number) for number in range(count)]
+        found[names[0]] = [int(line.split("\t")[1]) for line in lines[1:-1]]
+        assert lines[-1] == ""
+    assert set(found["negative"]) <= {0, 1}
+    assert [1 - number for number in found["negative"]] == found["positive"]
+    assert capsys.readouterr().out == ""
+    options = ["--input", test, "--glue-submission", tmp_path / "other"]
+    assert "the model's classes are a, b" in user_error(lambda: run(model, *options), capsys)
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_progress_bar_on_a_terminal_only(model: Path, tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 90, 0, 0))  # rows, columns
+    command = [sys.executable, "scripts/predict.py", "--model", str(model), "--device", "cpu"]
+    command += ["--input", str(write_input(tmp_path / "in.tsv")), "--output", str(tmp_path / "out.tsv")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, cwd=ROOT, check=False)
+    os.close(end)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"| 4/4 [00:" in os.read(terminal, 10_000)
+    os.close(terminal)
+
+
+def test_output_that_is_there_is_kept_unless_told_otherwise(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.tsv").write_text("precious")
+    options = ["--output", tmp_path / "out.tsv", "A fine film."]
+    assert "out.tsv is there already" in user_error(lambda: run(model, *options), capsys)
+    assert (tmp_path / "out.tsv").read_text() == "precious"
+    run(model, *options, "--overwrite")
+    assert len(list(read_examples(tmp_path / "out.tsv", Columns()))) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["out.tsv"]
+
+
+def test_a_folder_is_no_output(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out.tsv").mkdir()
+    options = ["--output", tmp_path / "out.tsv", "--overwrite", "A fine film."]
+    assert "out.tsv is a folder; name a file" in user_error(lambda: run(model, *options), capsys)
+
+
+# Notes how far it is after every block, so that a quick test can be killed in between.
+EAGER = "import sys, sst2_xlmr.util.shards as g; g._SECONDS_BETWEEN_NOTES = 0; sys.path.insert(0, 'scripts')"
+
+
+def write_many(path: Path, rows: int) -> Path:
+    """Write rows of different length, some of them in quotes, more than two lines long."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [["n", "text"], *([n, f'a "film"\nnumber {n} ' + "good " * (n % 7)] for n in range(rows))]
+        )
+    return path
+
+
+def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> None:
+    """Two processes, killed twice while they write: bit for bit the file of one undisturbed process."""
+    name, processes = "out.csv", 2
+    words = ["--model", model, "--precision", "fp32", "--input", write_many(tmp_path / "in.csv", 9000), "--output"]
+    (tmp_path / "whole").mkdir()
+    assert predict(*words, tmp_path / "whole" / name).returncode == 0
+    (tmp_path / "eager.py").write_text(
+        f"{EAGER}\nfrom sst2_xlmr.programs import predict; predict.exit_on_user_error(predict.main)\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    options = map(str, [tmp_path / "eager.py", "--device", "cpu", *words, tmp_path / name])
+    command = [*launcher, *options]
+    states = [tmp_path / f"{name}.part-{rank}.json" for rank in range(processes)]
+
+    def blocks() -> int:
+        return sum(json.loads(state.read_text())["blocks"] for state in states if state.exists())
+
+    kills = 0
+    while not (tmp_path / name).exists():
+        before = blocks()
+        with subprocess.Popen([*command, "--resume"], cwd=ROOT, start_new_session=True) as process:
+            while process.poll() is None:
+                if kills < 2 and blocks() > before + 1:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    kills += 1
+                    break
+    assert kills == 2
+    assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["in.csv", "eager.py", "whole", name])
+    again = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert "out.csv is there and complete, so nothing was done; whether it is of this input" in again.stderr
+
+
+def test_several_processes_say_once_that_a_model_is_not_for_glue(model: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = ["--model", model, "--device", "cpu", "--input", write_many(tmp_path / "in.csv", 10)]
+    command = [*launcher, "scripts/predict.py", *map(str, [*options, "--glue-submission", tmp_path / "glue"])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("error: --glue-submission: the model's classes are a, b") == 1
+
+
+def test_more_processes_than_rows_at_once(model: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    options = ["--model", model, "--device", "cpu", "--input", write_many(tmp_path / "in.csv", 10)]
+    command = [*launcher, "scripts/predict.py", *map(str, [*options, "--output", tmp_path / "out.csv"])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(read_output(tmp_path / "out.csv")) == 10
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_what_was_to_replace_a_file_is_continued(
+    model: Path, tmp_path: Path, seconds: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file that is there is not taken for the result, also if no row has been noted."""
+    options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
+    (tmp_path / "out.csv").write_text("of before")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_SECONDS_BETWEEN_NOTES", seconds)
+        patch.setattr(script.RowsBar, "advance", lambda self, rows: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model, *options, "--overwrite")
+    run(model, *options, "--resume")
+    assert len(read_output(tmp_path / "out.csv")) == 3000
+    (tmp_path / "out.csv.part-0").unlink(missing_ok=True)
+    glue = ["--glue-submission", tmp_path / "glue"]
+    assert "out.csv is there already" in user_error(lambda: run(model, *options, *glue, "--resume"), capsys)
+
+
+def change_row(file: Path) -> None:
+    content = file.read_bytes()
+    assert b"number 2999 " in content
+    file.write_bytes(content.replace(b"number 2999 ", b"number 2998 "))
+
+
+def change_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.out_proj.bias"][0] += 1e-3
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_classes(folder: Path) -> None:
+    settings = (folder / "config.json").read_text(encoding="utf-8")
+    assert '"0": "a"' in settings
+    (folder / "config.json").write_text(settings.replace('"0": "a"', '"0": "c"').replace('"a": 0', '"c": 0'))
+
+
+@pytest.mark.parametrize(
+    ("change", "more"),
+    [
+        (lambda tmp: None, ["--all-probabilities"]),
+        (lambda tmp: None, ["--precision", "bf16"]),
+        (lambda tmp: change_row(tmp / "in.csv"), []),
+        (lambda tmp: change_weight(tmp / "model"), []),
+        (lambda tmp: change_classes(tmp / "model"), []),
+    ],
+    ids=["option", "precision", "row", "weight", "classes"],
+)
+def test_other_rows_are_not_continued(
+    model: Path,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    more: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = Path(shutil.copytree(model, tmp_path / "model"))
+    options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_SECONDS_BETWEEN_NOTES", 0.0)
+        patch.setattr(script.RowsBar, "advance", lambda self, rows: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model, *options)
+    assert (tmp_path / "out.csv.part-0").is_file()
+    change(tmp_path)
+    said = user_error(lambda: run(model, *options, "--resume", *more), capsys)
+    assert "out.csv.part-0 was begun with another model, input" in said
+    assert "rows of an earlier run are in" in user_error(lambda: run(model, *options, *more), capsys)
+    run(model, *options, *more, "--overwrite")
+    assert len(read_output(tmp_path / "out.csv")) == 3000
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "model", "out.csv"]
+
+
+def test_an_input_that_changes_meanwhile_is_no_result(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row that is added after the file was read through would be missing."""
+    file = write_many(tmp_path / "in.csv", 2000)
+    advance = script.RowsBar.advance
+
+    def add_row(self: script.RowsBar, rows: int) -> None:
+        with file.open("a") as opened:
+            opened.write("2000,one more\n")
+        advance(self, rows)
+
+    monkeypatch.setattr(script.RowsBar, "advance", add_row)
+    options = ["--input", file, "--output", tmp_path / "out.csv"]
+    assert "in.csv changed while it was being read" in user_error(lambda: run(model, *options), capsys)
+    assert not (tmp_path / "out.csv").exists()
+    monkeypatch.undo()
+    run(model, *options, "--overwrite")
+    assert len(read_output(tmp_path / "out.csv")) == 2002
+
+
+def test_lines_tell_the_time_left_where_there_is_no_terminal(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_bar, "_SECONDS_BETWEEN_LINES", 0.0)
+    run(model, "--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("1,024 of 1,500 rows, ")
+    assert "rows/s, 00:00 left" in lines[1]
+
+
+def test_a_bad_row_leaves_no_half_output(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.tsv").write_bytes(b"text\n" + b"fine\n" * 3000 + b"caf\xe9\n")
+    options = ["--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv"]
+    assert "in.tsv, line 3002: not UTF-8" in user_error(lambda: run(model, *options), capsys)
+    assert [file.name for file in tmp_path.iterdir()] == ["in.tsv"]
+
+
+WRONG_USE: list[tuple[list[str], str]] = [
+    (["--input", "no.tsv"], "cannot read no.tsv: No such file"),
+    (["--input", "sample_data"], "unknown kind of file"),
+    (["--input", "sample_data/dev.tsv", "x"], "--input and a sentence, 'x'"),
+    (["--input", "sample_data/dev.tsv", "--text-column", "review"], "dev.tsv, line 2: no column 'review'"),
+    (["--input", "sample_data/dev.tsv", "--output", "no/such/x.tsv"], "cannot write to no/such: No such file"),
+    (["--input", "sample_data/dev.tsv", "--output", "x.txt"], "x.txt: unknown kind of file"),
+    (
+        ["--input", "sample_data/dev.tsv", "--output", "README.md/x.tsv"],
+        "cannot write to README.md: Not a directory",
+    ),
+    (["--input", "sample_data/dev.tsv", "--glue-submission", "README.md"], "cannot write to README.md: File exists"),
+    (["--text-column", "2", "x"], "--text-column needs --input"),
+    (["--no-header", "x"], "--header needs --input"),
+    (["--glue-submission", "x", "x"], "--glue-submission needs --input"),
+    (["--overwrite", "x"], "--overwrite needs the --output"),
+    (
+        ["--input", "sample_data/dev.tsv", "--glue-submission", "g", "--all-probabilities"],
+        "--glue-submission holds labels only",
+    ),
+    (["--resume", "x"], "--resume needs --input and --output"),
+    (["--input", "sample_data/dev.tsv", "--output", "x.tsv", "--resume", "--overwrite"], "leave one of them out"),
+    (["a \udce9"], "sentence 1: not UTF-8"),
+    (
+        ["--input", "rows.tsv", "--glue-submission", "g", "--output", "g/../g/SST-2.tsv"],
+        "--output and --glue-submission both write g/../g/SST-2.tsv",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), WRONG_USE, ids=[" ".join(options) for options, _ in WRONG_USE])
+def test_wrong_use_of_files(
+    model: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert says in user_error(lambda: run(model, *options), capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("in.tsv", b"", "has no rows"),
+        ("in.tsv", b"text\n", "has no rows"),
+        ("in.csv", b'text\n"never closed\n', "the row at line 2 is not valid CSV"),
+        ("in.jsonl", b'{"text": null}\n', "line 1: column 'text' holds no text"),
+        ("in.jsonl", b'{"text": "\\ud83d"}\n', "line 1: column 'text' has half a character"),
+        ("in.csv.gz", gzip.compress(b"text\nx\n", mtime=0)[:-3], "not a whole gzip file"),
+    ],
+)
+def test_wrong_input(
+    model: Path, tmp_path: Path, name: str, content: bytes, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    options = ["--input", tmp_path / name, "--output", tmp_path / "out.csv"]
+    assert says in user_error(lambda: run(model, *options), capsys)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_two_columns_with_one_name_are_no_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.csv").write_text("text,a,a\nx,1,2\n")
+    options = ["--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl"]
+    assert "two columns are named 'a'" in user_error(lambda: run(model, *options), capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "stdin", "says"),
+    [
+        (lambda _: ["x"], b"", "required: --model"),
+        (lambda _: ["--model", "no/such", "x"], b"", "no/such: neither"),
+        (lambda model: ["--model", model.parent, "x"], b"", "has no config.json"),
+        (lambda _: ["--model", "xlmr.base", "x"], b"", "xlmr.base has no classification head"),
+        (
+            lambda model: ["--model", model, "--batch-tokens", "0", "x"],
+            b"",
+            "'0' is not a number from 1",
+        ),
+        (lambda model: ["--model", model, "--device", "cuda", "x"], b"", "no CUDA GPU"),
+        (lambda model: ["--model", model], b"fine\ncaf\xe9\n", "standard input, line 2: not UTF-8"),
+    ],
+)
+def test_wrong_use(
+    model: Path,
+    options: Callable[[Path], list[object]],
+    stdin: bytes,
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    assert says in user_error(lambda: script.main([str(option) for option in options(model)]), capsys)
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(model, tmp_path / "model"))
+    rows = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    assert make_tokenizer(model / "sentencepiece.bpe.model", 2 * rows) > rows
+    assert f" has {rows} embedding rows; they do not belong" in user_error(lambda: run(model, "x"), capsys)
+
+
+def test_a_path_without_permission_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/secret/model")
+
+    monkeypatch.setattr(script, "load_model", refuse)
+    said = user_error(lambda: script.main(["--model", "/secret/model", "x"]), capsys)
+    assert "no permission for /secret/model" in said
+
+
+def test_status_and_line_of_the_real_command(model: Path) -> None:
+    done = predict("--model", model, stdin=b"fine\ncaf\xe9\n")
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert done.stderr.startswith(b"error: standard input, line 2: not UTF-8")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_closed_input_is_said_in_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "no sentences: give them as arguments" in user_error(lambda: run(model), capsys)
+
+
+def test_a_full_disk_is_said_in_one_line(model: Path) -> None:
+    command = f'seq 3 | "{sys.executable}" scripts/predict.py --model "{model}" --device cpu > /dev/full'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, check=False)
+    assert done.stderr == b"error: cannot write to standard output: No space left on device\n"
+    assert done.returncode == 2
+
+
+def test_an_encoder_without_head_is_refused(tiny_encoder: Path) -> None:
+    done = predict("--model", tiny_encoder, "x")
+    assert done.returncode == 2
+    assert b"has no classification head" in done.stderr
+
+
+def test_a_reader_that_stops_is_no_error(model: Path) -> None:
+    command = f'seq 5000 | "{sys.executable}" scripts/predict.py --model "{model}" --device cpu | head -n 1'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, check=False)
+    assert done.stderr == b""
+    assert done.stdout.count(b"\n") == 1
