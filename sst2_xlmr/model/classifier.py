@@ -13,6 +13,7 @@ from sst2_xlmr.model.encoders import Encoder, EncoderShape, check_tokenizer, fin
 from sst2_xlmr.model.roberta import Dropouts, Head, Layer, Transformer
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
 from sst2_xlmr.model.weights import check_fit, load_tensors
+from sst2_xlmr.util.errors import UserError
 
 NO_DROPOUT = Dropouts()
 
@@ -76,10 +77,13 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Cla
         The classifier in evaluation mode, its tokenizer, and the names of its labels.
 
     Raises:
-        UserError: if the folder is incomplete, has no classification head, or has another model's tokenizer.
+        UserError: if the folder is incomplete, has no classification head, weights that are not finite, or another
+            model's tokenizer.
     """
     encoder, label_names = find_model(folder)
     model, _ = build_classifier(encoder, label_names)
+    if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
+        raise UserError(f"{folder} has weights that are not finite (NaN or infinite); train it again, or use another")
     model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
     tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
     check_tokenizer(encoder, tokenizer.vocab_size)

@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_option, bounds_of
@@ -31,30 +31,51 @@ from sst2_xlmr.evaluation.calibration import Calibration, calibrate
 from sst2_xlmr.evaluation.compare import Answers, agreement_table, check_agreement
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
-from sst2_xlmr.export.folder import description_of, export_hugging_face, with_note, with_temperature
+from sst2_xlmr.export.folder import CARD_NAME, description_of, export_hugging_face, with_note, with_temperature
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.weights import load_tensors
-from sst2_xlmr.predictor import load_model
+from sst2_xlmr.predictor import Classifier
+from sst2_xlmr.programs import print_text
 from sst2_xlmr.report.event_folder import make_event_folder
 from sst2_xlmr.report.mistakes import EvaluatedFile
 from sst2_xlmr.report.table import evaluation_table
 from sst2_xlmr.report.tensorboard import SCALARS, draw_accuracy, draw_evaluation
 from sst2_xlmr.util import downloads
-from sst2_xlmr.util.distributed import World, choose_device
+from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import cannot_write, write_text
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 
 MOST_CONFUSED_CLASSES = 10  # whose confusion matrix fits on a line
 
 
-def check_outputs(json_file: Path | None, tensorboard_dir: Path | None) -> None:
-    """Find out before any work that a result cannot be written."""
-    if json_file:
-        folder = json_file.absolute().parent
-        if json_file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"cannot write --json {json_file}; name a file in a folder that is there")
-    if tensorboard_dir:
-        make_event_folder(tensorboard_dir)
+def is_stream(file: Path) -> bool:
+    """Whether a name stands for a pipe or a terminal, such as /dev/stdout: writing there replaces nothing."""
+    return file.exists() and not file.is_file() and not file.is_dir()
+
+
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Find out before any work that a result cannot be written, or would replace something unasked."""
+    file, output = arguments.json, arguments.output
+    if file and not is_stream(file):
+        folder = file.absolute().parent
+        if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"cannot write --json {file}; name a file in a folder that exists")
+        if file.is_symlink():
+            raise UserError(f"--json {file} is a symbolic link; name the file itself")
+        if file.exists() and not arguments.overwrite:
+            raise UserError(f"--json {file} already exists; choose another name, or replace it with --overwrite")
+    if arguments.tensorboard:
+        make_event_folder(arguments.tensorboard)
+    if output:
+        if os.path.lexists(output):
+            raise UserError(f"--output {output} already exists; choose another name")
+        try:
+            output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(output, error) from None
+        if not os.access(output.absolute().parent, os.W_OK):
+            raise UserError(f"cannot write to --output {output}: no permission; choose another place")
 
 
 def class_lines(name: str, evaluation: Evaluation, label_names: list[str]) -> list[str]:
@@ -83,10 +104,14 @@ def as_json(file: Path, evaluation: Evaluation, label_names: list[str]) -> dict[
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
-        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if is_stream(file):
+            file.write_text(text, encoding="utf-8")
+        else:
+            write_text(file, text)
     except OSError as error:
-        raise UserError(f"cannot write --json {file}: {error.strerror}") from None
+        raise cannot_write(file, error) from None
 
 
 def write_events(folder: Path, evaluations: dict[str, Evaluation], files: dict[str, EvaluatedFile]) -> None:
@@ -102,7 +127,7 @@ def write_events(folder: Path, evaluations: dict[str, Evaluation], files: dict[s
         raise UserError(f"cannot write to --tensorboard {folder}: {error.strerror}") from None
 
 
-def answers_of(found: Evaluation, expected: Evaluation, labels: np.ndarray) -> Answers:
+def predictions_of(found: Evaluation, expected: Evaluation, labels: np.ndarray) -> Answers:
     """Return both sides of a comparison, whose probabilities must have been kept."""
     assert found.probabilities is not None
     assert expected.probabilities is not None
@@ -122,25 +147,32 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("--precision int8 is for a model that is used; calibrate in fp32 or bf16")
     if arguments.calibrate and not arguments.calibrate.is_file():
         raise UserError(f"--calibrate {arguments.calibrate} is not a file")
-    if arguments.output:
-        if os.path.lexists(arguments.output):
-            raise UserError(f"--output {arguments.output} is there already; choose another name")
-        try:
-            parent = arguments.output.absolute().parent
-            parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(parent, os.W_OK):
-                raise UserError(f"cannot write to --output {arguments.output}: no permission; choose another place")
-        except OSError as error:
-            raise UserError(f"cannot write to --output {arguments.output}: {error.strerror}") from None
+    if arguments.overwrite and not arguments.json:
+        raise UserError("--overwrite needs the --json file that it may replace")
 
 
-def write_calibrated(source: Path, output: Path, calibration: Calibration) -> None:
-    """Write a model folder like `source` that gives calibrated probabilities, and say so in its card."""
-    encoder = find_encoder(str(source))
+def write_calibrated(arguments: argparse.Namespace, calibration: Calibration, cache: TokenCache) -> Calibration:
+    """Write a model folder like --model that gives calibrated probabilities, and say so in its card.
+
+    Returns:
+        The calibration, with the ECE of what was written.
+    """
+    encoder, output = find_encoder(str(arguments.model)), arguments.output
     begin, described = "The probabilities are calibrated: ", description_of(encoder)
-    if calibration.temperature != 1:
-        described = with_note(described, f"{begin}{calibration}.", former=f"{begin}temperature")
-    export_hugging_face(output, with_temperature(load_tensors(encoder), calibration.temperature), described)
+    try:
+        with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as scratch:
+            written = Path(scratch, output.name)
+            export_hugging_face(written, with_temperature(load_tensors(encoder), calibration.temperature), described)
+            classifier = Classifier.load(written, arguments.precision, arguments.device)
+            measured = evaluate_all(classifier, {"dev": cache}, arguments.batch_tokens)["dev"].metrics["ece"]
+            calibration = calibration._replace(ece_after=measured)
+            card = with_note(described, f"{begin}{calibration}.", former=f"{begin}temperature").card
+            if card and calibration.temperature != 1:
+                (written / CARD_NAME).write_text(card, encoding="utf-8")
+            written.rename(output)
+    except OSError as error:
+        raise cannot_write(output, error) from None
+    return calibration
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -163,17 +195,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", choices=("bf16", "fp32"), help="compare --precision with this one")
     add_bounds(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --json file")
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write scalars and pictures there")
     arguments = parser.parse_args(argv)
     check_arguments(arguments)
+    check_outputs(arguments)
     return arguments
 
 
 def evaluate_all(
-    model: torch.nn.Module, caches: dict[str, TokenCache], batch_tokens: int, world: World, keep_probabilities: bool
+    classifier: Classifier, caches: dict[str, TokenCache], batch_tokens: int, keep_probabilities: bool = False
 ) -> dict[str, Evaluation]:
+    evaluations, world = {}, World.alone(classifier.device)
     with memory_errors(f"take a smaller --batch-tokens than {batch_tokens}"):
-        return {name: evaluate(model, cache, batch_tokens, world, keep_probabilities) for name, cache in caches.items()}
+        for name, cache in caches.items():
+            evaluations[name] = evaluate(classifier.module, cache, batch_tokens, world, keep_probabilities)
+            classifier.check_finite(evaluations[name].metrics["loss"])
+    return evaluations
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -182,10 +220,9 @@ def main(argv: list[str] | None = None) -> None:
     for file in files.values():
         if not file.is_file():
             raise UserError(f"--file {file} is not a file")
-    check_outputs(arguments.json, arguments.tensorboard)
     keep_freed_memory()
-    device = choose_device(arguments.device)
-    model, tokenizer, label_names, precision, _ = load_model(arguments.model, device, arguments.precision)
+    classifier = Classifier.load(arguments.model, arguments.precision, arguments.device)
+    tokenizer, label_names, precision = classifier.tokenizer, classifier.label_names, classifier.precision
     if arguments.against and arguments.precision == "int8" != precision:
         raise UserError("--precision int8 cannot be compared on this machine, which cannot compute it")
     if arguments.against == precision:
@@ -200,13 +237,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         for name, file in files.items()
     }
-    world = World.alone(device)
     keep_probabilities = bool(arguments.tensorboard or arguments.calibrate or arguments.against)
-    evaluations = evaluate_all(model, caches, arguments.batch_tokens, world, keep_probabilities)
+    evaluations = evaluate_all(classifier, caches, arguments.batch_tokens, keep_probabilities)
     if arguments.calibrate:
         calibration = calibrate(evaluations["dev"].probabilities, caches["dev"].labels)
-        write_calibrated(arguments.model, arguments.output, calibration)
-        print(f"{arguments.output}: {calibration}")
+        print_text(f"{arguments.output}: {write_calibrated(arguments, calibration, caches['dev'])}\n")
         return
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
     if arguments.json:
@@ -216,12 +251,16 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.tensorboard:
         evaluated = {name: EvaluatedFile(name, files[name], cache, config) for name, cache in caches.items()}
         write_events(arguments.tensorboard, evaluations, evaluated)
-    print("\n".join(evaluation_table(metrics)))
+    lines = evaluation_table(metrics)
     for name, evaluation in evaluations.items():
-        print("\n".join(["", *class_lines(name, evaluation, label_names)]))
-    if arguments.against:
-        reference = load_model(arguments.model, device, arguments.against).module
-        expected = evaluate_all(reference, caches, arguments.batch_tokens, world, True)
-        answers = {name: answers_of(evaluations[name], expected[name], cache.labels) for name, cache in caches.items()}
-        print("\n".join(["", *agreement_table(answers, precision, arguments.against)]), flush=True)
-        check_agreement(answers, *bounds_of(arguments), precision, arguments.against)
+        lines += ["", *class_lines(name, evaluation, label_names)]
+    if not arguments.against:
+        print_text("\n".join([*lines, ""]))
+        return
+    reference = Classifier.load(arguments.model, arguments.against, arguments.device)
+    expected = evaluate_all(reference, caches, arguments.batch_tokens, keep_probabilities)
+    both = {name: predictions_of(evaluations[name], expected[name], cache.labels) for name, cache in caches.items()}
+    try:
+        print_text("\n".join([*lines, "", *agreement_table(both, precision, arguments.against), ""]))
+    finally:  # the verdict does not depend on who reads the table, nor on where it goes
+        check_agreement(both, *bounds_of(arguments), precision, arguments.against)

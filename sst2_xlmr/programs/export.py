@@ -44,7 +44,7 @@ from sst2_xlmr.model.encoders import Encoder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.weights import load_tensors
-from sst2_xlmr.predictor import load_model
+from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.errors import UserError
 
@@ -134,7 +134,7 @@ def import_onnx() -> None:
 
 def classify_with_folder(folder: Path, precision: str = "fp32") -> Classify:
     if precision == "int8":
-        model = load_model(folder, CPU, precision)
+        model = Classifier.load(folder, precision, CPU)
         if model.precision != precision:
             raise UserError("--format hf-int8 is checked by computing in int8, which this machine cannot")
         module, tokenizer = model.module, model.tokenizer

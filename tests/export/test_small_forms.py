@@ -17,12 +17,12 @@ from conftest import ROOT, user_error
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
+from sst2_xlmr import predictor
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.trimmed import needed_pieces, trimmed_tokenizer
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import INT8_NAME, TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.weights import load_tensors
-from sst2_xlmr.predictor import load_model
 
 sys.path.insert(0, str(ROOT / "scripts"))
 export = importlib.import_module("export")
@@ -161,7 +161,7 @@ def test_a_folder_in_8_bits_computes_as_its_source_does_in_8_bits(model: Path, r
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.allclose(after[name], tensor, atol=float(tensor.abs().max()) / 250), name
-    loaded = [load_model(folder, CPU, "int8") for folder in (model, tmp_path / "small")]
+    loaded = [predictor.Classifier.load(folder, "int8", "cpu") for folder in (model, tmp_path / "small")]
     if loaded[0].precision == "int8":
         from sst2_xlmr.engines.cpu.int8 import Int8Classifier
 
