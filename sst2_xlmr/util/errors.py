@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from typing import Callable
+from typing import Callable, NoReturn
+
+
+# What ends a run in good order: torchrun and SLURM send SIGTERM, a terminal SIGINT; SIGUSR1 is what batch scripts ask for
+# before a time limit.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class UserError(Exception):
@@ -17,6 +23,14 @@ class UserError(Exception):
 
     is_shared = False
     is_own = False
+
+
+class Interrupted(Exception):
+    """A signal came, on any rank; the run is to be saved and ended."""
+
+
+class Collapsed(Exception):
+    """Training has collapsed, and the run is to be saved and ended; says how that shows."""
 
 
 class LostContact(Exception):
@@ -35,11 +49,11 @@ class Stopped(Exception):
         self.status = 128 + signal_number
 
 
-def own_error(text: str) -> UserError:
-    """Return an error of this rank alone, which reports it itself."""
+def raise_here(text: str) -> NoReturn:
+    """Raise a `UserError` of this rank alone, which reports it itself."""
     error = UserError(text)
     error.is_own = True
-    return error
+    raise error
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
