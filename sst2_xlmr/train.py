@@ -20,7 +20,7 @@ import signal
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Callable
 
 import numpy as np
 import torch
@@ -35,9 +35,9 @@ from sst2_xlmr.evaluation.evaluate import Evaluation, Interrupted, evaluate
 from sst2_xlmr.export.folder import export_run
 from sst2_xlmr.model.classifier import Classifier, Dropouts, build_classifier, dropouts_of
 from sst2_xlmr.model.vocabulary import renumbering, used_ids
-from sst2_xlmr.report.console import Report, SilentReport, open_report
-from sst2_xlmr.report.event_folder import claim_event_folder
-from sst2_xlmr.report.header import HeaderFigures, header_lines
+from sst2_xlmr.report.console import Report, open_report
+from sst2_xlmr.report.header import header_lines
+from sst2_xlmr.report.tensorboard import make_event_folder
 from sst2_xlmr.training.checkpoint import (
     RunState,
     find_checkpoint,
@@ -50,7 +50,7 @@ from sst2_xlmr.training.ddp import Computation, connect
 from sst2_xlmr.training.guard import beats_constant, is_suspicious, why_collapsed
 from sst2_xlmr.training.loss import Loss, loss_of_constant_answer, make_loss
 from sst2_xlmr.training.optimizer import AdamW, Groups
-from sst2_xlmr.training.run_folder import claim, clean_up, read_restarts, write_config, write_restarts
+from sst2_xlmr.training.run_folder import claim, clean_up, read_metrics, read_restarts, write_config, write_restarts
 from sst2_xlmr.training.schedule import Schedule, evaluation_interval
 from sst2_xlmr.training.signals import StopRequest
 from sst2_xlmr.training.state import Progress, Window
@@ -103,9 +103,13 @@ class Run:
 class Outputs:
     """Where a run's results go, and what stops it."""
 
-    report: Report | SilentReport
+    report: Report | None
     finisher: Finisher
     stop: StopRequest
+
+    def say(self, text: str) -> None:
+        if self.report:
+            self.report.say(text)
 
 
 def load_inputs(config: Config, world: World) -> Prepared:
@@ -188,7 +192,8 @@ def restore(run: Run, resume: bool) -> Path | None:
 def claim_folders(config: Config, resume: bool) -> IO[str]:
     """Lock the run's folder for this process, and write its options: from here on `--resume` goes on; on rank 0."""
     folder = Path(str(config.output_dir))
-    claim_event_folder(config, resume)
+    if config.tensorboard_dir:
+        make_event_folder(Path(config.tensorboard_dir), "--tensorboard-dir")
     lock = claim(folder)
     if not resume:
         write_config(folder, config, is_new=True)
@@ -214,20 +219,33 @@ def open_outputs(run: Run, asked: Config, resume: bool) -> Report:
     if resume:
         write_config(run.folder, asked, is_new=False)
     during, at_end, progress = splits_during(run.config), splits_at_end(run), run.state.progress
-    evaluated = {split: run.inputs.files[split] for split in (*during, *at_end)}
+    files = {split: (run.inputs.files[split], run.inputs.caches[split].digest) for split in (*during, *at_end)}
     written_again = [*at_end, *(during if progress.evaluation_due else [])]
-    report = open_report(run.config, evaluated, progress.step, run.schedule.total_steps, written_again)
-    report.log_restarts(read_restarts(run.folder))
-    return report
+    total_steps = run.schedule.total_steps
+    return open_report(run.config, run.folder, run.config.precision, files, progress.step, total_steps, written_again)
 
 
 def header(run: Run) -> list[str]:
     """Return the lines that describe a run at its start; on rank 0."""
-    state = run.state
-    figures = HeaderFigures(
-        len(state.kept_ids), run.head_is_new, run.schedule.total_steps, run.computation.why_not_compiled
+    return header_lines(
+        run.inputs,
+        run.classifier,
+        run.world,
+        folder=run.folder,
+        precision=run.config.precision,
+        eval_every=int(run.config.eval_every or 0),
+        total_steps=run.schedule.total_steps,
+        embedding_rows=len(run.state.kept_ids),
+        head_is_new=run.head_is_new,
+        fallback_reason=run.computation.why_not_compiled,
+        shares_memory=run.state.optimizer.engine.averages,
     )
-    return header_lines(run.inputs, state.optimizer, run.world, figures)
+
+
+def on_report(run: Run, outputs: Outputs, write: Callable[..., None], *entry: Any) -> None:
+    """Let rank 0 write something; an error there reaches all ranks."""
+    report = outputs.report
+    distributed.on_main(run.world, lambda: None if report is None else write(report, *entry))
 
 
 def evaluate_splits(run: Run, outputs: Outputs, splits: list[str], draws: bool) -> dict[str, Evaluation]:
@@ -246,7 +264,9 @@ def evaluate_splits(run: Run, outputs: Outputs, splits: list[str], draws: bool) 
             evaluations[split] = evaluate(
                 run.computation.model, caches[split], tokens, run.world, keeps, outputs.stop.is_agreed
             )
-        outputs.report.log_evaluation(step, split, evaluations[split], caches[split], draws)
+        drawn = (caches[split].labels, evaluations[split].probabilities) if draws else ()
+        entry = (step, split, evaluations[split].metrics, *drawn)
+        on_report(run, outputs, Report.log_evaluation, *entry)
     return evaluations
 
 
@@ -261,7 +281,8 @@ def evaluate_dev(run: Run, outputs: Outputs) -> bool:
         return False
     accuracy = evaluations["dev"].metrics["accuracy"]
     is_best = accuracy > progress.best_accuracy
-    outputs.report.say_evaluation(progress.step, evaluations, is_best)
+    metrics = {split: evaluation.metrics for split, evaluation in evaluations.items()}
+    on_report(run, outputs, Report.say_evaluation, progress.step, metrics, is_best)
     if run.config.calibrate and (is_best or may_be_last):
         probabilities, labels = evaluations["dev"].probabilities, run.inputs.caches["dev"].labels
         fitted = None if probabilities is None else calibrate(probabilities, labels)
@@ -294,7 +315,7 @@ def look_for_collapse(run: Run, outputs: Outputs) -> bool:
         if begins_again(run):
             number = f"{progress.restarts + 1} of {config.restart_on_collapse}"
             cure = f"beginning again with half the rate, {config.lr / 2:g}, and another seed, {number}"
-        outputs.report.log_collapse(progress.step, f"{why}; {cure}")
+        on_report(run, outputs, Report.log_collapse, progress.step, f"{why}; {cure}")
     return True
 
 
@@ -311,9 +332,9 @@ def export(run: Run, outputs: Outputs, name: str) -> None:
 
 def save(run: Run, outputs: Outputs) -> None:
     """Write a checkpoint; no checkpoint is ever ahead of the metrics on the disk."""
-    distributed.on_main(run.world, outputs.report.sync)
+    on_report(run, outputs, Report.sync)
     saved = save_checkpoint(run.folder / "checkpoints", run.state, run.config, run.world, outputs.finisher)
-    if saved:
+    if saved and outputs.report:
         outputs.report.log_checkpoint(run.state.progress.step, *saved)
 
 
@@ -345,8 +366,9 @@ def train_loop(run: Run, outputs: Outputs) -> bool:
         else:
             progress.pass_over(config.skip_nonfinite, loader.rows_at(progress.epoch, progress.batch))
             optimizer.clear_gradients()
-            outputs.report.say(f"step {progress.step:>6}  gradient is not finite: batch passed over")
-        outputs.report.advance()
+            outputs.say(f"step {progress.step:>6}  gradient is not finite: batch passed over")
+        if outputs.report:
+            outputs.report.advance()
 
         # 3. log, evaluate, save
         due = schedule.due(progress)
@@ -357,7 +379,7 @@ def train_loop(run: Run, outputs: Outputs) -> bool:
         if due.log and window.totals.rows:  # there may be nothing but batches passed over
             rows = window.totals.rows
             entry = window.close(progress, schedule.lr(progress.step - 1))
-            outputs.report.log_training(entry)
+            on_report(run, outputs, Report.log_training, entry)
             progress.has_learned |= beats_constant(entry["loss"], rows, run.constant_loss)
             since_warmup = progress.step - schedule.warmup_steps
             progress.look_due = is_suspicious(entry["loss"], run.constant_loss, since_warmup, progress)
@@ -379,33 +401,36 @@ def train_loop(run: Run, outputs: Outputs) -> bool:
 
 def finish(run: Run, outputs: Outputs, stopped: bool) -> None:
     """Evaluate on the files for the end, write the model, and say where it lies; or how a stopped run goes on."""
-    progress, report = run.state.progress, outputs.report
+    progress = run.state.progress
     if not stopped and run.schedule.has_stopped_improving(progress):
-        report.say(f"stopped early: {progress.stale_evaluations} evaluations without a better dev accuracy")
+        outputs.say(f"stopped early: {progress.stale_evaluations} evaluations without a better dev accuracy")
     if not stopped:
         try:
-            evaluate_splits(run, outputs, splits_at_end(run), draws=True)
+            at_end = evaluate_splits(run, outputs, splits_at_end(run), draws=True)
         except Interrupted:
             stopped = True
     if not stopped:
-        report.log_end(progress.step)
+        last = {entry["split"]: entry for entry in read_metrics(run.folder / "metrics.jsonl") if "split" in entry}
+        metrics = {split: last[split] for split in splits_during(run.config) if split in last}
+        metrics.update({split: evaluation.metrics for split, evaluation in at_end.items()})
+        on_report(run, outputs, Report.log_end, progress.step, metrics)
         export(run, outputs, "model")
     distributed.on_main(run.world, outputs.finisher.wait)
     if stopped:
         name = signal.Signals(outputs.stop.number).name
-        report.say(f"stopped    by {name} after step {progress.step}, and saved; continue with")
-        report.say(f"           train.py --resume --output-dir {shlex.quote(str(run.folder))}")
+        outputs.say(f"stopped    by {name} after step {progress.step}, and saved; continue with")
+        outputs.say(f"           train.py --resume --output-dir {shlex.quote(str(run.folder))}")
         raise Stopped(outputs.stop.number)
     if progress.collapsed_step:
-        report.say(f"collapsed  at step {progress.collapsed_step}; begin again with a lower --lr, or with")
+        outputs.say(f"collapsed  at step {progress.collapsed_step}; begin again with a lower --lr, or with")
         more = f"--restart-on-collapse {progress.restarts + 3}"
-        report.say(f"           train.py --resume --output-dir {shlex.quote(str(run.folder))} {more}")
+        outputs.say(f"           train.py --resume --output-dir {shlex.quote(str(run.folder))} {more}")
     if progress.calibration:
-        report.say(f"calibrated {Calibration(*progress.calibration)}")
+        outputs.say(f"calibrated {Calibration(*progress.calibration)}")
     chosen = f", the best of {progress.evaluations} and so a little too high" if progress.evaluations > 1 else ""
     best = f"dev accuracy {progress.best_accuracy:.4f} at step {progress.best_step}{chosen}"
-    report.say(f"best       {best}: {run.folder / 'best'}")
-    report.say(f"model      after step {progress.step}: {run.folder / 'model'}")
+    outputs.say(f"best       {best}: {run.folder / 'best'}")
+    outputs.say(f"model      after step {progress.step}: {run.folder / 'model'}")
 
 
 def build_attempt(inputs: Prepared, world: World) -> Run:
@@ -452,14 +477,13 @@ def run_attempt(run: Run, asked: Config, resume: bool, stop: StopRequest) -> boo
     world, checkpoint = run.world, restore(run, resume)
     run.computation = accelerate(run.classifier, world, run.state.optimizer, run.config.compile)
     run.model = connect(run.computation, run.state.optimizer, world)
-    report = distributed.on_main(world, lambda: open_outputs(run, asked, resume)) or SilentReport()
-    if world.is_main:
-        for line in header(run):
-            report.say(line)
-    if resume:
-        report.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
-    with Finisher() as finisher, stop, contextlib.closing(report):
+    report = distributed.on_main(world, lambda: open_outputs(run, asked, resume))
+    with Finisher() as finisher, stop, contextlib.closing(report) if report else contextlib.nullcontext():
         outputs = Outputs(report, finisher, stop)
+        for line in header(run) if report else []:
+            outputs.say(line)
+        if resume:
+            outputs.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
         stopped = train_loop(run, outputs)
         if begins_again(run):
             distributed.on_main(world, finisher.wait)
