@@ -9,9 +9,11 @@ Data flow: files -> rows -> ids -> global batches -> model -> loss -> step -> ch
 
 from __future__ import annotations
 
-import sst2_xlmr  # noqa: F401 (says in one line if Python or torch cannot work, before anything below fails)
+if __name__ == "__main__":  # torchrun -m sst2_xlmr.train: what is missing is said before anything below fails
+    from sst2_xlmr.__main__ import main as run_program
 
-# isort: split
+    run_program("train")
+
 import contextlib
 import dataclasses
 import math
@@ -57,7 +59,7 @@ from sst2_xlmr.training.state import Progress, Window
 from sst2_xlmr.training.step import forward_backward
 from sst2_xlmr.util import distributed
 from sst2_xlmr.util.distributed import World, shared_error
-from sst2_xlmr.util.errors import Stopped, UserError, exit_on_user_error
+from sst2_xlmr.util.errors import Stopped, UserError, exit_on_user_error  # noqa: F401
 from sst2_xlmr.util.files import Finisher, digest_of
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.precision import choose_precision, set_up_numerics
@@ -290,18 +292,14 @@ def look_for_collapse(run: Run, outputs: Outputs) -> bool:
     progress.look_due, progress.checked_step = False, progress.step
     progress.collapsed_step = progress.step if why else 0
     if why:
-        cure = f"lower --lr, now {config.lr:g}, or let --restart-on-collapse N try again"
-        if begins_again(run):
-            number = f"{progress.restarts + 1} of {config.restart_on_collapse}"
-            cure = f"beginning again with half the rate, {config.lr / 2:g}, and another seed, {number}"
+        cure = f"lower --lr, now {config.lr:g}"
         outputs.report.log_collapse(progress.step, f"{why}; {cure}")
     return True
 
 
 def begins_again(run: Run) -> bool:
     """Whether the run has collapsed and has an attempt left."""
-    progress = run.state.progress
-    return progress.collapsed_step > 0 and progress.restarts < run.config.restart_on_collapse
+    return False
 
 
 def export(run: Run, outputs: Outputs, name: str) -> None:
@@ -397,9 +395,7 @@ def finish(run: Run, outputs: Outputs, stopped: bool) -> None:
         report.say(f"           train.py --resume --output-dir {shlex.quote(str(run.folder))}")
         raise Stopped(outputs.stop.number)
     if progress.collapsed_step:
-        report.say(f"collapsed  at step {progress.collapsed_step}; begin again with a lower --lr, or with")
-        more = f"--restart-on-collapse {progress.restarts + 3}"
-        report.say(f"           train.py --resume --output-dir {shlex.quote(str(run.folder))} {more}")
+        report.say(f"collapsed  at step {progress.collapsed_step}; begin again with a lower --lr")
     if progress.calibration:
         report.say(f"calibrated {Calibration(*progress.calibration)}")
     chosen = f", the best of {progress.evaluations} and so a little too high" if progress.evaluations > 1 else ""
@@ -475,7 +471,3 @@ def main(argv: list[str] | None = None) -> None:
     too_large = "take a smaller --encoder, or a machine with more"
     with distributed.start(config.device, config.threads, config.timeout_minutes) as world, memory_errors(too_large):
         train(config, resume, world)
-
-
-if __name__ == "__main__":  # torchrun -m sst2_xlmr.train
-    exit_on_user_error(main)

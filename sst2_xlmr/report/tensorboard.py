@@ -12,7 +12,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from sst2_xlmr.config import OPTIONS, Config
+from sst2_xlmr.config import GROUPS, Config
 from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.evaluation.metrics import share_below
 from sst2_xlmr.report.mistakes import EvaluatedFile, mistakes_table
@@ -26,8 +26,8 @@ SCALARS = ("loss", "accuracy", "macro_f1", "ece")  # of an evaluation
 
 def hyperparameters(config: Config) -> dict[str, Any]:
     """Return the options by which runs are compared: those of model and training, and the precision."""
-    names = [name for name, field in OPTIONS.items() if field.metadata["group"] in ("model", "training")]
-    values = {name: getattr(config, name) for name in [*names, "max_length", "precision"]}
+    names = [*GROUPS["model"], *GROUPS["training"], "max_length", "precision"]
+    values = {name: getattr(config, name) for name in names}
     values["encoder"] = Path(config.encoder).name
     # torch writes a bool as a number, and refuses a list.
     return {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
