@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sst2_xlmr.config import OPTIONS, Config, flag, named_file, shown
+from sst2_xlmr.config import GROUPS, OPTIONS, Config, flag, named_file, shown
 from sst2_xlmr.training.run_folder import read_metrics
 from sst2_xlmr.training.state import Progress
 from sst2_xlmr.util import versions
@@ -139,7 +139,7 @@ def _settings(config: Config) -> list[tuple[str, str]]:
     result = []
     for name, field in OPTIONS.items():
         value = getattr(config, name)
-        affects_result = field.metadata["group"] in ("data", "model", "training") or name == "precision"
+        affects_result = name in (*GROUPS["data"], *GROUPS["model"], *GROUPS["training"], "precision")
         if affects_result and not field.metadata["changeable"] and value is not None:
             text = {True: "on", False: "off"}[value] if isinstance(value, bool) else shown(value)
             result.append((f"`{flag(name)}`", text.replace("|", "\\|").replace("\n", " ")))

@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from sst2_xlmr.config import OPTIONS, Config
+from sst2_xlmr.config import GROUPS, Config
 from sst2_xlmr.data.rows import Columns, read_rows
 from sst2_xlmr.evaluation.metrics import confusion_matrix, share_below
 from sst2_xlmr.report.pictures import accuracy_picture, can_draw, confusion_picture
@@ -70,8 +70,7 @@ def hyperparameters(config: Config, precision: str) -> dict[str, Any]:
     Args:
         precision: as decided, where the option says `auto`.
     """
-    names = [name for name, field in OPTIONS.items() if field.metadata["group"] in ("model", "training")]
-    values = {name: getattr(config, name) for name in [*names, "max_length"]}
+    values = {name: getattr(config, name) for name in [*GROUPS["model"], *GROUPS["training"], "max_length"]}
     values.update(precision=precision, encoder=Path(config.encoder).name)
     # torch writes a bool as a number, and refuses a list.
     return {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}

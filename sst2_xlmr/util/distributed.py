@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from sst2_xlmr.util.errors import LostContact, UserError, raise_here
+from sst2_xlmr.util.errors import LostContact, UserError, raise_here, raise_on_all
 
 Result = TypeVar("Result")
 
@@ -296,10 +296,3 @@ def on_rank0(world: World, work: Callable[[], Result]) -> Result | None:
     if problem := broadcast(world, problem, world.patient):
         raise_on_all(problem)
     return result
-
-
-def raise_on_all(text: str) -> NoReturn:
-    """Raise a `UserError` that every rank raises, and that rank 0 reports."""
-    error = UserError(text)
-    error.is_shared = True
-    raise error

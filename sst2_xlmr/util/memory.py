@@ -1,8 +1,8 @@
 """This process's memory: freed blocks are kept for the next step, and a full memory is the user's error.
 
 glibc returns large freed blocks to the system, which hands out zeroed pages again at the next step; for XLM-R base that
-is 20,000 page faults per step. torch enables large pages by an environment variable, which `sst2_xlmr/__init__.py`
-sets, because torch must see it before it allocates anything.
+is 20,000 page faults per step. torch enables large pages by an environment variable, which
+`exit_on_user_error` sets, because torch must see it before it allocates anything.
 """
 
 from __future__ import annotations
