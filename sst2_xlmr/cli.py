@@ -14,9 +14,9 @@ from typing import Any, Callable, NoReturn
 
 from sst2_xlmr.config import (
     EVAL_BATCH_TOKENS,
+    LOCK_NAME,
     OPTIONS,
     REMOVED_OPTIONS,
-    UNSTARTED_NAMES,
     Config,
     check,
     flag,
@@ -249,11 +249,14 @@ def _check_new_folder(folder: Path) -> None:
 
     A folder is also free if a run died there before it wrote `config.json`: --resume would have nothing to read.
     """
+    from sst2_xlmr.util.files import is_scratch  # only here: it imports torch
+
     try:
-        names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-        if names - UNSTARTED_NAMES or (folder.exists() and not folder.is_dir()):
+        files = list(folder.iterdir()) if folder.is_dir() else []
+        is_free = all(is_scratch(file) or file.name == LOCK_NAME for file in files)
+        if not is_free or (folder.exists() and not folder.is_dir()):
             raise UserError(
-                f"--output-dir {folder} is there already; continue it with --resume, or choose another name"
+                f"--output-dir {folder} already exists; continue it with --resume or choose another directory"
             )
         parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):

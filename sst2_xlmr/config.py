@@ -15,8 +15,6 @@ from typing import Any, Callable
 from sst2_xlmr.util.errors import UserError
 
 LOCK_NAME = ".lock"  # in a run's folder
-# What a run leaves that dies before it has written its options; a folder that holds nothing else is still free.
-UNSTARTED_NAMES = {LOCK_NAME, "config.json.tmp"}
 MAX_CLASSES = 1000
 EVAL_BATCH_TOKENS = 4096
 REMOVED_OPTIONS = ("eval_batch_size",)  # a run that was started with one of them continues without it

@@ -34,7 +34,8 @@ from sst2_xlmr.evaluation.calibration import Calibration, calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, Interrupted, evaluate
 from sst2_xlmr.export.folder import export_run
 from sst2_xlmr.model.classifier import Classifier, Dropouts, build_classifier, dropouts_of
-from sst2_xlmr.model.vocabulary import renumbering, used_ids
+from sst2_xlmr.model.vocabulary import TABLE_NAME, expand_table, renumbering, used_ids
+from sst2_xlmr.model.weights import pretrained_table
 from sst2_xlmr.report.console import Report, SilentReport, open_report
 from sst2_xlmr.report.event_folder import claim_event_folder
 from sst2_xlmr.report.header import HeaderFigures, header_lines
@@ -306,7 +307,21 @@ def begins_again(run: Run) -> bool:
 
 def export(run: Run, outputs: Outputs, name: str) -> None:
     """Write the model as it is now to a folder of that name in the run's folder."""
-    distributed.on_main(run.world, lambda: export_run(run.folder / name, run.inputs, run.state, outputs.finisher))
+    state, inputs = run.state, run.inputs
+
+    def write() -> None:
+        weights = {**state.optimizer.masters()}
+        if not run.config.full_vocabulary:
+            pretrained, decay = pretrained_table(inputs.encoder), state.optimizer.table_decay
+            weights[TABLE_NAME] = expand_table(pretrained, state.kept_ids, weights[TABLE_NAME], decay)
+        rows = {split: len(cache) for split, cache in inputs.caches.items()}
+        rows["train"] = len(inputs.train_labels)
+        fitted = state.progress.calibration
+        calibration = Calibration(*fitted) if fitted else None
+        step, folder = state.progress.step, run.folder / name
+        export_run(folder, weights, run.config, inputs.encoder, rows, step, calibration, outputs.finisher)
+
+    distributed.on_main(run.world, write)
 
 
 def save(run: Run, outputs: Outputs) -> None:

@@ -6,14 +6,13 @@ import dataclasses
 import fcntl
 import json
 import os
-import shutil
 import socket
 from pathlib import Path
 from typing import IO, Any
 
 from sst2_xlmr.config import LOCK_NAME, Config
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import restore_folder, write_text
+from sst2_xlmr.util.files import recover, write_text
 
 RESTARTS_NAME = "restarts.json"
 
@@ -60,7 +59,7 @@ def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
     """
     target = run_folder / "config.json"
     if is_new and target.exists():
-        raise UserError(f"{target} is there already; take another --output-dir")
+        raise UserError(f"{target} already exists; continue it with --resume or choose another directory")
     try:
         write_text(target, json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
@@ -110,9 +109,5 @@ def write_restarts(run_folder: Path, restarts: list[dict[str, Any]]) -> None:
 
 def clean_up(run_folder: Path) -> None:
     """Remove what a killed process left half-written, and finish what it was replacing; the folder must be claimed."""
-    replaced = [checkpoint.with_suffix("") for checkpoint in run_folder.glob("checkpoints/*.old")]
-    for folder in (run_folder / "best", run_folder / "model", *replaced):
-        restore_folder(folder)
-    for half in [*run_folder.glob("checkpoints/*.tmp"), *run_folder.glob("*.tmp")]:
-        if half.is_dir() and not half.is_symlink():
-            shutil.rmtree(half, ignore_errors=True)
+    recover(run_folder)
+    recover(run_folder / "checkpoints")
