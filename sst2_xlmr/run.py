@@ -11,11 +11,12 @@ from sst2_xlmr.backend import prediction_model, training_backend
 from sst2_xlmr.config import Config, named_file
 from sst2_xlmr.data.batches import Batch, BatchLoader
 from sst2_xlmr.data.prepare import Prepared
-from sst2_xlmr.evaluation.calibration import calibrate
+from sst2_xlmr.evaluation.calibration import Calibration, calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.export.folder import export_run
 from sst2_xlmr.model.classifier import build_classifier, load_classifier
 from sst2_xlmr.model.vocabulary import TABLE, used_vocabulary, whole_vocabulary
+from sst2_xlmr.model.weights import pretrained_table
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.training.checkpoint import save_checkpoint, seed_rank
 from sst2_xlmr.training.guard import Guard
@@ -176,8 +177,13 @@ class Run:
             raise Collapsed(reason)
 
     def export(self, name: str) -> None:
-        """Write the model as it is now to a folder of that name in the run's folder."""
-        parts = (self.inputs, self.optimizer.weights(), self.vocabulary, self.state, self.metrics, self.finisher)
+        """Write the model as it is now, with its whole vocabulary, to a folder of that name in the run's folder."""
+        weights, state, calibration = dict(self.optimizer.weights()), self.state, None
+        if self.config.calibrate:
+            calibration = Calibration(state.temperature, state.ece_before, state.ece_after)
+        if not self.vocabulary.is_whole:
+            weights[TABLE] = self.vocabulary.expand(pretrained_table(self.inputs.encoder), weights[TABLE])
+        parts = (weights, self.inputs, self.metrics, state.step, calibration, self.finisher)
         on_rank0(self.world, lambda: export_run(self.folder / name, *parts))
 
     def save(self) -> None:

@@ -112,7 +112,7 @@ WRONG_FLAGS = [
     (["--config", "no.json"], "cannot read no.json"),
     (["--resume", "--config", "x.json"], "leave out --config"),
     (["--resume"], "nothing to resume"),
-    (["--output-dir", "pyproject.toml"], "is there already"),
+    (["--output-dir", "pyproject.toml"], "already exists"),
     (["--output-dir", "pyproject.toml/run"], "cannot write to --output-dir"),
     (["--tensorboard-dir", "pyproject.toml/x"], "cannot write to"),
     (["--data-dir", ""], "--data-dir is empty"),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sst2_xlmr.util.files import Deferred
+from sst2_xlmr.util.files import Deferred, Storable
 
 TABLE = "encoder.tokens.weight"
 SPECIAL_IDS = 4  # <s>, <pad>, </s>, <unk> keep their places
@@ -55,7 +55,7 @@ class Vocabulary:
         rows[self.ids] = torch.arange(len(self.ids), dtype=torch.int32)
         return rows
 
-    def expand(self, pretrained: Deferred, trained: Deferred) -> Deferred:
+    def expand(self, pretrained: Deferred, trained: Storable) -> Deferred:
         """Return the whole table as if it had been trained whole, computed a few rows at a time.
 
         Args:
@@ -66,7 +66,8 @@ class Vocabulary:
         def make(start: int, stop: int) -> torch.Tensor:
             table = pretrained.rows(start, stop) * self.decay
             first, last = torch.searchsorted(self.ids, torch.tensor([start, stop])).tolist()
-            table[self.ids[first:last] - start] = trained.rows(first, last).cpu()
+            rows = trained[first:last] if isinstance(trained, torch.Tensor) else trained.rows(first, last)
+            table[self.ids[first:last] - start] = rows.cpu()
             return table
 
         return Deferred(pretrained.shape, pretrained.dtype, make)

@@ -27,7 +27,7 @@ from sst2_xlmr.training.optimizer import Optimizer
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World, gather_objects, on_rank0
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import Finisher, Storable, digest_of, disk_errors, replace_folder, sync_files, write_tensors
+from sst2_xlmr.util.files import Finisher, Storable, digest_of, disk_errors, put_in_place, scratch_name, write_tensors
 
 _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "vocabulary", "random"))
 _FILES = (*_TENSOR_FILES, "state.json", "config.json")
@@ -64,7 +64,7 @@ def save_checkpoint(
     started = time.monotonic()
     random_states = gather_objects(world, _random_states(world.device))
     target = folder / f"step-{state.step:08d}"
-    unfinished = target.with_name(target.name + ".tmp")
+    unfinished = scratch_name(target)
     tensors: dict[str, Mapping[str, Storable]] = {
         "model": optimizer.weights(),
         "optimizer": optimizer.moments(),
@@ -88,7 +88,6 @@ def save_checkpoint(
     def write() -> tuple[int, float]:
         finisher.wait()
         with disk_errors(f"the checkpoint {target}", unfinished):
-            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             for name in tensors:
                 write_tensors(tensors[name], unfinished / f"{name}.safetensors")
@@ -110,8 +109,7 @@ def _manifest(files: Any) -> str:
 def _finish(unfinished: Path, target: Path) -> None:
     files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(unfinished.iterdir())}
     (unfinished / "manifest.json").write_text(_manifest(files), encoding="utf-8")
-    sync_files(unfinished)
-    replace_folder(unfinished, target)
+    put_in_place(unfinished, target)
 
 
 def _remove_old(folder: Path, keep: int) -> None:
