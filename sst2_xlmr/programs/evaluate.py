@@ -48,7 +48,6 @@ from sst2_xlmr.report.tensorboard import (
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.distributed import World, choose_device
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import cannot_write
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 
 MOST_CONFUSED_CLASSES = 10  # whose confusion matrix fits on a line
@@ -114,7 +113,7 @@ def write_events(
                 draw_evaluation(writer, 0, name, caches[name].labels, evaluation.probabilities, classes, texts_of)
             draw_accuracy(writer, 0, {name: evaluation.metrics for name, evaluation in evaluations.items()})
     except OSError as error:
-        raise cannot_write(folder, error) from None
+        raise UserError(f"cannot write to --tensorboard {folder}: {error.strerror}") from None
 
 
 def answers_of(found: Evaluation, expected: Evaluation, labels: np.ndarray) -> Answers:
