@@ -24,6 +24,7 @@ LEVELS = [
     {"report"},
     {"train"},
     {"programs"},
+    {"__main__"},
 ]
 MODULES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts): file

@@ -303,7 +303,7 @@ def main() -> None:
         while True:
             if world.is_main:
                 print(json.dumps(answer), file=answers, flush=True)
-            order = distributed.from_main(world, sys.stdin.readline() if world.is_main else None)
+            order = distributed.broadcast(world, sys.stdin.readline() if world.is_main else None)
             if not order:
                 break
             answer = measure(**json.loads(order))

@@ -12,16 +12,16 @@ from typing import Any, Callable
 
 import torch
 
-from sst2_xlmr.config import Config
+from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.evaluation.calibration import Calibration
-from sst2_xlmr.export.model_card import card_text, last_evaluations
+from sst2_xlmr.export.model_card import card_text
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder
 from sst2_xlmr.model.weight_names import to_hugging_face
 from sst2_xlmr.util.files import Deferred, Finisher, Storable, disk_errors, put_in_place, scratch_name, write_tensors
 
 CARD_NAME = "README.md"
-LAST_LAYER = ("head.out_proj.weight", "head.out_proj.bias")  # inner names
+LAST_LAYER = ("head.out.weight", "head.out.bias")
 
 
 def read_card(folder: Path) -> str:
@@ -122,9 +122,8 @@ def _divided(tensor: Storable, divisor: float) -> Storable:
 def export_run(
     folder: Path,
     weights: Mapping[str, Storable],
-    config: Config,
-    encoder: Encoder,
-    rows: Mapping[str, int],
+    inputs: Prepared,
+    evaluations: Mapping[str, dict[str, Any]],
     step: int,
     calibration: Calibration | None,
     finisher: Finisher,
@@ -134,15 +133,15 @@ def export_run(
     Args:
         folder: in the run's folder; gets its name once `finisher` has come to it.
         weights: see `write_folder`; with the whole vocabulary.
-        encoder: that the run began with.
-        rows: of every file that the run has read, by its name.
+        evaluations: of these weights, the metrics of every file by its name.
         step: after which the weights are these.
         calibration: of the probabilities; None if that was not asked for.
     """
     finisher.wait()  # a slow disk gets no second model to write meanwhile
+    config = inputs.config
     described = replace(
-        encoder,
-        label_names=config.classes,
+        inputs.encoder,
+        label_names=inputs.task.label_names,
         max_length=config.max_length,
         dropouts={  # also of a frozen encoder, which had none: for training it further
             "hidden_dropout_prob": config.dropout,
@@ -150,6 +149,7 @@ def export_run(
             "classifier_dropout": config.head_dropout,
         },
     )
-    evaluations = last_evaluations(folder.parent / "metrics.jsonl", step)
-    card = card_text(config, rows, evaluations, step, calibration, is_chosen=folder.name == "best")
+    rows = {split: len(cache) for split, cache in inputs.caches.items()}
+    rows["train"] = len(inputs.train_labels)
+    card = card_text(config, inputs.task, rows, evaluations, step, calibration, is_chosen=folder.name == "best")
     write_folder(folder, weights, described, card, calibration.temperature if calibration else 1.0, finisher.submit)

@@ -10,9 +10,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from sst2_xlmr.config import OPTIONS, Config, flag, named_file, shown
+from sst2_xlmr.config import GROUPS, OPTIONS, Config, flag, named_file, shown
 from sst2_xlmr.evaluation.calibration import Calibration
-from sst2_xlmr.training.run_folder import read_metrics
+from sst2_xlmr.task import Task
 from sst2_xlmr.util import versions
 
 _HUB_NAMES = {"xlmr.base": "FacebookAI/xlm-roberta-base", "xlmr.large": "FacebookAI/xlm-roberta-large"}
@@ -23,20 +23,15 @@ The probabilities are calibrated: temperature 1, as no other is significantly be
 """
 _SCALED = """
 The probabilities are calibrated: the last layer is divided by a temperature of {temperature:.3f}, fitted on dev, where\
- it takes the expected calibration error from {before:.4f} to {after:.4f}. Losses above are without it.
+ it takes the expected calibration error from {before:.4f} to {after:.4f}.
 """
-
-
-def last_evaluations(metrics_file: Path, step: int) -> list[dict[str, Any]]:
-    """Return the last evaluation per file of the model after `step`, from `metrics.jsonl`."""
-    entries = [entry for entry in read_metrics(metrics_file) if "split" in entry and entry["step"] == step]
-    return list({entry["split"]: entry for entry in entries}.values())
 
 
 def card_text(
     config: Config,
+    task: Task,
     rows: Mapping[str, int],
-    evaluations: Iterable[Mapping[str, Any]],
+    evaluations: Mapping[str, dict[str, Any]],
     step: int,
     calibration: Calibration | None = None,
     is_chosen: bool = False,
@@ -46,19 +41,21 @@ def card_text(
     Args:
         config: the run's options.
         rows: rows of every file that the run read, by its name ("train", "dev", ...).
-        evaluations: of these weights, with at least split, rows, accuracy, macro_f1 and loss.
+        evaluations: of these weights, the metrics of every file by its name.
         step: optimizer steps that led to these weights.
         calibration: of the probabilities; None if that was not asked for.
         is_chosen: whether the weights were chosen among others by their accuracy on dev.
     """
     encoder = _HUB_NAMES.get(config.encoder, Path(config.encoder).name)
-    names = config.classes
+    names = task.label_names
     eval_files = [str(named_file(value)[1]) for value in config.eval_file]
     files = [config.data_dir, config.train_file, config.dev_file, *eval_files, *config.test_file]
-    metrics = [
-        _line(Path(e["split"]).name, f"{e['rows']:,}", *(f"{e[key]:.4f}" for key in ("accuracy", "macro_f1", "loss")))
-        for e in evaluations
+    cells = [
+        {"file": Path(split).name, "rows": f"{each['rows']:,}", **task.table_cells(each), "loss": f"{each['loss']:.4f}"}
+        for split, each in evaluations.items()
     ]
+    columns = list(cells[0]) if cells else []
+    metrics = [_line(*columns), _line(*["---"] * len(columns)), *(_line(*row.values()) for row in cells)]
     remarks = _CHOSEN if is_chosen else ""
     if calibration:
         temperature, before, after = calibration
@@ -82,7 +79,7 @@ def _settings(config: Config) -> Iterable[str]:
     """Yield lines with the options that affect the result, also defaults; not those that a resumed run may change."""
     for name, option in OPTIONS.items():
         value = getattr(config, name)
-        affects_result = option.metadata["group"] in ("data", "model", "training") or name == "precision"
+        affects_result = name in (*GROUPS["data"], *GROUPS["model"], *GROUPS["training"], "precision")
         if affects_result and not option.metadata["changeable"] and value is not None:
             text = {True: "on", False: "off"}[value] if isinstance(value, bool) else shown(value)
             yield _line(f"`{flag(name)}`", text.replace("|", "\\|").replace("\n", " "))

@@ -36,7 +36,7 @@ PLACES = {  # -> what the run's folder then holds
     "sst2_xlmr.training.run_folder.write_text": {".lock"},
     "sst2_xlmr.train.accelerate": {".lock", "config.json"},  # before processes are connected
     "sst2_xlmr.training.run_folder.clean_up": {".lock", "config.json"},
-    "sst2_xlmr.report.console.SummaryWriter": {".lock", "config.json", "metrics.jsonl"},
+    "sst2_xlmr.report.tensorboard.SummaryWriter": {".lock", "config.json", "metrics.jsonl"},
     "sst2_xlmr.training.checkpoint.write_tensors": {".lock", "config.json", "metrics.jsonl", "checkpoints"},
 }
 
