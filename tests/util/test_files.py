@@ -104,14 +104,17 @@ def test_a_full_disk_hides_no_error_and_leaves_nothing(tmp_path: Path, name: str
     """Closing a file fails too, as there is no room for what is still to be written."""
     (tmp_path / name).write_text("before")
     content = os.urandom(2000).hex()
-    with (
-        pytest.raises(UserError, match=f"cannot write .*{name}: File too large; make room"),
-        new_file(tmp_path / name) as file,
-    ):
-        file.write(content)
-    with pytest.raises(UserError, match="row 3 is wrong"), new_file(tmp_path / name) as file:
-        file.write(content)
-        raise UserError("row 3 is wrong")
+
+    def write(error: UserError | None) -> None:
+        with new_file(tmp_path / name) as file:
+            file.write(content)
+            if error:
+                raise error
+
+    with pytest.raises(UserError, match=f"cannot write .*{name}: File too large; make room"):
+        write(None)
+    with pytest.raises(UserError, match="row 3 is wrong"):
+        write(UserError("row 3 is wrong"))
     with pytest.raises(OSError, match="File too large"):
         write_text(tmp_path / name, content)
     unfinished = scratch_name(tmp_path / "model")
