@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -281,8 +282,12 @@ def test_torchtext_counts_only_where_it_loads(tmp_path: Path, torch: str, torcht
 
 @pytest.mark.slow
 def test_wheel_alone_trains_predicts_and_has_an_api(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
-    """In a fresh environment that sees the packages of this one, from an empty folder."""
-    run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ROOT)
+    """In a fresh environment that sees the packages of this one, from an empty folder; pip fetches setuptools."""
+    source = tmp_path / "source"  # setuptools would leave its files in the checkout
+    shutil.copytree(ROOT / "sst2_xlmr", source / "sst2_xlmr", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    run("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"sst2_xlmr-{sst2_xlmr.__version__}-")
     names = zipfile.ZipFile(wheel).namelist()
@@ -294,6 +299,8 @@ def test_wheel_alone_trains_predicts_and_has_an_api(tiny_encoder: Path, small_da
     zipfile.ZipFile(wheel).extractall(site)
     others = [path for path in sys.path if path.endswith("site-packages")]
     (site / "others.pth").write_text("\n".join(others))
+    points = next(site.glob("*.dist-info")) / "entry_points.txt"
+    assert points.read_text().split() == ["[console_scripts]", "sst2-xlmr", "=", "sst2_xlmr.__main__:main"]
     (empty := tmp_path / "empty").mkdir()
     here = {"cwd": empty, "python": str(tmp_path / "venv" / "bin" / "python"), "PYTHONPATH": ""}
     start = ["-c", "from sst2_xlmr.__main__ import main; main()"]  # as pip writes the command that pyproject.toml names
