@@ -78,15 +78,24 @@ class TextClassifier(nn.Module):
         ids = self.tokenizer(texts, pairs)
         lengths = torch.tensor([len(row) for row in ids], dtype=torch.int64)
         by_length = torch.argsort(lengths, stable=True)
-        probabilities = torch.zeros(len(ids), len(self.label_names))
+        logits = torch.zeros(len(ids), len(self.label_names))
         with torch.no_grad():
             for start in range(0, len(ids), self.batch_size):
                 chosen = by_length[start : start + self.batch_size]
                 rows: List[int] = chosen.tolist()  # noqa: UP006
                 tokens = to_tensor([ids[row] for row in rows], self.pad_id)
-                probabilities[chosen] = self.model(tokens).softmax(-1)
-        best: List[int] = probabilities.argmax(-1).tolist()  # noqa: UP006
-        return [self.label_names[index] for index in best], probabilities
+                logits[chosen] = self.model(tokens)
+        return append_answer(logits, self.label_names)
+
+
+def append_answer(
+    logits: torch.Tensor,
+    label_names: List[str],  # noqa: UP006
+) -> Tuple[List[str], torch.Tensor]:  # noqa: UP006
+    """Return the most probable label of every row, and the probabilities of all, fp32 [rows, labels]; scriptable."""
+    probabilities = logits.softmax(-1)
+    best: List[int] = probabilities.argmax(-1).tolist()  # noqa: UP006
+    return [label_names[index] for index in best], probabilities
 
 
 def save_torchscript(model: Classifier, tokenizer: Tokenizer, label_names: list[str], file: Path) -> None:
