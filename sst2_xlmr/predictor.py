@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from sst2_xlmr.backend import accelerate, quantized
+from sst2_xlmr.backend import prediction_model, quantized_model
 from sst2_xlmr.config import EVAL_BATCH_TOKENS
 from sst2_xlmr.data.rows import check_text
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.tokenizer import Tokenizer
-from sst2_xlmr.util.distributed import World, choose_device
+from sst2_xlmr.task import Task
+from sst2_xlmr.util.distributed import choose_device
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.memory import give_back_memory
 from sst2_xlmr.util.precision import choose_precision
 
 Texts = Sequence[Union[str, tuple[str, str]]]
@@ -35,23 +37,17 @@ class Classifier:
 
     Attributes:
         folder: it was loaded from.
-        module: token ids -> logits, in evaluation mode.
+        module: packed token ids -> logits, in evaluation mode.
         tokenizer: text -> token ids.
-        label_names: of the classes, in the order of the probabilities.
+        task: logits -> probabilities -> label.
         precision: in which it computes: bf16, fp32 or int8.
         device: where it computes.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        module: nn.Module,
-        tokenizer: Tokenizer,
-        label_names: list[str],
-        precision: str,
-        device: torch.device,
+        self, folder: Path, module: nn.Module, tokenizer: Tokenizer, task: Task, precision: str, device: torch.device
     ) -> None:
-        self.folder, self.module, self.tokenizer, self.label_names = folder, module, tokenizer, label_names
+        self.folder, self.module, self.tokenizer, self.task = folder, module, tokenizer, task
         self.precision, self.device = precision, device
         self._lock = threading.Lock()
 
@@ -77,20 +73,29 @@ class Classifier:
             device = choose_device(device)
         folder = Path(folder)
         plain = choose_precision("auto" if precision == "int8" else precision, device)
-        if precision == "int8":
-            if device.type != "cpu":
-                raise UserError("--precision int8 is for a CPU; use bf16 or fp32, or --device cpu")
-            if loaded := quantized(folder, torch.bfloat16 if plain == "bf16" else torch.float32):
-                return cls(folder, *loaded, precision, device)
+        is_int8 = precision == "int8"
+        if is_int8 and device.type != "cpu":
+            raise UserError("--precision int8 is for a CPU; use bf16 or fp32, or --device cpu")
+        dtype = torch.bfloat16 if plain == "bf16" else torch.float32
+        if is_int8:
+            classifier, tokenizer, task = load_classifier(folder, device, bf16=False)
+            if module := quantized_model(classifier, task, dtype):
+                del classifier
+                give_back_memory()
+                return cls(folder, module, tokenizer, task, precision, device)
             lacks = "int8 needs a CPU with AVX512-VNNI, Linux and GCC"
             print(f"warning: {lacks}: computing in {plain} instead", file=sys.stderr)
-        classifier, tokenizer, label_names = load_classifier(folder, device, plain == "bf16")
-        module = accelerate(classifier, World.alone(device)).model
-        return cls(folder, module, tokenizer, label_names, plain, device)
+        classifier, tokenizer, task = load_classifier(folder, device, plain == "bf16")
+        return cls(folder, prediction_model(classifier), tokenizer, task, plain, device)
+
+    @property
+    def label_names(self) -> list[str]:
+        """The labels, in the order of the probabilities."""
+        return self.task.label_names
 
     def predict(self, texts: Texts, batch_tokens: int = EVAL_BATCH_TOKENS) -> list[str]:
         """Return the most probable label of every text; see `probabilities`."""
-        return [self.label_names[label] for label in self.probabilities(texts, batch_tokens).argmax(1).tolist()]
+        return [self.task.cells(row, False)[0] for row in self.probabilities(texts, batch_tokens).tolist()]
 
     def probabilities(self, texts: Texts, batch_tokens: int = EVAL_BATCH_TOKENS) -> np.ndarray:
         """Return float32 [texts, labels], every label's probability, in the order of the texts.
@@ -125,7 +130,7 @@ class Classifier:
     ) -> np.ndarray:
         """Return what `probabilities` does, for texts that `encode` has tokenized."""
         with self._lock:
-            found = _run(self.module, ids, lengths, batch_tokens, self.device)
+            found = predict(self.module, self.task, ids, lengths, batch_tokens, self.device)
         self.check_finite(found)
         return found
 
@@ -137,12 +142,3 @@ class Classifier:
         """
         if not np.isfinite(values).all():
             raise UserError(f"{self.folder}: the model's answers are not finite (NaN); train it again, or use another")
-
-
-def _run(
-    module: nn.Module, ids: np.ndarray, lengths: np.ndarray, batch_tokens: int, device: torch.device
-) -> np.ndarray:
-    if not len(lengths):
-        return np.empty((0, module.num_labels), np.float32)
-    rows = [row.tolist() for row in np.split(ids, np.cumsum(lengths)[:-1])]
-    return predict(module, rows, batch_tokens, device).numpy()

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sst2_xlmr.data.formats import is_table, kind_of, row_writer
-from sst2_xlmr.data.rows import Example, listed
+from sst2_xlmr.data.rows import Example
+from sst2_xlmr.task import listed
 from sst2_xlmr.util.errors import UserError
 
 GLUE_NUMBERS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}

@@ -35,14 +35,14 @@ from sst2_xlmr.model.encoders import find_model
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import print_text
 from sst2_xlmr.report.progress import with_progress
+from sst2_xlmr.task import ABSTAINED, Task
 from sst2_xlmr.util import distributed
 from sst2_xlmr.util.distributed import World
-from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.errors import UserError, raise_on_all
 from sst2_xlmr.util.files import digest_of, digest_of_input
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.shards import open_shards, shards_of
 
-NO_ANSWER = "?"
 ROWS_AT_ONCE = 1024
 # Options on which the output depends, besides the input and the model.
 FINGERPRINT_OPTIONS = (*TEXT_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=number_to(1, "probability"),
         default=0.0,
         metavar="P",
-        help=f"predict {NO_ANSWER} instead of a label whose probability is lower",
+        help=f"predict {ABSTAINED} instead of a label whose probability is lower",
     )
     parser.add_argument("--all-probabilities", action="store_true", help="also those of the other labels")
     parser.add_argument("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
@@ -214,14 +214,9 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def predictions_of(arguments: argparse.Namespace, label_names: list[str], probabilities: np.ndarray) -> list[list[Any]]:
-    """Return the new cells of every row: its label or `NO_ANSWER`, the probability of that, perhaps those of all."""
-    predictions = []
-    for of_row in probabilities.tolist():
-        highest = max(of_row)
-        label = label_names[of_row.index(highest)] if highest >= arguments.abstain_below else NO_ANSWER
-        predictions.append([label, highest, *(of_row if arguments.all_probabilities else ())])
-    return predictions
+def predictions_of(arguments: argparse.Namespace, task: Task, probabilities: np.ndarray) -> list[list[Any]]:
+    """Return the new cells of every row."""
+    return [task.cells(row, arguments.all_probabilities, arguments.abstain_below) for row in probabilities.tolist()]
 
 
 def print_predictions(arguments: argparse.Namespace) -> None:
@@ -230,7 +225,7 @@ def print_predictions(arguments: argparse.Namespace) -> None:
     classifier = Classifier.load(arguments.model, arguments.precision, arguments.device)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     for chunk, probabilities in classify(arguments, classifier, in_chunks(rows, ROWS_AT_ONCE)):
-        predictions = predictions_of(arguments, classifier.label_names, probabilities)
+        predictions = predictions_of(arguments, classifier.task, probabilities)
         if not print_text(console_lines(chunk, predictions)):
             return
 
@@ -239,17 +234,17 @@ def write_predictions(arguments: argparse.Namespace, paths: Sequence[Path], worl
     """Classify all texts, or this process's share of the input, and write the output files."""
     digest, columns, sizes = "", ["sentence"], []
     if arguments.input:
-        digest, columns, sizes = distributed.from_main(
-            world, distributed.on_main(world, lambda: read_through(arguments))
+        digest, columns, sizes = distributed.broadcast(
+            world, distributed.on_rank0(world, lambda: read_through(arguments))
         )
     classifier = Classifier.load(arguments.model, arguments.precision, world.device)
-    names, fingerprint = classifier.label_names, None
+    task, fingerprint = classifier.task, None
     if len(set(distributed.gather_objects(world, classifier.precision))) > 1:
-        raise distributed.shared_error("the processes compute in different precisions; name one with --precision")
-    numbers = glue_numbers(names) if arguments.glue_submission else {}
+        raise_on_all("the processes compute in different precisions; name one with --precision")
+    numbers = glue_numbers(task.label_names) if arguments.glue_submission else {}
     if arguments.input:
         fingerprint = fingerprint_of(arguments, digest, classifier, world)
-    new_columns = ["label", "probability"] + [f"probability_{name}" for name in names] * arguments.all_probabilities
+    new_columns = task.columns(arguments.all_probabilities)
     first, last = (len(sizes) * rank // world.world_size for rank in (world.rank, world.rank + 1))
     with open_shards(paths, fingerprint, world.rank, arguments.resume, arguments.overwrite) as shards:
         begin = first + shards.blocks
@@ -259,7 +254,7 @@ def write_predictions(arguments: argparse.Namespace, paths: Sequence[Path], worl
         row, total, done = sum(sizes[:begin]), sum(sizes[first:last]), sum(sizes[first:begin])
         blocks = classify(arguments, classifier, chunks)
         for chunk, probabilities in with_progress(blocks, total, done, quiet=not world.is_main):
-            predictions = predictions_of(arguments, names, probabilities)
+            predictions = predictions_of(arguments, task, probabilities)
             texts = []
             if arguments.output:
                 header = getattr(arguments, "header", True) and row == 0
@@ -276,7 +271,7 @@ def write_predictions(arguments: argparse.Namespace, paths: Sequence[Path], worl
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
             shards.finish(world.world_size)
 
-        distributed.on_main(world, finish)  # before the shards are closed, and so free for other processes
+        distributed.on_rank0(world, finish)  # before the shards are closed, and so free for other processes
 
 
 def main(argv: list[str] | None = None) -> None:
