@@ -14,7 +14,7 @@ import torch
 from sst2_xlmr.engines.cpu.adamw import CpuEngine, share_memory
 from sst2_xlmr.engines.cpu.exchange import exchange_gradients
 from sst2_xlmr.engines.cpu.int8 import Int8Classifier
-from sst2_xlmr.engines.cpu.kernels import load_kernels
+from sst2_xlmr.engines.cpu.kernels import fallback_reason, load_kernels
 from sst2_xlmr.engines.cpu.packed_encoder import PackedClassifier
 from sst2_xlmr.engines.cuda.adamw import compiled_engine, why_not_compiled
 from sst2_xlmr.model.classifier import Classifier
@@ -33,9 +33,11 @@ def accelerate(classifier: Classifier, world: World, optimizer: AdamW | None) ->
     """
     if world.device.type == "cuda":
         return _accelerate_on_cuda(classifier, world, optimizer)
-    kernels = load_kernels(next(classifier.parameters()).dtype)
-    if not all(gather_objects(world, kernels is not None)) or kernels is None:
-        return Computation(classifier, why_not_compiled="no GCC that works")
+    dtype = next(classifier.parameters()).dtype
+    reasons = [reason for reason in gather_objects(world, fallback_reason(dtype)) if reason]
+    kernels = load_kernels(dtype)
+    if reasons or kernels is None:
+        return Computation(classifier, why_not_compiled=reasons[0])
     model = PackedClassifier(classifier, kernels)
     if optimizer is not None:
         shares_memory = world.world_size > 1 and share_memory(optimizer.trained, world)

@@ -136,7 +136,7 @@ def load_tensors(encoder: Encoder, kept_ids: np.ndarray | None = None) -> Tensor
     """
     file, first = encoder.weights_file, encoder.shape.layers
     with _reading_errors(file):
-        raw = _Weights(file, kept_ids, range(first, first + encoder.layers_left_out))
+        raw = _Weights(file, kept_ids, range(first, encoder.cut_from))
         if kept_ids is not None:
             _find_table(encoder, raw)
         return from_bundle(raw) if encoder.name in BUNDLE_SHAPES else from_hugging_face(raw)

@@ -58,7 +58,7 @@ def _describe_model(encoder: Encoder, optimizer: AdamW, table_rows: int) -> str:
     whole = sum(slot.working.numel() for slot in optimizer.slots) + (shape.vocab_size - table_rows) * shape.hidden
     trained = sum(slot.working.numel() for slot in optimizer.trained)
     rows = f" ({table_rows:,} of {shape.vocab_size:,} embedding rows occur)" if table_rows < shape.vocab_size else ""
-    of_all = f" of {shape.layers + encoder.layers_left_out}" if encoder.layers_left_out else ""
+    of_all = f" of {encoder.cut_from}" if encoder.cut_from else ""
     size = f"{shape.layers}{of_all} layers, {shape.hidden} wide, {whole / 1e6:,.1f} M parameters"
     return f"{size}, {trained / 1e6:,.1f} M trained{rows}"
 
