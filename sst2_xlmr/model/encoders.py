@@ -13,7 +13,6 @@ from sst2_xlmr.util.errors import UserError
 
 TOKENIZER_NAME = "sentencepiece.bpe.model"
 WEIGHTS_NAMES = ["model.safetensors", "pytorch_model.bin"]
-INT8_NAME = "model.int8.safetensors"
 DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")  # of config.json
 
 
