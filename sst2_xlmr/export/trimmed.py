@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from sst2_xlmr.export.folder import read_card, with_note, write_folder
 from sst2_xlmr.export.tokenizer_json import UNIGRAM, model_class
 from sst2_xlmr.model.encoders import Encoder
-from sst2_xlmr.model.vocabulary import SPECIAL_IDS, TABLE_NAME
+from sst2_xlmr.model.vocabulary import SPECIAL_IDS, TABLE
 from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import scratch_name
@@ -79,7 +79,7 @@ def write_trimmed(encoder: Encoder, texts: Iterable[str], folder: Path) -> int:
     rest = np.arange(pieces.GetPieceSize() + 1, encoder.shape.vocab_size)
     rows = np.concatenate([np.arange(SPECIAL_IDS), kept[_CONTROLS:] + 1, rest])
     weights = load_tensors(encoder)
-    weights[TABLE_NAME] = weights[TABLE_NAME][torch.from_numpy(rows)]
+    weights[TABLE] = weights[TABLE][torch.from_numpy(rows)]
     tokenizer_file = scratch_name(folder)
     tokenizer_file.write_bytes(trimmed_tokenizer(encoder.tokenizer_file, kept))
     trimmed = replace(encoder, shape=replace(encoder.shape, vocab_size=len(rows)), tokenizer_file=tokenizer_file)
