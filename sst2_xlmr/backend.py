@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -58,7 +58,7 @@ def training_backend(classifier: SequenceClassifier, config: Config, precision: 
 
 def prediction_model(classifier: SequenceClassifier) -> nn.Module:
     """Return what computes a classifier's logits fastest where it is."""
-    faster: Optional[nn.Module] = engines and engines.predicting(classifier)
+    faster: nn.Module | None = engines and engines.predicting(classifier)
     return faster or classifier
 
 
@@ -69,5 +69,5 @@ def quantized_model(classifier: SequenceClassifier, task: Task, dtype: torch.dty
         classifier: in fp32, on the CPU; it is not needed any more.
         dtype: of what is not computed in 8 bits.
     """
-    quantized: Optional[nn.Module] = engines and engines.quantized(classifier, task, dtype)
+    quantized: nn.Module | None = engines and engines.quantized(classifier, task, dtype)
     return quantized

@@ -150,8 +150,10 @@ class Run:
             labels = self.inputs.caches[split].labels
             final = evaluation.with_temperature(temperature, self.task, labels)
             self.metrics[split] = final.metrics
-            drawn = (labels, final.probabilities) if draws else (None, None)
-            self.tell(lambda report, of=(split, final.metrics, *drawn): report.log_evaluation(self.state.step, *of))
+            self._log_evaluation(split, final.metrics, *((labels, final.probabilities) if draws else ()))
+
+    def _log_evaluation(self, split: str, *found: Any) -> None:
+        self.tell(lambda report: report.log_evaluation(self.state.step, split, *found))
 
     def evaluate_best(self) -> None:
         """Evaluate best/ on the files for the end, too; on rank 0, where it lies."""
@@ -171,6 +173,8 @@ class Run:
         untrained, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
         untrained.to(self.world.device)
         before = evaluate(untrained, self.task, dev, tokens, self.world, True, self.stop.is_agreed).probabilities
+        assert found is not None
+        assert before is not None
         state.collapse_check_due, state.checked_step = False, state.step
         reason = self.task.collapse_reason(found, before, dev.labels, state.has_learned)
         if reason := broadcast(self.world, reason):

@@ -204,6 +204,11 @@ class SingleLabel:
         return [label, highest, *(probabilities if all_probabilities else ())]
 
     @staticmethod
+    def answers(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the predicted classes, int64 [rows], and their probabilities, float [rows]."""
+        return probabilities.argmax(-1), probabilities.max(-1)
+
+    @staticmethod
     def changed(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """Return bool [rows], whether the answer is another; both are probabilities, [rows, classes]."""
         return np.asarray(found.argmax(1) != expected.argmax(1))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from sst2_xlmr.cli import command, parse_args
+from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag, named_file
 from sst2_xlmr.data.prepare import Prepared, prepare
 from sst2_xlmr.evaluation.calibration import Calibration
@@ -26,6 +26,7 @@ from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.training.step import forward_backward
 from sst2_xlmr.util.distributed import World, broadcast, check_same, on_rank0, once_per_node, raise_on_all, start
 from sst2_xlmr.util.errors import Collapsed, Interrupted, Stopped, exit_on_user_error
+from sst2_xlmr.util.launch import command
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.precision import choose_precision, set_up_numerics
 
@@ -86,7 +87,7 @@ def decide(config: Config, inputs: Prepared, digests: dict[str, str], world: Wor
 
 
 def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path | None]:
-    """Build a run at its beginning, or as it was at its newest checkpoint, and return that, too; its folder is claimed."""
+    """Build a run at its beginning, or as it was at its newest checkpoint, and return that too; claim its folder."""
     folder = Path(broadcast(world, config.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}"))
     lock = checkpoint = None
     if resume:
@@ -110,14 +111,15 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
 @contextlib.contextmanager
 def outputs(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
     """Open metrics and TensorBoard, and print the header; while it is entered, a signal no longer ends the process."""
-    config, state, caches = run.config, run.state, run.inputs.caches
+    state, caches = run.state, run.inputs.caches
     files = {split: (file, caches[split].digest) for split, file in run.inputs.files.items() if split != "train"}
     again = [*run.at_end, *(run.during if state.evaluation_due else [])]
-    opening = (config, run.task, run.folder, state.precision, files, state.step, run.schedule.total_steps, again)
+    opening = (run.config, run.task, run.folder, state.precision, files, state.step, run.schedule.total_steps, again)
     run.report = on_rank0(run.world, lambda: open_report(*opening))
     if run.report:
-        run.metrics = {entry["split"]: entry for entry in evaluations_at(run.folder / "metrics.jsonl", state.step)}
-        for line in header_lines(run):
+        run.metrics = evaluations_at(run.folder / "metrics.jsonl", state.step)
+        figures = (run.schedule.total_steps, len(run.vocabulary.ids), run.head_is_new)
+        for line in header_lines(run.inputs, state, run.backend, run.world, run.folder, *figures):
             run.say(line)
     if resume:
         run.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
@@ -157,11 +159,14 @@ def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
         finish(run)
     except Interrupted:
         run.make_sure_of_checkpoint()
-        run.say(f"stopped    by {signal.Signals(run.stop.number).name} after step {run.state.step}, and saved; continue with")
+        run.say(
+            f"stopped    by {signal.Signals(run.stop.number).name} after step {run.state.step}, and saved; continue with"
+        )
         run.say(f"           {again}")
         raise Stopped(128 + run.stop.number) from None
     except Collapsed as collapse:
-        run.tell(lambda report: report.log_collapse(run.state.step, str(collapse)))
+        reason = str(collapse)
+        run.tell(lambda report: report.log_collapse(run.state.step, reason))
         run.make_sure_of_checkpoint()
         cure = f"--lr {run.config.lr / 2:g} --seed {run.config.seed + 1} --output-dir NEW_DIR"
         run.say("collapsed  training has collapsed; the run is saved. Rerun with a lower rate and another seed:")

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sst2_xlmr"
 # of circles.
 LEVELS = [
     {"util"},
-    {"config", "cli"},
+    {"config", "cli", "__main__"},
     {"model"},
     {"data"},
     {"training"},
@@ -24,7 +24,6 @@ LEVELS = [
     {"report"},
     {"train"},
     {"programs"},
-    {"__main__"},
 ]
 MODULES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts): file

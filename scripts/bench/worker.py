@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from figures import Answer
 from measuring import clock, peak_memory
+from sst2_xlmr.training.loss import make_loss
 from torch import nn
 
 from sst2_xlmr import engines
@@ -39,7 +40,6 @@ from sst2_xlmr.model.classifier import Classifier, dropouts_of
 from sst2_xlmr.model.encoders import Encoder, EncoderShape
 from sst2_xlmr.model.vocabulary import renumbering
 from sst2_xlmr.training.ddp import connect
-from sst2_xlmr.training.loss import make_loss
 from sst2_xlmr.training.optimizer import AdamW, Groups
 from sst2_xlmr.training.step import forward_backward
 from sst2_xlmr.util import distributed

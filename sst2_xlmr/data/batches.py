@@ -161,7 +161,7 @@ def _unchanged(batches: list[Batch]) -> list[Batch]:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave signals to the training process: one sent to a whole process group or cgroup must not end a loader first."""
+    """Leave signals to the training process: one for a whole process group or cgroup must not end a loader first."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

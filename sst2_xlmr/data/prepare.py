@@ -59,7 +59,10 @@ class Prepared:
         if self.train_rows is not None:
             rows = hashlib.sha256(rows.encode() + self.train_rows.tobytes()).hexdigest()
         others = {f"file {split}": cache.digest for split, cache in self.caches.items() if split != "train"}
-        model = {"tokenizer": digest_of(self.encoder.tokenizer_file), "encoder's weights": digest_of(self.encoder.weights_file)}
+        model = {
+            "tokenizer": digest_of(self.encoder.tokenizer_file),
+            "encoder's weights": digest_of(self.encoder.weights_file),
+        }
         return {"training rows": rows, **others, **model}
 
     @property

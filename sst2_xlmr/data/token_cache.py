@@ -89,7 +89,9 @@ def tokenize_file(
             cannot be written.
     """
     digest, tokenizer_digest = digest_of_input(path), digest_of_input(tokenizer_file)
-    folder = cache_dir / _cache_key(digest, path, columns, tokenizer_digest, max_length, task.problem_type, task.label_names)
+    folder = cache_dir / _cache_key(
+        digest, path, columns, tokenizer_digest, max_length, task.problem_type, task.label_names
+    )
     try:
         return _open_cache(folder, digest, task)
     except (OSError, ValueError, KeyError, TypeError):

@@ -35,7 +35,7 @@ def predicting(classifier: SequenceClassifier) -> nn.Module | None:
     """Return a faster model for prediction on the CPU; None if there is none."""
     parameter = next(classifier.parameters())
     kernels = kernels_for(parameter.dtype, World.alone(parameter.device))
-    return kernels and PackedClassifier(classifier, kernels)
+    return PackedClassifier(classifier, kernels) if kernels else None
 
 
 def training(

@@ -26,7 +26,12 @@ def compare(task: Task, found: np.ndarray, expected: np.ndarray, labels: np.ndar
         for each in metrics:
             del each["rows"]  # which stand beside both
     changed = int(task.changed(found, expected).sum())
-    return {"rows": len(found), "changed": changed, "largest": float(np.abs(found - expected).max()), "metrics": metrics}
+    return {
+        "rows": len(found),
+        "changed": changed,
+        "largest": float(np.abs(found - expected).max()),
+        "metrics": metrics,
+    }
 
 
 def _all_rows(task: Task, files: Predictions) -> dict[str, Any]:

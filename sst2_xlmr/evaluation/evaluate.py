@@ -1,7 +1,7 @@
 """Run a model over rows: exact metrics, over all ranks, and probabilities for prediction.
 
-Every row is counted once. Each rank computes its rows' results (see task.py), all ranks gather them, in the file's order,
-and metrics are made of the whole: they do not depend on the number of processes.
+Every row is counted once. Each rank computes its rows' results (see task.py), all ranks gather them, in the file's
+order, and metrics are made of the whole: they do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -135,9 +135,7 @@ def evaluate(
         model.train(was_training)
     mine = [torch.cat(parts).cpu().numpy() if parts else np.empty((0, 0), np.float32) for parts in (results, kept)]
     order = [[batch[rank :: world.world_size] for batch in batches] for rank in range(world.world_size)]
-    gathered = [
-        (np.concatenate(rows), part) for rows, part in zip(order, gather_objects(world, mine)) if len(part[0])
-    ]
+    gathered = [(np.concatenate(rows), part) for rows, part in zip(order, gather_objects(world, mine)) if len(part[0])]
 
     def in_order(which: int) -> np.ndarray:
         whole = np.empty((len(cache), gathered[0][1][which].shape[1]), np.float32)

@@ -1,7 +1,7 @@
 """XLM-R with RoBERTa's classification head, in plain PyTorch.
 
 Equal to transformers' `XLMRobertaForSequenceClassification` and to torchtext's `RobertaModel`, which are the references
-of the tests; but no mask is made where no text is shorter than the others, and the last layer is computed at `<s>` only.
+of the tests; but no mask is made where all texts are of one length, and the last layer is computed at `<s>` only.
 """
 
 from __future__ import annotations
@@ -125,7 +125,12 @@ class SequenceClassifier(nn.Module):
     id_map: torch.Tensor | None
 
     def __init__(
-        self, shape: EncoderShape, outputs: int, dropout: float = 0.0, head_dropout: float = 0.0, rows: int | None = None
+        self,
+        shape: EncoderShape,
+        outputs: int,
+        dropout: float = 0.0,
+        head_dropout: float = 0.0,
+        rows: int | None = None,
     ) -> None:
         super().__init__()
         self.shape, self.outputs, self.autocast = shape, outputs, False

@@ -58,6 +58,7 @@ class CpuAdamW:
             self._states.append(state)
         self._trained = [state for state in self._states if state.weight.requires_grad]
         self._steps, self._accumulates = 0, False
+        self._gradients: list[torch.Tensor] = []  # between `clip` and `step`: the kernels have their addresses
         self._places: list[torch.Tensor] = []  # in shared memory, where this rank leaves its gradients
         self.shares_memory = world.world_size > 1 and self._share_memory()
         self._group = world if self.shares_memory else World.alone(world.device)
@@ -180,7 +181,7 @@ class CpuAdamW:
 
     def clear_gradients(self) -> None:
         """Forget the gradients, also those that were added up."""
-        self._gradients: list[torch.Tensor] = []
+        self._gradients = []
         self._accumulates = False
         for state in self._trained:
             state.weight.grad = None

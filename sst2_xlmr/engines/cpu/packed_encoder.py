@@ -1,7 +1,7 @@
 """The classifier's forward and backward pass on a CPU, on packed rows: no padding, few passes over memory.
 
-The same mathematics, over the same parameters, as the plain `SequenceClassifier`, which autograd differentiates; the tests
-compare the two.
+The same mathematics, over the same parameters, as the plain `SequenceClassifier`, which autograd differentiates; the
+tests compare the two.
 """
 
 from __future__ import annotations
