@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from sst2_xlmr import train
-from sst2_xlmr.export.folder import Description, export_hugging_face
+from sst2_xlmr.export.folder import write_folder
 from sst2_xlmr.model.classifier import Classifier
-from sst2_xlmr.model.encoders import EncoderShape
+from sst2_xlmr.model.encoders import Encoder, EncoderShape
 from sst2_xlmr.util.errors import exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +64,8 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2)
     target = folder / "tiny"
-    export_hugging_face(target, dict(model.named_parameters()), Description(shape, ["a", "b"], 64, tokenizer))
+    described = Encoder("", shape, Path(), tokenizer, ["a", "b"], 64)
+    write_folder(target, dict(model.named_parameters()), described)
     settings = json.loads((target / "config.json").read_text(encoding="utf-8"))
     settings["architectures"] = ["XLMRobertaModel"]
     (target / "config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Optional
 
 import numpy as np
 
@@ -30,19 +30,8 @@ SENTENCES = [
     "  two  spaces, a\ttab, ﬁ and ① ",
     "",
 ]
-
-
-class Rows(NamedTuple):
-    """Rows to compare answers on.
-
-    Attributes:
-        pairs: the second texts; None where rows have one text.
-        labels: int [rows]; None where rows have none.
-    """
-
-    texts: list[str]
-    pairs: list[str] | None
-    labels: np.ndarray | None
+# Texts; the second texts, or None where rows have one text; labels, int [rows], or None where rows have none.
+Rows = tuple[list[str], Optional[list[str]], Optional[np.ndarray]]
 
 
 def read_texts(file: Path, columns: Columns) -> Iterator[tuple[str, str | None]]:
@@ -90,9 +79,9 @@ def read_checks(
         else:
             texts, labels = list(read_texts(file, columns)), None
         pairs = [pair for _, pair in texts if pair is not None]
-        checks[name] = Rows([text for text, _ in texts], pairs or None, labels)
+        checks[name] = ([text for text, _ in texts], pairs or None, labels)
     if not checks:
-        checks["sentences"] = Rows(SENTENCES, None, None)
+        checks["sentences"] = (SENTENCES, None, None)
         if takes_pairs:
-            checks["pairs"] = Rows(SENTENCES, SENTENCES[::-1], None)
+            checks["pairs"] = (SENTENCES, SENTENCES[::-1], None)
     return checks

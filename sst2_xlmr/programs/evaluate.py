@@ -31,7 +31,7 @@ from sst2_xlmr.evaluation.calibration import Calibration, calibrate
 from sst2_xlmr.evaluation.compare import Answers, agreement_table, check_agreement
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
-from sst2_xlmr.export.folder import description_of, export_hugging_face, with_note, with_temperature
+from sst2_xlmr.export.folder import read_card, with_note, write_folder
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.predictor import load_model
@@ -151,10 +151,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def write_calibrated(source: Path, output: Path, calibration: Calibration) -> None:
     """Write a model folder like `source` that gives calibrated probabilities, and say so in its card."""
     encoder = find_encoder(str(source))
-    begin, described = "The probabilities are calibrated: ", description_of(encoder)
+    begin, card = "The probabilities are calibrated: ", read_card(source)
     if calibration.temperature != 1:
-        described = with_note(described, f"{begin}{calibration}.", former=f"{begin}temperature")
-    export_hugging_face(output, with_temperature(load_tensors(encoder), calibration.temperature), described)
+        card = with_note(card, f"{begin}{calibration}.", former=f"{begin}temperature")
+    write_folder(output, load_tensors(encoder), encoder, card, calibration.temperature)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -19,6 +19,7 @@ from sst2_xlmr.data.rows import columns_of
 from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.report import metrics_file, tensorboard
 from sst2_xlmr.report.table import evaluation_table
+from sst2_xlmr.task import Task
 from sst2_xlmr.util.files import cannot_write, disk_errors
 from sst2_xlmr.util.memory import used_memory_gb
 
@@ -35,12 +36,13 @@ class Report:
         metrics: TextIO,
         events: SummaryWriter,
         config: Config,
+        task: Task,
         files: dict[str, tuple[Path, str]],
         first_step: int,
         total_steps: int,
     ) -> None:
         self._metrics, self._events = metrics, events
-        self._config, self._files = config, files
+        self._config, self._task, self._files = config, task, files
         self._first_step, self._total_steps, self._started = first_step, total_steps, time.monotonic()
         # disable=None: a bar on a terminal only.
         self._bar = tqdm(
@@ -105,11 +107,11 @@ class Report:
             probabilities: float32 [rows, labels].
         """
         if labels is not None and probabilities is not None:
-            (file, digest), classes = self._files[split], self._config.classes
-            texts_of = partial(tensorboard.read_texts, file, digest, columns_of(self._config), classes)
+            (file, digest), task = self._files[split], self._task
+            texts_of = partial(tensorboard.read_texts, file, digest, columns_of(self._config), task)
             with self._event_errors():
-                tensorboard.draw_evaluation(self._events, step, split, labels, probabilities, classes, texts_of)
-        scalars = {key: metrics[key] for key in tensorboard.SCALARS}
+                tensorboard.draw_evaluation(self._events, step, split, labels, probabilities, task, texts_of)
+        scalars = {key: metrics[key] for key in self._task.scalars}
         self._write({"step": step, "split": split, **metrics}, split, scalars)
 
     def say_evaluation(self, step: int, evaluations: dict[str, dict[str, Any]], is_best: bool) -> None:
@@ -120,14 +122,13 @@ class Report:
         """
         dev = evaluations["dev"]
         others = {split: metrics for split, metrics in evaluations.items() if split != "dev"}
-        self.say(
-            f"step {step:>6}  dev: accuracy {dev['accuracy']:.4f}  macro F1 {dev['macro_f1']:.4f}  "
-            f"loss {dev['loss']:.4f}  {dev['rows']:,} rows{'  (best so far)' if is_best else ''}"
-        )
+        best = "  (best so far)" if is_best else ""
+        self.say(f"step {step:>6}  dev: {self._task.describe(dev)}  {dev['rows']:,} rows{best}")
         if others:
-            accuracies = "  ".join(f"{split} {metrics['accuracy']:.4f}" for split, metrics in others.items())
-            mean = f"  mean {mean_of(list(others.values()))['accuracy']:.4f}" if len(others) > 1 else ""
-            self.say(f"step {step:>6}  accuracy: {accuracies}{mean}")
+            metric = self._task.best_metric
+            values = "  ".join(f"{split} {metrics[metric]:.4f}" for split, metrics in others.items())
+            mean = f"  mean {mean_of(list(others.values()))[metric]:.4f}" if len(others) > 1 else ""
+            self.say(f"step {step:>6}  {metric}: {values}{mean}")
 
     def log_checkpoint(self, step: int, size: int, waited_s: float) -> None:
         """Say how many bytes a checkpoint has, and how long training waited for it."""
@@ -146,7 +147,7 @@ class Report:
             tensorboard.end_hparams(self._events)
             self._events.flush()
         if others:
-            self.say("\n".join(["", *evaluation_table(others), ""]))
+            self.say("\n".join(["", *evaluation_table(self._task, others), ""]))
 
     def sync(self) -> None:
         """Sync metrics to disk, so that no checkpoint is ahead of them."""
@@ -173,6 +174,7 @@ class Report:
 
 def open_report(
     config: Config,
+    task: Task,
     folder: Path,
     precision: str,
     files: dict[str, tuple[Path, str]],
@@ -183,7 +185,7 @@ def open_report(
     """Open the outputs; a resumed run's go on after `first_step`. On rank 0.
 
     Args:
-        config: the options, with the names of the classes.
+        config: the options.
         folder: the run's, which must be claimed.
         precision: as decided.
         files: all splits to evaluate on, dev among them -> file, and its SHA-256 when it was tokenized.
@@ -199,8 +201,8 @@ def open_report(
         metrics = metrics_file.open_metrics(path, first_step, written_again)
         place = events_to
         events = tensorboard.open_events(events_to, first_step + 1 if is_resumed else None)
-        tensorboard.begin_hparams(events, tensorboard.hyperparameters(config, precision), list(files))
+        tensorboard.begin_hparams(events, tensorboard.hyperparameters(config, precision), task, list(files))
         events.flush()
     except OSError as error:
         raise cannot_write(place, error) from None
-    return Report(metrics, events, config, files, first_step, total_steps)
+    return Report(metrics, events, config, task, files, first_step, total_steps)

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from sst2_xlmr.backend import Backend
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.formats import line_of
 from sst2_xlmr.data.prepare import Prepared
-from sst2_xlmr.data.rows import listed
 from sst2_xlmr.model.encoders import Encoder
+from sst2_xlmr.task import listed
+from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
@@ -21,33 +23,26 @@ from sst2_xlmr.util.errors import UserError
 
 def header_lines(
     inputs: Prepared,
-    model: nn.Module,
+    state: TrainState,
+    backend: Backend,
     world: World,
-    *,
     folder: Path,
-    precision: str,
-    eval_every: int,
     total_steps: int,
     embedding_rows: int,
     head_is_new: bool,
-    fallback_reason: str,
-    shares_memory: bool = False,
 ) -> list[str]:
-    """Return the header's lines. `inputs.config` is what was asked; what was decided comes as arguments.
+    """Return the header's lines. `inputs.config` is what was asked; what was decided is in `state` and `backend`.
 
     Args:
-        model: with all parameters, in any wrapper; what is not trained needs no gradient.
         folder: the run's.
-        precision: fp32, tf32 or bf16.
-        eval_every: steps between evaluations.
         total_steps: of the run.
         embedding_rows: in the model.
         head_is_new: whether the classification head starts untrained.
-        fallback_reason: why the model is computed by plain PyTorch; empty if an engine does.
-        shares_memory: whether the processes average gradients in shared memory.
     """
+    precision, eval_every, fallback_reason = state.precision, state.eval_every, backend.fallback_reason
+    model, shares_memory = backend.forward, getattr(backend.optimizer, "shares_memory", False)
     config = inputs.config
-    head = f"{'new' if head_is_new else 'its own'} head for {listed(config.classes)}"
+    head = f"{'new' if head_is_new else 'its own'} head for {listed(inputs.task.label_names)}"
     numbers = _describe_precision(config.precision, precision, is_plain=bool(fallback_reason))
     engine = f"plain PyTorch: slower ({fallback_reason})" if fallback_reason else "engine"
     if world.device.type == "cuda":

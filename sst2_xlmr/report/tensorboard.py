@@ -18,14 +18,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from sst2_xlmr.config import OPTIONS, Config
+from sst2_xlmr.config import GROUPS, Config
 from sst2_xlmr.data.rows import Columns, read_rows
-from sst2_xlmr.evaluation.metrics import confusion_matrix, share_below
+from sst2_xlmr.evaluation.metrics import share_below
 from sst2_xlmr.report.pictures import accuracy_picture, can_draw, confusion_picture
+from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
 
-SCALARS = ("loss", "accuracy", "macro_f1", "ece")  # of an evaluation
 CURVES = 10
 FIRST_COLUMNS = ("batch_size", "encoder", "epochs", "lr", "seed")  # of hyperparameters
 MISTAKES = 50
@@ -70,21 +70,20 @@ def hyperparameters(config: Config, precision: str) -> dict[str, Any]:
     Args:
         precision: as decided, where the option says `auto`.
     """
-    names = [name for name, field in OPTIONS.items() if field.metadata["group"] in ("model", "training")]
-    values = {name: getattr(config, name) for name in [*names, "max_length"]}
+    values = {name: getattr(config, name) for name in [*GROUPS["model"], *GROUPS["training"], "max_length"]}
     values.update(precision=precision, encoder=Path(config.encoder).name)
     # torch writes a bool as a number, and refuses a list.
     return {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
 
 
-def begin_hparams(writer: SummaryWriter, values: dict[str, Any], splits: list[str]) -> None:
+def begin_hparams(writer: SummaryWriter, values: dict[str, Any], task: Task, splits: list[str]) -> None:
     """Write hyperparameters, and which metrics to show with them; `SummaryWriter.add_hparams` makes a run of its own.
 
     Args:
         splits: that are evaluated, dev among them.
     """
-    tags = ["dev/accuracy", "dev/macro_f1", "dev/loss"]
-    tags += [f"{split}/accuracy" for split in splits if split != "dev"]
+    tags = [f"dev/{name}" for name in dict.fromkeys([task.best_metric, *task.scalars])]
+    tags += [f"{split}/{task.best_metric}" for split in splits if split != "dev"]
     experiment, start, _ = hparams(values, dict.fromkeys(tags, 0.0))
     # TensorBoard shows five columns unless asked for more, first those that differ between runs: here, we say which.
     plugin = experiment.value[0].metadata.plugin_data
@@ -113,7 +112,7 @@ def draw_evaluation(
     name: str,
     labels: np.ndarray,
     probabilities: np.ndarray,
-    classes: list[str],
+    task: Task,
     texts_of: Callable[[set[int]], dict[int, str]],
 ) -> None:
     """Write confusion matrix, precision-recall curves and the mistakes that the model is surest of.
@@ -124,17 +123,19 @@ def draw_evaluation(
         probabilities: float32 [rows, labels].
         texts_of: returns the texts of some rows by their numbers from 0, as far as they are known; see `read_texts`.
     """
-    predictions, confidences = _answers(probabilities)
+    results, classes = task.results_of(probabilities, labels), task.label_names
     if can_draw():
-        accuracy = (predictions == labels).mean()
-        title = f"{name}{_at(step)}: accuracy {accuracy:.4f}, {len(labels):,} rows"
-        confusion = confusion_matrix(labels, predictions, len(classes))
-        _add_picture(writer, f"{name}/confusion", confusion_picture(confusion, classes, title), step)
+        metric = task.best_metric
+        title = f"{name}{_at(step)}: {metric} {task.metrics(results, labels)[metric]:.4f}, {len(labels):,} rows"
+        _add_picture(
+            writer, f"{name}/confusion", confusion_picture(task.confusion(results, labels), classes, title), step
+        )
     for number in [1] if len(classes) == 2 else range(min(len(classes), CURVES)):
         # A curve has 127 equally spaced thresholds. Most probabilities lie near 0 and 1, where few of them are; ranks
         # are spread evenly, and give the same curve.
         ranks = share_below(probabilities[:, number])
         writer.add_pr_curve(f"{name}/pr_{classes[number]}", labels == number, ranks, step)
+    predictions, confidences = task.answers(probabilities)
     writer.add_text(f"{name}/mistakes", mistakes_table(labels, predictions, confidences, classes, texts_of), step)
 
 
@@ -170,12 +171,12 @@ def mistakes_table(
     return "\n".join(lines)
 
 
-def read_texts(file: Path, digest: str, columns: Columns, classes: list[str], rows: set[int]) -> dict[int, str]:
+def read_texts(file: Path, digest: str, columns: Columns, task: Task, rows: set[int]) -> dict[int, str]:
     """Return the texts of some rows by their numbers; none if the file's SHA-256 is no longer `digest`."""
     try:
         if digest_of(file) != digest:
             return {}
-        found = {number: row for number, row in enumerate(read_rows(file, columns, classes)) if number in rows}
+        found = {number: row for number, row in enumerate(read_rows(file, columns, task)) if number in rows}
     except (OSError, UserError):  # it is being changed just now
         return {}
     return {number: row.text if row.pair is None else f"{row.text} / {row.pair}" for number, row in found.items()}
@@ -189,11 +190,6 @@ def escape(text: str) -> str:
     lines = textwrap.wrap(" ".join(text.split()), LINE_LENGTH) or [""]
     lines = [*lines[: MOST_LINES - 1], lines[MOST_LINES - 1] + " ..."] if len(lines) > MOST_LINES else lines
     return "<br>".join(_MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", line) for line in lines)
-
-
-def _answers(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the predicted classes, int64 [rows], and their probabilities, float32 [rows]."""
-    return probabilities.argmax(-1), probabilities.max(-1)
 
 
 def _add_summary(writer: SummaryWriter, summary: Any, step: int | None = None) -> None:
