@@ -16,8 +16,10 @@ from matplotlib import ft2font
 
 from sst2_xlmr.report import pictures
 from sst2_xlmr.report.pictures import accuracy_picture, confusion_picture
+from sst2_xlmr.task import SingleLabel
 
 BLUE, BAR = (26, 95, 180), (129, 167, 214)
+TASK = SingleLabel(["negative", "positive"])
 UNKNOWN = "\U0001e7e0\U000e0041"  # letters that no font has
 METRICS = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "macro_f1": 0.5, "ece": 0.1, "rows": 40}
 
@@ -89,7 +91,7 @@ def test_letters_of_every_script_are_drawn_or_replaced(drawn: dict[str, tuple[fl
         "👍",
         "a\nb",
     ]
-    accuracy_picture(dict.fromkeys(names, METRICS), "accuracy by file")
+    accuracy_picture(TASK, dict.fromkeys(names, METRICS), "accuracy by file")
     for number, name in enumerate(names, 1):
         assert (name in drawn) != (f"file {number}" in drawn), name
     assert {"отрицательный", "αρνητικό", "file 9", "file 10"} <= drawn.keys()
@@ -102,25 +104,25 @@ def test_a_system_font_is_used_for_its_letters(
 ) -> None:
     monkeypatch.setattr(pictures, "BASE_FONT", "STIXSizeOneSym")  # a font with hardly any letters
     monkeypatch.setattr(pictures, "MORE_FONTS", ("DejaVu Sans",))
-    accuracy_picture({"größer": METRICS}, "accuracy by file")
+    accuracy_picture(TASK, {"größer": METRICS}, "accuracy by file")
     assert {"größer", "accuracy by file"} <= drawn.keys()
 
 
 def test_accuracy_picture_shows_every_file(drawn: dict[str, tuple[float, float]]) -> None:
     files = [{f"file {n}": METRICS for n in range(count)} for count in (1, 3)]
-    one, three = (pixels(accuracy_picture(each, "accuracy by file")) for each in files)
+    one, three = (pixels(accuracy_picture(TASK, each, "accuracy by file")) for each in files)
     assert three.shape[0] - one.shape[0] == pytest.approx(84, abs=2), "two more files and their mean"
     bars = (three == BAR).all(-1)
     assert (np.diff(np.flatnonzero(bars.any(1))) > 1).sum() == 2, "three bars, one below the other"
     assert bars.sum(1).max() == pytest.approx(110, abs=8), "half of the axis"
-    assert {"file 2", "mean", "0.5000", "0.40 - 0.60", "0.100"} <= drawn.keys()
+    assert {"file 2", "mean", "0.5000", "0.4000-0.6000", "0.1000"} <= drawn.keys()
 
 
 def test_settings_are_left_alone() -> None:
     before = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"text.usetex": True, "savefig.dpi": 30, "axes.facecolor": "black"}):
-        theirs = accuracy_picture({"de": METRICS}, "accuracy by file")
-    assert theirs == accuracy_picture({"de": METRICS}, "accuracy by file"), "the user's settings change nothing"
+        theirs = accuracy_picture(TASK, {"de": METRICS}, "accuracy by file")
+    assert theirs == accuracy_picture(TASK, {"de": METRICS}, "accuracy by file"), "the user's settings change nothing"
     assert dict(matplotlib.rcParams) == before
 
 

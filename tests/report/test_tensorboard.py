@@ -32,6 +32,7 @@ from sst2_xlmr import train
 from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.report import tensorboard
 from sst2_xlmr.report.tensorboard import escape, mistakes_table, open_events, read_texts
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
 
@@ -133,7 +134,7 @@ def test_the_confusion_picture_has_true_labels_in_rows(tmp_path: Path, monkeypat
     monkeypatch.setattr(tensorboard, "confusion_picture", picture)
     labels, probabilities = np.array([0, 0, 1]), np.array([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7]], np.float32)
     with open_events(tmp_path) as writer:
-        tensorboard.draw_evaluation(writer, 0, "dev", labels, probabilities, ["no", "yes"], lambda _: {})
+        tensorboard.draw_evaluation(writer, 0, "dev", labels, probabilities, SingleLabel(["no", "yes"]), lambda _: {})
     assert drawn[0].tolist() == [[0, 2], [0, 1]]
 
 
@@ -311,16 +312,16 @@ def test_escaped_text_shows_as_it_was() -> None:
 
 
 def test_at_most_fifty_mistakes(tmp_path: Path) -> None:
-    file, classes = tmp_path / "rows.tsv", ["negative", "positive"]
+    file, task = tmp_path / "rows.tsv", SingleLabel(["negative", "positive"])
     file.write_text("sentence\tlabel\n" + "".join(f"text {n}\t1\n" for n in range(80)))
     digest, labels, predictions = digest_of(file), np.ones(80, int), np.zeros(80, int)
     confidences = np.linspace(0.51, 0.99, 80, dtype=np.float32)
 
     def table() -> str:
         def texts_of(rows: set[int]) -> dict[int, str]:
-            return read_texts(file, digest, Columns(), classes, rows)
+            return read_texts(file, digest, Columns(), task, rows)
 
-        return mistakes_table(labels, predictions, confidences, classes, texts_of)
+        return mistakes_table(labels, predictions, confidences, task.label_names, texts_of)
 
     lines = table().splitlines()
     assert lines[0] == "80 of 80 rows are mistaken; of these the 50 surest."
