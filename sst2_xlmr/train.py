@@ -159,9 +159,8 @@ def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
         finish(run)
     except Interrupted:
         run.make_sure_of_checkpoint()
-        run.say(
-            f"stopped    by {signal.Signals(run.stop.number).name} after step {run.state.step}, and saved; continue with"
-        )
+        name = signal.Signals(run.stop.number).name
+        run.say(f"stopped    by {name} after step {run.state.step}, and saved; continue with")
         run.say(f"           {again}")
         raise Stopped(128 + run.stop.number) from None
     except Collapsed as collapse:

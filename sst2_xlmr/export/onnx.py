@@ -33,6 +33,7 @@ from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.quantized import quantize_weights
 from sst2_xlmr.model.roberta import FIRST_POSITION, PAD_ID
 from sst2_xlmr.model.vocabulary import TABLE
+from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 
 OPSET, IR_VERSION = 20, 9  # the first with Gelu, and the format that came with it; onnxruntime 1.17 reads both
@@ -121,7 +122,8 @@ def _embeddings(graph: _Graph, weights: Weights, epsilon: float, ids: str) -> st
     else:
         words = add("Gather", table, ids)
     length = add("Shape", ids, start=1, end=2)
-    hidden = add("Add", words, add("Slice", weights["encoder.positions.weight"][FIRST_POSITION:], _int(0), length, _int(0)))
+    positions = weights["encoder.positions.weight"][FIRST_POSITION:]
+    hidden = add("Add", words, add("Slice", positions, _int(0), length, _int(0)))
     return add("LayerNormalization", hidden, *_pair(weights, "encoder.norm"), axis=-1, epsilon=epsilon)
 
 
@@ -167,17 +169,16 @@ def _logits(graph: _Graph, weights: Weights, shape: EncoderShape, ids: str, mask
     return add("Gemm", inner, *_pair(weights, "head.out"), transB=1)
 
 
-def append_answer(graph: _Graph, logits: str, label_names: list[str]) -> list[onnx.ValueInfoProto]:
-    """Add the file's outputs: `label`, the most probable one, and `probabilities`, fp32 [texts, labels]."""
-    probabilities = graph.add("Softmax", logits, axis=-1)
-    best = graph.add("ArgMax", probabilities, axis=-1, keepdims=0)
-    label = graph.add("Gather", np.array(label_names, dtype=object), best)
-    for name, value in (("label", label), ("probabilities", probabilities)):
+def _append_answer(graph: _Graph, logits: str, task: Task) -> list[onnx.ValueInfoProto]:
+    """Add what the task makes of the logits as the file's outputs: `label`, and others, fp32 [texts, outputs]."""
+    infos = []
+    for name, value in task.append_to_onnx(graph.add, logits).items():
         graph.nodes.append(helper.make_node("Identity", [value], [name]))
-    return [
-        helper.make_tensor_value_info("label", TensorProto.STRING, ["texts"]),
-        helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["texts", len(label_names)]),
-    ]
+        if name == "label":
+            infos.append(helper.make_tensor_value_info(name, TensorProto.STRING, ["texts"]))
+        else:
+            infos.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["texts", task.outputs]))
+    return infos
 
 
 def _tokenize(graph: _Graph, texts: str, tokenizer: bytes, max_length: int) -> tuple[str, str]:
@@ -210,7 +211,7 @@ def write_onnx(
     file: Path,
     weights: Weights,
     shape: EncoderShape,
-    label_names: list[str],
+    task: Task,
     max_length: int,
     tokenizer: bytes | None,
     int8: bool,
@@ -237,12 +238,12 @@ def write_onnx(
     else:
         inputs = [helper.make_tensor_value_info("text", TensorProto.STRING, ["texts"])]
         ids, mask = _tokenize(graph, "text", tokenizer, max_length)
-    outputs = append_answer(graph, _logits(graph, weights, shape, ids, mask), label_names)
+    outputs = _append_answer(graph, _logits(graph, weights, shape, ids, mask), task)
     model = helper.make_model(
         helper.make_graph(graph.nodes, "classifier", inputs, outputs, graph.constants),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(_EXTENSIONS, 1)],
         ir_version=IR_VERSION,
         producer_name="sst2_xlmr",
     )
-    helper.set_model_props(model, {"label_names": json.dumps(label_names), "max_length": str(max_length)})
+    helper.set_model_props(model, {"label_names": json.dumps(task.label_names), "max_length": str(max_length)})
     file.write_bytes(model.SerializeToString())
