@@ -240,10 +240,12 @@ def _check_new_folder(folder: Path) -> None:
 
     A folder is also free if a run died there before it wrote `config.json`: --resume would have nothing to read.
     """
+    from sst2_xlmr.util.files import is_scratch  # only here: it imports torch
+
     try:
-        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-        unstarted = (LOCK_NAME, "config.json.tmp", ".config.json.")
-        if (folder.exists() and not folder.is_dir()) or not all(name.startswith(unstarted) for name in names):
+        files = list(folder.iterdir()) if folder.is_dir() else []
+        is_free = all(is_scratch(file) or file.name == LOCK_NAME for file in files)
+        if not is_free or (folder.exists() and not folder.is_dir()):
             raise UserError(
                 f"--output-dir {folder} already exists; continue it with --resume or choose another directory"
             )

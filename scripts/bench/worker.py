@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from figures import Answer
 from measuring import clock, peak_memory
+from sst2_xlmr.training.loss import make_loss
 from torch import nn
 
 from sst2_xlmr import engines
@@ -34,12 +35,11 @@ from sst2_xlmr.data.batches import Batch, BatchLoader, GlobalBatchSampler, RankB
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.engines.cpu.packed_encoder import rounded_up
 from sst2_xlmr.evaluation.evaluate import evaluate
-from sst2_xlmr.export.folder import Description, export_hugging_face
+from sst2_xlmr.export.folder import write_folder
 from sst2_xlmr.model.classifier import Classifier, dropouts_of
-from sst2_xlmr.model.encoders import EncoderShape
+from sst2_xlmr.model.encoders import Encoder, EncoderShape
 from sst2_xlmr.model.vocabulary import renumbering
 from sst2_xlmr.training.ddp import connect
-from sst2_xlmr.training.loss import make_loss
 from sst2_xlmr.training.optimizer import AdamW, Groups
 from sst2_xlmr.training.step import forward_backward
 from sst2_xlmr.util import distributed
@@ -278,7 +278,8 @@ def write_weights(spec: Spec, world: World) -> Callable[..., Answer]:
     """Write an encoder's folder with random weights and the whole vocabulary, for train.py to start from."""
     masters = dict(random_classifier(spec, spec.shape.vocab_size).named_parameters())
     names, length = spec.config.classes, spec.config.max_length
-    export_hugging_face(spec.encoder_folder, masters, Description(spec.shape, names, length, spec.tokenizer_file))
+    described = Encoder("", spec.shape, Path(), spec.tokenizer_file, names, length)
+    write_folder(spec.encoder_folder, masters, described)
     return lambda epoch, phases: {}
 
 
@@ -302,7 +303,7 @@ def main() -> None:
         while True:
             if world.is_main:
                 print(json.dumps(answer), file=answers, flush=True)
-            order = distributed.from_main(world, sys.stdin.readline() if world.is_main else None)
+            order = distributed.broadcast(world, sys.stdin.readline() if world.is_main else None)
             if not order:
                 break
             answer = measure(**json.loads(order))

@@ -5,10 +5,15 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
 from typing import Callable, NoReturn
 
 from sst2_xlmr.util import versions
+
+# What ends a run in good order: torchrun and SLURM send SIGTERM, a terminal SIGINT, and batch scripts ask for SIGUSR1
+# before a time limit.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class UserError(Exception):
@@ -23,20 +28,28 @@ class UserError(Exception):
     is_own = False
 
 
+class Interrupted(Exception):
+    """A signal came, on any rank; the run is to be saved and ended."""
+
+
+class Collapsed(Exception):
+    """Training has collapsed, and the run is to be saved and ended; says how that shows."""
+
+
 class LostContact(Exception):
     """Another process died or hangs; one line, exit status 1."""
 
 
 class Stopped(Exception):
-    """A signal ended the run, which has been saved and has said so.
+    """A run ended before its time, and has been saved and has said so.
 
     Attributes:
-        status: the exit status, 128 + the signal's number, as in shells.
+        status: the exit status: 128 + the number of the signal that ended it, as in shells, or 1.
     """
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.status = 128 + signal_number
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 def raise_on_all(text: str) -> NoReturn:
@@ -130,10 +143,3 @@ def _end_at_once(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def own_error(text: str) -> UserError:
-    """Return an error of this rank alone, which reports it itself."""
-    error = UserError(text)
-    error.is_own = True
-    return error

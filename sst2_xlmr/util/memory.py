@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sst2_xlmr.util.errors import own_error
+from sst2_xlmr.util.errors import raise_here
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -61,4 +61,4 @@ def memory_errors(cure: str) -> Iterator[None]:
         else:
             raise
         where = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        raise own_error(f"{what} is full{where}: {cure}") from None
+        raise_here(f"{what} is full{where}: {cure}")
