@@ -268,7 +268,7 @@ class SingleLabel:
     def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         """Return `row_results`, fp64, for probabilities whose logits are divided by a temperature."""
         logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
-        return self.row_results(logits, torch.from_numpy(labels).long()).numpy()
+        return self.row_results(logits, torch.tensor(labels).long()).numpy()
 
     @staticmethod
     def describe(metrics: dict[str, Any]) -> str:
