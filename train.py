@@ -4,11 +4,10 @@
     torchrun --nproc_per_node=2 train.py               # one machine, several GPUs (or CPU processes)
     sbatch scripts/train.sbatch                        # SLURM cluster, one or many nodes
 
-The loop is in sst2_xlmr/train.py.
+The loop is in sst2_xlmr/train.py. `sst2-xlmr train`, or `torchrun -m sst2_xlmr.train`, starts it from any folder.
 """
 
-from sst2_xlmr.train import main
-from sst2_xlmr.util.errors import exit_on_user_error
+from sst2_xlmr.__main__ import main
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    main("train")

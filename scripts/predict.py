@@ -1,7 +1,6 @@
 """`sst2-xlmr predict` from a checkout; see sst2_xlmr/programs/predict.py."""
 
-from sst2_xlmr.programs.predict import main
-from sst2_xlmr.util.errors import exit_on_user_error
+from sst2_xlmr.__main__ import main
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    main("predict")

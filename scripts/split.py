@@ -1,7 +1,6 @@
 """`sst2-xlmr split` from a checkout; see sst2_xlmr/programs/split.py."""
 
-from sst2_xlmr.programs.split import main
-from sst2_xlmr.util.errors import exit_on_user_error
+from sst2_xlmr.__main__ import main
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    main("split")

@@ -1,18 +1,33 @@
 """Fine-tune XLM-R for text classification in plain PyTorch.
 
-Importing the package refuses, in one line, a Python or torch that cannot run it.
+    model = sst2_xlmr.load("runs/NAME/model")
+    model.predict(["A fine film.", "Not my cup of tea."])
+
+Importing the package loads neither torch nor anything else that is slow.
 """
 
 from __future__ import annotations
 
-import os
-import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sst2_xlmr.util import versions
+if TYPE_CHECKING:
+    from sst2_xlmr.predictor import Classifier
 
-# Makes torch ask for large pages, since the optimizer walks through gigabytes; must be set before torch allocates.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+__version__ = "0.2.0"
 
-if problem := versions.unusable():
-    print(f"error: {problem}", file=sys.stderr)
-    raise SystemExit(2)
+
+def load(folder: str | Path, precision: str = "auto", device: str = "auto") -> Classifier:
+    """Load a trained model; see `predictor.Classifier`.
+
+    Args:
+        folder: `model/` or `best/` of a run, or any other in that layout.
+        precision: auto, bf16, fp32 or int8.
+        device: auto, cpu or cuda.
+
+    Raises:
+        UserError: if the folder is not a model's, or the device or precision is not available.
+    """
+    from sst2_xlmr.predictor import Classifier
+
+    return Classifier.load(folder, precision=precision, device=device)

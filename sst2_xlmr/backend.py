@@ -1,59 +1,73 @@
-"""The only module that knows `engines/`. Without that folder everything is computed the plain way, more slowly."""
+"""What computes: an engine where one applies, else plain PyTorch. The only module that knows `engines/`.
+
+Without that folder everything is computed by plain PyTorch, more slowly.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
+import importlib.util
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from sst2_xlmr.model.classifier import Classifier, load_classifier
-from sst2_xlmr.model.tokenizer import Tokenizer
-from sst2_xlmr.training.ddp import Computation
-from sst2_xlmr.training.optimizer import AdamW
+from sst2_xlmr.config import Config
+from sst2_xlmr.model.roberta import SequenceClassifier
+from sst2_xlmr.task import Task
+from sst2_xlmr.training.ddp import wrap_ddp
+from sst2_xlmr.training.optimizer import AdamW, Optimizer
 from sst2_xlmr.util.distributed import World
-from sst2_xlmr.util.memory import give_back_memory
+
+engines: Any = None
+if importlib.util.find_spec("sst2_xlmr.engines"):
+    engines = importlib.import_module("sst2_xlmr.engines")
 
 
-def accelerate(
-    classifier: Classifier, world: World, optimizer: AdamW | None = None, compiles: bool = True
-) -> Computation:
-    """Return how to compute a classifier: by an engine if one applies, else the plain way.
+class Backend(NamedTuple):
+    """What computes a run.
 
-    Every rank must call this, all with the same weights.
-
-    Args:
-        optimizer: of these parameters, in training; the engines may take over its steps too.
-        compiles: whether the engines may be used at all.
+    Attributes:
+        forward: gives logits, for evaluation.
+        model: what is trained, perhaps under DDP.
+        optimizer: torch's, or an engine's with the same methods.
+        fallback_reason: why it is plain PyTorch; empty if an engine computes.
     """
-    if not compiles or not _has_engines():
-        return Computation(classifier, why_not_compiled="there is no engines/" if compiles else "as asked")
-    from sst2_xlmr import engines
 
-    return engines.accelerate(classifier, world, optimizer)
-
-
-def _has_engines() -> bool:
-    return Path(__file__).with_name("engines").is_dir()
+    forward: nn.Module
+    model: nn.Module
+    optimizer: Optimizer
+    fallback_reason: str
 
 
-def quantized(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer, list[str]] | None:
-    """Load a trained model's folder for prediction in 8 bits on the CPU; see `load_classifier`.
+def training_backend(classifier: SequenceClassifier, config: Config, precision: str, world: World) -> Backend:
+    """Return what trains a classifier on the world's device; every rank must call it, with the same weights.
 
     Args:
+        classifier: in fp32, on that device.
+        precision: bf16, fp32 or tf32.
+    """
+    reason = "as asked" if not config.compile else "there is no engines/" if engines is None else ""
+    if not reason and (engine := engines.training(classifier, config, precision, world)):
+        model, optimizer = engine
+        return Backend(model, model, optimizer, "")
+    classifier.autocast = precision == "bf16"
+    plain = AdamW(classifier, classifier.shape.layers, config, world)
+    return Backend(classifier, wrap_ddp(classifier, world), plain, reason or engines.fallback_reason(world))
+
+
+def prediction_model(classifier: SequenceClassifier) -> nn.Module:
+    """Return what computes a classifier's logits fastest where it is."""
+    faster: nn.Module | None = engines and engines.predicting(classifier)
+    return faster or classifier
+
+
+def quantized_model(classifier: SequenceClassifier, task: Task, dtype: torch.dtype) -> nn.Module | None:
+    """Return a classifier's forward pass in 8-bit integers; None if this machine cannot.
+
+    Args:
+        classifier: in fp32, on the CPU; it is not needed any more.
         dtype: of what is not computed in 8 bits.
-
-    Returns:
-        None if this machine cannot.
     """
-    if not _has_engines():
-        return None
-    from sst2_xlmr import engines
-
-    if not engines.can_quantize():
-        return None
-    classifier, tokenizer, label_names = load_classifier(folder, torch.device("cpu"), bf16=False)
-    module = engines.quantize(classifier, dtype)
-    del classifier
-    give_back_memory()
-    return module, tokenizer, label_names
+    quantized: nn.Module | None = engines and engines.quantized(classifier, task, dtype)
+    return quantized

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import os
 import shlex
@@ -14,46 +13,57 @@ from typing import Any, Callable, NoReturn
 
 from sst2_xlmr.config import (
     EVAL_BATCH_TOKENS,
+    GROUPS,
+    LOCK_NAME,
     OPTIONS,
     REMOVED_OPTIONS,
-    UNSTARTED_NAMES,
+    TYPES,
     Config,
     check,
     flag,
-    label_list,
     named_file,
     shown,
 )
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.flag_hints import hint
+from sst2_xlmr.util.launch import is_restarted, this_command
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse prints its usage before an error; here an error is one line, with the nearest flag that exists."""
+    """argparse prints its usage before an error; here an error is one line, with the flag that was probably meant."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"prog": this_command(), "allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments:"):
             given = (message.split(":", 1)[1].split() or ["''"])[0].split("=")[0]
             flags = [known for known in self._option_string_actions if known.startswith("--")]
-            near = difflib.get_close_matches(given, flags, 1, 0.7)
-            near = near or [known for known in flags if given.startswith("--") and given[2:] in known.split("-")]
-            raise UserError(f"unknown argument {given}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+            cure = hint(given, flags) if given.startswith("--") else ""
+            raise UserError(f"unknown argument {given}; {cure or 'see --help'}")
         raise UserError(f"{message}; see --help")
+
+
+def option_type(name: str) -> tuple[str, bool]:
+    """Return the type of an option as a key of `TYPES`, and whether it takes several values; from its annotation."""
+    annotation = str(OPTIONS[name].type).split(" | ")[0]
+    return annotation.replace("list[", "").rstrip("]"), annotation.startswith("list[")
 
 
 def add_option(parser: Any, name: str) -> None:
     """Add an option of `Config` to a parser or group of it; a flag that is not given sets no value."""
-    metadata, default = OPTIONS[name].metadata, getattr(Config(), name)
-    if metadata["kind"] is bool:
+    metadata, default, (kind, is_list) = OPTIONS[name].metadata, getattr(Config(), name), option_type(name)
+    if kind == "bool":
         # The help comes afterwards: Python 3.9 and 3.10 would add a default of their own to it.
         action = parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
         action.help = f"{metadata['help']} [{'on' if default else 'off'}]"
         return
     parser.add_argument(
         flag(name),
-        type=metadata["kind"],
+        type=TYPES.get(kind, str),
         metavar=metadata["metavar"],
-        nargs="+" if metadata["many"] else None,
-        action="extend" if metadata["many"] else "store",
+        nargs="+" if is_list else None,
+        action="extend" if is_list else "store",
         default=argparse.SUPPRESS,
         help=(metadata["help"] + (f" [{shown(default)}]" if default not in (None, []) else "")).replace("%", "%%"),
     )
@@ -116,18 +126,14 @@ def bounds_of(arguments: argparse.Namespace) -> tuple[float, float]:
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="train.py",
-        allow_abbrev=False,
         description="Fine-tune XLM-R for text classification; SST-2 by default.",
         epilog="@FILE takes options from a file, such as those in scripts/recipes/; options after it override them."
         " Also: torchrun --nproc_per_node=2 train.py ...; sbatch scripts/train.sbatch",
     )
-    groups: dict[str, Any] = {}
-    for name, field in OPTIONS.items():
-        title = field.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        add_option(groups[title], name)
+    for heading, names in GROUPS.items():
+        group = parser.add_argument_group(heading)
+        for name in names:
+            add_option(group, name)
     run = parser.add_argument_group("starting from a former run")
     run.add_argument("--config", metavar="FILE", help="take options from a saved config.json; flags override it")
     run.add_argument(
@@ -138,16 +144,14 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _has_kind(value: Any, field: dataclasses.Field[Any]) -> bool:
+def _fits(value: Any, name: str) -> bool:
     """Whether a value from JSON has the type of its option; an integer may stand for a float."""
-    kind = field.metadata["kind"]
+    kind, is_list = option_type(name)
     if value is None:
-        return field.default is None
-    if field.metadata["many"] or kind is label_list:
+        return str(OPTIONS[name].type).endswith("None")
+    if is_list or kind == "CommaSeparated":
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    return type(value) in {"bool": (bool,), "int": (int,), "float": (int, float)}.get(kind, (str,))
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -163,9 +167,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
     values = {name: value for name, value in values.items() if name not in REMOVED_OPTIONS}
     for name, value in values.items():
         if name not in OPTIONS:
-            near = difflib.get_close_matches(name, OPTIONS, 1)
-            raise UserError(f"{path}: unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if not _has_kind(value, OPTIONS[name]):
+            cure = hint(name, OPTIONS)
+            raise UserError(f"{path}: unknown option {name!r}" + (f"; {cure}" if cure else ""))
+        if not _fits(value, name):
             raise UserError(f"{path}: {name!r} has the value {value!r}, which is not of the option's type")
     return values
 
@@ -200,7 +204,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     """
     given = vars(_build_parser().parse_args(with_files(sys.argv[1:] if argv is None else argv)))
     config_file, resume = given.pop("config"), given.pop("resume")
-    if _is_restarted(given.get("output_dir")):
+    if is_restarted(given.get("output_dir")):
         config_file, resume = None, True
     if resume:
         if config_file:
@@ -213,14 +217,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
                 f"nothing to resume: {saved} does not exist; give the --output-dir of a run, or start without --resume"
             )
         config = Config(**read_config_file(saved))
-        for name, value in list(given.items()):
+        for name, value in given.items():
             before = getattr(config, name)
-            if value == "auto":
-                given[name] = before
-            elif value != before and not OPTIONS[name].metadata["changeable"]:
+            if value != before and not OPTIONS[name].metadata["changeable"]:
+                was = "its default" if before is None else shown(before)
                 raise UserError(
-                    f"{flag(name)} {shown(value)} differs from {shown(before)}, with which the run in"
-                    f" {given['output_dir']} was started; leave it out, or start a new run"
+                    f"{flag(name)} {shown(value)} differs from {was}, with which the run in {given['output_dir']} was"
+                    " started; leave it out, or start a new run"
                 )
         config = dataclasses.replace(config, **given)
     else:
@@ -232,32 +235,23 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     return _with_absolute_paths(config), resume
 
 
-def _is_restarted(output_dir: str | None) -> bool:
-    """Whether torchrun (`--max-restarts`) has restarted the command, so that it must continue its own run.
-
-    Raises:
-        UserError: if torchrun may restart it, but it could not find its run again.
-    """
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and output_dir is None:
-        raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run to continue")
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    return restarts > 0 and output_dir is not None and Path(output_dir, "config.json").is_file()
-
-
 def _check_new_folder(folder: Path) -> None:
     """Check before any work that a new run's folder can be made; a run never touches another run's folder.
 
     A folder is also free if a run died there before it wrote `config.json`: --resume would have nothing to read.
     """
+    from sst2_xlmr.util.files import is_scratch  # only here: it imports torch
+
     try:
-        names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-        if names - UNSTARTED_NAMES or (folder.exists() and not folder.is_dir()):
+        files = list(folder.iterdir()) if folder.is_dir() else []
+        is_free = all(is_scratch(file) or file.name == LOCK_NAME for file in files)
+        if not is_free or (folder.exists() and not folder.is_dir()):
             raise UserError(
-                f"--output-dir {folder} is there already; continue it with --resume, or choose another name"
+                f"--output-dir {folder} already exists; continue it with --resume or choose another directory"
             )
         parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"cannot write to --output-dir {folder}: {parent} is not a folder that you may write to")
+            raise UserError(f"cannot write to --output-dir {folder}: {parent} is not a directory you may write to")
     except OSError as error:
         raise UserError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,16 @@ from typing import Any, Callable
 from sst2_xlmr.util.errors import UserError
 
 LOCK_NAME = ".lock"  # in a run's folder
-# What a run leaves that dies before it has written its options; a folder that holds nothing else is still free.
-UNSTARTED_NAMES = {LOCK_NAME, "config.json.tmp"}
 MAX_CLASSES = 1000
 EVAL_BATCH_TOKENS = 4096
-REMOVED_OPTIONS = ("eval_batch_size",)  # a run that was started with one of them continues without it
+REMOVED_OPTIONS = ("eval_batch_size", "restart_on_collapse")  # ignored in the config.json of a former version
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
-_NAME = re.compile(r"[\w.-]+")
+_NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
+
+# Annotations of options, which say how the command line writes them (see `TYPES`); `list[...]` takes several values.
+FilePath = str
+NamedFile = str  # NAME=FILE
+CommaSeparated = list  # of str, in one word
 
 
 def one_of(*values: str) -> Callable[[Any], str]:
@@ -29,25 +33,36 @@ def one_of(*values: str) -> Callable[[Any], str]:
 
 
 def between(low: float, high: float, include_high: bool = True) -> Callable[[Any], str]:
-    """Return a check for low <= value <= high (or < high); infinity as `high` means no upper limit."""
-
-    def check(value: float) -> str:
-        if math.isfinite(value) and low <= value and (value <= high if include_high else value < high):
-            return ""
-        if high == math.inf:
-            return f"must be {low:g} or more"
-        return f"must be from {low:g} to {high:g}" + ("" if include_high else " (excluded)")
-
-    return check
+    """Return a check for low <= value <= high (or < high)."""
+    wanted = f"must be from {low:g} to {high:g}" + ("" if include_high else " (excluded)")
+    return lambda value: "" if low <= value <= high and (include_high or value < high) else wanted
 
 
-def above(low: float) -> Callable[[Any], str]:
-    return lambda value: "" if math.isfinite(value) and value > low else f"must be above {low:g}"
+def at_least(low: float) -> Callable[[Any], str]:
+    return lambda value: "" if low <= value < math.inf else f"must be {low:g} or more"
 
 
-def label_list(text: str) -> list[str]:
+def above(low: float, high: float = math.inf) -> Callable[[Any], str]:
+    """Return a check for low < value <= high, finite."""
+    wanted = f"must be above {low:g}" + (f" and at most {high:,g}" if high < math.inf else "")
+    return lambda value: "" if low < value <= high and value < math.inf else wanted
+
+
+def typed(word: str) -> str:
+    """Return what was typed, as UTF-8, also where the locale has only ASCII."""
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        return word
+
+
+def comma_separated(text: str) -> list[str]:
     """Parse `negative,positive`."""
-    return [name.strip() for name in text.split(",")]
+    return [name.strip() for name in typed(text).split(",")]
+
+
+# How a value is read that an annotation names; all others are taken as they are.
+TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": typed, "CommaSeparated": comma_separated}
 
 
 def _check_label_names(names: list[str]) -> str:
@@ -57,15 +72,13 @@ def _check_label_names(names: list[str]) -> str:
 
 
 def _check_class_weights(text: str) -> str:
-    if text == "balanced":
-        return ""
     try:
         weights = [float(weight) for weight in text.split(",")]
     except ValueError:
         weights = []
-    if len(weights) < 2 or not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-        return "is neither balanced nor a number of 0 or more for every class, separated by commas, not all 0"
-    return ""
+    if text == "balanced" or (len(weights) > 1 and all(0 <= weight < math.inf for weight in weights) and any(weights)):
+        return ""
+    return "is neither balanced nor a number of 0 or more for every class, separated by commas, not all 0"
 
 
 def plain_name(path: Path) -> str:
@@ -76,10 +89,8 @@ def plain_name(path: Path) -> str:
 
 def named_file(text: str) -> tuple[str, Path]:
     """Split `NAME=FILE`; without a name, take the file's, without its extension and `.gz`."""
-    name, equals, path = text.partition("=")
-    if equals and _NAME.fullmatch(name):
-        return name, Path(path)
-    return plain_name(Path(text)), Path(text)
+    named = _NAMED.fullmatch(text)
+    return (named[1], Path(named[2])) if named else (plain_name(Path(text)), Path(text))
 
 
 def named_files(values: list[str], option: str) -> dict[str, Path]:
@@ -91,52 +102,42 @@ def named_files(values: list[str], option: str) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for name, file in map(named_file, values):
         if name in files:
-            raise UserError(
-                f"two files have the name {name}, {files[name]} and {file}; name them with {option} NAME=FILE"
-            )
+            raise UserError(f"two files have the name {name}, {files[name]} and {file}; use {option} NAME=FILE")
         files[name] = file
     return files
 
 
 def _check_eval_files(values: list[str]) -> str:
-    names = []
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not (equals and path and _NAME.fullmatch(name)):
+    names = [named_file(value)[0] for value in values]
+    for value, name in zip(values, names):
+        if not _NAMED.fullmatch(value):
             return "takes NAME=FILE, the name made of letters, digits and ._-"
         if name in ("train", "dev"):
             return f"takes other names than {name}, which has its own option"
-        if name in names:
+        if names.count(name) > 1:
             return f"has the name {name} twice"
-        names.append(name)
     return ""
 
 
 def option(
     default: Any,
-    group: str,
     help: str,
-    kind: Callable[[str], Any] = str,
     metavar: str | None = None,
     check: Callable[[Any], str] | None = None,
     changeable: bool = False,
-    many: bool = False,
 ) -> Any:
-    """Declare one option: a field with metadata, hence one parameter per property.
+    """Declare one option; its annotation says its type and how many values it takes.
 
     Args:
         default: its value if it is not given; None for none.
-        group: the heading under which `--help` lists it.
         help: one sentence, with the unit.
-        kind: turns the command line's text into a value; `bool` gives `--x` and `--no-x`.
         metavar: what `--help` shows for the value.
         check: returns what is wrong with a value, or an empty string.
         changeable: whether `--resume` accepts another value, because it does not affect the result.
-        many: whether it takes several values.
     """
-    metadata = {k: v for k, v in locals().items() if k != "default"}
+    metadata = {"help": help, "metavar": metavar, "check": check, "changeable": changeable}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -144,346 +145,156 @@ def option(
 class Config:
     """All that defines a run. Field `some_name` is option `--some-name` and key `some_name` of `config.json`."""
 
-    data_dir: str | None = option(
+    data_dir: FilePath | None = option(
         None,
-        "data",
-        "folder with train and dev (and test) as .tsv, .csv or .jsonl, perhaps with .gz; SST-2 is downloaded if no"
-        " file is named",
-        metavar="DIR",
+        "directory with train and dev (and test) as .tsv, .csv or .jsonl, optionally .gz; without any file named, SST-2"
+        " is downloaded",
+        "DIR",
         changeable=True,
     )
-    train_file: str | None = option(
-        None, "data", "training rows; overrides --data-dir", metavar="FILE", changeable=True
+    train_file: FilePath | None = option(None, "training rows; overrides --data-dir", "FILE", changeable=True)
+    dev_file: FilePath | None = option(
+        None, "rows to evaluate on during training; overrides --data-dir", "FILE", changeable=True
     )
-    dev_file: str | None = option(
-        None, "data", "rows to evaluate on during training; overrides --data-dir", metavar="FILE", changeable=True
+    test_file: list[FilePath] = option(
+        [], "labelled rows to evaluate on at the end, one or more files", "FILE", changeable=True
     )
-    test_file: list[str] = option(
+    eval_file: list[NamedFile] = option(
         [],
-        "data",
-        "labelled rows to evaluate on at the end, one or more files",
-        metavar="FILE",
-        many=True,
-        changeable=True,
-    )
-    eval_file: list[str] = option(
-        [],
-        "data",
         "more labelled rows to evaluate on during training, under a name (a language, say); may be repeated",
-        metavar="NAME=FILE",
-        check=_check_eval_files,
-        many=True,
+        "NAME=FILE",
+        _check_eval_files,
         changeable=True,
     )
     text_column: str | None = option(
-        None,
-        "data",
-        "column with the text, by name or by number from 1 (default: sentence, or else text)",
-        metavar="NAME|N",
+        None, "column with the text, by name or by number from 1 (default: sentence, or else text)", "NAME|N"
     )
-    text_pair_column: str | None = option(
-        None, "data", "column with a second text, where a row is a pair of them", metavar="NAME|N"
-    )
-    label_column: str = option("label", "data", "column with the label, by name or by number from 1", metavar="NAME|N")
+    text_pair_column: str | None = option(None, "column with the second text, where a row is a pair of texts", "NAME|N")
+    label_column: str = option("label", "column with the label, by name or by number from 1", "NAME|N")
     header: bool = option(
-        True,
-        "data",
-        "the first line of a .tsv or .csv file names its columns; without it, give them by number",
-        kind=bool,
+        True, "the first line of a .tsv or .csv file names its columns; without it, give them by number"
     )
-    label_names: list[str] | None = option(
-        None,
-        "data",
-        "names of the classes 0, 1, ..., separated by commas (default: the labels in the training file)",
-        kind=label_list,
-        metavar="A,B,...",
-        check=_check_label_names,
+    label_names: CommaSeparated | None = option(
+        None, "names of the classes 0, 1, ... (default: the training file's labels)", "A,B,...", _check_label_names
     )
     max_length: int = option(
-        256,
-        "data",
-        "longest input in tokens, <s> and </s> included; longer texts are cut",
-        kind=int,
-        metavar="TOKENS",
-        check=between(3, 100_000),
+        256, "maximum input length in tokens, with <s> and </s>; longer texts are cut", "TOKENS", between(3, 100_000)
     )
-    drop_duplicates: bool = option(
-        False,
-        "data",
-        "train on the first row only of those with the same text and label, and on no text that has different labels",
-        kind=bool,
-    )
-    drop_leaks: bool = option(
-        False, "data", "do not train on rows whose text is in a file to evaluate on, too", kind=bool
-    )
-    num_workers: int = option(
-        0,
-        "data",
-        "loader processes per training process",
-        kind=int,
-        metavar="N",
-        check=between(0, 256),
-        changeable=True,
-    )
+    drop_duplicates: bool = option(False, "keep the first of identical rows; drop texts with conflicting labels")
+    drop_leaks: bool = option(False, "drop training rows whose text is also in an evaluation file")
+    num_workers: int = option(0, "loader processes per training process", "N", between(0, 256), changeable=True)
 
-    encoder: str = option(
+    encoder: FilePath = option(
         "xlmr.base",
-        "model",
-        "xlmr.base, xlmr.large (downloaded once), or a folder in Hugging Face layout",
-        metavar="NAME|DIR",
+        "xlmr.base, xlmr.large (downloaded once), or a directory in Hugging Face layout",
+        "NAME|DIR",
         changeable=True,
     )
     layers: int = option(
-        0,
-        "model",
-        "train only the encoder's lowest N layers, and leave the others out: faster and smaller (0: all)",
-        kind=int,
-        metavar="N",
-        check=between(0, math.inf),
+        0, "train only the lowest N layers of the encoder; faster and smaller (0: all)", "N", at_least(0)
     )
     dropout: float = option(
-        0.1,
-        "model",
-        "dropout in the encoder, on hidden states and attention weights",
-        kind=float,
-        metavar="P",
-        check=between(0, 1, False),
+        0.1, "dropout in the encoder, on hidden states and attention weights", "P", between(0, 1, False)
     )
-    head_dropout: float = option(
-        0.1, "model", "dropout in the classification head", kind=float, metavar="P", check=between(0, 1, False)
-    )
+    head_dropout: float = option(0.1, "dropout in the classification head", "P", between(0, 1, False))
     full_vocabulary: bool = option(
-        False,
-        "model",
-        "train all embedding rows, not only those that the run's files use; same result, slower",
-        kind=bool,
+        False, "train all rows of the embedding, not only those of the run's tokens; same result, slower"
     )
-    freeze_encoder: bool = option(False, "model", "train the classification head only", kind=bool)
+    freeze_encoder: bool = option(False, "train only the classification head")
 
     epochs: float = option(
-        3.0,
-        "training",
-        "passes over the training rows; 2.5, say, ends half-way through the third",
-        kind=float,
-        metavar="N",
-        check=lambda v: "" if 0 < v <= 1_000_000 else "must be above 0 and at most 1,000,000",
+        3.0, "passes over the training rows; 2.5 ends half-way through the third", "N", above(0, 1_000_000)
     )
     max_steps: int = option(
-        0,
-        "training",
-        "stop after N optimizer steps instead (0: --epochs decides); the schedule ends there too",
-        kind=int,
-        metavar="N",
-        check=between(0, math.inf),
+        0, "stop after N optimizer steps instead, where the schedule ends too (0: --epochs decides)", "N", at_least(0)
     )
-    batch_size: int = option(
-        32,
-        "training",
-        "rows per optimizer step, over all processes together",
-        kind=int,
-        metavar="ROWS",
-        check=between(1, math.inf),
-    )
+    batch_size: int = option(32, "rows per optimizer step, over all processes together", "ROWS", at_least(1))
     micro_batch_size: int = option(
-        0,
-        "training",
-        "rows per forward pass on one process, to save memory (0: all of its rows at once)",
-        kind=int,
-        metavar="ROWS",
-        check=between(0, math.inf),
+        0, "rows per forward pass on one process, to save memory (0: all of its rows at once)", "ROWS", at_least(0)
     )
-    lr: float = option(2e-5, "training", "peak learning rate", kind=float, metavar="RATE", check=above(0))
-    weight_decay: float = option(
-        0.01,
-        "training",
-        "AdamW weight decay; biases and LayerNorm are exempt",
-        kind=float,
-        metavar="RATE",
-        check=between(0, math.inf),
-    )
+    lr: float = option(2e-5, "peak learning rate", "RATE", above(0))
+    weight_decay: float = option(0.01, "AdamW weight decay; biases and LayerNorm are exempt", "RATE", at_least(0))
     layerwise_lr_decay: float = option(
-        1.0,
-        "training",
-        "factor applied to the rate once per layer away from the head",
-        kind=float,
-        metavar="F",
-        check=lambda v: "" if 0 < v <= 1 else "must be above 0 and at most 1",
+        1.0, "factor on the learning rate per layer away from the head", "F", above(0, 1)
     )
     schedule: str = option(
         "linear",
-        "training",
-        "rate after warm-up: linear (to 0), cosine (to 0) or constant",
-        metavar="NAME",
-        check=one_of("linear", "cosine", "constant"),
+        "learning rate after warmup: linear (to 0), cosine (to 0) or constant",
+        "NAME",
+        one_of("linear", "cosine", "constant"),
     )
     warmup_ratio: float = option(
-        0.06,
-        "training",
-        "fraction of all steps over which the rate rises from 0",
-        kind=float,
-        metavar="SHARE",
-        check=between(0, 1),
+        0.06, "fraction of all steps over which the learning rate rises from 0", "SHARE", between(0, 1)
     )
-    max_grad_norm: float = option(
-        1.0,
-        "training",
-        "clip the gradient's global norm to this (0: never)",
-        kind=float,
-        metavar="NORM",
-        check=between(0, math.inf),
-    )
-    label_smoothing: float = option(
-        0.0,
-        "training",
-        "probability mass spread evenly over all classes",
-        kind=float,
-        metavar="P",
-        check=between(0, 1, False),
-    )
+    max_grad_norm: float = option(1.0, "clip the gradient's global norm to this (0: never)", "NORM", at_least(0))
+    label_smoothing: float = option(0.0, "probability mass spread evenly over all classes", "P", between(0, 1, False))
     skip_nonfinite: int = option(
-        0,
-        "training",
-        "pass over up to N batches in a row whose gradient is not finite, instead of stopping (0: stop)",
-        kind=int,
-        metavar="N",
-        check=between(0, math.inf),
-        changeable=True,
+        0, "skip up to N batches in a row without a finite gradient (0: stop)", "N", at_least(0), changeable=True
     )
     class_weights: str | None = option(
         None,
-        "training",
-        "factor on the loss of every class's rows: numbers, or balanced, so that all classes weigh the same",
-        metavar="balanced|W0,W1,...",
-        check=_check_class_weights,
-    )
-    restart_on_collapse: int = option(
-        0,
-        "training",
-        "begin again, at most N times, with half the rate and another seed, once the model answers every text alike",
-        kind=int,
-        metavar="N",
-        check=between(0, 100),
-        changeable=True,
+        "factor on the loss of each class's rows: numbers, or balanced, so that all classes weigh the same",
+        "balanced|W0,W1,...",
+        _check_class_weights,
     )
     calibrate: bool = option(
-        False,
-        "training",
-        "calibrate the probabilities of the written model: divide its logits by a temperature fitted on dev",
-        kind=bool,
+        False, "calibrate the written model's probabilities: divide its logits by a temperature fitted on dev"
     )
-    seed: int = option(
-        0,
-        "training",
-        "seed of the row order, the new head and dropout",
-        kind=int,
-        metavar="N",
-        check=between(0, 2**31 - 1),
-    )
+    seed: int = option(0, "seed of row order, new head and dropout", "N", between(0, 2**31 - 1))
 
     device: str = option(
-        "auto",
-        "machine",
-        "auto (CUDA where there is one), cpu or cuda",
-        metavar="NAME",
-        check=one_of("auto", "cpu", "cuda"),
-        changeable=True,
+        "auto", "auto (CUDA if available), cpu or cuda", "NAME", one_of("auto", "cpu", "cuda"), changeable=True
     )
     precision: str = option(
         "auto",
-        "machine",
         "bf16 (fp32 master weights), fp32, tf32 (CUDA: fp32 with faster, rounded products), or auto (bf16 where the"
         " device computes it natively, else fp32)",
-        metavar="NAME",
-        check=one_of("auto", "bf16", "fp32", "tf32"),
+        "NAME",
+        one_of("auto", "bf16", "fp32", "tf32"),
     )
-    deterministic: bool = option(
-        False,
-        "machine",
-        "on CUDA, take only kernels that give the same bits at every repetition; a CPU always does",
-        kind=bool,
-    )
-    compile: bool = option(
-        True,
-        "machine",
-        "compile what is not a matrix product: with GCC on a CPU, the optimizer's pass with Triton on CUDA",
-        kind=bool,
-    )
+    deterministic: bool = option(False, "on CUDA, use only kernels that repeat to the bit; a CPU always does")
+    compile: bool = option(True, "on a CPU, use the engine that GCC compiles, if there is GCC; else plain PyTorch")
     threads: int = option(
-        0,
-        "machine",
-        "CPU threads per process (0: the cores at hand, shared among this node's processes)",
-        kind=int,
-        metavar="N",
-        check=between(0, 1024),
-        changeable=True,
+        0, "CPU threads per process (0: its share of the available cores)", "N", between(0, 1024), changeable=True
     )
     timeout_minutes: float = option(
-        10.0,
-        "machine",
-        "minutes without an answer after which another process counts as lost",
-        kind=float,
-        metavar="MIN",
-        check=above(0),
-        changeable=True,
+        10.0, "minutes without an answer after which another process counts as lost", "MIN", above(0), changeable=True
     )
 
-    output_dir: str | None = option(
-        None, "output", "the run's folder (default: runs/ and the start time)", metavar="DIR", changeable=True
+    output_dir: FilePath | None = option(
+        None, "the run's directory (default: runs/ and the start time)", "DIR", changeable=True
     )
     eval_every: int | None = option(
         None,
-        "output",
-        "evaluate on dev after every N steps of an epoch and at its end (0: only then; default: about eight times an"
-        " epoch, in at most 3 % of the time)",
-        kind=int,
-        metavar="N",
-        check=between(0, math.inf),
+        "evaluate on dev every N steps of an epoch and at its end (0: only then; default: about eight times an epoch,"
+        " in at most 3 % of the time)",
+        "N",
+        at_least(0),
     )
     eval_batch_tokens: int = option(
         EVAL_BATCH_TOKENS,
-        "output",
         "tokens per forward pass in evaluation, on one process; a longer row is computed alone",
-        kind=int,
-        metavar="TOKENS",
-        check=between(1, math.inf),
+        "TOKENS",
+        at_least(1),
     )
     early_stopping_patience: int = option(
-        0,
-        "output",
-        "stop after N evaluations in a row without a better dev accuracy (0: never)",
-        kind=int,
-        metavar="N",
-        check=between(0, math.inf),
+        0, "stop after N evaluations in a row without a better dev accuracy (0: never)", "N", at_least(0)
     )
     save_every: int = option(
         0,
-        "output",
-        "write a checkpoint every N steps in addition to the end of every epoch (0: only then)",
-        kind=int,
-        metavar="N",
-        check=between(0, math.inf),
+        "also write a checkpoint every N steps, not only after every epoch (0: no)",
+        "N",
+        at_least(0),
         changeable=True,
     )
     keep_checkpoints: int = option(
-        2,
-        "output",
-        "how many of the newest checkpoints to keep, at least 2",
-        kind=int,
-        metavar="N",
-        check=between(2, math.inf),
-        changeable=True,
+        2, "how many of the newest checkpoints to keep, at least 2", "N", at_least(2), changeable=True
     )
     log_every: int = option(
-        50,
-        "output",
-        "write a line of training metrics every N steps: means since the last line",
-        kind=int,
-        metavar="N",
-        check=between(1, math.inf),
-        changeable=True,
+        50, "log training metrics every N steps: means since the last line", "N", at_least(1), changeable=True
     )
-    tensorboard_dir: str | None = option(
-        None, "output", "TensorBoard events (default: tensorboard/ in the run's folder)", metavar="DIR", changeable=True
+    tensorboard_dir: FilePath | None = option(
+        None, "TensorBoard events (default: tensorboard/ in the run's directory)", "DIR", changeable=True
     )
 
     @property
@@ -495,6 +306,20 @@ class Config:
 
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def _groups() -> dict[str, list[str]]:
+    """Return heading of `--help` -> its options; each begins with the one named here."""
+    first = {"data_dir": "data", "encoder": "model", "epochs": "training", "device": "machine", "output_dir": "output"}
+    groups: dict[str, list[str]] = {}
+    for name in OPTIONS:
+        if name in first:
+            names = groups.setdefault(first[name], [])
+        names.append(name)
+    return groups
+
+
+GROUPS = _groups()
 
 
 def flag(name: str) -> str:
@@ -516,20 +341,17 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value == "":
             raise UserError(f"{flag(name)} is empty; give a value, or leave it out")
+        try:
+            shown(value).encode("utf-8")  # config.json is UTF-8
+            if "File" in str(field.type):
+                os.fsencode(shown(value))
+        except UnicodeEncodeError:
+            cure = "set a locale with UTF-8, such as LC_ALL=C.UTF-8, or rename it"
+            raise UserError(f"{flag(name)} {shown(value)!a} is not UTF-8, or not in this locale; {cure}") from None
         problem = field.metadata["check"](value) if field.metadata["check"] and value is not None else ""
         if problem:
-            raise UserError(f"{flag(name)} {problem}, not {shown(value)!s}")
-    try:
-        if config.data_dir is not None and not Path(config.data_dir).is_dir():
-            raise UserError(f"--data-dir {config.data_dir} is not a folder")
-        files = [("train_file", config.train_file), ("dev_file", config.dev_file)]
-        files += [("test_file", file) for file in config.test_file]
-        files += [("eval_file", str(named_file(value)[1])) for value in config.eval_file]
-        for name, file in files:
-            if file and not Path(file).is_file():
-                raise UserError(f"{flag(name)} {file} is not a file")
-    except OSError as error:
-        raise UserError(f"cannot look at {error.filename}: {error.strerror}") from None
+            raise UserError(f"{flag(name)} {problem}, not {shown(value)}")
+    _check_files(config)
     if config.label_names and config.class_weights not in (None, "balanced"):
         weights = str(config.class_weights).count(",") + 1
         if weights != len(config.label_names):
@@ -538,7 +360,21 @@ def check(config: Config) -> None:
         raise UserError(
             f"--max-length must be {SHORTEST_PAIR} or more with --text-pair-column, not {config.max_length}"
         )
-    if config.train_file and not config.dev_file and not config.data_dir:
-        raise UserError("--train-file without --dev-file: name a file to evaluate on, or a --data-dir that has one")
-    if config.dev_file and not config.train_file and not config.data_dir:
-        raise UserError("--dev-file without --train-file: name a file to train on, or a --data-dir that has one")
+    for given, other in (("train_file", "dev_file"), ("dev_file", "train_file")):
+        if getattr(config, given) and not getattr(config, other) and not config.data_dir:
+            raise UserError(f"{flag(given)} without {flag(other)}: name that too, or a --data-dir that has such a file")
+
+
+def _check_files(config: Config) -> None:
+    """Check that the files exist which the options name."""
+    files = [("train_file", config.train_file), ("dev_file", config.dev_file)]
+    files += [("test_file", file) for file in config.test_file]
+    files += [("eval_file", str(named_file(value)[1])) for value in config.eval_file]
+    try:
+        if config.data_dir is not None and not Path(config.data_dir).is_dir():
+            raise UserError(f"--data-dir {config.data_dir} is not a directory")
+        for name, file in files:
+            if file and not Path(file).is_file():
+                raise UserError(f"{flag(name)} {file} is not a file")
+    except OSError as error:
+        raise UserError(f"cannot look at {error.filename}: {error.strerror}") from None

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from sst2_xlmr import train
-from sst2_xlmr.export.folder import Description, export_hugging_face
-from sst2_xlmr.model.classifier import Classifier
-from sst2_xlmr.model.encoders import EncoderShape
+from sst2_xlmr.export.folder import write_folder
+from sst2_xlmr.model.encoders import Encoder, EncoderShape
+from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.util.errors import exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,12 +59,13 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = folder / "tokenizer.model"
     shape = EncoderShape(make_tokenizer(tokenizer), hidden=32, layers=3, heads=4, ffn=64, positions=66)
     torch.manual_seed(1)
-    model = Classifier(shape, 2)
+    model = SequenceClassifier(shape, 2)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2)
     target = folder / "tiny"
-    export_hugging_face(target, dict(model.named_parameters()), Description(shape, ["a", "b"], 64, tokenizer))
+    described = Encoder("", shape, Path(), tokenizer, ["a", "b"], 64)
+    write_folder(target, dict(model.named_parameters()), described)
     settings = json.loads((target / "config.json").read_text(encoding="utf-8"))
     settings["architectures"] = ["XLMRobertaModel"]
     (target / "config.json").write_text(json.dumps(settings), encoding="utf-8")

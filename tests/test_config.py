@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag, plain_name
+from sst2_xlmr.util.flag_hints import hint
 
 
 def test_defaults_are_those_of_config() -> None:
@@ -61,7 +60,8 @@ WRONG_FLAGS = [
     ([""], "unknown argument ''; see --help"),
     (["--lrr", "1"], "unknown argument --lrr; did you mean --lr?"),
     (["--patience=3"], "unknown argument --patience; did you mean --early-stopping-patience?"),
-    (["--learning-rate", "1"], "unknown argument --learning-rate; see --help"),
+    (["--learning-rate", "1"], "unknown argument --learning-rate; did you mean --lr?"),
+    (["--optim", "adafactor"], "unknown argument --optim; see --help"),
     (["--epochs"], "expected one argument"),
     (["--epochs", "three"], "--epochs: invalid float value: 'three'"),
     (["--epochs", "0"], "--epochs must be"),
@@ -90,7 +90,7 @@ WRONG_FLAGS = [
     (["--label-names", "good"], "--label-names needs two or more"),
     (["--label-names", "a,a"], "--label-names needs two or more different names"),
     (["--timeout-minutes", "0"], "--timeout-minutes must be above 0"),
-    (["--data-dir", "no/such/folder"], "--data-dir no/such/folder is not a folder"),
+    (["--data-dir", "no/such/folder"], "--data-dir no/such/folder is not a directory"),
     (["--train-file", "no.tsv"], "--train-file no.tsv is not a file"),
     (["--dev-file", "."], "--dev-file . is not a file"),
     (["--test-file", "no.tsv"], "--test-file no.tsv is not a file"),
@@ -112,7 +112,8 @@ WRONG_FLAGS = [
     (["--config", "no.json"], "cannot read no.json"),
     (["--resume", "--config", "x.json"], "leave out --config"),
     (["--resume"], "nothing to resume"),
-    (["--output-dir", "pyproject.toml"], "is there already"),
+    (["--output-dir", "pyproject.toml"], "already exists"),
+    (["--train-file", "caf\udce9.tsv"], r"--train-file 'caf\udce9.tsv' is not UTF-8"),
     (["--output-dir", "pyproject.toml/run"], "cannot write to --output-dir"),
     (["--tensorboard-dir", "pyproject.toml/x"], "cannot write to"),
     (["--data-dir", ""], "--data-dir is empty"),
@@ -196,8 +197,8 @@ def test_wrong_files(
     [
         ("{", "is not JSON"),
         ("[]", "does not hold a JSON object"),
-        ('{"learning_rate": 1}', "unknown option 'learning_rate'"),
-        ('{"batchsize": 1}', "did you mean 'batch_size'?"),
+        ('{"learning_rate": 1}', "unknown option 'learning_rate'; did you mean lr?"),
+        ('{"batchsize": 1}', "did you mean batch_size?"),
         ('{"epochs": "3"}', "'epochs' has the value '3'"),
         ('{"epochs": true}', "'epochs' has the value True"),
         ('{"lr": null}', "'lr' has the value None"),
@@ -231,10 +232,12 @@ def test_resume_refuses_what_would_compute_something_else(
     run = run_train(tmp_path / "run", "--epochs", 1)
     resume = ["--resume", "--output-dir", str(run)]
     capsys.readouterr()
-    for options in (["--lr", "1e-4"], ["--seed", "5"], ["--batch-size", "16"], ["--epochs", "2"]):
+    autos = [[flag(name), "auto"] for name in ("text_column", "text_pair_column", "label_column", "precision")]
+    for options in (["--lr", "1e-4"], ["--seed", "5"], ["--batch-size", "16"], ["--epochs", "2"], *autos):
         line = user_error(partial(train.main, [*resume, *options]), capsys)
         assert f"{options[0]} {options[1].replace('1e-4', '0.0001')} differs from" in line
-    train.main([*resume, "--log-every", "2", "--precision", "auto"])
+    assert "auto differs from fp32, with which the run in" in line
+    train.main([*resume, "--log-every", "2", "--precision", "fp32"])
     other = shutil.copytree(tiny_encoder, tmp_path / "other")
     tensors = load_file(tiny_encoder / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, other / "model.safetensors")
@@ -246,68 +249,69 @@ def test_resume_refuses_what_would_compute_something_else(
     assert "the training rows differ" in user_error(lambda: train.main(resume), capsys)
 
 
-def test_status_and_line_of_the_real_command(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "train.py", "--epochs", "x"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == "error: argument --epochs: invalid float value: 'x'; see --help\n"
+def test_a_run_in_a_folder_named_auto_stays_there(run_train: Callable[..., Path], tmp_path: Path) -> None:
+    run = run_train(tmp_path / "run", "--epochs", 1)
+    auto = shutil.copytree(run, tmp_path / "auto")
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    train.main(["--resume", "--output-dir", str(auto)])
+    config, _ = parse_args(["--resume", "--output-dir", str(auto), "--device", "auto"])
+    assert (config.output_dir, config.device) == (str(auto), "auto")
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
 
 
-@pytest.mark.parametrize(
-    ("versions", "says"),
-    [
-        ({"torch": "2.2.2"}, "torch 2.2.2 is installed, but 2.3.1 or newer is needed"),
-        ({"torch": "2.3.0+cu121"}, "torch 2.3.0+cu121 is installed, but 2.3.1 or newer is needed"),
-        ({"torchdata": "0.8.0"}, "torchdata 0.8.0 is installed, but 0.9.0 or newer is needed"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_torch_is_loaded(
-    tmp_path: Path, versions: dict[str, str], says: str
-) -> None:
-    done = with_versions(tmp_path, versions, "train.py", "--help")
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert done.stderr.count("\n") == 1
+FLAGS = [*map(flag, OPTIONS), "--no-header", "--no-compile", "--config", "--resume", "--help"]
+POINTERS = {
+    "--learning_rate": "--lr",
+    "--per_device_train_batch_size": "--batch-size",
+    "--per-device-eval-batch-size": "--eval-batch-tokens",
+    "--gradient_accumulation_steps": "--micro-batch-size",
+    "--num_train_epochs": "--epochs",
+    "--model_name_or_path": "--encoder",
+    "--warmup_steps": "--warmup-ratio",
+    "--warmup-steps": "--warmup-ratio",
+    "--lr_scheduler_type": "--schedule",
+    "--label_smoothing_factor": "--label-smoothing",
+    "--fp16": "--precision",
+    "--bf16": "--precision",
+    "--no_cuda": "--device",
+    "--evaluation_strategy": "--eval-every",
+    "--eval_steps": "--eval-every",
+    "--save_steps": "--save-every",
+    "--save_total_limit": "--keep-checkpoints",
+    "--logging_steps": "--log-every",
+    "--logging_dir": "--tensorboard-dir",
+    "--max_seq_length": "--max-length",
+    "--train_file": "--train-file",
+    "--validation_file": "--dev-file",
+    "--dataloader_num_workers": "--num-workers",
+    "--output_dir": "--output-dir",
+    "--resume_from_checkpoint": "--resume",
+    "--patience": "--early-stopping-patience",
+    "--lrr": "--lr",
+    "--epoch": "--epochs",
+    "--batchsize": "--batch-size",
+    "--lable-column": "--label-column",
+}
+NEEDLESS = ("do_train", "do_eval", "overwrite_output_dir", "load_best_model_at_end", "metric_for_best_model")
+UNLIKE_OURS = """
+    optim adam_beta1 adam_epsilon gradient_checkpointing group_by_length length_column_name report_to push_to_hub
+    task_name dataset_name cache_dir tokenizer_name max_train_samples pad_to_max_length data_seed eval_delay deepspeed
+    fsdp ddp_backend auto_find_batch_size save_only_model save_safetensors log_level dataloader_drop_last num_labels
+    steps size file names decay data output logging_first_step eval_accumulation_steps lr_scheduler_kwargs
+"""
 
 
-def with_versions(folder: Path, versions: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
-    """Run Python as if these versions of packages were installed."""
-    for package, version in versions.items():
-        other = folder / f"{package}-{version}.dist-info"
-        other.mkdir()
-        (other / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
-    return subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        check=False,
-    )
+@pytest.mark.parametrize("given", POINTERS)
+def test_flags_of_others_point_to_ours(given: str) -> None:
+    assert hint(given, FLAGS).startswith("did you mean ")
+    assert hint(given, FLAGS).split()[3].rstrip("?") == POINTERS[given]
 
 
-@pytest.mark.parametrize(
-    ("torch", "torchtext", "described"),
-    [
-        ("2.3.1", "0.18.0", "True torch 2.3.1 with torchtext 0.18.0"),
-        ("2.13.0", "0.18.0", "False torch 2.13.0 without torchtext"),  # it would not load
-        ("2.3.1", "0.17.0", "False torch 2.3.1 without torchtext"),
-    ],
-)
-def test_torchtext_counts_only_where_it_loads(tmp_path: Path, torch: str, torchtext: str, described: str) -> None:
-    program = "from sst2_xlmr.util import versions; print(versions.has_torchtext(), versions.description())"
-    versions = {"torch": torch, "torchtext": torchtext}
-    done = with_versions(tmp_path, versions, "-c", program)
-    assert (done.returncode, done.stdout) == (0, f"{described}\n"), done.stderr
-
-
-def test_a_python_without_torch_is_told_so() -> None:
-    done = subprocess.run([sys.executable, "-S", "train.py"], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: torch, torchdata, numpy, ") and "are not installed in" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_flags_without_an_equal_get_no_wrong_pointer() -> None:
+    assert {name: hint(f"--{name}", FLAGS) for name in UNLIKE_OURS.split()} == dict.fromkeys(UNLIKE_OURS.split(), "")
+    assert all(hint(f"--{name}", FLAGS).startswith("leave it out: ") for name in NEEDLESS)
+    assert hint("--learning_rate", ["--model", "--input"]) == "", "a program without it"
+    assert hint("--model_name_or_path", ["--model", "--input"]) == "did you mean --model?"
 
 
 @pytest.mark.parametrize("name", ["fr.tsv", "fr.csv.gz", "fr.JSONL.GZ"])

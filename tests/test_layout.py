@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sst2_xlmr"
 # of circles.
 LEVELS = [
     {"util"},
-    {"config", "cli"},
+    {"config", "cli", "__main__"},
     {"model"},
     {"data"},
     {"training"},

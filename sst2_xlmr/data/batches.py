@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,8 +13,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
-from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.util.distributed import World
+from sst2_xlmr.util.errors import SIGNALS
 
 BATCHES_PER_GROUP = 100
 
@@ -22,63 +23,29 @@ warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=
 
 
 class Batch(NamedTuple):
-    """Rows that go through the model together.
+    """Rows of one rank that go through the model together: a micro-batch of a global batch.
 
     Attributes:
-        tokens: int64 [rows, length], padded with 1 at the right to the longest of these rows.
-        labels: int64 [rows].
+        ids: int64 [tokens], of all rows one after another.
+        lengths: int64 [rows], tokens per row; stays on the CPU.
+        labels: int64 [rows] (or what the task has for a label).
         keys: int64 [rows], a random number below 2**32 for every row, from seed, epoch and row: an engine that draws
             dropout masks from it has the same masks however a batch is cut.
-        padded: whether any row is shorter than the others, i.e. a mask is needed.
-        real_tokens: how many tokens are not padding.
-        weight: 1.0, or 0.0 if a rank that has no row left computes one only to keep step with the others.
+        global_rows: rows of the global batch, of all ranks together.
+        weight: 1.0, or 0.0 if these rows are only computed to keep step with the other ranks.
     """
 
-    tokens: torch.Tensor
+    ids: torch.Tensor
+    lengths: torch.Tensor
     labels: torch.Tensor
     keys: torch.Tensor
-    padded: bool
-    real_tokens: int
+    global_rows: int
     weight: float = 1.0
 
     def to(self, device: torch.device) -> Batch:
         return self._replace(
-            tokens=self.tokens.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True)
+            ids=self.ids.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True)
         )
-
-
-class RankBatch(NamedTuple):
-    """One rank's part of a global batch.
-
-    Attributes:
-        micro_batches: its rows, cut to the micro-batch size.
-        global_rows: how many rows all ranks have together.
-        accumulates: whether any rank has more than one micro-batch.
-    """
-
-    micro_batches: list[Batch]
-    global_rows: int
-    accumulates: bool
-
-    @property
-    def rows(self) -> float:
-        """Rows of this rank's own."""
-        return sum(len(batch.labels) * batch.weight for batch in self.micro_batches)
-
-    @property
-    def real_tokens(self) -> float:
-        """Tokens of this rank's own rows, padding excluded."""
-        return sum(batch.real_tokens * batch.weight for batch in self.micro_batches)
-
-
-class RankRows(NamedTuple):
-    """What the sampler asks the dataset for: one rank's row numbers, and what cannot be derived from them."""
-
-    rows: np.ndarray
-    keys: np.ndarray
-    global_rows: int
-    most_rows: int  # of any rank
-    weight: float
 
 
 def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -90,19 +57,17 @@ def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return (values >> np.uint64(32)).astype(np.int64)
 
 
-def collate(cache: TokenCache, rows: np.ndarray, keys: np.ndarray | None = None, weight: float = 1.0) -> Batch:
-    """Pad the given rows of the cache to the longest of them; without keys, these are zeros."""
-    spans = [(cache.offsets[row], cache.offsets[row + 1]) for row in rows]
-    lengths = [int(end - start) for start, end in spans]
-    tokens = np.full((len(rows), max(lengths)), PAD_ID, np.int64)
-    for line, (start, end) in zip(tokens, spans):
-        line[: end - start] = cache.ids[start:end]
-    if cache.renumbering is not None:
-        tokens = cache.renumbering[tokens].astype(np.int64)
-    labels = cache.labels[rows].astype(np.int64)
-    keys = np.zeros(len(rows), np.int64) if keys is None else keys
-    tensors = [torch.from_numpy(array) for array in (tokens, labels, keys)]
-    return Batch(tensors[0], tensors[1], tensors[2], min(lengths) < max(lengths), sum(lengths), weight)
+def select_rows(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ids of some rows one after another, int64 [tokens], and tokens per row, int64 [rows].
+
+    Args:
+        ids: int [tokens], of all rows.
+        offsets: int64 [all rows + 1], row i is ids[offsets[i]:offsets[i + 1]].
+        rows: int [rows], which.
+    """
+    starts, ends = offsets[rows], offsets[rows + 1]
+    parts = [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64)), torch.from_numpy(ends - starts)
 
 
 def rows_in_training_order(
@@ -131,23 +96,18 @@ def rows_in_training_order(
 
 
 class GlobalBatchSampler:
-    """Yields this rank's rows of every global batch of the current epoch, from the current position on.
+    """Yields the rows of every global batch of the current epoch, from the current position on, with the epoch.
 
     Its whole state is the position (epoch, batches consumed), from which any number of ranks can go on. What a loader
     has fetched ahead does not count as consumed.
+
+    Args:
+        lengths: int [rows], tokens per row.
+        rows: int [rows], their numbers in the file; None if they are all of its rows.
     """
 
-    def __init__(
-        self, lengths: np.ndarray, batch_size: int, seed: int, world: World, rows: np.ndarray | None = None
-    ) -> None:
-        """Batch some rows of a file.
-
-        Args:
-            lengths: int [rows], tokens per row.
-            rows: int [rows], their numbers in the file; None if they are all of its rows.
-        """
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, rows: np.ndarray | None = None) -> None:
         self.lengths, self.rows, self.batch_size, self.seed = lengths, rows, batch_size, seed
-        self.rank, self.world_size = world.rank, world.world_size
         self.epoch = self.batch = 0
 
     def __len__(self) -> int:
@@ -159,14 +119,8 @@ class GlobalBatchSampler:
         batches = rows_in_training_order(self.lengths, self.batch_size, self.seed, epoch, first)
         return batches if self.rows is None else (self.rows[batch] for batch in batches)
 
-    def __iter__(self) -> Iterator[RankRows]:
-        for rows in self.global_batches(self.epoch, self.batch):
-            rank_rows = rows[self.rank :: self.world_size]
-            most_rows = -(-len(rows) // self.world_size)
-            weight = 1.0 if len(rank_rows) else 0.0
-            rank_rows = rank_rows if len(rank_rows) else rows[:1]
-            keys = dropout_keys(rank_rows, self.seed, self.epoch)
-            yield RankRows(rank_rows, keys, len(rows), most_rows, weight)
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        return ((self.epoch, rows) for rows in self.global_batches(self.epoch, self.batch))
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "batch": self.batch}
@@ -175,38 +129,63 @@ class GlobalBatchSampler:
         self.epoch, self.batch = state["epoch"], state["batch"]
 
 
-class RankBatchDataset:
-    """Turns the sampler's row numbers into tensors; the loader calls `__getitems__` for a whole batch at once."""
+class RankBatches:
+    """A dataset whose items are global batches, as the sampler gives them: this rank's micro-batches of each.
 
-    def __init__(self, cache: TokenCache, micro_batch_size: int) -> None:
-        self.cache, self.micro_batch_size = cache, micro_batch_size
+    Rank r of W takes rows r::W. All ranks have the same number of micro-batches, so that they keep step.
+    """
+
+    def __init__(self, cache: TokenCache, config: Config, world: World) -> None:
+        self.cache, self.seed, self.micro_batch_size = cache, config.seed, config.micro_batch_size
+        self.rank, self.world_size = world.rank, world.world_size
 
     def __len__(self) -> int:
         return len(self.cache)
 
-    def __getitems__(self, wanted: RankRows) -> RankBatch:
-        size = self.micro_batch_size or len(wanted.rows)
-        cuts = [slice(i, i + size) for i in range(0, len(wanted.rows), size)]
-        micro_batches = [collate(self.cache, wanted.rows[cut], wanted.keys[cut], wanted.weight) for cut in cuts]
-        accumulates = self.micro_batch_size > 0 and wanted.most_rows > self.micro_batch_size
-        return RankBatch(micro_batches, wanted.global_rows, accumulates)
+    def __getitems__(self, item: tuple[int, np.ndarray]) -> list[Batch]:
+        epoch, rows = item
+        mine, most_rows = rows[self.rank :: self.world_size], -(-len(rows) // self.world_size)
+        size = self.micro_batch_size or most_rows
+        cuts = [mine[start : start + size] for start in range(0, most_rows, size)]
+        return [self._batch(cut if len(cut) else rows[:1], epoch, len(rows), float(len(cut) > 0)) for cut in cuts]
+
+    def _batch(self, rows: np.ndarray, epoch: int, global_rows: int, weight: float) -> Batch:
+        ids, lengths = select_rows(self.cache.ids, self.cache.offsets, rows)
+        labels = torch.from_numpy(self.cache.labels[rows].astype(np.int64))
+        keys = torch.from_numpy(dropout_keys(rows, self.seed, epoch))
+        return Batch(ids, lengths, labels, keys, global_rows, weight)
 
 
-def _unchanged(rank_batch: RankBatch) -> RankBatch:
-    return rank_batch
+def _unchanged(batches: list[Batch]) -> list[Batch]:
+    return batches
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave signals to the training process: one for a whole process group or cgroup must not end a loader first."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class BatchLoader:
     """This rank's part of the global batches, epoch after epoch, from any position on."""
 
-    def __init__(self, cache: TokenCache, sampler: GlobalBatchSampler, config: Config, device: torch.device) -> None:
-        self.sampler = sampler
+    def __init__(
+        self, cache: TokenCache, lengths: np.ndarray, rows: np.ndarray | None, config: Config, world: World
+    ) -> None:
+        """Load some rows of a file.
+
+        Args:
+            lengths: int [rows], tokens of the rows to train on.
+            rows: int [rows], their numbers in the file; None if they are all of its rows.
+        """
+        self.sampler = GlobalBatchSampler(lengths, config.batch_size, config.seed, rows)
         self._loader = StatefulDataLoader(
-            RankBatchDataset(cache, config.micro_batch_size),
-            batch_sampler=sampler,
+            RankBatches(cache, config, world),
+            batch_sampler=self.sampler,
             collate_fn=_unchanged,
             num_workers=config.num_workers,
-            pin_memory=device.type == "cuda",
+            pin_memory=world.device.type == "cuda",
+            worker_init_fn=_ignore_signals,
             # A loader draws a seed at every start; taken from torch's global generator, that draw would change dropout
             # after a resume.
             generator=torch.Generator(),
@@ -216,8 +195,8 @@ class BatchLoader:
         """Return the number of global batches in an epoch."""
         return len(self.sampler)
 
-    def starting_at(self, epoch: int, batch: int) -> Iterator[RankBatch]:
-        """Yield batches without end, from number `batch` of an epoch on; no batch before it is read."""
+    def starting_at(self, epoch: int, batch: int) -> Iterator[list[Batch]]:
+        """Yield this rank's micro-batches of every global batch, without end, from number `batch` of an epoch on."""
         while True:
             self.sampler.load_state_dict({"epoch": epoch, "batch": batch})
             yield from self._loader

@@ -9,7 +9,7 @@ from typing import Callable, TextIO
 
 from sst2_xlmr.data.formats import is_table, kind_of, row_writer
 from sst2_xlmr.data.rows import Example, listed
-from sst2_xlmr.util.distributed import shared_error
+from sst2_xlmr.util.distributed import raise_on_all
 from sst2_xlmr.util.errors import UserError
 
 GLUE_NUMBERS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
@@ -103,7 +103,7 @@ def submission_writer(file: TextIO, label_names: list[str], first_row: int = 0) 
     """
     numbers = {name: GLUE_NUMBERS.get(name) for name in label_names}
     if len(numbers) != 2 or set(numbers.values()) != {0, 1}:
-        raise shared_error(
+        raise_on_all(
             f"--glue-submission: the model's classes are {listed(label_names)}, those of SST-2 negative and positive"
         )
     write = row_writer(file, ".tsv")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -11,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from sst2_xlmr.config import Config, check, named_file, plain_name
+from sst2_xlmr.config import Config, named_file, plain_name
 from sst2_xlmr.data.duplicates import find_leaks
 from sst2_xlmr.data.formats import find_split, no_split
 from sst2_xlmr.data.rows import columns_of, has_labels, read_rows
 from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, check_tokenizer, find_encoder, lowest_layers
 from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.task import SingleLabel, Task
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import digest_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Prepared:
     """A run's inputs.
 
     Attributes:
-        config: the options, with the names of the classes.
+        config: the options.
+        task: with the names of the classes.
         encoder: the pretrained encoder.
         files, caches: the file and the ids of every split.
         leaks: split -> int64 numbers of the training rows whose text it has, too; of those that have any.
@@ -35,6 +37,7 @@ class Prepared:
     """
 
     config: Config
+    task: Task
     encoder: Encoder
     files: dict[str, Path]
     caches: dict[str, TokenCache]
@@ -47,13 +50,20 @@ class Prepared:
         labels = self.caches["train"].labels
         return labels if self.train_rows is None else labels[self.train_rows]
 
-    @property
-    def train_digest(self) -> str:
-        """SHA-256 of the training file and of which of its rows are trained on, hexadecimal."""
-        digest = self.caches["train"].digest
-        if self.train_rows is None:
-            return digest
-        return hashlib.sha256(digest.encode() + self.train_rows.tobytes()).hexdigest()
+    def digests(self) -> dict[str, str]:
+        """Return SHA-256 of all that decides the result besides options, hexadecimal, by what it is.
+
+        The weights' file is read whole for it, so one process of a node does that.
+        """
+        rows = self.caches["train"].digest
+        if self.train_rows is not None:
+            rows = hashlib.sha256(rows.encode() + self.train_rows.tobytes()).hexdigest()
+        others = {f"file {split}": cache.digest for split, cache in self.caches.items() if split != "train"}
+        model = {
+            "tokenizer": digest_of(self.encoder.tokenizer_file),
+            "encoder's weights": digest_of(self.encoder.weights_file),
+        }
+        return {"training rows": rows, **others, **model}
 
     @property
     def train_lengths(self) -> np.ndarray:
@@ -100,12 +110,10 @@ def check_sizes(config: Config, shape: EncoderShape) -> None:
 def prepare(config: Config, quiet: bool) -> Prepared:
     """Fetch and tokenize the run's inputs; earlier downloads and token caches are reused."""
     files, columns, cache_dir = find_files(config, quiet), columns_of(config), downloads.cache_dir() / "tokens"
-    config = dataclasses.replace(
-        config, label_names=config.label_names or label_names_of(files["train"], columns, cache_dir)
-    )
-    check(config)
+    task = SingleLabel(config.label_names or label_names_of(files["train"], columns, cache_dir))
+    task.check(config)
     for file in files.values():  # wrong columns or labels show in the first rows, before any download
-        next(itertools.islice(read_rows(file, columns, config.classes), 1000, None), None)
+        next(itertools.islice(read_rows(file, columns, task), 1000, None), None)
     if config.encoder in BUNDLE_SHAPES:  # this must not wait for a download either
         check_sizes(config, BUNDLE_SHAPES[config.encoder])
     encoder = find_encoder(config.encoder, quiet)
@@ -114,7 +122,7 @@ def prepare(config: Config, quiet: bool) -> Prepared:
         encoder = lowest_layers(encoder, config.layers)
     load = functools.lru_cache(maxsize=1)(load_tokenizer)
     caches = {
-        split: tokenize_file(file, encoder.tokenizer_file, columns, config.classes, config.max_length, cache_dir, load)
+        split: tokenize_file(file, encoder.tokenizer_file, columns, task, config.max_length, cache_dir, load)
         for split, file in files.items()
     }
     train = caches["train"]
@@ -122,7 +130,7 @@ def prepare(config: Config, quiet: bool) -> Prepared:
     others = {split: cache.text_digests for split, cache in caches.items() if split != "train"}
     leaks = {split: find_leaks(train.text_digests, digests) for split, digests in others.items()}
     leaks = {split: rows for split, rows in leaks.items() if len(rows)}
-    return Prepared(config, encoder, files, caches, leaks, choose_rows(config, train, leaks))
+    return Prepared(config, task, encoder, files, caches, leaks, choose_rows(config, train, leaks))
 
 
 def choose_rows(config: Config, train: TokenCache, leaks: dict[str, np.ndarray]) -> np.ndarray | None:

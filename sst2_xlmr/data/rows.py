@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from sst2_xlmr.config import MAX_CLASSES, Config
+from sst2_xlmr.config import Config
 from sst2_xlmr.data.formats import Fields, is_table, read_fields, shortened
+from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 
-SST2_NAMES = ["negative", "positive"]
 TEXT_OPTIONS = ("text_column", "text_pair_column", "header")
 COLUMN_OPTIONS = (*TEXT_OPTIONS, "label_column")
 _UNUSABLE = re.compile("[\ud800-\udfff\0]")
-_INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")
-_FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _CHUNK_CHARACTERS = 1 << 20
 
 
@@ -41,11 +38,11 @@ class Columns:
 
 
 class Row(NamedTuple):
-    """A labelled row; `label` is the class's number from 0."""
+    """A labelled row; `label` is what the task reads from its cell: the class's number, for a single label."""
 
     text: str
     pair: str | None
-    label: int
+    label: Any
 
 
 class Example(NamedTuple):
@@ -68,12 +65,6 @@ def columns_given(arguments: argparse.Namespace) -> Columns:
     """Return the columns that a script's options name; an option that is not given, or not there, has its default."""
     given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
     return columns_of(Config(**given))
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names, separated by commas; of many only the first."""
-    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
-    return ", ".join(shortened(name, 40) for name in names[:10]) + more
 
 
 class _Column(NamedTuple):
@@ -140,61 +131,19 @@ def _text(path: Path, fields: Fields, position: int, may_be_empty: bool) -> str:
     raise UserError(f"{where} holds no text; remove the row or fill it")
 
 
-def _label_text(path: Path, line: int, value: object) -> str:
-    """Return a label in the form to compare: stripped of spaces, JSON's integer 1 as "1"."""
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    problem = "is empty" if isinstance(value, str) else "is neither a word nor an integer"
-    raise UserError(
-        f"{path}, line {line}: label {_quoted(value)} {problem}; write the class's name or number, or name the column"
-        " with --label-column"
-    )
-
-
-def _quoted(value: object) -> str:
-    return shortened(repr(value) if isinstance(value, str) else json.dumps(value), 40)
-
-
-def _label_numbers(label_names: list[str]) -> dict[str, int]:
-    """Return the class's number for every form that a label may have.
-
-    The number of a class stands for its name only if no name is a number: among the classes 1, 2, 3, 0 is an error.
-    """
-    numbers = {name: number for number, name in enumerate(label_names)}
-    if not any(_INTEGER.fullmatch(name) for name in label_names):
-        numbers.update({str(number): number for number in range(len(label_names))})
-    return numbers
-
-
-def read_rows(path: Path, columns: Columns, label_names: list[str]) -> Iterator[Row]:
+def read_rows(path: Path, columns: Columns, task: Task) -> Iterator[Row]:
     """Yield a file's labelled rows; only the current one is held in memory.
 
     Args:
         path: see `formats.read_fields`.
-        label_names: a label is one of these, or, if none of them is an integer itself, its number from 0.
 
     Raises:
         UserError: naming file, line and cure, if a row is not as described, or there are no rows.
     """
-    numbers = _label_numbers(label_names)
     for fields, positions in _located(path, columns.header, [*_text_columns(columns), _label_column(columns)]):
         text = _text(path, fields, positions[0], may_be_empty=False)
         pair = _text(path, fields, positions[1], may_be_empty=False) if columns.pair else None
-        cell = fields.cells[positions[-1]]
-        label = cell if isinstance(cell, str) and cell in numbers else _label_text(path, fields.line, cell)
-        if label not in numbers:
-            known = f"one of {listed(label_names)}"
-            if len(numbers) > len(label_names):
-                known = f"neither {known} nor a number from 0 to {len(label_names) - 1}"
-            else:
-                known = f"not {known}"
-            raise UserError(
-                f"{path}, line {fields.line}: label {_quoted(label)} is {known}, the classes of the training file or"
-                " of --label-names"
-            )
-        yield Row(text, pair, numbers[label])
+        yield Row(text, pair, task.read_label(fields.cells[positions[-1]], f"{path}, line {fields.line}"))
 
 
 def read_examples(path: Path, columns: Columns) -> Iterator[Example]:
@@ -221,49 +170,11 @@ def check_text(text: str, where: str) -> None:
 def find_label_names(path: Path, columns: Columns) -> list[str]:
     """Return the names of the classes in a training file, in the order of their numbers.
 
-    Labels 0 and 1, or negative and positive, are SST-2's; other integers are in numerical, words in alphabetical order.
-
     Raises:
-        UserError: if there are fewer than two or more than `MAX_CLASSES`, or if they are not classes.
+        UserError: if they are not classes (see task.py).
     """
-    first_lines: dict[str, int] = {}
-    for fields, (position,) in _located(path, columns.header, [_label_column(columns)]):
-        cell = fields.cells[position]
-        if isinstance(cell, str) and cell in first_lines:
-            continue
-        label = _label_text(path, fields.line, cell)
-        if label in first_lines:
-            continue
-        first_lines[label] = fields.line
-        where = f"{path}, line {fields.line}"
-        if _FRACTION.fullmatch(label):
-            raise UserError(
-                f"{where}: label {label!r} is a fraction; a class is an integer or a word. Name another column with"
-                " --label-column, or the classes with --label-names"
-            )
-        if len(first_lines) > MAX_CLASSES:
-            raise UserError(
-                f"{where}: more than {MAX_CLASSES:,} different labels in column {columns.label!r}; name the column with"
-                " the classes with --label-column"
-            )
-    labels = sorted(first_lines)
-    if len(labels) == 1:
-        raise UserError(
-            f"{path}: all rows have the label {_quoted(labels[0])}; name the column with the classes with"
-            " --label-column, or all classes with --label-names"
-        )
-    if labels in (["0", "1"], SST2_NAMES):
-        return list(SST2_NAMES)
-    integers = [label for label in labels if _INTEGER.fullmatch(label)]
-    if len(integers) == len(labels):
-        return sorted(labels, key=int)
-    if integers:
-        word = next(label for label in labels if label not in integers)
-        raise UserError(
-            f"{path} has integers and words as labels ({integers[0]!r} in line {first_lines[integers[0]]},"
-            f" {_quoted(word)} in line {first_lines[word]}); make them one, or name the classes with --label-names"
-        )
-    return labels
+    rows = _located(path, columns.header, [_label_column(columns)])
+    return Task.find_label_names(((fields.line, fields.cells[position]) for fields, (position,) in rows), path)
 
 
 def has_labels(path: Path, columns: Columns) -> bool:

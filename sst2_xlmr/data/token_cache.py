@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
@@ -21,13 +21,14 @@ from sst2_xlmr.data.duplicates import find_repeats, text_digests
 from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.rows import Columns, Row, find_label_names, in_chunks, read_rows
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
+from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of, digest_of_input
 
 CACHE_FORMAT = 7
 TOKENIZER_THREADS = 4  # reading and writing rows, in Python, cannot keep more of them busy
 _CHUNK_ROWS = 1000
-_DTYPES = {"offsets": np.int64, "text_digests": np.uint64, "labels": np.int32}  # int32 elsewhere
+_DTYPES = {"offsets": np.int64, "text_digests": np.uint64}  # int32 elsewhere, but for labels
 
 
 @dataclass
@@ -37,14 +38,13 @@ class TokenCache:
     Attributes:
         ids: int32 [tokens], all rows one after another, `<s>` and `</s>` included.
         offsets: int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]].
-        labels: int32 [rows].
+        labels: of the rows, of the task's dtype and shape; int32 [rows], the class's number, for a single label.
         distinct_ids: int32 [distinct ids], the ids that occur, ascending; empty unless the cache is on disk.
         text_digests: uint64 [rows], equal for equal texts (pairs of texts); empty unless the cache is on disk.
         repeats, contradictions: int32 [found]; see `hygiene.find_repeats`.
         truncated: how many rows were cut to the longest length.
         vocab_size: every id that the tokenizer can give is below it; 0 unless the cache is on disk.
         digest: SHA-256 of the file, hexadecimal.
-        renumbering: int32 [vocabulary], what `collate` replaces each id by (see compact_vocab); None to keep the ids.
     """
 
     ids: np.ndarray
@@ -57,7 +57,6 @@ class TokenCache:
     truncated: int = 0
     vocab_size: int = 0
     digest: str = ""
-    renumbering: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,18 +66,12 @@ class TokenCache:
         lengths = np.empty(len(self), np.int32)
         return np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="unsafe")
 
-    def subset(self, rows: np.ndarray) -> TokenCache:
-        """Return the ids and labels of some rows, in memory, in the order given."""
-        ids = [self.ids[self.offsets[row] : self.offsets[row + 1]] for row in rows]
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-        return TokenCache(np.concatenate(ids), offsets, self.labels[rows])
-
 
 def tokenize_file(
     path: Path,
     tokenizer_file: Path,
     columns: Columns,
-    label_names: list[str],
+    task: Task,
     max_length: int,
     cache_dir: Path,
     load: Callable[[Path, int], Tokenizer] = load_tokenizer,
@@ -88,7 +81,6 @@ def tokenize_file(
     The result depends on all parameters but the last two, and these make up the cache key.
 
     Args:
-        label_names: of the classes 0, 1, ...
         max_length: longest input in tokens.
         load: loads the tokenizer, if the file has no cache yet; pass one that caches its result for several files.
 
@@ -97,9 +89,11 @@ def tokenize_file(
             cannot be written.
     """
     digest, tokenizer_digest = digest_of_input(path), digest_of_input(tokenizer_file)
-    folder = cache_dir / _cache_key(digest, path, columns, tokenizer_digest, max_length, label_names)
+    folder = cache_dir / _cache_key(
+        digest, path, columns, tokenizer_digest, max_length, task.problem_type, task.label_names
+    )
     try:
-        return _open_cache(folder, digest)
+        return _open_cache(folder, digest, task)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent or damaged: computed again
     try:
@@ -107,19 +101,19 @@ def tokenize_file(
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
             unfinished = Path(scratch, "tokens")
             unfinished.mkdir()
-            _write_cache(unfinished, path, load(tokenizer_file, max_length), columns, label_names)
+            _write_cache(unfinished, path, load(tokenizer_file, max_length), columns, task)
             _check_unchanged(path, digest)
             try:
                 unfinished.rename(folder)
             except OSError:  # another process was faster, or what is there is damaged
                 try:
-                    return _open_cache(folder, digest)
+                    return _open_cache(folder, digest, task)
                 except (OSError, ValueError, KeyError, TypeError):
                     shutil.rmtree(folder, ignore_errors=True)
                     unfinished.rename(folder)
     except OSError as error:
         raise _cannot_write(cache_dir, error) from None
-    return _open_cache(folder, digest)
+    return _open_cache(folder, digest, task)
 
 
 def label_names_of(path: Path, columns: Columns, cache_dir: Path) -> list[str]:
@@ -160,8 +154,8 @@ def _check_unchanged(path: Path, digest: str) -> None:
 
 def _cache_key(digest: str, path: Path, columns: Columns, *further: object) -> str:
     """Return the cache key for a result that depends on this digest and these columns, and on `further`."""
-    recipe = [CACHE_FORMAT, digest, kind_of(path), dataclasses.astuple(columns), further]
-    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
+    content = [CACHE_FORMAT, digest, kind_of(path), dataclasses.astuple(columns), further]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def _cannot_write(cache_dir: Path, error: OSError) -> UserError:
@@ -176,7 +170,7 @@ class Chunk(NamedTuple):
 
     ids: np.ndarray
     lengths: np.ndarray
-    labels: list[int]
+    labels: list[Any]
     text_digests: np.ndarray
     truncated: int
 
@@ -202,7 +196,7 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chun
             yield pending.popleft().result()
 
 
-def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Columns, label_names: list[str]) -> None:
+def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Columns, task: Task) -> None:
     rows = tokens = truncated = 0
     occurs = np.zeros(tokenizer.vocab_size, bool)
     with (
@@ -212,16 +206,17 @@ def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Column
         (folder / "text_digests.bin").open("wb") as digests_file,
     ):
         offsets_file.write(np.int64(0).tobytes())
-        for chunk in _tokenize_chunks(read_rows(path, columns, label_names), tokenizer):
+        for chunk in _tokenize_chunks(read_rows(path, columns, task), tokenizer):
             ids_file.write(chunk.ids.tobytes())
             offsets_file.write((tokens + np.cumsum(chunk.lengths)).tobytes())
-            labels_file.write(np.asarray(chunk.labels, np.int32).tobytes())
+            labels_file.write(np.asarray(chunk.labels, task.label_dtype).tobytes())
             digests_file.write(chunk.text_digests.tobytes())
             occurs[chunk.ids] = True
             rows, tokens, truncated = rows + len(chunk.labels), tokens + len(chunk.ids), truncated + chunk.truncated
     found = {"distinct_ids": np.flatnonzero(occurs)}
-    digests, labels = (np.fromfile(folder / f"{name}.bin", _DTYPES[name]) for name in ("text_digests", "labels"))
-    found["repeats"], found["contradictions"] = find_repeats(digests, labels)
+    digests = np.fromfile(folder / "text_digests.bin", np.uint64)
+    labels = np.fromfile(folder / "labels.bin", task.label_dtype).reshape(rows, *task.label_shape)
+    found["repeats"], found["contradictions"] = find_repeats(digests, task.label_keys(labels))
     for name, numbers in found.items():
         (folder / f"{name}.bin").write_bytes(numbers.astype(np.int32).tobytes())
     counts = {"rows": rows, "tokens": tokens, "truncated": truncated, "vocab_size": tokenizer.vocab_size}
@@ -230,7 +225,7 @@ def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Column
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def _open_cache(folder: Path, digest: str) -> TokenCache:
+def _open_cache(folder: Path, digest: str, task: Task) -> TokenCache:
     """Map a cache's files into memory; ValueError if one is not what `manifest.json` says."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     rows = manifest["rows"]
@@ -238,9 +233,11 @@ def _open_cache(folder: Path, digest: str) -> TokenCache:
     counts.update({name: manifest[name] for name in ("distinct_ids", "repeats", "contradictions")})
     arrays = {}
     for name, count in counts.items():
-        dtype = _DTYPES.get(name, np.int32)
+        dtype = task.label_dtype if name == "labels" else _DTYPES.get(name, np.int32)
         file = folder / f"{name}.bin"
         arrays[name] = np.memmap(file, dtype=dtype, mode="r") if count else np.fromfile(file, dtype)
+        if name == "labels":
+            arrays[name] = arrays[name].reshape(-1, *task.label_shape)
         if len(arrays[name]) != count or digest_of(file) != manifest["sha256"][file.name]:
             raise ValueError(f"{file} is damaged")
     return TokenCache(**arrays, truncated=manifest["truncated"], vocab_size=manifest["vocab_size"], digest=digest)

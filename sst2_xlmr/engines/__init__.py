@@ -1,73 +1,70 @@
-"""Faster ways to compute the same; everything works without this folder (see `sst2_xlmr.backend`).
+"""Faster ways to compute the same; everything works without this folder (see backend.py).
 
-An engine replaces one of three things: the forward pass over the classifier's parameters (in prediction also by one in
-8-bit integers), the optimizer's norm and update, the averaging of gradients. Nothing in `model/` and `training/` knows
+An engine replaces the forward pass over the classifier's parameters (in prediction also by one in 8-bit integers), and
+in training the optimizer, which then averages gradients over processes too. Nothing in `model/` and `training/` knows
 of it.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
+from torch import nn
 
-from sst2_xlmr.engines.cpu.adamw import CpuEngine, share_memory
-from sst2_xlmr.engines.cpu.exchange import exchange_gradients
+from sst2_xlmr.config import Config
+from sst2_xlmr.engines.cpu.adamw import CpuAdamW
 from sst2_xlmr.engines.cpu.int8 import Int8Classifier
-from sst2_xlmr.engines.cpu.kernels import load_kernels
+from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels, why_not_compiled
 from sst2_xlmr.engines.cpu.packed_encoder import PackedClassifier
-from sst2_xlmr.engines.cuda.adamw import compiled_engine, why_not_compiled
-from sst2_xlmr.model.classifier import Classifier
-from sst2_xlmr.training.ddp import Computation
-from sst2_xlmr.training.optimizer import AdamW
+from sst2_xlmr.model.roberta import SequenceClassifier
+from sst2_xlmr.task import Task
 from sst2_xlmr.util.distributed import World, gather_objects
 
 
-def accelerate(classifier: Classifier, world: World, optimizer: AdamW | None) -> Computation:
-    """Replace what can be computed faster on this device; nothing, if it cannot on any rank.
+def kernels_for(dtype: torch.dtype, world: World) -> Kernels | None:
+    """Return the CPU's kernels; None if the device is no CPU, or they do not compile on every rank."""
+    kernels = load_kernels(dtype) if world.device.type == "cpu" else None
+    return kernels if all(gather_objects(world, kernels is not None)) else None
 
-    On a CPU that needs GCC, on CUDA Triton. Every rank must call this, all with the same weights.
+
+def fallback_reason(world: World) -> str:
+    """Return why there are no kernels on some rank; every rank must call it."""
+    reason = why_not_compiled() if world.device.type == "cpu" else "none for CUDA yet"
+    return next(filter(None, gather_objects(world, reason)), "")
+
+
+def predicting(classifier: SequenceClassifier) -> nn.Module | None:
+    """Return a faster model for prediction on the CPU; None if there is none."""
+    parameter = next(classifier.parameters())
+    kernels = kernels_for(parameter.dtype, World.alone(parameter.device))
+    return PackedClassifier(classifier, kernels) if kernels else None
+
+
+def training(
+    classifier: SequenceClassifier, config: Config, precision: str, world: World
+) -> tuple[nn.Module, CpuAdamW] | None:
+    """Return a faster model and its optimizer; None if there is none. Every rank must call it, with the same weights.
 
     Args:
-        optimizer: gets another engine; None for prediction.
+        classifier: in fp32; its parameters become the optimizer's.
+        precision: bf16 or fp32.
     """
-    if world.device.type == "cuda":
-        return _accelerate_on_cuda(classifier, world, optimizer)
-    kernels = load_kernels(next(classifier.parameters()).dtype)
-    if not all(gather_objects(world, kernels is not None)) or kernels is None:
-        return Computation(classifier, why_not_compiled="no GCC that works")
+    kernels = kernels_for(torch.bfloat16 if precision == "bf16" else torch.float32, world)
+    if kernels is None:
+        return None
     model = PackedClassifier(classifier, kernels)
-    if optimizer is not None:
-        shares_memory = world.world_size > 1 and share_memory(optimizer.trained, world)
-        team = world if shares_memory else World.alone(world.device)
-        optimizer.engine = CpuEngine(kernels, optimizer.trained, team)
-    return Computation(model, partial(exchange_gradients, world, kernels))
+    optimizer = CpuAdamW(classifier, classifier.shape.layers, config, world, kernels)
+    model.no_sync = optimizer.no_sync
+    return model, optimizer
 
 
-def _accelerate_on_cuda(classifier: Classifier, world: World, optimizer: AdamW | None) -> Computation:
-    if optimizer is None:
-        return Computation(classifier)
-    reasons = [
-        reason for reason in gather_objects(world, why_not_compiled(world.device, optimizer.has_masters)) if reason
-    ]
-    if not reasons:
-        optimizer.engine = compiled_engine(optimizer.trained)
-    return Computation(classifier, why_not_compiled="".join(reasons[:1]))
-
-
-def can_quantize() -> bool:
-    """Whether `quantize` works: that takes GCC and AVX512-VNNI."""
-    kernels = load_kernels(torch.float32)
-    return kernels is not None and kernels.has_int8
-
-
-def quantize(classifier: Classifier, dtype: torch.dtype) -> Int8Classifier:
-    """Return a classifier's forward pass in 8-bit integers.
+def quantized(classifier: SequenceClassifier, task: Task, dtype: torch.dtype) -> nn.Module | None:
+    """Return a classifier's forward pass in 8-bit integers; None if this machine has no GCC or no AVX512-VNNI.
 
     Args:
         classifier: in fp32, on the CPU; it is not needed any more.
         dtype: of what is not a product with weights.
     """
     kernels, fp32 = load_kernels(dtype), load_kernels(torch.float32)
-    assert kernels is not None and fp32 is not None
-    return Int8Classifier(classifier, kernels, fp32)
+    if kernels is None or fp32 is None or not fp32.has_int8:
+        return None
+    return Int8Classifier(classifier, kernels, fp32, task)

@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sst2_xlmr.evaluation.metrics import calibration_error_of
+from sst2_xlmr.task import Task
 
 # Beyond these, the rows are too few or too easy to tell.
 LOWEST, HIGHEST = 0.25, 20.0
-_SMALLEST = 1e-30  # a probability that fp32 rounded to 0
 _STEPS = 40
 # Twice the gain in log-likelihood, beyond which a temperature is significantly better than 1: the 95th percentile of
-# chi-squared with one degree of freedom (Wilks 1938, https://doi.org/10.1214/aoms/1177732360).
+# chi-squared with one degree of freedom (Wilks 1938, https://doi.org/10.1214/aos/1177732360).
 _SIGNIFICANT_GAIN = 3.84
 
 
@@ -36,43 +35,27 @@ class Calibration(NamedTuple):
         return f"temperature {self.temperature:.3f}, {errors} on the rows it was fitted to"
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits - logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-
-
-def _logits(probabilities: np.ndarray) -> np.ndarray:
-    """Return float64 [rows, labels]: logits, up to a constant for each row."""
-    return np.log(probabilities.astype(np.float64).clip(min=_SMALLEST))
-
-
-def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Return float64 [rows, labels]: the probabilities that the logits divided by `temperature` give."""
-    return np.exp(_log_softmax(_logits(probabilities) / temperature))
-
-
-def calibrate(probabilities: np.ndarray | None, labels: np.ndarray) -> Calibration:
+def calibrate(task: Task, probabilities: np.ndarray | None, labels: np.ndarray) -> Calibration:
     """Fit a temperature.
 
     Args:
-        probabilities: float [rows, labels], at temperature 1; an evaluation must have kept them.
-        labels: int [rows].
+        probabilities: float [rows, outputs], at temperature 1; an evaluation must have kept them.
+        labels: of the rows.
     """
     assert probabilities is not None
-    logits, rows = _logits(probabilities), np.arange(len(labels))
 
-    def loss(inverse: float) -> float:
-        return -float(_log_softmax(logits * inverse)[rows, labels].mean())
+    def metrics(inverse: float) -> dict[str, float]:
+        return task.metrics(task.results_of(probabilities, labels, 1 / inverse), labels)
 
     low, high = 1 / HIGHEST, 1 / LOWEST
     for _ in range(_STEPS):  # the loss is convex in the inverse temperature
         third = (high - low) / 3
-        if loss(low + third) < loss(high - third):
+        if metrics(low + third)["loss"] < metrics(high - third)["loss"]:
             high -= third
         else:
             low += third
     inverse = (low + high) / 2
-    before = calibration_error_of(probabilities, labels)
-    if 2 * len(labels) * (loss(1.0) - loss(inverse)) <= _SIGNIFICANT_GAIN:
-        return Calibration(1.0, before, before)
-    return Calibration(1 / inverse, before, calibration_error_of(tempered(probabilities, 1 / inverse), labels))
+    before, after = metrics(1.0), metrics(inverse)
+    if 2 * len(labels) * (before["loss"] - after["loss"]) <= _SIGNIFICANT_GAIN:
+        return Calibration(1.0, before["ece"], before["ece"])
+    return Calibration(1 / inverse, before["ece"], after["ece"])

@@ -1,125 +1,103 @@
-"""A faster precision: how far its answers are from those of a reference, and whether that is too far."""
+"""Compare a faster precision with a reference: how many answers change, how much quality is lost, is that too much."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Optional
 
 import numpy as np
 
-from sst2_xlmr.evaluation.metrics import calibration_error_of
+from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 
+# By the name of a file: fp32 probabilities [rows, outputs] as computed, and those of the reference; labels, or None.
+Predictions = dict[str, tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]]
 
-class Answers(NamedTuple):
-    """A file's answers, twice.
 
-    Attributes:
-        found, expected: fp32 [rows, labels], probabilities as computed, and those of the reference.
-        labels: int [rows]; None where the rows have none.
+def compare(task: Task, found: np.ndarray, expected: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
+    """Return how far two sides' probabilities agree.
+
+    Returns:
+        rows; changed, how many get another answer; largest, the largest change of a probability; metrics, those of
+        both sides, None without labels.
     """
-
-    found: np.ndarray
-    expected: np.ndarray
-    labels: np.ndarray | None
-
-
-class Quality(NamedTuple):
-    """How good the answers of one side are: how many rows are right, and the calibration error."""
-
-    right: int
-    ece: float
-
-
-class Agreement(NamedTuple):
-    """How far they agree.
-
-    Attributes:
-        rows: how many.
-        changed: how many get another label.
-        largest: change of a probability.
-        found, expected: of both sides; None without labels.
-    """
-
-    rows: int
-    changed: int
-    largest: float
-    found: Quality | None
-    expected: Quality | None
+    metrics = None
+    if labels is not None:
+        metrics = [task.metrics(task.results_of(side, labels), labels) for side in (found, expected)]
+        for each in metrics:
+            del each["rows"]  # which stand beside both
+    changed = int(task.changed(found, expected).sum())
+    return {
+        "rows": len(found),
+        "changed": changed,
+        "largest": float(np.abs(found - expected).max()),
+        "metrics": metrics,
+    }
 
 
-def compare(answers: Answers) -> Agreement:
-    changed = int((answers.found.argmax(1) != answers.expected.argmax(1)).sum())
-    largest = float(np.abs(answers.found - answers.expected).max())
-    found, expected = _quality(answers.found, answers.labels), _quality(answers.expected, answers.labels)
-    return Agreement(len(answers.found), changed, largest, found, expected)
+def _all_rows(task: Task, files: Predictions) -> dict[str, Any]:
+    """Compare the rows of all files together; with metrics only if all have labels."""
+    found, expected = (np.concatenate([sides[which] for sides in files.values()]) for which in (0, 1))
+    labels = [sides[2] for sides in files.values() if sides[2] is not None]
+    return compare(task, found, expected, np.concatenate(labels) if len(labels) == len(files) else None)
 
 
-def _quality(probabilities: np.ndarray, labels: np.ndarray | None) -> Quality | None:
-    if labels is None:
-        return None
-    return Quality(int((probabilities.argmax(1) == labels).sum()), calibration_error_of(probabilities, labels))
-
-
-def _joined(files: dict[str, Answers]) -> Answers:
-    """Return the answers to the rows of all files; labels only if all have them."""
-    labels = [answers.labels for answers in files.values() if answers.labels is not None]
-    return Answers(
-        np.concatenate([answers.found for answers in files.values()]),
-        np.concatenate([answers.expected for answers in files.values()]),
-        np.concatenate(labels) if len(labels) == len(files) else None,
-    )
-
-
-def agreement_table(files: dict[str, Answers], name: str, reference: str) -> list[str]:
+def comparison_table(task: Task, files: Predictions, name: str, reference: str) -> list[str]:
     """Return the lines of a table: a file each, and all rows together if there are several files.
 
     Args:
         name, reference: what the two sides are called.
     """
-    parts = {file: compare(answers) for file, answers in files.items()}
+    parts = {file: compare(task, *sides) for file, sides in files.items()}
     if len(parts) > 1:
-        parts["all rows"] = compare(_joined(files))
-    width = max(len(file) for file in (*parts, "file"))
-    sides = f"{name} ({reference})"
-    lines = [
-        f"{'file':<{width}}  labels changed  largest change  {'accuracy ' + sides:>26}  {'ECE ' + sides:>26}      rows"
-    ]
+        parts["all rows"] = _all_rows(task, files)
+    rows = []
     for file, part in parts.items():
-        accuracy = ece = "-"
-        if part.found and part.expected:
-            accuracy = f"{part.found.right / part.rows:.4f} ({part.expected.right / part.rows:.4f})"
-            ece = f"{part.found.ece:.4f} ({part.expected.ece:.4f})"
-        share = f"{part.changed:,} ({part.changed / part.rows:.2%})"
-        lines.append(f"{file:<{width}}  {share:>14}  {part.largest:>14.4f}  {accuracy:>26}  {ece:>26}  {part.rows:>8,}")
-    return lines
+        share = f"{part['changed']:,} ({part['changed'] / part['rows']:.2%})"
+        cells = {"file": file, "labels changed": share, "largest change": f"{part['largest']:.4f}"}
+        if part["metrics"]:
+            found, expected = map(task.table_cells, part["metrics"])
+            cells.update({f"{key} {name} ({reference})": f"{found[key]} ({expected[key]})" for key in found})
+        rows.append({**cells, "rows": f"{part['rows']:,}"})
+    columns = dict(max(rows, key=len))  # a copy: the header is told from the rows by identity
+    widths = {column: max(len(column), *(len(row.get(column, "-")) for row in rows)) for column in columns}
+    lines = [columns, *rows]
+    return [
+        "  ".join(
+            f"{cells.get(column, '-') if cells is not columns else column:{'<' if column == 'file' else '>'}{width}}"
+            for column, width in widths.items()
+        )
+        for cells in lines
+    ]
 
 
-def check_agreement(
-    files: dict[str, Answers], most_changed: float, most_lost: float, name: str, reference: str
+def check_comparison(
+    task: Task, files: Predictions, most_changed: float, most_lost: float, name: str, reference: str
 ) -> None:
-    """Refuse answers that are too far from the reference.
+    """Refuse a precision whose answers are too far from the reference's.
 
     Args:
         most_changed: fraction of all rows that may get another label.
-        most_lost: by how much the accuracy on all labelled rows may fall.
+        most_lost: by how much the task's main metric may fall, on all labelled rows together.
 
     Raises:
         UserError: saying by how much a bound is passed.
     """
-    part = compare(_joined(files))
-    if not np.isfinite(part.largest):
+    part = _all_rows(task, files)
+    if not np.isfinite(part["largest"]):
         raise UserError(f"{name} gives probabilities that are no numbers; take {reference}")
-    if part.changed > most_changed * part.rows:
+    if part["changed"] > most_changed * part["rows"]:
         raise UserError(
-            f"{name} changes {part.changed:,} of {part.rows:,} labels of {reference}, {part.changed / part.rows:.2%},"
-            f" and at most {most_changed:.2%} are allowed; take {reference}, or allow more"
+            f"{name} changes {part['changed']:,} of {part['rows']:,} labels of {reference},"
+            f" {part['changed'] / part['rows']:.2%}, and at most {most_changed:.2%} are allowed; take {reference}, or"
+            " allow more"
         )
-    rows = lost = 0
-    for part in map(compare, files.values()):
-        if part.found and part.expected:
-            rows, lost = rows + part.rows, lost + part.expected.right - part.found.right
-    if lost > most_lost * rows:
+    labelled = [part for part in (compare(task, *sides) for sides in files.values()) if part["metrics"]]
+    rows = sum(part["rows"] for part in labelled)
+    found, expected = (
+        sum(part["metrics"][side][task.best_metric] * part["rows"] for part in labelled) for side in (0, 1)
+    )
+    if expected - found > most_lost * rows + 1e-6:  # in rows; sums of fractions are rounded
         raise UserError(
-            f"{name} loses {lost / rows:.2%} of accuracy against {reference}, and at most {most_lost:.2%} are allowed;"
-            f" take {reference}, or allow more"
+            f"{name} loses {(expected - found) / rows:.2%} of {task.best_metric} against {reference}, and at most"
+            f" {most_lost:.2%} are allowed; take {reference}, or allow more"
         )

@@ -1,39 +1,51 @@
-"""Exact metrics over all ranks: every row is counted once, sums and counts are reduced, never batch means."""
+"""Run a model over rows: exact metrics, over all ranks, and probabilities for prediction.
+
+Every row is counted once. Each rank computes its rows' results (see task.py), all ranks gather them, in the file's
+order, and metrics are made of the whole: they do not depend on the number of processes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from sst2_xlmr.data.batches import Batch, collate
+from sst2_xlmr.data.batches import select_rows
 from sst2_xlmr.data.token_cache import TokenCache
-from sst2_xlmr.evaluation.metrics import calibration_sums, confusion_matrix, summarize
-from sst2_xlmr.util.distributed import World, gather_objects, sum_over_ranks
-
-
-class Interrupted(Exception):
-    """An evaluation was stopped before its end."""
+from sst2_xlmr.task import Task
+from sst2_xlmr.util.distributed import World, gather_objects
+from sst2_xlmr.util.errors import Interrupted
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result on a file's rows.
+    """The result on a file's rows, the same on every rank.
 
     Attributes:
-        metrics: see `metrics.summarize`; the same on every rank.
-        confusion: int64 [labels, predictions]; the same on every rank.
-        probabilities: float32 [rows, labels], in the file's order; on rank 0, if they were kept.
+        metrics: what the task makes of the results.
+        results: fp32 [rows, ...], every row's results (see `task.row_results`), in the file's order.
+        probabilities: fp32 [rows, outputs], in the file's order; None if they were not kept.
     """
 
     metrics: dict[str, Any]
-    confusion: np.ndarray
+    results: np.ndarray
     probabilities: np.ndarray | None
+
+    def with_temperature(self, temperature: float, task: Task, labels: np.ndarray) -> Evaluation:
+        """Return the evaluation of the model whose logits are divided by a temperature; probabilities must be kept."""
+        if temperature == 1 or self.probabilities is None:
+            return self
+        results = task.results_of(self.probabilities, labels, temperature)
+        return Evaluation(task.metrics(results, labels), results, tempered(task, self.probabilities, temperature))
+
+
+def tempered(task: Task, probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Return fp32 [rows, outputs]: the probabilities that the logits divided by a temperature give."""
+    return task.probabilities(torch.from_numpy(task.logits_of(probabilities) / temperature)).float().numpy()
 
 
 def batches_of_like_length(lengths: np.ndarray, batch_tokens: int, world_size: int = 1) -> Iterator[np.ndarray]:
@@ -57,34 +69,37 @@ def batches_of_like_length(lengths: np.ndarray, batch_tokens: int, world_size: i
         order = order[rows:]
 
 
-def _logits(model: nn.Module, cache: TokenCache, rows: np.ndarray, device: torch.device) -> tuple[Batch, torch.Tensor]:
-    """Return some rows as a batch, and their fp32 logits [rows, labels]."""
-    batch = collate(cache, rows).to(device)
-    return batch, model(batch.tokens, batch.padded).float()
-
-
 @torch.no_grad()
-def predict(model: nn.Module, ids: list[list[int]], batch_tokens: int, device: torch.device) -> torch.Tensor:
-    """Return fp32 [texts, labels] on the CPU: every label's probability, in the order of `ids`.
+def logits_of(
+    model: nn.Module, ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray, device: torch.device
+) -> torch.Tensor:
+    """Return fp32 logits of some rows, [rows, outputs]; `ids` and `offsets` as in `select_rows`."""
+    selected, lengths = select_rows(ids, offsets, rows)
+    logits: torch.Tensor = model(selected.to(device), lengths).float()
+    return logits
+
+
+def predict(
+    model: nn.Module, task: Task, ids: np.ndarray, lengths: np.ndarray, batch_tokens: int, device: torch.device
+) -> np.ndarray:
+    """Return fp32 [texts, outputs]: every text's probabilities, in the order of the texts.
 
     Args:
         model: a classifier, or an engine's model of it; in evaluation mode, with the whole vocabulary.
-        ids: per text, as the tokenizer gives them.
+        ids, lengths: int32 [tokens] and int64 [texts], as the tokenizer gives them.
         batch_tokens: per forward pass (see `batches_of_like_length`).
     """
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-    labels = np.zeros(len(ids), np.int32)
-    cache = TokenCache(np.concatenate(ids).astype(np.int32), offsets, labels)
-    probabilities = torch.empty(len(ids), model.num_labels)
-    for rows in batches_of_like_length(cache.lengths(), batch_tokens):
-        _, logits = _logits(model, cache, rows, device)
-        probabilities[torch.from_numpy(rows)] = logits.softmax(-1).cpu()
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    probabilities = np.empty((len(lengths), task.outputs), np.float32)
+    for rows in batches_of_like_length(lengths, batch_tokens):
+        logits = logits_of(model, ids, offsets, rows, device)
+        probabilities[rows] = task.probabilities(logits).cpu().numpy()
     return probabilities
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
+    task: Task,
     cache: TokenCache,
     batch_tokens: int,
     world: World,
@@ -96,96 +111,37 @@ def evaluate(
     Args:
         model: a classifier, or an engine's model of it, not under DDP; its mode is restored.
         batch_tokens: per forward pass on one rank (see `batches_of_like_length`).
-        keep_probabilities: whether rank 0 gets every row's probabilities.
+        keep_probabilities: whether all rows' probabilities are wanted; many labels need much memory.
         should_stop: called before every forward pass, equally often on every rank; must return the same on all.
 
     Raises:
         Interrupted: if it was stopped.
     """
     # Every rank takes a part of every batch, so that all have the same number of batches; a part may be empty.
-    global_batches = batches_of_like_length(cache.lengths(), batch_tokens, world.world_size)
-    batches = [rows[world.rank :: world.world_size] for rows in global_batches]
-    rank_rows = np.concatenate(batches)
+    batches = list(batches_of_like_length(cache.lengths(), batch_tokens, world.world_size))
+    labels, results, kept = cache.labels, [], []  # these stay on the device, so that no batch waits for a GPU
     was_training = model.training
     model.eval()
     try:
-        outputs = _run(model, cache, batches, world.device, keep_probabilities, should_stop)
+        for batch in batches:
+            if should_stop():
+                raise Interrupted
+            rows = batch[world.rank :: world.world_size]
+            if len(rows):
+                logits = logits_of(model, cache.ids, cache.offsets, rows, world.device)
+                results.append(task.row_results(logits, torch.from_numpy(labels[rows]).long().to(world.device)))
+                kept.append(task.probabilities(logits) if keep_probabilities else logits[:, :0])
     finally:
         model.train(was_training)
-    metrics, confusion = _sum_up(outputs, cache.labels[rank_rows], world)
-    probabilities = None
-    if keep_probabilities:
-        parts = gather_objects(world, (rank_rows, outputs.probabilities.cpu().numpy()))
-        if world.is_main:
-            probabilities = np.empty((len(cache), model.num_labels), np.float32)
-            for rows, values in parts:
-                probabilities[rows] = values
-    return Evaluation(metrics, confusion, probabilities)
+    mine = [torch.cat(parts).cpu().numpy() if parts else np.empty((0, 0), np.float32) for parts in (results, kept)]
+    order = [[batch[rank :: world.world_size] for batch in batches] for rank in range(world.world_size)]
+    gathered = [(np.concatenate(rows), part) for rows, part in zip(order, gather_objects(world, mine)) if len(part[0])]
 
+    def in_order(which: int) -> np.ndarray:
+        whole = np.empty((len(cache), gathered[0][1][which].shape[1]), np.float32)
+        for rows, parts in gathered:
+            whole[rows] = parts[which]
+        return whole
 
-class _Outputs(NamedTuple):
-    """Results of a rank's rows, in the order of its batches, on its device.
-
-    Attributes:
-        loss_sum: float64, no dimensions; cross-entropy, nats.
-        predictions: int64 [rows].
-        confidences: fp32 [rows], probability of the predicted label.
-        probabilities: fp32 [rows, labels], or no rows if they are not kept, since many labels need much memory.
-    """
-
-    loss_sum: torch.Tensor
-    predictions: torch.Tensor
-    confidences: torch.Tensor
-    probabilities: torch.Tensor
-
-
-def _run(
-    model: nn.Module,
-    cache: TokenCache,
-    batches: list[np.ndarray],
-    device: torch.device,
-    keep_probabilities: bool,
-    should_stop: Callable[[], bool],
-) -> _Outputs:
-    """Run the model on a rank's batches; results stay on the device, so that no batch waits for a GPU."""
-    rows_in_all = sum(map(len, batches))
-    outputs = _Outputs(
-        torch.zeros((), dtype=torch.float64, device=device),
-        torch.empty(rows_in_all, dtype=torch.int64, device=device),
-        torch.empty(rows_in_all, device=device),
-        torch.empty(rows_in_all if keep_probabilities else 0, model.num_labels, device=device),
-    )
-    done = 0
-    for rows in batches:
-        if should_stop():
-            raise Interrupted
-        if not len(rows):
-            continue
-        batch, logits = _logits(model, cache, rows, device)
-        place = slice(done, done + len(rows))
-        done += len(rows)
-        outputs.loss_sum.add_(F.cross_entropy(logits, batch.labels, reduction="sum").double())
-        softmax = logits.softmax(-1)
-        outputs.predictions[place] = logits.argmax(-1)
-        outputs.confidences[place] = softmax.amax(-1)
-        if keep_probabilities:
-            outputs.probabilities[place] = softmax
-    return outputs
-
-
-def _sum_up(outputs: _Outputs, labels: np.ndarray, world: World) -> tuple[dict[str, Any], np.ndarray]:
-    """Return metrics and confusion matrix over all ranks.
-
-    Args:
-        labels: int [rows], of this rank's rows.
-    """
-    classes = outputs.probabilities.shape[1]
-    predictions = outputs.predictions.cpu().numpy()
-    calibration = calibration_sums(outputs.confidences.cpu().numpy(), predictions == labels)
-    confusion = confusion_matrix(labels, predictions, classes)
-    # Counts are whole numbers, which float64 adds exactly.
-    parts = [np.array([float(outputs.loss_sum)]), calibration.ravel(), confusion.ravel().astype(np.float64)]
-    sums = sum_over_ranks(world, torch.from_numpy(np.concatenate(parts)).to(world.device)).cpu().numpy()
-    calibration = sums[1 : 1 + calibration.size].reshape(calibration.shape)
-    confusion = sums[1 + calibration.size :].astype(np.int64).reshape(classes, classes)
-    return summarize(confusion, calibration, float(sums[0])), confusion
+    whole = in_order(0)
+    return Evaluation(task.metrics(whole, labels), whole, in_order(1) if keep_probabilities else None)

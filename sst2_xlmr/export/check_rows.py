@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Optional
 
 import numpy as np
 
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.rows import Columns, has_labels, read_examples, read_rows
+from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 
 SENTENCES = [
@@ -30,19 +31,8 @@ SENTENCES = [
     "  two  spaces, a\ttab, ﬁ and ① ",
     "",
 ]
-
-
-class Rows(NamedTuple):
-    """Rows to compare answers on.
-
-    Attributes:
-        pairs: the second texts; None where rows have one text.
-        labels: int [rows]; None where rows have none.
-    """
-
-    texts: list[str]
-    pairs: list[str] | None
-    labels: np.ndarray | None
+# Texts; the second texts, or None where rows have one text; labels, int [rows], or None where rows have none.
+Rows = tuple[list[str], Optional[list[str]], Optional[np.ndarray]]
 
 
 def read_texts(file: Path, columns: Columns) -> Iterator[tuple[str, str | None]]:
@@ -69,7 +59,7 @@ def is_rows_file(file: Path) -> bool:
 
 
 def read_checks(
-    given: list[str], columns: Columns, label_names: list[str], takes_pairs: bool, has_label_column: bool = False
+    given: list[str], columns: Columns, task: Task, takes_pairs: bool, has_label_column: bool
 ) -> dict[str, Rows]:
     """Return the rows to compare on, by the names of their files.
 
@@ -84,15 +74,15 @@ def read_checks(
     checks: dict[str, Rows] = {}
     for name, file in named_files(given, "--check-file").items():
         if is_rows_file(file) and (has_label_column or has_labels(file, columns)):
-            rows = list(read_rows(file, columns, label_names))
+            rows = list(read_rows(file, columns, task))
             texts = [(row.text, row.pair) for row in rows]
             labels = np.array([row.label for row in rows])
         else:
             texts, labels = list(read_texts(file, columns)), None
         pairs = [pair for _, pair in texts if pair is not None]
-        checks[name] = Rows([text for text, _ in texts], pairs or None, labels)
+        checks[name] = ([text for text, _ in texts], pairs or None, labels)
     if not checks:
-        checks["sentences"] = Rows(SENTENCES, None, None)
+        checks["sentences"] = (SENTENCES, None, None)
         if takes_pairs:
-            checks["pairs"] = Rows(SENTENCES, SENTENCES[::-1], None)
+            checks["pairs"] = (SENTENCES, SENTENCES[::-1], None)
     return checks

@@ -20,6 +20,7 @@ may overflow (https://onnxruntime.ai/docs/performance/model-optimizations/quanti
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Union
 
@@ -31,6 +32,8 @@ from onnx import TensorProto, helper, numpy_helper
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.quantized import quantize_weights
 from sst2_xlmr.model.roberta import FIRST_POSITION, PAD_ID
+from sst2_xlmr.model.vocabulary import TABLE
+from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 
 OPSET, IR_VERSION = 20, 9  # the first with Gelu, and the format that came with it; onnxruntime 1.17 reads both
@@ -38,27 +41,57 @@ _EXTENSIONS = "ai.onnx.contrib"
 _LARGEST_FILE = 2**31 - (1 << 24)  # bytes: protobuf's limit, less what is not weights
 _BEGIN, _END, _UNKNOWN = 0, 2, 3
 Value = Union[str, np.ndarray]
-Tensors = dict[str, np.ndarray]
+Weights = Mapping[str, np.ndarray]
 
 
 class _Graph:
-    """Operators and constants, in the order in which they are added."""
+    """Operators and constants, in the order in which they are added.
 
-    def __init__(self) -> None:
+    Args:
+        int8: whether the encoder's products and embeddings are in 8 bits.
+    """
+
+    def __init__(self, int8: bool) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
+        self.int8 = int8
+        self._in_bytes: dict[str, tuple[str, str, str]] = {}
 
-    def add(self, kind: str, *inputs: Value, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
-        """Add an operator; arrays among its inputs are constants. Returns its output's name, or a list of names."""
+    def add(self, kind: str, *inputs: Value, domain: str = "", **attributes: Any) -> str:
+        """Add an operator; arrays among its inputs are constants. Returns its output's name."""
+        return self.add_many(kind, *inputs, outputs=1, domain=domain, **attributes)[0]
+
+    def add_many(self, kind: str, *inputs: Value, outputs: int, domain: str = "", **attributes: Any) -> list[str]:
+        """Add an operator of several outputs; returns their names."""
         names = [value if isinstance(value, str) else self._constant(value) for value in inputs]
         results = [f"{kind}_{len(self.nodes)}_{number}" for number in range(outputs)]
         self.nodes.append(helper.make_node(kind, names, results, domain=domain, **attributes))
-        return results[0] if outputs == 1 else results
+        return results
 
     def _constant(self, array: np.ndarray) -> str:
         name = f"constant_{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
+
+    def in_bytes(self, x: str) -> tuple[str, str, str]:
+        """Return a tensor in 8 bits: bytes, scale and least value of every row; computed once."""
+        if x not in self._in_bytes:
+            least = self.add("Min", self.add("ReduceMin", x, _int(-1), keepdims=1), _float(0))
+            largest = self.add("Max", self.add("ReduceMax", x, _int(-1), keepdims=1), _float(0))
+            scale = self.add("Max", self.add("Div", self.add("Sub", largest, least), _float(255)), _float(1e-30))
+            steps = self.add("Round", self.add("Div", self.add("Sub", x, least), scale))
+            self._in_bytes[x] = (self.add("Cast", steps, to=TensorProto.UINT8), scale, least)
+        return self._in_bytes[x]
+
+    def linear(self, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
+        """Return x weight^T + bias."""
+        if not self.int8:
+            return self.add("Add", self.add("MatMul", x, weight.T), bias)
+        values, scales = _quantized(weight)
+        in_bytes, scale, least = self.in_bytes(x)
+        sums = self.add("Cast", self.add("MatMulInteger", in_bytes, values.T), to=TensorProto.FLOAT)
+        shift = self.add("Add", self.add("Mul", least, values.sum(1, dtype=np.float32) * scales), bias)
+        return self.add("Add", self.add("Mul", self.add("Mul", sums, scale), scales), shift)
 
 
 def _int(*values: int) -> np.ndarray:
@@ -74,128 +107,76 @@ def _quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.numpy(), scales.numpy()
 
 
-class _Activations:
-    """A tensor, and once it is needed also in 8 bits: bytes, scale and least value of every row."""
-
-    def __init__(self, graph: _Graph, name: str) -> None:
-        self.graph, self.name = graph, name
-        self._in_bytes: tuple[str, str, str] | None = None
-
-    def in_bytes(self) -> tuple[str, str, str]:
-        if self._in_bytes is None:
-            add = self.graph.add
-            least = add("Min", add("ReduceMin", self.name, _int(-1), keepdims=1), _float(0))
-            largest = add("Max", add("ReduceMax", self.name, _int(-1), keepdims=1), _float(0))
-            scale = add("Max", add("Div", add("Sub", largest, least), _float(255)), _float(1e-30))
-            steps = add("Round", add("Div", add("Sub", self.name, least), scale))
-            self._in_bytes = (add("Cast", steps, to=TensorProto.UINT8), scale, least)
-        return self._in_bytes
+def _pair(weights: Weights, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a part's weight and bias."""
+    return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
 
-class _Model:
-    """Adds the classifier's parts to a graph.
+def _embeddings(graph: _Graph, weights: Weights, epsilon: float, ids: str) -> str:
+    """Return the first layer's input, [texts, length, hidden]; ids: int64 [texts, length]."""
+    add, table = graph.add, weights[TABLE]
+    if graph.int8:
+        values, scales = _quantized(table)
+        in_bytes = add("Cast", add("Gather", values, ids), to=TensorProto.FLOAT)
+        words = add("Mul", in_bytes, add("Gather", scales[:, None], ids))
+    else:
+        words = add("Gather", table, ids)
+    length = add("Shape", ids, start=1, end=2)
+    positions = weights["encoder.positions.weight"][FIRST_POSITION:]
+    hidden = add("Add", words, add("Slice", positions, _int(0), length, _int(0)))
+    return add("LayerNormalization", hidden, *_pair(weights, "encoder.norm"), axis=-1, epsilon=epsilon)
+
+
+def _layer(graph: _Graph, weights: Weights, shape: EncoderShape, number: int, x: str, mask: str) -> str:
+    """Return a layer's output, [texts, length, hidden]; the last one's for `<s>` only.
 
     Args:
-        tensors: fp32, under the classifier's names.
-        int8: whether the encoder's products and embeddings are in 8 bits.
+        x: its input.
+        mask: fp32 [texts, 1, 1, length], added to attention scores.
     """
+    add, width, head_size = graph.add, shape.hidden, shape.hidden // shape.heads
+    prefix = f"encoder.layers.{number}"
+    qkv_weight, qkv_bias = _pair(weights, f"{prefix}.qkv")
 
-    def __init__(self, graph: _Graph, tensors: Tensors, shape: EncoderShape, int8: bool) -> None:
-        self.graph, self.tensors, self.shape, self.int8 = graph, tensors, shape, int8
+    def heads(source: str, part: int) -> str:
+        """Return queries (0), keys (1) or values (2), cut into heads: [texts, heads, length, size]."""
+        rows = slice(part * width, (part + 1) * width)
+        projected = graph.linear(source, qkv_weight[rows], qkv_bias[rows])
+        return add("Transpose", add("Reshape", projected, _int(0, 0, shape.heads, head_size)), perm=[0, 2, 1, 3])
 
-    def linear(self, x: _Activations, weight: np.ndarray, bias: np.ndarray) -> str:
-        """Return x weight^T + bias."""
-        add = self.graph.add
-        if not self.int8:
-            return str(add("Add", add("MatMul", x.name, weight.T), bias))
-        values, scales = _quantized(weight)
-        in_bytes, scale, least = x.in_bytes()
-        sums = add("Cast", add("MatMulInteger", in_bytes, values.T), to=TensorProto.FLOAT)
-        shift = add("Add", add("Mul", least, values.sum(1, dtype=np.float32) * scales), bias)
-        return str(add("Add", add("Mul", add("Mul", sums, scale), scales), shift))
+    def norm(y: str, name: str) -> str:
+        return add("LayerNormalization", y, *_pair(weights, f"{prefix}.{name}"), axis=-1, epsilon=shape.layer_norm_eps)
 
-    def norm(self, x: str, prefix: str) -> _Activations:
-        parameters = (self.tensors[f"{prefix}.weight"], self.tensors[f"{prefix}.bias"])
-        name = self.graph.add("LayerNormalization", x, *parameters, axis=-1, epsilon=self.shape.layer_norm_eps)
-        return _Activations(self.graph, name)
+    queries = add("Slice", x, _int(0), _int(1), _int(1)) if number == shape.layers - 1 else x
+    query, key, value = heads(queries, 0), heads(x, 1), heads(x, 2)
+    query = add("Mul", query, _float(head_size**-0.5))
+    scores = add("Add", add("MatMul", query, add("Transpose", key, perm=[0, 1, 3, 2])), mask)
+    mixed = add("Transpose", add("MatMul", add("Softmax", scores, axis=-1), value), perm=[0, 2, 1, 3])
+    attended = graph.linear(add("Reshape", mixed, _int(0, 0, width)), *_pair(weights, f"{prefix}.out"))
+    y = norm(add("Add", queries, attended), "norm1")
+    inner = add("Gelu", graph.linear(y, *_pair(weights, f"{prefix}.up")))
+    return norm(add("Add", y, graph.linear(inner, *_pair(weights, f"{prefix}.down"))), "norm2")
 
-    def embeddings(self, ids: str, prefix: str) -> _Activations:
-        """Return the first layer's input, [texts, length, hidden]; ids: int64 [texts, length]."""
-        add, table = self.graph.add, self.tensors[f"{prefix}.token_embedding.weight"]
-        if self.int8:
-            values, scales = _quantized(table)
-            in_bytes = add("Cast", add("Gather", values, ids), to=TensorProto.FLOAT)
-            words = add("Mul", in_bytes, add("Gather", scales[:, None], ids))
-        else:
-            words = add("Gather", table, ids)
-        length = add("Shape", ids, start=1, end=2)
-        positions = self.tensors[f"{prefix}.positional_embedding.embedding.weight"][FIRST_POSITION:]
-        hidden = add("Add", words, add("Slice", positions, _int(0), length, _int(0)))
-        return self.norm(hidden, f"{prefix}.embedding_layer_norm")
 
-    def heads(self, x: str) -> str:
-        """Cut [texts, length, hidden] into heads: [texts, heads, length, size]."""
-        size = self.shape.hidden // self.shape.heads
-        cut = self.graph.add("Reshape", x, _int(0, 0, self.shape.heads, size))
-        return str(self.graph.add("Transpose", cut, perm=[0, 2, 1, 3]))
-
-    def layer(self, x: _Activations, mask: str, prefix: str, is_last: bool) -> _Activations:
-        """Return the layer's output; the last one's for `<s>` only.
-
-        Args:
-            mask: fp32 [texts, 1, 1, length], added to attention scores.
-        """
-        add, tensors, width = self.graph.add, self.tensors, self.shape.hidden
-        weight, bias = tensors[f"{prefix}.self_attn.in_proj_weight"], tensors[f"{prefix}.self_attn.in_proj_bias"]
-        queries = _Activations(self.graph, add("Slice", x.name, _int(0), _int(1), _int(1))) if is_last else x
-        parts = [slice(0, width), slice(width, 2 * width), slice(2 * width, None)]
-        query, key, value = (
-            self.heads(self.linear(source, weight[part], bias[part])) for source, part in zip((queries, x, x), parts)
-        )
-        query = add("Mul", query, _float((width // self.shape.heads) ** -0.5))
-        scores = add("Add", add("MatMul", query, add("Transpose", key, perm=[0, 1, 3, 2])), mask)
-        mixed = add("Transpose", add("MatMul", add("Softmax", scores, axis=-1), value), perm=[0, 2, 1, 3])
-        joined = _Activations(self.graph, add("Reshape", mixed, _int(0, 0, width)))
-        attended = self.of_layer(joined, prefix, "self_attn.out_proj")
-        y = self.norm(add("Add", queries.name, attended), f"{prefix}.norm1")
-        inner = _Activations(self.graph, add("Gelu", self.of_layer(y, prefix, "linear1")))
-        return self.norm(add("Add", y.name, self.of_layer(inner, prefix, "linear2")), f"{prefix}.norm2")
-
-    def of_layer(self, x: _Activations, prefix: str, name: str) -> str:
-        return self.linear(x, self.tensors[f"{prefix}.{name}.weight"], self.tensors[f"{prefix}.{name}.bias"])
-
-    def logits(self, ids: str, mask: str) -> str:
-        """Return [texts, labels]; ids: int64 [texts, length], mask: bool, where there is a token."""
-        add, prefix = self.graph.add, "encoder.transformer"
-        scores = add("Where", mask, _float(0), _float(-np.inf))
-        scores = add("Unsqueeze", scores, _int(1, 2))
-        x = self.embeddings(ids, prefix)
-        for number in range(self.shape.layers):
-            x = self.layer(x, scores, f"{prefix}.layers.layers.{number}", number == self.shape.layers - 1)
-        first = add("Reshape", x.name, _int(0, self.shape.hidden))
-        inner = add("Tanh", add("Gemm", first, *self.of_head("dense"), transB=1))
-        return str(add("Gemm", inner, *self.of_head("out_proj"), transB=1))
-
-    def of_head(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        return self.tensors[f"head.{name}.weight"], self.tensors[f"head.{name}.bias"]
+def _logits(graph: _Graph, weights: Weights, shape: EncoderShape, ids: str, mask: str) -> str:
+    """Return [texts, labels]; ids: int64 [texts, length], mask: bool, where there is a token."""
+    add = graph.add
+    scores = add("Unsqueeze", add("Where", mask, _float(0), _float(-np.inf)), _int(1, 2))
+    x = _embeddings(graph, weights, shape.layer_norm_eps, ids)
+    for number in range(shape.layers):
+        x = _layer(graph, weights, shape, number, x, scores)
+    first = add("Reshape", x, _int(0, shape.hidden))
+    inner = add("Tanh", add("Gemm", first, *_pair(weights, "head.dense"), transB=1))
+    return add("Gemm", inner, *_pair(weights, "head.out"), transB=1)
 
 
 def _tokenize(graph: _Graph, texts: str, tokenizer: bytes, max_length: int) -> tuple[str, str]:
     """Return ids, int64 [texts, length], and where there is a token, bool; as `model.tokenizer.Tokenizer`."""
     add = graph.add
-    no = np.array([False])
-    pieces, starts = add(
-        "SentencepieceTokenizer",
-        texts,
-        _int(0),
-        np.array([0], np.float32),
-        no,
-        no,
-        no,
-        no,
-        outputs=2,
-        domain=_EXTENSIONS,
-        model=tokenizer,
+    # No sampling (its two numbers), no <s> or </s> of its own, nothing reversed.
+    options = (_int(0), np.array([0], np.float32), *[np.array([False])] * 4)
+    pieces, starts = graph.add_many(
+        "SentencepieceTokenizer", texts, *options, outputs=2, domain=_EXTENSIONS, model=tokenizer
     )
     pieces = add("Cast", pieces, to=TensorProto.INT64)
     ids = add("Where", add("Equal", pieces, _int(0)), _int(_UNKNOWN), add("Add", pieces, _int(1)))
@@ -215,28 +196,30 @@ def _tokenize(graph: _Graph, texts: str, tokenizer: bytes, max_length: int) -> t
     return padded, add("LessOrEqual", places, end)
 
 
-def build_onnx(
-    tensors: Tensors,
+def write_onnx(
+    file: Path,
+    weights: Weights,
     shape: EncoderShape,
-    label_names: list[str],
+    task: Task,
     max_length: int,
     tokenizer: bytes | None,
     int8: bool,
-) -> onnx.ModelProto:
-    """Build the model.
+) -> None:
+    """Write the file.
 
     Args:
-        tensors: fp32, under the classifier's names.
+        weights: fp32, under the classifier's names.
         max_length: of a row in tokens; longer texts are cut.
         tokenizer: content of the SentencePiece model, for a file that takes raw texts; None for one that takes ids.
         int8: whether the encoder computes in 8 bits.
 
     Raises:
-        UserError: if it would be too large for a file.
+        UserError: if it would be too large.
+        OSError: if it cannot be written.
     """
-    if sum(tensor.size for tensor in tensors.values()) * (1 if int8 else 4) > _LARGEST_FILE:
+    if sum(weight.size for weight in weights.values()) * (1 if int8 else 4) > _LARGEST_FILE:
         raise UserError("the model is larger than the 2 GB of an ONNX file; trim its vocabulary, or take onnx-int8")
-    graph = _Graph()
+    graph = _Graph(int8)
     if tokenizer is None:
         names = {"input_ids": TensorProto.INT64, "attention_mask": TensorProto.INT64}
         inputs = [helper.make_tensor_value_info(name, kind, ["texts", "length"]) for name, kind in names.items()]
@@ -244,30 +227,16 @@ def build_onnx(
     else:
         inputs = [helper.make_tensor_value_info("text", TensorProto.STRING, ["texts"])]
         ids, mask = _tokenize(graph, "text", tokenizer, max_length)
-    logits = _Model(graph, tensors, shape, int8).logits(ids, mask)
-    probabilities = graph.add("Softmax", logits, axis=-1)
-    best = graph.add("ArgMax", logits, axis=-1, keepdims=0)
-    label = graph.add("Gather", np.array(label_names, dtype=object), best)
-    for name, value in (("label", label), ("probabilities", probabilities)):
+    outputs = []
+    answer = task.append_to_onnx(graph.add, _logits(graph, weights, shape, ids, mask))
+    for name, (value, kind, sizes) in answer.items():
         graph.nodes.append(helper.make_node("Identity", [value], [name]))
-    outputs = [
-        helper.make_tensor_value_info("label", TensorProto.STRING, ["texts"]),
-        helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["texts", len(label_names)]),
-    ]
+        outputs.append(helper.make_tensor_value_info(name, getattr(TensorProto, kind), ["texts", *sizes]))
     model = helper.make_model(
         helper.make_graph(graph.nodes, "classifier", inputs, outputs, graph.constants),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(_EXTENSIONS, 1)],
         ir_version=IR_VERSION,
         producer_name="sst2_xlmr",
     )
-    helper.set_model_props(model, {"label_names": json.dumps(label_names), "max_length": str(max_length)})
-    return model
-
-
-def write_onnx(model: onnx.ModelProto, file: Path) -> None:
-    """Write the file.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    helper.set_model_props(model, {"label_names": json.dumps(task.label_names), "max_length": str(max_length)})
     file.write_bytes(model.SerializeToString())

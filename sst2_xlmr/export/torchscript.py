@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import List, Optional, Tuple  # noqa: UP035 (TorchScript knows these only)
+from typing import Any, List, Optional  # noqa: UP035 (TorchScript knows these only)
 
 import torch
 from torch import nn
@@ -21,9 +21,9 @@ warnings.filterwarnings("ignore", message=r"\s*/!\\ IMPORTANT WARNING ABOUT TORC
 from torchtext.functional import to_tensor  # noqa: E402
 from torchtext.transforms import SentencePieceTokenizer  # noqa: E402
 
-from sst2_xlmr.model.classifier import Classifier  # noqa: E402
-from sst2_xlmr.model.roberta import PAD_ID  # noqa: E402
-from sst2_xlmr.model.tokenizer import Tokenizer, framed_pieces  # noqa: E402
+from sst2_xlmr.model.roberta import PAD_ID, SequenceClassifier  # noqa: E402
+from sst2_xlmr.model.tokenizer import Tokenizer, add_special_tokens  # noqa: E402
+from sst2_xlmr.task import Task  # noqa: E402
 
 BATCH_SIZE = 32
 
@@ -37,11 +37,11 @@ class ScriptedTokenizer(nn.Module):
         self.max_length = tokenizer.max_length
 
     def forward(self, texts: List[str], pairs: Optional[List[str]]) -> List[List[int]]:  # noqa: UP006, UP045
-        """Return ids per row, as `Tokenizer` does."""
+        """Return ids per row, the same as `Tokenizer`'s."""
         result: List[List[int]] = []  # noqa: UP006
         for row, text in enumerate(texts):
             second = None if pairs is None else self.pieces.EncodeAsIds(pairs[row])
-            pieces = framed_pieces(self.pieces.EncodeAsIds(text), second, self.max_length)
+            pieces = add_special_tokens(self.pieces.EncodeAsIds(text), second, self.max_length)
             result.append([3 if piece == 0 else piece + 1 for piece in pieces])  # 3 is <unk>
         return result
 
@@ -49,20 +49,16 @@ class ScriptedTokenizer(nn.Module):
 class TextClassifier(nn.Module):
     """What is in the file; scriptable. `label_names` can be read from the loaded module too."""
 
-    def __init__(self, model: Classifier, tokenizer: Tokenizer, label_names: list[str]) -> None:
+    def __init__(self, model: SequenceClassifier, tokenizer: Tokenizer, task: Task) -> None:
         super().__init__()
         example = torch.tensor([[0, 3, 2], [0, 2, PAD_ID]])
-        with torch.no_grad():
-            self.model = torch.jit.trace(model, example)  # nothing in it depends on the batch but its sizes
-        self.tokenizer = ScriptedTokenizer(tokenizer)
-        self.label_names: List[str] = label_names  # noqa: UP006
-        self.batch_size, self.pad_id = BATCH_SIZE, PAD_ID
+        with torch.no_grad():  # traced, as nothing in it depends on the batch but its sizes
+            self.model = torch.jit.trace_module(model, {"padded": (example, example.ne(PAD_ID))})
+        self.tokenizer, self.answer = ScriptedTokenizer(tokenizer), task.torchscript_answer()
+        self.label_names: List[str] = task.label_names  # noqa: UP006
+        self.outputs, self.batch_size, self.pad_id = task.outputs, BATCH_SIZE, PAD_ID
 
-    def forward(
-        self,
-        texts: List[str],  # noqa: UP006
-        pairs: Optional[List[str]] = None,  # noqa: UP006, UP045
-    ) -> Tuple[List[str], torch.Tensor]:  # noqa: UP006
+    def forward(self, texts: List[str], pairs: Optional[List[str]] = None) -> Any:  # noqa: UP006, UP045
         """Classify texts of any number and length; texts of like length are computed together.
 
         Args:
@@ -70,26 +66,24 @@ class TextClassifier(nn.Module):
             pairs: the second text of every row, for a model that was trained on pairs.
 
         Returns:
-            The most probable label of every text, and fp32 [texts, labels], the probabilities of all, in the texts'
-            order.
+            The task's answer, in the texts' order: the most probable label of every text, and fp32 [texts, labels], the
+            probabilities of all.
         """
         if pairs is not None:
             assert len(pairs) == len(texts), "as many pairs as texts are needed"
         ids = self.tokenizer(texts, pairs)
-        lengths = torch.tensor([len(row) for row in ids], dtype=torch.int64)
-        by_length = torch.argsort(lengths, stable=True)
-        probabilities = torch.zeros(len(ids), len(self.label_names))
+        by_length = torch.argsort(torch.tensor([len(row) for row in ids], dtype=torch.int64), stable=True)
+        logits = torch.zeros(len(ids), self.outputs)
         with torch.no_grad():
             for start in range(0, len(ids), self.batch_size):
                 chosen = by_length[start : start + self.batch_size]
                 rows: List[int] = chosen.tolist()  # noqa: UP006
                 tokens = to_tensor([ids[row] for row in rows], self.pad_id)
-                probabilities[chosen] = self.model(tokens).softmax(-1)
-        best: List[int] = probabilities.argmax(-1).tolist()  # noqa: UP006
-        return [self.label_names[index] for index in best], probabilities
+                logits[chosen] = self.model.padded(tokens, tokens.ne(self.pad_id))
+        return self.answer(logits)
 
 
-def save_torchscript(model: Classifier, tokenizer: Tokenizer, label_names: list[str], file: Path) -> None:
+def save_torchscript(model: SequenceClassifier, tokenizer: Tokenizer, task: Task, file: Path) -> None:
     """Write the file.
 
     Args:
@@ -98,6 +92,6 @@ def save_torchscript(model: Classifier, tokenizer: Tokenizer, label_names: list[
     Raises:
         OSError: if it cannot be written.
     """
-    scripted = torch.jit.script(TextClassifier(model, tokenizer, label_names).eval())
+    scripted = torch.jit.script(TextClassifier(model, tokenizer, task).eval())
     with file.open("wb") as opened:  # torch's own error for a file that it cannot write is no OSError
         torch.jit.save(scripted, opened)

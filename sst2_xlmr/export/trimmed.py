@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
 
-from sst2_xlmr.export.folder import Description, description_of, export_hugging_face, with_note
+from sst2_xlmr.export.folder import read_card, with_note, write_folder
 from sst2_xlmr.export.tokenizer_json import UNIGRAM, model_class
 from sst2_xlmr.model.encoders import Encoder
-from sst2_xlmr.model.vocabulary import SPECIAL_IDS, TABLE_NAME
+from sst2_xlmr.model.vocabulary import SPECIAL_IDS, TABLE
 from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import scratch_name
 
 _CONTROLS = 3  # <unk>, <s>, </s> are SentencePiece's first
 _SPACE = "▁"
@@ -62,8 +63,8 @@ def trimmed_tokenizer(model_file: Path, kept: np.ndarray) -> bytes:
     return bytes(trimmed.SerializeToString())
 
 
-def write_trimmed(encoder: Encoder, texts: Iterable[str], folder: Path) -> Description:
-    """Write a model's folder without what the texts do not need; returns what it says of itself.
+def write_trimmed(encoder: Encoder, texts: Iterable[str], folder: Path) -> int:
+    """Write a model's folder without what the texts do not need; returns how many embedding rows are left.
 
     Args:
         encoder: the folder of a trained model.
@@ -72,18 +73,17 @@ def write_trimmed(encoder: Encoder, texts: Iterable[str], folder: Path) -> Descr
     Raises:
         UserError: if it cannot be trimmed or written.
     """
-    described = description_of(encoder)
     pieces = SentencePieceProcessor(model_file=str(encoder.tokenizer_file))
     kept = needed_pieces(pieces, texts)
     # XLM-R's ids: four of its own, then every piece's + 1 (see model.tokenizer), then <mask>.
     rest = np.arange(pieces.GetPieceSize() + 1, encoder.shape.vocab_size)
     rows = np.concatenate([np.arange(SPECIAL_IDS), kept[_CONTROLS:] + 1, rest])
-    tensors = load_tensors(encoder)
-    tensors[TABLE_NAME] = tensors[TABLE_NAME][torch.from_numpy(rows)]
-    tokenizer_file = folder.with_name(f"{folder.name}.{encoder.tokenizer_file.name}")
+    weights = load_tensors(encoder)
+    weights[TABLE] = weights[TABLE][torch.from_numpy(rows)]
+    tokenizer_file = scratch_name(folder)
     tokenizer_file.write_bytes(trimmed_tokenizer(encoder.tokenizer_file, kept))
-    trimmed = replace(described, shape=replace(encoder.shape, vocab_size=len(rows)), tokenizer_file=tokenizer_file)
+    trimmed = replace(encoder, shape=replace(encoder.shape, vocab_size=len(rows)), tokenizer_file=tokenizer_file)
     note = f"The vocabulary is trimmed: {len(rows):,} of {encoder.shape.vocab_size:,} pieces are left."
-    export_hugging_face(folder, tensors, with_note(trimmed, note))
+    write_folder(folder, weights, trimmed, with_note(read_card(Path(encoder.name)), note))
     tokenizer_file.unlink()
-    return trimmed
+    return len(rows)

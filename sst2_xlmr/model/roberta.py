@@ -1,57 +1,19 @@
-"""XLM-R's modules. They own the parameters, under the names of torchtext's `RobertaModel`, and compute the logits.
+"""XLM-R with RoBERTa's classification head, in plain PyTorch.
 
-torchtext's own `RobertaModel` computes the same; it is the reference of the tests. It is not used here because it does
-not load under a torch newer than 2.3, computes all positions of the last layer, and always makes a mask.
+Equal to transformers' `XLMRobertaForSequenceClassification` and to torchtext's `RobertaModel`, which are the references
+of the tests; but no mask is made where all texts are of one length, and the last layer is computed at `<s>` only.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sst2_xlmr.model.encoders import EncoderShape
+
 PAD_ID = 1
-# Position 0 of a text is row 2 of the position table, as in fairseq.
-FIRST_POSITION = PAD_ID + 1
-
-
-@dataclass(frozen=True)
-class Dropouts:
-    """Probabilities of dropout: of hidden states, of attention weights, and in the classification head."""
-
-    hidden: float = 0.0
-    attention: float = 0.0
-    head: float = 0.0
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; the projections of queries, keys and values are one matrix."""
-
-    def __init__(self, hidden: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden, hidden))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden))
-        self.out_proj = nn.Linear(hidden, hidden)
-        self.heads, self.dropout = heads, dropout
-        nn.init.xavier_uniform_(self.in_proj_weight)
-
-    def forward(self, queries: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Return [batch, queries, hidden] (see `Layer.forward`)."""
-        batch, _, width = hidden.shape
-        size = width // self.heads
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        if queries is hidden:
-            projected = F.linear(hidden, weight, bias).view(batch, -1, 3, self.heads, size).permute(2, 0, 3, 1, 4)
-            query, key, value = projected.unbind(0)
-        else:
-            query = F.linear(queries, weight[:width], bias[:width]).view(batch, -1, self.heads, size).transpose(1, 2)
-            projected = F.linear(hidden, weight[width:], bias[width:]).view(batch, -1, 2, self.heads, size)
-            key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        return self.out_proj(mixed.transpose(1, 2).reshape(batch, -1, width))
+FIRST_POSITION = PAD_ID + 1  # position 0 of a text is row 2 of the position table, as in fairseq
 
 
 class Layer(nn.Module):
@@ -60,56 +22,74 @@ class Layer(nn.Module):
     Dropout stands where transformers has it, after both halves; torchtext has one more inside the feed-forward part.
     """
 
-    def __init__(self, hidden: int, heads: int, ffn: int, epsilon: float, dropouts: Dropouts) -> None:
+    def __init__(self, shape: EncoderShape, dropout: float) -> None:
         super().__init__()
-        self.self_attn = Attention(hidden, heads, dropouts.attention)
-        self.linear1, self.linear2 = nn.Linear(hidden, ffn), nn.Linear(ffn, hidden)
+        hidden, ffn, epsilon = shape.hidden, shape.ffn, shape.layer_norm_eps
+        self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
+        self.up, self.down = nn.Linear(hidden, ffn), nn.Linear(ffn, hidden)
         self.norm1, self.norm2 = nn.LayerNorm(hidden, epsilon), nn.LayerNorm(hidden, epsilon)
-        self.dropout = nn.Dropout(dropouts.hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.heads = shape.heads
 
     def forward(self, queries: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Compute the layer at the positions of `queries` only.
 
         Args:
-            queries: [batch, queries, hidden], the positions to compute.
-            hidden: [batch, length, hidden], all positions, for keys and values.
-            mask: [batch, 1, 1, length], added to attention scores: 0, or -inf where there is padding; None for zeros.
+            queries: [texts, queries, hidden], the positions to compute.
+            hidden: [texts, length, hidden], all positions, for keys and values.
+            mask: [texts, 1, 1, length], added to attention scores: 0, or -inf where there is padding; None for zeros.
 
         Returns:
-            [batch, queries, hidden].
+            [texts, queries, hidden].
         """
-        attended = self.norm1(queries + self.dropout(self.self_attn(queries, hidden, mask)))
-        return self.norm2(attended + self.dropout(self.linear2(F.gelu(self.linear1(attended)))))
+        attended = self.norm1(queries + self.dropout(self.out(self._attention(queries, hidden, mask))))
+        return self.norm2(attended + self.dropout(self.down(F.gelu(self.up(attended)))))
+
+    def _attention(self, queries: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        texts, _, width = hidden.shape
+        size = width // self.heads
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if queries is hidden:
+            projected = F.linear(hidden, weight, bias).view(texts, -1, 3, self.heads, size).permute(2, 0, 3, 1, 4)
+            query, key, value = projected.unbind(0)
+        else:
+            query = F.linear(queries, weight[:width], bias[:width]).view(texts, -1, self.heads, size).transpose(1, 2)
+            projected = F.linear(hidden, weight[width:], bias[width:]).view(texts, -1, 2, self.heads, size)
+            key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        dropout = self.dropout.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return mixed.transpose(1, 2).reshape(texts, -1, width)
 
 
-class Transformer(nn.Module):
+class Encoder(nn.Module):
     """Embeddings and layers.
 
     Nothing but the last layer's output at `<s>` reaches the head, so that layer is computed there only, with keys and
     values from all positions.
+
+    Args:
+        rows: of the embedding table (see model/vocabulary).
     """
 
-    def __init__(self, table_rows: int, positions: int, layers: list[Layer], dropout: float) -> None:
+    def __init__(self, shape: EncoderShape, rows: int, dropout: float) -> None:
         super().__init__()
-        hidden, epsilon = layers[0].linear1.in_features, layers[0].norm1.eps
-        self.token_embedding = nn.Embedding(table_rows, hidden, PAD_ID)
-        self.layers = nn.ModuleDict({"layers": nn.ModuleList(layers)})
-        self.positional_embedding = nn.ModuleDict({"embedding": nn.Embedding(positions, hidden)})
-        self.embedding_layer_norm = nn.LayerNorm(hidden, epsilon)
+        self.tokens = nn.Embedding(rows, shape.hidden, PAD_ID)
+        self.layers = nn.ModuleList(Layer(shape, dropout) for _ in range(shape.layers))
+        self.positions = nn.Embedding(shape.positions, shape.hidden)
+        self.norm = nn.LayerNorm(shape.hidden, shape.layer_norm_eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: torch.Tensor, padded: bool) -> torch.Tensor:
-        """Return the last layer's output at `<s>`, [batch, hidden] (see `Classifier.forward`)."""
-        length = tokens.shape[1]
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Return the last layer's output at `<s>`, [texts, hidden].
+
+        Args:
+            tokens: int64 [texts, length], padded at the right.
+            mask: as in `Layer`.
+        """
         # Padding gets positions too: no other position attends to it, so it changes nothing, and its gradient is zero.
-        positions = self.positional_embedding["embedding"].weight[FIRST_POSITION : FIRST_POSITION + length]
-        hidden = self.token_embedding(tokens) + positions
-        hidden = self.dropout(self.embedding_layer_norm(hidden))
-        mask = None
-        if padded:  # as what is added to the scores: a mask of bools would be turned into that in every layer
-            is_padding = tokens.eq(PAD_ID)[:, None, None, :]
-            mask = torch.zeros_like(is_padding, dtype=hidden.dtype).masked_fill_(is_padding, -torch.inf)
-        *layers, last = self.layers["layers"]
+        positions = self.positions.weight[FIRST_POSITION : FIRST_POSITION + tokens.shape[1]]
+        hidden = self.dropout(self.norm(self.tokens(tokens) + positions))
+        *layers, last = self.layers
         for layer in layers:
             hidden = layer(hidden, hidden, mask)
         return last(hidden[:, :1], hidden, mask)[:, 0]
@@ -118,15 +98,82 @@ class Transformer(nn.Module):
 class Head(nn.Module):
     """RoBERTa's classification head: dropout, dense, tanh, dropout, projection."""
 
-    def __init__(self, hidden: int, num_labels: int, dropout: float) -> None:
+    def __init__(self, hidden: int, outputs: int, dropout: float) -> None:
         super().__init__()
-        self.dense, self.out_proj = nn.Linear(hidden, hidden), nn.Linear(hidden, num_labels)
+        self.dense, self.out = nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return logits, [batch, num_labels].
+        """Return logits, [texts, outputs]; features: [texts, hidden], the encoder's output at `<s>`."""
+        return self.out(self.dropout(torch.tanh(self.dense(self.dropout(features)))))
+
+
+class SequenceClassifier(nn.Module):
+    """Encoder and head.
+
+    Args:
+        outputs: logits of a text.
+        dropout: probability, of hidden states and attention weights.
+        head_dropout: the same in the head.
+        rows: of the embedding table; None for the whole vocabulary.
+
+    Attributes:
+        id_map: int32 [vocabulary], the row of each id in the embedding table; None if that is whole.
+        autocast: whether fp32 parameters compute in bf16.
+    """
+
+    id_map: torch.Tensor | None
+
+    def __init__(
+        self,
+        shape: EncoderShape,
+        outputs: int,
+        dropout: float = 0.0,
+        head_dropout: float = 0.0,
+        rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape, self.outputs, self.autocast = shape, outputs, False
+        self.encoder = Encoder(shape, rows or shape.vocab_size, dropout)
+        self.head = Head(shape.hidden, outputs, head_dropout)
+        self.register_buffer("id_map", None, persistent=False)
+
+    @property
+    def is_encoder_frozen(self) -> bool:
+        return not self.encoder.tokens.weight.requires_grad
+
+    def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the rows of the embedding table for ids; both int64."""
+        return ids if self.id_map is None else self.id_map[ids].long()
+
+    def forward(self, ids: torch.Tensor, lengths: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits, [texts, outputs].
 
         Args:
-            features: [batch, hidden], the encoder's output at `<s>`.
+            ids: int64 [tokens], of all texts one after another.
+            lengths: int64 [texts], tokens per text; on the CPU, so that nothing waits for a GPU to know them.
+            keys: not used: an engine may draw every text's dropout masks from them, instead of torch's generator.
         """
-        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(features)))))
+        tokens = torch.full((len(lengths), int(lengths.max())), PAD_ID, device=ids.device)
+        if len(ids) == tokens.numel():
+            return self.padded(ids.view(tokens.shape), None)
+        is_token = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(ids.device, non_blocking=True)
+        return self.padded(tokens.masked_scatter_(is_token, ids), is_token)
+
+    def padded(self, tokens: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
+        """Return logits, [texts, outputs].
+
+        Args:
+            tokens: int64 [texts, length], ids, padded with 1 at the right.
+            is_token: bool [texts, length], False where there is padding; None if there is none.
+        """
+        mask = None
+        if is_token is not None:  # as what is added to the scores: a mask of bools would be made that in every layer
+            dtype = torch.bfloat16 if self.autocast else self.encoder.norm.weight.dtype
+            no_token = ~is_token[:, None, None, :]
+            mask = torch.zeros_like(no_token, dtype=dtype).masked_fill_(no_token, -torch.inf)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_encoder_frozen):
+                features = self.encoder(self.rows_of(tokens), mask)
+            logits: torch.Tensor = self.head(features)
+        return logits

@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor
 from sst2_xlmr.util.errors import UserError
 
 
-def framed_pieces(first: List[int], second: Optional[List[int]], max_length: int) -> List[int]:  # noqa: UP006, UP045
+def add_special_tokens(first: List[int], second: Optional[List[int]], max_length: int) -> List[int]:  # noqa: UP006, UP045
     """Return a row's SentencePiece ids, at most `max_length`: `<s> a </s>`, or of a pair `<s> a </s></s> b </s>`.
 
     A text that is cut keeps its `</s>`. A pair that is too long loses tokens at the end of the longer text, one at a
@@ -46,21 +46,15 @@ class Tokenizer:
         self._pieces = pieces
         self.vocab_size: int = pieces.GetPieceSize() + 1  # every id is below it
 
-    def __call__(self, texts: list[str], pairs: list[str] | None = None) -> list[list[int]]:
-        """Return ids per row (see `framed_pieces`).
+    def flat_ids(self, texts: list[str], pairs: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all rows one after another, int32 [tokens], and tokens per row, int64 [rows].
 
         Args:
             texts: one per row.
             pairs: the second text of every row; None if rows have one.
         """
-        ids, lengths = self.flat_ids(texts, pairs)
-        ends = np.cumsum(lengths).tolist()
-        return [ids[end - length : end].tolist() for end, length in zip(ends, lengths.tolist())]
-
-    def flat_ids(self, texts: list[str], pairs: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of all rows one after another, int32 [tokens], and tokens per row, int64 [rows]."""
         seconds = [None] * len(texts) if pairs is None else self._pieces.Encode(pairs)
-        rows = [framed_pieces(*both, self.max_length) for both in zip(self._pieces.Encode(texts), seconds)]
+        rows = [add_special_tokens(*both, self.max_length) for both in zip(self._pieces.Encode(texts), seconds)]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
         ids += 1

@@ -1,58 +1,109 @@
-"""Train only the embedding rows that the run's own files use, and expand the table again.
+"""The vocabulary: which rows of the embedding table a run trains, and how the whole table is made of them again.
 
-SST-2 uses 9,370 of XLM-R's 250,002 rows. A row that no batch contains has no gradient, so its Adam moments stay zero
-and it only decays, by the product of all `1 - lr * weight_decay`; that one number is kept and applied when the table is
-expanded. flair's `transformer-smaller-training-vocab` (https://github.com/helpmefindaname/transformer-smaller-training-vocab)
-shrinks and restores the table around a Trainer run too, but leaves out the decay of untouched rows. Used rows get
-the same bits as in a whole table (given the same clipping factor); untouched ones are rounded once instead of at every
-step.
+XLM-R has 250,002 rows, of which the files of a run use few (SST-2: 8,890). A row that no batch contains has no
+gradient, so its Adam moments stay zero and it only decays, by the product of all `1 - lr * weight_decay`; that one
+number is kept and applied when the table is expanded. flair's `transformer-smaller-training-vocab`
+(https://github.com/helpmefindaname/transformer-smaller-training-vocab) shrinks and restores the table around a Trainer
+run too, but leaves out the decay of untouched rows. Used rows get the same bits as in a whole table (given the same
+clipping factor); untouched ones are rounded once instead of at every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from sst2_xlmr.util.files import Deferred
+from sst2_xlmr.util.files import Deferred, Storable
 
-TABLE_NAME = "encoder.transformer.token_embedding.weight"
+TABLE = "encoder.tokens.weight"
 SPECIAL_IDS = 4  # <s>, <pad>, </s>, <unk> keep their places
 _CHUNK = 1 << 22
 
 
-def used_ids(id_arrays: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
-    """Return int64 [rows], ascending: the special ids and every id that occurs."""
-    used = np.zeros(vocab_size, bool)
+@dataclass
+class Vocabulary:
+    """The rows of an embedding table.
+
+    Attributes:
+        ids: int64 [rows], ascending, the id of every row.
+        size: of the whole vocabulary.
+        decay_rate: weight decay of the table, times its factor on the learning rate; 0 if it is not trained.
+        decay: what all steps so far have left of a row without gradient.
+    """
+
+    ids: torch.Tensor
+    size: int
+    decay_rate: float = 0.0
+    decay: float = 1.0
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.ids) == self.size
+
+    def count_step(self, lr: float) -> None:
+        """Take note of an optimizer step at this learning rate, before layer-wise decay."""
+        self.decay *= 1 - lr * self.decay_rate
+
+    def id_map(self) -> torch.Tensor | None:
+        """Return int32 [size], each id's row; ids without one become `<unk>`. None for the whole vocabulary."""
+        if self.is_whole:
+            return None
+        rows = torch.full((self.size,), 3, dtype=torch.int32)
+        rows[self.ids] = torch.arange(len(self.ids), dtype=torch.int32)
+        return rows
+
+    def expand(self, pretrained: Deferred, trained: Storable) -> Deferred:
+        """Return the whole table as if it had been trained whole, computed a few rows at a time.
+
+        Args:
+            pretrained: fp32 [size, hidden], before training.
+            trained: fp32 [rows, hidden], after it.
+        """
+
+        def make(start: int, stop: int) -> torch.Tensor:
+            table = pretrained.rows(start, stop) * self.decay
+            first, last = torch.searchsorted(self.ids, torch.tensor([start, stop])).tolist()
+            rows = trained[first:last] if isinstance(trained, torch.Tensor) else trained.rows(first, last)
+            table[self.ids[first:last] - start] = rows.cpu()
+            return table
+
+        return Deferred(pretrained.shape, pretrained.dtype, make)
+
+    def take_over(
+        self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], ids: torch.Tensor, start: torch.Tensor
+    ) -> None:
+        """Give a checkpoint's table and moments this vocabulary's rows, in place: other test files may use other ids.
+
+        Args:
+            weights, moments: of the checkpoint, fp32.
+            ids: int64, those of its rows.
+            start: fp32 [rows, hidden], the rows before training.
+        """
+        if torch.equal(ids, self.ids):
+            return
+        weights[TABLE] = self._moved(weights[TABLE], ids, start.cpu() * self.decay)
+        for name in (f"exp_avg.{TABLE}", f"exp_avg_sq.{TABLE}"):
+            if name in moments:
+                moments[name] = self._moved(moments[name], ids, torch.zeros_like(start, device="cpu"))
+
+    def _moved(self, rows: torch.Tensor, ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Return `start`, in which the ids that both have got their rows from `rows`."""
+        start[torch.isin(self.ids, ids)] = rows[torch.isin(ids, self.ids)]
+        return start
+
+
+def whole_vocabulary(size: int) -> Vocabulary:
+    return Vocabulary(torch.arange(size), size)
+
+
+def used_vocabulary(id_arrays: Iterable[np.ndarray], size: int) -> Vocabulary:
+    """Return the vocabulary of the special ids and of every id that occurs; the arrays are of integers."""
+    used = np.zeros(size, bool)
     used[:SPECIAL_IDS] = True
     for ids in id_arrays:
         for start in range(0, len(ids), _CHUNK):  # ids may be a memory map larger than memory
             used[ids[start : start + _CHUNK]] = True
-    return np.flatnonzero(used)
-
-
-def renumbering(kept_ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Return int32 [vocab_size]: an id's row in the compact table; ids that are not kept become `<unk>`."""
-    rows = np.full(vocab_size, 3, np.int32)
-    rows[kept_ids] = np.arange(len(kept_ids), dtype=np.int32)
-    return rows
-
-
-def expand_table(pretrained: Deferred, kept_ids: torch.Tensor, rows: Deferred, decay: float) -> Deferred:
-    """Return the whole table as if it had been trained whole, computed a few rows at a time.
-
-    Args:
-        pretrained: fp32 [vocab_size, hidden], before training.
-        kept_ids: int64 [rows], ascending.
-        rows: fp32 [rows, hidden], after training.
-        decay: product of `1 - lr * weight_decay` over all steps.
-    """
-
-    def make(start: int, stop: int) -> torch.Tensor:
-        table = pretrained.rows(start, stop) * decay
-        first, last = torch.searchsorted(kept_ids, torch.tensor([start, stop])).tolist()
-        table[kept_ids[first:last] - start] = rows.rows(first, last).cpu()
-        return table
-
-    return Deferred(pretrained.shape, pretrained.dtype, make)
+    return Vocabulary(torch.from_numpy(np.flatnonzero(used)), size)

@@ -1,9 +1,13 @@
-"""The names of the same weights in torchtext 0.18, in torchtext's downloads, and in transformers."""
+"""The names of the same weights: ours, torchtext's, and transformers'; one table for each source.
+
+Ours are `encoder.tokens`, `encoder.positions`, `encoder.norm`, `encoder.layers.N.{qkv,out,norm1,up,down,norm2}` and
+`head.{dense,out}`, each with `.weight` and most with `.bias`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -11,48 +15,75 @@ from sst2_xlmr.util.files import Storable
 
 Tensors = dict[str, torch.Tensor]
 
-_BUNDLE_NAMES = {
-    "attention.input_projection": "self_attn.in_proj",
-    "attention.output_projection": "self_attn.out_proj",
-    "residual_mlp.mlp.0": "linear1",
-    "residual_mlp.mlp.3": "linear2",
+# Of the downloads, which have an older torchtext's names, and of torchtext 0.18 itself.
+_TORCHTEXT = {
+    "encoder.transformer.token_embedding": "encoder.tokens",
+    "encoder.transformer.positional_embedding.embedding": "encoder.positions",
+    "encoder.transformer.embedding_layer_norm": "encoder.norm",
+}
+_TORCHTEXT_LAYER = {
+    "attention.input_projection": "qkv",
+    "attention.output_projection": "out",
+    "residual_mlp.mlp.0": "up",
+    "residual_mlp.mlp.3": "down",
     "attention_layer_norm": "norm1",
     "final_layer_norm": "norm2",
+    "self_attn.in_proj": "qkv",
+    "self_attn.out_proj": "out",
+    "linear1": "up",
+    "linear2": "down",
+    "norm1": "norm1",
+    "norm2": "norm2",
 }
-_HF_NAMES = {
-    "attention.output.dense": "self_attn.out_proj",
+_HUGGING_FACE = {
+    "embeddings.word_embeddings": "encoder.tokens",
+    "embeddings.position_embeddings": "encoder.positions",
+    "embeddings.LayerNorm": "encoder.norm",
+    "classifier.dense": "head.dense",
+    "classifier.out_proj": "head.out",
+}
+_HUGGING_FACE_LAYER = {
+    "attention.output.dense": "out",
     "attention.output.LayerNorm": "norm1",
-    "intermediate.dense": "linear1",
-    "output.dense": "linear2",
+    "intermediate.dense": "up",
+    "output.dense": "down",
     "output.LayerNorm": "norm2",
 }
-_HF_EMBEDDINGS = {
-    "embeddings.word_embeddings": "token_embedding",
-    "embeddings.position_embeddings": "positional_embedding.embedding",
-    "embeddings.LayerNorm": "embedding_layer_norm",
-}
-_HF_HEAD = {"classifier.dense": "head.dense", "classifier.out_proj": "head.out_proj"}
+_QKV = ("query", "key", "value")  # transformers has three matrices
+_TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
+TABLE_SOURCES = tuple(
+    f"{name}.weight"
+    for name in (
+        "encoder.transformer.token_embedding",
+        "roberta.embeddings.word_embeddings",
+        "embeddings.word_embeddings",
+    )
+)
 
 
-def layer_of(name: str) -> int | None:
-    """Return the number of the encoder's layer that a tensor belongs to, by any of its names; None if to no layer."""
+def layer_of(name: str) -> int:
+    """Return the number of the encoder's layer that a tensor belongs to, by any of its names; -1 if to no layer."""
     match = re.search(r"\.layers?\.(\d+)\.", name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match else -1
 
 
-def from_bundle(raw: Mapping[str, torch.Tensor]) -> Tensors:
-    """Rename the tensors of torchtext's downloads, which have an older torchtext's names."""
-    renamed = {}
-    for old_name in raw:
-        name = old_name
-        match = re.fullmatch(r"encoder\.transformer\.layers\.(\d+)\.(.+)\.?(weight|bias)", name)
-        if match:
-            inner = match[2].rstrip("._")
-            new = _BUNDLE_NAMES.get(inner)
-            joint = "_" if new == "self_attn.in_proj" else "."
-            name = f"encoder.transformer.layers.layers.{match[1]}.{new}{joint}{match[3]}" if new else name
-        renamed[name] = raw[old_name]
-    return renamed
+def _our_name(name: str, tops: Mapping[str, str], layer: str, inner: Mapping[str, str]) -> str:
+    """Return our name for a source's, by its tables; empty if it has none. `layer` is a pattern."""
+    match = re.fullmatch(r"(.+)[._](weight|bias)", name)
+    if match is None:
+        return ""
+    stem, kind = match.groups()
+    if stem in tops:
+        return f"{tops[stem]}.{kind}"
+    if (place := re.fullmatch(layer, stem)) and place[2] in inner:
+        return f"encoder.layers.{place[1]}.{inner[place[2]]}.{kind}"
+    return ""
+
+
+def from_torchtext(raw: Mapping[str, torch.Tensor]) -> Tensors:
+    """Rename the tensors of torchtext's downloads; unknown ones keep their names."""
+    layer = r"encoder\.transformer\.layers\.layers\.(\d+)\.(.+)"
+    return {_our_name(name, _TORCHTEXT, layer, _TORCHTEXT_LAYER) or name: raw[name] for name in raw}
 
 
 def from_hugging_face(raw: Mapping[str, torch.Tensor]) -> Tensors:
@@ -62,50 +93,49 @@ def from_hugging_face(raw: Mapping[str, torch.Tensor]) -> Tensors:
     belong to other heads (language model, pooler) are left out, unread.
     """
     result: Tensors = {}
-    joined: dict[str, dict[str, str]] = {}
+    layer = r"encoder\.layer\.(\d+)\.(.+)"
     token_type = torch.zeros(1, 1)
     for raw_name in raw:
-        name = raw_name[8:] if raw_name.startswith("roberta.") else raw_name
-        stem, kind = name.rsplit(".", 1) if "." in name else (name, "")
-        if stem in _HF_EMBEDDINGS:
-            result[f"encoder.transformer.{_HF_EMBEDDINGS[stem]}.{kind}"] = raw[raw_name]
-        elif stem in _HF_HEAD:
-            result[f"{_HF_HEAD[stem]}.{kind}"] = raw[raw_name]
-        elif name == "embeddings.token_type_embeddings.weight":
+        name = raw_name.removeprefix("roberta.")
+        if match := re.fullmatch(r"encoder\.layer\.(\d+)\.attention\.self\.query\.(weight|bias)", name):
+            others = [raw_name.replace(".query.", f".{part}.") for part in _QKV]
+            parts = [raw[other] for other in others if other in raw]
+            result[f"encoder.layers.{match[1]}.qkv.{match[2]}"] = torch.cat(parts)
+        elif name == _TOKEN_TYPES:
             token_type = raw[raw_name]
-        elif match := re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", stem):
-            layer = f"encoder.transformer.layers.layers.{match[1]}."
-            if part := re.fullmatch(r"attention\.self\.(query|key|value)", match[2]):
-                joined.setdefault(f"{layer}self_attn.in_proj_{kind}", {})[part[1]] = raw_name
-            else:
-                result[f"{layer}{_HF_NAMES.get(match[2], match[2])}.{kind}"] = raw[raw_name]
-    for name, parts in joined.items():
-        result[name] = torch.cat([raw[parts[part]] for part in ("query", "key", "value") if part in parts])
-    positions = "encoder.transformer.positional_embedding.embedding.weight"
-    if positions in result and token_type.any():
-        folded = result[positions] + token_type[0]
-        folded[:2] = result[positions][:2]
-        result[positions] = folded
+        elif ours := _our_name(name, _HUGGING_FACE, layer, _HUGGING_FACE_LAYER):
+            result[ours] = raw[raw_name]
+        elif name.startswith("encoder.layer.") and ".attention.self." not in name:
+            result[name] = raw[raw_name]  # that belongs to no XLM-R, and is refused
+    if "encoder.positions.weight" in result and token_type.any():
+        positions = result["encoder.positions.weight"]
+        result["encoder.positions.weight"] = torch.cat([positions[:2], positions[2:] + token_type[0]])
     return result
 
 
 def to_hugging_face(tensors: Mapping[str, Storable]) -> dict[str, Storable]:
-    """Return the tensors of a classifier under the names of transformers' `XLMRobertaForSequenceClassification`."""
-    names = {f"encoder.transformer.{ours}": f"roberta.{theirs}" for theirs, ours in _HF_EMBEDDINGS.items()}
-    names.update({ours: theirs for theirs, ours in _HF_HEAD.items()})
-    inner = {ours: theirs for theirs, ours in _HF_NAMES.items()}
+    """Return a classifier's tensors under the names of transformers' `XLMRobertaForSequenceClassification`."""
+    inner = _inverted(_HUGGING_FACE_LAYER.items())
+    tops = _inverted(
+        (theirs if theirs.startswith("classifier") else f"roberta.{theirs}", ours)
+        for theirs, ours in _HUGGING_FACE.items()
+    )
     result: dict[str, Storable] = {}
     for name, tensor in tensors.items():
-        match = re.fullmatch(r"encoder\.transformer\.layers\.layers\.(\d+)\.(.+)[._](weight|bias)", name)
-        if match and match[2] == "self_attn.in_proj":
-            pieces: Sequence[Storable] = tensor.chunk(3)
-            for part, piece in zip(("query", "key", "value"), pieces):
-                result[f"roberta.encoder.layer.{match[1]}.attention.self.{part}.{match[3]}"] = piece
+        pieces: Sequence[Storable] = tensor.chunk(3) if ".qkv." in name else ()
+        stem, kind = name.rsplit(".", 1)
+        match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", stem)
+        if match and match[2] == "qkv":
+            for part, piece in zip(_QKV, pieces):
+                result[f"roberta.encoder.layer.{match[1]}.attention.self.{part}.{kind}"] = piece
         elif match:
-            result[f"roberta.encoder.layer.{match[1]}.{inner[match[2]]}.{match[3]}"] = tensor
+            result[f"roberta.encoder.layer.{match[1]}.{inner[match[2]]}.{kind}"] = tensor
         else:
-            stem, kind = name.rsplit(".", 1)
-            result[f"{names[stem]}.{kind}"] = tensor
-    word = result["roberta.embeddings.word_embeddings.weight"]
-    result["roberta.embeddings.token_type_embeddings.weight"] = torch.zeros(1, word.shape[1], dtype=word.dtype)
+            result[f"{tops[stem]}.{kind}"] = tensor
+    word = tensors["encoder.tokens.weight"]
+    result[f"roberta.{_TOKEN_TYPES}"] = torch.zeros(1, word.shape[1], dtype=word.dtype)
     return result
+
+
+def _inverted(names: Iterable[tuple[str, str]]) -> dict[str, str]:
+    return {ours: theirs for theirs, ours in names}

@@ -10,22 +10,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder
-from sst2_xlmr.model.weight_names import Tensors, from_bundle, from_hugging_face, layer_of
+from sst2_xlmr.model.vocabulary import TABLE
+from sst2_xlmr.model.weight_names import TABLE_SOURCES, Tensors, from_hugging_face, from_torchtext, layer_of
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import Deferred
 
-_TABLE_NAMES = [
-    "encoder.transformer.token_embedding.weight",
-    "roberta.embeddings.word_embeddings.weight",
-    "embeddings.word_embeddings.weight",
-]
-SCALE_SUFFIX = "_scale"  # of the fp32 scales [n] of a matrix in int8 [n, k]
 _ROWS_AT_ONCE = 512
 _MAPPED_BYTES = 1 << 26
 _FAULT_BYTES = 1 << 16  # what Linux maps around a byte that is read
@@ -66,18 +60,19 @@ def _is_plain_zip(file: Path) -> bool:
 
 
 class _Weights(Mapping[str, torch.Tensor]):
-    """A file's floating-point tensors, and matrices of 8-bit integers with their scales; each read on access, as fp32.
+    """A file's floating-point tensors, each read on access, as fp32.
 
     The file is mapped into memory. Pages that have been read count as the process's memory until the mapping is closed,
     so it is renewed from time to time. Tensors are copied, because a mapping would change with the file. Only torch's
     old format, a bare pickle, cannot be mapped and is read as a whole.
 
     Args:
-        left_out: numbers of layers to leave out, unread.
+        ids: int64 [rows], the rows of the embedding table to read; None for all.
+        layers: of the encoder; tensors of layers above these are left out, unread.
     """
 
-    def __init__(self, file: Path, kept_ids: np.ndarray | None = None, left_out: range = range(0)) -> None:
-        self._file, self._kept_ids, self._left_out = file, kept_ids, left_out
+    def __init__(self, file: Path, ids: torch.Tensor | None = None, layers: int | None = None) -> None:
+        self._file, self._ids, self._layers = file, ids, layers
         self._is_mapped = file.suffix == ".safetensors" or _is_plain_zip(file)
         self._map()
 
@@ -88,14 +83,12 @@ class _Weights(Mapping[str, torch.Tensor]):
             raw = torch.load(self._file, map_location="cpu", weights_only=True, mmap=self._is_mapped)
             if not isinstance(raw, dict):
                 raise UserError(f"{self._file} holds no tensors by name; save a model's state_dict()")
-        self._scales = {name: raw[name + SCALE_SUFFIX] for name in raw if name + SCALE_SUFFIX in raw}
         self.raw = {
             name: tensor
             for name, tensor in raw.items()
             if isinstance(tensor, torch.Tensor)
-            and (tensor.is_floating_point() or name in self._scales)
-            and name.removesuffix(SCALE_SUFFIX) not in self._scales.keys() - {name}
-            and layer_of(name) not in self._left_out
+            and tensor.is_floating_point()
+            and (self._layers is None or layer_of(name) < self._layers)
         }
         self._read_bytes = 0
 
@@ -109,15 +102,13 @@ class _Weights(Mapping[str, torch.Tensor]):
         return name in self.raw  # Mapping's own would read the tensor
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if self._kept_ids is None or name not in _TABLE_NAMES:
+        if self._ids is None or name not in TABLE_SOURCES:
             return self.read(name, ...)
-        return torch.cat([self.read(name, ids) for ids in torch.from_numpy(self._kept_ids).split(_ROWS_AT_ONCE)])
+        return torch.cat([self.read(name, ids) for ids in self._ids.split(_ROWS_AT_ONCE)])
 
     def read(self, name: str, rows: Any) -> torch.Tensor:
         """Return the part of a tensor that the index `rows` selects."""
         result = self.raw[name][rows].to(torch.float32, copy=self._is_mapped)
-        if name in self._scales:
-            result *= self._scales[name][rows].unsqueeze(-1)
         scattered = len(rows) * _FAULT_BYTES if isinstance(rows, torch.Tensor) else 0
         self._read_bytes += max(result.nbytes, scattered)
         if self._is_mapped and self._read_bytes > _MAPPED_BYTES:
@@ -125,21 +116,20 @@ class _Weights(Mapping[str, torch.Tensor]):
         return result
 
 
-def load_tensors(encoder: Encoder, kept_ids: np.ndarray | None = None) -> Tensors:
-    """Read an encoder's weights; returns fp32 tensors under torchtext's names, with `head.*` where it has a head.
+def load_tensors(encoder: Encoder, ids: torch.Tensor | None = None) -> Tensors:
+    """Read an encoder's weights; returns fp32 tensors under our names, with `head.*` where it has a head.
 
     Args:
-        kept_ids: int64 [rows], the rows of the embedding table to read (see compact_vocab); None for all.
+        ids: int64 [rows], the rows of the embedding table to read; None for all.
 
     Raises:
         UserError: if the file cannot be read as weights, or its table does not have the configured number of rows.
     """
-    file, first = encoder.weights_file, encoder.shape.layers
-    with _reading_errors(file):
-        raw = _Weights(file, kept_ids, range(first, first + encoder.layers_left_out))
-        if kept_ids is not None:
+    with _reading_errors(encoder.weights_file):
+        raw = _Weights(encoder.weights_file, ids, encoder.shape.layers)
+        if ids is not None:
             _find_table(encoder, raw)
-        return from_bundle(raw) if encoder.name in BUNDLE_SHAPES else from_hugging_face(raw)
+        return from_torchtext(raw) if encoder.name in BUNDLE_SHAPES else from_hugging_face(raw)
 
 
 def pretrained_table(encoder: Encoder) -> Deferred:
@@ -162,9 +152,9 @@ def pretrained_table(encoder: Encoder) -> Deferred:
 
 def _find_table(encoder: Encoder, raw: _Weights) -> str:
     """Return the embedding table's name in the file, and check its shape."""
-    name = next((name for name in _TABLE_NAMES if name in raw), "")
+    name = next((name for name in TABLE_SOURCES if name in raw), "")
     expected = torch.Size((encoder.shape.vocab_size, encoder.shape.hidden))
-    check_fit({_TABLE_NAMES[0]: raw.raw[name]} if name else {}, {_TABLE_NAMES[0]: expected}, encoder.weights_file)
+    check_fit({TABLE: raw.raw[name]} if name else {}, {TABLE: expected}, encoder.weights_file)
     return name
 
 

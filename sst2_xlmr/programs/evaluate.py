@@ -15,30 +15,36 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_option, bounds_of
 from sst2_xlmr.config import Config, named_files
 from sst2_xlmr.data.formats import KINDS, either
-from sst2_xlmr.data.rows import COLUMN_OPTIONS, columns_of
+from sst2_xlmr.data.rows import COLUMN_OPTIONS, Columns, columns_of
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
 from sst2_xlmr.evaluation.calibration import Calibration, calibrate
 from sst2_xlmr.evaluation.compare import Answers, agreement_table, check_agreement
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
-from sst2_xlmr.export.folder import description_of, export_hugging_face, with_note, with_temperature
+from sst2_xlmr.export.folder import read_card, with_note, write_folder
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.predictor import load_model
-from sst2_xlmr.report.event_folder import make_event_folder
-from sst2_xlmr.report.mistakes import EvaluatedFile
 from sst2_xlmr.report.table import evaluation_table
-from sst2_xlmr.report.tensorboard import SCALARS, draw_accuracy, draw_evaluation
+from sst2_xlmr.report.tensorboard import (
+    SCALARS,
+    add_scalars,
+    draw_accuracy,
+    draw_evaluation,
+    make_event_folder,
+    open_events,
+    read_texts,
+)
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.distributed import World, choose_device
 from sst2_xlmr.util.errors import UserError
@@ -54,7 +60,7 @@ def check_outputs(json_file: Path | None, tensorboard_dir: Path | None) -> None:
         if json_file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"cannot write --json {json_file}; name a file in a folder that is there")
     if tensorboard_dir:
-        make_event_folder(tensorboard_dir)
+        make_event_folder(tensorboard_dir, "--tensorboard")
 
 
 def class_lines(name: str, evaluation: Evaluation, label_names: list[str]) -> list[str]:
@@ -89,14 +95,22 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
         raise UserError(f"cannot write --json {file}: {error.strerror}") from None
 
 
-def write_events(folder: Path, evaluations: dict[str, Evaluation], files: dict[str, EvaluatedFile]) -> None:
+def write_events(
+    folder: Path,
+    evaluations: dict[str, Evaluation],
+    files: dict[str, Path],
+    caches: dict[str, TokenCache],
+    columns: Columns,
+    classes: list[str],
+) -> None:
     """Write scalars and pictures for TensorBoard, at step 0."""
     try:
-        with SummaryWriter(str(folder)) as writer:
+        with open_events(folder) as writer:
             for name, evaluation in evaluations.items():
-                for key in SCALARS:
-                    writer.add_scalar(f"{name}/{key}", evaluation.metrics[key], 0)
-                draw_evaluation(writer, 0, files[name], evaluation)
+                add_scalars(writer, 0, name, {key: evaluation.metrics[key] for key in SCALARS})
+                texts_of = partial(read_texts, files[name], caches[name].digest, columns, classes)
+                assert evaluation.probabilities is not None
+                draw_evaluation(writer, 0, name, caches[name].labels, evaluation.probabilities, classes, texts_of)
             draw_accuracy(writer, 0, {name: evaluation.metrics for name, evaluation in evaluations.items()})
     except OSError as error:
         raise UserError(f"cannot write to --tensorboard {folder}: {error.strerror}") from None
@@ -137,10 +151,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def write_calibrated(source: Path, output: Path, calibration: Calibration) -> None:
     """Write a model folder like `source` that gives calibrated probabilities, and say so in its card."""
     encoder = find_encoder(str(source))
-    begin, described = "The probabilities are calibrated: ", description_of(encoder)
+    begin, card = "The probabilities are calibrated: ", read_card(source)
     if calibration.temperature != 1:
-        described = with_note(described, f"{begin}{calibration}.", former=f"{begin}temperature")
-    export_hugging_face(output, with_temperature(load_tensors(encoder), calibration.temperature), described)
+        card = with_note(card, f"{begin}{calibration}.", former=f"{begin}temperature")
+    write_folder(output, load_tensors(encoder), encoder, card, calibration.temperature)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -214,8 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         content = {"model": str(arguments.model), "precision": precision, "labels": label_names, "files": parts}
         write_json(arguments.json, {**content, "mean": mean_of(list(metrics.values()))})
     if arguments.tensorboard:
-        evaluated = {name: EvaluatedFile(name, files[name], cache, config) for name, cache in caches.items()}
-        write_events(arguments.tensorboard, evaluations, evaluated)
+        write_events(arguments.tensorboard, evaluations, files, caches, columns, label_names)
     print("\n".join(evaluation_table(metrics)))
     for name, evaluation in evaluations.items():
         print("\n".join(["", *class_lines(name, evaluation, label_names)]))

@@ -8,9 +8,9 @@
 
 torchscript: one file that takes raw texts and needs torch and torchtext only (see sst2_xlmr/export/torchscript.py); to
 be written under torch 2.3.1 with torchtext.
-onnx: one file that takes raw texts, or with --from-ids token ids, and needs onnxruntime only (see export/onnx_file.py).
+onnx: one file that takes raw texts, or with --from-ids token ids, and needs onnxruntime only (see export/onnx.py).
+onnx-int8: the same in 8 bits.
 hf: a folder in Hugging Face layout, as train.py writes it, from any such folder.
-onnx-int8, hf-int8: the same in 8 bits; such a folder is for the scripts here, with --precision int8 or another.
 --keep-vocabulary-of leaves out the embedding rows that these texts do not need, before anything else is done.
 
 The result is read back and compared with the model on a dozen sentences in as many languages, or on the rows of
@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Optional
 
 import numpy as np
 import torch
@@ -34,19 +34,21 @@ from sst2_xlmr.cli import OneLineParser, add_bounds, add_option, bounds_of
 from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.rows import COLUMN_OPTIONS, Columns, columns_given
-from sst2_xlmr.evaluation.compare import Answers, agreement_table, check_agreement, compare
+from sst2_xlmr.evaluation.compare import check_comparison, compare, comparison_table
 from sst2_xlmr.evaluation.evaluate import predict
-from sst2_xlmr.export.check_rows import Rows, is_rows_file, read_checks, read_texts
-from sst2_xlmr.export.folder import IN_8_BITS, description_of, export_hugging_face, with_note
+from sst2_xlmr.export.check_rows import is_rows_file, read_checks, read_texts
+from sst2_xlmr.export.folder import read_card, write_folder
 from sst2_xlmr.export.trimmed import write_trimmed
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import Encoder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.weights import load_tensors
-from sst2_xlmr.predictor import load_model
+from sst2_xlmr.task import SingleLabel, Task
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import put_in_place, scratch_folder
+from sst2_xlmr.util.output import say
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,16 +56,15 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # of a probability; bf16 weights have 
 ONNX_TOLERANCE = 1e-4
 ROWS_COMPARED = 1000  # of the texts whose vocabulary is kept: all have the same ids, these also the same answers
 ONNX_BATCH = 32
-# Returns fp32 probabilities, [rows, labels].
-Classify = Callable[[Rows], torch.Tensor]
+# Takes texts and, or None, their second texts; returns fp32 probabilities, [rows, outputs].
+Classify = Callable[[list[str], Optional[list[str]]], np.ndarray]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description="Write a trained model in another form, and check it.", allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, type=Path, metavar="DIR", help="model folder in Hugging Face layout")
-    formats = ("hf", "hf-int8", "onnx", "onnx-int8", "torchscript")
-    add("--format", required=True, choices=formats, help="what to write")
+    add("--format", required=True, choices=("hf", "onnx", "onnx-int8", "torchscript"), help="what to write")
     add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf) or file")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights in the folder; hf only [fp32]")
     add("--from-ids", action="store_true", help="onnx: take token ids instead of texts, to tokenize elsewhere")
@@ -107,19 +108,23 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             "--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids; export --format hf"
             " trimmed, then that folder with --from-ids"
         )
-    if kind.endswith("int8") and not arguments.check_file:
-        raise UserError(f"--format {kind} needs --check-file: what 8 bits cost is measured on rows such as yours")
-    if not kind.endswith("int8") and (arguments.most_changed, arguments.most_lost) != (None, None):
-        raise UserError("--most-changed and --most-lost are for formats in 8 bits; leave them out")
+    if kind == "onnx-int8" and not arguments.check_file:
+        raise UserError("--format onnx-int8 needs --check-file: what 8 bits cost is measured on rows such as yours")
+    if kind != "onnx-int8" and (arguments.most_changed, arguments.most_lost) != (None, None):
+        raise UserError("--most-changed and --most-lost are for --format onnx-int8; leave them out")
     files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, arguments.keep_vocabulary_of)]
     for name in COLUMN_OPTIONS:
         if name in arguments and not any(map(is_rows_file, files)):
             where = "--check-file or --keep-vocabulary-of"
             raise UserError(f"{flag(name)} needs a {either(KINDS)} file whose columns it names: {where}")
-    if kind in ("onnx", "onnx-int8") and not arguments.from_ids and getattr(arguments, "text_pair_column", None):
+    if kind.startswith("onnx") and not arguments.from_ids and getattr(arguments, "text_pair_column", None):
         raise UserError("an ONNX file that takes texts takes one for each row; export pairs with --from-ids")
-    if os.path.lexists(arguments.output):
-        raise UserError(f"--output {arguments.output} is there already; choose another name")
+    check_is_new(arguments.output)
+
+
+def check_is_new(output: Path) -> None:
+    if os.path.lexists(output):
+        raise UserError(f"--output {output} already exists; choose another name")
 
 
 def import_onnx() -> None:
@@ -132,148 +137,154 @@ def import_onnx() -> None:
         raise UserError(f"--format onnx needs {error.name}; install them with pip install -e '.[onnx]'") from None
 
 
-def classify_with_folder(folder: Path, precision: str = "fp32") -> Classify:
-    if precision == "int8":
-        model = load_model(folder, CPU, precision)
-        if model.precision != precision:
-            raise UserError("--format hf-int8 is checked by computing in int8, which this machine cannot")
-        module, tokenizer = model.module, model.tokenizer
-    else:
-        module, tokenizer, _ = load_classifier(folder, CPU, bf16=False)
-    return lambda rows: predict(module, tokenizer(rows.texts, rows.pairs), EVAL_BATCH_TOKENS, CPU)
+def check_finite(encoder: Encoder) -> None:
+    """Refuse a model that answers NaN, perhaps only where an unusual piece occurs."""
+    for name, weight in load_tensors(encoder).items():
+        if not torch.isfinite(weight).all():
+            raise UserError(
+                f"{encoder.weights_file}: {name} has values that are not finite (NaN or infinity); export a model"
+                " from before the training failed"
+            )
+
+
+def classify_with_folder(folder: Path) -> Classify:
+    model, tokenizer, task = load_classifier(folder, CPU, bf16=False)
+    return lambda texts, pairs: predict(model, task, *tokenizer.flat_ids(texts, pairs), EVAL_BATCH_TOKENS, CPU)
 
 
 def write_torchscript(encoder: Encoder, file: Path) -> Classify:
     from sst2_xlmr.export.torchscript import save_torchscript  # only here: it needs torchtext
 
-    model, tokenizer, label_names = load_classifier(Path(encoder.name), CPU, bf16=False)
-    save_torchscript(model, tokenizer, label_names, file)
+    model, tokenizer, task = load_classifier(Path(encoder.name), CPU, bf16=False)
+    save_torchscript(model, tokenizer, task, file)
     classify = torch.jit.load(file)
 
-    def answers(rows: Rows) -> torch.Tensor:
-        labels, probabilities = classify(rows.texts, rows.pairs)
-        check_labels(labels, probabilities, label_names)
-        return probabilities
+    def probabilities(texts: list[str], pairs: list[str] | None) -> np.ndarray:
+        labels, found = classify(texts, pairs)
+        return checked_answers(task, labels, found.numpy())
 
-    return answers
+    return probabilities
 
 
-def write_onnx_file(encoder: Encoder, label_names: list[str], file: Path, int8: bool, from_ids: bool) -> Classify:
+def write_onnx_file(encoder: Encoder, task: Task, file: Path, int8: bool, from_ids: bool) -> Classify:
     import onnxruntime
     import onnxruntime_extensions
 
-    from sst2_xlmr.export.onnx import build_onnx, write_onnx  # only here: it needs onnx
+    from sst2_xlmr.export.onnx import write_onnx  # only here: it needs onnx
 
-    tensors = {name: tensor.numpy() for name, tensor in load_tensors(encoder).items()}
+    weights = {name: tensor.numpy() for name, tensor in load_tensors(encoder).items()}
     tokenizer_file = None if from_ids else encoder.tokenizer_file.read_bytes()
-    write_onnx(build_onnx(tensors, encoder.shape, label_names, encoder.max_length, tokenizer_file, int8), file)
+    write_onnx(file, weights, encoder.shape, task, encoder.max_length, tokenizer_file, int8)
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
 
-    def answers(rows: Rows) -> torch.Tensor:
-        ids = [torch.tensor(row) for row in tokenizer(rows.texts, rows.pairs)]
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        probabilities = torch.empty(len(ids), len(label_names))
-        for start in range(0, len(order), ONNX_BATCH):
-            chosen = order[start : start + ONNX_BATCH]
-            if from_ids:
-                padded = pad_sequence([ids[row] for row in chosen], batch_first=True, padding_value=PAD_ID)
-                inputs = {"input_ids": padded.numpy(), "attention_mask": padded.ne(PAD_ID).long().numpy()}
-            else:
-                inputs = {"text": np.array([rows.texts[row] for row in chosen], dtype=object)}
-            labels, found = session.run(None, inputs)
-            probabilities[chosen] = torch.from_numpy(found)
-            check_labels(list(labels), torch.from_numpy(found), label_names)
-        return probabilities
+    def inputs(texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
+        if not from_ids:
+            return {"text": np.array(texts, dtype=object)}
+        ids, lengths = tokenizer.flat_ids(texts, pairs)
+        rows = torch.from_numpy(ids).long().split(lengths.tolist())
+        padded = pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+        return {"input_ids": padded.numpy(), "attention_mask": padded.ne(PAD_ID).long().numpy()}
 
-    return answers
+    def probabilities(texts: list[str], pairs: list[str] | None) -> np.ndarray:
+        parts = []
+        for start in range(0, len(texts), ONNX_BATCH):
+            batch = slice(start, start + ONNX_BATCH)
+            answer = session.run(None, inputs(texts[batch], pairs and pairs[batch]))
+            parts.append(checked_answers(task, *answer))
+        return np.concatenate(parts)
+
+    return probabilities
 
 
-def check_labels(labels: list[str], probabilities: torch.Tensor, label_names: list[str]) -> None:
-    if labels != [label_names[index] for index in probabilities.argmax(-1).tolist()]:
+def checked_answers(task: Task, labels: Sequence[str], probabilities: np.ndarray) -> np.ndarray:
+    """Return the probabilities that a written file gives, which must be those of its labels."""
+    if list(labels) != [task.cells(row, all_probabilities=False)[0] for row in probabilities.tolist()]:
         raise UserError("the written file names other labels than its probabilities say; it was removed")
+    return probabilities
 
 
-def write_hugging_face(encoder: Encoder, folder: Path, dtype: str, int8: bool) -> Classify:
+def write_hugging_face(encoder: Encoder, folder: Path, dtype: str) -> Classify:
     """Write the folder, with the source's model card if it has one."""
-    tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
-    described = description_of(encoder)
-    if int8:
-        described = with_note(described, IN_8_BITS)
-    export_hugging_face(folder, tensors, described, int8=int8)
-    return classify_with_folder(folder, "int8" if int8 else "fp32")
+    weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
+    write_folder(folder, weights, encoder, read_card(Path(encoder.name)))
+    return classify_with_folder(folder)
 
 
-def trim(encoder: Encoder, files: list[str], columns: Columns, folder: Path) -> None:
+def trim(encoder: Encoder, files: list[str], columns: Columns, folder: Path) -> Encoder:
     """Write a model's folder with the vocabulary of some files; checked to give these the same answers, bit for bit."""
     texts = [part for file in files for row in read_texts(Path(file), columns) for part in row if part is not None]
-    trimmed = write_trimmed(encoder, texts, folder)
+    rows = write_trimmed(encoder, texts, folder)
+    trimmed = find_encoder(str(folder))
     before = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
-    after = load_tokenizer(find_encoder(str(folder)).tokenizer_file, encoder.max_length)
-    for text, old, new in zip(texts, before(texts), after(texts)):
-        if before.pieces_of(old) != after.pieces_of(new):
+    after = load_tokenizer(trimmed.tokenizer_file, encoder.max_length)
+    for text in texts:
+        old, new = (tokenizer.pieces_of(tokenizer.flat_ids([text])[0].tolist()) for tokenizer in (before, after))
+        if old != new:
             raise UserError(f"the trimmed tokenizer cuts {text[:80]!r} in another way; it was removed")
-    rows = Rows(texts[:ROWS_COMPARED], None, None)
-    if not torch.equal(classify_with_folder(Path(encoder.name))(rows), classify_with_folder(folder)(rows)):
+    compared = texts[:ROWS_COMPARED]
+    expected, found = (classify_with_folder(Path(model.name))(compared, None) for model in (encoder, trimmed))
+    if not np.array_equal(expected, found):
         raise UserError("the trimmed model gives other answers; it was removed")
-    kept = f"{trimmed.shape.vocab_size:,} of {encoder.shape.vocab_size:,} embedding rows"
-    print(f"kept {kept}: {len(texts):,} texts are cut into the same pieces, so they get the same answers")
+    kept = f"{rows:,} of {encoder.shape.vocab_size:,} embedding rows"
+    say(f"kept {kept}: {len(texts):,} texts are cut into the same pieces, so they get the same answers")
+    return trimmed
 
 
-def write(arguments: argparse.Namespace, source: Path, written: Path) -> str:
-    """Write the new form of the model in `source` and compare it; returns what to say.
+def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: Path) -> str:
+    """Write the model's new form and compare it; returns what to say.
 
     Raises:
         UserError: if its answers are too far from the model's.
     """
-    (encoder, label_names), int8 = find_model(source), arguments.format.endswith("int8")
+    int8 = arguments.format == "onnx-int8"
     takes_pairs = not arguments.format.startswith("onnx") or arguments.from_ids
     columns, has_label_column = columns_given(arguments), "label_column" in arguments
-    checks = read_checks(arguments.check_file, columns, label_names, takes_pairs, has_label_column)
-    unlabelled = [name for name, rows in checks.items() if rows.labels is None] if int8 else []
+    checks = read_checks(arguments.check_file, columns, task, takes_pairs, has_label_column)
+    unlabelled = [name for name, (_, _, labels) in checks.items() if labels is None] if int8 else []
     if unlabelled and arguments.most_lost is not None and len(unlabelled) == len(checks):
         raise UserError(f"--most-lost: no labels in {', '.join(unlabelled)}; name their column with --label-column")
-    expected = classify_with_folder(source)
+    expected = classify_with_folder(Path(encoder.name))
     if arguments.format == "torchscript":
         found = write_torchscript(encoder, written)
     elif arguments.format.startswith("onnx"):
-        found = write_onnx_file(encoder, label_names, written, int8, arguments.from_ids)
+        found = write_onnx_file(encoder, task, written, int8, arguments.from_ids)
     else:
-        found = write_hugging_face(encoder, written, arguments.dtype, int8)
-    answers = {name: Answers(found(rows).numpy(), expected(rows).numpy(), rows.labels) for name, rows in checks.items()}
-    count = sum(len(rows.texts) for rows in checks.values())
+        found = write_hugging_face(encoder, written, arguments.dtype)
+    both = {
+        name: (found(texts, pairs), expected(texts, pairs), labels) for name, (texts, pairs, labels) in checks.items()
+    }
+    count = sum(len(texts) for texts, _, _ in checks.values())
     if int8:
         lines = [f"no labels in {name}: accuracy was not compared" for name in unlabelled]
-        print("\n".join([*agreement_table(answers, "int8", "fp32"), *lines]), flush=True)
-        check_agreement(answers, *bounds_of(arguments), "int8", "fp32")
+        say("\n".join([*comparison_table(task, both, "int8", "fp32"), *lines]))
+        check_comparison(task, both, *bounds_of(arguments), "int8", "fp32")
         return f"answers as above on {count:,} rows"
-    difference = float(np.max([compare(part).largest for part in answers.values()]))  # NaN if one is
+    difference = float(np.max([compare(task, *sides)["largest"] for sides in both.values()]))  # NaN if one is
     tolerance = ONNX_TOLERANCE if arguments.format == "onnx" else TOLERANCE[arguments.dtype]
     if not difference <= tolerance:  # also if it is NaN
         raise UserError(
-            f"the written model disagrees with {source}: a probability differs by {difference:.2g}; it was removed"
+            f"the written model disagrees with {arguments.model}: a probability differs by {difference:.2g};"
+            " it was removed"
         )
     return f"same answers on {count:,} rows, probabilities within {difference:.1g}"
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
-    encoder, _ = find_model(arguments.model)
-    output = arguments.output
+    encoder, label_names = find_model(arguments.model)
+    check_finite(encoder)
+    output = arguments.output.absolute()
     try:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as folder:
-            source, scratch = arguments.model, Path(folder)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(output) as scratch:
             if arguments.keep_vocabulary_of:
-                source = scratch / "source" / "trimmed"
-                source.parent.mkdir()
-                trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), source)
-            result = scratch / "result" / output.name
-            result.parent.mkdir()
-            summary = write(arguments, source, result)
-            result.rename(output)
+                encoder = trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), scratch / "trimmed")
+            summary = write(arguments, encoder, SingleLabel(label_names), scratch / "written")
+            check_is_new(arguments.output)  # it took a while
+            put_in_place(scratch / "written", output)
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from None
-    print(f"{output}: {summary}")
+        raise UserError(f"cannot write {arguments.output}: {error.strerror or error}") from None
+    say(f"{arguments.output}: {summary}")

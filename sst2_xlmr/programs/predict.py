@@ -196,7 +196,7 @@ def find_chunks(arguments: argparse.Namespace, world: World) -> RankChunks:
                     check_columns(row, columns, arguments.output)
         return digest, columns, rows
 
-    digest, columns, rows = distributed.from_main(world, distributed.on_main(world, read_through))
+    digest, columns, rows = distributed.broadcast(world, distributed.on_rank0(world, read_through))
     first, last = (len(rows) * rank // world.world_size for rank in (world.rank, world.rank + 1))
     return RankChunks(columns, rows, first, last, digest)
 
@@ -275,7 +275,7 @@ def write_answers(arguments: argparse.Namespace, world: World) -> None:
     mine = find_chunks(arguments, world) if arguments.input else RankChunks()
     model = load_model(arguments.model, world.device, arguments.precision)
     if len(set(distributed.gather_objects(world, model.precision))) > 1:
-        raise distributed.shared_error("the processes compute in different precisions; name one with --precision")
+        distributed.raise_on_all("the processes compute in different precisions; name one with --precision")
     recipe = recipe_of(arguments, mine.digest, model.precision, world) if arguments.input else None
     with open_parts(paths, recipe, world.rank, arguments.resume) as parts, Finisher() as finisher:
         begin = mine.first + parts.blocks
@@ -300,7 +300,7 @@ def write_answers(arguments: argparse.Namespace, world: World) -> None:
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
             join_parts(paths, world.world_size)
 
-        distributed.on_main(world, finish)  # before the parts are closed, and so free for other processes
+        distributed.on_rank0(world, finish)  # before the parts are closed, and so free for other processes
 
 
 def discard_output() -> None:

@@ -3,62 +3,106 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 
+from sst2_xlmr.backend import Backend
 from sst2_xlmr.config import Config
+from sst2_xlmr.data.formats import line_of
 from sst2_xlmr.data.prepare import Prepared
-from sst2_xlmr.data.rows import listed
 from sst2_xlmr.model.encoders import Encoder
-from sst2_xlmr.report.findings import findings
-from sst2_xlmr.training.optimizer import AdamW
+from sst2_xlmr.task import listed
+from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.distributed import World
+from sst2_xlmr.util.errors import UserError
 
 
-@dataclass(frozen=True)
-class HeaderFigures:
-    """What `header_lines` cannot derive from options and files.
+def header_lines(
+    inputs: Prepared,
+    state: TrainState,
+    backend: Backend,
+    world: World,
+    folder: Path,
+    total_steps: int,
+    embedding_rows: int,
+    head_is_new: bool,
+) -> list[str]:
+    """Return the header's lines. `inputs.config` is what was asked; what was decided is in `state` and `backend`.
 
-    Attributes:
-        table_rows: of the embedding table.
-        head_is_new: whether the classification head starts untrained.
+    Args:
+        folder: the run's.
         total_steps: of the run.
-        why_not_compiled: see `Computation`.
+        embedding_rows: in the model.
+        head_is_new: whether the classification head starts untrained.
     """
-
-    table_rows: int
-    head_is_new: bool
-    total_steps: int
-    why_not_compiled: str
-
-
-def header_lines(inputs: Prepared, optimizer: AdamW, world: World, figures: HeaderFigures) -> list[str]:
-    """Return the header's lines."""
     config = inputs.config
-    head = f"{'new' if figures.head_is_new else 'its own'} head for {listed(config.classes)}"
-    masters = {"bf16": "bf16 with fp32 master weights", "tf32": "fp32 with tf32 products"}.get(config.precision, "fp32")
-    reason = figures.why_not_compiled
-    compiled = f"not compiled: slower ({reason})" if reason else "compiled"
+    head = f"{'new' if head_is_new else 'its own'} head for {listed(inputs.task.label_names)}"
+    batches = _describe_batches(config, len(inputs.train_labels), total_steps)
     return [
         f"stack      {versions.description()}, Python {platform.python_version()}",
-        f"encoder    {config.encoder}: {_describe_model(inputs.encoder, optimizer, figures.table_rows)}; {head}",
+        f"encoder    {config.encoder}: {_describe_model(inputs.encoder, backend.forward, embedding_rows)}; {head}",
         f"rows       {_describe_rows(inputs)}",
-        *findings(inputs),
-        f"batches    {_describe_batches(config, len(inputs.train_labels), figures.total_steps)}",
-        f"device     {_describe_device(world, optimizer)}; {masters}; {compiled}",
-        f"run        {config.output_dir}",
+        *data_report(inputs),
+        f"batches    {batches}, evaluation {f'every {state.eval_every:,}' if state.eval_every else 'after each epoch'}",
+        f"device     {_describe_device(world, backend)}; {_describe_backend(world, backend, config, state.precision)}",
+        f"run        {folder}",
     ]
 
 
-def _describe_model(encoder: Encoder, optimizer: AdamW, table_rows: int) -> str:
-    """Return the model's size, and how much of it is trained."""
+def data_report(inputs: Prepared) -> list[str]:
+    """Return a line each for duplicates, conflicting labels and leaks, where the training rows have any."""
+    config, train = inputs.config, inputs.caches["train"]
+    duplicates = "dropped" if config.drop_duplicates else "--drop-duplicates drops them"
+    leaks = "dropped" if config.drop_leaks else "--drop-leaks drops them"
+    lines = []
+    if count := len(train.repeats):
+        example = _example(inputs, ("train", train.repeats[0]))
+        lines.append(f"duplicates {_rows(count)} the text and label of an earlier one{example}; {duplicates}")
+    if count := len(train.contradictions):
+        first = train.contradictions[0]
+        same = np.flatnonzero(train.text_digests == train.text_digests[first])
+        other = next(row for row in same if train.labels[row] != train.labels[first])
+        example = _example(inputs, ("train", first), ("train", other))
+        lines.append(f"conflicts  {_rows(count)} a text with conflicting labels{example}; {duplicates}")
+    for split, rows in inputs.leaks.items():
+        there = np.flatnonzero(inputs.caches[split].text_digests == train.text_digests[rows[0]])[0]
+        example = _example(inputs, ("train", rows[0]), (split, there))
+        lines.append(f"leaks      {_rows(len(rows))} a text of {split}{example}; {leaks}")
+    return lines
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} training rows have" if count > 1 else "1 training row has"
+
+
+def _example(inputs: Prepared, *rows: tuple[str, int]) -> str:
+    """Return the files and lines of rows, each with its split, after a comma.
+
+    Nothing if a .csv file, which has to be read again for it, is no longer what it was.
+    """
+    places = []
+    for split, row in rows:
+        file = inputs.files[split]
+        try:
+            places.append(f"{file.name}:{line_of(file, int(row), inputs.config.header)}")
+        except (UserError, StopIteration):
+            return ""
+    return f", e.g. {' and '.join(places)}"
+
+
+def _describe_model(encoder: Encoder, model: nn.Module, embedding_rows: int) -> str:
+    """Return the model's size with its whole vocabulary, and how much of it is trained."""
     shape = encoder.shape
-    whole = sum(slot.working.numel() for slot in optimizer.slots) + (shape.vocab_size - table_rows) * shape.hidden
-    trained = sum(slot.working.numel() for slot in optimizer.trained)
-    rows = f" ({table_rows:,} of {shape.vocab_size:,} embedding rows occur)" if table_rows < shape.vocab_size else ""
-    of_all = f" of {shape.layers + encoder.layers_left_out}" if encoder.layers_left_out else ""
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    whole += (shape.vocab_size - embedding_rows) * shape.hidden
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    few = embedding_rows < shape.vocab_size
+    rows = f" ({embedding_rows:,} of {shape.vocab_size:,} embedding rows occur)" if few else ""
+    of_all = f" of {encoder.cut_from}" if encoder.cut_from else ""
     size = f"{shape.layers}{of_all} layers, {shape.hidden} wide, {whole / 1e6:,.1f} M parameters"
     return f"{size}, {trained / 1e6:,.1f} M trained{rows}"
 
@@ -77,15 +121,26 @@ def _describe_batches(config: Config, rows: int, total_steps: int) -> str:
     """Return how the rows become steps."""
     cut = f" (at most {config.micro_batch_size} a pass)" if config.micro_batch_size else ""
     epochs = "" if config.max_steps else f"{config.epochs:g} epoch{'s' * (config.epochs != 1)}, "
-    batches = -(-rows // config.batch_size)
-    return f"{batches:,} an epoch, of {config.batch_size} rows{cut}; {epochs}{total_steps:,} steps"
+    return (
+        f"{-(-rows // config.batch_size):,} an epoch, of {config.batch_size} rows{cut}; {epochs}{total_steps:,} steps"
+    )
 
 
-def _describe_device(world: World, optimizer: AdamW) -> str:
+def _describe_device(world: World, backend: Backend) -> str:
     """Return the device and the number of processes."""
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name(world.device)
     else:
         device = f"CPU with {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    how = " that share memory" if optimizer.engine.averages else ""
+    how = " that share memory" if getattr(backend.optimizer, "shares_memory", False) else ""
     return f"{device}, {world.world_size} process{'es' * (world.world_size > 1)}{how}"
+
+
+def _describe_backend(world: World, backend: Backend, config: Config, precision: str) -> str:
+    """Return the precision, with what was asked if that left it open, and what computes."""
+    reason = backend.fallback_reason
+    bf16 = "bf16 autocast" if reason else "bf16 with fp32 master weights"
+    kind = {"bf16": bf16, "tf32": "fp32 with tf32 products"}.get(precision, precision)
+    asked = "" if config.precision == precision else f"precision {config.precision} -> "
+    slower = "" if world.device.type == "cuda" else f": slower ({reason})"  # engines are for the CPU
+    return f"{asked}{kind}; {f'plain PyTorch{slower}' if reason else 'engine'}"

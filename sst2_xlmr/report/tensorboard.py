@@ -1,10 +1,16 @@
-"""What TensorBoard shows of a run besides curves: pictures and texts of evaluations, and hyperparameters."""
+"""What TensorBoard shows of a run: curves, pictures and texts of evaluations, and hyperparameters.
+
+All functions that take a writer raise OSError if the disk is full; a `flush` that returns has written everything.
+"""
 
 from __future__ import annotations
 
+import re
 import struct
+import textwrap
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -12,36 +18,68 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from sst2_xlmr.config import OPTIONS, Config
-from sst2_xlmr.evaluation.evaluate import Evaluation
+from sst2_xlmr.config import GROUPS, Config
+from sst2_xlmr.data.rows import Columns, read_rows
 from sst2_xlmr.evaluation.metrics import share_below
-from sst2_xlmr.report.mistakes import EvaluatedFile, mistakes_table
 from sst2_xlmr.report.pictures import accuracy_picture, can_draw, confusion_picture
+from sst2_xlmr.task import Task
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import digest_of
 
 CURVES = 10
-TABLE_TAG = "accuracy by file"
 FIRST_COLUMNS = ("batch_size", "encoder", "epochs", "lr", "seed")  # of hyperparameters
-SCALARS = ("loss", "accuracy", "macro_f1", "ece")  # of an evaluation
+MISTAKES = 50
+LINE_LENGTH, MOST_LINES = 60, 5
+_MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|&~]")
+_excepthook = threading.excepthook
 
 
-def hyperparameters(config: Config) -> dict[str, Any]:
-    """Return the options by which runs are compared: those of model and training, and the precision."""
-    names = [name for name, field in OPTIONS.items() if field.metadata["group"] in ("model", "training")]
-    values = {name: getattr(config, name) for name in [*names, "max_length", "precision"]}
-    values["encoder"] = Path(config.encoder).name
-    # torch writes a bool as a number, and refuses a list.
-    return {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
+def make_event_folder(folder: Path, option: str) -> None:
+    """Make the folder that the user has named for events, before any work.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {option} {folder}: {error.strerror}; choose another directory") from None
 
 
-def begin_hparams(writer: SummaryWriter, config: Config, splits: list[str]) -> None:
-    """Write hyperparameters, and which metrics to show with them; `SummaryWriter.add_hparams` makes a run of its own.
+def open_events(folder: Path, purge_step: int | None = None) -> SummaryWriter:
+    """Open a new event file beside those that are there.
 
     Args:
+        purge_step: TensorBoard hides what earlier files have from this step on. It reads files in the order of their
+            names, which begin with the second of the start: by a clock that is behind, points double.
+    """
+    threading.excepthook = _hide_writer_errors
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def _hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
+    """Print no traceback from SummaryWriter's thread: its error comes up again in the thread that calls `flush`."""
+    is_writers = type(arguments.thread).__module__.startswith("tensorboard.")
+    if not (is_writers and isinstance(arguments.exc_value, OSError)):
+        _excepthook(arguments)
+
+
+def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: Task, splits: list[str]) -> None:
+    """Write the options by which runs are compared, those of model and training, and which metrics to show with them.
+
+    `SummaryWriter.add_hparams` would make a run of its own.
+
+    Args:
+        precision: as decided, where the option says `auto`.
         splits: that are evaluated, dev among them.
     """
-    tags = ["dev/accuracy", "dev/macro_f1", "dev/loss"]
-    tags += [f"{split}/accuracy" for split in splits if split != "dev"]
-    experiment, start, _ = hparams(hyperparameters(config), dict.fromkeys(tags, 0.0))
+    values = {name: getattr(config, name) for name in [*GROUPS["model"], *GROUPS["training"], "max_length"]}
+    values.update(precision=precision, encoder=Path(config.encoder).name)
+    # torch writes a bool as a number, and refuses a list.
+    values = {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
+    tags = [f"dev/{name}" for name in dict.fromkeys([task.best_metric, *task.scalars])]
+    tags += [f"{split}/{task.best_metric}" for split in splits if split != "dev"]
+    experiment, start, _ = hparams(values, dict.fromkeys(tags, 0.0))
     # TensorBoard shows five columns unless asked for more, first those that differ between runs: here, we say which.
     plugin = experiment.value[0].metadata.plugin_data
     data = HParamsPluginData.FromString(plugin.content)
@@ -57,6 +95,97 @@ def end_hparams(writer: SummaryWriter) -> None:
     _add_summary(writer, hparams({}, {})[2])
 
 
+def add_scalars(writer: SummaryWriter, step: int, group: str, values: dict[str, float]) -> None:
+    """Write a point of every curve `group/name`."""
+    for name, value in values.items():
+        writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def draw_evaluation(
+    writer: SummaryWriter,
+    step: int,
+    name: str,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    task: Task,
+    texts_of: Callable[[set[int]], dict[int, str]],
+) -> None:
+    """Write confusion matrix, precision-recall curves and the mistakes that the model is surest of.
+
+    Args:
+        name: of the evaluated file.
+        labels: int [rows].
+        probabilities: float32 [rows, labels].
+        texts_of: returns the texts of some rows by their numbers from 0, as far as they are known; see `read_texts`.
+    """
+    results, classes = task.results_of(probabilities, labels), task.label_names
+    if can_draw():
+        best = f"{task.best_metric} {task.metrics(results, labels)[task.best_metric]:.4f}"
+        title = f"{name}{_at(step)}: {best}, {len(labels):,} rows"
+        picture = confusion_picture(task.confusion(results, labels), classes, title)
+        _add_picture(writer, f"{name}/confusion", picture, step)
+    for number in [1] if len(classes) == 2 else range(min(len(classes), CURVES)):
+        # A curve has 127 equally spaced thresholds. Most probabilities lie near 0 and 1, where few of them are; ranks
+        # are spread evenly, and give the same curve.
+        ranks = share_below(probabilities[:, number])
+        writer.add_pr_curve(f"{name}/pr_{classes[number]}", labels == number, ranks, step)
+    predictions, confidences = task.answers(probabilities)
+    writer.add_text(f"{name}/mistakes", mistakes_table(labels, predictions, confidences, classes, texts_of), step)
+
+
+def draw_accuracy(writer: SummaryWriter, step: int, task: Task, metrics_by_file: dict[str, dict[str, Any]]) -> None:
+    """Write a picture of the task's main metric on several files."""
+    if can_draw():
+        tag = f"{task.best_metric} by file"
+        _add_picture(writer, tag, accuracy_picture(task, metrics_by_file, f"{tag}{_at(step)}"), step)
+
+
+def mistakes_table(
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    confidences: np.ndarray,
+    classes: list[str],
+    texts_of: Callable[[set[int]], dict[int, str]],
+) -> str:
+    """Return the mistakes that the model is surest of as a Markdown table.
+
+    Args:
+        labels, predictions: int [rows].
+        confidences: float [rows], of the predictions.
+    """
+    wrong = np.flatnonzero(predictions != labels)
+    chosen = wrong[np.argsort(-confidences[wrong], kind="stable")[:MISTAKES]].tolist()
+    texts, names = texts_of(set(chosen)), [escape(name) for name in classes]
+    lines = [f"{len(wrong):,} of {len(labels):,} rows are mistaken; of these the {len(chosen)} surest.", ""]
+    lines += ["| row | text | true | predicted | probability |", "| ---: | --- | --- | --- | ---: |"]
+    for row in chosen:
+        text = escape(texts[row]) if row in texts else "(the file has changed)"
+        answer = f"{names[labels[row]]} | {names[predictions[row]]} | {confidences[row]:.4f}"
+        lines.append(f"| {row + 1} | {text} | {answer} |")
+    return "\n".join(lines)
+
+
+def read_texts(file: Path, digest: str, columns: Columns, task: Task, rows: set[int]) -> dict[int, str]:
+    """Return the texts of some rows by their numbers; none if the file's SHA-256 is no longer `digest`."""
+    try:
+        if digest_of(file) != digest:
+            return {}
+        found = {number: row for number, row in enumerate(read_rows(file, columns, task)) if number in rows}
+    except (OSError, UserError):  # it is being changed just now
+        return {}
+    return {number: row.text if row.pair is None else f"{row.text} / {row.pair}" for number, row in found.items()}
+
+
+def escape(text: str) -> str:
+    """Return Markdown that shows the text as it is, cut if it is long.
+
+    TensorBoard's tables break words of narrow columns in favour of a wide one, so the lines are broken here.
+    """
+    lines = textwrap.wrap(" ".join(text.split()), LINE_LENGTH) or [""]
+    lines = [*lines[: MOST_LINES - 1], lines[MOST_LINES - 1] + " ..."] if len(lines) > MOST_LINES else lines
+    return "<br>".join(_MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", line) for line in lines)
+
+
 def _add_summary(writer: SummaryWriter, summary: Any, step: int | None = None) -> None:
     assert writer.file_writer is not None
     writer.file_writer.add_summary(summary, step)
@@ -67,31 +196,6 @@ def _add_picture(writer: SummaryWriter, tag: str, png: bytes, step: int) -> None
     width, height = struct.unpack(">II", png[16:24])
     image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)  # 4: RGBA
     _add_summary(writer, Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-
-def draw_evaluation(writer: SummaryWriter, step: int, file: EvaluatedFile, evaluation: Evaluation) -> None:
-    """Write confusion matrix, precision-recall curves and the mistakes that the model is surest of.
-
-    Args:
-        evaluation: with probabilities.
-    """
-    assert evaluation.probabilities is not None
-    classes, labels = file.config.classes, np.asarray(file.cache.labels)
-    title = f"{file.name}{_at(step)}: accuracy {evaluation.metrics['accuracy']:.4f}, {len(labels):,} rows"
-    if can_draw():
-        _add_picture(writer, f"{file.name}/confusion", confusion_picture(evaluation.confusion, classes, title), step)
-    for number in [1] if len(classes) == 2 else range(min(len(classes), CURVES)):
-        # A curve has 127 equally spaced thresholds. Most probabilities lie near 0 and 1, where few of them are; ranks
-        # are spread evenly, and give the same curve.
-        ranks = share_below(evaluation.probabilities[:, number])
-        writer.add_pr_curve(f"{file.name}/pr_{classes[number]}", labels == number, ranks, step)
-    writer.add_text(f"{file.name}/mistakes", mistakes_table(file, evaluation.probabilities), step)
-
-
-def draw_accuracy(writer: SummaryWriter, step: int, metrics_by_file: dict[str, dict[str, Any]]) -> None:
-    """Write a picture of several files' accuracy."""
-    if can_draw():
-        _add_picture(writer, TABLE_TAG, accuracy_picture(metrics_by_file, f"accuracy by file{_at(step)}"), step)
 
 
 def _at(step: int) -> str:

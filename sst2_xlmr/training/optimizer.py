@@ -1,177 +1,132 @@
-"""AdamW with fp32 master weights: parameter groups, clipping, and what is saved.
-
-Its `engine` does what touches every weight at every step, the gradient's norm and the update (see flat_engine).
-"""
+"""AdamW as torch has it, with one parameter group per rate and decay; and the groups, which engines use too."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from sst2_xlmr.model.vocabulary import TABLE_NAME
-from sst2_xlmr.training.flat_engine import BETA1, BETA2, Engine, FlatEngine, Rates
-from sst2_xlmr.training.master_weights import Slot, TrainedSlot, split_master
+from sst2_xlmr.config import Config
 from sst2_xlmr.util.distributed import World
-from sst2_xlmr.util.files import Deferred
+from sst2_xlmr.util.files import Storable
+
+BETAS = (0.9, 0.999)
+# RoBERTa's (https://arxiv.org/abs/1907.11692, table 10). With Adam's 1e-8, a weight whose gradient is only rounding
+# noise (the attention's key bias has none in exact arithmetic) would take whole steps in random directions.
+EPSILON = 1e-6
 
 
 def lr_scale(name: str, layers: int, decay: float) -> float:
     """Return decay ** distance from the head; the distance is 0 for the head and 1 + layers for the embeddings."""
     if name.startswith("head."):
         return 1.0
-    parts = name.split(".")
-    depth = int(parts[parts.index("layers") + 2]) if "layers" in parts else -1
-    return decay ** (layers - depth)
+    layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+    return decay ** (layers - (int(layer[1]) if layer else -1))
 
 
-@dataclass(frozen=True)
-class Groups:
-    """By what the rates of parameters differ.
+def group_of(name: str, parameter: torch.Tensor, layers: int, config: Config) -> tuple[float, float]:
+    """Return a parameter's factor on the learning rate, and its weight decay.
 
-    Attributes:
+    Biases and LayerNorm, the only vectors, do not decay: the convention since BERT.
+
+    Args:
         layers: of the encoder.
-        weight_decay: of matrices; biases and LayerNorm, the only vectors, have none: the convention since BERT.
-        layerwise_lr_decay: factor on the rate for every layer further from the head.
     """
+    decay = config.weight_decay if parameter.dim() > 1 else 0.0
+    return lr_scale(name, layers, config.layerwise_lr_decay), decay
 
-    layers: int
-    weight_decay: float = 0.0
-    layerwise_lr_decay: float = 1.0
+
+class Optimizer(Protocol):
+    """What a run asks of an optimizer: `AdamW`, or an engine's. What one has written, the other can load."""
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Clip the averaged gradients' global norm (0: never), and return what it was; fp32, the same on every rank."""
+
+    def step(self, lr: float) -> None:
+        """Take one step, and clear the gradients; `lr` is the rate before layer-wise decay."""
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients."""
+
+    def weights(self) -> Mapping[str, Storable]:
+        """Return the fp32 weights of the whole model, by the parameters' names, to be written."""
+
+    def moments(self) -> Mapping[str, torch.Tensor]:
+        """Return the moments of what is trained, fp32, `exp_avg.NAME` and `exp_avg_sq.NAME`."""
+
+    def load(self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], steps: int) -> None:
+        """Take over what `weights` and `moments` have given after so many steps."""
 
 
 class AdamW:
-    """AdamW over a model's parameters, with fp32 masters.
+    """`torch.optim.AdamW` over a model's trained parameters, fp32."""
 
-    Attributes:
-        slots: per parameter, in the model's order.
-        trained: those that are trained.
-        has_masters: whether the model's parameters are bf16, and the optimizer keeps the bits that they lack.
-        steps: optimizer steps taken.
-        table_decay: product over all steps of what weight decay leaves of an embedding row without gradient.
-    """
+    def __init__(self, model: nn.Module, layers: int, config: Config, world: World) -> None:
+        self._world, self._model = world, model
+        self._trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self._trained.items():
+            groups.setdefault(group_of(name, parameter, layers, config), []).append(parameter)
+        self._scales = [scale for scale, _ in groups]
+        settings = [{"params": parameters, "weight_decay": decay} for (_, decay), parameters in groups.items()]
+        options = {"lr": 0.0, "betas": BETAS, "eps": EPSILON}
+        try:
+            self._optimizer = torch.optim.AdamW(settings, fused=True, **options)  # type: ignore[arg-type]
+        except RuntimeError:  # before torch 2.4 there is none for CPUs
+            self._optimizer = torch.optim.AdamW(settings, **options)  # type: ignore[arg-type]
+        self._set_state({}, 0)
 
-    def __init__(self, model: nn.Module, groups: Groups, max_grad_norm: float, bf16: bool) -> None:
-        """Take over a model's parameters; with `bf16` they become bf16.
-
-        Args:
-            max_grad_norm: the gradient's global norm is clipped to this; 0 for never.
-        """
-        self._engine: Engine | None = None
-        self.steps = 0
-        self.table_decay = 1.0
-        self.has_masters = bf16
-        self.slots: list[Slot] = []
-        self._max_grad_norm = max_grad_norm
-        for name, parameter in model.named_parameters():
-            low = None
-            if bf16:
-                parameter.data, low = split_master(parameter.data)
-            if parameter.requires_grad:
-                decay = groups.weight_decay if parameter.dim() > 1 else 0.0
-                scale = lr_scale(name, groups.layers, groups.layerwise_lr_decay)
-                first, second = (torch.zeros_like(parameter.data, dtype=torch.float32) for _ in range(2))
-                self.slots.append(TrainedSlot(name, parameter, low, first, second, decay, scale))
-            else:
-                self.slots.append(Slot(name, parameter, low))
-        self.trained = [slot for slot in self.slots if isinstance(slot, TrainedSlot)]
-        self._is_accumulated = False  # whether the gradients lie in the accumulators
-
-    @property
-    def engine(self) -> Engine:
-        """What carries out the steps: the plain engine, unless another one has been put in its place before."""
-        if self._engine is None:
-            self._engine = FlatEngine(self.trained)
-        return self._engine
-
-    @engine.setter
-    def engine(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def accumulate(self) -> None:
-        """Add the gradients to fp32 accumulators and clear them: bf16 sums would lose small micro-batches' bits."""
-        if any(slot.accumulator is None for slot in self.trained):
-            for slot, accumulator in zip(self.trained, self.engine.new_accumulators()):
-                slot.accumulator = accumulator
-        for slot in self.trained:
-            assert slot.working.grad is not None and slot.accumulator is not None
-            slot.accumulator += slot.working.grad
-            slot.working.grad = None
-        self._is_accumulated = True
-
-    def average_accumulated(self, world: World) -> None:
-        """Average the accumulators over all ranks, as DDP does with gradients, unless the engine does so by itself."""
-        if world.world_size == 1 or self.engine.averages:
-            return
-        for slot in self.trained:
-            if slot.accumulator is not None:
-                dist.all_reduce(slot.accumulator)
-                slot.accumulator /= world.world_size
-
-    def _gradients(self) -> list[torch.Tensor]:
-        gradients = [slot.accumulator if self._is_accumulated else slot.working.grad for slot in self.trained]
-        return [gradient.contiguous() for gradient in gradients if gradient is not None]
+    def _set_state(self, moments: Mapping[str, torch.Tensor], steps: int) -> None:
+        on = self._world.device if self._optimizer.defaults["fused"] else None
+        for name, parameter in self._trained.items():
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(steps), device=on),
+                **{
+                    kind: moments[f"{kind}.{name}"].to(parameter.device) if moments else torch.zeros_like(parameter)
+                    for kind in ("exp_avg", "exp_avg_sq")
+                },
+            }
 
     @torch.no_grad()
-    def gradient_norm(self) -> torch.Tensor:
-        """Return the gradient's global norm, the same on every rank, before a step; fp32, no dimensions."""
-        return self.engine.norm(self._gradients())
+    def clip(self, max_norm: float) -> torch.Tensor:
+        parameters = list(self._trained.values())
+        is_one_node = self._world.world_size == self._world.local_world_size
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm and is_one_node else math.inf)
+        if not is_one_node:  # with other numbers of cores it is added up in another order: all take rank 0's
+            dist.broadcast(norm, 0)
+            if max_norm:
+                scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+                for parameter in parameters:
+                    assert parameter.grad is not None
+                    parameter.grad *= scale
+        return norm
 
-    @torch.no_grad()
-    def step(self, lr: float, norm: torch.Tensor) -> None:
-        """Take one step with the gradient clipped, and clear the gradients.
-
-        Args:
-            lr: the rate of this step, before layer-wise decay.
-            norm: what `gradient_norm` has returned for these gradients.
-        """
-        self.steps += 1
-        scale = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if self._max_grad_norm else torch.ones_like(norm)
-        correction1, root = 1 - BETA1**self.steps, 1 / math.sqrt(1 - BETA2**self.steps)
-        rates = [
-            Rates(lr * slot.lr_scale / correction1, lr * slot.lr_scale * slot.weight_decay) for slot in self.trained
-        ]
-        self.engine.update(scale, rates, root)
-        for slot in self.trained:
-            if slot.name == TABLE_NAME:
-                self.table_decay *= 1 - lr * slot.lr_scale * slot.weight_decay
+    def step(self, lr: float) -> None:
+        for group, scale in zip(self._optimizer.param_groups, self._scales):
+            group["lr"] = lr * scale
+        self._optimizer.step()
         self.clear_gradients()
 
     def clear_gradients(self) -> None:
-        """Forget the gradients, also those that were accumulated."""
-        self._is_accumulated = False
-        for slot in self.trained:
-            slot.working.grad = None
-            if slot.accumulator is not None:
-                slot.accumulator.zero_()
+        self._optimizer.zero_grad(set_to_none=True)
 
-    def masters(self) -> dict[str, Deferred]:
-        """Return the fp32 weights by the parameters' names, to be written."""
-        return {slot.name: slot.deferred_master() for slot in self.slots}
+    def weights(self) -> dict[str, Storable]:
+        return {name: parameter.data for name, parameter in self._model.named_parameters()}
 
     def moments(self) -> dict[str, torch.Tensor]:
-        """Return the moments, `exp_avg.NAME` and `exp_avg_sq.NAME`."""
-        moments = {}
-        for slot in self.trained:
-            moments[f"exp_avg.{slot.name}"] = slot.exp_avg
-            moments[f"exp_avg_sq.{slot.name}"] = slot.exp_avg_sq
-        return moments
-
-    def counters(self) -> dict[str, Any]:
-        """Return what else must be saved; JSON can say it."""
-        return {"steps": self.steps, "table_decay": self.table_decay}
+        return {
+            f"{kind}.{name}": self._optimizer.state[parameter][kind]
+            for name, parameter in self._trained.items()
+            for kind in ("exp_avg", "exp_avg_sq")
+        }
 
     @torch.no_grad()
-    def load(
-        self, masters: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], counters: dict[str, Any]
-    ) -> None:
-        """Take over from a checkpoint what `masters`, `moments` and `counters` have given."""
-        self.steps, self.table_decay = int(counters["steps"]), float(counters["table_decay"])
-        for slot in self.slots:
-            slot.set_master(masters[slot.name])
-        for name, tensor in self.moments().items():
-            tensor.copy_(moments[name])
+    def load(self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], steps: int) -> None:
+        for name, parameter in self._model.named_parameters():
+            parameter.copy_(weights[name])
+        self._set_state(moments, steps)

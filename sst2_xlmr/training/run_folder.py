@@ -6,20 +6,19 @@ import dataclasses
 import fcntl
 import json
 import os
-import shutil
 import socket
 from pathlib import Path
 from typing import IO, Any
 
 from sst2_xlmr.config import LOCK_NAME, Config
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import restore_folder, write_text
-
-RESTARTS_NAME = "restarts.json"
+from sst2_xlmr.util.files import recover, write_text
 
 
 def claim(run_folder: Path) -> IO[str]:
     """Make the folder if need be, and lock it for as long as the returned file is open and this process lives.
+
+    What a killed process left half-written is removed, and what it was replacing is put back.
 
     The lock is POSIX's: it works over NFS, goes with the process however that ends, and is not inherited by loader
     processes, which may outlive it for seconds.
@@ -46,6 +45,8 @@ def claim(run_folder: Path) -> IO[str]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+    recover(run_folder)
+    recover(run_folder / "checkpoints")
     return file
 
 
@@ -60,7 +61,7 @@ def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
     """
     target = run_folder / "config.json"
     if is_new and target.exists():
-        raise UserError(f"{target} is there already; take another --output-dir")
+        raise UserError(f"{target} already exists; continue it with --resume or choose another directory")
     try:
         write_text(target, json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
@@ -80,39 +81,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def read_restarts(run_folder: Path) -> list[dict[str, Any]]:
-    """Return for every attempt that has collapsed its last step, rate and seed.
-
-    Raises:
-        UserError: if the list is damaged.
-    """
-    file = run_folder / RESTARTS_NAME
-    try:
-        restarts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {file}: {error}; put it back") from None
-    if not isinstance(restarts, list):
-        raise UserError(f"{file} holds no list; put it back")
-    return restarts
-
-
-def write_restarts(run_folder: Path, restarts: list[dict[str, Any]]) -> None:
-    """Make it known that the run begins again; from here on, checkpoints of the attempts before do not count.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    try:
-        write_text(run_folder / RESTARTS_NAME, json.dumps(restarts, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {run_folder / RESTARTS_NAME}: {error.strerror}; make room") from None
-
-
-def clean_up(run_folder: Path) -> None:
-    """Remove what a killed process left half-written, and finish what it was replacing; the folder must be claimed."""
-    replaced = [checkpoint.with_suffix("") for checkpoint in run_folder.glob("checkpoints/*.old")]
-    for folder in (run_folder / "best", run_folder / "model", *replaced):
-        restore_folder(folder)
-    for half in [*run_folder.glob("checkpoints/*.tmp"), *run_folder.glob("*.tmp")]:
-        if half.is_dir() and not half.is_symlink():
-            shutil.rmtree(half, ignore_errors=True)
+def evaluations_at(path: Path, step: int) -> dict[str, dict[str, Any]]:
+    """Return the metrics of the last evaluation of each file at a step, by the file's name."""
+    entries = [entry for entry in read_metrics(path) if "split" in entry and entry["step"] == step]
+    return {entry.pop("split"): entry for entry in entries}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.training.state import Progress
+from sst2_xlmr.training.state import TrainState
 
 # Fraction of the peak rate, given the fraction t of the steps after warm-up that have been taken, 0 <= t < 1.
 # Those that fall reach 0 one step after the last, so that no step is taken at a rate of 0.
@@ -52,8 +52,7 @@ def evaluation_interval(batches: int, train_tokens: int, evaluated_tokens: int) 
     return math.ceil(batches / times) if times > 1 else 0
 
 
-@dataclass(frozen=True)
-class Due:
+class Due(NamedTuple):
     """What is due after a step."""
 
     log: bool
@@ -64,14 +63,16 @@ class Due:
 class Schedule:
     """A run's schedule.
 
-    Attributes:
+    Args:
         batches_per_epoch: global batches in an epoch.
+        eval_every: as decided: steps of an epoch between evaluations; 0 for the end of epochs only.
+
+    Attributes:
         total_steps, warmup_steps: steps of the whole run, and those of warm-up among them.
     """
 
-    def __init__(self, config: Config, batches_per_epoch: int) -> None:
-        self._config = config
-        self.batches_per_epoch = batches_per_epoch
+    def __init__(self, config: Config, batches_per_epoch: int, eval_every: int) -> None:
+        self._config, self._eval_every = config, eval_every
         self.total_steps = config.max_steps or max(1, round(config.epochs * batches_per_epoch))
         self.warmup_steps = steps_of_warmup(self.total_steps, config.warmup_ratio)
 
@@ -80,24 +81,30 @@ class Schedule:
         config = self._config
         return config.lr * lr_factor(step, self.total_steps, config.warmup_ratio, config.schedule)
 
-    def due(self, progress: Progress) -> Due:
+    def due(self, state: TrainState) -> Due:
         """Return what is due now that a step has been taken."""
-        step, config = progress.step, self._config
-        is_last = step == self.total_steps
-        ends = progress.batch == 0 or is_last  # of an epoch, or of the run
+        ends = self.ends(state)
         return Due(
-            log=step % config.log_every == 0 or is_last,
-            evaluate=ends or _is_multiple(progress.batch, config.eval_every or 0),
-            save=ends or _is_multiple(step, config.save_every),
+            log=state.step % self._config.log_every == 0 or state.step == self.total_steps,
+            evaluate=ends or _is_multiple(state.batch, self._eval_every),
+            save=ends or _is_multiple(state.step, self._config.save_every),
         )
 
-    def has_stopped_improving(self, progress: Progress) -> bool:
-        """Whether `--early-stopping-patience` ends the run: so many evaluations in a row without a better one."""
-        return 0 < self._config.early_stopping_patience <= progress.stale_evaluations
+    def ends(self, state: TrainState) -> bool:
+        """Whether this step was the last one of an epoch, or of the run."""
+        return state.batch == 0 or state.step == self.total_steps
 
-    def is_over(self, progress: Progress) -> bool:
+    def may_end(self, state: TrainState) -> bool:
+        """Whether the evaluation at this step may be the last one of the model as it is, so that more is reported."""
+        return self.ends(state) or state.stale_evaluations + 1 == self._config.early_stopping_patience
+
+    def has_stopped_improving(self, state: TrainState) -> bool:
+        """Whether `--early-stopping-patience` ends the run: so many evaluations in a row without a better one."""
+        return 0 < self._config.early_stopping_patience <= state.stale_evaluations
+
+    def is_over(self, state: TrainState) -> bool:
         """Whether no further step is to be taken."""
-        return progress.step >= self.total_steps or self.has_stopped_improving(progress)
+        return state.step >= self.total_steps or self.has_stopped_improving(state)
 
 
 def _is_multiple(step: int, interval: int) -> bool:

@@ -10,9 +10,7 @@ import torch
 import torch.distributed as dist
 
 from sst2_xlmr.util.distributed import World, wait_for_step
-
-# torchrun and SLURM send SIGTERM, a terminal SIGINT; SIGUSR1 is what batch scripts ask for before a time limit.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from sst2_xlmr.util.errors import SIGNALS
 
 
 class StopRequest:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from sst2_xlmr.util.errors import LostContact, UserError, own_error
+from sst2_xlmr.util.errors import LostContact, UserError, raise_here, raise_on_all
 
 Result = TypeVar("Result")
 
@@ -28,8 +28,8 @@ _GLOO_ERROR = re.compile(
 
 _POLL_S = 1e-4  # between two looks at an event; a step takes some milliseconds
 
-# Downloads and tokenization take longer than any step; the others wait for them in a group with more patience.
-PREPARATION_TIMEOUT = timedelta(hours=6)
+# Downloads, tokenization and a slow disk take longer than any step; the others wait for them in a patient group.
+PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class World:
         local_rank, local_world_size: the same on this node.
         device: what this process computes on.
         control: gloo group for Python objects; None with one process.
-        preparation: gloo group that waits for downloads; None with one process.
+        patient: gloo group that waits for downloads and slow disks; None with one process.
         timeout_s: seconds without an answer after which another process counts as lost.
     """
 
@@ -51,7 +51,7 @@ class World:
     local_world_size: int
     device: torch.device
     control: Any = None
-    preparation: Any = None
+    patient: Any = None
     timeout_s: float = math.inf
 
     @property
@@ -93,20 +93,20 @@ def _read_environment() -> dict[str, int]:
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
         text = os.environ.get(name, str(default))
         if not text.isdecimal():
-            raise own_error(f"the environment has {name}={text}, which is not a number from 0; {cure}")
+            raise_here(f"the environment has {name}={text}, which is not a number from 0; {cure}")
         place[name.lower()] = int(text)
     for number, count in (("rank", "world_size"), ("local_rank", "local_world_size")):
         if place[number] >= place[count]:
-            raise own_error(
+            raise_here(
                 f"the environment has {number.upper()}={place[number]}, but {count.upper()}={place[count]}; {cure}"
             )
     port = os.environ.get("MASTER_PORT", "")
     if place["world_size"] > 1:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
-                raise own_error(f"the environment has WORLD_SIZE={place['world_size']}, but no {name}; {cure}")
+                raise_here(f"the environment has WORLD_SIZE={place['world_size']}, but no {name}; {cure}")
         if not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise own_error(f"the environment has MASTER_PORT={port}, which is not a port; {cure}")
+            raise_here(f"the environment has MASTER_PORT={port}, which is not a port; {cure}")
     return place
 
 
@@ -117,6 +117,10 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
     Without torchrun (no RANK in the environment) the world is one process, without a group.
     """
     place = _read_environment()
+    timeout, store = timedelta(minutes=timeout_minutes), None
+    if place["world_size"] > 1:
+        store = _join_store(timeout)
+        device_name = _agree_on_device(device_name, place["rank"], store)
     device = choose_device(device_name, place["local_rank"], place["local_world_size"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -125,19 +129,18 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
         torch.set_num_threads(threads)
     elif place["local_world_size"] > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place["local_world_size"]))
-    if place["world_size"] == 1:
+    if store is None:
         yield World(**place, device=device)
         return
-    timeout = timedelta(minutes=timeout_minutes)
-    if device.type == "cuda":
-        # NCCL would end the process with a dump of its own; it gets a minute more, so that `wait_for_step` comes first.
-        _join("nccl", timeout + timedelta(minutes=1))
-    else:
-        _join("gloo", timeout)
+    # NCCL would end the process with a dump of its own; it gets a minute more, so that `wait_for_step` comes first.
+    backend, more = ("nccl", timedelta(minutes=1)) if device.type == "cuda" else ("gloo", timedelta())
+    dist.init_process_group(
+        backend, store=store, rank=place["rank"], world_size=place["world_size"], timeout=timeout + more
+    )
     lost = False
     try:
-        control, preparation = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PREPARATION_TIMEOUT))
-        yield World(**place, device=device, control=control, preparation=preparation, timeout_s=timeout.total_seconds())
+        control, patient = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE))
+        yield World(**place, device=device, control=control, patient=patient, timeout_s=timeout.total_seconds())
     except UserError as error:
         lost = error.is_own  # the others still wait for this rank
         raise
@@ -155,17 +158,31 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
             dist.destroy_process_group()
 
 
-def _join(backend: str, timeout: timedelta) -> None:
-    """Join the process group that the environment describes.
+def _join_store(timeout: timedelta) -> dist.Store:
+    """Return the store that the environment describes.
 
     What torchrun has started again must not find the addresses of its predecessors in torchrun's store. torch 2.3 keeps
     them apart, 2.13 does not with static rendezvous. On one node; with several, each counts its restarts for itself.
     """
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
     is_one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_node else "0"
-    own_store = dist.PrefixStore(f"attempt_{attempt}", store)
-    dist.init_process_group(backend, store=own_store, rank=rank, world_size=world_size, timeout=timeout)
+    return dist.PrefixStore(f"attempt_{attempt}", store)
+
+
+def _agree_on_device(name: str, rank: int, store: dist.Store) -> str:
+    """Return `--device` for this rank, where `auto` means what it means on rank 0.
+
+    Raises:
+        UserError: if this rank was told otherwise, or has no GPU where rank 0 has one.
+    """
+    kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if rank == 0:
+        store.set("device", kind)
+    agreed = store.get("device").decode()
+    if (name != "auto" and kind != agreed) or (agreed == "cuda" and kind == "cpu"):
+        raise_here(f"rank {rank} would compute on {kind}, but rank 0 on {agreed}; give all the same --device, e.g. cpu")
+    return agreed
 
 
 def wait_for_step(event: torch.cuda.Event, world: World) -> None:
@@ -213,9 +230,32 @@ def gather_objects(world: World, item: Any, group: Any = None) -> list[Any]:
     return [pickle.loads(content.numpy().tobytes()) for content in contents]
 
 
-def from_main(world: World, item: Any) -> Any:
-    """Return rank 0's `item` on every rank."""
-    return gather_objects(world, item if world.is_main else None)[0]
+def broadcast(world: World, item: Any, group: Any = None) -> Any:
+    """Return rank 0's `item` on every rank; rank 0 does not wait until the others have it."""
+    group = group or world.control
+    if world.world_size == 1:
+        return item
+    content = torch.frombuffer(bytearray(pickle.dumps(item if world.is_main else None)), dtype=torch.uint8)
+    size = torch.tensor([len(content)])
+    dist.broadcast(size, 0, group=group)
+    if not world.is_main:
+        content = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(content, 0, group=group)
+    _held[group, "broadcast"] = (size, content)
+    return pickle.loads(content.numpy().tobytes())
+
+
+def check_same(world: World, values: dict[str, Any], cure: str) -> None:
+    """Check that all ranks have the same values, or none.
+
+    Raises:
+        UserError: on every rank, naming the first value that differs.
+    """
+    first, *others = gather_objects(world, values)
+    for rank, found in enumerate(others, 1):
+        for name in found:
+            if found[name] != first[name]:
+                raise_on_all(f"rank {rank} has {name} {found[name]}, rank 0 {first[name]}; {cure}")
 
 
 def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
@@ -234,15 +274,15 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
                 result = prepare()
             except UserError as error:
                 problem = str(error)
-        problems = [p for p in gather_objects(world, problem, world.preparation) if p]
+        problems = [p for p in gather_objects(world, problem, world.patient) if p]
         if problems:
-            raise shared_error(problems[0])
+            raise_on_all(problems[0])
     assert result is not None
     return result
 
 
-def on_main(world: World, work: Callable[[], Result]) -> Result | None:
-    """Run `work` on rank 0 while the others wait; returns its result there, None elsewhere.
+def on_rank0(world: World, work: Callable[[], Result]) -> Result | None:
+    """Run `work` on rank 0 while the others wait, however slow its disk is; returns its result there, None elsewhere.
 
     Raises:
         UserError: on every rank, if it was raised there.
@@ -253,13 +293,6 @@ def on_main(world: World, work: Callable[[], Result]) -> Result | None:
             result = work()
         except UserError as error:
             problem = str(error)
-    if problem := from_main(world, problem):
-        raise shared_error(problem)
+    if problem := broadcast(world, problem, world.patient):
+        raise_on_all(problem)
     return result
-
-
-def shared_error(text: str) -> UserError:
-    """Return an error that every rank raises and rank 0 reports."""
-    error = UserError(text)
-    error.is_shared = True
-    return error

@@ -1,22 +1,39 @@
-"""How a run ends early: one line on stderr and an exit status, or a traceback for a bug."""
+"""How a program begins and ends: one line on stderr and an exit status, or a traceback for a bug."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import signal
 import sys
-from typing import Callable
+from typing import Callable, NoReturn
+
+from sst2_xlmr.util import versions
+
+# What ends a run in good order: torchrun and SLURM send SIGTERM, a terminal SIGINT, and batch scripts ask for SIGUSR1
+# before a time limit.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class UserError(Exception):
     """A mistake of the user's: one line that says what is wrong, where, and what to do.
 
     Attributes:
-        is_shared: whether every rank raises it, because `distributed` has passed it on.
-        is_own: whether only this rank raises it, and so must report it, whatever its number.
+        is_shared: whether every rank raises it (see `raise_on_all`).
+        is_own: whether only this rank raises it (see `raise_here`).
     """
 
     is_shared = False
     is_own = False
+
+
+class Interrupted(Exception):
+    """A signal came, on any rank; the run is to be saved and ended."""
+
+
+class Collapsed(Exception):
+    """Training has collapsed, and the run is to be saved and ended; says how that shows."""
 
 
 class LostContact(Exception):
@@ -24,35 +41,45 @@ class LostContact(Exception):
 
 
 class Stopped(Exception):
-    """A signal ended the run, which has been saved and has said so.
+    """A run ended before its time, and has been saved and has said so.
 
     Attributes:
-        status: the exit status, 128 + the signal's number, as in shells.
+        status: the exit status: 128 + the number of the signal that ended it, as in shells, or 1.
     """
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.status = 128 + signal_number
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
-def own_error(text: str) -> UserError:
-    """Return an error of this rank alone, which reports it itself."""
+def raise_on_all(text: str) -> NoReturn:
+    """Raise a `UserError` that every rank raises, and rank 0 reports."""
+    error = UserError(text)
+    error.is_shared = True
+    raise error
+
+
+def raise_here(text: str) -> NoReturn:
+    """Raise a `UserError` of this rank alone, which reports it itself."""
     error = UserError(text)
     error.is_own = True
-    return error
+    raise error
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`, a whole program; a `UserError` becomes one line and exit status 2, a bug keeps its traceback.
 
-    A path without permission, which any look at the file system may meet, becomes one line as well.
+    A path without permission and a full disk, which any access to the file system may meet, become one line as well.
 
     Of several processes, rank 0 reports an error that all of them know. One that a node finds before the processes
-    communicate (a missing folder, say) is reported by the first process of that node, and one that concerns a single
+    communicate (a missing file, say) is reported by the first process of that node, and one that concerns a single
     rank by that rank.
     """
     try:
+        _prepare_process()
         main()
+        if sys.stdout is not None:  # None if it is closed
+            sys.stdout.flush()
     except UserError as error:
         _end_with(error)
     except PermissionError as error:  # on looking at a path; where one is written, more is said
@@ -67,15 +94,39 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader, `head` say, has ended
+        _discard_output()
+        _end_at_once(141)  # 128 + SIGPIPE, as of any program
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _discard_output()
+        _end_with(UserError(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space"))
     end_among_others(0)
 
 
-def _end_with(error: UserError) -> None:
+def _prepare_process() -> None:
+    """Make the console take any text, and refuse a Python or torch that cannot work, before anything loads torch."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # Makes torch, which reads it when it first allocates, ask for large pages: the optimizer walks through gigabytes.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if problem := versions.unusable():
+        raise UserError(problem)
+
+
+def _end_with(error: UserError) -> NoReturn:
     if error.is_own or os.environ.get("RANK" if error.is_shared else "LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if error.is_own:
         _end_at_once(2)  # an orderly exit would wait for the others, which wait for this one
     sys.exit(2)
+
+
+def _discard_output() -> None:
+    """Discard what Python still buffers for standard output, so that it does not fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def end_among_others(status: int) -> None:
@@ -88,7 +139,7 @@ def end_among_others(status: int) -> None:
         _end_at_once(status)
 
 
-def _end_at_once(status: int) -> None:
+def _end_at_once(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

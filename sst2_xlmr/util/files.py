@@ -1,26 +1,31 @@
-"""Files that are either whole or absent: digests, tensors, syncing to disk, replacing a folder."""
+"""Files that are either whole or absent: digests, tensors, hidden scratch names, syncing to disk, renaming."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable, TextIO, Union
+from typing import Any, BinaryIO, Callable, TextIO, Union
 
 import torch
 
 from sst2_xlmr.util.errors import UserError
 
 _CHUNK_BYTES = 1 << 23
+SCRATCH_MARK = ".sst2_xlmr"
+_SCRATCH = re.compile(rf"\.(.+)\.[0-9a-f]{{16}}\.(new|old){re.escape(SCRATCH_MARK)}")
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -135,86 +140,154 @@ def sync_folder(folder: Path) -> None:
 def sync_files(folder: Path) -> None:
     """Make all files of a folder, and its entries, survive a power failure."""
     for file in folder.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+        _sync_file(file)
     sync_folder(folder)
+
+
+def _sync_file(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 @contextlib.contextmanager
 def disk_errors(what: str, unfinished: Path | None = None) -> Iterator[None]:
-    """Turn a failed write (a full disk, say) into a `UserError`, and remove the folder `unfinished`."""
+    """Turn a failed write (a full disk, say) into a `UserError`; after any error, remove the folder `unfinished`."""
     try:
         yield
-    except OSError as error:
+    except BaseException as error:
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         reason = error.strerror or error
         raise UserError(f"cannot write {what}: {reason}; make room, then continue (training: with --resume)") from None
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a small file, synced to disk, replacing any that is there; never through a symbolic link."""
-    unfinished = file.with_name(file.name + ".tmp")
-    unfinished.unlink(missing_ok=True)
-    with unfinished.open("x", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    unfinished.replace(file)
-    sync_folder(file.parent)
+@contextlib.contextmanager
+def closing(file: Any) -> Iterator[None]:
+    """Close a file in the end; an error of that is raised only if no other is on its way.
+
+    A full disk makes both fail, the write and the flush of what is left when the file is closed.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()
+        raise
+    file.close()
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror}; make room, or choose another place")
 
 
+def scratch_name(path: Path, kind: str = "new") -> Path:
+    """Return a hidden name beside `path` that is not taken, for what is to get that name, or for what had it ("old").
+
+    It has our mark, by which `recover` knows it. Create it exclusively: `mkdir`, or `open` with "x".
+    """
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.{kind}{SCRATCH_MARK}")
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Make a hidden folder beside `path`, for what is to become it, and remove it in the end."""
+    folder = scratch_name(path)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_scratch(path: Path) -> bool:
+    """Whether a file or folder has a name that `scratch_name` has made."""
+    return _SCRATCH.fullmatch(path.name) is not None
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Sync a finished file, or folder of files, to disk and give it its name; a file or folder there is replaced.
+
+    A symbolic link is not followed: it is replaced by a file, and stands in the way of a folder. A reader finds a file
+    whole, the old one or the new one; of a folder there is none for the moment between two renames.
+
+    Raises:
+        OSError: if it cannot be done.
+    """
+    aside = None
+    if new.is_dir():
+        sync_files(new)
+        if path.is_dir() and not path.is_symlink():
+            aside = scratch_name(path, "old")
+            path.rename(aside)
+    else:
+        _sync_file(new)
+    new.rename(path)
+    sync_folder(path.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Undo each `put_in_place` in a folder that was killed between its renames, and remove what is unfinished.
+
+    Nothing but scratch names is touched; no other process may be writing there.
+    """
+    for entry in filter(is_scratch, list(folder.iterdir()) if folder.is_dir() else []):
+        name, kind = _SCRATCH.fullmatch(entry.name).groups()  # type: ignore[union-attr]
+        is_folder = entry.is_dir() and not entry.is_symlink()
+        if kind == "old" and is_folder and not os.path.lexists(folder / name):
+            entry.rename(folder / name)
+        elif is_folder:
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                entry.unlink()
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that gets its name once it is whole and synced to disk; see `put_in_place`.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    scratch = scratch_name(path)
+    try:
+        file = scratch.open("xb")
+        with closing(file):
+            yield file
+        put_in_place(scratch, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all; see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[TextIO]:
-    """Open a text file, gzipped if its name ends in .gz, that gets its name once it is complete.
+    """Open a text file, gzipped if its name ends in .gz; see `atomic_file`.
 
     Raises:
         UserError: if it cannot be written.
     """
-    unfinished = path.with_name(path.name + ".tmp")
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        # JSON can hold a lone surrogate, which UTF-8 cannot; it is written as JSON's escape.
-        with opener(unfinished, "wt", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        unfinished.replace(path)
+        with atomic_file(path) as raw:
+            is_gzipped = path.suffix.lower() == ".gz"
+            binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_gzipped else raw
+            # JSON can hold a lone surrogate, which UTF-8 cannot; it is written as JSON's escape.
+            text = io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", newline="")
+            with closing(text):
+                yield text
     except OSError as error:
         raise cannot_write(path, error) from None
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-
-
-def _set_aside(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Replace the folder `old`, which may exist, by the finished folder `new`.
-
-    A reader finds either of them whole, or neither for the moment between two renames; never a half-written one.
-    """
-    aside = _set_aside(old)
-    shutil.rmtree(aside, ignore_errors=True)
-    if old.exists():
-        old.rename(aside)
-    new.rename(old)
-    sync_folder(old.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def restore_folder(folder: Path) -> None:
-    """Undo a `replace_folder` that was killed between its renames, or finish its clean-up."""
-    aside = _set_aside(folder)
-    if aside.is_dir() and not folder.exists():
-        aside.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 class Finisher:

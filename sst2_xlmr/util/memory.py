@@ -1,8 +1,8 @@
 """This process's memory: freed blocks are kept for the next step, and a full memory is the user's error.
 
 glibc returns large freed blocks to the system, which hands out zeroed pages again at the next step; for XLM-R base that
-is 20,000 page faults per step. torch enables large pages by an environment variable, which `sst2_xlmr/__init__.py`
-sets, because torch must see it before it allocates anything.
+is 20,000 page faults per step. torch enables large pages by an environment variable, which
+`exit_on_user_error` sets, because torch must see it before it allocates anything.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sst2_xlmr.util.errors import own_error
+from sst2_xlmr.util.errors import raise_here
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -61,4 +61,4 @@ def memory_errors(cure: str) -> Iterator[None]:
         else:
             raise
         where = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        raise own_error(f"{what} is full{where}: {cure}") from None
+        raise_here(f"{what} is full{where}: {cure}")

@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 
 OLDEST_PYTHON = (3, 9)
 OLDEST = {"torch": "2.3.1", "torchdata": "0.9.0"}
@@ -45,6 +46,12 @@ def unusable() -> str:
                 f"{package} {version} is installed, but {oldest} or newer is needed: run `pip install -U {package}`,"
                 " or set up an environment with scripts/setup.sh"
             )
+    tensorboard = str(_installed("tensorboard"))
+    if _numbers(tensorboard) < (2, 21) and find_spec("pkg_resources") is None:
+        return (
+            f"tensorboard {tensorboard} needs pkg_resources, which setuptools 82 and newer lack: run"
+            " `pip install -U tensorboard`"
+        )
     return ""
 
 

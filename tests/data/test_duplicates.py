@@ -18,7 +18,7 @@ from sst2_xlmr.data.duplicates import find_leaks, find_repeats, text_digests
 from sst2_xlmr.data.formats import line_of, read_fields
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.data.rows import Row
-from sst2_xlmr.report.findings import findings
+from sst2_xlmr.report.header import data_report
 
 RunTrain = Callable[..., Path]
 
@@ -81,24 +81,24 @@ def test_the_header_says_what_was_found(
 ) -> None:
     run_train(tmp_path / "run", "--max-steps", 1)
     said = capsys.readouterr().out
-    hint = "--drop-duplicates leaves them out"
-    assert f"repeated   3 training rows have text and label of an earlier one, e.g. train.tsv:52; {hint}\n" in said
+    hint = "--drop-duplicates drops them"
+    assert f"duplicates 3 training rows have the text and label of an earlier one, e.g. train.tsv:52; {hint}\n" in said
     assert (
-        f"labels     2 training rows have a text with several labels, e.g. train.tsv:5 and train.tsv:55; {hint}\n"
+        f"conflicts  2 training rows have a text with conflicting labels, e.g. train.tsv:5 and train.tsv:55; {hint}\n"
         in said
     )
     assert (
-        "leaked     2 training rows have a text of dev, e.g. train.tsv:56 and dev.tsv:2; --drop-leaks leaves them out\n"
+        "leaks      2 training rows have a text of dev, e.g. train.tsv:56 and dev.tsv:2; --drop-leaks drops them\n"
         in said
     )
     assert "rows       train 56, dev 20;" in said
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_findings_are_told_without_lines_of_a_file_that_has_gone(
+def test_the_data_report_goes_without_lines_of_a_file_that_has_gone(
     is_there: bool, tiny_encoder: Path, dirty_data: Path, tmp_path: Path
 ) -> None:
-    """As when a run begins again after a collapse, long after it has read its files; a .csv has to be read again."""
+    """A .csv has to be read again for them."""
     file = dirty_data / "train.csv"
     with file.open("w", encoding="utf-8", newline="") as written:
         lines = (dirty_data / "train.tsv").read_text(encoding="utf-8").splitlines()
@@ -110,18 +110,18 @@ def test_findings_are_told_without_lines_of_a_file_that_has_gone(
         file.write_text("sentence,label\n")  # shorter now
     else:
         file.rename(tmp_path / "moved.csv")
-    hint = "--drop-duplicates leaves them out"
-    assert findings(inputs) == [
-        f"repeated   3 training rows have text and label of an earlier one; {hint}",
-        f"labels     2 training rows have a text with several labels; {hint}",
-        "leaked     2 training rows have a text of dev; --drop-leaks leaves them out",
+    hint = "--drop-duplicates drops them"
+    assert data_report(inputs) == [
+        f"duplicates 3 training rows have the text and label of an earlier one; {hint}",
+        f"conflicts  2 training rows have a text with conflicting labels; {hint}",
+        "leaks      2 training rows have a text of dev; --drop-leaks drops them",
     ]
 
 
 def test_clean_data_are_not_mentioned(run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_train(tmp_path / "run", "--max-steps", 1)
     said = capsys.readouterr().out
-    assert not any(word in said for word in ("repeated ", "labels  ", "leaked "))
+    assert not any(word in said for word in ("duplicates ", "conflicts ", "leaks "))
 
 
 def test_what_is_dropped_is_not_trained_on(

@@ -21,13 +21,13 @@ from sst2_xlmr.engines.cpu.shared_memory import Meeting, Places, aligned_bytes, 
 if sys.argv[1] == "none":
     del os.memfd_create
 elif sys.argv[1] == "another" and os.environ["RANK"] == "1":
-    from_main, file = distributed.from_main, os.memfd_create("another")
+    broadcast, file = distributed.broadcast, os.memfd_create("another")
     os.ftruncate(file, 1 << 16)
     from sst2_xlmr.engines.cpu import shared_memory
     def another(world, facts):
-        facts = from_main(world, facts)
+        facts = broadcast(world, facts)
         return f"/proc/{os.getpid()}/fd/{file}", facts[1]
-    shared_memory.from_main = another
+    shared_memory.broadcast = another
 with distributed.start("cpu", 1, 1) as world:
     like = [torch.zeros(3, 5), torch.zeros(7, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int16)]
     size = aligned_bytes(like)

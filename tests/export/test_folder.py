@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from sst2_xlmr import train
 from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.export import folder as hugging_face
+from sst2_xlmr.programs import evaluate
+from sst2_xlmr.util.files import SCRATCH_MARK, scratch_name
 
 RunTrain = Callable[..., Path]
 
@@ -24,25 +26,25 @@ def test_better_models_in_quick_succession_leave_a_whole_one(
     run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes its name in the background; the next must not be written over it meanwhile."""
-    evaluate, sync_files = train.evaluate, hugging_face.sync_files
+    evaluate, put_in_place = train.evaluate, hugging_face.put_in_place
     accuracies = iter(range(1, 100))
 
     def ever_better(*arguments: Any) -> Evaluation:
         evaluation = evaluate(*arguments)
         return dataclasses.replace(evaluation, metrics={**evaluation.metrics, "accuracy": next(accuracies) / 100})
 
-    def slow_sync(folder: Path) -> None:
+    def slowly(new: Path, folder: Path) -> None:
         time.sleep(0.3)
-        sync_files(folder)
+        put_in_place(new, folder)
 
     monkeypatch.setattr(train, "evaluate", ever_better)
-    monkeypatch.setattr(hugging_face, "sync_files", slow_sync)
+    monkeypatch.setattr(hugging_face, "put_in_place", slowly)
     run = run_train(tmp_path / "run", "--epochs", 1, "--eval-every", 1)
     assert metrics(run)[-1]["accuracy"] == 0.07
     best, last = (load_file(run / name / "model.safetensors") for name in ("best", "model"))
     assert all(best[name].equal(last[name]) for name in last)
     assert {file.name for file in (run / "best").iterdir()} == {file.name for file in (run / "model").iterdir()}
-    assert not list(run.glob("*.tmp"))
+    assert not list(run.rglob(f"*{SCRATCH_MARK}"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -74,3 +76,25 @@ def test_config_has_the_dropout_of_training(run_train: RunTrain, tmp_path: Path,
     settings = json.loads((run_train(tmp_path / "run", *options) / "model" / "config.json").read_text())
     assert settings["hidden_dropout_prob"] == settings["attention_probs_dropout_prob"] == 0.25
     assert settings["classifier_dropout"] == 0.5
+
+
+def test_what_the_user_has_beside_a_model_stays(
+    run_train: RunTrain, model: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """Whatever its name, in a run's folder and beside --output; only what has our mark is cleaned up."""
+    run = run_train(tmp_path / "run", "--epochs", 1, "--save-every", 3)
+    theirs = [
+        *(tmp_path / name for name in ("reviews.old", "reviews.tmp", "reviews.sst2_xlmr")),
+        *(run / name for name in ("best.old", "model.old", "model.tmp", ".best.new.sst2_xlmr", "mine.tmp")),
+        *(run / "checkpoints" / name for name in ("step-00000007.tmp", "step-00000003.old")),
+    ]
+    ours = [scratch_name(run / "best"), scratch_name(run / "model", "old"), scratch_name(run / "checkpoints" / "x")]
+    for folder in (*theirs, *ours):
+        folder.mkdir()
+        (folder / "kept.txt").touch()
+    train.main(["--resume", "--output-dir", str(run)])
+    options = ["--calibrate", small_data / "dev.tsv", "--output", tmp_path / "reviews"]
+    evaluate.main(["--model", *map(str, [model, *options])])
+    assert all((folder / "kept.txt").is_file() for folder in theirs)
+    assert not any(folder.exists() for folder in ours)
+    assert (tmp_path / "reviews" / "model.safetensors").is_file()

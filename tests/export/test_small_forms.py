@@ -1,8 +1,7 @@
-"""scripts/export.py's forms for using a model elsewhere: ONNX, 8 bits, a trimmed vocabulary."""
+"""The forms for using a model elsewhere: ONNX, also in 8 bits, and a trimmed vocabulary."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -13,19 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, user_error
-from safetensors.torch import load_file
+from conftest import user_error
 from sentencepiece import SentencePieceProcessor
 
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.trimmed import needed_pieces, trimmed_tokenizer
 from sst2_xlmr.model.classifier import load_classifier
-from sst2_xlmr.model.encoders import INT8_NAME, TOKENIZER_NAME, find_encoder
-from sst2_xlmr.model.weights import load_tensors
-from sst2_xlmr.predictor import load_model
-
-sys.path.insert(0, str(ROOT / "scripts"))
-export = importlib.import_module("export")
+from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
+from sst2_xlmr.programs import export
 
 CPU = torch.device("cpu")
 TEXTS = ["A fine film.", "", "word " * 300, "  It was  slow,\tand long ", "Кино 映画 ταινία", "no", "\U0001f600"] * 5
@@ -123,53 +117,20 @@ def test_onnx_in_8_bits_is_near_and_small(
     assert np.abs(probabilities - expected).mean() < 0.3 * expected.std(0).mean()
 
 
-@pytest.mark.parametrize("form", ["hf-int8", "onnx-int8"])
 def test_8_bits_that_change_too_much_are_refused(
-    model: Path,
-    rows_file: Path,
-    tmp_path: Path,
-    form: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def turn_around(written: Any) -> Any:
-        def write(*given: Any) -> Any:
-            classify = written(*given)
-            return lambda rows: 1 - classify(rows)
+    def turn_around(*given: Any) -> Any:
+        classify = write_onnx_file(*given)
+        return lambda *rows: 1 - classify(*rows)
 
-        return write
-
-    if form.startswith("onnx"):
-        pytest.importorskip("onnxruntime_extensions")
-    monkeypatch.setattr(export, "write_hugging_face", turn_around(export.write_hugging_face))
-    monkeypatch.setattr(export, "write_onnx_file", turn_around(export.write_onnx_file))
+    pytest.importorskip("onnxruntime_extensions")
+    write_onnx_file = export.write_onnx_file
+    monkeypatch.setattr(export, "write_onnx_file", turn_around)
     options = ["--model", model, "--check-file", f"en={rows_file}", "--output", tmp_path / "out" / "x"]
-    line = user_error(lambda: run_export(*options, "--format", form), capsys)
+    line = user_error(lambda: run_export(*options, "--format", "onnx-int8"), capsys)
     assert "int8 changes 40 of 40 labels of fp32, 100.00%, and at most 1.00% are allowed" in line
     assert not list((tmp_path / "out").iterdir())
-
-
-def test_a_folder_in_8_bits_computes_as_its_source_does_in_8_bits(model: Path, rows_file: Path, tmp_path: Path) -> None:
-    """Bit for bit, where the processor has the instructions; in fp32 it has the rounded weights."""
-    options = ["--check-file", rows_file, "--most-changed", 100, "--most-lost", 100]
-    run_export("--model", model, "--format", "hf-int8", "--output", tmp_path / "small", *options)
-    stored = load_file(tmp_path / "small" / INT8_NAME)
-    assert stored["roberta.embeddings.word_embeddings.weight"].dtype == torch.int8
-    assert stored["classifier.dense.weight"].dtype == torch.float32
-    assert not (tmp_path / "small" / "model.safetensors").exists(), "transformers would read it without the scales"
-    before, after = load_tensors(find_encoder(str(model))), load_tensors(find_encoder(str(tmp_path / "small")))
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert torch.allclose(after[name], tensor, atol=float(tensor.abs().max()) / 250), name
-    loaded = [load_model(folder, CPU, "int8") for folder in (model, tmp_path / "small")]
-    if loaded[0].precision == "int8":
-        from sst2_xlmr.engines.cpu.int8 import Int8Classifier
-
-        for m in loaded:
-            assert isinstance(m.module, Int8Classifier)
-            m.module.near_tie = 0.0  # the folder has no more than 8 bits of a weight for those
-        first, second = (predict(m.module, m.tokenizer(TEXTS), 256, CPU) for m in loaded)
-        assert torch.equal(first, second)
 
 
 def test_a_trimmed_model_gives_the_same_answers(

@@ -18,6 +18,7 @@ from running import digests, launcher, logged, started, wait_for
 
 from sst2_xlmr import train
 from sst2_xlmr.training.checkpoint import find_checkpoint, what_is_damaged
+from sst2_xlmr.util.files import SCRATCH_MARK, scratch_name
 
 RunTrain = Callable[..., Path]
 FILES = ["manifest.json", "progress.json", "config.json"]
@@ -86,9 +87,10 @@ def test_no_checkpoint_left_means_from_the_beginning(
 def test_killed_between_two_renames_keeps_the_best_model(run_train: RunTrain, tmp_path: Path) -> None:
     run = run_train(tmp_path / "run", "--epochs", 2)
     before = digests(run)
-    (run / "best").rename(run / "best.old")
-    (run / "checkpoints" / "step-00000020.tmp").mkdir()
-    (run / "checkpoints" / "step-00000020.tmp" / "model.safetensors").write_bytes(b"half")
+    (run / "best").rename(scratch_name(run / "best", "old"))
+    half = scratch_name(run / "checkpoints" / "step-00000020")
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
     train.main(["--resume", "--output-dir", str(run)])
     assert digests(run) == before
     assert {entry.name for entry in run.iterdir()} == {
@@ -142,7 +144,7 @@ def test_full_disk_leaves_the_checkpoints_before_whole(
     assert "No space left on device; make room, then continue (training: with --resume)" in line
     found = find_checkpoint(small_disk / "run" / "checkpoints", pytest.fail)
     assert found is not None
-    assert not list((small_disk / "run").rglob("*.tmp"))
+    assert not list((small_disk / "run").rglob(f"*{SCRATCH_MARK}"))
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     train.main(["--resume", "--output-dir", str(small_disk / "run")])
     assert digests(small_disk / "run") == digests(tmp_path / "whole")

@@ -10,6 +10,8 @@ import pytest
 from conftest import SAMPLE_DATA, train_options
 from running import charted, digests, kill_group, last_step, launcher, logged, started
 
+from sst2_xlmr.util.files import SCRATCH_MARK
+
 STEPS = 200
 
 
@@ -66,4 +68,4 @@ def test_killed_run_equals_undisturbed_run(
     assert digests(broken) == digests(whole)
     assert logged(broken) == logged(whole)
     assert charted(broken) == charted(whole) == list(range(1, STEPS + 1))
-    assert not list(broken.rglob("*.tmp"))
+    assert not list(broken.rglob(f"*{SCRATCH_MARK}"))

@@ -14,9 +14,9 @@ from conftest import SMALL_ENCODER, needs_small_encoder, train_options
 from running import charted, digests, launcher, logged, started, wait_for, workers
 from safetensors.torch import load_file
 
-from sst2_xlmr.export.folder import Description, export_hugging_face
+from sst2_xlmr.export.folder import write_folder
 from sst2_xlmr.model.classifier import Classifier
-from sst2_xlmr.model.encoders import EncoderShape
+from sst2_xlmr.model.encoders import Encoder, EncoderShape
 from sst2_xlmr.training.signals import SIGNALS, StopRequest
 from sst2_xlmr.util.distributed import World
 
@@ -135,8 +135,8 @@ def test_base_shapes_are_saved_and_gone_within_ten_seconds(whole: tuple[Path, Pa
     tensors = dict(model.named_parameters())
     for tensor in tensors.values():
         torch.nn.init.normal_(tensor.data, 0, 0.02)
-    described = Description(shape, ["a", "b"], 512, SMALL_ENCODER / "sentencepiece.bpe.model")
-    export_hugging_face(encoder, tensors, described)
+    tokenizer_file = SMALL_ENCODER / "sentencepiece.bpe.model"
+    write_folder(encoder, tensors, Encoder("", shape, Path(), tokenizer_file, ["a", "b"]))
     assert len(load_file(encoder / "model.safetensors")) > 200
     run, log = tmp_path / "run", tmp_path / "log"
     words = ["--encoder", str(encoder), "--data-dir", str(whole[1]), "--output-dir", str(run), "--device", "cpu"]

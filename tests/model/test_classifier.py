@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import SMALL_ENCODER, needs_small_encoder
 from reference import torchtext_model
 
 from sst2_xlmr.data.rows import SST2_NAMES
-from sst2_xlmr.export.folder import Description, export_hugging_face
+from sst2_xlmr.export.folder import write_folder
 from sst2_xlmr.model.classifier import Classifier, Dropouts, build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 
@@ -47,8 +48,7 @@ def check_against_transformers(folder: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model, encoder = classifier(folder), find_encoder(str(folder))
     masters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    described = Description(encoder.shape, ["no", "yes"], 64, encoder.tokenizer_file)
-    export_hugging_face(tmp_path / "m", masters, described)
+    write_folder(tmp_path / "m", masters, dataclasses.replace(encoder, label_names=["no", "yes"], max_length=64))
     reference = transformers.XLMRobertaForSequenceClassification.from_pretrained(tmp_path / "m").eval()
     assert reference.config.id2label == {0: "no", 1: "yes"}
     batch = tokens(model.shape.vocab_size)

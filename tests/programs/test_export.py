@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -12,25 +13,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, metrics, needs_small_encoder, sst2_sentences, user_error
 from reference import needs_torchtext
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from sst2_xlmr import train
 from sst2_xlmr.config import Config
 from sst2_xlmr.evaluation.calibration import Calibration
-from sst2_xlmr.evaluation.evaluate import predict
+from sst2_xlmr.evaluation.evaluate import Evaluation, predict
+from sst2_xlmr.export.folder import LAST_LAYER
 from sst2_xlmr.export.model_card import card_text
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.programs import export
-from sst2_xlmr.training.state import Progress
+from sst2_xlmr.programs import evaluate, export
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.errors import UserError
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 
 # torch ignores it by itself, pytest does not: torch.nn.functional looks at a size that never changes.
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -139,30 +139,21 @@ def test_folder_is_rewritten_with_its_card(model: Path, tmp_path: Path, capsys: 
     assert (tmp_path / "copy" / "README.md").read_text() == "what it is"
 
 
-def test_the_card_says_8_bits_once_and_only_of_such_weights(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However often the folder is written again, in whatever form."""
-    monkeypatch.setattr(export, "classify_with_folder", lambda *_: None)
-    evaluate = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))
+def test_the_card_says_once_how_it_was_calibrated(model: Path, tmp_path: Path) -> None:
+    """However often it is calibrated again; what training said stays."""
+    plain = "What it is.\n\nThe probabilities are calibrated: by training.\n"
     source = Path(shutil.copytree(model, tmp_path / "source"))
-    (source / "README.md").write_text("What it is.\n\nThe probabilities are calibrated: by training.\n")
-
-    def card_after(folder: Path, name: str, int8: bool) -> str:
-        export.write_hugging_face(find_encoder(str(folder)), tmp_path / name, "fp32", int8)
-        return (tmp_path / name / "README.md").read_text()
-
-    plain, note = (source / "README.md").read_text(), "The encoder's matrices are stored in 8 bits.\n"
-    assert card_after(source, "once", int8=True) == f"{plain}\n{note}"
-    assert card_after(tmp_path / "once", "twice", int8=True) == f"{plain}\n{note}"
-    assert card_after(tmp_path / "twice", "back", int8=False) == plain
-    for number in range(2):
-        evaluate["write_calibrated"](tmp_path / "once", tmp_path / f"{number}", Calibration(1.5, 0.2, 0.1))
-        card = (tmp_path / f"{number}" / "README.md").read_text()
-        assert card.startswith(plain + "\nThe probabilities are calibrated: temperature 1.500")
-        assert card.count("calibrated: temperature") == 1
-        assert note not in card
-        export.write_hugging_face(find_encoder(str(tmp_path / f"{number}")), tmp_path / "once", "fp32", True)
+    (source / "README.md").write_text(plain)
+    for number, temperature in enumerate((1.5, 2.0)):
+        evaluate.write_calibrated(source, tmp_path / f"{number}", Calibration(temperature, 0.2, 0.1))
+        source = tmp_path / f"{number}"
+    card = (source / "README.md").read_text()
+    assert card.startswith(plain + "\nThe probabilities are calibrated: temperature 2.000")
+    assert card.count("calibrated: temperature") == 1
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, source))
+    for name in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
+        assert torch.allclose(after[name] * 3, before[name])
+    assert before["classifier.dense.weight"].equal(after["classifier.dense.weight"])
 
 
 @pytest.mark.parametrize(
@@ -176,21 +167,21 @@ def test_the_card_says_8_bits_once_and_only_of_such_weights(
 def test_accuracy_is_not_left_out_where_it_was_asked_for(
     model: Path, tmp_path: Path, header: str, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("onnxruntime_extensions")
     (tmp_path / "rows.tsv").write_text(f"{header}\n" + "\t".join(["fine", "a", "a"][: header.count("\t") + 1]) + "\n")
     paths: list[object] = ["--check-file", tmp_path / "rows.tsv", "--output", tmp_path / "x"]
-    assert says in user_error(lambda: run_export("--model", model, "--format", "hf-int8", *paths, *options), capsys)
+    assert says in user_error(lambda: run_export("--model", model, "--format", "onnx-int8", *paths, *options), capsys)
     assert [file.name for file in tmp_path.iterdir()] == ["rows.tsv"]
 
 
 def test_accuracy_that_was_not_compared_is_said(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    classify = export.classify_with_folder
-    monkeypatch.setattr(export, "classify_with_folder", lambda folder, *_: classify(folder))  # on any processor
+    pytest.importorskip("onnxruntime_extensions")
     (tmp_path / "rows.tsv").write_text("text\tlabel\nfine\ta\n")
     (tmp_path / "lines.txt").write_text("fine\n")
     options = ["--check-file", tmp_path / "rows.tsv", tmp_path / "lines.txt", "--most-changed", 100, "--most-lost", 100]
-    run_export("--model", model, "--format", "hf-int8", "--output", tmp_path / "x", *options)
+    run_export("--model", model, "--format", "onnx-int8", "--output", tmp_path / "x", *options)
     said = capsys.readouterr().out
     assert "no labels in lines: accuracy was not compared" in said
     assert said.count("not compared") == 1
@@ -203,23 +194,89 @@ def test_folder_in_bf16(model: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("form", ["hf", pytest.param("torchscript", marks=needs_torchtext)])
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--format", "hf"], 2e-5),
+        (["--format", "hf", "--dtype", "bf16"], 0.1),
+        (["--format", "onnx"], 2e-4),
+        pytest.param(["--format", "torchscript"], 2e-5, marks=needs_torchtext),
+    ],
+)
 def test_what_answers_otherwise_is_removed(
-    model: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tmp_path: Path,
+    options: list[str],
+    error: float,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def spoil(written: Any) -> Any:
         def write(*given: Any) -> Any:
             classify = written(*given)
-            return lambda rows: classify(rows) + torch.tensor([2e-5, -2e-5])
+            return lambda *rows: classify(*rows) + torch.tensor([error, -error])
 
         return write
 
-    monkeypatch.setattr(export, "write_hugging_face", spoil(export.write_hugging_face))
-    monkeypatch.setattr(export, "write_torchscript", spoil(export.write_torchscript))
+    if "onnx" in options:
+        pytest.importorskip("onnxruntime_extensions")
+    for name in ("write_hugging_face", "write_torchscript", "write_onnx_file"):
+        monkeypatch.setattr(export, name, spoil(getattr(export, name)))
     output = tmp_path / "out" / "x"
-    options = ["--model", model, "--format", form, "--output", output]
-    assert "a probability differs by 2e-05; it was removed" in user_error(lambda: run_export(*options), capsys)
+    line = user_error(lambda: run_export("--model", model, "--output", output, *options), capsys)
+    assert f"the written model disagrees with {model}: a probability differs by " in line
     assert not list(output.parent.iterdir())
+
+
+def test_an_onnx_file_with_another_weight_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By so little that no label changes."""
+    onnx_file = pytest.importorskip("sst2_xlmr.export.onnx")
+    write_onnx = onnx_file.write_onnx
+
+    def write_wrong(file: Path, weights: dict[str, Any], *more: Any) -> None:
+        name = LAST_LAYER[1]
+        write_onnx(file, {**weights, name: weights[name] + np.array([0.01, 0], np.float32)}, *more)
+
+    monkeypatch.setattr(onnx_file, "write_onnx", write_wrong)
+    options = ["--model", model, "--format", "onnx", "--output", tmp_path / "x"]
+    assert "a probability differs by 0.00" in user_error(lambda: run_export(*options), capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(
+    model: Path, tmp_path: Path, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where no answer shows them: the embedding of a piece that the compared sentences do not have."""
+    source, name = Path(shutil.copytree(model, tmp_path / "source")), "roberta.embeddings.word_embeddings.weight"
+    weights = load_file(source / "model.safetensors")
+    weights[name][-1, 3] = value
+    save_file(weights, source / "model.safetensors")
+    options = ["--model", source, "--format", "hf", "--output", tmp_path / "x"]
+    line = user_error(lambda: run_export(*options), capsys)
+    assert f"{source / 'model.safetensors'}: " in line
+    assert "values that are not finite" in line
+
+
+@pytest.mark.parametrize("gone", ["closed pipe", "/dev/full"])
+def test_a_result_that_is_written_is_a_success_whoever_reads(model: Path, tmp_path: Path, gone: str) -> None:
+    (tmp_path / "texts.txt").write_text("A fine film.\n")
+    options: list[object] = ["--format", "hf", "--output", tmp_path / "x"]
+    options += ["--keep-vocabulary-of", tmp_path / "texts.txt"]  # says a line before all is done, too
+    command: list[object] = [sys.executable, ROOT / "scripts" / "export.py", "--model", model, *options]
+    if gone == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(gone, os.O_WRONLY)
+    words = [str(word) for word in command]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+    assert done.stderr.startswith("warning: cannot write to standard output: ")
+    assert probabilities_of(tmp_path / "x", ["A fine film."]).shape == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -234,12 +291,12 @@ def test_what_answers_otherwise_is_removed(
         (["--format", "hf", "--check-file", "a/empty", "empty"], "two files have the name empty"),
         (["--format", "hf", "--keep-vocabulary-of", "no.csv"], "cannot read no.csv: No such file"),
         (["--format", "hf", "--from-ids"], "--from-ids is for --format onnx"),
-        (["--format", "hf-int8"], "--format hf-int8 needs --check-file"),
+        (["--format", "hf-int8"], "invalid choice: 'hf-int8'"),
         (["--format", "hf", "--most-changed", "101"], "'101' is not a percentage from 0 to 100"),
-        (["--format", "hf", "--most-changed", "5"], "are for formats in 8 bits"),
+        (["--format", "hf", "--most-changed", "5"], "are for --format onnx-int8"),
         (["--format", "hf", "--text-column", "x"], "--text-column needs a .tsv, .csv or .jsonl file"),
         (["--format", "hf", "--check-file", "empty", "--text-column", "x"], "--text-column needs a .tsv, .csv"),
-        (["--format", "hf", "--output", "empty"], "--output empty is there already"),
+        (["--format", "hf", "--output", "empty"], "--output empty already exists"),
         (["--format", "hf", "--output", "empty/x"], "cannot write empty/x: "),
         (["--format", "hf", "--model", "no/such"], "no/such: neither"),
         ([], "--format"),
@@ -280,19 +337,31 @@ def test_torchscript_is_refused_without_torchtext(
     assert "--format torchscript needs torchtext under torch 2.3.1, and this is torch" in line
 
 
-def test_training_writes_a_card_without_paths(run_train: Callable[..., Path], small_data: Path, tmp_path: Path) -> None:
+def test_training_writes_a_card_without_paths(
+    run_train: Callable[..., Path], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each folder's with the metrics of its own weights: here the first evaluation is the best of two."""
+    evaluate_all, accuracies = train.evaluate, iter([0.9, 0.5, 0.6])
+
+    def first_is_best(*arguments: Any) -> Evaluation:
+        evaluation = evaluate_all(*arguments)
+        return dataclasses.replace(evaluation, metrics={**evaluation.metrics, "accuracy": next(accuracies)})
+
+    monkeypatch.setattr(train, "evaluate", first_is_best)
     shutil.copy(small_data / "dev.tsv", small_data / "other.tsv")
-    options = ["--epochs", 2, "--test-file", small_data / "other.tsv"]
+    options = ["--epochs", 2, "--eval-every", 7, "--test-file", small_data / "other.tsv"]
     run = run_train(tmp_path / "run", *options)
     cards = {name: (run / name / "README.md").read_text(encoding="utf-8") for name in ("best", "model")}
-    entries = [line for line in metrics(run) if "split" in line]
-    dev = {line["step"]: line for line in entries if line["split"] == "dev"}
-    assert f"| other.tsv | 20 | {entries[-1]['accuracy']:.4f}" not in cards["best"], "best/ is older than that"
+    rows = {}
+    for entry in [entry for entry in metrics(run) if "split" in entry]:
+        numbers = (f"{entry[key]:.4f}" for key in ("accuracy", "macro_f1", "loss"))
+        rows[entry["step"], entry["split"]] = f"| {entry['split']} | 20 | {' | '.join(numbers)} |\n"
+    head = "| file | rows | accuracy | macro F1 | loss |\n| --- | --- | --- | --- | --- |\n"
+    assert f"{head}{rows[7, 'dev']}\nThese weights were chosen by their accuracy on dev, " in cards["best"]
+    assert f"{head}{rows[14, 'dev']}{rows[14, 'other']}\n## Settings" in cards["model"]
     for text in (
         "tiny, fine-tuned with sst2_xlmr for 14 steps",
         "50 rows train, 20 rows dev, 20 rows other; from data, other.tsv.",
-        f"| dev | 20 | {dev[14]['accuracy']:.4f} | {dev[14]['macro_f1']:.4f} | {dev[14]['loss']:.4f} |",
-        f"| other | 20 | {entries[-1]['accuracy']:.4f} |",
         "| `--lr` | 0.001 |",
         "| `--freeze-encoder` | off |",
         versions.versions(),
@@ -305,14 +374,20 @@ def test_training_writes_a_card_without_paths(run_train: Callable[..., Path], sm
 
 
 def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -> None:
-    progress = Progress("", "", 1, step=3)
-    card = card_text(Config(text_column="a|b"), [f"c{n}" for n in range(50)], {"train": 5}, [], progress)
-    assert "base_model: FacebookAI/xlm-roberta-base\n" in card
+    card = card_text(Config(text_column="a|b", label_names=[f"c{n}" for n in range(50)]), {"train": 5}, [], 3)
+    assert "base_model: FacebookAI/xlm-roberta-base\ntags: " in card
     assert "# Text classifier: 50 classes\n" in card
     assert "5 rows train; from SST-2 of the GLUE benchmark." in card
-    given = Config(data_dir="/data/films", eval_file=["fr=/data/fr.tsv"], test_file=["/data/de.tsv"])
-    assert "; from films, fr.tsv, de.tsv." in card_text(given, ["a", "b"], {"train": 5, "fr": 2, "de": 2}, [], progress)
     assert "| `--text-column` | a\\|b |" in card
+    config = Config(
+        data_dir="/data/films", eval_file=["fr=/data/fr.tsv"], test_file=["/data/de.tsv"], label_names=["a", "b"]
+    )
+    card = card_text(config, {"train": 5, "fr": 2, "de": 2}, [], 3, Calibration(1.5, 0.25, 0.125))
+    assert "; from films, fr.tsv, de.tsv." in card
+    assert "a temperature of 1.500, fitted on dev" in card
+    assert "from 0.2500 to 0.1250. Losses above are without it.\n\n## Settings" in card
+    card = card_text(config, {"train": 5}, [], 3, Calibration(1.0, 0.25, 0.25))
+    assert "calibrated: temperature 1, as no other is significantly better on dev;" in card
 
 
 def test_a_model_that_is_exported_again_keeps_its_settings(run_train: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,45 +1,161 @@
-"""The report of a run: what is on the disk at once, and what other ranks say."""
+"""The report of a run: the header, what is on the disk at once, and that no error of its own hides another."""
 
 from __future__ import annotations
 
-import inspect
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from conftest import SAMPLE_DATA, metrics
+import pytest
+import torch
+from conftest import ROOT, SAMPLE_DATA, metrics, train_options, user_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sst2_xlmr import train
+from sst2_xlmr.backend import Backend
+from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import Config
-from sst2_xlmr.report.console import Report, SilentReport, open_report
+from sst2_xlmr.data.prepare import prepare
+from sst2_xlmr.report.console import Report
+from sst2_xlmr.report.header import header_lines
+from sst2_xlmr.task import SingleLabel
+from sst2_xlmr.training.state import TrainState
+from sst2_xlmr.util.distributed import World
+from sst2_xlmr.util.errors import UserError
+
+ENTRY: dict[str, Any] = {"step": 3, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0, "something_new": 7.0}
 
 
 def open_small_report(folder: Path) -> Report:
-    config = Config(output_dir=str(folder), tensorboard_dir=str(folder / "events"))
-    return open_report(config, {"dev": SAMPLE_DATA / "dev.tsv"}, 0, 10, [])
+    task, files = SingleLabel(["negative", "positive"]), {"dev": (SAMPLE_DATA / "dev.tsv", "")}
+    return Report(Config(), task, folder, "fp32", files, 0, 10, [])
 
 
 def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
     """A killed process has no time to write what it holds back, and a resumed run does not repeat it."""
     report = open_small_report(tmp_path)
-    report.log_training({"step": 1, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0})
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1]
-    assert metrics(tmp_path)[0]["loss"] == 0.5
+    report.log_training(ENTRY)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [3]
+    assert events.Scalars("train/something_new")[0].value == 7, "a new metric needs no list"
+    report.log_collapse(4, "same prediction for every text")
+    assert metrics(tmp_path) == [ENTRY, {"step": 4, "collapsed": True}]
     report.close()
 
 
-def test_a_new_metric_of_training_needs_no_list(tmp_path: Path) -> None:
+def fill_disk(report: Report, what: str, folder: Path) -> None:
+    """Let all further writes of metrics or events fail, as on a full disk."""
+    if what == "metrics":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), report._metrics.fileno())
+        return
+    for file in folder.glob("events.*"):  # every record is written to the name
+        file.unlink()
+        file.symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("what", ["metrics", "events"])
+def test_a_full_disk_has_one_error_and_close_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
     report = open_small_report(tmp_path)
-    entry = {"step": 3, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0, "something_new": 7.0}
-    report.log_training(entry)
+    fill_disk(report, what, tmp_path / "tensorboard")
+    place = {"metrics": "metrics to .*/metrics.jsonl", "events": "events to .*/tensorboard"}[what]
+    with pytest.raises(UserError, match=f"cannot write {place}: No space left on device; make room"):
+        report.log_training(ENTRY)
     report.close()
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
-    assert events.Scalars("train/something_new")[0].value == 7
-    assert metrics(tmp_path) == [entry]
+    assert capsys.readouterr().err == "", "no traceback from the thread that writes events"
 
 
-def test_a_silent_report_has_the_same_methods() -> None:
-    def methods(kind: type) -> dict[str, inspect.Signature]:
-        functions = inspect.getmembers(kind, inspect.isfunction)
-        return {name: inspect.signature(function) for name, function in functions if not name.startswith("_")}
+def test_a_console_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = open_small_report(tmp_path)
+    with (tmp_path / "log").open("w", encoding="ascii") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        report.say("class größe")
+        assert (tmp_path / "log").read_text() == "class gr\\xf6\\xdfe\n"
+        os.dup2(os.open("/dev/full", os.O_WRONLY), log.fileno())
+        for _ in range(2):
+            report.say("more")
+        report.advance()
+    assert capsys.readouterr().err == (
+        "warning: cannot write to standard output: No space left on device; continuing without it\n"
+    )
+    report.close()
 
-    assert methods(SilentReport) == methods(Report)
+
+@pytest.mark.parametrize(
+    ("precision", "decided", "reason", "says"),
+    [
+        ("auto", "bf16", "", "1 process; precision auto -> bf16 with fp32 master weights; engine"),
+        ("fp32", "fp32", "as asked", "1 process; fp32; plain PyTorch: slower (as asked)"),
+        ("bf16", "bf16", "no GCC that works", "bf16 autocast; plain PyTorch: slower (no GCC that works)"),
+    ],
+)
+def test_the_header_says_what_was_decided(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, precision: str, decided: str, reason: str, says: str
+) -> None:
+    options = ["--precision", precision, "--epochs", 1.5]
+    config, _ = parse_args(train_options(tiny_encoder, small_data, tmp_path / "run", *options))
+    inputs, model = prepare(config, quiet=True), torch.nn.Linear(1000, 1000, bias=False)
+    backend = Backend(model.requires_grad_(False), model, torch.optim.SGD(model.parameters()), reason)  # type: ignore
+    state, world, rows = TrainState(7, decided, 4), World.alone(torch.device("cpu")), inputs.encoder.shape.vocab_size
+    lines = header_lines(inputs, state, backend, world, tmp_path, 10, rows, True)
+    by_name = {line[:10].rstrip(): line[11:] for line in lines}
+    assert list(by_name) == ["stack", "encoder", "rows", "batches", "device", "run"]
+    assert "3 layers, 32 wide, 1.0 M parameters, 0.0 M trained; new head for negative, positive" in by_name["encoder"]
+    assert by_name["rows"] == "train 50, dev 20; 3 cut to 64 tokens"
+    assert by_name["batches"] == "7 an epoch, of 8 rows; 1.5 epochs, 10 steps, evaluation every 4"
+    assert says in by_name["device"]
+
+
+@pytest.mark.parametrize("what", ["metrics", "events"])
+def test_a_run_whose_disk_fills_goes_on_when_there_is_room(
+    run_train: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    run, log_training = tmp_path / "run", Report.log_training
+
+    def fill_at_step_5(report: Report, entry: dict[str, Any]) -> None:
+        if entry["step"] == 5:
+            fill_disk(report, what, run / "tensorboard")
+        log_training(report, entry)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Report, "log_training", fill_at_step_5)
+        line = user_error(lambda: run_train(run, "--epochs", 1, "--save-every", 3), capsys)
+    assert "No space left on device; make room, then continue (training: with --resume)" in line
+    for file in (run / "tensorboard").iterdir():
+        file.unlink()
+    train.main(["--resume", "--output-dir", str(run)])
+    assert [entry["step"] for entry in metrics(run) if "split" not in entry] == list(range(1, 8))
+
+
+def test_evaluate_says_in_one_line_that_there_is_no_room_for_events(
+    run_train: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = [
+        "--model",
+        run_train(tmp_path / "run", "--max-steps", 1) / "model",
+        "--file",
+        SAMPLE_DATA / "test.de.tsv",
+    ]
+    events = tmp_path / "events"
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, options), "--tensorboard", str(events)]
+    subprocess.run(command, check=True, capture_output=True)  # fills the caches
+    shutil.rmtree(events)
+
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
+    done = subprocess.run(command, check=False, capture_output=True, text=True, preexec_fn=limit_file_size)
+    assert done.returncode == 2
+    assert done.stderr == f"error: cannot write to --tensorboard {events}: File too large\n"

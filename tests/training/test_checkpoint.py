@@ -27,7 +27,7 @@ from sst2_xlmr.training.run_folder import clean_up
 from sst2_xlmr.training.state import Progress, Totals, Window
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import Finisher
+from sst2_xlmr.util.files import Finisher, scratch_name
 
 ALONE = World.alone(torch.device("cpu"))
 IDS = torch.arange(50)
@@ -144,7 +144,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, fil
 
 def test_unfinished_checkpoint_does_not_exist(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    (tmp_path / "step-00000001").rename(tmp_path / "step-00000001.tmp")
+    (tmp_path / "step-00000001").rename(scratch_name(tmp_path / "step-00000001"))
     assert find_checkpoint(tmp_path, pytest.fail) is None
 
 

@@ -15,6 +15,7 @@ from sst2_xlmr import train
 from sst2_xlmr.config import Config
 from sst2_xlmr.training.run_folder import claim, write_config
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import SCRATCH_MARK, scratch_name
 
 # Where a start is killed: before `target` is called.
 KILLED = """
@@ -33,9 +34,9 @@ train.main(sys.argv[2:])
 """
 PLACES = {  # -> what the run's folder then holds
     "sst2_xlmr.training.run_folder.write_text": {".lock"},
-    "train.accelerate": {".lock", "config.json"},  # before processes are connected
+    "sst2_xlmr.train.accelerate": {".lock", "config.json"},  # before processes are connected
     "sst2_xlmr.training.run_folder.clean_up": {".lock", "config.json"},
-    "sst2_xlmr.report.console.SummaryWriter": {".lock", "config.json", "metrics.jsonl"},
+    "sst2_xlmr.report.tensorboard.SummaryWriter": {".lock", "config.json", "metrics.jsonl"},
     "sst2_xlmr.training.checkpoint.write_tensors": {".lock", "config.json", "metrics.jsonl", "checkpoints"},
 }
 
@@ -61,16 +62,16 @@ def test_a_start_killed_while_it_wrote_its_config(run_train: Callable[..., Path]
     run = tmp_path / "run"
     run.mkdir()
     (run / ".lock").write_text("process 1 on a node that is gone\n")
-    (run / "config.json.tmp").write_text('{"enco')
+    scratch_name(run / "config.json").write_text('{"enco')
     run_train(run, "--epochs", 1)
-    assert not list(run.glob("*.tmp"))
+    assert not list(run.glob(f"*{SCRATCH_MARK}"))
 
 
 def test_a_folder_with_anything_else_is_refused(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "notes.txt").touch()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         train.main(train_options(tiny_encoder, small_data, run))
     assert [file.name for file in run.iterdir()] == ["notes.txt"]
 
@@ -79,6 +80,6 @@ def test_a_new_run_overwrites_no_config(tmp_path: Path) -> None:
     """Two starts that both found the folder free: the second comes when the first has ended."""
     with claim(tmp_path):
         write_config(tmp_path, Config(), is_new=True)
-        with pytest.raises(UserError, match="is there already; take another --output-dir"):
+        with pytest.raises(UserError, match="already exists; continue it with --resume or choose"):
             write_config(tmp_path, Config(), is_new=True)
         write_config(tmp_path, Config(), is_new=False)

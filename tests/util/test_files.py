@@ -1,8 +1,12 @@
-"""Tensors on disk: the same as safetensors writes, without having them in memory."""
+"""Tensors on disk as safetensors writes them, without having them in memory; files that are whole or absent."""
 
 from __future__ import annotations
 
+import gzip
 import os
+import resource
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sst2_xlmr.util import files
-from sst2_xlmr.util.files import Deferred, write_tensors
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import (
+    Deferred,
+    disk_errors,
+    new_file,
+    put_in_place,
+    recover,
+    scratch_name,
+    write_tensors,
+    write_text,
+)
 
 TENSORS = {
     "b.matrix": torch.randn(7, 5),
@@ -69,6 +83,80 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         write_tensors({"x": torch.zeros(1)}, tmp_path / "x")
+        write_text(tmp_path / "y", "text")
     finally:
         os.umask(before)
-    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o644}
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may be larger than 100 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.tsv.gz"])
+@pytest.mark.usefixtures("small_files")
+def test_a_full_disk_hides_no_error_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    """Closing a file fails too, as there is no room for what is still to be written."""
+    (tmp_path / name).write_text("before")
+    content = os.urandom(2000).hex()
+
+    def write(error: UserError | None) -> None:
+        with new_file(tmp_path / name) as file:
+            file.write(content)
+            if error:
+                raise error
+
+    with pytest.raises(UserError, match=f"cannot write .*{name}: File too large; make room"):
+        write(None)
+    with pytest.raises(UserError, match="row 3 is wrong"):
+        write(UserError("row 3 is wrong"))
+    with pytest.raises(OSError, match="File too large"):
+        write_text(tmp_path / name, content)
+    unfinished = scratch_name(tmp_path / "model")
+    for error, expected in ((OSError(28, "No space left on device"), "make room"), (UserError("row 3"), "row 3")):
+        unfinished.mkdir()
+        with pytest.raises(UserError, match=expected), disk_errors("the model", unfinished):
+            raise error
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "before"
+
+
+def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text("precious")
+    for link, name in (("x", "a"), ("y.gz", "b"), ("x.tmp", "c")):
+        (tmp_path / link).symlink_to(tmp_path / name)
+    write_text(tmp_path / "x", "new")
+    with new_file(tmp_path / "y.gz") as file:
+        file.write("new")
+    assert (tmp_path / "x").read_text() == gzip.decompress((tmp_path / "y.gz").read_bytes()).decode() == "new"
+    assert [(tmp_path / name).read_text() for name in ("a", "b", "c")] == ["precious"] * 3
+    assert (tmp_path / "x.tmp").is_symlink()
+    (tmp_path / "folder").symlink_to(tmp_path)
+    (tmp_path / "new").mkdir()
+    with pytest.raises(NotADirectoryError):
+        put_in_place(tmp_path / "new", tmp_path / "folder")
+
+
+def test_a_killed_replacement_is_undone_or_finished(tmp_path: Path) -> None:
+    """Killed between two renames, the old folder comes back; a link with our mark leads nowhere."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    run = tmp_path / "run"
+    for folder in (scratch_name(run / "best", "old"), run / "model", scratch_name(run / "model", "old")):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(folder.name)
+    old = next(run.glob(".best.*"))
+    scratch_name(run / "config.json").write_text("half")
+    scratch_name(run / "model").symlink_to(outside)
+    scratch_name(run / "tensorboard", "old").symlink_to(outside)
+    recover(run)
+    assert {file.name for file in run.iterdir()} == {"best", "model"}
+    assert (run / "best" / "weights").read_text() == old.name
+    assert (run / "model" / "weights").read_text() == "model"
+    assert outside.is_dir()

@@ -1,115 +1,214 @@
-"""AdamW's norm and update in C, one pass over memory each; several processes of one machine can share the work."""
+"""AdamW in C, one pass over memory each for norm and update, over bf16 weights with fp32 masters or fp32 weights.
+
+The processes of one machine share the memory of weights, moments and gradients: each has the gradient of its own rows;
+all average them in the same order, and each updates its part of the weights. Processes of several machines exchange
+gradients instead (see averaging.py).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
 
+from sst2_xlmr.config import Config
+from sst2_xlmr.engines.cpu.averaging import average_gradients
 from sst2_xlmr.engines.cpu.kernels import PARAMETER, Gradients, Kernels
-from sst2_xlmr.engines.cpu.shared_memory import Meeting, Places, aligned_bytes, shared_bytes
-from sst2_xlmr.training.flat_engine import BETA1, BETA2, EPSILON, Rates
-from sst2_xlmr.training.master_weights import TrainedSlot
-from sst2_xlmr.util.distributed import World, shared_error
+from sst2_xlmr.engines.cpu.masters import ParamState, split_master
+from sst2_xlmr.engines.cpu.shared_memory import Arena, Barrier, aligned_bytes, shared_bytes
+from sst2_xlmr.training.optimizer import BETAS, EPSILON, group_of
+from sst2_xlmr.util.distributed import World, raise_on_all
+from sst2_xlmr.util.files import Deferred
 from sst2_xlmr.util.memory import give_back_memory
 
 
-def part_of(n: int, team: World) -> tuple[int, int]:
+def part_of(n: int, group: World) -> tuple[int, int]:
     """Return which of n values, from one to before another, this rank updates: whole blocks of 64, as threads do."""
     blocks = -(-n // 64)
-    start, stop = (blocks * rank // team.world_size * 64 for rank in (team.rank, team.rank + 1))
+    start, stop = (blocks * rank // group.world_size * 64 for rank in (group.rank, group.rank + 1))
     return min(start, n), min(stop, n)
 
 
-class CpuEngine:
-    """Carries out `AdamW` with the kernels.
+class CpuAdamW:
+    """The same methods as `training.optimizer.AdamW`, and the same mathematics.
 
-    The processes of a team share the memory of all weights, moments and gradients. Each has the gradient of its own
-    rows; all average them in the same order, and each updates its part of the weights.
-
-    Args:
-        team: the processes that step together (see `share_memory`); one alone needs nothing shared.
+    Attributes:
+        shares_memory: whether all processes see the same weights; else each has its own.
     """
 
-    def __init__(self, kernels: Kernels, trained: Sequence[TrainedSlot], team: World) -> None:
-        self.averages = team.world_size > 1
-        self._kernels, self._trained, self._team, self._meeting = kernels, trained, team, Meeting(team)
-        parts = [part_of(slot.working.numel(), team) for slot in trained]
+    def __init__(self, model: nn.Module, layers: int, config: Config, world: World, kernels: Kernels) -> None:
+        """Take over a model's parameters, fp32; with bf16 kernels they become bf16. Every rank must call it."""
+        self._world, self._kernels, self._max_norm = world, kernels, 0.0
+        self._states: list[ParamState] = []
+        for name, parameter in model.named_parameters():
+            state = ParamState(name, parameter)
+            if kernels.dtype == torch.bfloat16:
+                parameter.data, state.low_bits = split_master(parameter.data)
+            if parameter.requires_grad:
+                state.exp_avg, state.exp_avg_sq = (
+                    torch.zeros_like(parameter.data, dtype=torch.float32) for _ in range(2)
+                )
+                state.lr_scale, state.weight_decay = group_of(name, parameter, layers, config)
+            self._states.append(state)
+        self._trained = [state for state in self._states if state.weight.requires_grad]
+        self._steps, self._accumulates = 0, False
+        self._gradients: list[torch.Tensor] = []  # between `clip` and `step`: the kernels have their addresses
+        self._places: list[torch.Tensor] = []  # in shared memory, where this rank leaves its gradients
+        self.shares_memory = world.world_size > 1 and self._share_memory()
+        self._group = world if self.shares_memory else World.alone(world.device)
+        self._barrier = Barrier(self._group)
+        if self.shares_memory:
+            self._watch_gradients()
+        self._describe_parameters()
+
+    def _describe_parameters(self) -> None:
+        """Tell the kernels what this rank updates; gradients and rates are filled in at every step."""
+        parts = [part_of(state.weight.numel(), self._group) for state in self._trained]
         self._starts = [start for start, _ in parts]
-        # What this rank updates; gradients and rates are filled in at every step.
         self._parameters = np.zeros(len(parts), PARAMETER)
-        for entry, slot, (start, stop) in zip(self._parameters, trained, parts):
-            tensors = {"weights": slot.working.data, "low": slot.low, "mean": slot.exp_avg, "square": slot.exp_avg_sq}
-            for name, tensor in tensors.items():
-                entry[name] = 0 if tensor is None else tensor.data_ptr() + start * tensor.element_size()
+        for entry, state, (start, stop) in zip(self._parameters, self._trained, parts):
+            for name, tensor in state.tensors().items():
+                entry[name] = tensor.data_ptr() + start * tensor.element_size()
             entry["n"] = stop - start
-        self._gradients: list[torch.Tensor] = []
 
-    def new_accumulators(self) -> list[torch.Tensor]:
-        if not self.averages:
-            return [torch.zeros_like(slot.working.data, dtype=torch.float32) for slot in self._trained]
-        shapes = [torch.empty_like(slot.working.data, dtype=torch.float32, device="meta") for slot in self._trained]
-        memory = shared_bytes(self._team, self._team.world_size * aligned_bytes(shapes))
+    @torch.no_grad()
+    def _share_memory(self) -> bool:
+        """Move weights, moments and gradients to memory that all ranks see; every rank must have the same state.
+
+        Returns:
+            False if there is no such memory (see `shared_bytes`); then nothing has changed.
+        """
+        world, weights = self._world, [state.weight.data for state in self._trained]
+        size = aligned_bytes([tensor for state in self._trained for tensor in state.tensors().values()])
+        memory = shared_bytes(world, size + world.world_size * aligned_bytes(weights))
         if memory is None:
-            raise shared_error("no memory to share for the sums of micro-batches; leave out --micro-batch-size")
-        return Places(memory).take_for_ranks(self._team, shapes)
+            return False
+        arena = Arena(memory)
 
-    def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Tell the kernels where the gradients of all ranks are, given this rank's, and return their norm."""
-        size, stride = gradients[0].element_size(), aligned_bytes(gradients)
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            place = arena.take(tensor)
+            return place.copy_(tensor) if world.is_main else place
+
+        for state in self._trained:
+            assert state.exp_avg is not None
+            assert state.exp_avg_sq is not None
+            state.weight.data = moved(state.weight.data)
+            state.low_bits = None if state.low_bits is None else moved(state.low_bits)
+            state.exp_avg, state.exp_avg_sq = moved(state.exp_avg), moved(state.exp_avg_sq)
+        self._places = arena.take_for_ranks(world, weights)
+        Barrier(world).sum(0)  # rank 0 has copied everything
+        give_back_memory()
+        return True
+
+    def _watch_gradients(self) -> None:
+        for number, state in enumerate(self._trained):
+            state.weight.register_post_accumulate_grad_hook(partial(self._keep_gradient, number))
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Add up gradients in fp32 until the next step: bf16 sums would lose small micro-batches' bits."""
+        if not self._accumulates and self._kernels.dtype == torch.bfloat16:
+            self._accumulates = True
+            if self._trained[0].accumulator is None:
+                for state, accumulator in zip(self._trained, self._new_accumulators()):
+                    state.accumulator = accumulator
+                if not self.shares_memory:
+                    self._watch_gradients()
+        yield
+
+    def _new_accumulators(self) -> list[torch.Tensor]:
+        if not self.shares_memory:
+            return [torch.zeros_like(state.weight.data, dtype=torch.float32) for state in self._trained]
+        shapes = [torch.empty_like(state.weight.data, dtype=torch.float32, device="meta") for state in self._trained]
+        memory = shared_bytes(self._world, self._world.world_size * aligned_bytes(shapes))
+        if memory is None:
+            raise_on_all("no memory to share for the sums of micro-batches; leave out --micro-batch-size")
+        return Arena(memory).take_for_ranks(self._world, shapes)
+
+    def _keep_gradient(self, number: int, parameter: torch.Tensor) -> None:
+        """Move a gradient that autograd has just made to where it is added up or shared."""
+        gradient, state = parameter.grad, self._trained[number]
+        assert gradient is not None
+        if self._accumulates:
+            assert state.accumulator is not None
+            state.accumulator += gradient
+            parameter.grad = None
+        elif self.shares_memory and gradient is not self._places[number]:
+            parameter.grad = self._places[number].copy_(gradient)
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Return the global norm of the averaged gradients, the same on every rank; fp32, no dimensions.
+
+        The gradients stay as they are: `step` clips them on the way (0: never).
+        """
+        gradients = [state.accumulator if self._accumulates else state.weight.grad for state in self._trained]
+        self._gradients = [gradient.contiguous() for gradient in gradients if gradient is not None]
+        if self._world.world_size > 1 and not self.shares_memory:
+            average_gradients(self._gradients, self._world, self._kernels)
+        size, stride = self._gradients[0].element_size(), aligned_bytes(self._gradients)
         self._parameters["grad"] = [
-            gradient.data_ptr() - self._team.rank * stride + start * size
-            for gradient, start in zip(gradients, self._starts)
+            gradient.data_ptr() - self._group.rank * stride + start * size
+            for gradient, start in zip(self._gradients, self._starts)
         ]
-        self._gradients = gradients  # kept: the kernels have their addresses
-        self._located = Gradients(stride, self._team.world_size, gradients[0].dtype == torch.float32)
-        self._meeting.sum(0)  # the gradients of all are there
-        square_sum = self._meeting.sum(self._kernels.square_sum(self._parameters, self._located))
-        return torch.tensor(math.sqrt(square_sum))
+        self._located = Gradients(stride, self._group.world_size, self._gradients[0].dtype == torch.float32)
+        self._barrier.sum(0)  # the gradients of all are there
+        square_sum = self._barrier.sum(self._kernels.square_sum(self._parameters, self._located))
+        norm = torch.tensor(math.sqrt(square_sum))
+        if self._world.world_size > self._world.local_world_size:
+            dist.broadcast(norm, 0)  # nodes with other numbers of cores add it up in another order
+        self._norm, self._max_norm = norm, max_norm
+        return norm
 
-    def update(self, scale: torch.Tensor, rates: list[Rates], root: float) -> None:
-        self._parameters["rate"] = [rate.update for rate in rates]
-        self._parameters["decay"] = [rate.decay for rate in rates]
-        self._kernels.adamw(self._parameters, self._located, float(scale), (BETA1, BETA2), EPSILON, root)
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Take one step with the gradients that `clip` has seen, and clear them; `lr` is before layer-wise decay."""
+        self._steps += 1
+        scale = float((self._max_norm / (self._norm + 1e-6)).clamp(max=1.0)) if self._max_norm else 1.0
+        bias_correction = 1 - BETAS[0] ** self._steps
+        self._parameters["rate"] = [lr * state.lr_scale / bias_correction for state in self._trained]
+        self._parameters["decay"] = [lr * state.lr_scale * state.weight_decay for state in self._trained]
+        root = 1 / math.sqrt(1 - BETAS[1] ** self._steps)
+        self._kernels.adamw(self._parameters, self._located, scale, BETAS, EPSILON, root)
+        self._barrier.sum(0)  # all parts are updated
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients, also those that were added up."""
         self._gradients = []
-        self._meeting.sum(0)  # all parts are updated
+        self._accumulates = False
+        for state in self._trained:
+            state.weight.grad = None
+            if state.accumulator is not None:
+                state.accumulator.zero_()
 
+    def weights(self) -> dict[str, Deferred]:
+        """Return the fp32 weights by the parameters' names, to be written."""
+        return {state.name: state.master() for state in self._states}
 
-@torch.no_grad()
-def share_memory(trained: Sequence[TrainedSlot], world: World) -> bool:
-    """Move weights, moments and gradients to memory that all ranks see; every rank must call it, with the same state.
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Return the moments of what is trained, fp32, `exp_avg.NAME` and `exp_avg_sq.NAME`."""
+        moments = {}
+        for state in self._trained:
+            assert state.exp_avg is not None
+            assert state.exp_avg_sq is not None
+            moments[f"exp_avg.{state.name}"], moments[f"exp_avg_sq.{state.name}"] = state.exp_avg, state.exp_avg_sq
+        return moments
 
-    Returns:
-        False if there is no such memory (see `shared_bytes`); then nothing has changed.
-    """
-    state_bytes = aligned_bytes([tensor for slot in trained for tensor in slot.tensors()])
-    gradient_bytes = aligned_bytes([slot.working.data for slot in trained])
-    memory = shared_bytes(world, state_bytes + world.world_size * gradient_bytes)
-    if memory is None:
-        return False
-    places = Places(memory)
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        place = places.take(tensor)
-        return place.copy_(tensor) if world.is_main else place
-
-    for slot in trained:
-        slot.working.data = moved(slot.working.data)
-        slot.low = None if slot.low is None else moved(slot.low)
-        slot.exp_avg, slot.exp_avg_sq = moved(slot.exp_avg), moved(slot.exp_avg_sq)
-    gradients = places.take_for_ranks(world, [slot.working.data for slot in trained])
-    for slot, place in zip(trained, gradients):
-        slot.working.register_post_accumulate_grad_hook(partial(_leave_gradient, place))
-    Meeting(world).sum(0)  # rank 0 has copied everything
-    give_back_memory()
-    return True
-
-
-def _leave_gradient(place: torch.Tensor, parameter: torch.Tensor) -> None:
-    """Move a gradient that autograd has just made to `place`, where autograd adds to it, if there is more."""
-    if parameter.grad is not place:
-        assert parameter.grad is not None
-        parameter.grad = place.copy_(parameter.grad)
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], steps: int) -> None:
+        """Take over what `weights` and `moments` have given after so many steps; every rank must call it."""
+        self._steps = steps
+        for state in self._states:
+            if self._world.is_main or not (self.shares_memory and state.weight.requires_grad):
+                state.load(weights[state.name])
+        if self._world.is_main or not self.shares_memory:
+            for name, tensor in self.moments().items():
+                tensor.copy_(moments[name])
+        self._barrier.sum(0)  # rank 0 has copied everything

@@ -15,9 +15,9 @@ from torch import nn
 from sst2_xlmr.engines.cpu.int8_linear import Int8Kernels, Int16Linear, Norm, Quantized
 from sst2_xlmr.engines.cpu.kernels import Kernels, Packed
 from sst2_xlmr.engines.cpu.packed_encoder import pack
-from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.quantized import quantize_weights
-from sst2_xlmr.model.roberta import PAD_ID
+from sst2_xlmr.model.roberta import FIRST_POSITION, Layer, SequenceClassifier
+from sst2_xlmr.task import Task
 
 # Logits. Of eight models trained on SST-2, 8 bits alone changed 0.2 to 0.7 % of dev's labels. If the 0.5 to 1.6 % of
 # texts that are as near as this are computed in 16 bits, 0.1 to 0.3 % change; that takes 2 % more time.
@@ -32,14 +32,13 @@ class LayerWeights:
         layer: of the plain model, in fp32.
     """
 
-    def __init__(self, layer: nn.Module, is_last: bool) -> None:
-        attention = layer.self_attn
-        weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.in_features
+    def __init__(self, layer: Layer, is_last: bool) -> None:
+        weight, bias, width = layer.qkv.weight, layer.qkv.bias, layer.out.in_features
         cuts = [slice(0, width), slice(width, None)] if is_last else [slice(None)]
         self.projections = [Int16Linear(weight[cut], bias[cut]) for cut in cuts]
-        self.out = Int16Linear(attention.out_proj.weight, attention.out_proj.bias)
-        self.linear1 = Int16Linear(layer.linear1.weight, layer.linear1.bias)
-        self.linear2 = Int16Linear(layer.linear2.weight, layer.linear2.bias)
+        self.out, self.up, self.down = (
+            Int16Linear(module.weight, module.bias) for module in (layer.out, layer.up, layer.down)
+        )
         self.norm1, self.norm2 = layer.norm1, layer.norm2
 
 
@@ -49,45 +48,39 @@ class Int8Classifier(nn.Module):
     Args:
         kernels: of the dtype of attention and residual connections.
         fp32: the same in fp32, for what is computed in 16 bits.
-        near_tie: logits; a text whose two best labels are less apart is computed in 16 bits.
+        task: says which answers are near ties.
+        near_tie: logits; a text whose answer a change by this may change is computed in 16 bits.
     """
 
     @torch.no_grad()
-    def __init__(self, classifier: Classifier, kernels: Kernels, fp32: Kernels, near_tie: float = NEAR_TIE) -> None:
+    def __init__(
+        self, classifier: SequenceClassifier, kernels: Kernels, fp32: Kernels, task: Task, near_tie: float = NEAR_TIE
+    ) -> None:
         super().__init__()
-        transformer = classifier.transformer
+        encoder = classifier.encoder
         self.kernels, self.int8, self.shape = kernels, Int8Kernels(kernels), classifier.shape
-        self.fp32, self.int16, self.near_tie = fp32, Int8Kernels(fp32), near_tie
-        self.num_labels, self.head = classifier.num_labels, classifier.head
-        parts = [quantize_weights(part) for part in transformer.token_embedding.weight.split(_TABLE_ROWS_AT_ONCE)]
+        self.fp32, self.int16, self.near_tie, self.task = fp32, Int8Kernels(fp32), near_tie, task
+        self.head = classifier.head
+        parts = [quantize_weights(part) for part in encoder.tokens.weight.split(_TABLE_ROWS_AT_ONCE)]
         self.table, self.table_scales = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-        # Position 0 of a text is row PAD_ID + 1, as in fairseq.
-        self.positions = transformer.positional_embedding.embedding.weight[PAD_ID + 1 :].clone()
-        self.norm = norm = transformer.embedding_layer_norm
+        self.positions = encoder.positions.weight[FIRST_POSITION:].clone()
+        self.norm = norm = encoder.norm
         self.norm_parameters = (norm.weight.to(kernels.dtype), norm.bias.to(kernels.dtype), norm.eps)
-        layers = transformer.layers.layers
+        layers = list(encoder.layers)
         self.layers = [LayerWeights(layer, number == len(layers) - 1) for number, layer in enumerate(layers)]
 
     @torch.no_grad()
-    def forward(
-        self, tokens: torch.Tensor, padded: bool = True, dropout_keys: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return logits, fp32 [batch, num_labels].
-
-        Args:
-            tokens: int64 [batch, length], padded with 1 at the right.
-            padded, dropout_keys: not used.
-        """
-        logits = self._in_8_bits(tokens)
-        if self.num_labels > 1:
-            best, second = logits.topk(2).values.unbind(1)
-            is_near = best - second < self.near_tie
-            if is_near.any():
-                logits[is_near] = self._in_16_bits(tokens[is_near])
+    def forward(self, ids: torch.Tensor, lengths: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits, fp32 [texts, outputs]; `ids` and `lengths` as in `SequenceClassifier`, keys are not used."""
+        logits = self._in_8_bits(ids, lengths)
+        is_near = self.task.near_ties(logits, self.near_tie)
+        if is_near.any():
+            near_ids = ids[is_near.repeat_interleave(lengths)]
+            logits[is_near] = self._in_16_bits(near_ids, lengths[is_near])
         return logits
 
-    def _in_8_bits(self, tokens: torch.Tensor) -> torch.Tensor:
-        rows, ids, positions = pack(tokens, None, 0.0)
+    def _in_8_bits(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        rows, ids, positions = pack(ids, lengths, None, 0.0)
         summed = self._embed(ids, positions).to(self.kernels.dtype)
         _, x = self.kernels.add_norm(summed, None, None, *self.norm_parameters, rows, site=0)
         quantized = self.int8.quantize(x)
@@ -95,8 +88,8 @@ class Int8Classifier(nn.Module):
             x, quantized = self._layer(layer, x, quantized, rows)
         return self._classify(x.float())
 
-    def _in_16_bits(self, tokens: torch.Tensor) -> torch.Tensor:
-        rows, ids, positions = pack(tokens, None, 0.0)
+    def _in_16_bits(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        rows, ids, positions = pack(ids, lengths, None, 0.0)
         x = self.norm(self._embed(ids, positions))
         linear, heads = self.int16.linear16, self.shape.heads
         for layer in self.layers:
@@ -104,7 +97,7 @@ class Int8Classifier(nn.Module):
             q, k, v = projected.chunk(3, dim=1)
             mixed = self.fp32.attention(q, k, v, heads, rows, site=0)
             y = layer.norm1(x + linear(layer.out, mixed))
-            x = layer.norm2(y + linear(layer.linear2, F.gelu(linear(layer.linear1, y))))
+            x = layer.norm2(y + linear(layer.down, F.gelu(linear(layer.up, y))))
         return self._classify(x[rows.starts[:-1].long()])
 
     def _embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -112,7 +105,7 @@ class Int8Classifier(nn.Module):
         return self.table[ids] * self.table_scales[ids, None] + self.positions[positions]
 
     def _classify(self, features: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head.out_proj(torch.tanh(self.head.dense(features)))
+        logits: torch.Tensor = self.head.out(torch.tanh(self.head.dense(features)))
         return logits
 
     def _layer(
@@ -130,5 +123,5 @@ class Int8Classifier(nn.Module):
             k, v = linear(layer.projections[1].high, quantized, wanted="values")[0].chunk(2, dim=1)
         mixed = self.kernels.attention(q, k, v, self.shape.heads, rows, site=0)
         y, y_quantized = linear(layer.out.high, self.int8.quantize(mixed), norm=Norm(x, layer.norm1))
-        _, inner = linear(layer.linear1.high, y_quantized, gelu=True, wanted="quantized")
-        return linear(layer.linear2.high, inner, norm=Norm(y, layer.norm2))
+        _, inner = linear(layer.up.high, y_quantized, gelu=True, wanted="quantized")
+        return linear(layer.down.high, inner, norm=Norm(y, layer.norm2))

@@ -6,6 +6,7 @@ runtime that torch has loaded, and with it torch's threads.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,7 +14,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -252,39 +252,61 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, ro
     )
 
 
-@functools.lru_cache
 def load_kernels(dtype: torch.dtype) -> Kernels | None:
-    """Return the kernels for bf16 or fp32, compiled at the first call on a machine; None if no compiler works."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc")), None)
-    if compiler is None or platform.system() != "Linux":
-        return None
+    """Return the kernels for bf16 or fp32, compiled at the first call on a machine; None: see `why_not_compiled`."""
+    found = _find_kernels(dtype)
+    return found if isinstance(found, Kernels) else None
+
+
+def why_not_compiled() -> str:
+    """Return why there are no kernels here, in a few words; "" if there are."""
+    found = [_find_kernels(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    return next((reason for reason in found if isinstance(reason, str)), "")
+
+
+@functools.lru_cache
+def _find_kernels(dtype: torch.dtype) -> Kernels | str:
+    """Return the kernels, or why there are none."""
+    if platform.system() != "Linux":
+        return f"kernels are for Linux, not {platform.system()}"
+    compiler = shlex.split(os.environ.get("CC") or "") or [name for name in ("gcc", "cc") if shutil.which(name)][:1]
+    if not compiler or not shutil.which(compiler[0]):
+        return f"no C compiler: {compiler[0] if compiler else 'gcc'} not found"
+    command = [*compiler, *FLAGS, *(["-DBF16"] if dtype == torch.bfloat16 else [])]
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            library = _compiled(command, Path(scratch))
+            try:
+                return Kernels(_load(library, Path(scratch)), dtype)  # once loaded, the file may go
+            except OSError as error:
+                return f"cannot load what {compiler[0]} compiled: {error}"
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").splitlines() or [f"exit status {error.returncode}"]
+        return f"{compiler[0]} failed: {next((line for line in lines if 'error' in line), lines[0]).strip()}"
+    except OSError as error:
+        return f"cannot compile: {error}"
+
+
+def _compiled(command: list[str], scratch: Path) -> Path:
+    """Return the library, compiled into the cache unless it is there; into `scratch` if the cache cannot be used."""
     cpuinfo = Path("/proc/cpuinfo")
     processor = cpuinfo.read_text(encoding="utf-8", errors="replace").split("\n\n")[0] if cpuinfo.is_file() else ""
     features = [line for line in processor.splitlines() if line.startswith(("flags", "Features"))]
-    defines = ["-DBF16"] if dtype == torch.bfloat16 else []
-    command = [*shlex.split(compiler), *FLAGS, *defines]
     recipe = repr(([file.read_bytes() for file in (*SOURCES, HEADER)], command, platform.machine(), features))
     name = hashlib.sha256(recipe.encode()).hexdigest()[:32]
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = _private_folder() or Path(scratch)
-            made = [file for file in folder.glob(f"{name}-*.so") if file.stem == f"{name}-{digest_of(file)[:16]}"]
-            file = made[0] if made else _compile(command, folder, name)
-            return Kernels(ctypes.CDLL(str(file)), dtype)  # once loaded, the file may go
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    cache = downloads.cache_dir() / f"kernels-{os.getuid()}"
+    if downloads.make_private(cache):  # others must not be able to change what this process loads
+        with contextlib.suppress(OSError):
+            made = [file for file in cache.glob(f"{name}-*.so") if file.stem == f"{name}-{digest_of(file)[:16]}"]
+            return made[0] if made else _compile(command, cache, name)
+    return _compile(command, scratch, name)
 
 
-def _private_folder() -> Path | None:
-    """Return the cache's folder for code that this process loads, unless others than its user can write to it."""
-    folder = downloads.cache_dir() / f"kernels-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.lstat()
-    except OSError:
-        return None
-    is_private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
-    return folder if is_private else None
+def _load(library: Path, scratch: Path) -> ctypes.CDLL:
+    """Load the library from where it is, or from `scratch` if the cache is on a disk mounted noexec."""
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(str(library))
+    return ctypes.CDLL(shutil.copy(library, scratch / "kernels.so"))
 
 
 def _compile(command: list[str], folder: Path, name: str) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sst2_xlmr.util.distributed import World, from_main, gather_objects, sum_over_ranks
+from sst2_xlmr.util.distributed import World, broadcast, gather_objects, sum_over_ranks
 
 ALIGNMENT = 64  # bytes; of every tensor, so that no two share a cache line
 
@@ -39,7 +39,7 @@ def shared_bytes(world: World, size: int) -> mmap.mmap | None:
             os.ftruncate(file, size + len(token))
             os.pwrite(file, token, size)
             address = (f"/proc/{os.getpid()}/fd/{file}", token)
-    address = from_main(world, address)
+    address = broadcast(world, address)
     if address is not None:
         path, token = address
         with contextlib.suppress(OSError, ValueError), Path(path).open("r+b", buffering=0) as opened:
@@ -57,7 +57,7 @@ def aligned_bytes(tensors: list[torch.Tensor]) -> int:
     return sum(size + -size % ALIGNMENT for size in sizes)
 
 
-class Places:
+class Arena:
     """Hands out a shared memory's bytes as tensors, one after another; the same on every rank."""
 
     def __init__(self, memory: mmap.mmap) -> None:
@@ -78,7 +78,7 @@ class Places:
         return ranks[world.rank]
 
 
-class Meeting:
+class Barrier:
     """Where processes that share memory wait for each other; one alone does not wait."""
 
     def __init__(self, world: World) -> None:

@@ -1,0 +1,60 @@
+"""The command `sst2-xlmr`, also `python -m sst2_xlmr`. A subcommand's module is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+import sst2_xlmr
+from sst2_xlmr.util import versions
+from sst2_xlmr.util.errors import UserError, exit_on_user_error
+from sst2_xlmr.util.launch import check_tasks
+
+PROGRAMS = {
+    "train": "fine-tune an encoder on labelled texts",
+    "predict": "classify texts with a trained model",
+    "evaluate": "evaluate a trained model on labelled files, compare precisions, calibrate",
+    "export": "write a trained model as Hugging Face folder, ONNX or TorchScript",
+    "split": "hold out rows of a training file for a test",
+    "study": "compare settings over several seeds",
+    "fetch": "download data and encoders ahead of time",
+}
+HELP = f"""usage: sst2-xlmr COMMAND [OPTIONS]
+
+Fine-tune XLM-R for text classification, and use what was trained.
+
+commands:
+{chr(10).join(f"  {name:10}{what}" for name, what in PROGRAMS.items())}
+
+`sst2-xlmr COMMAND --help` lists the options of a command.
+"""
+
+
+def main(program: str | None = None) -> None:
+    """Run a program with the options of the command line, whose first word names it unless `program` does."""
+    exit_on_user_error(lambda: _run(program, sys.argv[1:]))
+
+
+def _run(program: str | None, words: list[str]) -> None:
+    if program is None:
+        first, words = words[0] if words else "", words[1:]
+        if first in ("-h", "--help"):
+            print(HELP, end="")
+            return
+        if first == "--version":
+            print(f"sst2-xlmr {sst2_xlmr.__version__}, {versions.description()}")
+            return
+        if first not in PROGRAMS:
+            near = difflib.get_close_matches(first, PROGRAMS, 1)
+            cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(PROGRAMS)}"
+            raise UserError((f"unknown command {first}" if first else "no command is given") + f"; {cure}")
+        program = first
+    if program == "train":
+        check_tasks()
+    module = importlib.import_module(f"sst2_xlmr.{'' if program == 'train' else 'programs.'}{program}")
+    module.main(words)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""What makes a CUDA device faster: the optimizer's update, compiled."""

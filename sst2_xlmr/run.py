@@ -1,0 +1,211 @@
+"""A run: its parts, and what is done with them now and then; the loop is in train.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO, Any, Callable
+
+import torch
+
+from sst2_xlmr.backend import prediction_model, training_backend
+from sst2_xlmr.config import Config, named_file
+from sst2_xlmr.data.batches import Batch, BatchLoader
+from sst2_xlmr.data.prepare import Prepared
+from sst2_xlmr.evaluation.calibration import Calibration, calibrate
+from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
+from sst2_xlmr.export.folder import export_run
+from sst2_xlmr.model.classifier import build_classifier, load_classifier
+from sst2_xlmr.model.vocabulary import TABLE, used_vocabulary, whole_vocabulary
+from sst2_xlmr.model.weights import pretrained_table
+from sst2_xlmr.report.console import Report
+from sst2_xlmr.training.checkpoint import save_checkpoint, seed_rank
+from sst2_xlmr.training.guard import Guard
+from sst2_xlmr.training.meter import TrainMeter
+from sst2_xlmr.training.optimizer import group_of
+from sst2_xlmr.training.schedule import Schedule
+from sst2_xlmr.training.signals import StopRequest
+from sst2_xlmr.training.state import TrainState
+from sst2_xlmr.util.distributed import World, broadcast, on_rank0
+from sst2_xlmr.util.errors import Collapsed, UserError
+from sst2_xlmr.util.files import Finisher
+from sst2_xlmr.util.memory import memory_errors
+
+
+class Run:
+    """A run.
+
+    Attributes:
+        state, meter: all of it that changes, besides the weights; a checkpoint has both.
+        forward: gives logits; `model` is what is trained, the same or under DDP.
+        report: on rank 0, once it is open; None elsewhere.
+        metrics: of the last evaluation of each file.
+        saved_step: of the last checkpoint.
+        during, at_end: the files to evaluate on during training, dev first, and those for the end.
+    """
+
+    lock: IO[str] | None = None
+    report: Report | None = None
+    saved_step = -1
+
+    def __init__(self, config: Config, inputs: Prepared, folder: Path, state: TrainState, world: World) -> None:
+        """Ids -> batches; pretrained weights -> model and optimizer; at the beginning of a run."""
+        self.config, self.inputs, self.folder, self.state, self.world = config, inputs, folder, state, world
+        caches, shape = inputs.caches, inputs.encoder.shape
+        self.task = inputs.task.for_training(config, inputs.train_labels, world.device)
+        self.vocabulary = whole_vocabulary(shape.vocab_size)
+        if not config.full_vocabulary:
+            self.vocabulary = used_vocabulary((each.distinct_ids for each in caches.values()), shape.vocab_size)
+        dropout = 0.0 if config.freeze_encoder else config.dropout
+        classifier, self.head_is_new = build_classifier(
+            inputs.encoder, self.task, dropout, config.head_dropout, config.seed, self.vocabulary
+        )
+        classifier.encoder.requires_grad_(not config.freeze_encoder)
+        if not config.freeze_encoder:
+            lr_scale, decay = group_of(TABLE, classifier.encoder.tokens.weight, shape.layers, config)
+            self.vocabulary.decay_rate = lr_scale * decay
+        self.loader = BatchLoader(caches["train"], inputs.train_lengths, inputs.train_rows, config, world)
+        self.schedule = Schedule(config, len(self.loader), state.eval_every)
+        seed_rank(config.seed, world.rank)
+        self.backend = training_backend(classifier.to(world.device), config, state.precision, world)
+        self.forward, self.model, self.optimizer = self.backend.forward, self.backend.model, self.backend.optimizer
+        self.meter, self.stop, self.finisher = TrainMeter(world), StopRequest(world), Finisher()
+        reads_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
+        baseline = self.task.baseline_loss(inputs.train_labels)
+        self.guard = Guard(reads_norm, config.skip_nonfinite, baseline, self.schedule.warmup_steps)
+        self.metrics: dict[str, dict[str, Any]] = {}
+        self.during = ["dev", *(name for name, _ in map(named_file, config.eval_file))]
+        self.at_end = [split for split in inputs.files if split not in ("train", *self.during)]
+        half = max(1, (config.micro_batch_size or -(-config.batch_size // world.world_size)) // 2)
+        self.memory_cure = f"rerun with --micro-batch-size {half} or less, which changes the result only by rounding"
+
+    def tell(self, write: Callable[[Report], Any]) -> None:
+        """Let rank 0 write to the report; an error there (a full disk, say) reaches all ranks."""
+        on_rank0(self.world, lambda: write(self.report) if self.report else None)
+
+    def say(self, text: str) -> None:
+        if self.report:
+            self.report.say(text)
+
+    def step(self, sums: dict[str, torch.Tensor], norm: torch.Tensor, batches: list[Batch]) -> None:
+        """Take an optimizer step."""
+        lr = self.schedule.lr(self.state.step)
+        self.optimizer.step(lr)
+        self.vocabulary.count_step(lr)
+        self.meter.add(sums, norm, batches)
+        self._advance(skipped=False)
+
+    def skip(self) -> None:
+        """Go on without a step, because the gradient is not finite; raises NotFinite if that was once too often."""
+        rows = self.loader.rows_at(self.state.epoch, self.state.batch)
+        self._advance(skipped=True)
+        self.guard.check_skipped(self.state, rows)
+        self.optimizer.clear_gradients()
+        self.say(f"step {self.state.step:>6}  gradient is not finite: batch skipped")
+
+    def _advance(self, skipped: bool) -> None:
+        self.state.advance(skipped)
+        if self.report:
+            self.report.advance()
+
+    def log(self) -> None:
+        """Write a line of training metrics, unless there was nothing but skipped batches."""
+        if rows := self.meter.totals["rows"]:
+            entry = self.meter.flush(self.state, self.schedule.lr(self.state.step - 1))
+            self.tell(lambda report: report.log_training(entry))
+            self.guard.watch(self.state, entry["loss"], rows)
+
+    def catch_up(self) -> None:
+        """Evaluate and check what is due at this step, perhaps since before a stop."""
+        if self.state.evaluation_due:
+            self.evaluate()
+        if self.state.collapse_check_due:
+            self.check_collapse()
+
+    def evaluate_split(self, split: str, keep: bool) -> Evaluation:
+        """Evaluate on a file, perhaps with probabilities; raises Interrupted if a signal came before it was done."""
+        tokens, cache = self.config.eval_batch_tokens, self.inputs.caches[split]
+        with memory_errors(f"rerun with --eval-batch-tokens {max(1, tokens // 2)} or less"):
+            return evaluate(self.forward, self.task, cache, tokens, self.world, keep, self.stop.is_agreed)
+
+    def evaluate(self) -> None:
+        """Evaluate during training, and keep the model if it is the best."""
+        state, task, may_end = self.state, self.task, self.schedule.may_end(self.state)
+        found = {split: self.evaluate_split(split, may_end or self.config.calibrate) for split in self.during}
+        value, labels = found["dev"].metrics[task.best_metric], self.inputs.caches["dev"].labels
+        is_best = value > state.best_value
+        is_written = is_best or may_end
+        if self.config.calibrate and is_written:
+            fitted = broadcast(self.world, calibrate(task, found["dev"].probabilities, labels))
+            state.temperature, state.ece_before, state.ece_after = fitted
+        self.log_evaluations(found, state.temperature if is_written else 1.0, draws=may_end)
+        metrics = {split: self.metrics[split] for split in self.during}
+        self.tell(lambda report: report.say_evaluation(state.step, metrics, is_best))
+        if is_best:
+            try:
+                self.export("best")
+            except UserError:
+                self.save()  # with the evaluation still due, so that no step is lost
+                raise
+        state.count_evaluation(value)
+        state.collapse_check_due |= self.schedule.has_stopped_improving(state)
+
+    def log_evaluations(self, found: dict[str, Evaluation], temperature: float, draws: bool) -> None:
+        """Report evaluations of the model whose logits are divided by a temperature, perhaps with pictures."""
+        for split, evaluation in found.items():
+            labels = self.inputs.caches[split].labels
+            final = evaluation.with_temperature(temperature, self.task, labels)
+            self.metrics[split] = final.metrics
+            self._log_evaluation(split, final.metrics, *((labels, final.probabilities) if draws else ()))
+
+    def _log_evaluation(self, split: str, *found: Any) -> None:
+        self.tell(lambda report: report.log_evaluation(self.state.step, split, *found))
+
+    def evaluate_best(self) -> None:
+        """Evaluate best/ on the files for the end, too; on rank 0, where it lies."""
+        self.finisher.wait()
+        world, tokens = World.alone(self.world.device), self.config.eval_batch_tokens
+        model, _, _ = load_classifier(self.folder / "best", world.device, self.state.precision == "bf16")
+        for split in self.at_end:
+            found = evaluate(prediction_model(model), self.task, self.inputs.caches[split], tokens, world)
+            self.metrics[f"best/{split}"] = found.metrics
+            assert self.report is not None
+            self.report.log_evaluation(self.state.step, f"best/{split}", found.metrics)
+
+    def check_collapse(self) -> None:
+        """Raise Collapsed if dev's predictions, beside those of the model before training, say so."""
+        state, dev, tokens = self.state, self.inputs.caches["dev"], self.config.eval_batch_tokens
+        found = self.evaluate_split("dev", keep=True).probabilities
+        untrained, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
+        untrained.to(self.world.device)
+        before = evaluate(untrained, self.task, dev, tokens, self.world, True, self.stop.is_agreed).probabilities
+        assert found is not None
+        assert before is not None
+        state.collapse_check_due, state.checked_step = False, state.step
+        reason = self.task.collapse_reason(found, before, dev.labels, state.has_learned)
+        if reason := broadcast(self.world, reason):
+            raise Collapsed(reason)
+
+    def export(self, name: str) -> None:
+        """Write the model as it is now, with its whole vocabulary, to a folder of that name in the run's folder."""
+        weights, state, calibration = dict(self.optimizer.weights()), self.state, None
+        if self.config.calibrate:
+            calibration = Calibration(state.temperature, state.ece_before, state.ece_after)
+        if not self.vocabulary.is_whole:
+            weights[TABLE] = self.vocabulary.expand(pretrained_table(self.inputs.encoder), weights[TABLE])
+        parts = (weights, self.inputs, self.metrics, state.step, calibration, self.finisher)
+        on_rank0(self.world, lambda: export_run(self.folder / name, *parts))
+
+    def save(self) -> None:
+        """Write a checkpoint; none is ever ahead of the metrics on the disk."""
+        self.tell(lambda report: report.sync())
+        parts = (self.state, self.meter, self.optimizer, self.vocabulary, self.config, self.world, self.finisher)
+        saved = save_checkpoint(self.folder / "checkpoints", *parts)
+        self.saved_step = self.state.step
+        if saved and self.report:
+            self.report.log_checkpoint(self.state.step, *saved)
+
+    def make_sure_of_checkpoint(self) -> None:
+        """Save this step unless it is saved, and wait until all is on the disk."""
+        if self.saved_step != self.state.step:
+            self.save()
+        on_rank0(self.world, self.finisher.wait)

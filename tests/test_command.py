@@ -1,0 +1,311 @@
+"""How programs are started, from a checkout and from a wheel, and what they say on any console."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, SAMPLE_DATA, train_options, user_error
+
+import sst2_xlmr
+from sst2_xlmr.__main__ import PROGRAMS, main
+from sst2_xlmr.util import launch, versions
+
+
+def run(
+    *words: Any, cwd: Path = ROOT, expected: int = 0, python: str = sys.executable, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these words, which must end with the status `expected`."""
+    command = [python, *map(str, words)]
+    env = {**os.environ, **environment}
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", cwd=cwd, env=env, check=False, timeout=120
+    )
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def as_if(folder: Path, **versions: str) -> dict[str, str]:
+    """Return an environment in which these versions of packages seem to be installed."""
+    for package, version in versions.items():
+        other = folder / f"{package}-{version}.dist-info"
+        other.mkdir()
+        (other / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
+def test_importing_the_package_does_nothing(tmp_path: Path) -> None:
+    """It neither ends the interpreter, warns, nor loads anything slow, whatever is installed."""
+    program = "import sys, sst2_xlmr; print(sst2_xlmr.__version__, {'torch', 'numpy'} & set(sys.modules), end='')"
+    done = run("-W", "error", "-c", program, **as_if(tmp_path, torch="2.2.2"))
+    assert (done.stdout, done.stderr) == (f"{sst2_xlmr.__version__} set()", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["train.py"], ["-m", "sst2_xlmr", "train"], ["-m", "sst2_xlmr.train"]],
+    ids=lambda words: words[-1],
+)
+def test_every_start_says_a_mistake_in_one_line(words: list[str]) -> None:
+    said = one_line(run(*words, "--epochs", "x", expected=2))
+    assert said == "error: argument --epochs: invalid float value: 'x'; see --help\n"
+
+
+def test_torchrun_starts_the_module(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+    options = train_options(tiny_encoder, small_data, tmp_path / "run", "--max-steps", 2)
+    launcher = ["-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=1", "--master_port=0"]
+    run(*launcher, "-m", "sst2_xlmr.train", *options, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "no command is given; there are train, predict, "),
+        (["predit", "--model", "x"], "unknown command predit; did you mean predict?"),
+        (["--epochs", "3"], "unknown command --epochs; there are train, predict, "),
+        (["predict", "--learning_rate", "1"], "--model"),
+        (["split", "--rows", "5"], "--train-file"),
+    ],
+)
+def test_wrong_commands(
+    words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sst2-xlmr", *words])
+    assert says in user_error(main, capsys)
+
+
+def test_help_and_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["sst2-xlmr", "--help"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    for name, what in PROGRAMS.items():
+        assert f"  {name:10}{what}" in lines
+    monkeypatch.setattr(sys, "argv", ["sst2-xlmr", "--version"])
+    main()
+    assert capsys.readouterr().out.startswith(f"sst2-xlmr {sst2_xlmr.__version__}, torch ")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_command_and_its_script_have_the_same_help(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = ROOT / ("train.py" if name == "train" else f"scripts/{name}.py")
+    helps = []
+    for start, argv in (
+        (main, ["sst2-xlmr", name]),
+        (lambda: runpy.run_path(str(script), run_name="__main__"), [str(script)]),
+    ):
+        monkeypatch.setattr(sys, "argv", [*argv, "--help"])
+        with pytest.raises(SystemExit) as stop:
+            start()
+        assert stop.value.code == 0
+        said = capsys.readouterr().out
+        assert said.split()[:2] == ["usage:", argv[0] if len(argv) > 1 else script.name]
+        helps.append(said.partition("\n\n")[2])
+    assert helps[0] == helps[1]
+
+
+@pytest.mark.parametrize(
+    ("started", "words", "environment"),
+    [
+        ("train.py", "python train.py", {}),
+        ("scripts/predict.py", "python train.py", {}),
+        (str(ROOT / "train.py"), f"python {ROOT / 'train.py'}", {}),
+        ("/usr/bin/sst2-xlmr", "sst2-xlmr train", {}),
+        ("/site-packages/sst2_xlmr/__main__.py", "python -m sst2_xlmr train", {}),
+        ("train.py", "torchrun --nproc_per_node=2 train.py", {"LOCAL_WORLD_SIZE": "2"}),
+        (
+            "/site-packages/sst2_xlmr/train.py",
+            "torchrun --nproc_per_node=2 -m sst2_xlmr train",
+            {"LOCAL_WORLD_SIZE": "2"},
+        ),
+    ],
+)
+def test_next_command_works_where_the_user_is(
+    started: str, words: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [started])
+    monkeypatch.setattr(sys, "orig_argv", ["python", started], raising=False)
+    monkeypatch.setattr(launch.shutil, "which", lambda name: f"/usr/bin/{name}")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launch.command("train") == words
+    monkeypatch.chdir(SAMPLE_DATA)
+    if started == "train.py":
+        monkeypatch.setattr(sys, "argv", ["../train.py"])
+        assert launch.command("predict").endswith(" ../scripts/predict.py")
+
+
+TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_refused"),
+    [
+        (TASK, True),  # srun --ntasks=2 python train.py
+        ({**TASK, "RANK": "0", "WORLD_SIZE": "2"}, False),  # torchrun on every node
+        ({**TASK, "RANK": "0"}, False),  # runs of their own
+        ({**TASK, "SLURM_STEP_NUM_TASKS": "1"}, False),  # srun --ntasks=1, or the shell of salloc
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),  # sbatch's script itself
+        ({"SLURM_NTASKS": "2"}, False),  # salloc without a step
+    ],
+)
+def test_two_tasks_of_srun_are_no_run(
+    environment: dict[str, str], is_refused: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *TASK):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--epochs", "x"])
+    says = "srun has started 2 tasks, which would train apart" if is_refused else "argument --epochs"
+    assert says in user_error(lambda: main("train"), capsys)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+CONSOLES = {
+    "ascii": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "latin-1": {"PYTHONIOENCODING": "iso-8859-1"},
+}
+
+
+@pytest.mark.parametrize("console", CONSOLES)
+def test_any_console_shows_any_class(console: str, tiny_encoder: Path, tmp_path: Path) -> None:
+    rows = [("fine", "größe"), ("poor", "好")] * 8
+    file = tmp_path / "rows.tsv"
+    file.write_text(
+        "text\tlabel\n" + "".join(f"{text} {n}\t{label}\n" for n, (text, label) in enumerate(rows)), "utf-8"
+    )
+    environment = {**CONSOLES[console], "PYTHONPATH": str(ROOT)}
+    run_folder = tmp_path / "run"
+    options = ["--train-file", file, "--dev-file", file, "--max-steps", 4, "--label-names", "größe,好", "--calibrate"]
+    said = run("train.py", *train_options(tiny_encoder, tmp_path, run_folder, *options), **environment)
+    assert "\\u597d" in said.stdout
+    (bad := tmp_path / "bad.tsv").write_text("text\tlabel\nx\t坏\n", "utf-8")
+    options = ["--train-file", file, "--dev-file", bad]
+    assert "\\u574f" in one_line(
+        run("train.py", *train_options(tiny_encoder, tmp_path, tmp_path / "bad", *options), expected=2, **environment)
+    )
+    model = ["--model", run_folder / "model", "--device", "cpu"]
+    run("scripts/predict.py", *model, "--input", file, "--output", tmp_path / "out.tsv", **environment)
+    assert {line.split("\t")[2] for line in (tmp_path / "out.tsv").read_text("utf-8").splitlines()[1:]} <= {
+        "größe",
+        "好",
+    }
+    assert "\\u597d" in run("scripts/evaluate.py", *model, "--file", file, **environment).stdout
+
+
+def test_a_file_that_the_locale_cannot_name_is_the_users_error(tmp_path: Path) -> None:
+    file = tmp_path / "größe.tsv"
+    file.write_text("text\tlabel\nx\ta\n", "utf-8")
+    said = one_line(run("train.py", "--train-file", file, "--dev-file", file, expected=2, **CONSOLES["ascii"]))
+    assert "is not UTF-8, or not in this locale; set a locale with UTF-8, such as LC_ALL=C.UTF-8" in said
+
+
+def test_output_that_nobody_takes() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sst2_xlmr", "--help"], stdout=full, stderr=-1, cwd=ROOT, check=False
+        )
+    assert (done.returncode, done.stderr.decode()) == (
+        2,
+        "error: cannot write the output: No space left on device; free some space\n",
+    )
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-m", "sst2_xlmr", "--help"], stdout=write_end, stderr=-1, cwd=ROOT, check=False
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "says"),
+    [
+        ("torch", "2.2.2", "torch 2.2.2 is installed, but 2.3.1 or newer is needed"),
+        ("torch", "2.3.0+cu121", "torch 2.3.0+cu121 is installed, but 2.3.1 or newer is needed"),
+        ("torchdata", "0.8.0", "torchdata 0.8.0 is installed, but 0.9.0 or newer is needed"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_torch_is_loaded(
+    tmp_path: Path, package: str, version: str, says: str
+) -> None:
+    assert says in one_line(run("train.py", "--help", expected=2, **as_if(tmp_path, **{package: version})))
+
+
+@pytest.mark.parametrize(("version", "has_pkg_resources"), [("2.20.0", False), ("2.20.0", True), ("2.21.0", False)])
+def test_tensorboard_and_setuptools_that_do_not_fit(
+    version: str, has_pkg_resources: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = versions._installed
+    monkeypatch.setattr(versions, "_installed", lambda name: version if name == "tensorboard" else installed(name))
+    monkeypatch.setattr(versions, "find_spec", lambda _: has_pkg_resources or None)
+    is_fine = has_pkg_resources or version == "2.21.0"
+    assert is_fine == (versions.unusable() == "")
+    assert is_fine or "run `pip install -U tensorboard`" in versions.unusable()
+
+
+def test_a_python_without_torch_is_told_so() -> None:
+    said = one_line(run("-S", "train.py", expected=2))
+    assert said.startswith("error: torch, torchdata, numpy, ") and "are not installed in" in said
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchtext", "described"),
+    [
+        ("2.3.1", "0.18.0", "True torch 2.3.1 with torchtext 0.18.0"),
+        ("2.13.0", "0.18.0", "False torch 2.13.0 without torchtext"),  # it would not load
+        ("2.3.1", "0.17.0", "False torch 2.3.1 without torchtext"),
+    ],
+)
+def test_torchtext_counts_only_where_it_loads(tmp_path: Path, torch: str, torchtext: str, described: str) -> None:
+    program = "from sst2_xlmr.util import versions; print(versions.has_torchtext(), versions.description())"
+    assert run("-c", program, **as_if(tmp_path, torch=torch, torchtext=torchtext)).stdout == f"{described}\n"
+
+
+@pytest.mark.slow
+def test_wheel_alone_trains_predicts_and_has_an_api(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+    """In a fresh environment that sees the packages of this one, from an empty folder; pip fetches setuptools."""
+    source = tmp_path / "source"  # setuptools would leave its files in the checkout
+    shutil.copytree(ROOT / "sst2_xlmr", source / "sst2_xlmr", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    run("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"sst2_xlmr-{sst2_xlmr.__version__}-")
+    names = zipfile.ZipFile(wheel).namelist()
+    package = [file for file in (ROOT / "sst2_xlmr").rglob("*") if file.suffix in (".py", ".c", ".h", ".typed", ".md")]
+    assert {str(file.relative_to(ROOT)) for file in package} == {name for name in names if "dist-info" not in name}
+
+    run("-m", "venv", "--without-pip", tmp_path / "venv")
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    others = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "others.pth").write_text("\n".join(others))
+    points = next(site.glob("*.dist-info")) / "entry_points.txt"
+    assert points.read_text().split() == ["[console_scripts]", "sst2-xlmr", "=", "sst2_xlmr.__main__:main"]
+    (empty := tmp_path / "empty").mkdir()
+    here = {"cwd": empty, "python": str(tmp_path / "venv" / "bin" / "python"), "PYTHONPATH": ""}
+    start = ["-c", "from sst2_xlmr.__main__ import main; main()"]  # as pip writes the command that pyproject.toml names
+    run(*start, "train", *train_options(tiny_encoder, small_data, Path("run"), "--max-steps", 2), **here)
+    answer = run(*start, "predict", "--model", "run/model", "A fine film.", **here).stdout
+    assert answer.split("\t")[0] in ("negative", "positive")
+    program = "import sst2_xlmr; print(*sst2_xlmr.load('run/model').predict(['A fine film.']), sst2_xlmr.__file__)"
+    assert run("-c", program, **here).stdout.split() == [answer.split("\t")[0], str(site / "sst2_xlmr" / "__init__.py")]
