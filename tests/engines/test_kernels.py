@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from sst2_xlmr.engines.cpu.kernels import PARAMETER, Gradients, Kernels, Packed, load_kernels
+from sst2_xlmr.engines.cpu.kernels import GRADIENTS, PARAMETER, Kernels, Packed, load_kernels
 from sst2_xlmr.training.flat_engine import BETA1, BETA2, EPSILON, Rates, scalars_of, update_flat
 from sst2_xlmr.training.master_weights import join_master, split_master
 
@@ -351,14 +351,14 @@ def test_square_sum(kernels: Kernels, threads: int, fp32_grads: bool) -> None:
     found = parameters(kernels.dtype, fp32_grads)
     arguments = describe(found, [(0.0, 0.0)] * len(SIZES))
     expected = sum(float(grad.double().square().sum()) for grad, *_ in found if grad is not None)
-    total = kernels.square_sum(arguments, Gradients(0, 1, fp32_grads))
+    total = kernels.square_sum(arguments, np.array((0, 1, fp32_grads), GRADIENTS))
     assert total == pytest.approx(expected, rel=1e-6)
-    assert kernels.square_sum(arguments, Gradients(0, 1, fp32_grads)) == total
+    assert kernels.square_sum(arguments, np.array((0, 1, fp32_grads), GRADIENTS)) == total
     for bad in (NAN, INF):
         grad = found[4][0]
         assert grad is not None
         grad[-1] = bad
-        assert not math.isfinite(kernels.square_sum(arguments, Gradients(0, 1, fp32_grads)))
+        assert not math.isfinite(kernels.square_sum(arguments, np.array((0, 1, fp32_grads), GRADIENTS)))
 
 
 @pytest.mark.parametrize("fp32_grads", [True, False])
@@ -371,7 +371,9 @@ def test_adamw(kernels: Kernels, threads: int, fp32_grads: bool) -> None:
         torch.set_num_threads(count)
         for step in range(1, 11):
             root = 1 / math.sqrt(1 - BETA2**step)
-            kernels.adamw(describe(run, rates), Gradients(0, 1, fp32_grads), 0.5, (BETA1, BETA2), EPSILON, root)
+            kernels.adamw(
+                describe(run, rates), np.array((0, 1, fp32_grads), GRADIENTS), 0.5, (BETA1, BETA2), EPSILON, root
+            )
     for step in range(1, 11):
         for (grad, weights, low, mean, square), (rate, decay) in zip(runs[2], rates):
             assert grad is not None and weights is not None and mean is not None and square is not None
@@ -402,8 +404,8 @@ def test_gradients_of_several_processes_are_averaged(
         mean = mean + other.float()
     results = []
     for grad, places in (
-        (of_all, Gradients(size * of_all.element_size(), processes, fp32_grads or dtype == torch.float32)),
-        (mean / processes, Gradients(0, 1, True)),
+        (of_all, np.array((size * of_all.element_size(), processes, fp32_grads or dtype == torch.float32), GRADIENTS)),
+        (mean / processes, np.array((0, 1, True), GRADIENTS)),
     ):
         found = parameters(kernels.dtype, False)[-1]
         arguments = describe([[grad, *found[1:]]], [(1e-3, 1e-2)])
@@ -422,7 +424,7 @@ def test_adamw_shows_a_gradient_that_is_not_finite(kernels: Kernels, bad: float)
         assert grad is not None
         grad[-1] = bad
     root = 1 / math.sqrt(1 - BETA2)
-    gradients = Gradients(0, 1, kernels.dtype == torch.float32)
+    gradients = np.array((0, 1, kernels.dtype == torch.float32), GRADIENTS)
     kernels.adamw(describe(found, [(1e-3, 0.01)] * len(SIZES)), gradients, 1.0, (BETA1, BETA2), EPSILON, root)
     for _, weights, _, mean, _ in found:
         assert weights is not None and mean is not None
