@@ -63,6 +63,17 @@ class Optimizer(Protocol):
         """Take over what `weights` and `moments` have given after so many steps."""
 
 
+def _has_fused(device: torch.device) -> bool:
+    """Whether torch has its fused AdamW for a device; torch 2.3 promises one for CPUs, and fails at the first step."""
+    probe = nn.Parameter(torch.zeros(1, device=device))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        torch.optim.AdamW([probe], fused=True).step()
+    except RuntimeError:
+        return False
+    return True
+
+
 class AdamW:
     """`torch.optim.AdamW` over a model's trained parameters, fp32."""
 
@@ -74,11 +85,7 @@ class AdamW:
             groups.setdefault(group_of(name, parameter, layers, config), []).append(parameter)
         self._scales = [scale for scale, _ in groups]
         settings = [{"params": parameters, "weight_decay": decay} for (_, decay), parameters in groups.items()]
-        options = {"lr": 0.0, "betas": BETAS, "eps": EPSILON}
-        try:
-            self._optimizer = torch.optim.AdamW(settings, fused=True, **options)  # type: ignore[arg-type]
-        except RuntimeError:  # before torch 2.4 there is none for CPUs
-            self._optimizer = torch.optim.AdamW(settings, **options)  # type: ignore[arg-type]
+        self._optimizer = torch.optim.AdamW(settings, 0.0, BETAS, EPSILON, fused=_has_fused(world.device))
         self._set_state({}, 0)
 
     def _set_state(self, moments: Mapping[str, torch.Tensor], steps: int) -> None:
