@@ -71,8 +71,8 @@ def test_both_tokenizers_agree_on_sst2() -> None:
     from sst2_xlmr.export.torchscript import ScriptedTokenizer
 
     tokenizer = load_tokenizer(SMALL_ENCODER / "sentencepiece.bpe.model", 256)
-    lines = [(SST2 / f"{split}.tsv").read_text(encoding="utf-8").splitlines()[1:] for split in ("train", "dev")]
-    texts = [line.split("\t")[0] for line in sum(lines, [])]
+    splits = [(SST2 / f"{split}.tsv").read_text(encoding="utf-8").splitlines()[1:] for split in ("train", "dev")]
+    texts = [line.split("\t")[0] for lines in splits for line in lines]
     assert torch.jit.script(ScriptedTokenizer(tokenizer))(texts, None) == ids_of(tokenizer, texts)
 
 

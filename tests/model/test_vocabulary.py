@@ -44,7 +44,7 @@ def test_expand_decays_what_was_not_trained() -> None:
 
 
 def test_another_vocabulary_takes_over_a_checkpoints_rows() -> None:
-    """An id that is new has the pretrained row, as much of it as is left, and moments of zero; one that has gone, none."""
+    """An id that is new gets what decay has left of its pretrained row, and moments of zero."""
     name, vocabulary = "encoder.tokens.weight", Vocabulary(torch.tensor([0, 1, 2, 3, 5, 9]), 10, decay=0.5)
     ids, saved = torch.tensor([0, 1, 2, 3, 4, 9]), torch.arange(12.0).view(6, 2)
     weights, moments = {name: saved.clone()}, {f"exp_avg.{name}": saved.clone(), f"exp_avg_sq.{name}": saved + 1}
