@@ -63,17 +63,6 @@ class Optimizer(Protocol):
         """Take over what `weights` and `moments` have given after so many steps."""
 
 
-def _has_fused(device: torch.device) -> bool:
-    """Whether torch has its fused AdamW for a device; torch 2.3 promises one for CPUs, and fails at the first step."""
-    probe = nn.Parameter(torch.zeros(1, device=device))
-    probe.grad = torch.zeros_like(probe)
-    try:
-        torch.optim.AdamW([probe], fused=True).step()
-    except RuntimeError:
-        return False
-    return True
-
-
 class AdamW:
     """`torch.optim.AdamW` over a model's trained parameters, fp32."""
 
@@ -85,7 +74,8 @@ class AdamW:
             groups.setdefault(group_of(name, parameter, layers, config), []).append(parameter)
         self._scales = [scale for scale, _ in groups]
         settings = [{"params": parameters, "weight_decay": decay} for (_, decay), parameters in groups.items()]
-        self._optimizer = torch.optim.AdamW(settings, 0.0, BETAS, EPSILON, fused=_has_fused(world.device))
+        is_fused = world.device.type == "cuda" or torch.__version__ >= (2, 4)  # before, there is none for CPUs
+        self._optimizer = torch.optim.AdamW(settings, lr=0.0, betas=BETAS, eps=EPSILON, fused=is_fused)
         self._set_state({}, 0)
 
     def _set_state(self, moments: Mapping[str, torch.Tensor], steps: int) -> None:
