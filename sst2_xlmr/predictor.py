@@ -115,9 +115,9 @@ class Classifier:
 
         For those who want to tokenize the next texts while these are computed; see `probabilities` for the arguments.
         """
-        rows = [] if isinstance(texts, str) else [(row,) if isinstance(row, str) else tuple(row) for row in texts]
-        sizes = {len(row) for row in rows}
-        if isinstance(texts, str) or sizes not in ({1}, {2}, set()):
+        rows = [row if isinstance(row, (tuple, list)) else (row,) for row in texts]
+        is_list = not isinstance(texts, str) and {len(row) for row in rows} in (set(), {1}, {2})
+        if not is_list or not all(isinstance(text, str) for row in rows for text in row):
             raise TypeError("texts must be a list of strings, or a list of pairs of strings; for one text, [text]")
         for number, row in enumerate(rows, 1):
             for text in row:
