@@ -71,17 +71,16 @@ class Classifier:
             if device not in ("auto", "cpu", "cuda"):
                 raise ValueError(f"device {device!r} is none of auto, cpu and cuda; others go as torch.device(...)")
             device = choose_device(device)
-        folder = Path(folder)
-        plain = choose_precision("auto" if precision == "int8" else precision, device)
-        is_int8 = precision == "int8"
+        folder, is_int8 = Path(folder), precision == "int8"
         if is_int8 and device.type != "cpu":
             raise UserError("--precision int8 is for a CPU; use bf16 or fp32, or --device cpu")
-        dtype = torch.bfloat16 if plain == "bf16" else torch.float32
+        plain = choose_precision("auto" if is_int8 else precision, device)
         if is_int8:
             classifier, tokenizer, task = load_classifier(folder, device, bf16=False)
-            if module := quantized_model(classifier, task, dtype):
-                del classifier
-                give_back_memory()
+            module = quantized_model(classifier, task, torch.bfloat16 if plain == "bf16" else torch.float32)
+            del classifier
+            give_back_memory()
+            if module is not None:
                 return cls(folder, module, tokenizer, task, precision, device)
             lacks = "int8 needs a CPU with AVX512-VNNI, Linux and GCC"
             print(f"warning: {lacks}: computing in {plain} instead", file=sys.stderr)
