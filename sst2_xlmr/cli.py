@@ -25,6 +25,7 @@ from sst2_xlmr.config import (
     shown,
 )
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import is_scratch
 from sst2_xlmr.util.flag_hints import hint
 from sst2_xlmr.util.launch import is_restarted, this_command
 
@@ -240,8 +241,6 @@ def _check_new_folder(folder: Path) -> None:
 
     A folder is also free if a run died there before it wrote `config.json`: --resume would have nothing to read.
     """
-    from sst2_xlmr.util.files import is_scratch  # only here: it imports torch
-
     try:
         files = list(folder.iterdir()) if folder.is_dir() else []
         is_free = all(is_scratch(file) or file.name == LOCK_NAME for file in files)

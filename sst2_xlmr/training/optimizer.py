@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.util.distributed import World
-from sst2_xlmr.util.files import Storable
+from sst2_xlmr.util.tensors import Storable
 
 BETAS = (0.9, 0.999)
 # RoBERTa's (https://arxiv.org/abs/1907.11692, table 10). With Adam's 1e-8, a weight whose gradient is only rounding
