@@ -69,8 +69,10 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
         yield hub, cache
     except Exception as error:  # the library's, those of requests or httpx, and the disk's
         repository, _, revision = name.partition("@")
-        cause = error.__cause__ if isinstance(error, utils.LocalEntryNotFoundError) and error.__cause__ else error
-        reason = (str(cause).strip() or repr(cause)).splitlines()[0]
+        root: BaseException = error  # "Connection refused", under several layers of libraries
+        while root.__cause__ or root.__context__:
+            root = root.__cause__ or root.__context__ or root
+        reason = (str(root).strip() or repr(root)).splitlines()[0]
         elsewhere = f"or run `sst2-xlmr fetch {name}` elsewhere, copy the folder {cache} and set HF_HUB_CACHE to it"
         if isinstance(error, utils.GatedRepoError):
             problem = f"{name} is gated; ask for access at {constants.ENDPOINT}/{repository}, and set HF_TOKEN"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from sst2_xlmr.engines.cpu.kernels import PARAMETER, Gradients, Kernels, Packed, load_kernels
+from sst2_xlmr.engines.cpu import kernels as kernels_module
+from sst2_xlmr.engines.cpu.kernels import PARAMETER, Gradients, Kernels, Packed, _find_kernels, load_kernels
 from sst2_xlmr.training.flat_engine import BETA1, BETA2, EPSILON, Rates, scalars_of, update_flat
 from sst2_xlmr.training.master_weights import join_master, split_master
 
@@ -532,22 +535,58 @@ def test_equal_calls_give_equal_bits(kernels: Kernels, threads: int, name: str) 
 
 
 def compile_anew(dtype: torch.dtype = torch.float32) -> Kernels | None:
-    return load_kernels.__wrapped__(dtype)
+    found = _find_kernels.__wrapped__(dtype)
+    return found if isinstance(found, Kernels) else None
 
 
 def check_works(kernels: Kernels) -> None:
     assert kernels.column_sums(torch.ones(5, 3)).tolist() == [5, 5, 5]
 
 
-@pytest.mark.parametrize("variables", [{"CC": "/nonexistent/cc"}, {"CC": "false"}, {"CC": "", "PATH": "/nonexistent"}])
-def test_without_a_compiler_there_are_no_kernels(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str]
+@pytest.mark.parametrize(
+    ("compiler", "says"),
+    [
+        ("", "no C compiler: gcc not found"),
+        ("nonexistent-cc", "no C compiler: nonexistent-cc not found"),
+        ("false", "false failed: exit status 1"),
+        ("sh -c 'echo In file x.c: >&2; echo x.c:1: error: no bf16 >&2; exit 1'", "sh failed: x.c:1: error: no bf16"),
+        ("sh -c 'echo 0123456789 >$9'", "cannot load what sh compiled: "),
+    ],
+)
+def test_why_there_are_no_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, says: str
 ) -> None:
     monkeypatch.setenv("SST2_XLMR_CACHE", str(tmp_path))
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert compile_anew() is None
-    assert not list(tmp_path.rglob("*.so"))
+    monkeypatch.setenv("CC", compiler)
+    if not compiler:
+        monkeypatch.setenv("PATH", "/nonexistent")
+    # What kernels.c is compiled to comes after -o, whichever arguments are before it.
+    monkeypatch.setattr(kernels_module, "FLAGS", [*"12345678"])
+    reason = _find_kernels.__wrapped__(torch.float32)
+    assert isinstance(reason, str)
+    assert reason.startswith(says)
+    assert "\n" not in reason
+
+
+def test_a_cache_on_a_disk_mounted_noexec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Code is compiled there once, and loaded from elsewhere; a disk that is no other place is named."""
+    load(torch.float32)
+    monkeypatch.setenv("SST2_XLMR_CACHE", str(tmp_path))
+    forbidden, dlopen = [str(tmp_path)], ctypes.CDLL
+
+    def mounted_noexec(file: str) -> ctypes.CDLL:
+        if file.startswith(tuple(forbidden)):
+            raise OSError(f"{file}: failed to map segment from shared object")
+        return dlopen(file)
+
+    monkeypatch.setattr(ctypes, "CDLL", mounted_noexec)
+    for _ in range(2):
+        found = compile_anew()
+        assert found is not None
+        check_works(found)
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    forbidden.append(tempfile.gettempdir())
+    assert str(_find_kernels.__wrapped__(torch.float32)).endswith("failed to map segment from shared object")
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ def _load(library: Path, scratch: Path) -> ctypes.CDLL:
     """Load the library from where it is, or from `scratch` if the cache is on a disk mounted noexec."""
     with contextlib.suppress(OSError):
         return ctypes.CDLL(str(library))
-    return ctypes.CDLL(shutil.copy(library, scratch / "kernels.so"))
+    return ctypes.CDLL(shutil.copy(library, str(scratch / "kernels.so")))
 
 
 def _compile(command: list[str], folder: Path, name: str) -> Path:
