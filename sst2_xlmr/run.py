@@ -92,15 +92,20 @@ class Run:
         self.optimizer.step(lr)
         self.vocabulary.count_step(lr)
         self.meter.add(sums, norm, batches)
-        self.state.advance()
+        self._advance(skipped=False)
 
     def skip(self) -> None:
         """Go on without a step, because the gradient is not finite; raises NotFinite if that was once too often."""
         rows = self.loader.rows_at(self.state.epoch, self.state.batch)
-        self.state.advance(skipped=True)
+        self._advance(skipped=True)
         self.guard.check_skipped(self.state, rows)
         self.optimizer.clear_gradients()
         self.say(f"step {self.state.step:>6}  gradient is not finite: batch skipped")
+
+    def _advance(self, skipped: bool) -> None:
+        self.state.advance(skipped)
+        if self.report:
+            self.report.advance()
 
     def log(self) -> None:
         """Write a line of training metrics, unless there was nothing but skipped batches."""

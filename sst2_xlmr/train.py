@@ -5,6 +5,11 @@ Data flow: files -> rows -> ids -> global batches -> model -> loss -> step -> ch
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # torchrun -m sst2_xlmr.train: what is missing is said before an import below fails
+    from sst2_xlmr.__main__ import main as start_program
+
+    start_program("train")
+
 import contextlib
 import shlex
 import signal
@@ -16,7 +21,7 @@ from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag, named_file
 from sst2_xlmr.data.prepare import Prepared, prepare
 from sst2_xlmr.evaluation.calibration import Calibration
-from sst2_xlmr.report.console import open_report
+from sst2_xlmr.report.console import Report
 from sst2_xlmr.report.header import header_lines
 from sst2_xlmr.run import Run
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
@@ -25,7 +30,7 @@ from sst2_xlmr.training.schedule import evaluation_interval
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.training.step import forward_backward
 from sst2_xlmr.util.distributed import World, broadcast, check_same, on_rank0, once_per_node, raise_on_all, start
-from sst2_xlmr.util.errors import Collapsed, Interrupted, Stopped, exit_on_user_error
+from sst2_xlmr.util.errors import Collapsed, Interrupted, Stopped
 from sst2_xlmr.util.launch import command
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.precision import choose_precision, set_up_numerics
@@ -115,7 +120,7 @@ def outputs(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
     files = {split: (file, caches[split].digest) for split, file in run.inputs.files.items() if split != "train"}
     again = [*run.at_end, *(run.during if state.evaluation_due else [])]
     opening = (run.config, run.task, run.folder, state.precision, files, state.step, run.schedule.total_steps, again)
-    run.report = on_rank0(run.world, lambda: open_report(*opening))
+    run.report = on_rank0(run.world, lambda: Report(*opening))
     if run.report:
         run.metrics = evaluations_at(run.folder / "metrics.jsonl", state.step)
         figures = (run.schedule.total_steps, len(run.vocabulary.ids), run.head_is_new)
@@ -159,9 +164,8 @@ def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
         finish(run)
     except Interrupted:
         run.make_sure_of_checkpoint()
-        run.say(
-            f"stopped    by {signal.Signals(run.stop.number).name} after step {run.state.step}, and saved; continue with"
-        )
+        name = signal.Signals(run.stop.number).name
+        run.say(f"stopped    by {name} after step {run.state.step}, and saved; continue with")
         run.say(f"           {again}")
         raise Stopped(128 + run.stop.number) from None
     except Collapsed as collapse:
@@ -182,7 +186,3 @@ def main(argv: list[str] | None = None) -> None:
         run, checkpoint = prepare_run(config, resume, world)
         with outputs(run, checkpoint, resume):
             run_to_its_end(run, checkpoint)
-
-
-if __name__ == "__main__":  # torchrun -m sst2_xlmr.train
-    exit_on_user_error(main)

@@ -18,8 +18,8 @@ import torch
 
 from sst2_xlmr import train
 from sst2_xlmr.export.folder import write_folder
-from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import Encoder, EncoderShape
+from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.util.errors import exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ SMALL_ENCODER = Path(os.environ.get("SST2_XLMR_SMALL_ENCODER", ROOT / "models" /
 SST2 = Path(os.environ.get("SST2_XLMR_TEST_SST2", ROOT / "data" / "SST-2"))
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
-make_tokenizer = importlib.import_module("sample_rows").make_tokenizer
+make_tokenizer = importlib.import_module("inputs").make_tokenizer
 
 needs_small_encoder = pytest.mark.skipif(
     not (SMALL_ENCODER / "model.safetensors").is_file(),
@@ -59,7 +59,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = folder / "tokenizer.model"
     shape = EncoderShape(make_tokenizer(tokenizer), hidden=32, layers=3, heads=4, ffn=64, positions=66)
     torch.manual_seed(1)
-    model = Classifier(shape, 2)
+    model = SequenceClassifier(shape, 2)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2)

@@ -11,6 +11,7 @@ import numpy as np
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.rows import Columns, has_labels, read_examples, read_rows
+from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 
 SENTENCES = [
@@ -58,7 +59,7 @@ def is_rows_file(file: Path) -> bool:
 
 
 def read_checks(
-    given: list[str], columns: Columns, label_names: list[str], takes_pairs: bool, has_label_column: bool = False
+    given: list[str], columns: Columns, task: Task, takes_pairs: bool, has_label_column: bool
 ) -> dict[str, Rows]:
     """Return the rows to compare on, by the names of their files.
 
@@ -73,7 +74,7 @@ def read_checks(
     checks: dict[str, Rows] = {}
     for name, file in named_files(given, "--check-file").items():
         if is_rows_file(file) and (has_label_column or has_labels(file, columns)):
-            rows = list(read_rows(file, columns, label_names))
+            rows = list(read_rows(file, columns, task))
             texts = [(row.text, row.pair) for row in rows]
             labels = np.array([row.label for row in rows])
         else:

@@ -1,8 +1,8 @@
 """The vocabulary: which rows of the embedding table a run trains, and how the whole table is made of them again.
 
 XLM-R has 250,002 rows, of which the files of a run use few (SST-2: 8,890). A row that no batch contains has no
-gradient, so its Adam moments stay zero and it only decays, by the product of all `1 - lr * weight_decay`; that one number is kept
-and applied when the table is expanded. flair's `transformer-smaller-training-vocab`
+gradient, so its Adam moments stay zero and it only decays, by the product of all `1 - lr * weight_decay`; that one
+number is kept and applied when the table is expanded. flair's `transformer-smaller-training-vocab`
 (https://github.com/helpmefindaname/transformer-smaller-training-vocab) shrinks and restores the table around a Trainer
 run too, but leaves out the decay of untouched rows. Used rows get the same bits as in a whole table (given the same
 clipping factor); untouched ones are rounded once instead of at every step.

@@ -7,7 +7,7 @@ Ours are `encoder.tokens`, `encoder.positions`, `encoder.norm`, `encoder.layers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -122,10 +122,11 @@ def to_hugging_face(tensors: Mapping[str, Storable]) -> dict[str, Storable]:
     )
     result: dict[str, Storable] = {}
     for name, tensor in tensors.items():
+        pieces: Sequence[Storable] = tensor.chunk(3) if ".qkv." in name else ()
         stem, kind = name.rsplit(".", 1)
         match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", stem)
         if match and match[2] == "qkv":
-            for part, piece in zip(_QKV, tensor.chunk(3)):
+            for part, piece in zip(_QKV, pieces):
                 result[f"roberta.encoder.layer.{match[1]}.attention.self.{part}.{kind}"] = piece
         elif match:
             result[f"roberta.encoder.layer.{match[1]}.{inner[match[2]]}.{kind}"] = tensor

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -33,7 +34,7 @@ from sst2_xlmr.cli import OneLineParser, add_bounds, add_option, bounds_of
 from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.rows import COLUMN_OPTIONS, Columns, columns_given
-from sst2_xlmr.evaluation.compare import Answers, agreement_table, check_agreement, compare
+from sst2_xlmr.evaluation.compare import check_comparison, compare, comparison_table
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.check_rows import is_rows_file, read_checks, read_texts
 from sst2_xlmr.export.folder import read_card, write_folder
@@ -43,6 +44,7 @@ from sst2_xlmr.model.encoders import Encoder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.weights import load_tensors
+from sst2_xlmr.task import SingleLabel, Task
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import put_in_place, scratch_folder
@@ -54,8 +56,8 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # of a probability; bf16 weights have 
 ONNX_TOLERANCE = 1e-4
 ROWS_COMPARED = 1000  # of the texts whose vocabulary is kept: all have the same ids, these also the same answers
 ONNX_BATCH = 32
-# Takes texts and, or None, their second texts; returns fp32 probabilities, [rows, labels].
-Classify = Callable[[list[str], Optional[list[str]]], torch.Tensor]
+# Takes texts and, or None, their second texts; returns fp32 probabilities, [rows, outputs].
+Classify = Callable[[list[str], Optional[list[str]]], np.ndarray]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -146,26 +148,25 @@ def check_finite(encoder: Encoder) -> None:
 
 
 def classify_with_folder(folder: Path) -> Classify:
-    module, tokenizer, _ = load_classifier(folder, CPU, bf16=False)
-    return lambda texts, pairs: predict(module, tokenizer(texts, pairs), EVAL_BATCH_TOKENS, CPU)
+    model, tokenizer, task = load_classifier(folder, CPU, bf16=False)
+    return lambda texts, pairs: predict(model, task, *tokenizer.flat_ids(texts, pairs), EVAL_BATCH_TOKENS, CPU)
 
 
-def write_torchscript(encoder: Encoder, label_names: list[str], file: Path) -> Classify:
+def write_torchscript(encoder: Encoder, file: Path) -> Classify:
     from sst2_xlmr.export.torchscript import save_torchscript  # only here: it needs torchtext
 
-    model, tokenizer, _ = load_classifier(Path(encoder.name), CPU, bf16=False)
-    save_torchscript(model, tokenizer, label_names, file)
+    model, tokenizer, task = load_classifier(Path(encoder.name), CPU, bf16=False)
+    save_torchscript(model, tokenizer, task, file)
     classify = torch.jit.load(file)
 
-    def answers(texts: list[str], pairs: list[str] | None) -> torch.Tensor:
-        labels, probabilities = classify(texts, pairs)
-        check_labels(labels, probabilities, label_names)
-        return probabilities
+    def probabilities(texts: list[str], pairs: list[str] | None) -> np.ndarray:
+        labels, found = classify(texts, pairs)
+        return checked_answers(task, labels, found.numpy())
 
-    return answers
+    return probabilities
 
 
-def write_onnx_file(encoder: Encoder, label_names: list[str], file: Path, int8: bool, from_ids: bool) -> Classify:
+def write_onnx_file(encoder: Encoder, task: Task, file: Path, int8: bool, from_ids: bool) -> Classify:
     import onnxruntime
     import onnxruntime_extensions
 
@@ -173,34 +174,36 @@ def write_onnx_file(encoder: Encoder, label_names: list[str], file: Path, int8: 
 
     weights = {name: tensor.numpy() for name, tensor in load_tensors(encoder).items()}
     tokenizer_file = None if from_ids else encoder.tokenizer_file.read_bytes()
-    write_onnx(file, weights, encoder.shape, label_names, encoder.max_length, tokenizer_file, int8)
+    write_onnx(file, weights, encoder.shape, task, encoder.max_length, tokenizer_file, int8)
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
 
-    def answers(texts: list[str], pairs: list[str] | None) -> torch.Tensor:
-        ids = [torch.tensor(row) for row in tokenizer(texts, pairs)]
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        probabilities = torch.empty(len(ids), len(label_names))
-        for start in range(0, len(order), ONNX_BATCH):
-            chosen = order[start : start + ONNX_BATCH]
-            if from_ids:
-                padded = pad_sequence([ids[row] for row in chosen], batch_first=True, padding_value=PAD_ID)
-                inputs = {"input_ids": padded.numpy(), "attention_mask": padded.ne(PAD_ID).long().numpy()}
-            else:
-                inputs = {"text": np.array([texts[row] for row in chosen], dtype=object)}
-            labels, found = session.run(None, inputs)
-            probabilities[chosen] = torch.from_numpy(found)
-            check_labels(list(labels), torch.from_numpy(found), label_names)
-        return probabilities
+    def inputs(texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
+        if not from_ids:
+            return {"text": np.array(texts, dtype=object)}
+        ids, lengths = tokenizer.flat_ids(texts, pairs)
+        rows = torch.from_numpy(ids).long().split(lengths.tolist())
+        padded = pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+        return {"input_ids": padded.numpy(), "attention_mask": padded.ne(PAD_ID).long().numpy()}
 
-    return answers
+    def probabilities(texts: list[str], pairs: list[str] | None) -> np.ndarray:
+        parts = []
+        for start in range(0, len(texts), ONNX_BATCH):
+            batch = slice(start, start + ONNX_BATCH)
+            answer = session.run(None, inputs(texts[batch], pairs and pairs[batch]))
+            parts.append(checked_answers(task, *answer))
+        return np.concatenate(parts)
+
+    return probabilities
 
 
-def check_labels(labels: list[str], probabilities: torch.Tensor, label_names: list[str]) -> None:
-    if labels != [label_names[index] for index in probabilities.argmax(-1).tolist()]:
+def checked_answers(task: Task, labels: Sequence[str], probabilities: np.ndarray) -> np.ndarray:
+    """Return the probabilities that a written file gives, which must be those of its labels."""
+    if list(labels) != [task.cells(row, all_probabilities=False)[0] for row in probabilities.tolist()]:
         raise UserError("the written file names other labels than its probabilities say; it was removed")
+    return probabilities
 
 
 def write_hugging_face(encoder: Encoder, folder: Path, dtype: str) -> Classify:
@@ -217,19 +220,20 @@ def trim(encoder: Encoder, files: list[str], columns: Columns, folder: Path) -> 
     trimmed = find_encoder(str(folder))
     before = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
     after = load_tokenizer(trimmed.tokenizer_file, encoder.max_length)
-    for text, old, new in zip(texts, before(texts), after(texts)):
-        if before.pieces_of(old) != after.pieces_of(new):
+    for text in texts:
+        old, new = (tokenizer.pieces_of(tokenizer.flat_ids([text])[0].tolist()) for tokenizer in (before, after))
+        if old != new:
             raise UserError(f"the trimmed tokenizer cuts {text[:80]!r} in another way; it was removed")
     compared = texts[:ROWS_COMPARED]
     expected, found = (classify_with_folder(Path(model.name))(compared, None) for model in (encoder, trimmed))
-    if not torch.equal(expected, found):
+    if not np.array_equal(expected, found):
         raise UserError("the trimmed model gives other answers; it was removed")
     kept = f"{rows:,} of {encoder.shape.vocab_size:,} embedding rows"
     say(f"kept {kept}: {len(texts):,} texts are cut into the same pieces, so they get the same answers")
     return trimmed
 
 
-def write(arguments: argparse.Namespace, encoder: Encoder, label_names: list[str], written: Path) -> str:
+def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: Path) -> str:
     """Write the model's new form and compare it; returns what to say.
 
     Raises:
@@ -238,28 +242,27 @@ def write(arguments: argparse.Namespace, encoder: Encoder, label_names: list[str
     int8 = arguments.format == "onnx-int8"
     takes_pairs = not arguments.format.startswith("onnx") or arguments.from_ids
     columns, has_label_column = columns_given(arguments), "label_column" in arguments
-    checks = read_checks(arguments.check_file, columns, label_names, takes_pairs, has_label_column)
+    checks = read_checks(arguments.check_file, columns, task, takes_pairs, has_label_column)
     unlabelled = [name for name, (_, _, labels) in checks.items() if labels is None] if int8 else []
     if unlabelled and arguments.most_lost is not None and len(unlabelled) == len(checks):
         raise UserError(f"--most-lost: no labels in {', '.join(unlabelled)}; name their column with --label-column")
     expected = classify_with_folder(Path(encoder.name))
     if arguments.format == "torchscript":
-        found = write_torchscript(encoder, label_names, written)
+        found = write_torchscript(encoder, written)
     elif arguments.format.startswith("onnx"):
-        found = write_onnx_file(encoder, label_names, written, int8, arguments.from_ids)
+        found = write_onnx_file(encoder, task, written, int8, arguments.from_ids)
     else:
         found = write_hugging_face(encoder, written, arguments.dtype)
-    answers = {
-        name: Answers(found(texts, pairs).numpy(), expected(texts, pairs).numpy(), labels)
-        for name, (texts, pairs, labels) in checks.items()
+    both = {
+        name: (found(texts, pairs), expected(texts, pairs), labels) for name, (texts, pairs, labels) in checks.items()
     }
     count = sum(len(texts) for texts, _, _ in checks.values())
     if int8:
         lines = [f"no labels in {name}: accuracy was not compared" for name in unlabelled]
-        say("\n".join([*agreement_table(answers, "int8", "fp32"), *lines]))
-        check_agreement(answers, *bounds_of(arguments), "int8", "fp32")
+        say("\n".join([*comparison_table(task, both, "int8", "fp32"), *lines]))
+        check_comparison(task, both, *bounds_of(arguments), "int8", "fp32")
         return f"answers as above on {count:,} rows"
-    difference = float(np.max([compare(part).largest for part in answers.values()]))  # NaN if one is
+    difference = float(np.max([compare(task, *sides)["largest"] for sides in both.values()]))  # NaN if one is
     tolerance = ONNX_TOLERANCE if arguments.format == "onnx" else TOLERANCE[arguments.dtype]
     if not difference <= tolerance:  # also if it is NaN
         raise UserError(
@@ -279,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         with scratch_folder(output) as scratch:
             if arguments.keep_vocabulary_of:
                 encoder = trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), scratch / "trimmed")
-            summary = write(arguments, encoder, label_names, scratch / "written")
+            summary = write(arguments, encoder, SingleLabel(label_names), scratch / "written")
             check_is_new(arguments.output)  # it took a while
             put_in_place(scratch / "written", output)
     except OSError as error:

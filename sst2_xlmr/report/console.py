@@ -8,10 +8,9 @@ import time
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from sst2_xlmr.config import Config
@@ -25,7 +24,7 @@ from sst2_xlmr.util.memory import used_memory_gb
 
 
 class Report:
-    """The open outputs of a run; rank 0 alone has one, see `open_report`.
+    """The open outputs of a run; rank 0 alone has one.
 
     `log_*` and `sync` raise UserError if something cannot be written (a full disk, say), and so belong in `on_rank0`.
     `say`, `say_evaluation`, `log_checkpoint`, `advance` and `close` never raise: a closed console does not stop a run.
@@ -33,17 +32,40 @@ class Report:
 
     def __init__(
         self,
-        metrics: TextIO,
-        events: SummaryWriter,
         config: Config,
         task: Task,
+        folder: Path,
+        precision: str,
         files: dict[str, tuple[Path, str]],
         first_step: int,
         total_steps: int,
+        written_again: list[str],
     ) -> None:
-        self._metrics, self._events = metrics, events
+        """Open the outputs; a resumed run's go on after `first_step`.
+
+        Args:
+            config: the options.
+            folder: the run's, which must be claimed.
+            precision: as decided.
+            files: all splits to evaluate on, dev among them -> file, and its SHA-256 when it was tokenized.
+            first_step: steps that are done: 0, or those of the checkpoint.
+            written_again: splits that will be evaluated (once more) at `first_step`.
+
+        Raises:
+            UserError: if they cannot be written.
+        """
         self._config, self._task, self._files = config, task, files
         self._first_step, self._total_steps, self._started = first_step, total_steps, time.monotonic()
+        place = folder / "metrics.jsonl"
+        purge_step = first_step + 1 if place.exists() else None
+        try:
+            self._metrics = metrics_file.open_metrics(place, first_step, written_again)
+            place = Path(config.tensorboard_dir or folder / "tensorboard")
+            self._events = tensorboard.open_events(place, purge_step)
+            tensorboard.begin_hparams(self._events, config, precision, task, list(files))
+            self._events.flush()
+        except OSError as error:
+            raise cannot_write(place, error) from None
         # disable=None: a bar on a terminal only.
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None
@@ -143,7 +165,7 @@ class Report:
         others = {split: metrics for split, metrics in evaluations.items() if split != "dev"}
         with self._event_errors():
             if others:
-                tensorboard.draw_accuracy(self._events, step, others)
+                tensorboard.draw_accuracy(self._events, step, self._task, others)
             tensorboard.end_hparams(self._events)
             self._events.flush()
         if others:
@@ -170,39 +192,3 @@ class Report:
         with self._event_errors():
             tensorboard.add_scalars(self._events, entry["step"], group, scalars)
             self._events.flush()
-
-
-def open_report(
-    config: Config,
-    task: Task,
-    folder: Path,
-    precision: str,
-    files: dict[str, tuple[Path, str]],
-    first_step: int,
-    total_steps: int,
-    written_again: list[str],
-) -> Report:
-    """Open the outputs; a resumed run's go on after `first_step`. On rank 0.
-
-    Args:
-        config: the options.
-        folder: the run's, which must be claimed.
-        precision: as decided.
-        files: all splits to evaluate on, dev among them -> file, and its SHA-256 when it was tokenized.
-        first_step: steps that are done: 0, or those of the checkpoint.
-        written_again: splits that will be evaluated (once more) at `first_step`.
-
-    Raises:
-        UserError: if they cannot be written.
-    """
-    path, events_to = folder / "metrics.jsonl", Path(config.tensorboard_dir or folder / "tensorboard")
-    place, is_resumed = path, path.exists()
-    try:
-        metrics = metrics_file.open_metrics(path, first_step, written_again)
-        place = events_to
-        events = tensorboard.open_events(events_to, first_step + 1 if is_resumed else None)
-        tensorboard.begin_hparams(events, tensorboard.hyperparameters(config, precision), task, list(files))
-        events.flush()
-    except OSError as error:
-        raise cannot_write(place, error) from None
-    return Report(metrics, events, config, task, files, first_step, total_steps)

@@ -39,21 +39,16 @@ def header_lines(
         embedding_rows: in the model.
         head_is_new: whether the classification head starts untrained.
     """
-    precision, eval_every, fallback_reason = state.precision, state.eval_every, backend.fallback_reason
-    model, shares_memory = backend.forward, getattr(backend.optimizer, "shares_memory", False)
     config = inputs.config
     head = f"{'new' if head_is_new else 'its own'} head for {listed(inputs.task.label_names)}"
-    numbers = _describe_precision(config.precision, precision, is_plain=bool(fallback_reason))
-    engine = f"plain PyTorch: slower ({fallback_reason})" if fallback_reason else "engine"
-    if world.device.type == "cuda":
-        engine = "plain PyTorch"
+    batches = _describe_batches(config, len(inputs.train_labels), total_steps)
     return [
         f"stack      {versions.description()}, Python {platform.python_version()}",
-        f"encoder    {config.encoder}: {_describe_model(inputs.encoder, model, embedding_rows)}; {head}",
+        f"encoder    {config.encoder}: {_describe_model(inputs.encoder, backend.forward, embedding_rows)}; {head}",
         f"rows       {_describe_rows(inputs)}",
         *data_report(inputs),
-        f"batches    {_describe_batches(config, len(inputs.train_labels), total_steps, eval_every)}",
-        f"device     {_describe_device(world, shares_memory)}; {numbers}; {engine}",
+        f"batches    {batches}, evaluation {f'every {state.eval_every:,}' if state.eval_every else 'after each epoch'}",
+        f"device     {_describe_device(world, backend)}; {_describe_backend(world, backend, config, state.precision)}",
         f"run        {folder}",
     ]
 
@@ -122,26 +117,30 @@ def _describe_rows(inputs: Prepared) -> str:
     return rows + (f"; {truncated:,} cut to {inputs.config.max_length} tokens" if truncated else "")
 
 
-def _describe_batches(config: Config, rows: int, total_steps: int, eval_every: int) -> str:
+def _describe_batches(config: Config, rows: int, total_steps: int) -> str:
     """Return how the rows become steps."""
     cut = f" (at most {config.micro_batch_size} a pass)" if config.micro_batch_size else ""
     epochs = "" if config.max_steps else f"{config.epochs:g} epoch{'s' * (config.epochs != 1)}, "
-    batches = f"{-(-rows // config.batch_size):,} an epoch, of {config.batch_size} rows{cut}"
-    return f"{batches}; {epochs}{total_steps:,} steps, evaluation every {eval_every:,}"
+    return (
+        f"{-(-rows // config.batch_size):,} an epoch, of {config.batch_size} rows{cut}; {epochs}{total_steps:,} steps"
+    )
 
 
-def _describe_device(world: World, shares_memory: bool) -> str:
+def _describe_device(world: World, backend: Backend) -> str:
     """Return the device and the number of processes."""
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name(world.device)
     else:
         device = f"CPU with {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    how = " that share memory" if shares_memory else ""
+    how = " that share memory" if getattr(backend.optimizer, "shares_memory", False) else ""
     return f"{device}, {world.world_size} process{'es' * (world.world_size > 1)}{how}"
 
 
-def _describe_precision(asked: str, precision: str, is_plain: bool) -> str:
-    """Return the precision, and what the option said if that was not yet it."""
-    masters = "autocast" if is_plain else "with fp32 master weights"
-    kind = {"bf16": f"bf16 {masters}", "tf32": "fp32 with tf32 products"}.get(precision, precision)
-    return kind if asked == precision else f"precision {asked} -> {kind}"
+def _describe_backend(world: World, backend: Backend, config: Config, precision: str) -> str:
+    """Return the precision, with what was asked if that left it open, and what computes."""
+    reason = backend.fallback_reason
+    bf16 = "bf16 autocast" if reason else "bf16 with fp32 master weights"
+    kind = {"bf16": bf16, "tf32": "fp32 with tf32 products"}.get(precision, precision)
+    asked = "" if config.precision == precision else f"precision {config.precision} -> "
+    slower = "" if world.device.type == "cuda" else f": slower ({reason})"  # engines are for the CPU
+    return f"{asked}{kind}; {f'plain PyTorch{slower}' if reason else 'engine'}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sst2_xlmr.evaluation.metrics import mean_of
+from sst2_xlmr.task import Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,30 +78,34 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
         return _png(figure)
 
 
-def accuracy_picture(metrics_by_file: dict[str, dict[str, Any]], title: str) -> bytes:
-    """Draw the accuracy of every file as a bar with its interval, its numbers, and the mean of several as a line.
+def accuracy_picture(task: Task, metrics_by_file: dict[str, dict[str, Any]], title: str) -> bytes:
+    """Draw the task's main metric of every file as a bar with its interval, beside the cells of the console's table.
+
+    The mean of several files is a line.
 
     Returns:
         A PNG file.
     """
-    files = len(metrics_by_file)
-    mean = mean_of(list(metrics_by_file.values()))
-    rows = files + (files > 1)
-    columns = (1.4, 2.0, 2.42, 2.74)  # right edges; the axis goes from 0 to 1
+    best, files = task.best_metric, len(metrics_by_file)
+    rows = [*metrics_by_file.values(), *([mean_of(list(metrics_by_file.values()))] if files > 1 else [])]
     with _settings([*metrics_by_file, title]) as missing:
-        figure, axes = _new_figure(2.2, 0.28 * rows, title)
-        for number, (name, metrics) in enumerate(metrics_by_file.items()):
-            low, high = metrics["accuracy_low"], metrics["accuracy_high"]
-            label = _shown(name, missing, f"file {number + 1}")
-            _add_row(axes, number, label, columns, _numbers(metrics, f"{low:.2f} - {high:.2f}"))
-            axes.barh(number, metrics["accuracy"], 0.6, color=BAR)
-            axes.plot([low, high], [number, number], color=INK, marker="|", markersize=8)
-        if files > 1:
-            _add_row(axes, files, "mean", columns, _numbers(mean, ""))
-            axes.plot([mean["accuracy"]] * 2, [-0.6, files + 0.3], color=BLUE)
-            axes.plot([-0.3, columns[-1]], [files - 0.5] * 2, color=PALE, linewidth=0.8, clip_on=False)
-        for right, head in zip(columns, ("accuracy", "95 % interval", "macro F1", "ECE")):
+        figure, axes = _new_figure(2.2, 0.28 * len(rows), title)
+        names = [_shown(name, missing, f"file {number}") for number, name in enumerate(metrics_by_file, 1)]
+        heads = list(task.table_cells(rows[0]))
+        right_edges = {head: 1.4 + 0.6 * column for column, head in enumerate(heads)}  # the axis goes from 0 to 1
+        for head, right in right_edges.items():
             axes.text(right, -0.8, head, color=PALE, ha="right", va="bottom")
+        for number, (name, metrics) in enumerate(zip([*names, "mean"], rows)):
+            axes.text(-0.05, number, name, color=INK, ha="right", va="center")
+            for head, cell in task.table_cells(metrics).items():
+                axes.text(right_edges[head], number, cell, color=INK, ha="right", va="center")
+        for number, metrics in enumerate(metrics_by_file.values()):
+            axes.barh(number, metrics[best], 0.6, color=BAR)
+            interval = [metrics[f"{best}_low"], metrics[f"{best}_high"]]
+            axes.plot(interval, [number, number], color=INK, marker="|", markersize=8)
+        if files > 1:
+            axes.plot([rows[-1][best]] * 2, [-0.6, files + 0.3], color=BLUE)
+            axes.plot([-0.3, right_edges[heads[-1]]], [files - 0.5] * 2, color=PALE, linewidth=0.8, clip_on=False)
         axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         axes.tick_params(length=0, labeltop=True, labelbottom=False, colors=PALE)
         axes.grid(axis="x", color=LINE)
@@ -108,15 +113,8 @@ def accuracy_picture(metrics_by_file: dict[str, dict[str, Any]], title: str) -> 
         axes.spines[:].set_visible(False)
         axes.set_yticks([])
         axes.set_xlim(0, 1)
-        axes.set_ylim(rows - 0.5, -0.6)
+        axes.set_ylim(len(rows) - 0.5, -0.6)
         return _png(figure)
-
-
-def _add_row(axes: Axes, row: int, name: str, columns: Iterable[float], numbers: Iterable[str]) -> None:
-    """Write a file's name to the left of its bar, and its numbers to the right."""
-    axes.text(-0.05, row, name, color=INK, ha="right", va="center")
-    for right, number in zip(columns, numbers):
-        axes.text(right, row, number, color=INK, ha="right", va="center")
 
 
 def _new_figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
@@ -181,7 +179,3 @@ def _shades() -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("shares", ["white", BLUE])
-
-
-def _numbers(metrics: dict[str, Any], interval: str) -> list[str]:
-    return [f"{metrics['accuracy']:.4f}", interval, f"{metrics['macro_f1']:.4f}", f"{metrics['ece']:.3f}"]

@@ -21,7 +21,7 @@ def evaluation_table(task: Task, metrics_by_file: dict[str, dict[str, Any]]) -> 
 
 def lines_of(rows: list[dict[str, str]]) -> list[str]:
     """Return the lines of a table with a header; a row may lack cells. The first column is left-aligned."""
-    columns = list(max(rows, key=lambda row: len(row)))
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     table = [dict(zip(columns, columns)), *rows]
     widths = {column: max(len(row.get(column, "")) for row in table) for column in columns}
     cells = [[f"{row.get(column, ''):>{widths[column]}}" for column in columns[1:]] for row in table]

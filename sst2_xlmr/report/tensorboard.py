@@ -64,24 +64,19 @@ def _hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
         _excepthook(arguments)
 
 
-def hyperparameters(config: Config, precision: str) -> dict[str, Any]:
-    """Return the options by which runs are compared: those of model and training, and the precision.
+def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: Task, splits: list[str]) -> None:
+    """Write the options by which runs are compared, those of model and training, and which metrics to show with them.
+
+    `SummaryWriter.add_hparams` would make a run of its own.
 
     Args:
         precision: as decided, where the option says `auto`.
+        splits: that are evaluated, dev among them.
     """
     values = {name: getattr(config, name) for name in [*GROUPS["model"], *GROUPS["training"], "max_length"]}
     values.update(precision=precision, encoder=Path(config.encoder).name)
     # torch writes a bool as a number, and refuses a list.
-    return {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
-
-
-def begin_hparams(writer: SummaryWriter, values: dict[str, Any], task: Task, splits: list[str]) -> None:
-    """Write hyperparameters, and which metrics to show with them; `SummaryWriter.add_hparams` makes a run of its own.
-
-    Args:
-        splits: that are evaluated, dev among them.
-    """
+    values = {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
     tags = [f"dev/{name}" for name in dict.fromkeys([task.best_metric, *task.scalars])]
     tags += [f"{split}/{task.best_metric}" for split in splits if split != "dev"]
     experiment, start, _ = hparams(values, dict.fromkeys(tags, 0.0))
@@ -125,11 +120,10 @@ def draw_evaluation(
     """
     results, classes = task.results_of(probabilities, labels), task.label_names
     if can_draw():
-        metric = task.best_metric
-        title = f"{name}{_at(step)}: {metric} {task.metrics(results, labels)[metric]:.4f}, {len(labels):,} rows"
-        _add_picture(
-            writer, f"{name}/confusion", confusion_picture(task.confusion(results, labels), classes, title), step
-        )
+        best = f"{task.best_metric} {task.metrics(results, labels)[task.best_metric]:.4f}"
+        title = f"{name}{_at(step)}: {best}, {len(labels):,} rows"
+        picture = confusion_picture(task.confusion(results, labels), classes, title)
+        _add_picture(writer, f"{name}/confusion", picture, step)
     for number in [1] if len(classes) == 2 else range(min(len(classes), CURVES)):
         # A curve has 127 equally spaced thresholds. Most probabilities lie near 0 and 1, where few of them are; ranks
         # are spread evenly, and give the same curve.
@@ -139,11 +133,11 @@ def draw_evaluation(
     writer.add_text(f"{name}/mistakes", mistakes_table(labels, predictions, confidences, classes, texts_of), step)
 
 
-def draw_accuracy(writer: SummaryWriter, step: int, metrics_by_file: dict[str, dict[str, Any]]) -> None:
-    """Write a picture of several files' accuracy."""
+def draw_accuracy(writer: SummaryWriter, step: int, task: Task, metrics_by_file: dict[str, dict[str, Any]]) -> None:
+    """Write a picture of the task's main metric on several files."""
     if can_draw():
-        picture = accuracy_picture(metrics_by_file, f"accuracy by file{_at(step)}")
-        _add_picture(writer, "accuracy by file", picture, step)
+        tag = f"{task.best_metric} by file"
+        _add_picture(writer, tag, accuracy_picture(task, metrics_by_file, f"{tag}{_at(step)}"), step)
 
 
 def mistakes_table(

@@ -11,8 +11,8 @@ from typing import Callable, NoReturn
 
 from sst2_xlmr.util import versions
 
-# What ends a run in good order: torchrun and SLURM send SIGTERM, a terminal SIGINT; batch scripts ask for SIGUSR1 before
-# a time limit.
+# What ends a run in good order: torchrun and SLURM send SIGTERM, a terminal SIGINT, and batch scripts ask for SIGUSR1
+# before a time limit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 

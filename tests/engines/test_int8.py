@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import ROOT, SMALL_ENCODER, needs_small_encoder
 from torch import nn
 
-from sst2_xlmr import engines
+from sst2_xlmr import engines, predictor
 from sst2_xlmr.engines.cpu.int8 import Int8Classifier
 from sst2_xlmr.engines.cpu.int8_linear import Int8Kernels, Int8Linear, Int16Linear, Norm, Quantized
 from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
@@ -22,7 +22,6 @@ from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.quantized import quantize_weights
-from sst2_xlmr.predictor import load_model
 from sst2_xlmr.util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -39,7 +38,7 @@ def own_bytes():  # without the pages of torch's libraries, of which some builds
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 memory.keep_freed_memory()
 before = own_bytes()
-model = prediction.load_model(Path(sys.argv[1]), torch.device("cpu"), "int8")
+model = prediction.Classifier.load(sys.argv[1], "int8", "cpu")
 print(own_bytes() - before)
 """
 
@@ -232,7 +231,7 @@ def test_without_the_instructions_it_is_said_once(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(engines, "can_quantize", lambda: False)
-    loaded = load_model(model, CPU, "int8")
+    loaded = predictor.Classifier.load(model, "int8", "cpu")
     said = capsys.readouterr().err
     assert loaded.precision in ("bf16", "fp32")
     assert said.startswith("warning: int8 needs a CPU with AVX512-VNNI")
@@ -240,4 +239,4 @@ def test_without_the_instructions_it_is_said_once(
     logits = loaded.module(torch.tensor([[0, 5, 2]]))
     assert math.isfinite(float(logits.float().sum()))
     with pytest.raises(UserError, match="--precision int8 is for a CPU"):
-        load_model(model, torch.device("cuda"), "int8")
+        predictor.Classifier.load(model, "int8", torch.device("cuda"))

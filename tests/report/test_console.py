@@ -17,11 +17,14 @@ from conftest import ROOT, SAMPLE_DATA, metrics, train_options, user_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sst2_xlmr import train
+from sst2_xlmr.backend import Backend
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import prepare
-from sst2_xlmr.report.console import Report, open_report
+from sst2_xlmr.report.console import Report
 from sst2_xlmr.report.header import header_lines
+from sst2_xlmr.task import SingleLabel
+from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
 
@@ -29,8 +32,8 @@ ENTRY: dict[str, Any] = {"step": 3, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samp
 
 
 def open_small_report(folder: Path) -> Report:
-    config = Config(output_dir=str(folder), label_names=["negative", "positive"])
-    return open_report(config, folder, "fp32", {"dev": (SAMPLE_DATA / "dev.tsv", "")}, 0, 10, [])
+    task, files = SingleLabel(["negative", "positive"]), {"dev": (SAMPLE_DATA / "dev.tsv", "")}
+    return Report(Config(), task, folder, "fp32", files, 0, 10, [])
 
 
 def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
@@ -100,18 +103,9 @@ def test_the_header_says_what_was_decided(
     options = ["--precision", precision, "--epochs", 1.5]
     config, _ = parse_args(train_options(tiny_encoder, small_data, tmp_path / "run", *options))
     inputs, model = prepare(config, quiet=True), torch.nn.Linear(1000, 1000, bias=False)
-    lines = header_lines(
-        inputs,
-        model.requires_grad_(False),
-        World.alone(torch.device("cpu")),
-        folder=tmp_path,
-        precision=decided,
-        eval_every=4,
-        total_steps=10,
-        embedding_rows=inputs.encoder.shape.vocab_size,
-        head_is_new=True,
-        fallback_reason=reason,
-    )
+    backend = Backend(model.requires_grad_(False), model, torch.optim.SGD(model.parameters()), reason)  # type: ignore
+    state, world, rows = TrainState(7, decided, 4), World.alone(torch.device("cpu")), inputs.encoder.shape.vocab_size
+    lines = header_lines(inputs, state, backend, world, tmp_path, 10, rows, True)
     by_name = {line[:10].rstrip(): line[11:] for line in lines}
     assert list(by_name) == ["stack", "encoder", "rows", "batches", "device", "run"]
     assert "3 layers, 32 wide, 1.0 M parameters, 0.0 M trained; new head for negative, positive" in by_name["encoder"]

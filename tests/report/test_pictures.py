@@ -16,17 +16,12 @@ from matplotlib import ft2font
 
 from sst2_xlmr.report import pictures
 from sst2_xlmr.report.pictures import accuracy_picture, confusion_picture
+from sst2_xlmr.task import SingleLabel
 
 BLUE, BAR = (26, 95, 180), (129, 167, 214)
+TASK = SingleLabel(["negative", "positive"])
 UNKNOWN = "\U0001e7e0\U000e0041"  # letters that no font has
-METRICS: dict[str, Any] = {
-    "accuracy": 0.5,
-    "accuracy_low": 0.4,
-    "accuracy_high": 0.6,
-    "macro_f1": 0.5,
-    "ece": 0.1,
-    "rows": 40,
-}
+METRICS = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "macro_f1": 0.5, "ece": 0.1, "rows": 40}
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -34,13 +29,13 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 @pytest.fixture
-def drawn_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts of the pictures that are drawn, as they stand there."""
-    texts: list[str] = []
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, float]]:
+    """The texts of the pictures that are drawn -> where they stand, in the axes' units."""
+    texts: dict[str, tuple[float, float]] = {}
     to_png = pictures._png
 
     def png(figure: Any) -> bytes:
-        texts.extend(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+        texts.update({text.get_text(): text.get_position() for text in figure.findobj(matplotlib.text.Text)})
         return to_png(figure)
 
     monkeypatch.setattr(pictures, "_png", png)
@@ -60,18 +55,28 @@ def test_confusion_pictures(classes: int) -> None:
         assert is_diagonal.any(0).sum() == is_diagonal.any(1).sum() == size, "no class is left out"
 
 
+def test_true_labels_are_rows_and_predictions_columns(drawn: dict[str, tuple[float, float]]) -> None:
+    """A matrix that is not symmetric: everything is taken for the second of three classes."""
+    picture = pixels(confusion_picture(np.array([[0, 7, 0], [0, 8, 0], [0, 9, 0]]), ["a", "b", "c"], "dev"))
+    is_blue = (picture == BLUE).all(-1)
+    assert is_blue.any(0).sum() == pytest.approx(73, abs=3), "one column is shaded"
+    assert is_blue.any(1).sum() == pytest.approx(220, abs=10), "from top to bottom"
+    assert [drawn[f"{count}\n100.0%"] for count in (7, 8, 9)] == [(1, 0), (1, 1), (1, 2)]
+    assert (drawn["predicted"][0], drawn["true"][1]) == (0.5, 0.5), "predictions are named above, labels at the side"
+
+
 @pytest.mark.filterwarnings("error")
-def test_counts_shares_and_names(drawn_texts: list[str]) -> None:
+def test_counts_shares_and_names(drawn: dict[str, tuple[float, float]]) -> None:
     names = ["größer", "$x_1$ 100%", "л" * 40, UNKNOWN]
     confusion = np.diag([1234, 0, 3, 4])
     confusion[0, 2] = 1
     confusion_picture(confusion, names, f"dev {UNKNOWN}")
-    assert {"1,234\n99.9%", "1\n0.1%", "3\n100.0%", "0"} <= set(drawn_texts)
-    assert {"größer", "$x_1$ 100%", "л" * 31 + "…", "class 3", "dev ??"} <= set(drawn_texts)
+    assert {"1,234\n99.9%", "1\n0.1%", "3\n100.0%", "0"} <= drawn.keys()
+    assert {"größer", "$x_1$ 100%", "л" * 31 + "…", "class 3", "dev ??"} <= drawn.keys()
 
 
 @pytest.mark.filterwarnings("error")
-def test_letters_of_every_script_are_drawn_or_replaced(drawn_texts: list[str]) -> None:
+def test_letters_of_every_script_are_drawn_or_replaced(drawn: dict[str, tuple[float, float]]) -> None:
     """No box stands for a letter, and no warning comes, whatever fonts the machine has."""
     names = [
         "отрицательный",
@@ -86,37 +91,38 @@ def test_letters_of_every_script_are_drawn_or_replaced(drawn_texts: list[str]) -
         "👍",
         "a\nb",
     ]
-    accuracy_picture(dict.fromkeys(names, METRICS), "accuracy by file")
+    accuracy_picture(TASK, dict.fromkeys(names, METRICS), "accuracy by file")
     for number, name in enumerate(names, 1):
-        assert (name in drawn_texts) != (f"file {number}" in drawn_texts), name
-    assert {"отрицательный", "αρνητικό", "file 9", "file 10"} <= set(drawn_texts)
+        assert (name in drawn) != (f"file {number}" in drawn), name
+    assert {"отрицательный", "αρνητικό", "file 9", "file 10"} <= drawn.keys()
     can_lay_out = hasattr(ft2font, "__libraqm_version__")
-    assert ("سلبي" in drawn_texts) == ("שלילי" in drawn_texts) == can_lay_out
+    assert ("سلبي" in drawn) == ("שלילי" in drawn) == can_lay_out
 
 
-def test_a_system_font_is_used_for_its_letters(drawn_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_font_is_used_for_its_letters(
+    drawn: dict[str, tuple[float, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pictures, "BASE_FONT", "STIXSizeOneSym")  # a font with hardly any letters
     monkeypatch.setattr(pictures, "MORE_FONTS", ("DejaVu Sans",))
-    accuracy_picture({"größer": METRICS}, "accuracy by file")
-    assert {"größer", "accuracy by file"} <= set(drawn_texts)
+    accuracy_picture(TASK, {"größer": METRICS}, "accuracy by file")
+    assert {"größer", "accuracy by file"} <= drawn.keys()
 
 
-def test_accuracy_picture_shows_every_file(drawn_texts: list[str]) -> None:
-    one, three = (
-        pixels(accuracy_picture({f"file {n}": METRICS for n in range(count)}, "accuracy by file")) for count in (1, 3)
-    )
+def test_accuracy_picture_shows_every_file(drawn: dict[str, tuple[float, float]]) -> None:
+    files = [{f"file {n}": METRICS for n in range(count)} for count in (1, 3)]
+    one, three = (pixels(accuracy_picture(TASK, each, "accuracy by file")) for each in files)
     assert three.shape[0] - one.shape[0] == pytest.approx(84, abs=2), "two more files and their mean"
     bars = (three == BAR).all(-1)
     assert (np.diff(np.flatnonzero(bars.any(1))) > 1).sum() == 2, "three bars, one below the other"
     assert bars.sum(1).max() == pytest.approx(110, abs=8), "half of the axis"
-    assert {"file 2", "mean", "0.5000", "0.40 - 0.60", "0.100"} <= set(drawn_texts)
+    assert {"file 2", "mean", "0.5000", "0.4000-0.6000", "0.1000"} <= drawn.keys()
 
 
 def test_settings_are_left_alone() -> None:
     before = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"text.usetex": True, "savefig.dpi": 30, "axes.facecolor": "black"}):
-        theirs = accuracy_picture({"de": METRICS}, "accuracy by file")
-    assert theirs == accuracy_picture({"de": METRICS}, "accuracy by file"), "the user's settings change nothing"
+        theirs = accuracy_picture(TASK, {"de": METRICS}, "accuracy by file")
+    assert theirs == accuracy_picture(TASK, {"de": METRICS}, "accuracy by file"), "the user's settings change nothing"
     assert dict(matplotlib.rcParams) == before
 
 

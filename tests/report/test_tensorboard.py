@@ -5,8 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +32,7 @@ from sst2_xlmr import train
 from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.report import tensorboard
 from sst2_xlmr.report.tensorboard import escape, mistakes_table, open_events, read_texts
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
 
@@ -125,7 +134,7 @@ def test_the_confusion_picture_has_true_labels_in_rows(tmp_path: Path, monkeypat
     monkeypatch.setattr(tensorboard, "confusion_picture", picture)
     labels, probabilities = np.array([0, 0, 1]), np.array([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7]], np.float32)
     with open_events(tmp_path) as writer:
-        tensorboard.draw_evaluation(writer, 0, "dev", labels, probabilities, ["no", "yes"], lambda _: {})
+        tensorboard.draw_evaluation(writer, 0, "dev", labels, probabilities, SingleLabel(["no", "yes"]), lambda _: {})
     assert drawn[0].tolist() == [[0, 2], [0, 1]]
 
 
@@ -155,6 +164,61 @@ def test_table_at_the_end(trained: Trained) -> None:
         ["mean", f"{sum(accuracies) / 2:.4f}"],
     ]
     assert f"step     10  accuracy: de {accuracies[0]:.4f}" in trained.said
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[Callable[..., Any]]:
+    """Start TensorBoard on a folder of runs; yields ask(route, body=None, **query) -> what its pages are drawn from."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+
+    def ask(route: str, body: dict[str, Any] | None = None, **query: object) -> Any:
+        url = f"http://{address}/data/{route}?{urllib.parse.urlencode(query)}"
+        content = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, content, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.loads(reply.read())
+
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", "127.0.0.1"]
+    silent: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen([*command, "--port", address.partition(":")[2]], start_new_session=True, **silent)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError):
+                if ask("runs"):
+                    break
+            assert server.poll() is None and time.monotonic() < deadline, "TensorBoard does not answer"
+            time.sleep(0.2)
+        yield ask
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def test_tensorboard_serves_every_tab(trained: Trained, tmp_path: Path) -> None:
+    """Its server, with the data server that it prefers, has what its tabs show of two runs beside each other."""
+    for name in ("a", "b"):
+        shutil.copytree(trained.folder / "tensorboard", tmp_path / name / "tensorboard")
+    run, accuracy = "a/tensorboard", trained.last["de"]["accuracy"]
+    with served(tmp_path) as ask:
+        assert ask("runs") == ["a/tensorboard", "b/tensorboard"]
+        points = ask("plugin/scalars/scalars", run=run, tag="de/accuracy")
+        assert [point[1] for point in points] == [3, 5, 8, 10]
+        assert points[-1][2] == pytest.approx(accuracy)
+        assert ask("plugin/images/tags")[run].keys() == {f"{s}/confusion" for s in trained.last} | {"accuracy by file"}
+        (picture,) = ask("plugin/images/images", run=run, tag="accuracy by file", sample=0)
+        assert picture["step"] == 10
+        table = ask("plugin/text/text", run=run, tag="de/mistakes/text_summary")[-1]["text"]
+        assert f"{round(40 * (1 - accuracy))} of 40 rows are mistaken" in table
+        assert "<table>" in table
+        curves = ask("plugin/pr_curves/pr_curves", run=run, tag="de/pr_positive")[run]
+        assert [curve["step"] for curve in curves] == [5, 10]
+        columns = [{"hparam": "lr"}, {"metric": {"group": "", "tag": "dev/accuracy"}}]
+        asked = {"experimentName": "", "colParams": columns, "sliceSize": 9, "allowedStatuses": ["STATUS_SUCCESS"]}
+        groups = ask("plugin/hparams/session_groups", asked)["sessionGroups"]
+        assert [group["hparams"]["lr"] for group in groups] == [5e-4] * len(groups) != []
 
 
 @pytest.mark.parametrize("stop", [5, 7, 14])
@@ -248,16 +312,16 @@ def test_escaped_text_shows_as_it_was() -> None:
 
 
 def test_at_most_fifty_mistakes(tmp_path: Path) -> None:
-    file, classes = tmp_path / "rows.tsv", ["negative", "positive"]
+    file, task = tmp_path / "rows.tsv", SingleLabel(["negative", "positive"])
     file.write_text("sentence\tlabel\n" + "".join(f"text {n}\t1\n" for n in range(80)))
     digest, labels, predictions = digest_of(file), np.ones(80, int), np.zeros(80, int)
     confidences = np.linspace(0.51, 0.99, 80, dtype=np.float32)
 
     def table() -> str:
         def texts_of(rows: set[int]) -> dict[int, str]:
-            return read_texts(file, digest, Columns(), classes, rows)
+            return read_texts(file, digest, Columns(), task, rows)
 
-        return mistakes_table(labels, predictions, confidences, classes, texts_of)
+        return mistakes_table(labels, predictions, confidences, task.label_names, texts_of)
 
     lines = table().splitlines()
     assert lines[0] == "80 of 80 rows are mistaken; of these the 50 surest."
