@@ -553,9 +553,7 @@ def check_works(kernels: Kernels) -> None:
         ("sh -c 'echo 0123456789 >$9'", "cannot load what sh compiled: "),
     ],
 )
-def test_why_there_are_no_kernels(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, says: str
-) -> None:
+def test_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, says: str) -> None:
     monkeypatch.setenv("SST2_XLMR_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", compiler)
     if not compiler:
