@@ -276,9 +276,7 @@ def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> 
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["in.csv", "eager.py", "whole", name])
     again = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0
-    assert (
-        "out.csv already exists and is complete, so nothing was done; whether it belongs" in again.stderr
-    )
+    assert "out.csv already exists and is complete, so nothing was done; whether it belongs" in again.stderr
 
 
 def test_several_processes_say_once_that_a_model_is_not_for_glue(model: Path, tmp_path: Path) -> None:
