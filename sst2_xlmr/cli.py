@@ -79,7 +79,8 @@ def positive(text: str) -> int:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of scripts that use a trained model: which one, and how to compute with it."""
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder that train.py wrote")
+    what = "directory of a model that train.py wrote, or owner/name[@revision] of one on the Hugging Face Hub"
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR|NAME", help=what)
     parser.add_argument(
         "--batch-tokens",
         type=positive,

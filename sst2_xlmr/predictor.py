@@ -22,6 +22,7 @@ from sst2_xlmr.config import EVAL_BATCH_TOKENS
 from sst2_xlmr.data.rows import check_text
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.model.encoders import model_folder
 from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.distributed import choose_device
@@ -55,9 +56,10 @@ class Classifier:
     def load(
         cls, folder: str | os.PathLike[str], precision: str = "auto", device: str | torch.device = "auto"
     ) -> Classifier:
-        """Load the folder of a trained model.
+        """Load a trained model.
 
         Args:
+            folder: the model's folder, or owner/name or owner/name@revision of one on the Hugging Face Hub.
             precision: auto, bf16, fp32, or int8 on a CPU. If this machine cannot compute int8 faster, one line on
                 standard error says so, and it is auto.
             device: auto, cpu, cuda, or one of torch's devices.
@@ -71,7 +73,7 @@ class Classifier:
             if device not in ("auto", "cpu", "cuda"):
                 raise ValueError(f"device {device!r} is none of auto, cpu and cuda; others go as torch.device(...)")
             device = choose_device(device)
-        folder = Path(folder)
+        folder = model_folder(folder)
         plain = choose_precision("auto" if precision == "int8" else precision, device)
         is_int8 = precision == "int8"
         if is_int8 and device.type != "cpu":

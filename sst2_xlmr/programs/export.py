@@ -63,7 +63,7 @@ Classify = Callable[[list[str], Optional[list[str]]], np.ndarray]
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description="Write a trained model in another form, and check it.", allow_abbrev=False)
     add = parser.add_argument
-    add("--model", required=True, type=Path, metavar="DIR", help="model folder in Hugging Face layout")
+    add("--model", required=True, type=Path, metavar="DIR|NAME", help="model folder, or owner/name of the Hub")
     add("--format", required=True, choices=("hf", "onnx", "onnx-int8", "torchscript"), help="what to write")
     add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf) or file")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights in the folder; hf only [fp32]")
