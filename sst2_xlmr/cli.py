@@ -231,29 +231,40 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     else:
         base = read_config_file(Path(config_file)) if config_file else {}
         config = Config(**{**base, **given})
-        if config.output_dir:
-            _check_new_folder(Path(config.output_dir))
+    _check_folders(config, resume)
     check(config)
     return _with_absolute_paths(config), resume
 
 
 def _check_new_folder(folder: Path) -> None:
-    """Check before any work that a new run's folder can be made; a run never touches another run's folder.
+    """Check before any work that a new run's folder is free; a run never touches another run's folder.
 
     A folder is also free if a run died there before it wrote `config.json`: --resume would have nothing to read.
     """
-    try:
-        files = list(folder.iterdir()) if folder.is_dir() else []
-        is_free = all(is_scratch(file) or file.name == LOCK_NAME for file in files)
-        if not is_free or (folder.exists() and not folder.is_dir()):
-            raise UserError(
-                f"--output-dir {folder} already exists; continue it with --resume or choose another directory"
-            )
-        parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"cannot write to --output-dir {folder}: {parent} is not a directory you may write to")
-    except OSError as error:
-        raise UserError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    is_free = all(is_scratch(file) or file.name == LOCK_NAME for file in files)
+    if not is_free or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"--output-dir {folder} already exists; continue it with --resume or choose another directory")
+
+
+def _check_folders(config: Config, resume: bool) -> None:
+    """Check that the folders can be made which the run is to write.
+
+    Raises:
+        UserError: if not, or if there is another run.
+    """
+    for name in ("output_dir", "tensorboard_dir"):
+        if getattr(config, name) is None:
+            continue
+        folder = Path(getattr(config, name))
+        try:
+            if name == "output_dir" and not resume:
+                _check_new_folder(folder)
+            parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+            if not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise UserError(f"cannot write to {flag(name)} {folder}: {parent} is not a directory you may write to")
+        except OSError as error:
+            raise UserError(f"cannot write to {flag(name)} {folder}: {error.strerror}") from None
 
 
 def _with_absolute_paths(config: Config) -> Config:
