@@ -113,7 +113,7 @@ def outputs(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
     """Open metrics and TensorBoard, and print the header; while it is entered, a signal no longer ends the process."""
     state, caches = run.state, run.inputs.caches
     files = {split: (file, caches[split].digest) for split, file in run.inputs.files.items() if split != "train"}
-    again = [*run.at_end, *(run.during if state.evaluation_due else [])]
+    again = [*run.at_end, *(f"best/{split}" for split in run.at_end), *(run.during if state.evaluation_due else [])]
     opening = (run.config, run.task, run.folder, state.precision, files, state.step, run.schedule.total_steps, again)
     run.report = on_rank0(run.world, lambda: Report(*opening))
     if run.report:
