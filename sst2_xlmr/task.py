@@ -315,16 +315,17 @@ class SingleLabel:
 
     # --- exported forms
 
-    def append_to_onnx(self, add: Callable[..., str], logits: str) -> dict[str, str]:
-        """Append label and probabilities to an ONNX graph; returns the outputs' names and values.
+    def append_to_onnx(self, add: Callable[..., str], logits: str) -> dict[str, tuple[str, str, list[int]]]:
+        """Append label and probabilities to an ONNX graph; returns values, types and sizes of a text by outputs' names.
 
         Args:
             add: adds an operator to the graph and returns its output (see export/onnx).
             logits: the value to begin with.
         """
-        best = add("ArgMax", logits, axis=-1, keepdims=0)
+        probabilities = add("Softmax", logits, axis=-1)
+        best = add("ArgMax", probabilities, axis=-1, keepdims=0)
         label = add("Gather", np.array(self.label_names, dtype=object), best)
-        return {"label": label, "probabilities": add("Softmax", logits, axis=-1)}
+        return {"label": (label, "STRING", []), "probabilities": (probabilities, "FLOAT", [self.outputs])}
 
     def torchscript_answer(self) -> nn.Module:
         """Return a scriptable module: logits, fp32 [texts, classes] -> labels, probabilities."""
@@ -339,8 +340,9 @@ class _ScriptedAnswer(nn.Module):
         self.label_names: List[str] = label_names  # noqa: UP006
 
     def forward(self, logits: torch.Tensor) -> Tuple[List[str], torch.Tensor]:  # noqa: UP006
-        best: List[int] = logits.argmax(-1).tolist()  # noqa: UP006
-        return [self.label_names[index] for index in best], logits.softmax(-1)
+        probabilities = logits.softmax(-1)
+        best: List[int] = probabilities.argmax(-1).tolist()  # noqa: UP006
+        return [self.label_names[index] for index in best], probabilities
 
 
 Task = SingleLabel

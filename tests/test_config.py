@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag, plain_name
+from sst2_xlmr.util.flag_hints import hint
 
 
 def test_defaults_are_those_of_config() -> None:
@@ -106,7 +107,7 @@ WRONG_FLAGS = [
     (["--class-weights", "balanced", "--label-names", "negative,positive,so-so"], "no row of class 'so-so'"),
     (["--text-column", "review"], "no column 'review' among sentence, label; name it with --text-column"),
     (["--label-column", "stars"], "no column 'stars'"),
-    (["--encoder", "bert-base"], "bert-base: neither xlmr.base nor xlmr.large nor a folder"),
+    (["--encoder", "bert-base"], "bert-base: neither a folder, nor xlmr.base, xlmr.large, nor"),
     (["--encoder", "."], "has no config.json"),
     (["--config", "no.json"], "cannot read no.json"),
     (["--resume", "--config", "x.json"], "leave out --config"),
@@ -114,7 +115,7 @@ WRONG_FLAGS = [
     (["--output-dir", "pyproject.toml"], "already exists"),
     (["--train-file", "caf\udce9.tsv"], r"--train-file 'caf\udce9.tsv' is not UTF-8"),
     (["--output-dir", "pyproject.toml/run"], "cannot write to --output-dir"),
-    (["--tensorboard-dir", "pyproject.toml/x"], "cannot write to"),
+    (["--tensorboard-dir", "pyproject.toml/x"], "pyproject.toml/x: Not a directory"),
     (["--data-dir", ""], "--data-dir is empty"),
     (["stray"], "unknown argument stray"),
 ]
@@ -231,19 +232,86 @@ def test_resume_refuses_what_would_compute_something_else(
     run = run_train(tmp_path / "run", "--epochs", 1)
     resume = ["--resume", "--output-dir", str(run)]
     capsys.readouterr()
-    for options in (["--lr", "1e-4"], ["--seed", "5"], ["--batch-size", "16"], ["--epochs", "2"]):
+    autos = [[flag(name), "auto"] for name in ("text_column", "text_pair_column", "label_column", "precision")]
+    for options in (["--lr", "1e-4"], ["--seed", "5"], ["--batch-size", "16"], ["--epochs", "2"], *autos):
         line = user_error(partial(train.main, [*resume, *options]), capsys)
         assert f"{options[0]} {options[1].replace('1e-4', '0.0001')} differs from" in line
+    assert "auto differs from fp32, with which the run in" in line
     train.main([*resume, "--log-every", "2", "--precision", "fp32"])
     other = shutil.copytree(tiny_encoder, tmp_path / "other")
     tensors = load_file(tiny_encoder / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, other / "model.safetensors")
     line = user_error(lambda: train.main([*resume, "--encoder", str(other)]), capsys)
-    assert "the training weights differ" in line
+    assert "the encoder's weights differ" in line
     with (small_data / "train.tsv").open("a") as file:
         file.write("one more\t1\n")
     capsys.readouterr()
     assert "the training rows differ" in user_error(lambda: train.main(resume), capsys)
+
+
+def test_a_run_in_a_folder_named_auto_stays_there(run_train: Callable[..., Path], tmp_path: Path) -> None:
+    run = run_train(tmp_path / "run", "--epochs", 1)
+    auto = shutil.copytree(run, tmp_path / "auto")
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    train.main(["--resume", "--output-dir", str(auto)])
+    config, _ = parse_args(["--resume", "--output-dir", str(auto), "--device", "auto"])
+    assert (config.output_dir, config.device) == (str(auto), "auto")
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+
+
+FLAGS = [*map(flag, OPTIONS), "--no-header", "--no-compile", "--config", "--resume", "--help"]
+POINTERS = {
+    "--learning_rate": "--lr",
+    "--per_device_train_batch_size": "--batch-size",
+    "--per-device-eval-batch-size": "--eval-batch-tokens",
+    "--gradient_accumulation_steps": "--micro-batch-size",
+    "--num_train_epochs": "--epochs",
+    "--model_name_or_path": "--encoder",
+    "--warmup_steps": "--warmup-ratio",
+    "--warmup-steps": "--warmup-ratio",
+    "--lr_scheduler_type": "--schedule",
+    "--label_smoothing_factor": "--label-smoothing",
+    "--fp16": "--precision",
+    "--bf16": "--precision",
+    "--no_cuda": "--device",
+    "--evaluation_strategy": "--eval-every",
+    "--eval_steps": "--eval-every",
+    "--save_steps": "--save-every",
+    "--save_total_limit": "--keep-checkpoints",
+    "--logging_steps": "--log-every",
+    "--logging_dir": "--tensorboard-dir",
+    "--max_seq_length": "--max-length",
+    "--train_file": "--train-file",
+    "--validation_file": "--dev-file",
+    "--dataloader_num_workers": "--num-workers",
+    "--output_dir": "--output-dir",
+    "--resume_from_checkpoint": "--resume",
+    "--patience": "--early-stopping-patience",
+    "--lrr": "--lr",
+    "--epoch": "--epochs",
+    "--batchsize": "--batch-size",
+    "--lable-column": "--label-column",
+}
+NEEDLESS = ("do_train", "do_eval", "overwrite_output_dir", "load_best_model_at_end", "metric_for_best_model")
+UNLIKE_OURS = """
+    optim adam_beta1 adam_epsilon gradient_checkpointing group_by_length length_column_name report_to push_to_hub
+    task_name dataset_name cache_dir tokenizer_name max_train_samples pad_to_max_length data_seed eval_delay deepspeed
+    fsdp ddp_backend auto_find_batch_size save_only_model save_safetensors log_level dataloader_drop_last num_labels
+    steps size file names decay data output logging_first_step eval_accumulation_steps lr_scheduler_kwargs
+"""
+
+
+@pytest.mark.parametrize("given", POINTERS)
+def test_flags_of_others_point_to_ours(given: str) -> None:
+    assert hint(given, FLAGS).startswith("did you mean ")
+    assert hint(given, FLAGS).split()[3].rstrip("?") == POINTERS[given]
+
+
+def test_flags_without_an_equal_get_no_wrong_pointer() -> None:
+    assert {name: hint(f"--{name}", FLAGS) for name in UNLIKE_OURS.split()} == dict.fromkeys(UNLIKE_OURS.split(), "")
+    assert all(hint(f"--{name}", FLAGS).startswith("leave it out: ") for name in NEEDLESS)
+    assert hint("--learning_rate", ["--model", "--input"]) == "", "a program without it"
+    assert hint("--model_name_or_path", ["--model", "--input"]) == "did you mean --model?"
 
 
 @pytest.mark.parametrize("name", ["fr.tsv", "fr.csv.gz", "fr.JSONL.GZ"])

@@ -59,7 +59,7 @@ def is_rows_file(file: Path) -> bool:
 
 
 def read_checks(
-    given: list[str], columns: Columns, task: Task, takes_pairs: bool, has_label_column: bool = False
+    given: list[str], columns: Columns, task: Task, takes_pairs: bool, has_label_column: bool
 ) -> dict[str, Rows]:
     """Return the rows to compare on, by the names of their files.
 
@@ -76,7 +76,7 @@ def read_checks(
         if is_rows_file(file) and (has_label_column or has_labels(file, columns)):
             rows = list(read_rows(file, columns, task))
             texts = [(row.text, row.pair) for row in rows]
-            labels = np.array([row.label for row in rows], task.label_dtype)
+            labels = np.array([row.label for row in rows])
         else:
             texts, labels = list(read_texts(file, columns)), None
         pairs = [pair for _, pair in texts if pair is not None]

@@ -133,7 +133,8 @@ def export_run(
     Args:
         folder: in the run's folder; gets its name once `finisher` has come to it.
         weights: see `write_folder`; with the whole vocabulary.
-        evaluations: of these weights, the metrics of every file by its name.
+        evaluations: of these weights, the metrics of every file by its name; those of best/ beside the last model have
+            other names, and are left out.
         step: after which the weights are these.
         calibration: of the probabilities; None if that was not asked for.
     """
@@ -151,5 +152,6 @@ def export_run(
     )
     rows = {split: len(cache) for split, cache in inputs.caches.items()}
     rows["train"] = len(inputs.train_labels)
-    card = card_text(config, inputs.task, rows, evaluations, step, calibration, is_chosen=folder.name == "best")
+    own = {split: metrics for split, metrics in evaluations.items() if split in rows}
+    card = card_text(config, inputs.task, rows, own, step, calibration, is_chosen=folder.name == "best")
     write_folder(folder, weights, described, card, calibration.temperature if calibration else 1.0, finisher.submit)

@@ -135,26 +135,27 @@ def _layer(graph: _Graph, weights: Weights, shape: EncoderShape, number: int, x:
         mask: fp32 [texts, 1, 1, length], added to attention scores.
     """
     add, width, head_size = graph.add, shape.hidden, shape.hidden // shape.heads
-    prefix = f"encoder.layers.{number}."
+    prefix = f"encoder.layers.{number}"
+    qkv_weight, qkv_bias = _pair(weights, f"{prefix}.qkv")
 
     def heads(source: str, part: int) -> str:
         """Return queries (0), keys (1) or values (2), cut into heads: [texts, heads, length, size]."""
         rows = slice(part * width, (part + 1) * width)
-        projected = graph.linear(source, weights[f"{prefix}qkv.weight"][rows], weights[f"{prefix}qkv.bias"][rows])
+        projected = graph.linear(source, qkv_weight[rows], qkv_bias[rows])
         return add("Transpose", add("Reshape", projected, _int(0, 0, shape.heads, head_size)), perm=[0, 2, 1, 3])
 
     def norm(y: str, name: str) -> str:
-        return add("LayerNormalization", y, *_pair(weights, prefix + name), axis=-1, epsilon=shape.layer_norm_eps)
+        return add("LayerNormalization", y, *_pair(weights, f"{prefix}.{name}"), axis=-1, epsilon=shape.layer_norm_eps)
 
     queries = add("Slice", x, _int(0), _int(1), _int(1)) if number == shape.layers - 1 else x
     query, key, value = heads(queries, 0), heads(x, 1), heads(x, 2)
     query = add("Mul", query, _float(head_size**-0.5))
     scores = add("Add", add("MatMul", query, add("Transpose", key, perm=[0, 1, 3, 2])), mask)
     mixed = add("Transpose", add("MatMul", add("Softmax", scores, axis=-1), value), perm=[0, 2, 1, 3])
-    attended = graph.linear(add("Reshape", mixed, _int(0, 0, width)), *_pair(weights, prefix + "out"))
+    attended = graph.linear(add("Reshape", mixed, _int(0, 0, width)), *_pair(weights, f"{prefix}.out"))
     y = norm(add("Add", queries, attended), "norm1")
-    inner = add("Gelu", graph.linear(y, *_pair(weights, prefix + "up")))
-    return norm(add("Add", y, graph.linear(inner, *_pair(weights, prefix + "down"))), "norm2")
+    inner = add("Gelu", graph.linear(y, *_pair(weights, f"{prefix}.up")))
+    return norm(add("Add", y, graph.linear(inner, *_pair(weights, f"{prefix}.down"))), "norm2")
 
 
 def _logits(graph: _Graph, weights: Weights, shape: EncoderShape, ids: str, mask: str) -> str:
@@ -167,18 +168,6 @@ def _logits(graph: _Graph, weights: Weights, shape: EncoderShape, ids: str, mask
     first = add("Reshape", x, _int(0, shape.hidden))
     inner = add("Tanh", add("Gemm", first, *_pair(weights, "head.dense"), transB=1))
     return add("Gemm", inner, *_pair(weights, "head.out"), transB=1)
-
-
-def _append_answer(graph: _Graph, logits: str, task: Task) -> list[onnx.ValueInfoProto]:
-    """Add what the task makes of the logits as the file's outputs: `label`, and others, fp32 [texts, outputs]."""
-    infos = []
-    for name, value in task.append_to_onnx(graph.add, logits).items():
-        graph.nodes.append(helper.make_node("Identity", [value], [name]))
-        if name == "label":
-            infos.append(helper.make_tensor_value_info(name, TensorProto.STRING, ["texts"]))
-        else:
-            infos.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["texts", task.outputs]))
-    return infos
 
 
 def _tokenize(graph: _Graph, texts: str, tokenizer: bytes, max_length: int) -> tuple[str, str]:
@@ -238,7 +227,11 @@ def write_onnx(
     else:
         inputs = [helper.make_tensor_value_info("text", TensorProto.STRING, ["texts"])]
         ids, mask = _tokenize(graph, "text", tokenizer, max_length)
-    outputs = _append_answer(graph, _logits(graph, weights, shape, ids, mask), task)
+    outputs = []
+    answer = task.append_to_onnx(graph.add, _logits(graph, weights, shape, ids, mask))
+    for name, (value, kind, sizes) in answer.items():
+        graph.nodes.append(helper.make_node("Identity", [value], [name]))
+        outputs.append(helper.make_tensor_value_info(name, getattr(TensorProto, kind), ["texts", *sizes]))
     model = helper.make_model(
         helper.make_graph(graph.nodes, "classifier", inputs, outputs, graph.constants),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(_EXTENSIONS, 1)],

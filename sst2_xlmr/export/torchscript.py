@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import List, Optional, Tuple  # noqa: UP035 (TorchScript knows these only)
+from typing import Any, List, Optional  # noqa: UP035 (TorchScript knows these only)
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ class ScriptedTokenizer(nn.Module):
         self.max_length = tokenizer.max_length
 
     def forward(self, texts: List[str], pairs: Optional[List[str]]) -> List[List[int]]:  # noqa: UP006, UP045
-        """Return ids per row, as `Tokenizer` does."""
+        """Return ids per row, the same as `Tokenizer`'s."""
         result: List[List[int]] = []  # noqa: UP006
         for row, text in enumerate(texts):
             second = None if pairs is None else self.pieces.EncodeAsIds(pairs[row])
@@ -46,36 +46,19 @@ class ScriptedTokenizer(nn.Module):
         return result
 
 
-class _Padded(nn.Module):
-    """The classifier on padded ids, int64 [texts, length]."""
-
-    def __init__(self, model: SequenceClassifier) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model.padded(tokens, tokens.ne(PAD_ID))
-
-
 class TextClassifier(nn.Module):
     """What is in the file; scriptable. `label_names` can be read from the loaded module too."""
 
     def __init__(self, model: SequenceClassifier, tokenizer: Tokenizer, task: Task) -> None:
         super().__init__()
         example = torch.tensor([[0, 3, 2], [0, 2, PAD_ID]])
-        with torch.no_grad():
-            self.model = torch.jit.trace(_Padded(model), example)  # nothing in it depends on the batch but its sizes
-        self.tokenizer = ScriptedTokenizer(tokenizer)
-        self.answer = task.torchscript_answer()
-        self.outputs: int = task.outputs
+        with torch.no_grad():  # traced, as nothing in it depends on the batch but its sizes
+            self.model = torch.jit.trace_module(model, {"padded": (example, example.ne(PAD_ID))})
+        self.tokenizer, self.answer = ScriptedTokenizer(tokenizer), task.torchscript_answer()
         self.label_names: List[str] = task.label_names  # noqa: UP006
-        self.batch_size, self.pad_id = BATCH_SIZE, PAD_ID
+        self.outputs, self.batch_size, self.pad_id = task.outputs, BATCH_SIZE, PAD_ID
 
-    def forward(
-        self,
-        texts: List[str],  # noqa: UP006
-        pairs: Optional[List[str]] = None,  # noqa: UP006, UP045
-    ) -> Tuple[List[str], torch.Tensor]:  # noqa: UP006
+    def forward(self, texts: List[str], pairs: Optional[List[str]] = None) -> Any:  # noqa: UP006, UP045
         """Classify texts of any number and length; texts of like length are computed together.
 
         Args:
@@ -83,23 +66,21 @@ class TextClassifier(nn.Module):
             pairs: the second text of every row, for a model that was trained on pairs.
 
         Returns:
-            The most probable label of every text, and fp32 [texts, labels], the probabilities of all, in the texts'
-            order.
+            The task's answer, in the texts' order: the most probable label of every text, and fp32 [texts, labels], the
+            probabilities of all.
         """
         if pairs is not None:
             assert len(pairs) == len(texts), "as many pairs as texts are needed"
         ids = self.tokenizer(texts, pairs)
-        lengths = torch.tensor([len(row) for row in ids], dtype=torch.int64)
-        by_length = torch.argsort(lengths, stable=True)
+        by_length = torch.argsort(torch.tensor([len(row) for row in ids], dtype=torch.int64), stable=True)
         logits = torch.zeros(len(ids), self.outputs)
         with torch.no_grad():
             for start in range(0, len(ids), self.batch_size):
                 chosen = by_length[start : start + self.batch_size]
                 rows: List[int] = chosen.tolist()  # noqa: UP006
                 tokens = to_tensor([ids[row] for row in rows], self.pad_id)
-                logits[chosen] = self.model(tokens)
-        answer: Tuple[List[str], torch.Tensor] = self.answer(logits)  # noqa: UP006
-        return answer
+                logits[chosen] = self.model.padded(tokens, tokens.ne(self.pad_id))
+        return self.answer(logits)
 
 
 def save_torchscript(model: SequenceClassifier, tokenizer: Tokenizer, task: Task, file: Path) -> None:

@@ -1,20 +1,18 @@
-"""Pretrained encoders: torchtext's XLM-R bundles, and folders in Hugging Face layout.
-
-Both become tensors under the names of torchtext's `RobertaModel` (see weight_names).
-"""
+"""Pretrained encoders: torchtext's XLM-R bundles, and models in Hugging Face layout, in a folder or on the Hub."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sst2_xlmr.util import downloads
+from sst2_xlmr.util import downloads, hub
 from sst2_xlmr.util.errors import UserError
 
 TOKENIZER_NAME = "sentencepiece.bpe.model"
-INT8_NAME = "model.int8.safetensors"  # see export.hugging_face.in_8_bits; transformers does not open it
+WEIGHTS_NAMES = ["model.safetensors", "pytorch_model.bin"]
 DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")  # of config.json
 
 
@@ -41,12 +39,12 @@ class Encoder:
 
     Attributes:
         name: as the user gave it.
-        shape: its sizes, without layers that are left out.
+        shape: its sizes; of the weights, layers above shape.layers are not read.
         weights_file, tokenizer_file: their paths.
         max_length: longest input in tokens that it was made for, at most shape.positions - 2.
         dropouts: dropout probabilities in the folder's `config.json`, under their names there.
         label_names: the classes of the folder's classification head; None if it has none.
-        layers_left_out: layers of the weights file above those of `shape`.
+        cut_from: how many layers it had before `lowest_layers`; 0 if it is whole.
     """
 
     name: str
@@ -56,7 +54,7 @@ class Encoder:
     label_names: list[str] | None = None
     max_length: int = 512
     dropouts: dict[str, Any] = field(default_factory=dict)
-    layers_left_out: int = 0
+    cut_from: int = 0
 
 
 def lowest_layers(encoder: Encoder, layers: int) -> Encoder:
@@ -68,52 +66,63 @@ def lowest_layers(encoder: Encoder, layers: int) -> Encoder:
     if layers == encoder.shape.layers:
         return encoder
     shape = replace(encoder.shape, layers=layers)
-    return replace(encoder, shape=shape, label_names=None, layers_left_out=encoder.shape.layers - layers)
+    return replace(encoder, shape=shape, label_names=None, cut_from=encoder.shape.layers)
 
 
 def find_encoder(name: str, quiet: bool = False) -> Encoder:
-    """Find an encoder by bundle name (downloading it once) or folder.
+    """Find an encoder by bundle name or Hub id (downloading it once), or folder; a folder wins over a Hub id.
 
     Raises:
-        UserError: if it is neither, or the folder is incomplete or does not hold an XLM-R model.
+        UserError: if it is none of these, or incomplete, or not an XLM-R model.
     """
     if name in BUNDLE_SHAPES:
         weights_file, tokenizer_file = downloads.fetch_bundle(name, quiet=quiet)
         return Encoder(name, BUNDLE_SHAPES[name], weights_file, tokenizer_file)
-    folder = Path(name)
+    folder, is_on_hub = Path(name), False
     if not folder.is_dir():
-        raise UserError(
-            f"encoder or model {name}: neither {' nor '.join(BUNDLE_SHAPES)} nor a folder that is there; check the path"
-        )
+        is_on_hub = is_hub_id(name)
+        if not is_on_hub:
+            bundles = ", ".join(BUNDLE_SHAPES)
+            raise UserError(
+                f"encoder or model {name}: neither a folder, nor {bundles}, nor owner/name on the Hub; check the path"
+            )
+        folder = hub.fetch_folder(name, ["config.json", "tokenizer_config.json"])
+
+    def find(names: list[str], quiet: bool = True) -> Path | None:
+        if is_on_hub:
+            return hub.fetch_first(name, folder, names, quiet=quiet)
+        return next((folder / file for file in names if (folder / file).is_file()), None)
+
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is the folder of a run; give the model in it, {folder / 'model'}")
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a checkpoint, for --resume; give best or model in the run's folder")
     settings = _read_settings(folder / "config.json")
-    weights_file = _weights_file(folder)
-    if not (folder / TOKENIZER_NAME).is_file():
-        converted = " (newer transformers save tokenizer.json only)" if (folder / "tokenizer.json").is_file() else ""
+    label_names = _label_names(settings, folder / "config.json")
+    shape = read_shape(folder)
+    tokenizer_file = find([TOKENIZER_NAME])
+    if tokenizer_file is None:
+        converted = " (newer transformers save tokenizer.json only)" if find(["tokenizer.json"]) else ""
         raise UserError(
             f"{folder} has no {TOKENIZER_NAME}{converted}; copy it from the model that this one was trained from,"
             " e.g. FacebookAI/xlm-roberta-base on the Hugging Face Hub"
         )
-    label_names = _label_names(settings, folder / "config.json")
-    shape = read_shape(folder)
+    weights_file = find(WEIGHTS_NAMES, quiet)
+    if weights_file is None:
+        if find([f"{file}.index.json" for file in WEIGHTS_NAMES]):
+            raise UserError(f"{folder} has its weights in parts; save it again with max_shard_size='100GB'")
+        raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS_NAMES)}; is it a model's folder?")
     longest = shape.positions - 2
     if (folder / "tokenizer_config.json").is_file():
         stated = _read_settings(folder / "tokenizer_config.json").get("model_max_length")
         longest = min(longest, stated) if isinstance(stated, int) and stated > 2 else longest
     dropouts = {key: settings[key] for key in DROPOUT_KEYS if key in settings}
-    return Encoder(name, shape, weights_file, folder / TOKENIZER_NAME, label_names, longest, dropouts)
+    return Encoder(name, shape, weights_file, tokenizer_file, label_names, longest, dropouts)
 
 
-def _weights_file(folder: Path) -> Path:
-    for name in ("model.safetensors", "pytorch_model.bin", INT8_NAME):
-        if (folder / name).is_file():
-            return folder / name
-    if any(folder.glob("*.index.json")):
-        raise UserError(f"{folder} has its weights in parts; save it again with max_shard_size='100GB'")
-    raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a model's folder?")
+def is_hub_id(name: str) -> bool:
+    """Whether a name is owner/name or owner/name@revision; whether there is such a model, only the Hub knows."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", name) is not None
 
 
 def _label_names(settings: dict[str, Any], file: Path) -> list[str] | None:

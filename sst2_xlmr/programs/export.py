@@ -22,11 +22,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Callable, Optional
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from sst2_xlmr.cli import OneLineParser, add_bounds, add_option, bounds_of
 from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file
@@ -54,7 +56,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # of a probability; bf16 weights have 
 ONNX_TOLERANCE = 1e-4
 ROWS_COMPARED = 1000  # of the texts whose vocabulary is kept: all have the same ids, these also the same answers
 ONNX_BATCH = 32
-# Takes texts and, or None, their second texts; returns fp32 probabilities, [rows, labels].
+# Takes texts and, or None, their second texts; returns fp32 probabilities, [rows, outputs].
 Classify = Callable[[list[str], Optional[list[str]]], np.ndarray]
 
 
@@ -150,19 +152,18 @@ def classify_with_folder(folder: Path) -> Classify:
     return lambda texts, pairs: predict(model, task, *tokenizer.flat_ids(texts, pairs), EVAL_BATCH_TOKENS, CPU)
 
 
-def write_torchscript(encoder: Encoder, task: Task, file: Path) -> Classify:
+def write_torchscript(encoder: Encoder, file: Path) -> Classify:
     from sst2_xlmr.export.torchscript import save_torchscript  # only here: it needs torchtext
 
-    model, tokenizer, _ = load_classifier(Path(encoder.name), CPU, bf16=False)
+    model, tokenizer, task = load_classifier(Path(encoder.name), CPU, bf16=False)
     save_torchscript(model, tokenizer, task, file)
     classify = torch.jit.load(file)
 
-    def predictions(texts: list[str], pairs: list[str] | None) -> np.ndarray:
-        labels, probabilities = classify(texts, pairs)
-        check_labels(labels, probabilities.numpy(), task)
-        return np.asarray(probabilities.numpy())
+    def probabilities(texts: list[str], pairs: list[str] | None) -> np.ndarray:
+        labels, found = classify(texts, pairs)
+        return checked_answers(task, labels, found.numpy())
 
-    return predictions
+    return probabilities
 
 
 def write_onnx_file(encoder: Encoder, task: Task, file: Path, int8: bool, from_ids: bool) -> Classify:
@@ -179,29 +180,30 @@ def write_onnx_file(encoder: Encoder, task: Task, file: Path, int8: bool, from_i
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
 
-    def predictions(texts: list[str], pairs: list[str] | None) -> np.ndarray:
+    def inputs(texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
+        if not from_ids:
+            return {"text": np.array(texts, dtype=object)}
         ids, lengths = tokenizer.flat_ids(texts, pairs)
-        rows, order = np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1]), np.argsort(lengths, kind="stable")
-        probabilities = np.empty((len(texts), task.outputs), np.float32)
-        for start in range(0, len(order), ONNX_BATCH):
-            chosen = order[start : start + ONNX_BATCH]
-            if from_ids:
-                padded = np.full((len(chosen), lengths[chosen].max()), PAD_ID)
-                for line, row in zip(padded, chosen):
-                    line[: lengths[row]] = rows[row]
-                inputs = {"input_ids": padded, "attention_mask": (padded != PAD_ID).astype(np.int64)}
-            else:
-                inputs = {"text": np.array([texts[row] for row in chosen], dtype=object)}
-            labels, probabilities[chosen] = session.run(None, inputs)
-            check_labels(list(labels), probabilities[chosen], task)
-        return probabilities
+        rows = torch.from_numpy(ids).long().split(lengths.tolist())
+        padded = pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+        return {"input_ids": padded.numpy(), "attention_mask": padded.ne(PAD_ID).long().numpy()}
 
-    return predictions
+    def probabilities(texts: list[str], pairs: list[str] | None) -> np.ndarray:
+        parts = []
+        for start in range(0, len(texts), ONNX_BATCH):
+            batch = slice(start, start + ONNX_BATCH)
+            answer = session.run(None, inputs(texts[batch], pairs and pairs[batch]))
+            parts.append(checked_answers(task, *answer))
+        return np.concatenate(parts)
+
+    return probabilities
 
 
-def check_labels(labels: list[str], probabilities: np.ndarray, task: Task) -> None:
-    if labels != [task.cells(row, False)[0] for row in probabilities.tolist()]:
+def checked_answers(task: Task, labels: Sequence[str], probabilities: np.ndarray) -> np.ndarray:
+    """Return the probabilities that a written file gives, which must be those of its labels."""
+    if list(labels) != [task.cells(row, all_probabilities=False)[0] for row in probabilities.tolist()]:
         raise UserError("the written file names other labels than its probabilities say; it was removed")
+    return probabilities
 
 
 def write_hugging_face(encoder: Encoder, folder: Path, dtype: str) -> Classify:
@@ -219,8 +221,8 @@ def trim(encoder: Encoder, files: list[str], columns: Columns, folder: Path) -> 
     before = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
     after = load_tokenizer(trimmed.tokenizer_file, encoder.max_length)
     for text in texts:
-        old, new = (tokenizer.flat_ids([text])[0].tolist() for tokenizer in (before, after))
-        if before.pieces_of(old) != after.pieces_of(new):
+        old, new = (tokenizer.pieces_of(tokenizer.flat_ids([text])[0].tolist()) for tokenizer in (before, after))
+        if old != new:
             raise UserError(f"the trimmed tokenizer cuts {text[:80]!r} in another way; it was removed")
     compared = texts[:ROWS_COMPARED]
     expected, found = (classify_with_folder(Path(model.name))(compared, None) for model in (encoder, trimmed))
@@ -246,22 +248,21 @@ def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: 
         raise UserError(f"--most-lost: no labels in {', '.join(unlabelled)}; name their column with --label-column")
     expected = classify_with_folder(Path(encoder.name))
     if arguments.format == "torchscript":
-        found = write_torchscript(encoder, task, written)
+        found = write_torchscript(encoder, written)
     elif arguments.format.startswith("onnx"):
         found = write_onnx_file(encoder, task, written, int8, arguments.from_ids)
     else:
         found = write_hugging_face(encoder, written, arguments.dtype)
-    predictions = {
+    both = {
         name: (found(texts, pairs), expected(texts, pairs), labels) for name, (texts, pairs, labels) in checks.items()
     }
     count = sum(len(texts) for texts, _, _ in checks.values())
     if int8:
         lines = [f"no labels in {name}: accuracy was not compared" for name in unlabelled]
-        say("\n".join([*comparison_table(task, predictions, "int8", "fp32"), *lines]))
-        check_comparison(task, predictions, *bounds_of(arguments), "int8", "fp32")
+        say("\n".join([*comparison_table(task, both, "int8", "fp32"), *lines]))
+        check_comparison(task, both, *bounds_of(arguments), "int8", "fp32")
         return f"answers as above on {count:,} rows"
-    largest = [compare(task, *sides)["largest"] for sides in predictions.values()]
-    difference = float(np.max(largest))  # NaN if one is
+    difference = float(np.max([compare(task, *sides)["largest"] for sides in both.values()]))  # NaN if one is
     tolerance = ONNX_TOLERANCE if arguments.format == "onnx" else TOLERANCE[arguments.dtype]
     if not difference <= tolerance:  # also if it is NaN
         raise UserError(
@@ -274,7 +275,6 @@ def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     encoder, label_names = find_model(arguments.model)
-    task = SingleLabel(label_names)
     check_finite(encoder)
     output = arguments.output.absolute()
     try:
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         with scratch_folder(output) as scratch:
             if arguments.keep_vocabulary_of:
                 encoder = trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), scratch / "trimmed")
-            summary = write(arguments, encoder, task, scratch / "written")
+            summary = write(arguments, encoder, SingleLabel(label_names), scratch / "written")
             check_is_new(arguments.output)  # it took a while
             put_in_place(scratch / "written", output)
     except OSError as error:

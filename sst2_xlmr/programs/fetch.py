@@ -1,8 +1,10 @@
 """Fetch what a training run downloads, ahead of time: for compute nodes and machines without internet.
 
-    python scripts/fetch.py [sst2] [xlmr.base] [xlmr.large] [--cache-dir DIR]
+    sst2-xlmr fetch [sst2] [xlmr.base] [xlmr.large] [OWNER/NAME[@REVISION] ...] [--cache-dir DIR]
 
-Copy the folder it names last to where training runs, and set SST2_XLMR_CACHE there to the copy.
+SST-2 and torchtext's encoders go into the cache, SST2_XLMR_CACHE; models of the Hugging Face Hub into the Hub's own,
+HF_HUB_CACHE, with HF_ENDPOINT (a mirror) and HF_TOKEN as everywhere. Copy the folders named at the end to where training
+runs, set the variables there to the copies, and HF_HUB_OFFLINE=1.
 """
 
 from __future__ import annotations
@@ -14,33 +16,45 @@ import sys
 from pathlib import Path
 
 from sst2_xlmr.cli import OneLineParser
-from sst2_xlmr.util.downloads import BUNDLE_URLS, cache_dir, fetch_bundle, fetch_sst2
+from sst2_xlmr.model.encoders import BUNDLE_SHAPES, find_encoder, is_hub_id
+from sst2_xlmr.util.downloads import cache_dir, fetch_sst2
 
-CHOICES = ("sst2", *BUNDLE_URLS)
+CHOICES = ("sst2", *BUNDLE_SHAPES)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
-        description="Fetch data and encoders into the cache, for machines without internet.", allow_abbrev=False
+        description="Fetch data and encoders ahead of time, for machines without internet.",
+        epilog="Models of the Hugging Face Hub go into its own cache (HF_HOME); HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE"
+        " have their usual meaning. Without internet, copy the folders that are named at the end, and set SST2_XLMR_CACHE"
+        " or HF_HUB_CACHE to the copies.",
+        allow_abbrev=False,
     )
-    what = f"{', '.join(CHOICES)} (default: sst2 xlmr.base)"
+    what = (
+        f"{', '.join(CHOICES)}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=what)
-    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"default: {cache_dir()}")
+    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"for {', '.join(CHOICES)} [{cache_dir()}]")
     arguments = parser.parse_args(argv)
-    # With nargs="*", argparse before Python 3.12 holds the empty list against `choices`.
     for name in arguments.names:
-        if name not in CHOICES:
-            parser.error(f"argument NAME: invalid choice: {name!r} (choose from {', '.join(CHOICES)})")
+        if name not in CHOICES and not is_hub_id(name):
+            parser.error(f"argument NAME: invalid choice: {name!r} (choose from {', '.join(CHOICES)}, or OWNER/NAME)")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     if arguments.cache_dir is not None:
-        os.environ["SST2_XLMR_CACHE"] = str(arguments.cache_dir.expanduser().resolve())
+        os.environ["SST2_XLMR_CACHE"] = os.path.abspath(os.path.expanduser(arguments.cache_dir))
     # Without this, being terminated would leave a partial file behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    caches = {}
     for name in arguments.names or ("sst2", "xlmr.base"):
-        folder = fetch_sst2() if name == "sst2" else fetch_bundle(name)[0].parent
+        folder = fetch_sst2() if name == "sst2" else find_encoder(name).weights_file.parent
         print(f"{name}: {folder}", flush=True)
-    print(f"elsewhere, set SST2_XLMR_CACHE to a copy of {cache_dir()}")
+        if name in CHOICES:
+            caches["SST2_XLMR_CACHE"] = cache_dir()
+        elif not Path(name).is_dir():
+            caches["HF_HUB_CACHE"] = folder.parents[2]  # of models--OWNER--NAME/snapshots/COMMIT
+    for variable, cache in caches.items():
+        print(f"elsewhere, set {variable} to a copy of {cache}")

@@ -102,7 +102,7 @@ def _describe_model(encoder: Encoder, model: nn.Module, embedding_rows: int) -> 
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     few = embedding_rows < shape.vocab_size
     rows = f" ({embedding_rows:,} of {shape.vocab_size:,} embedding rows occur)" if few else ""
-    of_all = f" of {shape.layers + encoder.layers_left_out}" if encoder.layers_left_out else ""
+    of_all = f" of {encoder.cut_from}" if encoder.cut_from else ""
     size = f"{shape.layers}{of_all} layers, {shape.hidden} wide, {whole / 1e6:,.1f} M parameters"
     return f"{size}, {trained / 1e6:,.1f} M trained{rows}"
 

@@ -1,11 +1,12 @@
-"""The model's folder: always whole, and honest about how the model was trained."""
+"""The model's folder: always whole, honest about how the model was trained, and careful with what lies beside it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,46 @@ import pytest
 from conftest import metrics
 from safetensors.torch import load_file
 
+from sst2_xlmr import run as run_module
 from sst2_xlmr import train
+from sst2_xlmr.config import Config
+from sst2_xlmr.evaluation.calibration import Calibration
 from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.export import folder as hugging_face
-from sst2_xlmr.programs import evaluate
+from sst2_xlmr.export.folder import LAST_LAYER, with_note, write_folder
+from sst2_xlmr.export.model_card import card_text
+from sst2_xlmr.model.encoders import find_encoder
+from sst2_xlmr.model.weights import load_tensors
+from sst2_xlmr.programs import export
+from sst2_xlmr.task import SingleLabel
+from sst2_xlmr.util import versions
 from sst2_xlmr.util.files import SCRATCH_MARK, scratch_name
 
 RunTrain = Callable[..., Path]
+
+
+def give_accuracies(monkeypatch: pytest.MonkeyPatch, accuracies: Iterable[float]) -> None:
+    """Let evaluations have these accuracies, one after another."""
+    evaluate, given = run_module.evaluate, iter(accuracies)
+
+    def evaluate_otherwise(*arguments: Any) -> Evaluation:
+        evaluation = evaluate(*arguments)
+        return dataclasses.replace(evaluation, metrics={**evaluation.metrics, "accuracy": next(given)})
+
+    monkeypatch.setattr(run_module, "evaluate", evaluate_otherwise)
 
 
 def test_better_models_in_quick_succession_leave_a_whole_one(
     run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes its name in the background; the next must not be written over it meanwhile."""
-    evaluate, put_in_place = train.evaluate, hugging_face.put_in_place
-    accuracies = iter(range(1, 100))
-
-    def ever_better(*arguments: Any) -> Evaluation:
-        evaluation = evaluate(*arguments)
-        return dataclasses.replace(evaluation, metrics={**evaluation.metrics, "accuracy": next(accuracies) / 100})
+    put_in_place = hugging_face.put_in_place
 
     def slowly(new: Path, folder: Path) -> None:
         time.sleep(0.3)
         put_in_place(new, folder)
 
-    monkeypatch.setattr(train, "evaluate", ever_better)
+    give_accuracies(monkeypatch, (number / 100 for number in range(1, 100)))
     monkeypatch.setattr(hugging_face, "put_in_place", slowly)
     run = run_train(tmp_path / "run", "--epochs", 1, "--eval-every", 1)
     assert metrics(run)[-1]["accuracy"] == 0.07
@@ -52,17 +68,11 @@ def test_best_has_the_weights_of_its_step(
     run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     """However often checkpoints are written."""
-    evaluate = train.evaluate
-
-    def first_is_best(*arguments: Any) -> Evaluation:
-        evaluation = evaluate(*arguments)
-        return dataclasses.replace(evaluation, metrics={**evaluation.metrics, "accuracy": next(accuracies)})
-
-    monkeypatch.setattr(train, "evaluate", first_is_best)
     saved = {}
     for name, options in {"often": ["--save-every", 1, "--keep-checkpoints", 9], "once": []}.items():
-        accuracies = iter([0.9, 0.5, 0.5, 0.5])
-        run = run_train(tmp_path / name, "--epochs", 1, "--eval-every", 2, "--precision", precision, *options)
+        with monkeypatch.context() as patched:
+            give_accuracies(patched, [0.9, 0.5, 0.5, 0.5])
+            run = run_train(tmp_path / name, "--epochs", 1, "--eval-every", 2, "--precision", precision, *options)
         saved[name] = load_file(run / "best" / "model.safetensors")
     checkpoint = load_file(tmp_path / "often" / "checkpoints" / "step-00000002" / "model.safetensors")
     assert saved["once"]["classifier.dense.weight"].equal(checkpoint["head.dense.weight"])
@@ -71,17 +81,18 @@ def test_best_has_the_weights_of_its_step(
 
 @pytest.mark.parametrize("freeze", [False, True])
 def test_config_has_the_dropout_of_training(run_train: RunTrain, tmp_path: Path, freeze: bool) -> None:
-    """Also of a frozen encoder, which had none: that is what to train on with."""
+    """Also of a frozen encoder, which had none: that is what to train on with. And if it is exported again."""
     options = ["--dropout", 0.25, "--head-dropout", 0.5, "--max-steps", 1, *(["--freeze-encoder"] if freeze else [])]
-    settings = json.loads((run_train(tmp_path / "run", *options) / "model" / "config.json").read_text())
+    model = run_train(tmp_path / "run", *options) / "model"
+    export.main(["--model", str(model), "--format", "hf", "--output", str(tmp_path / "again")])
+    settings, again = (json.loads((folder / "config.json").read_text()) for folder in (model, tmp_path / "again"))
     assert settings["hidden_dropout_prob"] == settings["attention_probs_dropout_prob"] == 0.25
     assert settings["classifier_dropout"] == 0.5
+    assert again == settings
 
 
-def test_what_the_user_has_beside_a_model_stays(
-    run_train: RunTrain, model: Path, small_data: Path, tmp_path: Path
-) -> None:
-    """Whatever its name, in a run's folder and beside --output; only what has our mark is cleaned up."""
+def test_what_the_user_has_beside_a_model_stays(run_train: RunTrain, model: Path, tmp_path: Path) -> None:
+    """Whatever its name, in a run's folder and elsewhere; only what has our mark is cleaned up."""
     run = run_train(tmp_path / "run", "--epochs", 1, "--save-every", 3)
     theirs = [
         *(tmp_path / name for name in ("reviews.old", "reviews.tmp", "reviews.sst2_xlmr")),
@@ -93,8 +104,77 @@ def test_what_the_user_has_beside_a_model_stays(
         folder.mkdir()
         (folder / "kept.txt").touch()
     train.main(["--resume", "--output-dir", str(run)])
-    options = ["--calibrate", small_data / "dev.tsv", "--output", tmp_path / "reviews"]
-    evaluate.main(["--model", *map(str, [model, *options])])
+    encoder = find_encoder(str(model))
+    for _ in range(2):  # also where it is replaced
+        write_folder(tmp_path / "reviews", load_tensors(encoder), encoder)
     assert all((folder / "kept.txt").is_file() for folder in theirs)
     assert not any(folder.exists() for folder in ours)
-    assert (tmp_path / "reviews" / "model.safetensors").is_file()
+    assert {file.name for file in tmp_path.iterdir()} == {*(f.name for f in theirs[:3]), "data", "run", "reviews"}
+
+
+def test_a_temperature_divides_the_last_layer(model: Path, tmp_path: Path) -> None:
+    encoder = find_encoder(str(model))
+    weights = load_tensors(encoder)
+    write_folder(tmp_path / "x", weights, encoder, temperature=4.0)
+    found = load_tensors(find_encoder(str(tmp_path / "x")))
+    for name, tensor in weights.items():
+        assert found[name].equal(tensor / 4 if name in LAST_LAYER else tensor), name
+
+
+def test_a_note_replaces_the_one_before() -> None:
+    card = "What it is.\n\nCalibrated: by training.\n"
+    for number in range(2):
+        noted = with_note(card, f"Calibrated: temperature {number}.", former="Calibrated: temperature")
+        assert noted == f"What it is.\n\nCalibrated: by training.\n\nCalibrated: temperature {number}.\n"
+    assert with_note("", "Calibrated.") == ""
+
+
+def test_training_writes_a_card_without_paths(
+    run_train: RunTrain, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each folder's with the metrics of its own weights: here the first evaluation is the best of two."""
+    give_accuracies(monkeypatch, [0.9, 0.5, 0.6, 0.7])
+    shutil.copy(small_data / "dev.tsv", small_data / "other.tsv")
+    options = ["--epochs", 2, "--eval-every", 7, "--test-file", small_data / "other.tsv"]
+    run = run_train(tmp_path / "run", *options)
+    cards = {name: (run / name / "README.md").read_text(encoding="utf-8") for name in ("best", "model")}
+    rows = {}
+    for entry in [entry for entry in metrics(run) if "split" in entry]:
+        interval = f"{entry['accuracy_low']:.4f}-{entry['accuracy_high']:.4f}"
+        numbers = [f"{entry[key]:.4f}" for key in ("accuracy", "macro_f1", "ece", "loss")]
+        cells = [entry["split"], "20", numbers[0], interval, *numbers[1:]]
+        rows[entry["step"], entry["split"]] = f"| {' | '.join(cells)} |\n"
+    head = "\n| file | rows | accuracy | 95 % interval | macro F1 | ECE | loss |\n" + "| --- " * 7 + "|\n"
+    assert f"{head}{rows[7, 'dev']}\nThese weights were chosen by their accuracy on dev, " in cards["best"]
+    assert f"{head}{rows[14, 'dev']}{rows[14, 'other']}\n## Settings" in cards["model"]
+    for text in (
+        "tiny, fine-tuned with sst2_xlmr for 14 steps",
+        "50 rows train, 20 rows dev, 20 rows other; from data, other.tsv.",
+        "| `--lr` | 0.001 |",
+        "| `--freeze-encoder` | off |",
+        versions.versions(),
+    ):
+        assert text in cards["model"]
+    for card in cards.values():
+        assert card.startswith("---\nlibrary_name: transformers\n")
+        assert str(tmp_path) not in card
+        assert "/" not in card.split("## Data")[1]
+
+
+def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -> None:
+    many = SingleLabel([f"c{number}" for number in range(50)])
+    card = card_text(Config(text_column="a|b"), many, {"train": 5}, {}, 3)
+    assert "base_model: FacebookAI/xlm-roberta-base\ntags: " in card
+    assert "# Text classifier: 50 classes\n" in card
+    assert "5 rows train; from SST-2 of the GLUE benchmark." in card
+    assert "| `--text-column` | a\\|b |" in card
+    config, two = (
+        Config(data_dir="/d/films", eval_file=["fr=/d/fr.tsv"], test_file=["/d/de.tsv"]),
+        SingleLabel(["a", "b"]),
+    )
+    card = card_text(config, two, {"train": 5, "fr": 2}, {}, 3, Calibration(1.5, 0.25, 0.125))
+    assert "; from films, fr.tsv, de.tsv." in card
+    assert "a temperature of 1.500, fitted on dev" in card
+    assert "calibration error from 0.2500 to 0.1250.\n\n## Settings" in card
+    card = card_text(config, two, {"train": 5}, {}, 3, Calibration(1.0, 0.25, 0.25))
+    assert "calibrated: temperature 1, as no other is significantly better on dev;" in card

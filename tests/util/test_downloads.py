@@ -1,330 +1,222 @@
-"""Downloads against a misbehaving local server: nothing that is not whole may stay in the cache."""
+"""Downloads from a misbehaving local server: nothing that is not whole may stay in the cache, nor anything be lost."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import functools
 import hashlib
 import io
-import json
 import os
-import stat
+import pwd
+import shutil
+import socket
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import Server, serving
 
+from sst2_xlmr.programs import fetch
 from sst2_xlmr.util import downloads
-from sst2_xlmr.util.downloads import download, fetch_bundle, fetch_sst2, mirrored
+from sst2_xlmr.util.downloads import fetch_bundle, fetch_sst2
 from sst2_xlmr.util.errors import UserError
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts" / "fetch.py"
+ROOT = Path(__file__).parents[2]
 BODY = bytes(range(256)) * 40
-HTML = b"\n<!DOCTYPE html><html><body>Please log in</body></html>"
 TSV = {
-    "SST-2/train.tsv": "sentence\tlabel\na fine film\t1\n",
-    "SST-2/dev.tsv": "sentence\tlabel\na bad film\t0\n",
-    "SST-2/test.tsv": "index\tsentence\n0\ta film\n",
+    "train.tsv": "sentence\tlabel\na fine film\t1\n",
+    "dev.tsv": "sentence\tlabel\n",
+    "test.tsv": "index\tsentence\n",
 }
+ROWS = {"train.tsv": 1, "dev.tsv": 0, "test.tsv": 0}
 
 
-class Server:
-    """What each path answers, in turn (the last answer repeats), and how often it was asked."""
-
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self.answers: dict[str, list[dict[str, Any]]] = {}
-        self.requests: list[str] = []
-        self.released = threading.Event()
-
-    def on(self, path: str, body: bytes = b"", **how: Any) -> str:
-        """Add an answer; `how`: status, length (the header's, None for none), chunked, pause_s, stall."""
-        self.answers.setdefault(path, []).append({"body": body, **how})
-        return self.url + path
+def zip_bytes(members: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return buffer.getvalue()
 
 
-class Handler(BaseHTTPRequestHandler):
-    def __init__(self, server_state: Server, *args: Any) -> None:
-        self.state = server_state
-        super().__init__(*args)
-
-    def do_GET(self) -> None:
-        self.state.requests.append(self.path)
-        answers = self.state.answers.get(self.path, [{"status": 404, "body": b"not here"}])
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        body = answer["body"]
-        time.sleep(answer.get("pause_s", 0))
-        if answer.get("chunked"):
-            self.protocol_version = "HTTP/1.1"
-        self.send_response(answer.get("status", 200))
-        if answer.get("chunked"):
-            self.send_header("Transfer-Encoding", "chunked")
-            end = b"0\r\n\r\n" if answer["chunked"] == "whole" else b""
-            body = b"%x\r\n%b\r\n" % (len(body), body) + end
-        elif answer.get("length", len(body)) is not None:
-            self.send_header("Content-Length", str(answer.get("length", len(body))))
-        self.end_headers()
-        with contextlib.suppress(ConnectionError):
-            self.wfile.write(body)
-        if answer.get("stall"):
-            self.state.released.wait(10)
-        self.close_connection = True
-
-    def log_message(self, *_: Any) -> None:
-        pass
+WEIGHTS = zip_bytes({"archive/data.pkl": "x"})
+SST2 = zip_bytes({**{f"SST-2/{name}": text for name, text in TSV.items()}, "SST-2/original/README.txt": "more"})
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as http_server:
-        state = Server(http_server.server_address[1])
-        http_server.RequestHandlerClass = functools.partial(Handler, state)
-        thread = threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving() as state:
         yield state
-        state.released.set()
-        http_server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache; the downloads come from the server, which has whole ones."""
     monkeypatch.setenv("SST2_XLMR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv("SST2_XLMR_MIRROR", raising=False)
-    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(downloads, "RETRY_WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr(downloads, "BUNDLE_URLS", {"xlmr.base": (f"{server.url}/base.pt", f"{server.url}/bpe.model")})
+    monkeypatch.setattr(downloads, "SST2_URL", f"{server.url}/SST-2.zip")
+    monkeypatch.setattr(downloads, "SST2_MD5", hashlib.md5(SST2).hexdigest())
+    monkeypatch.setattr(downloads, "SST2_ROWS", ROWS)
+    server.files.update({"/base.pt": WEIGHTS, "/bpe.model": BODY, "/SST-2.zip": SST2})
     return tmp_path / "cache"
 
 
-def names(folder: Path) -> set[str]:
-    """Return what lies in the folder and below, lock files left out."""
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix != ".lock"}
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def zip_bytes(members: dict[str, str], link: str = "") -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, text in members.items():
-            info = zipfile.ZipInfo(name)
-            info.external_attr = ((stat.S_IFLNK if name == link else stat.S_IFREG) | 0o644) << 16
-            archive.writestr(info, text)
-    return buffer.getvalue()
-
-
-def check_refused(url: str, target: Path, match: str, **options: Any) -> None:
-    """Check that the download fails with one line that matches, and leaves nothing behind."""
-    with pytest.raises(UserError, match=match) as caught:
-        download(url, target, quiet=True, **options)
+def refusal(work: Any, *arguments: Any, **options: Any) -> str:
+    """Return the one line that it is refused with."""
+    with pytest.raises(UserError) as caught:
+        work(*arguments, **options)
     assert "\n" not in str(caught.value)
-    assert names(target.parent) == set()
+    return str(caught.value)
 
 
-def test_download_keeps_the_file_and_its_facts_and_asks_once(server: Server, cache: Path) -> None:
-    url = server.on("/a.bin", BODY)
-    sha256 = hashlib.sha256(BODY).hexdigest()
-    target = cache / "deep" / "a.bin"
-    assert download(url, target) == target
-    assert download(url, target, sha256=sha256.upper()) == target
-    assert download(url, target, md5=hashlib.md5(BODY).hexdigest()) == target
-    assert target.read_bytes() == BODY
-    record = json.loads((cache / "deep" / "a.bin.json").read_text())
-    assert record == {"url": url, "bytes": len(BODY), "sha256": sha256}
-    assert names(cache / "deep") == {"a.bin", "a.bin.json"}
-    assert server.requests == ["/a.bin"]
+def test_each_is_fetched_once_and_whole(server: Server, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        weights, tokenizer = fetch_bundle("xlmr.base")
+        folder = fetch_sst2()
+    assert contents(cache / "encoders" / "xlmr.base") == {weights.name: WEIGHTS, tokenizer.name: BODY}
+    assert {name: text.decode() for name, text in contents(cache / "SST-2").items()} == TSV
+    assert sorted(file.name for file in cache.iterdir()) == ["SST-2", "encoders"]
+    assert (folder, weights.parent) == (cache / "SST-2", cache / "encoders" / "xlmr.base")
+    assert [path for method, path in server.requests if method == "GET"] == ["/base.pt", "/bpe.model", "/SST-2.zip"]
+    assert capfd.readouterr() == ("", "")
 
 
-CUT: dict[str, dict[str, Any]] = {
-    "broke off after 10,240 of 10,241 bytes": {"length": len(BODY) + 1},
-    r"cannot reach 127\.0\.0\.1:.*IncompleteRead": {"chunked": "cut"},
-    r"cannot reach 127\.0\.0\.1:.*timed out": {"stall": True, "length": 99999},
+BROKEN: dict[str, tuple[dict[str, Any], str, int]] = {
+    "short": ({"length": len(WEIGHTS) + 1}, "broke off after", 3),
+    "stalled": ({"stall": True, "length": 99_999}, "timed out", 3),
+    "cut, without length": ({"body": WEIGHTS[:-30], "length": None}, "cut off", 3),
+    "empty": ({"body": b""}, "it was empty", 3),
+    "page": ({"body": b"\n<!DOCTYPE html>Please log in"}, "a web page", 3),
+    "missing": ({"status": 404}, "HTTP Error 404", 1),
+    "overloaded": ({"status": 503}, "HTTP Error 503", 3),
 }
 
 
-@pytest.mark.parametrize("message", CUT, ids=["short", "chunked", "stalled"])
-def test_truncated_body_never_enters_the_cache(server: Server, cache: Path, message: str) -> None:
-    url = server.on("/a.bin", BODY, **CUT[message])
-    check_refused(url, cache / "a.bin", message, timeout_s=0.2)
-    assert len(server.requests) == 3
-
-
-def test_body_without_length_must_be_chunked_or_have_a_digest(server: Server, cache: Path) -> None:
-    assert download(server.on("/c", BODY, chunked="whole"), cache / "c").read_bytes() == BODY
-    endless = server.on("/d", BODY, length=None)
-    check_refused(endless, cache / "d" / "d", "no length")
-    assert download(endless, cache / "d" / "d", md5=hashlib.md5(BODY).hexdigest()).read_bytes() == BODY
-
-
-@pytest.mark.parametrize("first", [{"status": 503}, {"body": BODY[:9], "length": len(BODY)}])
-def test_passing_failure_is_retried(server: Server, cache: Path, first: dict[str, Any]) -> None:
-    url = server.on("/a.bin", **first)
-    server.on("/a.bin", BODY)
-    assert download(url, cache / "a.bin").read_bytes() == BODY
-    assert len(server.requests) == 2
-
-
-@pytest.mark.parametrize(("status", "tries"), [(404, 1), (403, 1), (206, 1), (503, 3)])
-def test_status_is_named_and_only_server_errors_are_retried(
-    server: Server, cache: Path, status: int, tries: int
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_not_whole_leaves_nothing(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    url = server.on("/a.bin", BODY, status=status)
-    check_refused(url, cache / "a.bin", f"{url} answered HTTP {status}.*--data-dir")
-    assert len(server.requests) == tries
+    how, says, tries = BROKEN[kind]
+    server.answers["/base.pt"] = [how]
+    monkeypatch.setattr(downloads, "TIMEOUT_S", 0.2)
+    message = refusal(fetch_bundle, "xlmr.base")
+    assert says in message
+    assert f"cannot fetch {server.url}/base.pt" in message
+    assert f"`sst2-xlmr fetch` elsewhere and copy the folder {cache}" in message
+    assert not list((cache / "encoders" / "xlmr.base").iterdir())
+    assert server.requests.count(("HEAD", "/base.pt")) == tries
+    assert socket.getdefaulttimeout() is None
+    server.answers.clear()
+    assert fetch_bundle("xlmr.base")[0].read_bytes() == WEIGHTS
 
 
-def test_empty_body_is_refused(server: Server, cache: Path) -> None:
-    check_refused(server.on("/a.bin", b""), cache / "a.bin", "a.bin is empty")
+def test_a_passing_failure_is_retried(server: Server) -> None:
+    server.answers["/base.pt"] = [{"status": 503}, {"length": len(WEIGHTS)}, {"body": WEIGHTS[:9], "length": 99}, {}]
+    assert fetch_bundle("xlmr.base")[0].read_bytes() == WEIGHTS
 
 
-@pytest.mark.parametrize("kind", ["md5", "sha256"])
-def test_wrong_digest_names_expected_and_found(server: Server, cache: Path, kind: str) -> None:
-    found = hashlib.new(kind, BODY).hexdigest()
-    expected = hashlib.new(kind, b"else").hexdigest()
-    url = server.on("/a.bin", BODY)
-    options: dict[str, Any] = {kind: expected}
-    check_refused(url, cache / "a.bin", f"{kind} {found}, expected {expected}", **options)
-    assert len(server.requests) == 1
+def test_another_zip_is_not_sst2(server: Server, cache: Path) -> None:
+    server.files["/SST-2.zip"] = WEIGHTS
+    assert f"has MD5 {hashlib.md5(WEIGHTS).hexdigest()}, expected {downloads.SST2_MD5}" in refusal(fetch_sst2)
+    assert not list(cache.iterdir())
 
 
-def test_no_server_says_how_to_go_on_offline(cache: Path) -> None:
-    # Port 1 needs a privileged server that nobody runs.
-    says = rf"cannot reach 127\.0\.0\.1:1: .*scripts/fetch\.py .* the folder {cache}, .*--encoder DIR"
-    with pytest.raises(UserError, match=says):
-        fetch_bundle_from("http://127.0.0.1:1")
-    with pytest.raises(UserError, match="SST2_XLMR_MIRROR"):
-        fetch_bundle_from("no-address")
-    assert all(path.startswith("encoders") for path in names(cache))
-    assert not list(cache.rglob("*.part*"))
-
-
-def fetch_bundle_from(mirror: str) -> tuple[Path, Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SST2_XLMR_MIRROR", mirror)
-        return fetch_bundle("xlmr.base", quiet=True)
-
-
-def test_damaged_file_is_fetched_anew(server: Server, cache: Path) -> None:
-    url = server.on("/a.bin", BODY)
-    target = download(url, cache / "a.bin")
-    target.write_bytes(BODY[:100])
-    assert download(url, target).read_bytes() == BODY
-    (cache / "a.bin.json").unlink()
-    target.write_bytes(BODY[::-1])
-    assert download(url, target, sha256=hashlib.sha256(BODY).hexdigest()).read_bytes() == BODY
-    assert len(server.requests) == 3
-
-
-def test_copy_without_record_is_used_unless_it_is_empty(server: Server, cache: Path) -> None:
-    url = server.on("/a.bin", BODY)
-    cache.mkdir()
-    (cache / "a.bin").write_bytes(b"brought by hand")
-    assert download(url, cache / "a.bin").read_bytes() == b"brought by hand"
-    assert server.requests == []
-    (cache / "a.bin").write_bytes(b"")
-    assert download(url, cache / "a.bin").read_bytes() == BODY
-
-
-def test_damaged_file_stays_unused_when_it_cannot_be_replaced(server: Server, cache: Path) -> None:
-    url = server.on("/a.bin", BODY)
-    target = download(url, cache / "a.bin")
-    target.write_bytes(b"short")
-    server.answers["/a.bin"] = [{"status": 404, "body": b""}]
-    for _ in range(2):
-        with pytest.raises(UserError, match="404"):
-            download(url, target)
-
-
-def start_download(url: str, target: Path) -> subprocess.Popen[bytes]:
-    """Start a process that downloads and writes what it then finds in the file."""
-    code = (
-        "import pathlib, sys; from sst2_xlmr.util.downloads import download; "
-        "sys.stdout.buffer.write(download(sys.argv[1], pathlib.Path(sys.argv[2])).read_bytes())"
+@pytest.mark.parametrize("lies_there", ["notes.txt", "train.tsv", "a link", "a file", "all, but other rows"])
+def test_a_folder_that_the_user_made_is_never_changed(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], lies_there: str
+) -> None:
+    folder = tmp_path / "data" / "SST-2"
+    folder.mkdir(parents=True)
+    files = (
+        dict.fromkeys(TSV, "sentence\tlabel\nmine\t1\nmine, too\t0\n") if "rows" in lies_there else {lies_there: "mine"}
     )
-    command = [sys.executable, "-c", code, url, str(target)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    if lies_there == "a link":
+        shutil.move(folder, tmp_path / "mine")
+        folder.symlink_to(tmp_path / "mine")
+    elif lies_there == "a file":
+        shutil.rmtree(folder)
+        folder.write_text("mine")
+    before = contents(tmp_path)
+    message = refusal(fetch.main, ["sst2", "--cache-dir", str(tmp_path / "data")])
+    assert f"{folder} exists, but is not SST-2, whose" in message
+    assert contents(tmp_path) == before
+    assert server.requests == []
 
 
-def test_two_processes_at_once_download_once(server: Server, cache: Path) -> None:
-    url = server.on("/a.bin", BODY, pause_s=0.4)
-    started = [start_download(url, cache / "a.bin") for _ in range(2)]
-    assert [process.communicate(timeout=20)[0] for process in started] == [BODY, BODY]
-    assert server.requests == ["/a.bin"]
-    assert names(cache) == {"a.bin", "a.bin.json"}
+def test_sst2_that_the_user_brought_is_used(server: Server, cache: Path) -> None:
+    (cache / "SST-2").mkdir(parents=True)
+    for name, text in TSV.items():
+        (cache / "SST-2" / name).write_text(text.replace("fine", "good"))
+    assert "good" in (fetch_sst2() / "train.tsv").read_text()
+    assert server.requests == []
 
 
-def test_without_locks_threads_do_not_harm_each_other(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_locks(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    url = server.on("/a.bin", BODY, pause_s=0.1)
-    serve_zip(server, zip_bytes(TSV), monkeypatch)
-    with ThreadPoolExecutor(4) as pool:
-        files = list(pool.map(lambda _: download(url, cache / "a.bin").read_bytes(), range(4)))
-        texts = list(pool.map(lambda _: (fetch_sst2(md5=None) / "dev.tsv").read_text(), range(4)))
-    assert files == [BODY] * 4
-    assert server.requests.count("/a.bin") == 4
-    assert texts == [TSV["SST-2/dev.tsv"]] * 4
-    assert {name.partition("/")[0] for name in names(cache)} == {
-        "a.bin", "a.bin.json", "SST-2", "SST-2.zip", "SST-2.zip.json",
-    }  # fmt: skip
+def start_process(server: Server) -> subprocess.Popen[bytes]:
+    """Start a process that fetches all, from this server."""
+    names = ("BUNDLE_URLS", "SST2_URL", "SST2_MD5", "SST2_ROWS")
+    code = "from sst2_xlmr.util import downloads\n"
+    code += "\n".join(f"downloads.{name} = {getattr(downloads, name)!r}" for name in names)
+    code += "\ndownloads.fetch_bundle('xlmr.base')\ndownloads.fetch_sst2()"
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
 
 
-def test_killed_download_leaves_no_file_under_its_name(server: Server, cache: Path) -> None:
-    url = server.on("/a.bin", BODY, length=2 * len(BODY), stall=True)
-    process = start_download(url, cache / "a.bin")
-    deadline = time.monotonic() + 10
-    while not server.requests and time.monotonic() < deadline:
+def test_two_processes_at_once(server: Server, cache: Path) -> None:
+    server.pause_s = 0.3
+    assert [process.wait(timeout=60) for process in [start_process(server), start_process(server)]] == [0, 0]
+    assert contents(cache) == {
+        "encoders/xlmr.base/base.pt": WEIGHTS,
+        "encoders/xlmr.base/bpe.model": BODY,
+        **{f"SST-2/{name}": text.encode() for name, text in TSV.items()},
+    }
+
+
+def test_a_killed_download_has_not_taken_its_name(server: Server, cache: Path) -> None:
+    server.answers["/base.pt"] = [{"stall": True, "length": 99_999}]
+    process = start_process(server)
+    deadline = time.monotonic() + 60
+    while ("GET", "/base.pt") not in server.requests and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.communicate()
-    assert server.requests == ["/a.bin"]
-    assert not (cache / "a.bin").exists()
-    server.answers["/a.bin"] = [{"body": BODY}]
-    assert download(url, cache / "a.bin").read_bytes() == BODY
+    process.wait()
+    server.answers.clear()
+    assert not (cache / "encoders" / "xlmr.base" / "base.pt").exists()
+    assert fetch_bundle("xlmr.base")[0].read_bytes() == WEIGHTS
 
 
-def test_cache_that_cannot_be_written_is_named_with_the_cure(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot use the cache .*/file/x.*SST2_XLMR_CACHE"):
-        download(server.on("/a.bin", BODY), tmp_path / "file" / "x" / "a.bin")
-    assert server.requests == []
-
-
-def test_full_disk_leaves_nothing_and_is_not_retried(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cache_that_cannot_be_used_is_named(
+    server: Server, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: int) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", full)
-    url = server.on("/a.bin", BODY)
-    check_refused(url, cache / "a.bin", "No space left on device.*free space.*SST2_XLMR_CACHE")
-    assert len(server.requests) == 1
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setenv("SST2_XLMR_CACHE", str(tmp_path / "file" / "cache"))
+        assert "file/cache" in (message := refusal(fetch_bundle, "xlmr.base"))
+        assert "set SST2_XLMR_CACHE to another folder" in message
+    assert server.requests == []
+    monkeypatch.setattr("torch.hub.download_url_to_file", full)
+    assert f"cannot use the cache {cache}: [Errno 28] No space left" in refusal(fetch_bundle, "xlmr.base")
+    assert server.requests == [("HEAD", "/base.pt")]
+    assert contents(cache) == {}
 
 
-def test_progress_is_one_plain_line_for_a_big_file_and_none_otherwise(
-    server: Server, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    big = server.on("/big", bytes(2_000_000))
-    download(server.on("/small", BODY), cache / "small")
-    download(big, cache / "quiet", quiet=True)
-    assert capsys.readouterr() == ("", "")
-    download(big, cache / "big")
-    assert capsys.readouterr() == ("", f"downloading {big} (2 MB)\n")
+def test_a_big_file_is_announced(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    server.files["/bpe.model"] = bytes(2_000_000)
+    fetch_bundle("xlmr.base")
+    assert capfd.readouterr() == ("", f"downloading {server.url}/bpe.model (2 MB)\n")
 
 
 def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,144 +230,30 @@ def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert downloads.cache_dir() == Path("/home/someone/.cache/sst2_xlmr")
 
 
-def test_mirrored_keeps_the_file_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert mirrored(downloads.SST2_URL) == downloads.SST2_URL
-    monkeypatch.setenv("SST2_XLMR_MIRROR", "http://mirror/models/")
-    assert mirrored("https://host/a/b/file.pt") == "http://mirror/models/file.pt"
+def test_without_a_home_folder_the_cache_is_a_private_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_entry(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "SST2_XLMR_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / f"sst2_xlmr-{os.getuid()}"
+    assert downloads.cache_dir() == folder
+    assert fetch_sst2() == folder / "SST-2"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert f"{folder} belongs to somebody else; set SST2_XLMR_CACHE" in refusal(downloads.cache_dir)
+    monkeypatch.setenv("SST2_XLMR_CACHE", "~/own")
+    assert "SST2_XLMR_CACHE=~/own" in refusal(downloads.cache_dir)
 
 
-def serve_bundle(server: Server, weights: bytes, model: bytes = b"\n\x0e\n\x05<unk>") -> None:
-    server.answers.clear()
-    server.on("/xlmr.base.encoder.pt", weights)
-    server.on("/xlmr.sentencepiece.bpe.model", model)
-
-
-def test_bundle_goes_into_its_folder(server: Server, cache: Path) -> None:
-    serve_bundle(server, zip_bytes({"archive/data.pkl": "x"}))
-    for _ in range(2):
-        weights, model = fetch_bundle_from(server.url)
-    assert weights == cache / "encoders" / "xlmr.base" / "xlmr.base.encoder.pt"
-    assert model == cache / "encoders" / "xlmr.base" / "xlmr.sentencepiece.bpe.model"
-    assert server.requests == ["/xlmr.base.encoder.pt", "/xlmr.sentencepiece.bpe.model"]
-
-
-def test_bundle_from_a_mirror_folder(tmp_path: Path) -> None:
-    (tmp_path / "xlmr.base.encoder.pt").write_bytes(zip_bytes({"archive/data.pkl": "x"}))
-    (tmp_path / "xlmr.sentencepiece.bpe.model").write_bytes(BODY)
-    assert fetch_bundle_from(tmp_path.as_uri())[1].read_bytes() == BODY
-
-
-GOOD_WEIGHTS = zip_bytes({"archive/data.pkl": "x"})
-
-
-@pytest.mark.parametrize(
-    ("weights", "model", "bad"),
-    [(HTML, BODY, "encoder.pt"), (GOOD_WEIGHTS[:-30], BODY, "encoder.pt"), (GOOD_WEIGHTS, HTML, "bpe.model")],
-    ids=["page-as-weights", "cut-weights", "page-as-model"],
-)
-def test_web_page_instead_of_weights_or_model_is_removed(
-    server: Server, cache: Path, weights: bytes, model: bytes, bad: str
-) -> None:
-    serve_bundle(server, weights, model)
-    with pytest.raises(UserError, match=f"{bad} was a web page or damaged, and was removed"):
-        fetch_bundle_from(server.url)
-    assert not [path for path in names(cache) if bad in path]
-    serve_bundle(server, GOOD_WEIGHTS)
-    assert fetch_bundle_from(server.url)[0].read_bytes() == GOOD_WEIGHTS
-
-
-def serve_zip(server: Server, body: bytes, patch: pytest.MonkeyPatch) -> None:
-    server.answers["/SST-2.zip"] = [{"body": body}]
-    patch.setenv("SST2_XLMR_MIRROR", server.url)
-
-
-def test_sst2_is_extracted_and_then_needs_neither_zip_nor_server(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    body = zip_bytes({"SST-2/": "", **TSV, "SST-2/original/README.txt": "more"})
-    serve_zip(server, body, monkeypatch)
-    folder = fetch_sst2(md5=hashlib.md5(body).hexdigest())
-    assert folder == cache / "SST-2"
-    assert {path.name: path.read_text() for path in folder.glob("*.tsv")} == {
-        Path(name).name: text for name, text in TSV.items()
-    }
-    assert not [name for name in names(folder) if "README" in name or "original" in name]
-    (cache / "SST-2.zip").unlink()
-    assert fetch_sst2() == folder
-    assert server.requests == ["/SST-2.zip"]
-
-
-@pytest.mark.parametrize("damage", ["shortened", "missing", "unrecorded"])
-def test_sst2_with_a_damaged_file_is_extracted_anew(
-    server: Server, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
-    serve_zip(server, zip_bytes(TSV), monkeypatch)
-    train = fetch_sst2(md5=None) / "train.tsv"
-    if damage == "shortened":
-        train.write_text(TSV["SST-2/train.tsv"][:20])
-    elif damage == "missing":
-        train.unlink()
-    else:
-        train.with_name("train.tsv.json").unlink()
-        train.write_text("sentence\tlabel\n")
-    fetch_sst2(md5=None)
-    assert train.read_text() == TSV["SST-2/train.tsv"]
-
-
-def test_sst2_checks_its_digest(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    serve_zip(server, zip_bytes(TSV), monkeypatch)
-    with pytest.raises(UserError, match=f"expected {downloads.SST2_MD5}"):
-        fetch_sst2()
-    assert names(cache) == set()
-
-
-@pytest.mark.parametrize(
-    ("body", "named"),
-    [
-        (zip_bytes({**TSV, "../evil": "x"}), r"'\.\./evil'"),
-        (zip_bytes({**TSV, "SST-2/a/../../../evil": "x"}), "evil"),
-        (zip_bytes({**TSV, "..\\evil": "x"}), "evil"),
-        (zip_bytes({**TSV, "/tmp/evil": "x"}), "'/tmp/evil'"),
-        (zip_bytes({**TSV, "C:evil": "x"}), "'C:evil'"),
-        (zip_bytes({**TSV, "SST-2/link": "/etc/passwd"}, link="SST-2/link"), "'SST-2/link'"),
-        (zip_bytes({name: text for name, text in TSV.items() if "dev" not in name}), "SST-2/dev.tsv"),
-        (zip_bytes(TSV).replace(b"a fine film", b"a fine fi1m"), "Bad CRC-32"),
-        (zip_bytes(TSV)[:-40], "not a zip file"),
-        (HTML, "not a zip file"),
-    ],
-    ids=["up", "inside-up", "backslash", "absolute", "drive", "link", "missing", "crc", "cut", "page"],
-)
-def test_unusable_zip_is_refused_whole(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, body: bytes, named: str
-) -> None:
-    serve_zip(server, body, monkeypatch)
-    with pytest.raises(UserError, match=f"SST-2.zip is not SST-2 and was removed: .*{named}.*--data-dir"):
-        fetch_sst2(md5=None)
-    assert names(cache) == set()
-    assert not list(cache.parent.rglob("*evil*"))
-
-
-def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *arguments]
-    env = {**os.environ, **environment}
-    # From another folder, as the script must find the package by itself.
-    return subprocess.run(command, cwd=SCRIPT.parent, env=env, capture_output=True, text=True, timeout=30)
-
-
-def test_script_fetches_into_the_cache_it_is_told(server: Server, tmp_path: Path) -> None:
-    serve_bundle(server, zip_bytes({"archive/data.pkl": "x"}))
+def test_the_program_names_what_to_copy(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fetch.main(["--cache-dir", str(tmp_path / "own")])
     own = tmp_path / "own"
-    done = run_script("xlmr.base", "--cache-dir", str(own), SST2_XLMR_MIRROR=server.url)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"xlmr.base: {own / 'encoders' / 'xlmr.base'}\n" in done.stdout
-    assert (own / "encoders" / "xlmr.base" / "xlmr.base.encoder.pt").is_file()
-
-
-def test_script_turns_errors_into_one_line_and_status_2(server: Server) -> None:
-    done = run_script(SST2_XLMR_MIRROR=server.url)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {server.url}/SST-2.zip answered HTTP 404")
-    assert done.stderr.count("\n") == 1
-    done = run_script("xlmr.huge")
-    assert done.returncode == 2
-    assert "invalid choice: 'xlmr.huge'" in done.stderr
+    assert capsys.readouterr().out.splitlines() == [
+        f"sst2: {own / 'SST-2'}",
+        f"xlmr.base: {own / 'encoders' / 'xlmr.base'}",
+        f"elsewhere, set SST2_XLMR_CACHE to a copy of {own}",
+    ]
+    assert "invalid choice: 'xlmr.huge' (choose from sst2, xlmr.base" in refusal(fetch.main, ["xlmr.huge"])

@@ -1,0 +1,236 @@
+"""The forms for using a model elsewhere: ONNX, also in 8 bits, TorchScript, and a trimmed vocabulary."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import needs_small_encoder, sst2_sentences
+from reference import needs_torchtext
+from sentencepiece import SentencePieceProcessor
+
+from sst2_xlmr.evaluation.evaluate import predict
+from sst2_xlmr.export.trimmed import needed_pieces, trimmed_tokenizer
+from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
+from sst2_xlmr.programs import export
+
+# torch ignores it by itself, pytest does not: torch.nn.functional looks at a size that never changes.
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+
+CPU = torch.device("cpu")
+TEXTS = ["A fine film.", "", "word " * 300, "  It was  slow,\tand long ", "Кино 映画 ταινία", "no", "\U0001f600"] * 5
+
+# Run where packages cannot be imported; argv: their names, the file, JSON for the inputs, where the answers go.
+BLOCKED = """
+import json, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in sys.argv[1].split():
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+given = json.load(open(sys.argv[3]))
+"""
+ONNX_ALONE = """
+import numpy, onnxruntime, onnxruntime_extensions
+options = onnxruntime.SessionOptions()
+options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
+session = onnxruntime.InferenceSession(sys.argv[2], options)
+kinds = {"text": object, "input_ids": "int64", "attention_mask": "int64"}
+inputs = {name: numpy.array(values, dtype=kinds[name]) for name, values in given.items()}
+labels, probabilities = session.run(["label", "probabilities"], inputs)
+said = session.get_modelmeta().custom_metadata_map
+json.dump([list(labels), probabilities.tolist(), said], open(sys.argv[4], "w"))
+"""
+TORCHSCRIPT_ALONE = """
+import torch, torchtext
+classify = torch.jit.load(sys.argv[2])
+labels, probabilities = classify(given)
+assert classify([])[0] == [] and classify([])[1].shape == (0, len(classify.label_names))
+json.dump([labels, probabilities.tolist(), classify.label_names], open(sys.argv[4], "w"))
+"""
+
+
+def run_export(*options: object) -> None:
+    export.main([str(option) for option in options])
+
+
+def probabilities_of(model: Path, texts: list[str], pairs: list[str] | None = None) -> np.ndarray:
+    classifier, tokenizer, task = load_classifier(model, CPU, bf16=False)
+    return predict(classifier, task, *tokenizer.flat_ids(texts, pairs), 256, CPU)
+
+
+def answers_alone(program: str, blocked: str, file: Path, inputs: Any) -> tuple[list[str], np.ndarray, Any]:
+    """Return labels, probabilities and metadata that a file gives where some packages cannot be imported."""
+    (file.parent / "inputs").write_text(json.dumps(inputs))
+    words = [sys.executable, "-W", "ignore", "-c", BLOCKED + program, blocked, str(file), "inputs", "answers"]
+    env = {**os.environ, "PYTHONPATH": ""}
+    alone = subprocess.run(words, cwd=file.parent, env=env, capture_output=True, text=True, check=False)
+    assert (alone.returncode, alone.stderr) == (0, "")
+    labels, probabilities, said = json.loads((file.parent / "answers").read_text())
+    return labels, np.array(probabilities), said
+
+
+def onnx_answers(file: Path, inputs: dict[str, Any]) -> tuple[list[str], np.ndarray, Any]:
+    return answers_alone(ONNX_ALONE, "torch sst2_xlmr transformers", file, inputs)
+
+
+@pytest.mark.parametrize("from_ids", [False, True])
+def test_onnx_answers_alike_without_torch(
+    model: Path, tmp_path: Path, from_ids: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its own tokenizer, which cuts long texts; or from ids, padded."""
+    pytest.importorskip("onnxruntime_extensions")
+    file = tmp_path / "classifier.onnx"
+    run_export("--model", model, "--format", "onnx", "--output", file, *(["--from-ids"] if from_ids else []))
+    assert "same answers on" in capsys.readouterr().out
+    for texts in [TEXTS, ["", ""]]:
+        inputs: dict[str, Any] = {"text": texts}
+        if from_ids:
+            _, tokenizer, _ = load_classifier(model, CPU, bf16=False)
+            ids = [tokenizer.flat_ids([text])[0].tolist() for text in texts]
+            padded = [row + [1] * (max(map(len, ids)) - len(row)) for row in ids]
+            inputs = {"input_ids": padded, "attention_mask": [[int(i != 1) for i in row] for row in padded]}
+        labels, probabilities, said = onnx_answers(file, inputs)
+        expected = probabilities_of(model, texts)
+        assert np.abs(probabilities - expected).max() < 1e-5
+        assert labels == ["ab"[index] for index in expected.argmax(1)]
+        assert said == {"label_names": '["a", "b"]', "max_length": "64"}
+    assert len(set(onnx_answers(file, inputs)[0])) == 1
+    assert len(set(probabilities_of(model, TEXTS).argmax(1))) == 2, "the texts must tell the labels apart"
+
+
+def test_onnx_in_8_bits_is_near_and_says_what_it_was_compared_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime_extensions")
+    rows = "".join(f"film number {n} was fine\t{'ab'[n % 2]}\n" for n in range(40))
+    (tmp_path / "rows.tsv").write_text(f"text\tlabel\n{rows}")
+    (tmp_path / "lines.txt").write_text("fine\n")
+    options = ["--check-file", tmp_path / "rows.tsv", tmp_path / "lines.txt", "--most-changed", 100, "--most-lost", 100]
+    run_export("--model", model, "--format", "onnx-int8", "--output", tmp_path / "x.onnx", *options)
+    said = capsys.readouterr().out
+    table = said.splitlines()
+    assert table[0].startswith("file ")
+    assert "labels changed  largest change" in table[0]
+    assert [line.split()[0] for line in table[1:4]] == ["rows", "lines", "all"]
+    assert "no labels in lines: accuracy was not compared" in said
+    assert said.count("not compared") == 1
+    _, probabilities, _ = onnx_answers(tmp_path / "x.onnx", {"text": TEXTS})
+    expected = probabilities_of(model, TEXTS)
+    assert np.abs(probabilities - expected).mean() < 0.3 * expected.std(0).mean()
+
+
+def check_torchscript_alone(model: Path, file: Path, texts: list[str]) -> set[str]:
+    """Check the file's answers in a process that has no other package of ours; returns its labels."""
+    labels, probabilities, names = answers_alone(TORCHSCRIPT_ALONE, "sst2_xlmr train transformers", file, texts)
+    expected = probabilities_of(model, texts)
+    assert np.abs(probabilities - expected).max() < 1e-5
+    assert labels == [names[index] for index in expected.argmax(-1)]
+    return set(labels)
+
+
+@needs_torchtext
+def test_torchscript_answers_alike_without_this_package(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "classifier.pt"
+    run_export("--model", model, "--format", "torchscript", "--output", file)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "same answers on 30 rows" in said
+    assert [file.name for file in file.parent.iterdir()] == ["classifier.pt"]
+    assert check_torchscript_alone(model, file, TEXTS) == {"a", "b"}
+
+
+@needs_torchtext
+@pytest.mark.slow
+@needs_small_encoder
+def test_torchscript_on_sst2(trained_small_model: Path, tmp_path: Path) -> None:
+    run_export("--model", trained_small_model, "--format", "torchscript", "--output", tmp_path / "classifier.pt")
+    labels = check_torchscript_alone(trained_small_model, tmp_path / "classifier.pt", sst2_sentences())
+    assert labels == {"negative", "positive"}
+
+
+@needs_torchtext
+@pytest.mark.parametrize("has_pairs", [False, True])
+def test_torchscript_takes_pairs_and_cuts_at_the_models_length(model: Path, tmp_path: Path, has_pairs: bool) -> None:
+    from sst2_xlmr.export.torchscript import save_torchscript
+
+    classifier, tokenizer, task = load_classifier(model, CPU, bf16=False)
+    tokenizer.max_length = 8
+    pairs = [f"{text} again" for text in reversed(TEXTS)] if has_pairs else None
+    ids, lengths = tokenizer.flat_ids(TEXTS, pairs)
+    assert lengths.max() == 8
+    expected = predict(classifier, task, ids, lengths, 256, CPU)
+    save_torchscript(classifier, tokenizer, task, tmp_path / "x.pt")
+    labels, found = torch.jit.load(tmp_path / "x.pt")(TEXTS, pairs)
+    assert np.abs(found.numpy() - expected).max() < 1e-5
+    assert labels == ["ab"[index] for index in expected.argmax(-1)]
+
+
+def test_a_trimmed_model_gives_the_same_answers(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the bit on the texts it was trimmed for; other texts still get an answer, and no character becomes unknown."""
+    texts = ["A fine film.", "no", "It was slow, and long"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    options = ["--format", "hf", "--keep-vocabulary-of", tmp_path / "texts.txt"]
+    run_export("--model", model, *options, "--output", tmp_path / "t")
+    said = capsys.readouterr().out
+    before, after = find_encoder(str(model)), find_encoder(str(tmp_path / "t"))
+    assert after.shape.vocab_size < before.shape.vocab_size
+    assert f"kept {after.shape.vocab_size:,} of {before.shape.vocab_size:,} embedding rows: 3 texts" in said
+    assert np.array_equal(probabilities_of(model, texts), probabilities_of(tmp_path / "t", texts))
+    old, new = (SentencePieceProcessor(model_file=str(e.tokenizer_file)) for e in (before, after))
+    for text in (*texts, "zebra quiz", "Кино 映画", "long words unheard of"):
+        unknown = [pieces.EncodeAsIds(text).count(pieces.unk_id()) for pieces in (old, new)]
+        assert unknown[0] == unknown[1], text
+    assert probabilities_of(tmp_path / "t", ["zebra quiz"]).shape == (1, 2)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["t", "texts.txt"]
+
+
+def test_transformers_opens_a_trimmed_model(model: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "texts.csv").write_text('text\n"A fine film, really"\nIt was slow\n')
+    options = ["--keep-vocabulary-of", tmp_path / "texts.csv", "--output", tmp_path / "t"]
+    run_export("--model", model, "--format", "hf", *options)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "t").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
+    texts = ["A fine film, really", "It was slow"]
+    with torch.no_grad():
+        logits = theirs(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    assert np.abs(logits.softmax(-1).numpy() - probabilities_of(tmp_path / "t", texts)).max() < 1e-5
+
+
+def test_trimming_composes_with_other_forms(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_extensions")
+    (tmp_path / "texts.txt").write_text("A fine film.\n")
+    trim = ["--keep-vocabulary-of", tmp_path / "texts.txt"]
+    for name, options in {"whole.onnx": [], "small.onnx": trim}.items():
+        run_export("--model", model, "--format", "onnx", "--output", tmp_path / name, *options)
+    assert (tmp_path / "small.onnx").stat().st_size < (tmp_path / "whole.onnx").stat().st_size
+    _, probabilities, _ = onnx_answers(tmp_path / "small.onnx", {"text": ["A fine film."]})
+    assert np.abs(probabilities - probabilities_of(model, ["A fine film."])).max() < 1e-5
+
+
+def test_characters_that_only_longer_pieces_have_keep_these(model: Path, tmp_path: Path) -> None:
+    """Take a letter's own piece away; the pieces that have it are then the only ones that know it."""
+    file = model / TOKENIZER_NAME
+    pieces = SentencePieceProcessor(model_file=str(file))
+    names = [pieces.IdToPiece(number) for number in range(pieces.GetPieceSize())]
+    letters = [name for name in names[3:] if len(name) == 1 and name.isalpha()]
+    letter = next(one for one in letters if sum(one in name for name in names) > 2)
+    kept = np.array([number for number, name in enumerate(names) if name.lstrip("▁") != letter])
+    (tmp_path / "fewer.model").write_bytes(trimmed_tokenizer(file, kept))
+    fewer = SentencePieceProcessor(model_file=str(tmp_path / "fewer.model"))
+    assert fewer.GetPieceSize() == len(kept)
+    needed = {fewer.IdToPiece(number) for number in needed_pieces(fewer, []).tolist()}
+    assert {name for name in names if letter in name and name.lstrip("▁") != letter} <= needed

@@ -1,0 +1,179 @@
+"""Models of the Hugging Face Hub, from a local server that speaks its protocol."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants, file_download
+from serving import COMMIT, Server, serving
+
+from sst2_xlmr.model.encoders import find_encoder, is_hub_id
+from sst2_xlmr.programs import fetch
+from sst2_xlmr.util.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SETTINGS, TOKENIZER, WEIGHTS = "config.json", "sentencepiece.bpe.model", "model.safetensors"
+
+
+@pytest.fixture
+def server(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A Hub with one model, us/tiny, and an empty cache. huggingface_hub has read its environment already."""
+    with serving() as state:
+        state.models["us/tiny"] = {file.name: file.read_bytes() for file in tiny_encoder.iterdir()}
+        state.models["us/tiny"].update({"onnx/model.onnx": b"unneeded", "pytorch_model.bin": b"unneeded"})
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(constants, "ENDPOINT", state.url)
+        template = f"{state.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for module in (constants, file_download):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.chdir(tmp_path)
+        yield state
+
+
+def refusal(name: str = "us/tiny") -> str:
+    """Return the one line that the model is refused with."""
+    with pytest.raises(UserError) as caught:
+        find_encoder(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def downloaded(server: Server) -> list[str]:
+    """Return which files were asked for."""
+    return [path.rpartition("/")[2] for method, path in server.requests if method == "GET" and "/resolve/" in path]
+
+
+@pytest.mark.parametrize("name", ["us/tiny", "us/tiny@v1", f"us/tiny@{COMMIT}"])
+def test_only_what_is_needed_is_fetched_and_only_once(
+    server: Server, tiny_encoder: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    encoder = find_encoder(name)
+    assert encoder.name == name
+    assert encoder.weights_file.parent == tmp_path / "hub" / "models--us--tiny" / "snapshots" / COMMIT
+    for file in (encoder.weights_file, encoder.tokenizer_file):
+        assert file.read_bytes() == (tiny_encoder / file.name).read_bytes()
+    assert encoder.shape == find_encoder(str(tiny_encoder)).shape
+    assert sorted(downloaded(server)) == [SETTINGS, WEIGHTS, TOKENIZER, "tokenizer_config.json"]
+    assert capfd.readouterr() == ("", f"downloading {name} from {server.url}\n")
+    server.requests.clear()
+    assert find_encoder(name) == encoder
+    assert not [path for _, path in server.requests if "/resolve/" in path]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_pickle_is_taken_if_there_is_nothing_else(server: Server) -> None:
+    del server.models["us/tiny"][WEIGHTS]
+    assert find_encoder("us/tiny").weights_file.name == "pytorch_model.bin"
+    server.requests.clear()
+    find_encoder("us/tiny")
+    assert downloaded(server) == []
+
+
+def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(server: Server) -> None:
+    files = server.models["us/tiny"]
+    settings = files[SETTINGS]
+    cases: list[tuple[dict[str, bytes | None], str]] = [
+        ({SETTINGS: settings.replace(b"xlm-roberta", b"camembert")}, "model_type is 'camembert'"),
+        ({SETTINGS: None}, "has no config.json"),
+        ({TOKENIZER: None}, "newer transformers save tokenizer.json only"),
+        ({WEIGHTS: None, "pytorch_model.bin": None, WEIGHTS + ".index.json": b"{}"}, "has its weights in parts"),
+        ({WEIGHTS: None, "pytorch_model.bin": None}, "neither model.safetensors nor pytorch_model.bin"),
+    ]
+    for number, (changes, says) in enumerate(cases):
+        changed = {**files, **changes}
+        server.models[f"us/{number}"] = {file: body for file, body in changed.items() if body is not None}
+        assert says in refusal(f"us/{number}")
+    assert WEIGHTS not in downloaded(server)
+
+
+def test_a_folder_wins_over_an_id(server: Server, tiny_encoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_encoder, tmp_path / "us" / "tiny")
+    assert find_encoder("us/tiny").weights_file == Path("us", "tiny", WEIGHTS)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "says"),
+    [
+        ("us/tiny", {"status": 401, "headers": {"X-Error-Code": "GatedRepo"}}, "us/tiny is gated; ask for access at"),
+        ("us/tiny", {"status": 403, "headers": {"X-Error-Code": "GatedRepo"}}, "us/tiny is gated; ask for access at"),
+        ("us/tiny", {"status": 403}, "403"),
+        ("models/tyni", {}, "models/tyni is neither a folder nor a model at"),
+        ("us/tiny@v2", {}, "us/tiny has no revision v2"),
+        ("us/tiny", {"body": b"short"}, "cannot be fetched from"),
+    ],
+    ids=["gated", "asked for access", "forbidden", "missing", "no such revision", "cut off"],
+)
+def test_what_is_refused_is_named(server: Server, tmp_path: Path, name: str, answer: dict[str, Any], says: str) -> None:
+    if answer.pop("body", None):
+        answer = {"body": b"short", "length": 99_999}
+    server.answers[f"/us/tiny/{WEIGHTS}"] = [answer]
+    assert says in refusal(name)
+    assert not list(tmp_path.glob(f"hub/*/snapshots/*/{WEIGHTS}"))
+    server.answers.clear()
+    find_encoder("us/tiny")
+
+
+def test_without_a_connection_the_cache_is_taken(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = find_encoder("us/tiny")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # a privileged port that nobody serves
+    assert find_encoder("us/tiny") == encoder
+    message = refusal("us/other")
+    assert "us/other is no folder, and cannot be fetched from http://127.0.0.1:1: " in message
+    assert "refused" in message
+    assert "copy the folder" in message
+
+
+def test_the_environment_holds(server: Server, tmp_path: Path) -> None:
+    """In processes of their own, two at once, as the library reads its environment once."""
+    home = tmp_path / "home"
+    command = [sys.executable, ROOT / "scripts" / "fetch.py", "us/tiny@v1"]
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": "hf_secret"}
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    folder = home / "hub" / "models--us--tiny" / "snapshots" / COMMIT
+    says = f"us/tiny@v1: {folder}\nelsewhere, set HF_HUB_CACHE to a copy of {home / 'hub'}\n"
+    for process in started:
+        output, errors = process.communicate(timeout=60)
+        assert (process.returncode, output) == (0, says)
+        assert errors in ("", f"downloading us/tiny@v1 from {server.url}\n")
+    of_model = [token for token, (_, path) in zip(server.tokens, server.requests) if "us/tiny" in path]
+    assert set(of_model) == {"Bearer hf_secret"}
+    server.requests.clear()
+
+    def run_offline(name: str) -> tuple[int, str, str]:
+        offline = {**environment, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([*command[:-1], name], env=offline, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout, done.stderr
+
+    assert run_offline("us/tiny@v1") == (0, says, "")
+    (folder / WEIGHTS).unlink()
+    for name in ("us/tiny@v1", "us/other"):
+        status, _, error = run_offline(name)
+        assert (status, error.count("\n")) == (2, 1)
+        assert error.startswith(f"error: {name} is neither a folder nor whole in {home / 'hub'}, and HF_HUB_OFFLINE is")
+        assert f"`sst2-xlmr fetch {name}` elsewhere" in error
+    assert server.requests == []
+
+
+def test_a_folder_is_named_as_it_is(server: Server, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(tiny_encoder, Path("models", "small"))
+    fetch.main(["models/small"])
+    assert capsys.readouterr().out == "models/small: models/small\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"), [("a/b", True), ("a/b@x/y", True), ("a", False), ("../a", False), ("a/b/c", False)]
+)
+def test_what_an_id_looks_like(name: str, is_one: bool) -> None:
+    assert is_hub_id(name) == is_one
