@@ -23,6 +23,7 @@ from sst2_xlmr.data.prepare import Prepared, prepare
 from sst2_xlmr.evaluation.calibration import Calibration
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.report.header import header_lines
+from sst2_xlmr.report.tensorboard import make_event_folder
 from sst2_xlmr.run import Run
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
 from sst2_xlmr.training.run_folder import claim, evaluations_at, write_config
@@ -105,6 +106,8 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
             raise_on_all(f"the {name} differ from those that the run in {folder} was started with; give the same")
     set_up_numerics(state.precision, config.deterministic, world.device)
     run = Run(config, inputs, folder, state, world)
+    if config.tensorboard_dir:
+        on_rank0(world, lambda: make_event_folder(Path(str(config.tensorboard_dir)), "--tensorboard-dir"))
     run.lock = lock or on_rank0(world, lambda: claim(folder))
     if checkpoint:
         load_checkpoint(checkpoint, run.meter, run.optimizer, run.vocabulary, config.seed, world)
