@@ -73,7 +73,10 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
         while root.__cause__ or root.__context__:
             root = root.__cause__ or root.__context__ or root
         reason = (str(root).strip() or repr(root)).splitlines()[0]
-        host, offline = constants.ENDPOINT, f"; or `sst2-xlmr fetch {name}` elsewhere, and HF_HUB_CACHE set to a copy of {cache}"
+        host, offline = (
+            constants.ENDPOINT,
+            f"; or `sst2-xlmr fetch {name}` elsewhere, and HF_HUB_CACHE set to a copy of {cache}",
+        )
         if isinstance(error, utils.GatedRepoError):
             problem = f"{name} is gated; ask for access at {host}/{repository}, and set HF_TOKEN"
         elif isinstance(error, utils.RepositoryNotFoundError):
