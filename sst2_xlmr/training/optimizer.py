@@ -86,13 +86,8 @@ class AdamW:
             groups.setdefault(group_of(name, parameter, layers, config), []).append(parameter)
         self._scales = [scale for scale, _ in groups]
         settings = [{"params": parameters, "weight_decay": decay} for (_, decay), parameters in groups.items()]
-<<<<<<< HEAD
-        is_fused = world.device.type == "cuda" or TorchVersion(torch.__version__) >= "2.4"  # before, there is none for CPUs
-        self._optimizer = torch.optim.AdamW(settings, lr=0.0, betas=BETAS, eps=EPSILON, fused=is_fused)
-=======
         self._is_fused = has_fused_adamw(world.device)
         self._optimizer = torch.optim.AdamW(settings, lr=0.0, betas=BETAS, eps=EPSILON, fused=self._is_fused or None)
->>>>>>> testsa
         self._set_state({}, 0)
 
     def _set_state(self, moments: Mapping[str, torch.Tensor], steps: int) -> None:
