@@ -253,7 +253,9 @@ class Config:
         one_of("auto", "bf16", "fp32", "tf32"),
     )
     deterministic: bool = option(False, "on CUDA, use only kernels that repeat to the bit; a CPU always does")
-    compile: bool = option(True, "on a CPU, use the engine that GCC compiles, if there is GCC; else plain PyTorch")
+    compile: bool = option(
+        True, "on a CPU, use the engine that GCC compiles, if there is GCC; else plain PyTorch", changeable=True
+    )
     threads: int = option(
         0, "CPU threads per process (0: its share of the available cores)", "N", between(0, 1024), changeable=True
     )

@@ -1,109 +1,144 @@
-"""A trained model, and its answers to rows of text."""
+"""A trained model, as Python uses it.
+
+classifier = sst2_xlmr.load("runs/NAME/model")
+classifier.predict(["A fine film.", "Not my cup of tea."])
+"""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Union
 
+import numpy as np
 import torch
 from torch import nn
 
-from sst2_xlmr.backend import accelerate, quantized
-from sst2_xlmr.data.rows import Example
+from sst2_xlmr.backend import prediction_model, quantized_model
+from sst2_xlmr.config import EVAL_BATCH_TOKENS
+from sst2_xlmr.data.rows import check_text
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.tokenizer import Tokenizer
-from sst2_xlmr.util.distributed import World
+from sst2_xlmr.task import Task
+from sst2_xlmr.util.distributed import choose_device
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.memory import memory_errors
+from sst2_xlmr.util.memory import give_back_memory
 from sst2_xlmr.util.precision import choose_precision
 
-NO_ANSWER = "?"
-T = TypeVar("T")
+Texts = Sequence[Union[str, tuple[str, str]]]
 
 
-class Model(NamedTuple):
-    """A trained model, ready for prediction.
+class Classifier:
+    """A trained model, ready to classify; several threads may use it at once.
 
     Attributes:
-        module: gives logits.
-        precision: in which it computes: int8, bf16 or fp32.
+        folder: it was loaded from.
+        module: packed token ids -> logits, in evaluation mode.
+        tokenizer: text -> token ids.
+        task: logits -> probabilities -> label.
+        precision: in which it computes: bf16, fp32 or int8.
         device: where it computes.
     """
 
-    module: nn.Module
-    tokenizer: Tokenizer
-    label_names: list[str]
-    precision: str
-    device: torch.device
+    def __init__(
+        self, folder: Path, module: nn.Module, tokenizer: Tokenizer, task: Task, precision: str, device: torch.device
+    ) -> None:
+        self.folder, self.module, self.tokenizer, self.task = folder, module, tokenizer, task
+        self.precision, self.device = precision, device
+        self._lock = threading.Lock()
 
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], precision: str = "auto", device: str | torch.device = "auto"
+    ) -> Classifier:
+        """Load the folder of a trained model.
 
-class Answer(NamedTuple):
-    """A row, its label or `NO_ANSWER`, and the probabilities of all classes."""
+        Args:
+            precision: auto, bf16, fp32, or int8 on a CPU. If this machine cannot compute int8 faster, one line on
+                standard error says so, and it is auto.
+            device: auto, cpu, cuda, or one of torch's devices.
 
-    row: Example
-    label: str
-    probabilities: list[float]
+        Raises:
+            UserError: if the folder is not a model's, its weights are not finite, or the device is not there.
+        """
+        if precision not in ("auto", "bf16", "fp32", "int8"):
+            raise ValueError(f"precision {precision!r} is none of auto, bf16, fp32 and int8")
+        if not isinstance(device, torch.device):
+            if device not in ("auto", "cpu", "cuda"):
+                raise ValueError(f"device {device!r} is none of auto, cpu and cuda; others go as torch.device(...)")
+            device = choose_device(device)
+        folder = Path(folder)
+        plain = choose_precision("auto" if precision == "int8" else precision, device)
+        is_int8 = precision == "int8"
+        if is_int8 and device.type != "cpu":
+            raise UserError("--precision int8 is for a CPU; use bf16 or fp32, or --device cpu")
+        dtype = torch.bfloat16 if plain == "bf16" else torch.float32
+        if is_int8:
+            classifier, tokenizer, task = load_classifier(folder, device, bf16=False)
+            if module := quantized_model(classifier, task, dtype):
+                del classifier
+                give_back_memory()
+                return cls(folder, module, tokenizer, task, precision, device)
+            lacks = "int8 needs a CPU with AVX512-VNNI, Linux and GCC"
+            print(f"warning: {lacks}: computing in {plain} instead", file=sys.stderr)
+        classifier, tokenizer, task = load_classifier(folder, device, plain == "bf16")
+        return cls(folder, prediction_model(classifier), tokenizer, task, plain, device)
 
+    @property
+    def label_names(self) -> list[str]:
+        """The labels, in the order of the probabilities."""
+        return self.task.label_names
 
-def load_model(folder: Path, device: torch.device, precision: str) -> Model:
-    """Load a trained model's folder.
+    def predict(self, texts: Texts, batch_tokens: int = EVAL_BATCH_TOKENS) -> list[str]:
+        """Return the most probable label of every text; see `probabilities`."""
+        return [self.task.cells(row, False)[0] for row in self.probabilities(texts, batch_tokens).tolist()]
 
-    Args:
-        precision: auto, bf16, fp32 or int8. If this machine cannot compute int8 faster, one line on standard error says
-            so, and it is auto.
+    def probabilities(self, texts: Texts, batch_tokens: int = EVAL_BATCH_TOKENS) -> np.ndarray:
+        """Return float32 [texts, labels], every label's probability, in the order of the texts.
 
-    Raises:
-        UserError: for int8 on CUDA, or if the folder is not a model's.
-    """
-    if precision == "int8" and device.type != "cpu":
-        raise UserError("--precision int8 is for a CPU; take bf16 or fp32, or --device cpu")
-    plain = choose_precision("auto" if precision == "int8" else precision, device)
-    if precision == "int8":
-        loaded = quantized(folder, torch.bfloat16 if plain == "bf16" else torch.float32)
-        if loaded:
-            return Model(*loaded, precision, device)
-        lacks = "int8 needs a CPU with AVX512-VNNI, Linux and GCC"
-        print(f"warning: {lacks}: computing in {plain} instead", file=sys.stderr)
-    classifier, tokenizer, label_names = load_classifier(folder, device, plain == "bf16")
-    module = accelerate(classifier, World.alone(device)).model
-    return Model(module, tokenizer, label_names, plain, device)
+        Args:
+            texts: strings, or (str, str) pairs for a model that was trained on pairs; a single string is an error.
+            batch_tokens: per forward pass; a longer text is computed alone.
 
+        Raises:
+            TypeError: if `texts` is something else.
+            UserError: if a text is not Unicode (half a character, NUL), or a probability is not finite.
+        """
+        return self.probabilities_of_ids(*self.encode(texts), batch_tokens)
 
-def answers(
-    model: Model, chunks: Iterator[list[Example]], batch_tokens: int, abstain_below: float, reads_ahead: bool
-) -> Iterator[list[Answer]]:
-    """Yield the answers to every chunk of rows.
+    def encode(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
+        """Return the texts' ids, one text after another, int32 [tokens], and the length of each, int64 [texts].
 
-    Args:
-        batch_tokens: per forward pass.
-        abstain_below: the answer to a row is `NO_ANSWER` if its label is less probable than this.
-        reads_ahead: whether to read and tokenize the next chunk meanwhile; not from a stream, which may have to be
-            waited for.
-    """
-    tokenized = ((chunk, _ids(model.tokenizer, chunk)) for chunk in chunks)
-    for chunk, ids in _one_ahead(tokenized) if reads_ahead else tokenized:
-        with memory_errors(f"take a smaller --batch-tokens than {batch_tokens}"):
-            probabilities = predict(model.module, ids, batch_tokens, model.device)
-        best = zip(chunk, probabilities.argmax(1).tolist(), probabilities.tolist())
-        yield [
-            Answer(row, model.label_names[label] if of_row[label] >= abstain_below else NO_ANSWER, of_row)
-            for row, label, of_row in best
-        ]
+        For those who want to tokenize the next texts while these are computed; see `probabilities` for the arguments.
+        """
+        rows = [] if isinstance(texts, str) else [(row,) if isinstance(row, str) else tuple(row) for row in texts]
+        sizes = {len(row) for row in rows}
+        if isinstance(texts, str) or sizes not in ({1}, {2}, set()):
+            raise TypeError("texts must be a list of strings, or a list of pairs of strings; for one text, [text]")
+        for number, row in enumerate(rows, 1):
+            for text in row:
+                check_text(text, f"text {number}")
+        firsts, *seconds = map(list, zip(*rows)) if rows else [[]]
+        return self.tokenizer.flat_ids(firsts, *seconds)
 
+    def probabilities_of_ids(
+        self, ids: np.ndarray, lengths: np.ndarray, batch_tokens: int = EVAL_BATCH_TOKENS
+    ) -> np.ndarray:
+        """Return what `probabilities` does, for texts that `encode` has tokenized."""
+        with self._lock:
+            found = predict(self.module, self.task, ids, lengths, batch_tokens, self.device)
+        self.check_finite(found)
+        return found
 
-def _ids(tokenizer: Tokenizer, chunk: list[Example]) -> list[list[int]]:
-    pairs = None if chunk[0].pair is None else [row.pair or "" for row in chunk]
-    return tokenizer([row.text for row in chunk], pairs)
+    def check_finite(self, values: np.ndarray | float) -> None:
+        """Refuse what a damaged model has computed.
 
-
-def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield all items; the next one is made on a thread meanwhile."""
-    with ThreadPoolExecutor(1) as thread:
-        pending = thread.submit(next, items, None)
-        while (item := pending.result()) is not None:
-            pending = thread.submit(next, items, None)
-            yield item
+        Raises:
+            UserError: naming the model's folder, if a number is not finite.
+        """
+        if not np.isfinite(values).all():
+            raise UserError(f"{self.folder}: the model's answers are not finite (NaN); train it again, or use another")

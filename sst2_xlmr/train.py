@@ -5,6 +5,11 @@ Data flow: files -> rows -> ids -> global batches -> model -> loss -> step -> ch
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # torchrun -m sst2_xlmr.train: what is missing is said before an import below fails
+    from sst2_xlmr.__main__ import main as start_program
+
+    start_program("train")
+
 import contextlib
 import shlex
 import signal
@@ -25,7 +30,7 @@ from sst2_xlmr.training.schedule import evaluation_interval
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.training.step import forward_backward
 from sst2_xlmr.util.distributed import World, broadcast, check_same, on_rank0, once_per_node, raise_on_all, start
-from sst2_xlmr.util.errors import Collapsed, Interrupted, Stopped, exit_on_user_error
+from sst2_xlmr.util.errors import Collapsed, Interrupted, Stopped
 from sst2_xlmr.util.launch import command
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.precision import choose_precision, set_up_numerics
@@ -181,7 +186,3 @@ def main(argv: list[str] | None = None) -> None:
         run, checkpoint = prepare_run(config, resume, world)
         with outputs(run, checkpoint, resume):
             run_to_its_end(run, checkpoint)
-
-
-if __name__ == "__main__":  # torchrun -m sst2_xlmr.train
-    exit_on_user_error(main)

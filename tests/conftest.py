@@ -28,7 +28,7 @@ SMALL_ENCODER = Path(os.environ.get("SST2_XLMR_SMALL_ENCODER", ROOT / "models" /
 SST2 = Path(os.environ.get("SST2_XLMR_TEST_SST2", ROOT / "data" / "SST-2"))
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
-make_tokenizer = importlib.import_module("sample_rows").make_tokenizer
+make_tokenizer = importlib.import_module("inputs").make_tokenizer
 
 needs_small_encoder = pytest.mark.skipif(
     not (SMALL_ENCODER / "model.safetensors").is_file(),

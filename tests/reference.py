@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from sst2_xlmr.model.roberta import PAD_ID, SequenceClassifier
+from sst2_xlmr.model.weight_names import from_torchtext
 from sst2_xlmr.util import versions
 
 needs_torchtext = pytest.mark.skipif(not versions.has_torchtext(), reason=f"this is {versions.description()}")
+
+
+def our_name(theirs: str) -> str:
+    """Return our name for a parameter of torchtext's `RobertaModel`."""
+    name = next(iter(from_torchtext({theirs: torch.empty(0)})))
+    return name.replace("head.out_proj", "head.out")
 
 
 def torchtext_model(classifier: SequenceClassifier) -> nn.Module:
@@ -33,5 +41,6 @@ def torchtext_model(classifier: SequenceClassifier) -> nn.Module:
     for module in model.encoder.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = shape.layer_norm_eps
-    model.load_state_dict(classifier.state_dict())
+    ours = classifier.state_dict()
+    model.load_state_dict({name: ours[our_name(name)] for name in model.state_dict()})
     return model.eval()

@@ -55,7 +55,10 @@ class Server:
         if len(rest) > 1 and rest[1] not in ("main", "v1", COMMIT):
             return {"status": 404, "headers": {"X-Error-Code": "RevisionNotFound"}}
         if is_api:
-            tree = [{"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for n, b in files.items()]
+            tree = [
+                {"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
+                for n, b in files.items()
+            ]
             info = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
             return {"body": json.dumps(tree if rest[:1] == ["tree"] else info).encode()}
         if rest[2] not in files:

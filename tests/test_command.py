@@ -262,8 +262,9 @@ def test_tensorboard_and_setuptools_that_do_not_fit(
     assert is_fine or "run `pip install -U tensorboard`" in versions.unusable()
 
 
-def test_a_python_without_torch_is_told_so() -> None:
-    said = one_line(run("-S", "train.py", expected=2))
+@pytest.mark.parametrize("words", [["train.py"], ["-m", "sst2_xlmr.train"]], ids=lambda words: words[-1])
+def test_a_python_without_torch_is_told_so(words: list[str]) -> None:
+    said = one_line(run("-S", *words, expected=2, PYTHONPATH=str(ROOT)))
     assert said.startswith("error: torch, torchdata, numpy, ") and "are not installed in" in said
 
 

@@ -107,7 +107,7 @@ WRONG_FLAGS = [
     (["--class-weights", "balanced", "--label-names", "negative,positive,so-so"], "no row of class 'so-so'"),
     (["--text-column", "review"], "no column 'review' among sentence, label; name it with --text-column"),
     (["--label-column", "stars"], "no column 'stars'"),
-    (["--encoder", "bert-base"], "bert-base: neither xlmr.base nor xlmr.large nor a folder"),
+    (["--encoder", "bert-base"], "bert-base: neither a folder, nor xlmr.base, xlmr.large, nor"),
     (["--encoder", "."], "has no config.json"),
     (["--config", "no.json"], "cannot read no.json"),
     (["--resume", "--config", "x.json"], "leave out --config"),
@@ -115,7 +115,7 @@ WRONG_FLAGS = [
     (["--output-dir", "pyproject.toml"], "already exists"),
     (["--train-file", "caf\udce9.tsv"], r"--train-file 'caf\udce9.tsv' is not UTF-8"),
     (["--output-dir", "pyproject.toml/run"], "cannot write to --output-dir"),
-    (["--tensorboard-dir", "pyproject.toml/x"], "cannot write to"),
+    (["--tensorboard-dir", "pyproject.toml/x"], "pyproject.toml/x: Not a directory"),
     (["--data-dir", ""], "--data-dir is empty"),
     (["stray"], "unknown argument stray"),
 ]
@@ -242,7 +242,7 @@ def test_resume_refuses_what_would_compute_something_else(
     tensors = load_file(tiny_encoder / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, other / "model.safetensors")
     line = user_error(lambda: train.main([*resume, "--encoder", str(other)]), capsys)
-    assert "the training weights differ" in line
+    assert "the encoder's weights differ" in line
     with (small_data / "train.tsv").open("a") as file:
         file.write("one more\t1\n")
     capsys.readouterr()

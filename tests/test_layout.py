@@ -15,6 +15,7 @@ PACKAGE = ROOT / "sst2_xlmr"
 LEVELS = [
     {"util"},
     {"config", "cli", "__main__"},
+    {"task"},
     {"model"},
     {"data"},
     {"training"},
@@ -22,6 +23,7 @@ LEVELS = [
     {"backend"},
     {"predictor"},
     {"report"},
+    {"run"},
     {"train"},
     {"programs"},
 ]

@@ -1,57 +1,127 @@
-"""Measure training and evaluation on this machine, alone or against transformers' Trainer; weights are random.
+"""Measure training, evaluation and prediction, beside another checkout of this project or transformers' Trainer.
 
-    python scripts/bench/bench.py --data-dir data/SST-2                          # rates, phases, memory, utilisation
-    python scripts/bench/bench.py --data-dir data/SST-2 --peer ../peer/bin/python  # also the ratios to the Trainer
-    python scripts/bench/bench.py --only eval,int8 --peer ../peer/bin/python     # prediction in 8 bits, too
-    python scripts/bench/bench.py --only processes --processes 1,2               # one thread a process
-    python scripts/bench/bench.py --only rows --rows 10000,1000000               # train.py's time to its first step
+    python scripts/bench/bench.py --data-dir data/SST-2                               # rates and peak memory
+    python scripts/bench/bench.py --data-dir data/SST-2 --peer ../peer/bin/python     # beside the Trainer
+    python scripts/bench/bench.py --data-dir data/SST-2 --against ../before --plain   # beside another checkout
+    python scripts/bench/bench.py --only eval,int8 --peer ../peer/bin/python          # prediction in 8 bits
+    python scripts/bench/bench.py --only processes --processes 2,1                    # one thread a process
+    python scripts/bench/bench.py --only rows --rows 10000,1000000                    # seconds to the first step
 
-Prints JSON; progress goes to standard error. Every figure is the median of the rounds, with their minimum (`min`) and
-maximum (`max`). Machines are noisy: a round measures everything once, one after the other, and ratios are taken round
-by round. With `--peer` every measurement has a new process; without it one process serves all rounds, and its later
-ones meet batch shapes that it has seen.
+Prints JSON; progress goes to standard error. Machines are noisy: a round measures everything once, one after the other,
+odd rounds backwards. Every figure is the median of the rounds, with minimum and maximum; ratios ("A / B" is A's figure
+divided by B's) are taken round by round. What is measured are commands: train.py, scripts/evaluate.py and
+scripts/predict.py of each checkout, and peer.py under --peer's Python (see study_with_trainer.py), with random weights.
+Peak memory is that of the whole command, of the largest of its processes.
 
-The Trainer's environment needs a current torch, transformers and accelerate: `python -m venv ../peer`, then
-`../peer/bin/pip install "transformers[torch]"`; peer.py says how the Trainer is set up.
-
-Both sides evaluate the whole dev split. In training each side orders the whole train split in its own way, and the
-steps are batches of that order, spread evenly over their lengths (sampling.py). So both train on rows of the same mean
-length, `tokens_per_row`, which is that of the split (`settings`), and each pads as much as in real training:
-`computed_tokens_per_row` counts padding too.
-
-Utilisation is the rate of the operations that the rows need (`model_flops` in worker.py) over the rate of a plain
-matrix product in the same precision.
+    train      `ours`; with --plain also `plain`, --no-compile; both of the other checkout, too; `trainer`, with rows of
+               like length in a batch, its best setting. Ours is timed after --warmup-steps of an epoch, the Trainer
+               in its second epoch on 50 batches that are spread evenly over the file's lengths.
+    eval       evaluating --eval-rows rows; the time to start is taken from a run on a few rows. `trainer` computes bf16
+               by autocast, `trainer-bf16` with the weights in bf16.
+    int8       the same in 8 bits, beside eval's, and the Trainer's fp32
+    predict    from a file of texts to one of labels, in the same way as eval
+    processes  training with so many processes of one thread
+    rows       train.py's start on files of so many rows, without cached tokens (cold) and with them (warm)
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import json
+import multiprocessing
 import os
 import platform
+import statistics
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any, Callable
 
-import numpy as np
-import torch
-from figures import Answer, rounded
-from many_rows import measure_rows
-from runs import ROOT, measure_processes, measure_rates
-from spec import Setup, find_files, read_tokens, write_spec
+from inputs import ROOT, SHAPES, read_rows, write_encoder, write_many_rows, write_rows, write_typical_rows
+from study_with_trainer import PEER_PROGRAM, peer_python, write_peer_inputs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sst2_xlmr.cli import OneLineParser, positive
-from sst2_xlmr.config import Config, check
-from sst2_xlmr.data.rows import SST2_NAMES
-from sst2_xlmr.model.encoders import BUNDLE_SHAPES, TOKENIZER_NAME, EncoderShape, read_shape
+from sst2_xlmr.training.run_folder import read_metrics
 from sst2_xlmr.util.distributed import choose_device
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
-from sst2_xlmr.util.precision import choose_precision
 
-SHAPES = {**BUNDLE_SHAPES, "small": EncoderShape(hidden=384, layers=12, heads=12, ffn=1536)}
-MEASURED, WITH_COUNTS = ("train", "eval", "int8"), ("processes", "rows")
-PARTS = (*MEASURED, *WITH_COUNTS)
-MAX_LENGTH = 128  # tokens; SST-2's longest sentence has fewer
+PARTS = ("train", "eval", "int8", "predict", "processes", "rows")
+FEW_ROWS, PEER_BATCHES = 8, 50  # the Trainer sorts 50 batches at a time
+Answer = dict[str, Any]
+Contenders = dict[str, Callable[[], Answer]]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def spread(figures: list[float]) -> Answer:
+    """Return median, minimum and maximum, rounded to five significant digits or to a whole number."""
+    found = {"median": statistics.median(figures), "min": min(figures), "max": max(figures)}
+    return {name: round(figure) if figure >= 10_000 else float(f"{figure:.5g}") for name, figure in found.items()}
+
+
+def ratios(rounds: dict[str, list[Answer]]) -> Answer:
+    """Return "A / B" -> the spread of the ratios of rate and memory, for every contender A and every later one B.
+
+    Rates of training are compared by tokens, since the rows of both sides may differ a little in length.
+    """
+    names, found = list(rounds), {}
+    for name, other in ((name, other) for place, name in enumerate(names) for other in names[place + 1 :]):
+        pairs = list(zip(rounds[name], rounds[other]))
+        shared = pairs[0][0].keys() & pairs[0][1].keys()
+        rate = "tokens_per_s" if "tokens_per_s" in shared else "samples_per_s"
+        figures = [rate, *sorted(shared & {"peak_rss_bytes", "peak_cuda_bytes"})]
+        found[f"{name} / {other}"] = {figure: spread([a[figure] / b[figure] for a, b in pairs]) for figure in figures}
+    return found
+
+
+def run(command: list[str], environment: dict[str, str]) -> Answer:
+    """Run a command; returns when it `started` (seconds of the clock), its `seconds`, and `peak_rss_bytes`.
+
+    Linux begins to measure a process's peak with that of its parent, so this process must stay small.
+
+    Args:
+        environment: variables to set.
+
+    Raises:
+        UserError: if it fails, with the last line that it said.
+    """
+    started = time.time()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=said, text=True
+        )
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            last = [f"exit status {process.returncode}", *said.read().splitlines()][-1]
+            raise UserError(f"{' '.join(command[:2])} failed: {last}")
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"started": started, "seconds": time.time() - started, "peak_rss_bytes": peak}
+
+
+def run_program(root: Path, program: str, options: list[Any], folder: Path, processes: int = 0) -> Answer:
+    """Run train.py, scripts/evaluate.py, ... of a checkout; see `run`.
+
+    Args:
+        folder: gets a cache for each checkout, since another version may write other files there.
+        processes: how many torchrun starts; 0 for none of it.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    cache = folder / ("cache" if root == ROOT else "cache-against")
+    environment = {"PYTHONPATH": path, "SST2_XLMR_CACHE": str(cache), **({"OMP_NUM_THREADS": "1"} if processes else {})}
+    return run([sys.executable, *launcher, str(root / program), *map(str, options)], environment)
 
 
 def positives(text: str) -> list[int]:
@@ -65,155 +135,180 @@ def parts(text: str) -> list[str]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description="Measure training and evaluation; prints JSON.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--shape", default="xlmr.base", metavar="NAME|DIR", help=f"{', '.join(SHAPES)}, or a folder with config.json")
-    add("--data-dir", default=str(ROOT / "sample_data"), metavar="DIR", help="folder with train and dev [sample_data]")
-    add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model [the --shape folder's, or models/small's]")
-    add("--batch-size", type=int, default=16, metavar="ROWS", help="rows per optimizer step [16]")
-    add(
-        "--eval-batch-size",
-        type=int,
-        default=64,
-        metavar="ROWS",
-        help="rows per forward pass of the peer's evaluation [64]",
-    )
-    add("--precision", default="auto", metavar="NAME", help="auto, bf16 or fp32 [auto]")
-    add("--steps", type=positive, default=30, metavar="N", help="timed optimizer steps per round [30]")
-    add("--warmup-steps", type=positive, default=3, metavar="N", help="steps before, not timed [3]")
+    parser = OneLineParser(description="Measure training, evaluation, prediction; prints JSON.", allow_abbrev=False)
+    add, tokenizer = parser.add_argument, ROOT / "models" / "small" / "sentencepiece.bpe.model"
+    add("--shape", default="xlmr.base", choices=SHAPES, help="of the encoder [xlmr.base]")
+    add("--data-dir", default=ROOT / "sample_data", type=Path, metavar="DIR", help="train.tsv, dev.tsv [sample_data]")
+    add("--tokenizer", default=tokenizer, type=Path, metavar="FILE", help="SentencePiece model [that of models/small]")
+    add("--batch-size", type=positive, default=16, metavar="ROWS", help="rows per optimizer step [16]")
+    add("--steps", type=positive, default=90, metavar="N", help="timed optimizer steps [90]")
+    add("--warmup-steps", type=positive, default=10, metavar="N", help="steps before them; must divide --steps [10]")
+    add("--eval-rows", type=positive, default=4000, metavar="N", help="rows to evaluate and to predict [4000]")
     add("--rounds", type=positive, default=3, metavar="N", help="how often everything is measured [3]")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu or cuda [auto]")
-    add("--threads", type=int, default=0, metavar="N", help="CPU threads [0: the cores at hand]")
-    add("--full-vocabulary", action="store_true", help="train the whole embedding table, not only the rows in use")
-    add("--no-compile", action="store_true", help="measure what runs where nothing can be compiled")
-    add(
-        "--peer",
-        default="",
-        metavar="PYTHON",
-        help="Python of an environment with transformers, to compare with its Trainer",
-    )
-    add("--processes", type=positives, default=[], metavar="N,...", help="measure with so many processes")
-    add("--processes-batch-size", type=positive, default=32, metavar="ROWS", help="global batch of --processes [32]")
-    add("--rows", type=positives, default=[], metavar="N,...", help="measure train.py's start on files of so many rows")
-    add("--only", type=parts, metavar="PART,...", help=f"of {', '.join(PARTS)} [train and eval, and what is asked for]")
-    add("--out", type=Path, metavar="FILE", help="write the JSON there too")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="[auto]")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[auto]")
+    add("--plain", action="store_true", help="also train with --no-compile")
+    add("--against", type=Path, metavar="DIR", help="also measure another checkout of this project")
+    add("--peer", type=peer_python, metavar="PYTHON", help="also measure the Trainer, with an environment's bin/python")
+    add("--processes", type=positives, default=[], metavar="N,...", help="train with so many processes")
+    add("--rows", type=positives, default=[], metavar="N,...", help="start on files of so many rows")
+    add("--only", type=parts, metavar="PART,...", help=f"of {', '.join(PARTS)} [train, eval, predict, what is given]")
     arguments = parser.parse_args(argv)
-    wanted = ["train", "eval", *(part for part in WITH_COUNTS if getattr(arguments, part))]
-    arguments.only = arguments.only or wanted
-    for part in WITH_COUNTS:
-        if part in arguments.only and part not in wanted:
-            raise UserError(f"--only {part} needs --{part} N,...")
-    if "int8" in arguments.only and "eval" not in arguments.only:
-        raise UserError("--only int8 needs eval, which it is compared with")
-    if arguments.out and not arguments.out.absolute().parent.is_dir():
-        raise UserError(f"--out {arguments.out}: its folder does not exist")
+    given = [part for part in ("processes", "rows") if getattr(arguments, part)]
+    arguments.only = arguments.only or ["train", "eval", "predict", *given]
+    for part in {"processes", "rows"} & set(arguments.only) - set(given):
+        raise UserError(f"--only {part} needs --{part} N,...")
+    if arguments.steps % arguments.warmup_steps:
+        raise UserError(f"--steps {arguments.steps} is not a multiple of --warmup-steps {arguments.warmup_steps}")
+    files = [arguments.tokenizer, arguments.data_dir / "train.tsv", arguments.data_dir / "dev.tsv"]
+    for file in [*files, *([arguments.against / "train.py"] if arguments.against else [])]:
+        if not file.is_file():
+            raise UserError(f"no file {file}; see --tokenizer, --data-dir and --against")
+    arguments.device = choose_device(arguments.device).type
     return arguments
 
 
-def find_shape(arguments: argparse.Namespace) -> tuple[EncoderShape, Path]:
-    """Return the encoder's sizes, and the tokenizer's file."""
-    tokenizer_file = ROOT / "models" / "small" / TOKENIZER_NAME
-    if arguments.shape in SHAPES:
-        shape = SHAPES[arguments.shape]
-    else:
-        folder = Path(arguments.shape)
-        if not folder.is_dir():
-            raise UserError(f"--shape {folder}: neither one of {', '.join(SHAPES)} nor a folder that is there")
-        shape = read_shape(folder)
-        if (folder / TOKENIZER_NAME).is_file():
-            tokenizer_file = folder / TOKENIZER_NAME
-    tokenizer_file = arguments.tokenizer or tokenizer_file
-    if not tokenizer_file.is_file():
-        raise UserError(
-            f"no SentencePiece model {tokenizer_file}: name one with --tokenizer FILE,"
-            " or make models/small with scripts/fetch_small_encoder.py"
-        )
-    return shape, tokenizer_file
+def write_inputs(arguments: argparse.Namespace, folder: Path) -> None:
+    """Write encoder/, encoder-model/, few.tsv, eval.tsv and typical.tsv into a folder."""
+    # In a process of its own, whose memory would else be taken for that of the commands.
+    words = (folder / "encoder", arguments.tokenizer, SHAPES[arguments.shape])
+    writer = multiprocessing.get_context("spawn").Process(target=write_encoder, args=words)
+    writer.start()
+    writer.join()
+    rows = read_rows(arguments.data_dir / "dev.tsv")
+    write_rows(folder / "eval.tsv", [rows[number % len(rows)] for number in range(arguments.eval_rows)])
+    write_typical_rows(arguments.data_dir / "dev.tsv", folder / "few.tsv", FEW_ROWS)
+    write_typical_rows(arguments.data_dir / "train.tsv", folder / "typical.tsv", PEER_BATCHES * arguments.batch_size)
 
 
-def build_setup(arguments: argparse.Namespace) -> Setup:
-    """Return what is measured, with everything decided that depends on the machine."""
-    shape, tokenizer_file = find_shape(arguments)
-    config = Config(
-        data_dir=arguments.data_dir,
-        label_names=SST2_NAMES,
-        max_length=min(MAX_LENGTH, shape.positions - 2),
-        full_vocabulary=arguments.full_vocabulary,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-        precision=arguments.precision,
-        compile=not arguments.no_compile,
-        threads=arguments.threads,
+def train_options(arguments: argparse.Namespace, folder: Path, train_file: Path) -> list[Any]:
+    """Return train.py's options, with warm-up to the end: before it, nobody expects random weights to learn."""
+    files = ["--train-file", train_file, "--dev-file", folder / "few.tsv", "--encoder", folder / "encoder"]
+    computing = ["--batch-size", arguments.batch_size, "--precision", arguments.precision, "--device", arguments.device]
+    return [*files, *computing, "--max-length", 128, "--eval-every", 0, "--warmup-ratio", 1]
+
+
+def train(
+    arguments: argparse.Namespace, folder: Path, root: Path, *more: Any, file: Path | None = None, processes: int = 0
+) -> Answer:
+    """Train for some steps of an epoch; returns rates without the first line of metrics, memory, and the time to it.
+
+    Args:
+        more: options.
+        file: to train on, instead of --data-dir's.
+        processes: see `run_program`.
+    """
+    steps = ["--max-steps", arguments.warmup_steps + arguments.steps, "--log-every", arguments.warmup_steps]
+    options = [*train_options(arguments, folder, file or arguments.data_dir / "train.tsv"), *steps, *more]
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        run_folder = Path(temporary, "run")
+        used = run_program(root, "train.py", [*options, "--output-dir", run_folder], folder, processes)
+        lines = [line for line in read_metrics(run_folder / "metrics.jsonl") if "lr" in line][1:]
+        events = EventAccumulator(str(run_folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+        memory = events.Scalars("train/memory_gb")
+    # All lines are of equally many rows.
+    found = {"samples_per_s": statistics.harmonic_mean([line["samples_per_s"] for line in lines])}
+    found["tokens_per_s"] = found["samples_per_s"] * statistics.mean(
+        line["tokens_per_s"] / line["samples_per_s"] for line in lines
     )
-    check(config)
-    device = choose_device(config.device, 0, max(arguments.processes, default=1))
-    if "int8" in arguments.only and device.type != "cpu":
-        raise UserError("--only int8 measures a CPU; add --device cpu")
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    precision = choose_precision(config.precision, device)
-    config = dataclasses.replace(config, device=device.type, precision=precision, threads=torch.get_num_threads())
-    return Setup(config, shape, tokenizer_file, arguments.steps, arguments.warmup_steps, arguments.eval_batch_size)
+    if arguments.device == "cuda":
+        found["peak_cuda_bytes"] = max(event.value for event in memory) * 1e9
+    return {**found, "first_line_s": memory[0].wall_time - used["started"], "peak_rss_bytes": used["peak_rss_bytes"]}
 
 
-def describe(arguments: argparse.Namespace, setup: Setup, spec: Path) -> Answer:
-    """Return on what machine, with what versions and settings the figures were obtained."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.is_file() else []
-    with np.load(spec.with_name("rows.npz")) as arrays:
-        table_rows = len(arrays["kept_ids"])
-        tokens_per_row = {
-            split: rounded(arrays[f"{split}_offsets"][-1] / len(arrays[f"{split}_labels"]))
-            for split in ("train", "dev")
-        }
-    config = setup.config
-    return {
-        "cpu": names[0].split(":", 1)[1].strip() if names else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if config.device == "cuda" else None,
-        "cores": os.cpu_count(),
-        "threads": config.threads,
-        "preloaded": os.environ.get("LD_PRELOAD"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "shape": {"name": arguments.shape, **dataclasses.asdict(setup.shape)},
-        "table_rows": table_rows,
-        "tokens_per_row": tokens_per_row,  # of the whole splits
-        **{
-            name: getattr(config, name)
-            for name in ("precision", "device", "batch_size", "eval_batch_tokens", "max_length")
-        },
-        **{name: getattr(arguments, name) for name in ("eval_batch_size", "steps", "warmup_steps", "rounds")},
-    }
+def answer(arguments: argparse.Namespace, folder: Path, root: Path, program: str, precision: str) -> Answer:
+    """Evaluate, or predict; returns rows/s, without the time to start, and memory."""
+    used = {}
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        for name in ("few", "eval"):
+            options = ["--model", folder / "encoder-model", "--device", arguments.device, "--precision", precision]
+            files = ["--file", folder / f"{name}.tsv"]
+            if program == "predict":
+                files = ["--input", folder / f"{name}.tsv", "--output", Path(temporary, f"{name}.tsv")]
+            used[name] = run_program(root, f"scripts/{program}.py", [*options, *files], folder)
+    seconds = used["eval"]["seconds"] - used["few"]["seconds"]
+    if seconds <= 0:
+        raise UserError(f"--eval-rows {arguments.eval_rows} took no longer than {FEW_ROWS}: give more")
+    rate = (arguments.eval_rows - FEW_ROWS) / seconds
+    return {"samples_per_s": rate, "peak_rss_bytes": used["eval"]["peak_rss_bytes"]}
+
+
+def run_peer(python: str, folder: Path, order: Answer) -> Answer:
+    """Let peer.py do what an order says; returns its rates and memory."""
+    (folder / "order.json").write_text(json.dumps({"seed": 0, **order}), encoding="utf-8")
+    files = [str(folder / name) for name in ("order.json", "result.json")]
+    used = run([python, str(PEER_PROGRAM), *files], {"PYTHONPATH": ""})
+    found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    figures = {name: found[name] for name in ("samples_per_s", "tokens_per_s", "peak_cuda_bytes") if name in found}
+    return {**figures, "peak_rss_bytes": used["peak_rss_bytes"], "versions": found["versions"]}
+
+
+def contenders(arguments: argparse.Namespace, folder: Path, task: str) -> Contenders:
+    """Return what is compared in a task: name -> what measures it once."""
+    found: Contenders = {}
+    trains, answers = (functools.partial(function, arguments, folder) for function in (train, answer))
+    if task == "processes":
+        return {str(n): functools.partial(trains, ROOT, "--threads", 1, processes=n) for n in arguments.processes}
+    if task == "int8":
+        found["int8"] = functools.partial(answers, ROOT, "evaluate", "int8")
+    for name, root in (("ours", ROOT), ("against", arguments.against and arguments.against.absolute())):
+        if root and task == "train":
+            found[name] = functools.partial(trains, root)
+            if arguments.plain:
+                found["plain" if name == "ours" else "against-plain"] = functools.partial(trains, root, "--no-compile")
+        elif root:
+            program = "predict" if task == "predict" else "evaluate"
+            found[name] = functools.partial(answers, root, program, arguments.precision)
+    if arguments.peer and task != "predict":
+        words = [*train_options(arguments, folder, folder / "typical.tsv"), "--test-file", folder / "eval.tsv"]
+        order = write_peer_inputs([str(word) for word in words], folder / "peer")
+        orders = {"trainer": {**order, "splits": [], "max_steps": 2 * order["batches"]}}
+        if task != "train":
+            timed = {**order, "encoder": str(folder / "encoder-model"), "split": "eval"}
+            orders = {"trainer": timed, "trainer-bf16": {**timed, "full_bf16": True}}
+        if task == "int8":
+            orders["trainer-fp32"] = {**timed, "precision": "fp32"}
+        found.update({name: functools.partial(run_peer, arguments.peer, folder, orders[name]) for name in orders})
+    return found
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
-    """Measure what the command line asks for; the folder is for files of the measured processes."""
-    setup = build_setup(arguments)
-    files = find_files(arguments.data_dir)
-    spec = write_spec(folder / "rates", read_tokens(files, setup), setup)
-    result: Answer = {"settings": describe(arguments, setup, spec)}
-    if tasks := [part for part in MEASURED if part in arguments.only]:
-        result.update(measure_rates(tasks, arguments.peer, arguments.rounds, setup.config, spec))
-    if "processes" in arguments.only:
-        one_thread = dataclasses.replace(setup.config, batch_size=arguments.processes_batch_size, threads=1)
-        setup_of_processes = setup._replace(config=one_thread)
-        caches = read_tokens(files, setup_of_processes)
-        spec_of_processes = write_spec(folder / "processes", caches, setup_of_processes)
-        result["processes"] = measure_processes(arguments.processes, arguments.rounds, spec_of_processes)
-    if "rows" in arguments.only:
-        result["rows"] = measure_rows(arguments.rows, files, setup.config, spec)
+    """Measure what the command line asks for."""
+    write_inputs(arguments, folder)
+    covered = {"rows", "eval"} if "int8" in arguments.only else {"rows"}
+    measures = {task: contenders(arguments, folder, task) for task in arguments.only if task not in covered}
+    rounds: dict[str, dict[str, list[Answer]]] = {task: {name: [] for name in measures[task]} for task in measures}
+    jobs = [(task, name) for task in measures for name in measures[task]]
+    for number in range(arguments.rounds):
+        for task, name in jobs if number % 2 == 0 else reversed(jobs):
+            found = measures[task][name]()
+            rounds[task][name].append(found)
+            rate, memory = found["samples_per_s"], found["peak_rss_bytes"] / 2**30
+            say(f"round {number + 1}/{arguments.rounds}: {task}: {name}: {rate:.1f} rows/s, {memory:.2f} GiB")
+    result: Answer = {"settings": {name: str(value) for name, value in vars(arguments).items()}}
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.is_file() else []
+    result.update(cpu=models[0].split(":", 1)[1].strip() if models else platform.processor(), cores=os.cpu_count())
+    for task, by_name in rounds.items():
+        result[task] = {"ratios": ratios(by_name)}
+        for name, answers in by_name.items():
+            numbers = [figure for figure, value in answers[0].items() if isinstance(value, (int, float))]
+            spreads = {figure: spread([found[figure] for found in answers]) for figure in numbers}
+            result[task][name] = {**answers[0], **spreads}
+    for count in arguments.rows if "rows" in arguments.only else []:
+        file = folder / f"{count}.tsv"
+        write_many_rows(arguments.data_dir / "train.tsv", file, count, seed=0)
+        result.setdefault("rows", {})[str(count)] = {
+            state: train(arguments, folder, ROOT, "--log-every", 1, "--max-steps", 5, file=file)
+            for state in ("cold", "warm")
+        }
     return result
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="sst2-xlmr-bench-") as temporary:
-        result = measure(arguments, Path(temporary))
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.out:
-        try:
-            arguments.out.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write --out {arguments.out}: {error.strerror}") from None
+        print(json.dumps(measure(arguments, Path(temporary)), indent=2))
 
 
 if __name__ == "__main__":

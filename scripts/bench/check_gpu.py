@@ -1,115 +1,161 @@
-"""See scripts/check_gpu.sh, which runs this."""
+"""See scripts/check_gpu.sh, which runs this.
+
+Every check runs train.py and scripts/predict.py on the device, and perhaps on the CPU too, and returns its figures. It
+raises AssertionError if they are not as they must be. With --device cpu they compare the CPU with itself.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import importlib.util
 import json
-import os
+import shutil
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA is there, for repetitions
-
-
-# isort: split
-import gpu_checks
+import bench
 import numpy as np
 import torch
-from bench import SHAPES, positives
-from figures import Answer, ratio, say, summarize
-from runs import machine_rates, run_peer, worker
-from sample_rows import make_tokenizer, write_rows
-from spec import Setup, find_files, read_tokens, write_spec
-from worker import read_spec
+from bench import Answer, run_program, say
+from inputs import ROOT, SAMPLE_DATA, SHAPES, make_tokenizer, write_encoder, write_many_rows
+from safetensors.torch import load_file
 
 from sst2_xlmr.cli import OneLineParser, positive
-from sst2_xlmr.config import Config
-from sst2_xlmr.data.rows import SST2_NAMES
-from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderShape
+from sst2_xlmr.training.run_folder import read_metrics
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.distributed import choose_device
-from sst2_xlmr.util.errors import UserError, exit_on_user_error
-from sst2_xlmr.util.precision import choose_precision
+from sst2_xlmr.util.errors import exit_on_user_error
+from sst2_xlmr.util.files import digest_of
 
-PIECES = 2000  # of the tokenizer
-TABLE_ROWS = 9_370  # embedding rows that SST-2 uses
+Train = Callable[..., Path]
 PEER_BATCH_SIZES = (32, 256)
+MODEL = Path("model", "model.safetensors")
+NO_DROPOUT = ("--dropout", 0, "--head-dropout", 0)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog="check_gpu.sh", description="Prove and measure training on a GPU.", allow_abbrev=False)
+    parser = OneLineParser(prog="check_gpu.sh", description="Check and measure training on a GPU.", allow_abbrev=False)
     add = parser.add_argument
     add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries the checks themselves [cuda]")
-    add("--shape", default="xlmr.base", choices=tuple(SHAPES), help="of the encoder that is measured [xlmr.base]")
-    add("--layers", type=positive, metavar="N", help="so many layers instead of the shape's")
-    add("--batch-sizes", type=positives, default=[16, 32, 128, 256], metavar="N,...", help="[16,32,128,256]")
+    add("--shape", default="xlmr.base", choices=SHAPES, help="of the encoder that is measured [xlmr.base]")
+    add("--checked-shape", default="small", choices=SHAPES, help="of the encoder that is checked [small]")
+    add("--batch-sizes", type=bench.positives, default=[16, 32, 128, 256], metavar="N,...", help="[16,32,128,256]")
     add("--steps", type=positive, default=40, metavar="N", help="timed optimizer steps per round [40]")
     add("--rounds", type=positive, default=3, metavar="N", help="how often everything is measured [3]")
-    add("--no-peer", action="store_true", help="leave the Trainer out also where transformers is installed")
-    add("--out", type=Path, metavar="FILE", help="write the JSON there too")
-    arguments = parser.parse_args(argv)
-    if arguments.out and not arguments.out.absolute().parent.is_dir():
-        raise UserError(f"--out {arguments.out}: its folder does not exist")
-    return arguments
+    add("--no-peer", action="store_true", help="leave the Trainer out even where transformers is installed")
+    return parser.parse_args(argv)
 
 
-class Inputs:
-    """Rows, tokenizer and specifications, in a temporary folder."""
-
-    def __init__(self, folder: Path, arguments: argparse.Namespace, device: torch.device) -> None:
-        self.folder, self.data, self.arguments = folder, folder / "data", arguments
-        self.tokenizer_file = folder / TOKENIZER_NAME
-        make_tokenizer(self.tokenizer_file, PIECES)
-        write_rows(self.data, rows=max(arguments.batch_sizes) * 200)
-        os.environ["SST2_XLMR_CACHE"] = str(folder / "cache")
-        self.config = Config(
-            data_dir=str(self.data),
-            label_names=SST2_NAMES,
-            max_length=128,
-            device=device.type,
-            precision=choose_precision("auto", device),
-            threads=torch.get_num_threads(),
-        )
-
-    def write(self, name: str, shape: EncoderShape, batch_size: int, steps: int, lr: float = 2e-5) -> Path:
-        """Write a specification with as many embedding rows as SST-2 uses; returns its path."""
-        if self.arguments.layers:
-            shape = dataclasses.replace(shape, layers=self.arguments.layers)
-        config = dataclasses.replace(self.config, batch_size=batch_size, lr=lr)
-        setup = Setup(config, shape, self.tokenizer_file, steps, 5, 64)
-        spec = write_spec(self.folder / name, read_tokens(find_files(str(self.data)), setup), setup)
-        with np.load(spec.with_name("rows.npz")) as arrays:
-            changed = {**arrays, "kept_ids": np.union1d(arrays["kept_ids"], np.arange(TABLE_ROWS))}
-        np.savez(spec.with_name("rows.npz"), **changed)
-        return spec
+def write_inputs(folder: Path, shape: str, rows: int) -> None:
+    """Write tokenizer.model, train.tsv, dev.tsv, and an encoder, checked/, into a folder."""
+    make_tokenizer(folder / "tokenizer.model", pieces=2000)
+    write_many_rows(SAMPLE_DATA / "train.tsv", folder / "train.tsv", rows, seed=0)
+    write_many_rows(SAMPLE_DATA / "dev.tsv", folder / "dev.tsv", 64, seed=1)
+    write_encoder(folder / "checked", folder / "tokenizer.model", SHAPES[shape])
 
 
-def run_checks(inputs: Inputs, device: torch.device) -> Answer:
-    """Run all checks; a result has `figures`, or says in `failed` why it has none."""
-    file = inputs.write("checks", SHAPES["small"], batch_size=16, steps=100, lr=5e-5)
-    spec = read_spec(file)
-    checks: dict[str, Callable[[], Answer]] = {
-        "parity with the CPU": lambda: gpu_checks.check_parity(spec, device),
-        "bf16 learns as fp32": lambda: gpu_checks.check_bf16(spec, device),
-        "the update compiles": lambda: gpu_checks.check_update(device),
-        "repetition": lambda: gpu_checks.check_repetition(spec, device),
-        "resume to the bit": lambda: gpu_checks.check_resume(
-            write_encoder(file), inputs.data, inputs.folder / "runs", device
-        ),
+def run_train(
+    folder: Path, device: str, shape: str, name: str, *options: object, steps: int = 30, processes: int = 0
+) -> Path:
+    """Train, in fp32 on the device unless options say otherwise, or resume; returns the run's folder."""
+    words: list[object] = ["--resume"]
+    if not (folder / name).exists():
+        words = ["--data-dir", folder, "--encoder", folder / shape, "--device", device, "--precision", "fp32"]
+        words += ["--batch-size", 16, "--max-length", 64, "--lr", 1e-4, "--log-every", 1, "--eval-every", 0]
+        words += ["--max-steps", steps, *options]
+    run_program(ROOT, "train.py", [*words, "--output-dir", folder / name], folder, processes)
+    return folder / name
+
+
+def losses(run_folder: Path) -> np.ndarray:
+    return np.array([line["loss"] for line in read_metrics(run_folder / "metrics.jsonl") if "lr" in line])
+
+
+def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_folder / "model" / "model.safetensors")
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], names: set[str]) -> float:
+    """Return the norm of the difference over some tensors."""
+    return float(torch.stack([(ours[name].float() - theirs[name].float()).norm() for name in names]).norm())
+
+
+def check_parity(train: Train, folder: Path, device: str) -> Answer:
+    """Losses and weights of 30 steps in fp32 without dropout are a CPU's, also with micro-batches and by torchrun."""
+    cpu = train("cpu", *NO_DROPOUT, "--device", "cpu", "--no-compile")
+    runs = {
+        "alone": train("alone", *NO_DROPOUT),
+        "micro-batches": train("micro-batches", *NO_DROPOUT, "--micro-batch-size", 4),
+        "torchrun": train("torchrun", *NO_DROPOUT, processes=1),
     }
-    if device.type == "cuda":
-        checks["no waiting in a step"] = lambda: gpu_checks.check_no_waiting(spec, device)
+    figures = {f"{name}: loss": float(np.abs(losses(run) / losses(cpu) - 1).max()) for name, run in runs.items()}
+    assert max(figures.values()) < 1e-4, figures
+    ours, theirs = weights(runs["alone"]), weights(cpu)
+    before = load_file(Path(json.loads((cpu / "config.json").read_text())["encoder"], "model.safetensors"))
+    names = ours.keys() & before.keys()
+    figures["weights, of their change"] = distance(ours, theirs, names) / distance(before, theirs, names)
+    assert figures["weights, of their change"] < 0.02, figures
+    return figures
+
+
+def check_lower_precision(train: Train, folder: Path, device: str) -> Answer:
+    """bf16 (and tf32) learns as fp32 does: the same mean loss over 100 steps."""
+    precisions = ("fp32", "bf16", "tf32") if device == "cuda" else ("fp32", "bf16")
+    curves = {p: losses(train(f"curve-{p}", *NO_DROPOUT, "--precision", p, steps=100)) for p in precisions}
+    figures = {name: float(np.mean(curves[name] - curves["fp32"])) for name in precisions[1:]}
+    assert all(abs(difference) < 0.02 for difference in figures.values()), figures
+    return figures
+
+
+def check_bits(train: Train, folder: Path, device: str) -> Answer:
+    """With --deterministic a second run, and that one resumed from its middle, leave the same bits."""
+    figures = {}
+    for precision in ("fp32", "bf16", "tf32") if device == "cuda" else ("fp32", "bf16"):
+        options = ("--precision", precision, "--deterministic", "--save-every", 10)
+        first, second = (train(f"{precision}-{name}", *options, steps=20) for name in ("first", "second"))
+        figures[f"{precision} repeated"] = digest_of(first / MODEL) == digest_of(second / MODEL)
+        for name in ("model", "best", "checkpoints/step-00000020"):
+            shutil.rmtree(second / name)
+        figures[f"{precision} resumed"] = digest_of(first / MODEL) == digest_of(train(second.name) / MODEL)
+    assert all(figures.values()), figures
+    return figures
+
+
+def check_prediction(train: Train, folder: Path, device: str) -> Answer:
+    """Probabilities of a trained model are a CPU's: to 1e-3 in fp32, to 0.05 in bf16."""
+    model, found = train("trained", steps=100) / "model", {}
+    for name, *computing in (("cpu", "cpu", "fp32"), ("fp32", device, "fp32"), ("bf16", device, "bf16")):
+        output = folder / f"{name}.jsonl"
+        options = ["--model", model, "--device", computing[0], "--precision", computing[1], "--all-probabilities"]
+        run_program(ROOT, "scripts/predict.py", [*options, "--input", folder / "dev.tsv", "--output", output], folder)
+        rows = map(json.loads, output.read_text(encoding="utf-8").splitlines())
+        found[name] = np.array([row["probability_1"] for row in rows])
+    figures = {name: float(np.abs(found[name] - found["cpu"]).max()) for name in ("fp32", "bf16")}
+    assert figures["fp32"] < 1e-3, figures
+    assert figures["bf16"] < 0.05, figures
+    return figures
+
+
+CHECKS: dict[str, Callable[[Train, Path, str], Answer]] = {
+    "parity with the CPU": check_parity,
+    "lower precision": check_lower_precision,
+    "the same bits": check_bits,
+    "prediction": check_prediction,
+}
+
+
+def run_checks(folder: Path, device: str, shape: str) -> Answer:
+    """Run all checks; a result has `figures`, or says in `failed` why it has none."""
     results: Answer = {}
-    for name, check in checks.items():
+    for name, check in CHECKS.items():
         start = time.perf_counter()
         try:
-            results[name] = {"figures": check()}
+            results[name] = {"figures": check(functools.partial(run_train, folder, device, shape), folder, device)}
         except Exception as error:  # the other checks are worth their results
             traceback.print_exc()
             results[name] = {"failed": str(error) or type(error).__name__}
@@ -118,76 +164,54 @@ def run_checks(inputs: Inputs, device: torch.device) -> Answer:
     return results
 
 
-def write_encoder(spec: Path) -> Path:
-    """Write an encoder's folder with random weights; returns it."""
-    with worker("weights", spec):
-        return read_spec(spec).encoder_folder
-
-
-def measure(inputs: Inputs, has_peer: bool) -> Answer:
-    """Measure training at every batch size, and the Trainer at some, one after the other in every round."""
-    arguments = inputs.arguments
+def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
+    """Measure training at every batch size, and the Trainer at some."""
+    has_peer = not arguments.no_peer and all(importlib.util.find_spec(name) for name in ("transformers", "accelerate"))
     results: Answer = {}
     for batch_size in arguments.batch_sizes:
-        spec = inputs.write(f"batch-{batch_size}", SHAPES[arguments.shape], batch_size, arguments.steps)
-        ours, peers = [], []
-        for number in range(arguments.rounds):
-            with worker("train", spec) as ask:
-                ours.append(ask(epoch=number, phases=number == arguments.rounds - 1))
-            if has_peer and batch_size in PEER_BATCH_SIZES:
-                peers.append(run_peer(sys.executable, spec, "grouped"))
-        results[str(batch_size)] = summarize(ours)
-        if peers:
-            results[str(batch_size)]["trainer"] = summarize(peers)
-            results[str(batch_size)]["times_the_trainer"] = ratio(ours, peers)
-        say(f"batch {batch_size}: {results[str(batch_size)]}")
+        words = ["--only", "train", "--data-dir", folder, "--tokenizer", folder / "tokenizer.model"]
+        words += ["--batch-size", batch_size, "--warmup-steps", arguments.steps]
+        for name in ("device", "shape", "steps", "rounds"):
+            words += [f"--{name}", getattr(arguments, name)]
+        if has_peer and batch_size in PEER_BATCH_SIZES:
+            words += ["--peer", sys.executable]
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            found = bench.measure(bench.parse_args([str(word) for word in words]), Path(temporary))
+        results[str(batch_size)] = found["train"]
     return results
 
 
 def table(result: Answer) -> list[str]:
     """Return the result in lines."""
-    lines = [result["device"], result["stack"], ""]
+    lines = [result["device"], result["versions"], ""]
     for name, check in result["checks"].items():
         lines.append(f"{name:<22}{'FAILED' if 'failed' in check else 'ok':<8}{check.get('failed', '')[:200]}")
-    head = ("batch", "rows/s", "ms/step", "launches", "busy", "GiB", "Trainer", "times")
-    lines += ["", "".join(f"{name:>10}" for name in head) + "   data, forward, backward, norm, step (ms)"]
+    lines += ["", "".join(f"{name:>10}" for name in ("batch", "rows/s", "ms/step", "GiB", "Trainer", "times"))]
     for size, figures in result["training"].items():
-        gib = figures.get("peak_cuda_bytes", figures["peak_rss_bytes"]) / 2**30
-        cells: list[Any] = [
-            size,
-            f"{figures['samples_per_s']:.0f}",
-            f"{int(size) / figures['samples_per_s'] * 1e3:.2f}",
-        ]
-        cells += [figures.get("launches_per_step", "-"), figures.get("gpu_busy_share_profiled", "-"), f"{gib:.2f}"]
-        cells.append(f"{figures['trainer']['samples_per_s']:.0f}" if "trainer" in figures else "-")
-        cells.append(figures["times_the_trainer"]["median"] if "trainer" in figures else "-")
-        phases = ", ".join(f"{value:g}" for value in figures["ms_per_step"].values())
-        lines.append("".join(f"{cell!s:>10}" for cell in cells) + f"   {phases}")
+        ours, ratio = figures["ours"], figures["ratios"].get("ours / trainer")
+        rate, memory = ours["samples_per_s"]["median"], ours.get("peak_cuda_bytes", ours["peak_rss_bytes"])["median"]
+        cells = [size, f"{rate:.0f}", f"{int(size) / rate * 1e3:.2f}", f"{memory / 2**30:.2f}", "-", "-"]
+        if ratio:
+            cells[4:] = [f"{figures['trainer']['samples_per_s']['median']:.0f}", ratio["tokens_per_s"]["median"]]
+        lines.append("".join(f"{cell!s:>10}" for cell in cells))
     return lines
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     device = choose_device(arguments.device)
-    has_peer = not arguments.no_peer and all(importlib.util.find_spec(name) for name in ("transformers", "accelerate"))
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="sst2-xlmr-gpu-") as temporary:
-        inputs = Inputs(Path(temporary), arguments, device)
+        folder = Path(temporary)
+        write_inputs(folder, arguments.checked_shape, rows=max(arguments.batch_sizes) * 200)
         result: Answer = {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, to try the checks",
-            "stack": f"{versions.description()}, CUDA {torch.version.cuda}",
-            "checks": run_checks(inputs, device),
-            "training": measure(inputs, has_peer),
-            "machine": machine_rates(device),
+            "versions": f"{versions.description()}, CUDA {torch.version.cuda}",
+            "checks": run_checks(folder, arguments.device, "checked"),
+            "training": measure(arguments, folder),
         }
     result["seconds"] = round(time.perf_counter() - start, 1)
-    text = json.dumps(result)
-    print("\n".join([*table(result), "", text]))
-    if arguments.out:
-        try:
-            arguments.out.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write --out {arguments.out}: {error.strerror}") from None
+    print("\n".join([*table(result), "", json.dumps(result)]))
     if any("failed" in check for check in result["checks"].values()):
         sys.exit(1)
 

@@ -1,25 +1,14 @@
-"""The other side of bench.py: transformers' Trainer on the same files, under a Python that has transformers.
+"""transformers' Trainer on the same rows, under a Python that has transformers; needs nothing of the package.
 
-    PYTHON peer.py SPEC CONFIGURATION
+    PYTHON peer.py ORDER RESULT
 
-SPEC is the file that bench.py wrote (spec.py); one JSON object comes on standard output, all else on standard error.
-Only this file, peer_training.py, measuring.py and sampling.py run in the peer's environment; they need nothing of the
-package. Configurations:
+ORDER is a JSON file with what `write_peer_inputs` returns (study_with_trainer.py), and `seed`. RESULT gets JSON
+with the order, the versions, rates, and the accuracy on every file of `splits`. Rows of like length are in one batch.
+Optional in an order:
 
-    padded    every row to the longest length (128 tokens). Such rows all cost the same, so a tenth of the steps, at
-              least 3, gives the rate.
-    dynamic   every batch to its longest row
-    grouped   dynamic, rows of like length in one batch (the Trainer's `group_by_length`)
-
-              These three order the whole train split as the Trainer does, and train on batches of that order.
-    eval      `Trainer.predict` on rows sorted by length, dynamic; bf16 means autocast, as when a Trainer in training
-              evaluates
-    eval_bf16 the same with `bf16_full_eval`: the weights in bf16, which a Trainer does only outside training
-    eval_fp32 the same in fp32, as `pipeline` computes
-    versions  measures nothing, and says what is installed
-
-The model is `XLMRobertaForSequenceClassification` with random weights and the whole vocabulary; AdamW is torch's fused
-one, and bf16 means autocast, which is what the Trainer does.
+    split             evaluate on these rows, and do not train
+    full_bf16         evaluate with the weights in bf16 instead of autocast, which a Trainer does only outside training
+    evaluations_file  gets a line as in metrics.jsonl after every `eval_every` steps of an epoch and at its end
 """
 
 from __future__ import annotations
@@ -27,103 +16,93 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-# With more than one GPU the Trainer would take them all.
+# With more than one GPU the Trainer would use them all.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 import accelerate
 import numpy as np
 import torch
 import transformers
-from measuring import clock, peak_memory
-from sampling import choose_batches
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    XLMRobertaConfig,
-    XLMRobertaForSequenceClassification,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments, XLMRobertaForSequenceClassification, set_seed
 
 PAD_ID = 1
-ON_CUDA = torch.cuda.is_available()
-ARGUMENTS = {field.name for field in dataclasses.fields(TrainingArguments)}
-Row = dict[str, Any]
 
 
-def versions() -> dict[str, str]:
-    libraries = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
-    return {"python": platform.python_version(), **libraries}
+def clock() -> float:
+    """Return the time in seconds, once the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Rows:
-    """A set of rows (spec.py) as a data set; a row becomes a list when asked for, so that a large file costs little."""
+    """A file's rows as a data set; a row becomes a list when asked for, so that a large file costs little."""
 
-    def __init__(self, rows_file: str, name: str) -> None:
+    def __init__(self, rows_file: str, split: str) -> None:
         with np.load(rows_file) as arrays:
-            self.ids, self.offsets, self.labels = (arrays[f"{name}_{part}"] for part in ("ids", "offsets", "labels"))
+            self.ids, self.offsets, self.labels = (arrays[f"{split}_{part}"] for part in ("ids", "offsets", "labels"))
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, row: int) -> Row:
+    def __getitem__(self, row: int) -> dict[str, Any]:
         label = int(self.labels[row])  # beyond the last row an IndexError, which ends a loop over the data set
         return {"input_ids": self.ids[self.offsets[row] : self.offsets[row + 1]].tolist(), "labels": label}
 
-    def lengths(self) -> np.ndarray:
-        """Return int64 [rows], tokens per row."""
-        return np.diff(self.offsets)
+
+class Collator:
+    """Pads rows to the longest of them; notes every batch's tokens without padding."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        ids = torch.full((len(rows), max(lengths)), PAD_ID)
+        for line, row, length in zip(ids, rows, lengths):
+            line[:length] = torch.tensor(row["input_ids"])
+        self.tokens.append(sum(lengths))
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {"input_ids": ids, "attention_mask": ids.ne(PAD_ID).long(), "labels": labels}
 
 
-def build_model(shape: dict[str, Any], config: dict[str, Any]) -> XLMRobertaForSequenceClassification:
-    torch.manual_seed(config["seed"])
-    return XLMRobertaForSequenceClassification(
-        XLMRobertaConfig(
-            vocab_size=shape["vocab_size"],
-            hidden_size=shape["hidden"],
-            num_hidden_layers=shape["layers"],
-            num_attention_heads=shape["heads"],
-            intermediate_size=shape["ffn"],
-            max_position_embeddings=shape["positions"],
-            layer_norm_eps=shape["layer_norm_eps"],
-            type_vocab_size=1,
-            num_labels=len(config["label_names"]),
-            bos_token_id=0,
-            pad_token_id=PAD_ID,
-            eos_token_id=2,
-        )
+def build_trainer(order: dict[str, Any]) -> Trainer:
+    """Return a quiet Trainer with torch's fused AdamW that saves nothing; bf16 means autocast."""
+    set_seed(order["seed"])  # the Trainer does so too, but only after from_pretrained has drawn the head
+    model = XLMRobertaForSequenceClassification.from_pretrained(
+        order["encoder"],
+        num_labels=order["labels"],
+        num_hidden_layers=order["layers"],  # the lowest of them
+        hidden_dropout_prob=order["dropout"],
+        attention_probs_dropout_prob=order["dropout"],
+        classifier_dropout=order["head_dropout"],
+        ignore_mismatched_sizes=True,
     )
-
-
-def grouping() -> dict[str, Any]:
-    """Return the arguments that put rows of like length into one batch."""
-    if "train_sampling_strategy" in ARGUMENTS:  # transformers 5
-        return {"train_sampling_strategy": "group_by_length"}
-    return {"group_by_length": True}
-
-
-def training_arguments(config: dict[str, Any], rows_file: str, **more: Any) -> TrainingArguments:
-    """Return the arguments of a quiet Trainer with torch's fused AdamW that saves nothing.
-
-    Args:
-        config: options under the names of train.py's.
-        more: arguments of the Trainer's own.
-    """
-    return TrainingArguments(
-        output_dir=str(Path(rows_file).with_name("peer")),
-        per_device_train_batch_size=config["batch_size"],
-        learning_rate=config["lr"],
-        weight_decay=config["weight_decay"],
-        max_grad_norm=config["max_grad_norm"],
+    if "train_sampling_strategy" in {field.name for field in dataclasses.fields(TrainingArguments)}:  # transformers 5
+        more = {"train_sampling_strategy": "group_by_length", "warmup_steps": order["warmup_ratio"]}
+    else:
+        more = {"group_by_length": True, "warmup_ratio": order["warmup_ratio"]}
+    arguments = TrainingArguments(
+        output_dir=str(Path(order["rows_file"]).with_name("peer")),
+        per_device_train_batch_size=order["batch_size"],
+        per_device_eval_batch_size=64,
+        learning_rate=order["lr"],
+        weight_decay=order["weight_decay"],
+        max_grad_norm=order["max_grad_norm"],
+        max_steps=order["max_steps"],
+        lr_scheduler_type="linear",
         optim="adamw_torch_fused",
-        bf16=config["precision"] == "bf16",
-        use_cpu=config["device"] == "cpu",
-        dataloader_pin_memory=config["device"] == "cuda",
-        seed=config["seed"],
+        adam_epsilon=1e-6,
+        bf16=order["precision"] == "bf16",
+        bf16_full_eval=order.get("full_bf16", False),
+        use_cpu=order["device"] == "cpu",
+        dataloader_pin_memory=order["device"] == "cuda",
+        seed=order["seed"],
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
@@ -131,129 +110,73 @@ def training_arguments(config: dict[str, Any], rows_file: str, **more: Any) -> T
         remove_unused_columns=False,
         **more,
     )
+    return Trainer(model, arguments, train_dataset=Rows(order["rows_file"], "train"), data_collator=Collator())
 
 
-def arguments_for(spec: dict[str, Any], configuration: str, max_steps: int) -> TrainingArguments:
-    """Return the arguments of a configuration; see the top of this file."""
-    precision = {"precision": "fp32"} if configuration == "eval_fp32" else {}
-    return training_arguments(
-        {**spec["config"], **precision},
-        spec["rows_file"],
-        per_device_eval_batch_size=spec["eval_batch_size"],
-        max_steps=max_steps,
-        bf16_full_eval=spec["config"]["precision"] == "bf16" and configuration == "eval_bf16",
-        **(grouping() if configuration == "grouped" else {}),
-    )
+def accuracy(trainer: Trainer, rows_file: str, split: str) -> float:
+    """Return the accuracy on a file, whose rows the Trainer takes in an order of its own: it gives the labels too."""
+    result = trainer.predict(Rows(rows_file, split))
+    return float((result.predictions.argmax(-1) == result.label_ids).mean())
 
 
-class Collator:
-    """Pads rows to the longest of them, at least to `length`; notes every batch's tokens without and with padding."""
+class AfterSteps(TrainerCallback):
+    """Takes the time after every step, and evaluates on dev after every so many steps of an epoch and at its end."""
 
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.real_tokens: list[int] = []
-        self.computed_tokens: list[int] = []
-
-    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        lengths = [len(row["input_ids"]) for row in rows]
-        ids = torch.full((len(rows), max(self.length, *lengths)), PAD_ID)
-        for line, row, length in zip(ids, rows, lengths):
-            line[:length] = torch.tensor(row["input_ids"])
-        self.real_tokens.append(sum(lengths))
-        self.computed_tokens.append(ids.numel())
-        labels = torch.tensor([row["labels"] for row in rows])
-        return {"input_ids": ids, "attention_mask": ids.ne(PAD_ID).long(), "labels": labels}
-
-
-class Stopwatch(TrainerCallback):
-    """Takes the time after every step."""
-
-    def __init__(self) -> None:
+    def __init__(self, trainer: Trainer, order: dict[str, Any]) -> None:
+        self.trainer, self.order = trainer, order
         self.times: list[float] = []
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.times.append(clock(ON_CUDA))
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.times.append(clock())
+        if "evaluations_file" not in self.order:
+            return
+        place = (state.global_step - 1) % self.order["batches"] + 1
+        is_end = place == self.order["batches"] or state.global_step == state.max_steps
+        if is_end or (self.order["eval_every"] and place % self.order["eval_every"] == 0):
+            reached = accuracy(self.trainer, self.order["rows_file"], "dev")
+            self.trainer.model.train()
+            entry = {"step": state.global_step, "split": "dev", "accuracy": reached}
+            with Path(self.order["evaluations_file"]).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
 
 
-class MeasuredTrainer(Trainer):
-    """A Trainer that orders the whole data set in its own way, and trains on a few batches of that order.
-
-    Attributes:
-        warmup_steps: how many batches come first, for warming up.
-        steps: how many batches come then.
-    """
-
-    train_dataset: Rows
-    warmup_steps = steps = 0
-
-    def _get_train_sampler(self, *_: Any) -> list[int]:
-        sampler = super()._get_train_sampler()
-        assert sampler is not None
-        order, batch_size = np.array(list(sampler)), self.args.train_batch_size
-        batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
-        chosen = choose_batches(batches, self.train_dataset.lengths(), self.warmup_steps, self.steps)
-        return np.concatenate(chosen).ravel().tolist()
-
-
-def train(spec: dict[str, Any], configuration: str) -> dict[str, float]:
-    warmup_steps, steps = spec["warmup_steps"], spec["steps"]
-    if configuration == "padded":
-        steps = max(3, steps // 10)
-    collator = Collator(spec["config"]["max_length"] if configuration == "padded" else 0)
-    stopwatch = Stopwatch()
-    trainer = MeasuredTrainer(
-        build_model(spec["shape"], spec["config"]),
-        arguments_for(spec, configuration, warmup_steps + steps),
-        train_dataset=Rows(spec["rows_file"], "train"),
-        data_collator=collator,
-        callbacks=[stopwatch],
-    )
-    trainer.warmup_steps, trainer.steps = warmup_steps, steps
+def train(order: dict[str, Any]) -> dict[str, Any]:
+    """Train; rates are those after the first epoch, if there are more."""
+    trainer, first, last = build_trainer(order), order["batches"], order["max_steps"]
+    after_steps = AfterSteps(trainer, order)
+    trainer.add_callback(after_steps)
     trainer.train()
-    seconds = stopwatch.times[warmup_steps + steps - 1] - stopwatch.times[warmup_steps - 1]
-    rows = steps * spec["config"]["batch_size"]
-    tokens = sum(collator.real_tokens[warmup_steps:])
-    return {
-        "samples_per_s": rows / seconds,
-        "tokens_per_s": tokens / seconds,
-        "tokens_per_row": tokens / rows,
-        "computed_tokens_per_row": sum(collator.computed_tokens[warmup_steps:]) / rows,
-    }
+    result: dict[str, Any] = {}
+    if last > first:
+        seconds = after_steps.times[last - 1] - after_steps.times[first - 1]
+        result["samples_per_s"] = (last - first) * order["batch_size"] / seconds
+        result["tokens_per_s"] = sum(trainer.data_collator.tokens[first:last]) / seconds
+    return {**result, "accuracy": {split: accuracy(trainer, order["rows_file"], split) for split in order["splits"]}}
 
 
-def evaluate(spec: dict[str, Any], configuration: str) -> dict[str, float]:
-    model, arguments = build_model(spec["shape"], spec["config"]), arguments_for(spec, configuration, 1)
-    collator = Collator(0)
-    trainer = Trainer(model, arguments, data_collator=collator)
-    dev = Rows(spec["rows_file"], "dev")
-    rows = [dev[row] for row in np.argsort(dev.lengths(), kind="stable")]
-    trainer.predict(Rows(spec["rows_file"], "warmup"))
-    warmup_batches = len(collator.real_tokens)
-    start = clock(ON_CUDA)
+def evaluate(order: dict[str, Any]) -> dict[str, float]:
+    """Return the rates of `Trainer.predict` on rows sorted by length."""
+    trainer, data = build_trainer(order), Rows(order["rows_file"], order["split"])
+    rows = [data[row] for row in np.argsort(np.diff(data.offsets), kind="stable")]
+    trainer.predict(rows[:: max(1, len(rows) // 64)])  # of all lengths, to warm up
+    start = clock()
     trainer.predict(rows)
-    seconds = clock(ON_CUDA) - start
-    tokens = sum(collator.real_tokens[warmup_batches:])
-    return {
-        "samples_per_s": len(rows) / seconds,
-        "tokens_per_s": tokens / seconds,
-        "tokens_per_row": tokens / len(rows),
-        "computed_tokens_per_row": sum(collator.computed_tokens[warmup_batches:]) / len(rows),
-    }
+    seconds = clock() - start
+    return {"samples_per_s": len(rows) / seconds, "tokens_per_s": len(data.ids) / seconds}
 
 
 def main() -> None:
-    file, configuration = sys.argv[1:]
-    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # the Trainer prints what it logs
-    spec = json.loads(Path(file).read_text(encoding="utf-8"))
-    torch.set_num_threads(spec["config"]["threads"])
-    result: dict[str, Any]
-    if configuration == "versions":
-        result = {"versions": versions()}
-    else:
-        figures = (evaluate if configuration.startswith("eval") else train)(spec, configuration)
-        result = {**figures, **peak_memory(spec["config"]["device"] == "cuda")}
-    print(json.dumps(result), file=answer, flush=True)
+    order_file, result_file = map(Path, sys.argv[1:])
+    order = json.loads(order_file.read_text(encoding="utf-8"))
+    if order["threads"]:
+        torch.set_num_threads(order["threads"])
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
+    result = {"order": order, "versions": versions, **(evaluate(order) if "split" in order else train(order))}
+    if order["device"] == "cuda":
+        result["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    unfinished = result_file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(result), encoding="utf-8")
+    unfinished.replace(result_file)
 
 
 if __name__ == "__main__":

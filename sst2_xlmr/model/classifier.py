@@ -12,17 +12,21 @@ from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
 from sst2_xlmr.model.vocabulary import Vocabulary
 from sst2_xlmr.model.weights import check_fit, load_tensors
 from sst2_xlmr.task import SingleLabel, Task
+from sst2_xlmr.util.errors import UserError
 
 
 def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[SequenceClassifier, Tokenizer, Task]:
     """Load a trained model's folder for prediction; the classifier is in evaluation mode.
 
     Raises:
-        UserError: if the folder is incomplete, has no classification head, or has another model's tokenizer.
+        UserError: if the folder is incomplete, has no classification head, weights that are not finite, or another
+            model's tokenizer.
     """
     encoder, label_names = find_model(folder)
     task = SingleLabel(label_names)
     model, _ = build_classifier(encoder, task)
+    if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
+        raise UserError(f"{folder} has weights that are not finite (NaN or infinite); train it again, or use another")
     model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
     tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
     check_tokenizer(encoder, tokenizer.vocab_size)

@@ -209,7 +209,7 @@ def checked_answers(task: Task, labels: Sequence[str], probabilities: np.ndarray
 def write_hugging_face(encoder: Encoder, folder: Path, dtype: str) -> Classify:
     """Write the folder, with the source's model card if it has one."""
     weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
-    write_folder(folder, weights, encoder, read_card(Path(encoder.name)))
+    write_folder(folder, weights, encoder, read_card(encoder.weights_file.parent))
     return classify_with_folder(folder)
 
 

@@ -7,47 +7,48 @@
     torchrun --nproc_per_node=2 scripts/predict.py --model runs/NAME/model --input reviews.csv --output answers.csv
 
 Prints one line per text, in order: label, tab, its probability, tab, text; or writes all columns of the input, followed
-by these, to a file, which gets its name when it is whole. Rows are read, classified and written some at a time, so that
-a file may be larger than memory; the input is read through first, so that a bad row shows before any work. Until
-answers.csv is whole, its rows are in answers.csv.part-0, where the same command with --resume (instead of --overwrite)
-goes on after a kill. Several processes take a share of the rows each.
+by these, to a file, which gets its name when it is complete. Rows are read, classified and written in blocks, so that a
+file may be larger than memory; the input is read through first, so that a bad row shows before any work. Until
+answers.csv is complete, its rows are in a hidden shard beside it, which the same command with --resume (instead of
+--overwrite) continues after a kill. Several processes take a share of the rows each.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
-import io
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
-import torch
+import numpy as np
 
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option, number_to
 from sst2_xlmr.config import flag
-from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, is_table, kind_of
-from sst2_xlmr.data.predictions import RowsWriter, Writer, check_columns, line_writer, submission_writer
+from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, kind_of
+from sst2_xlmr.data.predictions import check_columns, console_lines, extended_rows, glue_numbers, submission_lines
 from sst2_xlmr.data.rows import TEXT_OPTIONS, Example, check_text, columns_given, in_chunks, read_examples
 from sst2_xlmr.model.encoders import find_model
-from sst2_xlmr.predictor import NO_ANSWER, Answer, Model, answers, load_model
-from sst2_xlmr.report.rows_bar import RowsBar
+from sst2_xlmr.predictor import Classifier
+from sst2_xlmr.programs import print_text
+from sst2_xlmr.report.progress import with_progress
+from sst2_xlmr.task import ABSTAINED, Task
 from sst2_xlmr.util import distributed
-from sst2_xlmr.util.distributed import World, choose_device
-from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import Finisher, digest_of, digest_of_input
-from sst2_xlmr.util.memory import keep_freed_memory
-from sst2_xlmr.util.shards import is_begun, join_parts, open_parts
+from sst2_xlmr.util.distributed import World
+from sst2_xlmr.util.errors import UserError, raise_on_all
+from sst2_xlmr.util.files import digest_of, digest_of_input
+from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
+from sst2_xlmr.util.shards import open_shards, shards_of
 
 ROWS_AT_ONCE = 1024
 # Options on which the output depends, besides the input and the model.
-RECIPE_OPTIONS = (*TEXT_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
+FINGERPRINT_OPTIONS = (*TEXT_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
 # Processes wait for one another at the beginning and the end only, however long the rows of one take.
 TIMEOUT_MINUTES = 7 * 24 * 60.0
+T = TypeVar("T")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -63,18 +64,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--output", type=Path, metavar="FILE", help=f"write a {either(KINDS)} file, perhaps with .gz, instead"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
-    parser.add_argument("--resume", action="store_true", help="go on where a run with the same --output was killed")
+    parser.add_argument("--resume", action="store_true", help="continue where a run with the same --output was killed")
     parser.add_argument(
         "--abstain-below",
         type=number_to(1, "probability"),
         default=0.0,
         metavar="P",
-        help=f"answer {NO_ANSWER} instead of a label whose probability is lower",
+        help=f"predict {ABSTAINED} instead of a label whose probability is lower",
     )
-    parser.add_argument("--all-probabilities", action="store_true", help="also those of the other classes")
+    parser.add_argument("--all-probabilities", action="store_true", help="also those of the other labels")
     parser.add_argument("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
     arguments = parser.parse_args(argv)
+    check_options(arguments)
+    check_output_files(arguments)
+    return arguments
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    is_from_file_to_file = arguments.input and output_files(arguments)
     if arguments.input and arguments.sentences:
         raise UserError(f"--input and a sentence, {arguments.sentences[0][:40]!r}: leave one of them out")
     for name in TEXT_OPTIONS:
@@ -90,15 +99,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--glue-submission holds labels only; leave out --all-probabilities, or add --output")
     if arguments.output:
         kind_of(arguments.output)
-    if not (arguments.input and output_files(arguments)):
-        if arguments.resume:
-            raise UserError("--resume needs --input and --output, to know what is done")
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UserError("several processes need --input and --output, to divide the rows")
+    if arguments.resume and not is_from_file_to_file:
+        raise UserError("--resume needs --input and --output, to know what is done")
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not is_from_file_to_file:
+        raise UserError("several processes need --input and --output, to divide the rows")
     if arguments.resume and arguments.overwrite:
-        raise UserError("--resume goes on with output, and --overwrite replaces it; leave one of them out")
-    check_output_files(arguments)
-    return arguments
+        raise UserError("--resume continues output, and --overwrite replaces it; leave one of them out")
 
 
 def check_output_files(arguments: argparse.Namespace) -> None:
@@ -119,18 +125,15 @@ def check_output_files(arguments: argparse.Namespace) -> None:
                 raise UserError(f"cannot write to {path.parent}: no permission; choose another place")
             if path.is_dir():
                 raise UserError(f"{path} is a folder; name a file")
-            if path.exists() and not arguments.overwrite and not (arguments.resume and is_resumable(paths)):
-                raise UserError(f"{path} is there already; choose another name, or --overwrite")
-            if is_begun(path) and not (arguments.overwrite or arguments.resume):
-                cure = "--resume goes on with them, --overwrite discards them"
-                raise UserError(f"rows of an earlier run are in {path}.part-*; {cure}")
+            if arguments.overwrite or (arguments.resume and (shards_of(paths[0]) or all(map(os.path.lexists, paths)))):
+                continue
+            if os.path.lexists(path):
+                raise UserError(f"{path} already exists; choose another name, or replace it with --overwrite")
+            if shards_of(path) and not arguments.resume:
+                cure = "continue it with --resume, or discard it with --overwrite"
+                raise UserError(f"rows of an earlier run for {path} already exist in hidden shards; {cure}")
     except OSError as error:
         raise UserError(f"cannot write to {error.filename}: {error.strerror}") from None
-
-
-def is_resumable(paths: list[Path]) -> bool:
-    """Whether there is something to continue, or nothing left to do."""
-    return is_begun(paths[0]) or all(path.exists() for path in paths)
 
 
 def output_files(arguments: argparse.Namespace) -> list[Path]:
@@ -164,161 +167,123 @@ def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
     return itertools.chain([next(rows)], rows)
 
 
-class RankChunks(NamedTuple):
-    """What this process classifies of a file, or of a stream, whose chunks are not known beforehand.
-
-    Attributes:
-        columns: names of the columns of the file's first row.
-        rows: of every chunk of the whole file.
-        first, last: its chunks, from `first` to before `last`; None for all that come.
-        digest: of the file, before it was read.
-    """
-
-    columns: Sequence[str] = ()
-    rows: Sequence[int] = ()
-    first: int = 0
-    last: int | None = None
-    digest: str = ""
+def read_through(arguments: argparse.Namespace) -> tuple[str, list[str], list[int]]:
+    """Read the input once, so that a bad row shows before any work; returns its digest, columns, and rows per chunk."""
+    digest, columns, rows = digest_of_input(arguments.input), None, []
+    for chunk in in_chunks(read_input(arguments), ROWS_AT_ONCE):
+        columns = columns or chunk[0].fields.names
+        rows.append(len(chunk))
+        if arguments.output:
+            for row in chunk:
+                check_columns(row, columns, arguments.output)
+    return digest, columns or [], rows
 
 
-def find_chunks(arguments: argparse.Namespace, world: World) -> RankChunks:
-    """Read the input through once, on rank 0, so that a bad row shows before any work; divide its chunks."""
-
-    def read_through() -> tuple[str, list[str], list[int]]:
-        digest = digest_of_input(arguments.input)
-        columns: list[str] = []
-        rows = []
-        for chunk in in_chunks(read_input(arguments), ROWS_AT_ONCE):
-            columns = columns or chunk[0].fields.names
-            rows.append(len(chunk))
-            if arguments.output and is_table(arguments.output):
-                for row in chunk:
-                    check_columns(row, columns, arguments.output)
-        return digest, columns, rows
-
-    digest, columns, rows = distributed.broadcast(world, distributed.on_rank0(world, read_through))
-    first, last = (len(rows) * rank // world.world_size for rank in (world.rank, world.rank + 1))
-    return RankChunks(columns, rows, first, last, digest)
-
-
-def recipe_of(arguments: argparse.Namespace, digest: str, precision: str, world: World) -> dict[str, Any]:
-    """Return what makes the rows of the output; parts of it that were begun with another recipe are not continued."""
+def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Classifier, world: World) -> dict[str, Any]:
+    """Return what makes the rows of the output; shards that were begun with another one are not continued."""
     encoder, _ = find_model(arguments.model)
     files = [encoder.weights_file, encoder.tokenizer_file, *sorted(arguments.model.glob("*config.json"))]
-    options = {name: str(value) for name, value in vars(arguments).items() if name in RECIPE_OPTIONS}
+    options = {name: str(value) for name, value in vars(arguments).items() if name in FINGERPRINT_OPTIONS}
     digests = {"input": digest, "model": [digest_of(file) for file in files]}
-    return {**digests, **options, "precision": precision, "device": world.device.type, "processes": world.world_size}
+    machine = {"precision": classifier.precision, "device": world.device.type, "processes": world.world_size}
+    return {**digests, **options, **machine}
 
 
-def answers_to(arguments: argparse.Namespace, model: Model, chunks: Iterator[list[Example]]) -> Iterator[list[Answer]]:
-    reads_ahead = arguments.input is not None
-    return answers(model, chunks, arguments.batch_tokens, arguments.abstain_below, reads_ahead)
+def classify(
+    arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Example]]
+) -> Iterator[tuple[list[Example], np.ndarray]]:
+    """Yield every chunk of rows with its probabilities, float32 [rows, labels]."""
+
+    def encode(chunk: list[Example]) -> tuple[np.ndarray, np.ndarray]:
+        return classifier.encode([row.text if row.pair is None else (row.text, row.pair) for row in chunk])
+
+    encoded = ((chunk, encode(chunk)) for chunk in chunks)
+    # A file is read and tokenized while the model computes; a stream may have to be waited for.
+    for chunk, ids in read_ahead(encoded) if arguments.input else encoded:
+        with memory_errors(f"take a smaller --batch-tokens than {arguments.batch_tokens}"):
+            probabilities = classifier.probabilities_of_ids(*ids, arguments.batch_tokens)
+        yield chunk, probabilities
 
 
-def print_answers(arguments: argparse.Namespace, device: torch.device) -> None:
-    """Classify all texts, and write lines on standard output."""
+def read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield all items; the next one is made on a thread meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = thread.submit(next, items, None)
+            yield item
+
+
+def predictions_of(arguments: argparse.Namespace, task: Task, probabilities: np.ndarray) -> list[list[Any]]:
+    """Return the new cells of every row."""
+    return [task.cells(row, arguments.all_probabilities, arguments.abstain_below) for row in probabilities.tolist()]
+
+
+def print_predictions(arguments: argparse.Namespace) -> None:
+    """Classify all texts, and write lines on standard output, in UTF-8."""
     rows = read_input(arguments)
-    model = load_model(arguments.model, device, arguments.precision)
+    classifier = Classifier.load(arguments.model, arguments.precision, arguments.device)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    write = line_writer(sys.stdout, arguments.all_probabilities)
-    for block in answers_to(arguments, model, in_chunks(rows, ROWS_AT_ONCE)):
-        try:
-            for answer in block:
-                write(*answer)
-            sys.stdout.flush()
-        except OSError as error:
-            discard_output()
-            if isinstance(error, BrokenPipeError):  # the reader, `head` say, has ended
-                return
-            raise UserError(f"cannot write to standard output: {error.strerror}") from None
+    for chunk, probabilities in classify(arguments, classifier, in_chunks(rows, ROWS_AT_ONCE)):
+        predictions = predictions_of(arguments, classifier.task, probabilities)
+        if not print_text(console_lines(chunk, predictions)):
+            return
 
 
-class Texts:
-    """What a block of answers adds to every output file."""
-
-    def __init__(self, arguments: argparse.Namespace, label_names: list[str], mine: RankChunks, begin: int) -> None:
-        """Begin with a chunk of the input.
-
-        Args:
-            label_names: the model's classes.
-            mine: the input's columns, and the rows of its chunks.
-            begin: number of that chunk.
-        """
-        self._texts: list[io.StringIO] = []
-        self._writers: list[Writer] = []
-        if arguments.output:
-            header = getattr(arguments, "header", True) and begin == 0
-            names = label_names if arguments.all_probabilities else []
-            self._writers.append(RowsWriter(self._text(), arguments.output, header, names, mine.columns))
-        if arguments.glue_submission:
-            self._writers.append(submission_writer(self._text(), label_names, sum(mine.rows[:begin])))
-
-    def _text(self) -> io.StringIO:
-        self._texts.append(io.StringIO(newline=""))
-        return self._texts[-1]
-
-    def of(self, block: list[Answer]) -> list[str]:
-        """Return the text of these answers for every output file."""
-        for answer in block:
-            for write in self._writers:
-                write(*answer)
-        contents = [text.getvalue() for text in self._texts]
-        for text in self._texts:
-            text.seek(0)
-            text.truncate()
-        return contents
-
-
-def write_answers(arguments: argparse.Namespace, world: World) -> None:
+def write_predictions(arguments: argparse.Namespace, paths: Sequence[Path], world: World) -> None:
     """Classify all texts, or this process's share of the input, and write the output files."""
-    paths = output_files(arguments)
-    mine = find_chunks(arguments, world) if arguments.input else RankChunks()
-    model = load_model(arguments.model, world.device, arguments.precision)
-    if len(set(distributed.gather_objects(world, model.precision))) > 1:
-        distributed.raise_on_all("the processes compute in different precisions; name one with --precision")
-    recipe = recipe_of(arguments, mine.digest, model.precision, world) if arguments.input else None
-    with open_parts(paths, recipe, world.rank, arguments.resume) as parts, Finisher() as finisher:
-        begin = mine.first + parts.blocks
-        texts = Texts(arguments, model.label_names, mine, begin)
-        chunks = itertools.islice(in_chunks(read_input(arguments), ROWS_AT_ONCE), begin, mine.last)
-        total, done = sum(mine.rows[mine.first : mine.last]), sum(mine.rows[mine.first : begin])
-
-        def write(block: list[Answer]) -> None:
-            parts.append(texts.of(block))
-
-        with contextlib.closing(RowsBar(total, done, quiet=not world.is_main)) as bar:
-            for block in answers_to(arguments, model, chunks):
-                finisher.wait()  # until the block before has been written
-                finisher.submit(functools.partial(write, block))
-                bar.advance(len(block))
-        finisher.wait()
-        parts.note()
-        distributed.gather_objects(world, None)  # all parts are there
+    digest, columns, sizes = "", ["sentence"], []
+    if arguments.input:
+        digest, columns, sizes = distributed.broadcast(
+            world, distributed.on_rank0(world, lambda: read_through(arguments))
+        )
+    classifier = Classifier.load(arguments.model, arguments.precision, world.device)
+    task, fingerprint = classifier.task, None
+    if len(set(distributed.gather_objects(world, classifier.precision))) > 1:
+        raise_on_all("the processes compute in different precisions; name one with --precision")
+    numbers = glue_numbers(task.label_names) if arguments.glue_submission else {}
+    if arguments.input:
+        fingerprint = fingerprint_of(arguments, digest, classifier, world)
+    new_columns = task.columns(arguments.all_probabilities)
+    first, last = (len(sizes) * rank // world.world_size for rank in (world.rank, world.rank + 1))
+    with open_shards(paths, fingerprint, world.rank, arguments.resume, arguments.overwrite) as shards:
+        begin = first + shards.blocks
+        chunks = itertools.islice(
+            in_chunks(read_input(arguments), ROWS_AT_ONCE), begin, last if arguments.input else None
+        )
+        row, total, done = sum(sizes[:begin]), sum(sizes[first:last]), sum(sizes[first:begin])
+        blocks = classify(arguments, classifier, chunks)
+        for chunk, probabilities in with_progress(blocks, total, done, quiet=not world.is_main):
+            predictions = predictions_of(arguments, task, probabilities)
+            texts = []
+            if arguments.output:
+                header = getattr(arguments, "header", True) and row == 0
+                texts.append(extended_rows(arguments.output, chunk, predictions, new_columns, columns, header))
+            if arguments.glue_submission:
+                texts.append(submission_lines(chunk, predictions, numbers, row))
+            shards.append(texts)
+            row += len(chunk)
+        shards.note()
+        distributed.gather_objects(world, None)  # all shards are complete
 
         def finish() -> None:
-            if arguments.input and digest_of_input(arguments.input) != mine.digest:
+            if arguments.input and digest_of_input(arguments.input) != digest:
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
-            join_parts(paths, world.world_size)
+            shards.finish(world.world_size)
 
-        distributed.on_rank0(world, finish)  # before the parts are closed, and so free for other processes
-
-
-def discard_output() -> None:
-    """Discard what Python still buffers for standard output, so that it exits quietly."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        distributed.on_rank0(world, finish)  # before the shards are closed, and so free for other processes
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     keep_freed_memory()
-    if output_files(arguments):
-        path = output_files(arguments)[0]
-        if arguments.resume and path.exists() and not is_begun(path):
-            cure = "--overwrite instead of --resume makes it anew"
-            unknown = "whether it is of this input and model is not known"
-            print(f"{path} is there and complete, so nothing was done; {unknown}: {cure}", file=sys.stderr)
-            return
+    paths = output_files(arguments)
+    if not paths:
+        print_predictions(arguments)
+    elif arguments.resume and paths[0].exists() and not shards_of(paths[0]):
+        unknown = "whether it belongs to this input and model is not known"
+        cure = "replace it with --overwrite instead of --resume"
+        print(f"{paths[0]} already exists and is complete, so nothing was done; {unknown}: {cure}", file=sys.stderr)
+    else:
         with distributed.start(arguments.device, 0, TIMEOUT_MINUTES) as world:
-            write_answers(arguments, world)
-        return
-    print_answers(arguments, choose_device(arguments.device))
+            write_predictions(arguments, paths, world)

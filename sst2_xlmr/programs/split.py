@@ -1,6 +1,6 @@
 """Cut rows from a training file for a test that nobody tunes on.
 
-    python scripts/split.py --train-file data/SST-2/train.tsv --rows 5000 --output-dir data/held-out
+    sst2-xlmr split --train-file data/SST-2/train.tsv --rows 5000 --output-dir data/held-out
 
 writes train.tsv and test.tsv into the new folder. SST-2's training rows are sentences and thousands of phrases cut from
 them, so rows drawn at random would leave their own words in training. Here whole texts are drawn, and what is part of
@@ -14,7 +14,9 @@ is left, to see what few data do.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +33,13 @@ Words = tuple[str, ...]
 
 def words_of(text: str, pair: str | None) -> Words:
     """Return a row's words; a pair of texts counts as one, with a mark between them."""
-    first = tuple(text.casefold().split())
-    return first if pair is None else (*first, "\t", *pair.casefold().split())
+    return (*text.casefold().split(), *([] if pair is None else ["\t", *pair.casefold().split()]))
 
 
 def find_parts(texts: Sequence[Words]) -> list[np.ndarray]:
-    """Return for every text, each of which is there once, the texts whose words stand in it, one after another.
+    """Return for every text (all are different) the numbers of the texts whose words stand in it, one after another.
 
-    It is one of them itself, unless it is empty. They are int64 arrays of numbers, ascending.
+    They are int64 arrays, ascending; a text is one of them itself, unless it is empty.
     """
     number_of = {words: number for number, words in enumerate(texts)}
     lengths: dict[Words, set[int]] = {}  # first words -> how many words the texts have that begin so
@@ -46,14 +47,12 @@ def find_parts(texts: Sequence[Words]) -> list[np.ndarray]:
         lengths.setdefault(words[:_KEY_WORDS], set()).add(len(words))
     parts = []
     for words in texts:
-        found = set()
+        found: set[int] = set()
         for start in range(len(words)):
             for key_length in range(1, _KEY_WORDS + 1):
                 for length in lengths.get(words[start : start + key_length], ()):
-                    number = number_of.get(words[start : start + length])
-                    if number is not None:
-                        found.add(number)
-        parts.append(np.array(sorted(found), np.int64))
+                    found.add(number_of.get(words[start : start + length], -1))
+        parts.append(np.array(sorted(found - {-1}), np.int64))
     return parts
 
 
@@ -97,13 +96,12 @@ def seed_number(text: str) -> int:
     return int(text)
 
 
-def write_rows(file: Path, rows: Iterable[Fields], header: bool) -> None:
-    kind = kind_of(file)
+def write_rows(file: Path, rows: list[Fields], header: bool) -> None:
     with new_file(file) as opened:
-        write = row_writer(opened, kind)
-        for number, fields in enumerate(rows):
-            if number == 0 and header and KINDS[kind].is_table:
-                write(fields.names, fields.names)
+        write = row_writer(opened, kind_of(file))
+        if header and KINDS[kind_of(file)].is_table:
+            write(rows[0].names, rows[0].names)
+        for fields in rows:
             write(fields.names, fields.cells)
 
 
@@ -117,9 +115,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in TEXT_OPTIONS:
         add_option(parser, name)
     arguments = parser.parse_args(argv)
-    columns, kind = columns_given(arguments), kind_of(arguments.train_file)
-    if arguments.output_dir.exists():
-        raise UserError(f"--output-dir {arguments.output_dir} is there already; choose another name")
+    columns, output_dir = columns_given(arguments), arguments.output_dir
+    if os.path.lexists(output_dir):
+        raise UserError(f"--output-dir {output_dir} already exists; choose another directory")
     examples = list(read_examples(arguments.train_file, columns))
     stays, test = split_rows([words_of(each.text, each.pair) for each in examples], arguments.rows, arguments.seed)
     left_out = len(examples) - len(stays) - len(test)
@@ -129,12 +127,14 @@ def main(argv: list[str] | None = None) -> None:
         random = np.random.RandomState(arguments.seed)
         stays = np.sort(random.choice(stays, arguments.train_rows, replace=False))
     try:
-        arguments.output_dir.mkdir(parents=True)
+        output_dir.mkdir(parents=True)
         for name, numbers in (("train", stays), ("test", test)):
-            fields = (examples[number].fields for number in numbers)
-            write_rows(arguments.output_dir / f"{name}{kind}", fields, columns.header)
+            file = output_dir / f"{name}{kind_of(arguments.train_file)}"
+            write_rows(file, [examples[number].fields for number in numbers], columns.header)
     except OSError as error:
-        raise UserError(f"cannot write to {arguments.output_dir}: {error.strerror}") from None
-    print(
-        f"{arguments.output_dir}: {len(stays):,} rows to train on, {len(test):,} for the test, {left_out:,} in neither"
-    )
+        raise UserError(f"cannot write to {output_dir}: {error.strerror}") from None
+    says = f"{len(stays):,} rows to train on, {len(test):,} for the test, {left_out:,} in neither"
+    try:
+        print(f"{output_dir}: {says}", flush=True)
+    except OSError:  # nobody reads it, but the files are written; Python would try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

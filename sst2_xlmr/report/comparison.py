@@ -12,11 +12,11 @@ Figures = dict[str, Optional[float]]  # by column; None for seconds that are not
 Results = dict[int, Figures]  # by seed
 
 
-def interval(differences: list[float]) -> tuple[float, float]:
-    """Return the mean of paired differences, and half the width of its 95 % interval (Student's t)."""
+def interval(differences: list[float]) -> dict[str, float]:
+    """Return the mean of two or more paired differences, and half the width of its 95 % interval (Student's t)."""
     count = len(differences)
-    quantile = _T95[min(count - 2, len(_T95) - 1)]
-    return statistics.mean(differences), quantile * statistics.stdev(differences) / count**0.5
+    half = _T95[min(count - 2, len(_T95) - 1)] * statistics.stdev(differences) / count**0.5
+    return {"mean": statistics.mean(differences), "half_width": half}
 
 
 def shared_columns(results: dict[str, Results]) -> list[str]:
@@ -28,44 +28,37 @@ def shared_columns(results: dict[str, Results]) -> list[str]:
 def summary(results: dict[str, Results]) -> dict[str, Any]:
     """Return mean and deviation (n - 1) of every column per setting, and the differences to the first setting.
 
-    What is not known is left out; None stands for a mean of nothing.
+    What is not known is left out; None stands for a figure of nothing.
     """
-    reference, columns = next(iter(results)), shared_columns(results)
-    found: dict[str, Any] = {}
+    reference = next(iter(results.values()))
+    found: dict[str, Any] = {name: {"mean": {}, "deviation": {}, "difference": {}} for name in results}
     for name, by_seed in results.items():
-        known = {c: [value for run in by_seed.values() if (value := run[c]) is not None] for c in columns}
-        found[name] = {"mean": {c: statistics.mean(values) if values else None for c, values in known.items()}}
-        if len(by_seed) > 1:
-            found[name]["deviation"] = {c: statistics.stdev(v) if len(v) > 1 else None for c, v in known.items()}
-            if name != reference:
-                found[name]["difference"] = {}
-                for column in columns:
-                    pairs = [(by_seed[seed][column], results[reference][seed][column]) for seed in by_seed]
-                    differences = [a - b for a, b in pairs if a is not None and b is not None]
-                    if len(differences) > 1:
-                        mean, half = interval(differences)
-                        found[name]["difference"][column] = {"mean": mean, "half_width": half}
+        for column in shared_columns(results):
+            known = {seed: value for seed, run in by_seed.items() if (value := run[column]) is not None}
+            found[name]["mean"][column] = statistics.mean(known.values()) if known else None
+            found[name]["deviation"][column] = statistics.stdev(known.values()) if len(known) > 1 else None
+            pairs = [(value, reference[seed][column]) for seed, value in known.items()]
+            differences = [value - other for value, other in pairs if other is not None]
+            if by_seed is not reference and len(differences) > 1:
+                found[name]["difference"][column] = interval(differences)
     return found
 
 
 def table(results: dict[str, Results]) -> list[str]:
     """Return the results in lines: every run, then means and deviations, then differences in points."""
-    reference, columns = next(iter(results)), shared_columns(results)
-    width = max(12, *(len(name) + 2 for name in results))
-
-    def cell(column: str, value: float | None) -> str:
-        return "-" if value is None else f"{value:.0f}" if column == "seconds" else f"{value:.4f}"
+    columns, width = shared_columns(results), max(12, *(len(name) + 2 for name in results))
 
     def line(name: str, seed: object, values: Figures) -> str:
-        return f"{name:<{width}}{seed!s:<10}" + "".join(f"{cell(c, values[c]):>12}" for c in columns)
+        cells = ["-" if (value := values[c]) is None else f"{value:.{0 if c == 'seconds' else 4}f}" for c in columns]
+        return f"{name:<{width}}{seed!s:<10}" + "".join(f"{cell:>12}" for cell in cells)
 
     lines = [f"{'setting':<{width}}{'seed':<10}" + "".join(f"{column[-11:]:>12}" for column in columns)]
-    lines += [line(name, seed, by_seed[seed]) for name, by_seed in results.items() for seed in by_seed]
-    found = summary(results)
+    lines += [line(name, seed, run) for name, by_seed in results.items() for seed, run in by_seed.items()]
+    found, reference = summary(results), next(iter(results))
     for name, figures in found.items():
-        lines += [line(name, which, figures[which]) for which in ("mean", "deviation") if which in figures]
+        lines += [line(name, which, figures[which]) for which in ("mean", "deviation") if len(results[name]) > 1]
     for name, figures in found.items():
-        for column, difference in figures.get("difference", {}).items():
+        for column, difference in figures["difference"].items():
             if column != "seconds":
                 points, half = difference["mean"] * 100, difference["half_width"] * 100
                 lines.append(f"{name} - {reference}, {column}: {points:+.2f} points, 95 % interval +-{half:.2f}")

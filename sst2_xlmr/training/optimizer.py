@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.util.distributed import World
@@ -74,11 +75,8 @@ class AdamW:
             groups.setdefault(group_of(name, parameter, layers, config), []).append(parameter)
         self._scales = [scale for scale, _ in groups]
         settings = [{"params": parameters, "weight_decay": decay} for (_, decay), parameters in groups.items()]
-        options = {"lr": 0.0, "betas": BETAS, "eps": EPSILON}
-        try:
-            self._optimizer = torch.optim.AdamW(settings, fused=True, **options)  # type: ignore[arg-type]
-        except RuntimeError:  # before torch 2.4 there is none for CPUs
-            self._optimizer = torch.optim.AdamW(settings, **options)  # type: ignore[arg-type]
+        is_fused = world.device.type == "cuda" or TorchVersion(torch.__version__) >= "2.4"  # before, there is none for CPUs
+        self._optimizer = torch.optim.AdamW(settings, lr=0.0, betas=BETAS, eps=EPSILON, fused=is_fused)
         self._set_state({}, 0)
 
     def _set_state(self, moments: Mapping[str, torch.Tensor], steps: int) -> None:

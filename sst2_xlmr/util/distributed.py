@@ -201,16 +201,17 @@ def wait_for_step(event: torch.cuda.Event, world: World) -> None:
         time.sleep(_POLL_S)
 
 
+# torch 2.3.1 deadlocks if a gloo group is destroyed while its worker thread, which needs the GIL for it, frees a tensor
+# that Python no longer holds. So the tensors of every group's last exchange are kept until the next one, or the end.
+_held: dict[Any, Any] = {}
+
+
 def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` over all ranks, in place; the same bits on every rank."""
     if world.world_size > 1:
         dist.all_reduce(tensor)
+        _held["sum"] = tensor
     return tensor
-
-
-# torch 2.3.1 deadlocks if a gloo group is destroyed while its worker thread, which needs the GIL for it, frees a tensor
-# that Python no longer holds. So the tensors of every group's last exchange are kept until the next one, or the end.
-_held: dict[Any, Any] = {}
 
 
 def gather_objects(world: World, item: Any, group: Any = None) -> list[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -14,28 +16,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
-from sst2_xlmr.model.encoders import EncoderShape
+from sst2_xlmr.cli import parse_args
+from sst2_xlmr.programs import predict
 
-gpu_checks, check_gpu = (importlib.import_module(name) for name in ("gpu_checks", "check_gpu"))
-
-CPU = torch.device("cpu")
-TINY = EncoderShape(hidden=32, layers=2, heads=2, ffn=64, positions=66)
+sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+check_gpu = importlib.import_module("check_gpu")
 
 
 def run_script(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [str(ROOT / "scripts" / "check_gpu.sh"), *options]
-    return subprocess.run(
-        command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.fixture
-def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("SST2_XLMR_CACHE", os.environ["SST2_XLMR_CACHE"])  # so that what the script sets is undone
-    made = check_gpu.Inputs(tmp_path, check_gpu.parse_args(["--device", "cpu", "--batch-sizes", "8"]), CPU)
-    made.config = dataclasses.replace(made.config, max_length=64)
-    return made
+    command, environment = [str(ROOT / "scripts" / "check_gpu.sh"), *options], {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -45,50 +37,73 @@ def test_without_a_gpu_it_is_one_line() -> None:
     assert done.stderr == "error: --device cuda: torch finds no CUDA GPU on this machine; use --device cpu\n"
 
 
-def test_checks_pass_where_nothing_is_wrong(inputs: Any) -> None:
-    spec = tiny_spec(inputs)
-    figures = gpu_checks.check_parity(spec, CPU)
-    assert 0 <= figures["loss_relative"] < 1e-4
-    assert gpu_checks.check_repetition(spec, CPU)["deterministic"] == {"16": True, "64": True}
-    assert abs(gpu_checks.check_bf16(spec, CPU)["mean_difference"]) < 0.02
+class Device:
+    """Stands in for the programs on a device, which computes the same in every run but those whose name is `wrong`."""
+
+    def __init__(self, wrong: str) -> None:
+        self.wrong = wrong
+
+    def run_program(self, root: Path, program: str, options: list[Any], folder: Path, processes: int = 0) -> None:
+        words = [str(option) for option in options]
+        if "predict" in program:
+            output = predict.parse_args(words).output
+            shift = 0.1 if output.stem == self.wrong else 0.0
+            output.write_text("".join(json.dumps({"probability_1": n / 8 + shift}) + "\n" for n in range(4)))
+            return
+        config, resume = parse_args(words)
+        run = Path(str(config.output_dir))
+        is_wrong = run.name == self.wrong or (resume and self.wrong == f"{run.name} resumed")
+        for name in ("model", "best", "checkpoints/step-00000020"):
+            (run / name).mkdir(parents=True, exist_ok=True)
+        steps = range(1, config.max_steps + 1)
+        lines = [{"step": step, "lr": 1.0, "loss": 1 / step + 0.03 * is_wrong} for step in steps]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+        weights = load_file(Path(config.encoder) / "model.safetensors")
+        changed = {name: tensor + 0.01 + 0.001 * is_wrong for name, tensor in weights.items()}
+        save_file(changed, run / "model" / "model.safetensors")
 
 
-def tiny_spec(inputs: Any) -> Any:
-    return check_gpu.read_spec(inputs.write("checks", TINY, batch_size=8, steps=20, lr=1e-3))
-
-
-def test_checks_fail_where_something_is_wrong(inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device whose attention is a little off, and one whose results change from run to run."""
-    spec = tiny_spec(inputs)
-    attention = torch.nn.functional.scaled_dot_product_attention
-
-    def noisy(*arguments: Any, **options: Any) -> torch.Tensor:
-        mixed = attention(*arguments, **options)
-        return mixed + 1e-2 * torch.rand((), generator=generator) * mixed.detach()
-
-    generator = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noisy)
-    with pytest.raises(AssertionError, match="gradient_relative"):
-        gpu_checks.check_parity(spec, CPU)
-    with pytest.raises(AssertionError, match="'deterministic': {'16': False"):
-        gpu_checks.check_repetition(spec, CPU)
+@pytest.mark.parametrize(
+    ("check", "wrong", "says"),
+    [
+        ("check_parity", "micro-batches", "micro-batches: loss"),
+        ("check_parity", "torchrun", "torchrun: loss"),
+        ("check_lower_precision", "curve-bf16", "'bf16': 0.02999"),
+        ("check_bits", "fp32-second", "'fp32 repeated': False"),
+        ("check_bits", "bf16-second resumed", "'bf16 repeated': True, 'bf16 resumed': False"),
+        ("check_prediction", "fp32", "'fp32': 0.1"),
+        ("check_prediction", "bf16", "'fp32': 0.0, 'bf16': 0.1"),
+    ],
+)
+def test_checks_pass_and_fail_where_a_run_differs(
+    check: str, wrong: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("right", "wrong"):
+        folder = tmp_path / name
+        folder.mkdir()
+        check_gpu.write_inputs(folder, "tiny", rows=20)
+        train = functools.partial(check_gpu.run_train, folder, "cpu", "checked")
+        monkeypatch.setattr(check_gpu, "run_program", Device(wrong if name == "wrong" else "").run_program)
+        expectation = pytest.raises(AssertionError, match=says) if name == "wrong" else contextlib.nullcontext()
+        with expectation:
+            assert getattr(check_gpu, check)(train, folder, "cpu")
 
 
 @pytest.mark.slow
-def test_the_whole_script_on_a_cpu(tmp_path: Path) -> None:
-    options = ["--device", "cpu", "--layers", "1", "--batch-sizes", "4", "--steps", "2", "--rounds", "1", "--no-peer"]
-    check_whole(run_script(*options, "--out", str(tmp_path / "gpu.json")), tmp_path / "gpu.json")
+def test_the_whole_script_on_a_cpu() -> None:
+    options = ["--device", "cpu", "--shape", "tiny", "--checked-shape", "tiny", "--batch-sizes", "4", "--steps", "2"]
+    check_whole(run_script(*options, "--rounds", "1", "--no-peer"))
 
 
 @pytest.mark.cuda
-def test_the_whole_script_on_a_gpu(tmp_path: Path) -> None:
-    check_whole(run_script("--out", str(tmp_path / "gpu.json")), tmp_path / "gpu.json")
+def test_the_whole_script_on_a_gpu() -> None:
+    check_whole(run_script())
 
 
-def check_whole(done: subprocess.CompletedProcess[str], out: Path) -> None:
+def check_whole(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(out.read_text())
-    assert json.loads(done.stdout.splitlines()[-1]) == result
+    result = json.loads(done.stdout.splitlines()[-1])
     assert not [check for check in result["checks"].values() if "failed" in check]
     assert "parity with the CPU   ok" in done.stdout
-    assert all(figures["samples_per_s"] > 0 for figures in result["training"].values())
+    assert all(figures["ours"]["samples_per_s"]["median"] > 0 for figures in result["training"].values())

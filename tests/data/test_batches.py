@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,20 @@ import torch
 from conftest import SAMPLE_DATA
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.batches import BatchLoader, GlobalBatchSampler, dropout_keys, rows_in_training_order
-from sst2_xlmr.data.rows import SST2_NAMES, Columns
+from sst2_xlmr.data.batches import (
+    Batch,
+    BatchLoader,
+    GlobalBatchSampler,
+    RankBatches,
+    dropout_keys,
+    rows_in_training_order,
+    select_rows,
+)
+from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
+from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.util.distributed import World
+from sst2_xlmr.util.errors import SIGNALS
 
 LENGTHS = np.random.RandomState(0).randint(3, 60, 1003)
 
@@ -26,14 +38,17 @@ def world_of(rank: int, world_size: int) -> World:
 
 
 def loader_of(cache: TokenCache, config: Config, world: World) -> BatchLoader:
-    sampler = GlobalBatchSampler(cache.lengths(), config.batch_size, config.seed, world)
-    return BatchLoader(cache, sampler, config, world.device)
+    return BatchLoader(cache, cache.lengths(), None, config, world)
+
+
+def rows_of(sampler: GlobalBatchSampler) -> list[list[int]]:
+    return [rows.tolist() for _, rows in sampler]
 
 
 @pytest.fixture
 def cache(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
-    tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
-    return tokenize_file(SAMPLE_DATA / "train.tsv", tokenizer_file, Columns(), SST2_NAMES, 20, tmp_path / "cache")
+    tokenizer_file, task = tiny_encoder / "sentencepiece.bpe.model", SingleLabel(SST2_NAMES)
+    return tokenize_file(SAMPLE_DATA / "train.tsv", tokenizer_file, Columns(), task, 20, tmp_path / "cache")
 
 
 def whole_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -91,44 +106,81 @@ def test_batches_hold_rows_of_like_length() -> None:
     assert padded < 1.1 * LENGTHS.sum()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_ranks_share_every_global_batch(world_size: int) -> None:
-    expected = rows_in_training_order(LENGTHS, 8, seed=0, epoch=0)
-    ranks = [list(GlobalBatchSampler(LENGTHS, 8, 0, world_of(rank, world_size))) for rank in range(world_size)]
-    for number, batch in enumerate(expected):
-        parts = [rank[number] for rank in ranks]
-        real = [part.rows for part in parts if part.weight]
-        assert sorted(np.concatenate(real)) == sorted(batch)
-        assert all(len(part.rows) >= 1 and part.global_rows == len(batch) for part in parts)
+def test_selected_rows_are_packed() -> None:
+    ids, offsets = np.arange(10, dtype=np.int32), np.array([0, 2, 3, 7, 10])
+    packed, lengths = select_rows(ids, offsets, np.array([3, 0, 1]))
+    assert (packed.tolist(), lengths.tolist()) == ([7, 8, 9, 0, 1, 2], [3, 2, 1])
+    assert packed.dtype == lengths.dtype == torch.int64
 
 
-def test_position_is_epoch_and_batch() -> None:
-    sampler = GlobalBatchSampler(LENGTHS, 8, 0, world_of(0, 1))
+@pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 20])
+def test_ranks_share_every_global_batch(cache: TokenCache, world_size: int, micro_batch_size: int) -> None:
+    """Row i of a batch belongs to rank i % W; all ranks have as many micro-batches, some perhaps without weight."""
+    config = Config(batch_size=16, seed=5, micro_batch_size=micro_batch_size)
+    datasets = [RankBatches(cache, config, world_of(rank, world_size)) for rank in range(world_size)]
+    for rows in (np.arange(40, 56), np.arange(7, 8), np.array([9, 3, 5, 11, 2])):
+        ranks = [dataset.__getitems__((2, rows)) for dataset in datasets]
+        assert len({len(rank) for rank in ranks}) == 1
+        for number, rank in enumerate(ranks):
+            real = [batch for batch in rank if batch.weight]
+            mine = rows[number::world_size]
+            assert all(batch.global_rows == len(rows) and len(batch.lengths) > 0 for batch in rank)
+            assert all(len(batch.lengths) <= (micro_batch_size or 99) for batch in rank)
+            if len(mine):
+                check_batches(real, cache, mine, 5, 2)
+            else:
+                assert not real
+
+
+def check_batches(batches: list[Batch], cache: TokenCache, rows: np.ndarray, seed: int, epoch: int) -> None:
+    """Check that micro-batches hold these rows, with their keys, in this order."""
+    ids, lengths = select_rows(cache.ids, cache.offsets, rows)
+    expected = (ids, lengths, torch.from_numpy(cache.labels[rows]), torch.from_numpy(dropout_keys(rows, seed, epoch)))
+    for part, whole in zip(zip(*(batch[:4] for batch in batches)), expected):
+        assert torch.cat(part).tolist() == whole.tolist()
+    for batch in batches:
+        assert len(batch.ids) == int(batch.lengths.sum())
+
+
+@pytest.mark.parametrize("rows", [None, np.arange(3, 1003, 2)])
+def test_position_is_epoch_and_batch(rows: np.ndarray | None) -> None:
+    """Also where only some rows of the file are trained on, which keep their numbers in the file."""
+    sampler = GlobalBatchSampler(LENGTHS if rows is None else LENGTHS[rows], 8, 0, rows)
     sampler.load_state_dict({"epoch": 2, "batch": 0})
-    whole = [wanted.rows.tolist() for wanted in sampler]
-    sampler.load_state_dict({"epoch": 2, "batch": 100})
-    assert [wanted.rows.tolist() for wanted in sampler] == whole[100:]
-    assert sampler.state_dict() == {"epoch": 2, "batch": 100}
+    whole = rows_of(sampler)
+    assert sorted(itertools.chain(*whole)) == (list(range(1003)) if rows is None else rows.tolist())
+    sampler.load_state_dict({"epoch": 2, "batch": 50})
+    assert rows_of(sampler) == whole[50:]
+    assert sampler.state_dict() == {"epoch": 2, "batch": 50}
+    assert {epoch for epoch, _ in sampler} == {2}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_loader_serves_the_sampler_without_touching_the_global_generator(cache: TokenCache, num_workers: int) -> None:
-    config = Config(batch_size=30, micro_batch_size=8, num_workers=num_workers)
+def test_loader_goes_on_into_the_next_epoch_without_touching_the_global_generator(
+    cache: TokenCache, num_workers: int
+) -> None:
+    config = Config(batch_size=30, micro_batch_size=8, num_workers=num_workers, seed=5)
     loader = loader_of(cache, config, world_of(1, 2))
-    sampler = GlobalBatchSampler(cache.lengths(), 30, 0, world_of(1, 2))
-    sampler.load_state_dict({"epoch": 1, "batch": 5})
     state = torch.get_rng_state()
-    rank_batches = list(itertools.islice(loader.starting_at(1, 5), len(loader) - 5))
+    served = list(itertools.islice(loader.starting_at(0, len(loader) - 2), 5))
     assert torch.equal(torch.get_rng_state(), state)
-    for rank_batch, wanted in zip(rank_batches, sampler):
-        assert [len(batch.labels) for batch in rank_batch.micro_batches][:1] == [min(8, len(wanted.rows))]
-        assert rank_batch.accumulates == (wanted.most_rows > 8)
-        assert rank_batch.rows == len(wanted.rows)
-        labels = torch.cat([batch.labels for batch in rank_batch.micro_batches])
-        assert labels.tolist() == cache.labels[wanted.rows].tolist()
-        for batch in rank_batch.micro_batches:
-            assert batch.padded == bool((batch.tokens == 1).any())
-            assert batch.real_tokens == int((batch.tokens != 1).sum())
+    places = [(0, len(loader) - 2), (0, len(loader) - 1), (1, 0), (1, 1), (1, 2)]
+    for batches, (epoch, batch) in zip(served, places):
+        check_batches(batches, cache, loader.rows_at(epoch, batch)[1::2], 5, epoch)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_to_the_whole_group_leaves_the_loaders_workers_alive(cache: TokenCache, number: int) -> None:
+    """systemd, timeout and scancel send it to all processes; the training process alone decides what to do."""
+    batches = loader_of(cache, Config(batch_size=4, num_workers=2), world_of(0, 1)).starting_at(0, 0)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid or 0, number)
+    assert len(list(itertools.islice(batches, 20))) == 20
+    assert all(worker.is_alive() for worker in workers)
 
 
 def test_dropout_keys_belong_to_seed_epoch_and_row() -> None:
@@ -143,25 +195,3 @@ def test_dropout_keys_belong_to_seed_epoch_and_row() -> None:
         assert found.min() >= 0 and found.max() < 2**32
         some = np.array([700, 3, 41])
         np.testing.assert_array_equal(dropout_keys(some, seed, epoch), found[some])
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_micro_batches_carry_the_keys_of_their_rows(cache: TokenCache, world_size: int) -> None:
-    for rank in range(world_size):
-        config, world = Config(batch_size=16, seed=5, micro_batch_size=3), world_of(rank, world_size)
-        sampler = GlobalBatchSampler(cache.lengths(), 16, 5, world)
-        sampler.load_state_dict({"epoch": 2, "batch": 0})
-        for wanted, batch in zip(sampler, loader_of(cache, config, world).starting_at(2, 0)):
-            keys = torch.cat([micro_batch.keys for micro_batch in batch.micro_batches])
-            np.testing.assert_array_equal(keys, dropout_keys(wanted.rows, 5, 2))
-
-
-def test_loader_goes_on_into_the_next_epoch(cache: TokenCache) -> None:
-    loader = loader_of(cache, Config(batch_size=30), world_of(0, 1))
-    served = list(itertools.islice(loader.starting_at(0, len(loader) - 2), 5))
-    expected = [
-        loader.rows_at(epoch, batch)
-        for epoch, batch in ((0, len(loader) - 2), (0, len(loader) - 1), (1, 0), (1, 1), (1, 2))
-    ]
-    for rank_batch, rows in zip(served, expected):
-        assert rank_batch.micro_batches[0].labels.tolist() == cache.labels[rows].tolist()

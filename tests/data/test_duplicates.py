@@ -39,6 +39,11 @@ def test_counts_are_those_of_a_slow_comparison() -> None:
     assert leaks.tolist() == [number for number, row in enumerate(rows) if (row.text, row.pair) in known]
 
 
+def test_the_digest_of_a_pair_knows_where_its_first_text_ends() -> None:
+    rows = [Row("ab", "c", 0), Row("a", "bc", 0), Row("abc", "", 0), Row("abc", None, 0), Row("", "abc", 0)]
+    assert len(set(text_digests(rows).tolist())) == len(rows)
+
+
 @pytest.mark.parametrize("rows", [[], [Row("a", None, 0)], [Row("a", None, 0), Row("a", None, 1)]])
 def test_few_rows(rows: list[Row]) -> None:
     repeats, contradictions = find_repeats(text_digests(rows), np.array([row.label for row in rows], int))

@@ -9,13 +9,14 @@ import pytest
 from conftest import SST2
 
 from sst2_xlmr.data import rows as data
-from sst2_xlmr.data.rows import SST2_NAMES, Columns, Row, find_label_names, has_labels, read_examples, read_rows
+from sst2_xlmr.data.rows import Columns, Row, find_label_names, has_labels, read_examples, read_rows
+from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.util.errors import UserError
 
 
 def rows(path: Path, content: bytes, names: list[str] = SST2_NAMES, columns: Columns = Columns()) -> list[Row]:  # noqa: B008
     path.write_bytes(content)
-    return list(read_rows(path, columns, names))
+    return list(read_rows(path, columns, SingleLabel(names)))
 
 
 def labels_file(folder: Path, labels: list[object]) -> Path:
@@ -150,13 +151,13 @@ def test_of_many_classes_only_some_are_listed(tmp_path: Path) -> None:
 def test_names_of_the_classes_from_the_training_file(tmp_path: Path, labels: list[object], names: list[str]) -> None:
     file = labels_file(tmp_path, labels)
     assert find_label_names(file, Columns()) == names
-    assert {row.label for row in read_rows(file, Columns(), names)} == set(range(len(names)))
+    assert {row.label for row in read_rows(file, Columns(), SingleLabel(names))} == set(range(len(names)))
 
 
 def test_a_thousand_classes_and_not_one_more(tmp_path: Path) -> None:
     labels: list[object] = [f"class {i:04}" for i in range(1000)]
     assert find_label_names(labels_file(tmp_path, labels), Columns()) == labels
-    with pytest.raises(UserError, match=r"line 1002: more than 1,000 different labels .*--label-column"):
+    with pytest.raises(UserError, match=r"line 1002: more than 1,000 different labels; .*--label-column"):
         find_label_names(labels_file(tmp_path, [*labels, "one more"]), Columns())
 
 
@@ -216,7 +217,9 @@ def test_chunks_are_smaller_where_texts_are_long(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(not SST2.is_dir(), reason=f"the real SST-2 is not at {SST2}")
 def test_real_sst2_has_all_its_rows() -> None:
-    counts = [sum(1 for _ in read_rows(SST2 / f"{s}.tsv", Columns(), SST2_NAMES)) for s in ("train", "dev")]
+    counts = [
+        sum(1 for _ in read_rows(SST2 / f"{s}.tsv", Columns(), SingleLabel(SST2_NAMES))) for s in ("train", "dev")
+    ]
     assert counts == [67_349, 872]
     assert find_label_names(SST2 / "train.tsv", Columns()) == SST2_NAMES
     assert sum(1 for _ in read_examples(SST2 / "test.tsv", Columns())) == 1_821

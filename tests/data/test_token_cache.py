@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ from conftest import SAMPLE_DATA
 
 from sst2_xlmr.data import rows as data
 from sst2_xlmr.data import token_cache
-from sst2_xlmr.data.rows import SST2_NAMES, Columns, read_rows
+from sst2_xlmr.data.rows import Columns, read_rows
 from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
 from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.util.errors import UserError
+
+TASK = SingleLabel(SST2_NAMES)
 
 
 def tokenize_sample(encoder: Path, cache_dir: Path) -> TokenCache:
     tokenizer_file = encoder / "sentencepiece.bpe.model"
-    return tokenize_file(SAMPLE_DATA / "train.tsv", tokenizer_file, Columns(), SST2_NAMES, 20, cache_dir)
+    return tokenize_file(SAMPLE_DATA / "train.tsv", tokenizer_file, Columns(), TASK, 20, cache_dir)
 
 
 @pytest.fixture
@@ -30,14 +34,13 @@ def cache(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
 
 def test_cache_equals_tokenizing_afresh(cache: TokenCache, tiny_encoder: Path) -> None:
     tokenizer = load_tokenizer(tiny_encoder / "sentencepiece.bpe.model", 20)
-    rows = list(read_rows(SAMPLE_DATA / "train.tsv", Columns(), SST2_NAMES))
-    assert len(cache) == len(rows)
-    for row, (text, _, label) in enumerate(rows):
-        assert cache.ids[cache.offsets[row] : cache.offsets[row + 1]].tolist() == tokenizer([text])[0]
-        assert cache.labels[row] == label
-    assert cache.lengths().tolist() == [len(tokenizer([text])[0]) for text, _, _ in rows]
-    assert cache.truncated == sum(tokenizer.is_longer(text) for text, _, _ in rows) > 0
-    assert cache.distinct_ids.tolist() == sorted(set(cache.ids.tolist()))
+    texts, _, labels = zip(*read_rows(SAMPLE_DATA / "train.tsv", Columns(), TASK))
+    ids, lengths = tokenizer.flat_ids(list(texts))
+    assert cache.labels.tolist() == list(labels)
+    assert cache.lengths().tolist() == lengths.tolist() == np.diff(cache.offsets).tolist()
+    assert cache.ids.tolist() == ids.tolist()
+    assert cache.truncated == sum(map(tokenizer.is_longer, texts)) > 0
+    assert cache.distinct_ids.tolist() == sorted(set(ids.tolist()))
 
 
 def test_chunks_do_not_change_the_cache(
@@ -62,43 +65,39 @@ def test_second_start_does_not_tokenize(
 
 CHANGES: dict[str, dict[str, Any]] = {
     "content": {},
+    "tokenizer": {},
     "length": {"max_length": 4},
-    "labels": {"label_names": ["1", "0"]},
+    "labels": {"task": SingleLabel(["1", "0"])},
     "text column": {"columns": Columns(text="other")},
     "pair column": {"columns": Columns(pair="other")},
     "label column": {"columns": Columns(label="stars")},
+    "no header": {"columns": Columns("1", label="3", header=False), "task": SingleLabel(["label", "1"])},
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_changes_the_ids_makes_a_new_cache(tiny_encoder: Path, tmp_path: Path, change: str) -> None:
-    file = tmp_path / "train.tsv"
+    file, tokenizer_file = tmp_path / "train.tsv", tmp_path / "sentencepiece.bpe.model"
     file.write_text("sentence\tother\tlabel\tstars\na fine film about nothing\ta plot\t1\t0\n")
-    fixed: dict[str, Any] = {"columns": Columns(), "label_names": SST2_NAMES, "max_length": 20}
-    fixed.update(tokenizer_file=tiny_encoder / "sentencepiece.bpe.model", cache_dir=tmp_path / "cache")
+    shutil.copy(tiny_encoder / "sentencepiece.bpe.model", tokenizer_file)
+    fixed: dict[str, Any] = {"columns": Columns(), "task": TASK, "max_length": 20}
+    fixed.update(tokenizer_file=tokenizer_file, cache_dir=tmp_path / "cache")
     before = tokenize_file(file, **fixed)
     if change == "content":
         file.write_text("sentence\tother\tlabel\tstars\na poor film about nothing\ta plot\t1\t0\n")
+    if change == "tokenizer":  # the same size, one piece another
+        tokenizer_file.write_bytes(tokenizer_file.read_bytes().replace("\u2581film".encode(), "\u2581mlif".encode()))
     after = tokenize_file(file, **{**fixed, **CHANGES[change]})
     assert (before.ids.tolist(), before.labels.tolist()) != (after.ids.tolist(), after.labels.tolist())
-
-
-def test_no_header_makes_a_new_cache(tiny_encoder: Path, tmp_path: Path) -> None:
-    file, tokenizer_file = tmp_path / "train.tsv", tiny_encoder / "sentencepiece.bpe.model"
-    file.write_text("a fine film\t1\na poor one\t0\n")
-    for header, rows in ((True, 1), (False, 2)):
-        columns = Columns(text="1", label="2", header=header)
-        assert len(tokenize_file(file, tokenizer_file, columns, SST2_NAMES, 20, tmp_path / "cache")) == rows
 
 
 def test_pairs_are_in_the_cache_as_the_tokenizer_joins_them(tiny_encoder: Path, tmp_path: Path) -> None:
     file, tokenizer_file = tmp_path / "train.csv.gz", tiny_encoder / "sentencepiece.bpe.model"
     rows = [("a fine film", "it was good", 1), ("a poor film " * 9, "bad " * 9, 0)]
     file.write_bytes(gzip.compress("".join(["text,pair,label\n", *(f"{a},{b},{c}\n" for a, b, c in rows)]).encode()))
-    cache = tokenize_file(file, tokenizer_file, Columns(pair="pair"), SST2_NAMES, 20, tmp_path / "cache")
-    expected = load_tokenizer(tokenizer_file, 20)([row[0] for row in rows], [row[1] for row in rows])
-    found = [cache.ids[start:end].tolist() for start, end in zip(cache.offsets, cache.offsets[1:])]
-    assert found == expected
+    cache = tokenize_file(file, tokenizer_file, Columns(pair="pair"), TASK, 20, tmp_path / "cache")
+    ids, lengths = load_tokenizer(tokenizer_file, 20).flat_ids([row[0] for row in rows], [row[1] for row in rows])
+    assert (cache.ids.tolist(), cache.lengths().tolist()) == (ids.tolist(), lengths.tolist())
     assert cache.truncated == 1
 
 
@@ -138,7 +137,7 @@ def test_a_bad_row_leaves_no_cache(tiny_encoder: Path, tmp_path: Path) -> None:
     file = tmp_path / "train.tsv"
     file.write_text("sentence\tlabel\nfine\t1\nbad\t7\n")
     with pytest.raises(UserError, match="line 3"):
-        tokenize_file(file, tiny_encoder / "sentencepiece.bpe.model", Columns(), SST2_NAMES, 64, tmp_path / "cache")
+        tokenize_file(file, tiny_encoder / "sentencepiece.bpe.model", Columns(), TASK, 64, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -168,8 +167,8 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(
         if what == "label names":
             return token_cache.label_names_of(file, Columns(), cache_dir)
         tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
-        names = ["no", "yes", "good"]
-        return tokenize_file(file, tokenizer_file, Columns(), names, 20, cache_dir).labels.tolist()
+        task = SingleLabel(["no", "yes", "good"])
+        return tokenize_file(file, tokenizer_file, Columns(), task, 20, cache_dir).labels.tolist()
 
     with monkeypatch.context() as patched:
         patched.setattr(token_cache, "digest_of_input", changed_afterwards)

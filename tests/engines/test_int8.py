@@ -14,32 +14,38 @@ import torch.nn.functional as F
 from conftest import ROOT, SMALL_ENCODER, needs_small_encoder
 from torch import nn
 
-from sst2_xlmr import engines
+from sst2_xlmr import engines, predictor
 from sst2_xlmr.engines.cpu.int8 import Int8Classifier
 from sst2_xlmr.engines.cpu.int8_linear import Int8Kernels, Int8Linear, Int16Linear, Norm, Quantized
 from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.evaluation.evaluate import predict
-from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.quantized import quantize_weights
-from sst2_xlmr.predictor import load_model
+from sst2_xlmr.model.roberta import SequenceClassifier
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.errors import UserError
 
 CPU = torch.device("cpu")
+TASK = SingleLabel(["a", "b", "c"])
 # Gives the small encoder a head, and prints the bytes that loading it takes for good.
 LOADED = """
 import sys; from pathlib import Path
-import torch; from sst2_xlmr import backend as accelerate, predictor as prediction; from sst2_xlmr.util import memory
+import torch
+from sst2_xlmr.backend import quantized_model
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
-accelerate.load_classifier = lambda folder, device, bf16: (
-    build_classifier(find_encoder(str(folder)), ["a", "b"])[0].requires_grad_(False).eval(), None, ["a", "b"])
+from sst2_xlmr.task import SingleLabel
+from sst2_xlmr.util import memory
+def load():
+    task = SingleLabel(["a", "b"])
+    classifier = build_classifier(find_encoder(sys.argv[1]), task)[0].requires_grad_(False).eval()
+    return quantized_model(classifier, task, torch.bfloat16)
 def own_bytes():  # without the pages of torch's libraries, of which some builds load a hundred megabytes only now
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 memory.keep_freed_memory()
 before = own_bytes()
-model = prediction.load_model(Path(sys.argv[1]), torch.device("cpu"), "int8")
+model = load()
 print(own_bytes() - before)
 """
 
@@ -141,45 +147,45 @@ def test_threads_and_neighbours_change_no_bit() -> None:
         assert torch.equal(int8.linear(layer, int8.quantize(x[row : row + 1]))[0], expected[row : row + 1])
 
 
-def build(layers: int = 3) -> Classifier:
+def build(layers: int = 3) -> SequenceClassifier:
     torch.manual_seed(0)
-    model = Classifier(EncoderShape(200, 64, layers, 4, 131, 48), 3).requires_grad_(False).eval()
+    model = SequenceClassifier(EncoderShape(200, 64, layers, 4, 131, 48), 3).requires_grad_(False).eval()
     for name, parameter in model.named_parameters():
         is_gamma = "norm" in name and name.endswith("weight")
         parameter.normal_(float(is_gamma), 1.0 / 8 if parameter.dim() > 1 else 0.3)
     return model
 
 
-def texts() -> list[list[int]]:
+def answer(model: nn.Module, batch_tokens: int = 4096) -> torch.Tensor:
+    """Return probabilities for 200 random texts."""
     generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(1, 40, (200,), generator=generator).tolist()
-    return [[0, *torch.randint(4, 200, (length,), generator=generator).tolist(), 2] for length in lengths]
+    lengths = torch.randint(3, 42, (200,), generator=generator)
+    ids = torch.randint(4, 200, (int(lengths.sum()),), generator=generator)
+    ends = lengths.cumsum(0)
+    ids[ends - 1], ids[ends - lengths] = 2, 0
+    return torch.from_numpy(predict(model, TASK, ids.int().numpy(), lengths.numpy(), batch_tokens, CPU))
 
 
-def answer_to(texts: list[list[int]], model: Classifier, dtype: torch.dtype, near_tie: float) -> torch.Tensor:
-    """Return probabilities."""
-    int8 = Int8Classifier(model, kernels_for(dtype), kernels_for(torch.float32), near_tie)
-    return predict(int8, texts, 4096, CPU)
+def answer_in(dtype: torch.dtype, near_tie: float, layers: int = 3) -> torch.Tensor:
+    return answer(Int8Classifier(build(layers), kernels_for(dtype), kernels_for(torch.float32), TASK, near_tie))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_answers_as_the_plain_one(dtype: torch.dtype, layers: int) -> None:
     """Measured by how much the texts' answers differ, which on random weights is little."""
-    model, ids = build(layers), texts()
-    expected = predict(model, ids, 4096, CPU)
+    expected = answer(build(layers))
     for near_tie, allowed in ((0.0, 0.15), (math.inf, 0.01)):
-        error, spread = (answer_to(ids, model, dtype, near_tie) - expected).std(0), expected.std(0)
+        error, spread = (answer_in(dtype, near_tie, layers) - expected).std(0), expected.std(0)
         assert torch.all(error < allowed * spread), (near_tie, error, spread)
 
 
 def test_only_near_ties_are_computed_in_16_bits() -> None:
-    model, ids = build(), texts()
-    in_8_bits, in_16_bits = (answer_to(ids, model, torch.bfloat16, near_tie) for near_tie in (0.0, math.inf))
+    in_8_bits, in_16_bits = (answer_in(torch.bfloat16, near_tie) for near_tie in (0.0, math.inf))
     best, second = in_8_bits.log().topk(2).values.unbind(1)
     near_tie = float((best - second).sort().values[99:101].mean())  # between two texts
     is_near = best - second < near_tie
-    found = answer_to(ids, model, torch.bfloat16, near_tie)
+    found = answer_in(torch.bfloat16, near_tie)
     assert torch.equal(found[~is_near], in_8_bits[~is_near])
     assert torch.allclose(found[is_near], in_16_bits[is_near], atol=1e-6)
     assert not torch.equal(in_8_bits[is_near], in_16_bits[is_near])
@@ -187,9 +193,8 @@ def test_only_near_ties_are_computed_in_16_bits() -> None:
 
 def test_an_answer_does_not_depend_on_the_batch() -> None:
     fp32 = kernels_for(torch.float32)
-    model, ids = Int8Classifier(build(), fp32, fp32), texts()
-    together, apart = predict(model, ids, 4096, CPU), predict(model, ids, 60, CPU)
-    assert torch.allclose(together, apart, atol=1e-6)
+    model = Int8Classifier(build(), fp32, fp32, TASK)
+    assert torch.allclose(answer(model), answer(model, batch_tokens=60), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -231,13 +236,13 @@ def test_loading_leaves_no_fp32_weights_in_memory() -> None:
 def test_without_the_instructions_it_is_said_once(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(engines, "can_quantize", lambda: False)
-    loaded = load_model(model, CPU, "int8")
+    monkeypatch.setattr(engines, "quantized", lambda *_: None)
+    loaded = predictor.Classifier.load(model, "int8", "cpu")
     said = capsys.readouterr().err
     assert loaded.precision in ("bf16", "fp32")
     assert said.startswith("warning: int8 needs a CPU with AVX512-VNNI")
     assert said.count("\n") == 1
-    logits = loaded.module(torch.tensor([[0, 5, 2]]))
+    logits = loaded.module(torch.tensor([0, 5, 2]), torch.tensor([3]))
     assert math.isfinite(float(logits.float().sum()))
     with pytest.raises(UserError, match="--precision int8 is for a CPU"):
-        load_model(model, torch.device("cuda"), "int8")
+        predictor.Classifier.load(model, "int8", torch.device("cuda"))

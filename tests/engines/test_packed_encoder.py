@@ -11,34 +11,38 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL_ENCODER, needs_small_encoder
-from reference import torchtext_model
+from reference import our_name, torchtext_model
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
-from sst2_xlmr.data.rows import SST2_NAMES
 from sst2_xlmr.engines.cpu.kernels import Packed, load_kernels
 from sst2_xlmr.engines.cpu.packed_encoder import PackedClassifier, pack
-from sst2_xlmr.model.classifier import Classifier, Dropouts, build_classifier
+from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import EncoderShape, find_encoder
+from sst2_xlmr.model.roberta import PAD_ID, SequenceClassifier
+from sst2_xlmr.model.vocabulary import Vocabulary
+from sst2_xlmr.task import SST2_NAMES, SingleLabel
 
 # Head sizes 8, 20 and 64; with one layer, the last is also the first.
 SHAPES = [(32, 4, 3), (40, 2, 2), (128, 2, 1)]
 LENGTHS = [2, 40, 16, 3, 17, 31, 5]
 
 
-def build(shape: tuple[int, int, int], dropout: float = 0.0, head_dropout: float = 0.0, seed: int = 0) -> Classifier:
+def build(
+    shape: tuple[int, int, int], dropout: float = 0.0, head_dropout: float = 0.0, seed: int = 0
+) -> SequenceClassifier:
     """In training mode; weights large enough for every part to matter. shape: hidden, heads, layers."""
     hidden, heads, layers = shape
     torch.manual_seed(seed)
-    model = Classifier(
-        EncoderShape(200, hidden, layers, heads, 2 * hidden + 3, 48), 2, Dropouts(dropout, dropout, head_dropout)
-    )
+    shape_of_model = EncoderShape(200, hidden, layers, heads, 2 * hidden + 3, 48)
+    model = SequenceClassifier(shape_of_model, 2, dropout, head_dropout)
     for name, parameter in model.named_parameters():
         is_gamma = "norm" in name and name.endswith("weight")
         parameter.data.normal_(float(is_gamma), 1.5 / hidden**0.5 if parameter.dim() > 1 else 0.3)
     return model.train()
 
 
-def packed(model: Classifier) -> PackedClassifier:
+def packed(model: SequenceClassifier) -> PackedClassifier:
     """The engine over the same parameters."""
     kernels = load_kernels(next(model.parameters()).dtype)
     if kernels is None:
@@ -46,15 +50,22 @@ def packed(model: Classifier) -> PackedClassifier:
     return PackedClassifier(model, kernels).train(model.training)
 
 
-def batch(lengths: list[int], vocab_size: int = 200) -> torch.Tensor:
-    """int64 [texts, longest]: `<s>`, random ids, `</s>`, padding."""
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def batch(lengths: list[int], vocab_size: int = 200) -> Batch:
+    """Packed texts of these lengths: `<s>`, random ids, `</s>`."""
     generator = torch.Generator().manual_seed(sum(lengths))
-    tokens = torch.randint(4, vocab_size, (len(lengths), max(lengths)), generator=generator)
-    tokens[:, 0] = 0
-    for row, length in enumerate(lengths):
-        tokens[row, length - 1] = 2
-        tokens[row, length:] = 1
-    return tokens
+    texts = [torch.randint(4, vocab_size, (length,), generator=generator) for length in lengths]
+    for text in texts:
+        text[0], text[-1] = 0, 2
+    return torch.cat(texts), torch.tensor(lengths)
+
+
+def some_of(batch: Batch, rows: torch.Tensor) -> Batch:
+    """Return these rows of a batch, in this order."""
+    texts = batch[0].split(batch[1].tolist())
+    return torch.cat([texts[row] for row in rows.tolist()]), batch[1][rows]
 
 
 def keys(count: int) -> torch.Tensor:
@@ -80,10 +91,10 @@ def assert_same(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor
         assert difference <= tolerance * float(expected.abs().max()), name
 
 
-def run(model: Classifier, tokens: torch.Tensor, uses_engine: bool) -> dict[str, torch.Tensor]:
+def run(model: SequenceClassifier, texts: Batch, uses_engine: bool) -> dict[str, torch.Tensor]:
     """Return all gradients, and the logits, without dropout."""
     model.train()
-    logits = (packed(model) if uses_engine else model)(tokens)
+    logits = (packed(model) if uses_engine else model)(*texts)
     loss(logits if logits.dtype == torch.float64 else logits.float()).backward()
     return {**gradients(model), "logits": logits.detach()}
 
@@ -104,30 +115,33 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("lengths", [LENGTHS, [16] * 3, [40], [2] * 8], ids=str)
 def test_equals_the_plain_path(threads: None, shape: tuple[int, int, int], lengths: list[int]) -> None:
     """Logits and all gradients without dropout."""
-    model, tokens = build(shape), batch(lengths)
-    assert_same(run(model, tokens, True), run(model, tokens, False), 1e-5)
+    model, texts = build(shape), batch(lengths)
+    assert_same(run(model, texts, True), run(model, texts, False), 1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_torchtext(shape: tuple[int, int, int]) -> None:
     """Which computes all positions of the last layer, and a mask."""
-    model, tokens = build(shape), batch(LENGTHS)
+    model, (ids, lengths) = build(shape), batch(LENGTHS)
     reference = torchtext_model(model).train()
-    logits = reference(tokens)
+    logits = reference(pad_sequence(ids.split(lengths.tolist()), batch_first=True, padding_value=PAD_ID))
     loss(logits).backward()
-    assert_same(run(model, tokens, True), {**gradients(reference), "logits": logits.detach()}, 1e-5)
+    expected = {our_name(name): gradient for name, gradient in gradients(reference).items()}
+    assert_same(run(model, (ids, lengths), True), {**expected, "logits": logits.detach()}, 1e-5)
 
 
 @needs_small_encoder
 def test_is_as_exact_as_torch_on_real_weights() -> None:
     """Against float64, over 12 layers: everything within 1e-5, and on average no further off than the plain path."""
-    model, _ = build_classifier(find_encoder(str(SMALL_ENCODER)), SST2_NAMES, kept_ids=np.arange(5000))
+    model, _ = build_classifier(
+        find_encoder(str(SMALL_ENCODER)), SingleLabel(SST2_NAMES), vocabulary=Vocabulary(torch.arange(5000), 250_002)
+    )
     torch.manual_seed(0)
     for parameter in model.head.parameters():
         parameter.data.normal_(0, 0.3)
-    tokens = batch(LENGTHS, 5000)
-    ours, plain = run(model, tokens, True), run(model, tokens, False)
-    exact = run(model.double(), tokens, False)
+    texts = batch(LENGTHS, 5000)
+    ours, plain = run(model, texts, True), run(model, texts, False)
+    exact = run(model.double(), texts, False)
     assert_same(ours, exact, 1e-5)
     assert average_error(ours, exact) < 1.1 * average_error(plain, exact)
 
@@ -140,9 +154,9 @@ def test_bf16_is_as_exact_as_torchs(threads: None, shape: tuple[int, int, int]) 
     """
     errors = []
     for seed in range(6):
-        model, tokens = build(shape, seed=seed).bfloat16(), batch(LENGTHS)
-        ours, plain = run(model, tokens, True), run(model, tokens, False)
-        exact = run(model.double(), tokens, False)
+        model, texts = build(shape, seed=seed).bfloat16(), batch(LENGTHS)
+        ours, plain = run(model, texts, True), run(model, texts, False)
+        exact = run(model.double(), texts, False)
         assert_same(ours, exact, 0.2)
         errors.append((average_error(ours, exact), average_error(plain, exact)))
     ours_mean, plain_mean = np.mean(errors, axis=0)
@@ -151,43 +165,38 @@ def test_bf16_is_as_exact_as_torchs(threads: None, shape: tuple[int, int, int]) 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_does_not_depend_on_its_batch(shape: tuple[int, int, int]) -> None:
-    """Nor on its place in it, nor on how much padding comes behind; with dropout."""
-    model, tokens, keyed = packed(build(shape, 0.3, 0.3)), batch(LENGTHS), keys(len(LENGTHS))
+    """Nor on its place in it; with dropout."""
+    model, texts, keyed = packed(build(shape, 0.3, 0.3)), batch(LENGTHS), keys(len(LENGTHS))
     with torch.no_grad():
-        together = model(tokens, dropout_keys=keyed)
-        for row, length in enumerate(LENGTHS):
-            alone = model(tokens[row : row + 1, :length], False, dropout_keys=keyed[row : row + 1])
-            torch.testing.assert_close(alone[0], together[row], atol=2e-6, rtol=2e-6)
-        turned = model(tokens.flip(0), dropout_keys=keyed.flip(0)).flip(0)
-        torch.testing.assert_close(turned, together, atol=2e-6, rtol=2e-6)
-        wide = model(F.pad(tokens, (0, 5), value=1), dropout_keys=keyed)
-        assert torch.equal(wide, together)
+        together = model(*texts, keyed)
+        for rows in (*torch.arange(len(LENGTHS)).split(1), torch.arange(len(LENGTHS)).flip(0)):
+            found = model(*some_of(texts, rows), keyed[rows])
+            torch.testing.assert_close(found, together[rows], atol=2e-6, rtol=2e-6)
 
 
 def test_packing() -> None:
     """Ids and positions one after another; the number of rows is a multiple of 8; a token's key is its own."""
-    tokens, keyed = batch([3, 7, 2]), keys(3)
-    rows, ids, positions = pack(tokens, keyed, 0.1)
+    texts, keyed = batch([3, 7, 2]), keys(3)
+    rows, ids, positions = pack(*texts, keyed, 0.1)
     assert rows.starts.tolist() == [0, 3, 10, 12]
     assert (rows.tokens, rows.longest, rows.drop_p) == (12, 7, 0.1)
-    assert ids.tolist() == [*tokens[0, :3].tolist(), *tokens[1].tolist(), *tokens[2, :2].tolist(), 1, 1, 1, 1]
+    assert ids.tolist() == [*texts[0].tolist(), 1, 1, 1, 1]
     assert positions.tolist() == [0, 1, 2, *range(7), 0, 1, 0, 0, 0, 0]
     assert len(rows.keys) == 16
     assert len(rows.keys[:12].unique()) == 12
-    alone, _, _ = pack(tokens[1:2], keyed[1:2], 0.1)
+    alone, _, _ = pack(*some_of(texts, torch.tensor([1])), keyed[1:2], 0.1)
     assert torch.equal(alone.keys[:7], rows.keys[3:10])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_parts_add_up_with_dropout(threads: None, shape: tuple[int, int, int]) -> None:
     """Masks belong to rows: the gradient of a batch is the sum over its parts, however it is cut."""
-    model, tokens, keyed = build(shape, 0.2, 0.2), batch(LENGTHS), keys(len(LENGTHS))
+    model, texts, keyed = build(shape, 0.2, 0.2), batch(LENGTHS), keys(len(LENGTHS))
     engine = packed(model)
     labels = torch.arange(len(LENGTHS)) % 2
 
     def add(rows: torch.Tensor) -> None:
-        part = tokens[rows][:, : int(tokens[rows].ne(1).sum(1).max())]
-        logits = engine(part, dropout_keys=keyed[rows])
+        logits = engine(*some_of(texts, rows), keyed[rows])
         F.cross_entropy(logits, labels[rows], reduction="sum").backward()
 
     everything = torch.arange(len(LENGTHS))
@@ -206,52 +215,47 @@ def test_gradients_of_parts_add_up_with_dropout(threads: None, shape: tuple[int,
 
 
 def forward_with_masks(
-    model: Classifier, tokens: torch.Tensor, keyed: torch.Tensor, p: float, head_p: float
+    model: SequenceClassifier, texts: Batch, keyed: torch.Tensor, p: float, head_p: float
 ) -> torch.Tensor:
     """The network text by text in torch, on all positions of all layers, times masks read off the kernels."""
-    transformer, head = model.encoder.transformer, model.head
-    layers, kernels = transformer.layers.layers, load_kernels(torch.float32)
+    encoder, head, heads, width = model.encoder, model.head, model.shape.heads, model.shape.hidden
+    layers, kernels, size = encoder.layers, load_kernels(torch.float32), width // heads
     assert kernels is not None
     logits = []
-    for text, key in zip(tokens, keyed):
-        text = text[text != 1][None]
-        rows, _, _ = pack(text, key[None], p)
-        n, width = text.shape[1], model.shape.hidden
+    for text, length, key in zip(texts[0].split(texts[1].tolist()), texts[1], keyed):
+        rows, _, _ = pack(text, length[None], key[None], p)
+        n = len(text)
 
         def drop(values: torch.Tensor, site: int, p: float = p, rows: Packed = rows) -> torch.Tensor:
             mask = torch.ones(len(rows.keys), values.shape[1])
             kernels.dropout_(mask, Packed(rows.starts, rows.keys, rows.longest, p), site)
             return values * mask[: len(values)]
 
-        x = transformer.token_embedding(text)[0] + transformer.positional_embedding.embedding.weight[2 : n + 2]
-        x = drop(transformer.embedding_layer_norm(x), 0)
+        x = drop(encoder.norm(encoder.tokens(text) + encoder.positions.weight[2 : n + 2]), 0)
         for number, layer in enumerate(layers):
-            attention = layer.self_attn
-            heads, size = attention.heads, model.shape.hidden // attention.heads
             # Queries of zero weigh all keys alike; value j of every head is 1 at key j.
             zeros, ones = torch.zeros(len(rows.keys), heads * 64), torch.zeros(len(rows.keys), heads, 64)
             ones[torch.arange(n), :, torch.arange(n)] = n
             masks = kernels.attention(zeros, zeros, ones.flatten(1), heads, rows, 3 * number + 1)
             masks = masks.view(-1, heads, 64)[:n, :, :n].transpose(0, 1)
-            projected = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-            q, k, v = projected.view(n, 3, heads, size).permute(1, 2, 0, 3)
+            q, k, v = layer.qkv(x).view(n, 3, heads, size).permute(1, 2, 0, 3)
             weights = (q @ k.transpose(1, 2) / size**0.5).softmax(2) * masks
             mixed = (weights @ v).transpose(0, 1).reshape(n, width)
-            x = layer.norm1(x + drop(attention.out_proj(mixed), 3 * number + 2))
-            x = layer.norm2(x + drop(layer.linear2(F.gelu(layer.linear1(x))), 3 * number + 3))
+            x = layer.norm1(x + drop(layer.out(mixed), 3 * number + 2))
+            x = layer.norm2(x + drop(layer.down(F.gelu(layer.up(x))), 3 * number + 3))
         first = drop(x[:1], 3 * len(layers) + 1, head_p)
-        logits.append(head.out_proj(drop(torch.tanh(head.dense(first)), 3 * len(layers) + 2, head_p)))
+        logits.append(head.out(drop(torch.tanh(head.dense(first)), 3 * len(layers) + 2, head_p)))
     return torch.cat(logits)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dropout_equals_explicit_masks(shape: tuple[int, int, int]) -> None:
     """Forward and backward, at every place where dropout stands."""
-    model, tokens, keyed = build(shape, 0.2, 0.4, seed=1), batch(LENGTHS), keys(len(LENGTHS))
+    model, texts, keyed = build(shape, 0.2, 0.4, seed=1), batch(LENGTHS), keys(len(LENGTHS))
     found = []
     for forward in (
-        lambda: packed(model)(tokens, dropout_keys=keyed),
-        lambda: forward_with_masks(model, tokens, keyed, 0.2, 0.4),
+        lambda: packed(model)(*texts, keyed),
+        lambda: forward_with_masks(model, texts, keyed, 0.2, 0.4),
     ):
         logits = forward()
         loss(logits).backward()
@@ -260,12 +264,12 @@ def test_dropout_equals_explicit_masks(shape: tuple[int, int, int]) -> None:
 
 
 def test_frozen_encoder_trains_the_head_only() -> None:
-    model, tokens, keyed = build(SHAPES[0], 0.0, 0.2), batch(LENGTHS), keys(len(LENGTHS))
+    model, texts, keyed = build(SHAPES[0], 0.0, 0.2), batch(LENGTHS), keys(len(LENGTHS))
     engine = packed(model)
-    loss(engine(tokens, dropout_keys=keyed)).backward()
+    loss(engine(*texts, keyed)).backward()
     whole = gradients(model)
     model.encoder.requires_grad_(False)
-    logits = engine(tokens, dropout_keys=keyed)
+    logits = engine(*texts, keyed)
     loss(logits).backward()
     head = gradients(model)
     assert head.keys() == {name for name, _ in model.named_parameters() if name.startswith("head.")}
@@ -280,21 +284,21 @@ def test_frozen_encoder_trains_the_head_only() -> None:
 
 
 def test_evaluation_has_no_dropout_and_leaves_no_graph() -> None:
-    model, tokens = build(SHAPES[0], 0.5, 0.5), batch(LENGTHS)
+    model, texts = build(SHAPES[0], 0.5, 0.5), batch(LENGTHS)
     engine = packed(model).eval()
     with torch.no_grad():
-        first = engine(tokens)
-        assert torch.equal(engine(tokens, dropout_keys=keys(len(LENGTHS))), first)
+        first = engine(*texts)
+        assert torch.equal(engine(*texts, keys(len(LENGTHS))), first)
     assert first.grad_fn is None
-    assert torch.equal(first, packed(build(SHAPES[0]))(tokens).detach())
+    assert torch.equal(first, packed(build(SHAPES[0]))(*texts).detach())
     assert not gradients(model)
 
 
 def test_equal_calls_give_equal_bits(threads: None) -> None:
-    model, tokens, keyed = build(SHAPES[1], 0.2, 0.2), batch(LENGTHS), keys(len(LENGTHS))
+    model, texts, keyed = build(SHAPES[1], 0.2, 0.2), batch(LENGTHS), keys(len(LENGTHS))
     runs = []
     for _ in range(3):
-        loss(packed(model)(tokens, dropout_keys=keyed)).backward()
+        loss(packed(model)(*texts, keyed)).backward()
         runs.append(gradients(model))
     for run in runs[1:]:
         assert all(torch.equal(grad, runs[0][name]) for name, grad in run.items())
@@ -302,24 +306,24 @@ def test_equal_calls_give_equal_bits(threads: None) -> None:
 
 def test_what_is_not_a_number_reaches_the_loss_and_the_gradients() -> None:
     """From a weight of the first layer, and from an embedding that one text uses."""
-    model, tokens = build(SHAPES[0]), batch(LENGTHS)
+    model, texts = build(SHAPES[0]), batch(LENGTHS)
     clean = copy.deepcopy(model.state_dict())
-    transformer = model.encoder.transformer
+    of_second = int(texts[0][LENGTHS[0] + 9])
     for parameter, where in (
-        (transformer.layers.layers[0].linear1.weight, (3, 4)),
-        (transformer.token_embedding.weight, (int(tokens[1, 9]), 0)),
+        (model.encoder.layers[0].up.weight, (3, 4)),
+        (model.encoder.tokens.weight, (of_second, 0)),
     ):
         model.load_state_dict(clean)
         parameter.data[where] = float("nan")
-        logits = packed(model)(tokens)
+        logits = packed(model)(*texts)
         assert logits[1].isnan().all()
         loss(logits).backward()
         found = gradients(model)
-        assert found["encoder.transformer.layers.layers.0.self_attn.in_proj_weight"].isnan().any()
+        assert found["encoder.layers.0.qkv.weight"].isnan().any()
         assert found["head.dense.weight"].isnan().any()
 
 
 def test_it_can_be_copied_and_saved() -> None:
-    model, tokens = packed(build(SHAPES[0])), batch(LENGTHS)
+    model, texts = packed(build(SHAPES[0])), batch(LENGTHS)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other(tokens), model(tokens))
+        assert torch.equal(other(*texts), model(*texts))

@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,10 @@ import pytest
 from conftest import ROOT, SST2, make_tokenizer, user_error
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
 from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.rows import Columns, read_examples
 from sst2_xlmr.programs import predict as script
-from sst2_xlmr.report import rows_bar
+from sst2_xlmr.report import progress
 from sst2_xlmr.util import shards
 
 
@@ -219,7 +217,7 @@ def test_output_that_is_there_is_kept_unless_told_otherwise(
 ) -> None:
     (tmp_path / "out.tsv").write_text("precious")
     options = ["--output", tmp_path / "out.tsv", "A fine film."]
-    assert "out.tsv is there already" in user_error(lambda: run(model, *options), capsys)
+    assert "out.tsv already exists" in user_error(lambda: run(model, *options), capsys)
     assert (tmp_path / "out.tsv").read_text() == "precious"
     run(model, *options, "--overwrite")
     assert len(list(read_examples(tmp_path / "out.tsv", Columns()))) == 1
@@ -233,7 +231,7 @@ def test_a_folder_is_no_output(model: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 # Notes how far it is after every block, so that a quick test can be killed in between.
-EAGER = "import sys, sst2_xlmr.util.shards as g; g._SECONDS_BETWEEN_NOTES = 0; sys.path.insert(0, 'scripts')"
+EAGER = "import sst2_xlmr.util.shards as g; g._SECONDS_BETWEEN_NOTES = 0"
 
 
 def write_many(path: Path, rows: int) -> Path:
@@ -252,15 +250,17 @@ def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> 
     (tmp_path / "whole").mkdir()
     assert predict(*words, tmp_path / "whole" / name).returncode == 0
     (tmp_path / "eager.py").write_text(
-        f"{EAGER}\nfrom sst2_xlmr.programs import predict; predict.exit_on_user_error(predict.main)\n"
+        f"{EAGER}\nfrom sst2_xlmr.programs.predict import main\n"
+        "from sst2_xlmr.util.errors import exit_on_user_error\nexit_on_user_error(main)\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     options = map(str, [tmp_path / "eager.py", "--device", "cpu", *words, tmp_path / name])
     command = [*launcher, *options]
-    states = [tmp_path / f"{name}.part-{rank}.json" for rank in range(processes)]
+    states = [tmp_path / f".{name}.shard-{rank}.state" for rank in range(processes)]
 
     def blocks() -> int:
-        return sum(json.loads(state.read_text())["blocks"] for state in states if state.exists())
+        lines = [state.read_text().rstrip("\n").rsplit("\n", 1)[-1] for state in states if state.exists()]
+        return sum(json.loads(line).get("blocks", 0) for line in lines if line.endswith("}"))
 
     kills = 0
     while not (tmp_path / name).exists():
@@ -276,7 +276,7 @@ def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> 
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["in.csv", "eager.py", "whole", name])
     again = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0
-    assert "out.csv is there and complete, so nothing was done; whether it is of this input" in again.stderr
+    assert "out.csv already exists and is complete, so nothing was done; whether it belongs" in again.stderr
 
 
 def test_several_processes_say_once_that_a_model_is_not_for_glue(model: Path, tmp_path: Path) -> None:
@@ -307,14 +307,18 @@ def test_what_was_to_replace_a_file_is_continued(
     (tmp_path / "out.csv").write_text("of before")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "_SECONDS_BETWEEN_NOTES", seconds)
-        patch.setattr(script.RowsBar, "advance", lambda self, rows: 1 / 0)
+        patch.setattr(script, "with_progress", dies_after_a_block)
         with pytest.raises(ZeroDivisionError):
             run(model, *options, "--overwrite")
     run(model, *options, "--resume")
     assert len(read_output(tmp_path / "out.csv")) == 3000
-    (tmp_path / "out.csv.part-0").unlink(missing_ok=True)
     glue = ["--glue-submission", tmp_path / "glue"]
-    assert "out.csv is there already" in user_error(lambda: run(model, *options, *glue, "--resume"), capsys)
+    assert "out.csv already exists" in user_error(lambda: run(model, *options, *glue, "--resume"), capsys)
+
+
+def dies_after_a_block(blocks: Iterator[Any], *_: object, **__: object) -> Iterator[Any]:
+    yield next(blocks)
+    raise ZeroDivisionError
 
 
 def change_row(file: Path) -> None:
@@ -357,14 +361,14 @@ def test_other_rows_are_not_continued(
     options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "_SECONDS_BETWEEN_NOTES", 0.0)
-        patch.setattr(script.RowsBar, "advance", lambda self, rows: 1 / 0)
+        patch.setattr(script, "with_progress", dies_after_a_block)
         with pytest.raises(ZeroDivisionError):
             run(model, *options)
-    assert (tmp_path / "out.csv.part-0").is_file()
+    assert (tmp_path / ".out.csv.shard-0").is_file()
     change(tmp_path)
     said = user_error(lambda: run(model, *options, "--resume", *more), capsys)
-    assert "out.csv.part-0 was begun with another model, input" in said
-    assert "rows of an earlier run are in" in user_error(lambda: run(model, *options, *more), capsys)
+    assert "belong to another model, input" in said
+    assert "rows of an earlier run for" in user_error(lambda: run(model, *options, *more), capsys)
     run(model, *options, *more, "--overwrite")
     assert len(read_output(tmp_path / "out.csv")) == 3000
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "model", "out.csv"]
@@ -375,14 +379,14 @@ def test_an_input_that_changes_meanwhile_is_no_result(
 ) -> None:
     """A row that is added after the file was read through would be missing."""
     file = write_many(tmp_path / "in.csv", 2000)
-    advance = script.RowsBar.advance
 
-    def add_row(self: script.RowsBar, rows: int) -> None:
-        with file.open("a") as opened:
-            opened.write("2000,one more\n")
-        advance(self, rows)
+    def add_row(blocks: Iterator[Any], *_: object, **__: object) -> Iterator[Any]:
+        for block in blocks:
+            with file.open("a") as opened:
+                opened.write("2000,one more\n")
+            yield block
 
-    monkeypatch.setattr(script.RowsBar, "advance", add_row)
+    monkeypatch.setattr(script, "with_progress", add_row)
     options = ["--input", file, "--output", tmp_path / "out.csv"]
     assert "in.csv changed while it was being read" in user_error(lambda: run(model, *options), capsys)
     assert not (tmp_path / "out.csv").exists()
@@ -394,7 +398,7 @@ def test_an_input_that_changes_meanwhile_is_no_result(
 def test_lines_tell_the_time_left_where_there_is_no_terminal(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows_bar, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
     run(model, "--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("1,024 of 1,500 rows, ")
@@ -515,7 +519,7 @@ def test_a_path_without_permission_is_named(
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/secret/model")
 
-    monkeypatch.setattr(script, "load_model", refuse)
+    monkeypatch.setattr(script.Classifier, "load", refuse)
     said = user_error(lambda: script.main(["--model", "/secret/model", "x"]), capsys)
     assert "no permission for /secret/model" in said
 

@@ -161,6 +161,16 @@ def test_missing_python_fails_with_one_line(tmp_path: Path) -> None:
     assert log.startswith("error: no train.py or no no/such/python in ") and log.count("\n") == 1, log
 
 
+@pytest.mark.usefixtures("_slurm")
+def test_srun_with_two_tasks_and_no_torchrun_is_refused() -> None:
+    env = {**os.environ, "SLURM_CONF": str(LAB / "etc" / "slurm.conf")}
+    for tasks, says in ((1, "argument --epochs"), (2, "srun has started 2 tasks, which would train apart")):
+        command = ["srun", f"--nodes={tasks}", f"--ntasks={tasks}", sys.executable, "train.py", "--epochs", "x"]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert [line for line in done.stderr.splitlines() if line.startswith(f"error: {says}")], done.stderr
+
+
 def undisturbed(encoder: Path, data: Path, run: Path, options: list[object]) -> None:
     """Train with two such processes, each as if on a node of its own, without SLURM."""
     done = torchrun(2, train_options(encoder, data, run, *options), nodes=True)

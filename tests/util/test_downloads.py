@@ -27,7 +27,11 @@ from sst2_xlmr.util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 BODY = bytes(range(256)) * 40
-TSV = {"train.tsv": "sentence\tlabel\na fine film\t1\n", "dev.tsv": "sentence\tlabel\n", "test.tsv": "index\tsentence\n"}
+TSV = {
+    "train.tsv": "sentence\tlabel\na fine film\t1\n",
+    "dev.tsv": "sentence\tlabel\n",
+    "test.tsv": "index\tsentence\n",
+}
 ROWS = {"train.tsv": 1, "dev.tsv": 0, "test.tsv": 0}
 
 
@@ -133,7 +137,9 @@ def test_a_folder_that_the_user_made_is_never_changed(
 ) -> None:
     folder = tmp_path / "data" / "SST-2"
     folder.mkdir(parents=True)
-    files = dict.fromkeys(TSV, "sentence\tlabel\nmine\t1\nmine, too\t0\n") if "rows" in lies_there else {lies_there: "mine"}
+    files = (
+        dict.fromkeys(TSV, "sentence\tlabel\nmine\t1\nmine, too\t0\n") if "rows" in lies_there else {lies_there: "mine"}
+    )
     for name, text in files.items():
         (folder / name).write_text(text)
     if lies_there == "a link":

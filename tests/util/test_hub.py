@@ -172,6 +172,8 @@ def test_a_folder_is_named_as_it_is(server: Server, tiny_encoder: Path, capsys: 
     assert capsys.readouterr().out == "models/small: models/small\n"
 
 
-@pytest.mark.parametrize(("name", "is_one"), [("a/b", True), ("a/b@x/y", True), ("a", False), ("../a", False), ("a/b/c", False)])
+@pytest.mark.parametrize(
+    ("name", "is_one"), [("a/b", True), ("a/b@x/y", True), ("a", False), ("../a", False), ("a/b/c", False)]
+)
 def test_what_an_id_looks_like(name: str, is_one: bool) -> None:
     assert is_hub_id(name) == is_one

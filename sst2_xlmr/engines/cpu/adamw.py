@@ -19,9 +19,9 @@ from torch import nn
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.engines.cpu.averaging import average_gradients
-from sst2_xlmr.engines.cpu.kernels import PARAMETER, Gradients, Kernels
+from sst2_xlmr.engines.cpu.kernels import GRADIENTS, PARAMETER, Kernels
 from sst2_xlmr.engines.cpu.masters import ParamState, split_master
-from sst2_xlmr.engines.cpu.shared_memory import Arena, Barrier, aligned_bytes, shared_bytes
+from sst2_xlmr.engines.cpu.shared_memory import Arena, aligned_bytes, barrier_sum, shared_bytes
 from sst2_xlmr.training.optimizer import BETAS, EPSILON, group_of
 from sst2_xlmr.util.distributed import World, raise_on_all
 from sst2_xlmr.util.memory import give_back_memory
@@ -62,7 +62,6 @@ class CpuAdamW:
         self._places: list[torch.Tensor] = []  # in shared memory, where this rank leaves its gradients
         self.shares_memory = world.world_size > 1 and self._share_memory()
         self._group = world if self.shares_memory else World.alone(world.device)
-        self._barrier = Barrier(self._group)
         if self.shares_memory:
             self._watch_gradients()
         self._describe_parameters()
@@ -102,7 +101,7 @@ class CpuAdamW:
             state.low_bits = None if state.low_bits is None else moved(state.low_bits)
             state.exp_avg, state.exp_avg_sq = moved(state.exp_avg), moved(state.exp_avg_sq)
         self._places = arena.take_for_ranks(world, weights)
-        Barrier(world).sum(0)  # rank 0 has copied everything
+        barrier_sum(world)  # rank 0 has copied everything
         give_back_memory()
         return True
 
@@ -157,9 +156,10 @@ class CpuAdamW:
             gradient.data_ptr() - self._group.rank * stride + start * size
             for gradient, start in zip(self._gradients, self._starts)
         ]
-        self._located = Gradients(stride, self._group.world_size, self._gradients[0].dtype == torch.float32)
-        self._barrier.sum(0)  # the gradients of all are there
-        square_sum = self._barrier.sum(self._kernels.square_sum(self._parameters, self._located))
+        is_fp32 = self._gradients[0].dtype == torch.float32
+        self._located = np.array((stride, self._group.world_size, is_fp32), GRADIENTS)
+        barrier_sum(self._group)  # the gradients of all are there
+        square_sum = barrier_sum(self._group, self._kernels.square_sum(self._parameters, self._located))
         norm = torch.tensor(math.sqrt(square_sum))
         if self._world.world_size > self._world.local_world_size:
             dist.broadcast(norm, 0)  # nodes with other numbers of cores add it up in another order
@@ -176,7 +176,7 @@ class CpuAdamW:
         self._parameters["decay"] = [lr * state.lr_scale * state.weight_decay for state in self._trained]
         root = 1 / math.sqrt(1 - BETAS[1] ** self._steps)
         self._kernels.adamw(self._parameters, self._located, scale, BETAS, EPSILON, root)
-        self._barrier.sum(0)  # all parts are updated
+        barrier_sum(self._group)  # all parts are updated
         self.clear_gradients()
 
     def clear_gradients(self) -> None:
@@ -211,4 +211,4 @@ class CpuAdamW:
         if self._world.is_main or not self.shares_memory:
             for name, tensor in self.moments().items():
                 tensor.copy_(moments[name])
-        self._barrier.sum(0)  # rank 0 has copied everything
+        barrier_sum(self._group)  # rank 0 has copied everything

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sst2_xlmr.engines.cpu.int8_linear import Int8Kernels, Int16Linear, Norm, Quantized
+from sst2_xlmr.engines.cpu.int8_linear import Int8Kernels, Int16Linear, Quantized
 from sst2_xlmr.engines.cpu.kernels import Kernels, Packed
 from sst2_xlmr.engines.cpu.packed_encoder import pack
 from sst2_xlmr.model.quantized import quantize_weights
@@ -122,6 +122,6 @@ class Int8Classifier(nn.Module):
             q, _ = linear(layer.projections[0].high, Quantized(*(part[firsts] for part in quantized)), wanted="values")
             k, v = linear(layer.projections[1].high, quantized, wanted="values")[0].chunk(2, dim=1)
         mixed = self.kernels.attention(q, k, v, self.shape.heads, rows, site=0)
-        y, y_quantized = linear(layer.out.high, self.int8.quantize(mixed), norm=Norm(x, layer.norm1))
+        y, y_quantized = linear(layer.out.high, self.int8.quantize(mixed), norm=(x, layer.norm1))
         _, inner = linear(layer.up.high, y_quantized, gelu=True, wanted="quantized")
-        return linear(layer.down.high, inner, norm=Norm(y, layer.norm2))
+        return linear(layer.down.high, inner, norm=(y, layer.norm2))

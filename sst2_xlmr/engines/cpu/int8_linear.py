@@ -5,30 +5,20 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sst2_xlmr.engines.cpu.kernels import Kernels
+from sst2_xlmr.engines.cpu.kernels import Kernels, struct
 from sst2_xlmr.model.quantized import quantize_weights
 
 _PANEL = 64  # channels that lie together, as in int8.c
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 
-class _Linear(ctypes.Structure):
-    _fields_ = (
-        *((name, _P) for name in ("weights", "scales", "sums", "bias")),
-        *((name, ctypes.c_int32) for name in ("n", "k")),
-    )
-
-
-class _After(ctypes.Structure):
-    _fields_ = (
-        ("gelu", ctypes.c_int32),
-        *((name, _P) for name in ("residual", "gamma", "beta")),
-        ("epsilon", ctypes.c_float),
-    )
+_LINEAR = struct(**dict.fromkeys(("weights", "scales", "sums", "bias"), "u8"), n="i4", k="i4")
+_AFTER = struct(gelu="i4", **dict.fromkeys(("residual", "gamma", "beta"), "u8"), epsilon="f4")
 
 
 class Quantized(NamedTuple):
@@ -41,18 +31,6 @@ class Quantized(NamedTuple):
 
     bytes: torch.Tensor
     ranges: torch.Tensor
-
-
-class Norm(NamedTuple):
-    """The residual connection and the LayerNorm that follow a layer.
-
-    Attributes:
-        residual: of the kernels' dtype, [rows, n].
-        module: its parameters in fp32.
-    """
-
-    residual: torch.Tensor
-    module: nn.LayerNorm
 
 
 class Int8Linear:
@@ -69,7 +47,7 @@ class Int8Linear:
         padded = F.pad(values, (0, -self.k % 4, 0, -self.n % _PANEL))
         panels = padded.view(-1, _PANEL, padded.shape[1] // 4, 4).permute(0, 2, 1, 3).contiguous()
         self._tensors = (panels, scales, sums, bias.float().clone())  # kept: the struct has their addresses
-        self.as_c = _Linear(*[tensor.data_ptr() for tensor in self._tensors], self.n, self.k)
+        self.as_c = np.array((*[tensor.data_ptr() for tensor in self._tensors], self.n, self.k), _LINEAR)
 
 
 class Int16Linear:
@@ -111,7 +89,7 @@ class Int8Kernels:
     def linear16(self, layer: Int16Linear, x: torch.Tensor) -> torch.Tensor:
         """Return a layer's output in 16 bits, fp32 [rows, n]; x is fp32 [rows, k]."""
         values = torch.empty(len(x), layer.high.n)
-        weights = (ctypes.byref(layer.high.as_c), ctypes.byref(layer.low.as_c))
+        weights = (layer.high.as_c.ctypes.data, layer.low.as_c.ctypes.data)
         self._library.int16_linear(*weights, x.data_ptr(), len(x), values.data_ptr(), torch.get_num_threads())
         return values
 
@@ -120,29 +98,30 @@ class Int8Kernels:
         layer: Int8Linear,
         x: Quantized,
         gelu: bool = False,
-        norm: Norm | None = None,
+        norm: tuple[torch.Tensor, nn.LayerNorm] | None = None,
         wanted: str = "both",
     ) -> tuple[torch.Tensor, Quantized]:
         """Return the layer's output, after GELU or `norm`, in the kernels' dtype and quantized.
 
         Args:
+            norm: the residual connection, of the kernels' dtype, [rows, n], and the LayerNorm that follow, in fp32.
             wanted: "values", "quantized" or "both"; what is not wanted is not filled in.
         """
         rows = len(x.ranges)
         values = torch.empty(rows if wanted != "quantized" else 0, layer.n, dtype=self.dtype)
         result = _room(rows if wanted != "values" else 0, layer.n)
-        after = _After(int(gelu), None, None, None, 0.0)
+        after = np.array((gelu, 0, 0, 0, 0.0), _AFTER)
         if norm:
-            module = norm.module
-            parameters = (norm.residual.data_ptr(), module.weight.data_ptr(), module.bias.data_ptr())
-            after = _After(int(gelu), *parameters, module.eps)
+            residual, module = norm
+            parameters = [tensor.data_ptr() for tensor in (residual, module.weight, module.bias)]
+            after = np.array((gelu, *parameters, module.eps), _AFTER)
         outputs = [tensor.data_ptr() if len(tensor) else None for tensor in (values, *result)]
         self._library.int8_linear(
-            ctypes.byref(layer.as_c),
+            layer.as_c.ctypes.data,
             x.bytes.data_ptr(),
             x.ranges.data_ptr(),
             rows,
-            ctypes.byref(after),
+            after.ctypes.data,
             *outputs,
             torch.get_num_threads(),
         )

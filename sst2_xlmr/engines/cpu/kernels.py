@@ -33,29 +33,20 @@ FLAGS += ["-fopenmp", "-shared", "-fPIC"]
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 
-class _Dropout(ctypes.Structure):
-    _fields_ = (("keys", _P), ("site", ctypes.c_uint32), ("threshold", ctypes.c_uint32), ("scale", ctypes.c_float))
+def struct(**fields: str) -> np.dtype:
+    """Return NumPy's description of a C struct: its fields' names, in order, and NumPy's codes of their types."""
+    return np.dtype(list(fields.items()), align=True)
 
 
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        *((name, _P) for name in ("q", "k", "v", "starts")),
-        *((name, _L) for name in ("q_stride", "kv_stride")),
-        *((name, ctypes.c_int32) for name in ("texts", "heads", "size", "longest", "first_only")),
-    )
-
-
-class Gradients(ctypes.Structure):
-    """Where AdamW finds gradients: fp32 or of the kernels' dtype, those of several processes `stride` bytes apart."""
-
-    _fields_ = (("stride", _L), ("processes", ctypes.c_int32), ("is_fp32", ctypes.c_int32))
-
-
-# One parameter for AdamW: numpy's description of the C struct.
-PARAMETER = np.dtype(
-    [(name, np.uint64) for name in ("grad", "weights", "low", "mean", "square")]
-    + [("n", np.int64), ("rate", np.float32), ("decay", np.float32)]
+_DROPOUT = struct(keys="u8", site="u4", threshold="u4", scale="f4")
+_ATTENTION = struct(
+    **dict.fromkeys(("q", "k", "v", "starts"), "u8"),
+    **dict.fromkeys(("q_stride", "kv_stride"), "i8"),
+    **dict.fromkeys(("texts", "heads", "size", "longest", "first_only"), "i4"),
 )
+# One parameter for AdamW, and where it finds gradients: those of several processes lie `stride` bytes apart.
+PARAMETER = struct(**dict.fromkeys(("grad", "weights", "low", "mean", "square"), "u8"), n="i8", rate="f4", decay="f4")
+GRADIENTS = struct(stride="i8", processes="i4", is_fp32="i4")
 
 _SIGNATURES = {
     "dropout": (_P, _L, _I, _P, _I),
@@ -100,9 +91,9 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint32(16))
 
 
-def _dropout(rows: Packed, site: int, at: torch.Tensor | None = None) -> _Dropout:
+def _dropout(rows: Packed, site: int, at: torch.Tensor | None = None) -> np.ndarray:
     keys = rows.keys if at is None else at
-    return _Dropout(keys.data_ptr(), site, int(rows.drop_p * 2**32), 1 / (1 - rows.drop_p))
+    return np.array((keys.data_ptr(), site, int(rows.drop_p * 2**32), 1 / (1 - rows.drop_p)), _DROPOUT)
 
 
 class Kernels:
@@ -124,7 +115,7 @@ class Kernels:
     def dropout_(self, values: torch.Tensor, rows: Packed, site: int, at: torch.Tensor | None = None) -> None:
         """Multiply [rows, n] by the masks of a site, in place; `at` has the rows' keys if they are not all tokens."""
         drop = _dropout(rows, site, at)
-        self.library.dropout(values.data_ptr(), *values.shape, ctypes.byref(drop), torch.get_num_threads())
+        self.library.dropout(values.data_ptr(), *values.shape, drop.ctypes.data, torch.get_num_threads())
 
     def column_sums(self, values: torch.Tensor) -> torch.Tensor:
         result = values.new_empty(values.shape[1])
@@ -153,7 +144,7 @@ class Kernels:
         tensors = [None if t is None else t.data_ptr() for t in (x, y, bias, gamma, beta)]
         outputs = (hidden.data_ptr(), normed.data_ptr())
         drop = _dropout(rows, site, at)
-        self.library.add_norm(*tensors, epsilon, *outputs, *x.shape, ctypes.byref(drop), torch.get_num_threads())
+        self.library.add_norm(*tensors, epsilon, *outputs, *x.shape, drop.ctypes.data, torch.get_num_threads())
         return hidden, normed
 
     def add_norm_backward(
@@ -175,7 +166,7 @@ class Kernels:
         inputs = (grad.data_ptr(), hidden.data_ptr(), gamma.data_ptr())
         drop = _dropout(rows, site, at)
         self.library.add_norm_backward(
-            *inputs, epsilon, *outputs, *grad.shape, ctypes.byref(drop), torch.get_num_threads()
+            *inputs, epsilon, *outputs, *grad.shape, drop.ctypes.data, torch.get_num_threads()
         )
         return dhidden, dy, dgamma, dbeta, dbias
 
@@ -202,7 +193,7 @@ class Kernels:
         mixed = q.new_empty(q.shape)
         mixed[rows.tokens :] = 0
         attention, drop = _attention(q, k, v, heads, rows), _dropout(rows, site)
-        self.library.attention(ctypes.byref(attention), mixed.data_ptr(), ctypes.byref(drop), torch.get_num_threads())
+        self.library.attention(attention.ctypes.data, mixed.data_ptr(), drop.ctypes.data, torch.get_num_threads())
         return mixed
 
     def attention_backward(
@@ -221,35 +212,32 @@ class Kernels:
         attention, drop = _attention(q, k, v, heads, rows), _dropout(rows, site)
         pointers = [output.data_ptr() for output in outputs]
         threads = torch.get_num_threads()
-        self.library.attention_backward(
-            ctypes.byref(attention), grad.data_ptr(), *pointers, ctypes.byref(drop), threads
-        )
+        self.library.attention_backward(attention.ctypes.data, grad.data_ptr(), *pointers, drop.ctypes.data, threads)
 
-    def square_sum(self, parameters: np.ndarray, gradients: Gradients) -> float:
-        """Return the sum of squares of all gradients; `parameters` is an array of PARAMETER."""
-        sizes = (parameters.ctypes.data, len(parameters), ctypes.byref(gradients))
+    def square_sum(self, parameters: np.ndarray, gradients: np.ndarray) -> float:
+        """Return the sum of squares of all gradients; the arrays are of PARAMETER and (no dimensions) of GRADIENTS."""
+        sizes = (parameters.ctypes.data, len(parameters), gradients.ctypes.data)
         return float(self.library.square_sum(*sizes, torch.get_num_threads()))
 
     def adamw(
         self,
         parameters: np.ndarray,
-        gradients: Gradients,
+        gradients: np.ndarray,
         scale: float,
         betas: tuple[float, float],
         epsilon: float,
         root: float,
     ) -> None:
         """Make one step of AdamW; see the C source."""
-        sizes = (parameters.ctypes.data, len(parameters), ctypes.byref(gradients))
+        sizes = (parameters.ctypes.data, len(parameters), gradients.ctypes.data)
         self.library.adamw(*sizes, scale, *betas, epsilon, root, torch.get_num_threads())
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, rows: Packed) -> _Attention:
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, rows: Packed) -> np.ndarray:
     texts = len(rows.starts) - 1
-    sizes = (texts, heads, q.shape[1] // heads, rows.longest, int(len(q) != len(k) or len(k) == texts))
-    return _Attention(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), rows.starts.data_ptr(), q.stride(0), k.stride(0), *sizes
-    )
+    pointers = [tensor.data_ptr() for tensor in (q, k, v, rows.starts)]
+    sizes = (texts, heads, q.shape[1] // heads, rows.longest, len(q) != len(k) or len(k) == texts)
+    return np.array((*pointers, q.stride(0), k.stride(0), *sizes), _ATTENTION)
 
 
 def load_kernels(dtype: torch.dtype) -> Kernels | None:
@@ -306,7 +294,7 @@ def _load(library: Path, scratch: Path) -> ctypes.CDLL:
     """Load the library from where it is, or from `scratch` if the cache is on a disk mounted noexec."""
     with contextlib.suppress(OSError):
         return ctypes.CDLL(str(library))
-    return ctypes.CDLL(shutil.copy(library, scratch / "kernels.so"))
+    return ctypes.CDLL(str(shutil.copy(library, scratch / "kernels.so")))
 
 
 def _compile(command: list[str], folder: Path, name: str) -> Path:

@@ -78,13 +78,6 @@ class Arena:
         return ranks[world.rank]
 
 
-class Barrier:
-    """Where processes that share memory wait for each other; one alone does not wait."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._sum = torch.zeros((), dtype=torch.float64)  # kept: gloo may still hold it after an exchange
-
-    def sum(self, value: float) -> float:
-        """Return the sum of all ranks' values, once all have come here; what they wrote before can be read."""
-        return float(sum_over_ranks(self._world, self._sum.fill_(value)))
+def barrier_sum(world: World, value: float = 0.0) -> float:
+    """Return the sum of all ranks' values, once all have come here; what they wrote before can be read."""
+    return float(sum_over_ranks(world, torch.tensor(value, dtype=torch.float64)))

@@ -1,0 +1,128 @@
+"""Compare settings over several seeds with transformers' Trainer, which learns the same rows with the common options.
+
+    python scripts/bench/study_with_trainer.py --peer ../peer/bin/python --seeds 1,2,3 --output-dir runs/study \\
+        --encoder models/small --batch-size 32 --lr 5e-5 --epochs 1 --setting plain "" --setting longer "--epochs 3"
+
+--peer is the Python of an environment with a current torch, transformers and accelerate: `python -m venv ../peer`, then
+`../peer/bin/pip install "transformers[torch]"`. All else is as in `sst2-xlmr study`. The Trainer groups rows by length,
+takes the seeds of the others, and stands first in the table, so that differences are to it. Its results are the files
+trainer/seed-N.json; what is finished is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sst2_xlmr.cli import OneLineParser, parse_args
+from sst2_xlmr.config import Config, flag
+from sst2_xlmr.data.prepare import prepare
+from sst2_xlmr.programs import study
+from sst2_xlmr.report.comparison import Figures
+from sst2_xlmr.training.schedule import Schedule
+from sst2_xlmr.util.distributed import choose_device
+from sst2_xlmr.util.errors import UserError, exit_on_user_error
+from sst2_xlmr.util.files import write_text
+from sst2_xlmr.util.precision import choose_precision
+
+PEER_PROGRAM = Path(__file__).with_name("peer.py")
+TRAINER = "trainer"
+_LACKS = (
+    "max_steps",
+    "schedule",
+    "layerwise_lr_decay",
+    "label_smoothing",
+    "class_weights",
+    "freeze_encoder",
+    "early_stopping_patience",
+)
+_SAME = ("batch_size", "epochs", "lr", "warmup_ratio", "weight_decay", "max_grad_norm", "dropout", "head_dropout")
+
+
+def peer_python(name: str) -> str:
+    """Check an environment's Python, for argparse's `type`."""
+    if not shutil.which(name):
+        raise argparse.ArgumentTypeError(f"{name} is not a program; give an environment's bin/python")
+    return name
+
+
+def write_peer_inputs(words: list[str], folder: Path) -> dict[str, Any]:
+    """Write the rows of all files, as ids, into a folder; returns what peer.py is to do, but for the seed.
+
+    Args:
+        words: options of train.py.
+
+    Raises:
+        UserError: if the Trainer cannot do what they say.
+    """
+    config, _ = parse_args([*words, "--output-dir", str(folder / "unused")])
+    inputs = prepare(config, quiet=True)
+    config = inputs.config
+    if not Path(config.encoder).is_dir():
+        raise UserError(f"--peer needs an encoder in a folder that transformers opens, not {config.encoder}")
+    for name in _LACKS:
+        if getattr(config, name) != getattr(Config(), name):
+            raise UserError(f"--peer: the Trainer does not have {flag(name)}; put it into a --setting")
+    arrays: dict[str, np.ndarray] = {}
+    for split, cache in inputs.caches.items():
+        if split == "train" and inputs.train_rows is not None:
+            cache = cache.subset(inputs.train_rows)
+        arrays.update({f"{split}_ids": cache.ids, f"{split}_offsets": cache.offsets, f"{split}_labels": cache.labels})
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "rows.npz", **arrays)
+    device = choose_device(config.device)
+    batches = -(-len(inputs.train_labels) // config.batch_size)
+    return {
+        **{name: getattr(config, name) for name in _SAME},
+        "encoder": config.encoder,
+        "layers": inputs.encoder.shape.layers,
+        "rows_file": str(folder / "rows.npz"),
+        "splits": [split for split in inputs.caches if split != "train"],
+        "labels": len(config.classes),
+        "batches": batches,
+        "max_steps": Schedule(config, batches).total_steps,
+        "precision": choose_precision(config.precision, device),
+        "device": device.type,
+        "threads": config.threads,
+    }
+
+
+def train_peer(python: str, common: list[str], inputs: dict[str, Any], folder: Path, seed: int) -> tuple[bool, Figures]:
+    """Let the Trainer train; returns whether it had not done so before with the same inputs, and its figures."""
+    run_folder, result, order = folder / f"seed-{seed}", folder / f"seed-{seed}.json", {**inputs, "seed": seed}
+    is_new = not result.is_file()
+    study.check_inputs(common, run_folder, is_new)
+    if is_new:
+        write_text(folder / f"seed-{seed}.order", json.dumps(order))
+        study.run([python, str(PEER_PROGRAM), str(folder / f"seed-{seed}.order"), str(result)], run_folder, is_new)
+    found = json.loads(result.read_text(encoding="utf-8"))
+    # The digests have told whether the rows are the same, wherever they are now.
+    if {**found["order"], "rows_file": ""} != json.loads(json.dumps({**order, "rows_file": ""})):
+        raise UserError(f"{result} was made with other options; remove it, or choose another --output-dir")
+    accuracies = found["accuracy"]
+    return is_new, {**accuracies, "best dev": accuracies["dev"], "seconds": study.seconds_of(run_folder)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(
+        description="Compare settings with transformers' Trainer. All other options are those of `sst2-xlmr study`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--peer", required=True, type=peer_python, metavar="PYTHON", help="Python with transformers")
+    own, rest = parser.parse_known_args(argv)
+    asked = study.parse(rest, reserved=(TRAINER,))
+    folder = asked.output_dir
+    inputs = write_peer_inputs(asked.common, folder / TRAINER)
+    runs = {TRAINER: functools.partial(train_peer, own.peer, asked.common, inputs, folder / TRAINER)}
+    runs.update({name: functools.partial(study.train, words, folder / name) for name, words in asked.settings.items()})
+    study.compare(asked.seeds, folder, runs)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
