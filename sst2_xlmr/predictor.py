@@ -22,6 +22,7 @@ from sst2_xlmr.config import EVAL_BATCH_TOKENS
 from sst2_xlmr.data.rows import check_text
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.model.encoders import model_folder
 from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.distributed import choose_device
@@ -71,7 +72,7 @@ class Classifier:
             if device not in ("auto", "cpu", "cuda"):
                 raise ValueError(f"device {device!r} is none of auto, cpu and cuda; others go as torch.device(...)")
             device = choose_device(device)
-        folder, is_int8 = Path(folder), precision == "int8"
+        folder, is_int8 = model_folder(folder), precision == "int8"
         if is_int8 and device.type != "cpu":
             raise UserError("--precision int8 is for a CPU; use bf16 or fp32, or --device cpu")
         plain = choose_precision("auto" if is_int8 else precision, device)

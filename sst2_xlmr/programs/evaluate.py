@@ -31,7 +31,7 @@ from sst2_xlmr.evaluation.compare import Predictions, check_comparison, comparis
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
 from sst2_xlmr.export.folder import CARD_NAME, read_card, with_note, write_folder
-from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
+from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder, model_folder
 from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.table import evaluation_table
@@ -226,6 +226,7 @@ def evaluate_all(
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
+    arguments.model = model_folder(arguments.model)
     files = named_files(arguments.file, "--file") or {"dev": arguments.calibrate}
     for file in files.values():
         if not file.is_file():

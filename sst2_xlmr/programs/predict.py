@@ -31,7 +31,7 @@ from sst2_xlmr.config import flag
 from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, kind_of
 from sst2_xlmr.data.predictions import check_columns, console_lines, extended_rows, glue_numbers, submission_lines
 from sst2_xlmr.data.rows import TEXT_OPTIONS, Example, check_text, columns_given, in_chunks, read_examples
-from sst2_xlmr.model.encoders import find_model
+from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.progress import with_progress
 from sst2_xlmr.task import ABSTAINED, Task
@@ -278,6 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     keep_freed_memory()
     paths = output_files(arguments)
+    arguments.model = model_folder(arguments.model)
     if not paths:
         print_predictions(arguments)
     elif arguments.resume and paths[0].exists() and not shards_of(paths[0]):
