@@ -30,7 +30,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         " or HF_HUB_CACHE to the copies.",
         allow_abbrev=False,
     )
-    what = f"{', '.join(CHOICES)}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
+    what = (
+        f"{', '.join(CHOICES)}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=what)
     parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"for {', '.join(CHOICES)} [{cache_dir()}]")
     arguments = parser.parse_args(argv)

@@ -80,7 +80,9 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
         elif isinstance(error, utils.RevisionNotFoundError):
             problem = f"{repository} has no revision {revision} at {constants.ENDPOINT}; check what follows @"
         elif constants.HF_HUB_OFFLINE:
-            problem = f"{name} is neither a folder nor whole in {cache}, and HF_HUB_OFFLINE is set; unset it, {elsewhere}"
+            problem = (
+                f"{name} is neither a folder nor whole in {cache}, and HF_HUB_OFFLINE is set; unset it, {elsewhere}"
+            )
         else:
             problem = f"{name} is no folder, and cannot be fetched from {constants.ENDPOINT}: {reason}; try again, {elsewhere}"
         raise UserError(problem) from error

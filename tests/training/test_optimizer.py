@@ -219,7 +219,9 @@ def test_groups() -> None:
     assert scales["head.dense.weight"] == 1.0
     assert scales["encoder.layers.1.up.bias"] == 0.5
     assert scales["encoder.layers.0.qkv.weight"] == 0.25
-    assert scales["encoder.tokens.weight"] == scales["encoder.positions.weight"] == scales["encoder.norm.weight"] == 0.125
+    assert (
+        scales["encoder.tokens.weight"] == scales["encoder.positions.weight"] == scales["encoder.norm.weight"] == 0.125
+    )
     for name, parameter in model().named_parameters():
         _, decay = group_of(name, parameter, 2, CONFIG)
         assert (decay > 0) == (name.endswith("weight") and "norm" not in name)
