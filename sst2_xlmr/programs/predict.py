@@ -287,4 +287,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{paths[0]} already exists and is complete, so nothing was done; {unknown}: {cure}", file=sys.stderr)
     else:
         with distributed.start(arguments.device, 0, TIMEOUT_MINUTES) as world:
-            write_predictions(arguments, paths, world)
+            try:
+                write_predictions(arguments, paths, world)
+            except UserError as error:
+                error.is_own = world.rank > 0 and not error.is_shared  # or nobody would say it
+                raise

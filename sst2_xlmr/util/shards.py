@@ -66,9 +66,12 @@ def open_shards(paths: Sequence[Path], fingerprint: Any, resume: bool) -> Iterat
             else:
                 _clear(folder)
                 write_text(folder / _FINGERPRINT, content)
-            yield folder
-            if not any(_BLOCK.fullmatch(file.name) for file in folder.iterdir()):
-                _remove(folder)
+            try:
+                yield folder
+            finally:  # it says what an output that is there is not made of
+                has_blocks = folder.is_dir() and any(_BLOCK.fullmatch(file.name) for file in folder.iterdir())
+                if not has_blocks and not any(map(os.path.lexists, paths)):
+                    _remove(folder)
     except OSError as error:
         raise cannot_write(paths[0], error) from None
 
