@@ -46,7 +46,8 @@ def imports_of(file: Path) -> Iterator[str]:
             inner = node.module.partition(".")[2]
             for alias in node.names:
                 name = f"{inner}.{alias.name}" if inner else alias.name
-                yield name if name in MODULES or f"{name}.__init__" in MODULES else inner
+                if inner or name in MODULES:  # else `__version__`
+                    yield name if name in MODULES or f"{name}.__init__" in MODULES else inner
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
