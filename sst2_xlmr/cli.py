@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
+from sst2_xlmr import __version__
 from sst2_xlmr.config import (
     EVAL_BATCH_TOKENS,
     GROUPS,
@@ -25,6 +26,7 @@ from sst2_xlmr.config import (
     shown,
 )
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import is_scratch
 from sst2_xlmr.util.flag_hints import hint
 from sst2_xlmr.util.launch import is_restarted, this_command
 
@@ -155,8 +157,12 @@ def _fits(value: Any, name: str) -> bool:
     return type(value) in {"bool": (bool,), "int": (int,), "float": (int, float)}.get(kind, (str,))
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a saved `config.json`; returns field name -> value, checked for names and types."""
+def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
+    """Read a saved `config.json`; returns field name -> value, checked for names and types.
+
+    Args:
+        resume: whether the run is to be continued, which only the version that began it can do, but for its last part.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -165,6 +171,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({error}); --config takes the config.json of a run") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} does not hold a JSON object; --config takes the config.json of a run")
+    version = str(values.pop("sst2_xlmr", "before 0.2"))
+    if resume and version.split(".")[:2] != __version__.split(".")[:2]:
+        raise UserError(
+            f"the run in {path.parent} is of version {version}, this is {__version__}: continue it with that version, or"
+            f" start a new one by --config {path} --output-dir NEW_DIR"
+        )
     values = {name: value for name, value in values.items() if name not in REMOVED_OPTIONS}
     for name, value in values.items():
         if name not in OPTIONS:
@@ -217,7 +229,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
             raise UserError(
                 f"nothing to resume: {saved} does not exist; give the --output-dir of a run, or start without --resume"
             )
-        config = Config(**read_config_file(saved))
+        config = Config(**read_config_file(saved, resume=True))
         for name, value in given.items():
             before = getattr(config, name)
             if value != before and not OPTIONS[name].metadata["changeable"]:
@@ -230,31 +242,40 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     else:
         base = read_config_file(Path(config_file)) if config_file else {}
         config = Config(**{**base, **given})
-        if config.output_dir:
-            _check_new_folder(Path(config.output_dir))
+    _check_folders(config, resume)
     check(config)
     return _with_absolute_paths(config), resume
 
 
 def _check_new_folder(folder: Path) -> None:
-    """Check before any work that a new run's folder can be made; a run never touches another run's folder.
+    """Check before any work that a new run's folder is free; a run never touches another run's folder.
 
     A folder is also free if a run died there before it wrote `config.json`: --resume would have nothing to read.
     """
-    from sst2_xlmr.util.files import is_scratch  # only here: it imports torch
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    is_free = all(is_scratch(file) or file.name == LOCK_NAME for file in files)
+    if not is_free or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"--output-dir {folder} already exists; continue it with --resume or choose another directory")
 
-    try:
-        files = list(folder.iterdir()) if folder.is_dir() else []
-        is_free = all(is_scratch(file) or file.name == LOCK_NAME for file in files)
-        if not is_free or (folder.exists() and not folder.is_dir()):
-            raise UserError(
-                f"--output-dir {folder} already exists; continue it with --resume or choose another directory"
-            )
-        parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"cannot write to --output-dir {folder}: {parent} is not a directory you may write to")
-    except OSError as error:
-        raise UserError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
+
+def _check_folders(config: Config, resume: bool) -> None:
+    """Check that the folders can be made which the run is to write.
+
+    Raises:
+        UserError: if not, or if there is another run.
+    """
+    for name in ("output_dir", "tensorboard_dir"):
+        if getattr(config, name) is None:
+            continue
+        folder = Path(getattr(config, name))
+        try:
+            if name == "output_dir" and not resume:
+                _check_new_folder(folder)
+            parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+            if not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise UserError(f"cannot write to {flag(name)} {folder}: {parent} is not a directory you may write to")
+        except OSError as error:
+            raise UserError(f"cannot write to {flag(name)} {folder}: {error.strerror}") from None
 
 
 def _with_absolute_paths(config: Config) -> Config:

@@ -23,6 +23,7 @@ from sst2_xlmr.data.prepare import Prepared, prepare
 from sst2_xlmr.evaluation.calibration import Calibration
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.report.header import header_lines
+from sst2_xlmr.report.tensorboard import make_event_folder
 from sst2_xlmr.run import Run
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
 from sst2_xlmr.training.run_folder import claim, evaluations_at, write_config
@@ -105,6 +106,8 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
             raise_on_all(f"the {name} differ from those that the run in {folder} was started with; give the same")
     set_up_numerics(state.precision, config.deterministic, world.device)
     run = Run(config, inputs, folder, state, world)
+    if config.tensorboard_dir:
+        on_rank0(world, lambda: make_event_folder(Path(str(config.tensorboard_dir)), "--tensorboard-dir"))
     run.lock = lock or on_rank0(world, lambda: claim(folder))
     if checkpoint:
         load_checkpoint(checkpoint, run.meter, run.optimizer, run.vocabulary, config.seed, world)
@@ -118,7 +121,7 @@ def outputs(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
     """Open metrics and TensorBoard, and print the header; while it is entered, a signal no longer ends the process."""
     state, caches = run.state, run.inputs.caches
     files = {split: (file, caches[split].digest) for split, file in run.inputs.files.items() if split != "train"}
-    again = [*run.at_end, *(run.during if state.evaluation_due else [])]
+    again = [*run.at_end, *(f"best/{split}" for split in run.at_end), *(run.during if state.evaluation_due else [])]
     opening = (run.config, run.task, run.folder, state.precision, files, state.step, run.schedule.total_steps, again)
     run.report = on_rank0(run.world, lambda: Report(*opening))
     if run.report:
@@ -171,6 +174,7 @@ def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
     except Collapsed as collapse:
         reason = str(collapse)
         run.tell(lambda report: report.log_collapse(run.state.step, reason))
+        run.save()  # also if the run was resumed at this step: the next one goes on
         run.make_sure_of_checkpoint()
         cure = f"--lr {run.config.lr / 2:g} --seed {run.config.seed + 1} --output-dir NEW_DIR"
         run.say("collapsed  training has collapsed; the run is saved. Rerun with a lower rate and another seed:")

@@ -1,55 +1,66 @@
-"""Metrics: exact counts, whatever the batches and ranks."""
+"""Evaluation: every row counted once, whatever the batches and ranks."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
 import torch
 from conftest import SAMPLE_DATA
 
-from sst2_xlmr.data.rows import SST2_NAMES, Columns
+from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
 from sst2_xlmr.evaluation import evaluate as module
 from sst2_xlmr.evaluation.evaluate import batches_of_like_length, evaluate, predict
-from sst2_xlmr.evaluation.metrics import confusion_matrix, summarize
-from sst2_xlmr.model.classifier import Classifier, build_classifier
+from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
+from sst2_xlmr.model.roberta import SequenceClassifier
+from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.util.distributed import World
+from sst2_xlmr.util.errors import Interrupted
 
 CPU = torch.device("cpu")
+TASK = SingleLabel(SST2_NAMES)
 
 
 @pytest.fixture
 def dev(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
-    return tokenize_file(
-        SAMPLE_DATA / "dev.tsv", tiny_encoder / "sentencepiece.bpe.model", Columns(), SST2_NAMES, 64, tmp_path
-    )
+    tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
+    return tokenize_file(SAMPLE_DATA / "dev.tsv", tokenizer_file, Columns(), TASK, 64, tmp_path)
 
 
 @pytest.fixture
-def model(tiny_encoder: Path) -> Classifier:
-    classifier, _ = build_classifier(find_encoder(str(tiny_encoder)), SST2_NAMES)
-    classifier.head.out_proj.weight.data *= 50
+def model(tiny_encoder: Path) -> SequenceClassifier:
+    classifier, _ = build_classifier(find_encoder(str(tiny_encoder)), TASK)
+    classifier.head.out.weight.data *= 50
     return classifier.train()
 
 
-def test_agrees_with_one_row_at_a_time(model: Classifier, dev: TokenCache) -> None:
-    found = evaluate(model, dev, 200, World.alone(CPU), keep_probabilities=True)
+def test_agrees_with_one_row_at_a_time(model: SequenceClassifier, dev: TokenCache) -> None:
+    found = evaluate(model, TASK, dev, 200, World.alone(CPU), keep_probabilities=True)
     assert model.training
     model.eval()
-    rows = [dev.ids[dev.offsets[i] : dev.offsets[i + 1]] for i in range(len(dev))]
+    rows = [torch.from_numpy(dev.ids[start:end]).long() for start, end in zip(dev.offsets, dev.offsets[1:])]
     with torch.no_grad():
-        logits = torch.cat([model(torch.tensor(row[None].astype("int64"))) for row in rows])
-    labels = torch.tensor(dev.labels.astype("int64"))
-    assert found.metrics["rows"] == found.confusion.sum() == 152
+        logits = torch.cat([model(row, torch.tensor([len(row)])) for row in rows])
+    labels = torch.from_numpy(dev.labels).long()
+    assert found.metrics["rows"] == len(found.results) == 152
     assert found.metrics["accuracy"] == float((logits.argmax(-1) == labels).sum()) / 152
     assert found.metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
-    assert found.probabilities is not None
-    np.testing.assert_allclose(found.probabilities, logits.softmax(-1).numpy(), atol=1e-6)
-    assert confusion_matrix(dev.labels, found.probabilities.argmax(-1), 2).tolist() == found.confusion.tolist()
-    assert evaluate(model, dev, 200, World.alone(CPU)).probabilities is None
+    np.testing.assert_allclose(found.results, TASK.row_results(logits, labels), atol=1e-6)
+    np.testing.assert_allclose(found.probabilities, logits.softmax(-1), atol=1e-6)
+    assert evaluate(model, TASK, dev, 200, World.alone(CPU)).probabilities is None
+
+
+def test_it_ends_when_all_ranks_are_to_stop(model: SequenceClassifier, dev: TokenCache) -> None:
+    asked = iter([False, False, True])
+    with pytest.raises(Interrupted):
+        evaluate(model, TASK, dev, 200, World.alone(CPU), should_stop=lambda: next(asked))
+    assert model.training
+    assert next(asked, None) is None
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 7])
@@ -68,42 +79,43 @@ def test_batches_have_every_row_once_and_no_more_tokens_than_allowed(batch_token
     assert not list(batches_of_like_length(np.zeros(0, np.int64), batch_tokens))
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 200])
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("world_size", [2, 3, 40])
 def test_ranks_count_every_row_once(
-    model: Classifier, dev: TokenCache, world_size: int, monkeypatch: pytest.MonkeyPatch
+    model: SequenceClassifier, dev: TokenCache, world_size: int, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ranks one after the other, rank 0 last with what the others had; with 200, most have nothing to do."""
-    alone = evaluate(model, dev, 900, World.alone(CPU), keep_probabilities=True)
-    sums: list[torch.Tensor] = []
-    shares: list[object] = []
+    """A thread for every rank; with 40, most have nothing to do in the first batch. All get the same result."""
+    alone = evaluate(model, TASK, dev, 900, World.alone(CPU), keeps)
+    shares, everybody_is_there = [None] * world_size, Barrier(world_size)
 
-    def sum_so_far(_: World, tensor: torch.Tensor) -> torch.Tensor:
-        sums.append(tensor)
-        return torch.stack(sums).sum(0)
+    def gathered(world: World, item: object) -> list[object]:
+        shares[world.rank] = item
+        everybody_is_there.wait(60)
+        return list(shares)
 
-    def gathered(_: World, item: object) -> list[object]:
-        shares.append(item)
-        return shares
-
-    monkeypatch.setattr(module, "sum_over_ranks", sum_so_far)
     monkeypatch.setattr(module, "gather_objects", gathered)
-    monkeypatch.setattr(module, "summarize", lambda *arguments: {"arguments": arguments})
-    for rank in reversed(range(world_size)):
-        found = evaluate(model, dev, 900, World(rank, world_size, rank, world_size, CPU), keep_probabilities=True)
-        assert (found.probabilities is None) == (rank > 0)
-    assert found.confusion.tolist() == alone.confusion.tolist()
-    metrics = summarize(*found.metrics["arguments"])
-    assert metrics.keys() == alone.metrics.keys()
-    for key, value in alone.metrics.items():
-        assert metrics[key] == pytest.approx(value, rel=1e-6), key
-    assert found.probabilities is not None and alone.probabilities is not None
-    np.testing.assert_allclose(found.probabilities, alone.probabilities, atol=1e-6)
+    monkeypatch.setattr(model.eval(), "train", lambda mode=True: model)  # one model for all threads
+    worlds = [World(rank, world_size, rank, world_size, CPU) for rank in range(world_size)]
+    with ThreadPoolExecutor(world_size) as pool:
+        found = list(pool.map(lambda world: evaluate(model, TASK, dev, 900, world, keeps), worlds))
+    for one in found:
+        assert one.metrics == found[0].metrics
+        assert one.metrics.keys() == alone.metrics.keys()
+        assert all(one.metrics[key] == pytest.approx(value, rel=1e-6) for key, value in alone.metrics.items())
+        np.testing.assert_allclose(one.results, alone.results, atol=1e-6)
+        if keeps:
+            np.testing.assert_allclose(one.probabilities, alone.probabilities, atol=1e-6)
+        else:
+            assert one.probabilities is None
 
 
-def test_predictions_keep_their_order(model: Classifier) -> None:
+def test_predictions_keep_their_order(model: SequenceClassifier) -> None:
     model.eval()
-    ids = [[0, 7, 2], [0, 9, 8, 7, 6, 2], [0, 9, 2], [0, 2]]
-    whole = predict(model, ids, 12, CPU)
-    for row, probabilities in zip(ids, whole):
-        torch.testing.assert_close(predict(model, [row], 1, CPU)[0], probabilities)
-    torch.testing.assert_close(whole.sum(-1), torch.ones(4))
+    rows = [[0, 7, 2], [0, 9, 8, 7, 6, 2], [0, 9, 2], [0, 2]]
+    ids, lengths = np.concatenate(rows).astype(np.int32), np.array([len(row) for row in rows])
+    whole = predict(model, TASK, ids, lengths, 12, CPU)
+    for row, probabilities in zip(rows, whole):
+        alone = predict(model, TASK, np.array(row, np.int32), np.array([len(row)]), 1, CPU)
+        np.testing.assert_allclose(alone[0], probabilities, atol=1e-6)
+    np.testing.assert_allclose(whole.sum(-1), 1, atol=1e-6)
+    assert predict(model, TASK, ids[:0], lengths[:0], 12, CPU).shape == (0, 2)

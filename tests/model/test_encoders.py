@@ -23,7 +23,7 @@ from sst2_xlmr.model.weights import load_tensors, pretrained_table
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import write_tensors
+from sst2_xlmr.util.tensors import write_tensors
 
 TASK = SingleLabel(["negative", "positive"])
 SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
