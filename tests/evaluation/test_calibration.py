@@ -140,7 +140,7 @@ def test_evaluate_calibrates_a_model_that_is_there(run_train: RunTrain, small_da
     assert before == after
     for words, says in (
         (["--calibrate", dev], "--calibrate FILE and --output DIR belong together"),
-        (["--calibrate", dev, "--output", new], "is there already"),
+        (["--calibrate", dev, "--output", new], "already exists"),
         (["--calibrate", dev, "--output", tmp_path / "x", "--file", dev], "either --file"),
         (
             ["--calibrate", dev, "--output", tmp_path / "x", "--json", "y"],

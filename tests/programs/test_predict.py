@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -296,78 +296,64 @@ def test_more_processes_than_rows_at_once(model: Path, tmp_path: Path) -> None:
     assert done.stderr.count("error: --glue-submission: the model's classes are a, b") == 1
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1e9])
-def test_what_was_to_replace_a_file_is_continued(
-    model: Path, tmp_path: Path, seconds: float, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The file that is there is not taken for the result, also if no row has been noted."""
-    options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
-    (tmp_path / "out.csv").write_text("of before")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_SECONDS_BETWEEN_NOTES", seconds)
-        patch.setattr(script, "with_progress", dies_after_a_block)
-        with pytest.raises(ZeroDivisionError):
-            run(model, *options, "--overwrite")
-    run(model, *options, "--resume")
-    assert len(read_output(tmp_path / "out.csv")) == 3000
-    glue = ["--glue-submission", tmp_path / "glue"]
-    assert "out.csv already exists" in user_error(lambda: run(model, *options, *glue, "--resume"), capsys)
-
-
 def dies_after_a_block(blocks: Iterator[Any], *_: object, **__: object) -> Iterator[Any]:
     yield next(blocks)
     raise ZeroDivisionError
 
 
-def change_row(file: Path) -> None:
-    content = file.read_bytes()
-    assert b"number 2999 " in content
-    file.write_bytes(content.replace(b"number 2999 ", b"number 2998 "))
-
-
-def change_weight(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors["classifier.out_proj.bias"][0] += 1e-3
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def change_classes(folder: Path) -> None:
-    settings = (folder / "config.json").read_text(encoding="utf-8")
-    assert '"0": "a"' in settings
-    (folder / "config.json").write_text(settings.replace('"0": "a"', '"0": "c"').replace('"a": 0', '"c": 0'))
-
-
-@pytest.mark.parametrize(
-    ("change", "more"),
-    [
-        (lambda tmp: None, ["--all-probabilities"]),
-        (lambda tmp: None, ["--precision", "bf16"]),
-        (lambda tmp: change_row(tmp / "in.csv"), []),
-        (lambda tmp: change_weight(tmp / "model"), []),
-        (lambda tmp: change_classes(tmp / "model"), []),
-    ],
-    ids=["option", "precision", "row", "weight", "classes"],
-)
-def test_other_rows_are_not_continued(
-    model: Path,
-    tmp_path: Path,
-    change: Callable[[Path], None],
-    more: list[str],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    model = Path(shutil.copytree(model, tmp_path / "model"))
-    options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
+def run_killed(model: Path, *options: object, seconds: float = 0.0) -> None:
+    """Predict, and die after a block, which was noted if notes are `seconds` apart at most."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_SECONDS_BETWEEN_NOTES", 0.0)
+        patch.setattr(shards, "_SECONDS_BETWEEN_NOTES", seconds)
         patch.setattr(script, "with_progress", dies_after_a_block)
         with pytest.raises(ZeroDivisionError):
             run(model, *options)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_what_was_to_replace_a_file_is_continued(
+    model: Path, tmp_path: Path, seconds: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file that exists is not taken for the result, also if no row has been noted."""
+    options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
+    (tmp_path / "out.csv").write_text("of before")
+    run_killed(model, *options, "--overwrite", seconds=seconds)
+    run(model, *options, "--resume")
+    assert len(read_output(tmp_path / "out.csv")) == 3000
+    glue = ["--glue-submission", tmp_path / "glue"]
+    assert "out.csv already exists" in user_error(partial(run, model, *options, *glue, "--resume"), capsys)
+
+
+def change(file: Path, old: bytes, new: bytes) -> None:
+    content = file.read_bytes()
+    assert old in content
+    file.write_bytes(content.replace(old, new))
+
+
+def change_weight(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["classifier.out_proj.bias"][0] += 1e-3
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("what", ["--all-probabilities", "--precision bf16", "row", "weight", "classes"])
+def test_other_rows_are_not_continued(
+    model: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(model, tmp_path / "model"))
+    options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
+    run_killed(model, *options)
     assert (tmp_path / ".out.csv.shard-0").is_file()
-    change(tmp_path)
-    said = user_error(lambda: run(model, *options, "--resume", *more), capsys)
-    assert "belong to another model, input" in said
-    assert "rows of an earlier run for" in user_error(lambda: run(model, *options, *more), capsys)
-    run(model, *options, *more, "--overwrite")
+    if what == "row":
+        change(tmp_path / "in.csv", b"number 2999 ", b"number 2998 ")
+    elif what == "weight":
+        change_weight(model / "model.safetensors")
+    elif what == "classes":
+        change(model / "config.json", b'"a"', b'"c"')
+    options += what.split() if what.startswith("--") else []
+    assert "belong to another model, input" in user_error(partial(run, model, *options, "--resume"), capsys)
+    assert "rows of an earlier run for" in user_error(partial(run, model, *options), capsys)
+    run(model, *options, "--overwrite")
     assert len(read_output(tmp_path / "out.csv")) == 3000
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "model", "out.csv"]
 
@@ -403,42 +389,41 @@ def test_lines_tell_the_time_left_where_there_is_no_terminal(
     assert "rows/s, 00:00 left" in lines[1]
 
 
-WRONG_USE: list[tuple[list[str], str]] = [
-    (["--input", "no.tsv"], "cannot read no.tsv: No such file"),
-    (["--input", "sample_data"], "unknown kind of file"),
-    (["--input", "sample_data/dev.tsv", "x"], "--input and a sentence, 'x'"),
-    (["--input", "sample_data/dev.tsv", "--text-column", "review"], "dev.tsv, line 2: no column 'review'"),
-    (["--input", "sample_data/dev.tsv", "--output", "no/such/x.tsv"], "cannot write to no/such: No such file"),
-    (["--input", "sample_data/dev.tsv", "--output", "x.txt"], "x.txt: unknown kind of file"),
-    (
-        ["--input", "sample_data/dev.tsv", "--output", "README.md/x.tsv"],
-        "cannot write to README.md: Not a directory",
-    ),
-    (["--input", "sample_data/dev.tsv", "--glue-submission", "README.md"], "cannot write to README.md: File exists"),
-    (["--text-column", "2", "x"], "--text-column needs --input"),
-    (["--no-header", "x"], "--header needs --input"),
-    (["--glue-submission", "x", "x"], "--glue-submission needs --input"),
-    (["--overwrite", "x"], "--overwrite needs the --output"),
-    (
-        ["--input", "sample_data/dev.tsv", "--glue-submission", "g", "--all-probabilities"],
-        "--glue-submission holds labels only",
-    ),
-    (["--resume", "x"], "--resume needs --input and --output"),
-    (["--input", "sample_data/dev.tsv", "--output", "x.tsv", "--resume", "--overwrite"], "leave one of them out"),
-    (["a \udce9"], "sentence 1: not UTF-8"),
-    (
-        ["--input", "rows.tsv", "--glue-submission", "g", "--output", "g/../g/SST-2.tsv"],
-        "--output and --glue-submission both write g/../g/SST-2.tsv",
-    ),
-]
+WRONG_USE = {
+    "--input no.tsv": "cannot read no.tsv: No such file",
+    "--input sample_data": "unknown kind of file",
+    "--input sample_data/dev.tsv x": "--input and a sentence, 'x'",
+    "--input sample_data/dev.tsv --text-column review": "dev.tsv, line 2: no column 'review'",
+    "--input sample_data/dev.tsv --output no/such/x.tsv": "cannot write to no/such: No such file",
+    "--input sample_data/dev.tsv --output x.txt": "x.txt: unknown kind of file",
+    "--input sample_data/dev.tsv --output README.md/x.tsv": "cannot write to README.md: Not a directory",
+    "--input sample_data/dev.tsv --output x.tsv --resume --overwrite": "leave one of them out",
+    "--input sample_data/dev.tsv --glue-submission README.md": "cannot write to README.md: File exists",
+    "--input sample_data/dev.tsv --glue-submission g --all-probabilities": "--glue-submission holds labels only",
+    "--input rows.tsv --glue-submission g --output g/../g/SST-2.tsv": "both write g/../g/SST-2.tsv",
+    "--text-column 2 x": "--text-column needs --input",
+    "--no-header x": "--header needs --input",
+    "--glue-submission x x": "--glue-submission needs --input",
+    "--overwrite x": "--overwrite needs the --output",
+    "--resume x": "--resume needs --input and --output",
+    "\udce9": "sentence 1: not UTF-8",
+    "--model MODEL/no-such x": "no-such",
+    "--model MODEL/.. x": "has no config.json",
+    "--model xlmr.base x": "xlmr.base has no classification head",
+    "--batch-tokens 0 x": "'0' is not a number from 1",
+    "--device cuda x": "no CUDA GPU",
+    "": "standard input, line 2: not UTF-8",
+}
 
 
-@pytest.mark.parametrize(("options", "says"), WRONG_USE, ids=[" ".join(options) for options, _ in WRONG_USE])
-def test_wrong_use_of_files(
-    model: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", WRONG_USE)
+def test_wrong_use(
+    model: Path, options: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert says in user_error(lambda: run(model, *options), capsys)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\ncaf\xe9\n")))
+    words = options.replace("MODEL", str(model)).split()
+    assert WRONG_USE[options] in user_error(partial(run, model, *words), capsys)
 
 
 @pytest.mark.parametrize(
@@ -464,34 +449,6 @@ def test_wrong_input(
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize(
-    ("options", "stdin", "says"),
-    [
-        (lambda _: ["x"], b"", "required: --model"),
-        (lambda model: ["--model", model / "no-such", "x"], b"", "no-such"),
-        (lambda model: ["--model", model.parent, "x"], b"", "has no config.json"),
-        (lambda _: ["--model", "xlmr.base", "x"], b"", "xlmr.base has no classification head"),
-        (
-            lambda model: ["--model", model, "--batch-tokens", "0", "x"],
-            b"",
-            "'0' is not a number from 1",
-        ),
-        (lambda model: ["--model", model, "--device", "cuda", "x"], b"", "no CUDA GPU"),
-        (lambda model: ["--model", model], b"fine\ncaf\xe9\n", "standard input, line 2: not UTF-8"),
-    ],
-)
-def test_wrong_use(
-    model: Path,
-    options: Callable[[Path], list[object]],
-    stdin: bytes,
-    says: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-    assert says in user_error(lambda: script.main([str(option) for option in options(model)]), capsys)
-
-
 def test_a_tokenizer_of_another_model_is_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -501,12 +458,13 @@ def test_a_tokenizer_of_another_model_is_refused(
     assert f" has {rows} embedding rows; they do not belong" in user_error(lambda: run(model, "x"), capsys)
 
 
-def test_a_path_without_permission_is_named(
+def test_a_model_is_named_and_so_is_a_path_without_permission(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/secret/model")
 
+    assert "required: --model" in user_error(lambda: script.main(["x"]), capsys)
     monkeypatch.setattr(script.Classifier, "load", refuse)
     said = user_error(lambda: script.main(["--model", "/secret/model", "x"]), capsys)
     assert "no permission for /secret/model" in said
