@@ -135,7 +135,7 @@ def write_events(
                 texts_of = partial(read_texts, files[name], caches[name].digest, columns, task)
                 assert evaluation.probabilities is not None
                 draw_evaluation(writer, 0, name, caches[name].labels, evaluation.probabilities, task, texts_of)
-            draw_accuracy(writer, 0, {name: evaluation.metrics for name, evaluation in evaluations.items()})
+            draw_accuracy(writer, 0, task, {name: evaluation.metrics for name, evaluation in evaluations.items()})
     except OSError as error:
         raise cannot_write(folder, error) from None
 
