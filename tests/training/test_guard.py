@@ -129,6 +129,7 @@ def test_a_run_stopped_before_a_look_resumes_with_it_and_then_goes_on(
             train.main(["--resume", "--output-dir", str(run)])
         monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: "")
         assert logged(run)[-1]["step"] == step
+        assert not state_of(run).collapse_check_due
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
