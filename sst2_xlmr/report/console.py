@@ -156,11 +156,12 @@ class Report:
         """Say how many bytes a checkpoint has, and how long training waited for it."""
         self.say(f"step {step:>6}  checkpoint: {size / 1e6:,.0f} MB, training waited {waited_s:.1f} s")
 
-    def log_end(self, step: int, evaluations: dict[str, dict[str, Any]]) -> None:
+    def log_end(self, step: int, evaluations: dict[str, dict[str, Any]], of_best: dict[str, dict[str, Any]]) -> None:
         """Mark the run as finished; if other files than dev were evaluated, make a table of them.
 
         Args:
-            evaluations: split -> metrics of the model that the run leaves.
+            evaluations: split -> metrics of the last model.
+            of_best: the same of the best model, in a table of its own; empty if that is the last one.
         """
         others = {split: metrics for split, metrics in evaluations.items() if split != "dev"}
         with self._event_errors():
@@ -168,8 +169,8 @@ class Report:
                 tensorboard.draw_accuracy(self._events, step, self._task, others)
             tensorboard.end_hparams(self._events)
             self._events.flush()
-        if others:
-            self.say("\n".join(["", *evaluation_table(self._task, others), ""]))
+        for files in filter(None, (others, of_best)):
+            self.say("\n".join(["", *evaluation_table(self._task, files), ""]))
 
     def sync(self) -> None:
         """Sync metrics to disk, so that no checkpoint is ahead of them."""
