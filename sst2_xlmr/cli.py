@@ -25,6 +25,7 @@ from sst2_xlmr.config import (
     shown,
 )
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import is_scratch
 from sst2_xlmr.util.flag_hints import hint
 from sst2_xlmr.util.launch import is_restarted, this_command
 
@@ -78,7 +79,8 @@ def positive(text: str) -> int:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of scripts that use a trained model: which one, and how to compute with it."""
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder that train.py wrote")
+    what = "directory of a model that train.py wrote, or owner/name[@revision] of one on the Hugging Face Hub"
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR|NAME", help=what)
     parser.add_argument(
         "--batch-tokens",
         type=positive,
@@ -229,31 +231,40 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     else:
         base = read_config_file(Path(config_file)) if config_file else {}
         config = Config(**{**base, **given})
-        if config.output_dir:
-            _check_new_folder(Path(config.output_dir))
+    _check_folders(config, resume)
     check(config)
     return _with_absolute_paths(config), resume
 
 
 def _check_new_folder(folder: Path) -> None:
-    """Check before any work that a new run's folder can be made; a run never touches another run's folder.
+    """Check before any work that a new run's folder is free; a run never touches another run's folder.
 
     A folder is also free if a run died there before it wrote `config.json`: --resume would have nothing to read.
     """
-    from sst2_xlmr.util.files import is_scratch  # only here: it imports torch
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    is_free = all(is_scratch(file) or file.name == LOCK_NAME for file in files)
+    if not is_free or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"--output-dir {folder} already exists; continue it with --resume or choose another directory")
 
-    try:
-        files = list(folder.iterdir()) if folder.is_dir() else []
-        is_free = all(is_scratch(file) or file.name == LOCK_NAME for file in files)
-        if not is_free or (folder.exists() and not folder.is_dir()):
-            raise UserError(
-                f"--output-dir {folder} already exists; continue it with --resume or choose another directory"
-            )
-        parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"cannot write to --output-dir {folder}: {parent} is not a directory you may write to")
-    except OSError as error:
-        raise UserError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
+
+def _check_folders(config: Config, resume: bool) -> None:
+    """Check that the folders can be made which the run is to write.
+
+    Raises:
+        UserError: if not, or if there is another run.
+    """
+    for name in ("output_dir", "tensorboard_dir"):
+        if getattr(config, name) is None:
+            continue
+        folder = Path(getattr(config, name))
+        try:
+            if name == "output_dir" and not resume:
+                _check_new_folder(folder)
+            parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+            if not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise UserError(f"cannot write to {flag(name)} {folder}: {parent} is not a directory you may write to")
+        except OSError as error:
+            raise UserError(f"cannot write to {flag(name)} {folder}: {error.strerror}") from None
 
 
 def _with_absolute_paths(config: Config) -> Config:

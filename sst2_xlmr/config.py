@@ -186,7 +186,7 @@ class Config:
 
     encoder: FilePath = option(
         "xlmr.base",
-        "xlmr.base, xlmr.large (downloaded once), or a directory in Hugging Face layout",
+        "xlmr.base, xlmr.large, owner/name of the Hugging Face Hub (downloaded once), or a directory in its layout",
         "NAME|DIR",
         changeable=True,
     )

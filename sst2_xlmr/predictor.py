@@ -22,6 +22,7 @@ from sst2_xlmr.config import EVAL_BATCH_TOKENS
 from sst2_xlmr.data.rows import check_text
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.model.encoders import model_folder
 from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.distributed import choose_device
@@ -71,17 +72,16 @@ class Classifier:
             if device not in ("auto", "cpu", "cuda"):
                 raise ValueError(f"device {device!r} is none of auto, cpu and cuda; others go as torch.device(...)")
             device = choose_device(device)
-        folder = Path(folder)
-        plain = choose_precision("auto" if precision == "int8" else precision, device)
-        is_int8 = precision == "int8"
+        folder, is_int8 = model_folder(folder), precision == "int8"
         if is_int8 and device.type != "cpu":
             raise UserError("--precision int8 is for a CPU; use bf16 or fp32, or --device cpu")
-        dtype = torch.bfloat16 if plain == "bf16" else torch.float32
+        plain = choose_precision("auto" if is_int8 else precision, device)
         if is_int8:
             classifier, tokenizer, task = load_classifier(folder, device, bf16=False)
-            if module := quantized_model(classifier, task, dtype):
-                del classifier
-                give_back_memory()
+            module = quantized_model(classifier, task, torch.bfloat16 if plain == "bf16" else torch.float32)
+            del classifier
+            give_back_memory()
+            if module is not None:
                 return cls(folder, module, tokenizer, task, precision, device)
             lacks = "int8 needs a CPU with AVX512-VNNI, Linux and GCC"
             print(f"warning: {lacks}: computing in {plain} instead", file=sys.stderr)
@@ -115,9 +115,9 @@ class Classifier:
 
         For those who want to tokenize the next texts while these are computed; see `probabilities` for the arguments.
         """
-        rows = [] if isinstance(texts, str) else [(row,) if isinstance(row, str) else tuple(row) for row in texts]
-        sizes = {len(row) for row in rows}
-        if isinstance(texts, str) or sizes not in ({1}, {2}, set()):
+        rows = [row if isinstance(row, (tuple, list)) else (row,) for row in texts]
+        is_list = not isinstance(texts, str) and {len(row) for row in rows} in (set(), {1}, {2})
+        if not is_list or not all(isinstance(text, str) for row in rows for text in row):
             raise TypeError("texts must be a list of strings, or a list of pairs of strings; for one text, [text]")
         for number, row in enumerate(rows, 1):
             for text in row:

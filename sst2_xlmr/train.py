@@ -23,6 +23,7 @@ from sst2_xlmr.data.prepare import Prepared, prepare
 from sst2_xlmr.evaluation.calibration import Calibration
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.report.header import header_lines
+from sst2_xlmr.report.tensorboard import make_event_folder
 from sst2_xlmr.run import Run
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
 from sst2_xlmr.training.run_folder import claim, evaluations_at, write_config
@@ -105,6 +106,8 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
             raise_on_all(f"the {name} differ from those that the run in {folder} was started with; give the same")
     set_up_numerics(state.precision, config.deterministic, world.device)
     run = Run(config, inputs, folder, state, world)
+    if config.tensorboard_dir:
+        on_rank0(world, lambda: make_event_folder(Path(str(config.tensorboard_dir)), "--tensorboard-dir"))
     run.lock = lock or on_rank0(world, lambda: claim(folder))
     if checkpoint:
         load_checkpoint(checkpoint, run.meter, run.optimizer, run.vocabulary, config.seed, world)
@@ -144,8 +147,8 @@ def finish(run: Run) -> None:
     found = {split: run.evaluate_split(split, keep=True) for split in run.at_end}
     run.log_evaluations(found, state.temperature, draws=True)
     is_best = state.best_step == state.step
-    best = on_rank0(run.world, run.evaluate_best) if run.at_end and not is_best else None
-    run.tell(lambda report: report.log_end(state.step, run.metrics, best or {}))
+    best = (on_rank0(run.world, run.evaluate_best) if run.at_end and not is_best else None) or {}
+    run.tell(lambda report: report.log_end(state.step, {**run.metrics, **best}))
     run.export("model")
     run.make_sure_of_checkpoint()
     if run.config.calibrate:

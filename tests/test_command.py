@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import runpy
 import shutil
@@ -20,13 +21,20 @@ from sst2_xlmr.util import launch, versions
 
 
 def run(
-    *words: Any, cwd: Path = ROOT, expected: int = 0, python: str = sys.executable, **environment: str
+    *words: Any, cwd: Path = ROOT, expected: int = 0, python: str = sys.executable, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run Python with these words, which must end with the status `expected`."""
     command = [python, *map(str, words)]
-    env = {**os.environ, **environment}
+    environment = {**os.environ, **(env or {})}
     done = subprocess.run(
-        command, capture_output=True, encoding="utf-8", errors="replace", cwd=cwd, env=env, check=False, timeout=120
+        command,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        cwd=cwd,
+        env=environment,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == expected, done.stdout + done.stderr
     return done
@@ -51,7 +59,7 @@ def as_if(folder: Path, **versions: str) -> dict[str, str]:
 def test_importing_the_package_does_nothing(tmp_path: Path) -> None:
     """It neither ends the interpreter, warns, nor loads anything slow, whatever is installed."""
     program = "import sys, sst2_xlmr; print(sst2_xlmr.__version__, {'torch', 'numpy'} & set(sys.modules), end='')"
-    done = run("-W", "error", "-c", program, **as_if(tmp_path, torch="2.2.2"))
+    done = run("-W", "error", "-c", program, env=as_if(tmp_path, torch="2.2.2"))
     assert (done.stdout, done.stderr) == (f"{sst2_xlmr.__version__} set()", "")
 
 
@@ -68,7 +76,7 @@ def test_every_start_says_a_mistake_in_one_line(words: list[str]) -> None:
 def test_torchrun_starts_the_module(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
     options = train_options(tiny_encoder, small_data, tmp_path / "run", "--max-steps", 2)
     launcher = ["-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=1", "--master_port=0"]
-    run(*launcher, "-m", "sst2_xlmr.train", *options, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    run(*launcher, "-m", "sst2_xlmr.train", *options, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
@@ -195,26 +203,26 @@ def test_any_console_shows_any_class(console: str, tiny_encoder: Path, tmp_path:
     environment = {**CONSOLES[console], "PYTHONPATH": str(ROOT)}
     run_folder = tmp_path / "run"
     options = ["--train-file", file, "--dev-file", file, "--max-steps", 4, "--label-names", "größe,好", "--calibrate"]
-    said = run("train.py", *train_options(tiny_encoder, tmp_path, run_folder, *options), **environment)
+    said = run("train.py", *train_options(tiny_encoder, tmp_path, run_folder, *options), env=environment)
     assert "\\u597d" in said.stdout
     (bad := tmp_path / "bad.tsv").write_text("text\tlabel\nx\t坏\n", "utf-8")
     options = ["--train-file", file, "--dev-file", bad]
     assert "\\u574f" in one_line(
-        run("train.py", *train_options(tiny_encoder, tmp_path, tmp_path / "bad", *options), expected=2, **environment)
+        run("train.py", *train_options(tiny_encoder, tmp_path, tmp_path / "bad", *options), expected=2, env=environment)
     )
     model = ["--model", run_folder / "model", "--device", "cpu"]
-    run("scripts/predict.py", *model, "--input", file, "--output", tmp_path / "out.tsv", **environment)
+    run("scripts/predict.py", *model, "--input", file, "--output", tmp_path / "out.tsv", env=environment)
     assert {line.split("\t")[2] for line in (tmp_path / "out.tsv").read_text("utf-8").splitlines()[1:]} <= {
         "größe",
         "好",
     }
-    assert "\\u597d" in run("scripts/evaluate.py", *model, "--file", file, **environment).stdout
+    assert "\\u597d" in run("scripts/evaluate.py", *model, "--file", file, env=environment).stdout
 
 
 def test_a_file_that_the_locale_cannot_name_is_the_users_error(tmp_path: Path) -> None:
     file = tmp_path / "größe.tsv"
     file.write_text("text\tlabel\nx\ta\n", "utf-8")
-    said = one_line(run("train.py", "--train-file", file, "--dev-file", file, expected=2, **CONSOLES["ascii"]))
+    said = one_line(run("train.py", "--train-file", file, "--dev-file", file, expected=2, env=CONSOLES["ascii"]))
     assert "is not UTF-8, or not in this locale; set a locale with UTF-8, such as LC_ALL=C.UTF-8" in said
 
 
@@ -247,7 +255,7 @@ def test_output_that_nobody_takes() -> None:
 def test_what_cannot_work_is_refused_before_torch_is_loaded(
     tmp_path: Path, package: str, version: str, says: str
 ) -> None:
-    assert says in one_line(run("train.py", "--help", expected=2, **as_if(tmp_path, **{package: version})))
+    assert says in one_line(run("train.py", "--help", expected=2, env=as_if(tmp_path, **{package: version})))
 
 
 @pytest.mark.parametrize(("version", "has_pkg_resources"), [("2.20.0", False), ("2.20.0", True), ("2.21.0", False)])
@@ -264,7 +272,7 @@ def test_tensorboard_and_setuptools_that_do_not_fit(
 
 @pytest.mark.parametrize("words", [["train.py"], ["-m", "sst2_xlmr.train"]], ids=lambda words: words[-1])
 def test_a_python_without_torch_is_told_so(words: list[str]) -> None:
-    said = one_line(run("-S", *words, expected=2, PYTHONPATH=str(ROOT)))
+    said = one_line(run("-S", *words, expected=2, env={"PYTHONPATH": str(ROOT)}))
     assert said.startswith("error: torch, torchdata, numpy, ") and "are not installed in" in said
 
 
@@ -278,7 +286,7 @@ def test_a_python_without_torch_is_told_so(words: list[str]) -> None:
 )
 def test_torchtext_counts_only_where_it_loads(tmp_path: Path, torch: str, torchtext: str, described: str) -> None:
     program = "from sst2_xlmr.util import versions; print(versions.has_torchtext(), versions.description())"
-    assert run("-c", program, **as_if(tmp_path, torch=torch, torchtext=torchtext)).stdout == f"{described}\n"
+    assert run("-c", program, env=as_if(tmp_path, torch=torch, torchtext=torchtext)).stdout == f"{described}\n"
 
 
 @pytest.mark.slow
@@ -303,10 +311,10 @@ def test_wheel_alone_trains_predicts_and_has_an_api(tiny_encoder: Path, small_da
     points = next(site.glob("*.dist-info")) / "entry_points.txt"
     assert points.read_text().split() == ["[console_scripts]", "sst2-xlmr", "=", "sst2_xlmr.__main__:main"]
     (empty := tmp_path / "empty").mkdir()
-    here = {"cwd": empty, "python": str(tmp_path / "venv" / "bin" / "python"), "PYTHONPATH": ""}
+    here = functools.partial(run, cwd=empty, python=str(tmp_path / "venv" / "bin" / "python"), env={"PYTHONPATH": ""})
     start = ["-c", "from sst2_xlmr.__main__ import main; main()"]  # as pip writes the command that pyproject.toml names
-    run(*start, "train", *train_options(tiny_encoder, small_data, Path("run"), "--max-steps", 2), **here)
-    answer = run(*start, "predict", "--model", "run/model", "A fine film.", **here).stdout
+    here(*start, "train", *train_options(tiny_encoder, small_data, Path("run"), "--max-steps", 2))
+    answer = here(*start, "predict", "--model", "run/model", "A fine film.").stdout
     assert answer.split("\t")[0] in ("negative", "positive")
     program = "import sst2_xlmr; print(*sst2_xlmr.load('run/model').predict(['A fine film.']), sst2_xlmr.__file__)"
-    assert run("-c", program, **here).stdout.split() == [answer.split("\t")[0], str(site / "sst2_xlmr" / "__init__.py")]
+    assert here("-c", program).stdout.split() == [answer.split("\t")[0], str(site / "sst2_xlmr" / "__init__.py")]

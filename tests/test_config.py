@@ -115,7 +115,7 @@ WRONG_FLAGS = [
     (["--output-dir", "pyproject.toml"], "already exists"),
     (["--train-file", "caf\udce9.tsv"], r"--train-file 'caf\udce9.tsv' is not UTF-8"),
     (["--output-dir", "pyproject.toml/run"], "cannot write to --output-dir"),
-    (["--tensorboard-dir", "pyproject.toml/x"], "pyproject.toml/x: Not a directory"),
+    (["--tensorboard-dir", "pyproject.toml/x"], "cannot write to --tensorboard-dir"),
     (["--data-dir", ""], "--data-dir is empty"),
     (["stray"], "unknown argument stray"),
 ]

@@ -25,7 +25,6 @@ from sst2_xlmr.config import Config, flag
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.programs import study
 from sst2_xlmr.report.comparison import Figures
-from sst2_xlmr.training.schedule import Schedule
 from sst2_xlmr.util.distributed import choose_device
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 from sst2_xlmr.util.files import write_text
@@ -71,9 +70,10 @@ def write_peer_inputs(words: list[str], folder: Path) -> dict[str, Any]:
             raise UserError(f"--peer: the Trainer does not have {flag(name)}; put it into a --setting")
     arrays: dict[str, np.ndarray] = {}
     for split, cache in inputs.caches.items():
-        if split == "train" and inputs.train_rows is not None:
-            cache = cache.subset(inputs.train_rows)
-        arrays.update({f"{split}_ids": cache.ids, f"{split}_offsets": cache.offsets, f"{split}_labels": cache.labels})
+        rows = np.arange(len(cache)) if split != "train" or inputs.train_rows is None else inputs.train_rows
+        kept = np.repeat(np.isin(np.arange(len(cache)), rows), cache.lengths())  # of every token, whether its row stays
+        arrays[f"{split}_ids"], arrays[f"{split}_labels"] = cache.ids[kept], cache.labels[rows]
+        arrays[f"{split}_offsets"] = np.concatenate([[0], np.cumsum(cache.lengths()[rows], dtype=np.int64)])
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "rows.npz", **arrays)
     device = choose_device(config.device)
@@ -84,9 +84,9 @@ def write_peer_inputs(words: list[str], folder: Path) -> dict[str, Any]:
         "layers": inputs.encoder.shape.layers,
         "rows_file": str(folder / "rows.npz"),
         "splits": [split for split in inputs.caches if split != "train"],
-        "labels": len(config.classes),
+        "labels": inputs.task.outputs,
         "batches": batches,
-        "max_steps": Schedule(config, batches).total_steps,
+        "max_steps": max(1, round(config.epochs * batches)),
         "precision": choose_precision(config.precision, device),
         "device": device.type,
         "threads": config.threads,

@@ -18,7 +18,8 @@ from sst2_xlmr.export.model_card import card_text
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder
 from sst2_xlmr.model.weight_names import to_hugging_face
-from sst2_xlmr.util.files import Deferred, Finisher, Storable, disk_errors, put_in_place, scratch_name, write_tensors
+from sst2_xlmr.util.files import Finisher, disk_errors, put_in_place, scratch_name
+from sst2_xlmr.util.tensors import Storable, write_tensors
 
 CARD_NAME = "README.md"
 LAST_LAYER = ("head.out.weight", "head.out.bias")
@@ -112,11 +113,8 @@ def _settings(encoder: Encoder, dtype: str) -> dict[str, Any]:
     }
 
 
-def _divided(tensor: Storable, divisor: float) -> Storable:
-    if isinstance(tensor, torch.Tensor):
-        return tensor / divisor
-    rows = tensor.rows
-    return Deferred(tensor.shape, tensor.dtype, lambda start, stop: rows(start, stop) / divisor)
+def _divided(tensor: Storable, divisor: float) -> torch.Tensor:
+    return (tensor if isinstance(tensor, torch.Tensor) else tensor.rows(0, tensor.shape[0])) / divisor
 
 
 def export_run(

@@ -84,6 +84,6 @@ def write_trimmed(encoder: Encoder, texts: Iterable[str], folder: Path) -> int:
     tokenizer_file.write_bytes(trimmed_tokenizer(encoder.tokenizer_file, kept))
     trimmed = replace(encoder, shape=replace(encoder.shape, vocab_size=len(rows)), tokenizer_file=tokenizer_file)
     note = f"The vocabulary is trimmed: {len(rows):,} of {encoder.shape.vocab_size:,} pieces are left."
-    write_folder(folder, weights, trimmed, with_note(read_card(Path(encoder.name)), note))
+    write_folder(folder, weights, trimmed, with_note(read_card(encoder.weights_file.parent), note))
     tokenizer_file.unlink()
     return len(rows)

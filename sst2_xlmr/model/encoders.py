@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,16 +77,15 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         UserError: if it is none of these, or incomplete, or not an XLM-R model.
     """
     if name in BUNDLE_SHAPES:
-        weights_file, tokenizer_file = downloads.fetch_bundle(name, quiet=quiet)
-        return Encoder(name, BUNDLE_SHAPES[name], weights_file, tokenizer_file)
-    folder, is_on_hub = Path(name), False
-    if not folder.is_dir():
-        is_on_hub = is_hub_id(name)
-        if not is_on_hub:
-            bundles = ", ".join(BUNDLE_SHAPES)
-            raise UserError(
-                f"encoder or model {name}: neither a folder, nor {bundles}, nor owner/name on the Hub; check the path"
-            )
+        return Encoder(name, BUNDLE_SHAPES[name], *downloads.fetch_bundle(name, quiet=quiet))
+    folder = Path(name)
+    is_on_hub = not folder.is_dir()
+    if is_on_hub and not is_hub_id(name):
+        bundles = ", ".join(BUNDLE_SHAPES)
+        raise UserError(
+            f"encoder or model {name}: neither a folder, nor {bundles}, nor owner/name on the Hub; check the path"
+        )
+    if is_on_hub:
         folder = hub.fetch_folder(name, ["config.json", "tokenizer_config.json"])
 
     def find(names: list[str], quiet: bool = True) -> Path | None:
@@ -118,6 +118,13 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         longest = min(longest, stated) if isinstance(stated, int) and stated > 2 else longest
     dropouts = {key: settings[key] for key in DROPOUT_KEYS if key in settings}
     return Encoder(name, shape, weights_file, tokenizer_file, label_names, longest, dropouts)
+
+
+def model_folder(name: str | os.PathLike[str]) -> Path:
+    """Return a model's folder: the one that is named, or where a model of the Hub has been fetched to."""
+    folder = Path(name)
+    is_on_hub = is_hub_id(str(name)) and not folder.is_dir()
+    return find_encoder(str(name)).weights_file.parent if is_on_hub else folder
 
 
 def is_hub_id(name: str) -> bool:

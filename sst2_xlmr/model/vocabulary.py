@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sst2_xlmr.util.files import Deferred, Storable
+from sst2_xlmr.util.tensors import Deferred, Storable
 
 TABLE = "encoder.tokens.weight"
 SPECIAL_IDS = 4  # <s>, <pad>, </s>, <unk> keep their places

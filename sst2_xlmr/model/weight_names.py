@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from sst2_xlmr.util.files import Storable
+from sst2_xlmr.util.tensors import Storable
 
 Tensors = dict[str, torch.Tensor]
 

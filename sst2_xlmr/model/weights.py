@@ -18,7 +18,7 @@ from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder
 from sst2_xlmr.model.vocabulary import TABLE
 from sst2_xlmr.model.weight_names import TABLE_SOURCES, Tensors, from_hugging_face, from_torchtext, layer_of
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import Deferred
+from sst2_xlmr.util.tensors import Deferred
 
 _ROWS_AT_ONCE = 512
 _MAPPED_BYTES = 1 << 26

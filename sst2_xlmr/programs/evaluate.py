@@ -31,10 +31,9 @@ from sst2_xlmr.evaluation.compare import Predictions, check_comparison, comparis
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
 from sst2_xlmr.export.folder import CARD_NAME, read_card, with_note, write_folder
-from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
+from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder, model_folder
 from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.predictor import Classifier
-from sst2_xlmr.programs import print_text
 from sst2_xlmr.report.table import evaluation_table
 from sst2_xlmr.report.tensorboard import (
     add_scalars,
@@ -50,6 +49,7 @@ from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import cannot_write, scratch_folder, write_text
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
+from sst2_xlmr.util.output import print_text
 
 MOST_CONFUSED_CLASSES = 10  # whose confusion matrix fits on a line
 
@@ -66,9 +66,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         folder = file.absolute().parent
         if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"cannot write --json {file}; name a file in a folder that exists")
-        if file.is_symlink():
-            raise UserError(f"--json {file} is a symbolic link; name the file itself")
-        if file.exists() and not arguments.overwrite:
+        if os.path.lexists(file) and (not arguments.overwrite or file.is_symlink()):
             raise UserError(f"--json {file} already exists; choose another name, or replace it with --overwrite")
     if arguments.tensorboard:
         make_event_folder(arguments.tensorboard, "--tensorboard")
@@ -135,7 +133,7 @@ def write_events(
                 texts_of = partial(read_texts, files[name], caches[name].digest, columns, task)
                 assert evaluation.probabilities is not None
                 draw_evaluation(writer, 0, name, caches[name].labels, evaluation.probabilities, task, texts_of)
-            draw_accuracy(writer, 0, {name: evaluation.metrics for name, evaluation in evaluations.items()})
+            draw_accuracy(writer, 0, task, {name: evaluation.metrics for name, evaluation in evaluations.items()})
     except OSError as error:
         raise cannot_write(folder, error) from None
 
@@ -216,7 +214,8 @@ def evaluate_all(
     classifier: Classifier, caches: dict[str, TokenCache], batch_tokens: int, keep_probabilities: bool = False
 ) -> dict[str, Evaluation]:
     evaluations, world = {}, World.alone(classifier.device)
-    with memory_errors(f"take a smaller --batch-tokens than {batch_tokens}"):
+    # numpy would warn of what is refused below.
+    with memory_errors(f"take a smaller --batch-tokens than {batch_tokens}"), np.errstate(invalid="ignore"):
         for name, cache in caches.items():
             evaluations[name] = evaluate(
                 classifier.module, classifier.task, cache, batch_tokens, world, keep_probabilities
@@ -227,6 +226,7 @@ def evaluate_all(
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
+    arguments.model = model_folder(arguments.model)
     files = named_files(arguments.file, "--file") or {"dev": arguments.calibrate}
     for file in files.values():
         if not file.is_file():

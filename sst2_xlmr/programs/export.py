@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -63,7 +64,7 @@ Classify = Callable[[list[str], Optional[list[str]]], np.ndarray]
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description="Write a trained model in another form, and check it.", allow_abbrev=False)
     add = parser.add_argument
-    add("--model", required=True, type=Path, metavar="DIR", help="model folder in Hugging Face layout")
+    add("--model", required=True, type=Path, metavar="DIR|NAME", help="model folder, or owner/name of the Hub")
     add("--format", required=True, choices=("hf", "onnx", "onnx-int8", "torchscript"), help="what to write")
     add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf) or file")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights in the folder; hf only [fp32]")
@@ -99,9 +100,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             f"--format torchscript needs torchtext under torch 2.3.1, and this is {versions.description()}; export it"
             " in an environment that `STACK=torchtext scripts/setup.sh` has made"
         )
-    if kind.startswith("onnx"):
-        import_onnx()
-    elif arguments.from_ids:
+    is_onnx = kind.startswith("onnx")
+    for package in ("onnx", "onnxruntime", "onnxruntime_extensions"):
+        if is_onnx and find_spec(package) is None:
+            raise UserError(f"--format {kind} needs {package}; install it with pip install -e '.[onnx]'")
+    if arguments.from_ids and not is_onnx:
         raise UserError("--from-ids is for --format onnx")
     if arguments.from_ids and arguments.keep_vocabulary_of:
         raise UserError(
@@ -117,7 +120,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         if name in arguments and not any(map(is_rows_file, files)):
             where = "--check-file or --keep-vocabulary-of"
             raise UserError(f"{flag(name)} needs a {either(KINDS)} file whose columns it names: {where}")
-    if kind.startswith("onnx") and not arguments.from_ids and getattr(arguments, "text_pair_column", None):
+    if is_onnx and not arguments.from_ids and getattr(arguments, "text_pair_column", None):
         raise UserError("an ONNX file that takes texts takes one for each row; export pairs with --from-ids")
     check_is_new(arguments.output)
 
@@ -125,16 +128,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def check_is_new(output: Path) -> None:
     if os.path.lexists(output):
         raise UserError(f"--output {output} already exists; choose another name")
-
-
-def import_onnx() -> None:
-    """Find out whether the packages for ONNX are there."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxruntime_extensions  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--format onnx needs {error.name}; install them with pip install -e '.[onnx]'") from None
 
 
 def check_finite(encoder: Encoder) -> None:
@@ -209,7 +202,7 @@ def checked_answers(task: Task, labels: Sequence[str], probabilities: np.ndarray
 def write_hugging_face(encoder: Encoder, folder: Path, dtype: str) -> Classify:
     """Write the folder, with the source's model card if it has one."""
     weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
-    write_folder(folder, weights, encoder, read_card(Path(encoder.name)))
+    write_folder(folder, weights, encoder, read_card(encoder.weights_file.parent))
     return classify_with_folder(folder)
 
 
@@ -218,11 +211,10 @@ def trim(encoder: Encoder, files: list[str], columns: Columns, folder: Path) -> 
     texts = [part for file in files for row in read_texts(Path(file), columns) for part in row if part is not None]
     rows = write_trimmed(encoder, texts, folder)
     trimmed = find_encoder(str(folder))
-    before = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
-    after = load_tokenizer(trimmed.tokenizer_file, encoder.max_length)
+    both = [load_tokenizer(model.tokenizer_file, encoder.max_length) for model in (encoder, trimmed)]
     for text in texts:
-        old, new = (tokenizer.pieces_of(tokenizer.flat_ids([text])[0].tolist()) for tokenizer in (before, after))
-        if old != new:
+        before, after = (tokenizer.pieces_of(tokenizer.flat_ids([text])[0].tolist()) for tokenizer in both)
+        if before != after:
             raise UserError(f"the trimmed tokenizer cuts {text[:80]!r} in another way; it was removed")
     compared = texts[:ROWS_COMPARED]
     expected, found = (classify_with_folder(Path(model.name))(compared, None) for model in (encoder, trimmed))

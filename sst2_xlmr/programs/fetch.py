@@ -2,9 +2,8 @@
 
     sst2-xlmr fetch [sst2] [xlmr.base] [xlmr.large] [OWNER/NAME[@REVISION] ...] [--cache-dir DIR]
 
-SST-2 and torchtext's encoders go into the cache, SST2_XLMR_CACHE; models of the Hugging Face Hub into the Hub's own,
-HF_HUB_CACHE, with HF_ENDPOINT (a mirror) and HF_TOKEN as everywhere. Copy the folders named at the end to where training
-runs, set the variables there to the copies, and HF_HUB_OFFLINE=1.
+SST-2 and torchtext's encoders go into the cache, models of the Hugging Face Hub into the Hub's own. Copy the folders
+that are named at the end to where training runs, and set the variables there.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ CHOICES = ("sst2", *BUNDLE_SHAPES)
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
-        description="Fetch data and encoders ahead of time, for machines without internet.",
-        epilog="Models of the Hugging Face Hub go into its own cache (HF_HOME); HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE"
-        " have their usual meaning. Without internet, copy the folders that are named at the end, and set SST2_XLMR_CACHE"
-        " or HF_HUB_CACHE to the copies.",
+        description="Fetch data and encoders ahead of time.",
+        epilog="OWNER/NAME goes into the Hub's own cache, and follows HF_HOME, HF_ENDPOINT (a mirror) and HF_TOKEN. Where"
+        " there is no internet, set SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders that are named at the end,"
+        " and HF_HUB_OFFLINE=1.",
         allow_abbrev=False,
     )
     what = (

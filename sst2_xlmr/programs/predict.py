@@ -31,9 +31,8 @@ from sst2_xlmr.config import flag
 from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, kind_of
 from sst2_xlmr.data.predictions import check_columns, console_lines, extended_rows, glue_numbers, submission_lines
 from sst2_xlmr.data.rows import TEXT_OPTIONS, Example, check_text, columns_given, in_chunks, read_examples
-from sst2_xlmr.model.encoders import find_model
+from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
-from sst2_xlmr.programs import print_text
 from sst2_xlmr.report.progress import with_progress
 from sst2_xlmr.task import ABSTAINED, Task
 from sst2_xlmr.util import distributed
@@ -41,6 +40,7 @@ from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, raise_on_all
 from sst2_xlmr.util.files import digest_of, digest_of_input
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
+from sst2_xlmr.util.output import print_text
 from sst2_xlmr.util.shards import open_shards, shards_of
 
 ROWS_AT_ONCE = 1024
@@ -223,7 +223,7 @@ def print_predictions(arguments: argparse.Namespace) -> None:
     """Classify all texts, and write lines on standard output, in UTF-8."""
     rows = read_input(arguments)
     classifier = Classifier.load(arguments.model, arguments.precision, arguments.device)
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     for chunk, probabilities in classify(arguments, classifier, in_chunks(rows, ROWS_AT_ONCE)):
         predictions = predictions_of(arguments, classifier.task, probabilities)
         if not print_text(console_lines(chunk, predictions)):
@@ -278,6 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     keep_freed_memory()
     paths = output_files(arguments)
+    arguments.model = model_folder(arguments.model)
     if not paths:
         print_predictions(arguments)
     elif arguments.resume and paths[0].exists() and not shards_of(paths[0]):

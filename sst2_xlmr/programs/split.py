@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from sst2_xlmr.data.formats import KINDS, Fields, kind_of, row_writer
 from sst2_xlmr.data.rows import TEXT_OPTIONS, columns_given, read_examples
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file
+from sst2_xlmr.util.output import say
 
 _KEY_WORDS = 3  # by so many first words a text is looked up in another
 Words = tuple[str, ...]
@@ -133,8 +133,4 @@ def main(argv: list[str] | None = None) -> None:
             write_rows(file, [examples[number].fields for number in numbers], columns.header)
     except OSError as error:
         raise UserError(f"cannot write to {output_dir}: {error.strerror}") from None
-    says = f"{len(stays):,} rows to train on, {len(test):,} for the test, {left_out:,} in neither"
-    try:
-        print(f"{output_dir}: {says}", flush=True)
-    except OSError:  # nobody reads it, but the files are written; Python would try again at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    say(f"{output_dir}: {len(stays):,} rows to train on, {len(test):,} for the test, {left_out:,} in neither")

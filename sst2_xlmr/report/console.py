@@ -156,21 +156,24 @@ class Report:
         """Say how many bytes a checkpoint has, and how long training waited for it."""
         self.say(f"step {step:>6}  checkpoint: {size / 1e6:,.0f} MB, training waited {waited_s:.1f} s")
 
-    def log_end(self, step: int, evaluations: dict[str, dict[str, Any]], of_best: dict[str, dict[str, Any]]) -> None:
-        """Mark the run as finished; if other files than dev were evaluated, make a table of them.
+    def log_end(self, step: int, evaluations: dict[str, dict[str, Any]]) -> None:
+        """Mark the run as finished; if other files than dev were evaluated, make a table of them, and one of best/.
 
         Args:
-            evaluations: split -> metrics of the last model.
-            of_best: the same of the best model, in a table of its own; empty if that is the last one.
+            evaluations: split -> metrics of the model that the run leaves, and `best/` + split -> those of that.
         """
-        others = {split: metrics for split, metrics in evaluations.items() if split != "dev"}
+        others = {
+            split: found for split, found in evaluations.items() if split != "dev" and not split.startswith("best/")
+        }
+        best = {split: found for split, found in evaluations.items() if split.startswith("best/")}
         with self._event_errors():
             if others:
                 tensorboard.draw_accuracy(self._events, step, self._task, others)
             tensorboard.end_hparams(self._events)
             self._events.flush()
-        for files in filter(None, (others, of_best)):
-            self.say("\n".join(["", *evaluation_table(self._task, files), ""]))
+        tables = [evaluation_table(self._task, found) for found in (others, best) if found]
+        if tables:
+            self.say("\n".join(line for table in tables for line in ["", *table]) + "\n")
 
     def sync(self) -> None:
         """Sync metrics to disk, so that no checkpoint is ahead of them."""

@@ -27,7 +27,8 @@ from sst2_xlmr.training.optimizer import Optimizer
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World, gather_objects, on_rank0
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import Finisher, Storable, digest_of, disk_errors, put_in_place, scratch_name, write_tensors
+from sst2_xlmr.util.files import Finisher, digest_of, disk_errors, put_in_place, scratch_name
+from sst2_xlmr.util.tensors import Storable, write_tensors
 
 _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "vocabulary", "random"))
 _FILES = (*_TENSOR_FILES, "state.json", "config.json")

@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.util.distributed import World
-from sst2_xlmr.util.files import Storable
+from sst2_xlmr.util.tensors import Storable
 
 BETAS = (0.9, 0.999)
 # RoBERTa's (https://arxiv.org/abs/1907.11692, table 10). With Adam's 1e-8, a weight whose gradient is only rounding
@@ -64,6 +64,17 @@ class Optimizer(Protocol):
         """Take over what `weights` and `moments` have given after so many steps."""
 
 
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether torch has one there. Before 2.4 it takes the option on a CPU too, and fails at the first step."""
+    weight = nn.Parameter(torch.zeros(1, device=device))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        torch.optim.AdamW([weight], fused=True).step()
+    except RuntimeError:
+        return False
+    return True
+
+
 class AdamW:
     """`torch.optim.AdamW` over a model's trained parameters, fp32."""
 
@@ -75,12 +86,12 @@ class AdamW:
             groups.setdefault(group_of(name, parameter, layers, config), []).append(parameter)
         self._scales = [scale for scale, _ in groups]
         settings = [{"params": parameters, "weight_decay": decay} for (_, decay), parameters in groups.items()]
-        is_fused = world.device.type == "cuda" or TorchVersion(torch.__version__) >= "2.4"  # before, there is none for CPUs
-        self._optimizer = torch.optim.AdamW(settings, lr=0.0, betas=BETAS, eps=EPSILON, fused=is_fused)
+        self._is_fused = has_fused_adamw(world.device)
+        self._optimizer = torch.optim.AdamW(settings, lr=0.0, betas=BETAS, eps=EPSILON, fused=self._is_fused or None)
         self._set_state({}, 0)
 
     def _set_state(self, moments: Mapping[str, torch.Tensor], steps: int) -> None:
-        on = self._world.device if self._optimizer.defaults["fused"] else None
+        on = self._world.device if self._is_fused else None
         for name, parameter in self._trained.items():
             self._optimizer.state[parameter] = {
                 "step": torch.tensor(float(steps), device=on),

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: digests, tensors, hidden scratch names, syncing to disk, renaming."""
+"""Files that are either whole or absent: digests, hidden scratch names, syncing to disk, renaming."""
 
 from __future__ import annotations
 
@@ -6,67 +6,20 @@ import contextlib
 import gzip
 import hashlib
 import io
-import json
-import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Callable, TextIO, Union
-
-import torch
+from typing import Any, BinaryIO, Callable, TextIO
 
 from sst2_xlmr.util.errors import UserError
 
-_CHUNK_BYTES = 1 << 23
 SCRATCH_MARK = ".sst2_xlmr"
 _SCRATCH = re.compile(rf"\.(.+)\.[0-9a-f]{{16}}\.(new|old){re.escape(SCRATCH_MARK)}")
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
-
-
-@dataclass(frozen=True)
-class Deferred:
-    """A tensor whose rows are computed a few at a time while it is written, so that it is never in memory as a whole.
-
-    Attributes:
-        shape: its sizes, at least one.
-        dtype: its type.
-        rows: rows(start, stop) returns the tensor's [start:stop], on any device.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    rows: Callable[[int, int], torch.Tensor]
-
-    def chunk(self, count: int) -> list[Deferred]:
-        """Cut into equal parts along the rows, as `torch.chunk` does."""
-        size, rest = divmod(self.shape[0], count)
-        if rest:
-            raise ValueError(f"{self.shape[0]} rows cannot be cut into {count} equal parts")
-
-        def part(first: int) -> Deferred:
-            return Deferred(
-                (size, *self.shape[1:]), self.dtype, lambda start, stop: self.rows(first + start, first + stop)
-            )
-
-        return [part(number * size) for number in range(count)]
-
-
-Storable = Union[torch.Tensor, Deferred]
 
 
 def digest_of(path: Path, kind: str = "sha256") -> str:
@@ -88,44 +41,6 @@ def digest_of_input(path: Path) -> str:
         return digest_of(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _parts(tensor: Storable) -> Iterator[torch.Tensor]:
-    """Yield a tensor's values in order, in contiguous pieces on the CPU."""
-    if isinstance(tensor, torch.Tensor):
-        yield tensor.detach().cpu().contiguous()
-        return
-    row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-    step = max(1, _CHUNK_BYTES // max(1, row_bytes))
-    for start in range(0, tensor.shape[0], step):
-        yield tensor.rows(start, min(start + step, tensor.shape[0])).detach().cpu().contiguous()
-
-
-def write_tensors(tensors: Mapping[str, Storable], file: Path) -> None:
-    """Write a safetensors file (https://github.com/huggingface/safetensors#format), one tensor after another.
-
-    safetensors' own `save_file` wants all tensors in memory, and makes the file readable by its owner only.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    # Wide types first, as in save_file: every tensor then starts at a multiple of its element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    end = 0
-    for name in names:
-        shape, dtype = list(tensors[name].shape), tensors[name].dtype
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as opened:
-        opened.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            for part in _parts(tensors[name]):
-                assert part.dtype == tensors[name].dtype, name
-                opened.write(part.view(-1).view(torch.uint8).numpy().data)
-        assert opened.tell() == 8 + len(text) + end
 
 
 def sync_folder(folder: Path) -> None:

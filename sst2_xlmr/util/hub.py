@@ -69,22 +69,24 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
         yield hub, cache
     except Exception as error:  # the library's, those of requests or httpx, and the disk's
         repository, _, revision = name.partition("@")
-        cause = error.__cause__ if isinstance(error, utils.LocalEntryNotFoundError) and error.__cause__ else error
-        reason = (str(cause).strip() or repr(cause)).splitlines()[0]
-        elsewhere = f"or run `sst2-xlmr fetch {name}` elsewhere, copy the folder {cache} and set HF_HUB_CACHE to it"
+        root: BaseException = error  # "Connection refused", under several layers of libraries
+        while root.__cause__ or root.__context__:
+            root = root.__cause__ or root.__context__ or root
+        reason = (str(root).strip() or repr(root)).splitlines()[0]
+        host, offline = (
+            constants.ENDPOINT,
+            f"; or `sst2-xlmr fetch {name}` elsewhere, and HF_HUB_CACHE set to a copy of {cache}",
+        )
         if isinstance(error, utils.GatedRepoError):
-            problem = f"{name} is gated; ask for access at {constants.ENDPOINT}/{repository}, and set HF_TOKEN"
+            problem = f"{name} is gated; ask for access at {host}/{repository}, and set HF_TOKEN"
         elif isinstance(error, utils.RepositoryNotFoundError):
-            problem = f"{name} is neither a folder nor a model at {constants.ENDPOINT} ({reason});"
-            problem += " check the path or name; for a private model set HF_TOKEN"
+            problem = f"{name} is neither a folder nor a model at {host} ({reason}); check it, or set HF_TOKEN if it is private"
         elif isinstance(error, utils.RevisionNotFoundError):
-            problem = f"{repository} has no revision {revision} at {constants.ENDPOINT}; check what follows @"
+            problem = f"{repository} has no revision {revision} at {host}; check what follows @"
         elif constants.HF_HUB_OFFLINE:
-            problem = (
-                f"{name} is neither a folder nor whole in {cache}, and HF_HUB_OFFLINE is set; unset it, {elsewhere}"
-            )
+            problem = f"{name} is neither a folder nor whole in {cache}; unset HF_HUB_OFFLINE{offline}"
         else:
-            problem = f"{name} is no folder, and cannot be fetched from {constants.ENDPOINT}: {reason}; try again, {elsewhere}"
+            problem = f"{name} is no folder, and cannot be fetched from {host}: {reason}; try again{offline}"
         raise UserError(problem) from error
     finally:
         log.setLevel(level)

@@ -33,26 +33,26 @@ class Shards:
         blocks: how many blocks are in them, those of an earlier process included.
     """
 
-    def __init__(self, paths: Sequence[Path], fingerprint: Any, rank: int, resume: bool, overwrite: bool) -> None:
+    def __init__(
+        self, paths: Sequence[Path], fingerprint: Any, rank: int, resume: bool, overwrite: bool, opened: ExitStack
+    ) -> None:
         self._paths, self._shards = paths, [shard_of(path, rank) for path in paths]
         self._made_of = json.loads(json.dumps({"outputs": [path.name for path in paths], "fingerprint": fingerprint}))
-        self._may_replace, self.blocks, sizes = overwrite, 0, [0] * len(paths)
-        with ExitStack() as stack:
-            self._states = [stack.enter_context(_locked_state(path, rank)) for path in paths]
-            noted = self._read_state() if resume else None
-            if rank == 0:
-                self._check_names()
-            if noted is not None:
-                self.blocks, sizes = noted["blocks"], noted["bytes"]
-            else:  # before anything else, so that no other rows, nor a file that is there, pass for the result
-                for state, shard in zip(self._states, self._shards):
-                    state.seek(0)
-                    _write_line(state, {"shard": shard.name, **self._made_of, "may_replace": self._may_replace})
-            self._files = [stack.enter_context(_open(shard)) for shard in self._shards]
-            for file, size in zip(self._files, sizes):
-                file.truncate(size)  # what was written after the last note may be half a row
-                file.seek(size)
-            self._opened = stack.pop_all()
+        self._may_replace = overwrite
+        self._states = [opened.enter_context(_locked_state(path, rank)) for path in paths]
+        noted = self._read_state() if resume else None
+        if rank == 0:
+            self._check_names()
+        if noted is None:  # before anything else, so that no other rows, nor a file that is there, pass for the result
+            for state, shard in zip(self._states, self._shards):
+                state.seek(0)
+                _write_line(state, {"shard": shard.name, **self._made_of, "may_replace": self._may_replace})
+        self.blocks: int = noted["blocks"] if noted else 0
+        sizes = noted["bytes"] if noted else [0] * len(paths)
+        self._files = [opened.enter_context(_open(shard)) for shard in self._shards]
+        for file, size in zip(self._files, sizes):
+            file.truncate(size)  # what was written after the last note may be half a row
+            file.seek(size)
         self._is_worth_keeping, self._noted_at = noted is not None, time.monotonic()
 
     def _read_state(self) -> dict[str, Any] | None:
@@ -62,7 +62,7 @@ class Shards:
         try:
             first, *notes = [json.loads(line) for line in whole.splitlines()]
             made_of = {key: first[key] for key in self._made_of}
-            # One that is complete may have been killed while it got the files' names.
+            # One that is complete may have been killed while the files got their names.
             self._may_replace = first["may_replace"] or any(note["is_complete"] for note in notes)
             is_whole = all(shard.stat().st_size >= size for shard, size in zip(self._shards, notes[-1]["bytes"]))
         except (OSError, ValueError, LookupError, TypeError):
@@ -89,7 +89,7 @@ class Shards:
             # JSON can hold a lone surrogate, which UTF-8 cannot; it is written as JSON's escape.
             content = text.encode("utf-8", errors="backslashreplace")
             # Compressed block by block, so that a file that was continued has the same bytes.
-            file.write(gzip.compress(content, mtime=0) if is_gzipped(path) else content)
+            file.write(gzip.compress(content, mtime=0) if _is_gzipped(path) else content)
         self.blocks += 1
         if time.monotonic() - self._noted_at > _SECONDS_BETWEEN_NOTES:
             self.note()
@@ -116,7 +116,7 @@ class Shards:
                 for rank in range(1, ranks):
                     with _open(shard_of(path, rank)) as other:
                         shutil.copyfileobj(other, file, 1 << 20)
-                if is_gzipped(path) and file.tell() == 0:
+                if _is_gzipped(path) and file.tell() == 0:
                     file.write(gzip.compress(b"", mtime=0))  # nothing at all is no gzip file
                 file.flush()
                 os.fsync(file.fileno())
@@ -128,15 +128,13 @@ class Shards:
         for path in self._paths:  # also those that more processes have left, which were killed
             _remove(shards_of(path))
 
-    def close(self) -> None:
-        """Close the shards, and remove them if no rows were noted.
+    def drop_if_empty(self) -> None:
+        """Remove the shards if no rows were noted.
 
         They stay if an output file is there already: without the note, `--resume` would take that file for the result.
         """
         if not self._is_worth_keeping and not any(path.exists() for path in self._paths):
             _remove(self._shards)
-        with contextlib.suppress(OSError):
-            self._opened.close()
 
 
 @contextlib.contextmanager
@@ -154,20 +152,15 @@ def open_shards(
     Raises:
         UserError: if a shard cannot be written or continued, or another process is writing it.
     """
-    shards = None
     try:
-        shards = Shards(paths, fingerprint, rank, resume, overwrite)
-        yield shards
-    except OSError as error:
-        problem = cannot_write(paths[0], error)
-        problem.is_own = rank > 0  # or nobody would say it
+        with ExitStack() as opened:
+            shards = Shards(paths, fingerprint, rank, resume, overwrite, opened)
+            opened.callback(shards.drop_if_empty)
+            yield shards
+    except (OSError, UserError) as error:
+        problem = error if isinstance(error, UserError) else cannot_write(paths[0], error)
+        problem.is_own = rank > 0 and not problem.is_shared  # or nobody would say it
         raise problem from None
-    except UserError as error:
-        error.is_own = rank > 0 and not error.is_shared
-        raise
-    finally:
-        if shards is not None:
-            shards.close()
 
 
 def shard_of(path: Path, rank: int) -> Path:
@@ -189,7 +182,7 @@ def shards_of(path: Path) -> list[Path]:
     return shards
 
 
-def is_gzipped(path: Path) -> bool:
+def _is_gzipped(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
@@ -208,8 +201,7 @@ def _open(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> BinaryIO:
     """Open a file, not truncated and never through a symbolic link."""
     if path.is_symlink():  # the flag is for one that comes at this moment
         raise _foreign(path)
-    descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o666)
-    return os.fdopen(descriptor, "r+b" if flags & os.O_RDWR else "rb")
+    return os.fdopen(os.open(path, flags | os.O_NOFOLLOW, 0o666), "r+b" if flags & os.O_RDWR else "rb")
 
 
 @contextlib.contextmanager

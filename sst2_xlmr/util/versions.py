@@ -15,7 +15,8 @@ from importlib.util import find_spec
 
 OLDEST_PYTHON = (3, 9)
 OLDEST = {"torch": "2.3.1", "torchdata": "0.9.0"}
-NEEDED = ("torch", "torchdata", "numpy", "safetensors", "tqdm", "tensorboard", "protobuf", "sentencepiece")
+NEEDED = ["torch", "torchdata", "numpy", "safetensors", "tqdm", "tensorboard", "protobuf", "sentencepiece"]
+NEEDED += ["huggingface_hub"]
 
 
 def _installed(package: str) -> str | None:

@@ -19,6 +19,7 @@ from sst2_xlmr.data.formats import line_of, read_fields
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.data.rows import Row
 from sst2_xlmr.report.header import data_report
+from sst2_xlmr.util.errors import exit_on_user_error
 
 RunTrain = Callable[..., Path]
 
@@ -145,7 +146,7 @@ def test_what_is_dropped_is_not_trained_on(
     entries = [line for line in metrics(run) if "split" not in line]
     assert entries[-1]["step"] == 14
     with pytest.raises(SystemExit):
-        train.exit_on_user_error(lambda: train.main([*resume(run), "--no-drop-leaks"]))
+        exit_on_user_error(lambda: train.main([*resume(run), "--no-drop-leaks"]))
     assert "--drop-leaks" in capsys.readouterr().err
 
 

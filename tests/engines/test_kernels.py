@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -558,6 +560,7 @@ def compile_anew() -> None:
         ({"CC": "/nonexistent/cc"}, "no C compiler: /nonexistent/cc not found"),
         ({"CC": "false"}, "false failed: exit status 1"),
         ({"CC": "", "PATH": "/nonexistent"}, "no C compiler: gcc not found"),
+        ({"CC": "sh -c 'echo In x.c: >&2; echo x.c:1: error: y >&2; exit 1'"}, "sh failed: x.c:1: error: y"),
     ],
 )
 def test_without_a_compiler_there_are_no_kernels_and_it_is_said_why(
@@ -583,6 +586,25 @@ def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
     compile_anew()
     assert len(list(cache.iterdir())) == 1, "something was left behind"
+
+
+def test_a_cache_on_a_disk_mounted_noexec(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled there, once, is loaded from elsewhere; if that cannot be either, the reason is the true one."""
+    forbidden, dlopen = [str(cache)], ctypes.CDLL
+
+    def mounted_noexec(file: str) -> ctypes.CDLL:
+        if file.startswith(tuple(forbidden)):
+            raise OSError(f"{file}: failed to map segment from shared object")
+        return dlopen(file)
+
+    monkeypatch.setattr(ctypes, "CDLL", mounted_noexec)
+    compile_anew()
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    compile_anew()
+    forbidden.append(tempfile.gettempdir())
+    reason = str(compiling._find_kernels.__wrapped__(torch.float32))
+    assert reason.startswith("cannot load what gcc compiled: ")
+    assert reason.endswith("failed to map segment from shared object")
 
 
 def test_two_processes_compile_at_once(cache: Path) -> None:

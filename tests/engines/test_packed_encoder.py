@@ -56,7 +56,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 def batch(lengths: list[int], vocab_size: int = 200) -> Batch:
     """Packed texts of these lengths: `<s>`, random ids, `</s>`."""
     generator = torch.Generator().manual_seed(sum(lengths))
-    texts = [torch.randint(4, vocab_size, (length,), generator=generator) for length in lengths]
+    ids = torch.randint(4, vocab_size, (len(lengths), max(lengths)), generator=generator)
+    texts = [row[:length] for row, length in zip(ids, lengths)]
     for text in texts:
         text[0], text[-1] = 0, 2
     return torch.cat(texts), torch.tensor(lengths)

@@ -8,23 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from reference import torchtext_model
 from safetensors.torch import load_file, save_file
 
-from sst2_xlmr.data.rows import SST2_NAMES
 from sst2_xlmr.model import weights
-from sst2_xlmr.model.classifier import Classifier, build_classifier
+from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder, lowest_layers
-from sst2_xlmr.model.vocabulary import TABLE_NAME
+from sst2_xlmr.model.roberta import SequenceClassifier
+from sst2_xlmr.model.vocabulary import TABLE, Vocabulary
 from sst2_xlmr.model.weight_names import from_hugging_face, to_hugging_face
 from sst2_xlmr.model.weights import load_tensors, pretrained_table
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import write_tensors
+from sst2_xlmr.util.tensors import write_tensors
 
+TASK = SingleLabel(["negative", "positive"])
 SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
 
 
@@ -45,7 +46,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 
 def test_names_there_and_back(tmp_path: Path) -> None:
-    tensors = dict(Classifier(SHAPE, 3).named_parameters())
+    tensors = dict(SequenceClassifier(SHAPE, 3).named_parameters())
     write_tensors(to_hugging_face(tensors), tmp_path / "x.safetensors")
     back = from_hugging_face(load_file(tmp_path / "x.safetensors"))
     assert back.keys() == tensors.keys()
@@ -68,24 +69,32 @@ def test_files_with_and_without_prefix(folder: Path, file: str, prefix: str) -> 
     found = load_tensors(find_encoder(str(folder)))
     assert found.keys() == expected.keys()
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
-    build_classifier(find_encoder(str(folder)), SST2_NAMES)
+    build_classifier(find_encoder(str(folder)), TASK)
 
 
 def test_a_head_belongs_to_the_last_layer(model: Path) -> None:
     encoder = find_encoder(str(model))
     assert lowest_layers(encoder, 3) == encoder
-    _, head_is_new = build_classifier(lowest_layers(encoder, 2), ["a", "b"])
+    _, head_is_new = build_classifier(lowest_layers(encoder, 2), SingleLabel(["a", "b"]))
     assert head_is_new
+
+
+def test_layers_that_are_not_configured_are_left_out(folder: Path) -> None:
+    whole = load_tensors(find_encoder(str(folder)))
+    change_settings(folder, num_hidden_layers=2)
+    found = load_tensors(find_encoder(str(folder)))
+    assert found.keys() == {name for name in whole if ".layers.2." not in name}
+    build_classifier(find_encoder(str(folder)), TASK)
 
 
 def test_a_downloaded_encoder_is_shortened_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BUNDLE_SHAPES, "xlmr.base", SHAPE)
-    whole = dict(Classifier(SHAPE, 2).encoder.named_parameters(prefix="encoder"))
+    whole = dict(SequenceClassifier(SHAPE, 2).encoder.named_parameters(prefix="encoder"))
     torch.save({name: tensor.data for name, tensor in whole.items()}, tmp_path / "xlmr.pt")
     encoder = lowest_layers(Encoder("xlmr.base", SHAPE, tmp_path / "xlmr.pt", tmp_path / "none"), 1)
     found = load_tensors(encoder)
-    assert found.keys() == {name for name in whole if ".layers.layers.1." not in name}
-    build_classifier(encoder, SST2_NAMES)
+    assert found.keys() == {name for name in whole if ".layers.1." not in name}
+    build_classifier(encoder, TASK)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle"])
@@ -98,15 +107,15 @@ def test_parts_of_the_table_are_those_of_the_whole(folder: Path, kind: str, monk
     monkeypatch.setattr(weights, "_ROWS_AT_ONCE", 3)
     encoder = find_encoder(str(folder))
     whole = load_tensors(encoder)
-    kept_ids = np.array([0, 1, 2, 3, 9, 40, encoder.shape.vocab_size - 1])
-    kept = load_tensors(encoder, kept_ids)
+    ids = torch.tensor([0, 1, 2, 3, 9, 40, encoder.shape.vocab_size - 1])
+    kept = load_tensors(encoder, ids)
     assert kept.keys() == whole.keys()
     for name, tensor in whole.items():
-        assert torch.equal(kept[name], tensor[kept_ids] if name == TABLE_NAME else tensor), name
+        assert torch.equal(kept[name], tensor[ids] if name == TABLE else tensor), name
     table = pretrained_table(encoder)
-    assert table.shape == whole[TABLE_NAME].shape
-    assert torch.equal(table.rows(0, table.shape[0]), whole[TABLE_NAME])
-    assert torch.equal(table.rows(5, 9), whole[TABLE_NAME][5:9])
+    assert table.shape == whole[TABLE].shape
+    assert torch.equal(table.rows(0, table.shape[0]), whole[TABLE])
+    assert torch.equal(table.rows(5, 9), whole[TABLE][5:9])
 
 
 def test_weights_do_not_change_with_their_file(folder: Path) -> None:
@@ -135,7 +144,7 @@ def test_the_table_is_not_read_before_its_rows_are_wanted(folder: Path, monkeypa
 
 def test_a_compact_classifier_reads_the_kept_rows_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole table of XLM-R base would be three quarters of a gigabyte, read to be thrown away."""
-    whole, _ = build_classifier(find_encoder(str(folder)), SST2_NAMES)
+    whole, _ = build_classifier(find_encoder(str(folder)), TASK)
     read_rows: list[int] = []
     read = weights._Weights.read
 
@@ -146,25 +155,25 @@ def test_a_compact_classifier_reads_the_kept_rows_only(folder: Path, monkeypatch
         return tensor
 
     monkeypatch.setattr(weights._Weights, "read", noted)
-    kept_ids = np.array([0, 1, 2, 3, 9, 40])
-    compact, _ = build_classifier(find_encoder(str(folder)), SST2_NAMES, kept_ids=kept_ids)
-    assert sum(read_rows) == len(kept_ids)
+    encoder, ids = find_encoder(str(folder)), torch.tensor([0, 1, 2, 3, 9, 40])
+    compact, _ = build_classifier(encoder, TASK, vocabulary=Vocabulary(ids, encoder.shape.vocab_size))
+    assert sum(read_rows) == len(ids)
     expected = whole.state_dict()
-    expected[TABLE_NAME] = expected[TABLE_NAME][kept_ids]
+    expected[TABLE] = expected[TABLE][ids]
     found = compact.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("read", [pretrained_table, lambda encoder: load_tensors(encoder, np.arange(4))])
+@pytest.mark.parametrize("read", [pretrained_table, lambda encoder: load_tensors(encoder, torch.arange(4))])
 def test_table_of_another_height_than_configured_is_named(folder: Path, read: Callable[[Encoder], Any]) -> None:
     change_settings(folder, vocab_size=7)
-    with pytest.raises(UserError, match=r"token_embedding.weight has shape \[\d+, 32\], expected \[7, 32\]"):
+    with pytest.raises(UserError, match=r"tokens.weight has shape \[\d+, 32\], expected \[7, 32\]"):
         read(find_encoder(str(folder)))
 
 
 def test_token_type_is_folded_into_positions(folder: Path) -> None:
-    name = "encoder.transformer.positional_embedding.embedding.weight"
+    name = "encoder.positions.weight"
     before = load_tensors(find_encoder(str(folder)))[name]
     change_weights(folder, lambda t: t["roberta.embeddings.token_type_embeddings.weight"].fill_(0.5))
     after = load_tensors(find_encoder(str(folder)))[name]
@@ -172,42 +181,42 @@ def test_token_type_is_folded_into_positions(folder: Path) -> None:
     assert torch.equal(after[:2], before[:2])
 
 
-def bundle_weights(model: Classifier) -> dict[str, torch.Tensor]:
+def bundle_weights(model: SequenceClassifier) -> dict[str, torch.Tensor]:
     """Return the encoder's weights under the old names that torchtext's downloads have."""
     old_names = {
-        "self_attn.in_proj_": "attention.input_projection.",
-        "self_attn.out_proj": "attention.output_projection",
-        "linear1": "residual_mlp.mlp.0",
-        "linear2": "residual_mlp.mlp.3",
+        "tokens": "token_embedding",
+        "positions": "positional_embedding.embedding",
+        "norm": "embedding_layer_norm",
+        "qkv": "attention.input_projection",
+        "out": "attention.output_projection",
+        "up": "residual_mlp.mlp.0",
+        "down": "residual_mlp.mlp.3",
         "norm1": "attention_layer_norm",
         "norm2": "final_layer_norm",
     }
     old = {}
-    for name, tensor in model.encoder.state_dict(prefix="encoder.").items():
-        if ".layers.layers." in name:
-            name = name.replace(".layers.layers.", ".layers.")
-            for new, former in old_names.items():
-                name = name.replace(f".{new}", f".{former}")
-        old[name] = tensor
-    assert "encoder.transformer.layers.1.attention.input_projection.weight" in old
+    for name, tensor in model.encoder.state_dict().items():
+        *layer, part, kind = name.replace("layers.", "layers.layers.").split(".")
+        old[".".join(["encoder.transformer", *layer, old_names[part], kind])] = tensor
+    assert "encoder.transformer.layers.layers.1.attention.input_projection.weight" in old
     return old
 
 
 def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -> None:
-    source = Classifier(SHAPE, 2)
+    source = SequenceClassifier(SHAPE, 2)
     torch.save(bundle_weights(source), tmp_path / "tiny.pt")
     monkeypatch.setitem(BUNDLE_SHAPES, "xlmr.base", SHAPE)
     tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
     monkeypatch.setattr(downloads, "fetch_bundle", lambda *_, **__: (tmp_path / "tiny.pt", tokenizer_file))
-    model, head_is_new = build_classifier(find_encoder("xlmr.base"), SST2_NAMES)
+    model, head_is_new = build_classifier(find_encoder("xlmr.base"), TASK)
     assert head_is_new
     for name, tensor in source.encoder.state_dict().items():
         assert torch.equal(model.encoder.state_dict()[name], tensor), name
 
 
 def test_torchtexts_own_loading_code_takes_these_names_to_be_the_same() -> None:
-    source = Classifier(SHAPE, 2)
-    reference = torchtext_model(Classifier(SHAPE, 2))
+    source = SequenceClassifier(SHAPE, 2)
+    reference = torchtext_model(SequenceClassifier(SHAPE, 2))
     missing = reference.load_state_dict(bundle_weights(source), strict=False).missing_keys
     assert all(name.startswith("head.") for name in missing)
     for name, tensor in source.encoder.state_dict().items():
@@ -217,10 +226,10 @@ def test_torchtexts_own_loading_code_takes_these_names_to_be_the_same() -> None:
 def test_own_head_is_kept_for_the_same_labels_only(folder: Path) -> None:
     change_settings(folder, architectures=["XLMRobertaForSequenceClassification"])
     own = load_file(folder / "model.safetensors")["classifier.dense.weight"]
-    same, is_new = build_classifier(find_encoder(str(folder)), ["a", "b"])
+    same, is_new = build_classifier(find_encoder(str(folder)), SingleLabel(["a", "b"]))
     assert not is_new
     assert torch.equal(same.head.dense.weight, own)
-    other, is_new = build_classifier(find_encoder(str(folder)), ["b", "a"])
+    other, is_new = build_classifier(find_encoder(str(folder)), SingleLabel(["b", "a"]))
     assert is_new
     assert not torch.equal(other.head.dense.weight, own)
 
@@ -228,10 +237,9 @@ def test_own_head_is_kept_for_the_same_labels_only(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"num_hidden_layers": 2}, "layers.layers.2.* is not in the configured model"),
-        ({"num_hidden_layers": 4}, "layers.layers.3.* is missing"),
-        ({"intermediate_size": 128}, r"linear1.weight has shape \[64, 32\], expected \[128, 32\]"),
-        ({"vocab_size": 7}, r"token_embedding.weight has shape \[\d+, 32\], expected \[7, 32\]"),
+        ({"num_hidden_layers": 4}, "layers.3.* is missing"),
+        ({"intermediate_size": 128}, r"up.weight has shape \[64, 32\], expected \[128, 32\]"),
+        ({"vocab_size": 7}, r"tokens.weight has shape \[\d+, 32\], expected \[7, 32\]"),
         ({"model_type": "bert"}, "model_type is 'bert'"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"num_attention_heads": 5}, "no multiple of num_attention_heads"),
@@ -242,7 +250,7 @@ def test_own_head_is_kept_for_the_same_labels_only(folder: Path) -> None:
 def test_what_does_not_fit_the_configuration_is_named(folder: Path, settings: dict[str, Any], says: str) -> None:
     change_settings(folder, **settings)
     with pytest.raises(UserError, match=says):
-        build_classifier(find_encoder(str(folder)), SST2_NAMES)
+        build_classifier(find_encoder(str(folder)), TASK)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +307,7 @@ def test_pickles_with_code_are_not_run(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_encoder_is_named() -> None:
-    with pytest.raises(UserError, match="xlmr.huge: neither xlmr.base nor xlmr.large"):
+    with pytest.raises(UserError, match="xlmr.huge: neither a folder, nor xlmr.base, xlmr.large"):
         find_encoder("xlmr.huge")
 
 

@@ -12,7 +12,7 @@ from conftest import losses, metrics
 from safetensors.torch import load_file
 
 from sst2_xlmr.model.vocabulary import Vocabulary, used_vocabulary, whole_vocabulary
-from sst2_xlmr.util.files import Deferred
+from sst2_xlmr.util.tensors import Deferred
 
 
 def test_ids_that_occur_and_the_special_ones() -> None:

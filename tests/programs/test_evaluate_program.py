@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import runpy
+import math
+import os
+import re
+import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 from conftest import ROOT, SAMPLE_DATA, metrics, train_options, user_error
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import sst2_xlmr
 from sst2_xlmr import train
 from sst2_xlmr.config import named_file
+from sst2_xlmr.programs import evaluate as script
+from sst2_xlmr.programs import predict
+from sst2_xlmr.util.errors import UserError
 
 DE, RU = SAMPLE_DATA / "test.de.tsv", SAMPLE_DATA / "test.ru.tsv"
+LAST_LAYER, TABLE = "classifier.out_proj.weight", "roberta.embeddings.word_embeddings.weight"
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +40,14 @@ def run(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def evaluate(*options: object) -> subprocess.CompletedProcess[str]:
+def evaluate(*options: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "scripts/evaluate.py", "--device", "cpu", "--precision", "fp32", *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=ROOT, env=environment)
+
+
+def evaluate_here(*options: object) -> None:
+    script.main(["--device", "cpu", *map(str, options)])
 
 
 def test_numbers_are_those_of_training(run: Path, tmp_path: Path) -> None:
@@ -69,54 +85,164 @@ def test_numbers_are_those_of_training(run: Path, tmp_path: Path) -> None:
     assert {"de/pr_positive", "de/mistakes/text_summary"} <= set(tags["tensors"])
 
 
-def test_a_precision_is_compared_with_another(run: Path) -> None:
-    options = ["--model", run / "model", "--file", f"de={DE}", f"ru={RU}", "--precision", "int8", "--against", "fp32"]
-    done = evaluate(*options, "--most-changed", 100, "--most-lost", 100)
-    if "cannot compute it" in done.stderr:
-        pytest.skip("no AVX512-VNNI")
-    assert done.returncode == 0, done.stderr
-    table = [line.split() for line in done.stdout.split("\n\n")[-1].splitlines()]
+def test_a_precision_is_compared_with_another(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--model", run / "model", "--file", f"de={DE}", f"ru={RU}"]
+    both = [*options, "--precision", "bf16", "--against", "fp32", "--most-changed", 100, "--most-lost", 100]
+    evaluate_here(*both)
+    table = [line.split() for line in capsys.readouterr().out.split("\n\n")[-1].splitlines()]
     assert [line[0] for line in table] == ["file", "de", "ru", "all"]
     assert [line[-1] for line in table[1:]] == ["40", "40", "80"]
-    same = evaluate(*options[:-4], "--precision", "fp32", "--against", "fp32")
-    assert "--against fp32 compares fp32 with itself" in same.stderr
-    alone = evaluate(*options[:-4], "--most-changed", 5)
-    assert "--most-changed and --most-lost need --against" in alone.stderr
+    with no_reader() as out, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        evaluate_here(*both)  # the verdict is the same
+    wrong: list[tuple[list[object], str]] = [
+        (["--precision", "fp32", "--against", "fp32"], "--against fp32 compares fp32 with itself"),
+        (["--most-changed", 5], "--most-changed and --most-lost need --against"),
+    ]
+    for more, says in wrong:
+        assert says in user_error(partial(evaluate_here, *options, *more), capsys)
 
 
+def no_reader() -> TextIO:
+    """Return the end of a pipe whose other end is closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize("output", [os.devnull, "closed pipe", "/dev/full"])
 def test_a_precision_that_changes_too_much_is_refused(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All labels turned around, since the model may give all rows the same one."""
-    main = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))["main"]
-    answers_of = main.__globals__["answers_of"]
+    """Whoever reads the table. All labels are turned around, since the model may give all rows the same one."""
+    check = script.check_comparison
 
-    def turned_around(*given: Any) -> Any:
-        answers = answers_of(*given)
-        return answers._replace(found=1 - answers.found)
+    def turned_around(task: Any, predictions: Any, *rest: Any) -> None:
+        check(task, {name: (1 - found, *others) for name, (found, *others) in predictions.items()}, *rest)
 
-    monkeypatch.setitem(main.__globals__, "answers_of", turned_around)
-    options = ["--model", run / "model", "--file", f"de={DE}", f"ru={RU}", "--device", "cpu"]
-    options += ["--precision", "bf16", "--against", "fp32"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, options)])
-    line = user_error(main, capsys)
+    monkeypatch.setattr(script, "check_comparison", turned_around)
+    options = ["--model", run / "model", "--file", f"de={DE}", f"ru={RU}", "--precision", "bf16", "--against", "fp32"]
+    with no_reader() if output == "closed pipe" else Path(output).open("w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        line = user_error(partial(evaluate_here, *options), capsys)
     assert "bf16 changes 80 of 80 labels of fp32, 100.00%, and at most 1.00% are allowed; take fp32" in line
 
 
-def test_columns_and_formats(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["output", "events"])
+def test_a_full_disk_is_said_in_one_line(
+    run: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", run / "model", "--file", DE, *(["--tensorboard", tmp_path] if what == "events" else [])]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Path("/dev/full" if what == "output" else os.devnull).open("w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        if what == "events":  # a longest file is for a program what a full disk is
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+        try:
+            line = user_error(partial(evaluate_here, *options), capsys)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"cannot write {tmp_path if what == 'events' else 'the output'}: " in line
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_labels_that_a_console_does_not_have(run: Path, tmp_path: Path, encoding: str) -> None:
+    model = Path(shutil.copytree(run / "model", tmp_path / "model"))
+    settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    settings.update(id2label={"0": "größe", "1": "好"}, label2id={"größe": 0, "好": 1})
+    (model / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (tmp_path / "rows.tsv").write_text("text\tlabel\nfine\tgröße\nbad\t好\n", encoding="utf-8")
+    done = evaluate("--model", model, "--file", tmp_path / "rows.tsv", PYTHONIOENCODING=f"{encoding}:strict")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\\u597d") == 2
+
+
+def test_weights_that_are_not_finite_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if no text uses them."""
+    model = Path(shutil.copytree(run / "model", tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors[TABLE][-1, 0] = math.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"{model} has weights that are not finite"):
+        sst2_xlmr.load(model)
+    tensors[TABLE][-1, 0] = 0
+    tensors["roberta.encoder.layer.0.output.dense.weight"][:] = 3e38  # finite, but what they compute is not
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    for precision, main in itertools.product(("fp32", "bf16", "int8"), (script.main, predict.main)):
+        words = ["--model", model, "--device", "cpu", "--precision", precision]
+        words += ["x"] if main == predict.main else ["--file", DE]
+        line = user_error(partial(main, list(map(str, words))), capsys)
+        assert f"{model}: the model's answers are not finite" in line
+
+
+def test_a_calibrated_model_is_as_it_was_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The ECE that is printed is what the written folder has; folders beside it stay, and so does one that exists."""
+    source, output = Path(shutil.copytree(run / "model", tmp_path / "source")), tmp_path / "models" / "reviews"
+    tensors = load_file(source / "model.safetensors")
+    tensors[LAST_LAYER] *= 20  # overconfident
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    beside = [output.with_name(f"reviews.{end}") / "precious" for end in ("old", "tmp")]
+    for file in beside:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    calibrate = ["--model", source, "--calibrate", SAMPLE_DATA / "train.tsv", "--output", output, "--precision", "bf16"]
+    evaluate_here(*calibrate)
+    said = re.search(r"temperature (\S+), ECE (\S+) before, (\S+) with it", capsys.readouterr().out)
+    assert said is not None
+    assert said[0] in (output / "README.md").read_text(encoding="utf-8")
+    assert sorted(path.name for path in output.parent.iterdir()) == ["reviews", "reviews.old", "reviews.tmp"]
+    assert all(file.is_file() for file in beside)
+    found = []
+    for model in (source, output):
+        options = ["--model", model, "--file", f"dev={SAMPLE_DATA / 'train.tsv'}", "--precision", "bf16"]
+        evaluate_here(*options, "--json", tmp_path / f"{model.name}.json")
+        found.append(json.loads((tmp_path / f"{model.name}.json").read_text(encoding="utf-8"))["files"]["dev"])
+    assert [f"{each['ece']:.4f}" for each in found] == [said[2], said[3]]
+    assert found[1]["loss"] < found[0]["loss"]
+    assert found[1]["accuracy"] == found[0]["accuracy"]
+    before = (output / "model.safetensors").stat().st_mtime_ns
+    assert f"--output {output} already exists" in user_error(partial(evaluate_here, *calibrate), capsys)
+    assert (output / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_json_that_exists_is_replaced_only_if_asked(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Never through a link; what is written to a pipe replaces nothing."""
+    file, link = tmp_path / "x.json", tmp_path / "link.json"
+    file.write_text("precious")
+    link.symlink_to(file)
+    options = ["--model", run / "model", "--file", DE]
+    for given in ([file], [link], [link, "--overwrite"]):
+        line = user_error(partial(evaluate_here, *options, "--json", *given), capsys)
+        assert f"--json {given[0]} already exists; choose another name" in line
+    assert file.read_text() == "precious"
+    evaluate_here(*options, "--json", file, "--overwrite")
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as pipe:
+        evaluate_here(*options, "--json", f"/dev/fd/{writer}")
+        os.close(writer)
+        assert pipe.read() == file.read_text()
+    assert "--overwrite needs the --json" in user_error(partial(evaluate_here, *options, "--overwrite"), capsys)
+
+
+def test_columns_and_formats(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split("\t") for line in DE.read_text(encoding="utf-8").splitlines()[1:]]
     names = ["negative", "positive"]
     file = tmp_path / "reviews.jsonl"
     lines = [json.dumps({"review": text, "kind": names[int(label)]}, ensure_ascii=False) for text, label in rows]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     columns = ["--text-column", "review", "--label-column", "kind", "--batch-tokens", 7]
-    ours = evaluate("--model", run / "model", "--file", file, *columns).stdout
-    theirs = evaluate("--model", run / "model", "--file", f"reviews={DE}").stdout
-    assert ours == theirs != ""
+    evaluate_here("--model", run / "model", "--precision", "fp32", "--file", file, *columns)
+    ours = capsys.readouterr().out
+    evaluate_here("--model", run / "model", "--precision", "fp32", "--file", f"reviews={DE}")
+    assert ours == capsys.readouterr().out != ""
     assert "mean" not in ours, "one file has none"
 
 
-def test_many_classes_have_no_matrix(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_many_classes_have_no_matrix(tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, names = tmp_path / "data", [f"class{n}" for n in range(12)]
     data.mkdir()
     for split in ("train", "dev"):
@@ -125,62 +251,40 @@ def test_many_classes_have_no_matrix(tiny_encoder: Path, tmp_path: Path) -> None
         )
     options = ["--epochs", 1, "--label-names", ",".join(names)]
     train.main(train_options(tiny_encoder, data, tmp_path / "run", *options))
-    done = evaluate("--model", tmp_path / "run" / "model", "--file", data / "dev.csv", "--tensorboard", tmp_path / "tb")
-    assert done.returncode == 0, done.stderr
-    assert "taken for" not in done.stdout
-    assert done.stdout.count("\nclass") == 12
+    capsys.readouterr()
+    evaluate_here("--model", tmp_path / "run/model", "--file", data / "dev.csv", "--tensorboard", tmp_path / "tb")
+    said = capsys.readouterr().out
+    assert "taken for" not in said
+    assert said.count("\nclass") == 12
     curves = [tag for tag in EventAccumulator(str(tmp_path / "tb")).Reload().Tags()["tensors"] if "/pr_" in tag]
     assert sorted(curves) == sorted(f"dev/pr_class{n}" for n in range(10))
-
-
-def test_a_reader_that_stops_is_no_error(run: Path, tmp_path: Path) -> None:
-    command = f'"{sys.executable}" scripts/evaluate.py --model "{run}/model" --file "{DE}" --json "{tmp_path}/x" | true'
-    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, check=False)
-    assert done.stderr == b""
-    assert (tmp_path / "x").is_file()
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (lambda run, tmp: ["--file", DE], "required: --model"),
-        (lambda run, tmp: ["--model", run / "model"], "give either --file"),
-        (lambda run, tmp: ["--model", "no/such", "--file", DE], "no/such: neither"),
-        (lambda run, tmp: ["--model", run / "model", "--file", "no.tsv"], "--file no.tsv is not a file"),
-        (lambda run, tmp: ["--model", run / "model", "--file", "de=no.tsv"], "--file no.tsv is not a file"),
-        (lambda run, tmp: ["--model", run / "model", "--file", DE, DE], "two files have the name test.de"),
-        (lambda run, tmp: ["--model", run / "model", "--file", f"x={DE}", f"x={RU}"], "two files have the name x"),
-        (
-            lambda run, tmp: ["--model", run / "model", "--file", DE, "--batch-tokens", "0"],
-            "'0' is not a number from 1",
-        ),
-        (lambda run, tmp: ["--model", run / "model", "--file", DE, "--batch-tokens", "x"], "--batch-tokens"),
-        (lambda run, tmp: ["--model", run / "model", "--file", DE, "--device", "cuda"], "no CUDA GPU"),
-        (lambda run, tmp: ["--model", run / "model", "--file", DE, "--text-column", "t"], "no column 't'"),
-        (lambda run, tmp: ["--model", run / "model", "--file", DE, "--label-column", "l"], "no column 'l'"),
-        (lambda run, tmp: ["--model", run / "model", "--file", DE, "--json", tmp / "no" / "x"], "cannot write --json"),
-        (lambda run, tmp: ["--model", run / "model", "--file", DE, "--json", tmp], "cannot write --json"),
-        (
-            lambda run, tmp: ["--model", run / "model", "--file", DE, "--tensorboard", run / "tensorboard"],
-            "has events of another run",
-        ),
-        (
-            lambda run, tmp: ["--model", run / "model", "--file", DE, "--tensorboard", DE],
-            "cannot write to",
-        ),
+        ([], "give either --file"),
+        (["--model", "{tmp}/no-such", "--file", DE], "no-such"),
+        (["--file", "no.tsv"], "--file no.tsv is not a file"),
+        (["--file", "de=no.tsv"], "--file no.tsv is not a file"),
+        (["--file", DE, DE], "two files have the name test.de"),
+        (["--file", f"x={DE}", f"x={RU}"], "two files have the name x"),
+        (["--file", DE, "--batch-tokens", "0"], "'0' is not a number from 1"),
+        (["--file", DE, "--batch-tokens", "x"], "--batch-tokens"),
+        (["--file", DE, "--device", "cuda"], "no CUDA GPU"),
+        (["--file", DE, "--text-column", "t"], "no column 't'"),
+        (["--file", DE, "--label-column", "l"], "no column 'l'"),
+        (["--file", DE, "--json", "{tmp}/no/x"], "cannot write --json"),
+        (["--file", DE, "--json", "{tmp}"], "cannot write --json"),
+        (["--file", DE, "--tensorboard", DE], "cannot write to"),
     ],
 )
 def test_wrong_use(
-    run: Path,
-    tmp_path: Path,
-    options: Callable[[Path, Path], list[object]],
-    says: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Path, tmp_path: Path, options: list[object], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, options(run, tmp_path))])
-    assert says in user_error(script["main"], capsys)
+    words = [str(option).replace("{tmp}", str(tmp_path)) for option in options]
+    assert says in user_error(partial(evaluate_here, "--model", run / "model", *words), capsys)
+    assert "required: --model" in user_error(partial(evaluate_here, "--file", DE), capsys)
 
 
 @pytest.mark.parametrize(

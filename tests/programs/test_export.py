@@ -174,7 +174,7 @@ def test_a_result_that_is_written_is_a_success_whoever_reads(model: Path, tmp_pa
         (["--format", "hf", "--check-file", "empty", "--text-column", "x"], "--text-column needs a .tsv, .csv"),
         (["--format", "hf", "--output", "empty"], "--output empty already exists"),
         (["--format", "hf", "--output", "empty/x"], "cannot write empty/x: "),
-        (["--format", "hf", "--model", "no/such"], "no/such: neither"),
+        (["--format", "hf", "--model", "no/such/folder"], "no/such/folder: neither"),
         ([], "--format"),
         (["--format", "onnx-int8"], "--format onnx-int8 needs --check-file"),
         (["--format", "onnx"], "larger than the 2 GB of an ONNX file"),

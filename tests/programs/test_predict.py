@@ -17,6 +17,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,20 @@ def test_arguments_and_lines_give_the_same(model: Path) -> None:
     assert from_lines.stdout == from_arguments.stdout
 
 
-def test_three_columns_whatever_the_sentence_holds(model: Path) -> None:
-    done = predict("--model", model, "tab\there and\nline end")
-    assert done.stdout.decode().rstrip("\n").split("\t")[2] == "tab here and line end"
+def test_three_columns_whatever_the_sentence_holds(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(model, "tab\there and\nline end")
+    assert capsys.readouterr().out.rstrip("\n").split("\t")[2] == "tab here and line end"
 
 
-def test_nothing_in_nothing_out(model: Path) -> None:
-    assert predict("--model", model).stdout == b""
+def test_nothing_in_nothing_out(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A closed input is something else."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    run(model)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "no sentences: give them as arguments" in user_error(lambda: run(model), capsys)
 
 
 ROWS = [
@@ -212,22 +220,23 @@ def test_a_progress_bar_on_a_terminal_only(model: Path, tmp_path: Path) -> None:
     os.close(terminal)
 
 
-def test_output_that_is_there_is_kept_unless_told_otherwise(
+def test_output_that_exists_is_kept_unless_told_otherwise(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "out.tsv").write_text("precious")
-    options = ["--output", tmp_path / "out.tsv", "A fine film."]
-    assert "out.tsv already exists" in user_error(lambda: run(model, *options), capsys)
-    assert (tmp_path / "out.tsv").read_text() == "precious"
-    run(model, *options, "--overwrite")
-    assert len(list(read_examples(tmp_path / "out.tsv", Columns()))) == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["out.tsv"]
-
-
-def test_a_folder_is_no_output(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "out.tsv").mkdir()
-    options = ["--output", tmp_path / "out.tsv", "--overwrite", "A fine film."]
-    assert "out.tsv is a folder; name a file" in user_error(lambda: run(model, *options), capsys)
+    """So is what a link leads to."""
+    out, other = tmp_path / "out.tsv", tmp_path / "out.tsv.part-0"
+    other.write_text("precious")
+    for name in ("file", "link"):
+        out.symlink_to(other) if name == "link" else out.write_text("precious")
+        options = ["--output", out, "A fine film."]
+        assert "out.tsv already exists; choose another name" in user_error(partial(run, model, *options), capsys)
+        assert out.read_text() == "precious"
+        run(model, *options, "--overwrite")
+        assert len(list(read_examples(out, Columns()))) == 1
+        out.unlink()
+    assert other.read_text() == "precious"
+    out.mkdir()
+    assert "out.tsv is a folder; name a file" in user_error(partial(run, model, *options, "--overwrite"), capsys)
 
 
 # Notes how far it is after every block, so that a quick test can be killed in between.
@@ -279,23 +288,22 @@ def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> 
     assert "out.csv already exists and is complete, so nothing was done; whether it belongs" in again.stderr
 
 
-def test_several_processes_say_once_that_a_model_is_not_for_glue(model: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    options = ["--model", model, "--device", "cpu", "--input", write_many(tmp_path / "in.csv", 10)]
-    command = [*launcher, "scripts/predict.py", *map(str, [*options, "--glue-submission", tmp_path / "glue"])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert done.stderr.count("error: --glue-submission: the model's classes are a, b") == 1
+def torchrun_predict(processes: int, *options: object) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, "scripts/predict.py", "--device", "cpu", *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_more_processes_than_rows_at_once(model: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    options = ["--model", model, "--device", "cpu", "--input", write_many(tmp_path / "in.csv", 10)]
-    command = [*launcher, "scripts/predict.py", *map(str, [*options, "--output", tmp_path / "out.csv"])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    """That a model is not for GLUE is said once."""
+    options = ["--model", model, "--input", write_many(tmp_path / "in.csv", 10), "--output", tmp_path / "out.csv"]
+    done = torchrun_predict(3, *options)
     assert done.returncode == 0, done.stderr
     assert len(read_output(tmp_path / "out.csv")) == 10
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+    done = torchrun_predict(2, *options[:4], "--glue-submission", tmp_path / "glue")
+    assert done.returncode != 0
+    assert done.stderr.count("error: --glue-submission: the model's classes are a, b") == 1
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
@@ -405,13 +413,6 @@ def test_lines_tell_the_time_left_where_there_is_no_terminal(
     assert "rows/s, 00:00 left" in lines[1]
 
 
-def test_a_bad_row_leaves_no_half_output(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "in.tsv").write_bytes(b"text\n" + b"fine\n" * 3000 + b"caf\xe9\n")
-    options = ["--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv"]
-    assert "in.tsv, line 3002: not UTF-8" in user_error(lambda: run(model, *options), capsys)
-    assert [file.name for file in tmp_path.iterdir()] == ["in.tsv"]
-
-
 WRONG_USE: list[tuple[list[str], str]] = [
     (["--input", "no.tsv"], "cannot read no.tsv: No such file"),
     (["--input", "sample_data"], "unknown kind of file"),
@@ -455,7 +456,9 @@ def test_wrong_use_of_files(
     [
         ("in.tsv", b"", "has no rows"),
         ("in.tsv", b"text\n", "has no rows"),
+        ("in.tsv", b"text\n" + b"fine\n" * 3000 + b"caf\xe9\n", "in.tsv, line 3002: not UTF-8"),
         ("in.csv", b'text\n"never closed\n', "the row at line 2 is not valid CSV"),
+        ("in.csv", b"text,a,a\nx,1,2\n", "two columns are named 'a', which JSON cannot express"),
         ("in.jsonl", b'{"text": null}\n', "line 1: column 'text' holds no text"),
         ("in.jsonl", b'{"text": "\\ud83d"}\n', "line 1: column 'text' has half a character"),
         ("in.csv.gz", gzip.compress(b"text\nx\n", mtime=0)[:-3], "not a whole gzip file"),
@@ -464,23 +467,18 @@ def test_wrong_use_of_files(
 def test_wrong_input(
     model: Path, tmp_path: Path, name: str, content: bytes, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A bad row leaves no half output."""
     (tmp_path / name).write_bytes(content)
-    options = ["--input", tmp_path / name, "--output", tmp_path / "out.csv"]
-    assert says in user_error(lambda: run(model, *options), capsys)
+    options = ["--input", tmp_path / name, "--output", tmp_path / "out.jsonl"]
+    assert says in user_error(partial(run, model, *options), capsys)
     assert [file.name for file in tmp_path.iterdir()] == [name]
-
-
-def test_two_columns_with_one_name_are_no_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "in.csv").write_text("text,a,a\nx,1,2\n")
-    options = ["--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl"]
-    assert "two columns are named 'a'" in user_error(lambda: run(model, *options), capsys)
 
 
 @pytest.mark.parametrize(
     ("options", "stdin", "says"),
     [
         (lambda _: ["x"], b"", "required: --model"),
-        (lambda _: ["--model", "no/such", "x"], b"", "no/such: neither"),
+        (lambda model: ["--model", model / "no-such", "x"], b"", "no-such"),
         (lambda model: ["--model", model.parent, "x"], b"", "has no config.json"),
         (lambda _: ["--model", "xlmr.base", "x"], b"", "xlmr.base has no classification head"),
         (
@@ -524,32 +522,18 @@ def test_a_path_without_permission_is_named(
     assert "no permission for /secret/model" in said
 
 
-def test_status_and_line_of_the_real_command(model: Path) -> None:
-    done = predict("--model", model, stdin=b"fine\ncaf\xe9\n")
-    assert done.returncode == 2
-    assert done.stdout == b""
-    assert done.stderr.startswith(b"error: standard input, line 2: not UTF-8")
-    assert done.stderr.count(b"\n") == 1
-
-
-def test_closed_input_is_said_in_one_line(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "stdin", None)
-    assert "no sentences: give them as arguments" in user_error(lambda: run(model), capsys)
-
-
 def test_a_full_disk_is_said_in_one_line(model: Path) -> None:
     command = f'seq 3 | "{sys.executable}" scripts/predict.py --model "{model}" --device cpu > /dev/full'
     done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, check=False)
-    assert done.stderr == b"error: cannot write to standard output: No space left on device\n"
+    assert done.stderr == b"error: cannot write the output: No space left on device; free some space\n"
     assert done.returncode == 2
 
 
-def test_an_encoder_without_head_is_refused(tiny_encoder: Path) -> None:
-    done = predict("--model", tiny_encoder, "x")
-    assert done.returncode == 2
-    assert b"has no classification head" in done.stderr
+def test_status_and_line_of_the_real_command(model: Path) -> None:
+    done = predict("--model", model, stdin=b"fine\ncaf\xe9\n")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"error: standard input, line 2: not UTF-8")
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_a_reader_that_stops_is_no_error(model: Path) -> None:

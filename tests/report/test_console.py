@@ -48,6 +48,18 @@ def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
     report.close()
 
 
+def test_the_table_at_the_end_is_of_the_metrics_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the model that is written, which may have been calibrated since the last evaluation."""
+    before = {"loss": 0.5, "accuracy": 0.75, "accuracy_low": 0.7, "accuracy_high": 0.8, "macro_f1": 0.7, "rows": 40}
+    report = open_small_report(tmp_path)
+    report.log_evaluation(4, "de", {**before, "ece": 0.1466})
+    report.log_end(4, {split: {**before, "ece": 0.0009} for split in ("dev", "de")})
+    report.close()
+    table = capsys.readouterr().out.split("\nfile ")[1].splitlines()
+    assert table[1].split() == ["de", "0.7500", "0.7000-0.8000", "0.7000", "0.0009", "40"]
+    assert not "".join(table[2:]).strip()
+
+
 def fill_disk(report: Report, what: str, folder: Path) -> None:
     """Let all further writes of metrics or events fail, as on a full disk."""
     if what == "metrics":

@@ -36,6 +36,7 @@ from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
 
+SPLITS = ("dev", "de", "test.ru")
 RunTrain = Callable[..., Path]
 DEV, DE, RU = (SAMPLE_DATA / name for name in ("dev.tsv", "test.de.tsv", "test.ru.tsv"))
 
@@ -64,10 +65,10 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A run of 2 epochs of 5 steps."""
+    """A run of 2 epochs of 5 steps that learns nothing, so that best/ is of its first evaluation."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     options = ["--train-file", DE, "--dev-file", DEV, "--epochs", 2, "--eval-every", 3, "--log-every", 5]
-    options += ["--lr", 5e-4, "--eval-file", f"de={DE}", "--test-file", RU]
+    options += ["--lr", 1e-9, "--eval-file", f"de={DE}", "--test-file", RU]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         train.main(train_options(tiny_encoder, SAMPLE_DATA, folder, *options))
     last = {entry["split"]: entry for entry in metrics(folder) if "split" in entry}
@@ -83,6 +84,7 @@ def test_tags_and_steps(trained: Trained) -> None:
         expected.update({f"{split}/{tag}": when for tag in scalar_tags})
         expected.update({f"{split}/{tag}": [step for step in when if step in (5, 10)] for tag in picture_tags})
     expected["accuracy by file"] = [10]
+    expected.update({f"best/test.ru/{tag}": [10] for tag in scalar_tags})
     assert steps(trained.events) == expected
     assert len(list((trained.folder / "tensorboard").iterdir())) == 1, "no run beside it"
 
@@ -143,12 +145,12 @@ def test_hyperparameters_and_their_metrics(trained: Trained, tiny_encoder: Path)
         return trained.events.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
 
     values = metadata.parse_session_start_info_plugin_data(content("session_start_info")).hparams
-    assert (values["lr"].number_value, values["batch_size"].number_value) == (5e-4, 8)
+    assert (values["lr"].number_value, values["batch_size"].number_value) == (1e-9, 8)
     strings = {"encoder": tiny_encoder.name, "precision": "fp32", "freeze_encoder": "False"}
     assert {name: values[name].string_value for name in strings} == strings
     experiment = HParamsPluginData.FromString(content("experiment")).experiment
     tags = [info.name.tag for info in experiment.metric_infos]
-    assert tags == ["dev/accuracy", "dev/macro_f1", "dev/loss", "de/accuracy", "test.ru/accuracy"]
+    assert tags == ["dev/accuracy", "dev/loss", "dev/macro_f1", "dev/ece", "de/accuracy", "test.ru/accuracy"]
     first = [info.name for info in experiment.hparam_infos if info.differs]
     assert first == ["encoder", "epochs", "batch_size", "lr", "seed"]
     assert set(tags) <= set(trained.events.Tags()["scalars"]), "every column has a value"
@@ -163,6 +165,8 @@ def test_table_at_the_end(trained: Trained) -> None:
         ["test.ru", f"{accuracies[1]:.4f}"],
         ["mean", f"{sum(accuracies) / 2:.4f}"],
     ]
+    best = trained.said.split("\nfile ")[2].splitlines()[1].split()
+    assert best[:2] == ["best/test.ru", f"{trained.last['best/test.ru']['accuracy']:.4f}"]
     assert f"step     10  accuracy: de {accuracies[0]:.4f}" in trained.said
 
 
@@ -207,7 +211,9 @@ def test_tensorboard_serves_every_tab(trained: Trained, tmp_path: Path) -> None:
         points = ask("plugin/scalars/scalars", run=run, tag="de/accuracy")
         assert [point[1] for point in points] == [3, 5, 8, 10]
         assert points[-1][2] == pytest.approx(accuracy)
-        assert ask("plugin/images/tags")[run].keys() == {f"{s}/confusion" for s in trained.last} | {"accuracy by file"}
+        assert ask("plugin/images/tags")[run].keys() == {f"{split}/confusion" for split in SPLITS} | {
+            "accuracy by file"
+        }
         (picture,) = ask("plugin/images/images", run=run, tag="accuracy by file", sample=0)
         assert picture["step"] == 10
         table = ask("plugin/text/text", run=run, tag="de/mistakes/text_summary")[-1]["text"]
@@ -218,7 +224,7 @@ def test_tensorboard_serves_every_tab(trained: Trained, tmp_path: Path) -> None:
         columns = [{"hparam": "lr"}, {"metric": {"group": "", "tag": "dev/accuracy"}}]
         asked = {"experimentName": "", "colParams": columns, "sliceSize": 9, "allowedStatuses": ["STATUS_SUCCESS"]}
         groups = ask("plugin/hparams/session_groups", asked)["sessionGroups"]
-        assert [group["hparams"]["lr"] for group in groups] == [5e-4] * len(groups) != []
+        assert [group["hparams"]["lr"] for group in groups] == [1e-9] * len(groups) != []
 
 
 @pytest.mark.parametrize("stop", [5, 7, 14])

@@ -1,90 +1,144 @@
-"""AdamW against torch's, master weights, groups."""
+"""Both optimizers, the plain one and the engine's, against torch's AdamW and against each other; groups, masters."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from sst2_xlmr.engines.cpu.adamw import CpuEngine
+from sst2_xlmr.config import Config
+from sst2_xlmr.engines.cpu.adamw import CpuAdamW
 from sst2_xlmr.engines.cpu.kernels import load_kernels
-from sst2_xlmr.engines.cuda.adamw import compiled_engine, why_not_compiled
-from sst2_xlmr.model.classifier import Classifier
+from sst2_xlmr.engines.cpu.masters import join_master, split_master
 from sst2_xlmr.model.encoders import EncoderShape
-from sst2_xlmr.training.flat_engine import Rates, scalars_of, update_flat
-from sst2_xlmr.training.master_weights import join_master, split_master
-from sst2_xlmr.training.optimizer import AdamW, Groups, lr_scale
+from sst2_xlmr.model.roberta import SequenceClassifier
+from sst2_xlmr.model.vocabulary import TABLE, whole_vocabulary
+from sst2_xlmr.training.optimizer import BETAS, EPSILON, AdamW, Optimizer, group_of, has_fused_adamw, lr_scale
 from sst2_xlmr.util.distributed import World
 
-SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
-CPU = torch.device("cpu")
+ALONE = World.alone(torch.device("cpu"))
+CONFIG = Config(weight_decay=0.1, layerwise_lr_decay=0.8)
+KINDS = ["plain", "fp32", "bf16"]
 
 
-def model() -> Classifier:
-    """Weights about as large as a pretrained model's."""
+def model() -> SequenceClassifier:
+    """Two layers, with weights about as large as a pretrained model's."""
     torch.manual_seed(0)
-    classifier = Classifier(SHAPE, 2)
+    classifier = SequenceClassifier(EncoderShape(50, hidden=8, layers=2, heads=2, ffn=16, positions=20), 2)
     for parameter in classifier.parameters():
         parameter.data *= 0.1
     return classifier
 
 
-def build(classifier: Classifier, bf16: bool = False, how: str = "kernels", max_grad_norm: float = 0.0) -> AdamW:
-    """How: "eager", "compiled" (torch.compile, as on CUDA) or "kernels"."""
-    kernels = load_kernels(torch.bfloat16 if bf16 else torch.float32)
-    if (how == "kernels" and kernels is None) or (how == "compiled" and why_not_compiled(CPU, bf16)):
-        pytest.skip("nothing compiles here")
-    optimizer = AdamW(classifier, Groups(layers=2, weight_decay=0.1), max_grad_norm, bf16)
-    if how == "kernels" and kernels is not None:
-        optimizer.engine = CpuEngine(kernels, optimizer.trained, World.alone(CPU))
-    elif how == "compiled":
-        optimizer.engine = compiled_engine(optimizer.trained)
-    return optimizer
+def build(kind: str, classifier: SequenceClassifier) -> Any:
+    """The plain optimizer, or the engine's for fp32 or bf16."""
+    if kind == "plain":
+        return AdamW(classifier, 2, CONFIG, ALONE)
+    kernels = load_kernels(torch.float32 if kind == "fp32" else torch.bfloat16)
+    if kernels is None:
+        pytest.skip("there is no C compiler")
+    return CpuAdamW(classifier, 2, CONFIG, ALONE, kernels)
 
 
-def set_gradients(classifier: Classifier, step: int, scale: float = 1.0) -> None:
+def set_gradients(classifier: nn.Module, step: int) -> None:
+    """The same values in every dtype: they fit into bf16."""
     generator = torch.Generator().manual_seed(step)
     for parameter in classifier.parameters():
-        gradient = torch.randn(parameter.shape, generator=generator) * scale
-        parameter.grad = gradient.to(parameter.dtype)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16().to(parameter.dtype)
 
 
-@pytest.mark.parametrize("how", ["eager", "compiled", "kernels"])
-@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
-def test_equals_torchs_adamw(how: str, max_grad_norm: float) -> None:
+def train(optimizer: Optimizer, classifier: nn.Module, steps: range, max_norm: float = 0.5) -> list[torch.Tensor]:
+    """Return the gradients' norms."""
+    norms = []
+    for step in steps:
+        set_gradients(classifier, step)
+        norms.append(optimizer.clip(max_norm))
+        optimizer.step(1e-3 * (step + 1))
+    return norms
+
+
+def saved(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return weights and moments as a checkpoint has them."""
+    weights = {
+        name: (each if isinstance(each, torch.Tensor) else each.rows(0, each.shape[0])).clone()
+        for name, each in optimizer.weights().items()
+    }
+    return weights, {name: moment.clone() for name, moment in optimizer.moments().items()}
+
+
+def assert_close(found: Any, expected: Any, atol: float) -> None:
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_norm", [0.0, 0.5])
+def test_equals_torchs_adamw(kind: str, max_norm: float) -> None:
+    """With a group for every parameter; the plain one to the bit, the engine's within rounding."""
     ours, theirs = model(), model()
-    optimizer = build(ours, how=how, max_grad_norm=max_grad_norm)
+    optimizer = build(kind, ours)
+    scales = {name: lr_scale(name, 2, 0.8) for name, _ in theirs.named_parameters()}
     groups = [
-        {"params": [p for p in theirs.parameters() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in theirs.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [each], "weight_decay": 0.1 if each.dim() > 1 else 0.0} for _, each in theirs.named_parameters()
     ]
-    reference = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6)
-    for step in range(30):
-        lr = 0.01 * (step + 1) / 30
-        set_gradients(ours, step)
+    is_fused = kind == "plain" and has_fused_adamw(ALONE.device)
+    reference = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=is_fused or None)
+    expected = []
+    norms = train(optimizer, ours, range(20), max_norm)
+    for step in range(20):
         set_gradients(theirs, step)
-        norm = optimizer.gradient_norm()
-        optimizer.step(lr, norm)
-        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_grad_norm or math.inf)
-        for group in reference.param_groups:
-            group["lr"] = lr
+        expected.append(nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or math.inf))
+        for group, scale in zip(reference.param_groups, scales.values()):
+            group["lr"] = 1e-3 * (step + 1) * scale
         reference.step()
-        torch.testing.assert_close(norm, expected)
-    for mine, other in zip(ours.parameters(), theirs.parameters()):
-        torch.testing.assert_close(mine, other, atol=1e-6, rtol=0)
+    torch.testing.assert_close(norms, expected)
+    assert_close(saved(optimizer)[0].values(), theirs.state_dict().values(), 0.0 if kind == "plain" else 2e-6)
 
 
-@pytest.mark.parametrize("how", ["compiled", "kernels"])
-def test_one_pass_equals_the_eager_way_in_bf16(how: str) -> None:
-    ours, theirs = model(), model()
-    optimizer, reference = build(ours, bf16=True, how=how), build(theirs, bf16=True, how="eager")
-    for step in range(30):
-        for classifier, chosen in ((ours, optimizer), (theirs, reference)):
-            set_gradients(classifier, step)
-            chosen.step(0.01, chosen.gradient_norm())
-    for mine, other in zip(optimizer.slots, reference.slots):
-        torch.testing.assert_close(mine.master(), other.master(), atol=3e-6, rtol=0)
+def test_the_plain_one_is_torchs_with_one_group_per_rate_and_decay_and_fused_where_torch_has_it() -> None:
+    optimizer = build("plain", model())._optimizer
+    assert type(optimizer) is torch.optim.AdamW
+    assert len(optimizer.param_groups) == 4 * 2  # embeddings, two layers, head; matrices and vectors
+    assert all(len({each.dim() > 1 for each in group["params"]}) == 1 for group in optimizer.param_groups)
+    has_fused = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)  # for CPUs
+    assert has_fused_adamw(ALONE.device) == bool(optimizer.defaults["fused"]) == has_fused
+
+
+@pytest.mark.parametrize("second", KINDS)
+@pytest.mark.parametrize("first", KINDS)
+def test_what_one_has_saved_the_other_continues(first: str, second: str) -> None:
+    """As if it had not been interrupted: within rounding, or to the bit if it is of the same kind."""
+    begun, whole, resumed = model(), model(), model()
+    optimizer, uninterrupted, continued = build(first, begun), build(second, whole), build(second, resumed)
+    train(optimizer, begun, range(10))
+    train(uninterrupted, whole, range(20))
+    weights, moments = saved(optimizer)
+    assert all(tensor.dtype == torch.float32 for each in (weights, moments) for tensor in each.values())
+    continued.load(weights, moments, 10)
+    for found, expected in zip(saved(continued), (weights, moments)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    train(continued, resumed, range(10, 20))
+    for found, expected in zip(saved(continued), saved(uninterrupted)):
+        assert_close(found.values(), expected.values(), 0.0 if first == second else 5e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_frozen_is_saved_but_has_no_moments_and_does_not_change(kind: str) -> None:
+    classifier = model()
+    classifier.encoder.requires_grad_(False)
+    optimizer = build(kind, classifier)
+    before, moments = saved(optimizer)
+    assert {name.split(".")[1] for name in moments} == {"head"}
+    train(optimizer, classifier.head, range(3))
+    after, _ = saved(optimizer)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("head.")}
+    optimizer.load(before, moments, 0)
+    assert all(torch.equal(each, before[name]) for name, each in saved(optimizer)[0].items())
 
 
 def test_masters_are_split_and_joined_bit_for_bit() -> None:
@@ -97,85 +151,77 @@ def test_masters_are_split_and_joined_bit_for_bit() -> None:
     assert float(error.max()) <= 2.0**-8  # half of the last of bf16's 8 bits
 
 
-@pytest.mark.parametrize("how", ["eager", "kernels"])
-def test_bf16_copies_follow_fp32_masters(how: str) -> None:
-    """Steps far below bf16's resolution add up in the masters and reach the working copies."""
+def test_bf16_weights_follow_fp32_masters() -> None:
+    """Steps far below bf16's resolution add up in the masters and reach the weights."""
     classifier = model()
-    optimizer = build(classifier, bf16=True, how=how)
-    start = {slot.name: slot.master() for slot in optimizer.slots}
+    optimizer = build("bf16", classifier)
+    start, _ = saved(optimizer)
     for _ in range(100):
         for parameter in classifier.parameters():
             parameter.grad = torch.ones_like(parameter)
-        optimizer.step(1e-4, optimizer.gradient_norm())
-    for slot in optimizer.trained:
-        assert slot.working.dtype == torch.bfloat16
-        torch.testing.assert_close(slot.working.float(), slot.master(), atol=0, rtol=2.0**-8)
-        decay = (1 - 1e-4 * slot.weight_decay) ** 100
-        torch.testing.assert_close(slot.master(), start[slot.name] * decay - 0.01, atol=1e-4, rtol=0)
+        optimizer.clip(0.0)
+        optimizer.step(1e-4)
+    masters, _ = saved(optimizer)
+    for name, parameter in classifier.named_parameters():
+        scale, decay = group_of(name, parameter, 2, CONFIG)
+        assert parameter.dtype == torch.bfloat16
+        torch.testing.assert_close(parameter.float(), masters[name], atol=0, rtol=2.0**-8)
+        expected = start[name] * (1 - 1e-4 * scale * decay) ** 100 - 0.01 * scale
+        torch.testing.assert_close(masters[name], expected, atol=1e-4, rtol=0)
 
 
-def test_micro_batches_add_up_in_fp32() -> None:
-    """1 + 512 * 2^-9 is 2 in fp32; in bf16 every single addition would be lost."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_add_up_in_fp32(kind: str) -> None:
+    """1 + 512 * 2^-9 is 2 in fp32; in bf16 every single addition would be lost. The next step begins anew."""
     classifier = model()
-    optimizer = build(classifier, bf16=True)
-    for number in range(513):
-        for parameter in classifier.parameters():
-            parameter.grad = torch.full_like(parameter, 2.0**-9 if number else 1.0)
-        optimizer.accumulate()
+    optimizer = build(kind, classifier)
+    no_sync = getattr(optimizer, "no_sync", torch.enable_grad)
     count = sum(parameter.numel() for parameter in classifier.parameters())
-    norm = optimizer.gradient_norm()
-    optimizer.step(1e-4, norm)
-    torch.testing.assert_close(norm, torch.tensor(2.0 * math.sqrt(count)))
-    assert all(not slot.accumulator.any() for slot in optimizer.trained if slot.accumulator is not None)
+
+    def backward(value: float) -> None:
+        sum((parameter.float() * value).sum() for parameter in classifier.parameters()).backward()  # type: ignore[union-attr]
+
+    for _ in range(2):
+        for number in range(512):
+            with no_sync():
+                backward(2.0**-9 if number else 1.0)
+        backward(2.0**-9)
+        torch.testing.assert_close(optimizer.clip(0.0), torch.tensor(2.0 * math.sqrt(count)))
+        optimizer.step(1e-4)
+    backward(1.0)
+    torch.testing.assert_close(optimizer.clip(0.0), torch.tensor(math.sqrt(count)))
 
 
-def test_a_missing_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compiler(*_: object, **__: object) -> None:
-        raise RuntimeError("no C++ compiler")
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    assert why_not_compiled(CPU, bf16=True) == "torch.compile: no C++ compiler"
-
-
-def test_decay_of_rows_without_gradient_is_kept() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lr", [2e-5, 0.1])
+def test_rows_without_gradient_decay_as_the_vocabulary_says(kind: str, lr: float) -> None:
+    """Also at real settings, where a factor rounded to fp32 would decay 8 % too much."""
     classifier = model()
-    optimizer = build(classifier)
-    table = classifier.encoder.transformer.token_embedding.weight
-    before = table.detach().clone()
-    for step in range(5):
+    optimizer, vocabulary = build(kind, classifier), whole_vocabulary(50)
+    scale, decay = group_of(TABLE, classifier.encoder.tokens.weight, 2, CONFIG)
+    vocabulary.decay_rate = scale * decay
+    before, _ = saved(optimizer)
+    steps = 1000 if lr < 0.01 else 5
+    for step in range(steps):
         set_gradients(classifier, step)
-        assert table.grad is not None
-        table.grad[10] = 0
-        optimizer.step(0.1 * (step + 1), optimizer.gradient_norm())
-    expected = math.prod(1 - 0.1 * (step + 1) * 0.1 for step in range(5))
-    assert optimizer.table_decay == pytest.approx(expected, rel=1e-12)
-    torch.testing.assert_close(table[10], before[10] * optimizer.table_decay)
+        classifier.encoder.tokens.weight.grad[10] = 0  # type: ignore[index]
+        optimizer.clip(0.0)
+        optimizer.step(lr)
+        vocabulary.count_step(lr)
+    assert vocabulary.decay == pytest.approx((1 - lr * 0.1 * 0.8**3) ** steps, rel=1e-9)
+    row = saved(optimizer)[0][TABLE][10].double() / before[TABLE][10].double()
+    assert 1 - float(row.mean()) == pytest.approx(1 - vocabulary.decay, rel=0.03)
 
 
-def test_decay_at_real_settings_adds_up() -> None:
-    """Three epochs of SST-2 at 2e-5 and 0.01; a factor of 1 - 2e-7 in fp32 would decay 8 % too much."""
-    weights = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) + 0.5
-    before = weights.clone()
-    zero = torch.zeros(10_000)
-    scalars = torch.tensor([1.0, *scalars_of(Rates(2e-5, 2e-5 * 0.01), 1.0)])
-    for _ in range(6315):
-        update_flat(zero, zero, zero, weights, None, scalars)
-    decay = 1 - (weights.double() / before.double()).mean()
-    assert decay == pytest.approx(1 - (1 - 2e-7) ** 6315, rel=0.03)
-    # Each weight's own rounding remains; one multiplication, as for compact tables, has none of it.
-    torch.testing.assert_close(weights, before * (1 - 2e-7) ** 6315, rtol=4e-4, atol=0)
-
-
-def test_layerwise_rates() -> None:
+def test_groups() -> None:
+    """Rates fall with the distance from the head; only matrices decay."""
     scales = {name: lr_scale(name, 2, 0.5) for name, _ in model().named_parameters()}
     assert scales["head.dense.weight"] == 1.0
-    assert scales["encoder.transformer.layers.layers.1.linear1.bias"] == 0.5
-    assert scales["encoder.transformer.layers.layers.0.self_attn.in_proj_weight"] == 0.25
-    assert scales["encoder.transformer.token_embedding.weight"] == 0.125
-    assert scales["encoder.transformer.positional_embedding.embedding.weight"] == 0.125
-    assert scales["encoder.transformer.embedding_layer_norm.weight"] == 0.125
-
-
-def test_only_matrices_decay() -> None:
-    for slot in build(model()).trained:
-        assert (slot.weight_decay > 0) == (slot.name.endswith("weight") and "norm" not in slot.name)
+    assert scales["encoder.layers.1.up.bias"] == 0.5
+    assert scales["encoder.layers.0.qkv.weight"] == 0.25
+    assert (
+        scales["encoder.tokens.weight"] == scales["encoder.positions.weight"] == scales["encoder.norm.weight"] == 0.125
+    )
+    for name, parameter in model().named_parameters():
+        _, decay = group_of(name, parameter, 2, CONFIG)
+        assert (decay > 0) == (name.endswith("weight") and "norm" not in name)

@@ -129,13 +129,13 @@ def test_without_a_connection_the_cache_is_taken(server: Server, monkeypatch: py
     message = refusal("us/other")
     assert "us/other is no folder, and cannot be fetched from http://127.0.0.1:1: " in message
     assert "refused" in message
-    assert "copy the folder" in message
+    assert "HF_HUB_CACHE set to a copy of" in message
 
 
 def test_the_environment_holds(server: Server, tmp_path: Path) -> None:
     """In processes of their own, two at once, as the library reads its environment once."""
     home = tmp_path / "home"
-    command = [sys.executable, ROOT / "scripts" / "fetch.py", "us/tiny@v1"]
+    command = [sys.executable, str(ROOT / "scripts" / "fetch.py"), "us/tiny@v1"]
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": "hf_secret"}
     started = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -161,7 +161,7 @@ def test_the_environment_holds(server: Server, tmp_path: Path) -> None:
     for name in ("us/tiny@v1", "us/other"):
         status, _, error = run_offline(name)
         assert (status, error.count("\n")) == (2, 1)
-        assert error.startswith(f"error: {name} is neither a folder nor whole in {home / 'hub'}, and HF_HUB_OFFLINE is")
+        assert error.startswith(f"error: {name} is neither a folder nor whole in {home / 'hub'}; unset HF_HUB_OFFLINE;")
         assert f"`sst2-xlmr fetch {name}` elsewhere" in error
     assert server.requests == []
 

@@ -24,8 +24,8 @@ from sst2_xlmr.engines.cpu.masters import ParamState, split_master
 from sst2_xlmr.engines.cpu.shared_memory import Arena, aligned_bytes, barrier_sum, shared_bytes
 from sst2_xlmr.training.optimizer import BETAS, EPSILON, group_of
 from sst2_xlmr.util.distributed import World, raise_on_all
-from sst2_xlmr.util.files import Deferred
 from sst2_xlmr.util.memory import give_back_memory
+from sst2_xlmr.util.tensors import Deferred
 
 
 def part_of(n: int, group: World) -> tuple[int, int]:

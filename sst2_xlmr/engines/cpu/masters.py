@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sst2_xlmr.util.files import Deferred
+from sst2_xlmr.util.tensors import Deferred
 
 
 def store_master(master: torch.Tensor, weight: torch.Tensor, low_bits: torch.Tensor) -> None:

@@ -1,0 +1,103 @@
+"""A trained model, as Python uses it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import sst2_xlmr
+from sst2_xlmr.predictor import Classifier
+from sst2_xlmr.util.errors import UserError
+
+TEXTS = ["A fine film.", "", "Ein Café, größer als nötig", "word " * 50, "好"]
+
+
+def test_two_lines_of_python(model: Path) -> None:
+    """Loading warns of nothing and prints nothing."""
+    lines = f"import sst2_xlmr; model = sst2_xlmr.load({str(model)!r}); print(model.predict(['A fine film.', 'x']))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", lines], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout == f"{sst2_xlmr.load(model).predict(['A fine film.', 'x'])}\n"
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "int8"])
+def test_labels_and_probabilities_belong_together(
+    model: Path, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classifier = sst2_xlmr.load(model, precision=precision, device="cpu")
+    is_as_asked = precision == "auto" or "int8 needs a CPU" in capsys.readouterr().err
+    assert classifier.precision == precision or is_as_asked
+    assert (classifier.label_names, classifier.device) == (["a", "b"], torch.device("cpu"))
+    found = classifier.probabilities(TEXTS)
+    assert (found.shape, found.dtype) == ((5, 2), np.float32)
+    assert np.allclose(found.sum(1), 1)
+    assert classifier.predict(TEXTS) == [["a", "b"][number] for number in found.argmax(1)]
+    in_order = [classifier.probabilities([text])[0] for text in TEXTS]
+    assert np.allclose(found, in_order, atol=1e-6 if precision == "fp32" else 0.02)
+    assert np.allclose(classifier.probabilities(TEXTS, batch_tokens=8), found, atol=0.02)
+    assert classifier.probabilities([]).shape == (0, 2)
+    assert classifier.predict([]) == []
+
+
+def test_several_threads_get_what_one_gets(model: Path) -> None:
+    """To the bit, though all of them use the same model at once."""
+    classifier = Classifier.load(model, "fp32", torch.device("cpu"))
+    chunks = [[f"{text} {number}" for text in TEXTS] for number in range(40)]
+    expected = [classifier.probabilities(chunk) for chunk in chunks]
+    with ThreadPoolExecutor(8) as threads:
+        for found, wanted in zip(threads.map(classifier.probabilities, chunks), expected):
+            assert np.array_equal(found, wanted)
+
+
+def test_the_model_is_used_by_one_thread_at_a_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = Classifier.load(model, "fp32", "cpu")
+    inside, most = [], []
+    forward = classifier.module.forward
+
+    def counted(*arguments: Any) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        logits = forward(*arguments)
+        inside.pop()
+        return logits
+
+    monkeypatch.setattr(classifier.module, "forward", counted)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: classifier.predict(TEXTS), range(40)))
+    assert set(most) == {1}
+
+
+def test_pairs(model: Path) -> None:
+    classifier = Classifier.load(model, "fp32", "cpu")
+    pairs = [("A fine film.", "It was good."), ("A fine film.", "")]
+    ids, lengths = classifier.encode(pairs)
+    assert ids[: lengths[0]].tolist().count(2) == 3, "<s> a </s></s> b </s>"
+    assert np.array_equal(classifier.probabilities(pairs), classifier.probabilities_of_ids(ids, lengths))
+    assert not np.array_equal(classifier.probabilities(pairs), classifier.probabilities([first for first, _ in pairs]))
+
+
+@pytest.mark.parametrize("texts", ["a text", ["a", ("b", "c")], [("a", "b", "c")], [("a", "b"), ("c",)], [1.5], [None]])
+def test_what_is_no_list_of_texts_is_refused(model: Path, texts: Any) -> None:
+    with pytest.raises(TypeError, match="texts must be a list of strings, or a list of pairs of strings"):
+        Classifier.load(model, "fp32", "cpu").predict(texts)
+
+
+def test_wrong_use(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"text 2: not UTF-8, or with a NUL"):
+        Classifier.load(model, "fp32", "cpu").predict(["fine", "half \ud83d"])
+    with pytest.raises(UserError, match="config.json"):
+        sst2_xlmr.load(tmp_path)
+    with pytest.raises(ValueError, match="precision 'fp16' is none of auto, bf16, fp32 and int8"):
+        sst2_xlmr.load(model, precision="fp16")
+    with pytest.raises(ValueError, match="device 'gpu' is none of auto, cpu and cuda"):
+        sst2_xlmr.load(model, device="gpu")
+    with pytest.raises(UserError, match="--precision int8 is for a CPU"):
+        Classifier.load(model, "int8", torch.device("cuda"))

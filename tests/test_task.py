@@ -1,0 +1,116 @@
+"""A single label's loss: class weights, alone and with label smoothing; the baseline; when answers have collapsed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sst2_xlmr.config import Config
+from sst2_xlmr.task import SingleLabel
+from sst2_xlmr.util.errors import UserError
+
+LABELS = torch.tensor([0, 2, 1, 0, 0, 2])
+LOGITS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+CPU = torch.device("cpu")
+
+
+def task(weights: torch.Tensor | None = None, smoothing: float = 0.0) -> SingleLabel:
+    return SingleLabel(["a", "b", "c"], smoothing, weights)
+
+
+def class_weights(given: str | None, labels: np.ndarray) -> torch.Tensor | None:
+    return task().for_training(Config(class_weights=given), labels, CPU).class_weights
+
+
+def test_balanced_classes_weigh_the_same_and_rows_one_on_average() -> None:
+    weights = class_weights("balanced", LABELS.numpy())
+    assert weights is not None
+    of_rows = weights[LABELS]
+    torch.testing.assert_close(of_rows.mean(), torch.tensor(1.0))
+    assert [float(of_rows[label == LABELS].sum()) for label in range(3)] == pytest.approx([2, 2, 2])
+
+
+def test_numbers_are_taken_as_they_are() -> None:
+    weights = class_weights("0.5,2,0", LABELS.numpy())
+    assert weights is not None
+    assert weights.tolist() == [0.5, 2, 0]
+    assert class_weights(None, LABELS.numpy()) is None
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_row_counts_as_often_as_its_class_weighs(smoothing: float) -> None:
+    weights = torch.tensor([3.0, 1.0, 2.0])
+    times = weights[LABELS].long()
+    repeated = LOGITS.repeat_interleave(times, 0), LABELS.repeat_interleave(times)
+    expected = F.cross_entropy(*repeated, reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(task(weights, smoothing).loss(LOGITS, LABELS), expected)
+    plain = task(None, smoothing).loss(LOGITS, LABELS)
+    torch.testing.assert_close(task(torch.ones(3), smoothing).loss(LOGITS, LABELS), plain)
+
+
+def test_weights_that_do_not_fit_the_classes() -> None:
+    with pytest.raises(UserError, match="no row of class 'b'"):
+        class_weights("balanced", np.array([0, 2, 2]))
+    with pytest.raises(UserError, match="--class-weights has 2 numbers, but there are 3 classes"):
+        task().check(Config(class_weights="1,2"))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [None, [0.2, 3.0, 1.0]])
+def test_the_baseline_is_the_least_loss_of_one_answer_for_all(smoothing: float, weights: list[float] | None) -> None:
+    """Against many constant answers, with the loss that training has."""
+    labels = np.repeat([0, 1, 2], [70, 20, 10])
+    ours = task(None if weights is None else torch.tensor(weights), smoothing)
+    baseline, generator = ours.baseline_loss(labels), torch.Generator().manual_seed(0)
+    answers = torch.randn(3000, 3, generator=generator) * 2
+    losses = [float(ours.loss(each.expand(100, 3), torch.from_numpy(labels))) / 100 for each in answers]
+    assert baseline <= min(losses) + 1e-6
+    assert baseline == pytest.approx(min(losses), rel=0.02)
+
+
+def answers(deviation: float, classes: int = 2, rows: int = 872) -> np.ndarray:
+    """Probabilities whose logits, 0.4 for the first class, deviate at random from text to text."""
+    logits = deviation * np.random.RandomState(0).normal(size=(rows, classes))
+    logits[:, 0] += 0.4
+    return (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("classes", [2, 77])
+@pytest.mark.parametrize("untrained", [5e-5, 6e-4, 0.008, 0.3])
+def test_answers_that_do_not_depend_on_the_text(classes: int, untrained: float) -> None:
+    """Compared with the untrained model's, which over one layer deviate by 0.00005 only."""
+    names = [f"class {number}" for number in range(classes)]
+    before, labels = answers(untrained, classes), np.random.RandomState(1).randint(classes, size=872)
+
+    def alike(probabilities: np.ndarray, labels: np.ndarray = labels) -> bool:
+        reason = SingleLabel(names).collapse_reason(probabilities, before[: len(labels)], labels, has_learned=False)
+        assert reason in ("", "same prediction for every text of dev, 'class 0' with the same probability")
+        return bool(reason)
+
+    assert alike(answers(0.0, classes)), "the same to the bit"
+    assert alike(answers(0.15 * untrained, classes)), "a little of a text's length"
+    assert not alike(answers(0.7 * untrained, classes)), "a run that learns slowly"
+    probabilities = answers(0.0, classes)
+    probabilities[0] = np.roll(probabilities[0], 1)
+    assert not alike(probabilities), "two labels"
+    assert not alike(probabilities[1:], np.zeros(871, int)), "dev has one class"
+    assert alike(np.eye(classes)[np.zeros(872, int)]), "probabilities of 0"
+
+
+def test_answers_that_have_become_useless() -> None:
+    def useless(accuracy: float, sure: float, share: float = 0.5, has_learned: bool = True) -> bool:
+        """Answers right in that share of the rows, with that probability for the label; the other rows wrong."""
+        labels = (np.arange(1000) < 1000 * share).astype(int)
+        is_right = np.random.RandomState(0).random_sample(1000) < accuracy
+        probabilities = np.full((1000, 2), 1 - sure)
+        probabilities[np.arange(1000), np.where(is_right, labels, 1 - labels)] = sure
+        reason = SingleLabel(["bad", "good"]).collapse_reason(probabilities, answers(0.1, 2, 1000), labels, has_learned)
+        return "had learned" in reason
+
+    assert useless(0.52, 0.55)
+    assert not useless(0.52, 0.55, has_learned=False), "a slow beginning"
+    assert not useless(0.70, 0.70), "it is better than chance"
+    assert not useless(0.85, 0.999), "overfitted: a high loss, but right"
+    assert useless(0.95, 0.999, share=0.05), "so is always the frequent label"
