@@ -165,5 +165,7 @@ def test_wrong_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = f"--seeds 1 --output-dir {tmp_path} --data-dir {small_data} --encoder {tiny_encoder} --max-length 64".split()
+    words = (
+        f"--seeds 1 --output-dir {tmp_path} --data-dir {small_data} --encoder {tiny_encoder} --max-length 64".split()
+    )
     assert says in user_error(lambda: program.main([*words, *options]), capsys)
