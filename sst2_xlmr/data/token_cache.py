@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, TypeVar
 
 import numpy as np
 
@@ -25,9 +26,13 @@ from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of, digest_of_input
 
-CACHE_FORMAT = 7
+CACHE_FORMAT = 8
 TOKENIZER_THREADS = 4  # reading and writing rows, in Python, cannot keep more of them busy
 _CHUNK_ROWS = 1000
+_DAMAGED = (OSError, ValueError, KeyError, TypeError)
+Result = TypeVar("Result")
+# Tokenized rows: ids, int32 [tokens], tokens per row, labels, digests of the texts, and how many were cut.
+Chunk = tuple[np.ndarray, np.ndarray, list[Any], np.ndarray, int]
 _DTYPES = {"offsets": np.int64, "text_digests": np.uint64}  # int32 elsewhere, but for labels
 
 
@@ -41,7 +46,7 @@ class TokenCache:
         labels: of the rows, of the task's dtype and shape; int32 [rows], the class's number, for a single label.
         distinct_ids: int32 [distinct ids], the ids that occur, ascending; empty unless the cache is on disk.
         text_digests: uint64 [rows], equal for equal texts (pairs of texts); empty unless the cache is on disk.
-        repeats, contradictions: int32 [found]; see `hygiene.find_repeats`.
+        repeats, contradictions: int32 [found]; see `duplicates.find_repeats`.
         truncated: how many rows were cut to the longest length.
         vocab_size: every id that the tokenizer can give is below it; 0 unless the cache is on disk.
         digest: SHA-256 of the file, hexadecimal.
@@ -88,91 +93,72 @@ def tokenize_file(
         UserError: for a bad row (see `rows.read_rows`), a file that changes while it is read, or a cache folder that
             cannot be written.
     """
-    digest, tokenizer_digest = digest_of_input(path), digest_of_input(tokenizer_file)
-    folder = cache_dir / _cache_key(
-        digest, path, columns, tokenizer_digest, max_length, task.problem_type, task.label_names
+    digest = digest_of_input(path)
+    depends_on = (digest_of_input(tokenizer_file), max_length, task.problem_type, task.label_names)
+    return _cached(
+        cache_dir / _cache_key(digest, path, columns, *depends_on),
+        lambda folder: _write_cache(folder, path, load(tokenizer_file, max_length), columns, task),
+        lambda folder: _open_cache(folder, digest, task),
+        path,
+        digest,
     )
-    try:
-        return _open_cache(folder, digest, task)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # absent or damaged: computed again
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-            unfinished = Path(scratch, "tokens")
-            unfinished.mkdir()
-            _write_cache(unfinished, path, load(tokenizer_file, max_length), columns, task)
-            _check_unchanged(path, digest)
-            try:
-                unfinished.rename(folder)
-            except OSError:  # another process was faster, or what is there is damaged
-                try:
-                    return _open_cache(folder, digest, task)
-                except (OSError, ValueError, KeyError, TypeError):
-                    shutil.rmtree(folder, ignore_errors=True)
-                    unfinished.rename(folder)
-    except OSError as error:
-        raise _cannot_write(cache_dir, error) from None
-    return _open_cache(folder, digest, task)
 
 
 def label_names_of(path: Path, columns: Columns, cache_dir: Path) -> list[str]:
     """Return the names of a training file's classes, cached on disk by the file's content.
 
     Raises:
-        UserError: see `rows.find_label_names`; or if the cache folder cannot be written.
+        UserError: see `rows.find_label_names`; or as `tokenize_file` does.
     """
-    digest = digest_of_input(path)
-    file = cache_dir / (_cache_key(digest, path, columns) + ".labels.json")
-    try:
-        names: list[str] = json.loads(file.read_text(encoding="utf-8"))["label_names"]
+
+    def write(folder: Path) -> None:
+        (folder / "label_names.json").write_text(json.dumps(find_label_names(path, columns)), encoding="utf-8")
+
+    def read(folder: Path) -> list[str]:
+        names: list[str] = json.loads((folder / "label_names.json").read_text(encoding="utf-8"))
         return names
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # absent or damaged: computed again
-    names = find_label_names(path, columns)
-    _check_unchanged(path, digest)
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-            unfinished = Path(scratch, "labels")
-            unfinished.write_text(json.dumps({"label_names": names}), encoding="utf-8")
-            unfinished.replace(file)
-    except OSError as error:
-        raise _cannot_write(cache_dir, error) from None
-    return names
+
+    digest = digest_of_input(path)
+    return _cached(cache_dir / (_cache_key(digest, path, columns) + "-labels"), write, read, path, digest)
 
 
-def _check_unchanged(path: Path, digest: str) -> None:
-    """Check that a file still has the content whose digest was computed before it was read.
+def _cached(
+    folder: Path, write: Callable[[Path], None], read: Callable[[Path], Result], path: Path, digest: str
+) -> Result:
+    """Return what is read from a folder of the cache, which is written first unless it is there and whole.
 
-    Raises:
-        UserError: if not, because its rows must not be cached under that digest.
+    Args:
+        path, digest: of the file that it depends on, which must not change meanwhile.
     """
-    if digest_of_input(path) != digest:
-        raise UserError(f"{path} changed while it was being read; start again when it is completely written")
+    with contextlib.suppress(*_DAMAGED):  # absent or damaged: computed again
+        return read(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            unfinished = Path(scratch, "unfinished")
+            unfinished.mkdir()
+            write(unfinished)
+            if digest_of_input(path) != digest:
+                raise UserError(f"{path} changed while it was being read; start again when it is completely written")
+            try:
+                unfinished.rename(folder)
+            except OSError:  # another process was faster, or what is there is damaged
+                with contextlib.suppress(*_DAMAGED):
+                    return read(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the token cache in {folder.parent}: {error.strerror};"
+            " set SST2_XLMR_CACHE to a folder that can be written"
+        ) from None
+    return read(folder)
 
 
 def _cache_key(digest: str, path: Path, columns: Columns, *further: object) -> str:
     """Return the cache key for a result that depends on this digest and these columns, and on `further`."""
     content = [CACHE_FORMAT, digest, kind_of(path), dataclasses.astuple(columns), further]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-
-
-def _cannot_write(cache_dir: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write the token cache in {cache_dir}: {error.strerror};"
-        " set SST2_XLMR_CACHE to a folder that can be written"
-    )
-
-
-class Chunk(NamedTuple):
-    """Some tokenized rows; `ids` is int32 [tokens], all else has one number per row."""
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    labels: list[Any]
-    text_digests: np.ndarray
-    truncated: int
 
 
 def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chunk]:
@@ -182,8 +168,7 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chun
         texts, pairs, labels = zip(*rows)
         ids, lengths = tokenizer.flat_ids(list(texts), None if pairs[0] is None else list(pairs))
         full = (rows[number] for number in np.flatnonzero(lengths == tokenizer.max_length))
-        truncated = sum(tokenizer.is_longer(row.text, row.pair) for row in full)
-        return Chunk(ids, lengths, list(labels), text_digests(rows), truncated)
+        return ids, lengths, list(labels), text_digests(rows), sum(tokenizer.is_longer(*row[:2]) for row in full)
 
     threads = min(TOKENIZER_THREADS, len(os.sched_getaffinity(0)))
     pending: deque[Future[Chunk]] = deque()
@@ -199,45 +184,36 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chun
 def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Columns, task: Task) -> None:
     rows = tokens = truncated = 0
     occurs = np.zeros(tokenizer.vocab_size, bool)
-    with (
-        (folder / "ids.bin").open("wb") as ids_file,
-        (folder / "offsets.bin").open("wb") as offsets_file,
-        (folder / "labels.bin").open("wb") as labels_file,
-        (folder / "text_digests.bin").open("wb") as digests_file,
-    ):
-        offsets_file.write(np.int64(0).tobytes())
-        for chunk in _tokenize_chunks(read_rows(path, columns, task), tokenizer):
-            ids_file.write(chunk.ids.tobytes())
-            offsets_file.write((tokens + np.cumsum(chunk.lengths)).tobytes())
-            labels_file.write(np.asarray(chunk.labels, task.label_dtype).tobytes())
-            digests_file.write(chunk.text_digests.tobytes())
-            occurs[chunk.ids] = True
-            rows, tokens, truncated = rows + len(chunk.labels), tokens + len(chunk.ids), truncated + chunk.truncated
-    found = {"distinct_ids": np.flatnonzero(occurs)}
-    digests = np.fromfile(folder / "text_digests.bin", np.uint64)
-    labels = np.fromfile(folder / "labels.bin", task.label_dtype).reshape(rows, *task.label_shape)
-    found["repeats"], found["contradictions"] = find_repeats(digests, task.label_keys(labels))
+    with contextlib.ExitStack() as stack:
+        names = ("ids", "offsets", "labels", "text_digests")
+        files = [stack.enter_context((folder / f"{name}.bin").open("wb")) for name in names]
+        files[1].write(np.int64(0).tobytes())
+        for ids, lengths, labels, digests, cut in _tokenize_chunks(read_rows(path, columns, task), tokenizer):
+            arrays = (ids, tokens + np.cumsum(lengths), np.asarray(labels, task.label_dtype), digests)
+            for file, array in zip(files, arrays):
+                file.write(array.tobytes())
+            occurs[ids] = True
+            rows, tokens, truncated = rows + len(lengths), tokens + len(ids), truncated + cut
+    all_digests = np.fromfile(folder / "text_digests.bin", np.uint64)
+    all_labels = np.fromfile(folder / "labels.bin", task.label_dtype).reshape(rows, *task.label_shape)
+    repeats, contradictions = find_repeats(all_digests, task.label_keys(all_labels))
+    found = {"distinct_ids": np.flatnonzero(occurs), "repeats": repeats, "contradictions": contradictions}
     for name, numbers in found.items():
         (folder / f"{name}.bin").write_bytes(numbers.astype(np.int32).tobytes())
-    counts = {"rows": rows, "tokens": tokens, "truncated": truncated, "vocab_size": tokenizer.vocab_size}
-    counts.update({name: len(numbers) for name, numbers in found.items()})
-    manifest = {**counts, "sha256": {file.name: digest_of(file) for file in sorted(folder.iterdir())}}
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    counts = {"truncated": truncated, "vocab_size": tokenizer.vocab_size}
+    digests_of_files = {file.name: digest_of(file) for file in sorted(folder.iterdir())}
+    (folder / "manifest.json").write_text(json.dumps({"counts": counts, "sha256": digests_of_files}), encoding="utf-8")
 
 
 def _open_cache(folder: Path, digest: str, task: Task) -> TokenCache:
     """Map a cache's files into memory; ValueError if one is not what `manifest.json` says."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    rows = manifest["rows"]
-    counts = {"ids": manifest["tokens"], "offsets": rows + 1, "labels": rows, "text_digests": rows}
-    counts.update({name: manifest[name] for name in ("distinct_ids", "repeats", "contradictions")})
-    arrays = {}
-    for name, count in counts.items():
+    arrays: dict[str, Any] = {}
+    for name, expected in manifest["sha256"].items():
+        file, name = folder / name, Path(name).stem
         dtype = task.label_dtype if name == "labels" else _DTYPES.get(name, np.int32)
-        file = folder / f"{name}.bin"
-        arrays[name] = np.memmap(file, dtype=dtype, mode="r") if count else np.fromfile(file, dtype)
-        if name == "labels":
-            arrays[name] = arrays[name].reshape(-1, *task.label_shape)
-        if len(arrays[name]) != count or digest_of(file) != manifest["sha256"][file.name]:
+        if digest_of(file) != expected:
             raise ValueError(f"{file} is damaged")
-    return TokenCache(**arrays, truncated=manifest["truncated"], vocab_size=manifest["vocab_size"], digest=digest)
+        arrays[name] = np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
+    arrays["labels"] = arrays["labels"].reshape(-1, *task.label_shape)
+    return TokenCache(**arrays, **manifest["counts"], digest=digest)

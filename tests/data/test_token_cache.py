@@ -108,7 +108,7 @@ def test_label_names_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert label_names_of(file, Columns(label="stars"), cache_dir) == ["1", "2"]
     monkeypatch.setattr(token_cache, "find_label_names", lambda *_: ["read", "again"])
     assert label_names_of(file, Columns(), cache_dir) == ["bad", "good"]
-    for damaged in cache_dir.glob("*.labels.json"):
+    for damaged in cache_dir.glob("*-labels/*.json"):
         damaged.write_text("{")
     assert label_names_of(file, Columns(), cache_dir) == ["read", "again"]
     file.write_text("sentence\tlabel\nx\tgood\n")
