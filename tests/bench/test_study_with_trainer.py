@@ -143,8 +143,8 @@ def test_a_failing_command_ends_it_with_its_status(
 @pytest.mark.parametrize(
     ("program", "options", "says"),
     [
-        (time_to_accuracy, ["--target", "1.5"], "1.5 is not above 0 and at most 1"),
-        (time_to_accuracy, ["--target", "much"], "invalid accuracy_to_reach value: 'much'"),
+        (time_to_accuracy, ["--target", "1.5"], "--target 1.5 is not above 0 and at most 1"),
+        (time_to_accuracy, ["--target", "much"], "invalid float value: 'much'"),
         (time_to_accuracy, [], "required: --target"),
         (time_to_accuracy, ["--target", "0.5"], "already exists; a time starts from nothing"),
         (time_to_accuracy, ["--target", "0.5", "--peer", sys.executable, "--output-dir", "x"], "needs --eval-every N"),
