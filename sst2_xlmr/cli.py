@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
+from sst2_xlmr import __version__
 from sst2_xlmr.config import (
     EVAL_BATCH_TOKENS,
     GROUPS,
@@ -156,8 +157,12 @@ def _fits(value: Any, name: str) -> bool:
     return type(value) in {"bool": (bool,), "int": (int,), "float": (int, float)}.get(kind, (str,))
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a saved `config.json`; returns field name -> value, checked for names and types."""
+def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
+    """Read a saved `config.json`; returns field name -> value, checked for names and types.
+
+    Args:
+        resume: whether the run is to be continued, which only the version that began it can do, but for its last part.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -166,6 +171,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({error}); --config takes the config.json of a run") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} does not hold a JSON object; --config takes the config.json of a run")
+    version = str(values.pop("sst2_xlmr", "before 0.2"))
+    if resume and version.split(".")[:2] != __version__.split(".")[:2]:
+        raise UserError(
+            f"the run in {path.parent} is of version {version}, this is {__version__}: continue it with that version, or"
+            f" start a new one by --config {path} --output-dir NEW_DIR"
+        )
     values = {name: value for name, value in values.items() if name not in REMOVED_OPTIONS}
     for name, value in values.items():
         if name not in OPTIONS:
@@ -218,7 +229,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
             raise UserError(
                 f"nothing to resume: {saved} does not exist; give the --output-dir of a run, or start without --resume"
             )
-        config = Config(**read_config_file(saved))
+        config = Config(**read_config_file(saved, resume=True))
         for name, value in given.items():
             before = getattr(config, name)
             if value != before and not OPTIONS[name].metadata["changeable"]:

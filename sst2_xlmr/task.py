@@ -28,7 +28,7 @@ ABSTAINED = "?"  # in place of a label whose probability is too low
 _INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")
 _FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _SMALLEST = float(np.finfo(np.float32).tiny)  # a probability that was rounded to 0
-# See `has_collapsed`: a text's log-probabilities deviate less over the texts than this part of what they did before
+# See `collapse_reason`: a text's log-probabilities deviate less over the texts than this part of what they did before
 # training. Six collapsed runs of the small encoder were at 0 to 0.16 of it.
 _COLLAPSED_DEVIATION = 0.3
 _USELESS_LOSS, _USELESS_ACCURACY = 0.98, 0.2

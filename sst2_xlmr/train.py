@@ -174,6 +174,7 @@ def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
     except Collapsed as collapse:
         reason = str(collapse)
         run.tell(lambda report: report.log_collapse(run.state.step, reason))
+        run.save()  # also if the run was resumed at this step: the next one goes on
         run.make_sure_of_checkpoint()
         cure = f"--lr {run.config.lr / 2:g} --seed {run.config.seed + 1} --output-dir NEW_DIR"
         run.say("collapsed  training has collapsed; the run is saved. Rerun with a lower rate and another seed:")

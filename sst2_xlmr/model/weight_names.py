@@ -82,7 +82,7 @@ def _our_name(name: str, tops: Mapping[str, str], layer: str, inner: Mapping[str
 
 def from_torchtext(raw: Mapping[str, torch.Tensor]) -> Tensors:
     """Rename the tensors of torchtext's downloads; unknown ones keep their names."""
-    layer = r"encoder\.transformer\.layers\.layers\.(\d+)\.(.+)"
+    layer = r"encoder\.transformer\.layers\.(?:layers\.)?(\d+)\.(.+)"  # once in the downloads, twice since
     return {_our_name(name, _TORCHTEXT, layer, _TORCHTEXT_LAYER) or name: raw[name] for name in raw}
 
 

@@ -9,13 +9,14 @@
 Prints one line per text, in order: label, tab, its probability, tab, text; or writes all columns of the input, followed
 by these, to a file, which gets its name when it is complete. Rows are read, classified and written in blocks, so that a
 file may be larger than memory; the input is read through first, so that a bad row shows before any work. Until
-answers.csv is complete, its rows are in a hidden shard beside it, which the same command with --resume (instead of
+answers.csv is complete, its rows are in a hidden folder beside it, which the same command with --resume (instead of
 --overwrite) continues after a kill. Several processes take a share of the rows each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import sys
@@ -41,7 +42,7 @@ from sst2_xlmr.util.errors import UserError, raise_on_all
 from sst2_xlmr.util.files import digest_of, digest_of_input
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.output import print_text
-from sst2_xlmr.util.shards import open_shards, shards_of
+from sst2_xlmr.util.shards import first_missing, is_begun, join_blocks, open_shards, write_block
 
 ROWS_AT_ONCE = 1024
 # Options on which the output depends, besides the input and the model.
@@ -125,13 +126,13 @@ def check_output_files(arguments: argparse.Namespace) -> None:
                 raise UserError(f"cannot write to {path.parent}: no permission; choose another place")
             if path.is_dir():
                 raise UserError(f"{path} is a folder; name a file")
-            if arguments.overwrite or (arguments.resume and (shards_of(paths[0]) or all(map(os.path.lexists, paths)))):
+            if arguments.overwrite or (arguments.resume and (is_begun(paths[0]) or all(map(os.path.lexists, paths)))):
                 continue
             if os.path.lexists(path):
                 raise UserError(f"{path} already exists; choose another name, or replace it with --overwrite")
-            if shards_of(path) and not arguments.resume:
+            if is_begun(path) and not arguments.resume:
                 cure = "continue it with --resume, or discard it with --overwrite"
-                raise UserError(f"rows of an earlier run for {path} already exist in hidden shards; {cure}")
+                raise UserError(f"rows of an earlier run for {path} already exist in a hidden folder; {cure}")
     except OSError as error:
         raise UserError(f"cannot write to {error.filename}: {error.strerror}") from None
 
@@ -185,7 +186,7 @@ def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Class
     files = [encoder.weights_file, encoder.tokenizer_file, *sorted(arguments.model.glob("*config.json"))]
     options = {name: str(value) for name, value in vars(arguments).items() if name in FINGERPRINT_OPTIONS}
     digests = {"input": digest, "model": [digest_of(file) for file in files]}
-    machine = {"precision": classifier.precision, "device": world.device.type, "processes": world.world_size}
+    machine = {"precision": classifier.precision, "device": world.device.type}
     return {**digests, **options, **machine}
 
 
@@ -246,14 +247,14 @@ def write_predictions(arguments: argparse.Namespace, paths: Sequence[Path], worl
         fingerprint = fingerprint_of(arguments, digest, classifier, world)
     new_columns = task.columns(arguments.all_probabilities)
     first, last = (len(sizes) * rank // world.world_size for rank in (world.rank, world.rank + 1))
-    with open_shards(paths, fingerprint, world.rank, arguments.resume, arguments.overwrite) as shards:
-        begin = first + shards.blocks
-        chunks = itertools.islice(
-            in_chunks(read_input(arguments), ROWS_AT_ONCE), begin, last if arguments.input else None
-        )
-        row, total, done = sum(sizes[:begin]), sum(sizes[first:last]), sum(sizes[first:begin])
-        blocks = classify(arguments, classifier, chunks)
-        for chunk, probabilities in with_progress(blocks, total, done, quiet=not world.is_main):
+    with contextlib.ExitStack() as stack:
+        opening = open_shards(paths, fingerprint, arguments.resume)
+        folder = distributed.broadcast(world, distributed.on_rank0(world, lambda: stack.enter_context(opening)))
+        block = first_missing(folder, first, last, len(paths)) if arguments.input else 0
+        chunks = itertools.islice(in_chunks(read_input(arguments), ROWS_AT_ONCE), block, last if sizes else None)
+        row, total, done = sum(sizes[:block]), sum(sizes[first:last]), sum(sizes[first:block])
+        answers = classify(arguments, classifier, chunks)
+        for chunk, probabilities in with_progress(answers, total, done, quiet=not world.is_main):
             predictions = predictions_of(arguments, task, probabilities)
             texts = []
             if arguments.output:
@@ -261,17 +262,16 @@ def write_predictions(arguments: argparse.Namespace, paths: Sequence[Path], worl
                 texts.append(extended_rows(arguments.output, chunk, predictions, new_columns, columns, header))
             if arguments.glue_submission:
                 texts.append(submission_lines(chunk, predictions, numbers, row))
-            shards.append(texts)
-            row += len(chunk)
-        shards.note()
-        distributed.gather_objects(world, None)  # all shards are complete
+            write_block(folder, block, paths, texts)
+            row, block = row + len(chunk), block + 1
+        blocks = distributed.gather_objects(world, block, world.patient)[-1]  # all are there
 
         def finish() -> None:
             if arguments.input and digest_of_input(arguments.input) != digest:
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
-            shards.finish(world.world_size)
+            join_blocks(folder, paths, blocks, arguments.overwrite)
 
-        distributed.on_rank0(world, finish)  # before the shards are closed, and so free for other processes
+        distributed.on_rank0(world, finish)  # before the folder is free for other processes
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -281,10 +281,14 @@ def main(argv: list[str] | None = None) -> None:
     arguments.model = model_folder(arguments.model)
     if not paths:
         print_predictions(arguments)
-    elif arguments.resume and paths[0].exists() and not shards_of(paths[0]):
+    elif arguments.resume and paths[0].exists() and not is_begun(paths[0]):
         unknown = "whether it belongs to this input and model is not known"
         cure = "replace it with --overwrite instead of --resume"
         print(f"{paths[0]} already exists and is complete, so nothing was done; {unknown}: {cure}", file=sys.stderr)
     else:
         with distributed.start(arguments.device, 0, TIMEOUT_MINUTES) as world:
-            write_predictions(arguments, paths, world)
+            try:
+                write_predictions(arguments, paths, world)
+            except UserError as error:
+                error.is_own = world.rank > 0 and not error.is_shared  # or nobody would say it
+                raise

@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.torch_version import TorchVersion
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.util.distributed import World

@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 from typing import IO, Any
 
+from sst2_xlmr import __version__
 from sst2_xlmr.config import LOCK_NAME, Config
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import recover, write_text
@@ -51,7 +52,7 @@ def claim(run_folder: Path) -> IO[str]:
 
 
 def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
-    """Write `config.json`; the folder must be claimed.
+    """Write `config.json`, with the package's version; the folder must be claimed.
 
     A new run's is written right after that: a folder without it cannot be resumed, should the process die. A resumed
     run's is replaced when its checkpoint has been accepted.
@@ -62,8 +63,9 @@ def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
     target = run_folder / "config.json"
     if is_new and target.exists():
         raise UserError(f"{target} already exists; continue it with --resume or choose another directory")
+    content = {"sst2_xlmr": __version__, **dataclasses.asdict(config)}
     try:
-        write_text(target, json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n")
+        write_text(target, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {target}: {error.strerror}; make room, or take another folder") from None
 

@@ -80,7 +80,7 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
         if isinstance(error, utils.GatedRepoError):
             problem = f"{name} is gated; ask for access at {host}/{repository}, and set HF_TOKEN"
         elif isinstance(error, utils.RepositoryNotFoundError):
-            problem = f"{name} is neither a folder nor a model at {host} ({reason}); check it, or set HF_TOKEN if it is private"
+            problem = f"{name} is neither a folder nor a model at {host} ({reason}); check it, or set HF_TOKEN"
         elif isinstance(error, utils.RevisionNotFoundError):
             problem = f"{repository} has no revision {revision} at {host}; check what follows @"
         elif constants.HF_HUB_OFFLINE:

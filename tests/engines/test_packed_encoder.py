@@ -34,8 +34,8 @@ def build(
     """In training mode; weights large enough for every part to matter. shape: hidden, heads, layers."""
     hidden, heads, layers = shape
     torch.manual_seed(seed)
-    shape_of_model = EncoderShape(200, hidden, layers, heads, 2 * hidden + 3, 48)
-    model = SequenceClassifier(shape_of_model, 2, dropout, head_dropout)
+    of_model = EncoderShape(200, hidden, layers, heads, 2 * hidden + 3, 48)
+    model = SequenceClassifier(of_model, 2, dropout, head_dropout)
     for name, parameter in model.named_parameters():
         is_gamma = "norm" in name and name.endswith("weight")
         parameter.data.normal_(float(is_gamma), 1.5 / hidden**0.5 if parameter.dim() > 1 else 0.3)
@@ -206,7 +206,7 @@ def test_gradients_of_parts_add_up_with_dropout(threads: None, shape: tuple[int,
     for cut in (everything.split(1), everything.split(3), (everything[::2], everything[1::2])):
         for part in cut:
             add(part)
-        assert_same(gradients(model), whole, 2e-6)
+        assert_same(gradients(model), whole, 1e-5)  # rounding, since parts are added in another order
     keyed = keyed + 1
     add(everything)
     other = gradients(model)

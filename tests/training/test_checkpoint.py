@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -13,104 +14,103 @@ import pytest
 import torch
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.model.classifier import Classifier
 from sst2_xlmr.model.encoders import EncoderShape
+from sst2_xlmr.model.roberta import SequenceClassifier
+from sst2_xlmr.model.vocabulary import TABLE, Vocabulary, whole_vocabulary
 from sst2_xlmr.training.checkpoint import (
-    RunState,
     find_checkpoint,
     load_checkpoint,
+    read_state,
     save_checkpoint,
     what_is_damaged,
 )
-from sst2_xlmr.training.optimizer import AdamW, Groups
-from sst2_xlmr.training.run_folder import clean_up
-from sst2_xlmr.training.state import Progress, Totals, Window
+from sst2_xlmr.training.meter import TrainMeter
+from sst2_xlmr.training.optimizer import AdamW
+from sst2_xlmr.training.run_folder import claim
+from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import Finisher, scratch_name
 
 ALONE = World.alone(torch.device("cpu"))
-IDS = torch.arange(50)
+STATE = TrainState(
+    *(5, "bf16", 3, {"tokenizer": "x"}, 7, 1, 2, 0.5, 6, 4, 2, True, 3, 1, True, True, 5, 1.5, 0.25, 0.125)
+)
+TOTALS = {"sum.loss": 1.5, "rows": 8.0, "tokens": 100.0, "seconds": 2.0, "grad_norm": 0.25}
 
 
-def optimizer(seed: int, vocab_size: int = 50) -> AdamW:
+def optimizer(seed: int, rows: int = 50) -> AdamW:
     torch.manual_seed(seed)
-    model = Classifier(EncoderShape(vocab_size, hidden=8, layers=1, heads=2, ffn=16, positions=20), 2)
-    result = AdamW(model, Groups(1, 0.01), 1.0, bf16=True)
+    model = SequenceClassifier(EncoderShape(rows, hidden=8, layers=1, heads=2, ffn=16, positions=20), 2)
+    result = AdamW(model, 1, Config(), ALONE)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    result.step(0.1, result.gradient_norm())
+    result.step(0.1)
     return result
 
 
 def save(folder: Path, step: int, seed: int = 0) -> AdamW:
-    saved = optimizer(seed)
-    progress = Progress("x", "y", 5, step=step, epoch=1, batch=3)
-    window = Window(ALONE)
-    window.totals = Totals({"loss": 1.5}, 8.0, 100.0, 2.0, 0.25)
+    saved, meter, vocabulary = optimizer(seed), TrainMeter(ALONE), whole_vocabulary(50)
+    meter.totals, vocabulary.decay = TOTALS, 0.75
     with Finisher() as finisher:
-        save_checkpoint(folder, RunState(progress, window, saved, IDS), Config(), ALONE, finisher)
+        state = dataclasses.replace(STATE, step=step)
+        save_checkpoint(folder, state, meter, saved, vocabulary, Config(), ALONE, finisher)
     return saved
 
 
-def new_state(optimizer: AdamW, ids: torch.Tensor = IDS, digests: tuple[str, str] = ("x", "y")) -> RunState:
-    return RunState(Progress(*digests, 5), Window(ALONE), optimizer, ids)
-
-
-def master(optimizer: AdamW, name: str) -> torch.Tensor:
-    return next(slot.master() for slot in optimizer.slots if slot.name == name)
-
-
-def test_other_rows_or_weights_are_refused(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    for digests, what in ((("z", "y"), "rows"), (("x", "z"), "weights")):
-        with pytest.raises(UserError, match=f"the training {what} differ"):
-            load_checkpoint(tmp_path / "step-00000001", new_state(optimizer(0), digests=digests), 0, ALONE)
-
-
 def test_everything_comes_back(tmp_path: Path) -> None:
+    assert all(getattr(STATE, field.name) != getattr(TrainState(0), field.name) for field in dataclasses.fields(STATE))
     saved = save(tmp_path, 7)
     expected = torch.rand(5)  # the numbers that come after the save
     checkpoint = find_checkpoint(tmp_path, pytest.fail)
     assert checkpoint is not None
-    loaded = optimizer(1)
-    state = new_state(loaded)
-    load_checkpoint(checkpoint, state, 0, ALONE)
-    assert state.progress == Progress("x", "y", 5, step=7, epoch=1, batch=3)
-    assert state.window.totals == Totals({"loss": 1.5}, 8.0, 100.0, 2.0, 0.25)
-    assert (loaded.steps, loaded.table_decay) == (1, saved.table_decay)
-    for mine, other in zip(loaded.slots, saved.slots):
-        assert torch.equal(mine.master(), other.master())
-        assert torch.equal(mine.working, other.working)
-    for name, tensor in saved.moments().items():
-        assert torch.equal(loaded.moments()[name], tensor)
+    assert read_state(checkpoint) == STATE
+    loaded, meter, vocabulary = optimizer(1), TrainMeter(ALONE), whole_vocabulary(50)
+    load_checkpoint(checkpoint, meter, loaded, vocabulary, 0, ALONE)
+    assert (meter.totals, vocabulary.decay) == (TOTALS, 0.75)
     assert torch.equal(torch.rand(5), expected)
-    assert sorted(f.name for f in checkpoint.iterdir()) == [
-        "config.json",
-        "manifest.json",
-        "model.safetensors",
-        "optimizer.safetensors",
-        "progress.json",
-        "random.safetensors",
-        "vocabulary.safetensors",
-    ]
+    for found, wanted in ((loaded.weights(), saved.weights()), (loaded.moments(), saved.moments())):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)  # type: ignore[arg-type]
+    steps = {float(values["step"]) for values in loaded._optimizer.state.values()}
+    assert steps == {4.0}, "7 batches, of which 3 were skipped"
+    tensors = [f"{name}.safetensors" for name in ("model", "optimizer", "random", "vocabulary")]
+    names = sorted(file.name for file in checkpoint.iterdir())
+    assert names == sorted(["config.json", "manifest.json", "state.json", *tensors])
     modes = {file.stat().st_mode & 0o777 for file in checkpoint.iterdir()}
     assert len(modes) == 1, "others can read some of the files only"
 
 
 def test_other_vocabulary_keeps_what_was_trained(tmp_path: Path) -> None:
-    saved = save(tmp_path, 1)
-    checkpoint = tmp_path / "step-00000001"
-    wider = optimizer(1, vocab_size=60)
-    ids = torch.cat([torch.arange(30), torch.arange(35, 65)])
-    name = "encoder.transformer.token_embedding.weight"
-    new_row = master(wider, name)[-1].clone()
-    load_checkpoint(checkpoint, new_state(wider, ids), 0, ALONE)
-    table = master(wider, name)
-    assert torch.equal(table[:30], master(saved, name)[:30])
-    assert torch.equal(table[30:45], master(saved, name)[35:])
-    torch.testing.assert_close(table[-1], new_row * saved.table_decay)
-    assert not wider.moments()[f"exp_avg.{name}"][45:].any()
+    saved = save(tmp_path, 1).weights()[TABLE]
+    assert isinstance(saved, torch.Tensor)
+    wider, vocabulary = optimizer(1, rows=60), Vocabulary(torch.cat([torch.arange(30), torch.arange(35, 65)]), 100)
+    table = wider.weights()[TABLE]
+    assert isinstance(table, torch.Tensor)
+    new_row = table[-1].clone()
+    load_checkpoint(tmp_path / "step-00000001", TrainMeter(ALONE), wider, vocabulary, 0, ALONE)
+    assert torch.equal(table[:30], saved[:30])
+    assert torch.equal(table[30:45], saved[35:])
+    torch.testing.assert_close(table[-1], new_row * 0.75)
+    assert not wider.moments()[f"exp_avg.{TABLE}"][45:].any()
+
+
+def test_another_number_of_processes_begins_new_random_streams(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    drawn = []
+    for rank in (0, 1):
+        world = dataclasses.replace(ALONE, rank=rank, local_rank=rank, world_size=2, local_world_size=2)
+        loaded = optimizer(1)
+        load_checkpoint(tmp_path / "step-00000001", TrainMeter(ALONE), loaded, whole_vocabulary(50), 0, world)
+        drawn.append(torch.rand(3))
+    assert not torch.equal(*drawn)
+
+
+def test_a_forged_checkpoint_is_one_line(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "step-00000001" / "state.json").write_text('{"state": {"colour": 1}}')
+    with pytest.raises(UserError, match=r"cannot read the checkpoint .*colour.*remove it to use the one before"):
+        read_state(tmp_path / "step-00000001")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_other_vocabulary_keeps_what_was_trained(tmp_path: Path) -> None:
         ("model.safetensors", "cut"),
         ("optimizer.safetensors", "remove"),
         ("random.safetensors", "flip"),
-        ("progress.json", "flip"),
+        ("state.json", "flip"),
         ("manifest.json", "cut"),
         ("manifest.json", "remove"),
     ],
@@ -159,8 +159,8 @@ def test_same_step_again_replaces(tmp_path: Path) -> None:
     save(tmp_path, 1)
     second = save(tmp_path, 1, seed=5)
     loaded = optimizer(9)
-    load_checkpoint(tmp_path / "step-00000001", new_state(loaded), 0, ALONE)
-    assert torch.equal(loaded.slots[0].master(), second.slots[0].master())
+    load_checkpoint(tmp_path / "step-00000001", TrainMeter(ALONE), loaded, whole_vocabulary(50), 0, ALONE)
+    assert torch.equal(loaded.weights()[TABLE], second.weights()[TABLE])  # type: ignore[arg-type]
 
 
 def test_cannot_be_written(tmp_path: Path) -> None:
@@ -200,6 +200,6 @@ def test_a_kill_while_the_same_step_is_replaced_leaves_one(
         patched.setattr(Path, "rename", killed_after(Path.rename))
         patched.setattr(shutil, "rmtree", killed_after(shutil.rmtree))
         save(folder, 2, seed=5)
-    clean_up(tmp_path)
+    claim(tmp_path).close()
     assert find_checkpoint(folder, pytest.fail) == folder / "step-00000002"
     assert sorted(entry.name for entry in folder.iterdir()) == ["step-00000001", "step-00000002"]

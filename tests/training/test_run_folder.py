@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -9,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, metrics, train_options
+from conftest import ROOT, metrics, train_options, user_error
 
-from sst2_xlmr import train
+from sst2_xlmr import __version__, train
 from sst2_xlmr.config import Config
 from sst2_xlmr.training.run_folder import claim, write_config
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import SCRATCH_MARK, scratch_name
 
+MINOR = __version__.rpartition(".")[0]
 # Where a start is killed: before `target` is called.
 KILLED = """
 import importlib, os, signal, sys
@@ -34,8 +36,7 @@ train.main(sys.argv[2:])
 """
 PLACES = {  # -> what the run's folder then holds
     "sst2_xlmr.training.run_folder.write_text": {".lock"},
-    "sst2_xlmr.train.accelerate": {".lock", "config.json"},  # before processes are connected
-    "sst2_xlmr.training.run_folder.clean_up": {".lock", "config.json"},
+    "sst2_xlmr.train.outputs": {".lock", "config.json"},
     "sst2_xlmr.report.tensorboard.SummaryWriter": {".lock", "config.json", "metrics.jsonl"},
     "sst2_xlmr.training.checkpoint.write_tensors": {".lock", "config.json", "metrics.jsonl", "checkpoints"},
 }
@@ -74,6 +75,25 @@ def test_a_folder_with_anything_else_is_refused(tiny_encoder: Path, small_data: 
     with pytest.raises(UserError, match="already exists"):
         train.main(train_options(tiny_encoder, small_data, run))
     assert [file.name for file in run.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("version", [None, "0.1.9", "1.2.0", f"{MINOR}.99"])
+def test_a_run_of_another_version_is_refused_but_its_options_are_taken(
+    run_train: Callable[..., Path], tmp_path: Path, version: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_train(tmp_path / "run", "--max-steps", 2)
+    saved = json.loads((run / "config.json").read_text())
+    assert saved.pop("sst2_xlmr") == __version__
+    (run / "config.json").write_text(json.dumps({**({"sst2_xlmr": version} if version else {}), **saved}))
+    resume = ["--resume", "--output-dir", str(run)]
+    if version == f"{MINOR}.99":
+        train.main(resume)
+        assert json.loads((run / "config.json").read_text())["sst2_xlmr"] == __version__
+    else:
+        line = user_error(lambda: train.main(resume), capsys)
+        assert f"the run in {run} is of version {version or 'before 0.2'}, this is {__version__}: " in line
+        assert f"start a new one by --config {run / 'config.json'} --output-dir NEW_DIR" in line
+    train.main(["--config", str(run / "config.json"), "--output-dir", str(tmp_path / "new")])
 
 
 def test_a_new_run_overwrites_no_config(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from sst2_xlmr.config import OPTIONS, Config
 from sst2_xlmr.training.schedule import SCHEDULES, Due, Schedule, evaluation_interval, lr_factor
-from sst2_xlmr.training.state import Progress
+from sst2_xlmr.training.state import TrainState
 
 
 @pytest.mark.parametrize(
@@ -36,21 +36,21 @@ def test_every_schedule_that_can_be_asked_for_is_there_and_no_other_trains() -> 
         lr_factor(5, 10, 0.0, "polynomial")
 
 
-def progress_at(step: int, batches: int = 10) -> Progress:
-    progress = Progress("x", "y", batches)
+def state_at(step: int, batches: int = 10) -> TrainState:
+    state = TrainState(batches)
     for _ in range(step):
-        progress.advance()
-    return progress
+        state.advance()
+    return state
 
 
 def test_what_is_due_follows_from_the_position() -> None:
-    schedule = Schedule(Config(epochs=2, log_every=4, eval_every=6, save_every=3), 10)
-    dues = [schedule.due(progress_at(step)) for step in range(1, 21)]
+    schedule = Schedule(Config(epochs=2, log_every=4, save_every=3), 10, eval_every=6)
+    dues = [schedule.due(state_at(step)) for step in range(1, 21)]
     assert [step for step, due in enumerate(dues, 1) if due.log] == [4, 8, 12, 16, 20]
     assert [step for step, due in enumerate(dues, 1) if due.evaluate] == [6, 10, 16, 20]
     assert [step for step, due in enumerate(dues, 1) if due.save] == [3, 6, 9, 10, 12, 15, 18, 20]
     assert schedule.total_steps == 20
-    assert [schedule.is_over(progress_at(step)) for step in (19, 20)] == [False, True]
+    assert [schedule.is_over(state_at(step)) for step in (19, 20)] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -73,18 +73,19 @@ def test_evaluations_are_about_eight_an_epoch_in_little_time(
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 313), (2.5, 782), (0.001, 1)])
 def test_epochs_may_end_within_one(epochs: float, steps: int) -> None:
-    assert Schedule(Config(epochs=epochs), 313).total_steps == steps
+    assert Schedule(Config(epochs=epochs), 313, 0).total_steps == steps
 
 
 def test_a_last_step_within_an_epoch_is_an_end_too() -> None:
-    schedule = Schedule(Config(max_steps=7), 10)
-    assert schedule.due(progress_at(6)) == Due(False, False, False)
-    assert schedule.due(progress_at(7)) == Due(True, True, True)
+    schedule = Schedule(Config(max_steps=7), 10, 0)
+    assert schedule.due(state_at(6)) == Due(False, False, False)
+    assert schedule.due(state_at(7)) == Due(True, True, True)
 
 
 def test_patience_ends_a_run() -> None:
-    schedule, progress = Schedule(Config(early_stopping_patience=2), 10), progress_at(5)
+    schedule, state = Schedule(Config(early_stopping_patience=2), 10, 0), state_at(5)
     for accuracy, over in ((0.5, False), (0.5, False), (0.6, False), (0.6, False), (0.1, True)):
-        progress.count_evaluation(accuracy)
-        assert schedule.is_over(progress) == over
-    assert (progress.best_accuracy, progress.best_step) == (0.6, 5)
+        assert schedule.may_end(state) == (state.stale_evaluations == 1)
+        state.count_evaluation(accuracy)
+        assert schedule.is_over(state) == over
+    assert (state.best_value, state.best_step, state.evaluations) == (0.6, 5, 5)
