@@ -98,6 +98,15 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror}; make room, or choose another place")
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write (a full disk, say) into a `UserError` that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
 def scratch_name(path: Path, kind: str = "new") -> Path:
     """Return a hidden name beside `path` that is not taken, for what is to get that name, or for what had it ("old").
 
@@ -199,16 +208,13 @@ def new_file(path: Path) -> Iterator[TextIO]:
     Raises:
         UserError: if it cannot be written.
     """
-    try:
-        with atomic_file(path) as raw:
-            is_gzipped = path.suffix.lower() == ".gz"
-            binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_gzipped else raw
-            # JSON can hold a lone surrogate, which UTF-8 cannot; it is written as JSON's escape.
-            text = io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", newline="")
-            with closing(text):
-                yield text
-    except OSError as error:
-        raise cannot_write(path, error) from None
+    with writing(path), atomic_file(path) as raw:
+        is_gzipped = path.suffix.lower() == ".gz"
+        binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_gzipped else raw
+        # JSON can hold a lone surrogate, which UTF-8 cannot; it is written as JSON's escape.
+        text = io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", newline="")
+        with closing(text):
+            yield text
 
 
 class Finisher:
