@@ -96,8 +96,7 @@ def as_json(file: Path, metrics: dict[str, Any], confusion: np.ndarray, label_na
     """Return a file's part of the JSON."""
     numbers = {key: values.tolist() for key, values in per_class(confusion).items()}
     classes = {label: {key: numbers[key][i] for key in numbers} for i, label in enumerate(label_names)}
-    keys = ("rows", "loss", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "ece")
-    chosen = {key: metrics[key] for key in keys}
+    chosen = {key: value for key, value in metrics.items() if key not in ("precision", "recall")}  # those of classes
     return {"file": str(file), **chosen, "classes": classes, "confusion": confusion.tolist()}
 
 

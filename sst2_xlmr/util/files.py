@@ -95,7 +95,7 @@ def closing(file: Any) -> Iterator[None]:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; make room, or choose another place")
+    return UserError(f"cannot write {path}: {error.strerror or error}; make room, or choose another place")
 
 
 @contextlib.contextmanager
