@@ -122,7 +122,7 @@ def add_bounds(parser: argparse.ArgumentParser) -> None:
 
 
 def bounds_of(arguments: argparse.Namespace) -> tuple[float, float]:
-    """Return which fractions of the labels may change, and of accuracy be lost (see `evaluation.agreement`)."""
+    """Return which fractions of the labels may change, and of accuracy be lost (see `evaluation.compare`)."""
     changed, lost = arguments.most_changed, arguments.most_lost
     return (1.0 if changed is None else changed) / 100, (0.3 if lost is None else lost) / 100
 
