@@ -161,7 +161,7 @@ def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
     """Read a saved `config.json`; returns field name -> value, checked for names and types.
 
     Args:
-        resume: whether the run is to be continued, which only the version that began it can do, but for its last part.
+        resume: whether the run is to be continued, which versions of the same first two numbers can do.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -174,8 +174,8 @@ def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
     version = str(values.pop("sst2_xlmr", "before 0.2"))
     if resume and version.split(".")[:2] != __version__.split(".")[:2]:
         raise UserError(
-            f"the run in {path.parent} is of version {version}, this is {__version__}: continue it with that version, or"
-            f" start a new one by --config {path} --output-dir NEW_DIR"
+            f"the run in {path.parent} is of version {version}, this is {__version__}: continue it with that version,"
+            f" or start a new one by --config {path} --output-dir NEW_DIR"
         )
     values = {name: value for name, value in values.items() if name not in REMOVED_OPTIONS}
     for name, value in values.items():

@@ -160,16 +160,18 @@ class Run:
     def _log_evaluation(self, split: str, *found: Any) -> None:
         self.tell(lambda report: report.log_evaluation(self.state.step, split, *found))
 
-    def evaluate_best(self) -> None:
-        """Evaluate best/ on the files for the end, too; on rank 0, where it lies."""
+    def evaluate_best(self) -> dict[str, dict[str, Any]]:
+        """Evaluate best/ on the files for the end, too, on rank 0, where it lies; returns `best/NAME` -> metrics."""
         self.finisher.wait()
         world, tokens = World.alone(self.world.device), self.config.eval_batch_tokens
+        of_best: dict[str, dict[str, Any]] = {}
         model, _, _ = load_classifier(self.folder / "best", world.device, self.state.precision == "bf16")
         for split in self.at_end:
             found = evaluate(prediction_model(model), self.task, self.inputs.caches[split], tokens, world)
-            self.metrics[f"best/{split}"] = found.metrics
+            of_best[f"best/{split}"] = found.metrics
             assert self.report is not None
             self.report.log_evaluation(self.state.step, f"best/{split}", found.metrics)
+        return of_best
 
     def check_collapse(self) -> None:
         """Raise Collapsed if dev's predictions, beside those of the model before training, say so."""

@@ -121,11 +121,13 @@ def outputs(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
     """Open metrics and TensorBoard, and print the header; while it is entered, a signal no longer ends the process."""
     state, caches = run.state, run.inputs.caches
     files = {split: (file, caches[split].digest) for split, file in run.inputs.files.items() if split != "train"}
-    again = [*run.at_end, *(f"best/{split}" for split in run.at_end), *(run.during if state.evaluation_due else [])]
+    best = [f"best/{split}" for split in run.at_end]
+    again = [*run.at_end, *best, *(run.during if state.evaluation_due else [])]
     opening = (run.config, run.task, run.folder, state.precision, files, state.step, run.schedule.total_steps, again)
     run.report = on_rank0(run.world, lambda: Report(*opening))
     if run.report:
-        run.metrics = evaluations_at(run.folder / "metrics.jsonl", state.step)
+        found = evaluations_at(run.folder / "metrics.jsonl", state.step)
+        run.metrics = {split: metrics for split, metrics in found.items() if split not in best}
         figures = (run.schedule.total_steps, len(run.vocabulary.ids), run.head_is_new)
         for line in header_lines(run.inputs, state, run.backend, run.world, run.folder, *figures):
             run.say(line)
@@ -144,9 +146,9 @@ def finish(run: Run) -> None:
         run.say(f"stopped early: {state.stale_evaluations} evaluations without a better dev {metric}")
     found = {split: run.evaluate_split(split, keep=True) for split in run.at_end}
     run.log_evaluations(found, state.temperature, draws=True)
-    if run.at_end and state.best_step != state.step:
-        on_rank0(run.world, run.evaluate_best)
-    run.tell(lambda report: report.log_end(state.step, run.metrics))
+    is_best = state.best_step == state.step
+    best = (on_rank0(run.world, run.evaluate_best) if run.at_end and not is_best else None) or {}
+    run.tell(lambda report: report.log_end(state.step, {**run.metrics, **best}))
     run.export("model")
     run.make_sure_of_checkpoint()
     if run.config.calibrate:

@@ -1,17 +1,15 @@
 """Measure training, evaluation and prediction, beside another checkout of this project or transformers' Trainer.
 
-    python scripts/bench/bench.py --data-dir data/SST-2                               # rates and peak memory
     python scripts/bench/bench.py --data-dir data/SST-2 --peer ../peer/bin/python     # beside the Trainer
     python scripts/bench/bench.py --data-dir data/SST-2 --against ../before --plain   # beside another checkout
     python scripts/bench/bench.py --only eval,int8 --peer ../peer/bin/python          # prediction in 8 bits
-    python scripts/bench/bench.py --only processes --processes 2,1                    # one thread a process
-    python scripts/bench/bench.py --only rows --rows 10000,1000000                    # seconds to the first step
+    python scripts/bench/bench.py --only processes,rows --rows 10000,1000000          # several processes; many rows
 
-Prints JSON; progress goes to standard error. Machines are noisy: a round measures everything once, one after the other,
-odd rounds backwards. Every figure is the median of the rounds, with minimum and maximum; ratios ("A / B" is A's figure
-divided by B's) are taken round by round. What is measured are commands: train.py, scripts/evaluate.py and
-scripts/predict.py of each checkout, and peer.py under --peer's Python (see study_with_trainer.py), with random weights.
-Peak memory is that of the whole command, of the largest of its processes.
+Prints JSON. Machines are noisy: a round measures everything once, one after the other, every second round backwards.
+Figures are medians of the rounds, with minimum and maximum; ratios ("A / B" is A's figure divided by B's) are taken
+round by round. What is measured are commands: train.py, scripts/evaluate.py and scripts/predict.py of each checkout,
+and peer.py under --peer's Python (see study_with_trainer.py), with random weights. Peak memory is that of the whole
+command, of the largest of its processes.
 
     train      `ours`; with --plain also `plain`, --no-compile; both of the other checkout, too; `trainer`, with rows of
                like length in a batch, its best setting. Ours is timed after --warmup-steps of an epoch, the Trainer
@@ -28,10 +26,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -49,14 +47,9 @@ from sst2_xlmr.training.run_folder import read_metrics
 from sst2_xlmr.util.distributed import choose_device
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 
-PARTS = ("train", "eval", "int8", "predict", "processes", "rows")
+PARTS = ("train", "eval", "predict", "int8", "processes", "rows")
 FEW_ROWS, PEER_BATCHES = 8, 50  # the Trainer sorts 50 batches at a time
 Answer = dict[str, Any]
-Contenders = dict[str, Callable[[], Answer]]
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def spread(figures: list[float]) -> Answer:
@@ -70,8 +63,8 @@ def ratios(rounds: dict[str, list[Answer]]) -> Answer:
 
     Rates of training are compared by tokens, since the rows of both sides may differ a little in length.
     """
-    names, found = list(rounds), {}
-    for name, other in ((name, other) for place, name in enumerate(names) for other in names[place + 1 :]):
+    found = {}
+    for name, other in itertools.combinations(rounds, 2):
         pairs = list(zip(rounds[name], rounds[other]))
         shared = pairs[0][0].keys() & pairs[0][1].keys()
         rate = "tokens_per_s" if "tokens_per_s" in shared else "samples_per_s"
@@ -85,22 +78,14 @@ def run(command: list[str], environment: dict[str, str]) -> Answer:
 
     Linux begins to measure a process's peak with that of its parent, so this process must stay small.
 
-    Args:
-        environment: variables to set.
-
     Raises:
         UserError: if it fails, with the last line that it said.
     """
     started = time.time()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
-        process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=said, text=True
-        )
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.kill()
-            raise
+        variables = {**os.environ, **environment}
+        process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=said, text=True)
+        _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             said.seek(0)
@@ -111,15 +96,10 @@ def run(command: list[str], environment: dict[str, str]) -> Answer:
 
 
 def run_program(root: Path, program: str, options: list[Any], folder: Path, processes: int = 0) -> Answer:
-    """Run train.py, scripts/evaluate.py, ... of a checkout; see `run`.
-
-    Args:
-        folder: gets a cache for each checkout, since another version may write other files there.
-        processes: how many torchrun starts; 0 for none of it.
-    """
+    """Run train.py, scripts/evaluate.py, ... of a checkout, perhaps under torchrun; see `run`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    cache = folder / ("cache" if root == ROOT else "cache-against")
+    cache = folder / ("cache" if root == ROOT else "cache-against")  # another version may write other files there
     environment = {"PYTHONPATH": path, "SST2_XLMR_CACHE": str(cache), **({"OMP_NUM_THREADS": "1"} if processes else {})}
     return run([sys.executable, *launcher, str(root / program), *map(str, options)], environment)
 
@@ -150,14 +130,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--plain", action="store_true", help="also train with --no-compile")
     add("--against", type=Path, metavar="DIR", help="also measure another checkout of this project")
     add("--peer", type=peer_python, metavar="PYTHON", help="also measure the Trainer, with an environment's bin/python")
-    add("--processes", type=positives, default=[], metavar="N,...", help="train with so many processes")
-    add("--rows", type=positives, default=[], metavar="N,...", help="start on files of so many rows")
-    add("--only", type=parts, metavar="PART,...", help=f"of {', '.join(PARTS)} [train, eval, predict, what is given]")
+    add("--processes", type=positives, default=[2, 1], metavar="N,...", help="train with so many processes [2,1]")
+    add("--rows", type=positives, default=[10_000], metavar="N,...", help="start on files of so many rows [10000]")
+    add("--only", type=parts, default=PARTS[:3], metavar="PART,...", help=f"of {','.join(PARTS)} [train,eval,predict]")
     arguments = parser.parse_args(argv)
-    given = [part for part in ("processes", "rows") if getattr(arguments, part)]
-    arguments.only = arguments.only or ["train", "eval", "predict", *given]
-    for part in {"processes", "rows"} & set(arguments.only) - set(given):
-        raise UserError(f"--only {part} needs --{part} N,...")
     if arguments.steps % arguments.warmup_steps:
         raise UserError(f"--steps {arguments.steps} is not a multiple of --warmup-steps {arguments.warmup_steps}")
     files = [arguments.tokenizer, arguments.data_dir / "train.tsv", arguments.data_dir / "dev.tsv"]
@@ -191,12 +167,10 @@ def train_options(arguments: argparse.Namespace, folder: Path, train_file: Path)
 def train(
     arguments: argparse.Namespace, folder: Path, root: Path, *more: Any, file: Path | None = None, processes: int = 0
 ) -> Answer:
-    """Train for some steps of an epoch; returns rates without the first line of metrics, memory, and the time to it.
+    """Train for some steps of an epoch, perhaps on another file than --data-dir's, with more options.
 
-    Args:
-        more: options.
-        file: to train on, instead of --data-dir's.
-        processes: see `run_program`.
+    Returns:
+        Rates of all lines of metrics but the first, the seconds until that one, and memory.
     """
     steps = ["--max-steps", arguments.warmup_steps + arguments.steps, "--log-every", arguments.warmup_steps]
     options = [*train_options(arguments, folder, file or arguments.data_dir / "train.tsv"), *steps, *more]
@@ -208,9 +182,8 @@ def train(
         memory = events.Scalars("train/memory_gb")
     # All lines are of equally many rows.
     found = {"samples_per_s": statistics.harmonic_mean([line["samples_per_s"] for line in lines])}
-    found["tokens_per_s"] = found["samples_per_s"] * statistics.mean(
-        line["tokens_per_s"] / line["samples_per_s"] for line in lines
-    )
+    tokens_per_row = statistics.mean(line["tokens_per_s"] / line["samples_per_s"] for line in lines)
+    found["tokens_per_s"] = found["samples_per_s"] * tokens_per_row
     if arguments.device == "cuda":
         found["peak_cuda_bytes"] = max(event.value for event in memory) * 1e9
     return {**found, "first_line_s": memory[0].wall_time - used["started"], "peak_rss_bytes": used["peak_rss_bytes"]}
@@ -220,32 +193,31 @@ def answer(arguments: argparse.Namespace, folder: Path, root: Path, program: str
     """Evaluate, or predict; returns rows/s, without the time to start, and memory."""
     used = {}
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        for name in ("few", "eval"):
+        for number, name in enumerate(("few", "few", "eval")):  # the first one compiles, and fills caches
             options = ["--model", folder / "encoder-model", "--device", arguments.device, "--precision", precision]
             files = ["--file", folder / f"{name}.tsv"]
             if program == "predict":
-                files = ["--input", folder / f"{name}.tsv", "--output", Path(temporary, f"{name}.tsv")]
+                files = ["--input", folder / f"{name}.tsv", "--output", Path(temporary, f"{number}.tsv")]
             used[name] = run_program(root, f"scripts/{program}.py", [*options, *files], folder)
-    seconds = used["eval"]["seconds"] - used["few"]["seconds"]
+    rows, seconds = arguments.eval_rows - FEW_ROWS, used["eval"]["seconds"] - used["few"]["seconds"]
     if seconds <= 0:
         raise UserError(f"--eval-rows {arguments.eval_rows} took no longer than {FEW_ROWS}: give more")
-    rate = (arguments.eval_rows - FEW_ROWS) / seconds
-    return {"samples_per_s": rate, "peak_rss_bytes": used["eval"]["peak_rss_bytes"]}
+    return {"samples_per_s": rows / seconds, "peak_rss_bytes": used["eval"]["peak_rss_bytes"]}
 
 
 def run_peer(python: str, folder: Path, order: Answer) -> Answer:
-    """Let peer.py do what an order says; returns its rates and memory."""
+    """Let peer.py do what an order says; returns its rates, memory and versions."""
     (folder / "order.json").write_text(json.dumps({"seed": 0, **order}), encoding="utf-8")
     files = [str(folder / name) for name in ("order.json", "result.json")]
     used = run([python, str(PEER_PROGRAM), *files], {"PYTHONPATH": ""})
     found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    figures = {name: found[name] for name in ("samples_per_s", "tokens_per_s", "peak_cuda_bytes") if name in found}
-    return {**figures, "peak_rss_bytes": used["peak_rss_bytes"], "versions": found["versions"]}
+    names = ("samples_per_s", "tokens_per_s", "peak_cuda_bytes", "versions")
+    return {**{name: found[name] for name in names if name in found}, "peak_rss_bytes": used["peak_rss_bytes"]}
 
 
-def contenders(arguments: argparse.Namespace, folder: Path, task: str) -> Contenders:
+def contenders(arguments: argparse.Namespace, folder: Path, task: str) -> dict[str, Callable[[], Answer]]:
     """Return what is compared in a task: name -> what measures it once."""
-    found: Contenders = {}
+    found: dict[str, Callable[[], Answer]] = {}
     trains, answers = (functools.partial(function, arguments, folder) for function in (train, answer))
     if task == "processes":
         return {str(n): functools.partial(trains, ROOT, "--threads", 1, processes=n) for n in arguments.processes}
@@ -284,11 +256,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
             found = measures[task][name]()
             rounds[task][name].append(found)
             rate, memory = found["samples_per_s"], found["peak_rss_bytes"] / 2**30
-            say(f"round {number + 1}/{arguments.rounds}: {task}: {name}: {rate:.1f} rows/s, {memory:.2f} GiB")
+            place = f"round {number + 1}/{arguments.rounds}: {task}: {name}"
+            print(f"{place}: {rate:.1f} rows/s, {memory:.2f} GiB", file=sys.stderr, flush=True)
     result: Answer = {"settings": {name: str(value) for name, value in vars(arguments).items()}}
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.is_file() else []
-    result.update(cpu=models[0].split(":", 1)[1].strip() if models else platform.processor(), cores=os.cpu_count())
     for task, by_name in rounds.items():
         result[task] = {"ratios": ratios(by_name)}
         for name, answers in by_name.items():
@@ -298,10 +268,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
     for count in arguments.rows if "rows" in arguments.only else []:
         file = folder / f"{count}.tsv"
         write_many_rows(arguments.data_dir / "train.tsv", file, count, seed=0)
-        result.setdefault("rows", {})[str(count)] = {
-            state: train(arguments, folder, ROOT, "--log-every", 1, "--max-steps", 5, file=file)
-            for state in ("cold", "warm")
-        }
+        start = functools.partial(train, arguments, folder, ROOT, "--log-every", 1, "--max-steps", 5, file=file)
+        result.setdefault("rows", {})[str(count)] = {"cold": start(), "warm": start()}
     return result
 
 

@@ -56,10 +56,7 @@ def write_typical_rows(source: Path, target: Path, count: int) -> None:
 
 
 def write_many_rows(source: Path, target: Path, count: int, seed: int) -> None:
-    """Write `count` rows, each the beginning of one of the source's sentences and the end of another.
-
-    Both are cut at the same random fraction, so the mean length stays the same, and nearly every row is new.
-    """
+    """Write `count` new rows of the same mean length: the beginning of one source's sentence and the end of another."""
     rows = [line.split("\t") for line in read_rows(source)]
     random = np.random.RandomState(seed)
     with target.open("w", encoding="utf-8") as file:
@@ -96,38 +93,21 @@ def random_weights(vocab_size: int, hidden: int, layers: int, ffn: int, position
 def write_encoder(folder: Path, tokenizer: Path, shape: tuple[int, int, int, int], vocab_size: int = 250_002) -> None:
     """Write a folder in Hugging Face layout with random weights, and FOLDER-model beside it, with a head for 0 and 1.
 
-    The head's logits lie far apart, as those of a trained model: of texts whose labels are nearly as probable, which
-    would be nearly all, int8 computes again in 16 bits.
-
-    Args:
-        shape: see `SHAPES`.
+    The head's logits lie far apart, as those of a trained model, or int8 would compute nearly all texts again in bf16.
     """
     hidden, layers, heads, ffn = shape
     weights = random_weights(vocab_size, hidden, layers, ffn, positions=514)
-    head = {"classifier.dense.weight": torch.randn(hidden, hidden) * 0.02, "classifier.dense.bias": torch.zeros(hidden)}
+    head = {**weights, "classifier.dense.weight": torch.randn(hidden, hidden) * 0.02}
+    head.update({"classifier.dense.bias": torch.zeros(hidden), "classifier.out_proj.bias": torch.zeros(2)})
     head["classifier.out_proj.weight"] = torch.randn(2, hidden) * 20
-    head["classifier.out_proj.bias"] = torch.zeros(2)
-    settings = {
-        "model_type": "xlm-roberta",
-        "architectures": ["XLMRobertaModel"],
-        "vocab_size": vocab_size,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": ffn,
-        "max_position_embeddings": 514,
-        "type_vocab_size": 1,
-        "layer_norm_eps": 1e-5,
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-        "eos_token_id": 2,
-        "id2label": {"0": "0", "1": "1"},
-        "label2id": {"0": 0, "1": 1},
-    }
-    with_head = {**settings, "architectures": ["XLMRobertaForSequenceClassification"]}
-    model_folder = folder.with_name(f"{folder.name}-model")
-    for target, tensors, config in ((folder, weights, settings), (model_folder, {**weights, **head}, with_head)):
+    settings = {"model_type": "xlm-roberta", "vocab_size": vocab_size, "hidden_size": hidden, "layer_norm_eps": 1e-5}
+    settings.update(num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=ffn, type_vocab_size=1)
+    settings.update(max_position_embeddings=514, bos_token_id=0, pad_token_id=1, eos_token_id=2)
+    settings.update(id2label={"0": "0", "1": "1"}, label2id={"0": 0, "1": 1})
+    model = folder.with_name(f"{folder.name}-model")
+    for target, tensors, name in ((folder, weights, "Model"), (model, head, "ForSequenceClassification")):
         target.mkdir(parents=True)
+        config = {**settings, "architectures": [f"XLMRoberta{name}"]}
         (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
         shutil.copyfile(tokenizer, target / "sentencepiece.bpe.model")
         save_file(tensors, target / "model.safetensors", {"format": "pt"})

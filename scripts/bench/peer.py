@@ -2,9 +2,8 @@
 
     PYTHON peer.py ORDER RESULT
 
-ORDER is a JSON file with what `write_peer_inputs` returns (study_with_trainer.py), and `seed`. RESULT gets JSON
-with the order, the versions, rates, and the accuracy on every file of `splits`. Rows of like length are in one batch.
-Optional in an order:
+ORDER is what `write_peer_inputs` returns (study_with_trainer.py), and `seed`; RESULT gets order, versions, rates, and
+accuracies on all `splits`; both are JSON files. Optional in an order:
 
     split             evaluate on these rows, and do not train
     full_bf16         evaluate with the weights in bf16 instead of autocast, which a Trainer does only outside training
@@ -55,20 +54,14 @@ class Rows:
         return {"input_ids": self.ids[self.offsets[row] : self.offsets[row + 1]].tolist(), "labels": label}
 
 
-class Collator:
-    """Pads rows to the longest of them; notes every batch's tokens without padding."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        lengths = [len(row["input_ids"]) for row in rows]
-        ids = torch.full((len(rows), max(lengths)), PAD_ID)
-        for line, row, length in zip(ids, rows, lengths):
-            line[:length] = torch.tensor(row["input_ids"])
-        self.tokens.append(sum(lengths))
-        labels = torch.tensor([row["labels"] for row in rows])
-        return {"input_ids": ids, "attention_mask": ids.ne(PAD_ID).long(), "labels": labels}
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Return a batch, padded to its longest row."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    ids = torch.full((len(rows), max(lengths)), PAD_ID)
+    for line, row, length in zip(ids, rows, lengths):
+        line[:length] = torch.tensor(row["input_ids"])
+    labels = torch.tensor([row["labels"] for row in rows])
+    return {"input_ids": ids, "attention_mask": ids.ne(PAD_ID).long(), "labels": labels}
 
 
 def build_trainer(order: dict[str, Any]) -> Trainer:
@@ -110,7 +103,7 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
         remove_unused_columns=False,
         **more,
     )
-    return Trainer(model, arguments, train_dataset=Rows(order["rows_file"], "train"), data_collator=Collator())
+    return Trainer(model, arguments, train_dataset=Rows(order["rows_file"], "train"), data_collator=collate)
 
 
 def accuracy(trainer: Trainer, rows_file: str, split: str) -> float:
@@ -141,16 +134,15 @@ class AfterSteps(TrainerCallback):
 
 
 def train(order: dict[str, Any]) -> dict[str, Any]:
-    """Train; rates are those after the first epoch, if there are more."""
-    trainer, first, last = build_trainer(order), order["batches"], order["max_steps"]
+    """Train; returns accuracies, and if there is a second epoch its rates."""
+    trainer, batches = build_trainer(order), order["batches"]
     after_steps = AfterSteps(trainer, order)
     trainer.add_callback(after_steps)
     trainer.train()
     result: dict[str, Any] = {}
-    if last > first:
-        seconds = after_steps.times[last - 1] - after_steps.times[first - 1]
-        result["samples_per_s"] = (last - first) * order["batch_size"] / seconds
-        result["tokens_per_s"] = sum(trainer.data_collator.tokens[first:last]) / seconds
+    if len(after_steps.times) >= 2 * batches:
+        seconds, data = after_steps.times[2 * batches - 1] - after_steps.times[batches - 1], trainer.train_dataset
+        result = {"samples_per_s": len(data) / seconds, "tokens_per_s": len(data.ids) / seconds}
     return {**result, "accuracy": {split: accuracy(trainer, order["rows_file"], split) for split in order["splits"]}}
 
 

@@ -32,15 +32,7 @@ from sst2_xlmr.util.precision import choose_precision
 
 PEER_PROGRAM = Path(__file__).with_name("peer.py")
 TRAINER = "trainer"
-_LACKS = (
-    "max_steps",
-    "schedule",
-    "layerwise_lr_decay",
-    "label_smoothing",
-    "class_weights",
-    "freeze_encoder",
-    "early_stopping_patience",
-)
+_LACKS = "max_steps schedule layerwise_lr_decay label_smoothing class_weights freeze_encoder early_stopping_patience"
 _SAME = ("batch_size", "epochs", "lr", "warmup_ratio", "weight_decay", "max_grad_norm", "dropout", "head_dropout")
 
 
@@ -65,7 +57,7 @@ def write_peer_inputs(words: list[str], folder: Path) -> dict[str, Any]:
     config = inputs.config
     if not Path(config.encoder).is_dir():
         raise UserError(f"--peer needs an encoder in a folder that transformers opens, not {config.encoder}")
-    for name in _LACKS:
+    for name in _LACKS.split():
         if getattr(config, name) != getattr(Config(), name):
             raise UserError(f"--peer: the Trainer does not have {flag(name)}; put it into a --setting")
     arrays: dict[str, np.ndarray] = {}
@@ -110,10 +102,7 @@ def train_peer(python: str, common: list[str], inputs: dict[str, Any], folder: P
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(
-        description="Compare settings with transformers' Trainer. All other options are those of `sst2-xlmr study`.",
-        allow_abbrev=False,
-    )
+    parser = OneLineParser(description="Compare settings with the Trainer; see also study --help.", allow_abbrev=False)
     parser.add_argument("--peer", required=True, type=peer_python, metavar="PYTHON", help="Python with transformers")
     own, rest = parser.parse_known_args(argv)
     asked = study.parse(rest, reserved=(TRAINER,))

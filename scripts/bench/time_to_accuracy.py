@@ -5,17 +5,13 @@
         --setting faster "--lr 1e-4"
 
 Options are those of study_with_trainer.py; without --peer only settings are compared. The Trainer evaluates at the same
-steps. Seed by seed, one command runs after the other, and ends as soon as it has reached the target, so the machine's
-other load meets all alike.
-
-Prints JSON: the seconds of every run, null for one that did not reach the target; their medians; and the median of
-their ratios to the Trainer's, or else to those of the first setting, with minimum and maximum. Progress goes to
-standard error.
+steps. Seed by seed, one command runs after the other, and ends as soon as it has reached the target. Prints JSON: the
+seconds of every run, null for one that did not reach the target; their medians; and the median of their ratios to the
+Trainer's, or else to those of the first setting, with minimum and maximum.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import statistics
@@ -25,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import say, spread
+from bench import spread
 from study_with_trainer import PEER_PROGRAM, TRAINER, peer_python, write_peer_inputs
 
 from sst2_xlmr.cli import OneLineParser, parse_args
@@ -33,12 +29,6 @@ from sst2_xlmr.programs import study
 from sst2_xlmr.training.run_folder import read_metrics
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 from sst2_xlmr.util.files import write_text
-
-
-def accuracy_to_reach(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return float(text)
 
 
 def best_of(evaluations: Path) -> float:
@@ -69,14 +59,6 @@ def seconds_to(target: float, command: list[str], evaluations: Path) -> float | 
     return None
 
 
-def peer_command(python: str, inputs: dict[str, Any], folder: Path, seed: int) -> list[str]:
-    """Write what the Trainer is to do, and return the command; evaluations go to metrics.jsonl in the folder."""
-    folder.mkdir(parents=True)
-    order = {**inputs, "seed": seed, "evaluations_file": str(folder / "metrics.jsonl")}
-    write_text(folder / "order.json", json.dumps(order))
-    return [python, str(PEER_PROGRAM), str(folder / "order.json"), str(folder / "result.json")]
-
-
 def summary(seconds: dict[str, dict[int, float | None]]) -> dict[str, Any]:
     """Return the medians of those that reached the target, and ratios to the first, seed by seed."""
     reference = next(iter(seconds))
@@ -92,13 +74,13 @@ def summary(seconds: dict[str, dict[int, float | None]]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(
-        description="Measure the time to an accuracy on dev. All other options are those of study.", allow_abbrev=False
-    )
-    parser.add_argument("--target", required=True, type=accuracy_to_reach, metavar="A", help="accuracy on dev, 0 to 1")
+    parser = OneLineParser(description="Time to an accuracy on dev; see also study --help.", allow_abbrev=False)
+    parser.add_argument("--target", required=True, type=float, metavar="A", help="accuracy on dev, 0 to 1")
     parser.add_argument("--peer", type=peer_python, metavar="PYTHON", help="Python with transformers")
     own, rest = parser.parse_known_args(argv)
     asked = study.parse(rest, reserved=(TRAINER,))
+    if not 0 < own.target <= 1:
+        raise UserError(f"--target {own.target:g} is not above 0 and at most 1")
     if asked.output_dir.exists():
         raise UserError(
             f"--output-dir {asked.output_dir} already exists; a time starts from nothing: name a new folder"
@@ -117,13 +99,17 @@ def main(argv: list[str] | None = None) -> None:
         for name in names:
             folder = asked.output_dir / name / f"seed-{seed}"
             if name == TRAINER:
-                command = peer_command(own.peer, inputs, folder, seed)
+                folder.mkdir(parents=True)
+                order = {**inputs, "seed": seed, "evaluations_file": str(folder / "metrics.jsonl")}
+                write_text(folder / "order.json", json.dumps(order))
+                command = [own.peer, str(PEER_PROGRAM), str(folder / "order.json"), str(folder / "result.json")]
             else:
                 options = [*asked.settings[name], "--seed", str(seed), "--output-dir", str(folder)]
                 command = [*study.TRAIN_COMMAND, *options]
             found = seconds[name][seed] = seconds_to(own.target, command, folder / "metrics.jsonl")
             best = best_of(folder / "metrics.jsonl")
-            say(f"seed {seed}: {name}: " + (f"best {best:.4f}, not reached" if found is None else f"{found:.1f} s"))
+            says = f"best {best:.4f}, not reached" if found is None else f"{found:.1f} s"
+            print(f"seed {seed}: {name}: {says}", file=sys.stderr, flush=True)
     text = json.dumps({"target": own.target, "seconds": seconds, **summary(seconds)}, indent=2)
     write_text(asked.output_dir / "time_to_accuracy.json", text + "\n")
     print(text)

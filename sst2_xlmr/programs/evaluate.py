@@ -47,7 +47,7 @@ from sst2_xlmr.task import Task
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import cannot_write, scratch_folder, write_text
+from sst2_xlmr.util.files import cannot_write, put_in_place, scratch_folder, write_text
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.output import print_text
 
@@ -176,7 +176,7 @@ def write_calibrated(
                 if card:
                     card = with_note(card, f"{begin}{calibration}.", former=f"{begin}temperature")
                     (written / CARD_NAME).write_text(card, encoding="utf-8")
-            written.rename(output)
+            put_in_place(written, output, replaces=False)
     except OSError as error:
         raise cannot_write(output, error) from None
     return calibration

@@ -122,12 +122,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise UserError(f"{flag(name)} needs a {either(KINDS)} file whose columns it names: {where}")
     if is_onnx and not arguments.from_ids and getattr(arguments, "text_pair_column", None):
         raise UserError("an ONNX file that takes texts takes one for each row; export pairs with --from-ids")
-    check_is_new(arguments.output)
-
-
-def check_is_new(output: Path) -> None:
-    if os.path.lexists(output):
-        raise UserError(f"--output {output} already exists; choose another name")
+    if os.path.lexists(arguments.output):
+        raise UserError(f"--output {arguments.output} already exists; choose another name")
 
 
 def check_finite(encoder: Encoder) -> None:
@@ -275,8 +271,7 @@ def main(argv: list[str] | None = None) -> None:
             if arguments.keep_vocabulary_of:
                 encoder = trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), scratch / "trimmed")
             summary = write(arguments, encoder, SingleLabel(label_names), scratch / "written")
-            check_is_new(arguments.output)  # it took a while
-            put_in_place(scratch / "written", output)
+            put_in_place(scratch / "written", output, replaces=False)
     except OSError as error:
         raise UserError(f"cannot write {arguments.output}: {error.strerror or error}") from None
     say(f"{arguments.output}: {summary}")

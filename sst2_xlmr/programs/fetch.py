@@ -24,9 +24,9 @@ CHOICES = ("sst2", *BUNDLE_SHAPES)
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         description="Fetch data and encoders ahead of time.",
-        epilog="OWNER/NAME goes into the Hub's own cache, and follows HF_HOME, HF_ENDPOINT (a mirror) and HF_TOKEN. Where"
-        " there is no internet, set SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders that are named at the end,"
-        " and HF_HUB_OFFLINE=1.",
+        epilog="OWNER/NAME goes into the Hub's own cache and follows HF_HOME, HF_ENDPOINT (a mirror), HF_TOKEN. Where"
+        " there is no internet, set SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders named at the end, and"
+        " HF_HUB_OFFLINE=1.",
         allow_abbrev=False,
     )
     what = (
@@ -44,7 +44,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     if arguments.cache_dir is not None:
-        os.environ["SST2_XLMR_CACHE"] = os.path.abspath(os.path.expanduser(arguments.cache_dir))
+        os.environ["SST2_XLMR_CACHE"] = str(arguments.cache_dir)
     # Without this, being terminated would leave a partial file behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     caches = {}

@@ -33,6 +33,7 @@ from sst2_xlmr.cli import OneLineParser, parse_args, with_files
 from sst2_xlmr.data.prepare import find_files
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.report.comparison import Figures, Results, summary, table
+from sst2_xlmr.task import Task
 from sst2_xlmr.training.run_folder import read_metrics
 from sst2_xlmr.training.signals import SIGNALS
 from sst2_xlmr.util.errors import UserError
@@ -148,9 +149,12 @@ def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figu
     was_finished = not is_new and (folder / "model").is_dir()
     if not was_finished:
         run([*TRAIN_COMMAND, *options], folder, is_new)
-    found = [line for line in read_metrics(folder / "metrics.jsonl") if "split" in line]
-    figures: Figures = {line["split"]: line["accuracy"] for line in found}
-    figures["best dev"] = max(line["accuracy"] for line in found if line["split"] == "dev")
+    # Figures of best/ are only there where that is not the last model.
+    found = [
+        line for line in read_metrics(folder / "metrics.jsonl") if not line.get("split", "best/").startswith("best/")
+    ]
+    figures: Figures = {line["split"]: line[Task.best_metric] for line in found}
+    figures["best dev"] = max(line[Task.best_metric] for line in found if line["split"] == "dev")
     return not was_finished, {**figures, "seconds": seconds_of(folder)}
 
 

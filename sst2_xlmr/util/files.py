@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -121,8 +122,11 @@ def is_scratch(path: Path) -> bool:
     return _SCRATCH.fullmatch(path.name) is not None
 
 
-def put_in_place(new: Path, path: Path) -> None:
-    """Sync a finished file, or folder of files, to disk and give it its name; a file or folder there is replaced.
+def put_in_place(new: Path, path: Path, replaces: bool = True) -> None:
+    """Sync a finished file, or folder of files, to disk and give it its name.
+
+    Args:
+        replaces: whether it takes the place of a file or folder that is there; if not, that is an error.
 
     A symbolic link is not followed: it is replaced by a file, and stands in the way of a folder. A reader finds a file
     whole, the old one or the new one; of a folder there is none for the moment between two renames.
@@ -131,6 +135,8 @@ def put_in_place(new: Path, path: Path) -> None:
         OSError: if it cannot be done.
     """
     aside = None
+    if not replaces and os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "it already exists", str(path))
     if new.is_dir():
         sync_files(new)
         if path.is_dir() and not path.is_symlink():

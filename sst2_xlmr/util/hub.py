@@ -73,20 +73,18 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
         while root.__cause__ or root.__context__:
             root = root.__cause__ or root.__context__ or root
         reason = (str(root).strip() or repr(root)).splitlines()[0]
-        host, offline = (
-            constants.ENDPOINT,
-            f"; or `sst2-xlmr fetch {name}` elsewhere, and HF_HUB_CACHE set to a copy of {cache}",
-        )
+        host = constants.ENDPOINT
+        elsewhere = f"or `sst2-xlmr fetch {name}` elsewhere, and HF_HUB_CACHE set to a copy of {cache}"
         if isinstance(error, utils.GatedRepoError):
             problem = f"{name} is gated; ask for access at {host}/{repository}, and set HF_TOKEN"
         elif isinstance(error, utils.RepositoryNotFoundError):
-            problem = f"{name} is neither a folder nor a model at {host} ({reason}); check it, or set HF_TOKEN"
+            problem = f"{name} is neither a folder nor a model at {host}; check it, or set HF_TOKEN if it is private"
         elif isinstance(error, utils.RevisionNotFoundError):
             problem = f"{repository} has no revision {revision} at {host}; check what follows @"
         elif constants.HF_HUB_OFFLINE:
-            problem = f"{name} is neither a folder nor whole in {cache}; unset HF_HUB_OFFLINE{offline}"
+            problem = f"{name} is neither a folder nor whole in {cache}; unset HF_HUB_OFFLINE; {elsewhere}"
         else:
-            problem = f"{name} is no folder, and cannot be fetched from {host}: {reason}; try again{offline}"
+            problem = f"{name} is no folder, and cannot be fetched from {host}: {reason}; try again; {elsewhere}"
         raise UserError(problem) from error
     finally:
         log.setLevel(level)

@@ -143,8 +143,8 @@ def test_a_failing_command_ends_it_with_its_status(
 @pytest.mark.parametrize(
     ("program", "options", "says"),
     [
-        (time_to_accuracy, ["--target", "1.5"], "1.5 is not above 0 and at most 1"),
-        (time_to_accuracy, ["--target", "much"], "invalid accuracy_to_reach value: 'much'"),
+        (time_to_accuracy, ["--target", "1.5"], "--target 1.5 is not above 0 and at most 1"),
+        (time_to_accuracy, ["--target", "much"], "invalid float value: 'much'"),
         (time_to_accuracy, [], "required: --target"),
         (time_to_accuracy, ["--target", "0.5"], "already exists; a time starts from nothing"),
         (time_to_accuracy, ["--target", "0.5", "--peer", sys.executable, "--output-dir", "x"], "needs --eval-every N"),
@@ -165,5 +165,7 @@ def test_wrong_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = f"--seeds 1 --output-dir {tmp_path} --data-dir {small_data} --encoder {tiny_encoder} --max-length 64".split()
+    words = (
+        f"--seeds 1 --output-dir {tmp_path} --data-dir {small_data} --encoder {tiny_encoder} --max-length 64".split()
+    )
     assert says in user_error(lambda: program.main([*words, *options]), capsys)

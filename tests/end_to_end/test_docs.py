@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
+import io
+import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -21,10 +26,11 @@ import pytest
 import torch
 from conftest import ROOT
 
+from sst2_xlmr.cli import parse_args
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import load_classifier
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -147,3 +153,49 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
         assert (ROOT / name).exists(), name
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), link
+
+
+# By the name of their file or subcommand; a study hands the options that are not its own to train.py.
+PROGRAMS = {
+    "train": ["train"],
+    "study": ["study", "train"],
+    "study_with_trainer": ["study_with_trainer", "study", "train"],
+}
+PROGRAMS["time_to_accuracy"] = ["time_to_accuracy", "study", "train"]
+PROGRAMS.update({name: [name] for name in ("predict", "evaluate", "export", "split", "fetch", "bench", "check_gpu")})
+
+
+@functools.cache
+def flags_of(program: str) -> set[str]:
+    """Return the flags of a program, as its help lists them."""
+    module = program if (ROOT / "scripts" / "bench" / f"{program}.py").is_file() else f"sst2_xlmr.programs.{program}"
+    main, said = parse_args if program == "train" else importlib.import_module(module).main, io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
+        main(["--help"])
+    return set(re.findall(r"--[a-z][\w-]*", said.getvalue()))
+
+
+def unknown_flags(text: str) -> list[str]:
+    """Return the flags that no program has, of the commands in a page: indented lines, and code within a line."""
+    joined, found = re.sub(r"\\\n\s*", "", text), []
+    for command in [*re.findall(r"^ {4}(.+)$", joined, re.MULTILINE), *re.findall(r"`([^`\n]+)`", joined)]:
+        with contextlib.suppress(ValueError):  # a quotation that is not closed: no command
+            words, known = shlex.split(command, comments=True), None
+            for word in itertools.chain.from_iterable(word.split() for word in words):
+                name = re.sub(r"\.(py|sh|sbatch)$", "", word.rsplit("/", 1)[-1])
+                if known is None and name in PROGRAMS and (name != word or "sst2-xlmr" in words[0]):
+                    known = set().union(*map(flags_of, PROGRAMS[name]))
+                elif word.startswith("--") and known is not None and word.split("=")[0] not in known:
+                    found.append(word)
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "scripts" / "bench" / "NOTES.md"], ids=lambda page: page.stem)
+def test_flags_of_the_commands_on_a_page_exist(page: Path) -> None:
+    assert unknown_flags(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_flag_that_does_not_exist_is_found() -> None:
+    wrong = "    python train.py --lr 1 \\\n        --epoch 3\n`sst2-xlmr predict --modell x`, `python main.py --x`\n"
+    assert unknown_flags(wrong) == ["--epoch", "--modell"]
+    assert unknown_flags('    python scripts/study.py --seeds 1 --setting a "--lrr 1"\n') == ["--lrr"]

@@ -11,7 +11,6 @@ from sst2_xlmr.evaluation.compare import check_comparison, compare, comparison_t
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.errors import UserError
 
-
 TASK = SingleLabel(["no", "yes"])
 Sides = tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]
 

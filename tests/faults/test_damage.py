@@ -21,7 +21,7 @@ from sst2_xlmr.training.checkpoint import find_checkpoint, what_is_damaged
 from sst2_xlmr.util.files import SCRATCH_MARK, scratch_name
 
 RunTrain = Callable[..., Path]
-FILES = ["manifest.json", "progress.json", "config.json"]
+FILES = ["manifest.json", "state.json", "config.json"]
 FILES += [f"{name}.safetensors" for name in ("model", "optimizer", "random", "vocabulary")]
 
 

@@ -194,10 +194,11 @@ def forged(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(files, indent=2) + "\n")
 
 
-def with_progress(**changes: Any) -> Callable[[Path], Any]:
+def with_state(**changes: Any) -> Callable[[Path], Any]:
     def change(checkpoint: Path) -> None:
-        progress = json.loads((checkpoint / "progress.json").read_text())
-        (checkpoint / "progress.json").write_text(json.dumps({**progress, **changes}))
+        content = json.loads((checkpoint / "state.json").read_text())
+        content["state"].update(changes)
+        (checkpoint / "state.json").write_text(json.dumps(content))
 
     return change
 
@@ -207,9 +208,9 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], Any]]] = [
     ("pickle bomb as torch file", lambda at: (at / "optimizer.safetensors").write_bytes(saved(Bomb(at / "it ran")))),
     ("absurd header", lambda at: (at / "random.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")),
     ("tensors of another model", lambda at: shutil.copy(at / "random.safetensors", at / "model.safetensors")),
-    ("progress that is a list", lambda at: (at / "progress.json").write_text("[]")),
-    ("progress with more", with_progress(hook="os.system")),
-    ("progress without end", lambda at: (at / "progress.json").write_text("[" * 100_000)),
+    ("state that is a list", lambda at: (at / "state.json").write_text("[]")),
+    ("state with more", with_state(hook="os.system")),
+    ("state without end", lambda at: (at / "state.json").write_text("[" * 100_000)),
 ]
 
 

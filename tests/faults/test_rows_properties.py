@@ -10,9 +10,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sst2_xlmr.data.batches import GlobalBatchSampler
+from sst2_xlmr.config import Config
+from sst2_xlmr.data.batches import GlobalBatchSampler, RankBatches
 from sst2_xlmr.data.formats import kind_of, row_writer
 from sst2_xlmr.data.rows import Columns, Row, find_label_names, read_examples, read_rows
+from sst2_xlmr.data.token_cache import TokenCache
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.files import new_file
 
@@ -43,7 +46,7 @@ def test_rows_come_back_as_they_were_written(ending: str, rows: list[tuple[str, 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a" + ending)
         write(path, ["label", "one", "two"], [[NAMES[label], text, pair] for text, pair, label in rows])
-        found = list(read_rows(path, Columns("one", "two"), NAMES))
+        found = list(read_rows(path, Columns("one", "two"), SingleLabel(NAMES)))
         seen = sorted({NAMES[label] for _, _, label in rows})
         if len(seen) > 1:
             assert find_label_names(path, Columns()) == seen
@@ -74,45 +77,34 @@ epochs = {
 }
 
 
-def world_of(rank: int, world_size: int) -> World:
-    return World(rank, world_size, rank, world_size, torch.device("cpu"))
+def rank_batches(lengths: np.ndarray, world_size: int, rank: int, micro_batch_size: int) -> RankBatches:
+    """Rows whose only id is their number."""
+    rows = np.arange(len(lengths), dtype=np.int32)
+    cache = TokenCache(rows, np.arange(len(rows) + 1), rows)
+    world = World(rank, world_size, rank, world_size, torch.device("cpu"))
+    return RankBatches(cache, Config(micro_batch_size=micro_batch_size), world)
 
 
 @quick
-@given(**epochs)
-def test_an_epoch_has_every_row_exactly_once(
-    rows: int, batch_size: int, world_size: int, seed: int, epoch: int
+@given(**epochs, micro_batch_size=st.integers(0, 9), part=st.floats(0, 1))
+def test_an_epoch_has_every_row_exactly_once_from_any_position_for_any_number_of_processes(
+    rows: int, batch_size: int, world_size: int, seed: int, epoch: int, micro_batch_size: int, part: float
 ) -> None:
     lengths = np.random.RandomState(seed).randint(3, 60, rows)
-    ranks = [GlobalBatchSampler(lengths, batch_size, seed, world_of(rank, world_size)) for rank in range(world_size)]
-    for rank in ranks:
-        rank.load_state_dict({"epoch": epoch, "batch": 0})
-    seen: list[int] = []
-    sizes: list[int] = []
-    for parts in zip(*ranks):
-        real = [row for part in parts if part.weight for row in part.rows.tolist()]
-        assert {part.global_rows for part in parts} == {len(real)}
-        assert {part.most_rows for part in parts} == {max(len(part.rows) for part in parts)}
-        assert all(len(part.rows) > 0 for part in parts)
-        seen += real
-        sizes.append(len(real))
-    assert sorted(seen) == list(range(rows))
-    assert len(sizes) == len(ranks[0])
-    assert sorted(sizes)[1:] == [batch_size] * (len(sizes) - 1)
-
-
-@quick
-@given(**epochs, part=st.floats(0, 1))
-def test_a_position_has_exactly_the_rest_of_its_epoch_for_any_number_of_processes(
-    rows: int, batch_size: int, world_size: int, seed: int, epoch: int, part: float
-) -> None:
-    lengths = np.random.RandomState(seed).randint(3, 60, rows)
-    alone = GlobalBatchSampler(lengths, batch_size, seed, world_of(0, 1))
-    alone.load_state_dict({"epoch": epoch, "batch": 0})
-    whole = [sorted(wanted.rows.tolist()) for wanted in alone]
-    position = {"epoch": epoch, "batch": round(part * len(alone))}
-    ranks = [GlobalBatchSampler(lengths, batch_size, seed, world_of(rank, world_size)) for rank in range(world_size)]
-    for rank in ranks:
-        rank.load_state_dict(position)
-    rest = [sorted(row for one in parts if one.weight for row in one.rows.tolist()) for parts in zip(*ranks)]
-    assert rest == whole[position["batch"] :]
+    sampler = GlobalBatchSampler(lengths, batch_size, seed)
+    sampler.load_state_dict({"epoch": epoch, "batch": 0})
+    whole = [batch.tolist() for _, batch in sampler]
+    assert sorted(row for batch in whole for row in batch) == list(range(rows))
+    assert len(whole) == len(sampler)
+    assert sorted(map(len, whole))[1:] == [batch_size] * (len(whole) - 1)
+    position = round(part * len(whole))
+    sampler.load_state_dict({"epoch": epoch, "batch": position})
+    rest = list(sampler)
+    assert [batch.tolist() for _, batch in rest] == whole[position:]
+    ranks = [rank_batches(lengths, world_size, rank, micro_batch_size) for rank in range(world_size)]
+    for item in rest:
+        parts = [rank.__getitems__(item) for rank in ranks]
+        assert len({len(batches) for batches in parts}) == 1, "all keep step"
+        real = [batch for batches in parts for batch in batches if batch.weight]
+        assert sorted(torch.cat([batch.ids for batch in real]).tolist()) == sorted(item[1].tolist())
+        assert {batch.global_rows for batches in parts for batch in batches} == {len(item[1])}

@@ -17,6 +17,7 @@ RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.args"))
 def test_recipe_holds_options_and_its_sources(recipe: Path) -> None:
     config, _ = parse_args([f"@{recipe}"])
     assert config.batch_size in (16, 32)
+    assert 1e-5 <= config.lr <= 1e-4, "beyond the rates that encoders of this kind are fine-tuned with"
     text = recipe.read_text(encoding="utf-8")
     assert "Source: " in text or "https://" in text
     command = re.search(r"^# python train.py (.+)$", text, re.MULTILINE)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from running import launcher, started
 from torch import nn
 
 from sst2_xlmr.config import Config
@@ -211,6 +214,61 @@ def test_rows_without_gradient_decay_as_the_vocabulary_says(kind: str, lr: float
     assert vocabulary.decay == pytest.approx((1 - lr * 0.1 * 0.8**3) ** steps, rel=1e-9)
     row = saved(optimizer)[0][TABLE][10].double() / before[TABLE][10].double()
     assert 1 - float(row.mean()) == pytest.approx(1 - vocabulary.decay, rel=0.03)
+
+
+NODES = """
+import sys
+import torch
+from torch import nn
+from test_optimizer import CONFIG, AdamW, CpuAdamW, build, load_kernels, model, saved, set_gradients
+from sst2_xlmr.training.ddp import wrap_ddp
+from sst2_xlmr.util import distributed
+from sst2_xlmr.util.errors import end_among_others
+
+with distributed.start("cpu", 1, 1) as world:
+    assert world.world_size > world.local_world_size
+    wrong = 1 + 1e-3 * world.rank  # as another number of cores may make it, but more
+    classifier, kernels = model(), load_kernels(torch.float32)
+    if sys.argv[1] == "plain":
+        real = nn.utils.clip_grad_norm_
+        nn.utils.clip_grad_norm_ = lambda *arguments: real(*arguments) * wrong
+        optimizer, trained = AdamW(classifier, 2, CONFIG, world), wrap_ddp(classifier, world)
+    else:
+        real = kernels.square_sum
+        kernels.square_sum = lambda *arguments: real(*arguments) * wrong
+        optimizer, trained = CpuAdamW(classifier, 2, CONFIG, world, kernels), classifier
+        assert not optimizer.shares_memory
+    for step in range(5):
+        set_gradients(classifier, step)
+        norm = optimizer.clip(0.5 if step else 0.0)
+        assert all(other == norm for other in distributed.gather_objects(world, norm)), step
+        optimizer.step(1e-2)
+    digests = distributed.gather_objects(world, [each.sum().item() for each in saved(optimizer)[0].values()])
+    assert digests[0] == digests[1]
+    if world.is_main and sys.argv[1] == "plain":  # and it is what one node would have computed
+        alone = model()
+        reference = build("plain", alone)
+        for step in range(5):
+            set_gradients(alone, step)
+            real(alone.parameters(), 0.5 if step else float("inf"))
+            reference.step(1e-2)
+        for ours, theirs in zip(classifier.parameters(), alone.parameters()):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    print("the same")
+end_among_others(0)
+"""
+
+
+@pytest.mark.parametrize("kind", ["plain", "fp32"])
+def test_nodes_that_find_other_norms_take_rank_0s(tmp_path: Path, kind: str) -> None:
+    """Else their weights drift apart in the last bits, since others add up in another order."""
+    program, log = tmp_path / "program.py", tmp_path / "log"
+    here = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    program.write_text(f"import sys\nsys.path[:0] = {here}\n{NODES}")
+    node = ["--no-python", "env", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1", sys.executable]
+    with started([*launcher(2), *node, str(program), kind], log) as process:
+        assert process.wait(timeout=120) == 0, log.read_text()
+    assert log.read_text().count("the same") == 2
 
 
 def test_groups() -> None:

@@ -76,6 +76,10 @@ def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     with pytest.raises(NotADirectoryError):
         put_in_place(tmp_path / "new", tmp_path / "folder")
+    for name in ("a", "x.tmp"):  # a file, and a link
+        with pytest.raises(FileExistsError, match="it already exists"):
+            put_in_place(tmp_path / "b", tmp_path / name, replaces=False)
+    assert (tmp_path / "a").read_text() == "precious"
 
 
 def test_a_killed_replacement_is_undone_or_finished(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 from huggingface_hub import constants, file_download
 from serving import COMMIT, Server, serving
 
+import sst2_xlmr
 from sst2_xlmr.model.encoders import find_encoder, is_hub_id
-from sst2_xlmr.programs import fetch
+from sst2_xlmr.programs import fetch, predict
 from sst2_xlmr.util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +165,16 @@ def test_the_environment_holds(server: Server, tmp_path: Path) -> None:
         assert error.startswith(f"error: {name} is neither a folder nor whole in {home / 'hub'}; unset HF_HUB_OFFLINE;")
         assert f"`sst2-xlmr fetch {name}` elsewhere" in error
     assert server.requests == []
+
+
+def test_a_trained_model_comes_from_the_hub_too(server: Server, model: Path, tmp_path: Path) -> None:
+    server.models["us/trained"] = {file.name: file.read_bytes() for file in model.iterdir()}
+    texts = ["a fine film", "a bad film"]
+    found = sst2_xlmr.load("us/trained").probabilities(texts)
+    assert (found == sst2_xlmr.load(model).probabilities(texts)).all()
+    (tmp_path / "texts.csv").write_text("sentence\na fine film\n")
+    predict.main(["--model", "us/trained", "--input", "texts.csv", "--output", "answers.tsv"])
+    assert (tmp_path / "answers.tsv").read_text().startswith("sentence\t")
 
 
 def test_a_folder_is_named_as_it_is(server: Server, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
