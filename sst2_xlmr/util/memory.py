@@ -55,10 +55,10 @@ def memory_errors(cure: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
-            what = "the GPU's memory"
+            what = "CUDA out of memory"
         elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            what = "the memory"
+            what = "out of memory"
         else:
             raise
-        where = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        raise_here(f"{what} is full{where}: {cure}")
+        where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        raise_here(f"{what}{where}: {cure}")
