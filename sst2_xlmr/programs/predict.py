@@ -248,7 +248,7 @@ def write_predictions(arguments: argparse.Namespace, paths: Sequence[Path], worl
     new_columns = task.columns(arguments.all_probabilities)
     first, last = (len(sizes) * rank // world.world_size for rank in (world.rank, world.rank + 1))
     with contextlib.ExitStack() as stack:
-        opening = open_shards(paths, fingerprint, arguments.resume)
+        opening = open_shards(paths, fingerprint, arguments.resume, arguments.overwrite)
         folder = distributed.broadcast(world, distributed.on_rank0(world, lambda: stack.enter_context(opening)))
         block = first_missing(folder, first, last, len(paths)) if arguments.input else 0
         chunks = itertools.islice(in_chunks(read_input(arguments), ROWS_AT_ONCE), block, last if sizes else None)
@@ -269,7 +269,7 @@ def write_predictions(arguments: argparse.Namespace, paths: Sequence[Path], worl
         def finish() -> None:
             if arguments.input and digest_of_input(arguments.input) != digest:
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
-            join_blocks(folder, paths, blocks, arguments.overwrite)
+            join_blocks(folder, paths, blocks)
 
         distributed.on_rank0(world, finish)  # before the folder is free for other processes
 
