@@ -61,6 +61,11 @@ _SIGNATURES = {
     "square_sum": (_P, _I, _P, _I),
     "adamw": (_P, _I, _P, *[ctypes.c_float] * 5, _I),
 }
+_INT8_SIGNATURES = {  # with AVX512-VNNI only
+    "quantize": (_P, _L, _I, _P, _P, _I),
+    "int8_linear": (_P, _P, _P, _L, _P, _P, _P, _P, _I),
+    "int16_linear": (_P, _P, _P, _L, _P, _I),
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.library, self.dtype = library, dtype
         self.has_int8 = hasattr(library, "int8_linear")
-        for name, arguments in _SIGNATURES.items():
+        for name, arguments in {**_SIGNATURES, **(_INT8_SIGNATURES if self.has_int8 else {})}.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, ctypes.c_double if name == "square_sum" else None
 
