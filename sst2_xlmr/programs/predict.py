@@ -248,28 +248,32 @@ def write_predictions(arguments: argparse.Namespace, paths: Sequence[Path], worl
     new_columns = task.columns(arguments.all_probabilities)
     first, last = (len(sizes) * rank // world.world_size for rank in (world.rank, world.rank + 1))
     with contextlib.ExitStack() as stack:
-        opening = open_shards(paths, fingerprint, arguments.resume)
+        opening = open_shards(paths, fingerprint, arguments.resume, arguments.overwrite)
         folder = distributed.broadcast(world, distributed.on_rank0(world, lambda: stack.enter_context(opening)))
         block = first_missing(folder, first, last, len(paths)) if arguments.input else 0
         chunks = itertools.islice(in_chunks(read_input(arguments), ROWS_AT_ONCE), block, last if sizes else None)
         row, total, done = sum(sizes[:block]), sum(sizes[first:last]), sum(sizes[first:block])
         answers = classify(arguments, classifier, chunks)
-        for chunk, probabilities in with_progress(answers, total, done, quiet=not world.is_main):
-            predictions = predictions_of(arguments, task, probabilities)
-            texts = []
-            if arguments.output:
-                header = getattr(arguments, "header", True) and row == 0
-                texts.append(extended_rows(arguments.output, chunk, predictions, new_columns, columns, header))
-            if arguments.glue_submission:
-                texts.append(submission_lines(chunk, predictions, numbers, row))
-            write_block(folder, block, paths, texts)
-            row, block = row + len(chunk), block + 1
+        try:
+            for chunk, probabilities in with_progress(answers, total, done, quiet=not world.is_main):
+                predictions = predictions_of(arguments, task, probabilities)
+                texts = []
+                if arguments.output:
+                    header = getattr(arguments, "header", True) and row == 0
+                    texts.append(extended_rows(arguments.output, chunk, predictions, new_columns, columns, header))
+                if arguments.glue_submission:
+                    texts.append(submission_lines(chunk, predictions, numbers, row))
+                write_block(folder, block, paths, texts)
+                row, block = row + len(chunk), block + 1
+        except UserError as error:
+            error.is_own = error.is_own or world.rank > 0  # or nobody would say it
+            raise
         blocks = distributed.gather_objects(world, block, world.patient)[-1]  # all are there
 
         def finish() -> None:
             if arguments.input and digest_of_input(arguments.input) != digest:
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
-            join_blocks(folder, paths, blocks, arguments.overwrite)
+            join_blocks(folder, paths, blocks)
 
         distributed.on_rank0(world, finish)  # before the folder is free for other processes
 
@@ -287,8 +291,4 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{paths[0]} already exists and is complete, so nothing was done; {unknown}: {cure}", file=sys.stderr)
     else:
         with distributed.start(arguments.device, 0, TIMEOUT_MINUTES) as world:
-            try:
-                write_predictions(arguments, paths, world)
-            except UserError as error:
-                error.is_own = world.rank > 0 and not error.is_shared  # or nobody would say it
-                raise
+            write_predictions(arguments, paths, world)

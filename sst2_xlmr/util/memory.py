@@ -50,6 +50,5 @@ def memory_errors(cure: str) -> Iterator[None]:
         on_gpu = isinstance(error, torch.cuda.OutOfMemoryError)
         if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
-        what = "the GPU's memory" if on_gpu else "the memory"
-        where = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        raise_here(f"{what} is full{where}: {cure}")
+        where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        raise_here(f"{'CUDA out of memory' if on_gpu else 'out of memory'}{where}: {cure}")

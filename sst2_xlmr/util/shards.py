@@ -20,7 +20,7 @@ from typing import Any
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import atomic_file, cannot_write, is_scratch, write_text
 
-_FINGERPRINT, _LOCK, _COMPLETE = "fingerprint.json", "lock", "complete"
+_FINGERPRINT, _LOCK, _MAY_REPLACE = "fingerprint.json", "lock", "may-replace"
 _BLOCK = re.compile(r"[0-9]+-[0-9]{8}")
 
 
@@ -35,28 +35,33 @@ def is_begun(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_shards(paths: Sequence[Path], fingerprint: Any, resume: bool) -> Iterator[Path]:
+def open_shards(paths: Sequence[Path], fingerprint: Any, resume: bool, overwrite: bool) -> Iterator[Path]:
     """Make the folder for the outputs' shards, or continue it, and keep other processes from it; on rank 0.
 
     Args:
         fingerprint: JSON that says what makes the rows; shards with another are not continued.
         resume: whether to keep the blocks that are there.
+        overwrite: whether outputs may be replaced, also by whoever continues.
 
     Raises:
         UserError: if it cannot be written or continued, is not ours, or another process has it.
     """
     folder, content = shards_of(paths[0]), json.dumps([[path.name for path in paths], fingerprint])
-    if os.path.lexists(folder) and not is_begun(paths[0]):
+    if os.path.lexists(folder) and not is_begun(paths[0]) and not _has_just_begun(folder):
         raise UserError(f"{folder} already exists and is not ours; move it away, or choose another --output")
     try:
         folder.mkdir(exist_ok=True)
         with (folder / _LOCK).open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                # Its owner may have ended since it was opened, and removed it.
+                is_free = os.path.samestat(os.fstat(lock.fileno()), (folder / _LOCK).stat())
+            except (BlockingIOError, FileNotFoundError):
+                is_free = False
+            if not is_free:
                 raise UserError(
                     f"another process is writing {paths[0]}; wait for it, stop it, or choose another --output"
-                ) from None
+                )
             if resume and is_begun(paths[0]):
                 if (folder / _FINGERPRINT).read_text(encoding="utf-8") != content:
                     raise UserError(
@@ -65,7 +70,10 @@ def open_shards(paths: Sequence[Path], fingerprint: Any, resume: bool) -> Iterat
                     )
             else:
                 _clear(folder)
+                if overwrite:
+                    write_text(folder / _MAY_REPLACE, "")
                 write_text(folder / _FINGERPRINT, content)
+            _check_names(folder, paths)
             try:
                 yield folder
             finally:  # it says what an output that is there is not made of
@@ -102,17 +110,15 @@ def first_missing(folder: Path, first: int, last: int, outputs: int) -> int:
     return next(missing, last)
 
 
-def join_blocks(folder: Path, paths: Sequence[Path], blocks: int, overwrite: bool) -> None:
+def join_blocks(folder: Path, paths: Sequence[Path], blocks: int) -> None:
     """Make the blocks the output files, and remove the folder.
 
     Raises:
         UserError: if they cannot be written, or a file has got an output's name since that may not be replaced.
     """
+    _check_names(folder, paths)
     try:
-        for path in paths:  # a run may have been killed when some had got their names
-            if os.path.lexists(path) and not overwrite and not (folder / _COMPLETE).exists():
-                raise UserError(f"{path} already exists; move it away, then continue with --resume")
-        write_text(folder / _COMPLETE, "")
+        write_text(folder / _MAY_REPLACE, "")  # it may be killed when some have got their names
         for output, path in enumerate(paths):
             with atomic_file(path) as file:
                 if _is_gzipped(path) and blocks == 0:
@@ -125,10 +131,23 @@ def join_blocks(folder: Path, paths: Sequence[Path], blocks: int, overwrite: boo
     _remove(folder)
 
 
+def _check_names(folder: Path, paths: Sequence[Path]) -> None:
+    """Refuse to replace a file that has got an output's name since the shards were begun."""
+    for path in paths:
+        if os.path.lexists(path) and not (folder / _MAY_REPLACE).exists():
+            raise UserError(f"{path} already exists; move it away, then continue with --resume")
+
+
+def _has_just_begun(folder: Path) -> bool:
+    """Whether a folder has what a process leaves that is killed before it has written the fingerprint."""
+    is_folder = folder.is_dir() and not folder.is_symlink()
+    return is_folder and all(file.name == _LOCK or is_scratch(file) for file in folder.iterdir())
+
+
 def _clear(folder: Path) -> None:
     """Remove blocks, and what a killed process left unfinished."""
     for file in list(folder.iterdir()):
-        if _BLOCK.fullmatch(file.name) or is_scratch(file) or file.name == _COMPLETE:
+        if _BLOCK.fullmatch(file.name) or is_scratch(file) or file.name == _MAY_REPLACE:
             file.unlink()
 
 

@@ -30,7 +30,6 @@ from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.rows import Columns, read_examples
 from sst2_xlmr.programs import predict as script
 from sst2_xlmr.report import progress
-from sst2_xlmr.util import shards
 
 
 def predict(*options: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -229,10 +228,6 @@ def test_output_that_exists_is_kept_unless_told_otherwise(
     assert "out.tsv is a folder; name a file" in user_error(partial(run, model, *options, "--overwrite"), capsys)
 
 
-# Notes how far it is after every block, so that a quick test can be killed in between.
-EAGER = "import sst2_xlmr.util.shards as g; g._SECONDS_BETWEEN_NOTES = 0"
-
-
 def write_many(path: Path, rows: int) -> Path:
     """Write rows of different length, some of them in quotes, more than two lines long."""
     with path.open("w", newline="") as file:
@@ -248,18 +243,12 @@ def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> 
     words = ["--model", model, "--precision", "fp32", "--input", write_many(tmp_path / "in.csv", 9000), "--output"]
     (tmp_path / "whole").mkdir()
     assert predict(*words, tmp_path / "whole" / name).returncode == 0
-    (tmp_path / "eager.py").write_text(
-        f"{EAGER}\nfrom sst2_xlmr.programs.predict import main\n"
-        "from sst2_xlmr.util.errors import exit_on_user_error\nexit_on_user_error(main)\n"
-    )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    options = map(str, [tmp_path / "eager.py", "--device", "cpu", *words, tmp_path / name])
+    options = map(str, ["scripts/predict.py", "--device", "cpu", *words, tmp_path / name])
     command = [*launcher, *options]
-    states = [tmp_path / f".{name}.shard-{rank}.state" for rank in range(processes)]
 
     def blocks() -> int:
-        lines = [state.read_text().rstrip("\n").rsplit("\n", 1)[-1] for state in states if state.exists()]
-        return sum(json.loads(line).get("blocks", 0) for line in lines if line.endswith("}"))
+        return len(list((tmp_path / f".{name}.shards").glob("0-*")))
 
     kills = 0
     while not (tmp_path / name).exists():
@@ -272,7 +261,7 @@ def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> 
                     break
     assert kills == 2
     assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["in.csv", "eager.py", "whole", name])
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["in.csv", "whole", name])
     again = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0
     assert "out.csv already exists and is complete, so nothing was done; whether it belongs" in again.stderr
@@ -301,23 +290,25 @@ def dies_after_a_block(blocks: Iterator[Any], *_: object, **__: object) -> Itera
     raise ZeroDivisionError
 
 
-def run_killed(model: Path, *options: object, seconds: float = 0.0) -> None:
-    """Predict, and die after a block, which was noted if notes are `seconds` apart at most."""
+def run_killed(model: Path, *options: object) -> None:
+    """Predict, and die after a block."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_SECONDS_BETWEEN_NOTES", seconds)
         patch.setattr(script, "with_progress", dies_after_a_block)
         with pytest.raises(ZeroDivisionError):
             run(model, *options)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1e9])
+@pytest.mark.parametrize("blocks", [0, 1])
 def test_what_was_to_replace_a_file_is_continued(
-    model: Path, tmp_path: Path, seconds: float, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, blocks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The file that exists is not taken for the result, also if no row has been noted."""
+    """The file that exists is not taken for the result, also if no block has been written."""
     options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
     (tmp_path / "out.csv").write_text("of before")
-    run_killed(model, *options, "--overwrite", seconds=seconds)
+    with monkeypatch.context() as patch:
+        if not blocks:
+            patch.setattr(script, "write_block", lambda *_: None)
+        run_killed(model, *options, "--overwrite")
     run(model, *options, "--resume")
     assert len(read_output(tmp_path / "out.csv")) == 3000
     glue = ["--glue-submission", tmp_path / "glue"]
@@ -343,7 +334,7 @@ def test_other_rows_are_not_continued(
     model = Path(shutil.copytree(model, tmp_path / "model"))
     options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
     run_killed(model, *options)
-    assert (tmp_path / ".out.csv.shard-0").is_file()
+    assert (tmp_path / ".out.csv.shards").is_dir()
     if what == "row":
         change(tmp_path / "in.csv", b"number 2999 ", b"number 2998 ")
     elif what == "weight":
