@@ -214,14 +214,6 @@ def test_wrong_config_files(content: str, says: str, tmp_path: Path, capsys: pyt
     assert says in user_error(lambda: train.main(["--config", str(tmp_path / "config.json")]), capsys)
 
 
-def test_options_of_former_versions_are_no_obstacle(run_train: Callable[..., Path], tmp_path: Path) -> None:
-    run = run_train(tmp_path / "run", "--epochs", 1)
-    saved = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**saved, "eval_batch_size": 64}))
-    train.main(["--resume", "--output-dir", str(run)])
-    assert json.loads((run / "config.json").read_text()) == saved
-
-
 def test_resume_refuses_what_would_compute_something_else(
     run_train: Callable[..., Path],
     tiny_encoder: Path,

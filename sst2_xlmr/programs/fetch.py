@@ -27,17 +27,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog="OWNER/NAME goes into the Hub's own cache and follows HF_HOME, HF_ENDPOINT (a mirror), HF_TOKEN. Where"
         " there is no internet, set SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders named at the end, and"
         " HF_HUB_OFFLINE=1.",
-        allow_abbrev=False,
     )
-    what = (
-        f"{', '.join(CHOICES)}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
-    )
+    ours = ", ".join(CHOICES)
+    what = f"{ours}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
     parser.add_argument("names", nargs="*", metavar="NAME", help=what)
-    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"for {', '.join(CHOICES)} [{cache_dir()}]")
+    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"for {ours} [{cache_dir()}]")
     arguments = parser.parse_args(argv)
     for name in arguments.names:
         if name not in CHOICES and not is_hub_id(name):
-            parser.error(f"argument NAME: invalid choice: {name!r} (choose from {', '.join(CHOICES)}, or OWNER/NAME)")
+            parser.error(f"argument NAME: invalid choice: {name!r} (choose from {ours}, or OWNER/NAME)")
     return arguments
 
 
