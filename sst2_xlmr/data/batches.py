@@ -110,7 +110,9 @@ class BatchLoader:
     def __init__(
         self, cache: TokenCache, lengths: np.ndarray, rows: np.ndarray | None, config: Config, world: World
     ) -> None:
-        self.cache, self.lengths, self.rows, self.config, self.world = cache, lengths, rows, config, world
+        self.cache, self.lengths, self.rows, self.config = cache, lengths, rows, config
+        # Not the world itself: its process groups cannot go to a loader's processes.
+        self.rank, self.world_size, self.pins = world.rank, world.world_size, world.device.type == "cuda"
 
     def __len__(self) -> int:
         """Return the number of global batches in an epoch."""
@@ -129,7 +131,7 @@ class BatchLoader:
                 batch_size=None,
                 sampler=((epoch, rows) for rows in self.global_batches(epoch, batch)),  # type: ignore[arg-type]
                 num_workers=self.config.num_workers,
-                pin_memory=self.world.device.type == "cuda",
+                pin_memory=self.pins,
                 worker_init_fn=_ignore_signals,
                 # A loader draws a seed at every start; taken from torch's global generator, that draw would change
                 # dropout after a resume.
@@ -143,7 +145,7 @@ class BatchLoader:
         Rank r of W takes rows r::W. All ranks have the same number of micro-batches, so that they keep step.
         """
         epoch, rows = item
-        mine, most_rows = rows[self.world.rank :: self.world.world_size], -(-len(rows) // self.world.world_size)
+        mine, most_rows = rows[self.rank :: self.world_size], -(-len(rows) // self.world_size)
         size = self.config.micro_batch_size or most_rows
         cuts = [mine[start : start + size] for start in range(0, most_rows, size)]
         return [self._batch(cut if len(cut) else rows[:1], epoch, len(rows), float(len(cut) > 0)) for cut in cuts]

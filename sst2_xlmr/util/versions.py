@@ -14,7 +14,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 OLDEST_PYTHON = (3, 9)
-OLDEST = {"torch": "2.3.1", "torchdata": "0.9.0"}
+OLDEST = {"torch": "2.3.1"}
 NEEDED = [*OLDEST, "numpy", "safetensors", "tqdm", "tensorboard", "protobuf", "sentencepiece", "huggingface_hub"]
 
 
@@ -66,5 +66,5 @@ def description() -> str:
 def versions() -> str:
     """Return Python's version and those of the packages that a result may depend on."""
     beside_torch = ["torchtext"] if has_torchtext() else []
-    packages = ["torch", *beside_torch, "torchdata", "numpy", "safetensors", "sentencepiece"]
+    packages = ["torch", *beside_torch, "numpy", "safetensors", "sentencepiece"]
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_installed(name)}" for name in packages)])
