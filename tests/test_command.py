@@ -249,7 +249,6 @@ def test_output_that_nobody_takes() -> None:
     [
         ("torch", "2.2.2", "torch 2.2.2 is installed, but 2.3.1 or newer is needed"),
         ("torch", "2.3.0+cu121", "torch 2.3.0+cu121 is installed, but 2.3.1 or newer is needed"),
-        ("torchdata", "0.8.0", "torchdata 0.8.0 is installed, but 0.9.0 or newer is needed"),
     ],
 )
 def test_what_cannot_work_is_refused_before_torch_is_loaded(
@@ -273,7 +272,7 @@ def test_tensorboard_and_setuptools_that_do_not_fit(
 @pytest.mark.parametrize("words", [["train.py"], ["-m", "sst2_xlmr.train"]], ids=lambda words: words[-1])
 def test_a_python_without_torch_is_told_so(words: list[str]) -> None:
     said = one_line(run("-S", *words, expected=2, env={"PYTHONPATH": str(ROOT)}))
-    assert said.startswith("error: torch, torchdata, numpy, ") and "are not installed in" in said
+    assert said.startswith("error: torch, numpy, ") and "are not installed in" in said
 
 
 @pytest.mark.parametrize(
