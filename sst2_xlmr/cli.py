@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -13,20 +12,9 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 from sst2_xlmr import __version__
-from sst2_xlmr.config import (
-    EVAL_BATCH_TOKENS,
-    GROUPS,
-    LOCK_NAME,
-    OPTIONS,
-    TYPES,
-    Config,
-    check,
-    flag,
-    named_file,
-    shown,
-)
+from sst2_xlmr.config import GROUPS, LOCK_NAME, OPTIONS, TYPES, Config, check, flag, named_file, shown
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import is_scratch
+from sst2_xlmr.util.files import is_scratch, read_json
 from sst2_xlmr.util.flag_hints import hint
 from sst2_xlmr.util.launch import is_restarted, this_command
 
@@ -82,8 +70,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of scripts that use a trained model: which one, and how to compute with it."""
     what = "directory of a model that train.py wrote, or owner/name[@revision] of one on the Hugging Face Hub"
     parser.add_argument("--model", required=True, type=Path, metavar="DIR|NAME", help=what)
-    what = f"tokens per forward pass; a longer row is computed alone [{EVAL_BATCH_TOKENS}]"
-    parser.add_argument("--batch-tokens", type=positive, default=EVAL_BATCH_TOKENS, metavar="TOKENS", help=what)
+    tokens = Config.eval_batch_tokens
+    what = f"tokens per forward pass; a longer row is computed alone [{tokens}]"
+    parser.add_argument("--batch-tokens", type=positive, default=tokens, metavar="TOKENS", help=what)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
     what = "auto: bf16 where the device computes it natively, else fp32; int8: on a CPU with AVX512-VNNI [auto]"
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32", "int8"), default="auto", help=what)
@@ -126,11 +115,8 @@ def _build_parser() -> argparse.ArgumentParser:
             add_option(group, name)
     run = parser.add_argument_group("starting from a former run")
     run.add_argument("--config", metavar="FILE", help="take options from a saved config.json; flags override it")
-    run.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run in --output-dir from its newest checkpoint; its options are read from there",
-    )
+    what = "continue the run in --output-dir from its newest checkpoint; its options are read from there"
+    run.add_argument("--resume", action="store_true", help=what)
     return parser
 
 
@@ -149,14 +135,7 @@ def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
 
     Only a version of the same first two numbers can `resume` its run.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); --config takes the config.json of a run") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold a JSON object; --config takes the config.json of a run")
+    values = read_json(path, "--config takes the config.json of a run")
     version = str(values.pop("sst2_xlmr", "before 0.2"))
     if resume and version.split(".")[:2] != __version__.split(".")[:2]:
         raise UserError(

@@ -121,7 +121,6 @@ def option(
     """Declare one option; its annotation says its type and how many values it takes.
 
     Args:
-        default: its value if it is not given; None for none.
         help: one sentence, with the unit.
         metavar: what `--help` shows for the value.
         check: returns what is wrong with a value, or an empty string.

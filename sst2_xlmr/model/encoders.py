@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import read_json
 
 TOKENIZER_NAME = "sentencepiece.bpe.model"
 WEIGHTS_NAMES = ["model.safetensors", "pytorch_model.bin"]
@@ -49,7 +49,6 @@ class Encoder:
     Attributes:
         name: as the user gave it.
         shape: its sizes; of the weights, layers above shape.layers are not read.
-        weights_file, tokenizer_file: their paths.
         max_length: longest input in tokens that it was made for, at most shape.positions - 2.
         dropouts: dropout probabilities in the folder's `config.json`, under their names there.
         label_names: the classes of the folder's classification head; None if it has none.
@@ -99,8 +98,11 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         raise UserError(f"{folder} is the folder of a run; give the model in it, {folder / 'model'}")
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a checkpoint, for --resume; give best or model in the run's folder")
-    settings = _read_settings(folder / "config.json")
-    shape, label_names = _shape(settings, folder / "config.json"), _label_names(settings, folder / "config.json")
+    file, layout = folder / "config.json", "a model's folder in Hugging Face layout is needed"
+    if not file.is_file():
+        raise UserError(f"{folder} has no config.json; {layout}")
+    settings = read_json(file, layout)
+    shape, label_names = _shape(settings, file), _label_names(settings, file)
     tokenizer_file = find([TOKENIZER_NAME])
     if tokenizer_file is None:
         converted = " (newer transformers save tokenizer.json only)" if find(["tokenizer.json"]) else ""
@@ -115,7 +117,7 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS_NAMES)}; is it a model's folder?")
     longest = shape.positions - 2
     if (folder / "tokenizer_config.json").is_file():
-        stated = _read_settings(folder / "tokenizer_config.json").get("model_max_length")
+        stated = read_json(folder / "tokenizer_config.json", "copy it again").get("model_max_length")
         longest = min(longest, stated) if isinstance(stated, int) and stated > 2 else longest
     dropouts = {key: settings[key] for key in DROPOUT_KEYS if key in settings}
     return Encoder(name, shape, weights_file, tokenizer_file, label_names, longest, dropouts)
@@ -158,19 +160,6 @@ def check_tokenizer(encoder: Encoder, vocab_size: int) -> None:
             f"{encoder.tokenizer_file} gives ids up to {vocab_size - 1}, but {encoder.name} has"
             f" {encoder.shape.vocab_size} embedding rows; they do not belong to the same model"
         )
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        what = f"{file.parent} has no {file.name}"
-        raise UserError(f"{what}; a model's folder in Hugging Face layout is needed") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{file} does not hold a JSON object")
-    return settings
 
 
 def _shape(settings: dict[str, Any], file: Path) -> EncoderShape:

@@ -1,9 +1,6 @@
 """Fetch what a training run downloads, ahead of time: for compute nodes and machines without internet.
 
-    sst2-xlmr fetch [sst2] [xlmr.base] [xlmr.large] [OWNER/NAME[@REVISION] ...] [--cache-dir DIR]
-
-SST-2 and torchtext's encoders go into the cache, models of the Hugging Face Hub into the Hub's own. Copy the folders
-that are named at the end to where training runs, and set the variables there.
+sst2-xlmr fetch [sst2] [xlmr.base] [xlmr.large] [OWNER/NAME[@REVISION] ...] [--cache-dir DIR]
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import errno
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import secrets
@@ -37,6 +38,19 @@ def digest_of_input(path: Path) -> str:
         return digest_of(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_json(path: Path, cure: str) -> dict[str, Any]:
+    """Return the JSON object in a file that the user has named; a UserError with the cure if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {cure}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path} as JSON: {error}; {cure}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not hold a JSON object; {cure}")
+    return found
 
 
 def sync(path: Path) -> None:

@@ -58,12 +58,7 @@ _NEEDLESS = {
 
 
 def hint(given: str, known: Iterable[str]) -> str:
-    """Return "did you mean ...?" for an unknown flag or key, or why it is not needed; an empty string if in doubt.
-
-    Args:
-        given: as it was written, with or without dashes.
-        known: flags, or keys, that there are.
-    """
+    """Return "did you mean ...?" for an unknown flag or key, or why it is not needed; an empty string if in doubt."""
     name = given.lstrip("-").replace("-", "_")
     flags = {flag.lstrip("-").replace("-", "_"): flag for flag in known}
     for ours, theirs in _SAME.items():
