@@ -74,7 +74,8 @@ def prepare_inputs(config: Config, world: World) -> tuple[Prepared, dict[str, st
         UserError: on every rank, if ranks were started with different options, or read different files.
     """
     inputs = once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
-    fixed = {flag(name): getattr(config, name) for name, option in OPTIONS.items() if not option.metadata["changeable"]}
+    names = [name for name, option in OPTIONS.items() if name == "compile" or not option.metadata["changeable"]]
+    fixed = {flag(name): getattr(config, name) for name in names}
     check_same(world, fixed, "start all with the same options")
     digests = inputs.digests() if world.local_rank == 0 else {}
     check_same(world, digests, "give all nodes the same files")

@@ -172,12 +172,7 @@ class BatchLoader:
     def __init__(
         self, cache: TokenCache, lengths: np.ndarray, rows: np.ndarray | None, config: Config, world: World
     ) -> None:
-        """Load some rows of a file.
-
-        Args:
-            lengths: int [rows], tokens of the rows to train on.
-            rows: int [rows], their numbers in the file; None if they are all of its rows.
-        """
+        """Load some rows of a file (see `GlobalBatchSampler`)."""
         self.sampler = GlobalBatchSampler(lengths, config.batch_size, config.seed, rows)
         self._loader = StatefulDataLoader(
             RankBatches(cache, config, world),

@@ -203,11 +203,7 @@ KINDS = {
 
 
 def kind_of(path: Path) -> str:
-    """Return a file's kind by its name, a key of KINDS.
-
-    Raises:
-        UserError: for any other extension.
-    """
+    """Return a file's kind by its name, a key of KINDS; UserError for any other extension."""
     plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     if plain.suffix.lower() not in KINDS:
         raise UserError(f"{path}: unknown kind of file; the name must end in {either(KINDS)}, perhaps with .gz")
@@ -226,11 +222,7 @@ def either(names: Iterable[str]) -> str:
 
 
 def find_split(data_dir: Path, split: str) -> Path | None:
-    """Return the file of `split` ("train", "dev", "test") in a folder, or None.
-
-    Raises:
-        UserError: if there is more than one.
-    """
+    """Return the file of `split` ("train", "dev", "test") in a folder, or None; UserError if there are several."""
     names = [split + kind + packed for kind in KINDS for packed in ("", ".gz")]
     present = [name for name in names if (data_dir / name).is_file()]
     if len(present) > 1:

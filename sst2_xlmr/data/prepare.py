@@ -95,11 +95,7 @@ def find_files(config: Config, quiet: bool) -> dict[str, Path]:
 
 
 def check_sizes(config: Config, shape: EncoderShape) -> None:
-    """Check that the encoder is as large as the options ask for.
-
-    Raises:
-        UserError: if not.
-    """
+    """Raise UserError if the encoder is not as large as the options ask for."""
     longest = shape.positions - 2
     if config.max_length > longest:
         raise UserError(f"--max-length {config.max_length}: {config.encoder} takes at most {longest} tokens")
@@ -134,11 +130,7 @@ def prepare(config: Config, quiet: bool) -> Prepared:
 
 
 def choose_rows(config: Config, train: TokenCache, leaks: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Return the numbers of the rows to train on, int64, ascending; None for all.
-
-    Raises:
-        UserError: if none are left.
-    """
+    """Return the numbers of the rows to train on, int64, ascending; None for all. UserError if none are left."""
     stays = np.ones(len(train), bool)
     if config.drop_duplicates:
         stays[train.repeats] = stays[train.contradictions] = False

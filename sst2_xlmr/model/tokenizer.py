@@ -71,11 +71,7 @@ class Tokenizer:
 
 
 def load_tokenizer(model_file: Path, max_length: int) -> Tokenizer:
-    """Load a `sentencepiece.bpe.model`.
-
-    Raises:
-        UserError: if the file is missing or is no SentencePiece model.
-    """
+    """Load a `sentencepiece.bpe.model`; UserError if the file is missing or is no SentencePiece model."""
     if not model_file.is_file():
         raise UserError(
             f"{model_file} does not exist; an encoder's folder needs its SentencePiece model under that name"

@@ -159,11 +159,7 @@ def _find_table(encoder: Encoder, raw: _Weights) -> str:
 
 
 def check_fit(tensors: Tensors, expected: dict[str, torch.Size], file: Path) -> None:
-    """Check that the encoder's tensors are those of its configuration.
-
-    Raises:
-        UserError: naming the first tensor that is missing, superfluous or of another shape, and how many there are.
-    """
+    """Raise UserError, naming the first, if tensors are missing, superfluous or of another shape than configured."""
     problems = []
     for name, shape in expected.items():
         if name not in tensors:

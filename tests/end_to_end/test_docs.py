@@ -129,7 +129,7 @@ def test_the_service_answers_and_survives_what_is_sent_to_it(served_model: Path,
     "SST2_XLMR_TEST_NODE_MODULES" not in os.environ, reason="SST2_XLMR_TEST_NODE_MODULES names no folder"
 )
 def test_javascript_gives_the_same_labels(served_model: Path, tmp_path: Path) -> None:
-    (program,) = programs_of("from-csv-to-service.md", "javascript")
+    (program,) = programs_of("export.md", "javascript")
     (tmp_path / "classify.mjs").write_text(program.replace("LONGEST = 256", "LONGEST = 64"))
     (tmp_path / "node_modules").symlink_to(os.environ["SST2_XLMR_TEST_NODE_MODULES"])
     export = importlib.import_module("export")
