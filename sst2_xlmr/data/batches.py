@@ -127,9 +127,9 @@ class BatchLoader:
         """Yield this rank's micro-batches of every global batch, without end, from number `batch` of an epoch on."""
         while True:
             yield from DataLoader(
-                self,
+                self,  # type: ignore[arg-type]  # it has what a map-style dataset has
                 batch_size=None,
-                sampler=((epoch, rows) for rows in self.global_batches(epoch, batch)),  # type: ignore[arg-type]
+                sampler=((epoch, rows) for rows in self.global_batches(epoch, batch)),
                 num_workers=self.config.num_workers,
                 pin_memory=self.pins,
                 worker_init_fn=_ignore_signals,
