@@ -99,7 +99,7 @@ class Run:
 
     def skip(self) -> None:
         """Go on without a step, because the gradient is not finite; raises NotFinite if that was once too often."""
-        rows = self.loader.rows_at(self.state.epoch, self.state.batch)
+        rows = next(self.loader.global_batches(self.state.epoch, self.state.batch))
         self._advance(skipped=True)
         self.guard.check_skipped(self.state, rows)
         self.optimizer.clear_gradients()

@@ -12,7 +12,7 @@ from conftest import SMALL_ENCODER, SST2, losses, needs_small_encoder
 
 from sst2_xlmr import train
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.batches import GlobalBatchSampler, select_rows
+from sst2_xlmr.data.batches import rows_in_training_order, select_rows
 from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.data.token_cache import tokenize_file
 from sst2_xlmr.model.classifier import build_classifier
@@ -45,10 +45,10 @@ def autocast_losses(data: Path, seed: int) -> list[float]:
     others = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": CONFIG.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6)
-    sampler = GlobalBatchSampler(cache.lengths(), BATCH_SIZE, seed)
+    batches = rows_in_training_order(cache.lengths(), BATCH_SIZE, seed, epoch=0)
     found = []
     model.train()
-    for step, (_, rows) in zip(range(STEPS), sampler):
+    for step, rows in zip(range(STEPS), batches):
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(*select_rows(cache.ids, cache.offsets, rows))
         loss = F.cross_entropy(logits.float(), torch.from_numpy(cache.labels[rows]).long())
