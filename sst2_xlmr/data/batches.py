@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
@@ -39,9 +39,8 @@ class Batch(NamedTuple):
     weight: float = 1.0
 
     def to(self, device: torch.device) -> Batch:
-        return self._replace(
-            ids=self.ids.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True)
-        )
+        ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.labels))
+        return self._replace(ids=ids, labels=labels)
 
 
 def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -56,9 +55,7 @@ def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 def select_rows(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ids of some rows one after another, int64 [tokens], and tokens per row, int64 [rows].
 
-    Args:
-        ids, offsets: of all rows, as in `TokenCache`.
-        rows: int [rows], which.
+    `ids` and `offsets` are those of all rows, as in `TokenCache`; `rows` is int [rows].
     """
     starts, ends = offsets[rows], offsets[rows + 1]
     parts = [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
@@ -70,11 +67,10 @@ def rows_in_training_order(
 ) -> Iterator[np.ndarray]:
     """Yield the global batches of an epoch from number `first` on, each an array of row numbers.
 
-    Their order is a function of the other arguments alone. The rows are permuted, cut into groups of 100 batches, each
-    group sorted by length and cut into batches, and the batches permuted: neighbours in length share a batch, so there
-    is little padding, and batches of all lengths mix. A group is sorted when the first of its batches is wanted, so
-    that a large file does not keep the first step waiting. `RandomState` is used because NumPy guarantees its numbers
-    forever (NEP 19).
+    The rows are permuted, cut into groups of 100 batches, each group sorted by length and cut into batches, and the
+    batches permuted: neighbours in length share a batch, so there is little padding, and batches of all lengths mix. A
+    group is sorted when the first of its batches is wanted, so that a large file does not keep the first step waiting.
+    `RandomState` is used because NumPy guarantees its numbers forever (NEP 19).
     """
     random = np.random.RandomState([seed, epoch])
     order = np.arange(len(lengths), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
@@ -96,7 +92,7 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class BatchLoader:
+class BatchLoader(Dataset[list[Batch]]):
     """This rank's part of the global batches, epoch after epoch, from any position (epoch, batches consumed) on.
 
     The position is all that it takes for any number of ranks to go on; what is fetched ahead does not count as
@@ -110,7 +106,8 @@ class BatchLoader:
     def __init__(
         self, cache: TokenCache, lengths: np.ndarray, rows: np.ndarray | None, config: Config, world: World
     ) -> None:
-        self.cache, self.lengths, self.rows, self.config, self.world = cache, lengths, rows, config, world
+        self.cache, self.lengths, self.rows, self.config = cache, lengths, rows, config
+        self.rank, self.world_size, self.is_for_gpu = world.rank, world.world_size, world.device.type == "cuda"
 
     def __len__(self) -> int:
         """Return the number of global batches in an epoch."""
@@ -127,9 +124,9 @@ class BatchLoader:
             yield from DataLoader(
                 self,
                 batch_size=None,
-                sampler=((epoch, rows) for rows in self.global_batches(epoch, batch)),  # type: ignore[arg-type]
+                sampler=((epoch, rows) for rows in self.global_batches(epoch, batch)),
                 num_workers=self.config.num_workers,
-                pin_memory=self.world.device.type == "cuda",
+                pin_memory=self.is_for_gpu,
                 worker_init_fn=_ignore_signals,
                 # A loader draws a seed at every start; taken from torch's global generator, that draw would change
                 # dropout after a resume.
@@ -143,7 +140,7 @@ class BatchLoader:
         Rank r of W takes rows r::W. All ranks have the same number of micro-batches, so that they keep step.
         """
         epoch, rows = item
-        mine, most_rows = rows[self.world.rank :: self.world.world_size], -(-len(rows) // self.world.world_size)
+        mine, most_rows = rows[self.rank :: self.world_size], -(-len(rows) // self.world_size)
         size = self.config.micro_batch_size or most_rows
         cuts = [mine[start : start + size] for start in range(0, most_rows, size)]
         return [self._batch(cut if len(cut) else rows[:1], epoch, len(rows), float(len(cut) > 0)) for cut in cuts]

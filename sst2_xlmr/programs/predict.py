@@ -31,7 +31,7 @@ from sst2_xlmr.cli import OneLineParser, add_model_options, add_option, number_t
 from sst2_xlmr.config import flag
 from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, kind_of
 from sst2_xlmr.data.predictions import check_columns, console_lines, extended_rows, glue_numbers, submission_lines
-from sst2_xlmr.data.rows import TEXT_OPTIONS, Example, check_text, columns_given, in_chunks, read_examples
+from sst2_xlmr.data.rows import TEXT_OPTIONS, Row, check_text, columns_given, in_chunks, read_rows
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.progress import with_progress
@@ -158,13 +158,13 @@ def read_sentences(sentences: list[str]) -> Iterator[str]:
         yield line.rstrip("\r\n")
 
 
-def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
+def read_input(arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield the rows to classify; a file's first row is read at once, to report a wrong column before any work."""
     if not arguments.input:
         names = ["sentence"]
         numbered = enumerate(read_sentences(arguments.sentences), 1)
-        return (Example(sentence, None, Fields(line, names, [sentence])) for line, sentence in numbered)
-    rows = read_examples(arguments.input, columns_given(arguments))
+        return (Row(sentence, None, None, Fields(line, names, [sentence])) for line, sentence in numbered)
+    rows = read_rows(arguments.input, columns_given(arguments), None)
     return itertools.chain([next(rows)], rows)
 
 
@@ -191,11 +191,11 @@ def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Class
 
 
 def classify(
-    arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Example]]
-) -> Iterator[tuple[list[Example], np.ndarray]]:
+    arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Row]]
+) -> Iterator[tuple[list[Row], np.ndarray]]:
     """Yield every chunk of rows with its probabilities, float32 [rows, labels]."""
 
-    def encode(chunk: list[Example]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(chunk: list[Row]) -> tuple[np.ndarray, np.ndarray]:
         return classifier.encode([row.text if row.pair is None else (row.text, row.pair) for row in chunk])
 
     encoded = ((chunk, encode(chunk)) for chunk in chunks)
