@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
@@ -39,9 +39,8 @@ class Batch(NamedTuple):
     weight: float = 1.0
 
     def to(self, device: torch.device) -> Batch:
-        return self._replace(
-            ids=self.ids.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True)
-        )
+        ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.labels))
+        return self._replace(ids=ids, labels=labels)
 
 
 def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -56,9 +55,7 @@ def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 def select_rows(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ids of some rows one after another, int64 [tokens], and tokens per row, int64 [rows].
 
-    Args:
-        ids, offsets: of all rows, as in `TokenCache`.
-        rows: int [rows], which.
+    `ids` and `offsets` are those of all rows, as in `TokenCache`; `rows` is int [rows].
     """
     starts, ends = offsets[rows], offsets[rows + 1]
     parts = [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
@@ -70,11 +67,10 @@ def rows_in_training_order(
 ) -> Iterator[np.ndarray]:
     """Yield the global batches of an epoch from number `first` on, each an array of row numbers.
 
-    Their order is a function of the other arguments alone. The rows are permuted, cut into groups of 100 batches, each
-    group sorted by length and cut into batches, and the batches permuted: neighbours in length share a batch, so there
-    is little padding, and batches of all lengths mix. A group is sorted when the first of its batches is wanted, so
-    that a large file does not keep the first step waiting. `RandomState` is used because NumPy guarantees its numbers
-    forever (NEP 19).
+    The rows are permuted, cut into groups of 100 batches, each group sorted by length and cut into batches, and the
+    batches permuted: neighbours in length share a batch, so there is little padding, and batches of all lengths mix. A
+    group is sorted when the first of its batches is wanted, so that a large file does not keep the first step waiting.
+    `RandomState` is used because NumPy guarantees its numbers forever (NEP 19).
     """
     random = np.random.RandomState([seed, epoch])
     order = np.arange(len(lengths), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
@@ -96,7 +92,7 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class BatchLoader:
+class BatchLoader(Dataset[list[Batch]]):
     """This rank's part of the global batches, epoch after epoch, from any position (epoch, batches consumed) on.
 
     The position is all that it takes for any number of ranks to go on; what is fetched ahead does not count as
@@ -127,7 +123,7 @@ class BatchLoader:
         """Yield this rank's micro-batches of every global batch, without end, from number `batch` of an epoch on."""
         while True:
             yield from DataLoader(
-                self,  # type: ignore[arg-type]  # it has what a map-style dataset has
+                self,
                 batch_size=None,
                 sampler=((epoch, rows) for rows in self.global_batches(epoch, batch)),
                 num_workers=self.config.num_workers,

@@ -14,8 +14,8 @@ def test_sample_data() -> None:
     for file in sorted(SAMPLE_DATA.glob("*.tsv")):
         rows = list(read_rows(file, Columns(), SingleLabel(SST2_NAMES)))
         counts[file.stem] = len(rows)
-        assert sum(label for _, _, label in rows) * 2 == len(rows), f"{file.name} is not balanced"
-        texts = {text.casefold() for text, _, _ in rows}
+        assert sum(row.label for row in rows) * 2 == len(rows), f"{file.name} is not balanced"
+        texts = {row.text.casefold() for row in rows}
         assert len(texts) == len(rows), f"{file.name} has a sentence twice"
         assert not texts & seen, f"{file.name} shares a sentence with another file"
         seen |= texts
