@@ -78,13 +78,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32", "int8"), default="auto", help=what)
 
 
-def refuse(*faults: tuple[object, str]) -> None:
-    """Raise a `UserError` with the text of the first pair whose condition holds."""
-    for is_wrong, text in faults:
-        if is_wrong:
-            raise UserError(text)
-
-
 def number_to(highest: float, what: str) -> Callable[[str], float]:
     """Return a parser of numbers from 0 to `highest`; errors call them `what`."""
 

@@ -11,7 +11,7 @@ from sst2_xlmr.backend import prediction_model, training_backend
 from sst2_xlmr.config import Config, named_file
 from sst2_xlmr.data.batches import Batch, BatchLoader
 from sst2_xlmr.data.prepare import Prepared
-from sst2_xlmr.evaluation.calibration import Calibration, calibrate
+from sst2_xlmr.evaluation.calibration import calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.export.folder import export_run
 from sst2_xlmr.model.classifier import build_classifier, load_classifier
@@ -198,7 +198,7 @@ class Run:
         """Write the model as it is now, with its whole vocabulary, to a folder of that name in the run's folder."""
         weights, state, calibration = dict(self.optimizer.weights()), self.state, None
         if self.config.calibrate:
-            calibration = Calibration(state.temperature, state.ece_before, state.ece_after)
+            calibration = state.temperature, state.ece_before, state.ece_after
         if not self.vocabulary.is_whole:
             weights[TABLE] = self.vocabulary.expand(pretrained_table(self.inputs.encoder), weights[TABLE])
         parts = (weights, self.inputs, self.metrics, state.step, calibration, self.finisher)

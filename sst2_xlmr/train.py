@@ -21,7 +21,7 @@ from pathlib import Path
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag, named_file
 from sst2_xlmr.data.prepare import Prepared, prepare
-from sst2_xlmr.evaluation.calibration import Calibration
+from sst2_xlmr.evaluation.calibration import describe_calibration
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.report.header import header_lines
 from sst2_xlmr.report.tensorboard import make_event_folder
@@ -154,7 +154,7 @@ def finish(run: Run) -> None:
     run.export("model")
     run.make_sure_of_checkpoint()
     if run.config.calibrate:
-        run.say(f"calibrated {Calibration(state.temperature, state.ece_before, state.ece_after)}")
+        run.say(f"calibrated {describe_calibration(state.temperature, state.ece_before, state.ece_after)}")
     chosen = f" (best of {state.evaluations} evaluations, slightly optimistic)" if state.evaluations > 1 else ""
     run.say(f"best       dev {metric} {state.best_value:.4f} at step {state.best_step}{chosen}: {folder / 'best'}")
     run.say(f"model      after step {state.step}: {folder / 'model'}")

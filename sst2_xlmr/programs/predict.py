@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from sst2_xlmr import __version__
-from sst2_xlmr.cli import OneLineParser, add_model_options, add_option, number_to, refuse
+from sst2_xlmr.cli import OneLineParser, add_model_options, add_option, number_to
 from sst2_xlmr.config import flag
 from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, kind_of
 from sst2_xlmr.data.predictions import check_columns, console_lines, extended_rows, glue_numbers, submission_lines
@@ -76,30 +76,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check_options(arguments: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
-    file, outputs, glue = arguments.input, output_files(arguments), arguments.glue_submission
-    sentence, is_resumed = "".join(arguments.sentences[:1])[:40], arguments.resume
-    column = next((flag(name) for name in TEXT_OPTIONS if name in arguments), None)
-    is_stream, is_one_of_many = not (file and outputs), os.environ.get("WORLD_SIZE", "1") != "1"
-    only_glue = glue and not arguments.output
-    refuse(
-        (file and arguments.sentences, f"--input and a sentence, {sentence!r}: leave one of them out"),
-        (column and not file, f"{column} needs --input, whose columns it names"),
-        (glue and arguments.abstain_below, "--glue-submission takes a label for every row; leave out --abstain-below"),
-        (glue and not file, "--glue-submission needs --input, the test.tsv of SST-2"),
-        (arguments.overwrite and not outputs, "--overwrite needs the --output that it may replace"),
-        (
-            only_glue and arguments.all_probabilities,
-            "--glue-submission holds labels only; leave out --all-probabilities, or add --output",
-        ),
-        (is_resumed and is_stream, "--resume needs --input and --output, to know what is done"),
-        (is_one_of_many and is_stream, "several processes need --input and --output, to divide the rows"),
-        (
-            is_resumed and arguments.overwrite,
-            "--resume continues output, and --overwrite replaces it; leave one of them out",
-        ),
-    )
+    is_from_file_to_file = arguments.input and output_files(arguments)
+    if arguments.input and arguments.sentences:
+        raise UserError(f"--input and a sentence, {arguments.sentences[0][:40]!r}: leave one of them out")
+    for name in TEXT_OPTIONS:
+        if not arguments.input and name in arguments:
+            raise UserError(f"{flag(name)} needs --input, whose columns it names")
+    if arguments.glue_submission and arguments.abstain_below:
+        raise UserError("--glue-submission takes a label for every row; leave out --abstain-below")
+    if arguments.glue_submission and not arguments.input:
+        raise UserError("--glue-submission needs --input, the test.tsv of SST-2")
+    if arguments.overwrite and not output_files(arguments):
+        raise UserError("--overwrite needs the --output that it may replace")
+    if arguments.glue_submission and arguments.all_probabilities and not arguments.output:
+        raise UserError("--glue-submission holds labels only; leave out --all-probabilities, or add --output")
     if arguments.output:
         kind_of(arguments.output)
+    if arguments.resume and not is_from_file_to_file:
+        raise UserError("--resume needs --input and --output, to know what is done")
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not is_from_file_to_file:
+        raise UserError("several processes need --input and --output, to divide the rows")
+    if arguments.resume and arguments.overwrite:
+        raise UserError("--resume continues output, and --overwrite replaces it; leave one of them out")
 
 
 def check_output_files(arguments: argparse.Namespace) -> None:
@@ -189,9 +187,9 @@ def classify(
 
     encoded = ((chunk, encode(chunk)) for chunk in chunks)
     # A file is read and tokenized while the model computes; a stream may have to be waited for.
-    for chunk, ids in read_ahead(encoded) if arguments.input else encoded:
+    for chunk, (ids, lengths) in read_ahead(encoded) if arguments.input else encoded:
         with memory_errors(f"take a smaller --batch-tokens than {arguments.batch_tokens}"):
-            found = classifier.probabilities_of_ids(ids[0], ids[1], arguments.batch_tokens).tolist()
+            found = classifier.probabilities_of_ids(ids, lengths, arguments.batch_tokens).tolist()
         cells, options = classifier.task.cells, (arguments.all_probabilities, arguments.abstain_below)
         yield chunk, [cells(probabilities, *options) for probabilities in found]
 
