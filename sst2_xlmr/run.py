@@ -66,7 +66,10 @@ class Run:
         self.loader = BatchLoader(caches["train"], inputs.train_lengths, inputs.train_rows, config, world)
         self.schedule = Schedule(config, len(self.loader), state.eval_every)
         seed_rank(config.seed, world.rank)
-        self.backend = training_backend(classifier.to(world.device), config, state.precision, world)
+        classifier.to(world.device)
+        if classifier.id_map is not None:
+            classifier.id_map = classifier.id_map.to(world.device)
+        self.backend = training_backend(classifier, config, state.precision, world)
         self.forward, self.model, self.optimizer = self.backend.forward, self.backend.model, self.backend.optimizer
         self.meter, self.stop, self.finisher = TrainMeter(world), StopRequest(world), Finisher()
         reads_norm = world.device.type == "cpu" or config.skip_nonfinite > 0

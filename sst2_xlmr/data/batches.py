@@ -107,7 +107,8 @@ class BatchLoader(Dataset[list[Batch]]):
         self, cache: TokenCache, lengths: np.ndarray, rows: np.ndarray | None, config: Config, world: World
     ) -> None:
         self.cache, self.lengths, self.rows, self.config = cache, lengths, rows, config
-        self.rank, self.world_size, self.is_for_gpu = world.rank, world.world_size, world.device.type == "cuda"
+        # Not the world itself: its process groups cannot go to a loader's processes.
+        self.rank, self.world_size, self.pins = world.rank, world.world_size, world.device.type == "cuda"
 
     def __len__(self) -> int:
         """Return the number of global batches in an epoch."""
@@ -126,7 +127,7 @@ class BatchLoader(Dataset[list[Batch]]):
                 batch_size=None,
                 sampler=((epoch, rows) for rows in self.global_batches(epoch, batch)),
                 num_workers=self.config.num_workers,
-                pin_memory=self.is_for_gpu,
+                pin_memory=self.pins,
                 worker_init_fn=_ignore_signals,
                 # A loader draws a seed at every start; taken from torch's global generator, that draw would change
                 # dropout after a resume.

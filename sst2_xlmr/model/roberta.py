@@ -106,11 +106,9 @@ class SequenceClassifier(nn.Module):
         rows: of the embedding table; None for the whole vocabulary.
 
     Attributes:
-        id_map: int32 [vocabulary], the row of each id in the embedding table; None if that is whole.
+        id_map: int32 [vocabulary], on the ids' device, each id's row in the embedding table; None if that is whole.
         autocast: whether fp32 parameters compute in bf16.
     """
-
-    id_map: torch.Tensor | None
 
     def __init__(
         self, shape: EncoderShape, outputs: int, dropout: float = 0, head_dropout: float = 0, rows: int | None = None
@@ -119,7 +117,7 @@ class SequenceClassifier(nn.Module):
         self.shape, self.outputs, self.autocast = shape, outputs, False
         self.encoder = Encoder(shape, rows or shape.vocab_size, dropout)
         self.head = _head(shape.hidden, outputs, head_dropout)
-        self.register_buffer("id_map", None, persistent=False)
+        self.id_map: torch.Tensor | None = None  # no buffer: DDP would send it at every step
 
     @property
     def is_encoder_frozen(self) -> bool:

@@ -14,7 +14,7 @@ def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
     if world.world_size == 1:
         return model
     device_ids = [world.device] if world.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
     settle_buckets(wrapped, world.device)
     return wrapped
 

@@ -98,6 +98,15 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror}; make room, or choose another place")
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write (a full disk, say) into a `UserError` that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
 def scratch_name(path: Path, kind: str = "new") -> Path:
     """Return a hidden name beside `path` that is not taken, for what is to get that name, or for what had it ("old").
 
@@ -194,21 +203,14 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[TextIO]:
-    """Open a text file, gzipped if its name ends in .gz; see `atomic_file`.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    try:
-        with atomic_file(path) as raw:
-            is_gzipped = path.suffix.lower() == ".gz"
-            binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_gzipped else raw
-            # JSON can hold a lone surrogate, which UTF-8 cannot; it is written as JSON's escape.
-            text = io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", newline="")
-            with closing(text):
-                yield text
-    except OSError as error:
-        raise cannot_write(path, error) from None
+    """Open a text file, gzipped if its name ends in .gz; see `atomic_file`. A UserError if it cannot be written."""
+    with writing(path), atomic_file(path) as raw:
+        is_gzipped = path.suffix.lower() == ".gz"
+        binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_gzipped else raw
+        # JSON can hold a lone surrogate, which UTF-8 cannot; it is written as JSON's escape.
+        text = io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", newline="")
+        with closing(text):
+            yield text
 
 
 class Finisher:
