@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -132,8 +133,7 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def changeable(*declared: Any) -> Any:
-    return option(*declared, is_changeable=True)
+changeable = functools.partial(option, is_changeable=True)
 
 
 @dataclass

@@ -180,7 +180,11 @@ class Run:
         """Raise Collapsed if dev's predictions, beside those of the model before training, say so."""
         state, dev, tokens = self.state, self.inputs.caches["dev"], self.config.eval_batch_tokens
         found = self.evaluate_split("dev", keep=True).probabilities
-        untrained, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
+        try:
+            untrained, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
+        except UserError:  # the encoder has gone, perhaps
+            self.save()  # with the check still due, so that no step is lost
+            raise
         untrained.to(self.world.device)
         before = evaluate(untrained, self.task, dev, tokens, self.world, True, self.stop.is_agreed).probabilities
         assert found is not None

@@ -186,8 +186,8 @@ def test_any_console_shows_any_class(console: str, tiny_encoder: Path, tmp_path:
     said = run("train.py", *train_options(tiny_encoder, tmp_path, run_folder, *options), env=environment)
     assert "\\u597d" in said.stdout
     (bad := tmp_path / "bad.tsv").write_text("text\tlabel\nx\t坏\n", "utf-8")
-    options = train_options(tiny_encoder, tmp_path, tmp_path / "bad", "--train-file", file, "--dev-file", bad)
-    assert "\\u574f" in one_line(run("train.py", *options, expected=2, env=environment))
+    words = train_options(tiny_encoder, tmp_path, tmp_path / "bad", "--train-file", file, "--dev-file", bad)
+    assert "\\u574f" in one_line(run("train.py", *words, expected=2, env=environment))
     model = ["--model", run_folder / "model", "--device", "cpu"]
     run("scripts/predict.py", *model, "--input", file, "--output", tmp_path / "out.tsv", env=environment)
     answers = (tmp_path / "out.tsv").read_text("utf-8").splitlines()[1:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Callable
+
 import numpy as np
 import pytest
 import torch
@@ -175,7 +177,7 @@ def test_a_scripted_answer_is_the_tasks() -> None:
 def test_an_onnx_graph_gets_labels_and_probabilities() -> None:
     """What is added, computed by NumPy."""
     values: dict[str, np.ndarray] = {"logits": RESULTS.numpy()}
-    operators = {
+    operators: dict[str, Callable[..., Any]] = {
         "Softmax": lambda x, axis: torch.from_numpy(x).softmax(axis).numpy(),
         "ArgMax": lambda x, axis, keepdims: x.argmax(axis),
         "Gather": lambda table, rows: table[rows],

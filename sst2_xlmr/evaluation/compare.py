@@ -58,7 +58,8 @@ def comparison_table(task: Task, files: Predictions, name: str, reference: str) 
             found, expected = map(task.table_cells, part["metrics"])
             cells.update({f"{key} {name} ({reference})": f"{found[key]} ({expected[key]})" for key in found})
         rows.append({**cells, "rows": f"{part['rows']:,}"})
-    columns = dict(max(rows, key=len))  # a copy: the header is told from the rows by identity
+    longest = max(rows, key=len)
+    columns = dict(longest)  # a copy: the header is told from the rows by identity
     widths = {column: max(len(column), *(len(row.get(column, "-")) for row in rows)) for column in columns}
     lines = [columns, *rows]
     return [

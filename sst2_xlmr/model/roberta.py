@@ -6,8 +6,6 @@ of the tests; but no mask is made where all texts are of one length, and the las
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -91,10 +89,16 @@ class Encoder(nn.Module):
         return last(hidden[:, :1], hidden, mask)[:, 0]
 
 
-def _head(hidden: int, outputs: int, dropout: float) -> nn.Sequential:
-    """Return RoBERTa's classification head, [texts, hidden] -> logits, [texts, outputs]."""
-    dense, out, drop = nn.Linear(hidden, hidden), nn.Linear(hidden, outputs), nn.Dropout(dropout)
-    return nn.Sequential(OrderedDict(dropout=drop, dense=dense, tanh=nn.Tanh(), dropout2=drop, out=out))
+class Head(nn.Module):
+    """RoBERTa's classification head: dropout, dense, tanh, dropout, projection."""
+
+    def __init__(self, hidden: int, outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.dense, self.out, self.dropout = nn.Linear(hidden, hidden), nn.Linear(hidden, outputs), nn.Dropout(dropout)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return logits, [texts, outputs]; features: [texts, hidden], the encoder's output at `<s>`."""
+        return self.out(self.dropout(torch.tanh(self.dense(self.dropout(features)))))
 
 
 class SequenceClassifier(nn.Module):

@@ -191,7 +191,7 @@ def classify(
     # A file is read and tokenized while the model computes; a stream may have to be waited for.
     for chunk, ids in read_ahead(encoded) if arguments.input else encoded:
         with memory_errors(f"take a smaller --batch-tokens than {arguments.batch_tokens}"):
-            found = classifier.probabilities_of_ids(*ids, arguments.batch_tokens).tolist()
+            found = classifier.probabilities_of_ids(ids[0], ids[1], arguments.batch_tokens).tolist()
         cells, options = classifier.task.cells, (arguments.all_probabilities, arguments.abstain_below)
         yield chunk, [cells(probabilities, *options) for probabilities in found]
 

@@ -123,8 +123,8 @@ def test_the_environment_holds(server: Server, tmp_path: Path) -> None:
     home = tmp_path / "home"
     command = [sys.executable, str(ROOT / "scripts" / "fetch.py"), "us/tiny@v1"]
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": "hf_secret"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    started = [subprocess.Popen(command, env=environment, text=True, **pipes) for _ in range(2)]
+    pipe = subprocess.PIPE
+    started = [subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe) for _ in range(2)]
     folder = home / "hub" / "models--us--tiny" / "snapshots" / COMMIT
     says = f"us/tiny@v1: {folder}\nelsewhere, set HF_HUB_CACHE to a copy of {home / 'hub'}\n"
     for process in started:
