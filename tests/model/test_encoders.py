@@ -53,9 +53,7 @@ def test_names_there_and_back(tmp_path: Path) -> None:
     tensors = dict(SequenceClassifier(SHAPE, 3).named_parameters())
     write_tensors(to_hugging_face(tensors), tmp_path / "x.safetensors")
     written = load_file(tmp_path / "x.safetensors")
-    back = from_hugging_face(list(written), written.__getitem__)
-    assert back.keys() == tensors.keys()
-    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert same(from_hugging_face(list(written), written.__getitem__), tensors)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
