@@ -18,7 +18,6 @@ import sst2_xlmr
 from sst2_xlmr import train
 from sst2_xlmr.evaluation import calibration
 from sst2_xlmr.evaluation.calibration import HIGHEST, LOWEST, calibrate, describe_calibration
-from sst2_xlmr.evaluation.evaluate import tempered
 from sst2_xlmr.programs import evaluate, predict
 from sst2_xlmr.task import SingleLabel
 
@@ -43,6 +42,11 @@ def any_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_SIGNIFICANT_GAIN", 0.0)
 
 
+def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    powers = probabilities ** (1 / temperature)
+    return powers / powers.sum(1, keepdims=True)
+
+
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_temperature_is_found(temperature: float, classes: int) -> None:
@@ -52,7 +56,6 @@ def test_the_temperature_is_found(temperature: float, classes: int) -> None:
     assert found == pytest.approx(temperature, rel=0.05)
     assert after < 0.01
     assert before > 0.05 or temperature == 1.0
-    assert (tempered(task, probabilities, found).argmax(1) == probabilities.argmax(1)).all()
 
 
 def test_rows_that_say_nothing_do_not_make_it_extreme(any_gain: None) -> None:
@@ -87,7 +90,7 @@ def test_train_writes_calibrated_models(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("calibrated ")]
     temperature = float(line.split("temperature ")[1].split(",")[0])
     before, after = probabilities_of(plain / "model"), probabilities_of(run / "model")
-    np.testing.assert_allclose(after, tempered(TWO, before, temperature), atol=2e-3)
+    np.testing.assert_allclose(after, tempered(before, temperature), atol=2e-3)
     assert (before.argmax(1) == after.argmax(1)).all()
     card = (run / "model" / "README.md").read_text()
     assert f"divided by a temperature of {temperature:.3f}, fitted on dev" in " ".join(card.split())

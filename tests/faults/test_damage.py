@@ -55,7 +55,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(
         capsys.readouterr()
         train.main(["--resume", "--output-dir", str(broken)])
         said = capsys.readouterr().out
-        assert f"{broken / 'checkpoints' / 'step-00000014'} is damaged (" in said, name
+        assert f"{broken / 'checkpoints' / 'step-00000014'} is damaged ({file} " in said, name
         assert f"resume     from {broken / 'checkpoints' / 'step-00000010'}" in said, name
         assert digests(broken) == digests(whole), name
 

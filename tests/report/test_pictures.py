@@ -129,7 +129,8 @@ def test_settings_are_left_alone() -> None:
 def test_only_drawing_imports_matplotlib() -> None:
     program = (
         "import sys, train, numpy; from sst2_xlmr.report.pictures import confusion_picture as draw;"
-        "print('matplotlib' in sys.modules); draw(numpy.eye(2), ['a', 'b'], 't'); print('matplotlib.pyplot' in sys.modules)"
+        "print('matplotlib' in sys.modules); draw(numpy.eye(2), ['a', 'b'], 't');"
+        "print('matplotlib.pyplot' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert said.split() == ["False", "False"]
