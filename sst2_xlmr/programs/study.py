@@ -57,7 +57,7 @@ def parse(argv: list[str] | None, reserved: tuple[str, ...] = ()) -> argparse.Na
     Args:
         reserved: names that no setting may have.
     """
-    parser = OneLineParser(description="Compare settings over several seeds.", allow_abbrev=False)
+    parser = OneLineParser(description="Compare settings over several seeds.")
     add = parser.add_argument
     add("--seeds", required=True, type=seed_list, metavar="N,...", help="one run for each")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="gets a folder for each setting")
@@ -150,9 +150,8 @@ def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figu
     if not was_finished:
         run([*TRAIN_COMMAND, *options], folder, is_new)
     # Figures of best/ are only there where that is not the last model.
-    found = [
-        line for line in read_metrics(folder / "metrics.jsonl") if not line.get("split", "best/").startswith("best/")
-    ]
+    lines = read_metrics(folder / "metrics.jsonl")
+    found = [line for line in lines if not line.get("split", "best/").startswith("best/")]
     figures: Figures = {line["split"]: line[Task.best_metric] for line in found}
     figures["best dev"] = max(line[Task.best_metric] for line in found if line["split"] == "dev")
     return not was_finished, {**figures, "seconds": seconds_of(folder)}
@@ -161,9 +160,7 @@ def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figu
 def compare(seeds: list[int], folder: Path, runs: Runs) -> None:
     """Make all runs, seed by seed, so that every setting meets the same state of the machine; write and print figures.
 
-    Args:
-        folder: gets study.json.
-        runs: setting -> what makes its run with a seed, as `train` does.
+    The folder gets study.json; `runs` has what makes a setting's run with a seed, as `train` does.
     """
     results: dict[str, Results] = {name: {} for name in runs}
     with tqdm([(seed, name) for seed in seeds for name in runs], unit="run", disable=None, dynamic_ncols=True) as bar:
