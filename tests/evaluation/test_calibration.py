@@ -20,7 +20,6 @@ import sst2_xlmr
 from sst2_xlmr import train
 from sst2_xlmr.evaluation import calibration
 from sst2_xlmr.evaluation.calibration import HIGHEST, LOWEST, calibrate, describe_calibration
-from sst2_xlmr.evaluation.evaluate import tempered
 from sst2_xlmr.programs import evaluate, export, predict
 from sst2_xlmr.task import SingleLabel
 
