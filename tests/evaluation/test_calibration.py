@@ -18,12 +18,7 @@ import sst2_xlmr
 from sst2_xlmr import train
 from sst2_xlmr.evaluation import calibration
 from sst2_xlmr.evaluation.calibration import HIGHEST, LOWEST, calibrate, describe_calibration
-<<<<<<< HEAD
-from sst2_xlmr.programs import evaluate, export, predict
-=======
-from sst2_xlmr.evaluation.evaluate import tempered
 from sst2_xlmr.programs import evaluate, predict
->>>>>>> main
 from sst2_xlmr.task import SingleLabel
 
 RunTrain = Callable[..., Path]
@@ -43,7 +38,8 @@ def drawn(temperature: float, classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """What a model says whose logits are divided by a temperature."""
-    return torch.from_numpy(np.log(probabilities) / temperature).softmax(1).numpy()
+    powers = probabilities ** (1 / temperature)
+    return powers / powers.sum(1, keepdims=True)
 
 
 @pytest.fixture
