@@ -36,6 +36,12 @@ def drawn(temperature: float, classes: int) -> tuple[np.ndarray, np.ndarray]:
     return (said / said.sum(1, keepdims=True)).astype(np.float32), labels
 
 
+def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """What a model says whose logits are divided by a temperature."""
+    powers = probabilities ** (1 / temperature)
+    return powers / powers.sum(1, keepdims=True)
+
+
 @pytest.fixture
 def any_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     """For models of this test's size, which no temperature makes significantly better."""
@@ -56,6 +62,7 @@ def test_the_temperature_is_found(temperature: float, classes: int) -> None:
     assert found == pytest.approx(temperature, rel=0.05)
     assert after < 0.01
     assert before > 0.05 or temperature == 1.0
+    assert (tempered(probabilities, found).argmax(1) == probabilities.argmax(1)).all()
 
 
 def test_rows_that_say_nothing_do_not_make_it_extreme(any_gain: None) -> None:
