@@ -58,13 +58,12 @@ class Classifier:
     ) -> Classifier:
         """Load the folder of a trained model.
 
+        `UserError` if it is not a model's, its weights are not finite, or the device is not there.
+
         Args:
             precision: auto, bf16, fp32, or int8 on a CPU. If this machine cannot compute int8 faster, one line on
                 standard error says so, and it is auto.
             device: auto, cpu, cuda, or one of torch's devices.
-
-        Raises:
-            UserError: if the folder is not a model's, its weights are not finite, or the device is not there.
         """
         if precision not in ("auto", "bf16", "fp32", "int8"):
             raise ValueError(f"precision {precision!r} is none of auto, bf16, fp32 and int8")
@@ -135,10 +134,6 @@ class Classifier:
         return found
 
     def check_finite(self, values: np.ndarray | float) -> None:
-        """Refuse what a damaged model has computed.
-
-        Raises:
-            UserError: naming the model's folder, if a number is not finite.
-        """
+        """Refuse numbers that are not finite, which a damaged model has computed, by a `UserError`."""
         if not np.isfinite(values).all():
             raise UserError(f"{self.folder}: the model's answers are not finite (NaN); train it again, or use another")

@@ -12,7 +12,7 @@ from sst2_xlmr.backend import prediction_model, training_backend
 from sst2_xlmr.config import Config, named_file
 from sst2_xlmr.data.batches import Batch, BatchLoader
 from sst2_xlmr.data.prepare import Prepared
-from sst2_xlmr.evaluation.calibration import Calibration, calibrate
+from sst2_xlmr.evaluation.calibration import calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.export.folder import export_run
 from sst2_xlmr.model.classifier import build_classifier, load_classifier
@@ -68,7 +68,10 @@ class Run:
         self.loader = BatchLoader(caches["train"], inputs.train_lengths, inputs.train_rows, config, world)
         self.schedule = Schedule(config, len(self.loader), state.eval_every)
         seed_rank(config.seed, world.rank)
-        backend = training_backend(classifier.to(world.device), config, state.precision, world)
+        classifier.to(world.device)
+        if classifier.id_map is not None:
+            classifier.id_map = classifier.id_map.to(world.device)
+        backend = training_backend(classifier, config, state.precision, world)
         self.forward, self.model, self.optimizer, self.fallback_reason = backend
         self.meter, self.stop, self.finisher = TrainMeter(world), StopRequest(world), Finisher()
         self.reads_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
@@ -97,7 +100,7 @@ class Run:
 
     def skip(self) -> None:
         """Go on without a step, because the gradient is not finite; raises NotFinite if that was once too often."""
-        rows = self.loader.rows_at(self.state.epoch, self.state.batch)
+        rows = next(self.loader.global_batches(self.state.epoch, self.state.batch))
         self._advance(skipped=True)
         check_skipped(self.state, self.config.skip_nonfinite, rows)
         self.optimizer.clear_gradients()
@@ -176,7 +179,11 @@ class Run:
         """Raise Collapsed if dev's predictions, beside those of the model before training, say so."""
         state, dev, tokens = self.state, self.inputs.caches["dev"], self.config.eval_batch_tokens
         found = self.evaluate_split("dev", keep=True).probabilities
-        untrained, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
+        try:
+            untrained, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
+        except UserError:  # the encoder has gone, perhaps
+            self.save()  # with the check still due, so that no step is lost
+            raise
         untrained.to(self.world.device)
         before = evaluate(untrained, self.task, dev, tokens, self.world, True, self.stop.is_agreed).probabilities
         assert found is not None
@@ -190,7 +197,7 @@ class Run:
         """Write the model as it is now, with its whole vocabulary, to a folder of that name in the run's folder."""
         weights, state, calibration = dict(self.optimizer.weights()), self.state, None
         if self.config.calibrate:
-            calibration = Calibration(state.temperature, state.ece_before, state.ece_after)
+            calibration = state.temperature, state.ece_before, state.ece_after
         if not self.vocabulary.is_whole:
             weights[TABLE] = self.vocabulary.expand(pretrained_table(self.inputs.encoder), weights[TABLE])
         parts = (weights, self.inputs, self.metrics, state.step, calibration, self.finisher)

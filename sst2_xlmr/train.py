@@ -13,6 +13,7 @@ if __name__ == "__main__":  # torchrun -m sst2_xlmr.train: what is missing is sa
 import contextlib
 import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag, named_file
 from sst2_xlmr.data.prepare import Prepared, prepare
-from sst2_xlmr.evaluation.calibration import Calibration
+from sst2_xlmr.evaluation.calibration import describe_calibration
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.report.header import header_lines
 from sst2_xlmr.report.tensorboard import make_event_folder
@@ -32,7 +33,7 @@ from sst2_xlmr.training.schedule import evaluation_interval
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.training.step import forward_backward
 from sst2_xlmr.util.distributed import World, broadcast, check_same, on_rank0, once_per_node, raise_on_all, start
-from sst2_xlmr.util.errors import Collapsed, Interrupted, Stopped
+from sst2_xlmr.util.errors import Collapsed, Interrupted
 from sst2_xlmr.util.launch import command
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.precision import choose_precision, set_up_numerics
@@ -154,14 +155,14 @@ def finish(run: Run) -> None:
     run.export("model")
     run.make_sure_of_checkpoint()
     if run.config.calibrate:
-        run.say(f"calibrated {Calibration(state.temperature, state.ece_before, state.ece_after)}")
+        run.say(f"calibrated {describe_calibration(state.temperature, state.ece_before, state.ece_after)}")
     chosen = f" (best of {state.evaluations} evaluations, slightly optimistic)" if state.evaluations > 1 else ""
     run.say(f"best       dev {metric} {state.best_value:.4f} at step {state.best_step}{chosen}: {folder / 'best'}")
     run.say(f"model      after step {state.step}: {folder / 'model'}")
 
 
 def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
-    """Train and finish; a run that is stopped, or has collapsed, is saved, and raises Stopped."""
+    """Train and finish; a run that is stopped, or has collapsed, is saved, and raises SystemExit."""
     again = f"{command('train')} --resume --output-dir {shlex.quote(str(run.folder))}"
     try:
         if checkpoint and (run.state.evaluation_due or run.state.collapse_check_due):
@@ -174,7 +175,7 @@ def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
         name = signal.Signals(run.stop.number).name
         run.say(f"stopped    by {name} after step {run.state.step}, and saved; continue with")
         run.say(f"           {again}")
-        raise Stopped(128 + run.stop.number) from None
+        sys.exit(128 + run.stop.number)  # as in shells
     except Collapsed as collapse:
         reason = str(collapse)
         run.tell(lambda report: report.log_collapse(run.state.step, reason))
@@ -183,7 +184,7 @@ def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
         cure = f"--lr {run.config.lr / 2:g} --seed {run.config.seed + 1} --output-dir NEW_DIR"
         run.say("collapsed  training has collapsed; the run is saved. Rerun with a lower rate and another seed:")
         run.say(f"           {command('train')} --config {shlex.quote(str(run.folder / 'config.json'))} {cure}")
-        raise Stopped(1) from None
+        sys.exit(1)
 
 
 def main(argv: list[str] | None = None) -> None:

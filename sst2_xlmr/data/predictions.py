@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sst2_xlmr.data.formats import is_table, kind_of, row_writer
-from sst2_xlmr.data.rows import Example
+from sst2_xlmr.data.rows import Row
 from sst2_xlmr.task import listed
 from sst2_xlmr.util.errors import UserError
 
@@ -17,7 +17,7 @@ GLUE_NUMBERS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LAB
 Cells = Sequence[Any]
 
 
-def console_lines(rows: Sequence[Example], predictions: Sequence[Cells]) -> str:
+def console_lines(rows: Sequence[Row], predictions: Sequence[Cells]) -> str:
     """Return a line per row for people, where tabs and line ends in a text become spaces."""
     text = io.StringIO(newline="")
     write = row_writer(text, ".tsv")
@@ -29,7 +29,7 @@ def console_lines(rows: Sequence[Example], predictions: Sequence[Cells]) -> str:
 
 def extended_rows(
     path: Path,
-    rows: Sequence[Example],
+    rows: Sequence[Row],
     predictions: Sequence[Cells],
     names: Sequence[str],
     columns: list[str],
@@ -38,13 +38,10 @@ def extended_rows(
     """Return the input's rows with the new columns; those of them that the input has get the prefix `predicted_`.
 
     Args:
-        path: of the output, which says what kind of file it is.
+        path: of the output, which says what kind of file it is; `UserError` if that cannot express a row's columns.
         names: of the new columns.
         columns: of the input's first row, which a table has in all rows.
         header: whether a table's names come first.
-
-    Raises:
-        UserError: if a row has columns that this kind of file cannot express.
     """
     text = io.StringIO(newline="")
     write, needs_table = row_writer(text, kind_of(path)), is_table(path)
@@ -71,41 +68,31 @@ def _free_names(new: Sequence[str], taken: Sequence[str]) -> list[str]:
     return names
 
 
-def check_columns(row: Example, columns: list[str], path: Path) -> None:
+def check_columns(row: Row, columns: list[str], path: Path) -> None:
     """Refuse a row that an output cannot express: a table, since it has other columns than the first; or JSON."""
     names = row.fields.names
     if is_table(path):
         if names != columns and sorted(names) != sorted(columns):
-            raise UserError(
-                f"line {row.fields.line} of the input has other keys than the first row; let {path} end in .jsonl"
-            )
+            where = f"line {row.fields.line} of the input"
+            raise UserError(f"{where} has other keys than the first row; let {path} end in .jsonl")
     elif len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two columns are named {twice!r}, which JSON cannot express; let {path} end in .csv or .tsv")
 
 
 def glue_numbers(label_names: Sequence[str]) -> dict[str, int]:
-    """Return the GLUE server's number for each of SST-2's classes.
-
-    Raises:
-        UserError: if the classes are others.
-    """
-    numbers = {name: GLUE_NUMBERS.get(name) for name in label_names}
-    if len(numbers) != 2 or set(numbers.values()) != {0, 1}:
-        raise UserError(
-            f"--glue-submission: the model's classes are {listed(label_names)}, those of SST-2 negative and positive"
-        )
-    return {name: number for name, number in numbers.items() if number is not None}
+    """Return the GLUE server's number for each of SST-2's classes; `UserError` if the classes are others."""
+    numbers = {name: GLUE_NUMBERS[name] for name in label_names if name in GLUE_NUMBERS}
+    if len(label_names) != 2 or set(numbers.values()) != {0, 1}:
+        theirs = f"the model's classes are {listed(label_names)}"
+        raise UserError(f"--glue-submission: {theirs}, those of SST-2 negative and positive")
+    return numbers
 
 
-def submission_lines(
-    rows: Sequence[Example], predictions: Sequence[Cells], numbers: dict[str, int], first_row: int
-) -> str:
+def submission_lines(rows: Sequence[Row], predictions: Sequence[Cells], numbers: dict[str, int], first_row: int) -> str:
     """Return lines of the GLUE server's format, index, tab, 0 or 1; its header comes before row 0.
 
-    Args:
-        numbers: of the labels.
-        first_row: number, from 0, of the first of these rows; the index where the input has no column of that name.
+    A row's index is the cell of the input's column of that name, or else its number from 0, `first_row` and so on.
     """
     text = io.StringIO(newline="")
     write = row_writer(text, ".tsv")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.formats import Fields, is_table, read_fields, shortened
@@ -27,7 +27,6 @@ class Columns:
     Attributes:
         text: None for `sentence`, or else `text`.
         pair: the second text of a row; None if rows have one.
-        label: the label.
         header: whether the first line of a .tsv or .csv file names the columns; else numbers do.
     """
 
@@ -38,26 +37,20 @@ class Columns:
 
 
 class Row(NamedTuple):
-    """A labelled row; `label` is what the task reads from its cell: the class's number, for a single label."""
+    """A row of a file.
+
+    Attributes:
+        label: what the task reads from its cell, the class's number for a single label; None if nobody reads it.
+        fields: all of its columns, as they are in the file.
+    """
 
     text: str
     pair: str | None
     label: Any
-
-
-class Example(NamedTuple):
-    """A row without its label, and with all of its columns."""
-
-    text: str
-    pair: str | None
     fields: Fields
 
 
-AnyRow = TypeVar("AnyRow", Row, Example)
-
-
 def columns_of(config: Config) -> Columns:
-    """Return a run's columns."""
     return Columns(config.text_column, config.text_pair_column, config.label_column, config.header)
 
 
@@ -65,16 +58,6 @@ def columns_given(arguments: argparse.Namespace) -> Columns:
     """Return the columns that a script's options name; an option that is not given, or not there, has its default."""
     given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
     return columns_of(Config(**given))
-
-
-def _text_columns(columns: Columns) -> dict[str, list[str]]:
-    """Return the names to look for, the first of which takes precedence, by the option that says another."""
-    wanted = {"--text-column": [columns.text] if columns.text else ["sentence", "text"]}
-    return {**wanted, "--text-pair-column": [columns.pair]} if columns.pair else wanted
-
-
-def _label_column(columns: Columns) -> dict[str, list[str]]:
-    return {"--label-column": [columns.label]}
 
 
 def _position(path: Path, fields: Fields, header: bool, option: str, names: list[str]) -> int:
@@ -94,7 +77,11 @@ def _position(path: Path, fields: Fields, header: bool, option: str, names: list
 
 
 def _located(path: Path, header: bool, wanted: dict[str, list[str]]) -> Iterator[tuple[Fields, list[int]]]:
-    """Yield a file's rows with the positions of the wanted columns; UserError if one is missing, or all rows are."""
+    """Yield a file's rows with the positions of the wanted columns; UserError if one is missing, or all rows are.
+
+    Args:
+        wanted: the names to look for, the first of which takes precedence, by the option that says another.
+    """
     fields = None
     names: list[str] = []
     for fields in read_fields(path, header):
@@ -117,26 +104,23 @@ def _text(path: Path, fields: Fields, position: int, may_be_empty: bool) -> str:
     raise UserError(f"{where} holds no text; remove the row or fill it")
 
 
-def read_rows(path: Path, columns: Columns, task: Task) -> Iterator[Row]:
-    """Yield a file's labelled rows; only the current one is held in memory.
+def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
+    """Yield a file's rows; UserError, naming file, line and cure, if one is not as described, or there are none.
 
     Args:
         path: see `formats.read_fields`.
-
-    Raises:
-        UserError: naming file, line and cure, if a row is not as described, or there are no rows.
+        task: None for prediction, where no label is needed, and a text may be empty.
     """
-    for fields, positions in _located(path, columns.header, {**_text_columns(columns), **_label_column(columns)}):
-        text = _text(path, fields, positions[0], may_be_empty=False)
-        pair = _text(path, fields, positions[1], may_be_empty=False) if columns.pair else None
-        yield Row(text, pair, task.read_label(fields.cells[positions[-1]], f"{path}, line {fields.line}"))
-
-
-def read_examples(path: Path, columns: Columns) -> Iterator[Example]:
-    """Yield a file's rows for prediction: as `read_rows`, but no label is needed, and a text may be empty."""
-    for fields, texts in _located(path, columns.header, _text_columns(columns)):
-        text, *pair = [_text(path, fields, position, may_be_empty=True) for position in texts]
-        yield Example(text, pair[0] if pair else None, fields)
+    wanted = {"--text-column": [columns.text] if columns.text else ["sentence", "text"]}
+    if columns.pair:
+        wanted["--text-pair-column"] = [columns.pair]
+    texts = len(wanted)
+    if task:
+        wanted["--label-column"] = [columns.label]
+    for fields, positions in _located(path, columns.header, wanted):
+        text, *pair = [_text(path, fields, position, may_be_empty=task is None) for position in positions[:texts]]
+        label = task.read_label(fields.cells[positions[-1]], f"{path}, line {fields.line}") if task else None
+        yield Row(text, pair[0] if pair else None, label, fields)
 
 
 def check_text(text: str, where: str) -> None:
@@ -145,10 +129,15 @@ def check_text(text: str, where: str) -> None:
         raise UserError(f"{where}: not UTF-8, or with a NUL character; convert it")
 
 
+def _label_cells(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
+    """Yield every row's line number and the cell of its label."""
+    for fields, (position,) in _located(path, columns.header, {"--label-column": [columns.label]}):
+        yield fields.line, fields.cells[position]
+
+
 def find_label_names(path: Path, columns: Columns) -> list[str]:
     """Return the names of the classes in a training file, in the order of their numbers (see task.py)."""
-    rows = _located(path, columns.header, _label_column(columns))
-    return Task.find_label_names(((fields.line, fields.cells[position]) for fields, (position,) in rows), path)
+    return Task.find_label_names(_label_cells(path, columns), path)
 
 
 def has_labels(path: Path, columns: Columns) -> bool:
@@ -160,13 +149,12 @@ def has_labels(path: Path, columns: Columns) -> bool:
         _position(path, first, columns.header, "--label-column", [columns.label])
     except UserError:
         return False
-    rows = _located(path, columns.header, _label_column(columns))
-    return any(str(fields.cells[position]) != "-1" for fields, (position,) in rows)
+    return any(str(cell) != "-1" for _, cell in _label_cells(path, columns))
 
 
-def in_chunks(rows: Iterable[AnyRow], count: int) -> Iterator[list[AnyRow]]:
+def in_chunks(rows: Iterable[Row], count: int) -> Iterator[list[Row]]:
     """Yield lists of `count` rows, or fewer where their texts are long."""
-    chunk: list[AnyRow] = []
+    chunk: list[Row] = []
     characters = 0
     for row in rows:
         chunk.append(row)

@@ -7,8 +7,6 @@ come from a linear layer, so dividing its weights and bias does the same, and wh
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from sst2_xlmr.task import Task
@@ -21,26 +19,19 @@ _STEPS = 40
 _SIGNIFICANT_GAIN = 3.84
 
 
-class Calibration(NamedTuple):
-    """A fitted temperature, and the expected calibration error on the rows it was fitted to, before and after."""
-
-    temperature: float
-    ece_before: float
-    ece_after: float
-
-    def __str__(self) -> str:
-        if self.temperature == 1:
-            return f"temperature 1, as no other is significantly better on these rows; ECE {self.ece_before:.4f}"
-        errors = f"ECE {self.ece_before:.4f} before, {self.ece_after:.4f} with it"
-        return f"temperature {self.temperature:.3f}, {errors} on the rows it was fitted to"
+def describe_calibration(temperature: float, ece_before: float, ece_after: float) -> str:
+    """Return in words what `calibrate` has found."""
+    if temperature == 1:
+        return f"temperature 1, as no other is significantly better on these rows; ECE {ece_before:.4f}"
+    errors = f"ECE {ece_before:.4f} before, {ece_after:.4f} with it"
+    return f"temperature {temperature:.3f}, {errors} on the rows it was fitted to"
 
 
-def calibrate(task: Task, probabilities: np.ndarray | None, labels: np.ndarray) -> Calibration:
-    """Fit a temperature.
+def calibrate(task: Task, probabilities: np.ndarray | None, labels: np.ndarray) -> tuple[float, float, float]:
+    """Return a fitted temperature, and the expected calibration error on these rows, before and after.
 
     Args:
         probabilities: float [rows, outputs], at temperature 1; an evaluation must have kept them.
-        labels: of the rows.
     """
     assert probabilities is not None
 
@@ -57,5 +48,5 @@ def calibrate(task: Task, probabilities: np.ndarray | None, labels: np.ndarray) 
     inverse = (low + high) / 2
     before, after = metrics(1.0), metrics(inverse)
     if 2 * len(labels) * (before["loss"] - after["loss"]) <= _SIGNIFICANT_GAIN:
-        return Calibration(1.0, before["ece"], before["ece"])
-    return Calibration(1 / inverse, before["ece"], after["ece"])
+        return 1.0, before["ece"], before["ece"]
+    return 1 / inverse, before["ece"], after["ece"]

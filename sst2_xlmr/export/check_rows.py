@@ -10,7 +10,7 @@ import numpy as np
 
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.formats import kind_of
-from sst2_xlmr.data.rows import Columns, has_labels, read_examples, read_rows
+from sst2_xlmr.data.rows import Columns, has_labels, read_rows
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 
@@ -31,15 +31,15 @@ SENTENCES = [
     "  two  spaces, a\ttab, ﬁ and ① ",
     "",
 ]
-# Texts; the second texts, or None where rows have one text; labels, int [rows], or None where rows have none.
-Rows = tuple[list[str], Optional[list[str]], Optional[np.ndarray]]
+# Texts, and the second texts or None where rows have one text; labels, int [rows], or None where rows have none.
+Rows = tuple[tuple[list[str], Optional[list[str]]], Optional[np.ndarray]]
 
 
 def read_texts(file: Path, columns: Columns) -> Iterator[tuple[str, str | None]]:
     """Yield the texts of a file of rows, or the lines of any other file."""
     if is_rows_file(file):
-        for example in read_examples(file, columns):
-            yield example.text, example.pair
+        for row in read_rows(file, columns, None):
+            yield row.text, row.pair
         return
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -61,15 +61,12 @@ def is_rows_file(file: Path) -> bool:
 def read_checks(
     given: list[str], columns: Columns, task: Task, takes_pairs: bool, has_label_column: bool
 ) -> dict[str, Rows]:
-    """Return the rows to compare on, by the names of their files.
+    """Return the rows to compare on, by the names of their files, or built-in sentences if no file is given.
 
     Args:
-        given: files, `[NAME=]FILE`; built-in sentences if there are none.
+        given: files, `[NAME=]FILE`.
         takes_pairs: whether the written form takes pairs of texts.
         has_label_column: whether the column of the labels was named, so that a file must have it.
-
-    Raises:
-        UserError: if a file has not what it must have.
     """
     checks: dict[str, Rows] = {}
     for name, file in named_files(given, "--check-file").items():
@@ -80,9 +77,9 @@ def read_checks(
         else:
             texts, labels = list(read_texts(file, columns)), None
         pairs = [pair for _, pair in texts if pair is not None]
-        checks[name] = ([text for text, _ in texts], pairs or None, labels)
+        checks[name] = ([text for text, _ in texts], pairs or None), labels
     if not checks:
-        checks["sentences"] = (SENTENCES, None, None)
+        checks["sentences"] = (SENTENCES, None), None
         if takes_pairs:
-            checks["pairs"] = (SENTENCES, SENTENCES[::-1], None)
+            checks["pairs"] = (SENTENCES, SENTENCES[::-1]), None
     return checks

@@ -13,7 +13,6 @@ from typing import Any, Callable
 import torch
 
 from sst2_xlmr.data.prepare import Prepared
-from sst2_xlmr.evaluation.calibration import Calibration
 from sst2_xlmr.export.model_card import card_text
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder
@@ -32,11 +31,7 @@ def read_card(folder: Path) -> str:
 
 
 def with_note(card: str, note: str, former: str = "") -> str:
-    """Return a card with a line more at its end; no card stays none.
-
-    Args:
-        former: how a line begins that the new one replaces.
-    """
+    """Return a card with a line more at its end, which replaces one that begins with `former`; no card stays none."""
     if former:
         card = re.sub(rf"\n*^{re.escape(former)}.*$", "", card, flags=re.MULTILINE)
     return f"{card.rstrip()}\n\n{note}\n" if card else ""
@@ -53,15 +48,12 @@ def write_folder(
     """Write `config.json`, `model.safetensors`, the tokenizer's files and the model card; atomically.
 
     Args:
-        folder: where; is replaced if it is there.
+        folder: is replaced if it is there; `UserError` if it cannot be written.
         weights: under the classifier's names, all fp32 or all bf16; those that are deferred are never in memory whole.
         encoder: the model's shape, label names, longest input, tokenizer's file and dropouts; its weights are not read.
         card: what `README.md` says; none is written if it is empty.
         temperature: by which logits are divided (see evaluation/calibration): the last layer's weights are.
         finish: does what remains after the weights were read and written, at once or later (see `files.Finisher`).
-
-    Raises:
-        UserError: if it cannot be written.
     """
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     tokenizer = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": encoder.max_length}
@@ -123,7 +115,7 @@ def export_run(
     inputs: Prepared,
     evaluations: Mapping[str, dict[str, Any]],
     step: int,
-    calibration: Calibration | None,
+    calibration: tuple[float, float, float] | None,
     finisher: Finisher,
 ) -> None:
     """Write a run's weights as they are now, with a model card; on rank 0.
@@ -131,10 +123,10 @@ def export_run(
     Args:
         folder: in the run's folder; gets its name once `finisher` has come to it.
         weights: see `write_folder`; with the whole vocabulary.
-        evaluations: of these weights, the metrics of every file by its name; those of best/ beside the last model have
-            other names, and are left out.
+        evaluations: metrics by the file's name; those of best/ beside the last model have other names, and
+            are left out.
         step: after which the weights are these.
-        calibration: of the probabilities; None if that was not asked for.
+        calibration: temperature, calibration error before and after (see `calibrate`); None if it was not asked for.
     """
     finisher.wait()  # a slow disk gets no second model to write meanwhile
     config = inputs.config
@@ -152,4 +144,4 @@ def export_run(
     rows["train"] = len(inputs.train_labels)
     own = {split: metrics for split, metrics in evaluations.items() if split in rows}
     card = card_text(config, inputs.task, rows, own, step, calibration, is_chosen=folder.name == "best")
-    write_folder(folder, weights, described, card, calibration.temperature if calibration else 1.0, finisher.submit)
+    write_folder(folder, weights, described, card, calibration[0] if calibration else 1.0, finisher.submit)

@@ -11,7 +11,6 @@ from string import Template
 from typing import Any
 
 from sst2_xlmr.config import GROUPS, OPTIONS, Config, flag, named_file, shown
-from sst2_xlmr.evaluation.calibration import Calibration
 from sst2_xlmr.task import Task
 from sst2_xlmr.util import versions
 
@@ -19,11 +18,11 @@ _HUB_NAMES = {"xlmr.base": "FacebookAI/xlm-roberta-base", "xlmr.large": "Faceboo
 _CHOSEN = "\nThese weights were chosen by their accuracy on dev, which is therefore slightly optimistic.\n"
 _NOT_SCALED = """
 The probabilities are calibrated: temperature 1, as no other is significantly better on dev; their expected calibration\
- error there is {before:.4f}.
+ error there is {1:.4f}.
 """
 _SCALED = """
-The probabilities are calibrated: the last layer is divided by a temperature of {temperature:.3f}, fitted on dev, where\
- it takes the expected calibration error from {before:.4f} to {after:.4f}.
+The probabilities are calibrated: the last layer is divided by a temperature of {0:.3f}, fitted on dev, where\
+ it takes the expected calibration error from {1:.4f} to {2:.4f}.
 """
 
 
@@ -33,17 +32,16 @@ def card_text(
     rows: Mapping[str, int],
     evaluations: Mapping[str, dict[str, Any]],
     step: int,
-    calibration: Calibration | None = None,
+    calibration: tuple[float, float, float] | None = None,
     is_chosen: bool = False,
 ) -> str:
     """Return the card's text.
 
     Args:
-        config: the run's options.
-        rows: rows of every file that the run read, by its name ("train", "dev", ...).
+        rows: how many every file has that the run read, by its name ("train", "dev", ...).
         evaluations: of these weights, the metrics of every file by its name.
         step: optimizer steps that led to these weights.
-        calibration: of the probabilities; None if that was not asked for.
+        calibration: temperature, calibration error before and after; None if it was not asked for.
         is_chosen: whether the weights were chosen among others by their accuracy on dev.
     """
     encoder = _HUB_NAMES.get(config.encoder, Path(config.encoder).name)
@@ -58,9 +56,7 @@ def card_text(
     metrics = [_line(*columns), _line(*["---"] * len(columns)), *(_line(*row.values()) for row in cells)]
     remarks = _CHOSEN if is_chosen else ""
     if calibration:
-        temperature, before, after = calibration
-        remark = _NOT_SCALED if temperature == 1 else _SCALED
-        remarks += remark.format(temperature=temperature, before=before, after=after)
+        remarks += (_NOT_SCALED if calibration[0] == 1 else _SCALED).format(*calibration)
     return Template(Path(__file__).with_suffix(".md").read_text(encoding="utf-8")).substitute(
         base_model=f"base_model: {encoder}\n" if config.encoder in _HUB_NAMES else "",
         classes=", ".join(names) if len(names) <= 10 else f"{len(names):,} classes",

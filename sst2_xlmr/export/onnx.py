@@ -45,11 +45,7 @@ Weights = Mapping[str, np.ndarray]
 
 
 class _Graph:
-    """Operators and constants, in the order in which they are added.
-
-    Args:
-        int8: whether the encoder's products and embeddings are in 8 bits.
-    """
+    """Operators and constants, in the order in which they are added; int8: products and embeddings are in 8 bits."""
 
     def __init__(self, int8: bool) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -57,21 +53,16 @@ class _Graph:
         self.int8 = int8
         self._in_bytes: dict[str, tuple[str, str, str]] = {}
 
-    def add(self, kind: str, *inputs: Value, domain: str = "", **attributes: Any) -> str:
-        """Add an operator; arrays among its inputs are constants. Returns its output's name."""
-        return self.add_many(kind, *inputs, outputs=1, domain=domain, **attributes)[0]
-
-    def add_many(self, kind: str, *inputs: Value, outputs: int, domain: str = "", **attributes: Any) -> list[str]:
-        """Add an operator of several outputs; returns their names."""
-        names = [value if isinstance(value, str) else self._constant(value) for value in inputs]
+    def add(self, kind: str, *inputs: Value, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+        """Add an operator; arrays among its inputs are constants. Returns its output's name, or a list of several."""
+        names = []
+        for value in inputs:
+            names.append(value if isinstance(value, str) else f"constant_{len(self.constants)}")
+            if not isinstance(value, str):
+                self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), names[-1]))
         results = [f"{kind}_{len(self.nodes)}_{number}" for number in range(outputs)]
         self.nodes.append(helper.make_node(kind, names, results, domain=domain, **attributes))
-        return results
-
-    def _constant(self, array: np.ndarray) -> str:
-        name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name
+        return results[0] if outputs == 1 else results
 
     def in_bytes(self, x: str) -> tuple[str, str, str]:
         """Return a tensor in 8 bits: bytes, scale and least value of every row; computed once."""
@@ -130,9 +121,7 @@ def _embeddings(graph: _Graph, weights: Weights, epsilon: float, ids: str) -> st
 def _layer(graph: _Graph, weights: Weights, shape: EncoderShape, number: int, x: str, mask: str) -> str:
     """Return a layer's output, [texts, length, hidden]; the last one's for `<s>` only.
 
-    Args:
-        x: its input.
-        mask: fp32 [texts, 1, 1, length], added to attention scores.
+    x is its input; mask: fp32 [texts, 1, 1, length], added to attention scores.
     """
     add, width, head_size = graph.add, shape.hidden, shape.hidden // shape.heads
     prefix = f"encoder.layers.{number}"
@@ -175,9 +164,8 @@ def _tokenize(graph: _Graph, texts: str, tokenizer: bytes, max_length: int) -> t
     add = graph.add
     # No sampling (its two numbers), no <s> or </s> of its own, nothing reversed.
     options = (_int(0), np.array([0], np.float32), *[np.array([False])] * 4)
-    pieces, starts = graph.add_many(
-        "SentencepieceTokenizer", texts, *options, outputs=2, domain=_EXTENSIONS, model=tokenizer
-    )
+    kind = "SentencepieceTokenizer"
+    pieces, starts = add(kind, texts, *options, outputs=2, domain=_EXTENSIONS, model=tokenizer)
     pieces = add("Cast", pieces, to=TensorProto.INT64)
     ids = add("Where", add("Equal", pieces, _int(0)), _int(_UNKNOWN), add("Add", pieces, _int(1)))
     ids = add("Concat", ids, _int(PAD_ID), axis=0)  # so that there is one, if all texts are empty
@@ -205,17 +193,13 @@ def write_onnx(
     tokenizer: bytes | None,
     int8: bool,
 ) -> None:
-    """Write the file.
+    """Write the file; `UserError` if it would be too large.
 
     Args:
         weights: fp32, under the classifier's names.
         max_length: of a row in tokens; longer texts are cut.
         tokenizer: content of the SentencePiece model, for a file that takes raw texts; None for one that takes ids.
         int8: whether the encoder computes in 8 bits.
-
-    Raises:
-        UserError: if it would be too large.
-        OSError: if it cannot be written.
     """
     if sum(weight.size for weight in weights.values()) * (1 if int8 else 4) > _LARGEST_FILE:
         raise UserError("the model is larger than the 2 GB of an ONNX file; trim its vocabulary, or take onnx-int8")

@@ -62,12 +62,10 @@ class TextClassifier(nn.Module):
         """Classify texts of any number and length; texts of like length are computed together.
 
         Args:
-            texts: one per row.
             pairs: the second text of every row, for a model that was trained on pairs.
 
         Returns:
-            The task's answer, in the texts' order: the most probable label of every text, and fp32 [texts, labels], the
-            probabilities of all.
+            The task's answer, in the texts' order: the most probable labels, and fp32 [texts, labels], probabilities.
         """
         if pairs is not None:
             assert len(pairs) == len(texts), "as many pairs as texts are needed"
@@ -84,14 +82,7 @@ class TextClassifier(nn.Module):
 
 
 def save_torchscript(model: SequenceClassifier, tokenizer: Tokenizer, task: Task, file: Path) -> None:
-    """Write the file.
-
-    Args:
-        model: in evaluation mode, fp32 on the CPU, with the whole vocabulary.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Write the file; `model` is in evaluation mode, fp32 on the CPU, with the whole vocabulary."""
     scripted = torch.jit.script(TextClassifier(model, tokenizer, task).eval())
     with file.open("wb") as opened:  # torch's own error for a file that it cannot write is no OSError
         torch.jit.save(scripted, opened)

@@ -44,35 +44,18 @@ def needed_pieces(pieces: SentencePieceProcessor, texts: Iterable[str]) -> np.nd
 
 
 def trimmed_tokenizer(model_file: Path, kept: np.ndarray) -> bytes:
-    """Return the SentencePiece model with some of its pieces.
-
-    Args:
-        kept: int, ascending: their ids.
-
-    Raises:
-        UserError: if it is of another kind than unigram.
-    """
-    message = model_class()
-    model = message.FromString(model_file.read_bytes())
+    """Return the SentencePiece model with some of its pieces; kept: int, ascending, their ids."""
+    model = model_class().FromString(model_file.read_bytes())
     if model.trainer_spec.model_type != UNIGRAM:
         raise UserError(f"{model_file} is no unigram model, so its pieces depend on one another; it cannot be trimmed")
-    trimmed = message()
-    trimmed.CopyFrom(model)
-    del trimmed.pieces[:]
-    trimmed.pieces.extend(model.pieces[number] for number in kept.tolist())
-    return bytes(trimmed.SerializeToString())
+    pieces = [model.pieces[number] for number in kept.tolist()]
+    del model.pieces[:]
+    model.pieces.extend(pieces)
+    return bytes(model.SerializeToString())
 
 
 def write_trimmed(encoder: Encoder, texts: Iterable[str], folder: Path) -> int:
-    """Write a model's folder without what the texts do not need; returns how many embedding rows are left.
-
-    Args:
-        encoder: the folder of a trained model.
-        folder: must not be there.
-
-    Raises:
-        UserError: if it cannot be trimmed or written.
-    """
+    """Write a trained model's folder without what the texts do not need; returns how many embedding rows are left."""
     pieces = SentencePieceProcessor(model_file=str(encoder.tokenizer_file))
     kept = needed_pieces(pieces, texts)
     # XLM-R's ids: four of its own, then every piece's + 1 (see model.tokenizer), then <mask>.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Callable
 
 import torch
 
@@ -43,12 +44,9 @@ _HUGGING_FACE = {
 _QKV = [f"roberta.encoder.layer.#.attention.self.{part}" for part in ("query", "key", "value")]  # three, not one
 _TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
 TABLE_SOURCES = [
-    f"{name}.weight"
-    for name in (
-        "encoder.transformer.token_embedding",
-        "roberta.embeddings.word_embeddings",
-        "embeddings.word_embeddings",
-    )
+    "encoder.transformer.token_embedding.weight",
+    "roberta.embeddings.word_embeddings.weight",
+    "embeddings.word_embeddings.weight",
 ]
 
 
@@ -66,36 +64,35 @@ def _split(name: str) -> tuple[str, str, str]:
     return re.sub(r"(\.layers?\.)\d+\.", r"\1#.", stem), layer, kind
 
 
-def from_torchtext(raw: Mapping[str, torch.Tensor]) -> Tensors:
-    """Rename the tensors of torchtext's downloads; unknown ones keep their names."""
+def from_torchtext(names: Sequence[str], read: Callable[[str], torch.Tensor]) -> Tensors:
+    """Read and rename the tensors of torchtext's downloads; unknown ones keep their names."""
     result = {}
-    for name in raw:
+    for name in names:
         stem, layer, kind = _split(name)
-        ours = f"{_TORCHTEXT[stem].replace('#', layer)}.{kind}" if stem in _TORCHTEXT else name
-        result[ours] = raw[name]
+        result[f"{_TORCHTEXT[stem].replace('#', layer)}.{kind}" if stem in _TORCHTEXT else name] = read(name)
     return result
 
 
-def from_hugging_face(raw: Mapping[str, torch.Tensor]) -> Tensors:
-    """Rename and join the tensors of transformers' XLM-R models (with or without the prefix `roberta.`).
+def from_hugging_face(names: Sequence[str], read: Callable[[str], torch.Tensor]) -> Tensors:
+    """Read, rename and join the tensors of transformers' XLM-R models (with or without the prefix `roberta.`).
 
     The one token type of XLM-R is added to every position, so it is folded into the position table. Tensors that
     belong to other heads (language model, pooler) are left out, unread; unknown ones of the encoder keep their names.
     """
     result: Tensors = {}
     token_type = torch.zeros(1, 1)
-    for raw_name in raw:
+    for raw_name in names:
         name = raw_name if raw_name.startswith(("roberta.", "classifier.")) else f"roberta.{raw_name}"
         stem, layer, kind = _split(name)
         if stem in _HUGGING_FACE:
-            result[f"{_HUGGING_FACE[stem].replace('#', layer)}.{kind}"] = raw[raw_name]
+            result[f"{_HUGGING_FACE[stem].replace('#', layer)}.{kind}"] = read(raw_name)
         elif stem == _QKV[0]:
             parts = [raw_name.replace(".query.", f".{part.rsplit('.', 1)[1]}.") for part in _QKV]
-            result[f"encoder.layers.{layer}.qkv.{kind}"] = torch.cat([raw[part] for part in parts if part in raw])
+            result[f"encoder.layers.{layer}.qkv.{kind}"] = torch.cat([read(part) for part in parts if part in names])
         elif name == _TOKEN_TYPES:
-            token_type = raw[raw_name]
+            token_type = read(raw_name)
         elif stem.startswith("roberta.encoder.") and stem not in _QKV:
-            result[name.removeprefix("roberta.")] = raw[raw_name]
+            result[name.removeprefix("roberta.")] = read(raw_name)
     if "encoder.positions.weight" in result and token_type.any():
         positions = result["encoder.positions.weight"]
         result["encoder.positions.weight"] = torch.cat([positions[:2], positions[2:] + token_type[0]])

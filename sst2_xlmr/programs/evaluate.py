@@ -26,15 +26,15 @@ from sst2_xlmr.config import named_files
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.rows import COLUMN_OPTIONS, Columns, columns_given
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
-from sst2_xlmr.evaluation.calibration import Calibration, calibrate
-from sst2_xlmr.evaluation.compare import Predictions, check_comparison, comparison_table
+from sst2_xlmr.evaluation.calibration import calibrate, describe_calibration
+from sst2_xlmr.evaluation.compare import check_comparison
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
 from sst2_xlmr.export.folder import CARD_NAME, read_card, with_note, write_folder
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder, model_folder
 from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.predictor import Classifier
-from sst2_xlmr.report.table import evaluation_table
+from sst2_xlmr.report.table import comparison_table, evaluation_table, lines_of
 from sst2_xlmr.report.tensorboard import (
     add_scalars,
     draw_accuracy,
@@ -47,11 +47,12 @@ from sst2_xlmr.task import Task
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import cannot_write, put_in_place, scratch_folder, write_text
+from sst2_xlmr.util.files import put_in_place, scratch_folder, write_text, writing
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.output import print_text
 
 MOST_CONFUSED_CLASSES = 10  # whose confusion matrix fits on a line
+Fitted = tuple[float, float, float]  # temperature, expected calibration error before and after
 
 
 def is_stream(file: Path) -> bool:
@@ -73,10 +74,8 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     if output:
         if os.path.lexists(output):
             raise UserError(f"--output {output} already exists; choose another name")
-        try:
+        with writing(output):
             output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(output, error) from None
         if not os.access(output.absolute().parent, os.W_OK):
             raise UserError(f"cannot write to --output {output}: no permission; choose another place")
 
@@ -84,17 +83,13 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 def class_lines(name: str, confusion: np.ndarray, label_names: list[str]) -> list[str]:
     """Return the lines of a table of a file's classes, with the confusion matrix unless it is too wide."""
     classes = per_class(confusion)
-    width = max(len(text) for text in [*label_names, name])
-    shown = label_names if len(label_names) <= MOST_CONFUSED_CLASSES else []
-    widths = [max(len(label), len(f"{confusion.max():,}")) for label in shown]
-    head = "  ".join(f"{label:>{size}}" for label, size in zip(shown, widths))
-    lines = [f"{name:<{width}}  precision  recall      F1     rows" + (f"   taken for: {head}" if shown else "")]
+    is_shown = len(label_names) <= MOST_CONFUSED_CLASSES
+    rows = [[name, "precision", "recall", "F1", "rows", *(["taken for:", *label_names] if is_shown else [])]]
     for number, label in enumerate(label_names):
-        precision, recall, f1, rows = (classes[key][number] for key in ("precision", "recall", "f1", "support"))
-        counts = "  ".join(f"{count:>{size},}" for count, size in zip(confusion[number], widths))
-        line = f"{label:<{width}}     {precision:.4f}  {recall:.4f}  {f1:.4f}  {rows:>7,}"
-        lines.append(line + (f"   {'':<10} {counts}" if shown else ""))
-    return lines
+        numbers = [f"{classes[key][number]:.4f}" for key in ("precision", "recall", "f1")]
+        counts = ["", *(f"{count:,}" for count in confusion[number])] if is_shown else []
+        rows.append([label, *numbers, f"{classes['support'][number]:,}", *counts])
+    return lines_of(rows)
 
 
 def as_json(file: Path, metrics: dict[str, Any], confusion: np.ndarray, label_names: list[str]) -> dict[str, Any]:
@@ -106,17 +101,6 @@ def as_json(file: Path, metrics: dict[str, Any], confusion: np.ndarray, label_na
     return {"file": str(file), **chosen, "classes": classes, "confusion": confusion.tolist()}
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    try:
-        if is_stream(file):
-            file.write_text(text, encoding="utf-8")
-        else:
-            write_text(file, text)
-    except OSError as error:
-        raise cannot_write(file, error) from None
-
-
 def write_events(
     folder: Path,
     evaluations: dict[str, Evaluation],
@@ -126,16 +110,13 @@ def write_events(
     task: Task,
 ) -> None:
     """Write scalars and pictures for TensorBoard, at step 0."""
-    try:
-        with open_events(folder) as writer:
-            for name, evaluation in evaluations.items():
-                add_scalars(writer, 0, name, {key: evaluation.metrics[key] for key in task.scalars})
-                texts_of = partial(read_texts, files[name], caches[name].digest, columns, task)
-                assert evaluation.probabilities is not None
-                draw_evaluation(writer, 0, name, caches[name].labels, evaluation.probabilities, task, texts_of)
-            draw_accuracy(writer, 0, task, {name: evaluation.metrics for name, evaluation in evaluations.items()})
-    except OSError as error:
-        raise cannot_write(folder, error) from None
+    with writing(folder), open_events(folder) as writer:
+        for name, evaluation in evaluations.items():
+            add_scalars(writer, 0, name, {key: evaluation.metrics[key] for key in task.scalars})
+            texts_of = partial(read_texts, files[name], caches[name].digest, columns, task)
+            assert evaluation.probabilities is not None
+            draw_evaluation(writer, 0, name, caches[name].labels, evaluation.probabilities, task, texts_of)
+        draw_accuracy(writer, 0, task, {name: evaluation.metrics for name, evaluation in evaluations.items()})
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -155,55 +136,45 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("--overwrite needs the --json file that it may replace")
 
 
-def write_calibrated(
-    source: Path, output: Path, calibration: Calibration, measure: Callable[[Path], float]
-) -> Calibration:
+def write_calibrated(source: Path, output: Path, fitted: Fitted, measure: Callable[[Path], float]) -> Fitted:
     """Write a model folder like `source` that gives calibrated probabilities, and say so in its card.
 
     Args:
+        fitted: what `calibrate` has found.
         measure: returns the ECE of a model's folder, on the rows of the calibration.
 
     Returns:
-        The calibration, with the ECE of what was written.
+        `fitted`, with the ECE of what was written.
     """
     encoder, begin, card = find_encoder(str(source)), "The probabilities are calibrated: ", read_card(source)
-    try:
-        with scratch_folder(output) as scratch:
-            written = scratch / output.name
-            write_folder(written, load_tensors(encoder), encoder, card, calibration.temperature)
-            if calibration.temperature != 1:
-                calibration = calibration._replace(ece_after=measure(written))
-                if card:
-                    card = with_note(card, f"{begin}{calibration}.", former=f"{begin}temperature")
-                    (written / CARD_NAME).write_text(card, encoding="utf-8")
-            put_in_place(written, output, replaces=False)
-    except OSError as error:
-        raise cannot_write(output, error) from None
-    return calibration
+    temperature, before, after = fitted
+    with writing(output), scratch_folder(output) as scratch:
+        written = scratch / output.name
+        write_folder(written, load_tensors(encoder), encoder, card, temperature)
+        if temperature != 1:
+            after = measure(written)
+            if card:
+                note = f"{begin}{describe_calibration(temperature, before, after)}."
+                card = with_note(card, note, former=f"{begin}temperature")
+                (written / CARD_NAME).write_text(card, encoding="utf-8")
+        put_in_place(written, output, replaces=False)
+    return temperature, before, after
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description="Evaluate a trained model on labelled files.", allow_abbrev=False)
+    parser = OneLineParser(description="Evaluate a trained model on labelled files.")
     add_model_options(parser)
-    parser.add_argument(
-        "--calibrate", type=Path, metavar="FILE", help="fit a temperature on these rows, and write --output"
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="the new folder of the calibrated model")
-    parser.add_argument(
-        "--file",
-        default=[],
-        nargs="+",
-        action="extend",
-        metavar="[NAME=]FILE",
-        help=f"labelled rows to evaluate on: {either(KINDS)}, perhaps with .gz; may be repeated",
-    )
+    add, rows = parser.add_argument, f"labelled rows to evaluate on: {either(KINDS)}, perhaps with .gz; may be repeated"
+    add("--calibrate", type=Path, metavar="FILE", help="fit a temperature on these rows, and write --output")
+    add("--output", type=Path, metavar="DIR", help="the new folder of the calibrated model")
+    add("--file", default=[], nargs="+", action="extend", metavar="[NAME=]FILE", help=rows)
     for name in COLUMN_OPTIONS:
         add_option(parser, name)
-    parser.add_argument("--against", choices=("bf16", "fp32"), help="compare --precision with this one")
+    add("--against", choices=("bf16", "fp32"), help="compare --precision with this one")
     add_bounds(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --json file")
-    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write scalars and pictures there")
+    add("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    add("--overwrite", action="store_true", help="replace an existing --json file")
+    add("--tensorboard", type=Path, metavar="DIR", help="write scalars and pictures there")
     arguments = parser.parse_args(argv)
     check_arguments(arguments)
     check_outputs(arguments)
@@ -217,11 +188,15 @@ def evaluate_all(
     # numpy would warn of what is refused below.
     with memory_errors(f"take a smaller --batch-tokens than {batch_tokens}"), np.errstate(invalid="ignore"):
         for name, cache in caches.items():
-            evaluations[name] = evaluate(
-                classifier.module, classifier.task, cache, batch_tokens, world, keep_probabilities
-            )
-            classifier.check_finite(evaluations[name].metrics["loss"])
+            found = evaluate(classifier.module, classifier.task, cache, batch_tokens, world, keep_probabilities)
+            classifier.check_finite(found.metrics["loss"])
+            evaluations[name] = found
     return evaluations
+
+
+def sides_of(found: Evaluation, expected: Evaluation, cache: TokenCache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    assert found.probabilities is not None and expected.probabilities is not None
+    return found.probabilities, expected.probabilities, cache.labels
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -232,53 +207,51 @@ def main(argv: list[str] | None = None) -> None:
         if not file.is_file():
             raise UserError(f"--file {file} is not a file")
     keep_freed_memory()
-    classifier = Classifier.load(arguments.model, arguments.precision, arguments.device)
+    model, against, device = arguments.model, arguments.against, arguments.device
+    classifier = Classifier.load(model, arguments.precision, device)
     tokenizer, task, precision = classifier.tokenizer, classifier.task, classifier.precision
-    if arguments.against and arguments.precision == "int8" != precision:
+    if against and arguments.precision == "int8" != precision:
         raise UserError("--precision int8 cannot be compared on this machine, which cannot compute it")
-    if arguments.against == precision:
+    if against == precision:
         raise UserError(f"--against {precision} compares {precision} with itself; name another --precision")
     columns = columns_given(arguments)
-    cache_dir, tokenizer_file = downloads.cache_dir() / "tokens", arguments.model / TOKENIZER_NAME
+    cache_dir, tokenizer_file = downloads.cache_dir() / "tokens", model / TOKENIZER_NAME
     caches = {  # all of them before the first evaluation, so that a bad row shows at once
         name: tokenize_file(file, tokenizer_file, columns, task, tokenizer.max_length, cache_dir, lambda *_: tokenizer)
         for name, file in files.items()
     }
-    keep_probabilities = bool(arguments.tensorboard or arguments.calibrate or arguments.against)
+    keep_probabilities = bool(arguments.tensorboard or arguments.calibrate or against)
     evaluations = evaluate_all(classifier, caches, arguments.batch_tokens, keep_probabilities)
     if arguments.calibrate:
 
         def ece_of(folder: Path) -> float:
-            written = Classifier.load(folder, arguments.precision, arguments.device)
+            written = Classifier.load(folder, arguments.precision, device)
             return float(evaluate_all(written, caches, arguments.batch_tokens)["dev"].metrics["ece"])
 
-        calibration = calibrate(task, evaluations["dev"].probabilities, caches["dev"].labels)
-        calibration = write_calibrated(arguments.model, arguments.output, calibration, ece_of)
-        print_text(f"{arguments.output}: {calibration}\n")
+        fitted = calibrate(task, evaluations["dev"].probabilities, caches["dev"].labels)
+        fitted = write_calibrated(model, arguments.output, fitted, ece_of)
+        print_text(f"{arguments.output}: {describe_calibration(*fitted)}\n")
         return
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
     confusions = {name: task.confusion(evaluations[name].results, cache.labels) for name, cache in caches.items()}
     if arguments.json:
         parts = {name: as_json(files[name], metrics[name], confusions[name], task.label_names) for name in files}
-        content = {"model": str(arguments.model), "precision": precision, "labels": task.label_names, "files": parts}
-        write_json(arguments.json, {**content, "mean": mean_of(list(metrics.values()))})
+        content = {"model": str(model), "precision": precision, "labels": task.label_names, "files": parts}
+        text = json.dumps({**content, "mean": mean_of(list(metrics.values()))}, indent=2, ensure_ascii=False) + "\n"
+        with writing(arguments.json):
+            write = write_text if not is_stream(arguments.json) else partial(Path.write_text, encoding="utf-8")
+            write(arguments.json, text)
     if arguments.tensorboard:
         write_events(arguments.tensorboard, evaluations, files, caches, columns, task)
     lines = evaluation_table(task, metrics)
     for name, confusion in confusions.items():
         lines += ["", *class_lines(name, confusion, task.label_names)]
-    if not arguments.against:
+    if not against:
         print_text("\n".join([*lines, ""]))
         return
-    reference = Classifier.load(arguments.model, arguments.against, arguments.device)
-    expected = evaluate_all(reference, caches, arguments.batch_tokens, keep_probabilities)
-    predictions: Predictions = {}
-    for name, cache in caches.items():
-        found, wanted = evaluations[name].probabilities, expected[name].probabilities
-        assert found is not None and wanted is not None
-        predictions[name] = found, wanted, cache.labels
-    sides = precision, arguments.against
+    expected = evaluate_all(Classifier.load(model, against, device), caches, arguments.batch_tokens, True)
+    predictions = {name: sides_of(evaluations[name], expected[name], cache) for name, cache in caches.items()}
     try:
-        print_text("\n".join([*lines, "", *comparison_table(task, predictions, *sides), ""]))
+        print_text("\n".join([*lines, "", *comparison_table(task, predictions, precision, against), ""]))
     finally:  # the verdict does not depend on who reads the table, nor on where it goes
-        check_comparison(task, predictions, *bounds_of(arguments), *sides)
+        check_comparison(task, predictions, *bounds_of(arguments), precision, against)

@@ -35,7 +35,7 @@ from sst2_xlmr.cli import OneLineParser, add_bounds, add_option, bounds_of
 from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.rows import COLUMN_OPTIONS, Columns, columns_given
-from sst2_xlmr.evaluation.compare import check_comparison, compare, comparison_table
+from sst2_xlmr.evaluation.compare import check_comparison, compare
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.check_rows import is_rows_file, read_checks, read_texts
 from sst2_xlmr.export.folder import read_card, write_folder
@@ -45,6 +45,7 @@ from sst2_xlmr.model.encoders import Encoder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.weights import load_tensors
+from sst2_xlmr.report.table import comparison_table
 from sst2_xlmr.task import SingleLabel, Task
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.errors import UserError
@@ -62,27 +63,17 @@ Classify = Callable[[list[str], Optional[list[str]]], np.ndarray]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description="Write a trained model in another form, and check it.", allow_abbrev=False)
+    parser = OneLineParser(description="Write a trained model in another form, and check it.")
     add = parser.add_argument
     add("--model", required=True, type=Path, metavar="DIR|NAME", help="model folder, or owner/name of the Hub")
     add("--format", required=True, choices=("hf", "onnx", "onnx-int8", "torchscript"), help="what to write")
     add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf) or file")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights in the folder; hf only [fp32]")
     add("--from-ids", action="store_true", help="onnx: take token ids instead of texts, to tokenize elsewhere")
-    add(
-        "--keep-vocabulary-of",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="leave out the embedding rows that these texts, and single characters, do not need",
-    )
-    add(
-        "--check-file",
-        nargs="+",
-        default=[],
-        metavar="[NAME=]FILE",
-        help=f"compare on these rows, labelled or not: {either(KINDS)}, or lines of text [built-in sentences]",
-    )
+    what = "leave out the embedding rows that these texts, and single characters, do not need"
+    add("--keep-vocabulary-of", nargs="+", default=[], metavar="FILE", help=what)
+    what = f"compare on these rows, labelled or not: {either(KINDS)}, or lines of text [built-in sentences]"
+    add("--check-file", nargs="+", default=[], metavar="[NAME=]FILE", help=what)
     for name in COLUMN_OPTIONS:
         add_option(parser, name)
     add_bounds(parser)
@@ -96,21 +87,18 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if kind != "hf" and arguments.dtype != "fp32":
         raise UserError("--dtype bf16 is for --format hf")
     if kind == "torchscript" and not versions.has_torchtext():
-        raise UserError(
-            f"--format torchscript needs torchtext under torch 2.3.1, and this is {versions.description()}; export it"
-            " in an environment that `STACK=torchtext scripts/setup.sh` has made"
-        )
+        cure = "export it in an environment that `STACK=torchtext scripts/setup.sh` has made"
+        here = f"this is {versions.description()}"
+        raise UserError(f"--format torchscript needs torchtext under torch 2.3.1, and {here}; {cure}")
     is_onnx = kind.startswith("onnx")
-    for package in ("onnx", "onnxruntime", "onnxruntime_extensions"):
-        if is_onnx and find_spec(package) is None:
+    for package in ("onnx", "onnxruntime", "onnxruntime_extensions") if is_onnx else ():
+        if find_spec(package) is None:
             raise UserError(f"--format {kind} needs {package}; install it with pip install -e '.[onnx]'")
     if arguments.from_ids and not is_onnx:
         raise UserError("--from-ids is for --format onnx")
     if arguments.from_ids and arguments.keep_vocabulary_of:
-        raise UserError(
-            "--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids; export --format hf"
-            " trimmed, then that folder with --from-ids"
-        )
+        cure = "export --format hf trimmed, then that folder with --from-ids"
+        raise UserError(f"--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids; {cure}")
     if kind == "onnx-int8" and not arguments.check_file:
         raise UserError("--format onnx-int8 needs --check-file: what 8 bits cost is measured on rows such as yours")
     if kind != "onnx-int8" and (arguments.most_changed, arguments.most_lost) != (None, None):
@@ -130,10 +118,8 @@ def check_finite(encoder: Encoder) -> None:
     """Refuse a model that answers NaN, perhaps only where an unusual piece occurs."""
     for name, weight in load_tensors(encoder).items():
         if not torch.isfinite(weight).all():
-            raise UserError(
-                f"{encoder.weights_file}: {name} has values that are not finite (NaN or infinity); export a model"
-                " from before the training failed"
-            )
+            what = f"{name} has values that are not finite (NaN or infinity)"
+            raise UserError(f"{encoder.weights_file}: {what}; export a model from before the training failed")
 
 
 def classify_with_folder(folder: Path) -> Classify:
@@ -222,16 +208,12 @@ def trim(encoder: Encoder, files: list[str], columns: Columns, folder: Path) -> 
 
 
 def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: Path) -> str:
-    """Write the model's new form and compare it; returns what to say.
-
-    Raises:
-        UserError: if its answers are too far from the model's.
-    """
+    """Write the model's new form, and check that its answers are near enough to the model's; returns what to say."""
     int8 = arguments.format == "onnx-int8"
     takes_pairs = not arguments.format.startswith("onnx") or arguments.from_ids
     columns, has_label_column = columns_given(arguments), "label_column" in arguments
     checks = read_checks(arguments.check_file, columns, task, takes_pairs, has_label_column)
-    unlabelled = [name for name, (_, _, labels) in checks.items() if labels is None] if int8 else []
+    unlabelled = [name for name, (_, labels) in checks.items() if labels is None] if int8 else []
     if unlabelled and arguments.most_lost is not None and len(unlabelled) == len(checks):
         raise UserError(f"--most-lost: no labels in {', '.join(unlabelled)}; name their column with --label-column")
     expected = classify_with_folder(Path(encoder.name))
@@ -241,10 +223,8 @@ def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: 
         found = write_onnx_file(encoder, task, written, int8, arguments.from_ids)
     else:
         found = write_hugging_face(encoder, written, arguments.dtype)
-    both = {
-        name: (found(texts, pairs), expected(texts, pairs), labels) for name, (texts, pairs, labels) in checks.items()
-    }
-    count = sum(len(texts) for texts, _, _ in checks.values())
+    both = {name: (found(*sides), expected(*sides), labels) for name, (sides, labels) in checks.items()}
+    count = sum(len(sides[0]) for sides in both.values())
     if int8:
         lines = [f"no labels in {name}: accuracy was not compared" for name in unlabelled]
         say("\n".join([*comparison_table(task, both, "int8", "fp32"), *lines]))
@@ -253,10 +233,8 @@ def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: 
     difference = float(np.max([compare(task, *sides)["largest"] for sides in both.values()]))  # NaN if one is
     tolerance = ONNX_TOLERANCE if arguments.format == "onnx" else TOLERANCE[arguments.dtype]
     if not difference <= tolerance:  # also if it is NaN
-        raise UserError(
-            f"the written model disagrees with {arguments.model}: a probability differs by {difference:.2g};"
-            " it was removed"
-        )
+        what = f"a probability differs by {difference:.2g}; it was removed"
+        raise UserError(f"the written model disagrees with {arguments.model}: {what}")
     return f"same answers on {count:,} rows, probabilities within {difference:.1g}"
 
 

@@ -23,19 +23,20 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from sst2_xlmr import __version__
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option, number_to
 from sst2_xlmr.config import flag
 from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, kind_of
 from sst2_xlmr.data.predictions import check_columns, console_lines, extended_rows, glue_numbers, submission_lines
-from sst2_xlmr.data.rows import TEXT_OPTIONS, Example, check_text, columns_given, in_chunks, read_examples
+from sst2_xlmr.data.rows import TEXT_OPTIONS, Row, check_text, columns_given, in_chunks, read_rows
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.progress import with_progress
-from sst2_xlmr.task import ABSTAINED, Task
+from sst2_xlmr.task import ABSTAINED
 from sst2_xlmr.util import distributed
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, raise_on_all
@@ -49,33 +50,24 @@ ROWS_AT_ONCE = 1024
 FINGERPRINT_OPTIONS = (*TEXT_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
 # Processes wait for one another at the beginning and the end only, however long the rows of one take.
 TIMEOUT_MINUTES = 7 * 24 * 60.0
-T = TypeVar("T")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line, and check whatever it and the file system alone can tell."""
-    parser = OneLineParser(
-        allow_abbrev=False, description="Classify texts: label and probability for each, in the order of the texts."
-    )
+    parser = OneLineParser(description="Classify texts: label and probability for each, in the order of the texts.")
     add_model_options(parser)
-    parser.add_argument("--input", type=Path, metavar="FILE", help=f"texts: a {either(KINDS)} file, perhaps with .gz")
+    add, a_file = parser.add_argument, f"{either(KINDS)} file, perhaps with .gz"
+    add("--input", type=Path, metavar="FILE", help=f"texts: a {a_file}")
     for name in TEXT_OPTIONS:
         add_option(parser, name)
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"write a {either(KINDS)} file, perhaps with .gz, instead"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
-    parser.add_argument("--resume", action="store_true", help="continue where a run with the same --output was killed")
-    parser.add_argument(
-        "--abstain-below",
-        type=number_to(1, "probability"),
-        default=0.0,
-        metavar="P",
-        help=f"predict {ABSTAINED} instead of a label whose probability is lower",
-    )
-    parser.add_argument("--all-probabilities", action="store_true", help="also those of the other labels")
-    parser.add_argument("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
-    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
+    add("--output", type=Path, metavar="FILE", help=f"write a {a_file}, instead")
+    add("--overwrite", action="store_true", help="replace existing output")
+    add("--resume", action="store_true", help="continue where a run with the same --output was killed")
+    what = f"predict {ABSTAINED} instead of a label whose probability is lower"
+    add("--abstain-below", type=number_to(1, "probability"), default=0.0, metavar="P", help=what)
+    add("--all-probabilities", action="store_true", help="also those of the other labels")
+    add("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
+    add("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
     arguments = parser.parse_args(argv)
     check_options(arguments)
     check_output_files(arguments)
@@ -109,11 +101,7 @@ def check_options(arguments: argparse.Namespace) -> None:
 
 
 def check_output_files(arguments: argparse.Namespace) -> None:
-    """Check that the output files can be written, and that nothing is replaced unasked; make the submission's folder.
-
-    Raises:
-        UserError: if not.
-    """
+    """Refuse output that cannot be written or would replace something unasked; make the submission's folder."""
     paths = output_files(arguments)
     try:
         if len({path.resolve() for path in paths}) < len(paths):
@@ -126,13 +114,13 @@ def check_output_files(arguments: argparse.Namespace) -> None:
                 raise UserError(f"cannot write to {path.parent}: no permission; choose another place")
             if path.is_dir():
                 raise UserError(f"{path} is a folder; name a file")
-            if arguments.overwrite or (arguments.resume and (is_begun(paths[0]) or all(map(os.path.lexists, paths)))):
-                continue
-            if os.path.lexists(path):
-                raise UserError(f"{path} already exists; choose another name, or replace it with --overwrite")
-            if is_begun(path) and not arguments.resume:
-                cure = "continue it with --resume, or discard it with --overwrite"
-                raise UserError(f"rows of an earlier run for {path} already exist in a hidden folder; {cure}")
+        if arguments.overwrite or (arguments.resume and (not paths or is_begun(paths[0]) or is_complete(paths))):
+            return
+        for path in filter(os.path.lexists, paths):
+            raise UserError(f"{path} already exists; choose another name, or replace it with --overwrite")
+        if paths and is_begun(paths[0]) and not arguments.resume:
+            cure = "continue it with --resume, or discard it with --overwrite"
+            raise UserError(f"rows of an earlier run for {paths[0]} already exist in a hidden folder; {cure}")
     except OSError as error:
         raise UserError(f"cannot write to {error.filename}: {error.strerror}") from None
 
@@ -143,29 +131,29 @@ def output_files(arguments: argparse.Namespace) -> list[Path]:
     return [file for file in (arguments.output, glue and glue / "SST-2.tsv") if file]
 
 
-def read_sentences(sentences: list[str]) -> Iterator[str]:
-    """Yield the given sentences, or if there are none the lines of standard input (UTF-8, LF or CRLF)."""
-    for number, sentence in enumerate(sentences, 1):
+def is_complete(paths: Sequence[Path]) -> bool:
+    return all(path.exists() for path in paths) and not is_begun(paths[0])
+
+
+def read_input(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the rows to classify: of the file, the sentences, or the lines of standard input (UTF-8, LF or CRLF).
+
+    A wrong sentence shows at once, and so does a wrong column, as a file's first row is read.
+    """
+    if arguments.input:
+        rows = read_rows(arguments.input, columns_given(arguments), None)
+        return itertools.chain([next(rows)], rows)
+    lines: Iterable[tuple[int, str]] = list(enumerate(arguments.sentences, 1))
+    for number, sentence in lines:
         check_text(sentence, f"sentence {number}")
-        yield sentence
-    if sentences:
-        return
-    if sys.stdin is None or sys.stdin.isatty():  # None if it is closed
-        raise UserError(
-            "no sentences: give them as arguments, one per line on standard input, or in a file with --input"
-        )
-    for _, line in decoded_lines(sys.stdin.buffer, "standard input"):
-        yield line.rstrip("\r\n")
-
-
-def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
-    """Yield the rows to classify; a file's first row is read at once, to report a wrong column before any work."""
-    if not arguments.input:
-        names = ["sentence"]
-        numbered = enumerate(read_sentences(arguments.sentences), 1)
-        return (Example(sentence, None, Fields(line, names, [sentence])) for line, sentence in numbered)
-    rows = read_examples(arguments.input, columns_given(arguments))
-    return itertools.chain([next(rows)], rows)
+    if not lines:
+        if sys.stdin is None or sys.stdin.isatty():  # None if it is closed
+            cure = "give them as arguments, one per line on standard input, or in a file with --input"
+            raise UserError(f"no sentences: {cure}")
+        decoded = decoded_lines(sys.stdin.buffer, "standard input")
+        lines = ((number, line.rstrip("\r\n")) for number, line in decoded)
+    names = ["sentence"]
+    return (Row(text, None, None, Fields(number, names, [text])) for number, text in lines)
 
 
 def read_through(arguments: argparse.Namespace) -> tuple[str, list[str], list[int]]:
@@ -180,33 +168,33 @@ def read_through(arguments: argparse.Namespace) -> tuple[str, list[str], list[in
     return digest, columns or [], rows
 
 
-def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Classifier, world: World) -> dict[str, Any]:
-    """Return what makes the rows of the output; shards that were begun with another one are not continued."""
+def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Classifier) -> dict[str, Any]:
+    """Return what makes the rows of the output; blocks that were begun with another one are not continued."""
     encoder, _ = find_model(arguments.model)
     files = [encoder.weights_file, encoder.tokenizer_file, *sorted(arguments.model.glob("*config.json"))]
     options = {name: str(value) for name, value in vars(arguments).items() if name in FINGERPRINT_OPTIONS}
-    digests = {"input": digest, "model": [digest_of(file) for file in files]}
-    machine = {"precision": classifier.precision, "device": world.device.type}
-    return {**digests, **options, **machine}
+    machine = {"precision": classifier.precision, "device": classifier.device.type, "version": __version__}
+    return {"input": digest, "model": [digest_of(file) for file in files], **options, **machine}
 
 
 def classify(
-    arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Example]]
-) -> Iterator[tuple[list[Example], np.ndarray]]:
-    """Yield every chunk of rows with its probabilities, float32 [rows, labels]."""
+    arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Row]]
+) -> Iterator[tuple[list[Row], list[list[Any]]]]:
+    """Yield every chunk of rows with the new cells of each row."""
 
-    def encode(chunk: list[Example]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(chunk: list[Row]) -> tuple[np.ndarray, np.ndarray]:
         return classifier.encode([row.text if row.pair is None else (row.text, row.pair) for row in chunk])
 
     encoded = ((chunk, encode(chunk)) for chunk in chunks)
     # A file is read and tokenized while the model computes; a stream may have to be waited for.
-    for chunk, ids in read_ahead(encoded) if arguments.input else encoded:
+    for chunk, (ids, lengths) in read_ahead(encoded) if arguments.input else encoded:
         with memory_errors(f"take a smaller --batch-tokens than {arguments.batch_tokens}"):
-            probabilities = classifier.probabilities_of_ids(*ids, arguments.batch_tokens)
-        yield chunk, probabilities
+            found = classifier.probabilities_of_ids(ids, lengths, arguments.batch_tokens).tolist()
+        cells, options = classifier.task.cells, (arguments.all_probabilities, arguments.abstain_below)
+        yield chunk, [cells(probabilities, *options) for probabilities in found]
 
 
-def read_ahead(items: Iterator[T]) -> Iterator[T]:
+def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
     """Yield all items; the next one is made on a thread meanwhile."""
     with ThreadPoolExecutor(1) as thread:
         pending = thread.submit(next, items, None)
@@ -215,18 +203,12 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def predictions_of(arguments: argparse.Namespace, task: Task, probabilities: np.ndarray) -> list[list[Any]]:
-    """Return the new cells of every row."""
-    return [task.cells(row, arguments.all_probabilities, arguments.abstain_below) for row in probabilities.tolist()]
-
-
 def print_predictions(arguments: argparse.Namespace) -> None:
     """Classify all texts, and write lines on standard output, in UTF-8."""
     rows = read_input(arguments)
     classifier = Classifier.load(arguments.model, arguments.precision, arguments.device)
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    for chunk, probabilities in classify(arguments, classifier, in_chunks(rows, ROWS_AT_ONCE)):
-        predictions = predictions_of(arguments, classifier.task, probabilities)
+    for chunk, predictions in classify(arguments, classifier, in_chunks(rows, ROWS_AT_ONCE)):
         if not print_text(console_lines(chunk, predictions)):
             return
 
@@ -235,27 +217,27 @@ def write_predictions(arguments: argparse.Namespace, paths: Sequence[Path], worl
     """Classify all texts, or this process's share of the input, and write the output files."""
     digest, columns, sizes = "", ["sentence"], []
     if arguments.input:
-        digest, columns, sizes = distributed.broadcast(
-            world, distributed.on_rank0(world, lambda: read_through(arguments))
-        )
+        found = distributed.on_rank0(world, lambda: read_through(arguments))
+        digest, columns, sizes = distributed.broadcast(world, found)
     classifier = Classifier.load(arguments.model, arguments.precision, world.device)
-    task, fingerprint = classifier.task, None
     if len(set(distributed.gather_objects(world, classifier.precision))) > 1:
         raise_on_all("the processes compute in different precisions; name one with --precision")
-    numbers = glue_numbers(task.label_names) if arguments.glue_submission else {}
-    if arguments.input:
-        fingerprint = fingerprint_of(arguments, digest, classifier, world)
-    new_columns = task.columns(arguments.all_probabilities)
+    new_columns = classifier.task.columns(arguments.all_probabilities)
     first, last = (len(sizes) * rank // world.world_size for rank in (world.rank, world.rank + 1))
     with contextlib.ExitStack() as stack:
-        opening = open_shards(paths, fingerprint, arguments.resume, arguments.overwrite)
-        folder = distributed.broadcast(world, distributed.on_rank0(world, lambda: stack.enter_context(opening)))
+
+        def begin() -> tuple[Path, dict[str, int]]:
+            numbers = glue_numbers(classifier.label_names) if arguments.glue_submission else {}
+            fingerprint = fingerprint_of(arguments, digest, classifier) if arguments.input else None
+            shards = open_shards(paths, fingerprint, arguments.resume, arguments.overwrite)
+            return stack.enter_context(shards), numbers
+
+        folder, numbers = distributed.broadcast(world, distributed.on_rank0(world, begin))
         block = first_missing(folder, first, last, len(paths)) if arguments.input else 0
         chunks = itertools.islice(in_chunks(read_input(arguments), ROWS_AT_ONCE), block, last if sizes else None)
         row, total, done = sum(sizes[:block]), sum(sizes[first:last]), sum(sizes[first:block])
         answers = classify(arguments, classifier, chunks)
-        for chunk, probabilities in with_progress(answers, total, done, quiet=not world.is_main):
-            predictions = predictions_of(arguments, task, probabilities)
+        for chunk, predictions in with_progress(answers, total, done, quiet=not world.is_main):
             texts = []
             if arguments.output:
                 header = getattr(arguments, "header", True) and row == 0
@@ -281,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.model = model_folder(arguments.model)
     if not paths:
         print_predictions(arguments)
-    elif arguments.resume and paths[0].exists() and not is_begun(paths[0]):
+    elif arguments.resume and is_complete(paths):
         unknown = "whether it belongs to this input and model is not known"
         cure = "replace it with --overwrite instead of --resume"
         print(f"{paths[0]} already exists and is complete, so nothing was done; {unknown}: {cure}", file=sys.stderr)

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from sst2_xlmr.cli import OneLineParser, add_option, positive
-from sst2_xlmr.data.formats import KINDS, Fields, kind_of, row_writer
-from sst2_xlmr.data.rows import TEXT_OPTIONS, columns_given, read_examples
+from sst2_xlmr.data.formats import Fields, is_table, kind_of, row_writer
+from sst2_xlmr.data.rows import TEXT_OPTIONS, columns_given, read_rows
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file
 from sst2_xlmr.util.output import say
@@ -99,7 +99,7 @@ def seed_number(text: str) -> int:
 def write_rows(file: Path, rows: list[Fields], header: bool) -> None:
     with new_file(file) as opened:
         write = row_writer(opened, kind_of(file))
-        if header and KINDS[kind_of(file)].is_table:
+        if header and is_table(file):
             write(rows[0].names, rows[0].names)
         for fields in rows:
             write(fields.names, fields.cells)
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     columns, output_dir = columns_given(arguments), arguments.output_dir
     if os.path.lexists(output_dir):
         raise UserError(f"--output-dir {output_dir} already exists; choose another directory")
-    examples = list(read_examples(arguments.train_file, columns))
+    examples = list(read_rows(arguments.train_file, columns, None))
     stays, test = split_rows([words_of(each.text, each.pair) for each in examples], arguments.rows, arguments.seed)
     left_out = len(examples) - len(stays) - len(test)
     if arguments.train_rows is not None:

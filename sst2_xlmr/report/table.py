@@ -1,9 +1,10 @@
-"""The console's table of evaluated files."""
+"""The console's tables of evaluated files and of compared precisions."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from sst2_xlmr.evaluation.compare import Predictions, compare, compare_all
 from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.task import Task
 
@@ -16,13 +17,34 @@ def evaluation_table(task: Task, metrics_by_file: dict[str, dict[str, Any]]) -> 
     ]
     if len(rows) > 1:
         rows.append({"file": "mean", **task.table_cells(mean_of(list(metrics_by_file.values())))})
+    return lines_of([list(rows[0]), *([row.get(column, "") for column in rows[0]] for row in rows)])
+
+
+def comparison_table(task: Task, files: Predictions, name: str, reference: str) -> list[str]:
+    """Return the lines of a table: a file each, and all rows together if there are several files.
+
+    Args:
+        name, reference: what the two sides are called.
+    """
+    parts = {file: compare(task, *sides) for file, sides in files.items()}
+    if len(parts) > 1:
+        parts["all rows"] = compare_all(task, files)
+    labelled = [part["metrics"][0] for part in parts.values() if part["metrics"]]
+    columns = list(task.table_cells(labelled[0])) if labelled else []
+    titles = [f"{column} {name} ({reference})" for column in columns]
+    rows = [["file", "labels changed", "largest change", *titles, "rows"]]
+    for file, part in parts.items():
+        share = f"{part['changed']:,} ({part['changed'] / part['rows']:.2%})"
+        cells = ["-"] * len(columns)
+        if part["metrics"]:
+            found, expected = map(task.table_cells, part["metrics"])
+            cells = [f"{found[column]} ({expected[column]})" for column in columns]
+        rows.append([file, share, f"{part['largest']:.4f}", *cells, f"{part['rows']:,}"])
     return lines_of(rows)
 
 
-def lines_of(rows: list[dict[str, str]]) -> list[str]:
-    """Return the lines of a table with a header; a row may lack cells. The first column is left-aligned."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    table = [dict(zip(columns, columns)), *rows]
-    widths = {column: max(len(row.get(column, "")) for row in table) for column in columns}
-    cells = [[f"{row.get(column, ''):>{widths[column]}}" for column in columns[1:]] for row in table]
-    return ["  ".join([f"{row[columns[0]]:<{widths[columns[0]]}}", *line]).rstrip() for row, line in zip(table, cells)]
+def lines_of(rows: list[list[str]]) -> list[str]:
+    """Return the lines of a table, the first row of which is its header; the first column is left-aligned."""
+    first, *others = (max(map(len, column)) for column in zip(*rows))
+    cells = [[f"{row[0]:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], others))] for row in rows]
+    return ["  ".join(line).rstrip() for line in cells]

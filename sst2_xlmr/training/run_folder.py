@@ -35,12 +35,12 @@ def claim(run_folder: Path) -> IO[str]:
         run_folder.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}; take another --output-dir") from None
+        raise UserError(f"cannot write to {path}: {error.strerror}; choose another --output-dir") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         holder = file.read(200).strip() or "another process"
-        raise UserError(f"{run_folder} is in use by {holder}; wait for it, stop it, or take another folder") from None
+        raise UserError(f"{run_folder} is in use by {holder}; wait for it, or choose another directory") from None
     except OSError as error:
         raise UserError(f"cannot lock {path}: {error.strerror}; put the run on a file system with locks") from None
     file.truncate(0)
@@ -64,7 +64,7 @@ def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
     try:
         write_text(target, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write to {target}: {error.strerror}; make room, or take another folder") from None
+        raise UserError(f"cannot write to {target}: {error.strerror}; make room, or choose another directory") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -571,7 +571,7 @@ def test_without_a_compiler_there_are_no_kernels_and_it_is_said_why(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(compiling, "_find_kernels", compiling._find_kernels.__wrapped__)
     assert load_kernels(torch.float32) is None
-    assert compiling.why_not_compiled() == reason
+    assert compiling.fallback_reason() == reason
     assert not list(tmp_path.rglob("*.so"))
 
 

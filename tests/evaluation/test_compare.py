@@ -7,7 +7,8 @@ from typing import Optional
 import numpy as np
 import pytest
 
-from sst2_xlmr.evaluation.compare import check_comparison, compare, comparison_table
+from sst2_xlmr.evaluation.compare import check_comparison, compare
+from sst2_xlmr.report.table import comparison_table
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.errors import UserError
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from sst2_xlmr import run as run_module
 from sst2_xlmr import train
 from sst2_xlmr.config import Config
-from sst2_xlmr.evaluation.calibration import Calibration
 from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.export import folder as hugging_face
 from sst2_xlmr.export.folder import LAST_LAYER, with_note, write_folder
@@ -172,9 +171,9 @@ def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -
         Config(data_dir="/d/films", eval_file=["fr=/d/fr.tsv"], test_file=["/d/de.tsv"]),
         SingleLabel(["a", "b"]),
     )
-    card = card_text(config, two, {"train": 5, "fr": 2}, {}, 3, Calibration(1.5, 0.25, 0.125))
+    card = card_text(config, two, {"train": 5, "fr": 2}, {}, 3, (1.5, 0.25, 0.125))
     assert "; from films, fr.tsv, de.tsv." in card
     assert "a temperature of 1.500, fitted on dev" in card
     assert "calibration error from 0.2500 to 0.1250.\n\n## Settings" in card
-    card = card_text(config, two, {"train": 5}, {}, 3, Calibration(1.0, 0.25, 0.25))
+    card = card_text(config, two, {"train": 5}, {}, 3, (1.0, 0.25, 0.25))
     assert "calibrated: temperature 1, as no other is significantly better on dev;" in card

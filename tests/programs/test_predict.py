@@ -7,6 +7,7 @@ import errno
 import fcntl
 import gzip
 import io
+import itertools
 import json
 import os
 import pty
@@ -27,9 +28,10 @@ from safetensors.torch import load_file, save_file
 
 import sst2_xlmr
 from sst2_xlmr.data.formats import kind_of
-from sst2_xlmr.data.rows import Columns, read_examples
+from sst2_xlmr.data.rows import Columns, read_rows
 from sst2_xlmr.programs import predict as script
 from sst2_xlmr.report import progress
+from sst2_xlmr.util.shards import shards_of
 
 
 def predict(*options: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -96,7 +98,7 @@ def run(model: Path, *options: object) -> None:
 
 
 def read_output(path: Path) -> list[dict[str, Any]]:
-    examples = read_examples(path, Columns("text"))
+    examples = read_rows(path, Columns("text"), None)
     return [dict(zip(row.fields.names, row.fields.cells)) for row in examples]
 
 
@@ -221,7 +223,7 @@ def test_output_that_exists_is_kept_unless_told_otherwise(
         assert "out.tsv already exists; choose another name" in user_error(partial(run, model, *options), capsys)
         assert out.read_text() == "precious"
         run(model, *options, "--overwrite")
-        assert len(list(read_examples(out, Columns()))) == 1
+        assert len(list(read_rows(out, Columns(), None))) == 1
         out.unlink()
     assert other.read_text() == "precious"
     out.mkdir()
@@ -237,78 +239,69 @@ def write_many(path: Path, rows: int) -> Path:
     return path
 
 
-def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> None:
-    """Two processes, killed twice while they write: bit for bit the file of one undisturbed process."""
-    name, processes = "out.csv", 2
-    words = ["--model", model, "--precision", "fp32", "--input", write_many(tmp_path / "in.csv", 9000), "--output"]
-    (tmp_path / "whole").mkdir()
-    assert predict(*words, tmp_path / "whole" / name).returncode == 0
+def torchrun_command(processes: int, *options: object) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    options = map(str, ["scripts/predict.py", "--device", "cpu", *words, tmp_path / name])
-    command = [*launcher, *options]
+    return [*launcher, "scripts/predict.py", "--device", "cpu", *map(str, options)]
+
+
+def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> None:
+    """Killed twice while it writes, by two processes, then one, then two: the file of one undisturbed process."""
+    words = ["--model", model, "--precision", "fp32", "--input", write_many(tmp_path / "in.csv", 12_000), "--output"]
+    (tmp_path / "whole").mkdir()
+    whole, out = tmp_path / "whole" / "out.csv.gz", tmp_path / "out.csv.gz"
+    assert predict(*words, whole).returncode == 0
 
     def blocks() -> int:
-        return len(list((tmp_path / f".{name}.shards").glob("0-*")))
+        return len(list(shards_of(out).glob("0-*")))
 
-    kills = 0
-    while not (tmp_path / name).exists():
-        before = blocks()
-        with subprocess.Popen([*command, "--resume"], cwd=ROOT, start_new_session=True) as process:
-            while process.poll() is None:
-                if kills < 2 and blocks() > before + 1:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    kills += 1
-                    break
-    assert kills == 2
-    assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["in.csv", "whole", name])
-    again = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert again.returncode == 0
-    assert "out.csv already exists and is complete, so nothing was done; whether it belongs" in again.stderr
-
-
-def torchrun_predict(processes: int, *options: object) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launcher, "scripts/predict.py", "--device", "cpu", *map(str, options)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    for processes in (2, 1):
+        command, before = torchrun_command(processes, *words, out, "--resume"), blocks()
+        with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+            while blocks() < before + 2:
+                assert process.poll() is None
+            os.killpg(process.pid, signal.SIGKILL)
+        assert not out.exists()
+    done = [subprocess.run(torchrun_command(2, *words, out, "--resume"), cwd=ROOT, stderr=-1, text=True) for _ in "12"]
+    assert [each.returncode for each in done] == [0, 0]
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "out.csv.gz", "whole"]
+    assert "out.csv.gz already exists and is complete, so nothing was done; whether it belongs" in done[1].stderr
 
 
 def test_more_processes_than_rows_at_once(model: Path, tmp_path: Path) -> None:
     """That a model is not for GLUE is said once."""
     options = ["--model", model, "--input", write_many(tmp_path / "in.csv", 10), "--output", tmp_path / "out.csv"]
-    done = torchrun_predict(3, *options)
+    run_command = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    done = run_command(torchrun_command(3, *options))
     assert done.returncode == 0, done.stderr
     assert len(read_output(tmp_path / "out.csv")) == 10
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "out.csv"]
-    done = torchrun_predict(2, *options[:4], "--glue-submission", tmp_path / "glue")
+    done = run_command(torchrun_command(2, *options[:4], "--glue-submission", tmp_path / "glue"))
     assert done.returncode != 0
     assert done.stderr.count("error: --glue-submission: the model's classes are a, b") == 1
 
 
-def dies_after_a_block(blocks: Iterator[Any], *_: object, **__: object) -> Iterator[Any]:
-    yield next(blocks)
+def dies_after(answers: Iterator[Any], blocks: int) -> Iterator[Any]:
+    yield from itertools.islice(answers, blocks)
     raise ZeroDivisionError
 
 
-def run_killed(model: Path, *options: object) -> None:
-    """Predict, and die after a block."""
+def run_killed(model: Path, *options: object, blocks: int = 1) -> None:
+    """Predict, and die after some blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "with_progress", dies_after_a_block)
+        patch.setattr(script, "with_progress", lambda answers, *_, **__: dies_after(answers, blocks))
         with pytest.raises(ZeroDivisionError):
             run(model, *options)
 
 
 @pytest.mark.parametrize("blocks", [0, 1])
 def test_what_was_to_replace_a_file_is_continued(
-    model: Path, tmp_path: Path, blocks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, blocks: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The file that exists is not taken for the result, also if no block has been written."""
     options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
     (tmp_path / "out.csv").write_text("of before")
-    with monkeypatch.context() as patch:
-        if not blocks:
-            patch.setattr(script, "write_block", lambda *_: None)
-        run_killed(model, *options, "--overwrite")
+    run_killed(model, *options, "--overwrite", blocks=blocks)
     run(model, *options, "--resume")
     assert len(read_output(tmp_path / "out.csv")) == 3000
     glue = ["--glue-submission", tmp_path / "glue"]
@@ -334,7 +327,7 @@ def test_other_rows_are_not_continued(
     model = Path(shutil.copytree(model, tmp_path / "model"))
     options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
     run_killed(model, *options)
-    assert (tmp_path / ".out.csv.shards").is_dir()
+    assert (tmp_path / ".out.csv.shards" / "0-00000000").is_file()
     if what == "row":
         change(tmp_path / "in.csv", b"number 2999 ", b"number 2998 ")
     elif what == "weight":

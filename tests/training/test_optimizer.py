@@ -221,7 +221,7 @@ import sys
 import torch
 from torch import nn
 from test_optimizer import CONFIG, AdamW, CpuAdamW, build, load_kernels, model, saved, set_gradients
-from sst2_xlmr.training.ddp import wrap_ddp
+from sst2_xlmr.backend import wrap_ddp
 from sst2_xlmr.util import distributed
 from sst2_xlmr.util.errors import end_among_others
 

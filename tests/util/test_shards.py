@@ -1,4 +1,4 @@
-"""Output that is computed in blocks and survives a kill."""
+"""Output in blocks that survives a kill."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Killed(BaseException):
 
 
 def write(paths: list[Path], blocks: int, dies: bool = False, **options: Any) -> int:
-    """Write some blocks, and join them unless it dies; returns how many were there."""
-    options = {"fingerprint": FINGERPRINT, "resume": False, "overwrite": False, **options}
-    with contextlib.suppress(Killed), open_shards(paths, **options) as folder:
-        before = first_missing(folder, 0, blocks, len(paths))
-        for number in range(before, blocks):
-            write_block(folder, number, paths, [f"{path.name} {number}\n" for path in paths])
+    """Write the blocks that are missing, and the outputs unless it dies; returns the first block's number."""
+    options = {"fingerprint": FINGERPRINT, "resume": False, **options}
+    with contextlib.suppress(Killed), open_shards(paths, **options) as at:
+        first = first_missing(at, 0, blocks, len(paths))
+        for number in range(first, blocks):
+            write_block(at, number, paths, [f"{path.name} {number}\n" for path in paths])
         if dies:
             raise Killed
-        join_blocks(folder, paths, blocks)
-    return before
+        join_blocks(at, paths, blocks)
+    return first
 
 
 def names(folder: Path) -> list[str]:
@@ -39,19 +39,21 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
 def test_what_was_continued_has_the_same_bytes(tmp_path: Path, name: str) -> None:
-    """Two files at once; a block that only one of them has is written again."""
+    """Two files at once; of a block that only one has, of a lost one, and of those after it, all are written again."""
     whole, killed = ([tmp_path / folder / file for file in (name, "b.csv")] for folder in ("whole", "killed"))
     for paths in (whole, killed):
         paths[0].parent.mkdir()
     write(whole, 5)
     assert write(killed, 2, dies=True) == 0
-    assert names(killed[0].parent) == [f".{name}.shards"]
-    assert write(killed, 4, resume=True, dies=True) == 2
-    (shards_of(killed[0]) / "1-00000003").unlink()
-    assert write(killed, 5, resume=True) == 3
+    folder = shards_of(killed[0])
+    assert names(killed[0].parent) == [folder.name]
+    (folder / "0-00000002").write_bytes(b"half a ro")
+    assert write(killed, 4, dies=True, resume=True) == 2
+    (folder / "1-00000001").unlink()
+    (folder / f".0-00000004.{'0' * 16}.new.sst2_xlmr").write_text("half a ro")
+    assert write(killed, 5, resume=True) == 1
     assert names(killed[0].parent) == [name, "b.csv"]
-    for one, other in zip(whole, killed):
-        assert one.read_bytes() == other.read_bytes()
+    assert [path.read_bytes() for path in killed] == [path.read_bytes() for path in whole]
     text = whole[0].read_bytes()
     text = gzip.decompress(text) if name.endswith(".gz") else text
     assert text.decode().splitlines() == [f"{name} {number}" for number in range(5)]
@@ -60,24 +62,6 @@ def test_what_was_continued_has_the_same_bytes(tmp_path: Path, name: str) -> Non
 def test_without_any_rows_a_gzip_file_is_whole(tmp_path: Path) -> None:
     write([tmp_path / "a.jsonl.gz"], 0)
     assert gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()) == b""
-
-
-def test_several_processes_write_blocks_in_any_order(tmp_path: Path) -> None:
-    """Each finds where its own share is to be continued."""
-    path = tmp_path / "a.tsv"
-    with open_shards([path], FINGERPRINT, False, False) as folder:
-        for number in (4, 0, 5, 2, 1):
-            write_block(folder, number, [path], [f"{number}\n"])
-        assert [first_missing(folder, first, last, 1) for first, last in ((0, 3), (2, 5), (4, 6), (6, 6))] == [
-            3,
-            3,
-            6,
-            6,
-        ]
-        write_block(folder, 3, [path], ["3\n"])
-        join_blocks(folder, [path], 6)
-    assert path.read_text() == "0\n1\n2\n3\n4\n5\n"
-    assert names(tmp_path) == ["a.tsv"]
 
 
 def test_what_was_begun_with_another_fingerprint_is_not_continued(tmp_path: Path) -> None:
@@ -93,42 +77,37 @@ def test_what_was_begun_with_another_fingerprint_is_not_continued(tmp_path: Path
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_second_process_is_refused_while_the_first_one_writes(tmp_path: Path, resume: bool) -> None:
-    path = tmp_path / "a.tsv"
-    with open_shards([path], FINGERPRINT, False, False) as folder:
+def test_a_second_command_is_refused_while_the_first_one_writes(
+    tmp_path: Path, resume: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it finds the first one's lock, which is removed before it can have it."""
+    path, flock = tmp_path / "a.tsv", shards.fcntl.flock
+    with open_shards([path], FINGERPRINT, resume=False) as folder:
         write_block(folder, 0, [path], ["one\n"])
         with pytest.raises(UserError, match=r"another process is writing .*a\.tsv; wait"):
-            write([path], 1, resume=resume)
-        write_block(folder, 1, [path], ["two\n"])
-        join_blocks(folder, [path], 2)
-    assert path.read_text() == "one\ntwo\n"
-    assert names(tmp_path) == ["a.tsv"]
-
-
-def test_a_folder_that_is_removed_while_it_is_opened_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A first process ends after a second one has opened the lock, and before that one has it."""
-    path, lock = tmp_path / "a.tsv", shards.fcntl.flock
+            write([path], 2, resume=resume)
+        join_blocks(folder, [path], 1)
 
     def too_late(file: Any, kind: int) -> None:
         monkeypatch.undo()
-        write([path], 2)
-        lock(file, kind)
+        write([path], 2, overwrite=True)
+        flock(file, kind)
 
     monkeypatch.setattr(shards.fcntl, "flock", too_late)
     with pytest.raises(UserError, match="another process is writing"):
-        write([path], 1)
+        write([path], 1, resume=resume, overwrite=True)
     assert path.read_text() == "a.tsv 0\na.tsv 1\n"
+    assert names(tmp_path) == ["a.tsv"]
 
 
-def test_what_was_begun_shows_from_the_first_moment(tmp_path: Path) -> None:
-    """Also of a process that was killed before its first block, beside a file that was to be replaced."""
+def test_what_is_there_does_not_pass_for_the_result_of_a_killed_run(tmp_path: Path) -> None:
+    """From the first moment, beside a file that was to be replaced; without such a file nothing is left."""
     path = tmp_path / "a.tsv"
+    assert write([path], 0, dies=True) == 0
+    assert names(tmp_path) == []
     path.write_text("of before\n")
-    assert not is_begun(path)
-    assert write([path], 0, overwrite=True, dies=True) == 0
-    assert is_begun(path), "what is there must not pass for the result"
+    write([path], 0, dies=True, overwrite=True)
+    assert is_begun(path)
     assert write([path], 1, resume=True) == 0
     assert path.read_text() == "a.tsv 0\n"
     assert names(tmp_path) == ["a.tsv"]
@@ -136,78 +115,75 @@ def test_what_was_begun_shows_from_the_first_moment(tmp_path: Path) -> None:
 
 def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
-    with open_shards([path], FINGERPRINT, False, False) as folder:
-        write_block(folder, 0, [path], ["ours\n"])
-        path.write_text("precious")
-        with pytest.raises(UserError, match=r"a\.tsv already exists; move it away"):
-            join_blocks(folder, [path], 1)
+    write([path], 1, dies=True)
+    path.write_text("precious")
     with pytest.raises(UserError, match=r"a\.tsv already exists; move it away"):
         write([path], 1, resume=True)
     assert path.read_text() == "precious"
-    path.rename(tmp_path / "other")
+    path.unlink()
     assert write([path], 1, resume=True) == 1
-    assert path.read_text() == "ours\n"
+    assert path.read_text() == "a.tsv 0\n"
 
 
-def test_killed_between_two_names_it_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file that has its name already is the run's own, so it may be replaced."""
+@pytest.mark.parametrize("named", [0, 1, 2])
+def test_killed_while_it_gives_names_it_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: int) -> None:
+    """The files that have their names already are the run's own, so they may be replaced."""
     paths = [tmp_path / "a.tsv", tmp_path / "b.csv"]
-    write(paths, 1, dies=True)
-    give_name = shards.atomic_file
+    atomic_file, remove = shards.atomic_file, shards._remove
 
-    def dies(path: Path) -> Any:
-        if path == paths[1]:
+    def dies_at(path: Path) -> Any:
+        if path == paths[named]:
             raise Killed
-        return give_name(path)
+        return atomic_file(path)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(shards, "atomic_file", dies)
-        write(paths, 1, resume=True)
-    assert [path.exists() for path in paths] == [True, False]
+    def dies(_: Path) -> None:
+        raise Killed
+
+    monkeypatch.setattr(*((shards, "_remove", dies) if named == 2 else (shards, "atomic_file", dies_at)))
+    write(paths, 1)
+    assert names(tmp_path) == [".a.tsv.shards", "a.tsv", "b.csv"][: named + 1]
+    monkeypatch.setattr(shards, "atomic_file", atomic_file)
+    monkeypatch.setattr(shards, "_remove", remove)
     assert write(paths, 1, resume=True) == 1
     assert [path.read_text() for path in paths] == ["a.tsv 0\n", "b.csv 0\n"]
     assert names(tmp_path) == ["a.tsv", "b.csv"]
 
 
-@pytest.mark.parametrize("what", ["file", "folder", "link"])
-def test_what_others_have_made_stays(tmp_path: Path, what: str) -> None:
-    """Whatever has the folder's name without our mark, also if a link leads to a folder that has it."""
-    path, folder = tmp_path / "a.tsv", shards_of(tmp_path / "a.tsv")
-    precious = folder
-    if what == "link":
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+def test_what_others_have_made_stays(tmp_path: Path, kind: str) -> None:
+    """What has the blocks' place without our fingerprint, or is where a link of that name leads."""
+    path, place, other = tmp_path / "a.tsv", shards_of(tmp_path / "a.tsv"), tmp_path / "other"
+    if kind == "file":
+        place.write_text("precious")
+    elif kind == "link":
         write([tmp_path / "b.tsv"], 1, dies=True)
-        folder.symlink_to(shards_of(tmp_path / "b.tsv"))
-        precious = folder / "0-00000000"
-    elif what == "folder":
-        folder.mkdir()
-        precious = folder / "0-00000000"
-        precious.write_text("precious")
+        place.symlink_to(shards_of(tmp_path / "b.tsv").rename(other))
     else:
-        precious.write_text("precious")
-    before = precious.read_text()
-    (tmp_path / "a.tsv.part-0").write_text("also precious")
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"\.a\.tsv\.shards already exists and is not ours"):
-            write([path], 1, overwrite=overwrite)
-    assert precious.read_text() == before
-    folder.rename(tmp_path / "elsewhere")
-    write([path], 1)
-    assert (tmp_path / "a.tsv.part-0").read_text() == "also precious"
+        place.mkdir()
+        (place / "0-00000000").write_text("precious")
+    before = sorted(tmp_path.rglob("*")), sorted(other.glob("*"))
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"\.a\.tsv\.shards already exists and is not ours; move it away"):
+            write([path], 1, resume=resume)
+    assert before == (sorted(tmp_path.rglob("*")), sorted(other.glob("*")))
 
 
-def test_other_files_among_the_shards_stay(tmp_path: Path) -> None:
+def test_a_folder_of_a_process_that_was_killed_at_once_is_used(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
-    write([path], 2, dies=True)
-    (shards_of(path) / "notes.txt").write_text("precious")
+    shards_of(path).mkdir()
+    for name in ("lock", f".fingerprint.json.{'0' * 16}.new.sst2_xlmr"):
+        (shards_of(path) / name).touch()
     write([path], 1)
-    assert path.read_text() == "a.tsv 0\n"
-    assert (shards_of(path) / "notes.txt").read_text() == "precious"
+    assert names(tmp_path) == ["a.tsv"]
 
 
-def test_nothing_is_left_without_blocks(tmp_path: Path) -> None:
-    """A folder that a killed process had only just made is no obstacle."""
-    shards_of(tmp_path / "a.tsv").mkdir()
-    write([tmp_path / "a.tsv"], 0, dies=True)
-    assert names(tmp_path) == []
+def test_what_is_not_ours_in_the_folder_stays(tmp_path: Path) -> None:
+    write([tmp_path / "a.tsv"], 1, dies=True)
+    (shards_of(tmp_path / "a.tsv") / "notes").write_text("precious")
+    write([tmp_path / "a.tsv"], 1, resume=True)
+    assert names(shards_of(tmp_path / "a.tsv")) == ["notes"]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write .*: No such file"):
         write([tmp_path / "b" / "a.tsv"], 1)

@@ -246,12 +246,12 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, ro
 
 
 def load_kernels(dtype: torch.dtype) -> Kernels | None:
-    """Return the kernels for bf16 or fp32, compiled at the first call on a machine; None: see `why_not_compiled`."""
+    """Return the kernels for bf16 or fp32, compiled at the first call on a machine; None: see `fallback_reason`."""
     found = _find_kernels(dtype)
     return found if isinstance(found, Kernels) else None
 
 
-def why_not_compiled() -> str:
+def fallback_reason() -> str:
     """Return why there are no kernels here, in a few words; "" if there are."""
     found = [_find_kernels(dtype) for dtype in (torch.float32, torch.bfloat16)]
     return next((reason for reason in found if isinstance(reason, str)), "")
