@@ -48,11 +48,6 @@ def any_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_SIGNIFICANT_GAIN", 0.0)
 
 
-def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    powers = probabilities ** (1 / temperature)
-    return powers / powers.sum(1, keepdims=True)
-
-
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_temperature_is_found(temperature: float, classes: int) -> None:
