@@ -3,9 +3,9 @@
 #
 #   scripts/check_gpu.sh                          # with the environment's Python, .venv/bin/python
 #   PYTHON=python3 scripts/check_gpu.sh | tee gpu.txt
-#   PYTHONPATH=torchdata-0.11.0-py3-none-any.whl PYTHON=python3 scripts/check_gpu.sh
+#   PYTHON=python3 scripts/check_gpu.sh
 #
-# Needs torch, torchdata (a wheel in PYTHONPATH will do), numpy, safetensors, tqdm, tensorboard and sentencepiece, and no
+# Needs torch, numpy, safetensors, tqdm, tensorboard and sentencepiece, and no
 # network: weights are random, texts those of sample_data. Where transformers and accelerate are installed, the Trainer
 # is measured beside it. Prints a summary and one line of JSON; ends with status 1 if a check fails.
 set -euo pipefail

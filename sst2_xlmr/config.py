@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -18,7 +19,6 @@ from sst2_xlmr.util.errors import UserError
 LOCK_NAME = ".lock"  # in a run's folder
 MAX_CLASSES = 1000
 EVAL_BATCH_TOKENS = 4096
-REMOVED_OPTIONS = ("eval_batch_size", "restart_on_collapse")  # ignored in the config.json of a former version
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
@@ -57,7 +57,6 @@ def typed(word: str) -> str:
 
 
 def comma_separated(text: str) -> list[str]:
-    """Parse `negative,positive`."""
     return [name.strip() for name in typed(text).split(",")]
 
 
@@ -83,8 +82,7 @@ def _check_class_weights(text: str) -> str:
 
 def plain_name(path: Path) -> str:
     """Return a file's name without its extensions: `fr` for `data/fr.csv.gz`."""
-    name = path.with_suffix("").name if path.suffix.lower() == ".gz" else path.name
-    return Path(name).stem
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).stem
 
 
 def named_file(text: str) -> tuple[str, Path]:
@@ -94,11 +92,7 @@ def named_file(text: str) -> tuple[str, Path]:
 
 
 def named_files(values: list[str], option: str) -> dict[str, Path]:
-    """Return name -> file of an option's values, `[NAME=]FILE`.
-
-    Raises:
-        UserError: if two files have the same name.
-    """
+    """Return name -> file of an option's values, `[NAME=]FILE`; a UserError if two have the same name."""
     files: dict[str, Path] = {}
     for name, file in map(named_file, values):
         if name in files:
@@ -108,14 +102,13 @@ def named_files(values: list[str], option: str) -> dict[str, Path]:
 
 
 def _check_eval_files(values: list[str]) -> str:
-    names = [named_file(value)[0] for value in values]
-    for value, name in zip(values, names):
+    for value in values:
+        name = named_file(value)[0]
         if not _NAMED.fullmatch(value):
             return "takes NAME=FILE, the name made of letters, digits and ._-"
         if name in ("train", "dev"):
             return f"takes other names than {name}, which has its own option"
-        if names.count(name) > 1:
-            return f"has the name {name} twice"
+    named_files(values, "--eval-file")
     return ""
 
 
@@ -124,56 +117,49 @@ def option(
     help: str,
     metavar: str | None = None,
     check: Callable[[Any], str] | None = None,
-    changeable: bool = False,
+    is_changeable: bool = False,
 ) -> Any:
     """Declare one option; its annotation says its type and how many values it takes.
 
     Args:
-        default: its value if it is not given; None for none.
         help: one sentence, with the unit.
         metavar: what `--help` shows for the value.
         check: returns what is wrong with a value, or an empty string.
-        changeable: whether `--resume` accepts another value, because it does not affect the result.
+        is_changeable: whether `--resume` accepts another value, because it does not affect the result.
     """
-    metadata = {"help": help, "metavar": metavar, "check": check, "changeable": changeable}
+    metadata = {"help": help, "metavar": metavar, "check": check, "changeable": is_changeable}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+changeable = functools.partial(option, is_changeable=True)
 
 
 @dataclass
 class Config:
     """All that defines a run. Field `some_name` is option `--some-name` and key `some_name` of `config.json`."""
 
-    data_dir: FilePath | None = option(
+    data_dir: FilePath | None = changeable(
         None,
-        "directory with train and dev (and test) as .tsv, .csv or .jsonl, optionally .gz; without any file named, SST-2"
-        " is downloaded",
+        "directory with train and dev (and test) as .tsv, .csv or .jsonl, or .gz of these (no file named: SST-2's)",
         "DIR",
-        changeable=True,
     )
-    train_file: FilePath | None = option(None, "training rows; overrides --data-dir", "FILE", changeable=True)
-    dev_file: FilePath | None = option(
-        None, "rows to evaluate on during training; overrides --data-dir", "FILE", changeable=True
-    )
-    test_file: list[FilePath] = option(
-        [], "labelled rows to evaluate on at the end, one or more files", "FILE", changeable=True
-    )
-    eval_file: list[NamedFile] = option(
+    train_file: FilePath | None = changeable(None, "training rows; overrides --data-dir", "FILE")
+    dev_file: FilePath | None = changeable(None, "rows to evaluate on during training; overrides --data-dir", "FILE")
+    test_file: list[FilePath] = changeable([], "labelled rows to evaluate on at the end, one or more files", "FILE")
+    eval_file: list[NamedFile] = changeable(
         [],
         "more labelled rows to evaluate on during training, under a name (a language, say); may be repeated",
         "NAME=FILE",
         _check_eval_files,
-        changeable=True,
     )
     text_column: str | None = option(
         None, "column with the text, by name or by number from 1 (default: sentence, or else text)", "NAME|N"
     )
     text_pair_column: str | None = option(None, "column with the second text, where a row is a pair of texts", "NAME|N")
     label_column: str = option("label", "column with the label, by name or by number from 1", "NAME|N")
-    header: bool = option(
-        True, "the first line of a .tsv or .csv file names its columns; without it, give them by number"
-    )
+    header: bool = option(True, "a .tsv or .csv file's first line names its columns; without it, give them by number")
     label_names: CommaSeparated | None = option(
         None, "names of the classes 0, 1, ... (default: the training file's labels)", "A,B,...", _check_label_names
     )
@@ -182,31 +168,22 @@ class Config:
     )
     drop_duplicates: bool = option(False, "keep the first of identical rows; drop texts with conflicting labels")
     drop_leaks: bool = option(False, "drop training rows whose text is also in an evaluation file")
-    num_workers: int = option(0, "loader processes per training process", "N", between(0, 256), changeable=True)
+    num_workers: int = changeable(0, "loader processes per training process", "N", between(0, 256))
 
-    encoder: FilePath = option(
+    encoder: FilePath = changeable(
         "xlmr.base",
         "xlmr.base, xlmr.large, owner/name of the Hugging Face Hub (downloaded once), or a directory in its layout",
         "NAME|DIR",
-        changeable=True,
     )
-    layers: int = option(
-        0, "train only the lowest N layers of the encoder; faster and smaller (0: all)", "N", at_least(0)
-    )
-    dropout: float = option(
-        0.1, "dropout in the encoder, on hidden states and attention weights", "P", between(0, 1, False)
-    )
+    layers: int = option(0, "train only the lowest N layers of the encoder; faster, smaller (0: all)", "N", at_least(0))
+    dropout: float = option(0.1, "dropout in the encoder (hidden states, attention weights)", "P", between(0, 1, False))
     head_dropout: float = option(0.1, "dropout in the classification head", "P", between(0, 1, False))
-    full_vocabulary: bool = option(
-        False, "train all rows of the embedding, not only those of the run's tokens; same result, slower"
-    )
+    full_vocabulary: bool = option(False, "train all embedding rows, not only of the run's tokens; same result, slower")
     freeze_encoder: bool = option(False, "train only the classification head")
 
-    epochs: float = option(
-        3.0, "passes over the training rows; 2.5 ends half-way through the third", "N", above(0, 1_000_000)
-    )
+    epochs: float = option(3.0, "passes over the training rows; may be a fraction, such as 2.5", "N", above(0, 1e6))
     max_steps: int = option(
-        0, "stop after N optimizer steps instead, where the schedule ends too (0: --epochs decides)", "N", at_least(0)
+        0, "stop, and end the schedule, after N optimizer steps (0: --epochs decides)", "N", at_least(0)
     )
     batch_size: int = option(32, "rows per optimizer step, over all processes together", "ROWS", at_least(1))
     micro_batch_size: int = option(
@@ -214,23 +191,14 @@ class Config:
     )
     lr: float = option(2e-5, "peak learning rate", "RATE", above(0))
     weight_decay: float = option(0.01, "AdamW weight decay; biases and LayerNorm are exempt", "RATE", at_least(0))
-    layerwise_lr_decay: float = option(
-        1.0, "factor on the learning rate per layer away from the head", "F", above(0, 1)
-    )
+    layerwise_lr_decay: float = option(1.0, "factor on the rate per layer away from the head", "F", above(0, 1))
     schedule: str = option(
-        "linear",
-        "learning rate after warmup: linear (to 0), cosine (to 0) or constant",
-        "NAME",
-        one_of("linear", "cosine", "constant"),
+        "linear", "after warmup: linear (to 0), cosine (to 0), constant", "NAME", one_of("linear", "cosine", "constant")
     )
-    warmup_ratio: float = option(
-        0.06, "fraction of all steps over which the learning rate rises from 0", "SHARE", between(0, 1)
-    )
+    warmup_ratio: float = option(0.06, "share of all steps over which the learning rate rises", "SHARE", between(0, 1))
     max_grad_norm: float = option(1.0, "clip the gradient's global norm to this (0: never)", "NORM", at_least(0))
     label_smoothing: float = option(0.0, "probability mass spread evenly over all classes", "P", between(0, 1, False))
-    skip_nonfinite: int = option(
-        0, "skip up to N batches in a row without a finite gradient (0: stop)", "N", at_least(0), changeable=True
-    )
+    skip_nonfinite: int = changeable(0, "skip up to N non-finite gradients in a row (0: stop)", "N", at_least(0))
     class_weights: str | None = option(
         None,
         "factor on the loss of each class's rows: numbers, or balanced, so that all classes weigh the same",
@@ -242,9 +210,7 @@ class Config:
     )
     seed: int = option(0, "seed of row order, new head and dropout", "N", between(0, 2**31 - 1))
 
-    device: str = option(
-        "auto", "auto (CUDA if available), cpu or cuda", "NAME", one_of("auto", "cpu", "cuda"), changeable=True
-    )
+    device: str = changeable("auto", "auto (CUDA if available), cpu or cuda", "NAME", one_of("auto", "cpu", "cuda"))
     precision: str = option(
         "auto",
         "bf16 (fp32 master weights), fp32, tf32 (CUDA: fp32 with faster, rounded products), or auto (bf16 where the"
@@ -253,19 +219,11 @@ class Config:
         one_of("auto", "bf16", "fp32", "tf32"),
     )
     deterministic: bool = option(False, "on CUDA, use only kernels that repeat to the bit; a CPU always does")
-    compile: bool = option(
-        True, "on a CPU, use the engine that GCC compiles, if there is GCC; else plain PyTorch", changeable=True
-    )
-    threads: int = option(
-        0, "CPU threads per process (0: its share of the available cores)", "N", between(0, 1024), changeable=True
-    )
-    timeout_minutes: float = option(
-        10.0, "minutes without an answer after which another process counts as lost", "MIN", above(0), changeable=True
-    )
+    compile: bool = changeable(True, "on a CPU, use the engine that GCC compiles, if there is GCC; else plain PyTorch")
+    threads: int = changeable(0, "CPU threads per process (0: its share of the available cores)", "N", between(0, 1024))
+    timeout_minutes: float = changeable(10.0, "minutes of silence until a process counts as lost", "MIN", above(0))
 
-    output_dir: FilePath | None = option(
-        None, "the run's directory (default: runs/ and the start time)", "DIR", changeable=True
-    )
+    output_dir: FilePath | None = changeable(None, "the run's directory (default: runs/ and the start time)", "DIR")
     eval_every: int | None = option(
         None,
         "evaluate on dev every N steps of an epoch and at its end (0: only then; default: about eight times an epoch,"
@@ -274,54 +232,27 @@ class Config:
         at_least(0),
     )
     eval_batch_tokens: int = option(
-        EVAL_BATCH_TOKENS,
-        "tokens per forward pass in evaluation, on one process; a longer row is computed alone",
-        "TOKENS",
-        at_least(1),
+        EVAL_BATCH_TOKENS, "tokens per forward pass in evaluation; a longer row goes alone", "TOKENS", at_least(1)
     )
     early_stopping_patience: int = option(
         0, "stop after N evaluations in a row without a better dev accuracy (0: never)", "N", at_least(0)
     )
-    save_every: int = option(
-        0,
-        "also write a checkpoint every N steps, not only after every epoch (0: no)",
-        "N",
-        at_least(0),
-        changeable=True,
-    )
-    keep_checkpoints: int = option(
-        2, "how many of the newest checkpoints to keep, at least 2", "N", at_least(2), changeable=True
-    )
-    log_every: int = option(
-        50, "log training metrics every N steps: means since the last line", "N", at_least(1), changeable=True
-    )
-    tensorboard_dir: FilePath | None = option(
-        None, "TensorBoard events (default: tensorboard/ in the run's directory)", "DIR", changeable=True
-    )
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes 0, 1, ...; without --label-names they are known when the training file has been read."""
-        if self.label_names is None:
-            raise ValueError("the training file has not been read")
-        return self.label_names
+    save_every: int = changeable(0, "write a checkpoint every N steps, not only per epoch (0: no)", "N", at_least(0))
+    keep_checkpoints: int = changeable(2, "how many of the newest checkpoints to keep, at least 2", "N", at_least(2))
+    log_every: int = changeable(50, "log training metrics every N steps: means since the last line", "N", at_least(1))
+    tensorboard_dir: FilePath | None = changeable(None, "TensorBoard events (default: OUTPUT_DIR/tensorboard)", "DIR")
 
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Config)}
 
 
-def _groups() -> dict[str, list[str]]:
-    """Return heading of `--help` -> its options; each begins with the one named here."""
-    first = {"data_dir": "data", "encoder": "model", "epochs": "training", "device": "machine", "output_dir": "output"}
-    groups: dict[str, list[str]] = {}
-    for name in OPTIONS:
-        if name in first:
-            names = groups.setdefault(first[name], [])
-        names.append(name)
-    return groups
-
-
-GROUPS = _groups()
+# Heading of `--help` -> its options; each begins with the one named here.
+_FIRST = {"data_dir": "data", "encoder": "model", "epochs": "training", "device": "machine", "output_dir": "output"}
+GROUPS: dict[str, list[str]] = {}
+for _name in OPTIONS:
+    if _name in _FIRST:
+        _group = GROUPS.setdefault(_FIRST[_name], [])
+    _group.append(_name)
 
 
 def flag(name: str) -> str:
@@ -334,11 +265,7 @@ def shown(value: Any) -> str:
 
 
 def check(config: Config) -> None:
-    """Check whatever the options and the file system alone can tell.
-
-    Raises:
-        UserError: naming the option, its value and the cure.
-    """
+    """Check whatever the options and the file system alone can tell; a UserError names option, value and cure."""
     for name, field in OPTIONS.items():
         value = getattr(config, name)
         if value == "":
@@ -359,16 +286,12 @@ def check(config: Config) -> None:
         if weights != len(config.label_names):
             raise UserError(f"--class-weights has {weights} numbers, but there are {len(config.label_names)} classes")
     if config.text_pair_column is not None and config.max_length < SHORTEST_PAIR:
-        raise UserError(
-            f"--max-length must be {SHORTEST_PAIR} or more with --text-pair-column, not {config.max_length}"
-        )
-    for given, other in (("train_file", "dev_file"), ("dev_file", "train_file")):
-        if getattr(config, given) and not getattr(config, other) and not config.data_dir:
-            raise UserError(f"{flag(given)} without {flag(other)}: name that too, or a --data-dir that has such a file")
+        wanted = f"must be {SHORTEST_PAIR} or more with --text-pair-column"
+        raise UserError(f"--max-length {wanted}, not {config.max_length}")
 
 
 def _check_files(config: Config) -> None:
-    """Check that the files exist which the options name."""
+    """Check that the files exist which the options name, and that none is missing beside them."""
     files = [("train_file", config.train_file), ("dev_file", config.dev_file)]
     files += [("test_file", file) for file in config.test_file]
     files += [("eval_file", str(named_file(value)[1])) for value in config.eval_file]
@@ -380,3 +303,8 @@ def _check_files(config: Config) -> None:
                 raise UserError(f"{flag(name)} {file} is not a file")
     except OSError as error:
         raise UserError(f"cannot look at {error.filename}: {error.strerror}") from None
+    for (given, file), (missing, other) in (files[:2], files[1::-1]):
+        if file and not other and not config.data_dir:
+            raise UserError(
+                f"{flag(given)} without {flag(missing)}: name that too, or a --data-dir that has such a file"
+            )

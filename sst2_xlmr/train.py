@@ -13,6 +13,7 @@ if __name__ == "__main__":  # torchrun -m sst2_xlmr.train: what is missing is sa
 import contextlib
 import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -26,12 +27,13 @@ from sst2_xlmr.report.header import header_lines
 from sst2_xlmr.report.tensorboard import make_event_folder
 from sst2_xlmr.run import Run
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
+from sst2_xlmr.training.guard import is_used
 from sst2_xlmr.training.run_folder import claim, evaluations_at, write_config
 from sst2_xlmr.training.schedule import evaluation_interval
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.training.step import forward_backward
 from sst2_xlmr.util.distributed import World, broadcast, check_same, on_rank0, once_per_node, raise_on_all, start
-from sst2_xlmr.util.errors import Collapsed, Interrupted, Stopped
+from sst2_xlmr.util.errors import Collapsed, Interrupted
 from sst2_xlmr.util.launch import command
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.precision import choose_precision, set_up_numerics
@@ -49,32 +51,29 @@ def train(run: Run) -> None:
         with memory_errors(run.memory_cure):  # 1. the gradient of the global batch
             sums = forward_backward(run.model, batch, run.task.loss, run.world)
         norm = run.optimizer.clip(run.config.max_grad_norm)
-        if run.guard.accepts(norm):  # 2. one step, or this batch is skipped
+        if is_used(norm, run.reads_norm):  # 2. one step, or this batch is skipped
             run.step(sums, norm, batch)
         else:
             run.skip()
         due, stop = schedule.due(state), run.stop.is_agreed()  # 3. log, evaluate, save
-        if any(due) or stop:
+        if due or stop:
             run.meter.reduce(state.step)
-            if due.log:
+            if "log" in due:
                 run.log()
-            state.evaluation_due = due.evaluate
+            state.evaluation_due = "evaluate" in due
             if stop:
                 raise Interrupted
             run.catch_up()
-            if due.save or schedule.is_over(state):
+            if "save" in due or schedule.is_over(state):
                 run.save()
             run.meter.start()
 
 
 def prepare_inputs(config: Config, world: World) -> tuple[Prepared, dict[str, str]]:
-    """Files -> rows -> ids; returns them, and SHA-256 of what was read, by what it is.
-
-    Raises:
-        UserError: on every rank, if ranks were started with different options, or read different files.
-    """
+    """Files -> rows -> ids; returns them, and SHA-256 of what was read, by what it is; all ranks must agree on it."""
     inputs = once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
-    fixed = {flag(name): getattr(config, name) for name, option in OPTIONS.items() if not option.metadata["changeable"]}
+    names = [name for name, option in OPTIONS.items() if name == "compile" or not option.metadata["changeable"]]
+    fixed = {flag(name): getattr(config, name) for name in names}
     check_same(world, fixed, "start all with the same options")
     digests = inputs.digests() if world.local_rank == 0 else {}
     check_same(world, digests, "give all nodes the same files")
@@ -119,17 +118,15 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
 @contextlib.contextmanager
 def outputs(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
     """Open metrics and TensorBoard, and print the header; while it is entered, a signal no longer ends the process."""
-    state, caches = run.state, run.inputs.caches
-    files = {split: (file, caches[split].digest) for split, file in run.inputs.files.items() if split != "train"}
+    state, total_steps = run.state, run.schedule.total_steps
     best = [f"best/{split}" for split in run.at_end]
     again = [*run.at_end, *best, *(run.during if state.evaluation_due else [])]
-    opening = (run.config, run.task, run.folder, state.precision, files, state.step, run.schedule.total_steps, again)
-    run.report = on_rank0(run.world, lambda: Report(*opening))
+    run.report = on_rank0(run.world, lambda: Report(run.inputs, state, run.folder, total_steps, again))
     if run.report:
         found = evaluations_at(run.folder / "metrics.jsonl", state.step)
         run.metrics = {split: metrics for split, metrics in found.items() if split not in best}
-        figures = (run.schedule.total_steps, len(run.vocabulary.ids), run.head_is_new)
-        for line in header_lines(run.inputs, state, run.backend, run.world, run.folder, *figures):
+        parts = (run.optimizer, run.fallback_reason, run.world, run.folder, total_steps, run.head_is_new)
+        for line in header_lines(run.inputs, state, *parts):
             run.say(line)
     if resume:
         run.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
@@ -159,7 +156,7 @@ def finish(run: Run) -> None:
 
 
 def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
-    """Train and finish; a run that is stopped, or has collapsed, is saved, and raises Stopped."""
+    """Train and finish; a run that is stopped, or has collapsed, is saved, and raises SystemExit."""
     again = f"{command('train')} --resume --output-dir {shlex.quote(str(run.folder))}"
     try:
         if checkpoint and (run.state.evaluation_due or run.state.collapse_check_due):
@@ -172,7 +169,7 @@ def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
         name = signal.Signals(run.stop.number).name
         run.say(f"stopped    by {name} after step {run.state.step}, and saved; continue with")
         run.say(f"           {again}")
-        raise Stopped(128 + run.stop.number) from None
+        sys.exit(128 + run.stop.number)  # as in shells
     except Collapsed as collapse:
         reason = str(collapse)
         run.tell(lambda report: report.log_collapse(run.state.step, reason))
@@ -181,7 +178,7 @@ def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
         cure = f"--lr {run.config.lr / 2:g} --seed {run.config.seed + 1} --output-dir NEW_DIR"
         run.say("collapsed  training has collapsed; the run is saved. Rerun with a lower rate and another seed:")
         run.say(f"           {command('train')} --config {shlex.quote(str(run.folder / 'config.json'))} {cure}")
-        raise Stopped(1) from None
+        sys.exit(1)
 
 
 def main(argv: list[str] | None = None) -> None:

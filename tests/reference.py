@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import nn
 
 from sst2_xlmr.model.roberta import PAD_ID, SequenceClassifier
-from sst2_xlmr.model.weight_names import from_torchtext
 from sst2_xlmr.util import versions
 
 needs_torchtext = pytest.mark.skipif(not versions.has_torchtext(), reason=f"this is {versions.description()}")
@@ -15,8 +13,20 @@ needs_torchtext = pytest.mark.skipif(not versions.has_torchtext(), reason=f"this
 
 def our_name(theirs: str) -> str:
     """Return our name for a parameter of torchtext's `RobertaModel`."""
-    name = next(iter(from_torchtext({theirs: torch.empty(0)})))
-    return name.replace("head.out_proj", "head.out")
+    names = {
+        "encoder.transformer.layers.layers.": "encoder.layers.",
+        "encoder.transformer.token_embedding.": "encoder.tokens.",
+        "encoder.transformer.positional_embedding.embedding.": "encoder.positions.",
+        "encoder.transformer.embedding_layer_norm.": "encoder.norm.",
+        "self_attn.in_proj_": "qkv.",
+        "self_attn.out_proj.": "out.",
+        "linear1.": "up.",
+        "linear2.": "down.",
+        "head.out_proj": "head.out",
+    }
+    for old, new in names.items():
+        theirs = theirs.replace(old, new)
+    return theirs
 
 
 def torchtext_model(classifier: SequenceClassifier) -> nn.Module:

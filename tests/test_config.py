@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -22,9 +23,7 @@ from sst2_xlmr.util.flag_hints import hint
 
 
 def test_defaults_are_those_of_config() -> None:
-    config, resume = parse_args([])
-    assert config == Config()
-    assert not resume
+    assert parse_args([]) == (Config(), False)
 
 
 def test_flags_override_a_config_file(tmp_path: Path) -> None:
@@ -52,7 +51,7 @@ def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[
     assert "[2e-05]" in text
     assert "[on]" in text
     assert "==SUPPRESS==" not in text
-    for group in ("data:", "model:", "training:", "machine:", "output:"):
+    for group in ("data:", "model:", "training:", "machine:", "output:", "@FILE takes options from a file"):
         assert group in text
 
 
@@ -79,6 +78,7 @@ WRONG_FLAGS = [
     (["--label-smoothing", "1"], "--label-smoothing must be"),
     (["--dropout", "1"], "--dropout must be from 0 to 1 (excluded)"),
     (["--precision", "fp16"], "--precision is not one of"),
+    (["--precision", "tf32"], "--precision tf32 is for CUDA; take fp32 on a CPU"),
     (["--device", "tpu"], "--device is not one of"),
     (["--device", "cuda"], "torch finds no CUDA GPU"),
     (["--seed", "-1"], "--seed must be"),
@@ -153,16 +153,8 @@ WRONG_FILES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("two trains", lambda data: shutil.copy(data / "train.tsv", data / "train.csv"), "keep one, or use --train-file"),
     ("empty", write("train.tsv", b""), "train.tsv has no rows"),
     ("header only", write("dev.tsv", b"sentence\tlabel\n"), "dev.tsv has no rows"),
-    (
-        "no header",
-        write("train.tsv", b"a fine film\t1\na poor one\t0\n"),
-        "--label-column, or say --no-header",
-    ),
-    (
-        "bad label",
-        write("dev.tsv", b"sentence\tlabel\nx\t5\n"),
-        "dev.tsv, line 2: label '5' is neither",
-    ),
+    ("no header", write("train.tsv", b"a fine film\t1\na poor one\t0\n"), "--label-column, or say --no-header"),
+    ("bad label", write("dev.tsv", b"sentence\tlabel\nx\t5\n"), "dev.tsv, line 2: label '5' is neither"),
     ("one label", write("train.tsv", b"sentence\tlabel\nx\t5\n"), "train.tsv: all rows have the label '5'"),
     ("fractions", write("train.tsv", b"sentence\tlabel\nx\t1.5\n"), "train.tsv, line 2: label '1.5' is a fraction"),
     ("no label", write("dev.tsv", b"sentence\tlabel\nx\t1\ny\t\n"), "dev.tsv, line 3: label '' is empty"),
@@ -195,7 +187,7 @@ def test_wrong_files(
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "is not JSON"),
+        ("{", "as JSON: "),
         ("[]", "does not hold a JSON object"),
         ('{"learning_rate": 1}', "unknown option 'learning_rate'; did you mean lr?"),
         ('{"batchsize": 1}', "did you mean batch_size?"),
@@ -212,14 +204,6 @@ def test_wrong_files(
 def test_wrong_config_files(content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(content)
     assert says in user_error(lambda: train.main(["--config", str(tmp_path / "config.json")]), capsys)
-
-
-def test_options_of_former_versions_are_no_obstacle(run_train: Callable[..., Path], tmp_path: Path) -> None:
-    run = run_train(tmp_path / "run", "--epochs", 1)
-    saved = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**saved, "eval_batch_size": 64}))
-    train.main(["--resume", "--output-dir", str(run)])
-    assert json.loads((run / "config.json").read_text()) == saved
 
 
 def test_resume_refuses_what_would_compute_something_else(
@@ -261,36 +245,31 @@ def test_a_run_in_a_folder_named_auto_stays_there(run_train: Callable[..., Path]
 
 FLAGS = [*map(flag, OPTIONS), "--no-header", "--no-compile", "--config", "--resume", "--help"]
 POINTERS = {
-    "--learning_rate": "--lr",
-    "--per_device_train_batch_size": "--batch-size",
-    "--per-device-eval-batch-size": "--eval-batch-tokens",
-    "--gradient_accumulation_steps": "--micro-batch-size",
-    "--num_train_epochs": "--epochs",
-    "--model_name_or_path": "--encoder",
-    "--warmup_steps": "--warmup-ratio",
-    "--warmup-steps": "--warmup-ratio",
-    "--lr_scheduler_type": "--schedule",
-    "--label_smoothing_factor": "--label-smoothing",
-    "--fp16": "--precision",
-    "--bf16": "--precision",
-    "--no_cuda": "--device",
-    "--evaluation_strategy": "--eval-every",
-    "--eval_steps": "--eval-every",
-    "--save_steps": "--save-every",
-    "--save_total_limit": "--keep-checkpoints",
-    "--logging_steps": "--log-every",
-    "--logging_dir": "--tensorboard-dir",
-    "--max_seq_length": "--max-length",
-    "--train_file": "--train-file",
-    "--validation_file": "--dev-file",
-    "--dataloader_num_workers": "--num-workers",
-    "--output_dir": "--output-dir",
-    "--resume_from_checkpoint": "--resume",
-    "--patience": "--early-stopping-patience",
-    "--lrr": "--lr",
-    "--epoch": "--epochs",
-    "--batchsize": "--batch-size",
-    "--lable-column": "--label-column",
+    "--lr": "learning_rate lrr",
+    "--batch-size": "per_device_train_batch_size batchsize",
+    "--eval-batch-tokens": "per-device-eval-batch-size",
+    "--micro-batch-size": "gradient_accumulation_steps",
+    "--epochs": "num_train_epochs epoch",
+    "--encoder": "model_name_or_path",
+    "--warmup-ratio": "warmup_steps warmup-steps",
+    "--schedule": "lr_scheduler_type lr_scheduler",
+    "--label-smoothing": "label_smoothing_factor",
+    "--precision": "fp16 bf16",
+    "--device": "no_cuda",
+    "--eval-every": "evaluation_strategy eval_steps",
+    "--early-stopping-patience": "patience",
+    "--save-every": "save_steps",
+    "--keep-checkpoints": "save_total_limit",
+    "--log-every": "logging_steps",
+    "--tensorboard-dir": "logging_dir",
+    "--max-length": "max_seq_length max_len",
+    "--train-file": "train_file train_data_file",
+    "--dev-file": "validation_file",
+    "--text-column": "text_column_name",
+    "--label-column": "lable-column label_column_name",
+    "--num-workers": "dataloader_num_workers",
+    "--output-dir": "output_dir",
+    "--resume": "resume_from_checkpoint",
 }
 NEEDLESS = ("do_train", "do_eval", "overwrite_output_dir", "load_best_model_at_end", "metric_for_best_model")
 UNLIKE_OURS = """
@@ -301,10 +280,10 @@ UNLIKE_OURS = """
 """
 
 
-@pytest.mark.parametrize("given", POINTERS)
-def test_flags_of_others_point_to_ours(given: str) -> None:
-    assert hint(given, FLAGS).startswith("did you mean ")
-    assert hint(given, FLAGS).split()[3].rstrip("?") == POINTERS[given]
+def test_flags_of_others_point_to_ours() -> None:
+    for ours, others in POINTERS.items():
+        for given in others.split():
+            assert re.match(rf"did you mean {ours}[ ?]", hint(f"--{given}", FLAGS)), given
 
 
 def test_flags_without_an_equal_get_no_wrong_pointer() -> None:
@@ -314,6 +293,5 @@ def test_flags_without_an_equal_get_no_wrong_pointer() -> None:
     assert hint("--model_name_or_path", ["--model", "--input"]) == "did you mean --model?"
 
 
-@pytest.mark.parametrize("name", ["fr.tsv", "fr.csv.gz", "fr.JSONL.GZ"])
-def test_plain_name(name: str) -> None:
-    assert plain_name(Path("data", name)) == "fr"
+def test_plain_name() -> None:
+    assert {plain_name(Path("data", name)) for name in ("fr.tsv", "fr.csv.gz", "fr.JSONL.GZ")} == {"fr"}

@@ -1,6 +1,8 @@
-"""A single label's loss: class weights, alone and with label smoothing; the baseline; when answers have collapsed."""
+"""A single label: its loss, its answers and their metrics, what exported forms append, when answers have collapsed."""
 
 from __future__ import annotations
+
+from typing import Any, Callable
 
 import numpy as np
 import pytest
@@ -24,18 +26,13 @@ def class_weights(given: str | None, labels: np.ndarray) -> torch.Tensor | None:
     return task().for_training(Config(class_weights=given), labels, CPU).class_weights
 
 
-def test_balanced_classes_weigh_the_same_and_rows_one_on_average() -> None:
-    weights = class_weights("balanced", LABELS.numpy())
-    assert weights is not None
+def test_balanced_classes_weigh_the_same_and_rows_one_on_average_and_numbers_are_taken_as_they_are() -> None:
+    weights, given = (class_weights(each, LABELS.numpy()) for each in ("balanced", "0.5,2,0"))
+    assert weights is not None and given is not None
     of_rows = weights[LABELS]
     torch.testing.assert_close(of_rows.mean(), torch.tensor(1.0))
     assert [float(of_rows[label == LABELS].sum()) for label in range(3)] == pytest.approx([2, 2, 2])
-
-
-def test_numbers_are_taken_as_they_are() -> None:
-    weights = class_weights("0.5,2,0", LABELS.numpy())
-    assert weights is not None
-    assert weights.tolist() == [0.5, 2, 0]
+    assert given.tolist() == [0.5, 2, 0]
     assert class_weights(None, LABELS.numpy()) is None
 
 
@@ -114,3 +111,81 @@ def test_answers_that_have_become_useless() -> None:
     assert not useless(0.70, 0.70), "it is better than chance"
     assert not useless(0.85, 0.999), "overfitted: a high loss, but right"
     assert useless(0.95, 0.999, share=0.05), "so is always the frequent label"
+
+
+RESULTS = torch.tensor([[2.0, 0.0, 1.0], [0.5, 0.4, 0.0], [0.0, 3.0, 0.0], [1.0, 1.0, -2.0]])
+
+
+def test_answers_columns_and_cells() -> None:
+    probabilities = task().probabilities(RESULTS)
+    torch.testing.assert_close(probabilities, RESULTS.exp() / RESULTS.exp().sum(1, keepdim=True))
+    found, highest = task().answers(probabilities.numpy())
+    assert found.tolist() == [0, 0, 1, 0]
+    assert highest == pytest.approx(probabilities.amax(1).tolist())
+    assert task().columns(all_probabilities=False) == ["label", "probability"]
+    every = ["label", "probability", "probability_a", "probability_b", "probability_c"]
+    assert task().columns(all_probabilities=True) == every
+    row = [0.2, 0.5, 0.3]
+    assert task().cells(row, all_probabilities=False) == ["b", 0.5]
+    assert task().cells(row, all_probabilities=True) == ["b", 0.5, *row]
+    assert task().cells(row, all_probabilities=False, abstain_below=0.5) == ["b", 0.5]
+    assert task().cells(row, all_probabilities=False, abstain_below=0.51) == ["?", 0.5]
+    changed = task().changed(np.array([row, row]), np.array([[0.2, 0.4, 0.3], [0.5, 0.4, 0.1]]))
+    assert changed.tolist() == [False, True]
+
+
+def test_near_ties_are_answers_that_a_little_may_change() -> None:
+    assert task().near_ties(RESULTS, 0.11).tolist() == [False, True, False, True]
+    assert task().near_ties(RESULTS, 0.09).tolist() == [False, False, False, True]
+    assert task().near_ties(RESULTS, 1.5).tolist() == [True, True, False, True]
+
+
+def test_metrics_by_hand() -> None:
+    """Classes 0 and 1 of three; c is neither a label nor an answer, so it does not count."""
+    labels = np.array([0, 1, 1, 1])
+    results = task().row_results(RESULTS, torch.from_numpy(labels))
+    torch.testing.assert_close(results[:, 0], F.cross_entropy(RESULTS, torch.from_numpy(labels), reduction="none"))
+    assert results[:, 1].tolist() == [0, 0, 1, 0]
+    found = task().metrics(results.numpy(), labels)
+    assert found["loss"] == pytest.approx(float(F.cross_entropy(RESULTS, torch.from_numpy(labels))))
+    assert (found["accuracy"], found["rows"]) == (0.5, 4)
+    assert found["accuracy_low"] < 0.5 < found["accuracy_high"]
+    assert found["precision"] == pytest.approx([1 / 3, 1, 0])
+    assert found["recall"] == pytest.approx([1, 1 / 3, 0])
+    assert found["macro_f1"] == pytest.approx((0.5 + 0.5) / 2)
+    assert set(task().scalars) <= found.keys() and task().best_metric in found
+    assert task().confusion(results.numpy(), labels).tolist() == [[1, 0, 0], [2, 1, 0], [0, 0, 0]]
+    cooler = task().results_of(task().probabilities(RESULTS).numpy(), labels, temperature=2.0)
+    np.testing.assert_allclose(cooler, task().row_results(RESULTS / 2, torch.from_numpy(labels)), atol=1e-5)
+    assert task().describe(found) == f"accuracy 0.5000  macro F1 0.5000  loss {found['loss']:.4f}"
+    cells = task().table_cells(found)
+    assert list(cells) == ["accuracy", "95 % interval", "macro F1", "ECE"]
+    assert list(task().table_cells({key: found[key] for key in task().scalars})) == ["accuracy", "macro F1", "ECE"]
+
+
+def test_a_scripted_answer_is_the_tasks() -> None:
+    names, probabilities = torch.jit.script(task().torchscript_answer())(RESULTS)
+    assert names == ["a", "a", "b", "a"]
+    torch.testing.assert_close(probabilities, task().probabilities(RESULTS))
+
+
+def test_an_onnx_graph_gets_labels_and_probabilities() -> None:
+    """What is added, computed by NumPy."""
+    values: dict[str, np.ndarray] = {"logits": RESULTS.numpy()}
+    operators: dict[str, Callable[..., Any]] = {
+        "Softmax": lambda x, axis: torch.from_numpy(x).softmax(axis).numpy(),
+        "ArgMax": lambda x, axis, keepdims: x.argmax(axis),
+        "Gather": lambda table, rows: table[rows],
+    }
+
+    def add(kind: str, *inputs: object, **attributes: int) -> str:
+        values[f"{len(values)}"] = operators[kind](*(values.get(str(x), x) for x in inputs), **attributes)
+        return f"{len(values) - 1}"
+
+    outputs = task().append_to_onnx(add, "logits")
+    assert {name: rest for name, (_, *rest) in outputs.items()} == {
+        "label": ["STRING", []],
+        "probabilities": ["FLOAT", [3]],
+    }
+    assert values[outputs["label"][0]].tolist() == ["a", "a", "b", "a"]
+    np.testing.assert_allclose(values[outputs["probabilities"][0]], task().probabilities(RESULTS), atol=1e-6)

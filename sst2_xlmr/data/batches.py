@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
@@ -17,9 +16,6 @@ from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import SIGNALS
 
 BATCHES_PER_GROUP = 100
-
-# torchdata's newest release warns of what it calls itself.
-warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
 
 
 class Batch(NamedTuple):
@@ -43,9 +39,8 @@ class Batch(NamedTuple):
     weight: float = 1.0
 
     def to(self, device: torch.device) -> Batch:
-        return self._replace(
-            ids=self.ids.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True)
-        )
+        ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.labels))
+        return self._replace(ids=ids, labels=labels)
 
 
 def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -60,10 +55,7 @@ def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 def select_rows(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ids of some rows one after another, int64 [tokens], and tokens per row, int64 [rows].
 
-    Args:
-        ids: int [tokens], of all rows.
-        offsets: int64 [all rows + 1], row i is ids[offsets[i]:offsets[i + 1]].
-        rows: int [rows], which.
+    `ids` and `offsets` are those of all rows, as in `TokenCache`; `rows` is int [rows].
     """
     starts, ends = offsets[rows], offsets[rows + 1]
     parts = [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
@@ -75,11 +67,10 @@ def rows_in_training_order(
 ) -> Iterator[np.ndarray]:
     """Yield the global batches of an epoch from number `first` on, each an array of row numbers.
 
-    Their order is a function of the other arguments alone. The rows are permuted, cut into groups of 100 batches, each
-    group sorted by length and cut into batches, and the batches permuted: neighbours in length share a batch, so there
-    is little padding, and batches of all lengths mix. A group is sorted when the first of its batches is wanted, so
-    that a large file does not keep the first step waiting. `RandomState` is used because NumPy guarantees its numbers
-    forever (NEP 19).
+    The rows are permuted, cut into groups of 100 batches, each group sorted by length and cut into batches, and the
+    batches permuted: neighbours in length share a batch, so there is little padding, and batches of all lengths mix. A
+    group is sorted when the first of its batches is wanted, so that a large file does not keep the first step waiting.
+    `RandomState` is used because NumPy guarantees its numbers forever (NEP 19).
     """
     random = np.random.RandomState([seed, epoch])
     order = np.arange(len(lengths), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
@@ -95,113 +86,68 @@ def rows_in_training_order(
         yield order[batch * batch_size : (batch + 1) * batch_size]
 
 
-class GlobalBatchSampler:
-    """Yields the rows of every global batch of the current epoch, from the current position on, with the epoch.
-
-    Its whole state is the position (epoch, batches consumed), from which any number of ranks can go on. What a loader
-    has fetched ahead does not count as consumed.
-
-    Args:
-        lengths: int [rows], tokens per row.
-        rows: int [rows], their numbers in the file; None if they are all of its rows.
-    """
-
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, rows: np.ndarray | None = None) -> None:
-        self.lengths, self.rows, self.batch_size, self.seed = lengths, rows, batch_size, seed
-        self.epoch = self.batch = 0
-
-    def __len__(self) -> int:
-        """Return the number of global batches in a whole epoch."""
-        return -(-len(self.lengths) // self.batch_size)
-
-    def global_batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:
-        """Yield the row numbers of an epoch's global batches, of all ranks together, from number `first` on."""
-        batches = rows_in_training_order(self.lengths, self.batch_size, self.seed, epoch, first)
-        return batches if self.rows is None else (self.rows[batch] for batch in batches)
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        return ((self.epoch, rows) for rows in self.global_batches(self.epoch, self.batch))
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "batch": self.batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.batch = state["epoch"], state["batch"]
-
-
-class RankBatches:
-    """A dataset whose items are global batches, as the sampler gives them: this rank's micro-batches of each.
-
-    Rank r of W takes rows r::W. All ranks have the same number of micro-batches, so that they keep step.
-    """
-
-    def __init__(self, cache: TokenCache, config: Config, world: World) -> None:
-        self.cache, self.seed, self.micro_batch_size = cache, config.seed, config.micro_batch_size
-        self.rank, self.world_size = world.rank, world.world_size
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-    def __getitems__(self, item: tuple[int, np.ndarray]) -> list[Batch]:
-        epoch, rows = item
-        mine, most_rows = rows[self.rank :: self.world_size], -(-len(rows) // self.world_size)
-        size = self.micro_batch_size or most_rows
-        cuts = [mine[start : start + size] for start in range(0, most_rows, size)]
-        return [self._batch(cut if len(cut) else rows[:1], epoch, len(rows), float(len(cut) > 0)) for cut in cuts]
-
-    def _batch(self, rows: np.ndarray, epoch: int, global_rows: int, weight: float) -> Batch:
-        ids, lengths = select_rows(self.cache.ids, self.cache.offsets, rows)
-        labels = torch.from_numpy(self.cache.labels[rows].astype(np.int64))
-        keys = torch.from_numpy(dropout_keys(rows, self.seed, epoch))
-        return Batch(ids, lengths, labels, keys, global_rows, weight)
-
-
-def _unchanged(batches: list[Batch]) -> list[Batch]:
-    return batches
-
-
 def _ignore_signals(worker: int) -> None:
     """Leave signals to the training process: one for a whole process group or cgroup must not end a loader first."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-class BatchLoader:
-    """This rank's part of the global batches, epoch after epoch, from any position on."""
+class BatchLoader(Dataset[list[Batch]]):
+    """This rank's part of the global batches, epoch after epoch, from any position (epoch, batches consumed) on.
+
+    The position is all that it takes for any number of ranks to go on; what is fetched ahead does not count as
+    consumed. For torch's `DataLoader`, this is the dataset.
+
+    Args:
+        lengths: int [rows], tokens per row to train on.
+        rows: int [rows], their numbers in the file; None if they are all of its rows.
+    """
 
     def __init__(
         self, cache: TokenCache, lengths: np.ndarray, rows: np.ndarray | None, config: Config, world: World
     ) -> None:
-        """Load some rows of a file.
-
-        Args:
-            lengths: int [rows], tokens of the rows to train on.
-            rows: int [rows], their numbers in the file; None if they are all of its rows.
-        """
-        self.sampler = GlobalBatchSampler(lengths, config.batch_size, config.seed, rows)
-        self._loader = StatefulDataLoader(
-            RankBatches(cache, config, world),
-            batch_sampler=self.sampler,
-            collate_fn=_unchanged,
-            num_workers=config.num_workers,
-            pin_memory=world.device.type == "cuda",
-            worker_init_fn=_ignore_signals,
-            # A loader draws a seed at every start; taken from torch's global generator, that draw would change dropout
-            # after a resume.
-            generator=torch.Generator(),
-        )
+        self.cache, self.lengths, self.rows, self.config = cache, lengths, rows, config
+        # Not the world itself: its process groups cannot go to a loader's processes.
+        self.rank, self.world_size, self.pins = world.rank, world.world_size, world.device.type == "cuda"
 
     def __len__(self) -> int:
         """Return the number of global batches in an epoch."""
-        return len(self.sampler)
+        return -(-len(self.lengths) // self.config.batch_size)
+
+    def global_batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:
+        """Yield the row numbers of an epoch's global batches, of all ranks together, from number `first` on."""
+        batches = rows_in_training_order(self.lengths, self.config.batch_size, self.config.seed, epoch, first)
+        return batches if self.rows is None else (self.rows[batch] for batch in batches)
 
     def starting_at(self, epoch: int, batch: int) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of every global batch, without end, from number `batch` of an epoch on."""
         while True:
-            self.sampler.load_state_dict({"epoch": epoch, "batch": batch})
-            yield from self._loader
+            yield from DataLoader(
+                self,
+                batch_size=None,
+                sampler=((epoch, rows) for rows in self.global_batches(epoch, batch)),
+                num_workers=self.config.num_workers,
+                pin_memory=self.pins,
+                worker_init_fn=_ignore_signals,
+                # A loader draws a seed at every start; taken from torch's global generator, that draw would change
+                # dropout after a resume.
+                generator=torch.Generator(),
+            )
             epoch, batch = epoch + 1, 0
 
-    def rows_at(self, epoch: int, batch: int) -> np.ndarray:
-        """Return the row numbers, from 0, of one global batch of all ranks."""
-        return next(self.sampler.global_batches(epoch, batch))
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> list[Batch]:
+        """Return this rank's micro-batches of a global batch, given by epoch and row numbers.
+
+        Rank r of W takes rows r::W. All ranks have the same number of micro-batches, so that they keep step.
+        """
+        epoch, rows = item
+        mine, most_rows = rows[self.rank :: self.world_size], -(-len(rows) // self.world_size)
+        size = self.config.micro_batch_size or most_rows
+        cuts = [mine[start : start + size] for start in range(0, most_rows, size)]
+        return [self._batch(cut if len(cut) else rows[:1], epoch, len(rows), float(len(cut) > 0)) for cut in cuts]
+
+    def _batch(self, rows: np.ndarray, epoch: int, global_rows: int, weight: float) -> Batch:
+        ids, lengths = select_rows(self.cache.ids, self.cache.offsets, rows)
+        labels = torch.from_numpy(self.cache.labels[rows].astype(np.int64))
+        keys = torch.from_numpy(dropout_keys(rows, self.config.seed, epoch))
+        return Batch(ids, lengths, labels, keys, global_rows, weight)

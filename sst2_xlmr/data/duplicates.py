@@ -11,13 +11,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from sst2_xlmr.data.rows import Row
 
-
-def text_digests(rows: Iterable[Row]) -> np.ndarray:
-    """Return uint64 [rows], equal for rows with the same text (and the same second text)."""
-    texts = (row.text if row.pair is None else f"{row.text}\0{row.pair}" for row in rows)
-    digests = [hashlib.blake2b(text.encode(), digest_size=8, usedforsecurity=False).digest() for text in texts]
+def text_digests(texts: Iterable[str], pairs: Iterable[str | None]) -> np.ndarray:
+    """Return uint64 [rows], equal for rows with the same text and the same second text, or none."""
+    whole = (text if pair is None else f"{text}\0{pair}" for text, pair in zip(texts, pairs))
+    digests = [hashlib.blake2b(text.encode(), digest_size=8, usedforsecurity=False).digest() for text in whole]
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
@@ -25,11 +23,7 @@ def find_repeats(digests: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     """Return int64 arrays of row numbers, ascending: repeats and contradictions.
 
     A repeat has text and label of an earlier row. A contradiction is a row whose text has another label elsewhere in
-    the file; all rows of such a text are.
-
-    Args:
-        digests: uint64 [rows], of the texts.
-        labels: int [rows].
+    the file; all rows of such a text are. Digests are uint64 [rows], labels int [rows].
     """
     order = np.lexsort((labels, digests))  # stable: among equals, the earlier row comes first
     same_text = digests[order][1:] == digests[order][:-1]

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Callable, NamedTuple, TextIO
 
 from sst2_xlmr.util.errors import UserError
 
+KINDS = (".tsv", ".csv", ".jsonl")  # to add one, see `read_fields`, `row_writer` and the help of --data-dir
 # Longest line in bytes and longest CSV field in characters: a quote that is never closed, or a file without line ends,
 # must not fill the memory.
 LONGEST = 1 << 24
@@ -46,11 +47,7 @@ def shortened(text: str, longest: int = 200) -> str:
 
 
 def decoded_lines(file: BinaryIO, name: str) -> Lines:
-    """Yield (line number from 1, line with its end) of UTF-8 text, with or without a byte order mark.
-
-    Args:
-        name: what errors call the file.
-    """
+    """Yield (line number from 1, line with its end) of UTF-8 text, with or without a byte order mark."""
     lines = iter(functools.partial(file.readline, LONGEST + 1), b"")
     for number, raw in enumerate(lines, 1):
         if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -74,20 +71,13 @@ def _row_lines(lines: Lines, path: Path) -> Lines:
     """Yield (line number, line without LF or CRLF) for formats with one row a line."""
     blank_line = 0
     for number, line in lines:
-        line = line.rstrip("\n")
-        line = line[:-1] if line.endswith("\r") else line
+        line = line.removesuffix("\n").removesuffix("\r")
         if not line:
             blank_line = blank_line or number
         elif blank_line:  # blank lines at the very end are harmless, elsewhere a row has been lost
             raise UserError(f"{path}, line {blank_line}: empty line between rows; remove it")
         else:
             yield number, line
-
-
-def _read_tsv(file: BinaryIO, path: Path, header: bool) -> Iterator[Fields]:
-    """Split at line ends and tabs only: some of SST-2's sentences start with a quotation mark."""
-    rows = ((number, line.split("\t")) for number, line in _row_lines(decoded_lines(file, str(path)), path))
-    return _table(rows, path, header, "separate columns with one tab each")
 
 
 def _csv_rows(lines: Lines, path: Path) -> Rows:
@@ -127,15 +117,10 @@ def _table(rows: Rows, path: Path, header: bool, cure: str) -> Iterator[Fields]:
         yield Fields(line, names, cells)
 
 
-def _read_csv(file: BinaryIO, path: Path, header: bool) -> Iterator[Fields]:
-    rows = _csv_rows(decoded_lines(file, str(path)), path)
-    return _table(rows, path, header, 'put text that has a comma between "quotes"')
-
-
-def _read_jsonl(file: BinaryIO, path: Path, header: bool) -> Iterator[Fields]:
+def _objects(lines: Lines, path: Path) -> Iterator[Fields]:
     """Read one JSON object per line; keys are the columns' names, so there is no header."""
     names: list[str] = []
-    for number, line in _row_lines(decoded_lines(file, str(path)), path):
+    for number, line in lines:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -151,63 +136,11 @@ def cell_text(cell: object) -> str:
     """Return a cell as text: empty for JSON's null, JSON for any value that is not a string."""
     if isinstance(cell, str):
         return cell
-    if cell is None:
-        return ""
-    return json.dumps(cell, ensure_ascii=False)
-
-
-def one_line(text: str) -> str:
-    """Return a text with every tab and line end replaced by a space."""
-    return _BREAKS.sub(" ", text)
-
-
-# Writes a row, given its column names and cells.
-RowWriter = Callable[[Iterable[str], Iterable[object]], object]
-
-
-def _write_tsv(file: TextIO) -> RowWriter:
-    return lambda _, cells: file.write("\t".join(one_line(cell_text(cell)) for cell in cells) + "\n")
-
-
-def _write_csv(file: TextIO) -> RowWriter:
-    rows = csv.writer(file)  # line ends are RFC 4180's CRLF: with them, a lone CR or LF in a cell is quoted too
-    return lambda _, cells: rows.writerow(map(cell_text, cells))
-
-
-def _write_jsonl(file: TextIO) -> RowWriter:
-    return lambda names, cells: file.write(json.dumps(dict(zip(names, cells)), ensure_ascii=False) + "\n")
-
-
-class Kind(NamedTuple):
-    """A kind of file of rows.
-
-    Attributes:
-        read: takes a file opened for bytes, its path for errors, and whether there is a header; yields its rows.
-        write: takes a file opened for text with newline=""; returns a function that adds a row to it.
-        is_table: whether all rows have the same columns in the same order, perhaps named by a header.
-        spans_lines: whether a row may take several lines.
-    """
-
-    read: Callable[[BinaryIO, Path, bool], Iterator[Fields]]
-    write: Callable[[TextIO], RowWriter]
-    is_table: bool
-    spans_lines: bool = False
-
-
-# To add a kind of file, add it here (and to the help of --data-dir).
-KINDS = {
-    ".tsv": Kind(_read_tsv, _write_tsv, is_table=True),
-    ".csv": Kind(_read_csv, _write_csv, is_table=True, spans_lines=True),
-    ".jsonl": Kind(_read_jsonl, _write_jsonl, is_table=False),
-}
+    return "" if cell is None else json.dumps(cell, ensure_ascii=False)
 
 
 def kind_of(path: Path) -> str:
-    """Return a file's kind by its name, a key of KINDS.
-
-    Raises:
-        UserError: for any other extension.
-    """
+    """Return a file's kind by its name, one of KINDS; UserError for any other extension."""
     plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     if plain.suffix.lower() not in KINDS:
         raise UserError(f"{path}: unknown kind of file; the name must end in {either(KINDS)}, perhaps with .gz")
@@ -215,8 +148,8 @@ def kind_of(path: Path) -> str:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file's columns have an order, and the same names in every row."""
-    return KINDS[kind_of(path)].is_table
+    """Whether a file's columns have an order, and the same names in every row, perhaps given by a header."""
+    return kind_of(path) != ".jsonl"
 
 
 def either(names: Iterable[str]) -> str:
@@ -225,40 +158,36 @@ def either(names: Iterable[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def find_split(data_dir: Path, split: str) -> Path | None:
-    """Return the file of `split` ("train", "dev", "test") in a folder, or None.
-
-    Raises:
-        UserError: if there is more than one.
-    """
+def find_split(data_dir: Path, split: str, is_needed: bool = True) -> list[Path]:
+    """Return the file of `split` in a folder, or none unless it is needed; UserError if there are several."""
     names = [split + kind + packed for kind in KINDS for packed in ("", ".gz")]
     present = [name for name in names if (data_dir / name).is_file()]
     if len(present) > 1:
         raise UserError(f"{data_dir} has {' and '.join(present)}; keep one, or use --{split}-file")
-    return data_dir / present[0] if present else None
-
-
-def no_split(data_dir: Path, split: str) -> UserError:
-    """Return the error of a folder without a file of `split`."""
-    names = either(split + kind for kind in KINDS)
-    return UserError(f"{data_dir} has no {names}, also none with .gz; name the file with --{split}-file")
+    if is_needed and not present:
+        wanted = either(split + kind for kind in KINDS)
+        raise UserError(f"{data_dir} has no {wanted}, also none with .gz; name the file with --{split}-file")
+    return [data_dir / name for name in present]
 
 
 def read_fields(path: Path, header: bool = True) -> Iterator[Fields]:
-    """Yield a file's rows, all columns as they are.
+    """Yield a file's rows, all columns as they are; UserError, naming file, line and cure, if it is not as described.
 
     Args:
         path: .tsv (split at tabs, no quoting), .csv (RFC 4180 quoting) or .jsonl (one object per line), perhaps .gz.
         header: whether the first line of a .tsv or .csv file names the columns; else their names are 1, 2, ...
-
-    Raises:
-        UserError: naming file, line and cure, if the file is not as described.
     """
-    kind = KINDS[kind_of(path)]
-    is_packed = path.suffix.lower() == ".gz"
+    kind, is_packed = kind_of(path), path.suffix.lower() == ".gz"
     try:
         with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if is_packed else raw as file:
-            yield from kind.read(file, path, header)  # type: ignore[arg-type]
+            lines = decoded_lines(file, str(path))  # type: ignore[arg-type]
+            if kind == ".csv":
+                yield from _table(_csv_rows(lines, path), path, header, 'put text that has a comma between "quotes"')
+            elif kind == ".jsonl":
+                yield from _objects(_row_lines(lines, path), path)
+            else:  # split at line ends and tabs only: some of SST-2's sentences start with a quotation mark
+                rows = ((number, line.split("\t")) for number, line in _row_lines(lines, path))
+                yield from _table(rows, path, header, "separate columns with one tab each")
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise UserError(f"{path} is not a whole gzip file: truncated, damaged, or no gzip; fetch it again") from None
     except OSError as error:
@@ -268,20 +197,24 @@ def read_fields(path: Path, header: bool = True) -> Iterator[Fields]:
 def line_of(path: Path, row: int, header: bool) -> int:
     """Return the number, from 1, of the line in which a row begins; the row's number is from 0.
 
-    Raises:
-        UserError, StopIteration: if the file has to be read for it, and is not what it was.
+    UserError or StopIteration if the file has to be read for it, and is not what it was.
     """
-    kind = KINDS[kind_of(path)]
-    if kind.spans_lines:
+    if kind_of(path) == ".csv":  # whose rows may take several lines
         return next(itertools.islice(read_fields(path, header), row, None)).line
-    return row + 1 + (header and kind.is_table)
+    return row + 1 + (header and is_table(path))
 
 
-def row_writer(file: TextIO, kind: str) -> RowWriter:
+def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[object]], object]:
     """Return write(names, cells), which adds a row to a file; a table's first row must be the names.
 
     Args:
         file: opened with newline="".
-        kind: a key of KINDS; in .tsv, tabs and line ends in cells become spaces.
+        kind: one of KINDS; in .tsv, tabs and line ends in cells become spaces.
     """
-    return KINDS[kind].write(file)
+    if kind == ".tsv":
+        return lambda _, cells: file.write("\t".join(_BREAKS.sub(" ", cell_text(cell)) for cell in cells) + "\n")
+    if kind == ".jsonl":
+        return lambda names, cells: file.write(json.dumps(dict(zip(names, cells)), ensure_ascii=False) + "\n")
+    assert kind == ".csv", kind
+    rows = csv.writer(file)  # line ends are RFC 4180's CRLF: with them, a lone CR or LF in a cell is quoted too
+    return lambda _, cells: rows.writerow(map(cell_text, cells))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sst2_xlmr.data.formats import is_table, kind_of, row_writer
-from sst2_xlmr.data.rows import Example
+from sst2_xlmr.data.rows import Row
 from sst2_xlmr.task import listed
 from sst2_xlmr.util.errors import UserError
 
@@ -17,7 +17,7 @@ GLUE_NUMBERS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LAB
 Cells = Sequence[Any]
 
 
-def console_lines(rows: Sequence[Example], predictions: Sequence[Cells]) -> str:
+def console_lines(rows: Sequence[Row], predictions: Sequence[Cells]) -> str:
     """Return a line per row for people, where tabs and line ends in a text become spaces."""
     text = io.StringIO(newline="")
     write = row_writer(text, ".tsv")
@@ -29,7 +29,7 @@ def console_lines(rows: Sequence[Example], predictions: Sequence[Cells]) -> str:
 
 def extended_rows(
     path: Path,
-    rows: Sequence[Example],
+    rows: Sequence[Row],
     predictions: Sequence[Cells],
     names: Sequence[str],
     columns: list[str],
@@ -68,7 +68,7 @@ def _free_names(new: Sequence[str], taken: Sequence[str]) -> list[str]:
     return names
 
 
-def check_columns(row: Example, columns: list[str], path: Path) -> None:
+def check_columns(row: Row, columns: list[str], path: Path) -> None:
     """Refuse a row that an output cannot express: a table, since it has other columns than the first; or JSON."""
     names = row.fields.names
     if is_table(path):
@@ -89,9 +89,7 @@ def glue_numbers(label_names: Sequence[str]) -> dict[str, int]:
     return numbers
 
 
-def submission_lines(
-    rows: Sequence[Example], predictions: Sequence[Cells], numbers: dict[str, int], first_row: int
-) -> str:
+def submission_lines(rows: Sequence[Row], predictions: Sequence[Cells], numbers: dict[str, int], first_row: int) -> str:
     """Return lines of the GLUE server's format, index, tab, 0 or 1; its header comes before row 0.
 
     A row's index is the cell of the input's column of that name, or else its number from 0, `first_row` and so on.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from sst2_xlmr.config import Config, named_file, plain_name
 from sst2_xlmr.data.duplicates import find_leaks
-from sst2_xlmr.data.formats import find_split, no_split
+from sst2_xlmr.data.formats import find_split
 from sst2_xlmr.data.rows import columns_of, has_labels, read_rows
 from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, check_tokenizer, find_encoder, lowest_layers
@@ -28,9 +28,6 @@ class Prepared:
     """A run's inputs.
 
     Attributes:
-        config: the options.
-        task: with the names of the classes.
-        encoder: the pretrained encoder.
         files, caches: the file and the ids of every split.
         leaks: split -> int64 numbers of the training rows whose text it has, too; of those that have any.
         train_rows: int64 numbers of the rows to train on; None for all.
@@ -41,14 +38,20 @@ class Prepared:
     encoder: Encoder
     files: dict[str, Path]
     caches: dict[str, TokenCache]
-    leaks: dict[str, np.ndarray] = field(default_factory=dict)
-    train_rows: np.ndarray | None = None
+    leaks: dict[str, np.ndarray]
+    train_rows: np.ndarray | None
 
     @property
     def train_labels(self) -> np.ndarray:
         """int32 [rows], of the rows to train on."""
         labels = self.caches["train"].labels
         return labels if self.train_rows is None else labels[self.train_rows]
+
+    @property
+    def train_lengths(self) -> np.ndarray:
+        """int32 [rows], tokens of the rows to train on."""
+        lengths = self.caches["train"].lengths()
+        return lengths if self.train_rows is None else lengths[self.train_rows]
 
     def digests(self) -> dict[str, str]:
         """Return SHA-256 of all that decides the result besides options, hexadecimal, by what it is.
@@ -58,18 +61,12 @@ class Prepared:
         rows = self.caches["train"].digest
         if self.train_rows is not None:
             rows = hashlib.sha256(rows.encode() + self.train_rows.tobytes()).hexdigest()
-        others = {f"file {split}": cache.digest for split, cache in self.caches.items() if split != "train"}
-        model = {
+        return {
+            "training rows": rows,
+            **{f"file {split}": cache.digest for split, cache in self.caches.items() if split != "train"},
             "tokenizer": digest_of(self.encoder.tokenizer_file),
             "encoder's weights": digest_of(self.encoder.weights_file),
         }
-        return {"training rows": rows, **others, **model}
-
-    @property
-    def train_lengths(self) -> np.ndarray:
-        """int32 [rows], tokens of the rows to train on."""
-        lengths = self.caches["train"].lengths()
-        return lengths if self.train_rows is None else lengths[self.train_rows]
 
 
 def find_files(config: Config, quiet: bool) -> dict[str, Path]:
@@ -79,15 +76,14 @@ def find_files(config: Config, quiet: bool) -> dict[str, Path]:
         folder = downloads.fetch_sst2(quiet=quiet)
     files = {}
     for split, given in (("train", config.train_file), ("dev", config.dev_file)):
-        file = Path(given) if given else find_split(folder, split) if folder else None
-        if file is None:
-            assert folder is not None  # a file for both splits, or a folder, is given: see config.check
-            raise no_split(folder, split)
-        files[split] = file
+        if given:
+            files[split] = Path(given)
+        elif folder:  # otherwise both files are given: see config.check
+            [files[split]] = find_split(folder, split)
     files.update(map(named_file, config.eval_file))
     tests = [Path(file) for file in config.test_file]
-    if not tests and folder and (test := find_split(folder, "test")) and has_labels(test, columns_of(config)):
-        tests = [test]  # GLUE's test file has no labels
+    if not tests and folder:  # GLUE's test file has no labels
+        tests = [file for file in find_split(folder, "test", is_needed=False) if has_labels(file, columns_of(config))]
     for file in tests:
         name = plain_name(file)
         files[name if name not in files else str(file)] = file
@@ -95,13 +91,8 @@ def find_files(config: Config, quiet: bool) -> dict[str, Path]:
 
 
 def check_sizes(config: Config, shape: EncoderShape) -> None:
-    """Check that the encoder is as large as the options ask for.
-
-    Raises:
-        UserError: if not.
-    """
-    longest = shape.positions - 2
-    if config.max_length > longest:
+    """Raise UserError if the encoder is not as large as the options ask for."""
+    if config.max_length > (longest := shape.positions - 2):
         raise UserError(f"--max-length {config.max_length}: {config.encoder} takes at most {longest} tokens")
     if config.layers > shape.layers:
         raise UserError(f"--layers {config.layers}: {config.encoder} has {shape.layers} layers")
@@ -134,11 +125,7 @@ def prepare(config: Config, quiet: bool) -> Prepared:
 
 
 def choose_rows(config: Config, train: TokenCache, leaks: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Return the numbers of the rows to train on, int64, ascending; None for all.
-
-    Raises:
-        UserError: if none are left.
-    """
+    """Return the numbers of the rows to train on, int64, ascending; None for all. UserError if none are left."""
     stays = np.ones(len(train), bool)
     if config.drop_duplicates:
         stays[train.repeats] = stays[train.contradictions] = False

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.formats import Fields, is_table, read_fields, shortened
@@ -27,7 +27,6 @@ class Columns:
     Attributes:
         text: None for `sentence`, or else `text`.
         pair: the second text of a row; None if rows have one.
-        label: the label.
         header: whether the first line of a .tsv or .csv file names the columns; else numbers do.
     """
 
@@ -38,26 +37,20 @@ class Columns:
 
 
 class Row(NamedTuple):
-    """A labelled row; `label` is what the task reads from its cell: the class's number, for a single label."""
+    """A row of a file.
+
+    Attributes:
+        label: what the task reads from its cell, the class's number for a single label; None if nobody reads it.
+        fields: all of its columns, as they are in the file.
+    """
 
     text: str
     pair: str | None
     label: Any
-
-
-class Example(NamedTuple):
-    """A row without its label, and with all of its columns."""
-
-    text: str
-    pair: str | None
     fields: Fields
 
 
-AnyRow = TypeVar("AnyRow", Row, Example)
-
-
 def columns_of(config: Config) -> Columns:
-    """Return a run's columns."""
     return Columns(config.text_column, config.text_pair_column, config.label_column, config.header)
 
 
@@ -67,54 +60,34 @@ def columns_given(arguments: argparse.Namespace) -> Columns:
     return columns_of(Config(**given))
 
 
-class _Column(NamedTuple):
-    """A column to look for: its name, or several names, the first of which takes precedence."""
-
-    names: tuple[str, ...]
-    option: str
-
-    def position(self, path: Path, fields: Fields, header: bool) -> int:
-        """Return its place in a row.
-
-        Raises:
-            UserError: if it is missing or occurs twice.
-        """
-        for name in self.names:
-            if fields.names.count(name) > 1:
-                raise UserError(f"{path}: two columns are named {name!r}; give {self.option} a number, from 1")
-            if name in fields.names:
-                return fields.names.index(name)
-        number = self.names[0]
-        if re.fullmatch("[1-9][0-9]{0,5}", number) and is_table(path) and int(number) <= len(fields.names):
-            return int(number) - 1
-        headless = ", or say --no-header if the first line is a row already" if is_table(path) and header else ""
-        raise UserError(
-            f"{path}, line {fields.line}: no column {' or '.join(map(repr, self.names))} among"
-            f" {shortened(', '.join(fields.names))}; name it with {self.option}{headless}"
-        )
+def _position(path: Path, fields: Fields, header: bool, option: str, names: list[str]) -> int:
+    """Return a column's place in a row; UserError if it is missing or occurs twice."""
+    for name in names:
+        if fields.names.count(name) > 1:
+            raise UserError(f"{path}: two columns are named {name!r}; give {option} a number, from 1")
+        if name in fields.names:
+            return fields.names.index(name)
+    if re.fullmatch("[1-9][0-9]{0,5}", names[0]) and is_table(path) and int(names[0]) <= len(fields.names):
+        return int(names[0]) - 1
+    headless = ", or say --no-header if the first line is a row already" if is_table(path) and header else ""
+    raise UserError(
+        f"{path}, line {fields.line}: no column {' or '.join(map(repr, names))} among"
+        f" {shortened(', '.join(fields.names))}; name it with {option}{headless}"
+    )
 
 
-def _text_columns(columns: Columns) -> list[_Column]:
-    texts = [_Column((columns.text,) if columns.text else ("sentence", "text"), "--text-column")]
-    return texts + ([_Column((columns.pair,), "--text-pair-column")] if columns.pair else [])
+def _located(path: Path, header: bool, wanted: dict[str, list[str]]) -> Iterator[tuple[Fields, list[int]]]:
+    """Yield a file's rows with the positions of the wanted columns; UserError if one is missing, or all rows are.
 
-
-def _label_column(columns: Columns) -> _Column:
-    return _Column((columns.label,), "--label-column")
-
-
-def _located(path: Path, header: bool, wanted: list[_Column]) -> Iterator[tuple[Fields, list[int]]]:
-    """Yield a file's rows with the positions of the wanted columns.
-
-    Raises:
-        UserError: if a column is missing, or there are no rows.
+    Args:
+        wanted: the names to look for, the first of which takes precedence, by the option that says another.
     """
     fields = None
     names: list[str] = []
     for fields in read_fields(path, header):
         if fields.names is not names:
             names = fields.names
-            positions = [column.position(path, fields, header) for column in wanted]
+            positions = [_position(path, fields, header, *column) for column in wanted.items()]
         yield fields, positions
     if fields is None:
         raise UserError(f"{path} has no rows")
@@ -131,50 +104,40 @@ def _text(path: Path, fields: Fields, position: int, may_be_empty: bool) -> str:
     raise UserError(f"{where} holds no text; remove the row or fill it")
 
 
-def read_rows(path: Path, columns: Columns, task: Task) -> Iterator[Row]:
-    """Yield a file's labelled rows; only the current one is held in memory.
+def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
+    """Yield a file's rows; UserError, naming file, line and cure, if one is not as described, or there are none.
 
     Args:
         path: see `formats.read_fields`.
-
-    Raises:
-        UserError: naming file, line and cure, if a row is not as described, or there are no rows.
+        task: None for prediction, where no label is needed, and a text may be empty.
     """
-    for fields, positions in _located(path, columns.header, [*_text_columns(columns), _label_column(columns)]):
-        text = _text(path, fields, positions[0], may_be_empty=False)
-        pair = _text(path, fields, positions[1], may_be_empty=False) if columns.pair else None
-        yield Row(text, pair, task.read_label(fields.cells[positions[-1]], f"{path}, line {fields.line}"))
-
-
-def read_examples(path: Path, columns: Columns) -> Iterator[Example]:
-    """Yield a file's rows for prediction: no label is needed, and a text may be empty.
-
-    Raises:
-        UserError: as `read_rows` does.
-    """
-    for fields, texts in _located(path, columns.header, _text_columns(columns)):
-        text, *pair = [_text(path, fields, position, may_be_empty=True) for position in texts]
-        yield Example(text, pair[0] if pair else None, fields)
+    wanted = {"--text-column": [columns.text] if columns.text else ["sentence", "text"]}
+    if columns.pair:
+        wanted["--text-pair-column"] = [columns.pair]
+    texts = len(wanted)
+    if task:
+        wanted["--label-column"] = [columns.label]
+    for fields, positions in _located(path, columns.header, wanted):
+        text, *pair = [_text(path, fields, position, may_be_empty=task is None) for position in positions[:texts]]
+        label = task.read_label(fields.cells[positions[-1]], f"{path}, line {fields.line}") if task else None
+        yield Row(text, pair[0] if pair else None, label, fields)
 
 
 def check_text(text: str, where: str) -> None:
-    """Check a text that does not come from a file.
-
-    Raises:
-        UserError: if the tokenizer cannot take it.
-    """
+    """Raise UserError if a text, which does not come from a file, is none that the tokenizer can take."""
     if _UNUSABLE.search(text):
         raise UserError(f"{where}: not UTF-8, or with a NUL character; convert it")
 
 
-def find_label_names(path: Path, columns: Columns) -> list[str]:
-    """Return the names of the classes in a training file, in the order of their numbers.
+def _label_cells(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
+    """Yield every row's line number and the cell of its label."""
+    for fields, (position,) in _located(path, columns.header, {"--label-column": [columns.label]}):
+        yield fields.line, fields.cells[position]
 
-    Raises:
-        UserError: if they are not classes (see task.py).
-    """
-    rows = _located(path, columns.header, [_label_column(columns)])
-    return Task.find_label_names(((fields.line, fields.cells[position]) for fields, (position,) in rows), path)
+
+def find_label_names(path: Path, columns: Columns) -> list[str]:
+    """Return the names of the classes in a training file, in the order of their numbers (see task.py)."""
+    return Task.find_label_names(_label_cells(path, columns), path)
 
 
 def has_labels(path: Path, columns: Columns) -> bool:
@@ -183,16 +146,15 @@ def has_labels(path: Path, columns: Columns) -> bool:
     if first is None:
         return False
     try:
-        _label_column(columns).position(path, first, columns.header)
+        _position(path, first, columns.header, "--label-column", [columns.label])
     except UserError:
         return False
-    rows = _located(path, columns.header, [_label_column(columns)])
-    return any(str(fields.cells[position]) != "-1" for fields, (position,) in rows)
+    return any(str(cell) != "-1" for _, cell in _label_cells(path, columns))
 
 
-def in_chunks(rows: Iterable[AnyRow], count: int) -> Iterator[list[AnyRow]]:
+def in_chunks(rows: Iterable[Row], count: int) -> Iterator[list[Row]]:
     """Yield lists of `count` rows, or fewer where their texts are long."""
-    chunk: list[AnyRow] = []
+    chunk: list[Row] = []
     characters = 0
     for row in rows:
         chunk.append(row)

@@ -83,55 +83,50 @@ def tokenize_file(
 ) -> TokenCache:
     """Return a file's token cache, computed on the first call with this content and read from disk after that.
 
-    The result depends on all parameters but the last two, and these make up the cache key.
+    The result depends on all parameters but the last two, and these make up the cache key. UserError for a bad row (see
+    `rows.read_rows`), a file that changes while it is read, or a cache folder that cannot be written.
 
     Args:
         max_length: longest input in tokens.
         load: loads the tokenizer, if the file has no cache yet; pass one that caches its result for several files.
-
-    Raises:
-        UserError: for a bad row (see `rows.read_rows`), a file that changes while it is read, or a cache folder that
-            cannot be written.
     """
-    digest = digest_of_input(path)
     depends_on = (digest_of_input(tokenizer_file), max_length, task.problem_type, task.label_names)
     return _cached(
-        cache_dir / _cache_key(digest, path, columns, *depends_on),
+        cache_dir,
+        (path, columns, *depends_on),
         lambda folder: _write_cache(folder, path, load(tokenizer_file, max_length), columns, task),
-        lambda folder: _open_cache(folder, digest, task),
-        path,
-        digest,
+        lambda folder, digest: _open_cache(folder, digest, task),
     )
 
 
 def label_names_of(path: Path, columns: Columns, cache_dir: Path) -> list[str]:
-    """Return the names of a training file's classes, cached on disk by the file's content.
-
-    Raises:
-        UserError: see `rows.find_label_names`; or as `tokenize_file` does.
-    """
+    """Return the names of a training file's classes, found once per content of the file, as its ids are."""
 
     def write(folder: Path) -> None:
         (folder / "label_names.json").write_text(json.dumps(find_label_names(path, columns)), encoding="utf-8")
 
-    def read(folder: Path) -> list[str]:
+    def read(folder: Path, _: str) -> list[str]:
         names: list[str] = json.loads((folder / "label_names.json").read_text(encoding="utf-8"))
         return names
 
-    digest = digest_of_input(path)
-    return _cached(cache_dir / (_cache_key(digest, path, columns) + "-labels"), write, read, path, digest)
+    return _cached(cache_dir, (path, columns), write, read)
 
 
 def _cached(
-    folder: Path, write: Callable[[Path], None], read: Callable[[Path], Result], path: Path, digest: str
+    cache_dir: Path, depends_on: tuple[Any, ...], write: Callable[[Path], None], read: Callable[[Path, str], Result]
 ) -> Result:
     """Return what is read from a folder of the cache, which is written first unless it is there and whole.
 
     Args:
-        path, digest: of the file that it depends on, which must not change meanwhile.
+        depends_on: a file, the columns, and what else makes the cache key.
+        read: takes the folder and the file's digest.
     """
+    path, columns, *further = depends_on
+    digest = digest_of_input(path)
+    key = json.dumps([CACHE_FORMAT, digest, kind_of(path), dataclasses.astuple(columns), further])
+    folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
     with contextlib.suppress(*_DAMAGED):  # absent or damaged: computed again
-        return read(folder)
+        return read(folder, digest)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -144,31 +139,23 @@ def _cached(
                 unfinished.rename(folder)
             except OSError:  # another process was faster, or what is there is damaged
                 with contextlib.suppress(*_DAMAGED):
-                    return read(folder)
+                    return read(folder, digest)
                 shutil.rmtree(folder, ignore_errors=True)
                 unfinished.rename(folder)
     except OSError as error:
-        raise UserError(
-            f"cannot write the token cache in {folder.parent}: {error.strerror};"
-            " set SST2_XLMR_CACHE to a folder that can be written"
-        ) from None
-    return read(folder)
-
-
-def _cache_key(digest: str, path: Path, columns: Columns, *further: object) -> str:
-    """Return the cache key for a result that depends on this digest and these columns, and on `further`."""
-    content = [CACHE_FORMAT, digest, kind_of(path), dataclasses.astuple(columns), further]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+        cure = "set SST2_XLMR_CACHE to a folder that can be written"
+        raise UserError(f"cannot write the token cache in {folder.parent}: {error.strerror}; {cure}") from None
+    return read(folder, digest)
 
 
 def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chunk]:
     """Tokenize on several threads, in the order of the rows; only a few chunks are in memory at a time."""
 
     def tokenize(rows: list[Row]) -> Chunk:
-        texts, pairs, labels = zip(*rows)
+        texts, pairs, labels, _ = zip(*rows)
         ids, lengths = tokenizer.flat_ids(list(texts), None if pairs[0] is None else list(pairs))
-        full = (rows[number] for number in np.flatnonzero(lengths == tokenizer.max_length))
-        return ids, lengths, list(labels), text_digests(rows), sum(tokenizer.is_longer(*row[:2]) for row in full)
+        cut = sum(tokenizer.is_longer(*rows[row][:2]) for row in np.flatnonzero(lengths == tokenizer.max_length))
+        return ids, lengths, list(labels), text_digests(texts, pairs), cut
 
     threads = min(TOKENIZER_THREADS, len(os.sched_getaffinity(0)))
     pending: deque[Future[Chunk]] = deque()

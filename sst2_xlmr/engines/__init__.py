@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from sst2_xlmr.config import Config
+from sst2_xlmr.engines.cpu import kernels as cpu_kernels
 from sst2_xlmr.engines.cpu.adamw import CpuAdamW
 from sst2_xlmr.engines.cpu.int8 import Int8Classifier
-from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels, why_not_compiled
+from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.engines.cpu.packed_encoder import PackedClassifier
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.task import Task
@@ -28,7 +29,7 @@ def kernels_for(dtype: torch.dtype, world: World) -> Kernels | None:
 
 def fallback_reason(world: World) -> str:
     """Return why there are no kernels on some rank; every rank must call it."""
-    reason = why_not_compiled() if world.device.type == "cpu" else "none for CUDA yet"
+    reason = cpu_kernels.fallback_reason() if world.device.type == "cpu" else "none for CUDA yet"
     return next(filter(None, gather_objects(world, reason)), "")
 
 

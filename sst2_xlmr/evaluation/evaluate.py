@@ -1,7 +1,6 @@
 """Run a model over rows: exact metrics, over all ranks, and probabilities for prediction.
 
-Every row is counted once. Each rank computes its rows' results (see task.py), all ranks gather them, in the file's
-order, and metrics are made of the whole: they do not depend on the number of processes.
+Every row is counted once, and metrics are made of all ranks' results (see task.py) in the file's order.
 """
 
 from __future__ import annotations
@@ -23,12 +22,11 @@ from sst2_xlmr.util.errors import Interrupted
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result on a file's rows, the same on every rank.
+    """The result on a file's rows, in the file's order, the same on every rank.
 
     Attributes:
-        metrics: what the task makes of the results.
-        results: fp32 [rows, ...], every row's results (see `task.row_results`), in the file's order.
-        probabilities: fp32 [rows, outputs], in the file's order; None if they were not kept.
+        results: fp32 [rows, ...], see `task.row_results`.
+        probabilities: fp32 [rows, outputs]; None if they were not kept.
     """
 
     metrics: dict[str, Any]
@@ -40,23 +38,16 @@ class Evaluation:
         if temperature == 1 or self.probabilities is None:
             return self
         results = task.results_of(self.probabilities, labels, temperature)
-        return Evaluation(task.metrics(results, labels), results, tempered(task, self.probabilities, temperature))
-
-
-def tempered(task: Task, probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Return fp32 [rows, outputs]: the probabilities that the logits divided by a temperature give."""
-    return task.probabilities(torch.from_numpy(task.logits_of(probabilities) / temperature)).float().numpy()
+        logits = torch.from_numpy(task.logits_of(self.probabilities) / temperature)
+        return Evaluation(task.metrics(results, labels), results, task.probabilities(logits).float().numpy())
 
 
 def batches_of_like_length(lengths: np.ndarray, batch_tokens: int, world_size: int = 1) -> Iterator[np.ndarray]:
-    """Yield the numbers of all rows, shortest first, cut into batches of at most `batch_tokens` tokens with padding.
-
-    A longer row is a batch of its own.
+    """Yield the numbers of all rows, shortest first, cut into batches whose rows the ranks take in turn.
 
     Args:
         lengths: int [rows], tokens per row, at least 1.
-        batch_tokens: per rank.
-        world_size: ranks that take a batch's rows in turn.
+        batch_tokens: most tokens per rank, with padding; a longer row is a batch of its own.
     """
     order = np.argsort(lengths, kind="stable")
     while len(order):
@@ -86,7 +77,7 @@ def predict(
 
     Args:
         model: a classifier, or an engine's model of it; in evaluation mode, with the whole vocabulary.
-        ids, lengths: int32 [tokens] and int64 [texts], as the tokenizer gives them.
+        ids, lengths: see `Tokenizer.flat_ids`.
         batch_tokens: per forward pass (see `batches_of_like_length`).
     """
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -112,10 +103,8 @@ def evaluate(
         model: a classifier, or an engine's model of it, not under DDP; its mode is restored.
         batch_tokens: per forward pass on one rank (see `batches_of_like_length`).
         keep_probabilities: whether all rows' probabilities are wanted; many labels need much memory.
-        should_stop: called before every forward pass, equally often on every rank; must return the same on all.
-
-    Raises:
-        Interrupted: if it was stopped.
+        should_stop: called before every forward pass, equally often on every rank; must return the same on all. If that
+            is True, Interrupted is raised.
     """
     # Every rank takes a part of every batch, so that all have the same number of batches; a part may be empty.
     batches = list(batches_of_like_length(cache.lengths(), batch_tokens, world.world_size))
@@ -134,14 +123,10 @@ def evaluate(
     finally:
         model.train(was_training)
     mine = [torch.cat(parts).cpu().numpy() if parts else np.empty((0, 0), np.float32) for parts in (results, kept)]
-    order = [[batch[rank :: world.world_size] for batch in batches] for rank in range(world.world_size)]
-    gathered = [(np.concatenate(rows), part) for rows, part in zip(order, gather_objects(world, mine)) if len(part[0])]
-
-    def in_order(which: int) -> np.ndarray:
-        whole = np.empty((len(cache), gathered[0][1][which].shape[1]), np.float32)
-        for rows, parts in gathered:
-            whole[rows] = parts[which]
-        return whole
-
-    whole = in_order(0)
-    return Evaluation(task.metrics(whole, labels), whole, in_order(1) if keep_probabilities else None)
+    shares = gather_objects(world, mine)  # rank 0 has a part of every batch
+    whole, probabilities = (np.empty((len(cache), part.shape[1]), np.float32) for part in shares[0])
+    for rank, share in enumerate(shares):
+        if len(share[0]):
+            order = np.concatenate([batch[rank :: world.world_size] for batch in batches])
+            whole[order], probabilities[order] = share
+    return Evaluation(task.metrics(whole, labels), whole, probabilities if keep_probabilities else None)

@@ -13,11 +13,7 @@ CALIBRATION_BINS = 15
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """Return int64 [labels, predictions]: how many rows of each label got each prediction.
-
-    Args:
-        labels, predictions: integers from 0 to `classes` - 1, [rows].
-    """
+    """Return int64 [labels, predictions]: how many rows of each label got each prediction; both are int [rows]."""
     cells = labels.astype(np.int64) * classes + predictions
     return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.formats import kind_of
-from sst2_xlmr.data.rows import Columns, has_labels, read_examples, read_rows
+from sst2_xlmr.data.rows import Columns, has_labels, read_rows
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 
@@ -38,8 +38,8 @@ Rows = tuple[tuple[list[str], Optional[list[str]]], Optional[np.ndarray]]
 def read_texts(file: Path, columns: Columns) -> Iterator[tuple[str, str | None]]:
     """Yield the texts of a file of rows, or the lines of any other file."""
     if is_rows_file(file):
-        for example in read_examples(file, columns):
-            yield example.text, example.pair
+        for row in read_rows(file, columns, None):
+            yield row.text, row.pair
         return
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()

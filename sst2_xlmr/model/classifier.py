@@ -18,9 +18,7 @@ from sst2_xlmr.util.errors import UserError
 def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[SequenceClassifier, Tokenizer, Task]:
     """Load a trained model's folder for prediction; the classifier is in evaluation mode.
 
-    Raises:
-        UserError: if the folder is incomplete, has no classification head, weights that are not finite, or another
-            model's tokenizer.
+    UserError if the folder is incomplete, has no head, weights that are not finite, or another model's tokenizer.
     """
     encoder, label_names = find_model(folder)
     task = SingleLabel(label_names)
@@ -41,20 +39,14 @@ def build_classifier(
     seed: int = 0,
     vocabulary: Vocabulary | None = None,
 ) -> tuple[SequenceClassifier, bool]:
-    """Build the classifier with the encoder's weights, in fp32 on the CPU.
+    """Return the classifier with the encoder's weights, in fp32 on the CPU, and whether its head is new.
 
-    The head is the encoder folder's own if that has one for the same label names; otherwise it is new.
+    The head is the encoder folder's own if that has one for the same label names; otherwise it is new. UserError if the
+    weights do not fit the encoder's configuration.
 
     Args:
-        dropout, head_dropout: see `SequenceClassifier`.
         seed: of a new head.
         vocabulary: the rows of the embedding table; None for all.
-
-    Returns:
-        The classifier, and whether its head is new.
-
-    Raises:
-        UserError: if the weights do not fit the encoder's configuration.
     """
     ids = None if vocabulary is None or vocabulary.is_whole else vocabulary.ids
     with torch.device("meta"):
@@ -64,7 +56,6 @@ def build_classifier(
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     head_is_new = encoder.label_names != task.label_names
     if head_is_new:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
         tensors.update(_new_head(shapes, seed))
     check_fit(tensors, shapes, encoder.weights_file)
     model.load_state_dict({name: tensors[name] for name in shapes}, assign=True)
@@ -74,11 +65,7 @@ def build_classifier(
 
 
 def _new_head(shapes: dict[str, torch.Size], seed: int) -> dict[str, torch.Tensor]:
-    """Return fp32 tensors for a new head: normal weights of deviation 0.02, as in BERT and RoBERTa, and zero biases.
-
-    Args:
-        shapes: of all parameters; those of the head are named `head.*`.
-    """
+    """Return fp32 tensors for a new head: normal weights of deviation 0.02, as in BERT and RoBERTa, and zero biases."""
     generator = torch.Generator().manual_seed(seed)
     head = {name: torch.zeros(shape) for name, shape in shapes.items() if name.startswith("head.")}
     for tensor in head.values():

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sst2_xlmr.util import downloads, hub
+from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import read_json
 
 TOKENIZER_NAME = "sentencepiece.bpe.model"
 WEIGHTS_NAMES = ["model.safetensors", "pytorch_model.bin"]
+_SIZE_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "ffn": "intermediate_size",
+    "positions": "max_position_embeddings",
+}  # field of EncoderShape -> key of config.json
 DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")  # of config.json
 
 
@@ -41,7 +49,6 @@ class Encoder:
     Attributes:
         name: as the user gave it.
         shape: its sizes; of the weights, layers above shape.layers are not read.
-        weights_file, tokenizer_file: their paths.
         max_length: longest input in tokens that it was made for, at most shape.positions - 2.
         dropouts: dropout probabilities in the folder's `config.json`, under their names there.
         label_names: the classes of the folder's classification head; None if it has none.
@@ -59,11 +66,7 @@ class Encoder:
 
 
 def lowest_layers(encoder: Encoder, layers: int) -> Encoder:
-    """Return the encoder with only its lowest layers; its head, made for the last one's output, is left out too.
-
-    Args:
-        layers: how many; at most as many as it has.
-    """
+    """Return the encoder with only its lowest layers; its head, made for the last one's output, is left out too."""
     if layers == encoder.shape.layers:
         return encoder
     shape = replace(encoder.shape, layers=layers)
@@ -73,33 +76,32 @@ def lowest_layers(encoder: Encoder, layers: int) -> Encoder:
 def find_encoder(name: str, quiet: bool = False) -> Encoder:
     """Find an encoder by bundle name or Hub id (downloading it once), or folder; a folder wins over a Hub id.
 
-    Raises:
-        UserError: if it is none of these, or incomplete, or not an XLM-R model.
+    A UserError if it is none of these, or incomplete, or not an XLM-R model.
     """
     if name in BUNDLE_SHAPES:
         return Encoder(name, BUNDLE_SHAPES[name], *downloads.fetch_bundle(name, quiet=quiet))
     folder = Path(name)
     is_on_hub = not folder.is_dir()
     if is_on_hub and not is_hub_id(name):
-        bundles = ", ".join(BUNDLE_SHAPES)
-        raise UserError(
-            f"encoder or model {name}: neither a folder, nor {bundles}, nor owner/name on the Hub; check the path"
-        )
+        known = f"neither a folder, nor {', '.join(BUNDLE_SHAPES)}, nor owner/name on the Hub"
+        raise UserError(f"encoder or model {name}: {known}; check the path")
     if is_on_hub:
-        folder = hub.fetch_folder(name, ["config.json", "tokenizer_config.json"])
+        folder = downloads.fetch_folder(name, ["config.json", "tokenizer_config.json"])
 
     def find(names: list[str], quiet: bool = True) -> Path | None:
         if is_on_hub:
-            return hub.fetch_first(name, folder, names, quiet=quiet)
+            return downloads.fetch_first(name, folder, names, quiet=quiet)
         return next((folder / file for file in names if (folder / file).is_file()), None)
 
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is the folder of a run; give the model in it, {folder / 'model'}")
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a checkpoint, for --resume; give best or model in the run's folder")
-    settings = _read_settings(folder / "config.json")
-    label_names = _label_names(settings, folder / "config.json")
-    shape = read_shape(folder)
+    file, layout = folder / "config.json", "a model's folder in Hugging Face layout is needed"
+    if not file.is_file():
+        raise UserError(f"{folder} has no config.json; {layout}")
+    settings = read_json(file, layout)
+    shape, label_names = _shape(settings, file), _label_names(settings, file)
     tokenizer_file = find([TOKENIZER_NAME])
     if tokenizer_file is None:
         converted = " (newer transformers save tokenizer.json only)" if find(["tokenizer.json"]) else ""
@@ -114,7 +116,7 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS_NAMES)}; is it a model's folder?")
     longest = shape.positions - 2
     if (folder / "tokenizer_config.json").is_file():
-        stated = _read_settings(folder / "tokenizer_config.json").get("model_max_length")
+        stated = read_json(folder / "tokenizer_config.json", "copy it again").get("model_max_length")
         longest = min(longest, stated) if isinstance(stated, int) and stated > 2 else longest
     dropouts = {key: settings[key] for key in DROPOUT_KEYS if key in settings}
     return Encoder(name, shape, weights_file, tokenizer_file, label_names, longest, dropouts)
@@ -143,11 +145,7 @@ def _label_names(settings: dict[str, Any], file: Path) -> list[str] | None:
 
 
 def find_model(folder: Path) -> tuple[Encoder, list[str]]:
-    """Find a trained model's folder; returns its parts and the names of its labels.
-
-    Raises:
-        UserError: if it is incomplete, or an encoder without classification head.
-    """
+    """Find a trained model's folder, which has a classification head; returns its parts and the names of its labels."""
     encoder = None if str(folder) in BUNDLE_SHAPES else find_encoder(str(folder))
     if encoder is None or encoder.label_names is None:
         raise UserError(f"{folder} has no classification head; give a model folder that train.py wrote")
@@ -155,11 +153,7 @@ def find_model(folder: Path) -> tuple[Encoder, list[str]]:
 
 
 def check_tokenizer(encoder: Encoder, vocab_size: int) -> None:
-    """Check that there is an embedding for every id of the encoder's tokenizer, all of which are below `vocab_size`.
-
-    Raises:
-        UserError: if not.
-    """
+    """Check that there is an embedding for every id of the encoder's tokenizer, all of which are below `vocab_size`."""
     if vocab_size > encoder.shape.vocab_size:
         raise UserError(
             f"{encoder.tokenizer_file} gives ids up to {vocab_size - 1}, but {encoder.name} has"
@@ -167,47 +161,14 @@ def check_tokenizer(encoder: Encoder, vocab_size: int) -> None:
         )
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{file.parent} has no {file.name}; a model's folder in Hugging Face layout is needed"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{file} does not hold a JSON object")
-    return settings
-
-
-def read_shape(folder: Path) -> EncoderShape:
-    """Read the sizes of the encoder from a folder's `config.json`.
-
-    Raises:
-        UserError: if it is missing, damaged, or not XLM-R's.
-    """
-    file = folder / "config.json"
-    settings = _read_settings(file)
-    wanted = {
-        "model_type": "xlm-roberta",
-        "hidden_act": "gelu",
-        "position_embedding_type": "absolute",
-        "pad_token_id": 1,
-    }
-    for key, value in wanted.items():
-        if settings.get(key, value if key != "model_type" else None) != value:
+def _shape(settings: dict[str, Any], file: Path) -> EncoderShape:
+    """Return the sizes of the encoder that `config.json` describes; a UserError if they are wrong, or not XLM-R's."""
+    wanted = {"hidden_act": "gelu", "position_embedding_type": "absolute", "pad_token_id": 1}
+    for key, value in {"model_type": "xlm-roberta", **wanted}.items():
+        if settings.get(key, wanted.get(key)) != value:
             raise UserError(f"{file}: {key} is {settings.get(key)!r}, but only {value!r} (XLM-R) can be trained here")
-    keys = {
-        "vocab_size": "vocab_size",
-        "hidden": "hidden_size",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "ffn": "intermediate_size",
-        "positions": "max_position_embeddings",
-    }
     sizes: dict[str, Any] = {}
-    for size, key in keys.items():
+    for size, key in _SIZE_KEYS.items():
         sizes[size] = settings.get(key)
         # Beyond this: a typing error, or an attack on memory.
         largest = 1_000 if size in ("layers", "heads") else 10_000_000

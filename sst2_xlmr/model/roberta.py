@@ -32,15 +32,12 @@ class Layer(nn.Module):
         self.heads = shape.heads
 
     def forward(self, queries: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Compute the layer at the positions of `queries` only.
+        """Return the layer's output at the positions of `queries` only, [texts, queries, hidden].
 
         Args:
-            queries: [texts, queries, hidden], the positions to compute.
+            queries: [texts, queries, hidden].
             hidden: [texts, length, hidden], all positions, for keys and values.
             mask: [texts, 1, 1, length], added to attention scores: 0, or -inf where there is padding; None for zeros.
-
-        Returns:
-            [texts, queries, hidden].
         """
         attended = self.norm1(queries + self.dropout(self.out(self._attention(queries, hidden, mask))))
         return self.norm2(attended + self.dropout(self.down(F.gelu(self.up(attended)))))
@@ -62,13 +59,10 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings and layers.
+    """Embeddings, of `rows` rows (see model/vocabulary), and layers.
 
     Nothing but the last layer's output at `<s>` reaches the head, so that layer is computed there only, with keys and
     values from all positions.
-
-    Args:
-        rows: of the embedding table (see model/vocabulary).
     """
 
     def __init__(self, shape: EncoderShape, rows: int, dropout: float) -> None:
@@ -100,8 +94,7 @@ class Head(nn.Module):
 
     def __init__(self, hidden: int, outputs: int, dropout: float) -> None:
         super().__init__()
-        self.dense, self.out = nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
-        self.dropout = nn.Dropout(dropout)
+        self.dense, self.out, self.dropout = nn.Linear(hidden, hidden), nn.Linear(hidden, outputs), nn.Dropout(dropout)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return logits, [texts, outputs]; features: [texts, hidden], the encoder's output at `<s>`."""
@@ -113,30 +106,22 @@ class SequenceClassifier(nn.Module):
 
     Args:
         outputs: logits of a text.
-        dropout: probability, of hidden states and attention weights.
-        head_dropout: the same in the head.
+        dropout, head_dropout: probabilities; the encoder's is of hidden states and attention weights.
         rows: of the embedding table; None for the whole vocabulary.
 
     Attributes:
-        id_map: int32 [vocabulary], the row of each id in the embedding table; None if that is whole.
+        id_map: int32 [vocabulary], on the ids' device, each id's row in the embedding table; None if that is whole.
         autocast: whether fp32 parameters compute in bf16.
     """
 
-    id_map: torch.Tensor | None
-
     def __init__(
-        self,
-        shape: EncoderShape,
-        outputs: int,
-        dropout: float = 0.0,
-        head_dropout: float = 0.0,
-        rows: int | None = None,
+        self, shape: EncoderShape, outputs: int, dropout: float = 0, head_dropout: float = 0, rows: int | None = None
     ) -> None:
         super().__init__()
         self.shape, self.outputs, self.autocast = shape, outputs, False
         self.encoder = Encoder(shape, rows or shape.vocab_size, dropout)
         self.head = Head(shape.hidden, outputs, head_dropout)
-        self.register_buffer("id_map", None, persistent=False)
+        self.id_map: torch.Tensor | None = None  # no buffer: DDP would send it at every step
 
     @property
     def is_encoder_frozen(self) -> bool:
@@ -152,7 +137,7 @@ class SequenceClassifier(nn.Module):
         Args:
             ids: int64 [tokens], of all texts one after another.
             lengths: int64 [texts], tokens per text; on the CPU, so that nothing waits for a GPU to know them.
-            keys: not used: an engine may draw every text's dropout masks from them, instead of torch's generator.
+            keys: not used here; see `Batch`.
         """
         tokens = torch.full((len(lengths), int(lengths.max())), PAD_ID, device=ids.device)
         if len(ids) == tokens.numel():

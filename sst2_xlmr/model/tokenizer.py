@@ -17,13 +17,8 @@ def add_special_tokens(first: List[int], second: Optional[List[int]], max_length
 
     A text that is cut keeps its `</s>`. A pair that is too long loses tokens at the end of the longer text, one at a
     time, and of the second where both are equally long: `longest_first` of transformers 4's `XLMRobertaTokenizer`.
-    TorchScript can compile this, for the export.
-
-    Args:
-        first, second: SentencePiece ids of the texts; None if the row has no second.
-
-    Returns:
-        Ids, -1 for `<s>` and 1 for `</s>`, which become XLM-R's numbers as every other piece does (see `Tokenizer`).
+    `<s>` is -1 and `</s>` 1, which become XLM-R's numbers as every other piece does (see `Tokenizer`). TorchScript can
+    compile this, for the export.
     """
     begin, end, room = [-1], [1], max_length - 2
     if second is None:
@@ -50,7 +45,6 @@ class Tokenizer:
         """Return the ids of all rows one after another, int32 [tokens], and tokens per row, int64 [rows].
 
         Args:
-            texts: one per row.
             pairs: the second text of every row; None if rows have one.
         """
         seconds = [None] * len(texts) if pairs is None else self._pieces.Encode(pairs)
@@ -71,18 +65,12 @@ class Tokenizer:
 
 
 def load_tokenizer(model_file: Path, max_length: int) -> Tokenizer:
-    """Load a `sentencepiece.bpe.model`.
-
-    Raises:
-        UserError: if the file is missing or is no SentencePiece model.
-    """
+    """Load a `sentencepiece.bpe.model`; UserError if the file is missing or is no SentencePiece model."""
     if not model_file.is_file():
-        raise UserError(
-            f"{model_file} does not exist; an encoder's folder needs its SentencePiece model under that name"
-        )
+        cure = "an encoder's folder needs its SentencePiece model under that name"
+        raise UserError(f"{model_file} does not exist; {cure}")
     try:
         return Tokenizer(SentencePieceProcessor(model_file=str(model_file), num_threads=1), model_file, max_length)
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"{model_file} is not a SentencePiece model ({str(error).splitlines()[0]}); fetch it again"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{model_file} is not a SentencePiece model ({reason}); fetch it again") from None

@@ -2,10 +2,9 @@
 
 XLM-R has 250,002 rows, of which the files of a run use few (SST-2: 8,890). A row that no batch contains has no
 gradient, so its Adam moments stay zero and it only decays, by the product of all `1 - lr * weight_decay`; that one
-number is kept and applied when the table is expanded. flair's `transformer-smaller-training-vocab`
-(https://github.com/helpmefindaname/transformer-smaller-training-vocab) shrinks and restores the table around a Trainer
-run too, but leaves out the decay of untouched rows. Used rows get the same bits as in a whole table (given the same
-clipping factor); untouched ones are rounded once instead of at every step.
+number is kept and applied when the table is expanded. Used rows get the same bits as in a whole table (given the same
+clipping factor); untouched ones are rounded once instead of at every step. flair's
+`transformer-smaller-training-vocab` shrinks and restores the table too, but leaves out the decay.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ class Vocabulary:
 
     Attributes:
         ids: int64 [rows], ascending, the id of every row.
-        size: of the whole vocabulary.
         decay_rate: weight decay of the table, times its factor on the learning rate; 0 if it is not trained.
         decay: what all steps so far have left of a row without gradient.
     """
@@ -56,12 +54,7 @@ class Vocabulary:
         return rows
 
     def expand(self, pretrained: Deferred, trained: Storable) -> Deferred:
-        """Return the whole table as if it had been trained whole, computed a few rows at a time.
-
-        Args:
-            pretrained: fp32 [size, hidden], before training.
-            trained: fp32 [rows, hidden], after it.
-        """
+        """Return the whole table, fp32 [size, hidden], as if it had been trained whole; `trained` is [rows, hidden]."""
 
         def make(start: int, stop: int) -> torch.Tensor:
             table = pretrained.rows(start, stop) * self.decay

@@ -1,13 +1,14 @@
 """The names of the same weights: ours, torchtext's, and transformers'; one table for each source.
 
 Ours are `encoder.tokens`, `encoder.positions`, `encoder.norm`, `encoder.layers.N.{qkv,out,norm1,up,down,norm2}` and
-`head.{dense,out}`, each with `.weight` and most with `.bias`.
+`head.{dense,out}`, each with `.weight` and most with `.bias`. In the tables, `#` is a layer's number.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Callable
 
 import torch
 
@@ -15,50 +16,38 @@ from sst2_xlmr.util.tensors import Storable
 
 Tensors = dict[str, torch.Tensor]
 
-# Of the downloads, which have an older torchtext's names, and of torchtext 0.18 itself.
-_TORCHTEXT = {
+_LAYER = "encoder.layers.#"
+_DOWNLOADED_LAYER = "encoder.transformer.layers.#"
+_TORCHTEXT = {  # of its downloads, which an older torchtext has written
     "encoder.transformer.token_embedding": "encoder.tokens",
     "encoder.transformer.positional_embedding.embedding": "encoder.positions",
     "encoder.transformer.embedding_layer_norm": "encoder.norm",
-}
-_TORCHTEXT_LAYER = {
-    "attention.input_projection": "qkv",
-    "attention.output_projection": "out",
-    "residual_mlp.mlp.0": "up",
-    "residual_mlp.mlp.3": "down",
-    "attention_layer_norm": "norm1",
-    "final_layer_norm": "norm2",
-    "self_attn.in_proj": "qkv",
-    "self_attn.out_proj": "out",
-    "linear1": "up",
-    "linear2": "down",
-    "norm1": "norm1",
-    "norm2": "norm2",
+    f"{_DOWNLOADED_LAYER}.attention.input_projection": f"{_LAYER}.qkv",
+    f"{_DOWNLOADED_LAYER}.attention.output_projection": f"{_LAYER}.out",
+    f"{_DOWNLOADED_LAYER}.residual_mlp.mlp.0": f"{_LAYER}.up",
+    f"{_DOWNLOADED_LAYER}.residual_mlp.mlp.3": f"{_LAYER}.down",
+    f"{_DOWNLOADED_LAYER}.attention_layer_norm": f"{_LAYER}.norm1",
+    f"{_DOWNLOADED_LAYER}.final_layer_norm": f"{_LAYER}.norm2",
 }
 _HUGGING_FACE = {
-    "embeddings.word_embeddings": "encoder.tokens",
-    "embeddings.position_embeddings": "encoder.positions",
-    "embeddings.LayerNorm": "encoder.norm",
+    "roberta.embeddings.word_embeddings": "encoder.tokens",
+    "roberta.embeddings.position_embeddings": "encoder.positions",
+    "roberta.embeddings.LayerNorm": "encoder.norm",
+    "roberta.encoder.layer.#.attention.output.dense": f"{_LAYER}.out",
+    "roberta.encoder.layer.#.attention.output.LayerNorm": f"{_LAYER}.norm1",
+    "roberta.encoder.layer.#.intermediate.dense": f"{_LAYER}.up",
+    "roberta.encoder.layer.#.output.dense": f"{_LAYER}.down",
+    "roberta.encoder.layer.#.output.LayerNorm": f"{_LAYER}.norm2",
     "classifier.dense": "head.dense",
     "classifier.out_proj": "head.out",
 }
-_HUGGING_FACE_LAYER = {
-    "attention.output.dense": "out",
-    "attention.output.LayerNorm": "norm1",
-    "intermediate.dense": "up",
-    "output.dense": "down",
-    "output.LayerNorm": "norm2",
-}
-_QKV = ("query", "key", "value")  # transformers has three matrices
-_TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
-TABLE_SOURCES = tuple(
-    f"{name}.weight"
-    for name in (
-        "encoder.transformer.token_embedding",
-        "roberta.embeddings.word_embeddings",
-        "embeddings.word_embeddings",
-    )
-)
+_QKV = [f"roberta.encoder.layer.#.attention.self.{part}" for part in ("query", "key", "value")]  # three, not one
+_TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
+TABLE_SOURCES = [
+    "encoder.transformer.token_embedding.weight",
+    "roberta.embeddings.word_embeddings.weight",
+    "embeddings.word_embeddings.weight",
+]
 
 
 def layer_of(name: str) -> int:
@@ -67,46 +56,43 @@ def layer_of(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _our_name(name: str, tops: Mapping[str, str], layer: str, inner: Mapping[str, str]) -> str:
-    """Return our name for a source's, by its tables; empty if it has none. `layer` is a pattern."""
+def _split(name: str) -> tuple[str, str, str]:
+    """Return a tensor's name without `.weight` or `.bias`, with `#` for the layer's number; the number; the rest."""
     match = re.fullmatch(r"(.+)[._](weight|bias)", name)
-    if match is None:
-        return ""
-    stem, kind = match.groups()
-    if stem in tops:
-        return f"{tops[stem]}.{kind}"
-    if (place := re.fullmatch(layer, stem)) and place[2] in inner:
-        return f"encoder.layers.{place[1]}.{inner[place[2]]}.{kind}"
-    return ""
+    stem, kind = match.groups() if match else (name, "")
+    layer = str(layer_of(name))
+    return re.sub(r"(\.layers?\.)\d+\.", r"\1#.", stem), layer, kind
 
 
-def from_torchtext(raw: Mapping[str, torch.Tensor]) -> Tensors:
-    """Rename the tensors of torchtext's downloads; unknown ones keep their names."""
-    layer = r"encoder\.transformer\.layers\.(?:layers\.)?(\d+)\.(.+)"  # once in the downloads, twice since
-    return {_our_name(name, _TORCHTEXT, layer, _TORCHTEXT_LAYER) or name: raw[name] for name in raw}
+def from_torchtext(names: Sequence[str], read: Callable[[str], torch.Tensor]) -> Tensors:
+    """Read and rename the tensors of torchtext's downloads; unknown ones keep their names."""
+    result = {}
+    for name in names:
+        stem, layer, kind = _split(name)
+        result[f"{_TORCHTEXT[stem].replace('#', layer)}.{kind}" if stem in _TORCHTEXT else name] = read(name)
+    return result
 
 
-def from_hugging_face(raw: Mapping[str, torch.Tensor]) -> Tensors:
-    """Rename and join the tensors of transformers' XLM-R models (with or without the prefix `roberta.`).
+def from_hugging_face(names: Sequence[str], read: Callable[[str], torch.Tensor]) -> Tensors:
+    """Read, rename and join the tensors of transformers' XLM-R models (with or without the prefix `roberta.`).
 
     The one token type of XLM-R is added to every position, so it is folded into the position table. Tensors that
-    belong to other heads (language model, pooler) are left out, unread.
+    belong to other heads (language model, pooler) are left out, unread; unknown ones of the encoder keep their names.
     """
     result: Tensors = {}
-    layer = r"encoder\.layer\.(\d+)\.(.+)"
     token_type = torch.zeros(1, 1)
-    for raw_name in raw:
-        name = raw_name.removeprefix("roberta.")
-        if match := re.fullmatch(r"encoder\.layer\.(\d+)\.attention\.self\.query\.(weight|bias)", name):
-            others = [raw_name.replace(".query.", f".{part}.") for part in _QKV]
-            parts = [raw[other] for other in others if other in raw]
-            result[f"encoder.layers.{match[1]}.qkv.{match[2]}"] = torch.cat(parts)
+    for raw_name in names:
+        name = raw_name if raw_name.startswith(("roberta.", "classifier.")) else f"roberta.{raw_name}"
+        stem, layer, kind = _split(name)
+        if stem in _HUGGING_FACE:
+            result[f"{_HUGGING_FACE[stem].replace('#', layer)}.{kind}"] = read(raw_name)
+        elif stem == _QKV[0]:
+            parts = [raw_name.replace(".query.", f".{part.rsplit('.', 1)[1]}.") for part in _QKV]
+            result[f"encoder.layers.{layer}.qkv.{kind}"] = torch.cat([read(part) for part in parts if part in names])
         elif name == _TOKEN_TYPES:
-            token_type = raw[raw_name]
-        elif ours := _our_name(name, _HUGGING_FACE, layer, _HUGGING_FACE_LAYER):
-            result[ours] = raw[raw_name]
-        elif name.startswith("encoder.layer.") and ".attention.self." not in name:
-            result[name] = raw[raw_name]  # that belongs to no XLM-R, and is refused
+            token_type = read(raw_name)
+        elif stem.startswith("roberta.encoder.") and stem not in _QKV:
+            result[name.removeprefix("roberta.")] = read(raw_name)
     if "encoder.positions.weight" in result and token_type.any():
         positions = result["encoder.positions.weight"]
         result["encoder.positions.weight"] = torch.cat([positions[:2], positions[2:] + token_type[0]])
@@ -115,27 +101,14 @@ def from_hugging_face(raw: Mapping[str, torch.Tensor]) -> Tensors:
 
 def to_hugging_face(tensors: Mapping[str, Storable]) -> dict[str, Storable]:
     """Return a classifier's tensors under the names of transformers' `XLMRobertaForSequenceClassification`."""
-    inner = _inverted(_HUGGING_FACE_LAYER.items())
-    tops = _inverted(
-        (theirs if theirs.startswith("classifier") else f"roberta.{theirs}", ours)
-        for theirs, ours in _HUGGING_FACE.items()
-    )
+    theirs = {ours: name for name, ours in _HUGGING_FACE.items()}
     result: dict[str, Storable] = {}
     for name, tensor in tensors.items():
-        pieces: Sequence[Storable] = tensor.chunk(3) if ".qkv." in name else ()
-        stem, kind = name.rsplit(".", 1)
-        match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", stem)
-        if match and match[2] == "qkv":
-            for part, piece in zip(_QKV, pieces):
-                result[f"roberta.encoder.layer.{match[1]}.attention.self.{part}.{kind}"] = piece
-        elif match:
-            result[f"roberta.encoder.layer.{match[1]}.{inner[match[2]]}.{kind}"] = tensor
-        else:
-            result[f"{tops[stem]}.{kind}"] = tensor
+        stem, layer, kind = _split(name)
+        is_joined = stem == f"{_LAYER}.qkv"
+        parts: Sequence[Storable] = tensor.chunk(3) if is_joined else [tensor]
+        for new, part in zip(_QKV if is_joined else [theirs[stem]], parts):
+            result[f"{new.replace('#', layer)}.{kind}"] = part
     word = tensors["encoder.tokens.weight"]
-    result[f"roberta.{_TOKEN_TYPES}"] = torch.zeros(1, word.shape[1], dtype=word.dtype)
+    result[_TOKEN_TYPES] = torch.zeros(1, word.shape[1], dtype=word.dtype)
     return result
-
-
-def _inverted(names: Iterable[tuple[str, str]]) -> dict[str, str]:
-    return {ours: theirs for theirs, ours in names}

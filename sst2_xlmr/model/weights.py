@@ -6,7 +6,7 @@ import contextlib
 import struct
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,8 @@ def _reading_errors(file: Path) -> Iterator[None]:
 def _is_plain_zip(file: Path) -> bool:
     """Whether a file from torch.save is a zip; otherwise it is a bare pickle.
 
-    Raises:
-        UserError: for formats that `weights_only` does not guard in torch.load: tar files (CVE-2025-32434; torch 2.6
-            refuses them too) and TorchScript.
+    UserError for formats that `weights_only` does not guard in torch.load: tar files (CVE-2025-32434; torch 2.6 refuses
+    them too) and TorchScript.
     """
     with file.open("rb") as opened:
         is_zip = opened.read(4) == b"PK\x03\x04"  # torch's own test
@@ -59,8 +58,8 @@ def _is_plain_zip(file: Path) -> bool:
     return is_zip
 
 
-class _Weights(Mapping[str, torch.Tensor]):
-    """A file's floating-point tensors, each read on access, as fp32.
+class _Weights:
+    """A file's floating-point tensors, without those above the lowest `layers`; each is read, as fp32, when asked for.
 
     The file is mapped into memory. Pages that have been read count as the process's memory until the mapping is closed,
     so it is renewed from time to time. Tensors are copied, because a mapping would change with the file. Only torch's
@@ -68,10 +67,9 @@ class _Weights(Mapping[str, torch.Tensor]):
 
     Args:
         ids: int64 [rows], the rows of the embedding table to read; None for all.
-        layers: of the encoder; tensors of layers above these are left out, unread.
     """
 
-    def __init__(self, file: Path, ids: torch.Tensor | None = None, layers: int | None = None) -> None:
+    def __init__(self, file: Path, ids: torch.Tensor | None, layers: int) -> None:
         self._file, self._ids, self._layers = file, ids, layers
         self._is_mapped = file.suffix == ".safetensors" or _is_plain_zip(file)
         self._map()
@@ -83,25 +81,12 @@ class _Weights(Mapping[str, torch.Tensor]):
             raw = torch.load(self._file, map_location="cpu", weights_only=True, mmap=self._is_mapped)
             if not isinstance(raw, dict):
                 raise UserError(f"{self._file} holds no tensors by name; save a model's state_dict()")
-        self.raw = {
-            name: tensor
-            for name, tensor in raw.items()
-            if isinstance(tensor, torch.Tensor)
-            and tensor.is_floating_point()
-            and (self._layers is None or layer_of(name) < self._layers)
-        }
+        floats = {name: raw[name] for name in raw if torch.is_tensor(raw[name]) and raw[name].is_floating_point()}
+        self.raw = {name: floats[name] for name in floats if layer_of(name) < self._layers}
         self._read_bytes = 0
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self.raw))  # the names alone, or the mapping would stay as long as the iterator
-
-    def __len__(self) -> int:
-        return len(self.raw)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.raw  # Mapping's own would read the tensor
-
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor; of the embedding table, the rows to read."""
         if self._ids is None or name not in TABLE_SOURCES:
             return self.read(name, ...)
         return torch.cat([self.read(name, ids) for ids in self._ids.split(_ROWS_AT_ONCE)])
@@ -119,28 +104,27 @@ class _Weights(Mapping[str, torch.Tensor]):
 def load_tensors(encoder: Encoder, ids: torch.Tensor | None = None) -> Tensors:
     """Read an encoder's weights; returns fp32 tensors under our names, with `head.*` where it has a head.
 
+    UserError if the file cannot be read as weights, or its table does not have the configured number of rows.
+
     Args:
         ids: int64 [rows], the rows of the embedding table to read; None for all.
-
-    Raises:
-        UserError: if the file cannot be read as weights, or its table does not have the configured number of rows.
     """
     with _reading_errors(encoder.weights_file):
         raw = _Weights(encoder.weights_file, ids, encoder.shape.layers)
         if ids is not None:
             _find_table(encoder, raw)
-        return from_torchtext(raw) if encoder.name in BUNDLE_SHAPES else from_hugging_face(raw)
+        rename = from_torchtext if encoder.name in BUNDLE_SHAPES else from_hugging_face
+        return rename(list(raw.raw), raw.tensor)
 
 
 def pretrained_table(encoder: Encoder) -> Deferred:
     """Return the encoder's embedding table, fp32 [vocab_size, hidden], read a few rows at a time.
 
-    Raises:
-        UserError: if the file cannot be read as weights, or has no such table.
+    UserError if the file cannot be read as weights, or has no such table.
     """
     file = encoder.weights_file
     with _reading_errors(file):
-        raw = _Weights(file)
+        raw = _Weights(file, None, encoder.shape.layers)
         name = _find_table(encoder, raw)
 
     def rows(start: int, stop: int) -> torch.Tensor:
@@ -152,27 +136,22 @@ def pretrained_table(encoder: Encoder) -> Deferred:
 
 def _find_table(encoder: Encoder, raw: _Weights) -> str:
     """Return the embedding table's name in the file, and check its shape."""
-    name = next((name for name in TABLE_SOURCES if name in raw), "")
+    name = next((name for name in TABLE_SOURCES if name in raw.raw), "")
     expected = torch.Size((encoder.shape.vocab_size, encoder.shape.hidden))
     check_fit({TABLE: raw.raw[name]} if name else {}, {TABLE: expected}, encoder.weights_file)
     return name
 
 
 def check_fit(tensors: Tensors, expected: dict[str, torch.Size], file: Path) -> None:
-    """Check that the encoder's tensors are those of its configuration.
-
-    Raises:
-        UserError: naming the first tensor that is missing, superfluous or of another shape, and how many there are.
-    """
+    """Raise UserError, naming the first, if tensors are missing, superfluous or of another shape than configured."""
     problems = []
     for name, shape in expected.items():
         if name not in tensors:
             problems.append(f"{name} {list(shape)} is missing")
         elif tensors[name].shape != shape:
             problems.append(f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}")
-    problems += [
-        f"{n} is not in the configured model" for n in tensors if n.startswith("encoder.") and n not in expected
-    ]
+    superfluous = [name for name in tensors if name.startswith("encoder.") and name not in expected]
+    problems += [f"{name} is not in the configured model" for name in superfluous]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{file} does not fit its configuration: {problems[0]}{more}; check config.json beside it")

@@ -1,9 +1,6 @@
 """Fetch what a training run downloads, ahead of time: for compute nodes and machines without internet.
 
-    sst2-xlmr fetch [sst2] [xlmr.base] [xlmr.large] [OWNER/NAME[@REVISION] ...] [--cache-dir DIR]
-
-SST-2 and torchtext's encoders go into the cache, models of the Hugging Face Hub into the Hub's own. Copy the folders
-that are named at the end to where training runs, and set the variables there.
+sst2-xlmr fetch [sst2] [xlmr.base] [xlmr.large] [OWNER/NAME[@REVISION] ...] [--cache-dir DIR]
 """
 
 from __future__ import annotations
@@ -27,17 +24,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog="OWNER/NAME goes into the Hub's own cache and follows HF_HOME, HF_ENDPOINT (a mirror), HF_TOKEN. Where"
         " there is no internet, set SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders named at the end, and"
         " HF_HUB_OFFLINE=1.",
-        allow_abbrev=False,
     )
-    what = (
-        f"{', '.join(CHOICES)}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
-    )
+    ours = ", ".join(CHOICES)
+    what = f"{ours}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
     parser.add_argument("names", nargs="*", metavar="NAME", help=what)
-    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"for {', '.join(CHOICES)} [{cache_dir()}]")
+    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"for {ours} [{cache_dir()}]")
     arguments = parser.parse_args(argv)
     for name in arguments.names:
         if name not in CHOICES and not is_hub_id(name):
-            parser.error(f"argument NAME: invalid choice: {name!r} (choose from {', '.join(CHOICES)}, or OWNER/NAME)")
+            parser.error(f"argument NAME: invalid choice: {name!r} (choose from {ours}, or OWNER/NAME)")
     return arguments
 
 

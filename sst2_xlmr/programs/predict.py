@@ -32,7 +32,7 @@ from sst2_xlmr.cli import OneLineParser, add_model_options, add_option, number_t
 from sst2_xlmr.config import flag
 from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, kind_of
 from sst2_xlmr.data.predictions import check_columns, console_lines, extended_rows, glue_numbers, submission_lines
-from sst2_xlmr.data.rows import TEXT_OPTIONS, Example, check_text, columns_given, in_chunks, read_examples
+from sst2_xlmr.data.rows import TEXT_OPTIONS, Row, check_text, columns_given, in_chunks, read_rows
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.progress import with_progress
@@ -135,13 +135,13 @@ def is_complete(paths: Sequence[Path]) -> bool:
     return all(path.exists() for path in paths) and not is_begun(paths[0])
 
 
-def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
+def read_input(arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield the rows to classify: of the file, the sentences, or the lines of standard input (UTF-8, LF or CRLF).
 
     A wrong sentence shows at once, and so does a wrong column, as a file's first row is read.
     """
     if arguments.input:
-        rows = read_examples(arguments.input, columns_given(arguments))
+        rows = read_rows(arguments.input, columns_given(arguments), None)
         return itertools.chain([next(rows)], rows)
     lines: Iterable[tuple[int, str]] = list(enumerate(arguments.sentences, 1))
     for number, sentence in lines:
@@ -153,7 +153,7 @@ def read_input(arguments: argparse.Namespace) -> Iterator[Example]:
         decoded = decoded_lines(sys.stdin.buffer, "standard input")
         lines = ((number, line.rstrip("\r\n")) for number, line in decoded)
     names = ["sentence"]
-    return (Example(text, None, Fields(number, names, [text])) for number, text in lines)
+    return (Row(text, None, None, Fields(number, names, [text])) for number, text in lines)
 
 
 def read_through(arguments: argparse.Namespace) -> tuple[str, list[str], list[int]]:
@@ -178,11 +178,11 @@ def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Class
 
 
 def classify(
-    arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Example]]
-) -> Iterator[tuple[list[Example], list[list[Any]]]]:
+    arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Row]]
+) -> Iterator[tuple[list[Row], list[list[Any]]]]:
     """Yield every chunk of rows with the new cells of each row."""
 
-    def encode(chunk: list[Example]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(chunk: list[Row]) -> tuple[np.ndarray, np.ndarray]:
         return classifier.encode([row.text if row.pair is None else (row.text, row.pair) for row in chunk])
 
     encoded = ((chunk, encode(chunk)) for chunk in chunks)

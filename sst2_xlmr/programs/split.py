@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from sst2_xlmr.cli import OneLineParser, add_option, positive
-from sst2_xlmr.data.formats import KINDS, kind_of, row_writer
-from sst2_xlmr.data.rows import TEXT_OPTIONS, columns_given, read_examples
+from sst2_xlmr.data.formats import is_table, kind_of, row_writer
+from sst2_xlmr.data.rows import TEXT_OPTIONS, columns_given, read_rows
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file
 from sst2_xlmr.util.output import say
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     columns, output_dir, kind = columns_given(arguments), arguments.output_dir, kind_of(arguments.train_file)
     if os.path.lexists(output_dir):
         raise UserError(f"--output-dir {output_dir} already exists; choose another directory")
-    examples = list(read_examples(arguments.train_file, columns))
+    examples = list(read_rows(arguments.train_file, columns, None))
     stays, test = split_rows([words_of(each.text, each.pair) for each in examples], arguments.rows, arguments.seed)
     left_out = len(examples) - len(stays) - len(test)
     if arguments.train_rows is not None:
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, numbers in (("train", stays), ("test", test)):
             with new_file(output_dir / f"{name}{kind}") as file:
                 write, rows = row_writer(file, kind), [examples[number].fields for number in numbers]
-                if columns.header and KINDS[kind].is_table:
+                if columns.header and is_table(arguments.train_file):
                     write(rows[0].names, rows[0].names)
                 for fields in rows:
                     write(fields.names, fields.cells)

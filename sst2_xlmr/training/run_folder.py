@@ -35,12 +35,12 @@ def claim(run_folder: Path) -> IO[str]:
         run_folder.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}; take another --output-dir") from None
+        raise UserError(f"cannot write to {path}: {error.strerror}; choose another --output-dir") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         holder = file.read(200).strip() or "another process"
-        raise UserError(f"{run_folder} is in use by {holder}; wait for it, stop it, or take another folder") from None
+        raise UserError(f"{run_folder} is in use by {holder}; wait for it, or choose another directory") from None
     except OSError as error:
         raise UserError(f"cannot lock {path}: {error.strerror}; put the run on a file system with locks") from None
     file.truncate(0)
@@ -55,10 +55,7 @@ def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
     """Write `config.json`, with the package's version; the folder must be claimed.
 
     A new run's is written right after that: a folder without it cannot be resumed, should the process die. A resumed
-    run's is replaced when its checkpoint has been accepted.
-
-    Raises:
-        UserError: if a new run finds another one there, or the file cannot be written.
+    run's is replaced when its checkpoint has been accepted. UserError if a new run finds another one there.
     """
     target = run_folder / "config.json"
     if is_new and target.exists():
@@ -67,7 +64,7 @@ def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
     try:
         write_text(target, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write to {target}: {error.strerror}; make room, or take another folder") from None
+        raise UserError(f"cannot write to {target}: {error.strerror}; make room, or choose another directory") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -81,6 +78,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             entries.append(entry)
     return entries
+
+
+def forget_metrics(path: Path, first_step: int, written_again: list[str]) -> None:
+    """Remove the lines that a run resumed at `first_step` writes again; OSError if the disk is full.
+
+    Args:
+        written_again: splits that will be evaluated (once more) at that step.
+    """
+    kept = [
+        entry
+        for entry in read_metrics(path)
+        if entry["step"] < first_step or (entry["step"] == first_step and entry.get("split") not in written_again)
+    ]
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def evaluations_at(path: Path, step: int) -> dict[str, dict[str, Any]]:

@@ -11,23 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from sst2_xlmr.util.errors import LostContact, UserError, raise_here, raise_on_all
+from sst2_xlmr.util.errors import UserError, raise_here, raise_on_all
 
 Result = TypeVar("Result")
 
 # gloo's messages when a peer is gone or silent; it has no exception type of its own.
-_GLOO_ERROR = re.compile(
-    r"gloo|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket (closed|Timeout)"
-)
-
+_GLOO_ERROR = "gloo|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket (closed|Timeout)"
 _POLL_S = 1e-4  # between two looks at an event; a step takes some milliseconds
-
 # Downloads, tokenization and a slow disk take longer than any step; the others wait for them in a patient group.
 PATIENCE = timedelta(hours=6)
 
@@ -39,7 +35,6 @@ class World:
     Attributes:
         rank, world_size: this process's number, and how many there are.
         local_rank, local_world_size: the same on this node.
-        device: what this process computes on.
         control: gloo group for Python objects; None with one process.
         patient: gloo group that waits for downloads and slow disks; None with one process.
         timeout_s: seconds without an answer after which another process counts as lost.
@@ -60,16 +55,11 @@ class World:
 
     @classmethod
     def alone(cls, device: torch.device) -> World:
-        """Return the world of one process."""
         return cls(0, 1, 0, 1, device)
 
 
 def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
-    """Turn `--device` into this process's device.
-
-    Raises:
-        UserError: CUDA was asked for and is not there, or this node has fewer GPUs than processes.
-    """
+    """Turn `--device` into this process's device; a UserError if there is none, or fewer GPUs than processes."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -83,31 +73,29 @@ def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> 
 
 
 def _read_environment() -> dict[str, int]:
-    """Return rank, world_size, local_rank and local_world_size from torchrun's environment variables.
+    """Return rank, world_size, local_rank and local_world_size from torchrun's variables, which may contradict."""
 
-    Raises:
-        UserError: if they contradict each other.
-    """
-    cure = "start train.py with torchrun, which sets it, or unset it to train with one process"
+    def refuse(problem: str) -> NoReturn:
+        cure = "start train.py with torchrun, which sets it, or unset it to train with one process"
+        raise_here(f"the environment has {problem}; {cure}")
+
     place = {}
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
         text = os.environ.get(name, str(default))
         if not text.isdecimal():
-            raise_here(f"the environment has {name}={text}, which is not a number from 0; {cure}")
-        place[name.lower()] = int(text)
-    for number, count in (("rank", "world_size"), ("local_rank", "local_world_size")):
+            refuse(f"{name}={text}, which is not a number from 0")
+        place[name] = int(text)
+    for number, count in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if place[number] >= place[count]:
-            raise_here(
-                f"the environment has {number.upper()}={place[number]}, but {count.upper()}={place[count]}; {cure}"
-            )
-    port = os.environ.get("MASTER_PORT", "")
-    if place["world_size"] > 1:
+            refuse(f"{number}={place[number]}, but {count}={place[count]}")
+    if place["WORLD_SIZE"] > 1:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
-                raise_here(f"the environment has WORLD_SIZE={place['world_size']}, but no {name}; {cure}")
+                refuse(f"WORLD_SIZE={place['WORLD_SIZE']}, but no {name}")
+        port = os.environ["MASTER_PORT"]
         if not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise_here(f"the environment has MASTER_PORT={port}, which is not a port; {cure}")
-    return place
+            refuse(f"MASTER_PORT={port}, which is not a port")
+    return {name.lower(): number for name, number in place.items()}
 
 
 @contextmanager
@@ -134,9 +122,8 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
         return
     # NCCL would end the process with a dump of its own; it gets a minute more, so that `wait_for_step` comes first.
     backend, more = ("nccl", timedelta(minutes=1)) if device.type == "cuda" else ("gloo", timedelta())
-    dist.init_process_group(
-        backend, store=store, rank=place["rank"], world_size=place["world_size"], timeout=timeout + more
-    )
+    rank, world_size = place["rank"], place["world_size"]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout + more)
     lost = False
     try:
         control, patient = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE))
@@ -145,14 +132,16 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
         lost = error.is_own  # the others still wait for this rank
         raise
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not _GLOO_ERROR.search(str(error)):
+        if not isinstance(error, dist.DistError) and not re.search(_GLOO_ERROR, str(error)):
             raise
         lost = True
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LostContact(
-            f"lost contact with another process ({reason}): it died, or gave no answer for {timeout_minutes:g} minutes;"
-            " if it said why, that stands above; checkpoints are whole: continue with --resume"
-        ) from None
+        raise_here(
+            f"rank {rank}: lost contact with another process ({reason}): it died, or gave no answer for"
+            f" {timeout_minutes:g} minutes; if it said why, that stands above; checkpoints are whole: continue with"
+            " --resume",
+            status=1,
+        )
     finally:
         if not lost:  # it would wait for the lost process
             dist.destroy_process_group()
@@ -171,11 +160,7 @@ def _join_store(timeout: timedelta) -> dist.Store:
 
 
 def _agree_on_device(name: str, rank: int, store: dist.Store) -> str:
-    """Return `--device` for this rank, where `auto` means what it means on rank 0.
-
-    Raises:
-        UserError: if this rank was told otherwise, or has no GPU where rank 0 has one.
-    """
+    """Return `--device`, where `auto` means what it means on rank 0; a UserError if this rank cannot follow it."""
     kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if rank == 0:
         store.set("device", kind)
@@ -186,13 +171,10 @@ def _agree_on_device(name: str, rank: int, store: dist.Store) -> str:
 
 
 def wait_for_step(event: torch.cuda.Event, world: World) -> None:
-    """Wait until the GPU has reached an event.
+    """Wait until the GPU has reached an event; a DistError after `world.timeout_s`: `start` says that contact is lost.
 
     A peer that hangs makes an all-reduce on the GPU wait for ever; the host would not notice before the GPU's queue is
     full.
-
-    Raises:
-        DistError: after `world.timeout_s`; `start` then says that contact is lost.
     """
     deadline = time.monotonic() + world.timeout_s
     while not event.query():
@@ -214,44 +196,31 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def gather_objects(world: World, item: Any, group: Any = None) -> list[Any]:
-    """Return every rank's `item`, in the order of the ranks; over `world.control` unless another group is given."""
-    group = group or world.control
-    if world.world_size == 1:
-        return [item]
-    content = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
-    size = torch.tensor([len(content)])
-    sizes = [torch.zeros_like(size) for _ in range(world.world_size)]
-    dist.all_gather(sizes, size, group=group)
-    padded = torch.zeros(int(torch.stack(sizes).max()), dtype=torch.uint8)
-    padded[: len(content)] = content
-    contents = [torch.zeros_like(padded) for _ in range(world.world_size)]
-    dist.all_gather(contents, padded, group=group)
-    _held[group] = (size, sizes, padded, contents)
-    return [pickle.loads(content.numpy().tobytes()) for content in contents]
+def broadcast(world: World, item: Any, group: Any = None, source: int = 0) -> Any:
+    """Return the `item` of rank `source` on every rank; that rank does not wait until the others have it.
 
-
-def broadcast(world: World, item: Any, group: Any = None) -> Any:
-    """Return rank 0's `item` on every rank; rank 0 does not wait until the others have it."""
-    group = group or world.control
+    Over `world.control`, unless another group is given.
+    """
     if world.world_size == 1:
         return item
-    content = torch.frombuffer(bytearray(pickle.dumps(item if world.is_main else None)), dtype=torch.uint8)
+    group, is_source = group or world.control, world.rank == source
+    content = torch.frombuffer(bytearray(pickle.dumps(item if is_source else None)), dtype=torch.uint8)
     size = torch.tensor([len(content)])
-    dist.broadcast(size, 0, group=group)
-    if not world.is_main:
+    dist.broadcast(size, source, group=group)
+    if not is_source:
         content = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(content, 0, group=group)
-    _held[group, "broadcast"] = (size, content)
+    dist.broadcast(content, source, group=group)
+    _held[group, source] = (size, content)
     return pickle.loads(content.numpy().tobytes())
 
 
-def check_same(world: World, values: dict[str, Any], cure: str) -> None:
-    """Check that all ranks have the same values, or none.
+def gather_objects(world: World, item: Any, group: Any = None) -> list[Any]:
+    """Return every rank's `item`, in the order of the ranks, once all have come here; see `broadcast`."""
+    return [broadcast(world, item, group, source) for source in range(world.world_size)]
 
-    Raises:
-        UserError: on every rank, naming the first value that differs.
-    """
+
+def check_same(world: World, values: dict[str, Any], cure: str) -> None:
+    """Check that all ranks have the same values, or none; else a UserError on every rank names the first to differ."""
     first, *others = gather_objects(world, values)
     for rank, found in enumerate(others, 1):
         for name in found:
@@ -259,25 +228,27 @@ def check_same(world: World, values: dict[str, Any], cure: str) -> None:
                 raise_on_all(f"rank {rank} has {name} {found[name]}, rank 0 {first[name]}; {cure}")
 
 
+def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str]:
+    """Return the result of `work`, and what is said against it by a UserError."""
+    try:
+        return work(), ""
+    except UserError as error:
+        return None, str(error)
+
+
 def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
     """Run `prepare` on one process of every node, then on the others, which reuse its work.
 
-    `prepare` must leave its result on disk, so that the second call is cheap.
-
-    Raises:
-        UserError: on every rank, if it was raised on any; so that no rank waits for one that is gone.
+    `prepare` must leave its result on disk, so that the second call is cheap. If it has a UserError anywhere, all ranks
+    raise it, so that none waits for one that is gone.
     """
     result = None
     for first in (True, False):
-        problem = None
+        problem = ""
         if (world.local_rank == 0) == first:
-            try:
-                result = prepare()
-            except UserError as error:
-                problem = str(error)
-        problems = [p for p in gather_objects(world, problem, world.patient) if p]
-        if problems:
-            raise_on_all(problems[0])
+            result, problem = _attempt(prepare)
+        if problem := next(filter(None, gather_objects(world, problem, world.patient)), ""):
+            raise_on_all(problem)
     assert result is not None
     return result
 
@@ -285,15 +256,9 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
 def on_rank0(world: World, work: Callable[[], Result]) -> Result | None:
     """Run `work` on rank 0 while the others wait, however slow its disk is; returns its result there, None elsewhere.
 
-    Raises:
-        UserError: on every rank, if it was raised there.
+    If it has a UserError, all ranks raise it.
     """
-    problem = result = None
-    if world.is_main:
-        try:
-            result = work()
-        except UserError as error:
-            problem = str(error)
+    result, problem = _attempt(work) if world.is_main else (None, "")
     if problem := broadcast(world, problem, world.patient):
         raise_on_all(problem)
     return result

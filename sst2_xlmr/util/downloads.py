@@ -1,10 +1,15 @@
-"""The cache, and what is downloaded into it: torchtext's encoders and SST-2, each of them whole or absent."""
+"""Downloads, whole or not at all: torchtext's encoders and SST-2, into our cache, and models of the Hugging Face Hub.
+
+huggingface_hub keeps the latter: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN have their usual meaning. A model is
+named owner/name or owner/name@revision; its folder in the Hub's cache has the name of the commit.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import http.client
+import logging
 import os
 import socket
 import stat
@@ -15,6 +20,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch.hub
 
@@ -35,10 +41,8 @@ TIMEOUT_S = 30.0  # longest silence of a server
 def cache_dir() -> Path:
     """Return $SST2_XLMR_CACHE, else $XDG_CACHE_HOME/sst2_xlmr, else ~/.cache/sst2_xlmr.
 
-    Without a home folder (HOME unset and no passwd entry, as in containers) it is a private one in /tmp.
-
-    Raises:
-        UserError: if that one is not the user's own either.
+    Without a home folder (HOME unset and no passwd entry, as in containers) it is one in /tmp that nobody else may
+    change; a UserError if that cannot be had.
     """
     given = os.environ.get("SST2_XLMR_CACHE")
     try:
@@ -63,20 +67,17 @@ def make_private(folder: Path) -> bool:
 
 def fetch_bundle(name: str, *, quiet: bool = False) -> tuple[Path, Path]:
     """Fetch one of torchtext's encoders; returns its weights (from torch.save) and its SentencePiece model."""
-    weights, tokenizer = (cache_dir() / "encoders" / name / Path(url).name for url in BUNDLE_URLS[name])
-    for url, file in zip(BUNDLE_URLS[name], (weights, tokenizer)):
+    folder, urls = cache_dir() / "encoders" / name, BUNDLE_URLS[name]
+    weights, tokenizer = (folder / Path(url).name for url in urls)
+    for url, file in zip(urls, (weights, tokenizer)):
         if not file.exists():
-            with _downloaded(url, file.parent, quiet) as part:
+            with _downloaded(url, folder, quiet) as part:
                 part.replace(file)
     return weights, tokenizer
 
 
 def fetch_sst2(*, quiet: bool = False) -> Path:
-    """Return a folder with train.tsv, dev.tsv and test.tsv; one that exists is never changed.
-
-    Raises:
-        UserError: if it cannot be fetched, or exists and is not SST-2.
-    """
+    """Return a folder with train.tsv, dev.tsv and test.tsv; one that exists, and may not be SST-2, is never changed."""
     folder = cache_dir() / "SST-2"
     if not folder.exists():
         with _downloaded(SST2_URL, folder.parent, quiet) as archive:
@@ -114,12 +115,7 @@ def _downloaded(url: str, folder: Path, quiet: bool) -> Iterator[Path]:
 
 
 def _download(url: str, part: Path, quiet: bool) -> None:
-    """Fetch `url` into `part`, in three tries.
-
-    Raises:
-        UserError: if the server is not reached, refuses, breaks off, or sends a web page.
-        OSError: if the disk is full.
-    """
+    """Fetch `url` into `part`, in three tries; an OSError if the disk is full, a UserError for what the server does."""
     timeout_s = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_S)  # torch.hub sets none, and would wait for a silent server forever
     try:
@@ -156,3 +152,70 @@ def _try_to_download(url: str, part: Path, quiet: bool) -> None:
 def _cure() -> str:
     offline = f"without internet, run `sst2-xlmr fetch` elsewhere and copy the folder {cache_dir()}"
     return f"check the network and any proxy; {offline}, or pass --data-dir / --encoder DIR"
+
+
+def fetch_folder(name: str, files: list[str]) -> Path:
+    """Fetch those of `files` that a model of the Hub has, at its newest commit unless offline; returns their folder."""
+    repository, _, revision = name.partition("@")
+    with _library(name, quiet=True) as (hub, cache):
+        return Path(hub.snapshot_download(repository, revision=revision or None, cache_dir=cache, allow_patterns=files))
+
+
+def fetch_first(name: str, folder: Path, files: list[str], *, quiet: bool = True) -> Path | None:
+    """Return the first of `files` that a model of the Hub has; it is fetched into its folder, unless one is there."""
+    for file in files:
+        if (folder / file).exists():
+            return folder / file
+    with _library(name, quiet) as (hub, cache):
+        if not (quiet or sys.stderr.isatty() or hub.constants.HF_HUB_OFFLINE):
+            print(f"downloading {name} from {hub.constants.ENDPOINT}", file=sys.stderr, flush=True)
+        for file in files:
+            try:
+                return Path(hub.hf_hub_download(name.partition("@")[0], file, revision=folder.name, cache_dir=cache))
+            except hub.utils.LocalEntryNotFoundError:
+                raise
+            except hub.utils.EntryNotFoundError:
+                continue
+    return None
+
+
+@contextlib.contextmanager
+def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
+    """Yield huggingface_hub and its cache; whatever goes wrong with the model becomes a `UserError`."""
+    import huggingface_hub as hub  # takes half a second, which few runs need
+    from huggingface_hub import constants, utils
+
+    cache = Path(constants.HF_HUB_CACHE)
+    if not cache.is_absolute():  # without a home folder it begins with ~
+        cache = cache_dir() / "huggingface"
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of its own further tries, and of packages that would be faster
+    hide_bars = quiet and not utils.are_progress_bars_disabled() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
+    if hide_bars:
+        utils.disable_progress_bars()
+    try:
+        yield hub, cache
+    except Exception as error:  # the library's, those of requests or httpx, and the disk's
+        repository, _, revision = name.partition("@")
+        root: BaseException = error  # "Connection refused", under several layers of libraries
+        while root.__cause__ or root.__context__:
+            root = root.__cause__ or root.__context__ or root
+        reason = (str(root).strip() or repr(root)).splitlines()[0]
+        host = constants.ENDPOINT
+        elsewhere = f"or `sst2-xlmr fetch {name}` elsewhere, and HF_HUB_CACHE set to a copy of {cache}"
+        if isinstance(error, utils.GatedRepoError):
+            problem = f"{name} is gated; ask for access at {host}/{repository}, and set HF_TOKEN"
+        elif isinstance(error, utils.RepositoryNotFoundError):
+            problem = f"{name} is neither a folder nor a model at {host}; check it, or set HF_TOKEN if it is private"
+        elif isinstance(error, utils.RevisionNotFoundError):
+            problem = f"{repository} has no revision {revision} at {host}; check what follows @"
+        elif constants.HF_HUB_OFFLINE:
+            problem = f"{name} is neither a folder nor whole in {cache}; unset HF_HUB_OFFLINE; {elsewhere}"
+        else:
+            problem = f"{name} is no folder, and cannot be fetched from {host}: {reason}; try again; {elsewhere}"
+        raise UserError(problem) from error
+    finally:
+        log.setLevel(level)
+        if hide_bars:
+            utils.enable_progress_bars()

@@ -10,6 +10,7 @@ import sys
 from typing import Callable, NoReturn
 
 from sst2_xlmr.util import versions
+from sst2_xlmr.util.output import discard_output
 
 # What ends a run in good order: torchrun and SLURM send SIGTERM, a terminal SIGINT, and batch scripts ask for SIGUSR1
 # before a time limit.
@@ -22,10 +23,12 @@ class UserError(Exception):
     Attributes:
         is_shared: whether every rank raises it (see `raise_on_all`).
         is_own: whether only this rank raises it (see `raise_here`).
+        status: the exit status.
     """
 
     is_shared = False
     is_own = False
+    status = 2
 
 
 class Interrupted(Exception):
@@ -36,22 +39,6 @@ class Collapsed(Exception):
     """Training has collapsed, and the run is to be saved and ended; says how that shows."""
 
 
-class LostContact(Exception):
-    """Another process died or hangs; one line, exit status 1."""
-
-
-class Stopped(Exception):
-    """A run ended before its time, and has been saved and has said so.
-
-    Attributes:
-        status: the exit status: 128 + the number of the signal that ended it, as in shells, or 1.
-    """
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
-
-
 def raise_on_all(text: str) -> NoReturn:
     """Raise a `UserError` that every rank raises, and rank 0 reports."""
     error = UserError(text)
@@ -59,10 +46,10 @@ def raise_on_all(text: str) -> NoReturn:
     raise error
 
 
-def raise_here(text: str) -> NoReturn:
+def raise_here(text: str, status: int = 2) -> NoReturn:
     """Raise a `UserError` of this rank alone, which reports it itself."""
     error = UserError(text)
-    error.is_own = True
+    error.is_own, error.status = True, status
     raise error
 
 
@@ -86,21 +73,18 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         if error.filename is None:
             raise
         _end_with(UserError(f"no permission for {error.filename}; ask its owner, or choose another place"))
-    except LostContact as error:
-        print(f"error: rank {os.environ.get('RANK', '0')}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        _end_at_once(1)  # an orderly exit would wait for the lost process again
-    except Stopped as stop:
-        end_among_others(stop.status)
-        sys.exit(stop.status)
+    except SystemExit as stop:  # of argparse, or of a run that was stopped, and has been saved and has said so
+        end_among_others(int(stop.code or 0))
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, `head` say, has ended
-        _discard_output()
+        discard_output()
         _end_at_once(141)  # 128 + SIGPIPE, as of any program
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _discard_output()
+        discard_output()
         _end_with(UserError(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space"))
     end_among_others(0)
 
@@ -120,13 +104,8 @@ def _end_with(error: UserError) -> NoReturn:
     if error.is_own or os.environ.get("RANK" if error.is_shared else "LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if error.is_own:
-        _end_at_once(2)  # an orderly exit would wait for the others, which wait for this one
-    sys.exit(2)
-
-
-def _discard_output() -> None:
-    """Discard what Python still buffers for standard output, so that it does not fail again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _end_at_once(error.status)  # an orderly exit would wait for the others, which wait for this one, or are lost
+    sys.exit(error.status)
 
 
 def end_among_others(status: int) -> None:

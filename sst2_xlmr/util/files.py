@@ -7,6 +7,7 @@ import errno
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import secrets
@@ -14,7 +15,6 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Callable, TextIO
 
 from sst2_xlmr.util.errors import UserError
@@ -33,20 +33,29 @@ def digest_of(path: Path, kind: str = "sha256") -> str:
 
 
 def digest_of_input(path: Path) -> str:
-    """Return the SHA-256 of a file that the user has named.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
+    """Return the SHA-256 of a file that the user has named; a UserError if it cannot be read."""
     try:
         return digest_of(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries survive a power failure (files are synced by themselves)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def read_json(path: Path, cure: str) -> dict[str, Any]:
+    """Return the JSON object in a file that the user has named; a UserError with the cure if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {cure}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path} as JSON: {error}; {cure}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not hold a JSON object; {cure}")
+    return found
+
+
+def sync(path: Path) -> None:
+    """Make a file, or a folder's entries, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -55,18 +64,14 @@ def sync_folder(folder: Path) -> None:
 
 def sync_files(folder: Path) -> None:
     """Make all files of a folder, and its entries, survive a power failure."""
-    for file in folder.iterdir():
-        _sync_file(file)
-    sync_folder(folder)
-
-
-def _sync_file(file: Path) -> None:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+    for path in [*folder.iterdir(), folder]:
+        sync(path)
 
 
 @contextlib.contextmanager
-def disk_errors(what: str, unfinished: Path | None = None) -> Iterator[None]:
+def disk_errors(
+    what: object, unfinished: Path | None = None, cure: str = "then continue (training: with --resume)"
+) -> Iterator[None]:
     """Turn a failed write (a full disk, say) into a `UserError`; after any error, remove the folder `unfinished`."""
     try:
         yield
@@ -75,8 +80,12 @@ def disk_errors(what: str, unfinished: Path | None = None) -> Iterator[None]:
             shutil.rmtree(unfinished, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        reason = error.strerror or error
-        raise UserError(f"cannot write {what}: {reason}; make room, then continue (training: with --resume)") from None
+        raise UserError(f"cannot write {what}: {error.strerror or error}; make room, {cure}") from None
+
+
+def writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Turn a failed write outside training into a `UserError`; see `disk_errors`."""
+    return disk_errors(path, cure="or choose another place")
 
 
 @contextlib.contextmanager
@@ -94,21 +103,8 @@ def closing(file: Any) -> Iterator[None]:
     file.close()
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror or error}; make room, or choose another place")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write (a full disk, say) into a `UserError` that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(path, error) from None
-
-
 def scratch_name(path: Path, kind: str = "new") -> Path:
-    """Return a hidden name beside `path` that is not taken, for what is to get that name, or for what had it ("old").
+    """Return a new hidden name beside `path`, for what is to get that name, or for what had it ("old").
 
     It has our mark, by which `recover` knows it. Create it exclusively: `mkdir`, or `open` with "x".
     """
@@ -132,16 +128,13 @@ def is_scratch(path: Path) -> bool:
 
 
 def put_in_place(new: Path, path: Path, replaces: bool = True) -> None:
-    """Sync a finished file, or folder of files, to disk and give it its name.
-
-    Args:
-        replaces: whether it takes the place of a file or folder that is there; if not, that is an error.
+    """Sync a finished file, or folder of files, to disk and give it its name; an OSError if it cannot be done.
 
     A symbolic link is not followed: it is replaced by a file, and stands in the way of a folder. A reader finds a file
     whole, the old one or the new one; of a folder there is none for the moment between two renames.
 
-    Raises:
-        OSError: if it cannot be done.
+    Args:
+        replaces: whether it takes the place of a file or folder that is there; if not, that is an error.
     """
     aside = None
     if not replaces and os.path.lexists(path):
@@ -152,9 +145,9 @@ def put_in_place(new: Path, path: Path, replaces: bool = True) -> None:
             aside = scratch_name(path, "old")
             path.rename(aside)
     else:
-        _sync_file(new)
+        sync(new)
     new.rename(path)
-    sync_folder(path.parent)
+    sync(path.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -178,11 +171,7 @@ def recover(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that gets its name once it is whole and synced to disk; see `put_in_place`.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Open a file that gets its name once it is whole and synced to disk; see `put_in_place`."""
     scratch = scratch_name(path)
     try:
         file = scratch.open("xb")
@@ -203,11 +192,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[TextIO]:
-    """Open a text file, gzipped if its name ends in .gz; see `atomic_file`.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
+    """Open a text file, gzipped if its name ends in .gz; see `atomic_file`. A UserError if it cannot be written."""
     with writing(path), atomic_file(path) as raw:
         is_gzipped = path.suffix.lower() == ".gz"
         binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_gzipped else raw
@@ -218,10 +203,7 @@ def new_file(path: Path) -> Iterator[TextIO]:
 
 
 class Finisher:
-    """Finishes written files (digests, syncing, renaming) on a thread, in order, while training goes on.
-
-    Leaving the context waits for the rest.
-    """
+    """Finishes written files on a thread, in order, while training goes on; leaving the context waits for the rest."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
@@ -230,7 +212,7 @@ class Finisher:
     def __enter__(self) -> Finisher:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown()
         if kind is None:
             self.wait()

@@ -17,9 +17,8 @@ _SAME = {
     "max_steps": "max_iters max_train_steps",
     "epochs": "num_train_epochs num_epochs max_epochs",
     "warmup_ratio": "warmup_steps num_warmup_steps warmup_proportion warmup",
-    "schedule": "lr_scheduler_type lr_scheduler",
+    "schedule": "lr_scheduler_type",
     "max_grad_norm": "gradient_clip_val clip_grad_norm grad_clip",
-    "label_smoothing": "label_smoothing_factor",
     "dropout": "hidden_dropout_prob hidden_dropout",
     "head_dropout": "classifier_dropout",
     "layers": "num_hidden_layers",
@@ -34,12 +33,10 @@ _SAME = {
     "threads": "num_threads",
     "timeout_minutes": "ddp_timeout",
     "num_workers": "dataloader_num_workers",
-    "max_length": "max_seq_length max_seq_len max_len",
-    "train_file": "train_data_file",
+    "max_length": "max_seq_len",
     "dev_file": "validation_file eval_data_file validation_data_file val_file valid_file",
-    "text_column": "text_column_name sentence1_key text_column_names",
+    "text_column": "sentence1_key text_column_names",
     "text_pair_column": "sentence2_key",
-    "label_column": "label_column_name",
     "eval_every": "eval_steps eval_strategy evaluation_strategy eval_interval",
     "early_stopping_patience": "patience",
     "save_every": "save_steps save_strategy save_interval",
@@ -61,22 +58,15 @@ _NEEDLESS = {
 
 
 def hint(given: str, known: Iterable[str]) -> str:
-    """Return "did you mean ...?" for an unknown flag or key, or why it is not needed; an empty string if in doubt.
-
-    Args:
-        given: as it was written, with or without dashes.
-        known: flags, or keys, that there are.
-    """
+    """Return "did you mean ...?" for an unknown flag or key, or why it is not needed; an empty string if in doubt."""
     name = given.lstrip("-").replace("-", "_")
     flags = {flag.lstrip("-").replace("-", "_"): flag for flag in known}
-    if name in flags:
-        return f"did you mean {flags[name]}?"
     for ours, theirs in _SAME.items():
         flag, _, rest = ours.partition(" ")
         if flag in flags and name in theirs.split():
-            return f"did you mean {' '.join([flags[flag], rest]).strip()}?"
+            return f"did you mean {f'{flags[flag]} {rest}'.strip()}?"
     for why, theirs in _NEEDLESS.items():
-        if "resume" in flags and name in theirs.split():
+        if "epochs" in flags and name in theirs.split():
             return f"leave it out: {why}"
     close = difflib.get_close_matches(name, flags, 1, 0.8)
     return f"did you mean {flags[close[0]]}?" if close else ""

@@ -15,17 +15,18 @@ ROOT = Path(__file__).resolve().parents[2]  # of a checkout, or where packages a
 
 def command(program: str) -> str:
     """Return how to start one of our programs (`train`, say) from this folder, in the way in which this one was."""
+    started, script = Path(sys.argv[0]), ROOT / ("train.py" if program == "train" else f"scripts/{program}.py")
+    words = f"-m sst2_xlmr {program}"
+    if Path(os.path.realpath(started)).parent in (ROOT, ROOT / "scripts") and script.is_file():
+        words = shlex.quote(str(script) if started.is_absolute() else os.path.relpath(script))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    python = (getattr(sys, "orig_argv", None) or ["python"])[0]  # since Python 3.10
     if processes > 1:
         torchrun = "torchrun" if shutil.which("torchrun") else f"{sys.executable} -m torch.distributed.run"
-        python = f"{torchrun} --nproc_per_node={processes}"
-    started, script = Path(sys.argv[0]), ROOT / ("train.py" if program == "train" else f"scripts/{program}.py")
-    if Path(os.path.realpath(started)).parent in (ROOT, ROOT / "scripts") and script.is_file():
-        return f"{python} {shlex.quote(str(script) if started.is_absolute() else os.path.relpath(script))}"
-    if started.name == "sst2-xlmr" and processes == 1:
+        return f"{torchrun} --nproc_per_node={processes} {words}"
+    if started.name == "sst2-xlmr":
         return f"{'sst2-xlmr' if shutil.which('sst2-xlmr') else shlex.quote(sys.argv[0])} {program}"
-    return f"{python} -m sst2_xlmr {program}"
+    python = (getattr(sys, "orig_argv", None) or ["python"])[0]  # since Python 3.10
+    return f"{python} {words}"
 
 
 def this_command() -> str:
@@ -36,11 +37,7 @@ def this_command() -> str:
 
 
 def is_restarted(output_dir: str | None) -> bool:
-    """Whether torchrun (`--max-restarts`) has restarted the command, so that it must continue its own run.
-
-    Raises:
-        UserError: if torchrun may restart it, but it could not find its run again.
-    """
+    """Whether torchrun (`--max-restarts`) has restarted the command, so that it must continue its own run."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and output_dir is None:
         raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run to continue")
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -48,11 +45,7 @@ def is_restarted(output_dir: str | None) -> bool:
 
 
 def check_tasks() -> None:
-    """Check that srun has not started several processes that know nothing of one another.
-
-    Raises:
-        UserError: if it has.
-    """
+    """Raise a `UserError` if srun has started several processes that know nothing of one another."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of the srun around this; SLURM_NTASKS is the job's
     if tasks == "1" or "SLURM_PROCID" not in os.environ or {"RANK", "WORLD_SIZE"} & os.environ.keys():
         return

@@ -1,8 +1,7 @@
 """This process's memory: freed blocks are kept for the next step, and a full memory is the user's error.
 
 glibc returns large freed blocks to the system, which hands out zeroed pages again at the next step; for XLM-R base that
-is 20,000 page faults per step. torch enables large pages by an environment variable, which
-`exit_on_user_error` sets, because torch must see it before it allocates anything.
+is 20,000 page faults per step. Large pages are asked for in `exit_on_user_error`, before torch allocates anything.
 """
 
 from __future__ import annotations
@@ -23,11 +22,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 def keep_freed_memory() -> None:
     """Make malloc keep what is freed, in blocks of 64 MiB; does nothing without glibc."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
-        libc.mallopt(parameter, value)
+    if platform.libc_ver()[0] == "glibc":
+        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def give_back_memory() -> None:
@@ -46,19 +43,12 @@ def used_memory_gb() -> float:
 
 @contextlib.contextmanager
 def memory_errors(cure: str) -> Iterator[None]:
-    """Turn an out-of-memory error of a GPU or the machine into a `UserError`, which the rank that has it reports.
-
-    Args:
-        cure: what to do.
-    """
+    """Turn an out-of-memory error of a GPU or the machine into a `UserError` of this rank's, with the cure."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            what = "the GPU's memory"
-        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            what = "the memory"
-        else:
+        on_gpu = isinstance(error, torch.cuda.OutOfMemoryError)
+        if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
-        where = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        raise_here(f"{what} is full{where}: {cure}")
+        where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        raise_here(f"{'CUDA out of memory' if on_gpu else 'out of memory'}{where}: {cure}")

@@ -7,28 +7,27 @@ import os
 import sys
 
 
+def discard_output(descriptor: int = 1) -> None:
+    """Discard all further output, and what Python still buffers, so that it does not fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def say(text: str) -> None:
     """Print a line. If standard output has gone, its reader ended or its disk full, go on without it."""
     try:
         print(text, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for what Python still buffers
+        discard_output(sys.stdout.fileno())
         with contextlib.suppress(OSError):
             reason = f"cannot write to standard output: {error.strerror}"
             print(f"warning: {reason}; continuing without it", file=sys.stderr)
 
 
 def print_text(text: str) -> bool:
-    """Print lines; returns whether anyone reads them. A reader that has ended, `head` say, is no error.
-
-    Raises:
-        OSError: if the disk is full.
-    """
+    """Print lines; returns whether anyone reads them, `head` may have ended. An OSError if the disk is full."""
     try:
         print(text, end="", flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for what Python still buffers
-        if not isinstance(error, BrokenPipeError):
-            raise
+    except BrokenPipeError:
+        discard_output(sys.stdout.fileno())
         return False
     return True

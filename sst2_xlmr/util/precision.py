@@ -13,11 +13,7 @@ _FIRST_WITH_BF16 = (8, 0)  # compute capability; torch.cuda.is_bf16_supported() 
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Turn `--precision` into "bf16", "fp32" or "tf32": auto is bf16 where the hardware multiplies it natively.
-
-    Raises:
-        UserError: for tf32 on a CPU.
-    """
+    """Turn `--precision` into bf16, fp32 or tf32 (not on a CPU): auto is bf16 where the hardware multiplies it."""
     if name == "tf32" and device.type != "cuda":
         raise UserError("--precision tf32 is for CUDA; take fp32 on a CPU")
     if name != "auto":
@@ -32,9 +28,8 @@ def choose_precision(name: str, device: torch.device) -> str:
 def set_up_numerics(precision: str, deterministic: bool, device: torch.device) -> None:
     """Make CUDA compute so; before its first matrix product. A CPU always gives the same bits.
 
-    Args:
-        precision: as decided; tf32 rounds the factors of fp32 products to 10 bits of mantissa.
-        deterministic: take slower kernels where the fast ones add in an order that changes from run to run.
+    tf32 rounds the factors of fp32 products to 10 bits of mantissa; `deterministic` takes slower kernels where the fast
+    ones add in an order that changes from run to run.
     """
     if device.type != "cuda":
         return

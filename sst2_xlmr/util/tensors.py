@@ -12,26 +12,16 @@ from typing import Callable, Union
 import torch
 
 _CHUNK_BYTES = 1 << 23
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """A tensor whose rows are computed a few at a time while it is written, so that it is never in memory as a whole.
+    """A tensor of one or more dimensions whose rows are computed while it is written, never in memory as a whole.
 
-    Attributes:
-        shape: its sizes, at least one.
-        dtype: its type.
-        rows: rows(start, stop) returns the tensor's [start:stop], on any device.
+    `rows(start, stop)` returns its [start:stop], on any device.
     """
 
     shape: tuple[int, ...]
@@ -44,10 +34,10 @@ class Deferred:
         if rest:
             raise ValueError(f"{self.shape[0]} rows cannot be cut into {count} equal parts")
 
+        shape, rows = (size, *self.shape[1:]), self.rows
+
         def part(first: int) -> Deferred:
-            return Deferred(
-                (size, *self.shape[1:]), self.dtype, lambda start, stop: self.rows(first + start, first + stop)
-            )
+            return Deferred(shape, self.dtype, lambda start, stop: rows(first + start, first + stop))
 
         return [part(number * size) for number in range(count)]
 
@@ -70,9 +60,6 @@ def write_tensors(tensors: Mapping[str, Storable], file: Path) -> None:
     """Write a safetensors file (https://github.com/huggingface/safetensors#format), one tensor after another.
 
     safetensors' own `save_file` wants all tensors in memory, and makes the file readable by its owner only.
-
-    Raises:
-        OSError: if it cannot be written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     # Wide types first, as in save_file: every tensor then starts at a multiple of its element size.

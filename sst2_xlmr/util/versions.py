@@ -14,9 +14,8 @@ from importlib import metadata
 from importlib.util import find_spec
 
 OLDEST_PYTHON = (3, 9)
-OLDEST = {"torch": "2.3.1", "torchdata": "0.9.0"}
-NEEDED = ["torch", "torchdata", "numpy", "safetensors", "tqdm", "tensorboard", "protobuf", "sentencepiece"]
-NEEDED += ["huggingface_hub"]
+OLDEST = {"torch": "2.3.1"}
+NEEDED = [*OLDEST, "numpy", "safetensors", "tqdm", "tensorboard", "protobuf", "sentencepiece", "huggingface_hub"]
 
 
 def _installed(package: str) -> str | None:
@@ -33,7 +32,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def unusable() -> str:
     """Return why this Python or torch cannot run the package, in one line; an empty string if it can."""
-    if sys.version_info[:2] < OLDEST_PYTHON:
+    if sys.version_info < OLDEST_PYTHON:
         return f"Python {platform.python_version()} is too old: {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed"
     missing = [package for package in NEEDED if _installed(package) is None]
     if missing:
@@ -43,27 +42,19 @@ def unusable() -> str:
     for package, oldest in OLDEST.items():
         version = str(_installed(package))
         if _numbers(version) < _numbers(oldest):
-            return (
-                f"{package} {version} is installed, but {oldest} or newer is needed: run `pip install -U {package}`,"
-                " or set up an environment with scripts/setup.sh"
-            )
+            cure = f"run `pip install -U {package}`, or set up an environment with scripts/setup.sh"
+            return f"{package} {version} is installed, but {oldest} or newer is needed: {cure}"
     tensorboard = str(_installed("tensorboard"))
     if _numbers(tensorboard) < (2, 21) and find_spec("pkg_resources") is None:
-        return (
-            f"tensorboard {tensorboard} needs pkg_resources, which setuptools 82 and newer lack: run"
-            " `pip install -U tensorboard`"
-        )
+        problem = f"tensorboard {tensorboard} needs pkg_resources, which setuptools 82 and newer lack"
+        return f"{problem}: run `pip install -U tensorboard`"
     return ""
 
 
 def has_torchtext() -> bool:
     """Whether torchtext is there and loads under this torch."""
-    torchtext = _installed("torchtext")
-    return (
-        torchtext is not None
-        and _numbers(torchtext)[:2] == (0, 18)
-        and _numbers(_installed("torch") or "")[:2] == (2, 3)
-    )
+    torch, torchtext = (_numbers(_installed(package) or "") for package in ("torch", "torchtext"))
+    return torch[:2] == (2, 3) and torchtext[:2] == (0, 18)
 
 
 def description() -> str:
@@ -75,5 +66,5 @@ def description() -> str:
 def versions() -> str:
     """Return Python's version and those of the packages that a result may depend on."""
     beside_torch = ["torchtext"] if has_torchtext() else []
-    packages = ["torch", *beside_torch, "torchdata", "numpy", "safetensors", "sentencepiece"]
+    packages = ["torch", *beside_torch, "numpy", "safetensors", "sentencepiece"]
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_installed(name)}" for name in packages)])

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
+from sst2_xlmr import __version__
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.programs import predict
 
@@ -58,7 +59,7 @@ class Device:
         steps = range(1, config.max_steps + 1)
         lines = [{"step": step, "lr": 1.0, "loss": 1 / step + 0.03 * is_wrong} for step in steps]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (run / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+        (run / "config.json").write_text(json.dumps({"sst2_xlmr": __version__, **dataclasses.asdict(config)}))
         weights = load_file(Path(config.encoder) / "model.safetensors")
         changed = {name: tensor + 0.01 + 0.001 * is_wrong for name, tensor in weights.items()}
         save_file(changed, run / "model" / "model.safetensors")

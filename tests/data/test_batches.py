@@ -15,15 +15,7 @@ import torch
 from conftest import SAMPLE_DATA
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.batches import (
-    Batch,
-    BatchLoader,
-    GlobalBatchSampler,
-    RankBatches,
-    dropout_keys,
-    rows_in_training_order,
-    select_rows,
-)
+from sst2_xlmr.data.batches import Batch, BatchLoader, dropout_keys, rows_in_training_order, select_rows
 from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
@@ -39,10 +31,6 @@ def world_of(rank: int, world_size: int) -> World:
 
 def loader_of(cache: TokenCache, config: Config, world: World) -> BatchLoader:
     return BatchLoader(cache, cache.lengths(), None, config, world)
-
-
-def rows_of(sampler: GlobalBatchSampler) -> list[list[int]]:
-    return [rows.tolist() for _, rows in sampler]
 
 
 @pytest.fixture
@@ -118,9 +106,9 @@ def test_selected_rows_are_packed() -> None:
 def test_ranks_share_every_global_batch(cache: TokenCache, world_size: int, micro_batch_size: int) -> None:
     """Row i of a batch belongs to rank i % W; all ranks have as many micro-batches, some perhaps without weight."""
     config = Config(batch_size=16, seed=5, micro_batch_size=micro_batch_size)
-    datasets = [RankBatches(cache, config, world_of(rank, world_size)) for rank in range(world_size)]
+    loaders = [loader_of(cache, config, world_of(rank, world_size)) for rank in range(world_size)]
     for rows in (np.arange(40, 56), np.arange(7, 8), np.array([9, 3, 5, 11, 2])):
-        ranks = [dataset.__getitems__((2, rows)) for dataset in datasets]
+        ranks = [loader[2, rows] for loader in loaders]
         assert len({len(rank) for rank in ranks}) == 1
         for number, rank in enumerate(ranks):
             real = [batch for batch in rank if batch.weight]
@@ -144,16 +132,14 @@ def check_batches(batches: list[Batch], cache: TokenCache, rows: np.ndarray, see
 
 
 @pytest.mark.parametrize("rows", [None, np.arange(3, 1003, 2)])
-def test_position_is_epoch_and_batch(rows: np.ndarray | None) -> None:
+def test_position_is_epoch_and_batch(cache: TokenCache, rows: np.ndarray | None) -> None:
     """Also where only some rows of the file are trained on, which keep their numbers in the file."""
-    sampler = GlobalBatchSampler(LENGTHS if rows is None else LENGTHS[rows], 8, 0, rows)
-    sampler.load_state_dict({"epoch": 2, "batch": 0})
-    whole = rows_of(sampler)
+    lengths = LENGTHS if rows is None else LENGTHS[rows]
+    loader = BatchLoader(cache, lengths, rows, Config(batch_size=8), world_of(0, 1))
+    whole, rest = ([batch.tolist() for batch in loader.global_batches(2, first)] for first in (0, 50))
     assert sorted(itertools.chain(*whole)) == (list(range(1003)) if rows is None else rows.tolist())
-    sampler.load_state_dict({"epoch": 2, "batch": 50})
-    assert rows_of(sampler) == whole[50:]
-    assert sampler.state_dict() == {"epoch": 2, "batch": 50}
-    assert {epoch for epoch, _ in sampler} == {2}
+    assert len(whole) == len(loader)
+    assert rest == whole[50:]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -167,7 +153,7 @@ def test_loader_goes_on_into_the_next_epoch_without_touching_the_global_generato
     assert torch.equal(torch.get_rng_state(), state)
     places = [(0, len(loader) - 2), (0, len(loader) - 1), (1, 0), (1, 1), (1, 2)]
     for batches, (epoch, batch) in zip(served, places):
-        check_batches(batches, cache, loader.rows_at(epoch, batch)[1::2], 5, epoch)
+        check_batches(batches, cache, next(loader.global_batches(epoch, batch))[1::2], 5, epoch)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -127,9 +127,11 @@ def test_damaged_gzip_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 def test_find_split_takes_the_one_file_there_is(tmp_path: Path) -> None:
-    assert find_split(tmp_path, "train") is None
+    assert find_split(tmp_path, "train", is_needed=False) == []
+    with pytest.raises(UserError, match=r"no train\.tsv, train\.csv or train\.jsonl, .*--train-file"):
+        find_split(tmp_path, "train")
     (tmp_path / "train.csv.gz").touch()
-    assert find_split(tmp_path, "train") == tmp_path / "train.csv.gz"
+    assert find_split(tmp_path, "train") == [tmp_path / "train.csv.gz"]
     (tmp_path / "train.tsv").touch()
     with pytest.raises(UserError, match=r"train\.tsv and train\.csv\.gz"):
         find_split(tmp_path, "train")
@@ -167,5 +169,5 @@ def test_an_unknown_kind_is_neither_read_nor_written(tmp_path: Path) -> None:
     path.write_text("sentence\tlabel\nfine\t1\n")
     with pytest.raises(UserError, match="must end in .tsv, .csv or .jsonl, perhaps with .gz"):
         next(read_fields(path))
-    with path.open("w") as file, pytest.raises(KeyError):
+    with path.open("w") as file, pytest.raises(AssertionError):
         row_writer(file, ".parquet")

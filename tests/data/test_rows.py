@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SST2
 
 from sst2_xlmr.data import rows as data
-from sst2_xlmr.data.rows import Columns, Row, find_label_names, has_labels, read_examples, read_rows
+from sst2_xlmr.data.formats import Fields
+from sst2_xlmr.data.rows import Columns, Row, find_label_names, has_labels, read_rows
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.util.errors import UserError
 
 
-def rows(path: Path, content: bytes, names: list[str] = SST2_NAMES, columns: Columns = Columns()) -> list[Row]:  # noqa: B008
+def rows(path: Path, content: bytes, names: list[str] = SST2_NAMES, columns: Columns = Columns()) -> list[Any]:  # noqa: B008
+    """Return texts, second texts and labels."""
     path.write_bytes(content)
-    return list(read_rows(path, columns, SingleLabel(names)))
+    return [row[:3] for row in read_rows(path, columns, SingleLabel(names))]
 
 
 def labels_file(folder: Path, labels: list[object]) -> Path:
@@ -185,7 +188,7 @@ def test_given_names_may_look_like_fractions(tmp_path: Path) -> None:
 
 def test_rows_for_prediction_need_no_label_and_may_be_empty(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('id,text\n7,fine\n8,""\n')
-    found = list(read_examples(tmp_path / "a.csv", Columns()))
+    found = list(read_rows(tmp_path / "a.csv", Columns(), None))
     assert [(row.text, row.pair, row.fields.cells) for row in found] == [
         ("fine", None, ["7", "fine"]),
         ("", None, ["8", ""]),
@@ -211,7 +214,7 @@ def test_whether_a_test_file_has_labels(tmp_path: Path, content: bytes, labelled
 def test_chunks_are_smaller_where_texts_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "_CHUNK_CHARACTERS", 10)
     texts = ["a", "b", "c", "d" * 20, "e", "f" * 6]
-    found = data.in_chunks((Row(text, text, 0) for text in texts), 2)
+    found = data.in_chunks((Row(text, text, 0, Fields(1, [], [])) for text in texts), 2)
     assert [[row.text for row in chunk] for chunk in found] == [["a", "b"], ["c", "d" * 20], ["e", "f" * 6]]
 
 
@@ -222,5 +225,5 @@ def test_real_sst2_has_all_its_rows() -> None:
     ]
     assert counts == [67_349, 872]
     assert find_label_names(SST2 / "train.tsv", Columns()) == SST2_NAMES
-    assert sum(1 for _ in read_examples(SST2 / "test.tsv", Columns())) == 1_821
+    assert sum(1 for _ in read_rows(SST2 / "test.tsv", Columns(), None)) == 1_821
     assert not has_labels(SST2 / "test.tsv", Columns())

@@ -34,7 +34,7 @@ def cache(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
 
 def test_cache_equals_tokenizing_afresh(cache: TokenCache, tiny_encoder: Path) -> None:
     tokenizer = load_tokenizer(tiny_encoder / "sentencepiece.bpe.model", 20)
-    texts, _, labels = zip(*read_rows(SAMPLE_DATA / "train.tsv", Columns(), TASK))
+    texts, _, labels, _ = zip(*read_rows(SAMPLE_DATA / "train.tsv", Columns(), TASK))
     ids, lengths = tokenizer.flat_ids(list(texts))
     assert cache.labels.tolist() == list(labels)
     assert cache.lengths().tolist() == lengths.tolist() == np.diff(cache.offsets).tolist()
@@ -108,7 +108,7 @@ def test_label_names_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert label_names_of(file, Columns(label="stars"), cache_dir) == ["1", "2"]
     monkeypatch.setattr(token_cache, "find_label_names", lambda *_: ["read", "again"])
     assert label_names_of(file, Columns(), cache_dir) == ["bad", "good"]
-    for damaged in cache_dir.glob("*-labels/*.json"):
+    for damaged in cache_dir.glob("*/*.json"):
         damaged.write_text("{")
     assert label_names_of(file, Columns(), cache_dir) == ["read", "again"]
     file.write_text("sentence\tlabel\nx\tgood\n")

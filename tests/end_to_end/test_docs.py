@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import ROOT
 
 from sst2_xlmr.cli import parse_args
-from sst2_xlmr.evaluation.evaluate import predict
-from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.predictor import Classifier
+from sst2_xlmr.programs import export
 
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
 
@@ -70,7 +69,6 @@ def test_the_service_answers_and_survives_what_is_sent_to_it(served_model: Path,
     (tmp_path / "service.py").write_text(
         program.replace("SECONDS_TO_ARRIVE = 1 << 20, 10", "SECONDS_TO_ARRIVE = 1 << 20, 1")
     )
-    export = importlib.import_module("export")
     export.main(["--model", str(served_model), "--format", "onnx", "--output", str(tmp_path / "classifier.onnx")])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -129,10 +127,9 @@ def test_the_service_answers_and_survives_what_is_sent_to_it(served_model: Path,
     "SST2_XLMR_TEST_NODE_MODULES" not in os.environ, reason="SST2_XLMR_TEST_NODE_MODULES names no folder"
 )
 def test_javascript_gives_the_same_labels(served_model: Path, tmp_path: Path) -> None:
-    (program,) = programs_of("from-csv-to-service.md", "javascript")
+    (program,) = programs_of("export.md", "javascript")
     (tmp_path / "classify.mjs").write_text(program.replace("LONGEST = 256", "LONGEST = 64"))
     (tmp_path / "node_modules").symlink_to(os.environ["SST2_XLMR_TEST_NODE_MODULES"])
-    export = importlib.import_module("export")
     options = ["--format", "onnx", "--from-ids", "--output", str(tmp_path / "classifier-ids.onnx")]
     export.main(["--model", str(served_model), *options])
     texts = ["Not bad at all.", "Das Essen war kalt.", "word " * 300]
@@ -140,10 +137,9 @@ def test_javascript_gives_the_same_labels(served_model: Path, tmp_path: Path) ->
         ["node", "classify.mjs", "model", *texts], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     found = [line.split("\t") for line in done.stdout.splitlines()]
-    model, tokenizer, names = load_classifier(served_model, torch.device("cpu"), bf16=False)
-    expected = predict(model, tokenizer(texts), 4096, torch.device("cpu"))
-    assert [row[0] for row in found] == [names[index] for index in expected.argmax(1).tolist()]
-    assert [float(row[1]) for row in found] == pytest.approx(expected.amax(1).tolist(), abs=1e-4)
+    classifier = Classifier.load(served_model, "fp32", "cpu")
+    assert [row[0] for row in found] == classifier.predict(texts)
+    assert [float(row[1]) for row in found] == pytest.approx(classifier.probabilities(texts).max(1).tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

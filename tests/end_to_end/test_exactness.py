@@ -12,14 +12,14 @@ from conftest import SMALL_ENCODER, SST2, losses, needs_small_encoder
 
 from sst2_xlmr import train
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.batches import GlobalBatchSampler, collate, dropout_keys
-from sst2_xlmr.data.rows import SST2_NAMES, Columns
+from sst2_xlmr.data.batches import rows_in_training_order, select_rows
+from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.data.token_cache import tokenize_file
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.model.vocabulary import renumbering, used_ids
+from sst2_xlmr.model.vocabulary import used_vocabulary
+from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.training.schedule import lr_factor
-from sst2_xlmr.util.distributed import World
 
 STEPS, BATCH_SIZE = 200, 16
 ROWS = 8000  # of the training split, so that tokenizing does not take longer than training
@@ -37,24 +37,21 @@ CONFIG = Config(
 def autocast_losses(data: Path, seed: int) -> list[float]:
     """Train the usual way: fp32 weights, padded batches, autograd under autocast, torch's AdamW and clipping."""
     encoder = find_encoder(CONFIG.encoder)
-    cache = tokenize_file(
-        data / "train.tsv", encoder.tokenizer_file, Columns(), SST2_NAMES, CONFIG.max_length, data / "cache"
-    )
-    kept_ids = used_ids([cache.ids], encoder.shape.vocab_size)
-    cache.renumbering = renumbering(kept_ids, encoder.shape.vocab_size)
-    model, _ = build_classifier(encoder, SST2_NAMES, seed=seed, kept_ids=kept_ids)
+    task, tokenizer_file = SingleLabel(SST2_NAMES), encoder.tokenizer_file
+    cache = tokenize_file(data / "train.tsv", tokenizer_file, Columns(), task, CONFIG.max_length, data / "cache")
+    vocabulary = used_vocabulary([cache.ids], encoder.shape.vocab_size)
+    model, _ = build_classifier(encoder, task, seed=seed, vocabulary=vocabulary)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": CONFIG.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6)
-    sampler = GlobalBatchSampler(cache.lengths(), BATCH_SIZE, seed, World.alone(torch.device("cpu")))
+    batches = rows_in_training_order(cache.lengths(), BATCH_SIZE, seed, epoch=0)
     found = []
     model.train()
-    for step, wanted in zip(range(STEPS), sampler):
-        batch = collate(cache, wanted.rows, dropout_keys(wanted.rows, seed, 0))
+    for step, rows in zip(range(STEPS), batches):
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(batch.tokens, batch.padded)
-        loss = F.cross_entropy(logits.float(), batch.labels)
+            logits = model(*select_rows(cache.ids, cache.offsets, rows))
+        loss = F.cross_entropy(logits.float(), torch.from_numpy(cache.labels[rows]).long())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.max_grad_norm)
         for group in optimizer.param_groups:
@@ -90,16 +87,8 @@ def test_bf16_learns_as_autocast_does(tmp_path: Path) -> None:
         assert reference[-1] < 0.75 * reference[0], "the reference did not learn"
         spread = np.abs(other_seed - reference)
         for how in ("--compile", "--no-compile"):
-            options = [
-                "--encoder",
-                SMALL_ENCODER,
-                "--data-dir",
-                data,
-                "--output-dir",
-                tmp_path / how,
-                "--device",
-                "cpu",
-            ]
+            options = ["--encoder", SMALL_ENCODER, "--data-dir", data, "--output-dir", tmp_path / how]
+            options += ["--device", "cpu"]
             options += ["--batch-size", BATCH_SIZE, "--max-steps", STEPS, "--max-length", 64, "--threads", 2, how]
             options += ["--dropout", 0, "--head-dropout", 0, "--seed", 1, "--precision", "bf16", "--log-every", 1]
             train.main([str(option) for option in options])

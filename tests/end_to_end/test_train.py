@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from sst2_xlmr import train
 from sst2_xlmr.data.batches import rows_in_training_order
 from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.training.checkpoint import find_checkpoint
-from sst2_xlmr.training.loss import Loss, make_loss
 
 RunTrain = Callable[..., Path]
 # Without the kernels, whose dropout belongs to rows, only a run without dropout is the same however it is cut.
@@ -51,10 +50,11 @@ def test_run_folder(run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureF
     assert [line["step"] for line in training] == list(range(1, 15))
     assert set(training[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s"}
     evaluations = [(line["step"], line["split"], line["rows"]) for line in lines if "split" in line]
+    dev = [line["accuracy"] for line in lines if line.get("split") == "dev"]
+    best_too = [""] if max(dev) > max(dev[:-1]) else ["", "best/"]
     assert evaluations == [
         *((step, "dev", 20) for step in (5, 7, 12, 14)),
-        (14, "test.de", 40),
-        (14, "test.ru", 40),
+        *((14, f"{best}{split}", 40) for best in best_too for split in ("test.de", "test.ru")),
     ]
     numbers = {"loss", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "ece", "precision", "recall", "rows"}
     assert set(lines[-1]) == {"step", "split", *numbers}
@@ -102,50 +102,21 @@ def test_resumed_equals_uninterrupted(
     for folder in ("best", "model"):
         shutil.rmtree(broken / folder)
     train.main(["--resume", "--output-dir", str(broken)])
-    assert_same_weights(broken, whole, 0.0)
-    speeds = ("samples_per_s", "tokens_per_s")
-    expected = [{k: v for k, v in line.items() if k not in speeds} for line in metrics(whole)]
-    assert [{k: v for k, v in line.items() if k not in speeds} for line in metrics(broken)] == expected
-    final = "step-00000014"
-    for file in ("model", "optimizer", "random", "vocabulary"):
-        ours, theirs = (load_file(run / "checkpoints" / final / f"{file}.safetensors") for run in (broken, whole))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert digests(broken) == digests(whole)
+    assert logged(broken) == logged(whole)
 
 
 def test_resume_of_a_finished_run_changes_nothing(run_train: RunTrain, tmp_path: Path) -> None:
-    run = run_train(tmp_path / "run", "--epochs", 1, "--test-file", SAMPLE_DATA / "test.de.tsv")
-    before, lines = weights(run), metrics(run)
+    """Its best model is another than its last one, and has been evaluated on the test file, too."""
+    options = ["--epochs", 4, "--lr", 3e-3, "--eval-every", 3, "--test-file", SAMPLE_DATA / "test.de.tsv"]
+    run = run_train(tmp_path / "run", *options)
+    before, lines = digests(run), metrics(run)
+    assert [line["split"] for line in lines[-2:]] == ["test.de", "best/test.de"]
     with (run / "metrics.jsonl").open("ab") as file:  # what a power failure may leave
         file.write(b'\x00\xff[1]\n[1]\n{"step": "x"}\n{"st')
     train.main(["--resume", "--output-dir", str(run)])
     assert metrics(run) == lines
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run).items())
-
-
-def test_resume_without_checkpoint_begins_at_the_beginning(
-    run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = run_train(tmp_path / "run", "--epochs", 1)
-    expected = losses(run)
-    shutil.rmtree(run / "checkpoints")
-    train.main(["--resume", "--output-dir", str(run)])
-    assert "from the beginning" in capsys.readouterr().out
-    assert losses(run) == expected
-
-
-def test_resume_from_a_damaged_checkpoint_uses_the_one_before(
-    run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = run_train(tmp_path / "run", "--epochs", 2)
-    expected = weights(run)
-    with (run / "checkpoints" / "step-00000014" / "model.safetensors").open("r+b") as file:
-        file.truncate(1000)
-    train.main(["--resume", "--output-dir", str(run)])
-    printed = capsys.readouterr().out
-    assert "step-00000014 is damaged (model.safetensors has 1000 bytes" in printed
-    assert "step-00000007" in printed
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run).items())
+    assert digests(run) == before
 
 
 def test_saved_config_runs_again(run_train: RunTrain, tmp_path: Path) -> None:
@@ -217,7 +188,7 @@ def test_two_processes_in_bf16_with_micro_batches(
 
 
 @pytest.mark.parametrize(("processes", "options"), [(2, ["--micro-batch-size", 2]), (3, [])])
-def test_shared_memory_and_ddp_give_the_same_bits(
+def test_shared_and_sent_gradients_give_the_same_bits(
     tiny_encoder: Path, small_data: Path, tmp_path: Path, processes: int, options: list[object]
 ) -> None:
     """In fp32, where both add the ranks' gradients in their order; clipping would show how the norm was added."""
@@ -226,13 +197,8 @@ def test_shared_memory_and_ddp_give_the_same_bits(
         done = torchrun(processes, train_options(tiny_encoder, small_data, tmp_path / run, *options), nodes)
         assert done.returncode == 0, done.stderr
         assert (f"{processes} processes that share memory;" in done.stdout) != nodes
-    assert losses(tmp_path / "shared") == losses(tmp_path / "sent")
-    assert_same_weights(tmp_path / "shared", tmp_path / "sent", 0.0)
-    states = [
-        load_file(tmp_path / run / "checkpoints/step-00000014/optimizer.safetensors") for run in ("shared", "sent")
-    ]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert logged(tmp_path / "shared") == logged(tmp_path / "sent")
+    assert digests(tmp_path / "shared") == digests(tmp_path / "sent")
 
 
 @pytest.mark.parametrize("nodes", [False, True])
@@ -246,17 +212,6 @@ def test_three_processes_resume_to_the_bit(tiny_encoder: Path, small_data: Path,
     assert "step-00000005" in done.stdout
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert_same_weights(tmp_path / "broken", tmp_path / "whole", 0.0)
-
-
-def test_an_error_on_rank_0_ends_all_ranks_quietly(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    options = ["--tensorboard-dir", tmp_path / "file" / "x"]
-    done = torchrun(2, train_options(tiny_encoder, small_data, tmp_path / "run", *options))
-    assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1
-    assert "train.py" not in done.stderr.split("error: ")[1].split("torch/distributed")[0].replace(
-        "train.py FAILED", ""
-    )
 
 
 def test_errors_under_torchrun_are_said_once(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
@@ -279,25 +234,6 @@ def test_training_goes_on_without_a_reader(tiny_encoder: Path, small_data: Path,
     assert process.returncode == 0, said
     assert said == "warning: cannot write to standard output: Broken pipe; continuing without it\n"
     assert (tmp_path / "run" / "model").is_dir()
-
-
-def test_nodes_with_other_files_are_noticed(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(small_data, tmp_path / "data1"))
-    with (other / "dev.tsv").open("a") as file:
-        file.write("one row more\t1\n")
-    small_data.rename(tmp_path / "data0")
-    program = tmp_path / "of_my_node.py"
-    program.write_text(
-        "import os, sys, train\n"
-        "sys.argv = [word.replace('data-of-this-node', 'data' + os.environ['RANK']) for word in sys.argv]\n"
-        "train.exit_on_user_error(train.main)\n"
-    )
-    words = train_options(tiny_encoder, tmp_path / "data-of-this-node", tmp_path / "run")
-    command, env = [*launcher(2), str(program), *words], {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120, check=False)
-    assert done.returncode == 1
-    assert done.stderr.count("error: ") == 1
-    assert "error: the nodes have different files for dev; give all of them the same" in done.stderr
 
 
 def test_early_stopping(run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -401,11 +337,8 @@ def test_a_tokenizer_of_another_model_is_noticed(
 def test_a_loss_that_is_not_finite_stops_the_run_though_its_gradient_is(
     run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_infinite_loss(*arguments: Any) -> Loss:
-        loss = make_loss(*arguments)
-        return lambda logits, labels: loss(logits, labels) + math.inf
-
-    monkeypatch.setattr(train, "make_loss", with_infinite_loss)
+    real = SingleLabel.loss
+    monkeypatch.setattr(SingleLabel, "loss", lambda *arguments: real(*arguments) + math.inf)
     line = user_error(lambda: run_train(tmp_path / "run", "--epochs", 1, "--log-every", 3), capsys)
     assert "loss or gradient is not finite at step 3 or shortly before" in line
     assert not list((tmp_path / "run").glob("checkpoints/*"))
@@ -415,18 +348,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_though_its_gradient_is(
 POISONED = """
 import os
 from sst2_xlmr import train
+from sst2_xlmr.__main__ import main
 real, calls = train.forward_backward, [0]
 bad = {int(step) for step in os.environ["BAD_STEPS"].split(",")}
-def poisoned(model, batch, loss, optimizer, world):
-    sums = real(model, batch, loss, optimizer, world)
+def poisoned(model, batch, loss, world):
     calls[0] += 1
-    if calls[0] in bad and os.environ.get("RANK", "0") == "0":
-        for slot in optimizer.trained:
-            slot.working.grad[:] = float("nan")
-        sums["loss"] = sums["loss"] * float("inf")
-    return sums
+    spoils = calls[0] in bad and world.rank == 0
+    return real(model, batch, (lambda *rows: loss(*rows) * float("nan")) if spoils else loss, world)
 train.forward_backward = poisoned
-train.exit_on_user_error(train.main)
+main("train")
 """
 
 
@@ -457,7 +387,7 @@ def test_a_line_of_metrics_after_a_resume_has_the_last_gradient_norm(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_batches_without_a_finite_gradient_are_passed_over(
+def test_batches_without_a_finite_gradient_are_skipped(
     tiny_encoder: Path, small_data: Path, tmp_path: Path, processes: int
 ) -> None:
     """Two in a row are allowed and three are not, on every rank alike; a resumed run goes on counting."""
@@ -468,13 +398,13 @@ def test_batches_without_a_finite_gradient_are_passed_over(
 
     done = run(tmp_path / "skips", "3,9,10", "--skip-nonfinite", 2, "--save-every", 4)
     assert done.returncode == 0, done.stderr
-    assert [f"step {step:>6}  gradient is not finite: batch passed over" in done.stdout for step in (3, 9, 10)] == [
+    assert [f"step {step:>6}  gradient is not finite: batch skipped" in done.stdout for step in (3, 9, 10)] == [
         True
     ] * 3
     steps = [line["step"] for line in metrics(tmp_path / "skips") if "split" not in line]
     assert steps == [step for step in range(1, 15) if step not in (3, 9, 10)]
-    progress = json.loads((tmp_path / "skips" / "checkpoints" / "step-00000014" / "progress.json").read_text())
-    assert (progress["skipped"], progress["skipped_in_row"]) == (3, 0)
+    state = json.loads((tmp_path / "skips" / "checkpoints" / "step-00000014" / "state.json").read_text())["state"]
+    assert (state["skipped"], state["skipped_in_row"]) == (3, 0)
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "skips").values())
 
     done = run(tmp_path / "stops", "5,6,7", "--skip-nonfinite", 2, "--save-every", 4)
@@ -492,6 +422,6 @@ def test_batches_without_a_finite_gradient_are_passed_over(
 
 def lengths_of(data: Path, encoder: Path) -> np.ndarray:
     """Return the number of tokens of every training row."""
-    tokenizer = load_tokenizer(encoder / "sentencepiece.bpe.model", 64)
     lines = (data / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    return np.array([len(ids) for ids in tokenizer([line.split("\t")[0] for line in lines])], np.int32)
+    texts = [line.split("\t")[0] for line in lines]
+    return load_tokenizer(encoder / "sentencepiece.bpe.model", 64).flat_ids(texts)[1]

@@ -16,13 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import metrics, needs_small_encoder, sst2_sentences, train_options
 
+import sst2_xlmr
 from sst2_xlmr import train
-from sst2_xlmr.evaluation.evaluate import predict
-from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.util.errors import UserError
@@ -110,12 +110,16 @@ def run_python(python: str, script: str, *words: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def cut(ids: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    """Return the ids of every text."""
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+
+
 def answers_of(python: str, folder: Path, texts: list[str], scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what transformers and this project answer: ids, probabilities and names of the labels."""
-    encoder = find_encoder(str(folder))
-    ids = load_tokenizer(encoder.tokenizer_file, encoder.max_length)(texts)
-    model, _, names = load_classifier(folder, torch.device("cpu"), bf16=False)
-    ours = {"ids": ids, "probabilities": predict(model, ids, 1024, torch.device("cpu")), "names": names}
+    model = sst2_xlmr.load(folder, precision="fp32", device="cpu")
+    ids = cut(*model.encode(texts))
+    ours = {"ids": ids, "probabilities": torch.from_numpy(model.probabilities(texts)), "names": model.label_names}
     (scratch / "questions").write_text(json.dumps({"texts": texts, "ids": ids}), encoding="utf-8")
     run_python(python, OPEN, folder, scratch / "questions", scratch / "answers")
     theirs = json.loads((scratch / "answers").read_text())
@@ -160,7 +164,7 @@ json.dump(tokenizer(json.load(open(sys.argv[2])))["input_ids"], open(sys.argv[3]
 """
     (tmp_path / "texts").write_text(json.dumps(SCRIPTS))
     run_python(HERE, script, folder, tmp_path / "texts", tmp_path / "ids")
-    expected = load_tokenizer(tiny_encoder / TOKENIZER_NAME, 10_000)(SCRIPTS)
+    expected = cut(*load_tokenizer(tiny_encoder / TOKENIZER_NAME, 10_000).flat_ids(SCRIPTS))
     assert json.loads((tmp_path / "ids").read_text()) == expected
 
 

@@ -24,8 +24,9 @@ from conftest import (
 )
 
 from sst2_xlmr import train
-from sst2_xlmr.data.rows import SST2_NAMES, Columns
+from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.data.token_cache import tokenize_file
+from sst2_xlmr.task import SST2_NAMES, SingleLabel
 
 OTHER = os.environ.get("SST2_XLMR_TEST_OTHER_STACK", "")
 STEPS = 30
@@ -38,22 +39,19 @@ pytestmark = [
 DIGEST_OF_IDS = """
 import sys, hashlib
 from pathlib import Path
-from sst2_xlmr.data.rows import SST2_NAMES, Columns
+from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.data.token_cache import tokenize_file
+from sst2_xlmr.task import SST2_NAMES, SingleLabel
+task = SingleLabel(SST2_NAMES)
 tokenizer, folder, *files = map(Path, sys.argv[1:])
 for file in files:
-    print(hashlib.sha256(tokenize_file(file, tokenizer, Columns(), SST2_NAMES, 256, folder).ids.tobytes()).hexdigest())
+    print(hashlib.sha256(tokenize_file(file, tokenizer, Columns(), task, 256, folder).ids.tobytes()).hexdigest())
 """
 
 PROBABILITIES = """
-import sys, json, torch
-from pathlib import Path
-from sst2_xlmr.evaluation.evaluate import predict
-from sst2_xlmr.model.classifier import load_classifier
-cpu = torch.device("cpu")
-model, tokenizer, _ = load_classifier(Path(sys.argv[1]), cpu, bf16=False)
-texts = json.load(open(sys.argv[2]))
-json.dump(predict(model, tokenizer(texts), 4096, cpu).tolist(), open(sys.argv[3], "w"))
+import sys, json, sst2_xlmr
+model = sst2_xlmr.load(sys.argv[1], precision="fp32", device="cpu")
+json.dump(model.probabilities(json.load(open(sys.argv[2]))).tolist(), open(sys.argv[3], "w"))
 """
 
 
@@ -76,7 +74,8 @@ def test_ids_are_the_same(tmp_path: Path) -> None:
     tokenizer = SMALL_ENCODER / "sentencepiece.bpe.model"
     files = [(SST2 if SST2.is_dir() else SAMPLE_DATA) / f"{split}.tsv" for split in ("train", "dev")]
     theirs = run(OTHER, "-c", DIGEST_OF_IDS, tokenizer, tmp_path / "theirs", *files).split()
-    ours = [tokenize_file(file, tokenizer, Columns(), SST2_NAMES, 256, tmp_path / "ours").ids for file in files]
+    task = SingleLabel(SST2_NAMES)
+    ours = [tokenize_file(file, tokenizer, Columns(), task, 256, tmp_path / "ours").ids for file in files]
     assert theirs == [hashlib.sha256(ids.tobytes()).hexdigest() for ids in ours]
 
 

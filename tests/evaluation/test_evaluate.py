@@ -51,6 +51,7 @@ def test_agrees_with_one_row_at_a_time(model: SequenceClassifier, dev: TokenCach
     assert found.metrics["accuracy"] == float((logits.argmax(-1) == labels).sum()) / 152
     assert found.metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
     np.testing.assert_allclose(found.results, TASK.row_results(logits, labels), atol=1e-6)
+    assert found.probabilities is not None
     np.testing.assert_allclose(found.probabilities, logits.softmax(-1), atol=1e-6)
     assert evaluate(model, TASK, dev, 200, World.alone(CPU)).probabilities is None
 
@@ -86,7 +87,8 @@ def test_ranks_count_every_row_once(
 ) -> None:
     """A thread for every rank; with 40, most have nothing to do in the first batch. All get the same result."""
     alone = evaluate(model, TASK, dev, 900, World.alone(CPU), keeps)
-    shares, everybody_is_there = [None] * world_size, Barrier(world_size)
+    shares: list[object] = [None] * world_size
+    everybody_is_there = Barrier(world_size)
 
     def gathered(world: World, item: object) -> list[object]:
         shares[world.rank] = item
@@ -104,6 +106,8 @@ def test_ranks_count_every_row_once(
         assert all(one.metrics[key] == pytest.approx(value, rel=1e-6) for key, value in alone.metrics.items())
         np.testing.assert_allclose(one.results, alone.results, atol=1e-6)
         if keeps:
+            assert one.probabilities is not None
+            assert alone.probabilities is not None
             np.testing.assert_allclose(one.probabilities, alone.probabilities, atol=1e-6)
         else:
             assert one.probabilities is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -97,7 +99,7 @@ def test_interval_draws_a_number_for_a_resample_not_for_a_row(monkeypatch: pytes
     drawn: list[int] = []
 
     class Counted(np.random.RandomState):
-        def binomial(self, *arguments: float) -> np.ndarray:
+        def binomial(self, *arguments: Any) -> Any:
             values = super().binomial(*arguments)
             drawn.append(values.size)
             return values
@@ -112,7 +114,10 @@ def test_interval_draws_a_number_for_a_resample_not_for_a_row(monkeypatch: pytes
 
 
 def test_mean_of_files_and_share_below() -> None:
-    files = [{"accuracy": 0.85, "ece": 0.05, "recall": [1.0], "rows": 100}, {"accuracy": 0.95, "ece": 0.15}]
+    files: list[dict[str, Any]] = [
+        {"accuracy": 0.85, "ece": 0.05, "recall": [1.0], "rows": 100},
+        {"accuracy": 0.95, "ece": 0.15},
+    ]
     mean = mean_of(files)
     assert mean == {"accuracy": pytest.approx(0.9), "ece": pytest.approx(0.1)}
     assert share_below(np.array([0.9, 0.1, 0.5, 0.9], np.float32)).tolist() == [0.5, 0, 0.25, 0.5]

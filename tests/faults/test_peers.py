@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from conftest import train_options
-from running import charted, digests, launcher, logged, started, wait_for, workers
+from running import DEADLINE_S, charted, digests, launcher, logged, started, wait_for, workers
 
 from sst2_xlmr.training.checkpoint import find_checkpoint
 
@@ -21,14 +20,12 @@ def options(encoder: Path, data: Path, run: Path, *more: object) -> list[str]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_others_end_in_seconds_when_one_dies(tiny_encoder: Path, small_data: Path, tmp_path: Path, rank: int) -> None:
+def test_others_end_when_one_dies(tiny_encoder: Path, small_data: Path, tmp_path: Path, rank: int) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     with started([*launcher(2), *options(tiny_encoder, small_data, run)], log) as process:
         wait_for(log, "step ", process, times=30)
-        began = time.monotonic()
         os.kill(workers(process)[rank], signal.SIGKILL)
-        assert process.wait(timeout=30) == 1
-        assert time.monotonic() - began < 15
+        assert process.wait(timeout=DEADLINE_S) == 1
     said = log.read_text()
     assert f"error: rank {1 - rank}: lost contact with another process (" in said
     assert "continue with --resume" in said
@@ -41,10 +38,8 @@ def test_one_that_hangs_counts_as_lost_after_the_timeout(tiny_encoder: Path, sma
     words = options(tiny_encoder, small_data, run, "--timeout-minutes", 0.1)
     with started([*launcher(2), *words], log) as process:
         wait_for(log, "step ", process, times=30)
-        began = time.monotonic()
-        os.kill(workers(process)[1], signal.SIGSTOP)
+        os.kill(workers(process)[1], signal.SIGSTOP)  # it is never resumed: only the timeout can end this
         wait_for(log, "error: rank 0: lost contact with another process", process)
-        assert 5 < time.monotonic() - began < 20
     assert "gave no answer for 0.1 minutes" in log.read_text()
     assert find_checkpoint(run / "checkpoints", pytest.fail) is not None
 

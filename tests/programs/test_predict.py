@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import sst2_xlmr
 from sst2_xlmr.data.formats import kind_of
-from sst2_xlmr.data.rows import Columns, read_examples
+from sst2_xlmr.data.rows import Columns, read_rows
 from sst2_xlmr.programs import predict as script
 from sst2_xlmr.report import progress
 from sst2_xlmr.util.shards import shards_of
@@ -91,7 +91,7 @@ def run(model: Path, *options: object) -> None:
 
 
 def read_output(path: Path) -> list[dict[str, Any]]:
-    examples = read_examples(path, Columns("text"))
+    examples = read_rows(path, Columns("text"), None)
     return [dict(zip(row.fields.names, row.fields.cells)) for row in examples]
 
 
@@ -214,7 +214,7 @@ def test_output_that_exists_is_kept_unless_told_otherwise(model: Path, tmp_path:
         assert "out.tsv already exists; choose another name" in user_error(partial(run, model, *options), capsys)
         assert out.read_text() == "precious"
         run(model, *options, "--overwrite")
-        assert len(list(read_examples(out, Columns()))) == 1
+        assert len(list(read_rows(out, Columns(), None))) == 1
         out.unlink()
     assert other.read_text() == "precious"
     out.mkdir()

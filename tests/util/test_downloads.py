@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Server, serving
+from serving import Server, refusal, serving
 
 from sst2_xlmr.programs import fetch
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.downloads import fetch_bundle, fetch_sst2
-from sst2_xlmr.util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 BODY = bytes(range(256)) * 40
@@ -32,7 +31,6 @@ TSV = {
     "dev.tsv": "sentence\tlabel\n",
     "test.tsv": "index\tsentence\n",
 }
-ROWS = {"train.tsv": 1, "dev.tsv": 0, "test.tsv": 0}
 
 
 def zip_bytes(members: dict[str, str]) -> bytes:
@@ -50,6 +48,7 @@ SST2 = zip_bytes({**{f"SST-2/{name}": text for name, text in TSV.items()}, "SST-
 @pytest.fixture
 def server() -> Iterator[Server]:
     with serving() as state:
+        state.files.update({"/base.pt": WEIGHTS, "/bpe.model": BODY, "/SST-2.zip": SST2})
         yield state
 
 
@@ -62,21 +61,12 @@ def cache(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setattr(downloads, "BUNDLE_URLS", {"xlmr.base": (f"{server.url}/base.pt", f"{server.url}/bpe.model")})
     monkeypatch.setattr(downloads, "SST2_URL", f"{server.url}/SST-2.zip")
     monkeypatch.setattr(downloads, "SST2_MD5", hashlib.md5(SST2).hexdigest())
-    monkeypatch.setattr(downloads, "SST2_ROWS", ROWS)
-    server.files.update({"/base.pt": WEIGHTS, "/bpe.model": BODY, "/SST-2.zip": SST2})
+    monkeypatch.setattr(downloads, "SST2_ROWS", {"train.tsv": 1, "dev.tsv": 0, "test.tsv": 0})
     return tmp_path / "cache"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def refusal(work: Any, *arguments: Any, **options: Any) -> str:
-    """Return the one line that it is refused with."""
-    with pytest.raises(UserError) as caught:
-        work(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_each_is_fetched_once_and_whole(server: Server, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +79,10 @@ def test_each_is_fetched_once_and_whole(server: Server, cache: Path, capfd: pyte
     assert (folder, weights.parent) == (cache / "SST-2", cache / "encoders" / "xlmr.base")
     assert [path for method, path in server.requests if method == "GET"] == ["/base.pt", "/bpe.model", "/SST-2.zip"]
     assert capfd.readouterr() == ("", "")
+    server.files["/bpe.model"] = bytes(2_000_000)
+    tokenizer.unlink()
+    fetch_bundle("xlmr.base")
+    assert capfd.readouterr() == ("", f"downloading {server.url}/bpe.model (2 MB)\n")
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str, int]] = {
@@ -132,16 +126,11 @@ def test_another_zip_is_not_sst2(server: Server, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("lies_there", ["notes.txt", "train.tsv", "a link", "a file", "all, but other rows"])
-def test_a_folder_that_the_user_made_is_never_changed(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], lies_there: str
-) -> None:
+def test_a_folder_that_the_user_made_is_never_changed(server: Server, tmp_path: Path, lies_there: str) -> None:
     folder = tmp_path / "data" / "SST-2"
     folder.mkdir(parents=True)
-    files = (
-        dict.fromkeys(TSV, "sentence\tlabel\nmine\t1\nmine, too\t0\n") if "rows" in lies_there else {lies_there: "mine"}
-    )
-    for name, text in files.items():
-        (folder / name).write_text(text)
+    for name in TSV if "rows" in lies_there else [lies_there]:
+        (folder / name).write_text("sentence\tlabel\nmine\t1\nmine, too\t0\n")
     if lies_there == "a link":
         shutil.move(folder, tmp_path / "mine")
         folder.symlink_to(tmp_path / "mine")
@@ -211,12 +200,6 @@ def test_a_cache_that_cannot_be_used_is_named(
     assert f"cannot use the cache {cache}: [Errno 28] No space left" in refusal(fetch_bundle, "xlmr.base")
     assert server.requests == [("HEAD", "/base.pt")]
     assert contents(cache) == {}
-
-
-def test_a_big_file_is_announced(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
-    server.files["/bpe.model"] = bytes(2_000_000)
-    fetch_bundle("xlmr.base")
-    assert capfd.readouterr() == ("", f"downloading {server.url}/bpe.model (2 MB)\n")
 
 
 def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import user_error
 
 from sst2_xlmr.util.precision import choose_precision, set_up_numerics
 
@@ -34,21 +32,10 @@ def test_auto_is_bf16_where_the_gpu_has_it(
     assert choose_precision("bf16", CUDA) == "bf16"
 
 
-def test_tf32_on_a_cpu_is_refused(
-    run_train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = user_error(lambda: run_train(tmp_path / "run", "--precision", "tf32"), capsys)
-    assert "--precision tf32 is for CUDA" in line
-
-
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", "highest"), ("tf32", "high")])
-def test_products_of_fp32_are_rounded_only_on_request(precision: str, expected: str) -> None:
-    set_up_numerics(precision, False, CUDA)
+def test_numerics_are_those_that_were_asked_for(precision: str, expected: str, deterministic: bool) -> None:
+    set_up_numerics(precision, deterministic, CUDA)
     assert torch.get_float32_matmul_precision() == expected
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_deterministic_asks_torch_and_cublas() -> None:
-    set_up_numerics("bf16", True, CUDA)
-    assert torch.are_deterministic_algorithms_enabled()
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)

@@ -38,9 +38,7 @@ def test_same_content_as_safetensors_own(tmp_path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, theirs, {"format": "pt"})
     found, expected = load_file(ours), load_file(theirs)
     assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
     with safe_open(ours, "pt") as mine, safe_open(theirs, "pt") as other:
         assert mine.metadata() == other.metadata()
     assert ours.stat().st_size == theirs.stat().st_size
@@ -58,7 +56,6 @@ def test_deferred_tensors_are_made_a_few_rows_at_a_time(tmp_path: Path, monkeypa
 
 
 def test_a_deferred_tensor_must_be_as_announced(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError):
-        write_tensors({"x": Deferred((4, 2), torch.float32, lambda a, b: torch.zeros(b - a, 3))}, tmp_path / "x")
-    with pytest.raises(AssertionError):
-        write_tensors({"x": Deferred((4, 2), torch.float32, lambda a, b: torch.zeros(b - a, 2).half())}, tmp_path / "x")
+    for rows in (torch.zeros(4, 3), torch.zeros(4, 2).half()):
+        with pytest.raises(AssertionError):
+            write_tensors({"x": Deferred((4, 2), torch.float32, lambda *_, rows=rows: rows)}, tmp_path / "x")

@@ -8,11 +8,13 @@ again with all 16 bits of weights and activations, and everything else in fp32.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sst2_xlmr.engines.cpu.int8_linear import Int8Kernels, Int16Linear, Quantized
+from sst2_xlmr.engines.cpu.int8_linear import Int16Linear, Quantized, int16_linear, linear8, linear16, quantize
 from sst2_xlmr.engines.cpu.kernels import Kernels, Packed
 from sst2_xlmr.engines.cpu.packed_encoder import pack
 from sst2_xlmr.model.quantized import quantize_weights
@@ -25,21 +27,12 @@ NEAR_TIE = 0.2
 _TABLE_ROWS_AT_ONCE = 1 << 14
 
 
-class LayerWeights:
-    """A transformer layer's weights; the last layer's query has its own, since it is computed for `<s>` only.
-
-    Args:
-        layer: of the plain model, in fp32.
-    """
-
-    def __init__(self, layer: Layer, is_last: bool) -> None:
-        weight, bias, width = layer.qkv.weight, layer.qkv.bias, layer.out.in_features
-        cuts = [slice(0, width), slice(width, None)] if is_last else [slice(None)]
-        self.projections = [Int16Linear(weight[cut], bias[cut]) for cut in cuts]
-        self.out, self.up, self.down = (
-            Int16Linear(module.weight, module.bias) for module in (layer.out, layer.up, layer.down)
-        )
-        self.norm1, self.norm2 = layer.norm1, layer.norm2
+def _weights_of(layer: Layer, is_last: bool) -> list[Int16Linear]:
+    """Return `out`, `up` and `down` of an fp32 layer, then `qkv`; of the last, where q is for `<s>` only, q and kv."""
+    weight, bias, width = layer.qkv.weight, layer.qkv.bias, layer.out.in_features
+    cuts = [slice(0, width), slice(width, None)] if is_last else [slice(None)]
+    parts = [int16_linear(module.weight, module.bias) for module in (layer.out, layer.up, layer.down)]
+    return [*parts, *(int16_linear(weight[cut], bias[cut]) for cut in cuts)]
 
 
 class Int8Classifier(nn.Module):
@@ -58,16 +51,16 @@ class Int8Classifier(nn.Module):
     ) -> None:
         super().__init__()
         encoder = classifier.encoder
-        self.kernels, self.int8, self.shape = kernels, Int8Kernels(kernels), classifier.shape
-        self.fp32, self.int16, self.near_tie, self.task = fp32, Int8Kernels(fp32), near_tie, task
-        self.head = classifier.head
+        self.kernels, self.fp32, self.shape, self.head = kernels, fp32, classifier.shape, classifier.head
+        self.near_tie, self.task = near_tie, task
         parts = [quantize_weights(part) for part in encoder.tokens.weight.split(_TABLE_ROWS_AT_ONCE)]
         self.table, self.table_scales = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         self.positions = encoder.positions.weight[FIRST_POSITION:].clone()
         self.norm = norm = encoder.norm
         self.norm_parameters = (norm.weight.to(kernels.dtype), norm.bias.to(kernels.dtype), norm.eps)
         layers = list(encoder.layers)
-        self.layers = [LayerWeights(layer, number == len(layers) - 1) for number, layer in enumerate(layers)]
+        self.weights = [_weights_of(layer, layer is layers[-1]) for layer in layers]
+        self.norms = [(layer.norm1, layer.norm2) for layer in layers]
 
     @torch.no_grad()
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
@@ -83,21 +76,21 @@ class Int8Classifier(nn.Module):
         rows, ids, positions = pack(ids, lengths, None, 0.0)
         summed = self._embed(ids, positions).to(self.kernels.dtype)
         _, x = self.kernels.add_norm(summed, None, None, *self.norm_parameters, rows, site=0)
-        quantized = self.int8.quantize(x)
-        for layer in self.layers:
-            x, quantized = self._layer(layer, x, quantized, rows)
+        quantized = quantize(self.kernels, x)
+        for weights, norms in zip(self.weights, self.norms):
+            x, quantized = self._layer(weights, norms, x, quantized, rows)
         return self._classify(x.float())
 
     def _in_16_bits(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         rows, ids, positions = pack(ids, lengths, None, 0.0)
         x = self.norm(self._embed(ids, positions))
-        linear, heads = self.int16.linear16, self.shape.heads
-        for layer in self.layers:
-            projected = torch.cat([linear(projection, x) for projection in layer.projections], 1)
+        linear = partial(linear16, self.fp32)
+        for (out, up, down, *projections), (norm1, norm2) in zip(self.weights, self.norms):
+            projected = torch.cat([linear(projection, x) for projection in projections], 1)
             q, k, v = projected.chunk(3, dim=1)
-            mixed = self.fp32.attention(q, k, v, heads, rows, site=0)
-            y = layer.norm1(x + linear(layer.out, mixed))
-            x = layer.norm2(y + linear(layer.down, F.gelu(linear(layer.up, y))))
+            mixed = self.fp32.attention(q, k, v, self.shape.heads, rows, site=0)
+            y = norm1(x + linear(out, mixed))
+            x = norm2(y + linear(down, F.gelu(linear(up, y))))
         return self._classify(x[rows.starts[:-1].long()])
 
     def _embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -109,19 +102,23 @@ class Int8Classifier(nn.Module):
         return logits
 
     def _layer(
-        self, layer: LayerWeights, x: torch.Tensor, quantized: Quantized, rows: Packed
+        self,
+        weights: list[Int16Linear],
+        norms: tuple[nn.LayerNorm, nn.LayerNorm],
+        x: torch.Tensor,
+        quantized: Quantized,
+        rows: Packed,
     ) -> tuple[torch.Tensor, Quantized]:
         """Return a layer's output in 8 bits for all tokens, or, of the last one, for every text's first token."""
-        linear = self.int8.linear
-        if len(layer.projections) == 1:
-            projected, _ = linear(layer.projections[0].high, quantized, wanted="values")
-            q, k, v = projected.chunk(3, dim=1)
+        linear, (out, up, down, *projections) = partial(linear8, self.kernels), [high for high, _ in weights]
+        if len(projections) == 1:
+            q, k, v = linear(projections[0], quantized, wanted="values")[0].chunk(3, dim=1)
         else:
             firsts = rows.starts[:-1].long()
             x = x[firsts]
-            q, _ = linear(layer.projections[0].high, Quantized(*(part[firsts] for part in quantized)), wanted="values")
-            k, v = linear(layer.projections[1].high, quantized, wanted="values")[0].chunk(2, dim=1)
+            q, _ = linear(projections[0], (quantized[0][firsts], quantized[1][firsts]), wanted="values")
+            k, v = linear(projections[1], quantized, wanted="values")[0].chunk(2, dim=1)
         mixed = self.kernels.attention(q, k, v, self.shape.heads, rows, site=0)
-        y, y_quantized = linear(layer.out.high, self.int8.quantize(mixed), norm=(x, layer.norm1))
-        _, inner = linear(layer.up.high, y_quantized, gelu=True, wanted="quantized")
-        return linear(layer.down.high, inner, norm=(y, layer.norm2))
+        y, y_quantized = linear(out, quantize(self.kernels, mixed), norm=(x, norms[0]))
+        _, inner = linear(up, y_quantized, gelu=True, wanted="quantized")
+        return linear(down, inner, norm=(y, norms[1]))

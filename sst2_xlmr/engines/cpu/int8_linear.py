@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from typing import NamedTuple
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,23 +11,13 @@ from sst2_xlmr.engines.cpu.kernels import Kernels, struct
 from sst2_xlmr.model.quantized import quantize_weights
 
 _PANEL = 64  # channels that lie together, as in int8.c
-_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-
-
 _LINEAR = struct(**dict.fromkeys(("weights", "scales", "sums", "bias"), "u8"), n="i4", k="i4")
 _AFTER = struct(gelu="i4", **dict.fromkeys(("residual", "gamma", "beta"), "u8"), epsilon="f4")
 
 
-class Quantized(NamedTuple):
-    """Activations, every row with a range of its own.
-
-    Attributes:
-        bytes: uint8 [rows, n rounded up to a multiple of 4].
-        ranges: fp32 [rows, 2], scale and shift: a value is scale * byte - shift.
-    """
-
-    bytes: torch.Tensor
-    ranges: torch.Tensor
+# Activations, every row with a range of its own: bytes, uint8 [rows, n rounded up to a multiple of 4], and ranges, fp32
+# [rows, 2], scale and shift: a value is scale * byte - shift.
+Quantized = tuple[torch.Tensor, torch.Tensor]
 
 
 class Int8Linear:
@@ -50,83 +37,61 @@ class Int8Linear:
         self.as_c = np.array((*[tensor.data_ptr() for tensor in self._tensors], self.n, self.k), _LINEAR)
 
 
-class Int16Linear:
-    """A linear layer whose weights are the sum of two parts of 8 bits.
+# A linear layer whose weights are the sum of two parts of 8 bits: the layer in 8 bits, and what that rounds away.
+Int16Linear = tuple[Int8Linear, Int8Linear]
+
+
+def int16_linear(weight: torch.Tensor, bias: torch.Tensor) -> Int16Linear:
+    """Return a layer in 16 bits; weight is fp32 [n, k], bias fp32 [n]."""
+    values, scales = quantize_weights(weight)
+    rest = quantize_weights(weight - values * scales[:, None])
+    return Int8Linear(values, scales, bias), Int8Linear(*rest, torch.zeros_like(bias))
+
+
+def quantize(kernels: Kernels, x: torch.Tensor) -> Quantized:
+    """Quantize activations of the kernels' dtype, [rows, n]."""
+    values, ranges = _room(len(x), x.shape[1])
+    threads = torch.get_num_threads()
+    kernels.library.quantize(x.data_ptr(), *x.shape, values.data_ptr(), ranges.data_ptr(), threads)
+    return values, ranges
+
+
+def linear16(kernels: Kernels, layer: Int16Linear, x: torch.Tensor) -> torch.Tensor:
+    """Return a layer's output in 16 bits, fp32 [rows, n]; x is fp32 [rows, k]."""
+    high, low = layer
+    values = torch.empty(len(x), high.n)
+    weights = (high.as_c.ctypes.data, low.as_c.ctypes.data)
+    kernels.library.int16_linear(*weights, x.data_ptr(), len(x), values.data_ptr(), torch.get_num_threads())
+    return values
+
+
+def linear8(
+    kernels: Kernels,
+    layer: Int8Linear,
+    x: Quantized,
+    gelu: bool = False,
+    norm: tuple[torch.Tensor, nn.LayerNorm] | None = None,
+    wanted: str = "both",
+) -> tuple[torch.Tensor, Quantized]:
+    """Return a layer's output in 8 bits, after GELU or `norm`, in the kernels' dtype and quantized.
 
     Args:
-        weight: fp32 [n, k].
-        bias: fp32 [n].
-
-    Attributes:
-        high: the layer in 8 bits.
-        low: what that rounds away, without a bias.
+        norm: the residual connection, of the kernels' dtype, [rows, n], and the LayerNorm that follow, in fp32.
+        wanted: "values", "quantized" or "both"; what is not wanted is not filled in.
     """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        values, scales = quantize_weights(weight)
-        self.high = Int8Linear(values, scales, bias)
-        self.low = Int8Linear(*quantize_weights(weight - values * scales[:, None]), torch.zeros_like(bias))
-
-
-class Int8Kernels:
-    """The functions of int8.c."""
-
-    def __init__(self, kernels: Kernels) -> None:
-        self._library, self.dtype = kernels.library, kernels.dtype
-        self._library.quantize.argtypes = (_P, _L, _I, _P, _P, _I)
-        self._library.int8_linear.argtypes = (_P, _P, _P, _L, _P, _P, _P, _P, _I)
-        self._library.int16_linear.argtypes = (_P, _P, _P, _L, _P, _I)
-        for function in (self._library.quantize, self._library.int8_linear, self._library.int16_linear):
-            function.restype = None
-
-    def quantize(self, x: torch.Tensor) -> Quantized:
-        """Quantize activations of the kernels' dtype, [rows, n]."""
-        result = _room(len(x), x.shape[1])
-        threads = torch.get_num_threads()
-        self._library.quantize(x.data_ptr(), *x.shape, result.bytes.data_ptr(), result.ranges.data_ptr(), threads)
-        return result
-
-    def linear16(self, layer: Int16Linear, x: torch.Tensor) -> torch.Tensor:
-        """Return a layer's output in 16 bits, fp32 [rows, n]; x is fp32 [rows, k]."""
-        values = torch.empty(len(x), layer.high.n)
-        weights = (layer.high.as_c.ctypes.data, layer.low.as_c.ctypes.data)
-        self._library.int16_linear(*weights, x.data_ptr(), len(x), values.data_ptr(), torch.get_num_threads())
-        return values
-
-    def linear(
-        self,
-        layer: Int8Linear,
-        x: Quantized,
-        gelu: bool = False,
-        norm: tuple[torch.Tensor, nn.LayerNorm] | None = None,
-        wanted: str = "both",
-    ) -> tuple[torch.Tensor, Quantized]:
-        """Return the layer's output, after GELU or `norm`, in the kernels' dtype and quantized.
-
-        Args:
-            norm: the residual connection, of the kernels' dtype, [rows, n], and the LayerNorm that follow, in fp32.
-            wanted: "values", "quantized" or "both"; what is not wanted is not filled in.
-        """
-        rows = len(x.ranges)
-        values = torch.empty(rows if wanted != "quantized" else 0, layer.n, dtype=self.dtype)
-        result = _room(rows if wanted != "values" else 0, layer.n)
-        after = np.array((gelu, 0, 0, 0, 0.0), _AFTER)
-        if norm:
-            residual, module = norm
-            parameters = [tensor.data_ptr() for tensor in (residual, module.weight, module.bias)]
-            after = np.array((gelu, *parameters, module.eps), _AFTER)
-        outputs = [tensor.data_ptr() if len(tensor) else None for tensor in (values, *result)]
-        self._library.int8_linear(
-            layer.as_c.ctypes.data,
-            x.bytes.data_ptr(),
-            x.ranges.data_ptr(),
-            rows,
-            after.ctypes.data,
-            *outputs,
-            torch.get_num_threads(),
-        )
-        return values, result
+    rows = len(x[1])
+    values = torch.empty(rows if wanted != "quantized" else 0, layer.n, dtype=kernels.dtype)
+    result = _room(rows if wanted != "values" else 0, layer.n)
+    after = np.array((gelu, 0, 0, 0, 0.0), _AFTER)
+    if norm:
+        residual, module = norm
+        parameters = [tensor.data_ptr() for tensor in (residual, module.weight, module.bias)]
+        after = np.array((gelu, *parameters, module.eps), _AFTER)
+    inputs = (layer.as_c.ctypes.data, *[tensor.data_ptr() for tensor in x])
+    outputs = [tensor.data_ptr() if len(tensor) else None for tensor in (values, *result)]
+    kernels.library.int8_linear(*inputs, rows, after.ctypes.data, *outputs, torch.get_num_threads())
+    return values, result
 
 
 def _room(rows: int, n: int) -> Quantized:
-    return Quantized(torch.empty(rows, n + -n % 4, dtype=torch.uint8), torch.empty(rows, 2))
+    return torch.empty(rows, n + -n % 4, dtype=torch.uint8), torch.empty(rows, 2)

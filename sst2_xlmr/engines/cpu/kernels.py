@@ -61,6 +61,11 @@ _SIGNATURES = {
     "square_sum": (_P, _I, _P, _I),
     "adamw": (_P, _I, _P, *[ctypes.c_float] * 5, _I),
 }
+_INT8_SIGNATURES = {  # with AVX512-VNNI only
+    "quantize": (_P, _L, _I, _P, _P, _I),
+    "int8_linear": (_P, _P, _P, _L, _P, _P, _P, _P, _I),
+    "int16_linear": (_P, _P, _P, _L, _P, _I),
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.library, self.dtype = library, dtype
         self.has_int8 = hasattr(library, "int8_linear")
-        for name, arguments in _SIGNATURES.items():
+        for name, arguments in {**_SIGNATURES, **(_INT8_SIGNATURES if self.has_int8 else {})}.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, ctypes.c_double if name == "square_sum" else None
 
@@ -241,12 +246,12 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, ro
 
 
 def load_kernels(dtype: torch.dtype) -> Kernels | None:
-    """Return the kernels for bf16 or fp32, compiled at the first call on a machine; None: see `why_not_compiled`."""
+    """Return the kernels for bf16 or fp32, compiled at the first call on a machine; None: see `fallback_reason`."""
     found = _find_kernels(dtype)
     return found if isinstance(found, Kernels) else None
 
 
-def why_not_compiled() -> str:
+def fallback_reason() -> str:
     """Return why there are no kernels here, in a few words; "" if there are."""
     found = [_find_kernels(dtype) for dtype in (torch.float32, torch.bfloat16)]
     return next((reason for reason in found if isinstance(reason, str)), "")
