@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.task import Task
-from sst2_xlmr.training.ddp import wrap_ddp
 from sst2_xlmr.training.optimizer import AdamW, Optimizer
 from sst2_xlmr.util.distributed import World
 
@@ -43,6 +43,23 @@ def training_backend(
     classifier.autocast = precision == "bf16"
     plain = AdamW(classifier, classifier.shape.layers, config, world)
     return classifier, wrap_ddp(classifier, world), plain, reason or engines.fallback_reason(world)
+
+
+def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
+    """Return the model under DistributedDataParallel; the model itself with one process.
+
+    DDP rebuilds its buckets after the first backward pass. With three or more processes the order of summation depends
+    on them, so that the first step after a resume would differ in the last bit from the same step of a run that was not
+    interrupted: there is one backward pass in advance.
+    """
+    if world.world_size == 1:
+        return model
+    devices = [world.device] if world.device.type == "cuda" else []
+    wrapped = DistributedDataParallel(model, devices or None, gradient_as_bucket_view=True)
+    with torch.random.fork_rng(devices):
+        wrapped(torch.zeros(2, dtype=torch.int64, device=world.device), torch.tensor([2])).float().sum().backward()
+    wrapped.zero_grad(set_to_none=True)
+    return wrapped
 
 
 def prediction_model(classifier: SequenceClassifier) -> nn.Module:

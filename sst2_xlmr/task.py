@@ -239,8 +239,8 @@ class SingleLabel:
 
     @staticmethod
     def logits_of(probabilities: np.ndarray) -> np.ndarray:
-        """Return fp64 logits, up to a constant for each row; both are [rows, classes]."""
-        return log_of(probabilities)
+        """Return fp64 logits, up to a constant for each row, finite for a probability of 0 too; [rows, classes]."""
+        return np.asarray(np.log(probabilities.astype(np.float64).clip(min=_SMALLEST)))
 
     def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         """Return `row_results`, fp64, for probabilities whose logits are divided by a temperature."""
@@ -274,15 +274,14 @@ class SingleLabel:
         Args:
             probabilities, untrained: fp32 [rows, classes], of the model as it is, and before its first step.
             labels: int [rows].
-            has_learned: whether the run has been better before.
         """
         counts = np.bincount(probabilities.argmax(1))
         label = self.label_names[int(counts.argmax())]
-        now, before = (float(log_of(each).std(0).max()) for each in (probabilities, untrained))
+        now, before = (float(self.logits_of(each).std(0).max()) for each in (probabilities, untrained))
         is_constant = (counts > 0).sum() == 1 and len(np.unique(labels)) > 1
         if is_constant and now <= _COLLAPSED_DEVIATION * before:
             return f"same prediction for every text of dev, {label!r} with the same probability"
-        loss = -float(log_of(probabilities)[np.arange(len(labels)), labels].mean())
+        loss = -float(self.logits_of(probabilities)[np.arange(len(labels)), labels].mean())
         baseline = SingleLabel(self.label_names).baseline_loss(labels)
         accuracy, most = float((probabilities.argmax(1) == labels).mean()), np.bincount(labels).max() / len(labels)
         is_useless = loss >= _USELESS_LOSS * baseline and accuracy - most < _USELESS_ACCURACY * (1 - most)
@@ -295,9 +294,7 @@ class SingleLabel:
     def append_to_onnx(self, add: Callable[..., str], logits: str) -> dict[str, tuple[str, str, list[int]]]:
         """Append label and probabilities to an ONNX graph; returns values, types and sizes of a text by outputs' names.
 
-        Args:
-            add: adds an operator to the graph and returns its output (see export/onnx).
-            logits: the value to begin with.
+        `add` adds an operator to the graph and returns its output (see export/onnx).
         """
         probabilities = add("Softmax", logits, axis=-1)
         best = add("ArgMax", probabilities, axis=-1, keepdims=0)
@@ -329,11 +326,6 @@ def listed(names: Sequence[str]) -> str:
     """Return names, separated by commas; of many only the first."""
     more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
     return ", ".join(name if len(name) <= 40 else name[:40] + "..." for name in names[:10]) + more
-
-
-def log_of(probabilities: np.ndarray) -> np.ndarray:
-    """Return fp64 logarithms, finite for a probability of 0 too."""
-    return np.asarray(np.log(probabilities.astype(np.float64).clip(min=_SMALLEST)))
 
 
 def _quoted(value: object) -> str:

@@ -70,11 +70,7 @@ def train(run: Run) -> None:
 
 
 def prepare_inputs(config: Config, world: World) -> tuple[Prepared, dict[str, str]]:
-    """Files -> rows -> ids; returns them, and SHA-256 of what was read, by what it is.
-
-    Raises:
-        UserError: on every rank, if ranks were started with different options, or read different files.
-    """
+    """Files -> rows -> ids; returns them, and SHA-256 of what was read, by what it is; all ranks must agree on it."""
     inputs = once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
     names = [name for name, option in OPTIONS.items() if name == "compile" or not option.metadata["changeable"]]
     fixed = {flag(name): getattr(config, name) for name in names}
@@ -122,16 +118,14 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
 @contextlib.contextmanager
 def outputs(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
     """Open metrics and TensorBoard, and print the header; while it is entered, a signal no longer ends the process."""
-    state, caches = run.state, run.inputs.caches
-    files = {split: (file, caches[split].digest) for split, file in run.inputs.files.items() if split != "train"}
+    state, total_steps = run.state, run.schedule.total_steps
     best = [f"best/{split}" for split in run.at_end]
     again = [*run.at_end, *best, *(run.during if state.evaluation_due else [])]
-    opening = (run.config, run.task, run.folder, state.precision, files, state.step, run.schedule.total_steps, again)
-    run.report = on_rank0(run.world, lambda: Report(*opening))
+    run.report = on_rank0(run.world, lambda: Report(run.inputs, state, run.folder, total_steps, again))
     if run.report:
         found = evaluations_at(run.folder / "metrics.jsonl", state.step)
         run.metrics = {split: metrics for split, metrics in found.items() if split not in best}
-        parts = (run.optimizer, run.fallback_reason, run.world, run.folder, run.schedule.total_steps, run.head_is_new)
+        parts = (run.optimizer, run.fallback_reason, run.world, run.folder, total_steps, run.head_is_new)
         for line in header_lines(run.inputs, state, *parts):
             run.say(line)
     if resume:

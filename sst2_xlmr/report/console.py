@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sst2_xlmr.config import Config
+from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.data.rows import columns_of
 from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.report import tensorboard
 from sst2_xlmr.report.table import evaluation_table
-from sst2_xlmr.task import Task
 from sst2_xlmr.training.run_folder import forget_metrics
-from sst2_xlmr.util.files import cannot_write, disk_errors
+from sst2_xlmr.training.state import TrainState
+from sst2_xlmr.util.files import disk_errors, writing
 from sst2_xlmr.util.memory import used_memory_gb
 
 
@@ -33,38 +33,27 @@ class Report:
     """
 
     def __init__(
-        self,
-        config: Config,
-        task: Task,
-        folder: Path,
-        precision: str,
-        files: dict[str, tuple[Path, str]],
-        first_step: int,
-        total_steps: int,
-        written_again: list[str],
+        self, inputs: Prepared, state: TrainState, folder: Path, total_steps: int, written_again: list[str]
     ) -> None:
-        """Open the outputs; a resumed run's go on after `first_step`. UserError if they cannot be written.
+        """Open the outputs in a claimed folder; a resumed run's go on after its step. UserError if that fails.
 
         Args:
-            folder: the run's, which must be claimed.
-            precision: as decided.
-            files: all splits to evaluate on, dev among them -> file, and its SHA-256 when it was tokenized.
-            first_step: steps that are done: 0, or those of the checkpoint.
-            written_again: splits that will be evaluated (once more) at `first_step`.
+            written_again: splits that will be evaluated (once more) at this step.
         """
-        self._config, self._task, self._files = config, task, files
+        config, first_step = inputs.config, state.step
+        self._inputs, self._task = inputs, inputs.task
         self._first_step, self._total_steps, self._started = first_step, total_steps, time.monotonic()
         place = folder / "metrics.jsonl"
         purge_step = first_step + 1 if place.exists() else None
-        try:
+        with writing(place):
             forget_metrics(place, first_step, written_again)
             self._metrics = place.open("a", encoding="utf-8")
-            place = Path(config.tensorboard_dir or folder / "tensorboard")
+        place = Path(config.tensorboard_dir or folder / "tensorboard")
+        with writing(place):
             self._events = tensorboard.open_events(place, purge_step)
-            tensorboard.begin_hparams(self._events, config, precision, task, list(files))
+            splits = [split for split in inputs.files if split != "train"]
+            tensorboard.begin_hparams(self._events, config, state.precision, self._task, splits)
             self._events.flush()
-        except OSError as error:
-            raise cannot_write(place, error) from None
         # disable=None: a bar on a terminal only.
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None
@@ -128,8 +117,9 @@ class Report:
             probabilities: float32 [rows, labels].
         """
         if labels is not None and probabilities is not None:
-            (file, digest), task = self._files[split], self._task
-            texts_of = partial(tensorboard.read_texts, file, digest, columns_of(self._config), task)
+            inputs, task = self._inputs, self._task
+            source = (inputs.files[split], inputs.caches[split].digest, columns_of(inputs.config))
+            texts_of = partial(tensorboard.read_texts, *source, task)
             with self._event_errors():
                 tensorboard.draw_evaluation(self._events, step, split, labels, probabilities, task, texts_of)
         scalars = {key: metrics[key] for key in self._task.scalars}

@@ -149,21 +149,6 @@ def test_a_resumed_run_has_the_same_temperature(any_gain: None, run_train: RunTr
     assert digests(run) == whole
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["--calibrate", "{dev}"], "--calibrate FILE and --output DIR belong together"),
-        (["--calibrate", "{dev}", "--output", "{tmp}/x", "--file", "{dev}"], "either --file"),
-        (["--calibrate", "{dev}", "--output", "{tmp}/x", "--json", "y"], "--json, --tensorboard and --against are for"),
-        (["--calibrate", "{dev}", "--output", "{tmp}/x", "--precision", "int8"], "calibrate in fp32 or bf16"),
-        (["--calibrate", "no.tsv", "--output", "{tmp}/x"], "--calibrate no.tsv is not a file"),
-    ],
-)
-def test_wrong_use(words: list[str], says: str, model: Path, small_data: Path, tmp_path: Path, capsys: Capture) -> None:
-    given = [word.format(dev=small_data / "dev.tsv", tmp=tmp_path) for word in words]
-    assert says in user_error(lambda: evaluate.main(["--model", str(model), *given]), capsys)
-
-
 def test_predict_abstains(run_train: RunTrain, tmp_path: Path, capsys: Capture) -> None:
     model = run_train(tmp_path / "run", "--epochs", 1) / "model"
     limit = float(np.sort(probabilities_of(model).max(1))[2])

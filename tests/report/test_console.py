@@ -30,8 +30,9 @@ ENTRY: dict[str, Any] = {"step": 3, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samp
 
 
 def open_small_report(folder: Path) -> Report:
-    task, files = SingleLabel(["negative", "positive"]), {"dev": (SAMPLE_DATA / "dev.tsv", "")}
-    return Report(Config(), task, folder, "fp32", files, 0, 10, [])
+    files = {"dev": SAMPLE_DATA / "dev.tsv"}
+    inputs: Any = SimpleNamespace(config=Config(), task=SingleLabel(["negative", "positive"]), files=files)
+    return Report(inputs, TrainState(5), folder, 10, [])
 
 
 def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:

@@ -143,9 +143,9 @@ def test_a_slow_disk_of_rank_0_is_no_lost_process(tiny_encoder: Path, small_data
 
 def test_an_error_of_rank_0s_report_reaches_all_ranks(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
     """A disk that is full for metrics: one line, and nobody has lost contact."""
-    program = "import sst2_xlmr.report.metrics_file as m\nreal = m.open_metrics\n"
-    program += "def full(*_):\n    real(*_).close()\n    return open('/dev/full', 'a')\nm.open_metrics = full\n"
-    program += "from sst2_xlmr.__main__ import main\nmain('train')\n"
+    program = "from sst2_xlmr.report.console import Report\nreal = Report.log_training\n"
+    program += "def full(report, entry):\n    report._metrics = open('/dev/full', 'a')\n    real(report, entry)\n"
+    program += "Report.log_training = full\nfrom sst2_xlmr.__main__ import main\nmain('train')\n"
     words = train_options(tiny_encoder, small_data, tmp_path / "run", "--epochs", 1)
     for processes in (1, 2):
         statuses, (error,) = run_program(tmp_path / "full.py", program, processes, *words)
