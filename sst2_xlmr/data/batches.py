@@ -86,12 +86,6 @@ def rows_in_training_order(
         yield order[batch * batch_size : (batch + 1) * batch_size]
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave signals to the training process: one for a whole process group or cgroup must not end a loader first."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 class BatchLoader(Dataset[list[Batch]]):
     """This rank's part of the global batches, epoch after epoch, from any position (epoch, batches consumed) on.
 
@@ -122,17 +116,23 @@ class BatchLoader(Dataset[list[Batch]]):
     def starting_at(self, epoch: int, batch: int) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of every global batch, without end, from number `batch` of an epoch on."""
         while True:
-            yield from DataLoader(
+            loader = DataLoader(
                 self,
                 batch_size=None,
                 sampler=((epoch, rows) for rows in self.global_batches(epoch, batch)),
                 num_workers=self.config.num_workers,
                 pin_memory=self.pins,
-                worker_init_fn=_ignore_signals,
                 # A loader draws a seed at every start; taken from torch's global generator, that draw would change
                 # dropout after a resume.
                 generator=torch.Generator(),
             )
+            # Its processes inherit this: a signal to a whole process group or cgroup is left to the training process.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                batches = iter(loader)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            yield from batches
             epoch, batch = epoch + 1, 0
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> list[Batch]:

@@ -62,6 +62,7 @@ def test_pairs(tmp_path: Path) -> None:
 
 
 def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
+    assert rows(tmp_path / "a.tsv", b"text\tlabel\nx\t1.0\n", ["0.0", "1.0"]) == [("x", None, 1)]
     assert rows(tmp_path / "a.tsv", b"text\tlabel\nx\t1\ny\t0\n", ["1", "0"]) == [("x", None, 0), ("y", None, 1)]
     with pytest.raises(UserError, match="label '0' is not one of 1, 2, 3"):
         rows(tmp_path / "a.tsv", b"text\tlabel\nx\t0\n", ["1", "2", "3"])
@@ -91,11 +92,7 @@ def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x", "label": [1]}\n', "line 1: label [1] is neither a word nor an integer"),
         ("a.jsonl", b'{"text": "x", "label": 1}\n{"text": "x"}\n', "line 2: no column 'label' among text"),
         ("a.jsonl", b'{"text": "\\ud83d", "label": 1}\n', "line 1: column 'text' has half a character"),
-        (
-            "a.jsonl",
-            b'{"text": "\\u0000", "label": 1}\n',
-            "line 1: column 'text' has half a character (a lone surrogate",
-        ),
+        ("a.jsonl", b'{"text": "\\u0000", "label": 1}\n', "line 1: column 'text' has half a character (a lone sur"),
     ],
 )
 def test_bad_rows_are_named_with_their_line(tmp_path: Path, name: str, content: bytes, says: str) -> None:
@@ -110,17 +107,16 @@ def test_a_number_is_no_key_of_jsonl(tmp_path: Path) -> None:
         rows(tmp_path / "a.jsonl", b'{"text": "x", "label": 1}\n', columns=Columns("1"))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "\u202eright to left\u202c",
-        "\u200f\u0627\u0628",
-        "\U0001f600\U0001f468\u200d\U0001f469",
-        "x" * 1_000_000,
-        "\ufffd",
-    ],
-    ids=["rtl override", "rtl mark", "only emoji", "a megabyte", "replacement"],
-)
+STRANGE = {
+    "rtl override": "\u202eright to left\u202c",
+    "rtl mark": "\u200f\u0627\u0628",
+    "only emoji": "\U0001f600\U0001f468\u200d\U0001f469",
+    "a megabyte": "x" * 1_000_000,  # the csv module's own limit is 131,072 characters
+    "replacement": "\ufffd",
+}
+
+
+@pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE.keys())
 def test_strange_texts_are_texts(tmp_path: Path, text: str) -> None:
     assert rows(tmp_path / "a.tsv", f"text\tlabel\n{text}\t1\n".encode()) == [(text, None, 1)]
     assert rows(tmp_path / "a.csv", f"text,label\n{text},1\n".encode()) == [(text, None, 1)]
@@ -182,17 +178,11 @@ def test_labels_that_are_no_classes(tmp_path: Path, labels: list[object], says: 
     assert says in str(error.value)
 
 
-def test_given_names_may_look_like_fractions(tmp_path: Path) -> None:
-    assert rows(tmp_path / "a.tsv", b"text\tlabel\nx\t1.0\n", ["0.0", "1.0"]) == [("x", None, 1)]
-
-
 def test_rows_for_prediction_need_no_label_and_may_be_empty(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('id,text\n7,fine\n8,""\n')
     found = list(read_rows(tmp_path / "a.csv", Columns(), None))
-    assert [(row.text, row.pair, row.fields.cells) for row in found] == [
-        ("fine", None, ["7", "fine"]),
-        ("", None, ["8", ""]),
-    ]
+    assert [row[:3] for row in found] == [("fine", None, None), ("", None, None)]
+    assert [row.fields.cells for row in found] == [["7", "fine"], ["8", ""]]
 
 
 @pytest.mark.parametrize(
@@ -220,10 +210,8 @@ def test_chunks_are_smaller_where_texts_are_long(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(not SST2.is_dir(), reason=f"the real SST-2 is not at {SST2}")
 def test_real_sst2_has_all_its_rows() -> None:
-    counts = [
-        sum(1 for _ in read_rows(SST2 / f"{s}.tsv", Columns(), SingleLabel(SST2_NAMES))) for s in ("train", "dev")
-    ]
-    assert counts == [67_349, 872]
+    for split, count in (("train", 67_349), ("dev", 872), ("test", 1_821)):
+        task = None if split == "test" else SingleLabel(SST2_NAMES)
+        assert sum(1 for _ in read_rows(SST2 / f"{split}.tsv", Columns(), task)) == count
     assert find_label_names(SST2 / "train.tsv", Columns()) == SST2_NAMES
-    assert sum(1 for _ in read_rows(SST2 / "test.tsv", Columns(), None)) == 1_821
     assert not has_labels(SST2 / "test.tsv", Columns())
