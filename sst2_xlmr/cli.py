@@ -171,14 +171,7 @@ def with_files(words: list[str]) -> list[str]:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
-    """Parse and check the command line.
-
-    Returns:
-        The run's options, and whether to resume the run in `config.output_dir`.
-
-    Raises:
-        UserError: if an option, a config file, or a resumed run's options are wrong.
-    """
+    """Parse and check the command line; returns the run's options, and whether to resume it in `config.output_dir`."""
     given = vars(_build_parser().parse_args(with_files(sys.argv[1:] if argv is None else argv)))
     config_file, resume = given.pop("config"), given.pop("resume")
     if is_restarted(given.get("output_dir")):

@@ -183,7 +183,7 @@ class Config:
 
     epochs: float = option(3.0, "passes over the training rows; may be a fraction, such as 2.5", "N", above(0, 1e6))
     max_steps: int = option(
-        0, "stop after N steps instead; the schedule ends there too (0: --epochs decides)", "N", at_least(0)
+        0, "stop, and end the schedule, after N optimizer steps (0: --epochs decides)", "N", at_least(0)
     )
     batch_size: int = option(32, "rows per optimizer step, over all processes together", "ROWS", at_least(1))
     micro_batch_size: int = option(
@@ -191,21 +191,14 @@ class Config:
     )
     lr: float = option(2e-5, "peak learning rate", "RATE", above(0))
     weight_decay: float = option(0.01, "AdamW weight decay; biases and LayerNorm are exempt", "RATE", at_least(0))
-    layerwise_lr_decay: float = option(
-        1.0, "factor on the learning rate per layer away from the head", "F", above(0, 1)
-    )
+    layerwise_lr_decay: float = option(1.0, "factor on the rate per layer away from the head", "F", above(0, 1))
     schedule: str = option(
-        "linear",
-        "rate after warmup: linear or cosine to 0, or constant",
-        "NAME",
-        one_of("linear", "cosine", "constant"),
+        "linear", "after warmup: linear (to 0), cosine (to 0), constant", "NAME", one_of("linear", "cosine", "constant")
     )
     warmup_ratio: float = option(0.06, "share of all steps over which the learning rate rises", "SHARE", between(0, 1))
     max_grad_norm: float = option(1.0, "clip the gradient's global norm to this (0: never)", "NORM", at_least(0))
     label_smoothing: float = option(0.0, "probability mass spread evenly over all classes", "P", between(0, 1, False))
-    skip_nonfinite: int = changeable(
-        0, "skip up to N batches in a row without finite gradient (0: stop)", "N", at_least(0)
-    )
+    skip_nonfinite: int = changeable(0, "skip up to N non-finite gradients in a row (0: stop)", "N", at_least(0))
     class_weights: str | None = option(
         None,
         "factor on the loss of each class's rows: numbers, or balanced, so that all classes weigh the same",
@@ -228,9 +221,7 @@ class Config:
     deterministic: bool = option(False, "on CUDA, use only kernels that repeat to the bit; a CPU always does")
     compile: bool = changeable(True, "on a CPU, use the engine that GCC compiles, if there is GCC; else plain PyTorch")
     threads: int = changeable(0, "CPU threads per process (0: its share of the available cores)", "N", between(0, 1024))
-    timeout_minutes: float = changeable(
-        10.0, "minutes of silence after which another process counts as lost", "MIN", above(0)
-    )
+    timeout_minutes: float = changeable(10.0, "minutes of silence until a process counts as lost", "MIN", above(0))
 
     output_dir: FilePath | None = changeable(None, "the run's directory (default: runs/ and the start time)", "DIR")
     eval_every: int | None = option(
@@ -241,22 +232,15 @@ class Config:
         at_least(0),
     )
     eval_batch_tokens: int = option(
-        EVAL_BATCH_TOKENS,
-        "tokens per forward pass in evaluation; a longer row is computed alone",
-        "TOKENS",
-        at_least(1),
+        EVAL_BATCH_TOKENS, "tokens per forward pass in evaluation; a longer row goes alone", "TOKENS", at_least(1)
     )
     early_stopping_patience: int = option(
         0, "stop after N evaluations in a row without a better dev accuracy (0: never)", "N", at_least(0)
     )
-    save_every: int = changeable(
-        0, "also write a checkpoint every N steps, not only per epoch (0: no)", "N", at_least(0)
-    )
+    save_every: int = changeable(0, "write a checkpoint every N steps, not only per epoch (0: no)", "N", at_least(0))
     keep_checkpoints: int = changeable(2, "how many of the newest checkpoints to keep, at least 2", "N", at_least(2))
     log_every: int = changeable(50, "log training metrics every N steps: means since the last line", "N", at_least(1))
-    tensorboard_dir: FilePath | None = changeable(
-        None, "TensorBoard events (default: tensorboard/ in --output-dir)", "DIR"
-    )
+    tensorboard_dir: FilePath | None = changeable(None, "TensorBoard events (default: OUTPUT_DIR/tensorboard)", "DIR")
 
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Config)}

@@ -100,11 +100,10 @@ class Classifier:
         """Return float32 [texts, labels], every label's probability, in the order of the texts.
 
         Args:
-            texts: strings, or (str, str) pairs for a model that was trained on pairs; a single string is an error.
+            texts: strings, or (str, str) pairs for a model that was trained on pairs; else it is a TypeError.
             batch_tokens: per forward pass; a longer text is computed alone.
 
         Raises:
-            TypeError: if `texts` is something else.
             UserError: if a text is not Unicode (half a character, NUL), or a probability is not finite.
         """
         return self.probabilities_of_ids(*self.encode(texts), batch_tokens)

@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from sst2_xlmr import train
+from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.export.folder import write_folder
 from sst2_xlmr.model.encoders import Encoder, EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
@@ -50,6 +51,14 @@ def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's cache out of the tests, and torch on one thread: tiny tensors gain nothing from more."""
     os.environ["SST2_XLMR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """How many threads torch has in this test."""
+    torch.set_num_threads(request.param)
+    yield request.param
     torch.set_num_threads(1)
 
 
@@ -119,6 +128,14 @@ def trained_small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ["--max-steps", 30, "--batch-size", 16, "--lr", 1e-4, "--max-length", 256]
     train.main(train_options(SMALL_ENCODER, SAMPLE_DATA, run, *options))
     return run / "model"
+
+
+def kernels_for(dtype: torch.dtype) -> Kernels:
+    """Return the CPU's kernels; skips the test where they do not compile."""
+    found = load_kernels(dtype)
+    if found is None:
+        pytest.skip("there is no C compiler")
+    return found
 
 
 def sst2_sentences() -> list[str]:

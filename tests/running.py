@@ -13,8 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import ROOT, metrics
 
+from sst2_xlmr import train
+from sst2_xlmr.training.checkpoint import find_checkpoint, read_state
+from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.files import digest_of
 
 DEADLINE_S = 120
@@ -110,6 +114,30 @@ def digests(run: Path) -> dict[str, str]:
     files = [*(last / f"{name}.safetensors" for name in ("model", "optimizer", "random", "vocabulary"))]
     files += [run / folder / "model.safetensors" for folder in ("best", "model")]
     return {str(file.relative_to(run)): digest_of(file) for file in files}
+
+
+def state_of(run: Path) -> TrainState:
+    """Return the state in a run's last checkpoint; none may be damaged."""
+    checkpoint = find_checkpoint(run / "checkpoints", pytest.fail)
+    assert checkpoint is not None
+    return read_state(checkpoint)
+
+
+def resume(run: Path, *options: object) -> None:
+    """Resume a run in this process."""
+    train.main(["--resume", "--output-dir", str(run), *map(str, options)])
+
+
+def signal_comes(monkeypatch: pytest.MonkeyPatch, step: int, method: str) -> None:
+    """Let a signal come while a run's `step` or `evaluate_split` is at work, at this step."""
+    real, before = getattr(train.Run, method), step - (method == "step")
+
+    def call(run: Any, *arguments: Any, **options: Any) -> Any:
+        if run.state.step == before:
+            run.stop.number = 15
+        return real(run, *arguments, **options)
+
+    monkeypatch.setattr(train.Run, method, call)
 
 
 def logged(run: Path) -> list[dict[str, Any]]:

@@ -26,18 +26,13 @@ def class_weights(given: str | None, labels: np.ndarray) -> torch.Tensor | None:
     return task().for_training(Config(class_weights=given), labels, CPU).class_weights
 
 
-def test_balanced_classes_weigh_the_same_and_rows_one_on_average() -> None:
-    weights = class_weights("balanced", LABELS.numpy())
-    assert weights is not None
+def test_balanced_classes_weigh_the_same_and_rows_one_on_average_and_numbers_are_taken_as_they_are() -> None:
+    weights, given = (class_weights(each, LABELS.numpy()) for each in ("balanced", "0.5,2,0"))
+    assert weights is not None and given is not None
     of_rows = weights[LABELS]
     torch.testing.assert_close(of_rows.mean(), torch.tensor(1.0))
     assert [float(of_rows[label == LABELS].sum()) for label in range(3)] == pytest.approx([2, 2, 2])
-
-
-def test_numbers_are_taken_as_they_are() -> None:
-    weights = class_weights("0.5,2,0", LABELS.numpy())
-    assert weights is not None
-    assert weights.tolist() == [0.5, 2, 0]
+    assert given.tolist() == [0.5, 2, 0]
     assert class_weights(None, LABELS.numpy()) is None
 
 

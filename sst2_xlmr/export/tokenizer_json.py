@@ -31,12 +31,15 @@ def tokenizer_json(model_file: Path) -> bytes | None:
     vocab = [(token, 0.0) for token in _SPECIAL_TOKENS] + pieces[3:] + [("<mask>", 0.0)]
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     normalizer = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
+    flags = {"single_word": False, "rstrip": False, "normalized": False, "special": True}
+    special = [*enumerate(_SPECIAL_TOKENS), (len(vocab) - 1, "<mask>")]
+    added = [{"id": number, "content": token, "lstrip": token == "<mask>", **flags} for number, token in special]
     content = json.dumps(
         {
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [_added_token(i, t) for i, (t, _) in enumerate(vocab) if i < 4 or i == len(vocab) - 1],
+            "added_tokens": added,
             "normalizer": normalizer if charsmap else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]},
             "post_processor": {
@@ -79,11 +82,6 @@ def model_class() -> Any:
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(json_format.ParseDict(schema, descriptor_pb2.FileDescriptorProto()).SerializeToString())
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("Model"))
-
-
-def _added_token(number: int, token: str) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": token == "<mask>", "rstrip": False, "normalized": False, "special": True}
-    return {"id": number, "content": token, **flags}
 
 
 def _template(*parts: str) -> list[dict[str, Any]]:

@@ -76,8 +76,7 @@ def lowest_layers(encoder: Encoder, layers: int) -> Encoder:
 def find_encoder(name: str, quiet: bool = False) -> Encoder:
     """Find an encoder by bundle name or Hub id (downloading it once), or folder; a folder wins over a Hub id.
 
-    Raises:
-        UserError: if it is none of these, or incomplete, or not an XLM-R model.
+    A UserError if it is none of these, or incomplete, or not an XLM-R model.
     """
     if name in BUNDLE_SHAPES:
         return Encoder(name, BUNDLE_SHAPES[name], *downloads.fetch_bundle(name, quiet=quiet))

@@ -17,7 +17,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +52,6 @@ from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.output import print_text
 
 MOST_CONFUSED_CLASSES = 10  # whose confusion matrix fits on a line
-Fitted = tuple[float, float, float]  # temperature, expected calibration error before and after
 
 
 def is_stream(file: Path) -> bool:
@@ -96,8 +95,7 @@ def as_json(file: Path, metrics: dict[str, Any], confusion: np.ndarray, label_na
     """Return a file's part of the JSON."""
     numbers = {key: values.tolist() for key, values in per_class(confusion).items()}
     classes = {label: {key: numbers[key][i] for key in numbers} for i, label in enumerate(label_names)}
-    keys = ("rows", "loss", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "ece")
-    chosen = {key: metrics[key] for key in keys}
+    chosen = {key: value for key, value in metrics.items() if key not in ("precision", "recall")}  # those of classes
     return {"file": str(file), **chosen, "classes": classes, "confusion": confusion.tolist()}
 
 
@@ -136,31 +134,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("--overwrite needs the --json file that it may replace")
 
 
-def write_calibrated(source: Path, output: Path, fitted: Fitted, measure: Callable[[Path], float]) -> Fitted:
-    """Write a model folder like `source` that gives calibrated probabilities, and say so in its card.
-
-    Args:
-        fitted: what `calibrate` has found.
-        measure: returns the ECE of a model's folder, on the rows of the calibration.
-
-    Returns:
-        `fitted`, with the ECE of what was written.
-    """
-    encoder, begin, card = find_encoder(str(source)), "The probabilities are calibrated: ", read_card(source)
-    temperature, before, after = fitted
-    with writing(output), scratch_folder(output) as scratch:
-        written = scratch / output.name
-        write_folder(written, load_tensors(encoder), encoder, card, temperature)
-        if temperature != 1:
-            after = measure(written)
-            if card:
-                note = f"{begin}{describe_calibration(temperature, before, after)}."
-                card = with_note(card, note, former=f"{begin}temperature")
-                (written / CARD_NAME).write_text(card, encoding="utf-8")
-        put_in_place(written, output, replaces=False)
-    return temperature, before, after
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description="Evaluate a trained model on labelled files.")
     add_model_options(parser)
@@ -194,6 +167,28 @@ def evaluate_all(
     return evaluations
 
 
+def write_calibrated(arguments: argparse.Namespace, cache: TokenCache, fitted: tuple[float, float, float]) -> str:
+    """Write a model folder that gives calibrated probabilities, and say so in its card; returns what to print.
+
+    Args:
+        cache: of the rows on which the temperature was `fitted`, and the written model's calibration error is measured.
+    """
+    source, output, (temperature, before, after) = arguments.model, arguments.output, fitted
+    encoder, begin, card = find_encoder(str(source)), "The probabilities are calibrated: ", read_card(source)
+    with writing(output), scratch_folder(output) as scratch:
+        written = scratch / output.name
+        write_folder(written, load_tensors(encoder), encoder, card, temperature)
+        if temperature != 1:
+            classifier = Classifier.load(written, arguments.precision, arguments.device)
+            after = evaluate_all(classifier, {"dev": cache}, arguments.batch_tokens)["dev"].metrics["ece"]
+        found = describe_calibration(temperature, before, after)
+        if temperature != 1 and card:
+            card = with_note(card, f"{begin}{found}.", former=f"{begin}temperature")
+            (written / CARD_NAME).write_text(card, encoding="utf-8")
+        put_in_place(written, output, replaces=False)
+    return f"{output}: {found}\n"
+
+
 def sides_of(found: Evaluation, expected: Evaluation, cache: TokenCache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     assert found.probabilities is not None and expected.probabilities is not None
     return found.probabilities, expected.probabilities, cache.labels
@@ -223,14 +218,8 @@ def main(argv: list[str] | None = None) -> None:
     keep_probabilities = bool(arguments.tensorboard or arguments.calibrate or against)
     evaluations = evaluate_all(classifier, caches, arguments.batch_tokens, keep_probabilities)
     if arguments.calibrate:
-
-        def ece_of(folder: Path) -> float:
-            written = Classifier.load(folder, arguments.precision, device)
-            return float(evaluate_all(written, caches, arguments.batch_tokens)["dev"].metrics["ece"])
-
         fitted = calibrate(task, evaluations["dev"].probabilities, caches["dev"].labels)
-        fitted = write_calibrated(model, arguments.output, fitted, ece_of)
-        print_text(f"{arguments.output}: {describe_calibration(*fitted)}\n")
+        print_text(write_calibrated(arguments, caches["dev"], fitted))
         return
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
     confusions = {name: task.confusion(evaluations[name].results, cache.labels) for name, cache in caches.items()}

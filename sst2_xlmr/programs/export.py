@@ -49,7 +49,7 @@ from sst2_xlmr.report.table import comparison_table
 from sst2_xlmr.task import SingleLabel, Task
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import put_in_place, scratch_folder
+from sst2_xlmr.util.files import put_in_place, scratch_folder, writing
 from sst2_xlmr.util.output import say
 
 CPU = torch.device("cpu")
@@ -114,15 +114,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError(f"--output {arguments.output} already exists; choose another name")
 
 
-def check_finite(encoder: Encoder) -> None:
-    """Refuse a model that answers NaN, perhaps only where an unusual piece occurs."""
-    for name, weight in load_tensors(encoder).items():
-        if not torch.isfinite(weight).all():
-            what = f"{name} has values that are not finite (NaN or infinity)"
-            raise UserError(f"{encoder.weights_file}: {what}; export a model from before the training failed")
-
-
 def classify_with_folder(folder: Path) -> Classify:
+    """Return what a folder answers; `UserError` if a weight is not finite, even one that no answer shows."""
     model, tokenizer, task = load_classifier(folder, CPU, bf16=False)
     return lambda texts, pairs: predict(model, task, *tokenizer.flat_ids(texts, pairs), EVAL_BATCH_TOKENS, CPU)
 
@@ -241,15 +234,12 @@ def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     encoder, label_names = find_model(arguments.model)
-    check_finite(encoder)
     output = arguments.output.absolute()
-    try:
+    with writing(arguments.output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder(output) as scratch:
             if arguments.keep_vocabulary_of:
                 encoder = trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), scratch / "trimmed")
             summary = write(arguments, encoder, SingleLabel(label_names), scratch / "written")
             put_in_place(scratch / "written", output, replaces=False)
-    except OSError as error:
-        raise UserError(f"cannot write {arguments.output}: {error.strerror or error}") from None
     say(f"{arguments.output}: {summary}")

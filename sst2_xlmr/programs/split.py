@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from sst2_xlmr.cli import OneLineParser, add_option, positive
-from sst2_xlmr.data.formats import Fields, is_table, kind_of, row_writer
+from sst2_xlmr.data.formats import is_table, kind_of, row_writer
 from sst2_xlmr.data.rows import TEXT_OPTIONS, columns_given, read_rows
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file
@@ -59,8 +59,7 @@ def find_parts(texts: Sequence[Words]) -> list[np.ndarray]:
 def split_rows(rows: Sequence[Words], count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return int64 arrays of row numbers, those that stay and `count` for the test, both in the file's order.
 
-    Raises:
-        UserError: if so many cannot be drawn, or none would stay.
+    It is a `UserError` if so many cannot be drawn, or none would stay.
     """
     numbers: dict[Words, int] = {}
     text_of = np.array([numbers.setdefault(words, len(numbers)) for words in rows], np.int64)  # row -> text
@@ -96,26 +95,18 @@ def seed_number(text: str) -> int:
     return int(text)
 
 
-def write_rows(file: Path, rows: list[Fields], header: bool) -> None:
-    with new_file(file) as opened:
-        write = row_writer(opened, kind_of(file))
-        if header and is_table(file):
-            write(rows[0].names, rows[0].names)
-        for fields in rows:
-            write(fields.names, fields.cells)
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(description="Cut rows from a training file for a test.", allow_abbrev=False)
-    parser.add_argument("--train-file", required=True, type=Path, metavar="FILE", help="labelled rows")
-    parser.add_argument("--rows", required=True, type=positive, metavar="N", help="how many to hold out")
-    parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="new folder, with both files")
-    parser.add_argument("--train-rows", type=positive, metavar="N", help="keep N random rows of the others [all]")
-    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of what is drawn [0]")
+    parser = OneLineParser(description="Cut rows from a training file for a test.")
+    add = parser.add_argument
+    add("--train-file", required=True, type=Path, metavar="FILE", help="labelled rows")
+    add("--rows", required=True, type=positive, metavar="N", help="how many to hold out")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="new folder, with both files")
+    add("--train-rows", type=positive, metavar="N", help="keep N random rows of the others [all]")
+    add("--seed", type=seed_number, default=0, metavar="N", help="of what is drawn [0]")
     for name in TEXT_OPTIONS:
         add_option(parser, name)
     arguments = parser.parse_args(argv)
-    columns, output_dir = columns_given(arguments), arguments.output_dir
+    columns, output_dir, kind = columns_given(arguments), arguments.output_dir, kind_of(arguments.train_file)
     if os.path.lexists(output_dir):
         raise UserError(f"--output-dir {output_dir} already exists; choose another directory")
     examples = list(read_rows(arguments.train_file, columns, None))
@@ -129,8 +120,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         output_dir.mkdir(parents=True)
         for name, numbers in (("train", stays), ("test", test)):
-            file = output_dir / f"{name}{kind_of(arguments.train_file)}"
-            write_rows(file, [examples[number].fields for number in numbers], columns.header)
+            with new_file(output_dir / f"{name}{kind}") as file:
+                write, rows = row_writer(file, kind), [examples[number].fields for number in numbers]
+                if columns.header and is_table(arguments.train_file):
+                    write(rows[0].names, rows[0].names)
+                for fields in rows:
+                    write(fields.names, fields.cells)
     except OSError as error:
         raise UserError(f"cannot write to {output_dir}: {error.strerror}") from None
     say(f"{output_dir}: {len(stays):,} rows to train on, {len(test):,} for the test, {left_out:,} in neither")

@@ -54,10 +54,9 @@ def seed_list(text: str) -> list[int]:
 def parse(argv: list[str] | None, reserved: tuple[str, ...] = ()) -> argparse.Namespace:
     """Return `seeds`, `output_dir`, `common` (words for train.py) and `settings` (name -> all words for train.py).
 
-    Args:
-        reserved: names that no setting may have.
+    No setting may have a `reserved` name.
     """
-    parser = OneLineParser(description="Compare settings over several seeds.", allow_abbrev=False)
+    parser = OneLineParser(description="Compare settings over several seeds.")
     add = parser.add_argument
     add("--seeds", required=True, type=seed_list, metavar="N,...", help="one run for each")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="gets a folder for each setting")
@@ -149,20 +148,17 @@ def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figu
     was_finished = not is_new and (folder / "model").is_dir()
     if not was_finished:
         run([*TRAIN_COMMAND, *options], folder, is_new)
+    lines = read_metrics(folder / "metrics.jsonl")
     # Figures of best/ are only there where that is not the last model.
-    found = [
-        line for line in read_metrics(folder / "metrics.jsonl") if not line.get("split", "best/").startswith("best/")
-    ]
-    figures: Figures = {line["split"]: line[Task.best_metric] for line in found}
-    figures["best dev"] = max(line[Task.best_metric] for line in found if line["split"] == "dev")
+    found = [(line["split"], line[Task.best_metric]) for line in lines if line.get("split", "best/")[:5] != "best/"]
+    figures: Figures = {**dict(found), "best dev": max(value for split, value in found if split == "dev")}
     return not was_finished, {**figures, "seconds": seconds_of(folder)}
 
 
 def compare(seeds: list[int], folder: Path, runs: Runs) -> None:
-    """Make all runs, seed by seed, so that every setting meets the same state of the machine; write and print figures.
+    """Make all runs, seed by seed, so that every setting meets the same state of the machine; write study.json.
 
     Args:
-        folder: gets study.json.
         runs: setting -> what makes its run with a seed, as `train` does.
     """
     results: dict[str, Results] = {name: {} for name in runs}

@@ -21,7 +21,7 @@ from sst2_xlmr.report import tensorboard
 from sst2_xlmr.report.table import evaluation_table
 from sst2_xlmr.training.run_folder import forget_metrics
 from sst2_xlmr.training.state import TrainState
-from sst2_xlmr.util.files import cannot_write, disk_errors
+from sst2_xlmr.util.files import disk_errors, writing
 from sst2_xlmr.util.memory import used_memory_gb
 
 
@@ -45,16 +45,15 @@ class Report:
         self._first_step, self._total_steps, self._started = first_step, total_steps, time.monotonic()
         place = folder / "metrics.jsonl"
         purge_step = first_step + 1 if place.exists() else None
-        try:
+        with writing(place):
             forget_metrics(place, first_step, written_again)
             self._metrics = place.open("a", encoding="utf-8")
-            place = Path(config.tensorboard_dir or folder / "tensorboard")
+        place = Path(config.tensorboard_dir or folder / "tensorboard")
+        with writing(place):
             self._events = tensorboard.open_events(place, purge_step)
             splits = [split for split in inputs.files if split != "train"]
             tensorboard.begin_hparams(self._events, config, state.precision, self._task, splits)
             self._events.flush()
-        except OSError as error:
-            raise cannot_write(place, error) from None
         # disable=None: a bar on a terminal only.
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None

@@ -16,9 +16,7 @@ Block = tuple[Sequence[Any], Any]
 def with_progress(blocks: Iterable[Block], total: int, done: int, quiet: bool) -> Iterator[Block]:
     """Yield blocks, rows and what belongs to them; shows a bar with the time left on a terminal, else a line a minute.
 
-    Args:
-        total: rows in all; 0 if that is not known, and then there are no lines.
-        done: those of an earlier run.
+    Of `total` rows, 0 if that is not known (and then there are no lines), `done` were done by an earlier run.
     """
     started = said = time.monotonic()
     rows = 0

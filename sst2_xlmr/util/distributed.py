@@ -73,11 +73,7 @@ def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> 
 
 
 def _read_environment() -> dict[str, int]:
-    """Return rank, world_size, local_rank and local_world_size from torchrun's environment variables.
-
-    Raises:
-        UserError: if they contradict each other.
-    """
+    """Return rank, world_size, local_rank and local_world_size from torchrun's variables, which may contradict."""
 
     def refuse(problem: str) -> NoReturn:
         cure = "start train.py with torchrun, which sets it, or unset it to train with one process"

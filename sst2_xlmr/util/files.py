@@ -69,7 +69,9 @@ def sync_files(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(what: str, unfinished: Path | None = None) -> Iterator[None]:
+def disk_errors(
+    what: object, unfinished: Path | None = None, cure: str = "then continue (training: with --resume)"
+) -> Iterator[None]:
     """Turn a failed write (a full disk, say) into a `UserError`; after any error, remove the folder `unfinished`."""
     try:
         yield
@@ -78,8 +80,12 @@ def disk_errors(what: str, unfinished: Path | None = None) -> Iterator[None]:
             shutil.rmtree(unfinished, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        reason = error.strerror or error
-        raise UserError(f"cannot write {what}: {reason}; make room, then continue (training: with --resume)") from None
+        raise UserError(f"cannot write {what}: {error.strerror or error}; make room, {cure}") from None
+
+
+def writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Turn a failed write outside training into a `UserError`; see `disk_errors`."""
+    return disk_errors(path, cure="or choose another place")
 
 
 @contextlib.contextmanager
@@ -95,19 +101,6 @@ def closing(file: Any) -> Iterator[None]:
             file.close()
         raise
     file.close()
-
-
-def cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; make room, or choose another place")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write (a full disk, say) into a `UserError` that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(path, error) from None
 
 
 def scratch_name(path: Path, kind: str = "new") -> Path:

@@ -88,11 +88,10 @@ def test_csv_with_words_as_labels_and_quoted_text(tiny_encoder: Path, tmp_path: 
     options = ["--text-column", "review", "--label-column", 2, *LEARN]
     train.main(train_options(tiny_encoder, tmp_path, tmp_path / "run", *options))
     names = ["bad", "good", "so, so"]
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["label_names"] == names
     settings = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert list(settings["id2label"].values()) == names
-    final = metrics(tmp_path / "run")[-1]
-    assert (final["split"], final["rows"]) == ("test", 60)
+    (final,) = [line for line in metrics(tmp_path / "run") if line.get("split") == "test"]
+    assert final["rows"] == 60
     assert final["accuracy"] > 0.9
     model, output = tmp_path / "run" / "model", tmp_path / "out.csv.gz"
     found = accuracy_of_predictions(model, tmp_path / "test.csv", output, "verdict", "--text-column", "review")
@@ -100,12 +99,6 @@ def test_csv_with_words_as_labels_and_quoted_text(tiny_encoder: Path, tmp_path: 
     check_evaluate_and_export(
         model, tmp_path / "test.csv", found, tmp_path, "--text-column=review", "--label-column=verdict"
     )
-    # The saved options have the classes, also of a file that lacks one.
-    (tmp_path / "train.csv").write_text("id,verdict,review\n1,bad,awful\n2,good,fine\n")
-    config = ["--config", str(tmp_path / "run" / "config.json"), "--output-dir", str(tmp_path / "again")]
-    train.main([*config, "--epochs", "1"])
-    again = json.loads((tmp_path / "again" / "model" / "config.json").read_text())
-    assert list(again["id2label"].values()) == names
 
 
 def test_gzipped_jsonl_with_pairs(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -113,9 +106,8 @@ def test_gzipped_jsonl_with_pairs(tiny_encoder: Path, tmp_path: Path) -> None:
         write_pairs(tmp_path / f"{split}.jsonl.gz", rows, seed=rows)
     columns = ["--text-column", "premise", "--text-pair-column", "hypothesis"]
     train.main(train_options(tiny_encoder, tmp_path, tmp_path / "run", *columns, *LEARN))
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["label_names"] == ["0", "1", "2"]
-    final = metrics(tmp_path / "run")[-1]
-    assert final["split"] == "test"
+    assert list(json.loads((tmp_path / "run/model/config.json").read_text())["id2label"].values()) == ["0", "1", "2"]
+    (final,) = [line for line in metrics(tmp_path / "run") if line.get("split") == "test"]
     assert final["accuracy"] > 0.9
     model, file = tmp_path / "run" / "model", tmp_path / "test.jsonl.gz"
     assert accuracy_of_predictions(model, file, tmp_path / "out.csv.gz", "label", *columns) == pytest.approx(

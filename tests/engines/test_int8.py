@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL_ENCODER, needs_small_encoder
+from conftest import ROOT, SMALL_ENCODER, kernels_for, needs_small_encoder
 from torch import nn
 
 from sst2_xlmr import engines, predictor
 from sst2_xlmr.engines.cpu.int8 import Int8Classifier
 from sst2_xlmr.engines.cpu.int8_linear import Int8Linear, Quantized, int16_linear, linear8, linear16, quantize
-from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
+from sst2_xlmr.engines.cpu.kernels import Kernels
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.quantized import quantize_weights
@@ -27,6 +27,8 @@ from sst2_xlmr.util.errors import UserError
 
 CPU = torch.device("cpu")
 TASK = SingleLabel(["a", "b", "c"])
+# Of a layer's output and input, and rows.
+SIZES = [(3, 5, 1), (64, 4, 6), (70, 30, 13), (200, 96, 100), (100, 40, 131), (1, 8, 49), (5, 3, 0)]
 # Gives the small encoder a head, and prints the bytes that loading it takes for good.
 LOADED = """
 import sys; from pathlib import Path
@@ -53,16 +55,14 @@ print(own_bytes() - before)
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
-def kernels_for(dtype: torch.dtype) -> Kernels:
-    kernels = load_kernels(dtype)
-    if kernels is None or not kernels.has_int8:
-        pytest.skip("no C compiler, or no AVX512-VNNI")
+def int8_kernels(dtype: torch.dtype = torch.float32) -> Kernels:
+    kernels = kernels_for(dtype)
+    if not kernels.has_int8:
+        pytest.skip("no AVX512-VNNI")
     return kernels
 
 
@@ -78,7 +78,7 @@ def values_of(quantized: Quantized, n: int) -> torch.Tensor:
 
 def test_a_row_uses_the_whole_range_of_its_own() -> None:
     """Values are off by half a step at most; 0 stays 0 to that; a row of zeros has no range."""
-    kernels = kernels_for(torch.float32)
+    kernels = int8_kernels()
     torch.manual_seed(0)
     x = torch.randn(7, 30) * 10.0 ** torch.arange(-4, 3)[:, None]
     x[3], x[4] = 0, x[4].abs() + 5
@@ -89,32 +89,26 @@ def test_a_row_uses_the_whole_range_of_its_own() -> None:
     assert not quantized[0][:, 30:].any(), "what is behind the last value multiplies weights of zero"
 
 
-def test_no_rows_give_none() -> None:
-    kernels = kernels_for(torch.float32)
-    values, quantized = linear8(
-        kernels, int8_linear(torch.randn(5, 20), torch.zeros(5)), quantize(kernels, torch.empty(0, 20))
-    )
-    assert values.shape == (0, 5) and quantized[1].shape == (0, 2)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_stays_none(bad: float) -> None:
     """In its own row, however the layer goes on."""
-    kernels = kernels_for(torch.float32)
+    kernels = int8_kernels()
     x = torch.randn(3, 20)
     x[1, 7] = bad
-    values, quantized = linear8(
-        kernels, int8_linear(torch.randn(5, 20), torch.zeros(5)), quantize(kernels, x), gelu=True
-    )
+    layer = int8_linear(torch.randn(5, 20), torch.zeros(5))
+    values, quantized = linear8(kernels, layer, quantize(kernels, x), gelu=True)
     assert values.isnan().all(1).tolist() == [False, True, False]
     assert quantized[1].isnan().all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n", "k", "rows"), [(3, 5, 1), (64, 4, 6), (70, 30, 13), (200, 96, 100), (1, 8, 49)])
+@pytest.mark.parametrize(("n", "k", "rows"), SIZES)
 def test_a_layer_is_the_product_of_what_was_quantized(n: int, k: int, rows: int, dtype: torch.dtype) -> None:
-    """With bias, GELU, residual connection and LayerNorm, against float64 on the same bytes."""
-    kernels = kernels_for(dtype)
+    """With bias, GELU, residual connection and LayerNorm, against float64 on the same bytes.
+
+    Threads and neighbours change no bit.
+    """
+    kernels = int8_kernels(dtype)
     torch.manual_seed(n)
     weight, bias, x = torch.randn(n, k), torch.randn(n), torch.randn(rows, k).to(dtype)
     layer, quantized = int8_linear(weight, bias), quantize(kernels, x)
@@ -131,6 +125,7 @@ def test_a_layer_is_the_product_of_what_was_quantized(n: int, k: int, rows: int,
         "norm": (linear8(kernels, layer, quantized, norm=(residual, norm)), normed),
     }
     for name, ((plain, in_bytes), expected) in found.items():
+        assert plain.shape == expected.shape and in_bytes[1].shape == (rows, 2)
         tolerance = 1e-5 if dtype == torch.float32 else 1 / 128
         span = (expected.amax(1, keepdim=True) - expected.amin(1, keepdim=True)).clamp(min=1)
         # A row of one value has no deviation for LayerNorm to divide by.
@@ -140,17 +135,10 @@ def test_a_layer_is_the_product_of_what_was_quantized(n: int, k: int, rows: int,
     alone, nothing = linear8(kernels, layer, quantized, wanted="values")
     assert torch.equal(alone, found["bias"][0][0])
     assert len(nothing[0]) == 0
-
-
-def test_threads_and_neighbours_change_no_bit() -> None:
-    kernels = kernels_for(torch.float32)
-    torch.manual_seed(1)
-    layer, x = int8_linear(torch.randn(100, 40), torch.randn(100)), torch.randn(131, 40)
-    expected, _ = linear8(kernels, layer, quantize(kernels, x))
     torch.set_num_threads(3)
-    assert torch.equal(linear8(kernels, layer, quantize(kernels, x))[0], expected)
-    for row in (0, 59, 130):
-        assert torch.equal(linear8(kernels, layer, quantize(kernels, x[row : row + 1]))[0], expected[row : row + 1])
+    assert torch.equal(linear8(kernels, layer, quantize(kernels, x))[0], alone)
+    for row in (0, rows // 2, rows - 1):
+        assert torch.equal(linear8(kernels, layer, quantize(kernels, x[row : row + 1]))[0], alone[row : row + 1])
 
 
 def build(layers: int = 3) -> SequenceClassifier:
@@ -173,7 +161,7 @@ def answer(model: nn.Module, batch_tokens: int = 4096) -> torch.Tensor:
 
 
 def answer_in(dtype: torch.dtype, near_tie: float, layers: int = 3) -> torch.Tensor:
-    return answer(Int8Classifier(build(layers), kernels_for(dtype), kernels_for(torch.float32), TASK, near_tie))
+    return answer(Int8Classifier(build(layers), int8_kernels(dtype), int8_kernels(), TASK, near_tie))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -198,17 +186,14 @@ def test_only_near_ties_are_computed_in_16_bits() -> None:
 
 
 def test_an_answer_does_not_depend_on_the_batch() -> None:
-    fp32 = kernels_for(torch.float32)
-    model = Int8Classifier(build(), fp32, fp32, TASK)
+    model = Int8Classifier(build(), int8_kernels(), int8_kernels(), TASK)
     assert torch.allclose(answer(model), answer(model, batch_tokens=60), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("n", "k", "rows"), [(3, 5, 1), (64, 4, 6), (70, 30, 13), (200, 96, 100), (1, 8, 49), (5, 3, 0)]
-)
+@pytest.mark.parametrize(("n", "k", "rows"), SIZES)
 def test_16_bits_lose_almost_nothing(n: int, k: int, rows: int) -> None:
     """Against float64; a row and a channel with values of different sizes, threads, neighbours change nothing."""
-    fp32 = kernels_for(torch.float32)
+    fp32 = int8_kernels()
     torch.manual_seed(n)
     weight, bias, x = torch.randn(n, k), torch.randn(n), torch.randn(rows, k)
     weight[0] *= 1e-3
@@ -233,7 +218,7 @@ def test_weights_of_zero_and_large_ones_are_kept() -> None:
 @needs_small_encoder
 def test_loading_leaves_no_fp32_weights_in_memory() -> None:
     """The small encoder has 117.6 M parameters: 470 MB in fp32."""
-    kernels_for(torch.float32)
+    int8_kernels()
     command = [sys.executable, "-c", LOADED, str(SMALL_ENCODER)]
     taken = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert int(taken) < 470e6 / 2

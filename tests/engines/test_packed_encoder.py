@@ -1,31 +1,30 @@
-"""The packed forward and backward pass against the plain one, against torchtext's, and against explicit masks."""
+"""The packed forward and backward pass against the plain one, and against explicit masks."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL_ENCODER, needs_small_encoder
-from reference import our_name, torchtext_model
+from conftest import SMALL_ENCODER, kernels_for, needs_small_encoder
+from test_kernels import LENGTHS, attention_masks, masks
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
-from sst2_xlmr.engines.cpu.kernels import Packed, load_kernels
+from sst2_xlmr.engines.cpu.kernels import Packed
 from sst2_xlmr.engines.cpu.packed_encoder import PackedClassifier, pack
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import EncoderShape, find_encoder
-from sst2_xlmr.model.roberta import PAD_ID, SequenceClassifier
+from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.vocabulary import Vocabulary
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
 
 # Head sizes 8, 20 and 64; with one layer, the last is also the first.
 SHAPES = [(32, 4, 3), (40, 2, 2), (128, 2, 1)]
-LENGTHS = [2, 40, 16, 3, 17, 31, 5]
 
 
 def build(
@@ -44,10 +43,7 @@ def build(
 
 def packed(model: SequenceClassifier) -> PackedClassifier:
     """The engine over the same parameters."""
-    kernels = load_kernels(next(model.parameters()).dtype)
-    if kernels is None:
-        pytest.skip("there is no C compiler")
-    return PackedClassifier(model, kernels).train(model.training)
+    return PackedClassifier(model, kernels_for(next(model.parameters()).dtype)).train(model.training)
 
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -61,12 +57,6 @@ def batch(lengths: list[int], vocab_size: int = 200) -> Batch:
     for text in texts:
         text[0], text[-1] = 0, 2
     return torch.cat(texts), torch.tensor(lengths)
-
-
-def some_of(batch: Batch, rows: torch.Tensor) -> Batch:
-    """Return these rows of a batch, in this order."""
-    texts = batch[0].split(batch[1].tolist())
-    return torch.cat([texts[row] for row in rows.tolist()]), batch[1][rows]
 
 
 def keys(count: int) -> torch.Tensor:
@@ -92,10 +82,9 @@ def assert_same(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor
         assert difference <= tolerance * float(expected.abs().max()), name
 
 
-def run(model: SequenceClassifier, texts: Batch, uses_engine: bool) -> dict[str, torch.Tensor]:
-    """Return all gradients, and the logits, without dropout."""
-    model.train()
-    logits = (packed(model) if uses_engine else model)(*texts)
+def outcome(model: nn.Module, forward: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the logits that `forward` gives, and all gradients of the model."""
+    logits = forward(*inputs)
     loss(logits if logits.dtype == torch.float64 else logits.float()).backward()
     return {**gradients(model), "logits": logits.detach()}
 
@@ -105,30 +94,12 @@ def average_error(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor])
     return sum(float((ours[name].double() - x).norm() / x.norm()) for name, x in exact.items()) / len(exact)
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("lengths", [LENGTHS, [16] * 3, [40], [2] * 8], ids=str)
-def test_equals_the_plain_path(threads: None, shape: tuple[int, int, int], lengths: list[int]) -> None:
+def test_equals_the_plain_path(threads: int, shape: tuple[int, int, int], lengths: list[int]) -> None:
     """Logits and all gradients without dropout."""
     model, texts = build(shape), batch(lengths)
-    assert_same(run(model, texts, True), run(model, texts, False), 1e-5)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_equals_torchtext(shape: tuple[int, int, int]) -> None:
-    """Which computes all positions of the last layer, and a mask."""
-    model, (ids, lengths) = build(shape), batch(LENGTHS)
-    reference = torchtext_model(model).train()
-    logits = reference(pad_sequence(ids.split(lengths.tolist()), batch_first=True, padding_value=PAD_ID))
-    loss(logits).backward()
-    expected = {our_name(name): gradient for name, gradient in gradients(reference).items()}
-    assert_same(run(model, (ids, lengths), True), {**expected, "logits": logits.detach()}, 1e-5)
+    assert_same(outcome(model, packed(model), *texts), outcome(model, model, *texts), 1e-5)
 
 
 @needs_small_encoder
@@ -140,15 +111,16 @@ def test_is_as_exact_as_torch_on_real_weights() -> None:
     torch.manual_seed(0)
     for parameter in model.head.parameters():
         parameter.data.normal_(0, 0.3)
+    model.train()
     texts = batch(LENGTHS, 5000)
-    ours, plain = run(model, texts, True), run(model, texts, False)
-    exact = run(model.double(), texts, False)
+    ours, plain = outcome(model, packed(model), *texts), outcome(model, model, *texts)
+    exact = outcome(model.double(), model, *texts)
     assert_same(ours, exact, 1e-5)
     assert average_error(ours, exact) < 1.1 * average_error(plain, exact)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bf16_is_as_exact_as_torchs(threads: None, shape: tuple[int, int, int]) -> None:
+def test_bf16_is_as_exact_as_torchs(threads: int, shape: tuple[int, int, int]) -> None:
     """Against the same weights in float64, logits and gradients are no further off than the plain path in bf16.
 
     The first rounding that tips over decides much of one draw's error, so it is the mean over several.
@@ -156,63 +128,22 @@ def test_bf16_is_as_exact_as_torchs(threads: None, shape: tuple[int, int, int]) 
     errors = []
     for seed in range(6):
         model, texts = build(shape, seed=seed).bfloat16(), batch(LENGTHS)
-        ours, plain = run(model, texts, True), run(model, texts, False)
-        exact = run(model.double(), texts, False)
+        ours, plain = outcome(model, packed(model), *texts), outcome(model, model, *texts)
+        exact = outcome(model.double(), model, *texts)
         assert_same(ours, exact, 0.2)
         errors.append((average_error(ours, exact), average_error(plain, exact)))
     ours_mean, plain_mean = np.mean(errors, axis=0)
     assert ours_mean < 1.1 * plain_mean
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_row_does_not_depend_on_its_batch(shape: tuple[int, int, int]) -> None:
-    """Nor on its place in it; with dropout."""
-    model, texts, keyed = packed(build(shape, 0.3, 0.3)), batch(LENGTHS), keys(len(LENGTHS))
-    with torch.no_grad():
-        together = model(*texts, keyed)
-        for rows in (*torch.arange(len(LENGTHS)).split(1), torch.arange(len(LENGTHS)).flip(0)):
-            found = model(*some_of(texts, rows), keyed[rows])
-            torch.testing.assert_close(found, together[rows], atol=2e-6, rtol=2e-6)
-
-
 def test_packing() -> None:
-    """Ids and positions one after another; the number of rows is a multiple of 8; a token's key is its own."""
+    """The number of rows is a multiple of 8; every token has a key, and position, of its own in its text."""
     texts, keyed = batch([3, 7, 2]), keys(3)
     rows, ids, positions = pack(*texts, keyed, 0.1)
-    assert rows.starts.tolist() == [0, 3, 10, 12]
-    assert (rows.tokens, rows.longest, rows.drop_p) == (12, 7, 0.1)
+    assert (rows.starts.tolist(), rows.tokens, rows.longest, rows.drop_p) == ([0, 3, 10, 12], 12, 7, 0.1)
     assert ids.tolist() == [*texts[0].tolist(), 1, 1, 1, 1]
     assert positions.tolist() == [0, 1, 2, *range(7), 0, 1, 0, 0, 0, 0]
-    assert len(rows.keys) == 16
-    assert len(rows.keys[:12].unique()) == 12
-    alone, _, _ = pack(*some_of(texts, torch.tensor([1])), keyed[1:2], 0.1)
-    assert torch.equal(alone.keys[:7], rows.keys[3:10])
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_of_parts_add_up_with_dropout(threads: None, shape: tuple[int, int, int]) -> None:
-    """Masks belong to rows: the gradient of a batch is the sum over its parts, however it is cut."""
-    model, texts, keyed = build(shape, 0.2, 0.2), batch(LENGTHS), keys(len(LENGTHS))
-    engine = packed(model)
-    labels = torch.arange(len(LENGTHS)) % 2
-
-    def add(rows: torch.Tensor) -> None:
-        logits = engine(*some_of(texts, rows), keyed[rows])
-        F.cross_entropy(logits, labels[rows], reduction="sum").backward()
-
-    everything = torch.arange(len(LENGTHS))
-    add(everything)
-    whole = gradients(model)
-    for cut in (everything.split(1), everything.split(3), (everything[::2], everything[1::2])):
-        for part in cut:
-            add(part)
-        assert_same(gradients(model), whole, 1e-5)  # rounding, since parts are added in another order
-    keyed = keyed + 1
-    add(everything)
-    other = gradients(model)
-    assert float((other["head.dense.weight"] - whole["head.dense.weight"]).norm()) > 0.1 * float(
-        whole["head.dense.weight"].norm()
-    ), "another key, but the same masks"
+    assert len(rows.keys) == 16 and len(rows.keys[:12].unique()) == 12
 
 
 def forward_with_masks(
@@ -220,27 +151,20 @@ def forward_with_masks(
 ) -> torch.Tensor:
     """The network text by text in torch, on all positions of all layers, times masks read off the kernels."""
     encoder, head, heads, width = model.encoder, model.head, model.shape.heads, model.shape.hidden
-    layers, kernels, size = encoder.layers, load_kernels(torch.float32), width // heads
-    assert kernels is not None
+    layers, size = encoder.layers, width // heads
     logits = []
     for text, length, key in zip(texts[0].split(texts[1].tolist()), texts[1], keyed):
         rows, _, _ = pack(text, length[None], key[None], p)
         n = len(text)
 
         def drop(values: torch.Tensor, site: int, p: float = p, rows: Packed = rows) -> torch.Tensor:
-            mask = torch.ones(len(rows.keys), values.shape[1])
-            kernels.dropout_(mask, Packed(rows.starts, rows.keys, rows.longest, p), site)
-            return values * mask[: len(values)]
+            return values * masks(dataclasses.replace(rows, drop_p=p), site, values.shape[1])[: len(values)].float()
 
         x = drop(encoder.norm(encoder.tokens(text) + encoder.positions.weight[2 : n + 2]), 0)
         for number, layer in enumerate(layers):
-            # Queries of zero weigh all keys alike; value j of every head is 1 at key j.
-            zeros, ones = torch.zeros(len(rows.keys), heads * 64), torch.zeros(len(rows.keys), heads, 64)
-            ones[torch.arange(n), :, torch.arange(n)] = n
-            masks = kernels.attention(zeros, zeros, ones.flatten(1), heads, rows, 3 * number + 1)
-            masks = masks.view(-1, heads, 64)[:n, :, :n].transpose(0, 1)
             q, k, v = layer.qkv(x).view(n, 3, heads, size).permute(1, 2, 0, 3)
-            weights = (q @ k.transpose(1, 2) / size**0.5).softmax(2) * masks
+            mask = attention_masks(rows, 3 * number + 1, heads)[0].float()
+            weights = (q @ k.transpose(1, 2) / size**0.5).softmax(2) * mask
             mixed = (weights @ v).transpose(0, 1).reshape(n, width)
             x = layer.norm1(x + drop(layer.out(mixed), 3 * number + 2))
             x = layer.norm2(x + drop(layer.down(F.gelu(layer.up(x))), 3 * number + 3))
@@ -250,18 +174,18 @@ def forward_with_masks(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dropout_equals_explicit_masks(shape: tuple[int, int, int]) -> None:
-    """Forward and backward, at every place where dropout stands."""
+def test_dropout_equals_explicit_masks(threads: int, shape: tuple[int, int, int]) -> None:
+    """Forward and backward, at every place where dropout stands, and text by text: masks belong to rows.
+
+    So a row does not depend on its batch, and gradients of parts add up, however a batch is cut.
+    """
     model, texts, keyed = build(shape, 0.2, 0.4, seed=1), batch(LENGTHS), keys(len(LENGTHS))
-    found = []
-    for forward in (
-        lambda: packed(model)(*texts, keyed),
-        lambda: forward_with_masks(model, texts, keyed, 0.2, 0.4),
-    ):
-        logits = forward()
-        loss(logits).backward()
-        found.append({**gradients(model), "logits": logits.detach()})
-    assert_same(found[0], found[1], 1e-5)
+    reference = outcome(model, lambda: forward_with_masks(model, texts, keyed, 0.2, 0.4))
+    ours, again, other = (outcome(model, packed(model), *texts, each) for each in (keyed, keyed, keyed + 1))
+    assert_same(ours, reference, 1e-5)
+    assert all(torch.equal(again[name], each) for name, each in ours.items()), "equal calls, other bits"
+    whole = ours["head.dense.weight"]
+    assert float((other["head.dense.weight"] - whole).norm()) > 0.1 * float(whole.norm()), "other keys, the same masks"
 
 
 def test_frozen_encoder_trains_the_head_only() -> None:
@@ -295,31 +219,14 @@ def test_evaluation_has_no_dropout_and_leaves_no_graph() -> None:
     assert not gradients(model)
 
 
-def test_equal_calls_give_equal_bits(threads: None) -> None:
-    model, texts, keyed = build(SHAPES[1], 0.2, 0.2), batch(LENGTHS), keys(len(LENGTHS))
-    runs = []
-    for _ in range(3):
-        loss(packed(model)(*texts, keyed)).backward()
-        runs.append(gradients(model))
-    for run in runs[1:]:
-        assert all(torch.equal(grad, runs[0][name]) for name, grad in run.items())
-
-
 def test_what_is_not_a_number_reaches_the_loss_and_the_gradients() -> None:
     """From a weight of the first layer, and from an embedding that one text uses."""
-    model, texts = build(SHAPES[0]), batch(LENGTHS)
-    clean = copy.deepcopy(model.state_dict())
-    of_second = int(texts[0][LENGTHS[0] + 9])
-    for parameter, where in (
-        (model.encoder.layers[0].up.weight, (3, 4)),
-        (model.encoder.tokens.weight, (of_second, 0)),
-    ):
-        model.load_state_dict(clean)
-        parameter.data[where] = float("nan")
-        logits = packed(model)(*texts)
-        assert logits[1].isnan().all()
-        loss(logits).backward()
-        found = gradients(model)
+    texts = batch(LENGTHS)
+    for name, where in (("layers.0.up", (3, 4)), ("tokens", (int(texts[0][LENGTHS[0] + 9]), 0))):
+        model = build(SHAPES[0])
+        model.get_parameter(f"encoder.{name}.weight").data[where] = float("nan")
+        found = outcome(model, packed(model), *texts)
+        assert found["logits"][1].isnan().all()
         assert found["encoder.layers.0.qkv.weight"].isnan().any()
         assert found["head.dense.weight"].isnan().any()
 

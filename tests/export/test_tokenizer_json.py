@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, SMALL_ENCODER, needs_small_encoder
@@ -47,7 +48,7 @@ def test_other_classes_of_the_same_message_can_be_imported_too(tiny_encoder: Pat
 def test_another_kind_of_model_gives_none(tmp_path: Path) -> None:
     """XLM-R's is a unigram model; of another, a file that claims to be one would cut texts wrongly."""
     trained = io.BytesIO()
-    options = {"model_writer": trained, "vocab_size": 40, "model_type": "bpe", "minloglevel": 2}
+    options: dict[str, Any] = {"model_writer": trained, "vocab_size": 40, "model_type": "bpe", "minloglevel": 2}
     lines = iter(["a few words about nothing", "and some more words about it"] * 20)
     SentencePieceTrainer.train(sentence_iterator=lines, **options)
     (tmp_path / "bpe.model").write_bytes(trained.getvalue())

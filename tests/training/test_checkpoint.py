@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,7 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.vocabulary import TABLE, Vocabulary, whole_vocabulary
-from sst2_xlmr.training.checkpoint import (
-    find_checkpoint,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-    what_is_damaged,
-)
+from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint, what_is_damaged
 from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.training.run_folder import claim
@@ -113,35 +106,6 @@ def test_a_forged_checkpoint_is_one_line(tmp_path: Path) -> None:
         read_state(tmp_path / "step-00000001")
 
 
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [
-        ("model.safetensors", "flip"),
-        ("model.safetensors", "cut"),
-        ("optimizer.safetensors", "remove"),
-        ("random.safetensors", "flip"),
-        ("state.json", "flip"),
-        ("manifest.json", "cut"),
-        ("manifest.json", "remove"),
-    ],
-)
-def test_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, file: str, damage: str) -> None:
-    save(tmp_path, 1)
-    save(tmp_path, 2)
-    target = tmp_path / "step-00000002" / file
-    content = bytearray(target.read_bytes())
-    content[len(content) // 2] ^= 1
-    if damage == "remove":
-        target.unlink()
-    else:
-        target.write_bytes(content if damage == "flip" else content[: len(content) // 2])
-    said: list[str] = []
-    assert find_checkpoint(tmp_path, said.append) == tmp_path / "step-00000001"
-    assert len(said) == 1
-    assert "step-00000002" in said[0]
-    assert file in said[0]
-
-
 def test_unfinished_checkpoint_does_not_exist(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "step-00000001").rename(scratch_name(tmp_path / "step-00000001"))
@@ -169,13 +133,6 @@ def test_cannot_be_written(tmp_path: Path) -> None:
         save(tmp_path / "checkpoints", 1)
 
 
-def test_manifest_names_size_and_digest(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    manifest = json.loads((tmp_path / "step-00000001" / "manifest.json").read_text())
-    assert set(manifest) == {f.name for f in (tmp_path / "step-00000001").iterdir()} - {"manifest.json"}
-    assert all(len(facts["sha256"]) == 64 and facts["bytes"] > 0 for facts in manifest.values())
-
-
 @pytest.mark.parametrize("calls", range(8))
 def test_a_kill_while_the_same_step_is_replaced_leaves_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
@@ -184,13 +141,11 @@ def test_a_kill_while_the_same_step_is_replaced_leaves_one(
     folder = tmp_path / "checkpoints"
     save(folder, 1)
     save(folder, 2)
-    left = calls
+    left = iter(range(calls))
 
     def killed_after(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
+            if next(left, None) is None:
                 raise SystemExit
             return real(*arguments, **options)
 

@@ -11,31 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import metrics
-from running import digests, logged
+from conftest import losses, metrics
+from running import digests, logged, resume, signal_comes, state_of
 
 from sst2_xlmr import train
 from sst2_xlmr.task import SingleLabel
-from sst2_xlmr.training.checkpoint import find_checkpoint, read_state
 from sst2_xlmr.training.guard import is_used, watch
 from sst2_xlmr.training.state import TrainState
 
 RunTrain = Callable[..., Path]
 REASON = "same prediction for every text of dev, 'x' with the same probability"
-# So slow that the loss stays where it is; 13 steps of warm-up among 210.
-STUCK = ["--epochs", 30, "--lr", 1e-9, "--log-every", 10, "--eval-every", 0, "--save-every", 100]
-
-
-def state_of(run: Path) -> TrainState:
-    checkpoint = find_checkpoint(run / "checkpoints", pytest.fail)
-    assert checkpoint is not None
-    return read_state(checkpoint)
-
-
-def collapses_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the first look find a collapse, and later ones none."""
-    reasons = [REASON]
-    monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: reasons.pop() if reasons else "")
+# So slow that the loss stays where it is; 9 steps of warm-up among 140.
+STUCK = ["--max-steps", 140, "--lr", 1e-9, "--log-every", 10, "--eval-every", 0, "--save-every", 100]
 
 
 def ends_collapsed(run: Callable[[], object]) -> None:
@@ -81,18 +68,18 @@ def test_a_collapsed_run_ends_saved_and_goes_on_when_resumed(
     run = tmp_path / "run"
     ends_collapsed(lambda: run_train(run, *STUCK))
     said = capsys.readouterr().out.splitlines()
-    assert f"step {120:>6}  collapsed: {REASON}" in said
+    assert f"step {110:>6}  collapsed: {REASON}" in said
     assert said[-2].startswith("collapsed  training has collapsed; the run is saved.")
     options = f"--config {run / 'config.json'} --lr 5e-10 --seed 1 --output-dir NEW_DIR"
     assert said[-1].endswith(options)
-    assert metrics(run)[-1] == {"step": 120, "collapsed": True}
+    assert metrics(run)[-1] == {"step": 110, "collapsed": True}
     state = state_of(run)
-    assert (state.step, state.checked_step, state.collapse_check_due) == (120, 120, False)
+    assert (state.step, state.checked_step, state.collapse_check_due) == (110, 110, False)
     assert not (run / "model").exists()
 
     monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: "")
-    train.main(["--resume", "--output-dir", str(run)])
-    assert metrics(run)[-1]["step"] == 210
+    resume(run)
+    assert metrics(run)[-1]["step"] == 140
     whole = run_train(tmp_path / "whole", *STUCK)
     assert digests(run) == digests(whole), "as if it had not ended"
     train.main([*options.replace("NEW_DIR", str(tmp_path / "again")).split(), "--max-steps", "2"])
@@ -101,7 +88,7 @@ def test_a_collapsed_run_ends_saved_and_goes_on_when_resumed(
 
 def test_early_stopping_looks_first(run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its patience may be over before a collapse shows in the lines of metrics."""
-    collapses_once(monkeypatch)
+    monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: REASON)
     stops = ["--eval-every", 1, "--early-stopping-patience", 3]
     ends_collapsed(lambda: run_train(tmp_path / "run", *STUCK, *stops))
     assert metrics(tmp_path / "run")[-1] == {"step": 4, "collapsed": True}
@@ -111,39 +98,40 @@ def test_a_run_stopped_before_a_look_resumes_with_it_and_then_goes_on(
     run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That it collapsed then is saved, so that it does not end there each time."""
-    run, looks = tmp_path / "run", train.Run.check_collapse
-
-    def interrupted(run: train.Run) -> None:
-        run.stop.number = 15
-        raise train.Interrupted
-
-    monkeypatch.setattr(train.Run, "check_collapse", interrupted)
-    with contextlib.suppress(SystemExit):
+    run = tmp_path / "run"
+    signal_comes(monkeypatch, 110, "evaluate_split")
+    with pytest.raises(SystemExit):
         run_train(run, *STUCK)
-    assert (state_of(run).step, state_of(run).collapse_check_due) == (120, True)
-    monkeypatch.setattr(train.Run, "check_collapse", looks)
-    monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: REASON)
-    for step in (120, 210):
+    monkeypatch.undo()
+    assert (state_of(run).step, state_of(run).collapse_check_due) == (110, True)
+    for reason, step in ((REASON, 110), ("", 140)):
+        monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_, reason=reason: reason)
         with contextlib.suppress(SystemExit):
-            train.main(["--resume", "--output-dir", str(run)])
-        monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: "")
+            resume(run)
         assert logged(run)[-1]["step"] == step
         assert not state_of(run).collapse_check_due
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("options", [[], ["--freeze-encoder"], ["--class-weights", "0.05,1"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *("--layers 1", "--layers 2", "--layers 3"),
+        *("--layers 1 --freeze-encoder", "--layers 3 --freeze-encoder", "--layers 1 --class-weights 0.05,1"),
+    ],
+)
 def test_a_run_that_is_merely_slow_is_looked_at_and_left_alone(
-    run_train: RunTrain, tmp_path: Path, options: list[object], layers: int, capsys: pytest.CaptureFixture[str]
+    run_train: RunTrain, tmp_path: Path, options: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its rate is too low for the loss to move, and every text gets the same label; few layers differ little."""
-    run = run_train(tmp_path / "run", *STUCK, "--layers", layers, *options)
-    assert state_of(run).checked_step >= 120
+    run = run_train(tmp_path / "run", *STUCK, *options.split())
+    assert state_of(run).checked_step >= 110
     assert "collapsed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_a_run_that_has_collapsed_is_noticed(run_train: RunTrain, tmp_path: Path, layers: int) -> None:
+def test_a_run_that_has_collapsed_is_noticed(
+    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int
+) -> None:
     """Its head no longer looks at the encoder, as it is with an output that is the same for all texts."""
 
     def collapse(run: train.Run) -> None:
@@ -153,30 +141,25 @@ def test_a_run_that_has_collapsed_is_noticed(run_train: RunTrain, tmp_path: Path
         real(run)
 
     real = train.train
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train, "train", collapse)
-        ends_collapsed(lambda: run_train(tmp_path / "run", *STUCK, "--layers", layers))
-    assert metrics(tmp_path / "run")[-1] == {"step": 120, "collapsed": True}
+    monkeypatch.setattr(train, "train", collapse)
+    ends_collapsed(lambda: run_train(tmp_path / "run", *STUCK, "--layers", layers))
+    assert metrics(tmp_path / "run")[-1] == {"step": 110, "collapsed": True}
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        ["--lr", 1e-3],
-        ["--lr", 3e-4, "--warmup-ratio", 0.5],
-        ["--freeze-encoder", "--lr", 1e-3],
-        ["--class-weights", "balanced"],
-        ["--label-smoothing", 0.3],
-        ["--dropout", 0.2, "--head-dropout", 0.5],
-        ["--micro-batch-size", 2],
-        ["--precision", "bf16"],
+        "--lr 3e-4 --warmup-ratio 0.5",
+        "--freeze-encoder",
+        "--class-weights balanced --label-smoothing 0.3",
+        "--dropout 0.2 --head-dropout 0.5 --micro-batch-size 2",
+        "--precision bf16",
     ],
-    ids=lambda options: " ".join(map(str, options)),
 )
 def test_healthy_runs_are_left_alone(
-    run_train: RunTrain, tmp_path: Path, options: list[object], capsys: pytest.CaptureFixture[str]
+    run_train: RunTrain, tmp_path: Path, options: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_train(tmp_path / "run", "--epochs", 45, "--log-every", 10, "--eval-every", 0, *options)
+    run = run_train(tmp_path / "run", "--epochs", 45, "--log-every", 10, "--eval-every", 0, *options.split())
     assert "collapsed" not in capsys.readouterr().out
-    losses = [line["loss"] for line in metrics(run) if "split" not in line]
-    assert np.mean(losses[-5:]) < 0.97 * losses[0], "a run that does not learn would prove nothing"
+    found = losses(run)
+    assert np.mean(found[-5:]) < 0.97 * found[0], "a run that does not learn would prove nothing"

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import kernels_for
 from running import launcher, started
 from torch import nn
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.engines.cpu.adamw import CpuAdamW
-from sst2_xlmr.engines.cpu.kernels import load_kernels
 from sst2_xlmr.engines.cpu.masters import join_master, split_master
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
@@ -36,14 +36,11 @@ def model() -> SequenceClassifier:
     return classifier
 
 
-def build(kind: str, classifier: SequenceClassifier) -> Any:
+def build(kind: str, classifier: SequenceClassifier, world: World = ALONE) -> Any:
     """The plain optimizer, or the engine's for fp32 or bf16."""
     if kind == "plain":
-        return AdamW(classifier, 2, CONFIG, ALONE)
-    kernels = load_kernels(torch.float32 if kind == "fp32" else torch.bfloat16)
-    if kernels is None:
-        pytest.skip("there is no C compiler")
-    return CpuAdamW(classifier, 2, CONFIG, ALONE, kernels)
+        return AdamW(classifier, 2, CONFIG, world)
+    return CpuAdamW(classifier, 2, CONFIG, world, kernels_for(torch.float32 if kind == "fp32" else torch.bfloat16))
 
 
 def set_gradients(classifier: nn.Module, step: int) -> None:
@@ -80,12 +77,12 @@ def assert_close(found: Any, expected: Any, atol: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("max_norm", [0.0, 0.5])
 def test_equals_torchs_adamw(kind: str, max_norm: float) -> None:
-    """With a group for every parameter; the plain one to the bit, the engine's within rounding."""
+    """With a group for every parameter; the plain one to the bit, the engine's fp32 masters within rounding."""
     ours, theirs = model(), model()
     optimizer = build(kind, ours)
-    scales = {name: lr_scale(name, 2, 0.8) for name, _ in theirs.named_parameters()}
     groups = [
-        {"params": [each], "weight_decay": 0.1 if each.dim() > 1 else 0.0} for _, each in theirs.named_parameters()
+        {"params": [each], "weight_decay": 0.1 if each.dim() > 1 else 0.0, "scale": lr_scale(name, 2, 0.8)}
+        for name, each in theirs.named_parameters()
     ]
     is_fused = kind == "plain" and has_fused_adamw(ALONE.device)
     reference = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=is_fused or None)
@@ -94,11 +91,15 @@ def test_equals_torchs_adamw(kind: str, max_norm: float) -> None:
     for step in range(20):
         set_gradients(theirs, step)
         expected.append(nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or math.inf))
-        for group, scale in zip(reference.param_groups, scales.values()):
-            group["lr"] = 1e-3 * (step + 1) * scale
+        for group in reference.param_groups:
+            group["lr"] = 1e-3 * (step + 1) * group["scale"]
         reference.step()
     torch.testing.assert_close(norms, expected)
-    assert_close(saved(optimizer)[0].values(), theirs.state_dict().values(), 0.0 if kind == "plain" else 2e-6)
+    masters, _ = saved(optimizer)
+    assert_close(masters.values(), theirs.state_dict().values(), 0.0 if kind == "plain" else 2e-6)
+    for name, parameter in ours.named_parameters():
+        assert parameter.dtype == (torch.bfloat16 if kind == "bf16" else torch.float32)
+        torch.testing.assert_close(parameter.float(), masters[name], atol=0, rtol=2.0**-8 * (kind == "bf16"))
 
 
 def test_the_plain_one_is_torchs_with_one_group_per_rate_and_decay_and_fused_where_torch_has_it() -> None:
@@ -154,25 +155,6 @@ def test_masters_are_split_and_joined_bit_for_bit() -> None:
     assert float(error.max()) <= 2.0**-8  # half of the last of bf16's 8 bits
 
 
-def test_bf16_weights_follow_fp32_masters() -> None:
-    """Steps far below bf16's resolution add up in the masters and reach the weights."""
-    classifier = model()
-    optimizer = build("bf16", classifier)
-    start, _ = saved(optimizer)
-    for _ in range(100):
-        for parameter in classifier.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.clip(0.0)
-        optimizer.step(1e-4)
-    masters, _ = saved(optimizer)
-    for name, parameter in classifier.named_parameters():
-        scale, decay = group_of(name, parameter, 2, CONFIG)
-        assert parameter.dtype == torch.bfloat16
-        torch.testing.assert_close(parameter.float(), masters[name], atol=0, rtol=2.0**-8)
-        expected = start[name] * (1 - 1e-4 * scale * decay) ** 100 - 0.01 * scale
-        torch.testing.assert_close(masters[name], expected, atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_add_up_in_fp32(kind: str) -> None:
     """1 + 512 * 2^-9 is 2 in fp32; in bf16 every single addition would be lost. The next step begins anew."""
@@ -220,40 +202,28 @@ NODES = """
 import sys
 import torch
 from torch import nn
-from test_optimizer import CONFIG, AdamW, CpuAdamW, build, load_kernels, model, saved, set_gradients
-from sst2_xlmr.backend import wrap_ddp
+from test_optimizer import build, model, saved, train
+from sst2_xlmr.engines.cpu.kernels import Kernels
 from sst2_xlmr.util import distributed
 from sst2_xlmr.util.errors import end_among_others
 
+def steps(world):
+    classifier = model()
+    optimizer = build(sys.argv[1], classifier, world)
+    norms = train(optimizer, classifier, range(1), 0.0) + train(optimizer, classifier, range(1, 5))
+    return [*norms, *saved(optimizer)[0].values()]
+
+def as_other_cores_make_it(real):  # but by more
+    return lambda *arguments: real(*arguments) * (1 + 1e-3 * world.rank)
+
 with distributed.start("cpu", 1, 1) as world:
     assert world.world_size > world.local_world_size
-    wrong = 1 + 1e-3 * world.rank  # as another number of cores may make it, but more
-    classifier, kernels = model(), load_kernels(torch.float32)
-    if sys.argv[1] == "plain":
-        real = nn.utils.clip_grad_norm_
-        nn.utils.clip_grad_norm_ = lambda *arguments: real(*arguments) * wrong
-        optimizer, trained = AdamW(classifier, 2, CONFIG, world), wrap_ddp(classifier, world)
-    else:
-        real = kernels.square_sum
-        kernels.square_sum = lambda *arguments: real(*arguments) * wrong
-        optimizer, trained = CpuAdamW(classifier, 2, CONFIG, world, kernels), classifier
-        assert not optimizer.shares_memory
-    for step in range(5):
-        set_gradients(classifier, step)
-        norm = optimizer.clip(0.5 if step else 0.0)
-        assert all(other == norm for other in distributed.gather_objects(world, norm)), step
-        optimizer.step(1e-2)
-    digests = distributed.gather_objects(world, [each.sum().item() for each in saved(optimizer)[0].values()])
-    assert digests[0] == digests[1]
-    if world.is_main and sys.argv[1] == "plain":  # and it is what one node would have computed
-        alone = model()
-        reference = build("plain", alone)
-        for step in range(5):
-            set_gradients(alone, step)
-            real(alone.parameters(), 0.5 if step else float("inf"))
-            reference.step(1e-2)
-        for ours, theirs in zip(classifier.parameters(), alone.parameters()):
-            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    alone = steps(distributed.World.alone(world.device))
+    nn.utils.clip_grad_norm_ = as_other_cores_make_it(nn.utils.clip_grad_norm_)
+    Kernels.square_sum = as_other_cores_make_it(Kernels.square_sum)
+    first, second = distributed.gather_objects(world, steps(world))
+    assert all(map(torch.equal, first, second))
+    torch.testing.assert_close(first, alone, atol=1e-6, rtol=0)
     print("the same")
 end_among_others(0)
 """

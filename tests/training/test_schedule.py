@@ -12,20 +12,18 @@ from sst2_xlmr.training.state import TrainState
 
 
 @pytest.mark.parametrize(
-    ("schedule", "expected"),
+    ("schedule", "warmup", "expected"),
     [
-        ("linear", [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
-        ("constant", [0.5] + [1.0] * 9),
-        ("cosine", [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]),
+        ("linear", 0.2, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("constant", 0.2, [0.5] + [1.0] * 9),
+        ("cosine", 0.2, [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]),
+        ("linear", 0.0, [1.0, 0.75, 0.5, 0.25]),
+        ("linear", 1.0, [0.25, 0.5, 0.75, 1.0]),
     ],
 )
-def test_schedule(schedule: str, expected: list[float]) -> None:
-    assert [lr_factor(step, 10, 0.2, schedule) for step in range(10)] == pytest.approx(expected)
-
-
-def test_schedule_without_and_with_only_warmup() -> None:
-    assert [lr_factor(step, 4, 0.0, "linear") for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    assert [lr_factor(step, 4, 1.0, "linear") for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+def test_schedule(schedule: str, warmup: float, expected: list[float]) -> None:
+    steps = len(expected)
+    assert [lr_factor(step, steps, warmup, schedule) for step in range(steps)] == pytest.approx(expected)
 
 
 def test_every_schedule_that_can_be_asked_for_is_there_and_no_other_trains() -> None:
@@ -71,15 +69,15 @@ def test_evaluations_are_about_eight_an_epoch_in_little_time(
     assert times == 1 or times * evaluated_tokens <= 0.03 * 3 * train_tokens
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(1, 313), (2.5, 782), (0.001, 1)])
-def test_epochs_may_end_within_one(epochs: float, steps: int) -> None:
-    assert Schedule(Config(epochs=epochs), 313, 0).total_steps == steps
-
-
-def test_a_last_step_within_an_epoch_is_an_end_too() -> None:
-    schedule = Schedule(Config(max_steps=7), 10, 0)
-    assert schedule.due(state_at(6)) == set()
-    assert schedule.due(state_at(7)) == {"log", "evaluate", "save"}
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [(Config(epochs=1), 313), (Config(epochs=2.5), 782), (Config(epochs=0.001), 1), (Config(max_steps=7), 7)],
+)
+def test_a_last_step_within_an_epoch_is_an_end_too(config: Config, steps: int) -> None:
+    schedule = Schedule(config, 313, 0)
+    assert schedule.total_steps == steps
+    assert steps == 1 or not schedule.due(state_at(steps - 1, 313))
+    assert schedule.due(state_at(steps, 313)) == {"log", "evaluate", "save"}
 
 
 def test_patience_ends_a_run() -> None:

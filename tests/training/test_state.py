@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SAMPLE_DATA, losses, metrics, user_error
-from running import digests, logged
+import torch
+from conftest import SAMPLE_DATA, kernels_for, losses, metrics, user_error
+from running import digests, logged, resume, signal_comes, state_of
 
-from sst2_xlmr import engines, train
-from sst2_xlmr.training.checkpoint import find_checkpoint, read_state
+from sst2_xlmr import train
 from sst2_xlmr.training.guard import NotFinite, check_skipped
 from sst2_xlmr.training.state import TrainState
+from sst2_xlmr.util import distributed
+from sst2_xlmr.util.distributed import World
 
 RunTrain = Callable[..., Path]
-
-
-def resume(run: Path, *options: object) -> None:
-    train.main(["--resume", "--output-dir", str(run), *map(str, options)])
-
-
-def state_of(run: Path) -> TrainState:
-    checkpoint = find_checkpoint(run / "checkpoints", pytest.fail)
-    assert checkpoint is not None
-    return read_state(checkpoint)
 
 
 def forget_after(run: Path, step: int) -> None:
@@ -61,65 +53,56 @@ def test_batches_skipped_in_a_row_are_limited() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("begins", ["engine", "plain"])
+@pytest.mark.parametrize(("begins", "ends"), [("--compile", "--no-compile"), ("--no-compile", "--compile")])
 def test_plain_pytorch_and_the_engine_compute_the_same_and_resume_each_other(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, begins: str
+    run_train: RunTrain, tmp_path: Path, precision: str, begins: str, ends: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """30 steps without dropout: losses within 1e-5 in fp32; in bf16 they round at other places.
-
-    The second half of a run is another machine's, which has no compiler, or has one where the first had none.
-    """
+    """30 steps without dropout: losses within 1e-5 in fp32; in bf16 they round at other places."""
+    kernels_for(torch.float32)
     options = ["--dropout", 0, "--head-dropout", 0, "--precision", precision, "--max-steps", 30, "--save-every", 15]
-    options += ["--keep-checkpoints", 9]
     near = 1e-5 if precision == "fp32" else 3e-2
-
-    @contextlib.contextmanager
-    def machine(how: str) -> Iterator[None]:
-        with monkeypatch.context() as patched:
-            if how == "plain":
-                patched.setattr(engines, "load_kernels", lambda _: None)
-            yield
-
-    ends = "plain" if begins == "engine" else "engine"
-    with machine(begins):
-        run = run_train(tmp_path / "run", *options)
-    plain = run_train(tmp_path / "plain", *options, "--no-compile")
-    assert losses(run) == pytest.approx(losses(plain), abs=near)
+    run = run_train(tmp_path / "run", *options, "--keep-checkpoints", 9, begins)
+    whole = run_train(tmp_path / "whole", *options, ends)
+    assert losses(run) == pytest.approx(losses(whole), abs=near)
     forget_after(run, 15)
-    with machine(ends):
-        resume(run)
-    assert losses(run) == pytest.approx(losses(plain), abs=near)
+    capsys.readouterr()
+    resume(run, ends)
+    assert ("; engine" in capsys.readouterr().out) == (ends == "--compile")
+    assert losses(run) == pytest.approx(losses(whole), abs=near)
 
 
-def another(what: str, run: Path, data: Path, encoder: Path) -> None:
-    """Change one of the things that a run reads."""
-    if what == "training rows":
-        lines = (data / "train.tsv").read_text(encoding="utf-8").splitlines()
-        (data / "train.tsv").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
-    elif what == "file dev":
-        shutil.copy(SAMPLE_DATA / "test.de.tsv", data / "dev.tsv")
-    elif what == "tokenizer":
-        content = bytearray((encoder / "sentencepiece.bpe.model").read_bytes())
-        (encoder / "sentencepiece.bpe.model").write_bytes(content + bytes([0xA2, 0x06, 0x00]))  # an unknown field
-    else:
-        content = bytearray((encoder / "model.safetensors").read_bytes())
-        content[-1] ^= 1
-        (encoder / "model.safetensors").write_bytes(content)
+def test_all_ranks_compute_in_the_same_way(
+    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though a resumed run may do so in another."""
+
+    def as_if_of_two(world: World, mine: Any, group: Any = None) -> list[Any]:
+        return [{**mine, "--compile": False}, mine] if isinstance(mine, dict) else [mine]
+
+    monkeypatch.setattr(distributed, "gather_objects", as_if_of_two)
+    line = user_error(lambda: run_train(tmp_path / "run"), capsys)
+    assert "rank 1 has --compile True, rank 0 False; start all with the same options" in line
 
 
-@pytest.mark.parametrize("what", ["training rows", "file dev", "tokenizer", "encoder's weights"])
+CHANGES = {  # of what a run reads: the file, from where on from its end, and its bytes there
+    "training rows": ("data/train.tsv", 0, b"one row more\t1\n"),
+    "file dev": ("data/dev.tsv", 0, b"one row more\t1\n"),
+    "tokenizer": ("encoder/sentencepiece.bpe.model", 0, b"\xa2\x06\x00"),  # an unknown field
+    "encoder's weights": ("encoder/model.safetensors", -1, b"\x7f"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
 def test_a_run_resumes_with_what_it_began_with_only(
-    run_train: RunTrain,
-    small_data: Path,
-    tiny_encoder: Path,
-    tmp_path: Path,
-    what: str,
-    capsys: pytest.CaptureFixture[str],
+    run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
     run = run_train(tmp_path / "run", "--epochs", 1, "--encoder", encoder, "--save-every", 3)
     before, saved = digests(run), logged(run)
-    another(what, run, small_data, encoder)
+    file, at, content = CHANGES[what]
+    with (tmp_path / file).open("r+b") as changed:
+        changed.seek(at, os.SEEK_END)
+        changed.write(content)
     line = user_error(lambda: resume(run), capsys)
     assert f"the {what} differ from those that the run in {run} was started with; give the same" in line
     assert (digests(run), logged(run)) == (before, saved)
@@ -131,48 +114,17 @@ def test_other_test_files_may_be_given(run_train: RunTrain, tmp_path: Path) -> N
     assert {"dev", "test.de"} <= {line.get("split") for line in metrics(run)}
 
 
-class Signal:
-    """A signal that comes as soon as the run looks for one at some step, during an evaluation or after a step."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, where: str) -> None:
-        self.step, self.where, self.came, self.inside = step, where, False, False
-        real, evaluate = train.Run.__init__, train.Run.evaluate_split
-
-        def init(run: Any, *arguments: Any) -> None:
-            real(run, *arguments)
-            asked = run.stop.is_agreed
-
-            def is_agreed() -> bool:
-                place = "evaluation" if self.inside else "step"
-                if not self.came and (run.state.step, place) == (self.step, self.where):
-                    self.came, run.stop.number = True, 15
-                return bool(asked())
-
-            run.stop.is_agreed = is_agreed
-
-        def evaluate_split(run: Any, *arguments: Any, **options: Any) -> Any:
-            self.inside = True
-            try:
-                return evaluate(run, *arguments, **options)
-            finally:
-                self.inside = False
-
-        monkeypatch.setattr(train.Run, "__init__", init)
-        monkeypatch.setattr(train.Run, "evaluate_split", evaluate_split)
-
-
-@pytest.mark.parametrize("where", ["step", "evaluation"])
+@pytest.mark.parametrize("method", ["step", "evaluate_split"])
 def test_a_signal_on_the_evaluation_that_ends_the_run_early_resumes_exactly(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     options = ["--epochs", 50, "--lr", 1e-9, "--early-stopping-patience", 2, "--eval-every", 2]
     whole = run_train(tmp_path / "whole", *options)
-    last = state_of(whole).step
-    with monkeypatch.context() as patched:
-        signal = Signal(patched, last, where)
-        with pytest.raises(SystemExit) as stopped:
-            run_train(tmp_path / "run", *options)
-    assert signal.came and stopped.value.code == 128 + 15
+    signal_comes(monkeypatch, state_of(whole).step, method)
+    with pytest.raises(SystemExit) as stopped:
+        run_train(tmp_path / "run", *options)
+    monkeypatch.undo()
+    assert stopped.value.code == 128 + 15
     assert state_of(tmp_path / "run").evaluation_due
     resume(tmp_path / "run")
     assert digests(tmp_path / "run") == digests(whole)
@@ -185,16 +137,16 @@ def test_what_is_evaluated_after_a_resume_is_saved(
 ) -> None:
     """Also if the run dies right after it."""
     options = ["--epochs", 2, "--eval-every", 3]
-    with monkeypatch.context() as patched:
-        Signal(patched, 3, "step")
-        with pytest.raises(SystemExit):
-            run_train(tmp_path / "run", *options)
+    signal_comes(monkeypatch, 3, "step")
+    with pytest.raises(SystemExit):
+        run_train(tmp_path / "run", *options)
+    monkeypatch.undo()
     before = state_of(tmp_path / "run")
     assert (before.evaluation_due, before.evaluations) == (True, 0)
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "train", lambda run: run.finisher.wait() or 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            resume(tmp_path / "run")
+    monkeypatch.setattr(train, "train", lambda run: run.finisher.wait() or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        resume(tmp_path / "run")
+    monkeypatch.undo()
     after = state_of(tmp_path / "run")
     assert (after.step, after.evaluation_due, after.evaluations) == (3, False, 1)
     resume(tmp_path / "run")
