@@ -39,6 +39,8 @@ class Run:
         state, meter: all of it that changes, besides the weights; a checkpoint has both.
         forward: gives logits; `model` is what is trained, the same or under DDP.
         reads_norm: whether to look at every gradient; a GPU would wait for it, so there the meter notices later.
+        head_is_new: whether the classification head started untrained.
+        fallback_reason: why it is plain PyTorch that trains; empty for an engine.
         report: on rank 0, once it is open; None elsewhere.
         metrics: of the last evaluation of each file.
         saved_step: of the last checkpoint.

@@ -60,11 +60,8 @@ class SingleLabel:
         """Return the names of a training file's classes, in the order of their numbers.
 
         Labels 0 and 1, or negative and positive, are SST-2's; other integers are in numerical, words in alphabetical
-        order. UserError if there are fewer than two or more than `MAX_CLASSES`, or if they are not classes.
-
-        Args:
-            cells: line number and label of every row.
-            path: of the file, for errors.
+        order. `cells` has line number and label of every row. UserError, with the file's path, if there are fewer than
+        two or more than `MAX_CLASSES`, or if they are not classes.
         """
         first_lines: dict[str, int] = {}
         for line, cell in cells:
@@ -269,11 +266,8 @@ class SingleLabel:
 
         Either all texts get the same label with all but the same probability, compared with how the model's answers to
         the same texts differed before training; or the run had learned, and its answers are hardly better than the
-        most frequent label alone, in loss and in accuracy: an overfitted model has a high loss, too.
-
-        Args:
-            probabilities, untrained: fp32 [rows, classes], of the model as it is, and before its first step.
-            labels: int [rows].
+        most frequent label alone, in loss and in accuracy: an overfitted model has a high loss, too. Probabilities are
+        fp32 [rows, classes], of the model as it is and before its first step; labels int [rows].
         """
         counts = np.bincount(probabilities.argmax(1))
         label = self.label_names[int(counts.argmax())]

@@ -78,11 +78,7 @@ class Report:
             self._bar.update()
 
     def log_training(self, entry: dict[str, Any]) -> None:
-        """Write a line of training metrics, and show the main ones.
-
-        Args:
-            entry: step, epoch (with fraction), and metrics. All become scalars; loss, lr and samples_per_s are shown.
-        """
+        """Write a line of metrics at a step and epoch (with fraction), all of them as scalars; show the main ones."""
         step = entry["step"]
         scalars = {key: value for key, value in entry.items() if key not in ("step", "epoch")}
         self._write(entry, "train", {**scalars, "memory_gb": used_memory_gb()})
@@ -110,11 +106,9 @@ class Report:
         labels: np.ndarray | None = None,
         probabilities: np.ndarray | None = None,
     ) -> None:
-        """Write a line of evaluation metrics (`task.metrics`), and if they are given pictures, curves and mistakes.
+        """Write a line of evaluation metrics (`task.metrics`), perhaps with pictures, curves and mistakes.
 
-        Args:
-            labels: int [rows], in the file's order.
-            probabilities: float32 [rows, labels].
+        These are drawn from labels, int [rows], and probabilities, float32 [rows, labels], in the file's order.
         """
         if labels is not None and probabilities is not None:
             inputs, task = self._inputs, self._task
@@ -139,8 +133,7 @@ class Report:
     def log_end(self, step: int, evaluations: dict[str, dict[str, Any]]) -> None:
         """Mark the run as finished; if other files than dev were evaluated, make a table of them, and one of best/.
 
-        Args:
-            evaluations: split -> metrics of the model that the run leaves, and `best/` + split -> those of that.
+        Evaluations are split -> metrics of the model that the run leaves, and `best/` + split -> those of best/.
         """
         best = {split: found for split, found in evaluations.items() if split.startswith("best/")}
         others = {split: found for split, found in evaluations.items() if split not in ("dev", *best)}

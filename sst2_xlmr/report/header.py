@@ -32,13 +32,7 @@ def header_lines(
     total_steps: int,
     head_is_new: bool,
 ) -> list[str]:
-    """Return the header's lines; `inputs.config` is what was asked, and all else what was decided.
-
-    Args:
-        fallback_reason: why it is plain PyTorch; empty if an engine computes.
-        folder: the run's.
-        head_is_new: whether the classification head starts untrained.
-    """
+    """Return the header's lines; `inputs.config` is what was asked, and all else what was decided (see `Run`)."""
     config, rows = inputs.config, len(inputs.train_labels)
     head = f"{'new' if head_is_new else 'its own'} head for {listed(inputs.task.label_names)}"
     at_most = f" (at most {config.micro_batch_size} a pass)" if config.micro_batch_size else ""

@@ -42,6 +42,9 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
 
     A cell's shade, and its second number, is its share of the rows with that label.
     """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = LinearSegmentedColormap.from_list("shares", ["white", BLUE])
     classes = len(label_names)
     is_named = classes <= MOST_NAMED_CLASSES
     # Of the matrix, in inches; without names a whole number of pixels to a cell, so that none is left out.
@@ -50,7 +53,7 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
     with _settings([*label_names, title]) as missing:
         title = "".join("?" if letter in missing else letter for letter in title)
         figure, axes = _new_figure(size, size, title)
-        axes.imshow(shares, cmap=_shades(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.imshow(shares, cmap=shades, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.set_xlabel("predicted", color=PALE)
         axes.set_ylabel("true", color=PALE)
         axes.xaxis.set_label_position("top")
@@ -145,15 +148,11 @@ def _settings(texts: list[str]) -> Iterator[set[str]]:
         if not missing:
             break
     if not hasattr(ft2font, "__libraqm_version__"):  # before 3.11: letters one after the other, from left to right
-        missing = missing | {letter for letter in letters if _needs_layout(letter)}
+        missing = missing | {letter for letter in letters if unicodedata.bidirectional(letter) in ("R", "AL")}
+        missing |= {letter for letter in letters if unicodedata.category(letter) in ("Mc", "Mn")}  # combine
     ours = {"font.family": families, "font.size": 10, "axes.titlesize": 12, "text.parse_math": False}
     with matplotlib.style.context(["default", ours]):
         yield missing
-
-
-def _needs_layout(letter: str) -> bool:
-    """Whether a letter is written from right to left, or combines with its neighbours as in Devanagari."""
-    return unicodedata.bidirectional(letter) in ("R", "AL") or unicodedata.category(letter) in ("Mc", "Mn")
 
 
 def _shown(name: str, missing: set[str], instead: str) -> str:
@@ -161,9 +160,3 @@ def _shown(name: str, missing: set[str], instead: str) -> str:
     if missing.intersection(name):
         return instead
     return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
-
-
-def _shades() -> Any:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("shares", ["white", BLUE])

@@ -62,11 +62,7 @@ def _hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
 def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: Task, splits: list[str]) -> None:
     """Write the options by which runs are compared, those of model and training, and which metrics to show with them.
 
-    `SummaryWriter.add_hparams` would make a run of its own.
-
-    Args:
-        precision: as decided, where the option says `auto`.
-        splits: that are evaluated, dev among them.
+    Precision is as decided; splits are those evaluated. `SummaryWriter.add_hparams` would make a run of its own.
     """
     values = {name: getattr(config, name) for name in [*GROUPS["model"], *GROUPS["training"], "max_length"]}
     values.update(precision=precision, encoder=Path(config.encoder).name)
@@ -105,13 +101,9 @@ def draw_evaluation(
     task: Task,
     texts_of: Callable[[set[int]], dict[int, str]],
 ) -> None:
-    """Write confusion matrix, precision-recall curves and the mistakes that the model is surest of.
+    """Write a file's confusion matrix, precision-recall curves and the mistakes that the model is surest of.
 
-    Args:
-        name: of the evaluated file.
-        labels: int [rows].
-        probabilities: float32 [rows, labels].
-        texts_of: returns the texts of some rows by their numbers from 0, as far as they are known; see `read_texts`.
+    Labels are int [rows], probabilities float32 [rows, labels]; `texts_of` is `read_texts` for rows of the file.
     """
     results, classes = task.results_of(probabilities, labels), task.label_names
     if can_draw():

@@ -41,10 +41,9 @@ def is_used(norm: torch.Tensor, looks: bool) -> bool:
 
 
 def check_skipped(state: TrainState, limit: int, rows: np.ndarray) -> None:
-    """Allow a batch to be skipped; raises NotFinite, on every rank, if more than `limit` in a row were.
+    """Raise NotFinite, on every rank, if more than `limit` batches in a row were skipped.
 
-    Args:
-        rows: int [rows], numbers from 0 of the batch's training rows, which are named.
+    It names the batch's training rows, int [rows], numbered from 0.
     """
     if state.skipped_in_row <= limit:
         return
@@ -56,10 +55,9 @@ def check_skipped(state: TrainState, limit: int, rows: np.ndarray) -> None:
 
 
 def watch(state: TrainState, loss: float, rows: float, baseline: float, warmup_steps: int) -> None:
-    """Take note of a line of metrics: has the run learned, are dev's answers to be looked at?
+    """Take note of a line of metrics, the mean loss of so many rows: has it learned, are dev's answers to be looked at?
 
-    Args:
-        loss, baseline: nats a row; the mean of so many rows, and the class-prior baseline (`task.baseline_loss`).
+    Loss and `task.baseline_loss` are in nats a row.
     """
     if loss + 3 * _LOSS_DEVIATION / math.sqrt(rows) < _LEARNED_LOSS * baseline:
         state.has_learned = True

@@ -44,12 +44,9 @@ class TrainMeter:
         self._started = time.monotonic() - totals.get("seconds", 0.0)
 
     def add(self, sums: dict[str, torch.Tensor], norm: torch.Tensor, batches: list[Batch]) -> None:
-        """Add an optimizer step.
+        """Add an optimizer step on this rank's micro-batches, with the gradient's norm, fp32, no dimensions.
 
-        Args:
-            sums: of training metrics over this rank's rows, the same names on every rank; float64, no dimensions.
-            norm: fp32, no dimensions; the gradient's.
-            batches: this rank's micro-batches.
+        Sums are of training metrics over this rank's rows, the same names on every rank; float64, no dimensions.
         """
         for name, value in sums.items():
             key = f"sum.{name}"
@@ -60,11 +57,7 @@ class TrainMeter:
         self._tokens += sum(len(batch.ids) * batch.weight for batch in batches)
 
     def reduce(self, step: int) -> None:
-        """Sum up over all ranks.
-
-        Raises:
-            NotFinite: on every rank, if a loss or a gradient's norm was not finite; `step` is the last one added.
-        """
+        """Sum up over all ranks; NotFinite on every rank if a loss or norm up to this step was not."""
         seconds = time.monotonic() - self._started
         counts = torch.tensor([self._rows, self._tokens], dtype=torch.float64, device=self._world.device)
         packed = torch.cat([counts, *(value.view(1) for value in self._sums.values())])

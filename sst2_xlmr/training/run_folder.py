@@ -22,10 +22,7 @@ def claim(run_folder: Path) -> IO[str]:
     What a killed process left half-written is removed, and what it was replacing is put back.
 
     The lock is POSIX's: it works over NFS, goes with the process however that ends, and is not inherited by loader
-    processes, which may outlive it for seconds.
-
-    Raises:
-        UserError: if another process holds it, or the folder cannot be written.
+    processes, which may outlive it for seconds. UserError if another process holds it, or it cannot be made.
     """
     path = run_folder / LOCK_NAME
     for name in ("checkpoints", "tensorboard", "best", "model"):
@@ -81,11 +78,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def forget_metrics(path: Path, first_step: int, written_again: list[str]) -> None:
-    """Remove the lines that a run resumed at `first_step` writes again; OSError if the disk is full.
-
-    Args:
-        written_again: splits that will be evaluated (once more) at that step.
-    """
+    """Remove the lines that a run resumed at `first_step` writes again, where it evaluates on some splits once more."""
     kept = [
         entry
         for entry in read_metrics(path)

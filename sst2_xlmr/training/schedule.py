@@ -33,11 +33,8 @@ def evaluation_interval(batches: int, train_tokens: int, evaluated_tokens: int) 
     """Return after how many steps of an epoch to evaluate, if nothing was asked for; 0 for the end of epochs only.
 
     That is an eighth of an epoch, or longer, so that evaluations take at most 3 % of its time. In training, which
-    has a backward pass, a token costs three times as much. It does not depend on any clock.
-
-    Args:
-        batches, train_tokens: global batches and tokens in an epoch.
-        evaluated_tokens: in the files that are evaluated on.
+    has a backward pass, a token costs three times as much. It does not depend on any clock. `batches` and
+    `train_tokens` are those of an epoch.
     """
     times = min(MOST_EVALUATIONS, int(EVALUATION_SHARE * 3 * train_tokens / evaluated_tokens))
     return math.ceil(batches / times) if times > 1 else 0

@@ -25,9 +25,8 @@ def forward_backward(model: nn.Module, batches: list[Batch], loss: Loss, world: 
         model: gives logits; DistributedDataParallel, or an engine's model, where gradients are averaged or added up.
         batches: this rank's micro-batches.
 
-    Returns:
-        Sums over this rank's rows, by the training metric's name; float64, no dimensions. For another metric, add a sum
-        here: `TrainMeter` and the report write the means of all.
+    Returns sums over this rank's rows, by the training metric's name; float64, no dimensions. For another metric, add a
+    sum here: `TrainMeter` and the report write the means of all.
     """
     no_sync = getattr(model, "no_sync", contextlib.nullcontext)
     sums = {"loss": torch.zeros((), dtype=torch.float64, device=world.device)}
