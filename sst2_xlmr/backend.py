@@ -6,7 +6,7 @@ Without that folder everything is computed by plain PyTorch, more slowly.
 from __future__ import annotations
 
 import importlib
-import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from sst2_xlmr.training.optimizer import AdamW, Optimizer
 from sst2_xlmr.util.distributed import World
 
 engines: Any = None
-if importlib.util.find_spec("sst2_xlmr.engines"):
+if (Path(__file__).parent / "engines/__init__.py").is_file():  # of this copy: a finder may know another one's
     engines = importlib.import_module("sst2_xlmr.engines")
 
 
