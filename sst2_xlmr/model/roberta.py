@@ -120,7 +120,7 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.shape, self.outputs, self.autocast = shape, outputs, False
         self.encoder = Encoder(shape, rows or shape.vocab_size, dropout)
-        self.head = _head(shape.hidden, outputs, head_dropout)
+        self.head = Head(shape.hidden, outputs, head_dropout)
         self.id_map: torch.Tensor | None = None  # no buffer: DDP would send it at every step
 
     @property
