@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,36 +24,25 @@ if importlib.util.find_spec("sst2_xlmr.engines"):
     engines = importlib.import_module("sst2_xlmr.engines")
 
 
-class Backend(NamedTuple):
-    """What computes a run.
-
-    Attributes:
-        forward: gives logits, for evaluation.
-        model: what is trained, perhaps under DDP.
-        optimizer: torch's, or an engine's with the same methods.
-        fallback_reason: why it is plain PyTorch; empty if an engine computes.
-    """
-
-    forward: nn.Module
-    model: nn.Module
-    optimizer: Optimizer
-    fallback_reason: str
-
-
-def training_backend(classifier: SequenceClassifier, config: Config, precision: str, world: World) -> Backend:
-    """Return what trains a classifier on the world's device; every rank must call it, with the same weights.
+def training_backend(
+    classifier: SequenceClassifier, config: Config, precision: str, world: World
+) -> tuple[nn.Module, nn.Module, Optimizer, str]:
+    """Choose what trains a classifier; every rank must call it, with the same weights.
 
     Args:
-        classifier: in fp32, on that device.
+        classifier: in fp32, on the world's device.
         precision: bf16, fp32 or tf32.
+
+    Returns:
+        What gives logits; the same or under DDP, to be trained; its optimizer; and why it is plain PyTorch, or "".
     """
     reason = "as asked" if not config.compile else "there is no engines/" if engines is None else ""
     if not reason and (engine := engines.training(classifier, config, precision, world)):
         model, optimizer = engine
-        return Backend(model, model, optimizer, "")
+        return model, model, optimizer, ""
     classifier.autocast = precision == "bf16"
     plain = AdamW(classifier, classifier.shape.layers, config, world)
-    return Backend(classifier, wrap_ddp(classifier, world), plain, reason or engines.fallback_reason(world))
+    return classifier, wrap_ddp(classifier, world), plain, reason or engines.fallback_reason(world)
 
 
 def prediction_model(classifier: SequenceClassifier) -> nn.Module:
@@ -63,11 +52,9 @@ def prediction_model(classifier: SequenceClassifier) -> nn.Module:
 
 
 def quantized_model(classifier: SequenceClassifier, task: Task, dtype: torch.dtype) -> nn.Module | None:
-    """Return a classifier's forward pass in 8-bit integers; None if this machine cannot.
+    """Return the forward pass in 8-bit integers of an fp32 classifier on the CPU, which is not needed any more.
 
-    Args:
-        classifier: in fp32, on the CPU; it is not needed any more.
-        dtype: of what is not computed in 8 bits.
+    What is not a product with weights has that dtype. None if this machine cannot.
     """
     quantized: nn.Module | None = engines and engines.quantized(classifier, task, dtype)
     return quantized

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import methodcaller
 from pathlib import Path
 from typing import IO, Any, Callable
 
@@ -19,7 +20,7 @@ from sst2_xlmr.model.vocabulary import TABLE, used_vocabulary, whole_vocabulary
 from sst2_xlmr.model.weights import pretrained_table
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.training.checkpoint import save_checkpoint, seed_rank
-from sst2_xlmr.training.guard import Guard
+from sst2_xlmr.training.guard import check_skipped, watch
 from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import group_of
 from sst2_xlmr.training.schedule import Schedule
@@ -37,6 +38,7 @@ class Run:
     Attributes:
         state, meter: all of it that changes, besides the weights; a checkpoint has both.
         forward: gives logits; `model` is what is trained, the same or under DDP.
+        reads_norm: whether to look at every gradient; a GPU would wait for it, so there the meter notices later.
         report: on rank 0, once it is open; None elsewhere.
         metrics: of the last evaluation of each file.
         saved_step: of the last checkpoint.
@@ -69,12 +71,11 @@ class Run:
         classifier.to(world.device)
         if classifier.id_map is not None:
             classifier.id_map = classifier.id_map.to(world.device)
-        self.backend = training_backend(classifier, config, state.precision, world)
-        self.forward, self.model, self.optimizer = self.backend.forward, self.backend.model, self.backend.optimizer
+        backend = training_backend(classifier, config, state.precision, world)
+        self.forward, self.model, self.optimizer, self.fallback_reason = backend
         self.meter, self.stop, self.finisher = TrainMeter(world), StopRequest(world), Finisher()
-        reads_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
-        baseline = self.task.baseline_loss(inputs.train_labels)
-        self.guard = Guard(reads_norm, config.skip_nonfinite, baseline, self.schedule.warmup_steps)
+        self.reads_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
+        self.baseline = self.task.baseline_loss(inputs.train_labels)
         self.metrics: dict[str, dict[str, Any]] = {}
         self.during = ["dev", *(name for name, _ in map(named_file, config.eval_file))]
         self.at_end = [split for split in inputs.files if split not in ("train", *self.during)]
@@ -101,7 +102,7 @@ class Run:
         """Go on without a step, because the gradient is not finite; raises NotFinite if that was once too often."""
         rows = next(self.loader.global_batches(self.state.epoch, self.state.batch))
         self._advance(skipped=True)
-        self.guard.check_skipped(self.state, rows)
+        check_skipped(self.state, self.config.skip_nonfinite, rows)
         self.optimizer.clear_gradients()
         self.say(f"step {self.state.step:>6}  gradient is not finite: batch skipped")
 
@@ -115,7 +116,7 @@ class Run:
         if rows := self.meter.totals["rows"]:
             entry = self.meter.flush(self.state, self.schedule.lr(self.state.step - 1))
             self.tell(lambda report: report.log_training(entry))
-            self.guard.watch(self.state, entry["loss"], rows)
+            watch(self.state, entry["loss"], rows, self.baseline, self.schedule.warmup_steps)
 
     def catch_up(self) -> None:
         """Evaluate and check what is due at this step, perhaps since before a stop."""
@@ -158,10 +159,8 @@ class Run:
             labels = self.inputs.caches[split].labels
             final = evaluation.with_temperature(temperature, self.task, labels)
             self.metrics[split] = final.metrics
-            self._log_evaluation(split, final.metrics, *((labels, final.probabilities) if draws else ()))
-
-    def _log_evaluation(self, split: str, *found: Any) -> None:
-        self.tell(lambda report: report.log_evaluation(self.state.step, split, *found))
+            entry = (self.state.step, split, final.metrics, *((labels, final.probabilities) if draws else ()))
+            self.tell(methodcaller("log_evaluation", *entry))
 
     def evaluate_best(self) -> dict[str, dict[str, Any]]:
         """Evaluate best/ on the files for the end, too, on rank 0, where it lies; returns `best/NAME` -> metrics."""
@@ -210,8 +209,9 @@ class Run:
         parts = (self.state, self.meter, self.optimizer, self.vocabulary, self.config, self.world, self.finisher)
         saved = save_checkpoint(self.folder / "checkpoints", *parts)
         self.saved_step = self.state.step
-        if saved and self.report:
-            self.report.log_checkpoint(self.state.step, *saved)
+        if saved:
+            size, waited_s = saved
+            self.say(f"step {self.saved_step:>6}  checkpoint: {size / 1e6:,.0f} MB, training waited {waited_s:.1f} s")
 
     def make_sure_of_checkpoint(self) -> None:
         """Save this step unless it is saved, and wait until all is on the disk."""

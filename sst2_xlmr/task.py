@@ -60,14 +60,11 @@ class SingleLabel:
         """Return the names of a training file's classes, in the order of their numbers.
 
         Labels 0 and 1, or negative and positive, are SST-2's; other integers are in numerical, words in alphabetical
-        order.
+        order. UserError if there are fewer than two or more than `MAX_CLASSES`, or if they are not classes.
 
         Args:
             cells: line number and label of every row.
             path: of the file, for errors.
-
-        Raises:
-            UserError: if there are fewer than two or more than `MAX_CLASSES`, or if they are not classes.
         """
         first_lines: dict[str, int] = {}
         for line, cell in cells:
@@ -92,18 +89,15 @@ class SingleLabel:
     def read_label(self, cell: object, where: str) -> int:
         """Return the class's number for a cell: the class's name, or its number if no name is an integer itself.
 
-        Raises:
-            UserError: beginning with `where`, if it is neither.
+        UserError, beginning with `where`, if it is neither.
         """
         numbers = self._numbers
         label = cell if isinstance(cell, str) and cell in numbers else _label_text(cell, where)
         if label in numbers:
             return numbers[label]
-        known = f"one of {listed(self.label_names)}"
-        if len(numbers) > len(self.label_names):
-            known = f"neither {known} nor a number from 0 to {len(self.label_names) - 1}"
-        else:
-            known = f"not {known}"
+        known = f"not one of {listed(self.label_names)}"
+        if len(numbers) > self.outputs:
+            known = f"neither one of {listed(self.label_names)} nor a number from 0 to {self.outputs - 1}"
         raise UserError(
             f"{where}: label {_quoted(label)} is {known}, the classes of the training file or of --label-names"
         )
@@ -128,11 +122,7 @@ class SingleLabel:
         return len(self.label_names)
 
     def check(self, config: Config) -> None:
-        """Check the options that depend on the classes.
-
-        Raises:
-            UserError: if `--class-weights` has another number of weights.
-        """
+        """Check the options that depend on the classes; UserError if `--class-weights` has another number of them."""
         given = config.class_weights
         if given not in (None, "balanced") and (weights := str(given).count(",") + 1) != self.outputs:
             raise UserError(f"--class-weights has {weights} numbers, but there are {self.outputs} classes")
@@ -141,13 +131,7 @@ class SingleLabel:
         """Return the task with a run's label smoothing and class weights.
 
         `--class-weights balanced` is rows / (classes * rows of the class): every class has the same weight in all, and
-        the mean over the training rows is 1.
-
-        Args:
-            labels: int [rows], of the rows to train on.
-
-        Raises:
-            UserError: if a class has no row to balance.
+        the mean over the training rows, which have these labels, int [rows], is 1. UserError if a class has no row.
         """
         weights = None
         if config.class_weights == "balanced":
@@ -166,11 +150,8 @@ class SingleLabel:
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the sum over rows of the loss times the weight of the row's class, nats; no dimensions.
 
-        `F.cross_entropy` has weights too, but applies every class's own weight to the smoothed part of a row.
-
-        Args:
-            logits: fp32 [rows, classes].
-            labels: int64 [rows].
+        Logits are fp32 [rows, classes], labels int64 [rows]. `F.cross_entropy` has weights too, but applies every
+        class's own weight to the smoothed part of a row.
         """
         smoothing = self.label_smoothing
         if self.class_weights is None:
@@ -225,20 +206,16 @@ class SingleLabel:
     def row_results(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return float [rows, 3], all that metrics need of a row: loss in nats, predicted class, its probability.
 
-        Args:
-            logits: fp32 [rows, classes].
-            labels: int64 [rows].
+        Logits are float [rows, classes], labels int64 [rows].
         """
         losses = F.cross_entropy(logits, labels, reduction="none")
         confidences, predictions = logits.softmax(-1).max(-1)
         return torch.stack([losses, predictions.to(losses.dtype), confidences], dim=1)
 
     def metrics(self, results: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """Return an evaluation's entry for `metrics.jsonl`; lists have one number per class.
+        """Return an evaluation's entry for `metrics.jsonl` from all rows' `row_results` and labels, int [rows].
 
-        Args:
-            results: of all rows of a file, as `row_results` gives them.
-            labels: int [rows].
+        Lists have one number per class.
         """
         losses, confidences = results[:, 0].astype(np.float64), results[:, 2].astype(np.float64)
         confusion, rows = self.confusion(results, labels), len(labels)

@@ -27,6 +27,7 @@ from sst2_xlmr.report.header import header_lines
 from sst2_xlmr.report.tensorboard import make_event_folder
 from sst2_xlmr.run import Run
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
+from sst2_xlmr.training.guard import is_used
 from sst2_xlmr.training.run_folder import claim, evaluations_at, write_config
 from sst2_xlmr.training.schedule import evaluation_interval
 from sst2_xlmr.training.state import TrainState
@@ -50,20 +51,20 @@ def train(run: Run) -> None:
         with memory_errors(run.memory_cure):  # 1. the gradient of the global batch
             sums = forward_backward(run.model, batch, run.task.loss, run.world)
         norm = run.optimizer.clip(run.config.max_grad_norm)
-        if run.guard.accepts(norm):  # 2. one step, or this batch is skipped
+        if is_used(norm, run.reads_norm):  # 2. one step, or this batch is skipped
             run.step(sums, norm, batch)
         else:
             run.skip()
         due, stop = schedule.due(state), run.stop.is_agreed()  # 3. log, evaluate, save
-        if any(due) or stop:
+        if due or stop:
             run.meter.reduce(state.step)
-            if due.log:
+            if "log" in due:
                 run.log()
-            state.evaluation_due = due.evaluate
+            state.evaluation_due = "evaluate" in due
             if stop:
                 raise Interrupted
             run.catch_up()
-            if due.save or schedule.is_over(state):
+            if "save" in due or schedule.is_over(state):
                 run.save()
             run.meter.start()
 
@@ -130,8 +131,8 @@ def outputs(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
     if run.report:
         found = evaluations_at(run.folder / "metrics.jsonl", state.step)
         run.metrics = {split: metrics for split, metrics in found.items() if split not in best}
-        figures = (run.schedule.total_steps, len(run.vocabulary.ids), run.head_is_new)
-        for line in header_lines(run.inputs, state, run.backend, run.world, run.folder, *figures):
+        parts = (run.optimizer, run.fallback_reason, run.world, run.folder, run.schedule.total_steps, run.head_is_new)
+        for line in header_lines(run.inputs, state, *parts):
             run.say(line)
     if resume:
         run.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")

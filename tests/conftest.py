@@ -23,6 +23,7 @@ from sst2_xlmr.model.encoders import Encoder, EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.util.errors import exit_on_user_error
 
+Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_DATA = ROOT / "sample_data"
 SMALL_ENCODER = Path(os.environ.get("SST2_XLMR_SMALL_ENCODER", ROOT / "models" / "small"))
@@ -115,21 +116,8 @@ def run_train(tiny_encoder: Path, small_data: Path) -> Callable[..., Path]:
 
 def train_options(encoder: Path, data: Path, folder: Path, *options: Any) -> list[str]:
     """Return a quick run's command line; later options win."""
-    fixed = ["--encoder", encoder, "--data-dir", data, "--output-dir", folder, "--device", "cpu"]
-    fixed += [
-        "--max-length",
-        64,
-        "--batch-size",
-        8,
-        "--lr",
-        1e-3,
-        "--log-every",
-        1,
-        "--precision",
-        "fp32",
-        "--threads",
-        1,
-    ]
+    fixed = ["--encoder", encoder, "--data-dir", data, "--output-dir", folder, "--device", "cpu", "--max-length", 64]
+    fixed += ["--batch-size", 8, "--lr", 1e-3, "--log-every", 1, "--precision", "fp32", "--threads", 1]
     return [str(option) for option in [*fixed, *options]]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Capture
 
 import sst2_xlmr
 from sst2_xlmr.predictor import Classifier
@@ -29,9 +29,7 @@ def test_two_lines_of_python(model: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "int8"])
-def test_labels_and_probabilities_belong_together(
-    model: Path, precision: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_labels_and_probabilities_belong_together(model: Path, precision: str, capsys: Capture) -> None:
     classifier = sst2_xlmr.load(model, precision=precision, device="cpu")
     is_as_asked = precision == "auto" or "int8 needs a CPU" in capsys.readouterr().err
     assert classifier.precision == precision or is_as_asked
@@ -47,20 +45,12 @@ def test_labels_and_probabilities_belong_together(
     assert classifier.predict([]) == []
 
 
-def test_several_threads_get_what_one_gets(model: Path) -> None:
-    """To the bit, though all of them use the same model at once."""
+def test_several_threads_get_what_one_gets(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, and the model is used by one of them at a time."""
     classifier = Classifier.load(model, "fp32", torch.device("cpu"))
     chunks = [[f"{text} {number}" for text in TEXTS] for number in range(40)]
     expected = [classifier.probabilities(chunk) for chunk in chunks]
-    with ThreadPoolExecutor(8) as threads:
-        for found, wanted in zip(threads.map(classifier.probabilities, chunks), expected):
-            assert np.array_equal(found, wanted)
-
-
-def test_the_model_is_used_by_one_thread_at_a_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier = Classifier.load(model, "fp32", "cpu")
-    inside, most = [], []
-    forward = classifier.module.forward
+    forward, inside, most = classifier.module.forward, [], []
 
     def counted(*arguments: Any) -> Any:
         inside.append(1)
@@ -71,7 +61,8 @@ def test_the_model_is_used_by_one_thread_at_a_time(model: Path, monkeypatch: pyt
 
     monkeypatch.setattr(classifier.module, "forward", counted)
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda _: classifier.predict(TEXTS), range(40)))
+        for found, wanted in zip(threads.map(classifier.probabilities, chunks), expected):
+            assert np.array_equal(found, wanted)
     assert set(most) == {1}
 
 

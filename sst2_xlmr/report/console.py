@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -16,9 +17,10 @@ from tqdm import tqdm
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.rows import columns_of
 from sst2_xlmr.evaluation.metrics import mean_of
-from sst2_xlmr.report import metrics_file, tensorboard
+from sst2_xlmr.report import tensorboard
 from sst2_xlmr.report.table import evaluation_table
 from sst2_xlmr.task import Task
+from sst2_xlmr.training.run_folder import forget_metrics
 from sst2_xlmr.util.files import cannot_write, disk_errors
 from sst2_xlmr.util.memory import used_memory_gb
 
@@ -27,7 +29,7 @@ class Report:
     """The open outputs of a run; rank 0 alone has one.
 
     `log_*` and `sync` raise UserError if something cannot be written (a full disk, say), and so belong in `on_rank0`.
-    `say`, `say_evaluation`, `log_checkpoint`, `advance` and `close` never raise: a closed console does not stop a run.
+    `say`, `say_evaluation`, `advance` and `close` never raise: a closed console does not stop a run.
     """
 
     def __init__(
@@ -41,25 +43,22 @@ class Report:
         total_steps: int,
         written_again: list[str],
     ) -> None:
-        """Open the outputs; a resumed run's go on after `first_step`.
+        """Open the outputs; a resumed run's go on after `first_step`. UserError if they cannot be written.
 
         Args:
-            config: the options.
             folder: the run's, which must be claimed.
             precision: as decided.
             files: all splits to evaluate on, dev among them -> file, and its SHA-256 when it was tokenized.
             first_step: steps that are done: 0, or those of the checkpoint.
             written_again: splits that will be evaluated (once more) at `first_step`.
-
-        Raises:
-            UserError: if they cannot be written.
         """
         self._config, self._task, self._files = config, task, files
         self._first_step, self._total_steps, self._started = first_step, total_steps, time.monotonic()
         place = folder / "metrics.jsonl"
         purge_step = first_step + 1 if place.exists() else None
         try:
-            self._metrics = metrics_file.open_metrics(place, first_step, written_again)
+            forget_metrics(place, first_step, written_again)
+            self._metrics = place.open("a", encoding="utf-8")
             place = Path(config.tensorboard_dir or folder / "tensorboard")
             self._events = tensorboard.open_events(place, purge_step)
             tensorboard.begin_hparams(self._events, config, precision, task, list(files))
@@ -95,17 +94,18 @@ class Report:
         Args:
             entry: step, epoch (with fraction), and metrics. All become scalars; loss, lr and samples_per_s are shown.
         """
+        step = entry["step"]
         scalars = {key: value for key, value in entry.items() if key not in ("step", "epoch")}
         self._write(entry, "train", {**scalars, "memory_gb": used_memory_gb()})
         if not self._bar.disable:
             with suppress(OSError, ValueError):
                 self._bar.set_postfix_str(f"loss {entry['loss']:.4f}, {entry['samples_per_s']:.0f} samples/s")
             return
-        done = entry["step"] - self._first_step
-        left_s = (time.monotonic() - self._started) / max(1, done) * (self._total_steps - entry["step"])
+        elapsed_s, done = time.monotonic() - self._started, max(1, step - self._first_step)
+        left = tqdm.format_interval(elapsed_s / done * (self._total_steps - step))
         self.say(
-            f"step {entry['step']:>6}/{self._total_steps}  epoch {entry['epoch']:.2f}  loss {entry['loss']:.4f}  "
-            f"lr {entry['lr']:.2e}  {entry['samples_per_s']:.1f} samples/s  {tqdm.format_interval(left_s)} left"
+            f"step {step:>6}/{self._total_steps}  epoch {entry['epoch']:.2f}  loss {entry['loss']:.4f}  "
+            f"lr {entry['lr']:.2e}  {entry['samples_per_s']:.1f} samples/s  {left} left"
         )
 
     def log_collapse(self, step: int, says: str) -> None:
@@ -121,10 +121,9 @@ class Report:
         labels: np.ndarray | None = None,
         probabilities: np.ndarray | None = None,
     ) -> None:
-        """Write a line of evaluation metrics, and with labels and probabilities pictures, curves and mistakes.
+        """Write a line of evaluation metrics (`task.metrics`), and if they are given pictures, curves and mistakes.
 
         Args:
-            metrics: see `evaluation.metrics.summarize`.
             labels: int [rows], in the file's order.
             probabilities: float32 [rows, labels].
         """
@@ -137,24 +136,15 @@ class Report:
         self._write({"step": step, "split": split, **metrics}, split, scalars)
 
     def say_evaluation(self, step: int, evaluations: dict[str, dict[str, Any]], is_best: bool) -> None:
-        """Print a line on dev, and one with the accuracy on all other files.
-
-        Args:
-            evaluations: split -> metrics.
-        """
+        """Print a line on dev, and one with the main metric of all other files; both by the split's name."""
         dev = evaluations["dev"]
-        others = {split: metrics for split, metrics in evaluations.items() if split != "dev"}
         best = "  (best so far)" if is_best else ""
         self.say(f"step {step:>6}  dev: {self._task.describe(dev)}  {dev['rows']:,} rows{best}")
-        if others:
+        if others := {split: metrics for split, metrics in evaluations.items() if split != "dev"}:
             metric = self._task.best_metric
             values = "  ".join(f"{split} {metrics[metric]:.4f}" for split, metrics in others.items())
             mean = f"  mean {mean_of(list(others.values()))[metric]:.4f}" if len(others) > 1 else ""
             self.say(f"step {step:>6}  {metric}: {values}{mean}")
-
-    def log_checkpoint(self, step: int, size: int, waited_s: float) -> None:
-        """Say how many bytes a checkpoint has, and how long training waited for it."""
-        self.say(f"step {step:>6}  checkpoint: {size / 1e6:,.0f} MB, training waited {waited_s:.1f} s")
 
     def log_end(self, step: int, evaluations: dict[str, dict[str, Any]]) -> None:
         """Mark the run as finished; if other files than dev were evaluated, make a table of them, and one of best/.
@@ -162,10 +152,8 @@ class Report:
         Args:
             evaluations: split -> metrics of the model that the run leaves, and `best/` + split -> those of that.
         """
-        others = {
-            split: found for split, found in evaluations.items() if split != "dev" and not split.startswith("best/")
-        }
         best = {split: found for split, found in evaluations.items() if split.startswith("best/")}
+        others = {split: found for split, found in evaluations.items() if split not in ("dev", *best)}
         with self._event_errors():
             if others:
                 tensorboard.draw_accuracy(self._events, step, self._task, others)
@@ -190,9 +178,10 @@ class Report:
         return disk_errors(f"events to {self._events.log_dir}")
 
     def _write(self, entry: dict[str, Any], group: str, scalars: dict[str, float]) -> None:
-        """Write a line of metrics, and scalars of a group; both are flushed at once."""
+        """Write a line of metrics and a group's scalars, at once: a resumed run does not write again what it has."""
         with disk_errors(f"metrics to {self._metrics.name}"):
-            metrics_file.append(self._metrics, entry)
+            self._metrics.write(json.dumps(entry) + "\n")
+            self._metrics.flush()
         with self._event_errors():
             tensorboard.add_scalars(self._events, entry["step"], group, scalars)
             self._events.flush()

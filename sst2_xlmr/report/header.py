@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-from sst2_xlmr.backend import Backend
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.formats import line_of
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.model.encoders import Encoder
+from sst2_xlmr.model.vocabulary import TABLE
 from sst2_xlmr.task import listed
+from sst2_xlmr.training.optimizer import Optimizer
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.distributed import World
@@ -24,31 +25,34 @@ from sst2_xlmr.util.errors import UserError
 def header_lines(
     inputs: Prepared,
     state: TrainState,
-    backend: Backend,
+    optimizer: Optimizer,
+    fallback_reason: str,
     world: World,
     folder: Path,
     total_steps: int,
-    embedding_rows: int,
     head_is_new: bool,
 ) -> list[str]:
-    """Return the header's lines. `inputs.config` is what was asked; what was decided is in `state` and `backend`.
+    """Return the header's lines; `inputs.config` is what was asked, and all else what was decided.
 
     Args:
+        fallback_reason: why it is plain PyTorch; empty if an engine computes.
         folder: the run's.
-        total_steps: of the run.
-        embedding_rows: in the model.
         head_is_new: whether the classification head starts untrained.
     """
-    config = inputs.config
+    config, rows = inputs.config, len(inputs.train_labels)
     head = f"{'new' if head_is_new else 'its own'} head for {listed(inputs.task.label_names)}"
-    batches = _describe_batches(config, len(inputs.train_labels), total_steps)
+    at_most = f" (at most {config.micro_batch_size} a pass)" if config.micro_batch_size else ""
+    epochs = "" if config.max_steps else f"{config.epochs:g} epoch{'s' * (config.epochs != 1)}, "
+    batches = f"{-(-rows // config.batch_size):,} an epoch, of {config.batch_size} rows{at_most}"
+    evaluation = f"every {state.eval_every:,}" if state.eval_every else "after each epoch"
+    computes = _describe_precision(config, state.precision, fallback_reason, world)
     return [
         f"stack      {versions.description()}, Python {platform.python_version()}",
-        f"encoder    {config.encoder}: {_describe_model(inputs.encoder, backend.forward, embedding_rows)}; {head}",
+        f"encoder    {config.encoder}: {_describe_model(inputs.encoder, optimizer)}; {head}",
         f"rows       {_describe_rows(inputs)}",
         *data_report(inputs),
-        f"batches    {batches}, evaluation {f'every {state.eval_every:,}' if state.eval_every else 'after each epoch'}",
-        f"device     {_describe_device(world, backend)}; {_describe_backend(world, backend, config, state.precision)}",
+        f"batches    {batches}; {epochs}{total_steps:,} steps, evaluation {evaluation}",
+        f"device     {_describe_device(world, optimizer.shares_memory)}; {computes}",
         f"run        {folder}",
     ]
 
@@ -80,31 +84,25 @@ def _rows(count: int) -> str:
 
 
 def _example(inputs: Prepared, *rows: tuple[str, int]) -> str:
-    """Return the files and lines of rows, each with its split, after a comma.
-
-    Nothing if a .csv file, which has to be read again for it, is no longer what it was.
-    """
-    places = []
-    for split, row in rows:
-        file = inputs.files[split]
-        try:
-            places.append(f"{file.name}:{line_of(file, int(row), inputs.config.header)}")
-        except (UserError, StopIteration):
-            return ""
+    """Return the files and lines of rows, each with its split; "" if a .csv file has changed, which is read for it."""
+    header, files = inputs.config.header, inputs.files
+    try:
+        places = [f"{files[split].name}:{line_of(files[split], int(row), header)}" for split, row in rows]
+    except (UserError, StopIteration):
+        return ""
     return f", e.g. {' and '.join(places)}"
 
 
-def _describe_model(encoder: Encoder, model: nn.Module, embedding_rows: int) -> str:
+def _describe_model(encoder: Encoder, optimizer: Optimizer) -> str:
     """Return the model's size with its whole vocabulary, and how much of it is trained."""
-    shape = encoder.shape
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    whole += (shape.vocab_size - embedding_rows) * shape.hidden
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    few = embedding_rows < shape.vocab_size
-    rows = f" ({embedding_rows:,} of {shape.vocab_size:,} embedding rows occur)" if few else ""
+    shape, sizes = encoder.shape, {name: weight.shape for name, weight in optimizer.weights().items()}
+    rows = sizes[TABLE][0]
+    whole = sum(map(math.prod, sizes.values())) + (shape.vocab_size - rows) * shape.hidden
+    trained = sum(moment.numel() for moment in optimizer.moments().values()) / 2
     of_all = f" of {encoder.cut_from}" if encoder.cut_from else ""
+    few = f" ({rows:,} of {shape.vocab_size:,} embedding rows occur)" if rows < shape.vocab_size else ""
     size = f"{shape.layers}{of_all} layers, {shape.hidden} wide, {whole / 1e6:,.1f} M parameters"
-    return f"{size}, {trained / 1e6:,.1f} M trained{rows}"
+    return f"{size}, {trained / 1e6:,.1f} M trained{few}"
 
 
 def _describe_rows(inputs: Prepared) -> str:
@@ -117,28 +115,17 @@ def _describe_rows(inputs: Prepared) -> str:
     return rows + (f"; {truncated:,} cut to {inputs.config.max_length} tokens" if truncated else "")
 
 
-def _describe_batches(config: Config, rows: int, total_steps: int) -> str:
-    """Return how the rows become steps."""
-    cut = f" (at most {config.micro_batch_size} a pass)" if config.micro_batch_size else ""
-    epochs = "" if config.max_steps else f"{config.epochs:g} epoch{'s' * (config.epochs != 1)}, "
-    return (
-        f"{-(-rows // config.batch_size):,} an epoch, of {config.batch_size} rows{cut}; {epochs}{total_steps:,} steps"
-    )
-
-
-def _describe_device(world: World, backend: Backend) -> str:
-    """Return the device and the number of processes."""
+def _describe_device(world: World, shares_memory: bool) -> str:
+    threads, processes = torch.get_num_threads(), world.world_size
+    device = f"CPU with {threads} thread{'s' * (threads > 1)}"
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name(world.device)
-    else:
-        device = f"CPU with {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    how = " that share memory" if getattr(backend.optimizer, "shares_memory", False) else ""
-    return f"{device}, {world.world_size} process{'es' * (world.world_size > 1)}{how}"
+    how = " that share memory" if shares_memory else ""
+    return f"{device}, {processes} process{'es' * (processes > 1)}{how}"
 
 
-def _describe_backend(world: World, backend: Backend, config: Config, precision: str) -> str:
+def _describe_precision(config: Config, precision: str, reason: str, world: World) -> str:
     """Return the precision, with what was asked if that left it open, and what computes."""
-    reason = backend.fallback_reason
     bf16 = "bf16 autocast" if reason else "bf16 with fp32 master weights"
     kind = {"bf16": bf16, "tf32": "fp32 with tf32 products"}.get(precision, precision)
     asked = "" if config.precision == precision else f"precision {config.precision} -> "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +38,9 @@ def can_draw() -> bool:
 
 
 def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str) -> bytes:
-    """Draw a confusion matrix; a cell's shade, and its second number, is its share of the rows with that label.
+    """Return a confusion matrix, int64 [labels, predictions], as a PNG file.
 
-    Args:
-        confusion: int64 [labels, predictions].
-
-    Returns:
-        A PNG file.
+    A cell's shade, and its second number, is its share of the rows with that label.
     """
     classes = len(label_names)
     is_named = classes <= MOST_NAMED_CLASSES
@@ -59,17 +55,16 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
         axes.set_ylabel("true", color=PALE)
         axes.xaxis.set_label_position("top")
         axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, colors=INK)
-        axes.spines[:].set_color(LINE)
-        axes.spines[:].set_position(("outward", 1))
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.spines[:].set(color=LINE, position=("outward", 1))
+        axes.set(xticks=[], yticks=[])
         if is_named:
             names = [_shown(name, missing, f"class {number}") for number, name in enumerate(label_names)]
             is_wide = max(map(len, names)) > 8
             axes.set_xticks(range(classes), names, rotation=40 * is_wide, ha="left" if is_wide else "center")
             axes.set_yticks(range(classes), names)
-            axes.hlines(np.arange(1, classes) - 0.5, -0.5, classes - 0.5, LINE, linewidth=0.8)
-            axes.vlines(np.arange(1, classes) - 0.5, -0.5, classes - 0.5, LINE, linewidth=0.8)
+            edges = np.arange(1, classes) - 0.5
+            axes.hlines(edges, -0.5, classes - 0.5, LINE, linewidth=0.8)
+            axes.vlines(edges, -0.5, classes - 0.5, LINE, linewidth=0.8)
             for (label, prediction), share in np.ndenumerate(shares):
                 count = confusion[label, prediction]
                 numbers = f"{count:,}\n{share:.1%}" if count else "0"
@@ -79,41 +74,40 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
 
 
 def accuracy_picture(task: Task, metrics_by_file: dict[str, dict[str, Any]], title: str) -> bytes:
-    """Draw the task's main metric of every file as a bar with its interval, beside the cells of the console's table.
+    """Return the task's main metric of every file as a bar with its interval, and the console's table, as a PNG file.
 
     The mean of several files is a line.
-
-    Returns:
-        A PNG file.
     """
     best, files = task.best_metric, len(metrics_by_file)
-    rows = [*metrics_by_file.values(), *([mean_of(list(metrics_by_file.values()))] if files > 1 else [])]
+    mean = mean_of(list(metrics_by_file.values()))
     with _settings([*metrics_by_file, title]) as missing:
+        rows = [
+            (_shown(name, missing, f"file {number}"), metrics)
+            for number, (name, metrics) in enumerate(metrics_by_file.items(), 1)
+        ]
+        rows += [("mean", mean)] if files > 1 else []
         figure, axes = _new_figure(2.2, 0.28 * len(rows), title)
-        names = [_shown(name, missing, f"file {number}") for number, name in enumerate(metrics_by_file, 1)]
-        heads = list(task.table_cells(rows[0]))
+        heads = task.table_cells(rows[0][1])
         right_edges = {head: 1.4 + 0.6 * column for column, head in enumerate(heads)}  # the axis goes from 0 to 1
         for head, right in right_edges.items():
             axes.text(right, -0.8, head, color=PALE, ha="right", va="bottom")
-        for number, (name, metrics) in enumerate(zip([*names, "mean"], rows)):
+        for number, (name, metrics) in enumerate(rows):
             axes.text(-0.05, number, name, color=INK, ha="right", va="center")
             for head, cell in task.table_cells(metrics).items():
                 axes.text(right_edges[head], number, cell, color=INK, ha="right", va="center")
-        for number, metrics in enumerate(metrics_by_file.values()):
-            axes.barh(number, metrics[best], 0.6, color=BAR)
-            interval = [metrics[f"{best}_low"], metrics[f"{best}_high"]]
-            axes.plot(interval, [number, number], color=INK, marker="|", markersize=8)
+            if number < files:
+                axes.barh(number, metrics[best], 0.6, color=BAR)
+                interval = [metrics[f"{best}_low"], metrics[f"{best}_high"]]
+                axes.plot(interval, [number, number], color=INK, marker="|", markersize=8)
         if files > 1:
-            axes.plot([rows[-1][best]] * 2, [-0.6, files + 0.3], color=BLUE)
-            axes.plot([-0.3, right_edges[heads[-1]]], [files - 0.5] * 2, color=PALE, linewidth=0.8, clip_on=False)
+            axes.plot([mean[best]] * 2, [-0.6, files + 0.3], color=BLUE)
+            axes.plot([-0.3, max(right_edges.values())], [files - 0.5] * 2, color=PALE, linewidth=0.8, clip_on=False)
         axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         axes.tick_params(length=0, labeltop=True, labelbottom=False, colors=PALE)
         axes.grid(axis="x", color=LINE)
         axes.set_axisbelow(True)
         axes.spines[:].set_visible(False)
-        axes.set_yticks([])
-        axes.set_xlim(0, 1)
-        axes.set_ylim(len(rows) - 0.5, -0.6)
+        axes.set(yticks=[], xlim=(0, 1), ylim=(len(rows) - 0.5, -0.6))
         return _png(figure)
 
 
@@ -134,33 +128,27 @@ def _png(figure: Figure) -> bytes:
 
 
 @contextmanager
-def _settings(texts: Iterable[str]) -> Iterator[set[str]]:
-    """Draw with matplotlib's defaults and with fonts for these texts; yields the letters that none of them has."""
+def _settings(texts: list[str]) -> Iterator[set[str]]:
+    """Draw with matplotlib's defaults and the fonts that these texts need; yields the letters that cannot be shown."""
     import matplotlib.style
-
-    families, missing = _fonts_for({letter for text in texts for letter in text})
-    ours = {"font.family": families, "font.size": 10, "axes.titlesize": 12, "text.parse_math": False}
-    with matplotlib.style.context(["default", ours]):
-        yield missing
-
-
-def _fonts_for(letters: set[str]) -> tuple[list[str], set[str]]:
-    """Return as many font families as these letters need, and the letters that cannot be shown."""
     from matplotlib import font_manager, ft2font
 
-    others = sorted({font.name for font in font_manager.fontManager.ttflist if font.name.startswith(MORE_FONTS)})
-    families, missing = [], set(letters)
-    for family in [BASE_FONT, *others]:
+    letters = set("".join(texts))
+    families, missing = [], letters
+    names = {font.name for font in font_manager.fontManager.ttflist}
+    for family in [BASE_FONT, *sorted(name for name in names if name.startswith(MORE_FONTS))]:
         font = font_manager.get_font(font_manager.findfont(family))
-        known = {letter for letter in missing if font.get_char_index(ord(letter))}
-        if known or family == BASE_FONT:
+        unknown = {letter for letter in missing if not font.get_char_index(ord(letter))}
+        if unknown != missing:
             families.append(family)
-            missing -= known
+        missing = unknown
         if not missing:
             break
     if not hasattr(ft2font, "__libraqm_version__"):  # before 3.11: letters one after the other, from left to right
-        missing |= {letter for letter in letters if _needs_layout(letter)}
-    return families, missing
+        missing = missing | {letter for letter in letters if _needs_layout(letter)}
+    ours = {"font.family": families, "font.size": 10, "axes.titlesize": 12, "text.parse_math": False}
+    with matplotlib.style.context(["default", ours]):
+        yield missing
 
 
 def _needs_layout(letter: str) -> bool:

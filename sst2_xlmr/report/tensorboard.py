@@ -35,11 +35,7 @@ _excepthook = threading.excepthook
 
 
 def make_event_folder(folder: Path, option: str) -> None:
-    """Make the folder that the user has named for events, before any work.
-
-    Raises:
-        UserError: if it cannot be made.
-    """
+    """Make the folder that the user has named for events, before any work; UserError if it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -47,11 +43,10 @@ def make_event_folder(folder: Path, option: str) -> None:
 
 
 def open_events(folder: Path, purge_step: int | None = None) -> SummaryWriter:
-    """Open a new event file beside those that are there.
+    """Open a new event file beside those that are there; TensorBoard hides what these have from `purge_step` on.
 
-    Args:
-        purge_step: TensorBoard hides what earlier files have from this step on. It reads files in the order of their
-            names, which begin with the second of the start: by a clock that is behind, points double.
+    It reads files in the order of their names, which begin with the second of the start: by a clock that is behind,
+    points double.
     """
     threading.excepthook = _hide_writer_errors
     return SummaryWriter(str(folder), purge_step=purge_step)
@@ -147,12 +142,7 @@ def mistakes_table(
     classes: list[str],
     texts_of: Callable[[set[int]], dict[int, str]],
 ) -> str:
-    """Return the mistakes that the model is surest of as a Markdown table.
-
-    Args:
-        labels, predictions: int [rows].
-        confidences: float [rows], of the predictions.
-    """
+    """Return the surest mistakes as a Markdown table; labels and predictions are int, confidences float [rows]."""
     wrong = np.flatnonzero(predictions != labels)
     chosen = wrong[np.argsort(-confidences[wrong], kind="stable")[:MISTAKES]].tolist()
     texts, names = texts_of(set(chosen)), [escape(name) for name in classes]

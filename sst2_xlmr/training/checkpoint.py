@@ -7,6 +7,7 @@ until the tensors are written; digests, syncing and renaming are finished on a t
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -34,13 +35,6 @@ _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "
 _FILES = (*_TENSOR_FILES, "state.json", "config.json")
 
 
-def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
 def save_checkpoint(
     folder: Path,
     state: TrainState,
@@ -53,26 +47,19 @@ def save_checkpoint(
 ) -> tuple[int, float] | None:
     """Write `folder/step-NNNNNNNN` from rank 0, with every rank's random state, and remove the oldest ones.
 
-    Args:
-        finisher: finishes the checkpoint, which does not exist before that.
-
-    Returns:
-        On rank 0 how many bytes were written, and the seconds that training waited for it.
-
-    Raises:
-        UserError: if this checkpoint or the last one cannot be written (a full disk, say); older ones are untouched.
+    It exists once `finisher` has finished it. Returns on rank 0 how many bytes were written, and the seconds that
+    training waited for it. UserError if this checkpoint or the last one cannot be written (a full disk, say); older
+    ones are untouched.
     """
     started = time.monotonic()
-    random_states = gather_objects(world, _random_states(world.device))
-    target = folder / f"step-{state.step:08d}"
-    unfinished = scratch_name(target)
+    random = {f"cpu.{world.rank}": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        random[f"cuda.{world.rank}"] = torch.cuda.get_rng_state(world.device)
     tensors: dict[str, Mapping[str, Storable]] = {
         "model": optimizer.weights(),
         "optimizer": optimizer.moments(),
         "vocabulary": {"ids": vocabulary.ids},
-        "random": {
-            f"{kind}.{rank}": random for rank, kinds in enumerate(random_states) for kind, random in kinds.items()
-        },
+        "random": dict(collections.ChainMap(*gather_objects(world, random))),
     }
     values = {
         "state": dataclasses.asdict(state),
@@ -80,10 +67,14 @@ def save_checkpoint(
         "vocabulary": {"decay": vocabulary.decay},
         "world_size": world.world_size,
     }
+    target = folder / f"step-{state.step:08d}"
+    unfinished = scratch_name(target)
 
     def finish() -> None:
         with disk_errors(f"the checkpoint {target}", unfinished):
-            _finish(unfinished, target)
+            files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(unfinished.iterdir())}
+            (unfinished / "manifest.json").write_text(_manifest(files), encoding="utf-8")
+            put_in_place(unfinished, target)
             _remove_old(folder, config.keep_checkpoints)
 
     def write() -> tuple[int, float]:
@@ -107,12 +98,6 @@ def _manifest(files: Any) -> str:
     return json.dumps(files, indent=2) + "\n"
 
 
-def _finish(unfinished: Path, target: Path) -> None:
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(unfinished.iterdir())}
-    (unfinished / "manifest.json").write_text(_manifest(files), encoding="utf-8")
-    put_in_place(unfinished, target)
-
-
 def _remove_old(folder: Path, keep: int) -> None:
     whole = [saved for saved in sorted(folder.glob("step-????????")) if not what_is_damaged(saved, sizes_only=True)]
     for old in whole[:-keep]:
@@ -127,10 +112,8 @@ def what_is_damaged(checkpoint: Path, sizes_only: bool = False) -> str:
     try:
         text = (checkpoint / "manifest.json").read_text(encoding="utf-8")
         files = json.loads(text)
-        if text != _manifest(files):
+        if text != _manifest(files) or not files.keys() >= {*_FILES}:
             return "manifest.json is damaged"
-        if missing := [name for name in _FILES if name not in files]:
-            return f"manifest.json does not name {missing[0]}"
         for name, entry in files.items():
             file = checkpoint / name
             if not file.is_file():
@@ -138,7 +121,7 @@ def what_is_damaged(checkpoint: Path, sizes_only: bool = False) -> str:
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
             if not sizes_only and digest_of(file) != entry["sha256"]:
-                return f"{name} has another SHA-256 than the manifest says"
+                return f"{name} has another SHA-256 than manifest.json says"
     except OSError:
         return "manifest.json cannot be read"
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -176,16 +159,11 @@ def read_state(checkpoint: Path) -> TrainState:
 def load_checkpoint(
     checkpoint: Path, meter: TrainMeter, optimizer: Optimizer, vocabulary: Vocabulary, seed: int, world: World
 ) -> None:
-    """Restore all but the state (see `read_state`), and torch's random state.
+    """Restore all but the state (see `read_state`) into a new run, and torch's random state.
 
-    If the number of processes has changed, every rank starts a new random stream, seeded by seed and step; whatever
-    does not depend on dropout continues exactly.
-
-    Args:
-        optimizer, vocabulary: of a new run; its embedding rows may differ, since other test files may use other ids.
-
-    Raises:
-        UserError: if the content is invalid under a valid manifest.
+    The new run's embedding rows may differ, since other test files may use other ids. If the number of processes has
+    changed, every rank starts a new random stream, seeded by seed and step; whatever does not depend on dropout
+    continues exactly. UserError if the checkpoint cannot be read.
     """
     state = read_state(checkpoint)
     with _reading(checkpoint):

@@ -35,45 +35,34 @@ class NotFinite(UserError):
         self.is_shared = True
 
 
-class Guard:
-    """Decides whether a gradient is used, and when dev's answers are to be looked at.
+def is_used(norm: torch.Tensor, looks: bool) -> bool:
+    """Whether a gradient with this norm is to be used: if it is finite, or nobody looks."""
+    return not looks or math.isfinite(float(norm))
+
+
+def check_skipped(state: TrainState, limit: int, rows: np.ndarray) -> None:
+    """Allow a batch to be skipped; raises NotFinite, on every rank, if more than `limit` in a row were.
 
     Args:
-        reads_norm: whether to look at every gradient's norm; on a GPU that keeps it waiting, so there `TrainMeter`
-            notices later, unless batches may be skipped.
-        limit: how many batches in a row may be skipped.
-        baseline: the class-prior baseline, nats a row (see `task.baseline_loss`).
-        warmup_steps: of the schedule.
+        rows: int [rows], numbers from 0 of the batch's training rows, which are named.
     """
+    if state.skipped_in_row <= limit:
+        return
+    numbers = ", ".join(str(row + 1) for row in rows[:50]) + (", ..." if len(rows) > 50 else "")
+    last = f" (the last of {state.skipped_in_row} in a row)" if state.skipped_in_row > 1 else ""
+    raise NotFinite(
+        f"the gradient is not finite at step {state.step}{last}, training rows of this batch, from 1: {numbers}"
+    )
 
-    def __init__(self, reads_norm: bool, limit: int, baseline: float, warmup_steps: int) -> None:
-        self._reads_norm, self._limit, self._baseline, self._warmup_steps = reads_norm, limit, baseline, warmup_steps
 
-    def accepts(self, norm: torch.Tensor) -> bool:
-        """Whether a gradient with this norm is to be used: if it is finite, or nobody looks."""
-        return not self._reads_norm or math.isfinite(float(norm))
+def watch(state: TrainState, loss: float, rows: float, baseline: float, warmup_steps: int) -> None:
+    """Take note of a line of metrics: has the run learned, are dev's answers to be looked at?
 
-    def check_skipped(self, state: TrainState, rows: np.ndarray) -> None:
-        """Allow a batch to be skipped.
-
-        Args:
-            rows: int [rows], numbers from 0 of the batch's training rows.
-
-        Raises:
-            NotFinite: on every rank, naming the rows, beyond the limit.
-        """
-        if state.skipped_in_row <= self._limit:
-            return
-        numbers = ", ".join(str(row + 1) for row in rows[:50]) + (", ..." if len(rows) > 50 else "")
-        last = f" (the last of {state.skipped_in_row} in a row)" if state.skipped_in_row > 1 else ""
-        raise NotFinite(
-            f"the gradient is not finite at step {state.step}{last}, training rows of this batch, from 1: {numbers}"
-        )
-
-    def watch(self, state: TrainState, loss: float, rows: float) -> None:
-        """Take note of a line of metrics, the mean loss of so many rows: has the run learned, is it to be checked?"""
-        if loss + 3 * _LOSS_DEVIATION / math.sqrt(rows) < _LEARNED_LOSS * self._baseline:
-            state.has_learned = True
-        is_late = state.step - self._warmup_steps >= _STEPS_TO_LEARN
-        is_late &= state.step - state.checked_step >= _STEPS_BETWEEN_CHECKS
-        state.collapse_check_due = is_late and loss >= _SUSPICIOUS_LOSS * self._baseline
+    Args:
+        loss, baseline: nats a row; the mean of so many rows, and the class-prior baseline (`task.baseline_loss`).
+    """
+    if loss + 3 * _LOSS_DEVIATION / math.sqrt(rows) < _LEARNED_LOSS * baseline:
+        state.has_learned = True
+    is_late = state.step - warmup_steps >= _STEPS_TO_LEARN
+    is_late &= state.step - state.checked_step >= _STEPS_BETWEEN_CHECKS
+    state.collapse_check_due = is_late and loss >= _SUSPICIOUS_LOSS * baseline

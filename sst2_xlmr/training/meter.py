@@ -16,8 +16,8 @@ from sst2_xlmr.util.distributed import World, sum_over_ranks
 class TrainMeter:
     """Sums over the steps since the last line of training metrics.
 
-    Every rank adds up its own, without waiting for a GPU. `reduce` brings them together and stops the clock, so that
-    evaluating and saving do not count as training; `start` starts it again, from the sums over all ranks.
+    Every rank adds up its own, without waiting for a GPU. `reduce` sums over ranks and stops the clock, so that
+    evaluating and saving do not count as training; `start` starts it again.
 
     Attributes:
         totals: sums over all ranks, as of the last `reduce`, by name: "rows", "tokens", "seconds" of training,
@@ -75,11 +75,7 @@ class TrainMeter:
         self.totals.update(rows=rows, tokens=tokens, seconds=seconds, grad_norm=float(self._norm))
 
     def flush(self, state: TrainState, lr: float) -> dict[str, Any]:
-        """Return a line of training metrics, means since the last line, and begin the next one.
-
-        Args:
-            lr: the rate of the last step.
-        """
+        """Return a line of training metrics, means since the last line, and begin the next one; `lr` is the last."""
         totals, self.totals = self.totals, {"grad_norm": self.totals["grad_norm"]}
         means = {name[4:]: total / totals["rows"] for name, total in totals.items() if name.startswith("sum.")}
         return {

@@ -30,19 +30,22 @@ def lr_scale(name: str, layers: int, decay: float) -> float:
 
 
 def group_of(name: str, parameter: torch.Tensor, layers: int, config: Config) -> tuple[float, float]:
-    """Return a parameter's factor on the learning rate, and its weight decay.
+    """Return the factor on the learning rate, and the weight decay, of a parameter over an encoder of so many layers.
 
     Biases and LayerNorm, the only vectors, do not decay: the convention since BERT.
-
-    Args:
-        layers: of the encoder.
     """
     decay = config.weight_decay if parameter.dim() > 1 else 0.0
     return lr_scale(name, layers, config.layerwise_lr_decay), decay
 
 
 class Optimizer(Protocol):
-    """What a run asks of an optimizer: `AdamW`, or an engine's. What one has written, the other can load."""
+    """What a run asks of an optimizer: `AdamW`, or an engine's. What one has written, the other can load.
+
+    Attributes:
+        shares_memory: whether all processes have one copy of the weights.
+    """
+
+    shares_memory: bool
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Clip the averaged gradients' global norm (0: never), and return what it was; fp32, the same on every rank."""
@@ -77,6 +80,8 @@ def has_fused_adamw(device: torch.device) -> bool:
 class AdamW:
     """`torch.optim.AdamW` over a model's trained parameters, fp32."""
 
+    shares_memory = False
+
     def __init__(self, model: nn.Module, layers: int, config: Config, world: World) -> None:
         self._world, self._model = world, model
         self._trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
@@ -92,13 +97,10 @@ class AdamW:
     def _set_state(self, moments: Mapping[str, torch.Tensor], steps: int) -> None:
         on = self._world.device if self._is_fused else None
         for name, parameter in self._trained.items():
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(steps), device=on),
-                **{
-                    kind: moments[f"{kind}.{name}"].to(parameter.device) if moments else torch.zeros_like(parameter)
-                    for kind in ("exp_avg", "exp_avg_sq")
-                },
-            }
+            state = self._optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=on)}
+            for kind in ("exp_avg", "exp_avg_sq"):
+                saved = moments[f"{kind}.{name}"] if moments else torch.zeros_like(parameter)
+                state[kind] = saved.to(parameter.device)
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> torch.Tensor:

@@ -55,10 +55,7 @@ def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
     """Write `config.json`, with the package's version; the folder must be claimed.
 
     A new run's is written right after that: a folder without it cannot be resumed, should the process die. A resumed
-    run's is replaced when its checkpoint has been accepted.
-
-    Raises:
-        UserError: if a new run finds another one there, or the file cannot be written.
+    run's is replaced when its checkpoint has been accepted. UserError if a new run finds another one there.
     """
     target = run_folder / "config.json"
     if is_new and target.exists():
@@ -81,6 +78,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             entries.append(entry)
     return entries
+
+
+def forget_metrics(path: Path, first_step: int, written_again: list[str]) -> None:
+    """Remove the lines that a run resumed at `first_step` writes again; OSError if the disk is full.
+
+    Args:
+        written_again: splits that will be evaluated (once more) at that step.
+    """
+    kept = [
+        entry
+        for entry in read_metrics(path)
+        if entry["step"] < first_step or (entry["step"] == first_step and entry.get("split") not in written_again)
+    ]
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def evaluations_at(path: Path, step: int) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.training.state import TrainState
@@ -16,13 +15,7 @@ SCHEDULES = {
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
     "constant": lambda t: 1.0,
 }
-
-
 MOST_EVALUATIONS, EVALUATION_SHARE = 8, 0.03  # per epoch, if nothing was asked for
-
-
-def steps_of_warmup(total_steps: int, warmup_ratio: float) -> int:
-    return math.ceil(total_steps * warmup_ratio)
 
 
 def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
@@ -30,8 +23,7 @@ def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -
 
     Warm-up rises linearly and reaches 1 at its last step.
     """
-    after_warmup = SCHEDULES[schedule]
-    warmup_steps = steps_of_warmup(total_steps, warmup_ratio)
+    after_warmup, warmup_steps = SCHEDULES[schedule], math.ceil(total_steps * warmup_ratio)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return after_warmup((step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -44,28 +36,15 @@ def evaluation_interval(batches: int, train_tokens: int, evaluated_tokens: int) 
     has a backward pass, a token costs three times as much. It does not depend on any clock.
 
     Args:
-        batches: global batches in an epoch.
-        train_tokens: in an epoch.
+        batches, train_tokens: global batches and tokens in an epoch.
         evaluated_tokens: in the files that are evaluated on.
     """
     times = min(MOST_EVALUATIONS, int(EVALUATION_SHARE * 3 * train_tokens / evaluated_tokens))
     return math.ceil(batches / times) if times > 1 else 0
 
 
-class Due(NamedTuple):
-    """What is due after a step."""
-
-    log: bool
-    evaluate: bool
-    save: bool
-
-
 class Schedule:
-    """A run's schedule.
-
-    Args:
-        batches_per_epoch: global batches in an epoch.
-        eval_every: as decided: steps of an epoch between evaluations; 0 for the end of epochs only.
+    """A run's schedule; with `eval_every` as decided (steps of an epoch; 0 for the end of epochs only).
 
     Attributes:
         total_steps, warmup_steps: steps of the whole run, and those of warm-up among them.
@@ -74,21 +53,22 @@ class Schedule:
     def __init__(self, config: Config, batches_per_epoch: int, eval_every: int) -> None:
         self._config, self._eval_every = config, eval_every
         self.total_steps = config.max_steps or max(1, round(config.epochs * batches_per_epoch))
-        self.warmup_steps = steps_of_warmup(self.total_steps, config.warmup_ratio)
+        self.warmup_steps = math.ceil(self.total_steps * config.warmup_ratio)
 
     def lr(self, step: int) -> float:
         """Return the learning rate of step `step`, counted from 0, before layer-wise decay."""
         config = self._config
         return config.lr * lr_factor(step, self.total_steps, config.warmup_ratio, config.schedule)
 
-    def due(self, state: TrainState) -> Due:
-        """Return what is due now that a step has been taken."""
+    def due(self, state: TrainState) -> set[str]:
+        """Return what is due now that a step has been taken: "log", "evaluate", "save"."""
         ends = self.ends(state)
-        return Due(
-            log=state.step % self._config.log_every == 0 or state.step == self.total_steps,
-            evaluate=ends or _is_multiple(state.batch, self._eval_every),
-            save=ends or _is_multiple(state.step, self._config.save_every),
-        )
+        is_due = {
+            "log": state.step % self._config.log_every == 0 or state.step == self.total_steps,
+            "evaluate": ends or _is_multiple(state.batch, self._eval_every),
+            "save": ends or _is_multiple(state.step, self._config.save_every),
+        }
+        return {what for what, due in is_due.items() if due}
 
     def ends(self, state: TrainState) -> bool:
         """Whether this step was the last one of an epoch, or of the run."""

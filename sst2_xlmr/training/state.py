@@ -10,7 +10,6 @@ class TrainState:
     """Where a run is, and what was decided for it.
 
     Attributes:
-        batches_per_epoch: global batches in an epoch.
         precision, eval_every: as decided at the beginning, where the options leave it open.
         digests: SHA-256 of what the run reads, by what it is; a resumed run must read the same.
         step: global batches consumed; an optimizer step each, but for those that were skipped.
@@ -68,7 +67,7 @@ class TrainState:
             self.epoch, self.batch = self.epoch + 1, 0
 
     def count_evaluation(self, value: float) -> None:
-        """Take note of a finished evaluation on dev at this step; `value` is of the metric that chooses the best."""
+        """Take note of a finished evaluation on dev at this step, by the metric that chooses the best."""
         self.evaluations += 1
         if value > self.best_value:
             self.best_value, self.best_step, self.stale_evaluations = value, self.step, 0

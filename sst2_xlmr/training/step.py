@@ -26,8 +26,8 @@ def forward_backward(model: nn.Module, batches: list[Batch], loss: Loss, world: 
         batches: this rank's micro-batches.
 
     Returns:
-        Sums over this rank's rows, by the name of the training metric; float64, no dimensions. Another metric is one
-        more sum here: `TrainMeter` and the report take whatever is in it, and write the means.
+        Sums over this rank's rows, by the training metric's name; float64, no dimensions. For another metric, add a sum
+        here: `TrainMeter` and the report write the means of all.
     """
     no_sync = getattr(model, "no_sync", contextlib.nullcontext)
     sums = {"loss": torch.zeros((), dtype=torch.float64, device=world.device)}

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import SAMPLE_DATA, metrics, user_error
-from reference import needs_torchtext
+from conftest import SAMPLE_DATA, Capture, metrics, user_error
 from running import digests
 from safetensors.torch import load_file
 
@@ -21,7 +19,7 @@ from sst2_xlmr import train
 from sst2_xlmr.evaluation import calibration
 from sst2_xlmr.evaluation.calibration import HIGHEST, LOWEST, calibrate, describe_calibration
 from sst2_xlmr.evaluation.evaluate import tempered
-from sst2_xlmr.programs import evaluate, export, predict
+from sst2_xlmr.programs import evaluate, predict
 from sst2_xlmr.task import SingleLabel
 
 RunTrain = Callable[..., Path]
@@ -80,7 +78,7 @@ def probabilities_of(model: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_train_writes_calibrated_models(
-    any_gain: None, run_train: RunTrain, tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
+    any_gain: None, run_train: RunTrain, tmp_path: Path, precision: str, capsys: Capture
 ) -> None:
     options = ["--epochs", 3, "--precision", precision]
     plain = run_train(tmp_path / "plain", *options)
@@ -102,7 +100,7 @@ def test_train_writes_calibrated_models(
 
 
 def test_what_is_reported_is_measured_on_what_is_written(
-    any_gain: None, run_train: RunTrain, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    any_gain: None, run_train: RunTrain, small_data: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """In metrics.jsonl, the table at the end and the cards; of best/, another step's model, on the test files too."""
     options = ["--epochs", 4, "--lr", 3e-3, "--eval-every", 3, "--calibrate"]
@@ -146,17 +144,6 @@ def test_a_resumed_run_has_the_same_temperature(any_gain: None, run_train: RunTr
     assert digests(run) == whole
 
 
-@needs_torchtext
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_exported_files_are_calibrated_too(any_gain: None, run_train: RunTrain, tmp_path: Path) -> None:
-    """export.py compares them with the model; transformers' side is in tests/end_to_end/test_transformers.py."""
-    model = run_train(tmp_path / "run", "--epochs", 2, "--calibrate") / "model"
-    options = ["--model", str(model), "--format", "torchscript", "--output", str(tmp_path / "x.pt")]
-    export.main(options)
-    _, probabilities = torch.jit.load(tmp_path / "x.pt")(TEXTS)
-    np.testing.assert_allclose(probabilities.numpy(), probabilities_of(model), atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -167,14 +154,12 @@ def test_exported_files_are_calibrated_too(any_gain: None, run_train: RunTrain, 
         (["--calibrate", "no.tsv", "--output", "{tmp}/x"], "--calibrate no.tsv is not a file"),
     ],
 )
-def test_wrong_use(
-    words: list[str], says: str, model: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_use(words: list[str], says: str, model: Path, small_data: Path, tmp_path: Path, capsys: Capture) -> None:
     given = [word.format(dev=small_data / "dev.tsv", tmp=tmp_path) for word in words]
     assert says in user_error(lambda: evaluate.main(["--model", str(model), *given]), capsys)
 
 
-def test_predict_abstains(run_train: RunTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_abstains(run_train: RunTrain, tmp_path: Path, capsys: Capture) -> None:
     model = run_train(tmp_path / "run", "--epochs", 1) / "model"
     limit = float(np.sort(probabilities_of(model).max(1))[2])
     capsys.readouterr()

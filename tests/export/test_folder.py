@@ -19,7 +19,7 @@ from sst2_xlmr import train
 from sst2_xlmr.config import Config
 from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.export import folder as hugging_face
-from sst2_xlmr.export.folder import LAST_LAYER, with_note, write_folder
+from sst2_xlmr.export.folder import with_note, write_folder
 from sst2_xlmr.export.model_card import card_text
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.model.weights import load_tensors
@@ -109,15 +109,6 @@ def test_what_the_user_has_beside_a_model_stays(run_train: RunTrain, model: Path
     assert all((folder / "kept.txt").is_file() for folder in theirs)
     assert not any(folder.exists() for folder in ours)
     assert {file.name for file in tmp_path.iterdir()} == {*(f.name for f in theirs[:3]), "data", "run", "reviews"}
-
-
-def test_a_temperature_divides_the_last_layer(model: Path, tmp_path: Path) -> None:
-    encoder = find_encoder(str(model))
-    weights = load_tensors(encoder)
-    write_folder(tmp_path / "x", weights, encoder, temperature=4.0)
-    found = load_tensors(find_encoder(str(tmp_path / "x")))
-    for name, tensor in weights.items():
-        assert found[name].equal(tensor / 4 if name in LAST_LAYER else tensor), name
 
 
 def test_a_note_replaces_the_one_before() -> None:

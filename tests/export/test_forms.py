@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import needs_small_encoder, sst2_sentences
+from conftest import Capture, needs_small_encoder, sst2_sentences
 from reference import needs_torchtext
 from sentencepiece import SentencePieceProcessor
 
@@ -83,9 +83,7 @@ def onnx_answers(file: Path, inputs: dict[str, Any]) -> tuple[list[str], np.ndar
 
 
 @pytest.mark.parametrize("from_ids", [False, True])
-def test_onnx_answers_alike_without_torch(
-    model: Path, tmp_path: Path, from_ids: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_onnx_answers_alike_without_torch(model: Path, tmp_path: Path, from_ids: bool, capsys: Capture) -> None:
     """With its own tokenizer, which cuts long texts; or from ids, padded."""
     pytest.importorskip("onnxruntime_extensions")
     file = tmp_path / "classifier.onnx"
@@ -107,9 +105,7 @@ def test_onnx_answers_alike_without_torch(
     assert len(set(probabilities_of(model, TEXTS).argmax(1))) == 2, "the texts must tell the labels apart"
 
 
-def test_onnx_in_8_bits_is_near_and_says_what_it_was_compared_on(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_onnx_in_8_bits_is_near_and_says_what_it_was_compared_on(model: Path, tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("onnxruntime_extensions")
     rows = "".join(f"film number {n} was fine\t{'ab'[n % 2]}\n" for n in range(40))
     (tmp_path / "rows.tsv").write_text(f"text\tlabel\n{rows}")
@@ -138,9 +134,7 @@ def check_torchscript_alone(model: Path, file: Path, texts: list[str]) -> set[st
 
 
 @needs_torchtext
-def test_torchscript_answers_alike_without_this_package(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_torchscript_answers_alike_without_this_package(model: Path, tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "new" / "classifier.pt"
     run_export("--model", model, "--format", "torchscript", "--output", file)
     said = capsys.readouterr().out
@@ -176,9 +170,7 @@ def test_torchscript_takes_pairs_and_cuts_at_the_models_length(model: Path, tmp_
     assert labels == ["ab"[index] for index in expected.argmax(-1)]
 
 
-def test_a_trimmed_model_gives_the_same_answers(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trimmed_model_gives_the_same_answers(model: Path, tmp_path: Path, capsys: Capture) -> None:
     """To the bit on the texts it was trimmed for; other texts still get an answer, and no character becomes unknown."""
     texts = ["A fine film.", "no", "It was slow, and long"]
     (tmp_path / "texts.txt").write_text("\n".join(texts))

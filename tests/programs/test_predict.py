@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import fcntl
 import gzip
 import io
@@ -11,6 +10,7 @@ import itertools
 import json
 import os
 import pty
+import resource
 import shutil
 import signal
 import struct
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SST2, make_tokenizer, user_error
+from conftest import ROOT, SST2, Capture, make_tokenizer, user_error
 from safetensors.torch import load_file, save_file
 
 import sst2_xlmr
@@ -54,14 +54,7 @@ def test_arguments_and_lines_give_the_same(model: Path) -> None:
     assert from_lines.stdout == from_arguments.stdout
 
 
-def test_three_columns_whatever_the_sentence_holds(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(model, "tab\there and\nline end")
-    assert capsys.readouterr().out.rstrip("\n").split("\t")[2] == "tab here and line end"
-
-
-def test_nothing_in_nothing_out(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_in_nothing_out(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """A closed input is something else."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     run(model)
@@ -105,7 +98,7 @@ def read_output(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("given", ["in.tsv", "in.csv.gz", "in.jsonl"])
 @pytest.mark.parametrize("wanted", ["out.tsv.gz", "out.csv", "out.jsonl"])
 def test_every_format_in_and_out_keeps_all_columns_and_the_order(
-    model: Path, tmp_path: Path, given: str, wanted: str, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, given: str, wanted: str, capsys: Capture
 ) -> None:
     run(model, "--input", write_input(tmp_path / given), "--output", tmp_path / wanted, "--all-probabilities")
     found = read_output(tmp_path / wanted)
@@ -123,7 +116,7 @@ def test_every_format_in_and_out_keeps_all_columns_and_the_order(
     assert (printed.out, printed.err) == ("", "")
 
 
-def test_a_file_gives_what_arguments_give(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_gives_what_arguments_give(model: Path, tmp_path: Path, capsys: Capture) -> None:
     texts = [row["text"] for row in ROWS]
     run(model, *texts)
     expected = capsys.readouterr().out
@@ -136,7 +129,7 @@ def test_a_file_gives_what_arguments_give(model: Path, tmp_path: Path, capsys: p
     assert [[row["label"], f"{row['probability']:.4f}"] for row in found] == lines
 
 
-def test_pairs_columns_by_number_and_no_header(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pairs_columns_by_number_and_no_header(model: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "in.tsv").write_text("1\ta fine film\tit was good\n2\ta poor one\t\n")
     options = ["--input", tmp_path / "in.tsv", "--text-column", 2, "--text-pair-column", 3, "--no-header"]
     run(model, *options)
@@ -157,7 +150,7 @@ def test_columns_that_the_input_has_already_stay(model: Path, tmp_path: Path) ->
     assert row[:4] == ["x", "1", "y", "2"]
 
 
-def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path, capsys: Capture) -> None:
     rows: list[dict[str, Any]] = [{"text": "x", "n": 1}, {"n": None, "text": "y"}, {"text": "z", "label": [1]}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(model, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
@@ -177,7 +170,7 @@ def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path, capsys: pytest.
     assert [(row["text"], row["n"]) for row in found] == [("x", "1"), ("y", "")]
 
 
-def test_glue_submission(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_glue_submission(model: Path, tmp_path: Path, capsys: Capture) -> None:
     """As many rows as test.tsv, numbers by the names of the classes; the server takes nothing else."""
     test = SST2 / "test.tsv"
     if not test.is_file():
@@ -211,9 +204,7 @@ def test_a_progress_bar_on_a_terminal_only(model: Path, tmp_path: Path) -> None:
     os.close(terminal)
 
 
-def test_output_that_exists_is_kept_unless_told_otherwise(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_output_that_exists_is_kept_unless_told_otherwise(model: Path, tmp_path: Path, capsys: Capture) -> None:
     """So is what a link leads to."""
     out, other = tmp_path / "out.tsv", tmp_path / "out.tsv.part-0"
     other.write_text("precious")
@@ -295,9 +286,7 @@ def run_killed(model: Path, *options: object, blocks: int = 1) -> None:
 
 
 @pytest.mark.parametrize("blocks", [0, 1])
-def test_what_was_to_replace_a_file_is_continued(
-    model: Path, tmp_path: Path, blocks: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_was_to_replace_a_file_is_continued(model: Path, tmp_path: Path, blocks: int, capsys: Capture) -> None:
     """The file that exists is not taken for the result, also if no block has been written."""
     options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
     (tmp_path / "out.csv").write_text("of before")
@@ -321,9 +310,7 @@ def change_weight(file: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["--all-probabilities", "--precision bf16", "row", "weight", "classes"])
-def test_other_rows_are_not_continued(
-    model: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_rows_are_not_continued(model: Path, tmp_path: Path, what: str, capsys: Capture) -> None:
     model = Path(shutil.copytree(model, tmp_path / "model"))
     options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
     run_killed(model, *options)
@@ -343,7 +330,7 @@ def test_other_rows_are_not_continued(
 
 
 def test_an_input_that_changes_meanwhile_is_no_result(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """A row that is added after the file was read through would be missing."""
     file = write_many(tmp_path / "in.csv", 2000)
@@ -364,7 +351,7 @@ def test_an_input_that_changes_meanwhile_is_no_result(
 
 
 def test_lines_tell_the_time_left_where_there_is_no_terminal(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
     run(model, "--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv")
@@ -401,9 +388,7 @@ WRONG_USE = {
 
 
 @pytest.mark.parametrize("options", WRONG_USE)
-def test_wrong_use(
-    model: Path, options: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_use(model: Path, options: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\ncaf\xe9\n")))
     words = options.replace("MODEL", str(model)).split()
@@ -423,9 +408,7 @@ def test_wrong_use(
         ("in.csv.gz", gzip.compress(b"text\nx\n", mtime=0)[:-3], "not a whole gzip file"),
     ],
 )
-def test_wrong_input(
-    model: Path, tmp_path: Path, name: str, content: bytes, says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_input(model: Path, tmp_path: Path, name: str, content: bytes, says: str, capsys: Capture) -> None:
     """A bad row leaves no half output."""
     (tmp_path / name).write_bytes(content)
     options = ["--input", tmp_path / name, "--output", tmp_path / "out.jsonl"]
@@ -433,43 +416,47 @@ def test_wrong_input(
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-def test_a_tokenizer_of_another_model_is_refused(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tokenizer_of_another_model_is_refused(model: Path, tmp_path: Path, capsys: Capture) -> None:
     model = Path(shutil.copytree(model, tmp_path / "model"))
     rows = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     assert make_tokenizer(model / "sentencepiece.bpe.model", 2 * rows) > rows
     assert f" has {rows} embedding rows; they do not belong" in user_error(lambda: run(model, "x"), capsys)
 
 
-def test_a_model_is_named_and_so_is_a_path_without_permission(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_path_without_permission_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     def refuse(*_: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", "/secret/model")
+        raise PermissionError(13, "Permission denied", "/secret/model")
 
-    assert "required: --model" in user_error(lambda: script.main(["x"]), capsys)
     monkeypatch.setattr(script.Classifier, "load", refuse)
-    said = user_error(lambda: script.main(["--model", "/secret/model", "x"]), capsys)
-    assert "no permission for /secret/model" in said
+    line = user_error(lambda: script.main(["--model", "/secret/model", "x"]), capsys)
+    assert "no permission for /secret/model" in line
 
 
-def test_a_full_disk_is_said_in_one_line(model: Path) -> None:
-    command = f'seq 3 | "{sys.executable}" scripts/predict.py --model "{model}" --device cpu > /dev/full'
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_reader_that_stops_is_no_error_and_a_full_disk_is_one_line(model: Path, is_full: bool) -> None:
+    program = f'seq 5000 | "{sys.executable}" scripts/predict.py --model "{model}" --device cpu'
+    command = f"{program} {'> /dev/full' if is_full else '| head -n 1'}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, check=False)
-    assert done.stderr == b"error: cannot write the output: No space left on device; free some space\n"
-    assert done.returncode == 2
+    full = b"error: cannot write the output: No space left on device; free some space\n"
+    assert (done.returncode, done.stderr) == ((2, full) if is_full else (0, b""))
+    assert done.stdout.count(b"\n") == (0 if is_full else 1)
 
 
-def test_status_and_line_of_the_real_command(model: Path) -> None:
-    done = predict("--model", model, stdin=b"fine\ncaf\xe9\n")
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.startswith(b"error: standard input, line 2: not UTF-8")
-    assert done.stderr.count(b"\n") == 1
-
-
-def test_a_reader_that_stops_is_no_error(model: Path) -> None:
-    command = f'seq 5000 | "{sys.executable}" scripts/predict.py --model "{model}" --device cpu | head -n 1'
-    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, check=False)
-    assert done.stderr == b""
-    assert done.stdout.count(b"\n") == 1
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_stream_becomes_a_file(
+    model: Path, tmp_path: Path, is_full: bool, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """A longest file is for a program what a full disk is; nothing is left of it then."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a film\n" * 2000)))
+    out, limits = tmp_path / "out.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if is_full else limits[0], limits[1]))
+    try:
+        if is_full:
+            line = user_error(lambda: run(model, "--output", out), capsys)
+            assert f"cannot write {out}: File too large; make room" in line
+        else:
+            run(model, "--output", out)
+            assert out.read_text().count("\n") == 2000
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in tmp_path.iterdir()] == ([] if is_full else ["out.jsonl"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, metrics, train_options, user_error
+from conftest import ROOT, Capture, metrics, train_options, user_error
 
 from sst2_xlmr.programs import split, study
 from sst2_xlmr.report.comparison import Results, interval, summary
@@ -33,7 +33,7 @@ def common(encoder: Path, data: Path, folder: Path, *options: object) -> list[st
 
 
 def test_settings_and_seeds_are_run_once_and_summed_up(
-    tiny_encoder: Path, small_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, capfd: Capture
 ) -> None:
     words = ["--seeds", "3,5", *common(tiny_encoder, small_data, tmp_path / "all", "--epochs", 1)]
     words += ["--setting", "plain", "--drop-leaks", "--setting", "fast", "--lr 5e-3 --label-smoothing 0.1"]
@@ -79,7 +79,7 @@ def test_the_interval_is_students_and_leaves_out_what_is_unknown() -> None:
 
 
 def test_a_failing_run_ends_it_with_its_status(
-    tiny_encoder: Path, small_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, capfd: Capture
 ) -> None:
     (small_data / "train.tsv").write_text("sentence\tlabel\nno label\t7\nyes\t0\n")
     with pytest.raises(SystemExit) as stop:
@@ -91,7 +91,7 @@ def test_a_failing_run_ends_it_with_its_status(
 
 
 def test_a_run_is_not_taken_for_one_on_other_files(
-    tiny_encoder: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """The same files under another path are the same; a study older than the notes gets them."""
     options = ["--seeds", "1", *common(tiny_encoder, small_data, tmp_path / "all", "--max-steps", 1)]
@@ -127,7 +127,7 @@ def test_a_run_is_not_taken_for_one_on_other_files(
 
 
 def test_seconds_are_unknown_after_a_kill(
-    tiny_encoder: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """As if only this program had been killed: training went on, and nobody took the time, not even when continued."""
     options = ["--seeds", "1,2", *common(tiny_encoder, small_data, tmp_path / "all", "--epochs", 1)]
@@ -184,7 +184,7 @@ def test_a_run_that_is_stopped_ends_it(
     ],
 )
 def test_wrong_use(
-    options: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], says: str, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "options").write_text("--config x.json  # of another run\n")
     monkeypatch.chdir(tmp_path)
@@ -204,7 +204,7 @@ def run_split(source: Path, output: Path, *options: Any) -> tuple[list[str], lis
     return train.read_text().splitlines(), test.read_text().splitlines()
 
 
-def test_nothing_of_the_test_is_left_to_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_of_the_test_is_left_to_train_on(tmp_path: Path, capsys: Capture) -> None:
     """300 sentences of few words and 900 phrases cut from them; against a comparison of all with all."""
     draw = random.Random(0)
     sentences = [[f"w{draw.randrange(150)}" for _ in range(draw.randrange(4, 12))] for _ in range(300)]
@@ -281,7 +281,7 @@ def test_split_has_succeeded_even_if_nobody_reads_it(tmp_path: Path, reader: str
         (["--rows", "5", "--output-dir", "."], "--output-dir . already exists"),
     ],
 )
-def test_wrong_use_of_split(tmp_path: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_of_split(tmp_path: Path, options: list[str], says: str, capsys: Capture) -> None:
     source = write_tsv(tmp_path / "t.tsv", [f"text number {n}\t{n % 2}" for n in range(40)])
     assert says in user_error(lambda: run_split(source, tmp_path / "out", *options), capsys)
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from running import digests, logged, resume, signal_comes, state_of
 
 from sst2_xlmr import train
 from sst2_xlmr.task import SingleLabel
-from sst2_xlmr.training.guard import Guard
+from sst2_xlmr.training.guard import is_used, watch
 from sst2_xlmr.training.state import TrainState
 
 RunTrain = Callable[..., Path]
@@ -32,9 +32,9 @@ def ends_collapsed(run: Callable[[], object]) -> None:
 
 
 def test_what_is_not_finite_is_not_used_unless_nobody_looks() -> None:
-    for norm, is_used in ((1.0, True), (float("inf"), False), (float("nan"), False)):
-        assert Guard(True, 0, 0.69, 0).accepts(torch.tensor(norm)) == is_used
-        assert Guard(False, 0, 0.69, 0).accepts(torch.tensor(norm))
+    for norm, is_finite in ((1.0, True), (float("inf"), False), (float("nan"), False)):
+        assert is_used(torch.tensor(norm), looks=True) == is_finite
+        assert is_used(torch.tensor(norm), looks=False)
 
 
 def test_suspicion_waits_for_warm_up_and_asks_seldom() -> None:
@@ -42,7 +42,7 @@ def test_suspicion_waits_for_warm_up_and_asks_seldom() -> None:
 
     def is_suspicious(loss: float, warmup: int = 20, checked_step: int = 0) -> bool:
         found = dataclasses.replace(state, checked_step=checked_step)
-        Guard(True, 0, 0.693, warmup).watch(found, loss, 80)
+        watch(found, loss, 80, 0.693, warmup)
         return found.collapse_check_due
 
     assert is_suspicious(0.69)
@@ -52,12 +52,12 @@ def test_suspicion_waits_for_warm_up_and_asks_seldom() -> None:
 
 
 def test_a_run_has_learned_once_its_loss_is_clearly_lower_and_that_is_kept() -> None:
-    guard, state = Guard(True, 0, 0.693, 0), TrainState(10)
-    guard.watch(state, 0.65, 800)
-    guard.watch(state, 0.60, 80)
+    state = TrainState(10)
+    watch(state, 0.65, 800, 0.693, 0)
+    watch(state, 0.60, 80, 0.693, 0)
     assert not state.has_learned, "of few rows, it may be chance"
-    guard.watch(state, 0.60, 800)
-    guard.watch(state, 0.70, 800)
+    watch(state, 0.60, 800, 0.693, 0)
+    watch(state, 0.70, 800, 0.693, 0)
     assert state.has_learned
 
 
@@ -135,7 +135,7 @@ def test_a_run_that_has_collapsed_is_noticed(
     """Its head no longer looks at the encoder, as it is with an output that is the same for all texts."""
 
     def collapse(run: train.Run) -> None:
-        for parameter in run.backend.forward.parameters():
+        for parameter in run.forward.parameters():
             if parameter.dim() > 1:
                 parameter.data.mul_(1e-6)
         real(run)
