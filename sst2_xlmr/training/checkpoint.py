@@ -47,9 +47,8 @@ def save_checkpoint(
 ) -> tuple[int, float] | None:
     """Write `folder/step-NNNNNNNN` from rank 0, with every rank's random state, and remove the oldest ones.
 
-    It exists once `finisher` has finished it. Returns on rank 0 how many bytes were written, and the seconds that
-    training waited for it. UserError if this checkpoint or the last one cannot be written (a full disk, say); older
-    ones are untouched.
+    It exists once `finisher` is done. Returns on rank 0 the bytes written, and the seconds that training waited for it.
+    UserError if this checkpoint or the last one cannot be written (a full disk, say); older ones are untouched.
     """
     started = time.monotonic()
     random = {f"cpu.{world.rank}": torch.get_rng_state()}

@@ -1,10 +1,9 @@
 """What must not go on unseen: gradients that are not finite, and a run that has collapsed.
 
 A collapse is XLM-R's best-known failure in fine-tuning, mostly at a rate that is too high for the seed: the encoder's
-output no longer depends on its input, and the loss stays at the class-prior baseline, that of always answering by the
-share of the classes. A run that learns slowly looks similar for a while, but its answers still differ from text to
-text, as those before training did. How a collapse shows in the answers is the task's to say (`task.collapse_reason`);
-here stands when to look.
+output no longer depends on its input, and the loss stays at the class-prior baseline. A run that learns slowly looks
+similar for a while, but its answers still differ from text to text, as those before training did. How that shows is the
+task's to say (`task.collapse_reason`); here stands when to look.
 """
 
 from __future__ import annotations
