@@ -140,7 +140,7 @@ def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
     if resume and version.split(".")[:2] != __version__.split(".")[:2]:
         raise UserError(
             f"the run in {path.parent} is of version {version}, this is {__version__}: continue it with that version,"
-            " or start a new run"
+            f" or start a new one by --config {path} --output-dir NEW_DIR"
         )
     for name, value in values.items():
         if name not in OPTIONS:
