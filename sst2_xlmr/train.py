@@ -107,7 +107,7 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
     run = Run(config, inputs, folder, state, world)
     if config.tensorboard_dir:
         on_rank0(world, lambda: make_event_folder(Path(str(config.tensorboard_dir)), "--tensorboard-dir"))
-    run.lock = lock or on_rank0(world, lambda: claim(folder))
+    run.lock = lock if resume else on_rank0(world, lambda: claim(folder))
     if checkpoint:
         load_checkpoint(checkpoint, run.meter, run.optimizer, run.vocabulary, config.seed, world)
         run.saved_step = state.step
