@@ -22,7 +22,9 @@ from sst2_xlmr.util.errors import UserError, raise_here, raise_on_all
 Result = TypeVar("Result")
 
 # gloo's messages when a peer is gone or silent; it has no exception type of its own.
-_GLOO_ERROR = "gloo|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket (closed|Timeout)"
+_GLOO_ERROR = (
+    "gloo|Operation timed out|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket (closed|Timeout)"
+)
 _POLL_S = 1e-4  # between two looks at an event; a step takes some milliseconds
 # Downloads, tokenization and a slow disk take longer than any step; the others wait for them in a patient group.
 PATIENCE = timedelta(hours=6)
@@ -196,20 +198,23 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def broadcast(world: World, item: Any, group: Any = None, source: int = 0) -> Any:
-    """Return the `item` of rank `source` on every rank; that rank does not wait until the others have it.
+def broadcast(world: World, item: Any, group: Any = None, source: int = 0, limit_s: float | None = None) -> Any:
+    """Return the `item` of rank `source` on every rank.
 
-    Over `world.control`, unless another group is given.
+    Args:
+        group: `world.control` by default. Its timeout is how long a rank waits for the others; gloo's source waits, too.
+        limit_s: seconds after which the source no longer waits, if that is less than the group's timeout.
     """
     if world.world_size == 1:
         return item
     group, is_source = group or world.control, world.rank == source
     content = torch.frombuffer(bytearray(pickle.dumps(item if is_source else None)), dtype=torch.uint8)
     size = torch.tensor([len(content)])
-    dist.broadcast(size, source, group=group)
+    limit = [timedelta(seconds=limit_s)] if is_source and limit_s is not None else []
+    dist.broadcast(size, source, group=group, async_op=True).wait(*limit)
     if not is_source:
         content = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(content, source, group=group)
+    dist.broadcast(content, source, group=group, async_op=True).wait(*limit)
     _held[group, source] = (size, content)
     return pickle.loads(content.numpy().tobytes())
 
@@ -259,6 +264,6 @@ def on_rank0(world: World, work: Callable[[], Result]) -> Result | None:
     If it has a UserError, all ranks raise it.
     """
     result, problem = _attempt(work) if world.is_main else (None, "")
-    if problem := broadcast(world, problem, world.patient):
+    if problem := broadcast(world, problem, world.patient, limit_s=world.timeout_s):
         raise_on_all(problem)
     return result

@@ -44,6 +44,27 @@ def test_one_that_hangs_counts_as_lost_after_the_timeout(tiny_encoder: Path, sma
     assert find_checkpoint(run / "checkpoints", pytest.fail) is not None
 
 
+LATE = """
+import sys, time
+from sst2_xlmr.util import distributed
+from sst2_xlmr.util.errors import exit_on_user_error
+
+def main():
+    with distributed.start("cpu", 1, 0.05) as world:
+        distributed.on_rank0(world, lambda: time.sleep(5))  # a slow disk: the other waits longer than the timeout
+        time.sleep(60 * world.rank)
+        distributed.on_rank0(world, lambda: None)
+
+exit_on_user_error(main)
+"""
+
+
+def test_rank_0_waits_for_one_that_hangs_no_longer_than_the_timeout(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{LATE}")
+    with started([*launcher(2), str(tmp_path / "late.py")], tmp_path / "log") as process:
+        wait_for(tmp_path / "log", "error: rank 0: lost contact with another process (Operation timed out", process)
+
+
 def test_torchrun_restarts_and_the_result_is_exact(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
     whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
     with started([*launcher(2), *options(tiny_encoder, small_data, whole)], log) as process:
