@@ -202,7 +202,7 @@ def broadcast(world: World, item: Any, group: Any = None, source: int = 0, limit
     """Return the `item` of rank `source` on every rank.
 
     Args:
-        group: `world.control` by default. Its timeout is how long a rank waits for the others; gloo's source waits, too.
+        group: `world.control` by default. Its timeout is how long a rank waits, the source too.
         limit_s: seconds after which the source no longer waits, if that is less than the group's timeout.
     """
     if world.world_size == 1:

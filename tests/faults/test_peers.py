@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import train_options
+from conftest import ROOT, train_options
 from running import DEADLINE_S, charted, digests, launcher, logged, started, wait_for, workers
 
 from sst2_xlmr.training.checkpoint import find_checkpoint
