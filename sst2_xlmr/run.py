@@ -6,6 +6,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import IO, Any, Callable
 
+import numpy as np
 import torch
 
 from sst2_xlmr.backend import prediction_model, training_backend
@@ -44,12 +45,14 @@ class Run:
         report: on rank 0, once it is open; None elsewhere.
         metrics: of the last evaluation of each file.
         saved_step: of the last checkpoint.
+        untrained: probabilities on dev of the model before training, once a collapse was suspected.
         during, at_end: the files to evaluate on during training, dev first, and those for the end.
     """
 
     lock: IO[str] | None = None
     report: Report | None = None
     saved_step = -1
+    untrained: np.ndarray | None = None
 
     def __init__(self, config: Config, inputs: Prepared, folder: Path, state: TrainState, world: World) -> None:
         """Ids -> batches; pretrained weights -> model and optimizer; at the beginning of a run."""
@@ -181,17 +184,19 @@ class Run:
         """Raise Collapsed if dev's predictions, beside those of the model before training, say so."""
         state, dev, tokens = self.state, self.inputs.caches["dev"], self.config.eval_batch_tokens
         found = self.evaluate_split("dev", keep=True).probabilities
-        try:
-            untrained, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
-        except UserError:  # the encoder has gone, perhaps
-            self.save()  # with the check still due, so that no step is lost
-            raise
-        untrained.to(self.world.device)
-        before = evaluate(untrained, self.task, dev, tokens, self.world, True, self.stop.is_agreed).probabilities
+        if self.untrained is None:
+            try:
+                untrained, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
+            except UserError:  # the encoder has gone, perhaps
+                self.save()  # with the check still due, so that no step is lost
+                raise
+            untrained.to(self.world.device)
+            stop = self.stop.is_agreed
+            self.untrained = evaluate(untrained, self.task, dev, tokens, self.world, True, stop).probabilities
         assert found is not None
-        assert before is not None
+        assert self.untrained is not None
         state.collapse_check_due, state.checked_step = False, state.step
-        reason = self.task.collapse_reason(found, before, dev.labels, state.has_learned)
+        reason = self.task.collapse_reason(found, self.untrained, dev.labels, state.has_learned)
         if reason := broadcast(self.world, reason):
             raise Collapsed(reason)
 

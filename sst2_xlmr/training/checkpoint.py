@@ -164,9 +164,9 @@ def load_checkpoint(
     changed, every rank starts a new random stream, seeded by seed and step; whatever does not depend on dropout
     continues exactly. UserError if the checkpoint cannot be read.
     """
-    state = read_state(checkpoint)
     with _reading(checkpoint):
         values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state = TrainState(**values["state"])
         meter.totals = values["meter"]
         meter.start()
         vocabulary.decay = values["vocabulary"]["decay"]

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import time
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,16 +186,16 @@ def wait_for_step(event: torch.cuda.Event, world: World) -> None:
         time.sleep(_POLL_S)
 
 
-# torch 2.3.1 deadlocks if a gloo group is destroyed while its worker thread, which needs the GIL for it, frees a tensor
-# that Python no longer holds. So the tensors of every group's last exchange are kept until the next one, or the end.
-_held: dict[Any, Any] = {}
+# torch 2.3.1 deadlocks if a gloo group is destroyed while one of its worker threads, which needs the GIL for it, frees
+# a tensor that Python no longer holds. A thread may lag behind by an exchange or two, so the last ones are kept.
+_held: dict[Any, deque[Any]] = defaultdict(lambda: deque(maxlen=4))
 
 
 def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` over all ranks, in place; the same bits on every rank."""
     if world.world_size > 1:
         dist.all_reduce(tensor)
-        _held["sum"] = tensor
+        _held["sum"].append(tensor)
     return tensor
 
 
@@ -215,7 +216,7 @@ def broadcast(world: World, item: Any, group: Any = None, source: int = 0, limit
     if not is_source:
         content = torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(content, source, group=group, async_op=True).wait(*limit)
-    _held[group, source] = (size, content)
+    _held[group, source].append((size, content))
     return pickle.loads(content.numpy().tobytes())
 
 
