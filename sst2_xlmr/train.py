@@ -141,7 +141,7 @@ def finish(run: Run) -> None:
     state, folder, metric = run.state, run.folder, run.task.best_metric
     if run.schedule.has_stopped_improving(state):
         run.say(f"stopped early: {state.stale_evaluations} evaluations without a better dev {metric}")
-    found = {split: run.evaluate_split(split, keep=True) for split in run.at_end}
+    found = {split: run.evaluate_split(split) for split in run.at_end}
     run.log_evaluations(found, state.temperature, draws=True)
     is_best = state.best_step == state.step
     best = (on_rank0(run.world, run.evaluate_best) if run.at_end and not is_best else None) or {}

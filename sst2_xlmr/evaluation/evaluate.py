@@ -26,16 +26,16 @@ class Evaluation:
 
     Attributes:
         results: fp32 [rows, ...], see `task.row_results`.
-        probabilities: fp32 [rows, outputs]; None if they were not kept.
+        probabilities: fp32 [rows, outputs].
     """
 
     metrics: dict[str, Any]
     results: np.ndarray
-    probabilities: np.ndarray | None
+    probabilities: np.ndarray
 
     def with_temperature(self, temperature: float, task: Task, labels: np.ndarray) -> Evaluation:
-        """Return the evaluation of the model whose logits are divided by a temperature; probabilities must be kept."""
-        if temperature == 1 or self.probabilities is None:
+        """Return the evaluation of the model whose logits are divided by a temperature."""
+        if temperature == 1:
             return self
         results = task.results_of(self.probabilities, labels, temperature)
         logits = torch.from_numpy(task.logits_of(self.probabilities) / temperature)
@@ -89,7 +89,6 @@ def evaluate(
     cache: TokenCache,
     batch_tokens: int,
     world: World,
-    keep_probabilities: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Evaluate on all rows of a file, split over the ranks.
@@ -112,7 +111,7 @@ def evaluate(
             if len(rows):
                 logits = logits_of(model, cache.ids, cache.offsets, rows, world.device)
                 results.append(task.row_results(logits, torch.from_numpy(labels[rows]).long().to(world.device)))
-                kept.append(task.probabilities(logits) if keep_probabilities else logits[:, :0])
+                kept.append(task.probabilities(logits))
     finally:
         model.train(was_training)
     mine = [torch.cat(parts).cpu().numpy() if parts else np.empty((0, 0), np.float32) for parts in (results, kept)]
@@ -122,4 +121,4 @@ def evaluate(
         if len(share[0]):
             order = np.concatenate([batch[rank :: world.world_size] for batch in batches])
             whole[order], probabilities[order] = share
-    return Evaluation(task.metrics(whole, labels), whole, probabilities if keep_probabilities else None)
+    return Evaluation(task.metrics(whole, labels), whole, probabilities)

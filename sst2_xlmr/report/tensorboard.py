@@ -19,7 +19,6 @@ from torch.utils.tensorboard.summary import hparams
 
 from sst2_xlmr.config import GROUPS, Config
 from sst2_xlmr.data.rows import Columns, read_rows
-from sst2_xlmr.evaluation.metrics import share_below
 from sst2_xlmr.report.pictures import can_draw, confusion_picture
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
@@ -102,11 +101,14 @@ def draw_evaluation(
         at = f", step {step:,}" if step else ""  # a model that is evaluated after its training has step 0
         title = f"{name}{at}: {best}, {len(labels):,} rows"
         picture = confusion_picture(task.confusion(results, labels), classes, title)
-        _add_picture(writer, f"{name}/confusion", picture, step)
+        # As it is; `SummaryWriter.add_image` would take pixels and compress them once more.
+        width, height = struct.unpack(">II", picture[16:24])
+        image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=picture)  # 4: RGBA
+        _add_summary(writer, Summary(value=[Summary.Value(tag=f"{name}/confusion", image=image)]), step)
     for number in [1] if len(classes) == 2 else range(min(len(classes), CURVES)):
         # A curve has 127 equally spaced thresholds. Most probabilities lie near 0 and 1, where few of them are; ranks
-        # are spread evenly, and give the same curve.
-        ranks = share_below(probabilities[:, number])
+        # are spread evenly, and give the same curve: of every probability, the share of all rows with a lower one.
+        ranks = np.searchsorted(np.sort(probabilities[:, number]), probabilities[:, number]) / len(labels)
         writer.add_pr_curve(f"{name}/pr_{classes[number]}", labels == number, ranks, step)
     predictions, confidences = task.answers(probabilities)
     writer.add_text(f"{name}/mistakes", mistakes_table(labels, predictions, confidences, classes, texts_of), step)
@@ -156,10 +158,3 @@ def escape(text: str) -> str:
 def _add_summary(writer: SummaryWriter, summary: Any, step: int | None = None) -> None:
     assert writer.file_writer is not None
     writer.file_writer.add_summary(summary, step)
-
-
-def _add_picture(writer: SummaryWriter, tag: str, png: bytes, step: int) -> None:
-    """Write a PNG file as it is; `SummaryWriter.add_image` would take pixels and compress them once more."""
-    width, height = struct.unpack(">II", png[16:24])
-    image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)  # 4: RGBA
-    _add_summary(writer, Summary(value=[Summary.Value(tag=tag, image=image)]), step)
