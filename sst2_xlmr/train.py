@@ -102,7 +102,7 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
     state = read_state(checkpoint) if checkpoint else decide(config, inputs, digests, world)
     for name in UNCHANGING:
         if digests[name] != state.digests.get(name):
-            raise_on_all(f"the {name} differ from those that the run in {folder} was started with; give the same")
+            raise_on_all(f"not the {name} with which the run in {folder} was started; give the same")
     set_up_numerics(state.precision, config.deterministic, world.device)
     run = Run(config, inputs, folder, state, world)
     if config.tensorboard_dir:
