@@ -38,7 +38,7 @@ def model(tiny_encoder: Path) -> SequenceClassifier:
 
 
 def test_agrees_with_one_row_at_a_time(model: SequenceClassifier, dev: TokenCache) -> None:
-    found = evaluate(model, TASK, dev, 200, World.alone(CPU), keep_probabilities=True)
+    found = evaluate(model, TASK, dev, 200, World.alone(CPU))
     assert model.training
     model.eval()
     rows = [torch.from_numpy(dev.ids[start:end]).long() for start, end in zip(dev.offsets, dev.offsets[1:])]
@@ -49,9 +49,7 @@ def test_agrees_with_one_row_at_a_time(model: SequenceClassifier, dev: TokenCach
     assert found.metrics["accuracy"] == float((logits.argmax(-1) == labels).sum()) / 152
     assert found.metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
     np.testing.assert_allclose(found.results, TASK.row_results(logits, labels), atol=1e-6)
-    assert found.probabilities is not None
     np.testing.assert_allclose(found.probabilities, logits.softmax(-1), atol=1e-6)
-    assert evaluate(model, TASK, dev, 200, World.alone(CPU)).probabilities is None
 
 
 def test_it_ends_when_all_ranks_are_to_stop(model: SequenceClassifier, dev: TokenCache) -> None:
@@ -78,18 +76,16 @@ def test_batches_have_every_row_once_and_no_more_tokens_than_allowed(batch_token
     assert not list(batches_of_like_length(np.zeros(0, np.int64), batch_tokens))
 
 
-@pytest.mark.parametrize(("batch_tokens", "keeps"), [(900, True), (30, False)])
-def test_ranks_count_every_row_once(model: SequenceClassifier, dev: TokenCache, batch_tokens: int, keeps: bool) -> None:
+@pytest.mark.parametrize("batch_tokens", [900, 30])
+def test_ranks_count_every_row_once(model: SequenceClassifier, dev: TokenCache, batch_tokens: int) -> None:
     """With 30 tokens at a time, most batches have no row for some of the ranks. All get the same result."""
 
     def check(world: World) -> None:
-        found = evaluate(model, TASK, dev, batch_tokens, world, keeps)
+        found = evaluate(model, TASK, dev, batch_tokens, world)
         assert gather_objects(world, found.metrics) == [found.metrics] * 3
         assert {key: pytest.approx(value, rel=1e-6) for key, value in alone.metrics.items()} == found.metrics
         np.testing.assert_allclose(found.results, alone.results, atol=1e-6)
-        assert (found.probabilities is not None) == keeps
-        if found.probabilities is not None and alone.probabilities is not None:
-            np.testing.assert_allclose(found.probabilities, alone.probabilities, atol=1e-6)
+        np.testing.assert_allclose(found.probabilities, alone.probabilities, atol=1e-6)
 
-    alone = evaluate(model, TASK, dev, batch_tokens, World.alone(CPU), keeps)
+    alone = evaluate(model, TASK, dev, batch_tokens, World.alone(CPU))
     on_ranks(3, check)

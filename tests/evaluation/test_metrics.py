@@ -16,7 +16,6 @@ from sst2_xlmr.evaluation.metrics import (
     macro_f1,
     mean_of,
     per_class,
-    share_below,
 )
 from sst2_xlmr.report.table import comparison_table
 from sst2_xlmr.task import SingleLabel
@@ -83,10 +82,9 @@ def test_interval_is_that_of_drawing_rows() -> None:
     assert time.process_time() - started < 5, "a number is drawn for a row, not for a resample"
 
 
-def test_mean_of_files_and_share_below() -> None:
+def test_mean_of_files() -> None:
     files: list[dict[str, Any]] = [{"accuracy": 0.85, "ece": 0.05, "recall": [1.0]}, {"accuracy": 0.95, "ece": 0.15}]
     assert mean_of(files) == {"accuracy": pytest.approx(0.9), "ece": pytest.approx(0.1)}
-    assert share_below(np.array([0.9, 0.1, 0.5, 0.9], np.float32)).tolist() == [0.5, 0, 0.25, 0.5]
 
 
 TASK = SingleLabel(["no", "yes"])

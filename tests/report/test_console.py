@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,15 +41,6 @@ def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
     assert events.Scalars("train/something_new")[0].value == 7, "a new metric needs no list"
     report.log_collapse(4, "same prediction for every text")
     assert metrics(tmp_path) == [ENTRY, {"step": 4, "collapsed": True}]
-    report.close()
-
-
-def test_a_console_may_not_have_a_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = open_small_report(tmp_path)
-    with (tmp_path / "log").open("w", encoding="ascii") as log:
-        monkeypatch.setattr(sys, "stdout", log)
-        report.say("class größe")
-    assert (tmp_path / "log").read_text() == "class gr\\xf6\\xdfe\n"
     report.close()
 
 
