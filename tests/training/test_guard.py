@@ -16,7 +16,7 @@ from running import digests, logged, resume, signal_comes, state_of
 
 from sst2_xlmr import train
 from sst2_xlmr.task import SingleLabel
-from sst2_xlmr.training.guard import is_used, watch
+from sst2_xlmr.training.guard import NotFinite, check_skipped, is_used, watch
 from sst2_xlmr.training.state import TrainState
 
 REASON = "same prediction for every text of dev, 'x' with the same probability"
@@ -34,6 +34,17 @@ def test_what_is_not_finite_is_not_used_unless_nobody_looks() -> None:
     norms = [torch.tensor(norm) for norm in (1.0, float("inf"), float("nan"))]
     assert [is_used(norm, looks=True) for norm in norms] == [True, False, False]
     assert all(is_used(norm, looks=False) for norm in norms)
+
+
+def test_batches_skipped_in_a_row_are_limited() -> None:
+    state, rows = TrainState(10), np.array([4, 7])
+    for skipped in (True, True, False, True, True):
+        state.advance(skipped)
+        check_skipped(state, 2, rows)
+    assert (state.step, state.updates, state.skipped, state.skipped_in_row) == (5, 1, 4, 2)
+    state.advance(skipped=True)
+    with pytest.raises(NotFinite, match=r"not finite at step 6 \(the last of 3 in a row\).*from 1: 5, 8: "):
+        check_skipped(state, 2, rows)
 
 
 def test_suspicion_waits_for_warm_up_and_asks_seldom() -> None:

@@ -51,6 +51,7 @@ def test_evaluations_are_about_eight_an_epoch_in_little_time() -> None:
     assert evaluation_interval(2105, 1_000_000, 22_000) == 527, "SST-2: four times; eight would take 6 % of the time"
     assert evaluation_interval(31250, 20_000_000, 22_000) == 3907, "eight times"
     assert evaluation_interval(313, 150_000, 22_000) == 0, "a tenth of SST-2: only at the end of an epoch"
+    assert evaluation_interval(313, 300_000, 22_000) == 0, "once, and that is the end"
     assert evaluation_interval(5, 10_000_000, 100) == 1
 
 
