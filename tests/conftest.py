@@ -24,6 +24,7 @@ from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.util.errors import exit_on_user_error
 
 Capture = pytest.CaptureFixture[str]
+RunTrain = Callable[..., Path]
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_DATA = ROOT / "sample_data"
 SMALL_ENCODER = Path(os.environ.get("SST2_XLMR_SMALL_ENCODER", ROOT / "models" / "small"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from conftest import ROOT, metrics
 from sst2_xlmr import train
 from sst2_xlmr.training.checkpoint import find_checkpoint, read_state
 from sst2_xlmr.training.state import TrainState
+from sst2_xlmr.util import distributed
+from sst2_xlmr.util.distributed import World
+from sst2_xlmr.util.errors import end_among_others
 from sst2_xlmr.util.files import digest_of
 
 DEADLINE_S = 120
@@ -152,3 +156,23 @@ def charted(run: Path) -> list[int]:
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     return [event.step for event in events.Scalars("train/loss")]
+
+
+def on_ranks(processes: int, work: Callable[[World], object], nodes: bool = False) -> None:
+    """Call `work` in so many forks of this process, which are one world; with `nodes`, each as if on one of its own."""
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def start(rank: str) -> None:
+        local = {"LOCAL_RANK": "0" if nodes else rank, "LOCAL_WORLD_SIZE": "1" if nodes else str(processes)}
+        os.environ.update(common, RANK=rank, **local)
+        with distributed.start("cpu", 1, 1) as world:
+            work(world)
+        end_among_others(0)
+
+    forks = [multiprocessing.get_context("fork").Process(target=start, args=(str(n),)) for n in range(processes)]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join(DEADLINE_S)
+        fork.kill()
+    assert [fork.exitcode for fork in forks] == [0] * processes

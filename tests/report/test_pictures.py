@@ -40,7 +40,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, float]]:
     return texts
 
 
-@pytest.mark.parametrize("classes", [1, 2, 3, 20, 21, 1000])
+@pytest.mark.parametrize("classes", [1, 20, 21, 1000])
 def test_confusion_pictures(classes: int) -> None:
     confusion = np.diag(np.arange(classes) + 1)
     picture = pixels(confusion_picture(confusion, [f"a class called {n}" for n in range(classes)], "dev, step 1"))
