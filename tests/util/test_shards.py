@@ -59,23 +59,6 @@ def test_what_was_continued_has_the_same_bytes(tmp_path: Path, name: str) -> Non
     assert text.decode().splitlines() == [f"{name} {number}" for number in range(5)]
 
 
-def test_without_any_rows_a_gzip_file_is_whole(tmp_path: Path) -> None:
-    write([tmp_path / "a.jsonl.gz"], 0)
-    assert gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()) == b""
-
-
-def test_what_was_begun_with_another_fingerprint_is_not_continued(tmp_path: Path) -> None:
-    paths = [tmp_path / "a.tsv", tmp_path / "b.csv"]
-    write(paths[:1], 3, dies=True)
-    before = names(shards_of(paths[0]))
-    for outputs, fingerprint in ((paths[:1], {"model": "other"}), (paths, FINGERPRINT)):
-        with pytest.raises(UserError, match="belong to another model, input"):
-            write(outputs, 3, resume=True, fingerprint=fingerprint)
-        assert names(shards_of(paths[0])) == before, "what is refused stays"
-    assert write(paths[:1], 1) == 0, "without resume it begins again"
-    assert paths[0].read_text() == "a.tsv 0\n"
-
-
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_second_command_is_refused_while_the_first_one_writes(
     tmp_path: Path, resume: bool, monkeypatch: pytest.MonkeyPatch
@@ -168,22 +151,8 @@ def test_what_others_have_made_stays(tmp_path: Path, kind: str) -> None:
     assert before == (sorted(tmp_path.rglob("*")), sorted(other.glob("*")))
 
 
-def test_a_folder_of_a_process_that_was_killed_at_once_is_used(tmp_path: Path) -> None:
-    path = tmp_path / "a.tsv"
-    shards_of(path).mkdir()
-    for name in ("lock", f".fingerprint.json.{'0' * 16}.new.sst2_xlmr"):
-        (shards_of(path) / name).touch()
-    write([path], 1)
-    assert names(tmp_path) == ["a.tsv"]
-
-
 def test_what_is_not_ours_in_the_folder_stays(tmp_path: Path) -> None:
     write([tmp_path / "a.tsv"], 1, dies=True)
     (shards_of(tmp_path / "a.tsv") / "notes").write_text("precious")
     write([tmp_path / "a.tsv"], 1, resume=True)
     assert names(shards_of(tmp_path / "a.tsv")) == ["notes"]
-
-
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot write .*: No such file"):
-        write([tmp_path / "b" / "a.tsv"], 1)
