@@ -73,10 +73,6 @@ class Fork(ForkProcess):
     def __exit__(self, *_: object) -> None:
         self.wait()
 
-    @property
-    def returncode(self) -> int | None:
-        return self.exitcode
-
     def poll(self) -> int | None:
         return self.exitcode
 
@@ -181,7 +177,7 @@ def wait_for(log: Path, text: str, process: Process, times: int = 1) -> None:
     """Wait until the log has `text`; fails if the process ends before that."""
     deadline = time.monotonic() + DEADLINE_S
     while log.read_text(errors="replace").count(text) < times:
-        assert process.poll() is None, f"ended with {process.returncode}: {log.read_text(errors='replace')}"
+        assert process.poll() is None, f"ended with {process.poll()}: {log.read_text(errors='replace')}"
         assert time.monotonic() < deadline, f"no {text!r} in {log.read_text(errors='replace')}"
         time.sleep(0.005)
 

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, SAMPLE_DATA, Capture, user_error
 
-from sst2_xlmr.programs import evaluate, predict
-
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 bench, inputs = (importlib.import_module(name) for name in ("bench", "inputs"))
 
@@ -58,34 +56,6 @@ def test_a_ratio_is_taken_in_every_round() -> None:
     found = bench.ratios({"a": ours, "b": others})["a / b"]
     assert found["samples_per_s"] == {"median": 3, "min": 2, "max": 4}
     assert found["peak_rss_bytes"]["median"] == 0.5
-
-
-def test_evaluation_and_prediction_without_the_time_to_start(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands: list[tuple[str, str]] = []
-
-    def run(command: list[str], environment: dict[str, str]) -> dict[str, float]:
-        assert environment["PYTHONPATH"].startswith(str(ROOT))
-        _, program, *words = command
-        parsed = (predict if "predict" in program else evaluate).parse_args(words)
-        commands.append((Path(program).stem, parsed.precision))
-        return {"seconds": 3.0 if "eval.tsv" in " ".join(command) else 1.0, "peak_rss_bytes": 7}
-
-    monkeypatch.setattr(bench, "run", run)
-    arguments = bench.parse_args([*options, "--only", "int8,predict", "--eval-rows", "108"])
-    bench.write_inputs(arguments, tmp_path)
-    assert len(inputs.read_rows(tmp_path / "eval.tsv")) == 108
-    for task, names in (("int8", {"int8", "ours"}), ("predict", {"ours"})):
-        contenders = bench.contenders(arguments, tmp_path, task)
-        assert set(contenders) == names
-        for measure in contenders.values():
-            assert measure() == {"samples_per_s": 50.0, "peak_rss_bytes": 7}
-    expected = [("evaluate", "int8"), ("evaluate", "fp32"), ("predict", "fp32")]
-    assert commands == [command for command in expected for _ in range(3)]
-    monkeypatch.setattr(bench, "run", lambda *_: {"seconds": 1.0})
-    with pytest.raises(Exception, match="--eval-rows 108 took no longer than 8: give more"):
-        measure()
 
 
 def test_rows_are_as_long_as_those_that_they_are_made_of(tmp_path: Path) -> None:

@@ -170,17 +170,16 @@ def test_processes_change_nothing(train_words: Words, tmp_path: Path, processes:
         assert_same_weights(many, one, 1e-5)
 
 
-@pytest.mark.parametrize("nodes", [False, True])
-def test_two_processes_in_bf16_with_micro_batches(train_words: Words, tmp_path: Path, nodes: bool) -> None:
+def test_two_processes_in_bf16_with_micro_batches(train_words: Words, run_train: RunTrain, tmp_path: Path) -> None:
     options = ["--epochs", 2, "--dropout", 0, "--head-dropout", 0, "--precision", "bf16", "--micro-batch-size", 2]
-    train.main(train_words(tmp_path / "one", *options))
-    statuses, _, errors = run_ranks(2, train_words(tmp_path / "two", *options), tmp_path, nodes)
-    assert statuses == [0, 0], errors
-    ours, theirs = (metrics(tmp_path / run) for run in ("two", "one"))
-    for key in ("loss", "grad_norm"):
-        assert [line[key] for line in ours if key in line] == pytest.approx(
-            [line[key] for line in theirs if key in line], rel=0.03
-        )
+    expected = metrics(run_train(tmp_path / "one", *options))
+    for nodes in (False, True):
+        run = tmp_path / f"two-{nodes}"
+        statuses, _, errors = run_ranks(2, train_words(run, *options), tmp_path, nodes)
+        assert statuses == [0, 0], errors
+        for key in ("loss", "grad_norm"):
+            ours, theirs = ([line[key] for line in lines if key in line] for lines in (metrics(run), expected))
+            assert ours == pytest.approx(theirs, rel=0.03)
 
 
 @pytest.mark.parametrize(("processes", "options"), [(2, ["--micro-batch-size", 2]), (3, [])])

@@ -114,19 +114,6 @@ def test_every_format_in_and_out_keeps_all_columns_and_the_order(
     assert (printed.out, printed.err) == ("", "")
 
 
-def test_pairs_columns_by_number_and_no_header(model: Path, tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "in.tsv").write_text("1\ta fine film\tit was good\n2\ta poor one\t\n")
-    options = ["--input", tmp_path / "in.tsv", "--text-column", 2, "--text-pair-column", 3, "--no-header"]
-    run(model, *options)
-    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert [line[2:] for line in lines] == [["a fine film", "it was good"], ["a poor one", ""]]
-    run(model, *options, "--output", tmp_path / "out.csv")
-    rows = list(csv.reader((tmp_path / "out.csv").read_text().splitlines()))
-    assert [row[:4] for row in rows] == [["1", *lines[0][2:], lines[0][0]], ["2", *lines[1][2:], lines[1][0]]]
-    run(model, *options[:-3], "--no-header")
-    assert capsys.readouterr().out.splitlines()[0].split("\t")[1] != lines[0][1], "the second text does not count"
-
-
 def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path, capsys: Capture) -> None:
     rows: list[dict[str, Any]] = [{"text": "x", "n": 1}, {"n": None, "text": "y"}, {"text": "z", "label": [1]}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
