@@ -89,9 +89,9 @@ Process = Union[subprocess.Popen[bytes], Fork]
 
 
 @contextmanager
-def forked(words: list[str], log: Path) -> Iterator[Fork]:
+def forked(words: list[str], log: Path, errors: Path | None = None) -> Iterator[Fork]:
     """As `started` for one of our programs (its path and options), in a fork."""
-    process = Fork(words, log)
+    process = Fork(words, log, errors)
     try:
         yield process
     finally:
@@ -175,11 +175,12 @@ def workers(process: subprocess.Popen[bytes]) -> list[int]:
 
 def wait_for(log: Path, text: str, process: Process, times: int = 1) -> None:
     """Wait until the log has `text`; fails if the process ends before that."""
-    deadline = time.monotonic() + DEADLINE_S
-    while log.read_text(errors="replace").count(text) < times:
-        assert process.poll() is None, f"ended with {process.poll()}: {log.read_text(errors='replace')}"
-        assert time.monotonic() < deadline, f"no {text!r} in {log.read_text(errors='replace')}"
+    deadline, said = time.monotonic() + DEADLINE_S, ""
+    while said.count(text) < times:
+        assert process.poll() is None, f"ended with {process.poll()}: {said}"
+        assert time.monotonic() < deadline, f"no {text!r} in {said}"
         time.sleep(0.005)
+        said = log.read_text(errors="replace") if log.is_file() else ""
 
 
 def last_step(run: Path) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SST2, Capture, change_json, change_weights, file_size_limit, make_tokenizer, user_error
+from conftest import ROOT, Capture, change_json, change_weights, file_size_limit, make_tokenizer, user_error
 from running import Fork, forked_ranks, kill_group, run_ranks
 
 import sst2_xlmr
@@ -136,11 +136,8 @@ def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path, capsys: Capture
 
 def test_glue_submission(model: Path, tmp_path: Path, capsys: Capture) -> None:
     """As many rows as test.tsv, numbers by the names of the classes; the server takes nothing else."""
-    test = SST2 / "test.tsv"
-    if not test.is_file():
-        test = tmp_path / "test.tsv"
-        test.write_text("index\tsentence\n0\ta fine film\n1\ta poor one\n2\tso-so\n")
-    texts = [line.split("\t")[1] for line in test.read_text().splitlines()[1:]]
+    test, texts = tmp_path / "test.tsv", ["a fine film", "a poor one", "so-so"]
+    test.write_text("".join(["index\tsentence\n", *(f"{n}\t{text}\n" for n, text in enumerate(texts))]))
     for names in (["negative", "positive"], ["positive", "negative"]):
         folder = Path(shutil.copytree(model, tmp_path / names[0]))
         change_json(folder / "config.json", id2label={str(number): name for number, name in enumerate(names)})

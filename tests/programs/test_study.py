@@ -7,13 +7,12 @@ import os
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Capture, Words, metrics, user_error
-from running import Fork, train_in_forks
+from running import Fork, forked, train_in_forks, wait_for
 
 from sst2_xlmr.programs import split, study
 from sst2_xlmr.report.comparison import Results, interval, summary
@@ -126,12 +125,11 @@ def test_a_run_is_not_taken_for_one_on_other_files(
 def test_a_run_that_is_stopped_ends_it(number: signal.Signals, common: Words, tmp_path: Path) -> None:
     options = common("--epochs", 100_000)
     log, errors = tmp_path / "all" / "ours" / "seed-1.log", tmp_path / "errors"
-    process = Fork(["scripts/study.py", "--seeds", "1,2", *options], tmp_path / "out", errors)
-    while process.poll() is None and (not log.is_file() or "step " not in log.read_text()):
-        time.sleep(0.01)
-    # A terminal's Ctrl-C goes to both processes.
-    os.killpg(process.pid or 0, number) if number == signal.SIGINT else process.send_signal(number)
-    assert process.wait() == 128 + number
+    with forked(["scripts/study.py", "--seeds", "1,2", *options], tmp_path / "out", errors) as process:
+        wait_for(log, "step ", process)
+        # A terminal's Ctrl-C goes to both processes.
+        os.killpg(process.pid or 0, number) if number == signal.SIGINT else process.send_signal(number)
+        assert process.wait() == 128 + number
     # Training has ended before: the same command, given at once, does not find its folder in use.
     claim(tmp_path / "all" / "ours" / "seed-1").close()
     assert f"by {number.name} after step" in errors.read_text()
