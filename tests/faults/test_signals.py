@@ -48,7 +48,7 @@ def check_stopped_and_resumed(run: Path, log: Path, whole: Path, number: signal.
     assert f"train.py --resume --output-dir {run}" in said
     assert "Traceback" not in said
     assert not (run / "model").exists()
-    resume(run)
+    resume(run, "--num-workers", 0)
     assert digests(run) == digests(whole)
     assert logged(run) == logged(whole)
     assert charted(run) == list(range(1, STEPS + 1))
@@ -101,7 +101,7 @@ def test_signal_during_evaluation_does_not_wait_for_its_end(
     """It is left, and made again when the run goes on; also if it was the last one."""
     run, log = tmp_path / "run", tmp_path / "log"
     lines = (small_data / "dev.tsv").read_text().splitlines()
-    (small_data / "dev.tsv").write_text("\n".join([lines[0], *lines[1:] * 300]) + "\n")
+    (small_data / "dev.tsv").write_text("\n".join([lines[0], *lines[1:] * 100]) + "\n")
     words = train_words(run, "--max-steps", 7, "--eval-batch-tokens", 100, "--eval-every", 0)
     with forked(["train.py", *words], log) as process:
         wait_for(log, "step      7/7", process)
