@@ -42,7 +42,7 @@ def test_rates_memory_and_ratios_of_training(options: list[str], tmp_path: Path,
     assert ours["tokens_per_s"]["median"] > 2 * ours["samples_per_s"]["median"] > 0
     assert ours["peak_rss_bytes"]["median"] > 50e6  # torch alone is larger
     assert beside["tokens_per_s"]["median"] == pytest.approx(ours["tokens_per_s"]["median"] / 5, rel=1e-3)
-    assert beside["peak_rss_bytes"]["median"] > 1
+    assert beside["peak_rss_bytes"]["median"] >= 1
     assert found["trainer"]["versions"] == {"torch": "9"}
     order = json.loads((tmp_path / "order.json").read_text())
     assert (order["batches"], order["max_steps"], order["splits"]) == (50, 100, [])

@@ -67,7 +67,7 @@ def test_the_service_answers_and_survives_what_is_sent_to_it(served_model: Path,
         pytest.importorskip(package)
     (program,) = programs_of("from-csv-to-service.md", "python")
     (tmp_path / "service.py").write_text(
-        program.replace("SECONDS_TO_ARRIVE = 1 << 20, 10", "SECONDS_TO_ARRIVE = 1 << 20, 1")
+        program.replace("SECONDS_TO_ARRIVE = 1 << 20, 10", "SECONDS_TO_ARRIVE = 1 << 20, 2")
     )
     export.main(["--model", str(served_model), "--format", "onnx", "--output", str(tmp_path / "classifier.onnx")])
     port = free_port()
@@ -76,7 +76,7 @@ def test_the_service_answers_and_survives_what_is_sent_to_it(served_model: Path,
     command = [sys.executable, "-m", "uvicorn", "service:app", "--port", str(port), "--log-level", "error"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as service:
         try:
-            for _ in range(300):
+            for _ in range(600):
                 with socket.socket() as probe:
                     if not probe.connect_ex(("127.0.0.1", port)):
                         break
