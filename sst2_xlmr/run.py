@@ -130,16 +130,16 @@ class Run:
         if self.state.collapse_check_due:
             self.check_collapse()
 
-    def evaluate_split(self, split: str, keep: bool) -> Evaluation:
-        """Evaluate on a file, perhaps with probabilities; raises Interrupted if a signal came before it was done."""
+    def evaluate_split(self, split: str) -> Evaluation:
+        """Evaluate on a file; raises Interrupted if a signal came before it was done."""
         tokens, cache = self.config.eval_batch_tokens, self.inputs.caches[split]
         with memory_errors(f"rerun with --eval-batch-tokens {max(1, tokens // 2)} or less"):
-            return evaluate(self.forward, self.task, cache, tokens, self.world, keep, self.stop.is_agreed)
+            return evaluate(self.forward, self.task, cache, tokens, self.world, self.stop.is_agreed)
 
     def evaluate(self) -> None:
         """Evaluate during training, and keep the model if it is the best."""
         state, task, may_end = self.state, self.task, self.schedule.may_end(self.state)
-        found = {split: self.evaluate_split(split, may_end or self.config.calibrate) for split in self.during}
+        found = {split: self.evaluate_split(split) for split in self.during}
         value, labels = found["dev"].metrics[task.best_metric], self.inputs.caches["dev"].labels
         is_best = value > state.best_value
         is_written = is_best or may_end
@@ -183,7 +183,7 @@ class Run:
     def check_collapse(self) -> None:
         """Raise Collapsed if dev's predictions, beside those of the model before training, say so."""
         state, dev, tokens = self.state, self.inputs.caches["dev"], self.config.eval_batch_tokens
-        found = self.evaluate_split("dev", keep=True).probabilities
+        found = self.evaluate_split("dev").probabilities
         if self.untrained is None:
             try:
                 untrained, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
@@ -192,9 +192,7 @@ class Run:
                 raise
             untrained.to(self.world.device)
             stop = self.stop.is_agreed
-            self.untrained = evaluate(untrained, self.task, dev, tokens, self.world, True, stop).probabilities
-        assert found is not None
-        assert self.untrained is not None
+            self.untrained = evaluate(untrained, self.task, dev, tokens, self.world, stop).probabilities
         state.collapse_check_due, state.checked_step = False, state.step
         reason = self.task.collapse_reason(found, self.untrained, dev.labels, state.has_learned)
         if reason := broadcast(self.world, reason):

@@ -102,7 +102,7 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
     state = read_state(checkpoint) if checkpoint else decide(config, inputs, digests, world)
     for name in UNCHANGING:
         if digests[name] != state.digests.get(name):
-            raise_on_all(f"the {name} differ from those that the run in {folder} was started with; give the same")
+            raise_on_all(f"not the {name} with which the run in {folder} was started; give the same")
     set_up_numerics(state.precision, config.deterministic, world.device)
     run = Run(config, inputs, folder, state, world)
     if config.tensorboard_dir:
@@ -141,11 +141,11 @@ def finish(run: Run) -> None:
     state, folder, metric = run.state, run.folder, run.task.best_metric
     if run.schedule.has_stopped_improving(state):
         run.say(f"stopped early: {state.stale_evaluations} evaluations without a better dev {metric}")
-    found = {split: run.evaluate_split(split, keep=True) for split in run.at_end}
+    found = {split: run.evaluate_split(split) for split in run.at_end}
     run.log_evaluations(found, state.temperature, draws=True)
     is_best = state.best_step == state.step
     best = (on_rank0(run.world, run.evaluate_best) if run.at_end and not is_best else None) or {}
-    run.tell(lambda report: report.log_end(state.step, {**run.metrics, **best}))
+    run.tell(lambda report: report.log_end({**run.metrics, **best}))
     run.export("model")
     run.make_sure_of_checkpoint()
     if run.config.calibrate:

@@ -40,7 +40,7 @@ def model(tiny_encoder: Path) -> SequenceClassifier:
 
 
 def test_agrees_with_one_row_at_a_time(model: SequenceClassifier, dev: TokenCache) -> None:
-    found = evaluate(model, TASK, dev, 200, World.alone(CPU), keep_probabilities=True)
+    found = evaluate(model, TASK, dev, 200, World.alone(CPU))
     assert model.training
     model.eval()
     rows = [torch.from_numpy(dev.ids[start:end]).long() for start, end in zip(dev.offsets, dev.offsets[1:])]
@@ -51,9 +51,7 @@ def test_agrees_with_one_row_at_a_time(model: SequenceClassifier, dev: TokenCach
     assert found.metrics["accuracy"] == float((logits.argmax(-1) == labels).sum()) / 152
     assert found.metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
     np.testing.assert_allclose(found.results, TASK.row_results(logits, labels), atol=1e-6)
-    assert found.probabilities is not None
     np.testing.assert_allclose(found.probabilities, logits.softmax(-1), atol=1e-6)
-    assert evaluate(model, TASK, dev, 200, World.alone(CPU)).probabilities is None
 
 
 def test_it_ends_when_all_ranks_are_to_stop(model: SequenceClassifier, dev: TokenCache) -> None:
@@ -80,13 +78,12 @@ def test_batches_have_every_row_once_and_no_more_tokens_than_allowed(batch_token
     assert not list(batches_of_like_length(np.zeros(0, np.int64), batch_tokens))
 
 
-@pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("world_size", [2, 3, 40])
 def test_ranks_count_every_row_once(
-    model: SequenceClassifier, dev: TokenCache, world_size: int, keeps: bool, monkeypatch: pytest.MonkeyPatch
+    model: SequenceClassifier, dev: TokenCache, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread for every rank; with 40, most have nothing to do in the first batch. All get the same result."""
-    alone = evaluate(model, TASK, dev, 900, World.alone(CPU), keeps)
+    alone = evaluate(model, TASK, dev, 900, World.alone(CPU))
     shares: list[object] = [None] * world_size
     everybody_is_there = Barrier(world_size)
 
@@ -99,18 +96,13 @@ def test_ranks_count_every_row_once(
     monkeypatch.setattr(model.eval(), "train", lambda mode=True: model)  # one model for all threads
     worlds = [World(rank, world_size, rank, world_size, CPU) for rank in range(world_size)]
     with ThreadPoolExecutor(world_size) as pool:
-        found = list(pool.map(lambda world: evaluate(model, TASK, dev, 900, world, keeps), worlds))
+        found = list(pool.map(lambda world: evaluate(model, TASK, dev, 900, world), worlds))
     for one in found:
         assert one.metrics == found[0].metrics
         assert one.metrics.keys() == alone.metrics.keys()
         assert all(one.metrics[key] == pytest.approx(value, rel=1e-6) for key, value in alone.metrics.items())
         np.testing.assert_allclose(one.results, alone.results, atol=1e-6)
-        if keeps:
-            assert one.probabilities is not None
-            assert alone.probabilities is not None
-            np.testing.assert_allclose(one.probabilities, alone.probabilities, atol=1e-6)
-        else:
-            assert one.probabilities is None
+        np.testing.assert_allclose(one.probabilities, alone.probabilities, atol=1e-6)
 
 
 def test_predictions_keep_their_order(model: SequenceClassifier) -> None:

@@ -15,7 +15,6 @@ from sst2_xlmr.evaluation.metrics import (
     macro_f1,
     mean_of,
     per_class,
-    share_below,
 )
 
 LABELS = np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, 2], np.int32)
@@ -113,11 +112,10 @@ def test_interval_draws_a_number_for_a_resample_not_for_a_row(monkeypatch: pytes
     assert drawn == [10_000]
 
 
-def test_mean_of_files_and_share_below() -> None:
+def test_mean_of_files() -> None:
     files: list[dict[str, Any]] = [
         {"accuracy": 0.85, "ece": 0.05, "recall": [1.0], "rows": 100},
         {"accuracy": 0.95, "ece": 0.15},
     ]
     mean = mean_of(files)
     assert mean == {"accuracy": pytest.approx(0.9), "ece": pytest.approx(0.1)}
-    assert share_below(np.array([0.9, 0.1, 0.5, 0.9], np.float32)).tolist() == [0.5, 0, 0.25, 0.5]

@@ -195,7 +195,7 @@ def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> 
     words = words_for(model, "--input", given, "--output", out, "--resume")
 
     def blocks() -> int:
-        return len(list(shards_of(out).glob("0-*")))
+        return len(list(shards_of(out).glob("0*.json")))
 
     for processes in (2, 1):
         before = blocks()
@@ -239,6 +239,16 @@ def run_killed(model: Path, *options: object) -> None:
             run(model, *options)
 
 
+def test_what_was_to_replace_a_file_is_continued(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The file that exists is not taken for the result."""
+    options = ["--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv"]
+    (tmp_path / "out.csv").write_text("of before")
+    run_killed(model, *options, "--overwrite")
+    assert "out.csv already exists" in user_error(partial(run, model, *options, "--resume"), capsys)
+    run(model, *options, "--resume", "--overwrite")
+    assert len(read_output(tmp_path / "out.csv")) == 1500
+
+
 def change(file: Path, old: bytes, new: bytes) -> None:
     content = file.read_bytes()
     assert old in content
@@ -250,7 +260,7 @@ def test_other_rows_are_not_continued(model: Path, tmp_path: Path, what: str, ca
     source, model = model, Path(shutil.copytree(model, tmp_path / "model"))
     options = ["--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv"]
     run_killed(model, *options)
-    assert (tmp_path / ".out.csv.shards" / "0-00000000").is_file()
+    assert (tmp_path / ".out.csv.shards" / "00000000.json").is_file()
     if what == "row":
         change(tmp_path / "in.csv", b"number 1499 ", b"number 1498 ")
     elif what == "weight":
@@ -264,6 +274,18 @@ def test_other_rows_are_not_continued(model: Path, tmp_path: Path, what: str, ca
     run(model, *options, "--overwrite")
     assert len(read_output(tmp_path / "out.csv")) == 1500
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "model", "out.csv"]
+
+
+def test_a_file_that_came_meanwhile_is_not_replaced(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    output = tmp_path / "out.csv"
+    options = ["--input", write_many(tmp_path / "in.csv", 20), "--output", output]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "with_progress", lambda answers, *_, **__: [*answers, output.write_text("theirs")][:1])
+        assert "out.csv already exists" in user_error(lambda: run(model, *options), capsys)
+    assert output.read_text() == "theirs"
+    output.unlink()
+    run(model, *options, "--resume")
+    assert len(read_output(output)) == 20
 
 
 def test_an_input_that_changes_meanwhile_is_no_result(
@@ -301,7 +323,6 @@ WRONG_USE = {
     "--input no.tsv": "cannot read no.tsv: No such file",
     "--input sample_data": "unknown kind of file",
     "--input sample_data/dev.tsv --output no/such/x.tsv": "cannot write to no/such: No such file",
-    "--input sample_data/dev.tsv --output x.tsv --resume --overwrite": "leave one of them out",
     "--input sample_data/dev.tsv --glue-submission g --all-probabilities": "--glue-submission holds labels only",
     "--input rows.tsv --glue-submission g --output g/../g/SST-2.tsv": "both write g/../g/SST-2.tsv",
     "--text-column 2 x": "--text-column needs --input",

@@ -104,7 +104,7 @@ def test_a_run_resumes_with_what_it_began_with_only(
         changed.seek(at, os.SEEK_END)
         changed.write(content)
     line = user_error(lambda: resume(run), capsys)
-    assert f"the {what} differ from those that the run in {run} was started with; give the same" in line
+    assert f"not the {what} with which the run in {run} was started; give the same" in line
     assert (digests(run), logged(run)) == (before, saved)
 
 
