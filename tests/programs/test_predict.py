@@ -205,7 +205,7 @@ def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> 
             for fork in forks:
                 kill_group(fork)
         assert not out.exists()
-    for said in ("", "b.csv.gz already exists and is complete, so nothing was done; whether it belongs"):
+    for said in ("", "b.csv.gz is already complete, so nothing was done; if it came from another"):
         statuses, _, errors = run_ranks(2, words, tmp_path, program=PROGRAM)
         assert statuses == [0, 0] and said in errors
     assert out.read_bytes() == whole.read_bytes()
