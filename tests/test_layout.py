@@ -13,7 +13,8 @@ PACKAGE = ROOT / "sst2_xlmr"
 # of circles.
 LEVELS = [
     {"util"},
-    {"config", "cli", "__main__"},
+    {"config"},
+    {"cli", "__main__"},
     {"evaluation.metrics"},
     {"task"},
     {"model"},
@@ -54,7 +55,8 @@ def test_imports_point_one_way() -> None:
     for name, file in MODULES.items():
         for other in imports_of(file) if name != "__init__" else ():
             says = f"{name} imports {other}"
-            assert level_of(other) <= level_of(name) and name != "evaluation.metrics", says
+            is_neighbor = other.split(".")[0] == name.split(".")[0]
+            assert level_of(other) < level_of(name) or (is_neighbor and name != "evaluation.metrics"), says
             assert not other.startswith("engines") or name.startswith(("engines", "backend")), says
 
 
