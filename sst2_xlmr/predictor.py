@@ -60,7 +60,7 @@ class Classifier:
         would not be faster, one line on standard error says so, and the precision is auto.
         """
         if precision not in ("auto", "bf16", "fp32", "int8"):
-            raise ValueError(f"precision {precision!r} is none of auto, bf16, fp32 and int8")
+            raise ValueError(f"precision must be auto, bf16, fp32 or int8, not {precision!r}")
         if not isinstance(device, torch.device):
             if device not in ("auto", "cpu", "cuda"):
                 raise ValueError(f"device {device!r} is none of auto, cpu and cuda; others go as torch.device(...)")

@@ -85,7 +85,7 @@ def test_wrong_use(model: Path, tmp_path: Path) -> None:
         classifier.predict(["fine", "half \ud83d"])
     with pytest.raises(UserError, match="config.json"):
         sst2_xlmr.load(tmp_path)
-    with pytest.raises(ValueError, match="precision 'fp16' is none of auto, bf16, fp32 and int8"):
+    with pytest.raises(ValueError, match="precision must be auto, bf16, fp32 or int8, not 'fp16'"):
         sst2_xlmr.load(model, precision="fp16")
     with pytest.raises(ValueError, match="device 'gpu' is none of auto, cpu and cuda"):
         sst2_xlmr.load(model, device="gpu")

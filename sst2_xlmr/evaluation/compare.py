@@ -45,7 +45,7 @@ def check_comparison(
     """
     part, cure = compare_all(task, files), f"are allowed; take {reference}, or allow more"
     if not np.isfinite(part["largest"]):
-        raise UserError(f"{name} gives probabilities that are no numbers; take {reference}")
+        raise UserError(f"{name} produces probabilities that are not finite; take {reference}")
     if part["changed"] > most_changed * part["rows"]:
         labels = f"{part['changed']:,} of {part['rows']:,} labels of {reference}, {part['changed'] / part['rows']:.2%}"
         raise UserError(f"{name} changes {labels}, and at most {most_changed:.2%} {cure}")

@@ -110,7 +110,7 @@ def evaluate(
             rows = batch[world.rank :: world.world_size]
             if len(rows):
                 logits = logits_of(model, cache.ids, cache.offsets, rows, world.device)
-                results.append(task.row_results(logits, torch.from_numpy(labels[rows]).long().to(world.device)))
+                results.append(task.row_results(logits, torch.from_numpy(labels[rows]).to(world.device)))
                 kept.append(task.probabilities(logits))
     finally:
         model.train(was_training)

@@ -283,9 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     if not (arguments.input and paths):
         predict_stream(arguments)
     elif arguments.resume and is_complete(paths):
-        unknown = "whether it belongs to this input and model is not known"
-        cure = "replace it with --overwrite instead of --resume"
-        print(f"{paths[0]} already exists and is complete, so nothing was done; {unknown}: {cure}", file=sys.stderr)
+        cure = "if it came from another input or model, rerun with --overwrite instead of --resume"
+        print(f"{paths[0]} is already complete, so nothing was done; {cure}", file=sys.stderr)
     else:
         with distributed.start(arguments.device, 0, TIMEOUT_MINUTES) as world:
             try:

@@ -18,10 +18,7 @@ INK, PALE, LINE, BLUE = "#202124", "#6e7278", "#dee1e6", "#1a5fb4"
 MOST_NAMED_CLASSES = 20  # with more, names and numbers would not be readable
 MOST_LETTERS = 32  # of a name
 DOTS_PER_INCH = 100
-# matplotlib brings this one; for letters that it lacks (Chinese, Devanagari ...), fonts of the system whose names begin
-# with one of the others are asked.
-BASE_FONT = "DejaVu Sans"
-MORE_FONTS = ("Noto Sans", "WenQuanYi", "Droid Sans Fallback", "PingFang", "Hiragino Sans", "Arial Unicode")
+FONT = "DejaVu Sans"  # matplotlib's own; a class whose name has other letters (Chinese, say) is shown by its number
 
 
 def can_draw() -> bool:
@@ -75,25 +72,16 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
 
 @contextmanager
 def _settings(texts: list[str]) -> Iterator[set[str]]:
-    """Draw with matplotlib's defaults and the fonts that these texts need; yields the letters that cannot be shown."""
+    """Draw with matplotlib's defaults; yields the letters of these texts that its own font cannot show."""
     import matplotlib.style
-    from matplotlib import font_manager, ft2font
+    from matplotlib import font_manager
 
-    letters = set("".join(texts))
-    families, missing = [], letters
-    names = {font.name for font in font_manager.fontManager.ttflist}
-    for family in [BASE_FONT, *sorted(name for name in names if name.startswith(MORE_FONTS))]:
-        font = font_manager.get_font(font_manager.findfont(family))
-        unknown = {letter for letter in missing if not font.get_char_index(ord(letter))}
-        if unknown != missing:
-            families.append(family)
-        missing = unknown
-        if not missing:
-            break
-    if not hasattr(ft2font, "__libraqm_version__"):  # before 3.11: letters one after the other, from left to right
-        missing = missing | {letter for letter in letters if unicodedata.bidirectional(letter) in ("R", "AL")}
-        missing |= {letter for letter in letters if unicodedata.category(letter) in ("Mc", "Mn")}  # combine
-    ours = {"font.family": families, "font.size": 10, "axes.titlesize": 12, "text.parse_math": False}
+    font = font_manager.get_font(font_manager.findfont(FONT))
+    missing = {letter for letter in "".join(texts) if not font.get_char_index(ord(letter))}
+    # Without libraqm (matplotlib before 3.11) letters stand one after the other, from left to right, uncombined.
+    missing |= {letter for letter in "".join(texts) if unicodedata.bidirectional(letter) in ("R", "AL")}
+    missing |= {letter for letter in "".join(texts) if unicodedata.category(letter) in ("Mc", "Mn")}
+    ours = {"font.family": FONT, "font.size": 10, "axes.titlesize": 12, "text.parse_math": False}
     with matplotlib.style.context(["default", ours]):
         yield missing
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.training.state import TrainState
@@ -37,6 +38,14 @@ def evaluation_interval(batches: int, train_tokens: int, evaluated_tokens: int) 
     return math.ceil(batches / times) if times > 1 else 0
 
 
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    log: bool
+    evaluation: bool
+    checkpoint: bool
+
+
 class Schedule:
     """A run's schedule, of `total_steps`, the first `warmup_steps` of which warm up; with `eval_every` as decided."""
 
@@ -50,15 +59,14 @@ class Schedule:
         config = self._config
         return config.lr * lr_factor(step, self.total_steps, config.warmup_ratio, config.schedule)
 
-    def due(self, state: TrainState) -> set[str]:
-        """Return what is due now that a step has been taken: "log", "evaluate", "save"."""
+    def due(self, state: TrainState) -> Due:
+        """Return what is due now that a step has been taken."""
         ends = self.ends(state)
-        is_due = {
-            "log": state.step % self._config.log_every == 0 or state.step == self.total_steps,
-            "evaluate": ends or _is_multiple(state.batch, self._eval_every),
-            "save": ends or _is_multiple(state.step, self._config.save_every),
-        }
-        return {what for what, due in is_due.items() if due}
+        return Due(
+            log=state.step % self._config.log_every == 0 or state.step == self.total_steps,
+            evaluation=ends or _is_multiple(state.batch, self._eval_every),
+            checkpoint=ends or _is_multiple(state.step, self._config.save_every),
+        )
 
     def ends(self, state: TrainState) -> bool:
         """Whether this step was the last one of an epoch, or of the run."""

@@ -140,9 +140,8 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
         lost = True
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise_here(
-            f"rank {rank}: lost contact with another process ({reason}): it died, or gave no answer for"
-            f" {timeout_minutes:g} minutes; if it said why, that stands above; checkpoints are whole: continue with"
-            " --resume",
+            f"rank {rank}: lost contact with another process ({reason}): it exited, or did not respond for"
+            f" {timeout_minutes:g} minutes; see its error above, if any; checkpoints are intact: use --resume",
             status=1,
         )
     finally:

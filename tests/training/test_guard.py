@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import Capture, RunTrain, losses, metrics
 from running import digests, logged, resume, signal_comes, state_of
 
 from sst2_xlmr import train
 from sst2_xlmr.task import SingleLabel
-from sst2_xlmr.training.guard import NotFinite, check_skipped, is_used, watch
+from sst2_xlmr.training.guard import NotFinite, check_skipped, watch
 from sst2_xlmr.training.state import TrainState
 
 REASON = "same prediction for every text of dev, 'x' with the same probability"
@@ -28,12 +27,6 @@ def ends_collapsed(run: Callable[[], object]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run()
     assert stopped.value.code == 1
-
-
-def test_what_is_not_finite_is_not_used_unless_nobody_looks() -> None:
-    norms = [torch.tensor(norm) for norm in (1.0, float("inf"), float("nan"))]
-    assert [is_used(norm, looks=True) for norm in norms] == [True, False, False]
-    assert all(is_used(norm, looks=False) for norm in norms)
 
 
 def test_batches_skipped_in_a_row_are_limited() -> None:
@@ -141,7 +134,7 @@ def test_a_run_that_has_collapsed_is_noticed(
     """Its head no longer looks at the encoder, as it is with an output that is the same for all texts."""
 
     def collapse(run: train.Run) -> None:
-        for parameter in run.forward.parameters():
+        for parameter in run.model.parameters():
             if parameter.dim() > 1:
                 parameter.data.mul_(1e-6)
         real(run)

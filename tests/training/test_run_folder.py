@@ -61,8 +61,8 @@ def test_a_run_of_another_version_is_refused_but_its_options_are_taken(
     for version in (None, "0.1.9", "1.2.0"):
         config.write_text(json.dumps({**({"sst2_xlmr": version} if version else {}), **saved}))
         line = user_error(lambda: resume(run), capsys)
-        assert f"the run in {run} is of version {version or 'before 0.2'}, this is {__version__}: " in line
-        assert f"start a new one by --config {config} --output-dir NEW_DIR" in line
+        assert f"version {version or 'before 0.2'} wrote the run in {run}, and this is {__version__}: resume it" in line
+        assert f"start over with --config {config} --output-dir NEW_DIR" in line
     train.main(["--config", str(config), "--output-dir", str(tmp_path / "new")])
     config.write_text(json.dumps({"sst2_xlmr": f"{MINOR}.99", **saved}))
     resume(run)

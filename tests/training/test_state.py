@@ -77,7 +77,7 @@ def test_a_run_resumes_with_what_it_began_with_only(
         original = (tmp_path / file).read_bytes()
         (tmp_path / file).write_bytes(original[: len(original) + at] + content)
         line = user_error(lambda: resume(run), capsys)
-        assert f"not the {what} with which the run in {run} was started; give the same" in line
+        assert f"{what}: changed since the run in {run} was started; restore the original to resume" in line
         (tmp_path / file).write_bytes(original)
     assert (digests(run), logged(run)) == (before, saved)
     resume(run, "--test-file", SAMPLE_DATA / "test.de.tsv")
