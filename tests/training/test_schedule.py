@@ -90,7 +90,7 @@ def test_means_since_the_last_line() -> None:
     add(meter)
     add(meter, 4.0, 0.25)
     meter.reduce(2)
-    assert [meter.totals[name] for name in ("rows", "tokens", "sum.loss")] == [4, 18, 6]
+    assert [meter.totals[name] for name in ("rows", "tokens", "loss")] == [4, 18, 6]
     meter.totals["seconds"] = 2.0
     means = {"step": 2, "epoch": 0.2, "loss": 1.5, "lr": 0.1, "grad_norm": 0.25}
     speeds = {"samples_per_s": 2.0, "tokens_per_s": 9.0}
