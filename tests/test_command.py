@@ -61,13 +61,6 @@ def test_every_start_says_a_mistake_in_one_line(words: str) -> None:
     assert said == "error: argument --epochs: invalid float value: 'x'; see --help\n"
 
 
-def test_torchrun_starts_the_module(train_words: Words, tmp_path: Path) -> None:
-    options = train_words(tmp_path / "run", "--max-steps", 2)
-    launcher = ["-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=1", "--master_port=0"]
-    run(*launcher, "-m", "sst2_xlmr.train", *options, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
-    assert (tmp_path / "run" / "model" / "config.json").is_file()
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [

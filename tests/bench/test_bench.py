@@ -7,9 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import ROOT, SAMPLE_DATA, Capture, user_error
+from conftest import ROOT, Capture, user_error
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 bench, inputs = (importlib.import_module(name) for name in ("bench", "inputs"))
@@ -56,18 +55,6 @@ def test_a_ratio_is_taken_in_every_round() -> None:
     found = bench.ratios({"a": ours, "b": others})["a / b"]
     assert found["samples_per_s"] == {"median": 3, "min": 2, "max": 4}
     assert found["peak_rss_bytes"]["median"] == 0.5
-
-
-def test_rows_are_as_long_as_those_that_they_are_made_of(tmp_path: Path) -> None:
-    source = SAMPLE_DATA / "train.tsv"
-    inputs.write_many_rows(source, tmp_path / "many.tsv", 5000, seed=0)
-    inputs.write_typical_rows(source, tmp_path / "typical.tsv", 100)
-    old, many, typical = (inputs.read_rows(file) for file in (source, tmp_path / "many.tsv", tmp_path / "typical.tsv"))
-    assert (len(many), len(typical)) == (5000, 100)
-    assert len(set(many)) > 4500, "nearly all are new"
-    assert set(typical) < set(old)
-    words, *others = (np.mean([len(line.split()) for line in lines]) for lines in (old, many, typical))
-    assert others == pytest.approx([words, words], rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Capture, RunTrain, change_json, train_options, user_error
+from conftest import Capture, change_json, train_options, user_error
 from running import resume
-from safetensors.torch import load_file
 
 from sst2_xlmr import train
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
@@ -203,17 +202,3 @@ def test_no_archive_is_unpacked_and_no_pickle_run() -> None:
     assert [file.name for file, text in texts.items() if "import pickle" in text] == ["distributed.py"]
     loads = [line for text in texts.values() for line in text.splitlines() if "torch.load(" in line]
     assert all("weights_only=True" in line for line in loads)
-
-
-def test_bomb_in_the_token_cache_is_data(run_train: RunTrain, tmp_path: Path) -> None:
-    """What is not as it was written is made anew."""
-    run_train(tmp_path / "first", "--epochs", 1)
-    caches = list(Path(os.environ["SST2_XLMR_CACHE"], "tokens").glob("*/manifest.json"))
-    assert caches
-    for manifest in caches:
-        for file in manifest.parent.iterdir():
-            file.write_bytes(pickle.dumps(Bomb(tmp_path / "it ran")))
-    run_train(tmp_path / "second", "--epochs", 1)
-    assert not (tmp_path / "it ran").exists()
-    ours, theirs = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("first", "second"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -75,17 +75,16 @@ ROWS = [
 ]
 
 
+INPUTS = {
+    ".tsv": 'id\ttext\tnote\n7\ta "fine" film, really\tx\n8\t\tempty\n9\t\u202eright to left \U0001f600\t\n',
+    ".csv": 'id,text,note\n7,"a ""fine"" film, really",x\n8,,empty\n9,\u202eright to left \U0001f600,\n',
+    ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+}
+
+
 def write_input(path: Path) -> Path:
-    if kind_of(path) == ".jsonl":
-        content = "".join(json.dumps(row) + "\n" for row in ROWS)
-    else:
-        file, rows = io.StringIO(), [list(ROWS[0]), *(list(row.values()) for row in ROWS)]
-        if kind_of(path) == ".csv":
-            csv.writer(file).writerows(rows)
-        else:
-            file.writelines("\t".join(row) + "\n" for row in rows)
-        content = file.getvalue()
-    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    content = INPUTS[kind_of(path)].encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
 
