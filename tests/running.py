@@ -216,9 +216,9 @@ def resume(run: Path, *options: object) -> None:
     train.main(["--resume", "--output-dir", str(run), *map(str, options)])
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Any], object], method: str = "step") -> None:
-    """Let something happen to a run while its `step` or `evaluate_split` is at work, at this step."""
-    real, before = getattr(train.Run, method), step - (method == "step")
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Any], object], method: str = "advance") -> None:
+    """Let something happen to a run while its `advance` or `evaluate_split` is at work, at this step."""
+    real, before = getattr(train.Run, method), step - (method == "advance")
 
     def call(run: Any, *arguments: Any, **options: Any) -> Any:
         if run.state.step == before:

@@ -89,7 +89,7 @@ def test_a_signal_on_the_evaluation_that_ends_the_run_early_resumes_exactly(
 ) -> None:
     options = ["--epochs", 50, "--lr", 1e-9, "--early-stopping-patience", 2, "--eval-every", 2]
     whole = run_train(tmp_path / "whole", *options)
-    for method in ("step", "evaluate_split"):
+    for method in ("advance", "evaluate_split"):
         run = tmp_path / method
         signal_comes(monkeypatch, state_of(whole).step, method)
         with pytest.raises(SystemExit) as stopped:
@@ -106,7 +106,7 @@ def test_what_is_evaluated_after_a_resume_is_saved(
 ) -> None:
     """Also if the run dies right after it."""
     options = ["--epochs", 2, "--eval-every", 3]
-    signal_comes(monkeypatch, 3, "step")
+    signal_comes(monkeypatch, 3, "advance")
     with pytest.raises(SystemExit):
         run_train(tmp_path / "run", *options)
     monkeypatch.undo()
