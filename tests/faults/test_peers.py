@@ -43,7 +43,7 @@ def test_others_end_when_one_dies_or_hangs(train_words: Words, tmp_path: Path, r
         assert forks[1 - rank].wait() == 1
     said = log.read_text()
     assert f"error: rank {1 - rank}: lost contact with another process (" in said
-    assert "did not respond for 0.1 minutes" in said and "continue with --resume" in said
+    assert "did not respond for 0.1 minutes" in said and "use --resume" in said
     assert "Traceback" not in said
     assert state_of(run).step >= 10
 
