@@ -131,7 +131,6 @@ def _tokenizer_settings(max_length: int, is_converted: bool) -> dict[str, Any]:
         "pad_token": "<pad>",
         "mask_token": "<mask>",
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "</s>" in a text is text
     }
 
 

@@ -48,7 +48,6 @@ def tokenizer_json(file: Path) -> bytes | None:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     special = [*enumerate(SPECIAL_TOKENS), (len(vocab) - 1, MASK)]
     added = [{**flags, "id": number, "content": token, "lstrip": token == MASK} for number, token in special]
-    # Not special: transformers is told to take special tokens that a text spells out as text (see `folder`).
     added += [{**flags, **token._asdict(), "special": False} for token in added_tokens(file)]
     content = json.dumps(
         {

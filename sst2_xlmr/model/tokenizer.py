@@ -109,7 +109,7 @@ def load_tokenizer(file: Path, max_length: int) -> Tokenizer:
         raise UserError(f"{file} does not exist; an encoder's folder needs its tokenizer")
     content = sentencepiece_model(file)
     try:
-        pieces = SentencePieceProcessor(model_proto=content, num_threads=1)
+        pieces = SentencePieceProcessor(model_proto=content or b"empty", num_threads=1)
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file} is not a SentencePiece model ({reason}); fetch it again") from None

@@ -29,7 +29,7 @@ def reading_errors(file: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"cannot read weights from {file}: it no longer exists; put it back") from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error) as error:
+    except (OSError, SafetensorError, RuntimeError, EOFError, IndexError, zipfile.BadZipFile, struct.error) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read weights from {file}: {reason}; the file is damaged, fetch it again") from None
     except Exception as error:  # weights_only raises pickle's errors for anything that is not plain tensors

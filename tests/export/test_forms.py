@@ -20,6 +20,7 @@ from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.trimmed import needed_pieces, trimmed_tokenizer
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
+from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.programs import export
 
 # torch ignores it by itself, pytest does not: torch.nn.functional looks at a size that never changes.
@@ -221,8 +222,9 @@ def test_characters_that_only_longer_pieces_have_keep_these(model: Path, tmp_pat
     letters = [name for name in names[3:] if len(name) == 1 and name.isalpha()]
     letter = next(one for one in letters if sum(one in name for name in names) > 2)
     kept = np.array([number for number, name in enumerate(names) if name.lstrip("▁") != letter])
-    (tmp_path / "fewer.model").write_bytes(trimmed_tokenizer(file, kept))
-    fewer = SentencePieceProcessor(model_file=str(tmp_path / "fewer.model"))
+    (tmp_path / "fewer.model").write_bytes(trimmed_tokenizer(file.read_bytes(), kept))
+    tokenizer = load_tokenizer(tmp_path / "fewer.model", 64)
+    fewer = tokenizer.pieces
     assert fewer.GetPieceSize() == len(kept)
-    needed = {fewer.IdToPiece(number) for number in needed_pieces(fewer, []).tolist()}
+    needed = {fewer.IdToPiece(number) for number in needed_pieces(tokenizer, []).tolist()}
     assert {name for name in names if letter in name and name.lstrip("▁") != letter} <= needed
