@@ -233,7 +233,7 @@ def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: 
             write_all_but_weights(written, encoder, read_card(encoder.weights_file.parent))
             file = written / "onnx" / ("model_quantized.onnx" if int8 else "model.onnx")
             file.parent.mkdir()
-        found = write_onnx_file(encoder, task, file, int8, takes_texts, logits_only=kind == "onnx-hf")
+        found = write_onnx_file(encoder, task, file, int8, takes_texts, kind == "onnx-hf")
     else:
         found = write_hugging_face(encoder, written, arguments.dtype)
     both = {name: (found(*sides), expected(*sides), labels) for name, (sides, labels) in checks.items()}

@@ -139,7 +139,7 @@ ENCODERS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("more positions", setting(max_position_embeddings=10_000_000), "does not fit its configuration"),
     ("epsilon as text", setting(layer_norm_eps="tiny"), "layer_norm_eps is 'tiny'"),
     ("epsilon NaN", setting(layer_norm_eps=float("nan")), "layer_norm_eps is nan"),
-    ("another model", setting(model_type="bert"), "model_type is 'bert'"),
+    ("another model", setting(model_type="roberta"), "model_type is 'roberta'"),
     (
         "labels without order",
         setting(architectures=["SequenceClassification"], id2label={"7": "x"}),
@@ -170,12 +170,12 @@ def tree(*folders: Path) -> dict[str, float]:
 def test_hostile_encoder(
     harm: Callable[[Path], Any],
     says: str,
-    tiny_encoder: Path,
+    tiny_model: Path,
     small_data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    encoder = Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
+    encoder = Path(shutil.copytree(tiny_model, tmp_path / "encoder"))
     harm(encoder)
     before = tree(tmp_path)
     line = user_error(lambda: train.main(train_options(encoder, small_data, tmp_path / "run")), capsys)

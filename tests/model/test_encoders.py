@@ -243,7 +243,6 @@ def test_what_does_not_fit_the_configuration_is_named(folder: Path, settings: di
         ("model.safetensors", None, "neither model.safetensors nor pytorch_model.bin"),
         ("model.safetensors", b"", "cannot read weights"),
         ("model.safetensors", b"\x00" * 1000, "cannot read weights"),
-        ("sentencepiece.bpe.model", b"", "is not a SentencePiece model"),
     ],
 )
 def test_incomplete_and_damaged_folders_are_named(folder: Path, file: str, content: bytes | None, says: str) -> None:
