@@ -44,7 +44,7 @@ def tokenizer_json(file: Path) -> bytes | None:
     vocab = [(token, 0.0) for token in SPECIAL_TOKENS] + pieces[3:] + [(MASK, 0.0)]
     # "add_prefix_space" is for tokenizers 0.13, which does not know "prepend_scheme".
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "add_prefix_space": True}
-    space = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
+    space = {"type": "Split", "pattern": {"Regex": " "}, "behavior": "Removed", "invert": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     special = [*enumerate(SPECIAL_TOKENS), (len(vocab) - 1, MASK)]
     added = [{**flags, "id": number, "content": token, "lstrip": token == MASK} for number, token in special]

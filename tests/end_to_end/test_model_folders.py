@@ -76,13 +76,13 @@ def save(folder: Path, kind: str = "XLMRoberta", **settings: Any) -> Any:
     return model
 
 
-def change(folder: Path, file: str = "config.json", drop: tuple[str, ...] = (), **changes: Any) -> None:
+def change(folder: Path, file: str = "config.json", drop: tuple[str, ...] = (), **changes: Any) -> Any:
     content = json.loads((folder / file).read_text(encoding="utf-8"))
     content = {key: value for key, value in {**content, **changes}.items() if key not in drop}
     (folder / file).write_text(json.dumps(content), encoding="utf-8")
 
 
-def rename(folder: Path, new_name: Callable[[str], str], to_bin: bool = False, **more: torch.Tensor) -> None:
+def rename(folder: Path, new_name: Callable[[str], str], to_bin: bool = False, **more: torch.Tensor) -> Any:
     tensors = load_file(folder / "model.safetensors")
     tensors = {**{new_name(name): tensor for name, tensor in tensors.items()}, **more}
     if to_bin:
@@ -92,20 +92,24 @@ def rename(folder: Path, new_name: Callable[[str], str], to_bin: bool = False, *
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def only(folder: Path, *kept: str) -> None:
-    """Leave only these of the tokenizer's files."""
-    for name in {TOKENIZER_NAME, JSON_NAME, "added_tokens.json", "special_tokens_map.json"} - {*kept}:
+def remove(folder: Path, *names: str) -> Any:
+    for name in names:
         (folder / name).unlink(missing_ok=True)
 
 
-def with_sentencepiece(folder: Path, make: Make) -> None:
+def only(folder: Path, *kept: str) -> Any:
+    """Leave only these of the tokenizer's files."""
+    remove(folder, *{TOKENIZER_NAME, JSON_NAME, "added_tokens.json", "special_tokens_map.json"} - {*kept})
+
+
+def with_sentencepiece(folder: Path, make: Make) -> Any:
     """Make a form, and have the SentencePiece model in it, which transformers 5 does not save."""
     content = (folder / TOKENIZER_NAME).read_bytes()
     make(folder)
     (folder / TOKENIZER_NAME).write_bytes(content)
 
 
-def add_tokens(folder: Path, *tokens: Any, special: bool = False) -> None:
+def add_tokens(folder: Path, *tokens: Any, special: bool = False) -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if special:
         tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
@@ -118,7 +122,7 @@ def with_options(content: str) -> Any:
     return transformers.AddedToken(content, lstrip=True, rstrip=True, single_word=True)
 
 
-def shard(folder: Path, model: Any, to_bin: bool) -> None:
+def shard(folder: Path, model: Any, to_bin: bool) -> Any:
     """Store the weights in two files and an index, as save_pretrained does with larger models."""
     (folder / "model.safetensors").unlink()
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -132,26 +136,26 @@ def shard(folder: Path, model: Any, to_bin: bool) -> None:
     (folder / f"{name}.{kind}.index.json").write_text(json.dumps(index))
 
 
-def move_into(folder: Path, inner: str, *names: str) -> None:
+def move_into(folder: Path, inner: str, *names: str) -> Any:
     (folder / inner).mkdir()
     for file in [file for file in folder.iterdir() if file.is_file() and (not names or file.name in names)]:
         file.rename(folder / inner / file.name)
 
 
-def rewrite(folder: Path, *options: str) -> None:
+def rewrite(folder: Path, *options: str) -> Any:
     """Make the folder this project's own, from what transformers saved."""
     save(folder)
     theirs = folder.rename(folder.with_name("theirs"))
     export.main(["--model", str(theirs), "--format", "hf", "--output", str(folder), *options])
 
 
-def trim(folder: Path) -> None:
+def trim(folder: Path) -> Any:
     texts = folder.with_name("texts.txt")
     texts.write_text("\n".join(text.replace("\n", " ") for text in TEXTS[2:]), encoding="utf-8")
     rewrite(folder, "--keep-vocabulary-of", str(texts))
 
 
-def put_normalizer(folder: Path, *steps: dict[str, Any]) -> None:
+def put_normalizer(folder: Path, *steps: dict[str, Any]) -> Any:
     content = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
     content["normalizer"] = {"type": "Sequence", "normalizers": [*steps]}
     (folder / JSON_NAME).write_text(json.dumps(content), encoding="utf-8")
@@ -162,7 +166,7 @@ FORMS: dict[str, Make] = {
     "SentencePiece only": lambda f: (with_sentencepiece(f, save), only(f, TOKENIZER_NAME)),
     "tokenizer.json only": lambda f: (save(f), only(f, JSON_NAME)),
     "both": lambda f: with_sentencepiece(f, save),
-    "no tokenizer_config.json": lambda f: (with_sentencepiece(f, save), (f / SETTINGS_NAME).unlink()),
+    "no tokenizer_config.json": lambda f: (with_sentencepiece(f, save), remove(f, SETTINGS_NAME)),
     "five labels": lambda f: save(f, id2label={i: f"star {i}" for i in range(5)}),
     "labels without names": lambda f: save(f, num_labels=4),
     "two labels, as is the default": lambda f: (save(f, num_labels=2), change(f, drop=("id2label", "label2id"))),
@@ -264,19 +268,19 @@ REFUSED: dict[str, tuple[Make, str]] = {
         "is a checkpoint; save its 'state_dict' alone",
     ),
     "LoRA": (
-        lambda f: (save(f), (f / "model.safetensors").unlink(), (f / "adapter_config.json").write_text("{}")),
+        lambda f: (save(f), remove(f, "model.safetensors"), (f / "adapter_config.json").write_text("{}")),
         "is an adapter (LoRA); save the whole model, after merge_and_unload()",
     ),
     "8 bits": (lambda f: (save(f), change(f, quantization_config={"load_in_8bit": True})), "weights are quantized"),
     "a folder of checkpoints": (lambda f: (save(f), move_into(f, "checkpoint-500")), "model in it, {f}/checkpoint-500"),
     "a shard is missing": (
-        lambda f: (shard(f, save(f), to_bin=False), (f / "model-00002-of-00002.safetensors").unlink()),
+        lambda f: (shard(f, save(f), to_bin=False), remove(f, "model-00002-of-00002.safetensors")),
         "has no model-00002-of-00002.safetensors",
     ),
 }
 
 
-def wrap(file: Path) -> None:
+def wrap(file: Path) -> Any:
     torch.save({"epoch": 3, "state_dict": torch.load(file, weights_only=True)}, file)
 
 
