@@ -82,9 +82,11 @@ def change(folder: Path, file: str = "config.json", drop: tuple[str, ...] = (), 
     (folder / file).write_text(json.dumps(content), encoding="utf-8")
 
 
-def rename(folder: Path, new_name: Callable[[str], str], to_bin: bool = False, **more: torch.Tensor) -> Any:
+def rename(
+    folder: Path, new_name: Callable[[str], str], to_bin: bool = False, more: dict[str, Any] | None = None
+) -> Any:
     tensors = load_file(folder / "model.safetensors")
-    tensors = {**{new_name(name): tensor for name, tensor in tensors.items()}, **more}
+    tensors = {**{new_name(name): tensor for name, tensor in tensors.items()}, **(more or {})}
     if to_bin:
         (folder / "model.safetensors").unlink()
         torch.save(tensors, folder / "pytorch_model.bin")
@@ -184,7 +186,7 @@ FORMS: dict[str, Make] = {
     ),
     "other heads' weights": lambda f: (
         save(f),
-        rename(f, str, **{"lm_head.bias": torch.ones(3), "roberta.pooler.dense.weight": torch.ones(32, 32)}),
+        rename(f, str, more={"lm_head.bias": torch.ones(3), "roberta.pooler.dense.weight": torch.ones(32, 32)}),
     ),
     "shards": lambda f: shard(f, save(f), to_bin=False),
     "shards in .bin": lambda f: shard(f, save(f), to_bin=True),
