@@ -74,7 +74,8 @@ def test_tokens_that_are_added_later_make_another_tokenizer(file: Path, tmp_path
     """The digest decides whether cached tokens are taken, and whether a run is continued."""
     (tmp_path / "rows.tsv").write_text("sentence\tlabel\na X film\t0\nno\t1\n")
     task, digests, ids = SingleLabel(["a", "b"]), set(), set()
-    for tokens in ({}, {"X": {}}, {"X": {"rstrip": True}}):
+    every: list[dict[str, Any]] = [{}, {"X": {}}, {"X": {"rstrip": True}}]
+    for tokens in every:
         add(file, **tokens)
         digests.add(tokenizer_digest(file))
         cache = tokenize_file(tmp_path / "rows.tsv", file, Columns(), task, 64, tmp_path / "cache")
