@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,25 +24,28 @@ if (Path(__file__).parent / "engines/__init__.py").is_file():  # of this copy: a
     engines = importlib.import_module("sst2_xlmr.engines")
 
 
-def training_backend(
-    classifier: SequenceClassifier, config: Config, precision: str, world: World
-) -> tuple[nn.Module, nn.Module, Optimizer, str]:
-    """Choose what trains a classifier; every rank must call it, with the same weights.
+class Backend(NamedTuple):
+    """What trains: a model, the same or under DDP, its optimizer; and why they are plain PyTorch, or ""."""
 
-    Args:
-        classifier: in fp32, on the world's device.
-        precision: bf16, fp32 or tf32.
+    model: nn.Module
+    ddp_model: nn.Module
+    optimizer: Optimizer
+    fallback_reason: str
 
-    Returns:
-        What gives logits; the same or under DDP, to be trained; its optimizer; and why it is plain PyTorch, or "".
-    """
-    reason = "as asked" if not config.compile else "there is no engines/" if engines is None else ""
-    if not reason and (engine := engines.training(classifier, config, precision, world)):
-        model, optimizer = engine
-        return model, model, optimizer, ""
+
+def training_backend(classifier: SequenceClassifier, config: Config, precision: str, world: World) -> Backend:
+    """Choose what trains a classifier, which is fp32 on the world's device, with the same weights on every rank."""
+    reason = "as asked" if not config.compile else ""
+    if engines is None:
+        reason = "there is no engines/"
+    elif not reason:
+        if engine := engines.training(classifier, config, precision, world):
+            model, optimizer = engine
+            return Backend(model, model, optimizer, "")
+        reason = engines.fallback_reason(world)
     classifier.autocast = precision == "bf16"
     plain = AdamW(classifier, classifier.shape.layers, config, world)
-    return classifier, wrap_ddp(classifier, world), plain, reason or engines.fallback_reason(world)
+    return Backend(classifier, wrap_ddp(classifier, world), plain, reason)
 
 
 def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
@@ -69,9 +72,9 @@ def prediction_model(classifier: SequenceClassifier) -> nn.Module:
 
 
 def quantized_model(classifier: SequenceClassifier, task: Task, dtype: torch.dtype) -> nn.Module | None:
-    """Return the forward pass in 8-bit integers of an fp32 classifier on the CPU, which is not needed any more.
+    """Return an fp32 classifier in 8-bit integers, all but its products with weights in `dtype`; None if it cannot be.
 
-    What is not a product with weights has that dtype. None if this machine cannot.
+    The classifier, on the CPU, is not needed any more.
     """
     quantized: nn.Module | None = engines and engines.quantized(classifier, task, dtype)
     return quantized

@@ -139,8 +139,8 @@ def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
     version = str(values.pop("sst2_xlmr", "before 0.2"))
     if resume and version.split(".")[:2] != __version__.split(".")[:2]:
         raise UserError(
-            f"the run in {path.parent} is of version {version}, this is {__version__}: continue it with that version,"
-            f" or start a new one by --config {path} --output-dir NEW_DIR"
+            f"version {version} wrote the run in {path.parent}, and this is {__version__}: resume it with that version,"
+            f" or start over with --config {path} --output-dir NEW_DIR"
         )
     for name, value in values.items():
         if name not in OPTIONS:

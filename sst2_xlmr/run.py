@@ -1,4 +1,4 @@
-"""A run: its parts, and what is done with them now and then; the loop is in train.py."""
+"""Everything that a training run owns, and the operations that the loop, in train.py, calls."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import IO, Any, Callable
 
 import numpy as np
-import torch
 
 from sst2_xlmr.backend import prediction_model, training_backend
 from sst2_xlmr.config import Config, named_file
-from sst2_xlmr.data.batches import Batch, BatchLoader
+from sst2_xlmr.data.batches import BatchLoader
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.evaluation.calibration import calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
@@ -37,22 +36,22 @@ class Run:
     """A run.
 
     Attributes:
-        state, meter: all of it that changes, besides the weights; a checkpoint has both.
-        forward: gives logits; `model` is what is trained, the same or under DDP.
-        reads_norm: whether to look at every gradient; a GPU would wait for it, so there the meter notices later.
+        state, meter: what changes, apart from weights and optimizer; saved in checkpoints.
+        model, ddp_model: what gives logits; the same, or under DDP, to be trained.
+        reads_grad_norm: whether to look at every gradient; a GPU would wait for it, so there the meter notices later.
         head_is_new: whether the classification head started untrained.
-        fallback_reason: why it is plain PyTorch that trains; empty for an engine.
+        fallback_reason: why plain PyTorch trains; empty for an engine.
         report: on rank 0, once it is open; None elsewhere.
         metrics: of the last evaluation of each file.
         saved_step: of the last checkpoint.
-        untrained: probabilities on dev of the model before training, once a collapse was suspected.
+        initial_probabilities: on dev, of the model before training; set once a collapse is suspected.
         during, at_end: the files to evaluate on during training, dev first, and those for the end.
     """
 
     lock: IO[str] | None = None
     report: Report | None = None
     saved_step = -1
-    untrained: np.ndarray | None = None
+    initial_probabilities: np.ndarray | None = None
 
     def __init__(self, config: Config, inputs: Prepared, folder: Path, state: TrainState, world: World) -> None:
         """Ids -> batches; pretrained weights -> model and optimizer; at the beginning of a run."""
@@ -77,9 +76,9 @@ class Run:
         if classifier.id_map is not None:
             classifier.id_map = classifier.id_map.to(world.device)
         backend = training_backend(classifier, config, state.precision, world)
-        self.forward, self.model, self.optimizer, self.fallback_reason = backend
+        self.model, self.ddp_model, self.optimizer, self.fallback_reason = backend
         self.meter, self.stop, self.finisher = TrainMeter(world), StopRequest(world), Finisher()
-        self.reads_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
+        self.reads_grad_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
         self.baseline = self.task.baseline_loss(inputs.train_labels)
         self.metrics: dict[str, dict[str, Any]] = {}
         self.during = ["dev", *(name for name, _ in map(named_file, config.eval_file))]
@@ -95,23 +94,16 @@ class Run:
         if self.report:
             self.report.say(text)
 
-    def step(self, sums: dict[str, torch.Tensor], norm: torch.Tensor, batches: list[Batch]) -> None:
-        """Take an optimizer step."""
-        lr = self.schedule.lr(self.state.step)
-        self.optimizer.step(lr)
-        self.vocabulary.count_step(lr)
-        self.meter.add(sums, norm, batches)
-        self._advance(skipped=False)
-
     def skip(self) -> None:
-        """Go on without a step, because the gradient is not finite; raises NotFinite if that was once too often."""
+        """Skip this batch, whose gradient is not finite; NotFinite after more than --skip-nonfinite in a row."""
         rows = next(self.loader.global_batches(self.state.epoch, self.state.batch))
-        self._advance(skipped=True)
+        self.advance(skipped=True)
         check_skipped(self.state, self.config.skip_nonfinite, rows)
         self.optimizer.clear_gradients()
         self.say(f"step {self.state.step:>6}  gradient is not finite: batch skipped")
 
-    def _advance(self, skipped: bool) -> None:
+    def advance(self, skipped: bool = False) -> None:
+        """Go to the next global batch."""
         self.state.advance(skipped)
         if self.report:
             self.report.advance()
@@ -130,16 +122,16 @@ class Run:
         if self.state.collapse_check_due:
             self.check_collapse()
 
-    def evaluate_split(self, split: str, keep: bool) -> Evaluation:
-        """Evaluate on a file, perhaps with probabilities; raises Interrupted if a signal came before it was done."""
+    def evaluate_split(self, split: str) -> Evaluation:
+        """Evaluate on a file; raises Interrupted if a signal came before it was done."""
         tokens, cache = self.config.eval_batch_tokens, self.inputs.caches[split]
         with memory_errors(f"rerun with --eval-batch-tokens {max(1, tokens // 2)} or less"):
-            return evaluate(self.forward, self.task, cache, tokens, self.world, keep, self.stop.is_agreed)
+            return evaluate(self.model, self.task, cache, tokens, self.world, self.stop.is_agreed)
 
     def evaluate(self) -> None:
         """Evaluate during training, and keep the model if it is the best."""
         state, task, may_end = self.state, self.task, self.schedule.may_end(self.state)
-        found = {split: self.evaluate_split(split, may_end or self.config.calibrate) for split in self.during}
+        found = {split: self.evaluate_split(split) for split in self.during}
         value, labels = found["dev"].metrics[task.best_metric], self.inputs.caches["dev"].labels
         is_best = value > state.best_value
         is_written = is_best or may_end
@@ -164,8 +156,8 @@ class Run:
             labels = self.inputs.caches[split].labels
             final = evaluation.with_temperature(temperature, self.task, labels)
             self.metrics[split] = final.metrics
-            entry = (self.state.step, split, final.metrics, *((labels, final.probabilities) if draws else ()))
-            self.tell(methodcaller("log_evaluation", *entry))
+            drawn = (labels, final.probabilities) if draws else ()
+            self.tell(methodcaller("log_evaluation", self.state.step, split, final.metrics, *drawn))
 
     def evaluate_best(self) -> dict[str, dict[str, Any]]:
         """Evaluate best/ on the files for the end, too, on rank 0, where it lies; returns `best/NAME` -> metrics."""
@@ -183,20 +175,18 @@ class Run:
     def check_collapse(self) -> None:
         """Raise Collapsed if dev's predictions, beside those of the model before training, say so."""
         state, dev, tokens = self.state, self.inputs.caches["dev"], self.config.eval_batch_tokens
-        found = self.evaluate_split("dev", keep=True).probabilities
-        if self.untrained is None:
+        found = self.evaluate_split("dev").probabilities
+        if self.initial_probabilities is None:
             try:
-                untrained, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
+                initial_model, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
             except UserError:  # the encoder has gone, perhaps
                 self.save()  # with the check still due, so that no step is lost
                 raise
-            untrained.to(self.world.device)
+            initial_model.to(self.world.device)
             stop = self.stop.is_agreed
-            self.untrained = evaluate(untrained, self.task, dev, tokens, self.world, True, stop).probabilities
-        assert found is not None
-        assert self.untrained is not None
+            self.initial_probabilities = evaluate(initial_model, self.task, dev, tokens, self.world, stop).probabilities
         state.collapse_check_due, state.checked_step = False, state.step
-        reason = self.task.collapse_reason(found, self.untrained, dev.labels, state.has_learned)
+        reason = self.task.collapse_reason(found, self.initial_probabilities, dev.labels, state.has_learned)
         if reason := broadcast(self.world, reason):
             raise Collapsed(reason)
 

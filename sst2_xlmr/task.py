@@ -147,10 +147,10 @@ class SingleLabel:
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the sum over rows of the loss times the weight of the row's class, nats; no dimensions.
 
-        Logits are fp32 [rows, classes], labels int64 [rows]. `F.cross_entropy` has weights too, but applies every
+        Logits are fp32 [rows, classes], labels int [rows]. `F.cross_entropy` has weights too, but applies every
         class's own weight to the smoothed part of a row.
         """
-        smoothing = self.label_smoothing
+        labels, smoothing = labels.long(), self.label_smoothing
         if self.class_weights is None:
             return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
@@ -203,9 +203,9 @@ class SingleLabel:
     def row_results(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return float [rows, 3], all that metrics need of a row: loss in nats, predicted class, its probability.
 
-        Logits are float [rows, classes], labels int64 [rows].
+        Logits are float [rows, classes], labels int [rows].
         """
-        losses = F.cross_entropy(logits, labels, reduction="none")
+        losses = F.cross_entropy(logits, labels.long(), reduction="none")
         confidences, predictions = logits.softmax(-1).max(-1)
         return torch.stack([losses, predictions.to(losses.dtype), confidences], dim=1)
 
@@ -242,7 +242,7 @@ class SingleLabel:
     def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         """Return `row_results`, fp64, for probabilities whose logits are divided by a temperature."""
         logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
-        return self.row_results(logits, torch.tensor(labels).long()).numpy()
+        return self.row_results(logits, torch.tensor(labels)).numpy()
 
     @staticmethod
     def describe(metrics: dict[str, Any]) -> str:

@@ -27,7 +27,6 @@ from sst2_xlmr.report.header import header_lines
 from sst2_xlmr.report.tensorboard import make_event_folder
 from sst2_xlmr.run import Run
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
-from sst2_xlmr.training.guard import is_used
 from sst2_xlmr.training.run_folder import claim, evaluations_at, write_config
 from sst2_xlmr.training.schedule import evaluation_interval
 from sst2_xlmr.training.state import TrainState
@@ -38,39 +37,41 @@ from sst2_xlmr.util.launch import command
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.precision import choose_precision, set_up_numerics
 
-UNCHANGING = ("training rows", "file dev", "tokenizer", "encoder's weights")  # a resumed run may read other test files
+FIXED_INPUTS = ("training rows", "file dev", "tokenizer", "encoder's weights")  # test files may differ on resume
 
 
 def train(run: Run) -> None:
-    """Train until the schedule or early stopping ends it; raises Interrupted, Collapsed or NotFinite if that is it."""
+    """Train until the schedule or early stopping ends the run; raises Interrupted, Collapsed or NotFinite."""
     state, schedule = run.state, run.schedule
-    run.model.train()
-    for batch in run.loader.starting_at(state.epoch, state.batch):
+    run.ddp_model.train()
+    for micro_batches in run.loader.starting_at(state.epoch, state.batch):
         if schedule.is_over(state):
             break
-        with memory_errors(run.memory_cure):  # 1. the gradient of the global batch
-            sums = forward_backward(run.model, batch, run.task.loss, run.world)
-        norm = run.optimizer.clip(run.config.max_grad_norm)
-        if is_used(norm, run.reads_norm):  # 2. one step, or this batch is skipped
-            run.step(sums, norm, batch)
-        else:
+        sums = forward_backward(run.ddp_model, micro_batches, run.task.loss, run.world)  # 1. the mean gradient
+        grad_norm = run.optimizer.clip(run.config.max_grad_norm)
+        if run.reads_grad_norm and not grad_norm.isfinite():  # 2. one step, unless this batch is skipped
             run.skip()
+        else:
+            run.optimizer.step(schedule.lr(state.step))
+            run.vocabulary.count_step(schedule.lr(state.step))
+            run.meter.add(sums, grad_norm, micro_batches)
+            run.advance()
         due, stop = schedule.due(state), run.stop.is_agreed()  # 3. log, evaluate, save
-        if due or stop:
+        if any(due) or stop:
             run.meter.reduce(state.step)
-            if "log" in due:
+            if due.log:
                 run.log()
-            state.evaluation_due = "evaluate" in due
+            state.evaluation_due = due.evaluation
             if stop:
                 raise Interrupted
             run.catch_up()
-            if "save" in due or schedule.is_over(state):
+            if due.checkpoint or schedule.is_over(state):
                 run.save()
             run.meter.start()
 
 
 def prepare_inputs(config: Config, world: World) -> tuple[Prepared, dict[str, str]]:
-    """Files -> rows -> ids; returns them, and SHA-256 of what was read, by what it is; all ranks must agree on it."""
+    """Load and tokenize the inputs; returns them and the SHA-256 of each, checked to be equal on all ranks."""
     inputs = once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
     names = [name for name, option in OPTIONS.items() if name == "compile" or not option.metadata["changeable"]]
     fixed = {flag(name): getattr(config, name) for name in names}
@@ -80,8 +81,8 @@ def prepare_inputs(config: Config, world: World) -> tuple[Prepared, dict[str, st
     return inputs, broadcast(world, digests)
 
 
-def decide(config: Config, inputs: Prepared, digests: dict[str, str], world: World) -> TrainState:
-    """Return a new run's state, with what the options leave open; rank 0 decides for all by its hardware."""
+def initial_state(config: Config, inputs: Prepared, digests: dict[str, str], world: World) -> TrainState:
+    """Return a new run's state; precision and evaluation interval, where automatic, are chosen on rank 0."""
     precision = broadcast(world, choose_precision(config.precision, world.device))
     batches, eval_every = -(-len(inputs.train_lengths) // config.batch_size), config.eval_every
     if eval_every is None:
@@ -99,10 +100,10 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
         lock = on_rank0(world, lambda: claim(folder))
         checkpoint = broadcast(world, on_rank0(world, lambda: find_checkpoint(folder / "checkpoints", print)))
     inputs, digests = prepare_inputs(config, world)
-    state = read_state(checkpoint) if checkpoint else decide(config, inputs, digests, world)
-    for name in UNCHANGING:
+    state = read_state(checkpoint) if checkpoint else initial_state(config, inputs, digests, world)
+    for name in FIXED_INPUTS:
         if digests[name] != state.digests.get(name):
-            raise_on_all(f"the {name} differ from those that the run in {folder} was started with; give the same")
+            raise_on_all(f"{name}: changed since the run in {folder} was started; restore the original to resume")
     set_up_numerics(state.precision, config.deterministic, world.device)
     run = Run(config, inputs, folder, state, world)
     if config.tensorboard_dir:
@@ -141,11 +142,11 @@ def finish(run: Run) -> None:
     state, folder, metric = run.state, run.folder, run.task.best_metric
     if run.schedule.has_stopped_improving(state):
         run.say(f"stopped early: {state.stale_evaluations} evaluations without a better dev {metric}")
-    found = {split: run.evaluate_split(split, keep=True) for split in run.at_end}
+    found = {split: run.evaluate_split(split) for split in run.at_end}
     run.log_evaluations(found, state.temperature, draws=True)
     is_best = state.best_step == state.step
     best = (on_rank0(run.world, run.evaluate_best) if run.at_end and not is_best else None) or {}
-    run.tell(lambda report: report.log_end(state.step, {**run.metrics, **best}))
+    run.tell(lambda report: report.log_end({**run.metrics, **best}))
     run.export("model")
     run.make_sure_of_checkpoint()
     if run.config.calibrate:
@@ -162,7 +163,8 @@ def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
         if checkpoint and (run.state.evaluation_due or run.state.collapse_check_due):
             run.catch_up()
             run.save()
-        train(run)
+        with memory_errors(run.memory_cure):
+            train(run)
         finish(run)
     except Interrupted:
         run.make_sure_of_checkpoint()
@@ -184,7 +186,7 @@ def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
 def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     config, resume = parse_args(argv)
-    too_large = "take a smaller --encoder, or a machine with more"
+    too_large = "use a smaller --encoder, or a machine with more memory"
     with start(config.device, config.threads, config.timeout_minutes) as world, memory_errors(too_large):
         run, checkpoint = prepare_run(config, resume, world)
         with outputs(run, checkpoint, resume):

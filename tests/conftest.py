@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.util.errors import exit_on_user_error
 
 Capture = pytest.CaptureFixture[str]
+RunTrain = Callable[..., Path]
+Words = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_DATA = ROOT / "sample_data"
 SMALL_ENCODER = Path(os.environ.get("SST2_XLMR_SMALL_ENCODER", ROOT / "models" / "small"))
@@ -84,9 +89,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_encoder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's encoder, in Hugging Face layout, without the classification head."""
     folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("encoder") / "tiny"))
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings["architectures"] = ["XLMRobertaModel"]
-    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    change_json(folder / "config.json", architectures=["XLMRobertaModel"])
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensors[name] for name in tensors if "classifier" not in name}, folder / "model.safetensors")
     return folder
@@ -98,10 +101,14 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("model") / "model"))
 
 
-@pytest.fixture
-def small_data(tmp_path: Path) -> Path:
-    """A data folder: 50 training rows, 20 dev rows."""
-    folder = tmp_path / "data"
+def change_json(file: Path, **changes: Any) -> None:
+    """Change these entries of a JSON file that holds an object."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**content, **changes}), encoding="utf-8")
+
+
+def write_small_data(folder: Path) -> Path:
+    """Write 50 training rows and 20 dev rows of the sample data."""
     folder.mkdir()
     for split, rows in (("train", 50), ("dev", 20)):
         lines = (SAMPLE_DATA / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
@@ -109,12 +116,41 @@ def small_data(tmp_path: Path) -> Path:
     return folder
 
 
+def change_weights(model: Path, copy: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """Return a copy of a model's folder whose weights are changed."""
+    shutil.copytree(model, copy)
+    change(tensors := load_file(model / "model.safetensors"))
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
 @pytest.fixture
-def run_train(tiny_encoder: Path, small_data: Path) -> Callable[..., Path]:
+def small_data(tmp_path: Path) -> Path:
+    """A data folder: 50 training rows, 20 dev rows."""
+    return write_small_data(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs on `small_data`, to be copied; its checkpoints are those of the steps 12 and 14."""
+    folder = tmp_path_factory.mktemp("finished")
+    options = train_options(tiny_encoder, write_small_data(folder / "data"), folder / "run", "--epochs", 2)
+    train.main([*options, "--save-every", "3"])
+    return folder / "run"
+
+
+@pytest.fixture
+def train_words(tiny_encoder: Path, small_data: Path) -> Words:
+    """A quick run's command line on the tiny encoder: train_words(folder, "--epochs", 1, ...)."""
+    return functools.partial(train_options, tiny_encoder, small_data)
+
+
+@pytest.fixture
+def run_train(train_words: Words) -> RunTrain:
     """Run `train.py` in this process on the tiny encoder: run_train(folder, "--epochs", 1, ...) -> folder."""
 
     def run(folder: Path, *options: Any) -> Path:
-        train.main(train_options(tiny_encoder, small_data, folder, *options))
+        train.main(train_words(folder, *options))
         return folder
 
     return run
@@ -150,21 +186,42 @@ def sst2_sentences() -> list[str]:
     return [line.split("\t")[0] for line in file.read_text(encoding="utf-8").splitlines()[1:]]
 
 
-def torchrun(processes: int, options: list[str], nodes: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run `train.py` under torchrun, with one thread a process; with `nodes`, each as if on a node of its own."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--nnodes=1"]
-    launcher += ["--master_addr=127.0.0.1", f"--master_port={port}", "--monitor_interval=0.1"]
+        return int(probe.getsockname()[1])
+
+
+def launcher(processes: int, *options: str) -> list[str]:
+    """Return the command in front of train.py: plain Python, or torchrun with static rendezvous."""
+    if processes == 1:
+        return [sys.executable]
+    static = ["--nnodes=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    static += ["--monitor_interval=0.1"]  # torchrun looks every 5 s whether its processes have ended
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *static, *options]
+
+
+def torchrun(processes: int, options: list[str], nodes: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run `train.py` under torchrun, with one thread a process; with `nodes`, each as if on a node of its own."""
     program = [str(ROOT / "train.py"), *options]
     if nodes:
         program = ["--no-python", "env", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1", sys.executable, *program]
-    command = [sys.executable, *launcher, *program]
+    command = [*launcher(processes), *program]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
 
 
-def user_error(main: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> str:
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file may become longer than this many bytes: for a program what a full disk is."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def user_error(main: Callable[[], Any], capsys: Capture) -> str:
     """Run `main`, which must end with status 2 and one line on stderr; returns that line."""
     with pytest.raises(SystemExit) as stop:
         exit_on_user_error(main)

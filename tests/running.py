@@ -1,43 +1,40 @@
-"""Start the real command line, wait until it is somewhere, do something to it, and compare what comes out."""
+"""Start a program, wait until it is somewhere, do something to it, and compare what comes out.
+
+`started` runs a command as a shell does; `forked` and `run_ranks` run one of our programs in forks of this process:
+they need no seconds to import torch, and keep what a test has monkeypatched.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import pytest
-from conftest import ROOT, metrics
+from conftest import ROOT, free_port, metrics
+from conftest import launcher as launcher
 
 from sst2_xlmr import train
+from sst2_xlmr.__main__ import main
+from sst2_xlmr.programs import study
 from sst2_xlmr.training.checkpoint import find_checkpoint, read_state
 from sst2_xlmr.training.state import TrainState
+from sst2_xlmr.util import distributed
+from sst2_xlmr.util.distributed import World
+from sst2_xlmr.util.errors import end_among_others
 from sst2_xlmr.util.files import digest_of
 
 DEADLINE_S = 120
 SPEEDS = ("samples_per_s", "tokens_per_s", "memory_gb")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def launcher(processes: int, *options: str) -> list[str]:
-    """Return the command in front of train.py: plain Python, or torchrun with static rendezvous."""
-    if processes == 1:
-        return [sys.executable]
-    static = ["--nnodes=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    static += ["--monitor_interval=0.1"]  # torchrun looks every 5 s whether its processes have ended
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *static, *options]
 
 
 @contextmanager
@@ -51,8 +48,105 @@ def started(words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
         kill_group(process)
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
+class Fork(ForkProcess):
+    """One of our programs in a fork of this process, in a process group of its own; as a subprocess.Popen otherwise.
+
+    `words` are the program's path and its options; what it prints goes to the end of `log`, or of `errors` if given.
+    """
+
+    def __init__(self, words: list[str], log: Path, errors: Path | None = None, **environment: str) -> None:
+        super().__init__()
+        self.words, self.files, self.environment = words, (log, errors or log), environment
+        for file in self.files:
+            file.touch()
+        self.start()
+
+    def run(self) -> None:
+        os.setsid()
+        for descriptor, file in zip((1, 2), self.files):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+        os.environ.update(self.environment)
+        os.chdir(ROOT)
+        sys.argv = self.words
+        main(Path(self.words[0]).stem)
+
+    def __enter__(self) -> Fork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout: float = DEADLINE_S) -> int:
+        self.join(timeout)
+        assert self.exitcode is not None, f"still running after {timeout} s: {self.words}"
+        return self.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid or 0, number)
+
+
+Process = Union[subprocess.Popen[bytes], Fork]
+
+
+@contextmanager
+def forked(words: list[str], log: Path, errors: Path | None = None) -> Iterator[Fork]:
+    """As `started` for one of our programs (its path and options), in a fork."""
+    process = Fork(words, log, errors)
+    try:
+        yield process
+    finally:
+        kill_group(process)
+
+
+def train_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let programs that start training as a process of its own start it in a fork."""
+    real = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> Any:
+        start = len(study.TRAIN_COMMAND)
+        if command[:start] != study.TRAIN_COMMAND:
+            return real(command, **options)
+        return Fork(["train.py", *command[start:]], Path(options["stdout"].name))
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+
+
+@contextmanager
+def forked_ranks(
+    processes: int, words: list[str], log: Path, errors: Path | None = None, nodes: bool = False
+) -> Iterator[list[Fork]]:
+    """As `forked`; several processes have torchrun's variables, with `nodes` each as if on a node of its own."""
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    forks = []
+    for rank in map(str, range(processes)):
+        local = {"LOCAL_RANK": "0" if nodes else rank, "LOCAL_WORLD_SIZE": "1" if nodes else str(processes)}
+        forks.append(Fork(words, log, errors, **({**common, **local, "RANK": rank} if processes > 1 else {})))
+    try:
+        yield forks
+    finally:
+        for fork in forks:
+            kill_group(fork)
+
+
+def run_ranks(
+    processes: int, options: list[str], folder: Path, nodes: bool = False, program: str = "train.py"
+) -> tuple[list[int], str, str]:
+    """Run a program to its end as `forked_ranks`, which write to `folder`.
+
+    Returns every rank's status, and all that they printed to standard output and to standard error.
+    """
+    log, errors = (folder / f"ranks-{time.monotonic_ns()}.{end}" for end in ("out", "err"))
+    with forked_ranks(processes, [program, *options], log, errors, nodes) as forks:
+        return [fork.wait() for fork in forks], log.read_text(), errors.read_text()
+
+
+def kill_group(process: Process) -> None:
     """SIGKILL for a launcher and all its processes, torchrun's workers too, which have sessions of their own."""
+    assert process.pid
     for pid in [process.pid, *descendants(process.pid)]:
         for kill in (os.killpg, os.kill):
             with suppress(ProcessLookupError, PermissionError):
@@ -75,28 +169,22 @@ def descendants(pid: int) -> list[int]:
 
 def workers(process: subprocess.Popen[bytes]) -> list[int]:
     """Return torchrun's processes of train.py, in the order of their ranks."""
-    found = []
+    found = {}
     for pid in descendants(process.pid):
-        try:
-            settings = dict(
-                word.split("=", 1)
-                for word in Path(f"/proc/{pid}/environ").read_text().split("\0")
-                if word.startswith("RANK=")
-            )
-        except OSError:
-            continue
-        if settings:
-            found.append((int(settings["RANK"]), pid))
-    return [pid for _, pid in sorted(found)]
+        with suppress(OSError):
+            if rank := re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes()):
+                found[int(rank[1])] = pid
+    return [found[rank] for rank in sorted(found)]
 
 
-def wait_for(log: Path, text: str, process: subprocess.Popen[bytes], times: int = 1) -> None:
+def wait_for(log: Path, text: str, process: Process, times: int = 1) -> None:
     """Wait until the log has `text`; fails if the process ends before that."""
-    deadline = time.monotonic() + DEADLINE_S
-    while log.read_text(errors="replace").count(text) < times:
-        assert process.poll() is None, f"ended with {process.returncode}: {log.read_text(errors='replace')}"
-        assert time.monotonic() < deadline, f"no {text!r} in {log.read_text(errors='replace')}"
+    deadline, said = time.monotonic() + DEADLINE_S, ""
+    while said.count(text) < times:
+        assert process.poll() is None, f"ended with {process.poll()}: {said}"
+        assert time.monotonic() < deadline, f"no {text!r} in {said}"
         time.sleep(0.005)
+        said = log.read_text(errors="replace") if log.is_file() else ""
 
 
 def last_step(run: Path) -> int:
@@ -128,16 +216,21 @@ def resume(run: Path, *options: object) -> None:
     train.main(["--resume", "--output-dir", str(run), *map(str, options)])
 
 
-def signal_comes(monkeypatch: pytest.MonkeyPatch, step: int, method: str) -> None:
-    """Let a signal come while a run's `step` or `evaluate_split` is at work, at this step."""
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Any], object], method: str = "step") -> None:
+    """Let something happen to a run while its `step` or `evaluate_split` is at work, at this step."""
     real, before = getattr(train.Run, method), step - (method == "step")
 
     def call(run: Any, *arguments: Any, **options: Any) -> Any:
         if run.state.step == before:
-            run.stop.number = 15
+            act(run)
         return real(run, *arguments, **options)
 
     monkeypatch.setattr(train.Run, method, call)
+
+
+def signal_comes(monkeypatch: pytest.MonkeyPatch, step: int, method: str) -> None:
+    """Let a signal come at this step; see `at_step`."""
+    at_step(monkeypatch, step, lambda run: setattr(run.stop, "number", signal.SIGTERM), method)
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
@@ -152,3 +245,23 @@ def charted(run: Path) -> list[int]:
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     return [event.step for event in events.Scalars("train/loss")]
+
+
+def on_ranks(processes: int, work: Callable[[World], object], nodes: bool = False) -> None:
+    """Call `work` in so many forks of this process, which are one world; with `nodes`, each as if on one of its own."""
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def start(rank: str) -> None:
+        local = {"LOCAL_RANK": "0" if nodes else rank, "LOCAL_WORLD_SIZE": "1" if nodes else str(processes)}
+        os.environ.update(common, RANK=rank, **local)
+        with distributed.start("cpu", 1, 1) as world:
+            work(world)
+        end_among_others(0)
+
+    forks = [multiprocessing.get_context("fork").Process(target=start, args=(str(n),)) for n in range(processes)]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join(DEADLINE_S)
+        fork.kill()
+    assert [fork.exitcode for fork in forks] == [0] * processes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ import torch.nn.functional as F
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.task import SingleLabel
-from sst2_xlmr.util.errors import UserError
 
 LABELS = torch.tensor([0, 2, 1, 0, 0, 2])
 LOGITS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
@@ -45,13 +42,6 @@ def test_a_row_counts_as_often_as_its_class_weighs(smoothing: float) -> None:
     torch.testing.assert_close(task(weights, smoothing).loss(LOGITS, LABELS), expected)
     plain = task(None, smoothing).loss(LOGITS, LABELS)
     torch.testing.assert_close(task(torch.ones(3), smoothing).loss(LOGITS, LABELS), plain)
-
-
-def test_weights_that_do_not_fit_the_classes() -> None:
-    with pytest.raises(UserError, match="no row of class 'b'"):
-        class_weights("balanced", np.array([0, 2, 2]))
-    with pytest.raises(UserError, match="--class-weights has 2 numbers, but there are 3 classes"):
-        task().check(Config(class_weights="1,2"))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -147,45 +137,11 @@ def test_metrics_by_hand() -> None:
     torch.testing.assert_close(results[:, 0], F.cross_entropy(RESULTS, torch.from_numpy(labels), reduction="none"))
     assert results[:, 1].tolist() == [0, 0, 1, 0]
     found = task().metrics(results.numpy(), labels)
-    assert found["loss"] == pytest.approx(float(F.cross_entropy(RESULTS, torch.from_numpy(labels))))
-    assert (found["accuracy"], found["rows"]) == (0.5, 4)
-    assert found["accuracy_low"] < 0.5 < found["accuracy_high"]
-    assert found["precision"] == pytest.approx([1 / 3, 1, 0])
-    assert found["recall"] == pytest.approx([1, 1 / 3, 0])
-    assert found["macro_f1"] == pytest.approx((0.5 + 0.5) / 2)
-    assert set(task().scalars) <= found.keys() and task().best_metric in found
+    assert found["loss"] == pytest.approx(float(results[:, 0].mean()))
+    assert (found["accuracy"], found["rows"], found["macro_f1"]) == (0.5, 4, 0.5)
     assert task().confusion(results.numpy(), labels).tolist() == [[1, 0, 0], [2, 1, 0], [0, 0, 0]]
     cooler = task().results_of(task().probabilities(RESULTS).numpy(), labels, temperature=2.0)
     np.testing.assert_allclose(cooler, task().row_results(RESULTS / 2, torch.from_numpy(labels)), atol=1e-5)
     assert task().describe(found) == f"accuracy 0.5000  macro F1 0.5000  loss {found['loss']:.4f}"
-    cells = task().table_cells(found)
-    assert list(cells) == ["accuracy", "95 % interval", "macro F1", "ECE"]
+    assert list(task().table_cells(found)) == ["accuracy", "95 % interval", "macro F1", "ECE"]
     assert list(task().table_cells({key: found[key] for key in task().scalars})) == ["accuracy", "macro F1", "ECE"]
-
-
-def test_a_scripted_answer_is_the_tasks() -> None:
-    names, probabilities = torch.jit.script(task().torchscript_answer())(RESULTS)
-    assert names == ["a", "a", "b", "a"]
-    torch.testing.assert_close(probabilities, task().probabilities(RESULTS))
-
-
-def test_an_onnx_graph_gets_labels_and_probabilities() -> None:
-    """What is added, computed by NumPy."""
-    values: dict[str, np.ndarray] = {"logits": RESULTS.numpy()}
-    operators: dict[str, Callable[..., Any]] = {
-        "Softmax": lambda x, axis: torch.from_numpy(x).softmax(axis).numpy(),
-        "ArgMax": lambda x, axis, keepdims: x.argmax(axis),
-        "Gather": lambda table, rows: table[rows],
-    }
-
-    def add(kind: str, *inputs: object, **attributes: int) -> str:
-        values[f"{len(values)}"] = operators[kind](*(values.get(str(x), x) for x in inputs), **attributes)
-        return f"{len(values) - 1}"
-
-    outputs = task().append_to_onnx(add, "logits")
-    assert {name: rest for name, (_, *rest) in outputs.items()} == {
-        "label": ["STRING", []],
-        "probabilities": ["FLOAT", [3]],
-    }
-    assert values[outputs["label"][0]].tolist() == ["a", "a", "b", "a"]
-    np.testing.assert_allclose(values[outputs["probabilities"][0]], task().probabilities(RESULTS), atol=1e-6)

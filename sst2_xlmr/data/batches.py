@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     Attributes:
         ids: int64 [tokens], of all rows one after another.
         lengths: int64 [rows], tokens per row; stays on the CPU.
-        labels: int64 [rows] (or what the task has for a label).
+        labels: [rows, ...], of the task's dtype and shape.
         keys: int64 [rows], a random number below 2**32 for every row, from seed, epoch and row: an engine that draws
             dropout masks from it has the same masks however a batch is cut.
         global_rows: rows of the global batch, of all ranks together.
@@ -89,8 +89,8 @@ def rows_in_training_order(
 class BatchLoader(Dataset[list[Batch]]):
     """This rank's part of the global batches, epoch after epoch, from any position (epoch, batches consumed) on.
 
-    The position is all that it takes for any number of ranks to go on; what is fetched ahead does not count as
-    consumed. For torch's `DataLoader`, this is the dataset.
+    The position is enough to resume with any number of ranks; prefetched batches do not count as consumed. For torch's
+    `DataLoader`, this is the dataset.
 
     Args:
         lengths: int [rows], tokens per row to train on.
@@ -148,6 +148,6 @@ class BatchLoader(Dataset[list[Batch]]):
 
     def _batch(self, rows: np.ndarray, epoch: int, global_rows: int, weight: float) -> Batch:
         ids, lengths = select_rows(self.cache.ids, self.cache.offsets, rows)
-        labels = torch.from_numpy(self.cache.labels[rows].astype(np.int64))
+        labels = torch.from_numpy(self.cache.labels[rows])
         keys = torch.from_numpy(dropout_keys(rows, self.config.seed, epoch))
         return Batch(ids, lengths, labels, keys, global_rows, weight)

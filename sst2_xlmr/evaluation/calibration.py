@@ -27,13 +27,12 @@ def describe_calibration(temperature: float, ece_before: float, ece_after: float
     return f"temperature {temperature:.3f}, {errors} on the rows it was fitted to"
 
 
-def calibrate(task: Task, probabilities: np.ndarray | None, labels: np.ndarray) -> tuple[float, float, float]:
+def calibrate(task: Task, probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
     """Return a fitted temperature, and the expected calibration error on these rows, before and after.
 
     Args:
-        probabilities: float [rows, outputs], at temperature 1; an evaluation must have kept them.
+        probabilities: float [rows, outputs], at temperature 1.
     """
-    assert probabilities is not None
 
     def metrics(inverse: float) -> dict[str, float]:
         return task.metrics(task.results_of(probabilities, labels, 1 / inverse), labels)

@@ -63,11 +63,6 @@ def accuracy_interval(
     return float(low), float(high)
 
 
-def share_below(scores: np.ndarray) -> np.ndarray:
-    """Return float64 [rows]: for every score, the fraction of all rows with a lower one."""
-    return np.searchsorted(np.sort(scores), scores) / len(scores)
-
-
 def mean_of(files: list[dict[str, Any]]) -> dict[str, float]:
     """Return the mean over files, each counting the same, of every metric that is a number, but not of rows."""
     numbers = [key for key, value in files[0].items() if isinstance(value, float)]

@@ -1,7 +1,7 @@
 """A trained classifier as one TorchScript file: raw texts in, labels and probabilities out, tokenizer included.
 
-Only the stack with torchtext can write and read it (see `stack`): the file needs torch and torchtext, whose library
-holds SentencePiece, and nothing of this package:
+Only the stack with torchtext can write and read it: the file needs torch and torchtext, whose library holds
+SentencePiece, and nothing of this package:
 
     import torch, torchtext
     classify = torch.jit.load("classifier.pt")

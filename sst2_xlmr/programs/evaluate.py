@@ -37,7 +37,6 @@ from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.table import comparison_table, evaluation_table, lines_of
 from sst2_xlmr.report.tensorboard import (
     add_scalars,
-    draw_accuracy,
     draw_evaluation,
     make_event_folder,
     open_events,
@@ -112,9 +111,7 @@ def write_events(
         for name, evaluation in evaluations.items():
             add_scalars(writer, 0, name, {key: evaluation.metrics[key] for key in task.scalars})
             texts_of = partial(read_texts, files[name], caches[name].digest, columns, task)
-            assert evaluation.probabilities is not None
             draw_evaluation(writer, 0, name, caches[name].labels, evaluation.probabilities, task, texts_of)
-        draw_accuracy(writer, 0, task, {name: evaluation.metrics for name, evaluation in evaluations.items()})
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -154,14 +151,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def evaluate_all(
-    classifier: Classifier, caches: dict[str, TokenCache], batch_tokens: int, keep_probabilities: bool = False
-) -> dict[str, Evaluation]:
+def evaluate_all(classifier: Classifier, caches: dict[str, TokenCache], batch_tokens: int) -> dict[str, Evaluation]:
     evaluations, world = {}, World.alone(classifier.device)
     # numpy would warn of what is refused below.
     with memory_errors(f"take a smaller --batch-tokens than {batch_tokens}"), np.errstate(invalid="ignore"):
         for name, cache in caches.items():
-            found = evaluate(classifier.module, classifier.task, cache, batch_tokens, world, keep_probabilities)
+            found = evaluate(classifier.module, classifier.task, cache, batch_tokens, world)
             classifier.check_finite(found.metrics["loss"])
             evaluations[name] = found
     return evaluations
@@ -189,11 +184,6 @@ def write_calibrated(arguments: argparse.Namespace, cache: TokenCache, fitted: t
     return f"{output}: {found}\n"
 
 
-def sides_of(found: Evaluation, expected: Evaluation, cache: TokenCache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    assert found.probabilities is not None and expected.probabilities is not None
-    return found.probabilities, expected.probabilities, cache.labels
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     arguments.model = model_folder(arguments.model)
@@ -215,8 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         name: tokenize_file(file, tokenizer_file, columns, task, tokenizer.max_length, cache_dir, lambda *_: tokenizer)
         for name, file in files.items()
     }
-    keep_probabilities = bool(arguments.tensorboard or arguments.calibrate or against)
-    evaluations = evaluate_all(classifier, caches, arguments.batch_tokens, keep_probabilities)
+    evaluations = evaluate_all(classifier, caches, arguments.batch_tokens)
     if arguments.calibrate:
         fitted = calibrate(task, evaluations["dev"].probabilities, caches["dev"].labels)
         print_text(write_calibrated(arguments, caches["dev"], fitted))
@@ -238,8 +227,11 @@ def main(argv: list[str] | None = None) -> None:
     if not against:
         print_text("\n".join([*lines, ""]))
         return
-    expected = evaluate_all(Classifier.load(model, against, device), caches, arguments.batch_tokens, True)
-    predictions = {name: sides_of(evaluations[name], expected[name], cache) for name, cache in caches.items()}
+    expected = evaluate_all(Classifier.load(model, against, device), caches, arguments.batch_tokens)
+    predictions = {
+        name: (evaluations[name].probabilities, expected[name].probabilities, cache.labels)
+        for name, cache in caches.items()
+    }
     try:
         print_text("\n".join([*lines, "", *comparison_table(task, predictions, precision, against), ""]))
     finally:  # the verdict does not depend on who reads the table, nor on where it goes

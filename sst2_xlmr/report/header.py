@@ -40,13 +40,18 @@ def header_lines(
     batches = f"{-(-rows // config.batch_size):,} an epoch, of {config.batch_size} rows{at_most}"
     evaluation = f"every {state.eval_every:,}" if state.eval_every else "after each epoch"
     computes = _describe_precision(config, state.precision, fallback_reason, world)
+    threads, processes = torch.get_num_threads(), world.world_size
+    device = f"CPU with {threads} thread{'s' * (threads > 1)}"
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name(world.device)
+    device += f", {processes} process{'es' * (processes > 1)}{' that share memory' * optimizer.shares_memory}"
     return [
         f"stack      {versions.description()}, Python {platform.python_version()}",
         f"encoder    {config.encoder}: {_describe_model(inputs.encoder, optimizer)}; {head}",
         f"rows       {_describe_rows(inputs)}",
         *data_report(inputs),
         f"batches    {batches}; {epochs}{total_steps:,} steps, evaluation {evaluation}",
-        f"device     {_describe_device(world, optimizer.shares_memory)}; {computes}",
+        f"device     {device}; {computes}",
         f"run        {folder}",
     ]
 
@@ -107,15 +112,6 @@ def _describe_rows(inputs: Prepared) -> str:
     rows = ", ".join(f"{split} {count}" for split, count in counts.items())
     truncated = sum(cache.truncated for cache in inputs.caches.values())
     return rows + (f"; {truncated:,} cut to {inputs.config.max_length} tokens" if truncated else "")
-
-
-def _describe_device(world: World, shares_memory: bool) -> str:
-    threads, processes = torch.get_num_threads(), world.world_size
-    device = f"CPU with {threads} thread{'s' * (threads > 1)}"
-    if world.device.type == "cuda":
-        device = torch.cuda.get_device_name(world.device)
-    how = " that share memory" if shares_memory else ""
-    return f"{device}, {processes} process{'es' * (processes > 1)}{how}"
 
 
 def _describe_precision(config: Config, precision: str, reason: str, world: World) -> str:

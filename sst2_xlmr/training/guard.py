@@ -2,8 +2,8 @@
 
 A collapse is XLM-R's best-known failure in fine-tuning, mostly at a rate that is too high for the seed: the encoder's
 output no longer depends on its input, and the loss stays at the class-prior baseline. A run that learns slowly looks
-similar for a while, but its answers still differ from text to text, as those before training did. How that shows is the
-task's to say (`task.collapse_reason`); here stands when to look.
+similar for a while, but its answers still differ from text to text, as those before training did. The task defines the
+criterion (`task.collapse_reason`); this module decides when to check.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.errors import UserError
@@ -34,11 +33,6 @@ class NotFinite(UserError):
         self.is_shared = True
 
 
-def is_used(norm: torch.Tensor, looks: bool) -> bool:
-    """Whether a gradient with this norm is to be used: if it is finite, or nobody looks."""
-    return not looks or math.isfinite(float(norm))
-
-
 def check_skipped(state: TrainState, limit: int, rows: np.ndarray) -> None:
     """Raise NotFinite, on every rank, if more than `limit` batches in a row were skipped.
 
@@ -54,10 +48,7 @@ def check_skipped(state: TrainState, limit: int, rows: np.ndarray) -> None:
 
 
 def watch(state: TrainState, loss: float, rows: float, baseline: float, warmup_steps: int) -> None:
-    """Take note of a line of metrics, the mean loss of so many rows: has it learned, are dev's answers to be looked at?
-
-    Loss and `task.baseline_loss` are in nats a row.
-    """
+    """Update `has_learned` and `collapse_check_due` from the mean loss over `rows` rows; losses are in nats a row."""
     if loss + 3 * _LOSS_DEVIATION / math.sqrt(rows) < _LEARNED_LOSS * baseline:
         state.has_learned = True
     is_late = state.step - warmup_steps >= _STEPS_TO_LEARN

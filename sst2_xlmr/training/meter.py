@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -20,8 +21,8 @@ class TrainMeter:
     evaluating and saving do not count as training; `start` starts it again.
 
     Attributes:
-        totals: sums over all ranks, as of the last `reduce`, by name: "rows", "tokens", "seconds" of training,
-            "grad_norm" (the last one), and "sum." and the name of each training metric. A checkpoint holds them.
+        totals: as of the last `reduce`, by name: "seconds" of training, "grad_norm" (the last one), and sums over all
+            ranks, "rows", "tokens" and each training metric. A checkpoint holds them.
     """
 
     def __init__(self, world: World) -> None:
@@ -31,52 +32,44 @@ class TrainMeter:
 
     def start(self) -> None:
         """Continue from `totals`."""
-        totals, device = self.totals, self._world.device
-        rank_0 = 1.0 if self._world.is_main else 0.0  # the totals count once
-        self._sums = {
-            name: torch.tensor(total * rank_0, dtype=torch.float64, device=device)
-            for name, total in totals.items()
-            if name.startswith("sum.")
-        }
-        self._rows, self._tokens = (totals.get(name, 0.0) * rank_0 for name in ("rows", "tokens"))
-        self._norm = torch.tensor(totals.get("grad_norm", 0.0), device=device)
+        totals, device = {"rows": 0.0, "tokens": 0.0, **self.totals}, self._world.device
+        self._started = time.monotonic() - totals.pop("seconds", 0.0)
+        self._norm = torch.tensor(totals.pop("grad_norm", 0.0), device=device)
         self._norm_sum = torch.zeros_like(self._norm)  # not finite, once any norm was not
-        self._started = time.monotonic() - totals.get("seconds", 0.0)
+        rank_0 = float(self._world.is_main)  # the totals count once
+        as_tensor = functools.partial(torch.tensor, dtype=torch.float64, device=device)
+        self._sums = {name: as_tensor(total * rank_0) for name, total in totals.items()}
 
     def add(self, sums: dict[str, torch.Tensor], norm: torch.Tensor, batches: list[Batch]) -> None:
         """Add an optimizer step on this rank's micro-batches, with the gradient's norm, fp32, no dimensions.
 
         Sums are of training metrics over this rank's rows, the same names on every rank; float64, no dimensions.
         """
-        for name, value in sums.items():
-            key = f"sum.{name}"
-            self._sums[key] = self._sums[key] + value if key in self._sums else value
         self._norm = norm
         self._norm_sum += norm
-        self._rows += sum(len(batch.lengths) * batch.weight for batch in batches)
-        self._tokens += sum(len(batch.ids) * batch.weight for batch in batches)
+        self._sums["rows"] += sum(len(batch.lengths) * batch.weight for batch in batches)
+        self._sums["tokens"] += sum(len(batch.ids) * batch.weight for batch in batches)
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def reduce(self, step: int) -> None:
         """Sum up over all ranks; NotFinite on every rank if a loss or norm up to this step was not."""
         seconds = time.monotonic() - self._started
-        counts = torch.tensor([self._rows, self._tokens], dtype=torch.float64, device=self._world.device)
-        packed = torch.cat([counts, *(value.view(1) for value in self._sums.values())])
-        rows, tokens, *sums = sum_over_ranks(self._world, packed).tolist()
+        sums = sum_over_ranks(self._world, torch.stack(list(self._sums.values()))).tolist()
         if not abs(sum(sums) + float(self._norm_sum)) < float("inf"):
             raise NotFinite(f"loss or gradient is not finite at step {step} or shortly before")
-        self.totals = dict(zip(self._sums, sums))
-        self.totals.update(rows=rows, tokens=tokens, seconds=seconds, grad_norm=float(self._norm))
+        self.totals = {**dict(zip(self._sums, sums)), "seconds": seconds, "grad_norm": float(self._norm)}
 
     def flush(self, state: TrainState, lr: float) -> dict[str, Any]:
         """Return a line of training metrics, means since the last line, and begin the next one; `lr` is the last."""
         totals, self.totals = self.totals, {"grad_norm": self.totals["grad_norm"]}
-        means = {name[4:]: total / totals["rows"] for name, total in totals.items() if name.startswith("sum.")}
+        rows, tokens, seconds, norm = (totals.pop(name) for name in ("rows", "tokens", "seconds", "grad_norm"))
         return {
             "step": state.step,
             "epoch": round(state.epochs, 4),
-            **means,
+            **{name: total / rows for name, total in totals.items()},
             "lr": lr,
-            "grad_norm": totals["grad_norm"],
-            "samples_per_s": round(totals["rows"] / totals["seconds"], 2),
-            "tokens_per_s": round(totals["tokens"] / totals["seconds"], 1),
+            "grad_norm": norm,
+            "samples_per_s": round(rows / seconds, 2),
+            "tokens_per_s": round(tokens / seconds, 1),
         }

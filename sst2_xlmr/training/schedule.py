@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.training.state import TrainState
@@ -19,10 +20,7 @@ MOST_EVALUATIONS, EVALUATION_SHARE = 8, 0.03  # per epoch, if nothing was asked 
 
 
 def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
-    """Return the learning rate of optimizer step `step` (from 0) as a fraction of the peak rate.
-
-    Warm-up rises linearly and reaches 1 at its last step.
-    """
+    """Return the rate of optimizer step `step` (from 0) as a fraction of the peak, reached at the last warm-up step."""
     after_warmup, warmup_steps = SCHEDULES[schedule], math.ceil(total_steps * warmup_ratio)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -40,12 +38,16 @@ def evaluation_interval(batches: int, train_tokens: int, evaluated_tokens: int) 
     return math.ceil(batches / times) if times > 1 else 0
 
 
-class Schedule:
-    """A run's schedule; with `eval_every` as decided (steps of an epoch; 0 for the end of epochs only).
+class Due(NamedTuple):
+    """What is to be done after a step."""
 
-    Attributes:
-        total_steps, warmup_steps: steps of the whole run, and those of warm-up among them.
-    """
+    log: bool
+    evaluation: bool
+    checkpoint: bool
+
+
+class Schedule:
+    """A run's schedule, of `total_steps`, the first `warmup_steps` of which warm up; with `eval_every` as decided."""
 
     def __init__(self, config: Config, batches_per_epoch: int, eval_every: int) -> None:
         self._config, self._eval_every = config, eval_every
@@ -57,15 +59,14 @@ class Schedule:
         config = self._config
         return config.lr * lr_factor(step, self.total_steps, config.warmup_ratio, config.schedule)
 
-    def due(self, state: TrainState) -> set[str]:
-        """Return what is due now that a step has been taken: "log", "evaluate", "save"."""
+    def due(self, state: TrainState) -> Due:
+        """Return what is due now that a step has been taken."""
         ends = self.ends(state)
-        is_due = {
-            "log": state.step % self._config.log_every == 0 or state.step == self.total_steps,
-            "evaluate": ends or _is_multiple(state.batch, self._eval_every),
-            "save": ends or _is_multiple(state.step, self._config.save_every),
-        }
-        return {what for what, due in is_due.items() if due}
+        return Due(
+            log=state.step % self._config.log_every == 0 or state.step == self.total_steps,
+            evaluation=ends or _is_multiple(state.batch, self._eval_every),
+            checkpoint=ends or _is_multiple(state.step, self._config.save_every),
+        )
 
     def ends(self, state: TrainState) -> bool:
         """Whether this step was the last one of an epoch, or of the run."""
@@ -85,5 +86,4 @@ class Schedule:
 
 
 def _is_multiple(step: int, interval: int) -> bool:
-    """Whether something that happens every `interval` steps (0: never) happens after this one."""
     return interval > 0 and step % interval == 0

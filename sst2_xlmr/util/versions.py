@@ -14,8 +14,8 @@ from importlib import metadata
 from importlib.util import find_spec
 
 OLDEST_PYTHON = (3, 9)
-OLDEST = {"torch": "2.3.1"}
-NEEDED = [*OLDEST, "numpy", "safetensors", "tqdm", "tensorboard", "protobuf", "sentencepiece", "huggingface_hub"]
+OLDEST_TORCH = "2.3.1"
+NEEDED = ["torch", "numpy", "safetensors", "tqdm", "tensorboard", "protobuf", "sentencepiece", "huggingface_hub"]
 
 
 def _installed(package: str) -> str | None:
@@ -39,12 +39,10 @@ def unusable() -> str:
         verb = "is" if len(missing) == 1 else "are"
         install = f"run `pip install -e .` in the project's folder, or `pip install {' '.join(missing)}`"
         return f"{', '.join(missing)} {verb} not installed in {sys.prefix}: {install}"
-    for package, oldest in OLDEST.items():
-        version = str(_installed(package))
-        if _numbers(version) < _numbers(oldest):
-            cure = f"run `pip install -U {package}`, or set up an environment with scripts/setup.sh"
-            return f"{package} {version} is installed, but {oldest} or newer is needed: {cure}"
-    tensorboard = str(_installed("tensorboard"))
+    torch, tensorboard = (str(_installed(package)) for package in ("torch", "tensorboard"))
+    if _numbers(torch) < _numbers(OLDEST_TORCH):
+        cure = "run `pip install -U torch`, or set up an environment with scripts/setup.sh"
+        return f"torch {torch} is installed, but {OLDEST_TORCH} or newer is needed: {cure}"
     if _numbers(tensorboard) < (2, 21) and find_spec("pkg_resources") is None:
         problem = f"tensorboard {tensorboard} needs pkg_resources, which setuptools 82 and newer lack"
         return f"{problem}: run `pip install -U tensorboard`"

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from conftest import ROOT, metrics, train_options, user_error
+from conftest import ROOT, Capture, Words, metrics, user_error
+from running import train_in_forks
 
 from sst2_xlmr.programs import study
 from sst2_xlmr.util.errors import UserError
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 with_trainer, time_to_accuracy = (importlib.import_module(n) for n in ("study_with_trainer", "time_to_accuracy"))
-TRANSFORMERS = os.environ.get("SST2_XLMR_TEST_PEER")
+
+
+@pytest.fixture(autouse=True)
+def _quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_in_forks(monkeypatch)
+
 
 # As peer.py would: accuracy 0.5; or dev gets better at every evaluation, to the order's seed, in hundredths.
 PEER = """#!{python}
@@ -32,30 +35,20 @@ if "evaluations_file" in order:
         with open(order["evaluations_file"], "a") as file:
             file.write(json.dumps({{"step": step, "split": "dev", "accuracy": accuracy}}) + chr(10))
 json.dump({{"order": order, "accuracy": {{name: 0.5 for name in order["splits"]}}}}, open(sys.argv[3], "w"))
-sys.exit({status})
 """
 
 
-def write_peer(file: Path, status: int = 0) -> Path:
-    file.write_text(PEER.format(python=sys.executable, status=status))
+def write_peer(file: Path) -> Path:
+    file.write_text(PEER.format(python=sys.executable))
     file.chmod(0o755)
     return file
 
 
-def options_for(encoder: Path, data: Path, folder: Path, *more: object) -> list[str]:
-    words = train_options(encoder, data, folder, "--epochs", 1, *more)
-    return ["--output-dir", str(folder), *words[: (place := words.index("--output-dir"))], *words[place + 2 :]]
-
-
 def test_the_trainers_results_are_those_of_the_same_files(
-    tiny_encoder: Path,
-    small_data: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    train_words: Words, small_data: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--seeds", "1", "--peer", str(write_peer(tmp_path / "python"))]
-    options += options_for(tiny_encoder, small_data, tmp_path / "all")
+    options += train_words(tmp_path / "all", "--epochs", 1)
     with_trainer.main(options)
     found = json.loads((tmp_path / "all" / "study.json").read_text())
     assert list(found["runs"]) == ["trainer", "ours"]
@@ -78,34 +71,10 @@ def test_the_trainers_results_are_those_of_the_same_files(
     study.digest.cache_clear()
 
 
-HEADS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from peer import build_trainer
-order = dict(encoder=sys.argv[2], layers=2, rows_file=sys.argv[3], labels=3, dropout=0.1, head_dropout=0.1, lr=1e-5,
-             batch_size=2, max_steps=2, warmup_ratio=0.1, weight_decay=0.0, max_grad_norm=1.0, precision="fp32",
-             device="cpu")
-for seed in (1, 2, 1):
-    print(build_trainer({**order, "seed": seed}).model.classifier.out_proj.weight[0, :4].tolist())
-"""
-
-
-@pytest.mark.skipif(not TRANSFORMERS, reason="SST2_XLMR_TEST_PEER names no Python that has transformers")
-def test_every_seed_of_the_trainer_has_its_own_head(tiny_encoder: Path, tmp_path: Path) -> None:
-    """Of three classes: the tiny encoder's file has weights for two, which are thus not taken."""
-    rows = tmp_path / "rows.npz"
-    np.savez(rows, train_ids=np.arange(8), train_offsets=np.array([0, 4, 8]), train_labels=np.array([0, 1]))
-    words = [str(TRANSFORMERS), "-c", HEADS, str(ROOT / "scripts" / "bench"), str(tiny_encoder), str(rows)]
-    first, second, again = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-3:]
-    assert first == again != second
-
-
-def test_seconds_ratios_and_what_was_not_reached(
-    tiny_encoder: Path, small_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_seconds_ratios_and_what_was_not_reached(train_words: Words, tmp_path: Path, capfd: Capture) -> None:
     """The Trainer reaches it with seed 90 only; every run of ours does."""
     more = ["--eval-every", 2, "--peer", write_peer(tmp_path / "python"), "--setting", "ours", "--lr 2e-3"]
-    options = ["--target", "0.4", "--seeds", "90,31", *options_for(tiny_encoder, small_data, tmp_path / "out", *more)]
+    options = ["--target", "0.4", "--seeds", "90,31", *train_words(tmp_path / "out", "--epochs", 1, *more)]
     time_to_accuracy.main([str(option) for option in options])
     printed = capfd.readouterr()
     found: dict[str, Any] = json.loads(printed.out)
@@ -130,42 +99,19 @@ def test_a_command_ends_once_it_has_reached_the_target(tmp_path: Path) -> None:
     assert time_to_accuracy.seconds_to(0.5, [sys.executable, "-c", script], evaluations) is not None
 
 
-def test_a_failing_command_ends_it_with_its_status(
-    tiny_encoder: Path, small_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--target", "0.99", "--seeds", "5", "--peer", str(write_peer(tmp_path / "python", status=3))]
-    with pytest.raises(SystemExit) as stop:
-        time_to_accuracy.main([*options, *options_for(tiny_encoder, small_data, tmp_path / "out", "--eval-every", 2)])
-    assert stop.value.code == 3
-    assert "seed-5.log:" in capfd.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("program", "options", "says"),
     [
         (time_to_accuracy, ["--target", "1.5"], "--target 1.5 is not above 0 and at most 1"),
-        (time_to_accuracy, ["--target", "much"], "invalid float value: 'much'"),
-        (time_to_accuracy, [], "required: --target"),
         (time_to_accuracy, ["--target", "0.5"], "already exists; a time starts from nothing"),
         (time_to_accuracy, ["--target", "0.5", "--peer", sys.executable, "--output-dir", "x"], "needs --eval-every N"),
-        (with_trainer, [], "required: --peer"),
         (with_trainer, ["--peer", "nowhere/python"], "nowhere/python is not a program; give an environment's bin"),
         (with_trainer, ["--peer", sys.executable, "--setting", "trainer", ""], "that name is taken"),
         (with_trainer, ["--peer", sys.executable, "--max-steps", "9"], "the Trainer does not have --max-steps"),
     ],
 )
 def test_wrong_use(
-    program: Any,
-    options: list[str],
-    says: str,
-    tiny_encoder: Path,
-    small_data: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    program: Any, options: list[str], says: str, train_words: Words, tmp_path: Path, capsys: Capture
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = (
-        f"--seeds 1 --output-dir {tmp_path} --data-dir {small_data} --encoder {tiny_encoder} --max-length 64".split()
-    )
+    words = ["--seeds", "1", *train_words(tmp_path)]
     assert says in user_error(lambda: program.main([*words, *options]), capsys)

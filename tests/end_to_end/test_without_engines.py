@@ -5,13 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, losses, metrics, train_options
-from running import launcher
+from conftest import ROOT, RunTrain, Words, launcher, losses, metrics, train_options
 from safetensors.torch import load_file
+
+PROGRAM = """
+import sys
+import sst2_xlmr
+from sst2_xlmr import train
+from sst2_xlmr.programs import evaluate, predict
+at = [number for number, word in enumerate(sys.argv) if word == "--then"]
+train.main(sys.argv[1 : at[0]])
+evaluate.main(sys.argv[at[0] + 1 : at[1]])
+predict.main(sys.argv[at[1] + 1 :])
+print(sst2_xlmr.__file__)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +35,9 @@ def stripped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def run(stripped: Path, *words: object, processes: int = 1) -> str:
-    """Run a program of the copy; returns what it prints."""
-    command = [*launcher(processes), *map(str, words)]
+def run(stripped: Path, *words: object) -> str:
+    """Run a command from the copy; returns what it prints."""
+    command = list(map(str, words))
     environment = {**os.environ, "PYTHONPATH": str(stripped)}
     done = subprocess.run(command, cwd=stripped, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -35,32 +46,27 @@ def run(stripped: Path, *words: object, processes: int = 1) -> str:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_trains_evaluates_and_predicts(
-    stripped: Path,
-    run_train: Callable[..., Path],
-    tiny_encoder: Path,
-    small_data: Path,
-    tmp_path: Path,
-    precision: str,
+    stripped: Path, run_train: RunTrain, tiny_encoder: Path, small_data: Path, tmp_path: Path, precision: str
 ) -> None:
     options = ["--epochs", 1, "--precision", precision, "--micro-batch-size", 5]
-    reference = run_train(tmp_path / "reference", *options, "--no-compile")
-    folder = tmp_path / "run"
-    said = run(stripped, "train.py", *train_options(tiny_encoder, small_data, folder, *options))
+    folder, reference = tmp_path / "run", run_train(tmp_path / "reference", *options, "--no-compile")
+    model = ["--model", folder / "model", "--device", "cpu", "--precision", precision]
+    words = train_options(tiny_encoder, small_data, folder, *options)
+    then = ["--then", *model, "--file", f"dev={small_data / 'dev.tsv'}", "--then", *model, "A fine film."]
+    said = run(stripped, sys.executable, "-c", PROGRAM, *words, *then)
     assert "plain PyTorch: slower" in said
-    assert f"{stripped}/sst2_xlmr" in run(stripped, "-c", "import sst2_xlmr; print(sst2_xlmr.__file__)")
     assert losses(folder) == losses(reference)
     ours, theirs = (load_file(each / "model" / "model.safetensors") for each in (folder, reference))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
-    model = ["--model", folder / "model", "--device", "cpu", "--precision", precision]
-    table = run(stripped, "scripts/evaluate.py", *model, "--file", f"dev={small_data / 'dev.tsv'}")
-    assert f"{metrics(folder)[-1]['accuracy']:.4f}" in table
-    assert run(stripped, "scripts/predict.py", *model, "A fine film.").count("\t") == 2
+    assert f"{metrics(folder)[-1]['accuracy']:.4f}" in said.split("\nmodel  ")[1]
+    *_, answer, file = said.splitlines()
+    assert answer.count("\t") == 2
+    assert file.startswith(f"{stripped}/sst2_xlmr")
 
 
-def test_two_processes_train(stripped: Path, tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+def test_two_processes_train(stripped: Path, run_train: RunTrain, train_words: Words, tmp_path: Path) -> None:
     options = ["--epochs", 1, "--dropout", 0, "--head-dropout", 0]
-    words = train_options(tiny_encoder, small_data, tmp_path / "run", *options)
-    assert "2 processes;" in run(stripped, "train.py", *words, processes=2)
-    alone = run(stripped, "train.py", *train_options(tiny_encoder, small_data, tmp_path / "alone", *options))
-    assert "1 process;" in alone
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    words = train_words(tmp_path / "run", *options)
+    assert "2 processes;" in run(stripped, *launcher(2), "train.py", *words)
+    alone = run_train(tmp_path / "alone", *options, "--no-compile")
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)

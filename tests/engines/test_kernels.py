@@ -1,29 +1,26 @@
-"""Every kernel against plain torch, in fp32 and bf16, with one thread and with two; and how the library is compiled."""
+"""Kernels against plain torch, in fp32 and bf16, with one thread and with two; and how the library is compiled.
+
+Those of AdamW are tested with the optimizer that they make, in test_optimizer.py and test_shared_memory.py.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import math
 import os
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, kernels_for
-from torch import nn
+from conftest import kernels_for
 
 from sst2_xlmr.engines.cpu import kernels as compiling
-from sst2_xlmr.engines.cpu.kernels import GRADIENTS, PARAMETER, Kernels, Packed, load_kernels
-from sst2_xlmr.engines.cpu.masters import join_master, split_master
-from sst2_xlmr.training.optimizer import BETAS, EPSILON
+from sst2_xlmr.engines.cpu.kernels import Kernels, Packed, load_kernels
 
 NAN, INF = float("nan"), float("inf")
 LENGTHS = [2, 16, 40, 3, 17, 31, 5]
@@ -65,54 +62,39 @@ def same_bits(ours: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(ours.contiguous().view(view), other.contiguous().view(view))
 
 
-# ---- dropout ----
-
-
 def sigmas(mask: torch.Tensor, expected: float) -> float:
     """How far the share of ones among independent zeros and ones is from the expected one."""
     return abs(float(mask.double().mean()) - expected) / math.sqrt(expected * (1 - expected) / mask.numel())
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_the_share_of_dropped_units(kernels: Kernels, threads: int, p: float) -> None:
+def test_the_share_of_dropped_units(kernels: Kernels, threads: int) -> None:
     """Over 10^6 units, and over rows, columns and neighbours; the rest is scaled by 1 / (1 - p)."""
-    rows = pack([10] * 400, p)
+    rows, p = pack([10] * 400, 0.1), 0.1
     kept = torch.ones(4000, 250, dtype=kernels.dtype)
     kernels.dropout_(kept, rows, 5)
-    assert set(kept.unique().tolist()) == {0.0, float(torch.tensor(1 / (1 - p)).to(kernels.dtype))}
-    dropped = kept == 0
+    dropped, scale = kept == 0, torch.tensor(1 / (1 - p)).to(kernels.dtype)
+    assert torch.equal(kept, torch.where(dropped, 0, scale))
     assert sigmas(dropped, p) < 4
-    assert max(sigmas(line, p) for line in (*dropped, *dropped.t())) < 5.5
+    for shares in (dropped.double().mean(0), dropped.double().mean(1)):
+        assert float((shares - p).abs().max()) < 5.5 * math.sqrt(p * (1 - p) * len(shares) / dropped.numel())
     for pair in (dropped[:, 1:] & dropped[:, :-1], dropped[1:] & dropped[:-1]):
         assert sigmas(pair, p * p) < 4.5
 
 
-def test_masks_differ_between_sites_rows_and_runs(threads: int) -> None:
-    """Two masks share as many units as independent ones would."""
+def test_masks_differ_between_sites_rows_and_runs() -> None:
+    """Two masks share as many units as independent ones would; without dropout there is none."""
     rows = pack([64], 0.5)
     first = masks(rows, 3, 384)
     different = [masks(rows, site, 384) for site in (0, 1, 2, 4, 30, 37)] + [masks(pack([64], 0.5, seed=1), 3, 384)]
     different += [first.roll(1, 0), first.roll(7, 0), first.flip(0)]
     assert all(sigmas(mask == first, 0.5) < 4 for mask in different)
-
-
-def test_no_dropout_leaves_the_bits(kernels: Kernels, threads: int) -> None:
-    values = torch.tensor([[0.0, -0.0, 1.0, NAN, INF, -INF, 1e-40, 3e38]] * 8, dtype=kernels.dtype)
+    values = torch.tensor([[0.0, -0.0, 1.0, NAN, INF, -INF, 1e-40, 3e38]] * 8)
     before = values.clone()
-    kernels.dropout_(values, pack([8], 0.0), 1)
+    kernels_for(torch.float32).dropout_(values, pack([8], 0.0), 1)
     assert same_bits(values, before)
 
 
-# ---- sums, normalization, GELU ----
-
-
-@pytest.mark.parametrize(("rows", "n"), [(1, 1), (7, 3), (40, 33), (1000, 20)])
-def test_column_sums(kernels: Kernels, threads: int, rows: int, n: int) -> None:
-    x = random(rows, n, dtype=kernels.dtype)
-    close(kernels.column_sums(x), x.double().sum(0))
-
-
-@pytest.mark.parametrize("n", [1, 20, 33, 384])
+@pytest.mark.parametrize("n", [33, 384])
 @pytest.mark.parametrize("drop_p", [0.0, 0.3])
 def test_add_norm(kernels: Kernels, threads: int, n: int, drop_p: float) -> None:
     rows, dtype = pack([5, 12], drop_p), kernels.dtype
@@ -127,8 +109,6 @@ def test_add_norm(kernels: Kernels, threads: int, n: int, drop_p: float) -> None
     close(normed, reference)
     expected = torch.autograd.grad(reference, inputs, grad.double())
     dhidden, dy, dgamma, dbeta, dbias = kernels.add_norm_backward(grad, hidden, gamma, 1e-5, rows, 7)
-    if n == 1:  # the gradient through the norm of a single value is zero but for rounding
-        return
     masked = expected[0] * mask
     for ours, theirs in zip((dhidden, dgamma, dbeta, dy, dbias), (*expected, masked, masked.sum(0))):
         close(ours, theirs)
@@ -163,9 +143,6 @@ def test_bias_gelu_everywhere() -> None:
     assert derivative[-6:, 0].tolist() == pytest.approx([0, 0, 0, 1, 1, 1], rel=0, abs=1e-30)
 
 
-# ---- attention ----
-
-
 def attention_masks(rows: Packed, site: int, heads: int) -> list[torch.Tensor]:
     """Per text float64 [heads, queries, keys]: with equal weights, and values that are one at one key each."""
     kernels, size = kernels_for(torch.float32), 64
@@ -193,9 +170,8 @@ def reference_attention(
 def test_attention_masks(threads: int) -> None:
     """The share of dropped weights; other masks for other heads, sites, queries."""
     rows = pack([60] * 10, 0.25)
-    dropped = torch.stack(attention_masks(rows, 4, 6)) == 0
+    dropped, other = (torch.stack(attention_masks(rows, site, 6)) == 0 for site in (4, 7))
     assert sigmas(dropped, 0.25) < 4
-    other = torch.stack(attention_masks(rows, 7, 6)) == 0
     for mask in (other, *(dropped.roll(1, dim) for dim in range(4))):
         assert sigmas(mask == dropped, 0.25**2 + 0.75**2) < 4
 
@@ -203,7 +179,7 @@ def test_attention_masks(threads: int) -> None:
 @pytest.mark.parametrize("drop_p", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("heads", "size", "lengths"),
-    [(3, 8, LENGTHS), (2, 20, LENGTHS), (2, 64, [33, 2, 16]), (1, 16, [16] * 3), (5, 1, [2, 3]), (2, 8, [1] * 8)],
+    [(2, 20, LENGTHS), (2, 64, [33, 2, 16]), (1, 16, [16] * 3), (5, 1, [2, 3]), (2, 8, [1] * 8)],
 )
 def test_attention(kernels: Kernels, threads: int, heads: int, size: int, lengths: list[int], drop_p: float) -> None:
     """q, k and v are columns of a wider matrix, as a layer has them; scores are large enough to tell keys apart."""
@@ -224,168 +200,12 @@ def test_attention(kernels: Kernels, threads: int, heads: int, size: int, length
     assert not mixed[rows.tokens :].any() and not dprojected[rows.tokens :].any()
 
 
-@pytest.mark.parametrize("scale", [30.0, 1000.0])
-def test_attention_with_scores_far_apart(kernels: Kernels, scale: float) -> None:
+def test_attention_with_scores_far_apart(kernels: Kernels) -> None:
     """One key takes all; nothing overflows."""
     rows = pack([20], 0.0)
-    q, k, v = (random(24, 8, dtype=kernels.dtype, seed=seed, scale=scale) for seed in range(3))
+    q, k, v = (random(24, 8, dtype=kernels.dtype, seed=seed, scale=1000.0) for seed in range(3))
     mixed = kernels.attention(q, k, v, 1, rows, 1)
     close(mixed, reference_attention(q.double(), k.double(), v.double(), 1, rows, [torch.ones(1, 20, 20).double()]))
-
-
-# ---- AdamW ----
-
-SIZES = [1, 63, 64, 65, 1023, 1025, 5000]
-# Each parameter's rate and decay.
-RATES = [(1e-3 * (number + 1), 1e-2 * (number % 3)) for number in range(len(SIZES))]
-
-
-def parameters(dtype: torch.dtype) -> list[list[Any]]:
-    """Return weights, low bits (None in fp32), mean and square of every size."""
-    result = []
-    for size in SIZES:
-        master = random(size, seed=1)
-        weights, low = split_master(master) if dtype == torch.bfloat16 else (master, None)
-        result.append([weights, low, random(size, seed=3) * 0.1, random(size, seed=4).square()])
-    return result
-
-
-def describe(tensors: list[list[Any]], gradients: torch.Tensor, step: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the kernels are told of the parameters, and of the gradients, [processes, values of all]."""
-    arguments = np.zeros(len(tensors), PARAMETER)
-    for line, found, grad, (lr, decay) in zip(arguments, tensors, gradients[0].split(SIZES), RATES):
-        for name, tensor in zip(("grad", "weights", "low", "mean", "square"), (grad, *found)):
-            line[name] = 0 if tensor is None else tensor.data_ptr()
-        line["n"], line["rate"], line["decay"] = len(grad), lr / (1 - BETAS[0] ** step), lr * decay
-    stride, is_fp32 = gradients[0].numel() * gradients.element_size(), gradients.dtype == torch.float32
-    return arguments, np.array((stride, len(gradients), is_fp32), GRADIENTS)
-
-
-def master_of(weights: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
-    return weights.clone() if low is None else join_master(weights, low)
-
-
-@pytest.mark.parametrize("fp32_grads", [True, False])
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_adamw(kernels: Kernels, threads: int, processes: int, fp32_grads: bool) -> None:
-    """Ten steps are torch's, each parameter with a rate and decay of its own, and the norm is.
-
-    Equal bits with one thread and two, and with the mean of the processes' gradients, added in fp32 in their order.
-    """
-    of_all = random(processes, sum(SIZES), seed=2, dtype=torch.float32 if fp32_grads else kernels.dtype)
-    mean = of_all[0].float()
-    for other in of_all[1:]:
-        mean = mean + other.float()
-    mean = mean / processes
-    start, results, square_sums = parameters(kernels.dtype), [], []
-    for gradients, count in ((of_all, threads), (mean[None], threads), (mean[None], 1)):
-        torch.set_num_threads(count)
-        tensors = parameters(kernels.dtype)
-        for step in range(1, 11):
-            told = describe(tensors, gradients, step)
-            square_sums.append(kernels.square_sum(*told))
-            kernels.adamw(*told, 0.5, BETAS, EPSILON, 1 / math.sqrt(1 - BETAS[1] ** step))
-        results.append(tensors)
-    assert square_sums == pytest.approx([float(mean.double().square().sum())] * 30, rel=1e-6)
-    assert len(set(square_sums[:20])) == 1
-    for ours, *others, before, grad, (lr, decay) in zip(*results, start, mean.split(SIZES), RATES):
-        for other in others:
-            assert all(one is two or same_bits(one, two) for one, two in zip(ours, other))
-        weight = nn.Parameter(master_of(*before[:2]))
-        reference = torch.optim.AdamW([weight], lr, BETAS, EPSILON, decay)
-        moments = dict(zip(("exp_avg", "exp_avg_sq"), before[2:]))
-        reference.state[weight] = {"step": torch.tensor(0.0), **moments}
-        weight.grad = 0.5 * grad
-        for _ in range(10):
-            reference.step()
-        for found, expected in zip((master_of(*ours[:2]), *ours[2:]), (weight.detach(), *moments.values())):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("bad", [NAN, INF])
-def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_the_weights(kernels: Kernels, bad: float) -> None:
-    tensors, gradients = parameters(kernels.dtype), random(1, sum(SIZES), seed=2, dtype=kernels.dtype)
-    for grad in reversed(gradients[0].split(SIZES)):
-        before = kernels.square_sum(*describe(tensors, gradients))
-        grad[-1] = bad
-        assert math.isfinite(before) == (len(grad) == SIZES[-1])
-        assert not math.isfinite(kernels.square_sum(*describe(tensors, gradients)))
-    kernels.adamw(*describe(tensors, gradients), 1.0, BETAS, EPSILON, 1 / math.sqrt(1 - BETAS[1]))
-    for weights, _, mean, _ in tensors:
-        assert not weights[-1].isfinite() and not mean[-1].isfinite()
-        assert weights[:-1].isfinite().all()
-
-
-# ---- what is not a number, repeated calls ----
-
-
-# 3 texts of 6, 17 and 9 tokens.
-ROWS = pack([6, 17, 9], 0.2)
-
-
-def dropped(kernels: Kernels, x: torch.Tensor) -> list[torch.Tensor]:
-    kernels.dropout_(x, dataclasses.replace(ROWS, drop_p=0.5), 1)
-    return [x]
-
-
-def attention_gradients(kernels: Kernels, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-    found = [torch.empty_like(x) for _ in range(3)]
-    kernels.attention_backward(x, (y, y + 1, y + 2), (found[0], found[1], found[2]), 2, ROWS, 1)
-    return found
-
-
-# Every kernel that works on rows: of x, perhaps with a value that is not finite, y, both [32, 40], and a vector.
-CALLS: dict[str, Callable[..., Any]] = {
-    "dropout": lambda kernels, x, y, v: dropped(kernels, x),
-    "column_sums": lambda kernels, x, y, v: [kernels.column_sums(x)],
-    "add_norm, x": lambda kernels, x, y, v: kernels.add_norm(x, y, v, v, v, 1e-5, ROWS, 1),
-    "add_norm, y": lambda kernels, x, y, v: kernels.add_norm(y, x, v, v, v, 1e-5, ROWS, 1),
-    "add_norm_backward, grad": lambda kernels, x, y, v: kernels.add_norm_backward(x, y, v, 1e-5, ROWS, 1),
-    "add_norm_backward, hidden": lambda kernels, x, y, v: kernels.add_norm_backward(y, x, v, 1e-5, ROWS, 1),
-    "bias_gelu": lambda kernels, x, y, v: [kernels.bias_gelu_(x, v), x],
-    "bias_gelu_backward": lambda kernels, x, y, v: [kernels.bias_gelu_backward_(x, y), x],
-    "attention, q": lambda kernels, x, y, v: [kernels.attention(x, y, y + 1, 2, ROWS, 1)],
-    "attention, k": lambda kernels, x, y, v: [kernels.attention(y, x, y + 1, 2, ROWS, 1)],
-    "attention, v": lambda kernels, x, y, v: [kernels.attention(y, y + 1, x, 2, ROWS, 1)],
-    "attention_backward": lambda kernels, x, y, v: attention_gradients(kernels, x, y),
-}
-
-
-def call(kernels: Kernels, name: str, bad: float | None = None) -> list[torch.Tensor]:
-    """Return what a kernel gives; `bad` is put at token 10 of its input."""
-    x, y = (random(32, 40, dtype=kernels.dtype, seed=seed) for seed in (1, 2))
-    if bad is not None:
-        x[10, 3] = bad
-    return list(CALLS[name](kernels, x, y, random(40, dtype=kernels.dtype)))
-
-
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_what_is_not_finite_stays_so(kernels: Kernels, name: str, bad: float) -> None:
-    """In every result, in the row it belongs to (or the text, in attention), and nowhere else."""
-    results = call(kernels, name, bad)
-    if name == "add_norm_backward, hidden":
-        del results[3]  # beta's gradient does not depend on it
-    for result in results:
-        broken = ~result.isfinite()
-        assert broken.any(), f"{name}: {bad} was lost"
-        if result.dim() == 2:
-            where = broken.any(1).nonzero().flatten()
-            first, last = (6, 22) if name.startswith("attention") else (10, 10)
-            assert first <= int(where[0]) and int(where[-1]) <= last
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_equal_calls_give_equal_bits(kernels: Kernels, threads: int, name: str) -> None:
-    """Also with another number of threads, but for sums over rows."""
-    first = call(kernels, name)
-    for _ in range(5):
-        assert all(map(same_bits, call(kernels, name), first))
-    torch.set_num_threads(3)
-    assert all(same_bits(ours, other) for ours, other in zip(call(kernels, name), first) if ours.dim() == 2)
-
-
-# ---- compiling ----
 
 
 @pytest.fixture
@@ -408,7 +228,6 @@ def compile_anew() -> None:
     ("variables", "reason"),
     [
         ({"CC": "/nonexistent/cc"}, "no C compiler: /nonexistent/cc not found"),
-        ({"CC": "false"}, "false failed: exit status 1"),
         ({"CC": "", "PATH": "/nonexistent"}, "no C compiler: gcc not found"),
         ({"CC": "sh -c 'echo In x.c: >&2; echo x.c:1: error: y >&2; exit 1'"}, "sh failed: x.c:1: error: y"),
     ],
@@ -425,15 +244,12 @@ def test_without_a_compiler_there_are_no_kernels_and_it_is_said_why(
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (cache.parent / "file").touch()
-    monkeypatch.setenv("SST2_XLMR_CACHE", str(cache.parent / "file" / "cache"))
-    compile_anew()
-
-
 @pytest.mark.parametrize("is_noexec", [False, True])
 def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch, is_noexec: bool) -> None:
-    """From a disk mounted noexec it is loaded elsewhere; if that cannot be either, the reason is the true one."""
+    """By two at once if they start at once; from a disk mounted noexec it is loaded elsewhere.
+
+    If that cannot be either, the reason is the true one.
+    """
     forbidden, dlopen = [str(cache)] * is_noexec, ctypes.CDLL
 
     def load(file: str) -> ctypes.CDLL:
@@ -442,7 +258,8 @@ def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch, is_noexec: 
         return dlopen(file)
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    compile_anew()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: compile_anew(), range(2)))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
     compile_anew()
     assert len(list(cache.iterdir())) == 1, "something was left behind"
@@ -452,25 +269,7 @@ def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch, is_noexec: 
     assert reason.endswith("failed to map segment from shared object")
 
 
-def test_two_processes_compile_at_once(cache: Path) -> None:
-    program = """
-import torch
-from sst2_xlmr.engines.cpu import kernels
-kernels.FLAGS[0] = "-O0"
-for dtype in (torch.float32, torch.bfloat16):
-    print(kernels.load_kernels(dtype).column_sums(torch.ones(5, 3, dtype=dtype)).tolist())
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = [
-        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment, text=True)
-        for _ in range(2)
-    ]
-    for process in started:
-        assert process.communicate(timeout=300)[0] == "[5.0, 5.0, 5.0]\n" * 2
-    assert len(list(cache.iterdir())) == 2
-
-
-def test_what_others_can_write_or_time_has_damaged_is_not_loaded(cache: Path) -> None:
+def test_what_others_can_write_or_time_has_damaged_is_not_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_anew()
     compiled = next(cache.iterdir())
     content, planted = compiled.read_bytes(), b"planted by somebody else"
@@ -480,3 +279,5 @@ def test_what_others_can_write_or_time_has_damaged_is_not_loaded(cache: Path) ->
         compiled.write_bytes(put)
         compile_anew()
         assert compiled.read_bytes() == stays
+    monkeypatch.setenv("SST2_XLMR_CACHE", str(compiled / "cache"))  # it cannot be made, which is no error
+    compile_anew()

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def average_error(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("lengths", [LENGTHS, [16] * 3, [40], [2] * 8], ids=str)
+@pytest.mark.parametrize("lengths", [LENGTHS, [40], [2] * 8], ids=str)
 def test_equals_the_plain_path(threads: int, shape: tuple[int, int, int], lengths: list[int]) -> None:
     """Logits and all gradients without dropout."""
     model, texts = build(shape), batch(lengths)
@@ -121,7 +122,7 @@ def test_is_as_exact_as_torch_on_real_weights() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bf16_is_as_exact_as_torchs(threads: int, shape: tuple[int, int, int]) -> None:
+def test_bf16_is_as_exact_as_torchs(shape: tuple[int, int, int]) -> None:
     """Against the same weights in float64, logits and gradients are no further off than the plain path in bf16.
 
     The first rounding that tips over decides much of one draw's error, so it is the mean over several.
@@ -200,39 +201,38 @@ def test_frozen_encoder_trains_the_head_only() -> None:
     head = gradients(model)
     assert head.keys() == {name for name, _ in model.named_parameters() if name.startswith("head.")}
     assert all(torch.equal(grad, whole[name]) for name, grad in head.items())
-    nodes, seen = [logits.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None:
-            seen.add(node.name())
-            nodes += [other for other, _ in node.next_functions]
-    assert not any("Layer" in name or "Embedding" in name for name in seen), "the encoder's pass was recorded"
+
+    def recorded(node: Any) -> set[str]:
+        return {node.name()}.union(*(recorded(other) for other, _ in node.next_functions if other))
+
+    assert not any("Layer" in name or "Embedding" in name for name in recorded(logits.grad_fn))
 
 
-def test_evaluation_has_no_dropout_and_leaves_no_graph() -> None:
+def test_evaluation_has_no_dropout_and_leaves_no_graph_also_in_copies() -> None:
     model, texts = build(SHAPES[0], 0.5, 0.5), batch(LENGTHS)
     engine = packed(model).eval()
-    with torch.no_grad():
-        first = engine(*texts)
-        assert torch.equal(engine(*texts, keys(len(LENGTHS))), first)
-    assert first.grad_fn is None
-    assert torch.equal(first, packed(build(SHAPES[0]))(*texts).detach())
+    expected = packed(build(SHAPES[0]))(*texts).detach()
+    for each in (engine, copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
+        with torch.no_grad():
+            logits = each(*texts, keys(len(LENGTHS)))
+        assert torch.equal(logits, expected)
+        assert logits.grad_fn is None
     assert not gradients(model)
 
 
-def test_what_is_not_a_number_reaches_the_loss_and_the_gradients() -> None:
-    """From a weight of the first layer, and from an embedding that one text uses."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_the_loss_and_the_gradients(dtype: torch.dtype, bad: float) -> None:
+    """From a weight of the first layer, from an embedding that one text uses, and from the loss; nothing hides it."""
     texts = batch(LENGTHS)
     for name, where in (("layers.0.up", (3, 4)), ("tokens", (int(texts[0][LENGTHS[0] + 9]), 0))):
-        model = build(SHAPES[0])
-        model.get_parameter(f"encoder.{name}.weight").data[where] = float("nan")
+        model = build(SHAPES[0]).to(dtype)
+        model.get_parameter(f"encoder.{name}.weight").data[where] = bad
         found = outcome(model, packed(model), *texts)
-        assert found["logits"][1].isnan().all()
-        assert found["encoder.layers.0.qkv.weight"].isnan().any()
-        assert found["head.dense.weight"].isnan().any()
-
-
-def test_it_can_be_copied_and_saved() -> None:
-    model, texts = packed(build(SHAPES[0])), batch(LENGTHS)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other(*texts), model(*texts))
+        broken = ~found["logits"].isfinite().any(1)
+        assert broken.tolist() == [name != "tokens" or text == 1 for text in range(len(LENGTHS))]
+        assert not found["encoder.layers.0.qkv.weight"].isfinite().any()
+        assert not found["head.dense.weight"].isfinite().all()
+    model = build(SHAPES[0]).to(dtype)
+    (packed(model)(*texts, keys(len(LENGTHS))) * bad).sum().backward()
+    assert not any(gradient.isfinite().all() for gradient in gradients(model).values())

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SAMPLE_DATA, Capture, metrics, user_error
-from running import digests
+from conftest import SAMPLE_DATA, Capture, RunTrain, metrics, user_error
+from running import digests, resume
 from safetensors.torch import load_file
 
 import sst2_xlmr
-from sst2_xlmr import train
 from sst2_xlmr.evaluation import calibration
 from sst2_xlmr.evaluation.calibration import HIGHEST, LOWEST, calibrate, describe_calibration
 from sst2_xlmr.programs import evaluate, predict
 from sst2_xlmr.task import SingleLabel
 
-RunTrain = Callable[..., Path]
 TEXTS = ["A fine film.", "Not my cup of tea.", "", "word " * 30, "It was  slow"]
 TWO = SingleLabel(["no", "yes"])
 
@@ -48,8 +44,7 @@ def any_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_SIGNIFICANT_GAIN", 0.0)
 
 
-@pytest.mark.parametrize("classes", [2, 5])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize(("temperature", "classes"), [(0.5, 2), (1.0, 2), (3.0, 5)])
 def test_the_temperature_is_found(temperature: float, classes: int) -> None:
     probabilities, labels = drawn(temperature, classes)
     task = SingleLabel([f"class {number}" for number in range(classes)])
@@ -67,12 +62,12 @@ def test_rows_that_say_nothing_do_not_make_it_extreme(any_gain: None) -> None:
 
 
 def test_it_stays_at_1_if_rows_cannot_tell() -> None:
-    """Of a hundred draws of rows from a calibrated model, about five show another temperature by chance."""
+    """Of thirty draws of rows from a calibrated model, one or two show another temperature by chance."""
     probabilities, labels = drawn(1.0, 2)
-    parts = [slice(start, start + 200) for start in range(0, 20_000, 200)]
+    parts = [slice(start, start + 200) for start in range(0, 6_000, 200)]
     fitted = [calibrate(TWO, probabilities[part], labels[part]) for part in parts]
     unchanged = [(before, after) for temperature, before, after in fitted if temperature == 1]
-    assert len(unchanged) >= 90
+    assert len(unchanged) >= 26
     assert all(before == after for before, after in unchanged)
     assert "temperature 1, as no other" in describe_calibration(1, *unchanged[0])
 
@@ -81,11 +76,10 @@ def probabilities_of(model: Path) -> np.ndarray:
     return sst2_xlmr.load(model, precision="fp32", device="cpu").probabilities(TEXTS)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_train_writes_calibrated_models(
-    any_gain: None, run_train: RunTrain, tmp_path: Path, precision: str, capsys: Capture
+def test_train_writes_calibrated_models_also_when_resumed(
+    any_gain: None, run_train: RunTrain, tmp_path: Path, capsys: Capture
 ) -> None:
-    options = ["--epochs", 3, "--precision", precision]
+    options = ["--epochs", 3, "--precision", "bf16"]
     plain = run_train(tmp_path / "plain", *options)
     capsys.readouterr()
     run = run_train(tmp_path / "run", *options, "--calibrate")
@@ -102,6 +96,10 @@ def test_train_writes_calibrated_models(
     assert changed == {"classifier.out_proj.weight", "classifier.out_proj.bias"}
     assert "chosen by their accuracy on dev" in (run / "best" / "README.md").read_text()
     assert "chosen by their accuracy on dev" not in card
+    whole = digests(run)
+    shutil.rmtree(run / "model")
+    resume(run)
+    assert digests(run) == whole
 
 
 def test_what_is_reported_is_measured_on_what_is_written(
@@ -141,26 +139,17 @@ def measure(model: Path, file: Path, scratch: Path) -> dict[str, float]:
     return {key: found[key] for key in ("loss", "accuracy", "macro_f1", "ece")}
 
 
-def test_a_resumed_run_has_the_same_temperature(any_gain: None, run_train: RunTrain, tmp_path: Path) -> None:
-    run = run_train(tmp_path / "run", "--epochs", 2, "--calibrate")
-    whole = digests(run)
-    shutil.rmtree(run / "model")
-    train.main(["--resume", "--output-dir", str(run)])
-    assert digests(run) == whole
-
-
-def test_predict_abstains(run_train: RunTrain, tmp_path: Path, capsys: Capture) -> None:
-    model = run_train(tmp_path / "run", "--epochs", 1) / "model"
-    limit = float(np.sort(probabilities_of(model).max(1))[2])
-    capsys.readouterr()
+def test_predict_abstains(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    highest = probabilities_of(model).max(1)
+    limit = float(np.sort(highest)[2]) - 1e-6
     options = ["--model", str(model), "--device", "cpu", "--precision", "fp32"]
-    predict.main([*options, "--abstain-below", str(limit - 1e-6), *TEXTS])
+    predict.main([*options, "--abstain-below", str(limit), *TEXTS])
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] == "?" for row in rows] == [bool(p < limit - 1e-6) for p in probabilities_of(model).max(1)]
+    assert [row[0] == "?" for row in rows] == (highest < limit).tolist()
     assert sum(row[0] == "?" for row in rows) == 2
     line = user_error(lambda: predict.main([*options, "--abstain-below", "1.5", "x"]), capsys)
     assert "'1.5' is not a probability" in line
     (tmp_path / "test.tsv").write_text("index\tsentence\n0\ta\n")
     words = ["--input", str(tmp_path / "test.tsv"), "--glue-submission", str(tmp_path / "g"), "--abstain-below", "0.9"]
     assert "takes a label for every row" in user_error(lambda: predict.main([*options, *words]), capsys)
-    assert not os.path.lexists(tmp_path / "g")
+    assert not (tmp_path / "g").exists()

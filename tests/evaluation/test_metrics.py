@@ -1,13 +1,14 @@
-"""Definitions of metrics against numbers worked out by hand, and scikit-learn where it is installed."""
+"""Metrics, and how a faster precision compares with its reference, against numbers worked out by hand."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import Any, Optional
 
 import numpy as np
 import pytest
 
-from sst2_xlmr.evaluation import metrics
+from sst2_xlmr.evaluation.compare import check_comparison, compare
 from sst2_xlmr.evaluation.metrics import (
     accuracy_interval,
     confusion_matrix,
@@ -15,21 +16,20 @@ from sst2_xlmr.evaluation.metrics import (
     macro_f1,
     mean_of,
     per_class,
-    share_below,
 )
+from sst2_xlmr.report.table import comparison_table
+from sst2_xlmr.task import SingleLabel
+from sst2_xlmr.util.errors import UserError
 
 LABELS = np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, 2], np.int32)
 PREDICTIONS = np.array([0, 1, 0, 1, 1, 2, 1, 0, 1, 1])
 
 
-def test_confusion_matrix_has_labels_as_rows() -> None:
-    confusion = confusion_matrix(LABELS, PREDICTIONS, 4)
-    assert confusion.tolist() == [[2, 1, 0, 0], [0, 3, 1, 0], [1, 2, 0, 0], [0, 0, 0, 0]]
-
-
-def test_per_class_is_scikit_learns() -> None:
-    """precision_recall_fscore_support(LABELS, PREDICTIONS, zero_division=0)"""
-    found = per_class(confusion_matrix(LABELS, PREDICTIONS, 3))
+def test_confusion_matrix_and_what_follows_from_it_for_each_class() -> None:
+    """As scikit-learn's precision_recall_fscore_support(LABELS, PREDICTIONS, zero_division=0)."""
+    confusion = confusion_matrix(LABELS, PREDICTIONS, 3)
+    assert confusion.tolist() == [[2, 1, 0], [0, 3, 1], [1, 2, 0]], "labels are rows"
+    found = per_class(confusion)
     assert found["precision"] == pytest.approx([2 / 3, 0.5, 0])
     assert found["recall"] == pytest.approx([2 / 3, 0.75, 0])
     assert found["f1"] == pytest.approx([2 / 3, 0.6, 0])
@@ -52,20 +52,6 @@ def test_macro_f1_is_of_the_classes_that_occur_among_labels_or_predictions(
     assert macro_f1(np.array(confusion)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("classes", [2, 3, 7])
-def test_agrees_with_scikit_learn(classes: int) -> None:
-    sklearn = pytest.importorskip("sklearn.metrics")
-    for seed in range(20):
-        random = np.random.RandomState(seed)
-        labels, predictions = random.randint(0, random.randint(1, classes + 1), (2, 12))
-        confusion = confusion_matrix(labels, predictions, classes)
-        assert macro_f1(confusion) == pytest.approx(sklearn.f1_score(labels, predictions, average="macro"))
-        of_all = {"labels": list(range(classes)), "zero_division": 0}
-        expected = sklearn.precision_recall_fscore_support(labels, predictions, **of_all)
-        for name, values in zip(("precision", "recall", "f1", "support"), expected):
-            np.testing.assert_allclose(per_class(confusion)[name], values)
-
-
 @pytest.mark.parametrize(
     ("confidences", "right", "expected"),
     [
@@ -83,7 +69,7 @@ def test_ece_by_hand(confidences: list[float], right: list[int], expected: float
 
 def test_interval_is_that_of_drawing_rows() -> None:
     """Against resampling row by row, as it is defined."""
-    random = np.random.RandomState(7)
+    random, started = np.random.RandomState(7), time.process_time()
     is_right = np.arange(200) < 170
     drawn = is_right[random.randint(0, 200, (10_000, 200))].mean(1)
     low, high = accuracy_interval(170, 200)
@@ -92,32 +78,61 @@ def test_interval_is_that_of_drawing_rows() -> None:
     assert accuracy_interval(170, 200) == (low, high), "the same at every call"
     assert accuracy_interval(170, 200, level=0.5)[0] > low
     assert (accuracy_interval(40, 40), accuracy_interval(0, 40)) == ((1, 1), (0, 0))
-
-
-def test_interval_draws_a_number_for_a_resample_not_for_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a million rows would take a minute."""
-    drawn: list[int] = []
-
-    class Counted(np.random.RandomState):
-        def binomial(self, *arguments: Any) -> Any:
-            values = super().binomial(*arguments)
-            drawn.append(values.size)
-            return values
-
-        def __getattribute__(self, name: str) -> object:
-            assert name in ("binomial", "__class__"), name
-            return super().__getattribute__(name)
-
-    monkeypatch.setattr(metrics.np.random, "RandomState", Counted)
     accuracy_interval(900_000, 1_000_000)
-    assert drawn == [10_000]
+    assert time.process_time() - started < 5, "a number is drawn for a row, not for a resample"
 
 
-def test_mean_of_files_and_share_below() -> None:
-    files: list[dict[str, Any]] = [
-        {"accuracy": 0.85, "ece": 0.05, "recall": [1.0], "rows": 100},
-        {"accuracy": 0.95, "ece": 0.15},
-    ]
-    mean = mean_of(files)
-    assert mean == {"accuracy": pytest.approx(0.9), "ece": pytest.approx(0.1)}
-    assert share_below(np.array([0.9, 0.1, 0.5, 0.9], np.float32)).tolist() == [0.5, 0, 0.25, 0.5]
+def test_mean_of_files() -> None:
+    files: list[dict[str, Any]] = [{"accuracy": 0.85, "ece": 0.05, "recall": [1.0]}, {"accuracy": 0.95, "ece": 0.15}]
+    assert mean_of(files) == {"accuracy": pytest.approx(0.9), "ece": pytest.approx(0.1)}
+
+
+TASK = SingleLabel(["no", "yes"])
+Sides = tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]
+
+
+def sides(found: list[float], expected: list[float], labels: list[int] | None) -> Sides:
+    """Of two classes, from the probabilities of class 1."""
+    both = [np.stack([1 - np.array(p), np.array(p)], 1).astype(np.float32) for p in (found, expected)]
+    return both[0], both[1], None if labels is None else np.array(labels)
+
+
+# The second label changes, to a wrong one; the third from a wrong one to a right one.
+PAIR = sides([0.9, 0.6, 0.45, 0.1], [0.8, 0.4, 0.6, 0.1], [1, 0, 0, 0])
+UNLABELLED = sides([0.9], [0.7], None)
+
+
+def test_figures_by_hand() -> None:
+    part = compare(TASK, *PAIR)
+    assert (part["rows"], part["changed"]) == (4, 2)
+    assert part["largest"] == pytest.approx(0.2)
+    found, expected = part["metrics"]
+    assert (found["accuracy"], expected["accuracy"]) == (0.75, 0.75)
+    # Each row is alone in its bin: 0.9 and 0.9 right, 0.6 wrong, 0.55 right.
+    assert found["ece"] == pytest.approx((abs(0.9 - 1) * 2 + 0.6 + 0.45) / 4)
+    assert "rows" not in found
+    alone = compare(TASK, *UNLABELLED)
+    assert (alone["changed"], alone["metrics"]) == (0, None)
+
+
+def test_the_table_has_a_line_for_every_file_and_one_for_all() -> None:
+    lines = comparison_table(TASK, {"fr": PAIR, "de": UNLABELLED}, "int8", "fp32")
+    assert len(lines) == 4
+    assert lines[0].split()[:7] == ["file", "labels", "changed", "largest", "change", "accuracy", "int8"]
+    assert lines[1].split()[:6] == ["fr", "2", "(50.00%)", "0.2000", "0.7500", "(0.7500)"]
+    assert lines[2].split() == ["de", "0", "(0.00%)", "0.2000", "-", "-", "-", "1"]
+    assert lines[3].split()[2:4] == ["2", "(40.00%)"]
+    assert len(comparison_table(TASK, {"fr": PAIR}, "int8", "fp32")) == 2
+
+
+def test_what_passes_a_bound_is_refused() -> None:
+    worse = sides([0.9, 0.6, 0.1], [0.8, 0.4, 0.1], [1, 0, 0])
+    allowed = [({"a": PAIR}, 0.5, 0.0), ({"a": worse}, 0.5, 0.34), ({"b": UNLABELLED}, 0.0, 0.0)]
+    for files, most_changed, most_lost in allowed:
+        check_comparison(TASK, files, most_changed, most_lost, "int8", "fp32")
+    with pytest.raises(UserError, match=r"int8 changes 2 of 4 labels of fp32, 50.00%, and at most 49.00%"):
+        check_comparison(TASK, {"a": PAIR}, 0.49, 1.0, "int8", "fp32")
+    with pytest.raises(UserError, match=r"int8 loses 33.33% of accuracy against fp32, and at most 33.00%"):
+        check_comparison(TASK, {"a": worse, "b": UNLABELLED}, 0.5, 0.33, "int8", "fp32")
+    with pytest.raises(UserError, match="produces probabilities that are not finite"):
+        check_comparison(TASK, {"a": sides([float("nan")], [0.5], None)}, 1.0, 1.0, "int8", "fp32")

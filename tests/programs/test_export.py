@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Capture, user_error
+from conftest import Capture, RunTrain, change_weights, user_error
 from reference import needs_torchtext
-from safetensors.torch import load_file, save_file
+from running import Fork
+from safetensors.torch import load_file
 
-from sst2_xlmr.export.folder import LAST_LAYER
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.programs import export
 from sst2_xlmr.util import versions
@@ -58,7 +55,6 @@ ANOTHER_ANSWER = "the written model disagrees with "
 @pytest.mark.parametrize(
     ("options", "spoiled", "says"),
     [
-        (["--format", "hf"], off_by(2e-5), ANOTHER_ANSWER),
         (["--format", "hf", "--dtype", "bf16"], off_by(0.1), ANOTHER_ANSWER),
         (["--format", "hf"], lambda p: p * math.nan, ANOTHER_ANSWER),
         (["--format", "onnx"], off_by(2e-4), ANOTHER_ANSWER),
@@ -93,82 +89,52 @@ def test_what_answers_otherwise_is_removed(
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("fault", ["another weight", "other labels"])
-def test_an_onnx_file_with_a_fault_is_refused(
-    model: Path, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+def test_an_onnx_file_with_other_labels_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """The weight is wrong by so little that no label changes."""
     onnx_file = pytest.importorskip("sst2_xlmr.export.onnx")
-    write_onnx, name = onnx_file.write_onnx, LAST_LAYER[1]
+    write_onnx = onnx_file.write_onnx
 
-    def write_wrong(file: Path, weights: dict[str, Any], shape: Any, task: Any, *more: Any) -> None:
-        if fault == "another weight":
-            weights = {**weights, name: weights[name] + np.array([0.01, 0], np.float32)}
-        else:
-            task = type(task)(task.label_names[::-1])
-        write_onnx(file, weights, shape, task, *more)
+    def write_wrong(file: Path, weights: Any, shape: Any, task: Any, *more: Any) -> None:
+        write_onnx(file, weights, shape, type(task)(task.label_names[::-1]), *more)
 
     monkeypatch.setattr(onnx_file, "write_onnx", write_wrong)
     options = ["--model", model, "--format", "onnx", "--output", tmp_path / "x"]
-    line = user_error(lambda: run_export(*options), capsys)
-    says = "a probability differs by 0.00" if fault == "another weight" else "names other labels than its probabilities"
-    assert says in line
+    assert "names other labels than its prob" in user_error(lambda: run_export(*options), capsys)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_refused(model: Path, tmp_path: Path, value: float, capsys: Capture) -> None:
+def test_weights_that_are_not_finite_are_refused(model: Path, tmp_path: Path, capsys: Capture) -> None:
     """Also where no answer shows them: the embedding of a piece that the compared sentences do not have."""
-    source, name = Path(shutil.copytree(model, tmp_path / "source")), "roberta.embeddings.word_embeddings.weight"
-    weights = load_file(source / "model.safetensors")
-    weights[name][-1, 3] = value
-    save_file(weights, source / "model.safetensors")
+    name = "roberta.embeddings.word_embeddings.weight"
+    source = change_weights(model, tmp_path / "source", lambda found: found[name][-1].fill_(math.inf))
     options = ["--model", source, "--format", "hf", "--output", tmp_path / "x"]
     assert f"{source} has weights that are not finite" in user_error(lambda: run_export(*options), capsys)
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("gone", ["closed pipe", "/dev/full"])
-def test_a_result_that_is_written_is_a_success_whoever_reads(model: Path, tmp_path: Path, gone: str) -> None:
+def test_a_result_that_is_written_is_a_success_whoever_reads(model: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("A fine film.\n")
-    words: list[object] = [sys.executable, ROOT / "scripts" / "export.py", "--model", model, "--format", "hf"]
-    words += ["--keep-vocabulary-of", tmp_path / "texts.txt"]  # says a line before all is done, too
-    if gone == "closed pipe":
-        reader, writer = os.pipe()
-        os.close(reader)
-    else:
-        writer = os.open(gone, os.O_WRONLY)
-    command = [str(word) for word in [*words, "--output", tmp_path / "x"]]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(writer)
-    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
-    assert done.stderr.startswith("warning: cannot write to standard output: ")
+    words = ["--model", str(model), "--format", "hf", "--output", str(tmp_path / "x")]
+    words += ["--keep-vocabulary-of", str(tmp_path / "texts.txt")]  # says a line before all is done, too
+    assert Fork(["scripts/export.py", *words], Path("/dev/full"), tmp_path / "errors").wait() == 0
+    said = (tmp_path / "errors").read_text()
+    assert said.startswith("warning: cannot write to standard output: ") and said.count("\n") == 1
     assert (tmp_path / "x" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--format", "gguf"], "invalid choice: 'gguf'"),
         (["--format", "torchscript", "--dtype", "bf16"], "--dtype bf16 is for --format hf"),
         (["--format", "torchscript"], "--format torchscript needs torchtext under torch 2.3.1, and this is torch"),
         (["--format", "hf", "--check-file", "no/such"], "cannot read no/such as UTF-8 text"),
-        (["--format", "hf", "--check-file", "no.tsv"], "cannot read no.tsv: No such file"),
         (["--format", "hf", "--check-file", "empty"], "empty is empty"),
-        (["--format", "hf", "--check-file", "a/empty", "empty"], "two files have the name empty"),
-        (["--format", "hf", "--keep-vocabulary-of", "no.csv"], "cannot read no.csv: No such file"),
-        (["--format", "hf", "--from-ids"], "--from-ids is for --format onnx"),
-        (["--format", "hf", "--most-changed", "101"], "'101' is not a percentage from 0 to 100"),
         (["--format", "hf", "--most-changed", "5"], "are for --format onnx-int8"),
         (["--format", "hf", "--text-column", "x"], "--text-column needs a .tsv, .csv or .jsonl file"),
-        (["--format", "hf", "--check-file", "empty", "--text-column", "x"], "--text-column needs a .tsv, .csv"),
         (["--format", "hf", "--output", "empty"], "--output empty already exists"),
-        (["--format", "hf", "--output", "empty/x"], "cannot write empty/x: "),
-        (["--format", "hf", "--model", "no/such/folder"], "no/such/folder: neither"),
-        ([], "--format"),
         (["--format", "onnx-int8"], "--format onnx-int8 needs --check-file"),
         (["--format", "onnx"], "larger than the 2 GB of an ONNX file"),
-        (["--format", "onnx", "--from-ids", "--keep-vocabulary-of", "empty"], "no tokenizer that gives these ids"),
         (["--format", "onnx", "--check-file", "1.tsv", "--text-pair-column", "kind"], "export pairs with --from-ids"),
         # Accuracy is not left out where it was asked for.
         (["--format", "onnx-int8", "--check-file", "1.tsv", "--label-column", "x"], "no column 'x' among text, kind"),
@@ -177,12 +143,7 @@ def test_a_result_that_is_written_is_a_success_whoever_reads(model: Path, tmp_pa
     ],
 )
 def test_wrong_use(
-    model: Path,
-    tmp_path: Path,
-    options: list[str],
-    says: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
+    model: Path, tmp_path: Path, options: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(versions, "has_torchtext", lambda: False)
@@ -197,7 +158,7 @@ def test_wrong_use(
 
 
 def test_an_encoder_without_head_and_a_runs_folder_are_refused(
-    tiny_encoder: Path, run_train: Callable[..., Path], tmp_path: Path
+    tiny_encoder: Path, run_train: RunTrain, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="has no classification head"):
         run_export("--model", tiny_encoder, "--format", "hf", "--output", tmp_path / "x")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import SAMPLE_DATA, metrics, train_options, user_error
+from conftest import SAMPLE_DATA, Capture, RunTrain, metrics, train_options, user_error
+from running import resume
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import prepare
@@ -24,7 +22,6 @@ from sst2_xlmr.report.header import header_lines
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World
-from sst2_xlmr.util.errors import UserError
 
 ENTRY: dict[str, Any] = {"step": 3, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0, "something_new": 7.0}
 
@@ -44,59 +41,6 @@ def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
     assert events.Scalars("train/something_new")[0].value == 7, "a new metric needs no list"
     report.log_collapse(4, "same prediction for every text")
     assert metrics(tmp_path) == [ENTRY, {"step": 4, "collapsed": True}]
-    report.close()
-
-
-def test_the_table_at_the_end_is_of_the_metrics_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Those of the model that is written, which may have been calibrated since the last evaluation."""
-    before = {"loss": 0.5, "accuracy": 0.75, "accuracy_low": 0.7, "accuracy_high": 0.8, "macro_f1": 0.7, "rows": 40}
-    report = open_small_report(tmp_path)
-    report.log_evaluation(4, "de", {**before, "ece": 0.1466})
-    report.log_end(4, {split: {**before, "ece": 0.0009} for split in ("dev", "de")})
-    report.close()
-    table = capsys.readouterr().out.split("\nfile ")[1].splitlines()
-    assert table[1].split() == ["de", "0.7500", "0.7000-0.8000", "0.7000", "0.0009", "40"]
-    assert not "".join(table[2:]).strip()
-
-
-def fill_disk(report: Report, what: str, folder: Path) -> None:
-    """Let all further writes of metrics or events fail, as on a full disk."""
-    if what == "metrics":
-        os.dup2(os.open("/dev/full", os.O_WRONLY), report._metrics.fileno())
-        return
-    for file in folder.glob("events.*"):  # every record is written to the name
-        file.unlink()
-        file.symlink_to("/dev/full")
-
-
-@pytest.mark.parametrize("what", ["metrics", "events"])
-def test_a_full_disk_has_one_error_and_close_has_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
-) -> None:
-    report = open_small_report(tmp_path)
-    fill_disk(report, what, tmp_path / "tensorboard")
-    place = {"metrics": "metrics to .*/metrics.jsonl", "events": "events to .*/tensorboard"}[what]
-    with pytest.raises(UserError, match=f"cannot write {place}: No space left on device; make room"):
-        report.log_training(ENTRY)
-    report.close()
-    assert capsys.readouterr().err == "", "no traceback from the thread that writes events"
-
-
-def test_a_console_that_cannot_be_written_stops_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = open_small_report(tmp_path)
-    with (tmp_path / "log").open("w", encoding="ascii") as log:
-        monkeypatch.setattr(sys, "stdout", log)
-        report.say("class größe")
-        assert (tmp_path / "log").read_text() == "class gr\\xf6\\xdfe\n"
-        os.dup2(os.open("/dev/full", os.O_WRONLY), log.fileno())
-        for _ in range(2):
-            report.say("more")
-        report.advance()
-    assert capsys.readouterr().err == (
-        "warning: cannot write to standard output: No space left on device; continuing without it\n"
-    )
     report.close()
 
 
@@ -130,26 +74,29 @@ def test_the_header_says_what_was_decided(
     assert says in by_name["device"]
 
 
-@pytest.mark.parametrize("what", ["metrics", "events"])
+@pytest.mark.parametrize(
+    ("what", "place"), [("metrics", "metrics to {}/metrics.jsonl"), ("events", "events to {}/tensorboard")]
+)
 def test_a_run_whose_disk_fills_goes_on_when_there_is_room(
-    run_train: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    what: str,
+    run_train: RunTrain, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, what: str, place: str
 ) -> None:
+    """What is said is one line, without a traceback from the thread that writes events."""
     run, log_training = tmp_path / "run", Report.log_training
 
     def fill_at_step_5(report: Report, entry: dict[str, Any]) -> None:
-        if entry["step"] == 5:
-            fill_disk(report, what, run / "tensorboard")
+        if entry["step"] == 5 and what == "metrics":
+            os.dup2(os.open("/dev/full", os.O_WRONLY), report._metrics.fileno())
+        elif entry["step"] == 5:
+            for file in (run / "tensorboard").iterdir():  # every record is written to the name
+                file.unlink()
+                file.symlink_to("/dev/full")
         log_training(report, entry)
 
     with monkeypatch.context() as patched:
         patched.setattr(Report, "log_training", fill_at_step_5)
         line = user_error(lambda: run_train(run, "--epochs", 1, "--save-every", 3), capsys)
-    assert "No space left on device; make room, then continue (training: with --resume)" in line
+    assert f"cannot write {place.format(run)}: No space left on device; make room, then continue" in line
     for file in (run / "tensorboard").iterdir():
         file.unlink()
-    train.main(["--resume", "--output-dir", str(run)])
+    resume(run)
     assert [entry["step"] for entry in metrics(run) if "split" not in entry] == list(range(1, 8))

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, user_error
+from conftest import ROOT, Capture, user_error
 
 from sst2_xlmr.cli import parse_args
 
@@ -41,14 +41,9 @@ def test_a_file_of_options_and_what_overrides_it(tmp_path: Path) -> None:
         (None, "cannot read {file}, named by @{file}: No such file"),
         (b"--lr '3e-5", "{file} does not hold options: No closing quotation"),
         (b"--lr \xff", "{file} does not hold options: "),
-        (b"--epoch 3", "unknown argument --epoch; did you mean --epochs?"),
-        (b"--epochs many", "--epochs"),
-        (b"words", "unknown argument words"),
     ],
 )
-def test_a_wrong_file_of_options(
-    tmp_path: Path, content: bytes | None, says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_file_of_options(tmp_path: Path, content: bytes | None, says: str, capsys: Capture) -> None:
     file = tmp_path / "x.args"
     if content is not None:
         file.write_bytes(content)

@@ -29,7 +29,7 @@ ALONE = World.alone(torch.device("cpu"))
 STATE = TrainState(
     *(5, "bf16", 3, {"tokenizer": "x"}, 7, 1, 2, 0.5, 6, 4, 2, True, 3, 1, True, True, 5, 1.5, 0.25, 0.125)
 )
-TOTALS = {"sum.loss": 1.5, "rows": 8.0, "tokens": 100.0, "seconds": 2.0, "grad_norm": 0.25}
+TOTALS = {"loss": 1.5, "rows": 8.0, "tokens": 100.0, "seconds": 2.0, "grad_norm": 0.25}
 
 
 def optimizer(seed: int, rows: int = 50) -> AdamW:
@@ -70,8 +70,6 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     tensors = [f"{name}.safetensors" for name in ("model", "optimizer", "random", "vocabulary")]
     names = sorted(file.name for file in checkpoint.iterdir())
     assert names == sorted(["config.json", "manifest.json", "state.json", *tensors])
-    modes = {file.stat().st_mode & 0o777 for file in checkpoint.iterdir()}
-    assert len(modes) == 1, "others can read some of the files only"
 
 
 def test_other_vocabulary_keeps_what_was_trained(tmp_path: Path) -> None:
@@ -99,32 +97,15 @@ def test_another_number_of_processes_begins_new_random_streams(tmp_path: Path) -
     assert not torch.equal(*drawn)
 
 
-def test_a_forged_checkpoint_is_one_line(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    (tmp_path / "step-00000001" / "state.json").write_text('{"state": {"colour": 1}}')
-    with pytest.raises(UserError, match=r"cannot read the checkpoint .*colour.*remove it to use the one before"):
-        read_state(tmp_path / "step-00000001")
-
-
-def test_unfinished_checkpoint_does_not_exist(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    (tmp_path / "step-00000001").rename(scratch_name(tmp_path / "step-00000001"))
+def test_oldest_are_removed_and_an_unfinished_one_does_not_exist(tmp_path: Path) -> None:
+    save(tmp_path, 6)
+    (tmp_path / "step-00000006").rename(scratch_name(tmp_path / "step-00000006"))
     assert find_checkpoint(tmp_path, pytest.fail) is None
-
-
-def test_oldest_are_removed(tmp_path: Path) -> None:
     for step in range(1, 6):
         save(tmp_path, step)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
-    assert all(not what_is_damaged(entry) for entry in tmp_path.iterdir())
-
-
-def test_same_step_again_replaces(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    second = save(tmp_path, 1, seed=5)
-    loaded = optimizer(9)
-    load_checkpoint(tmp_path / "step-00000001", TrainMeter(ALONE), loaded, whole_vocabulary(50), 0, ALONE)
-    assert torch.equal(loaded.weights()[TABLE], second.weights()[TABLE])  # type: ignore[arg-type]
+    left = sorted(tmp_path.glob("step-*"))
+    assert [entry.name for entry in left] == ["step-00000004", "step-00000005"]
+    assert not any(map(what_is_damaged, left))
 
 
 def test_cannot_be_written(tmp_path: Path) -> None:
@@ -140,6 +121,7 @@ def test_a_kill_while_the_same_step_is_replaced_leaves_one(
     """After any number of renames and removals; the next start brings back what was set aside."""
     folder = tmp_path / "checkpoints"
     save(folder, 1)
+    tables = [save(folder, 2, seed).weights()[TABLE] for seed in (0, 5)]
     save(folder, 2)
     left = iter(range(calls))
 
@@ -158,3 +140,7 @@ def test_a_kill_while_the_same_step_is_replaced_leaves_one(
     claim(tmp_path).close()
     assert find_checkpoint(folder, pytest.fail) == folder / "step-00000002"
     assert sorted(entry.name for entry in folder.iterdir()) == ["step-00000001", "step-00000002"]
+    loaded = optimizer(9)
+    load_checkpoint(folder / "step-00000002", TrainMeter(ALONE), loaded, whole_vocabulary(50), 0, ALONE)
+    is_from = [torch.equal(loaded.weights()[TABLE], table) for table in tables]  # type: ignore[arg-type]
+    assert is_from == [False, True] or (is_from == [True, False] and calls < 4)

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import losses, metrics
+from conftest import Capture, RunTrain, losses, metrics
 from running import digests, logged, resume, signal_comes, state_of
 
 from sst2_xlmr import train
 from sst2_xlmr.task import SingleLabel
-from sst2_xlmr.training.guard import is_used, watch
+from sst2_xlmr.training.guard import NotFinite, check_skipped, watch
 from sst2_xlmr.training.state import TrainState
 
-RunTrain = Callable[..., Path]
 REASON = "same prediction for every text of dev, 'x' with the same probability"
 # So slow that the loss stays where it is; 9 steps of warm-up among 140.
 STUCK = ["--max-steps", 140, "--batch-size", 2, "--lr", 1e-9, "--log-every", 10, "--eval-every", 0, "--save-every", 100]
@@ -31,10 +29,15 @@ def ends_collapsed(run: Callable[[], object]) -> None:
     assert stopped.value.code == 1
 
 
-def test_what_is_not_finite_is_not_used_unless_nobody_looks() -> None:
-    for norm, is_finite in ((1.0, True), (float("inf"), False), (float("nan"), False)):
-        assert is_used(torch.tensor(norm), looks=True) == is_finite
-        assert is_used(torch.tensor(norm), looks=False)
+def test_batches_skipped_in_a_row_are_limited() -> None:
+    state, rows = TrainState(10), np.array([4, 7])
+    for skipped in (True, True, False, True, True):
+        state.advance(skipped)
+        check_skipped(state, 2, rows)
+    assert (state.step, state.updates, state.skipped, state.skipped_in_row) == (5, 1, 4, 2)
+    state.advance(skipped=True)
+    with pytest.raises(NotFinite, match=r"not finite at step 6 \(the last of 3 in a row\).*from 1: 5, 8: "):
+        check_skipped(state, 2, rows)
 
 
 def test_suspicion_waits_for_warm_up_and_asks_seldom() -> None:
@@ -62,7 +65,7 @@ def test_a_run_has_learned_once_its_loss_is_clearly_lower_and_that_is_kept() -> 
 
 
 def test_a_collapsed_run_ends_saved_and_goes_on_when_resumed(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: REASON)
     run = tmp_path / "run"
@@ -113,14 +116,10 @@ def test_a_run_stopped_before_a_look_resumes_with_it_and_then_goes_on(
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        *("--layers 1", "--layers 2", "--layers 3"),
-        *("--layers 1 --freeze-encoder", "--layers 3 --freeze-encoder", "--layers 1 --class-weights 0.05,1"),
-    ],
+    "options", ["--layers 1", "--layers 3", "--layers 1 --freeze-encoder", "--layers 1 --class-weights 0.05,1"]
 )
 def test_a_run_that_is_merely_slow_is_looked_at_and_left_alone(
-    run_train: RunTrain, tmp_path: Path, options: str, capsys: pytest.CaptureFixture[str]
+    run_train: RunTrain, tmp_path: Path, options: str, capsys: Capture
 ) -> None:
     """Its rate is too low for the loss to move, and every text gets the same label; few layers differ little."""
     run = run_train(tmp_path / "run", *STUCK, *options.split())
@@ -135,7 +134,7 @@ def test_a_run_that_has_collapsed_is_noticed(
     """Its head no longer looks at the encoder, as it is with an output that is the same for all texts."""
 
     def collapse(run: train.Run) -> None:
-        for parameter in run.forward.parameters():
+        for parameter in run.model.parameters():
             if parameter.dim() > 1:
                 parameter.data.mul_(1e-6)
         real(run)
@@ -149,17 +148,17 @@ def test_a_run_that_has_collapsed_is_noticed(
 @pytest.mark.parametrize(
     "options",
     [
-        "--lr 3e-4 --warmup-ratio 0.5 --epochs 45",
+        "--lr 3e-4 --warmup-ratio 0.5 --epochs 2.5",
         "--freeze-encoder",
-        "--class-weights balanced --label-smoothing 0.3",
-        "--dropout 0.2 --head-dropout 0.5 --micro-batch-size 2",
-        "--precision bf16",
+        "--class-weights balanced --label-smoothing 0.3 --dropout 0.2 --head-dropout 0.5 --precision bf16",
     ],
 )
 def test_healthy_runs_are_left_alone(
-    run_train: RunTrain, tmp_path: Path, options: str, capsys: pytest.CaptureFixture[str]
+    run_train: RunTrain, small_data: Path, tmp_path: Path, options: str, capsys: Capture
 ) -> None:
-    run = run_train(tmp_path / "run", "--epochs", 30, "--log-every", 10, "--eval-every", 0, *options.split())
+    header, *rows = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (small_data / "train.tsv").write_text(header + "".join(rows * 20), encoding="utf-8")
+    run = run_train(tmp_path / "run", "--epochs", 2, "--log-every", 10, "--eval-every", 0, *options.split())
     assert "collapsed" not in capsys.readouterr().out
     found = losses(run)
     assert np.mean(found[-5:]) < 0.97 * found[0], "a run that does not learn would prove nothing"

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, train_options
-from running import free_port
+from conftest import Words, train_options
+from running import run_ranks
 
-from sst2_xlmr.util.distributed import World, _agree_on_device, wait_for_step
+from sst2_xlmr import run, train
+from sst2_xlmr.report.console import Report
+from sst2_xlmr.util.distributed import World, _agree_on_device, start, wait_for_step
 from sst2_xlmr.util.errors import UserError
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -26,26 +27,19 @@ TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE
     ("variables", "says"),
     [
         ({"RANK": "x"}, "RANK=x, which is not a number from 0"),
-        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1, which is not a number from 0"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two, which is not a number"),
         ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3, but WORLD_SIZE=2"),
-        ({"WORLD_SIZE": "0"}, "RANK=0, but WORLD_SIZE=0"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but no RANK"),
         ({**TORCHRUN, "MASTER_ADDR": "", "MASTER_PORT": "29500"}, "WORLD_SIZE=2, but no MASTER_ADDR"),
         (TORCHRUN, "WORLD_SIZE=2, but no MASTER_PORT"),
         ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT=99999, which is not a port"),
     ],
 )
-def test_a_broken_environment_is_one_line(
-    tiny_encoder: Path, small_data: Path, tmp_path: Path, variables: dict[str, str], says: str
-) -> None:
-    command = [sys.executable, "train.py", *train_options(tiny_encoder, small_data, tmp_path / "run")]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert done.stderr.startswith("error: the environment has ") and says in done.stderr
-    assert not (tmp_path / "run").exists()
+def test_a_broken_environment_is_refused(variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="^the environment has ") as error, start("cpu", 1, 1):
+        pass
+    assert says in str(error.value) and error.value.is_own
 
 
 class Event:
@@ -67,111 +61,83 @@ def test_a_step_of_the_gpu_that_does_not_end_counts_as_a_lost_peer() -> None:
         wait_for_step(Event(10**9), world)  # type: ignore[arg-type]
 
 
-# A fault on one rank, in a function of `run` or `train` that is named on the command line.
-FAULTY = """
-import os, sys, time
-import torch
-from sst2_xlmr import run, train
-from sst2_xlmr.__main__ import main
-module, function, kind, rank = [sys.argv.pop(1) for _ in range(4)]
-module = {"run": run, "train": train}[module]
-real = getattr(module, function)
-def faulty(*arguments, **named):
-    if kind == "cuda":
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    if kind == "cpu":
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:83] DefaultCPUAllocator: can't allocate memory: you")
-    time.sleep(float(kind))
-    return real(*arguments, **named)
-if os.environ.get("RANK", "0") == rank:
-    setattr(module, function, faulty)
-main("train")
-"""
-
-
-def run_program(program: Path, text: str, processes: int, *words: object) -> tuple[list[int], list[str]]:
-    """Run a program around training, on one node; returns every rank's status, and all lines of errors."""
-    program.write_text(text)
-    command, port = [sys.executable, str(program), *map(str, words)], str(free_port())
-    started = []
-    for rank in map(str, range(processes)):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        place = {} if processes == 1 else {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **place}
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
-    said = "".join(process.communicate(timeout=120)[1] for process in started)
-    assert "Traceback" not in said, said
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    return [process.returncode for process in started], errors
+CUDA_FULL = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:83] DefaultCPUAllocator: can't allocate memory: you")
 
 
 @pytest.mark.parametrize(
-    ("processes", "place", "kind", "options", "says"),
+    ("processes", "place", "error", "says"),
     [
-        (1, "train forward_backward", "cuda", [], "--micro-batch-size 4 or less"),
-        (1, "train forward_backward", "cpu", ["--micro-batch-size", 3], "--micro-batch-size 1"),
-        (1, "run evaluate", "cuda", [], "--eval-batch-tokens 2048 or less"),
-        (2, "train forward_backward", "cuda", [], "--micro-batch-size 2"),
-        (2, "run evaluate", "cpu", [], "--eval-batch-tokens 2048 or less"),
+        (1, (train, "forward_backward"), CUDA_FULL, "CUDA out of memory: rerun with --micro-batch-size 4 or less"),
+        (1, (run, "evaluate"), CUDA_FULL, "CUDA out of memory: rerun with --eval-batch-tokens 2048 or less"),
+        (2, (train, "forward_backward"), CPU_FULL, "out of memory (rank 1): rerun with --micro-batch-size 2"),
     ],
 )
 def test_the_rank_whose_memory_is_full_says_so_and_what_to_set(
-    tiny_encoder: Path,
-    small_data: Path,
+    train_words: Words,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     processes: int,
-    place: str,
-    kind: str,
-    options: list[object],
+    place: tuple[Any, str],
+    error: Exception,
     says: str,
 ) -> None:
-    words = train_options(tiny_encoder, small_data, tmp_path / "run", "--epochs", 1, *options)
-    fault = [*place.split(), kind, processes - 1]
-    statuses, errors = run_program(tmp_path / "full.py", FAULTY, processes, *fault, *words)
-    (error,) = [line for line in errors if "lost contact" not in line]
-    assert f"out of memory{'' if processes == 1 else ' (rank 1)'}: rerun with {says}" in error
+    real = getattr(*place)
+
+    def full_on_the_last_rank(*arguments: Any, **named: Any) -> Any:
+        if os.environ.get("RANK", "0") == str(processes - 1):
+            raise error
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(*place, full_on_the_last_rank)
+    words = train_words(tmp_path / "run", "--epochs", 1)
+    statuses, _, errors = run_ranks(processes, words, tmp_path)
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ") and "lost contact" not in line]
+    assert says in line
     assert statuses == ([2] if processes == 1 else [1, 2])
+    assert "Traceback" not in errors
 
 
-def test_a_slow_disk_of_rank_0_is_no_lost_process(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+def test_a_slow_disk_of_rank_0_is_no_lost_process(
+    train_words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Longer than --timeout-minutes, while the others wait for what only rank 0 writes."""
+    real = run.export_run
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(4)
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "export_run", slow)
     options = ["--max-steps", 2, "--timeout-minutes", 0.05]
-    words = train_options(tiny_encoder, small_data, tmp_path / "run", *options)
-    assert run_program(tmp_path / "slow.py", FAULTY, 2, "run", "export_run", 6, 0, *words) == ([0, 0], [])
+    words = train_words(tmp_path / "run", *options)
+    statuses, _, errors = run_ranks(2, words, tmp_path)
+    assert (statuses, errors) == ([0, 0], "")
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
-def test_an_error_of_rank_0s_report_reaches_all_ranks(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+def test_an_error_of_rank_0s_report_reaches_all_ranks(
+    train_words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A disk that is full for metrics: one line, and nobody has lost contact."""
-    program = "from sst2_xlmr.report.console import Report\nreal = Report.log_training\n"
-    program += "def full(report, entry):\n    report._metrics = open('/dev/full', 'a')\n    real(report, entry)\n"
-    program += "Report.log_training = full\nfrom sst2_xlmr.__main__ import main\nmain('train')\n"
-    words = train_options(tiny_encoder, small_data, tmp_path / "run", "--epochs", 1)
-    for processes in (1, 2):
-        statuses, (error,) = run_program(tmp_path / "full.py", program, processes, *words)
-        assert "cannot write metrics to " in error and "No space left on device" in error
-        assert statuses == [2] * processes
-        shutil.rmtree(tmp_path / "run")
+    real = Report.log_training
 
+    def full(report: Report, entry: Any) -> None:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), report._metrics.fileno())
+        real(report, entry)
 
-# Every rank as if on a node of its own, in a folder of its own.
-NODES = """
-import os, sys
-os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-os.chdir(os.path.join(sys.argv.pop(1), os.environ["RANK"]))
-option = sys.argv.pop(1)
-if os.environ["RANK"] == "1" and option:
-    sys.argv += option.split()
-from sst2_xlmr.__main__ import main
-main("train")
-"""
+    monkeypatch.setattr(Report, "log_training", full)
+    words = train_words(tmp_path / "run", "--epochs", 1)
+    statuses, _, errors = run_ranks(2, words, tmp_path)
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert "cannot write metrics to " in errors and "No space left on device" in errors
+    assert statuses == [2, 2]
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ("--lr 2e-3", "rank 1 has --lr 0.002, rank 0 0.001; start all with the same options"),
-        ("--seed 5", "rank 1 has --seed 5, rank 0 0; start all with the same options"),
         ("data/dev.tsv", "rank 1 has file dev "),
         ("data/train.tsv", "rank 1 has training rows "),
         ("encoder/model.safetensors", "rank 1 has encoder's weights "),
@@ -179,23 +145,31 @@ main("train")
     ],
 )
 def test_ranks_with_other_options_or_files_are_refused(
-    tiny_encoder: Path, small_data: Path, tmp_path: Path, change: str, says: str
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, says: str
 ) -> None:
+    """Every rank as if on a node of its own, in a folder of its own."""
     for node in ("0", "1"):
         shutil.copytree(tiny_encoder, tmp_path / node / "encoder")
         shutil.copytree(small_data, tmp_path / node / "data")
-    if file := "" if change.startswith("--") else change:
-        content = (tmp_path / "1" / file).read_bytes()
-        if "piece" in file:
+    options = change.split() if change.startswith("--") else []
+    if not options:
+        content = (file := tmp_path / "1" / change).read_bytes()
+        if "piece" in change:
             changed = content.replace("\u2581film".encode(), "\u2581mlif".encode())
         else:
-            changed = content[:-1] + b"\1" if "model" in file else content + b"one row more\t1\n"
+            changed = content[:-1] + b"\1" if "model" in change else content + b"one row more\t1\n"
         assert changed != content
-        (tmp_path / "1" / file).write_bytes(changed)
-    words = train_options(Path("/proc/self/cwd/encoder"), Path("/proc/self/cwd/data"), tmp_path / "run")
-    option = "" if file else change
-    statuses, errors = run_program(tmp_path / "nodes.py", NODES, 2, tmp_path, option, *words)
-    assert len(errors) == 1 and says in errors[0], errors
+        file.write_bytes(changed)
+    real = train.main
+
+    def main_on_its_node(words: list[str]) -> None:
+        os.chdir(tmp_path / os.environ["RANK"])
+        real([*words, *(options if os.environ["RANK"] == "1" else [])])
+
+    monkeypatch.setattr(train, "main", main_on_its_node)
+    words = train_options(Path("encoder"), Path("data"), tmp_path / "run")
+    statuses, _, errors = run_ranks(2, words, tmp_path, nodes=True)
+    assert errors.count("error: ") == 1 and says in errors
     assert statuses == [2, 2]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -9,28 +9,23 @@ import os
 import pwd
 import shutil
 import socket
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Capture
 from serving import Server, refusal, serving
 
 from sst2_xlmr.programs import fetch
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.downloads import fetch_bundle, fetch_sst2
 
-ROOT = Path(__file__).parents[2]
 BODY = bytes(range(256)) * 40
-TSV = {
-    "train.tsv": "sentence\tlabel\na fine film\t1\n",
-    "dev.tsv": "sentence\tlabel\n",
-    "test.tsv": "index\tsentence\n",
-}
+TSV = {"train.tsv": "sentence\tlabel\na film\t1\n", "dev.tsv": "sentence\tlabel\n", "test.tsv": "index\tsentence\n"}
 
 
 def zip_bytes(members: dict[str, str]) -> bytes:
@@ -69,7 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_each_is_fetched_once_and_whole(server: Server, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_each_is_fetched_once_and_whole(server: Server, cache: Path, capfd: Capture) -> None:
     for _ in range(2):
         weights, tokenizer = fetch_bundle("xlmr.base")
         folder = fetch_sst2()
@@ -125,7 +120,7 @@ def test_another_zip_is_not_sst2(server: Server, cache: Path) -> None:
     assert not list(cache.iterdir())
 
 
-@pytest.mark.parametrize("lies_there", ["notes.txt", "train.tsv", "a link", "a file", "all, but other rows"])
+@pytest.mark.parametrize("lies_there", ["notes.txt", "a link", "all, but other rows"])
 def test_a_folder_that_the_user_made_is_never_changed(server: Server, tmp_path: Path, lies_there: str) -> None:
     folder = tmp_path / "data" / "SST-2"
     folder.mkdir(parents=True)
@@ -134,9 +129,6 @@ def test_a_folder_that_the_user_made_is_never_changed(server: Server, tmp_path: 
     if lies_there == "a link":
         shutil.move(folder, tmp_path / "mine")
         folder.symlink_to(tmp_path / "mine")
-    elif lies_there == "a file":
-        shutil.rmtree(folder)
-        folder.write_text("mine")
     before = contents(tmp_path)
     message = refusal(fetch.main, ["sst2", "--cache-dir", str(tmp_path / "data")])
     assert f"{folder} exists, but is not SST-2, whose" in message
@@ -147,23 +139,28 @@ def test_a_folder_that_the_user_made_is_never_changed(server: Server, tmp_path: 
 def test_sst2_that_the_user_brought_is_used(server: Server, cache: Path) -> None:
     (cache / "SST-2").mkdir(parents=True)
     for name, text in TSV.items():
-        (cache / "SST-2" / name).write_text(text.replace("fine", "good"))
+        (cache / "SST-2" / name).write_text(text.replace("film", "good"))
     assert "good" in (fetch_sst2() / "train.tsv").read_text()
     assert server.requests == []
 
 
-def start_process(server: Server) -> subprocess.Popen[bytes]:
-    """Start a process that fetches all, from this server."""
-    names = ("BUNDLE_URLS", "SST2_URL", "SST2_MD5", "SST2_ROWS")
-    code = "from sst2_xlmr.util import downloads\n"
-    code += "\n".join(f"downloads.{name} = {getattr(downloads, name)!r}" for name in names)
-    code += "\ndownloads.fetch_bundle('xlmr.base')\ndownloads.fetch_sst2()"
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+def start_process() -> ForkProcess:
+    """Start a process that fetches all."""
+
+    def fetch_all() -> None:
+        fetch_bundle("xlmr.base")
+        fetch_sst2()
+
+    process = ForkProcess(target=fetch_all)
+    process.start()
+    return process
 
 
 def test_two_processes_at_once(server: Server, cache: Path) -> None:
     server.pause_s = 0.3
-    assert [process.wait(timeout=60) for process in [start_process(server), start_process(server)]] == [0, 0]
+    for process in [start_process(), start_process()]:
+        process.join(60)
+        assert process.exitcode == 0
     assert contents(cache) == {
         "encoders/xlmr.base/base.pt": WEIGHTS,
         "encoders/xlmr.base/bpe.model": BODY,
@@ -173,12 +170,12 @@ def test_two_processes_at_once(server: Server, cache: Path) -> None:
 
 def test_a_killed_download_has_not_taken_its_name(server: Server, cache: Path) -> None:
     server.answers["/base.pt"] = [{"stall": True, "length": 99_999}]
-    process = start_process(server)
+    process = start_process()
     deadline = time.monotonic() + 60
     while ("GET", "/base.pt") not in server.requests and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     server.answers.clear()
     assert not (cache / "encoders" / "xlmr.base" / "base.pt").exists()
     assert fetch_bundle("xlmr.base")[0].read_bytes() == WEIGHTS
@@ -231,7 +228,7 @@ def test_without_a_home_folder_the_cache_is_a_private_one(tmp_path: Path, monkey
     assert "SST2_XLMR_CACHE=~/own" in refusal(downloads.cache_dir)
 
 
-def test_the_program_names_what_to_copy(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_names_what_to_copy(server: Server, tmp_path: Path, capsys: Capture) -> None:
     fetch.main(["--cache-dir", str(tmp_path / "own")])
     own = tmp_path / "own"
     assert capsys.readouterr().out.splitlines() == [
