@@ -145,7 +145,16 @@ def test_training_writes_a_card_without_paths(
         versions.versions(),
     ):
         assert text in cards["model"]
-    for card in cards.values():
+    for name, card in cards.items():
+        header = next(line for line in card.splitlines() if line.startswith("model-index: "))
+        results = json.loads(header.partition(" ")[2])[0]["results"]
+        shown = {result["dataset"]["name"]: [each["value"] for each in result["metrics"]] for result in results}
+        step = 7 if name == "best" else 14
+        assert shown == {
+            entry["split"]: [entry["accuracy"], entry["macro_f1"]]
+            for entry in metrics(run)
+            if entry.get("step") == step and "/" not in entry.get("split", "/")
+        }
         assert card.startswith("---\nlibrary_name: transformers\n")
         assert str(tmp_path) not in card
         assert "/" not in card.split("## Data")[1]
