@@ -121,15 +121,12 @@ def _tokenizer_settings(max_length: int, is_converted: bool) -> dict[str, Any]:
     """
     if not is_converted:
         return {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": max_length}
+    names = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "attention_mask"],
-        **dict.fromkeys(("bos_token", "cls_token"), "<s>"),
-        **dict.fromkeys(("eos_token", "sep_token"), "</s>"),
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-        "mask_token": "<mask>",
+        **{f"{name}_token": token for name, token in names.items()},
         "clean_up_tokenization_spaces": False,
     }
 

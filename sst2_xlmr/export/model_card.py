@@ -77,9 +77,9 @@ def _model_index(name: str, task: Task, evaluations: Mapping[str, dict[str, Any]
     """Return the lines of the header by which the Hub shows the metrics; JSON is YAML too."""
     results = []
     for split, metrics in evaluations.items():
-        dataset = {"name": Path(split).name, "type": Path(split).name, "split": Path(split).name}
-        task_type = {"type": "text-classification", "name": "Text Classification"}
-        results.append({"task": task_type, "dataset": dataset, "metrics": task.hub_metrics(metrics)})
+        dataset = dict.fromkeys(("name", "type", "split"), Path(split).name)
+        kind = {"type": "text-classification"}
+        results.append({"task": kind, "dataset": dataset, "metrics": task.hub_metrics(metrics)})
     return f"model-index: {json.dumps([{'name': name, 'results': results}], ensure_ascii=False)}\n" if results else ""
 
 

@@ -28,8 +28,7 @@ UNIGRAM = 1  # of TrainerSpec.ModelType, and its default
 NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # of SentencePiece.Type
 # NFKC would make U+FF5E "~", which SentencePiece's rules leave alone, so it is put aside as a character of no text.
 WIDE_TILDE, ASIDE = "\uff5e", "\ufdd0"
-_REPLACED = {" {2,}", WIDE_TILDE, ASIDE}
-_NOT_LOWERED = "that is not done here: do it in your files, and take the setting out"
+_KNOWN_STEPS = {"Precompiled", "NFC", "NFKC", "Strip", *(f"Replace {c!r}" for c in (" {2,}", WIDE_TILDE, ASIDE))}
 _TEMPLATES = {"single": "<s>A</s>", "pair": "<s>A</s></s>B</s>"}
 
 
@@ -67,16 +66,13 @@ def added_tokens(file: Path) -> list[AddedToken]:
 
 def check_settings(file: Path) -> None:
     """Raise UserError if what lies beside a tokenizer's file asks for what is not done here."""
-    with_settings, with_normalizer = file.parent / SETTINGS_NAME, file.parent / JSON_NAME
-    settings = _read(with_settings)
-    if settings.get("do_lower_case"):
-        raise UserError(f"{with_settings}: do_lower_case is on; {_NOT_LOWERED}")
-    if settings.get("truncation_side", "right") != "right":
-        cure = "cut them in your files, and take that setting out"
-        raise UserError(f"{with_settings}: truncation_side is not right, but texts are cut at their end here; {cure}")
-    if with_normalizer.is_file():
-        with _expecting_a_tokenizer(with_normalizer):
-            _steps(_without_vocabulary(with_normalizer).get("normalizer"), with_normalizer)
+    settings = _read(file.parent / SETTINGS_NAME)
+    for key, value in (("do_lower_case", False), ("truncation_side", "right")):
+        if settings.get(key, value) != value:
+            cure = f"change the texts in your files instead, and set it to {json.dumps(value)}"
+            raise UserError(f"{file.parent / SETTINGS_NAME}: {key} is {settings[key]!r}, and not followed here; {cure}")
+    if (file := file.with_name(JSON_NAME)).is_file():
+        _steps(_without_vocabulary(file), file)
 
 
 def tokenizer_digest(file: Path) -> str:
@@ -112,8 +108,7 @@ def _from_json(file: Path) -> bytes:
         _refuse(file, f"its model is {model.get('type')}, not Unigram with <unk> as 3")
     if [token for token, _ in vocab[:4]] != SPECIAL_TOKENS:
         _refuse(file, f"its first tokens are not {' '.join(SPECIAL_TOKENS)}")
-    steps = _steps(content.get("normalizer"), file)
-    charsmaps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
+    charsmaps = [step["precompiled_charsmap"] for step in _steps(content, file) if step["type"] == "Precompiled"]
     if len(charsmaps) != 1:
         _refuse(file, "its normalizer has lost SentencePiece's rules (some versions of transformers 5 drop them)")
     splits = _flat(content.get("pre_tokenizer"), "pretokenizers")
@@ -179,17 +174,14 @@ def model_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("Model"))
 
 
-def _steps(normalizer: dict[str, Any] | None, file: Path) -> list[dict[str, Any]]:
-    """Return a normalizer's steps; UserError for one that SentencePiece's rules do not have."""
-    steps = _flat(normalizer, "normalizers")
-    for step in steps:
-        kind = step["type"]
-        pattern = [*step.get("pattern", {}).values()]
-        if kind == "Lowercase":
-            raise UserError(f"{file}: its normalizer has Lowercase; {_NOT_LOWERED}")
-        known = kind in ("Precompiled", "NFC", "NFKC", "Strip") or (kind == "Replace" and {*pattern} <= _REPLACED)
-        if not known:
-            _refuse(file, f"its normalizer has {' '.join([kind, *map(repr, pattern)])}")
+def _steps(content: dict[str, Any], file: Path) -> list[dict[str, Any]]:
+    """Return the steps of a tokenizer.json's normalizer; UserError for one that SentencePiece's rules do not have."""
+    with _expecting_a_tokenizer(file):
+        steps = _flat(content.get("normalizer"), "normalizers")
+        for step in steps:
+            step_in_words = " ".join([step["type"], *map(repr, step.get("pattern", {}).values())])
+            if step_in_words not in _KNOWN_STEPS:
+                _refuse(file, f"its normalizer has {step_in_words}")
     return steps
 
 

@@ -3,17 +3,11 @@
     python scripts/export.py --model runs/NAME/model --format torchscript --output classifier.pt
     python scripts/export.py --model runs/NAME/best --format hf --dtype bf16 --output models/reviews
     python scripts/export.py --model runs/NAME/model --format onnx --output classifier.onnx
-    python scripts/export.py --model runs/NAME/model --format onnx-int8 --check-file dev.tsv --output classifier.onnx
     python scripts/export.py --model runs/NAME/model --format onnx-hf --output models/reviews-onnx
     python scripts/export.py --model runs/NAME/model --format hf --keep-vocabulary-of train.tsv --output models/small
 
-torchscript: one file that takes raw texts and needs torch and torchtext only (see sst2_xlmr/export/torchscript.py); to
-be written under torch 2.3.1 with torchtext.
-onnx: one file that takes raw texts, or with --from-ids token ids, and needs onnxruntime only (see export/onnx.py).
-onnx-hf: a folder with onnx/model.onnx, from token ids to logits, as Hugging Face's ONNX clients open it.
-onnx-int8, onnx-hf-int8: the same in 8 bits.
-hf: a folder in Hugging Face layout, as train.py writes it, from any such folder.
---keep-vocabulary-of leaves out the embedding rows that these texts do not need, before anything else is done.
+docs/export.md says which form is for whom. --keep-vocabulary-of leaves out the embedding rows that these texts do not
+need, before anything else is done.
 
 The result is read back and compared with the model on a dozen sentences in as many languages, or on the rows of
 --check-file. It gets its name only if they agree; in 8 bits, if no more labels change and no more accuracy is lost than
@@ -106,7 +100,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if is_int8 and not arguments.check_file:
         raise UserError(f"--format {kind} needs --check-file: what 8 bits cost is measured on rows such as yours")
     if not is_int8 and (arguments.most_changed, arguments.most_lost) != (None, None):
-        raise UserError("--most-changed and --most-lost are for --format onnx-int8; leave them out")
+        raise UserError("--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8; leave them out")
     files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, arguments.keep_vocabulary_of)]
     for name in COLUMN_OPTIONS:
         if name in arguments and not any(map(is_rows_file, files)):

@@ -249,7 +249,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
         lambda f: (save(f, "Bert"), only(f), (f / "vocab.txt").write_text("[UNK]\n")),
         "(BERT's vocab.txt is another tokenizer)",
     ),
-    "lower case": (lambda f: (save(f), change(f, SETTINGS_NAME, do_lower_case=True)), "do_lower_case is on"),
+    "lower case": (lambda f: (save(f), change(f, SETTINGS_NAME, do_lower_case=True)), "do_lower_case is True"),
     "lower case in tokenizer.json": (lambda f: (save(f), put_normalizer(f, LOWERCASE)), "normalizer has Lowercase"),
     "transformers 5.0's tokenizer.json": (
         lambda f: (save(f), only(f, JSON_NAME), put_normalizer(f, {"type": "Strip"})),
@@ -257,7 +257,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "cut at the beginning": (
         lambda f: (save(f), change(f, SETTINGS_NAME, truncation_side="left")),
-        "truncation_side is not right",
+        "truncation_side is 'left', and not followed here",
     ),
     "DataParallel": (lambda f: (save(f), rename(f, "module.{}".format)), "tensors are named module.roberta...."),
     "torch.compile": (lambda f: (save(f), rename(f, "_orig_mod.{}".format)), "tensors are named _orig_mod.roberta...."),

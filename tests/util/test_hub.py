@@ -105,7 +105,7 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(s
         ({SETTINGS: settings.replace(b"xlm-roberta", b"camembert")}, "model_type is 'camembert'"),
         ({SETTINGS: None}, "has no config.json"),
         ({TOKENIZER: None, "tokenizer.json": None}, "has neither sentencepiece.bpe.model nor tokenizer.json"),
-        ({"tokenizer_config.json": b'{"do_lower_case": true}'}, "do_lower_case is on"),
+        ({"tokenizer_config.json": b'{"do_lower_case": true}'}, "do_lower_case is True"),
         ({WEIGHTS: None, "adapter_config.json": b"{}"}, "is an adapter (LoRA)"),
         ({WEIGHTS: None, "pytorch_model.bin": None}, "neither model.safetensors nor pytorch_model.bin"),
     ]
