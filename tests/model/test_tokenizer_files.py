@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def test_tokens_that_are_added_later_make_another_tokenizer(file: Path, tmp_path
 
 
 def test_forms_with_sentencepiece_alone_are_refused(model: Path, tmp_path: Path, capsys: Any) -> None:
+    model = Path(shutil.copytree(model, tmp_path / "model"))
     content = json.loads((model / JSON_NAME).read_text(encoding="utf-8"))
     content["added_tokens"].append({"id": 7, "content": "X"})
     (model / JSON_NAME).write_text(json.dumps(content), encoding="utf-8")
