@@ -19,14 +19,6 @@ SCHEDULES = {
 MOST_EVALUATIONS, EVALUATION_SHARE = 8, 0.03  # per epoch, if nothing was asked for
 
 
-def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
-    """Return the rate of optimizer step `step` (from 0) as a fraction of the peak, reached at the last warm-up step."""
-    after_warmup, warmup_steps = SCHEDULES[schedule], math.ceil(total_steps * warmup_ratio)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return after_warmup((step - warmup_steps) / max(1, total_steps - warmup_steps))
-
-
 def evaluation_interval(batches: int, train_tokens: int, evaluated_tokens: int) -> int:
     """Return after how many steps of an epoch to evaluate, if nothing was asked for; 0 for the end of epochs only.
 
@@ -55,9 +47,11 @@ class Schedule:
         self.warmup_steps = math.ceil(self.total_steps * config.warmup_ratio)
 
     def lr(self, step: int) -> float:
-        """Return the learning rate of step `step`, counted from 0, before layer-wise decay."""
-        config = self._config
-        return config.lr * lr_factor(step, self.total_steps, config.warmup_ratio, config.schedule)
+        """Return the rate of step `step`, from 0, before layer-wise decay; the last step of warm-up has the peak."""
+        config, after_warmup, warmup = self._config, SCHEDULES[self._config.schedule], self.warmup_steps
+        if step < warmup:
+            return config.lr * ((step + 1) / warmup)
+        return config.lr * after_warmup((step - warmup) / max(1, self.total_steps - warmup))
 
     def due(self, state: TrainState) -> Due:
         """Return what is due now that a step has been taken."""

@@ -11,7 +11,7 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import Batch
 from sst2_xlmr.training.guard import NotFinite
 from sst2_xlmr.training.meter import TrainMeter
-from sst2_xlmr.training.schedule import Schedule, evaluation_interval, lr_factor
+from sst2_xlmr.training.schedule import Schedule, evaluation_interval
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World
 
@@ -28,7 +28,8 @@ from sst2_xlmr.util.distributed import World
 )
 def test_schedule(schedule: str, warmup: float, expected: list[float]) -> None:
     steps = len(expected)
-    assert [lr_factor(step, steps, warmup, schedule) for step in range(steps)] == pytest.approx(expected)
+    found = Schedule(Config(lr=2.0, max_steps=steps, warmup_ratio=warmup, schedule=schedule), 100, 0)
+    assert [found.lr(step) / 2 for step in range(steps)] == pytest.approx(expected)
 
 
 def state_at(step: int, batches: int = 10) -> TrainState:
