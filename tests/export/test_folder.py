@@ -177,3 +177,11 @@ def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -
     assert "calibration error from 0.2500 to 0.1250.\n\n## Settings" in card
     card = card_text(config, two, {"train": 5}, {}, 3, (1.0, 0.25, 0.25))
     assert "calibrated: temperature 1, as no other is significantly better on dev;" in card
+
+
+def test_other_versions_of_transformers_are_told_what_they_need(model: Path) -> None:
+    """Without these, versions that are not in the tests' environments drop most of tokenizer.json, or warn of it."""
+    assert json.loads((model / "config.json").read_text())["transformers_version"] == "4.48.3"
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
