@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,8 @@ def test_own_head_is_kept_for_the_same_labels_only(model: Path) -> None:
     same, is_new = build_classifier(find_encoder(str(model)), SingleLabel(["a", "b"]))
     assert not is_new
     assert torch.equal(same.head.dense.weight, own)
+    of_several = replace(find_encoder(str(model)), problem_type="multi_label_classification")
+    assert build_classifier(of_several, SingleLabel(["a", "b"]))[1], "it was trained for another task"
     other, is_new = build_classifier(find_encoder(str(model)), SingleLabel(["b", "a"]))
     assert is_new
     assert not torch.equal(other.head.dense.weight, own)

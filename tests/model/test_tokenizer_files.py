@@ -13,6 +13,7 @@ from conftest import user_error
 
 from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.data.token_cache import tokenize_file
+from sst2_xlmr.export.trimmed import needed_pieces
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, added_tokens, tokenizer_digest
@@ -83,6 +84,14 @@ def test_tokens_that_are_added_later_make_another_tokenizer(file: Path, tmp_path
         ids.add(tuple(cache.ids.tolist()))
     assert len(digests) == 3
     assert len(ids) == 2
+
+
+def test_a_piece_that_was_added_as_a_token_survives_trimming(file: Path) -> None:
+    pieces = load_tokenizer(file, 99).pieces
+    spare = ({*range(3, pieces.GetPieceSize())} - {*needed_pieces(load_tokenizer(file, 99), []).tolist()}).pop()
+    entry = {"content": pieces.IdToPiece(spare)}
+    (file.parent / SETTINGS_NAME).write_text(json.dumps({"added_tokens_decoder": {spare + 1: entry}}))
+    assert spare in needed_pieces(load_tokenizer(file, 99), [])
 
 
 def test_forms_with_sentencepiece_alone_are_refused(model: Path, tmp_path: Path, capsys: Any) -> None:
