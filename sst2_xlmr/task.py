@@ -257,6 +257,12 @@ class SingleLabel:
             cells["95 % interval"] = f"{metrics['accuracy_low']:.4f}-{metrics['accuracy_high']:.4f}"
         return {**cells, "macro F1": f"{metrics['macro_f1']:.4f}", "ECE": f"{metrics['ece']:.4f}"}
 
+    @staticmethod
+    def hub_metrics(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return an evaluation's metrics as a model card on the Hub lists them."""
+        names = {"accuracy": ("accuracy", "accuracy"), "macro_f1": ("f1", "macro F1")}
+        return [{"type": kind, "name": name, "value": metrics[key]} for key, (kind, name) in names.items()]
+
     # --- collapse (see training/guard)
 
     def collapse_reason(

@@ -69,8 +69,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
-def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in Hugging Face layout: 3 layers, 32 wide, about 500 pieces, no classification head."""
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model's folder, with random weights: 3 layers, 32 wide, about 500 pieces, labels a and b."""
     folder = tmp_path_factory.mktemp("encoder")
     tokenizer = folder / "tokenizer.model"
     shape = EncoderShape(make_tokenizer(tokenizer), hidden=32, layers=3, heads=4, ffn=64, positions=66)
@@ -82,16 +82,23 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = folder / "tiny"
     described = Encoder("", shape, Path(), tokenizer, ["a", "b"], 64)
     write_folder(target, dict(model.named_parameters()), described)
-    change_json(target / "config.json", architectures=["XLMRobertaModel"])
     return target
 
 
 @pytest.fixture(scope="session")
-def model(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained model's folder: the tiny encoder with its own random head, under its label names, a and b."""
-    folder = Path(shutil.copytree(tiny_encoder, tmp_path_factory.mktemp("model") / "model"))
-    change_json(folder / "config.json", architectures=["XLMRobertaForSequenceClassification"])
+def tiny_encoder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's encoder, in Hugging Face layout, without the classification head."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("encoder") / "tiny"))
+    change_json(folder / "config.json", architectures=["XLMRobertaModel"])
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensors[name] for name in tensors if "classifier" not in name}, folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model's folder: the tiny one."""
+    return Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("model") / "model"))
 
 
 def change_json(file: Path, **changes: Any) -> None:

@@ -17,6 +17,7 @@ from sst2_xlmr.data.rows import columns_of, has_labels, read_rows
 from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, check_tokenizer, find_encoder, lowest_layers
 from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import SingleLabel, Task
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
@@ -64,8 +65,8 @@ class Prepared:
         return {
             "training rows": rows,
             **{f"file {split}": cache.digest for split, cache in self.caches.items() if split != "train"},
-            "tokenizer": digest_of(self.encoder.tokenizer_file),
-            "encoder's weights": digest_of(self.encoder.weights_file),
+            "tokenizer": tokenizer_digest(self.encoder.tokenizer_file),
+            "encoder's weights": " ".join(map(digest_of, self.encoder.weights_files)),
         }
 
 

@@ -22,6 +22,7 @@ from sst2_xlmr.data.duplicates import find_repeats, text_digests
 from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.rows import Columns, Row, find_label_names, in_chunks, read_rows
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
+from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of, digest_of_input
@@ -90,7 +91,7 @@ def tokenize_file(
         max_length: longest input in tokens.
         load: loads the tokenizer, if the file has no cache yet; pass one that caches its result for several files.
     """
-    depends_on = (digest_of_input(tokenizer_file), max_length, task.problem_type, task.label_names)
+    depends_on = (tokenizer_digest(tokenizer_file), max_length, task.problem_type, task.label_names)
     return _cached(
         cache_dir,
         (path, columns, *depends_on),

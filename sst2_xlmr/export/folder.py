@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.export.model_card import card_text
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder
+from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model
 from sst2_xlmr.model.weight_names import to_hugging_face
 from sst2_xlmr.util.files import Finisher, disk_errors, put_in_place, scratch_name
 from sst2_xlmr.util.tensors import Storable, write_tensors
@@ -55,8 +55,6 @@ def write_folder(
         temperature: by which logits are divided (see evaluation/calibration): the last layer's weights are.
         finish: does what remains after the weights were read and written, at once or later (see `files.Finisher`).
     """
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    tokenizer = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": encoder.max_length}
     unfinished = scratch_name(folder)
 
     def name_it() -> None:
@@ -64,18 +62,26 @@ def write_folder(
             put_in_place(unfinished, folder)
 
     with disk_errors(f"the model to {folder}", unfinished):
-        unfinished.mkdir(parents=True)
-        for name, content in (("config.json", _settings(encoder, dtype)), ("tokenizer_config.json", tokenizer)):
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (unfinished / name).write_text(text, encoding="utf-8")
-        shutil.copyfile(encoder.tokenizer_file, unfinished / TOKENIZER_NAME)
-        if converted := tokenizer_json(encoder.tokenizer_file):
-            (unfinished / "tokenizer.json").write_bytes(converted)
-        if card:
-            (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
+        dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+        write_all_but_weights(unfinished, encoder, card, dtype)
         divided = {name: _divided(weights[name], temperature) for name in LAST_LAYER} if temperature != 1 else {}
         write_tensors(to_hugging_face({**weights, **divided}), unfinished / "model.safetensors")
     finish(name_it)
+
+
+def write_all_but_weights(folder: Path, encoder: Encoder, card: str, dtype: str = "float32") -> None:
+    """Make a folder with `config.json`, the tokenizer's files and the model card; see `write_folder`."""
+    folder.mkdir(parents=True)
+    converted = tokenizer_json(encoder.tokenizer_file)
+    tokenizer = _tokenizer_settings(encoder.max_length, bool(converted))
+    for name, content in (("config.json", _settings(encoder, dtype)), (SETTINGS_NAME, tokenizer)):
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / TOKENIZER_NAME).write_bytes(sentencepiece_model(encoder.tokenizer_file))
+    if converted:
+        (folder / JSON_NAME).write_bytes(converted)
+    if card:
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def _settings(encoder: Encoder, dtype: str) -> dict[str, Any]:
@@ -102,6 +108,26 @@ def _settings(encoder: Encoder, dtype: str) -> dict[str, Any]:
         "id2label": {str(number): name for number, name in enumerate(names)},
         "label2id": {name: number for number, name in enumerate(names)},
         "torch_dtype": dtype,
+        # Of the folder's form. Without it, or with one from 4.57.3 to 4.57.6, versions from 4.57.2 to 5.9 take the
+        # tokenizer for one of another model that has a fault, and advise an option that would make it wrong.
+        "transformers_version": "4.48.3",
+    }
+
+
+def _tokenizer_settings(max_length: int, is_converted: bool) -> dict[str, Any]:
+    """Return the content of `tokenizer_config.json`.
+
+    XLMRobertaTokenizer of transformers 5.0 to 5.2 ignores most of tokenizer.json; the plain class takes all of it.
+    """
+    if not is_converted:
+        return {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": max_length}
+    names = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        **{f"{name}_token": token for name, token in names.items()},
+        "clean_up_tokenization_spaces": False,
     }
 
 

@@ -5,6 +5,7 @@ Its text is `model_card.md`, Markdown with the header that the Hugging Face Hub 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from string import Template
@@ -59,6 +60,7 @@ def card_text(
         remarks += (_NOT_SCALED if calibration[0] == 1 else _SCALED).format(*calibration)
     return Template(Path(__file__).with_suffix(".md").read_text(encoding="utf-8")).substitute(
         base_model=f"base_model: {encoder}\n" if config.encoder in _HUB_NAMES else "",
+        model_index=_model_index(f"{encoder}-classifier", task, evaluations),
         classes=", ".join(names) if len(names) <= 10 else f"{len(names):,} classes",
         encoder=encoder,
         steps=f"{step:,}",
@@ -69,6 +71,16 @@ def card_text(
         settings="\n".join(_settings(config)),
         versions=versions.versions(),
     )
+
+
+def _model_index(name: str, task: Task, evaluations: Mapping[str, dict[str, Any]]) -> str:
+    """Return the lines of the header by which the Hub shows the metrics; JSON is YAML too."""
+    results = []
+    for split, metrics in evaluations.items():
+        dataset = dict.fromkeys(("name", "type", "split"), Path(split).name)
+        kind = {"type": "text-classification"}
+        results.append({"task": kind, "dataset": dataset, "metrics": task.hub_metrics(metrics)})
+    return f"model-index: {json.dumps([{'name': name, 'results': results}], ensure_ascii=False)}\n" if results else ""
 
 
 def _settings(config: Config) -> Iterable[str]:

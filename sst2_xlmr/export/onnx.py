@@ -192,6 +192,7 @@ def write_onnx(
     max_length: int,
     tokenizer: bytes | None,
     int8: bool,
+    logits_only: bool = False,
 ) -> None:
     """Write the file; `UserError` if it would be too large.
 
@@ -200,6 +201,7 @@ def write_onnx(
         max_length: of a row in tokens; longer texts are cut.
         tokenizer: content of the SentencePiece model, for a file that takes raw texts; None for one that takes ids.
         int8: whether the encoder computes in 8 bits.
+        logits_only: whether the one output is `logits`, fp32 [texts, labels], instead of labels and probabilities.
     """
     if sum(weight.size for weight in weights.values()) * (1 if int8 else 4) > _LARGEST_FILE:
         raise UserError("the model is larger than the 2 GB of an ONNX file; trim its vocabulary, or take onnx-int8")
@@ -212,13 +214,16 @@ def write_onnx(
         inputs = [helper.make_tensor_value_info("text", TensorProto.STRING, ["texts"])]
         ids, mask = _tokenize(graph, "text", tokenizer, max_length)
     outputs = []
-    answer = task.append_to_onnx(graph.add, _logits(graph, weights, shape, ids, mask))
+    logits = _logits(graph, weights, shape, ids, mask)
+    answer = {"logits": (logits, "FLOAT", [task.outputs])}
+    if not logits_only:
+        answer = task.append_to_onnx(graph.add, logits)
     for name, (value, kind, sizes) in answer.items():
         graph.nodes.append(helper.make_node("Identity", [value], [name]))
         outputs.append(helper.make_tensor_value_info(name, getattr(TensorProto, kind), ["texts", *sizes]))
     model = helper.make_model(
         helper.make_graph(graph.nodes, "classifier", inputs, outputs, graph.constants),
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(_EXTENSIONS, 1)],
+        opset_imports=[helper.make_opsetid("", OPSET), *[helper.make_opsetid(_EXTENSIONS, 1)] * bool(tokenizer)],
         ir_version=IR_VERSION,
         producer_name="sst2_xlmr",
     )

@@ -19,7 +19,6 @@ from torch import nn
 
 warnings.filterwarnings("ignore", message=r"\s*/!\\ IMPORTANT WARNING ABOUT TORCHTEXT STATUS")  # once per submodule
 from torchtext.functional import to_tensor  # noqa: E402
-from torchtext.transforms import SentencePieceTokenizer  # noqa: E402
 
 from sst2_xlmr.model.roberta import PAD_ID, SequenceClassifier  # noqa: E402
 from sst2_xlmr.model.tokenizer import Tokenizer, add_special_tokens  # noqa: E402
@@ -33,7 +32,7 @@ class ScriptedTokenizer(nn.Module):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
-        self.pieces = SentencePieceTokenizer(str(tokenizer.model_file)).sp_model
+        self.pieces = torch.ops.torchtext.load_sp_model_string(tokenizer.pieces.serialized_model_proto())
         self.max_length = tokenizer.max_length
 
     def forward(self, texts: List[str], pairs: Optional[List[str]]) -> List[List[int]]:  # noqa: UP006, UP045

@@ -54,7 +54,7 @@ def build_classifier(
         model = SequenceClassifier(encoder.shape, task.outputs, dropout, head_dropout, rows)
     tensors = load_tensors(encoder, ids)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    head_is_new = encoder.label_names != task.label_names
+    head_is_new = (encoder.label_names, encoder.problem_type) != (task.label_names, task.problem_type)
     if head_is_new:
         tensors.update(_new_head(shapes, seed))
     check_fit(tensors, shapes, encoder.weights_file)

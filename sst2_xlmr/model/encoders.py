@@ -8,12 +8,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, check_settings
+from sst2_xlmr.model.weight_files import Weights, parts_of, reading_errors
+from sst2_xlmr.model.weight_names import TABLE_SOURCES, head_outputs
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
 
 TOKENIZER_NAME = "sentencepiece.bpe.model"
+_TOKENIZER_NAMES = [TOKENIZER_NAME, *(f"{name}.model" for name in ("sentencepiece", "spiece", "spm", "tokenizer"))]
+_TOKENIZER_NAMES += [f"tokenizer/{TOKENIZER_NAME}", JSON_NAME, f"tokenizer/{JSON_NAME}"]
 WEIGHTS_NAMES = ["model.safetensors", "pytorch_model.bin"]
+_SETTINGS_NAMES = ["config.json", SETTINGS_NAME, "added_tokens.json", "adapter_config.json"]
+SINGLE_LABEL = "single_label_classification"
 _SIZE_KEYS = {
     "vocab_size": "vocab_size",
     "hidden": "hidden_size",
@@ -22,6 +29,14 @@ _SIZE_KEYS = {
     "ffn": "intermediate_size",
     "positions": "max_position_embeddings",
 }  # field of EncoderShape -> key of config.json
+_ONLY = {
+    "hidden_act": ("gelu", "gelu_python"),
+    "position_embedding_type": ("absolute",),
+    "pad_token_id": (1,),
+    "is_decoder": (False,),
+}  # of config.json, the default first
+MOST_LAYERS = 1_000
+_LAYOUT = "a model's folder in Hugging Face layout is needed"
 DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")  # of config.json
 
 
@@ -51,7 +66,9 @@ class Encoder:
         shape: its sizes; of the weights, layers above shape.layers are not read.
         max_length: longest input in tokens that it was made for, at most shape.positions - 2.
         dropouts: dropout probabilities in the folder's `config.json`, under their names there.
-        label_names: the classes of the folder's classification head; None if it has none.
+        is_bert: whether the weights are named as BERT's, whose positions begin at 0 and whose head is its pooler's.
+        label_names: of the outputs of the folder's head; None if it has none.
+        problem_type: of that head, in transformers' words.
         cut_from: how many layers it had before `lowest_layers`; 0 if it is whole.
     """
 
@@ -63,6 +80,13 @@ class Encoder:
     max_length: int = 512
     dropouts: dict[str, Any] = field(default_factory=dict)
     cut_from: int = 0
+    is_bert: bool = False
+    problem_type: str = SINGLE_LABEL
+
+    @property
+    def weights_files(self) -> list[Path]:
+        """The files of the weights; several if they are in shards."""
+        return parts_of(self.weights_file)
 
 
 def lowest_layers(encoder: Encoder, layers: int) -> Encoder:
@@ -86,40 +110,79 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         known = f"neither a folder, nor {', '.join(BUNDLE_SHAPES)}, nor owner/name on the Hub"
         raise UserError(f"encoder or model {name}: {known}; check the path")
     if is_on_hub:
-        folder = downloads.fetch_folder(name, ["config.json", "tokenizer_config.json"])
+        wanted = [*_SETTINGS_NAMES, *(f"tokenizer/{file}" for file in _SETTINGS_NAMES)]
+        folder = downloads.fetch_folder(name, wanted)
+    elif not (folder / "config.json").exists() and (folder / "0_Transformer" / "config.json").is_file():
+        folder = folder / "0_Transformer"  # of sentence-transformers
 
     def find(names: list[str], quiet: bool = True) -> Path | None:
         if is_on_hub:
             return downloads.fetch_first(name, folder, names, quiet=quiet)
         return next((folder / file for file in names if (folder / file).is_file()), None)
 
+    settings = read_json(_settings_file(folder), _LAYOUT)
+    file = folder / "config.json"
+    shape = _shape(settings, file)
+    tokenizer_file = find(_TOKENIZER_NAMES)
+    if tokenizer_file is None:
+        has_words = " (BERT's vocab.txt is another tokenizer)" if find(["vocab.txt"]) else ""
+        raise UserError(
+            f"{folder} has neither {TOKENIZER_NAME} nor {JSON_NAME}{has_words}; copy one from the model that this one"
+            " was trained from, e.g. FacebookAI/xlm-roberta-base on the Hugging Face Hub"
+        )
+    check_settings(tokenizer_file)
+    weights_file = find([*WEIGHTS_NAMES, *(f"{name}.index.json" for name in WEIGHTS_NAMES)], quiet)
+    if weights_file is None:
+        raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS_NAMES)}; is it a model's folder?")
+    for part in parts_of(weights_file):
+        if find([part.name], quiet) is None:
+            raise UserError(f"{folder} has no {part.name}, which {weights_file.name} names; fetch it again")
+    longest = shape.positions - 2
+    if (tokenizer_file.parent / SETTINGS_NAME).is_file():
+        stated = read_json(tokenizer_file.parent / SETTINGS_NAME, "copy it again").get("model_max_length")
+        longest = min(longest, stated) if isinstance(stated, int) and stated > 2 else longest
+    is_bert = settings["model_type"] == "bert"
+    outputs = _outputs(weights_file, is_bert)
+    return Encoder(
+        name,
+        shape,
+        weights_file,
+        tokenizer_file,
+        _label_names(settings, outputs, file) if outputs else None,
+        longest,
+        {key: settings[key] for key in DROPOUT_KEYS if key in settings},
+        is_bert=is_bert,
+        problem_type="regression" if outputs == 1 else settings.get("problem_type") or SINGLE_LABEL,
+    )
+
+
+def _settings_file(folder: Path) -> Path:
+    """Return a model folder's config.json; UserError, saying what the folder is instead, if it has none."""
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is the folder of a run; give the model in it, {folder / 'model'}")
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a checkpoint, for --resume; give best or model in the run's folder")
-    file, layout = folder / "config.json", "a model's folder in Hugging Face layout is needed"
-    if not file.is_file():
-        raise UserError(f"{folder} has no config.json; {layout}")
-    settings = read_json(file, layout)
-    shape, label_names = _shape(settings, file), _label_names(settings, file)
-    tokenizer_file = find([TOKENIZER_NAME])
-    if tokenizer_file is None:
-        converted = " (newer transformers save tokenizer.json only)" if find(["tokenizer.json"]) else ""
-        raise UserError(
-            f"{folder} has no {TOKENIZER_NAME}{converted}; copy it from the model that this one was trained from,"
-            " e.g. FacebookAI/xlm-roberta-base on the Hugging Face Hub"
-        )
-    weights_file = find(WEIGHTS_NAMES, quiet)
-    if weights_file is None:
-        if find([f"{file}.index.json" for file in WEIGHTS_NAMES]):
-            raise UserError(f"{folder} has its weights in parts; save it again with max_shard_size='100GB'")
-        raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS_NAMES)}; is it a model's folder?")
-    longest = shape.positions - 2
-    if (folder / "tokenizer_config.json").is_file():
-        stated = read_json(folder / "tokenizer_config.json", "copy it again").get("model_max_length")
-        longest = min(longest, stated) if isinstance(stated, int) and stated > 2 else longest
-    dropouts = {key: settings[key] for key in DROPOUT_KEYS if key in settings}
-    return Encoder(name, shape, weights_file, tokenizer_file, label_names, longest, dropouts)
+    if (folder / "adapter_config.json").is_file() and not any((folder / name).is_file() for name in WEIGHTS_NAMES):
+        raise UserError(f"{folder} is an adapter (LoRA); save the whole model, after merge_and_unload() of peft")
+    if not (folder / "config.json").is_file():
+        inner = sorted(folder.glob("*/config.json"), key=lambda file: file.stat().st_mtime)
+        cure = f"give the model in it, {inner[-1].parent}" if inner else _LAYOUT
+        raise UserError(f"{folder} has no config.json; {cure}")
+    return folder / "config.json"
+
+
+def _outputs(weights_file: Path, is_bert: bool) -> int:
+    """Return how many outputs the head in the weights has, 0 if there is none; UserError if no encoder is in them."""
+    with reading_errors(weights_file):
+        shapes = {name: tensor.shape for name, tensor in Weights(weights_file, None, MOST_LAYERS).raw.items()}
+    for name in shapes:
+        prefix, table, _ = name.partition("embeddings.word_embeddings.weight")
+        if table and name not in TABLE_SOURCES:
+            raise UserError(
+                f"{weights_file}: its tensors are named {prefix}..., which is a wrapper's or another model's; save the"
+                " model inside the wrapper with save_pretrained()"
+            )
+    return head_outputs(shapes, is_bert)
 
 
 def model_folder(name: str | os.PathLike[str]) -> Path:
@@ -134,14 +197,14 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", name) is not None
 
 
-def _label_names(settings: dict[str, Any], file: Path) -> list[str] | None:
-    """Return the names of the classes 0, 1, ... of the head; None if there is no head."""
-    if "SequenceClassification" not in str(settings.get("architectures")):
-        return None
-    names = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its defaults out
+def _label_names(settings: dict[str, Any], outputs: int, file: Path) -> list[str]:
+    """Return the names of a head's outputs."""
+    names = settings.get("id2label") or {str(number): f"LABEL_{number}" for number in range(outputs)}
     if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
         raise UserError(f"{file}: id2label must name the labels 0, 1, ... of the head")
-    return [str(names[str(i)]) for i in range(len(names))]
+    if len(names) != outputs:
+        raise UserError(f"{file}: id2label names {len(names)} labels, but the head in the weights has {outputs}")
+    return [str(names[str(i)]) for i in range(outputs)]
 
 
 def find_model(folder: Path) -> tuple[Encoder, list[str]]:
@@ -149,6 +212,12 @@ def find_model(folder: Path) -> tuple[Encoder, list[str]]:
     encoder = None if str(folder) in BUNDLE_SHAPES else find_encoder(str(folder))
     if encoder is None or encoder.label_names is None:
         raise UserError(f"{folder} has no classification head; give a model folder that train.py wrote")
+    if encoder.problem_type != SINGLE_LABEL:
+        what = "its head is for regression (one number)" if len(encoder.label_names) == 1 else encoder.problem_type
+        raise UserError(
+            f"{folder}: {what}, but only models with one of several labels for each text can answer here; as --encoder"
+            " its body can be trained on"
+        )
     return encoder, encoder.label_names
 
 
@@ -163,20 +232,27 @@ def check_tokenizer(encoder: Encoder, vocab_size: int) -> None:
 
 def _shape(settings: dict[str, Any], file: Path) -> EncoderShape:
     """Return the sizes of the encoder that `config.json` describes; a UserError if they are wrong, or not XLM-R's."""
-    wanted = {"hidden_act": "gelu", "position_embedding_type": "absolute", "pad_token_id": 1}
-    for key, value in {"model_type": "xlm-roberta", **wanted}.items():
-        if settings.get(key, wanted.get(key)) != value:
-            raise UserError(f"{file}: {key} is {settings.get(key)!r}, but only {value!r} (XLM-R) can be trained here")
+    kind = settings.get("model_type")
+    if kind not in ("xlm-roberta", "bert"):
+        raise UserError(
+            f"{file}: model_type is {kind!r}; only XLM-R, xlm-roberta or bert with its tokenizer, can be used here"
+        )
+    for key, values in _ONLY.items():
+        if (found := settings.get(key, values[0])) not in values and (kind, key) != ("bert", "pad_token_id"):
+            raise UserError(f"{file}: {key} is {found!r}, but only {values[0]!r}, as of XLM-R, can be computed here")
+    if settings.get("quantization_config"):
+        raise UserError(f"{file}: the weights are quantized (quantization_config); take the model in fp32 or bf16")
     sizes: dict[str, Any] = {}
     for size, key in _SIZE_KEYS.items():
         sizes[size] = settings.get(key)
         # Beyond this: a typing error, or an attack on memory.
-        largest = 1_000 if size in ("layers", "heads") else 10_000_000
+        largest = MOST_LAYERS if size in ("layers", "heads") else 10_000_000
         if type(sizes[size]) is not int or not 1 <= sizes[size] <= largest:
             raise UserError(f"{file}: {key} is {sizes[size]!r}; a number from 1 to {largest:,} is needed")
     if sizes["hidden"] % sizes["heads"]:
         raise UserError(f"{file}: hidden_size {sizes['hidden']} is no multiple of num_attention_heads {sizes['heads']}")
-    epsilon = settings.get("layer_norm_eps", 1e-5)
+    epsilon = settings.get("layer_norm_eps", 1e-12)  # transformers' default
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise UserError(f"{file}: layer_norm_eps is {epsilon!r}; a number between 0 and 1 is needed")
+    sizes["positions"] += 2 if kind == "bert" else 0
     return EncoderShape(**sizes, layer_norm_eps=epsilon)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import List, Optional  # noqa: UP035 (TorchScript knows these only)
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
+from sst2_xlmr.model.tokenizer_files import AddedToken, added_tokens, sentencepiece_model
 from sst2_xlmr.util.errors import UserError
 
 
@@ -33,13 +36,23 @@ class Tokenizer:
 
     XLM-R's numbering is fairseq's: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, and every other piece its SentencePiece
     id + 1 (SentencePiece's own 0 is `<unk>`). So neither the string pieces nor torchtext's separate vocabulary file are
-    needed.
+    needed. A text that spells out one of these is text. Added tokens are found first, in the text as it is written, and
+    SentencePiece cuts what is between them, as transformers does.
+
+    Attributes:
+        file: it was loaded from.
+        pieces: its SentencePiece model, which knows nothing of added tokens.
+        vocab_size: every id is below it.
     """
 
-    def __init__(self, pieces: SentencePieceProcessor, model_file: Path, max_length: int) -> None:
-        self.model_file, self.max_length = model_file, max_length
-        self._pieces = pieces
-        self.vocab_size: int = pieces.GetPieceSize() + 1  # every id is below it
+    def __init__(
+        self, pieces: SentencePieceProcessor, file: Path, max_length: int, added: Sequence[AddedToken]
+    ) -> None:
+        self.pieces, self.file, self.max_length, self.added = pieces, file, max_length, added
+        self.vocab_size: int = max([pieces.GetPieceSize(), *(token.id for token in added)]) + 1
+        longest_first = sorted(added, key=lambda token: -len(token.content))
+        self._added_ids = [token.id - 1 for token in longest_first]
+        self._any_added = re.compile("|".join(map(_pattern_of, longest_first)))
 
     def flat_ids(self, texts: list[str], pairs: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all rows one after another, int32 [tokens], and tokens per row, int64 [rows].
@@ -47,30 +60,59 @@ class Tokenizer:
         Args:
             pairs: the second text of every row; None if rows have one.
         """
-        seconds = [None] * len(texts) if pairs is None else self._pieces.Encode(pairs)
-        rows = [add_special_tokens(*both, self.max_length) for both in zip(self._pieces.Encode(texts), seconds)]
+        seconds = [None] * len(texts) if pairs is None else self._encode(pairs)
+        rows = [add_special_tokens(*both, self.max_length) for both in zip(self._encode(texts), seconds)]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
         ids += 1
         ids[ids == 1] = 3  # <unk>
         return ids, lengths
 
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Return every text's SentencePiece ids; an added token's is its id - 1."""
+        if not self.added:
+            found: list[list[int]] = self.pieces.Encode(texts)
+            return found
+        return [self._encode_with_added(text) for text in texts]
+
+    def _encode_with_added(self, text: str) -> list[int]:
+        ids, end = [], 0
+        for match in self._any_added.finditer(text):
+            ids += [*self.pieces.Encode(text[end : match.start()]), self._added_ids[(match.lastindex or 1) - 1]]
+            end = match.end()
+        return [*ids, *self.pieces.Encode(text[end:])]
+
     def pieces_of(self, ids: list[int]) -> list[str]:
         """Return the pieces that ids stand for; `<s>`, `</s>` and `<unk>` are the same for all tokenizers."""
-        return [str(number) if number < 4 else self._pieces.IdToPiece(number - 1) for number in ids]
+        names = {token.id: token.content for token in self.added}
+        return [names.get(n) or (str(n) if n < 4 else self.pieces.IdToPiece(n - 1)) for n in ids]
 
     def is_longer(self, text: str, pair: str | None = None) -> bool:
         """Whether this row is cut."""
-        return sum(len(self._pieces.Encode(part)) + 2 for part in (text, pair) if part is not None) > self.max_length
+        parts = self._encode([part for part in (text, pair) if part is not None])
+        return sum(len(part) + 2 for part in parts) > self.max_length
 
 
-def load_tokenizer(model_file: Path, max_length: int) -> Tokenizer:
-    """Load a `sentencepiece.bpe.model`; UserError if the file is missing or is no SentencePiece model."""
-    if not model_file.is_file():
-        cure = "an encoder's folder needs its SentencePiece model under that name"
-        raise UserError(f"{model_file} does not exist; {cure}")
+def _pattern_of(token: AddedToken) -> str:
+    """Return a regular expression with one group, the token."""
+    group = f"({re.escape(token.content)})"
+    group = rf"(?<!\w){group}(?!\w)" if token.single_word else group
+    return r"\s*" * token.lstrip + group + r"\s*" * token.rstrip
+
+
+def load_tokenizer(file: Path, max_length: int) -> Tokenizer:
+    """Load a SentencePiece model or a tokenizer.json, and what was added to it.
+
+    UserError if the file is missing, or not a tokenizer of XLM-R's kind.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; an encoder's folder needs its tokenizer")
+    content = sentencepiece_model(file)
     try:
-        return Tokenizer(SentencePieceProcessor(model_file=str(model_file), num_threads=1), model_file, max_length)
+        pieces = SentencePieceProcessor(model_proto=content or b"empty", num_threads=1)
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{model_file} is not a SentencePiece model ({reason}); fetch it again") from None
+        raise UserError(f"{file} is not a SentencePiece model ({reason}); fetch it again") from None
+    if [pieces.unk_id(), pieces.bos_id(), pieces.eos_id()] != [0, 1, 2]:
+        raise UserError(f"{file} is another family's tokenizer: XLM-R's begins with <unk>, <s> and </s>")
+    return Tokenizer(pieces, file, max_length, added_tokens(file))

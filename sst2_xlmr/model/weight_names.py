@@ -42,10 +42,12 @@ _HUGGING_FACE = {
     "classifier.out_proj": "head.out",
 }
 _QKV = [f"roberta.encoder.layer.#.attention.self.{part}" for part in ("query", "key", "value")]  # three, not one
+_POSITIONS = "encoder.positions.weight"
 _TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
 TABLE_SOURCES = [
     "encoder.transformer.token_embedding.weight",
     "roberta.embeddings.word_embeddings.weight",
+    "bert.embeddings.word_embeddings.weight",
     "embeddings.word_embeddings.weight",
 ]
 
@@ -73,16 +75,38 @@ def from_torchtext(names: Sequence[str], read: Callable[[str], torch.Tensor]) ->
     return result
 
 
-def from_hugging_face(names: Sequence[str], read: Callable[[str], torch.Tensor]) -> Tensors:
+def _xlmr_name(name: str, is_bert: bool) -> str:
+    """Return a tensor's name in transformers' `XLMRobertaForSequenceClassification`.
+
+    The head of `BertForSequenceClassification` is the same one under other names: pooler, tanh, classifier.
+    """
+    name = re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: "LayerNorm." + {"gamma": "weight", "beta": "bias"}[m[1]], name)
+    if is_bert:
+        name = name.removeprefix("bert.")
+        name = re.sub(r"^classifier\.(weight|bias)$", r"classifier.out_proj.\1", name)
+        name = name.replace("pooler.dense.", "classifier.dense.")
+    return name if name.startswith(("roberta.", "classifier.")) else f"roberta.{name}"
+
+
+def head_outputs(shapes: Mapping[str, Sequence[int]], is_bert: bool) -> int:
+    """Return how many logits the head has for which there are weights of these names and shapes; 0 without a head."""
+    found = {_xlmr_name(name, is_bert): shape for name, shape in shapes.items()}
+    if "classifier.dense.weight" not in found:
+        return 0
+    return next(iter(found.get("classifier.out_proj.weight", ())), 0)
+
+
+def from_hugging_face(names: Sequence[str], read: Callable[[str], torch.Tensor], is_bert: bool = False) -> Tensors:
     """Read, rename and join the tensors of transformers' XLM-R models (with or without the prefix `roberta.`).
 
-    The one token type of XLM-R is added to every position, so it is folded into the position table. Tensors that
-    belong to other heads (language model, pooler) are left out, unread; unknown ones of the encoder keep their names.
+    The one token type that is used is added to every position, so it is folded into the position table, which begins
+    with the two rows that XLM-R never uses and BERT does not have. Tensors that belong to other heads (language model,
+    pooler) are left out, unread; unknown ones of the encoder keep their names.
     """
     result: Tensors = {}
     token_type = torch.zeros(1, 1)
     for raw_name in names:
-        name = raw_name if raw_name.startswith(("roberta.", "classifier.")) else f"roberta.{raw_name}"
+        name = _xlmr_name(raw_name, is_bert)
         stem, layer, kind = _split(name)
         if stem in _HUGGING_FACE:
             result[f"{_HUGGING_FACE[stem].replace('#', layer)}.{kind}"] = read(raw_name)
@@ -93,9 +117,10 @@ def from_hugging_face(names: Sequence[str], read: Callable[[str], torch.Tensor])
             token_type = read(raw_name)
         elif stem.startswith("roberta.encoder.") and stem not in _QKV:
             result[name.removeprefix("roberta.")] = read(raw_name)
-    if "encoder.positions.weight" in result and token_type.any():
-        positions = result["encoder.positions.weight"]
-        result["encoder.positions.weight"] = torch.cat([positions[:2], positions[2:] + token_type[0]])
+    if (positions := result.get(_POSITIONS)) is not None and (is_bert or token_type.any()):
+        unused = torch.zeros(2, positions.shape[1]) if is_bert else positions[:2]
+        used = positions if is_bert else positions[2:]
+        result[_POSITIONS] = torch.cat([unused, used + token_type[0]])
     return result
 
 

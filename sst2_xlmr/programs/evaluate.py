@@ -31,7 +31,7 @@ from sst2_xlmr.evaluation.compare import check_comparison
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of, per_class
 from sst2_xlmr.export.folder import CARD_NAME, read_card, with_note, write_folder
-from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder, model_folder
+from sst2_xlmr.model.encoders import find_encoder, model_folder
 from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.table import comparison_table, evaluation_table, lines_of
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     if against == precision:
         raise UserError(f"--against {precision} compares {precision} with itself; name another --precision")
     columns = columns_given(arguments)
-    cache_dir, tokenizer_file = downloads.cache_dir() / "tokens", model / TOKENIZER_NAME
+    cache_dir, tokenizer_file = downloads.cache_dir() / "tokens", tokenizer.file
     caches = {  # all of them before the first evaluation, so that a bad row shows at once
         name: tokenize_file(file, tokenizer_file, columns, task, tokenizer.max_length, cache_dir, lambda *_: tokenizer)
         for name, file in files.items()

@@ -3,15 +3,11 @@
     python scripts/export.py --model runs/NAME/model --format torchscript --output classifier.pt
     python scripts/export.py --model runs/NAME/best --format hf --dtype bf16 --output models/reviews
     python scripts/export.py --model runs/NAME/model --format onnx --output classifier.onnx
-    python scripts/export.py --model runs/NAME/model --format onnx-int8 --check-file dev.tsv --output classifier.onnx
+    python scripts/export.py --model runs/NAME/model --format onnx-hf --output models/reviews-onnx
     python scripts/export.py --model runs/NAME/model --format hf --keep-vocabulary-of train.tsv --output models/small
 
-torchscript: one file that takes raw texts and needs torch and torchtext only (see sst2_xlmr/export/torchscript.py); to
-be written under torch 2.3.1 with torchtext.
-onnx: one file that takes raw texts, or with --from-ids token ids, and needs onnxruntime only (see export/onnx.py).
-onnx-int8: the same in 8 bits.
-hf: a folder in Hugging Face layout, as train.py writes it, from any such folder.
---keep-vocabulary-of leaves out the embedding rows that these texts do not need, before anything else is done.
+docs/export.md says which form is for whom. --keep-vocabulary-of leaves out the embedding rows that these texts do not
+need, before anything else is done.
 
 The result is read back and compared with the model on a dozen sentences in as many languages, or on the rows of
 --check-file. It gets its name only if they agree; in 8 bits, if no more labels change and no more accuracy is lost than
@@ -38,12 +34,13 @@ from sst2_xlmr.data.rows import COLUMN_OPTIONS, Columns, columns_given
 from sst2_xlmr.evaluation.compare import check_comparison, compare
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.check_rows import is_rows_file, read_checks, read_texts
-from sst2_xlmr.export.folder import read_card, write_folder
+from sst2_xlmr.export.folder import read_card, write_all_but_weights, write_folder
 from sst2_xlmr.export.trimmed import write_trimmed
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import Encoder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
 from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.report.table import comparison_table
 from sst2_xlmr.task import SingleLabel, Task
@@ -53,6 +50,7 @@ from sst2_xlmr.util.files import put_in_place, scratch_folder, writing
 from sst2_xlmr.util.output import say
 
 CPU = torch.device("cpu")
+FORMATS = ("hf", "onnx", "onnx-int8", "onnx-hf", "onnx-hf-int8", "torchscript")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # of a probability; bf16 weights have 8 significant bits
 ONNX_TOLERANCE = 1e-4
@@ -66,8 +64,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description="Write a trained model in another form, and check it.")
     add = parser.add_argument
     add("--model", required=True, type=Path, metavar="DIR|NAME", help="model folder, or owner/name of the Hub")
-    add("--format", required=True, choices=("hf", "onnx", "onnx-int8", "torchscript"), help="what to write")
-    add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf) or file")
+    add("--format", required=True, choices=FORMATS, help="what to write")
+    add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf, onnx-hf) or file")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights in the folder; hf only [fp32]")
     add("--from-ids", action="store_true", help="onnx: take token ids instead of texts, to tokenize elsewhere")
     what = "leave out the embedding rows that these texts, and single characters, do not need"
@@ -90,25 +88,25 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         cure = "export it in an environment that `STACK=torchtext scripts/setup.sh` has made"
         here = f"this is {versions.description()}"
         raise UserError(f"--format torchscript needs torchtext under torch 2.3.1, and {here}; {cure}")
-    is_onnx = kind.startswith("onnx")
-    for package in ("onnx", "onnxruntime", "onnxruntime_extensions") if is_onnx else ():
+    is_onnx, is_folder, is_int8 = kind.startswith("onnx"), "hf" in kind, kind.endswith("int8")
+    for package in ("onnx", "onnxruntime", "onnxruntime_extensions")[: 3 - is_folder] if is_onnx else ():
         if find_spec(package) is None:
             raise UserError(f"--format {kind} needs {package}; install it with pip install -e '.[onnx]'")
-    if arguments.from_ids and not is_onnx:
+    if arguments.from_ids and (is_folder or not is_onnx):
         raise UserError("--from-ids is for --format onnx")
     if arguments.from_ids and arguments.keep_vocabulary_of:
         cure = "export --format hf trimmed, then that folder with --from-ids"
         raise UserError(f"--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids; {cure}")
-    if kind == "onnx-int8" and not arguments.check_file:
-        raise UserError("--format onnx-int8 needs --check-file: what 8 bits cost is measured on rows such as yours")
-    if kind != "onnx-int8" and (arguments.most_changed, arguments.most_lost) != (None, None):
-        raise UserError("--most-changed and --most-lost are for --format onnx-int8; leave them out")
+    if is_int8 and not arguments.check_file:
+        raise UserError(f"--format {kind} needs --check-file: what 8 bits cost is measured on rows such as yours")
+    if not is_int8 and (arguments.most_changed, arguments.most_lost) != (None, None):
+        raise UserError("--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8; leave them out")
     files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, arguments.keep_vocabulary_of)]
     for name in COLUMN_OPTIONS:
         if name in arguments and not any(map(is_rows_file, files)):
             where = "--check-file or --keep-vocabulary-of"
             raise UserError(f"{flag(name)} needs a {either(KINDS)} file whose columns it names: {where}")
-    if is_onnx and not arguments.from_ids and getattr(arguments, "text_pair_column", None):
+    if is_onnx and not is_folder and not arguments.from_ids and getattr(arguments, "text_pair_column", None):
         raise UserError("an ONNX file that takes texts takes one for each row; export pairs with --from-ids")
     if os.path.lexists(arguments.output):
         raise UserError(f"--output {arguments.output} already exists; choose another name")
@@ -134,22 +132,26 @@ def write_torchscript(encoder: Encoder, file: Path) -> Classify:
     return probabilities
 
 
-def write_onnx_file(encoder: Encoder, task: Task, file: Path, int8: bool, from_ids: bool) -> Classify:
+def write_onnx_file(
+    encoder: Encoder, task: Task, file: Path, int8: bool, takes_texts: bool, logits_only: bool
+) -> Classify:
     import onnxruntime
-    import onnxruntime_extensions
 
     from sst2_xlmr.export.onnx import write_onnx  # only here: it needs onnx
 
     weights = {name: tensor.numpy() for name, tensor in load_tensors(encoder).items()}
-    tokenizer_file = None if from_ids else encoder.tokenizer_file.read_bytes()
-    write_onnx(file, weights, encoder.shape, task, encoder.max_length, tokenizer_file, int8)
+    pieces = sentencepiece_model(encoder.tokenizer_file) if takes_texts else None
+    write_onnx(file, weights, encoder.shape, task, encoder.max_length, pieces, int8, logits_only)
     options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
+    if takes_texts:
+        import onnxruntime_extensions
+
+        options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
 
     def inputs(texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
-        if not from_ids:
+        if takes_texts:
             return {"text": np.array(texts, dtype=object)}
         ids, lengths = tokenizer.flat_ids(texts, pairs)
         rows = torch.from_numpy(ids).long().split(lengths.tolist())
@@ -161,7 +163,10 @@ def write_onnx_file(encoder: Encoder, task: Task, file: Path, int8: bool, from_i
         for start in range(0, len(texts), ONNX_BATCH):
             batch = slice(start, start + ONNX_BATCH)
             answer = session.run(None, inputs(texts[batch], pairs and pairs[batch]))
-            parts.append(checked_answers(task, *answer))
+            if logits_only:
+                parts.append(task.probabilities(torch.from_numpy(answer[0])).numpy())
+            else:
+                parts.append(checked_answers(task, *answer))
         return np.concatenate(parts)
 
     return probabilities
@@ -202,18 +207,27 @@ def trim(encoder: Encoder, files: list[str], columns: Columns, folder: Path) -> 
 
 def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: Path) -> str:
     """Write the model's new form, and check that its answers are near enough to the model's; returns what to say."""
-    int8 = arguments.format == "onnx-int8"
-    takes_pairs = not arguments.format.startswith("onnx") or arguments.from_ids
+    int8, kind = arguments.format.endswith("int8"), arguments.format.removesuffix("-int8")
+    takes_texts = kind == "torchscript" or (kind == "onnx" and not arguments.from_ids)
+    if takes_texts and added_tokens(encoder.tokenizer_file):
+        cure = "take hf, onnx-hf, or onnx with --from-ids"
+        raise UserError(f"--format {kind} has SentencePiece only, but tokens were added to this model's; {cure}")
+    takes_pairs = kind != "onnx" or arguments.from_ids
     columns, has_label_column = columns_given(arguments), "label_column" in arguments
     checks = read_checks(arguments.check_file, columns, task, takes_pairs, has_label_column)
     unlabelled = [name for name, (_, labels) in checks.items() if labels is None] if int8 else []
     if unlabelled and arguments.most_lost is not None and len(unlabelled) == len(checks):
         raise UserError(f"--most-lost: no labels in {', '.join(unlabelled)}; name their column with --label-column")
     expected = classify_with_folder(Path(encoder.name))
-    if arguments.format == "torchscript":
+    if kind == "torchscript":
         found = write_torchscript(encoder, written)
-    elif arguments.format.startswith("onnx"):
-        found = write_onnx_file(encoder, task, written, int8, arguments.from_ids)
+    elif kind.startswith("onnx"):
+        file = written
+        if kind == "onnx-hf":
+            write_all_but_weights(written, encoder, read_card(encoder.weights_file.parent))
+            file = written / "onnx" / ("model_quantized.onnx" if int8 else "model.onnx")
+            file.parent.mkdir()
+        found = write_onnx_file(encoder, task, file, int8, takes_texts, kind == "onnx-hf")
     else:
         found = write_hugging_face(encoder, written, arguments.dtype)
     both = {name: (found(*sides), expected(*sides), labels) for name, (sides, labels) in checks.items()}
@@ -224,7 +238,7 @@ def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: 
         check_comparison(task, both, *bounds_of(arguments), "int8", "fp32")
         return f"answers as above on {count:,} rows"
     difference = float(np.max([compare(task, *sides)["largest"] for sides in both.values()]))  # NaN if one is
-    tolerance = ONNX_TOLERANCE if arguments.format == "onnx" else TOLERANCE[arguments.dtype]
+    tolerance = ONNX_TOLERANCE if kind.startswith("onnx") else TOLERANCE[arguments.dtype]
     if not difference <= tolerance:  # also if it is NaN
         what = f"a probability differs by {difference:.2g}; it was removed"
         raise UserError(f"the written model disagrees with {arguments.model}: {what}")

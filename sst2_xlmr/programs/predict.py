@@ -175,7 +175,7 @@ def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
 def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Classifier) -> dict[str, Any]:
     """Return what makes the rows of the output; blocks that were begun with another one are not continued."""
     encoder, _ = find_model(arguments.model)
-    files = [encoder.weights_file, encoder.tokenizer_file, *sorted(arguments.model.glob("*config.json"))]
+    files = [*encoder.weights_files, encoder.tokenizer_file, *sorted(arguments.model.glob("*.json"))]
     options = {name: str(value) for name, value in vars(arguments).items() if name in FINGERPRINT_OPTIONS}
     machine = {"precision": classifier.precision, "device": classifier.device.type, "version": __version__}
     return {"input": digest, "model": [digest_of(file) for file in files], **options, **machine}

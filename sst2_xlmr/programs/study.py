@@ -89,8 +89,9 @@ def check_inputs(words: list[str], run_folder: Path, is_new: bool) -> None:
     """Compare the files of these options with those that a run has read; of a new run they are noted."""
     config, _ = parse_args(words)
     encoder = find_encoder(config.encoder)
-    files = {"the encoder's weights": encoder.weights_file, "the encoder's tokenizer": encoder.tokenizer_file}
-    files = {**find_files(config, quiet=False), **files}
+    parts = encoder.weights_files
+    files = {"the encoder's weights" + f" {part.name}" * (len(parts) > 1): part for part in parts}
+    files = {**find_files(config, quiet=False), **files, "the encoder's tokenizer": encoder.tokenizer_file}
     digests = {name: digest(file) for name, file in files.items()}
     notes, cure = run_folder.with_suffix(".inputs.json"), "or choose another --output-dir"
     former = digests if is_new or not notes.is_file() else json.loads(notes.read_text(encoding="utf-8"))

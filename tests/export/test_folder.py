@@ -145,7 +145,16 @@ def test_training_writes_a_card_without_paths(
         versions.versions(),
     ):
         assert text in cards["model"]
-    for card in cards.values():
+    for name, card in cards.items():
+        header = next(line for line in card.splitlines() if line.startswith("model-index: "))
+        results = json.loads(header.partition(" ")[2])[0]["results"]
+        shown = {result["dataset"]["name"]: [each["value"] for each in result["metrics"]] for result in results}
+        step = 7 if name == "best" else 14
+        assert shown == {
+            entry["split"]: [entry["accuracy"], entry["macro_f1"]]
+            for entry in metrics(run)
+            if entry.get("step") == step and "/" not in entry.get("split", "/")
+        }
         assert card.startswith("---\nlibrary_name: transformers\n")
         assert str(tmp_path) not in card
         assert "/" not in card.split("## Data")[1]
@@ -168,3 +177,11 @@ def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -
     assert "calibration error from 0.2500 to 0.1250.\n\n## Settings" in card
     card = card_text(config, two, {"train": 5}, {}, 3, (1.0, 0.25, 0.25))
     assert "calibrated: temperature 1, as no other is significantly better on dev;" in card
+
+
+def test_other_versions_of_transformers_are_told_what_they_need(model: Path) -> None:
+    """Without these, versions that are not in the tests' environments drop most of tokenizer.json, or warn of it."""
+    assert json.loads((model / "config.json").read_text())["transformers_version"] == "4.48.3"
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]

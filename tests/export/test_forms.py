@@ -20,6 +20,7 @@ from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.trimmed import needed_pieces, trimmed_tokenizer
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
+from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.programs import export
 
 # torch ignores it by itself, pytest does not: torch.nn.functional looks at a size that never changes.
@@ -124,6 +125,28 @@ def test_onnx_in_8_bits_is_near_and_says_what_it_was_compared_on(model: Path, tm
     assert np.abs(probabilities - expected).mean() < 0.3 * expected.std(0).mean()
 
 
+def test_a_folder_for_onnx_clients(model: Path, tmp_path: Path) -> None:
+    """From ids, padded, to logits, in plain ONNX; beside what transformers reads, without weights of torch."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    (tmp_path / "rows.txt").write_text("A fine film.\nno\n")
+    bounds = ["--check-file", tmp_path / "rows.txt", "--most-changed", 100]
+    beside = {file.name for file in model.iterdir()} - {"model.safetensors"}
+    texts = [text for text in TEXTS if text][:6]
+    _, tokenizer, task = load_classifier(model, CPU, bf16=False)
+    ids = [tokenizer.flat_ids([text])[0].tolist() for text in texts]
+    padded = np.array([row + [1] * (max(map(len, ids)) - len(row)) for row in ids])
+    inputs = {"input_ids": padded, "attention_mask": (padded != 1).astype(np.int64)}
+    expected = probabilities_of(model, texts)
+    for kind, file, options in (("onnx-hf", "model.onnx", []), ("onnx-hf-int8", "model_quantized.onnx", bounds)):
+        run_export("--model", model, "--format", kind, "--output", tmp_path / kind, *options)
+        files = {str(file.relative_to(tmp_path / kind)) for file in (tmp_path / kind).rglob("*") if file.is_file()}
+        assert files == {*beside, f"onnx/{file}"}
+        session = onnxruntime.InferenceSession(str(tmp_path / kind / "onnx" / file))
+        assert [output.name for output in session.get_outputs()] == ["logits"]
+        found = task.probabilities(torch.from_numpy(session.run(None, inputs)[0])).numpy()
+        assert np.abs(found - expected).max() < (1e-5 if kind == "onnx-hf" else 0.2)
+
+
 def check_torchscript_alone(model: Path, file: Path, texts: list[str]) -> set[str]:
     """Check the file's answers in a process that has no other package of ours; returns its labels."""
     labels, probabilities, names = answers_alone(TORCHSCRIPT_ALONE, "sst2_xlmr train transformers", file, texts)
@@ -221,8 +244,9 @@ def test_characters_that_only_longer_pieces_have_keep_these(model: Path, tmp_pat
     letters = [name for name in names[3:] if len(name) == 1 and name.isalpha()]
     letter = next(one for one in letters if sum(one in name for name in names) > 2)
     kept = np.array([number for number, name in enumerate(names) if name.lstrip("▁") != letter])
-    (tmp_path / "fewer.model").write_bytes(trimmed_tokenizer(file, kept))
-    fewer = SentencePieceProcessor(model_file=str(tmp_path / "fewer.model"))
+    (tmp_path / "fewer.model").write_bytes(trimmed_tokenizer(file.read_bytes(), kept))
+    tokenizer = load_tokenizer(tmp_path / "fewer.model", 64)
+    fewer = tokenizer.pieces
     assert fewer.GetPieceSize() == len(kept)
-    needed = {fewer.IdToPiece(number) for number in needed_pieces(fewer, []).tolist()}
+    needed = {fewer.IdToPiece(number) for number in needed_pieces(tokenizer, []).tolist()}
     assert {name for name in names if letter in name and name.lstrip("▁") != letter} <= needed

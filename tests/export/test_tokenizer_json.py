@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
+from sst2_xlmr.model.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("which", ["tiny", pytest.param("small", marks=needs_small_encoder)])
@@ -28,6 +30,45 @@ def test_pieces(tiny_encoder: Path, which: str) -> None:
     assert vocab[-1][0] == "<mask>"
     for number in range(3, pieces.GetPieceSize()):
         assert vocab[number + 1] == [pieces.IdToPiece(number), pieces.GetScore(number)], number
+
+
+TEXTS = [
+    "배터리가 하루도 못 가요, 국물이 짜고 김치는 싱거웠어요.",
+    "映画は長かったけど、最後の場面で泣いた。ガギグゲゴ パピプペポ",
+    "ｶﾞｷﾞｸﾞ ﾊﾟﾋﾟﾌﾟ ｱｲｳｴｵ ﾊﾞﾅﾅ ～ 〜 ~ ｆｕｌｌ",  # noqa: RUF001
+    "Tiếng Việt có nhiều dấu: ừ, ệ, ỗ, ẵ; Ünïcödé, łódź, İstanbul",
+    "होटल का कमरा साफ़ था, क़िला ख़राब ज़रूर; காபி சூடாக இருந்தது",
+    "الفندق نظيف جدًّا والموقع مُمتاز ﷺ ﻻً",
+    "Πολύ ωραία παράσταση; Электричка, её ёлка; הַסֵּפֶר",
+    "ﬁ ① ½ ㍿ ㌀ ℃ № ™ Ⅷ ㎏ ǅ",
+    "q\u0307\u0323 e\u0301\u0323 a\u0323\u0301",
+    "a\u0085b a\u200bb a\u200db a\ufeffb a\u00adb a\u2028b a\u3000b a\u00a0b a\u2003b\ta\nb  c ",
+    "\u202aleft\u202c \u200e \u200f \u2060",
+    "👨\u200d👩\u200d👧\u200d👦 👍🏽 🇩🇪 ☺\ufe0f",
+]
+
+
+@pytest.mark.parametrize("which", ["tiny", pytest.param("small", marks=needs_small_encoder)])
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_cuts_texts_as_sentencepiece_does(tiny_encoder: Path, which: str, form: Any) -> None:
+    """However their characters are written; what transformers converts cuts decomposed Korean otherwise."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model_file = (tiny_encoder if which == "tiny" else SMALL_ENCODER) / TOKENIZER_NAME
+    content, ours = tokenizer_json(model_file) or b"", load_tokenizer(model_file, 999)
+    theirs = tokenizers.Tokenizer.from_str(content.decode())
+    for text in (unicodedata.normalize(form, text) for text in TEXTS):
+        assert theirs.encode(text).ids == ours.flat_ids([text])[0].tolist(), ascii(text)
+        assert theirs.encode(text, text).ids == ours.flat_ids([text], [text])[0].tolist()
+
+
+@pytest.mark.parametrize("which", ["tiny", pytest.param("small", marks=needs_small_encoder)])
+def test_what_is_written_is_read_back(tiny_encoder: Path, tmp_path: Path, which: str) -> None:
+    model_file = (tiny_encoder if which == "tiny" else SMALL_ENCODER) / TOKENIZER_NAME
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(model_file) or b"")
+    before, after = (load_tokenizer(file, 999) for file in (model_file, tmp_path / "tokenizer.json"))
+    assert [ids.tolist() for ids in before.flat_ids(TEXTS)] == [ids.tolist() for ids in after.flat_ids(TEXTS)]
+    assert before.vocab_size == after.vocab_size
+    assert tokenizer_json(tmp_path / "tokenizer.json") == tokenizer_json(model_file)
 
 
 @pytest.mark.parametrize(

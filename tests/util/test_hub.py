@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 import subprocess
@@ -11,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants, file_download
+from safetensors.torch import load_file, save
 from serving import COMMIT, Server, refusal, serving
 
 import sst2_xlmr
 from sst2_xlmr.model.encoders import find_encoder, is_hub_id
+from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.programs import fetch, predict
 
 ROOT = Path(__file__).parents[2]
@@ -61,11 +66,35 @@ def test_only_what_is_needed_is_fetched_and_only_once(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_pickle_is_taken_if_there_is_nothing_else(server: Server) -> None:
+def test_a_pickle_is_taken_if_there_is_nothing_else(server: Server, tiny_encoder: Path) -> None:
     del server.models["us/tiny"][WEIGHTS]
+    written = io.BytesIO()
+    torch.save(load_file(tiny_encoder / WEIGHTS), written)
+    server.models["us/tiny"]["pytorch_model.bin"] = written.getvalue()
     assert find_encoder("us/tiny").weights_file.name == "pytorch_model.bin"
     server.requests.clear()
     find_encoder("us/tiny")
+    assert downloaded(server) == []
+
+
+def test_tokenizer_json_and_shards_are_fetched_where_they_are_all_there_is(server: Server, tiny_encoder: Path) -> None:
+    files = server.models["us/tiny"]
+    tensors = load_file(tiny_encoder / WEIGHTS)
+    shards = {f"model-0000{n}-of-00002.safetensors": sorted(tensors)[n - 1 :: 2] for n in (1, 2)}
+    for gone in (TOKENIZER, WEIGHTS, "pytorch_model.bin"):
+        del files[gone]
+    files.update({shard: save({name: tensors[name] for name in names}) for shard, names in shards.items()})
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    files["added_tokens.json"] = json.dumps({"[E1]": 700}).encode()
+    encoder = find_encoder("us/tiny")
+    wanted = [SETTINGS, "tokenizer_config.json", "added_tokens.json", "tokenizer.json", "model.safetensors.index.json"]
+    assert {*wanted, *shards} <= {*downloaded(server)}
+    assert encoder.tokenizer_file.name == "tokenizer.json"
+    found, expected = load_tensors(encoder), load_tensors(find_encoder(str(tiny_encoder)))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    server.requests.clear()
+    assert find_encoder("us/tiny") == encoder
     assert downloaded(server) == []
 
 
@@ -75,8 +104,9 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(s
     cases: list[tuple[dict[str, bytes | None], str]] = [
         ({SETTINGS: settings.replace(b"xlm-roberta", b"camembert")}, "model_type is 'camembert'"),
         ({SETTINGS: None}, "has no config.json"),
-        ({TOKENIZER: None}, "newer transformers save tokenizer.json only"),
-        ({WEIGHTS: None, "pytorch_model.bin": None, WEIGHTS + ".index.json": b"{}"}, "has its weights in parts"),
+        ({TOKENIZER: None, "tokenizer.json": None}, "has neither sentencepiece.bpe.model nor tokenizer.json"),
+        ({"tokenizer_config.json": b'{"do_lower_case": true}'}, "do_lower_case is True"),
+        ({WEIGHTS: None, "adapter_config.json": b"{}"}, "is an adapter (LoRA)"),
         ({WEIGHTS: None, "pytorch_model.bin": None}, "neither model.safetensors nor pytorch_model.bin"),
     ]
     for number, (changes, says) in enumerate(cases):

@@ -1,0 +1,138 @@
+"""Tokens that were added to a tokenizer, and other families' tokenizers; see also end_to_end/test_model_folders.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import user_error
+
+from sst2_xlmr.data.rows import Columns
+from sst2_xlmr.data.token_cache import tokenize_file
+from sst2_xlmr.export.trimmed import needed_pieces
+from sst2_xlmr.model.encoders import TOKENIZER_NAME
+from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, added_tokens, tokenizer_digest
+from sst2_xlmr.programs import export
+from sst2_xlmr.task import SingleLabel
+from sst2_xlmr.util.errors import UserError
+
+
+@pytest.fixture
+def file(tiny_encoder: Path, tmp_path: Path) -> Path:
+    """A SentencePiece model with nothing beside it."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / TOKENIZER_NAME).write_bytes((tiny_encoder / TOKENIZER_NAME).read_bytes())
+    return tmp_path / "tokenizer" / TOKENIZER_NAME
+
+
+def add(file: Path, **tokens: dict[str, Any]) -> None:
+    entries = {str(700 + i): {"content": token, **options} for i, (token, options) in enumerate(tokens.items())}
+    (file.parent / SETTINGS_NAME).write_text(json.dumps({"added_tokens_decoder": entries}))
+
+
+def ids_of(file: Path, text: str) -> list[int]:
+    return load_tokenizer(file, 99).flat_ids([text])[0].tolist()
+
+
+def test_what_is_between_added_tokens_is_cut_alone(file: Path) -> None:
+    plain = {text: ids_of(file, text)[1:-1] for text in ("a fine", "film", "fine")}
+    add(file, X={}, XX={})
+    assert ids_of(file, "a fine X film") == [0, *plain["a fine"], 700, *plain["film"], 2]
+    assert ids_of(file, "XfineX X") == [0, 700, *plain["fine"], 700, 700, 2]
+    assert ids_of(file, "XXX") == [0, 701, 700, 2], "the longest first"
+    assert ids_of(file, "fine film") == [0, *load_tokenizer(file, 99).flat_ids(["fine film"])[0][1:-1].tolist(), 2]
+    tokenizer = load_tokenizer(file, 5)
+    assert tokenizer.vocab_size == 702
+    assert tokenizer.flat_ids(["X X X X X"])[0].tolist() == [0, 700, 700, 700, 2]
+    assert tokenizer.is_longer("X X X X") and not tokenizer.is_longer("X X X")
+    assert tokenizer.pieces_of([0, 700, 2]) == ["0", "X", "2"]
+
+
+def test_whole_words_only(file: Path) -> None:
+    add(file, X={"single_word": True})
+    assert 700 not in ids_of(file, "Xa aX aXa X1")
+    assert ids_of(file, "X, X").count(700) == 2
+
+
+def test_newer_files_win_and_xlmrs_own_tokens_are_not_counted(file: Path) -> None:
+    (file.parent / "added_tokens.json").write_text('{"old": 700, "<mask>": 501}')
+    assert [token.content for token in added_tokens(file)] == ["old"]
+    add(file, newer={}, **{"<pad>": {}})
+    assert [token.content for token in added_tokens(file)] == ["newer"]
+    entry = {"id": 9, "content": "newest", "lstrip": True, "special": True, "normalized": False}
+    (file.parent / JSON_NAME).write_text(json.dumps({"added_tokens": [entry], "model": {"vocab": []}}))
+    assert [token.content for token in added_tokens(file)] == ["newest"]
+    assert added_tokens(file)[0].lstrip
+    (file.parent / JSON_NAME).write_text(json.dumps({"model": {"vocab": []}, "added_tokens": [entry]}))
+    assert [token.content for token in added_tokens(file)] == ["newest"], "whatever the order of the parts"
+
+
+def test_tokens_that_are_added_later_make_another_tokenizer(file: Path, tmp_path: Path) -> None:
+    """The digest decides whether cached tokens are taken, and whether a run is continued."""
+    (tmp_path / "rows.tsv").write_text("sentence\tlabel\na X film\t0\nno\t1\n")
+    task, digests, ids = SingleLabel(["a", "b"]), set(), set()
+    every: list[dict[str, Any]] = [{}, {"X": {}}, {"X": {"rstrip": True}}]
+    for tokens in every:
+        add(file, **tokens)
+        digests.add(tokenizer_digest(file))
+        cache = tokenize_file(tmp_path / "rows.tsv", file, Columns(), task, 64, tmp_path / "cache")
+        ids.add(tuple(cache.ids.tolist()))
+    assert len(digests) == 3
+    assert len(ids) == 2
+
+
+def test_a_piece_that_was_added_as_a_token_survives_trimming(file: Path) -> None:
+    pieces = load_tokenizer(file, 99).pieces
+    spare = ({*range(3, pieces.GetPieceSize())} - {*needed_pieces(load_tokenizer(file, 99), []).tolist()}).pop()
+    entry = {"content": pieces.IdToPiece(spare)}
+    (file.parent / SETTINGS_NAME).write_text(json.dumps({"added_tokens_decoder": {spare + 1: entry}}))
+    assert spare in needed_pieces(load_tokenizer(file, 99), [])
+
+
+def test_forms_with_sentencepiece_alone_are_refused(model: Path, tmp_path: Path, capsys: Any) -> None:
+    model = Path(shutil.copytree(model, tmp_path / "model"))
+    content = json.loads((model / JSON_NAME).read_text(encoding="utf-8"))
+    content["added_tokens"].append({"id": 7, "content": "X"})
+    (model / JSON_NAME).write_text(json.dumps(content), encoding="utf-8")
+    pytest.importorskip("onnxruntime_extensions")
+    options = ["--model", str(model), "--output", str(tmp_path / "x"), "--format"]
+    says = user_error(lambda: export.main([*options, "onnx"]), capsys)
+    assert "--format onnx has SentencePiece only, but tokens were added to this model's; take hf, onnx-hf, or" in says
+    export.main([*options, "onnx", "--from-ids"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda c: c["model"].update(type="BPE", vocab={}, merges=[]), "its model is BPE, not Unigram"),
+        (lambda c: c["model"].update(unk_id=0), "not Unigram with <unk> as 3"),
+        (lambda c: c["model"].update(byte_fallback=True), "not Unigram"),
+        (lambda c: c["model"]["vocab"].reverse(), "its first tokens are not <s> <pad> </s> <unk>"),
+        (lambda c: c.update(normalizer=None), "its normalizer has lost SentencePiece's rules"),
+        (lambda c: c["normalizer"]["normalizers"].append({"type": "StripAccents"}), "its normalizer has StripAccents"),
+        (
+            lambda c: c["normalizer"]["normalizers"].append({"type": "Replace", "pattern": {"String": "``"}}),
+            "its normalizer has Replace '``'",
+        ),
+        (lambda c: c.update(pre_tokenizer={"type": "ByteLevel"}), "its pre_tokenizer is not Metaspace"),
+        (lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(prepend_scheme="never"), "is not Metaspace with a"),
+        (lambda c: c.update(post_processor=None), "its post_processor makes nothing of a single, not <s>A</s>"),
+        (lambda c: c["post_processor"]["pair"].pop(2), "makes <s>A</s>B</s> of a pair, not <s>A</s></s>B</s>"),
+        (lambda c: c["model"].update(vocab=[["<s>"]]), "is not what a tokenizer saves"),
+    ],
+)
+def test_another_familys_tokenizer_json_is_refused(
+    tiny_encoder: Path, tmp_path: Path, spoil: Callable[[Any], Any], says: str
+) -> None:
+    content = json.loads((tiny_encoder / JSON_NAME).read_text(encoding="utf-8"))
+    spoil(content)
+    (tmp_path / JSON_NAME).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tmp_path / JSON_NAME, 64)
+    assert says in str(caught.value)
+    assert str(tmp_path / JSON_NAME) in str(caught.value)
