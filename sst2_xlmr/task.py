@@ -92,7 +92,7 @@ class SingleLabel:
         """Return the class's number for a cell, None for no label; UserError, beginning with `where`, for another."""
         number = self._numbers.get(cell) if isinstance(cell, str) else None
         if number is None and (number := self.number_of(label_text(cell))) == -2:
-            raise UserError(f"{where}: label {self.unknown([label_text(cell)])}")
+            raise UserError(f"{where}: {self.unknown([label_text(cell)])}")
         return number if number >= 0 else None
 
     def unknown(self, labels: Sequence[str]) -> str:
@@ -105,8 +105,8 @@ class SingleLabel:
             cure = "; numbers stand for names only with --label-names, the names in the order of the numbers"
         elif set(map(_key, labels)) <= set(map(_key, self.label_names)):
             cure = "; they differ by case, spaces or signs only: write them alike"
-        is_one = "is neither one" if len(self._numbers) > self.outputs else "is not one"
-        return f"{shown} {is_one} {known}, the classes of the training file or of --label-names{cure}"
+        is_one = ("is" if len(labels) == 1 else "are") + (" neither" if len(self._numbers) > self.outputs else " not")
+        return f"label{'s' * (len(labels) > 1)} {shown} {is_one} one {known}, the classes of the training file or of --label-names{cure}"
 
     @property
     def _counted(self) -> list[int]:
@@ -359,6 +359,8 @@ def _plain(label: str) -> str:
 
 
 def _key(label: str) -> str:
+    if _INTEGER.fullmatch(label) or _FRACTION.fullmatch(label):
+        return label
     return _INVISIBLE.sub("", label).casefold() or label
 
 

@@ -142,9 +142,9 @@ def outputs(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
 
 def finish(run: Run) -> None:
     """Evaluate on the files for the end, write the model, and say where it lies."""
-    state, folder, metric = run.state, run.folder, run.task.best_metric
+    state, folder, metric = run.state, run.folder, run.best_name()
     if run.schedule.has_stopped_improving(state):
-        run.say(f"stopped early: {state.stale_evaluations} evaluations without a better dev {metric}")
+        run.say(f"stopped early: {state.stale_evaluations} evaluations without a better {metric}")
     found = {split: run.evaluate_split(split, keep=True) for split in run.at_end}
     run.log_evaluations(found, state.temperature, draws=True)
     is_best = state.best_step == state.step
@@ -155,7 +155,7 @@ def finish(run: Run) -> None:
     if run.config.calibrate:
         run.say(f"calibrated {describe_calibration(state.temperature, state.ece_before, state.ece_after)}")
     chosen = f" (best of {state.evaluations} evaluations, slightly optimistic)" if state.evaluations > 1 else ""
-    run.say(f"best       dev {metric} {state.best_value:.4f} at step {state.best_step}{chosen}: {folder / 'best'}")
+    run.say(f"best       {metric} {abs(state.best_value):.4f} at step {state.best_step}{chosen}: {folder / 'best'}")
     run.say(f"model      after step {state.step}: {folder / 'model'}")
 
 

@@ -103,6 +103,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
                         raise UserError(f"{path} is a .zip of {len(files)} files ({listed}); unpack it with unzip, and name one")
                     yield stack.enter_context(packed.open(files[0])), files[0].lower()  # type: ignore[misc]
                     return
+                raw.seek(0)
             yield raw, name
     except (gzip.BadGzipFile, EOFError, zlib.error, zipfile.BadZipFile):
         raise UserError(f"{path} is not a whole gzip or zip file: truncated or damaged; fetch it again") from None

@@ -14,7 +14,7 @@ import numpy as np
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.duplicates import find_leaks
-from sst2_xlmr.data.rows import PHRASES, Columns, Inspection, Row, columns_of, read_rows
+from sst2_xlmr.data.rows import Columns, Inspection, Row, columns_of, read_rows
 from sst2_xlmr.data.splits import cut_off, find_files, share_of
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, check_tokenizer, find_encoder, lowest_layers
@@ -133,7 +133,14 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
     """
     files, said = find_files(config, quiet)
     columns = {name: columns_of(config, name) for name in files}
-    found = {name: [inspected(file, columns[name], True, cache_dir) for file in paths] for name, paths in files.items()}
+    found: dict[str, list[Inspection]] = {}
+    for name, paths in files.items():
+        try:
+            found[name] = [inspected(file, columns[name], True, cache_dir) for file in paths]
+        except UserError as error:
+            if name == "train" or "no column" not in str(error):
+                raise
+            raise UserError(f"{error}, or for this file alone with --columns {name}:text=NAME,label=NAME") from None
     for path, each in zip(files["train"], found["train"]):
         each.check_encoding(path)
     task = find_task(config, found, files["train"][0])
@@ -148,10 +155,8 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
                 dropped[kind] = dropped.get(kind, 0) + count
         if not is_labelled:
             notes.append("no row has a label: unlabelled, not evaluated")
-        if dropped:
-            notes.append(f"left out: {', '.join(f'{count:,} {PHRASES[kind]}' for kind, count in dropped.items())}")
         splits[name] = Split(paths, columns[name], found[name], dropped, notes, is_labelled)
-    splits["train"].notes.extend(said)
+    splits["train"].notes.extend(said)  # what has no split of its own
     return task, splits
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from sst2_xlmr.data.formats import Layout, shortened
 from sst2_xlmr.data.prepare import Prepared, Split
-from sst2_xlmr.data.rows import Columns
+from sst2_xlmr.data.rows import PHRASES, Columns, read_rows
 from sst2_xlmr.task import listed
 
 _DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
@@ -45,6 +45,11 @@ def description(path: Path, layout: Layout, columns: Columns, rows: int | None =
     return f"{path.name}: {', '.join(words)}"
 
 
+def left_out_of(dropped: dict[str, int]) -> str:
+    """Return how many rows are left out, by kind; empty if none are."""
+    return f"left out: {', '.join(f'{count:,} {PHRASES[kind]}' for kind, count in dropped.items())}" if dropped else ""
+
+
 def lines_of(inputs: Prepared) -> list[str]:
     """Return the header's lines on files that are not plain, on rows per class, and on what else is to be said."""
     lines = []
@@ -63,8 +68,9 @@ def lines_of(inputs: Prepared) -> list[str]:
 
 def notes_of(inputs: Prepared, name: str, split: Split) -> list[str]:
     """Return what is to be said of a split."""
+    left_out = left_out_of(split.dropped)
     absent = [label for label, rows in classes_of(inputs, name).items() if not rows]
-    return split.notes + ([f"no row of class {listed(absent)}"] if absent else [])
+    return [*split.notes, *([left_out] if left_out else [])] + ([f"no row of class {listed(absent)}"] if absent else [])
 
 
 def classes_of(inputs: Prepared, name: str) -> dict[str, int]:
@@ -79,18 +85,12 @@ def examples_of(inputs: Prepared, name: str, count: int = 3) -> list[list[str | 
     """Return the first rows of a split: text, second text or None, label or None, as the model sees them."""
     split, cache = inputs.splits[name], inputs.caches.get(name)
     if cache is None:
-        rows = (row for file in split.files for row in _unlabelled(file, split))
+        rows = (row for file in split.files for row in read_rows(file, split.columns, None))
         return [[row.text, row.pair, None] for row in itertools.islice(rows, count)]
     numbers = cache.numbers if cache.numbers is not None else inputs.train_rows if name == "train" else None
     wanted = set(range(count) if numbers is None else numbers[:count].tolist())
     found = itertools.islice(enumerate(split.rows(inputs.task)), max(wanted, default=-1) + 1)
     return [[row.text, row.pair, inputs.task.label_names[row.label]] for i, (_, row) in found if i in wanted]
-
-
-def _unlabelled(file: Path, split: Split) -> Any:
-    from sst2_xlmr.data.rows import read_rows
-
-    return read_rows(file, split.columns, None)
 
 
 def as_json(inputs: Prepared) -> dict[str, dict[str, Any]]:
@@ -105,7 +105,7 @@ def as_json(inputs: Prepared) -> dict[str, dict[str, Any]]:
             "delimiter": layout.delimiter or None,
             "quoting": layout.quoting or None,
             "encoding": layout.encoding,
-            "header": layout.header if layout.delimiter else None,
+            "header": layout.header if layout.delimiter or layout.format == "xlsx" else None,
             "rows": len(inputs.train_labels) if name == "train" else rows,
             "dropped": split.dropped,
             "classes": classes_of(inputs, name),

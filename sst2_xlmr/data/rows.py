@@ -120,7 +120,13 @@ def _likely(path: Path, layout: Layout) -> tuple[int, int | None] | None:
 
 def _proposal(path: Path, layout: Layout) -> str:
     """Return the options that name a table's text and label, for an error; empty if that cannot be told."""
-    if not layout.is_table or not (found := _likely(path, layout)):
+    if not layout.is_table:
+        return ""
+    rows = [each.cells for each in itertools.islice(read_fields(path, layout), 500) if len(each.cells) == len(layout.names)]
+    flags = [name for i, name in enumerate(layout.names) if rows and {str(row[i]).strip() for row in rows} <= {"0", "1"}]
+    if len(flags) > 2:
+        return f"; {listed(flags)} hold 0 and 1: several labels a row (multi-label) are not supported, name one of them"
+    if not (found := _likely(path, layout)):
         return ""
     text, label = (repr(layout.names[i]) if i is not None and " " in layout.names[i] else layout.names[i or 0] for i in found)
     return f" (e.g. --text-column {text}{f' --label-column {label}' if found[1] is not None else ''})"
@@ -264,7 +270,7 @@ class Inspection:
         problems, numbers = dict(self.problems), {label: task.number_of(label) for label in self.labels}
         if unknown := [label for label, number in numbers.items() if number == -2]:
             count, line = sum(self.labels[label][0] for label in unknown), self.labels[unknown[0]][1]
-            raise UserError(f"{path}, line {line}: label {task.unknown(unknown)} ({count:,} row{'s' * (count > 1)})")
+            raise UserError(f"{path}, line {line}: {task.unknown(unknown)} ({count:,} row{'s' * (count > 1)})")
         if missing := [label for label, number in numbers.items() if number == -1]:
             count, line = sum(self.labels[label][0] for label in missing), self.labels[missing[0]][1]
             problems[NO_LABEL] = (count + problems.get(NO_LABEL, (0,))[0], line, repr(missing[0]))

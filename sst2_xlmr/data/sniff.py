@@ -25,6 +25,7 @@ DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";", "bar": "|"}
 _IN_ORDER = "\t|;,"  # the rarer in texts, the surer
 _CONSISTENT = 0.8  # share of the rows that have as many columns as most
 _NUMBER = re.compile(r"[+-]?([0-9]+([.,][0-9]*)?|[.,][0-9]+)([eE][+-]?[0-9]+)?")
+_NAME = re.compile(r"[^\W\d][\w.\-/#()?:]*( [\w.\-/#()?:]+){0,2}|#\d \w+")  # as a column may be called
 _TREE = re.compile(r"\([0-9] (\([0-9] |[^()]+\)$)")
 _FASTTEXT = re.compile(r"__label__[^\s,;|]+(\s|$)")
 _TREE_CURE = (
@@ -354,7 +355,8 @@ def _has_header(path: Path, rows: list[list[str]], width: int, asked: Columns) -
         return True
     if len(first) > 1 and filled_names in ([str(i + start) for i in range(len(filled_names))] for start in (0, 1)):
         return True  # pandas' names of columns that have none
-    like_rows = like_names = 0
+    like_rows, like_names = int(len(set(filled_names)) < len(filled_names)), 0
+    has_classes = False  # a column whose cells repeat, but for the first
     for column, cell in enumerate(first[:width]):
         cells = [row[column].strip() for row in others]
         filled = [each for each in cells if each]
@@ -363,14 +365,12 @@ def _has_header(path: Path, rows: list[list[str]], width: int, asked: Columns) -
         are_numbers, is_number = all(map(_NUMBER.fullmatch, filled)), bool(_NUMBER.fullmatch(cell))
         like_rows += cell in cells or (are_numbers and is_number)
         like_names += are_numbers and not is_number
+        has_classes = has_classes or (len(filled) > 3 and len(set(filled)) <= len(filled) / 2)
     if bool(like_rows) != bool(like_names):
         return bool(like_names)
-    is_sentence = any(len(cell.split()) > 4 or len(cell) > 60 for cell in first)
-    looks_named = len(set(filled_names)) == len(filled_names) and all(re.fullmatch(r"[^\W\d][\w .\-/#]{0,30}", cell) for cell in filled_names)
-    if not like_rows and others and is_sentence != looks_named:
-        longest = max(sum(len(row[i]) for row in others) / len(others) for i in range(width))
-        if is_sentence or longest > 2 * max(map(len, first)):
-            return looks_named
+    looks_named = all(_NAME.fullmatch(cell) for cell in filled_names)
+    if not like_rows and (has_classes or not looks_named):
+        return looks_named
     shown = shortened(" | ".join(first), 80)
     raise UserError(f"{path}: is its first line ({shown}) the columns' names or a row? say --header or --no-header")
 

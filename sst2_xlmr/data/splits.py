@@ -70,7 +70,7 @@ def find_files(config: Config, quiet: bool) -> tuple[dict[str, list[Path]], list
         if has_columns(tests[0], columns_of(config, "test")):
             files["test"] = tests
         else:  # as GLUE's
-            notes.append(f"{tests[0].name} has no such columns of text and label: unlabelled, not evaluated")
+            notes.append(f"{tests[0].name} has not the columns of text and label: unlabelled, not evaluated")
     return files, notes
 
 
