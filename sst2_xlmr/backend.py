@@ -27,14 +27,9 @@ if (Path(__file__).parent / "engines/__init__.py").is_file():  # of this copy: a
 def training_backend(
     classifier: SequenceClassifier, config: Config, precision: str, world: World
 ) -> tuple[nn.Module, nn.Module, Optimizer, str]:
-    """Choose what trains a classifier; every rank must call it, with the same weights.
+    """Choose what trains a classifier, which is fp32 on the world's device, with the same weights on every rank.
 
-    Args:
-        classifier: in fp32, on the world's device.
-        precision: bf16, fp32 or tf32.
-
-    Returns:
-        What gives logits; the same or under DDP, to be trained; its optimizer; and why it is plain PyTorch, or "".
+    Returns what gives logits; the same or under DDP, to be trained; its optimizer; and why it is plain PyTorch, or "".
     """
     reason = "as asked" if not config.compile else "there is no engines/" if engines is None else ""
     if not reason and (engine := engines.training(classifier, config, precision, world)):
@@ -69,9 +64,9 @@ def prediction_model(classifier: SequenceClassifier) -> nn.Module:
 
 
 def quantized_model(classifier: SequenceClassifier, task: Task, dtype: torch.dtype) -> nn.Module | None:
-    """Return the forward pass in 8-bit integers of an fp32 classifier on the CPU, which is not needed any more.
+    """Return an fp32 classifier in 8-bit integers, all but its products with weights in `dtype`; None if it cannot be.
 
-    What is not a product with weights has that dtype. None if this machine cannot.
+    The classifier, on the CPU, is not needed any more.
     """
     quantized: nn.Module | None = engines and engines.quantized(classifier, task, dtype)
     return quantized

@@ -37,12 +37,10 @@ class Classifier:
     """A trained model, ready to classify; several threads may use it at once.
 
     Attributes:
-        folder: it was loaded from.
         module: packed token ids -> logits, in evaluation mode.
         tokenizer: text -> token ids.
         task: logits -> probabilities -> label.
         precision: in which it computes: bf16, fp32 or int8.
-        device: where it computes.
     """
 
     def __init__(
@@ -56,14 +54,10 @@ class Classifier:
     def load(
         cls, folder: str | os.PathLike[str], precision: str = "auto", device: str | torch.device = "auto"
     ) -> Classifier:
-        """Load the folder of a trained model.
+        """Load a trained model's folder; UserError if it is none, or if weights, precision or device cannot be used.
 
-        `UserError` if it is not a model's, its weights are not finite, or the device is not there.
-
-        Args:
-            precision: auto, bf16, fp32, or int8 on a CPU. If this machine cannot compute int8 faster, one line on
-                standard error says so, and it is auto.
-            device: auto, cpu, cuda, or one of torch's devices.
+        The device is auto, cpu, cuda, or one of torch's; the precision auto, bf16, fp32, or int8 on a CPU. Where int8
+        would not be faster, one line on standard error says so, and the precision is auto.
         """
         if precision not in ("auto", "bf16", "fp32", "int8"):
             raise ValueError(f"precision {precision!r} is none of auto, bf16, fp32 and int8")

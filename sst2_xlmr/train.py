@@ -149,7 +149,7 @@ def finish(run: Run) -> None:
     run.log_evaluations(found, state.temperature, draws=True)
     is_best = state.best_step == state.step
     best = (on_rank0(run.world, run.evaluate_best) if run.at_end and not is_best else None) or {}
-    run.tell(lambda report: report.log_end(state.step, {**run.metrics, **best}))
+    run.tell(lambda report: report.log_end({**run.metrics, **best}))
     run.export("model")
     run.make_sure_of_checkpoint()
     if run.config.calibrate:

@@ -17,9 +17,7 @@ Predictions = Mapping[str, tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]]
 def compare(task: Task, found: np.ndarray, expected: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
     """Return how far two sides' probabilities agree.
 
-    Returns:
-        rows; changed, how many get another answer; largest, the largest change of a probability; metrics, those of
-        both sides, None without labels.
+    That is `rows`; how many answers `changed`; the `largest` change of a probability; both sides' `metrics`, or None.
     """
     metrics = None
     if labels is not None:
@@ -40,14 +38,10 @@ def compare_all(task: Task, files: Predictions) -> dict[str, Any]:
 def check_comparison(
     task: Task, files: Predictions, most_changed: float, most_lost: float, name: str, reference: str
 ) -> None:
-    """Refuse a precision whose answers are too far from the reference's.
+    """Refuse a precision whose answers are too far from the reference's, by a UserError.
 
-    Args:
-        most_changed: fraction of all rows that may get another label.
-        most_lost: by how much the task's main metric may fall, on all labelled rows together.
-
-    Raises:
-        UserError: saying by how much a bound is passed.
+    At most a fraction `most_changed` of all rows may get another answer, and the task's main metric may fall by
+    `most_lost`, on all labelled rows together.
     """
     part, cure = compare_all(task, files), f"are allowed; take {reference}, or allow more"
     if not np.isfinite(part["largest"]):

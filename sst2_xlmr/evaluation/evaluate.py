@@ -45,9 +45,7 @@ class Evaluation:
 def batches_of_like_length(lengths: np.ndarray, batch_tokens: int, world_size: int = 1) -> Iterator[np.ndarray]:
     """Yield the numbers of all rows, shortest first, cut into batches whose rows the ranks take in turn.
 
-    Args:
-        lengths: int [rows], tokens per row, at least 1.
-        batch_tokens: most tokens per rank, with padding; a longer row is a batch of its own.
+    Lengths are int [rows], tokens per row. A rank gets at most `batch_tokens`, with padding, or one longer row.
     """
     order = np.argsort(lengths, kind="stable")
     while len(order):
@@ -73,12 +71,9 @@ def logits_of(
 def predict(
     model: nn.Module, task: Task, ids: np.ndarray, lengths: np.ndarray, batch_tokens: int, device: torch.device
 ) -> np.ndarray:
-    """Return fp32 [texts, outputs]: every text's probabilities, in the order of the texts.
+    """Return fp32 [texts, outputs], every text's probabilities; for ids and lengths see `Tokenizer.flat_ids`.
 
-    Args:
-        model: a classifier, or an engine's model of it; in evaluation mode, with the whole vocabulary.
-        ids, lengths: see `Tokenizer.flat_ids`.
-        batch_tokens: per forward pass (see `batches_of_like_length`).
+    The model is a classifier, or an engine's of it, in evaluation mode, with the whole vocabulary.
     """
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     probabilities = np.empty((len(lengths), task.outputs), np.float32)
@@ -102,9 +97,7 @@ def evaluate(
     Args:
         model: a classifier, or an engine's model of it, not under DDP; its mode is restored.
         batch_tokens: per forward pass on one rank (see `batches_of_like_length`).
-        keep_probabilities: whether all rows' probabilities are wanted; many labels need much memory.
-        should_stop: called before every forward pass, equally often on every rank; must return the same on all. If that
-            is True, Interrupted is raised.
+        should_stop: asked before every forward pass, the same on all ranks; if it says so, Interrupted is raised.
     """
     # Every rank takes a part of every batch, so that all have the same number of batches; a part may be empty.
     batches = list(batches_of_like_length(cache.lengths(), batch_tokens, world.world_size))

@@ -40,7 +40,6 @@ from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.table import comparison_table, evaluation_table, lines_of
 from sst2_xlmr.report.tensorboard import (
     add_scalars,
-    draw_accuracy,
     draw_evaluation,
     make_event_folder,
     open_events,
@@ -117,7 +116,6 @@ def write_events(
             texts_of = partial(read_texts, files[name], caches[name].digest, columns[name], task)
             assert evaluation.probabilities is not None
             draw_evaluation(writer, 0, name, caches[name].labels, evaluation.probabilities, task, texts_of)
-        draw_accuracy(writer, 0, task, {name: evaluation.metrics for name, evaluation in evaluations.items()})
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

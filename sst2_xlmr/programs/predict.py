@@ -7,10 +7,10 @@
     torchrun --nproc_per_node=2 scripts/predict.py --model runs/NAME/model --input reviews.csv --output answers.csv
 
 Prints one line per text, in order: label, tab, its probability, tab, text; or writes all columns of the input, followed
-by these, to a file, which gets its name when it is complete. Rows are read, classified and written in blocks, so that a
-file may be larger than memory; the input is read through first, so that a bad row shows before any work. Until
-answers.csv is complete, its rows are in a hidden folder beside it, which the same command with --resume (instead of
---overwrite) continues after a kill. Several processes take a share of the rows each.
+by these, to a file, which gets its name when it is complete. A file is read in blocks of rows, as it may be larger than
+memory: first to find bad rows, then to classify them (several processes take a share each), and at last to write them
+with their answers. Until then these are in a hidden folder beside answers.csv, which the same command with --resume
+continues after a kill.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ from sst2_xlmr.data.rows import TEXT_OPTIONS, Row, check_text, columns_given, in
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.progress import with_progress
-from sst2_xlmr.task import ABSTAINED
+from sst2_xlmr.task import ABSTAINED, Task
 from sst2_xlmr.util import distributed
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, raise_on_all
-from sst2_xlmr.util.files import digest_of, digest_of_input
+from sst2_xlmr.util.files import digest_of, digest_of_input, new_file
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.output import print_text
-from sst2_xlmr.util.shards import first_missing, is_begun, join_blocks, open_shards, write_block
+from sst2_xlmr.util.shards import first_missing, is_begun, open_shards, read_block, remove_shards, write_block
 
 ROWS_AT_ONCE = 1024
 # Options on which the output depends, besides the input and the model.
 FINGERPRINT_OPTIONS = (*TEXT_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
+Answers = tuple[list[Row], list[list[Any]]]  # rows, and the new cells of each
 # Processes wait for one another at the beginning and the end only, however long the rows of one take.
 TIMEOUT_MINUTES = 7 * 24 * 60.0
 
@@ -96,8 +97,6 @@ def check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--resume needs --input and --output, to know what is done")
     if os.environ.get("WORLD_SIZE", "1") != "1" and not is_from_file_to_file:
         raise UserError("several processes need --input and --output, to divide the rows")
-    if arguments.resume and arguments.overwrite:
-        raise UserError("--resume continues output, and --overwrite replaces it; leave one of them out")
 
 
 def check_output_files(arguments: argparse.Namespace) -> None:
@@ -114,11 +113,10 @@ def check_output_files(arguments: argparse.Namespace) -> None:
                 raise UserError(f"cannot write to {path.parent}: no permission; choose another place")
             if path.is_dir():
                 raise UserError(f"{path} is a folder; name a file")
-        if arguments.overwrite or (arguments.resume and (not paths or is_begun(paths[0]) or is_complete(paths))):
+        if arguments.resume and is_complete(paths):
             return
-        for path in filter(os.path.lexists, paths):
-            raise UserError(f"{path} already exists; choose another name, or replace it with --overwrite")
-        if paths and is_begun(paths[0]) and not arguments.resume:
+        refuse_existing(arguments)
+        if paths and is_begun(paths[0]) and not (arguments.resume or arguments.overwrite):
             cure = "continue it with --resume, or discard it with --overwrite"
             raise UserError(f"rows of an earlier run for {paths[0]} already exist in a hidden folder; {cure}")
     except OSError as error:
@@ -129,6 +127,12 @@ def output_files(arguments: argparse.Namespace) -> list[Path]:
     """Return the files that will be written."""
     glue = arguments.glue_submission
     return [file for file in (arguments.output, glue and glue / "SST-2.tsv") if file]
+
+
+def refuse_existing(arguments: argparse.Namespace) -> None:
+    """Refuse to replace what was not to be replaced."""
+    for path in filter(os.path.lexists, () if arguments.overwrite else output_files(arguments)):
+        raise UserError(f"{path} already exists; choose another name, or replace it with --overwrite")
 
 
 def is_complete(paths: Sequence[Path]) -> bool:
@@ -156,8 +160,8 @@ def read_input(arguments: argparse.Namespace) -> Iterator[Row]:
     return (Row(text, None, None, Fields(number, names, [text])) for number, text in lines)
 
 
-def read_through(arguments: argparse.Namespace) -> tuple[str, list[str], list[int]]:
-    """Read the input once, so that a bad row shows before any work; returns its digest, columns, and rows per chunk."""
+def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
+    """Read the input once, so that a bad row shows before any work; returns its digest, and rows per chunk."""
     digest, columns, rows = digest_of_input(arguments.input), None, []
     for chunk in in_chunks(read_input(arguments), ROWS_AT_ONCE):
         columns = columns or chunk[0].fields.names
@@ -165,7 +169,7 @@ def read_through(arguments: argparse.Namespace) -> tuple[str, list[str], list[in
         if arguments.output:
             for row in chunk:
                 check_columns(row, columns, arguments.output)
-    return digest, columns or [], rows
+    return digest, rows
 
 
 def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Classifier) -> dict[str, Any]:
@@ -177,9 +181,7 @@ def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Class
     return {"input": digest, "model": [digest_of(file) for file in files], **options, **machine}
 
 
-def classify(
-    arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Row]]
-) -> Iterator[tuple[list[Row], list[list[Any]]]]:
+def classify(arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Row]]) -> Iterator[Answers]:
     """Yield every chunk of rows with the new cells of each row."""
 
     def encode(chunk: list[Row]) -> tuple[np.ndarray, np.ndarray]:
@@ -203,55 +205,72 @@ def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
             yield item
 
 
-def print_predictions(arguments: argparse.Namespace) -> None:
-    """Classify all texts, and write lines on standard output, in UTF-8."""
+def predict_stream(arguments: argparse.Namespace) -> None:
+    """Classify sentences or standard input as they come, and write lines on standard output, in UTF-8, or a file."""
     rows = read_input(arguments)
     classifier = Classifier.load(arguments.model, arguments.precision, arguments.device)
+    answers = classify(arguments, classifier, in_chunks(rows, ROWS_AT_ONCE))
+    if arguments.output:
+        write_predictions(arguments, classifier.task, answers)
+        return
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    for chunk, predictions in classify(arguments, classifier, in_chunks(rows, ROWS_AT_ONCE)):
+    for chunk, predictions in answers:
         if not print_text(console_lines(chunk, predictions)):
             return
 
 
-def write_predictions(arguments: argparse.Namespace, paths: Sequence[Path], world: World) -> None:
-    """Classify all texts, or this process's share of the input, and write the output files."""
-    digest, columns, sizes = "", ["sentence"], []
-    if arguments.input:
-        found = distributed.on_rank0(world, lambda: read_through(arguments))
-        digest, columns, sizes = distributed.broadcast(world, found)
+def write_predictions(arguments: argparse.Namespace, task: Task, answers: Iterable[Answers]) -> None:
+    """Write the output files, which get their names once they are complete."""
+    new_columns, numbers = task.columns(arguments.all_probabilities), {}
+    if arguments.glue_submission:
+        numbers = glue_numbers(task.label_names)
+    columns, row = None, 0
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(new_file(path)) for path in output_files(arguments)]
+        for chunk, predictions in answers:
+            columns = columns or chunk[0].fields.names
+            if arguments.output:
+                header = getattr(arguments, "header", True) and row == 0
+                files[0].write(extended_rows(arguments.output, chunk, predictions, new_columns, columns, header))
+            if arguments.glue_submission:
+                files[-1].write(submission_lines(chunk, predictions, numbers, row))
+            row += len(chunk)
+
+
+def predict_file(arguments: argparse.Namespace, world: World) -> None:
+    """Classify this process's share of the input; rank 0 writes the output files."""
+    digest, sizes = distributed.broadcast(world, distributed.on_rank0(world, lambda: read_through(arguments)))
     classifier = Classifier.load(arguments.model, arguments.precision, world.device)
     if len(set(distributed.gather_objects(world, classifier.precision))) > 1:
         raise_on_all("the processes compute in different precisions; name one with --precision")
-    new_columns = classifier.task.columns(arguments.all_probabilities)
     first, last = (len(sizes) * rank // world.world_size for rank in (world.rank, world.rank + 1))
     with contextlib.ExitStack() as stack:
 
-        def begin() -> tuple[Path, dict[str, int]]:
-            numbers = glue_numbers(classifier.label_names) if arguments.glue_submission else {}
-            fingerprint = fingerprint_of(arguments, digest, classifier) if arguments.input else None
-            shards = open_shards(paths, fingerprint, arguments.resume, arguments.overwrite)
-            return stack.enter_context(shards), numbers
-
-        folder, numbers = distributed.broadcast(world, distributed.on_rank0(world, begin))
-        block = first_missing(folder, first, last, len(paths)) if arguments.input else 0
-        chunks = itertools.islice(in_chunks(read_input(arguments), ROWS_AT_ONCE), block, last if sizes else None)
-        row, total, done = sum(sizes[:block]), sum(sizes[first:last]), sum(sizes[first:block])
-        answers = classify(arguments, classifier, chunks)
-        for chunk, predictions in with_progress(answers, total, done, quiet=not world.is_main):
-            texts = []
-            if arguments.output:
-                header = getattr(arguments, "header", True) and row == 0
-                texts.append(extended_rows(arguments.output, chunk, predictions, new_columns, columns, header))
+        def begin() -> Path:
             if arguments.glue_submission:
-                texts.append(submission_lines(chunk, predictions, numbers, row))
-            write_block(folder, block, paths, texts)
-            row, block = row + len(chunk), block + 1
-        blocks = distributed.gather_objects(world, block, world.patient)[-1]  # all are there
+                glue_numbers(classifier.label_names)
+            fingerprint = fingerprint_of(arguments, digest, classifier)
+            return stack.enter_context(open_shards(output_files(arguments)[0], fingerprint, arguments.resume))
+
+        folder = distributed.broadcast(world, distributed.on_rank0(world, begin))
+        start = first_missing(folder, first, last)
+        chunks = itertools.islice(in_chunks(read_input(arguments), ROWS_AT_ONCE), start, last)
+        total, done = sum(sizes[first:last]), sum(sizes[first:start])
+        answers = with_progress(classify(arguments, classifier, chunks), total, done, quiet=not world.is_main)
+        for number, (_, predictions) in enumerate(answers, start):
+            write_block(folder, number, predictions)
+        distributed.gather_objects(world, None, world.patient)  # all blocks are there
+
+        def all_answers() -> Iterator[Answers]:
+            chunks = in_chunks(read_input(arguments), ROWS_AT_ONCE)
+            yield from zip(chunks, (read_block(folder, number) for number in range(len(sizes))))
+            if digest_of_input(arguments.input) != digest:  # before the output gets its name
+                raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
 
         def finish() -> None:
-            if arguments.input and digest_of_input(arguments.input) != digest:
-                raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
-            join_blocks(folder, paths, blocks)
+            refuse_existing(arguments)  # made since
+            write_predictions(arguments, classifier.task, all_answers())
+            remove_shards(folder)
 
         distributed.on_rank0(world, finish)  # before the folder is free for other processes
 
@@ -261,8 +280,8 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     paths = output_files(arguments)
     arguments.model = model_folder(arguments.model)
-    if not paths:
-        print_predictions(arguments)
+    if not (arguments.input and paths):
+        predict_stream(arguments)
     elif arguments.resume and is_complete(paths):
         unknown = "whether it belongs to this input and model is not known"
         cure = "replace it with --overwrite instead of --resume"
@@ -270,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         with distributed.start(arguments.device, 0, TIMEOUT_MINUTES) as world:
             try:
-                write_predictions(arguments, paths, world)
+                predict_file(arguments, world)
             except UserError as error:
                 error.is_own = world.rank > 0 and not error.is_shared  # or nobody would say it
                 raise

@@ -22,6 +22,7 @@ from sst2_xlmr.training.run_folder import forget_metrics
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.files import disk_errors, writing
 from sst2_xlmr.util.memory import used_memory_gb
+from sst2_xlmr.util.output import say
 
 
 class Report:
@@ -34,10 +35,9 @@ class Report:
     def __init__(
         self, inputs: Prepared, state: TrainState, folder: Path, total_steps: int, written_again: list[str]
     ) -> None:
-        """Open the outputs in a claimed folder; a resumed run's go on after its step. UserError if that fails.
+        """Open the outputs in a claimed folder; UserError if that fails. A resumed run's go on after its step.
 
-        Args:
-            written_again: splits that will be evaluated (once more) at this step.
+        The splits that are `written_again` will be evaluated (once more) at this step.
         """
         config, first_step = inputs.config, state.step
         self._inputs, self._task = inputs, inputs.task
@@ -60,16 +60,8 @@ class Report:
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
-        try:
-            with tqdm.external_write_mode(file=sys.stdout):
-                print(text, flush=True)
-        except UnicodeEncodeError:  # a console that is not UTF-8, and a class named 好
-            self.say(text.encode("ascii", "backslashreplace").decode())
-        except (OSError, ValueError) as error:  # the reader (`head`) has ended, or the log's disk is full
-            reason = getattr(error, "strerror", None) or error
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                print(f"warning: cannot write to standard output: {reason}; continuing without it", file=sys.stderr)
+        with suppress(OSError, ValueError), tqdm.external_write_mode(file=sys.stdout):
+            say(text)
 
     def advance(self) -> None:
         """Move the bar by one step."""
@@ -127,16 +119,14 @@ class Report:
             mean = f"  mean {mean_of(list(others.values()))[metric]:.4f}" if len(others) > 1 else ""
             self.say(f"step {step:>6}  {metric}: {values}{mean}")
 
-    def log_end(self, step: int, evaluations: dict[str, dict[str, Any]]) -> None:
-        """Mark the run as finished; if other files than dev were evaluated, make a table of them, and one of best/.
+    def log_end(self, evaluations: dict[str, dict[str, Any]]) -> None:
+        """Mark the run as finished, and print a table of files other than dev, and one of best/'s.
 
         Evaluations are split -> metrics of the model that the run leaves, and `best/` + split -> those of best/.
         """
         best = {split: found for split, found in evaluations.items() if split.startswith("best/")}
         others = {split: found for split, found in evaluations.items() if split not in ("dev", *best)}
         with self._event_errors():
-            if others:
-                tensorboard.draw_accuracy(self._events, step, self._task, others)
             tensorboard.end_hparams(self._events)
             self._events.flush()
         tables = [evaluation_table(self._task, found) for found in (others, best) if found]

@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard and the docs, as PNG files: a confusion matrix, and the accuracy of several files.
+"""A confusion matrix as a PNG file, for TensorBoard.
 
 matplotlib is imported when something is drawn: it takes half a second, and few commands draw. Its global state stays as
 it is: no pyplot, and settings (the user's own, too) hold for one picture only.
@@ -11,18 +11,10 @@ import io
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sst2_xlmr.evaluation.metrics import mean_of
-from sst2_xlmr.task import Task
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-INK, PALE, LINE, BLUE, BAR = "#202124", "#6e7278", "#dee1e6", "#1a5fb4", "#81a7d6"
+INK, PALE, LINE, BLUE = "#202124", "#6e7278", "#dee1e6", "#1a5fb4"
 MOST_NAMED_CLASSES = 20  # with more, names and numbers would not be readable
 MOST_LETTERS = 32  # of a name
 DOTS_PER_INCH = 100
@@ -43,6 +35,7 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
     A cell's shade, and its second number, is its share of the rows with that label.
     """
     from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
 
     shades = LinearSegmentedColormap.from_list("shares", ["white", BLUE])
     classes = len(label_names)
@@ -52,7 +45,9 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
     shares = confusion / confusion.sum(1, keepdims=True).clip(1)
     with _settings([*label_names, title]) as missing:
         title = "".join("?" if letter in missing else letter for letter in title)
-        figure, axes = _new_figure(size, size, title)
+        figure = Figure((size, size), DOTS_PER_INCH)
+        axes = figure.add_axes((0, 0, 1, 1))  # what stands around them makes the picture larger
+        axes.set_title(title, color=INK, loc="left", pad=12)
         axes.imshow(shares, cmap=shades, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.set_xlabel("predicted", color=PALE)
         axes.set_ylabel("true", color=PALE)
@@ -73,60 +68,8 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
                 numbers = f"{count:,}\n{share:.1%}" if count else "0"
                 ink = "white" if share > 0.5 else INK if count else PALE
                 axes.text(prediction, label, numbers, color=ink, ha="center", va="center", size=8)
-        return _png(figure)
-
-
-def accuracy_picture(task: Task, metrics_by_file: dict[str, dict[str, Any]], title: str) -> bytes:
-    """Return the task's main metric of every file as a bar with its interval, and the console's table, as a PNG file.
-
-    The mean of several files is a line.
-    """
-    best, files = task.best_metric, len(metrics_by_file)
-    mean = mean_of(list(metrics_by_file.values()))
-    with _settings([*metrics_by_file, title]) as missing:
-        rows = [
-            (_shown(name, missing, f"file {number}"), metrics)
-            for number, (name, metrics) in enumerate(metrics_by_file.items(), 1)
-        ]
-        rows += [("mean", mean)] if files > 1 else []
-        figure, axes = _new_figure(2.2, 0.28 * len(rows), title)
-        heads = task.table_cells(rows[0][1])
-        right_edges = {head: 1.4 + 0.6 * column for column, head in enumerate(heads)}  # the axis goes from 0 to 1
-        for head, right in right_edges.items():
-            axes.text(right, -0.8, head, color=PALE, ha="right", va="bottom")
-        for number, (name, metrics) in enumerate(rows):
-            axes.text(-0.05, number, name, color=INK, ha="right", va="center")
-            for head, cell in task.table_cells(metrics).items():
-                axes.text(right_edges[head], number, cell, color=INK, ha="right", va="center")
-            if number < files:
-                axes.barh(number, metrics[best], 0.6, color=BAR)
-                interval = [metrics[f"{best}_low"], metrics[f"{best}_high"]]
-                axes.plot(interval, [number, number], color=INK, marker="|", markersize=8)
-        if files > 1:
-            axes.plot([mean[best]] * 2, [-0.6, files + 0.3], color=BLUE)
-            axes.plot([-0.3, max(right_edges.values())], [files - 0.5] * 2, color=PALE, linewidth=0.8, clip_on=False)
-        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-        axes.tick_params(length=0, labeltop=True, labelbottom=False, colors=PALE)
-        axes.grid(axis="x", color=LINE)
-        axes.set_axisbelow(True)
-        axes.spines[:].set_visible(False)
-        axes.set(yticks=[], xlim=(0, 1), ylim=(len(rows) - 0.5, -0.6))
-        return _png(figure)
-
-
-def _new_figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
-    """Return a figure whose axes have a size in inches; what stands around them makes the picture larger."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), DOTS_PER_INCH)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_title(title, color=INK, loc="left", pad=12)
-    return figure, axes
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.15)
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.15)
     return content.getvalue()
 
 

@@ -21,11 +21,7 @@ def evaluation_table(task: Task, metrics_by_file: dict[str, dict[str, Any]]) -> 
 
 
 def comparison_table(task: Task, files: Predictions, name: str, reference: str) -> list[str]:
-    """Return the lines of a table: a file each, and all rows together if there are several files.
-
-    Args:
-        name, reference: what the two sides are called.
-    """
+    """Return the lines of a table that compares two precisions: a file each, and all rows together."""
     parts = {file: compare(task, *sides) for file, sides in files.items()}
     if len(parts) > 1:
         parts["all rows"] = compare_all(task, files)

@@ -14,20 +14,18 @@ from typing import Any, Callable
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from sst2_xlmr.config import GROUPS, Config
 from sst2_xlmr.data.rows import Columns, read_rows
 from sst2_xlmr.evaluation.metrics import share_below
-from sst2_xlmr.report.pictures import accuracy_picture, can_draw, confusion_picture
+from sst2_xlmr.report.pictures import can_draw, confusion_picture
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
 
 CURVES = 10
-FIRST_COLUMNS = ("batch_size", "encoder", "epochs", "lr", "seed")  # of hyperparameters
 MISTAKES = 50
 LINE_LENGTH, MOST_LINES = 60, 5
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|&~]")
@@ -70,14 +68,7 @@ def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: T
     values = {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
     tags = [f"dev/{name}" for name in dict.fromkeys([task.best_metric, *task.scalars])]
     tags += [f"{split}/{task.best_metric}" for split in splits if split != "dev"]
-    experiment, start, _ = hparams(values, dict.fromkeys(tags, 0.0))
-    # TensorBoard shows five columns unless asked for more, first those that differ between runs: here, we say which.
-    plugin = experiment.value[0].metadata.plugin_data
-    data = HParamsPluginData.FromString(plugin.content)
-    for info in data.experiment.hparam_infos:
-        info.differs = info.name in FIRST_COLUMNS
-    plugin.content = data.SerializeToString()
-    for summary in (experiment, start):
+    for summary in hparams(values, dict.fromkeys(tags, 0.0))[:2]:  # the experiment, and its start
         _add_summary(writer, summary)
 
 
@@ -108,7 +99,8 @@ def draw_evaluation(
     results, classes = task.results_of(probabilities, labels), task.label_names
     if can_draw():
         best = f"{task.best_metric} {task.metrics(results, labels)[task.best_metric]:.4f}"
-        title = f"{name}{_at(step)}: {best}, {len(labels):,} rows"
+        at = f", step {step:,}" if step else ""  # a model that is evaluated after its training has step 0
+        title = f"{name}{at}: {best}, {len(labels):,} rows"
         picture = confusion_picture(task.confusion(results, labels), classes, title)
         _add_picture(writer, f"{name}/confusion", picture, step)
     for number in [1] if len(classes) == 2 else range(min(len(classes), CURVES)):
@@ -118,13 +110,6 @@ def draw_evaluation(
         writer.add_pr_curve(f"{name}/pr_{classes[number]}", labels == number, ranks, step)
     predictions, confidences = task.answers(probabilities)
     writer.add_text(f"{name}/mistakes", mistakes_table(labels, predictions, confidences, classes, texts_of), step)
-
-
-def draw_accuracy(writer: SummaryWriter, step: int, task: Task, metrics_by_file: dict[str, dict[str, Any]]) -> None:
-    """Write a picture of the task's main metric on several files."""
-    if can_draw():
-        tag = f"{task.best_metric} by file"
-        _add_picture(writer, tag, accuracy_picture(task, metrics_by_file, f"{tag}{_at(step)}"), step)
 
 
 def mistakes_table(
@@ -178,8 +163,3 @@ def _add_picture(writer: SummaryWriter, tag: str, png: bytes, step: int) -> None
     width, height = struct.unpack(">II", png[16:24])
     image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)  # 4: RGBA
     _add_summary(writer, Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-
-def _at(step: int) -> str:
-    """Return words for a title; a model that is evaluated after its training has step 0, which says nothing."""
-    return f", step {step:,}" if step else ""

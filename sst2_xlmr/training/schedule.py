@@ -19,10 +19,7 @@ MOST_EVALUATIONS, EVALUATION_SHARE = 8, 0.03  # per epoch, if nothing was asked 
 
 
 def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
-    """Return the learning rate of optimizer step `step` (from 0) as a fraction of the peak rate.
-
-    Warm-up rises linearly and reaches 1 at its last step.
-    """
+    """Return the rate of optimizer step `step` (from 0) as a fraction of the peak, reached at the last warm-up step."""
     after_warmup, warmup_steps = SCHEDULES[schedule], math.ceil(total_steps * warmup_ratio)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -41,11 +38,7 @@ def evaluation_interval(batches: int, train_tokens: int, evaluated_tokens: int) 
 
 
 class Schedule:
-    """A run's schedule; with `eval_every` as decided (steps of an epoch; 0 for the end of epochs only).
-
-    Attributes:
-        total_steps, warmup_steps: steps of the whole run, and those of warm-up among them.
-    """
+    """A run's schedule, of `total_steps`, the first `warmup_steps` of which warm up; with `eval_every` as decided."""
 
     def __init__(self, config: Config, batches_per_epoch: int, eval_every: int) -> None:
         self._config, self._eval_every = config, eval_every
@@ -85,5 +78,4 @@ class Schedule:
 
 
 def _is_multiple(step: int, interval: int) -> bool:
-    """Whether something that happens every `interval` steps (0: never) happens after this one."""
     return interval > 0 and step % interval == 0

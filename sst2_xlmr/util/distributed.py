@@ -192,7 +192,7 @@ _held: dict[Any, deque[Any]] = defaultdict(lambda: deque(maxlen=4))
 
 
 def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over all ranks, in place; the same bits on every rank."""
+    """Sum `tensor` over all ranks, in place, to the same bits on every rank."""
     if world.world_size > 1:
         dist.all_reduce(tensor)
         _held["sum"].append(tensor)
@@ -202,9 +202,7 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
 def broadcast(world: World, item: Any, group: Any = None, source: int = 0, limit_s: float | None = None) -> Any:
     """Return the `item` of rank `source` on every rank.
 
-    Args:
-        group: `world.control` by default. Its timeout is how long a rank waits, the source too.
-        limit_s: seconds after which the source no longer waits, if that is less than the group's timeout.
+    A rank waits for as long as the timeout of the group (`world.control` by default); the source at most `limit_s`.
     """
     if world.world_size == 1:
         return item
@@ -243,10 +241,9 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str]:
 
 
 def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
-    """Run `prepare` on one process of every node, then on the others, which reuse its work.
+    """Run `prepare`, which leaves its result on disk, on one process of every node, then on the others, which reuse it.
 
-    `prepare` must leave its result on disk, so that the second call is cheap. If it has a UserError anywhere, all ranks
-    raise it, so that none waits for one that is gone.
+    If it has a UserError anywhere, all ranks raise it, so that none waits for one that is gone.
     """
     result = None
     for first in (True, False):
@@ -260,10 +257,7 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
 
 
 def on_rank0(world: World, work: Callable[[], Result]) -> Result | None:
-    """Run `work` on rank 0 while the others wait, however slow its disk is; returns its result there, None elsewhere.
-
-    If it has a UserError, all ranks raise it.
-    """
+    """Return what `work` gives on rank 0, None on the others, which wait for it; all ranks raise its UserError."""
     result, problem = _attempt(work) if world.is_main else (None, "")
     if problem := broadcast(world, problem, world.patient, limit_s=world.timeout_s):
         raise_on_all(problem)

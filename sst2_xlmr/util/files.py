@@ -90,10 +90,7 @@ def writing(path: Path) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def closing(file: Any) -> Iterator[None]:
-    """Close a file in the end; an error of that is raised only if no other is on its way.
-
-    A full disk makes both fail, the write and the flush of what is left when the file is closed.
-    """
+    """Close a file in the end; on a full disk both a write and this fail, and the first error is raised."""
     try:
         yield
     except BaseException:
@@ -104,9 +101,9 @@ def closing(file: Any) -> Iterator[None]:
 
 
 def scratch_name(path: Path, kind: str = "new") -> Path:
-    """Return a new hidden name beside `path`, for what is to get that name, or for what had it ("old").
+    """Return a new hidden name, with our mark, beside `path`: for what is to get that name, or for what had it ("old").
 
-    It has our mark, by which `recover` knows it. Create it exclusively: `mkdir`, or `open` with "x".
+    Create it exclusively: `mkdir`, or `open` with "x".
     """
     return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.{kind}{SCRATCH_MARK}")
 
@@ -131,10 +128,8 @@ def put_in_place(new: Path, path: Path, replaces: bool = True) -> None:
     """Sync a finished file, or folder of files, to disk and give it its name; an OSError if it cannot be done.
 
     A symbolic link is not followed: it is replaced by a file, and stands in the way of a folder. A reader finds a file
-    whole, the old one or the new one; of a folder there is none for the moment between two renames.
-
-    Args:
-        replaces: whether it takes the place of a file or folder that is there; if not, that is an error.
+    whole, the old one or the new one; of a folder there is none for the moment between two renames. What already exists
+    is an error unless it `replaces` that.
     """
     aside = None
     if not replaces and os.path.lexists(path):
@@ -153,10 +148,7 @@ def put_in_place(new: Path, path: Path, replaces: bool = True) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Undo each `put_in_place` in a folder that was killed between its renames, and remove what is unfinished.
-
-    Nothing but scratch names is touched; no other process may be writing there.
-    """
+    """Undo each `put_in_place` that was killed between its renames, and remove what is unfinished, in our folder."""
     for entry in filter(is_scratch, list(folder.iterdir()) if folder.is_dir() else []):
         name, kind = _SCRATCH.fullmatch(entry.name).groups()  # type: ignore[union-attr]
         is_folder = entry.is_dir() and not entry.is_symlink()

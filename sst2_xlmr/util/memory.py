@@ -21,7 +21,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Make malloc keep what is freed, in blocks of 64 MiB; does nothing without glibc."""
+    """Make malloc, if it is glibc's, keep what is freed, in blocks of 64 MiB."""
     if platform.libc_ver()[0] == "glibc":
         for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
             ctypes.CDLL(None).mallopt(parameter, value)

@@ -16,10 +16,10 @@ def say(text: str) -> None:
     """Print a line. If standard output has gone, its reader ended or its disk full, go on without it."""
     try:
         print(text, flush=True)
-    except OSError as error:
-        discard_output(sys.stdout.fileno())
-        with contextlib.suppress(OSError):
-            reason = f"cannot write to standard output: {error.strerror}"
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            discard_output(sys.stdout.fileno())
+            reason = f"cannot write to standard output: {getattr(error, 'strerror', error)}"
             print(f"warning: {reason}; continuing without it", file=sys.stderr)
 
 

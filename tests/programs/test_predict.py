@@ -243,7 +243,7 @@ def test_killed_and_resumed_gives_the_same_file(model: Path, tmp_path: Path) -> 
     assert predict(*words, whole).returncode == 0
 
     def blocks() -> int:
-        return len(list(shards_of(out).glob("0-*")))
+        return len(list(shards_of(out).glob("0*.json")))
 
     for processes in (2, 1):
         command, before = torchrun_command(processes, *words, out, "--resume"), blocks()
@@ -291,10 +291,9 @@ def test_what_was_to_replace_a_file_is_continued(model: Path, tmp_path: Path, bl
     options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
     (tmp_path / "out.csv").write_text("of before")
     run_killed(model, *options, "--overwrite", blocks=blocks)
-    run(model, *options, "--resume")
+    assert "out.csv already exists" in user_error(partial(run, model, *options, "--resume"), capsys)
+    run(model, *options, "--resume", "--overwrite")
     assert len(read_output(tmp_path / "out.csv")) == 3000
-    glue = ["--glue-submission", tmp_path / "glue"]
-    assert "out.csv already exists" in user_error(partial(run, model, *options, *glue, "--resume"), capsys)
 
 
 def change(file: Path, old: bytes, new: bytes) -> None:
@@ -314,7 +313,7 @@ def test_other_rows_are_not_continued(model: Path, tmp_path: Path, what: str, ca
     model = Path(shutil.copytree(model, tmp_path / "model"))
     options = ["--input", write_many(tmp_path / "in.csv", 3000), "--output", tmp_path / "out.csv"]
     run_killed(model, *options)
-    assert (tmp_path / ".out.csv.shards" / "0-00000000").is_file()
+    assert (tmp_path / ".out.csv.shards" / "00000000.json").is_file()
     if what == "row":
         change(tmp_path / "in.csv", b"number 2999 ", b"number 2998 ")
     elif what == "weight":
@@ -327,6 +326,18 @@ def test_other_rows_are_not_continued(model: Path, tmp_path: Path, what: str, ca
     run(model, *options, "--overwrite")
     assert len(read_output(tmp_path / "out.csv")) == 3000
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "model", "out.csv"]
+
+
+def test_a_file_that_came_meanwhile_is_not_replaced(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    output = tmp_path / "out.csv"
+    options = ["--input", write_many(tmp_path / "in.csv", 20), "--output", output]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "with_progress", lambda answers, *_, **__: [*answers, output.write_text("theirs")][:1])
+        assert "out.csv already exists" in user_error(lambda: run(model, *options), capsys)
+    assert output.read_text() == "theirs"
+    output.unlink()
+    run(model, *options, "--resume")
+    assert len(read_output(output)) == 20
 
 
 def test_an_input_that_changes_meanwhile_is_no_result(
@@ -368,7 +379,6 @@ WRONG_USE = {
     "--input sample_data/dev.tsv --output no/such/x.tsv": "cannot write to no/such: No such file",
     "--input sample_data/dev.tsv --output x.txt": "x.txt: unknown kind of file",
     "--input sample_data/dev.tsv --output README.md/x.tsv": "cannot write to README.md: Not a directory",
-    "--input sample_data/dev.tsv --output x.tsv --resume --overwrite": "leave one of them out",
     "--input sample_data/dev.tsv --glue-submission README.md": "cannot write to README.md: File exists",
     "--input sample_data/dev.tsv --glue-submission g --all-probabilities": "--glue-submission holds labels only",
     "--input rows.tsv --glue-submission g --output g/../g/SST-2.tsv": "both write g/../g/SST-2.tsv",
