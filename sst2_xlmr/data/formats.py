@@ -23,7 +23,7 @@ from sst2_xlmr.config import QUOTES
 from sst2_xlmr.data import containers
 from sst2_xlmr.util.errors import UserError
 
-KINDS = (".tsv", ".csv", ".jsonl")  # that are written; to add one, see `row_writer`
+KINDS = (".tsv", ".csv", ".jsonl", ".parquet")  # that are written; to add one, see `row_writer`
 # Longest line and longest cell in characters: a quote that is never closed, or a file without line ends, must not fill
 # the memory.
 LONGEST = 1 << 24
@@ -105,8 +105,10 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
                     return
                 raw.seek(0)
             yield raw, name
-    except (gzip.BadGzipFile, EOFError, zlib.error, zipfile.BadZipFile):
-        raise UserError(f"{path} is not a whole gzip or zip file: truncated or damaged; fetch it again") from None
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is not a whole zip file: truncated or damaged; fetch it again") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise UserError(f"{path} is not a whole gzip file: truncated, damaged, or no gzip; fetch it again") from None
     except (RuntimeError, NotImplementedError) as error:  # zipfile: a password, or an unknown compression
         raise UserError(f"cannot unpack {path}: {error}; unpack it first") from None
     except OSError as error:
@@ -267,6 +269,11 @@ def kind_of(path: Path) -> str:
     return plain.suffix.lower()
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file to write has the same columns in every row."""
+    return kind_of(path) != ".jsonl"
+
+
 def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[object]], object]:
     """Return write(names, cells), which adds a row to a file; a table's first row must be the names.
 
@@ -276,7 +283,7 @@ def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[obj
     """
     if kind == ".tsv":
         return lambda _, cells: file.write("\t".join(_BREAKS.sub(" ", cell_text(cell)) for cell in cells) + "\n")
-    if kind == ".jsonl":
+    if kind in (".jsonl", ".parquet"):  # see predictions.new_output
         return lambda names, cells: file.write(json.dumps(dict(zip(names, cells)), ensure_ascii=False) + "\n")
     assert kind == ".csv", kind
     rows = csv.writer(file)  # line ends are RFC 4180's CRLF: with them, a lone CR or LF in a cell is quoted too

@@ -142,7 +142,7 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
                 raise
             raise UserError(f"{error}, or for this file alone with --columns {name}:text=NAME,label=NAME") from None
     for path, each in zip(files["train"], found["train"]):
-        each.check_encoding(path)
+        each.check(path, None, config.drop_unusable, config.label_names or ())
     task = find_task(config, found, files["train"][0])
     splits = {}
     for name, paths in files.items():

@@ -16,6 +16,7 @@ from sst2_xlmr.data.formats import Fields, Layout, opened, read_fields, shortene
 from sst2_xlmr.data.sniff import Columns, find_layout, other_encoding
 from sst2_xlmr.task import MISSING, Task, alike, label_text, listed
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import read_json
 
 READ_OPTIONS = ("format", "delimiter", "quoting", "encoding", "header")
 TEXT_OPTIONS = ("text_column", "text_pair_column", *READ_OPTIONS)
@@ -60,6 +61,15 @@ def columns_given(arguments: argparse.Namespace, split: str = "") -> Columns:
                 changes["text"] = tuple(changes["text"].split("+"))
             columns = dataclasses.replace(columns, **changes)
     return columns
+
+
+def check_pairs(model: Path, pair: str | None, cure: str) -> None:
+    """Raise UserError if a model that was trained on pairs of texts is asked with single ones, or the other way round."""
+    file = model / "config.json"
+    stated = read_json(file, "a model's folder is needed").get("text_pairs") if file.is_file() else None
+    if stated is not None and stated != (pair is not None):
+        trained, here = ("pairs of texts", "name the second column, too") if stated else ("single texts", "leave out")
+        raise UserError(f"{model} was trained on {trained}; {here}: {cure}")
 
 
 class Places(NamedTuple):
@@ -242,7 +252,7 @@ def unusable_error(path: Path, problems: Problems, rows: int | None) -> UserErro
     if NO_LABEL in problems and problems[NO_LABEL][2] not in ("''", ""):
         cure += "; if that is a class, list all with --label-names=A,B,..."
     elif CHARACTERS in problems:
-        cure += "; half a UTF-8 character, a lone surrogate or a NUL stands there: if the file is not UTF-8, name its --encoding"
+        cure += "; half a character stands there, which is not UTF-8; a file in another encoding needs, e.g., --encoding cp1252"
     first = f"{path}, line {min(line for _, line, _ in problems.values())}"
     return UserError(f"{first}: {total:,}{of_all} row{'s' * (max(total, rows or 0) > 1)} cannot be used: {', '.join(kinds)}; {cure}")
 
@@ -264,20 +274,25 @@ class Inspection:
     labels: dict[str, tuple[int, int]]
     digest: str = ""
 
-    def check(self, path: Path, task: Task, drop: bool) -> dict[str, int]:
-        """Return how many rows are left out, by kind; UserError if there are any and none may, or for other labels."""
+    def check(self, path: Path, task: Task | None, drop: bool, names: Sequence[str] = ()) -> dict[str, int]:
+        """Return how many rows are left out, by kind; UserError if there are any and none may, or for other labels.
+
+        Args:
+            task: None where it is to be found yet; `names` are those of its classes that are known already.
+        """
         self.check_encoding(path)
-        problems, numbers = dict(self.problems), {label: task.number_of(label) for label in self.labels}
+        found = self.labels
+        numbers = {each: task.number_of(each) if task else -(each in MISSING and each not in names) for each in found}
         if unknown := [label for label, number in numbers.items() if number == -2]:
-            count, line = sum(self.labels[label][0] for label in unknown), self.labels[unknown[0]][1]
-            raise UserError(f"{path}, line {line}: {task.unknown(unknown)} ({count:,} row{'s' * (count > 1)})")
+            count, line = sum(found[label][0] for label in unknown), found[unknown[0]][1]
+            raise UserError(f"{path}, line {line}: {task and task.unknown(unknown)} ({count:,} row{'s' * (count > 1)})")
+        problems = dict(self.problems)
         if missing := [label for label, number in numbers.items() if number == -1]:
-            count, line = sum(self.labels[label][0] for label in missing), self.labels[missing[0]][1]
+            count, line = sum(found[label][0] for label in missing), found[missing[0]][1]
             problems[NO_LABEL] = (count + problems.get(NO_LABEL, (0,))[0], line, repr(missing[0]))
-        if problems and not drop:
-            raise unusable_error(path, problems, self.rows)
-        if (left_out := {kind: count for kind, (count, *_) in problems.items()}) and sum(left_out.values()) == self.rows:
-            raise unusable_error(path, problems, None)
+        left_out = {kind: count for kind, (count, *_) in problems.items()}
+        if problems and (not drop or sum(left_out.values()) == self.rows):
+            raise unusable_error(path, problems, None if drop else self.rows)
         return left_out
 
     def check_encoding(self, path: Path) -> None:

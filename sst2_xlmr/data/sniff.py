@@ -97,6 +97,8 @@ def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
     if path.is_dir():
         if asked.format in (None, "arrow") and (path / "state.json").is_file():
             return _arrow_layout(path, "arrow")
+        if not any(file.is_file() for folder in path.iterdir() if folder.is_dir() for file in folder.iterdir()):
+            raise UserError(f"{path} is a folder, but not one with a folder of texts per class; name a file")
         return Layout("folder", asked.encoding or "utf-8", names=("text", "label", "file"))
     with opened(path) as (file, name):
         head = file.read(1 << 16)
@@ -271,7 +273,11 @@ def _quoting(lines: Sequence[str], delimiter: str, is_whole: bool) -> str:
         return "backslash" if rows and _share(rows)[0] > 1 and _is_escaped(lines, delimiter) else "none"
     if _parsed(lines, delimiter, "double", is_whole) is not None:
         return "double"
-    return "backslash" if _parsed(lines, delimiter, "backslash", is_whole) is not None else "none"
+    if _parsed(lines, delimiter, "backslash", is_whole) is not None:
+        return "backslash"
+    width, share = _share(_parsed(lines, delimiter, "none") or [])
+    are_free = width > 1 and share == 1 and not any('""' in line for line in lines)
+    return "none" if are_free else "double"  # which says where it is not well-formed
 
 
 def _is_escaped(lines: Sequence[str], delimiter: str) -> bool:
@@ -377,40 +383,17 @@ def _has_header(path: Path, rows: list[list[str]], width: int, asked: Columns) -
 
 # --- other encodings
 
-_FREQUENT = {  # encoding -> the letters that texts in it have for the most part
-    "gb18030": "\u4e00-\u9fff\u3000-\u303f\uff00-\uffef",
-    "shift_jis": "\u3040-\u30ff\u4e00-\u9fff\u3000-\u303f\uff00-\uff5e",
-    "euc_jp": "\u3040-\u30ff\u4e00-\u9fff\u3000-\u303f\uff00-\uff5e",
-    "cp949": "\uac00-\ud7a3",
-    "cp1251": "\u0410-\u044f\u0451\u0401",
-}
-
-
 def other_encoding(content: bytes) -> str:
     """Return the most likely encoding of text that is not UTF-8; empty if UTF-8 was cut in the middle of characters."""
-    invalid = re.compile(rb"[\x80-\xff]+")
-    odd = [match for match in invalid.finditer(content) if not _is_utf8(match[0])]
-    if all(_is_cut(match[0], content[match.end() : match.end() + 1]) for match in odd):
+    runs = list(re.finditer(rb"[\x80-\xff]+", content))
+    if all(_is_utf8(run[0]) or _is_cut(run[0], content[run.end() : run.end() + 1]) for run in runs):
         return ""
-    runs = [len(match[0]) for match in invalid.finditer(content)]
-    if sum(run for run in runs if run > 1) < sum(runs) / 2:
+    if sum(len(run[0]) == 1 for run in runs) > len(runs) / 2:  # single letters among ASCII: Western European
         return "cp1252"
-    best, highest = "cp1252", 0.6
-    for encoding, letters in _FREQUENT.items():
-        try:
-            text = content.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        strange = [character for character in text if ord(character) > 127]
-        share = len(re.findall(f"[{letters}]", text)) / max(1, len(strange))
-        if encoding in ("shift_jis", "euc_jp"):
-            share = share if len(re.findall("[\u3040-\u30ff]", text)) > len(strange) / 4 else 0.0
-        if encoding == "gb18030":  # of its characters, frequent ones are in the first rows
-            lead = [pair[0] for pair in re.findall(rb"[\x81-\xfe][\x40-\xfe]", content)]
-            share *= sum(0xA1 <= each <= 0xD7 for each in lead) / max(1, len(lead))
-        if share > highest:
-            best, highest = encoding, share
-    return best
+    from charset_normalizer import from_bytes  # takes a while, and is needed for this error only
+
+    best = from_bytes(content[:SAMPLE_CHARACTERS]).best()
+    return best.encoding if best else "cp1252"
 
 
 def _is_utf8(content: bytes) -> bool:

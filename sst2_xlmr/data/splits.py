@@ -26,7 +26,7 @@ def _split_of(path: Path) -> str | None:
     kind = next((kind for kind in _KINDS if name.endswith(kind)), "")
     stem = name.removesuffix(kind).removesuffix(".ft")
     stem = stem.split("-00000-of-")[0].removesuffix("_text" if kind == ".txt" else "")
-    if not (kind and path.is_file()) and not path.is_dir():
+    if bool(kind) != path.is_file() or not (kind or path.is_dir()):
         return None
     return next((split for split, names in NAMES.items() if stem in names), None)
 

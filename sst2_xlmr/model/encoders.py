@@ -22,7 +22,8 @@ _SIZE_KEYS = {
     "ffn": "intermediate_size",
     "positions": "max_position_embeddings",
 }  # field of EncoderShape -> key of config.json
-DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")  # of config.json
+# Of config.json, kept as they are; `text_pairs` says whether the model was trained on pairs of texts.
+DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "text_pairs")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_opti
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.report import description, left_out_of
-from sst2_xlmr.data.rows import COLUMN_OPTIONS, Columns, Inspection, columns_given
+from sst2_xlmr.data.rows import COLUMN_OPTIONS, Columns, Inspection, check_pairs, columns_given
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.evaluation.calibration import calibrate, describe_calibration
 from sst2_xlmr.evaluation.compare import check_comparison
@@ -222,6 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     if against == precision:
         raise UserError(f"--against {precision} compares {precision} with itself; name another --precision")
     columns = {name: replace(columns_given(arguments, name), may_be_empty=True) for name in files}
+    for each in columns.values():
+        check_pairs(model, each.pair, "--text-pair-column NAME")
     cache_dir, tokenizer_file = downloads.cache_dir() / "tokens", model / TOKENIZER_NAME
     found = {name: inspected(file, columns[name], True, cache_dir) for name, file in files.items()}
     task = with_numbers(task, arguments, found)
