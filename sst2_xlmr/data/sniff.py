@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sst2_xlmr.config import QUOTES
 from sst2_xlmr.data import containers
 from sst2_xlmr.data.formats import Layout, csv_dialect, csv_lines, decoded_lines, opened, shortened
 from sst2_xlmr.util.errors import UserError
@@ -222,69 +223,55 @@ def _parsed(lines: Iterable[str], delimiter: str, quoting: str, is_whole: bool =
     return rows
 
 
-def _is_quoted(lines: Iterable[str], delimiter: str, quote: str) -> bool:
+def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
     """Whether quotes are CSV's: all cells that begin with one are well-formed, and something needs them.
 
-    That is a doubled quote, a delimiter or a line end in a cell, or a column that has them in all rows. In GLUE's files
-    a sentence may begin with a quotation mark, which is part of it.
+    That is a quote, a delimiter or a line end inside, or a column that has them in all rows. In GLUE's files a sentence
+    may begin with a quotation mark, which is part of it.
     """
     seen: list[str] = []
+    quote, inside = QUOTES[quoting], {"backslash": '\\"'}.get(quoting, QUOTES[quoting] * 2)
 
     def noted() -> Iterator[str]:
-        for line in lines:
+        for line in csv_lines(lines, quoting):
             seen.append(line)
             yield line
 
-    quoting = "double" if quote == '"' else "single"
-    rows, needed, always = 0, False, None
+    rows, is_needed, always = 0, False, None
     try:
         for row in csv.reader(noted(), **csv_dialect(delimiter, quoting)):
-            raw = "".join(seen)
-            several = len(seen) > 1
-            if several and len({line.count(delimiter) for line in seen}) == 1 and seen[0].count(delimiter) == len(row) - 1:
-                return False  # each of the lines is a row without quotes
+            raw, counts = "".join(seen), [line.count(delimiter) for line in seen]
+            if len(counts) > 1 and set(counts) == {len(row) - 1}:
+                return False  # each of these lines is a row by itself
             seen.clear()
             rows += 1
-            if quote not in raw:
-                always = set()
-                continue
-            quoted = {i for i, cell in enumerate(row) if quote + cell.replace(quote, quote * 2) + quote in raw}
+            quoted = {i for i, cell in enumerate(row) if quote in raw and quote + _escaped(cell, quote, inside) + quote in raw}
             always = quoted if always is None else always & quoted
-            needed = needed or any(
-                (quote in row[i] or delimiter in row[i] or "\n" in row[i])
-                and quote + row[i].replace(quote, quote * 2) + quote in raw
-                for i in quoted
-            )
+            is_needed |= any(mark in row[i] for i in quoted for mark in (quote, delimiter, "\n"))
     except csv.Error:
         return False
-    return needed or (rows > 1 and bool(always))
+    return is_needed or (rows > 1 and bool(always))
+
+
+def _escaped(cell: str, quote: str, inside: str) -> str:
+    return (cell.replace("\\", "\\\\") if inside[0] == "\\" else cell).replace(quote, inside)
 
 
 def _quoting(lines: Sequence[str], delimiter: str, is_whole: bool) -> str:
     begins = {quote for quote in "\"'" for line in lines if line.startswith(quote) or delimiter + quote in line}
-    if "'" in begins and _is_quoted(lines, delimiter, "'"):
+    is_escaped = any('\\"' in line for line in lines)
+    if "'" in begins and _is_quoted(lines, delimiter, "single"):
         return "single"
     if delimiter == "\t":
-        if '"' not in begins:
-            return "none"
-        if _is_quoted(lines, delimiter, '"'):
-            return "double"
-        rows = _parsed(lines, delimiter, "backslash", is_whole) if any('\\"' in line for line in lines) else None
-        return "backslash" if rows and _share(rows)[0] > 1 and _is_escaped(lines, delimiter) else "none"
+        kinds = ["double", "backslash"][: 1 + is_escaped] if '"' in begins else []
+        return next((kind for kind in kinds if _is_quoted(lines, delimiter, kind)), "none")
     if _parsed(lines, delimiter, "double", is_whole) is not None:
         return "double"
-    if _parsed(lines, delimiter, "backslash", is_whole) is not None:
+    if is_escaped and _parsed(lines, delimiter, "backslash", is_whole) is not None:
         return "backslash"
     width, share = _share(_parsed(lines, delimiter, "none") or [])
-    are_free = width > 1 and share == 1 and not any('""' in line for line in lines)
+    are_free = width > 1 and share == 1 and not any('""' in line or line.count('"') % 2 for line in lines)
     return "none" if are_free else "double"  # which says where it is not well-formed
-
-
-def _is_escaped(lines: Sequence[str], delimiter: str) -> bool:
-    """Whether all cells that begin with a quote end with one, and some have an escaped one inside."""
-    starts = re.compile(rf'(?:^|{re.escape(delimiter)})"')
-    whole = re.compile(rf'(?:^|{re.escape(delimiter)})"(?:[^"\\]|\\.)*"(?={re.escape(delimiter)}|\r?\n?$)')
-    return all(len(starts.findall(line)) == len(whole.findall(line)) for line in lines)
 
 
 def _share(rows: list[list[str]]) -> tuple[int, float]:
@@ -325,7 +312,7 @@ def _with_quoting_of_whole(path: Path, found: Layout) -> Layout:
         return found
     with opened(path) as (file, _):
         lines = (line for _, line in decoded_lines(file, path, found.encoding, found.newline))
-        quoted = _is_quoted(lines, found.delimiter, '"')
+        quoted = _is_quoted(lines, found.delimiter, "double")
     if quoted == (found.quoting == "double") or found.quoting in ("single", "backslash"):
         return found
     return found._replace(quoting="double" if quoted else "none")
@@ -359,8 +346,9 @@ def _has_header(path: Path, rows: list[list[str]], width: int, asked: Columns) -
     filled_names = [cell for cell in first if cell]
     if wanted & names - ({"label"} if asked.label == "label" and len(names) == 1 else set()) or {"text", "sentence"} & names:
         return True
-    if len(first) > 1 and filled_names in ([str(i + start) for i in range(len(filled_names))] for start in (0, 1)):
-        return True  # pandas' names of columns that have none
+    for start, prefix in ((0, ""), (1, ""), (1, "V")):  # of columns that have none, by pandas and R
+        if len(first) > 1 and filled_names == [f"{prefix}{i + start}" for i in range(len(filled_names))]:
+            return True
     like_rows, like_names = int(len(set(filled_names)) < len(filled_names)), 0
     has_classes = False  # a column whose cells repeat, but for the first
     for column, cell in enumerate(first[:width]):
