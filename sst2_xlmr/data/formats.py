@@ -173,13 +173,12 @@ def _csv_rows(lines: Lines, path: Path, layout: Layout) -> Rows:
         except StopIteration:
             return
         except csv.Error as error:
-            problem, cure = str(error), ""
+            problem = str(error)
             if "field larger" in problem:
                 problem = f"a field of more than {LONGEST:,} characters; is a quotation mark never closed?"
             elif "unexpected end" in problem:
                 problem = "the file ends inside a quoted field; is a quotation mark never closed?"
-            else:
-                cure = "; if quotes are part of the text, say --quoting none, if \\\" stands for one, --quoting backslash"
+            cure = "; if quotes are part of the text, say --quoting none, if \\\" stands for one, --quoting backslash"
             raise UserError(f"{path}: the row at line {first} is not valid CSV: {problem}{cure}") from None
         if cells:  # blank lines hold nothing: a row with one empty field is written as ""
             yield first, [cell.replace(_CR, "\r") for cell in cells] if _CR in "".join(cells) else cells

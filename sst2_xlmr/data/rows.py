@@ -197,7 +197,7 @@ def _problem(text: Any, pair: Any, is_pair: bool, may_be_empty: bool) -> str:
     for each in (text, pair) if is_pair else (text,):
         if not isinstance(each, str) or not (may_be_empty or each.strip()):
             return NO_TEXT
-        if not each.isascii() and _UNUSABLE.search(each):
+        if (not each.isascii() or "\0" in each) and _UNUSABLE.search(each):
             return CHARACTERS
     return ""
 

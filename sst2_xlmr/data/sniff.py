@@ -187,16 +187,16 @@ def _whole_text(path: Path) -> str:
 def _json_format(name: str, filled: list[str]) -> str | None:
     """Return json or jsonl if a file has, or by its name should have, one of these; None for another."""
     first = filled[0].lstrip("\ufeff \t")
-    for kind, text in (("jsonl", first), ("json", "".join(filled))):
-        if first[:1] in ("{", "["):
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and kind == "jsonl" and (len(filled) > 1 or not name.endswith(".json")):
-                return "jsonl"
-            if isinstance(row, (dict, list)) and (row and isinstance(next(iter(row)), (dict, list)) or kind == "json"):
-                return "json"
+    for text in (first, "".join(filled)) if first[:1] in ("{", "[") else ():
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        is_row = isinstance(row, dict) and not all(isinstance(each, (dict, list)) for each in row.values())
+        if text is first and (len(filled) > 1 or is_row) and isinstance(row, dict):
+            return "jsonl"
+        if text is not first or (row and all(isinstance(each, (dict, list)) for each in row)) or isinstance(row, dict):
+            return "json"
     if name.endswith((".jsonl", ".ndjson")):
         return "json" if first.strip() in ("[", "{") else "jsonl"
     return "json" if name.endswith(".json") else None
@@ -265,7 +265,10 @@ def _quoting(lines: Sequence[str], delimiter: str, is_whole: bool) -> str:
     if delimiter == "\t":
         kinds = ["double", "backslash"][: 1 + is_escaped] if '"' in begins else []
         return next((kind for kind in kinds if _is_quoted(lines, delimiter, kind)), "none")
-    if _parsed(lines, delimiter, "double", is_whole) is not None:
+    bare = re.compile(rf'(^|{re.escape(delimiter)})[^"{re.escape(delimiter)}][^{re.escape(delimiter)}]*\\"')
+    has_lone = any("\\" in re.sub(r'\\[\\"]', "", line) for line in lines)
+    is_bare = is_escaped and not has_lone and any(map(bare.search, lines))  # in cells without quotes
+    if not is_bare and _parsed(lines, delimiter, "double", is_whole) is not None:
         return "double"
     if is_escaped and _parsed(lines, delimiter, "backslash", is_whole) is not None:
         return "backslash"
@@ -287,8 +290,8 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
     for place, delimiter in enumerate([given] if given else "\t" if kind == "tsv" else _IN_ORDER):
         quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
         rows = _parsed(lines, delimiter, quoting, is_whole)
-        width, share = _share(rows or [])
-        if rows and width > 1 and (share >= _CONSISTENT or given):
+        width, share = _share(rows[1:] or rows) if rows else (0, 0.0)
+        if rows and width > 1 and (share >= _CONSISTENT or given) and width - 2 < len(rows[0]) < width + 2:
             names = sum(cell.strip("\ufeff \"'").lower() in asked.named for cell in rows[0])
             found.append((names, round(share, 2), -place, delimiter, quoting))
     if found:

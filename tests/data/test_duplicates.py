@@ -15,7 +15,6 @@ from conftest import Capture, metrics, train_options, user_error
 from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.duplicates import find_leaks, find_repeats, text_digests
-from sst2_xlmr.data.formats import line_of, read_fields
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.report.header import data_report
 
@@ -48,25 +47,6 @@ def test_the_digest_of_a_pair_knows_where_its_first_text_ends() -> None:
 def test_few_rows(rows: int) -> None:
     repeats, contradictions = find_repeats(text_digests(["a"] * rows, [None] * rows), np.arange(rows))
     assert (len(repeats), len(contradictions)) == (0, 0 if rows < 2 else 2)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "header"),
-    [
-        ("x.csv", 'text,label\n"a\nb",0\nc,1\n', True),
-        ("x.csv", '"a\nb",0\nc,1\n', False),
-        ("x.tsv", "text\tlabel\na\t0\nb\t1\n", True),
-        ("x.tsv", "a\t0\nb\t1\n", False),
-        ("x.jsonl", '{"text": "a"}\n{"text": "b"}\n', True),
-        ("x.jsonl.gz", '{"text": "a"}\n{"text": "b"}\n', False),
-    ],
-)
-def test_a_row_is_named_by_its_first_line(name: str, content: str, header: bool, tmp_path: Path) -> None:
-    file = tmp_path / name
-    file.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
-    lines = [fields.line for fields in read_fields(file, header)]
-    assert len(lines) == 2
-    assert [line_of(file, row, header) for row in (0, 1)] == lines
 
 
 @pytest.fixture
