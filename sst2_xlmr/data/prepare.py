@@ -168,8 +168,9 @@ def find_task(config: Config, found: dict[str, list[Inspection]], path: Path) ->
         if not any(label.isdecimal() for label in labels):  # numbers, if there are any, are in other files
             others = [label for name in found for each in found[name] for label in each.labels]
             names, numbers = numbers_for(config.label_names, others, path)
-    else:
-        names, numbers = SingleLabel.find_label_names(labels, path), {}
+    else:  # what the training file calls its numbers holds for the other files, too
+        names, said = SingleLabel.find_label_names(labels, path), found["train"][0].layout.class_names.values()
+        numbers = {str(i): names.index(name) for each in said for i, name in enumerate(each) if name in names}
     task = SingleLabel(names, label_numbers=numbers)
     task.check(config)
     return task

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sst2_xlmr.config import Config
+from sst2_xlmr.config import FORMATS, Config
 from sst2_xlmr.data.formats import Fields, Layout, opened, read_fields, shortened
 from sst2_xlmr.data.sniff import Columns, find_layout, other_encoding
 from sst2_xlmr.task import MISSING, Task, alike, label_text, listed
@@ -51,6 +51,8 @@ def columns_of(config: Config, split: str = "") -> Columns:
 def columns_given(arguments: argparse.Namespace, split: str = "") -> Columns:
     """Return the columns that a script's options name; an option that is not given, or not there, has its default."""
     given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
+    if given.get("format") not in FORMATS:  # that of an export
+        given.pop("format", None)
     text = tuple(given.pop("text_column", None) or ())
     columns = Columns(text or None, given.pop("text_pair_column", None), given.pop("label_column", "label"), **given)
     for each in getattr(arguments, "columns", ()):

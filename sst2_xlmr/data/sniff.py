@@ -336,8 +336,9 @@ def _with_header(path: Path, found: Layout, rows: list[list[str]], asked: Column
     notes = found.notes
     if len(first) == width - 1 and len(rows) > 1:  # as R writes row names
         first, notes = ["", *first], (*notes, "the first column, row names, has no name in the header")
-    is_sst2 = first == ["sentence", "label"] and found[0] == "tsv" and all(row[0][-1:] == " " for row in rows[1:])
-    class_names = {"label": ("negative", "positive")} if is_sst2 and len(rows) > 1 else {}
+    ends = sum(row[0][-1:] == " " for row in rows[1:])  # as GLUE's texts of SST-2 do
+    is_sst2 = first == ["sentence", "label"] and found.delimiter == "\t" and ends > 0.8 * len(rows[1:])
+    class_names = {"label": ("negative", "positive")} if is_sst2 else {}
     return found._replace(header=True, names=tuple(first), class_names=class_names, notes=notes)
 
 

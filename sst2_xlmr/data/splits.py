@@ -90,10 +90,13 @@ def cut_off(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) ->
     chosen = np.zeros(len(texts), bool)
     class_of = np.full(len(texts), np.iinfo(np.int64).max)
     np.minimum.at(class_of, text_of.reshape(-1), labels.astype(np.int64))
+    exact = given = 0.0
     for label in np.unique(labels):
         mine = order[class_of[order] == label]
         total = int(copies[mine].sum())
-        wanted = min(max(1, round(share * total)), total - 1)
+        exact += share * total
+        wanted = min(max(1, round(exact - given)), total - 1)
+        given += wanted
         for text in mine:
             if copies[text] <= wanted:
                 chosen[text] = True

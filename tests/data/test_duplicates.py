@@ -16,6 +16,7 @@ from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.duplicates import find_leaks, find_repeats, text_digests
 from sst2_xlmr.data.prepare import prepare
+from sst2_xlmr.data.splits import cut_off
 from sst2_xlmr.report.header import data_report
 
 RunTrain = Callable[..., Path]
@@ -136,3 +137,35 @@ def test_nothing_left_is_an_error(tiny_encoder: Path, small_data: Path, tmp_path
     words = train_options(tiny_encoder, small_data, tmp_path / "run", "--drop-leaks")
     assert "leaves no row to train on" in user_error(lambda: train.main(words), capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_dev_that_is_cut_off(share: float) -> None:
+    """By class, equal texts on one side, whatever the order of the rows."""
+    draw = np.random.RandomState(0)
+    labels = np.repeat([0, 1, 2], [600, 300, 10])
+    digests = np.array([label * 10**6 + draw.randint(400) for label in labels], np.uint64)
+    dev = cut_off(digests, labels, share, seed=3)
+    assert not set(digests[dev].tolist()) & set(np.delete(digests, dev).tolist())
+    for label, count in enumerate((600, 300, 10)):
+        assert abs(int((labels[dev] == label).sum()) - share * count) <= 2
+    order = draw.permutation(len(labels))
+    again = cut_off(digests[order], labels[order], share, seed=3)
+    assert sorted(digests[order][again].tolist()) == sorted(digests[dev].tolist())
+    assert cut_off(digests, labels, share, seed=4).tolist() != dev.tolist()
+
+
+def test_dev_is_cut_off_where_there_is_none(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+    (small_data / "dev.tsv").unlink()
+    words = train_options(tiny_encoder, small_data, tmp_path / "run")
+    inputs = prepare(parse_args(words)[0], quiet=True)
+    rows, rest = inputs.caches["dev"].numbers, inputs.train_rows
+    assert rows is not None and rest is not None
+    assert sorted([*rows.tolist(), *rest.tolist()]) == list(range(50))
+    lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()
+    place = inputs.place_of("dev", 0)
+    assert inputs.texts_of("dev", {0})[0] == lines[int(place.split(":")[1]) - 1].split("\t")[0]
+    assert len(rows) == 5 and not inputs.leaks
+    more = prepare(parse_args([*words, "--dev-share", "0.4"])[0], quiet=True)
+    assert len(more.caches["dev"]) == 20
+    assert prepare(parse_args(words)[0], quiet=True).digests() == inputs.digests() != more.digests()

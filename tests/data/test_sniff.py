@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sst2_xlmr.data.rows import inspect, read_rows
-from sst2_xlmr.data.sniff import Columns, find_layout, other_encoding
+from sst2_xlmr.data.sniff import Columns, other_encoding
 from sst2_xlmr.util.errors import UserError
 
 ROWS = [
@@ -40,8 +40,8 @@ def read(path: Path, content: bytes | str, *text: str, **asked: Any) -> list[lis
     """Return texts and labels."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     columns = Columns(text or None, **asked)
-    label = find_layout(path, columns).names.index(columns.label) if not columns.label.isdecimal() else int(columns.label) - 1
-    return [[row.text, row.fields.cells[label]] for row in read_rows(path, columns, None)]
+    cells = [(row.text, dict(zip(row.fields.names, row.fields.cells))) for row in read_rows(path, columns, None)]
+    return [[text, row.get(columns.label, list(row.values())[-1])] for text, row in cells]
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])

@@ -113,7 +113,8 @@ def test_every_format_in_and_out_keeps_all_columns_and_the_order(
         assert float(row["probability"]) == max(probabilities.values())
     assert len(found) == len(ROWS)
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", "")
+    assert printed.out == ""
+    assert printed.err.count("quoting=3") == printed.err.count("\n") == (out == "out.tsv.gz"), "how pandas reads it"
 
 
 def test_a_file_gives_what_arguments_give(model: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -373,7 +374,7 @@ def test_lines_tell_the_time_left_where_there_is_no_terminal(
 
 WRONG_USE = {
     "--input no.tsv": "cannot read no.tsv: No such file",
-    "--input sample_data": "unknown kind of file",
+    "--input sample_data": "is a folder, but not one with a folder of texts per class",
     "--input sample_data/dev.tsv x": "--input and a sentence, 'x'",
     "--input sample_data/dev.tsv --text-column review": "dev.tsv, line 2: no column 'review'",
     "--input sample_data/dev.tsv --output no/such/x.tsv": "cannot write to no/such: No such file",
@@ -410,11 +411,11 @@ def test_wrong_use(model: Path, options: str, capsys: Capture, monkeypatch: pyte
     [
         ("in.tsv", b"", "has no rows"),
         ("in.tsv", b"text\n", "has no rows"),
-        ("in.tsv", b"text\n" + b"fine\n" * 3000 + b"caf\xe9\n", "in.tsv, line 3002: not UTF-8"),
+        ("in.tsv", b"text\n" + b"fine\n" * 3000 + b"caf\xe9\n", "in.tsv, line 3002: 1 row cannot be used: 1 with cut characters"),
         ("in.csv", b'text\n"never closed\n', "the row at line 2 is not valid CSV"),
         ("in.csv", b"text,a,a\nx,1,2\n", "two columns are named 'a', which JSON cannot express"),
-        ("in.jsonl", b'{"text": null}\n', "line 1: column 'text' holds no text"),
-        ("in.jsonl", b'{"text": "\\ud83d"}\n', "line 1: column 'text' has half a character"),
+        ("in.jsonl", b'{"text": null}\n', "line 1: 1 row cannot be used: 1 without text"),
+        ("in.jsonl", b'{"text": "\\ud83d"}\n', "1 with cut characters (line 1)"),
         ("in.csv.gz", gzip.compress(b"text\nx\n", mtime=0)[:-3], "not a whole gzip file"),
     ],
 )
@@ -470,3 +471,33 @@ def test_a_stream_becomes_a_file(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [file.name for file in tmp_path.iterdir()] == ([] if is_full else ["out.jsonl"])
+
+
+def test_a_line_is_answered_as_soon_as_it_is_there(model: Path) -> None:
+    """By whoever waits for it before writing the next one."""
+    command = [sys.executable, str(ROOT / "scripts/predict.py"), "--model", str(model), "--device", "cpu"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for text in (b"a fine film", b"a poor one"):
+            process.stdin.write(text + b"\n")
+            process.stdin.flush()
+            assert process.stdout.readline().endswith(b"\t" + text + b"\n")
+        process.stdin.close()
+        assert process.wait() == 0
+
+
+def test_a_model_of_pairs_is_asked_with_pairs(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**settings, "text_pairs": True}))
+    says = user_error(partial(run, copy, "a film"), capsys)
+    assert "was trained on pairs of texts; name the second column, too: --input FILE --text-pair-column NAME" in says
+
+
+@pytest.mark.parametrize("delimiter", [";", "|", "\t"])
+def test_a_file_without_a_header_loses_no_row(model: Path, tmp_path: Path, delimiter: str) -> None:
+    rows = [["Liebe Leute", "OTHER"], ["ihr Idioten", "OFFENSE"], ["guten Tag", "OTHER"]]
+    (tmp_path / "in.txt").write_text("".join(delimiter.join(row) + "\n" for row in rows))
+    run(model, "--input", tmp_path / "in.txt", "--text-column", 1, "--output", tmp_path / "out.csv")
+    found = list(csv.reader((tmp_path / "out.csv").open(newline="")))
+    assert [row[:2] for row in found] == rows

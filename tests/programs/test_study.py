@@ -81,7 +81,7 @@ def test_the_interval_is_students_and_leaves_out_what_is_unknown() -> None:
 def test_a_failing_run_ends_it_with_its_status(
     tiny_encoder: Path, small_data: Path, tmp_path: Path, capfd: Capture
 ) -> None:
-    (small_data / "train.tsv").write_text("sentence\tlabel\nno label\t7\nyes\t0\n")
+    (small_data / "train.tsv").write_text("sentence\tlabel\nno label\tx\nyes\t0\n")
     with pytest.raises(SystemExit) as stop:
         run_study("--seeds", "1,2", *common(tiny_encoder, small_data, tmp_path / "all"), "--label-names", "a,b")
     printed = capfd.readouterr()
@@ -199,7 +199,7 @@ def write_tsv(file: Path, lines: list[str]) -> Path:
 
 def run_split(source: Path, output: Path, *options: Any) -> tuple[list[str], list[str]]:
     """Return the lines of train and test."""
-    split.main([str(word) for word in ["--train-file", source, "--output-dir", output, *options]])
+    split.main([str(word) for word in ["--train-file", source, "--output-dir", output, "--keep-parts-apart", *options]])
     train, test = (output / f"{name}{source.suffix}" for name in ("train", "test"))
     return train.read_text().splitlines(), test.read_text().splitlines()
 
@@ -261,7 +261,7 @@ def test_splitting_csv_keeps_columns_and_quotes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reader", ["| true", "> /dev/full"])
 def test_split_has_succeeded_even_if_nobody_reads_it(tmp_path: Path, reader: str) -> None:
     source = write_tsv(tmp_path / "t.tsv", [f"text number {n}\t{n % 2}" for n in range(40)])
-    words = [sys.executable, str(ROOT / "scripts/split.py"), "--train-file", str(source), "--rows", "5"]
+    words = [sys.executable, str(ROOT / "scripts/split.py"), "--train-file", str(source), "--rows", "5", "--keep-parts-apart"]
     command = f"set -o pipefail; {' '.join(words)} --output-dir {tmp_path / 'out'} {reader}"
     done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0
