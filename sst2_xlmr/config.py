@@ -66,7 +66,7 @@ def names_in(text: str) -> list[str]:
 
     A line of a number, a tab and a name, and a JSON object's key and value, become `NUMBER=NAME`.
     """
-    text, is_file = typed(text), os.path.isfile(typed(text))
+    text, is_file = typed(text), Path(typed(text)).is_file()
     try:
         if is_file:
             text = Path(text).read_text(encoding="utf-8-sig").strip()
@@ -167,13 +167,15 @@ class Config:
     """All that defines a run. Field `some_name` is option `--some-name` and key `some_name` of `config.json`."""
 
     data_dir: FilePath | None = changeable(
-        None, "directory with train, perhaps dev (or validation, val) and test, of any kind (no file named: SST-2's)", "DIR"
+        None,
+        "directory with train, perhaps dev (or validation, val) and test, of any kind (no file named: SST-2's)",
+        "DIR",
     )
     train_file: list[FilePath] = changeable([], "training rows, one or more files; overrides --data-dir", "FILE")
     dev_file: FilePath | None = changeable(None, "rows to evaluate on during training; overrides --data-dir", "FILE")
     dev_share: float | None = option(
         None,
-        "share of the training rows, of each class, to cut off as dev (default: 0.1, at most 5,000 rows, without a dev file)",
+        "share of the training rows of each class to cut off as dev (default without a dev file: 0.1, up to 5,000)",
         "P",
         above(0, 0.9),
     )
@@ -201,11 +203,13 @@ class Config:
     delimiter: str | None = option(None, "of columns (default: found): tab, comma, semicolon, bar, or itself", "NAME")
     quoting: str | None = option(
         None,
-        "of cells (default: found): none, double (\"\"), single ('), backslash (\\\") ",
+        'of cells (default: found): none, double (""), single (\'), backslash (\\") ',
         "NAME",
         one_of(*QUOTES),
     )
-    encoding: str | None = option(None, "of the files, e.g. cp1252, gb18030 (default: UTF-8, UTF-16 by its mark)", "NAME")
+    encoding: str | None = option(
+        None, "of the files, e.g. cp1252, gb18030 (default: UTF-8, UTF-16 by its mark)", "NAME"
+    )
     header: bool | None = option(None, "whether a table's first line names its columns (default: found)")
     label_names: CommaSeparated | None = option(
         None,
@@ -291,7 +295,7 @@ class Config:
     )
     best_by: str | None = option(
         None,
-        "what chooses best/ and stops early: accuracy, macro_f1 or loss of dev, or the accuracy of the --eval-file NAME, or"
+        "what chooses best/ and stops early: accuracy, macro_f1 or loss of dev, the accuracy of the --eval-file NAME, or"
         " the mean of dev and all of them (default: accuracy); the lower loss decides a tie",
         "METRIC|NAME|mean",
     )
@@ -346,7 +350,7 @@ def check(config: Config) -> None:
     try:
         codecs.lookup(config.encoding or "utf-8")
     except LookupError:
-        raise UserError(f"--encoding {config.encoding} is unknown; take utf-8, cp1252, gb18030 or another of Python's") from None
+        raise UserError(f"--encoding {config.encoding} is unknown; take utf-8, cp1252, gb18030, ...") from None
     _check_files(config)
     if config.label_names and config.class_weights not in (None, "balanced"):
         weights = str(config.class_weights).count(",") + 1

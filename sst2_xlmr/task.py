@@ -68,17 +68,17 @@ class SingleLabel:
         """Return the names of a training file's classes, in the order of their numbers.
 
         Integers are in numerical, words in alphabetical order. `found` has rows and first line of every label, by
-        `label_text`. UserError, with the file's path, if there are fewer than two or more than `MAX_CLASSES`, or if they
-        are not classes.
+        `label_text`. UserError, with the file's path, if there are fewer than two or more than `MAX_CLASSES`, or if
+        they are not classes.
         """
         first_lines: dict[str, int] = {}
         for raw, (_, line) in found.items():
             if raw not in MISSING:
                 first_lines.setdefault(_plain(raw), line)
         integers = [int(label) for label in first_lines if _INTEGER.fullmatch(label)]
-        if -1 in integers and len(integers) == len(first_lines) and sorted(integers)[1:2] in ([0], [1]):
-            if 0 in integers or len(integers) > 3:  # -1 beside labels from 0 is no label
-                del first_lines["-1"]
+        is_from_0 = sorted(integers)[:2] == [-1, 0] or (sorted(integers)[:2] == [-1, 1] and len(integers) > 3)
+        if integers == [-1] or (is_from_0 and len(integers) == len(first_lines)):  # beside words, or labels from 0
+            del first_lines["-1"]
         _check_one_each(first_lines, path)
         return _in_order(first_lines, path)
 
@@ -93,7 +93,7 @@ class SingleLabel:
         number = self._numbers.get(cell) if isinstance(cell, str) else None
         if number is None and (number := self.number_of(label_text(cell))) == -2:
             raise UserError(f"{where}: {self.unknown([label_text(cell)])}")
-        return number if number >= 0 else None
+        return None if number == -1 else number
 
     def unknown(self, labels: Sequence[str]) -> str:
         """Return, for an error, what is wrong with labels that are none of the classes, and the cure."""
@@ -106,7 +106,8 @@ class SingleLabel:
         elif set(map(_key, labels)) <= set(map(_key, self.label_names)):
             cure = "; they differ by case, spaces or signs only: write them alike"
         is_one = ("is" if len(labels) == 1 else "are") + (" neither" if len(self._numbers) > self.outputs else " not")
-        return f"label{'s' * (len(labels) > 1)} {shown} {is_one} one {known}, the classes of the training file or of --label-names{cure}"
+        of_what = "the classes of the training file or of --label-names"
+        return f"label{'s' * (len(labels) > 1)} {shown} {is_one} one {known}, {of_what}{cure}"
 
     @property
     def _counted(self) -> list[int]:
@@ -378,9 +379,9 @@ def numbers_for(names: Sequence[str], labels: Iterable[str], path: object) -> tu
     Names may say their integers themselves, `1=World`. Else they are in the order of the integers among `labels`, those
     of the file, which begin at 0, at 1, or are all there. UserError if that cannot be told.
     """
-    if pairs := [match for name in names if (match := re.fullmatch("(-?[0-9]+)=(.+)", name))]:
-        if len(pairs) == len(names):
-            return [pair[2] for pair in pairs], {pair[1]: number for number, pair in enumerate(pairs)}
+    pairs = [match for name in names if (match := re.fullmatch("(-?[0-9]+)=(.+)", name))]
+    if len(pairs) == len(names):
+        return [pair[2] for pair in pairs], {pair[1]: number for number, pair in enumerate(pairs)}
     plain = {_plain(label) for label in labels} - MISSING - set(names)
     integers = sorted(int(label) for label in plain if _INTEGER.fullmatch(label))
     integers = integers[1:] if integers[:2] == [-1, 0] else integers
@@ -407,18 +408,18 @@ def _check_one_each(first_lines: dict[str, int], path: object) -> None:
         is_list = label[:1] in "[{" and label[-1:] in "]}"
         if is_list or (len(parts) > 1 and all(part in first_lines or part.isdecimal() for part in parts)):
             raise UserError(
-                f"{where}: label {_quoted(label)} is several labels; multi-label classification is not supported, a row has"
-                " one label: name a column of single labels with --label-column"
+                f"{where}: label {_quoted(label)} is several labels; multi-label classification is not supported, a row"
+                " has one label: name a column of single labels with --label-column"
             )
         if _FRACTION.fullmatch(label):
             raise UserError(
-                f"{where}: label {_quoted(label)} is a fraction; scores (regression) are not supported, a class is an integer"
-                " or a word. Name another column with --label-column, or the classes with --label-names"
+                f"{where}: label {_quoted(label)} is a fraction; scores (regression) are not supported, a class is an"
+                " integer or a word. Name another column with --label-column, or the classes with --label-names"
             )
     if len(first_lines) > MAX_CLASSES:
         raise UserError(
-            f"{path}, line {list(first_lines.values())[MAX_CLASSES]}: more than {MAX_CLASSES:,} different labels; name the"
-            " column with the classes with --label-column"
+            f"{path}, line {list(first_lines.values())[MAX_CLASSES]}: more than {MAX_CLASSES:,} different labels; name"
+            " the column with the classes with --label-column"
         )
 
 
@@ -428,8 +429,7 @@ def _in_order(first_lines: dict[str, int], path: object) -> list[str]:
     if len(labels) < 2:
         have = f"all rows have the label {_quoted(labels[0])}" if labels else "no row has a label"
         raise UserError(
-            f"{path}: {have}; name the column with the classes with"
-            " --label-column, or all classes with --label-names"
+            f"{path}: {have}; name the column with the classes with --label-column, or all classes with --label-names"
         )
     integers = [label for label in labels if _INTEGER.fullmatch(label)]
     if len(integers) == len(labels):

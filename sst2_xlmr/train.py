@@ -190,7 +190,11 @@ def check_inputs(config: Config, world: World) -> None:
     inputs, _ = prepare_inputs(config, world)
 
     def write() -> None:
-        say("\n".join([f"rows       {describe_rows(inputs)}", *lines_of(inputs), *data_report(inputs), *check_lines(inputs)]))
+        say(
+            "\n".join(
+                [f"rows       {describe_rows(inputs)}", *lines_of(inputs), *data_report(inputs), *check_lines(inputs)]
+            )
+        )
         path = Path(str(config.check))
         with writing(path):
             path.write_text(json.dumps(as_json(inputs), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

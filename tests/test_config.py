@@ -164,11 +164,19 @@ WRONG_FILES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("bad label", write("dev.tsv", b"sentence\tlabel\nx\t5\n"), "dev.tsv, line 2: label '5' is neither"),
     ("one label", write("train.tsv", b"sentence\tlabel\nx\t5\n"), "train.tsv: all rows have the label '5'"),
     ("fractions", write("train.tsv", b"sentence\tlabel\nx\t1.5\n"), "train.tsv, line 2: label '1.5' is a fraction"),
-    ("no label", write("dev.tsv", b"sentence\tlabel\nx\t1\ny\t\n"), "dev.tsv, line 3: 1 of 2 rows cannot be used: 1 without a label"),
+    (
+        "no label",
+        write("dev.tsv", b"sentence\tlabel\nx\t1\ny\t\n"),
+        "dev.tsv, line 3: 1 of 2 rows cannot be used: 1 without a label",
+    ),
     ("true", write("test.jsonl", b'{"text": "x", "label": true}\n'), "test.jsonl, line 1: label 'true' is neither"),
     ("no gzip", write("test.tsv.gz", b"sentence\tlabel\nx\t1\n"), "test.tsv.gz is not a whole gzip file"),
     ("latin-1", write("train.tsv", b"sentence\tlabel\ncaf\xe9\t1\n"), "1 with cut characters (line 2)"),
-    ("truncated row", write("train.tsv", b"sentence\tlabel\nx\t1\nhalf a se"), "1 with another number of columns (line 3: 1, not 2)"),
+    (
+        "truncated row",
+        write("train.tsv", b"sentence\tlabel\nx\t1\nhalf a se"),
+        "1 with another number of columns (line 3: 1, not 2)",
+    ),
     ("zip", write("train.tsv", b"PK\x03\x04\xff\xfe" + bytes(range(256))), "train.tsv is not a whole zip file"),
     ("folder", folder_for_file, "has no train.tsv"),
 ]

@@ -27,7 +27,7 @@ def needed(module: str, path: Path, what: str) -> Any:
     except ImportError as error:
         why = "" if isinstance(error, ModuleNotFoundError) else f" ({' '.join(str(error).split())[:100]})"
         raise UserError(
-            f"{path} is {what}, which needs {package}{why}: pip install '{wanted}' (the extra sst2-xlmr[files]), or save it as CSV"
+            f"{path} is {what}, which needs {package}{why}: pip install '{wanted}' (extra: files), or save it as CSV"
         ) from None
 
 
@@ -35,7 +35,7 @@ def needed(module: str, path: Path, what: str) -> Any:
 
 
 def json_rows(text: str, path: Path) -> list[Any]:
-    """Return the rows of a JSON document: an array of objects or of arrays, or what pandas' `to_json` makes of a table."""
+    """Return the rows of a JSON document: an array of objects or arrays, or what pandas makes of a table."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -46,7 +46,9 @@ def json_rows(text: str, path: Path) -> list[Any]:
             return [dict(zip(found["columns"], row)) for row in found["data"]]
         if len(found) == 1 and isinstance(parts[0], list):  # {"data": [...]}
             found = parts[0]
-        elif len(found) > 1 and all(isinstance(part, list) and part and isinstance(part[0], (dict, list)) for part in parts):
+        elif len(found) > 1 and all(
+            isinstance(part, list) and part and isinstance(part[0], (dict, list)) for part in parts
+        ):
             split = "[json.dump(rows, open(name + '.json', 'w')) for name, rows in json.load(sys.stdin).items()]"
             raise UserError(
                 f"{path} holds several tables ({', '.join(found)}); write each to a file of its own:"
@@ -65,7 +67,7 @@ def json_rows(text: str, path: Path) -> list[Any]:
 
 
 def labels_beside(path: Path) -> Path | None:
-    """Return the file of labels that belongs to a file of texts, `x_labels.txt` beside `x_text.txt`, if there is one."""
+    """Return the file of labels, `x_labels.txt`, of a file of texts, `x_text.txt`; None if there is none."""
     beside = path.with_name(path.name.replace("_text.", "_labels."))
     return beside if beside != path and beside.is_file() else None
 
@@ -74,18 +76,21 @@ def names_beside(path: Path) -> tuple[str, ...]:
     """Return the names of the labels 0, 1, ... in a `mapping.txt` beside a file; none if it is not there."""
     mapping = path.with_name("mapping.txt")
     rows = [line.split("\t") for line in mapping.read_text(encoding="utf-8").splitlines()] if mapping.is_file() else []
-    return tuple(row[1] for row in rows) if all(len(row) == 2 and row[0] == str(i) for i, row in enumerate(rows)) else ()
+    return (
+        tuple(row[1] for row in rows) if all(len(row) == 2 and row[0] == str(i) for i, row in enumerate(rows)) else ()
+    )
 
 
 def with_labels_beside(path: Path, texts: Iterable[tuple[int, list[Any]]]) -> Cells:
     """Add to every text the line of the labels' file; UserError unless both have as many lines."""
     labels_file = labels_beside(path)
     assert labels_file is not None
-    labels, rows = iter(labels_file.read_text(encoding="utf-8-sig").splitlines()), 0
-    for rows, (number, cells) in enumerate(texts, 1):
-        yield number, [*cells, next(labels, None)]
-    if (count := len(labels_file.read_text(encoding="utf-8-sig").splitlines())) != rows:
-        raise UserError(f"{path} has {rows:,} lines, but {labels_file} has {count:,}; they must belong together")
+    labels, rows = labels_file.read_text(encoding="utf-8-sig").splitlines(), list(texts)
+    if len(labels) != len(rows):
+        raise UserError(
+            f"{path} has {len(rows):,} lines, but {labels_file} has {len(labels):,}; they must belong together"
+        )
+    yield from ((number, [*cells, label]) for (number, cells), label in zip(rows, labels))
 
 
 def _folder_rows(path: Path, encoding: str) -> Cells:
@@ -137,7 +142,11 @@ def _arrow_batches(path: Path, kind: str) -> tuple[Any, dict[str, Any], Iterable
         sources = [pyarrow.memory_map(str(file)) for file in files]
         readers = [_arrow_reader(pyarrow, source) for source in sources]
         schema = readers[0].schema
-        return schema, info or _features(schema.metadata), (batch for reader in readers for batch in _all_batches(reader))
+        return (
+            schema,
+            info or _features(schema.metadata),
+            (batch for reader in readers for batch in _all_batches(reader)),
+        )
     except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors
         raise UserError(f"cannot read {path} as {what}: {shorten(error)}") from None
 

@@ -1,7 +1,7 @@
 """Files of rows, read by their `Layout` and written: tables with a delimiter, JSON, fastText's lines, plain lines.
 
-Only the current row is held in memory, but of a .json array all. Errors name the file and the line. Folders, Parquet and
-Excel are in containers.py; how a layout is found is in sniff.py.
+Only the current row is held in memory, but all of a JSON document. Errors name file and line.
+Folders, Parquet and Excel are in containers.py; how a layout is found is in sniff.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, NamedTuple, TextIO
 
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
     newline: str = "\n"
     header: bool = False
     names: tuple[str, ...] = ()
-    class_names: dict[str, Sequence[str]] = {}  # noqa: RUF012
+    class_names: Mapping[str, Sequence[str]] = {}  # noqa: RUF012
     notes: tuple[str, ...] = ()
 
     @property
@@ -100,7 +100,9 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
                 if "[Content_Types].xml" not in files:  # else a file of Excel
                     if len(files) != 1:
                         listed = shortened(", ".join(files))
-                        raise UserError(f"{path} is a .zip of {len(files)} files ({listed}); unpack it with unzip, and name one")
+                        raise UserError(
+                            f"{path} is a .zip of {len(files)} files ({listed}); unpack it with unzip, and name one"
+                        )
                     yield stack.enter_context(packed.open(files[0])), files[0].lower()  # type: ignore[misc]
                     return
                 raw.seek(0)
@@ -165,7 +167,9 @@ def csv_lines(lines: Iterable[str], quoting: str) -> Iterable[str]:
 
 def _csv_rows(lines: Lines, path: Path, layout: Layout) -> Rows:
     csv.field_size_limit(LONGEST)  # the default is 131,072
-    reader = csv.reader(csv_lines((line for _, line in lines), layout.quoting), **csv_dialect(layout.delimiter, layout.quoting))
+    reader = csv.reader(
+        csv_lines((line for _, line in lines), layout.quoting), **csv_dialect(layout.delimiter, layout.quoting)
+    )
     while True:
         first = reader.line_num + 1
         try:
@@ -178,7 +182,7 @@ def _csv_rows(lines: Lines, path: Path, layout: Layout) -> Rows:
                 problem = f"a field of more than {LONGEST:,} characters; is a quotation mark never closed?"
             elif "unexpected end" in problem:
                 problem = "the file ends inside a quoted field; is a quotation mark never closed?"
-            cure = "; if quotes are part of the text, say --quoting none, if \\\" stands for one, --quoting backslash"
+            cure = '; if quotes are part of the text, say --quoting none, if \\" stands for one, --quoting backslash'
             raise UserError(f"{path}: the row at line {first} is not valid CSV: {problem}{cure}") from None
         if cells:  # blank lines hold nothing: a row with one empty field is written as ""
             yield first, [cell.replace(_CR, "\r") for cell in cells] if _CR in "".join(cells) else cells
@@ -235,7 +239,9 @@ def read_fields(path: Path, layout: Layout) -> Iterator[Fields]:
         elif kind == "fasttext":
             for number, line in _row_lines(lines):
                 labels, text = _FASTTEXT.fullmatch(line).groups()  # type: ignore[union-attr]
-                yield Fields(number, names, [text.strip(), [label.removeprefix("__label__") for label in labels.split()]])
+                yield Fields(
+                    number, names, [text.strip(), [label.removeprefix("__label__") for label in labels.split()]]
+                )
         elif kind == "lines":
             texts = ((number, [line.removesuffix("\n").removesuffix("\r")]) for number, line in lines)
             rows = containers.with_labels_beside(path, texts) if len(names) > 1 else texts

@@ -79,7 +79,9 @@ def new_output(path: Path) -> Iterator[TextIO]:
             nonlocal writer
             table = arrow.Table.from_pylist([json.loads(line) for line in text.splitlines()], writer and writer.schema)
             if writer is None:  # a column without any value yet is of texts
-                fields = [field.with_type(arrow.string()) if field.type == arrow.null() else field for field in table.schema]
+                fields = [
+                    field.with_type(arrow.string()) if field.type == arrow.null() else field for field in table.schema
+                ]
                 table = table.cast(arrow.schema(fields))
                 writer = stack.enter_context(parquet.ParquetWriter(raw, table.schema))
             writer.write_table(table)

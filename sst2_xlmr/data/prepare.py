@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -86,14 +86,13 @@ class Prepared:
         """Return file and line of a split's row; UserError or StopIteration if it is no longer there."""
         cache, source = self.caches[split], self.splits[split]
         row = int(row if cache.numbers is None else cache.numbers[row])
-        for file, found, count in zip(source.files, source.found, cache.rows_of_files):
-            if row < count:
-                break
-            row -= count
-        layout = found.layout
-        if layout.format == "jsonl" or (layout.format == "tsv" and layout.quoting == "none"):
-            if not source.dropped:  # a row is a line
-                return f"{file.name}:{row + 1 + layout.header}"
+        ends = np.cumsum(cache.rows_of_files)
+        number = int(np.searchsorted(ends, row, side="right"))
+        row -= int(ends[number - 1]) if number else 0
+        file, layout = source.files[number], source.found[number].layout
+        is_plain = layout.format == "jsonl" or (layout.format == "tsv" and layout.quoting == "none")
+        if is_plain and not source.dropped:  # a row is a line
+            return f"{file.name}:{row + 1 + layout.header}"
         line = next(itertools.islice(read_rows(file, source.columns, self.task), row, None)).fields.line
         return f"{file.name}:{line}"
 
@@ -141,6 +140,8 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
             if name == "train" or "no column" not in str(error):
                 raise
             raise UserError(f"{error}, or for this file alone with --columns {name}:text=NAME,label=NAME") from None
+        if name == "train" and all(label.isdecimal() for each in found[name] for label in each.labels):
+            columns = {other: replace(each, keep_numbers=other != name) for other, each in columns.items()}
     for path, each in zip(files["train"], found["train"]):
         each.check(path, None, config.drop_unusable, config.label_names or ())
     task = find_task(config, found, files["train"][0])

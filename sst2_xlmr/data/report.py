@@ -62,8 +62,12 @@ def lines_of(inputs: Prepared) -> list[str]:
             counts = zip(split.files, inputs.caches[name].rows_of_files)
             lines.append(f"files      {name}: {', '.join(f'{path.name} {count:,}' for path, count in counts)}")
     for name in ("train", "dev"):
-        lines.append(f"classes    {name}: {listed([f'{label} {rows:,}' for label, rows in classes_of(inputs, name).items()])}")
-    return lines + [f"note       {name}: {note}" for name, split in inputs.splits.items() for note in notes_of(inputs, name, split)]
+        lines.append(
+            f"classes    {name}: {listed([f'{label} {rows:,}' for label, rows in classes_of(inputs, name).items()])}"
+        )
+    return lines + [
+        f"note       {name}: {note}" for name, split in inputs.splits.items() for note in notes_of(inputs, name, split)
+    ]
 
 
 def notes_of(inputs: Prepared, name: str, split: Split) -> list[str]:

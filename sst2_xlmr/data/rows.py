@@ -23,7 +23,12 @@ TEXT_OPTIONS = ("text_column", "text_pair_column", *READ_OPTIONS)
 COLUMN_OPTIONS = (*TEXT_OPTIONS, "label_column", "drop_unusable")
 # Why a row cannot be used.
 COLUMNS, CHARACTERS, NO_TEXT, NO_LABEL = "another number of columns", "cut characters", "no text", "no label"
-PHRASES = {COLUMNS: f"with {COLUMNS}", CHARACTERS: f"with {CHARACTERS}", NO_TEXT: "without text", NO_LABEL: "without a label"}
+PHRASES = {
+    COLUMNS: f"with {COLUMNS}",
+    CHARACTERS: f"with {CHARACTERS}",
+    NO_TEXT: "without text",
+    NO_LABEL: "without a label",
+}
 _UNUSABLE = re.compile("[\ud800-\udfff\0]")
 _CHUNK_CHARACTERS = 1 << 20
 _MOST_LABELS = 20_000  # that are counted; classes are far fewer
@@ -66,7 +71,7 @@ def columns_given(arguments: argparse.Namespace, split: str = "") -> Columns:
 
 
 def check_pairs(model: Path, pair: str | None, cure: str) -> None:
-    """Raise UserError if a model that was trained on pairs of texts is asked with single ones, or the other way round."""
+    """Raise UserError if a model that was trained on pairs is asked with single texts, or the other way round."""
     file = model / "config.json"
     stated = read_json(file, "a model's folder is needed").get("text_pairs") if file.is_file() else None
     if stated is not None and stated != (pair is not None):
@@ -95,7 +100,11 @@ def _position(path: Path, names: Sequence[str], layout: Layout, option: str, wan
             raise UserError(f"{path}: two columns are named {name!r}; give {option} a number, from 1")
         if found:
             return found[0]
-    among = shortened(", ".join(map(str, names))) if layout.header or not layout.is_table else f"1 to {len(names)}, it has no header"
+    among = (
+        shortened(", ".join(map(str, names)))
+        if layout.header or not layout.is_table
+        else f"1 to {len(names)}, it has no header"
+    )
     raise UserError(
         f"{path}, line {line}: no column {' or '.join(map(repr, wanted))} among {among}; name it with"
         f" {option}{_proposal(path, layout)}"
@@ -106,7 +115,12 @@ def _places(path: Path, layout: Layout, columns: Columns, fields: Fields, with_l
     """Return the places of a row's columns; UserError if one is missing, or two are the same."""
     names, line = fields.names, fields.line
     texts, label = columns.texts or ("sentence", "text"), columns.label
-    if not (columns.texts or layout.header) and layout.is_table and "text" not in names and (found := _likely(path, layout)):
+    if (
+        not (columns.texts or layout.header)
+        and layout.is_table
+        and "text" not in names
+        and (found := _likely(path, layout))
+    ):
         texts, label = (names[found[0]],), names[found[1]] if label == "label" and found[1] is not None else label
     if columns.texts:
         chosen = [_position(path, names, layout, "--text-column", [name], line) for name in texts]
@@ -117,16 +131,24 @@ def _places(path: Path, layout: Layout, columns: Columns, fields: Fields, with_l
     all_of = [each for each in (*chosen, pair, place) if each is not None]
     if len(set(all_of)) < len(all_of):
         twice = next(names[each] for each in all_of if all_of.count(each) > 1)
-        raise UserError(f"{path}: the column {twice!r} is named twice; text, second text and label are columns of their own")
+        raise UserError(
+            f"{path}: the column {twice!r} is named twice; text, second text and label are columns of their own"
+        )
     return Places(tuple(chosen), pair, place)
 
 
 def _likely(path: Path, layout: Layout) -> tuple[int, int | None] | None:
     """Return the columns that must hold text and label, if by their cells only one each can."""
-    rows = [each.cells for each in itertools.islice(read_fields(path, layout), 500) if len(each.cells) == len(layout.names)]
+    rows = [
+        each.cells for each in itertools.islice(read_fields(path, layout), 500) if len(each.cells) == len(layout.names)
+    ]
     cells = [[str(row[i]).strip() for row in rows] for i in range(len(layout.names))]
     texts = [i for i, each in enumerate(cells) if sum(" " in cell for cell in each) > len(each) / 2]
-    labels = [i for i, each in enumerate(cells) if i not in texts and all(each) and 1 < len(set(each)) <= max(2, len(each) / 2)]
+    labels = [
+        i
+        for i, each in enumerate(cells)
+        if i not in texts and all(each) and 1 < len(set(each)) <= max(2, len(each) / 2)
+    ]
     return (texts[0], labels[0] if len(labels) == 1 else None) if len(texts) == 1 else None
 
 
@@ -134,13 +156,19 @@ def _proposal(path: Path, layout: Layout) -> str:
     """Return the options that name a table's text and label, for an error; empty if that cannot be told."""
     if not layout.is_table:
         return ""
-    rows = [each.cells for each in itertools.islice(read_fields(path, layout), 500) if len(each.cells) == len(layout.names)]
-    flags = [name for i, name in enumerate(layout.names) if rows and {str(row[i]).strip() for row in rows} <= {"0", "1"}]
+    rows = [
+        each.cells for each in itertools.islice(read_fields(path, layout), 500) if len(each.cells) == len(layout.names)
+    ]
+    flags = [
+        name for i, name in enumerate(layout.names) if rows and {str(row[i]).strip() for row in rows} <= {"0", "1"}
+    ]
     if len(flags) > 2:
         return f"; {listed(flags)} hold 0 and 1: several labels a row (multi-label) are not supported, name one of them"
     if not (found := _likely(path, layout)):
         return ""
-    text, label = (repr(layout.names[i]) if i is not None and " " in layout.names[i] else layout.names[i or 0] for i in found)
+    text, label = (
+        repr(layout.names[i]) if i is not None and " " in layout.names[i] else layout.names[i or 0] for i in found
+    )
     return f" (e.g. --text-column {text}{f' --label-column {label}' if found[1] is not None else ''})"
 
 
@@ -172,7 +200,12 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool, may
         text = cells[places.texts[0]] if len(places.texts) == 1 else _joined(cells, places.texts)
         pair = None if places.pair is None else cells[places.pair]
         label = None if places.label is None else cells[places.label]
-        if class_names and (shown := label_text(label)).isdecimal() and int(shown) < len(class_names):
+        if (
+            class_names
+            and not columns.keep_numbers
+            and (shown := label_text(label)).isdecimal()
+            and int(shown) < len(class_names)
+        ):
             label = class_names[int(shown)]
         yield fields, _problem(text, pair, places.pair is not None, may_be_empty), text, pair, label
     if seen is None:
@@ -212,7 +245,9 @@ def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
         task: None for prediction, where no label is needed, and a text may be empty.
     """
     layout = find_layout(path, columns)
-    for fields, problem, text, pair, cell in _checked(path, layout, columns, task is not None, _takes_empty(columns, task)):
+    for fields, problem, text, pair, cell in _checked(
+        path, layout, columns, task is not None, _takes_empty(columns, task)
+    ):
         label = None
         if task and not problem:
             label = task.read_label(cell, f"{path}, line {fields.line}")
@@ -221,7 +256,9 @@ def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
             yield Row(text, pair, label, fields)
         elif not columns.drop_unusable:
             Inspection(layout, 0, {problem: (1, fields.line, "")}, {}).check_encoding(path)
-            raise unusable_error(path, {problem: (1, fields.line, _detail(problem, fields, cell))}, None if task is None else 0)
+            raise unusable_error(
+                path, {problem: (1, fields.line, _detail(problem, fields, cell))}, None if task is None else 0
+            )
 
 
 def _takes_empty(columns: Columns, task: Task | None) -> bool:
@@ -254,9 +291,11 @@ def unusable_error(path: Path, problems: Problems, rows: int | None) -> UserErro
     if NO_LABEL in problems and problems[NO_LABEL][2] not in ("''", ""):
         cure += "; if that is a class, list all with --label-names=A,B,..."
     elif CHARACTERS in problems:
-        cure += "; half a character stands there, which is not UTF-8; a file in another encoding needs, e.g., --encoding cp1252"
+        cure += "; half a character stands there; a file that is not UTF-8 needs, e.g., --encoding cp1252"
     first = f"{path}, line {min(line for _, line, _ in problems.values())}"
-    return UserError(f"{first}: {total:,}{of_all} row{'s' * (max(total, rows or 0) > 1)} cannot be used: {', '.join(kinds)}; {cure}")
+    return UserError(
+        f"{first}: {total:,}{of_all} row{'s' * (max(total, rows or 0) > 1)} cannot be used: {', '.join(kinds)}; {cure}"
+    )
 
 
 @dataclass(frozen=True)
@@ -312,7 +351,10 @@ class Inspection:
 
     def notes(self) -> list[str]:
         """Return what is to be said of the labels."""
-        found = [f"labels that differ only by case, spaces, signs or what cannot be seen: {listed(each)}" for each in alike(self.labels)]
+        found = [
+            f"labels that differ only by case, spaces, signs or what cannot be seen: {listed(each)}"
+            for each in alike(self.labels)
+        ]
         usable = sum(count for count, _ in self.labels.values())
         if usable > 20 and len(self.labels) > usable / 2:
             found.append(f"{len(self.labels):,} different labels in {usable:,} rows: is that the labels' column?")

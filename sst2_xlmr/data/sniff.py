@@ -1,8 +1,8 @@
 """How a file is to be read, found from its content, then its name: format, delimiter, quoting, line ends, header.
 
-The readers of pandas, DuckDB and clevercsv were tried first: the first asks for a dialect, the others take the first row
-of a file without a header for its header where all cells are words, and none tells GLUE's quotes, which are text, from
-those of CSV. What has been found here is read by Python's csv module.
+The readers of pandas, DuckDB and clevercsv were tried first: the first asks for a dialect, the others take the first
+row of a file without a header for its header where all cells are words, and none tells GLUE's quotes, which are text,
+from those of CSV. What has been found here is read by Python's csv module.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _NAME = re.compile(r"[^\W\d][\w.\-/#()?:]*( [\w.\-/#()?:]+){0,2}|#\d \w+")  # as
 _TREE = re.compile(r"\([0-9] (\([0-9] |[^()]+\)$)")
 _FASTTEXT = re.compile(r"__label__[^\s,;|]+(\s|$)")
 _TREE_CURE = (
-    "python -c \"import re, sys; [print(' '.join(re.findall(r'\\([0-9] ([^()]+)\\)', line)), line[1], sep='\\t') for line in"
-    ' sys.stdin]" < TREES > rows.tsv, and give the columns as 1 (text) and 2 (label)'
+    "python -c \"import re, sys; [print(' '.join(re.findall(r'\\([0-9] ([^()]+)\\)', line)), line[1], sep='\\t')"
+    ' for line in sys.stdin]" < TREES > rows.tsv, and give the columns as 1 (text) and 2 (label)'
 )
 # What a file is that begins so, and the cure.
 _FOREIGN = (
@@ -58,6 +58,7 @@ class Columns:
         pair: the second text of a row; None if rows have one.
         header: whether a table's first line names its columns; None to find out, as for the other four.
         drop_unusable: whether rows that cannot be used are left out; else they are an error.
+        keep_numbers: whether labels stay the numbers that they are, whatever names the file has for them.
         may_be_empty: whether a text can be used that is empty, as in prediction.
     """
 
@@ -71,6 +72,7 @@ class Columns:
     encoding: str | None = None
     drop_unusable: bool = False
     may_be_empty: bool = False
+    keep_numbers: bool = False
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -84,7 +86,7 @@ class Columns:
         return {name.lower() for name in names if not name.isdecimal()}
 
 
-def find_layout(path: Path, asked: Columns = Columns()) -> Layout:  # noqa: B008
+def find_layout(path: Path, asked: Columns = Columns()) -> Layout:
     """Return how a file is read; UserError if it is none of rows, or nobody can tell."""
     try:
         stat = path.stat()
@@ -107,8 +109,8 @@ def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
         if kind in ("parquet", "arrow"):
             return _arrow_layout(path, kind)
         if kind == "xlsx":
-            rows = [[cell or "" for cell in cells] for _, cells in containers.excel_rows(path)]
-            return _with_header(path, Layout("xlsx"), rows, asked)
+            cells_of_rows = [[cell or "" for cell in cells] for _, cells in containers.excel_rows(path)]
+            return _with_header(path, Layout("xlsx"), cells_of_rows, asked)
     encoding = asked.encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     lines, is_whole = _sample(path, encoding)
     newline = "\n"
@@ -118,9 +120,13 @@ def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
     found = found._replace(encoding=encoding, newline=newline)
     if found.format not in ("tsv", "csv"):
         return found
-    if found.quoting == "none" and not asked.quoting and not is_whole or found.delimiter == "\t" and not asked.quoting:
+    if (found.quoting == "none" and not asked.quoting and not is_whole) or (
+        found.delimiter == "\t" and not asked.quoting
+    ):
         found = _with_quoting_of_whole(path, found)
-    rows = _parsed(lines, found.delimiter, found.quoting, is_whole) or []
+    rows = _parsed(lines, found.delimiter, found.quoting, is_whole)
+    if rows is None:  # reading it will say where it is broken
+        rows = [[cell.strip('"') for cell in lines[0].rstrip("\r\n").split(found.delimiter)]]
     return _with_header(path, found, rows[:SAMPLE_ROWS], asked)
 
 
@@ -141,7 +147,9 @@ def _binary_format(path: Path, head: bytes) -> str | None:
         if head.startswith(magic):
             raise UserError(f"{path} is {what}; {cure}")
     if _HTML.match(head):
-        raise UserError(f"{path} is a web page or XML, perhaps an error page of a download; look at it, and fetch it again")
+        raise UserError(
+            f"{path} is a web page or XML, perhaps an error page of a download; look at it, and fetch it again"
+        )
     return None
 
 
@@ -245,7 +253,9 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
                 return False  # each of these lines is a row by itself
             seen.clear()
             rows += 1
-            quoted = {i for i, cell in enumerate(row) if quote in raw and quote + _escaped(cell, quote, inside) + quote in raw}
+            quoted = {
+                i for i, cell in enumerate(row) if quote in raw and quote + _escaped(cell, quote, inside) + quote in raw
+            }
             always = quoted if always is None else always & quoted
             is_needed |= any(mark in row[i] for i in quoted for mark in (quote, delimiter, "\n"))
     except csv.Error:
@@ -296,7 +306,7 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
             found.append((names, round(share, 2), -place, delimiter, quoting))
     if found:
         *_, delimiter, quoting = max(found)
-    elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip("\ufeff\r\n \"").lower() in asked.named:
+    elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in asked.named:
         delimiter = given or hint
         quoting = asked.quoting or _quoting(lines, delimiter, is_whole)
     else:
@@ -348,7 +358,10 @@ def _has_header(path: Path, rows: list[list[str]], width: int, asked: Columns) -
     names = {cell.lower() for cell in first}
     wanted = {name.lower() for name in (*asked.texts, asked.pair or "", asked.label) if name and not name.isdecimal()}
     filled_names = [cell for cell in first if cell]
-    if wanted & names - ({"label"} if asked.label == "label" and len(names) == 1 else set()) or {"text", "sentence"} & names:
+    if (
+        wanted & names - ({"label"} if asked.label == "label" and len(names) == 1 else set())
+        or {"text", "sentence"} & names
+    ):
         return True
     for start, prefix in ((0, ""), (1, ""), (1, "V")):  # of columns that have none, by pandas and R
         if len(first) > 1 and filled_names == [f"{prefix}{i + start}" for i in range(len(filled_names))]:
@@ -374,6 +387,7 @@ def _has_header(path: Path, rows: list[list[str]], width: int, asked: Columns) -
 
 
 # --- other encodings
+
 
 def other_encoding(content: bytes) -> str:
     """Return the most likely encoding of text that is not UTF-8; empty if UTF-8 was cut in the middle of characters."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ def _split_of(path: Path) -> str | None:
 
 
 def find_split(data_dir: Path, split: str, is_needed: bool = True) -> list[Path]:
-    """Return the file, or folder, of `split` in a folder, or none unless it is needed; UserError if there are several."""
+    """Return the file or folder of a split in a folder, or none unless it is needed; UserError if there are several."""
     present = sorted(each for each in data_dir.iterdir() if _split_of(each) == split)
     if present and "-00000-of-" in present[0].name:
         stem = present[0].name.split("-00000-of-")[0]
@@ -48,7 +47,7 @@ def find_split(data_dir: Path, split: str, is_needed: bool = True) -> list[Path]
 
 
 def find_files(config: Config, quiet: bool) -> tuple[dict[str, list[Path]], list[str]]:
-    """Return split name -> files: train, dev unless it is cut off, test files by their names; and what is to be said."""
+    """Return split name -> files: train, dev unless it is cut off, tests by their names; and what is to be said."""
     folder = Path(config.data_dir) if config.data_dir else None
     if folder is None and not config.train_file:
         folder = downloads.fetch_sst2(quiet=quiet)
@@ -85,7 +84,7 @@ def cut_off(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) ->
     Rows with equal texts stay together. Which texts they are is a function of texts, labels and seed alone, not of the
     rows' order. Digests are uint64 [rows], labels int [rows].
     """
-    texts, first, text_of, copies = np.unique(digests, return_index=True, return_inverse=True, return_counts=True)
+    texts, _, text_of, copies = np.unique(digests, return_index=True, return_inverse=True, return_counts=True)
     order = np.argsort(_mixed(texts, seed), kind="stable")
     chosen = np.zeros(len(texts), bool)
     class_of = np.full(len(texts), np.iinfo(np.int64).max)

@@ -18,8 +18,8 @@ from typing import Any, Callable, TypeVar
 
 import numpy as np
 
-from sst2_xlmr.data.duplicates import find_repeats, text_digests
 from sst2_xlmr.data.containers import source_digest
+from sst2_xlmr.data.duplicates import find_repeats, text_digests
 from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.rows import Inspection, Row, in_chunks, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
@@ -167,7 +167,9 @@ def _cached(
             unfinished.mkdir()
             write(unfinished)
             if changed := [path for path, before in zip(paths, digests) if source_digest(path) != before]:
-                raise UserError(f"{changed[0]} changed while it was being read; start again when it is completely written")
+                raise UserError(
+                    f"{changed[0]} changed while it was being read; start again when it is completely written"
+                )
             try:
                 unfinished.rename(folder)
             except OSError:  # another process was faster, or what is there is damaged

@@ -142,7 +142,9 @@ def export_run(
         },
     )
     rows = {split: len(cache) for split, cache in inputs.caches.items()}
-    rows |= {f"{kind} left out of {split}": n for split, each in inputs.splits.items() for kind, n in each.dropped.items()}
+    rows |= {
+        f"{kind} left out of {split}": n for split, each in inputs.splits.items() for kind, n in each.dropped.items()
+    }
     rows["train"] = len(inputs.train_labels)
     own = {split: metrics for split, metrics in evaluations.items() if split in rows}
     card = card_text(config, inputs.task, rows, own, step, calibration, is_chosen=folder.name == "best")

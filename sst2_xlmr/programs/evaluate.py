@@ -229,10 +229,14 @@ def main(argv: list[str] | None = None) -> None:
     task = with_numbers(task, arguments, found)
     for name, file in files.items():  # all of them before the first evaluation, so that a bad row shows at once
         left_out = found[name].check(file, task, columns[name].drop_unusable)
-        for said in filter(None, (description(file, found[name].layout, columns[name], found[name].rows), left_out_of(left_out))):
+        for said in filter(
+            None, (description(file, found[name].layout, columns[name], found[name].rows), left_out_of(left_out))
+        ):
             print(f"read as    {said}", file=sys.stderr)
     caches = {
-        name: tokenize_file(file, tokenizer_file, columns[name], task, tokenizer.max_length, cache_dir, lambda *_: tokenizer)
+        name: tokenize_file(
+            file, tokenizer_file, columns[name], task, tokenizer.max_length, cache_dir, lambda *_: tokenizer
+        )
         for name, file in files.items()
     }
     keep_probabilities = bool(arguments.tensorboard or arguments.calibrate or against)

@@ -33,7 +33,14 @@ from sst2_xlmr import __version__
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option, number_to
 from sst2_xlmr.config import flag
 from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, kind_of
-from sst2_xlmr.data.predictions import new_output, check_columns, console_lines, extended_rows, glue_numbers, submission_lines
+from sst2_xlmr.data.predictions import (
+    check_columns,
+    console_lines,
+    extended_rows,
+    glue_numbers,
+    new_output,
+    submission_lines,
+)
 from sst2_xlmr.data.report import description
 from sst2_xlmr.data.rows import TEXT_OPTIONS, Row, check_pairs, check_text, columns_given, in_chunks, read_rows
 from sst2_xlmr.data.sniff import find_layout
@@ -286,7 +293,9 @@ def say_layout(arguments: argparse.Namespace) -> None:
         print(f"read as    {said}", file=sys.stderr)
     if output and kind_of(output) == ".tsv":
         how = "sep='\\t', quoting=3, keep_default_na=False"
-        print(f"written    {output}: tabs, no quotes; pandas.read_csv({str(output)!r}, {how}) reads it", file=sys.stderr)
+        print(
+            f"written    {output}: tabs, no quotes; pandas.read_csv({str(output)!r}, {how}) reads it", file=sys.stderr
+        )
 
 
 def has_names(arguments: argparse.Namespace) -> bool:

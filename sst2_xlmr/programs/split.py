@@ -149,7 +149,9 @@ def main(argv: list[str] | None = None) -> None:
         free[stays] = True
     elif arguments.rows or arguments.test_share:
         if arguments.rows and arguments.rows >= len(examples):
-            raise UserError(f"--rows {arguments.rows}: only {len(examples):,} rows are there, and some must stay; hold out fewer")
+            raise UserError(
+                f"--rows {arguments.rows}: only {len(examples):,} rows are there, and some must stay; hold out fewer"
+            )
         wanted = arguments.rows / len(examples) if arguments.rows else arguments.test_share
         splits["test"] = draw(examples, wanted, arguments.seed, free)
         free[splits["test"]] = False

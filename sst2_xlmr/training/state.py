@@ -14,7 +14,7 @@ class TrainState:
         digests: SHA-256 of what the run reads, by what it is; a resumed run must read the same.
         step: global batches consumed; an optimizer step each, but for those that were skipped.
         epoch, batch: position of the next global batch.
-        best_value, best_loss, best_step: of the best evaluation so far, by --best-by (higher is better), and dev's loss.
+        best_value, best_loss, best_step: of the best evaluation so far, by --best-by (higher is better).
         evaluations: on dev, so far.
         stale_evaluations: since the best one.
         evaluation_due: whether the run was stopped before this step's evaluation was done.

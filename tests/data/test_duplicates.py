@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import random
 from collections.abc import Callable
 from pathlib import Path

@@ -116,14 +116,18 @@ def test_columns_must_differ_and_several_texts_are_joined(tmp_path: Path) -> Non
         rows(tmp_path / "a.csv", content, columns=Columns("4"))
 
 
-@pytest.mark.parametrize("missing", ["", " ", "NULL", "null", "NaN", "nan", "NA", "N/A", "None", "-", "?", "<NA>", "-1"])
+@pytest.mark.parametrize(
+    "missing", ["", " ", "NULL", "null", "NaN", "nan", "NA", "N/A", "None", "-", "?", "<NA>", "-1"]
+)
 def test_what_stands_for_no_label_is_never_a_class(tmp_path: Path, missing: str) -> None:
     file = tmp_path / "a.csv"
     file.write_text(f"text,label\na,0\nb,1\nc,{missing}\nd,1\n,1\ne,{missing}\n")
     found = inspect(file, Columns())
     task = SingleLabel(SingleLabel.find_label_names(found.labels, file))
     assert task.label_names == ["0", "1"]
-    with pytest.raises(UserError, match=r"line 4: 3 of 6 rows .* 1 without text \(line 6\), 2 without a label \(line 4"):
+    with pytest.raises(
+        UserError, match=r"line 4: 3 of 6 rows .* 1 without text \(line 6\), 2 without a label \(line 4"
+    ):
         found.check(file, task, drop=False)
     assert found.check(file, task, drop=True) == {"no text": 1, "no label": 2}
     assert [row.text for row in read_rows(file, Columns(drop_unusable=True), task)] == ["a", "b", "d"]
@@ -220,7 +224,7 @@ def test_a_thousand_classes_and_not_one_more(tmp_path: Path) -> None:
         (["?", "NULL"], "no row has a label; name the column with the classes with --label-column"),
         (["0.5", "0.7"], "line 2: label '0.5' is a fraction; scores (regression) are not supported"),
         (["27", "4,27"], "line 3: label '4,27' is several labels; multi-label classification is not supported"),
-        ([["a"], ["a", "b"]], "line 2: label '[\"a\", \"b\"]' is several labels"),
+        ([["a"], ["a", "b"]], 'line 2: label \'["a", "b"]\' is several labels'),
         (["good", "1", "bad"], "integers and words as labels ('1' in line 3, 'bad' in line 4)"),
     ],
 )

@@ -106,7 +106,7 @@ def test_a_file_is_inspected_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file, cache_dir = tmp_path / "train.tsv", tmp_path / "cache"
     file.write_text("sentence\tlabel\tstars\nx\tgood\t1\ny\tbad\t2\n")
 
-    def labels(**columns: str) -> dict[str, tuple[int, int]]:
+    def labels(**columns: Any) -> dict[str, tuple[int, int]]:
         return inspected(file, Columns(**columns), True, cache_dir).labels
 
     assert {label: tuple(seen) for label, seen in labels().items()} == {"good": (1, 2), "bad": (1, 3)}

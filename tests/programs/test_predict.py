@@ -114,7 +114,7 @@ def test_every_format_in_and_out_keeps_all_columns_and_the_order(
     assert len(found) == len(ROWS)
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.count("quoting=3") == printed.err.count("\n") == (out == "out.tsv.gz"), "how pandas reads it"
+    assert printed.err.count("quoting=3") == printed.err.count("\n") == (wanted == "out.tsv.gz"), "how pandas reads it"
 
 
 def test_a_file_gives_what_arguments_give(model: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -411,7 +411,11 @@ def test_wrong_use(model: Path, options: str, capsys: Capture, monkeypatch: pyte
     [
         ("in.tsv", b"", "has no rows"),
         ("in.tsv", b"text\n", "has no rows"),
-        ("in.tsv", b"text\n" + b"fine\n" * 3000 + b"caf\xe9\n", "in.tsv, line 3002: 1 row cannot be used: 1 with cut characters"),
+        (
+            "in.tsv",
+            b"text\n" + b"fine\n" * 3000 + b"caf\xe9\n",
+            "in.tsv, line 3002: 1 row cannot be used: 1 with cut characters",
+        ),
         ("in.csv", b'text\n"never closed\n', "the row at line 2 is not valid CSV"),
         ("in.csv", b"text,a,a\nx,1,2\n", "two columns are named 'a', which JSON cannot express"),
         ("in.jsonl", b'{"text": null}\n', "line 1: 1 row cannot be used: 1 without text"),

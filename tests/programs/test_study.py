@@ -86,7 +86,7 @@ def test_a_failing_run_ends_it_with_its_status(
         run_study("--seeds", "1,2", *common(tiny_encoder, small_data, tmp_path / "all"), "--label-names", "a,b")
     printed = capfd.readouterr()
     assert stop.value.code == 2
-    assert "error: " in printed.err and "label '7' is neither one of a, b" in printed.err
+    assert "error: " in printed.err and "label 'x' is neither one of a, b" in printed.err
     assert not (tmp_path / "all" / "ours" / "seed-2").exists()
 
 
@@ -261,7 +261,15 @@ def test_splitting_csv_keeps_columns_and_quotes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reader", ["| true", "> /dev/full"])
 def test_split_has_succeeded_even_if_nobody_reads_it(tmp_path: Path, reader: str) -> None:
     source = write_tsv(tmp_path / "t.tsv", [f"text number {n}\t{n % 2}" for n in range(40)])
-    words = [sys.executable, str(ROOT / "scripts/split.py"), "--train-file", str(source), "--rows", "5", "--keep-parts-apart"]
+    words = [
+        sys.executable,
+        str(ROOT / "scripts/split.py"),
+        "--train-file",
+        str(source),
+        "--rows",
+        "5",
+        "--keep-parts-apart",
+    ]
     command = f"set -o pipefail; {' '.join(words)} --output-dir {tmp_path / 'out'} {reader}"
     done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0
