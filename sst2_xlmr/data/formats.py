@@ -54,7 +54,7 @@ class Layout(NamedTuple):
     newline: str = "\n"
     header: bool = False
     names: tuple[str, ...] = ()
-    class_names: Mapping[str, Sequence[str]] = {}  # noqa: RUF012
+    class_names: Mapping[str, Sequence[str]] = {}
     notes: tuple[str, ...] = ()
 
     @property
@@ -159,7 +159,7 @@ def csv_dialect(delimiter: str, quoting: str) -> dict[str, Any]:
 
 def csv_lines(lines: Iterable[str], quoting: str) -> Iterable[str]:
     """Return lines for `csv.reader`: a lone carriage return is `_CR`, and a backslash that escapes nothing is kept."""
-    lines = (_LONE_CR.sub(_CR, line) if "\r" in line else line for line in lines)
+    lines = (_LONE_CR.sub(_CR, line) if "\r" in line[:-2] else line for line in lines)
     if quoting != "backslash":
         return lines
     return (_LONE_BACKSLASH.sub(lambda match: match[0] if match[1] else "\\\\", line) for line in lines)

@@ -193,21 +193,22 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool, may
                 kind = NO_LABEL if "--label-column" in str(error) else NO_TEXT
                 yield fields, kind, "", None, None
                 continue
-            class_names = layout.class_names.get(names[places.label] if places.label is not None else "")
+            class_names = (
+                ()
+                if columns.keep_numbers
+                else layout.class_names.get(names[places.label] if places.label is not None else "")
+            )
         if len(cells) != len(names):
             yield fields, COLUMNS, "", None, None
             continue
         text = cells[places.texts[0]] if len(places.texts) == 1 else _joined(cells, places.texts)
         pair = None if places.pair is None else cells[places.pair]
         label = None if places.label is None else cells[places.label]
-        if (
-            class_names
-            and not columns.keep_numbers
-            and (shown := label_text(label)).isdecimal()
-            and int(shown) < len(class_names)
-        ):
+        if class_names and (shown := label_text(label)).isdecimal() and int(shown) < len(class_names):
             label = class_names[int(shown)]
-        yield fields, _problem(text, pair, places.pair is not None, may_be_empty), text, pair, label
+        is_plain = places.pair is None and type(text) is str and text.isascii() and text.strip() and "\0" not in text
+        problem = "" if is_plain else _problem(text, pair, places.pair is not None, may_be_empty)
+        yield fields, problem, text, pair, label
     if seen is None:
         raise UserError(f"{path} has no rows")
 
@@ -245,24 +246,22 @@ def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
         task: None for prediction, where no label is needed, and a text may be empty.
     """
     layout = find_layout(path, columns)
-    for fields, problem, text, pair, cell in _checked(
-        path, layout, columns, task is not None, _takes_empty(columns, task)
-    ):
+    numbers: dict[str, int | None] = {}  # of the labels that were seen
+    may_be_empty = task is None or columns.may_be_empty
+    for fields, problem, text, pair, cell in _checked(path, layout, columns, task is not None, may_be_empty):
         label = None
         if task and not problem:
-            label = task.read_label(cell, f"{path}, line {fields.line}")
+            if not (isinstance(cell, str) and cell in numbers):
+                label = task.read_label(cell, f"{path}, line {fields.line}")
+                numbers[cell if isinstance(cell, str) else label_text(cell)] = label
+            label = numbers[cell if isinstance(cell, str) else label_text(cell)]
             problem = NO_LABEL if label is None else ""
         if not problem:
             yield Row(text, pair, label, fields)
         elif not columns.drop_unusable:
             Inspection(layout, 0, {problem: (1, fields.line, "")}, {}).check_encoding(path)
-            raise unusable_error(
-                path, {problem: (1, fields.line, _detail(problem, fields, cell))}, None if task is None else 0
-            )
-
-
-def _takes_empty(columns: Columns, task: Task | None) -> bool:
-    return task is None or columns.may_be_empty
+            problems = {problem: (1, fields.line, _detail(problem, fields, cell))}
+            raise unusable_error(path, problems, None if task is None else 0)
 
 
 def _detail(problem: str, fields: Fields, cell: Any) -> str:
