@@ -346,6 +346,8 @@ def label_text(cell: object) -> str:
     """Return a label as text, stripped of spaces: empty for JSON's null and NaN; 3.0 is 3, true is true."""
     if isinstance(cell, str):
         return cell.strip()
+    if type(cell) is int:
+        return str(cell)
     if isinstance(cell, list) and len(cell) < 2:
         return label_text(cell[0] if cell else None)
     if cell is None or cell != cell:

@@ -21,7 +21,7 @@ from sst2_xlmr.data import containers
 from sst2_xlmr.data.formats import Layout, csv_dialect, csv_lines, decoded_lines, opened, shortened
 from sst2_xlmr.util.errors import UserError
 
-SAMPLE_CHARACTERS, SAMPLE_ROWS = 1 << 20, 1000
+SAMPLE_CHARACTERS, SAMPLE_ROWS = 1 << 18, 1000
 DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";", "bar": "|"}
 _IN_ORDER = "\t|;,"  # the rarer in texts, the surer
 _CONSISTENT = 0.8  # share of the rows that have as many columns as most
