@@ -46,15 +46,16 @@ def add_option(parser: Any, name: str) -> None:
     if kind == "bool":
         # The help comes afterwards: Python 3.9 and 3.10 would add a default of their own to it.
         action = parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
-        action.help = f"{metadata['help']} [{'on' if default else 'off'}]"
+        action.help = metadata["help"] + ("" if default is None else f" [{'on' if default else 'off'}]")
         return
+    optional = {"nargs": "?", "const": os.devnull} if name == "check" else {"nargs": "+" if is_list else None}
     parser.add_argument(
         flag(name),
         type=TYPES.get(kind, str),
         metavar=metadata["metavar"],
-        nargs="+" if is_list else None,
         action="extend" if is_list else "store",
         default=argparse.SUPPRESS,
+        **optional,
         help=(metadata["help"] + (f" [{shown(default)}]" if default not in (None, []) else "")).replace("%", "%%"),
     )
 
@@ -146,6 +147,8 @@ def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
         if name not in OPTIONS:
             cure = hint(name, OPTIONS)
             raise UserError(f"{path}: unknown option {name!r}" + (f"; {cure}" if cure else ""))
+        if option_type(name)[1] and isinstance(value, (str, type(None))):  # of a version that took one only
+            values[name] = value = [value] if value else None if str(OPTIONS[name].type).endswith("None") else []
         if not _fits(value, name):
             raise UserError(f"{path}: {name!r} has the value {value!r}, which is not of the option's type")
     return values
@@ -201,9 +204,12 @@ def _resumed_config(given: dict[str, Any]) -> Config:
         before = getattr(config, name)
         if value != before and not OPTIONS[name].metadata["changeable"]:
             was = "its default" if before is None else shown(before)
+            cure = "leave it out, or start a new run"
+            if name in ("epochs", "max_steps", "early_stopping_patience"):  # which end a run
+                cure += f", e.g. from its model: --encoder {Path(given['output_dir']) / 'model'} --output-dir NEW_DIR"
             raise UserError(
                 f"{flag(name)} {shown(value)} differs from {was}, with which the run in {given['output_dir']} was"
-                " started; leave it out, or start a new run"
+                f" started; {cure}"
             )
     return dataclasses.replace(config, **given)
 
@@ -237,10 +243,11 @@ def _check_folders(config: Config, resume: bool) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Return the options with absolute paths, so that a saved `config.json` means the same in any folder."""
-    names = ["data_dir", "train_file", "dev_file", "tensorboard_dir"]
+    names = ["data_dir", "dev_file", "tensorboard_dir"]
     names += ["encoder"] if Path(config.encoder).is_dir() else []
     changes: dict[str, Any] = {name: os.path.abspath(value) for name in names if (value := getattr(config, name))}
-    changes["test_file"] = [os.path.abspath(file) for file in config.test_file]
+    for name in ("train_file", "test_file"):
+        changes[name] = [os.path.abspath(file) for file in getattr(config, name)]
     named = map(named_file, config.eval_file)
     changes["eval_file"] = [f"{name}={os.path.abspath(file)}" for name, file in named]
     return dataclasses.replace(config, **changes)

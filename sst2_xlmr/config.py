@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
+import json
 import math
 import os
 import re
@@ -20,12 +22,15 @@ LOCK_NAME = ".lock"  # in a run's folder
 MAX_CLASSES = 1000
 EVAL_BATCH_TOKENS = 4096
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
+COLUMN_KEYS = ("text", "pair", "label", "format", "delimiter", "quoting", "encoding")
+FORMATS = ("tsv", "csv", "jsonl", "json", "lines", "fasttext", "folder", "parquet", "arrow", "xlsx")
+QUOTES = {"none": "", "double": '"', "single": "'", "backslash": '"'}  # quoting -> quotation mark
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 # Annotations of options, which say how the command line writes them (see `TYPES`); `list[...]` takes several values.
 FilePath = str
 NamedFile = str  # NAME=FILE
-CommaSeparated = list  # of str, in one word
+CommaSeparated = list  # of str, in one word; see `names_in`
 
 
 def one_of(*values: str) -> Callable[[Any], str]:
@@ -56,12 +61,26 @@ def typed(word: str) -> str:
         return word
 
 
-def comma_separated(text: str) -> list[str]:
-    return [name.strip() for name in typed(text).split(",")]
+def names_in(text: str) -> list[str]:
+    """Return names separated by commas, of a JSON list, or of a file, which holds JSON or a name a line.
+
+    A line of a number, a tab and a name, and a JSON object's key and value, become `NUMBER=NAME`.
+    """
+    text, is_file = typed(text), os.path.isfile(typed(text))  # noqa: PTH113 (many names are too long for a path)
+    try:
+        if is_file:
+            text = Path(text).read_text(encoding="utf-8-sig").strip()
+        found = json.loads(text) if text[:1] in ("[", "{") else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--label-names: neither names nor JSON: {error}") from None
+    if isinstance(found, (list, dict)):
+        return [str(name) for name in found] if isinstance(found, list) else [f"{key}={found[key]}" for key in found]
+    lines = [line.strip() for line in (text.splitlines() if is_file else text.split(","))]
+    return [re.sub("^(-?[0-9]+)\t", r"\1=", line) for line in lines if line or not is_file]
 
 
 # How a value is read that an annotation names; all others are taken as they are.
-TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": typed, "CommaSeparated": comma_separated}
+TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": typed, "CommaSeparated": names_in}
 
 
 def _check_label_names(names: list[str]) -> str:
@@ -112,6 +131,13 @@ def _check_eval_files(values: list[str]) -> str:
     return ""
 
 
+def _check_columns(values: list[str]) -> str:
+    part = f"({'|'.join(COLUMN_KEYS)})=[^,=]+"
+    if all(re.fullmatch(rf"[^:]+:{part}(,{part})*", value) for value in values):
+        return ""
+    return f"takes SPLIT:KEY=VALUE,..., keys are {', '.join(COLUMN_KEYS)}"
+
+
 def option(
     default: Any,
     help: str,
@@ -142,11 +168,17 @@ class Config:
 
     data_dir: FilePath | None = changeable(
         None,
-        "directory with train and dev (and test) as .tsv, .csv or .jsonl, or .gz of these (no file named: SST-2's)",
+        "directory with train, perhaps dev (or validation, val) and test, of any kind (no file named: SST-2's)",
         "DIR",
     )
-    train_file: FilePath | None = changeable(None, "training rows; overrides --data-dir", "FILE")
+    train_file: list[FilePath] = changeable([], "training rows, one or more files; overrides --data-dir", "FILE")
     dev_file: FilePath | None = changeable(None, "rows to evaluate on during training; overrides --data-dir", "FILE")
+    dev_share: float | None = option(
+        None,
+        "share of the training rows of each class to cut off as dev (default without a dev file: 0.1, up to 5,000)",
+        "P",
+        above(0, 0.9),
+    )
     test_file: list[FilePath] = changeable([], "labelled rows to evaluate on at the end, one or more files", "FILE")
     eval_file: list[NamedFile] = changeable(
         [],
@@ -154,14 +186,41 @@ class Config:
         "NAME=FILE",
         _check_eval_files,
     )
-    text_column: str | None = option(
-        None, "column with the text, by name or by number from 1 (default: sentence, or else text)", "NAME|N"
+    text_column: list[str] | None = option(
+        None,
+        "column with the text, by name or by number from 1; several are joined (default: sentence, or else text)",
+        "NAME|N",
     )
     text_pair_column: str | None = option(None, "column with the second text, where a row is a pair of texts", "NAME|N")
     label_column: str = option("label", "column with the label, by name or by number from 1", "NAME|N")
-    header: bool = option(True, "a .tsv or .csv file's first line names its columns; without it, give them by number")
+    columns: list[str] = option(
+        [],
+        "columns of one file that has others, e.g. dev:text=sentence1,label=gold_label; also format, encoding, ...",
+        "SPLIT:KEY=VALUE,...",
+        _check_columns,
+    )
+    format: str | None = option(None, f"of the files (default: found): {', '.join(FORMATS)}", "NAME", one_of(*FORMATS))
+    delimiter: str | None = option(None, "of columns (default: found): tab, comma, semicolon, bar, or itself", "NAME")
+    quoting: str | None = option(
+        None,
+        'of cells (default: found): none, double (""), single (\'), backslash (\\") ',
+        "NAME",
+        one_of(*QUOTES),
+    )
+    encoding: str | None = option(
+        None, "of the files, e.g. cp1252, gb18030 (default: UTF-8, UTF-16 by its mark)", "NAME"
+    )
+    header: bool | None = option(None, "whether a table's first line names its columns (default: found)")
     label_names: CommaSeparated | None = option(
-        None, "names of the classes 0, 1, ... (default: the training file's labels)", "A,B,...", _check_label_names
+        None,
+        "names of the classes in the order of their numbers, or 1=A,2=B,..., a JSON list, or a file with a name a line"
+        " (default: the training file's labels)",
+        "A,B,...|FILE",
+        _check_label_names,
+    )
+    drop_unusable: bool = option(False, "leave out rows without text or label, or broken ones; else they are an error")
+    check: FilePath | None = changeable(
+        None, "read, check and tokenize all files, say how they were read, and end; also as JSON, to FILE", "FILE"
     )
     max_length: int = option(
         256, "maximum input length in tokens, with <s> and </s>; longer texts are cut", "TOKENS", between(3, 100_000)
@@ -234,8 +293,14 @@ class Config:
     eval_batch_tokens: int = option(
         EVAL_BATCH_TOKENS, "tokens per forward pass in evaluation; a longer row goes alone", "TOKENS", at_least(1)
     )
+    best_by: str | None = option(
+        None,
+        "what chooses best/ and stops early: accuracy, macro_f1 or loss of dev, the accuracy of an --eval-file NAME,"
+        " or the mean of dev and all of them (default: accuracy); the lower loss decides a tie",
+        "METRIC|NAME|mean",
+    )
     early_stopping_patience: int = option(
-        0, "stop after N evaluations in a row without a better dev accuracy (0: never)", "N", at_least(0)
+        0, "stop after N evaluations in a row without a better one, by --best-by (0: never)", "N", at_least(0)
     )
     save_every: int = changeable(0, "write a checkpoint every N steps, not only per epoch (0: no)", "N", at_least(0))
     keep_checkpoints: int = changeable(2, "how many of the newest checkpoints to keep, at least 2", "N", at_least(2))
@@ -261,6 +326,8 @@ def flag(name: str) -> str:
 
 def shown(value: Any) -> str:
     """Write an option's value as the command line takes it."""
+    if isinstance(value, list) and any("," in each for each in value):
+        return json.dumps(value, ensure_ascii=False)
     return ",".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -280,6 +347,10 @@ def check(config: Config) -> None:
         problem = field.metadata["check"](value) if field.metadata["check"] and value is not None else ""
         if problem:
             raise UserError(f"{flag(name)} {problem}, not {shown(value)}")
+    try:
+        codecs.lookup(config.encoding or "utf-8")
+    except LookupError:
+        raise UserError(f"--encoding {config.encoding} is unknown; take utf-8, cp1252, gb18030, ...") from None
     _check_files(config)
     if config.label_names and config.class_weights not in (None, "balanced"):
         weights = str(config.class_weights).count(",") + 1
@@ -292,19 +363,22 @@ def check(config: Config) -> None:
 
 def _check_files(config: Config) -> None:
     """Check that the files exist which the options name, and that none is missing beside them."""
-    files = [("train_file", config.train_file), ("dev_file", config.dev_file)]
+    files = [("train_file", file) for file in config.train_file]
+    files += [("dev_file", config.dev_file)] if config.dev_file else []
     files += [("test_file", file) for file in config.test_file]
     files += [("eval_file", str(named_file(value)[1])) for value in config.eval_file]
     try:
         if config.data_dir is not None and not Path(config.data_dir).is_dir():
             raise UserError(f"--data-dir {config.data_dir} is not a directory")
         for name, file in files:
-            if file and not Path(file).is_file():
+            if not Path(file).exists():
                 raise UserError(f"{flag(name)} {file} is not a file")
     except OSError as error:
         raise UserError(f"cannot look at {error.filename}: {error.strerror}") from None
-    for (given, file), (missing, other) in (files[:2], files[1::-1]):
-        if file and not other and not config.data_dir:
-            raise UserError(
-                f"{flag(given)} without {flag(missing)}: name that too, or a --data-dir that has such a file"
-            )
+    if config.dev_file and not config.train_file and not config.data_dir:
+        raise UserError("--dev-file without --train-file: name that too, or a --data-dir that has such a file")
+    if config.dev_file and config.dev_share is not None:
+        raise UserError("--dev-file and --dev-share both say what dev is; leave one of them out")
+    named = ["accuracy", "macro_f1", "loss", "mean", *(name for name, _ in map(named_file, config.eval_file))]
+    if config.best_by not in (None, *named):
+        raise UserError(f"--best-by is one of {', '.join(named)}, not {config.best_by}")

@@ -132,8 +132,8 @@ class Run:
         """Evaluate during training, and keep the model if it is the best."""
         state, task, may_end = self.state, self.task, self.schedule.may_end(self.state)
         found = {split: self.evaluate_split(split) for split in self.during}
-        value, labels = found["dev"].metrics[task.best_metric], self.inputs.caches["dev"].labels
-        is_best = value > state.best_value
+        value, loss = self.value_of(found), found["dev"].metrics["loss"]
+        labels, is_best = self.inputs.caches["dev"].labels, state.is_best(value, loss)
         is_written = is_best or may_end
         if self.config.calibrate and is_written:
             fitted = broadcast(self.world, calibrate(task, found["dev"].probabilities, labels))
@@ -147,8 +147,24 @@ class Run:
             except UserError:
                 self.save()  # with the evaluation still due, so that no step is lost
                 raise
-        state.count_evaluation(value)
+        state.count_evaluation(value, loss)
         state.collapse_check_due |= self.schedule.has_stopped_improving(state)
+
+    def value_of(self, found: dict[str, Evaluation]) -> float:
+        """Return what chooses the best evaluation, by --best-by; higher is better."""
+        best_by, metric = self.config.best_by, self.task.best_metric
+        if best_by == "loss":
+            return -float(found["dev"].metrics["loss"])
+        if best_by == "mean":
+            return float(np.mean([each.metrics[metric] for each in found.values()]))
+        return float(found[best_by].metrics[metric] if best_by in found else found["dev"].metrics[best_by or metric])
+
+    def best_name(self) -> str:
+        """Return what --best-by asks for, in words."""
+        best_by, metric = self.config.best_by, self.task.best_metric
+        if best_by in self.during or best_by == "mean":
+            return f"{best_by} {metric}"
+        return f"dev {best_by or metric}"
 
     def log_evaluations(self, found: dict[str, Evaluation], temperature: float, draws: bool) -> None:
         """Report evaluations of the model whose logits are divided by a temperature, perhaps with pictures."""

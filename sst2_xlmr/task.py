@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Callable, List, Tuple  # noqa: UP035 (TorchScript knows these only)
@@ -27,6 +27,11 @@ SST2_NAMES = ["negative", "positive"]
 ABSTAINED = "?"  # in place of a label whose probability is too low
 _INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")
 _FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
+_PARTS = re.compile(r"[,;|]")
+_INVISIBLE = re.compile(r"[\W_]")  # what labels that mean the same may differ by
+# What files have for no label, as pandas, R, MySQL, SNLI, ... write it. `none` and `NONE` are classes in some.
+MISSING = {*("", "-", "?", "NULL", "null", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "None", "\\N")}
 _SMALLEST = float(np.finfo(np.float32).tiny)  # a probability that was rounded to 0
 # See `collapse_reason`: a text's log-probabilities deviate less over the texts than this part of what they did before
 # training. Six collapsed runs of the small encoder were at 0 to 0.16 of it.
@@ -42,11 +47,14 @@ class SingleLabel:
         label_names: of the classes 0, 1, ...
         label_smoothing: probability mass that the loss spreads evenly over all classes.
         class_weights: fp32 [classes], factors on the loss of the rows of each class; None for ones.
+        label_numbers: the classes' numbers by what stands for them in files besides their names; None for 0, 1, ...,
+            unless names are integers themselves.
     """
 
     label_names: list[str]
     label_smoothing: float = 0.0
     class_weights: torch.Tensor | None = None
+    label_numbers: dict[str, int] | None = None
 
     problem_type = "single_label_classification"  # transformers' word for it
     label_dtype, label_shape = np.int32, ()  # of a row's label in the token cache: the class's number
@@ -56,55 +64,62 @@ class SingleLabel:
     # --- labels in files
 
     @staticmethod
-    def find_label_names(cells: Iterable[tuple[int, object]], path: object) -> list[str]:
+    def find_label_names(found: Mapping[str, Sequence[int]], path: object) -> list[str]:
         """Return the names of a training file's classes, in the order of their numbers.
 
-        Labels 0 and 1, or negative and positive, are SST-2's; other integers are in numerical, words in alphabetical
-        order. `cells` has line number and label of every row. UserError, with the file's path, if there are fewer than
-        two or more than `MAX_CLASSES`, or if they are not classes.
+        Integers are in numerical, words in alphabetical order. `found` has rows and first line of every label, by
+        `label_text`. UserError, with the file's path, if there are fewer than two or more than `MAX_CLASSES`, or if
+        they are not classes.
         """
         first_lines: dict[str, int] = {}
-        for line, cell in cells:
-            if isinstance(cell, str) and cell in first_lines:
-                continue
-            label = _label_text(cell, f"{path}, line {line}")
-            if label in first_lines:
-                continue
-            first_lines[label] = line
-            if _FRACTION.fullmatch(label):
-                raise UserError(
-                    f"{path}, line {line}: label {label!r} is a fraction; a class is an integer or a word. Name another"
-                    " column with --label-column, or the classes with --label-names"
-                )
-            if len(first_lines) > MAX_CLASSES:
-                raise UserError(
-                    f"{path}, line {line}: more than {MAX_CLASSES:,} different labels; name the column with the classes"
-                    " with --label-column"
-                )
+        for raw, (_, line) in found.items():
+            if raw not in MISSING:
+                first_lines.setdefault(_plain(raw), line)
+        integers = [int(label) for label in first_lines if _INTEGER.fullmatch(label)]
+        is_from_0 = sorted(integers)[:2] == [-1, 0] or (sorted(integers)[:2] == [-1, 1] and len(integers) > 3)
+        if integers == [-1] or (is_from_0 and len(integers) == len(first_lines)):  # beside words, or labels from 0
+            del first_lines["-1"]
+        _check_one_each(first_lines, path)
         return _in_order(first_lines, path)
 
-    def read_label(self, cell: object, where: str) -> int:
-        """Return the class's number for a cell: the class's name, or its number if no name is an integer itself.
-
-        UserError, beginning with `where`, if it is neither.
-        """
+    def number_of(self, label: str) -> int:
+        """Return the class's number for a label (see `label_text`); -1 for no label, -2 for none of the classes."""
         numbers = self._numbers
-        label = cell if isinstance(cell, str) and cell in numbers else _label_text(cell, where)
-        if label in numbers:
-            return numbers[label]
-        known = f"not one of {listed(self.label_names)}"
-        if len(numbers) > self.outputs:
-            known = f"neither one of {listed(self.label_names)} nor a number from 0 to {self.outputs - 1}"
-        raise UserError(
-            f"{where}: label {_quoted(label)} is {known}, the classes of the training file or of --label-names"
-        )
+        label = label if label in numbers else _plain(label)
+        return numbers.get(label, -1 if label in MISSING or label == "-1" else -2)
+
+    def read_label(self, cell: object, where: str) -> int | None:
+        """Return the class's number for a cell, None for no label; UserError, beginning with `where`, for another."""
+        number = self._numbers.get(cell) if isinstance(cell, str) else None
+        if number is None and (number := self.number_of(label_text(cell))) == -2:
+            raise UserError(f"{where}: {self.unknown([label_text(cell)])}")
+        return None if number == -1 else number
+
+    def unknown(self, labels: Sequence[str]) -> str:
+        """Return, for an error, what is wrong with labels that are none of the classes, and the cure."""
+        shown, known = ", ".join(_quoted(label) for label in labels[:10]), f"of {listed(self.label_names)}"
+        if len(self._numbers) > self.outputs:
+            known += f" nor a number from {min(self._counted)} to {max(self._counted)}"
+        cure = ""
+        if all(_INTEGER.fullmatch(_plain(label)) for label in labels):
+            cure = "; numbers stand for names only with --label-names, the names in the order of the numbers"
+        elif set(map(_key, labels)) <= set(map(_key, self.label_names)):
+            cure = "; they differ by case, spaces or signs only: write them alike"
+        is_one = ("is" if len(labels) == 1 else "are") + (" neither" if len(self._numbers) > self.outputs else " not")
+        of_what = "the classes of the training file or of --label-names"
+        return f"label{'s' * (len(labels) > 1)} {shown} {is_one} one {known}, {of_what}{cure}"
+
+    @property
+    def _counted(self) -> list[int]:
+        return [int(label) for label in self._numbers if label not in self.label_names]
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
         numbers = {name: number for number, name in enumerate(self.label_names)}
-        if not any(_INTEGER.fullmatch(name) for name in self.label_names):
-            numbers.update({str(number): number for number in range(len(self.label_names))})
-        return numbers
+        standing = self.label_numbers
+        if standing is None and not any(_INTEGER.fullmatch(name) for name in self.label_names):
+            standing = {str(number): number for number in range(len(self.label_names))}
+        return {**(standing or {}), **numbers}
 
     @staticmethod
     def label_keys(labels: np.ndarray) -> np.ndarray:
@@ -333,29 +348,97 @@ def _quoted(value: object) -> str:
     return text if len(text) <= 40 else text[:40] + "..."
 
 
-def _label_text(value: object, where: str) -> str:
-    """Return a label in the form to compare: stripped of spaces, JSON's integer 1 as "1"."""
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    problem = "is empty" if isinstance(value, str) else "is neither a word nor an integer"
-    raise UserError(
-        f"{where}: label {_quoted(value)} {problem}; write the class's name or number, or name the column with"
-        " --label-column"
-    )
+def label_text(cell: object) -> str:
+    """Return a label as text, stripped of spaces: empty for JSON's null and NaN; 3.0 is 3, true is true."""
+    if isinstance(cell, str):
+        return cell.strip()
+    if type(cell) is int:
+        return str(cell)
+    if isinstance(cell, list) and len(cell) < 2:
+        return label_text(cell[0] if cell else None)
+    if cell is None or cell != cell:
+        return ""
+    return _plain(json.dumps(cell, ensure_ascii=False, default=str))
+
+
+def _plain(label: str) -> str:
+    """Return a whole float as integer, any other label as it is."""
+    whole = _WHOLE.fullmatch(label)
+    return str(int(whole[1])) if whole and len(whole[1]) < 19 else label
+
+
+def _key(label: str) -> str:
+    if _INTEGER.fullmatch(label) or _FRACTION.fullmatch(label):
+        return label
+    return _INVISIBLE.sub("", label).casefold() or label
+
+
+def alike(labels: Iterable[str]) -> list[list[str]]:
+    """Return the labels, as they stand in a file, that differ only by case, spaces, signs or what cannot be seen."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(_key(_plain(label)), []).append(label)
+    return [group for group in groups.values() if len({_plain(label) for label in group}) > 1]
+
+
+def numbers_for(names: Sequence[str], labels: Iterable[str], path: object) -> tuple[list[str], dict[str, int]]:
+    """Return the names of `--label-names`, and the classes' numbers by the integers that stand for them in files.
+
+    Names may say their integers themselves, `1=World`. Else they are in the order of the integers among `labels`, those
+    of the file, which begin at 0, at 1, or are all there. UserError if that cannot be told.
+    """
+    pairs = [match for name in names if (match := re.fullmatch("(-?[0-9]+)=(.+)", name))]
+    if len(pairs) == len(names):
+        return [pair[2] for pair in pairs], {pair[1]: number for number, pair in enumerate(pairs)}
+    plain = {_plain(label) for label in labels} - MISSING - set(names)
+    integers = sorted(int(label) for label in plain if _INTEGER.fullmatch(label))
+    integers = integers[1:] if integers[:2] == [-1, 0] else integers
+    count, first = len(names), 0
+    if any(_INTEGER.fullmatch(name) for name in names):
+        return list(names), {}
+    if len(integers) == count:
+        return list(names), {str(integer): number for number, integer in enumerate(integers)}
+    if integers and integers[0] != 0 and integers[-1] == count:
+        first = 1
+    elif integers and (integers[0] != 0 or integers[-1] >= count):
+        stand = ", ".join(map(str, integers[:10]))
+        raise UserError(
+            f"{path} has the labels {stand}, and --label-names has {count} names: which number has which? Say it with"
+            f" them: --label-names {integers[0]}={names[0]},..."
+        )
+    return list(names), {str(first + number): number for number in range(count)}
+
+
+def _check_one_each(first_lines: dict[str, int], path: object) -> None:
+    """Raise UserError if labels are several a row, scores, or more than there may be classes."""
+    for label, line in first_lines.items():
+        where, parts = f"{path}, line {line}", [part.strip() for part in _PARTS.split(label)]
+        is_list = label[:1] in "[{" and label[-1:] in "]}"
+        if is_list or (len(parts) > 1 and all(part in first_lines or part.isdecimal() for part in parts)):
+            raise UserError(
+                f"{where}: label {_quoted(label)} is several labels; multi-label classification is not supported, a row"
+                " has one label: name a column of single labels with --label-column"
+            )
+        if _FRACTION.fullmatch(label):
+            raise UserError(
+                f"{where}: label {_quoted(label)} is a fraction; scores (regression) are not supported, a class is an"
+                " integer or a word. Name another column with --label-column, or the classes with --label-names"
+            )
+    if len(first_lines) > MAX_CLASSES:
+        raise UserError(
+            f"{path}, line {list(first_lines.values())[MAX_CLASSES]}: more than {MAX_CLASSES:,} different labels; name"
+            " the column with the classes with --label-column"
+        )
 
 
 def _in_order(first_lines: dict[str, int], path: object) -> list[str]:
     """Return the labels of a file, each given with the line of its first row, in the order of their numbers."""
     labels = sorted(first_lines)
-    if len(labels) == 1:
+    if len(labels) < 2:
+        have = f"all rows have the label {_quoted(labels[0])}" if labels else "no row has a label"
         raise UserError(
-            f"{path}: all rows have the label {_quoted(labels[0])}; name the column with the classes with"
-            " --label-column, or all classes with --label-names"
+            f"{path}: {have}; name the column with the classes with --label-column, or all classes with --label-names"
         )
-    if labels in (["0", "1"], SST2_NAMES):
-        return list(SST2_NAMES)
     integers = [label for label in labels if _INTEGER.fullmatch(label)]
     if len(integers) == len(labels):
         return sorted(labels, key=int)

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # torchrun -m sst2_xlmr.train: what is missing is sa
     start_program("train")
 
 import contextlib
+import json
 import shlex
 import signal
 import sys
@@ -21,9 +22,10 @@ from pathlib import Path
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag, named_file
 from sst2_xlmr.data.prepare import Prepared, prepare
+from sst2_xlmr.data.report import as_json, check_lines, lines_of
 from sst2_xlmr.evaluation.calibration import describe_calibration
 from sst2_xlmr.report.console import Report
-from sst2_xlmr.report.header import header_lines
+from sst2_xlmr.report.header import data_report, describe_rows, header_lines
 from sst2_xlmr.report.tensorboard import make_event_folder
 from sst2_xlmr.run import Run
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
@@ -33,8 +35,10 @@ from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.training.step import forward_backward
 from sst2_xlmr.util.distributed import World, broadcast, check_same, on_rank0, once_per_node, raise_on_all, start
 from sst2_xlmr.util.errors import Collapsed, Interrupted
+from sst2_xlmr.util.files import writing
 from sst2_xlmr.util.launch import command
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
+from sst2_xlmr.util.output import say
 from sst2_xlmr.util.precision import choose_precision, set_up_numerics
 
 FIXED_INPUTS = ("training rows", "file dev", "tokenizer", "encoder's weights")  # test files may differ on resume
@@ -139,9 +143,9 @@ def outputs(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
 
 def finish(run: Run) -> None:
     """Evaluate on the files for the end, write the model, and say where it lies."""
-    state, folder, metric = run.state, run.folder, run.task.best_metric
+    state, folder, metric = run.state, run.folder, run.best_name()
     if run.schedule.has_stopped_improving(state):
-        run.say(f"stopped early: {state.stale_evaluations} evaluations without a better dev {metric}")
+        run.say(f"stopped early: {state.stale_evaluations} evaluations without a better {metric}")
     found = {split: run.evaluate_split(split) for split in run.at_end}
     run.log_evaluations(found, state.temperature, draws=True)
     is_best = state.best_step == state.step
@@ -152,7 +156,7 @@ def finish(run: Run) -> None:
     if run.config.calibrate:
         run.say(f"calibrated {describe_calibration(state.temperature, state.ece_before, state.ece_after)}")
     chosen = f" (best of {state.evaluations} evaluations, slightly optimistic)" if state.evaluations > 1 else ""
-    run.say(f"best       dev {metric} {state.best_value:.4f} at step {state.best_step}{chosen}: {folder / 'best'}")
+    run.say(f"best       {metric} {abs(state.best_value):.4f} at step {state.best_step}{chosen}: {folder / 'best'}")
     run.say(f"model      after step {state.step}: {folder / 'model'}")
 
 
@@ -183,11 +187,31 @@ def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
         sys.exit(1)
 
 
+def check_inputs(config: Config, world: World) -> None:
+    """Say how all files are read, and what the model will see; also as JSON."""
+    inputs, _ = prepare_inputs(config, world)
+
+    def write() -> None:
+        say(
+            "\n".join(
+                [f"rows       {describe_rows(inputs)}", *lines_of(inputs), *data_report(inputs), *check_lines(inputs)]
+            )
+        )
+        path = Path(str(config.check))
+        with writing(path):
+            path.write_text(json.dumps(as_json(inputs), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    on_rank0(world, write)
+
+
 def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     config, resume = parse_args(argv)
     too_large = "use a smaller --encoder, or a machine with more memory"
     with start(config.device, config.threads, config.timeout_minutes) as world, memory_errors(too_large):
+        if config.check:
+            check_inputs(config, world)
+            return
         run, checkpoint = prepare_run(config, resume, world)
         with outputs(run, checkpoint, resume):
             run_to_its_end(run, checkpoint)

@@ -87,7 +87,11 @@ WRONG_FLAGS = [
     (["--eval-file", "a=train.py", "--eval-file", "a=README.md"], "two files have the name a, train.py and README.md"),
     (["--label-names", ",".join(map(str, range(1001)))], "different names (at most 1,000)"),
     (["--text-pair-column", "label", "--max-length", "5"], "--max-length must be 6 or more with --text-pair-column"),
-    (["--no-header"], "line 1: no column 'label' among 1, 2; name it with --label-column"),
+    (["--no-header"], "train.tsv has integers and words as labels"),
+    (["--best-by", "f1"], "--best-by is one of accuracy, macro_f1, loss, mean, not f1"),
+    (["--columns", "dev"], "--columns takes SPLIT:KEY=VALUE"),
+    (["--encoding", "latin-x"], "--encoding latin-x is unknown"),
+    (["--quoting", "csv"], "--quoting is not one of none, double, single, backslash"),
     (["--class-weights", "1"], "--class-weights is neither balanced nor a number of 0 or more for every class"),
     (["--class-weights", "1,2,3"], "--class-weights has 3 numbers, but there are 2 classes"),
     (["--class-weights", "balanced", "--label-names", "negative,positive,so-so"], "no row of class 'so-so'"),
@@ -122,17 +126,17 @@ def write(file: str, content: bytes) -> Callable[[Path], Any]:
 
 
 WRONG_FILES: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("no dev", lambda data: (data / "dev.tsv").unlink(), "has no dev.tsv, dev.csv or dev.jsonl"),
     ("two trains", lambda data: shutil.copy(data / "train.tsv", data / "train.csv"), "keep one, or use --train-file"),
     ("empty", write("train.tsv", b""), "train.tsv has no rows"),
-    ("no header", write("train.tsv", b"a fine film\t1\na poor one\t0\n"), "--label-column, or say --no-header"),
     ("bad label", write("dev.tsv", b"sentence\tlabel\nx\t5\n"), "dev.tsv, line 2: label '5' is neither"),
     ("one label", write("train.tsv", b"sentence\tlabel\nx\t5\n"), "train.tsv: all rows have the label '5'"),
     ("fractions", write("train.tsv", b"sentence\tlabel\nx\t1.5\n"), "train.tsv, line 2: label '1.5' is a fraction"),
+    ("no label", write("dev.tsv", b"sentence\tlabel\nx\t1\ny\t\n"), "line 3: 1 of 2 rows cannot be used: 1 without a"),
+    ("true", write("test.jsonl", b'{"text": "x", "label": true}\n'), "test.jsonl, line 1: label 'true' is neither"),
     ("no gzip", write("test.tsv.gz", b"sentence\tlabel\nx\t1\n"), "test.tsv.gz is not a whole gzip file"),
-    ("utf-16", write("train.tsv", "sentence\tlabel\nx\t1\n".encode("utf-16")), "is UTF-16"),
-    ("truncated row", write("train.tsv", b"sentence\tlabel\nx\t1\nhalf a se"), "line 3: 1 columns"),
-    ("unlabelled test", write("test.tsv", b"sentence\tlabel\nx\t\n"), "test.tsv, line 2: label ''"),
+    ("latin-1", write("train.tsv", b"sentence\tlabel\ncaf\xe9\t1\n"), "1 with cut characters (line 2)"),
+    ("truncated row", write("train.tsv", b"sentence\tlabel\nx\t1\nhalf a se"), "columns (line 3: 1, not 2)"),
+    ("zip", write("train.tsv", b"PK\x03\x04\xff\xfe" + bytes(range(256))), "train.tsv is not a whole zip file"),
 ]
 
 

@@ -1,39 +1,75 @@
-"""Files of rows, read and written: TSV (GLUE's layout), CSV (RFC 4180), JSONL, each also gzipped.
+"""Files of rows, read by their `Layout` and written: tables with a delimiter, JSON, fastText's lines, plain lines.
 
-Only the current row is held in memory. Errors name the file and the line.
+Only the current row is held in memory, but all of a JSON document. Errors name file and line.
+Folders, Parquet and Excel are in containers.py; how a layout is found is in sniff.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import gzip
-import itertools
+import io
 import json
 import re
+import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, NamedTuple, TextIO
 
+from sst2_xlmr.config import QUOTES
+from sst2_xlmr.data import containers
 from sst2_xlmr.util.errors import UserError
 
-KINDS = (".tsv", ".csv", ".jsonl")  # to add one, see `read_fields`, `row_writer` and the help of --data-dir
-# Longest line in bytes and longest CSV field in characters: a quote that is never closed, or a file without line ends,
-# must not fill the memory.
+KINDS = (".tsv", ".csv", ".jsonl", ".parquet")  # that are written; to add one, see `row_writer`
+# Longest line and longest cell in characters: a quote that is never closed, or a file without line ends, must not fill
+# the memory.
 LONGEST = 1 << 24
 _BREAKS = re.compile("\r\n|[\t\r\n]")
+_FASTTEXT = re.compile(r"((?:__label__\S+\s+)*(?:__label__\S+)?)(.*)", re.DOTALL)
+_LONE_CR, _CR = re.compile("\r(?!\n|\\Z)"), "\ufdd0"  # in a cell; what stands for it: csv takes it for a line end
+_LONE_BACKSLASH = re.compile(r'\\(\\|"|)')
 Lines = Iterator[tuple[int, str]]
 Rows = Iterator[tuple[int, list[str]]]
+
+
+class Layout(NamedTuple):
+    """How a file is read.
+
+    Attributes:
+        format: one of config.FORMATS.
+        delimiter, quoting, newline: of a table; `quoting` is a key of QUOTES.
+        header: whether a table's first line names its columns.
+        names: of the columns; empty in JSON, whose rows have their own.
+        class_names: of the labels 0, 1, ... by column, where the file itself says them.
+        notes: what is to be said of it.
+    """
+
+    format: str
+    encoding: str = "utf-8"
+    delimiter: str = ""
+    quoting: str = ""
+    newline: str = "\n"
+    header: bool = False
+    names: tuple[str, ...] = ()
+    class_names: Mapping[str, Sequence[str]] = {}
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_table(self) -> bool:
+        """Whether columns have an order, and the same names in every row."""
+        return self.format not in ("jsonl", "json") or bool(self.names)
 
 
 class Fields(NamedTuple):
     """A row as it stands in a file.
 
     Attributes:
-        line: number, from 1, of its first line.
+        line: number, from 1, of its first line; of its row, where there are no lines.
         names: of its columns; rows with the same columns share one list.
-        cells: one per name; text, or any JSON value in JSONL.
+        cells: one per name, unless the row is broken; text, or any JSON value in JSON.
     """
 
     line: int
@@ -46,43 +82,94 @@ def shortened(text: str, longest: int = 200) -> str:
     return text if len(text) <= longest else text[:longest] + "..."
 
 
-def decoded_lines(file: BinaryIO, name: str) -> Lines:
-    """Yield (line number from 1, line with its end) of UTF-8 text, with or without a byte order mark."""
-    lines = iter(functools.partial(file.readline, LONGEST + 1), b"")
-    for number, raw in enumerate(lines, 1):
-        if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"{name} is UTF-16, not UTF-8; convert it, e.g. with iconv -f UTF-16 -t UTF-8")
-        if number == 1 and raw[:2] == b"\x1f\x8b":
-            raise UserError(f"{name} is gzipped; let its name end in .gz")
-        if len(raw) > LONGEST:
-            raise UserError(f"{name}, line {number}: longer than {LONGEST:,} bytes; is it a file of rows?")
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{name}, line {number}: not UTF-8 (byte {error.start + 1} of the line); convert it, e.g. with iconv"
-            ) from None
-        if "\0" in line:
-            raise UserError(f"{name}, line {number}: has a NUL character; a file of rows is UTF-8 text without any")
-        yield number, line
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
+    """Open a file, unpacked if it is gzipped or a .zip with one file, by its content; also gives its name unpacked.
+
+    UserError if it cannot be read, while it is open too.
+    """
+    try:
+        with path.open("rb") as raw, contextlib.ExitStack() as stack:
+            magic, name = raw.peek(4)[:4], path.name.lower()
+            if magic[:2] == b"\x1f\x8b" or path.suffix.lower() == ".gz":
+                yield gzip.GzipFile(fileobj=raw), name.removesuffix(".gz")  # type: ignore[misc]
+                return
+            if magic == b"PK\x03\x04":
+                packed = stack.enter_context(zipfile.ZipFile(raw))
+                files = [each for each in packed.namelist() if not each.endswith("/") and "__MACOSX" not in each]
+                if "[Content_Types].xml" not in files:  # else a file of Excel
+                    if len(files) != 1:
+                        listed = shortened(", ".join(files))
+                        raise UserError(
+                            f"{path} is a .zip of {len(files)} files ({listed}); unpack it with unzip, and name one"
+                        )
+                    yield stack.enter_context(packed.open(files[0])), files[0].lower()  # type: ignore[misc]
+                    return
+                raw.seek(0)
+            yield raw, name
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is not a whole zip file: truncated or damaged; fetch it again") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise UserError(f"{path} is not a whole gzip file: truncated, damaged, or no gzip; fetch it again") from None
+    except (RuntimeError, NotImplementedError) as error:  # zipfile: a password, or an unknown compression
+        raise UserError(f"cannot unpack {path}: {error}; unpack it first") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _row_lines(lines: Lines, path: Path) -> Lines:
-    """Yield (line number, line without LF or CRLF) for formats with one row a line."""
-    blank_line = 0
-    for number, line in lines:
-        line = line.removesuffix("\n").removesuffix("\r")
-        if not line:
-            blank_line = blank_line or number
-        elif blank_line:  # blank lines at the very end are harmless, elsewhere a row has been lost
-            raise UserError(f"{path}, line {blank_line}: empty line between rows; remove it")
-        else:
+def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline: str = "\n") -> Lines:
+    """Yield (line number from 1, line with its end); UTF-8 with or without a byte order mark, if nothing else is said.
+
+    A byte that is not of the encoding becomes a lone surrogate (Python's `surrogateescape`).
+    """
+    codec = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
+    text = io.TextIOWrapper(file, codec, "surrogateescape", newline)
+    try:
+        for number, line in enumerate(iter(functools.partial(text.readline, LONGEST + 1), ""), 1):
+            if len(line) > LONGEST:
+                raise UserError(f"{name}, line {number}: longer than {LONGEST:,} characters; is it a file of rows?")
+            if "\0" in line:
+                cure = "remove it, or, if the file is UTF-16, say --encoding utf-16-le"
+                raise UserError(f"{name}, line {number}: has a NUL character; {cure}")
             yield number, line
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not {encoding}: {error.reason}; name its --encoding") from None
+    finally:
+        with contextlib.suppress(ValueError):  # the file has been closed
+            text.detach()
 
 
-def _csv_rows(lines: Lines, path: Path) -> Rows:
+def _row_lines(lines: Lines) -> Lines:
+    """Yield (line number, line without its end) for formats with one row a line; empty lines at the end are none."""
+    empty: list[int] = []
+    for number, line in lines:
+        if line := line.removesuffix("\n").removesuffix("\r"):
+            yield from ((each, "") for each in empty)
+            empty = []
+            yield number, line
+        else:
+            empty.append(number)
+
+
+def csv_dialect(delimiter: str, quoting: str) -> dict[str, Any]:
+    """Return the arguments of `csv.reader`."""
+    escape = {"doublequote": False, "escapechar": "\\"} if quoting == "backslash" else {}
+    return {"delimiter": delimiter, "quotechar": QUOTES[quoting], "strict": True, **escape}
+
+
+def csv_lines(lines: Iterable[str], quoting: str) -> Iterable[str]:
+    """Return lines for `csv.reader`: a lone carriage return is `_CR`, and a backslash that escapes nothing is kept."""
+    lines = (_LONE_CR.sub(_CR, line) if "\r" in line[:-2] else line for line in lines)
+    if quoting != "backslash":
+        return lines
+    return (_LONE_BACKSLASH.sub(lambda match: match[0] if match[1] else "\\\\", line) for line in lines)
+
+
+def _csv_rows(lines: Lines, path: Path, layout: Layout) -> Rows:
     csv.field_size_limit(LONGEST)  # the default is 131,072
-    reader = csv.reader((line for _, line in lines), strict=True)
+    reader = csv.reader(
+        csv_lines((line for _, line in lines), layout.quoting), **csv_dialect(layout.delimiter, layout.quoting)
+    )
     while True:
         first = reader.line_num + 1
         try:
@@ -95,41 +182,75 @@ def _csv_rows(lines: Lines, path: Path) -> Rows:
                 problem = f"a field of more than {LONGEST:,} characters; is a quotation mark never closed?"
             elif "unexpected end" in problem:
                 problem = "the file ends inside a quoted field; is a quotation mark never closed?"
-            raise UserError(f"{path}: the row at line {first} is not valid CSV: {problem}") from None
+            cure = '; if quotes are part of the text, say --quoting none, if \\" stands for one, --quoting backslash'
+            raise UserError(f"{path}: the row at line {first} is not valid CSV: {problem}{cure}") from None
         if cells:  # blank lines hold nothing: a row with one empty field is written as ""
-            yield first, cells
+            yield first, [cell.replace(_CR, "\r") for cell in cells] if _CR in "".join(cells) else cells
 
 
-def _table(rows: Rows, path: Path, header: bool, cure: str) -> Iterator[Fields]:
-    """Name the cells by the header, or number them from 1 without one."""
-    names: list[str] = []
-    for line, cells in rows:
-        if not names:
-            names = [name.strip() for name in cells] if header else [str(i) for i in range(1, len(cells) + 1)]
-            if header:
-                continue
-        if len(cells) != len(names):
-            listed = f" ({shortened(', '.join(names))})" if header else ""
-            raise UserError(
-                f"{path}, line {line}: {len(cells)} columns, but the {'header' if header else 'first row'} has"
-                f" {len(names)}{listed}; {cure}"
-            )
-        yield Fields(line, names, cells)
+def _table_rows(lines: Lines, path: Path, layout: Layout) -> Rows:
+    if layout.quoting != "none":
+        return _csv_rows(lines, path, layout)
+    # Split at line ends and delimiters only: some of SST-2's sentences start with a quotation mark.
+    if layout.newline == "\r":
+        lines = ((number, line.removesuffix("\r") + "\n") for number, line in lines)
+    return ((number, line.split(layout.delimiter)) for number, line in _row_lines(lines))
 
 
-def _objects(lines: Lines, path: Path) -> Iterator[Fields]:
-    """Read one JSON object per line; keys are the columns' names, so there is no header."""
-    names: list[str] = []
-    for number, line in lines:
+def _objects(lines: Lines, path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in _row_lines(lines):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not a JSON object with one key per column")
+        yield number, row
+
+
+def _named(rows: Iterable[tuple[int, Any]]) -> Iterator[Fields]:
+    """Give objects names, which those with the same keys share."""
+    names: list[str] = []
+    for number, row in rows:
         if list(row) != names:
             names = list(row)
         yield Fields(number, names, list(row.values()))
+
+
+def read_fields(path: Path, layout: Layout) -> Iterator[Fields]:
+    """Yield a file's rows, all columns as they are; a broken row has another number of cells than of names.
+
+    UserError, naming file, line and cure, if it is not as its layout says.
+    """
+    kind, names = layout.format, list(layout.names)
+    if kind in containers.READERS:
+        stored = containers.READERS[kind](path, layout.encoding)
+        if layout.header:
+            next(stored, None)
+        yield from (Fields(number, names, cells) for number, cells in stored)
+        return
+    with opened(path) as (file, _):
+        lines = decoded_lines(file, path, layout.encoding, layout.newline)
+        if kind == "json":
+            objects = enumerate(containers.json_rows("".join(line for _, line in lines), path), 1)
+            yield from (Fields(number, names, row) for number, row in objects) if names else _named(objects)
+        elif kind == "jsonl":
+            yield from _named(_objects(lines, path))
+        elif kind == "fasttext":
+            for number, line in _row_lines(lines):
+                labels, text = _FASTTEXT.fullmatch(line).groups()  # type: ignore[union-attr]
+                yield Fields(
+                    number, names, [text.strip(), [label.removeprefix("__label__") for label in labels.split()]]
+                )
+        elif kind == "lines":
+            texts = ((number, [line.removesuffix("\n").removesuffix("\r")]) for number, line in lines)
+            rows = containers.with_labels_beside(path, texts) if len(names) > 1 else texts
+            yield from (Fields(number, names, cells) for number, cells in rows)
+        else:
+            rows = _table_rows(lines, path, layout)
+            if layout.header:
+                next(rows, None)
+            yield from (Fields(number, names, cells) for number, cells in rows)
 
 
 def cell_text(cell: object) -> str:
@@ -139,8 +260,14 @@ def cell_text(cell: object) -> str:
     return "" if cell is None else json.dumps(cell, ensure_ascii=False)
 
 
+def either(names: Iterable[str]) -> str:
+    """Return `a, b or c`."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def kind_of(path: Path) -> str:
-    """Return a file's kind by its name, one of KINDS; UserError for any other extension."""
+    """Return the kind of a file to write, by its name; UserError for an extension that is none of KINDS."""
     plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     if plain.suffix.lower() not in KINDS:
         raise UserError(f"{path}: unknown kind of file; the name must end in {either(KINDS)}, perhaps with .gz")
@@ -148,60 +275,8 @@ def kind_of(path: Path) -> str:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file's columns have an order, and the same names in every row, perhaps given by a header."""
+    """Whether a file to write has the same columns in every row."""
     return kind_of(path) != ".jsonl"
-
-
-def either(names: Iterable[str]) -> str:
-    """Return `a, b or c`."""
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def find_split(data_dir: Path, split: str, is_needed: bool = True) -> list[Path]:
-    """Return the file of `split` in a folder, or none unless it is needed; UserError if there are several."""
-    names = [split + kind + packed for kind in KINDS for packed in ("", ".gz")]
-    present = [name for name in names if (data_dir / name).is_file()]
-    if len(present) > 1:
-        raise UserError(f"{data_dir} has {' and '.join(present)}; keep one, or use --{split}-file")
-    if is_needed and not present:
-        wanted = either(split + kind for kind in KINDS)
-        raise UserError(f"{data_dir} has no {wanted}, also none with .gz; name the file with --{split}-file")
-    return [data_dir / name for name in present]
-
-
-def read_fields(path: Path, header: bool = True) -> Iterator[Fields]:
-    """Yield a file's rows, all columns as they are; UserError, naming file, line and cure, if it is not as described.
-
-    Args:
-        path: .tsv (split at tabs, no quoting), .csv (RFC 4180 quoting) or .jsonl (one object per line), perhaps .gz.
-        header: whether the first line of a .tsv or .csv file names the columns; else their names are 1, 2, ...
-    """
-    kind, is_packed = kind_of(path), path.suffix.lower() == ".gz"
-    try:
-        with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if is_packed else raw as file:
-            lines = decoded_lines(file, str(path))  # type: ignore[arg-type]
-            if kind == ".csv":
-                yield from _table(_csv_rows(lines, path), path, header, 'put text that has a comma between "quotes"')
-            elif kind == ".jsonl":
-                yield from _objects(_row_lines(lines, path), path)
-            else:  # split at line ends and tabs only: some of SST-2's sentences start with a quotation mark
-                rows = ((number, line.split("\t")) for number, line in _row_lines(lines, path))
-                yield from _table(rows, path, header, "separate columns with one tab each")
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise UserError(f"{path} is not a whole gzip file: truncated, damaged, or no gzip; fetch it again") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def line_of(path: Path, row: int, header: bool) -> int:
-    """Return the number, from 1, of the line in which a row begins; the row's number is from 0.
-
-    UserError or StopIteration if the file has to be read for it, and is not what it was.
-    """
-    if kind_of(path) == ".csv":  # whose rows may take several lines
-        return next(itertools.islice(read_fields(path, header), row, None)).line
-    return row + 1 + (header and is_table(path))
 
 
 def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[object]], object]:
@@ -213,7 +288,7 @@ def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[obj
     """
     if kind == ".tsv":
         return lambda _, cells: file.write("\t".join(_BREAKS.sub(" ", cell_text(cell)) for cell in cells) + "\n")
-    if kind == ".jsonl":
+    if kind in (".jsonl", ".parquet"):  # see predictions.new_output
         return lambda names, cells: file.write(json.dumps(dict(zip(names, cells)), ensure_ascii=False) + "\n")
     assert kind == ".csv", kind
     rows = csv.writer(file)  # line ends are RFC 4180's CRLF: with them, a lone CR or LF in a cell is quoted too

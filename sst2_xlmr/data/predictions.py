@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TextIO
 
+from sst2_xlmr.data.containers import needed
 from sst2_xlmr.data.formats import is_table, kind_of, row_writer
 from sst2_xlmr.data.rows import Row
 from sst2_xlmr.task import listed
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import atomic_file, new_file, writing
 
 GLUE_NUMBERS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
 # A row's new cells: its label, the probability of that, perhaps those of all labels.
@@ -45,7 +50,7 @@ def extended_rows(
     """
     text = io.StringIO(newline="")
     write, needs_table = row_writer(text, kind_of(path)), is_table(path)
-    if header and needs_table:
+    if header and needs_table and kind_of(path) != ".parquet":
         write((), [*columns, *_free_names(names, columns)])
     last: list[str] = []
     for row, (label, *probabilities) in zip(rows, predictions):
@@ -57,6 +62,31 @@ def extended_rows(
             cells = [cells[here.index(name)] for name in columns]
         write([*here, *new], [*cells, label, *(round(probability, 6) for probability in probabilities)])
     return text.getvalue()
+
+
+@contextlib.contextmanager
+def new_output(path: Path) -> Iterator[TextIO]:
+    """Open an output file (see `new_file`); what is written for Parquet is JSON, an object a line."""
+    if kind_of(path) != ".parquet":
+        with new_file(path) as file:
+            yield file
+        return
+    arrow, parquet = (needed(name, path, "Parquet") for name in ("pyarrow", "pyarrow.parquet"))
+    with writing(path), atomic_file(path) as raw, contextlib.ExitStack() as stack:
+        writer: Any = None
+
+        def write(text: str) -> None:
+            nonlocal writer
+            table = arrow.Table.from_pylist([json.loads(line) for line in text.splitlines()], writer and writer.schema)
+            if writer is None:  # a column without any value yet is of texts
+                fields = [
+                    field.with_type(arrow.string()) if field.type == arrow.null() else field for field in table.schema
+                ]
+                table = table.cast(arrow.schema(fields))
+                writer = stack.enter_context(parquet.ParquetWriter(raw, table.schema))
+            writer.write_table(table)
+
+        yield SimpleNamespace(write=write)  # type: ignore[misc]
 
 
 def _free_names(new: Sequence[str], taken: Sequence[str]) -> list[str]:

@@ -5,23 +5,48 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from sst2_xlmr.config import Config, named_file, plain_name
+from sst2_xlmr.config import Config
+from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.duplicates import find_leaks
-from sst2_xlmr.data.formats import find_split
-from sst2_xlmr.data.rows import columns_of, has_labels, read_rows
-from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
+from sst2_xlmr.data.rows import Columns, Inspection, Row, columns_of, read_rows
+from sst2_xlmr.data.splits import cut_off, find_files, share_of
+from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, check_tokenizer, find_encoder, lowest_layers
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
-from sst2_xlmr.task import SingleLabel, Task
+from sst2_xlmr.task import SingleLabel, Task, numbers_for
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
+
+
+@dataclass(frozen=True)
+class Split:
+    """The files of a split, and what was found in them.
+
+    Attributes:
+        dropped: rows that are left out, by kind, over all files.
+        notes: what is to be said.
+        is_labelled: whether it has a cache; a test file may have no labels.
+    """
+
+    files: list[Path]
+    columns: Columns
+    found: list[Inspection]
+    dropped: dict[str, int]
+    notes: list[str]
+    is_labelled: bool = True
+
+    def rows(self, task: Task | None) -> Iterator[tuple[Path, Row]]:
+        """Yield the usable rows of all files."""
+        for file in self.files:
+            yield from ((file, row) for row in read_rows(file, self.columns, task))
 
 
 @dataclass(frozen=True)
@@ -29,7 +54,7 @@ class Prepared:
     """A run's inputs.
 
     Attributes:
-        files, caches: the file and the ids of every split.
+        splits: all that was found, by name; `files` and `caches` those that are labelled.
         leaks: split -> int64 numbers of the training rows whose text it has, too; of those that have any.
         train_rows: int64 numbers of the rows to train on; None for all.
     """
@@ -37,10 +62,14 @@ class Prepared:
     config: Config
     task: Task
     encoder: Encoder
-    files: dict[str, Path]
+    splits: dict[str, Split]
     caches: dict[str, TokenCache]
     leaks: dict[str, np.ndarray]
     train_rows: np.ndarray | None
+
+    @property
+    def files(self) -> dict[str, list[Path]]:
+        return {name: self.splits[name].files for name in self.caches}
 
     @property
     def train_labels(self) -> np.ndarray:
@@ -53,6 +82,33 @@ class Prepared:
         """int32 [rows], tokens of the rows to train on."""
         lengths = self.caches["train"].lengths()
         return lengths if self.train_rows is None else lengths[self.train_rows]
+
+    def place_of(self, split: str, row: int) -> str:
+        """Return file and line of a split's row; UserError or StopIteration if it is no longer there."""
+        cache, source = self.caches[split], self.splits[split]
+        row = int(row if cache.numbers is None else cache.numbers[row])
+        ends = np.cumsum(cache.rows_of_files)
+        number = int(np.searchsorted(ends, row, side="right"))
+        row -= int(ends[number - 1]) if number else 0
+        file, layout = source.files[number], source.found[number].layout
+        is_plain = layout.format == "jsonl" or (layout.format == "tsv" and layout.quoting == "none")
+        if is_plain and not source.dropped:  # a row is a line
+            return f"{file.name}:{row + 1 + layout.header}"
+        line = next(itertools.islice(read_rows(file, source.columns, self.task), row, None)).fields.line
+        return f"{file.name}:{line}"
+
+    def texts_of(self, split: str, rows: set[int]) -> dict[int, str]:
+        """Return the texts of some rows by their numbers; none if the files have changed, or are just being changed."""
+        cache, source = self.caches[split], self.splits[split]
+        numbers = {row if cache.numbers is None else int(cache.numbers[row]): row for row in rows}
+        try:
+            digests = [source_digest(file) for file in source.files]
+            if digests != [each.digest for each in source.found]:
+                return {}
+            found = {numbers[i]: row for i, (_, row) in enumerate(source.rows(self.task)) if i in numbers}
+        except UserError:
+            return {}
+        return {number: row.text if row.pair is None else f"{row.text} / {row.pair}" for number, row in found.items()}
 
     def digests(self) -> dict[str, str]:
         """Return SHA-256 of all that decides the result besides options, hexadecimal, by what it is.
@@ -70,25 +126,56 @@ class Prepared:
         }
 
 
-def find_files(config: Config, quiet: bool) -> dict[str, Path]:
-    """Return split name -> file: train, dev, and the test files by their names."""
-    folder = Path(config.data_dir) if config.data_dir else None
-    if folder is None and config.train_file is None:
-        folder = downloads.fetch_sst2(quiet=quiet)
-    files = {}
-    for split, given in (("train", config.train_file), ("dev", config.dev_file)):
-        if given:
-            files[split] = Path(given)
-        elif folder:  # otherwise both files are given: see config.check
-            [files[split]] = find_split(folder, split)
-    files.update(map(named_file, config.eval_file))
-    tests = [Path(file) for file in config.test_file]
-    if not tests and folder:  # GLUE's test file has no labels
-        tests = [file for file in find_split(folder, "test", is_needed=False) if has_labels(file, columns_of(config))]
-    for file in tests:
-        name = plain_name(file)
-        files[name if name not in files else str(file)] = file
-    return files
+def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, dict[str, Split]]:
+    """Find all files and read them through; returns the task with its classes, and the splits.
+
+    UserError for a row that cannot be used, unless these are left out, or a label that is no class.
+    """
+    files, said = find_files(config, quiet)
+    columns = {name: columns_of(config, name) for name in files}
+    found: dict[str, list[Inspection]] = {}
+    for name, paths in files.items():
+        try:
+            found[name] = [inspected(file, columns[name], True, cache_dir) for file in paths]
+        except UserError as error:
+            if name == "train" or "no column" not in str(error):
+                raise
+            raise UserError(f"{error}, or for this file alone with --columns {name}:text=NAME,label=NAME") from None
+        if name == "train" and all(label.isdecimal() for each in found[name] for label in each.labels):
+            columns = {other: replace(each, keep_numbers=other != name) for other, each in columns.items()}
+    for path, each in zip(files["train"], found["train"]):
+        each.check(path, None, config.drop_unusable, config.label_names or ())
+    task = find_task(config, found, files["train"][0])
+    splits = {}
+    for name, paths in files.items():
+        is_test = name not in ("train", "dev") and f"{name}=" not in "".join(config.eval_file)
+        is_labelled = not (is_test and all(each.is_unlabelled for each in found[name]))
+        dropped: dict[str, int] = {}
+        notes = [note for each in found[name] for note in (*each.layout.notes, *each.notes())]
+        for path, each in zip(paths, found[name]) if is_labelled else ():
+            for kind, count in each.check(path, task, config.drop_unusable).items():
+                dropped[kind] = dropped.get(kind, 0) + count
+        if not is_labelled:
+            notes.append("no row has a label: unlabelled, not evaluated")
+        splits[name] = Split(paths, columns[name], found[name], dropped, notes, is_labelled)
+    splits["train"].notes.extend(said)  # what has no split of its own
+    return task, splits
+
+
+def find_task(config: Config, found: dict[str, list[Inspection]], path: Path) -> Task:
+    """Return the task with the classes of the options, or of the training files."""
+    labels = {label: seen for each in reversed(found["train"]) for label, seen in each.labels.items()}
+    if config.label_names:
+        names, numbers = numbers_for(config.label_names, labels, path)
+        if not any(label.isdecimal() for label in labels):  # numbers, if there are any, are in other files
+            others = [label for name in found for each in found[name] for label in each.labels]
+            names, numbers = numbers_for(config.label_names, others, path)
+    else:  # what the training file calls its numbers holds for the other files, too
+        names, said = SingleLabel.find_label_names(labels, path), found["train"][0].layout.class_names.values()
+        numbers = {str(i): names.index(name) for each in said for i, name in enumerate(each) if name in names}
+    task = SingleLabel(names, label_numbers=numbers)
+    task.check(config)
+    return task
 
 
 def check_sizes(config: Config, shape: EncoderShape) -> None:
@@ -101,11 +188,8 @@ def check_sizes(config: Config, shape: EncoderShape) -> None:
 
 def prepare(config: Config, quiet: bool) -> Prepared:
     """Fetch and tokenize the run's inputs; earlier downloads and token caches are reused."""
-    files, columns, cache_dir = find_files(config, quiet), columns_of(config), downloads.cache_dir() / "tokens"
-    task = SingleLabel(config.label_names or label_names_of(files["train"], columns, cache_dir))
-    task.check(config)
-    for file in files.values():  # wrong columns or labels show in the first rows, before any download
-        next(itertools.islice(read_rows(file, columns, task), 1000, None), None)
+    cache_dir = downloads.cache_dir() / "tokens"
+    task, splits = inspect_splits(config, cache_dir, quiet)
     if config.encoder in BUNDLE_SHAPES:  # this must not wait for a download either
         check_sizes(config, BUNDLE_SHAPES[config.encoder])
     encoder = find_encoder(config.encoder, quiet)
@@ -114,20 +198,44 @@ def prepare(config: Config, quiet: bool) -> Prepared:
         encoder = lowest_layers(encoder, config.layers)
     load = functools.lru_cache(maxsize=1)(load_tokenizer)
     caches = {
-        split: tokenize_file(file, encoder.tokenizer_file, columns, task, config.max_length, cache_dir, load)
-        for split, file in files.items()
+        name: tokenize_file(
+            split.files, encoder.tokenizer_file, split.columns, task, config.max_length, cache_dir, load
+        )
+        for name, split in splits.items()
+        if split.is_labelled
     }
     train = caches["train"]
     check_tokenizer(encoder, train.vocab_size)
+    rest = None
+    if "dev" not in caches:
+        share = share_of(config, len(train))
+        rows = cut_off(train.text_digests, task.label_keys(train.labels), share, config.seed)
+        if not len(rows):
+            raise UserError(f"{len(train):,} training rows are too few to cut off dev; name a --dev-file")
+        whole, caches = train, {"train": train, "dev": train.part(rows), **caches}
+        kept = np.ones(len(whole), bool)
+        kept[rows] = False
+        rest = kept
+        note = f"{len(rows):,} of {len(train):,} training rows, cut off by class and seed; name a --dev-file for others"
+        of_train = splits["train"]
+        split = Split(of_train.files, of_train.columns, of_train.found, {}, [note])
+        splits = {"train": of_train, "dev": split, **splits}
     others = {split: cache.text_digests for split, cache in caches.items() if split != "train"}
     leaks = {split: find_leaks(train.text_digests, digests) for split, digests in others.items()}
+    leaks = {split: rows if rest is None else rows[rest[rows]] for split, rows in leaks.items()}
     leaks = {split: rows for split, rows in leaks.items() if len(rows)}
-    return Prepared(config, task, encoder, files, caches, leaks, choose_rows(config, train, leaks))
+    return Prepared(config, task, encoder, splits, caches, leaks, choose_rows(config, train, leaks, rest))
 
 
-def choose_rows(config: Config, train: TokenCache, leaks: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Return the numbers of the rows to train on, int64, ascending; None for all. UserError if none are left."""
-    stays = np.ones(len(train), bool)
+def choose_rows(
+    config: Config, train: TokenCache, leaks: dict[str, np.ndarray], rest: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Return the numbers of the rows to train on, int64, ascending; None for all. UserError if none are left.
+
+    Args:
+        rest: bool [rows], those that were not cut off for dev; None for all.
+    """
+    stays = np.ones(len(train), bool) if rest is None else rest.copy()
     if config.drop_duplicates:
         stays[train.repeats] = stays[train.contradictions] = False
     if config.drop_leaks:

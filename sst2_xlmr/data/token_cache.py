@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,22 +18,24 @@ from typing import Any, Callable, TypeVar
 
 import numpy as np
 
+from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.duplicates import find_repeats, text_digests
-from sst2_xlmr.data.formats import kind_of
-from sst2_xlmr.data.rows import Columns, Row, find_label_names, in_chunks, read_rows
+from sst2_xlmr.data.formats import Layout
+from sst2_xlmr.data.rows import Inspection, Row, in_chunks, inspect, read_rows
+from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import digest_of, digest_of_input
+from sst2_xlmr.util.files import digest_of
 
-CACHE_FORMAT = 8
+CACHE_FORMAT = 9
 TOKENIZER_THREADS = 4  # reading and writing rows, in Python, cannot keep more of them busy
 _CHUNK_ROWS = 1000
 _DAMAGED = (OSError, ValueError, KeyError, TypeError)
 Result = TypeVar("Result")
-# Tokenized rows: ids, int32 [tokens], tokens per row, labels, digests of the texts, and how many were cut.
-Chunk = tuple[np.ndarray, np.ndarray, list[Any], np.ndarray, int]
+# Tokenized rows: ids, int32 [tokens], tokens per row, labels, digests of the texts, and the rows that were cut.
+Chunk = tuple[np.ndarray, np.ndarray, list[Any], np.ndarray, list[int]]
 _DTYPES = {"offsets": np.int64, "text_digests": np.uint64}  # int32 elsewhere, but for labels
 
 
@@ -48,9 +50,11 @@ class TokenCache:
         distinct_ids: int32 [distinct ids], the ids that occur, ascending; empty unless the cache is on disk.
         text_digests: uint64 [rows], equal for equal texts (pairs of texts); empty unless the cache is on disk.
         repeats, contradictions: int32 [found]; see `duplicates.find_repeats`.
-        truncated: how many rows were cut to the longest length.
+        cut_rows: int32 [found], the rows that were cut to the longest length.
         vocab_size: every id that the tokenizer can give is below it; 0 unless the cache is on disk.
-        digest: SHA-256 of the file, hexadecimal.
+        digest: SHA-256 of the file, or of the files, hexadecimal.
+        rows_of_files: how many rows come from each file, where there are several.
+        numbers: int64 [rows], the rows' places among those of the files; None if these are all.
     """
 
     ids: np.ndarray
@@ -60,21 +64,45 @@ class TokenCache:
     text_digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     repeats: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     contradictions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    truncated: int = 0
+    cut_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     vocab_size: int = 0
     digest: str = ""
+    rows_of_files: list[int] = field(default_factory=list)
+    numbers: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def truncated(self) -> int:
+        """How many rows were cut to the longest length."""
+        return len(self.cut_rows)
 
     def lengths(self) -> np.ndarray:
         """Return int32 [rows], tokens per row."""
         lengths = np.empty(len(self), np.int32)
         return np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="unsafe")
 
+    def part(self, rows: np.ndarray) -> TokenCache:
+        """Return some rows, int64 ascending, as a cache of their own, in memory."""
+        lengths = self.lengths()[rows]
+        ids = [self.ids[self.offsets[row] : self.offsets[row + 1]] for row in rows.tolist()]
+        return TokenCache(
+            np.concatenate(ids),
+            np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+            self.labels[rows],
+            self.distinct_ids,
+            self.text_digests[rows],
+            cut_rows=np.flatnonzero(np.isin(rows, self.cut_rows)),
+            vocab_size=self.vocab_size,
+            digest=hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest(),
+            rows_of_files=self.rows_of_files,
+            numbers=rows,
+        )
+
 
 def tokenize_file(
-    path: Path,
+    paths: Path | Sequence[Path],
     tokenizer_file: Path,
     columns: Columns,
     task: Task,
@@ -82,35 +110,39 @@ def tokenize_file(
     cache_dir: Path,
     load: Callable[[Path, int], Tokenizer] = load_tokenizer,
 ) -> TokenCache:
-    """Return a file's token cache, computed on the first call with this content and read from disk after that.
+    """Return the token cache of a file, or of several as if they were one.
 
-    The result depends on all parameters but the last two, and these make up the cache key. UserError for a bad row (see
-    `rows.read_rows`), a file that changes while it is read, or a cache folder that cannot be written.
+    It is computed on the first call with this content and read from disk after that. The result depends on all
+    parameters but the last two, and these make up the cache key. UserError for a bad row (see `rows.read_rows`), a file
+    that changes while it is read, or a cache folder that cannot be written.
 
     Args:
         max_length: longest input in tokens.
         load: loads the tokenizer, if the file has no cache yet; pass one that caches its result for several files.
     """
-    depends_on = (tokenizer_digest(tokenizer_file), max_length, task.problem_type, task.label_names)
+    paths = [paths] if isinstance(paths, Path) else list(paths)
+    digest = tokenizer_digest(tokenizer_file)
+    depends_on = (digest, max_length, task.problem_type, task.label_names, task.label_numbers)
     return _cached(
         cache_dir,
-        (path, columns, *depends_on),
-        lambda folder: _write_cache(folder, path, load(tokenizer_file, max_length), columns, task),
+        (paths, columns, *depends_on),
+        lambda folder: _write_cache(folder, paths, load(tokenizer_file, max_length), columns, task),
         lambda folder, digest: _open_cache(folder, digest, task),
     )
 
 
-def label_names_of(path: Path, columns: Columns, cache_dir: Path) -> list[str]:
-    """Return the names of a training file's classes, found once per content of the file, as its ids are."""
+def inspected(path: Path, columns: Columns, with_label: bool, cache_dir: Path) -> Inspection:
+    """Return what a file holds, found once per content of the file, as its ids are."""
 
     def write(folder: Path) -> None:
-        (folder / "label_names.json").write_text(json.dumps(find_label_names(path, columns)), encoding="utf-8")
+        found = vars(inspect(path, columns, with_label))
+        (folder / "inspection.json").write_text(json.dumps(found), encoding="utf-8")
 
-    def read(folder: Path, _: str) -> list[str]:
-        names: list[str] = json.loads((folder / "label_names.json").read_text(encoding="utf-8"))
-        return names
+    def read(folder: Path, digest: str) -> Inspection:
+        found = json.loads((folder / "inspection.json").read_text(encoding="utf-8"))
+        return Inspection(**{**found, "layout": Layout(*found["layout"]), "digest": digest})
 
-    return _cached(cache_dir, (path, columns), write, read)
+    return _cached(cache_dir, ([path], columns, with_label), write, read)
 
 
 def _cached(
@@ -119,12 +151,14 @@ def _cached(
     """Return what is read from a folder of the cache, which is written first unless it is there and whole.
 
     Args:
-        depends_on: a file, the columns, and what else makes the cache key.
+        depends_on: files, the columns, and what else makes the cache key.
         read: takes the folder and the file's digest.
     """
-    path, columns, *further = depends_on
-    digest = digest_of_input(path)
-    key = json.dumps([CACHE_FORMAT, digest, kind_of(path), dataclasses.astuple(columns), further])
+    paths, columns, *further = depends_on
+    digests = [source_digest(path) for path in paths]
+    digest = digests[0] if len(paths) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    suffixes = [path.suffixes[-2:] for path in paths]  # which decide where the content does not
+    key = json.dumps([CACHE_FORMAT, digest, suffixes, dataclasses.astuple(columns), further])
     folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
     with contextlib.suppress(*_DAMAGED):  # absent or damaged: computed again
         return read(folder, digest)
@@ -134,8 +168,10 @@ def _cached(
             unfinished = Path(scratch, "unfinished")
             unfinished.mkdir()
             write(unfinished)
-            if digest_of_input(path) != digest:
-                raise UserError(f"{path} changed while it was being read; start again when it is completely written")
+            if changed := [path for path, before in zip(paths, digests) if source_digest(path) != before]:
+                raise UserError(
+                    f"{changed[0]} changed while it was being read; start again when it is completely written"
+                )
             try:
                 unfinished.rename(folder)
             except OSError:  # another process was faster, or what is there is damaged
@@ -155,7 +191,8 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chun
     def tokenize(rows: list[Row]) -> Chunk:
         texts, pairs, labels, _ = zip(*rows)
         ids, lengths = tokenizer.flat_ids(list(texts), None if pairs[0] is None else list(pairs))
-        cut = sum(tokenizer.is_longer(*rows[row][:2]) for row in np.flatnonzero(lengths == tokenizer.max_length))
+        longest = np.flatnonzero(lengths == tokenizer.max_length).tolist()
+        cut = [row for row in longest if tokenizer.is_longer(*rows[row][:2])]
         return ids, lengths, list(labels), text_digests(texts, pairs), cut
 
     threads = min(TOKENIZER_THREADS, len(os.sched_getaffinity(0)))
@@ -169,26 +206,36 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chun
             yield pending.popleft().result()
 
 
-def _write_cache(folder: Path, path: Path, tokenizer: Tokenizer, columns: Columns, task: Task) -> None:
-    rows = tokens = truncated = 0
-    occurs = np.zeros(tokenizer.vocab_size, bool)
+def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns: Columns, task: Task) -> None:
+    rows = tokens = 0
+    cut_rows: list[int] = []
+    occurs, rows_of_files = np.zeros(tokenizer.vocab_size, bool), [0] * len(paths)
+
+    def all_rows() -> Iterator[Row]:
+        for number, path in enumerate(paths):
+            for row in read_rows(path, columns, task):
+                rows_of_files[number] += 1
+                yield row
+
     with contextlib.ExitStack() as stack:
         names = ("ids", "offsets", "labels", "text_digests")
         files = [stack.enter_context((folder / f"{name}.bin").open("wb")) for name in names]
         files[1].write(np.int64(0).tobytes())
-        for ids, lengths, labels, digests, cut in _tokenize_chunks(read_rows(path, columns, task), tokenizer):
+        for ids, lengths, labels, digests, cut in _tokenize_chunks(all_rows(), tokenizer):
             arrays = (ids, tokens + np.cumsum(lengths), np.asarray(labels, task.label_dtype), digests)
             for file, array in zip(files, arrays):
                 file.write(array.tobytes())
             occurs[ids] = True
-            rows, tokens, truncated = rows + len(lengths), tokens + len(ids), truncated + cut
+            cut_rows += [rows + row for row in cut]
+            rows, tokens = rows + len(lengths), tokens + len(ids)
     all_digests = np.fromfile(folder / "text_digests.bin", np.uint64)
     all_labels = np.fromfile(folder / "labels.bin", task.label_dtype).reshape(rows, *task.label_shape)
     repeats, contradictions = find_repeats(all_digests, task.label_keys(all_labels))
-    found = {"distinct_ids": np.flatnonzero(occurs), "repeats": repeats, "contradictions": contradictions}
+    found = {"distinct_ids": np.flatnonzero(occurs), "cut_rows": np.array(cut_rows)}
+    found |= {"repeats": repeats, "contradictions": contradictions}
     for name, numbers in found.items():
         (folder / f"{name}.bin").write_bytes(numbers.astype(np.int32).tobytes())
-    counts = {"truncated": truncated, "vocab_size": tokenizer.vocab_size}
+    counts = {"vocab_size": tokenizer.vocab_size, "rows_of_files": rows_of_files}
     digests_of_files = {file.name: digest_of(file) for file in sorted(folder.iterdir())}
     (folder / "manifest.json").write_text(json.dumps({"counts": counts, "sha256": digests_of_files}), encoding="utf-8")
 

@@ -164,9 +164,13 @@ def export_run(
             "hidden_dropout_prob": config.dropout,
             "attention_probs_dropout_prob": config.dropout,
             "classifier_dropout": config.head_dropout,
+            "text_pairs": config.text_pair_column is not None,
         },
     )
     rows = {split: len(cache) for split, cache in inputs.caches.items()}
+    rows |= {
+        f"{kind} left out of {split}": n for split, each in inputs.splits.items() for kind, n in each.dropped.items()
+    }
     rows["train"] = len(inputs.train_labels)
     own = {split: metrics for split, metrics in evaluations.items() if split in rows}
     card = card_text(config, inputs.task, rows, own, step, calibration, is_chosen=folder.name == "best")

@@ -48,7 +48,7 @@ def card_text(
     encoder = _HUB_NAMES.get(config.encoder, Path(config.encoder).name)
     names = task.label_names
     eval_files = [str(named_file(value)[1]) for value in config.eval_file]
-    files = [config.data_dir, config.train_file, config.dev_file, *eval_files, *config.test_file]
+    files = [config.data_dir, *config.train_file, config.dev_file, *eval_files, *config.test_file]
     cells = [
         {"file": Path(split).name, "rows": f"{each['rows']:,}", **task.table_cells(each), "loss": f"{each['loss']:.4f}"}
         for split, each in evaluations.items()

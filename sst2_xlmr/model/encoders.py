@@ -37,7 +37,8 @@ _ONLY = {
 }  # of config.json, the default first
 MOST_LAYERS = 1_000
 _LAYOUT = "a model's folder in Hugging Face layout is needed"
-DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")  # of config.json
+# Of config.json, kept as they are; `text_pairs` says whether the model was trained on pairs of texts.
+DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "text_pairs")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,9 @@ import numpy as np
 from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_option, bounds_of
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.formats import KINDS, either
-from sst2_xlmr.data.rows import COLUMN_OPTIONS, Columns, columns_given
-from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
+from sst2_xlmr.data.report import description, left_out_of
+from sst2_xlmr.data.rows import COLUMN_OPTIONS, Columns, Inspection, check_pairs, columns_given
+from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.evaluation.calibration import calibrate, describe_calibration
 from sst2_xlmr.evaluation.compare import check_comparison
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
@@ -42,7 +45,7 @@ from sst2_xlmr.report.tensorboard import (
     open_events,
     read_texts,
 )
-from sst2_xlmr.task import Task
+from sst2_xlmr.task import Task, listed, numbers_for
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
@@ -103,14 +106,14 @@ def write_events(
     evaluations: dict[str, Evaluation],
     files: dict[str, Path],
     caches: dict[str, TokenCache],
-    columns: Columns,
+    columns: dict[str, Columns],
     task: Task,
 ) -> None:
     """Write scalars and pictures for TensorBoard, at step 0."""
     with writing(folder), open_events(folder) as writer:
         for name, evaluation in evaluations.items():
             add_scalars(writer, 0, name, {key: evaluation.metrics[key] for key in task.scalars})
-            texts_of = partial(read_texts, files[name], caches[name].digest, columns, task)
+            texts_of = partial(read_texts, files[name], caches[name].digest, columns[name], task)
             draw_evaluation(writer, 0, name, caches[name].labels, evaluation.probabilities, task, texts_of)
 
 
@@ -138,7 +141,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--calibrate", type=Path, metavar="FILE", help="fit a temperature on these rows, and write --output")
     add("--output", type=Path, metavar="DIR", help="the new folder of the calibrated model")
     add("--file", default=[], nargs="+", action="extend", metavar="[NAME=]FILE", help=rows)
-    for name in COLUMN_OPTIONS:
+    for name in (*COLUMN_OPTIONS, "columns", "label_names"):
         add_option(parser, name)
     add("--against", choices=("bf16", "fp32"), help="compare --precision with this one")
     add_bounds(parser)
@@ -184,12 +187,23 @@ def write_calibrated(arguments: argparse.Namespace, cache: TokenCache, fitted: t
     return f"{output}: {found}\n"
 
 
+def with_numbers(task: Task, arguments: argparse.Namespace, found: dict[str, Inspection]) -> Task:
+    """Return the task with the numbers that stand for its classes in the files: none without --label-names."""
+    if not (given := getattr(arguments, "label_names", None)):
+        return replace(task, label_numbers={})
+    labels = [label for each in found.values() for label in each.labels]
+    names, numbers = numbers_for(given, labels, next(iter(found)))
+    if set(names) != set(task.label_names):
+        raise UserError(f"--label-names {','.join(names)}: the model's classes are {listed(task.label_names)}")
+    return replace(task, label_numbers={key: task.label_names.index(names[i]) for key, i in numbers.items()})
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     arguments.model = model_folder(arguments.model)
     files = named_files(arguments.file, "--file") or {"dev": arguments.calibrate}
     for file in files.values():
-        if not file.is_file():
+        if not file.exists():
             raise UserError(f"--file {file} is not a file")
     keep_freed_memory()
     model, against, device = arguments.model, arguments.against, arguments.device
@@ -199,10 +213,22 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--precision int8 cannot be compared on this machine, which cannot compute it")
     if against == precision:
         raise UserError(f"--against {precision} compares {precision} with itself; name another --precision")
-    columns = columns_given(arguments)
+    columns = {name: replace(columns_given(arguments, name), may_be_empty=True) for name in files}
+    for each in columns.values():
+        check_pairs(model, each.pair, "--text-pair-column NAME")
     cache_dir, tokenizer_file = downloads.cache_dir() / "tokens", tokenizer.file
-    caches = {  # all of them before the first evaluation, so that a bad row shows at once
-        name: tokenize_file(file, tokenizer_file, columns, task, tokenizer.max_length, cache_dir, lambda *_: tokenizer)
+    found = {name: inspected(file, columns[name], True, cache_dir) for name, file in files.items()}
+    task = with_numbers(task, arguments, found)
+    for name, file in files.items():  # all of them before the first evaluation, so that a bad row shows at once
+        left_out = found[name].check(file, task, columns[name].drop_unusable)
+        for said in filter(
+            None, (description(file, found[name].layout, columns[name], found[name].rows), left_out_of(left_out))
+        ):
+            print(f"read as    {said}", file=sys.stderr)
+    caches = {
+        name: tokenize_file(
+            file, tokenizer_file, columns[name], task, tokenizer.max_length, cache_dir, lambda *_: tokenizer
+        )
         for name, file in files.items()
     }
     evaluations = evaluate_all(classifier, caches, arguments.batch_tokens)

@@ -54,6 +54,7 @@ FORMATS = ("hf", "onnx", "onnx-int8", "onnx-hf", "onnx-hf-int8", "torchscript")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # of a probability; bf16 weights have 8 significant bits
 ONNX_TOLERANCE = 1e-4
+TABLE_OPTIONS = [name for name in COLUMN_OPTIONS if name != "format"]  # which is that of the export
 ROWS_COMPARED = 1000  # of the texts whose vocabulary is kept: all have the same ids, these also the same answers
 ONNX_BATCH = 32
 # Takes texts and, or None, their second texts; returns fp32 probabilities, [rows, outputs].
@@ -72,7 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--keep-vocabulary-of", nargs="+", default=[], metavar="FILE", help=what)
     what = f"compare on these rows, labelled or not: {either(KINDS)}, or lines of text [built-in sentences]"
     add("--check-file", nargs="+", default=[], metavar="[NAME=]FILE", help=what)
-    for name in COLUMN_OPTIONS:
+    for name in TABLE_OPTIONS:
         add_option(parser, name)
     add_bounds(parser)
     arguments = parser.parse_args(argv)
@@ -102,7 +103,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if not is_int8 and (arguments.most_changed, arguments.most_lost) != (None, None):
         raise UserError("--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8; leave them out")
     files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, arguments.keep_vocabulary_of)]
-    for name in COLUMN_OPTIONS:
+    for name in TABLE_OPTIONS:
         if name in arguments and not any(map(is_rows_file, files)):
             where = "--check-file or --keep-vocabulary-of"
             raise UserError(f"{flag(name)} needs a {either(KINDS)} file whose columns it names: {where}")

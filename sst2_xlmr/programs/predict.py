@@ -19,7 +19,9 @@ import argparse
 import contextlib
 import itertools
 import os
+import queue
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,8 +33,17 @@ from sst2_xlmr import __version__
 from sst2_xlmr.cli import OneLineParser, add_model_options, add_option, number_to
 from sst2_xlmr.config import flag
 from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, kind_of
-from sst2_xlmr.data.predictions import check_columns, console_lines, extended_rows, glue_numbers, submission_lines
-from sst2_xlmr.data.rows import TEXT_OPTIONS, Row, check_text, columns_given, in_chunks, read_rows
+from sst2_xlmr.data.predictions import (
+    check_columns,
+    console_lines,
+    extended_rows,
+    glue_numbers,
+    new_output,
+    submission_lines,
+)
+from sst2_xlmr.data.report import description
+from sst2_xlmr.data.rows import TEXT_OPTIONS, Row, check_pairs, check_text, columns_given, in_chunks, read_rows
+from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.progress import with_progress
@@ -40,7 +51,7 @@ from sst2_xlmr.task import ABSTAINED, Task
 from sst2_xlmr.util import distributed
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, raise_on_all
-from sst2_xlmr.util.files import digest_of, digest_of_input, new_file
+from sst2_xlmr.util.files import digest_of, digest_of_input
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.output import print_text
 from sst2_xlmr.util.shards import first_missing, is_begun, open_shards, read_block, remove_shards, write_block
@@ -156,8 +167,13 @@ def read_input(arguments: argparse.Namespace) -> Iterator[Row]:
             raise UserError(f"no sentences: {cure}")
         decoded = decoded_lines(sys.stdin.buffer, "standard input")
         lines = ((number, line.rstrip("\r\n")) for number, line in decoded)
-    names = ["sentence"]
-    return (Row(text, None, None, Fields(number, names, [text])) for number, text in lines)
+    names, where = ["sentence"], "sentence" if arguments.sentences else "standard input, line"
+
+    def checked(number: int, text: str) -> Row:
+        check_text(text, f"{where} {number}")
+        return Row(text, None, None, Fields(number, names, [text]))
+
+    return (checked(number, text) for number, text in lines)
 
 
 def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
@@ -205,11 +221,42 @@ def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
             yield item
 
 
+def as_they_come(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Yield rows in lists, none of which waits for a row that is not there yet; they are read on a thread."""
+    waiting: queue.Queue[Any] = queue.Queue(ROWS_AT_ONCE)
+
+    def read() -> None:
+        try:
+            for row in rows:
+                waiting.put(row)
+            waiting.put(None)
+        except Exception as error:
+            waiting.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+
+    def chunks() -> Iterator[list[Row]]:
+        last: Any = ()
+        while isinstance(last, tuple):
+            chunk = [last := waiting.get()]
+            with contextlib.suppress(queue.Empty):
+                while isinstance(last, Row) and len(chunk) < ROWS_AT_ONCE:
+                    chunk.append(last := waiting.get_nowait())
+            if found := [row for row in chunk if isinstance(row, Row)]:
+                yield found
+        if last is not None:
+            raise last
+
+    return chunks()
+
+
 def predict_stream(arguments: argparse.Namespace) -> None:
     """Classify sentences or standard input as they come, and write lines on standard output, in UTF-8, or a file."""
     rows = read_input(arguments)
+    is_stream = not arguments.input and not arguments.sentences
+    chunks = as_they_come(rows) if is_stream else in_chunks(rows, ROWS_AT_ONCE)
     classifier = Classifier.load(arguments.model, arguments.precision, arguments.device)
-    answers = classify(arguments, classifier, in_chunks(rows, ROWS_AT_ONCE))
+    answers = classify(arguments, classifier, chunks)
     if arguments.output:
         write_predictions(arguments, classifier.task, answers)
         return
@@ -217,6 +264,8 @@ def predict_stream(arguments: argparse.Namespace) -> None:
     for chunk, predictions in answers:
         if not print_text(console_lines(chunk, predictions)):
             return
+    if arguments.input:
+        say_layout(arguments)
 
 
 def write_predictions(arguments: argparse.Namespace, task: Task, answers: Iterable[Answers]) -> None:
@@ -226,15 +275,33 @@ def write_predictions(arguments: argparse.Namespace, task: Task, answers: Iterab
         numbers = glue_numbers(task.label_names)
     columns, row = None, 0
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(new_file(path)) for path in output_files(arguments)]
+        files = [stack.enter_context(new_output(path)) for path in output_files(arguments)]
         for chunk, predictions in answers:
             columns = columns or chunk[0].fields.names
             if arguments.output:
-                header = getattr(arguments, "header", True) and row == 0
+                header = row == 0 and (not arguments.input or has_names(arguments))
                 files[0].write(extended_rows(arguments.output, chunk, predictions, new_columns, columns, header))
             if arguments.glue_submission:
                 files[-1].write(submission_lines(chunk, predictions, numbers, row))
             row += len(chunk)
+
+
+def say_layout(arguments: argparse.Namespace) -> None:
+    """Say on standard error how the input is read, unless that is plain, and how pandas reads the output."""
+    columns, output = columns_given(arguments), arguments.output
+    if said := description(arguments.input, find_layout(arguments.input, columns), columns):
+        print(f"read as    {said}", file=sys.stderr)
+    if output and kind_of(output) == ".tsv":
+        how = "sep='\\t', quoting=3, keep_default_na=False"
+        print(
+            f"written    {output}: tabs, no quotes; pandas.read_csv({str(output)!r}, {how}) reads it", file=sys.stderr
+        )
+
+
+def has_names(arguments: argparse.Namespace) -> bool:
+    """Whether the input's columns have names, as a header says them; else the output has none either."""
+    layout = find_layout(arguments.input, columns_given(arguments))
+    return layout.header or not layout.delimiter
 
 
 def predict_file(arguments: argparse.Namespace, world: World) -> None:
@@ -271,6 +338,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
             refuse_existing(arguments)  # made since
             write_predictions(arguments, classifier.task, all_answers())
             remove_shards(folder)
+            say_layout(arguments)
 
         distributed.on_rank0(world, finish)  # before the folder is free for other processes
 
@@ -280,6 +348,8 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     paths = output_files(arguments)
     arguments.model = model_folder(arguments.model)
+    columns = columns_given(arguments)
+    check_pairs(arguments.model, columns.pair, f"{'' if arguments.input else '--input FILE '}--text-pair-column NAME")
     if not (arguments.input and paths):
         predict_stream(arguments)
     elif arguments.resume and is_complete(paths):

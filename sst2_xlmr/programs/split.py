@@ -20,9 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sst2_xlmr.cli import OneLineParser, add_option, positive
-from sst2_xlmr.data.formats import is_table, kind_of, row_writer
-from sst2_xlmr.data.rows import TEXT_OPTIONS, columns_given, read_rows
+from sst2_xlmr.cli import OneLineParser, add_option, number_to, positive
+from sst2_xlmr.data.duplicates import text_digests
+from sst2_xlmr.data.formats import row_writer
+from sst2_xlmr.data.rows import TEXT_OPTIONS, Row, columns_given, read_rows
+from sst2_xlmr.data.sniff import Columns, find_layout
+from sst2_xlmr.data.splits import cut_off
+from sst2_xlmr.task import label_text
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file
 from sst2_xlmr.util.output import say
@@ -95,37 +99,85 @@ def seed_number(text: str) -> int:
     return int(text)
 
 
+def draw(rows: Sequence[Row], share: float, seed: int, are_free: np.ndarray) -> np.ndarray:
+    """Return the numbers of that share of all rows, of every class alike, among those that are free, bool [rows]."""
+    numbers = np.flatnonzero(are_free)
+    free = [rows[number] for number in numbers]
+    classes: dict[str, int] = {}
+    labels = np.array([classes.setdefault(label_text(row.label), len(classes)) for row in free])
+    digests = text_digests((row.text for row in free), (row.pair for row in free))
+    return numbers[cut_off(digests, labels, share * len(rows) / len(free), seed)]
+
+
+def read_labelled(path: Path, columns: Columns) -> list[Row]:
+    """Return all rows, with the cells of their labels; with none, if there is no such column."""
+    rows = list(read_rows(path, columns, None))
+    names = rows[0].fields.names
+    wanted = columns.label if not columns.label.isdecimal() else names[int(columns.label) - 1]
+    return [row._replace(label=dict(zip(row.fields.names, row.fields.cells)).get(wanted)) for row in rows]
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(description="Cut rows from a training file for a test.")
-    add = parser.add_argument
+    parser = OneLineParser(description="Cut a file of rows in train, dev and test.")
+    add, share = parser.add_argument, number_to(0.9, "share")
     add("--train-file", required=True, type=Path, metavar="FILE", help="labelled rows")
-    add("--rows", required=True, type=positive, metavar="N", help="how many to hold out")
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="new folder, with both files")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="new folder, with the files")
+    add("--test-share", type=share, default=0.0, metavar="P", help="of the rows, of each class, for the test [0]")
+    add("--dev-share", type=share, default=0.0, metavar="P", help="of the rows, of each class, for dev [0]")
+    add("--rows", type=positive, metavar="N", help="instead of --test-share: so many rows for the test")
+    what = "no part of a text of the test is left to train on, nor the other way round; needs --rows"
+    add("--keep-parts-apart", action="store_true", help=what)
     add("--train-rows", type=positive, metavar="N", help="keep N random rows of the others [all]")
     add("--seed", type=seed_number, default=0, metavar="N", help="of what is drawn [0]")
-    for name in TEXT_OPTIONS:
+    for name in (*TEXT_OPTIONS, "label_column"):
         add_option(parser, name)
     arguments = parser.parse_args(argv)
-    columns, output_dir, kind = columns_given(arguments), arguments.output_dir, kind_of(arguments.train_file)
+    columns, output_dir, path = columns_given(arguments), arguments.output_dir, arguments.train_file
     if os.path.lexists(output_dir):
         raise UserError(f"--output-dir {output_dir} already exists; choose another directory")
-    examples = list(read_rows(arguments.train_file, columns, None))
-    stays, test = split_rows([words_of(each.text, each.pair) for each in examples], arguments.rows, arguments.seed)
-    left_out = len(examples) - len(stays) - len(test)
+    if not (arguments.rows or arguments.test_share or arguments.dev_share):
+        raise UserError("nothing to cut off: give --dev-share, --test-share or --rows")
+    if arguments.keep_parts_apart and not arguments.rows:
+        raise UserError("--keep-parts-apart needs --rows, how many to hold out for the test")
+    layout = find_layout(path, columns)
+    examples = read_labelled(path, columns)
+    free, splits = np.ones(len(examples), bool), {}
+    if arguments.keep_parts_apart:
+        words = [words_of(each.text, each.pair) for each in examples]
+        stays, splits["test"] = split_rows(words, arguments.rows, arguments.seed)
+        free[:] = False
+        free[stays] = True
+    elif arguments.rows or arguments.test_share:
+        if arguments.rows and arguments.rows >= len(examples):
+            raise UserError(
+                f"--rows {arguments.rows}: only {len(examples):,} rows are there, and some must stay; hold out fewer"
+            )
+        wanted = arguments.rows / len(examples) if arguments.rows else arguments.test_share
+        splits["test"] = draw(examples, wanted, arguments.seed, free)
+        free[splits["test"]] = False
+    if arguments.dev_share:
+        splits["dev"] = draw(examples, arguments.dev_share, arguments.seed, free)
+        free[splits["dev"]] = False
+    splits["train"] = np.flatnonzero(free)
+    left_out = len(examples) - sum(map(len, splits.values()))
     if arguments.train_rows is not None:
-        if arguments.train_rows > len(stays):
-            raise UserError(f"--train-rows {arguments.train_rows}: {len(stays):,} rows are left to train on")
+        if arguments.train_rows > len(splits["train"]):
+            raise UserError(f"--train-rows {arguments.train_rows}: {len(splits['train']):,} rows are left to train on")
         random = np.random.RandomState(arguments.seed)
-        stays = np.sort(random.choice(stays, arguments.train_rows, replace=False))
+        splits["train"] = np.sort(random.choice(splits["train"], arguments.train_rows, replace=False))
+    # A kind that holds any cell, unless it is GLUE's.
+    kind = ".jsonl" if not layout.is_table else ".tsv" if (layout.format, layout.quoting) == ("tsv", "none") else ".csv"
     try:
         output_dir.mkdir(parents=True)
-        for name, numbers in (("train", stays), ("test", test)):
-            with new_file(output_dir / f"{name}{kind}") as file:
+        for name, numbers in splits.items():
+            with new_file(output_dir / f"{name}{kind}{'.gz' if path.suffix == '.gz' else ''}") as file:
                 write, rows = row_writer(file, kind), [examples[number].fields for number in numbers]
-                if columns.header and is_table(arguments.train_file):
+                if kind != ".jsonl" and (layout.header or not layout.delimiter):
                     write(rows[0].names, rows[0].names)
                 for fields in rows:
                     write(fields.names, fields.cells)
     except OSError as error:
         raise UserError(f"cannot write to {output_dir}: {error.strerror}") from None
-    say(f"{output_dir}: {len(stays):,} rows to train on, {len(test):,} for the test, {left_out:,} in neither")
+    of_dev = f"{len(splits['dev']):,} for dev, " if "dev" in splits else ""
+    of_test = f"{len(splits.get('test', ())):,} for the test"
+    say(f"{output_dir}: {len(splits['train']):,} rows to train on, {of_dev}{of_test}, {left_out:,} in neither")

@@ -30,7 +30,7 @@ from typing import Callable, NoReturn
 from tqdm import tqdm
 
 from sst2_xlmr.cli import OneLineParser, parse_args, with_files
-from sst2_xlmr.data.prepare import find_files
+from sst2_xlmr.data.splits import find_files
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.report.comparison import Figures, Results, summary, table
 from sst2_xlmr.task import Task
@@ -91,7 +91,9 @@ def check_inputs(words: list[str], run_folder: Path, is_new: bool) -> None:
     encoder = find_encoder(config.encoder)
     parts = encoder.weights_files
     files = {"the encoder's weights" + f" {part.name}" * (len(parts) > 1): part for part in parts}
-    files = {**find_files(config, quiet=False), **files, "the encoder's tokenizer": encoder.tokenizer_file}
+    files["the encoder's tokenizer"] = encoder.tokenizer_file
+    for name, paths in find_files(config, quiet=False)[0].items():
+        files |= {name if len(paths) == 1 else f"{name} {number}": path for number, path in enumerate(paths, 1)}
     digests = {name: digest(file) for name, file in files.items()}
     notes, cure = run_folder.with_suffix(".inputs.json"), "or choose another --output-dir"
     former = digests if is_new or not notes.is_file() else json.loads(notes.read_text(encoding="utf-8"))

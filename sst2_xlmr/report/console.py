@@ -15,7 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 from sst2_xlmr.data.prepare import Prepared
-from sst2_xlmr.data.rows import columns_of
 from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.report import tensorboard
 from sst2_xlmr.report.table import evaluation_table
@@ -103,11 +102,9 @@ class Report:
         These are drawn from labels, int [rows], and probabilities, float32 [rows, labels], in the file's order.
         """
         if labels is not None and probabilities is not None:
-            inputs, task = self._inputs, self._task
-            source = (inputs.files[split], inputs.caches[split].digest, columns_of(inputs.config))
-            texts_of = partial(tensorboard.read_texts, *source, task)
+            texts_of = partial(self._inputs.texts_of, split)
             with self._event_errors():
-                tensorboard.draw_evaluation(self._events, step, split, labels, probabilities, task, texts_of)
+                tensorboard.draw_evaluation(self._events, step, split, labels, probabilities, self._task, texts_of)
         scalars = {key: metrics[key] for key in self._task.scalars}
         self._write({"step": step, "split": split, **metrics}, split, scalars)
 

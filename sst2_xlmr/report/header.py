@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.formats import line_of
 from sst2_xlmr.data.prepare import Prepared
+from sst2_xlmr.data.report import lines_of
 from sst2_xlmr.model.encoders import Encoder
 from sst2_xlmr.model.vocabulary import TABLE
 from sst2_xlmr.task import listed
@@ -48,7 +48,8 @@ def header_lines(
     return [
         f"stack      {versions.description()}, Python {platform.python_version()}",
         f"encoder    {config.encoder}: {_describe_model(inputs.encoder, optimizer)}; {head}",
-        f"rows       {_describe_rows(inputs)}",
+        f"rows       {describe_rows(inputs)}",
+        *lines_of(inputs),
         *data_report(inputs),
         f"batches    {batches}; {epochs}{total_steps:,} steps, evaluation {evaluation}",
         f"device     {device}; {computes}",
@@ -84,9 +85,8 @@ def _rows(count: int) -> str:
 
 def _example(inputs: Prepared, *rows: tuple[str, int]) -> str:
     """Return the files and lines of rows, each with its split; "" if a .csv file has changed, which is read for it."""
-    header, files = inputs.config.header, inputs.files
     try:
-        places = [f"{files[split].name}:{line_of(files[split], int(row), header)}" for split, row in rows]
+        places = [inputs.place_of(split, row) for split, row in rows]
     except (UserError, StopIteration):
         return ""
     return f", e.g. {' and '.join(places)}"
@@ -104,7 +104,7 @@ def _describe_model(encoder: Encoder, optimizer: Optimizer) -> str:
     return f"{size}, {trained / 1e6:,.1f} M trained{few}"
 
 
-def _describe_rows(inputs: Prepared) -> str:
+def describe_rows(inputs: Prepared) -> str:
     """Return how many rows every file has, how many are trained on, and how many are cut."""
     counts = {split: f"{len(cache):,}" for split, cache in inputs.caches.items()}
     if inputs.train_rows is not None:

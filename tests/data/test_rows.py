@@ -11,8 +11,9 @@ from conftest import SST2
 
 from sst2_xlmr.data import rows as data
 from sst2_xlmr.data.formats import Fields
-from sst2_xlmr.data.rows import Columns, Row, find_label_names, has_labels, read_rows
-from sst2_xlmr.task import SST2_NAMES, SingleLabel
+from sst2_xlmr.data.rows import Row, find_label_names, has_labels, inspect, read_rows
+from sst2_xlmr.data.sniff import Columns
+from sst2_xlmr.task import SST2_NAMES, SingleLabel, alike, numbers_for
 from sst2_xlmr.util.errors import UserError
 
 
@@ -45,7 +46,8 @@ EXPECTED = [("a fine film", None, 1), ("a poor one", None, 0)]
         ("a.jsonl", b'{"text": "a fine film", "label": 1}\n{"label": "0", "text": "a poor one"}\n', Columns()),
         ("named.csv", b"review,stars\na fine film,1\na poor one,0\n", Columns("review", label="stars")),
         ("numbers.csv", b"review,stars\na fine film,1\na poor one,0\n", Columns("1", label="2")),
-        ("a_name_wins.csv", b"label,2,1\n1,a fine film,x\n0,a poor one,y\n", Columns("2")),
+        ("a_number_is_a_position.csv", b"label,1,2\n1,x,a fine film\n0,y,a poor one\n", Columns("3")),
+        ("capitals.csv", b"ID;Text;Label\n1;a fine film;1\n2;a poor one;0\n", Columns()),
         ("twice.csv", b"text,label,text\nx,1,a fine film\ny,0,a poor one\n", Columns("3")),
         ("headless.csv", b"a fine film,1\na poor one,0\n", Columns("1", label="2", header=False)),
     ],
@@ -73,32 +75,85 @@ def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
     [
         ("a.tsv", b"", "has no rows"),
         ("a.tsv", b"sentence\tlabel\n", "has no rows"),
-        ("a.csv", b"\n\n", "has no rows"),
         ("a.tsv", b"review\tlabel\nx\t1\n", "line 2: no column 'sentence' or 'text' among review, label; name it with"),
         ("a.tsv", b"text\tstars\nx\t1\n", "no column 'label' among text, stars; name it with --label-column"),
+        ("a.csv", b"v1,v2\nham,a b\nspam,c d\nham,e f\nham,g h\n", "(e.g. --text-column v2 --label-column v1)"),
+        ("a.csv", b"text,a,b,c\nx y,0,1,0\nz w,1,1,0\n", "a, b, c hold 0 and 1: several labels a row (multi-label)"),
         ("a.csv", b"text,label,text\nx,1,y\n", "two columns are named 'text'; give --text-column a number"),
-        ("a.tsv", b"text\tlabel\nx\t1\n \t0\n", "line 3: column 'text' holds no text"),
+        ("a.tsv", b"text\tlabel\nx\t1\n \t0\n", "line 3: 1 row cannot be used: 1 without text (line 3)"),
         ("a.tsv", b"text\tlabel\nx\t2\n", "line 2: label '2' is neither one of negative, positive nor a number from 0"),
-        ("a.tsv", b"text\tlabel\nx\t-1\n", "line 2: label '-1'"),
-        ("a.tsv", b"text\tlabel\nx\t1.0\n", "line 2: label '1.0'"),
+        ("a.tsv", b"text\tlabel\nx\t-1\n", "1 without a label (line 2: '-1')"),
         ("a.tsv", "text\tlabel\nx\t\u0966\n".encode(), "line 2: label '\u0966'"),  # zero in Hindi
-        ("a.tsv", b"text\tlabel\nx\tTrue\n", "line 2: label 'True'"),
-        ("a.tsv", b"text\tlabel\nx\tgood\n", "line 2: label 'good'"),
-        ("a.tsv", b"text\tlabel\nx\t \n", "line 2: label ' ' is empty"),
-        ("a.jsonl", b'{"text": 5, "label": 1}\n', "line 1: column 'text' holds no text"),
-        ("a.jsonl", b'{"text": "x", "label": true}\n', "line 1: label true is neither a word nor an integer"),
-        ("a.jsonl", b'{"text": "x", "label": 1.0}\n', "line 1: label 1.0 is neither a word nor an integer"),
-        ("a.jsonl", b'{"text": "x", "label": null}\n', "line 1: label null is neither a word nor an integer"),
-        ("a.jsonl", b'{"text": "x", "label": [1]}\n', "line 1: label [1] is neither a word nor an integer"),
-        ("a.jsonl", b'{"text": "x", "label": 1}\n{"text": "x"}\n', "line 2: no column 'label' among text"),
-        ("a.jsonl", b'{"text": "\\ud83d", "label": 1}\n', "line 1: column 'text' has half a character"),
-        ("a.jsonl", b'{"text": "\\u0000", "label": 1}\n', "line 1: column 'text' has half a character (a lone sur"),
+        ("a.tsv", b"text\tlabel\nx\tPositive\n", "label 'Positive' is neither one of negative, positive"),
+        ("a.tsv", b"text\tlabel\nx\t \n", "1 without a label (line 2: '')"),
+        ("a.tsv", b"text\tlabel\nx\t1\ny\n", "1 with another number of columns (line 3: 1, not 2)"),
+        ("a.tsv", b"text\tlabel\nx\t1\n\ny\t0\n", "1 with another number of columns (line 3: 1, not 2)"),
+        ("a.tsv", b"text\tlabel\ncut caf\xc3\t1\n", "1 with cut characters (line 2); mend them"),
+        ("a.tsv", b"text\tlabel\ncaf\xe9 noir\t1\n", "line 2: not UTF-8, most likely cp1252; say --encoding cp1252"),
+        ("a.jsonl", b'{"text": 5, "label": 1}\n', "line 1: 1 row cannot be used: 1 without text"),
+        ("a.jsonl", b'{"text": "x", "label": true}\n', "line 1: label 'true' is neither"),
+        ("a.jsonl", b'{"text": "x", "label": null}\n', "1 without a label"),
+        ("a.jsonl", b'{"text": "x", "label": [1, 0]}\n', "line 1: label '[1, 0]' is neither"),
+        ("a.jsonl", b'{"text": "x", "label": 1}\n{"text": "x"}\n', "1 without a label (line 2: '')"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "x"}\n', "line 1: no column 'label' among text"),
+        ("a.jsonl", b'{"text": "\\ud83d", "label": 1}\n', "1 with cut characters (line 1)"),
+        ("a.jsonl", b'{"text": "\\u0000", "label": 1}\n', "1 with cut characters (line 1)"),
     ],
 )
 def test_bad_rows_are_named_with_their_line(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     with pytest.raises(UserError, match=r"a[.](tsv|csv|jsonl)") as error:
         rows(tmp_path / name, content)
     assert says in str(error.value)
+
+
+def test_columns_must_differ_and_several_texts_are_joined(tmp_path: Path) -> None:
+    content = b"title,body,label\nGood,a fine film,1\n,a poor one,0\n"
+    expected = [("Good a fine film", None, 1), ("a poor one", None, 0)]
+    assert rows(tmp_path / "a.csv", content, columns=Columns(("title", "body"))) == expected
+    with pytest.raises(UserError, match="column 'body' is named twice"):
+        rows(tmp_path / "a.csv", content, columns=Columns("2", "body"))
+    with pytest.raises(UserError, match="has 3 columns, from 1 to 3: there is no --text-column 4"):
+        rows(tmp_path / "a.csv", content, columns=Columns("4"))
+
+
+@pytest.mark.parametrize(
+    "missing", ["", " ", "NULL", "null", "NaN", "nan", "NA", "N/A", "None", "-", "?", "<NA>", "-1"]
+)
+def test_what_stands_for_no_label_is_never_a_class(tmp_path: Path, missing: str) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(f"text,label\na,0\nb,1\nc,{missing}\nd,1\n,1\ne,{missing}\n")
+    found = inspect(file, Columns())
+    task = SingleLabel(SingleLabel.find_label_names(found.labels, file))
+    assert task.label_names == ["0", "1"]
+    with pytest.raises(
+        UserError, match=r"line 4: 3 of 6 rows .* 1 without text \(line 6\), 2 without a label \(line 4"
+    ):
+        found.check(file, task, drop=False)
+    assert found.check(file, task, drop=True) == {"no text": 1, "no label": 2}
+    assert [row.text for row in read_rows(file, Columns(drop_unusable=True), task)] == ["a", "b", "d"]
+    if missing not in ("", " ", "-1"):
+        named = SingleLabel([missing, "0", "1"])
+        assert found.check(file, named, drop=True) == {"no text": 1}, "a name that is given is a class"
+
+
+def test_numbers_stand_for_names_in_their_order() -> None:
+    def numbers(names: str, *labels: str) -> dict[str, int]:
+        return numbers_for(names.split(","), labels, "a.csv")[1]
+
+    assert numbers("a,b,c", "2", "0") == {"0": 0, "1": 1, "2": 2}
+    assert numbers("a,b,c", "1", "2", "3") == numbers("a,b,c", "1.0", "3") == {"1": 0, "2": 1, "3": 2}
+    assert numbers("a,b,c", "10", "30", "20") == {"10": 0, "20": 1, "30": 2}
+    assert numbers("a,b", "-1", "0", "1") == {"0": 0, "1": 1}, "-1 is no label"
+    assert numbers("4=a,7=b", "4") == {"4": 0, "7": 1}
+    assert numbers("a,b", "x", "y") == {"0": 0, "1": 1}
+    assert numbers("2,1", "1", "2") == {}, "names"
+    with pytest.raises(UserError, match="which number has which"):
+        numbers("a,b,c", "1", "2")
+
+
+def test_labels_that_mean_the_same_are_named() -> None:
+    labels = ["Positive", "positive", "positive.", "pos\u200bitive", "neg", "1", "-1", "1.0"]
+    assert alike(labels) == [["Positive", "positive", "positive.", "pos\u200bitive"]]
 
 
 def test_a_number_is_no_key_of_jsonl(tmp_path: Path) -> None:
@@ -132,8 +187,10 @@ def test_of_many_classes_only_some_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "names"),
     [
-        (["1", "0", "1"], SST2_NAMES),
-        ([1, 0, "1"], SST2_NAMES),
+        (["1", "0", "1"], ["0", "1"]),
+        ([1, 0.0, "1.0"], ["0", "1"]),
+        ([True, False], ["false", "true"]),
+        (["none", "FAVOR", "NONE"], ["FAVOR", "NONE", "none"]),
         (["positive", "negative"], SST2_NAMES),
         (["10", "9", "2"], ["2", "9", "10"]),
         (["1", "-1"], ["-1", "1"]),
@@ -164,12 +221,11 @@ def test_a_thousand_classes_and_not_one_more(tmp_path: Path) -> None:
     ("labels", "says"),
     [
         (["1", "1"], "all rows have the label '1'; name the column with the classes with --label-column"),
-        (["0.5", "0.7"], "line 2: label '0.5' is a fraction"),
-        (["1.0", "0.0"], "line 2: label '1.0' is a fraction"),
-        (["good", "", "bad"], "line 3: label '' is empty"),
+        (["?", "NULL"], "no row has a label; name the column with the classes with --label-column"),
+        (["0.5", "0.7"], "line 2: label '0.5' is a fraction; scores (regression) are not supported"),
+        (["27", "4,27"], "line 3: label '4,27' is several labels; multi-label classification is not supported"),
+        ([["a"], ["a", "b"]], 'line 2: label \'["a", "b"]\' is several labels'),
         (["good", "1", "bad"], "integers and words as labels ('1' in line 3, 'bad' in line 4)"),
-        ([True, False], "line 1: label true is neither a word nor an integer"),
-        ([0.0, 1.0], "line 1: label 0.0 is neither a word nor an integer"),
     ],
 )
 def test_labels_that_are_no_classes(tmp_path: Path, labels: list[object], says: str) -> None:
@@ -191,10 +247,10 @@ def test_rows_for_prediction_need_no_label_and_may_be_empty(tmp_path: Path) -> N
         (b"index\tsentence\n0\tx\n", False),
         (b"sentence\tlabel\nx\t-1\ny\t-1\n", False),
         (b"sentence\tlabel\nx\t-1\ny\t1\n", True),
-        (b"sentence\tlabel\nx\t\n", True),
+        (b"sentence\tlabel\nx\t\ny\t?\n", False),
         (b"sentence\tlabel\n", False),
     ],
-    ids=["GLUE", "Hugging Face", "minus one is a class", "empty is an error", "no rows"],
+    ids=["GLUE", "Hugging Face", "minus one is a class", "empty", "no rows"],
 )
 def test_whether_a_test_file_has_labels(tmp_path: Path, content: bytes, labelled: bool) -> None:
     (tmp_path / "test.tsv").write_bytes(content)

@@ -13,8 +13,9 @@ from conftest import SAMPLE_DATA
 
 from sst2_xlmr.data import rows as data
 from sst2_xlmr.data import token_cache
-from sst2_xlmr.data.rows import Columns, read_rows
-from sst2_xlmr.data.token_cache import TokenCache, label_names_of, tokenize_file
+from sst2_xlmr.data.rows import inspect, read_rows
+from sst2_xlmr.data.sniff import Columns
+from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.util.errors import UserError
@@ -101,18 +102,37 @@ def test_pairs_are_in_the_cache_as_the_tokenizer_joins_them(tiny_encoder: Path, 
     assert cache.truncated == 1
 
 
-def test_label_names_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_inspected_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, cache_dir = tmp_path / "train.tsv", tmp_path / "cache"
     file.write_text("sentence\tlabel\tstars\nx\tgood\t1\ny\tbad\t2\n")
-    assert label_names_of(file, Columns(), cache_dir) == ["bad", "good"]
-    assert label_names_of(file, Columns(label="stars"), cache_dir) == ["1", "2"]
-    monkeypatch.setattr(token_cache, "find_label_names", lambda *_: ["read", "again"])
-    assert label_names_of(file, Columns(), cache_dir) == ["bad", "good"]
+
+    def labels(**columns: Any) -> dict[str, tuple[int, int]]:
+        return inspected(file, Columns(**columns), True, cache_dir).labels
+
+    assert {label: tuple(seen) for label, seen in labels().items()} == {"good": (1, 2), "bad": (1, 3)}
+    assert list(labels(label="stars")) == ["1", "2"]
+    again = inspect(file, Columns(label="stars"))
+    monkeypatch.setattr(token_cache, "inspect", lambda *_: again)
+    assert list(labels()) == ["good", "bad"]
     for damaged in cache_dir.glob("*/*.json"):
         damaged.write_text("{")
-    assert label_names_of(file, Columns(), cache_dir) == ["read", "again"]
+    assert list(labels()) == ["1", "2"]
     file.write_text("sentence\tlabel\nx\tgood\n")
-    assert label_names_of(file, Columns(), cache_dir) == ["read", "again"]
+    assert list(labels()) == ["1", "2"], "another content"
+
+
+def test_several_files_are_one_and_a_part_is_as_if_alone(tiny_encoder: Path, tmp_path: Path) -> None:
+    texts, files = ["a fine film", "poor " * 30, "so so", "a film"], [tmp_path / "a.tsv", tmp_path / "b.tsv"]
+    for number, file in enumerate(files):
+        file.write_text("text\tlabel\n" + "".join(f"{text} {number}\t{i % 2}\n" for i, text in enumerate(texts)))
+    parameters = (tiny_encoder / "sentencepiece.bpe.model", Columns(), TASK, 20, tmp_path / "cache")
+    both, second = tokenize_file(files, *parameters), tokenize_file(files[1], *parameters)
+    assert (len(both), both.rows_of_files, both.truncated) == (8, [4, 4], 2)
+    part = both.part(np.arange(4, 8))
+    assert part.ids.tolist() == second.ids.tolist()
+    assert part.offsets.tolist() == second.offsets.tolist()
+    assert part.text_digests.tolist() == second.text_digests.tolist()
+    assert part.cut_rows.tolist() == second.cut_rows.tolist() == [1]
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "labels.bin", "distinct_ids.bin", "manifest.json"])
@@ -144,7 +164,7 @@ def test_a_cache_that_cannot_be_written_is_named(tiny_encoder: Path, tmp_path: P
         tokenize_sample(tiny_encoder, tmp_path / "file" / "cache")
 
 
-@pytest.mark.parametrize("what", ["rows", "label names"])
+@pytest.mark.parametrize("what", ["rows", "inspection"])
 def test_a_file_that_changes_while_it_is_read_is_not_cached(
     tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -152,7 +172,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(
     file, cache_dir = tmp_path / "rows.tsv", tmp_path / "cache"
     before, after = "sentence\tlabel\nfine\tyes\nbad\tno\n", "sentence\tlabel\nsplendid\tgood\nbad\tno\n"
     file.write_text(before)
-    real_digest = token_cache.digest_of_input
+    real_digest = token_cache.source_digest
 
     def changed_afterwards(path: Path) -> str:
         digest = real_digest(path)
@@ -161,15 +181,15 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(
         return digest
 
     def read() -> object:
-        if what == "label names":
-            return token_cache.label_names_of(file, Columns(), cache_dir)
+        if what == "inspection":
+            return list(inspected(file, Columns(), True, cache_dir).labels)
         tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
         task = SingleLabel(["no", "yes", "good"])
         return tokenize_file(file, tokenizer_file, Columns(), task, 20, cache_dir).labels.tolist()
 
     with monkeypatch.context() as patched:
-        patched.setattr(token_cache, "digest_of_input", changed_afterwards)
+        patched.setattr(token_cache, "source_digest", changed_afterwards)
         with pytest.raises(UserError, match="changed while it was being read"):
             read()
     file.write_text(before)
-    assert read() == (["no", "yes"] if what == "label names" else [1, 0])
+    assert read() == (["yes", "no"] if what == "inspection" else [1, 0])

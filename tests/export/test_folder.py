@@ -162,7 +162,7 @@ def test_training_writes_a_card_without_paths(
 
 def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -> None:
     many = SingleLabel([f"c{number}" for number in range(50)])
-    card = card_text(Config(text_column="a|b"), many, {"train": 5}, {}, 3)
+    card = card_text(Config(text_column=["a|b"]), many, {"train": 5}, {}, 3)
     assert "base_model: FacebookAI/xlm-roberta-base\ntags: " in card
     assert "# Text classifier: 50 classes\n" in card
     assert "5 rows train; from SST-2 of the GLUE benchmark." in card

@@ -110,7 +110,8 @@ def test_every_format_in_and_out_keeps_all_columns_and_the_order(
         assert float(row["probability"]) == max(probabilities.values())
     assert len(found) == len(ROWS)
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", "")
+    assert printed.out == ""
+    assert printed.err.count("quoting=3") == printed.err.count("\n") == (wanted == "out.tsv.gz"), "how pandas reads it"
 
 
 def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -320,7 +321,7 @@ def test_lines_tell_the_time_left_where_there_is_no_terminal(
 
 WRONG_USE = {
     "--input no.tsv": "cannot read no.tsv: No such file",
-    "--input sample_data": "unknown kind of file",
+    "--input sample_data": "is a folder, but not one with a folder of texts per class",
     "--input sample_data/dev.tsv --output no/such/x.tsv": "cannot write to no/such: No such file",
     "--input sample_data/dev.tsv --glue-submission g --all-probabilities": "--glue-submission holds labels only",
     "--input rows.tsv --glue-submission g --output g/../g/SST-2.tsv": "both write g/../g/SST-2.tsv",
@@ -345,9 +346,9 @@ def test_wrong_use(model: Path, options: str, capsys: Capture, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("in.tsv", b"text\n" + b"fine\n" * 3000 + b"caf\xe9\n", "in.tsv, line 3002: not UTF-8"),
+        ("in.tsv", b"text\n" + b"fine\n" * 3000 + b"caf\xe9\n", "in.tsv, line 3002: 1 row cannot be used: 1 with cut"),
         ("in.csv", b"text,a,a\nx,1,2\n", "two columns are named 'a', which JSON cannot express"),
-        ("in.jsonl", b'{"text": "\\ud83d"}\n', "line 1: column 'text' has half a character"),
+        ("in.jsonl", b'{"text": "\\ud83d"}\n', "1 with cut characters (line 1)"),
         ("in.csv.gz", gzip.compress(b"text\nx\n", mtime=0)[:-3], "not a whole gzip file"),
     ],
 )
@@ -398,3 +399,32 @@ def test_a_stream_whose_disk_is_full_leaves_nothing(
     lines.seek(0)
     run(model, "--output", out)
     assert out.read_text().count("\n") == 2000
+
+
+def test_a_line_is_answered_as_soon_as_it_is_there(model: Path) -> None:
+    """By whoever waits for it before writing the next one."""
+    command = [sys.executable, str(ROOT / "scripts/predict.py"), "--model", str(model), "--device", "cpu"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for text in (b"a fine film", b"a poor one"):
+            process.stdin.write(text + b"\n")
+            process.stdin.flush()
+            assert process.stdout.readline().endswith(b"\t" + text + b"\n")
+        process.stdin.close()
+        assert process.wait() == 0
+
+
+def test_a_model_of_pairs_is_asked_with_pairs(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    change_json(copy / "config.json", text_pairs=True)
+    says = user_error(partial(run, copy, "a film"), capsys)
+    assert "was trained on pairs of texts; name the second column, too: --input FILE --text-pair-column NAME" in says
+
+
+@pytest.mark.parametrize("delimiter", [";", "|", "\t"])
+def test_a_file_without_a_header_loses_no_row(model: Path, tmp_path: Path, delimiter: str) -> None:
+    rows = [["Liebe Leute", "OTHER"], ["ihr Idioten", "OFFENSE"], ["guten Tag", "OTHER"]]
+    (tmp_path / "in.txt").write_text("".join(delimiter.join(row) + "\n" for row in rows))
+    run(model, "--input", tmp_path / "in.txt", "--text-column", 1, "--output", tmp_path / "out.csv")
+    found = list(csv.reader((tmp_path / "out.csv").open(newline="")))
+    assert [row[:2] for row in found] == rows

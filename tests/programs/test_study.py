@@ -84,12 +84,12 @@ def test_the_interval_is_students_and_leaves_out_what_is_unknown() -> None:
 
 
 def test_a_failing_run_ends_it_with_its_status(common: Words, small_data: Path, tmp_path: Path, capfd: Capture) -> None:
-    (small_data / "train.tsv").write_text("sentence\tlabel\nno label\t7\nyes\t0\n")
+    (small_data / "train.tsv").write_text("sentence\tlabel\nno label\tx\nyes\t0\n")
     with pytest.raises(SystemExit) as stop:
         run_study("--seeds", "1,2", *common(), "--label-names", "a,b")
     printed = capfd.readouterr()
     assert stop.value.code == 2
-    assert "error: " in printed.err and "label '7' is neither one of a, b" in printed.err
+    assert "error: " in printed.err and "label 'x' is neither one of a, b" in printed.err
     assert not (tmp_path / "all" / "ours" / "seed-2").exists()
 
 
@@ -165,7 +165,7 @@ def write_tsv(file: Path, lines: list[str]) -> Path:
 
 def run_split(source: Path, output: Path, *options: Any) -> tuple[list[str], list[str]]:
     """Return the lines of train and test."""
-    split.main([str(word) for word in ["--train-file", source, "--output-dir", output, *options]])
+    split.main([str(word) for word in ["--train-file", source, "--output-dir", output, "--keep-parts-apart", *options]])
     train, test = (output / f"{name}{source.suffix}" for name in ("train", "test"))
     return train.read_text().splitlines(), test.read_text().splitlines()
 
@@ -225,8 +225,11 @@ def test_splitting_csv_keeps_columns_and_quotes(tmp_path: Path) -> None:
 
 
 def test_split_has_succeeded_even_if_nobody_reads_it(tmp_path: Path) -> None:
-    source, errors = write_tsv(tmp_path / "t.tsv", [f"text number {n}\t0" for n in range(40)]), tmp_path / "errors"
-    words = ["--train-file", str(source), "--rows", "5", "--output-dir", str(tmp_path / "out")]
+    source, errors = write_tsv(tmp_path / "t.tsv", [f"text {n}\t{n % 2}" for n in range(40)]), tmp_path / "errors"
+        write_tsv(tmp_path / "t.tsv", [f"text number {n}\t{n % 2}" for n in range(40)]),
+        tmp_path / "errors",
+    )
+    words = ["--train-file", str(source), "--rows", "5", "--keep-parts-apart", "--output-dir", str(tmp_path / "out")]
     assert Fork(["scripts/split.py", *words], Path("/dev/full"), errors).wait() == 0
     said = errors.read_text()
     assert said.count("\n") == 1 and said.startswith("warning: cannot write to standard output")

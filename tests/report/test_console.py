@@ -64,7 +64,7 @@ def test_the_header_says_what_was_decided(
     optimizer: Any = SimpleNamespace(weights=lambda: weights, moments=lambda: moments, shares_memory=False)
     lines = header_lines(inputs, state, optimizer, reason, world, tmp_path, 10, head_is_new=True)
     by_name = {line[:10].rstrip(): line[11:] for line in lines}
-    assert list(by_name) == ["stack", "encoder", "rows", "batches", "device", "run"]
+    assert list(by_name) == ["stack", "encoder", "rows", "classes", "batches", "device", "run"]
     assert by_name["encoder"].endswith(
         f"3 layers, 32 wide, 1.1 M parameters, 0.1 M trained ({rows - 100} of {rows} embedding rows occur);"
         " new head for negative, positive"

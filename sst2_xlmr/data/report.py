@@ -1,0 +1,130 @@
+"""How files were read, in words for the header, and as JSON."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sst2_xlmr.data.formats import Layout, shortened
+from sst2_xlmr.data.prepare import Prepared, Split
+from sst2_xlmr.data.rows import PHRASES, Columns, read_rows
+from sst2_xlmr.task import listed
+
+_DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
+_QUOTING = {"none": "no quotes", "double": "quoted", "single": "quoted by '", "backslash": 'quoted, \\" inside'}
+_FORMATS = {
+    "jsonl": "JSON, an object a line",
+    "json": "a JSON document",
+    "lines": "plain lines",
+    "fasttext": "fastText's __label__",
+    "folder": "a folder per class",
+    "parquet": "Parquet",
+    "arrow": "Arrow",
+    "xlsx": "the first sheet of a workbook",
+}
+_PLAIN = {"tsv": ("\t", "none"), "csv": (",", "double")}
+
+
+def description(path: Path, layout: Layout, columns: Columns, rows: int | None = None) -> str:
+    """Return how a file was read; empty if that is plain: what its name says, in UTF-8, and with a header."""
+    name = path.name.lower().removesuffix(".gz")
+    is_plain = (layout.delimiter, layout.quoting) == _PLAIN.get(layout.format) and layout.header
+    is_plain = (is_plain or layout.format == "jsonl") and name.endswith(f".{layout.format}")
+    if is_plain and (layout.encoding, layout.newline, len(columns.texts)) == ("utf-8", "\n", 1 if columns.text else 0):
+        return ""
+    words = [_FORMATS.get(layout.format, _DELIMITERS.get(layout.delimiter, repr(layout.delimiter)))]
+    if layout.quoting:
+        words += [_QUOTING[layout.quoting], "header" if layout.header else "no header"]
+    words += [layout.encoding] if layout.encoding != "utf-8" else []
+    words += ["CR line ends"] if layout.newline == "\r" else []
+    words += [f"text is {' + space + '.join(columns.texts)}"] if len(columns.texts) > 1 else []
+    words += [f"{rows:,} rows"] if rows is not None else []
+    return f"{path.name}: {', '.join(words)}"
+
+
+def left_out_of(dropped: dict[str, int]) -> str:
+    """Return how many rows are left out, by kind; empty if none are."""
+    return f"left out: {', '.join(f'{count:,} {PHRASES[kind]}' for kind, count in dropped.items())}" if dropped else ""
+
+
+def lines_of(inputs: Prepared) -> list[str]:
+    """Return the header's lines on files that are not plain, on rows per class, and on what else is to be said."""
+    lines = []
+    for name, split in inputs.splits.items():
+        for path, found in zip(split.files, split.found):
+            said = description(path, found.layout, split.columns, found.rows)
+            if said and f"read as    {said}" not in lines:
+                lines.append(f"read as    {said}")
+        if len(split.files) > 1 and name in inputs.caches:
+            counts = zip(split.files, inputs.caches[name].rows_of_files)
+            lines.append(f"files      {name}: {', '.join(f'{path.name} {count:,}' for path, count in counts)}")
+    for name in ("train", "dev"):
+        lines.append(
+            f"classes    {name}: {listed([f'{label} {rows:,}' for label, rows in classes_of(inputs, name).items()])}"
+        )
+    return lines + [
+        f"note       {name}: {note}" for name, split in inputs.splits.items() for note in notes_of(inputs, name, split)
+    ]
+
+
+def notes_of(inputs: Prepared, name: str, split: Split) -> list[str]:
+    """Return what is to be said of a split."""
+    left_out = left_out_of(split.dropped)
+    absent = [label for label, rows in classes_of(inputs, name).items() if not rows]
+    return [*split.notes, *([left_out] if left_out else [])] + ([f"no row of class {listed(absent)}"] if absent else [])
+
+
+def classes_of(inputs: Prepared, name: str) -> dict[str, int]:
+    """Return how many rows each class has; of train, those that are trained on."""
+    if name not in inputs.caches:
+        return {}
+    labels = inputs.train_labels if name == "train" else inputs.caches[name].labels
+    return dict(zip(inputs.task.label_names, np.bincount(labels, minlength=inputs.task.outputs).tolist()))
+
+
+def examples_of(inputs: Prepared, name: str, count: int = 3) -> list[list[str | None]]:
+    """Return the first rows of a split: text, second text or None, label or None, as the model sees them."""
+    split, cache = inputs.splits[name], inputs.caches.get(name)
+    if cache is None:
+        rows = (row for file in split.files for row in read_rows(file, split.columns, None))
+        return [[row.text, row.pair, None] for row in itertools.islice(rows, count)]
+    numbers = cache.numbers if cache.numbers is not None else inputs.train_rows if name == "train" else None
+    wanted = set(range(count) if numbers is None else numbers[:count].tolist())
+    found = itertools.islice(enumerate(split.rows(inputs.task)), max(wanted, default=-1) + 1)
+    return [[row.text, row.pair, inputs.task.label_names[row.label]] for i, (_, row) in found if i in wanted]
+
+
+def as_json(inputs: Prepared) -> dict[str, dict[str, Any]]:
+    """Return how every split was read, for `--check FILE`."""
+    result = {}
+    for name, split in inputs.splits.items():
+        cache, layout = inputs.caches.get(name), split.found[0].layout
+        rows = sum(each.rows for each in split.found) if cache is None else len(cache)
+        result[name] = {
+            "path": str(split.files[0]) if len(split.files) == 1 else list(map(str, split.files)),
+            "format": layout.format,
+            "delimiter": layout.delimiter or None,
+            "quoting": layout.quoting or None,
+            "encoding": layout.encoding,
+            "header": layout.header if layout.delimiter or layout.format == "xlsx" else None,
+            "rows": len(inputs.train_labels) if name == "train" else rows,
+            "dropped": split.dropped,
+            "classes": classes_of(inputs, name),
+            "examples": examples_of(inputs, name),
+            "truncated": cache.truncated if cache else 0,
+            "warnings": notes_of(inputs, name, split),
+        }
+    return result
+
+
+def check_lines(inputs: Prepared) -> list[str]:
+    """Return three rows of each split, with their classes, as the model will see them."""
+    lines = []
+    for name in inputs.splits:
+        for text, pair, label in examples_of(inputs, name):
+            texts = " / ".join(shortened(" ".join(each.split()), 100) for each in (text, pair) if each is not None)
+            lines.append(f"{name:<10} {label if label is not None else '(no label)'}: {texts}")
+    return lines

@@ -1,0 +1,419 @@
+"""How a file is to be read, found from its content, then its name: format, delimiter, quoting, line ends, header.
+
+The readers of pandas, DuckDB and clevercsv were tried first: the first asks for a dialect, the others take the first
+row of a file without a header for its header where all cells are words, and none tells GLUE's quotes, which are text,
+from those of CSV. What has been found here is read by Python's csv module.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sst2_xlmr.config import QUOTES
+from sst2_xlmr.data import containers
+from sst2_xlmr.data.formats import Layout, csv_dialect, csv_lines, decoded_lines, opened, shortened
+from sst2_xlmr.util.errors import UserError
+
+SAMPLE_CHARACTERS, SAMPLE_ROWS = 1 << 18, 1000
+DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";", "bar": "|"}
+_IN_ORDER = "\t|;,"  # the rarer in texts, the surer
+_CONSISTENT = 0.8  # share of the rows that have as many columns as most
+_NUMBER = re.compile(r"[+-]?([0-9]+([.,][0-9]*)?|[.,][0-9]+)([eE][+-]?[0-9]+)?")
+_NAME = re.compile(r"[^\W\d][\w.\-/#()?:]*( [\w.\-/#()?:]+){0,2}|#\d \w+")  # as a column may be called
+_TREE = re.compile(r"\([0-9] (\([0-9] |[^()]+\)$)")
+_FASTTEXT = re.compile(r"__label__[^\s,;|]+(\s|$)")
+_TREE_CURE = (
+    "python -c \"import re, sys; [print(' '.join(re.findall(r'\\([0-9] ([^()]+)\\)', line)), line[1], sep='\\t')"
+    ' for line in sys.stdin]" < TREES > rows.tsv, and give the columns as 1 (text) and 2 (label)'
+)
+# What a file is that begins so, and the cure.
+_FOREIGN = (
+    (b"\xd0\xcf\x11\xe0", "an old Excel workbook (.xls)", "save it as CSV UTF-8"),
+    (b"BZh", "packed by bzip2", "unpack it with bunzip2"),
+    (b"\xfd7zXZ", "packed by xz", "unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd", "packed by zstd", "unpack it with unzstd"),
+    (b"7z\xbc\xaf", "packed by 7-Zip", "unpack it with 7z x"),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "fetch that with git lfs pull"),
+    (b"%PDF", "a PDF", "save its table as CSV"),
+    (b"SQLite format 3", "an SQLite database", "export the table as CSV"),
+    (b"\x80\x04", "a Python pickle, which may run code when it is opened", "save it as CSV, e.g. with pandas"),
+    (b"\x80\x05", "a Python pickle, which may run code when it is opened", "save it as CSV, e.g. with pandas"),
+)
+_HTML = re.compile(rb"\s*<(!doctype html|html|\?xml)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is asked for of a file: its columns, each by name or by number from 1, and how it is to be read.
+
+    Attributes:
+        text: one, or several to join; None for `sentence`, or else `text`.
+        pair: the second text of a row; None if rows have one.
+        header: whether a table's first line names its columns; None to find out, as for the other four.
+        drop_unusable: whether rows that cannot be used are left out; else they are an error.
+        keep_numbers: whether labels stay the numbers that they are, whatever names the file has for them.
+        may_be_empty: whether a text can be used that is empty, as in prediction.
+    """
+
+    text: str | tuple[str, ...] | None = None
+    pair: str | None = None
+    label: str = "label"
+    header: bool | None = None
+    format: str | None = None
+    delimiter: str | None = None
+    quoting: str | None = None
+    encoding: str | None = None
+    drop_unusable: bool = False
+    may_be_empty: bool = False
+    keep_numbers: bool = False
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text's columns that were named."""
+        return (self.text,) if isinstance(self.text, str) else tuple(self.text or ())
+
+    @property
+    def named(self) -> set[str]:
+        """All names, not numbers, that a header may have."""
+        names = [*(self.texts or ("sentence", "text")), self.label, *([self.pair] if self.pair else [])]
+        return {name.lower() for name in names if not name.isdecimal()}
+
+
+def find_layout(path: Path, asked: Columns = Columns()) -> Layout:
+    """Return how a file is read; UserError if it is none of rows, or nobody can tell."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return _find_layout(path, asked, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
+    if path.is_dir():
+        if asked.format in (None, "arrow") and (path / "state.json").is_file():
+            return _arrow_layout(path, "arrow")
+        if not any(file.is_file() for folder in path.iterdir() if folder.is_dir() for file in folder.iterdir()):
+            raise UserError(f"{path} is a folder, but not one with a folder of texts per class; name a file")
+        return Layout("folder", asked.encoding or "utf-8", names=("text", "label", "file"))
+    with opened(path) as (file, name):
+        head = file.read(1 << 16)
+        kind = asked.format or _binary_format(path, head)
+        if kind in ("parquet", "arrow"):
+            return _arrow_layout(path, kind)
+        if kind == "xlsx":
+            cells_of_rows = [[cell or "" for cell in cells] for _, cells in containers.excel_rows(path)]
+            return _with_header(path, Layout("xlsx"), cells_of_rows, asked)
+    encoding = asked.encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
+    lines, is_whole = _sample(path, encoding)
+    newline = "\n"
+    if len(lines) == 1 and "\r" in lines[0].rstrip("\r\n") + lines[0][:-1] and not lines[0].endswith("\n"):
+        newline, lines = "\r", [line + "\n" for line in lines[0].split("\r") if line]
+    found = _text_layout(path, name, lines, is_whole, asked, kind)
+    found = found._replace(encoding=encoding, newline=newline)
+    if found.format not in ("tsv", "csv"):
+        return found
+    if (found.quoting == "none" and not asked.quoting and not is_whole) or (
+        found.delimiter == "\t" and not asked.quoting
+    ):
+        found = _with_quoting_of_whole(path, found)
+    rows = _parsed(lines, found.delimiter, found.quoting, is_whole)
+    if rows is None:  # reading it will say where it is broken
+        rows = [[cell.strip('"') for cell in lines[0].rstrip("\r\n").split(found.delimiter)]]
+    return _with_header(path, found, rows[:SAMPLE_ROWS], asked)
+
+
+def _arrow_layout(path: Path, kind: str) -> Layout:
+    names, class_names = containers.arrow_columns(path, kind)
+    return Layout(kind, names=names, class_names=class_names)
+
+
+def _binary_format(path: Path, head: bytes) -> str | None:
+    """Return the format of a file that is no text; None for text. UserError for one that cannot be read."""
+    if head[:4] == b"PAR1":
+        return "parquet"
+    if head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
+        return "arrow"
+    if head[:4] == b"PK\x03\x04":
+        return "xlsx"
+    for magic, what, cure in _FOREIGN:
+        if head.startswith(magic):
+            raise UserError(f"{path} is {what}; {cure}")
+    if _HTML.match(head):
+        raise UserError(
+            f"{path} is a web page or XML, perhaps an error page of a download; look at it, and fetch it again"
+        )
+    return None
+
+
+def _sample(path: Path, encoding: str) -> tuple[list[str], bool]:
+    """Return the first lines of a file, whole ones, and whether they are all."""
+    lines: list[str] = []
+    characters = 0
+    with opened(path) as (file, _):
+        for _, line in decoded_lines(file, path, encoding):
+            if characters > SAMPLE_CHARACTERS:
+                return lines, False
+            lines.append(line)
+            characters += len(line)
+    return lines, True
+
+
+def _text_layout(path: Path, name: str, lines: list[str], is_whole: bool, asked: Columns, kind: str | None) -> Layout:
+    filled = [line for line in lines if line.strip()]
+    if not filled:
+        return Layout(kind or "lines", names=("text",))
+    if kind == "fasttext" or (kind is None and all(map(_FASTTEXT.match, filled))):
+        return Layout("fasttext", names=("text", "label"))
+    if kind is None and all(map(_TREE.match, filled)):
+        raise UserError(f"{path} has parse trees in brackets, as SST's; make them rows: {_TREE_CURE}")
+    if kind in ("json", "jsonl") or (kind is None and (found := _json_format(name, filled))):
+        kind = kind or found
+        if kind == "json" and (rows := containers.json_rows("".join(lines) if is_whole else _whole_text(path), path)):
+            names = range(1, len(rows[0]) + 1) if isinstance(rows[0], list) else ()
+            return Layout("json", names=tuple(map(str, names)))
+        return Layout(str(kind))
+    beside = containers.labels_beside(path)
+    if kind == "lines" or (kind is None and beside):
+        class_names = {"label": containers.names_beside(path)} if beside else {}
+        return Layout("lines", names=("text", "label") if beside else ("text",), class_names=class_names)
+    return _table(name, lines, is_whole, asked, kind)
+
+
+def _whole_text(path: Path) -> str:
+    with opened(path) as (file, _):
+        return "".join(line for _, line in decoded_lines(file, path))
+
+
+def _json_format(name: str, filled: list[str]) -> str | None:
+    """Return json or jsonl if a file has, or by its name should have, one of these; None for another."""
+    first = filled[0].lstrip("\ufeff \t")
+    for text in (first, "".join(filled)) if first[:1] in ("{", "[") else ():
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        is_row = isinstance(row, dict) and not all(isinstance(each, (dict, list)) for each in row.values())
+        if text is first and (len(filled) > 1 or is_row) and isinstance(row, dict):
+            return "jsonl"
+        if text is not first or (row and all(isinstance(each, (dict, list)) for each in row)) or isinstance(row, dict):
+            return "json"
+    if name.endswith((".jsonl", ".ndjson")):
+        return "json" if first.strip() in ("[", "{") else "jsonl"
+    return "json" if name.endswith(".json") else None
+
+
+# --- tables
+
+
+def _parsed(lines: Iterable[str], delimiter: str, quoting: str, is_whole: bool = True) -> list[list[str]] | None:
+    """Return the rows of a table, without empty ones; None if they are not well-formed."""
+    if quoting == "none":
+        return [line.rstrip("\r\n").split(delimiter) for line in lines if line.strip("\r\n")]
+    rows: list[list[str]] = []
+    lines = list(lines)
+    reader = csv.reader(csv_lines(lines, quoting), **csv_dialect(delimiter, quoting))
+    start = 0
+    try:
+        for row in reader:
+            start = reader.line_num
+            if row:
+                rows.append(row)
+    except csv.Error:  # perhaps only because the sample ends in a row
+        return rows if not is_whole and reader.line_num >= len(lines) and len(lines) - start < 200 else None
+    return rows
+
+
+def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
+    """Whether quotes are CSV's: all cells that begin with one are well-formed, and something needs them.
+
+    That is a quote, a delimiter or a line end inside, or a column that has them in all rows. In GLUE's files a sentence
+    may begin with a quotation mark, which is part of it.
+    """
+    seen: list[str] = []
+    quote, inside = QUOTES[quoting], {"backslash": '\\"'}.get(quoting, QUOTES[quoting] * 2)
+
+    def noted() -> Iterator[str]:
+        for line in csv_lines(lines, quoting):
+            seen.append(line)
+            yield line
+
+    rows, is_needed, always = 0, False, None
+    try:
+        for row in csv.reader(noted(), **csv_dialect(delimiter, quoting)):
+            raw, counts = "".join(seen), [line.count(delimiter) for line in seen]
+            if len(counts) > 1 and set(counts) == {len(row) - 1}:
+                return False  # each of these lines is a row by itself
+            seen.clear()
+            rows += 1
+            quoted = {
+                i for i, cell in enumerate(row) if quote in raw and quote + _escaped(cell, quote, inside) + quote in raw
+            }
+            always = quoted if always is None else always & quoted
+            is_needed |= any(mark in row[i] for i in quoted for mark in (quote, delimiter, "\n"))
+    except csv.Error:
+        return False
+    return is_needed or (rows > 1 and bool(always))
+
+
+def _escaped(cell: str, quote: str, inside: str) -> str:
+    return (cell.replace("\\", "\\\\") if inside[0] == "\\" else cell).replace(quote, inside)
+
+
+def _quoting(lines: Sequence[str], delimiter: str, is_whole: bool) -> str:
+    begins = {quote for quote in "\"'" for line in lines if line.startswith(quote) or delimiter + quote in line}
+    is_escaped = any('\\"' in line for line in lines)
+    if "'" in begins and _is_quoted(lines, delimiter, "single"):
+        return "single"
+    if delimiter == "\t":
+        kinds = ["double", "backslash"][: 1 + is_escaped] if '"' in begins else []
+        return next((kind for kind in kinds if _is_quoted(lines, delimiter, kind)), "none")
+    bare = re.compile(rf'(^|{re.escape(delimiter)})[^"{re.escape(delimiter)}][^{re.escape(delimiter)}]*\\"')
+    has_lone = any("\\" in re.sub(r'\\[\\"]', "", line) for line in lines)
+    is_bare = is_escaped and not has_lone and any(map(bare.search, lines))  # in cells without quotes
+    if not is_bare and _parsed(lines, delimiter, "double", is_whole) is not None:
+        return "double"
+    if is_escaped and _parsed(lines, delimiter, "backslash", is_whole) is not None:
+        return "backslash"
+    width, share = _share(_parsed(lines, delimiter, "none") or [])
+    are_free = width > 1 and share == 1 and not any('""' in line or line.count('"') % 2 for line in lines)
+    return "none" if are_free else "double"  # which says where it is not well-formed
+
+
+def _share(rows: list[list[str]]) -> tuple[int, float]:
+    """Return how many columns most rows have, and the share of these."""
+    [(width, count)] = Counter(map(len, rows)).most_common(1) if rows else [(0, 0)]
+    return width, count / max(1, len(rows))
+
+
+def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: str | None) -> Layout:
+    hint = "\t" if name.endswith((".tsv", ".tab", ".txt")) or kind == "tsv" else ","
+    given = DELIMITERS.get(asked.delimiter or "", asked.delimiter)
+    found = []
+    for place, delimiter in enumerate([given] if given else "\t" if kind == "tsv" else _IN_ORDER):
+        quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
+        rows = _parsed(lines, delimiter, quoting, is_whole)
+        width, share = _share(rows[1:] or rows) if rows else (0, 0.0)
+        if rows and width > 1 and (share >= _CONSISTENT or given) and width - 2 < len(rows[0]) < width + 2:
+            names = sum(cell.strip("\ufeff \"'").lower() in asked.named for cell in rows[0])
+            found.append((names, round(share, 2), -place, delimiter, quoting))
+    if found:
+        *_, delimiter, quoting = max(found)
+    elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in asked.named:
+        delimiter = given or hint
+        quoting = asked.quoting or _quoting(lines, delimiter, is_whole)
+    else:
+        return Layout("lines", names=("text",))
+    return Layout("tsv" if delimiter == "\t" else "csv", delimiter=delimiter, quoting=quoting)
+
+
+def _with_quoting_of_whole(path: Path, found: Layout) -> Layout:
+    """Look at the whole file for the quotes of a table that may have none."""
+    cell = (found.delimiter + '"').encode(found.encoding.replace("utf-16", "utf-16-le"), "replace")
+    with opened(path) as (file, _):
+        has_any, tail = False, b"\n"
+        while not has_any and (block := file.read(1 << 20)):
+            has_any, tail = cell in tail + block or b'\n"' in tail + block, block[-8:]
+    if not has_any:
+        return found
+    with opened(path) as (file, _):
+        lines = (line for _, line in decoded_lines(file, path, found.encoding, found.newline))
+        quoted = _is_quoted(lines, found.delimiter, "double")
+    if quoted == (found.quoting == "double") or found.quoting in ("single", "backslash"):
+        return found
+    return found._replace(quoting="double" if quoted else "none")
+
+
+# --- the header
+
+
+def _with_header(path: Path, found: Layout, rows: list[list[str]], asked: Columns) -> Layout:
+    """Add names of columns, from the first line or numbers, and what the file says of its classes."""
+    if not rows:
+        return found._replace(names=("text",))
+    first = [cell.strip() for cell in rows[0]]
+    width, _ = _share(rows[1:] or rows)
+    header = _has_header(path, [first, *rows[1:]], width, asked) if asked.header is None else asked.header
+    if not header:
+        return found._replace(names=tuple(map(str, range(1, width + 1))))
+    notes = found.notes
+    if len(first) == width - 1 and len(rows) > 1:  # as R writes row names
+        first, notes = ["", *first], (*notes, "the first column, row names, has no name in the header")
+    ends = sum(row[0][-1:] == " " for row in rows[1:])  # as GLUE's texts of SST-2 do
+    is_sst2 = first == ["sentence", "label"] and found.delimiter == "\t" and ends > 0.8 * len(rows[1:])
+    class_names = {"label": ("negative", "positive")} if is_sst2 else {}
+    return found._replace(header=True, names=tuple(first), class_names=class_names, notes=notes)
+
+
+def _has_header(path: Path, rows: list[list[str]], width: int, asked: Columns) -> bool:
+    """Whether the first row names the columns; UserError if that cannot be told."""
+    first, others = rows[0], [row for row in rows[1:] if len(row) == width]
+    names = {cell.lower() for cell in first}
+    wanted = {name.lower() for name in (*asked.texts, asked.pair or "", asked.label) if name and not name.isdecimal()}
+    filled_names = [cell for cell in first if cell]
+    if (
+        wanted & names - ({"label"} if asked.label == "label" and len(names) == 1 else set())
+        or {"text", "sentence"} & names
+    ):
+        return True
+    for start, prefix in ((0, ""), (1, ""), (1, "V")):  # of columns that have none, by pandas and R
+        if len(first) > 1 and filled_names == [f"{prefix}{i + start}" for i in range(len(filled_names))]:
+            return True
+    like_rows, like_names = int(len(set(filled_names)) < len(filled_names)), 0
+    has_classes = False  # a column whose cells repeat, but for the first
+    for column, cell in enumerate(first[:width]):
+        cells = [row[column].strip() for row in others]
+        filled = [each for each in cells if each]
+        if not cell or not filled:
+            continue
+        are_numbers, is_number = all(map(_NUMBER.fullmatch, filled)), bool(_NUMBER.fullmatch(cell))
+        like_rows += cell in cells or (are_numbers and is_number)
+        like_names += are_numbers and not is_number
+        has_classes = has_classes or (len(filled) > 3 and len(set(filled)) <= len(filled) / 2)
+    if bool(like_rows) != bool(like_names):
+        return bool(like_names)
+    looks_named = all(_NAME.fullmatch(cell) for cell in filled_names)
+    if not like_rows and (has_classes or not looks_named):
+        return looks_named
+    shown = shortened(" | ".join(first), 80)
+    raise UserError(f"{path}: is its first line ({shown}) the columns' names or a row? say --header or --no-header")
+
+
+# --- other encodings
+
+
+def other_encoding(content: bytes) -> str:
+    """Return the most likely encoding of text that is not UTF-8; empty if UTF-8 was cut in the middle of characters."""
+    runs = list(re.finditer(rb"[\x80-\xff]+", content))
+    if all(_is_utf8(run[0]) or _is_cut(run[0], content[run.end() : run.end() + 1]) for run in runs):
+        return ""
+    if sum(len(run[0]) == 1 for run in runs) > len(runs) / 2:  # single letters among ASCII: Western European
+        return "cp1252"
+    from charset_normalizer import from_bytes  # takes a while, and is needed for this error only
+
+    best = from_bytes(content[:SAMPLE_CHARACTERS]).best()
+    return best.encoding if best else "cp1252"
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_cut(run: bytes, after: bytes) -> bool:
+    """Whether a run of bytes that are not ASCII is UTF-8 but for its end, where a cell ends."""
+    try:
+        run.decode()
+    except UnicodeDecodeError as error:
+        return "unexpected end" in error.reason and after in (b"", b"\t", b"\n", b"\r", b'"', b",", b";", b"|")
+    return True

@@ -1,0 +1,113 @@
+"""Which files a run reads: named by options, or found in a folder by their names; and dev cut off the training rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from sst2_xlmr.config import Config, named_file, plain_name
+from sst2_xlmr.data.formats import either
+from sst2_xlmr.data.rows import columns_of, has_columns
+from sst2_xlmr.util import downloads
+from sst2_xlmr.util.errors import UserError
+
+NAMES = {"train": ("train", "training"), "dev": ("dev", "validation", "val", "valid"), "test": ("test", "testing")}
+_KINDS = (".tsv", ".csv", ".jsonl", ".json", ".ndjson", ".txt", ".parquet", ".xlsx", ".arrow")
+DEFAULT_SHARE, MOST_ROWS = 0.1, 5000  # of dev, where none is named
+
+
+def _split_of(path: Path) -> str | None:
+    """Return the split that a file or folder in a data folder is by its name; None for any other."""
+    name = path.name.lower()
+    for packed in (".gz", ".zip"):
+        name = name.removesuffix(packed)
+    kind = next((kind for kind in _KINDS if name.endswith(kind)), "")
+    stem = name.removesuffix(kind).removesuffix(".ft")
+    stem = stem.split("-00000-of-")[0].removesuffix("_text" if kind == ".txt" else "")
+    if bool(kind) != path.is_file() or not (kind or path.is_dir()):
+        return None
+    return next((split for split, names in NAMES.items() if stem in names), None)
+
+
+def find_split(data_dir: Path, split: str, is_needed: bool = True) -> list[Path]:
+    """Return the file or folder of a split in a folder, or none unless it is needed; UserError if there are several."""
+    present = sorted(each for each in data_dir.iterdir() if _split_of(each) == split)
+    if present and "-00000-of-" in present[0].name:
+        stem = present[0].name.split("-00000-of-")[0]
+        return sorted(each for each in data_dir.iterdir() if each.name.startswith(f"{stem}-0") and "-of-" in each.name)
+    if len(present) > 1:
+        names = " and ".join(each.name for each in present)
+        raise UserError(f"{data_dir} has {names}; keep one, or use --{split}-file")
+    if is_needed and not present:
+        there = ", ".join(sorted(each.name for each in data_dir.iterdir())[:8])
+        wanted = either(split + kind for kind in _KINDS[:4])
+        raise UserError(f"{data_dir} has no {wanted} (it has {there or 'nothing'}); name the file with --{split}-file")
+    return present
+
+
+def find_files(config: Config, quiet: bool) -> tuple[dict[str, list[Path]], list[str]]:
+    """Return split name -> files: train, dev unless it is cut off, tests by their names; and what is to be said."""
+    folder = Path(config.data_dir) if config.data_dir else None
+    if folder is None and not config.train_file:
+        folder = downloads.fetch_sst2(quiet=quiet)
+    files: dict[str, list[Path]] = {}
+    if config.train_file:
+        files["train"] = [Path(file) for file in config.train_file]
+    elif folder:
+        files["train"] = find_split(folder, "train")
+    if config.dev_file:
+        files["dev"] = [Path(config.dev_file)]
+    elif folder and config.dev_share is None and (found := find_split(folder, "dev", is_needed=False)):
+        files["dev"] = found
+    files.update((name, [file]) for name, file in map(named_file, config.eval_file))
+    for file in map(Path, config.test_file):
+        name = plain_name(file)
+        files[name if name not in files else str(file)] = [file]
+    notes = []
+    if not config.test_file and folder and (tests := find_split(folder, "test", is_needed=False)):
+        if has_columns(tests[0], columns_of(config, "test")):
+            files["test"] = tests
+        else:  # as GLUE's
+            notes.append(f"{tests[0].name} has not the columns of text and label: unlabelled, not evaluated")
+    return files, notes
+
+
+def share_of(config: Config, rows: int) -> float:
+    """Return the share of the training rows that becomes dev."""
+    return config.dev_share if config.dev_share is not None else min(DEFAULT_SHARE, MOST_ROWS / max(1, rows))
+
+
+def cut_off(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return the numbers of the rows to cut off, int64 ascending: that share of each class, but not all of it.
+
+    Rows with equal texts stay together. Which texts they are is a function of texts, labels and seed alone, not of the
+    rows' order. Digests are uint64 [rows], labels int [rows].
+    """
+    texts, _, text_of, copies = np.unique(digests, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(_mixed(texts, seed), kind="stable")
+    chosen = np.zeros(len(texts), bool)
+    class_of = np.full(len(texts), np.iinfo(np.int64).max)
+    np.minimum.at(class_of, text_of.reshape(-1), labels.astype(np.int64))
+    exact = given = 0.0
+    for label in np.unique(labels):
+        mine = order[class_of[order] == label]
+        total = int(copies[mine].sum())
+        exact += share * total
+        wanted = min(max(1, round(exact - given)), total - 1)
+        given += wanted
+        for text in mine:
+            if copies[text] <= wanted:
+                chosen[text] = True
+                wanted -= int(copies[text])
+            if wanted <= 0:
+                break
+    return np.flatnonzero(chosen[text_of.reshape(-1)])
+
+
+def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
+    """Return uint64 numbers that look random (splitmix64)."""
+    mixed = values + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)))

@@ -1,0 +1,233 @@
+"""How a file is to be read, found from its content: as it was written, or an error says why not."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sst2_xlmr.data.rows import inspect, read_rows
+from sst2_xlmr.data.sniff import Columns, other_encoding
+from sst2_xlmr.util.errors import UserError
+
+ROWS = [
+    ['He said "wow", twice', "1"],
+    ["plain", "0"],
+    ["a; b | c", "1"],
+    ["tab\there", "0"],
+    ["two\nlines", "1"],
+    ['"quoted"', "0"],
+    ["it's 'so'", "1"],
+    ["C:\\new \\", "0"],
+]
+
+
+def written(rows: list[list[str]], header: bool = True, **dialect: Any) -> str:
+    text = io.StringIO()
+    csv.writer(text, **{"lineterminator": "\n", **dialect}).writerows([["text", "label"], *rows] if header else rows)
+    return text.getvalue()
+
+
+def read(path: Path, content: bytes | str, *text: str, **asked: Any) -> list[list[str | None]]:
+    """Return texts and labels."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    columns = Columns(text or None, **asked)
+    cells = [(row.text, dict(zip(row.fields.names, row.fields.cells))) for row in read_rows(path, columns, None)]
+    return [[text, row.get(columns.label, list(row.values())[-1])] for text, row in cells]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+@pytest.mark.parametrize("delimiter", ["\t", ",", ";", "|"])
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.txt"])
+def test_dialects(tmp_path: Path, name: str, delimiter: str, quoting: Any, ending: str) -> None:
+    rows = [row for row in ROWS if ending != "\r" or "\n" not in row[0]]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        content = written(rows, delimiter=delimiter, quoting=quoting, lineterminator=ending).encode(encoding)
+        assert read(tmp_path / name, content) == rows
+
+
+QUOTED = ['good "one"', "so, so", "tab\there", "C:\\new", "end \\"]
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (written([[text, "x"] for text in QUOTED], escapechar="\\", doublequote=False), QUOTED),
+        (written([[t, "x"] for t in QUOTED], escapechar="\\", doublequote=False, delimiter="\t", quoting=1), QUOTED),
+        ('"text"\t"label"\n"1"\t"he \\"said\\""\t"x"\n"2"\t"C:\\new"\t"y"\n', ['he "said"', "C:\\new"]),  # R
+        (written([["it's; so", "x"], ["say 'hi'", "y"]], delimiter=";", quotechar="'"), ["it's; so", "say 'hi'"]),
+        ("text,label\n'tis so,x\n'twas not 'so',y\n", ["'tis so", "'twas not 'so'"]),
+        ('text\tlabel\n"open only\tx\nthe "end"\ty\n" both "\tz\n', ['"open only', 'the "end"', '" both "']),  # GLUE
+        ('text\tlabel\n"Wow"\tx\nno\ty\n', ['"Wow"', "no"]),  # perhaps CSV's, perhaps not
+        ('text\tlabel\n"a\tx\nb"\ty\n"say ""c"""\ty\n', ['"a', 'b"', '"say ""c"""']),  # each line is a row
+        ('text,label\n"good" film,x\nbad,y\n', ['"good" film', "bad"]),
+        ('text,label\n"a ""b"" c",x\nd\re,y\n', ['a "b" c', "d\re"]),  # a lone carriage return
+        ("text,label\na &amp; b; c,x\nd; e,y\n", ["a &amp; b; c", "d; e"]),
+        ("text:::label\na b:::x\nc d:::y\n", None),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.txt"])
+def test_quotes(tmp_path: Path, name: str, content: str, texts: list[str] | None) -> None:
+    asked = {} if texts else {"delimiter": ":::"}
+    assert [text for text, _ in read(tmp_path / name, content, **asked)] == (texts or ["a b", "c d"])
+
+
+def test_quotes_that_come_after_what_is_looked_at_first(tmp_path: Path) -> None:
+    plain = [[f"text number {i} {'x' * 100}", "1"] for i in range(15_000)]
+    for quoted in (True, False):
+        last = ['say "hi"' if quoted else '"say', "0"]
+        content = written(plain, delimiter="\t") + ('"say ""hi"""' if quoted else '"say') + "\t0\n"
+        assert read(tmp_path / f"{quoted}.tsv", content)[-1] == last
+
+
+@pytest.mark.parametrize(
+    ("content", "first"),
+    [
+        ("I loved it,pos\nbad film,neg\nfine by me,pos\n", "I loved it"),  # a label of other rows
+        ("I loved it,1\nbad film,0\nso,2\n", "I loved it"),  # a number among numbers
+        ("0,1\nI loved it,1\nbad film,0\nfine by me,1\n", "I loved it"),  # pandas' names
+        ('"V1","V2"\n"I loved it","pos"\n"bad","neg"\n', "I loved it"),  # R's
+        ("review,stars\nI loved it,5\nbad film,1\n", "I loved it"),  # a word above numbers
+        ("v1,v2,,\nham it is,x,,\nspam it is,y,,\nham,x,,\nspam,y,,\n", "ham it is"),
+        ("标签,评论\n距离川沙公路较近,1\n很差,0\n", "距离川沙公路较近"),
+        ("@user hi there!,OTHER\n@user you,OFFENSE\n", "@user hi there!"),  # no name of a column
+        ("great stuff,pos\nbad stuff,neg\n", None),  # who knows
+    ],
+)
+def test_header(tmp_path: Path, content: str, first: str | None) -> None:
+    asked: dict[str, Any] = {"label": "2"}
+    if first is None:
+        with pytest.raises(UserError, match="say --header or --no-header"):
+            read(tmp_path / "a.csv", content, "1", **asked)
+        return
+    for delimiter in ",;\t":
+        found = read(tmp_path / "a.csv", content.replace(",", delimiter), "1", **asked)
+        assert (found[0][0], len(found)) == (first, content.count("\n") - (not content.startswith(first)))
+
+
+ROW = {"text": "a b", "label": "x"}
+DOCUMENTS = {
+    "lines": '{"text": "a b", "label": "x"}\n{"text": "a b", "label": "x"}\n',
+    "array": json.dumps([ROW, ROW]),
+    "pretty": json.dumps([ROW, ROW], indent=2),
+    "data": json.dumps({"data": [ROW, ROW]}),
+    "columns": json.dumps({key: {"0": value, "1": value} for key, value in ROW.items()}),
+    "lists": json.dumps({key: [value, value] for key, value in ROW.items()}, indent=1),
+    "split": json.dumps({"columns": list(ROW), "index": [0, 1], "data": [list(ROW.values())] * 2}),
+}
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".txt", ".jsonl.gz", ".json.zip"])
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_json_by_content(tmp_path: Path, document: str, ending: str) -> None:
+    content, path = DOCUMENTS[document].encode(), tmp_path / f"a{ending}"
+    if ending.endswith(".gz"):
+        content = gzip.compress(content)
+    if ending.endswith(".zip"):
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as file:
+            file.writestr("a.json", content)
+        content = packed.getvalue()
+    path.write_bytes(content)
+    assert [(row.text, row.fields.cells[1]) for row in read_rows(path, Columns(), None)] == [("a b", "x")] * 2
+
+
+def test_other_kinds(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("__label__x good film\r\n__label__y bad\n__label__x\n")
+    assert list(inspect(tmp_path / "a.tsv", Columns()).labels) == ["x", "y"]
+    for label, text in (("neg", "poor\n"), ("pos", "fine\nfilm")):
+        (tmp_path / "folder" / label).mkdir(parents=True)
+        (tmp_path / "folder" / label / "1.txt").write_text(text)
+    rows = list(read_rows(tmp_path / "folder", Columns(), None))
+    assert [(row.text, row.fields.cells[1]) for row in rows] == [("poor", "neg"), ("fine\nfilm", "pos")]
+    for name, content in (("dev_text.txt", "a\nb\n"), ("dev_labels.txt", "1\n0\n"), ("mapping.txt", "0\tno\n1\tyes\n")):
+        (tmp_path / name).write_text(content)
+    assert list(inspect(tmp_path / "dev_text.txt", Columns()).labels) == ["yes", "no"]
+    (tmp_path / "dev_labels.txt").write_text("1\n")
+    with pytest.raises(UserError, match="2 lines, but .* has 1"):
+        inspect(tmp_path / "dev_text.txt", Columns())
+
+
+def test_parquet_and_excel(tmp_path: Path) -> None:
+    openpyxl, parquet, arrow = (pytest.importorskip(name) for name in ("openpyxl", "pyarrow.parquet", "pyarrow"))
+    info = {b"huggingface": json.dumps({"info": {"features": {"label": {"names": ["no", "yes"]}}}}).encode()}
+    table = arrow.table({"text": ["a b", "c\nd", "e"], "label": [1, 0, -1]})
+    parquet.write_table(table.replace_schema_metadata(info), tmp_path / "a.parquet")
+    assert inspect(tmp_path / "a.parquet", Columns()).labels == {"yes": (1, 1), "no": (1, 2), "-1": (1, 3)}
+    book = openpyxl.Workbook()
+    for row in (["text", "label"], ["a b", 1.0], ["c", 2], [2012, None]):
+        book.active.append(row)
+    book.save(tmp_path / "a.csv")  # whatever its name
+    assert inspect(tmp_path / "a.csv", Columns()).labels == {"1": (1, 2), "2": (1, 3), "": (1, 4)}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xd0\xcf\x11\xe0" + bytes(20), "old Excel workbook .* CSV"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><p>404", "web page"),
+        (b"\x80\x04\x95", "pickle"),
+        (b"(3 (2 (2 The) (2 Rock)) (2 .))\n", "parse trees .* python -c"),
+        ("text,label\nabc,1\n".encode("utf-16-le"), "--encoding utf-16-le"),
+        (b'{"train": [["a", "x"]], "val": [["b", "y"]]}', r"several tables \(train, val\); .* python -c"),
+        (b'text,label\n"never closed,1\nb,0\n', "line 2 is not valid CSV: the file ends inside .* --quoting none"),
+    ],
+)
+def test_what_is_no_table_is_named_with_a_cure(tmp_path: Path, content: bytes, says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        read(tmp_path / "a.csv", content)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("Das Gebäude ist schön, die Tür zu", "cp1252"),
+        ("WINNER! £900, “now”, at the café", "cp1252"),
+        ("Очень скучная книга, я не дочитал её до конца", "cp1251"),
+        ("这家店的服务太差了,再也不来了。距离川沙公路较近", "gb18030"),
+        ("この本を読んで本当によかった。とても面白い", "cp932"),
+    ],
+)
+def test_encodings_are_proposed(text: str, encoding: str) -> None:
+    assert other_encoding(text.encode(encoding)) == encoding
+
+
+def test_characters_that_were_cut_are_no_other_encoding() -> None:
+    assert other_encoding("naïve\tx\ncut in caf".encode() + b"\xc3\t1\nend \xe2\x80\n") == ""
+
+
+cells = st.text(st.characters(codec="utf-8", exclude_characters="\0\ufdd0"), min_size=1, max_size=12).filter(str.strip)
+dialects = st.fixed_dictionaries(
+    {
+        "delimiter": st.sampled_from("\t,;|"),
+        "quoting": st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]),
+        "lineterminator": st.sampled_from(["\n", "\r\n"]),
+    }
+)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+@given(
+    texts=st.lists(cells, min_size=1, max_size=8), dialect=dialects, name=st.sampled_from(["a.csv", "a.tsv", "a.txt"])
+)
+def test_any_table_is_read_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], dialect: dict[str, Any], name: str
+) -> None:
+    """Or an error says that nobody can tell; never other rows or cells."""
+    rows = [[text, "ab"[i % 2]] for i, text in enumerate(texts)]
+    try:
+        found = read(tmp_path_factory.mktemp("x") / name, written(rows, **dialect))
+    except UserError:
+        return
+    assert found == rows
