@@ -226,9 +226,6 @@ def test_splitting_csv_keeps_columns_and_quotes(tmp_path: Path) -> None:
 
 def test_split_has_succeeded_even_if_nobody_reads_it(tmp_path: Path) -> None:
     source, errors = write_tsv(tmp_path / "t.tsv", [f"text {n}\t{n % 2}" for n in range(40)]), tmp_path / "errors"
-        write_tsv(tmp_path / "t.tsv", [f"text number {n}\t{n % 2}" for n in range(40)]),
-        tmp_path / "errors",
-    )
     words = ["--train-file", str(source), "--rows", "5", "--keep-parts-apart", "--output-dir", str(tmp_path / "out")]
     assert Fork(["scripts/split.py", *words], Path("/dev/full"), errors).wait() == 0
     said = errors.read_text()
