@@ -57,6 +57,7 @@ def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's cache out of the tests, and torch on one thread: tiny tensors gain nothing from more."""
     os.environ["SST2_XLMR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or it warns in every fork
     torch.set_num_threads(1)
 
 

@@ -131,7 +131,7 @@ def test_a_result_that_is_written_is_a_success_whoever_reads(model: Path, tmp_pa
         (["--format", "hf", "--check-file", "no/such"], "cannot read no/such as UTF-8 text"),
         (["--format", "hf", "--check-file", "empty"], "empty is empty"),
         (["--format", "hf", "--most-changed", "5"], "are for --format onnx-int8"),
-        (["--format", "hf", "--text-column", "x"], "--text-column needs a .tsv, .csv or .jsonl file"),
+        (["--format", "hf", "--text-column", "x"], "--text-column needs a .tsv, .csv, .jsonl or .parquet file"),
         (["--format", "hf", "--output", "empty"], "--output empty already exists"),
         (["--format", "onnx-int8"], "--format onnx-int8 needs --check-file"),
         (["--format", "onnx"], "larger than the 2 GB of an ONNX file"),
