@@ -119,7 +119,7 @@ def _places(path: Path, layout: Layout, columns: Columns, fields: Fields, with_l
         not (columns.texts or layout.header)
         and layout.is_table
         and "text" not in names
-        and (found := _likely(path, layout))
+        and (found := likely_columns(path, layout))
     ):
         texts, label = (names[found[0]],), names[found[1]] if label == "label" and found[1] is not None else label
     if columns.texts:
@@ -137,7 +137,7 @@ def _places(path: Path, layout: Layout, columns: Columns, fields: Fields, with_l
     return Places(tuple(chosen), pair, place)
 
 
-def _likely(path: Path, layout: Layout) -> tuple[int, int | None] | None:
+def likely_columns(path: Path, layout: Layout) -> tuple[int, int | None] | None:
     """Return the columns that must hold text and label, if by their cells only one each can."""
     rows = [
         each.cells for each in itertools.islice(read_fields(path, layout), 500) if len(each.cells) == len(layout.names)
@@ -164,7 +164,7 @@ def _proposal(path: Path, layout: Layout) -> str:
     ]
     if len(flags) > 2:
         return f"; {listed(flags)} hold 0 and 1: several labels a row (multi-label) are not supported, name one of them"
-    if not (found := _likely(path, layout)):
+    if not (found := likely_columns(path, layout)):
         return ""
     text, label = (
         repr(layout.names[i]) if i is not None and " " in layout.names[i] else layout.names[i or 0] for i in found
