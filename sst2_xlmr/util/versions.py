@@ -15,7 +15,17 @@ from importlib.util import find_spec
 
 OLDEST_PYTHON = (3, 9)
 OLDEST_TORCH = "2.3.1"
-NEEDED = ["torch", "numpy", "safetensors", "tqdm", "tensorboard", "protobuf", "sentencepiece", "huggingface_hub"]
+NEEDED = [
+    "torch",
+    "numpy",
+    "safetensors",
+    "tqdm",
+    "tensorboard",
+    "protobuf",
+    "sentencepiece",
+    "huggingface_hub",
+    "charset-normalizer",
+]
 
 
 def _installed(package: str) -> str | None:
