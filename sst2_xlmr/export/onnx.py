@@ -32,7 +32,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.quantized import quantize_weights
 from sst2_xlmr.model.roberta import FIRST_POSITION, PAD_ID
-from sst2_xlmr.model.vocabulary import TABLE
+from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 
@@ -105,7 +105,7 @@ def _pair(weights: Weights, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _embeddings(graph: _Graph, weights: Weights, epsilon: float, ids: str) -> str:
     """Return the first layer's input, [texts, length, hidden]; ids: int64 [texts, length]."""
-    add, table = graph.add, weights[TABLE]
+    add, table = graph.add, weights[EMBEDDING]
     if graph.int8:
         values, scales = _quantized(table)
         in_bytes = add("Cast", add("Gather", values, ids), to=TensorProto.FLOAT)

@@ -21,7 +21,7 @@ from sst2_xlmr.export.folder import read_card, with_note, write_folder
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
 from sst2_xlmr.model.tokenizer_files import SETTINGS_NAME, UNIGRAM, model_class
-from sst2_xlmr.model.vocabulary import SPECIAL_IDS, TABLE
+from sst2_xlmr.model.vocabulary import EMBEDDING, SPECIAL_IDS
 from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import scratch_folder
@@ -65,7 +65,7 @@ def write_trimmed(encoder: Encoder, texts: Iterable[str], folder: Path) -> int:
     rest = np.arange(tokenizer.pieces.GetPieceSize() + 1, encoder.shape.vocab_size)
     rows = np.concatenate([np.arange(SPECIAL_IDS), kept[_CONTROLS:] + 1, rest])
     weights = load_tensors(encoder)
-    weights[TABLE] = weights[TABLE][torch.from_numpy(rows)]
+    weights[EMBEDDING] = weights[EMBEDDING][torch.from_numpy(rows)]
     added = {int(np.searchsorted(rows, token.id)): token._asdict() for token in tokenizer.added}
     with scratch_folder(folder) as scratch:
         file = scratch / TOKENIZER_NAME

@@ -10,7 +10,7 @@ from typing import Any
 
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, check_settings
 from sst2_xlmr.model.weight_files import Weights, parts_of, reading_errors
-from sst2_xlmr.model.weight_names import TABLE_SOURCES, head_outputs
+from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, head_outputs
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
@@ -178,7 +178,7 @@ def _outputs(weights_file: Path, is_bert: bool) -> int:
         shapes = {name: tensor.shape for name, tensor in Weights(weights_file, None, MOST_LAYERS).raw.items()}
     for name in shapes:
         prefix, table, _ = name.partition("embeddings.word_embeddings.weight")
-        if table and name not in TABLE_SOURCES:
+        if table and name not in EMBEDDING_SOURCES:
             raise UserError(
                 f"{weights_file}: its tensors are named {prefix}..., which is a wrapper's or another model's; save the"
                 " model inside the wrapper with save_pretrained()"

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sst2_xlmr.util.tensors import Deferred, Storable
+from sst2_xlmr.util.tensors import LazyTensor, TensorLike
 
-TABLE = "encoder.tokens.weight"
+EMBEDDING = "encoder.tokens.weight"
 SPECIAL_IDS = 4  # <s>, <pad>, </s>, <unk> keep their places
 _CHUNK = 1 << 22
 
@@ -53,7 +53,7 @@ class Vocabulary:
         rows[self.ids] = torch.arange(len(self.ids), dtype=torch.int32)
         return rows
 
-    def expand(self, pretrained: Deferred, trained: Storable) -> Deferred:
+    def expand(self, pretrained: LazyTensor, trained: TensorLike) -> LazyTensor:
         """Return the whole table, fp32 [size, hidden], as if it had been trained whole; `trained` is [rows, hidden]."""
 
         def make(start: int, stop: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ class Vocabulary:
             table[self.ids[first:last] - start] = rows.cpu()
             return table
 
-        return Deferred(pretrained.shape, pretrained.dtype, make)
+        return LazyTensor(pretrained.shape, pretrained.dtype, make)
 
     def take_over(
         self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], ids: torch.Tensor, start: torch.Tensor
@@ -77,8 +77,8 @@ class Vocabulary:
         """
         if torch.equal(ids, self.ids):
             return
-        weights[TABLE] = self._moved(weights[TABLE], ids, start.cpu() * self.decay)
-        for name in (f"exp_avg.{TABLE}", f"exp_avg_sq.{TABLE}"):
+        weights[EMBEDDING] = self._moved(weights[EMBEDDING], ids, start.cpu() * self.decay)
+        for name in (f"exp_avg.{EMBEDDING}", f"exp_avg_sq.{EMBEDDING}"):
             if name in moments:
                 moments[name] = self._moved(moments[name], ids, torch.zeros_like(start, device="cpu"))
 

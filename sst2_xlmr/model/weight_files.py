@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sst2_xlmr.model.weight_names import TABLE_SOURCES, layer_of
+from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, layer_of
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
 
@@ -101,7 +101,7 @@ class Weights:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor; of the embedding table, the rows to read."""
-        if self._ids is None or name not in TABLE_SOURCES:
+        if self._ids is None or name not in EMBEDDING_SOURCES:
             return self.read(name, ...)
         return torch.cat([self.read(name, ids) for ids in self._ids.split(_ROWS_AT_ONCE)])
 

@@ -12,7 +12,7 @@ from typing import Callable
 
 import torch
 
-from sst2_xlmr.util.tensors import Storable
+from sst2_xlmr.util.tensors import TensorLike
 
 Tensors = dict[str, torch.Tensor]
 
@@ -44,7 +44,7 @@ _HUGGING_FACE = {
 _QKV = [f"roberta.encoder.layer.#.attention.self.{part}" for part in ("query", "key", "value")]  # three, not one
 _POSITIONS = "encoder.positions.weight"
 _TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
-TABLE_SOURCES = [
+EMBEDDING_SOURCES = [
     "encoder.transformer.token_embedding.weight",
     "roberta.embeddings.word_embeddings.weight",
     "bert.embeddings.word_embeddings.weight",
@@ -124,14 +124,14 @@ def from_hugging_face(names: Sequence[str], read: Callable[[str], torch.Tensor],
     return result
 
 
-def to_hugging_face(tensors: Mapping[str, Storable]) -> dict[str, Storable]:
+def to_hugging_face(tensors: Mapping[str, TensorLike]) -> dict[str, TensorLike]:
     """Return a classifier's tensors under the names of transformers' `XLMRobertaForSequenceClassification`."""
     theirs = {ours: name for name, ours in _HUGGING_FACE.items()}
-    result: dict[str, Storable] = {}
+    result: dict[str, TensorLike] = {}
     for name, tensor in tensors.items():
         stem, layer, kind = _split(name)
         is_joined = stem == f"{_LAYER}.qkv"
-        parts: Sequence[Storable] = tensor.chunk(3) if is_joined else [tensor]
+        parts: Sequence[TensorLike] = tensor.chunk(3) if is_joined else [tensor]
         for new, part in zip(_QKV if is_joined else [theirs[stem]], parts):
             result[f"{new.replace('#', layer)}.{kind}"] = part
     word = tensors["encoder.tokens.weight"]

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder
-from sst2_xlmr.model.vocabulary import TABLE
+from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.model.weight_files import Weights, reading_errors
-from sst2_xlmr.model.weight_names import TABLE_SOURCES, Tensors, from_hugging_face, from_torchtext
+from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, Tensors, from_hugging_face, from_torchtext
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.tensors import Deferred
+from sst2_xlmr.util.tensors import LazyTensor
 
 
 def load_tensors(encoder: Encoder, ids: torch.Tensor | None = None) -> Tensors:
@@ -31,7 +31,7 @@ def load_tensors(encoder: Encoder, ids: torch.Tensor | None = None) -> Tensors:
         return from_hugging_face(list(raw.raw), raw.tensor, encoder.is_bert)
 
 
-def pretrained_table(encoder: Encoder) -> Deferred:
+def pretrained_table(encoder: Encoder) -> LazyTensor:
     """Return the encoder's embedding table, fp32 [vocab_size, hidden], read a few rows at a time.
 
     UserError if the file cannot be read as weights, or has no such table.
@@ -45,14 +45,14 @@ def pretrained_table(encoder: Encoder) -> Deferred:
         with reading_errors(file):
             return raw.read(name, slice(start, stop))
 
-    return Deferred((encoder.shape.vocab_size, encoder.shape.hidden), torch.float32, rows)
+    return LazyTensor((encoder.shape.vocab_size, encoder.shape.hidden), torch.float32, rows)
 
 
 def _find_table(encoder: Encoder, raw: Weights) -> str:
     """Return the embedding table's name in the file, and check its shape."""
-    name = next((name for name in TABLE_SOURCES if name in raw.raw), "")
+    name = next((name for name in EMBEDDING_SOURCES if name in raw.raw), "")
     expected = torch.Size((encoder.shape.vocab_size, encoder.shape.hidden))
-    check_fit({TABLE: raw.raw[name]} if name else {}, {TABLE: expected}, encoder.weights_file)
+    check_fit({EMBEDDING: raw.raw[name]} if name else {}, {EMBEDDING: expected}, encoder.weights_file)
     return name
 
 

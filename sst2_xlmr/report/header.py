@@ -13,7 +13,7 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.data.report import lines_of
 from sst2_xlmr.model.encoders import Encoder
-from sst2_xlmr.model.vocabulary import TABLE
+from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.task import listed
 from sst2_xlmr.training.optimizer import Optimizer
 from sst2_xlmr.training.state import TrainState
@@ -95,7 +95,7 @@ def _example(inputs: Prepared, *rows: tuple[str, int]) -> str:
 def _describe_model(encoder: Encoder, optimizer: Optimizer) -> str:
     """Return the model's size with its whole vocabulary, and how much of it is trained."""
     shape, sizes = encoder.shape, {name: weight.shape for name, weight in optimizer.weights().items()}
-    rows = sizes[TABLE][0]
+    rows = sizes[EMBEDDING][0]
     whole = sum(map(math.prod, sizes.values())) + (shape.vocab_size - rows) * shape.hidden
     trained = sum(moment.numel() for moment in optimizer.moments().values()) / 2
     of_all = f" of {encoder.cut_from}" if encoder.cut_from else ""

@@ -22,14 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.model.vocabulary import TABLE, Vocabulary
+from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
 from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import Optimizer
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World, gather_objects, on_rank0
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import Finisher, digest_of, disk_errors, put_in_place, scratch_name
-from sst2_xlmr.util.tensors import Storable, write_tensors
+from sst2_xlmr.util.files import BackgroundWriter, digest_of, disk_errors, put_in_place, scratch_name
+from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "vocabulary", "random"))
 _FILES = (*_TENSOR_FILES, "state.json", "config.json")
@@ -43,7 +43,7 @@ def save_checkpoint(
     vocabulary: Vocabulary,
     config: Config,
     world: World,
-    finisher: Finisher,
+    finisher: BackgroundWriter,
 ) -> tuple[int, float] | None:
     """Write `folder/step-NNNNNNNN` from rank 0, with every rank's random state, and remove the oldest ones.
 
@@ -54,7 +54,7 @@ def save_checkpoint(
     random = {f"cpu.{world.rank}": torch.get_rng_state()}
     if world.device.type == "cuda":
         random[f"cuda.{world.rank}"] = torch.cuda.get_rng_state(world.device)
-    tensors: dict[str, Mapping[str, Storable]] = {
+    tensors: dict[str, Mapping[str, TensorLike]] = {
         "model": optimizer.weights(),
         "optimizer": optimizer.moments(),
         "vocabulary": {"ids": vocabulary.ids},
@@ -171,7 +171,7 @@ def load_checkpoint(
         meter.start()
         vocabulary.decay = values["vocabulary"]["decay"]
         weights, moments, saved, random = (load_file(checkpoint / name) for name in _TENSOR_FILES)
-        start = optimizer.weights()[TABLE]
+        start = optimizer.weights()[EMBEDDING]
         start = start if isinstance(start, torch.Tensor) else start.rows(0, start.shape[0])
         vocabulary.take_over(weights, moments, saved["ids"], start)
         optimizer.load(weights, moments, state.updates)

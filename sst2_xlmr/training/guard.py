@@ -47,7 +47,7 @@ def check_skipped(state: TrainState, limit: int, rows: np.ndarray) -> None:
     )
 
 
-def watch(state: TrainState, loss: float, rows: float, baseline: float, warmup_steps: int) -> None:
+def check_progress(state: TrainState, loss: float, rows: float, baseline: float, warmup_steps: int) -> None:
     """Update `has_learned` and `collapse_check_due` from the mean loss over `rows` rows; losses are in nats a row."""
     if loss + 3 * _LOSS_DEVIATION / math.sqrt(rows) < _LEARNED_LOSS * baseline:
         state.has_learned = True

@@ -13,7 +13,7 @@ from torch import nn
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.util.distributed import World
-from sst2_xlmr.util.tensors import Storable
+from sst2_xlmr.util.tensors import TensorLike
 
 BETAS = (0.9, 0.999)
 # RoBERTa's (https://arxiv.org/abs/1907.11692, table 10). With Adam's 1e-8, a weight whose gradient is only rounding
@@ -56,7 +56,7 @@ class Optimizer(Protocol):
     def clear_gradients(self) -> None:
         """Forget the gradients."""
 
-    def weights(self) -> Mapping[str, Storable]:
+    def weights(self) -> Mapping[str, TensorLike]:
         """Return the fp32 weights of the whole model, by the parameters' names, to be written."""
 
     def moments(self) -> Mapping[str, torch.Tensor]:
@@ -125,7 +125,7 @@ class AdamW:
     def clear_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
-    def weights(self) -> dict[str, Storable]:
+    def weights(self) -> dict[str, TensorLike]:
         return {name: parameter.data for name, parameter in self._model.named_parameters()}
 
     def moments(self) -> dict[str, torch.Tensor]:

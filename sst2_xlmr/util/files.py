@@ -194,14 +194,14 @@ def new_file(path: Path) -> Iterator[TextIO]:
             yield text
 
 
-class Finisher:
+class BackgroundWriter:
     """Finishes written files on a thread, in order, while training goes on; leaving the context waits for the rest."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
         self._pending: list[Future[Any]] = []
 
-    def __enter__(self) -> Finisher:
+    def __enter__(self) -> BackgroundWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -18,7 +18,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Deferred:
+class LazyTensor:
     """A tensor of one or more dimensions whose rows are computed while it is written, never in memory as a whole.
 
     `rows(start, stop)` returns its [start:stop], on any device.
@@ -28,7 +28,7 @@ class Deferred:
     dtype: torch.dtype
     rows: Callable[[int, int], torch.Tensor]
 
-    def chunk(self, count: int) -> list[Deferred]:
+    def chunk(self, count: int) -> list[LazyTensor]:
         """Cut into equal parts along the rows, as `torch.chunk` does."""
         size, rest = divmod(self.shape[0], count)
         if rest:
@@ -36,16 +36,16 @@ class Deferred:
 
         shape, rows = (size, *self.shape[1:]), self.rows
 
-        def part(first: int) -> Deferred:
-            return Deferred(shape, self.dtype, lambda start, stop: rows(first + start, first + stop))
+        def part(first: int) -> LazyTensor:
+            return LazyTensor(shape, self.dtype, lambda start, stop: rows(first + start, first + stop))
 
         return [part(number * size) for number in range(count)]
 
 
-Storable = Union[torch.Tensor, Deferred]
+TensorLike = Union[torch.Tensor, LazyTensor]
 
 
-def _parts(tensor: Storable) -> Iterator[torch.Tensor]:
+def _parts(tensor: TensorLike) -> Iterator[torch.Tensor]:
     """Yield a tensor's values in order, in contiguous pieces on the CPU."""
     if isinstance(tensor, torch.Tensor):
         yield tensor.detach().cpu().contiguous()
@@ -56,7 +56,7 @@ def _parts(tensor: Storable) -> Iterator[torch.Tensor]:
         yield tensor.rows(start, min(start + step, tensor.shape[0])).detach().cpu().contiguous()
 
 
-def write_tensors(tensors: Mapping[str, Storable], file: Path) -> None:
+def write_tensors(tensors: Mapping[str, TensorLike], file: Path) -> None:
     """Write a safetensors file (https://github.com/huggingface/safetensors#format), one tensor after another.
 
     safetensors' own `save_file` wants all tensors in memory, and makes the file readable by its owner only.

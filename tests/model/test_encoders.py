@@ -18,7 +18,7 @@ from sst2_xlmr.model import weight_files
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, find_encoder, lowest_layers
 from sst2_xlmr.model.roberta import SequenceClassifier
-from sst2_xlmr.model.vocabulary import TABLE, Vocabulary
+from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
 from sst2_xlmr.model.weight_names import from_hugging_face, to_hugging_face
 from sst2_xlmr.model.weights import load_tensors, pretrained_table
 from sst2_xlmr.task import SingleLabel
@@ -112,11 +112,11 @@ def test_parts_of_the_table_are_those_of_the_whole(folder: Path, kind: str, monk
     encoder = find_encoder(str(folder))
     whole = load_tensors(encoder)
     ids = torch.tensor([0, 1, 2, 3, 9, 40, encoder.shape.vocab_size - 1])
-    assert same(load_tensors(encoder, ids), {**whole, TABLE: whole[TABLE][ids]})
+    assert same(load_tensors(encoder, ids), {**whole, EMBEDDING: whole[EMBEDDING][ids]})
     table = pretrained_table(encoder)
-    assert table.shape == whole[TABLE].shape
-    assert torch.equal(table.rows(0, table.shape[0]), whole[TABLE])
-    assert torch.equal(table.rows(5, 9), whole[TABLE][5:9])
+    assert table.shape == whole[EMBEDDING].shape
+    assert torch.equal(table.rows(0, table.shape[0]), whole[EMBEDDING])
+    assert torch.equal(table.rows(5, 9), whole[EMBEDDING][5:9])
 
 
 def test_weights_do_not_change_with_their_file(folder: Path) -> None:
@@ -145,7 +145,7 @@ def test_only_those_rows_of_the_table_are_read_that_are_wanted(folder: Path, mon
     compact, _ = build_classifier(encoder, TASK, vocabulary=Vocabulary(ids, encoder.shape.vocab_size))
     assert sum(read_rows) == len(ids)
     expected = whole.state_dict()
-    assert same(compact.state_dict(), {**expected, TABLE: expected[TABLE][ids]})
+    assert same(compact.state_dict(), {**expected, EMBEDDING: expected[EMBEDDING][ids]})
     read_rows.clear()
     table = pretrained_table(encoder)
     assert read_rows == []

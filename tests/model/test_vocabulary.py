@@ -12,7 +12,7 @@ from conftest import losses, metrics
 from safetensors.torch import load_file
 
 from sst2_xlmr.model.vocabulary import Vocabulary, used_vocabulary, whole_vocabulary
-from sst2_xlmr.util.tensors import Deferred
+from sst2_xlmr.util.tensors import LazyTensor
 
 
 def test_ids_that_occur_and_the_special_ones() -> None:
@@ -28,14 +28,14 @@ def test_ids_that_occur_and_the_special_ones() -> None:
 
 def test_expand_decays_what_was_not_trained() -> None:
     table, rows = torch.arange(12.0).view(6, 2), torch.tensor([[-1.0, -1.0], [-2.0, -2.0]])
-    before = Deferred((6, 2), table.dtype, lambda start, stop: table[start:stop])
+    before = LazyTensor((6, 2), table.dtype, lambda start, stop: table[start:stop])
     vocabulary = Vocabulary(torch.tensor([0, 4]), 6, decay_rate=0.1)
     for lr in (0.5, 1.0):
         vocabulary.count_step(lr)
     assert vocabulary.decay == pytest.approx(0.95 * 0.9)
     vocabulary.decay = 0.5
     expected = [[-1, -1], [1, 1.5], [2, 2.5], [3, 3.5], [-2, -2], [5, 5.5]]
-    for after in (rows, Deferred((2, 2), rows.dtype, lambda start, stop: rows[start:stop])):
+    for after in (rows, LazyTensor((2, 2), rows.dtype, lambda start, stop: rows[start:stop])):
         expanded = vocabulary.expand(before, after)
         assert expanded.shape == (6, 2)
         for start in range(6):
@@ -54,7 +54,7 @@ def test_another_vocabulary_takes_over_a_checkpoints_rows() -> None:
     assert moments[f"exp_avg_sq.{name}"].tolist() == [[1, 2], [3, 4], [5, 6], [7, 8], [0, 0], [11, 12]]
 
 
-TABLE = "roberta.embeddings.word_embeddings.weight"
+EMBEDDING = "roberta.embeddings.word_embeddings.weight"
 
 
 def train_both(run_train: Callable[..., Path], tmp_path: Path, *options: object) -> tuple[Path, Path]:
@@ -74,7 +74,7 @@ def test_same_result_as_the_whole_table(run_train: Callable[..., Path], tmp_path
     assert losses(compact) == losses(whole)
     ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (compact, whole))
     for name, tensor in theirs.items():
-        if name == TABLE:
+        if name == EMBEDDING:
             kept = ids_of(compact)
             assert 4 < len(kept) < len(tensor)
             assert torch.equal(ours[name][kept], tensor[kept])
@@ -95,8 +95,8 @@ def test_all_rows_agree_with_clipping(
     ours, theirs = (load_file(run / "model" / "model.safetensors") for run in runs)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=0, msg=name)
-    is_untouched = torch.ones(len(ours[TABLE]), dtype=torch.bool)
+    is_untouched = torch.ones(len(ours[EMBEDDING]), dtype=torch.bool)
     is_untouched[ids_of(runs[0])] = False
     assert int(is_untouched.sum()) > 100
-    before = load_file(tiny_encoder / "model.safetensors")[TABLE]
-    assert float((ours[TABLE] - before)[is_untouched].abs().max()) > 1e-4
+    before = load_file(tiny_encoder / "model.safetensors")[EMBEDDING]
+    assert float((ours[EMBEDDING] - before)[is_untouched].abs().max()) > 1e-4

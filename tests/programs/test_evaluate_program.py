@@ -25,7 +25,7 @@ from sst2_xlmr.programs import predict
 from sst2_xlmr.util.errors import UserError
 
 DE, RU = SAMPLE_DATA / "test.de.tsv", SAMPLE_DATA / "test.ru.tsv"
-LAST_LAYER, TABLE = "classifier.out_proj.weight", "roberta.embeddings.word_embeddings.weight"
+LAST_LAYER, EMBEDDING = "classifier.out_proj.weight", "roberta.embeddings.word_embeddings.weight"
 DENSE = "roberta.encoder.layer.0.output.dense.weight"
 
 
@@ -117,7 +117,7 @@ def test_a_full_disk_is_said_in_one_line(
 
 def test_weights_that_are_not_finite_are_refused(run: Path, tmp_path: Path, capsys: Capture) -> None:
     """Also if no text uses them."""
-    model = change_weights(run / "model", tmp_path / "a", lambda found: found[TABLE][-1].fill_(math.nan))
+    model = change_weights(run / "model", tmp_path / "a", lambda found: found[EMBEDDING][-1].fill_(math.nan))
     with pytest.raises(UserError, match=f"{model} has weights that are not finite"):
         sst2_xlmr.load(model)
     # These are finite, but what they compute is not.

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import prepare
-from sst2_xlmr.model.vocabulary import TABLE
+from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.report.header import header_lines
 from sst2_xlmr.task import SingleLabel
@@ -59,7 +59,7 @@ def test_the_header_says_what_was_decided(
     config, _ = parse_args(train_options(tiny_encoder, small_data, tmp_path / "run", *options))
     inputs = prepare(config, quiet=True)
     state, world, rows = TrainState(7, decided, 4), World.alone(torch.device("cpu")), inputs.encoder.shape.vocab_size
-    weights = {TABLE: torch.empty(rows - 100, 32), "big": torch.empty(1000, 1000), "head": torch.empty(1000, 100)}
+    weights = {EMBEDDING: torch.empty(rows - 100, 32), "big": torch.empty(1000, 1000), "head": torch.empty(1000, 100)}
     moments = {f"{kind}.head": weights["head"] for kind in ("exp_avg", "exp_avg_sq")}
     optimizer: Any = SimpleNamespace(weights=lambda: weights, moments=lambda: moments, shares_memory=False)
     lines = header_lines(inputs, state, optimizer, reason, world, tmp_path, 10, head_is_new=True)

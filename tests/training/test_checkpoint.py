@@ -15,7 +15,7 @@ import torch
 from sst2_xlmr.config import Config
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
-from sst2_xlmr.model.vocabulary import TABLE, Vocabulary, whole_vocabulary
+from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary, whole_vocabulary
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint, what_is_damaged
 from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import AdamW
@@ -23,7 +23,7 @@ from sst2_xlmr.training.run_folder import claim
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import Finisher, scratch_name
+from sst2_xlmr.util.files import BackgroundWriter, scratch_name
 
 ALONE = World.alone(torch.device("cpu"))
 STATE = TrainState(
@@ -45,7 +45,7 @@ def optimizer(seed: int, rows: int = 50) -> AdamW:
 def save(folder: Path, step: int, seed: int = 0) -> AdamW:
     saved, meter, vocabulary = optimizer(seed), TrainMeter(ALONE), whole_vocabulary(50)
     meter.totals, vocabulary.decay = TOTALS, 0.75
-    with Finisher() as finisher:
+    with BackgroundWriter() as finisher:
         state = dataclasses.replace(STATE, step=step)
         save_checkpoint(folder, state, meter, saved, vocabulary, Config(), ALONE, finisher)
     return saved
@@ -73,17 +73,17 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 
 
 def test_other_vocabulary_keeps_what_was_trained(tmp_path: Path) -> None:
-    saved = save(tmp_path, 1).weights()[TABLE]
+    saved = save(tmp_path, 1).weights()[EMBEDDING]
     assert isinstance(saved, torch.Tensor)
     wider, vocabulary = optimizer(1, rows=60), Vocabulary(torch.cat([torch.arange(30), torch.arange(35, 65)]), 100)
-    table = wider.weights()[TABLE]
+    table = wider.weights()[EMBEDDING]
     assert isinstance(table, torch.Tensor)
     new_row = table[-1].clone()
     load_checkpoint(tmp_path / "step-00000001", TrainMeter(ALONE), wider, vocabulary, 0, ALONE)
     assert torch.equal(table[:30], saved[:30])
     assert torch.equal(table[30:45], saved[35:])
     torch.testing.assert_close(table[-1], new_row * 0.75)
-    assert not wider.moments()[f"exp_avg.{TABLE}"][45:].any()
+    assert not wider.moments()[f"exp_avg.{EMBEDDING}"][45:].any()
 
 
 def test_another_number_of_processes_begins_new_random_streams(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_kill_while_the_same_step_is_replaced_leaves_one(
     """After any number of renames and removals; the next start brings back what was set aside."""
     folder = tmp_path / "checkpoints"
     save(folder, 1)
-    tables = [save(folder, 2, seed).weights()[TABLE] for seed in (0, 5)]
+    tables = [save(folder, 2, seed).weights()[EMBEDDING] for seed in (0, 5)]
     save(folder, 2)
     left = iter(range(calls))
 
@@ -142,5 +142,5 @@ def test_a_kill_while_the_same_step_is_replaced_leaves_one(
     assert sorted(entry.name for entry in folder.iterdir()) == ["step-00000001", "step-00000002"]
     loaded = optimizer(9)
     load_checkpoint(folder / "step-00000002", TrainMeter(ALONE), loaded, whole_vocabulary(50), 0, ALONE)
-    is_from = [torch.equal(loaded.weights()[TABLE], table) for table in tables]  # type: ignore[arg-type]
+    is_from = [torch.equal(loaded.weights()[EMBEDDING], table) for table in tables]  # type: ignore[arg-type]
     assert is_from == [False, True] or (is_from == [True, False] and calls < 4)

@@ -15,7 +15,7 @@ from running import digests, logged, resume, signal_comes, state_of
 
 from sst2_xlmr import train
 from sst2_xlmr.task import SingleLabel
-from sst2_xlmr.training.guard import NotFinite, check_skipped, watch
+from sst2_xlmr.training.guard import NotFinite, check_progress, check_skipped
 from sst2_xlmr.training.state import TrainState
 
 REASON = "same prediction for every text of dev, 'x' with the same probability"
@@ -45,7 +45,7 @@ def test_suspicion_waits_for_warm_up_and_asks_seldom() -> None:
 
     def is_suspicious(loss: float, warmup: int = 20, checked_step: int = 0) -> bool:
         found = dataclasses.replace(state, checked_step=checked_step)
-        watch(found, loss, 80, 0.693, warmup)
+        check_progress(found, loss, 80, 0.693, warmup)
         return found.collapse_check_due
 
     assert is_suspicious(0.69)
@@ -56,11 +56,11 @@ def test_suspicion_waits_for_warm_up_and_asks_seldom() -> None:
 
 def test_a_run_has_learned_once_its_loss_is_clearly_lower_and_that_is_kept() -> None:
     state = TrainState(10)
-    watch(state, 0.65, 800, 0.693, 0)
-    watch(state, 0.60, 80, 0.693, 0)
+    check_progress(state, 0.65, 800, 0.693, 0)
+    check_progress(state, 0.60, 80, 0.693, 0)
     assert not state.has_learned, "of few rows, it may be chance"
-    watch(state, 0.60, 800, 0.693, 0)
-    watch(state, 0.70, 800, 0.693, 0)
+    check_progress(state, 0.60, 800, 0.693, 0)
+    check_progress(state, 0.70, 800, 0.693, 0)
     assert state.has_learned
 
 

@@ -17,7 +17,7 @@ from sst2_xlmr.engines.cpu.kernels import Kernels
 from sst2_xlmr.engines.cpu.masters import join_master, split_master
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
-from sst2_xlmr.model.vocabulary import TABLE, whole_vocabulary
+from sst2_xlmr.model.vocabulary import EMBEDDING, whole_vocabulary
 from sst2_xlmr.training.optimizer import BETAS, EPSILON, AdamW, Optimizer, group_of, has_fused_adamw, lr_scale
 from sst2_xlmr.util.distributed import World, gather_objects
 
@@ -191,7 +191,7 @@ def test_rows_without_gradient_decay_as_the_vocabulary_says(kind: str, lr: float
     """Also at real settings, where a factor rounded to fp32 would decay 8 % too much."""
     classifier = model()
     optimizer, vocabulary = build(kind, classifier), whole_vocabulary(50)
-    scale, decay = group_of(TABLE, classifier.encoder.tokens.weight, 2, CONFIG)
+    scale, decay = group_of(EMBEDDING, classifier.encoder.tokens.weight, 2, CONFIG)
     vocabulary.decay_rate = scale * decay
     before, _ = saved(optimizer)
     steps = 200 if lr < 0.01 else 5
@@ -202,7 +202,7 @@ def test_rows_without_gradient_decay_as_the_vocabulary_says(kind: str, lr: float
         optimizer.step(lr)
         vocabulary.count_step(lr)
     assert vocabulary.decay == pytest.approx((1 - lr * 0.1 * 0.8**3) ** steps, rel=1e-9)
-    row = saved(optimizer)[0][TABLE][10].double() / before[TABLE][10].double()
+    row = saved(optimizer)[0][EMBEDDING][10].double() / before[EMBEDDING][10].double()
     assert 1 - float(row.mean()) == pytest.approx(1 - vocabulary.decay, rel=0.03)
 
 

@@ -22,7 +22,7 @@ from sst2_xlmr.util.files import is_scratch, scratch_name
 MINOR = __version__.rpartition(".")[0]
 PLACES = {  # where a start is killed: before this is called -> what the run's folder then holds
     "sst2_xlmr.training.run_folder.write_text": {".lock"},
-    "sst2_xlmr.train.outputs": {".lock", "config.json"},
+    "sst2_xlmr.train.open_report": {".lock", "config.json"},
     "sst2_xlmr.report.tensorboard.SummaryWriter": {".lock", "config.json", "metrics.jsonl"},
     "sst2_xlmr.training.checkpoint.write_tensors": {".lock", "config.json", "metrics.jsonl", "checkpoints"},
 }

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sst2_xlmr.util import tensors as tensor_files
-from sst2_xlmr.util.tensors import Deferred, write_tensors
+from sst2_xlmr.util.tensors import LazyTensor, write_tensors
 
 TENSORS = {
     "b.matrix": torch.randn(7, 5),
@@ -24,12 +24,12 @@ TENSORS = {
 }
 
 
-def deferred(tensor: torch.Tensor, asked: list[int]) -> Deferred:
+def deferred(tensor: torch.Tensor, asked: list[int]) -> LazyTensor:
     def rows(start: int, stop: int) -> torch.Tensor:
         asked.append(stop - start)
         return tensor[start:stop]
 
-    return Deferred(tuple(tensor.shape), tensor.dtype, rows)
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, rows)
 
 
 def test_same_content_as_safetensors_own(tmp_path: Path) -> None:

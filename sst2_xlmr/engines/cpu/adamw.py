@@ -25,7 +25,7 @@ from sst2_xlmr.engines.cpu.shared_memory import Arena, aligned_bytes, barrier_su
 from sst2_xlmr.training.optimizer import BETAS, EPSILON, group_of
 from sst2_xlmr.util.distributed import World, raise_on_all
 from sst2_xlmr.util.memory import give_back_memory
-from sst2_xlmr.util.tensors import Deferred
+from sst2_xlmr.util.tensors import LazyTensor
 
 
 def part_of(n: int, group: World) -> tuple[int, int]:
@@ -188,7 +188,7 @@ class CpuAdamW:
             if state.accumulator is not None:
                 state.accumulator.zero_()
 
-    def weights(self) -> dict[str, Deferred]:
+    def weights(self) -> dict[str, LazyTensor]:
         """Return the fp32 weights by the parameters' names, to be written."""
         return {state.name: state.master() for state in self._states}
 

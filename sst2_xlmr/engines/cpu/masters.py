@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sst2_xlmr.util.tensors import Deferred
+from sst2_xlmr.util.tensors import LazyTensor
 
 
 def store_master(master: torch.Tensor, weight: torch.Tensor, low_bits: torch.Tensor) -> None:
@@ -61,7 +61,7 @@ class ParamState:
         else:
             store_master(master, self.weight.data, self.low_bits)
 
-    def master(self) -> Deferred:
+    def master(self) -> LazyTensor:
         """Return the fp32 weights, to be written; in bf16 they are joined some rows at a time."""
         weight, low_bits = self.weight.data, self.low_bits
 
@@ -69,7 +69,7 @@ class ParamState:
             part = weight[start:stop]
             return part if low_bits is None else join_master(part, low_bits[start:stop])
 
-        return Deferred(tuple(weight.shape), torch.float32, rows)
+        return LazyTensor(tuple(weight.shape), torch.float32, rows)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what a step changes, by the names in the C struct."""
