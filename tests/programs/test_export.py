@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Capture, RunTrain, change_weights, user_error
+from conftest import ROOT, Capture, RunTrain, change_weights, user_error
 from reference import needs_torchtext
-from running import Fork
 from safetensors.torch import load_file
 
 from sst2_xlmr.model.encoders import find_encoder
@@ -117,9 +118,11 @@ def test_a_result_that_is_written_is_a_success_whoever_reads(model: Path, tmp_pa
     (tmp_path / "texts.txt").write_text("A fine film.\n")
     words = ["--model", str(model), "--format", "hf", "--output", str(tmp_path / "x")]
     words += ["--keep-vocabulary-of", str(tmp_path / "texts.txt")]  # says a line before all is done, too
-    assert Fork(["scripts/export.py", *words], Path("/dev/full"), tmp_path / "errors").wait() == 0
-    said = (tmp_path / "errors").read_text()
-    assert said.startswith("warning: cannot write to standard output: ") and said.count("\n") == 1
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "scripts/export.py", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: cannot write to standard output: ") and done.stderr.count("\n") == 1
     assert (tmp_path / "x" / "model.safetensors").is_file()
 
 
