@@ -9,6 +9,7 @@ import re
 import struct
 import textwrap
 import threading
+import time
 from pathlib import Path
 from typing import Any, Callable
 
@@ -42,9 +43,11 @@ def make_event_folder(folder: Path, option: str) -> None:
 def open_events(folder: Path, purge_step: int | None = None) -> SummaryWriter:
     """Open a new event file beside those that are there; TensorBoard hides what these have from `purge_step` on.
 
-    It reads files in the order of their names, which begin with the second of the start: by a clock that is behind,
-    points double.
+    It reads files in the order of their names, which begin with the second of the start: so no two start in the same
+    one, but by a clock that is behind, points double.
     """
+    while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.02)
     threading.excepthook = _hide_writer_errors
     return SummaryWriter(str(folder), purge_step=purge_step)
 

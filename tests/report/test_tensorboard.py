@@ -227,3 +227,11 @@ def test_at_most_fifty_mistakes(tmp_path: Path) -> None:
     assert "(the file has changed)" in table(1 - labels)
     file.unlink()
     assert "(the file has changed)" in table(1 - labels)
+
+
+def test_no_two_starts_have_the_same_second(tmp_path: Path) -> None:
+    """TensorBoard reads the files in the order of their names, in which a number of the process follows the second."""
+    for _ in range(2):
+        tensorboard.open_events(tmp_path).close()
+    first, second = (int(file.name.split(".")[3]) for file in sorted(tmp_path.iterdir()))
+    assert first < second
