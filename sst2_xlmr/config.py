@@ -307,6 +307,11 @@ class Config:
     log_every: int = changeable(50, "log training metrics every N steps: means since the last line", "N", at_least(1))
     tensorboard_dir: FilePath | None = changeable(None, "TensorBoard events (default: OUTPUT_DIR/tensorboard)", "DIR")
 
+    @property
+    def eval_splits(self) -> list[str]:
+        """Names of the files to evaluate on during training, dev first."""
+        return ["dev", *(name for name, _ in map(named_file, self.eval_file))]
+
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Config)}
 
@@ -379,6 +384,6 @@ def _check_files(config: Config) -> None:
         raise UserError("--dev-file without --train-file: name that too, or a --data-dir that has such a file")
     if config.dev_file and config.dev_share is not None:
         raise UserError("--dev-file and --dev-share both say what dev is; leave one of them out")
-    named = ["accuracy", "macro_f1", "loss", "mean", *(name for name, _ in map(named_file, config.eval_file))]
+    named = ["accuracy", "macro_f1", "loss", "mean", *config.eval_splits[1:]]
     if config.best_by not in (None, *named):
         raise UserError(f"--best-by is one of {', '.join(named)}, not {config.best_by}")

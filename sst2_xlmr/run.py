@@ -9,7 +9,7 @@ from typing import IO, Any, Callable
 import numpy as np
 
 from sst2_xlmr.backend import prediction_model, training_backend
-from sst2_xlmr.config import Config, named_file
+from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import BatchLoader
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.evaluation.calibration import calibrate
@@ -81,7 +81,7 @@ class Run:
         self.reads_grad_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
         self.baseline = self.task.baseline_loss(inputs.train_labels)
         self.metrics: dict[str, dict[str, Any]] = {}
-        self.eval_splits = ["dev", *(name for name, _ in map(named_file, config.eval_file))]
+        self.eval_splits = config.eval_splits
         self.test_splits = [split for split in inputs.files if split not in ("train", *self.eval_splits)]
         half = max(1, (config.micro_batch_size or -(-config.batch_size // world.world_size)) // 2)
         self.memory_cure = f"rerun with --micro-batch-size {half} or less, which changes the result only by rounding"

@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from sst2_xlmr.cli import parse_args
-from sst2_xlmr.config import OPTIONS, Config, flag, named_file
+from sst2_xlmr.config import OPTIONS, Config, flag
 from sst2_xlmr.data.prepare import Prepared, prepare
 from sst2_xlmr.data.report import as_json, check_lines, lines_of
 from sst2_xlmr.evaluation.calibration import describe_calibration
@@ -90,8 +90,7 @@ def initial_state(config: Config, inputs: Prepared, digests: dict[str, str], wor
     precision = broadcast(world, choose_precision(config.precision, world.device))
     batches, eval_every = -(-len(inputs.train_lengths) // config.batch_size), config.eval_every
     if eval_every is None:
-        during = ["dev", *(name for name, _ in map(named_file, config.eval_file))]
-        evaluated = sum(len(inputs.caches[split].ids) for split in during)
+        evaluated = sum(len(inputs.caches[split].ids) for split in config.eval_splits)
         eval_every = evaluation_interval(batches, int(inputs.train_lengths.sum()), evaluated)
     return TrainState(batches, precision, eval_every, digests)
 
@@ -192,11 +191,8 @@ def check_inputs(config: Config, world: World) -> None:
     inputs, _ = prepare_inputs(config, world)
 
     def write() -> None:
-        say(
-            "\n".join(
-                [f"rows       {describe_rows(inputs)}", *lines_of(inputs), *data_report(inputs), *check_lines(inputs)]
-            )
-        )
+        lines = [*lines_of(inputs), *data_report(inputs), *check_lines(inputs)]
+        say("\n".join([f"rows       {describe_rows(inputs)}", *lines]))
         path = Path(str(config.check))
         with writing(path):
             path.write_text(json.dumps(as_json(inputs), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -43,13 +43,17 @@ class Batch(NamedTuple):
         return self._replace(ids=ids, labels=labels)
 
 
-def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Return int64 [rows], numbers below 2**32 that look random (splitmix64, https://prng.di.unimi.it/splitmix64.c)."""
-    start = (seed * 0x9E3779B97F4A7C15 + (epoch << 40)) % 2**64  # NumPy warns of overflow in a scalar, not in arrays
-    values = rows.astype(np.uint64) + np.uint64(start)
+def mixed(values: np.ndarray) -> np.ndarray:
+    """Return uint64 numbers that look random: two rounds of splitmix64 (https://prng.di.unimi.it/splitmix64.c)."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
-    return (values >> np.uint64(32)).astype(np.int64)
+    return values
+
+
+def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Return int64 [rows], numbers below 2**32 that look random."""
+    start = (seed * 0x9E3779B97F4A7C15 + (epoch << 40)) % 2**64  # NumPy warns of overflow in a scalar, not in arrays
+    return (mixed(rows.astype(np.uint64) + np.uint64(start)) >> np.uint64(32)).astype(np.int64)
 
 
 def select_rows(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

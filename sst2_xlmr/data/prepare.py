@@ -148,7 +148,7 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
     task = find_task(config, found, files["train"][0])
     splits = {}
     for name, paths in files.items():
-        is_test = name not in ("train", "dev") and f"{name}=" not in "".join(config.eval_file)
+        is_test = name not in ("train", *config.eval_splits)
         is_labelled = not (is_test and all(each.is_unlabelled for each in found[name]))
         dropped: dict[str, int] = {}
         notes = [note for each in found[name] for note in (*each.layout.notes, *each.notes())]

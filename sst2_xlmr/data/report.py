@@ -10,7 +10,7 @@ import numpy as np
 
 from sst2_xlmr.data.formats import Layout, shortened
 from sst2_xlmr.data.prepare import Prepared, Split
-from sst2_xlmr.data.rows import PHRASES, Columns, likely_columns, read_rows
+from sst2_xlmr.data.rows import PHRASES, Columns, guessed_columns, read_rows
 from sst2_xlmr.task import listed
 
 _DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
@@ -41,8 +41,7 @@ def description(path: Path, layout: Layout, columns: Columns, rows: int | None =
     words += [layout.encoding] if layout.encoding != "utf-8" else []
     words += ["CR line ends"] if layout.newline == "\r" else []
     words += [f"text is {' + space + '.join(columns.texts)}"] if len(columns.texts) > 1 else []
-    is_guessed = layout.is_table and not (layout.header or columns.texts or "text" in layout.names)
-    if is_guessed and (found := likely_columns(path, layout)):
+    if found := guessed_columns(path, layout, columns):
         text, label = (None if i is None else layout.names[i] for i in found)
         words.append(
             f"text in column {text}" + (f", label in column {label}" if label and columns.label == "label" else "")

@@ -115,12 +115,7 @@ def _places(path: Path, layout: Layout, columns: Columns, fields: Fields, with_l
     """Return the places of a row's columns; UserError if one is missing, or two are the same."""
     names, line = fields.names, fields.line
     texts, label = columns.texts or ("sentence", "text"), columns.label
-    if (
-        not (columns.texts or layout.header)
-        and layout.is_table
-        and "text" not in names
-        and (found := likely_columns(path, layout))
-    ):
+    if found := guessed_columns(path, layout, columns):
         texts, label = (names[found[0]],), names[found[1]] if label == "label" and found[1] is not None else label
     if columns.texts:
         chosen = [_position(path, names, layout, "--text-column", [name], line) for name in texts]
@@ -137,12 +132,21 @@ def _places(path: Path, layout: Layout, columns: Columns, fields: Fields, with_l
     return Places(tuple(chosen), pair, place)
 
 
-def likely_columns(path: Path, layout: Layout) -> tuple[int, int | None] | None:
+def guessed_columns(path: Path, layout: Layout, columns: Columns) -> tuple[int, int | None] | None:
+    """Return the columns of text and label where no header names them and the options do not; see `_likely_columns`."""
+    is_open = layout.is_table and not (layout.header or columns.texts or "text" in layout.names)
+    return _likely_columns(_first_columns(path, layout)) if is_open else None
+
+
+def _first_columns(path: Path, layout: Layout) -> list[list[str]]:
+    """Return a table's columns, without the spaces around their cells; of its first rows."""
+    rows = [each.cells for each in itertools.islice(read_fields(path, layout), 500)]
+    rows = [cells for cells in rows if len(cells) == len(layout.names)]
+    return [[str(cells[i]).strip() for cells in rows] for i in range(len(layout.names))]
+
+
+def _likely_columns(cells: list[list[str]]) -> tuple[int, int | None] | None:
     """Return the columns that must hold text and label, if by their cells only one each can."""
-    rows = [
-        each.cells for each in itertools.islice(read_fields(path, layout), 500) if len(each.cells) == len(layout.names)
-    ]
-    cells = [[str(row[i]).strip() for row in rows] for i in range(len(layout.names))]
     texts = [i for i, each in enumerate(cells) if sum(" " in cell for cell in each) > len(each) / 2]
     labels = [
         i
@@ -156,15 +160,11 @@ def _proposal(path: Path, layout: Layout) -> str:
     """Return the options that name a table's text and label, for an error; empty if that cannot be told."""
     if not layout.is_table:
         return ""
-    rows = [
-        each.cells for each in itertools.islice(read_fields(path, layout), 500) if len(each.cells) == len(layout.names)
-    ]
-    flags = [
-        name for i, name in enumerate(layout.names) if rows and {str(row[i]).strip() for row in rows} <= {"0", "1"}
-    ]
+    cells = _first_columns(path, layout)
+    flags = [name for name, each in zip(layout.names, cells) if each and set(each) <= {"0", "1"}]
     if len(flags) > 2:
         return f"; {listed(flags)} hold 0 and 1: several labels a row (multi-label) are not supported, name one of them"
-    if not (found := likely_columns(path, layout)):
+    if not (found := _likely_columns(cells)):
         return ""
     text, label = (
         repr(layout.names[i]) if i is not None and " " in layout.names[i] else layout.names[i or 0] for i in found
@@ -251,10 +251,10 @@ def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
     for fields, problem, text, pair, cell in _checked(path, layout, columns, task is not None, may_be_empty):
         label = None
         if task and not problem:
-            if not (isinstance(cell, str) and cell in numbers):
-                label = task.read_label(cell, f"{path}, line {fields.line}")
-                numbers[cell if isinstance(cell, str) else label_text(cell)] = label
-            label = numbers[cell if isinstance(cell, str) else label_text(cell)]
+            key = cell if isinstance(cell, str) else label_text(cell)
+            if key not in numbers:
+                numbers[key] = task.read_label(cell, f"{path}, line {fields.line}")
+            label = numbers[key]
             problem = NO_LABEL if label is None else ""
         if not problem:
             yield Row(text, pair, label, fields)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sst2_xlmr.config import Config, named_file, plain_name
+from sst2_xlmr.data.batches import mixed
 from sst2_xlmr.data.formats import either
 from sst2_xlmr.data.rows import columns_of, has_columns
 from sst2_xlmr.util import downloads
@@ -84,8 +85,9 @@ def cut_off(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) ->
     Rows with equal texts stay together. Which texts they are is a function of texts, labels and seed alone, not of the
     rows' order. Digests are uint64 [rows], labels int [rows].
     """
-    texts, _, text_of, copies = np.unique(digests, return_index=True, return_inverse=True, return_counts=True)
-    order = np.argsort(_mixed(texts, seed), kind="stable")
+    texts, text_of, copies = np.unique(digests, return_inverse=True, return_counts=True)
+    random = mixed(texts + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64))
+    order = np.argsort(random ^ (random >> np.uint64(31)), kind="stable")
     chosen = np.zeros(len(texts), bool)
     class_of = np.full(len(texts), np.iinfo(np.int64).max)
     np.minimum.at(class_of, text_of.reshape(-1), labels.astype(np.int64))
@@ -103,11 +105,3 @@ def cut_off(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) ->
             if wanted <= 0:
                 break
     return np.flatnonzero(chosen[text_of.reshape(-1)])
-
-
-def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
-    """Return uint64 numbers that look random (splitmix64)."""
-    mixed = values + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
