@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import shlex
 import sys
@@ -187,6 +188,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
         base = read_config_file(Path(config_file)) if config_file else {}
         config = Config(**{**base, **given})
     _check_folders(config, resume)
+    if config.check:
+        _check_report(Path(config.check))
     check(config)
     return _with_absolute_paths(config), resume
 
@@ -239,6 +242,16 @@ def _check_folders(config: Config, resume: bool) -> None:
                 raise UserError(f"cannot write to {flag(name)} {folder}: {parent} is not a directory you may write to")
         except OSError as error:
             raise UserError(f"cannot write to {flag(name)} {folder}: {error.strerror}") from None
+
+
+def _check_report(file: Path) -> None:
+    """Refuse to let --check replace a file that it has not written itself."""
+    if not file.is_file() or not file.stat().st_size:
+        return
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        if all("examples" in split for split in json.loads(file.read_text(encoding="utf-8")).values()):
+            return
+    raise UserError(f"--check {file} already exists, and is no report of --check; name another file")
 
 
 def _with_absolute_paths(config: Config) -> Config:

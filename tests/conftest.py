@@ -21,10 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sst2_xlmr import train
+from sst2_xlmr.data import rows as data
+from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.export.folder import write_folder
 from sst2_xlmr.model.encoders import Encoder, EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.errors import exit_on_user_error
 
 Capture = pytest.CaptureFixture[str]
@@ -241,3 +244,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def losses(folder: Path) -> list[float]:
     """Return the training losses of a run, line by line."""
     return [line["loss"] for line in metrics(folder) if "split" not in line]
+
+
+def find_label_names(file: Path, columns: Columns) -> list[str]:
+    """Return the names of the classes in a training file."""
+    return SingleLabel.find_label_names(data.inspect(file, columns).labels, file)

@@ -378,11 +378,6 @@ def inspect(path: Path, columns: Columns, with_label: bool = True) -> Inspection
     return Inspection(layout, rows, problems, labels)
 
 
-def find_label_names(path: Path, columns: Columns) -> list[str]:
-    """Return the names of the classes in a training file, in the order of their numbers (see task.py)."""
-    return Task.find_label_names(inspect(path, columns).labels, path)
-
-
 def has_columns(path: Path, columns: Columns) -> bool:
     """Whether a file has the columns of text and label."""
     layout = find_layout(path, columns)

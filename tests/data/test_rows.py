@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SST2
+from conftest import SST2, find_label_names
 
 from sst2_xlmr.data import rows as data
 from sst2_xlmr.data.formats import Fields
-from sst2_xlmr.data.rows import Row, find_label_names, has_labels, inspect, read_rows
+from sst2_xlmr.data.rows import Row, has_labels, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.task import SST2_NAMES, SingleLabel, alike, numbers_for
 from sst2_xlmr.util.errors import UserError

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, losses, metrics, torchrun, train_options
+from conftest import ROOT, Capture, losses, metrics, torchrun, train_options, user_error
 from safetensors.torch import load_file
 
 from sst2_xlmr import train
@@ -142,3 +142,20 @@ def test_class_weights_do_not_depend_on_the_processes(
     ours, theirs = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("two", "one"))
     for name, tensor in ours.items():
         assert float((tensor - theirs[name]).abs().max()) < 1e-5, name
+
+
+def test_check_says_how_files_are_read_and_replaces_its_own_report_only(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    report = tmp_path / "report.json"
+    words = train_options(tiny_encoder, small_data, tmp_path / "run")
+    for _ in range(2):
+        train.main([*words, "--check", str(report)])
+    found = json.loads(report.read_text(encoding="utf-8"))
+    assert {name: split["rows"] for name, split in found.items()} == {"train": 50, "dev": 20}
+    train_file = small_data / "train.tsv"
+    before = train_file.read_bytes()
+    says = user_error(lambda: train.main([*words, "--check", str(train_file)]), capsys)
+    assert f"--check {train_file} already exists, and is no report of --check; name another file" in says
+    assert train_file.read_bytes() == before
+    assert not (tmp_path / "run").exists()

@@ -57,6 +57,16 @@ def stop_at(run: Path, step: int) -> None:
     shutil.rmtree(run / "model")
 
 
+def check_resumed(whole: Path, *stops: int) -> None:
+    """Check that a run which was stopped after one of these steps, and resumed, equals the whole one."""
+    for stop in stops:
+        broken = Path(shutil.copytree(whole, whole.with_name(f"stopped-{stop}")))
+        stop_at(broken, stop)
+        resume(broken)
+        assert digests(broken) == digests(whole)
+        assert logged(broken) == logged(whole)
+
+
 def test_run_folder(run_train: RunTrain, tmp_path: Path, capsys: Capture) -> None:
     test_files = [SAMPLE_DATA / "test.de.tsv", SAMPLE_DATA / "test.ru.tsv"]
     run = run_train(tmp_path / "run", "--epochs", 2, "--eval-every", 5, "--test-file", *test_files)
@@ -104,12 +114,7 @@ def test_resumed_equals_uninterrupted(run_train: RunTrain, tmp_path: Path, preci
     options = ["--epochs", 2, "--precision", precision, how, "--log-every", 3, "--micro-batch-size", 3]
     options += ["--save-every", 1, "--keep-checkpoints", 100, "--eval-every", 4]
     whole = run_train(tmp_path / "whole", *options)
-    for stop in (10, 7, 4):
-        broken = Path(shutil.copytree(whole, tmp_path / f"stopped-{stop}"))
-        stop_at(broken, stop)
-        resume(broken)
-        assert digests(broken) == digests(whole)
-        assert logged(broken) == logged(whole)
+    check_resumed(whole, 10, 7, 4)
 
 
 def test_resume_of_a_finished_run_changes_nothing(run_train: RunTrain, tmp_path: Path) -> None:
@@ -233,12 +238,7 @@ def test_early_stopping_comes_at_the_same_step_after_a_resume(
     assert [line["step"] for line in metrics(whole) if "split" in line] == [2, 4, 6, 7]
     assert "stopped early" in capsys.readouterr().out
     assert (whole / "model" / "model.safetensors").is_file()
-    for stop in (7, 6, 2):
-        broken = Path(shutil.copytree(whole, tmp_path / f"stopped-{stop}"))
-        stop_at(broken, stop)
-        resume(broken)
-        assert digests(broken) == digests(whole)
-        assert logged(broken) == logged(whole)
+    check_resumed(whole, 7, 6, 2)
 
 
 def test_the_lowest_layers_train_like_a_shorter_encoder(

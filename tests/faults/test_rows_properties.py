@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import find_label_names
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import BatchLoader
 from sst2_xlmr.data.formats import kind_of, row_writer
-from sst2_xlmr.data.rows import find_label_names, read_rows
+from sst2_xlmr.data.rows import read_rows
 from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.task import SingleLabel
