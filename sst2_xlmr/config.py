@@ -22,7 +22,8 @@ LOCK_NAME = ".lock"  # in a run's folder
 MAX_CLASSES = 1000
 EVAL_BATCH_TOKENS = 4096
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
-COLUMN_KEYS = ("text", "pair", "label", "format", "delimiter", "quoting", "encoding")
+TASKS = ("auto", "single-label", "multi-label", "regression")
+COLUMN_KEYS = ("text", "pair", "label", "weight", "format", "delimiter", "quoting", "encoding")
 FORMATS = ("tsv", "csv", "jsonl", "json", "lines", "fasttext", "folder", "parquet", "arrow", "xlsx")
 QUOTES = {"none": "", "double": '"', "single": "'", "backslash": '"'}  # quoting -> quotation mark
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
@@ -97,6 +98,11 @@ def _check_class_weights(text: str) -> str:
     if text == "balanced" or (len(weights) > 1 and all(0 <= weight < math.inf for weight in weights) and any(weights)):
         return ""
     return "is neither balanced nor a number of 0 or more for every class, separated by commas, not all 0"
+
+
+def _check_threshold(text: str) -> str:
+    aim = re.fullmatch(r"f1|(precision|recall)=(0?\.[0-9]+|1)", text)
+    return "" if aim else "is f1, precision=P or recall=R, P and R from 0 to 1"
 
 
 def plain_name(path: Path) -> str:
@@ -193,6 +199,14 @@ class Config:
     )
     text_pair_column: str | None = option(None, "column with the second text, where a row is a pair of texts", "NAME|N")
     label_column: str = option("label", "column with the label, by name or by number from 1", "NAME|N")
+    label_columns: list[str] | None = option(
+        None, "several columns, of 0 and 1 or of probabilities, one for each label; instead of --label-column", "NAME|N"
+    )
+    label_delimiter: str | None = option(None, "between several labels in a cell (default: , ; or |)", "TEXT")
+    weight_column: str | None = option(None, "column with a training row's weight in the loss (0: left out)", "NAME|N")
+    task: str = option(
+        "auto", "auto (found from the labels), single-label, multi-label, regression (scores)", "NAME", one_of(*TASKS)
+    )
     columns: list[str] = option(
         [],
         "columns of one file that has others, e.g. dev:text=sentence1,label=gold_label; also format, encoding, ...",
@@ -264,6 +278,12 @@ class Config:
         "balanced|W0,W1,...",
         _check_class_weights,
     )
+    threshold_for: str | None = option(
+        None,
+        "several labels: fit each one's threshold on dev for f1 (default), precision=P or recall=R, at least that",
+        "f1|precision=P|recall=R",
+        _check_threshold,
+    )
     calibrate: bool = option(
         False, "calibrate the written model's probabilities: divide its logits by a temperature fitted on dev"
     )
@@ -295,8 +315,8 @@ class Config:
     )
     best_by: str | None = option(
         None,
-        "what chooses best/ and stops early: accuracy, macro_f1 or loss of dev, the accuracy of an --eval-file NAME,"
-        " or the mean of dev and all of them (default: accuracy); the lower loss decides a tie",
+        "what chooses best/ and stops early: a metric of dev such as accuracy, macro_f1, spearman or loss, the main one"
+        " of an --eval-file NAME, or its mean over dev and all of these (default: dev's); the lower loss decides a tie",
         "METRIC|NAME|mean",
     )
     early_stopping_patience: int = option(
@@ -357,10 +377,6 @@ def check(config: Config) -> None:
     except LookupError:
         raise UserError(f"--encoding {config.encoding} is unknown; take utf-8, cp1252, gb18030, ...") from None
     _check_files(config)
-    if config.label_names and config.class_weights not in (None, "balanced"):
-        weights = str(config.class_weights).count(",") + 1
-        if weights != len(config.label_names):
-            raise UserError(f"--class-weights has {weights} numbers, but there are {len(config.label_names)} classes")
     if config.text_pair_column is not None and config.max_length < SHORTEST_PAIR:
         wanted = f"must be {SHORTEST_PAIR} or more with --text-pair-column"
         raise UserError(f"--max-length {wanted}, not {config.max_length}")
@@ -384,6 +400,5 @@ def _check_files(config: Config) -> None:
         raise UserError("--dev-file without --train-file: name that too, or a --data-dir that has such a file")
     if config.dev_file and config.dev_share is not None:
         raise UserError("--dev-file and --dev-share both say what dev is; leave one of them out")
-    named = ["accuracy", "macro_f1", "loss", "mean", *config.eval_splits[1:]]
-    if config.best_by not in (None, *named):
-        raise UserError(f"--best-by is one of {', '.join(named)}, not {config.best_by}")
+    if config.label_columns and len(config.label_columns) < 2:
+        raise UserError("--label-columns takes two or more columns; for one, use --label-column")

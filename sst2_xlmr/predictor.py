@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import numpy as np
 import torch
@@ -86,12 +86,12 @@ class Classifier:
         """The labels, in the order of the probabilities."""
         return self.task.label_names
 
-    def predict(self, texts: Texts, batch_tokens: int = EVAL_BATCH_TOKENS) -> list[str]:
-        """Return the most probable label of every text; see `probabilities`."""
+    def predict(self, texts: Texts, batch_tokens: int = EVAL_BATCH_TOKENS) -> list[Any]:
+        """Return every text's answer: its label, list of labels, or score; see `probabilities`."""
         return [self.task.cells(row, False)[0] for row in self.probabilities(texts, batch_tokens).tolist()]
 
     def probabilities(self, texts: Texts, batch_tokens: int = EVAL_BATCH_TOKENS) -> np.ndarray:
-        """Return float32 [texts, labels], every label's probability, in the order of the texts.
+        """Return float32 [texts, labels], every label's probability, or score, in the order of the texts.
 
         Args:
             texts: strings, or (str, str) pairs for a model that was trained on pairs; else it is a TypeError.

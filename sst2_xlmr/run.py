@@ -19,6 +19,7 @@ from sst2_xlmr.model.classifier import build_classifier, load_classifier
 from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary, whole_vocabulary
 from sst2_xlmr.model.weights import pretrained_table
 from sst2_xlmr.report.console import Report
+from sst2_xlmr.task import ERRORS, Task
 from sst2_xlmr.training.checkpoint import save_checkpoint, seed_rank
 from sst2_xlmr.training.guard import check_progress, check_skipped
 from sst2_xlmr.training.meter import TrainMeter
@@ -57,7 +58,8 @@ class Run:
         """Ids -> batches; pretrained weights -> model and optimizer; at the beginning of a run."""
         self.config, self.inputs, self.folder, self.state, self.world = config, inputs, folder, state, world
         caches, shape = inputs.caches, inputs.encoder.shape
-        self.task = inputs.task.for_training(config, inputs.train_labels, world.device)
+        labels, weights = inputs.train_labels, inputs.train_weights
+        self.task = inputs.task.for_training(config, labels, weights, world.device).with_thresholds(state.thresholds)
         self.vocabulary = whole_vocabulary(shape.vocab_size)
         if not config.full_vocabulary:
             self.vocabulary = used_vocabulary((each.distinct_ids for each in caches.values()), shape.vocab_size)
@@ -79,7 +81,7 @@ class Run:
         self.model, self.ddp_model, self.optimizer, self.fallback_reason = backend
         self.meter, self.stop, self.finisher = TrainMeter(world), StopRequest(world), BackgroundWriter()
         self.reads_grad_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
-        self.baseline = self.task.baseline_loss(inputs.train_labels)
+        self.baseline = self.task.baseline_loss(labels, weights)
         self.metrics: dict[str, dict[str, Any]] = {}
         self.eval_splits = config.eval_splits
         self.test_splits = [split for split in inputs.files if split not in ("train", *self.eval_splits)]
@@ -130,13 +132,19 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluate during training, and keep the model if it is the best."""
-        state, task, may_end = self.state, self.task, self.schedule.may_end(self.state)
+        state, config, may_end = self.state, self.config, self.schedule.may_end(self.state)
         found = {split: self.evaluate_split(split) for split in self.eval_splits}
+        labels, probabilities = self.inputs.caches["dev"].labels, found["dev"].probabilities
+        fitted_task = self.task.fitted(probabilities, labels, config.threshold_for)
+        state.thresholds = broadcast(self.world, list(fitted_task.thresholds))
+        self.task = self.task.with_thresholds(state.thresholds)
+        if state.thresholds:
+            found = {split: each.with_fitted(1.0, *self.task_for(split)) for split, each in found.items()}
         value, loss = self.value_of(found), found["dev"].metrics["loss"]
-        labels, is_best = self.inputs.caches["dev"].labels, state.is_best(value, loss)
+        is_best = state.is_best(value, loss)
         is_written = is_best or may_end
-        if self.config.calibrate and is_written:
-            fitted = broadcast(self.world, calibrate(task, found["dev"].probabilities, labels))
+        if config.calibrate and is_written:
+            fitted = broadcast(self.world, calibrate(self.task, probabilities, labels))
             state.temperature, state.ece_before, state.ece_after = fitted
         self.log_evaluations(found, state.temperature if is_written else 1.0, draws=may_end)
         metrics = {split: self.metrics[split] for split in self.eval_splits}
@@ -153,11 +161,14 @@ class Run:
     def value_of(self, found: dict[str, Evaluation]) -> float:
         """Return what chooses the best evaluation, by --best-by; higher is better."""
         best_by, metric = self.config.best_by, self.task.best_metric
-        if best_by == "loss":
-            return -float(found["dev"].metrics["loss"])
         if best_by == "mean":
             return float(np.mean([each.metrics[metric] for each in found.values()]))
-        return float(found[best_by].metrics[metric] if best_by in found else found["dev"].metrics[best_by or metric])
+        value = found[best_by].metrics[metric] if best_by in found else found["dev"].metrics[best_by or metric]
+        return -float(value) if best_by in ERRORS else float(value)
+
+    def task_for(self, split: str, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
+        """Return the task of the model whose logits are divided by a temperature, and a file's labels."""
+        return self.task.at_temperature(temperature), self.inputs.caches[split].labels
 
     def best_name(self) -> str:
         """Return what --best-by asks for, in words."""
@@ -169,10 +180,10 @@ class Run:
     def log_evaluations(self, found: dict[str, Evaluation], temperature: float, draws: bool) -> None:
         """Report evaluations of the model whose logits are divided by a temperature, perhaps with pictures."""
         for split, evaluation in found.items():
-            labels = self.inputs.caches[split].labels
-            final = evaluation.with_temperature(temperature, self.task, labels)
+            task, labels = self.task_for(split, temperature)
+            final = evaluation.with_fitted(temperature, task, labels) if temperature != 1 else evaluation
             self.metrics[split] = final.metrics
-            drawn = (labels, final.probabilities) if draws else ()
+            drawn = (labels, final.probabilities, task) if draws else ()
             self.tell(methodcaller("log_evaluation", self.state.step, split, final.metrics, *drawn))
 
     def evaluate_best(self) -> dict[str, dict[str, Any]]:
@@ -180,9 +191,9 @@ class Run:
         self.finisher.wait()
         world, tokens = World.alone(self.world.device), self.config.eval_batch_tokens
         of_best: dict[str, dict[str, Any]] = {}
-        model, _, _ = load_classifier(self.folder / "best", world.device, self.state.precision == "bf16")
+        model, _, task = load_classifier(self.folder / "best", world.device, self.state.precision == "bf16")
         for split in self.test_splits:
-            found = evaluate(prediction_model(model), self.task, self.inputs.caches[split], tokens, world)
+            found = evaluate(prediction_model(model), task, self.inputs.caches[split], tokens, world)
             of_best[f"best/{split}"] = found.metrics
             assert self.report is not None
             self.report.log_evaluation(self.state.step, f"best/{split}", found.metrics)
@@ -213,7 +224,8 @@ class Run:
             calibration = state.temperature, state.ece_before, state.ece_after
         if not self.vocabulary.is_whole:
             weights[EMBEDDING] = self.vocabulary.expand(pretrained_table(self.inputs.encoder), weights[EMBEDDING])
-        parts = (weights, self.inputs, self.metrics, state.step, calibration, self.finisher)
+        task = self.task.at_temperature(state.temperature if calibration else 1.0)
+        parts = (weights, self.inputs, task, self.metrics, state.step, calibration, self.finisher)
         on_rank0(self.world, lambda: export_run(self.folder / name, *parts))
 
     def save(self) -> None:

@@ -1,42 +1,40 @@
 """The task: everything that differs between kinds of labels, from a file's cell to an exported model's answer.
 
-There is one so far, `SingleLabel`. No other module says softmax, argmax or accuracy; they ask `Task`, which stands for
-whichever task a run or a model has. To add one, write a class with the same methods here.
+There are three: one of several classes, any number of labels, a score. No other module says softmax, argmax or
+accuracy, or knows a task's name; they ask `Task`, whichever a run or a model has. To add one, write a class with the
+same methods here, and enter it in `TASKS`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Callable, List, Tuple  # noqa: UP035 (TorchScript knows these only)
+from typing import Any, Callable, ClassVar, List, Tuple, Union  # noqa: UP035 (TorchScript knows these only)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sst2_xlmr.config import MAX_CLASSES, Config
+from sst2_xlmr import labels as reading
+from sst2_xlmr.config import OPTIONS, Config, flag
 from sst2_xlmr.evaluation import metrics as metric
+from sst2_xlmr.labels import MISSING, LabelValues, is_fraction, is_number, label_text, listed
 from sst2_xlmr.util.errors import UserError
 
 SST2_NAMES = ["negative", "positive"]
 ABSTAINED = "?"  # in place of a label whose probability is too low
-_INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")
-_FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
-_PARTS = re.compile(r"[,;|]")
-_INVISIBLE = re.compile(r"[\W_]")  # what labels that mean the same may differ by
-# What files have for no label, as pandas, R, MySQL, SNLI, ... write it. `none` and `NONE` are classes in some.
-MISSING = {*("", "-", "?", "NULL", "null", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "None", "\\N")}
 _SMALLEST = float(np.finfo(np.float32).tiny)  # a probability that was rounded to 0
 # See `collapse_reason`: a text's log-probabilities deviate less over the texts than this part of what they did before
 # training. Six collapsed runs of the small encoder were at 0 to 0.16 of it.
 _COLLAPSED_DEVIATION = 0.3
 _USELESS_LOSS, _USELESS_ACCURACY = 0.98, 0.2
+_NO_PROBABILITIES = "a score has no probabilities"
+ERRORS = ("loss", "rmse", "mae")  # metrics of which the lower is better
+Seen = Mapping[str, Sequence[int]]  # a file's labels, by `label_text` -> rows, and line of the first
+Weights = Union[np.ndarray, None]  # float [rows], of the rows' losses; None for ones
 
 
 @dataclass(frozen=True)
@@ -49,82 +47,118 @@ class SingleLabel:
         class_weights: fp32 [classes], factors on the loss of the rows of each class; None for ones.
         label_numbers: the classes' numbers by what stands for them in files besides their names; None for 0, 1, ...,
             unless names are integers themselves.
+        is_soft: whether a row's label is the probabilities of all classes.
     """
 
     label_names: list[str]
     label_smoothing: float = 0.0
     class_weights: torch.Tensor | None = None
     label_numbers: dict[str, int] | None = None
+    is_soft: bool = False
 
     problem_type = "single_label_classification"  # transformers' word for it
-    label_dtype, label_shape = np.int32, ()  # of a row's label in the token cache: the class's number
-    best_metric = "accuracy"  # the one that chooses best/; higher is better
+    may_be_empty = False  # whether a row without a label is one
+    best_metric = "accuracy"  # the one that chooses best/
+    best_metrics = ("accuracy", "macro_f1", "loss")  # those that can; but for errors, higher is better
     scalars = ("loss", "accuracy", "macro_f1", "ece")  # the metrics with a curve
+    refused: ClassVar[dict[str, str]] = {  # options that make no sense here, and why
+        "threshold_for": "the most probable class is the answer, without a threshold",
+        "label_delimiter": "a row has one label",
+    }
+    thresholds: ClassVar[tuple[float, ...]] = ()
+    folding = (1.0, 0.0)  # factor and offset that an exported head takes over
+
+    @property
+    def label_dtype(self) -> type:
+        """Of a row's label in the token cache: the class's number, or fp32, the classes' probabilities."""
+        return np.float32 if self.is_soft else np.int32
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        return (self.outputs,) if self.is_soft else ()
+
+    @property
+    def read_as(self) -> object:
+        """What decides how labels are read, besides their names and numbers."""
+        return self.is_soft
 
     # --- labels in files
 
-    @staticmethod
-    def find_label_names(found: Mapping[str, Sequence[int]], path: object) -> list[str]:
-        """Return the names of a training file's classes, in the order of their numbers.
+    @classmethod
+    def from_labels(cls, config: Config, labels: Seen, others: Seen, said: Names, path: object) -> SingleLabel:
+        """Return the task with the classes of the options, or of the training files; see `find_task`."""
+        values = [reading.split_labels(text) for text in labels if text.startswith(("[", "{"))]
+        if is_soft := any(isinstance(each, dict) and len(each) > 1 for each in values):
+            labels = dict.fromkeys((str(name) for each in values for name in each), (1, 1))
+        if config.label_names:
+            names, numbers = reading.numbers_for(config.label_names, labels, path)
+            if not any(label.isdecimal() for label in labels):  # numbers, if there are any, are in other files
+                names, numbers = reading.numbers_for(config.label_names, others, path)
+        else:  # what the training file calls its numbers holds for the other files, too
+            names = list(labels) if is_soft else reading.find_label_names(labels, path)
+            numbers = {str(i): names.index(name) for each in said for i, name in enumerate(each) if name in names}
+        return cls(names, label_numbers=numbers, is_soft=is_soft)
 
-        Integers are in numerical, words in alphabetical order. `found` has rows and first line of every label, by
-        `label_text`. UserError, with the file's path, if there are fewer than two or more than `MAX_CLASSES`, or if
-        they are not classes.
-        """
-        first_lines: dict[str, int] = {}
-        for raw, (_, line) in found.items():
-            if raw not in MISSING:
-                first_lines.setdefault(_plain(raw), line)
-        integers = [int(label) for label in first_lines if _INTEGER.fullmatch(label)]
-        is_from_0 = sorted(integers)[:2] == [-1, 0] or (sorted(integers)[:2] == [-1, 1] and len(integers) > 3)
-        if integers == [-1] or (is_from_0 and len(integers) == len(first_lines)):  # beside words, or labels from 0
-            del first_lines["-1"]
-        _check_one_each(first_lines, path)
-        return _in_order(first_lines, path)
+    @classmethod
+    def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
+        """Whether labels, and what `split_labels` makes of them, are certainly this task's; here, probabilities."""
+        several = [list(each.values()) for each in labels.values() if not isinstance(each, str)]
+        has_fractions = any(0 < value < 1 for row in several for value in row)
+        return has_fractions and all(abs(sum(row) - 1) < 0.01 for row in several)
 
     def number_of(self, label: str) -> int:
         """Return the class's number for a label (see `label_text`); -1 for no label, -2 for none of the classes."""
         numbers = self._numbers
-        label = label if label in numbers else _plain(label)
+        if self.is_soft and label.startswith(("[", "{")):
+            return 0
+        label = label if label in numbers else reading.plain(label)
         return numbers.get(label, -1 if label in MISSING or label == "-1" else -2)
 
-    def read_label(self, cell: object, where: str) -> int | None:
-        """Return the class's number for a cell, None for no label; UserError, beginning with `where`, for another."""
+    def read_label(self, cell: object, where: str) -> int | np.ndarray | None:
+        """Return a row's label for its cell, None for no label; UserError, beginning with `where`, for another."""
         number = self._numbers.get(cell) if isinstance(cell, str) else None
+        if self.is_soft and number is None and label_text(cell).startswith(("[", "{")):
+            row = _label_row(reading.split_labels(label_text(cell)), self._numbers, self.label_names, where)
+            if abs(row.sum() - 1) > 0.01:
+                raise UserError(f"{where}: the classes' probabilities add up to {row.sum():.4g}, not to 1; mend them")
+            return row / row.sum()
         if number is None and (number := self.number_of(label_text(cell))) == -2:
             raise UserError(f"{where}: {self.unknown([label_text(cell)])}")
-        return None if number == -1 else number
+        if number == -1:
+            return None
+        return np.eye(self.outputs, dtype=np.float32)[number] if self.is_soft else number
 
     def unknown(self, labels: Sequence[str]) -> str:
         """Return, for an error, what is wrong with labels that are none of the classes, and the cure."""
-        shown, known = ", ".join(_quoted(label) for label in labels[:10]), f"of {listed(self.label_names)}"
-        if len(self._numbers) > self.outputs:
-            known += f" nor a number from {min(self._counted)} to {max(self._counted)}"
-        cure = ""
-        if all(_INTEGER.fullmatch(_plain(label)) for label in labels):
-            cure = "; numbers stand for names only with --label-names, the names in the order of the numbers"
-        elif set(map(_key, labels)) <= set(map(_key, self.label_names)):
-            cure = "; they differ by case, spaces or signs only: write them alike"
-        is_one = ("is" if len(labels) == 1 else "are") + (" neither" if len(self._numbers) > self.outputs else " not")
-        of_what = "the classes of the training file or of --label-names"
-        return f"label{'s' * (len(labels) > 1)} {shown} {is_one} one {known}, {of_what}{cure}"
+        return reading.unknown_labels(labels, self.label_names, self._numbers)
 
-    @property
-    def _counted(self) -> list[int]:
-        return [int(label) for label in self._numbers if label not in self.label_names]
+    def notes(self, labels: Seen) -> list[str]:
+        """Return what looks wrong in a file's labels."""
+        return [] if self.is_soft else reading.notes(labels)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        numbers = {name: number for number, name in enumerate(self.label_names)}
-        standing = self.label_numbers
-        if standing is None and not any(_INTEGER.fullmatch(name) for name in self.label_names):
-            standing = {str(number): number for number in range(len(self.label_names))}
-        return {**(standing or {}), **numbers}
+        return reading.numbers_by_label(self.label_names, self.label_numbers)
 
     @staticmethod
     def label_keys(labels: np.ndarray) -> np.ndarray:
-        """Return int [rows], equal for rows with equal labels."""
-        return labels
+        """Return int [rows], equal for rows with equal labels (of soft ones, with the same most probable class)."""
+        return labels if labels.ndim == 1 else labels.argmax(1)
+
+    strata = label_keys  # int [rows], of which dev gets its share each when it is cut off
+
+    def label_cell(self, label: Any) -> str:
+        """Return a row's label in words."""
+        return self.label_names[int(label if np.ndim(label) == 0 else label.argmax())]
+
+    def counts(self, labels: np.ndarray) -> dict[str, int]:
+        """Return how many rows each label has."""
+        return dict(zip(self.label_names, np.bincount(self.label_keys(labels), minlength=self.outputs).tolist()))
+
+    def describe_labels(self, labels: np.ndarray) -> str:
+        """Return what a file's labels are, for the header."""
+        kind = "probabilities of " if self.is_soft else ""
+        return kind + listed([f"{label} {rows:,}" for label, rows in self.counts(labels).items()])
 
     # --- training
 
@@ -134,50 +168,55 @@ class SingleLabel:
         return len(self.label_names)
 
     def check(self, config: Config) -> None:
-        """Check the options that depend on the classes; UserError if `--class-weights` has another number of them."""
-        given = config.class_weights
-        if given not in (None, "balanced") and (weights := str(given).count(",") + 1) != self.outputs:
-            raise UserError(f"--class-weights has {weights} numbers, but there are {self.outputs} classes")
+        """Check the options that depend on the task or its labels; UserError for one that does not go with them."""
+        check_options(self, config)
 
-    def for_training(self, config: Config, labels: np.ndarray, device: torch.device) -> SingleLabel:
+    def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> SingleLabel:
         """Return the task with a run's label smoothing and class weights.
 
         `--class-weights balanced` is rows / (classes * rows of the class): every class has the same weight in all, and
-        the mean over the training rows, which have these labels, int [rows], is 1. UserError if a class has no row.
+        the mean over the training rows, which have these labels and weights, is 1. UserError if a class has no row.
         """
-        weights = None
+        factors = _numbers_in(config.class_weights)
         if config.class_weights == "balanced":
-            counts = np.bincount(labels, minlength=self.outputs)
+            counts = self._prior(labels, weights)
             if not counts.all():
                 raise UserError(
                     "--class-weights balanced: the training file has no row of class"
                     f" {self.label_names[int(counts.argmin())]!r}; leave it out of --label-names, or give the weights"
                     " as numbers"
                 )
-            weights = torch.from_numpy(len(labels) / (self.outputs * counts)).float().to(device)
-        elif config.class_weights is not None:
-            weights = torch.tensor([float(weight) for weight in config.class_weights.split(",")], device=device)
-        return replace(self, label_smoothing=config.label_smoothing, class_weights=weights)
+            factors = torch.from_numpy(counts.sum() / (self.outputs * counts)).float()
+        factors = None if factors is None else factors.to(device)
+        return replace(self, label_smoothing=config.label_smoothing, class_weights=factors)
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the sum over rows of the loss times the weight of the row's class, nats; no dimensions.
+    def _prior(self, labels: np.ndarray, weights: Weights) -> np.ndarray:
+        """Return fp64 [classes], rows of each class, counted by their weights."""
+        if labels.ndim == 2:
+            return np.asarray((labels if weights is None else labels * weights[:, None]).sum(0, dtype=np.float64))
+        return np.bincount(labels, weights, minlength=self.outputs).astype(np.float64)
 
-        Logits are fp32 [rows, classes], labels int [rows]. `F.cross_entropy` has weights too, but applies every
-        class's own weight to the smoothed part of a row.
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the sum over rows of the loss times the weights of the row and of its class, nats; no dimensions.
+
+        Logits are fp32 [rows, classes], labels as in the token cache, weights fp32 [rows] or None. `F.cross_entropy`
+        has class weights too, but applies every class's own weight to the smoothed part of a row.
         """
-        labels, smoothing = labels.long(), self.label_smoothing
-        if self.class_weights is None:
+        labels, smoothing = labels if self.is_soft else labels.long(), self.label_smoothing
+        if self.class_weights is None and weights is None:
             return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        return (losses * self.class_weights[labels]).sum()
+        if self.class_weights is not None:
+            losses = losses * (labels @ self.class_weights if self.is_soft else self.class_weights[labels])
+        return (losses if weights is None else losses * weights).sum()
 
-    def baseline_loss(self, labels: np.ndarray) -> float:
+    def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
         """Return the class-prior baseline: the loss, nats a row, of the best answer that is the same for every text."""
-        weights = np.ones(self.outputs) if self.class_weights is None else self.class_weights.cpu().numpy()
-        counted = np.bincount(labels, minlength=self.outputs) * weights
+        rows = self._prior(labels, weights)
+        counted = rows if self.class_weights is None else rows * self.class_weights.cpu().numpy()
         answer = (1 - self.label_smoothing) * counted / counted.sum() + self.label_smoothing / self.outputs
         entropy = -float(sum(p * math.log(p) for p in answer if p > 0))
-        return entropy * float(counted.sum()) / len(labels)
+        return entropy * float(counted.sum() / rows.sum())
 
     # --- answers
 
@@ -196,10 +235,32 @@ class SingleLabel:
         label = self.label_names[probabilities.index(highest)] if highest >= abstain_below else ABSTAINED
         return [label, highest, *(probabilities if all_probabilities else ())]
 
-    @staticmethod
-    def answers(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the predicted classes, int64 [rows], and their probabilities, float [rows]."""
-        return probabilities.argmax(-1), probabilities.max(-1)
+    def mistakes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[[int], list[str]]]:
+        """Return the numbers of the rows that are mistaken, the surest first, and a row's true and predicted answer."""
+        found, highest, true = probabilities.argmax(-1), probabilities.max(-1), self.label_keys(labels)
+        wrong = np.flatnonzero(found != true)
+        order = wrong[np.argsort(-highest[wrong], kind="stable")]
+        names = self.label_names
+        return order, lambda row: [names[true[row]], names[found[row]], f"{highest[row]:.4f}"]
+
+    def curves(self, probabilities: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Yield name, bool [rows] and probability of every label that has a precision-recall curve."""
+        true = self.label_keys(labels)
+        for number in [1] if self.outputs == 2 else range(self.outputs):
+            yield self.label_names[number], true == number, probabilities[:, number]
+
+    def with_numbers(self, label_numbers: dict[str, int]) -> SingleLabel:
+        return replace(self, label_numbers=label_numbers)
+
+    def with_thresholds(self, thresholds: Sequence[float]) -> SingleLabel:
+        return self
+
+    def at_temperature(self, temperature: float) -> SingleLabel:
+        return self
+
+    def fitted(self, probabilities: np.ndarray, labels: np.ndarray, threshold_for: str | None) -> SingleLabel:
+        """Return the task with thresholds fitted on dev, where a task has some."""
+        return self
 
     @staticmethod
     def changed(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -218,17 +279,18 @@ class SingleLabel:
     def row_results(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return float [rows, 3], all that metrics need of a row: loss in nats, predicted class, its probability.
 
-        Logits are float [rows, classes], labels int [rows].
+        Logits are float [rows, classes], labels as in the token cache.
         """
-        losses = F.cross_entropy(logits, labels.long(), reduction="none")
+        losses = F.cross_entropy(logits, labels if labels.dim() == 2 else labels.long(), reduction="none")
         confidences, predictions = logits.softmax(-1).max(-1)
         return torch.stack([losses, predictions.to(losses.dtype), confidences], dim=1)
 
     def metrics(self, results: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """Return an evaluation's entry for `metrics.jsonl` from all rows' `row_results` and labels, int [rows].
+        """Return an evaluation's entry for `metrics.jsonl` from all rows' `row_results` and labels.
 
         Lists have one number per class.
         """
+        labels = self.label_keys(labels)
         losses, confidences = results[:, 0].astype(np.float64), results[:, 2].astype(np.float64)
         confusion, rows = self.confusion(results, labels), len(labels)
         right, classes = int(confusion.trace()), metric.per_class(confusion)
@@ -247,7 +309,7 @@ class SingleLabel:
 
     def confusion(self, results: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Return int64 [labels, predictions]: how many rows of each class got each prediction."""
-        return metric.confusion_matrix(labels, results[:, 1].astype(np.int64), self.outputs)
+        return metric.confusion_matrix(self.label_keys(labels), results[:, 1].astype(np.int64), self.outputs)
 
     @staticmethod
     def logits_of(probabilities: np.ndarray) -> np.ndarray:
@@ -257,7 +319,11 @@ class SingleLabel:
     def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         """Return `row_results`, fp64, for probabilities whose logits are divided by a temperature."""
         logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
-        return self.row_results(logits, torch.tensor(labels)).numpy()
+        return self.row_results(logits, torch.tensor(labels).to(logits.dtype if self.is_soft else torch.int64)).numpy()
+
+    def per_label(self, results: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+        """Return precision, recall, f1 and support, [classes] each."""
+        return metric.per_class(self.confusion(results, labels))
 
     @staticmethod
     def describe(metrics: dict[str, Any]) -> str:
@@ -290,19 +356,21 @@ class SingleLabel:
         most frequent label alone, in loss and in accuracy: an overfitted model has a high loss, too. Probabilities are
         fp32 [rows, classes], of the model as it is and before its first step; labels int [rows].
         """
-        counts = np.bincount(probabilities.argmax(1))
+        labels, found = self.label_keys(labels), probabilities.argmax(1)
+        counts = np.bincount(found)
         label = self.label_names[int(counts.argmax())]
-        now, before = (float(self.logits_of(each).std(0).max()) for each in (probabilities, untrained))
         is_constant = (counts > 0).sum() == 1 and len(np.unique(labels)) > 1
-        if is_constant and now <= _COLLAPSED_DEVIATION * before:
+        if is_constant and _deviates_little(self.logits_of(probabilities), self.logits_of(untrained)):
             return f"same prediction for every text of dev, {label!r} with the same probability"
         loss = -float(self.logits_of(probabilities)[np.arange(len(labels)), labels].mean())
         baseline = SingleLabel(self.label_names).baseline_loss(labels)
-        accuracy, most = float((probabilities.argmax(1) == labels).mean()), np.bincount(labels).max() / len(labels)
+        accuracy, most = float((found == labels).mean()), np.bincount(labels).max() / len(labels)
         is_useless = loss >= _USELESS_LOSS * baseline and accuracy - most < _USELESS_ACCURACY * (1 - most)
         if has_learned and is_useless:
             return f"the model had learned, but is now hardly better than {label!r} for every text of dev"
         return ""
+
+    card_note = ""  # what a model card says besides
 
     # --- exported forms
 
@@ -315,6 +383,11 @@ class SingleLabel:
         best = add("ArgMax", probabilities, axis=-1, keepdims=0)
         label = add("Gather", np.array(self.label_names, dtype=object), best)
         return {"label": (label, "STRING", []), "probabilities": (probabilities, "FLOAT", [self.outputs])}
+
+    @staticmethod
+    def answers_of(outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+        """Return the answers that an exported form gives, as the first of `cells`, and the probabilities."""
+        return list(outputs[0]), np.asarray(outputs[1])
 
     def torchscript_answer(self) -> nn.Module:
         """Return a scriptable module: logits, fp32 [texts, classes] -> labels, probabilities."""
@@ -334,118 +407,672 @@ class _ScriptedAnswer(nn.Module):
         return [self.label_names[index] for index in best], probabilities
 
 
-Task = SingleLabel
+@dataclass(frozen=True)
+class MultiLabel:
+    """A text has any number of labels, also none: a sigmoid and binary cross-entropy each, micro and macro F1.
 
+    What a method returns is said in `SingleLabel`.
 
-def listed(names: Sequence[str]) -> str:
-    """Return names, separated by commas; of many only the first."""
-    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
-    return ", ".join(name if len(name) <= 40 else name[:40] + "..." for name in names[:10]) + more
-
-
-def _quoted(value: object) -> str:
-    text = repr(value) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else text[:40] + "..."
-
-
-def label_text(cell: object) -> str:
-    """Return a label as text, stripped of spaces: empty for JSON's null and NaN; 3.0 is 3, true is true."""
-    if isinstance(cell, str):
-        return cell.strip()
-    if type(cell) is int:
-        return str(cell)
-    if isinstance(cell, list) and len(cell) < 2:
-        return label_text(cell[0] if cell else None)
-    if cell is None or cell != cell:
-        return ""
-    return _plain(json.dumps(cell, ensure_ascii=False, default=str))
-
-
-def _plain(label: str) -> str:
-    """Return a whole float as integer, any other label as it is."""
-    whole = _WHOLE.fullmatch(label)
-    return str(int(whole[1])) if whole and len(whole[1]) < 19 else label
-
-
-def _key(label: str) -> str:
-    if _INTEGER.fullmatch(label) or _FRACTION.fullmatch(label):
-        return label
-    return _INVISIBLE.sub("", label).casefold() or label
-
-
-def alike(labels: Iterable[str]) -> list[list[str]]:
-    """Return the labels, as they stand in a file, that differ only by case, spaces, signs or what cannot be seen."""
-    groups: dict[str, list[str]] = {}
-    for label in labels:
-        groups.setdefault(_key(_plain(label)), []).append(label)
-    return [group for group in groups.values() if len({_plain(label) for label in group}) > 1]
-
-
-def numbers_for(names: Sequence[str], labels: Iterable[str], path: object) -> tuple[list[str], dict[str, int]]:
-    """Return the names of `--label-names`, and the classes' numbers by the integers that stand for them in files.
-
-    Names may say their integers themselves, `1=World`. Else they are in the order of the integers among `labels`, those
-    of the file, which begin at 0, at 1, or are all there. UserError if that cannot be told.
+    Attributes:
+        label_names, label_numbers: as of `SingleLabel`.
+        thresholds: of every label's probability, from which on the text has the label; 0.5 each without them.
+        positive_weights: fp32 [labels], factors on the loss of the labels that a text has; None for ones.
+        delimiter: between the labels of a cell; None for `,`, `;` and `|`.
     """
-    pairs = [match for name in names if (match := re.fullmatch("(-?[0-9]+)=(.+)", name))]
-    if len(pairs) == len(names):
-        return [pair[2] for pair in pairs], {pair[1]: number for number, pair in enumerate(pairs)}
-    plain = {_plain(label) for label in labels} - MISSING - set(names)
-    integers = sorted(int(label) for label in plain if _INTEGER.fullmatch(label))
-    integers = integers[1:] if integers[:2] == [-1, 0] else integers
-    count, first = len(names), 0
-    if any(_INTEGER.fullmatch(name) for name in names):
-        return list(names), {}
-    if len(integers) == count:
-        return list(names), {str(integer): number for number, integer in enumerate(integers)}
-    if integers and integers[0] != 0 and integers[-1] == count:
-        first = 1
-    elif integers and (integers[0] != 0 or integers[-1] >= count):
-        stand = ", ".join(map(str, integers[:10]))
-        raise UserError(
-            f"{path} has the labels {stand}, and --label-names has {count} names: which number has which? Say it with"
-            f" them: --label-names {integers[0]}={names[0]},..."
+
+    label_names: list[str]
+    label_numbers: dict[str, int] | None = None
+    thresholds: tuple[float, ...] = ()
+    positive_weights: torch.Tensor | None = None
+    delimiter: str | None = None
+
+    problem_type = "multi_label_classification"
+    may_be_empty = True
+    label_dtype = np.float32  # 1 for the labels of a row, or their probabilities
+    best_metric = "macro_f1"
+    best_metrics = ("macro_f1", "micro_f1", "exact_match", "mean_average_precision", "loss")
+    scalars = ("loss", "macro_f1", "micro_f1", "exact_match", "mean_average_precision", "ece")
+    refused: ClassVar[dict[str, str]] = {
+        "label_smoothing": "a label is there or not",
+        "abstain_below": "a text may have no label: raise the thresholds with --threshold-for in training",
+        "glue_submission": "SST-2 has one label for a text",
+    }
+    folding = (1.0, 0.0)
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        return (self.outputs,)
+
+    @property
+    def read_as(self) -> object:
+        return self.delimiter
+
+    @property
+    def outputs(self) -> int:
+        return len(self.label_names)
+
+    @classmethod
+    def from_labels(cls, config: Config, labels: Seen, others: Seen, said: Names, path: object) -> MultiLabel:
+        delimiter = config.label_delimiter
+        parts: dict[str, Sequence[int]] = {}
+        for text, seen in labels.items():
+            for part in _split(text, delimiter, config.label_names or ()):
+                parts.setdefault(str(part), seen)
+        if config.label_names:
+            names, numbers = reading.numbers_for(config.label_names, parts, path)
+            return cls(names, numbers, delimiter=delimiter)
+        names = list(parts) if all(text.startswith("{") for text in labels) else reading.find_label_names(parts, path)
+        numbers = {str(i): names.index(name) for each in said for i, name in enumerate(each) if name in names}
+        return cls(names, numbers, delimiter=delimiter)
+
+    @classmethod
+    def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
+        """Here: lists or objects, or several labels in a cell each of which stands alone elsewhere."""
+        several = {text: each for text, each in labels.items() if isinstance(each, dict) and len(each) > 1}
+        alone = {str(name) for text, each in labels.items() if text not in several for name in _names(each)}
+        is_written = any(text.startswith(("[", "{")) for text in several)
+        return bool(several) and (is_written or {str(name) for each in several.values() for name in each} <= alone)
+
+    def number_of(self, label: str) -> int:
+        values = _split(label, self.delimiter, self._numbers)
+        return 0 if isinstance(values, dict) and all(self._place(name) is not None for name in values) else -2
+
+    def read_label(self, cell: object, where: str) -> np.ndarray:
+        return _label_row(
+            _split(label_text(cell), self.delimiter, self._numbers), self._numbers, self.label_names, where
         )
-    return list(names), {str(first + number): number for number in range(count)}
+
+    def unknown(self, labels: Sequence[str]) -> str:
+        parts = dict.fromkeys(str(part) for label in labels for part in _split(label, self.delimiter, self._numbers))
+        parts = {part: None for part in parts if self._place(part) is None}
+        return reading.unknown_labels(list(parts) or labels, self.label_names, self._numbers)
+
+    def _place(self, name: str | int) -> int | None:
+        return (name if name < self.outputs else None) if isinstance(name, int) else self._numbers.get(name)
+
+    def notes(self, labels: Seen) -> list[str]:
+        parts: dict[str, list[int]] = {}
+        for label, (count, line) in labels.items():
+            for part in _split(label, self.delimiter, self._numbers):
+                parts[str(part)] = [parts.get(str(part), [0, 0])[0] + count, line]
+        return reading.notes(parts)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return reading.numbers_by_label(self.label_names, self.label_numbers)
+
+    @staticmethod
+    def label_keys(labels: np.ndarray) -> np.ndarray:
+        factors = np.random.RandomState(0).randint(1, 2**62, labels.shape[1])
+        return np.asarray((labels * 2**20).astype(np.int64) @ factors)
+
+    @staticmethod
+    def strata(labels: np.ndarray) -> np.ndarray:
+        """Return every row's rarest label, or -1."""
+        order = np.argsort(labels.sum(0), kind="stable")
+        has = labels[:, order] > 0.5
+        return np.where(has.any(1), order[has.argmax(1)], -1)
+
+    def label_cell(self, label: np.ndarray) -> str:
+        return ", ".join(self._names_of(label > 0.5)) or "(none)"
+
+    def _names_of(self, has: np.ndarray) -> list[str]:
+        return [self.label_names[number] for number in np.flatnonzero(has)]
+
+    def counts(self, labels: np.ndarray) -> dict[str, int]:
+        return dict(zip(self.label_names, (labels > 0.5).sum(0).tolist()))
+
+    def describe_labels(self, labels: np.ndarray) -> str:
+        has = labels > 0.5
+        none = "" if has.any(1).all() else f", {int((~has.any(1)).sum()):,} rows have none"
+        some = f"several labels a row, {has.sum(1).mean():.2f} on average{none}: "
+        return some + listed([f"{label} {rows:,}" for label, rows in self.counts(labels).items()])
+
+    # --- training
+
+    def check(self, config: Config) -> None:
+        check_options(self, config)
+
+    def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> MultiLabel:
+        """`--class-weights balanced` is, of each label, the rows without it / the rows with it."""
+        factors = _numbers_in(config.class_weights)
+        if config.class_weights == "balanced":
+            prior = self._prior(labels, weights)
+            factors = torch.from_numpy(np.where(prior > 0, (1 - prior) / prior.clip(1e-9), 1.0)).float()
+        return replace(self, positive_weights=None if factors is None else factors.to(device))
+
+    @staticmethod
+    def _prior(labels: np.ndarray, weights: Weights) -> np.ndarray:
+        """Return fp64 [labels], the share of the rows that have each label."""
+        return np.average(labels.astype(np.float64), axis=0, weights=weights)
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the sum over rows of the mean over labels, as transformers has it."""
+        factors = self.positive_weights
+        losses = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=factors, reduction="none").mean(1)
+        return (losses if weights is None else losses * weights).sum()
+
+    def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
+        prior = self._prior(labels, weights)
+        has = prior if self.positive_weights is None else prior * self.positive_weights.cpu().numpy()
+        answer = (has / (has + 1 - prior)).clip(_SMALLEST, 1 - 1e-12)
+        return float(-(has * np.log(answer) + (1 - prior) * np.log1p(-answer)).mean())
+
+    # --- answers
+
+    @staticmethod
+    def probabilities(logits: torch.Tensor) -> torch.Tensor:
+        return logits.sigmoid()
+
+    def _has(self, probabilities: np.ndarray) -> np.ndarray:
+        """Return bool [rows, labels], whether a label is predicted."""
+        return np.asarray(probabilities >= np.array(self.thresholds or [0.5] * self.outputs, np.float32))
+
+    def columns(self, all_probabilities: bool) -> list[str]:
+        return ["labels", "probabilities"] + [f"probability_{name}" for name in self.label_names] * all_probabilities
+
+    def cells(self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
+        """Return two lists, the row's labels and their probabilities."""
+        numbers = np.flatnonzero(self._has(np.asarray(probabilities, np.float32))).tolist()
+        found = [[self.label_names[i] for i in numbers], [round(probabilities[i], 6) for i in numbers]]
+        return [*found, *(probabilities if all_probabilities else ())]
+
+    def mistakes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[[int], list[str]]]:
+        found, true = self._has(probabilities), labels > 0.5
+        distance = np.where(found != true, np.abs(probabilities - true), 0).max(1)
+        wrong = np.flatnonzero((found != true).any(1))
+        order = wrong[np.argsort(-distance[wrong], kind="stable")]
+        return order, lambda row: [
+            *(", ".join(self._names_of(side[row])) for side in (true, found)),
+            f"{1 - distance[row]:.4f}",
+        ]
+
+    def curves(self, probabilities: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        for number, name in enumerate(self.label_names):
+            yield name, labels[:, number] > 0.5, probabilities[:, number]
+
+    def fitted(self, probabilities: np.ndarray, labels: np.ndarray, threshold_for: str | None) -> MultiLabel:
+        """Return the task with the thresholds of the best F1, or of `precision=P` or `recall=R`; on dev."""
+        aim, _, floor = (threshold_for or "f1").partition("=")
+        columns = zip(probabilities.T, (labels > 0.5).T)
+        found = (metric.fitted_threshold(scores, has, aim, float(floor or 0)) for scores, has in columns)
+        return replace(self, thresholds=tuple(round(each, 6) for each in found))
+
+    def with_numbers(self, label_numbers: dict[str, int]) -> MultiLabel:
+        return replace(self, label_numbers=label_numbers)
+
+    def with_thresholds(self, thresholds: Sequence[float]) -> MultiLabel:
+        return replace(self, thresholds=tuple(thresholds))
+
+    def at_temperature(self, temperature: float) -> MultiLabel:
+        """Return the task whose thresholds cut logits that are divided by a temperature where these cut them."""
+        logits = self.logits_of(np.array(self.thresholds)) / temperature
+        return self if temperature == 1 else replace(self, thresholds=tuple((1 / (1 + np.exp(-logits))).tolist()))
+
+    def changed(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+        return np.asarray((self._has(found) != self._has(expected)).any(1))
+
+    def near_ties(self, logits: torch.Tensor, distance: float) -> torch.Tensor:
+        """A tie is between a label's logit and its threshold's, which does not change: half the distance is near."""
+        cuts = torch.tensor(self.thresholds or [0.5] * self.outputs, dtype=logits.dtype).logit()
+        return (logits - cuts).abs().amin(1) < distance / 2
+
+    # --- evaluation
+
+    @staticmethod
+    def row_results(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return float [rows, 1 + labels]: loss in nats, the mean over labels, and the labels' probabilities."""
+        losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(1)
+        return torch.cat([losses[:, None], logits.sigmoid()], dim=1)
+
+    def metrics(self, results: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        """Those `_at_0.5` are without fitted thresholds. The calibration error is over all labels of all rows."""
+        probabilities, true = results[:, 1:].astype(np.float64), labels > 0.5
+        found, each = self._has(results[:, 1:]), self.per_label(results, labels)
+        plain = replace(self, thresholds=()).per_label(results, labels)
+        confidences = np.maximum(probabilities, 1 - probabilities).reshape(-1)
+        precisions = [metric.average_precision(*column) for column in zip(probabilities.T, true.T)]
+        return {
+            "loss": float(results[:, 0].astype(np.float64).mean()),
+            "macro_f1": float(each["f1"].mean()),
+            "micro_f1": _micro_f1(found, true),
+            **({"macro_f1_at_0.5": float(plain["f1"].mean())} if self.thresholds else {}),
+            **({"micro_f1_at_0.5": _micro_f1(probabilities >= 0.5, true)} if self.thresholds else {}),
+            "exact_match": float((found == true).all(1).mean()),
+            "mean_average_precision": float(np.mean(precisions)),
+            "ece": metric.expected_calibration_error(confidences, ((probabilities >= 0.5) == true).reshape(-1)),
+            **{key: each[key].tolist() for key in ("precision", "recall")},
+            "rows": len(labels),
+        }
+
+    def per_label(self, results: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+        found, true = self._has(results[:, 1:]), labels > 0.5
+        return metric.per_label((found & true).sum(0), found.sum(0), true.sum(0))
+
+    def confusion(self, results: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return int64 [labels, labels]: of the rows with each label, how many were given each."""
+        return np.asarray((labels > 0.5).T.astype(np.int64) @ self._has(results[:, 1:]).astype(np.int64))
+
+    @staticmethod
+    def logits_of(probabilities: np.ndarray) -> np.ndarray:
+        p = probabilities.astype(np.float64).clip(_SMALLEST, 1 - 2.0**-25)
+        return np.asarray(np.log(p) - np.log1p(-p))
+
+    def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
+        results = self.row_results(logits, torch.tensor(labels)).numpy()
+        if temperature == 1:
+            results[:, 1:] = probabilities  # not rounded once more, beside a threshold
+        return results
+
+    @staticmethod
+    def describe(metrics: dict[str, Any]) -> str:
+        f1 = [f"{kind} F1 {metrics[f'{kind}_f1']:.4f}" for kind in ("macro", "micro")]
+        if "macro_f1_at_0.5" in metrics:
+            f1 = [f"{text} ({metrics[f'{text[:5]}_f1_at_0.5']:.4f} at 0.5)" for text in f1]
+        return f"{'  '.join(f1)}  loss {metrics['loss']:.4f}"
+
+    @staticmethod
+    def table_cells(metrics: dict[str, Any]) -> dict[str, str]:
+        names = {"macro_f1": "macro F1", "micro_f1": "micro F1", "exact_match": "exact match"}
+        names["mean_average_precision"] = "mean AP"
+        return {name: f"{metrics[key]:.4f}" for key, name in names.items()}
+
+    @staticmethod
+    def hub_metrics(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"type": "f1", "name": f"{kind} F1", "value": metrics[f"{kind}_f1"]} for kind in ("macro", "micro")]
+
+    def collapse_reason(
+        self, probabilities: np.ndarray, untrained: np.ndarray, labels: np.ndarray, has_learned: bool
+    ) -> str:
+        true = labels > 0.5
+        is_constant = len(np.unique(self._has(probabilities), axis=0)) == 1 and len(np.unique(true, axis=0)) > 1
+        if is_constant and _deviates_little(self.logits_of(probabilities), self.logits_of(untrained)):
+            return "same prediction for every text of dev, with the same probabilities"
+        results, baseline = self.results_of(probabilities, labels), MultiLabel(self.label_names).baseline_loss(labels)
+        precisions = [metric.average_precision(*column) for column in zip(probabilities.T, true.T)]
+        gain, prior = float(np.mean(precisions)), float(true.mean())
+        if has_learned and results[:, 0].mean() >= _USELESS_LOSS * baseline and gain - prior < 0.1 * (1 - prior):
+            return "the model had learned, but is now hardly better than the same answer for every text of dev"
+        return ""
+
+    @property
+    def card_note(self) -> str:
+        thresholds = ", ".join(f"{name} {cut:.3g}" for name, cut in zip(self.label_names, self.thresholds))
+        return "A text has every label whose probability, a sigmoid, reaches the label's threshold" + (
+            f": {thresholds}. They were fitted on dev, so its metrics are a little optimistic."
+            if thresholds
+            else " of 0.5."
+        )
+
+    # --- exported forms
+
+    def append_to_onnx(self, add: Callable[..., str], logits: str) -> dict[str, tuple[str, str, list[int]]]:
+        """Append, of every label, whether the text has it, and its probability; `label_names` is in the metadata."""
+        probabilities = add("Sigmoid", logits)
+        has = add("GreaterOrEqual", probabilities, np.array(self.thresholds or [0.5] * self.outputs, np.float32))
+        return {"labels": (has, "BOOL", [self.outputs]), "probabilities": (probabilities, "FLOAT", [self.outputs])}
+
+    def answers_of(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+        has, probabilities = (np.asarray(each) for each in outputs)
+        return [self._names_of(row) for row in has], probabilities
+
+    def torchscript_answer(self) -> nn.Module:
+        return _ScriptedLabels(self.label_names, list(self.thresholds or [0.5] * self.outputs))
 
 
-def _check_one_each(first_lines: dict[str, int], path: object) -> None:
-    """Raise UserError if labels are several a row, scores, or more than there may be classes."""
-    for label, line in first_lines.items():
-        where, parts = f"{path}, line {line}", [part.strip() for part in _PARTS.split(label)]
-        is_list = label[:1] in "[{" and label[-1:] in "]}"
-        if is_list or (len(parts) > 1 and all(part in first_lines or part.isdecimal() for part in parts)):
-            raise UserError(
-                f"{where}: label {_quoted(label)} is several labels; multi-label classification is not supported, a row"
-                " has one label: name a column of single labels with --label-column"
-            )
-        if _FRACTION.fullmatch(label):
-            raise UserError(
-                f"{where}: label {_quoted(label)} is a fraction; scores (regression) are not supported, a class is an"
-                " integer or a word. Name another column with --label-column, or the classes with --label-names"
-            )
-    if len(first_lines) > MAX_CLASSES:
-        raise UserError(
-            f"{path}, line {list(first_lines.values())[MAX_CLASSES]}: more than {MAX_CLASSES:,} different labels; name"
-            " the column with the classes with --label-column"
-        )
+class _ScriptedLabels(nn.Module):
+    """The labels of every text, and fp32 [texts, labels], the probabilities of all."""
+
+    def __init__(self, label_names: list[str], thresholds: list[float]) -> None:
+        super().__init__()
+        self.label_names: List[str] = label_names  # noqa: UP006
+        self.thresholds = torch.tensor(thresholds)
+
+    def forward(self, logits: torch.Tensor) -> Tuple[List[List[str]], torch.Tensor]:  # noqa: UP006
+        probabilities = logits.sigmoid()
+        found: List[List[str]] = []  # noqa: UP006
+        for row in probabilities >= self.thresholds:
+            numbers: List[int] = torch.nonzero(row)[:, 0].tolist()  # noqa: UP006
+            found.append([self.label_names[index] for index in numbers])
+        return found, probabilities
 
 
-def _in_order(first_lines: dict[str, int], path: object) -> list[str]:
-    """Return the labels of a file, each given with the line of its first row, in the order of their numbers."""
-    labels = sorted(first_lines)
-    if len(labels) < 2:
-        have = f"all rows have the label {_quoted(labels[0])}" if labels else "no row has a label"
-        raise UserError(
-            f"{path}: {have}; name the column with the classes with --label-column, or all classes with --label-names"
+@dataclass(frozen=True)
+class Regression:
+    """Every text has a score: one output, mean squared error, correlations.
+
+    Training is on scores of mean 0 and deviation 1; an exported head gives the file's own. What a method returns is
+    said in `SingleLabel`; what is called a probability there is a score here, [rows, 1].
+
+    Attributes:
+        mean, deviation: of the training rows' scores; 0 and 1 for a model that was exported.
+    """
+
+    label_names: list[str]
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    problem_type = "regression"
+    may_be_empty = False
+    label_dtype, label_shape = np.float32, ()
+    best_metric = "spearman"
+    best_metrics = ("spearman", "pearson", "rmse", "mae", "loss")
+    scalars = ("loss", "rmse", "mae", "pearson", "spearman")
+    refused: ClassVar[dict[str, str]] = {
+        "label_names": "a score has no name",
+        "label_smoothing": "a score has no classes",
+        "class_weights": "a score has no classes; --weight-column weighs rows",
+        "calibrate": _NO_PROBABILITIES,
+        "abstain_below": _NO_PROBABILITIES,
+        "all_probabilities": _NO_PROBABILITIES,
+        "glue_submission": _NO_PROBABILITIES,
+        "threshold_for": _NO_PROBABILITIES,
+        "label_delimiter": "a row has one score",
+    }
+    thresholds: ClassVar[tuple[float, ...]] = ()
+    label_numbers: ClassVar[None] = None
+    read_as: ClassVar[object] = None
+    outputs = 1
+
+    @property
+    def folding(self) -> tuple[float, float]:
+        return self.deviation, self.mean
+
+    @classmethod
+    def from_labels(cls, config: Config, labels: Seen, others: Seen, said: Names, path: object) -> Regression:
+        for label, (_, line) in labels.items():
+            if label not in MISSING and _score(label) is None:
+                raise UserError(f"{path}, line {line}: label {label[:40]!r} is no number, as a score is; mend it")
+        if len(set(labels) - MISSING) < 2:
+            raise UserError(f"{path}: all rows have the same score; name the column of scores with --label-column")
+        return cls(["score"])
+
+    @classmethod
+    def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
+        """Here: numbers, and some of them fractions."""
+        return all(map(is_number, labels)) and any(map(is_fraction, labels))
+
+    def number_of(self, label: str) -> int:
+        return -1 if label in MISSING else -2 if _score(label) is None else 0
+
+    def read_label(self, cell: object, where: str) -> float | None:
+        text = label_text(cell)
+        if text in MISSING:
+            return None
+        if (score := _score(text)) is None:
+            raise UserError(f"{where}: {self.unknown([text])}")
+        return score
+
+    @staticmethod
+    def notes(labels: Seen) -> list[str]:
+        return []
+
+    @staticmethod
+    def unknown(labels: Sequence[str]) -> str:
+        return f"label {labels[0][:40]!r} is no number, as a score is; mend it"
+
+    @staticmethod
+    def label_keys(labels: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(labels, np.float32).view(np.int32)
+
+    @staticmethod
+    def strata(labels: np.ndarray) -> np.ndarray:
+        """Return in which tenth of the scores every row lies."""
+        return np.searchsorted(np.quantile(labels, np.arange(1, 10) / 10), labels)
+
+    @staticmethod
+    def label_cell(label: float) -> str:
+        return f"{label:g}"
+
+    @staticmethod
+    def counts(labels: np.ndarray) -> dict[str, int]:
+        return {}
+
+    @staticmethod
+    def describe_labels(labels: np.ndarray) -> str:
+        return (
+            f"scores from {labels.min():g} to {labels.max():g}, mean {labels.mean():.4g}, deviation {labels.std():.4g}"
         )
-    integers = [label for label in labels if _INTEGER.fullmatch(label)]
-    if len(integers) == len(labels):
-        return sorted(labels, key=int)
-    if integers:
-        word = next(label for label in labels if label not in integers)
-        raise UserError(
-            f"{path} has integers and words as labels ({integers[0]!r} in line {first_lines[integers[0]]},"
-            f" {_quoted(word)} in line {first_lines[word]}); make them one, or name the classes with --label-names"
-        )
-    return labels
+
+    # --- training
+
+    def check(self, config: Config) -> None:
+        check_options(self, config)
+
+    def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> Regression:
+        mean = float(np.average(labels.astype(np.float64), weights=weights))
+        deviation = math.sqrt(np.average((labels.astype(np.float64) - mean) ** 2, weights=weights))
+        return replace(self, mean=mean, deviation=deviation or 1.0)
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the sum over rows of the squared error of the scaled scores."""
+        errors = (logits[:, 0] - (labels - self.mean) / self.deviation).square()
+        return (errors if weights is None else errors * weights).sum()
+
+    def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
+        errors = (labels.astype(np.float64) - np.average(labels, weights=weights)) / self.deviation
+        return float(np.average(errors**2, weights=weights))
+
+    # --- answers
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits * self.deviation + self.mean
+
+    @staticmethod
+    def columns(all_probabilities: bool) -> list[str]:
+        return ["score"]
+
+    @staticmethod
+    def cells(probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
+        return [round(probabilities[0], 6)]
+
+    def mistakes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[[int], list[str]]]:
+        """All rows, the largest errors first."""
+        errors = probabilities[:, 0] - labels
+        order = np.argsort(-np.abs(errors), kind="stable")
+        return order, lambda row: [f"{labels[row]:g}", f"{probabilities[row, 0]:.4g}", f"{errors[row]:+.4g}"]
+
+    @staticmethod
+    def curves(probabilities: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        return iter(())
+
+    def with_numbers(self, label_numbers: dict[str, int]) -> Regression:
+        return self
+
+    def with_thresholds(self, thresholds: Sequence[float]) -> Regression:
+        return self
+
+    def at_temperature(self, temperature: float) -> Regression:
+        return self
+
+    def fitted(self, probabilities: np.ndarray, labels: np.ndarray, threshold_for: str | None) -> Regression:
+        return self
+
+    @staticmethod
+    def changed(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+        """Whether a score differs by more than a twentieth of the scores' deviation."""
+        return np.asarray(np.abs(found - expected)[:, 0] > 0.05 * expected.std())
+
+    @staticmethod
+    def near_ties(logits: torch.Tensor, distance: float) -> torch.Tensor:
+        """None: a score changes by as much wherever it is."""
+        return torch.zeros(len(logits), dtype=torch.bool)
+
+    # --- evaluation
+
+    def row_results(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return float [rows, 2]: squared error in the file's units, and the score."""
+        scores = self.probabilities(logits)
+        return torch.cat([(scores - labels.to(scores.dtype)[:, None]).square(), scores], dim=1)
+
+    @staticmethod
+    def metrics(results: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        squares, scores = results.astype(np.float64).T
+        return {
+            "loss": float(squares.mean()),
+            "rmse": math.sqrt(squares.mean()),
+            "mae": float(np.abs(scores - labels).mean()),
+            "pearson": metric.pearson(scores, labels.astype(np.float64)),
+            "spearman": metric.spearman(scores, labels.astype(np.float64)),
+            "rows": len(labels),
+        }
+
+    @staticmethod
+    def per_label(results: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+        return {}
+
+    @staticmethod
+    def confusion(results: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        return np.empty((0, 0), np.int64)
+
+    @staticmethod
+    def logits_of(probabilities: np.ndarray) -> np.ndarray:
+        return probabilities.astype(np.float64)
+
+    def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        return np.stack([(probabilities[:, 0] - labels) ** 2, probabilities[:, 0]], 1)
+
+    @staticmethod
+    def describe(metrics: dict[str, Any]) -> str:
+        return f"Spearman {metrics['spearman']:.4f}  Pearson {metrics['pearson']:.4f}  RMSE {metrics['rmse']:.4f}"
+
+    @staticmethod
+    def table_cells(metrics: dict[str, Any]) -> dict[str, str]:
+        names = {"spearman": "Spearman", "pearson": "Pearson", "rmse": "RMSE", "mae": "MAE"}
+        return {name: f"{metrics[key]:.4f}" for key, name in names.items()}
+
+    @staticmethod
+    def hub_metrics(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+        names = {"spearman": "spearmanr", "pearson": "pearsonr"}
+        return [{"type": kind, "name": key, "value": metrics[key]} for key, kind in names.items()]
+
+    def collapse_reason(
+        self, probabilities: np.ndarray, untrained: np.ndarray, labels: np.ndarray, has_learned: bool
+    ) -> str:
+        if len(np.unique(labels)) > 1 and _deviates_little(probabilities, untrained):
+            return f"same score for every text of dev, {probabilities.mean():.4g}"
+        is_useless = ((probabilities[:, 0] - labels) ** 2).mean() >= _USELESS_LOSS * labels.var()
+        if has_learned and is_useless and metric.pearson(probabilities[:, 0], labels) < 0.2:
+            return "the model had learned, but is now hardly better than the same score for every text of dev"
+        return ""
+
+    card_note = (
+        "The one output is a score in the training file's scale: in transformers' pipeline, `function_to_apply='none'`."
+    )
+
+    # --- exported forms
+
+    def append_to_onnx(self, add: Callable[..., str], logits: str) -> dict[str, tuple[str, str, list[int]]]:
+        return {"score": (logits, "FLOAT", [1])}
+
+    @staticmethod
+    def answers_of(outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+        scores = np.asarray(outputs[0])
+        return [round(score, 6) for score in scores[:, 0].tolist()], scores
+
+    def torchscript_answer(self) -> nn.Module:
+        return nn.Identity()
+
+
+Task = Union[SingleLabel, MultiLabel, Regression]
+TASKS: dict[str, type[Task]] = {"single-label": SingleLabel, "multi-label": MultiLabel, "regression": Regression}
+Names = Iterable[Sequence[str]]  # the label names that files themselves say
+
+
+def find_task(config: Config, labels: Seen, others: Seen, said: Names, path: object) -> Task:
+    """Return the task, with its labels; UserError if the labels do not go with it, or with the options.
+
+    Args:
+        labels: of the training files.
+        others: of all files.
+        said: the names of the labels 0, 1, ... where files themselves say them.
+        path: of the training file, for errors.
+    """
+    task = task_kind(config, labels).from_labels(config, labels, others, said, path)
+    task.check(config)
+    return task
+
+
+def task_kind(config: Config, labels: Iterable[str]) -> type[Task]:
+    """Return the task that is asked for, or that is certain from the training files' labels; else a single label."""
+    if config.task != "auto":
+        return TASKS[config.task]
+    if config.label_delimiter:
+        return MultiLabel
+    known = config.label_names or ()
+    values = {label: reading.split_labels(label, None, known) for label in labels if label not in MISSING}
+    return next((kind for kind in TASKS.values() if kind.is_for(values)), SingleLabel)
+
+
+def stored_task(problem_type: str, label_names: list[str], thresholds: Sequence[float] = ()) -> Task:
+    """Return the task of a model's folder; KeyError if there is none of that type."""
+    return {each.problem_type: each for each in TASKS.values()}[problem_type](label_names).with_thresholds(thresholds)
+
+
+def main_metric(metrics: Mapping[str, Any]) -> float:
+    """Return the metric of an evaluation by which its task is judged."""
+    return float(next(metrics[kind.best_metric] for kind in TASKS.values() if kind.best_metric in metrics))
+
+
+def can_answer(problem_type: str, label_names: Sequence[str]) -> bool:
+    """Whether a head of this type, with these outputs, is one of a task here."""
+    kinds = {each.problem_type: each for each in TASKS.values()}
+    return problem_type in kinds and (kinds[problem_type] is Regression) == (len(label_names) == 1)
+
+
+def check_options(task: Task, options: object) -> None:
+    """Raise UserError for an option, of a run or of a program, that does not go with the task."""
+    for name, why in task.refused.items():
+        default = OPTIONS[name].default if name in OPTIONS else None
+        if (value := getattr(options, name, default)) and value != default:
+            raise UserError(f"{flag(name)} does not go with this task ({task.problem_type}): {why}")
+    if isinstance(options, Config):
+        given, names = options.class_weights, [*task.best_metrics, "mean", *options.eval_splits[1:]]
+        if given not in (None, "balanced") and (weights := str(given).count(",") + 1) != task.outputs:
+            raise UserError(f"--class-weights has {weights} numbers, but there are {task.outputs} classes")
+        if options.best_by not in (None, *names):
+            raise UserError(f"--best-by is one of {', '.join(names)}, not {options.best_by}")
+
+
+def _numbers_in(weights: str | None) -> torch.Tensor | None:
+    """Return fp32 numbers of `--class-weights`, if they are given as such."""
+    given = weights not in (None, "balanced")
+    return torch.tensor([float(weight) for weight in str(weights).split(",")]) if given else None
+
+
+def _names(values: LabelValues | str) -> Iterable[str | int]:
+    return [values] if isinstance(values, str) else values
+
+
+def _split(text: str, delimiter: str | None, known: Iterable[str]) -> LabelValues:
+    values = reading.split_labels(text, delimiter, known)
+    return values if isinstance(values, dict) else {reading.plain(values): 1.0} if values not in MISSING else {}
+
+
+def _label_row(values: LabelValues | str, numbers: Mapping[str, int], names: Sequence[str], where: str) -> np.ndarray:
+    """Return fp32 [labels] for what a cell says; UserError, beginning with `where`, if that is none of the labels."""
+    row = np.zeros(len(names), np.float32)
+    for name, value in values.items() if isinstance(values, dict) else ((values, 1.0),):
+        place = name if isinstance(name, int) else numbers.get(name)
+        if place is None or place >= len(names):
+            raise UserError(f"{where}: {reading.unknown_labels([str(name)], names, numbers)}")
+        if not 0 <= value <= 1:
+            raise UserError(f"{where}: label {name!r} has {value:g}, which is neither 0, 1 nor a probability; mend it")
+        row[place] = value
+    return row
+
+
+def _score(text: str) -> float | None:
+    """Return a number, which may be written with a decimal comma; None for anything else."""
+    text = text.replace(",", ".") if text.count(",") == 1 and "." not in text else text
+    return float(text) if is_number(text) else None
+
+
+def _micro_f1(found: np.ndarray, true: np.ndarray) -> float:
+    return float(2 * (found & true).sum() / max(1, found.sum() + true.sum()))
+
+
+def _deviates_little(now: np.ndarray, untrained: np.ndarray) -> bool:
+    """Whether logits, [rows, outputs], differ over the rows much less than those before training."""
+    return float(now.std(0).max()) <= _COLLAPSED_DEVIATION * float(untrained.std(0).max())

@@ -28,6 +28,7 @@ from sst2_xlmr.report.console import Report
 from sst2_xlmr.report.header import data_report, describe_rows, header_lines
 from sst2_xlmr.report.tensorboard import make_event_folder
 from sst2_xlmr.run import Run
+from sst2_xlmr.task import ERRORS
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
 from sst2_xlmr.training.run_folder import claim, evaluations_at, write_config
 from sst2_xlmr.training.schedule import evaluation_interval
@@ -155,7 +156,8 @@ def finish(run: Run) -> None:
     if run.config.calibrate:
         run.say(f"calibrated {describe_calibration(state.temperature, state.ece_before, state.ece_after)}")
     chosen = f" (best of {state.evaluations} evaluations, slightly optimistic)" if state.evaluations > 1 else ""
-    run.say(f"best       {metric} {abs(state.best_value):.4f} at step {state.best_step}{chosen}: {folder / 'best'}")
+    value = -state.best_value if run.config.best_by in ERRORS else state.best_value
+    run.say(f"best       {metric} {value:.4f} at step {state.best_step}{chosen}: {folder / 'best'}")
     run.say(f"model      after step {state.step}: {folder / 'model'}")
 
 

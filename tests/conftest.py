@@ -20,14 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sst2_xlmr import train
+from sst2_xlmr import labels, train
 from sst2_xlmr.data import rows as data
 from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.export.folder import write_folder
 from sst2_xlmr.model.encoders import Encoder, EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
-from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.errors import exit_on_user_error
 
 Capture = pytest.CaptureFixture[str]
@@ -248,4 +247,4 @@ def losses(folder: Path) -> list[float]:
 
 def find_label_names(file: Path, columns: Columns) -> list[str]:
     """Return the names of the classes in a training file."""
-    return SingleLabel.find_label_names(data.inspect(file, columns).labels, file)
+    return labels.find_label_names(data.inspect(file, columns).labels, file)

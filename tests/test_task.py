@@ -20,7 +20,7 @@ def task(weights: torch.Tensor | None = None, smoothing: float = 0.0) -> SingleL
 
 
 def class_weights(given: str | None, labels: np.ndarray) -> torch.Tensor | None:
-    return task().for_training(Config(class_weights=given), labels, CPU).class_weights
+    return task().for_training(Config(class_weights=given), labels, None, CPU).class_weights
 
 
 def test_balanced_classes_weigh_the_same_and_rows_one_on_average_and_numbers_are_taken_as_they_are() -> None:
@@ -109,9 +109,9 @@ RESULTS = torch.tensor([[2.0, 0.0, 1.0], [0.5, 0.4, 0.0], [0.0, 3.0, 0.0], [1.0,
 def test_answers_columns_and_cells() -> None:
     probabilities = task().probabilities(RESULTS)
     torch.testing.assert_close(probabilities, RESULTS.exp() / RESULTS.exp().sum(1, keepdim=True))
-    found, highest = task().answers(probabilities.numpy())
-    assert found.tolist() == [0, 0, 1, 0]
-    assert highest == pytest.approx(probabilities.amax(1).tolist())
+    wrong, answer_of = task().mistakes(probabilities.numpy(), np.array([0, 1, 1, 2]))
+    assert wrong.tolist() == [3, 1], "the surest first"
+    assert answer_of(1) == ["b", "a", f"{float(probabilities[1].amax()):.4f}"]
     assert task().columns(all_probabilities=False) == ["label", "probability"]
     every = ["label", "probability", "probability_a", "probability_b", "probability_c"]
     assert task().columns(all_probabilities=True) == every

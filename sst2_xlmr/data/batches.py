@@ -29,6 +29,8 @@ class Batch(NamedTuple):
             dropout masks from it has the same masks however a batch is cut.
         global_rows: rows of the global batch, of all ranks together.
         weight: 1.0, or 0.0 if these rows are only computed to keep step with the other ranks.
+        row_weights: fp32 [rows], of the rows' losses; None for ones.
+        global_weight: their sum over the global batch.
     """
 
     ids: torch.Tensor
@@ -37,10 +39,13 @@ class Batch(NamedTuple):
     keys: torch.Tensor
     global_rows: int
     weight: float = 1.0
+    row_weights: torch.Tensor | None = None
+    global_weight: float = 0.0
 
     def to(self, device: torch.device) -> Batch:
         ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.labels))
-        return self._replace(ids=ids, labels=labels)
+        weights = None if self.row_weights is None else self.row_weights.to(device, non_blocking=True)
+        return self._replace(ids=ids, labels=labels, row_weights=weights)
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
@@ -148,10 +153,14 @@ class BatchLoader(Dataset[list[Batch]]):
         mine, most_rows = rows[self.rank :: self.world_size], -(-len(rows) // self.world_size)
         size = self.config.micro_batch_size or most_rows
         cuts = [mine[start : start + size] for start in range(0, most_rows, size)]
-        return [self._batch(cut if len(cut) else rows[:1], epoch, len(rows), float(len(cut) > 0)) for cut in cuts]
+        return [self._batch(cut if len(cut) else rows[:1], epoch, rows, float(len(cut) > 0)) for cut in cuts]
 
-    def _batch(self, rows: np.ndarray, epoch: int, global_rows: int, weight: float) -> Batch:
+    def _batch(self, rows: np.ndarray, epoch: int, global_rows: np.ndarray, weight: float) -> Batch:
         ids, lengths = select_rows(self.cache.ids, self.cache.offsets, rows)
         labels = torch.from_numpy(self.cache.labels[rows])
         keys = torch.from_numpy(dropout_keys(rows, self.config.seed, epoch))
-        return Batch(ids, lengths, labels, keys, global_rows, weight)
+        batch = Batch(ids, lengths, labels, keys, len(global_rows), weight, None, float(len(global_rows)))
+        if (weights := self.cache.weights) is None:
+            return batch
+        total = float(weights[global_rows].sum(dtype=np.float64))
+        return batch._replace(row_weights=torch.from_numpy(weights[rows]), global_weight=total)

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from sst2_xlmr.data.containers import needed
 from sst2_xlmr.data.formats import is_table, kind_of, row_writer
 from sst2_xlmr.data.rows import Row
-from sst2_xlmr.task import listed
+from sst2_xlmr.labels import listed
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import atomic_file, new_file, writing
 
@@ -28,8 +28,18 @@ def console_lines(rows: Sequence[Row], predictions: Sequence[Cells]) -> str:
     write = row_writer(text, ".tsv")
     for row, (label, *probabilities) in zip(rows, predictions):
         texts = [row.text] if row.pair is None else [row.text, row.pair]
-        write((), [label, *(f"{probability:.4f}" for probability in probabilities), *texts])
+        write((), [_in_table(label), *(_in_table(each, "{:.4f}") for each in probabilities), *texts])
     return text.getvalue()
+
+
+def _in_table(cell: Any, number: str = "{}") -> Any:
+    """Return a new cell as tables have it: of a list, its items between commas, or JSON where a label has one."""
+    if isinstance(cell, float):
+        return number.format(cell)
+    if not isinstance(cell, list):
+        return cell
+    items = [str(_in_table(each, number)) for each in cell]
+    return json.dumps(cell, ensure_ascii=False) if any("," in each for each in items) else ",".join(items)
 
 
 def extended_rows(
@@ -49,8 +59,8 @@ def extended_rows(
         header: whether a table's names come first.
     """
     text = io.StringIO(newline="")
-    write, needs_table = row_writer(text, kind_of(path)), is_table(path)
-    if header and needs_table and kind_of(path) != ".parquet":
+    write, needs_table, is_parquet = row_writer(text, kind_of(path)), is_table(path), kind_of(path) == ".parquet"
+    if header and needs_table and not is_parquet:
         write((), [*columns, *_free_names(names, columns)])
     last: list[str] = []
     for row, (label, *probabilities) in zip(rows, predictions):
@@ -60,7 +70,8 @@ def extended_rows(
             last, new = here, _free_names(names, here)
         if needs_table and here != columns:
             cells = [cells[here.index(name)] for name in columns]
-        write([*here, *new], [*cells, label, *(round(probability, 6) for probability in probabilities)])
+        added = [label, *(each if isinstance(each, list) else round(each, 6) for each in probabilities)]
+        write([*here, *new], [*cells, *(map(_in_table, added) if needs_table and not is_parquet else added)])
     return text.getvalue()
 
 

@@ -17,10 +17,11 @@ from sst2_xlmr.data.duplicates import find_leaks
 from sst2_xlmr.data.rows import Columns, Inspection, Row, columns_of, read_rows
 from sst2_xlmr.data.splits import cut_off, find_files, share_of
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
+from sst2_xlmr.labels import MISSING
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, check_tokenizer, find_encoder, lowest_layers
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
-from sst2_xlmr.task import SingleLabel, Task, numbers_for
+from sst2_xlmr.task import Task, find_task, task_kind
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
@@ -73,9 +74,15 @@ class Prepared:
 
     @property
     def train_labels(self) -> np.ndarray:
-        """int32 [rows], of the rows to train on."""
+        """Of the rows to train on, of the task's dtype and shape."""
         labels = self.caches["train"].labels
         return labels if self.train_rows is None else labels[self.train_rows]
+
+    @property
+    def train_weights(self) -> np.ndarray | None:
+        """fp32 [rows], of the rows to train on; None for ones."""
+        weights = self.caches["train"].weights
+        return weights if self.train_rows is None or weights is None else weights[self.train_rows]
 
     @property
     def train_lengths(self) -> np.ndarray:
@@ -143,15 +150,19 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
             raise UserError(f"{error}, or for this file alone with --columns {name}:text=NAME,label=NAME") from None
         if name == "train" and all(label.isdecimal() for each in found[name] for label in each.labels):
             columns = {other: replace(each, keep_numbers=other != name) for other, each in columns.items()}
+    labels = {label: seen for each in reversed(found["train"]) for label, seen in each.labels.items()}
+    known = [*(config.label_names or ()), *(MISSING if task_kind(config, labels).may_be_empty else ())]
     for path, each in zip(files["train"], found["train"]):
-        each.check(path, None, config.drop_unusable, config.label_names or ())
-    task = find_task(config, found, files["train"][0])
+        each.check(path, None, config.drop_unusable, known)
+    others = {label: seen for name in found for each in found[name] for label, seen in each.labels.items()}
+    own_names = found["train"][0].layout.class_names.values()
+    task = find_task(config, labels, others, own_names, files["train"][0])
     splits = {}
     for name, paths in files.items():
         is_test = name not in ("train", *config.eval_splits)
         is_labelled = not (is_test and all(each.is_unlabelled for each in found[name]))
         dropped: dict[str, int] = {}
-        notes = [note for each in found[name] for note in (*each.layout.notes, *each.notes())]
+        notes = [note for each in found[name] for note in (*each.layout.notes, *task.notes(each.labels))]
         for path, each in zip(paths, found[name]) if is_labelled else ():
             for kind, count in each.check(path, task, config.drop_unusable).items():
                 dropped[kind] = dropped.get(kind, 0) + count
@@ -160,22 +171,6 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
         splits[name] = Split(paths, columns[name], found[name], dropped, notes, is_labelled)
     splits["train"].notes.extend(said)  # what has no split of its own
     return task, splits
-
-
-def find_task(config: Config, found: dict[str, list[Inspection]], path: Path) -> Task:
-    """Return the task with the classes of the options, or of the training files."""
-    labels = {label: seen for each in reversed(found["train"]) for label, seen in each.labels.items()}
-    if config.label_names:
-        names, numbers = numbers_for(config.label_names, labels, path)
-        if not any(label.isdecimal() for label in labels):  # numbers, if there are any, are in other files
-            others = [label for name in found for each in found[name] for label in each.labels]
-            names, numbers = numbers_for(config.label_names, others, path)
-    else:  # what the training file calls its numbers holds for the other files, too
-        names, said = SingleLabel.find_label_names(labels, path), found["train"][0].layout.class_names.values()
-        numbers = {str(i): names.index(name) for each in said for i, name in enumerate(each) if name in names}
-    task = SingleLabel(names, label_numbers=numbers)
-    task.check(config)
-    return task
 
 
 def check_sizes(config: Config, shape: EncoderShape) -> None:
@@ -209,7 +204,7 @@ def prepare(config: Config, quiet: bool) -> Prepared:
     rest = None
     if "dev" not in caches:
         share = share_of(config, len(train))
-        rows = cut_off(train.text_digests, task.label_keys(train.labels), share, config.seed)
+        rows = cut_off(train.text_digests, task.strata(train.labels), share, config.seed)
         if not len(rows):
             raise UserError(f"{len(train):,} training rows are too few to cut off dev; name a --dev-file")
         whole, caches = train, {"train": train, "dev": train.part(rows), **caches}

@@ -6,12 +6,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sst2_xlmr.data.formats import Layout, shortened
 from sst2_xlmr.data.prepare import Prepared, Split
 from sst2_xlmr.data.rows import PHRASES, Columns, guessed_columns, read_rows
-from sst2_xlmr.task import listed
+from sst2_xlmr.labels import listed
 
 _DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
 _QUOTING = {"none": "no quotes", "double": "quoted", "single": "quoted by '", "backslash": 'quoted, \\" inside'}
@@ -67,9 +65,8 @@ def lines_of(inputs: Prepared) -> list[str]:
             counts = zip(split.files, inputs.caches[name].rows_of_files)
             lines.append(f"files      {name}: {', '.join(f'{path.name} {count:,}' for path, count in counts)}")
     for name in ("train", "dev"):
-        lines.append(
-            f"classes    {name}: {listed([f'{label} {rows:,}' for label, rows in classes_of(inputs, name).items()])}"
-        )
+        labels = inputs.train_labels if name == "train" else inputs.caches[name].labels
+        lines.append(f"classes    {name}: {inputs.task.describe_labels(labels)}")
     return lines + [
         f"note       {name}: {note}" for name, split in inputs.splits.items() for note in notes_of(inputs, name, split)
     ]
@@ -87,7 +84,7 @@ def classes_of(inputs: Prepared, name: str) -> dict[str, int]:
     if name not in inputs.caches:
         return {}
     labels = inputs.train_labels if name == "train" else inputs.caches[name].labels
-    return dict(zip(inputs.task.label_names, np.bincount(labels, minlength=inputs.task.outputs).tolist()))
+    return inputs.task.counts(labels)
 
 
 def examples_of(inputs: Prepared, name: str, count: int = 3) -> list[list[str | None]]:
@@ -99,7 +96,7 @@ def examples_of(inputs: Prepared, name: str, count: int = 3) -> list[list[str | 
     numbers = cache.numbers if cache.numbers is not None else inputs.train_rows if name == "train" else None
     wanted = set(range(count) if numbers is None else numbers[:count].tolist())
     found = itertools.islice(enumerate(split.rows(inputs.task)), max(wanted, default=-1) + 1)
-    return [[row.text, row.pair, inputs.task.label_names[row.label]] for i, (_, row) in found if i in wanted]
+    return [[row.text, row.pair, inputs.task.label_cell(row.label)] for i, (_, row) in found if i in wanted]
 
 
 def as_json(inputs: Prepared) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,20 +15,23 @@ from typing import Any, NamedTuple
 from sst2_xlmr.config import FORMATS, Config
 from sst2_xlmr.data.formats import Fields, Layout, opened, read_fields, shortened
 from sst2_xlmr.data.sniff import Columns, find_layout, other_encoding
-from sst2_xlmr.task import MISSING, Task, alike, label_text, listed
+from sst2_xlmr.labels import MISSING, label_text, listed
+from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
 
 READ_OPTIONS = ("format", "delimiter", "quoting", "encoding", "header")
 TEXT_OPTIONS = ("text_column", "text_pair_column", *READ_OPTIONS)
-COLUMN_OPTIONS = (*TEXT_OPTIONS, "label_column", "drop_unusable")
+COLUMN_OPTIONS = (*TEXT_OPTIONS, "label_column", "label_columns", "weight_column", "drop_unusable")
 # Why a row cannot be used.
 COLUMNS, CHARACTERS, NO_TEXT, NO_LABEL = "another number of columns", "cut characters", "no text", "no label"
+WEIGHT_0 = "weight 0"  # which is asked for
 PHRASES = {
     COLUMNS: f"with {COLUMNS}",
     CHARACTERS: f"with {CHARACTERS}",
     NO_TEXT: "without text",
     NO_LABEL: "without a label",
+    WEIGHT_0: "with weight 0",
 }
 _UNUSABLE = re.compile("[\ud800-\udfff\0]")
 _CHUNK_CHARACTERS = 1 << 20
@@ -40,17 +44,20 @@ class Row(NamedTuple):
     Attributes:
         label: what the task reads from its cell, the class's number for a single label; None if nobody reads it.
         fields: all of its columns, as they are in the file.
+        weight: in the loss.
     """
 
     text: str
     pair: str | None
     label: Any
     fields: Fields
+    weight: float = 1.0
 
 
 def columns_of(config: Config, split: str = "") -> Columns:
     """Return what the options ask for of a split's file."""
-    return columns_given(argparse.Namespace(**dataclasses.asdict(config)), split)
+    columns = columns_given(argparse.Namespace(**dataclasses.asdict(config)), split)
+    return columns if split == "train" else dataclasses.replace(columns, weight=None)
 
 
 def columns_given(arguments: argparse.Namespace, split: str = "") -> Columns:
@@ -59,7 +66,9 @@ def columns_given(arguments: argparse.Namespace, split: str = "") -> Columns:
     if given.get("format") not in FORMATS:  # that of an export
         given.pop("format", None)
     text = tuple(given.pop("text_column", None) or ())
-    columns = Columns(text or None, given.pop("text_pair_column", None), given.pop("label_column", "label"), **given)
+    pair, labels = given.pop("text_pair_column", None), tuple(given.pop("label_columns", None) or ())
+    label, weight = given.pop("label_column", "label"), given.pop("weight_column", None)
+    columns = Columns(text or None, pair, label, labels, weight, **given)
     for each in getattr(arguments, "columns", ()):
         name, _, wanted = each.partition(":")
         if name == split:
@@ -80,11 +89,24 @@ def check_pairs(model: Path, pair: str | None, cure: str) -> None:
 
 
 class Places(NamedTuple):
-    """Where a row's texts and label stand; a second text or label that nobody asks for is None."""
+    """Where a row's texts, labels and weight stand; what nobody asks for is None, or empty."""
 
     texts: tuple[int, ...]
     pair: int | None
-    label: int | None
+    labels: tuple[int, ...]
+    weight: int | None
+
+    def label_cell(self, names: Sequence[str], cells: Sequence[Any], class_names: Sequence[str]) -> Any:
+        """Return a row's label: of several columns an object, and a file's own names for its numbers."""
+        if len(self.labels) > 1:
+            return {names[place]: cells[place] for place in self.labels}
+        label = cells[self.labels[0]] if self.labels else None
+        if not class_names:
+            return label
+        if isinstance(label, list) and len(label) > 1:
+            return [class_names[each] for each in label]
+        number = label_text(label)
+        return class_names[int(number)] if number.isdecimal() and int(number) < len(class_names) else label
 
 
 def _position(path: Path, names: Sequence[str], layout: Layout, option: str, wanted: Sequence[str], line: int) -> int:
@@ -122,14 +144,19 @@ def _places(path: Path, layout: Layout, columns: Columns, fields: Fields, with_l
     else:
         chosen = [_position(path, names, layout, "--text-column", texts, line)]
     pair = _position(path, names, layout, "--text-pair-column", [columns.pair], line) if columns.pair else None
-    place = _position(path, names, layout, "--label-column", [label], line) if with_label else None
-    all_of = [each for each in (*chosen, pair, place) if each is not None]
+    option = "--label-columns" if columns.labels else "--label-column"
+    wanted = columns.labels or (label,) if with_label else ()
+    labels = tuple(_position(path, names, layout, option, [name], line) for name in wanted)
+    weight = None
+    if columns.weight and with_label:
+        weight = _position(path, names, layout, "--weight-column", [columns.weight], line)
+    all_of = [each for each in (*chosen, pair, *labels, weight) if each is not None]
     if len(set(all_of)) < len(all_of):
         twice = next(names[each] for each in all_of if all_of.count(each) > 1)
         raise UserError(
             f"{path}: the column {twice!r} is named twice; text, second text and label are columns of their own"
         )
-    return Places(tuple(chosen), pair, place)
+    return Places(tuple(chosen), pair, labels, weight)
 
 
 def guessed_columns(path: Path, layout: Layout, columns: Columns) -> tuple[int, int | None] | None:
@@ -172,11 +199,11 @@ def _proposal(path: Path, layout: Layout) -> str:
     return f" (e.g. --text-column {text}{f' --label-column {label}' if found[1] is not None else ''})"
 
 
-Checked = tuple[Fields, str, str, "str | None", Any]
+Checked = tuple[Fields, str, str, "str | None", Any, float]
 
 
 def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool, may_be_empty: bool) -> Iterator[Checked]:
-    """Yield every row: its fields, why it cannot be used (empty if it can), text, second text, the label's cell."""
+    """Yield every row: its fields, why it cannot be used (empty if it can), texts, the label's cell, weight."""
     names: list[str] | None = None
     seen = first = None
     for fields in read_fields(path, layout):
@@ -191,24 +218,20 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool, may
                     raise
                 names = None
                 kind = NO_LABEL if "--label-column" in str(error) else NO_TEXT
-                yield fields, kind, "", None, None
+                yield fields, kind, "", None, None, 1.0
                 continue
-            class_names = (
-                ()
-                if columns.keep_numbers
-                else layout.class_names.get(names[places.label] if places.label is not None else "")
-            )
+            named = () if columns.keep_numbers or not places.labels else names[places.labels[0]]
+            class_names = layout.class_names.get(named, ()) if named else ()
         if len(cells) != len(names):
-            yield fields, COLUMNS, "", None, None
+            yield fields, COLUMNS, "", None, None, 1.0
             continue
         text = cells[places.texts[0]] if len(places.texts) == 1 else _joined(cells, places.texts)
         pair = None if places.pair is None else cells[places.pair]
-        label = None if places.label is None else cells[places.label]
-        if class_names and (shown := label_text(label)).isdecimal() and int(shown) < len(class_names):
-            label = class_names[int(shown)]
+        label = places.label_cell(names, cells, class_names)
+        weight = 1.0 if places.weight is None else _weight(cells[places.weight], f"{path}, line {fields.line}")
         is_plain = places.pair is None and type(text) is str and text.isascii() and text.strip() and "\0" not in text
         problem = "" if is_plain else _problem(text, pair, places.pair is not None, may_be_empty)
-        yield fields, problem, text, pair, label
+        yield fields, problem if weight else WEIGHT_0, text, pair, label, weight
     if seen is None:
         raise UserError(f"{path} has no rows")
 
@@ -222,6 +245,16 @@ def _has_keys(path: Path, layout: Layout, columns: Columns, with_label: bool) ->
             continue
         return True
     return False
+
+
+def _weight(cell: Any, where: str) -> float:
+    try:
+        weight = float(cell)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise UserError(f"{where}: the weight {label_text(cell)!r} is no number of 0 or more; mend it")
+    return weight
 
 
 def _joined(cells: Sequence[Any], places: Sequence[int]) -> Any:
@@ -246,19 +279,22 @@ def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
         task: None for prediction, where no label is needed, and a text may be empty.
     """
     layout = find_layout(path, columns)
-    numbers: dict[str, int | None] = {}  # of the labels that were seen
+    numbers: dict[str, Any] = {}  # of the labels that were seen
     may_be_empty = task is None or columns.may_be_empty
-    for fields, problem, text, pair, cell in _checked(path, layout, columns, task is not None, may_be_empty):
+    for fields, problem, text, pair, cell, weight in _checked(path, layout, columns, task is not None, may_be_empty):
         label = None
         if task and not problem:
             key = cell if isinstance(cell, str) else label_text(cell)
-            if key not in numbers:
-                numbers[key] = task.read_label(cell, f"{path}, line {fields.line}")
-            label = numbers[key]
+            if key in numbers:
+                label = numbers[key]
+            else:
+                label = task.read_label(cell, f"{path}, line {fields.line}")
+                if len(numbers) < _MOST_LABELS:
+                    numbers[key] = label
             problem = NO_LABEL if label is None else ""
         if not problem:
-            yield Row(text, pair, label, fields)
-        elif not columns.drop_unusable:
+            yield Row(text, pair, label, fields, weight)
+        elif not columns.drop_unusable and problem != WEIGHT_0:
             Inspection(layout, 0, {problem: (1, fields.line, "")}, {}).check_encoding(path)
             problems = {problem: (1, fields.line, _detail(problem, fields, cell))}
             raise unusable_error(path, problems, None if task is None else 0)
@@ -331,8 +367,9 @@ class Inspection:
             count, line = sum(found[label][0] for label in missing), found[missing[0]][1]
             problems[NO_LABEL] = (count + problems.get(NO_LABEL, (0,))[0], line, repr(missing[0]))
         left_out = {kind: count for kind, (count, *_) in problems.items()}
-        if problems and (not drop or sum(left_out.values()) == self.rows):
-            raise unusable_error(path, problems, None if drop else self.rows)
+        asked_for = problems.pop(WEIGHT_0, (0, 0, ""))
+        if sum(left_out.values()) == self.rows or (problems and not drop):
+            raise unusable_error(path, problems or {WEIGHT_0: asked_for}, None if drop else self.rows)
         return left_out
 
     def check_encoding(self, path: Path) -> None:
@@ -348,24 +385,13 @@ class Inspection:
     def is_unlabelled(self) -> bool:
         return all(label in MISSING or label == "-1" for label in self.labels)
 
-    def notes(self) -> list[str]:
-        """Return what is to be said of the labels."""
-        found = [
-            f"labels that differ only by case, spaces, signs or what cannot be seen: {listed(each)}"
-            for each in alike(self.labels)
-        ]
-        usable = sum(count for count, _ in self.labels.values())
-        if usable > 20 and len(self.labels) > usable / 2:
-            found.append(f"{len(self.labels):,} different labels in {usable:,} rows: is that the labels' column?")
-        return found
-
 
 def inspect(path: Path, columns: Columns, with_label: bool = True) -> Inspection:
     """Read a file through, and count; UserError if it is not what it is said to be."""
     layout, rows = find_layout(path, columns), 0
     problems: Problems = {}
     labels: dict[str, tuple[int, int]] = {}
-    for fields, problem, _, _, cell in _checked(path, layout, columns, with_label, columns.may_be_empty):
+    for fields, problem, _, _, cell, _ in _checked(path, layout, columns, with_label, columns.may_be_empty):
         rows += 1
         if problem:
             count, *first = problems.get(problem, (0, fields.line, _detail(problem, fields, cell)))

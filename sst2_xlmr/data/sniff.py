@@ -56,6 +56,8 @@ class Columns:
     Attributes:
         text: one, or several to join; None for `sentence`, or else `text`.
         pair: the second text of a row; None if rows have one.
+        labels: one for each label, instead of `label`.
+        weight: of the row in the loss; None for ones.
         header: whether a table's first line names its columns; None to find out, as for the other four.
         drop_unusable: whether rows that cannot be used are left out; else they are an error.
         keep_numbers: whether labels stay the numbers that they are, whatever names the file has for them.
@@ -65,6 +67,8 @@ class Columns:
     text: str | tuple[str, ...] | None = None
     pair: str | None = None
     label: str = "label"
+    labels: tuple[str, ...] = ()
+    weight: str | None = None
     header: bool | None = None
     format: str | None = None
     delimiter: str | None = None
@@ -82,7 +86,7 @@ class Columns:
     @property
     def named(self) -> set[str]:
         """All names, not numbers, that a header may have."""
-        names = [*(self.texts or ("sentence", "text")), self.label, *([self.pair] if self.pair else [])]
+        names = [*(self.texts or ("sentence", "text")), *(self.labels or [self.label]), *filter(None, [self.pair])]
         return {name.lower() for name in names if not name.isdecimal()}
 
 

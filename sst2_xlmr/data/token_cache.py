@@ -29,14 +29,15 @@ from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
 
-CACHE_FORMAT = 9
+CACHE_FORMAT = 10
 TOKENIZER_THREADS = 4  # reading and writing rows, in Python, cannot keep more of them busy
 _CHUNK_ROWS = 1000
 _DAMAGED = (OSError, ValueError, KeyError, TypeError)
 Result = TypeVar("Result")
-# Tokenized rows: ids, int32 [tokens], tokens per row, labels, digests of the texts, and the rows that were cut.
-Chunk = tuple[np.ndarray, np.ndarray, list[Any], np.ndarray, list[int]]
-_DTYPES = {"offsets": np.int64, "text_digests": np.uint64}  # int32 elsewhere, but for labels
+# Tokenized rows: ids, int32 [tokens], tokens per row, labels, digests of the texts, weights, rows that were cut.
+Chunk = tuple[np.ndarray, np.ndarray, list[Any], np.ndarray, np.ndarray, list[int]]
+# Of the files of a cache; int32 elsewhere, but for labels.
+_DTYPES = {"offsets": np.int64, "text_digests": np.uint64, "weights": np.float32}
 
 
 @dataclass
@@ -55,6 +56,7 @@ class TokenCache:
         digest: SHA-256 of the file, or of the files, hexadecimal.
         rows_of_files: how many rows come from each file, where there are several.
         numbers: int64 [rows], the rows' places among those of the files; None if these are all.
+        weights: fp32 [rows], of the rows' losses; None for ones.
     """
 
     ids: np.ndarray
@@ -69,6 +71,7 @@ class TokenCache:
     digest: str = ""
     rows_of_files: list[int] = field(default_factory=list)
     numbers: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,6 +101,7 @@ class TokenCache:
             digest=hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest(),
             rows_of_files=self.rows_of_files,
             numbers=rows,
+            weights=self.weights if self.weights is None else self.weights[rows],
         )
 
 
@@ -122,7 +126,7 @@ def tokenize_file(
     """
     paths = [paths] if isinstance(paths, Path) else list(paths)
     digest = tokenizer_digest(tokenizer_file)
-    depends_on = (digest, max_length, task.problem_type, task.label_names, task.label_numbers)
+    depends_on = (digest, max_length, task.problem_type, task.label_names, task.label_numbers, task.read_as)
     return _cached(
         cache_dir,
         (paths, columns, *depends_on),
@@ -189,11 +193,11 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chun
     """Tokenize on several threads, in the order of the rows; only a few chunks are in memory at a time."""
 
     def tokenize(rows: list[Row]) -> Chunk:
-        texts, pairs, labels, _ = zip(*rows)
+        texts, pairs, labels, _, weights = zip(*rows)
         ids, lengths = tokenizer.flat_ids(list(texts), None if pairs[0] is None else list(pairs))
         longest = np.flatnonzero(lengths == tokenizer.max_length).tolist()
         cut = [row for row in longest if tokenizer.is_longer(*rows[row][:2])]
-        return ids, lengths, list(labels), text_digests(texts, pairs), cut
+        return ids, lengths, list(labels), text_digests(texts, pairs), np.array(weights, np.float32), cut
 
     threads = min(TOKENIZER_THREADS, len(os.sched_getaffinity(0)))
     pending: deque[Future[Chunk]] = deque()
@@ -218,18 +222,19 @@ def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns:
                 yield row
 
     with contextlib.ExitStack() as stack:
-        names = ("ids", "offsets", "labels", "text_digests")
+        names = ("ids", "offsets", "labels", "text_digests", *(["weights"] if columns.weight else []))
         files = [stack.enter_context((folder / f"{name}.bin").open("wb")) for name in names]
         files[1].write(np.int64(0).tobytes())
-        for ids, lengths, labels, digests, cut in _tokenize_chunks(all_rows(), tokenizer):
-            arrays = (ids, tokens + np.cumsum(lengths), np.asarray(labels, task.label_dtype), digests)
+        for ids, lengths, labels, digests, weights, cut in _tokenize_chunks(all_rows(), tokenizer):
+            stored: np.ndarray = np.asarray(labels, task.label_dtype)
+            arrays: tuple[np.ndarray, ...] = (ids, tokens + np.cumsum(lengths), stored, digests, weights)
             for file, array in zip(files, arrays):
                 file.write(array.tobytes())
             occurs[ids] = True
             cut_rows += [rows + row for row in cut]
             rows, tokens = rows + len(lengths), tokens + len(ids)
     all_digests = np.fromfile(folder / "text_digests.bin", np.uint64)
-    all_labels = np.fromfile(folder / "labels.bin", task.label_dtype).reshape(rows, *task.label_shape)
+    all_labels: np.ndarray = np.fromfile(folder / "labels.bin", task.label_dtype).reshape(rows, *task.label_shape)
     repeats, contradictions = find_repeats(all_digests, task.label_keys(all_labels))
     found = {"distinct_ids": np.flatnonzero(occurs), "cut_rows": np.array(cut_rows)}
     found |= {"repeats": repeats, "contradictions": contradictions}

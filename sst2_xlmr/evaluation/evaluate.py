@@ -33,10 +33,10 @@ class Evaluation:
     results: np.ndarray
     probabilities: np.ndarray
 
-    def with_temperature(self, temperature: float, task: Task, labels: np.ndarray) -> Evaluation:
-        """Return the evaluation of the model whose logits are divided by a temperature."""
+    def with_fitted(self, temperature: float, task: Task, labels: np.ndarray) -> Evaluation:
+        """Return the evaluation of the model whose logits are divided by a temperature, with the task's thresholds."""
         if temperature == 1:
-            return self
+            return Evaluation(task.metrics(self.results, labels), self.results, self.probabilities)
         results = task.results_of(self.probabilities, labels, temperature)
         logits = torch.from_numpy(task.logits_of(self.probabilities) / temperature)
         return Evaluation(task.metrics(results, labels), results, task.probabilities(logits).float().numpy())

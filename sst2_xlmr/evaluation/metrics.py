@@ -23,13 +23,64 @@ def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
     0 / 0, for a class that never occurs or is never predicted, counts as 0, as in scikit-learn.
     """
-    hits, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    return per_label(confusion.diagonal(), confusion.sum(0), confusion.sum(1))
+
+
+def per_label(hits: np.ndarray, predicted: np.ndarray, support: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what `per_class` does from counts, int64 [labels]: rows rightly predicted, predicted, with that label."""
     return {
         "precision": hits / predicted.clip(1),
         "recall": hits / support.clip(1),
         "f1": 2 * hits / (support + predicted).clip(1),
         "support": support,
     }
+
+
+def average_precision(scores: np.ndarray, is_label: np.ndarray) -> float:
+    """Return the area under the precision-recall curve in steps; 0 without a positive row. Both are [rows]."""
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(is_label[order])
+    last = np.append(np.diff(scores[order]) != 0, True)  # of rows with equal scores, which have one threshold
+    precision, recall = (hits / np.arange(1, len(order) + 1))[last], hits[last] / max(1, hits[-1])
+    return float((np.diff(recall, prepend=0) * precision).sum())
+
+
+def fitted_threshold(scores: np.ndarray, is_label: np.ndarray, aim: str = "f1", floor: float = 0.0) -> float:
+    """Return the threshold on one label's scores with the best F1, or the best F1 with a precision or recall >= floor.
+
+    It lies midway between two scores. Without a positive row it is 0.5; where the floor cannot be reached, the highest
+    precision (or recall) decides.
+
+    Args:
+        aim: f1, precision or recall.
+    """
+    if not is_label.any():
+        return 0.5
+    order = np.argsort(-scores, kind="stable")
+    ranked, hits = scores[order].astype(np.float64), np.cumsum(is_label[order])
+    predicted, last = np.arange(1, len(order) + 1), np.append(np.diff(scores[order]) != 0, True)
+    f1 = 2 * hits / (predicted + hits[-1])
+    reached = {"f1": f1, "precision": hits / predicted, "recall": hits / hits[-1]}[aim]
+    value = np.where(reached >= floor, 1 + f1, reached) if (reached[last] >= floor).any() else reached
+    best = int(np.where(last, value, -1.0).argmax())
+    below = ranked[best + 1] if best + 1 < len(ranked) else 0.0
+    return float((ranked[best] + below) / 2)
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Return the linear correlation of two arrays, [rows]; 0 if one of them is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    norm = float(np.sqrt((x * x).sum() * (y * y).sum()))
+    return float((x * y).sum()) / norm if norm > 0 else 0.0
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Return the correlation of the ranks; equal values share the mean of theirs."""
+    ranks = []
+    for values in (x, y):
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[place.reshape(-1)])
+    return pearson(*ranks)
 
 
 def macro_f1(confusion: np.ndarray) -> float:

@@ -17,6 +17,7 @@ from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model
 from sst2_xlmr.model.weight_names import to_hugging_face
+from sst2_xlmr.task import Task
 from sst2_xlmr.util.files import BackgroundWriter, disk_errors, put_in_place, scratch_name
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
@@ -43,6 +44,7 @@ def write_folder(
     encoder: Encoder,
     card: str = "",
     temperature: float = 1.0,
+    offset: float = 0.0,
     finish: Callable[[Callable[[], None]], None] = lambda work: work(),
 ) -> None:
     """Write `config.json`, `model.safetensors`, the tokenizer's files and the model card; atomically.
@@ -52,7 +54,8 @@ def write_folder(
         weights: under the classifier's names, all fp32 or all bf16; those that are deferred are never in memory whole.
         encoder: the model's shape, label names, longest input, tokenizer's file and dropouts; its weights are not read.
         card: what `README.md` says; none is written if it is empty.
-        temperature: by which logits are divided (see evaluation/calibration): the last layer's weights are.
+        temperature, offset: by which logits are divided (see evaluation/calibration), and what is added to them then:
+            the last layer's weights are changed so.
         finish: does what remains after the weights were read and written, at once or later (`BackgroundWriter`).
     """
     unfinished = scratch_name(folder)
@@ -64,8 +67,11 @@ def write_folder(
     with disk_errors(f"the model to {folder}", unfinished):
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         write_all_but_weights(unfinished, encoder, card, dtype)
-        divided = {name: _divided(weights[name], temperature) for name in LAST_LAYER} if temperature != 1 else {}
-        write_tensors(to_hugging_face({**weights, **divided}), unfinished / "model.safetensors")
+        last = {}
+        if (temperature, offset) != (1, 0):
+            last = {name: _divided(weights[name], temperature) for name in LAST_LAYER}
+            last[LAST_LAYER[1]] += offset
+        write_tensors(to_hugging_face({**weights, **last}), unfinished / "model.safetensors")
     finish(name_it)
 
 
@@ -107,6 +113,7 @@ def _settings(encoder: Encoder, dtype: str) -> dict[str, Any]:
         "eos_token_id": 2,
         "id2label": {str(number): name for number, name in enumerate(names)},
         "label2id": {name: number for number, name in enumerate(names)},
+        "problem_type": encoder.problem_type,
         "torch_dtype": dtype,
         # Of the folder's form. Without it, or with one from 4.57.3 to 4.57.6, versions from 4.57.2 to 5.9 take the
         # tokenizer for one of another model that has a fault, and advise an option that would make it wrong.
@@ -139,6 +146,7 @@ def export_run(
     folder: Path,
     weights: Mapping[str, TensorLike],
     inputs: Prepared,
+    task: Task,
     evaluations: Mapping[str, dict[str, Any]],
     step: int,
     calibration: tuple[float, float, float] | None,
@@ -158,13 +166,15 @@ def export_run(
     config = inputs.config
     described = replace(
         inputs.encoder,
-        label_names=inputs.task.label_names,
+        label_names=task.label_names,
+        problem_type=task.problem_type,
         max_length=config.max_length,
         dropouts={  # also of a frozen encoder, which had none: for training it further
             "hidden_dropout_prob": config.dropout,
             "attention_probs_dropout_prob": config.dropout,
             "classifier_dropout": config.head_dropout,
             "text_pairs": config.text_pair_column is not None,
+            **({"thresholds": list(task.thresholds)} if task.thresholds else {}),
         },
     )
     rows = {split: len(cache) for split, cache in inputs.caches.items()}
@@ -173,5 +183,7 @@ def export_run(
     }
     rows["train"] = len(inputs.train_labels)
     own = {split: metrics for split, metrics in evaluations.items() if split in rows}
-    card = card_text(config, inputs.task, rows, own, step, calibration, is_chosen=folder.name == "best")
-    write_folder(folder, weights, described, card, calibration[0] if calibration else 1.0, finisher.submit)
+    card = card_text(config, task, rows, own, step, calibration, is_chosen=folder.name == "best")
+    factor, offset = task.folding
+    temperature = (calibration[0] if calibration else 1.0) / factor
+    write_folder(folder, weights, described, card, temperature, offset, finisher.submit)

@@ -16,7 +16,7 @@ from sst2_xlmr.task import Task
 from sst2_xlmr.util import versions
 
 _HUB_NAMES = {"xlmr.base": "FacebookAI/xlm-roberta-base", "xlmr.large": "FacebookAI/xlm-roberta-large"}
-_CHOSEN = "\nThese weights were chosen by their accuracy on dev, which is therefore slightly optimistic.\n"
+_CHOSEN = "\nThese weights were chosen by their {} on dev, which is therefore slightly optimistic.\n"
 _NOT_SCALED = """
 The probabilities are calibrated: temperature 1, as no other is significantly better on dev; their expected calibration\
  error there is {1:.4f}.
@@ -55,7 +55,8 @@ def card_text(
     ]
     columns = list(cells[0]) if cells else []
     metrics = [_line(*columns), _line(*["---"] * len(columns)), *(_line(*row.values()) for row in cells)]
-    remarks = _CHOSEN if is_chosen else ""
+    remarks = _CHOSEN.format(config.best_by or task.best_metric) if is_chosen else ""
+    remarks += f"\n{task.card_note}\n" if task.card_note else ""
     if calibration:
         remarks += (_NOT_SCALED if calibration[0] == 1 else _SCALED).format(*calibration)
     return Template(Path(__file__).with_suffix(".md").read_text(encoding="utf-8")).substitute(

@@ -227,5 +227,6 @@ def write_onnx(
         ir_version=IR_VERSION,
         producer_name="sst2_xlmr",
     )
-    helper.set_model_props(model, {"label_names": json.dumps(task.label_names), "max_length": str(max_length)})
+    about = {"label_names": json.dumps(task.label_names), "max_length": str(max_length)}
+    helper.set_model_props(model, {**about, "problem_type": task.problem_type})
     file.write_bytes(model.SerializeToString())

@@ -11,7 +11,7 @@ from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
 from sst2_xlmr.model.vocabulary import Vocabulary
 from sst2_xlmr.model.weights import check_fit, load_tensors
-from sst2_xlmr.task import SingleLabel, Task
+from sst2_xlmr.task import Task, stored_task
 from sst2_xlmr.util.errors import UserError
 
 
@@ -21,7 +21,7 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Seq
     UserError if the folder is incomplete, has no head, weights that are not finite, or another model's tokenizer.
     """
     encoder, label_names = find_model(folder)
-    task = SingleLabel(label_names)
+    task = stored_task(encoder.problem_type, label_names, encoder.dropouts.get("thresholds", ()))
     model, _ = build_classifier(encoder, task)
     if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
         raise UserError(f"{folder} has weights that are not finite (NaN or infinite); train it again, or use another")
@@ -57,6 +57,10 @@ def build_classifier(
     head_is_new = (encoder.label_names, encoder.problem_type) != (task.label_names, task.problem_type)
     if head_is_new:
         tensors.update(_new_head(shapes, seed))
+    elif task.folding != (1.0, 0.0):  # it was exported with them
+        factor, offset = task.folding
+        tensors["head.out.weight"] = tensors["head.out.weight"] / factor
+        tensors["head.out.bias"] = (tensors["head.out.bias"] - offset) / factor
     check_fit(tensors, shapes, encoder.weights_file)
     model.load_state_dict({name: tensors[name] for name in shapes}, assign=True)
     if vocabulary is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, check_settings
 from sst2_xlmr.model.weight_files import Weights, parts_of, reading_errors
 from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, head_outputs
+from sst2_xlmr.task import can_answer
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
@@ -38,7 +39,7 @@ _ONLY = {
 MOST_LAYERS = 1_000
 _LAYOUT = "a model's folder in Hugging Face layout is needed"
 # Of config.json, kept as they are; `text_pairs` says whether the model was trained on pairs of texts.
-DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "text_pairs")
+DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "text_pairs", "thresholds")
 
 
 @dataclass(frozen=True)
@@ -213,11 +214,10 @@ def find_model(folder: Path) -> tuple[Encoder, list[str]]:
     encoder = None if str(folder) in BUNDLE_SHAPES else find_encoder(str(folder))
     if encoder is None or encoder.label_names is None:
         raise UserError(f"{folder} has no classification head; give a model folder that train.py wrote")
-    if encoder.problem_type != SINGLE_LABEL:
-        what = "its head is for regression (one number)" if len(encoder.label_names) == 1 else encoder.problem_type
+    if not can_answer(encoder.problem_type, encoder.label_names):
         raise UserError(
-            f"{folder}: {what}, but only models with one of several labels for each text can answer here; as --encoder"
-            " its body can be trained on"
+            f"{folder}: a head of {len(encoder.label_names)} outputs for {encoder.problem_type} cannot answer here; as"
+            " --encoder its body can be trained on"
         )
     return encoder, encoder.label_names
 

@@ -32,8 +32,9 @@ from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.evaluation.calibration import calibrate, describe_calibration
 from sst2_xlmr.evaluation.compare import check_comparison
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
-from sst2_xlmr.evaluation.metrics import mean_of, per_class
+from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.export.folder import CARD_NAME, read_card, with_note, write_folder
+from sst2_xlmr.labels import listed, numbers_for
 from sst2_xlmr.model.encoders import find_encoder, model_folder
 from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.predictor import Classifier
@@ -45,7 +46,7 @@ from sst2_xlmr.report.tensorboard import (
     open_events,
     read_texts,
 )
-from sst2_xlmr.task import Task, listed, numbers_for
+from sst2_xlmr.task import Task, check_options
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
@@ -81,21 +82,24 @@ def check_outputs(arguments: argparse.Namespace) -> None:
             raise UserError(f"cannot write to --output {output}: no permission; choose another place")
 
 
-def class_lines(name: str, confusion: np.ndarray, label_names: list[str]) -> list[str]:
+def class_lines(name: str, classes: dict[str, np.ndarray], confusion: np.ndarray, label_names: list[str]) -> list[str]:
     """Return the lines of a table of a file's classes, with the confusion matrix unless it is too wide."""
-    classes = per_class(confusion)
+    if not classes:
+        return []
     is_shown = len(label_names) <= MOST_CONFUSED_CLASSES
     rows = [[name, "precision", "recall", "F1", "rows", *(["taken for:", *label_names] if is_shown else [])]]
     for number, label in enumerate(label_names):
         numbers = [f"{classes[key][number]:.4f}" for key in ("precision", "recall", "f1")]
         counts = ["", *(f"{count:,}" for count in confusion[number])] if is_shown else []
         rows.append([label, *numbers, f"{classes['support'][number]:,}", *counts])
-    return lines_of(rows)
+    return ["", *lines_of(rows)]
 
 
-def as_json(file: Path, metrics: dict[str, Any], confusion: np.ndarray, label_names: list[str]) -> dict[str, Any]:
+def as_json(
+    file: Path, metrics: dict[str, Any], per_label: dict[str, np.ndarray], confusion: np.ndarray, label_names: list[str]
+) -> dict[str, Any]:
     """Return a file's part of the JSON."""
-    numbers = {key: values.tolist() for key, values in per_class(confusion).items()}
+    numbers = {key: values.tolist() for key, values in per_label.items()}
     classes = {label: {key: numbers[key][i] for key in numbers} for i, label in enumerate(label_names)}
     chosen = {key: value for key, value in metrics.items() if key not in ("precision", "recall")}  # those of classes
     return {"file": str(file), **chosen, "classes": classes, "confusion": confusion.tolist()}
@@ -190,12 +194,12 @@ def write_calibrated(arguments: argparse.Namespace, cache: TokenCache, fitted: t
 def with_numbers(task: Task, arguments: argparse.Namespace, found: dict[str, Inspection]) -> Task:
     """Return the task with the numbers that stand for its classes in the files: none without --label-names."""
     if not (given := getattr(arguments, "label_names", None)):
-        return replace(task, label_numbers={})
+        return task.with_numbers({})
     labels = [label for each in found.values() for label in each.labels]
     names, numbers = numbers_for(given, labels, next(iter(found)))
     if set(names) != set(task.label_names):
         raise UserError(f"--label-names {','.join(names)}: the model's classes are {listed(task.label_names)}")
-    return replace(task, label_numbers={key: task.label_names.index(names[i]) for key, i in numbers.items()})
+    return task.with_numbers({key: task.label_names.index(names[i]) for key, i in numbers.items()})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -218,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         check_pairs(model, each.pair, "--text-pair-column NAME")
     cache_dir, tokenizer_file = downloads.cache_dir() / "tokens", tokenizer.file
     found = {name: inspected(file, columns[name], True, cache_dir) for name, file in files.items()}
+    check_options(task, arguments)
     task = with_numbers(task, arguments, found)
     for name, file in files.items():  # all of them before the first evaluation, so that a bad row shows at once
         left_out = found[name].check(file, task, columns[name].drop_unusable)
@@ -237,9 +242,13 @@ def main(argv: list[str] | None = None) -> None:
         print_text(write_calibrated(arguments, caches["dev"], fitted))
         return
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
+    per_label = {name: task.per_label(evaluations[name].results, cache.labels) for name, cache in caches.items()}
     confusions = {name: task.confusion(evaluations[name].results, cache.labels) for name, cache in caches.items()}
     if arguments.json:
-        parts = {name: as_json(files[name], metrics[name], confusions[name], task.label_names) for name in files}
+        parts = {
+            name: as_json(files[name], metrics[name], per_label[name], confusions[name], task.label_names)
+            for name in files
+        }
         content = {"model": str(model), "precision": precision, "labels": task.label_names, "files": parts}
         text = json.dumps({**content, "mean": mean_of(list(metrics.values()))}, indent=2, ensure_ascii=False) + "\n"
         with writing(arguments.json):
@@ -249,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         write_events(arguments.tensorboard, evaluations, files, caches, columns, task)
     lines = evaluation_table(task, metrics)
     for name, confusion in confusions.items():
-        lines += ["", *class_lines(name, confusion, task.label_names)]
+        lines += class_lines(name, per_label[name], confusion, task.label_names)
     if not against:
         print_text("\n".join([*lines, ""]))
         return

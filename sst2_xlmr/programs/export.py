@@ -21,7 +21,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
 from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.report.table import comparison_table
-from sst2_xlmr.task import SingleLabel, Task
+from sst2_xlmr.task import Task, stored_task
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import put_in_place, scratch_folder, writing
@@ -127,8 +127,8 @@ def write_torchscript(encoder: Encoder, file: Path) -> Classify:
     classify = torch.jit.load(file)
 
     def probabilities(texts: list[str], pairs: list[str] | None) -> np.ndarray:
-        labels, found = classify(texts, pairs)
-        return checked_answers(task, labels, found.numpy())
+        found = classify(texts, pairs)
+        return checked_answers(task, found if isinstance(found, tuple) else (found,))
 
     return probabilities
 
@@ -167,15 +167,16 @@ def write_onnx_file(
             if logits_only:
                 parts.append(task.probabilities(torch.from_numpy(answer[0])).numpy())
             else:
-                parts.append(checked_answers(task, *answer))
+                parts.append(checked_answers(task, answer))
         return np.concatenate(parts)
 
     return probabilities
 
 
-def checked_answers(task: Task, labels: Sequence[str], probabilities: np.ndarray) -> np.ndarray:
+def checked_answers(task: Task, outputs: Sequence[Any]) -> np.ndarray:
     """Return the probabilities that a written file gives, which must be those of its labels."""
-    if list(labels) != [task.cells(row, all_probabilities=False)[0] for row in probabilities.tolist()]:
+    answers, probabilities = task.answers_of(outputs)
+    if answers != [task.cells(row, all_probabilities=False)[0] for row in probabilities.tolist()]:
         raise UserError("the written file names other labels than its probabilities say; it was removed")
     return probabilities
 
@@ -255,6 +256,7 @@ def main(argv: list[str] | None = None) -> None:
         with scratch_folder(output) as scratch:
             if arguments.keep_vocabulary_of:
                 encoder = trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), scratch / "trimmed")
-            summary = write(arguments, encoder, SingleLabel(label_names), scratch / "written")
+            task = stored_task(encoder.problem_type, label_names, encoder.dropouts.get("thresholds", ()))
+            summary = write(arguments, encoder, task, scratch / "written")
             put_in_place(scratch / "written", output, replaces=False)
     say(f"{arguments.output}: {summary}")

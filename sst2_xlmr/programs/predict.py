@@ -47,7 +47,7 @@ from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.progress import with_progress
-from sst2_xlmr.task import ABSTAINED, Task
+from sst2_xlmr.task import ABSTAINED, Task, check_options
 from sst2_xlmr.util import distributed
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, raise_on_all
@@ -81,12 +81,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
     add("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
     arguments = parser.parse_args(argv)
-    check_options(arguments)
+    check_arguments(arguments)
     check_output_files(arguments)
     return arguments
 
 
-def check_options(arguments: argparse.Namespace) -> None:
+def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
     is_from_file_to_file = arguments.input and output_files(arguments)
     if arguments.input and arguments.sentences:
@@ -256,6 +256,7 @@ def predict_stream(arguments: argparse.Namespace) -> None:
     is_stream = not arguments.input and not arguments.sentences
     chunks = as_they_come(rows) if is_stream else in_chunks(rows, ROWS_AT_ONCE)
     classifier = Classifier.load(arguments.model, arguments.precision, arguments.device)
+    check_options(classifier.task, arguments)
     answers = classify(arguments, classifier, chunks)
     if arguments.output:
         write_predictions(arguments, classifier.task, answers)
@@ -314,6 +315,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
     with contextlib.ExitStack() as stack:
 
         def begin() -> Path:
+            check_options(classifier.task, arguments)
             if arguments.glue_submission:
                 glue_numbers(classifier.label_names)
             fingerprint = fingerprint_of(arguments, digest, classifier)

@@ -26,7 +26,7 @@ from sst2_xlmr.data.formats import row_writer
 from sst2_xlmr.data.rows import TEXT_OPTIONS, Row, columns_given, read_rows
 from sst2_xlmr.data.sniff import Columns, find_layout
 from sst2_xlmr.data.splits import cut_off
-from sst2_xlmr.task import label_text
+from sst2_xlmr.labels import label_text
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file
 from sst2_xlmr.util.output import say

@@ -33,7 +33,7 @@ from sst2_xlmr.cli import OneLineParser, parse_args, with_files
 from sst2_xlmr.data.splits import find_files
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.report.comparison import Figures, Results, summary, table
-from sst2_xlmr.task import Task
+from sst2_xlmr.task import main_metric
 from sst2_xlmr.training.run_folder import read_metrics
 from sst2_xlmr.training.signals import SIGNALS
 from sst2_xlmr.util.errors import UserError
@@ -153,7 +153,7 @@ def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figu
         run([*TRAIN_COMMAND, *options], folder, is_new)
     lines = read_metrics(folder / "metrics.jsonl")
     # Figures of best/ are only there where that is not the last model.
-    found = [(line["split"], line[Task.best_metric]) for line in lines if line.get("split", "best/")[:5] != "best/"]
+    found = [(line["split"], main_metric(line)) for line in lines if line.get("split", "best/")[:5] != "best/"]
     figures: Figures = {**dict(found), "best dev": max(value for split, value in found if split == "dev")}
     return not was_finished, {**figures, "seconds": seconds_of(folder)}
 

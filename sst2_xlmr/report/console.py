@@ -18,6 +18,7 @@ from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.report import tensorboard
 from sst2_xlmr.report.table import evaluation_table
+from sst2_xlmr.task import Task
 from sst2_xlmr.training.run_folder import forget_metrics
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.files import disk_errors, writing
@@ -96,15 +97,16 @@ class Report:
         metrics: dict[str, Any],
         labels: np.ndarray | None = None,
         probabilities: np.ndarray | None = None,
+        task: Task | None = None,
     ) -> None:
         """Write a line of evaluation metrics (`task.metrics`), perhaps with pictures, curves and mistakes.
 
-        These are drawn from labels, int [rows], and probabilities, float32 [rows, labels], in the file's order.
+        These are drawn from labels, and probabilities, float32 [rows, outputs], in the file's order.
         """
-        if labels is not None and probabilities is not None:
+        if labels is not None and probabilities is not None and task is not None:
             texts_of = partial(self._inputs.texts_of, split)
             with self._event_errors():
-                tensorboard.draw_evaluation(self._events, step, split, labels, probabilities, self._task, texts_of)
+                tensorboard.draw_evaluation(self._events, step, split, labels, probabilities, task, texts_of)
         scalars = {key: metrics[key] for key in self._task.scalars}
         self._write({"step": step, "split": split, **metrics}, split, scalars)
 

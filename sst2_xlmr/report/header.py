@@ -12,9 +12,9 @@ import torch
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.data.report import lines_of
+from sst2_xlmr.labels import listed
 from sst2_xlmr.model.encoders import Encoder
 from sst2_xlmr.model.vocabulary import EMBEDDING
-from sst2_xlmr.task import listed
 from sst2_xlmr.training.optimizer import Optimizer
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import versions
@@ -69,7 +69,8 @@ def data_report(inputs: Prepared) -> list[str]:
     if count := len(train.contradictions):
         first = train.contradictions[0]
         same = np.flatnonzero(train.text_digests == train.text_digests[first])
-        other = next(row for row in same if train.labels[row] != train.labels[first])
+        keys = inputs.task.label_keys(train.labels[same])
+        other = same[np.argmax(keys != keys[same == first])]
         example = _example(inputs, ("train", first), ("train", other))
         lines.append(f"conflicts  {_rows(count)} a text with conflicting labels{example}; {duplicates}")
     for split, rows in inputs.leaks.items():

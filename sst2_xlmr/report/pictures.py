@@ -1,4 +1,4 @@
-"""A confusion matrix as a PNG file, for TensorBoard.
+"""A confusion matrix, or a scatter plot of scores, as a PNG file, for TensorBoard.
 
 matplotlib is imported when something is drawn: it takes half a second, and few commands draw. Its global state stays as
 it is: no pyplot, and settings (the user's own, too) hold for one picture only.
@@ -11,6 +11,7 @@ import io
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -65,8 +66,28 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
                 numbers = f"{count:,}\n{share:.1%}" if count else "0"
                 ink = "white" if share > 0.5 else INK if count else PALE
                 axes.text(prediction, label, numbers, color=ink, ha="center", va="center", size=8)
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.15)
+        return _png(figure)
+
+
+def scatter_picture(true: np.ndarray, predicted: np.ndarray, title: str) -> bytes:
+    """Return true against predicted scores, float [rows] each, as a PNG file; a line shows where they are equal."""
+    from matplotlib.figure import Figure
+
+    with _settings([title]):
+        figure = Figure((4, 4), DOTS_PER_INCH)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_title(title, color=INK, loc="left", pad=12)
+        axes.scatter(true, predicted, s=6, color=BLUE, alpha=0.4, linewidths=0)
+        axes.axline((float(true.mean()), float(true.mean())), slope=1, color=LINE, zorder=0)
+        axes.set_xlabel("true", color=PALE)
+        axes.set_ylabel("predicted", color=PALE)
+        axes.spines[["top", "right"]].set_visible(False)
+        return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.15)
     return content.getvalue()
 
 

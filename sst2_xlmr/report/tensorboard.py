@@ -5,6 +5,7 @@ All functions that take a writer raise OSError if the disk is full; a `flush` th
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 import textwrap
@@ -20,7 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from sst2_xlmr.config import GROUPS, Config
 from sst2_xlmr.data.rows import Columns, read_rows
-from sst2_xlmr.report.pictures import can_draw, confusion_picture
+from sst2_xlmr.report.pictures import can_draw, confusion_picture, scatter_picture
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
@@ -94,46 +95,48 @@ def draw_evaluation(
     task: Task,
     texts_of: Callable[[set[int]], dict[int, str]],
 ) -> None:
-    """Write a file's confusion matrix, precision-recall curves and the mistakes that the model is surest of.
+    """Write a file's confusion matrix, or a scatter plot of scores, precision-recall curves, and the surest mistakes.
 
-    Labels are int [rows], probabilities float32 [rows, labels]; `texts_of` is `read_texts` for rows of the file.
+    Probabilities are float32 [rows, outputs]; `texts_of` is `read_texts` for rows of the file.
     """
-    results, classes = task.results_of(probabilities, labels), task.label_names
+    results = task.results_of(probabilities, labels)
     if can_draw():
         best = f"{task.best_metric} {task.metrics(results, labels)[task.best_metric]:.4f}"
         at = f", step {step:,}" if step else ""  # a model that is evaluated after its training has step 0
         title = f"{name}{at}: {best}, {len(labels):,} rows"
-        picture = confusion_picture(task.confusion(results, labels), classes, title)
+        confusion = task.confusion(results, labels)
+        if confusion.size:
+            kind, picture = "confusion", confusion_picture(confusion, task.label_names, title)
+        else:
+            kind, picture = "scores", scatter_picture(labels, probabilities[:, 0], title)
         # As it is; `SummaryWriter.add_image` would take pixels and compress them once more.
         width, height = struct.unpack(">II", picture[16:24])
         image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=picture)  # 4: RGBA
-        _add_summary(writer, Summary(value=[Summary.Value(tag=f"{name}/confusion", image=image)]), step)
-    for number in [1] if len(classes) == 2 else range(min(len(classes), CURVES)):
+        _add_summary(writer, Summary(value=[Summary.Value(tag=f"{name}/{kind}", image=image)]), step)
+    for label, is_label, scores in itertools.islice(task.curves(probabilities, labels), CURVES):
         # A curve has 127 equally spaced thresholds. Most probabilities lie near 0 and 1, where few of them are; ranks
         # are spread evenly, and give the same curve: of every probability, the share of all rows with a lower one.
-        ranks = np.searchsorted(np.sort(probabilities[:, number]), probabilities[:, number]) / len(labels)
-        writer.add_pr_curve(f"{name}/pr_{classes[number]}", labels == number, ranks, step)
-    predictions, confidences = task.answers(probabilities)
-    writer.add_text(f"{name}/mistakes", mistakes_table(labels, predictions, confidences, classes, texts_of), step)
+        ranks = np.searchsorted(np.sort(scores), scores) / len(labels)
+        writer.add_pr_curve(f"{name}/pr_{label}", is_label, ranks, step)
+    writer.add_text(
+        f"{name}/mistakes", mistakes_table(*task.mistakes(probabilities, labels), len(labels), texts_of), step
+    )
 
 
 def mistakes_table(
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    confidences: np.ndarray,
-    classes: list[str],
+    wrong: np.ndarray,
+    answer_of: Callable[[int], list[str]],
+    rows: int,
     texts_of: Callable[[set[int]], dict[int, str]],
 ) -> str:
-    """Return the surest mistakes as a Markdown table; labels and predictions are int, confidences float [rows]."""
-    wrong = np.flatnonzero(predictions != labels)
-    chosen = wrong[np.argsort(-confidences[wrong], kind="stable")[:MISTAKES]].tolist()
-    texts, names = texts_of(set(chosen)), [escape(name) for name in classes]
-    lines = [f"{len(wrong):,} of {len(labels):,} rows are mistaken; of these the {len(chosen)} surest.", ""]
+    """Return the surest mistakes as a Markdown table; for the first two arguments see `SingleLabel.mistakes`."""
+    chosen = wrong[:MISTAKES].tolist()
+    texts = texts_of(set(chosen))
+    lines = [f"{len(wrong):,} of {rows:,} rows are mistaken; of these the {len(chosen)} surest.", ""]
     lines += ["| row | text | true | predicted | probability |", "| ---: | --- | --- | --- | ---: |"]
     for row in chosen:
         text = escape(texts[row]) if row in texts else "(the file has changed)"
-        answer = f"{names[labels[row]]} | {names[predictions[row]]} | {confidences[row]:.4f}"
-        lines.append(f"| {row + 1} | {text} | {answer} |")
+        lines.append(f"| {row + 1} | {text} | {' | '.join(map(escape, answer_of(row)))} |")
     return "\n".join(lines)
 
 

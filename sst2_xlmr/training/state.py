@@ -24,6 +24,7 @@ class TrainState:
         collapse_check_due: whether dev's predictions are to be looked at, because the run seems not to learn.
         checked_step: when that was done last.
         temperature, ece_before, ece_after: of the model that is written next (see evaluation/calibration).
+        thresholds: of that model's labels, where they are fitted on dev.
     """
 
     batches_per_epoch: int
@@ -47,6 +48,7 @@ class TrainState:
     temperature: float = 1.0
     ece_before: float = 0.0
     ece_after: float = 0.0
+    thresholds: list[float] = field(default_factory=list)
 
     @property
     def epochs(self) -> float:

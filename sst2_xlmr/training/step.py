@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Callable
+from typing import Callable, Optional
 
 import torch
 from torch import nn
@@ -11,15 +11,16 @@ from torch import nn
 from sst2_xlmr.data.batches import Batch
 from sst2_xlmr.util.distributed import World
 
-# Takes fp32 logits [rows, outputs] and labels [rows]; returns the sum of the rows' losses.
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Takes fp32 logits [rows, outputs], labels and weights or None [rows]; returns the weighted sum of the rows' losses.
+Loss = Callable[[torch.Tensor, torch.Tensor, Optional[torch.Tensor]], torch.Tensor]
 
 
 def forward_backward(model: nn.Module, batches: list[Batch], loss: Loss, world: World) -> dict[str, torch.Tensor]:
     """Compute this rank's gradients, whose average over the ranks is that of the mean loss over the global batch.
 
-    That is the sum over this rank's rows, divided by the global batch's rows and multiplied by the number of ranks,
-    however the rows are cut. Gradients are averaged in the last backward pass; those before are under `no_sync`.
+    That is the sum over this rank's rows, divided by the global batch's rows (by the sum of their weights) and
+    multiplied by the number of ranks, however the rows are cut. Gradients are averaged in the last backward pass; those
+    before are under `no_sync`.
 
     Args:
         model: gives logits; DistributedDataParallel, or an engine's model, where gradients are averaged or added up.
@@ -34,7 +35,7 @@ def forward_backward(model: nn.Module, batches: list[Batch], loss: Loss, world: 
         batch = micro_batch.to(world.device)
         with contextlib.nullcontext() if number == len(batches) else no_sync():
             logits = model(batch.ids, batch.lengths, batch.keys).float()
-            batch_loss = loss(logits, batch.labels) * batch.weight
-            (batch_loss * (world.world_size / batch.global_rows)).backward()
-        sums["loss"] += batch_loss.detach()
+            batch_loss = loss(logits, batch.labels, batch.row_weights) * batch.weight
+            (batch_loss * (world.world_size / batch.global_weight)).backward()
+        sums["loss"] += batch_loss.detach() * (batch.global_rows / batch.global_weight)
     return sums

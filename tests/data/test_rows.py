@@ -13,7 +13,9 @@ from sst2_xlmr.data import rows as data
 from sst2_xlmr.data.formats import Fields
 from sst2_xlmr.data.rows import Row, has_labels, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
-from sst2_xlmr.task import SST2_NAMES, SingleLabel, alike, numbers_for
+from sst2_xlmr.labels import alike, numbers_for
+from sst2_xlmr.labels import find_label_names as names_of
+from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.util.errors import UserError
 
 
@@ -123,7 +125,7 @@ def test_what_stands_for_no_label_is_never_a_class(tmp_path: Path, missing: str)
     file = tmp_path / "a.csv"
     file.write_text(f"text,label\na,0\nb,1\nc,{missing}\nd,1\n,1\ne,{missing}\n")
     found = inspect(file, Columns())
-    task = SingleLabel(SingleLabel.find_label_names(found.labels, file))
+    task = SingleLabel(names_of(found.labels, file))
     assert task.label_names == ["0", "1"]
     with pytest.raises(
         UserError, match=r"line 4: 3 of 6 rows .* 1 without text \(line 6\), 2 without a label \(line 4"

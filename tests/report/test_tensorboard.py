@@ -211,12 +211,14 @@ def test_at_most_fifty_mistakes(tmp_path: Path) -> None:
     file, task = tmp_path / "rows.tsv", SingleLabel(["negative", "positive"])
     file.write_text("sentence\tlabel\n" + "".join(f"text {n}\t1\n" for n in range(80)))
     digest, labels, confidences = digest_of(file), np.ones(80, int), np.linspace(0.51, 0.99, 80, dtype=np.float32)
+    probabilities = np.stack([1 - confidences, confidences], 1)
 
     def table(predictions: np.ndarray) -> str:
         def texts_of(rows: set[int]) -> dict[int, str]:
             return read_texts(file, digest, Columns(), task, rows)
 
-        return mistakes_table(labels, predictions, confidences, task.label_names, texts_of)
+        found = probabilities if predictions.any() else probabilities[:, ::-1]
+        return mistakes_table(*task.mistakes(found, labels), len(labels), texts_of)
 
     lines = table(1 - labels).splitlines()
     assert lines[0] == "80 of 80 rows are mistaken; of these the 50 surest."
