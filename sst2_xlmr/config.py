@@ -23,6 +23,7 @@ MAX_CLASSES = 1000
 EVAL_BATCH_TOKENS = 4096
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
 TASKS = ("auto", "single-label", "multi-label", "regression")
+LONG_TEXTS = ("cut", "head-tail", "windows")
 COLUMN_KEYS = ("text", "pair", "label", "weight", "format", "delimiter", "quoting", "encoding")
 FORMATS = ("tsv", "csv", "jsonl", "json", "lines", "fasttext", "folder", "parquet", "arrow", "xlsx")
 QUOTES = {"none": "", "double": '"', "single": "'", "backslash": '"'}  # quoting -> quotation mark
@@ -239,6 +240,16 @@ class Config:
     max_length: int = option(
         256, "maximum input length in tokens, with <s> and </s>; longer texts are cut", "TOKENS", between(3, 100_000)
     )
+    long_texts: str = option(
+        "cut",
+        "texts beyond --max-length: cut, head-tail (a quarter from the beginning, the rest from the end), or windows,"
+        " whose features are averaged",
+        "NAME",
+        one_of(*LONG_TEXTS),
+    )
+    stride: int = option(
+        0, "windows: tokens from one's start to the next one's (0: three quarters of a window)", "TOKENS", at_least(0)
+    )
     drop_duplicates: bool = option(False, "keep the first of identical rows; drop texts with conflicting labels")
     drop_leaks: bool = option(False, "drop training rows whose text is also in an evaluation file")
     num_workers: int = changeable(0, "loader processes per training process", "N", between(0, 256))
@@ -260,7 +271,10 @@ class Config:
     )
     batch_size: int = option(32, "rows per optimizer step, over all processes together", "ROWS", at_least(1))
     micro_batch_size: int = option(
-        0, "rows per forward pass on one process, to save memory (0: all of its rows at once)", "ROWS", at_least(0)
+        0,
+        "rows (or windows) per forward pass on one process, to save memory (0: all of its rows at once)",
+        "ROWS",
+        at_least(0),
     )
     lr: float = option(2e-5, "peak learning rate", "RATE", above(0))
     weight_decay: float = option(0.01, "AdamW weight decay; biases and LayerNorm are exempt", "RATE", at_least(0))
@@ -380,6 +394,10 @@ def check(config: Config) -> None:
     if config.text_pair_column is not None and config.max_length < SHORTEST_PAIR:
         wanted = f"must be {SHORTEST_PAIR} or more with --text-pair-column"
         raise UserError(f"--max-length {wanted}, not {config.max_length}")
+    if config.text_pair_column is not None and config.long_texts != "cut":
+        raise UserError(f"--long-texts {config.long_texts} is for single texts; leave it out with --text-pair-column")
+    if config.stride and (config.long_texts != "windows" or config.stride > config.max_length - 2):
+        raise UserError("--stride needs --long-texts windows, and is at most --max-length less 2")
 
 
 def _check_files(config: Config) -> None:

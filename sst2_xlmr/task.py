@@ -714,8 +714,8 @@ class MultiLabel:
         return {"labels": (has, "BOOL", [self.outputs]), "probabilities": (probabilities, "FLOAT", [self.outputs])}
 
     def answers_of(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
-        has, probabilities = (np.asarray(each) for each in outputs)
-        return [self._names_of(row) for row in has], probabilities
+        found, probabilities = outputs
+        return found if isinstance(found, list) else [self._names_of(row) for row in found], np.asarray(probabilities)
 
     def torchscript_answer(self) -> nn.Module:
         return _ScriptedLabels(self.label_names, list(self.thresholds or [0.5] * self.outputs))

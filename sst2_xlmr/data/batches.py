@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
+from sst2_xlmr.model.tokenizer import BEGIN, END
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import SIGNALS
 
@@ -23,14 +24,15 @@ class Batch(NamedTuple):
 
     Attributes:
         ids: int64 [tokens], of all rows one after another.
-        lengths: int64 [rows], tokens per row; stays on the CPU.
+        lengths: int64 [rows], tokens per row, or [windows], per window; stays on the CPU.
         labels: [rows, ...], of the task's dtype and shape.
-        keys: int64 [rows], a random number below 2**32 for every row, from seed, epoch and row: an engine that draws
-            dropout masks from it has the same masks however a batch is cut.
+        keys: int64 [rows] or [windows], a random number below 2**32 each, from seed, epoch and row: an engine that
+            draws dropout masks from it has the same masks however a batch is cut.
         global_rows: rows of the global batch, of all ranks together.
         weight: 1.0, or 0.0 if these rows are only computed to keep step with the other ranks.
         row_weights: fp32 [rows], of the rows' losses; None for ones.
         global_weight: their sum over the global batch.
+        windows: int64 [rows], how many each row has; None for one each. Stays on the CPU.
     """
 
     ids: torch.Tensor
@@ -41,6 +43,7 @@ class Batch(NamedTuple):
     weight: float = 1.0
     row_weights: torch.Tensor | None = None
     global_weight: float = 0.0
+    windows: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.labels))
@@ -69,6 +72,21 @@ def select_rows(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple
     starts, ends = offsets[rows], offsets[rows + 1]
     parts = [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
     return torch.from_numpy(np.concatenate(parts).astype(np.int64)), torch.from_numpy(ends - starts)
+
+
+def split_windows(ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the lengths of all windows, int64 [windows], and how many each row has, int64 [rows], None for one each.
+
+    A window begins with `<s>` after `</s>`. For the arguments see `select_rows`.
+    """
+    if int((ids == BEGIN).sum()) == len(lengths):
+        return lengths, None
+    is_start = ids == BEGIN
+    is_start[1:] &= ids[:-1] == END
+    starts = is_start.nonzero()[:, 0]
+    windows = torch.tensor([int(part.sum()) for part in is_start.split(lengths.tolist())])
+    ends = torch.cat([starts[1:], torch.tensor([len(ids)])])
+    return (ends - starts, windows) if len(starts) > len(lengths) else (lengths, None)
 
 
 def rows_in_training_order(
@@ -110,6 +128,7 @@ class BatchLoader(Dataset[list[Batch]]):
         self, cache: TokenCache, lengths: np.ndarray, rows: np.ndarray | None, config: Config, world: World
     ) -> None:
         self.cache, self.lengths, self.rows, self.config = cache, lengths, rows, config
+        self.windows = cache.windows() if config.long_texts == "windows" else None
         # Not the world itself: its process groups cannot go to a loader's processes.
         self.rank, self.world_size, self.pins = world.rank, world.world_size, world.device.type == "cuda"
 
@@ -150,16 +169,32 @@ class BatchLoader(Dataset[list[Batch]]):
         Rank r of W takes rows r::W. All ranks have the same number of micro-batches, so that they keep step.
         """
         epoch, rows = item
-        mine, most_rows = rows[self.rank :: self.world_size], -(-len(rows) // self.world_size)
-        size = self.config.micro_batch_size or most_rows
-        cuts = [mine[start : start + size] for start in range(0, most_rows, size)]
-        return [self._batch(cut if len(cut) else rows[:1], epoch, rows, float(len(cut) > 0)) for cut in cuts]
+        cuts = [self._micro_batches(rows[rank :: self.world_size]) for rank in range(self.world_size)]
+        mine = cuts[self.rank] + [rows[:0]] * (max(map(len, cuts)) - len(cuts[self.rank]))
+        return [self._batch(cut if len(cut) else rows[:1], epoch, rows, float(len(cut) > 0)) for cut in mine]
+
+    def _micro_batches(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Cut a rank's rows where they become more than --micro-batch-size rows or windows; a row stays whole."""
+        size = self.config.micro_batch_size or 2**62
+        windows = np.ones(len(rows), np.int64) if self.windows is None else self.windows[rows]
+        cuts, total = [0], 0
+        for place, count in enumerate(windows.tolist()):
+            if total and total + count > size:
+                cuts.append(place)
+                total = 0
+            total += count
+        return np.split(rows, cuts[1:])
 
     def _batch(self, rows: np.ndarray, epoch: int, global_rows: np.ndarray, weight: float) -> Batch:
         ids, lengths = select_rows(self.cache.ids, self.cache.offsets, rows)
         labels = torch.from_numpy(self.cache.labels[rows])
         keys = torch.from_numpy(dropout_keys(rows, self.config.seed, epoch))
-        batch = Batch(ids, lengths, labels, keys, len(global_rows), weight, None, float(len(global_rows)))
+        lengths, windows = split_windows(ids, lengths)
+        if windows is not None:  # the first one of a row has its key, the others have other ones
+            places = torch.cat([torch.arange(count) for count in windows.tolist()])
+            keys = (keys.repeat_interleave(windows) + places * 0x9E3779B9) % 2**32
+        total = float(len(global_rows))
+        batch = Batch(ids, lengths, labels, keys, len(global_rows), weight, None, total, windows)
         if (weights := self.cache.weights) is None:
             return batch
         total = float(weights[global_rows].sum(dtype=np.float64))

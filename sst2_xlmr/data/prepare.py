@@ -19,7 +19,7 @@ from sst2_xlmr.data.splits import cut_off, find_files, share_of
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.labels import MISSING
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, check_tokenizer, find_encoder, lowest_layers
-from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.model.tokenizer import LongTexts, load_tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task, find_task, task_kind
 from sst2_xlmr.util import downloads
@@ -173,6 +173,11 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
     return task, splits
 
 
+def long_texts_of(config: Config) -> LongTexts:
+    is_windows = config.long_texts == "windows"
+    return LongTexts(config.long_texts, (config.stride or (config.max_length - 2) * 3 // 4 or 1) if is_windows else 0)
+
+
 def check_sizes(config: Config, shape: EncoderShape) -> None:
     """Raise UserError if the encoder is not as large as the options ask for."""
     if config.max_length > (longest := shape.positions - 2):
@@ -192,9 +197,10 @@ def prepare(config: Config, quiet: bool) -> Prepared:
     if config.layers:
         encoder = lowest_layers(encoder, config.layers)
     load = functools.lru_cache(maxsize=1)(load_tokenizer)
+    long_texts = long_texts_of(config)
     caches = {
         name: tokenize_file(
-            split.files, encoder.tokenizer_file, split.columns, task, config.max_length, cache_dir, load
+            split.files, encoder.tokenizer_file, split.columns, task, config.max_length, long_texts, cache_dir, load
         )
         for name, split in splits.items()
         if split.is_labelled

@@ -23,7 +23,7 @@ from sst2_xlmr.data.duplicates import find_repeats, text_digests
 from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.rows import Inspection, Row, in_chunks, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
-from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
+from sst2_xlmr.model.tokenizer import BEGIN, END, LongTexts, Tokenizer, load_tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
@@ -86,6 +86,12 @@ class TokenCache:
         lengths = np.empty(len(self), np.int32)
         return np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="unsafe")
 
+    def windows(self) -> np.ndarray:
+        """Return int64 [rows], how many windows each row has."""
+        is_start = np.asarray(self.ids) == BEGIN
+        is_start[1:] &= np.asarray(self.ids[:-1]) == END
+        return np.diff(np.concatenate([[0], np.cumsum(is_start)])[self.offsets]).clip(1)
+
     def part(self, rows: np.ndarray) -> TokenCache:
         """Return some rows, int64 ascending, as a cache of their own, in memory."""
         lengths = self.lengths()[rows]
@@ -111,8 +117,9 @@ def tokenize_file(
     columns: Columns,
     task: Task,
     max_length: int,
+    long_texts: LongTexts,
     cache_dir: Path,
-    load: Callable[[Path, int], Tokenizer] = load_tokenizer,
+    load: Callable[[Path, int, LongTexts], Tokenizer] = load_tokenizer,
 ) -> TokenCache:
     """Return the token cache of a file, or of several as if they were one.
 
@@ -121,16 +128,16 @@ def tokenize_file(
     that changes while it is read, or a cache folder that cannot be written.
 
     Args:
-        max_length: longest input in tokens.
+        max_length: longest input in tokens; `long_texts` says what becomes of longer ones.
         load: loads the tokenizer, if the file has no cache yet; pass one that caches its result for several files.
     """
     paths = [paths] if isinstance(paths, Path) else list(paths)
     digest = tokenizer_digest(tokenizer_file)
-    depends_on = (digest, max_length, task.problem_type, task.label_names, task.label_numbers, task.read_as)
+    depends_on = (digest, max_length, long_texts, task.problem_type, task.label_names, task.label_numbers, task.read_as)
     return _cached(
         cache_dir,
         (paths, columns, *depends_on),
-        lambda folder: _write_cache(folder, paths, load(tokenizer_file, max_length), columns, task),
+        lambda folder: _write_cache(folder, paths, load(tokenizer_file, max_length, long_texts), columns, task),
         lambda folder, digest: _open_cache(folder, digest, task),
     )
 

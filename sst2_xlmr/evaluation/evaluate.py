@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sst2_xlmr.data.batches import select_rows
+from sst2_xlmr.data.batches import select_rows, split_windows
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.distributed import World, gather_objects
@@ -64,7 +64,8 @@ def logits_of(
 ) -> torch.Tensor:
     """Return fp32 logits of some rows, [rows, outputs]; `ids` and `offsets` as in `select_rows`."""
     selected, lengths = select_rows(ids, offsets, rows)
-    logits: torch.Tensor = model(selected.to(device), lengths).float()
+    lengths, windows = split_windows(selected, lengths)
+    logits: torch.Tensor = model(selected.to(device), lengths, None, windows).float()
     return logits
 
 

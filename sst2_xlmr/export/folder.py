@@ -11,7 +11,7 @@ from typing import Any, Callable
 
 import torch
 
-from sst2_xlmr.data.prepare import Prepared
+from sst2_xlmr.data.prepare import Prepared, long_texts_of
 from sst2_xlmr.export.model_card import card_text
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder
@@ -163,7 +163,7 @@ def export_run(
         calibration: temperature, calibration error before and after (see `calibrate`); None if it was not asked for.
     """
     finisher.wait()  # a slow disk gets no second model to write meanwhile
-    config = inputs.config
+    config, long_texts = inputs.config, long_texts_of(inputs.config)
     described = replace(
         inputs.encoder,
         label_names=task.label_names,
@@ -175,6 +175,7 @@ def export_run(
             "classifier_dropout": config.head_dropout,
             "text_pairs": config.text_pair_column is not None,
             **({"thresholds": list(task.thresholds)} if task.thresholds else {}),
+            **({"long_texts": long_texts.kind, "stride": long_texts.stride} if config.long_texts != "cut" else {}),
         },
     )
     rows = {split: len(cache) for split, cache in inputs.caches.items()}

@@ -17,6 +17,12 @@ from sst2_xlmr.util import versions
 
 _HUB_NAMES = {"xlmr.base": "FacebookAI/xlm-roberta-base", "xlmr.large": "FacebookAI/xlm-roberta-large"}
 _CHOSEN = "\nThese weights were chosen by their {} on dev, which is therefore slightly optimistic.\n"
+_LONG = {
+    "head-tail": "\nOf texts that are too long, it was trained on the beginning and the end; the pipeline takes the"
+    " beginning only.\n",
+    "windows": "\nLong texts were read in windows, whose features are averaged; the pipeline takes the first one only."
+    " sst2_xlmr and its ONNX export read them as in training.\n",
+}
 _NOT_SCALED = """
 The probabilities are calibrated: temperature 1, as no other is significantly better on dev; their expected calibration\
  error there is {1:.4f}.
@@ -57,6 +63,7 @@ def card_text(
     metrics = [_line(*columns), _line(*["---"] * len(columns)), *(_line(*row.values()) for row in cells)]
     remarks = _CHOSEN.format(config.best_by or task.best_metric) if is_chosen else ""
     remarks += f"\n{task.card_note}\n" if task.card_note else ""
+    remarks += _LONG.get(config.long_texts, "")
     if calibration:
         remarks += (_NOT_SCALED if calibration[0] == 1 else _SCALED).format(*calibration)
     return Template(Path(__file__).with_suffix(".md").read_text(encoding="utf-8")).substitute(

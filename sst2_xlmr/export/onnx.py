@@ -32,6 +32,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.quantized import quantize_weights
 from sst2_xlmr.model.roberta import FIRST_POSITION, PAD_ID
+from sst2_xlmr.model.tokenizer import CUT, LongTexts
 from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
@@ -147,21 +148,33 @@ def _layer(graph: _Graph, weights: Weights, shape: EncoderShape, number: int, x:
     return norm(add("Add", y, graph.linear(inner, *_pair(weights, f"{prefix}.down"))), "norm2")
 
 
-def _logits(graph: _Graph, weights: Weights, shape: EncoderShape, ids: str, mask: str) -> str:
-    """Return [texts, labels]; ids: int64 [texts, length], mask: bool, where there is a token."""
+def _logits(graph: _Graph, weights: Weights, shape: EncoderShape, ids: str, mask: str, share: str | None = None) -> str:
+    """Return [texts, labels].
+
+    Args:
+        ids: int64 [windows, length]; mask: bool, where there is a token.
+        share: fp32 [texts, windows], of each window in its text; None if texts are windows.
+    """
     add = graph.add
     scores = add("Unsqueeze", add("Where", mask, _float(0), _float(-np.inf)), _int(1, 2))
     x = _embeddings(graph, weights, shape.layer_norm_eps, ids)
     for number in range(shape.layers):
         x = _layer(graph, weights, shape, number, x, scores)
     first = add("Reshape", x, _int(0, shape.hidden))
+    if share:
+        first = add("MatMul", share, first)
     inner = add("Tanh", add("Gemm", first, *_pair(weights, "head.dense"), transB=1))
     return add("Gemm", inner, *_pair(weights, "head.out"), transB=1)
 
 
-def _tokenize(graph: _Graph, texts: str, tokenizer: bytes, max_length: int) -> tuple[str, str]:
-    """Return ids, int64 [texts, length], and where there is a token, bool; as `model.tokenizer.Tokenizer`."""
-    add = graph.add
+def _tokenize(
+    graph: _Graph, texts: str, tokenizer: bytes, max_length: int, long_texts: LongTexts
+) -> tuple[str, str, str | None]:
+    """Return ids, int64 [windows, length], where there is a token, bool, and `share` (see `_logits`).
+
+    As `model.tokenizer.Tokenizer` does.
+    """
+    add, room, share = graph.add, max_length - 2, None
     # No sampling (its two numbers), no <s> or </s> of its own, nothing reversed.
     options = (_int(0), np.array([0], np.float32), *[np.array([False])] * 4)
     kind = "SentencepieceTokenizer"
@@ -171,17 +184,42 @@ def _tokenize(graph: _Graph, texts: str, tokenizer: bytes, max_length: int) -> t
     ids = add("Concat", ids, _int(PAD_ID), axis=0)  # so that there is one, if all texts are empty
     first = add("Slice", starts, _int(0), _int(-1), _int(0))
     lengths = add("Sub", add("Slice", starts, _int(1), _int(2**31), _int(0)), first)
-    kept = add("Unsqueeze", add("Min", lengths, _int(max_length - 2)), _int(1))  # [texts, 1]
+    more = add("Max", add("Sub", lengths, _int(room)), _int(0))  # of a text's tokens than there is room for
+    if long_texts.kind == "windows":
+        counts = add("Div", add("Add", more, _int(long_texts.stride - 1)), _int(long_texts.stride))
+        counts = add("Add", counts, _int(1))
+        ends = add("CumSum", counts, np.array(0, np.int64))
+        total = add("Squeeze", add("Slice", ends, _int(-1), _int(2**31), _int(0)), _int(0))
+        window = add("Range", np.array(0, np.int64), total, np.array(1, np.int64))
+        is_behind = add("GreaterOrEqual", add("Unsqueeze", window, _int(1)), add("Unsqueeze", ends, _int(0)))
+        text = add("ReduceSum", add("Cast", is_behind, to=TensorProto.INT64), _int(1), keepdims=0)
+        number = add("Sub", window, add("Gather", add("Sub", ends, counts), text))
+        start = add("Min", add("Mul", number, _int(long_texts.stride)), add("Gather", more, text))
+        is_of = add(
+            "Equal", add("Unsqueeze", add("Range", np.array(0, np.int64), *_sizes(graph, counts)), _int(1)), text
+        )
+        per_window = add("Cast", add("Unsqueeze", counts, _int(1)), to=TensorProto.FLOAT)
+        share = add("Div", add("Cast", is_of, to=TensorProto.FLOAT), per_window)
+        first, lengths = add("Add", add("Gather", first, text), start), add("Gather", lengths, text)
+    kept = add("Unsqueeze", add("Min", lengths, _int(room)), _int(1))  # [windows, 1]
     length = add("Add", add("ReduceMax", kept, keepdims=0), np.array(2, np.int64))
     places = add("Unsqueeze", add("Range", np.array(0, np.int64), length, np.array(1, np.int64)), _int(0))
     end = add("Add", kept, _int(1))
     source = add("Add", add("Unsqueeze", first, _int(1)), add("Sub", places, _int(1)))
+    if long_texts.kind == "head-tail":
+        is_tail = add("Greater", places, _int(room // 4))
+        source = add("Add", source, add("Where", is_tail, add("Unsqueeze", more, _int(1)), _int(0)))
     last = add("Sub", add("Shape", ids), _int(1))
     words = add("Gather", ids, add("Max", add("Min", source, last), _int(0)))
     padded = add("Where", add("Equal", places, end), _int(_END), _int(PAD_ID))
     padded = add("Where", add("Less", places, end), words, padded)
     padded = add("Where", add("Equal", places, _int(0)), _int(_BEGIN), padded)
-    return padded, add("LessOrEqual", places, end)
+    return padded, add("LessOrEqual", places, end), share
+
+
+def _sizes(graph: _Graph, values: str) -> tuple[str, np.ndarray]:
+    """Return the length of a vector, and 1: the rest of a Range over it."""
+    return graph.add("Squeeze", graph.add("Shape", values), _int(0)), np.array(1, np.int64)
 
 
 def write_onnx(
@@ -193,12 +231,13 @@ def write_onnx(
     tokenizer: bytes | None,
     int8: bool,
     logits_only: bool = False,
+    long_texts: LongTexts = CUT,
 ) -> None:
     """Write the file; `UserError` if it would be too large.
 
     Args:
         weights: fp32, under the classifier's names.
-        max_length: of a row in tokens; longer texts are cut.
+        max_length: of a row in tokens; `long_texts` says what becomes of longer ones, where texts are taken.
         tokenizer: content of the SentencePiece model, for a file that takes raw texts; None for one that takes ids.
         int8: whether the encoder computes in 8 bits.
         logits_only: whether the one output is `logits`, fp32 [texts, labels], instead of labels and probabilities.
@@ -206,15 +245,16 @@ def write_onnx(
     if sum(weight.size for weight in weights.values()) * (1 if int8 else 4) > _LARGEST_FILE:
         raise UserError("the model is larger than the 2 GB of an ONNX file; trim its vocabulary, or take onnx-int8")
     graph = _Graph(int8)
+    share = None
     if tokenizer is None:
         names = {"input_ids": TensorProto.INT64, "attention_mask": TensorProto.INT64}
         inputs = [helper.make_tensor_value_info(name, kind, ["texts", "length"]) for name, kind in names.items()]
         ids, mask = "input_ids", graph.add("Cast", "attention_mask", to=TensorProto.BOOL)
     else:
         inputs = [helper.make_tensor_value_info("text", TensorProto.STRING, ["texts"])]
-        ids, mask = _tokenize(graph, "text", tokenizer, max_length)
+        ids, mask, share = _tokenize(graph, "text", tokenizer, max_length, long_texts)
     outputs = []
-    logits = _logits(graph, weights, shape, ids, mask)
+    logits = _logits(graph, weights, shape, ids, mask, share)
     answer = {"logits": (logits, "FLOAT", [task.outputs])}
     if not logits_only:
         answer = task.append_to_onnx(graph.add, logits)

@@ -33,14 +33,14 @@ class ScriptedTokenizer(nn.Module):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.pieces = torch.ops.torchtext.load_sp_model_string(tokenizer.pieces.serialized_model_proto())
-        self.max_length = tokenizer.max_length
+        self.max_length, self.head_tail = tokenizer.max_length, tokenizer.long_texts.kind == "head-tail"
 
     def forward(self, texts: List[str], pairs: Optional[List[str]]) -> List[List[int]]:  # noqa: UP006, UP045
         """Return ids per row, the same as `Tokenizer`'s."""
         result: List[List[int]] = []  # noqa: UP006
         for row, text in enumerate(texts):
             second = None if pairs is None else self.pieces.EncodeAsIds(pairs[row])
-            pieces = add_special_tokens(self.pieces.EncodeAsIds(text), second, self.max_length)
+            pieces = add_special_tokens(self.pieces.EncodeAsIds(text), second, self.max_length, self.head_tail)
             result.append([3 if piece == 0 else piece + 1 for piece in pieces])  # 3 is <unk>
         return result
 

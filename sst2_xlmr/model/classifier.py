@@ -8,7 +8,7 @@ import torch
 
 from sst2_xlmr.model.encoders import Encoder, check_tokenizer, find_model
 from sst2_xlmr.model.roberta import SequenceClassifier
-from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
+from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer, load_tokenizer
 from sst2_xlmr.model.vocabulary import Vocabulary
 from sst2_xlmr.model.weights import check_fit, load_tensors
 from sst2_xlmr.task import Task, stored_task
@@ -26,9 +26,14 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Seq
     if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
         raise UserError(f"{folder} has weights that are not finite (NaN or infinite); train it again, or use another")
     model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
-    tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
+    tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length, long_texts_of(encoder))
     check_tokenizer(encoder, tokenizer.vocab_size)
     return model, tokenizer, task
+
+
+def long_texts_of(encoder: Encoder) -> LongTexts:
+    """Return what becomes of long texts, as it is stored with a model."""
+    return LongTexts(encoder.dropouts.get("long_texts", "cut"), encoder.dropouts.get("stride", 0))
 
 
 def build_classifier(

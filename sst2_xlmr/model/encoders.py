@@ -38,8 +38,9 @@ _ONLY = {
 }  # of config.json, the default first
 MOST_LAYERS = 1_000
 _LAYOUT = "a model's folder in Hugging Face layout is needed"
-# Of config.json, kept as they are; `text_pairs` says whether the model was trained on pairs of texts.
-DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "text_pairs", "thresholds")
+# Of config.json, kept as they are: dropout, and what training did to its input and does with its answers.
+DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+DROPOUT_KEYS += ("text_pairs", "long_texts", "stride", "thresholds")
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,16 @@ class Head(nn.Module):
         return self.out(self.dropout(torch.tanh(self.dense(self.dropout(features)))))
 
 
+def mean_of_windows(features: torch.Tensor, windows: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of every text's features, [texts, hidden], which are [windows, hidden]; see `forward`."""
+    if windows is None:
+        return features
+    windows = windows.to(features.device)
+    texts = torch.arange(len(windows), device=features.device).repeat_interleave(windows)
+    sums = torch.zeros(len(windows), features.shape[1], device=features.device)
+    return (sums.index_add(0, texts, features.float()) / windows[:, None]).to(features.dtype)
+
+
 class SequenceClassifier(nn.Module):
     """Encoder and head.
 
@@ -131,26 +141,36 @@ class SequenceClassifier(nn.Module):
         """Return the rows of the embedding table for ids; both int64."""
         return ids if self.id_map is None else self.id_map[ids].long()
 
-    def forward(self, ids: torch.Tensor, lengths: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        keys: torch.Tensor | None = None,
+        windows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return logits, [texts, outputs].
 
         Args:
             ids: int64 [tokens], of all texts one after another.
-            lengths: int64 [texts], tokens per text; on the CPU, so that nothing waits for a GPU to know them.
+            lengths: int64 [windows], tokens per window; on the CPU, so that nothing waits for a GPU to know them.
             keys: not used here; see `Batch`.
+            windows: int64 [texts], how many windows each text has, on the CPU; None for one each.
         """
         tokens = torch.full((len(lengths), int(lengths.max())), PAD_ID, device=ids.device)
         if len(ids) == tokens.numel():
-            return self.padded(ids.view(tokens.shape), None)
+            return self.padded(ids.view(tokens.shape), None, windows)
         is_token = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(ids.device, non_blocking=True)
-        return self.padded(tokens.masked_scatter_(is_token, ids), is_token)
+        return self.padded(tokens.masked_scatter_(is_token, ids), is_token, windows)
 
-    def padded(self, tokens: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
+    def padded(
+        self, tokens: torch.Tensor, is_token: torch.Tensor | None, windows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return logits, [texts, outputs].
 
         Args:
-            tokens: int64 [texts, length], ids, padded with 1 at the right.
-            is_token: bool [texts, length], False where there is padding; None if there is none.
+            tokens: int64 [windows, length], ids, padded with 1 at the right.
+            is_token: bool [windows, length], False where there is padding; None if there is none.
+            windows: as of `forward`.
         """
         mask = None
         if is_token is not None:  # as what is added to the scores: a mask of bools would be made that in every layer
@@ -159,6 +179,6 @@ class SequenceClassifier(nn.Module):
             mask = torch.zeros_like(no_token, dtype=dtype).masked_fill_(no_token, -torch.inf)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_encoder_frozen):
-                features = self.encoder(self.rows_of(tokens), mask)
+                features = mean_of_windows(self.encoder(self.rows_of(tokens), mask), windows)
             logits: torch.Tensor = self.head(features)
         return logits

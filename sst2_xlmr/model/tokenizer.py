@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import List, Optional  # noqa: UP035 (TorchScript knows these only)
+from typing import List, NamedTuple, Optional  # noqa: UP035 (TorchScript knows these only)
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
@@ -14,17 +14,37 @@ from sentencepiece import SentencePieceProcessor
 from sst2_xlmr.model.tokenizer_files import AddedToken, added_tokens, sentencepiece_model
 from sst2_xlmr.util.errors import UserError
 
+BEGIN, END = 0, 2  # ids of <s> and </s>
 
-def add_special_tokens(first: List[int], second: Optional[List[int]], max_length: int) -> List[int]:  # noqa: UP006, UP045
+
+class LongTexts(NamedTuple):
+    """What becomes of a text beyond the longest input; see `Config.long_texts` and `Config.stride`."""
+
+    kind: str = "cut"
+    stride: int = 0
+
+
+CUT = LongTexts()
+
+
+def add_special_tokens(
+    first: List[int],  # noqa: UP006
+    second: Optional[List[int]],  # noqa: UP006, UP045
+    max_length: int,
+    head_tail: bool = False,
+) -> List[int]:  # noqa: UP006
     """Return a row's SentencePiece ids, at most `max_length`: `<s> a </s>`, or of a pair `<s> a </s></s> b </s>`.
 
-    A text that is cut keeps its `</s>`. A pair that is too long loses tokens at the end of the longer text, one at a
-    time, and of the second where both are equally long: `longest_first` of transformers 4's `XLMRobertaTokenizer`.
-    `<s>` is -1 and `</s>` 1, which become XLM-R's numbers as every other piece does (see `Tokenizer`). TorchScript can
-    compile this, for the export.
+    A text that is cut keeps its `</s>`. With `head_tail` it keeps its end, too, as three quarters of what is left (Sun
+    et al. 2019, https://arxiv.org/abs/1905.05583, with 128 and 382 of 510 tokens). A pair that is too long loses tokens
+    at the end of the longer text, one at a time, and of the second where both are equally long: `longest_first` of
+    transformers 4's `XLMRobertaTokenizer`. `<s>` is -1 and `</s>` 1, which become XLM-R's numbers as every other piece
+    does (see `Tokenizer`). TorchScript can compile this, for the export.
     """
     begin, end, room = [-1], [1], max_length - 2
     if second is None:
+        if head_tail and len(first) > room:
+            return begin + first[: room // 4] + first[len(first) - (room - room // 4) :] + end
         return begin + first[:room] + end
     room -= 2
     kept = min(len(first), max(room - len(second), (room + 1) // 2))
@@ -46,9 +66,20 @@ class Tokenizer:
     """
 
     def __init__(
-        self, pieces: SentencePieceProcessor, file: Path, max_length: int, added: Sequence[AddedToken]
+        self,
+        pieces: SentencePieceProcessor,
+        file: Path,
+        max_length: int,
+        added: Sequence[AddedToken],
+        long_texts: LongTexts = CUT,
     ) -> None:
-        self.pieces, self.file, self.max_length, self.added = pieces, file, max_length, added
+        self.pieces, self.file, self.max_length, self.added, self.long_texts = (
+            pieces,
+            file,
+            max_length,
+            added,
+            long_texts,
+        )
         self.vocab_size: int = max([pieces.GetPieceSize(), *(token.id for token in added)]) + 1
         longest_first = sorted(added, key=lambda token: -len(token.content))
         self._added_ids = [token.id - 1 for token in longest_first]
@@ -57,16 +88,25 @@ class Tokenizer:
     def flat_ids(self, texts: list[str], pairs: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all rows one after another, int32 [tokens], and tokens per row, int64 [rows].
 
+        A row's windows, each with its `<s>` and `</s>`, stand one after another.
+
         Args:
             pairs: the second text of every row; None if rows have one.
         """
         seconds = [None] * len(texts) if pairs is None else self._encode(pairs)
-        rows = [add_special_tokens(*both, self.max_length) for both in zip(self._encode(texts), seconds)]
+        rows = [self._row(*both) for both in zip(self._encode(texts), seconds)]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
         ids += 1
         ids[ids == 1] = 3  # <unk>
         return ids, lengths
+
+    def _row(self, first: list[int], second: list[int] | None) -> list[int]:
+        room, (kind, stride) = self.max_length - 2, self.long_texts
+        if kind != "windows" or len(first) <= room:
+            return add_special_tokens(first, second, self.max_length, kind == "head-tail")
+        starts = [*range(0, len(first) - room, stride), len(first) - room]  # the last one ends with the text
+        return [n for start in starts for n in add_special_tokens(first[start : start + room], None, self.max_length)]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Return every text's SentencePiece ids; an added token's is its id - 1."""
@@ -100,7 +140,7 @@ def _pattern_of(token: AddedToken) -> str:
     return r"\s*" * token.lstrip + group + r"\s*" * token.rstrip
 
 
-def load_tokenizer(file: Path, max_length: int) -> Tokenizer:
+def load_tokenizer(file: Path, max_length: int, long_texts: LongTexts = CUT) -> Tokenizer:
     """Load a SentencePiece model or a tokenizer.json, and what was added to it.
 
     UserError if the file is missing, or not a tokenizer of XLM-R's kind.
@@ -115,4 +155,4 @@ def load_tokenizer(file: Path, max_length: int) -> Tokenizer:
         raise UserError(f"{file} is not a SentencePiece model ({reason}); fetch it again") from None
     if [pieces.unk_id(), pieces.bos_id(), pieces.eos_id()] != [0, 1, 2]:
         raise UserError(f"{file} is another family's tokenizer: XLM-R's begins with <unk>, <s> and </s>")
-    return Tokenizer(pieces, file, max_length, added_tokens(file))
+    return Tokenizer(pieces, file, max_length, added_tokens(file), long_texts)

@@ -232,7 +232,14 @@ def main(argv: list[str] | None = None) -> None:
             print(f"read as    {said}", file=sys.stderr)
     caches = {
         name: tokenize_file(
-            file, tokenizer_file, columns[name], task, tokenizer.max_length, cache_dir, lambda *_: tokenizer
+            file,
+            tokenizer_file,
+            columns[name],
+            task,
+            tokenizer.max_length,
+            tokenizer.long_texts,
+            cache_dir,
+            lambda *_: tokenizer,
         )
         for name, file in files.items()
     }

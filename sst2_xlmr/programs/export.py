@@ -36,7 +36,7 @@ from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.check_rows import is_rows_file, read_checks, read_texts
 from sst2_xlmr.export.folder import read_card, write_all_but_weights, write_folder
 from sst2_xlmr.export.trimmed import write_trimmed
-from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.model.classifier import load_classifier, long_texts_of
 from sst2_xlmr.model.encoders import Encoder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import load_tokenizer
@@ -142,14 +142,15 @@ def write_onnx_file(
 
     weights = {name: tensor.numpy() for name, tensor in load_tensors(encoder).items()}
     pieces = sentencepiece_model(encoder.tokenizer_file) if takes_texts else None
-    write_onnx(file, weights, encoder.shape, task, encoder.max_length, pieces, int8, logits_only)
+    long_texts = long_texts_of(encoder)
+    write_onnx(file, weights, encoder.shape, task, encoder.max_length, pieces, int8, logits_only, long_texts)
     options = onnxruntime.SessionOptions()
     if takes_texts:
         import onnxruntime_extensions
 
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length)
+    tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length, long_texts)
 
     def inputs(texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
         if takes_texts:
@@ -214,6 +215,9 @@ def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: 
     if takes_texts and added_tokens(encoder.tokenizer_file):
         cure = "take hf, onnx-hf, or onnx with --from-ids"
         raise UserError(f"--format {kind} has SentencePiece only, but tokens were added to this model's; {cure}")
+    if long_texts_of(encoder).kind == "windows" and kind != "hf" and (kind != "onnx" or not takes_texts):
+        what = "averages the windows of a long text, which this form cannot"
+        raise UserError(f"--format {arguments.format}: the model {what}; take hf, or onnx without --from-ids")
     takes_pairs = kind != "onnx" or arguments.from_ids
     columns, has_label_column = columns_given(arguments), "label_column" in arguments
     checks = read_checks(arguments.check_file, columns, task, takes_pairs, has_label_column)

@@ -112,7 +112,12 @@ def describe_rows(inputs: Prepared) -> str:
         counts["train"] = f"{len(inputs.train_rows):,} of {counts['train']}"
     rows = ", ".join(f"{split} {count}" for split, count in counts.items())
     truncated = sum(cache.truncated for cache in inputs.caches.values())
-    return rows + (f"; {truncated:,} cut to {inputs.config.max_length} tokens" if truncated else "")
+    cut_to = f"; {truncated:,} cut to {inputs.config.max_length} tokens" if truncated else ""
+    cut_to += " (their beginning and end)" if truncated and inputs.config.long_texts == "head-tail" else ""
+    if inputs.config.long_texts == "windows":
+        several = sum(int((cache.lengths() > inputs.config.max_length).sum()) for cache in inputs.caches.values())
+        cut_to = f"; {several:,} in windows of {inputs.config.max_length} tokens"
+    return rows + cut_to
 
 
 def _describe_precision(config: Config, precision: str, reason: str, world: World) -> str:

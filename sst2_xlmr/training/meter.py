@@ -47,7 +47,7 @@ class TrainMeter:
         """
         self._norm = norm
         self._norm_sum += norm
-        self._sums["rows"] += sum(len(batch.lengths) * batch.weight for batch in batches)
+        self._sums["rows"] += sum(len(batch.labels) * batch.weight for batch in batches)
         self._sums["tokens"] += sum(len(batch.ids) * batch.weight for batch in batches)
         for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value

@@ -34,7 +34,7 @@ def forward_backward(model: nn.Module, batches: list[Batch], loss: Loss, world: 
     for number, micro_batch in enumerate(batches, 1):
         batch = micro_batch.to(world.device)
         with contextlib.nullcontext() if number == len(batches) else no_sync():
-            logits = model(batch.ids, batch.lengths, batch.keys).float()
+            logits = model(batch.ids, batch.lengths, batch.keys, batch.windows).float()
             batch_loss = loss(logits, batch.labels, batch.row_weights) * batch.weight
             (batch_loss * (world.world_size / batch.global_weight)).backward()
         sums["loss"] += batch_loss.detach() * (batch.global_rows / batch.global_weight)

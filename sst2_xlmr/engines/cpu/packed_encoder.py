@@ -17,7 +17,7 @@ from torch import nn
 
 from sst2_xlmr.engines.cpu.kernels import Kernels, Packed, mix
 from sst2_xlmr.engines.cpu.packed_layers import SITES_PER_LAYER, Embedding, LastLayer, Layer, Settings
-from sst2_xlmr.model.roberta import FIRST_POSITION, PAD_ID, Encoder, SequenceClassifier
+from sst2_xlmr.model.roberta import FIRST_POSITION, PAD_ID, Encoder, SequenceClassifier, mean_of_windows
 
 
 def rounded_up(tokens: int) -> int:
@@ -71,23 +71,33 @@ class PackedClassifier(nn.Module):
         self.classifier, self.kernels = classifier, kernels
         self.no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def forward(self, ids: torch.Tensor, lengths: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        keys: torch.Tensor | None = None,
+        windows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return logits, [texts, outputs], of the parameters' dtype.
 
         Args:
-            ids, lengths: see `SequenceClassifier`.
-            keys: int64 [texts], what every text's dropout masks are drawn from.
+            ids, lengths, windows: see `SequenceClassifier`.
+            keys: int64 [windows], what every window's dropout masks are drawn from; the head's, from its text's first.
         """
         encoder, head, shape = self.classifier.encoder, self.classifier.head, self.classifier.shape
         rows, ids, positions = pack(ids, lengths, keys, encoder.dropout.p if self.training else 0.0)
         settings = Settings(self.kernels, rows, rows, shape.heads, shape.layer_norm_eps, first_site=0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.classifier.is_encoder_frozen):
             features = _encode(encoder, settings, self.classifier.rows_of(ids), positions)
+            features = mean_of_windows(features, windows)
+        firsts = rows.starts[:-1].long()
+        if windows is not None:
+            firsts = firsts[windows.cumsum(0) - windows]
         head_rows = dataclasses.replace(rows, drop_p=head.dropout.p if self.training else 0.0)
         site = SITES_PER_LAYER * shape.layers + 1
-        features = features * _first_token_masks(features, self.kernels, head_rows, site)
+        features = features * _masks(features, self.kernels, head_rows, firsts, site)
         inner = torch.tanh(head.dense(features))
-        logits: torch.Tensor = head.out(inner * _first_token_masks(inner, self.kernels, head_rows, site + 1))
+        logits: torch.Tensor = head.out(inner * _masks(inner, self.kernels, head_rows, firsts, site + 1))
         return logits
 
 
@@ -113,8 +123,8 @@ def _encode(encoder: Encoder, settings: Settings, rows: torch.Tensor, positions:
     return hidden
 
 
-def _first_token_masks(like: torch.Tensor, kernels: Kernels, rows: Packed, site: int) -> torch.Tensor:
-    """Return dropout masks like `like`, [texts, n], of every text's first token: 0 or 1 / (1 - rows.drop_p)."""
+def _masks(like: torch.Tensor, kernels: Kernels, rows: Packed, tokens: torch.Tensor, site: int) -> torch.Tensor:
+    """Return dropout masks like `like`, [texts, n], of one token of each text: 0 or 1 / (1 - rows.drop_p)."""
     masks = torch.ones_like(like)
-    kernels.dropout_(masks, rows, site, rows.keys[rows.starts[:-1].long()])
+    kernels.dropout_(masks, rows, site, rows.keys[tokens])
     return masks

@@ -1,0 +1,244 @@
+"""Several labels, scores, weights and long texts, from a file to the answers of every exported form."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import losses, metrics, train_options
+from running import digests, resume, run_ranks
+from safetensors.torch import load_file
+
+from sst2_xlmr import load, train
+from sst2_xlmr.data.batches import split_windows
+from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.programs import evaluate, export, predict
+from sst2_xlmr.util.errors import UserError
+
+CPU = torch.device("cpu")
+WORDS = ["good", "bad", "film", "slow", "fine", "plot", "music", "actors", "never", "again"]
+
+
+def write_rows(folder: Path, label: Any, rows: int = 60, longest: int = 12) -> Path:
+    """Write train.jsonl and dev.jsonl of random words; a row's label is made of its words."""
+    folder.mkdir()
+    chance = random.Random(0)
+    for split, count in (("train", rows), ("dev", 20)):
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for _ in range(count):
+                words = [chance.choice(WORDS) for _ in range(chance.randint(2, longest))]
+                file.write(json.dumps({"text": " ".join(words), "label": label(words)}) + "\n")
+    return folder
+
+
+def several(words: list[str]) -> list[str]:
+    return [word for word in WORDS[:3] if word in words]
+
+
+def score(words: list[str]) -> float:
+    return 50 + 10.5 * words.count("good") - 10.5 * words.count("bad")
+
+
+@pytest.fixture(scope="module", params=[several, score])
+def trained(request: Any, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder, with the rows beside it."""
+    folder = tmp_path_factory.mktemp("task")
+    data = write_rows(folder / "data", request.param)
+    train.main(train_options(tiny_encoder, data, folder / "run", "--epochs", 20, "--eval-every", 0))
+    return folder / "run"
+
+
+def test_every_task_learns_and_says_what_it_is(trained: Path) -> None:
+    first, *_, last = (line for line in metrics(trained) if line.get("split") == "dev")
+    main = "macro_f1" if "macro_f1" in last else "spearman"
+    assert last[main] > max(first[main], 0.5)
+    config = json.loads((trained / "model/config.json").read_text())
+    kind = {"macro_f1": "multi_label_classification", "spearman": "regression"}[main]
+    assert config["problem_type"] == kind
+    assert len(config.get("thresholds", [])) == (3 if main == "macro_f1" else 0)
+
+
+def test_predict_evaluate_and_python_agree(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dev, model = trained.parent / "data/dev.jsonl", trained / "model"
+    rows = [json.loads(line) for line in dev.read_text().splitlines()]
+    texts = [row["text"] for row in rows]
+    answers, probabilities = load(model).predict(texts), load(model).probabilities(texts)
+    for name in ("a.jsonl", "a.csv"):
+        predict.main(["--model", str(model), "--input", str(dev), "--output", str(tmp_path / name)])
+    written = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    with (tmp_path / "a.csv").open(newline="") as file:
+        in_table = list(csv.DictReader(file))
+    evaluate.main(["--model", str(model), "--file", str(dev), "--json", str(tmp_path / "a.json")])
+    found = json.loads((tmp_path / "a.json").read_text())["files"]["dev"]
+    logged = [line for line in metrics(trained) if line.get("split") == "dev"][-1]
+    if isinstance(answers[0], list):
+        assert [row["labels"] for row in written] == answers
+        assert [row["labels"] for row in in_table] == [",".join(each) for each in answers]
+        right = np.mean([set(answer) == set(row["label"]) for answer, row in zip(answers, rows)])
+        assert found["exact_match"] == pytest.approx(right)
+        assert found["macro_f1"] == pytest.approx(logged["macro_f1"])
+        assert set(found["classes"]) == set(WORDS[:3])
+    else:
+        assert [row["score"] for row in written] == answers == pytest.approx(probabilities[:, 0].tolist(), rel=1e-5)
+        assert [float(row["score"]) for row in in_table] == answers
+        assert found["rmse"] == pytest.approx(logged["rmse"], rel=1e-4)
+        errors = probabilities[:, 0] - [row["label"] for row in rows]
+        assert found["rmse"] == pytest.approx(float(np.sqrt((errors**2).mean())), rel=1e-4)
+    common = ["--model", str(model), "--input", str(dev)]
+    for option, value in (("--glue-submission", tmp_path / "glue"), ("--abstain-below", 0.5)):
+        out = [] if "glue" in option else ["--output", str(tmp_path / "b.csv")]
+        with pytest.raises(UserError, match=f"{option} does not go with this task"):
+            predict.main([*common, *out, option, str(value)])
+
+
+def test_transformers_gives_the_same_probabilities(trained: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    texts = ["good film", "bad bad plot", "never again"]
+    model = AutoModelForSequenceClassification.from_pretrained(trained / "model").eval()
+    with torch.no_grad():
+        logits = model(
+            **AutoTokenizer.from_pretrained(trained / "model")(texts, return_tensors="pt", padding=True)
+        ).logits
+    expected = logits.sigmoid() if model.config.problem_type.startswith("multi") else logits
+    found = load(trained / "model", precision="fp32").probabilities(texts)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["hf", "onnx", "onnx --from-ids", "onnx-hf", "onnx-int8", "torchscript"])
+def test_exported_forms_give_the_same_answers(trained: Path, tmp_path: Path, form: str) -> None:
+    """export.py compares all answers itself, and would refuse others."""
+    if form == "torchscript":
+        pytest.importorskip("torchtext")
+    options = ["--model", str(trained / "model"), "--output", str(tmp_path / "out"), "--format", *form.split()]
+    if "int8" in form:
+        options += ["--check-file", str(trained.parent / "data/dev.jsonl"), "--most-changed", "1", "--most-lost", "1"]
+    export.main(options)
+    if form == "torchscript":
+        found = torch.jit.load(tmp_path / "out")(["good film", "bad"])
+        expected = load(trained / "model", precision="fp32")
+        if isinstance(found, tuple):
+            assert found[0] == expected.predict(["good film", "bad"])
+        else:
+            np.testing.assert_allclose(found[:, 0], expected.predict(["good film", "bad"]), rtol=1e-4)
+
+
+def test_several_labels_resume_to_the_bit_and_trained_scores_go_on(
+    trained: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    data = trained.parent / "data"
+    options = ["--epochs", 3, "--save-every", 5]
+    train.main(train_options(tiny_encoder, data, tmp_path / "whole", *options))
+    train.main(train_options(tiny_encoder, data, tmp_path / "resumed", *options))
+    newest = sorted((tmp_path / "resumed/checkpoints").iterdir())[-1]
+    for folder in (tmp_path / "resumed/model", newest):
+        shutil.rmtree(folder)
+    resume(tmp_path / "resumed")
+    assert digests(tmp_path / "resumed") == digests(tmp_path / "whole")
+    train.main(train_options(trained / "model", data, tmp_path / "on", "--epochs", 1, "--lr", 1e-9))
+    first, last = (
+        [line for line in metrics(run) if line.get("split") == "dev"][-1] for run in (tmp_path / "on", trained)
+    )
+    main = "macro_f1" if "macro_f1" in last else "rmse"
+    assert first[main] == pytest.approx(last[main], rel=1e-3), "its own head goes on where it was"
+
+
+# --- weights of rows
+
+
+def test_equal_weights_and_absent_rows_change_no_bit(tiny_encoder: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data", lambda words: words[0] in WORDS[:5])
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+
+    def run(name: str, weights: Any, *options: Any) -> dict[str, torch.Tensor]:
+        lines = [json.dumps({**row, "w": weight}) for row, weight in zip(rows, weights) if weight is not None]
+        (data / "train.jsonl").write_text("\n".join(lines) + "\n")
+        train.main(train_options(tiny_encoder, data, tmp_path / name, "--epochs", 1, *options))
+        tensors: dict[str, torch.Tensor] = load_file(tmp_path / name / "model/model.safetensors")
+        return tensors
+
+    def equal(*sides: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(sides[0][name], sides[1][name]) for name in sides[0])
+
+    plain = run("plain", [1] * 60)
+    assert equal(run("twice", [2] * 60, "--weight-column", "w"), plain)
+    np.testing.assert_allclose(losses(tmp_path / "twice"), losses(tmp_path / "plain"), rtol=1e-6)
+    some = [None if number % 3 == 0 else 1 for number in range(60)]
+    assert equal(run("zeros", [each or 0 for each in some], "--weight-column", "w"), run("absent", some))
+    assert not equal(run("weighted", range(60), "--weight-column", "w"), plain)
+    statuses, _, errors = run_ranks(
+        2, train_options(tiny_encoder, data, tmp_path / "two", "--epochs", 1, "--weight-column", "w"), tmp_path
+    )
+    assert statuses == [0, 0], errors
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "weighted"), rtol=1e-4)
+
+
+# --- long texts
+
+
+@pytest.fixture(scope="module")
+def long_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("long") / "data", lambda words: words[-1] in WORDS[:5], 40, 60)
+
+
+LONG = ("--max-length", 24, "--epochs", 1, "--long-texts")
+
+
+@pytest.mark.parametrize("kind", ["head-tail", "windows"])
+def test_long_texts_are_read_alike_in_every_form(
+    tiny_encoder: Path, long_data: Path, tmp_path: Path, kind: str
+) -> None:
+    train.main(train_options(tiny_encoder, long_data, tmp_path / "run", *LONG, kind))
+    model, text = tmp_path / "run/model", " ".join(WORDS * 9)
+    classifier, tokenizer, _ = load_classifier(model, CPU, bf16=False)
+    ids, lengths = tokenizer.flat_ids([text, "short"])
+    cut, windows = split_windows(torch.from_numpy(ids).long(), torch.from_numpy(lengths))
+    assert int(cut.max()) == 24
+    assert windows is None if kind == "head-tail" else windows.tolist() == [len(cut) - 1, 1]
+    tail, last = tokenizer.pieces.Encode(text)[-10:], ids[int(lengths[0]) - 11 : int(lengths[0]) - 1]
+    assert (last - 1).tolist() == tail, "the end of the text is there"
+    if windows is not None:
+        with torch.no_grad():
+            features = [
+                classifier.encoder(each[None], None) for each in torch.from_numpy(ids).long().split(cut.tolist())
+            ]
+            expected = classifier.head(torch.cat(features[:-1]).mean(0, keepdim=True)).softmax(1)
+        np.testing.assert_allclose(load(model, precision="fp32").probabilities([text]), expected, atol=1e-5)
+    one = load(model, precision="fp32")
+    assert (one.probabilities([text, "short"])[1] == one.probabilities(["short"])[0]).all(), "one window is as ever"
+    for form in ("hf", "onnx"):
+        export.main(["--model", str(model), "--output", str(tmp_path / form), "--format", form])
+    if kind == "windows":
+        with pytest.raises(UserError, match="averages the windows of a long text"):
+            export.main(["--model", str(model), "--output", str(tmp_path / "ids"), "--format", "onnx", "--from-ids"])
+    int8 = load(model, precision="int8").probabilities([text])
+    np.testing.assert_allclose(int8, one.probabilities([text]), atol=0.05)
+
+
+def test_windows_do_not_depend_on_how_a_batch_is_cut(tiny_encoder: Path, long_data: Path, tmp_path: Path) -> None:
+    """Not on micro-batches, counted in windows, nor on processes, nor on whether an engine computes."""
+    options = [*LONG, "windows", "--stride", 10, "--dropout", 0, "--head-dropout", 0]
+    train.main(train_options(tiny_encoder, long_data, tmp_path / "whole", *options))
+    expected = losses(tmp_path / "whole")
+    train.main(train_options(tiny_encoder, long_data, tmp_path / "micro", *options, "--micro-batch-size", 5))
+    train.main(train_options(tiny_encoder, long_data, tmp_path / "plain", *options, "--no-compile"))
+    statuses, _, errors = run_ranks(
+        2, train_options(tiny_encoder, long_data, tmp_path / "two", *options, "--micro-batch-size", 5), tmp_path
+    )
+    assert statuses == [0, 0], errors
+    for name in ("micro", "plain", "two"):
+        np.testing.assert_allclose(losses(tmp_path / name), expected, rtol=2e-4, err_msg=name)
+
+
+def test_texts_that_fit_train_as_ever(tiny_encoder: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data", lambda words: words[0] in WORDS[:5])
+    for kind in ("cut", "windows"):
+        train.main(train_options(tiny_encoder, data, tmp_path / kind, "--epochs", 1, "--long-texts", kind))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "windows")
