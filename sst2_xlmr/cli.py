@@ -174,6 +174,22 @@ def with_files(words: list[str]) -> list[str]:
     return result
 
 
+def words_of(config: Config) -> list[str]:
+    """Return the command line of a run's options, without those that have their default."""
+    words: list[str] = []
+    for name in OPTIONS:
+        value, default = getattr(config, name), getattr(Config(), name)
+        if value == default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name) if value else f"--no-{name.replace('_', '-')}")
+        elif isinstance(value, list) and option_type(name)[1]:
+            words += [flag(name), *value]
+        else:
+            words += [flag(name), shown(value)]
+    return words
+
+
 def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     """Parse and check the command line; returns the run's options, and whether to resume it in `config.output_dir`."""
     given = vars(_build_parser().parse_args(with_files(sys.argv[1:] if argv is None else argv)))

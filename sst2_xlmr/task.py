@@ -57,6 +57,8 @@ class SingleLabel:
     is_soft: bool = False
 
     problem_type = "single_label_classification"  # transformers' word for it
+    option = "single-label"  # of --task
+    is_named = True  # whether labels have names
     may_be_empty = False  # whether a row without a label is one
     best_metric = "accuracy"  # the one that chooses best/
     best_metrics = ("accuracy", "macro_f1", "loss")  # those that can; but for errors, higher is better
@@ -150,6 +152,10 @@ class SingleLabel:
     def label_cell(self, label: Any) -> str:
         """Return a row's label in words."""
         return self.label_names[int(label if np.ndim(label) == 0 else label.argmax())]
+
+    def label_value(self, label: Any) -> Any:
+        """Return a row's label as JSON, which `read_label` reads."""
+        return dict(zip(self.label_names, label.tolist())) if self.is_soft else self.label_cell(label)
 
     def counts(self, labels: np.ndarray) -> dict[str, int]:
         """Return how many rows each label has."""
@@ -272,6 +278,20 @@ class SingleLabel:
         """Return bool [rows], whether a change of the logits by `distance` may change the answer."""
         best, second = logits.topk(2).values.unbind(1)
         return best - second < distance
+
+    def doubt(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return how doubtful rows' labels are, from -1 to 1, by probabilities of a model that has not seen them.
+
+        That is by how much the best other class is above its own rows' average, less the same of the given one: models
+        are surer of some classes than of others (confident learning, Northcutt et al. 2021,
+        https://arxiv.org/abs/1911.00068).
+        """
+        given, rows = self.label_keys(labels), np.arange(len(labels))
+        averages = [probabilities[given == i, i].mean() if (given == i).any() else 1.0 for i in range(self.outputs)]
+        margins = (probabilities - averages) / 2
+        of_given = margins[rows, given]
+        margins[rows, given] = -np.inf
+        return np.asarray(margins.max(1) - of_given)
 
     # --- evaluation
 
@@ -427,6 +447,8 @@ class MultiLabel:
     delimiter: str | None = None
 
     problem_type = "multi_label_classification"
+    option = "multi-label"
+    is_named = True
     may_be_empty = True
     label_dtype = np.float32  # 1 for the labels of a row, or their probabilities
     best_metric = "macro_f1"
@@ -518,6 +540,9 @@ class MultiLabel:
 
     def _names_of(self, has: np.ndarray) -> list[str]:
         return [self.label_names[number] for number in np.flatnonzero(has)]
+
+    def label_value(self, label: np.ndarray) -> dict[str, float]:
+        return dict(zip(self.label_names, label.tolist()))
 
     def counts(self, labels: np.ndarray) -> dict[str, int]:
         return dict(zip(self.label_names, (labels > 0.5).sum(0).tolist()))
@@ -616,6 +641,14 @@ class MultiLabel:
         """A tie is between a label's logit and its threshold's, which does not change: half the distance is near."""
         cuts = torch.tensor(self.thresholds or [0.5] * self.outputs, dtype=logits.dtype).logit()
         return (logits - cuts).abs().amin(1) < distance / 2
+
+    def doubt(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return the largest of the labels' doubts."""
+        both = np.stack([1 - probabilities, probabilities], 2)
+        sides = (
+            SingleLabel(["no", "yes"]).doubt(both[:, i], (labels[:, i] > 0.5).astype(int)) for i in range(self.outputs)
+        )
+        return np.max(list(sides), axis=0)
 
     # --- evaluation
 
@@ -754,6 +787,8 @@ class Regression:
     deviation: float = 1.0
 
     problem_type = "regression"
+    option = "regression"
+    is_named = False
     may_be_empty = False
     label_dtype, label_shape = np.float32, ()
     best_metric = "spearman"
@@ -824,6 +859,10 @@ class Regression:
     @staticmethod
     def label_cell(label: float) -> str:
         return f"{label:g}"
+
+    @staticmethod
+    def label_value(label: float) -> float:
+        return float(label)
 
     @staticmethod
     def counts(labels: np.ndarray) -> dict[str, int]:
@@ -898,6 +937,11 @@ class Regression:
     def near_ties(logits: torch.Tensor, distance: float) -> torch.Tensor:
         """None: a score changes by as much wherever it is."""
         return torch.zeros(len(logits), dtype=torch.bool)
+
+    @staticmethod
+    def doubt(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return the errors, in deviations of the scores."""
+        return np.abs(probabilities[:, 0] - labels) / (labels.std() or 1.0)
 
     # --- evaluation
 

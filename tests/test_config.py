@@ -130,7 +130,7 @@ WRONG_FILES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("empty", write("train.tsv", b""), "train.tsv has no rows"),
     ("bad label", write("dev.tsv", b"sentence\tlabel\nx\t5\n"), "dev.tsv, line 2: label '5' is neither"),
     ("one label", write("train.tsv", b"sentence\tlabel\nx\t5\n"), "train.tsv: all rows have the label '5'"),
-    ("fractions", write("train.tsv", b"sentence\tlabel\nx\t1.5\n"), "train.tsv, line 2: label '1.5' is a fraction"),
+    ("one score", write("train.tsv", b"sentence\tlabel\nx\t1.5\n"), "train.tsv: all rows have the same score"),
     ("no label", write("dev.tsv", b"sentence\tlabel\nx\t1\ny\t\n"), "line 3: 1 of 2 rows cannot be used: 1 without a"),
     ("true", write("test.jsonl", b'{"text": "x", "label": true}\n'), "test.jsonl, line 1: label 'true' is neither"),
     ("no gzip", write("test.tsv.gz", b"sentence\tlabel\nx\t1\n"), "test.tsv.gz is not a whole gzip file"),

@@ -70,7 +70,7 @@ def extended_rows(
             last, new = here, _free_names(names, here)
         if needs_table and here != columns:
             cells = [cells[here.index(name)] for name in columns]
-        added = [label, *(each if isinstance(each, list) else round(each, 6) for each in probabilities)]
+        added = [label, *(round(each, 6) if isinstance(each, float) else each for each in probabilities)]
         write([*here, *new], [*cells, *(map(_in_table, added) if needs_table and not is_parquet else added)])
     return text.getvalue()
 

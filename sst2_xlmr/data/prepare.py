@@ -200,7 +200,7 @@ def prepare(config: Config, quiet: bool) -> Prepared:
     long_texts = long_texts_of(config)
     caches = {
         name: tokenize_file(
-            split.files, encoder.tokenizer_file, split.columns, task, config.max_length, long_texts, cache_dir, load
+            split.files, encoder.tokenizer_file, split.columns, task, config.max_length, cache_dir, load, long_texts
         )
         for name, split in splits.items()
         if split.is_labelled

@@ -190,7 +190,7 @@ def _proposal(path: Path, layout: Layout) -> str:
     cells = _first_columns(path, layout)
     flags = [name for name, each in zip(layout.names, cells) if each and set(each) <= {"0", "1"}]
     if len(flags) > 2:
-        return f"; {listed(flags)} hold 0 and 1: several labels a row (multi-label) are not supported, name one of them"
+        return f"; {listed(flags)} hold 0 and 1: for several labels a row, name them with --label-columns"
     if not (found := _likely_columns(cells)):
         return ""
     text, label = (

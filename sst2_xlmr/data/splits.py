@@ -105,3 +105,19 @@ def cut_off(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) ->
             if wanted <= 0:
                 break
     return np.flatnonzero(chosen[text_of.reshape(-1)])
+
+
+def fold_numbers(digests: np.ndarray, strata: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Return the fold of every row, int64 [rows], from 1: as even as may be in each stratum, equal texts together.
+
+    Arguments as of `cut_off`. UserError if there are fewer different texts than folds.
+    """
+    texts, text_of = np.unique(digests, return_inverse=True)
+    if len(texts) < folds:
+        raise UserError(f"--folds {folds}: there are only {len(texts)} different texts")
+    random = mixed(texts + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64))
+    stratum = np.full(len(texts), np.iinfo(np.int64).max)
+    np.minimum.at(stratum, text_of.reshape(-1), strata.astype(np.int64))
+    fold = np.empty(len(texts), np.int64)
+    fold[np.lexsort((random ^ (random >> np.uint64(31)), stratum))] = np.arange(len(texts)) % folds + 1
+    return fold[text_of.reshape(-1)]

@@ -23,7 +23,7 @@ from sst2_xlmr.data.duplicates import find_repeats, text_digests
 from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.rows import Inspection, Row, in_chunks, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
-from sst2_xlmr.model.tokenizer import BEGIN, END, LongTexts, Tokenizer, load_tokenizer
+from sst2_xlmr.model.tokenizer import BEGIN, CUT, END, LongTexts, Tokenizer, load_tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
@@ -117,15 +117,15 @@ def tokenize_file(
     columns: Columns,
     task: Task,
     max_length: int,
-    long_texts: LongTexts,
     cache_dir: Path,
     load: Callable[[Path, int, LongTexts], Tokenizer] = load_tokenizer,
+    long_texts: LongTexts = CUT,
 ) -> TokenCache:
     """Return the token cache of a file, or of several as if they were one.
 
     It is computed on the first call with this content and read from disk after that. The result depends on all
-    parameters but the last two, and these make up the cache key. UserError for a bad row (see `rows.read_rows`), a file
-    that changes while it is read, or a cache folder that cannot be written.
+    parameters but `cache_dir` and `load`, and these make up the cache key. UserError for a bad row (see
+    `rows.read_rows`), a file that changes while it is read, or a cache folder that cannot be written.
 
     Args:
         max_length: longest input in tokens; `long_texts` says what becomes of longer ones.

@@ -62,7 +62,7 @@ def fitted_threshold(scores: np.ndarray, is_label: np.ndarray, aim: str = "f1", 
     f1 = 2 * hits / (predicted + hits[-1])
     reached = {"f1": f1, "precision": hits / predicted, "recall": hits / hits[-1]}[aim]
     value = np.where(reached >= floor, 1 + f1, reached) if (reached[last] >= floor).any() else reached
-    best = int(np.where(last, value, -1.0).argmax())
+    best = int(np.flatnonzero(last & (value == value[last].max()))[0])
     below = ranked[best + 1] if best + 1 < len(ranked) else 0.0
     return float((ranked[best] + below) / 2)
 

@@ -39,8 +39,8 @@ _ONLY = {
 MOST_LAYERS = 1_000
 _LAYOUT = "a model's folder in Hugging Face layout is needed"
 # Of config.json, kept as they are: dropout, and what training did to its input and does with its answers.
-DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-DROPOUT_KEYS += ("text_pairs", "long_texts", "stride", "thresholds")
+DROPOUT_KEYS = [f"{part}_dropout_prob" for part in ("hidden", "attention_probs")]
+DROPOUT_KEYS += ["classifier_dropout", "text_pairs", "long_texts", "stride", "thresholds"]
 
 
 @dataclass(frozen=True)

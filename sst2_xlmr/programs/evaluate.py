@@ -237,9 +237,9 @@ def main(argv: list[str] | None = None) -> None:
             columns[name],
             task,
             tokenizer.max_length,
-            tokenizer.long_texts,
             cache_dir,
             lambda *_: tokenizer,
+            tokenizer.long_texts,
         )
         for name, file in files.items()
     }

@@ -3,8 +3,14 @@
     sst2-xlmr study --seeds 1,2,3 --output-dir runs/study --encoder models/small --batch-size 32 --lr 5e-5 --epochs 1 \\
         --setting plain "" --setting longer "--epochs 3 --lr 7e-5"
 
+    sst2-xlmr study --folds 5 --output-dir runs/folds --encoder models/small --train-file rows.csv
+
 All other options go to train.py, for every setting; those of a setting come after them. The run of setting NAME and
 seed N is the folder NAME/seed-N in --output-dir; without --setting there is one, `ours`.
+
+With --folds the rows of one file are dealt into K parts, by class and with equal texts together; each is answered by a
+model that was trained on the others. NAME/out-of-fold.jsonl has every row with its answer, NAME/label-errors.jsonl the
+rows whose labels are most likely wrong.
 
 What is finished is skipped, and what was stopped continues, so the same command with more seeds or settings adds them.
 The table, and study.json, have the accuracy after the last step on dev and on every test file, the best on dev, and the
@@ -32,6 +38,7 @@ from tqdm import tqdm
 from sst2_xlmr.cli import OneLineParser, parse_args, with_files
 from sst2_xlmr.data.splits import find_files
 from sst2_xlmr.model.encoders import find_encoder
+from sst2_xlmr.programs.cross_validation import Folds
 from sst2_xlmr.report.comparison import Figures, Results, summary, table
 from sst2_xlmr.task import main_metric
 from sst2_xlmr.training.run_folder import read_metrics
@@ -58,7 +65,8 @@ def parse(argv: list[str] | None, reserved: tuple[str, ...] = ()) -> argparse.Na
     """
     parser = OneLineParser(description="Compare settings over several seeds.")
     add = parser.add_argument
-    add("--seeds", required=True, type=seed_list, metavar="N,...", help="one run for each")
+    add("--seeds", type=seed_list, metavar="N,...", help="one run for each")
+    add("--folds", type=int, default=0, metavar="K", help="instead: one run for each of K parts of the training rows")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="gets a folder for each setting")
     add("--setting", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"), help="may be repeated")
     words = sys.argv[1:] if argv is None else list(argv)
@@ -68,6 +76,8 @@ def parse(argv: list[str] | None, reserved: tuple[str, ...] = ()) -> argparse.Na
             words[place + 2] = f" {words[place + 2]}"
     study, rest = parser.parse_known_args(words)
     study.common, study.settings = rest, {}
+    if bool(study.seeds) == bool(study.folds) or study.folds == 1 or study.folds < 0:
+        raise UserError("give either --seeds N,... or --folds K, which is 2 or more")
     for name, options in study.setting or [("ours", "")]:
         if not name.isidentifier() and not name.replace("-", "").isalnum():
             raise UserError(f"--setting {name!r}: take letters, digits and hyphens for the name, which is a folder's")
@@ -78,7 +88,7 @@ def parse(argv: list[str] | None, reserved: tuple[str, ...] = ()) -> argparse.Na
         except ValueError as error:
             raise UserError(f"--setting {name}: {options.strip()!r} cannot be cut into words: {error}") from None
         for flag in (word.split("=")[0] for word in with_files(study.settings[name])):
-            if flag in ("--seed", "--resume", "--output-dir", "--config"):
+            if flag in ("--resume", "--output-dir", "--config") or (flag == "--seed" and not study.folds):
                 raise UserError(f"leave out {flag}: every run has its own; to take options from a file, use @FILE")
         # A UserError before anything is trained.
         parse_args([*study.settings[name], "--output-dir", str(study.output_dir / "unused")])
@@ -158,7 +168,7 @@ def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figu
     return not was_finished, {**figures, "seconds": seconds_of(folder)}
 
 
-def compare(seeds: list[int], folder: Path, runs: Runs) -> None:
+def compare(seeds: list[int], folder: Path, runs: Runs, what: str = "seed") -> None:
     """Make all runs, seed by seed, so that every setting meets the same state of the machine; write study.json.
 
     Args:
@@ -167,17 +177,26 @@ def compare(seeds: list[int], folder: Path, runs: Runs) -> None:
     results: dict[str, Results] = {name: {} for name in runs}
     with tqdm([(seed, name) for seed in seeds for name in runs], unit="run", disable=None, dynamic_ncols=True) as bar:
         for seed, name in bar:
-            bar.set_postfix_str(f"{name}, seed {seed}")
+            bar.set_postfix_str(f"{name}, {what} {seed}")
             is_new, found = runs[name](seed)
             results[name][seed] = found
             seconds = "took unknown time" if found["seconds"] is None else f"{found['seconds']:.0f} s"
             state = seconds if is_new else "was finished"
-            tqdm.write(f"{name}, seed {seed}: {state}, dev {found['dev']:.4f}", file=sys.stdout)
+            tqdm.write(f"{name}, {what} {seed}: {state}, dev {found['dev']:.4f}", file=sys.stdout)
     write_text(folder / "study.json", json.dumps({"runs": results, "summary": summary(results)}, indent=2) + "\n")
-    print("\n".join(table(results)))
+    print("\n".join(table(results, what)))
 
 
 def main(argv: list[str] | None = None) -> None:
     study = parse(argv)
+    if study.folds:
+        folds = {
+            name: Folds(words, study.output_dir / name, study.folds, train) for name, words in study.settings.items()
+        }
+        by_fold = {name: each.train_fold for name, each in folds.items()}
+        compare(list(range(1, study.folds + 1)), study.output_dir, by_fold, "fold")
+        for each in folds.values():
+            print("\n".join(["", *each.write()]))
+        return
     runs = {name: functools.partial(train, words, study.output_dir / name) for name, words in study.settings.items()}
     compare(study.seeds, study.output_dir, runs)

@@ -44,7 +44,7 @@ def summary(results: dict[str, Results]) -> dict[str, Any]:
     return found
 
 
-def table(results: dict[str, Results]) -> list[str]:
+def table(results: dict[str, Results], what: str = "seed") -> list[str]:
     """Return the results in lines: every run, then means and deviations, then differences in points."""
     columns, width = shared_columns(results), max(12, *(len(name) + 2 for name in results))
 
@@ -52,7 +52,7 @@ def table(results: dict[str, Results]) -> list[str]:
         cells = ["-" if (value := values[c]) is None else f"{value:.{0 if c == 'seconds' else 4}f}" for c in columns]
         return f"{name:<{width}}{seed!s:<10}" + "".join(f"{cell:>12}" for cell in cells)
 
-    lines = [f"{'setting':<{width}}{'seed':<10}" + "".join(f"{column[-11:]:>12}" for column in columns)]
+    lines = [f"{'setting':<{width}}{what:<10}" + "".join(f"{column[-11:]:>12}" for column in columns)]
     lines += [line(name, seed, run) for name, by_seed in results.items() for seed, run in by_seed.items()]
     found, reference = summary(results), next(iter(results))
     for name, figures in found.items():

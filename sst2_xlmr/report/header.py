@@ -70,7 +70,7 @@ def data_report(inputs: Prepared) -> list[str]:
         first = train.contradictions[0]
         same = np.flatnonzero(train.text_digests == train.text_digests[first])
         keys = inputs.task.label_keys(train.labels[same])
-        other = same[np.argmax(keys != keys[same == first])]
+        other = same[keys != keys[same == first]][0]
         example = _example(inputs, ("train", first), ("train", other))
         lines.append(f"conflicts  {_rows(count)} a text with conflicting labels{example}; {duplicates}")
     for split, rows in inputs.leaks.items():

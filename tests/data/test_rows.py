@@ -80,7 +80,7 @@ def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
         ("a.tsv", b"review\tlabel\nx\t1\n", "line 2: no column 'sentence' or 'text' among review, label; name it with"),
         ("a.tsv", b"text\tstars\nx\t1\n", "no column 'label' among text, stars; name it with --label-column"),
         ("a.csv", b"v1,v2\nham,a b\nspam,c d\nham,e f\nham,g h\n", "(e.g. --text-column v2 --label-column v1)"),
-        ("a.csv", b"text,a,b,c\nx y,0,1,0\nz w,1,1,0\n", "a, b, c hold 0 and 1: several labels a row (multi-label)"),
+        ("a.csv", b"text,a,b,c\nx y,0,1,0\nz w,1,1,0\n", "a, b, c hold 0 and 1: for several labels a row"),
         ("a.csv", b"text,label,text\nx,1,y\n", "two columns are named 'text'; give --text-column a number"),
         ("a.tsv", b"text\tlabel\nx\t1\n \t0\n", "line 3: 1 row cannot be used: 1 without text (line 3)"),
         ("a.tsv", b"text\tlabel\nx\t2\n", "line 2: label '2' is neither one of negative, positive nor a number from 0"),
@@ -224,8 +224,14 @@ def test_a_thousand_classes_and_not_one_more(tmp_path: Path) -> None:
     [
         (["1", "1"], "all rows have the label '1'; name the column with the classes with --label-column"),
         (["?", "NULL"], "no row has a label; name the column with the classes with --label-column"),
-        (["0.5", "0.7"], "line 2: label '0.5' is a fraction; scores (regression) are not supported"),
-        (["27", "4,27"], "line 3: label '4,27' is several labels; multi-label classification is not supported"),
+        (
+            ["0.5", "0.7"],
+            "line 2: label '0.5' is a fraction, but a class is an integer or a word; use --task",
+        ),
+        (
+            ["27", "4,27"],
+            "line 3: label '4,27' is several labels, but a row has one label in this task; use",
+        ),
         ([["a"], ["a", "b"]], 'line 2: label \'["a", "b"]\' is several labels'),
         (["good", "1", "bad"], "integers and words as labels ('1' in line 3, 'bad' in line 4)"),
     ],

@@ -35,7 +35,7 @@ def cache(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
 
 def test_cache_equals_tokenizing_afresh(cache: TokenCache, tiny_encoder: Path) -> None:
     tokenizer = load_tokenizer(tiny_encoder / "sentencepiece.bpe.model", 20)
-    texts, _, labels, _ = zip(*read_rows(SAMPLE_DATA / "train.tsv", Columns(), TASK))
+    texts, _, labels, *_ = zip(*read_rows(SAMPLE_DATA / "train.tsv", Columns(), TASK))
     ids, lengths = tokenizer.flat_ids(list(texts))
     assert cache.labels.tolist() == list(labels)
     assert cache.lengths().tolist() == lengths.tolist() == np.diff(cache.offsets).tolist()

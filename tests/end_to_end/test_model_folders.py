@@ -198,6 +198,8 @@ FORMS: dict[str, Make] = {
     "more positions": lambda f: save(f, max_position_embeddings=130),
     "a shorter longest text": lambda f: (save(f), change(f, SETTINGS_NAME, model_max_length=16)),
     "more rows than tokens": lambda f: save(f, vocab_size=700),
+    "several labels a text": lambda f: save(f, problem_type="multi_label_classification"),
+    "one score": lambda f: save(f, num_labels=1),
     "BERT with XLM-R's tokenizer": lambda f: save(f, "Bert"),
     "BERT, SentencePiece only": lambda f: (
         with_sentencepiece(f, lambda g: save(g, "Bert")),
@@ -228,11 +230,7 @@ MOVED: dict[str, Make] = {
 
 LOWERCASE = {"type": "Lowercase"}
 REFUSED: dict[str, tuple[Make, str]] = {
-    "regression": (lambda f: save(f, num_labels=1), "its head is for regression (one number)"),
-    "several labels a text": (
-        lambda f: save(f, problem_type="multi_label_classification"),
-        "multi_label_classification, but only models with one of several labels",
-    ),
+    "several scores a text": (lambda f: save(f, problem_type="regression"), "a head of 3 outputs for regression"),
     "no head": (lambda f: (save(f), rename(f, lambda n: n.replace("classifier", "other"))), "no classification head"),
     "another number of labels": (
         lambda f: (save(f), change(f, id2label={"0": "a", "1": "b"})),
@@ -342,7 +340,7 @@ def test_form_is_refused_by_name(folder: Path, form: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("form", ["regression", "several labels a text", "no head"])
+@pytest.mark.parametrize("form", ["several scores a text", "no head"])
 def test_body_of_a_model_with_another_head_is_an_encoder(folder: Path, form: str) -> None:
     REFUSED[form][0](folder)
     assert "encoder.layers.1.qkv.weight" in load_tensors(find_encoder(str(folder)))

@@ -27,7 +27,7 @@ from sst2_xlmr.util.files import BackgroundWriter, scratch_name
 
 ALONE = World.alone(torch.device("cpu"))
 STATE = TrainState(
-    *(5, "bf16", 3, {"tokenizer": "x"}, 7, 1, 2, 0.5, 0.7, 6, 4, 2, True, 3, 1, True, True, 5, 1.5, 0.25, 0.125)
+    *(5, "bf16", 3, {"tokenizer": "x"}, 7, 1, 2, 0.5, 0.7, 6, 4, 2, True, 3, 1, True, True, 5, 1.5, 0.25, 0.125, [0.3])
 )
 TOTALS = {"loss": 1.5, "rows": 8.0, "tokens": 100.0, "seconds": 2.0, "grad_norm": 0.25}
 

@@ -1,0 +1,125 @@
+"""Cross-validation of one file of rows: every row is answered by a model that was not trained on it.
+
+`study.py --folds` calls this. From these answers come the rows whose labels are most likely wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+
+from sst2_xlmr.cli import parse_args, words_of
+from sst2_xlmr.config import GROUPS, OPTIONS, Config
+from sst2_xlmr.data.duplicates import text_digests
+from sst2_xlmr.data.predictions import extended_rows
+from sst2_xlmr.data.prepare import inspect_splits
+from sst2_xlmr.data.rows import Row
+from sst2_xlmr.data.splits import find_split, fold_numbers
+from sst2_xlmr.predictor import Classifier
+from sst2_xlmr.report.comparison import Figures
+from sst2_xlmr.task import Task
+from sst2_xlmr.util import downloads
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import writing
+
+MOST_SHOWN = 20  # likely label errors on the console
+# Options of the data that do not say where the rows are and how they are read: a fold's files have them as JSON.
+_OF_ROWS = ("max_length", "long_texts", "stride", "drop_duplicates", "drop_leaks", "num_workers")
+# Takes words for train.py, a folder and a seed; returns whether it was not finished before, and its figures.
+Train = Callable[[list[str], Path, int], tuple[bool, Figures]]
+
+
+class Folds:
+    """The rows of a study's training files, dealt into folds, and the answers to them.
+
+    Attributes:
+        rows: all that can be used, with the file of each.
+        numbers: int64 [rows], each one's fold, from 1.
+    """
+
+    def __init__(self, words: list[str], folder: Path, folds: int, train: Train) -> None:
+        """Find the rows; UserError if they cannot be used, or an option does not go with folds."""
+        self.config, _ = parse_args([*words, "--output-dir", str(folder / "unused")])
+        self.folder, self.train = folder, train
+        if self.config.dev_file or self.config.dev_share or self.config.eval_file:
+            raise UserError("--folds evaluates on parts of the training rows; leave out --dev-file, --dev-share, ...")
+        files = list(self.config.train_file)
+        if self.config.data_dir and not files:
+            files = [str(file) for file in find_split(Path(self.config.data_dir), "train")]
+        config = dataclasses.replace(self.config, data_dir=None, train_file=files, test_file=[])
+        if not files:
+            raise UserError("--folds needs the rows: name them with --train-file")
+        self.task, splits = inspect_splits(config, downloads.cache_dir() / "tokens", quiet=True)
+        self.rows = list(splits["train"].rows(self.task))
+        texts, pairs, labels, *_ = zip(*(row for _, row in self.rows))
+        self.labels: np.ndarray = np.asarray(labels, self.task.label_dtype)
+        strata = self.task.strata(self.labels)
+        self.numbers = fold_numbers(text_digests(texts, pairs), strata, folds, self.config.seed)
+
+    def train_fold(self, fold: int) -> tuple[bool, Figures]:
+        """Train on all other folds, evaluated on this one."""
+        folder, is_dev = self.folder / f"fold-{fold}", self.numbers == fold
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, chosen in (("train", ~is_dev), ("dev", is_dev)):
+            rows = (as_json(self.rows[row][1], self.task) for row in np.flatnonzero(chosen))
+            with writing(folder), (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        kept = [name for name in OPTIONS if name not in GROUPS["data"] or name in _OF_ROWS]
+        options = {name: getattr(self.config, name) for name in kept}
+        config = Config(
+            **{**options, "output_dir": None},
+            train_file=[str(folder / "train.jsonl")],
+            dev_file=str(folder / "dev.jsonl"),
+            text_column=["text"],
+            text_pair_column="pair" if self.config.text_pair_column is not None else None,
+            weight_column="weight" if self.config.weight_column is not None else None,
+            task=self.task.option,
+            label_names=self.task.label_names if self.task.is_named else None,
+        )
+        return self.train(words_of(config), folder, self.config.seed)
+
+    def answers(self) -> np.ndarray:
+        """Return float32 [rows, outputs], every row's probabilities by the model of its fold."""
+        found = np.zeros((len(self.rows), self.task.outputs), np.float32)
+        for fold in range(1, int(self.numbers.max()) + 1):
+            chosen = np.flatnonzero(self.numbers == fold)
+            rows = [self.rows[row][1] for row in chosen]
+            texts = [row.text if row.pair is None else (row.text, row.pair) for row in rows]
+            model = self.folder / f"fold-{fold}/seed-{self.config.seed}/model"
+            found[chosen] = Classifier.load(model, device=self.config.device).probabilities(texts)
+        return found
+
+    def write(self) -> list[str]:
+        """Write every row's answer, and the likely label errors, the likeliest first; returns what to print."""
+        probabilities, names = self.answers(), self.task.columns(all_probabilities=True)
+        cells = [self.task.cells(row, all_probabilities=True) for row in probabilities.tolist()]
+        doubt = self.task.doubt(probabilities, self.labels)
+        ranked = np.argsort(-doubt, kind="stable")[: max(1, int((doubt > 0).sum()))]
+        places = [(file.name, row.fields.line) for file, row in self.rows]
+        for name, more, added, chosen in (
+            ("out-of-fold", ["fold"], [(int(fold),) for fold in self.numbers], range(len(self.rows))),
+            ("label-errors", ["file", "line", "doubt"], [(*at, float(d)) for at, d in zip(places, doubt)], ranked),
+        ):
+            path, rows = self.folder / f"{name}.jsonl", [self.rows[row][1] for row in chosen]
+            found = [[*cells[row], *added[row]] for row in chosen]
+            content = extended_rows(path, rows, found, [*names, *more], rows[0].fields.names, header=False)
+            with writing(path):
+                path.write_text(content, encoding="utf-8")
+        metrics = self.task.metrics(self.task.results_of(probabilities, self.labels), self.labels)
+        lines = [f"out of fold  {self.task.describe(metrics)}: {self.folder / 'out-of-fold.jsonl'}"]
+        lines.append(f"label errors {len(ranked):,} rows with a doubtful label: {self.folder / 'label-errors.jsonl'}")
+        for row in ranked[:MOST_SHOWN].tolist():
+            text = " ".join(self.rows[row][1].text.split())[:70]
+            place, given = f"{places[row][0]}:{places[row][1]}", self.task.label_cell(self.labels[row])
+            lines.append(f"  {doubt[row]:.2f}  {place:<16} {given} -> {cells[row][0]}: {text}")
+        return lines
+
+
+def as_json(row: Row, task: Task) -> dict[str, Any]:
+    """Return what a fold's file has of a row."""
+    pair = {} if row.pair is None else {"pair": row.pair}
+    return {"text": row.text, **pair, "label": task.label_value(row.label), "weight": row.weight}
