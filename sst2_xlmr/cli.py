@@ -21,7 +21,7 @@ from sst2_xlmr.util.launch import is_restarted, this_command
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse prints its usage before an error; here an error is one line, with the flag that was probably meant."""
+    """An argparse parser whose errors are one line, with the flag that was probably meant."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"prog": this_command(), "allow_abbrev": False, **settings})
@@ -36,13 +36,13 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def option_type(name: str) -> tuple[str, bool]:
-    """Return the type in an option's annotation, perhaps a key of `TYPES`, and whether it takes several values."""
+    """Return an option's type by its annotation, perhaps a key of `TYPES`, and whether it takes several values."""
     annotation = str(OPTIONS[name].type).split(" | ")[0]
     return annotation.replace("list[", "").rstrip("]"), annotation.startswith("list[")
 
 
 def add_option(parser: Any, name: str) -> None:
-    """Add an option of `Config` to a parser or group of it; a flag that is not given sets no value."""
+    """Add an option of `Config` to a parser or its group; a flag that is not given sets no value."""
     metadata, default, (kind, is_list) = OPTIONS[name].metadata, getattr(Config(), name), option_type(name)
     if kind == "bool":
         # The help comes afterwards: Python 3.9 and 3.10 would add a default of their own to it.
@@ -69,7 +69,7 @@ def positive(text: str) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of scripts that use a trained model: which one, and how to compute with it."""
+    """Add the options of programs that use a trained model."""
     what = "directory of a model that train.py wrote, or owner/name[@revision] of one on the Hugging Face Hub"
     parser.add_argument("--model", required=True, type=Path, metavar="DIR|NAME", help=what)
     tokens = Config.eval_batch_tokens
@@ -100,26 +100,9 @@ def add_bounds(parser: argparse.ArgumentParser) -> None:
 
 
 def bounds_of(arguments: argparse.Namespace) -> tuple[float, float]:
-    """Return which fractions of the labels may change, and of accuracy be lost (see `evaluation.compare`)."""
+    """Return the fractions of labels that may change, and of accuracy that may be lost."""
     changed, lost = arguments.most_changed, arguments.most_lost
     return (1.0 if changed is None else changed) / 100, (0.3 if lost is None else lost) / 100
-
-
-def _build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        description="Fine-tune XLM-R for text classification; SST-2 by default.",
-        epilog="@FILE takes options from a file, such as those in scripts/recipes/; options after it override them."
-        " Also: torchrun --nproc_per_node=2 train.py ...; sbatch scripts/train.sbatch",
-    )
-    for heading, names in GROUPS.items():
-        group = parser.add_argument_group(heading)
-        for name in names:
-            add_option(group, name)
-    run = parser.add_argument_group("starting from a former run")
-    run.add_argument("--config", metavar="FILE", help="take options from a saved config.json; flags override it")
-    what = "continue the run in --output-dir from its newest checkpoint; its options are read from there"
-    run.add_argument("--resume", action="store_true", help=what)
-    return parser
 
 
 def _fits(value: Any, name: str) -> bool:
@@ -140,26 +123,18 @@ def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
     values = read_json(path, "--config takes the config.json of a run")
     version = str(values.pop("sst2_xlmr", "before 0.2"))
     if resume and version.split(".")[:2] != __version__.split(".")[:2]:
-        raise UserError(
-            f"version {version} wrote the run in {path.parent}, and this is {__version__}: resume it with that version,"
-            f" or start over with --config {path} --output-dir NEW_DIR"
-        )
+        cure = f"resume it with that version, or start over with --config {path} --output-dir NEW_DIR"
+        raise UserError(f"version {version} wrote the run in {path.parent}, and this is {__version__}: {cure}")
     for name, value in values.items():
         if name not in OPTIONS:
-            cure = hint(name, OPTIONS)
-            raise UserError(f"{path}: unknown option {name!r}" + (f"; {cure}" if cure else ""))
-        if option_type(name)[1] and isinstance(value, (str, type(None))):  # of a version that took one only
-            values[name] = value = [value] if value else None if str(OPTIONS[name].type).endswith("None") else []
+            raise UserError(f"{path}: unknown option {name!r}; {hint(name, OPTIONS) or 'remove it'}")
         if not _fits(value, name):
             raise UserError(f"{path}: {name!r} has the value {value!r}, which is not of the option's type")
     return values
 
 
 def with_files(words: list[str]) -> list[str]:
-    """Replace every `@FILE` by the words in the file, which are quoted as in a shell; `#` begins a comment.
-
-    argparse can do that too (fromfile_prefix_chars), but takes one word per line, and no comments.
-    """
+    """Replace every `@FILE` by the words in the file, which are quoted as in a shell; `#` begins a comment."""
     result = []
     for word in words:
         if not word.startswith("@"):
@@ -191,8 +166,21 @@ def words_of(config: Config) -> list[str]:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
-    """Parse and check the command line; returns the run's options, and whether to resume it in `config.output_dir`."""
-    given = vars(_build_parser().parse_args(with_files(sys.argv[1:] if argv is None else argv)))
+    """Parse and check the command line; returns the run's options, and whether to resume it."""
+    parser = OneLineParser(
+        description="Fine-tune XLM-R for text classification; SST-2 by default.",
+        epilog="@FILE takes options from a file, such as those in scripts/recipes/; options after it override them."
+        " Also: torchrun --nproc_per_node=2 train.py ...; sbatch scripts/train.sbatch",
+    )
+    for heading, names in GROUPS.items():
+        group = parser.add_argument_group(heading)
+        for name in names:
+            add_option(group, name)
+    run = parser.add_argument_group("starting from a former run")
+    run.add_argument("--config", metavar="FILE", help="take options from a saved config.json; flags override it")
+    what = "continue the run in --output-dir from its newest checkpoint; its options are read from there"
+    run.add_argument("--resume", action="store_true", help=what)
+    given = vars(parser.parse_args(with_files(sys.argv[1:] if argv is None else argv)))
     config_file, resume = given.pop("config"), given.pop("resume")
     if is_restarted(given.get("output_dir")):
         config_file, resume = None, True
@@ -214,45 +202,35 @@ def _resumed_config(given: dict[str, Any]) -> Config:
     """Return the options of the run in `--output-dir`, with those that are given beside --resume and may change."""
     if "output_dir" not in given:
         raise UserError("--resume needs --output-dir, the folder of the run to continue")
-    saved = Path(given["output_dir"]) / "config.json"
-    if not saved.is_file():
+    folder = Path(given["output_dir"])
+    if not (folder / "config.json").is_file():
         cure = "give the --output-dir of a run, or start without --resume"
-        raise UserError(f"nothing to resume: {saved} does not exist; {cure}")
-    config = Config(**read_config_file(saved, resume=True))
+        raise UserError(f"nothing to resume: {folder / 'config.json'} does not exist; {cure}")
+    config = Config(**read_config_file(folder / "config.json", resume=True))
     for name, value in given.items():
         before = getattr(config, name)
         if value != before and not OPTIONS[name].metadata["changeable"]:
             was = "its default" if before is None else shown(before)
             cure = "leave it out, or start a new run"
             if name in ("epochs", "max_steps", "early_stopping_patience"):  # which end a run
-                cure += f", e.g. from its model: --encoder {Path(given['output_dir']) / 'model'} --output-dir NEW_DIR"
-            raise UserError(
-                f"{flag(name)} {shown(value)} differs from {was}, with which the run in {given['output_dir']} was"
-                f" started; {cure}"
-            )
+                cure += f", e.g. from its model: --encoder {folder / 'model'} --output-dir NEW_DIR"
+            problem = f"{flag(name)} {shown(value)} differs from {was}, with which the run in {folder} was started"
+            raise UserError(f"{problem}; {cure}")
     return dataclasses.replace(config, **given)
 
 
-def _is_free(folder: Path) -> bool:
-    """Whether a new run can have a folder: none touches another's.
-
-    A folder is also free if a run died there before it wrote `config.json`: --resume would have nothing to read.
-    """
-    if not folder.is_dir():
-        return not folder.exists()
-    return all(is_scratch(file) or file.name == LOCK_NAME for file in folder.iterdir())
-
-
 def _check_folders(config: Config, resume: bool) -> None:
-    """Check before any work that the run's folders can be made, and that a new run's is free."""
+    """Check that the run's folders can be made, and that a new run's is free."""
     for name in ("output_dir", "tensorboard_dir"):
         if getattr(config, name) is None:
             continue
         folder = Path(getattr(config, name))
         try:
-            if name == "output_dir" and not resume and not _is_free(folder):
-                cure = "continue it with --resume or choose another directory"
-                raise UserError(f"--output-dir {folder} already exists; {cure}")
+            if name == "output_dir" and not resume and folder.exists():
+                files = folder.iterdir() if folder.is_dir() else [folder]
+                if not all(is_scratch(file) or file.name == LOCK_NAME for file in files):  # of a start that was killed
+                    cure = "continue it with --resume or choose another directory"
+                    raise UserError(f"--output-dir {folder} already exists; {cure}")
             parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
             if not parent.is_dir() or not os.access(parent, os.W_OK):
                 raise UserError(f"cannot write to {flag(name)} {folder}: {parent} is not a directory you may write to")
@@ -262,21 +240,18 @@ def _check_folders(config: Config, resume: bool) -> None:
 
 def _check_report(file: Path) -> None:
     """Refuse to let --check replace a file that it has not written itself."""
-    if not file.is_file() or not file.stat().st_size:
-        return
+    is_report = not file.is_file() or not file.stat().st_size
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        if all("examples" in split for split in json.loads(file.read_text(encoding="utf-8")).values()):
-            return
-    raise UserError(f"--check {file} already exists, and is no report of --check; name another file")
+        is_report |= all("examples" in split for split in json.loads(file.read_text(encoding="utf-8")).values())
+    if not is_report:
+        raise UserError(f"--check {file} already exists, and is no report of --check; name another file")
 
 
 def _with_absolute_paths(config: Config) -> Config:
     """Return the options with absolute paths, so that a saved `config.json` means the same in any folder."""
-    names = ["data_dir", "dev_file", "tensorboard_dir"]
-    names += ["encoder"] if Path(config.encoder).is_dir() else []
+    names = ["data_dir", "dev_file", "tensorboard_dir", *(["encoder"] if Path(config.encoder).is_dir() else [])]
     changes: dict[str, Any] = {name: os.path.abspath(value) for name in names if (value := getattr(config, name))}
     for name in ("train_file", "test_file"):
         changes[name] = [os.path.abspath(file) for file in getattr(config, name)]
-    named = map(named_file, config.eval_file)
-    changes["eval_file"] = [f"{name}={os.path.abspath(file)}" for name, file in named]
+    changes["eval_file"] = [f"{name}={os.path.abspath(file)}" for name, file in map(named_file, config.eval_file)]
     return dataclasses.replace(config, **changes)

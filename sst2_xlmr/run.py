@@ -15,9 +15,8 @@ from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.evaluation.calibration import calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.export.folder import export_run
-from sst2_xlmr.model.classifier import build_classifier, load_classifier
+from sst2_xlmr.model.classifier import build_classifier, load_classifier, pretrained_table
 from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary, whole_vocabulary
-from sst2_xlmr.model.weights import pretrained_table
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.task import ERRORS, Task
 from sst2_xlmr.training.checkpoint import save_checkpoint, seed_rank
@@ -37,16 +36,13 @@ class Run:
     """A run.
 
     Attributes:
-        state, meter: what changes, apart from weights and optimizer; saved in checkpoints.
         model, ddp_model: what gives logits; the same, or under DDP, to be trained.
-        reads_grad_norm: whether to look at every gradient; a GPU would wait for it, so there the meter notices later.
-        head_is_new: whether the classification head started untrained.
-        fallback_reason: why plain PyTorch trains; empty for an engine.
+        reads_grad_norm: whether to check every gradient; a GPU would wait for it, so there the meter notices later.
         report: on rank 0, once it is open; None elsewhere.
         metrics: of the last evaluation of each file.
-        saved_step: of the last checkpoint.
         initial_probabilities: on dev, of the model before training; set once a collapse is suspected.
         eval_splits, test_splits: files to evaluate on during training, dev first, and at the end.
+        best_by: the split, or "mean" for all, and the metric that choose the best evaluation.
     """
 
     lock: IO[str] | None = None
@@ -55,7 +51,7 @@ class Run:
     initial_probabilities: np.ndarray | None = None
 
     def __init__(self, config: Config, inputs: Prepared, folder: Path, state: TrainState, world: World) -> None:
-        """Ids -> batches; pretrained weights -> model and optimizer; at the beginning of a run."""
+        """Make batches of ids, and model and optimizer of pretrained weights."""
         self.config, self.inputs, self.folder, self.state, self.world = config, inputs, folder, state, world
         caches, shape = inputs.caches, inputs.encoder.shape
         labels, weights = inputs.train_labels, inputs.train_weights
@@ -83,13 +79,15 @@ class Run:
         self.reads_grad_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
         self.baseline = self.task.baseline_loss(labels, weights)
         self.metrics: dict[str, dict[str, Any]] = {}
-        self.eval_splits = config.eval_splits
+        self.eval_splits, metric = config.eval_splits, self.task.best_metric
+        is_of_split = config.best_by in (*self.eval_splits, "mean")
+        self.best_by = (str(config.best_by), metric) if is_of_split else ("dev", config.best_by or metric)
         self.test_splits = [split for split in inputs.files if split not in ("train", *self.eval_splits)]
         half = max(1, (config.micro_batch_size or -(-config.batch_size // world.world_size)) // 2)
         self.memory_cure = f"rerun with --micro-batch-size {half} or less, which changes the result only by rounding"
 
     def tell(self, write: Callable[[Report], Any]) -> None:
-        """Let rank 0 write to the report; an error there (a full disk, say) reaches all ranks."""
+        """Let rank 0 write to the report; an error there reaches all ranks."""
         on_rank0(self.world, lambda: write(self.report) if self.report else None)
 
     def say(self, text: str) -> None:
@@ -111,14 +109,14 @@ class Run:
             self.report.advance()
 
     def log(self) -> None:
-        """Write a line of training metrics, unless there was nothing but skipped batches."""
+        """Write a line of training metrics, unless all batches were skipped."""
         if rows := self.meter.totals["rows"]:
             entry = self.meter.flush(self.state, self.schedule.lr(self.state.step - 1))
             self.tell(lambda report: report.log_training(entry))
             check_progress(self.state, entry["loss"], rows, self.baseline, self.schedule.warmup_steps)
 
     def catch_up(self) -> None:
-        """Evaluate and check what is due at this step, perhaps since before a stop."""
+        """Evaluate and check what is due at this step."""
         if self.state.evaluation_due:
             self.evaluate()
         if self.state.collapse_check_due:
@@ -153,18 +151,16 @@ class Run:
             try:
                 self.export("best")
             except UserError:
-                self.save()  # with the evaluation still due, so that no step is lost
+                self.save()  # with the evaluation still due
                 raise
         state.count_evaluation(value, loss)
         state.collapse_check_due |= self.schedule.has_stopped_improving(state)
 
     def value_of(self, found: dict[str, Evaluation]) -> float:
         """Return what chooses the best evaluation, by --best-by; higher is better."""
-        best_by, metric = self.config.best_by, self.task.best_metric
-        if best_by == "mean":
-            return float(np.mean([each.metrics[metric] for each in found.values()]))
-        value = found[best_by].metrics[metric] if best_by in found else found["dev"].metrics[best_by or metric]
-        return -float(value) if best_by in ERRORS else float(value)
+        wanted, metric = self.best_by
+        value = float(np.mean([each.metrics[metric] for split, each in found.items() if wanted in (split, "mean")]))
+        return -value if metric in ERRORS else value
 
     def task_for(self, split: str, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
         """Return the task of the model whose logits are divided by a temperature, and a file's labels."""
@@ -172,13 +168,10 @@ class Run:
 
     def best_name(self) -> str:
         """Return what --best-by asks for, in words."""
-        best_by, metric = self.config.best_by, self.task.best_metric
-        if best_by in self.eval_splits or best_by == "mean":
-            return f"{best_by} {metric}"
-        return f"dev {best_by or metric}"
+        return " ".join(self.best_by)
 
     def log_evaluations(self, found: dict[str, Evaluation], temperature: float, draws: bool) -> None:
-        """Report evaluations of the model whose logits are divided by a temperature, perhaps with pictures."""
+        """Report evaluations of the model with its logits divided by a temperature."""
         for split, evaluation in found.items():
             task, labels = self.task_for(split, temperature)
             final = evaluation.with_fitted(temperature, task, labels) if temperature != 1 else evaluation
@@ -187,7 +180,7 @@ class Run:
             self.tell(methodcaller("log_evaluation", self.state.step, split, final.metrics, *drawn))
 
     def evaluate_best(self) -> dict[str, dict[str, Any]]:
-        """Evaluate best/ on the files for the end, too, on rank 0, where it lies; returns `best/NAME` -> metrics."""
+        """Evaluate best/ on the files for the end, on rank 0, where it lies; returns `best/NAME` -> metrics."""
         self.finisher.wait()
         world, tokens = World.alone(self.world.device), self.config.eval_batch_tokens
         of_best: dict[str, dict[str, Any]] = {}
@@ -200,14 +193,14 @@ class Run:
         return of_best
 
     def check_collapse(self) -> None:
-        """Raise Collapsed if dev's predictions, beside those of the model before training, say so."""
+        """Raise Collapsed if dev's predictions, compared to those before training, show it."""
         state, dev, tokens = self.state, self.inputs.caches["dev"], self.config.eval_batch_tokens
         found = self.evaluate_split("dev").probabilities
         if self.initial_probabilities is None:
             try:
                 initial_model, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
             except UserError:  # the encoder has gone, perhaps
-                self.save()  # with the check still due, so that no step is lost
+                self.save()  # with the check still due
                 raise
             initial_model.to(self.world.device)
             stop = self.stop.is_agreed

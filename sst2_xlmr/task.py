@@ -1059,6 +1059,11 @@ def main_metric(metrics: Mapping[str, Any]) -> float:
     return float(next(metrics[kind.best_metric] for kind in TASKS.values() if kind.best_metric in metrics))
 
 
+def problem_type_of(stated: str | None, outputs: int) -> str:
+    """Return the type of a folder's head: one output is a score, whatever `config.json` says."""
+    return Regression.problem_type if outputs == 1 else stated or SingleLabel.problem_type
+
+
 def can_answer(problem_type: str, label_names: Sequence[str]) -> bool:
     """Whether a head of this type, with these outputs, is one of a task here."""
     kinds = {each.problem_type: each for each in TASKS.values()}

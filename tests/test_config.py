@@ -59,24 +59,15 @@ WRONG_FLAGS = [
     (["--patience=3"], "unknown argument --patience; did you mean --early-stopping-patience?"),
     (["--epochs"], "expected one argument"),
     (["--epochs", "three"], "--epochs: invalid float value: 'three'"),
-    (["--epochs", "0"], "--epochs must be"),
     (["--max-steps", "-1"], "--max-steps must be 0 or more"),
-    (["--batch-size", "0"], "--batch-size must be 1 or more"),
     (["--lr", "0"], "--lr must be above 0"),
     (["--lr", "nan"], "--lr must be above 0"),
     (["--schedule", "step"], "--schedule is not one of linear, cosine, constant"),
-    (["--weight-decay", "-0.1"], "--weight-decay must be"),
     (["--layerwise-lr-decay", "1.5"], "--layerwise-lr-decay must be"),
-    (["--label-smoothing", "1"], "--label-smoothing must be"),
-    (["--timeout-minutes", "0"], "--timeout-minutes must be above 0"),
     (["--warmup-ratio", "2"], "--warmup-ratio must be from 0 to 1"),
     (["--dropout", "1"], "--dropout must be from 0 to 1 (excluded)"),
-    (["--precision", "fp16"], "--precision is not one of"),
     (["--precision", "tf32"], "--precision tf32 is for CUDA; take fp32 on a CPU"),
     (["--device", "cuda"], "torch finds no CUDA GPU"),
-    (["--seed", "-1"], "--seed must be"),
-    (["--keep-checkpoints", "1"], "--keep-checkpoints must be 2 or more"),
-    (["--max-length", "2"], "--max-length must be"),
     (["--max-length", "513"], "takes at most 64 tokens"),
     (["--layers", "4"], "has 3 layers"),
     (["--label-names", "good"], "--label-names needs two or more"),
@@ -91,7 +82,6 @@ WRONG_FLAGS = [
     (["--best-by", "f1"], "--best-by is one of accuracy, macro_f1, loss, mean, not f1"),
     (["--columns", "dev"], "--columns takes SPLIT:KEY=VALUE"),
     (["--encoding", "latin-x"], "--encoding latin-x is unknown"),
-    (["--quoting", "csv"], "--quoting is not one of none, double, single, backslash"),
     (["--class-weights", "1"], "--class-weights is neither balanced nor a number of 0 or more for every class"),
     (["--class-weights", "1,2,3"], "--class-weights has 3 numbers, but there are 2 classes"),
     (["--class-weights", "balanced", "--label-names", "negative,positive,so-so"], "no row of class 'so-so'"),
@@ -125,22 +115,15 @@ def write(file: str, content: bytes) -> Callable[[Path], Any]:
     return lambda data: (data / file).write_bytes(content)
 
 
-WRONG_FILES: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("two trains", lambda data: shutil.copy(data / "train.tsv", data / "train.csv"), "keep one, or use --train-file"),
-    ("empty", write("train.tsv", b""), "train.tsv has no rows"),
-    ("bad label", write("dev.tsv", b"sentence\tlabel\nx\t5\n"), "dev.tsv, line 2: label '5' is neither"),
-    ("one label", write("train.tsv", b"sentence\tlabel\nx\t5\n"), "train.tsv: all rows have the label '5'"),
-    ("one score", write("train.tsv", b"sentence\tlabel\nx\t1.5\n"), "train.tsv: all rows have the same score"),
-    ("no label", write("dev.tsv", b"sentence\tlabel\nx\t1\ny\t\n"), "line 3: 1 of 2 rows cannot be used: 1 without a"),
-    ("true", write("test.jsonl", b'{"text": "x", "label": true}\n'), "test.jsonl, line 1: label 'true' is neither"),
-    ("no gzip", write("test.tsv.gz", b"sentence\tlabel\nx\t1\n"), "test.tsv.gz is not a whole gzip file"),
-    ("latin-1", write("train.tsv", b"sentence\tlabel\ncaf\xe9\t1\n"), "1 with cut characters (line 2)"),
-    ("truncated row", write("train.tsv", b"sentence\tlabel\nx\t1\nhalf a se"), "columns (line 3: 1, not 2)"),
-    ("zip", write("train.tsv", b"PK\x03\x04\xff\xfe" + bytes(range(256))), "train.tsv is not a whole zip file"),
-]
-
-
-@pytest.mark.parametrize(("damage", "says"), [case[1:] for case in WRONG_FILES], ids=[case[0] for case in WRONG_FILES])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data: shutil.copy(data / "train.tsv", data / "train.csv"), "keep one, or use --train-file"),
+        (write("dev.tsv", b"sentence\tlabel\nx\t5\n"), "dev.tsv, line 2: label '5' is neither"),
+        (write("test.tsv.gz", b"sentence\tlabel\nx\t1\n"), "test.tsv.gz is not a whole gzip file"),
+        (write("train.tsv", b"PK\x03\x04\xff\xfe" + bytes(range(256))), "train.tsv is not a whole zip file"),
+    ],
+)
 def test_wrong_files(
     run_train: RunTrain, small_data: Path, tmp_path: Path, damage: Callable[[Path], Any], says: str, capsys: Capture
 ) -> None:

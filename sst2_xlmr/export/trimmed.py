@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from sst2_xlmr.export.folder import read_card, with_note, write_folder
+from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
 from sst2_xlmr.model.tokenizer_files import SETTINGS_NAME, UNIGRAM, model_class
 from sst2_xlmr.model.vocabulary import EMBEDDING, SPECIAL_IDS
-from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import scratch_folder
 

@@ -1,4 +1,4 @@
-"""Build the classifier from a pretrained encoder's or a trained model's folder."""
+"""Build the classifier from a pretrained encoder's or a trained model's folder, and read its weights."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import torch
 from sst2_xlmr.model.encoders import Encoder, check_tokenizer, find_model
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer, load_tokenizer
-from sst2_xlmr.model.vocabulary import Vocabulary
-from sst2_xlmr.model.weights import check_fit, load_tensors
+from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
+from sst2_xlmr.model.weight_files import Weights, reading_weights
+from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, Tensors, from_hugging_face
 from sst2_xlmr.task import Task, stored_task
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.tensors import LazyTensor
 
 
 def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[SequenceClassifier, Tokenizer, Task]:
-    """Load a trained model's folder for prediction; the classifier is in evaluation mode.
+    """Load a trained model's folder, in evaluation mode.
 
-    UserError if the folder is incomplete, has no head, weights that are not finite, or another model's tokenizer.
+    UserError if it is incomplete, has no head, weights that are not finite, or another model's tokenizer.
     """
     encoder, label_names = find_model(folder)
     task = stored_task(encoder.problem_type, label_names, encoder.dropouts.get("thresholds", ()))
@@ -46,38 +48,70 @@ def build_classifier(
 ) -> tuple[SequenceClassifier, bool]:
     """Return the classifier with the encoder's weights, in fp32 on the CPU, and whether its head is new.
 
-    The head is the encoder folder's own if that has one for the same label names; otherwise it is new. UserError if the
-    weights do not fit the encoder's configuration.
-
-    Args:
-        seed: of a new head.
-        vocabulary: the rows of the embedding table; None for all.
+    The folder's own head is kept if it has the same label names; a new one depends on `seed`. Of the embedding table,
+    only the rows of `vocabulary` are read. UserError if the weights do not fit the encoder's configuration.
     """
     ids = None if vocabulary is None or vocabulary.is_whole else vocabulary.ids
+    rows = None if ids is None else len(ids)
     with torch.device("meta"):
-        rows = None if ids is None else len(ids)
         model = SequenceClassifier(encoder.shape, task.outputs, dropout, head_dropout, rows)
     tensors = load_tensors(encoder, ids)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     head_is_new = (encoder.label_names, encoder.problem_type) != (task.label_names, task.problem_type)
-    if head_is_new:
-        tensors.update(_new_head(shapes, seed))
+    if head_is_new:  # normal weights of deviation 0.02, as in BERT and RoBERTa, and zero biases
+        generator = torch.Generator().manual_seed(seed)
+        for name in filter(lambda name: name.startswith("head."), shapes):
+            tensors[name] = torch.zeros(shapes[name])
+            if tensors[name].dim() == 2:
+                tensors[name].normal_(0, 0.02, generator=generator)
     elif task.folding != (1.0, 0.0):  # it was exported with them
         factor, offset = task.folding
         tensors["head.out.weight"] = tensors["head.out.weight"] / factor
         tensors["head.out.bias"] = (tensors["head.out.bias"] - offset) / factor
-    check_fit(tensors, shapes, encoder.weights_file)
+    _check_fit(tensors, shapes, encoder.weights_file)
     model.load_state_dict({name: tensors[name] for name in shapes}, assign=True)
     if vocabulary is not None:
         model.id_map = vocabulary.id_map()
     return model, head_is_new
 
 
-def _new_head(shapes: dict[str, torch.Size], seed: int) -> dict[str, torch.Tensor]:
-    """Return fp32 tensors for a new head: normal weights of deviation 0.02, as in BERT and RoBERTa, and zero biases."""
-    generator = torch.Generator().manual_seed(seed)
-    head = {name: torch.zeros(shape) for name, shape in shapes.items() if name.startswith("head.")}
-    for tensor in head.values():
-        if tensor.dim() == 2:
-            tensor.normal_(0, 0.02, generator=generator)
-    return head
+def load_tensors(encoder: Encoder, ids: torch.Tensor | None = None) -> Tensors:
+    """Read an encoder's weights; returns fp32 tensors under our names, with `head.*` where it has a head.
+
+    `ids`, int64 [rows], are the rows of the embedding table to read; None for all. UserError if the file cannot be
+    read, or its table does not have the configured number of rows.
+    """
+    with reading_weights(encoder.weights_file):
+        raw = Weights(encoder.weights_file, ids, encoder.shape.layers)
+        if ids is not None:
+            _find_table(encoder, raw)
+        return from_hugging_face(list(raw.raw), raw.tensor, encoder.is_bert)
+
+
+def pretrained_table(encoder: Encoder) -> LazyTensor:
+    """Return the encoder's embedding table, fp32 [vocab_size, hidden], read a few rows at a time; errors as above."""
+    raw = Weights(encoder.weights_file, None, encoder.shape.layers)
+    name, shape = _find_table(encoder, raw), (encoder.shape.vocab_size, encoder.shape.hidden)
+    return LazyTensor(shape, torch.float32, lambda start, stop: raw.read(name, slice(start, stop)))
+
+
+def _find_table(encoder: Encoder, raw: Weights) -> str:
+    """Return the embedding table's name in the file, and check its shape."""
+    name = next((name for name in EMBEDDING_SOURCES if name in raw.raw), "")
+    expected = torch.Size((encoder.shape.vocab_size, encoder.shape.hidden))
+    _check_fit({EMBEDDING: raw.raw[name]} if name else {}, {EMBEDDING: expected}, encoder.weights_file)
+    return name
+
+
+def _check_fit(tensors: Tensors, expected: dict[str, torch.Size], file: Path) -> None:
+    """Raise UserError if a tensor is missing, superfluous or of another shape than configured."""
+    for name in [*expected, *(name for name in tensors if name.startswith("encoder."))]:
+        if name not in tensors:
+            problem = f"{name} {list(expected[name])} is missing"
+        elif name not in expected:
+            problem = f"{name} is not in the configured model"
+        elif tensors[name].shape != expected[name]:
+            problem = f"{name} has shape {list(tensors[name].shape)}, expected {list(expected[name])}"
+        else:
+            continue
+        raise UserError(f"{file} does not fit its configuration: {problem}; check config.json beside it")

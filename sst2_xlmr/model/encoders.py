@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, check_settings
-from sst2_xlmr.model.weight_files import Weights, parts_of, reading_errors
+from sst2_xlmr.model.weight_files import Weights, parts_of
 from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, head_outputs
-from sst2_xlmr.task import can_answer
+from sst2_xlmr.task import SingleLabel, can_answer, problem_type_of
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
@@ -21,31 +21,21 @@ _TOKENIZER_NAMES = [TOKENIZER_NAME, *(f"{name}.model" for name in ("sentencepiec
 _TOKENIZER_NAMES += [f"tokenizer/{TOKENIZER_NAME}", JSON_NAME, f"tokenizer/{JSON_NAME}"]
 WEIGHTS_NAMES = ["model.safetensors", "pytorch_model.bin"]
 _SETTINGS_NAMES = ["config.json", SETTINGS_NAME, "added_tokens.json", "adapter_config.json"]
-SINGLE_LABEL = "single_label_classification"
-_SIZE_KEYS = {
-    "vocab_size": "vocab_size",
-    "hidden": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "ffn": "intermediate_size",
-    "positions": "max_position_embeddings",
-}  # field of EncoderShape -> key of config.json
-_ONLY = {
-    "hidden_act": ("gelu", "gelu_python"),
-    "position_embedding_type": ("absolute",),
-    "pad_token_id": (1,),
-    "is_decoder": (False,),
-}  # of config.json, the default first
+# Keys of config.json, in the order of EncoderShape's fields.
+_SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+_SIZES += ["max_position_embeddings"]
+_ONLY = {"hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",), "pad_token_id": (1,)}
+_ONLY |= {"is_decoder": (False,)}  # of config.json, the default first
 MOST_LAYERS = 1_000
 _LAYOUT = "a model's folder in Hugging Face layout is needed"
 # Of config.json, kept as they are: dropout, and what training did to its input and does with its answers.
-DROPOUT_KEYS = [f"{part}_dropout_prob" for part in ("hidden", "attention_probs")]
-DROPOUT_KEYS += ["classifier_dropout", "text_pairs", "long_texts", "stride", "thresholds"]
+DROPOUT_KEYS = ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"]
+DROPOUT_KEYS += ["text_pairs", "long_texts", "stride", "thresholds"]
 
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """The sizes of an XLM-R encoder; `positions` counts the two rows that are never used (0 and padding)."""
+    """The sizes of an XLM-R encoder; `positions` counts the two unused rows (0 and padding)."""
 
     vocab_size: int = 250_002
     hidden: int = 768
@@ -66,13 +56,13 @@ class Encoder:
 
     Attributes:
         name: as the user gave it.
-        shape: its sizes; of the weights, layers above shape.layers are not read.
+        shape: its sizes; stored layers above shape.layers are not read.
+        label_names: of the head's outputs; None without a head.
         max_length: longest input in tokens that it was made for, at most shape.positions - 2.
-        dropouts: dropout probabilities in the folder's `config.json`, under their names there.
-        is_bert: whether the weights are named as BERT's, whose positions begin at 0 and whose head is its pooler's.
-        label_names: of the outputs of the folder's head; None if it has none.
-        problem_type: of that head, in transformers' words.
+        dropouts: `DROPOUT_KEYS` of the folder's `config.json`.
         cut_from: how many layers it had before `lowest_layers`; 0 if it is whole.
+        is_bert: whether names are BERT's, whose positions begin at 0 and whose head is its pooler's.
+        problem_type: of the head, in transformers' words.
     """
 
     name: str
@@ -84,7 +74,7 @@ class Encoder:
     dropouts: dict[str, Any] = field(default_factory=dict)
     cut_from: int = 0
     is_bert: bool = False
-    problem_type: str = SINGLE_LABEL
+    problem_type: str = SingleLabel.problem_type
 
     @property
     def weights_files(self) -> list[Path]:
@@ -93,7 +83,7 @@ class Encoder:
 
 
 def lowest_layers(encoder: Encoder, layers: int) -> Encoder:
-    """Return the encoder with only its lowest layers; its head, made for the last one's output, is left out too."""
+    """Return the encoder with only its lowest layers, and without its head, which is made for the last one."""
     if layers == encoder.shape.layers:
         return encoder
     shape = replace(encoder.shape, layers=layers)
@@ -101,26 +91,24 @@ def lowest_layers(encoder: Encoder, layers: int) -> Encoder:
 
 
 def find_encoder(name: str, quiet: bool = False) -> Encoder:
-    """Find an encoder by bundle name or Hub id (downloading it once), or folder; a folder wins over a Hub id.
+    """Find an encoder: torchtext's bundle, a model of the Hub (downloaded once), or a folder, which wins over the Hub.
 
-    A UserError if it is none of these, or incomplete, or not an XLM-R model.
+    UserError if it is none of these, incomplete, or not an XLM-R model.
     """
     if name in BUNDLE_SHAPES:
         return Encoder(name, BUNDLE_SHAPES[name], *downloads.fetch_bundle(name, quiet=quiet))
     folder = Path(name)
-    is_on_hub = not folder.is_dir()
-    if is_on_hub and not is_hub_id(name):
-        known = f"neither a folder, nor {', '.join(BUNDLE_SHAPES)}, nor owner/name on the Hub"
-        raise UserError(f"encoder or model {name}: {known}; check the path")
-    if is_on_hub:
-        wanted = [*_SETTINGS_NAMES, *(f"tokenizer/{file}" for file in _SETTINGS_NAMES)]
-        folder = downloads.fetch_folder(name, wanted)
+    if is_on_hub := not folder.is_dir():
+        if not is_hub_id(name):
+            known = f"neither a folder, nor {', '.join(BUNDLE_SHAPES)}, nor owner/name on the Hub"
+            raise UserError(f"encoder or model {name}: {known}; check the path")
+        folder = downloads.fetch_folder(name, [*_SETTINGS_NAMES, *(f"tokenizer/{file}" for file in _SETTINGS_NAMES)])
     elif not (folder / "config.json").exists() and (folder / "0_Transformer" / "config.json").is_file():
         folder = folder / "0_Transformer"  # of sentence-transformers
 
     def find(names: list[str], quiet: bool = True) -> Path | None:
         if is_on_hub:
-            return downloads.fetch_first(name, folder, names, quiet=quiet)
+            return downloads.fetch_first(name, folder, names, quiet)
         return next((folder / file for file in names if (folder / file).is_file()), None)
 
     settings = read_json(_settings_file(folder), _LAYOUT)
@@ -129,10 +117,8 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
     tokenizer_file = find(_TOKENIZER_NAMES)
     if tokenizer_file is None:
         has_words = " (BERT's vocab.txt is another tokenizer)" if find(["vocab.txt"]) else ""
-        raise UserError(
-            f"{folder} has neither {TOKENIZER_NAME} nor {JSON_NAME}{has_words}; copy one from the model that this one"
-            " was trained from, e.g. FacebookAI/xlm-roberta-base on the Hugging Face Hub"
-        )
+        cure = "copy one from the model that it was trained from, e.g. FacebookAI/xlm-roberta-base on the Hub"
+        raise UserError(f"{folder} has neither {TOKENIZER_NAME} nor {JSON_NAME}{has_words}; {cure}")
     check_settings(tokenizer_file)
     weights_file = find([*WEIGHTS_NAMES, *(f"{name}.index.json" for name in WEIGHTS_NAMES)], quiet)
     if weights_file is None:
@@ -146,21 +132,14 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         longest = min(longest, stated) if isinstance(stated, int) and stated > 2 else longest
     is_bert = settings["model_type"] == "bert"
     outputs = _outputs(weights_file, is_bert)
-    return Encoder(
-        name,
-        shape,
-        weights_file,
-        tokenizer_file,
-        _label_names(settings, outputs, file) if outputs else None,
-        longest,
-        {key: settings[key] for key in DROPOUT_KEYS if key in settings},
-        is_bert=is_bert,
-        problem_type="regression" if outputs == 1 else settings.get("problem_type") or SINGLE_LABEL,
-    )
+    labels = _label_names(settings, outputs, file) if outputs else None
+    problem_type = problem_type_of(settings.get("problem_type"), outputs)
+    dropouts = {key: settings[key] for key in DROPOUT_KEYS if key in settings}
+    return Encoder(name, shape, weights_file, tokenizer_file, labels, longest, dropouts, 0, is_bert, problem_type)
 
 
 def _settings_file(folder: Path) -> Path:
-    """Return a model folder's config.json; UserError, saying what the folder is instead, if it has none."""
+    """Return a model folder's config.json; a UserError says what a folder without one is instead."""
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is the folder of a run; give the model in it, {folder / 'model'}")
     if (folder / "manifest.json").is_file():
@@ -175,86 +154,72 @@ def _settings_file(folder: Path) -> Path:
 
 
 def _outputs(weights_file: Path, is_bert: bool) -> int:
-    """Return how many outputs the head in the weights has, 0 if there is none; UserError if no encoder is in them."""
-    with reading_errors(weights_file):
-        shapes = {name: tensor.shape for name, tensor in Weights(weights_file, None, MOST_LAYERS).raw.items()}
+    """Return how many outputs the head in the weights has, 0 without a head; UserError if they are a wrapper's."""
+    shapes = {name: tensor.shape for name, tensor in Weights(weights_file, None, MOST_LAYERS).raw.items()}
     for name in shapes:
         prefix, table, _ = name.partition("embeddings.word_embeddings.weight")
         if table and name not in EMBEDDING_SOURCES:
-            raise UserError(
-                f"{weights_file}: its tensors are named {prefix}..., which is a wrapper's or another model's; save the"
-                " model inside the wrapper with save_pretrained()"
-            )
+            cure = "which is a wrapper's or another model's; save the model inside the wrapper with save_pretrained()"
+            raise UserError(f"{weights_file}: its tensors are named {prefix}..., {cure}")
     return head_outputs(shapes, is_bert)
 
 
 def model_folder(name: str | os.PathLike[str]) -> Path:
-    """Return a model's folder: the one that is named, or where a model of the Hub has been fetched to."""
+    """Return a model's folder: the one named, or the local copy of a model of the Hub."""
     folder = Path(name)
     is_on_hub = is_hub_id(str(name)) and not folder.is_dir()
     return find_encoder(str(name)).weights_file.parent if is_on_hub else folder
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is owner/name or owner/name@revision; whether there is such a model, only the Hub knows."""
+    """Whether a name has the form owner/name or owner/name@revision."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", name) is not None
 
 
 def _label_names(settings: dict[str, Any], outputs: int, file: Path) -> list[str]:
     """Return the names of a head's outputs."""
     names = settings.get("id2label") or {str(number): f"LABEL_{number}" for number in range(outputs)}
-    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
-        raise UserError(f"{file}: id2label must name the labels 0, 1, ... of the head")
-    if len(names) != outputs:
-        raise UserError(f"{file}: id2label names {len(names)} labels, but the head in the weights has {outputs}")
-    return [str(names[str(i)]) for i in range(outputs)]
+    if not isinstance(names, dict) or names.keys() != {str(number) for number in range(outputs)}:
+        raise UserError(f"{file}: id2label must name the {outputs} labels of the head, from 0")
+    return [str(names[str(number)]) for number in range(outputs)]
 
 
 def find_model(folder: Path) -> tuple[Encoder, list[str]]:
-    """Find a trained model's folder, which has a classification head; returns its parts and the names of its labels."""
+    """Find a trained model's folder; returns its parts and its labels. UserError without a classification head."""
     encoder = None if str(folder) in BUNDLE_SHAPES else find_encoder(str(folder))
     if encoder is None or encoder.label_names is None:
         raise UserError(f"{folder} has no classification head; give a model folder that train.py wrote")
     if not can_answer(encoder.problem_type, encoder.label_names):
-        raise UserError(
-            f"{folder}: a head of {len(encoder.label_names)} outputs for {encoder.problem_type} cannot answer here; as"
-            " --encoder its body can be trained on"
-        )
+        what = f"a head of {len(encoder.label_names)} outputs for {encoder.problem_type} cannot answer here"
+        raise UserError(f"{folder}: {what}; as --encoder its body can be trained on")
     return encoder, encoder.label_names
 
 
 def check_tokenizer(encoder: Encoder, vocab_size: int) -> None:
-    """Check that there is an embedding for every id of the encoder's tokenizer, all of which are below `vocab_size`."""
+    """Check that the encoder has an embedding for every id below `vocab_size`, its tokenizer's."""
     if vocab_size > encoder.shape.vocab_size:
-        raise UserError(
-            f"{encoder.tokenizer_file} gives ids up to {vocab_size - 1}, but {encoder.name} has"
-            f" {encoder.shape.vocab_size} embedding rows; they do not belong to the same model"
-        )
+        has = f"{encoder.name} has {encoder.shape.vocab_size} embedding rows; they do not belong to the same model"
+        raise UserError(f"{encoder.tokenizer_file} gives ids up to {vocab_size - 1}, but {has}")
 
 
 def _shape(settings: dict[str, Any], file: Path) -> EncoderShape:
-    """Return the sizes of the encoder that `config.json` describes; a UserError if they are wrong, or not XLM-R's."""
+    """Return the sizes that `config.json` gives; UserError if they are wrong, or not those of an XLM-R model."""
     kind = settings.get("model_type")
     if kind not in ("xlm-roberta", "bert"):
-        raise UserError(
-            f"{file}: model_type is {kind!r}; only XLM-R, xlm-roberta or bert with its tokenizer, can be used here"
-        )
+        raise UserError(f"{file}: model_type is {kind!r}; only XLM-R (xlm-roberta, or bert with its tokenizer) works")
     for key, values in _ONLY.items():
         if (found := settings.get(key, values[0])) not in values and (kind, key) != ("bert", "pad_token_id"):
-            raise UserError(f"{file}: {key} is {found!r}, but only {values[0]!r}, as of XLM-R, can be computed here")
+            raise UserError(f"{file}: {key} is {found!r}, but only {values[0]!r}, as in XLM-R, is supported")
     if settings.get("quantization_config"):
         raise UserError(f"{file}: the weights are quantized (quantization_config); take the model in fp32 or bf16")
-    sizes: dict[str, Any] = {}
-    for size, key in _SIZE_KEYS.items():
-        sizes[size] = settings.get(key)
-        # Beyond this: a typing error, or an attack on memory.
-        largest = MOST_LAYERS if size in ("layers", "heads") else 10_000_000
-        if type(sizes[size]) is not int or not 1 <= sizes[size] <= largest:
-            raise UserError(f"{file}: {key} is {sizes[size]!r}; a number from 1 to {largest:,} is needed")
-    if sizes["hidden"] % sizes["heads"]:
-        raise UserError(f"{file}: hidden_size {sizes['hidden']} is no multiple of num_attention_heads {sizes['heads']}")
+    for key in _SIZES:
+        size, largest = settings.get(key), MOST_LAYERS if key.startswith("num") else 10_000_000
+        if type(size) is not int or not 1 <= size <= largest:  # more is a typo, or an attack on memory
+            raise UserError(f"{file}: {key} is {size!r}; a number from 1 to {largest:,} is needed")
+    vocab_size, hidden, layers, heads, ffn, positions = (settings[key] for key in _SIZES)
+    if hidden % heads:
+        raise UserError(f"{file}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     epsilon = settings.get("layer_norm_eps", 1e-12)  # transformers' default
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise UserError(f"{file}: layer_norm_eps is {epsilon!r}; a number between 0 and 1 is needed")
-    sizes["positions"] += 2 if kind == "bert" else 0
-    return EncoderShape(**sizes, layer_norm_eps=epsilon)
+    return EncoderShape(vocab_size, hidden, layers, heads, ffn, positions + 2 * (kind == "bert"), epsilon)

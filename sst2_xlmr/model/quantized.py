@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import torch
 
-_SMALLEST = 1e-30
-
 
 def quantize_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 [n, k] and fp32 scales [n], symmetric: the largest magnitude of a row becomes 127.
+    """Return fp32 weights [n, k] as int8 [n, k] and fp32 scales [n]; the largest magnitude of a row becomes 127.
 
     Quantizing the dequantized weights again gives the same integers.
-
-    Args:
-        weight: fp32 [n, k].
     """
     largest = weight.abs().amax(1)
-    values = (weight * (127 / largest.clamp(min=_SMALLEST))[:, None]).round_()
+    values = (weight * (127 / largest.clamp(min=1e-30))[:, None]).round_()
     return values.to(torch.int8), largest / 127

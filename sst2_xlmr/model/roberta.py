@@ -1,7 +1,7 @@
 """XLM-R with RoBERTa's classification head, in plain PyTorch.
 
-Equal to transformers' `XLMRobertaForSequenceClassification` and to torchtext's `RobertaModel`, which are the references
-of the tests; but no mask is made where all texts are of one length, and the last layer is computed at `<s>` only.
+Equal to transformers' `XLMRobertaForSequenceClassification` and torchtext's `RobertaModel`, but without a mask where
+all texts have one length, and with the last layer computed at `<s>` only.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ FIRST_POSITION = PAD_ID + 1  # position 0 of a text is row 2 of the position tab
 
 
 class Layer(nn.Module):
-    """One post-norm transformer layer (https://arxiv.org/abs/1706.03762).
-
-    Dropout stands where transformers has it, after both halves; torchtext has one more inside the feed-forward part.
-    """
+    """One post-norm transformer layer (https://arxiv.org/abs/1706.03762), with dropout where transformers has it."""
 
     def __init__(self, shape: EncoderShape, dropout: float) -> None:
         super().__init__()
@@ -35,9 +32,8 @@ class Layer(nn.Module):
         """Return the layer's output at the positions of `queries` only, [texts, queries, hidden].
 
         Args:
-            queries: [texts, queries, hidden].
             hidden: [texts, length, hidden], all positions, for keys and values.
-            mask: [texts, 1, 1, length], added to attention scores: 0, or -inf where there is padding; None for zeros.
+            mask: [texts, 1, 1, length], added to attention scores: 0, or -inf for padding; None for zeros.
         """
         attended = self.norm1(queries + self.dropout(self.out(self._attention(queries, hidden, mask))))
         return self.norm2(attended + self.dropout(self.down(F.gelu(self.up(attended)))))
@@ -61,8 +57,7 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """Embeddings, of `rows` rows (see model/vocabulary), and layers.
 
-    Nothing but the last layer's output at `<s>` reaches the head, so that layer is computed there only, with keys and
-    values from all positions.
+    Only the last layer's output at `<s>` reaches the head, so that layer is computed there only.
     """
 
     def __init__(self, shape: EncoderShape, rows: int, dropout: float) -> None:
@@ -74,13 +69,8 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Return the last layer's output at `<s>`, [texts, hidden].
-
-        Args:
-            tokens: int64 [texts, length], padded at the right.
-            mask: as in `Layer`.
-        """
-        # Padding gets positions too: no other position attends to it, so it changes nothing, and its gradient is zero.
+        """Return the last layer's output at `<s>`, [texts, hidden]; tokens: int64 [texts, length], mask: see Layer."""
+        # Padding at the right gets positions too: nothing attends to it, so it changes nothing and has no gradient.
         positions = self.positions.weight[FIRST_POSITION : FIRST_POSITION + tokens.shape[1]]
         hidden = self.dropout(self.norm(self.tokens(tokens) + positions))
         *layers, last = self.layers
@@ -97,7 +87,7 @@ class Head(nn.Module):
         self.dense, self.out, self.dropout = nn.Linear(hidden, hidden), nn.Linear(hidden, outputs), nn.Dropout(dropout)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return logits, [texts, outputs]; features: [texts, hidden], the encoder's output at `<s>`."""
+        """Return logits, [texts, outputs], from the encoder's output at `<s>`, [texts, hidden]."""
         return self.out(self.dropout(torch.tanh(self.dense(self.dropout(features)))))
 
 
@@ -112,12 +102,7 @@ def mean_of_windows(features: torch.Tensor, windows: torch.Tensor | None) -> tor
 
 
 class SequenceClassifier(nn.Module):
-    """Encoder and head.
-
-    Args:
-        outputs: logits of a text.
-        dropout, head_dropout: probabilities; the encoder's is of hidden states and attention weights.
-        rows: of the embedding table; None for the whole vocabulary.
+    """Encoder and head; `outputs` logits a text, `rows` of the embedding table (None for the whole vocabulary).
 
     Attributes:
         id_map: int32 [vocabulary], on the ids' device, each id's row in the embedding table; None if that is whole.
@@ -151,9 +136,9 @@ class SequenceClassifier(nn.Module):
         """Return logits, [texts, outputs].
 
         Args:
-            ids: int64 [tokens], of all texts one after another.
-            lengths: int64 [windows], tokens per window; on the CPU, so that nothing waits for a GPU to know them.
-            keys: not used here; see `Batch`.
+            ids: int64 [tokens], one text after another.
+            lengths: int64 [windows], tokens per window, on the CPU, so that nothing waits for a GPU.
+            keys: unused; see `Batch`.
             windows: int64 [texts], how many windows each text has, on the CPU; None for one each.
         """
         tokens = torch.full((len(lengths), int(lengths.max())), PAD_ID, device=ids.device)
@@ -169,11 +154,11 @@ class SequenceClassifier(nn.Module):
 
         Args:
             tokens: int64 [windows, length], ids, padded with 1 at the right.
-            is_token: bool [windows, length], False where there is padding; None if there is none.
+            is_token: bool [windows, length], False for padding; None if there is none.
             windows: as of `forward`.
         """
         mask = None
-        if is_token is not None:  # as what is added to the scores: a mask of bools would be made that in every layer
+        if is_token is not None:  # a mask of bools would be converted to this in every layer
             dtype = torch.bfloat16 if self.autocast else self.encoder.norm.weight.dtype
             no_token = ~is_token[:, None, None, :]
             mask = torch.zeros_like(no_token, dtype=dtype).masked_fill_(no_token, -torch.inf)

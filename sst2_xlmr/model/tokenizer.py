@@ -13,6 +13,7 @@ from sentencepiece import SentencePieceProcessor
 
 from sst2_xlmr.model.tokenizer_files import AddedToken, added_tokens, sentencepiece_model
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import reading
 
 BEGIN, END = 0, 2  # ids of <s> and </s>
 
@@ -35,11 +36,11 @@ def add_special_tokens(
 ) -> List[int]:  # noqa: UP006
     """Return a row's SentencePiece ids, at most `max_length`: `<s> a </s>`, or of a pair `<s> a </s></s> b </s>`.
 
-    A text that is cut keeps its `</s>`. With `head_tail` it keeps its end, too, as three quarters of what is left (Sun
-    et al. 2019, https://arxiv.org/abs/1905.05583, with 128 and 382 of 510 tokens). A pair that is too long loses tokens
-    at the end of the longer text, one at a time, and of the second where both are equally long: `longest_first` of
-    transformers 4's `XLMRobertaTokenizer`. `<s>` is -1 and `</s>` 1, which become XLM-R's numbers as every other piece
-    does (see `Tokenizer`). TorchScript can compile this, for the export.
+    With `head_tail` a text that is too long also keeps its end, as three quarters of what is left (Sun et al. 2019,
+    https://arxiv.org/abs/1905.05583, with 128 and 382 of 510 tokens). A pair that is too long loses tokens at the end
+    of the longer text, or of the second where both are equally long: `longest_first` of transformers 4's
+    `XLMRobertaTokenizer`. `<s>` is -1 and `</s>` 1, which become XLM-R's numbers as every other piece does (see
+    `Tokenizer`). TorchScript compiles this, for the export.
     """
     begin, end, room = [-1], [1], max_length - 2
     if second is None:
@@ -55,9 +56,8 @@ class Tokenizer:
     """Turns texts into XLM-R's ids; several threads may use it at once.
 
     XLM-R's numbering is fairseq's: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, and every other piece its SentencePiece
-    id + 1 (SentencePiece's own 0 is `<unk>`). So neither the string pieces nor torchtext's separate vocabulary file are
-    needed. A text that spells out one of these is text. Added tokens are found first, in the text as it is written, and
-    SentencePiece cuts what is between them, as transformers does.
+    id + 1 (SentencePiece's own 0 is `<unk>`). A text that spells out one of these is text. Added tokens are found
+    first, and SentencePiece cuts what is between them, as transformers does.
 
     Attributes:
         file: it was loaded from.
@@ -83,15 +83,18 @@ class Tokenizer:
         self.vocab_size: int = max([pieces.GetPieceSize(), *(token.id for token in added)]) + 1
         longest_first = sorted(added, key=lambda token: -len(token.content))
         self._added_ids = [token.id - 1 for token in longest_first]
-        self._any_added = re.compile("|".join(map(_pattern_of, longest_first)))
+        patterns = []  # of one group each, the token
+        for token in longest_first:
+            pattern = f"({re.escape(token.content)})"
+            pattern = rf"(?<!\w){pattern}(?!\w)" if token.single_word else pattern
+            patterns.append(r"\s*" * token.lstrip + pattern + r"\s*" * token.rstrip)
+        self._any_added = re.compile("|".join(patterns))
 
     def flat_ids(self, texts: list[str], pairs: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all rows one after another, int32 [tokens], and tokens per row, int64 [rows].
 
-        A row's windows, each with its `<s>` and `</s>`, stand one after another.
-
-        Args:
-            pairs: the second text of every row; None if rows have one.
+        A row's windows, each with its `<s>` and `</s>`, stand one after another. `pairs` has the second text of every
+        row; None if rows have one text.
         """
         seconds = [None] * len(texts) if pairs is None else self._encode(pairs)
         rows = [self._row(*both) for both in zip(self._encode(texts), seconds)]
@@ -110,20 +113,17 @@ class Tokenizer:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Return every text's SentencePiece ids; an added token's is its id - 1."""
-        if not self.added:
-            found: list[list[int]] = self.pieces.Encode(texts)
-            return found
-        return [self._encode_with_added(text) for text in texts]
-
-    def _encode_with_added(self, text: str) -> list[int]:
-        ids, end = [], 0
-        for match in self._any_added.finditer(text):
-            ids += [*self.pieces.Encode(text[end : match.start()]), self._added_ids[(match.lastindex or 1) - 1]]
-            end = match.end()
-        return [*ids, *self.pieces.Encode(text[end:])]
+        found: list[list[int]] = [] if self.added else self.pieces.Encode(texts)
+        for text in texts if self.added else ():
+            ids, end = [], 0
+            for match in self._any_added.finditer(text):
+                ids += [*self.pieces.Encode(text[end : match.start()]), self._added_ids[(match.lastindex or 1) - 1]]
+                end = match.end()
+            found.append([*ids, *self.pieces.Encode(text[end:])])
+        return found
 
     def pieces_of(self, ids: list[int]) -> list[str]:
-        """Return the pieces that ids stand for; `<s>`, `</s>` and `<unk>` are the same for all tokenizers."""
+        """Return the pieces that ids stand for; 0 to 3 are the same for all tokenizers."""
         names = {token.id: token.content for token in self.added}
         return [names.get(n) or (str(n) if n < 4 else self.pieces.IdToPiece(n - 1)) for n in ids]
 
@@ -133,26 +133,10 @@ class Tokenizer:
         return sum(len(part) + 2 for part in parts) > self.max_length
 
 
-def _pattern_of(token: AddedToken) -> str:
-    """Return a regular expression with one group, the token."""
-    group = f"({re.escape(token.content)})"
-    group = rf"(?<!\w){group}(?!\w)" if token.single_word else group
-    return r"\s*" * token.lstrip + group + r"\s*" * token.rstrip
-
-
 def load_tokenizer(file: Path, max_length: int, long_texts: LongTexts = CUT) -> Tokenizer:
-    """Load a SentencePiece model or a tokenizer.json, and what was added to it.
-
-    UserError if the file is missing, or not a tokenizer of XLM-R's kind.
-    """
-    if not file.is_file():
-        raise UserError(f"{file} does not exist; an encoder's folder needs its tokenizer")
-    content = sentencepiece_model(file)
-    try:
-        pieces = SentencePieceProcessor(model_proto=content or b"empty", num_threads=1)
-    except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file} is not a SentencePiece model ({reason}); fetch it again") from None
+    """Load a SentencePiece model or a tokenizer.json, and what was added to it; UserError if it is not XLM-R's kind."""
+    with reading(f"{file} as a SentencePiece model", "fetch it again"):
+        pieces = SentencePieceProcessor(model_proto=sentencepiece_model(file) or b"empty", num_threads=1)
     if [pieces.unk_id(), pieces.bos_id(), pieces.eos_id()] != [0, 1, 2]:
         raise UserError(f"{file} is another family's tokenizer: XLM-R's begins with <unk>, <s> and </s>")
     return Tokenizer(pieces, file, max_length, added_tokens(file), long_texts)

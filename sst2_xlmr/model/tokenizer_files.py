@@ -1,7 +1,5 @@
-"""A folder's tokenizer, as people have it: a SentencePiece model or tokenizer.json, and the tokens added to it.
-
-Both become a SentencePiece model, so that whatever a folder has, all forms of a model give the same ids. The format of
-tokenizer.json is that of https://github.com/huggingface/tokenizers.
+"""A folder's tokenizer: a SentencePiece model, or a tokenizer.json (https://github.com/huggingface/tokenizers), which
+is turned into one, so that all forms of a model give the same ids; and the tokens added to it.
 """
 
 from __future__ import annotations
@@ -11,14 +9,14 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import digest_of_input, read_json
+from sst2_xlmr.util.files import digest_of_input, read_json, reading
 
 JSON_NAME = "tokenizer.json"
 SETTINGS_NAME = "tokenizer_config.json"
@@ -30,12 +28,26 @@ NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # of SentencePiece.Type
 WIDE_TILDE, ASIDE = "\uff5e", "\ufdd0"
 _KNOWN_STEPS = {"Precompiled", "NFC", "NFKC", "Strip", *(f"Replace {c!r}" for c in (" {2,}", WIDE_TILDE, ASIDE))}
 _TEMPLATES = {"single": "<s>A</s>", "pair": "<s>A</s></s>B</s>"}
+# The part of https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto that is used here.
+_SCHEMA = """
+name: "model.proto"
+message_type { name: "Piece"
+  field { name: "piece" number: 1 type: TYPE_STRING }
+  field { name: "score" number: 2 type: TYPE_FLOAT }
+  field { name: "type" number: 3 type: TYPE_INT32 default_value: "1" } }
+message_type { name: "Trainer" field { name: "model_type" number: 3 type: TYPE_INT32 default_value: "1" } }
+message_type { name: "Normalizer" field { name: "precompiled_charsmap" number: 2 type: TYPE_BYTES } }
+message_type { name: "Model"
+  field { name: "pieces" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: "Piece" }
+  field { name: "trainer_spec" number: 2 type: TYPE_MESSAGE type_name: "Trainer" }
+  field { name: "normalizer_spec" number: 3 type: TYPE_MESSAGE type_name: "Normalizer" } }
+"""
 
 
 class AddedToken(NamedTuple):
-    """A token that is looked for in a text before SentencePiece cuts what is left.
+    """A token that is found before SentencePiece cuts what is left.
 
-    lstrip, rstrip: it takes the white space before or after it along; single_word: not inside a word.
+    lstrip, rstrip: it includes the white space before or after it; single_word: not inside a word.
     """
 
     content: str
@@ -46,58 +58,42 @@ class AddedToken(NamedTuple):
 
 
 def added_tokens(file: Path) -> list[AddedToken]:
-    """Return the tokens that were added to the tokenizer in this file, by what lies beside it; not XLM-R's own five."""
+    """Return the tokens that the files beside a tokenizer's add to it; not XLM-R's own five."""
     folder = file.parent
     settings = _read(folder / SETTINGS_NAME)
-    if (folder / JSON_NAME).is_file():
-        entries = _without_vocabulary(folder / JSON_NAME).get("added_tokens") or []
-    elif "added_tokens_decoder" in settings:
-        entries = [{**entry, "id": int(number)} for number, entry in settings["added_tokens_decoder"].items()]
-    else:
-        entries = [{"id": number, "content": token} for token, number in _read(folder / "added_tokens.json").items()]
-    own = {*SPECIAL_TOKENS, MASK}
-    with _expecting_a_tokenizer(folder):
-        return [
-            AddedToken(**{name: entry[name] for name in AddedToken._fields if name in entry})
-            for entry in entries
-            if entry["content"] not in own
-        ]
+    with reading(f"the tokenizer in {folder}", "copy it again"):
+        if (folder / JSON_NAME).is_file():
+            entries = _read(folder / JSON_NAME).get("added_tokens") or []
+        elif "added_tokens_decoder" in settings:
+            entries = [{**entry, "id": int(number)} for number, entry in settings["added_tokens_decoder"].items()]
+        else:
+            entries = [{"id": number, "content": name} for name, number in _read(folder / "added_tokens.json").items()]
+        tokens = [AddedToken(**{name: e[name] for name in AddedToken._fields if name in e}) for e in entries]
+    return [token for token in tokens if token.content not in (*SPECIAL_TOKENS, MASK)]
 
 
 def check_settings(file: Path) -> None:
-    """Raise UserError if what lies beside a tokenizer's file asks for what is not done here."""
+    """Raise UserError if the files beside a tokenizer's ask for something unsupported."""
     settings = _read(file.parent / SETTINGS_NAME)
     for key, value in (("do_lower_case", False), ("truncation_side", "right")):
         if settings.get(key, value) != value:
             cure = f"change the texts in your files instead, and set it to {json.dumps(value)}"
-            raise UserError(f"{file.parent / SETTINGS_NAME}: {key} is {settings[key]!r}, and not followed here; {cure}")
-    if (file := file.with_name(JSON_NAME)).is_file():
-        _steps(_without_vocabulary(file), file)
+            raise UserError(f"{file.parent / SETTINGS_NAME}: {key} is {settings[key]!r}, which is unsupported; {cure}")
+    _steps(_read(file.with_name(JSON_NAME)), file.with_name(JSON_NAME))
 
 
 def tokenizer_digest(file: Path) -> str:
-    """Return SHA-256, hexadecimal, of what decides a tokenizer's ids; of a file without added tokens, the file's."""
+    """Return the SHA-256 of what decides a tokenizer's ids: its file's, or without added tokens simply that."""
     digest, added = digest_of_input(file), added_tokens(file)
     return hashlib.sha256(repr((digest, added)).encode()).hexdigest() if added else digest
 
 
 def sentencepiece_model(file: Path) -> bytes:
-    """Return a tokenizer's SentencePiece model: the file's content, or made from a tokenizer.json.
-
-    UserError if that is no tokenizer of XLM-R's kind.
-    """
+    """Return a tokenizer's SentencePiece model: the file's content, or made from XLM-R's tokenizer.json."""
     if file.name != JSON_NAME:
         return file.read_bytes()
-    with _expecting_a_tokenizer(file):
+    with reading(f"the tokenizer {file}", "copy it again"):
         return _from_json(file)
-
-
-@contextlib.contextmanager
-def _expecting_a_tokenizer(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is not what a tokenizer saves ({error!r}); copy it again") from None
 
 
 def _from_json(file: Path) -> bytes:
@@ -125,11 +121,9 @@ def _from_json(file: Path) -> bytes:
 
 
 def sentencepiece_proto(pieces: Iterable[tuple[str, float]], charsmap: bytes) -> bytes:
-    """Return a serialized SentencePiece unigram model.
+    """Return a serialized SentencePiece unigram model, with the compiled rules of its normalizer.
 
-    Args:
-        pieces: with their scores, from XLM-R's id 4 on; no text is cut into <mask>.
-        charsmap: the compiled rules of its normalizer.
+    `pieces` begin at XLM-R's id 4 and have their scores; no text is cut into <mask>.
     """
     model = model_class()()
     model.trainer_spec.model_type = UNIGRAM
@@ -144,67 +138,44 @@ def sentencepiece_proto(pieces: Iterable[tuple[str, float]], charsmap: bytes) ->
 
 @functools.cache
 def model_class() -> Any:
-    """Return the protobuf class of a SentencePiece model, with only the fields that are used here.
+    """Return the protobuf class of a SentencePiece model, in a pool of its own.
 
     sentencepiece and transformers each bring a class for the same message, and the second of them to be imported fails
-    with "duplicate file name"; this class is in a pool of its own. Numbers and defaults are those of
-    https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
+    with "duplicate file name".
     """
-
-    def field(name: str, number: int, kind: str, label: str = "OPTIONAL", **more: str) -> dict[str, Any]:
-        return {"name": name, "number": number, "type": f"TYPE_{kind}", "label": f"LABEL_{label}", **more}
-
-    messages = {
-        "Piece": [
-            field("piece", 1, "STRING"),
-            field("score", 2, "FLOAT"),
-            field("type", 3, "INT32", defaultValue="1"),
-        ],
-        "Trainer": [field("model_type", 3, "INT32", defaultValue=str(UNIGRAM))],
-        "Normalizer": [field("precompiled_charsmap", 2, "BYTES")],
-        "Model": [
-            field("pieces", 1, "MESSAGE", "REPEATED", typeName="Piece"),
-            field("trainer_spec", 2, "MESSAGE", typeName="Trainer"),
-            field("normalizer_spec", 3, "MESSAGE", typeName="Normalizer"),
-        ],
-    }
-    schema = {"name": "model.proto", "messageType": [{"name": n, "field": fields} for n, fields in messages.items()]}
+    schema = text_format.Parse(_SCHEMA, descriptor_pb2.FileDescriptorProto())
     pool = descriptor_pool.DescriptorPool()
-    pool.AddSerializedFile(json_format.ParseDict(schema, descriptor_pb2.FileDescriptorProto()).SerializeToString())
+    pool.AddSerializedFile(schema.SerializeToString())
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("Model"))
 
 
 def _steps(content: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     """Return the steps of a tokenizer.json's normalizer; UserError for one that SentencePiece's rules do not have."""
-    with _expecting_a_tokenizer(file):
+    with reading(f"the tokenizer {file}", "copy it again"):
         steps = _flat(content.get("normalizer"), "normalizers")
         for step in steps:
-            step_in_words = " ".join([step["type"], *map(repr, step.get("pattern", {}).values())])
-            if step_in_words not in _KNOWN_STEPS:
-                _refuse(file, f"its normalizer has {step_in_words}")
+            words = " ".join([step["type"], *map(repr, step.get("pattern", {}).values())])
+            if words not in _KNOWN_STEPS:
+                _refuse(file, f"its normalizer has {words}")
     return steps
 
 
 def _flat(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """Return the parts of a sequence, or the one that there is."""
+    """Return the parts of a sequence, or the only one."""
     return (part[key] if part["type"] == "Sequence" else [part]) if part else []
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return read_json(file, "copy it again") if file.is_file() else {}
-
-
-def _without_vocabulary(file: Path) -> dict[str, Any]:
-    """Return the content of a tokenizer.json without its largest part, which takes half a second to read."""
+    """Return a JSON file's content, {} without one; of a tokenizer.json without the vocabulary, which takes 0.5 s."""
+    if not file.is_file():
+        return {}
     head, _, _ = file.read_bytes().partition(b'"model":')
     with contextlib.suppress(ValueError):
         found: dict[str, Any] = json.loads(head.rstrip().rstrip(b",") + b"}")
         if {"added_tokens", "normalizer"} <= found.keys():
             return found
-    return read_json(file, "copy it again")  # the parts are in another order
+    return read_json(file, "copy it again")  # another file, or its parts are in another order
 
 
 def _refuse(file: Path, problem: str) -> NoReturn:
-    raise UserError(
-        f"{file}: {problem}, so it is not read as XLM-R's; put the model's own sentencepiece.bpe.model in its place"
-    )
+    raise UserError(f"{file}: {problem}, unlike XLM-R's; put the model's own sentencepiece.bpe.model in its place")

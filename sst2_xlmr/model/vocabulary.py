@@ -1,10 +1,9 @@
 """The vocabulary: which rows of the embedding table a run trains, and how the whole table is made of them again.
 
-XLM-R has 250,002 rows, of which the files of a run use few (SST-2: 8,890). A row that no batch contains has no
-gradient, so its Adam moments stay zero and it only decays, by the product of all `1 - lr * weight_decay`; that one
-number is kept and applied when the table is expanded. Used rows get the same bits as in a whole table (given the same
-clipping factor); untouched ones are rounded once instead of at every step. flair's
-`transformer-smaller-training-vocab` shrinks and restores the table too, but leaves out the decay.
+XLM-R has 250,002 rows, of which a run's files use few (SST-2: 8,890). A row that no batch contains has no gradient, so
+its Adam moments stay zero and it only decays, by the product of all `1 - lr * weight_decay`; that one number is kept
+and applied when the table is expanded. Used rows get the same bits as in a whole table (given the same clipping
+factor); untouched ones are rounded once instead of at every step.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Vocabulary:
 
     Attributes:
         ids: int64 [rows], ascending, the id of every row.
-        decay_rate: weight decay of the table, times its factor on the learning rate; 0 if it is not trained.
+        decay_rate: weight decay of the table, times its factor on the learning rate; 0 if it is frozen.
         decay: what all steps so far have left of a row without gradient.
     """
 
@@ -42,7 +41,7 @@ class Vocabulary:
         return len(self.ids) == self.size
 
     def count_step(self, lr: float) -> None:
-        """Take note of an optimizer step at this learning rate, before layer-wise decay."""
+        """Count an optimizer step at this learning rate, before layer-wise decay."""
         self.decay *= 1 - lr * self.decay_rate
 
     def id_map(self) -> torch.Tensor | None:
@@ -57,10 +56,9 @@ class Vocabulary:
         """Return the whole table, fp32 [size, hidden], as if it had been trained whole; `trained` is [rows, hidden]."""
 
         def make(start: int, stop: int) -> torch.Tensor:
-            table = pretrained.rows(start, stop) * self.decay
+            table = pretrained[start:stop] * self.decay
             first, last = torch.searchsorted(self.ids, torch.tensor([start, stop])).tolist()
-            rows = trained[first:last] if isinstance(trained, torch.Tensor) else trained.rows(first, last)
-            table[self.ids[first:last] - start] = rows.cpu()
+            table[self.ids[first:last] - start] = trained[first:last].cpu()
             return table
 
         return LazyTensor(pretrained.shape, pretrained.dtype, make)
@@ -77,15 +75,12 @@ class Vocabulary:
         """
         if torch.equal(ids, self.ids):
             return
-        weights[EMBEDDING] = self._moved(weights[EMBEDDING], ids, start.cpu() * self.decay)
-        for name in (f"exp_avg.{EMBEDDING}", f"exp_avg_sq.{EMBEDDING}"):
-            if name in moments:
-                moments[name] = self._moved(moments[name], ids, torch.zeros_like(start, device="cpu"))
-
-    def _moved(self, rows: torch.Tensor, ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """Return `start`, in which the ids that both have got their rows from `rows`."""
-        start[torch.isin(self.ids, ids)] = rows[torch.isin(ids, self.ids)]
-        return start
+        names = (EMBEDDING, f"exp_avg.{EMBEDDING}", f"exp_avg_sq.{EMBEDDING}")
+        for tensors, name in zip((weights, moments, moments), names):
+            if name in tensors:
+                rows = start.cpu() * self.decay if tensors is weights else torch.zeros_like(start, device="cpu")
+                rows[torch.isin(self.ids, ids)] = tensors[name][torch.isin(ids, self.ids)]
+                tensors[name] = rows
 
 
 def whole_vocabulary(size: int) -> Vocabulary:
@@ -93,7 +88,7 @@ def whole_vocabulary(size: int) -> Vocabulary:
 
 
 def used_vocabulary(id_arrays: Iterable[np.ndarray], size: int) -> Vocabulary:
-    """Return the vocabulary of the special ids and of every id that occurs; the arrays are of integers."""
+    """Return the vocabulary of the special ids and of all that occur in the arrays of integers."""
     used = np.zeros(size, bool)
     used[:SPECIAL_IDS] = True
     for ids in id_arrays:

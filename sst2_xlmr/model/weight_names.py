@@ -1,4 +1,4 @@
-"""The names of the same weights: ours, torchtext's, and transformers'; one table for each source.
+"""The names of the same weights: ours, torchtext's and transformers'; one table for each source.
 
 Ours are `encoder.tokens`, `encoder.positions`, `encoder.norm`, `encoder.layers.N.{qkv,out,norm1,up,down,norm2}` and
 `head.{dense,out}`, each with `.weight` and most with `.bias`. In the tables, `#` is a layer's number.
@@ -17,17 +17,16 @@ from sst2_xlmr.util.tensors import TensorLike
 Tensors = dict[str, torch.Tensor]
 
 _LAYER = "encoder.layers.#"
-_DOWNLOADED_LAYER = "encoder.transformer.layers.#"
-_TORCHTEXT = {  # of its downloads, which an older torchtext has written
-    "encoder.transformer.token_embedding": "encoder.tokens",
-    "encoder.transformer.positional_embedding.embedding": "encoder.positions",
-    "encoder.transformer.embedding_layer_norm": "encoder.norm",
-    f"{_DOWNLOADED_LAYER}.attention.input_projection": f"{_LAYER}.qkv",
-    f"{_DOWNLOADED_LAYER}.attention.output_projection": f"{_LAYER}.out",
-    f"{_DOWNLOADED_LAYER}.residual_mlp.mlp.0": f"{_LAYER}.up",
-    f"{_DOWNLOADED_LAYER}.residual_mlp.mlp.3": f"{_LAYER}.down",
-    f"{_DOWNLOADED_LAYER}.attention_layer_norm": f"{_LAYER}.norm1",
-    f"{_DOWNLOADED_LAYER}.final_layer_norm": f"{_LAYER}.norm2",
+_TORCHTEXT = {  # of its downloads, which an older torchtext has written; after a prefix that transformers' have
+    "roberta.encoder.transformer.token_embedding": "encoder.tokens",
+    "roberta.encoder.transformer.positional_embedding.embedding": "encoder.positions",
+    "roberta.encoder.transformer.embedding_layer_norm": "encoder.norm",
+    "roberta.encoder.transformer.layers.#.attention.input_projection": f"{_LAYER}.qkv",
+    "roberta.encoder.transformer.layers.#.attention.output_projection": f"{_LAYER}.out",
+    "roberta.encoder.transformer.layers.#.residual_mlp.mlp.0": f"{_LAYER}.up",
+    "roberta.encoder.transformer.layers.#.residual_mlp.mlp.3": f"{_LAYER}.down",
+    "roberta.encoder.transformer.layers.#.attention_layer_norm": f"{_LAYER}.norm1",
+    "roberta.encoder.transformer.layers.#.final_layer_norm": f"{_LAYER}.norm2",
 }
 _HUGGING_FACE = {
     "roberta.embeddings.word_embeddings": "encoder.tokens",
@@ -66,21 +65,12 @@ def _split(name: str) -> tuple[str, str, str]:
     return re.sub(r"(\.layers?\.)\d+\.", r"\1#.", stem), layer, kind
 
 
-def from_torchtext(names: Sequence[str], read: Callable[[str], torch.Tensor]) -> Tensors:
-    """Read and rename the tensors of torchtext's downloads; unknown ones keep their names."""
-    result = {}
-    for name in names:
-        stem, layer, kind = _split(name)
-        result[f"{_TORCHTEXT[stem].replace('#', layer)}.{kind}" if stem in _TORCHTEXT else name] = read(name)
-    return result
-
-
 def _xlmr_name(name: str, is_bert: bool) -> str:
     """Return a tensor's name in transformers' `XLMRobertaForSequenceClassification`.
 
-    The head of `BertForSequenceClassification` is the same one under other names: pooler, tanh, classifier.
+    BERT's head is the same one under other names: pooler, tanh, classifier.
     """
-    name = re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: "LayerNorm." + {"gamma": "weight", "beta": "bias"}[m[1]], name)
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     if is_bert:
         name = name.removeprefix("bert.")
         name = re.sub(r"^classifier\.(weight|bias)$", r"classifier.out_proj.\1", name)
@@ -89,27 +79,25 @@ def _xlmr_name(name: str, is_bert: bool) -> str:
 
 
 def head_outputs(shapes: Mapping[str, Sequence[int]], is_bert: bool) -> int:
-    """Return how many logits the head has for which there are weights of these names and shapes; 0 without a head."""
+    """Return how many logits the head has among weights of these names and shapes; 0 without a head."""
     found = {_xlmr_name(name, is_bert): shape for name, shape in shapes.items()}
-    if "classifier.dense.weight" not in found:
-        return 0
-    return next(iter(found.get("classifier.out_proj.weight", ())), 0)
+    has_head = "classifier.dense.weight" in found
+    return next(iter(found.get("classifier.out_proj.weight", ())), 0) if has_head else 0
 
 
 def from_hugging_face(names: Sequence[str], read: Callable[[str], torch.Tensor], is_bert: bool = False) -> Tensors:
-    """Read, rename and join the tensors of transformers' XLM-R models (with or without the prefix `roberta.`).
+    """Read, rename and join the tensors of transformers' XLM-R models (with or without `roberta.`), or torchtext's.
 
-    The one token type that is used is added to every position, so it is folded into the position table, which begins
-    with the two rows that XLM-R never uses and BERT does not have. Tensors that belong to other heads (language model,
-    pooler) are left out, unread; unknown ones of the encoder keep their names.
+    The one token type in use is folded into the position table, which begins with the two rows that XLM-R never uses
+    and BERT does not have. Other heads' tensors are left out, unread; unknown ones of the encoder keep their names.
     """
     result: Tensors = {}
-    token_type = torch.zeros(1, 1)
+    ours, token_type = {**_TORCHTEXT, **_HUGGING_FACE}, torch.zeros(1, 1)
     for raw_name in names:
         name = _xlmr_name(raw_name, is_bert)
         stem, layer, kind = _split(name)
-        if stem in _HUGGING_FACE:
-            result[f"{_HUGGING_FACE[stem].replace('#', layer)}.{kind}"] = read(raw_name)
+        if stem in ours:
+            result[f"{ours[stem].replace('#', layer)}.{kind}"] = read(raw_name)
         elif stem == _QKV[0]:
             parts = [raw_name.replace(".query.", f".{part.rsplit('.', 1)[1]}.") for part in _QKV]
             result[f"encoder.layers.{layer}.qkv.{kind}"] = torch.cat([read(part) for part in parts if part in names])

@@ -35,8 +35,8 @@ from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.export.folder import CARD_NAME, read_card, with_note, write_folder
 from sst2_xlmr.labels import listed, numbers_for
+from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder, model_folder
-from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.table import comparison_table, evaluation_table, lines_of
 from sst2_xlmr.report.tensorboard import (

@@ -36,12 +36,11 @@ from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.check_rows import is_rows_file, read_checks, read_texts
 from sst2_xlmr.export.folder import read_card, write_all_but_weights, write_folder
 from sst2_xlmr.export.trimmed import write_trimmed
-from sst2_xlmr.model.classifier import load_classifier, long_texts_of
+from sst2_xlmr.model.classifier import load_classifier, load_tensors, long_texts_of
 from sst2_xlmr.model.encoders import Encoder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
-from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.report.table import comparison_table
 from sst2_xlmr.task import Task, stored_task
 from sst2_xlmr.util import versions

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-00001234/` whose `manifest.json` has the size and SHA-256 of every other file. It is
 written under another name, synced to disk and renamed; without a valid manifest it does not exist. Training waits
-until the tensors are written; digests, syncing and renaming are finished on a thread meanwhile.
+until the tensors are written; digests, syncing and renaming follow on a thread.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sst2_xlmr.config import Config
@@ -27,8 +26,7 @@ from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import Optimizer
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World, gather_objects, on_rank0
-from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import BackgroundWriter, digest_of, disk_errors, put_in_place, scratch_name
+from sst2_xlmr.util.files import BackgroundWriter, digest_of, disk_errors, put_in_place, reading, scratch_name
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "vocabulary", "random"))
@@ -47,7 +45,7 @@ def save_checkpoint(
 ) -> tuple[int, float] | None:
     """Write `folder/step-NNNNNNNN` from rank 0, with every rank's random state, and remove the oldest ones.
 
-    It exists once `finisher` is done. Returns on rank 0 the bytes written, and the seconds that training waited for it.
+    It exists once `finisher` is done. Returns on rank 0 the bytes written, and the seconds that training waited.
     UserError if this checkpoint or the last one cannot be written (a full disk, say); older ones are untouched.
     """
     started = time.monotonic()
@@ -60,12 +58,8 @@ def save_checkpoint(
         "vocabulary": {"ids": vocabulary.ids},
         "random": dict(collections.ChainMap(*gather_objects(world, random))),
     }
-    values = {
-        "state": dataclasses.asdict(state),
-        "meter": meter.totals,
-        "vocabulary": {"decay": vocabulary.decay},
-        "world_size": world.world_size,
-    }
+    values = {"state": dataclasses.asdict(state), "meter": meter.totals, "world_size": world.world_size}
+    values["vocabulary"] = {"decay": vocabulary.decay}
     target = folder / f"step-{state.step:08d}"
     unfinished = scratch_name(target)
 
@@ -74,7 +68,12 @@ def save_checkpoint(
             files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(unfinished.iterdir())}
             (unfinished / "manifest.json").write_text(_manifest(files), encoding="utf-8")
             put_in_place(unfinished, target)
-            _remove_old(folder, config.keep_checkpoints)
+            saved = sorted(folder.glob("step-????????"))
+            for old in [each for each in saved if not what_is_damaged(each, sizes_only=True)][
+                : -config.keep_checkpoints
+            ]:
+                (old / "manifest.json").unlink(missing_ok=True)  # first: half-removed, it must not count
+                shutil.rmtree(old, ignore_errors=True)
 
     def write() -> tuple[int, float]:
         finisher.wait()
@@ -93,15 +92,8 @@ def save_checkpoint(
 
 
 def _manifest(files: Any) -> str:
-    """Return a manifest's only valid text: with any other byte it is damaged."""
+    """Return the only valid text of a manifest: with any other byte it is damaged."""
     return json.dumps(files, indent=2) + "\n"
-
-
-def _remove_old(folder: Path, keep: int) -> None:
-    whole = [saved for saved in sorted(folder.glob("step-????????")) if not what_is_damaged(saved, sizes_only=True)]
-    for old in whole[:-keep]:
-        (old / "manifest.json").unlink(missing_ok=True)  # first: then a half-removed checkpoint does not count as one
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def what_is_damaged(checkpoint: Path, sizes_only: bool = False) -> str:
@@ -121,10 +113,8 @@ def what_is_damaged(checkpoint: Path, sizes_only: bool = False) -> str:
                 return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
             if not sizes_only and digest_of(file) != entry["sha256"]:
                 return f"{name} has another SHA-256 than manifest.json says"
-    except OSError:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "manifest.json cannot be read"
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return "manifest.json is damaged"
     return ""
 
 
@@ -138,15 +128,9 @@ def find_checkpoint(folder: Path, warn: Callable[[str], Any]) -> Path | None:
     return None
 
 
-@contextlib.contextmanager
-def _reading(checkpoint: Path) -> Iterator[None]:
+def _reading(checkpoint: Path) -> contextlib.AbstractContextManager[None]:
     """Report a checkpoint that has a valid manifest but cannot be read: written by something else, or forged."""
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        # Not shared: perhaps only one node cannot read it, and must say so itself.
-        raise UserError(f"cannot read the checkpoint {checkpoint}: {reason}; remove it to use the one before") from None
+    return reading(f"the checkpoint {checkpoint}", "remove it to use the one before")
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -160,9 +144,8 @@ def load_checkpoint(
 ) -> None:
     """Restore all but the state (see `read_state`) into a new run, and torch's random state.
 
-    The new run's embedding rows may differ, since other test files may use other ids. If the number of processes has
-    changed, every rank starts a new random stream, seeded by seed and step; whatever does not depend on dropout
-    continues exactly. UserError if the checkpoint cannot be read.
+    The run's embedding rows may differ (see `Vocabulary.take_over`). If the number of processes has changed, every rank
+    starts a new random stream; what does not depend on dropout continues exactly. UserError if it cannot be read.
     """
     with _reading(checkpoint):
         values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
@@ -171,9 +154,7 @@ def load_checkpoint(
         meter.start()
         vocabulary.decay = values["vocabulary"]["decay"]
         weights, moments, saved, random = (load_file(checkpoint / name) for name in _TENSOR_FILES)
-        start = optimizer.weights()[EMBEDDING]
-        start = start if isinstance(start, torch.Tensor) else start.rows(0, start.shape[0])
-        vocabulary.take_over(weights, moments, saved["ids"], start)
+        vocabulary.take_over(weights, moments, saved["ids"], optimizer.weights()[EMBEDDING][:])
         optimizer.load(weights, moments, state.updates)
         seed_rank(seed + state.step, world.rank)
         if values["world_size"] == world.world_size:
@@ -183,5 +164,5 @@ def load_checkpoint(
 
 
 def seed_rank(seed: int, rank: int) -> None:
-    """Seed torch on all devices, differently on every rank, so that ranks drop different units."""
+    """Seed torch on all devices, so that every rank drops different units."""
     torch.manual_seed(seed * 100_003 + rank)

@@ -1,9 +1,8 @@
-"""What must not go on unseen: gradients that are not finite, and a run that has collapsed.
+"""What must not go unnoticed: gradients that are not finite, and a run that has collapsed.
 
-A collapse is XLM-R's best-known failure in fine-tuning, mostly at a rate that is too high for the seed: the encoder's
-output no longer depends on its input, and the loss stays at the class-prior baseline. A run that learns slowly looks
-similar for a while, but its answers still differ from text to text, as those before training did. The task defines the
-criterion (`task.collapse_reason`); this module decides when to check.
+Collapse is XLM-R's best-known failure in fine-tuning, mostly at a learning rate too high for the seed: the encoder's
+output no longer depends on its input, and the loss stays at the class-prior baseline. A run that merely learns slowly
+still gives different answers to different texts. `task.collapse_reason` decides; this module says when to check.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.errors import UserError
 
 _CURE = "lower --lr or raise --warmup-ratio in a new run, or --resume with --skip-nonfinite N"
-# Dev's answers are looked at if the mean loss of a line of metrics is so close to the baseline ...
+# Check dev's answers if the mean loss of a line of metrics is at least this part of the baseline ...
 _SUSPICIOUS_LOSS = 0.98
-# ... so many steps after warm-up, and again after so many more steps.
+# ... so many steps after warm-up, and again after so many more.
 _STEPS_TO_LEARN, _STEPS_BETWEEN_CHECKS = 100, 100
-# A run has learned once the mean loss of a line of metrics, plus three standard errors, is below this part of the
-# baseline. The deviation of a row's loss, in nats, is mostly less where nothing has been learned.
+# A run has learned once that loss, plus three standard errors, is below this part of the baseline. Where nothing has
+# been learned, the deviation of a row's loss, in nats, is mostly less than this.
 _LEARNED_LOSS, _LOSS_DEVIATION = 0.95, 0.5
 
 
@@ -29,22 +28,17 @@ class NotFinite(UserError):
     """A loss or gradient is not finite; every rank raises it."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"{what}: {_CURE}; checkpoints are whole")
-        self.is_shared = True
+        super().__init__(f"{what}: {_CURE}; checkpoints are whole", is_shared=True)
 
 
 def check_skipped(state: TrainState, limit: int, rows: np.ndarray) -> None:
-    """Raise NotFinite, on every rank, if more than `limit` batches in a row were skipped.
-
-    It names the batch's training rows, int [rows], numbered from 0.
-    """
+    """Raise NotFinite, on every rank, if more than `limit` batches in a row were skipped; `rows` are the last one's."""
     if state.skipped_in_row <= limit:
         return
     numbers = ", ".join(str(row + 1) for row in rows[:50]) + (", ..." if len(rows) > 50 else "")
     last = f" (the last of {state.skipped_in_row} in a row)" if state.skipped_in_row > 1 else ""
-    raise NotFinite(
-        f"the gradient is not finite at step {state.step}{last}, training rows of this batch, from 1: {numbers}"
-    )
+    where = f"step {state.step}{last}, training rows of this batch, from 1: {numbers}"
+    raise NotFinite(f"the gradient is not finite at {where}")
 
 
 def check_progress(state: TrainState, loss: float, rows: float, baseline: float, warmup_steps: int) -> None:

@@ -21,8 +21,8 @@ class TrainMeter:
     evaluating and saving do not count as training; `start` starts it again.
 
     Attributes:
-        totals: as of the last `reduce`, by name: "seconds" of training, "grad_norm" (the last one), and sums over all
-            ranks, "rows", "tokens" and each training metric. A checkpoint holds them.
+        totals: as of the last `reduce`, and saved: "seconds" of training, the last "grad_norm", and sums over all
+            ranks, "rows", "tokens" and each training metric.
     """
 
     def __init__(self, world: World) -> None:
@@ -41,10 +41,7 @@ class TrainMeter:
         self._sums = {name: as_tensor(total * rank_0) for name, total in totals.items()}
 
     def add(self, sums: dict[str, torch.Tensor], norm: torch.Tensor, batches: list[Batch]) -> None:
-        """Add an optimizer step on this rank's micro-batches, with the gradient's norm, fp32, no dimensions.
-
-        Sums are of training metrics over this rank's rows, the same names on every rank; float64, no dimensions.
-        """
+        """Add an optimizer step: sums of metrics over this rank's rows, float64 [], the gradient's norm, fp32 []."""
         self._norm = norm
         self._norm_sum += norm
         self._sums["rows"] += sum(len(batch.labels) * batch.weight for batch in batches)
@@ -61,7 +58,7 @@ class TrainMeter:
         self.totals = {**dict(zip(self._sums, sums)), "seconds": seconds, "grad_norm": float(self._norm)}
 
     def flush(self, state: TrainState, lr: float) -> dict[str, Any]:
-        """Return a line of training metrics, means since the last line, and begin the next one; `lr` is the last."""
+        """Return a line of training metrics, means since the last one, with the last `lr`; and begin the next one."""
         totals, self.totals = self.totals, {"grad_norm": self.totals["grad_norm"]}
         rows, tokens, seconds, norm = (totals.pop(name) for name in ("rows", "tokens", "seconds", "grad_norm"))
         return {

@@ -1,9 +1,8 @@
-"""AdamW as torch has it, with one parameter group per rate and decay; and the groups, which engines use too."""
+"""torch's AdamW, with one parameter group per rate and decay; and the groups, which engines use too."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sst2_xlmr.config import Config
+from sst2_xlmr.model.weight_names import layer_of
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.tensors import TensorLike
 
@@ -21,53 +21,39 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-6
 
 
-def lr_scale(name: str, layers: int, decay: float) -> float:
-    """Return decay ** distance from the head; the distance is 0 for the head and 1 + layers for the embeddings."""
-    if name.startswith("head."):
-        return 1.0
-    layer = re.match(r"encoder\.layers\.(\d+)\.", name)
-    return decay ** (layers - (int(layer[1]) if layer else -1))
-
-
 def group_of(name: str, parameter: torch.Tensor, layers: int, config: Config) -> tuple[float, float]:
-    """Return the factor on the learning rate, and the weight decay, of a parameter over an encoder of so many layers.
+    """Return a parameter's factor on the learning rate, --layerwise-lr-decay ** distance, and its weight decay.
 
-    Biases and LayerNorm, the only vectors, do not decay: the convention since BERT.
+    The distance from the head is 0 for itself, and 1 + layers for the embeddings. Biases and LayerNorm, the only
+    vectors, do not decay: the convention since BERT.
     """
-    decay = config.weight_decay if parameter.dim() > 1 else 0.0
-    return lr_scale(name, layers, config.layerwise_lr_decay), decay
+    distance = 0 if name.startswith("head.") else layers - layer_of(name)
+    return config.layerwise_lr_decay**distance, config.weight_decay if parameter.dim() > 1 else 0.0
 
 
 class Optimizer(Protocol):
     """What a run asks of an optimizer: `AdamW`, or an engine's. What one has written, the other can load.
 
-    Attributes:
-        shares_memory: whether all processes have one copy of the weights.
+    shares_memory: whether all processes have one copy of the weights.
+    clip: clip the averaged gradients' global norm (0: never); returns what it was, fp32, the same on every rank.
+    step: take one step, at this rate before layer-wise decay, and clear the gradients.
+    weights: the fp32 weights of the whole model, by the parameters' names.
+    moments: those of trained parameters, fp32, `exp_avg.NAME` and `exp_avg_sq.NAME`.
+    load: take over the weights and moments of an optimizer after so many steps.
     """
 
     shares_memory: bool
 
-    def clip(self, max_norm: float) -> torch.Tensor:
-        """Clip the averaged gradients' global norm (0: never), and return what it was; fp32, the same on every rank."""
-
-    def step(self, lr: float) -> None:
-        """Take one step, and clear the gradients; `lr` is the rate before layer-wise decay."""
-
-    def clear_gradients(self) -> None:
-        """Forget the gradients."""
-
-    def weights(self) -> Mapping[str, TensorLike]:
-        """Return the fp32 weights of the whole model, by the parameters' names, to be written."""
-
-    def moments(self) -> Mapping[str, torch.Tensor]:
-        """Return the moments of what is trained, fp32, `exp_avg.NAME` and `exp_avg_sq.NAME`."""
-
-    def load(self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], steps: int) -> None:
-        """Take over what `weights` and `moments` have given after so many steps."""
+    def clip(self, max_norm: float) -> torch.Tensor: ...
+    def step(self, lr: float) -> None: ...
+    def clear_gradients(self) -> None: ...
+    def weights(self) -> Mapping[str, TensorLike]: ...
+    def moments(self) -> Mapping[str, torch.Tensor]: ...
+    def load(self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], steps: int) -> None: ...
 
 
 def has_fused_adamw(device: torch.device) -> bool:
-    """Whether torch has one there. Before 2.4 it takes the option on a CPU too, and fails at the first step."""
+    """Whether torch has one there; before 2.4 it takes the option on a CPU too, and fails at the first step."""
     weight = nn.Parameter(torch.zeros(1, device=device))
     weight.grad = torch.zeros_like(weight)
     try:
@@ -88,8 +74,7 @@ class AdamW:
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self._trained.items():
             groups.setdefault(group_of(name, parameter, layers, config), []).append(parameter)
-        self._scales = [scale for scale, _ in groups]
-        settings = [{"params": parameters, "weight_decay": decay} for (_, decay), parameters in groups.items()]
+        settings = [{"params": each, "scale": scale, "weight_decay": decay} for (scale, decay), each in groups.items()]
         self._is_fused = has_fused_adamw(world.device)
         self._optimizer = torch.optim.AdamW(settings, lr=0.0, betas=BETAS, eps=EPSILON, fused=self._is_fused or None)
         self._set_state({}, 0)
@@ -99,15 +84,14 @@ class AdamW:
         for name, parameter in self._trained.items():
             state = self._optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=on)}
             for kind in ("exp_avg", "exp_avg_sq"):
-                saved = moments[f"{kind}.{name}"] if moments else torch.zeros_like(parameter)
-                state[kind] = saved.to(parameter.device)
+                state[kind] = moments[f"{kind}.{name}"].to(parameter.device) if moments else torch.zeros_like(parameter)
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> torch.Tensor:
         parameters = list(self._trained.values())
         is_one_node = self._world.world_size == self._world.local_world_size
         norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm and is_one_node else math.inf)
-        if not is_one_node:  # with other numbers of cores it is added up in another order: all take rank 0's
+        if not is_one_node:  # other cores may add it up in another order: all take rank 0's
             dist.broadcast(norm, 0)
             if max_norm:
                 scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -117,8 +101,8 @@ class AdamW:
         return norm
 
     def step(self, lr: float) -> None:
-        for group, scale in zip(self._optimizer.param_groups, self._scales):
-            group["lr"] = lr * scale
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
         self._optimizer.step()
         self.clear_gradients()
 

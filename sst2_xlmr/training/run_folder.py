@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -13,16 +14,14 @@ from typing import IO, Any
 from sst2_xlmr import __version__
 from sst2_xlmr.config import LOCK_NAME, Config
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import recover, write_text
+from sst2_xlmr.util.files import recover, write_text, writing
 
 
 def claim(run_folder: Path) -> IO[str]:
-    """Make the folder if need be, and lock it for as long as the returned file is open and this process lives.
+    """Make the folder, lock it while the returned file is open, and undo what a killed process left unfinished.
 
-    What a killed process left half-written is removed, and what it was replacing is put back.
-
-    The lock is POSIX's: it works over NFS, goes with the process however that ends, and is not inherited by loader
-    processes, which may outlive it for seconds. UserError if another process holds it, or it cannot be made.
+    The lock is POSIX's: it works over NFS, ends with the process, and is not inherited by loader processes, which may
+    outlive it for seconds. UserError if another process holds it, or it cannot be made.
     """
     path = run_folder / LOCK_NAME
     for name in ("checkpoints", "tensorboard", "best", "model"):
@@ -49,45 +48,36 @@ def claim(run_folder: Path) -> IO[str]:
 
 
 def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
-    """Write `config.json`, with the package's version; the folder must be claimed.
-
-    A new run's is written right after that: a folder without it cannot be resumed, should the process die. A resumed
-    run's is replaced when its checkpoint has been accepted. UserError if a new run finds another one there.
-    """
+    """Write `config.json`, with the package's version; the folder must be claimed. UserError if a new run finds one."""
     target = run_folder / "config.json"
     if is_new and target.exists():
         raise UserError(f"{target} already exists; continue it with --resume or choose another directory")
     content = {"sst2_xlmr": __version__, **dataclasses.asdict(config)}
-    try:
+    with writing(target):
         write_text(target, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to {target}: {error.strerror}; make room, or choose another directory") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of `metrics.jsonl`, as far as they were written whole."""
+    """Return the whole lines of `metrics.jsonl`: a process may have died while it wrote one."""
     entries = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
+        with contextlib.suppress(ValueError):
             entry = json.loads(line)
-        except ValueError:  # the process died while it wrote this line
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append(entry)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                entries.append(entry)
     return entries
 
 
 def forget_metrics(path: Path, first_step: int, written_again: list[str]) -> None:
-    """Remove the lines that a run resumed at `first_step` writes again, where it evaluates on some splits once more."""
-    kept = [
-        entry
-        for entry in read_metrics(path)
-        if entry["step"] < first_step or (entry["step"] == first_step and entry.get("split") not in written_again)
-    ]
-    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+    """Remove the lines that a run resumed at `first_step` writes again, there those of some splits."""
+
+    def is_kept(entry: dict[str, Any]) -> bool:
+        return entry["step"] < first_step or (entry["step"] == first_step and entry.get("split") not in written_again)
+
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in filter(is_kept, read_metrics(path))))
 
 
 def evaluations_at(path: Path, step: int) -> dict[str, dict[str, Any]]:
-    """Return the metrics of the last evaluation of each file at a step, by the file's name."""
+    """Return the metrics of each file's last evaluation at a step."""
     entries = [entry for entry in read_metrics(path) if "split" in entry and entry["step"] == step]
     return {entry.pop("split"): entry for entry in entries}

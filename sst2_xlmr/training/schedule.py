@@ -8,9 +8,8 @@ from typing import NamedTuple
 from sst2_xlmr.config import Config
 from sst2_xlmr.training.state import TrainState
 
-# Fraction of the peak rate, given the fraction t of the steps after warm-up that have been taken, 0 <= t < 1.
-# Those that fall reach 0 one step after the last, so that no step is taken at a rate of 0.
-# To add one, add it here, and its name to --schedule in config.py.
+# Fraction of the peak rate, given the fraction t of the steps after warm-up that have been taken, 0 <= t < 1; 0 is
+# reached one step after the last. To add one, add it here, and its name to --schedule in config.py.
 SCHEDULES = {
     "linear": lambda t: 1 - t,
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
@@ -22,9 +21,8 @@ MOST_EVALUATIONS, EVALUATION_SHARE = 8, 0.03  # per epoch, if nothing was asked 
 def evaluation_interval(batches: int, train_tokens: int, evaluated_tokens: int) -> int:
     """Return after how many steps of an epoch to evaluate, if nothing was asked for; 0 for the end of epochs only.
 
-    That is an eighth of an epoch, or longer, so that evaluations take at most 3 % of its time. In training, which
-    has a backward pass, a token costs three times as much. It does not depend on any clock. `batches` and
-    `train_tokens` are those of an epoch.
+    That is an eighth of an epoch of so many batches and tokens, or longer, so that evaluations take at most 3 % of its
+    time, where a token costs three times as much in training. It does not depend on any clock.
     """
     times = min(MOST_EVALUATIONS, int(EVALUATION_SHARE * 3 * train_tokens / evaluated_tokens))
     return math.ceil(batches / times) if times > 1 else 0
@@ -55,11 +53,11 @@ class Schedule:
 
     def due(self, state: TrainState) -> Due:
         """Return what is due now that a step has been taken."""
-        ends = self.ends(state)
+        ends, eval_every, save_every = self.ends(state), self._eval_every, self._config.save_every
         return Due(
             log=state.step % self._config.log_every == 0 or state.step == self.total_steps,
-            evaluation=ends or _is_multiple(state.batch, self._eval_every),
-            checkpoint=ends or _is_multiple(state.step, self._config.save_every),
+            evaluation=ends or (eval_every > 0 and state.batch % eval_every == 0),
+            checkpoint=ends or (save_every > 0 and state.step % save_every == 0),
         )
 
     def ends(self, state: TrainState) -> bool:
@@ -67,17 +65,13 @@ class Schedule:
         return state.batch == 0 or state.step == self.total_steps
 
     def may_end(self, state: TrainState) -> bool:
-        """Whether the evaluation at this step may be the last one of the model as it is, so that more is reported."""
+        """Whether the evaluation at this step may be the last one, so that more is reported."""
         return self.ends(state) or state.stale_evaluations + 1 == self._config.early_stopping_patience
 
     def has_stopped_improving(self, state: TrainState) -> bool:
-        """Whether `--early-stopping-patience` ends the run: so many evaluations in a row without a better one."""
+        """Whether `--early-stopping-patience` ends the run."""
         return 0 < self._config.early_stopping_patience <= state.stale_evaluations
 
     def is_over(self, state: TrainState) -> bool:
         """Whether no further step is to be taken."""
         return state.step >= self.total_steps or self.has_stopped_improving(state)
-
-
-def _is_multiple(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0

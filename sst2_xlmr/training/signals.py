@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from sst2_xlmr.util.errors import SIGNALS
 
 
 class StopRequest:
-    """While it is entered, a signal no longer ends the process but is remembered; a second one changes nothing.
+    """While it is entered, a signal does not end the process but is remembered; a second one changes nothing.
 
     Attributes:
-        number: the signal that came, on this rank or, once they have agreed, on any; 0 for none.
+        number: of the signal that came, on this rank or, once they have agreed, on any; 0 for none.
     """
 
     def __init__(self, world: World) -> None:
@@ -32,7 +32,7 @@ class StopRequest:
         self._former = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._former.items():  # ignored if one came: a second must not kill a process that ends
             signal.signal(number, signal.SIG_IGN if self.number else handler)
         if self._counting is not None and kind is None:
@@ -44,7 +44,7 @@ class StopRequest:
     def is_agreed(self) -> bool:
         """Whether to stop now: the same answer on every rank. All ranks must ask equally often.
 
-        What is counted is the vote before this one, so that no rank waits for another: they stop one question later.
+        The vote before this one is counted, so that no rank waits for another: they stop one question later.
         """
         if self._world.world_size == 1:
             return self.number != 0

@@ -10,19 +10,16 @@ class TrainState:
     """Where a run is, and what was decided for it.
 
     Attributes:
-        precision, eval_every: as decided at the beginning, where the options leave it open.
-        digests: SHA-256 of what the run reads, by what it is; a resumed run must read the same.
+        precision, eval_every: as decided at the beginning.
+        digests: SHA-256 of what the run reads; a resumed run must read the same.
         step: global batches consumed; an optimizer step each, but for those that were skipped.
         epoch, batch: position of the next global batch.
         best_value, best_loss, best_step: of the best evaluation so far, by --best-by (higher is better).
-        evaluations: on dev, so far.
-        stale_evaluations: since the best one.
+        evaluations, stale_evaluations: on dev so far, and since the best one.
         evaluation_due: whether the run was stopped before this step's evaluation was done.
-        skipped: batches skipped because their gradient was not finite.
-        skipped_in_row: those among them that were the most recent batches.
+        skipped, skipped_in_row: batches whose gradient was not finite; the most recent ones.
         has_learned: whether a line of metrics was clearly better than the class-prior baseline.
-        collapse_check_due: whether dev's predictions are to be looked at, because the run seems not to learn.
-        checked_step: when that was done last.
+        collapse_check_due, checked_step: whether the run seems not to learn; when that was checked last.
         temperature, ece_before, ece_after: of the model that is written next (see evaluation/calibration).
         thresholds: of that model's labels, where they are fitted on dev.
     """
@@ -74,7 +71,7 @@ class TrainState:
         return value > self.best_value or (value == self.best_value and loss < self.best_loss)
 
     def count_evaluation(self, value: float, loss: float = 0.0) -> None:
-        """Take note of a finished evaluation at this step, by the value that chooses the best, and the loss on dev."""
+        """Count a finished evaluation at this step: the value that chooses the best, and dev's loss."""
         self.evaluations += 1
         if self.is_best(value, loss):
             self.best_value, self.best_loss, self.best_step, self.stale_evaluations = value, loss, self.step, 0

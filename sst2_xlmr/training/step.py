@@ -19,12 +19,8 @@ def forward_backward(model: nn.Module, batches: list[Batch], loss: Loss, world: 
     """Compute this rank's gradients, whose average over the ranks is that of the mean loss over the global batch.
 
     That is the sum over this rank's rows, divided by the global batch's rows (by the sum of their weights) and
-    multiplied by the number of ranks, however the rows are cut. Gradients are averaged in the last backward pass; those
-    before are under `no_sync`.
-
-    Args:
-        model: gives logits; DistributedDataParallel, or an engine's model, where gradients are averaged or added up.
-        batches: this rank's micro-batches.
+    multiplied by the number of ranks. Gradients are averaged in the last backward pass; those before are under
+    `no_sync`.
 
     Returns sums over this rank's rows, by the training metric's name; float64, no dimensions. For another metric, add a
     sum here: `TrainMeter` and the report write the means of all.

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Callable, NoReturn, TypeVar
+from typing import Any, Callable, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from sst2_xlmr.util.errors import UserError, raise_here, raise_on_all
+from sst2_xlmr.util.errors import UserError, raise_on_all
 
 Result = TypeVar("Result")
 
@@ -26,7 +26,6 @@ Result = TypeVar("Result")
 _GLOO_ERROR = (
     "gloo|Operation timed out|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket (closed|Timeout)"
 )
-_POLL_S = 1e-4  # between two looks at an event; a step takes some milliseconds
 # Downloads, tokenization and a slow disk take longer than any step; the others wait for them in a patient group.
 PATIENCE = timedelta(hours=6)
 
@@ -36,8 +35,6 @@ class World:
     """Which process this is, among all that train together.
 
     Attributes:
-        rank, world_size: this process's number, and how many there are.
-        local_rank, local_world_size: the same on this node.
         control: gloo group for Python objects; None with one process.
         patient: gloo group that waits for downloads and slow disks; None with one process.
         timeout_s: seconds without an answer after which another process counts as lost.
@@ -68,45 +65,31 @@ def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> 
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA GPU on this machine; use --device cpu")
     if local_world_size > torch.cuda.device_count():
-        raise UserError(
-            f"{local_world_size} processes, but {torch.cuda.device_count()} GPUs on this node;"
-            " start torchrun with --nproc_per_node at most that"
-        )
+        gpus = f"{torch.cuda.device_count()} GPUs on this node"
+        raise UserError(f"{local_world_size} processes, but {gpus}; start torchrun with --nproc_per_node at most that")
     return torch.device("cuda", local_rank)
 
 
 def _read_environment() -> dict[str, int]:
     """Return rank, world_size, local_rank and local_world_size from torchrun's variables, which may contradict."""
-
-    def refuse(problem: str) -> NoReturn:
-        cure = "start train.py with torchrun, which sets it, or unset it to train with one process"
-        raise_here(f"the environment has {problem}; {cure}")
-
-    place = {}
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
-        text = os.environ.get(name, str(default))
-        if not text.isdecimal():
-            refuse(f"{name}={text}, which is not a number from 0")
-        place[name] = int(text)
-    for number, count in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if place[number] >= place[count]:
-            refuse(f"{number}={place[number]}, but {count}={place[count]}")
-    if place["WORLD_SIZE"] > 1:
-        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-            if not os.environ.get(name):
-                refuse(f"WORLD_SIZE={place['WORLD_SIZE']}, but no {name}")
-        port = os.environ["MASTER_PORT"]
-        if not port.isdecimal() or not 0 < int(port) < 2**16:
-            refuse(f"MASTER_PORT={port}, which is not a port")
-    return {name.lower(): number for name, number in place.items()}
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    texts = {name: os.environ.get(name, default) for name, default in defaults.items()}
+    numbers = [int(text) if text.isdecimal() else -1 for text in texts.values()]
+    rank, world_size, local_rank, local_world_size, port = numbers
+    is_whole = 0 <= rank < world_size and 0 <= local_rank < local_world_size
+    if world_size > 1:
+        is_whole &= "RANK" in os.environ and bool(os.environ.get("MASTER_ADDR")) and 0 < port < 2**16
+    if not is_whole:
+        has = ", ".join(f"{name}={os.environ[name]}" for name in (*texts, "MASTER_ADDR") if name in os.environ)
+        needed = "a RANK below WORLD_SIZE, MASTER_ADDR and MASTER_PORT are needed"
+        cure = "start train.py with torchrun, which sets them, or unset them to train with one process"
+        raise UserError(f"the environment has {has}, but {needed}; {cure}", is_own=True)
+    return {name.lower(): number for name, number in zip(texts, numbers[:4])}
 
 
 @contextmanager
 def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[World]:
-    """Join the process group that torchrun's environment describes, if any, and leave it at the end.
-
-    Without torchrun (no RANK in the environment) the world is one process, without a group.
-    """
+    """Join the process group that torchrun's environment describes, and leave it at the end; without RANK, no group."""
     place = _read_environment()
     timeout, store = timedelta(minutes=timeout_minutes), None
     if place["world_size"] > 1:
@@ -139,11 +122,9 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
             raise
         lost = True
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise_here(
-            f"rank {rank}: lost contact with another process ({reason}): it exited, or did not respond for"
-            f" {timeout_minutes:g} minutes; see its error above, if any; checkpoints are intact: use --resume",
-            status=1,
-        )
+        text = f"rank {rank}: lost contact with another process ({reason}): it exited, or did not respond for"
+        text += f" {timeout_minutes:g} minutes; see its error above, if any; checkpoints are intact: use --resume"
+        raise UserError(text, is_own=True, status=1) from error
     finally:
         if not lost:  # it would wait for the lost process
             dist.destroy_process_group()
@@ -152,8 +133,8 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
 def _join_store(timeout: timedelta) -> dist.Store:
     """Return the store that the environment describes.
 
-    What torchrun has started again must not find the addresses of its predecessors in torchrun's store. torch 2.3 keeps
-    them apart, 2.13 does not with static rendezvous. On one node; with several, each counts its restarts for itself.
+    Restarted processes must not find the addresses of their predecessors in it. torch 2.3 keeps them apart, 2.13 does
+    not with static rendezvous. Only on one node: of several, each counts its restarts for itself.
     """
     store, _, _ = next(rendezvous("env://", timeout=timeout))
     is_one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
@@ -168,25 +149,25 @@ def _agree_on_device(name: str, rank: int, store: dist.Store) -> str:
         store.set("device", kind)
     agreed = store.get("device").decode()
     if (name != "auto" and kind != agreed) or (agreed == "cuda" and kind == "cpu"):
-        raise_here(f"rank {rank} would compute on {kind}, but rank 0 on {agreed}; give all the same --device, e.g. cpu")
+        text = f"rank {rank} would compute on {kind}, but rank 0 on {agreed}; give all the same --device, e.g. cpu"
+        raise UserError(text, is_own=True)
     return agreed
 
 
 def wait_for_step(event: torch.cuda.Event, world: World) -> None:
-    """Wait until the GPU has reached an event; a DistError after `world.timeout_s`: `start` says that contact is lost.
+    """Wait until the GPU has reached an event; a DistError after `world.timeout_s`.
 
-    A peer that hangs makes an all-reduce on the GPU wait for ever; the host would not notice before the GPU's queue is
-    full.
+    A peer that hangs makes an all-reduce on the GPU wait forever; the host would not notice before its queue is full.
     """
     deadline = time.monotonic() + world.timeout_s
     while not event.query():
         if time.monotonic() > deadline:
             raise dist.DistError("the GPU still waits for it")
-        time.sleep(_POLL_S)
+        time.sleep(1e-4)  # a step takes some milliseconds
 
 
-# torch 2.3.1 deadlocks if a gloo group is destroyed while one of its worker threads, which needs the GIL for it, frees
-# a tensor that Python no longer holds. A thread may lag behind by an exchange or two, so the last ones are kept.
+# torch 2.3.1 deadlocks if a gloo group is destroyed while one of its threads frees a tensor that Python no longer
+# holds, which needs the GIL. A thread may lag behind by an exchange or two, so the last ones are kept.
 _held: dict[Any, deque[Any]] = defaultdict(lambda: deque(maxlen=4))
 
 
@@ -199,9 +180,9 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(world: World, item: Any, group: Any = None, source: int = 0, limit_s: float | None = None) -> Any:
-    """Return the `item` of rank `source` on every rank.
+    """Return rank `source`'s `item` on every rank.
 
-    A rank waits for as long as the timeout of the group (`world.control` by default); the source at most `limit_s`.
+    Ranks wait for as long as the timeout of the group (`world.control` by default); the source at most `limit_s`.
     """
     if world.world_size == 1:
         return item
@@ -218,12 +199,12 @@ def broadcast(world: World, item: Any, group: Any = None, source: int = 0, limit
 
 
 def gather_objects(world: World, item: Any, group: Any = None) -> list[Any]:
-    """Return every rank's `item`, in the order of the ranks, once all have come here; see `broadcast`."""
+    """Return every rank's `item`, in the order of the ranks; see `broadcast`."""
     return [broadcast(world, item, group, source) for source in range(world.world_size)]
 
 
 def check_same(world: World, values: dict[str, Any], cure: str) -> None:
-    """Check that all ranks have the same values, or none; else a UserError on every rank names the first to differ."""
+    """Check that all ranks have the same values, or none; a UserError on every rank names the first that differs."""
     first, *others = gather_objects(world, values)
     for rank, found in enumerate(others, 1):
         for name in found:
@@ -232,7 +213,7 @@ def check_same(world: World, values: dict[str, Any], cure: str) -> None:
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str]:
-    """Return the result of `work`, and what is said against it by a UserError."""
+    """Return the result of `work`, or None and the text of its UserError."""
     try:
         return work(), ""
     except UserError as error:
@@ -242,7 +223,7 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str]:
 def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
     """Run `prepare`, which leaves its result on disk, on one process of every node, then on the others, which reuse it.
 
-    If it has a UserError anywhere, all ranks raise it, so that none waits for one that is gone.
+    All ranks raise a UserError that one has, so that none waits for one that is gone.
     """
     result = None
     for first in (True, False):
@@ -256,7 +237,7 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
 
 
 def on_rank0(world: World, work: Callable[[], Result]) -> Result | None:
-    """Return what `work` gives on rank 0, None on the others, which wait for it; all ranks raise its UserError."""
+    """Return the result of `work` on rank 0, None on the others, which wait; all ranks raise its UserError."""
     result, problem = _attempt(work) if world.is_main else (None, "")
     if problem := broadcast(world, problem, world.patient, limit_s=world.timeout_s):
         raise_on_all(problem)

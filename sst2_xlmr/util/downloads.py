@@ -1,7 +1,6 @@
 """Downloads, whole or not at all: torchtext's encoders and SST-2, into our cache, and models of the Hugging Face Hub.
 
-huggingface_hub keeps the latter: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN have their usual meaning. A model is
-named owner/name or owner/name@revision; its folder in the Hub's cache has the name of the commit.
+huggingface_hub keeps the latter: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN have their usual meaning.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import errno
 import http.client
 import logging
 import os
-import socket
+import shutil
 import stat
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import torch.hub
+from tqdm import tqdm
 
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of, sync_files
@@ -41,28 +40,25 @@ TIMEOUT_S = 30.0  # longest silence of a server
 def cache_dir() -> Path:
     """Return $SST2_XLMR_CACHE, else $XDG_CACHE_HOME/sst2_xlmr, else ~/.cache/sst2_xlmr.
 
-    Without a home folder (HOME unset and no passwd entry, as in containers) it is one in /tmp that nobody else may
-    change; a UserError if that cannot be had.
+    Without a home folder (HOME unset and no passwd entry, as in containers) it is a private one in /tmp.
     """
     given = os.environ.get("SST2_XLMR_CACHE")
-    try:
-        return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sst2_xlmr")).expanduser()
-    except RuntimeError:
-        folder = Path(tempfile.gettempdir(), f"sst2_xlmr-{os.getuid()}")
-        if given or not make_private(folder):
-            where = f"~ in SST2_XLMR_CACHE={given} cannot be found" if given else f"{folder} belongs to somebody else"
-            raise UserError(f"no home folder for the cache, and {where}; set SST2_XLMR_CACHE to a folder") from None
-        return folder
+    path = Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sst2_xlmr"))
+    with contextlib.suppress(RuntimeError):
+        return path.expanduser()
+    folder = Path(tempfile.gettempdir(), f"sst2_xlmr-{os.getuid()}")
+    if given or not make_private(folder):
+        raise UserError(f"no home folder for the cache {path}, nor a private {folder}; set SST2_XLMR_CACHE to a folder")
+    return folder
 
 
 def make_private(folder: Path) -> bool:
     """Make a folder unless it exists; returns whether only this user can write to it."""
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return False
 
 
 def fetch_bundle(name: str, *, quiet: bool = False) -> tuple[Path, Path]:
@@ -116,37 +112,29 @@ def _downloaded(url: str, folder: Path, quiet: bool) -> Iterator[Path]:
 
 def _download(url: str, part: Path, quiet: bool) -> None:
     """Fetch `url` into `part`, in three tries; an OSError if the disk is full, a UserError for what the server does."""
-    timeout_s = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT_S)  # torch.hub sets none, and would wait for a silent server forever
-    try:
-        for wait_s in (*RETRY_WAITS_S, None):
-            try:
-                _try_to_download(url, part, quiet)
-                break
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                if wait_s is None or getattr(error, "code", 500) < 500:
-                    raise UserError(f"cannot fetch {url}: {error or repr(error)}; {_cure()}") from error
-                time.sleep(wait_s)
-    finally:
-        socket.setdefaulttimeout(timeout_s)
-
-
-def _try_to_download(url: str, part: Path, quiet: bool) -> None:
-    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
-        length = int(response.headers.get("Content-Length", 0))
-    bar = not quiet and sys.stderr.isatty()
-    if length > 1e6 and not quiet and not bar:
-        print(f"downloading {url} ({length / 1e6:,.0f} MB)", file=sys.stderr, flush=True)
-    torch.hub.download_url_to_file(url, str(part), progress=bar)
-    if length not in (0, part.stat().st_size):
-        raise ConnectionError(f"it broke off after {part.stat().st_size:,} of {length:,} bytes")
-    with part.open("rb") as file:
-        start = file.read(256).lstrip()
-    # Login pages come with HTTP status 200. What torch.save writes is a zip, or once was a pickle.
-    if start[:1] in (b"", b"<") or (start.startswith(b"PK") and not zipfile.is_zipfile(part)):
-        raise ConnectionError("it was empty, cut off or a web page, and was not kept")
+    has_bar = not quiet and sys.stderr.isatty()
+    for wait_s in (*RETRY_WAITS_S, None):
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, part.open("wb") as file:
+                length = int(response.headers.get("Content-Length", 0))
+                if length > 1e6 and not quiet and not has_bar:
+                    print(f"downloading {url} ({length / 1e6:,.0f} MB)", file=sys.stderr, flush=True)
+                with tqdm.wrapattr(file, "write", total=length or None, disable=not has_bar) as target:
+                    shutil.copyfileobj(response, target)
+            if length not in (0, part.stat().st_size):
+                raise ConnectionError(f"it broke off after {part.stat().st_size:,} of {length:,} bytes")
+            with part.open("rb") as written:
+                start = written.read(256).lstrip()
+            # Login pages come with HTTP status 200. What torch.save writes is a zip, or once was a pickle.
+            if start[:1] in (b"", b"<") or (start.startswith(b"PK") and not zipfile.is_zipfile(part)):
+                raise ConnectionError("it was empty, cut off or a web page, and was not kept")
+            break
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if wait_s is None or getattr(error, "code", 500) < 500:
+                raise UserError(f"cannot fetch {url}: {error or repr(error)}; {_cure()}") from error
+            time.sleep(wait_s)
 
 
 def _cure() -> str:
@@ -155,14 +143,14 @@ def _cure() -> str:
 
 
 def fetch_folder(name: str, files: list[str]) -> Path:
-    """Fetch those of `files` that a model of the Hub has, at its newest commit unless offline; returns their folder."""
+    """Fetch those of `files` that a model of the Hub has, at its newest commit; returns the folder of that commit."""
     repository, _, revision = name.partition("@")
     with _library(name, quiet=True) as (hub, cache):
         return Path(hub.snapshot_download(repository, revision=revision or None, cache_dir=cache, allow_patterns=files))
 
 
-def fetch_first(name: str, folder: Path, files: list[str], *, quiet: bool = True) -> Path | None:
-    """Return the first of `files` that a model of the Hub has; it is fetched into its folder, unless one is there."""
+def fetch_first(name: str, folder: Path, files: list[str], quiet: bool) -> Path | None:
+    """Return the first of `files` that a model of the Hub has, fetched into its folder unless one is there."""
     for file in files:
         if (folder / file).exists():
             return folder / file
@@ -190,7 +178,7 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
         cache = cache_dir() / "huggingface"
     log = logging.getLogger("huggingface_hub")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns of its own further tries, and of packages that would be faster
+    log.setLevel(logging.ERROR)  # it warns of retries, and of faster packages
     hide_bars = quiet and not utils.are_progress_bars_disabled() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
     if hide_bars:
         utils.disable_progress_bars()
@@ -199,8 +187,8 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
     except Exception as error:  # the library's, those of requests or httpx, and the disk's
         repository, _, revision = name.partition("@")
         root: BaseException = error  # "Connection refused", under several layers of libraries
-        while root.__cause__ or root.__context__:
-            root = root.__cause__ or root.__context__ or root
+        while inner := root.__cause__ or root.__context__:
+            root = inner
         reason = (str(root).strip() or repr(root)).splitlines()[0]
         host = constants.ENDPOINT
         elsewhere = f"or `sst2-xlmr fetch {name}` elsewhere, and HF_HUB_CACHE set to a copy of {cache}"

@@ -1,4 +1,4 @@
-"""How a program begins and ends: one line on stderr and an exit status, or a traceback for a bug."""
+"""How a program begins and ends: a mistake of the user's is one line and a status, a bug keeps its traceback."""
 
 from __future__ import annotations
 
@@ -12,55 +12,40 @@ from typing import Callable, NoReturn
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.output import discard_output
 
-# What ends a run in good order: torchrun and SLURM send SIGTERM, a terminal SIGINT, and batch scripts ask for SIGUSR1
-# before a time limit.
+# torchrun and SLURM send SIGTERM, a terminal SIGINT, and batch scripts ask for SIGUSR1 before a time limit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class UserError(Exception):
     """A mistake of the user's: one line that says what is wrong, where, and what to do.
 
-    Attributes:
-        is_shared: whether every rank raises it (see `raise_on_all`).
-        is_own: whether only this rank raises it (see `raise_here`).
-        status: the exit status.
+    It ends the program with `status`. One that `is_shared` is raised on every rank, and reported by rank 0; one that
+    `is_own` is raised by this rank alone, which reports it.
     """
 
-    is_shared = False
-    is_own = False
-    status = 2
+    def __init__(self, text: str, is_shared: bool = False, is_own: bool = False, status: int = 2) -> None:
+        super().__init__(text)
+        self.is_shared, self.is_own, self.status = is_shared, is_own, status
 
 
 class Interrupted(Exception):
-    """A signal came, on any rank; the run is to be saved and ended."""
+    """A signal came, on any rank: save the run, and end."""
 
 
 class Collapsed(Exception):
-    """Training has collapsed, and the run is to be saved and ended; says how that shows."""
+    """Training has collapsed, and how that shows: save the run, and end."""
 
 
 def raise_on_all(text: str) -> NoReturn:
     """Raise a `UserError` that every rank raises, and rank 0 reports."""
-    error = UserError(text)
-    error.is_shared = True
-    raise error
-
-
-def raise_here(text: str, status: int = 2) -> NoReturn:
-    """Raise a `UserError` of this rank alone, which reports it itself."""
-    error = UserError(text)
-    error.is_own, error.status = True, status
-    raise error
+    raise UserError(text, is_shared=True)
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run `main`, a whole program; a `UserError` becomes one line and exit status 2, a bug keeps its traceback.
+    """Run `main`, a whole program; a `UserError`, a path without permission and a full disk become one line.
 
-    A path without permission and a full disk, which any access to the file system may meet, become one line as well.
-
-    Of several processes, rank 0 reports an error that all of them know. One that a node finds before the processes
-    communicate (a missing file, say) is reported by the first process of that node, and one that concerns a single
-    rank by that rank.
+    Of several processes, rank 0 reports an error that all of them know, the first process of a node one that the node
+    finds before the processes communicate (a missing file, say), and a rank one that concerns it alone.
     """
     try:
         _prepare_process()
@@ -90,11 +75,11 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 
 
 def _prepare_process() -> None:
-    """Make the console take any text, and refuse a Python or torch that cannot work, before anything loads torch."""
+    """Make the console take any text, and refuse a Python or torch that cannot work."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # Makes torch, which reads it when it first allocates, ask for large pages: the optimizer walks through gigabytes.
+    # torch reads this when it first allocates, and asks for large pages: the optimizer walks through gigabytes.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if problem := versions.unusable():
         raise UserError(problem)
@@ -111,8 +96,7 @@ def _end_with(error: UserError) -> NoReturn:
 def end_among_others(status: int) -> None:
     """End the process at once if it is one of several; all that it has opened must be closed.
 
-    The threads of torch's gloo groups may still be freeing tensors, which needs Python. Under torch 2.13 one run in ten
-    was aborted, after its work was done, because Python was gone by then.
+    The threads of gloo groups may still be freeing tensors, which needs Python: one run in ten was aborted at its end.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _end_at_once(status)

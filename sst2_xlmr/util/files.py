@@ -12,19 +12,27 @@ import os
 import re
 import secrets
 import shutil
+import struct
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, TextIO
+from typing import IO, Any, BinaryIO, Callable, TextIO, TypeVar
+
+from safetensors import SafetensorError
 
 from sst2_xlmr.util.errors import UserError
 
+# What a damaged file raises in json, zipfile, safetensors and torch.load, and in code that expects something else.
+_DAMAGE = (OSError, EOFError, SafetensorError, zipfile.BadZipFile, struct.error)
+_DAMAGE += (RuntimeError, ValueError, TypeError, LookupError, AttributeError)  # type: ignore[assignment]
+File = TypeVar("File", bound=IO[Any])
 SCRATCH_MARK = ".sst2_xlmr"
 _SCRATCH = re.compile(rf"\.(.+)\.[0-9a-f]{{16}}\.(new|old){re.escape(SCRATCH_MARK)}")
 
 
 def digest_of(path: Path, kind: str = "sha256") -> str:
-    """Return a file's digest, hexadecimal; `kind` is a name that hashlib knows."""
+    """Return a file's digest, hexadecimal."""
     digest = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -32,25 +40,33 @@ def digest_of(path: Path, kind: str = "sha256") -> str:
     return digest.hexdigest()
 
 
-def digest_of_input(path: Path) -> str:
-    """Return the SHA-256 of a file that the user has named; a UserError if it cannot be read."""
+@contextlib.contextmanager
+def reading(what: object, cure: str) -> Iterator[None]:
+    """Turn whatever a missing, damaged or forged file raises while it is parsed into a `UserError` with the cure."""
     try:
+        yield
+    except Exception as error:
+        is_pickle = type(error).__name__ == "UnpicklingError"  # of torch, which advises to run the file's code
+        if not isinstance(error, _DAMAGE) and not is_pickle:
+            raise
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        reason = "it holds more than tensors" if is_pickle else reason.splitlines()[0]
+        raise UserError(f"cannot read {what}: {reason}; {cure}") from None
+
+
+def digest_of_input(path: Path) -> str:
+    """Return the SHA-256 of a file of the user's; a UserError if it cannot be read."""
+    with reading(path, "check the path"):
         return digest_of(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def read_json(path: Path, cure: str) -> dict[str, Any]:
-    """Return the JSON object in a file that the user has named; a UserError with the cure if there is none."""
-    try:
+    """Return the JSON object in a file of the user's; a UserError with the cure if there is none."""
+    with reading(f"{path} as JSON", cure):
         found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {cure}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path} as JSON: {error}; {cure}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} does not hold a JSON object; {cure}")
-    return found
+        if not isinstance(found, dict):
+            raise ValueError("it does not hold a JSON object")
+        return found
 
 
 def sync(path: Path) -> None:
@@ -89,10 +105,10 @@ def writing(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def closing(file: Any) -> Iterator[None]:
-    """Close a file in the end; on a full disk both a write and this fail, and the first error is raised."""
+def closing(file: File) -> Iterator[File]:
+    """Close a file in the end; if a write has failed (a full disk, say), its error is raised, not that of closing."""
     try:
-        yield
+        yield file
     except BaseException:
         with contextlib.suppress(OSError):
             file.close()
@@ -101,16 +117,13 @@ def closing(file: Any) -> Iterator[None]:
 
 
 def scratch_name(path: Path, kind: str = "new") -> Path:
-    """Return a new hidden name, with our mark, beside `path`: for what is to get that name, or for what had it ("old").
-
-    Create it exclusively: `mkdir`, or `open` with "x".
-    """
+    """Return a new hidden name, with our mark, beside `path`: for what will have that name, or what had it ("old")."""
     return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.{kind}{SCRATCH_MARK}")
 
 
 @contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Make a hidden folder beside `path`, for what is to become it, and remove it in the end."""
+    """Make a hidden folder beside `path`, and remove it in the end."""
     folder = scratch_name(path)
     folder.mkdir()
     try:
@@ -120,16 +133,16 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 def is_scratch(path: Path) -> bool:
-    """Whether a file or folder has a name that `scratch_name` has made."""
+    """Whether a name is one of `scratch_name`'s."""
     return _SCRATCH.fullmatch(path.name) is not None
 
 
 def put_in_place(new: Path, path: Path, replaces: bool = True) -> None:
     """Sync a finished file, or folder of files, to disk and give it its name; an OSError if it cannot be done.
 
-    A symbolic link is not followed: it is replaced by a file, and stands in the way of a folder. A reader finds a file
-    whole, the old one or the new one; of a folder there is none for the moment between two renames. What already exists
-    is an error unless it `replaces` that.
+    A symbolic link is not followed: a file replaces it, and for a folder it is an error. Readers find the old file or
+    the new one; of a folder there is none for the moment between two renames. What exists is an error unless it
+    `replaces` that.
     """
     aside = None
     if not replaces and os.path.lexists(path):
@@ -149,16 +162,14 @@ def put_in_place(new: Path, path: Path, replaces: bool = True) -> None:
 
 def recover(folder: Path) -> None:
     """Undo each `put_in_place` that was killed between its renames, and remove what is unfinished, in our folder."""
-    for entry in filter(is_scratch, list(folder.iterdir()) if folder.is_dir() else []):
-        name, kind = _SCRATCH.fullmatch(entry.name).groups()  # type: ignore[union-attr]
-        is_folder = entry.is_dir() and not entry.is_symlink()
-        if kind == "old" and is_folder and not os.path.lexists(folder / name):
-            entry.rename(folder / name)
-        elif is_folder:
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
+    for entry in list(folder.iterdir()) if folder.is_dir() else []:
+        if found := _SCRATCH.fullmatch(entry.name):
+            if entry.is_symlink() or not entry.is_dir():
                 entry.unlink()
+            elif found[2] == "old" and not os.path.lexists(folder / found[1]):
+                entry.rename(folder / found[1])
+            else:
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -166,8 +177,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that gets its name once it is whole and synced to disk; see `put_in_place`."""
     scratch = scratch_name(path)
     try:
-        file = scratch.open("xb")
-        with closing(file):
+        with closing(scratch.open("xb")) as file:
             yield file
         put_in_place(scratch, path)
     except BaseException:
@@ -186,11 +196,9 @@ def write_text(path: Path, text: str) -> None:
 def new_file(path: Path) -> Iterator[TextIO]:
     """Open a text file, gzipped if its name ends in .gz; see `atomic_file`. A UserError if it cannot be written."""
     with writing(path), atomic_file(path) as raw:
-        is_gzipped = path.suffix.lower() == ".gz"
-        binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_gzipped else raw
+        binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix.lower() == ".gz" else raw
         # JSON can hold a lone surrogate, which UTF-8 cannot; it is written as JSON's escape.
-        text = io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", newline="")
-        with closing(text):
+        with closing(io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", newline="")) as text:
             yield text
 
 
@@ -210,7 +218,7 @@ class BackgroundWriter:
             self.wait()
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Do `work` after all that was submitted before."""
+        """Do `work` after all that came before."""
         self._pending.append(self._thread.submit(work))
 
     def wait(self) -> None:

@@ -8,20 +8,16 @@ from collections.abc import Iterable
 # Ours, perhaps with a remark -> names that others have for it. The first that a program knows counts.
 _SAME = {
     "lr": "learning_rate",
-    "batch_size (rows over all processes together)": "per_device_train_batch_size per_gpu_train_batch_size"
-    " train_batch_size",
+    "batch_size (rows over all processes together)": "per_device_train_batch_size train_batch_size",
     "micro_batch_size (rows per forward pass; --batch-size stays the global one)": "gradient_accumulation_steps"
     " gradient_accumulation grad_accum accumulate_grad_batches",
-    "eval_batch_tokens": "per_device_eval_batch_size per_gpu_eval_batch_size eval_batch_size",
-    "batch_tokens": "per_device_eval_batch_size per_gpu_eval_batch_size eval_batch_size batch_size eval_batch_tokens",
+    "eval_batch_tokens": "per_device_eval_batch_size eval_batch_size",
+    "batch_tokens": "per_device_eval_batch_size eval_batch_size batch_size eval_batch_tokens",
     "max_steps": "max_iters max_train_steps",
     "epochs": "num_train_epochs num_epochs max_epochs",
     "warmup_ratio": "warmup_steps num_warmup_steps warmup_proportion warmup",
     "schedule": "lr_scheduler_type",
     "max_grad_norm": "gradient_clip_val clip_grad_norm grad_clip",
-    "dropout": "hidden_dropout_prob hidden_dropout",
-    "head_dropout": "classifier_dropout",
-    "layers": "num_hidden_layers",
     "encoder": "model_name_or_path model_name model",
     "model": "model_name_or_path model_name encoder",
     "precision bf16": "fp16 bf16 amp mixed_precision",
@@ -30,7 +26,6 @@ _SAME = {
     "device cpu": "use_cpu no_cuda",
     "deterministic": "full_determinism",
     "compile": "torch_compile",
-    "threads": "num_threads",
     "timeout_minutes": "ddp_timeout",
     "num_workers": "dataloader_num_workers",
     "max_length": "max_seq_len",
@@ -58,7 +53,7 @@ _NEEDLESS = {
 
 
 def hint(given: str, known: Iterable[str]) -> str:
-    """Return "did you mean ...?" for an unknown flag or key, or why it is not needed; an empty string if in doubt."""
+    """Return "did you mean ...?" for an unknown flag or key, or why it is not needed; else an empty string."""
     name = given.lstrip("-").replace("-", "_")
     flags = {flag.lstrip("-").replace("-", "_"): flag for flag in known}
     for ours, theirs in _SAME.items():

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]  # of a checkout, or where packages a
 
 
 def command(program: str) -> str:
-    """Return how to start one of our programs (`train`, say) from this folder, in the way in which this one was."""
+    """Return how to start one of our programs (`train`, say) from this folder, as this one was started."""
     started, script = Path(sys.argv[0]), ROOT / ("train.py" if program == "train" else f"scripts/{program}.py")
     words = f"-m sst2_xlmr {program}"
     if Path(os.path.realpath(started)).parent in (ROOT, ROOT / "scripts") and script.is_file():
@@ -37,7 +37,7 @@ def this_command() -> str:
 
 
 def is_restarted(output_dir: str | None) -> bool:
-    """Whether torchrun (`--max-restarts`) has restarted the command, so that it must continue its own run."""
+    """Whether torchrun (`--max-restarts`) has restarted the command, which must continue its own run."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and output_dir is None:
         raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run to continue")
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -50,7 +50,5 @@ def check_tasks() -> None:
     if tasks == "1" or "SLURM_PROCID" not in os.environ or {"RANK", "WORLD_SIZE"} & os.environ.keys():
         return
     os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_PROCID"])  # so that the first of them says it
-    raise UserError(
-        f"srun has started {tasks} tasks, which would train apart; start one torchrun per node (see"
-        " scripts/train.sbatch), or set RANK=0 if they are to be runs of their own"
-    )
+    cure = "start one torchrun per node (see scripts/train.sbatch), or set RANK=0 if they are to be runs of their own"
+    raise UserError(f"srun has started {tasks} tasks, which would train apart; {cure}")

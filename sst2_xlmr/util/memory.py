@@ -1,7 +1,6 @@
 """This process's memory: freed blocks are kept for the next step, and a full memory is the user's error.
 
-glibc returns large freed blocks to the system, which hands out zeroed pages again at the next step; for XLM-R base that
-is 20,000 page faults per step. Large pages are asked for in `exit_on_user_error`, before torch allocates anything.
+glibc returns large freed blocks to the system, which costs XLM-R base 20,000 page faults per step.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ from pathlib import Path
 
 import torch
 
-from sst2_xlmr.util.errors import raise_here
+from sst2_xlmr.util.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Make malloc, if it is glibc's, keep what is freed, in blocks of 64 MiB."""
+    """Make glibc's malloc keep what is freed, in blocks of 64 MiB."""
     if platform.libc_ver()[0] == "glibc":
         for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def give_back_memory() -> None:
-    """Return to the system what malloc has kept so far, after freeing something large for good."""
+    """Return to the system what malloc has kept so far."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
@@ -51,4 +50,5 @@ def memory_errors(cure: str) -> Iterator[None]:
         if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
         where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        raise_here(f"{'CUDA out of memory' if on_gpu else 'out of memory'}{where}: {cure}")
+        text = f"{'CUDA out of memory' if on_gpu else 'out of memory'}{where}: {cure}"
+        raise UserError(text, is_own=True) from error

@@ -8,7 +8,7 @@ import sys
 
 
 def discard_output(descriptor: int = 1) -> None:
-    """Discard all further output, and what Python still buffers, so that it does not fail again at exit."""
+    """Discard all further output, and what Python still buffers."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 

@@ -26,11 +26,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def set_up_numerics(precision: str, deterministic: bool, device: torch.device) -> None:
-    """Make CUDA compute so; before its first matrix product. A CPU always gives the same bits.
-
-    tf32 rounds the factors of fp32 products to 10 bits of mantissa; `deterministic` takes slower kernels where the fast
-    ones add in an order that changes from run to run.
-    """
+    """Set CUDA's precision, before its first product, and take slower kernels that repeat to the bit if asked to."""
     if device.type != "cuda":
         return
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

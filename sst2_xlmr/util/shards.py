@@ -1,6 +1,7 @@
 """Results that are computed in blocks of rows and survive a kill: files of JSON in a hidden folder beside the output.
 
-Its `fingerprint.json` says what the results are made of; a folder without it is not ours, and stays as it is.
+Its `fingerprint.json` says what the results are made of, and is locked by who writes them; a folder without it is not
+ours, and stays as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import is_scratch, write_text, writing
 
-_FINGERPRINT, _LOCK = "fingerprint.json", "lock"
+_FINGERPRINT = "fingerprint.json"
 _BLOCK = re.compile(r"[0-9]{8}\.json")
 
 
@@ -40,25 +41,29 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
     folder, content = shards_of(output), json.dumps(fingerprint)
     with contextlib.ExitStack() as stack:
         with writing(output):
-            if os.path.lexists(folder) and not is_begun(output) and not _is_new(folder):
+            is_ours = is_begun(output) or (folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()))
+            if os.path.lexists(folder) and not is_ours:
                 raise UserError(f"{folder} already exists and is not ours; move it away, or choose another --output")
             folder.mkdir(exist_ok=True)
-            lock = stack.enter_context((folder / _LOCK).open("a"))
+            descriptor = os.open(folder / _FINGERPRINT, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            file = stack.enter_context(os.fdopen(descriptor, "r+", encoding="utf-8"))
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.fstat(lock.fileno()).st_nlink:  # the other one has just finished, and removed it
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.fstat(file.fileno()).st_nlink:  # the other one has just finished, and removed it
                     raise BlockingIOError
             except BlockingIOError:
                 cure = "wait for it, stop it, or choose another --output"
                 raise UserError(f"another process is writing {output}; {cure}") from None
-            if not resume or not is_begun(output):
+            found = file.read()
+            if not resume or not found:
                 _clear(folder)
-                write_text(folder / _FINGERPRINT, content)
-            elif (folder / _FINGERPRINT).read_text(encoding="utf-8") != content:
-                raise UserError(
-                    f"the rows in {folder} belong to another model, input, machine or other options; start again with"
-                    " --overwrite instead of --resume"
-                )
+                file.seek(0)
+                file.truncate()
+                file.write(content)
+                file.flush()
+            elif found != content:
+                what = f"the rows in {folder} belong to another model, input, machine or other options"
+                raise UserError(f"{what}; start again with --overwrite instead of --resume")
         try:
             yield folder
         finally:  # without blocks it still says that an output which is there is not the result
@@ -78,7 +83,7 @@ def read_block(folder: Path, number: int) -> Any:
 
 
 def first_missing(folder: Path, first: int, last: int) -> int:
-    """Return the number of the first block, from `first` on, that is not there; at most `last`."""
+    """Return the number of the first missing block, from `first` on; at most `last`."""
     return next((number for number in range(first, last) if not _block(folder, number).is_file()), last)
 
 
@@ -86,8 +91,7 @@ def remove_shards(folder: Path) -> None:
     """Remove the folder, unless something else is in it."""
     with contextlib.suppress(OSError):
         _clear(folder)
-        for name in (_FINGERPRINT, _LOCK):
-            (folder / name).unlink()
+        (folder / _FINGERPRINT).unlink()
         folder.rmdir()
 
 
@@ -97,12 +101,6 @@ def _block(folder: Path, number: int) -> Path:
 
 def _is_block(file: Path) -> bool:
     return _BLOCK.fullmatch(file.name) is not None
-
-
-def _is_new(folder: Path) -> bool:
-    """Whether it is as a process leaves it that is killed before it has written the fingerprint."""
-    is_folder = folder.is_dir() and not folder.is_symlink()
-    return is_folder and all(file.name == _LOCK or is_scratch(file) for file in folder.iterdir())
 
 
 def _clear(folder: Path) -> None:

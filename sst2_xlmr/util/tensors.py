@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Union
@@ -12,29 +12,26 @@ from typing import Callable, Union
 import torch
 
 _CHUNK_BYTES = 1 << 23
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPE_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of one or more dimensions whose rows are computed while it is written, never in memory as a whole.
-
-    `rows(start, stop)` returns its [start:stop], on any device.
-    """
+    """A tensor that need not be in memory as a whole: `rows(start, stop)` makes its [start:stop], on any device."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     rows: Callable[[int, int], torch.Tensor]
 
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.rows(start, stop)
+
     def chunk(self, count: int) -> list[LazyTensor]:
         """Cut into equal parts along the rows, as `torch.chunk` does."""
-        size, rest = divmod(self.shape[0], count)
-        if rest:
-            raise ValueError(f"{self.shape[0]} rows cannot be cut into {count} equal parts")
-
-        shape, rows = (size, *self.shape[1:]), self.rows
+        size, rows = self.shape[0] // count, self.rows
+        shape = (size, *self.shape[1:])
 
         def part(first: int) -> LazyTensor:
             return LazyTensor(shape, self.dtype, lambda start, stop: rows(first + start, first + stop))
@@ -43,17 +40,6 @@ class LazyTensor:
 
 
 TensorLike = Union[torch.Tensor, LazyTensor]
-
-
-def _parts(tensor: TensorLike) -> Iterator[torch.Tensor]:
-    """Yield a tensor's values in order, in contiguous pieces on the CPU."""
-    if isinstance(tensor, torch.Tensor):
-        yield tensor.detach().cpu().contiguous()
-        return
-    row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-    step = max(1, _CHUNK_BYTES // max(1, row_bytes))
-    for start in range(0, tensor.shape[0], step):
-        yield tensor.rows(start, min(start + step, tensor.shape[0])).detach().cpu().contiguous()
 
 
 def write_tensors(tensors: Mapping[str, TensorLike], file: Path) -> None:
@@ -73,8 +59,10 @@ def write_tensors(tensors: Mapping[str, TensorLike], file: Path) -> None:
     text += b" " * (-len(text) % 8)
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            for part in _parts(tensors[name]):
-                assert part.dtype == tensors[name].dtype, name
-                opened.write(part.view(-1).view(torch.uint8).numpy().data)
+        for tensor in map(tensors.__getitem__, names):
+            step = max(1, _CHUNK_BYTES // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
+            for start in range(0, 1 if isinstance(tensor, torch.Tensor) else tensor.shape[0], step):
+                part = tensor if isinstance(tensor, torch.Tensor) else tensor[start : start + step]
+                assert part.dtype == tensor.dtype
+                opened.write(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         assert opened.tell() == 8 + len(text) + end

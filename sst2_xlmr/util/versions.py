@@ -1,8 +1,7 @@
 """Which stack this Python has: torch with torchtext, or torch alone. No other module asks.
 
 torchtext's last release, 0.18, loads its C++ library only under torch 2.3. All that it adds is the TorchScript export,
-whose SentencePiece operator it owns; training and prediction need torch alone, from 2.3.1 on. Only version numbers are
-read, so that asking is quick and comes before anything fails with an undefined symbol.
+whose SentencePiece operator it owns. Only version numbers are read, before anything fails with an undefined symbol.
 """
 
 from __future__ import annotations
@@ -15,17 +14,8 @@ from importlib.util import find_spec
 
 OLDEST_PYTHON = (3, 9)
 OLDEST_TORCH = "2.3.1"
-NEEDED = [
-    "torch",
-    "numpy",
-    "safetensors",
-    "tqdm",
-    "tensorboard",
-    "protobuf",
-    "sentencepiece",
-    "huggingface_hub",
-    "charset-normalizer",
-]
+NEEDED = ["torch", "numpy", "safetensors", "tqdm", "tensorboard", "protobuf", "sentencepiece", "huggingface_hub"]
+NEEDED += ["charset-normalizer"]
 
 
 def _installed(package: str) -> str | None:

@@ -15,10 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sst2_xlmr.model.classifier import load_classifier
+from sst2_xlmr.model.classifier import load_classifier, load_tensors
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME
-from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.programs import export
 from sst2_xlmr.util.errors import UserError
 
@@ -92,6 +91,15 @@ def rename(
         torch.save(tensors, folder / "pytorch_model.bin")
     else:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def changed(file: str = "config.json", drop: tuple[str, ...] = (), **changes: Any) -> Make:
+    """Return a form with other entries in one of its files."""
+    return lambda folder: (save(folder), change(folder, file, drop, **changes))
+
+
+def renamed(new_name: Callable[[str], str]) -> Make:
+    return lambda folder: (save(folder), rename(folder, new_name))
 
 
 def remove(folder: Path, *names: str) -> Any:
@@ -171,19 +179,15 @@ FORMS: dict[str, Make] = {
     "no tokenizer_config.json": lambda f: (with_sentencepiece(f, save), remove(f, SETTINGS_NAME)),
     "five labels": lambda f: save(f, id2label={i: f"star {i}" for i in range(5)}),
     "labels without names": lambda f: save(f, num_labels=4),
+    "scores": lambda f: save(f, num_labels=1),
+    "several labels a text": lambda f: save(f, problem_type="multi_label_classification"),
     "two labels, as is the default": lambda f: (save(f, num_labels=2), change(f, drop=("id2label", "label2id"))),
-    "problem_type": lambda f: save(f, problem_type="single_label_classification"),
-    "no architectures": lambda f: (save(f), change(f, drop=("architectures",))),
-    "a body's class": lambda f: (save(f), change(f, architectures=["XLMRobertaModel"])),
+    "no architectures": changed(drop=("architectures",)),
+    "a body's class": changed(architectures=["XLMRobertaModel"]),
     "bf16": lambda f: save(f).to(torch.bfloat16).save_pretrained(f),
     "fp16": lambda f: save(f).to(torch.float16).save_pretrained(f),
     "pytorch_model.bin": lambda f: (save(f), rename(f, str, to_bin=True)),
-    "gamma and beta": lambda f: (
-        save(f),
-        rename(
-            f, lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-        ),
-    ),
+    "gamma and beta": renamed(lambda n: n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")),
     "other heads' weights": lambda f: (
         save(f),
         rename(f, str, more={"lm_head.bias": torch.ones(3), "roberta.pooler.dense.weight": torch.ones(32, 32)}),
@@ -191,15 +195,13 @@ FORMS: dict[str, Make] = {
     "shards": lambda f: shard(f, save(f), to_bin=False),
     "shards in .bin": lambda f: shard(f, save(f), to_bin=True),
     "gelu_python": lambda f: save(f, hidden_act="gelu_python"),
-    "fewer layers than stored": lambda f: (save(f), change(f, num_hidden_layers=1)),
+    "fewer layers than stored": changed(num_hidden_layers=1),
     "no layer_norm_eps": lambda f: (save(f, layer_norm_eps=1e-12), change(f, drop=("layer_norm_eps",))),
     "a large layer_norm_eps": lambda f: save(f, layer_norm_eps=1e-2),
     "two token types": lambda f: save(f, type_vocab_size=2),
     "more positions": lambda f: save(f, max_position_embeddings=130),
-    "a shorter longest text": lambda f: (save(f), change(f, SETTINGS_NAME, model_max_length=16)),
+    "a shorter longest text": changed(SETTINGS_NAME, model_max_length=16),
     "more rows than tokens": lambda f: save(f, vocab_size=700),
-    "several labels a text": lambda f: save(f, problem_type="multi_label_classification"),
-    "one score": lambda f: save(f, num_labels=1),
     "BERT with XLM-R's tokenizer": lambda f: save(f, "Bert"),
     "BERT, SentencePiece only": lambda f: (
         with_sentencepiece(f, lambda g: save(g, "Bert")),
@@ -228,50 +230,40 @@ MOVED: dict[str, Make] = {
     "sentence-transformers": lambda f: move_into(f, "0_Transformer"),
 }
 
-LOWERCASE = {"type": "Lowercase"}
 REFUSED: dict[str, tuple[Make, str]] = {
-    "several scores a text": (lambda f: save(f, problem_type="regression"), "a head of 3 outputs for regression"),
-    "no head": (lambda f: (save(f), rename(f, lambda n: n.replace("classifier", "other"))), "no classification head"),
+    "another kind of head": (changed(problem_type="ranking"), "3 outputs for ranking cannot answer here; as --encoder"),
+    "no head": (renamed(lambda n: n.replace("classifier", "other")), "no classification head"),
     "another number of labels": (
-        lambda f: (save(f), change(f, id2label={"0": "a", "1": "b"})),
-        "id2label names 2 labels, but the head in the weights has 3",
+        changed(id2label={"0": "a", "1": "b"}),
+        "id2label must name the 3 labels of the head, from 0",
     ),
-    "CamemBERT": (lambda f: (save(f), change(f, model_type="camembert")), "model_type is 'camembert'; only XLM-R"),
-    "XLM-R XL": (lambda f: (save(f), change(f, model_type="xlm-roberta-xl")), "model_type is 'xlm-roberta-xl'"),
-    "a decoder": (lambda f: (save(f), change(f, is_decoder=True)), "is_decoder is True"),
+    "CamemBERT": (changed(model_type="camembert"), "model_type is 'camembert'; only XLM-R"),
+    "a decoder": (changed(is_decoder=True), "is_decoder is True"),
     "relative positions": (
-        lambda f: (save(f), change(f, position_embedding_type="relative_key")),
+        changed(position_embedding_type="relative_key"),
         "position_embedding_type is 'relative_key'",
+    ),
+    "8 bits": (changed(quantization_config={"load_in_8bit": True}), "weights are quantized"),
+    "lower case": (changed(SETTINGS_NAME, do_lower_case=True), "do_lower_case is True"),
+    "cut at the beginning": (changed(SETTINGS_NAME, truncation_side="left"), "truncation_side is 'left', which is un"),
+    "lower case in tokenizer.json": (
+        lambda f: (save(f), put_normalizer(f, {"type": "Lowercase"})),
+        "normalizer has Lowercase",
     ),
     "BERT's own tokenizer": (
         lambda f: (save(f, "Bert"), only(f), (f / "vocab.txt").write_text("[UNK]\n")),
         "(BERT's vocab.txt is another tokenizer)",
     ),
-    "lower case": (lambda f: (save(f), change(f, SETTINGS_NAME, do_lower_case=True)), "do_lower_case is True"),
-    "lower case in tokenizer.json": (lambda f: (save(f), put_normalizer(f, LOWERCASE)), "normalizer has Lowercase"),
-    "transformers 5.0's tokenizer.json": (
-        lambda f: (save(f), only(f, JSON_NAME), put_normalizer(f, {"type": "Strip"})),
-        "its normalizer has lost SentencePiece's rules",
-    ),
-    "cut at the beginning": (
-        lambda f: (save(f), change(f, SETTINGS_NAME, truncation_side="left")),
-        "truncation_side is 'left', and not followed here",
-    ),
-    "DataParallel": (lambda f: (save(f), rename(f, "module.{}".format)), "tensors are named module.roberta...."),
-    "torch.compile": (lambda f: (save(f), rename(f, "_orig_mod.{}".format)), "tensors are named _orig_mod.roberta...."),
-    "a wrapper": (
-        lambda f: (save(f), rename(f, lambda n: "0.auto_model." + n.replace("roberta.", ""))),
-        "tensors are named 0.auto_model....",
-    ),
+    "DataParallel": (renamed("module.{}".format), "tensors are named module.roberta...."),
+    "a wrapper": (renamed(lambda n: "0.auto_model." + n.replace("roberta.", "")), "tensors are named 0.auto_model...."),
     "Lightning": (
         lambda f: (save(f), rename(f, str, to_bin=True), wrap(f / "pytorch_model.bin")),
-        "is a checkpoint; save its 'state_dict' alone",
+        "is no model's state_dict(); save that alone",
     ),
     "LoRA": (
         lambda f: (save(f), remove(f, "model.safetensors"), (f / "adapter_config.json").write_text("{}")),
         "is an adapter (LoRA); save the whole model, after merge_and_unload()",
     ),
-    "8 bits": (lambda f: (save(f), change(f, quantization_config={"load_in_8bit": True})), "weights are quantized"),
     "a folder of checkpoints": (lambda f: (save(f), move_into(f, "checkpoint-500")), "model in it, {f}/checkpoint-500"),
     "a shard is missing": (
         lambda f: (shard(f, save(f), to_bin=False), remove(f, "model-00002-of-00002.safetensors")),
@@ -340,7 +332,7 @@ def test_form_is_refused_by_name(folder: Path, form: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("form", ["several scores a text", "no head"])
+@pytest.mark.parametrize("form", ["another kind of head", "no head"])
 def test_body_of_a_model_with_another_head_is_an_encoder(folder: Path, form: str) -> None:
     REFUSED[form][0](folder)
     assert "encoder.layers.1.qkv.weight" in load_tensors(find_encoder(str(folder)))

@@ -21,8 +21,8 @@ from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.export import folder as hugging_face
 from sst2_xlmr.export.folder import with_note, write_folder
 from sst2_xlmr.export.model_card import card_text
+from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.programs import export
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util import versions

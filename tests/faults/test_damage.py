@@ -13,7 +13,7 @@ from conftest import Capture, RunTrain, Words, change_json, file_size_limit, use
 from running import at_step, digests, forked, logged, resume, wait_for
 
 from sst2_xlmr.training.checkpoint import find_checkpoint, what_is_damaged
-from sst2_xlmr.util.files import SCRATCH_MARK, scratch_name
+from sst2_xlmr.util.files import SCRATCH_MARK
 
 
 @pytest.fixture
@@ -72,17 +72,6 @@ def test_the_checkpoint_before_a_damaged_one_is_used_or_none(run: Path, finished
     assert digests(run) == digests(finished_run)
 
 
-def test_killed_between_two_renames_keeps_the_best_model(run: Path, finished_run: Path) -> None:
-    names = {entry.name for entry in run.iterdir()}
-    (run / "best").rename(scratch_name(run / "best", "old"))
-    half = scratch_name(run / "checkpoints" / "step-00000020")
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half")
-    resume(run)
-    assert digests(run) == digests(finished_run)
-    assert {entry.name for entry in run.iterdir()} == names
-
-
 def test_quota_ends_with_one_line_and_nothing_half_written(
     run_train: RunTrain, finished_run: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -137,7 +126,7 @@ def test_encoder_that_goes_away_costs_no_step(
         at_step(patch, 3, lambda _: encoder.rename(tmp_path / "away"))
         options = ["--encoder", encoder, "--epochs", 2, "--save-every", 3]
         line = user_error(lambda: run_train(run, *options), capsys)
-    assert "model.safetensors: it no longer exists" in line
+    assert "model.safetensors: No such file" in line
     assert (run / "checkpoints" / "step-00000007").is_dir()
     (tmp_path / "away").rename(encoder)
     resume(run)

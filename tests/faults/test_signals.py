@@ -8,19 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Capture, Words, train_options, write_small_data
-from running import (
-    charted,
-    digests,
-    forked,
-    forked_ranks,
-    launcher,
-    logged,
-    resume,
-    run_ranks,
-    started,
-    wait_for,
-)
+from conftest import Words, train_options, write_small_data
+from running import charted, digests, forked, forked_ranks, launcher, logged, resume, run_ranks, started, wait_for
 
 from sst2_xlmr import train
 from sst2_xlmr.training.signals import StopRequest
@@ -93,25 +82,6 @@ def test_a_second_signal_does_not_kill_a_process_that_ends() -> None:
     finally:
         for number in SIGNALS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
-def test_signal_during_evaluation_does_not_wait_for_its_end(
-    train_words: Words, small_data: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    """It is left, and made again when the run goes on; also if it was the last one."""
-    run, log = tmp_path / "run", tmp_path / "log"
-    lines = (small_data / "dev.tsv").read_text().splitlines()
-    (small_data / "dev.tsv").write_text("\n".join([lines[0], *lines[1:] * 100]) + "\n")
-    words = train_words(run, "--max-steps", 7, "--eval-batch-tokens", 100, "--eval-every", 0)
-    with forked(["train.py", *words], log) as process:
-        wait_for(log, "step      7/7", process)
-        process.terminate()
-        assert process.wait(timeout=10) == 128 + signal.SIGTERM
-    assert "dev: accuracy" not in log.read_text()
-    resume(run)
-    assert "step      7/7" not in capsys.readouterr().out
-    assert [line["step"] for line in logged(run) if "split" in line] == [7]
-    assert (run / "model" / "model.safetensors").is_file()
 
 
 def test_a_signal_to_one_of_several_processes_stops_all_at_one_step(train_words: Words, tmp_path: Path) -> None:

@@ -67,14 +67,6 @@ def test_equals_transformers(tiny_encoder: Path, tmp_path: Path, name: str) -> N
     torch.testing.assert_close(model(*ids), expected, atol=1e-5, rtol=0)
 
 
-@torch.no_grad()
-def test_no_mask_where_no_padding_is_the_same(tiny_encoder: Path) -> None:
-    model = classifier(tiny_encoder)
-    tokens = padded(*packed(model.shape.vocab_size, torch.tensor([19] * 5)))
-    masked = model.padded(tokens, torch.ones_like(tokens, dtype=torch.bool))
-    torch.testing.assert_close(model.padded(tokens, None), masked, atol=1e-6, rtol=0)
-
-
 def test_gradients_equal_torchtexts(tiny_encoder: Path) -> None:
     """In training mode with dropout 0, all parameters get the gradient of torchtext's forward pass."""
     ours = classifier(tiny_encoder)

@@ -1,16 +1,25 @@
-"""Ids: XLM-R's numbering, cuts, and the tokenizer of a TorchScript file."""
+"""Ids: XLM-R's numbering, cuts, added tokens; other families' tokenizers; see also end_to_end/test_model_folders.py."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import SMALL_ENCODER, SST2, needs_small_encoder
-from reference import needs_torchtext
+from conftest import SMALL_ENCODER, needs_small_encoder, user_error
 
+from sst2_xlmr.data.rows import Columns
+from sst2_xlmr.data.token_cache import tokenize_file
+from sst2_xlmr.export.trimmed import needed_pieces
+from sst2_xlmr.model.encoders import TOKENIZER_NAME
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
+from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, added_tokens, tokenizer_digest
+from sst2_xlmr.programs import export
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.errors import UserError
 
 
@@ -33,47 +42,6 @@ def test_known_answer() -> None:
         "Bonjour le monde": [0, 84602, 95, 11146, 2],
     }
     assert ids_of(tokenizer, list(published)) == list(published.values())
-
-
-def test_unknown_characters_become_unk(tiny_encoder: Path) -> None:
-    (ids,) = ids_of(load_tokenizer(tiny_encoder / "sentencepiece.bpe.model", 64), ["a 汉"])
-    assert (ids[0], ids[-2:]) == (0, [3, 2])
-
-
-def test_long_texts_are_cut_and_keep_their_end(tiny_encoder: Path) -> None:
-    file = tiny_encoder / "sentencepiece.bpe.model"
-    text = "a long story about a film " * 20
-    (whole,) = ids_of(load_tokenizer(file, 10_000), [text])
-    short = load_tokenizer(file, 12)
-    assert ids_of(short, [text]) == [[*whole[:11], 2]]
-    assert short.is_longer(text)
-    exact = load_tokenizer(file, len(whole))
-    assert ids_of(exact, [text]) == [whole]
-    assert not exact.is_longer(text)
-
-
-@needs_torchtext
-@pytest.mark.parametrize("max_length", [5, 16, 64])
-def test_the_tokenizer_of_a_torchscript_file_gives_the_same_ids(tiny_encoder: Path, max_length: int) -> None:
-    from sst2_xlmr.export.torchscript import ScriptedTokenizer
-
-    tokenizer = load_tokenizer(tiny_encoder / "sentencepiece.bpe.model", max_length)
-    scripted = torch.jit.script(ScriptedTokenizer(tokenizer))
-    texts = ["A fine film.", "", "  spaces   between  ", "Café 汉 \U0001f600", "word " * 50]
-    assert scripted(texts, None) == ids_of(tokenizer, texts)
-    assert scripted(texts, texts[::-1]) == ids_of(tokenizer, texts, texts[::-1])
-
-
-@needs_torchtext
-@needs_small_encoder
-@pytest.mark.skipif(not SST2.is_dir(), reason=f"{SST2} is not there")
-def test_both_tokenizers_agree_on_sst2() -> None:
-    from sst2_xlmr.export.torchscript import ScriptedTokenizer
-
-    tokenizer = load_tokenizer(SMALL_ENCODER / "sentencepiece.bpe.model", 256)
-    splits = [(SST2 / f"{split}.tsv").read_text(encoding="utf-8").splitlines()[1:] for split in ("train", "dev")]
-    texts = [line.split("\t")[0] for lines in splits for line in lines]
-    assert torch.jit.script(ScriptedTokenizer(tokenizer))(texts, None) == ids_of(tokenizer, texts)
 
 
 PAIRS = [
@@ -103,8 +71,120 @@ def test_pairs_are_joined_and_cut_as_transformers_does(tiny_encoder: Path, max_l
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="No such file"):
         load_tokenizer(tmp_path / "x.model", 64)
     (tmp_path / "x.model").write_text("<html>not found</html>")
-    with pytest.raises(UserError, match="x.model is not a SentencePiece model"):
+    with pytest.raises(UserError, match="x.model as a SentencePiece model: "):
         load_tokenizer(tmp_path / "x.model", 64)
+
+
+def ids_in(file: Path, text: str) -> list[int]:
+    return load_tokenizer(file, 99).flat_ids([text])[0].tolist()
+
+
+@pytest.fixture
+def file(tiny_encoder: Path, tmp_path: Path) -> Path:
+    """A SentencePiece model with nothing beside it."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / TOKENIZER_NAME).write_bytes((tiny_encoder / TOKENIZER_NAME).read_bytes())
+    return tmp_path / "tokenizer" / TOKENIZER_NAME
+
+
+def add(file: Path, **tokens: dict[str, Any]) -> None:
+    entries = {str(700 + i): {"content": token, **options} for i, (token, options) in enumerate(tokens.items())}
+    (file.parent / SETTINGS_NAME).write_text(json.dumps({"added_tokens_decoder": entries}))
+
+
+def test_what_is_between_added_tokens_is_cut_alone(file: Path) -> None:
+    plain = {text: ids_in(file, text)[1:-1] for text in ("a fine", "film", "fine", "fine film")}
+    add(file, X={}, XX={})
+    assert ids_in(file, "a fine X film") == [0, *plain["a fine"], 700, *plain["film"], 2]
+    assert ids_in(file, "XfineX X") == [0, 700, *plain["fine"], 700, 700, 2]
+    assert ids_in(file, "XXX") == [0, 701, 700, 2], "the longest first"
+    assert ids_in(file, "fine film") == [0, *plain["fine film"], 2]
+    tokenizer = load_tokenizer(file, 5)
+    assert tokenizer.vocab_size == 702
+    assert tokenizer.flat_ids(["X X X X X"])[0].tolist() == [0, 700, 700, 700, 2]
+    assert tokenizer.is_longer("X X X X") and not tokenizer.is_longer("X X X")
+    assert tokenizer.pieces_of([0, 700, 2]) == ["0", "X", "2"]
+
+    add(file, X={"single_word": True})
+    assert 700 not in ids_in(file, "Xa aX aXa X1")
+    assert ids_in(file, "X, X").count(700) == 2
+
+
+def test_newer_files_win_and_xlmrs_own_tokens_are_not_counted(file: Path) -> None:
+    (file.parent / "added_tokens.json").write_text('{"old": 700, "<mask>": 501}')
+    assert [token.content for token in added_tokens(file)] == ["old"]
+    add(file, newer={}, **{"<pad>": {}})
+    assert [token.content for token in added_tokens(file)] == ["newer"]
+    entry = {"id": 9, "content": "newest", "lstrip": True, "special": True, "normalized": False}
+    (file.parent / JSON_NAME).write_text(json.dumps({"added_tokens": [entry], "model": {"vocab": []}}))
+    assert [token.content for token in added_tokens(file)] == ["newest"]
+    assert added_tokens(file)[0].lstrip
+    (file.parent / JSON_NAME).write_text(json.dumps({"model": {"vocab": []}, "added_tokens": [entry]}))
+    assert [token.content for token in added_tokens(file)] == ["newest"], "whatever the order of the parts"
+
+
+def test_tokens_that_are_added_later_make_another_tokenizer(file: Path, tmp_path: Path) -> None:
+    """The digest decides whether cached tokens are taken, and whether a run is continued."""
+    (tmp_path / "rows.tsv").write_text("sentence\tlabel\na X film\t0\nno\t1\n")
+    task, digests, ids = SingleLabel(["a", "b"]), set(), set()
+    every: list[dict[str, Any]] = [{}, {"X": {}}, {"X": {"rstrip": True}}]
+    for tokens in every:
+        add(file, **tokens)
+        digests.add(tokenizer_digest(file))
+        cache = tokenize_file(tmp_path / "rows.tsv", file, Columns(), task, 64, tmp_path / "cache")
+        ids.add(tuple(cache.ids.tolist()))
+    assert len(digests) == 3
+    assert len(ids) == 2
+
+
+def test_a_piece_that_was_added_as_a_token_survives_trimming(file: Path) -> None:
+    pieces = load_tokenizer(file, 99).pieces
+    spare = ({*range(3, pieces.GetPieceSize())} - {*needed_pieces(load_tokenizer(file, 99), []).tolist()}).pop()
+    entry = {"content": pieces.IdToPiece(spare)}
+    (file.parent / SETTINGS_NAME).write_text(json.dumps({"added_tokens_decoder": {spare + 1: entry}}))
+    assert spare in needed_pieces(load_tokenizer(file, 99), [])
+
+
+def test_forms_with_sentencepiece_alone_are_refused(model: Path, tmp_path: Path, capsys: Any) -> None:
+    model = Path(shutil.copytree(model, tmp_path / "model"))
+    content = json.loads((model / JSON_NAME).read_text(encoding="utf-8"))
+    content["added_tokens"].append({"id": 7, "content": "X"})
+    (model / JSON_NAME).write_text(json.dumps(content), encoding="utf-8")
+    pytest.importorskip("onnxruntime_extensions")
+    options = ["--model", str(model), "--output", str(tmp_path / "x"), "--format"]
+    says = user_error(lambda: export.main([*options, "onnx"]), capsys)
+    assert "--format onnx has SentencePiece only, but tokens were added to this model's; take hf, onnx-hf, or" in says
+    export.main([*options, "onnx", "--from-ids"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda c: c["model"].update(type="BPE", vocab={}, merges=[]), "its model is BPE, not Unigram"),
+        (lambda c: c["model"].update(unk_id=0), "not Unigram with <unk> as 3"),
+        (lambda c: c["model"]["vocab"].reverse(), "its first tokens are not <s> <pad> </s> <unk>"),
+        (lambda c: c.update(normalizer=None), "its normalizer has lost SentencePiece's rules"),
+        (lambda c: c["normalizer"]["normalizers"].append({"type": "StripAccents"}), "its normalizer has StripAccents"),
+        (
+            lambda c: c["normalizer"]["normalizers"].append({"type": "Replace", "pattern": {"String": "``"}}),
+            "its normalizer has Replace '``'",
+        ),
+        (lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(prepend_scheme="never"), "is not Metaspace with a"),
+        (lambda c: c.update(post_processor=None), "its post_processor makes nothing of a single, not <s>A</s>"),
+        (lambda c: c["post_processor"]["pair"].pop(2), "makes <s>A</s>B</s> of a pair, not <s>A</s></s>B</s>"),
+        (lambda c: c["model"].update(vocab=[["<s>"]]), "cannot read the tokenizer "),
+    ],
+)
+def test_another_familys_tokenizer_json_is_refused(
+    tiny_encoder: Path, tmp_path: Path, spoil: Callable[[Any], Any], says: str
+) -> None:
+    content = json.loads((tiny_encoder / JSON_NAME).read_text(encoding="utf-8"))
+    spoil(content)
+    (tmp_path / JSON_NAME).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tmp_path / JSON_NAME, 64)
+    assert says in str(caught.value)
+    assert str(tmp_path / JSON_NAME) in str(caught.value)

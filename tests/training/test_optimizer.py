@@ -18,7 +18,7 @@ from sst2_xlmr.engines.cpu.masters import join_master, split_master
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.vocabulary import EMBEDDING, whole_vocabulary
-from sst2_xlmr.training.optimizer import BETAS, EPSILON, AdamW, Optimizer, group_of, has_fused_adamw, lr_scale
+from sst2_xlmr.training.optimizer import BETAS, EPSILON, AdamW, Optimizer, group_of, has_fused_adamw
 from sst2_xlmr.util.distributed import World, gather_objects
 
 ALONE = World.alone(torch.device("cpu"))
@@ -80,7 +80,7 @@ def test_equals_torchs_adamw(kind: str, threads: int, max_norm: float) -> None:
     ours, theirs = model(), model()
     optimizer = build(kind, ours)
     groups = [
-        {"params": [each], "weight_decay": 0.1 if each.dim() > 1 else 0.0, "scale": lr_scale(name, 2, 0.8)}
+        {"params": [each], "weight_decay": 0.1 if each.dim() > 1 else 0.0, "scale": group_of(name, each, 2, CONFIG)[0]}
         for name, each in theirs.named_parameters()
     ]
     is_fused = kind == "plain" and has_fused_adamw(ALONE.device)
@@ -231,10 +231,9 @@ def test_nodes_that_find_other_norms_take_rank_0s(kind: str, monkeypatch: pytest
 
 
 def test_rates_fall_with_the_distance_from_the_head_and_only_matrices_decay() -> None:
-    parameters = dict(model().named_parameters())
     scales = {"head.dense": 1.0, "encoder.layers.1.up": 0.5, "encoder.layers.0.qkv": 0.25}
     scales |= dict.fromkeys(("encoder.tokens", "encoder.positions", "encoder.norm"), 0.125)
-    assert {name: lr_scale(f"{name}.weight", 2, 0.5) for name in scales} == scales
-    for name, parameter in parameters.items():
-        decays = group_of(name, parameter, 2, CONFIG)[1] > 0
-        assert decays == (name.endswith("weight") and "norm" not in name)
+    for name, parameter in model().named_parameters():
+        scale, decay = group_of(name, parameter, 2, Config(layerwise_lr_decay=0.5))
+        assert scale == scales.get(name.rpartition(".")[0], scale)
+        assert (decay > 0) == (name.endswith("weight") and "norm" not in name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from conftest import SAMPLE_DATA, Capture, RunTrain, kernels_for, losses, metric
 from running import digests, logged, resume, signal_comes, state_of
 
 from sst2_xlmr import train
-from sst2_xlmr.util import distributed
-from sst2_xlmr.util.distributed import World
 
 
 def forget_after(run: Path, step: int) -> None:
@@ -43,19 +40,6 @@ def test_plain_pytorch_and_the_engine_compute_the_same_and_resume_each_other(
     resume(run, ends)
     assert ("; engine" in capsys.readouterr().out) == (ends == "--compile")
     assert losses(run) == pytest.approx(losses(whole), abs=near)
-
-
-def test_all_ranks_compute_in_the_same_way(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    """Though a resumed run may do so in another."""
-
-    def as_if_of_two(world: World, mine: Any, group: Any = None) -> list[Any]:
-        return [{**mine, "--compile": False}, mine] if isinstance(mine, dict) else [mine]
-
-    monkeypatch.setattr(distributed, "gather_objects", as_if_of_two)
-    line = user_error(lambda: run_train(tmp_path / "run"), capsys)
-    assert "rank 1 has --compile True, rank 0 False; start all with the same options" in line
 
 
 CHANGES = {  # of what a run reads: the file, from where on from its end, and its bytes there

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, under hidden names until they are finished."""
+"""Files that are whole or absent; tensors in them, the same as safetensors writes, without having them in memory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import file_size_limit
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from sst2_xlmr.util import tensors as tensor_files
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import disk_errors, new_file, put_in_place, scratch_name, write_text
+from sst2_xlmr.util.tensors import LazyTensor, write_tensors
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
@@ -52,21 +57,62 @@ def test_a_full_disk_hides_no_error_and_leaves_nothing(tmp_path: Path, name: str
 
 
 def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
-    for name in ("a", "b", "c"):
+    for link, name in (("x", "a"), ("y.gz", "b"), ("link", "c")):
         (tmp_path / name).write_text("precious")
-    for link, name in (("x", "a"), ("y.gz", "b"), ("x.tmp", "c")):
         (tmp_path / link).symlink_to(tmp_path / name)
     write_text(tmp_path / "x", "new")
     with new_file(tmp_path / "y.gz") as file:
         file.write("new")
     assert (tmp_path / "x").read_text() == gzip.decompress((tmp_path / "y.gz").read_bytes()).decode() == "new"
     assert [(tmp_path / name).read_text() for name in ("a", "b", "c")] == ["precious"] * 3
-    assert (tmp_path / "x.tmp").is_symlink()
     (tmp_path / "folder").symlink_to(tmp_path)
     (tmp_path / "new").mkdir()
     with pytest.raises(NotADirectoryError):
         put_in_place(tmp_path / "new", tmp_path / "folder")
-    for name in ("a", "x.tmp"):  # a file, and a link
+    for name in ("a", "link"):  # a file, and a link
         with pytest.raises(FileExistsError, match="it already exists"):
             put_in_place(tmp_path / "b", tmp_path / name, replaces=False)
     assert (tmp_path / "a").read_text() == "precious"
+
+
+TENSORS = {
+    "b.matrix": torch.randn(7, 5),
+    "a.vector": torch.randn(3).bfloat16(),
+    "bytes": torch.arange(5, dtype=torch.uint8),
+    "ids": torch.arange(4),
+    'half \u00e9"': torch.randn(2, 3, 3).half(),
+    "number": torch.tensor(2.5),
+    "nothing": torch.zeros(0, 4),
+    "turned": torch.randn(4, 6).t(),
+}
+
+
+def deferred(tensor: torch.Tensor, asked: list[int]) -> LazyTensor:
+    def rows(start: int, stop: int) -> torch.Tensor:
+        asked.append(stop - start)
+        return tensor[start:stop]
+
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, rows)
+
+
+def test_same_content_as_safetensors_own(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    write_tensors(TENSORS, ours)
+    save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, theirs, {"format": "pt"})
+    found, expected = load_file(ours), load_file(theirs)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with safe_open(ours, "pt") as mine, safe_open(theirs, "pt") as other:
+        assert mine.metadata() == other.metadata()
+    assert ours.stat().st_size == theirs.stat().st_size
+
+
+def test_deferred_tensors_are_made_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_files, "_CHUNK_BYTES", 60)
+    whole, asked = torch.randn(30, 5), list[int]()
+    thirds = deferred(whole, asked).chunk(3)
+    write_tensors({"whole": deferred(whole, asked), **dict(zip("abc", thirds))}, tmp_path / "x")
+    assert set(asked) == {3, 1}
+    found = load_file(tmp_path / "x")
+    assert torch.equal(found["whole"], whole)
+    assert torch.equal(torch.cat([found[name] for name in "abc"]), whole)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save
 from serving import COMMIT, Server, refusal, serving
 
 import sst2_xlmr
+from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder, is_hub_id
-from sst2_xlmr.model.weights import load_tensors
 from sst2_xlmr.programs import fetch, predict
 
 ROOT = Path(__file__).parents[2]
@@ -66,20 +66,13 @@ def test_only_what_is_needed_is_fetched_and_only_once(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_pickle_is_taken_if_there_is_nothing_else(server: Server, tiny_encoder: Path) -> None:
-    del server.models["us/tiny"][WEIGHTS]
-    written = io.BytesIO()
-    torch.save(load_file(tiny_encoder / WEIGHTS), written)
-    server.models["us/tiny"]["pytorch_model.bin"] = written.getvalue()
-    assert find_encoder("us/tiny").weights_file.name == "pytorch_model.bin"
-    server.requests.clear()
-    find_encoder("us/tiny")
-    assert downloaded(server) == []
-
-
-def test_tokenizer_json_and_shards_are_fetched_where_they_are_all_there_is(server: Server, tiny_encoder: Path) -> None:
-    files = server.models["us/tiny"]
-    tensors = load_file(tiny_encoder / WEIGHTS)
+def test_other_files_are_fetched_where_they_are_all_there_is(server: Server, tiny_encoder: Path) -> None:
+    """A pickle; tokenizer.json and shards."""
+    files, written, tensors = server.models["us/tiny"], io.BytesIO(), load_file(tiny_encoder / WEIGHTS)
+    torch.save(tensors, written)
+    server.models["us/pickle"] = {**files, "pytorch_model.bin": written.getvalue()}
+    del server.models["us/pickle"][WEIGHTS]
+    assert find_encoder("us/pickle").weights_file.name == "pytorch_model.bin"
     shards = {f"model-0000{n}-of-00002.safetensors": sorted(tensors)[n - 1 :: 2] for n in (1, 2)}
     for gone in (TOKENIZER, WEIGHTS, "pytorch_model.bin"):
         del files[gone]
@@ -105,7 +98,6 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(s
         ({SETTINGS: settings.replace(b"xlm-roberta", b"camembert")}, "model_type is 'camembert'"),
         ({SETTINGS: None}, "has no config.json"),
         ({TOKENIZER: None, "tokenizer.json": None}, "has neither sentencepiece.bpe.model nor tokenizer.json"),
-        ({"tokenizer_config.json": b'{"do_lower_case": true}'}, "do_lower_case is True"),
         ({WEIGHTS: None, "adapter_config.json": b"{}"}, "is an adapter (LoRA)"),
         ({WEIGHTS: None, "pytorch_model.bin": None}, "neither model.safetensors nor pytorch_model.bin"),
     ]

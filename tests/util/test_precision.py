@@ -23,13 +23,10 @@ def _undo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")])
-def test_auto_is_bf16_where_the_gpu_has_it(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert choose_precision("auto", CUDA) == expected
-    assert choose_precision("bf16", CUDA) == "bf16"
+def test_auto_is_bf16_where_the_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, expected in (((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert (choose_precision("auto", CUDA), choose_precision("bf16", CUDA)) == (expected, "bf16")
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
