@@ -317,3 +317,14 @@ def test_cells_and_near_ties() -> None:
     assert Regression(["score"]).cells([1.23456789], False) == [1.234568]
     changed = task.changed(np.array([[0.6, 0.8], [0.6, 0.8]]), np.array([[0.7, 0.7], [0.4, 0.8]]))
     assert changed.tolist() == [False, True]
+
+
+def test_the_most_doubtful_label_is_the_one_that_a_sure_model_contradicts() -> None:
+    """A class of which the model is never sure is not doubted for that alone."""
+    probabilities = np.array([[0.95, 0.05], [0.9, 0.1], [0.45, 0.55], [0.4, 0.6], [0.97, 0.03]])
+    doubt = SingleLabel(["a", "b"]).doubt(probabilities, np.array([0, 0, 1, 1, 1]))
+    assert int(doubt.argmax()) == 4
+    assert (doubt[:4] < doubt[4] / 2).all()
+    several = MultiLabel(["a", "b"]).doubt(probabilities, np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]]))
+    assert int(several.argmax()) == 4
+    assert int(Regression(["score"]).doubt(np.array([[1.0], [2.0], [9.0]]), np.array([1.0, 2.5, 3.0])).argmax()) == 2

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import losses, metrics, train_options
-from running import digests, resume, run_ranks
+from running import digests, resume, run_ranks, train_in_forks
 from safetensors.torch import load_file
 
 from sst2_xlmr import load, train
 from sst2_xlmr.data.batches import split_windows
 from sst2_xlmr.model.classifier import load_classifier
-from sst2_xlmr.programs import evaluate, export, predict
+from sst2_xlmr.programs import evaluate, export, predict, study
 from sst2_xlmr.util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -242,3 +242,41 @@ def test_texts_that_fit_train_as_ever(tiny_encoder: Path, tmp_path: Path) -> Non
     for kind in ("cut", "windows"):
         train.main(train_options(tiny_encoder, data, tmp_path / kind, "--epochs", 1, "--long-texts", kind))
     assert losses(tmp_path / "cut") == losses(tmp_path / "windows")
+
+
+# --- cross-validation
+
+
+def test_every_row_is_answered_by_a_model_that_has_not_seen_it(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_in_forks(monkeypatch)
+    data = write_rows(tmp_path / "data", lambda words: "yes" if "good" in words else "no", 90, 8)
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    for row in rows[::18]:
+        row["label"] = {"yes": "no", "no": "yes"}[row["label"]]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[1]]))
+    options = train_options(tiny_encoder, data, tmp_path / "folds", "--epochs", 40, "--lr", 3e-3, "--eval-every", 0)
+    place = options.index("--data-dir")
+    options[place : place + 2] = ["--train-file", str(data / "train.jsonl")]
+    study.main(["--folds", "3", *options])
+    folder = tmp_path / "folds/ours"
+    found = [json.loads(line) for line in (folder / "out-of-fold.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in found] == [row["text"] for row in [*rows, rows[1]]]
+    assert found[1]["fold"] == found[90]["fold"], "equal texts stay together"
+    for fold in (1, 2, 3):
+        model = load(folder / f"fold-{fold}/seed-0/model")
+        texts = [row["text"] for row in found if row["fold"] == fold]
+        seen = {json.loads(line)["text"] for line in (folder / f"fold-{fold}/train.jsonl").read_text().splitlines()}
+        assert not seen & set(texts)
+        expected = [row["predicted_label"] for row in found if row["fold"] == fold]
+        assert model.predict(texts) == expected
+        for label in ("yes", "no"):
+            everywhere = [row["fold"] for row in found if row["label"] == label]
+            assert abs(everywhere.count(fold) - len(everywhere) / 3) <= 2
+    doubtful = [json.loads(line) for line in (folder / "label-errors.jsonl").read_text().splitlines()]
+    flipped = {i + 1 for i in range(0, 90, 18)}
+    assert len(flipped & {row["line"] for row in doubtful[:12]}) >= 3
+    assert "label errors" in capsys.readouterr().out
+    study.main(["--folds", "3", *options])
+    assert "was finished" in capsys.readouterr().out
