@@ -18,7 +18,7 @@ from sst2_xlmr.export.folder import export_run
 from sst2_xlmr.model.classifier import build_classifier, load_classifier, pretrained_table
 from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary, whole_vocabulary
 from sst2_xlmr.report.console import Report
-from sst2_xlmr.task import ERRORS, Task
+from sst2_xlmr.task import ERRORS, Task, at_temperature, fit_thresholds, with_thresholds
 from sst2_xlmr.training.checkpoint import save_checkpoint, seed_rank
 from sst2_xlmr.training.guard import check_progress, check_skipped
 from sst2_xlmr.training.meter import TrainMeter
@@ -55,7 +55,7 @@ class Run:
         self.config, self.inputs, self.folder, self.state, self.world = config, inputs, folder, state, world
         caches, shape = inputs.caches, inputs.encoder.shape
         labels, weights = inputs.train_labels, inputs.train_weights
-        self.task = inputs.task.for_training(config, labels, weights, world.device).with_thresholds(state.thresholds)
+        self.task = with_thresholds(inputs.task.for_training(config, labels, weights, world.device), state.thresholds)
         self.vocabulary = whole_vocabulary(shape.vocab_size)
         if not config.full_vocabulary:
             self.vocabulary = used_vocabulary((each.distinct_ids for each in caches.values()), shape.vocab_size)
@@ -133,9 +133,9 @@ class Run:
         state, config, may_end = self.state, self.config, self.schedule.may_end(self.state)
         found = {split: self.evaluate_split(split) for split in self.eval_splits}
         labels, probabilities = self.inputs.caches["dev"].labels, found["dev"].probabilities
-        fitted_task = self.task.fitted(probabilities, labels, config.threshold_for)
-        state.thresholds = broadcast(self.world, list(fitted_task.thresholds))
-        self.task = self.task.with_thresholds(state.thresholds)
+        thresholds = fit_thresholds(self.task, probabilities, labels, config.threshold_for)
+        state.thresholds = broadcast(self.world, thresholds)
+        self.task = with_thresholds(self.task, state.thresholds)
         if state.thresholds:
             found = {split: each.with_fitted(1.0, *self.task_for(split)) for split, each in found.items()}
         value, loss = self.value_of(found), found["dev"].metrics["loss"]
@@ -164,7 +164,7 @@ class Run:
 
     def task_for(self, split: str, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
         """Return the task of the model whose logits are divided by a temperature, and a file's labels."""
-        return self.task.at_temperature(temperature), self.inputs.caches[split].labels
+        return at_temperature(self.task, temperature), self.inputs.caches[split].labels
 
     def best_name(self) -> str:
         """Return what --best-by asks for, in words."""
@@ -217,7 +217,7 @@ class Run:
             calibration = state.temperature, state.ece_before, state.ece_after
         if not self.vocabulary.is_whole:
             weights[EMBEDDING] = self.vocabulary.expand(pretrained_table(self.inputs.encoder), weights[EMBEDDING])
-        task = self.task.at_temperature(state.temperature if calibration else 1.0)
+        task = at_temperature(self.task, state.temperature if calibration else 1.0)
         parts = (weights, self.inputs, task, self.metrics, state.step, calibration, self.finisher)
         on_rank0(self.world, lambda: export_run(self.folder / name, *parts))
 

@@ -255,19 +255,6 @@ class SingleLabel:
         for number in [1] if self.outputs == 2 else range(self.outputs):
             yield self.label_names[number], true == number, probabilities[:, number]
 
-    def with_numbers(self, label_numbers: dict[str, int]) -> SingleLabel:
-        return replace(self, label_numbers=label_numbers)
-
-    def with_thresholds(self, thresholds: Sequence[float]) -> SingleLabel:
-        return self
-
-    def at_temperature(self, temperature: float) -> SingleLabel:
-        return self
-
-    def fitted(self, probabilities: np.ndarray, labels: np.ndarray, threshold_for: str | None) -> SingleLabel:
-        """Return the task with thresholds fitted on dev, where a task has some."""
-        return self
-
     @staticmethod
     def changed(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """Return bool [rows], whether the answer is another; both are probabilities, [rows, classes]."""
@@ -616,24 +603,6 @@ class MultiLabel:
         for number, name in enumerate(self.label_names):
             yield name, labels[:, number] > 0.5, probabilities[:, number]
 
-    def fitted(self, probabilities: np.ndarray, labels: np.ndarray, threshold_for: str | None) -> MultiLabel:
-        """Return the task with the thresholds of the best F1, or of `precision=P` or `recall=R`; on dev."""
-        aim, _, floor = (threshold_for or "f1").partition("=")
-        columns = zip(probabilities.T, (labels > 0.5).T)
-        found = (metric.fitted_threshold(scores, has, aim, float(floor or 0)) for scores, has in columns)
-        return replace(self, thresholds=tuple(round(each, 6) for each in found))
-
-    def with_numbers(self, label_numbers: dict[str, int]) -> MultiLabel:
-        return replace(self, label_numbers=label_numbers)
-
-    def with_thresholds(self, thresholds: Sequence[float]) -> MultiLabel:
-        return replace(self, thresholds=tuple(thresholds))
-
-    def at_temperature(self, temperature: float) -> MultiLabel:
-        """Return the task whose thresholds cut logits that are divided by a temperature where these cut them."""
-        logits = self.logits_of(np.array(self.thresholds)) / temperature
-        return self if temperature == 1 else replace(self, thresholds=tuple((1 / (1 + np.exp(-logits))).tolist()))
-
     def changed(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
         return np.asarray((self._has(found) != self._has(expected)).any(1))
 
@@ -916,18 +885,6 @@ class Regression:
     def curves(probabilities: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         return iter(())
 
-    def with_numbers(self, label_numbers: dict[str, int]) -> Regression:
-        return self
-
-    def with_thresholds(self, thresholds: Sequence[float]) -> Regression:
-        return self
-
-    def at_temperature(self, temperature: float) -> Regression:
-        return self
-
-    def fitted(self, probabilities: np.ndarray, labels: np.ndarray, threshold_for: str | None) -> Regression:
-        return self
-
     @staticmethod
     def changed(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """Whether a score differs by more than a twentieth of the scores' deviation."""
@@ -1051,7 +1008,33 @@ def task_kind(config: Config, labels: Iterable[str]) -> type[Task]:
 
 def stored_task(problem_type: str, label_names: list[str], thresholds: Sequence[float] = ()) -> Task:
     """Return the task of a model's folder; KeyError if there is none of that type."""
-    return {each.problem_type: each for each in TASKS.values()}[problem_type](label_names).with_thresholds(thresholds)
+    return with_thresholds({each.problem_type: each for each in TASKS.values()}[problem_type](label_names), thresholds)
+
+
+def with_numbers(task: Task, label_numbers: dict[str, int]) -> Task:
+    """Return the task with what stands for its labels in files; see `SingleLabel`."""
+    return task if isinstance(task, Regression) else replace(task, label_numbers=label_numbers)
+
+
+def with_thresholds(task: Task, thresholds: Sequence[float]) -> Task:
+    return replace(task, thresholds=tuple(thresholds)) if isinstance(task, MultiLabel) else task
+
+
+def fit_thresholds(task: Task, probabilities: np.ndarray, labels: np.ndarray, threshold_for: str | None) -> list[float]:
+    """Return the thresholds with the best F1 on dev, or with `precision=P` or `recall=R`; none if a task has none."""
+    if not isinstance(task, MultiLabel):
+        return []
+    aim, _, floor = (threshold_for or "f1").partition("=")
+    columns = zip(probabilities.T, (labels > 0.5).T)
+    return [round(metric.fitted_threshold(scores, has, aim, float(floor or 0)), 6) for scores, has in columns]
+
+
+def at_temperature(task: Task, temperature: float) -> Task:
+    """Return the task whose thresholds cut logits that are divided by a temperature where these cut them."""
+    if temperature == 1 or not isinstance(task, MultiLabel):
+        return task
+    logits = torch.tensor(task.thresholds, dtype=torch.float64).logit() / temperature
+    return with_thresholds(task, logits.sigmoid().tolist())
 
 
 def main_metric(metrics: Mapping[str, Any]) -> float:

@@ -46,7 +46,7 @@ from sst2_xlmr.report.tensorboard import (
     open_events,
     read_texts,
 )
-from sst2_xlmr.task import Task, check_options
+from sst2_xlmr.task import Task, at_temperature, check_options, with_numbers
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
@@ -82,27 +82,27 @@ def check_outputs(arguments: argparse.Namespace) -> None:
             raise UserError(f"cannot write to --output {output}: no permission; choose another place")
 
 
-def class_lines(name: str, classes: dict[str, np.ndarray], confusion: np.ndarray, label_names: list[str]) -> list[str]:
+def class_lines(name: str, task: Task, results: np.ndarray, labels: np.ndarray) -> list[str]:
     """Return the lines of a table of a file's classes, with the confusion matrix unless it is too wide."""
+    classes, confusion, names = task.per_label(results, labels), task.confusion(results, labels), task.label_names
     if not classes:
         return []
-    is_shown = len(label_names) <= MOST_CONFUSED_CLASSES
-    rows = [[name, "precision", "recall", "F1", "rows", *(["taken for:", *label_names] if is_shown else [])]]
-    for number, label in enumerate(label_names):
+    is_shown = len(names) <= MOST_CONFUSED_CLASSES
+    rows = [[name, "precision", "recall", "F1", "rows", *(["taken for:", *names] if is_shown else [])]]
+    for number, label in enumerate(names):
         numbers = [f"{classes[key][number]:.4f}" for key in ("precision", "recall", "f1")]
         counts = ["", *(f"{count:,}" for count in confusion[number])] if is_shown else []
         rows.append([label, *numbers, f"{classes['support'][number]:,}", *counts])
     return ["", *lines_of(rows)]
 
 
-def as_json(
-    file: Path, metrics: dict[str, Any], per_label: dict[str, np.ndarray], confusion: np.ndarray, label_names: list[str]
-) -> dict[str, Any]:
+def as_json(file: Path, task: Task, evaluation: Evaluation, labels: np.ndarray) -> dict[str, Any]:
     """Return a file's part of the JSON."""
-    numbers = {key: values.tolist() for key, values in per_label.items()}
-    classes = {label: {key: numbers[key][i] for key in numbers} for i, label in enumerate(label_names)}
-    chosen = {key: value for key, value in metrics.items() if key not in ("precision", "recall")}  # those of classes
-    return {"file": str(file), **chosen, "classes": classes, "confusion": confusion.tolist()}
+    numbers = {key: values.tolist() for key, values in task.per_label(evaluation.results, labels).items()}
+    classes = {label: {key: numbers[key][i] for key in numbers} for i, label in enumerate(task.label_names)}
+    chosen = {key: value for key, value in evaluation.metrics.items() if key not in ("precision", "recall")}
+    confusion = task.confusion(evaluation.results, labels).tolist()
+    return {"file": str(file), **chosen, "classes": classes, "confusion": confusion}
 
 
 def write_events(
@@ -169,7 +169,9 @@ def evaluate_all(classifier: Classifier, caches: dict[str, TokenCache], batch_to
     return evaluations
 
 
-def write_calibrated(arguments: argparse.Namespace, cache: TokenCache, fitted: tuple[float, float, float]) -> str:
+def write_calibrated(
+    arguments: argparse.Namespace, task: Task, cache: TokenCache, fitted: tuple[float, float, float]
+) -> str:
     """Write a model folder that gives calibrated probabilities, and say so in its card; returns what to print.
 
     Args:
@@ -177,6 +179,8 @@ def write_calibrated(arguments: argparse.Namespace, cache: TokenCache, fitted: t
     """
     source, output, (temperature, before, after) = arguments.model, arguments.output, fitted
     encoder, begin, card = find_encoder(str(source)), "The probabilities are calibrated: ", read_card(source)
+    if thresholds := list(at_temperature(task, temperature).thresholds):
+        encoder = replace(encoder, dropouts={**encoder.dropouts, "thresholds": thresholds})
     with writing(output), scratch_folder(output) as scratch:
         written = scratch / output.name
         write_folder(written, load_tensors(encoder), encoder, card, temperature)
@@ -191,15 +195,33 @@ def write_calibrated(arguments: argparse.Namespace, cache: TokenCache, fitted: t
     return f"{output}: {found}\n"
 
 
-def with_numbers(task: Task, arguments: argparse.Namespace, found: dict[str, Inspection]) -> Task:
+def with_numbers_of(task: Task, arguments: argparse.Namespace, found: dict[str, Inspection]) -> Task:
     """Return the task with the numbers that stand for its classes in the files: none without --label-names."""
     if not (given := getattr(arguments, "label_names", None)):
-        return task.with_numbers({})
+        return with_numbers(task, {})
     labels = [label for each in found.values() for label in each.labels]
     names, numbers = numbers_for(given, labels, next(iter(found)))
     if set(names) != set(task.label_names):
         raise UserError(f"--label-names {','.join(names)}: the model's classes are {listed(task.label_names)}")
-    return task.with_numbers({key: task.label_names.index(names[i]) for key, i in numbers.items()})
+    return with_numbers(task, {key: task.label_names.index(names[i]) for key, i in numbers.items()})
+
+
+def read_files(
+    arguments: argparse.Namespace, classifier: Classifier, files: dict[str, Path], columns: dict[str, Columns]
+) -> tuple[Task, dict[str, TokenCache]]:
+    """Check and tokenize all files before the first evaluation; returns also the task that reads their labels."""
+    cache_dir, tokenizer = downloads.cache_dir() / "tokens", classifier.tokenizer
+    found = {name: inspected(file, columns[name], True, cache_dir) for name, file in files.items()}
+    task, caches = with_numbers_of(classifier.task, arguments, found), {}
+    for name, file in files.items():
+        left_out = found[name].check(file, task, columns[name].drop_unusable)
+        said = description(file, found[name].layout, columns[name], found[name].rows), left_out_of(left_out)
+        for each in filter(None, said):
+            print(f"read as    {each}", file=sys.stderr)
+    for name, file in files.items():
+        parts = (file, tokenizer.file, columns[name], task, tokenizer.max_length, cache_dir)
+        caches[name] = tokenize_file(*parts, lambda *_: tokenizer, tokenizer.long_texts)
+    return task, caches
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -212,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     model, against, device = arguments.model, arguments.against, arguments.device
     classifier = Classifier.load(model, arguments.precision, device)
-    tokenizer, task, precision = classifier.tokenizer, classifier.task, classifier.precision
+    task, precision = classifier.task, classifier.precision
     if against and arguments.precision == "int8" != precision:
         raise UserError("--precision int8 cannot be compared on this machine, which cannot compute it")
     if against == precision:
@@ -220,42 +242,16 @@ def main(argv: list[str] | None = None) -> None:
     columns = {name: replace(columns_given(arguments, name), may_be_empty=True) for name in files}
     for each in columns.values():
         check_pairs(model, each.pair, "--text-pair-column NAME")
-    cache_dir, tokenizer_file = downloads.cache_dir() / "tokens", tokenizer.file
-    found = {name: inspected(file, columns[name], True, cache_dir) for name, file in files.items()}
     check_options(task, arguments)
-    task = with_numbers(task, arguments, found)
-    for name, file in files.items():  # all of them before the first evaluation, so that a bad row shows at once
-        left_out = found[name].check(file, task, columns[name].drop_unusable)
-        for said in filter(
-            None, (description(file, found[name].layout, columns[name], found[name].rows), left_out_of(left_out))
-        ):
-            print(f"read as    {said}", file=sys.stderr)
-    caches = {
-        name: tokenize_file(
-            file,
-            tokenizer_file,
-            columns[name],
-            task,
-            tokenizer.max_length,
-            cache_dir,
-            lambda *_: tokenizer,
-            tokenizer.long_texts,
-        )
-        for name, file in files.items()
-    }
+    task, caches = read_files(arguments, classifier, files, columns)
     evaluations = evaluate_all(classifier, caches, arguments.batch_tokens)
     if arguments.calibrate:
         fitted = calibrate(task, evaluations["dev"].probabilities, caches["dev"].labels)
-        print_text(write_calibrated(arguments, caches["dev"], fitted))
+        print_text(write_calibrated(arguments, task, caches["dev"], fitted))
         return
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
-    per_label = {name: task.per_label(evaluations[name].results, cache.labels) for name, cache in caches.items()}
-    confusions = {name: task.confusion(evaluations[name].results, cache.labels) for name, cache in caches.items()}
     if arguments.json:
-        parts = {
-            name: as_json(files[name], metrics[name], per_label[name], confusions[name], task.label_names)
-            for name in files
-        }
+        parts = {name: as_json(files[name], task, evaluations[name], cache.labels) for name, cache in caches.items()}
         content = {"model": str(model), "precision": precision, "labels": task.label_names, "files": parts}
         text = json.dumps({**content, "mean": mean_of(list(metrics.values()))}, indent=2, ensure_ascii=False) + "\n"
         with writing(arguments.json):
@@ -264,8 +260,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.tensorboard:
         write_events(arguments.tensorboard, evaluations, files, caches, columns, task)
     lines = evaluation_table(task, metrics)
-    for name, confusion in confusions.items():
-        lines += class_lines(name, per_label[name], confusion, task.label_names)
+    for name, cache in caches.items():
+        lines += class_lines(name, task, evaluations[name].results, cache.labels)
     if not against:
         print_text("\n".join([*lines, ""]))
         return

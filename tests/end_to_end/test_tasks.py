@@ -280,3 +280,17 @@ def test_every_row_is_answered_by_a_model_that_has_not_seen_it(
     assert "label errors" in capsys.readouterr().out
     study.main(["--folds", "3", *options])
     assert "was finished" in capsys.readouterr().out
+
+
+def test_calibrating_several_labels_moves_no_label(trained: Path, tmp_path: Path) -> None:
+    dev, model = trained.parent / "data/dev.jsonl", trained / "model"
+    words = ["--model", str(model), "--calibrate", str(dev), "--output", str(tmp_path / "calibrated")]
+    if load(model).task.label_names == ["score"]:
+        with pytest.raises(UserError, match="--calibrate does not go with this task"):
+            evaluate.main(words)
+        return
+    evaluate.main(words)
+    texts = [json.loads(line)["text"] for line in dev.read_text().splitlines()]
+    before, after = load(model, precision="fp32"), load(tmp_path / "calibrated", precision="fp32")
+    assert not np.allclose(before.probabilities(texts), after.probabilities(texts), atol=1e-3)
+    assert before.predict(texts) == after.predict(texts)
