@@ -199,6 +199,8 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> 
                 has_all = True
                 if places.labels and not columns.keep_numbers:
                     class_names = layout.class_names.get(names[places.labels[0]], ())
+                is_plain = len(places.labels) == 1 and not class_names
+                one_text, one_label = places.texts[0], places.labels[0] if is_plain else None
             except UserError as error:  # the keys of JSON's objects may differ
                 if layout.is_table:
                     raise
@@ -206,7 +208,7 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> 
         if places is None or len(cells) != len(names):
             yield fields, COLUMNS if places else kind, None, None, None, 1.0
             continue
-        text = cells[places.texts[0]] if len(places.texts) == 1 else _joined([cells[place] for place in places.texts])
+        text = cells[one_text] if len(places.texts) == 1 else _joined([cells[place] for place in places.texts])
         problem = ""
         if type(text) is not str or not text.isascii() or not text.strip() or "\0" in text:
             problem = _problem(text, columns.may_be_empty)
@@ -214,7 +216,7 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> 
         if places.pair is not None:
             pair = cells[places.pair]
             problem = problem or _problem(pair, columns.may_be_empty)
-        label = places.label_cell(names, cells, class_names)
+        label = places.label_cell(names, cells, class_names) if one_label is None else cells[one_label]
         weight = 1.0
         if places.weight is not None:
             weight = _weight(cells[places.weight], f"{path}, line {fields.line}")

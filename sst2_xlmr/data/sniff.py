@@ -295,7 +295,8 @@ def _with_quoting_of_whole(path: Path, found: Layout) -> Layout:
     """Look at the whole file for the quotes of a table that may have none."""
     cell = (found.delimiter + '"').encode(found.encoding.replace("utf-16", "utf-16-le"), "replace")
     with opened(path) as (file, _):
-        if not any(cell in line or line.startswith(b'"') for line in file):
+        blocks = iter(lambda: b"".join(file.readlines(1 << 20)), b"")  # of whole lines
+        if not any(cell in block or b'\n"' in block or block.startswith(b'"') for block in blocks):
             return found
     with opened(path) as (file, _):
         lines = (line for _, line in decoded_lines(file, path, found.encoding, found.newline))
