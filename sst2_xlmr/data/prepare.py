@@ -44,9 +44,10 @@ class Split:
     notes: list[str]
     is_labelled: bool = True
 
-    def rows(self, task: Task | None) -> Iterator[Row]:
+    def rows(self, task: Task | None) -> Iterator[tuple[Path, Row]]:
         """Yield the usable rows of all files."""
-        return itertools.chain.from_iterable(read_rows(file, self.columns, task) for file in self.files)
+        for file in self.files:
+            yield from ((file, row) for row in read_rows(file, self.columns, task))
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Prepared:
         try:
             if any(source_digest(file) != found.digest for file, found in zip(source.files, source.found)):
                 return {}
-            found = {numbers[i]: row for i, row in enumerate(source.rows(self.task)) if i in numbers}
+            found = {numbers[i]: row for i, (_, row) in enumerate(source.rows(self.task)) if i in numbers}
         except UserError:
             return {}
         return {number: row.text if row.pair is None else f"{row.text} / {row.pair}" for number, row in found.items()}

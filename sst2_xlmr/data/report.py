@@ -89,7 +89,7 @@ def examples_of(inputs: Prepared, name: str, count: int = 3) -> list[list[str | 
     numbers = inputs.train_rows if name == "train" else cache.numbers if cache else None
     wanted = range(count) if numbers is None else numbers[:count].tolist()
     rows = itertools.islice(split.rows(inputs.task if cache else None), max(wanted, default=-1) + 1)
-    chosen = [row for number, row in enumerate(rows) if number in wanted]
+    chosen = [row for number, (_, row) in enumerate(rows) if number in wanted]
     return [[row.text, row.pair, None if row.label is None else inputs.task.label_cell(row.label)] for row in chosen]
 
 

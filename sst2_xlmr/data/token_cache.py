@@ -119,9 +119,9 @@ def tokenize_file(
 ) -> TokenCache:
     """Return the token cache of a file, or of several as if they were one.
 
-    It is computed on the first call with this content and read from disk after that; all parameters but
-    `cache_dir` and `load` make up the cache key. UserError for a bad row (see `rows.read_rows`), a file that changes while it is read, or a
-    cache folder that cannot be written.
+    It is computed on the first call with this content and read from disk after that; all parameters but `cache_dir` and
+    `load` make up the cache key. UserError for a bad row (see `rows.read_rows`), a file that changes while it is read,
+    or a cache folder that cannot be written.
 
     Args:
         max_length: longest input in tokens; `long_texts` says what becomes of longer ones.
