@@ -20,19 +20,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, NamedTuple, TextIO
 
 from sst2_xlmr.config import QUOTES
-from sst2_xlmr.data import containers
+from sst2_xlmr.data.containers import READERS, json_rows, with_labels_beside
 from sst2_xlmr.util.errors import UserError
 
 KINDS = (".tsv", ".csv", ".jsonl", ".parquet")  # that are written; to add one, see `row_writer`
-# Longest line and longest cell in characters: a quote that is never closed, or a file without line ends, must not fill
-# the memory.
-LONGEST = 1 << 24
+LONGEST = 1 << 24  # characters of a line or cell: a quote that is never closed must not fill the memory
 _BREAKS = re.compile("\r\n|[\t\r\n]")
 _FASTTEXT = re.compile(r"((?:__label__\S+\s+)*(?:__label__\S+)?)(.*)", re.DOTALL)
 _LONE_CR, _CR = re.compile("\r(?!\n|\\Z)"), "\ufdd0"  # in a cell; what stands for it: csv takes it for a line end
 _LONE_BACKSLASH = re.compile(r'\\(\\|"|)')
 Lines = Iterator[tuple[int, str]]
-Rows = Iterator[tuple[int, list[str]]]
+Rows = Iterator[tuple[int, Any]]
 
 
 class Layout(NamedTuple):
@@ -60,7 +58,7 @@ class Layout(NamedTuple):
     @property
     def is_table(self) -> bool:
         """Whether columns have an order, and the same names in every row."""
-        return self.format not in ("jsonl", "json") or bool(self.names)
+        return bool(self.names)
 
 
 class Fields(NamedTuple):
@@ -75,11 +73,6 @@ class Fields(NamedTuple):
     line: int
     names: list[str]
     cells: Sequence[Any]
-
-
-def shortened(text: str, longest: int = 200) -> str:
-    """Return a text for a one-line error, cut if it is long."""
-    return text if len(text) <= longest else text[:longest] + "..."
 
 
 @contextlib.contextmanager
@@ -99,22 +92,16 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
                 files = [each for each in packed.namelist() if not each.endswith("/") and "__MACOSX" not in each]
                 if "[Content_Types].xml" not in files:  # else a file of Excel
                     if len(files) != 1:
-                        listed = shortened(", ".join(files))
-                        raise UserError(
-                            f"{path} is a .zip of {len(files)} files ({listed}); unpack it with unzip, and name one"
-                        )
+                        raise UserError(f"{path} is a .zip of {len(files)} files; unpack it with unzip, and name one")
                     yield stack.enter_context(packed.open(files[0])), files[0].lower()  # type: ignore[misc]
                     return
                 raw.seek(0)
             yield raw, name
-    except zipfile.BadZipFile:
-        raise UserError(f"{path} is not a whole zip file: truncated or damaged; fetch it again") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise UserError(f"{path} is not a whole gzip file: truncated, damaged, or no gzip; fetch it again") from None
-    except (RuntimeError, NotImplementedError) as error:  # zipfile: a password, or an unknown compression
-        raise UserError(f"cannot unpack {path}: {error}; unpack it first") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        kind = "zip" if isinstance(error, zipfile.BadZipFile) else "gzip"
+        raise UserError(f"{path} is not a whole {kind} file: truncated, damaged or misnamed; fetch it again") from None
+    except (OSError, RuntimeError) as error:  # zipfile: a password, or an unknown compression
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', '') or error}") from None
 
 
 def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline: str = "\n") -> Lines:
@@ -151,53 +138,32 @@ def _row_lines(lines: Lines) -> Lines:
             empty.append(number)
 
 
-def csv_dialect(delimiter: str, quoting: str) -> dict[str, Any]:
-    """Return the arguments of `csv.reader`."""
-    escape = {"doublequote": False, "escapechar": "\\"} if quoting == "backslash" else {}
-    return {"delimiter": delimiter, "quotechar": QUOTES[quoting], "strict": True, **escape}
-
-
-def csv_lines(lines: Iterable[str], quoting: str) -> Iterable[str]:
-    """Return lines for `csv.reader`: a lone carriage return is `_CR`, and a backslash that escapes nothing is kept."""
+def csv_reader(lines: Iterable[str], delimiter: str, quoting: str) -> Any:
+    """Return `csv.reader`, to which a lone carriage return is `_CR`, and a backslash that escapes nothing is itself."""
     lines = (_LONE_CR.sub(_CR, line) if "\r" in line[:-2] else line for line in lines)
-    if quoting != "backslash":
-        return lines
-    return (_LONE_BACKSLASH.sub(lambda match: match[0] if match[1] else "\\\\", line) for line in lines)
+    dialect: dict[str, Any] = {"delimiter": delimiter, "quotechar": QUOTES[quoting], "strict": True}
+    if quoting == "backslash":
+        lines = (_LONE_BACKSLASH.sub(lambda match: match[0] if match[1] else "\\\\", line) for line in lines)
+        dialect |= {"doublequote": False, "escapechar": "\\"}
+    return csv.reader(lines, **dialect)
 
 
 def _csv_rows(lines: Lines, path: Path, layout: Layout) -> Rows:
     csv.field_size_limit(LONGEST)  # the default is 131,072
-    reader = csv.reader(
-        csv_lines((line for _, line in lines), layout.quoting), **csv_dialect(layout.delimiter, layout.quoting)
-    )
-    while True:
-        first = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            problem = str(error)
-            if "field larger" in problem:
-                problem = f"a field of more than {LONGEST:,} characters; is a quotation mark never closed?"
-            elif "unexpected end" in problem:
-                problem = "the file ends inside a quoted field; is a quotation mark never closed?"
-            cure = '; if quotes are part of the text, say --quoting none, if \\" stands for one, --quoting backslash'
-            raise UserError(f"{path}: the row at line {first} is not valid CSV: {problem}{cure}") from None
-        if cells:  # blank lines hold nothing: a row with one empty field is written as ""
-            yield first, [cell.replace(_CR, "\r") for cell in cells] if _CR in "".join(cells) else cells
+    reader, first = csv_reader((line for _, line in lines), layout.delimiter, layout.quoting), 1
+    try:
+        for cells in reader:
+            if cells:  # blank lines hold nothing: a row with one empty field is written as ""
+                yield first, [cell.replace(_CR, "\r") for cell in cells] if _CR in "".join(cells) else cells
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}: the row at line {first} is not valid CSV: {error}; is a quotation mark never closed? If quotes"
+            ' are part of the text, say --quoting none; if \\" stands for one, --quoting backslash'
+        ) from None
 
 
-def _table_rows(lines: Lines, path: Path, layout: Layout) -> Rows:
-    if layout.quoting != "none":
-        return _csv_rows(lines, path, layout)
-    # Split at line ends and delimiters only: some of SST-2's sentences start with a quotation mark.
-    if layout.newline == "\r":
-        lines = ((number, line.removesuffix("\r") + "\n") for number, line in lines)
-    return ((number, line.split(layout.delimiter)) for number, line in _row_lines(lines))
-
-
-def _objects(lines: Lines, path: Path) -> Iterator[tuple[int, Any]]:
+def _json_objects(lines: Lines, path: Path) -> Rows:
     for number, line in _row_lines(lines):
         try:
             row = json.loads(line)
@@ -208,13 +174,22 @@ def _objects(lines: Lines, path: Path) -> Iterator[tuple[int, Any]]:
         yield number, row
 
 
-def _named(rows: Iterable[tuple[int, Any]]) -> Iterator[Fields]:
-    """Give objects names, which those with the same keys share."""
-    names: list[str] = []
-    for number, row in rows:
-        if list(row) != names:
-            names = list(row)
-        yield Fields(number, names, list(row.values()))
+def _rows_of_lines(lines: Lines, path: Path, layout: Layout) -> Rows:
+    """Return line number and cells of every row; JSON's objects as they are."""
+    if layout.format == "json":
+        return enumerate(json_rows("".join(line for _, line in lines), path), 1)
+    if layout.format == "jsonl":
+        return _json_objects(lines, path)
+    if layout.format == "fasttext":
+        parts = ((number, _FASTTEXT.fullmatch(line)) for number, line in _row_lines(lines))
+        return ((i, [part[2].strip(), part[1].replace("__label__", " ").split()]) for i, part in parts if part)
+    if layout.format == "lines":
+        texts = ((number, [line.removesuffix("\n").removesuffix("\r")]) for number, line in lines)
+        return with_labels_beside(path, texts) if len(layout.names) > 1 else texts
+    if layout.quoting != "none":
+        return _csv_rows(lines, path, layout)
+    # Split at line ends and delimiters only: some of SST-2's sentences start with a quotation mark.
+    return ((number, line.split(layout.delimiter)) for number, line in _row_lines(lines))
 
 
 def read_fields(path: Path, layout: Layout) -> Iterator[Fields]:
@@ -222,35 +197,20 @@ def read_fields(path: Path, layout: Layout) -> Iterator[Fields]:
 
     UserError, naming file, line and cure, if it is not as its layout says.
     """
-    kind, names = layout.format, list(layout.names)
-    if kind in containers.READERS:
-        stored = containers.READERS[kind](path, layout.encoding)
-        if layout.header:
-            next(stored, None)
-        yield from (Fields(number, names, cells) for number, cells in stored)
-        return
-    with opened(path) as (file, _):
-        lines = decoded_lines(file, path, layout.encoding, layout.newline)
-        if kind == "json":
-            objects = enumerate(containers.json_rows("".join(line for _, line in lines), path), 1)
-            yield from (Fields(number, names, row) for number, row in objects) if names else _named(objects)
-        elif kind == "jsonl":
-            yield from _named(_objects(lines, path))
-        elif kind == "fasttext":
-            for number, line in _row_lines(lines):
-                labels, text = _FASTTEXT.fullmatch(line).groups()  # type: ignore[union-attr]
-                yield Fields(
-                    number, names, [text.strip(), [label.removeprefix("__label__") for label in labels.split()]]
-                )
-        elif kind == "lines":
-            texts = ((number, [line.removesuffix("\n").removesuffix("\r")]) for number, line in lines)
-            rows = containers.with_labels_beside(path, texts) if len(names) > 1 else texts
-            yield from (Fields(number, names, cells) for number, cells in rows)
+    names = list(layout.names)
+    with contextlib.ExitStack() as stack:
+        if layout.format in READERS:
+            rows = READERS[layout.format](path, layout.encoding)
         else:
-            rows = _table_rows(lines, path, layout)
-            if layout.header:
-                next(rows, None)
-            yield from (Fields(number, names, cells) for number, cells in rows)
+            file, _ = stack.enter_context(opened(path))
+            rows = _rows_of_lines(decoded_lines(file, path, layout.encoding, layout.newline), path, layout)
+        if layout.header:
+            next(rows, None)
+        for number, cells in rows:
+            if isinstance(cells, dict):  # objects with the same keys share their names
+                names = names if list(cells) == names else list(cells)
+                cells = list(cells.values())
+            yield Fields(number, names, cells)
 
 
 def cell_text(cell: object) -> str:
@@ -272,11 +232,6 @@ def kind_of(path: Path) -> str:
     if plain.suffix.lower() not in KINDS:
         raise UserError(f"{path}: unknown kind of file; the name must end in {either(KINDS)}, perhaps with .gz")
     return plain.suffix.lower()
-
-
-def is_table(path: Path) -> bool:
-    """Whether a file to write has the same columns in every row."""
-    return kind_of(path) != ".jsonl"
 
 
 def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[object]], object]:

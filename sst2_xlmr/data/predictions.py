@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, TextIO
 
 from sst2_xlmr.data.containers import needed
-from sst2_xlmr.data.formats import is_table, kind_of, row_writer
+from sst2_xlmr.data.formats import kind_of, row_writer
 from sst2_xlmr.data.rows import Row
 from sst2_xlmr.labels import listed
 from sst2_xlmr.util.errors import UserError
@@ -59,7 +59,8 @@ def extended_rows(
         header: whether a table's names come first.
     """
     text = io.StringIO(newline="")
-    write, needs_table, is_parquet = row_writer(text, kind_of(path)), is_table(path), kind_of(path) == ".parquet"
+    kind = kind_of(path)
+    write, needs_table, is_parquet = row_writer(text, kind), kind != ".jsonl", kind == ".parquet"
     if header and needs_table and not is_parquet:
         write((), [*columns, *_free_names(names, columns)])
     last: list[str] = []
@@ -112,7 +113,7 @@ def _free_names(new: Sequence[str], taken: Sequence[str]) -> list[str]:
 def check_columns(row: Row, columns: list[str], path: Path) -> None:
     """Refuse a row that an output cannot express: a table, since it has other columns than the first; or JSON."""
     names = row.fields.names
-    if is_table(path):
+    if kind_of(path) != ".jsonl":
         if names != columns and sorted(names) != sorted(columns):
             where = f"line {row.fields.line} of the input"
             raise UserError(f"{where} has other keys than the first row; let {path} end in .jsonl")

@@ -32,8 +32,8 @@ class Split:
     """The files of a split, and what was found in them.
 
     Attributes:
-        dropped: rows that are left out, by kind, over all files.
-        notes: what is to be said.
+        dropped: how many rows are left out, by kind, over all files.
+        notes: what the header says of it.
         is_labelled: whether it has a cache; a test file may have no labels.
     """
 
@@ -55,8 +55,8 @@ class Prepared:
     """A run's inputs.
 
     Attributes:
-        splits: all that was found, by name; `files` and `caches` those that are labelled.
-        leaks: split -> int64 numbers of the training rows whose text it has, too; of those that have any.
+        splits: all that was found, by name; `files` and `caches` have the labelled ones only.
+        leaks: split -> int64 numbers of the training rows whose text it has, too; without splits that have none.
         train_rows: int64 numbers of the rows to train on; None for all.
     """
 
@@ -94,9 +94,8 @@ class Prepared:
         """Return file and line of a split's row; UserError or StopIteration if it is no longer there."""
         cache, source = self.caches[split], self.splits[split]
         row = int(row if cache.numbers is None else cache.numbers[row])
-        ends = np.cumsum(cache.rows_of_files)
-        number = int(np.searchsorted(ends, row, side="right"))
-        row -= int(ends[number - 1]) if number else 0
+        number = int(np.searchsorted(np.cumsum(cache.rows_of_files), row, side="right"))
+        row -= sum(cache.rows_of_files[:number])
         file, layout = source.files[number], source.found[number].layout
         is_plain = layout.format == "jsonl" or (layout.format == "tsv" and layout.quoting == "none")
         if is_plain and not source.dropped:  # a row is a line
@@ -109,8 +108,7 @@ class Prepared:
         cache, source = self.caches[split], self.splits[split]
         numbers = {row if cache.numbers is None else int(cache.numbers[row]): row for row in rows}
         try:
-            digests = [source_digest(file) for file in source.files]
-            if digests != [each.digest for each in source.found]:
+            if any(source_digest(file) != found.digest for file, found in zip(source.files, source.found)):
                 return {}
             found = {numbers[i]: row for i, (_, row) in enumerate(source.rows(self.task)) if i in numbers}
         except UserError:
@@ -139,38 +137,42 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
     UserError for a row that cannot be used, unless these are left out, or a label that is no class.
     """
     files, said = find_files(config, quiet)
-    columns = {name: columns_of(config, name) for name in files}
-    found: dict[str, list[Inspection]] = {}
-    for name, paths in files.items():
+    splits: dict[str, Split] = {}
+    labels: dict[str, list[int]] = {}  # of the training files
+    for name, paths in files.items():  # train first
+        columns = columns_of(config, name)
+        if name != "train":
+            columns = replace(columns, keep_numbers=all(map(str.isdecimal, labels)))
         try:
-            found[name] = [inspected(file, columns[name], True, cache_dir) for file in paths]
+            found = [inspected(file, columns, True, cache_dir) for file in paths]
         except UserError as error:
             if name == "train" or "no column" not in str(error):
                 raise
             raise UserError(f"{error}, or for this file alone with --columns {name}:text=NAME,label=NAME") from None
-        if name == "train" and all(label.isdecimal() for each in found[name] for label in each.labels):
-            columns = {other: replace(each, keep_numbers=other != name) for other, each in columns.items()}
-    labels = {label: seen for each in reversed(found["train"]) for label, seen in each.labels.items()}
-    known = [*(config.label_names or ()), *(MISSING if task_kind(config, labels).may_be_empty else ())]
-    for path, each in zip(files["train"], found["train"]):
-        each.check(path, None, config.drop_unusable, known)
-    others = {label: seen for name in found for each in found[name] for label, seen in each.labels.items()}
-    own_names = found["train"][0].layout.class_names.values()
-    task = find_task(config, labels, others, own_names, files["train"][0])
-    splits = {}
-    for name, paths in files.items():
-        is_test = name not in ("train", *config.eval_splits)
-        is_labelled = not (is_test and all(each.is_unlabelled for each in found[name]))
-        dropped: dict[str, int] = {}
-        notes = [note for each in found[name] for note in (*each.layout.notes, *task.notes(each.labels))]
-        for path, each in zip(paths, found[name]) if is_labelled else ():
+        if name == "train":
+            labels = _labels_of(found)
+            known = [*(config.label_names or ()), *(MISSING if task_kind(config, labels).may_be_empty else ())]
+            for path, each in zip(paths, found):
+                each.check(path, None, config.drop_unusable, known)
+        is_labelled = name in ("train", *config.eval_splits) or not all(each.is_unlabelled for each in found)
+        splits[name] = Split(paths, columns, found, {}, [], is_labelled)
+    own_names = splits["train"].found[0].layout.class_names.values()
+    everywhere = _labels_of([each for split in splits.values() for each in split.found])
+    task = find_task(config, labels, everywhere, own_names, files["train"][0])
+    for split in splits.values():
+        split.notes.extend(note for each in split.found for note in (*each.layout.notes, *task.notes(each.labels)))
+        if not split.is_labelled:
+            split.notes.append("no row has a label: unlabelled, not evaluated")
+            continue
+        for path, each in zip(split.files, split.found):
             for kind, count in each.check(path, task, config.drop_unusable).items():
-                dropped[kind] = dropped.get(kind, 0) + count
-        if not is_labelled:
-            notes.append("no row has a label: unlabelled, not evaluated")
-        splits[name] = Split(paths, columns[name], found[name], dropped, notes, is_labelled)
+                split.dropped[kind] = split.dropped.get(kind, 0) + count
     splits["train"].notes.extend(said)  # what has no split of its own
     return task, splits
+
+
+def _labels_of(found: list[Inspection]) -> dict[str, list[int]]:
+    return {label: seen for each in reversed(found) for label, seen in each.labels.items()}
 
 
 def long_texts_of(config: Config) -> LongTexts:
@@ -197,53 +199,31 @@ def prepare(config: Config, quiet: bool) -> Prepared:
     if config.layers:
         encoder = lowest_layers(encoder, config.layers)
     load = functools.lru_cache(maxsize=1)(load_tokenizer)
-    long_texts = long_texts_of(config)
+    further = (task, config.max_length, cache_dir, load, long_texts_of(config))
     caches = {
-        name: tokenize_file(
-            split.files, encoder.tokenizer_file, split.columns, task, config.max_length, cache_dir, load, long_texts
-        )
+        name: tokenize_file(split.files, encoder.tokenizer_file, split.columns, *further)
         for name, split in splits.items()
         if split.is_labelled
     }
     train = caches["train"]
     check_tokenizer(encoder, train.vocab_size)
-    rest = None
+    stays = np.ones(len(train), bool)  # whether a row is trained on
     if "dev" not in caches:
-        share = share_of(config, len(train))
-        rows = cut_off(train.text_digests, task.strata(train.labels), share, config.seed)
+        rows = cut_off(train.text_digests, task.strata(train.labels), share_of(config, len(train)), config.seed)
         if not len(rows):
             raise UserError(f"{len(train):,} training rows are too few to cut off dev; name a --dev-file")
-        whole, caches = train, {"train": train, "dev": train.part(rows), **caches}
-        kept = np.ones(len(whole), bool)
-        kept[rows] = False
-        rest = kept
+        stays[rows] = False
+        caches = {"train": train, "dev": train.part(rows), **caches}
         note = f"{len(rows):,} of {len(train):,} training rows, cut off by class and seed; name a --dev-file for others"
-        of_train = splits["train"]
-        split = Split(of_train.files, of_train.columns, of_train.found, {}, [note])
-        splits = {"train": of_train, "dev": split, **splits}
-    others = {split: cache.text_digests for split, cache in caches.items() if split != "train"}
-    leaks = {split: find_leaks(train.text_digests, digests) for split, digests in others.items()}
-    leaks = {split: rows if rest is None else rows[rest[rows]] for split, rows in leaks.items()}
-    leaks = {split: rows for split, rows in leaks.items() if len(rows)}
-    return Prepared(config, task, encoder, splits, caches, leaks, choose_rows(config, train, leaks, rest))
-
-
-def choose_rows(
-    config: Config, train: TokenCache, leaks: dict[str, np.ndarray], rest: np.ndarray | None = None
-) -> np.ndarray | None:
-    """Return the numbers of the rows to train on, int64, ascending; None for all. UserError if none are left.
-
-    Args:
-        rest: bool [rows], those that were not cut off for dev; None for all.
-    """
-    stays = np.ones(len(train), bool) if rest is None else rest.copy()
+        splits = {"train": splits["train"], "dev": replace(splits["train"], dropped={}, notes=[note]), **splits}
+    others = {name: cache.text_digests for name, cache in caches.items() if name != "train"}
+    leaks = {name: find_leaks(train.text_digests, digests) for name, digests in others.items()}
+    leaks = {name: kept for name, rows in leaks.items() if len(kept := rows[stays[rows]])}
     if config.drop_duplicates:
         stays[train.repeats] = stays[train.contradictions] = False
-    if config.drop_leaks:
-        for rows in leaks.values():
-            stays[rows] = False
-    if stays.all():
-        return None
+    for rows in leaks.values() if config.drop_leaks else ():
+        stays[rows] = False
     if not stays.any():
         raise UserError("--drop-duplicates or --drop-leaks leaves no row to train on; leave them out")
-    return np.flatnonzero(stays)
+    train_rows = None if stays.all() else np.flatnonzero(stays)
+    return Prepared(config, task, encoder, splits, caches, leaks, train_rows)

@@ -6,9 +6,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from sst2_xlmr.data.formats import Layout, shortened
-from sst2_xlmr.data.prepare import Prepared, Split
-from sst2_xlmr.data.rows import PHRASES, Columns, guessed_columns, read_rows
+from sst2_xlmr.data.containers import shortened
+from sst2_xlmr.data.formats import Layout
+from sst2_xlmr.data.prepare import Prepared
+from sst2_xlmr.data.rows import PHRASES, Columns, guessed_columns
 from sst2_xlmr.labels import listed
 
 _DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
@@ -23,14 +24,13 @@ _FORMATS = {
     "arrow": "Arrow",
     "xlsx": "the first sheet of a workbook",
 }
-_PLAIN = {"tsv": ("\t", "none"), "csv": (",", "double")}
+_PLAIN = {"tsv": [("\t", "none", True)], "csv": [(",", "double", True)], "jsonl": [("", "", False)]}
 
 
 def description(path: Path, layout: Layout, columns: Columns, rows: int | None = None) -> str:
     """Return how a file was read; empty if that is plain: what its name says, in UTF-8, and with a header."""
-    name = path.name.lower().removesuffix(".gz")
-    is_plain = (layout.delimiter, layout.quoting) == _PLAIN.get(layout.format) and layout.header
-    is_plain = (is_plain or layout.format == "jsonl") and name.endswith(f".{layout.format}")
+    is_named_so = path.name.lower().removesuffix(".gz").endswith(f".{layout.format}")
+    is_plain = (layout.delimiter, layout.quoting, layout.header) in _PLAIN.get(layout.format, ()) and is_named_so
     if is_plain and (layout.encoding, layout.newline, len(columns.texts)) == ("utf-8", "\n", 1 if columns.text else 0):
         return ""
     words = [_FORMATS.get(layout.format, _DELIMITERS.get(layout.delimiter, repr(layout.delimiter)))]
@@ -39,11 +39,9 @@ def description(path: Path, layout: Layout, columns: Columns, rows: int | None =
     words += [layout.encoding] if layout.encoding != "utf-8" else []
     words += ["CR line ends"] if layout.newline == "\r" else []
     words += [f"text is {' + space + '.join(columns.texts)}"] if len(columns.texts) > 1 else []
-    if found := guessed_columns(path, layout, columns):
-        text, label = (None if i is None else layout.names[i] for i in found)
-        words.append(
-            f"text in column {text}" + (f", label in column {label}" if label and columns.label == "label" else "")
-        )
+    guess = guessed_columns(path, layout, columns)
+    words += [f"text in column {guess.text}"] if guess.text != columns.text else []
+    words += [f"label in column {guess.label}"] if guess.label != columns.label else []
     words += [f"{rows:,} rows"] if rows is not None else []
     return f"{path.name}: {', '.join(words)}"
 
@@ -54,12 +52,11 @@ def left_out_of(dropped: dict[str, int]) -> str:
 
 
 def lines_of(inputs: Prepared) -> list[str]:
-    """Return the header's lines on files that are not plain, on rows per class, and on what else is to be said."""
+    """Return the header's lines on files that are not plain, on rows per class, and the notes on every split."""
     lines = []
     for name, split in inputs.splits.items():
         for path, found in zip(split.files, split.found):
-            said = description(path, found.layout, split.columns, found.rows)
-            if said and f"read as    {said}" not in lines:
+            if said := description(path, found.layout, split.columns, found.rows):
                 lines.append(f"read as    {said}")
         if len(split.files) > 1 and name in inputs.caches:
             counts = zip(split.files, inputs.caches[name].rows_of_files)
@@ -67,16 +64,15 @@ def lines_of(inputs: Prepared) -> list[str]:
     for name in ("train", "dev"):
         labels = inputs.train_labels if name == "train" else inputs.caches[name].labels
         lines.append(f"classes    {name}: {inputs.task.describe_labels(labels)}")
-    return lines + [
-        f"note       {name}: {note}" for name, split in inputs.splits.items() for note in notes_of(inputs, name, split)
-    ]
+    notes = [f"note       {name}: {note}" for name in inputs.splits for note in notes_of(inputs, name)]
+    return list(dict.fromkeys([*lines, *notes]))  # dev may be cut off the same files
 
 
-def notes_of(inputs: Prepared, name: str, split: Split) -> list[str]:
-    """Return what is to be said of a split."""
-    left_out = left_out_of(split.dropped)
-    absent = [label for label, rows in classes_of(inputs, name).items() if not rows]
-    return [*split.notes, *([left_out] if left_out else [])] + ([f"no row of class {listed(absent)}"] if absent else [])
+def notes_of(inputs: Prepared, name: str) -> list[str]:
+    """Return what is worth saying about a split."""
+    split, absent = inputs.splits[name], [label for label, rows in classes_of(inputs, name).items() if not rows]
+    notes = [*split.notes, left_out_of(split.dropped), f"no row of class {listed(absent)}" if absent else ""]
+    return list(filter(None, notes))
 
 
 def classes_of(inputs: Prepared, name: str) -> dict[str, int]:
@@ -90,13 +86,11 @@ def classes_of(inputs: Prepared, name: str) -> dict[str, int]:
 def examples_of(inputs: Prepared, name: str, count: int = 3) -> list[list[str | None]]:
     """Return the first rows of a split: text, second text or None, label or None, as the model sees them."""
     split, cache = inputs.splits[name], inputs.caches.get(name)
-    if cache is None:
-        rows = (row for file in split.files for row in read_rows(file, split.columns, None))
-        return [[row.text, row.pair, None] for row in itertools.islice(rows, count)]
-    numbers = cache.numbers if cache.numbers is not None else inputs.train_rows if name == "train" else None
-    wanted = set(range(count) if numbers is None else numbers[:count].tolist())
-    found = itertools.islice(enumerate(split.rows(inputs.task)), max(wanted, default=-1) + 1)
-    return [[row.text, row.pair, inputs.task.label_cell(row.label)] for i, (_, row) in found if i in wanted]
+    numbers = inputs.train_rows if name == "train" else cache.numbers if cache else None
+    wanted = range(count) if numbers is None else numbers[:count].tolist()
+    rows = itertools.islice(split.rows(inputs.task if cache else None), max(wanted, default=-1) + 1)
+    chosen = [row for number, (_, row) in enumerate(rows) if number in wanted]
+    return [[row.text, row.pair, None if row.label is None else inputs.task.label_cell(row.label)] for row in chosen]
 
 
 def as_json(inputs: Prepared) -> dict[str, dict[str, Any]]:
@@ -117,7 +111,7 @@ def as_json(inputs: Prepared) -> dict[str, dict[str, Any]]:
             "classes": classes_of(inputs, name),
             "examples": examples_of(inputs, name),
             "truncated": cache.truncated if cache else 0,
-            "warnings": notes_of(inputs, name, split),
+            "warnings": notes_of(inputs, name),
         }
     return result
 
@@ -127,6 +121,6 @@ def check_lines(inputs: Prepared) -> list[str]:
     lines = []
     for name in inputs.splits:
         for text, pair, label in examples_of(inputs, name):
-            texts = " / ".join(shortened(" ".join(each.split()), 100) for each in (text, pair) if each is not None)
+            texts = " / ".join(shortened(each, 100) for each in (text, pair) if each is not None)
             lines.append(f"{name:<10} {label if label is not None else '(no label)'}: {texts}")
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -13,26 +14,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sst2_xlmr.config import FORMATS, Config
-from sst2_xlmr.data.formats import Fields, Layout, opened, read_fields, shortened
+from sst2_xlmr.data.containers import shortened
+from sst2_xlmr.data.formats import Fields, Layout, opened, read_fields
 from sst2_xlmr.data.sniff import Columns, find_layout, other_encoding
 from sst2_xlmr.labels import MISSING, label_text, listed
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
 
-READ_OPTIONS = ("format", "delimiter", "quoting", "encoding", "header")
-TEXT_OPTIONS = ("text_column", "text_pair_column", *READ_OPTIONS)
+TEXT_OPTIONS = ("text_column", "text_pair_column", "format", "delimiter", "quoting", "encoding", "header")
 COLUMN_OPTIONS = (*TEXT_OPTIONS, "label_column", "label_columns", "weight_column", "drop_unusable")
-# Why a row cannot be used.
-COLUMNS, CHARACTERS, NO_TEXT, NO_LABEL = "another number of columns", "cut characters", "no text", "no label"
-WEIGHT_0 = "weight 0"  # which is asked for
-PHRASES = {
-    COLUMNS: f"with {COLUMNS}",
-    CHARACTERS: f"with {CHARACTERS}",
-    NO_TEXT: "without text",
-    NO_LABEL: "without a label",
-    WEIGHT_0: "with weight 0",
+PHRASES = {  # why a row cannot be used, and how an error says it of several rows
+    "another number of columns": "with another number of columns",
+    "cut characters": "with cut characters",
+    "no text": "without text",
+    "no label": "without a label",
+    "weight 0": "with weight 0",  # which is asked for
 }
+COLUMNS, CHARACTERS, NO_TEXT, NO_LABEL, WEIGHT_0 = PHRASES
 _UNUSABLE = re.compile("[\ud800-\udfff\0]")
 _CHUNK_CHARACTERS = 1 << 20
 _MOST_LABELS = 20_000  # that are counted; classes are far fewer
@@ -54,21 +53,20 @@ class Row(NamedTuple):
     weight: float = 1.0
 
 
-def columns_of(config: Config, split: str = "") -> Columns:
-    """Return what the options ask for of a split's file."""
-    columns = columns_given(argparse.Namespace(**dataclasses.asdict(config)), split)
+def columns_of(config: Config, split: str) -> Columns:
+    """Return what the options ask for of a split's file; only training rows have weights."""
+    columns = columns_given(config, split)
     return columns if split == "train" else dataclasses.replace(columns, weight=None)
 
 
-def columns_given(arguments: argparse.Namespace, split: str = "") -> Columns:
-    """Return the columns that a script's options name; an option that is not given, or not there, has its default."""
+def columns_given(arguments: argparse.Namespace | Config, split: str = "") -> Columns:
+    """Return what options ask for of a split's file; an option that is not given, or not there, has its default."""
     given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
     if given.get("format") not in FORMATS:  # that of an export
         given.pop("format", None)
-    text = tuple(given.pop("text_column", None) or ())
-    pair, labels = given.pop("text_pair_column", None), tuple(given.pop("label_columns", None) or ())
-    label, weight = given.pop("label_column", "label"), given.pop("weight_column", None)
-    columns = Columns(text or None, pair, label, labels, weight, **given)
+    text, labels = (tuple(given.pop(name, None) or ()) for name in ("text_column", "label_columns"))
+    pair, label = given.pop("text_pair_column", None), given.pop("label_column", "label")
+    columns = Columns(text or None, pair, label, labels, given.pop("weight_column", None), **given)
     for each in getattr(arguments, "columns", ()):
         name, _, wanted = each.partition(":")
         if name == split:
@@ -109,8 +107,25 @@ class Places(NamedTuple):
         return class_names[int(number)] if number.isdecimal() and int(number) < len(class_names) else label
 
 
-def _position(path: Path, names: Sequence[str], layout: Layout, option: str, wanted: Sequence[str], line: int) -> int:
-    """Return a column's place in a row; UserError if it is missing or occurs twice."""
+def _places(path: Path, layout: Layout, columns: Columns, fields: Fields, with_label: bool) -> Places:
+    """Return the places of a row's columns; UserError if one is missing, or two are the same."""
+    columns = guessed_columns(path, layout, columns)
+    find = functools.partial(_position, path, layout, fields)
+    texts = [find("--text-column", name) for name in columns.texts] or [find("--text-column", "sentence", "text")]
+    pair = find("--text-pair-column", columns.pair) if columns.pair else None
+    option = "--label-columns" if columns.labels else "--label-column"
+    labels = [find(option, name) for name in columns.labels or (columns.label,)] if with_label else []
+    weight = find("--weight-column", columns.weight) if columns.weight and with_label else None
+    all_of = [each for each in (*texts, pair, *labels, weight) if each is not None]
+    if len(set(all_of)) < len(all_of):
+        twice = next(fields.names[each] for each in all_of if all_of.count(each) > 1)
+        raise UserError(f"{path}: the column {twice!r} is named twice; text, second text and label must be different")
+    return Places(tuple(texts), pair, tuple(labels), weight)
+
+
+def _position(path: Path, layout: Layout, fields: Fields, option: str, *wanted: str) -> int:
+    """Return the place in a row of the first of the wanted columns that it has; UserError if none is there, or two."""
+    names = fields.names
     if layout.is_table and re.fullmatch("[0-9]{1,6}", wanted[0]):
         if 1 <= int(wanted[0]) <= len(names):
             return int(wanted[0]) - 1
@@ -122,129 +137,93 @@ def _position(path: Path, names: Sequence[str], layout: Layout, option: str, wan
             raise UserError(f"{path}: two columns are named {name!r}; give {option} a number, from 1")
         if found:
             return found[0]
-    among = (
-        shortened(", ".join(map(str, names)))
-        if layout.header or not layout.is_table
-        else f"1 to {len(names)}, it has no header"
-    )
+    among = shortened(", ".join(names)) + " (it has no header)" * bool(layout.delimiter and not layout.header)
     raise UserError(
-        f"{path}, line {line}: no column {' or '.join(map(repr, wanted))} among {among}; name it with"
+        f"{path}, line {fields.line}: no column {' or '.join(map(repr, wanted))} among {among}; name it with"
         f" {option}{_proposal(path, layout)}"
     )
 
 
-def _places(path: Path, layout: Layout, columns: Columns, fields: Fields, with_label: bool) -> Places:
-    """Return the places of a row's columns; UserError if one is missing, or two are the same."""
-    names, line = fields.names, fields.line
-    texts, label = columns.texts or ("sentence", "text"), columns.label
-    if found := guessed_columns(path, layout, columns):
-        texts, label = (names[found[0]],), names[found[1]] if label == "label" and found[1] is not None else label
-    if columns.texts:
-        chosen = [_position(path, names, layout, "--text-column", [name], line) for name in texts]
-    else:
-        chosen = [_position(path, names, layout, "--text-column", texts, line)]
-    pair = _position(path, names, layout, "--text-pair-column", [columns.pair], line) if columns.pair else None
-    option = "--label-columns" if columns.labels else "--label-column"
-    wanted = columns.labels or (label,) if with_label else ()
-    labels = tuple(_position(path, names, layout, option, [name], line) for name in wanted)
-    weight = None
-    if columns.weight and with_label:
-        weight = _position(path, names, layout, "--weight-column", [columns.weight], line)
-    all_of = [each for each in (*chosen, pair, *labels, weight) if each is not None]
-    if len(set(all_of)) < len(all_of):
-        twice = next(names[each] for each in all_of if all_of.count(each) > 1)
-        raise UserError(
-            f"{path}: the column {twice!r} is named twice; text, second text and label are columns of their own"
-        )
-    return Places(tuple(chosen), pair, labels, weight)
+def guessed_columns(path: Path, layout: Layout, columns: Columns) -> Columns:
+    """Return the columns with numbers for text and label where neither a header nor the options name them."""
+    if not layout.is_table or layout.header or columns.texts or {"text", "sentence"} & {*layout.names}:
+        return columns
+    text, label, _ = _likely_columns(path, layout)
+    label = label if text and label and columns.label == "label" else columns.label
+    return dataclasses.replace(columns, text=text or columns.text, label=label)
 
 
-def guessed_columns(path: Path, layout: Layout, columns: Columns) -> tuple[int, int | None] | None:
-    """Return the columns of text and label where no header names them and the options do not; see `_likely_columns`."""
-    is_open = layout.is_table and not (layout.header or columns.texts or "text" in layout.names)
-    return _likely_columns(_first_columns(path, layout)) if is_open else None
+def _likely_columns(path: Path, layout: Layout) -> tuple[str, str, list[str]]:
+    """Return, by the first rows of a table, the numbers of the columns that must hold text and label, and flags.
 
-
-def _first_columns(path: Path, layout: Layout) -> list[list[str]]:
-    """Return a table's columns, without the spaces around their cells; of its first rows."""
+    A number, from 1, is empty if no column or several may be meant. Flags are the names of the columns of 0 and 1.
+    """
     rows = [each.cells for each in itertools.islice(read_fields(path, layout), 500)]
     rows = [cells for cells in rows if len(cells) == len(layout.names)]
-    return [[str(cells[i]).strip() for cells in rows] for i in range(len(layout.names))]
-
-
-def _likely_columns(cells: list[list[str]]) -> tuple[int, int | None] | None:
-    """Return the columns that must hold text and label, if by their cells only one each can."""
-    texts = [i for i, each in enumerate(cells) if sum(" " in cell for cell in each) > len(each) / 2]
-    labels = [
-        i
-        for i, each in enumerate(cells)
-        if i not in texts and all(each) and 1 < len(set(each)) <= max(2, len(each) / 2)
-    ]
-    return (texts[0], labels[0] if len(labels) == 1 else None) if len(texts) == 1 else None
+    columns = {str(i): [str(cell).strip() for cell in column] for i, column in enumerate(zip(*rows), 1)}
+    texts = [i for i, cells in columns.items() if sum(" " in cell for cell in cells) > len(cells) / 2]
+    labels = [i for i, cells in columns.items() if all(cells) and 1 < len({*cells}) <= max(2, len(cells) / 2)]
+    labels = [i for i in labels if i not in texts]
+    flags = [name for name, cells in zip(layout.names, columns.values()) if name and {*cells} <= {"0", "1"}]
+    text = texts[0] if len(texts) == 1 else ""
+    return text, labels[0] if text and len(labels) == 1 else "", flags
 
 
 def _proposal(path: Path, layout: Layout) -> str:
     """Return the options that name a table's text and label, for an error; empty if that cannot be told."""
     if not layout.is_table:
         return ""
-    cells = _first_columns(path, layout)
-    flags = [name for name, each in zip(layout.names, cells) if each and set(each) <= {"0", "1"}]
+    *likely, flags = _likely_columns(path, layout)
     if len(flags) > 2:
         return f"; {listed(flags)} hold 0 and 1: for several labels a row, name them with --label-columns"
-    if not (found := _likely_columns(cells)):
-        return ""
-    text, label = (
-        repr(layout.names[i]) if i is not None and " " in layout.names[i] else layout.names[i or 0] for i in found
-    )
-    return f" (e.g. --text-column {text}{f' --label-column {label}' if found[1] is not None else ''})"
+    names = [layout.names[int(number) - 1] for number in likely if number]
+    named = zip(("--text-column", "--label-column"), (name if " " not in name else repr(name) for name in names))
+    return f" (e.g. {' '.join(map(' '.join, named))})" if names else ""
 
 
-Checked = tuple[Fields, str, str, "str | None", Any, float]
+Checked = tuple[Fields, str, Any, Any, Any, float]
 
 
-def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool, may_be_empty: bool) -> Iterator[Checked]:
+def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> Iterator[Checked]:
     """Yield every row: its fields, why it cannot be used (empty if it can), texts, the label's cell, weight."""
     names: list[str] | None = None
-    seen = first = None
+    missing: UserError | None = None
+    has_all = False
     for fields in read_fields(path, layout):
         cells = fields.cells
         if fields.names is not names:
-            first = first or fields
-            names = fields.names
+            names, places = fields.names, None
+            class_names: Sequence[str] = ()
             try:
-                places = seen = _places(path, layout, columns, fields, with_label)
-            except UserError as error:  # a JSON object may leave out what it has not
-                if layout.is_table or (fields is first and not _has_keys(path, layout, columns, with_label)):
+                places = _places(path, layout, columns, fields, with_label)
+                has_all = True
+                if places.labels and not columns.keep_numbers:
+                    class_names = layout.class_names.get(names[places.labels[0]], ())
+                is_plain = len(places.labels) == 1 and not class_names
+                one_text, one_label = places.texts[0], places.labels[0] if is_plain else None
+            except UserError as error:  # the keys of JSON's objects may differ
+                if layout.is_table:
                     raise
-                names = None
-                kind = NO_LABEL if "--label-column" in str(error) else NO_TEXT
-                yield fields, kind, "", None, None, 1.0
-                continue
-            named = () if columns.keep_numbers or not places.labels else names[places.labels[0]]
-            class_names = layout.class_names.get(named, ()) if named else ()
-        if len(cells) != len(names):
-            yield fields, COLUMNS, "", None, None, 1.0
+                missing, kind = missing or error, NO_LABEL if "--label-column" in str(error) else NO_TEXT
+        if places is None or len(cells) != len(names):
+            yield fields, COLUMNS if places else kind, None, None, None, 1.0
             continue
-        text = cells[places.texts[0]] if len(places.texts) == 1 else _joined(cells, places.texts)
-        pair = None if places.pair is None else cells[places.pair]
-        label = places.label_cell(names, cells, class_names)
-        weight = 1.0 if places.weight is None else _weight(cells[places.weight], f"{path}, line {fields.line}")
-        is_plain = places.pair is None and type(text) is str and text.isascii() and text.strip() and "\0" not in text
-        problem = "" if is_plain else _problem(text, pair, places.pair is not None, may_be_empty)
-        yield fields, problem if weight else WEIGHT_0, text, pair, label, weight
-    if seen is None:
-        raise UserError(f"{path} has no rows")
-
-
-def _has_keys(path: Path, layout: Layout, columns: Columns, with_label: bool) -> bool:
-    """Whether some row of a JSON file, whose first one has not, has all columns."""
-    for fields in read_fields(path, layout):
-        try:
-            _places(path, layout, columns, fields, with_label)
-        except UserError:
-            continue
-        return True
-    return False
+        text = cells[one_text] if len(places.texts) == 1 else _joined([cells[place] for place in places.texts])
+        problem = ""
+        if type(text) is not str or not text.isascii() or not text.strip() or "\0" in text:
+            problem = _problem(text, columns.may_be_empty)
+        pair = None
+        if places.pair is not None:
+            pair = cells[places.pair]
+            problem = problem or _problem(pair, columns.may_be_empty)
+        label = places.label_cell(names, cells, class_names) if one_label is None else cells[one_label]
+        weight = 1.0
+        if places.weight is not None:
+            weight = _weight(cells[places.weight], f"{path}, line {fields.line}")
+            problem = problem if weight else WEIGHT_0
+        yield fields, problem, text, pair, label, weight
+    if not has_all:
+        raise missing or UserError(f"{path} has no rows")
 
 
 def _weight(cell: Any, where: str) -> float:
@@ -257,18 +236,14 @@ def _weight(cell: Any, where: str) -> float:
     return weight
 
 
-def _joined(cells: Sequence[Any], places: Sequence[int]) -> Any:
-    texts = [cells[place] for place in places]
+def _joined(texts: list[Any]) -> str | None:
     return " ".join(filter(None, texts)) if all(isinstance(text, str) for text in texts) else None
 
 
-def _problem(text: Any, pair: Any, is_pair: bool, may_be_empty: bool) -> str:
-    for each in (text, pair) if is_pair else (text,):
-        if not isinstance(each, str) or not (may_be_empty or each.strip()):
-            return NO_TEXT
-        if (not each.isascii() or "\0" in each) and _UNUSABLE.search(each):
-            return CHARACTERS
-    return ""
+def _problem(text: Any, may_be_empty: bool) -> str:
+    if not isinstance(text, str) or not (may_be_empty or text.strip()):
+        return NO_TEXT
+    return CHARACTERS if (not text.isascii() or "\0" in text) and _UNUSABLE.search(text) else ""
 
 
 def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
@@ -279,9 +254,9 @@ def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
         task: None for prediction, where no label is needed, and a text may be empty.
     """
     layout = find_layout(path, columns)
+    columns = dataclasses.replace(columns, may_be_empty=task is None or columns.may_be_empty)
     numbers: dict[str, Any] = {}  # of the labels that were seen
-    may_be_empty = task is None or columns.may_be_empty
-    for fields, problem, text, pair, cell, weight in _checked(path, layout, columns, task is not None, may_be_empty):
+    for fields, problem, text, pair, cell, weight in _checked(path, layout, columns, task is not None):
         label = None
         if task and not problem:
             key = cell if isinstance(cell, str) else label_text(cell)
@@ -295,42 +270,11 @@ def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
         if not problem:
             yield Row(text, pair, label, fields, weight)
         elif not columns.drop_unusable and problem != WEIGHT_0:
-            Inspection(layout, 0, {problem: (1, fields.line, "")}, {}).check_encoding(path)
-            problems = {problem: (1, fields.line, _detail(problem, fields, cell))}
-            raise unusable_error(path, problems, None if task is None else 0)
-
-
-def _detail(problem: str, fields: Fields, cell: Any) -> str:
-    if problem == COLUMNS:
-        return f"{len(fields.cells)}, not {len(fields.names)}"
-    return repr(shortened(label_text(cell), 40)) if problem == NO_LABEL else ""
+            inspect(path, columns, task is not None).check(path, task, drop=False)
+            raise UserError(f"{path}, line {fields.line}: changed while it was being read")
 
 
 Problems = dict[str, tuple[int, int, str]]
-
-
-def unusable_error(path: Path, problems: Problems, rows: int | None) -> UserError:
-    """Return the error that counts the rows which cannot be used, and names the first of each kind.
-
-    Args:
-        problems: kind -> how many, line of the first, what stands there.
-        rows: how many the file has (0 if unknown); None where none may be left out.
-    """
-    total = sum(count for count, *_ in problems.values())
-    kinds = [
-        f"{count:,} {PHRASES[kind]} (line {line}{': ' * bool(detail)}{detail})"
-        for kind, (count, line, detail) in problems.items()
-    ]
-    of_all = f" of {rows:,}" if rows else ""
-    cure = "mend them" if rows is None else "mend them, or leave them out with --drop-unusable"
-    if NO_LABEL in problems and problems[NO_LABEL][2] not in ("''", ""):
-        cure += "; if that is a class, list all with --label-names=A,B,..."
-    elif CHARACTERS in problems:
-        cure += "; half a character stands there; a file that is not UTF-8 needs, e.g., --encoding cp1252"
-    first = f"{path}, line {min(line for _, line, _ in problems.values())}"
-    return UserError(
-        f"{first}: {total:,}{of_all} row{'s' * (max(total, rows or 0) > 1)} cannot be used: {', '.join(kinds)}; {cure}"
-    )
 
 
 @dataclass(frozen=True)
@@ -339,7 +283,8 @@ class Inspection:
 
     Attributes:
         rows: all of them, usable or not.
-        problems: rows that cannot be used, but for those without a label.
+        problems: rows that cannot be used, but for those without a label: kind -> how many, line and details of the
+            first.
         labels: how many of the others have each label (see `label_text`), and the line of the first.
         digest: SHA-256 of what was read.
     """
@@ -347,7 +292,7 @@ class Inspection:
     layout: Layout
     rows: int
     problems: Problems
-    labels: dict[str, tuple[int, int]]
+    labels: dict[str, list[int]]
     digest: str = ""
 
     def check(self, path: Path, task: Task | None, drop: bool, names: Sequence[str] = ()) -> dict[str, int]:
@@ -357,20 +302,36 @@ class Inspection:
             task: None where it is to be found yet; `names` are those of its classes that are known already.
         """
         self.check_encoding(path)
-        found = self.labels
+        found, problems = self.labels, dict(self.problems)
         numbers = {each: task.number_of(each) if task else -(each in MISSING and each not in names) for each in found}
-        if unknown := [label for label, number in numbers.items() if number == -2]:
+        unknown, missing = ([label for label in found if numbers[label] == number] for number in (-2, -1))
+        if unknown and task:
             count, line = sum(found[label][0] for label in unknown), found[unknown[0]][1]
-            raise UserError(f"{path}, line {line}: {task and task.unknown(unknown)} ({count:,} row{'s' * (count > 1)})")
-        problems = dict(self.problems)
-        if missing := [label for label, number in numbers.items() if number == -1]:
-            count, line = sum(found[label][0] for label in missing), found[missing[0]][1]
-            problems[NO_LABEL] = (count + problems.get(NO_LABEL, (0,))[0], line, repr(missing[0]))
+            raise UserError(f"{path}, line {line}: {task.unknown(unknown)} ({count:,} row{'s' * (count > 1)})")
+        if missing:
+            count = sum(found[label][0] for label in missing) + problems.get(NO_LABEL, (0,))[0]
+            problems[NO_LABEL] = (count, found[missing[0]][1], repr(missing[0]))
         left_out = {kind: count for kind, (count, *_) in problems.items()}
         asked_for = problems.pop(WEIGHT_0, (0, 0, ""))
         if sum(left_out.values()) == self.rows or (problems and not drop):
-            raise unusable_error(path, problems or {WEIGHT_0: asked_for}, None if drop else self.rows)
+            raise self._error(path, problems or {WEIGHT_0: asked_for}, may_drop=bool(found) and not drop)
         return left_out
+
+    def _error(self, path: Path, problems: Problems, may_drop: bool) -> UserError:
+        """Return the error that counts the rows which cannot be used, and names the first of each kind."""
+        total, first = sum(count for count, *_ in problems.values()), min(line for _, line, _ in problems.values())
+        kinds = ", ".join(
+            f"{count:,} {PHRASES[kind]} (line {line}{': ' * bool(detail)}{detail})"
+            for kind, (count, line, detail) in problems.items()
+        )
+        of_all, are_many = (f" of {self.rows:,}", self.rows > 1) if may_drop else ("", total > 1)
+        cure = "mend them, or leave them out with --drop-unusable" if may_drop else "mend them"
+        if NO_LABEL in problems and problems[NO_LABEL][2] not in ("''", ""):
+            cure += "; if that is a class, list all with --label-names=A,B,..."
+        elif CHARACTERS in problems:
+            cure += "; half a character stands there; a file that is not UTF-8 needs, e.g., --encoding cp1252"
+        rows = f"{total:,}{of_all} row{'s' * are_many}"
+        return UserError(f"{path}, line {first}: {rows} cannot be used: {kinds}; {cure}")
 
     def check_encoding(self, path: Path) -> None:
         """Raise UserError if rows cannot be used because the file has another encoding than UTF-8."""
@@ -390,22 +351,24 @@ def inspect(path: Path, columns: Columns, with_label: bool = True) -> Inspection
     """Read a file through, and count; UserError if it is not what it is said to be."""
     layout, rows = find_layout(path, columns), 0
     problems: Problems = {}
-    labels: dict[str, tuple[int, int]] = {}
-    for fields, problem, _, _, cell, _ in _checked(path, layout, columns, with_label, columns.may_be_empty):
+    labels: dict[str, list[int]] = {}
+    for fields, problem, _, _, cell, _ in _checked(path, layout, columns, with_label):
         rows += 1
         if problem:
-            count, *first = problems.get(problem, (0, fields.line, _detail(problem, fields, cell)))
-            problems[problem] = (count + 1, *first)  # type: ignore[assignment]
+            broken = f"{len(fields.cells)}, not {len(fields.names)}" if problem == COLUMNS else ""
+            count, line, detail = problems.get(problem, (0, fields.line, "''" if problem == NO_LABEL else broken))
+            problems[problem] = (count + 1, line, detail)
         elif with_label:
             label = cell if isinstance(cell, str) and cell in labels else label_text(cell)
-            count, line = labels.get(label, (0, fields.line))
-            if count or len(labels) < _MOST_LABELS:
-                labels[label] = (count + 1, line)
+            if label in labels:
+                labels[label][0] += 1
+            elif len(labels) < _MOST_LABELS:
+                labels[label] = [1, fields.line]
     return Inspection(layout, rows, problems, labels)
 
 
 def has_columns(path: Path, columns: Columns) -> bool:
-    """Whether a file has the columns of text and label."""
+    """Whether the first row of a file has the columns of text and label."""
     layout = find_layout(path, columns)
     first = next(read_fields(path, layout), None)
     try:

@@ -7,18 +7,22 @@ from those of CSV. What has been found here is read by Python's csv module.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sst2_xlmr.config import QUOTES
+from sst2_xlmr.config import FORMATS, QUOTES
 from sst2_xlmr.data import containers
-from sst2_xlmr.data.formats import Layout, csv_dialect, csv_lines, decoded_lines, opened, shortened
+from sst2_xlmr.data.containers import shortened
+from sst2_xlmr.data.formats import Layout, csv_reader, decoded_lines, opened
 from sst2_xlmr.util.errors import UserError
 
 SAMPLE_CHARACTERS, SAMPLE_ROWS = 1 << 18, 1000
@@ -27,26 +31,25 @@ _IN_ORDER = "\t|;,"  # the rarer in texts, the surer
 _CONSISTENT = 0.8  # share of the rows that have as many columns as most
 _NUMBER = re.compile(r"[+-]?([0-9]+([.,][0-9]*)?|[.,][0-9]+)([eE][+-]?[0-9]+)?")
 _NAME = re.compile(r"[^\W\d][\w.\-/#()?:]*( [\w.\-/#()?:]+){0,2}|#\d \w+")  # as a column may be called
+_COUNTED = ((0, ""), (1, ""), (1, "V"))  # names that pandas and R give to columns without any
 _TREE = re.compile(r"\([0-9] (\([0-9] |[^()]+\)$)")
 _FASTTEXT = re.compile(r"__label__[^\s,;|]+(\s|$)")
 _TREE_CURE = (
     "python -c \"import re, sys; [print(' '.join(re.findall(r'\\([0-9] ([^()]+)\\)', line)), line[1], sep='\\t')"
     ' for line in sys.stdin]" < TREES > rows.tsv, and give the columns as 1 (text) and 2 (label)'
 )
-# What a file is that begins so, and the cure.
-_FOREIGN = (
-    (b"\xd0\xcf\x11\xe0", "an old Excel workbook (.xls)", "save it as CSV UTF-8"),
-    (b"BZh", "packed by bzip2", "unpack it with bunzip2"),
-    (b"\xfd7zXZ", "packed by xz", "unpack it with unxz"),
-    (b"\x28\xb5\x2f\xfd", "packed by zstd", "unpack it with unzstd"),
-    (b"7z\xbc\xaf", "packed by 7-Zip", "unpack it with 7z x"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "fetch that with git lfs pull"),
-    (b"%PDF", "a PDF", "save its table as CSV"),
-    (b"SQLite format 3", "an SQLite database", "export the table as CSV"),
-    (b"\x80\x04", "a Python pickle, which may run code when it is opened", "save it as CSV, e.g. with pandas"),
-    (b"\x80\x05", "a Python pickle, which may run code when it is opened", "save it as CSV, e.g. with pandas"),
-)
-_HTML = re.compile(rb"\s*<(!doctype html|html|\?xml)", re.IGNORECASE)
+# The format of a file that begins so, or what it is instead, with the cure.
+_BEGINNINGS = {
+    (b"PAR1",): "parquet",
+    (b"ARROW1", b"\xff\xff\xff\xff"): "arrow",
+    (b"PK\x03\x04",): "xlsx",
+    (b"\xd0\xcf\x11\xe0",): "an old Excel workbook (.xls); save it as CSV UTF-8",
+    (b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf"): "packed by bzip2, xz, zstd or 7-Zip; unpack it first",
+    (b"version https://git-lfs",): "a pointer of Git LFS, not the file itself; fetch that with git lfs pull",
+    (b"%PDF", b"SQLite format 3"): "a PDF or a database; save its table as CSV",
+    (b"\x80",): "a Python pickle, which may run code when it is opened; save it as CSV, e.g. with pandas",
+    (b"<!doctype html", b"<html", b"<?xml"): "a web page or XML, perhaps a download's error page; fetch it again",
+}
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,12 @@ class Columns:
 
     Attributes:
         text: one, or several to join; None for `sentence`, or else `text`.
-        pair: the second text of a row; None if rows have one.
         labels: one for each label, instead of `label`.
         weight: of the row in the loss; None for ones.
-        header: whether a table's first line names its columns; None to find out, as for the other four.
+        header: whether a table's first line names its columns; None to find out, as for the next four.
         drop_unusable: whether rows that cannot be used are left out; else they are an error.
+        may_be_empty: whether a text may be empty, as in prediction.
         keep_numbers: whether labels stay the numbers that they are, whatever names the file has for them.
-        may_be_empty: whether a text can be used that is empty, as in prediction.
     """
 
     text: str | tuple[str, ...] | None = None
@@ -102,68 +104,55 @@ def find_layout(path: Path, asked: Columns = Columns()) -> Layout:
 @functools.lru_cache(maxsize=64)
 def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
     if path.is_dir():
-        if asked.format in (None, "arrow") and (path / "state.json").is_file():
-            return _arrow_layout(path, "arrow")
-        if not any(file.is_file() for folder in path.iterdir() if folder.is_dir() for file in folder.iterdir()):
+        kind: str | None = "arrow" if (path / "state.json").is_file() else "folder"
+    else:
+        with opened(path) as (file, name):
+            head = file.read(100).lstrip()
+            kind = asked.format or _binary_format(path, head)
+    if kind == "folder":
+        if not any(file.is_file() for file in path.glob("*/*")):
             raise UserError(f"{path} is a folder, but not one with a folder of texts per class; name a file")
         return Layout("folder", asked.encoding or "utf-8", names=("text", "label", "file"))
-    with opened(path) as (file, name):
-        head = file.read(1 << 16)
-        kind = asked.format or _binary_format(path, head)
-        if kind in ("parquet", "arrow"):
-            return _arrow_layout(path, kind)
-        if kind == "xlsx":
+    if kind in ("parquet", "arrow"):
+        names, class_names = containers.arrow_columns(path, kind)
+        return Layout(kind, names=names, class_names=class_names)
+    if kind == "xlsx":
+        with opened(path):  # whose errors are those of a damaged file
             cells_of_rows = [[cell or "" for cell in cells] for _, cells in containers.excel_rows(path)]
-            return _with_header(path, Layout("xlsx"), cells_of_rows, asked)
+        return _with_header(path, Layout("xlsx"), cells_of_rows, asked)
     encoding = asked.encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     lines, is_whole = _sample(path, encoding)
     newline = "\n"
-    if len(lines) == 1 and "\r" in lines[0].rstrip("\r\n") + lines[0][:-1] and not lines[0].endswith("\n"):
+    if len(lines) == 1 and "\r" in lines[0][:-1] and not lines[0].endswith("\n"):
         newline, lines = "\r", [line + "\n" for line in lines[0].split("\r") if line]
-    found = _text_layout(path, name, lines, is_whole, asked, kind)
-    found = found._replace(encoding=encoding, newline=newline)
+    found = _text_layout(path, name, lines, is_whole, asked, kind)._replace(encoding=encoding, newline=newline)
     if found.format not in ("tsv", "csv"):
         return found
-    if (found.quoting == "none" and not asked.quoting and not is_whole) or (
-        found.delimiter == "\t" and not asked.quoting
-    ):
+    may_be_free = found.quoting == "none" or (found.delimiter == "\t" and found.quoting == "double")
+    if may_be_free and not is_whole and not asked.quoting:
         found = _with_quoting_of_whole(path, found)
     rows = _parsed(lines, found.delimiter, found.quoting, is_whole)
-    if rows is None:  # reading it will say where it is broken
+    if not rows:  # reading it will say where it is broken
         rows = [[cell.strip('"') for cell in lines[0].rstrip("\r\n").split(found.delimiter)]]
     return _with_header(path, found, rows[:SAMPLE_ROWS], asked)
 
 
-def _arrow_layout(path: Path, kind: str) -> Layout:
-    names, class_names = containers.arrow_columns(path, kind)
-    return Layout(kind, names=names, class_names=class_names)
-
-
 def _binary_format(path: Path, head: bytes) -> str | None:
     """Return the format of a file that is no text; None for text. UserError for one that cannot be read."""
-    if head[:4] == b"PAR1":
-        return "parquet"
-    if head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
-        return "arrow"
-    if head[:4] == b"PK\x03\x04":
-        return "xlsx"
-    for magic, what, cure in _FOREIGN:
-        if head.startswith(magic):
-            raise UserError(f"{path} is {what}; {cure}")
-    if _HTML.match(head):
-        raise UserError(
-            f"{path} is a web page or XML, perhaps an error page of a download; look at it, and fetch it again"
-        )
-    return None
+    beginning = head if head[:1] != b"<" else head.lower()
+    found = next((what for beginnings, what in _BEGINNINGS.items() if beginning.startswith(beginnings)), None)
+    if found is None or found in FORMATS:
+        return found
+    raise UserError(f"{path} is {found}")
 
 
-def _sample(path: Path, encoding: str) -> tuple[list[str], bool]:
+def _sample(path: Path, encoding: str, most: float = SAMPLE_CHARACTERS) -> tuple[list[str], bool]:
     """Return the first lines of a file, whole ones, and whether they are all."""
     lines: list[str] = []
     characters = 0
     with opened(path) as (file, _):
         for _, line in decoded_lines(file, path, encoding):
-            if characters > SAMPLE_CHARACTERS:
+            if characters > most:
                 return lines, False
             lines.append(line)
             characters += len(line)
@@ -178,12 +167,13 @@ def _text_layout(path: Path, name: str, lines: list[str], is_whole: bool, asked:
         return Layout("fasttext", names=("text", "label"))
     if kind is None and all(map(_TREE.match, filled)):
         raise UserError(f"{path} has parse trees in brackets, as SST's; make them rows: {_TREE_CURE}")
-    if kind in ("json", "jsonl") or (kind is None and (found := _json_format(name, filled))):
-        kind = kind or found
-        if kind == "json" and (rows := containers.json_rows("".join(lines) if is_whole else _whole_text(path), path)):
-            names = range(1, len(rows[0]) + 1) if isinstance(rows[0], list) else ()
-            return Layout("json", names=tuple(map(str, names)))
-        return Layout(str(kind))
+    kind = kind or _json_format(name, filled)
+    if kind == "json":
+        whole = lines if is_whole else _sample(path, asked.encoding or "utf-8", math.inf)[0]
+        row = next(iter(containers.json_rows("".join(whole), path)), None)
+        return Layout("json", names=tuple(str(i + 1) for i in range(len(row))) if isinstance(row, list) else ())
+    if kind == "jsonl":
+        return Layout("jsonl")
     beside = containers.labels_beside(path)
     if kind == "lines" or (kind is None and beside):
         class_names = {"label": containers.names_beside(path)} if beside else {}
@@ -191,47 +181,33 @@ def _text_layout(path: Path, name: str, lines: list[str], is_whole: bool, asked:
     return _table(name, lines, is_whole, asked, kind)
 
 
-def _whole_text(path: Path) -> str:
-    with opened(path) as (file, _):
-        return "".join(line for _, line in decoded_lines(file, path))
-
-
 def _json_format(name: str, filled: list[str]) -> str | None:
     """Return json or jsonl if a file has, or by its name should have, one of these; None for another."""
     first = filled[0].lstrip("\ufeff \t")
-    for text in (first, "".join(filled)) if first[:1] in ("{", "[") else ():
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        is_row = isinstance(row, dict) and not all(isinstance(each, (dict, list)) for each in row.values())
-        if text is first and (len(filled) > 1 or is_row) and isinstance(row, dict):
-            return "jsonl"
-        if text is not first or (row and all(isinstance(each, (dict, list)) for each in row)) or isinstance(row, dict):
+    if first[:1] in ("{", "["):
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(first)
+            if isinstance(row, dict) and (len(filled) > 1 or not {*map(type, row.values())} <= {dict, list}):
+                return "jsonl"
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads("".join(filled))
             return "json"
-    if name.endswith((".jsonl", ".ndjson")):
-        return "json" if first.strip() in ("[", "{") else "jsonl"
-    return "json" if name.endswith(".json") else None
+        if first.strip() in ("[", "{"):  # perhaps longer than the sample
+            return "json"
+    return "jsonl" if name.endswith((".jsonl", ".ndjson")) else "json" if name.endswith(".json") else None
 
 
-# --- tables
-
-
-def _parsed(lines: Iterable[str], delimiter: str, quoting: str, is_whole: bool = True) -> list[list[str]] | None:
-    """Return the rows of a table, without empty ones; None if they are not well-formed."""
+def _parsed(lines: list[str], delimiter: str, quoting: str, is_whole: bool) -> list[list[str]]:
+    """Return the rows of a table, without empty ones; none if they are not well-formed."""
     if quoting == "none":
         return [line.rstrip("\r\n").split(delimiter) for line in lines if line.strip("\r\n")]
-    rows: list[list[str]] = []
-    lines = list(lines)
-    reader = csv.reader(csv_lines(lines, quoting), **csv_dialect(delimiter, quoting))
-    start = 0
+    rows, start, reader = [], 0, csv_reader(lines, delimiter, quoting)
     try:
         for row in reader:
             start = reader.line_num
-            if row:
-                rows.append(row)
+            rows += [row] if row else []
     except csv.Error:  # perhaps only because the sample ends in a row
-        return rows if not is_whole and reader.line_num >= len(lines) and len(lines) - start < 200 else None
+        return rows if not is_whole and reader.line_num >= len(lines) and len(lines) - start < 200 else []
     return rows
 
 
@@ -242,51 +218,49 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
     may begin with a quotation mark, which is part of it.
     """
     seen: list[str] = []
-    quote, inside = QUOTES[quoting], {"backslash": '\\"'}.get(quoting, QUOTES[quoting] * 2)
+    quote = QUOTES[quoting]
+    escape, escaped = ("\\", '\\"') if quoting == "backslash" else (quote, quote)
 
     def noted() -> Iterator[str]:
-        for line in csv_lines(lines, quoting):
+        for line in lines:
             seen.append(line)
             yield line
 
-    rows, is_needed, always = 0, False, None
+    def is_in_quotes(cell: str) -> bool:
+        for mark in escaped:
+            cell = cell.replace(mark, escape + mark)
+        return quote + cell + quote in raw
+
+    rows, is_needed = 0, False
+    always: set[int] = set()  # the columns that have them in all rows
     try:
-        for row in csv.reader(noted(), **csv_dialect(delimiter, quoting)):
-            raw, counts = "".join(seen), [line.count(delimiter) for line in seen]
-            if len(counts) > 1 and set(counts) == {len(row) - 1}:
+        for row in csv_reader(noted(), delimiter, quoting):
+            raw = "".join(seen)
+            if len(seen) > 1 and all(line.count(delimiter) == len(row) - 1 for line in seen):
                 return False  # each of these lines is a row by itself
             seen.clear()
-            rows += 1
-            quoted = {
-                i for i, cell in enumerate(row) if quote in raw and quote + _escaped(cell, quote, inside) + quote in raw
-            }
-            always = quoted if always is None else always & quoted
+            quoted = {i for i, cell in enumerate(row) if is_in_quotes(cell)} if quote in raw else set()
+            always = quoted if rows == 0 else always & quoted
             is_needed |= any(mark in row[i] for i in quoted for mark in (quote, delimiter, "\n"))
+            rows += 1
     except csv.Error:
         return False
     return is_needed or (rows > 1 and bool(always))
 
 
-def _escaped(cell: str, quote: str, inside: str) -> str:
-    return (cell.replace("\\", "\\\\") if inside[0] == "\\" else cell).replace(quote, inside)
-
-
-def _quoting(lines: Sequence[str], delimiter: str, is_whole: bool) -> str:
+def _quoting(lines: list[str], delimiter: str, is_whole: bool) -> str:
     begins = {quote for quote in "\"'" for line in lines if line.startswith(quote) or delimiter + quote in line}
-    is_escaped = any('\\"' in line for line in lines)
+    kinds = ["double", "backslash"] if any('\\"' in line for line in lines) else ["double"]
     if "'" in begins and _is_quoted(lines, delimiter, "single"):
         return "single"
     if delimiter == "\t":
-        kinds = ["double", "backslash"][: 1 + is_escaped] if '"' in begins else []
-        return next((kind for kind in kinds if _is_quoted(lines, delimiter, kind)), "none")
+        return next((kind for kind in kinds if '"' in begins and _is_quoted(lines, delimiter, kind)), "none")
     bare = re.compile(rf'(^|{re.escape(delimiter)})[^"{re.escape(delimiter)}][^{re.escape(delimiter)}]*\\"')
-    has_lone = any("\\" in re.sub(r'\\[\\"]', "", line) for line in lines)
-    is_bare = is_escaped and not has_lone and any(map(bare.search, lines))  # in cells without quotes
-    if not is_bare and _parsed(lines, delimiter, "double", is_whole) is not None:
-        return "double"
-    if is_escaped and _parsed(lines, delimiter, "backslash", is_whole) is not None:
-        return "backslash"
-    width, share = _share(_parsed(lines, delimiter, "none") or [])
+    if any(map(bare.search, lines)) and not any("\\" in re.sub(r'\\[\\"]', "", line) for line in lines):
+        kinds.reverse()  # all backslashes escape something, also in cells without quotes
+    if found := next((kind for kind in kinds if _parsed(lines, delimiter, kind, is_whole)), None):
+        return found
+    width, share = _share(_parsed(lines, delimiter, "none", is_whole))
     are_free = width > 1 and share == 1 and not any('""' in line or line.count('"') % 2 for line in lines)
     return "none" if are_free else "double"  # which says where it is not well-formed
 
@@ -298,20 +272,19 @@ def _share(rows: list[list[str]]) -> tuple[int, float]:
 
 
 def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: str | None) -> Layout:
-    hint = "\t" if name.endswith((".tsv", ".tab", ".txt")) or kind == "tsv" else ","
-    given = DELIMITERS.get(asked.delimiter or "", asked.delimiter)
-    found = []
-    for place, delimiter in enumerate([given] if given else "\t" if kind == "tsv" else _IN_ORDER):
+    given = "\t" if kind == "tsv" else DELIMITERS.get(asked.delimiter or "", asked.delimiter)
+    best: tuple[Any, ...] = ()
+    for place, delimiter in enumerate([given] if given else _IN_ORDER):
         quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
         rows = _parsed(lines, delimiter, quoting, is_whole)
-        width, share = _share(rows[1:] or rows) if rows else (0, 0.0)
-        if rows and width > 1 and (share >= _CONSISTENT or given) and width - 2 < len(rows[0]) < width + 2:
+        width, share = _share(rows[1:] or rows)
+        if width > 1 and (share >= _CONSISTENT or given) and abs(len(rows[0]) - width) < 2:
             names = sum(cell.strip("\ufeff \"'").lower() in asked.named for cell in rows[0])
-            found.append((names, round(share, 2), -place, delimiter, quoting))
-    if found:
-        *_, delimiter, quoting = max(found)
+            best = max(best, (names, round(share, 2), -place, delimiter, quoting))
+    if best:
+        *_, delimiter, quoting = best
     elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in asked.named:
-        delimiter = given or hint
+        delimiter = given or ("\t" if name.endswith((".tsv", ".tab", ".txt")) else ",")
         quoting = asked.quoting or _quoting(lines, delimiter, is_whole)
     else:
         return Layout("lines", names=("text",))
@@ -322,81 +295,63 @@ def _with_quoting_of_whole(path: Path, found: Layout) -> Layout:
     """Look at the whole file for the quotes of a table that may have none."""
     cell = (found.delimiter + '"').encode(found.encoding.replace("utf-16", "utf-16-le"), "replace")
     with opened(path) as (file, _):
-        has_any, tail = False, b"\n"
-        while not has_any and (block := file.read(1 << 20)):
-            has_any, tail = cell in tail + block or b'\n"' in tail + block, block[-8:]
-    if not has_any:
-        return found
+        blocks = iter(lambda: b"".join(file.readlines(1 << 20)), b"")  # of whole lines
+        if not any(cell in block or b'\n"' in block or block.startswith(b'"') for block in blocks):
+            return found
     with opened(path) as (file, _):
         lines = (line for _, line in decoded_lines(file, path, found.encoding, found.newline))
-        quoted = _is_quoted(lines, found.delimiter, "double")
-    if quoted == (found.quoting == "double") or found.quoting in ("single", "backslash"):
-        return found
-    return found._replace(quoting="double" if quoted else "none")
-
-
-# --- the header
+        return found._replace(quoting="double" if _is_quoted(lines, found.delimiter, "double") else "none")
 
 
 def _with_header(path: Path, found: Layout, rows: list[list[str]], asked: Columns) -> Layout:
     """Add names of columns, from the first line or numbers, and what the file says of its classes."""
     if not rows:
         return found._replace(names=("text",))
-    first = [cell.strip() for cell in rows[0]]
-    width, _ = _share(rows[1:] or rows)
+    first, width = [cell.strip() for cell in rows[0]], _share(rows[1:] or rows)[0]
     header = _has_header(path, [first, *rows[1:]], width, asked) if asked.header is None else asked.header
     if not header:
         return found._replace(names=tuple(map(str, range(1, width + 1))))
-    notes = found.notes
+    notes, class_names = found.notes, {}
     if len(first) == width - 1 and len(rows) > 1:  # as R writes row names
         first, notes = ["", *first], (*notes, "the first column, row names, has no name in the header")
-    ends = sum(row[0][-1:] == " " for row in rows[1:])  # as GLUE's texts of SST-2 do
-    is_sst2 = first == ["sentence", "label"] and found.delimiter == "\t" and ends > 0.8 * len(rows[1:])
-    class_names = {"label": ("negative", "positive")} if is_sst2 else {}
+    ends = sum(row[0].endswith(" ") for row in rows[1:])  # as GLUE's texts of SST-2 do
+    if first == ["sentence", "label"] and found.delimiter == "\t" and ends > 0.8 * len(rows[1:]):
+        class_names = {"label": ("negative", "positive")}
     return found._replace(header=True, names=tuple(first), class_names=class_names, notes=notes)
 
 
 def _has_header(path: Path, rows: list[list[str]], width: int, asked: Columns) -> bool:
     """Whether the first row names the columns; UserError if that cannot be told."""
     first, others = rows[0], [row for row in rows[1:] if len(row) == width]
-    names = {cell.lower() for cell in first}
-    wanted = {name.lower() for name in (*asked.texts, asked.pair or "", asked.label) if name and not name.isdecimal()}
     filled_names = [cell for cell in first if cell]
-    if (
-        wanted & names - ({"label"} if asked.label == "label" and len(names) == 1 else set())
-        or {"text", "sentence"} & names
-    ):
+    if {"text", "sentence", *asked.named} & {cell.lower() for cell in first}:
         return True
-    for start, prefix in ((0, ""), (1, ""), (1, "V")):  # of columns that have none, by pandas and R
-        if len(first) > 1 and filled_names == [f"{prefix}{i + start}" for i in range(len(filled_names))]:
-            return True
+    counted = ([f"{prefix}{i}" for i in range(start, start + len(filled_names))] for start, prefix in _COUNTED)
+    if len(first) > 1 and filled_names in counted:
+        return True
     like_rows, like_names = int(len(set(filled_names)) < len(filled_names)), 0
     has_classes = False  # a column whose cells repeat, but for the first
     for column, cell in enumerate(first[:width]):
-        cells = [row[column].strip() for row in others]
-        filled = [each for each in cells if each]
+        filled = [each for row in others if (each := row[column].strip())]
         if not cell or not filled:
             continue
         are_numbers, is_number = all(map(_NUMBER.fullmatch, filled)), bool(_NUMBER.fullmatch(cell))
-        like_rows += cell in cells or (are_numbers and is_number)
+        like_rows += cell in filled or (are_numbers and is_number)
         like_names += are_numbers and not is_number
         has_classes = has_classes or (len(filled) > 3 and len(set(filled)) <= len(filled) / 2)
     if bool(like_rows) != bool(like_names):
         return bool(like_names)
-    looks_named = all(_NAME.fullmatch(cell) for cell in filled_names)
+    looks_named = all(map(_NAME.fullmatch, filled_names))
     if not like_rows and (has_classes or not looks_named):
         return looks_named
     shown = shortened(" | ".join(first), 80)
     raise UserError(f"{path}: is its first line ({shown}) the columns' names or a row? say --header or --no-header")
 
 
-# --- other encodings
-
-
 def other_encoding(content: bytes) -> str:
     """Return the most likely encoding of text that is not UTF-8; empty if UTF-8 was cut in the middle of characters."""
     runs = list(re.finditer(rb"[\x80-\xff]+", content))
-    if all(_is_utf8(run[0]) or _is_cut(run[0], content[run.end() : run.end() + 1]) for run in runs):
+    if all(_is_utf8(run[0], content[run.end() : run.end() + 1]) for run in runs):
         return ""
     if sum(len(run[0]) == 1 for run in runs) > len(runs) / 2:  # single letters among ASCII: Western European
         return "cp1252"
@@ -406,18 +361,10 @@ def other_encoding(content: bytes) -> str:
     return best.encoding if best else "cp1252"
 
 
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _is_cut(run: bytes, after: bytes) -> bool:
-    """Whether a run of bytes that are not ASCII is UTF-8 but for its end, where a cell ends."""
+def _is_utf8(run: bytes, after: bytes) -> bool:
+    """Whether bytes are UTF-8, perhaps cut in the middle of a character where a cell ends."""
     try:
         run.decode()
     except UnicodeDecodeError as error:
-        return "unexpected end" in error.reason and after in (b"", b"\t", b"\n", b"\r", b'"', b",", b";", b"|")
+        return "unexpected end" in error.reason and after in b'\t\n\r",;|'
     return True

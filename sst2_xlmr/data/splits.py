@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +14,18 @@ from sst2_xlmr.data.rows import columns_of, has_columns
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 
-NAMES = {"train": ("train", "training"), "dev": ("dev", "validation", "val", "valid"), "test": ("test", "testing")}
-_KINDS = (".tsv", ".csv", ".jsonl", ".json", ".ndjson", ".txt", ".parquet", ".xlsx", ".arrow")
+_KINDS = ("tsv", "csv", "jsonl", "json", "ndjson", "txt", "parquet", "xlsx", "arrow")
+_SPLIT = re.compile(
+    r"(?:(?P<train>train|training)|(?P<dev>dev|validation|val|valid)|(?P<test>test|testing))"
+    rf"(?:-00000-of-[0-9]+)?(?:_text(?=\.txt))?(?:\.ft)?(?:\.(?:{'|'.join(_KINDS)})(?:\.gz|\.zip)?)?"
+)
 DEFAULT_SHARE, MOST_ROWS = 0.1, 5000  # of dev, where none is named
 
 
 def _split_of(path: Path) -> str | None:
     """Return the split that a file or folder in a data folder is by its name; None for any other."""
-    name = path.name.lower()
-    for packed in (".gz", ".zip"):
-        name = name.removesuffix(packed)
-    kind = next((kind for kind in _KINDS if name.endswith(kind)), "")
-    stem = name.removesuffix(kind).removesuffix(".ft")
-    stem = stem.split("-00000-of-")[0].removesuffix("_text" if kind == ".txt" else "")
-    if bool(kind) != path.is_file() or not (kind or path.is_dir()):
-        return None
-    return next((split for split, names in NAMES.items() if stem in names), None)
+    match = _SPLIT.fullmatch(path.name.lower())
+    return match.lastgroup if match and path.is_file() == ("." in path.name) else None
 
 
 def find_split(data_dir: Path, split: str, is_needed: bool = True) -> list[Path]:
@@ -42,21 +39,17 @@ def find_split(data_dir: Path, split: str, is_needed: bool = True) -> list[Path]
         raise UserError(f"{data_dir} has {names}; keep one, or use --{split}-file")
     if is_needed and not present:
         there = ", ".join(sorted(each.name for each in data_dir.iterdir())[:8])
-        wanted = either(split + kind for kind in _KINDS[:4])
+        wanted = either(f"{split}.{kind}" for kind in _KINDS[:4])
         raise UserError(f"{data_dir} has no {wanted} (it has {there or 'nothing'}); name the file with --{split}-file")
     return present
 
 
 def find_files(config: Config, quiet: bool) -> tuple[dict[str, list[Path]], list[str]]:
-    """Return split name -> files: train, dev unless it is cut off, tests by their names; and what is to be said."""
+    """Return split name -> files: train, dev unless it is cut off, tests by their names; and notes."""
     folder = Path(config.data_dir) if config.data_dir else None
     if folder is None and not config.train_file:
         folder = downloads.fetch_sst2(quiet=quiet)
-    files: dict[str, list[Path]] = {}
-    if config.train_file:
-        files["train"] = [Path(file) for file in config.train_file]
-    elif folder:
-        files["train"] = find_split(folder, "train")
+    files = {"train": [Path(file) for file in config.train_file] or (find_split(folder, "train") if folder else [])}
     if config.dev_file:
         files["dev"] = [Path(config.dev_file)]
     elif folder and config.dev_share is None and (found := find_split(folder, "dev", is_needed=False)):
@@ -65,13 +58,12 @@ def find_files(config: Config, quiet: bool) -> tuple[dict[str, list[Path]], list
     for file in map(Path, config.test_file):
         name = plain_name(file)
         files[name if name not in files else str(file)] = [file]
-    notes = []
-    if not config.test_file and folder and (tests := find_split(folder, "test", is_needed=False)):
-        if has_columns(tests[0], columns_of(config, "test")):
-            files["test"] = tests
-        else:  # as GLUE's
-            notes.append(f"{tests[0].name} has not the columns of text and label: unlabelled, not evaluated")
-    return files, notes
+    tests = find_split(folder, "test", is_needed=False) if folder and not config.test_file else []
+    if not tests:
+        return files, []
+    if not has_columns(tests[0], columns_of(config, "test")):  # as GLUE's
+        return files, [f"{tests[0].name} lacks the columns of text and label: unlabelled, not evaluated"]
+    return {**files, "test": tests}, []
 
 
 def share_of(config: Config, rows: int) -> float:

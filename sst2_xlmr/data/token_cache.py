@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable
 
 import numpy as np
 
@@ -29,15 +29,12 @@ from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
 
-CACHE_FORMAT = 10
+CACHE_FORMAT = 11
 TOKENIZER_THREADS = 4  # reading and writing rows, in Python, cannot keep more of them busy
 _CHUNK_ROWS = 1000
 _DAMAGED = (OSError, ValueError, KeyError, TypeError)
-Result = TypeVar("Result")
-# Tokenized rows: ids, int32 [tokens], tokens per row, labels, digests of the texts, weights, rows that were cut.
-Chunk = tuple[np.ndarray, np.ndarray, list[Any], np.ndarray, np.ndarray, list[int]]
-# Of the files of a cache; int32 elsewhere, but for labels.
-_DTYPES = {"offsets": np.int64, "text_digests": np.uint64, "weights": np.float32}
+# Tokenized rows: ids, int32 [tokens]; and per row tokens, label, digest of the text, weight, and whether it was cut.
+Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass
@@ -48,13 +45,13 @@ class TokenCache:
         ids: int32 [tokens], all rows one after another, `<s>` and `</s>` included.
         offsets: int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]].
         labels: of the rows, of the task's dtype and shape; int32 [rows], the class's number, for a single label.
-        distinct_ids: int32 [distinct ids], the ids that occur, ascending; empty unless the cache is on disk.
-        text_digests: uint64 [rows], equal for equal texts (pairs of texts); empty unless the cache is on disk.
+        distinct_ids: int32 [distinct ids], the ids that occur, ascending.
+        text_digests: uint64 [rows], equal for equal texts (pairs of texts).
         repeats, contradictions: int32 [found]; see `duplicates.find_repeats`.
         cut_rows: int32 [found], the rows that were cut to the longest length.
-        vocab_size: every id that the tokenizer can give is below it; 0 unless the cache is on disk.
+        vocab_size: every id that the tokenizer can give is below it.
         digest: SHA-256 of the file, or of the files, hexadecimal.
-        rows_of_files: how many rows come from each file, where there are several.
+        rows_of_files: how many rows come from each file.
         numbers: int64 [rows], the rows' places among those of the files; None if these are all.
         weights: fp32 [rows], of the rows' losses; None for ones.
     """
@@ -63,7 +60,7 @@ class TokenCache:
     offsets: np.ndarray
     labels: np.ndarray
     distinct_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    text_digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    text_digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     repeats: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     contradictions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     cut_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -83,8 +80,7 @@ class TokenCache:
 
     def lengths(self) -> np.ndarray:
         """Return int32 [rows], tokens per row."""
-        lengths = np.empty(len(self), np.int32)
-        return np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="unsafe")
+        return np.diff(self.offsets).astype(np.int32)
 
     def windows(self) -> np.ndarray:
         """Return int64 [rows], how many windows each row has."""
@@ -107,7 +103,7 @@ class TokenCache:
             digest=hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest(),
             rows_of_files=self.rows_of_files,
             numbers=rows,
-            weights=self.weights if self.weights is None else self.weights[rows],
+            weights=None if self.weights is None else self.weights[rows],
         )
 
 
@@ -123,9 +119,9 @@ def tokenize_file(
 ) -> TokenCache:
     """Return the token cache of a file, or of several as if they were one.
 
-    It is computed on the first call with this content and read from disk after that. The result depends on all
-    parameters but `cache_dir` and `load`, and these make up the cache key. UserError for a bad row (see
-    `rows.read_rows`), a file that changes while it is read, or a cache folder that cannot be written.
+    It is computed on the first call with this content and read from disk after that; all parameters but `cache_dir` and
+    `load` make up the cache key. UserError for a bad row (see `rows.read_rows`), a file that changes while it is read,
+    or a cache folder that cannot be written.
 
     Args:
         max_length: longest input in tokens; `long_texts` says what becomes of longer ones.
@@ -133,78 +129,71 @@ def tokenize_file(
     """
     paths = [paths] if isinstance(paths, Path) else list(paths)
     digest = tokenizer_digest(tokenizer_file)
-    depends_on = (digest, max_length, long_texts, task.problem_type, task.label_names, task.label_numbers, task.read_as)
-    return _cached(
-        cache_dir,
-        (paths, columns, *depends_on),
-        lambda folder: _write_cache(folder, paths, load(tokenizer_file, max_length, long_texts), columns, task),
-        lambda folder, digest: _open_cache(folder, digest, task),
-    )
+    further = (digest, max_length, long_texts, task.problem_type, task.label_names, task.label_numbers, task.read_as)
+
+    def write(folder: Path) -> None:
+        _write_cache(folder, paths, load(tokenizer_file, max_length, long_texts), columns, task)
+
+    return _cached(cache_dir, paths, (columns, *further), write, _open_cache)
 
 
 def inspected(path: Path, columns: Columns, with_label: bool, cache_dir: Path) -> Inspection:
     """Return what a file holds, found once per content of the file, as its ids are."""
 
     def write(folder: Path) -> None:
-        found = vars(inspect(path, columns, with_label))
-        (folder / "inspection.json").write_text(json.dumps(found), encoding="utf-8")
+        (folder / "inspection.json").write_text(json.dumps(vars(inspect(path, columns, with_label))), encoding="utf-8")
 
     def read(folder: Path, digest: str) -> Inspection:
         found = json.loads((folder / "inspection.json").read_text(encoding="utf-8"))
         return Inspection(**{**found, "layout": Layout(*found["layout"]), "digest": digest})
 
-    return _cached(cache_dir, ([path], columns, with_label), write, read)
+    return _cached(cache_dir, [path], (columns, with_label), write, read)
 
 
 def _cached(
-    cache_dir: Path, depends_on: tuple[Any, ...], write: Callable[[Path], None], read: Callable[[Path, str], Result]
-) -> Result:
-    """Return what is read from a folder of the cache, which is written first unless it is there and whole.
+    cache_dir: Path, paths: list[Path], depends_on: Any, write: Callable[[Path], None], read: Callable[[Path, str], Any]
+) -> Any:
+    """Return what `read` finds in a folder of the cache, given its path and the files' digest.
 
-    Args:
-        depends_on: files, the columns, and what else makes the cache key.
-        read: takes the folder and the file's digest.
+    The folder is written first unless it is there and whole. Files and `depends_on` make its name.
     """
-    paths, columns, *further = depends_on
     digests = [source_digest(path) for path in paths]
     digest = digests[0] if len(paths) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     suffixes = [path.suffixes[-2:] for path in paths]  # which decide where the content does not
-    key = json.dumps([CACHE_FORMAT, digest, suffixes, dataclasses.astuple(columns), further])
+    key = json.dumps([CACHE_FORMAT, digest, suffixes, depends_on], default=dataclasses.astuple)
     folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
-    with contextlib.suppress(*_DAMAGED):  # absent or damaged: computed again
+    is_there = folder.exists()
+    with contextlib.suppress(*_DAMAGED):
         return read(folder, digest)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        if is_there:
+            shutil.rmtree(folder)  # damaged: computed again
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
             unfinished = Path(scratch, "unfinished")
             unfinished.mkdir()
             write(unfinished)
             if changed := [path for path, before in zip(paths, digests) if source_digest(path) != before]:
-                raise UserError(
-                    f"{changed[0]} changed while it was being read; start again when it is completely written"
-                )
-            try:
+                raise UserError(f"{changed[0]} changed while it was being read; rerun when it is completely written")
+            with contextlib.suppress(OSError):  # another process may have been faster
                 unfinished.rename(folder)
-            except OSError:  # another process was faster, or what is there is damaged
-                with contextlib.suppress(*_DAMAGED):
-                    return read(folder, digest)
-                shutil.rmtree(folder, ignore_errors=True)
-                unfinished.rename(folder)
+        return read(folder, digest)
     except OSError as error:
         cure = "set SST2_XLMR_CACHE to a folder that can be written"
-        raise UserError(f"cannot write the token cache in {folder.parent}: {error.strerror}; {cure}") from None
-    return read(folder, digest)
+        raise UserError(f"cannot write the token cache in {cache_dir}: {error.strerror}; {cure}") from None
 
 
-def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chunk]:
+def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> Iterator[Chunk]:
     """Tokenize on several threads, in the order of the rows; only a few chunks are in memory at a time."""
 
     def tokenize(rows: list[Row]) -> Chunk:
         texts, pairs, labels, _, weights = zip(*rows)
         ids, lengths = tokenizer.flat_ids(list(texts), None if pairs[0] is None else list(pairs))
-        longest = np.flatnonzero(lengths == tokenizer.max_length).tolist()
-        cut = [row for row in longest if tokenizer.is_longer(*rows[row][:2])]
-        return ids, lengths, list(labels), text_digests(texts, pairs), np.array(weights, np.float32), cut
+        is_cut = lengths == tokenizer.max_length
+        for row in np.flatnonzero(is_cut).tolist():
+            is_cut[row] = tokenizer.is_longer(*rows[row][:2])
+        stored: np.ndarray = np.asarray(labels, task.label_dtype)
+        return ids, lengths, stored, text_digests(texts, pairs), np.array(weights, np.float32), is_cut
 
     threads = min(TOKENIZER_THREADS, len(os.sched_getaffinity(0)))
     pending: deque[Future[Chunk]] = deque()
@@ -218,8 +207,6 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[Chun
 
 
 def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns: Columns, task: Task) -> None:
-    rows = tokens = 0
-    cut_rows: list[int] = []
     occurs, rows_of_files = np.zeros(tokenizer.vocab_size, bool), [0] * len(paths)
 
     def all_rows() -> Iterator[Row]:
@@ -228,39 +215,35 @@ def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns:
                 rows_of_files[number] += 1
                 yield row
 
-    with contextlib.ExitStack() as stack:
-        names = ("ids", "offsets", "labels", "text_digests", *(["weights"] if columns.weight else []))
-        files = [stack.enter_context((folder / f"{name}.bin").open("wb")) for name in names]
-        files[1].write(np.int64(0).tobytes())
-        for ids, lengths, labels, digests, weights, cut in _tokenize_chunks(all_rows(), tokenizer):
-            stored: np.ndarray = np.asarray(labels, task.label_dtype)
-            arrays: tuple[np.ndarray, ...] = (ids, tokens + np.cumsum(lengths), stored, digests, weights)
-            for file, array in zip(files, arrays):
-                file.write(array.tobytes())
+    chunks = []
+    with (folder / "ids.bin").open("wb") as file:
+        for ids, *of_rows in _tokenize_chunks(all_rows(), tokenizer, task):
+            file.write(ids.tobytes())
             occurs[ids] = True
-            cut_rows += [rows + row for row in cut]
-            rows, tokens = rows + len(lengths), tokens + len(ids)
-    all_digests = np.fromfile(folder / "text_digests.bin", np.uint64)
-    all_labels: np.ndarray = np.fromfile(folder / "labels.bin", task.label_dtype).reshape(rows, *task.label_shape)
-    repeats, contradictions = find_repeats(all_digests, task.label_keys(all_labels))
-    found = {"distinct_ids": np.flatnonzero(occurs), "cut_rows": np.array(cut_rows)}
+            chunks.append(of_rows)
+    lengths, labels, digests, weights, is_cut = map(np.concatenate, zip(*chunks))
+    repeats, contradictions = find_repeats(digests, task.label_keys(labels))
+    found = {"distinct_ids": np.flatnonzero(occurs), "cut_rows": np.flatnonzero(is_cut)}
     found |= {"repeats": repeats, "contradictions": contradictions}
-    for name, numbers in found.items():
-        (folder / f"{name}.bin").write_bytes(numbers.astype(np.int32).tobytes())
+    arrays = {name: numbers.astype(np.int32) for name, numbers in found.items()}
+    arrays |= {
+        "offsets": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        "labels": labels,
+        "text_digests": digests,
+    }
+    arrays |= {"weights": weights} if columns.weight else {}
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
     counts = {"vocab_size": tokenizer.vocab_size, "rows_of_files": rows_of_files}
     digests_of_files = {file.name: digest_of(file) for file in sorted(folder.iterdir())}
     (folder / "manifest.json").write_text(json.dumps({"counts": counts, "sha256": digests_of_files}), encoding="utf-8")
 
 
-def _open_cache(folder: Path, digest: str, task: Task) -> TokenCache:
+def _open_cache(folder: Path, digest: str) -> TokenCache:
     """Map a cache's files into memory; ValueError if one is not what `manifest.json` says."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    arrays: dict[str, Any] = {}
     for name, expected in manifest["sha256"].items():
-        file, name = folder / name, Path(name).stem
-        dtype = task.label_dtype if name == "labels" else _DTYPES.get(name, np.int32)
-        if digest_of(file) != expected:
-            raise ValueError(f"{file} is damaged")
-        arrays[name] = np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
-    arrays["labels"] = arrays["labels"].reshape(-1, *task.label_shape)
-    return TokenCache(**arrays, **manifest["counts"], digest=digest)
+        if digest_of(folder / name) != expected:
+            raise ValueError(f"{folder / name} is damaged")
+    arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
+    return TokenCache(np.memmap(folder / "ids.bin", np.int32, "r"), **arrays, **manifest["counts"], digest=digest)

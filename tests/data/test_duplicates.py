@@ -38,15 +38,12 @@ def test_counts_are_those_of_a_slow_comparison() -> None:
     assert leaks.tolist() == [number for number, row in enumerate(rows) if row[0] in others and row[1] is None]
 
 
-def test_the_digest_of_a_pair_knows_where_its_first_text_ends() -> None:
+def test_pairs_and_few_rows() -> None:
     digests = text_digests(["ab", "a", "abc", "abc", ""], ["c", "bc", "", None, "abc"])
-    assert len(set(digests.tolist())) == 5
-
-
-@pytest.mark.parametrize("rows", [0, 1, 2])
-def test_few_rows(rows: int) -> None:
-    repeats, contradictions = find_repeats(text_digests(["a"] * rows, [None] * rows), np.arange(rows))
-    assert (len(repeats), len(contradictions)) == (0, 0 if rows < 2 else 2)
+    assert len(set(digests.tolist())) == 5, "the digest of a pair knows where its first text ends"
+    for rows in range(3):
+        repeats, contradictions = find_repeats(text_digests(["a"] * rows, [None] * rows), np.arange(rows))
+        assert (len(repeats), len(contradictions)) == (0, 0 if rows < 2 else 2)
 
 
 @pytest.fixture
@@ -61,7 +58,13 @@ def dirty_data(small_data: Path) -> Path:
     return small_data
 
 
-def test_the_header_says_what_was_found(run_train: RunTrain, dirty_data: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_the_header_says_what_was_found(
+    run_train: RunTrain, small_data: Path, tmp_path: Path, capsys: Capture, request: pytest.FixtureRequest
+) -> None:
+    run_train(tmp_path / "clean", "--max-steps", 1)
+    said = capsys.readouterr().out
+    assert not any(word in said for word in ("duplicates ", "conflicts ", "leaks "))
+    request.getfixturevalue("dirty_data")
     run_train(tmp_path / "run", "--max-steps", 1)
     said = capsys.readouterr().out
     for line in (
@@ -73,9 +76,8 @@ def test_the_header_says_what_was_found(run_train: RunTrain, dirty_data: Path, t
         assert line in said
 
 
-@pytest.mark.parametrize("is_there", [True, False])
 def test_the_data_report_goes_without_lines_of_a_file_that_has_gone(
-    is_there: bool, tiny_encoder: Path, dirty_data: Path, tmp_path: Path
+    tiny_encoder: Path, dirty_data: Path, tmp_path: Path
 ) -> None:
     """A .csv has to be read again for them."""
     file = dirty_data / "train.csv"
@@ -83,52 +85,32 @@ def test_the_data_report_goes_without_lines_of_a_file_that_has_gone(
         lines = (dirty_data / "train.tsv").read_text(encoding="utf-8").splitlines()
         csv.writer(written).writerows(line.split("\t") for line in lines)
     (dirty_data / "train.tsv").unlink()
-    config, _ = parse_args(train_options(tiny_encoder, dirty_data, tmp_path / "run"))
-    inputs = prepare(config, quiet=True)
-    if is_there:
-        file.write_text("sentence,label\n")  # shorter now
-    else:
-        file.rename(tmp_path / "moved.csv")
-    assert data_report(inputs) == [
-        f"duplicates 3 training rows have the text and label of an earlier one; {HINT}",
-        f"conflicts  2 training rows have a text with conflicting labels; {HINT}",
-        "leaks      2 training rows have a text of dev; --drop-leaks drops them",
-    ]
+    inputs = prepare(parse_args(train_options(tiny_encoder, dirty_data, tmp_path / "run"))[0], quiet=True)
+    for change in (lambda: file.write_text("sentence,label\n"), file.unlink):  # shorter now; gone
+        change()
+        assert data_report(inputs) == [
+            f"duplicates 3 training rows have the text and label of an earlier one; {HINT}",
+            f"conflicts  2 training rows have a text with conflicting labels; {HINT}",
+            "leaks      2 training rows have a text of dev; --drop-leaks drops them",
+        ]
 
 
-def test_clean_data_are_not_mentioned(run_train: RunTrain, tmp_path: Path, capsys: Capture) -> None:
-    run_train(tmp_path / "run", "--max-steps", 1)
-    said = capsys.readouterr().out
-    assert not any(word in said for word in ("duplicates ", "conflicts ", "leaks "))
-
-
-def test_what_is_dropped_is_not_trained_on(
+def test_what_is_dropped_is_not_trained_on_and_a_resumed_run_keeps_to_its_rows(
     run_train: RunTrain, dirty_data: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """The same rows without the bad ones give the same number of steps; a resumed run keeps to them."""
+    """The same rows without the bad ones give the same number of steps; another test file would have other leaks."""
     run = run_train(tmp_path / "run", "--epochs", 2, "--drop-duplicates", "--drop-leaks", "--save-every", 3)
     said = capsys.readouterr().out
     # 3 repeats, 2 contradictory rows and 2 leaks: 49 rows, 7 batches of 8.
     assert "rows       train 49 of 56, dev 20" in said
     assert said.count("; dropped\n") == 3
-    entries = [line for line in metrics(run) if "split" not in line]
-    assert entries[-1]["step"] == 14
-    assert "--drop-leaks" in user_error(lambda: train.main([*resume(run), "--no-drop-leaks"]), capsys)
-
-
-def test_a_resumed_run_keeps_to_its_rows(
-    run_train: RunTrain, dirty_data: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    """Another test file would have other leaks."""
-    run = run_train(tmp_path / "run", "--max-steps", 2, "--drop-leaks", "--save-every", 1)
-    lines = (dirty_data / "train.tsv").read_text(encoding="utf-8").splitlines()
-    (tmp_path / "other.tsv").write_text("\n".join(lines[:9]) + "\n", encoding="utf-8")
-    line = user_error(lambda: train.main([*resume(run), "--test-file", str(tmp_path / "other.tsv")]), capsys)
+    assert [line for line in metrics(run) if "split" not in line][-1]["step"] == 14
+    resume = ["--resume", "--output-dir", str(run)]
+    assert "--drop-leaks" in user_error(lambda: train.main([*resume, "--no-drop-leaks"]), capsys)
+    other = tmp_path / "other.tsv"
+    other.write_text("".join((dirty_data / "train.tsv").open(encoding="utf-8").readlines()[:9]), encoding="utf-8")
+    line = user_error(lambda: train.main([*resume, "--test-file", str(other)]), capsys)
     assert "training rows: changed since the run" in line
-
-
-def resume(run: Path) -> list[str]:
-    return ["--resume", "--output-dir", str(run)]
 
 
 def test_nothing_left_is_an_error(tiny_encoder: Path, small_data: Path, tmp_path: Path, capsys: Capture) -> None:

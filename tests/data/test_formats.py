@@ -21,13 +21,14 @@ def fields_of(path: Path, header: bool = True) -> list[Fields]:
 
 
 def read(path: Path, content: bytes, header: bool = True) -> list[dict[str, Any]]:
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content) if path.suffix.lower() == ".gz" else content)
     return [dict(zip(fields.names, fields.cells)) for fields in fields_of(path, header)]
 
 
 EXPECTED = [{"text": '"quoted at the start', "n": "1"}, {"text": "plain, with comma", "n": "0"}]
 CASES = [
     ("a.tsv", b'text\tn\n"quoted at the start\t1\nplain, with comma\t0\n'),
+    ("CAPITALS.TSV", b'text\tn\n"quoted at the start\t1\nplain, with comma\t0\n'),
     ("no_end.tsv", b'text\tn\n"quoted at the start\t1\nplain, with comma\t0'),
     ("crlf.tsv", b'text\tn\r\n"quoted at the start\t1\r\nplain, with comma\t0\r\n'),
     ("bom.tsv", b'\xef\xbb\xbftext\tn\n"quoted at the start\t1\nplain, with comma\t0\n\n'),
@@ -39,16 +40,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("ending", ["", ".gz", ".GZ"])
 @pytest.mark.parametrize(("name", "content"), CASES)
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, content: bytes, ending: str) -> None:
     assert read(tmp_path / (name + ending), content) == EXPECTED
-
-
-def test_names_in_capitals(tmp_path: Path) -> None:
-    assert read(tmp_path / "A.TSV", b"a\tb\n1\t2\n") == [{"a": "1", "b": "2"}]
-    (tmp_path / "A.CSV.GZ").write_bytes(gzip.compress(b"a,b\n1,2\n"))
-    assert [fields.cells for fields in fields_of(tmp_path / "A.CSV.GZ")] == [["1", "2"]]
 
 
 def test_without_a_header_columns_have_numbers(tmp_path: Path) -> None:
@@ -77,8 +72,8 @@ WHOLE = gzip.compress(b"a\tb\n" + b"".join(b"%d\t1\n" % i for i in range(5000)),
         ("a.csv", b"a,b\nx\0y,0\n", "line 2: has a NUL"),
         ("a.tsv", "a\tb\nx\t1\n".encode("utf-16-le"), "line 1: has a NUL"),
         ("a.tsv", b"a\tb\n" + b"x" * 3000 + b"\t1\n", "line 2: longer than 2,000 characters"),
-        ("a.csv", b'a,b\nx,1\n"x,1\ny,2\n', "the row at line 3 is not valid CSV: the file ends inside a quoted field"),
-        ("a.csv", b'a,b\nx,1\n"x,1\n' + b"y,2\n" * 600, "the row at line 3 is not valid CSV: a field of more than 2,0"),
+        ("a.csv", b'a,b\nx,1\n"x,1\ny,2\n', "the row at line 3 is not valid CSV: unexpected end of data; is a quot"),
+        ("a.csv", b'a,b\nx,1\n"x,1\n' + b"y,2\n" * 600, "line 3 is not valid CSV: field larger than field limit"),
         ("a.jsonl", b'{"a": "x", "b": 1}\n{"a"\n', "line 2: not JSON"),
         ("a.jsonl", b"[" * 1900 + b"\n", "line 1: not JSON"),
         ("a.tsv.gz", None, "cannot read"),
@@ -94,17 +89,11 @@ def test_bad_files_are_named_with_their_line(
     assert "\n" not in str(error.value)
 
 
+HOLE, CHECKSUM = WHOLE[:100] + bytes(100) + WHOLE[200:], WHOLE[:-8] + bytes(4) + WHOLE[-4:]
+
+
 @pytest.mark.parametrize(
-    "content",
-    [
-        WHOLE[:-4],
-        WHOLE[: len(WHOLE) // 2],
-        WHOLE[:5],
-        WHOLE[:100] + bytes(100) + WHOLE[200:],
-        WHOLE[:-8] + bytes(4) + WHOLE[-4:],
-        b"a\tb\nx\t1\n",
-    ],
-    ids=["no end", "half", "header", "hole", "checksum", "no gzip"],
+    "content", [WHOLE[:-4], WHOLE[: len(WHOLE) // 2], WHOLE[:5], HOLE, CHECKSUM, b"a\tb\nx\t1\n"], ids=range(6)
 )
 def test_damaged_gzip_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.tsv.gz").write_bytes(content)
@@ -123,21 +112,19 @@ def test_find_split_takes_the_one_file_there_is(tmp_path: Path) -> None:
         find_split(tmp_path, "train")
 
 
-def write(path: Path, rows: list[list[object]]) -> None:
-    with new_file(path) as file:
-        write_row = row_writer(file, formats.kind_of(path))
-        for row in rows:
-            write_row(["a", "b"], row)
-
-
-def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
-    row: list[object] = ["tab\tand\r\nline", {"n": [1, None]}]
-    write(tmp_path / "x.tsv", [row])
-    assert (tmp_path / "x.tsv").read_bytes() == b'tab and line\t{"n": [1, null]}\n'
-    write(tmp_path / "x.csv", [[*row, None, 0.5, True]])
-    assert (tmp_path / "x.csv").read_bytes() == b'"tab\tand\r\nline","{""n"": [1, null]}",,0.5,true\r\n'
-    write(tmp_path / "x.jsonl", [["half \ud800", 1]])
-    assert (tmp_path / "x.jsonl").read_bytes() == b'{"a": "half \\ud800", "b": 1}\n'
+@pytest.mark.parametrize(
+    ("name", "row", "written"),
+    [
+        ("x.tsv", ["tab\tand\r\nline", {"n": [1, None]}], b'tab and line\t{"n": [1, null]}\n'),
+        ("x.csv", ["tab\tand\r\nline", None, 0.5, True], b'"tab\tand\r\nline",,0.5,true\r\n'),
+        ("x.csv", [{"n": [1, None]}], b'"{""n"": [1, null]}"\r\n'),
+        ("x.jsonl", ["half \ud800", 1], b'{"a": "half \\ud800", "b": 1}\n'),
+    ],
+)
+def test_what_a_format_cannot_hold(tmp_path: Path, name: str, row: list[object], written: bytes) -> None:
+    with new_file(tmp_path / name) as file:
+        row_writer(file, formats.kind_of(tmp_path / name))(["a", "b"], row)
+    assert (tmp_path / name).read_bytes() == written
 
 
 def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:

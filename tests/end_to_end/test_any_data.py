@@ -1,4 +1,4 @@
-"""From files of any kind to predictions, with the real train.py and scripts/predict.py."""
+"""From files of any kind to predictions, with all programs."""
 
 from __future__ import annotations
 
@@ -7,31 +7,26 @@ import gzip
 import importlib
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Capture, losses, metrics, torchrun, train_options, user_error
+from conftest import Capture, losses, metrics, torchrun, train_options, user_error
 from safetensors.torch import load_file
 
 from sst2_xlmr import train
+from sst2_xlmr.programs import evaluate, export, predict
 from sst2_xlmr.util import versions
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from sst2_xlmr.programs import predict
 from sst2_xlmr.util.errors import UserError
 
 WORDS = {"good": ["fine", "great", "funny"], "bad": ["boring", "awful", "thin"], "so, so": ["plot", "film", "story"]}
 LEARN = ["--epochs", 12, "--lr", 3e-3, "--warmup-ratio", 0.1]
 
 
-def write_csv(file: Path, rows: int, seed: int) -> None:
+def write_csv(file: Path, rows: int) -> None:
     """Rows of three classes, told by their words; quoted text with commas, quotation marks and line ends."""
-    generator = random.Random(seed)
+    generator = random.Random(rows)
     with file.open("w", newline="", encoding="utf-8") as opened:
         writer = csv.writer(opened)
         writer.writerow(["id", "verdict", "review"])
@@ -41,9 +36,9 @@ def write_csv(file: Path, rows: int, seed: int) -> None:
             writer.writerow([number, verdict, f'"{words[0]}, {words[1]}"\n' + " ".join(words[2:])])
 
 
-def write_pairs(file: Path, rows: int, seed: int) -> None:
+def write_pairs(file: Path, rows: int) -> None:
     """Rows whose class only the second text tells."""
-    generator = random.Random(seed)
+    generator = random.Random(rows)
     with gzip.open(file, "wt", encoding="utf-8") as opened:
         for number in range(rows):
             second = generator.choices(list(WORDS.values())[number % 3], k=6)
@@ -52,96 +47,70 @@ def write_pairs(file: Path, rows: int, seed: int) -> None:
             opened.write(json.dumps(row) + "\n")
 
 
-def accuracy_of_predictions(model: Path, file: Path, output: Path, truth: str, *options: str) -> float:
-    """Predict a file's rows, and return the share of rows whose label is the true one."""
-    predict.main(["--model", str(model), "--device", "cpu", "--input", str(file), "--output", str(output), *options])
-    with gzip.open(output, "rt", encoding="utf-8", newline="") as opened:
-        rows: list[dict[str, Any]] = list(csv.DictReader(opened))
-    name = "predicted_label" if truth == "label" else "label"
-    assert sum(abs(float(row["probability"]) - 0.5) for row in rows) > 0
-    return sum(row[name] == row[truth] for row in rows) / len(rows)
-
-
-def check_evaluate_and_export(model: Path, file: Path, expected: float, scratch: Path, *options: str) -> None:
-    """The scripts find the same accuracy; the TorchScript file, where there can be one, gives the right labels."""
-    numbers, classify = scratch / "numbers.json", scratch / "classifier.pt"
-    common = ["--model", str(model)]
-    steps = [("evaluate.py", ["--file", f"test={file}", "--json", str(numbers), "--device", "cpu", *options])]
-    if versions.has_torchtext():
-        steps.append(("export.py", ["--format", "torchscript", "--output", str(classify)]))
-    for script, words in steps:
-        command = [sys.executable, f"scripts/{script}", *common, *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (0, ""), script
-    assert json.loads(numbers.read_text())["files"]["test"]["accuracy"] == pytest.approx(expected)
-    if not versions.has_torchtext():
-        return
-    importlib.import_module("torchtext")  # which owns an operator of the file
-    texts = [" ".join(words) for words in WORDS.values()]
-    labels, _ = torch.jit.load(classify)(texts, texts) if len(options) > 2 else torch.jit.load(classify)(texts)
-    names = json.loads((model / "config.json").read_text())["id2label"].values()
-    assert sorted(labels) == sorted(names), "each class's own words"
-
-
-def test_csv_with_words_as_labels_and_quoted_text(tiny_encoder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_pairs", [False, True], ids=["words as labels in CSV", "pairs in gzipped JSONL"])
+def test_all_programs_find_the_same_accuracy(tiny_encoder: Path, tmp_path: Path, is_pairs: bool) -> None:
+    """The TorchScript file, where there can be one, gives the right labels."""
+    texts, label, answer, names = ["--text-column", "review"], "verdict", "label", ["bad", "good", "so, so"]
+    if is_pairs:
+        texts = ["--text-column", "premise", "--text-pair-column", "hypothesis"]
+        label, answer, names = "label", "predicted_label", ["0", "1", "2"]
     for split, rows in (("train", 120), ("dev", 30), ("test", 60)):
-        write_csv(tmp_path / f"{split}.csv", rows, seed=rows)
-    options = ["--text-column", "review", "--label-column", 2, *LEARN]
-    train.main(train_options(tiny_encoder, tmp_path, tmp_path / "run", *options))
-    names = ["bad", "good", "so, so"]
-    settings = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert list(settings["id2label"].values()) == names
-    (final,) = [line for line in metrics(tmp_path / "run") if line.get("split") == "test"]
-    assert final["rows"] == 60
-    assert final["accuracy"] > 0.9
+        file = tmp_path / f"{split}.{'jsonl.gz' if is_pairs else 'csv'}"
+        (write_pairs if is_pairs else write_csv)(file, rows)
+    options = [*texts, "--label-column", label if is_pairs else "2"]
+    train.main(train_options(tiny_encoder, tmp_path, tmp_path / "run", *options, *LEARN))
     model, output = tmp_path / "run" / "model", tmp_path / "out.csv.gz"
-    found = accuracy_of_predictions(model, tmp_path / "test.csv", output, "verdict", "--text-column", "review")
-    assert found == pytest.approx(final["accuracy"])
-    check_evaluate_and_export(
-        model, tmp_path / "test.csv", found, tmp_path, "--text-column=review", "--label-column=verdict"
-    )
-
-
-def test_gzipped_jsonl_with_pairs(tiny_encoder: Path, tmp_path: Path) -> None:
-    for split, rows in (("train", 120), ("dev", 30), ("test", 60)):
-        write_pairs(tmp_path / f"{split}.jsonl.gz", rows, seed=rows)
-    columns = ["--text-column", "premise", "--text-pair-column", "hypothesis"]
-    train.main(train_options(tiny_encoder, tmp_path, tmp_path / "run", *columns, *LEARN))
-    assert list(json.loads((tmp_path / "run/model/config.json").read_text())["id2label"].values()) == ["0", "1", "2"]
+    assert list(json.loads((model / "config.json").read_text())["id2label"].values()) == names
     (final,) = [line for line in metrics(tmp_path / "run") if line.get("split") == "test"]
-    assert final["accuracy"] > 0.9
-    model, file = tmp_path / "run" / "model", tmp_path / "test.jsonl.gz"
-    assert accuracy_of_predictions(model, file, tmp_path / "out.csv.gz", "label", *columns) == pytest.approx(
-        final["accuracy"]
-    )
-    check_evaluate_and_export(model, file, final["accuracy"], tmp_path, *columns)
-    with pytest.raises(UserError, match="was trained on pairs of texts"):
-        accuracy_of_predictions(model, file, tmp_path / "first.csv.gz", "label", "--text-column", "premise")
+    assert final["rows"] == 60 and final["accuracy"] > 0.9
+
+    common = ["--model", str(model), "--device", "cpu"]
+    predict.main([*common, "--input", str(file), "--output", str(output), *texts])
+    with gzip.open(output, "rt", encoding="utf-8", newline="") as opened:
+        found: list[dict[str, Any]] = list(csv.DictReader(opened))
+    assert sum(abs(float(row["probability"]) - 0.5) for row in found) > 0
+    assert sum(row[answer] == row[label] for row in found) / len(found) == pytest.approx(final["accuracy"])
+    if is_pairs:
+        with pytest.raises(UserError, match="was trained on pairs of texts"):
+            predict.main([*common, "--input", str(file), "--output", str(tmp_path / "first.csv"), *texts[:2]])
+
+    numbers, scripted = tmp_path / "numbers.json", tmp_path / "classifier.pt"
+    evaluate.main([*common, "--file", f"test={file}", "--json", str(numbers), *texts, "--label-column", label])
+    assert json.loads(numbers.read_text())["files"]["test"]["accuracy"] == pytest.approx(final["accuracy"])
+    if versions.has_torchtext():
+        export.main([*common[:2], "--format", "torchscript", "--output", str(scripted)])
+        importlib.import_module("torchtext")  # which owns an operator of the file
+        alone = [" ".join(words) for words in WORDS.values()]
+        labels, _ = torch.jit.load(scripted)(*([alone] * (1 + is_pairs)))
+        assert sorted(labels) == names, "each class's own words"
 
 
-def test_class_weights_of_one_change_nothing(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
-    for name, options in (("plain", []), ("ones", ["--class-weights", "1,1"]), ("twos", ["--class-weights", "2,2"])):
-        train.main(train_options(tiny_encoder, small_data, tmp_path / name, "--epochs", 1, *options))
-    assert losses(tmp_path / "ones") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
-    assert losses(tmp_path / "twos")[0] == pytest.approx(2 * losses(tmp_path / "plain")[0], rel=1e-6)
-
-
-@pytest.mark.parametrize("weights", ["balanced", "0.2,3"])
-def test_class_weights_do_not_depend_on_the_processes(
-    tiny_encoder: Path, small_data: Path, tmp_path: Path, weights: str
+def test_class_weights_multiply_the_loss_on_any_number_of_processes(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path
 ) -> None:
+    def run(name: str, *options: Any, processes: int = 1) -> list[float]:
+        words = train_options(tiny_encoder, small_data, tmp_path / name, "--epochs", 1, *options)
+        if processes == 1:
+            train.main(words)
+        else:
+            done = torchrun(processes, words)
+            assert done.returncode == 0, done.stderr
+        return losses(tmp_path / name)
+
+    plain = run("plain")
+    assert run("ones", "--class-weights", "1,1") == pytest.approx(plain, rel=1e-5)
+    assert run("twos", "--class-weights", "2,2")[0] == pytest.approx(2 * plain[0], rel=1e-6)
     lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()
     kept = [line for number, line in enumerate(lines) if line.endswith("0") or number % 3 == 0]
     (small_data / "train.tsv").write_text("\n".join(kept) + "\n", encoding="utf-8")
-    options = ["--class-weights", weights, "--epochs", 1, "--micro-batch-size", 2, "--label-smoothing", 0.1]
-    options += ["--dropout", 0, "--head-dropout", 0]
-    train.main(train_options(tiny_encoder, small_data, tmp_path / "one", *options))
-    done = torchrun(2, train_options(tiny_encoder, small_data, tmp_path / "two", *options))
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    ours, theirs = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("two", "one"))
-    for name, tensor in ours.items():
-        assert float((tensor - theirs[name]).abs().max()) < 1e-5, name
+    for weights in ("balanced", "0.2,3"):
+        options = ["--class-weights", weights, "--micro-batch-size", 2, "--label-smoothing", 0.1]
+        options += ["--dropout", 0, "--head-dropout", 0]
+        alone = run(f"one {weights}", *options)
+        assert run(f"two {weights}", *options, processes=2) == pytest.approx(alone, rel=1e-5)
+        ours, theirs = (load_file(tmp_path / f"{n} {weights}/model/model.safetensors") for n in ("two", "one"))
+        for name, tensor in ours.items():
+            assert float((tensor - theirs[name]).abs().max()) < 1e-5, name
 
 
 def test_check_says_how_files_are_read_and_replaces_its_own_report_only(
