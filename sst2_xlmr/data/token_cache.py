@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections import deque
@@ -26,6 +25,7 @@ from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.model.tokenizer import BEGIN, CUT, END, LongTexts, Tokenizer, load_tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task
+from sst2_xlmr.util.cores import available_cores
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
 
@@ -195,7 +195,7 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> I
         stored: np.ndarray = np.asarray(labels, task.label_dtype)
         return ids, lengths, stored, text_digests(texts, pairs), np.array(weights, np.float32), is_cut
 
-    threads = min(TOKENIZER_THREADS, len(os.sched_getaffinity(0)))
+    threads = min(TOKENIZER_THREADS, available_cores())
     pending: deque[Future[Chunk]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for chunk in in_chunks(rows, _CHUNK_ROWS):

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from sst2_xlmr.util.cores import available_cores
 from sst2_xlmr.util.errors import UserError, raise_on_all
 
 Result = TypeVar("Result")
@@ -87,6 +88,15 @@ def _read_environment() -> dict[str, int]:
     return {name.lower(): number for name, number in zip(texts, numbers[:4])}
 
 
+def thread_count(asked: int, processes: int) -> int:
+    """Return the threads of one of a node's processes: as asked, as OMP_NUM_THREADS says, or its share of the cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if asked or (given.isdecimal() and int(given) > (1 if "TORCHELASTIC_RUN_ID" in os.environ else 0)):
+        return asked or int(given)  # torchrun sets 1, which leaves most cores of a larger machine idle
+    share = max(1, available_cores() // processes)
+    return min(share, torch.get_num_threads()) if processes == 1 else share
+
+
 @contextmanager
 def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[World]:
     """Join the process group that torchrun's environment describes, and leave it at the end; without RANK, no group."""
@@ -98,11 +108,7 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
     device = choose_device(device_name, place["local_rank"], place["local_world_size"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # torchrun sets OMP_NUM_THREADS=1, which leaves most cores of a larger machine idle.
-    if threads:
-        torch.set_num_threads(threads)
-    elif place["local_world_size"] > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place["local_world_size"]))
+    torch.set_num_threads(thread_count(threads, place["local_world_size"]))
     if store is None:
         yield World(**place, device=device)
         return

@@ -1,0 +1,58 @@
+"""Threads are as many as the container and the job may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sst2_xlmr.util.cores import available_cores
+from sst2_xlmr.util.distributed import thread_count
+
+
+@pytest.fixture(autouse=True)
+def _many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    for name in ("SLURM_CPUS_ON_NODE", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def write(root: Path, **contents: str) -> Path:
+    for name, content in contents.items():
+        file = root / name.replace("__", "/").replace("_cfs", ".cfs").replace("_max", ".max")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/\n", {"cpu_max": "200000 100000\n"}, 2),
+        ("0::/\n", {"cpu_max": "150000 100000\n"}, 2),
+        ("0::/a/b\n", {"a__cpu_max": "300000 100000\n", "a__b__cpu_max": "max 100000\n"}, 3),
+        ("2:cpu,cpuacct:/a\n0::/\n", {"cpu__a__cpu_cfs_quota_us": "50000", "cpu__a__cpu_cfs_period_us": "100000"}, 1),
+        ("2:cpu:/a\n", {"cpu__a__cpu_cfs_quota_us": "-1", "cpu__a__cpu_cfs_period_us": "100000"}, 16),
+        ("0::/\n", {"cpu_max": "max 100000\n"}, 16),
+        ("damaged", {}, 16),
+    ],
+)
+def test_a_quota_is_rounded_up(tmp_path: Path, own: str, files: dict[str, str], cores: int) -> None:
+    (tmp_path / "own").write_text(own)
+    assert available_cores(write(tmp_path / "root", **files), tmp_path / "own") == cores
+
+
+def test_slurms_allocation_and_the_users_omp_num_threads_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    none = tmp_path / "none"
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "6")
+    assert available_cores(none, none) == 6
+    monkeypatch.setattr("sst2_xlmr.util.distributed.available_cores", lambda: 6)
+    assert [thread_count(0, processes) for processes in (2, 9)] == [3, 1]
+    assert thread_count(0, 1) <= 6
+    assert thread_count(5, 2) == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert thread_count(0, 2) == 4
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert thread_count(0, 2) == 3, "which torchrun has set"
