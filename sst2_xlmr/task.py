@@ -173,10 +173,6 @@ class SingleLabel:
         """How many logits the head has."""
         return len(self.label_names)
 
-    def check(self, config: Config) -> None:
-        """Check the options that depend on the task or its labels; UserError for one that does not go with them."""
-        check_options(self, config)
-
     def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> SingleLabel:
         """Return the task with a run's label smoothing and class weights.
 
@@ -542,9 +538,6 @@ class MultiLabel:
 
     # --- training
 
-    def check(self, config: Config) -> None:
-        check_options(self, config)
-
     def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> MultiLabel:
         """`--class-weights balanced` is, of each label, the rows without it / the rows with it."""
         factors = _numbers_in(config.class_weights)
@@ -845,9 +838,6 @@ class Regression:
 
     # --- training
 
-    def check(self, config: Config) -> None:
-        check_options(self, config)
-
     def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> Regression:
         mean = float(np.average(labels.astype(np.float64), weights=weights))
         deviation = math.sqrt(np.average((labels.astype(np.float64) - mean) ** 2, weights=weights))
@@ -991,7 +981,7 @@ def find_task(config: Config, labels: Seen, others: Seen, said: Names, path: obj
         path: of the training file, for errors.
     """
     task = task_kind(config, labels).from_labels(config, labels, others, said, path)
-    task.check(config)
+    check_options(task, config)
     return task
 
 
@@ -1085,6 +1075,9 @@ def _split(text: str, delimiter: str | None, known: Iterable[str]) -> LabelValue
 def _label_row(values: LabelValues | str, numbers: Mapping[str, int], names: Sequence[str], where: str) -> np.ndarray:
     """Return fp32 [labels] for what a cell says; UserError, beginning with `where`, if that is none of the labels."""
     row = np.zeros(len(names), np.float32)
+    if isinstance(values, dict) and 0 in values.values() and len(values) < len(names):
+        absent = [name for name in names if name not in values]
+        raise UserError(f"{where}: the label has numbers, but none for {listed(absent)}; give one for every label")
     for name, value in values.items() if isinstance(values, dict) else ((values, 1.0),):
         place = name if isinstance(name, int) else numbers.get(name)
         if place is None or place >= len(names):

@@ -117,7 +117,12 @@ def test_what_does_not_go_together_is_one_line(tmp_path: Path, content: str, opt
 
 
 @pytest.mark.parametrize(
-    ("cell", "says"), [('["a", "x"]', "label 'x' is neither one of a, b"), ('{"a": 2, "b": 0}', "label 'a' has 2")]
+    ("cell", "says"),
+    [
+        ('["a", "x"]', "label 'x' is neither one of a, b"),
+        ('{"a": 0}', "but none for b"),
+        ('{"a": 2, "b": 0}', "label 'a' has 2"),
+    ],
 )
 def test_a_bad_label_names_the_line(tmp_path: Path, cell: str, says: str) -> None:
     file = tmp_path / "a.jsonl"

@@ -17,7 +17,7 @@ from sst2_xlmr.config import FORMATS, Config
 from sst2_xlmr.data.containers import shortened
 from sst2_xlmr.data.formats import Fields, Layout, opened, read_fields
 from sst2_xlmr.data.sniff import Columns, find_layout, other_encoding
-from sst2_xlmr.labels import MISSING, label_text, listed
+from sst2_xlmr.labels import MISSING, label_text
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
@@ -174,11 +174,12 @@ def _proposal(path: Path, layout: Layout) -> str:
     if not layout.is_table:
         return ""
     *likely, flags = _likely_columns(path, layout)
-    if len(flags) > 2:
-        return f"; {listed(flags)} hold 0 and 1: for several labels a row, name them with --label-columns"
     names = [layout.names[int(number) - 1] for number in likely if number]
-    named = zip(("--text-column", "--label-column"), (name if " " not in name else repr(name) for name in names))
-    return f" (e.g. {' '.join(map(' '.join, named))})" if names else ""
+    named: list[tuple[str, ...]] = list(zip(("--text-column", "--label-column"), names))
+    if len(flags) > 2:  # of 0 and 1
+        named = [*named[:1], ("--label-columns", *flags)]
+    words = (word if " " not in word else repr(word) for each in named for word in each)
+    return f" (e.g. {' '.join(words)})" if named else ""
 
 
 Checked = tuple[Fields, str, Any, Any, Any, float]

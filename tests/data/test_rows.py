@@ -75,7 +75,7 @@ def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
         ("a.tsv", b"review\tlabel\nx\t1\n", "line 2: no column 'sentence' or 'text' among review, label; name it with"),
         ("a.tsv", b"text\tstars\nx\t1\n", "no column 'label' among text, stars; name it with --label-column"),
         ("a.csv", b"v1,v2\nham,a b\nspam,c d\nham,e f\nham,g h\n", "(e.g. --text-column v2 --label-column v1)"),
-        ("a.csv", b"text,a,b,c\nx y,0,1,0\nz w,1,1,0\n", "a, b, c hold 0 and 1: for several labels a row"),
+        ("a.csv", b"text,a,b,c\nx y,0,1,0\nz w,1,1,0\n", "(e.g. --text-column text --label-columns a b c)"),
         ("a.csv", b"text,label,text\nx,1,y\n", "two columns are named 'text'; give --text-column a number"),
         ("a.tsv", b"text\tlabel\nx\t1\n \t0\n", "line 3: 1 of 2 rows cannot be used: 1 without text (line 3)"),
         ("a.tsv", b"text\tlabel\nx\t2\n", "line 2: label '2' is neither one of negative, positive nor a number from 0"),
