@@ -19,6 +19,7 @@ PROGRAMS = {
     "split": "hold out rows of a training file for a test",
     "study": "compare settings over several seeds",
     "fetch": "download data and encoders ahead of time",
+    "serve": "answer over HTTP with a trained model",
 }
 HELP = f"""usage: sst2-xlmr COMMAND [OPTIONS]
 

@@ -7,23 +7,16 @@ import functools
 import importlib
 import io
 import itertools
-import json
 import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import ROOT, free_port
+from conftest import ROOT
 
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.predictor import Classifier
@@ -43,78 +36,6 @@ def served_model(model: Path, tmp_path: Path) -> Path:
 def programs_of(page: str, language: str) -> list[str]:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     return re.findall(rf"```{language}\n(.+?)```", text, re.DOTALL)
-
-
-def ask(port: int, body: bytes) -> tuple[int, Any]:
-    """Send a request; returns the status and the JSON of the answer."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}", body), timeout=20) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def answer_of_half(port: int, sent: bytes) -> bytes:
-    """Send a request that announces 1,000 bytes and ends earlier; returns what comes back."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        head = "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
-        connection.sendall(head.encode() + sent)
-        return connection.recv(1000)
-
-
-def test_the_service_answers_and_survives_what_is_sent_to_it(served_model: Path, tmp_path: Path) -> None:
-    for package in ("fastapi", "uvicorn", "onnx", "onnxruntime_extensions"):
-        pytest.importorskip(package)
-    (program,) = programs_of("from-csv-to-service.md", "python")
-    (tmp_path / "service.py").write_text(
-        program.replace("SECONDS_TO_ARRIVE = 1 << 20, 10", "SECONDS_TO_ARRIVE = 1 << 20, 2")
-    )
-    export.main(["--model", str(served_model), "--format", "onnx", "--output", str(tmp_path / "classifier.onnx")])
-    port = free_port()
-    texts = ["Not bad at all.", "映画", ""]
-    good = json.dumps({"texts": texts}).encode()
-    command = [sys.executable, "-m", "uvicorn", "service:app", "--port", str(port), "--log-level", "error"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as service:
-        try:
-            for _ in range(600):
-                with socket.socket() as probe:
-                    if not probe.connect_ex(("127.0.0.1", port)):
-                        break
-                time.sleep(0.1)
-            status, expected = ask(port, good)
-            assert status == 200
-            hostile = {
-                b"": 400,
-                b"not JSON": 400,
-                b'{"texts": "a text"}': 400,
-                b'{"texts": []}': 400,
-                b'{"texts": [1]}': 400,
-                b'{"texts": ["\\ud83d"]}': 400,
-                b'{"texts": ["\xff"]}': 400,
-                b"[" * 100_000: 400,
-                json.dumps({"texts": ["a"] * 101}).encode(): 400,
-                json.dumps({"texts": ["a" * 10_001]}).encode(): 400,
-                b" " * ((1 << 20) + 1): 413,
-            }
-            for body, wanted in hostile.items():
-                status, answer = ask(port, body)
-                assert status == wanted, body[:40]
-                assert list(answer) == ["detail"]
-                assert "\n" not in answer["detail"]
-            assert b" 408 " in answer_of_half(port, b'{"texts": [')
-            with ThreadPoolExecutor(16) as clients:
-                answers = list(clients.map(lambda _: ask(port, good), range(64)))
-        finally:
-            service.terminate()
-            assert service.stderr is not None
-            said = service.stderr.read()
-    for status, found in answers:
-        assert status == 200
-        assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
-        for entry, first in zip(found, expected):
-            assert entry["probability"] == pytest.approx(first["probability"], abs=1e-5)
-    assert len(expected) == len(texts)
-    assert said == b"", "not a line on standard error"
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,123 @@
+"""The service: its answers are those of predict.py, and it survives what is sent to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import change_json, free_port
+
+from sst2_xlmr.predictor import Classifier
+
+pytest.importorskip("uvicorn")
+TEXTS = ["Not bad at all.", "映画", "", "a longer text, " * 30]
+GOOD = json.dumps({"texts": TEXTS, "all_probabilities": True}).encode()
+# The program with a second for a request to arrive.
+PROGRAM = "from sst2_xlmr.programs import serve; serve.SECONDS_TO_ARRIVE = 1.0; serve.main()"
+
+
+@pytest.fixture(scope="module")
+def port(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Start the service once for all tests; at the end SIGTERM must end it, with nothing on standard error."""
+    model = Path(shutil.copytree(model, tmp_path_factory.mktemp("serve") / "model"))
+    change_json(model / "config.json", text_pairs=False)
+    port = free_port()
+    words = ["--model", str(model), "--port", str(port), "--precision", "fp32", "--device", "cpu"]
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, *words], stderr=subprocess.PIPE) as service:
+        for _ in range(1200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        yield port
+        service.send_signal(signal.SIGTERM)
+        assert service.stderr is not None
+        said = service.stderr.read()
+        assert service.wait(30) in (0, -signal.SIGTERM)
+        assert said == b""
+
+
+def ask(port: int, body: bytes) -> tuple[int, Any]:
+    """Send a request; returns the status and the JSON of the answer."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}", body), timeout=30) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def get(port: int, path: str) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
+        return str(answer.read().decode())
+
+
+def test_many_at_once_get_the_answers_of_the_model(port: int, model: Path) -> None:
+    classifier = Classifier.load(model, "fp32", "cpu")
+    expected = classifier.probabilities(TEXTS)
+    with ThreadPoolExecutor(16) as clients:
+        found = list(clients.map(lambda _: ask(port, GOOD), range(48)))
+    for status, answers in found:
+        assert status == 200
+        assert [answer["label"] for answer in answers] == classifier.predict(TEXTS)
+        for answer, row in zip(answers, expected):
+            assert [answer["probability_a"], answer["probability_b"]] == pytest.approx(row.tolist(), abs=1e-5)
+    assert json.loads(get(port, "/healthz")) == {"status": "ok"}
+    counters = dict(line.rsplit(" ", 1) for line in get(port, "/metrics").splitlines())
+    assert int(counters['sst2_xlmr_requests_total{status="200"}']) >= 48
+    assert int(counters["sst2_xlmr_texts_total"]) >= 48 * len(TEXTS)
+    assert counters["sst2_xlmr_waiting_texts"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        (b"", 400, "not JSON"),
+        (b"not JSON", 400, "not JSON"),
+        (b'{"texts": ["\xff"]}', 400, "not JSON"),
+        (b"[" * 100_000, 400, "not JSON"),
+        (b"[1]", 400, "a list of 1 to 100 texts"),
+        (b'{"texts": "a text"}', 400, "a list of 1 to 100 texts"),
+        (b'{"texts": []}', 400, "a list of 1 to 100 texts"),
+        (json.dumps({"texts": ["a"] * 101}).encode(), 400, "a list of 1 to 100 texts"),
+        (b'{"texts": [1]}', 400, "strings of up to"),
+        (b'{"texts": [null, ["a"]]}', 400, "strings of up to"),
+        (b'{"texts": [["a", "b"]]}', 400, "this model takes single texts"),
+        (b'{"texts": ["\\ud83d"]}', 400, "not UTF-8"),
+        (b'{"texts": ["bad\\u0000 word"]}', 400, "NUL"),
+        (json.dumps({"texts": ["a" * 100_001]}).encode(), 400, "strings of up to 100,000 characters"),
+        (b" " * ((1 << 20) + 1), 413, "a request may have 1,048,576 bytes"),
+    ],
+)
+def test_a_bad_request_gets_one_line(port: int, body: bytes, status: int, says: str) -> None:
+    found, answer = ask(port, body)
+    assert (found, list(answer)) == (status, ["detail"])
+    assert says in answer["detail"]
+    assert "\n" not in answer["detail"]
+    assert ask(port, GOOD)[0] == 200, "others are answered"
+
+
+def test_connections_that_send_half_a_request_are_ended_and_hold_nobody_up(port: int) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: x\r\n"
+    halves = [b"", b"POST / HT", head, head + b"Content-Length: 1000\r\n\r\n{"]
+    with contextlib.ExitStack() as stack:
+        connections = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(200)
+        ]
+        for number, connection in enumerate(connections):
+            connection.sendall(halves[number % 4])
+        assert ask(port, GOOD)[0] == 200
+        ends = [connection.recv(1000) for connection in connections]
+    assert all(end == b"" for number, end in enumerate(ends) if number % 4 < 3)
+    assert all(b" 408 " in end for end in ends[3::4])
