@@ -8,6 +8,7 @@ import sys
 
 import sst2_xlmr
 from sst2_xlmr.util import versions
+from sst2_xlmr.util.cores import bound_spinning
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 from sst2_xlmr.util.launch import check_tasks
 
@@ -34,6 +35,7 @@ commands:
 
 def main(program: str | None = None) -> None:
     """Run a program with the options of the command line, whose first word names it unless `program` does."""
+    bound_spinning()
     exit_on_user_error(lambda: _run(program, sys.argv[1:]))
 
 

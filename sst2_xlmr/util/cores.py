@@ -1,4 +1,4 @@
-"""How many cores this process may use."""
+"""How many cores this process may use, and how its threads wait for one another."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+BUSY = 0.3  # a core; mean load of the last minute from which on other work is on the cores
+SPINS = "2000"  # of a thread that waits, before it sleeps; libgomp's own 300,000 are about a millisecond
+
+
+def bound_spinning() -> None:
+    """Let OpenMP's threads wait by sleeping where others use the cores, else after a short spin.
+
+    A thread that spins keeps the one it waits for from its core. To be called before libgomp is loaded, which comes with
+    torch; the user's own settings win.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        is_busy = os.getloadavg()[0] > BUSY * len(os.sched_getaffinity(0))
+        os.environ["GOMP_SPINCOUNT"] = "0" if is_busy else SPINS
 
 
 def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:

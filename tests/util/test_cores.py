@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sst2_xlmr.util.cores import available_cores
+from sst2_xlmr.util.cores import SPINS, available_cores, bound_spinning
 from sst2_xlmr.util.distributed import thread_count
 
 
@@ -56,3 +56,13 @@ def test_slurms_allocation_and_the_users_omp_num_threads_win(monkeypatch: pytest
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert thread_count(0, 2) == 3, "which torchrun has set"
+
+
+@pytest.mark.parametrize(("load", "spins"), [(0.1, SPINS), (8.0, "0")])
+def test_threads_sleep_where_others_use_the_cores(monkeypatch: pytest.MonkeyPatch, load: float, spins: str) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    for own, expected in (({}, spins), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)):
+        environment: dict[str, str] = dict(own)
+        monkeypatch.setattr(os, "environ", environment)
+        bound_spinning()
+        assert environment.get("GOMP_SPINCOUNT") == expected
