@@ -14,8 +14,8 @@ SPINS = "2000"  # of a thread that waits, before it sleeps; libgomp's own 300,00
 def bound_spinning() -> None:
     """Let OpenMP's threads wait by sleeping where others use the cores, else after a short spin.
 
-    A thread that spins keeps the one it waits for from its core. To be called before libgomp is loaded, which comes with
-    torch; the user's own settings win.
+    A thread that spins keeps the one it waits for from its core. To be called before libgomp is loaded, which comes
+    with torch; the user's own settings win.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         is_busy = os.getloadavg()[0] > BUSY * len(os.sched_getaffinity(0))
