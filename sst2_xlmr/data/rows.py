@@ -71,6 +71,8 @@ def columns_given(arguments: argparse.Namespace | Config, split: str = "") -> Co
         name, _, wanted = each.partition(":")
         if name == split:
             changes: dict[str, Any] = dict(part.split("=", 1) for part in wanted.split(","))
+            if "label" in changes:
+                changes["labels"] = ()
             if "text" in changes:
                 changes["text"] = tuple(changes["text"].split("+"))
             columns = dataclasses.replace(columns, **changes)
