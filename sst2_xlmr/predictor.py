@@ -24,13 +24,27 @@ from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import model_folder
 from sst2_xlmr.model.tokenizer import Tokenizer
-from sst2_xlmr.task import Task
+from sst2_xlmr.model.tokenizer_files import tokenizer_digest
+from sst2_xlmr.task import Task, with_thresholds
 from sst2_xlmr.util.distributed import choose_device
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.memory import give_back_memory
 from sst2_xlmr.util.precision import choose_precision
 
 Texts = Sequence[Union[str, tuple[str, str]]]
+
+
+class _Mean(nn.Module):
+    """Logits whose probabilities are the mean of several models' probabilities."""
+
+    def __init__(self, modules: list[nn.Module], task: Task) -> None:
+        super().__init__()
+        self.members, self.task = nn.ModuleList(modules), task
+
+    def forward(self, *batch: Any) -> torch.Tensor:
+        found = [self.task.probabilities(member(*batch).float()) for member in self.members]
+        mean = torch.stack(found).double().mean(0)
+        return torch.from_numpy(self.task.logits_of(mean.cpu().numpy())).to(mean.device)
 
 
 class Classifier:
@@ -80,6 +94,38 @@ class Classifier:
             print(f"warning: {lacks}: computing in {plain} instead", file=sys.stderr)
         classifier, tokenizer, task = load_classifier(folder, device, plain == "bf16")
         return cls(folder, prediction_model(classifier), tokenizer, task, plain, device)
+
+    @classmethod
+    def load_mean(
+        cls, folders: Sequence[str | os.PathLike[str]], precision: str = "auto", device: str | torch.device = "auto"
+    ) -> Classifier:
+        """Load several models' folders as one classifier, which answers with the mean of their probabilities.
+
+        UserError if they have not the same labels, tokenizer and longest input; thresholds are the means of theirs.
+        """
+        first, *others = (cls.load(folder, precision, device) for folder in folders)
+        if not others:
+            return first
+        for other in others:
+            sides = [
+                (
+                    each.task.problem_type,
+                    each.label_names,
+                    tokenizer_digest(each.tokenizer.file),
+                    *each.tokenizer.limits,
+                )
+                for each in (first, other)
+            ]
+            if sides[0] != sides[1]:
+                what = "other labels, another tokenizer or another longest input"
+                raise UserError(
+                    f"{other.folder} has {what} than {first.folder}; only models that are alike have a mean"
+                )
+        members = [first, *others]
+        thresholds = np.mean([each.task.thresholds for each in members], axis=0).tolist()
+        task = with_thresholds(first.task, thresholds)
+        module = _Mean([each.module for each in members], task)
+        return cls(first.folder, module, first.tokenizer, task, first.precision, first.device)
 
     @property
     def label_names(self) -> list[str]:

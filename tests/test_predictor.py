@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Capture
+from conftest import ROOT, Capture, change_json, change_weights
 
 import sst2_xlmr
 from sst2_xlmr.predictor import Classifier
@@ -91,3 +91,15 @@ def test_wrong_use(model: Path, tmp_path: Path) -> None:
         sst2_xlmr.load(model, device="gpu")
     with pytest.raises(UserError, match="--precision int8 is for a CPU"):
         Classifier.load(model, "int8", torch.device("cuda"))
+
+
+def test_several_models_answer_with_the_mean_of_their_probabilities(model: Path, tmp_path: Path) -> None:
+    other = change_weights(model, tmp_path / "other", lambda tensors: tensors["classifier.out_proj.bias"].add_(0.5))
+    texts = ["a film", "not good", "never again " * 9]
+    for precision in ("fp32", "int8"):
+        both = [Classifier.load(folder, precision, "cpu").probabilities(texts) for folder in (model, other)]
+        mean = Classifier.load_mean([model, other], precision, "cpu")
+        np.testing.assert_allclose(mean.probabilities(texts), np.mean(both, axis=0), atol=1e-6)
+    change_json(other / "config.json", id2label={"0": "x", "1": "y"})
+    with pytest.raises(UserError, match="only models that are alike have a mean"):
+        Classifier.load_mean([model, other], "fp32", "cpu")

@@ -90,6 +90,11 @@ class Tokenizer:
             patterns.append(r"\s*" * token.lstrip + pattern + r"\s*" * token.rstrip)
         self._any_added = re.compile("|".join(patterns))
 
+    @property
+    def limits(self) -> tuple[int, LongTexts]:
+        """The longest input, and what becomes of longer texts."""
+        return self.max_length, self.long_texts
+
     def flat_ids(self, texts: list[str], pairs: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all rows one after another, int32 [tokens], and tokens per row, int64 [rows].
 
