@@ -176,7 +176,7 @@ def test_output_that_exists_is_kept_unless_told_otherwise(model: Path, tmp_path:
         out.unlink()
     assert other.read_text() == "precious"
     out.mkdir()
-    assert "out.tsv is a folder; name a file" in user_error(partial(run, model, *options, "--overwrite"), capsys)
+    assert "out.tsv already exists; choose another name" in user_error(partial(run, model, *options, "--overwrite"), capsys)
 
 
 def write_many(path: Path, rows: int) -> Path:
@@ -322,7 +322,7 @@ def test_lines_tell_the_time_left_where_there_is_no_terminal(
 WRONG_USE = {
     "--input no.tsv": "cannot read no.tsv: No such file",
     "--input sample_data": "is a folder, but not one with a folder of texts per class",
-    "--input sample_data/dev.tsv --output no/such/x.tsv": "cannot write to no/such: No such file",
+    "--input sample_data/dev.tsv --output no/such/x.tsv": "cannot write no/such/x.tsv: No such file",
     "--input sample_data/dev.tsv --glue-submission g --all-probabilities": "--glue-submission holds labels only",
     "--input rows.tsv --glue-submission g --output g/../g/SST-2.tsv": "both write g/../g/SST-2.tsv",
     "--text-column 2 x": "--text-column needs --input",
