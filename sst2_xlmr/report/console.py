@@ -1,4 +1,4 @@
-"""What a run tells people, on rank 0: lines or a progress bar on the console, metrics.jsonl, TensorBoard."""
+"""What a run reports, on rank 0: lines or a progress bar on the console, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Report:
         The splits that are `written_again` will be evaluated (once more) at this step.
         """
         config, first_step = inputs.config, state.step
-        self._inputs, self._task = inputs, inputs.task
-        self._first_step, self._total_steps, self._started = first_step, total_steps, time.monotonic()
+        self._inputs, self._task, self._total_steps = inputs, inputs.task, total_steps
+        self._first_step, self._started = first_step, time.monotonic()
         place = folder / "metrics.jsonl"
         purge_step = first_step + 1 if place.exists() else None
         with writing(place):
@@ -112,11 +112,11 @@ class Report:
 
     def say_evaluation(self, step: int, evaluations: dict[str, dict[str, Any]], is_best: bool) -> None:
         """Print a line on dev, and one with the main metric of all other files; both by the split's name."""
-        dev = evaluations["dev"]
+        others, metric = dict(evaluations), self._task.best_metric
+        dev = others.pop("dev")
         best = "  (best so far)" if is_best else ""
         self.say(f"step {step:>6}  dev: {self._task.describe(dev)}  {dev['rows']:,} rows{best}")
-        if others := {split: metrics for split, metrics in evaluations.items() if split != "dev"}:
-            metric = self._task.best_metric
+        if others:
             values = "  ".join(f"{split} {metrics[metric]:.4f}" for split, metrics in others.items())
             mean = f"  mean {mean_of(list(others.values()))[metric]:.4f}" if len(others) > 1 else ""
             self.say(f"step {step:>6}  {metric}: {values}{mean}")

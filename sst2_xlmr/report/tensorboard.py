@@ -66,7 +66,7 @@ def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: T
     Precision is as decided; splits are those evaluated. `SummaryWriter.add_hparams` would make a run of its own.
     """
     values = {name: getattr(config, name) for name in [*GROUPS["model"], *GROUPS["training"], "max_length"]}
-    values.update(precision=precision, encoder=Path(config.encoder).name)
+    values |= {"precision": precision, "encoder": Path(config.encoder).name}
     # torch writes a bool as a number, and refuses a list.
     values = {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
     tags = [f"dev/{name}" for name in dict.fromkeys([task.best_metric, *task.scalars])]
@@ -95,7 +95,7 @@ def draw_evaluation(
     task: Task,
     texts_of: Callable[[set[int]], dict[int, str]],
 ) -> None:
-    """Write a file's confusion matrix, or a scatter plot of scores, precision-recall curves, and the surest mistakes.
+    """Write a file's confusion matrix, or a scatter plot of scores, precision-recall curves, and the worst mistakes.
 
     Probabilities are float32 [rows, outputs]; `texts_of` is `read_texts` for rows of the file.
     """
@@ -118,21 +118,17 @@ def draw_evaluation(
         # are spread evenly, and give the same curve: of every probability, the share of all rows with a lower one.
         ranks = np.searchsorted(np.sort(scores), scores) / len(labels)
         writer.add_pr_curve(f"{name}/pr_{label}", is_label, ranks, step)
-    writer.add_text(
-        f"{name}/mistakes", mistakes_table(*task.mistakes(probabilities, labels), len(labels), texts_of), step
-    )
+    mistakes = mistakes_table(*task.mistakes(probabilities, labels), len(labels), texts_of)
+    writer.add_text(f"{name}/mistakes", mistakes, step)
 
 
 def mistakes_table(
-    wrong: np.ndarray,
-    answer_of: Callable[[int], list[str]],
-    rows: int,
-    texts_of: Callable[[set[int]], dict[int, str]],
+    wrong: np.ndarray, answer_of: Callable[[int], list[str]], rows: int, texts_of: Callable[[set[int]], dict[int, str]]
 ) -> str:
-    """Return the surest mistakes as a Markdown table; for the first two arguments see `SingleLabel.mistakes`."""
+    """Return the most confident mistakes as a Markdown table; the first two arguments are `SingleLabel.mistakes`'."""
     chosen = wrong[:MISTAKES].tolist()
     texts = texts_of(set(chosen))
-    lines = [f"{len(wrong):,} of {rows:,} rows are mistaken; of these the {len(chosen)} surest.", ""]
+    lines = [f"{len(wrong):,} of {rows:,} rows are wrong; these are the {len(chosen)} most confident.", ""]
     lines += ["| row | text | true | predicted | probability |", "| ---: | --- | --- | --- | ---: |"]
     for row in chosen:
         text = escape(texts[row]) if row in texts else "(the file has changed)"

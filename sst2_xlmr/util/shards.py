@@ -41,8 +41,8 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
     folder, content = shards_of(output), json.dumps(fingerprint)
     with contextlib.ExitStack() as stack:
         with writing(output):
-            is_ours = is_begun(output) or (folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()))
-            if os.path.lexists(folder) and not is_ours:
+            is_empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+            if os.path.lexists(folder) and not is_empty and not is_begun(output):
                 raise UserError(f"{folder} already exists and is not ours; move it away, or choose another --output")
             folder.mkdir(exist_ok=True)
             descriptor = os.open(folder / _FINGERPRINT, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -55,19 +55,19 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
                 cure = "wait for it, stop it, or choose another --output"
                 raise UserError(f"another process is writing {output}; {cure}") from None
             found = file.read()
+            if resume and found not in ("", content):
+                what = f"the rows in {folder} belong to another model, input, machine or other options"
+                raise UserError(f"{what}; start again with --overwrite instead of --resume")
             if not resume or not found:
                 _clear(folder)
                 file.seek(0)
                 file.truncate()
                 file.write(content)
                 file.flush()
-            elif found != content:
-                what = f"the rows in {folder} belong to another model, input, machine or other options"
-                raise UserError(f"{what}; start again with --overwrite instead of --resume")
         try:
             yield folder
         finally:  # without blocks it still says that an output which is there is not the result
-            if not any(map(_is_block, folder.iterdir() if folder.is_dir() else ())) and not os.path.lexists(output):
+            if folder.is_dir() and not any(map(_is_block, folder.iterdir())) and not os.path.lexists(output):
                 remove_shards(folder)
 
 

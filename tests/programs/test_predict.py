@@ -176,7 +176,9 @@ def test_output_that_exists_is_kept_unless_told_otherwise(model: Path, tmp_path:
         out.unlink()
     assert other.read_text() == "precious"
     out.mkdir()
-    assert "out.tsv already exists; choose another name" in user_error(partial(run, model, *options, "--overwrite"), capsys)
+    assert "out.tsv already exists; choose another name" in user_error(
+        partial(run, model, *options, "--overwrite"), capsys
+    )
 
 
 def write_many(path: Path, rows: int) -> Path:

@@ -110,14 +110,14 @@ def test_a_run_is_not_taken_for_one_on_other_files(
     assert notes.read_text() == before
     study.digest.cache_clear()  # as in another process
     shutil.copy(moved / "dev.tsv", tmp_path / "new.tsv")
-    with pytest.raises(UserError, match=r"new\.tsv \(new\) is none of the files of the run .*leave it out"):
+    with pytest.raises(UserError, match=r"/new\.tsv \(new\) is not the file of the run .*; give"):
         run_study(*options, "--test-file", tmp_path / "new.tsv")
     with (moved / "dev.tsv").open("a") as file:
         file.write("one more\t0\n")
     with pytest.raises(UserError, match=r"moved/dev\.tsv \(dev\) is not the file of the run .*another --output-dir"):
         run_study(*options, "--data-dir", moved)
     notes.write_text(json.dumps({**json.loads(before), "fr": "0"}))
-    with pytest.raises(UserError, match=r"fr, a file of the run .*name it again, or choose another --output-dir"):
+    with pytest.raises(UserError, match=r"nothing \(fr\) is not the file of the run .*; give the same files"):
         run_study(*options)
 
 
@@ -143,7 +143,10 @@ def test_a_run_that_is_stopped_ends_it(number: signal.Signals, common: Words, tm
         (["--seeds", "1", "--seed=2"], "leave out --seed: every run has its own"),
         (["--seeds", "1", "--config", "x"], "leave out --config"),
         (["--seeds", "1", "--setting", "a", "@options"], "leave out --config"),
-        (["--seeds", "1", "--setting", "a", "--label-names 'x,y"], '--setting a: "--label-names \'x,y" cannot be cut'),
+        (
+            ["--seeds", "1", "--setting", "a", "--label-names 'x,y"],
+            '--setting a: cannot split "--label-names \'x,y" into words',
+        ),
         (["--seeds", "1", "--setting", "a/b", ""], "take letters, digits and hyphens"),
         (["--seeds", "1", "--setting", "a", "", "--setting", "a", "--lr 1"], "--setting a: that name is taken"),
         (["--seeds", "1", "--setting", "a", "--epoch 3"], "did you mean --epochs?"),
@@ -237,7 +240,7 @@ def test_split_has_succeeded_even_if_nobody_reads_it(tmp_path: Path) -> None:
     ("options", "says"),
     [
         (["--rows", "40"], "only 40 rows are there, and some must stay"),
-        (["--rows", "5", "--seed", str(2**32)], "'4294967296' is not a number from 0 to 4294967295"),
+        (["--rows", "5", "--seed", str(2**32)], "--seed 4294967296 is not a number from 0 to 4294967295"),
         (["--rows", "5", "--train-rows", "99"], "35 rows are left to train on"),
         (["--rows", "5", "--text-column", "review"], "no column 'review'"),
         (["--rows", "5", "--output-dir", "."], "--output-dir . already exists"),
