@@ -45,14 +45,13 @@ def card_text(
     """Return the card's text.
 
     Args:
-        rows: how many every file has that the run read, by its name ("train", "dev", ...).
+        rows: of every file, by its name ("train", "dev", ...).
         evaluations: of these weights, the metrics of every file by its name.
         step: optimizer steps that led to these weights.
         calibration: temperature, calibration error before and after; None if it was not asked for.
-        is_chosen: whether the weights were chosen among others by their accuracy on dev.
+        is_chosen: whether the weights are the best of several evaluations on dev.
     """
-    encoder = _HUB_NAMES.get(config.encoder, Path(config.encoder).name)
-    names = task.label_names
+    encoder, names = _HUB_NAMES.get(config.encoder, Path(config.encoder).name), task.label_names
     eval_files = [str(named_file(value)[1]) for value in config.eval_file]
     files = [config.data_dir, *config.train_file, config.dev_file, *eval_files, *config.test_file]
     cells = [

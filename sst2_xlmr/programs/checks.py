@@ -20,13 +20,11 @@ def check_output(option: str, path: Path, overwrite: bool | None = None, makes_p
     """Raise UserError if a file or folder to write already exists, or cannot be written.
 
     Args:
-        overwrite: whether an existing file may be replaced (a link, not what it leads to); None if there is no such
-            option.
+        overwrite: whether a file may be replaced (or a link, not what it leads to); None if there is no such option.
         makes_parents: whether the folders that it is to be in are made.
     """
-    is_folder = path.is_dir() and not path.is_symlink()
-    if os.path.lexists(path) and (not overwrite or is_folder):
-        cure = ", or replace it with --overwrite" if overwrite is False and not is_folder else ""
+    if os.path.lexists(path) and (not overwrite or not path.is_file()):
+        cure = ", or replace it with --overwrite" if overwrite is False and path.is_file() else ""
         raise UserError(f"{option} {path} already exists; choose another name{cure}")
     with writing(path):
         path = path.absolute()

@@ -1,7 +1,4 @@
-"""Cross-validation of one file of rows: every row is answered by a model that was not trained on it.
-
-`study.py --folds` calls this. From these answers come the rows whose labels are most likely wrong.
-"""
+"""Cross-validation for `study --folds`: out-of-fold predictions of every row, and likely label errors."""
 
 from __future__ import annotations
 
@@ -34,12 +31,7 @@ Train = Callable[[list[str], Path, int], tuple[bool, Figures]]
 
 
 class Folds:
-    """The rows of a study's training files, dealt into folds, and the answers to them.
-
-    Attributes:
-        rows: all that can be used, with the file of each.
-        numbers: int64 [rows], each one's fold, from 1.
-    """
+    """The rows of a study's training files, with the file of each; `numbers`, int64 [rows], are their folds from 1."""
 
     def __init__(self, words: list[str], folder: Path, folds: int, train: Train) -> None:
         """Find the rows; UserError if they cannot be used, or an option does not go with folds."""
@@ -57,17 +49,17 @@ class Folds:
         self.rows = list(splits["train"].rows(self.task))
         texts, pairs, labels, *_ = zip(*(row for _, row in self.rows))
         self.labels: np.ndarray = np.asarray(labels, self.task.label_dtype)
-        strata = self.task.strata(self.labels)
-        self.numbers = fold_numbers(text_digests(texts, pairs), strata, folds, self.config.seed)
+        digests, strata = text_digests(texts, pairs), self.task.strata(self.labels)
+        self.numbers = fold_numbers(digests, strata, folds, self.config.seed)
 
     def train_fold(self, fold: int) -> tuple[bool, Figures]:
         """Train on all other folds, evaluated on this one."""
         folder, is_dev = self.folder / f"fold-{fold}", self.numbers == fold
         folder.mkdir(parents=True, exist_ok=True)
         for name, chosen in (("train", ~is_dev), ("dev", is_dev)):
-            rows = (as_json(self.rows[row][1], self.task) for row in np.flatnonzero(chosen))
             with writing(folder), (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                for row in np.flatnonzero(chosen):
+                    file.write(json.dumps(as_json(self.rows[row][1], self.task), ensure_ascii=False) + "\n")
         kept = [name for name in OPTIONS if name not in GROUPS["data"] or name in _OF_ROWS]
         options = {name: getattr(self.config, name) for name in kept}
         config = Config(

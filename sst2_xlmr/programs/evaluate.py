@@ -101,18 +101,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         (source and not source.is_file(), f"--calibrate {source} is not a file"),
         (given.overwrite and not given.json, "--overwrite needs the --json file that it may replace"),
     )
-    if given.json and not is_stream(given.json):
+    if given.json:
         check_output("--json", given.json, given.overwrite)
     if given.tensorboard:
         make_event_folder(given.tensorboard, "--tensorboard")
     if output:
         check_output("--output", output, makes_parents=True)
     return arguments
-
-
-def is_stream(file: Path) -> bool:
-    """Whether a name stands for a pipe or a terminal, such as /dev/stdout: writing there replaces nothing."""
-    return file.exists() and not file.is_file() and not file.is_dir()
 
 
 def evaluate_all(classifier: Classifier, caches: dict[str, TokenCache], batch_tokens: int) -> dict[str, Evaluation]:
@@ -210,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         content = {"model": str(model), "precision": precision, "labels": task.label_names, "files": parts}
         text = json.dumps({**content, "mean": mean_of(list(metrics.values()))}, indent=2, ensure_ascii=False) + "\n"
         with writing(file):
-            file.write_text(text, encoding="utf-8") if is_stream(file) else write_text(file, text)
+            write_text(file, text)
     if arguments.tensorboard:
         with writing(arguments.tensorboard), open_events(arguments.tensorboard) as writer:
             for name, cache in caches.items():

@@ -6,12 +6,9 @@
     python scripts/export.py --model runs/NAME/model --format onnx-hf --output models/reviews-onnx
     python scripts/export.py --model runs/NAME/model --format hf --keep-vocabulary-of train.tsv --output models/small
 
-docs/export.md says which form is for whom. --keep-vocabulary-of leaves out the embedding rows that these texts do not
-need, before anything else is done.
-
-The result is read back and compared with the model on a dozen sentences in as many languages, or on the rows of
---check-file. It gets its name only if they agree; in 8 bits, if no more labels change and no more accuracy is lost than
---most-changed and --most-lost allow.
+docs/export.md says which form is for whom. The result is read back and compared with the model on a dozen sentences in
+as many languages, or on --check-file. It gets its name only if they agree, or in 8 bits if no more labels change and no
+more accuracy is lost than --most-changed and --most-lost allow.
 """
 
 from __future__ import annotations

@@ -83,7 +83,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
     add("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
     arguments = parser.parse_args(argv)
-    file, glue, outputs = arguments.input, arguments.glue_submission, output_files(arguments)
+    file, glue = arguments.input, arguments.glue_submission
+    outputs = {"--output": arguments.output, "--glue-submission": glue and glue / "SST-2.tsv"}
+    outputs = arguments.outputs = {option: path for option, path in outputs.items() if path}
+    paths = list(outputs.values())
     is_alone, to_file = os.environ.get("WORLD_SIZE", "1") == "1", file and outputs
     columns = ", ".join(flag(name) for name in TEXT_OPTIONS if name in arguments)
     labels_only = glue and arguments.all_probabilities and not arguments.output
@@ -96,31 +99,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         (arguments.overwrite and not outputs, "--overwrite needs the --output that it may replace"),
         (arguments.resume and not to_file, "--resume needs --input and --output, to know what is done"),
         (not is_alone and not to_file, "several processes need --input and --output, to divide the rows"),
+        (len({path.resolve() for path in paths}) < len(paths), f"{' and '.join(outputs)} are one file"),
     )
     if arguments.output:
         kind_of(arguments.output)
-    if len({path.resolve() for path in outputs}) < len(outputs):
-        raise UserError(f"--output and --glue-submission both write {outputs[0]}; give --output another name")
     if glue:
         with writing(glue):
             glue.mkdir(parents=True, exist_ok=True)
-    if not (arguments.resume and is_complete(outputs)):
+    if not (arguments.resume and is_complete(paths)):
         check_outputs(arguments)
-        if outputs and is_begun(outputs[0]) and not (arguments.resume or arguments.overwrite):
+        if outputs and is_begun(paths[0]) and not (arguments.resume or arguments.overwrite):
             cure = "continue it with --resume, or discard it with --overwrite"
-            raise UserError(f"rows of an earlier run for {outputs[0]} already exist in a hidden folder; {cure}")
+            raise UserError(f"rows of an earlier run for {paths[0]} already exist in a hidden folder; {cure}")
     return arguments
 
 
-def output_files(arguments: argparse.Namespace) -> list[Path]:
-    """Return the files that will be written."""
-    glue = arguments.glue_submission
-    return [file for file in (arguments.output, glue and glue / "SST-2.tsv") if file]
-
-
 def check_outputs(arguments: argparse.Namespace) -> None:
-    for path in output_files(arguments):
-        check_output("--output" if path == arguments.output else "--glue-submission", path, arguments.overwrite)
+    for option, path in arguments.outputs.items():
+        check_output(option, path, arguments.overwrite)
 
 
 def is_complete(paths: Sequence[Path]) -> bool:
@@ -248,7 +244,7 @@ def write_predictions(arguments: argparse.Namespace, task: Task, answers: Iterab
     has_names = not layout or layout.header or not layout.delimiter  # if the input has no header, nor has the output
     columns, row = None, 0
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(new_output(path)) for path in output_files(arguments)]
+        files = [stack.enter_context(new_output(path)) for path in arguments.outputs.values()]
         for chunk, predictions in answers:
             columns = columns or chunk[0].fields.names
             if arguments.output:
@@ -283,7 +279,9 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
             if arguments.glue_submission:
                 glue_numbers(classifier.label_names)
             fingerprint = fingerprint_of(arguments, digest, classifier)
-            return stack.enter_context(open_shards(output_files(arguments)[0], fingerprint, arguments.resume))
+            return stack.enter_context(
+                open_shards(next(iter(arguments.outputs.values())), fingerprint, arguments.resume)
+            )
 
         folder = distributed.broadcast(world, distributed.on_rank0(world, begin))
         start = first_missing(folder, first, last)
@@ -312,7 +310,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     keep_freed_memory()
-    paths = output_files(arguments)
+    paths = list(arguments.outputs.values())
     arguments.model = model_folder(arguments.model)
     columns = columns_given(arguments)
     check_pairs(arguments.model, columns.pair, f"{'' if arguments.input else '--input FILE '}--text-pair-column NAME")

@@ -12,11 +12,9 @@ With --folds the rows of one file are split into K parts, stratified by class an
 answered by a model that was trained on the others. NAME/out-of-fold.jsonl has every row with its answer,
 NAME/label-errors.jsonl the rows whose labels are most likely wrong.
 
-Finished runs are skipped and stopped ones continue, so the same command with more seeds or settings adds them. The
-table, and study.json, have the accuracy after the last step on dev and on every test file, the best on dev, and the
-seconds of the whole command. Differences are to the first setting, seed by seed, with a 95 % interval. A run's seconds
-are `-` (null in study.json), and in no mean, if this program was killed while it ran. Beside every run,
-seed-N.inputs.json has the digests of what it read, which are compared before it is skipped or continued.
+Finished runs are skipped and stopped ones continue, so the same command with more seeds or settings adds them; it is an
+error if the input files have changed since (see seed-N.inputs.json). If this program is killed while a run goes on, its
+seconds are `-` (null in study.json), and in no mean.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Report:
     def __init__(
         self, inputs: Prepared, state: TrainState, folder: Path, total_steps: int, written_again: list[str]
     ) -> None:
-        """Open the outputs in a claimed folder; UserError if that fails. A resumed run's go on after its step.
+        """Open the outputs in a claimed folder, to go on after the state's step; UserError if that fails.
 
         The splits that are `written_again` will be evaluated (once more) at this step.
         """
@@ -70,7 +70,7 @@ class Report:
             self._bar.update()
 
     def log_training(self, entry: dict[str, Any]) -> None:
-        """Write a line of metrics at a step and epoch (with fraction), all of them as scalars; show the main ones."""
+        """Write a line of metrics at a step and (fractional) epoch, all of them as scalars; print the main ones."""
         step = entry["step"]
         scalars = {key: value for key, value in entry.items() if key not in ("step", "epoch")}
         self._write(entry, "train", {**scalars, "memory_gb": used_memory_gb()})
@@ -101,7 +101,7 @@ class Report:
     ) -> None:
         """Write a line of evaluation metrics (`task.metrics`), perhaps with pictures, curves and mistakes.
 
-        These are drawn from labels, and probabilities, float32 [rows, outputs], in the file's order.
+        These need labels, and probabilities, float32 [rows, outputs], in the file's order.
         """
         if labels is not None and probabilities is not None and task is not None:
             texts_of = partial(self._inputs.texts_of, split)

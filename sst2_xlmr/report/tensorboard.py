@@ -44,8 +44,7 @@ def make_event_folder(folder: Path, option: str) -> None:
 def open_events(folder: Path, purge_step: int | None = None) -> SummaryWriter:
     """Open a new event file beside those that are there; TensorBoard hides what these have from `purge_step` on.
 
-    It reads files in the order of their names, which begin with the second of the start: so no two start in the same
-    one, but by a clock that is behind, points double.
+    It reads files in the order of their names, which begin with the second of the start, so no two may share one.
     """
     while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
         time.sleep(0.02)
@@ -61,9 +60,9 @@ def _hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
 
 
 def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: Task, splits: list[str]) -> None:
-    """Write the options by which runs are compared, those of model and training, and which metrics to show with them.
+    """Write the options by which runs are compared, and which metrics of the evaluated splits to show with them.
 
-    Precision is as decided; splits are those evaluated. `SummaryWriter.add_hparams` would make a run of its own.
+    The precision is the one decided on. `SummaryWriter.add_hparams` would make a run of its own.
     """
     values = {name: getattr(config, name) for name in [*GROUPS["model"], *GROUPS["training"], "max_length"]}
     values |= {"precision": precision, "encoder": Path(config.encoder).name}
@@ -148,12 +147,8 @@ def read_texts(file: Path, digest: str, columns: Columns, task: Task, rows: set[
 
 
 def escape(text: str) -> str:
-    """Return Markdown that shows the text as it is, cut if it is long.
-
-    TensorBoard's tables break words of narrow columns in favour of a wide one, so the lines are broken here.
-    """
-    lines = textwrap.wrap(" ".join(text.split()), LINE_LENGTH) or [""]
-    lines = [*lines[: MOST_LINES - 1], lines[MOST_LINES - 1] + " ..."] if len(lines) > MOST_LINES else lines
+    """Return Markdown that shows the text as it is, cut if it is long; in lines, as TensorBoard's tables have none."""
+    lines = textwrap.wrap(" ".join(text.split()), LINE_LENGTH, max_lines=MOST_LINES, placeholder=" ...")
     return "<br>".join(_MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", line) for line in lines)
 
 

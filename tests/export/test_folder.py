@@ -79,15 +79,23 @@ def test_best_has_the_weights_of_its_step(
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-def test_config_has_the_dropout_of_training(run_train: RunTrain, tmp_path: Path, freeze: bool) -> None:
-    """Also of a frozen encoder, which had none: that is what to train on with. And if it is exported again."""
+def test_config_has_the_dropout_of_training_and_what_transformers_needs(
+    run_train: RunTrain, tmp_path: Path, freeze: bool
+) -> None:
+    """Dropout also of a frozen encoder, which had none: that is what to train on with. And if it is exported again.
+
+    Without the other settings, versions that are not tested here drop most of tokenizer.json, or warn of it.
+    """
     options = ["--dropout", 0.25, "--head-dropout", 0.5, "--max-steps", 1, *(["--freeze-encoder"] if freeze else [])]
     model = run_train(tmp_path / "run", *options) / "model"
     export.main(["--model", str(model), "--format", "hf", "--output", str(tmp_path / "again")])
     settings, again = (json.loads((folder / "config.json").read_text()) for folder in (model, tmp_path / "again"))
     assert settings["hidden_dropout_prob"] == settings["attention_probs_dropout_prob"] == 0.25
-    assert settings["classifier_dropout"] == 0.5
+    assert (settings["classifier_dropout"], settings["transformers_version"]) == (0.5, "4.48.3")
     assert again == settings
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def test_what_the_user_has_beside_a_model_stays(run_train: RunTrain, model: Path, tmp_path: Path) -> None:
@@ -167,21 +175,11 @@ def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -
     assert "# Text classifier: 50 classes\n" in card
     assert "5 rows train; from SST-2 of the GLUE benchmark." in card
     assert "| `--text-column` | a\\|b |" in card
-    config, two = (
-        Config(data_dir="/d/films", eval_file=["fr=/d/fr.tsv"], test_file=["/d/de.tsv"]),
-        SingleLabel(["a", "b"]),
-    )
+    config = Config(data_dir="/d/films", eval_file=["fr=/d/fr.tsv"], test_file=["/d/de.tsv"])
+    two = SingleLabel(["a", "b"])
     card = card_text(config, two, {"train": 5, "fr": 2}, {}, 3, (1.5, 0.25, 0.125))
     assert "; from films, fr.tsv, de.tsv." in card
     assert "a temperature of 1.500, fitted on dev" in card
     assert "calibration error from 0.2500 to 0.1250.\n\n## Settings" in card
     card = card_text(config, two, {"train": 5}, {}, 3, (1.0, 0.25, 0.25))
     assert "calibrated: temperature 1, as no other is significantly better on dev;" in card
-
-
-def test_other_versions_of_transformers_are_told_what_they_need(model: Path) -> None:
-    """Without these, versions that are not in the tests' environments drop most of tokenizer.json, or warn of it."""
-    assert json.loads((model / "config.json").read_text())["transformers_version"] == "4.48.3"
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
