@@ -141,7 +141,7 @@ def test_two_tasks_of_srun_are_no_run(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train.py", "--epochs", "x"])
-    says = "srun has started 2 tasks, which would train apart" if is_refused else "argument --epochs"
+    says = "srun started 2 tasks, which would train separately" if is_refused else "argument --epochs"
     with pytest.raises(SystemExit):
         main("train")
     assert capsys.readouterr().err.startswith(f"error: {says}")

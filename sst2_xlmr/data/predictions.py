@@ -53,7 +53,7 @@ def extended_rows(
     """Return the input's rows with the new columns; those of them that the input has get the prefix `predicted_`.
 
     Args:
-        path: of the output, which says what kind of file it is; `UserError` if that cannot express a row's columns.
+        path: of the output, whose kind its name says; `UserError` if that cannot express a row's columns.
         names: of the new columns.
         columns: of the input's first row, which a table has in all rows.
         header: whether a table's names come first.

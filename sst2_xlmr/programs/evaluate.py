@@ -77,15 +77,20 @@ def as_json(file: Path, task: Task, evaluation: Evaluation, labels: np.ndarray) 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description="Evaluate a trained model on labelled files.")
     add_model_options(parser)
-    add, rows = parser.add_argument, f"labelled rows to evaluate on: {either(KINDS)}, perhaps with .gz; may be repeated"
-    add("--calibrate", type=Path, metavar="FILE", help="fit a temperature on these rows, and write --output")
+    add, rows = parser.add_argument, f"labelled rows: {either(KINDS)}, perhaps with .gz; may be repeated"
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="fit a temperature on these rows, and write the model to --output",
+    )
     add("--output", type=Path, metavar="DIR", help="the new folder of the calibrated model")
     add("--file", default=[], nargs="+", action="extend", metavar="[NAME=]FILE", help=rows)
     for name in (*COLUMN_OPTIONS, "columns", "label_names"):
         add_option(parser, name)
-    add("--against", choices=("bf16", "fp32"), help="compare --precision with this one")
+    add("--against", choices=("bf16", "fp32"), help="also compute in this precision, and compare")
     add_bounds(parser)
-    add("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    add("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     add("--overwrite", action="store_true", help="replace an existing --json file")
     add("--tensorboard", type=Path, metavar="DIR", help="write scalars and pictures there")
     arguments = parser.parse_args(argv)
@@ -187,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     classifier = Classifier.load(model, arguments.precision, device)
     task, precision = classifier.task, classifier.precision
     if against and arguments.precision == "int8" != precision:
-        raise UserError("--precision int8 cannot be compared on this machine, which cannot compute it")
+        raise UserError("--precision int8 is not supported on this machine, so it cannot be compared")
     if against == precision:
         raise UserError(f"--against {precision} compares {precision} with itself; name another --precision")
     columns = {name: replace(columns_given(arguments, name), may_be_empty=True) for name in files}

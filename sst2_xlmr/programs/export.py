@@ -64,8 +64,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--format", required=True, choices=FORMATS, help="what to write")
     add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf, onnx-hf) or file")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights in the folder; hf only [fp32]")
-    add("--from-ids", action="store_true", help="onnx: take token ids instead of texts, to tokenize elsewhere")
-    what = "leave out the embedding rows that these texts, and single characters, do not need"
+    add("--from-ids", action="store_true", help="onnx: the inputs are token ids instead of texts")
+    what = "drop the embedding rows that neither these texts nor single characters need"
     add("--keep-vocabulary-of", nargs="+", default=[], metavar="FILE", help=what)
     what = f"compare on these rows, labelled or not: {either(KINDS)}, or lines of text [built-in sentences]"
     add("--check-file", nargs="+", default=[], metavar="[NAME=]FILE", help=what)

@@ -62,7 +62,7 @@ ROWS_AT_ONCE = 1024
 # Options on which the output depends, besides the input and the model.
 FINGERPRINT_OPTIONS = (*TEXT_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
 Answers = tuple[list[Row], list[list[Any]]]  # rows, and the new cells of each
-# Processes wait for one another at the beginning and the end only, however long the rows of one take.
+# Processes synchronize at the beginning and the end only, so they may wait long.
 TIMEOUT_MINUTES = 7 * 24 * 60.0
 
 
@@ -74,19 +74,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--input", type=Path, metavar="FILE", help=f"texts: a {a_file}")
     for name in TEXT_OPTIONS:
         add_option(parser, name)
-    add("--output", type=Path, metavar="FILE", help=f"write a {a_file}, instead")
+    add("--output", type=Path, metavar="FILE", help=f"write to a {a_file}, instead of standard output")
     add("--overwrite", action="store_true", help="replace existing output")
-    add("--resume", action="store_true", help="continue where a run with the same --output was killed")
+    add("--resume", action="store_true", help="continue a killed run with the same --input and --output")
     what = f"predict {ABSTAINED} instead of a label whose probability is lower"
     add("--abstain-below", type=number_to(1, "probability"), default=0.0, metavar="P", help=what)
-    add("--all-probabilities", action="store_true", help="also those of the other labels")
+    add("--all-probabilities", action="store_true", help="add a column for the probability of every label")
     add("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
     add("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
     arguments = parser.parse_args(argv)
     file, glue = arguments.input, arguments.glue_submission
     outputs = {"--output": arguments.output, "--glue-submission": glue and glue / "SST-2.tsv"}
     outputs = arguments.outputs = {option: path for option, path in outputs.items() if path}
-    paths = list(outputs.values())
+    paths = arguments.paths = list(outputs.values())
     is_alone, to_file = os.environ.get("WORLD_SIZE", "1") == "1", file and outputs
     columns = ", ".join(flag(name) for name in TEXT_OPTIONS if name in arguments)
     labels_only = glue and arguments.all_probabilities and not arguments.output
@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         (glue and arguments.abstain_below, "--glue-submission needs a label per row; leave out --abstain-below"),
         (labels_only, "--glue-submission holds labels only; leave out --all-probabilities, or add --output"),
         (arguments.overwrite and not outputs, "--overwrite needs the --output that it may replace"),
-        (arguments.resume and not to_file, "--resume needs --input and --output, to know what is done"),
+        (arguments.resume and not to_file, "--resume needs --input and --output"),
         (not is_alone and not to_file, "several processes need --input and --output, to divide the rows"),
         (len({path.resolve() for path in paths}) < len(paths), f"{' and '.join(outputs)} are one file"),
     )
@@ -244,7 +244,7 @@ def write_predictions(arguments: argparse.Namespace, task: Task, answers: Iterab
     has_names = not layout or layout.header or not layout.delimiter  # if the input has no header, nor has the output
     columns, row = None, 0
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(new_output(path)) for path in arguments.outputs.values()]
+        files = [stack.enter_context(new_output(path)) for path in arguments.paths]
         for chunk, predictions in answers:
             columns = columns or chunk[0].fields.names
             if arguments.output:
@@ -270,7 +270,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
     digest, sizes = distributed.broadcast(world, distributed.on_rank0(world, lambda: read_through(arguments)))
     classifier = Classifier.load(arguments.model, arguments.precision, world.device)
     if len(set(distributed.gather_objects(world, classifier.precision))) > 1:
-        raise_on_all("the processes compute in different precisions; name one with --precision")
+        raise_on_all("the processes use different precisions; set --precision")
     first, last = (len(sizes) * rank // world.world_size for rank in (world.rank, world.rank + 1))
     with contextlib.ExitStack() as stack:
 
@@ -279,9 +279,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
             if arguments.glue_submission:
                 glue_numbers(classifier.label_names)
             fingerprint = fingerprint_of(arguments, digest, classifier)
-            return stack.enter_context(
-                open_shards(next(iter(arguments.outputs.values())), fingerprint, arguments.resume)
-            )
+            return stack.enter_context(open_shards(arguments.paths[0], fingerprint, arguments.resume))
 
         folder = distributed.broadcast(world, distributed.on_rank0(world, begin))
         start = first_missing(folder, first, last)
@@ -310,8 +308,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     keep_freed_memory()
-    paths = list(arguments.outputs.values())
-    arguments.model = model_folder(arguments.model)
+    arguments.model, paths = model_folder(arguments.model), arguments.paths
     columns = columns_given(arguments)
     check_pairs(arguments.model, columns.pair, f"{'' if arguments.input else '--input FILE '}--text-pair-column NAME")
     if not (arguments.input and paths):

@@ -1,4 +1,4 @@
-"""Cut rows from a training file for a test that nobody tunes on.
+"""Hold out rows of a training file, for a test that nobody tunes on.
 
     sst2-xlmr split --train-file data/SST-2/train.tsv --rows 5000 --output-dir data/held-out
 
@@ -90,7 +90,7 @@ def split_rows(rows: Sequence[Words], count: int, seed: int) -> tuple[np.ndarray
 
 def check_count(count: int, rows: int, most: int) -> None:
     if count > most:
-        raise UserError(f"--rows {count}: only {rows:,} rows are there, and some must stay; hold out fewer")
+        raise UserError(f"--rows {count} is too many: there are {rows:,} rows, and some must stay; hold out fewer")
 
 
 def draw(rows: Sequence[Row], share: float, seed: int, are_free: np.ndarray) -> np.ndarray:
@@ -112,24 +112,30 @@ def read_labelled(path: Path, columns: Columns) -> list[Row]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description="Cut a file of rows in train, dev and test.")
+    parser = OneLineParser(description="Split a file of rows into train, dev and test.")
     add, share = parser.add_argument, number_to(0.9, "share")
     add("--train-file", required=True, type=Path, metavar="FILE", help="labelled rows")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="new folder, with the files")
-    add("--test-share", type=share, default=0.0, metavar="P", help="of the rows, of each class, for the test [0]")
-    add("--dev-share", type=share, default=0.0, metavar="P", help="of the rows, of each class, for dev [0]")
-    add("--rows", type=positive, metavar="N", help="instead of --test-share: so many rows for the test")
-    what = "no part of a text of the test is left to train on, nor the other way round; needs --rows"
+    add(
+        "--test-share",
+        type=share,
+        default=0.0,
+        metavar="P",
+        help="share of the rows for the test, stratified by class [0]",
+    )
+    add("--dev-share", type=share, default=0.0, metavar="P", help="share of the rows for dev, stratified by class [0]")
+    add("--rows", type=positive, metavar="N", help="instead of --test-share: number of rows for the test")
+    what = "no text of the test is part of a training text, nor the other way round; needs --rows"
     add("--keep-parts-apart", action="store_true", help=what)
-    add("--train-rows", type=positive, metavar="N", help="keep N random rows of the others [all]")
-    add("--seed", type=int, default=0, metavar="N", help="of what is drawn [0]")
+    add("--train-rows", type=positive, metavar="N", help="keep N random rows of the remaining ones for training [all]")
+    add("--seed", type=int, default=0, metavar="N", help="random seed [0]")
     for name in (*TEXT_OPTIONS, "label_column"):
         add_option(parser, name)
     arguments = parser.parse_args(argv)
     rows, seed = arguments.rows, arguments.seed
     nothing = not (rows or arguments.test_share or arguments.dev_share)
     refuse(
-        (nothing, "nothing to cut off: give --dev-share, --test-share or --rows"),
+        (nothing, "nothing to split off: give --dev-share, --test-share or --rows"),
         (arguments.keep_parts_apart and not rows, "--keep-parts-apart needs --rows, how many to hold out for the test"),
         (not 0 <= seed < 2**32, f"--seed {seed} is not a number from 0 to {2**32 - 1}"),
     )

@@ -177,7 +177,7 @@ def compare(seeds: list[int], folder: Path, runs: Runs, what: str = "seed") -> N
             bar.set_postfix_str(f"{name}, {what} {seed}")
             is_new, found = runs[name](seed)
             results[name][seed] = found
-            seconds = "took unknown time" if found["seconds"] is None else f"{found['seconds']:.0f} s"
+            seconds = "unknown time" if found["seconds"] is None else f"{found['seconds']:.0f} s"
             state = seconds if is_new else "was finished"
             tqdm.write(f"{name}, {what} {seed}: {state}, dev {found['dev']:.4f}", file=sys.stdout)
     write_text(folder / "study.json", json.dumps({"runs": results, "summary": summary(results)}, indent=2) + "\n")

@@ -21,7 +21,7 @@ FIRST_NOT_DRAWN = "\u0590"  # Latin, Greek, Cyrillic and Armenian come before; m
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is there; in an environment made for something else, a run goes without pictures."""
+    """Whether matplotlib is there; without it a run has no pictures."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

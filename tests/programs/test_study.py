@@ -228,7 +228,7 @@ def test_split_has_succeeded_even_if_nobody_reads_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--rows", "40"], "only 40 rows are there, and some must stay"),
+        (["--rows", "40"], "--rows 40 is too many: there are 40 rows, and some must stay"),
         (["--rows", "5", "--seed", str(2**32)], "--seed 4294967296 is not a number from 0 to 4294967295"),
         (["--rows", "5", "--train-rows", "99"], "35 rows are left to train on"),
         (["--rows", "5", "--text-column", "review"], "no column 'review'"),
