@@ -106,9 +106,7 @@ def test_a_command_and_its_script_have_the_same_help(
         ("/site-packages/sst2_xlmr/train.py", 2, "torchrun --nproc_per_node=2 -m sst2_xlmr train"),
     ],
 )
-def test_next_command_works_where_the_user_is(
-    started: str, processes: int, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_next_command_works(started: str, processes: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [started])
     monkeypatch.setattr(sys, "orig_argv", ["python", started], raising=False)
@@ -193,9 +191,7 @@ def test_what_cannot_work_is_refused_before_torch_is_loaded(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("version", "has_pkg_resources"), [("2.20.0", False), ("2.20.0", True), ("2.21.0", False)])
-def test_tensorboard_and_setuptools_that_do_not_fit(
-    version: str, has_pkg_resources: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_and_setuptools(version: str, has_pkg_resources: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = versions._installed
     monkeypatch.setattr(versions, "_installed", lambda name: version if name == "tensorboard" else installed(name))
     monkeypatch.setattr(versions, "find_spec", lambda _: has_pkg_resources or None)

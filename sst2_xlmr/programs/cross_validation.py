@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import numpy as np
 
@@ -14,11 +14,9 @@ from sst2_xlmr.config import GROUPS, OPTIONS, Config
 from sst2_xlmr.data.duplicates import text_digests
 from sst2_xlmr.data.predictions import extended_rows
 from sst2_xlmr.data.prepare import inspect_splits
-from sst2_xlmr.data.rows import Row
 from sst2_xlmr.data.splits import find_split, fold_numbers
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.comparison import Figures
-from sst2_xlmr.task import Task
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import writing
@@ -58,12 +56,13 @@ class Folds:
         folder.mkdir(parents=True, exist_ok=True)
         for name, chosen in (("train", ~is_dev), ("dev", is_dev)):
             with writing(folder), (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-                for row in np.flatnonzero(chosen):
-                    file.write(json.dumps(as_json(self.rows[row][1], self.task), ensure_ascii=False) + "\n")
+                for row in (self.rows[number][1] for number in np.flatnonzero(chosen)):
+                    texts = {"text": row.text} if row.pair is None else {"text": row.text, "pair": row.pair}
+                    content = {**texts, "label": self.task.label_value(row.label), "weight": row.weight}
+                    file.write(json.dumps(content, ensure_ascii=False) + "\n")
         kept = [name for name in OPTIONS if name not in GROUPS["data"] or name in _OF_ROWS]
-        options = {name: getattr(self.config, name) for name in kept}
         config = Config(
-            **{**options, "output_dir": None},
+            **{**{name: getattr(self.config, name) for name in kept}, "output_dir": None},
             train_file=[str(folder / "train.jsonl")],
             dev_file=str(folder / "dev.jsonl"),
             text_column=["text"],
@@ -109,9 +108,3 @@ class Folds:
             place, given = f"{places[row][0]}:{places[row][1]}", self.task.label_cell(self.labels[row])
             lines.append(f"  {doubt[row]:.2f}  {place:<16} {given} -> {cells[row][0]}: {text}")
         return lines
-
-
-def as_json(row: Row, task: Task) -> dict[str, Any]:
-    """Return what a fold's file has of a row."""
-    pair = {} if row.pair is None else {"pair": row.pair}
-    return {"text": row.text, **pair, "label": task.label_value(row.label), "weight": row.weight}

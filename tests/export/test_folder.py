@@ -42,9 +42,7 @@ def give_accuracies(monkeypatch: pytest.MonkeyPatch, accuracies: Iterable[float]
     monkeypatch.setattr(run_module, "evaluate", evaluate_otherwise)
 
 
-def test_better_models_in_quick_succession_leave_a_whole_one(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_models_in_quick_succession(run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes its name in the background; the next must not be written over it meanwhile."""
     put_in_place = hugging_face.put_in_place
 
@@ -63,9 +61,7 @@ def test_better_models_in_quick_succession_leave_a_whole_one(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_best_has_the_weights_of_its_step(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
+def test_weights_of_best(run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     """However often checkpoints are written."""
     saved = {}
     for name, options in {"often": ["--save-every", 1, "--keep-checkpoints", 9], "once": []}.items():
@@ -79,9 +75,7 @@ def test_best_has_the_weights_of_its_step(
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-def test_config_has_the_dropout_of_training_and_what_transformers_needs(
-    run_train: RunTrain, tmp_path: Path, freeze: bool
-) -> None:
+def test_config_has_the_dropout_of_training(run_train: RunTrain, tmp_path: Path, freeze: bool) -> None:
     """Dropout also of a frozen encoder, which had none: that is what to train on with. And if it is exported again.
 
     Without the other settings, versions that are not tested here drop most of tokenizer.json, or warn of it.
@@ -127,21 +121,18 @@ def test_a_note_replaces_the_one_before() -> None:
     assert with_note("", "Calibrated.") == ""
 
 
-def test_training_writes_a_card_without_paths(
-    run_train: RunTrain, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each folder's with the metrics of its own weights: here the first evaluation is the best of two."""
+def test_card_of_a_run(run_train: RunTrain, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each folder's with the metrics of its own weights, here the first evaluation is the best of two; and no path."""
     give_accuracies(monkeypatch, [0.9, 0.5, 0.6, 0.7])
     shutil.copy(small_data / "dev.tsv", small_data / "other.tsv")
-    options = ["--epochs", 2, "--eval-every", 7, "--test-file", small_data / "other.tsv"]
-    run = run_train(tmp_path / "run", *options)
+    run = run_train(tmp_path / "run", "--epochs", 2, "--eval-every", 7, "--test-file", small_data / "other.tsv")
     cards = {name: (run / name / "README.md").read_text(encoding="utf-8") for name in ("best", "model")}
+    entries = {(entry["step"], entry["split"]): entry for entry in metrics(run) if "split" in entry}
     rows = {}
-    for entry in [entry for entry in metrics(run) if "split" in entry]:
+    for (step, split), entry in entries.items():
         interval = f"{entry['accuracy_low']:.4f}-{entry['accuracy_high']:.4f}"
         numbers = [f"{entry[key]:.4f}" for key in ("accuracy", "macro_f1", "ece", "loss")]
-        cells = [entry["split"], "20", numbers[0], interval, *numbers[1:]]
-        rows[entry["step"], entry["split"]] = f"| {' | '.join(cells)} |\n"
+        rows[step, split] = f"| {' | '.join([split, '20', numbers[0], interval, *numbers[1:]])} |\n"
     head = "\n| file | rows | accuracy | 95 % interval | macro F1 | ECE | loss |\n" + "| --- " * 7 + "|\n"
     assert f"{head}{rows[7, 'dev']}\nThese weights were chosen by their accuracy on dev, " in cards["best"]
     assert f"{head}{rows[14, 'dev']}{rows[14, 'other']}\n## Settings" in cards["model"]
@@ -153,19 +144,13 @@ def test_training_writes_a_card_without_paths(
         versions.versions(),
     ):
         assert text in cards["model"]
-    for name, card in cards.items():
+    for card, own in ((cards["best"], [(7, "dev")]), (cards["model"], [(14, "dev"), (14, "other")])):
         header = next(line for line in card.splitlines() if line.startswith("model-index: "))
         results = json.loads(header.partition(" ")[2])[0]["results"]
         shown = {result["dataset"]["name"]: [each["value"] for each in result["metrics"]] for result in results}
-        step = 7 if name == "best" else 14
-        assert shown == {
-            entry["split"]: [entry["accuracy"], entry["macro_f1"]]
-            for entry in metrics(run)
-            if entry.get("step") == step and "/" not in entry.get("split", "/")
-        }
+        assert shown == {key[1]: [entries[key]["accuracy"], entries[key]["macro_f1"]] for key in own}
         assert card.startswith("---\nlibrary_name: transformers\n")
-        assert str(tmp_path) not in card
-        assert "/" not in card.split("## Data")[1]
+        assert str(tmp_path) not in card and "/" not in card.split("## Data")[1]
 
 
 def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -> None:

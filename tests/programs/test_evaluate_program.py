@@ -85,9 +85,7 @@ def test_a_precision_is_compared_with_another(run: Path, capsys: Capture) -> Non
 
 
 @pytest.mark.parametrize("output", [os.devnull, "/dev/full"])
-def test_a_precision_that_changes_too_much_is_refused(
-    run: Path, output: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_too_many_changes_are_refused(run: Path, output: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """Whoever reads the table. All labels are turned around, since the model may give all rows the same one."""
     check = script.check_comparison
 
@@ -103,9 +101,7 @@ def test_a_precision_that_changes_too_much_is_refused(
 
 
 @pytest.mark.parametrize("what", ["output", "events"])
-def test_a_full_disk_is_said_in_one_line(
-    run: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_a_full_disk(run: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     options = ["--model", run / "model", "--file", DE, *(["--tensorboard", tmp_path] if what == "events" else [])]
     # Of TensorBoard's file only so much fits.
     with suppress(OSError), Path("/dev/full" if what == "output" else os.devnull).open("w") as out:

@@ -86,9 +86,7 @@ def test_what_answers_otherwise_is_removed(
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_onnx_file_with_other_labels_is_refused(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_onnx_with_wrong_labels(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     onnx_file = pytest.importorskip("sst2_xlmr.export.onnx")
     write_onnx = onnx_file.write_onnx
 
@@ -155,9 +153,7 @@ def test_wrong_use(model: Path, tmp_path: Path, options: str, monkeypatch: pytes
     assert {file.name for file in tmp_path.iterdir()} == files.keys()
 
 
-def test_an_encoder_without_head_and_a_runs_folder_are_refused(
-    tiny_encoder: Path, run_train: RunTrain, tmp_path: Path
-) -> None:
+def test_an_encoder_and_a_runs_folder_are_refused(tiny_encoder: Path, run_train: RunTrain, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no classification head"):
         run_export("--model", tiny_encoder, "--format", "hf", "--output", tmp_path / "x")
     run = run_train(tmp_path / "run", "--max-steps", 1)

@@ -90,12 +90,9 @@ def read_output(path: Path) -> list[dict[str, Any]]:
     return [dict(zip(row.fields.names, row.fields.cells)) for row in read_rows(path, Columns("text"), None)]
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted"), [("in.tsv", "out.jsonl"), ("in.csv.gz", "out.tsv.gz"), ("in.jsonl", "out.csv")]
-)
-def test_every_format_in_and_out_keeps_all_columns_and_the_order(
-    model: Path, tmp_path: Path, given: str, wanted: str, capsys: Capture
-) -> None:
+@pytest.mark.parametrize("names", ["in.tsv out.jsonl", "in.csv.gz out.tsv.gz", "in.jsonl out.csv"])
+def test_every_format_in_and_out(model: Path, tmp_path: Path, names: str, capsys: Capture) -> None:
+    given, wanted = names.split()
     run(model, "--input", write_input(tmp_path / given), "--output", tmp_path / wanted, "--all-probabilities")
     found = read_output(tmp_path / wanted)
     assert list(found[0]) == ["id", "text", "note", "label", "probability", "probability_a", "probability_b"]
@@ -303,9 +300,7 @@ def test_an_input_that_changes_meanwhile_is_no_result(model: Path, tmp_path: Pat
     assert len(read_output(tmp_path / "out.csv")) == 101
 
 
-def test_lines_tell_the_time_left_where_there_is_no_terminal(
-    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_tell_time_left(model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
     run(model, "--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv")
     lines = capsys.readouterr().err.splitlines()
@@ -384,9 +379,7 @@ def test_a_reader_that_stops_is_no_error_and_a_full_disk_is_one_line(model: Path
     assert done.stdout.count(b"\n") == (0 if is_full else 1)
 
 
-def test_a_stream_whose_disk_is_full_leaves_nothing(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_stream_to_a_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     lines = io.BytesIO(b"a film\n" * 2000)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines))
     out = tmp_path / "out.jsonl"
@@ -401,13 +394,12 @@ def test_a_stream_whose_disk_is_full_leaves_nothing(
 
 def test_a_line_is_answered_as_soon_as_it_is_there(model: Path) -> None:
     """By whoever waits for it before writing the next one."""
-    command = [sys.executable, str(ROOT / "scripts/predict.py"), "--model", str(model), "--device", "cpu"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as process:
+    command = [sys.executable, PROGRAM, *words_for(model)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, bufsize=0) as process:
         assert process.stdin is not None and process.stdout is not None
-        for text in (b"a fine film", b"a poor one"):
-            process.stdin.write(text + b"\n")
-            process.stdin.flush()
-            assert process.stdout.readline().endswith(b"\t" + text + b"\n")
+        for text in (b"a fine film\n", b"a poor one\n"):
+            process.stdin.write(text)
+            assert process.stdout.readline().endswith(b"\t" + text)
         process.stdin.close()
         assert process.wait() == 0
 

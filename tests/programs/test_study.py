@@ -93,9 +93,7 @@ def test_a_failing_run_ends_it_with_its_status(common: Words, small_data: Path, 
     assert not (tmp_path / "all" / "ours" / "seed-2").exists()
 
 
-def test_a_run_is_not_taken_for_one_on_other_files(
-    common: Words, small_data: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_a_run_is_no_run_on_other_files(common: Words, small_data: Path, tmp_path: Path, capsys: Capture) -> None:
     """The same files under another path are the same; a study older than the notes gets them."""
     options = ["--seeds", "1", *common("--max-steps", 1)]
     run_study(*options)

@@ -175,9 +175,7 @@ def test_a_resumed_run_hides_what_it_writes_again(run_train: RunTrain, tmp_path:
     assert {tag.split("/")[0] for tag in found} == ({"new"} if later else set())
 
 
-def test_an_early_end_is_drawn_and_one_file_has_no_table(
-    run_train: RunTrain, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_early_end(run_train: RunTrain, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--epochs", 9, "--lr", 1e-9, "--eval-every", 3, "--early-stopping-patience", 3]
     run = run_train(tmp_path / "run", *options)
     assert "95 % interval" not in capsys.readouterr().out
