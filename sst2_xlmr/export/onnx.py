@@ -1,14 +1,7 @@
 """A trained classifier as one ONNX file, for onnxruntime: no torch is needed where it runs.
 
-From raw texts, with the tokenizer inside (onnxruntime-extensions' SentencePiece operator):
-
-    import numpy, onnxruntime, onnxruntime_extensions
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
-    session = onnxruntime.InferenceSession("classifier.onnx", options)
-    labels, probabilities = session.run(None, {"text": numpy.array(["A fine film."], dtype=object)})
-
-or from ids, padded with 1: inputs `input_ids` and `attention_mask`, int64 [texts, length]. The metadata has
+The inputs are texts, with the tokenizer inside (onnxruntime-extensions' SentencePiece operator, see
+docs/from-csv-to-service.md), or `input_ids` and `attention_mask`, int64 [texts, length], padded with 1. The metadata has
 `label_names` and `max_length`.
 
 The graph is written operator by operator: it is the same on every torch, and activations are quantized per row (see

@@ -78,12 +78,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description="Evaluate a trained model on labelled files.")
     add_model_options(parser)
     add, rows = parser.add_argument, f"labelled rows: {either(KINDS)}, perhaps with .gz; may be repeated"
-    add(
-        "--calibrate",
-        type=Path,
-        metavar="FILE",
-        help="fit a temperature on these rows, and write the model to --output",
-    )
+    add("--calibrate", type=Path, metavar="FILE", help="fit a temperature on these rows, and write --output")
     add("--output", type=Path, metavar="DIR", help="the new folder of the calibrated model")
     add("--file", default=[], nargs="+", action="extend", metavar="[NAME=]FILE", help=rows)
     for name in (*COLUMN_OPTIONS, "columns", "label_names"):

@@ -116,14 +116,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add, share = parser.add_argument, number_to(0.9, "share")
     add("--train-file", required=True, type=Path, metavar="FILE", help="labelled rows")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="new folder, with the files")
-    add(
-        "--test-share",
-        type=share,
-        default=0.0,
-        metavar="P",
-        help="share of the rows for the test, stratified by class [0]",
-    )
-    add("--dev-share", type=share, default=0.0, metavar="P", help="share of the rows for dev, stratified by class [0]")
+    add("--test-share", type=share, default=0.0, metavar="P", help="share of the rows for the test, by class [0]")
+    add("--dev-share", type=share, default=0.0, metavar="P", help="share of the rows for dev, by class [0]")
     add("--rows", type=positive, metavar="N", help="instead of --test-share: number of rows for the test")
     what = "no text of the test is part of a training text, nor the other way round; needs --rows"
     add("--keep-parts-apart", action="store_true", help=what)
