@@ -1,7 +1,7 @@
 """A trained classifier as one ONNX file, for onnxruntime: no torch is needed where it runs.
 
-The inputs are texts, with the tokenizer inside (onnxruntime-extensions' SentencePiece operator, see
-docs/from-csv-to-service.md), or `input_ids` and `attention_mask`, int64 [texts, length], padded with 1. The metadata has
+It takes texts, with the tokenizer inside (the SentencePiece operator of onnxruntime-extensions; for an example see
+docs/from-csv-to-service.md), or `input_ids` and `attention_mask`, int64 [texts, length], padded with 1. Metadata are
 `label_names` and `max_length`.
 
 The graph is written operator by operator: it is the same on every torch, and activations are quantized per row (see

@@ -98,9 +98,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         (source and of_files, "--json, --tensorboard and --against are for --file; leave them out with --calibrate"),
         (bounds != (None, None) and not given.against, "--most-changed and --most-lost need --against"),
         (source and given.precision == "int8", "--precision int8 is for prediction; calibrate in fp32 or bf16"),
-        (source and not source.is_file(), f"--calibrate {source} is not a file"),
         (given.overwrite and not given.json, "--overwrite needs the --json file that it may replace"),
     )
+    given.files = named_files(given.file, "--file") or {"dev": source}
+    for file in given.files.values():
+        if not file.exists():
+            raise UserError(f"{file} is not a file")
     if given.json:
         check_output("--json", given.json, given.overwrite)
     if given.tensorboard:
@@ -178,12 +181,8 @@ def read_files(
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     arguments.model = model_folder(arguments.model)
-    files = named_files(arguments.file, "--file") or {"dev": arguments.calibrate}
-    for file in files.values():
-        if not file.exists():
-            raise UserError(f"--file {file} is not a file")
     keep_freed_memory()
-    model, against, device = arguments.model, arguments.against, arguments.device
+    files, model, against, device = arguments.files, arguments.model, arguments.against, arguments.device
     classifier = Classifier.load(model, arguments.precision, device)
     task, precision = classifier.task, classifier.precision
     if against and arguments.precision == "int8" != precision:

@@ -173,7 +173,7 @@ def test_json_that_exists_is_replaced_only_if_asked(run: Path, tmp_path: Path, c
     ("options", "says"),
     [
         ([], "give either --file"),
-        (["--file", "no.tsv"], "--file no.tsv is not a file"),
+        (["--file", "no.tsv"], "no.tsv is not a file"),
         (["--file", DE, DE], "two files have the name test.de"),
         (["--file", DE, "--device", "cuda"], "no CUDA GPU"),
         (["--file", DE, "--json", "{tmp}/no/x"], "no/x: No such file"),

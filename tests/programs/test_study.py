@@ -121,17 +121,17 @@ def test_a_run_is_no_run_on_other_files(common: Words, small_data: Path, tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_run_that_is_stopped_ends_it(number: signal.Signals, common: Words, tmp_path: Path) -> None:
-    options = common("--epochs", 100_000)
-    log, errors = tmp_path / "all" / "ours" / "seed-1.log", tmp_path / "errors"
+    options, folder = common("--epochs", 100_000), tmp_path / "all" / "ours"
+    log, errors = folder / "seed-1.log", tmp_path / "errors"
     with forked(["scripts/study.py", "--seeds", "1,2", *options], tmp_path / "out", errors) as process:
         wait_for(log, "step ", process)
         # A terminal's Ctrl-C goes to both processes.
         os.killpg(process.pid or 0, number) if number == signal.SIGINT else process.send_signal(number)
         assert process.wait() == 128 + number
     # Training has ended before: the same command, given at once, does not find its folder in use.
-    claim(tmp_path / "all" / "ours" / "seed-1").close()
+    claim(folder / "seed-1").close()
     assert f"by {number.name} after step" in errors.read_text()
-    assert not (tmp_path / "all" / "ours" / "seed-2").exists()
+    assert not (folder / "seed-2").exists()
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_run_that_is_stopped_ends_it(number: signal.Signals, common: Words, tm
         (["--seeds", "1", "--setting", "a", "--epoch 3"], "did you mean --epochs?"),
     ],
 )
-def test_wrong_use(
+def test_misuse(
     options: list[str], says: str, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "options").write_text("--config x.json  # of another run\n")

@@ -129,16 +129,12 @@ def test_hyperparameters_and_their_metrics(trained: Trained, tiny_encoder: Path)
 
 
 def test_table_at_the_end(trained: Trained) -> None:
-    table = [line.split() for line in trained.said.split("\nfile ")[1].splitlines()[1:4]]
-    accuracies = [trained.last[split]["accuracy"] for split in ("de", "test.ru")]
-    assert [line[:2] for line in table] == [
-        ["de", f"{accuracies[0]:.4f}"],
-        ["test.ru", f"{accuracies[1]:.4f}"],
-        ["mean", f"{sum(accuracies) / 2:.4f}"],
-    ]
-    best = trained.said.split("\nfile ")[2].splitlines()[1].split()
-    assert best[:2] == ["best/test.ru", f"{trained.last['best/test.ru']['accuracy']:.4f}"]
-    assert f"step     10  accuracy: de {accuracies[0]:.4f}" in trained.said
+    found = {split: f"{entry['accuracy']:.4f}" for split, entry in trained.last.items()}
+    mean = f"{(trained.last['de']['accuracy'] + trained.last['test.ru']['accuracy']) / 2:.4f}"
+    last, best = ([line.split()[:2] for line in part.splitlines()[1:]] for part in trained.said.split("\nfile ")[1:])
+    assert last[:3] == [["de", found["de"]], ["test.ru", found["test.ru"]], ["mean", mean]]
+    assert best[0] == ["best/test.ru", found["best/test.ru"]]
+    assert f"step     10  accuracy: de {found['de']}" in trained.said
 
 
 @pytest.mark.parametrize("stop", [5, 14])
