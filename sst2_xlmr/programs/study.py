@@ -88,7 +88,7 @@ def parse(argv: list[str] | None, reserved: tuple[str, ...] = ()) -> argparse.Na
         refuse(
             (not is_name, f"--setting {name!r}: take letters, digits and hyphens for the name, which is a folder's"),
             (is_taken, f"--setting {name}: that name is taken; choose another"),
-            (own, f"leave out {', '.join(own)}: every run has its own; to take options from a file, use @FILE"),
+            (own, f"leave out {', '.join(sorted(own))}: every run has its own; to take options from a file, use @FILE"),
         )
         # A UserError before anything is trained.
         parse_args([*study.settings[name], "--output-dir", str(study.output_dir / "unused")])

@@ -55,9 +55,8 @@ class Report:
             tensorboard.begin_hparams(self._events, config, state.precision, self._task, splits)
             self._events.flush()
         # disable=None: a bar on a terminal only.
-        self._bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None
-        )
+        bar: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.1, "disable": None}
+        self._bar = tqdm(total=total_steps, initial=first_step, **bar)
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -71,15 +70,14 @@ class Report:
 
     def log_training(self, entry: dict[str, Any]) -> None:
         """Write a line of metrics at a step and (fractional) epoch, all of them as scalars; print the main ones."""
-        step = entry["step"]
         scalars = {key: value for key, value in entry.items() if key not in ("step", "epoch")}
         self._write(entry, "train", {**scalars, "memory_gb": used_memory_gb()})
         if not self._bar.disable:
             with suppress(OSError, ValueError):
                 self._bar.set_postfix_str(f"loss {entry['loss']:.4f}, {entry['samples_per_s']:.0f} samples/s")
             return
-        elapsed_s, done = time.monotonic() - self._started, max(1, step - self._first_step)
-        left = tqdm.format_interval(elapsed_s / done * (self._total_steps - step))
+        step, elapsed_s = entry["step"], time.monotonic() - self._started
+        left = tqdm.format_interval(elapsed_s / max(1, step - self._first_step) * (self._total_steps - step))
         self.say(
             f"step {step:>6}/{self._total_steps}  epoch {entry['epoch']:.2f}  loss {entry['loss']:.4f}  "
             f"lr {entry['lr']:.2e}  {entry['samples_per_s']:.1f} samples/s  {left} left"
