@@ -24,18 +24,15 @@ def run(
     *words: Any, cwd: Path = ROOT, expected: int = 0, python: str = sys.executable, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run Python with these words, which must end with the status `expected`."""
-    command, env = [python, *map(str, words)], {**os.environ, **(env or {})}
-    done = subprocess.run(
-        command, cwd=cwd, env=env, capture_output=True, encoding="utf-8", errors="replace", timeout=120, check=False
-    )
+    how: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "timeout": 120, "check": False}
+    env = {**os.environ, **(env or {})}
+    done = subprocess.run([python, *map(str, words)], cwd=cwd, env=env, capture_output=True, **how)
     assert done.returncode == expected, done.stdout + done.stderr
     return done
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: "), done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     return done.stderr
 
 
@@ -75,14 +72,11 @@ def test_wrong_commands(words: list[str], says: str, monkeypatch: pytest.MonkeyP
 
 
 def test_help_and_version(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(sys, "argv", ["sst2-xlmr", "--help"])
-    main()
-    lines = capsys.readouterr().out.splitlines()
-    for name, what in PROGRAMS.items():
-        assert f"  {name:10}{what}" in lines
-    monkeypatch.setattr(sys, "argv", ["sst2-xlmr", "--version"])
-    main()
-    assert capsys.readouterr().out.startswith(f"sst2-xlmr {sst2_xlmr.__version__}, torch ")
+    for option, line in [("--version", f"sst2-xlmr {sst2_xlmr.__version__}, torch "), ("--help", "usage: sst2-xlmr")]:
+        monkeypatch.setattr(sys, "argv", ["sst2-xlmr", option])
+        main()
+        assert (said := capsys.readouterr().out).startswith(line)
+    assert {f"  {name:10}{what}" for name, what in PROGRAMS.items()} <= set(said.splitlines())
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -91,17 +85,13 @@ def test_a_command_and_its_script_have_the_same_help(
 ) -> None:
     script = ROOT / ("train.py" if name == "train" else f"scripts/{name}.py")
     helps = []
-    for start, argv in (
-        (main, ["sst2-xlmr", name]),
-        (lambda: runpy.run_path(str(script), run_name="__main__"), [str(script)]),
-    ):
+    for path, argv in ((ROOT / "sst2_xlmr/__main__.py", ["sst2-xlmr", name]), (script, [script.name])):
         monkeypatch.setattr(sys, "argv", [*argv, "--help"])
-        with pytest.raises(SystemExit) as stop:
-            start()
-        assert stop.value.code == 0
-        said = capsys.readouterr().out
-        assert said.split()[:2] == ["usage:", argv[0] if len(argv) > 1 else script.name]
-        helps.append(said.partition("\n\n")[2])
+        with pytest.raises(SystemExit, match="^0$"):
+            runpy.run_path(str(path), run_name="__main__")
+        usage, _, text = capsys.readouterr().out.partition("\n\n")
+        assert usage.split()[:2] == ["usage:", argv[0]]
+        helps.append(text)
     assert helps[0] == helps[1]
 
 
@@ -116,9 +106,7 @@ def test_a_command_and_its_script_have_the_same_help(
         ("/site-packages/sst2_xlmr/train.py", 2, "torchrun --nproc_per_node=2 -m sst2_xlmr train"),
     ],
 )
-def test_next_command_works_where_the_user_is(
-    started: str, processes: int, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_next_command_works(started: str, processes: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [started])
     monkeypatch.setattr(sys, "orig_argv", ["python", started], raising=False)
@@ -151,7 +139,7 @@ def test_two_tasks_of_srun_are_no_run(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train.py", "--epochs", "x"])
-    says = "srun has started 2 tasks, which would train apart" if is_refused else "argument --epochs"
+    says = "srun started 2 tasks, which would train separately" if is_refused else "argument --epochs"
     with pytest.raises(SystemExit):
         main("train")
     assert capsys.readouterr().err.startswith(f"error: {says}")
@@ -203,9 +191,7 @@ def test_what_cannot_work_is_refused_before_torch_is_loaded(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("version", "has_pkg_resources"), [("2.20.0", False), ("2.20.0", True), ("2.21.0", False)])
-def test_tensorboard_and_setuptools_that_do_not_fit(
-    version: str, has_pkg_resources: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_and_setuptools(version: str, has_pkg_resources: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = versions._installed
     monkeypatch.setattr(versions, "_installed", lambda name: version if name == "tensorboard" else installed(name))
     monkeypatch.setattr(versions, "find_spec", lambda _: has_pkg_resources or None)

@@ -1,4 +1,4 @@
-"""What prediction writes of some rows: lines for the console, the input's rows with new columns, GLUE's submission."""
+"""What prediction writes: lines for the console, the input's rows with new columns, a submission to GLUE."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def extended_rows(
     """Return the input's rows with the new columns; those of them that the input has get the prefix `predicted_`.
 
     Args:
-        path: of the output, which says what kind of file it is; `UserError` if that cannot express a row's columns.
+        path: of the output, whose kind its name says; `UserError` if that cannot express a row's columns.
         names: of the new columns.
         columns: of the input's first row, which a table has in all rows.
         header: whether a table's names come first.
@@ -91,10 +91,10 @@ def new_output(path: Path) -> Iterator[TextIO]:
             nonlocal writer
             table = arrow.Table.from_pylist([json.loads(line) for line in text.splitlines()], writer and writer.schema)
             if writer is None:  # a column without any value yet is of texts
-                fields = [
-                    field.with_type(arrow.string()) if field.type == arrow.null() else field for field in table.schema
+                types = [
+                    (each.name, each.type if each.type != arrow.null() else arrow.string()) for each in table.schema
                 ]
-                table = table.cast(arrow.schema(fields))
+                table = table.cast(arrow.schema(types))
                 writer = stack.enter_context(parquet.ParquetWriter(raw, table.schema))
             writer.write_table(table)
 
@@ -103,10 +103,9 @@ def new_output(path: Path) -> Iterator[TextIO]:
 
 def _free_names(new: Sequence[str], taken: Sequence[str]) -> list[str]:
     names = list(new)
-    for number, name in enumerate(names):
-        while name in taken:
-            name = "predicted_" + name
-        names[number] = name
+    for number in range(len(names)):
+        while names[number] in taken:
+            names[number] = "predicted_" + names[number]
     return names
 
 

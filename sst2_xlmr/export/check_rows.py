@@ -9,10 +9,9 @@ from typing import Optional
 import numpy as np
 
 from sst2_xlmr.config import named_files
-from sst2_xlmr.data.formats import kind_of
-from sst2_xlmr.data.rows import Columns, has_labels, read_rows
+from sst2_xlmr.data.formats import KINDS
+from sst2_xlmr.data.rows import Columns, Row, has_labels, read_rows
 from sst2_xlmr.task import Task
-from sst2_xlmr.util.errors import UserError
 
 SENTENCES = [
     "A quiet film that stays with you for days.",
@@ -35,27 +34,13 @@ SENTENCES = [
 Rows = tuple[tuple[list[str], Optional[list[str]]], Optional[np.ndarray]]
 
 
-def read_texts(file: Path, columns: Columns) -> Iterator[tuple[str, str | None]]:
-    """Yield the texts of a file of rows, or the lines of any other file."""
-    if is_rows_file(file):
-        for row in read_rows(file, columns, None):
-            yield row.text, row.pair
-        return
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file} as UTF-8 text: {error}") from None
-    if not lines:
-        raise UserError(f"{file} is empty")
-    yield from ((line, None) for line in lines)
+def read_texts(file: Path, columns: Columns, task: Task | None = None) -> Iterator[Row]:
+    """Yield the rows of a file, with labels if there is a task, or the lines of a file of no such kind."""
+    return read_rows(file, columns if is_rows_file(file) else Columns(format="lines"), task)
 
 
 def is_rows_file(file: Path) -> bool:
-    try:
-        kind_of(file)
-    except UserError:
-        return False
-    return True
+    return file.name.lower().removesuffix(".gz").endswith(KINDS)
 
 
 def read_checks(
@@ -68,18 +53,14 @@ def read_checks(
         takes_pairs: whether the written form takes pairs of texts.
         has_label_column: whether the column of the labels was named, so that a file must have it.
     """
+    if not given:
+        pairs = {"pairs": ((SENTENCES, SENTENCES[::-1]), None)} if takes_pairs else {}
+        return {"sentences": ((SENTENCES, None), None), **pairs}
     checks: dict[str, Rows] = {}
     for name, file in named_files(given, "--check-file").items():
-        if is_rows_file(file) and (has_label_column or has_labels(file, columns)):
-            rows = list(read_rows(file, columns, task))
-            texts = [(row.text, row.pair) for row in rows]
-            labels = np.array([row.label for row in rows])
-        else:
-            texts, labels = list(read_texts(file, columns)), None
-        pairs = [pair for _, pair in texts if pair is not None]
-        checks[name] = ([text for text, _ in texts], pairs or None), labels
-    if not checks:
-        checks["sentences"] = (SENTENCES, None), None
-        if takes_pairs:
-            checks["pairs"] = (SENTENCES, SENTENCES[::-1]), None
+        is_labelled = is_rows_file(file) and (has_label_column or has_labels(file, columns))
+        rows = list(read_texts(file, columns, task if is_labelled else None))
+        seconds = [row.pair for row in rows if row.pair is not None]
+        labels = np.array([row.label for row in rows]) if is_labelled else None
+        checks[name] = ([row.text for row in rows], seconds or None), labels
     return checks

@@ -50,15 +50,15 @@ def write_folder(
     """Write `config.json`, `model.safetensors`, the tokenizer's files and the model card; atomically.
 
     Args:
-        folder: is replaced if it is there; `UserError` if it cannot be written.
-        weights: under the classifier's names, all fp32 or all bf16; those that are deferred are never in memory whole.
+        folder: is replaced if it exists; `UserError` if it cannot be written.
+        weights: under the classifier's names, all fp32 or all bf16; deferred ones are never in memory whole.
         encoder: the model's shape, label names, longest input, tokenizer's file and dropouts; its weights are not read.
-        card: what `README.md` says; none is written if it is empty.
-        temperature, offset: by which logits are divided (see evaluation/calibration), and what is added to them then:
-            the last layer's weights are changed so.
-        finish: does what remains after the weights were read and written, at once or later (`BackgroundWriter`).
+        card: content of `README.md`; none is written if it is empty.
+        temperature, offset: folded into the last layer: logits are divided by the first (see evaluation/calibration),
+            then the second is added.
+        finish: does what remains after the weights were written, at once or later (`BackgroundWriter`).
     """
-    unfinished = scratch_name(folder)
+    unfinished, last = scratch_name(folder), {}
 
     def name_it() -> None:
         with disk_errors(f"the model to {folder}", unfinished):
@@ -67,10 +67,11 @@ def write_folder(
     with disk_errors(f"the model to {folder}", unfinished):
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         write_all_but_weights(unfinished, encoder, card, dtype)
-        last = {}
         if (temperature, offset) != (1, 0):
-            last = {name: _divided(weights[name], temperature) for name in LAST_LAYER}
-            last[LAST_LAYER[1]] += offset
+            for name, added in zip(LAST_LAYER, (0.0, offset)):
+                whole = weights[name]
+                whole = whole if isinstance(whole, torch.Tensor) else whole.rows(0, whole.shape[0])
+                last[name] = whole / temperature + added
         write_tensors(to_hugging_face({**weights, **last}), unfinished / "model.safetensors")
     finish(name_it)
 
@@ -138,10 +139,6 @@ def _tokenizer_settings(max_length: int, is_converted: bool) -> dict[str, Any]:
     }
 
 
-def _divided(tensor: TensorLike, divisor: float) -> torch.Tensor:
-    return (tensor if isinstance(tensor, torch.Tensor) else tensor.rows(0, tensor.shape[0])) / divisor
-
-
 def export_run(
     folder: Path,
     weights: Mapping[str, TensorLike],
@@ -152,14 +149,12 @@ def export_run(
     calibration: tuple[float, float, float] | None,
     finisher: BackgroundWriter,
 ) -> None:
-    """Write a run's weights as they are now, with a model card; on rank 0.
+    """Write a run's weights after a step, with a model card; on rank 0.
 
     Args:
         folder: in the run's folder; gets its name once `finisher` has come to it.
         weights: see `write_folder`; with the whole vocabulary.
-        evaluations: metrics by the file's name; those of best/ beside the last model have other names, and
-            are left out.
-        step: after which the weights are these.
+        evaluations: metrics by the file's name; others, of best/ beside the last model, are left out.
         calibration: temperature, calibration error before and after (see `calibrate`); None if it was not asked for.
     """
     finisher.wait()  # a slow disk gets no second model to write meanwhile
@@ -178,11 +173,9 @@ def export_run(
             **({"long_texts": long_texts.kind, "stride": long_texts.stride} if config.long_texts != "cut" else {}),
         },
     )
-    rows = {split: len(cache) for split, cache in inputs.caches.items()}
-    rows |= {
-        f"{kind} left out of {split}": n for split, each in inputs.splits.items() for kind, n in each.dropped.items()
-    }
-    rows["train"] = len(inputs.train_labels)
+    rows = {**{split: len(cache) for split, cache in inputs.caches.items()}, "train": len(inputs.train_labels)}
+    for split, each in inputs.splits.items():
+        rows |= {f"{kind} left out of {split}": count for kind, count in each.dropped.items()}
     own = {split: metrics for split, metrics in evaluations.items() if split in rows}
     card = card_text(config, task, rows, own, step, calibration, is_chosen=folder.name == "best")
     factor, offset = task.folding

@@ -45,22 +45,20 @@ def card_text(
     """Return the card's text.
 
     Args:
-        rows: how many every file has that the run read, by its name ("train", "dev", ...).
+        rows: of every file, by its name ("train", "dev", ...).
         evaluations: of these weights, the metrics of every file by its name.
         step: optimizer steps that led to these weights.
         calibration: temperature, calibration error before and after; None if it was not asked for.
-        is_chosen: whether the weights were chosen among others by their accuracy on dev.
+        is_chosen: whether the weights are the best of several evaluations on dev.
     """
-    encoder = _HUB_NAMES.get(config.encoder, Path(config.encoder).name)
-    names = task.label_names
+    encoder, names = _HUB_NAMES.get(config.encoder, Path(config.encoder).name), task.label_names
     eval_files = [str(named_file(value)[1]) for value in config.eval_file]
     files = [config.data_dir, *config.train_file, config.dev_file, *eval_files, *config.test_file]
-    cells = [
-        {"file": Path(split).name, "rows": f"{each['rows']:,}", **task.table_cells(each), "loss": f"{each['loss']:.4f}"}
-        for split, each in evaluations.items()
-    ]
-    columns = list(cells[0]) if cells else []
-    metrics = [_line(*columns), _line(*["---"] * len(columns)), *(_line(*row.values()) for row in cells)]
+    table: list[Iterable[str]] = []
+    for split, each in evaluations.items():
+        row = {"file": Path(split).name, "rows": f"{each['rows']:,}", **task.table_cells(each)}
+        table = table or [[*row, "loss"], ["---"] * (len(row) + 1)]
+        table.append([*row.values(), f"{each['loss']:.4f}"])
     remarks = _CHOSEN.format(config.best_by or task.best_metric) if is_chosen else ""
     remarks += f"\n{task.card_note}\n" if task.card_note else ""
     remarks += _LONG.get(config.long_texts, "")
@@ -74,7 +72,7 @@ def card_text(
         steps=f"{step:,}",
         rows=", ".join(f"{count:,} rows {Path(split).name}" for split, count in rows.items()),
         files=", ".join(Path(file).name for file in files if file) or "SST-2 of the GLUE benchmark",
-        metrics="\n".join(metrics),
+        metrics="\n".join(_line(*row) for row in table),
         remarks=remarks,
         settings="\n".join(_settings(config)),
         versions=versions.versions(),

@@ -1,20 +1,12 @@
 """A trained classifier as one ONNX file, for onnxruntime: no torch is needed where it runs.
 
-From raw texts, with the tokenizer inside (onnxruntime-extensions' SentencePiece operator):
-
-    import numpy, onnxruntime, onnxruntime_extensions
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
-    session = onnxruntime.InferenceSession("classifier.onnx", options)
-    labels, probabilities = session.run(None, {"text": numpy.array(["A fine film."], dtype=object)})
-
-or from ids, padded with 1: inputs `input_ids` and `attention_mask`, int64 [texts, length]. The metadata has
+It takes texts, with the tokenizer inside (the SentencePiece operator of onnxruntime-extensions; for an example see
+docs/from-csv-to-service.md), or `input_ids` and `attention_mask`, int64 [texts, length], padded with 1. Metadata are
 `label_names` and `max_length`.
 
-The graph is written operator by operator, so that it is the same on every torch, and so that 8-bit products can have a
-range for every row of activations (see engines/cpu/int8.c): onnxruntime's own dynamic quantization has one for a whole
-tensor, which costs XLM-R points of accuracy. On x86 processors without VNNI, onnxruntime's 8-bit products of this kind
-may overflow (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html), so compare there too.
+The graph is written operator by operator: it is the same on every torch, and activations are quantized per row (see
+engines/cpu/int8.c). onnxruntime's dynamic quantization is per tensor, which costs XLM-R points of accuracy. On x86 CPUs
+without VNNI its 8-bit products may overflow (onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
 """
 
 from __future__ import annotations
@@ -100,7 +92,6 @@ def _quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pair(weights: Weights, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a part's weight and bias."""
     return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
 
@@ -120,16 +111,16 @@ def _embeddings(graph: _Graph, weights: Weights, epsilon: float, ids: str) -> st
 
 
 def _layer(graph: _Graph, weights: Weights, shape: EncoderShape, number: int, x: str, mask: str) -> str:
-    """Return a layer's output, [texts, length, hidden]; the last one's for `<s>` only.
+    """Return a layer's output for x, [texts, length, hidden]; the last one's for `<s>` only.
 
-    x is its input; mask: fp32 [texts, 1, 1, length], added to attention scores.
+    The mask, fp32 [texts, 1, 1, length], is added to attention scores.
     """
     add, width, head_size = graph.add, shape.hidden, shape.hidden // shape.heads
     prefix = f"encoder.layers.{number}"
     qkv_weight, qkv_bias = _pair(weights, f"{prefix}.qkv")
 
     def heads(source: str, part: int) -> str:
-        """Return queries (0), keys (1) or values (2), cut into heads: [texts, heads, length, size]."""
+        """Return queries (0), keys (1) or values (2), [texts, heads, length, size]."""
         rows = slice(part * width, (part + 1) * width)
         projected = graph.linear(source, qkv_weight[rows], qkv_bias[rows])
         return add("Transpose", add("Reshape", projected, _int(0, 0, shape.heads, head_size)), perm=[0, 2, 1, 3])
@@ -149,11 +140,9 @@ def _layer(graph: _Graph, weights: Weights, shape: EncoderShape, number: int, x:
 
 
 def _logits(graph: _Graph, weights: Weights, shape: EncoderShape, ids: str, mask: str, share: str | None = None) -> str:
-    """Return [texts, labels].
+    """Return [texts, labels]; ids: int64 [windows, length]; mask: bool, where there is a token.
 
-    Args:
-        ids: int64 [windows, length]; mask: bool, where there is a token.
-        share: fp32 [texts, windows], of each window in its text; None if texts are windows.
+    share: fp32 [texts, windows], of each window in its text; None if texts are windows.
     """
     add = graph.add
     scores = add("Unsqueeze", add("Where", mask, _float(0), _float(-np.inf)), _int(1, 2))
@@ -175,6 +164,13 @@ def _tokenize(
     As `model.tokenizer.Tokenizer` does.
     """
     add, room, share = graph.add, max_length - 2, None
+
+    def column(vector: str) -> str:
+        return add("Unsqueeze", vector, _int(1))
+
+    def numbers_to(count: Value) -> str:
+        return add("Range", np.array(0, np.int64), count, np.array(1, np.int64))
+
     # No sampling (its two numbers), no <s> or </s> of its own, nothing reversed.
     options = (_int(0), np.array([0], np.float32), *[np.array([False])] * 4)
     kind = "SentencepieceTokenizer"
@@ -187,39 +183,30 @@ def _tokenize(
     more = add("Max", add("Sub", lengths, _int(room)), _int(0))  # of a text's tokens than there is room for
     if long_texts.kind == "windows":
         counts = add("Div", add("Add", more, _int(long_texts.stride - 1)), _int(long_texts.stride))
-        counts = add("Add", counts, _int(1))
+        counts = add("Add", counts, _int(1))  # of each text's windows
         ends = add("CumSum", counts, np.array(0, np.int64))
-        total = add("Squeeze", add("Slice", ends, _int(-1), _int(2**31), _int(0)), _int(0))
-        window = add("Range", np.array(0, np.int64), total, np.array(1, np.int64))
-        is_behind = add("GreaterOrEqual", add("Unsqueeze", window, _int(1)), add("Unsqueeze", ends, _int(0)))
+        window = numbers_to(add("Squeeze", add("Slice", ends, _int(-1), _int(2**31), _int(0)), _int(0)))
+        is_behind = add("GreaterOrEqual", column(window), add("Unsqueeze", ends, _int(0)))
         text = add("ReduceSum", add("Cast", is_behind, to=TensorProto.INT64), _int(1), keepdims=0)
         number = add("Sub", window, add("Gather", add("Sub", ends, counts), text))
         start = add("Min", add("Mul", number, _int(long_texts.stride)), add("Gather", more, text))
-        is_of = add(
-            "Equal", add("Unsqueeze", add("Range", np.array(0, np.int64), *_sizes(graph, counts)), _int(1)), text
-        )
-        per_window = add("Cast", add("Unsqueeze", counts, _int(1)), to=TensorProto.FLOAT)
+        is_of = add("Equal", column(numbers_to(add("Squeeze", add("Shape", counts), _int(0)))), text)
+        per_window = add("Cast", column(counts), to=TensorProto.FLOAT)
         share = add("Div", add("Cast", is_of, to=TensorProto.FLOAT), per_window)
         first, lengths = add("Add", add("Gather", first, text), start), add("Gather", lengths, text)
-    kept = add("Unsqueeze", add("Min", lengths, _int(room)), _int(1))  # [windows, 1]
+    kept = column(add("Min", lengths, _int(room)))  # [windows, 1]
     length = add("Add", add("ReduceMax", kept, keepdims=0), np.array(2, np.int64))
-    places = add("Unsqueeze", add("Range", np.array(0, np.int64), length, np.array(1, np.int64)), _int(0))
-    end = add("Add", kept, _int(1))
-    source = add("Add", add("Unsqueeze", first, _int(1)), add("Sub", places, _int(1)))
+    places, end = add("Unsqueeze", numbers_to(length), _int(0)), add("Add", kept, _int(1))
+    source = add("Add", column(first), add("Sub", places, _int(1)))
     if long_texts.kind == "head-tail":
         is_tail = add("Greater", places, _int(room // 4))
-        source = add("Add", source, add("Where", is_tail, add("Unsqueeze", more, _int(1)), _int(0)))
+        source = add("Add", source, add("Where", is_tail, column(more), _int(0)))
     last = add("Sub", add("Shape", ids), _int(1))
     words = add("Gather", ids, add("Max", add("Min", source, last), _int(0)))
     padded = add("Where", add("Equal", places, end), _int(_END), _int(PAD_ID))
     padded = add("Where", add("Less", places, end), words, padded)
     padded = add("Where", add("Equal", places, _int(0)), _int(_BEGIN), padded)
     return padded, add("LessOrEqual", places, end), share
-
-
-def _sizes(graph: _Graph, values: str) -> tuple[str, np.ndarray]:
-    """Return the length of a vector, and 1: the rest of a Range over it."""
-    return graph.add("Squeeze", graph.add("Shape", values), _int(0)), np.array(1, np.int64)
 
 
 def write_onnx(
@@ -244,23 +231,19 @@ def write_onnx(
     """
     if sum(weight.size for weight in weights.values()) * (1 if int8 else 4) > _LARGEST_FILE:
         raise UserError("the model is larger than the 2 GB of an ONNX file; trim its vocabulary, or take onnx-int8")
-    graph = _Graph(int8)
-    share = None
+    graph, share = _Graph(int8), None
+    value = helper.make_tensor_value_info
     if tokenizer is None:
-        names = {"input_ids": TensorProto.INT64, "attention_mask": TensorProto.INT64}
-        inputs = [helper.make_tensor_value_info(name, kind, ["texts", "length"]) for name, kind in names.items()]
+        inputs = [value(name, TensorProto.INT64, ["texts", "length"]) for name in ("input_ids", "attention_mask")]
         ids, mask = "input_ids", graph.add("Cast", "attention_mask", to=TensorProto.BOOL)
     else:
-        inputs = [helper.make_tensor_value_info("text", TensorProto.STRING, ["texts"])]
+        inputs = [value("text", TensorProto.STRING, ["texts"])]
         ids, mask, share = _tokenize(graph, "text", tokenizer, max_length, long_texts)
-    outputs = []
     logits = _logits(graph, weights, shape, ids, mask, share)
-    answer = {"logits": (logits, "FLOAT", [task.outputs])}
-    if not logits_only:
-        answer = task.append_to_onnx(graph.add, logits)
-    for name, (value, kind, sizes) in answer.items():
-        graph.nodes.append(helper.make_node("Identity", [value], [name]))
-        outputs.append(helper.make_tensor_value_info(name, getattr(TensorProto, kind), ["texts", *sizes]))
+    own = {"logits": (logits, "FLOAT", [task.outputs])}
+    answer = own if logits_only else task.append_to_onnx(graph.add, logits)
+    outputs = [value(name, getattr(TensorProto, kind), ["texts", *sizes]) for name, (_, kind, sizes) in answer.items()]
+    graph.nodes += [helper.make_node("Identity", [result], [name]) for name, (result, *_) in answer.items()]
     model = helper.make_model(
         helper.make_graph(graph.nodes, "classifier", inputs, outputs, graph.constants),
         opset_imports=[helper.make_opsetid("", OPSET), *[helper.make_opsetid(_EXTENSIONS, 1)] * bool(tokenizer)],

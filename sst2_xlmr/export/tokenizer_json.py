@@ -1,10 +1,9 @@
 """Write `tokenizer.json` for a SentencePiece model, so that `transformers` and others need no further package.
 
-Without it AutoTokenizer converts `sentencepiece.bpe.model` at every start, which needs the packages sentencepiece and
-protobuf. The format is that of https://github.com/huggingface/tokenizers, from 0.13 on. It is made to cut texts as
-SentencePiece does, in which the conversion of transformers differs: `tokenizers` applies SentencePiece's rules to
-characters that are written in several (decomposed Korean, half-width Japanese, Arabic ligatures) one by one, or drops
-some. So NFKC comes first, which all but one of these rules begin with; and only the space separates words.
+The format is that of https://github.com/huggingface/tokenizers, from 0.13 on. Texts are split as SentencePiece splits
+them, which transformers' own conversion does not: `tokenizers` applies SentencePiece's rules one code point at a time,
+which is wrong for decomposed Korean, half-width Japanese and Arabic ligatures. So NFKC comes first, with which all but
+one of these rules begin, and only the space separates words.
 """
 
 from __future__ import annotations

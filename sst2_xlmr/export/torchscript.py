@@ -27,24 +27,6 @@ from sst2_xlmr.task import Task  # noqa: E402
 BATCH_SIZE = 32
 
 
-class ScriptedTokenizer(nn.Module):
-    """`Tokenizer` with torchtext's SentencePiece, which TorchScript can save."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.pieces = torch.ops.torchtext.load_sp_model_string(tokenizer.pieces.serialized_model_proto())
-        self.max_length, self.head_tail = tokenizer.max_length, tokenizer.long_texts.kind == "head-tail"
-
-    def forward(self, texts: List[str], pairs: Optional[List[str]]) -> List[List[int]]:  # noqa: UP006, UP045
-        """Return ids per row, the same as `Tokenizer`'s."""
-        result: List[List[int]] = []  # noqa: UP006
-        for row, text in enumerate(texts):
-            second = None if pairs is None else self.pieces.EncodeAsIds(pairs[row])
-            pieces = add_special_tokens(self.pieces.EncodeAsIds(text), second, self.max_length, self.head_tail)
-            result.append([3 if piece == 0 else piece + 1 for piece in pieces])  # 3 is <unk>
-        return result
-
-
 class TextClassifier(nn.Module):
     """What is in the file; scriptable. `label_names` can be read from the loaded module too."""
 
@@ -53,12 +35,20 @@ class TextClassifier(nn.Module):
         example = torch.tensor([[0, 3, 2], [0, 2, PAD_ID]])
         with torch.no_grad():  # traced, as nothing in it depends on the batch but its sizes
             self.model = torch.jit.trace_module(model, {"padded": (example, example.ne(PAD_ID))})
-        self.tokenizer, self.answer = ScriptedTokenizer(tokenizer), task.torchscript_answer()
+        self.pieces = torch.ops.torchtext.load_sp_model_string(tokenizer.pieces.serialized_model_proto())
+        self.max_length, self.head_tail = tokenizer.max_length, tokenizer.long_texts.kind == "head-tail"
         self.label_names: List[str] = task.label_names  # noqa: UP006
-        self.outputs, self.batch_size, self.pad_id = task.outputs, BATCH_SIZE, PAD_ID
+        self.answer, self.outputs = task.torchscript_answer(), task.outputs
+        self.batch_size, self.pad_id = BATCH_SIZE, PAD_ID
+
+    def ids_of(self, text: str, pair: Optional[str]) -> List[int]:  # noqa: UP006, UP045
+        """Return a row's ids, the same as `Tokenizer`'s."""
+        second = None if pair is None else self.pieces.EncodeAsIds(pair)
+        pieces = add_special_tokens(self.pieces.EncodeAsIds(text), second, self.max_length, self.head_tail)
+        return [3 if piece == 0 else piece + 1 for piece in pieces]  # 3 is <unk>
 
     def forward(self, texts: List[str], pairs: Optional[List[str]] = None) -> Any:  # noqa: UP006, UP045
-        """Classify texts of any number and length; texts of like length are computed together.
+        """Classify any number of texts of any length; texts of similar length are computed together.
 
         Args:
             pairs: the second text of every row, for a model that was trained on pairs.
@@ -68,7 +58,7 @@ class TextClassifier(nn.Module):
         """
         if pairs is not None:
             assert len(pairs) == len(texts), "as many pairs as texts are needed"
-        ids = self.tokenizer(texts, pairs)
+        ids = [self.ids_of(text, None if pairs is None else pairs[row]) for row, text in enumerate(texts)]
         by_length = torch.argsort(torch.tensor([len(row) for row in ids], dtype=torch.int64), stable=True)
         logits = torch.zeros(len(ids), self.outputs)
         with torch.no_grad():

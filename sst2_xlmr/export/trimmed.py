@@ -1,9 +1,8 @@
 """A model without the embedding rows that some texts do not need: most of XLM-R's parameters are such rows.
 
-The pieces that the texts are made of stay, and every single character, so that no character becomes unknown. A
-SentencePiece model of XLM-R's kind (unigram) cuts a text into the most probable pieces, so the texts are cut as before
-when only pieces are left out that no best cut has. Other texts are cut into more and shorter pieces, which the model
-knows less well.
+The pieces that the texts are made of stay, and every single character, so that no character becomes unknown. A unigram
+SentencePiece model, as XLM-R's, splits a text into its most probable pieces, so these texts are split as before. Other
+texts become more and shorter pieces, which the model knows less well.
 """
 
 from __future__ import annotations

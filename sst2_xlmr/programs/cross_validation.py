@@ -1,14 +1,11 @@
-"""Cross-validation of one file of rows: every row is answered by a model that was not trained on it.
-
-`study.py --folds` calls this. From these answers come the rows whose labels are most likely wrong.
-"""
+"""Cross-validation for `study --folds`: out-of-fold predictions of every row, and likely label errors."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import numpy as np
 
@@ -17,11 +14,9 @@ from sst2_xlmr.config import GROUPS, OPTIONS, Config
 from sst2_xlmr.data.duplicates import text_digests
 from sst2_xlmr.data.predictions import extended_rows
 from sst2_xlmr.data.prepare import inspect_splits
-from sst2_xlmr.data.rows import Row
 from sst2_xlmr.data.splits import find_split, fold_numbers
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.report.comparison import Figures
-from sst2_xlmr.task import Task
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import writing
@@ -34,12 +29,7 @@ Train = Callable[[list[str], Path, int], tuple[bool, Figures]]
 
 
 class Folds:
-    """The rows of a study's training files, dealt into folds, and the answers to them.
-
-    Attributes:
-        rows: all that can be used, with the file of each.
-        numbers: int64 [rows], each one's fold, from 1.
-    """
+    """The rows of a study's training files, with the file of each; `numbers`, int64 [rows], are their folds from 1."""
 
     def __init__(self, words: list[str], folder: Path, folds: int, train: Train) -> None:
         """Find the rows; UserError if they cannot be used, or an option does not go with folds."""
@@ -57,21 +47,22 @@ class Folds:
         self.rows = list(splits["train"].rows(self.task))
         texts, pairs, labels, *_ = zip(*(row for _, row in self.rows))
         self.labels: np.ndarray = np.asarray(labels, self.task.label_dtype)
-        strata = self.task.strata(self.labels)
-        self.numbers = fold_numbers(text_digests(texts, pairs), strata, folds, self.config.seed)
+        digests, strata = text_digests(texts, pairs), self.task.strata(self.labels)
+        self.numbers = fold_numbers(digests, strata, folds, self.config.seed)
 
     def train_fold(self, fold: int) -> tuple[bool, Figures]:
         """Train on all other folds, evaluated on this one."""
         folder, is_dev = self.folder / f"fold-{fold}", self.numbers == fold
         folder.mkdir(parents=True, exist_ok=True)
         for name, chosen in (("train", ~is_dev), ("dev", is_dev)):
-            rows = (as_json(self.rows[row][1], self.task) for row in np.flatnonzero(chosen))
             with writing(folder), (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                for row in (self.rows[number][1] for number in np.flatnonzero(chosen)):
+                    texts = {"text": row.text} if row.pair is None else {"text": row.text, "pair": row.pair}
+                    content = {**texts, "label": self.task.label_value(row.label), "weight": row.weight}
+                    file.write(json.dumps(content, ensure_ascii=False) + "\n")
         kept = [name for name in OPTIONS if name not in GROUPS["data"] or name in _OF_ROWS]
-        options = {name: getattr(self.config, name) for name in kept}
         config = Config(
-            **{**options, "output_dir": None},
+            **{**{name: getattr(self.config, name) for name in kept}, "output_dir": None},
             train_file=[str(folder / "train.jsonl")],
             dev_file=str(folder / "dev.jsonl"),
             text_column=["text"],
@@ -117,9 +108,3 @@ class Folds:
             place, given = f"{places[row][0]}:{places[row][1]}", self.task.label_cell(self.labels[row])
             lines.append(f"  {doubt[row]:.2f}  {place:<16} {given} -> {cells[row][0]}: {text}")
         return lines
-
-
-def as_json(row: Row, task: Task) -> dict[str, Any]:
-    """Return what a fold's file has of a row."""
-    pair = {} if row.pair is None else {"pair": row.pair}
-    return {"text": row.text, **pair, "label": task.label_value(row.label), "weight": row.weight}

@@ -6,7 +6,7 @@
     python scripts/evaluate.py --model runs/NAME/model --file dev.tsv --precision int8 --against fp32
 
 Files are labelled as for training (see docs/data.md); a file without NAME= goes by its own name. --against computes in
-another precision, too, prints how far the two agree, and fails if more labels change or more accuracy is lost than
+another precision too, prints how far the two agree, and fails if more labels change or more accuracy is lost than
 --most-changed and --most-lost allow.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -38,14 +37,9 @@ from sst2_xlmr.labels import listed, numbers_for
 from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder, model_folder
 from sst2_xlmr.predictor import Classifier
+from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.report.table import comparison_table, evaluation_table, lines_of
-from sst2_xlmr.report.tensorboard import (
-    add_scalars,
-    draw_evaluation,
-    make_event_folder,
-    open_events,
-    read_texts,
-)
+from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, make_event_folder, open_events, read_texts
 from sst2_xlmr.task import Task, at_temperature, check_options, with_numbers
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.distributed import World
@@ -55,31 +49,6 @@ from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.output import print_text
 
 MOST_CONFUSED_CLASSES = 10  # whose confusion matrix fits on a line
-
-
-def is_stream(file: Path) -> bool:
-    """Whether a name stands for a pipe or a terminal, such as /dev/stdout: writing there replaces nothing."""
-    return file.exists() and not file.is_file() and not file.is_dir()
-
-
-def check_outputs(arguments: argparse.Namespace) -> None:
-    """Find out before any work that a result cannot be written, or would replace something unasked."""
-    file, output = arguments.json, arguments.output
-    if file and not is_stream(file):
-        folder = file.absolute().parent
-        if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"cannot write --json {file}; name a file in a folder that exists")
-        if os.path.lexists(file) and (not arguments.overwrite or file.is_symlink()):
-            raise UserError(f"--json {file} already exists; choose another name, or replace it with --overwrite")
-    if arguments.tensorboard:
-        make_event_folder(arguments.tensorboard, "--tensorboard")
-    if output:
-        if os.path.lexists(output):
-            raise UserError(f"--output {output} already exists; choose another name")
-        with writing(output):
-            output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(output.absolute().parent, os.W_OK):
-            raise UserError(f"cannot write to --output {output}: no permission; choose another place")
 
 
 def class_lines(name: str, task: Task, results: np.ndarray, labels: np.ndarray) -> list[str]:
@@ -105,56 +74,42 @@ def as_json(file: Path, task: Task, evaluation: Evaluation, labels: np.ndarray) 
     return {"file": str(file), **chosen, "classes": classes, "confusion": confusion}
 
 
-def write_events(
-    folder: Path,
-    evaluations: dict[str, Evaluation],
-    files: dict[str, Path],
-    caches: dict[str, TokenCache],
-    columns: dict[str, Columns],
-    task: Task,
-) -> None:
-    """Write scalars and pictures for TensorBoard, at step 0."""
-    with writing(folder), open_events(folder) as writer:
-        for name, evaluation in evaluations.items():
-            add_scalars(writer, 0, name, {key: evaluation.metrics[key] for key in task.scalars})
-            texts_of = partial(read_texts, files[name], caches[name].digest, columns[name], task)
-            draw_evaluation(writer, 0, name, caches[name].labels, evaluation.probabilities, task, texts_of)
-
-
-def check_arguments(arguments: argparse.Namespace) -> None:
-    if (arguments.calibrate is None) != (arguments.output is None):
-        raise UserError("--calibrate FILE and --output DIR belong together")
-    if bool(arguments.calibrate) == bool(arguments.file):
-        raise UserError("give either --file [NAME=]FILE to evaluate on, or --calibrate FILE --output DIR")
-    if arguments.calibrate and (arguments.json or arguments.tensorboard or arguments.against):
-        raise UserError("--json, --tensorboard and --against are for --file; leave them out with --calibrate")
-    if not arguments.against and (arguments.most_changed, arguments.most_lost) != (None, None):
-        raise UserError("--most-changed and --most-lost need --against, with which they compare")
-    if arguments.calibrate and arguments.precision == "int8":
-        raise UserError("--precision int8 is for a model that is used; calibrate in fp32 or bf16")
-    if arguments.calibrate and not arguments.calibrate.is_file():
-        raise UserError(f"--calibrate {arguments.calibrate} is not a file")
-    if arguments.overwrite and not arguments.json:
-        raise UserError("--overwrite needs the --json file that it may replace")
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description="Evaluate a trained model on labelled files.")
     add_model_options(parser)
-    add, rows = parser.add_argument, f"labelled rows to evaluate on: {either(KINDS)}, perhaps with .gz; may be repeated"
+    add, rows = parser.add_argument, f"labelled rows: {either(KINDS)}, perhaps with .gz; may be repeated"
     add("--calibrate", type=Path, metavar="FILE", help="fit a temperature on these rows, and write --output")
     add("--output", type=Path, metavar="DIR", help="the new folder of the calibrated model")
     add("--file", default=[], nargs="+", action="extend", metavar="[NAME=]FILE", help=rows)
     for name in (*COLUMN_OPTIONS, "columns", "label_names"):
         add_option(parser, name)
-    add("--against", choices=("bf16", "fp32"), help="compare --precision with this one")
+    add("--against", choices=("bf16", "fp32"), help="also compute in this precision, and compare")
     add_bounds(parser)
-    add("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    add("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     add("--overwrite", action="store_true", help="replace an existing --json file")
     add("--tensorboard", type=Path, metavar="DIR", help="write scalars and pictures there")
     arguments = parser.parse_args(argv)
-    check_arguments(arguments)
-    check_outputs(arguments)
+    source, output, given = arguments.calibrate, arguments.output, arguments
+    of_files, bounds = given.json or given.tensorboard or given.against, (given.most_changed, given.most_lost)
+    both = "--calibrate FILE and --output DIR"
+    refuse(
+        ((source is None) != (output is None), f"{both} belong together"),
+        (bool(source) == bool(given.file), f"give either --file [NAME=]FILE to evaluate on, or {both}"),
+        (source and of_files, "--json, --tensorboard and --against are for --file; leave them out with --calibrate"),
+        (bounds != (None, None) and not given.against, "--most-changed and --most-lost need --against"),
+        (source and given.precision == "int8", "--precision int8 is for prediction; calibrate in fp32 or bf16"),
+        (given.overwrite and not given.json, "--overwrite needs the --json file that it may replace"),
+    )
+    given.files = named_files(given.file, "--file") or {"dev": source}
+    for file in given.files.values():
+        if not file.exists():
+            raise UserError(f"{file} is not a file")
+    if given.json:
+        check_output("--json", given.json, given.overwrite)
+    if given.tensorboard:
+        make_event_folder(given.tensorboard, "--tensorboard")
+    if output:
+        check_output("--output", output, makes_parents=True)
     return arguments
 
 
@@ -169,15 +124,14 @@ def evaluate_all(classifier: Classifier, caches: dict[str, TokenCache], batch_to
     return evaluations
 
 
-def write_calibrated(
-    arguments: argparse.Namespace, task: Task, cache: TokenCache, fitted: tuple[float, float, float]
-) -> str:
+def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCache, probabilities: np.ndarray) -> str:
     """Write a model folder that gives calibrated probabilities, and say so in its card; returns what to print.
 
-    Args:
-        cache: of the rows on which the temperature was `fitted`, and the written model's calibration error is measured.
+    The temperature is fitted on the cache's rows, which have these probabilities, fp32 [rows, outputs]; the calibration
+    error is measured on the written model.
     """
-    source, output, (temperature, before, after) = arguments.model, arguments.output, fitted
+    source, output = arguments.model, arguments.output
+    temperature, before, after = calibrate(task, probabilities, cache.labels)
     encoder, begin, card = find_encoder(str(source)), "The probabilities are calibrated: ", read_card(source)
     if thresholds := list(at_temperature(task, temperature).thresholds):
         encoder = replace(encoder, dropouts={**encoder.dropouts, "thresholds": thresholds})
@@ -227,16 +181,12 @@ def read_files(
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     arguments.model = model_folder(arguments.model)
-    files = named_files(arguments.file, "--file") or {"dev": arguments.calibrate}
-    for file in files.values():
-        if not file.exists():
-            raise UserError(f"--file {file} is not a file")
     keep_freed_memory()
-    model, against, device = arguments.model, arguments.against, arguments.device
+    files, model, against, device = arguments.files, arguments.model, arguments.against, arguments.device
     classifier = Classifier.load(model, arguments.precision, device)
     task, precision = classifier.task, classifier.precision
     if against and arguments.precision == "int8" != precision:
-        raise UserError("--precision int8 cannot be compared on this machine, which cannot compute it")
+        raise UserError("--precision int8 is not supported on this machine, so it cannot be compared")
     if against == precision:
         raise UserError(f"--against {precision} compares {precision} with itself; name another --precision")
     columns = {name: replace(columns_given(arguments, name), may_be_empty=True) for name in files}
@@ -246,19 +196,21 @@ def main(argv: list[str] | None = None) -> None:
     task, caches = read_files(arguments, classifier, files, columns)
     evaluations = evaluate_all(classifier, caches, arguments.batch_tokens)
     if arguments.calibrate:
-        fitted = calibrate(task, evaluations["dev"].probabilities, caches["dev"].labels)
-        print_text(write_calibrated(arguments, task, caches["dev"], fitted))
+        print_text(write_calibrated(arguments, task, caches["dev"], evaluations["dev"].probabilities))
         return
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
-    if arguments.json:
+    if file := arguments.json:
         parts = {name: as_json(files[name], task, evaluations[name], cache.labels) for name, cache in caches.items()}
         content = {"model": str(model), "precision": precision, "labels": task.label_names, "files": parts}
         text = json.dumps({**content, "mean": mean_of(list(metrics.values()))}, indent=2, ensure_ascii=False) + "\n"
-        with writing(arguments.json):
-            write = write_text if not is_stream(arguments.json) else partial(Path.write_text, encoding="utf-8")
-            write(arguments.json, text)
+        with writing(file):
+            write_text(file, text)
     if arguments.tensorboard:
-        write_events(arguments.tensorboard, evaluations, files, caches, columns, task)
+        with writing(arguments.tensorboard), open_events(arguments.tensorboard) as writer:
+            for name, cache in caches.items():
+                add_scalars(writer, 0, name, {key: metrics[name][key] for key in task.scalars})
+                texts_of = partial(read_texts, files[name], cache.digest, columns[name], task)
+                draw_evaluation(writer, 0, name, cache.labels, evaluations[name].probabilities, task, texts_of)
     lines = evaluation_table(task, metrics)
     for name, cache in caches.items():
         lines += class_lines(name, task, evaluations[name].results, cache.labels)
@@ -266,11 +218,11 @@ def main(argv: list[str] | None = None) -> None:
         print_text("\n".join([*lines, ""]))
         return
     expected = evaluate_all(Classifier.load(model, against, device), caches, arguments.batch_tokens)
-    predictions = {
+    both = {
         name: (evaluations[name].probabilities, expected[name].probabilities, cache.labels)
         for name, cache in caches.items()
     }
     try:
-        print_text("\n".join([*lines, "", *comparison_table(task, predictions, precision, against), ""]))
+        print_text("\n".join([*lines, "", *comparison_table(task, both, precision, against), ""]))
     finally:  # the verdict does not depend on who reads the table, nor on where it goes
-        check_comparison(task, predictions, *bounds_of(arguments), precision, against)
+        check_comparison(task, both, *bounds_of(arguments), precision, against)

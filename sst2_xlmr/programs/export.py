@@ -6,18 +6,14 @@
     python scripts/export.py --model runs/NAME/model --format onnx-hf --output models/reviews-onnx
     python scripts/export.py --model runs/NAME/model --format hf --keep-vocabulary-of train.tsv --output models/small
 
-docs/export.md says which form is for whom. --keep-vocabulary-of leaves out the embedding rows that these texts do not
-need, before anything else is done.
-
-The result is read back and compared with the model on a dozen sentences in as many languages, or on the rows of
---check-file. It gets its name only if they agree; in 8 bits, if no more labels change and no more accuracy is lost than
---most-changed and --most-lost allow.
+docs/export.md says which form is for whom. The result is read back and compared with the model on a dozen sentences in
+as many languages, or on --check-file. It gets its name only if they agree, or in 8 bits if no more labels change and no
+more accuracy is lost than --most-changed and --most-lost allow.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +37,7 @@ from sst2_xlmr.model.encoders import Encoder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
+from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.report.table import comparison_table
 from sst2_xlmr.task import Task, stored_task
 from sst2_xlmr.util import versions
@@ -67,8 +64,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--format", required=True, choices=FORMATS, help="what to write")
     add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf, onnx-hf) or file")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights in the folder; hf only [fp32]")
-    add("--from-ids", action="store_true", help="onnx: take token ids instead of texts, to tokenize elsewhere")
-    what = "leave out the embedding rows that these texts, and single characters, do not need"
+    add("--from-ids", action="store_true", help="onnx: the inputs are token ids instead of texts")
+    what = "drop the embedding rows that neither these texts nor single characters need"
     add("--keep-vocabulary-of", nargs="+", default=[], metavar="FILE", help=what)
     what = f"compare on these rows, labelled or not: {either(KINDS)}, or lines of text [built-in sentences]"
     add("--check-file", nargs="+", default=[], metavar="[NAME=]FILE", help=what)
@@ -81,35 +78,33 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    kind = arguments.format
-    if kind != "hf" and arguments.dtype != "fp32":
-        raise UserError("--dtype bf16 is for --format hf")
-    if kind == "torchscript" and not versions.has_torchtext():
-        cure = "export it in an environment that `STACK=torchtext scripts/setup.sh` has made"
-        here = f"this is {versions.description()}"
-        raise UserError(f"--format torchscript needs torchtext under torch 2.3.1, and {here}; {cure}")
+    kind, from_ids, trims = arguments.format, arguments.from_ids, arguments.keep_vocabulary_of
     is_onnx, is_folder, is_int8 = kind.startswith("onnx"), "hf" in kind, kind.endswith("int8")
-    for package in ("onnx", "onnxruntime", "onnxruntime_extensions")[: 3 - is_folder] if is_onnx else ():
-        if find_spec(package) is None:
-            raise UserError(f"--format {kind} needs {package}; install it with pip install -e '.[onnx]'")
-    if arguments.from_ids and (is_folder or not is_onnx):
-        raise UserError("--from-ids is for --format onnx")
-    if arguments.from_ids and arguments.keep_vocabulary_of:
-        cure = "export --format hf trimmed, then that folder with --from-ids"
-        raise UserError(f"--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids; {cure}")
-    if is_int8 and not arguments.check_file:
-        raise UserError(f"--format {kind} needs --check-file: what 8 bits cost is measured on rows such as yours")
-    if not is_int8 and (arguments.most_changed, arguments.most_lost) != (None, None):
-        raise UserError("--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8; leave them out")
-    files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, arguments.keep_vocabulary_of)]
-    for name in TABLE_OPTIONS:
-        if name in arguments and not any(map(is_rows_file, files)):
-            where = "--check-file or --keep-vocabulary-of"
-            raise UserError(f"{flag(name)} needs a {either(KINDS)} file whose columns it names: {where}")
-    if is_onnx and not is_folder and not arguments.from_ids and getattr(arguments, "text_pair_column", None):
-        raise UserError("an ONNX file that takes texts takes one for each row; export pairs with --from-ids")
-    if os.path.lexists(arguments.output):
-        raise UserError(f"--output {arguments.output} already exists; choose another name")
+    needed = ("onnx", "onnxruntime", "onnxruntime_extensions")[: 3 - is_folder] if is_onnx else ()
+    missing = " and ".join(package for package in needed if find_spec(package) is None)
+    no_torchtext = kind == "torchscript" and not versions.has_torchtext()
+    here = f"and this is {versions.description()}; export it in an environment of `STACK=torchtext scripts/setup.sh`"
+    files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, trims)]
+    has_rows, rows = any(map(is_rows_file, files)), f"a {either(KINDS)} file in --check-file or --keep-vocabulary-of"
+    columns = ", ".join(flag(name) for name in TABLE_OPTIONS if name in arguments)
+    has_bounds = (arguments.most_changed, arguments.most_lost) != (None, None)
+    has_pairs = getattr(arguments, "text_pair_column", None) and is_onnx and not is_folder and not from_ids
+    alone = "--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids"
+    refuse(
+        (kind != "hf" and arguments.dtype != "fp32", "--dtype bf16 is for --format hf"),
+        (no_torchtext, f"--format torchscript needs torchtext under torch 2.3.1, {here}"),
+        (missing, f"--format {kind} needs {missing}; install it with pip install -e '.[onnx]'"),
+        (from_ids and (is_folder or not is_onnx), "--from-ids is for --format onnx and onnx-int8"),
+        (from_ids and trims, f"{alone}; export --format hf trimmed, then that folder with --from-ids"),
+        (
+            is_int8 and not arguments.check_file,
+            f"--format {kind} needs --check-file: rows on which to measure what 8 bits cost",
+        ),
+        (has_bounds and not is_int8, "--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8"),
+        (columns and not has_rows, f"{columns} needs {rows}, whose columns it names"),
+        (has_pairs, "an ONNX file that takes texts takes one for each row; export pairs with --from-ids"),
+    )
+    check_output("--output", arguments.output, makes_parents=True)
 
 
 def classify_with_folder(folder: Path) -> Classify:
@@ -127,7 +122,7 @@ def write_torchscript(encoder: Encoder, file: Path) -> Classify:
 
     def probabilities(texts: list[str], pairs: list[str] | None) -> np.ndarray:
         found = classify(texts, pairs)
-        return checked_answers(task, found if isinstance(found, tuple) else (found,))
+        return checked(task, found if isinstance(found, tuple) else (found,))
 
     return probabilities
 
@@ -159,21 +154,18 @@ def write_onnx_file(
         padded = pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
         return {"input_ids": padded.numpy(), "attention_mask": padded.ne(PAD_ID).long().numpy()}
 
+    def answers(texts: list[str], pairs: list[str] | None) -> np.ndarray:
+        outputs = session.run(None, inputs(texts, pairs))
+        return task.probabilities(torch.from_numpy(outputs[0])).numpy() if logits_only else checked(task, outputs)
+
     def probabilities(texts: list[str], pairs: list[str] | None) -> np.ndarray:
-        parts = []
-        for start in range(0, len(texts), ONNX_BATCH):
-            batch = slice(start, start + ONNX_BATCH)
-            answer = session.run(None, inputs(texts[batch], pairs and pairs[batch]))
-            if logits_only:
-                parts.append(task.probabilities(torch.from_numpy(answer[0])).numpy())
-            else:
-                parts.append(checked_answers(task, answer))
-        return np.concatenate(parts)
+        batches = [slice(start, start + ONNX_BATCH) for start in range(0, len(texts), ONNX_BATCH)]
+        return np.concatenate([answers(texts[batch], pairs and pairs[batch]) for batch in batches])
 
     return probabilities
 
 
-def checked_answers(task: Task, outputs: Sequence[Any]) -> np.ndarray:
+def checked(task: Task, outputs: Sequence[Any]) -> np.ndarray:
     """Return the probabilities that a written file gives, which must be those of its labels."""
     answers, probabilities = task.answers_of(outputs)
     if answers != [task.cells(row, all_probabilities=False)[0] for row in probabilities.tolist()]:
@@ -190,20 +182,22 @@ def write_hugging_face(encoder: Encoder, folder: Path, dtype: str) -> Classify:
 
 def trim(encoder: Encoder, files: list[str], columns: Columns, folder: Path) -> Encoder:
     """Write a model's folder with the vocabulary of some files; checked to give these the same answers, bit for bit."""
-    texts = [part for file in files for row in read_texts(Path(file), columns) for part in row if part is not None]
-    rows = write_trimmed(encoder, texts, folder)
+    rows = [row for file in files for row in read_texts(Path(file), columns)]
+    texts = [text for row in rows for text in (row.text, row.pair) if text is not None]
+    left = write_trimmed(encoder, texts, folder)
     trimmed = find_encoder(str(folder))
     both = [load_tokenizer(model.tokenizer_file, encoder.max_length) for model in (encoder, trimmed)]
     for text in texts:
         before, after = (tokenizer.pieces_of(tokenizer.flat_ids([text])[0].tolist()) for tokenizer in both)
         if before != after:
-            raise UserError(f"the trimmed tokenizer cuts {text[:80]!r} in another way; it was removed")
-    compared = texts[:ROWS_COMPARED]
-    expected, found = (classify_with_folder(Path(model.name))(compared, None) for model in (encoder, trimmed))
+            raise UserError(f"the trimmed tokenizer splits {text[:80]!r} differently; it was removed")
+    expected, found = (
+        classify_with_folder(Path(each.name))(texts[:ROWS_COMPARED], None) for each in (encoder, trimmed)
+    )
     if not np.array_equal(expected, found):
         raise UserError("the trimmed model gives other answers; it was removed")
-    kept = f"{rows:,} of {encoder.shape.vocab_size:,} embedding rows"
-    say(f"kept {kept}: {len(texts):,} texts are cut into the same pieces, so they get the same answers")
+    kept = f"{left:,} of {encoder.shape.vocab_size:,} embedding rows"
+    say(f"kept {kept}: {len(texts):,} texts are split into the same pieces, so they get the same answers")
     return trimmed
 
 
@@ -211,17 +205,17 @@ def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: 
     """Write the model's new form, and check that its answers are near enough to the model's; returns what to say."""
     int8, kind = arguments.format.endswith("int8"), arguments.format.removesuffix("-int8")
     takes_texts = kind == "torchscript" or (kind == "onnx" and not arguments.from_ids)
+    takes_pairs = kind != "onnx" or arguments.from_ids
     if takes_texts and added_tokens(encoder.tokenizer_file):
         cure = "take hf, onnx-hf, or onnx with --from-ids"
         raise UserError(f"--format {kind} has SentencePiece only, but tokens were added to this model's; {cure}")
     if long_texts_of(encoder).kind == "windows" and kind != "hf" and (kind != "onnx" or not takes_texts):
         what = "averages the windows of a long text, which this form cannot"
         raise UserError(f"--format {arguments.format}: the model {what}; take hf, or onnx without --from-ids")
-    takes_pairs = kind != "onnx" or arguments.from_ids
-    columns, has_label_column = columns_given(arguments), "label_column" in arguments
-    checks = read_checks(arguments.check_file, columns, task, takes_pairs, has_label_column)
+    columns = columns_given(arguments)
+    checks = read_checks(arguments.check_file, columns, task, takes_pairs, "label_column" in arguments)
     unlabelled = [name for name, (_, labels) in checks.items() if labels is None] if int8 else []
-    if unlabelled and arguments.most_lost is not None and len(unlabelled) == len(checks):
+    if arguments.most_lost is not None and len(unlabelled) == len(checks):
         raise UserError(f"--most-lost: no labels in {', '.join(unlabelled)}; name their column with --label-column")
     expected = classify_with_folder(Path(encoder.name))
     if kind == "torchscript":
@@ -254,12 +248,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     encoder, label_names = find_model(arguments.model)
     output = arguments.output.absolute()
-    with writing(arguments.output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(output) as scratch:
-            if arguments.keep_vocabulary_of:
-                encoder = trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), scratch / "trimmed")
-            task = stored_task(encoder.problem_type, label_names, encoder.dropouts.get("thresholds", ()))
-            summary = write(arguments, encoder, task, scratch / "written")
-            put_in_place(scratch / "written", output, replaces=False)
+    with writing(arguments.output), scratch_folder(output) as scratch:
+        if arguments.keep_vocabulary_of:
+            encoder = trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), scratch / "trimmed")
+        task = stored_task(encoder.problem_type, label_names, encoder.dropouts.get("thresholds", ()))
+        summary = write(arguments, encoder, task, scratch / "written")
+        put_in_place(scratch / "written", output, replaces=False)
     say(f"{arguments.output}: {summary}")

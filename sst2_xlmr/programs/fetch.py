@@ -19,12 +19,9 @@ CHOICES = ("sst2", *BUNDLE_SHAPES)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        description="Fetch data and encoders ahead of time.",
-        epilog="OWNER/NAME goes into the Hub's own cache and follows HF_HOME, HF_ENDPOINT (a mirror), HF_TOKEN. Where"
-        " there is no internet, set SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders named at the end, and"
-        " HF_HUB_OFFLINE=1.",
-    )
+    epilog = "OWNER/NAME goes into the Hub's cache (see HF_HOME, HF_ENDPOINT, HF_TOKEN). Without internet, set"
+    epilog += " SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders named at the end, and HF_HUB_OFFLINE=1."
+    parser = OneLineParser(description="Fetch data and encoders ahead of time.", epilog=epilog)
     ours = ", ".join(CHOICES)
     what = f"{ours}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
     parser.add_argument("names", nargs="*", metavar="NAME", help=what)

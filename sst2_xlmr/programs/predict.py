@@ -6,11 +6,12 @@
     python scripts/predict.py --model runs/NAME/model --input test.tsv --glue-submission submission
     torchrun --nproc_per_node=2 scripts/predict.py --model runs/NAME/model --input reviews.csv --output answers.csv
 
-Prints one line per text, in order: label, tab, its probability, tab, text; or writes all columns of the input, followed
-by these, to a file, which gets its name when it is complete. A file is read in blocks of rows, as it may be larger than
-memory: first to find bad rows, then to classify them (several processes take a share each), and at last to write them
-with their answers. Until then these are in a hidden folder beside answers.csv, which the same command with --resume
-continues after a kill.
+Prints a line per text, in order: label, tab, probability, tab, text. With --output it writes all columns of the input,
+followed by these, to a file.
+
+The input may be larger than memory, so it is read in blocks of rows: first to find bad rows, then to classify them
+(each process takes a share), then to write them with their answers. Until the output is complete, the answers are in a
+hidden folder beside it; after a kill, the same command with --resume continues from there.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ from sst2_xlmr.data.rows import TEXT_OPTIONS, Row, check_pairs, check_text, colu
 from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
+from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.report.progress import with_progress
 from sst2_xlmr.task import ABSTAINED, Task, check_options
 from sst2_xlmr.util import distributed
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, raise_on_all
-from sst2_xlmr.util.files import digest_of, digest_of_input
+from sst2_xlmr.util.files import digest_of, digest_of_input, writing
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.output import print_text
 from sst2_xlmr.util.shards import first_missing, is_begun, open_shards, read_block, remove_shards, write_block
@@ -60,90 +62,61 @@ ROWS_AT_ONCE = 1024
 # Options on which the output depends, besides the input and the model.
 FINGERPRINT_OPTIONS = (*TEXT_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
 Answers = tuple[list[Row], list[list[Any]]]  # rows, and the new cells of each
-# Processes wait for one another at the beginning and the end only, however long the rows of one take.
+# Processes synchronize at the beginning and the end only, so they may wait long.
 TIMEOUT_MINUTES = 7 * 24 * 60.0
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line, and check whatever it and the file system alone can tell."""
+    """Parse the command line, and check all that needs neither input nor model."""
     parser = OneLineParser(description="Classify texts: label and probability for each, in the order of the texts.")
     add_model_options(parser)
     add, a_file = parser.add_argument, f"{either(KINDS)} file, perhaps with .gz"
     add("--input", type=Path, metavar="FILE", help=f"texts: a {a_file}")
     for name in TEXT_OPTIONS:
         add_option(parser, name)
-    add("--output", type=Path, metavar="FILE", help=f"write a {a_file}, instead")
+    add("--output", type=Path, metavar="FILE", help=f"write to a {a_file}, instead of standard output")
     add("--overwrite", action="store_true", help="replace existing output")
-    add("--resume", action="store_true", help="continue where a run with the same --output was killed")
+    add("--resume", action="store_true", help="continue a killed run with the same --input and --output")
     what = f"predict {ABSTAINED} instead of a label whose probability is lower"
     add("--abstain-below", type=number_to(1, "probability"), default=0.0, metavar="P", help=what)
-    add("--all-probabilities", action="store_true", help="also those of the other labels")
+    add("--all-probabilities", action="store_true", help="add a column for the probability of every label")
     add("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
     add("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
     arguments = parser.parse_args(argv)
-    check_arguments(arguments)
-    check_output_files(arguments)
+    file, glue = arguments.input, arguments.glue_submission
+    outputs = {"--output": arguments.output, "--glue-submission": glue and glue / "SST-2.tsv"}
+    outputs = arguments.outputs = {option: path for option, path in outputs.items() if path}
+    paths = arguments.paths = list(outputs.values())
+    is_alone, to_file = os.environ.get("WORLD_SIZE", "1") == "1", file and outputs
+    columns = ", ".join(flag(name) for name in TEXT_OPTIONS if name in arguments)
+    labels_only = glue and arguments.all_probabilities and not arguments.output
+    refuse(
+        (file and arguments.sentences, "--input and sentences: leave one of them out"),
+        (columns and not file, f"{columns} needs --input, whose columns it names"),
+        (glue and not file, "--glue-submission needs --input, the test.tsv of SST-2"),
+        (glue and arguments.abstain_below, "--glue-submission needs a label per row; leave out --abstain-below"),
+        (labels_only, "--glue-submission holds labels only; leave out --all-probabilities, or add --output"),
+        (arguments.overwrite and not outputs, "--overwrite needs the --output that it may replace"),
+        (arguments.resume and not to_file, "--resume needs --input and --output"),
+        (not is_alone and not to_file, "several processes need --input and --output, to divide the rows"),
+        (len({path.resolve() for path in paths}) < len(paths), f"{' and '.join(outputs)} are one file"),
+    )
+    if arguments.output:
+        kind_of(arguments.output)
+    if glue:
+        with writing(glue):
+            glue.mkdir(parents=True, exist_ok=True)
+    if not (arguments.resume and is_complete(paths)):
+        check_outputs(arguments)
+        if outputs and is_begun(paths[0]) and not (arguments.resume or arguments.overwrite):
+            cure = "continue it with --resume, or discard it with --overwrite"
+            raise UserError(f"rows of an earlier run for {paths[0]} already exist in a hidden folder; {cure}")
     return arguments
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
-    is_from_file_to_file = arguments.input and output_files(arguments)
-    if arguments.input and arguments.sentences:
-        raise UserError(f"--input and a sentence, {arguments.sentences[0][:40]!r}: leave one of them out")
-    for name in TEXT_OPTIONS:
-        if not arguments.input and name in arguments:
-            raise UserError(f"{flag(name)} needs --input, whose columns it names")
-    if arguments.glue_submission and arguments.abstain_below:
-        raise UserError("--glue-submission takes a label for every row; leave out --abstain-below")
-    if arguments.glue_submission and not arguments.input:
-        raise UserError("--glue-submission needs --input, the test.tsv of SST-2")
-    if arguments.overwrite and not output_files(arguments):
-        raise UserError("--overwrite needs the --output that it may replace")
-    if arguments.glue_submission and arguments.all_probabilities and not arguments.output:
-        raise UserError("--glue-submission holds labels only; leave out --all-probabilities, or add --output")
-    if arguments.output:
-        kind_of(arguments.output)
-    if arguments.resume and not is_from_file_to_file:
-        raise UserError("--resume needs --input and --output, to know what is done")
-    if os.environ.get("WORLD_SIZE", "1") != "1" and not is_from_file_to_file:
-        raise UserError("several processes need --input and --output, to divide the rows")
-
-
-def check_output_files(arguments: argparse.Namespace) -> None:
-    """Refuse output that cannot be written or would replace something unasked; make the submission's folder."""
-    paths = output_files(arguments)
-    try:
-        if len({path.resolve() for path in paths}) < len(paths):
-            raise UserError(f"--output and --glue-submission both write {paths[0]}; give --output another name")
-        if arguments.glue_submission:
-            arguments.glue_submission.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            os.scandir(path.parent).close()  # an OSError if it is no folder
-            if not os.access(path.parent, os.W_OK):
-                raise UserError(f"cannot write to {path.parent}: no permission; choose another place")
-            if path.is_dir():
-                raise UserError(f"{path} is a folder; name a file")
-        if arguments.resume and is_complete(paths):
-            return
-        refuse_existing(arguments)
-        if paths and is_begun(paths[0]) and not (arguments.resume or arguments.overwrite):
-            cure = "continue it with --resume, or discard it with --overwrite"
-            raise UserError(f"rows of an earlier run for {paths[0]} already exist in a hidden folder; {cure}")
-    except OSError as error:
-        raise UserError(f"cannot write to {error.filename}: {error.strerror}") from None
-
-
-def output_files(arguments: argparse.Namespace) -> list[Path]:
-    """Return the files that will be written."""
-    glue = arguments.glue_submission
-    return [file for file in (arguments.output, glue and glue / "SST-2.tsv") if file]
-
-
-def refuse_existing(arguments: argparse.Namespace) -> None:
-    """Refuse to replace what was not to be replaced."""
-    for path in filter(os.path.lexists, () if arguments.overwrite else output_files(arguments)):
-        raise UserError(f"{path} already exists; choose another name, or replace it with --overwrite")
+def check_outputs(arguments: argparse.Namespace) -> None:
+    for option, path in arguments.outputs.items():
+        check_output(option, path, arguments.overwrite)
 
 
 def is_complete(paths: Sequence[Path]) -> bool:
@@ -153,27 +126,24 @@ def is_complete(paths: Sequence[Path]) -> bool:
 def read_input(arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield the rows to classify: of the file, the sentences, or the lines of standard input (UTF-8, LF or CRLF).
 
-    A wrong sentence shows at once, and so does a wrong column, as a file's first row is read.
+    A wrong sentence is an error at once, and so is a wrong column, as a file's first row is read.
     """
     if arguments.input:
         rows = read_rows(arguments.input, columns_given(arguments), None)
         return itertools.chain([next(rows)], rows)
-    lines: Iterable[tuple[int, str]] = list(enumerate(arguments.sentences, 1))
-    for number, sentence in lines:
-        check_text(sentence, f"sentence {number}")
-    if not lines:
-        if sys.stdin is None or sys.stdin.isatty():  # None if it is closed
-            cure = "give them as arguments, one per line on standard input, or in a file with --input"
-            raise UserError(f"no sentences: {cure}")
-        decoded = decoded_lines(sys.stdin.buffer, "standard input")
-        lines = ((number, line.rstrip("\r\n")) for number, line in decoded)
-    names, where = ["sentence"], "sentence" if arguments.sentences else "standard input, line"
+    names = ["sentence"]
 
-    def checked(number: int, text: str) -> Row:
+    def row(where: str, number: int, text: str) -> Row:
         check_text(text, f"{where} {number}")
         return Row(text, None, None, Fields(number, names, [text]))
 
-    return (checked(number, text) for number, text in lines)
+    if arguments.sentences:
+        return iter([row("sentence", *each) for each in enumerate(arguments.sentences, 1)])
+    if sys.stdin is None or sys.stdin.isatty():  # None if it is closed
+        cure = "give them as arguments, one per line on standard input, or in a file with --input"
+        raise UserError(f"no sentences: {cure}")
+    lines = decoded_lines(sys.stdin.buffer, "standard input")
+    return (row("standard input, line", number, line.rstrip("\r\n")) for number, line in lines)
 
 
 def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
@@ -182,9 +152,8 @@ def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
     for chunk in in_chunks(read_input(arguments), ROWS_AT_ONCE):
         columns = columns or chunk[0].fields.names
         rows.append(len(chunk))
-        if arguments.output:
-            for row in chunk:
-                check_columns(row, columns, arguments.output)
+        for row in chunk if arguments.output else ():
+            check_columns(row, columns, arguments.output)
     return digest, rows
 
 
@@ -222,8 +191,8 @@ def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def as_they_come(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """Yield rows in lists, none of which waits for a row that is not there yet; they are read on a thread."""
-    waiting: queue.Queue[Any] = queue.Queue(ROWS_AT_ONCE)
+    """Yield rows in lists without waiting for rows that are not there yet; they are read on a thread."""
+    waiting: queue.Queue[Any] = queue.Queue(ROWS_AT_ONCE)  # of rows; at the end, None or an error
 
     def read() -> None:
         try:
@@ -234,20 +203,18 @@ def as_they_come(rows: Iterator[Row]) -> Iterator[list[Row]]:
             waiting.put(error)
 
     threading.Thread(target=read, daemon=True).start()
-
-    def chunks() -> Iterator[list[Row]]:
-        last: Any = ()
-        while isinstance(last, tuple):
-            chunk = [last := waiting.get()]
-            with contextlib.suppress(queue.Empty):
-                while isinstance(last, Row) and len(chunk) < ROWS_AT_ONCE:
-                    chunk.append(last := waiting.get_nowait())
-            if found := [row for row in chunk if isinstance(row, Row)]:
-                yield found
-        if last is not None:
-            raise last
-
-    return chunks()
+    chunk: list[Any] = []
+    while True:
+        item = waiting.get()
+        if is_row := isinstance(item, Row):
+            chunk.append(item)
+        if chunk and (not is_row or waiting.empty() or len(chunk) == ROWS_AT_ONCE):
+            yield chunk
+            chunk = []
+        if item is None:
+            return
+        if not is_row:
+            raise item
 
 
 def predict_stream(arguments: argparse.Namespace) -> None:
@@ -271,16 +238,17 @@ def predict_stream(arguments: argparse.Namespace) -> None:
 
 def write_predictions(arguments: argparse.Namespace, task: Task, answers: Iterable[Answers]) -> None:
     """Write the output files, which get their names once they are complete."""
-    new_columns, numbers = task.columns(arguments.all_probabilities), {}
-    if arguments.glue_submission:
-        numbers = glue_numbers(task.label_names)
+    new_columns = task.columns(arguments.all_probabilities)
+    numbers = glue_numbers(task.label_names) if arguments.glue_submission else {}
+    layout = find_layout(arguments.input, columns_given(arguments)) if arguments.input else None
+    has_names = not layout or layout.header or not layout.delimiter  # if the input has no header, nor has the output
     columns, row = None, 0
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(new_output(path)) for path in output_files(arguments)]
+        files = [stack.enter_context(new_output(path)) for path in arguments.paths]
         for chunk, predictions in answers:
             columns = columns or chunk[0].fields.names
             if arguments.output:
-                header = row == 0 and (not arguments.input or has_names(arguments))
+                header = has_names and row == 0
                 files[0].write(extended_rows(arguments.output, chunk, predictions, new_columns, columns, header))
             if arguments.glue_submission:
                 files[-1].write(submission_lines(chunk, predictions, numbers, row))
@@ -293,16 +261,8 @@ def say_layout(arguments: argparse.Namespace) -> None:
     if said := description(arguments.input, find_layout(arguments.input, columns), columns):
         print(f"read as    {said}", file=sys.stderr)
     if output and kind_of(output) == ".tsv":
-        how = "sep='\\t', quoting=3, keep_default_na=False"
-        print(
-            f"written    {output}: tabs, no quotes; pandas.read_csv({str(output)!r}, {how}) reads it", file=sys.stderr
-        )
-
-
-def has_names(arguments: argparse.Namespace) -> bool:
-    """Whether the input's columns have names, as a header says them; else the output has none either."""
-    layout = find_layout(arguments.input, columns_given(arguments))
-    return layout.header or not layout.delimiter
+        how = f"pandas.read_csv({str(output)!r}, sep='\\t', quoting=3, keep_default_na=False) reads it"
+        print(f"written    {output}: tabs, no quotes; {how}", file=sys.stderr)
 
 
 def predict_file(arguments: argparse.Namespace, world: World) -> None:
@@ -310,7 +270,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
     digest, sizes = distributed.broadcast(world, distributed.on_rank0(world, lambda: read_through(arguments)))
     classifier = Classifier.load(arguments.model, arguments.precision, world.device)
     if len(set(distributed.gather_objects(world, classifier.precision))) > 1:
-        raise_on_all("the processes compute in different precisions; name one with --precision")
+        raise_on_all("the processes use different precisions; set --precision")
     first, last = (len(sizes) * rank // world.world_size for rank in (world.rank, world.rank + 1))
     with contextlib.ExitStack() as stack:
 
@@ -319,7 +279,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
             if arguments.glue_submission:
                 glue_numbers(classifier.label_names)
             fingerprint = fingerprint_of(arguments, digest, classifier)
-            return stack.enter_context(open_shards(output_files(arguments)[0], fingerprint, arguments.resume))
+            return stack.enter_context(open_shards(arguments.paths[0], fingerprint, arguments.resume))
 
         folder = distributed.broadcast(world, distributed.on_rank0(world, begin))
         start = first_missing(folder, first, last)
@@ -337,7 +297,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
 
         def finish() -> None:
-            refuse_existing(arguments)  # made since
+            check_outputs(arguments)  # they may have been made since
             write_predictions(arguments, classifier.task, all_answers())
             remove_shards(folder)
             say_layout(arguments)
@@ -348,8 +308,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     keep_freed_memory()
-    paths = output_files(arguments)
-    arguments.model = model_folder(arguments.model)
+    arguments.model, paths = model_folder(arguments.model), arguments.paths
     columns = columns_given(arguments)
     check_pairs(arguments.model, columns.pair, f"{'' if arguments.input else '--input FILE '}--text-pair-column NAME")
     if not (arguments.input and paths):

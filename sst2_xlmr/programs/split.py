@@ -1,20 +1,16 @@
-"""Cut rows from a training file for a test that nobody tunes on.
+"""Hold out rows of a training file, for a test that nobody tunes on.
 
     sst2-xlmr split --train-file data/SST-2/train.tsv --rows 5000 --output-dir data/held-out
 
-writes train.tsv and test.tsv into the new folder. SST-2's training rows are sentences and thousands of phrases cut from
-them, so rows drawn at random would leave their own words in training. Here whole texts are drawn, and what is part of
-them goes with them: a row of the test is never part of a text that is left, nor is any row that is left part of a text
-of the test. Rows for which neither can be said, phrases that occur in texts of both sides, are left out of both.
-
-Texts are compared by their words, without regard to upper and lower case. `--train-rows N` keeps N random rows of what
-is left, to see what few data do.
+writes train.tsv and test.tsv, with --dev-share also dev.tsv, into the new folder. SST-2's training rows are sentences
+and thousands of phrases cut from them, so rows drawn at random would leave their own words in training. With
+--keep-parts-apart no row of the test is part of a text that is left to train on, nor the other way round; phrases that
+occur in texts of both sides are left out of both. Texts are compared by their words, case-insensitively.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,8 +23,9 @@ from sst2_xlmr.data.rows import TEXT_OPTIONS, Row, columns_given, read_rows
 from sst2_xlmr.data.sniff import Columns, find_layout
 from sst2_xlmr.data.splits import cut_off
 from sst2_xlmr.labels import label_text
+from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import new_file
+from sst2_xlmr.util.files import new_file, writing
 from sst2_xlmr.util.output import say
 
 _KEY_WORDS = 3  # by so many first words a text is looked up in another
@@ -87,16 +84,13 @@ def split_rows(rows: Sequence[Words], count: int, seed: int) -> tuple[np.ndarray
             break
     test = np.flatnonzero(((drawn > 0) & (left == 0))[text_of])
     stays = np.flatnonzero((drawn == 0)[text_of])
-    if len(test) < count or not len(stays):
-        raise UserError(f"--rows {count}: only {len(rows):,} rows are there, and some must stay; hold out fewer")
+    check_count(count, len(rows), len(test) if len(stays) else 0)
     return stays, np.sort(random.choice(test, count, replace=False))
 
 
-def seed_number(text: str) -> int:
-    """Return a number that NumPy takes for a seed, for argparse's `type`."""
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 4294967295")
-    return int(text)
+def check_count(count: int, rows: int, most: int) -> None:
+    if count > most:
+        raise UserError(f"--rows {count} is too many: there are {rows:,} rows, and some must stay; hold out fewer")
 
 
 def draw(rows: Sequence[Row], share: float, seed: int, are_free: np.ndarray) -> np.ndarray:
@@ -117,49 +111,52 @@ def read_labelled(path: Path, columns: Columns) -> list[Row]:
     return [row._replace(label=dict(zip(row.fields.names, row.fields.cells)).get(wanted)) for row in rows]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(description="Cut a file of rows in train, dev and test.")
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(description="Split a file of rows into train, dev and test.")
     add, share = parser.add_argument, number_to(0.9, "share")
     add("--train-file", required=True, type=Path, metavar="FILE", help="labelled rows")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="new folder, with the files")
-    add("--test-share", type=share, default=0.0, metavar="P", help="of the rows, of each class, for the test [0]")
-    add("--dev-share", type=share, default=0.0, metavar="P", help="of the rows, of each class, for dev [0]")
-    add("--rows", type=positive, metavar="N", help="instead of --test-share: so many rows for the test")
-    what = "no part of a text of the test is left to train on, nor the other way round; needs --rows"
+    add("--test-share", type=share, default=0.0, metavar="P", help="share of the rows for the test, by class [0]")
+    add("--dev-share", type=share, default=0.0, metavar="P", help="share of the rows for dev, by class [0]")
+    add("--rows", type=positive, metavar="N", help="instead of --test-share: number of rows for the test")
+    what = "no text of the test is part of a training text, nor the other way round; needs --rows"
     add("--keep-parts-apart", action="store_true", help=what)
-    add("--train-rows", type=positive, metavar="N", help="keep N random rows of the others [all]")
-    add("--seed", type=seed_number, default=0, metavar="N", help="of what is drawn [0]")
+    add("--train-rows", type=positive, metavar="N", help="keep N random rows of the remaining ones for training [all]")
+    add("--seed", type=int, default=0, metavar="N", help="random seed [0]")
     for name in (*TEXT_OPTIONS, "label_column"):
         add_option(parser, name)
     arguments = parser.parse_args(argv)
+    rows, seed = arguments.rows, arguments.seed
+    nothing = not (rows or arguments.test_share or arguments.dev_share)
+    refuse(
+        (nothing, "nothing to split off: give --dev-share, --test-share or --rows"),
+        (arguments.keep_parts_apart and not rows, "--keep-parts-apart needs --rows, how many to hold out for the test"),
+        (not 0 <= seed < 2**32, f"--seed {seed} is not a number from 0 to {2**32 - 1}"),
+    )
+    check_output("--output-dir", arguments.output_dir, makes_parents=True)
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_args(argv)
     columns, output_dir, path = columns_given(arguments), arguments.output_dir, arguments.train_file
-    if os.path.lexists(output_dir):
-        raise UserError(f"--output-dir {output_dir} already exists; choose another directory")
-    if not (arguments.rows or arguments.test_share or arguments.dev_share):
-        raise UserError("nothing to cut off: give --dev-share, --test-share or --rows")
-    if arguments.keep_parts_apart and not arguments.rows:
-        raise UserError("--keep-parts-apart needs --rows, how many to hold out for the test")
-    layout = find_layout(path, columns)
-    examples = read_labelled(path, columns)
-    free, splits = np.ones(len(examples), bool), {}
+    layout, rows = find_layout(path, columns), read_labelled(path, columns)
+    are_free, splits = np.ones(len(rows), bool), {}
+    shares = {"test": arguments.test_share, "dev": arguments.dev_share}
     if arguments.keep_parts_apart:
-        words = [words_of(each.text, each.pair) for each in examples]
+        words = [words_of(row.text, row.pair) for row in rows]
         stays, splits["test"] = split_rows(words, arguments.rows, arguments.seed)
-        free[:] = False
-        free[stays] = True
-    elif arguments.rows or arguments.test_share:
-        if arguments.rows and arguments.rows >= len(examples):
-            raise UserError(
-                f"--rows {arguments.rows}: only {len(examples):,} rows are there, and some must stay; hold out fewer"
-            )
-        wanted = arguments.rows / len(examples) if arguments.rows else arguments.test_share
-        splits["test"] = draw(examples, wanted, arguments.seed, free)
-        free[splits["test"]] = False
-    if arguments.dev_share:
-        splits["dev"] = draw(examples, arguments.dev_share, arguments.seed, free)
-        free[splits["dev"]] = False
-    splits["train"] = np.flatnonzero(free)
-    left_out = len(examples) - sum(map(len, splits.values()))
+        are_free[:], shares["test"] = False, 0.0
+        are_free[stays] = True
+    elif arguments.rows:
+        check_count(arguments.rows, len(rows), len(rows) - 1)
+        shares["test"] = arguments.rows / len(rows)
+    for name, share in shares.items():
+        if share:
+            splits[name] = draw(rows, share, arguments.seed, are_free)
+            are_free[splits[name]] = False
+    splits["train"] = np.flatnonzero(are_free)
+    left_out = len(rows) - sum(map(len, splits.values()))
     if arguments.train_rows is not None:
         if arguments.train_rows > len(splits["train"]):
             raise UserError(f"--train-rows {arguments.train_rows}: {len(splits['train']):,} rows are left to train on")
@@ -167,17 +164,15 @@ def main(argv: list[str] | None = None) -> None:
         splits["train"] = np.sort(random.choice(splits["train"], arguments.train_rows, replace=False))
     # A kind that holds any cell, unless it is GLUE's.
     kind = ".jsonl" if not layout.is_table else ".tsv" if (layout.format, layout.quoting) == ("tsv", "none") else ".csv"
-    try:
-        output_dir.mkdir(parents=True)
+    with writing(output_dir):
+        output_dir.mkdir()
         for name, numbers in splits.items():
             with new_file(output_dir / f"{name}{kind}{'.gz' if path.suffix == '.gz' else ''}") as file:
-                write, rows = row_writer(file, kind), [examples[number].fields for number in numbers]
+                write, chosen = row_writer(file, kind), [rows[number].fields for number in numbers]
                 if kind != ".jsonl" and (layout.header or not layout.delimiter):
-                    write(rows[0].names, rows[0].names)
-                for fields in rows:
+                    write(chosen[0].names, chosen[0].names)
+                for fields in chosen:
                     write(fields.names, fields.cells)
-    except OSError as error:
-        raise UserError(f"cannot write to {output_dir}: {error.strerror}") from None
     of_dev = f"{len(splits['dev']):,} for dev, " if "dev" in splits else ""
     of_test = f"{len(splits.get('test', ())):,} for the test"
     say(f"{output_dir}: {len(splits['train']):,} rows to train on, {of_dev}{of_test}, {left_out:,} in neither")

@@ -8,15 +8,13 @@
 All other options go to train.py, for every setting; those of a setting come after them. The run of setting NAME and
 seed N is the folder NAME/seed-N in --output-dir; without --setting there is one, `ours`.
 
-With --folds the rows of one file are dealt into K parts, by class and with equal texts together; each is answered by a
-model that was trained on the others. NAME/out-of-fold.jsonl has every row with its answer, NAME/label-errors.jsonl the
-rows whose labels are most likely wrong.
+With --folds the rows of one file are split into K parts, stratified by class and with equal texts together; each is
+answered by a model that was trained on the others. NAME/out-of-fold.jsonl has every row with its answer,
+NAME/label-errors.jsonl the rows whose labels are most likely wrong.
 
-What is finished is skipped, and what was stopped continues, so the same command with more seeds or settings adds them.
-The table, and study.json, have the accuracy after the last step on dev and on every test file, the best on dev, and the
-seconds of the whole command. Differences are to the first setting, seed by seed, with a 95 % interval. A run's seconds
-are `-` (null in study.json), and in no mean, if this program was killed while it ran. Beside every run,
-seed-N.inputs.json has the digests of what it has read, which are compared before it is skipped or continued.
+Finished runs are skipped and stopped ones continue, so the same command with more seeds or settings adds them; it is an
+error if the input files have changed since (see seed-N.inputs.json). If this program is killed while a run goes on, its
+seconds are `-` (null in study.json), and in no mean.
 """
 
 from __future__ import annotations
@@ -38,6 +36,7 @@ from tqdm import tqdm
 from sst2_xlmr.cli import OneLineParser, parse_args, with_files
 from sst2_xlmr.data.splits import find_files
 from sst2_xlmr.model.encoders import find_encoder
+from sst2_xlmr.programs.checks import refuse
 from sst2_xlmr.programs.cross_validation import Folds
 from sst2_xlmr.report.comparison import Figures, Results, summary, table
 from sst2_xlmr.task import main_metric
@@ -52,10 +51,10 @@ digest = functools.cache(digest_of_input)  # the runs of a study share most of t
 
 
 def seed_list(text: str) -> list[int]:
-    seeds = text.split(",")
-    if not all(map(str.isdecimal, seeds)) or len(set(map(int, seeds))) < len(seeds):
+    seeds = [int(seed) for seed in text.split(",") if seed.isdecimal()]
+    if len(set(seeds)) < text.count(",") + 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of different seeds such as 1,2,3")
-    return [int(seed) for seed in seeds]
+    return seeds
 
 
 def parse(argv: list[str] | None, reserved: tuple[str, ...] = ()) -> argparse.Namespace:
@@ -79,17 +78,18 @@ def parse(argv: list[str] | None, reserved: tuple[str, ...] = ()) -> argparse.Na
     if bool(study.seeds) == bool(study.folds) or study.folds == 1 or study.folds < 0:
         raise UserError("give either --seeds N,... or --folds K, which is 2 or more")
     for name, options in study.setting or [("ours", "")]:
-        if not name.isidentifier() and not name.replace("-", "").isalnum():
-            raise UserError(f"--setting {name!r}: take letters, digits and hyphens for the name, which is a folder's")
-        if name in (*study.settings, *reserved):
-            raise UserError(f"--setting {name}: that name is taken; choose another")
         try:
-            study.settings[name] = [*rest, *shlex.split(options)]
+            study.settings[name], is_taken = [*rest, *shlex.split(options)], name in (*study.settings, *reserved)
         except ValueError as error:
-            raise UserError(f"--setting {name}: {options.strip()!r} cannot be cut into words: {error}") from None
-        for flag in (word.split("=")[0] for word in with_files(study.settings[name])):
-            if flag in ("--resume", "--output-dir", "--config") or (flag == "--seed" and not study.folds):
-                raise UserError(f"leave out {flag}: every run has its own; to take options from a file, use @FILE")
+            raise UserError(f"--setting {name}: cannot split {options.strip()!r} into words: {error}") from None
+        given = {word.split("=")[0] for word in with_files(study.settings[name])}
+        own = given & {"--resume", "--output-dir", "--config", *(() if study.folds else ("--seed",))}
+        is_name = name.isidentifier() or name.replace("-", "").isalnum()
+        refuse(
+            (not is_name, f"--setting {name!r}: take letters, digits and hyphens for the name, which is a folder's"),
+            (is_taken, f"--setting {name}: that name is taken; choose another"),
+            (own, f"leave out {', '.join(sorted(own))}: every run has its own; to take options from a file, use @FILE"),
+        )
         # A UserError before anything is trained.
         parse_args([*study.settings[name], "--output-dir", str(study.output_dir / "unused")])
     return study
@@ -105,15 +105,12 @@ def check_inputs(words: list[str], run_folder: Path, is_new: bool) -> None:
     for name, paths in find_files(config, quiet=False)[0].items():
         files |= {name if len(paths) == 1 else f"{name} {number}": path for number, path in enumerate(paths, 1)}
     digests = {name: digest(file) for name, file in files.items()}
-    notes, cure = run_folder.with_suffix(".inputs.json"), "or choose another --output-dir"
+    notes = run_folder.with_suffix(".inputs.json")
     former = digests if is_new or not notes.is_file() else json.loads(notes.read_text(encoding="utf-8"))
-    for name, file in files.items():
-        if name not in former:
-            raise UserError(f"{file} ({name}) is none of the files of the run {run_folder}; leave it out, {cure}")
-        if former[name] != digests[name]:
-            raise UserError(f"{file} ({name}) is not the file of the run {run_folder}; give that one, {cure}")
-    if gone := former.keys() - files.keys():
-        raise UserError(f"{min(gone)}, a file of the run {run_folder}, is not named now; name it again, {cure}")
+    for name in {**former, **digests}:
+        if former.get(name) != digests.get(name):
+            cure = "give the same files, or choose another --output-dir"
+            raise UserError(f"{files.get(name, 'nothing')} ({name}) is not the file of the run {run_folder}; {cure}")
     notes.parent.mkdir(parents=True, exist_ok=True)
     write_text(notes, json.dumps(digests, indent=2) + "\n")
 
@@ -180,7 +177,7 @@ def compare(seeds: list[int], folder: Path, runs: Runs, what: str = "seed") -> N
             bar.set_postfix_str(f"{name}, {what} {seed}")
             is_new, found = runs[name](seed)
             results[name][seed] = found
-            seconds = "took unknown time" if found["seconds"] is None else f"{found['seconds']:.0f} s"
+            seconds = "unknown time" if found["seconds"] is None else f"{found['seconds']:.0f} s"
             state = seconds if is_new else "was finished"
             tqdm.write(f"{name}, {what} {seed}: {state}, dev {found['dev']:.4f}", file=sys.stdout)
     write_text(folder / "study.json", json.dumps({"runs": results, "summary": summary(results)}, indent=2) + "\n")
@@ -189,14 +186,13 @@ def compare(seeds: list[int], folder: Path, runs: Runs, what: str = "seed") -> N
 
 def main(argv: list[str] | None = None) -> None:
     study = parse(argv)
-    if study.folds:
-        folds = {
-            name: Folds(words, study.output_dir / name, study.folds, train) for name, words in study.settings.items()
-        }
-        by_fold = {name: each.train_fold for name, each in folds.items()}
-        compare(list(range(1, study.folds + 1)), study.output_dir, by_fold, "fold")
-        for each in folds.values():
-            print("\n".join(["", *each.write()]))
+    folders = {name: study.output_dir / name for name in study.settings}
+    if not study.folds:
+        runs = {name: functools.partial(train, words, folders[name]) for name, words in study.settings.items()}
+        compare(study.seeds, study.output_dir, runs)
         return
-    runs = {name: functools.partial(train, words, study.output_dir / name) for name, words in study.settings.items()}
-    compare(study.seeds, study.output_dir, runs)
+    folds = {name: Folds(words, folders[name], study.folds, train) for name, words in study.settings.items()}
+    by_fold = {name: each.train_fold for name, each in folds.items()}
+    compare(list(range(1, study.folds + 1)), study.output_dir, by_fold, "fold")
+    for each in folds.values():
+        print("\n".join(["", *each.write()]))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any, Optional
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; for more, the last makes intervals a little
-# too wide.
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; with more, intervals are slightly too wide.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 Figures = dict[str, Optional[float]]  # by column; None for seconds that are not known
 Results = dict[int, Figures]  # by seed
@@ -14,8 +13,7 @@ Results = dict[int, Figures]  # by seed
 
 def interval(differences: list[float]) -> dict[str, float]:
     """Return the mean of two or more paired differences, and half the width of its 95 % interval (Student's t)."""
-    count = len(differences)
-    half = _T95[min(count - 2, len(_T95) - 1)] * statistics.stdev(differences) / count**0.5
+    half = _T95[: len(differences) - 1][-1] * statistics.stdev(differences) / len(differences) ** 0.5
     return {"mean": statistics.mean(differences), "half_width": half}
 
 
@@ -28,7 +26,7 @@ def shared_columns(results: dict[str, Results]) -> list[str]:
 def summary(results: dict[str, Results]) -> dict[str, Any]:
     """Return mean and deviation (n - 1) of every column per setting, and the differences to the first setting.
 
-    What is not known is left out; None stands for a figure of nothing.
+    Unknown figures are left out; a mean or deviation of none is None.
     """
     reference = next(iter(results.values()))
     found: dict[str, Any] = {name: {"mean": {}, "deviation": {}, "difference": {}} for name in results}

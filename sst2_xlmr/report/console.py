@@ -1,4 +1,4 @@
-"""What a run tells people, on rank 0: lines or a progress bar on the console, metrics.jsonl, TensorBoard."""
+"""What a run reports, on rank 0: lines or a progress bar on the console, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Report:
     def __init__(
         self, inputs: Prepared, state: TrainState, folder: Path, total_steps: int, written_again: list[str]
     ) -> None:
-        """Open the outputs in a claimed folder; UserError if that fails. A resumed run's go on after its step.
+        """Open the outputs in a claimed folder, to go on after the state's step; UserError if that fails.
 
         The splits that are `written_again` will be evaluated (once more) at this step.
         """
         config, first_step = inputs.config, state.step
-        self._inputs, self._task = inputs, inputs.task
-        self._first_step, self._total_steps, self._started = first_step, total_steps, time.monotonic()
+        self._inputs, self._task, self._total_steps = inputs, inputs.task, total_steps
+        self._first_step, self._started = first_step, time.monotonic()
         place = folder / "metrics.jsonl"
         purge_step = first_step + 1 if place.exists() else None
         with writing(place):
@@ -55,9 +55,8 @@ class Report:
             tensorboard.begin_hparams(self._events, config, state.precision, self._task, splits)
             self._events.flush()
         # disable=None: a bar on a terminal only.
-        self._bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None
-        )
+        bar: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.1, "disable": None}
+        self._bar = tqdm(total=total_steps, initial=first_step, **bar)
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -70,16 +69,15 @@ class Report:
             self._bar.update()
 
     def log_training(self, entry: dict[str, Any]) -> None:
-        """Write a line of metrics at a step and epoch (with fraction), all of them as scalars; show the main ones."""
-        step = entry["step"]
+        """Write a line of metrics at a step and (fractional) epoch, all of them as scalars; print the main ones."""
         scalars = {key: value for key, value in entry.items() if key not in ("step", "epoch")}
         self._write(entry, "train", {**scalars, "memory_gb": used_memory_gb()})
         if not self._bar.disable:
             with suppress(OSError, ValueError):
                 self._bar.set_postfix_str(f"loss {entry['loss']:.4f}, {entry['samples_per_s']:.0f} samples/s")
             return
-        elapsed_s, done = time.monotonic() - self._started, max(1, step - self._first_step)
-        left = tqdm.format_interval(elapsed_s / done * (self._total_steps - step))
+        step, elapsed_s = entry["step"], time.monotonic() - self._started
+        left = tqdm.format_interval(elapsed_s / max(1, step - self._first_step) * (self._total_steps - step))
         self.say(
             f"step {step:>6}/{self._total_steps}  epoch {entry['epoch']:.2f}  loss {entry['loss']:.4f}  "
             f"lr {entry['lr']:.2e}  {entry['samples_per_s']:.1f} samples/s  {left} left"
@@ -101,7 +99,7 @@ class Report:
     ) -> None:
         """Write a line of evaluation metrics (`task.metrics`), perhaps with pictures, curves and mistakes.
 
-        These are drawn from labels, and probabilities, float32 [rows, outputs], in the file's order.
+        These need labels, and probabilities, float32 [rows, outputs], in the file's order.
         """
         if labels is not None and probabilities is not None and task is not None:
             texts_of = partial(self._inputs.texts_of, split)
@@ -112,11 +110,11 @@ class Report:
 
     def say_evaluation(self, step: int, evaluations: dict[str, dict[str, Any]], is_best: bool) -> None:
         """Print a line on dev, and one with the main metric of all other files; both by the split's name."""
-        dev = evaluations["dev"]
+        others, metric = dict(evaluations), self._task.best_metric
+        dev = others.pop("dev")
         best = "  (best so far)" if is_best else ""
         self.say(f"step {step:>6}  dev: {self._task.describe(dev)}  {dev['rows']:,} rows{best}")
-        if others := {split: metrics for split, metrics in evaluations.items() if split != "dev"}:
-            metric = self._task.best_metric
+        if others:
             values = "  ".join(f"{split} {metrics[metric]:.4f}" for split, metrics in others.items())
             mean = f"  mean {mean_of(list(others.values()))[metric]:.4f}" if len(others) > 1 else ""
             self.say(f"step {step:>6}  {metric}: {values}{mean}")

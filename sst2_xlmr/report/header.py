@@ -33,15 +33,14 @@ def header_lines(
     head_is_new: bool,
 ) -> list[str]:
     """Return the header's lines; `inputs.config` is what was asked, and all else what was decided (see `Run`)."""
-    config, rows = inputs.config, len(inputs.train_labels)
+    config, rows, processes = inputs.config, len(inputs.train_labels), world.world_size
     head = f"{'new' if head_is_new else 'its own'} head for {listed(inputs.task.label_names)}"
     at_most = f" (at most {config.micro_batch_size} a pass)" if config.micro_batch_size else ""
     epochs = "" if config.max_steps else f"{config.epochs:g} epoch{'s' * (config.epochs != 1)}, "
     batches = f"{-(-rows // config.batch_size):,} an epoch, of {config.batch_size} rows{at_most}"
     evaluation = f"every {state.eval_every:,}" if state.eval_every else "after each epoch"
     computes = _describe_precision(config, state.precision, fallback_reason, world)
-    threads, processes = torch.get_num_threads(), world.world_size
-    device = f"CPU with {threads} thread{'s' * (threads > 1)}"
+    device = f"CPU with {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}"
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name(world.device)
     device += f", {processes} process{'es' * (processes > 1)}{' that share memory' * optimizer.shares_memory}"
@@ -63,25 +62,23 @@ def data_report(inputs: Prepared) -> list[str]:
     duplicates = "dropped" if config.drop_duplicates else "--drop-duplicates drops them"
     leaks = "dropped" if config.drop_leaks else "--drop-leaks drops them"
     lines = []
+
+    def add(kind: str, count: int, has: str, cure: str, *examples: tuple[str, int]) -> None:
+        rows = f"{count:,} training rows have" if count > 1 else "1 training row has"
+        lines.append(f"{kind:<10} {rows} {has}{_example(inputs, *examples)}; {cure}")
+
     if count := len(train.repeats):
-        example = _example(inputs, ("train", train.repeats[0]))
-        lines.append(f"duplicates {_rows(count)} the text and label of an earlier one{example}; {duplicates}")
+        add("duplicates", count, "the text and label of an earlier one", duplicates, ("train", train.repeats[0]))
     if count := len(train.contradictions):
         first = train.contradictions[0]
         same = np.flatnonzero(train.text_digests == train.text_digests[first])
         keys = inputs.task.label_keys(train.labels[same])
         other = same[keys != keys[same == first]][0]
-        example = _example(inputs, ("train", first), ("train", other))
-        lines.append(f"conflicts  {_rows(count)} a text with conflicting labels{example}; {duplicates}")
+        add("conflicts", count, "a text with conflicting labels", duplicates, ("train", first), ("train", other))
     for split, rows in inputs.leaks.items():
         there = np.flatnonzero(inputs.caches[split].text_digests == train.text_digests[rows[0]])[0]
-        example = _example(inputs, ("train", rows[0]), (split, there))
-        lines.append(f"leaks      {_rows(len(rows))} a text of {split}{example}; {leaks}")
+        add("leaks", len(rows), f"a text of {split}", leaks, ("train", rows[0]), (split, there))
     return lines
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} training rows have" if count > 1 else "1 training row has"
 
 
 def _example(inputs: Prepared, *rows: tuple[str, int]) -> str:
@@ -111,13 +108,13 @@ def describe_rows(inputs: Prepared) -> str:
     if inputs.train_rows is not None:
         counts["train"] = f"{len(inputs.train_rows):,} of {counts['train']}"
     rows = ", ".join(f"{split} {count}" for split, count in counts.items())
+    length, kind = inputs.config.max_length, inputs.config.long_texts
+    if kind == "windows":
+        several = sum(int((cache.lengths() > length).sum()) for cache in inputs.caches.values())
+        return f"{rows}; {several:,} in windows of {length} tokens"
     truncated = sum(cache.truncated for cache in inputs.caches.values())
-    cut_to = f"; {truncated:,} cut to {inputs.config.max_length} tokens" if truncated else ""
-    cut_to += " (their beginning and end)" if truncated and inputs.config.long_texts == "head-tail" else ""
-    if inputs.config.long_texts == "windows":
-        several = sum(int((cache.lengths() > inputs.config.max_length).sum()) for cache in inputs.caches.values())
-        cut_to = f"; {several:,} in windows of {inputs.config.max_length} tokens"
-    return rows + cut_to
+    where = " (their beginning and end)" if kind == "head-tail" else ""
+    return rows + (f"; {truncated:,} cut to {length} tokens{where}" if truncated else "")
 
 
 def _describe_precision(config: Config, precision: str, reason: str, world: World) -> str:

@@ -44,8 +44,7 @@ def make_event_folder(folder: Path, option: str) -> None:
 def open_events(folder: Path, purge_step: int | None = None) -> SummaryWriter:
     """Open a new event file beside those that are there; TensorBoard hides what these have from `purge_step` on.
 
-    It reads files in the order of their names, which begin with the second of the start: so no two start in the same
-    one, but by a clock that is behind, points double.
+    It reads files in the order of their names, which begin with the second of the start, so no two may share one.
     """
     while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
         time.sleep(0.02)
@@ -61,12 +60,12 @@ def _hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
 
 
 def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: Task, splits: list[str]) -> None:
-    """Write the options by which runs are compared, those of model and training, and which metrics to show with them.
+    """Write the options by which runs are compared, and which metrics of the evaluated splits to show with them.
 
-    Precision is as decided; splits are those evaluated. `SummaryWriter.add_hparams` would make a run of its own.
+    The precision is the one decided on. `SummaryWriter.add_hparams` would make a run of its own.
     """
     values = {name: getattr(config, name) for name in [*GROUPS["model"], *GROUPS["training"], "max_length"]}
-    values.update(precision=precision, encoder=Path(config.encoder).name)
+    values |= {"precision": precision, "encoder": Path(config.encoder).name}
     # torch writes a bool as a number, and refuses a list.
     values = {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
     tags = [f"dev/{name}" for name in dict.fromkeys([task.best_metric, *task.scalars])]
@@ -95,7 +94,7 @@ def draw_evaluation(
     task: Task,
     texts_of: Callable[[set[int]], dict[int, str]],
 ) -> None:
-    """Write a file's confusion matrix, or a scatter plot of scores, precision-recall curves, and the surest mistakes.
+    """Write a file's confusion matrix, or a scatter plot of scores, precision-recall curves, and the worst mistakes.
 
     Probabilities are float32 [rows, outputs]; `texts_of` is `read_texts` for rows of the file.
     """
@@ -118,21 +117,17 @@ def draw_evaluation(
         # are spread evenly, and give the same curve: of every probability, the share of all rows with a lower one.
         ranks = np.searchsorted(np.sort(scores), scores) / len(labels)
         writer.add_pr_curve(f"{name}/pr_{label}", is_label, ranks, step)
-    writer.add_text(
-        f"{name}/mistakes", mistakes_table(*task.mistakes(probabilities, labels), len(labels), texts_of), step
-    )
+    mistakes = mistakes_table(*task.mistakes(probabilities, labels), len(labels), texts_of)
+    writer.add_text(f"{name}/mistakes", mistakes, step)
 
 
 def mistakes_table(
-    wrong: np.ndarray,
-    answer_of: Callable[[int], list[str]],
-    rows: int,
-    texts_of: Callable[[set[int]], dict[int, str]],
+    wrong: np.ndarray, answer_of: Callable[[int], list[str]], rows: int, texts_of: Callable[[set[int]], dict[int, str]]
 ) -> str:
-    """Return the surest mistakes as a Markdown table; for the first two arguments see `SingleLabel.mistakes`."""
+    """Return the most confident mistakes as a Markdown table; the first two arguments are `SingleLabel.mistakes`'."""
     chosen = wrong[:MISTAKES].tolist()
     texts = texts_of(set(chosen))
-    lines = [f"{len(wrong):,} of {rows:,} rows are mistaken; of these the {len(chosen)} surest.", ""]
+    lines = [f"{len(wrong):,} of {rows:,} rows are wrong; these are the {len(chosen)} most confident.", ""]
     lines += ["| row | text | true | predicted | probability |", "| ---: | --- | --- | --- | ---: |"]
     for row in chosen:
         text = escape(texts[row]) if row in texts else "(the file has changed)"
@@ -152,12 +147,8 @@ def read_texts(file: Path, digest: str, columns: Columns, task: Task, rows: set[
 
 
 def escape(text: str) -> str:
-    """Return Markdown that shows the text as it is, cut if it is long.
-
-    TensorBoard's tables break words of narrow columns in favour of a wide one, so the lines are broken here.
-    """
-    lines = textwrap.wrap(" ".join(text.split()), LINE_LENGTH) or [""]
-    lines = [*lines[: MOST_LINES - 1], lines[MOST_LINES - 1] + " ..."] if len(lines) > MOST_LINES else lines
+    """Return Markdown that shows the text as it is, cut if it is long; in lines, as TensorBoard's tables have none."""
+    lines = textwrap.wrap(" ".join(text.split()), LINE_LENGTH, max_lines=MOST_LINES, placeholder=" ...")
     return "<br>".join(_MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", line) for line in lines)
 
 

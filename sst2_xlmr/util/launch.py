@@ -1,4 +1,4 @@
-"""How this program was started: by hand, by torchrun, which may restart it, or by SLURM."""
+"""How this program was started: by hand, by torchrun (which may restart it) or by SLURM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]  # of a checkout, or where packages a
 
 
 def command(program: str) -> str:
-    """Return how to start one of our programs (`train`, say) from this folder, as this one was started."""
+    """Return the command that starts a program (`train`, say) from this folder, as this one was started."""
     started, script = Path(sys.argv[0]), ROOT / ("train.py" if program == "train" else f"scripts/{program}.py")
     words = f"-m sst2_xlmr {program}"
     if Path(os.path.realpath(started)).parent in (ROOT, ROOT / "scripts") and script.is_file():
@@ -39,16 +39,16 @@ def this_command() -> str:
 def is_restarted(output_dir: str | None) -> bool:
     """Whether torchrun (`--max-restarts`) has restarted the command, which must continue its own run."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and output_dir is None:
-        raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run to continue")
+        raise UserError("torchrun --max-restarts needs --output-dir, so that a restart can resume the run")
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     return restarts > 0 and output_dir is not None and Path(output_dir, "config.json").is_file()
 
 
 def check_tasks() -> None:
-    """Raise a `UserError` if srun has started several processes that know nothing of one another."""
+    """Raise a `UserError` if srun started several processes that are no process group."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of the srun around this; SLURM_NTASKS is the job's
     if tasks == "1" or "SLURM_PROCID" not in os.environ or {"RANK", "WORLD_SIZE"} & os.environ.keys():
         return
     os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_PROCID"])  # so that the first of them says it
-    cure = "start one torchrun per node (see scripts/train.sbatch), or set RANK=0 if they are to be runs of their own"
-    raise UserError(f"srun has started {tasks} tasks, which would train apart; {cure}")
+    cure = "start one torchrun per node (see scripts/train.sbatch), or set RANK=0 for independent runs"
+    raise UserError(f"srun started {tasks} tasks, which would train separately; {cure}")

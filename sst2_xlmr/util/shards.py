@@ -1,7 +1,7 @@
-"""Results that are computed in blocks of rows and survive a kill: files of JSON in a hidden folder beside the output.
+"""Results in blocks of rows that survive a kill: JSON files in a hidden folder beside the output.
 
-Its `fingerprint.json` says what the results are made of, and is locked by who writes them; a folder without it is not
-ours, and stays as it is.
+Its `fingerprint.json` identifies input, model and options, and is locked by the writing process; a folder without it is
+not ours, and stays as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import is_scratch, write_text, writing
 
 _FINGERPRINT = "fingerprint.json"
-_BLOCK = re.compile(r"[0-9]{8}\.json")
 
 
 def shards_of(output: Path) -> Path:
@@ -41,8 +39,8 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
     folder, content = shards_of(output), json.dumps(fingerprint)
     with contextlib.ExitStack() as stack:
         with writing(output):
-            is_ours = is_begun(output) or (folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()))
-            if os.path.lexists(folder) and not is_ours:
+            is_empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+            if os.path.lexists(folder) and not is_empty and not is_begun(output):
                 raise UserError(f"{folder} already exists and is not ours; move it away, or choose another --output")
             folder.mkdir(exist_ok=True)
             descriptor = os.open(folder / _FINGERPRINT, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -55,19 +53,19 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
                 cure = "wait for it, stop it, or choose another --output"
                 raise UserError(f"another process is writing {output}; {cure}") from None
             found = file.read()
+            if resume and found not in ("", content):
+                what = f"the rows in {folder} belong to another model, input, machine or other options"
+                raise UserError(f"{what}; start again with --overwrite instead of --resume")
             if not resume or not found:
                 _clear(folder)
                 file.seek(0)
                 file.truncate()
                 file.write(content)
                 file.flush()
-            elif found != content:
-                what = f"the rows in {folder} belong to another model, input, machine or other options"
-                raise UserError(f"{what}; start again with --overwrite instead of --resume")
         try:
             yield folder
         finally:  # without blocks it still says that an output which is there is not the result
-            if not any(map(_is_block, folder.iterdir() if folder.is_dir() else ())) and not os.path.lexists(output):
+            if not _blocks(folder) and not os.path.lexists(output):
                 remove_shards(folder)
 
 
@@ -99,12 +97,11 @@ def _block(folder: Path, number: int) -> Path:
     return folder / f"{number:08d}.json"
 
 
-def _is_block(file: Path) -> bool:
-    return _BLOCK.fullmatch(file.name) is not None
+def _blocks(folder: Path) -> list[Path]:
+    return list(folder.glob("[0-9]" * 8 + ".json"))
 
 
 def _clear(folder: Path) -> None:
     """Remove blocks, and what a killed process left unfinished."""
-    for file in list(folder.iterdir()):
-        if _is_block(file) or is_scratch(file):
-            file.unlink()
+    for file in [*_blocks(folder), *filter(is_scratch, folder.iterdir())]:
+        file.unlink()

@@ -19,17 +19,18 @@ from sst2_xlmr.model.encoders import TOKENIZER_NAME
 from sst2_xlmr.model.tokenizer import load_tokenizer
 
 
-@pytest.mark.parametrize("which", ["tiny", pytest.param("small", marks=needs_small_encoder)])
-def test_pieces(tiny_encoder: Path, which: str) -> None:
-    model_file = (tiny_encoder if which == "tiny" else SMALL_ENCODER) / TOKENIZER_NAME
+@pytest.fixture(params=["tiny", pytest.param("small", marks=needs_small_encoder)])
+def model_file(request: pytest.FixtureRequest, tiny_encoder: Path) -> Path:
+    return (tiny_encoder if request.param == "tiny" else SMALL_ENCODER) / TOKENIZER_NAME
+
+
+def test_pieces(model_file: Path) -> None:
     pieces, content = SentencePieceProcessor(str(model_file)), tokenizer_json(model_file)
-    assert content is not None
-    vocab = json.loads(content)["model"]["vocab"]
-    assert len(vocab) == pieces.GetPieceSize() + 2
+    vocab = json.loads(content or b"")["model"]["vocab"]
     assert [token for token, _ in vocab[:4]] == ["<s>", "<pad>", "</s>", "<unk>"]
     assert vocab[-1][0] == "<mask>"
-    for number in range(3, pieces.GetPieceSize()):
-        assert vocab[number + 1] == [pieces.IdToPiece(number), pieces.GetScore(number)], number
+    expected = [[pieces.IdToPiece(number), pieces.GetScore(number)] for number in range(3, pieces.GetPieceSize())]
+    assert vocab[4:-1] == expected
 
 
 TEXTS = [
@@ -48,12 +49,10 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("which", ["tiny", pytest.param("small", marks=needs_small_encoder)])
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
-def test_cuts_texts_as_sentencepiece_does(tiny_encoder: Path, which: str, form: Any) -> None:
+def test_cuts_texts_as_sentencepiece_does(model_file: Path, form: Any) -> None:
     """However their characters are written; what transformers converts cuts decomposed Korean otherwise."""
     tokenizers = pytest.importorskip("tokenizers")
-    model_file = (tiny_encoder if which == "tiny" else SMALL_ENCODER) / TOKENIZER_NAME
     content, ours = tokenizer_json(model_file) or b"", load_tokenizer(model_file, 999)
     theirs = tokenizers.Tokenizer.from_str(content.decode())
     for text in (unicodedata.normalize(form, text) for text in TEXTS):
@@ -61,9 +60,7 @@ def test_cuts_texts_as_sentencepiece_does(tiny_encoder: Path, which: str, form: 
         assert theirs.encode(text, text).ids == ours.flat_ids([text], [text])[0].tolist()
 
 
-@pytest.mark.parametrize("which", ["tiny", pytest.param("small", marks=needs_small_encoder)])
-def test_what_is_written_is_read_back(tiny_encoder: Path, tmp_path: Path, which: str) -> None:
-    model_file = (tiny_encoder if which == "tiny" else SMALL_ENCODER) / TOKENIZER_NAME
+def test_what_is_written_is_read_back(model_file: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(model_file) or b"")
     before, after = (load_tokenizer(file, 999) for file in (model_file, tmp_path / "tokenizer.json"))
     assert [ids.tolist() for ids in before.flat_ids(TEXTS)] == [ids.tolist() for ids in after.flat_ids(TEXTS)]

@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,10 +73,8 @@ ROWS = [
     {"id": "8", "text": "", "note": "empty"},
     {"id": "9", "text": "\u202eright to left \U0001f600", "note": ""},
 ]
-
-
 INPUTS = {
-    ".tsv": 'id\ttext\tnote\n7\ta "fine" film, really\tx\n8\t\tempty\n9\t\u202eright to left \U0001f600\t\n',
+    ".tsv": "".join("\t".join(row) + "\n" for row in [ROWS[0], *(row.values() for row in ROWS)]),
     ".csv": 'id,text,note\n7,"a ""fine"" film, really",x\n8,,empty\n9,\u202eright to left \U0001f600,\n',
     ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
 }
@@ -89,26 +87,20 @@ def write_input(path: Path) -> Path:
 
 
 def read_output(path: Path) -> list[dict[str, Any]]:
-    examples = read_rows(path, Columns("text"), None)
-    return [dict(zip(row.fields.names, row.fields.cells)) for row in examples]
+    return [dict(zip(row.fields.names, row.fields.cells)) for row in read_rows(path, Columns("text"), None)]
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted"), [("in.tsv", "out.jsonl"), ("in.csv.gz", "out.tsv.gz"), ("in.jsonl", "out.csv")]
-)
-def test_every_format_in_and_out_keeps_all_columns_and_the_order(
-    model: Path, tmp_path: Path, given: str, wanted: str, capsys: Capture
-) -> None:
+@pytest.mark.parametrize("names", ["in.tsv out.jsonl", "in.csv.gz out.tsv.gz", "in.jsonl out.csv"])
+def test_every_format_in_and_out(model: Path, tmp_path: Path, names: str, capsys: Capture) -> None:
+    given, wanted = names.split()
     run(model, "--input", write_input(tmp_path / given), "--output", tmp_path / wanted, "--all-probabilities")
     found = read_output(tmp_path / wanted)
     assert list(found[0]) == ["id", "text", "note", "label", "probability", "probability_a", "probability_b"]
-    for row, expected in zip(found, ROWS):
-        assert {**row, **expected} == row
+    assert [{**row, **expected} for row, expected in zip(found, ROWS)] == found and len(found) == len(ROWS)
+    for row in found:
         probabilities = {name: float(row[f"probability_{name}"]) for name in ("a", "b")}
         assert sum(probabilities.values()) == pytest.approx(1, abs=2e-6)
-        assert row["label"] == max(probabilities, key=lambda name: probabilities[name])
-        assert float(row["probability"]) == max(probabilities.values())
-    assert len(found) == len(ROWS)
+        assert probabilities[row["label"]] == float(row["probability"]) == max(probabilities.values())
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("quoting=3") == printed.err.count("\n") == (wanted == "out.tsv.gz"), "how pandas reads it"
@@ -130,8 +122,7 @@ def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path, capsys: Capture
     assert not (tmp_path / "out.csv").exists()
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
     run(model, *options)
-    found = read_output(tmp_path / "out.csv")
-    assert [(row["text"], row["n"]) for row in found] == [("x", "1"), ("y", "")]
+    assert [(row["text"], row["n"]) for row in read_output(tmp_path / "out.csv")] == [("x", "1"), ("y", "")]
 
 
 def test_glue_submission(model: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -163,12 +154,12 @@ def test_a_progress_bar_on_a_terminal_only(model: Path, tmp_path: Path) -> None:
 
 
 def test_output_that_exists_is_kept_unless_told_otherwise(model: Path, tmp_path: Path, capsys: Capture) -> None:
-    """So is what a link leads to."""
+    """So is what a link leads to, and a folder in any case."""
     out, other = tmp_path / "out.tsv", tmp_path / "out.tsv.part-0"
     other.write_text("precious")
+    options = ["--output", out, "A fine film."]
     for name in ("file", "link"):
         out.symlink_to(other) if name == "link" else out.write_text("precious")
-        options = ["--output", out, "A fine film."]
         assert "out.tsv already exists; choose another name" in user_error(partial(run, model, *options), capsys)
         assert out.read_text() == "precious"
         run(model, *options, "--overwrite")
@@ -176,15 +167,14 @@ def test_output_that_exists_is_kept_unless_told_otherwise(model: Path, tmp_path:
         out.unlink()
     assert other.read_text() == "precious"
     out.mkdir()
-    assert "out.tsv is a folder; name a file" in user_error(partial(run, model, *options, "--overwrite"), capsys)
+    assert "out.tsv already exists" in user_error(partial(run, model, *options, "--overwrite"), capsys)
 
 
 def write_many(path: Path, rows: int) -> Path:
     """Write rows of different length, some of them in quotes, more than two lines long."""
+    texts = [[n, f'a "film"\nnumber {n} ' + "good " * (n % 7)] for n in range(rows)]
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [["n", "text"], *([n, f'a "film"\nnumber {n} ' + "good " * (n % 7)] for n in range(rows))]
-        )
+        csv.writer(file).writerows([["n", "text"], *texts])
     return path
 
 
@@ -226,17 +216,22 @@ def test_more_processes_than_rows_at_once(model: Path, tmp_path: Path) -> None:
     assert errors.count("error: ") == errors.count("error: --glue-submission: the model's classes are a, b") == 1
 
 
+def run_with(patched: Callable[[Iterator[Any]], Iterable[Any]], model: Path, *options: object) -> None:
+    """Predict, where blocks of answers go through a function."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "with_progress", lambda answers, *_, **__: patched(answers))
+        run(model, *options)
+
+
 def run_killed(model: Path, *options: object) -> None:
     """Predict, and die after a block."""
 
-    def dies(answers: Iterator[Any], *_: Any, **__: Any) -> Iterator[Any]:
+    def dies(answers: Iterator[Any]) -> Iterator[Any]:
         yield next(answers)
         raise ZeroDivisionError
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "with_progress", dies)
-        with pytest.raises(ZeroDivisionError):
-            run(model, *options)
+    with pytest.raises(ZeroDivisionError):
+        run_with(dies, model, *options)
 
 
 def test_what_was_to_replace_a_file_is_continued(model: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -279,39 +274,33 @@ def test_other_rows_are_not_continued(model: Path, tmp_path: Path, what: str, ca
 def test_a_file_that_came_meanwhile_is_not_replaced(model: Path, tmp_path: Path, capsys: Capture) -> None:
     output = tmp_path / "out.csv"
     options = ["--input", write_many(tmp_path / "in.csv", 20), "--output", output]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "with_progress", lambda answers, *_, **__: [*answers, output.write_text("theirs")][:1])
-        assert "out.csv already exists" in user_error(lambda: run(model, *options), capsys)
+    says = user_error(lambda: run_with(lambda all: [*all, output.write_text("theirs")][:1], model, *options), capsys)
+    assert "out.csv already exists" in says
     assert output.read_text() == "theirs"
     output.unlink()
     run(model, *options, "--resume")
     assert len(read_output(output)) == 20
 
 
-def test_an_input_that_changes_meanwhile_is_no_result(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_an_input_that_changes_meanwhile_is_no_result(model: Path, tmp_path: Path, capsys: Capture) -> None:
     """A row that is added after the file was read through would be missing."""
     file = write_many(tmp_path / "in.csv", 100)
 
-    def add_row(blocks: Iterator[Any], *_: object, **__: object) -> Iterator[Any]:
+    def add_row(blocks: Iterator[Any]) -> Iterator[Any]:
         for block in blocks:
             with file.open("a") as opened:
                 opened.write("100,one more\n")
             yield block
 
-    monkeypatch.setattr(script, "with_progress", add_row)
     options = ["--input", file, "--output", tmp_path / "out.csv"]
-    assert "in.csv changed while it was being read" in user_error(lambda: run(model, *options), capsys)
+    says = user_error(lambda: run_with(add_row, model, *options), capsys)
+    assert "in.csv changed while it was being read" in says
     assert not (tmp_path / "out.csv").exists()
-    monkeypatch.undo()
     run(model, *options, "--overwrite")
     assert len(read_output(tmp_path / "out.csv")) == 101
 
 
-def test_lines_tell_the_time_left_where_there_is_no_terminal(
-    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_tell_time_left(model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
     run(model, "--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv")
     lines = capsys.readouterr().err.splitlines()
@@ -322,9 +311,9 @@ def test_lines_tell_the_time_left_where_there_is_no_terminal(
 WRONG_USE = {
     "--input no.tsv": "cannot read no.tsv: No such file",
     "--input sample_data": "is a folder, but not one with a folder of texts per class",
-    "--input sample_data/dev.tsv --output no/such/x.tsv": "cannot write to no/such: No such file",
+    "--input sample_data/dev.tsv --output no/such/x.tsv": "cannot write no/such/x.tsv: No such file",
     "--input sample_data/dev.tsv --glue-submission g --all-probabilities": "--glue-submission holds labels only",
-    "--input rows.tsv --glue-submission g --output g/../g/SST-2.tsv": "both write g/../g/SST-2.tsv",
+    "--input rows.tsv --glue-submission g --output g/../g/SST-2.tsv": "--output and --glue-submission are one file",
     "--text-column 2 x": "--text-column needs --input",
     "--glue-submission x x": "--glue-submission needs --input",
     "--resume x": "--resume needs --input and --output",
@@ -360,11 +349,15 @@ def test_wrong_input(model: Path, tmp_path: Path, name: str, content: bytes, say
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-def test_a_tokenizer_of_another_model_is_refused(model: Path, tmp_path: Path, capsys: Capture) -> None:
-    model = Path(shutil.copytree(model, tmp_path / "model"))
+def test_a_model_that_does_not_fit_is_refused(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Its tokenizer, of another model; single texts, for one of pairs."""
+    other, pairs = (Path(shutil.copytree(model, tmp_path / name)) for name in ("other", "pairs"))
     rows = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    assert make_tokenizer(model / "sentencepiece.bpe.model", 2 * rows) > rows
-    assert f" has {rows} embedding rows; they do not belong" in user_error(lambda: run(model, "x"), capsys)
+    assert make_tokenizer(other / "sentencepiece.bpe.model", 2 * rows) > rows
+    assert f" has {rows} embedding rows; they do not belong" in user_error(lambda: run(other, "x"), capsys)
+    change_json(pairs / "config.json", text_pairs=True)
+    cure = "was trained on pairs of texts; name the second column, too: --input FILE --text-pair-column NAME"
+    assert cure in user_error(lambda: run(pairs, "a film"), capsys)
 
 
 def test_a_path_without_permission_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -386,9 +379,7 @@ def test_a_reader_that_stops_is_no_error_and_a_full_disk_is_one_line(model: Path
     assert done.stdout.count(b"\n") == (0 if is_full else 1)
 
 
-def test_a_stream_whose_disk_is_full_leaves_nothing(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_stream_to_a_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     lines = io.BytesIO(b"a film\n" * 2000)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines))
     out = tmp_path / "out.jsonl"
@@ -403,22 +394,14 @@ def test_a_stream_whose_disk_is_full_leaves_nothing(
 
 def test_a_line_is_answered_as_soon_as_it_is_there(model: Path) -> None:
     """By whoever waits for it before writing the next one."""
-    command = [sys.executable, str(ROOT / "scripts/predict.py"), "--model", str(model), "--device", "cpu"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as process:
+    command = [sys.executable, PROGRAM, *words_for(model)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, bufsize=0) as process:
         assert process.stdin is not None and process.stdout is not None
-        for text in (b"a fine film", b"a poor one"):
-            process.stdin.write(text + b"\n")
-            process.stdin.flush()
-            assert process.stdout.readline().endswith(b"\t" + text + b"\n")
+        for text in (b"a fine film\n", b"a poor one\n"):
+            process.stdin.write(text)
+            assert process.stdout.readline().endswith(b"\t" + text)
         process.stdin.close()
         assert process.wait() == 0
-
-
-def test_a_model_of_pairs_is_asked_with_pairs(model: Path, tmp_path: Path, capsys: Capture) -> None:
-    copy = Path(shutil.copytree(model, tmp_path / "model"))
-    change_json(copy / "config.json", text_pairs=True)
-    says = user_error(partial(run, copy, "a film"), capsys)
-    assert "was trained on pairs of texts; name the second column, too: --input FILE --text-pair-column NAME" in says
 
 
 @pytest.mark.parametrize("delimiter", [";", "|", "\t"])

@@ -26,15 +26,11 @@ from sst2_xlmr.util.distributed import World
 ENTRY: dict[str, Any] = {"step": 3, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0, "something_new": 7.0}
 
 
-def open_small_report(folder: Path) -> Report:
-    files = {"dev": SAMPLE_DATA / "dev.tsv"}
-    inputs: Any = SimpleNamespace(config=Config(), task=SingleLabel(["negative", "positive"]), files=files)
-    return Report(inputs, TrainState(5), folder, 10, [])
-
-
 def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
     """A killed process has no time to write what it holds back, and a resumed run does not repeat it."""
-    report = open_small_report(tmp_path)
+    files, task = {"dev": SAMPLE_DATA / "dev.tsv"}, SingleLabel(["negative", "positive"])
+    inputs: Any = SimpleNamespace(config=Config(), task=task, files=files)
+    report = Report(inputs, TrainState(5), tmp_path, 10, [])
     report.log_training(ENTRY)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [3]
@@ -74,11 +70,9 @@ def test_the_header_says_what_was_decided(
     assert says in by_name["device"]
 
 
-@pytest.mark.parametrize(
-    ("what", "place"), [("metrics", "metrics to {}/metrics.jsonl"), ("events", "events to {}/tensorboard")]
-)
+@pytest.mark.parametrize("what", ["metrics", "events"])
 def test_a_run_whose_disk_fills_goes_on_when_there_is_room(
-    run_train: RunTrain, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, what: str, place: str
+    run_train: RunTrain, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """What is said is one line, without a traceback from the thread that writes events."""
     run, log_training = tmp_path / "run", Report.log_training
@@ -95,7 +89,8 @@ def test_a_run_whose_disk_fills_goes_on_when_there_is_room(
     with monkeypatch.context() as patched:
         patched.setattr(Report, "log_training", fill_at_step_5)
         line = user_error(lambda: run_train(run, "--epochs", 1, "--save-every", 3), capsys)
-    assert f"cannot write {place.format(run)}: No space left on device; make room, then continue" in line
+    place = run / ("metrics.jsonl" if what == "metrics" else "tensorboard")
+    assert f"cannot write {what} to {place}: No space left on device; make room, then continue" in line
     for file in (run / "tensorboard").iterdir():
         file.unlink()
     resume(run)

@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from sst2_xlmr.report.pictures import confusion_picture
 
 BLUE = (26, 95, 180)
-UNKNOWN = "\U0001e7e0\U000e0041"  # letters that no font has
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -63,34 +62,24 @@ def test_true_labels_are_rows_and_predictions_columns(drawn: dict[str, tuple[flo
 
 @pytest.mark.filterwarnings("error")
 def test_counts_shares_and_names(drawn: dict[str, tuple[float, float]]) -> None:
-    names = ["größer", "$x_1$ 100%", "л" * 40, UNKNOWN]
-    confusion = np.diag([1234, 0, 3, 4])
+    """No box stands for a letter that the font does not have, and no warning comes."""
+    words = "größer $x_1$_100% отрицательный αρνητικό سلبي שלילי नकारात्मक เชิงลบ 负面 부정적인 👍"
+    names = [*words.split(), "л" * 40, "a\nb"]
+    confusion = np.diag([1234, 0, 3, *[4] * (len(names) - 3)])
     confusion[0, 2] = 1
-    confusion_picture(confusion, names, f"dev {UNKNOWN}")
+    confusion_picture(confusion, names, "dev 负面")
     assert {"1,234\n99.9%", "1\n0.1%", "3\n100.0%", "0"} <= drawn.keys()
-    assert {"größer", "$x_1$ 100%", "л" * 31 + "…", "class 3", "dev ??"} <= drawn.keys()
-
-
-@pytest.mark.filterwarnings("error")
-def test_letters_of_every_script_are_drawn_or_replaced(drawn: dict[str, tuple[float, float]]) -> None:
-    """No box stands for a letter, and no warning comes."""
-    words = "отрицательный αρνητικό سلبي שלילי नकारात्मक เชิงลบ 负面 否定的 부정적인 👍"
-    names = [*words.split(), "a\nb"]
-    confusion_picture(np.eye(len(names), dtype=int), names, "dev")
-    for number, name in enumerate(names):
-        assert (name in drawn) != (f"class {number}" in drawn), name
-    assert {"отрицательный", "αρνητικό", "class 2", "class 3", "class 8", "class 9"} <= drawn.keys()
+    assert {"dev ??", *words.split()[:4], "л" * 31 + "…", "a\nb"} <= drawn.keys()
+    assert {name for name in drawn if name.startswith("class ")} == {f"class {number}" for number in range(4, 11)}
 
 
 def test_settings_are_left_alone() -> None:
+    """And whoever draws nothing does not wait for matplotlib."""
     before = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"text.usetex": True, "savefig.dpi": 30, "axes.facecolor": "black"}):
         theirs = confusion_picture(np.eye(2, dtype=int), ["a", "b"], "dev")
     assert theirs == confusion_picture(np.eye(2, dtype=int), ["a", "b"], "dev"), "the user's settings change nothing"
     assert dict(matplotlib.rcParams) == before
-
-
-def test_only_drawing_imports_matplotlib() -> None:
     program = (
         "import sys, train, numpy; from sst2_xlmr.report.pictures import confusion_picture as draw;"
         "print('matplotlib' in sys.modules); draw(numpy.eye(2), ['a', 'b'], '');"

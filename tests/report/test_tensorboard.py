@@ -81,11 +81,9 @@ def test_tags_and_steps(trained: Trained) -> None:
 def test_scalars_are_those_of_metrics_jsonl(trained: Trained) -> None:
     for entry in metrics(trained.folder):
         split = entry.get("split", "train")
-        for key in ("loss", "accuracy", "ece", "lr", "grad_norm", "samples_per_s"):
-            if key in entry:
-                points = trained.events.Scalars(f"{split}/{key}")
-                at_step = [point.value for point in points if point.step == entry["step"]]
-                assert at_step == [pytest.approx(entry[key], rel=1e-6)], (split, key)
+        for key in {"loss", "accuracy", "ece", "lr", "grad_norm", "samples_per_s"} & entry.keys():
+            found = [point.value for point in trained.events.Scalars(f"{split}/{key}") if point.step == entry["step"]]
+            assert found == [pytest.approx(entry[key], rel=1e-6)], (split, key)
     assert 0.1 < trained.events.Scalars("train/memory_gb")[-1].value < 10
 
 
@@ -131,16 +129,12 @@ def test_hyperparameters_and_their_metrics(trained: Trained, tiny_encoder: Path)
 
 
 def test_table_at_the_end(trained: Trained) -> None:
-    table = [line.split() for line in trained.said.split("\nfile ")[1].splitlines()[1:4]]
-    accuracies = [trained.last[split]["accuracy"] for split in ("de", "test.ru")]
-    assert [line[:2] for line in table] == [
-        ["de", f"{accuracies[0]:.4f}"],
-        ["test.ru", f"{accuracies[1]:.4f}"],
-        ["mean", f"{sum(accuracies) / 2:.4f}"],
-    ]
-    best = trained.said.split("\nfile ")[2].splitlines()[1].split()
-    assert best[:2] == ["best/test.ru", f"{trained.last['best/test.ru']['accuracy']:.4f}"]
-    assert f"step     10  accuracy: de {accuracies[0]:.4f}" in trained.said
+    found = {split: f"{entry['accuracy']:.4f}" for split, entry in trained.last.items()}
+    mean = f"{(trained.last['de']['accuracy'] + trained.last['test.ru']['accuracy']) / 2:.4f}"
+    last, best = ([line.split()[:2] for line in part.splitlines()[1:]] for part in trained.said.split("\nfile ")[1:])
+    assert last[:3] == [["de", found["de"]], ["test.ru", found["test.ru"]], ["mean", mean]]
+    assert best[0] == ["best/test.ru", found["best/test.ru"]]
+    assert f"step     10  accuracy: de {found['de']}" in trained.said
 
 
 @pytest.mark.parametrize("stop", [5, 14])
@@ -177,9 +171,7 @@ def test_a_resumed_run_hides_what_it_writes_again(run_train: RunTrain, tmp_path:
     assert {tag.split("/")[0] for tag in found} == ({"new"} if later else set())
 
 
-def test_an_early_end_is_drawn_and_one_file_has_no_table(
-    run_train: RunTrain, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_early_end(run_train: RunTrain, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--epochs", 9, "--lr", 1e-9, "--eval-every", 3, "--early-stopping-patience", 3]
     run = run_train(tmp_path / "run", *options)
     assert "95 % interval" not in capsys.readouterr().out
@@ -191,44 +183,38 @@ def test_an_early_end_is_drawn_and_one_file_has_no_table(
     assert "dev/accuracy" in tags["scalars"]
 
 
-def test_escape() -> None:
+def test_escaped_text_shows_as_it_was() -> None:
+    """In short lines, and cut if it is long."""
     plain = "plain, text: 1. (really) #1 - yes!"
     assert escape(plain) == plain
     assert escape("two\nlines\tand  more") == "two lines and more"
     assert escape("word " * 13) == "word " * 11 + "word<br>word"
-    assert escape("x" * 301) == "<br>".join(["x" * 60] * 5) + " ..."
-
-
-def test_escaped_text_shows_as_it_was() -> None:
+    assert escape("x" * 301) == "<br>".join([*["x" * 60] * 4, "..."])
     text = "a | b *c* _d_ `e` <i>f</i> &lt; [g](h) \\* ~~i~~ {j} and on to a second line"
     html = markdown_to_safe_html(f"| x | y |\n| --- | --- |\n| {escape(text)} | end |")
     assert html.count("<td>") == 2
-    cell = html.split("<td>")[1].split("</td>")[0]
-    assert unescape(cell.replace("<br>", " ")) == text
+    assert unescape(html.split("<td>")[1].split("</td>")[0].replace("<br>", " ")) == text
 
 
 def test_at_most_fifty_mistakes(tmp_path: Path) -> None:
     file, task = tmp_path / "rows.tsv", SingleLabel(["negative", "positive"])
     file.write_text("sentence\tlabel\n" + "".join(f"text {n}\t1\n" for n in range(80)))
     digest, labels, confidences = digest_of(file), np.ones(80, int), np.linspace(0.51, 0.99, 80, dtype=np.float32)
-    probabilities = np.stack([1 - confidences, confidences], 1)
 
-    def table(predictions: np.ndarray) -> str:
-        def texts_of(rows: set[int]) -> dict[int, str]:
-            return read_texts(file, digest, Columns(), task, rows)
+    def table(probabilities: np.ndarray) -> str:
+        mistakes = task.mistakes(probabilities, labels)
+        return mistakes_table(*mistakes, 80, lambda rows: read_texts(file, digest, Columns(), task, rows))
 
-        found = probabilities if predictions.any() else probabilities[:, ::-1]
-        return mistakes_table(*task.mistakes(found, labels), len(labels), texts_of)
-
-    lines = table(1 - labels).splitlines()
-    assert lines[0] == "80 of 80 rows are mistaken; of these the 50 surest."
+    wrong = np.stack([confidences, 1 - confidences], 1)
+    lines = table(wrong).splitlines()
+    assert lines[0] == "80 of 80 rows are wrong; these are the 50 most confident."
     assert len(lines) == 54
     assert lines[4] == "| 80 | text 79 | positive | negative | 0.9900 |"
-    assert table(labels).startswith("0 of 80 rows")
+    assert table(1 - wrong).startswith("0 of 80 rows")
     file.write_text(file.read_text() + "another\t0\n")
-    assert "(the file has changed)" in table(1 - labels)
+    assert "(the file has changed)" in table(wrong)
     file.unlink()
-    assert "(the file has changed)" in table(1 - labels)
+    assert "(the file has changed)" in table(wrong)
 
 
 def test_no_two_starts_have_the_same_second(tmp_path: Path) -> None:
