@@ -70,8 +70,10 @@ def positive(text: str) -> int:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of programs that use a trained model."""
-    what = "directory of a model that train.py wrote, or owner/name[@revision] of one on the Hugging Face Hub"
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR|NAME", help=what)
+    what = "directory of a model that train.py wrote, or owner/name[@revision] of one on the Hugging Face Hub; may be"
+    what += " repeated, for the mean of several models' probabilities"
+    model: dict[str, Any] = {"required": True, "action": "append", "dest": "models", "type": Path}
+    parser.add_argument("--model", metavar="DIR|NAME", help=what, **model)
     tokens = Config.eval_batch_tokens
     what = f"tokens per forward pass; a longer row is computed alone [{tokens}]"
     parser.add_argument("--batch-tokens", type=positive, default=tokens, metavar="TOKENS", help=what)

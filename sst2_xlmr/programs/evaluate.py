@@ -130,7 +130,7 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
     The temperature is fitted on the cache's rows, which have these probabilities, fp32 [rows, outputs]; the calibration
     error is measured on the written model.
     """
-    source, output = arguments.model, arguments.output
+    source, output = arguments.models[0], arguments.output
     temperature, before, after = calibrate(task, probabilities, cache.labels)
     encoder, begin, card = find_encoder(str(source)), "The probabilities are calibrated: ", read_card(source)
     if thresholds := list(at_temperature(task, temperature).thresholds):
@@ -180,10 +180,12 @@ def read_files(
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
-    arguments.model = model_folder(arguments.model)
+    models = arguments.models = [model_folder(name) for name in arguments.models]
+    if arguments.calibrate and len(models) > 1:
+        raise UserError("--calibrate writes one model; name one --model")
     keep_freed_memory()
-    files, model, against, device = arguments.files, arguments.model, arguments.against, arguments.device
-    classifier = Classifier.load(model, arguments.precision, device)
+    files, against, device = arguments.files, arguments.against, arguments.device
+    classifier = Classifier.load_mean(models, arguments.precision, device)
     task, precision = classifier.task, classifier.precision
     if against and arguments.precision == "int8" != precision:
         raise UserError("--precision int8 is not supported on this machine, so it cannot be compared")
@@ -191,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--against {precision} compares {precision} with itself; name another --precision")
     columns = {name: replace(columns_given(arguments, name), may_be_empty=True) for name in files}
     for each in columns.values():
-        check_pairs(model, each.pair, "--text-pair-column NAME")
+        check_pairs(models[0], each.pair, "--text-pair-column NAME")
     check_options(task, arguments)
     task, caches = read_files(arguments, classifier, files, columns)
     evaluations = evaluate_all(classifier, caches, arguments.batch_tokens)
@@ -201,7 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
     if file := arguments.json:
         parts = {name: as_json(files[name], task, evaluations[name], cache.labels) for name, cache in caches.items()}
-        content = {"model": str(model), "precision": precision, "labels": task.label_names, "files": parts}
+        names, labels = " ".join(map(str, models)), task.label_names
+        content = {"model": names, "precision": precision, "labels": labels, "files": parts}
         text = json.dumps({**content, "mean": mean_of(list(metrics.values()))}, indent=2, ensure_ascii=False) + "\n"
         with writing(file):
             write_text(file, text)
@@ -217,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     if not against:
         print_text("\n".join([*lines, ""]))
         return
-    expected = evaluate_all(Classifier.load(model, against, device), caches, arguments.batch_tokens)
+    expected = evaluate_all(Classifier.load_mean(models, against, device), caches, arguments.batch_tokens)
     both = {
         name: (evaluations[name].probabilities, expected[name].probabilities, cache.labels)
         for name, cache in caches.items()

@@ -159,8 +159,10 @@ def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
 
 def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Classifier) -> dict[str, Any]:
     """Return what makes the rows of the output; blocks that were begun with another one are not continued."""
-    encoder, _ = find_model(arguments.model)
-    files = [*encoder.weights_files, encoder.tokenizer_file, *sorted(arguments.model.glob("*.json"))]
+    files = []
+    for model in arguments.models:
+        encoder, _ = find_model(model)
+        files += [*encoder.weights_files, encoder.tokenizer_file, *sorted(model.glob("*.json"))]
     options = {name: str(value) for name, value in vars(arguments).items() if name in FINGERPRINT_OPTIONS}
     machine = {"precision": classifier.precision, "device": classifier.device.type, "version": __version__}
     return {"input": digest, "model": [digest_of(file) for file in files], **options, **machine}
@@ -222,7 +224,7 @@ def predict_stream(arguments: argparse.Namespace) -> None:
     rows = read_input(arguments)
     is_stream = not arguments.input and not arguments.sentences
     chunks = as_they_come(rows) if is_stream else in_chunks(rows, ROWS_AT_ONCE)
-    classifier = Classifier.load(arguments.model, arguments.precision, arguments.device)
+    classifier = Classifier.load_mean(arguments.models, arguments.precision, arguments.device)
     check_options(classifier.task, arguments)
     answers = classify(arguments, classifier, chunks)
     if arguments.output:
@@ -268,7 +270,7 @@ def say_layout(arguments: argparse.Namespace) -> None:
 def predict_file(arguments: argparse.Namespace, world: World) -> None:
     """Classify this process's share of the input; rank 0 writes the output files."""
     digest, sizes = distributed.broadcast(world, distributed.on_rank0(world, lambda: read_through(arguments)))
-    classifier = Classifier.load(arguments.model, arguments.precision, world.device)
+    classifier = Classifier.load_mean(arguments.models, arguments.precision, world.device)
     if len(set(distributed.gather_objects(world, classifier.precision))) > 1:
         raise_on_all("the processes use different precisions; set --precision")
     first, last = (len(sizes) * rank // world.world_size for rank in (world.rank, world.rank + 1))
@@ -308,9 +310,10 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     keep_freed_memory()
-    arguments.model, paths = model_folder(arguments.model), arguments.paths
+    arguments.models, paths = [model_folder(name) for name in arguments.models], arguments.paths
     columns = columns_given(arguments)
-    check_pairs(arguments.model, columns.pair, f"{'' if arguments.input else '--input FILE '}--text-pair-column NAME")
+    cure = f"{'' if arguments.input else '--input FILE '}--text-pair-column NAME"
+    check_pairs(arguments.models[0], columns.pair, cure)
     if not (arguments.input and paths):
         predict_stream(arguments)
     elif arguments.resume and is_complete(paths):

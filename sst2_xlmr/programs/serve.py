@@ -196,11 +196,13 @@ def main(argv: list[str] | None = None) -> None:
                 self.transport.close()
 
     keep_freed_memory()
-    folder = model_folder(arguments.model)
-    classifier = Classifier.load(folder, arguments.precision, arguments.device)
+    folders = [model_folder(name) for name in arguments.models]
+    classifier = Classifier.load_mean(folders, arguments.precision, arguments.device)
     check_options(classifier.task, arguments)
     app = make_app(classifier, arguments.batch_tokens, arguments.abstain_below)
     settings: dict[str, Any] = {"http": TimedProtocol, "limit_concurrency": MOST_CONNECTIONS, "log_level": "error"}
     settings |= {"h11_max_incomplete_event_size": LARGEST_HEAD, "timeout_graceful_shutdown": 30}
-    say(f"serving    {folder} in {classifier.precision} at http://{arguments.host}:{arguments.port}")
+    say(
+        f"serving    {' + '.join(map(str, folders))} in {classifier.precision} at http://{arguments.host}:{arguments.port}"
+    )
     uvicorn.run(app, host=arguments.host, port=arguments.port, **settings)

@@ -294,3 +294,22 @@ def test_calibrating_several_labels_moves_no_label(trained: Path, tmp_path: Path
     before, after = load(model, precision="fp32"), load(tmp_path / "calibrated", precision="fp32")
     assert not np.allclose(before.probabilities(texts), after.probabilities(texts), atol=1e-3)
     assert before.predict(texts) == after.predict(texts)
+
+
+def test_several_models_are_one_answer(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dev, folders = trained.parent / "data/dev.jsonl", [trained / "model", trained / "best"]
+    rows = [json.loads(line) for line in dev.read_text().splitlines()]
+    models = [word for folder in folders for word in ("--model", str(folder))]
+    predict.main([*models, "--input", str(dev), "--output", str(tmp_path / "a.jsonl"), "--precision", "fp32"])
+    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    both = [load(folder, "fp32").probabilities([row["text"] for row in rows]) for folder in folders]
+    mean = np.mean(both, axis=0)
+    if "score" in answers[0]:
+        np.testing.assert_allclose([row["score"] for row in answers], mean[:, 0], rtol=1e-5)
+    evaluate.main([*models, "--file", str(dev), "--json", str(tmp_path / "a.json"), "--precision", "fp32"])
+    found = json.loads((tmp_path / "a.json").read_text())["files"]["dev"]
+    task = load(folders[0]).task
+    labels = np.array([task.read_label(row["label"], "") for row in rows], np.float32)
+    assert found["loss"] == pytest.approx(
+        task.metrics(task.results_of(mean.astype(np.float32), labels), labels)["loss"]
+    )
