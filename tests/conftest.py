@@ -27,7 +27,7 @@ from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.export.folder import write_folder
 from sst2_xlmr.model.encoders import Encoder, EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
-from sst2_xlmr.util.errors import exit_on_user_error
+from sst2_xlmr.util.errors import UserError, exit_on_user_error
 
 Capture = pytest.CaptureFixture[str]
 RunTrain = Callable[..., Path]
@@ -233,6 +233,14 @@ def user_error(main: Callable[[], Any], capsys: Capture) -> str:
     assert printed.err.startswith("error: "), printed.err
     assert printed.err.count("\n") == 1, printed.err
     return printed.err
+
+
+def refusal(work: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """Return the one line that it is refused with."""
+    with pytest.raises(UserError) as caught:
+        work(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

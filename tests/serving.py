@@ -8,13 +8,9 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-
-import pytest
-
-from sst2_xlmr.util.errors import UserError
 
 COMMIT = "c0ffee" * 6 + "abcd"
 
@@ -99,14 +95,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
-
-
-def refusal(work: Callable[..., Any], *arguments: Any) -> str:
-    """Return the one line that it is refused with."""
-    with pytest.raises(UserError) as caught:
-        work(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Capture
-from serving import Server, refusal, serving
+from conftest import Capture, refusal
+from serving import Server, serving
 
 from sst2_xlmr.programs import fetch
 from sst2_xlmr.util import downloads

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT, refusal
 from huggingface_hub import constants, file_download
 from safetensors.torch import load_file, save
-from serving import COMMIT, Server, refusal, serving
+from serving import COMMIT, Server, serving
 
 import sst2_xlmr
 from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder, is_hub_id
 from sst2_xlmr.programs import fetch, predict
 
-ROOT = Path(__file__).parents[2]
 SETTINGS, TOKENIZER, WEIGHTS = "config.json", "sentencepiece.bpe.model", "model.safetensors"
 
 
