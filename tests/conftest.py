@@ -30,6 +30,7 @@ from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 RunTrain = Callable[..., Path]
 Words = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,7 @@ SAMPLE_DATA = ROOT / "sample_data"
 SMALL_ENCODER = Path(os.environ.get("SST2_XLMR_SMALL_ENCODER", ROOT / "models" / "small"))
 SST2 = Path(os.environ.get("SST2_XLMR_TEST_SST2", ROOT / "data" / "SST-2"))
 
-sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
 make_tokenizer = importlib.import_module("inputs").make_tokenizer
 
 needs_small_encoder = pytest.mark.skipif(
@@ -72,36 +73,30 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained model's folder, with random weights: 3 layers, 32 wide, about 500 pieces, labels a and b."""
     folder = tmp_path_factory.mktemp("encoder")
     tokenizer = folder / "tokenizer.model"
     shape = EncoderShape(make_tokenizer(tokenizer), hidden=32, layers=3, heads=4, ffn=64, positions=66)
     torch.manual_seed(1)
-    model = SequenceClassifier(shape, 2)
-    for parameter in model.parameters():
+    classifier = SequenceClassifier(shape, 2)
+    for parameter in classifier.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2)
     target = folder / "tiny"
     described = Encoder("", shape, Path(), tokenizer, ["a", "b"], 64)
-    write_folder(target, dict(model.named_parameters()), described)
+    write_folder(target, dict(classifier.named_parameters()), described)
     return target
 
 
 @pytest.fixture(scope="session")
-def tiny_encoder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_encoder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's encoder, in Hugging Face layout, without the classification head."""
-    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("encoder") / "tiny"))
+    folder = Path(shutil.copytree(model, tmp_path_factory.mktemp("encoder") / "tiny"))
     change_json(folder / "config.json", architectures=["XLMRobertaModel"])
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensors[name] for name in tensors if "classifier" not in name}, folder / "model.safetensors")
     return folder
-
-
-@pytest.fixture(scope="session")
-def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained model's folder: the tiny one."""
-    return Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("model") / "model"))
 
 
 def change_json(file: Path, **changes: Any) -> None:

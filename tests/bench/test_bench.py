@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Capture, user_error
+from conftest import Capture, user_error
 
-sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 bench, inputs = (importlib.import_module(name) for name in ("bench", "inputs"))
 
 

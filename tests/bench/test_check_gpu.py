@@ -22,7 +22,6 @@ from sst2_xlmr import __version__
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.programs import predict
 
-sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 check_gpu = importlib.import_module("check_gpu")
 
 

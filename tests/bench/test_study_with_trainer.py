@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Capture, Words, metrics, user_error
+from conftest import Capture, Words, metrics, user_error
 from running import train_in_forks
 
 from sst2_xlmr.programs import study
 from sst2_xlmr.util.errors import UserError
 
-sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 with_trainer, time_to_accuracy = (importlib.import_module(n) for n in ("study_with_trainer", "time_to_accuracy"))
 
 

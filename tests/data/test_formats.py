@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import refusal
 
 from sst2_xlmr.data import formats
 from sst2_xlmr.data.formats import Fields, read_fields, row_writer
@@ -97,8 +98,7 @@ HOLE, CHECKSUM = WHOLE[:100] + bytes(100) + WHOLE[200:], WHOLE[:-8] + bytes(4) +
 )
 def test_damaged_gzip_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.tsv.gz").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.tsv\.gz is not a whole gzip file"):
-        fields_of(tmp_path / "a.tsv.gz")
+    assert "a.tsv.gz is not a whole gzip file" in refusal(fields_of, tmp_path / "a.tsv.gz")
 
 
 def test_find_split_takes_the_one_file_there_is(tmp_path: Path) -> None:
@@ -108,8 +108,7 @@ def test_find_split_takes_the_one_file_there_is(tmp_path: Path) -> None:
     (tmp_path / "train.csv.gz").touch()
     assert find_split(tmp_path, "train") == [tmp_path / "train.csv.gz"]
     (tmp_path / "train.tsv").touch()
-    with pytest.raises(UserError, match=r"train\.csv\.gz and train\.tsv"):
-        find_split(tmp_path, "train")
+    assert "train.csv.gz and train.tsv" in refusal(find_split, tmp_path, "train")
 
 
 @pytest.mark.parametrize(

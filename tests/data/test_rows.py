@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SST2, find_label_names
+from conftest import SST2, find_label_names, refusal
 
 from sst2_xlmr.data import rows as data
 from sst2_xlmr.data.formats import Fields
@@ -105,8 +105,7 @@ def test_columns_must_differ_and_several_texts_are_joined(tmp_path: Path) -> Non
     content = b"title,body,label\nGood,a fine film,1\n,a poor one,0\n"
     expected = [("Good a fine film", None, 1), ("a poor one", None, 0)]
     assert rows(tmp_path / "a.csv", content, columns=Columns(("title", "body"))) == expected
-    with pytest.raises(UserError, match="column 'body' is named twice"):
-        rows(tmp_path / "a.csv", content, columns=Columns("2", "body"))
+    assert "column 'body' is named twice" in refusal(rows, tmp_path / "a.csv", content, columns=Columns("2", "body"))
     with pytest.raises(UserError, match="has 3 columns, from 1 to 3: there is no --text-column 4"):
         rows(tmp_path / "a.csv", content, columns=Columns("4"))
     with pytest.raises(UserError, match="no column '1' among text, label"):  # the order of an object's keys is none
@@ -145,8 +144,7 @@ def test_numbers_stand_for_names_in_their_order() -> None:
     assert numbers("4=a,7=b", "4") == {"4": 0, "7": 1}
     assert numbers("a,b", "x", "y") == {"0": 0, "1": 1}
     assert numbers("2,1", "1", "2") == {}, "names"
-    with pytest.raises(UserError, match="which number has which"):
-        numbers("a,b,c", "1", "2")
+    assert "which number has which" in refusal(numbers, "a,b,c", "1", "2")
 
 
 def test_labels_that_mean_the_same_are_named() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SAMPLE_DATA
+from conftest import SAMPLE_DATA, refusal
 
 from sst2_xlmr.data import rows as data
 from sst2_xlmr.data import token_cache
@@ -154,8 +154,7 @@ def test_a_bad_row_leaves_no_cache_and_one_that_cannot_be_written_is_named(tiny_
     with pytest.raises(UserError, match="line 3"):
         tokenize_file(file, tiny_encoder / "sentencepiece.bpe.model", Columns(), TASK, 64, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
-    with pytest.raises(UserError, match="SST2_XLMR_CACHE"):
-        tokenize_sample(tiny_encoder, file / "cache")
+    assert "SST2_XLMR_CACHE" in refusal(tokenize_sample, tiny_encoder, file / "cache")
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_cached(
@@ -164,8 +163,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(
     """What is found under a digest later is what has that digest."""
     cache_dir, digests = tmp_path / "cache", map(str, itertools.count())
     monkeypatch.setattr(token_cache, "source_digest", lambda _: next(digests))
-    with pytest.raises(UserError, match=r"train\.tsv changed while it was being read"):
-        tokenize_sample(tiny_encoder, cache_dir)
+    assert "train.tsv changed while it was being read" in refusal(tokenize_sample, tiny_encoder, cache_dir)
     with pytest.raises(UserError, match=r"train\.tsv changed while it was being read"):
         inspected(SAMPLE_DATA / "train.tsv", Columns(), True, cache_dir)
     assert list(cache_dir.iterdir()) == []

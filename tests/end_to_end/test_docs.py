@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,6 @@ from conftest import ROOT
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import export
-
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -67,13 +64,9 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
 
 
 # By the name of their file or subcommand; a study hands the options that are not its own to train.py.
-PROGRAMS = {
-    "train": ["train"],
-    "study": ["study", "train"],
-    "study_with_trainer": ["study_with_trainer", "study", "train"],
-}
-PROGRAMS["time_to_accuracy"] = ["time_to_accuracy", "study", "train"]
-PROGRAMS.update({name: [name] for name in ("predict", "evaluate", "export", "split", "fetch", "bench", "check_gpu")})
+PROGRAMS = {name: [name] for name in ("train", "predict", "evaluate", "export", "split", "fetch", "bench", "check_gpu")}
+PROGRAMS["study"] = ["study", "train"]
+PROGRAMS.update({name: [name, "study", "train"] for name in ("study_with_trainer", "time_to_accuracy")})
 
 
 @functools.cache

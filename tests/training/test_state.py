@@ -69,10 +69,12 @@ def test_a_run_resumes_with_what_it_began_with_only(
 
 
 def test_a_signal_on_the_evaluation_that_ends_the_run_early_resumes_exactly(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    options = ["--epochs", 50, "--lr", 1e-9, "--early-stopping-patience", 2, "--eval-every", 2]
+    options = ["--epochs", 50, "--lr", 1e-9, "--early-stopping-patience", 3, "--eval-every", 2]
     whole = run_train(tmp_path / "whole", *options)
+    assert "stopped early: 3 evaluations without a better dev accuracy" in capsys.readouterr().out
+    assert state_of(whole).stale_evaluations == 3
     for method in ("advance", "evaluate_split"):
         run = tmp_path / method
         signal_comes(monkeypatch, state_of(whole).step, method)
@@ -94,8 +96,7 @@ def test_what_is_evaluated_after_a_resume_is_saved(
     with pytest.raises(SystemExit):
         run_train(tmp_path / "run", *options)
     monkeypatch.undo()
-    before = state_of(tmp_path / "run")
-    assert (before.evaluation_due, before.evaluations) == (True, 0)
+    assert (state_of(tmp_path / "run").evaluation_due, state_of(tmp_path / "run").evaluations) == (True, 0)
     monkeypatch.setattr(train, "train", lambda run: run.finisher.wait() or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         resume(tmp_path / "run")

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import refusal
 
 from sst2_xlmr.util import shards
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.shards import (
-    first_missing,
-    is_begun,
-    open_shards,
-    read_block,
-    remove_shards,
-    shards_of,
-    write_block,
-)
+from sst2_xlmr.util.shards import open_shards, remove_shards, shards_of, write_block
 
 FINGERPRINT = {"model": "m", "options": [1, 2]}
 
@@ -30,12 +24,12 @@ class Killed(BaseException):
 def write(output: Path, blocks: int, dies: bool = False, fingerprint: Any = FINGERPRINT, resume: bool = False) -> int:
     """Write the blocks that are missing, and the output unless it dies; returns the first block's number."""
     with contextlib.suppress(Killed), open_shards(output, fingerprint, resume) as folder:
-        first = first_missing(folder, 0, blocks)
+        first = shards.first_missing(folder, 0, blocks)
         for number in range(first, blocks):
             write_block(folder, number, [["é", number / 3]])
         if dies:
             raise Killed
-        output.write_text(str([read_block(folder, number) for number in range(blocks)]))
+        output.write_text(str([shards.read_block(folder, number) for number in range(blocks)]))
         remove_shards(folder)
     return first
 
@@ -53,8 +47,7 @@ def test_what_was_continued_is_the_same(tmp_path: Path) -> None:
     (folder / f".00000002.json.{'0' * 16}.new.sst2_xlmr").write_text("half a ro")
     assert write(output, 4, dies=True, resume=True) == 2
     before = names(folder)
-    with pytest.raises(UserError, match="belong to another model, input"):
-        write(output, 3, resume=True, fingerprint={"model": "other"})
+    assert "belong to another model, input" in refusal(write, output, 3, resume=True, fingerprint={"model": "other"})
     assert names(folder) == before
     (folder / "00000001.json").unlink()
     assert write(output, 5, resume=True) == 1
@@ -83,8 +76,7 @@ def test_a_second_command_is_refused_while_the_first_one_writes(
         flock(file, kind)
 
     monkeypatch.setattr(shards.fcntl, "flock", too_late)
-    with pytest.raises(UserError, match="another process is writing"):
-        write(output, 1, resume=resume)
+    assert "another process is writing" in refusal(write, output, 1, resume=resume)
     assert names(tmp_path) == ["a.tsv"]
 
 
@@ -95,14 +87,13 @@ def test_what_is_there_does_not_pass_for_the_result_of_a_killed_run(tmp_path: Pa
     assert names(tmp_path) == []
     output.write_text("of before\n")
     write(output, 0, dies=True)
-    assert is_begun(output)
+    assert shards.is_begun(output)
     assert write(output, 1, resume=True) == 0
     assert names(tmp_path) == ["a.tsv"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "file"])
 def test_what_others_have_made_stays(tmp_path: Path, kind: str) -> None:
-    """What has the blocks' place without our fingerprint, or is where a link of that name leads."""
     output, place, other = tmp_path / "a.tsv", shards_of(tmp_path / "a.tsv"), tmp_path / "other"
     if kind == "file":
         place.write_text("precious")
@@ -114,13 +105,11 @@ def test_what_others_have_made_stays(tmp_path: Path, kind: str) -> None:
         (place / "00000000.json").write_text("precious")
     before = sorted(tmp_path.rglob("*")), sorted(other.glob("*"))
     for resume in (False, True):
-        with pytest.raises(UserError, match=r"\.a\.tsv\.shards already exists and is not ours; move it away"):
-            write(output, 1, resume=resume)
+        assert ".a.tsv.shards already exists and is not ours; move it away" in refusal(write, output, 1, resume=resume)
     assert before == (sorted(tmp_path.rglob("*")), sorted(other.glob("*")))
 
 
 def test_only_what_is_ours_is_removed(tmp_path: Path) -> None:
-    """The folder of a process that was killed at once is used; a file of the user's in it stays."""
     output = tmp_path / "a.tsv"
     shards_of(output).mkdir()
     (shards_of(output) / "fingerprint.json").touch()
@@ -131,7 +120,4 @@ def test_only_what_is_ours_is_removed(tmp_path: Path) -> None:
     write(output, 1, resume=True)
     assert names(shards_of(output)) == ["notes"]
 
-
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot write .*: No such file"):
-        write(tmp_path / "b" / "a.tsv", 1)
+    assert re.search("cannot write .*: No such file", refusal(write, tmp_path / "b" / "a.tsv", 1))
