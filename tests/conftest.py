@@ -48,7 +48,6 @@ needs_small_encoder = pytest.mark.skipif(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
@@ -100,13 +99,11 @@ def tiny_encoder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def change_json(file: Path, **changes: Any) -> None:
-    """Change these entries of a JSON file that holds an object."""
     content = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**content, **changes}), encoding="utf-8")
 
 
 def write_small_data(folder: Path) -> Path:
-    """Write 50 training rows and 20 dev rows of the sample data."""
     folder.mkdir()
     for split, rows in (("train", 50), ("dev", 20)):
         lines = (SAMPLE_DATA / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
@@ -115,7 +112,6 @@ def write_small_data(folder: Path) -> Path:
 
 
 def change_weights(model: Path, copy: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """Return a copy of a model's folder whose weights are changed."""
     shutil.copytree(model, copy)
     change(tensors := load_file(model / "model.safetensors"))
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
@@ -208,6 +204,14 @@ def torchrun(processes: int, options: list[str], nodes: bool = False) -> subproc
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
 
 
+def printed_by(root: Path, *command: object) -> str:
+    """Run a command from `root`, with the package that is there, which must end well."""
+    words, env = list(map(str, command)), {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """No file may become longer than this many bytes: for a program what a full disk is."""
@@ -239,15 +243,12 @@ def refusal(work: Callable[..., Any], *arguments: Any, **options: Any) -> str:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def losses(folder: Path) -> list[float]:
-    """Return the training losses of a run, line by line."""
     return [line["loss"] for line in metrics(folder) if "split" not in line]
 
 
 def find_label_names(file: Path, columns: Columns) -> list[str]:
-    """Return the names of the classes in a training file."""
     return labels.find_label_names(data.inspect(file, columns).labels, file)

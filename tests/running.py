@@ -1,7 +1,6 @@
 """Start a program, wait until it is somewhere, do something to it, and compare what comes out.
 
-`started` runs a command as a shell does; `forked` and `run_ranks` run one of our programs in forks of this process:
-they need no seconds to import torch, and keep what a test has monkeypatched.
+`started` does as a shell does; the others fork this process: no seconds to import torch, and monkeypatches stay.
 """
 
 from __future__ import annotations
@@ -49,10 +48,7 @@ def started(words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 class Fork(ForkProcess):
-    """One of our programs in a fork of this process, in a process group of its own; as a subprocess.Popen otherwise.
-
-    `words` are the program's path and its options; what it prints goes to the end of `log`, or of `errors` if given.
-    """
+    """As subprocess.Popen for one of our programs (path and options), in a process group of its own."""
 
     def __init__(self, words: list[str], log: Path, errors: Path | None = None, **environment: str) -> None:
         super().__init__()
@@ -113,7 +109,6 @@ def train_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def environments(processes: int, nodes: bool) -> list[dict[str, str]]:
-    """Return torchrun's variables for every rank."""
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common["LOCAL_WORLD_SIZE"] = "1" if nodes else str(processes)
     return [{**common, "RANK": str(n), "LOCAL_RANK": "0" if nodes else str(n)} for n in range(processes)]
@@ -217,7 +212,6 @@ def state_of(run: Path) -> TrainState:
 
 
 def resume(run: Path, *options: object) -> None:
-    """Resume a run in this process."""
     train.main(["--resume", "--output-dir", str(run), *map(str, options)])
 
 
@@ -234,7 +228,6 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Any], obj
 
 
 def signal_comes(monkeypatch: pytest.MonkeyPatch, step: int, method: str) -> None:
-    """Let a signal come at this step; see `at_step`."""
     at_step(monkeypatch, step, lambda run: setattr(run.stop, "number", signal.SIGTERM), method)
 
 

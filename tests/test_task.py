@@ -110,8 +110,7 @@ def test_answers_columns_and_cells() -> None:
     changed = task().changed(np.array([row, row]), np.array([[0.2, 0.4, 0.3], [0.5, 0.4, 0.1]]))
     assert changed.tolist() == [False, True]
 
-
-def test_near_ties_are_answers_that_a_little_may_change() -> None:
+    # Answers that a little may change.
     assert task().near_ties(RESULTS, 0.11).tolist() == [False, True, False, True]
     assert task().near_ties(RESULTS, 0.09).tolist() == [False, False, False, True]
     assert task().near_ties(RESULTS, 1.5).tolist() == [True, True, False, True]

@@ -49,7 +49,6 @@ def write_pairs(file: Path, rows: int) -> None:
 
 @pytest.mark.parametrize("is_pairs", [False, True], ids=["words as labels in CSV", "pairs in gzipped JSONL"])
 def test_all_programs_find_the_same_accuracy(tiny_encoder: Path, tmp_path: Path, is_pairs: bool) -> None:
-    """The TorchScript file, where there can be one, gives the right labels."""
     texts, label, answer, names = ["--text-column", "review"], "verdict", "label", ["bad", "good", "so, so"]
     if is_pairs:
         texts = ["--text-column", "premise", "--text-pair-column", "hypothesis"]

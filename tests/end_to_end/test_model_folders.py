@@ -91,7 +91,6 @@ def to_bin(folder: Path, wrap: Callable[[Any], Any] = dict) -> Any:
 
 
 def changed(file: str = "config.json", drop: tuple[str, ...] = (), **changes: Any) -> Make:
-    """Return a form with other entries in one of its files."""
     return lambda folder: (save(folder), change(folder, file, drop, **changes))
 
 
@@ -105,7 +104,6 @@ def remove(folder: Path, *names: str) -> Any:
 
 
 def only(folder: Path, *kept: str) -> Any:
-    """Leave only these of the tokenizer's files."""
     remove(folder, *{TOKENIZER_NAME, JSON_NAME, "added_tokens.json", "special_tokens_map.json"} - {*kept})
 
 
@@ -130,7 +128,6 @@ def with_options(content: str) -> Any:
 
 
 def shard(folder: Path, model: Any, name: str = "model", kind: str = "safetensors") -> Any:
-    """Store the weights in two files and an index, as save_pretrained does with larger models."""
     (folder / "model.safetensors").unlink()
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     files = [f"{name}-{number:05}-of-00002.{kind}" for number in (1, 2)]
@@ -149,7 +146,6 @@ def move_into(folder: Path, inner: str, *names: str) -> Any:
 
 
 def rewrite(folder: Path, *options: str) -> Any:
-    """Make the folder this project's own, from what transformers saved."""
     save(folder)
     theirs = folder.rename(folder.with_name("theirs"))
     export.main(["--model", str(theirs), "--format", "hf", "--output", str(folder), *options])

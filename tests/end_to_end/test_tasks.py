@@ -47,7 +47,6 @@ def score(words: list[str]) -> float:
 
 @pytest.fixture(scope="module", params=[several, score])
 def trained(request: Any, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder, with the rows beside it."""
     folder = tmp_path_factory.mktemp("task")
     data = write_rows(folder / "data", request.param)
     train.main(train_options(tiny_encoder, data, folder / "run", "--epochs", 20, "--eval-every", 0))

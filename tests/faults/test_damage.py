@@ -18,7 +18,6 @@ from sst2_xlmr.util.files import SCRATCH_MARK
 
 @pytest.fixture
 def run(finished_run: Path, tmp_path: Path) -> Path:
-    """A finished run, to be damaged."""
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
@@ -103,7 +102,6 @@ def test_encoder_that_goes_away_costs_no_step(
 
 
 def test_second_job_on_a_run_is_refused(train_words: Words, tmp_path: Path, capsys: Capture) -> None:
-    """Until the first one has gone, and its lock with it."""
     run, log = tmp_path / "run", tmp_path / "log"
     words = train_words(run, "--max-steps", 5000, "--save-every", 20)
     with forked(["train.py", *words], log) as process:

@@ -77,7 +77,11 @@ def bomb(make: Callable[[Bomb], bytes]) -> Harm:
 
 
 def repeated(name: str) -> Harm:
-    return lambda folder: ((folder / name).unlink(), (folder / name).symlink_to(name))
+    def link(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(name)
+
+    return link
 
 
 ENCODERS: list[tuple[str, Harm, str]] = [
@@ -113,7 +117,6 @@ ENCODERS: list[tuple[str, Harm, str]] = [
 
 
 def tree(*folders: Path) -> dict[str, float]:
-    """Return every file below the folders with the time of its last change."""
     return {str(path): path.lstat().st_mtime for folder in folders for path in folder.rglob("*")}
 
 
@@ -129,7 +132,6 @@ def test_hostile_encoder(harm: Harm, says: str, model: Path, small_data: Path, t
 
 
 def forged(checkpoint: Path) -> None:
-    """Write a manifest that fits the files."""
     (checkpoint / "manifest.json").unlink()
     files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(checkpoint.iterdir())}
     (checkpoint / "manifest.json").write_text(json.dumps(files, indent=2) + "\n")

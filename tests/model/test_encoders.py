@@ -65,15 +65,6 @@ def test_only_the_wanted_rows_of_the_table_are_read(folder: Path, kind: str, mon
     assert read_rows[3:] == [len(whole[EMBEDDING]), 4]
 
 
-def test_weights_do_not_change_with_their_file(folder: Path) -> None:
-    tensors = load_tensors(find_encoder(str(folder)))
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.seek(5000)
-        file.write(b"\x11" * ((folder / "model.safetensors").stat().st_size - 5000))
-    assert same(tensors, before)
-
-
 def bundle_weights(model: SequenceClassifier) -> dict[str, torch.Tensor]:
     """Return the encoder's weights under the old names that torchtext's downloads have."""
     theirs = {ours: name.removeprefix("roberta.") for name, ours in weight_names._TORCHTEXT.items()}
@@ -85,7 +76,6 @@ def bundle_weights(model: SequenceClassifier) -> dict[str, torch.Tensor]:
 
 
 def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -> None:
-    """torchtext's own loading code takes them to be the same."""
     source = SequenceClassifier(SHAPE, 2)
     torch.save(bundle_weights(source), tmp_path / "tiny.pt")
     monkeypatch.setitem(BUNDLE_SHAPES, "xlmr.base", SHAPE)

@@ -14,7 +14,6 @@ from conftest import SMALL_ENCODER, change_json, needs_small_encoder, refusal, u
 
 from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.data.token_cache import tokenize_file
-from sst2_xlmr.export.trimmed import needed_pieces
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
 from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, added_tokens, tokenizer_digest
@@ -23,7 +22,6 @@ from sst2_xlmr.task import SingleLabel
 
 
 def ids_of(tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None = None) -> list[list[int]]:
-    """Return the ids of every row."""
     ids, lengths = tokenizer.flat_ids(texts, pairs)
     return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
 
@@ -67,12 +65,6 @@ def test_pairs_are_joined_and_cut_as_transformers_does(tiny_encoder: Path, max_l
     assert reference(alone, truncation=True, max_length=max_length)["input_ids"] == ids_of(ours, alone)
     whole = reference(texts, pairs)["input_ids"]
     assert [ours.is_longer(*pair) for pair in PAIRS] == [len(ids) > max_length for ids in whole]
-
-
-def test_what_is_no_model_is_named(tmp_path: Path) -> None:
-    assert "No such file" in refusal(load_tokenizer, tmp_path / "x.model", 64)
-    (tmp_path / "x.model").write_text("<html>not found</html>")
-    assert "x.model as a SentencePiece model: " in refusal(load_tokenizer, tmp_path / "x.model", 64)
 
 
 def ids_in(file: Path, text: str) -> list[int]:
@@ -133,14 +125,6 @@ def test_tokens_that_are_added_later_make_another_tokenizer(file: Path, tmp_path
         digests.add(tokenizer_digest(file))
         ids.add(str(tokenize_file(tmp_path / "rows.tsv", file, Columns(), task, 64, tmp_path / "cache").ids))
     assert (len(digests), len(ids)) == (3, 2)
-
-
-def test_a_piece_that_was_added_as_a_token_survives_trimming(file: Path) -> None:
-    pieces = load_tokenizer(file, 99).pieces
-    spare = ({*range(3, pieces.GetPieceSize())} - {*needed_pieces(load_tokenizer(file, 99), []).tolist()}).pop()
-    entry = {"content": pieces.IdToPiece(spare)}
-    (file.parent / SETTINGS_NAME).write_text(json.dumps({"added_tokens_decoder": {spare + 1: entry}}))
-    assert spare in needed_pieces(load_tokenizer(file, 99), [])
 
 
 def test_forms_with_sentencepiece_alone_are_refused(model: Path, tmp_path: Path, capsys: Any) -> None:

@@ -55,7 +55,6 @@ def _slurm() -> Iterator[None]:
 
 
 def job_facts(job: str) -> dict[str, str]:
-    """Return `scontrol show job` as a dictionary."""
     return dict(re.findall(r"(\w+)=(\S*)", call("scontrol", "--oneliner", "show", "job", job)))
 
 

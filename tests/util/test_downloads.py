@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from conftest import Capture, refusal
+from conftest import Capture, Patch, refusal
 from serving import Server, serving
 
 from sst2_xlmr.programs import fetch
@@ -46,8 +46,7 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(autouse=True)
-def cache(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache; the downloads come from the server, which has whole ones."""
+def cache(server: Server, tmp_path: Path, monkeypatch: Patch) -> Path:
     monkeypatch.setenv("SST2_XLMR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(downloads, "RETRY_WAITS_S", (0.01, 0.01))
@@ -90,9 +89,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str, int]] = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_what_is_not_whole_leaves_nothing(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_what_is_not_whole_leaves_nothing(server: Server, cache: Path, monkeypatch: Patch, kind: str) -> None:
     how, says, tries = BROKEN[kind]
     server.answers["/base.pt"] = [how]
     monkeypatch.setattr(downloads, "TIMEOUT_S", 0.2)
@@ -137,7 +134,6 @@ def test_sst2_that_the_user_brought_is_used(server: Server, cache: Path) -> None
 
 
 def start_process() -> ForkProcess:
-    """Start a process that fetches all."""
     process = ForkProcess(target=lambda: (fetch_bundle("xlmr.base"), fetch_sst2()))
     process.start()
     return process
@@ -168,9 +164,7 @@ def test_a_killed_download_has_not_taken_its_name(server: Server, cache: Path) -
     assert fetch_bundle("xlmr.base")[0].read_bytes() == WEIGHTS
 
 
-def test_a_cache_that_cannot_be_used_is_named(
-    server: Server, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_used_is_named(server: Server, cache: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     (tmp_path / "file").touch()
     with monkeypatch.context() as patch:
         patch.setenv("SST2_XLMR_CACHE", str(tmp_path / "file" / "cache"))
@@ -183,7 +177,7 @@ def test_a_cache_that_cannot_be_used_is_named(
     assert contents(cache) == {}
 
 
-def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_dir_follows_the_environment(monkeypatch: Patch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     for own, xdg, found in (("~/own", "/xdg", "own"), ("", "/xdg", "/xdg/sst2_xlmr"), ("", "", ".cache/sst2_xlmr")):
         monkeypatch.setenv("SST2_XLMR_CACHE", own)
@@ -191,7 +185,7 @@ def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         assert downloads.cache_dir() == Path("/home/someone", found)
 
 
-def test_without_a_home_folder_the_cache_is_a_private_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_folder_the_cache_is_a_private_one(tmp_path: Path, monkeypatch: Patch) -> None:
     for name in ("HOME", "XDG_CACHE_HOME", "SST2_XLMR_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", Mock(side_effect=KeyError))

@@ -44,7 +44,6 @@ def server(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def downloaded(server: Server) -> list[str]:
-    """Return which files were asked for."""
     return [path.rpartition("/")[2] for method, path in server.requests if method == "GET" and "/resolve/" in path]
 
 
@@ -67,7 +66,6 @@ def test_only_what_is_needed_is_fetched_and_only_once(
 
 
 def test_other_files_are_fetched_where_they_are_all_there_is(server: Server, tiny_encoder: Path) -> None:
-    """A pickle; tokenizer.json and shards."""
     files, written, tensors = server.models["us/tiny"], io.BytesIO(), load_file(tiny_encoder / WEIGHTS)
     torch.save(tensors, written)
     server.models["us/pickle"] = {**files, "pytorch_model.bin": written.getvalue()}
