@@ -27,9 +27,10 @@ from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.export.folder import write_folder
 from sst2_xlmr.model.encoders import Encoder, EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
-from sst2_xlmr.util.errors import exit_on_user_error
+from sst2_xlmr.util.errors import UserError, exit_on_user_error
 
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 RunTrain = Callable[..., Path]
 Words = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,7 @@ SAMPLE_DATA = ROOT / "sample_data"
 SMALL_ENCODER = Path(os.environ.get("SST2_XLMR_SMALL_ENCODER", ROOT / "models" / "small"))
 SST2 = Path(os.environ.get("SST2_XLMR_TEST_SST2", ROOT / "data" / "SST-2"))
 
-sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
 make_tokenizer = importlib.import_module("inputs").make_tokenizer
 
 needs_small_encoder = pytest.mark.skipif(
@@ -47,7 +48,6 @@ needs_small_encoder = pytest.mark.skipif(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
@@ -72,46 +72,38 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained model's folder, with random weights: 3 layers, 32 wide, about 500 pieces, labels a and b."""
     folder = tmp_path_factory.mktemp("encoder")
     tokenizer = folder / "tokenizer.model"
     shape = EncoderShape(make_tokenizer(tokenizer), hidden=32, layers=3, heads=4, ffn=64, positions=66)
     torch.manual_seed(1)
-    model = SequenceClassifier(shape, 2)
-    for parameter in model.parameters():
+    classifier = SequenceClassifier(shape, 2)
+    for parameter in classifier.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2)
     target = folder / "tiny"
     described = Encoder("", shape, Path(), tokenizer, ["a", "b"], 64)
-    write_folder(target, dict(model.named_parameters()), described)
+    write_folder(target, dict(classifier.named_parameters()), described)
     return target
 
 
 @pytest.fixture(scope="session")
-def tiny_encoder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_encoder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's encoder, in Hugging Face layout, without the classification head."""
-    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("encoder") / "tiny"))
+    folder = Path(shutil.copytree(model, tmp_path_factory.mktemp("encoder") / "tiny"))
     change_json(folder / "config.json", architectures=["XLMRobertaModel"])
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensors[name] for name in tensors if "classifier" not in name}, folder / "model.safetensors")
     return folder
 
 
-@pytest.fixture(scope="session")
-def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained model's folder: the tiny one."""
-    return Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("model") / "model"))
-
-
 def change_json(file: Path, **changes: Any) -> None:
-    """Change these entries of a JSON file that holds an object."""
     content = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**content, **changes}), encoding="utf-8")
 
 
 def write_small_data(folder: Path) -> Path:
-    """Write 50 training rows and 20 dev rows of the sample data."""
     folder.mkdir()
     for split, rows in (("train", 50), ("dev", 20)):
         lines = (SAMPLE_DATA / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
@@ -120,7 +112,6 @@ def write_small_data(folder: Path) -> Path:
 
 
 def change_weights(model: Path, copy: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """Return a copy of a model's folder whose weights are changed."""
     shutil.copytree(model, copy)
     change(tensors := load_file(model / "model.safetensors"))
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
@@ -213,6 +204,14 @@ def torchrun(processes: int, options: list[str], nodes: bool = False) -> subproc
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
 
 
+def printed_by(root: Path, *command: object) -> str:
+    """Run a command from `root`, with the package that is there, which must end well."""
+    words, env = list(map(str, command)), {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """No file may become longer than this many bytes: for a program what a full disk is."""
@@ -235,16 +234,21 @@ def user_error(main: Callable[[], Any], capsys: Capture) -> str:
     return printed.err
 
 
+def refusal(work: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """Return the one line that it is refused with."""
+    with pytest.raises(UserError) as caught:
+        work(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def losses(folder: Path) -> list[float]:
-    """Return the training losses of a run, line by line."""
     return [line["loss"] for line in metrics(folder) if "split" not in line]
 
 
 def find_label_names(file: Path, columns: Columns) -> list[str]:
-    """Return the names of the classes in a training file."""
     return labels.find_label_names(data.inspect(file, columns).labels, file)

@@ -12,7 +12,6 @@ needs_torchtext = pytest.mark.skipif(not versions.has_torchtext(), reason=f"this
 
 
 def our_name(theirs: str) -> str:
-    """Return our name for a parameter of torchtext's `RobertaModel`."""
     names = {
         "encoder.transformer.layers.layers.": "encoder.layers.",
         "encoder.transformer.token_embedding.": "encoder.tokens.",
@@ -36,16 +35,9 @@ def torchtext_model(classifier: SequenceClassifier) -> nn.Module:
     from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, RobertaModel
 
     shape = classifier.shape
-    conf = RobertaEncoderConf(
-        vocab_size=shape.vocab_size,
-        embedding_dim=shape.hidden,
-        ffn_dimension=shape.ffn,
-        padding_idx=PAD_ID,
-        max_seq_len=shape.positions,
-        num_attention_heads=shape.heads,
-        num_encoder_layers=shape.layers,
-        dropout=0.0,
-    )
+    sizes = {"vocab_size": shape.vocab_size, "embedding_dim": shape.hidden, "ffn_dimension": shape.ffn}
+    sizes.update(padding_idx=PAD_ID, max_seq_len=shape.positions, num_attention_heads=shape.heads)
+    conf = RobertaEncoderConf(**sizes, num_encoder_layers=shape.layers, dropout=0.0)
     head = RobertaClassificationHead(classifier.outputs, shape.hidden, dropout=0.0, activation=nn.Tanh)
     model = RobertaModel(conf, head)
     for module in model.encoder.modules():

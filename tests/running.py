@@ -1,7 +1,6 @@
 """Start a program, wait until it is somewhere, do something to it, and compare what comes out.
 
-`started` runs a command as a shell does; `forked` and `run_ranks` run one of our programs in forks of this process:
-they need no seconds to import torch, and keep what a test has monkeypatched.
+`started` does as a shell does; the others fork this process: no seconds to import torch, and monkeypatches stay.
 """
 
 from __future__ import annotations
@@ -49,10 +48,7 @@ def started(words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 class Fork(ForkProcess):
-    """One of our programs in a fork of this process, in a process group of its own; as a subprocess.Popen otherwise.
-
-    `words` are the program's path and its options; what it prints goes to the end of `log`, or of `errors` if given.
-    """
+    """As subprocess.Popen for one of our programs (path and options), in a process group of its own."""
 
     def __init__(self, words: list[str], log: Path, errors: Path | None = None, **environment: str) -> None:
         super().__init__()
@@ -95,11 +91,8 @@ Process = Union[subprocess.Popen[bytes], Fork]
 @contextmanager
 def forked(words: list[str], log: Path, errors: Path | None = None) -> Iterator[Fork]:
     """As `started` for one of our programs (its path and options), in a fork."""
-    process = Fork(words, log, errors)
-    try:
+    with forked_ranks(1, words, log, errors) as (process,):
         yield process
-    finally:
-        kill_group(process)
 
 
 def train_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,16 +108,19 @@ def train_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", popen)
 
 
+def environments(processes: int, nodes: bool) -> list[dict[str, str]]:
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common["LOCAL_WORLD_SIZE"] = "1" if nodes else str(processes)
+    return [{**common, "RANK": str(n), "LOCAL_RANK": "0" if nodes else str(n)} for n in range(processes)]
+
+
 @contextmanager
 def forked_ranks(
     processes: int, words: list[str], log: Path, errors: Path | None = None, nodes: bool = False
 ) -> Iterator[list[Fork]]:
     """As `forked`; several processes have torchrun's variables, with `nodes` each as if on a node of its own."""
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    forks = []
-    for rank in map(str, range(processes)):
-        local = {"LOCAL_RANK": "0" if nodes else rank, "LOCAL_WORLD_SIZE": "1" if nodes else str(processes)}
-        forks.append(Fork(words, log, errors, **({**common, **local, "RANK": rank} if processes > 1 else {})))
+    ranks = environments(processes, nodes) if processes > 1 else [{}]
+    forks = [Fork(words, log, errors, **environment) for environment in ranks]
     try:
         yield forks
     finally:
@@ -135,13 +131,17 @@ def forked_ranks(
 def run_ranks(
     processes: int, options: list[str], folder: Path, nodes: bool = False, program: str = "train.py"
 ) -> tuple[list[int], str, str]:
-    """Run a program to its end as `forked_ranks`, which write to `folder`.
-
-    Returns every rank's status, and all that they printed to standard output and to standard error.
-    """
+    """Run a program to its end in `folder`; returns every rank's status, and all their standard output and error."""
     log, errors = (folder / f"ranks-{time.monotonic_ns()}.{end}" for end in ("out", "err"))
     with forked_ranks(processes, [program, *options], log, errors, nodes) as forks:
         return [fork.wait() for fork in forks], log.read_text(), errors.read_text()
+
+
+def train_on_ranks(processes: int, options: list[str], folder: Path, nodes: bool = False) -> str:
+    """As `run_ranks` for a run that must end well; returns what was printed."""
+    statuses, said, errors = run_ranks(processes, options, folder, nodes)
+    assert set(statuses) == {0}, errors
+    return said
 
 
 def kill_group(process: Process) -> None:
@@ -212,7 +212,6 @@ def state_of(run: Path) -> TrainState:
 
 
 def resume(run: Path, *options: object) -> None:
-    """Resume a run in this process."""
     train.main(["--resume", "--output-dir", str(run), *map(str, options)])
 
 
@@ -229,7 +228,6 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Any], obj
 
 
 def signal_comes(monkeypatch: pytest.MonkeyPatch, step: int, method: str) -> None:
-    """Let a signal come at this step; see `at_step`."""
     at_step(monkeypatch, step, lambda run: setattr(run.stop, "number", signal.SIGTERM), method)
 
 
@@ -249,16 +247,15 @@ def charted(run: Path) -> list[int]:
 
 def on_ranks(processes: int, work: Callable[[World], object], nodes: bool = False) -> None:
     """Call `work` in so many forks of this process, which are one world; with `nodes`, each as if on one of its own."""
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
-    def start(rank: str) -> None:
-        local = {"LOCAL_RANK": "0" if nodes else rank, "LOCAL_WORLD_SIZE": "1" if nodes else str(processes)}
-        os.environ.update(common, RANK=rank, **local)
+    def start(environment: dict[str, str]) -> None:
+        os.environ.update(environment)
         with distributed.start("cpu", 1, 1) as world:
             work(world)
         end_among_others(0)
 
-    forks = [multiprocessing.get_context("fork").Process(target=start, args=(str(n),)) for n in range(processes)]
+    fork_one = multiprocessing.get_context("fork").Process
+    forks = [fork_one(target=start, args=(environment,)) for environment in environments(processes, nodes)]
     for fork in forks:
         fork.start()
     for fork in forks:

@@ -8,38 +8,28 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-
-import pytest
-
-from sst2_xlmr.util.errors import UserError
 
 COMMIT = "c0ffee" * 6 + "abcd"
 
 
 class Server:
-    """What is at each path, how it is answered instead, in turn (the last one repeats), and what was asked for.
-
-    Attributes:
-        files: path -> body.
-        answers: path -> how to answer: body, status, length (the header's; None for none), headers, stall.
-        models: id -> file name -> body; answers to a file of it are found under /id/file.
-    """
+    """What is at each path, how it is answered instead, in turn (the last one repeats), and what was asked for."""
 
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
-        self.files: dict[str, bytes] = {}
+        self.files: dict[str, bytes] = {}  # path -> body
+        # Path -> how to answer: body, status, length (the header's; None for none), headers, stall.
         self.answers: dict[str, list[dict[str, Any]]] = {}
-        self.models: dict[str, dict[str, bytes]] = {}
+        self.models: dict[str, dict[str, bytes]] = {}  # id -> file name -> body; its answers are those of /id/file
         self.requests: list[tuple[str, str]] = []
         self.tokens: list[str | None] = []
         self.pause_s = 0.0
         self.released = threading.Event()
 
     def find(self, path: str) -> dict[str, Any]:
-        """Return how to answer."""
         path = path.partition("?")[0]
         found = self.hub_answer(path.strip("/").split("/"))
         path = path.replace(f"/resolve/{COMMIT}", "").replace("/resolve/main", "")
@@ -59,10 +49,8 @@ class Server:
         if len(rest) > 1 and rest[1] not in ("main", "v1", COMMIT):
             return {"status": 404, "headers": {"X-Error-Code": "RevisionNotFound"}}
         if is_api:
-            tree = [
-                {"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
-                for n, b in files.items()
-            ]
+            oids = {name: hashlib.sha1(body).hexdigest() for name, body in files.items()}
+            tree = [{"type": "file", "path": file, "size": len(files[file]), "oid": oid} for file, oid in oids.items()]
             info = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
             return {"body": json.dumps(tree if rest[:1] == ["tree"] else info).encode()}
         if rest[2] not in files:
@@ -99,14 +87,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
-
-
-def refusal(work: Callable[..., Any], *arguments: Any) -> str:
-    """Return the one line that it is refused with."""
-    with pytest.raises(UserError) as caught:
-        work(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @contextlib.contextmanager

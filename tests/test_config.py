@@ -41,16 +41,13 @@ def test_paths_are_kept_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_help_names_every_option_with_its_default(capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="^0$"):
         parse_args(["--help"])
-    assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"{flag(name)} " in text for name in OPTIONS)
-    assert "[2e-05]" in text
-    assert "[on]" in text
+    groups = ["data:", "model:", "training:", "machine:", "output:", "@FILE takes options from a file"]
+    for says in (*groups, "[2e-05]", "[on]", *(f"{flag(name)} " for name in OPTIONS)):
+        assert says in text
     assert "==SUPPRESS==" not in text
-    for group in ("data:", "model:", "training:", "machine:", "output:", "@FILE takes options from a file"):
-        assert group in text
 
 
 WRONG_FLAGS = [
@@ -78,14 +75,11 @@ WRONG_FLAGS = [
     (["--eval-file", "a=train.py", "--eval-file", "a=README.md"], "two files have the name a, train.py and README.md"),
     (["--label-names", ",".join(map(str, range(1001)))], "different names (at most 1,000)"),
     (["--text-pair-column", "label", "--max-length", "5"], "--max-length must be 6 or more with --text-pair-column"),
-    (["--no-header"], "train.tsv has integers and words as labels"),
-    (["--best-by", "f1"], "--best-by is one of accuracy, macro_f1, loss, mean, not f1"),
     (["--columns", "dev"], "--columns takes SPLIT:KEY=VALUE"),
     (["--encoding", "latin-x"], "--encoding latin-x is unknown"),
     (["--class-weights", "1"], "--class-weights is neither balanced nor a number of 0 or more for every class"),
     (["--class-weights", "1,2,3"], "--class-weights has 3 numbers, but there are 2 classes"),
     (["--class-weights", "balanced", "--label-names", "negative,positive,so-so"], "no row of class 'so-so'"),
-    (["--text-column", "review"], "no column 'review' among sentence, label; name it with --text-column"),
     (["--encoder", "bert-base"], "bert-base: neither a folder, nor xlmr.base, xlmr.large, nor"),
     (["--encoder", "."], "has no config.json"),
     (["--config", "no.json"], "cannot read no.json"),
@@ -106,8 +100,7 @@ def test_wrong_flags(
     run_train: RunTrain, tmp_path: Path, options: list[str], says: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    line = user_error(lambda: run_train(tmp_path / "run", *options), capsys)
-    assert says in line
+    assert says in user_error(lambda: run_train(tmp_path / "run", *options), capsys)
     assert not (tmp_path / "run").exists(), "a corrected command would find the folder taken"
 
 
@@ -129,8 +122,7 @@ def test_wrong_files(
 ) -> None:
     """Before anything slow, as the download of an encoder is."""
     damage(small_data)
-    line = user_error(lambda: run_train(tmp_path / "run", "--encoder", "xlmr.base"), capsys)
-    assert says in line
+    assert says in user_error(lambda: run_train(tmp_path / "run", "--encoder", "xlmr.base"), capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -192,3 +184,35 @@ def test_flags_of_others_point_to_ours_if_there_is_an_equal() -> None:
     assert all(hint(f"--{name}", FLAGS).startswith("leave it out: ") for name in NEEDLESS)
     assert hint("--learning_rate", ["--model", "--input"]) == "", "a program without it"
     assert hint("--model_name_or_path", ["--model", "--input"]) == "did you mean --model?"
+
+
+RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.args"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+def test_recipe_holds_options_and_its_sources(recipe: Path) -> None:
+    config, _ = parse_args([f"@{recipe}"])
+    assert config.batch_size in (16, 32)
+    assert 1e-5 <= config.lr <= 1e-4, "beyond the rates that encoders of this kind are fine-tuned with"
+    text = recipe.read_text(encoding="utf-8")
+    assert "Source: " in text or "https://" in text
+    command = re.search(r"^# python train.py (.+)$", text, re.MULTILINE)
+    assert command, "it says how it is used"
+    assert f"@scripts/recipes/{recipe.name}" in command[1].split()
+    if recipe.stem == "torchrecipes":
+        assert (config.lr, config.batch_size, config.epochs, config.weight_decay) == (1e-5, 16, 1, 0.0)
+        assert (config.schedule, config.warmup_ratio, config.max_grad_norm) == ("constant", 0.0, 0.0)
+
+
+def test_a_file_of_options_and_what_overrides_it(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "a.args"
+    file.write_text("# it's a comment\n--lr 3e-5  # why\n\n--label-names 'not so,yes' --epochs=7\n")
+    config, _ = parse_args(["--epochs", "2", f"@{file}", "--lr", "1e-4"])
+    assert (config.lr, config.epochs) == (1e-4, 7), "the last one wins"
+    assert config.label_names == ["not so", "yes"]
+    for content, says in ((b"--lr '3e-5", "No closing quotation"), (b"--lr \xff", "")):
+        file.write_bytes(content)
+        assert f"{file} does not hold options: {says}" in user_error(lambda: parse_args([f"@{file}"]), capsys)
+    file.unlink()
+    says = f"cannot read {file}, named by @{file}: No such file"
+    assert says in user_error(lambda: parse_args([f"@{file}"]), capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refusal
 from sklearn import metrics as reference
 
 from sst2_xlmr.config import Config
@@ -18,7 +20,6 @@ from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.evaluation import metrics
 from sst2_xlmr.labels import split_labels
 from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, Task, at_temperature, find_task, fit_thresholds
-from sst2_xlmr.util.errors import UserError
 
 CPU, PLAIN = torch.device("cpu"), Columns()
 GENERATOR = np.random.RandomState(0)
@@ -35,26 +36,26 @@ def read(file: Path, content: str, columns: Columns = PLAIN, **options: Any) -> 
     return task, list(read_rows(file, columns, task))
 
 
-# --- labels in files
+def json_rows(*labels: Any) -> str:
+    return "".join(json.dumps({"text": "x", "label": label}) + "\n" for label in labels)
+
+
+SEVERAL = {"task": "multi-label"}
 
 
 @pytest.mark.parametrize(
     ("name", "content", "options"),
     [
-        ("a.jsonl", '{"text": "x", "label": ["a", "c"]}\n{"text": "y", "label": ["b"]}\n'
-         '{"text": "z", "label": []}\n', {}),
+        ("a.jsonl", json_rows(["a", "c"], ["b"], []), {}),
         ("a.csv", "text,label\nx,a|c\ny,b\nz,\nu,a\nv,c\n", {}),
         ("a.csv", "text,label\nx,a / c\ny,b\nz,\n", {"label_delimiter": "/"}),
         ("a.csv", "text,label\nx,\"['a', 'c']\"\ny,['b']\nz,[]\n", {}),
         ("a.tsv", "text\tlabel\nx\t0,2\ny\t1\nz\t\nu\t0\nv\t2\n", {"label_names": ["a", "b", "c"]}),
-        ("a.txt", "__label__a __label__c x\n__label__b y\nz\n", {"task": "multi-label"}),
-        ("a.jsonl", '{"text": "x", "label": {"a": 1, "b": 0, "c": 1}}\n'
-         '{"text": "y", "label": {"a": 0, "b": 1, "c": 0}}\n'
-         '{"text": "z", "label": {"a": 0, "b": 0, "c": 0}}\n', {}),
-        ("a.jsonl", '{"text": "x", "label": [1.0, 0.0, 1.0]}\n{"text": "y", "label": [0.0, 1.0, 0.0]}\n'
-         '{"text": "z", "label": [0.0, 0.0, 0.0]}\n', {"label_names": ["a", "b", "c"], "task": "multi-label"}),
+        ("a.txt", "__label__a __label__c x\n__label__b y\nz\n", SEVERAL),
+        ("a.jsonl", json_rows(*(dict(zip("abc", row)) for row in ([1, 0, 1], [0, 1, 0], [0, 0, 0]))), {}),
+        ("a.jsonl", json_rows([1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0] * 3), {"label_names": [*"abc"], **SEVERAL}),
     ],
-)  # fmt: skip
+)
 def test_several_labels_however_they_are_written(tmp_path: Path, name: str, content: str, options: Any) -> None:
     columns = Columns(format="fasttext") if name.endswith(".txt") else PLAIN
     task, rows = read(tmp_path / name, content, columns, **options)
@@ -76,21 +77,17 @@ def test_columns_of_0_and_1_are_several_labels_and_those_of_probabilities_one(tm
 
 
 @pytest.mark.parametrize(
-    ("content", "kind"),
+    ("rows", "kind"),
     [
-        ("text,label\nx,1.5\ny,3\n", Regression),
-        ("text,label\nx,1.0\ny,3.0\n", SingleLabel),
-        ("text,label\nx,yes\ny,no\n", SingleLabel),
-        ('text,label\nx,"art,life"\ny,art\n', SingleLabel),  # which nobody can tell, so it is an error below
+        ("x,1.5\ny,3\n", Regression),
+        ("x,1.0\ny,3.0\n", SingleLabel),
+        ("x,yes\ny,no\n", SingleLabel),
+        ('x,"art,life"\ny,art\nz,life\n', MultiLabel),
+        ('x,"art,life"\ny,music\n', SingleLabel),
     ],
 )
-def test_a_task_is_found_only_where_it_is_certain(tmp_path: Path, content: str, kind: type) -> None:
-    if "art" in content:
-        content += "z,life\n"
-        assert type(read(tmp_path / "b.csv", content)[0]) is MultiLabel
-        assert type(read(tmp_path / "a.csv", 'text,label\nx,"art,life"\ny,music\n')[0]) is SingleLabel
-        return
-    assert type(read(tmp_path / "a.csv", content)[0]) is kind
+def test_a_task_is_found_only_where_it_is_certain(tmp_path: Path, rows: str, kind: type) -> None:
+    assert type(read(tmp_path / "a.csv", f"text,label\n{rows}")[0]) is kind
 
 
 @pytest.mark.parametrize(
@@ -103,33 +100,22 @@ def test_a_task_is_found_only_where_it_is_certain(tmp_path: Path, content: str, 
         ("text,label\nx,1.5\ny,2\n", {"calibrate": True}, "--calibrate does not go with this task"),
         ("text,label\nx,a\ny,b\n", {"threshold_for": "f1"}, "--threshold-for does not go with this task"),
         ('text,label\nx,"a,b"\ny,a\nz,b\n', {"label_smoothing": 0.1}, "--label-smoothing does not go"),
-        (
-            "text,label\nx,a\ny,b\n",
-            {"best_by": "spearman"},
-            "--best-by is one of accuracy, macro_f1, loss, mean, not",
-        ),
+        ("text,label\nx,a\ny,b\n", {"best_by": "rmse"}, "--best-by is one of accuracy, macro_f1, loss, mean, not"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(tmp_path: Path, content: str, options: Any, says: str) -> None:
-    with pytest.raises(UserError) as error:
-        read(tmp_path / "a.csv", content, **options)
-    assert says in str(error.value)
+    assert says in refusal(read, tmp_path / "a.csv", content, **options)
 
 
 @pytest.mark.parametrize(
     ("cell", "says"),
-    [
-        ('["a", "x"]', "label 'x' is neither one of a, b"),
-        ('{"a": 0}', "but none for b"),
-        ('{"a": 2, "b": 0}', "label 'a' has 2"),
-    ],
+    [('["a", "x"]', "'x' is neither one of a, b"), ('{"a": 0}', "but none for b"), ('{"a": 2, "b": 0}', "'a' has 2")],
 )
 def test_a_bad_label_names_the_line(tmp_path: Path, cell: str, says: str) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(f'{{"text": "x", "label": ["a"]}}\n{{"text": "y", "label": {cell}}}\n')
-    with pytest.raises(UserError, match="line 2: ") as error:
-        list(read_rows(file, Columns(), MultiLabel(["a", "b"])))
-    assert says in str(error.value)
+    line = refusal(lambda: list(read_rows(file, Columns(), MultiLabel(["a", "b"]))))
+    assert "line 2: " in line and says in line
 
 
 def test_numpy_and_python_lists_are_read() -> None:
@@ -144,8 +130,8 @@ def test_weights_are_read_and_rows_of_weight_0_are_absent(tmp_path: Path) -> Non
     assert [(row.text, row.weight) for row in rows] == [("x", 2.0), ("z", 0.5)]
     assert inspect(file, columns).check(file, SingleLabel(["a", "b"]), drop=False) == {"weight 0": 2}
     for bad in ("-1", "nan", "many", ""):
-        with pytest.raises(UserError, match=r"line 2: the weight .* is no number of 0 or more"):
-            read(file, f"text,label,w\nx,a,{bad}\ny,b,1\n", columns)
+        says = refusal(read, file, f"text,label,w\nx,a,{bad}\ny,b,1\n", columns)
+        assert "line 2: the weight " in says and " is no number of 0 or more" in says
 
 
 # --- metrics, as scikit-learn has them
@@ -161,9 +147,7 @@ def test_metrics_of_several_labels_are_those_of_scikit_learn() -> None:
         "micro_f1": reference.f1_score(TRUE, predicted, average="micro"),
         "macro_f1_at_0.5": reference.f1_score(TRUE, PROBABILITIES >= 0.5, average="macro", zero_division=0),
         "exact_match": reference.accuracy_score(TRUE, predicted),
-        "mean_average_precision": np.mean(
-            [reference.average_precision_score(TRUE[:, i], PROBABILITIES[:, i]) for i in range(4)] + [0.0]
-        ),
+        "mean_average_precision": 0.8 * reference.average_precision_score(TRUE[:, :4], PROBABILITIES[:, :4]),
         "loss": reference.log_loss(TRUE.reshape(-1), PROBABILITIES.astype(float).reshape(-1)),
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
@@ -216,9 +200,8 @@ def test_a_fitted_threshold_is_the_best_there_is(label: int) -> None:
     assert not reachable or at(threshold, precision) >= 0.5
     threshold = metrics.fitted_threshold(scores, true, "recall", 0.9)
     assert at(threshold, reference.recall_score) >= 0.9
-    assert at(threshold, f1) == pytest.approx(
-        best(f1, lambda *sides: reference.recall_score(*sides, zero_division=0) >= 0.9)
-    )
+    wanted = best(f1, lambda *sides: reference.recall_score(*sides, zero_division=0) >= 0.9)
+    assert at(threshold, f1) == pytest.approx(wanted)
 
 
 def test_a_label_that_dev_does_not_have_keeps_its_threshold_and_temperature_moves_no_label() -> None:
@@ -226,10 +209,8 @@ def test_a_label_that_dev_does_not_have_keeps_its_threshold_and_temperature_move
     assert task.thresholds[4] == 0.5
     for temperature in (0.5, 2.0):
         logits = torch.from_numpy(task.logits_of(PROBABILITIES) / temperature)
-        found, expected = (
-            [t.cells(row, False)[0] for row in p.tolist()]
-            for t, p in ((at_temperature(task, temperature), logits.sigmoid()), (task, PROBABILITIES))
-        )
+        sides = (at_temperature(task, temperature), logits.sigmoid()), (task, PROBABILITIES)
+        found, expected = ([each.cells(row, False)[0] for row in values.tolist()] for each, values in sides)
         assert found == expected
 
 
@@ -250,8 +231,10 @@ def test_losses_and_gradients_are_those_of_transformers_heads() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("kind", ["single", "soft", "several", "scores"])
-def test_a_weight_of_2_is_the_row_twice_and_the_baseline_the_least_constant_loss(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "smoothing"), [("single", 0.0), ("single", 0.2), ("soft", 0.2), ("several", 0.0), ("scores", 0.0)]
+)
+def test_a_weight_of_2_is_the_row_twice_and_the_baseline_the_least_constant_loss(kind: str, smoothing: float) -> None:
     weights = GENERATOR.randint(1, 3, 100).astype(np.float32)
     labels = {
         "single": GENERATOR.randint(0, 5, 100).astype(np.int32),
@@ -262,7 +245,7 @@ def test_a_weight_of_2_is_the_row_twice_and_the_baseline_the_least_constant_loss
     task: Any = {"several": MultiLabel(NAMES), "scores": Regression(["score"])}.get(kind, SingleLabel(NAMES))
     if kind == "soft":
         task = replace(task, is_soft=True)
-    config = Config() if kind == "scores" else Config(class_weights="1,2,0.5,1,3")
+    config = Config() if kind == "scores" else Config(class_weights="1,2,0.5,1,3", label_smoothing=smoothing)
     task = task.for_training(config, labels, weights, CPU)
     logits = torch.randn(100, task.outputs, generator=torch.Generator().manual_seed(0))
     twice = np.repeat(np.arange(100), weights.astype(int))
@@ -273,22 +256,18 @@ def test_a_weight_of_2_is_the_row_twice_and_the_baseline_the_least_constant_loss
     answers = torch.randn(2000, task.outputs, generator=torch.Generator().manual_seed(1))
     rows = torch.from_numpy(labels[twice])
     losses = [float(task.loss(each.expand(len(rows), -1), rows)) / len(rows) for each in answers]
-    assert baseline <= min(losses) + 1e-5
+    assert min(losses) * 0.9 <= baseline <= min(losses) + 1e-5
 
 
 def test_hard_labels_are_soft_ones_of_certainty() -> None:
     labels = GENERATOR.randint(0, 5, 50)
     hard = SingleLabel(NAMES, 0.1, torch.tensor([1.0, 2, 3, 4, 5]))
     logits, soft = torch.randn(50, 5), np.eye(5, dtype=np.float32)[labels]
-    expected = hard.loss(logits, torch.from_numpy(labels))
-    torch.testing.assert_close(replace(hard, is_soft=True).loss(logits, torch.from_numpy(soft)), expected)
-    probabilities = logits.softmax(1).numpy()
-    found = [
-        task.metrics(task.results_of(probabilities, each), each)
-        for task, each in ((hard, labels), (replace(hard, is_soft=True), soft))
-    ]
-    for name in found[0]:
-        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-6)
+    sides, probabilities = ((hard, labels), (replace(hard, is_soft=True), soft)), logits.softmax(1).numpy()
+    torch.testing.assert_close(*(task.loss(logits, torch.from_numpy(each)) for task, each in sides))
+    found, expected = (task.metrics(task.results_of(probabilities, each), each) for task, each in sides)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
 
 
 def test_scores_are_scaled_in_training_and_answers_are_in_the_files_scale() -> None:

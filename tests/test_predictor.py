@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Capture, change_json, change_weights
+from conftest import ROOT, Capture, change_json, change_weights, refusal
 
 import sst2_xlmr
 from sst2_xlmr.predictor import Classifier
-from sst2_xlmr.util.errors import UserError
 
 TEXTS = ["A fine film.", "", "Ein Café, größer als nötig", "word " * 50, "好"]
 
@@ -81,16 +80,13 @@ def test_wrong_use(model: Path, tmp_path: Path) -> None:
     for texts in no_texts:
         with pytest.raises(TypeError, match="texts must be a list of strings, or a list of pairs of strings"):
             classifier.predict(texts)
-    with pytest.raises(UserError, match=r"text 2: not UTF-8, or with a NUL"):
-        classifier.predict(["fine", "half \ud83d"])
-    with pytest.raises(UserError, match="config.json"):
-        sst2_xlmr.load(tmp_path)
+    assert "text 2: not UTF-8, or with a NUL" in refusal(classifier.predict, ["fine", "half \ud83d"])
+    assert "config.json" in refusal(sst2_xlmr.load, tmp_path)
     with pytest.raises(ValueError, match="precision must be auto, bf16, fp32 or int8, not 'fp16'"):
         sst2_xlmr.load(model, precision="fp16")
     with pytest.raises(ValueError, match="device 'gpu' is none of auto, cpu and cuda"):
         sst2_xlmr.load(model, device="gpu")
-    with pytest.raises(UserError, match="--precision int8 is for a CPU"):
-        Classifier.load(model, "int8", torch.device("cuda"))
+    assert "--precision int8 is for a CPU" in refusal(Classifier.load, model, "int8", torch.device("cuda"))
 
 
 def test_several_models_answer_with_the_mean_of_their_probabilities(model: Path, tmp_path: Path) -> None:
@@ -101,5 +97,4 @@ def test_several_models_answer_with_the_mean_of_their_probabilities(model: Path,
         mean = Classifier.load_mean([model, other], precision, "cpu")
         np.testing.assert_allclose(mean.probabilities(texts), np.mean(both, axis=0), atol=1e-6)
     change_json(other / "config.json", id2label={"0": "x", "1": "y"})
-    with pytest.raises(UserError, match="only models that are alike have a mean"):
-        Classifier.load_mean([model, other], "fp32", "cpu")
+    assert "only models that are alike have a mean" in refusal(Classifier.load_mean, [model, other], "fp32", "cpu")

@@ -1,4 +1,4 @@
-"""scripts/bench/bench.py: the command line on a tiny shape, the arithmetic of its figures, its one-line errors."""
+"""scripts/bench: bench.py on a tiny shape; studies with the Trainer, for which a program stands in."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ROOT, Capture, user_error
+from conftest import Capture, Words, metrics, refusal, user_error
+from running import train_in_forks
 
-sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+from sst2_xlmr.programs import study
+
 bench, inputs = (importlib.import_module(name) for name in ("bench", "inputs"))
+with_trainer, time_to_accuracy = (importlib.import_module(n) for n in ("study_with_trainer", "time_to_accuracy"))
 
 
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
-    """A quick run's options; later ones win."""
     inputs.make_tokenizer(tmp_path / "tokenizer.model")
     fixed = ["--shape", "tiny", "--device", "cpu", "--precision", "fp32", "--rounds", 1, "--steps", 4]
     fixed += ["--warmup-steps", 2, "--batch-size", 4, "--tokenizer", tmp_path / "tokenizer.model"]
@@ -25,7 +28,7 @@ def options(tmp_path: Path) -> list[str]:
 
 def write_peer(file: Path, script: str) -> str:
     """Write what stands in for a peer's Python; $2 is its order, $3 gets its result."""
-    file.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    file.write_text(script if script.startswith("#!") else f"#!/bin/sh\n{script}\n", encoding="utf-8")
     file.chmod(0o755)
     return str(file)
 
@@ -66,7 +69,7 @@ def test_a_ratio_is_taken_in_every_round() -> None:
         (["--peer", "nowhere/python"], "nowhere/python is not a program; give an environment's bin/python"),
     ],
 )
-def test_wrong_options(more: list[str], expected: str, options: list[str], capsys: Capture) -> None:
+def test_wrong_use_of_bench(more: list[str], expected: str, options: list[str], capsys: Capture) -> None:
     assert expected in user_error(lambda: bench.main([*options, *more]), capsys)
 
 
@@ -74,3 +77,98 @@ def test_what_a_command_fails_with(tmp_path: Path, capsys: Capture) -> None:
     peer = write_peer(tmp_path / "python", "echo Traceback: >&2; echo 'No module named x' >&2; exit 1")
     line = user_error(lambda: bench.run_peer(peer, tmp_path, {}), capsys)
     assert line.endswith("peer.py failed: No module named x\n")
+
+
+# --- studies with the Trainer
+
+
+@pytest.fixture(autouse=True)
+def _quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_in_forks(monkeypatch)
+
+
+# As peer.py would: accuracy 0.5; or dev gets better at every evaluation, to the order's seed, in hundredths.
+PEER = f"""#!{sys.executable}
+import json, sys, time
+order = json.load(open(sys.argv[2]))
+if "evaluations_file" in order:
+    assert order["eval_every"] == 2, order
+    for step, accuracy in ((2, 0.3), (4, order["seed"] / 100)):
+        time.sleep(0.2)
+        with open(order["evaluations_file"], "a") as file:
+            file.write(json.dumps({{"step": step, "split": "dev", "accuracy": accuracy}}) + chr(10))
+json.dump({{"order": order, "accuracy": {{name: 0.5 for name in order["splits"]}}}}, open(sys.argv[3], "w"))
+"""
+
+
+def test_the_trainers_results_are_those_of_the_same_files(
+    train_words: Words, small_data: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--seeds", "1", "--peer", str(write_peer(tmp_path / "python", PEER))]
+    options += train_words(tmp_path / "all", "--epochs", 1)
+    with_trainer.main(options)
+    found = json.loads((tmp_path / "all" / "study.json").read_text())
+    assert list(found["runs"]) == ["trainer", "ours"]
+    assert found["runs"]["trainer"]["1"]["dev"] == found["runs"]["trainer"]["1"]["best dev"] == 0.5
+    (tmp_path / "all" / "trainer" / "seed-1.seconds").unlink()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    with_trainer.main([*options, "--output-dir", "all"])  # another path of the same folder
+    printed = capsys.readouterr().out
+    assert printed.count("was finished") == 2
+    assert "trainer, seed 1: was finished, dev 0.5000" in printed
+    says = refusal(with_trainer.main, [*options, "--lr", "1e-4"])
+    assert "was made with other options; remove it, or choose another --output-dir" in says
+
+    study.digest.cache_clear()
+    with (small_data / "dev.tsv").open("a") as file:
+        file.write("one more\t0\n")
+    says = refusal(with_trainer.main, options)
+    assert "dev.tsv (dev) is not the file of the run " in says and "trainer/seed-1" in says
+    study.digest.cache_clear()
+
+
+def test_seconds_ratios_and_what_was_not_reached(train_words: Words, tmp_path: Path, capfd: Capture) -> None:
+    """The Trainer reaches it with seed 90 only; every run of ours does."""
+    more = ["--eval-every", 2, "--peer", write_peer(tmp_path / "python", PEER), "--setting", "ours", "--lr 2e-3"]
+    options = ["--target", "0.4", "--seeds", "90,31", *train_words(tmp_path / "out", "--epochs", 1, *more)]
+    time_to_accuracy.main([str(option) for option in options])
+    printed = capfd.readouterr()
+    found: dict[str, Any] = json.loads(printed.out)
+    assert found == json.loads((tmp_path / "out" / "time_to_accuracy.json").read_text())
+    trainer, ours = found["seconds"]["trainer"], found["seconds"]["ours"]
+    assert trainer["90"] > 0.4
+    assert trainer["31"] is None
+    assert "seed 31: trainer: best 0.3100, not reached" in printed.err
+    assert found["reached"] == {"trainer": "1 of 2", "ours": "2 of 2"}
+    assert found["median_seconds"]["trainer"] == trainer["90"]
+    assert found["ratio"]["ours / trainer"]["median"] == pytest.approx(ours["90"] / trainer["90"], rel=1e-3)
+    run = tmp_path / "out" / "ours" / "seed-90"
+    assert json.loads((run / "config.json").read_text())["lr"] == 2e-3
+    assert any(entry["accuracy"] >= 0.4 for entry in metrics(run) if entry.get("split") == "dev")
+
+
+def test_a_command_ends_once_it_has_reached_the_target(tmp_path: Path) -> None:
+    """It would never end by itself; half a line, still being written, does no harm."""
+    evaluations, line = tmp_path / "a" / "b" / "metrics.jsonl", json.dumps({"step": 1, "split": "dev", "accuracy": 0.5})
+    script = f"import signal; open({str(evaluations)!r}, 'w').write({line!r} + chr(10) + '{{'); signal.pause()"
+    evaluations.parent.mkdir(parents=True)
+    assert time_to_accuracy.seconds_to(0.5, [sys.executable, "-c", script], evaluations) is not None
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "says"),
+    [
+        (time_to_accuracy, ["--target", "1.5"], "--target 1.5 is not above 0 and at most 1"),
+        (time_to_accuracy, ["--target", "0.5"], "already exists; a time starts from nothing"),
+        (time_to_accuracy, ["--target", "0.5", "--peer", sys.executable, "--output-dir", "x"], "needs --eval-every N"),
+        (with_trainer, ["--peer", "nowhere/python"], "nowhere/python is not a program; give an environment's bin"),
+        (with_trainer, ["--peer", sys.executable, "--setting", "trainer", ""], "that name is taken"),
+        (with_trainer, ["--peer", sys.executable, "--max-steps", "9"], "the Trainer does not have --max-steps"),
+    ],
+)
+def test_wrong_use(
+    program: Any, options: list[str], says: str, train_words: Words, tmp_path: Path, capsys: Capture
+) -> None:
+    words = ["--seeds", "1", *train_words(tmp_path)]
+    assert says in user_error(lambda: program.main([*words, *options]), capsys)

@@ -22,7 +22,6 @@ from sst2_xlmr import __version__
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.programs import predict
 
-sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 check_gpu = importlib.import_module("check_gpu")
 
 
@@ -38,31 +37,25 @@ def test_without_a_gpu_it_is_one_line() -> None:
     assert done.stderr == "error: --device cuda: torch finds no CUDA GPU on this machine; use --device cpu\n"
 
 
-class Device:
-    """Stands in for the programs on a device, which computes the same in every run but those whose name is `wrong`."""
-
-    def __init__(self, wrong: str) -> None:
-        self.wrong = wrong
-
-    def run_program(self, root: Path, program: str, options: list[Any], folder: Path, processes: int = 0) -> None:
-        words = [str(option) for option in options]
-        if "predict" in program:
-            output = predict.parse_args(words).output
-            shift = 0.1 if output.stem == self.wrong else 0.0
-            output.write_text("".join(json.dumps({"probability_positive": n / 8 + shift}) + "\n" for n in range(4)))
-            return
-        config, resume = parse_args(words)
-        run = Path(str(config.output_dir))
-        is_wrong = run.name == self.wrong or (resume and self.wrong == f"{run.name} resumed")
-        for name in ("model", "best", "checkpoints/step-00000020"):
-            (run / name).mkdir(parents=True, exist_ok=True)
-        steps = range(1, config.max_steps + 1)
-        lines = [{"step": step, "lr": 1.0, "loss": 1 / step + 0.03 * is_wrong} for step in steps]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (run / "config.json").write_text(json.dumps({"sst2_xlmr": __version__, **dataclasses.asdict(config)}))
-        weights = load_file(Path(config.encoder) / "model.safetensors")
-        changed = {name: tensor + 0.01 + 0.001 * is_wrong for name, tensor in weights.items()}
-        save_file(changed, run / "model" / "model.safetensors")
+def run_program(wrong: str, root: Path, program: str, options: list[Any], folder: Path, processes: int = 0) -> None:
+    """Stands in for a program on a device, which computes the same in every run but that whose name is `wrong`."""
+    words = [str(option) for option in options]
+    if "predict" in program:
+        output = predict.parse_args(words).output
+        shift = 0.1 if output.stem == wrong else 0.0
+        output.write_text("".join(json.dumps({"probability_positive": n / 8 + shift}) + "\n" for n in range(4)))
+        return
+    config, resume = parse_args(words)
+    run = Path(str(config.output_dir))
+    is_wrong = run.name == wrong or (resume and wrong == f"{run.name} resumed")
+    for name in ("model", "best", "checkpoints/step-00000020"):
+        (run / name).mkdir(parents=True, exist_ok=True)
+    lines = [{"step": n, "lr": 1.0, "loss": 1 / n + 0.03 * is_wrong} for n in range(1, config.max_steps + 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "config.json").write_text(json.dumps({"sst2_xlmr": __version__, **dataclasses.asdict(config)}))
+    weights = load_file(Path(config.encoder) / "model.safetensors")
+    changed = {name: tensor + 0.01 + 0.001 * is_wrong for name, tensor in weights.items()}
+    save_file(changed, run / "model" / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -83,24 +76,21 @@ def test_checks_pass_and_fail_where_a_run_differs(
         folder.mkdir()
         check_gpu.write_inputs(folder, "tiny", rows=20)
         train = functools.partial(check_gpu.run_train, folder, "cpu", "checked")
-        monkeypatch.setattr(check_gpu, "run_program", Device(wrong if name == "wrong" else "").run_program)
+        stand_in = functools.partial(run_program, wrong if name == "wrong" else "")
+        monkeypatch.setattr(check_gpu, "run_program", stand_in)
         expectation = pytest.raises(AssertionError, match=says) if name == "wrong" else contextlib.nullcontext()
         with expectation:
             assert getattr(check_gpu, check)(train, folder, "cpu")
 
 
-@pytest.mark.slow
-def test_the_whole_script_on_a_cpu() -> None:
-    options = ["--device", "cpu", "--shape", "tiny", "--batch-sizes", "4", "--steps", "2"]
-    check_whole(run_script(*options, "--rounds", "1", "--no-peer"))
+ON_A_CPU = "--device cpu --shape tiny --batch-sizes 4 --steps 2 --rounds 1 --no-peer"
 
 
-@pytest.mark.cuda
-def test_the_whole_script_on_a_gpu() -> None:
-    check_whole(run_script())
-
-
-def check_whole(done: subprocess.CompletedProcess[str]) -> None:
+@pytest.mark.parametrize(
+    "options", [pytest.param(ON_A_CPU, marks=pytest.mark.slow), pytest.param("", marks=pytest.mark.cuda)]
+)
+def test_the_whole_script(options: str) -> None:
+    done = run_script(*options.split())
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert not [check for check in result["checks"].values() if "failed" in check]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Capture, metrics, train_options, user_error
+from conftest import Capture, RunTrain, metrics, train_options, user_error
 
 from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
@@ -18,7 +17,6 @@ from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.data.splits import cut_off
 from sst2_xlmr.report.header import data_report
 
-RunTrain = Callable[..., Path]
 HINT = "--drop-duplicates drops them"
 
 

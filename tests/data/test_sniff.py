@@ -7,11 +7,13 @@ import gzip
 import io
 import itertools
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,16 +21,8 @@ from sst2_xlmr.data.rows import inspect, read_rows
 from sst2_xlmr.data.sniff import Columns, other_encoding
 from sst2_xlmr.util.errors import UserError
 
-ROWS = [
-    ['He said "wow", twice', "1"],
-    ["plain", "0"],
-    ["a; b | c", "1"],
-    ["tab\there", "0"],
-    ["two\nlines", "1"],
-    ['"quoted"', "0"],
-    ["it's 'so'", "1"],
-    ["C:\\new \\", "0"],
-]
+TEXTS = ['He said "wow", twice', "plain", "a; b | c", "tab\there", "two\nlines", '"quoted"', "it's 'so'", "C:\\new \\"]
+ROWS = [[text, "10"[number % 2]] for number, text in enumerate(TEXTS)]
 
 
 def written(rows: list[list[str]], header: bool = True, **dialect: Any) -> str:
@@ -38,7 +32,6 @@ def written(rows: list[list[str]], header: bool = True, **dialect: Any) -> str:
 
 
 def read(path: Path, content: bytes | str, *text: str, **asked: Any) -> list[list[str | None]]:
-    """Return texts and labels."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     columns = Columns(text or None, **asked)
     cells = [(row.text, dict(zip(row.fields.names, row.fields.cells))) for row in read_rows(path, columns, None)]
@@ -141,8 +134,7 @@ def test_other_kinds(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
     assert list(inspect(tmp_path / "dev_text.txt", Columns()).labels) == ["yes", "no"]
     (tmp_path / "dev_labels.txt").write_text("1\n")
-    with pytest.raises(UserError, match="2 lines, but .* has 1"):
-        inspect(tmp_path / "dev_text.txt", Columns())
+    assert re.search("2 lines, but .* has 1", refusal(inspect, tmp_path / "dev_text.txt", Columns()))
 
 
 def test_parquet_and_excel(tmp_path: Path) -> None:
@@ -173,9 +165,7 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_table_is_named_with_a_cure(tmp_path: Path, content: bytes, says: str) -> None:
-    with pytest.raises(UserError, match=says) as error:
-        read(tmp_path / "a.csv", content)
-    assert "\n" not in str(error.value)
+    assert re.search(says, refusal(read, tmp_path / "a.csv", content))
 
 
 @pytest.mark.parametrize(
@@ -194,26 +184,23 @@ def test_encodings_are_proposed(text: str, encoding: str) -> None:
 
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\0\ufdd0"), min_size=1, max_size=12).filter(str.strip)
-dialects = st.fixed_dictionaries(
-    {
-        "delimiter": st.sampled_from("\t,;|"),
-        "quoting": st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]),
-        "lineterminator": st.sampled_from(["\n", "\r\n"]),
-    }
-)
+QUOTING = st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+dialects = {
+    "delimiter": st.sampled_from("\t,;|"),
+    "quoting": QUOTING,
+    "lineterminator": st.sampled_from(["\n", "\r\n"]),
+}
 
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
-@given(
-    texts=st.lists(cells, min_size=1, max_size=8), dialect=dialects, name=st.sampled_from(["a.csv", "a.tsv", "a.txt"])
-)
+@given(texts=st.lists(cells, min_size=1, max_size=8), kind=st.sampled_from(["csv", "tsv", "txt"]), **dialects)
 def test_any_table_is_read_as_it_was_written(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str], dialect: dict[str, Any], name: str
+    tmp_path_factory: Any, texts: list[str], kind: str, **dialect: Any
 ) -> None:
     """Or an error says that nobody can tell; never other rows or cells."""
     rows = [[text, "ab"[i % 2]] for i, text in enumerate(texts)]
     try:
-        found = read(tmp_path_factory.mktemp("x") / name, written(rows, **dialect))
+        found = read(tmp_path_factory.mktemp("x") / f"a.{kind}", written(rows, **dialect))
     except UserError:
         return
     assert found == rows

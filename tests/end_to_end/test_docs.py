@@ -10,9 +10,7 @@ import itertools
 import os
 import re
 import shlex
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,63 +20,38 @@ from sst2_xlmr.cli import parse_args
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import export
 
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
-
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-@pytest.fixture
-def served_model(model: Path, tmp_path: Path) -> Path:
-    """A model's folder, in a folder where the page's commands are run."""
-    return Path(shutil.copytree(model, tmp_path / "model"))
-
-
-def programs_of(page: str, language: str) -> list[str]:
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.+?)```", text, re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "scripts/bench/NOTES.md", *(ROOT / "docs").glob("*.md")]
 
 
 @pytest.mark.skipif(
     "SST2_XLMR_TEST_NODE_MODULES" not in os.environ, reason="SST2_XLMR_TEST_NODE_MODULES names no folder"
 )
-def test_javascript_gives_the_same_labels(served_model: Path, tmp_path: Path) -> None:
-    (program,) = programs_of("export.md", "javascript")
+def test_javascript_gives_the_same_labels(model: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```javascript\n(.+?)```", page, re.DOTALL)
     (tmp_path / "classify.mjs").write_text(program.replace("LONGEST = 256", "LONGEST = 64"))
+    (tmp_path / "model").symlink_to(model)
     (tmp_path / "node_modules").symlink_to(os.environ["SST2_XLMR_TEST_NODE_MODULES"])
     options = ["--format", "onnx", "--from-ids", "--output", str(tmp_path / "classifier-ids.onnx")]
-    export.main(["--model", str(served_model), *options])
+    export.main(["--model", str(model), *options])
     texts = ["Not bad at all.", "Das Essen war kalt.", "word " * 300]
     done = subprocess.run(
         ["node", "classify.mjs", "model", *texts], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     found = [line.split("\t") for line in done.stdout.splitlines()]
-    classifier = Classifier.load(served_model, "fp32", "cpu")
+    classifier = Classifier.load(model, "fp32", "cpu")
     assert [row[0] for row in found] == classifier.predict(texts)
     assert [float(row[1]) for row in found] == pytest.approx(classifier.probabilities(texts).max(1).tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_files_that_a_page_names_are_there(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"(?<![\w/.])@?((?:scripts|sst2_xlmr|sample_data|tests)/[\w./-]+\w)(?![\w.*-])", text):
-        assert (ROOT / name).exists(), name
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (page.parent / link).exists(), link
-
-
 # By the name of their file or subcommand; a study hands the options that are not its own to train.py.
-PROGRAMS = {
-    "train": ["train"],
-    "study": ["study", "train"],
-    "study_with_trainer": ["study_with_trainer", "study", "train"],
-}
-PROGRAMS["time_to_accuracy"] = ["time_to_accuracy", "study", "train"]
-PROGRAMS.update({name: [name] for name in ("predict", "evaluate", "export", "split", "fetch", "bench", "check_gpu")})
+PROGRAMS = {name: [name] for name in ("train", "predict", "evaluate", "export", "split", "fetch", "bench", "check_gpu")}
+PROGRAMS["study"] = ["study", "train"]
+PROGRAMS.update({name: [name, "study", "train"] for name in ("study_with_trainer", "time_to_accuracy")})
 
 
 @functools.cache
 def flags_of(program: str) -> set[str]:
-    """Return the flags of a program, as its help lists them."""
     module = program if (ROOT / "scripts" / "bench" / f"{program}.py").is_file() else f"sst2_xlmr.programs.{program}"
     main, said = parse_args if program == "train" else importlib.import_module(module).main, io.StringIO()
     with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
@@ -101,6 +74,11 @@ def unknown_flags(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "scripts" / "bench" / "NOTES.md"], ids=lambda page: page.stem)
-def test_flags_of_the_commands_on_a_page_exist(page: Path) -> None:
-    assert unknown_flags(page.read_text(encoding="utf-8")) == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"(?<![\w/.])@?((?:scripts|sst2_xlmr|sample_data|tests)/[\w./-]+\w)(?![\w.*-])", text):
+        assert (ROOT / name).exists(), name
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+    assert unknown_flags(text) == []

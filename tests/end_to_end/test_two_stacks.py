@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SAMPLE_DATA, SMALL_ENCODER, losses, needs_small_encoder, sst2_sentences, train_options
-from running import resume
+from conftest import SAMPLE_DATA, SMALL_ENCODER, losses, needs_small_encoder, printed_by, sst2_sentences, train_options
+from running import ROOT, resume
 
 import sst2_xlmr
 from sst2_xlmr import train
@@ -31,25 +30,16 @@ json.dump(model.probabilities(json.load(open(sys.argv[2]))).tolist(), open(sys.a
 """
 
 
-def run(*command: object) -> str:
-    """Run a program of the project under the other Python."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [OTHER, *map(str, command)]
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_losses_a_resumed_run_and_probabilities_are_the_same(tmp_path: Path) -> None:
     options = ["--max-steps", STEPS, "--batch-size", 16, "--lr", 5e-5, "--max-length", 256, "--save-every", STEPS // 2]
-    run("train.py", *train_options(SMALL_ENCODER, SAMPLE_DATA, tmp_path / "theirs", *options))
+    printed_by(ROOT, OTHER, "train.py", *train_options(SMALL_ENCODER, SAMPLE_DATA, tmp_path / "theirs", *options))
     train.main(train_options(SMALL_ENCODER, SAMPLE_DATA, tmp_path / "ours", *options))
     theirs = losses(tmp_path / "theirs")
     assert losses(tmp_path / "ours") == pytest.approx(theirs, rel=1e-5)
 
     model, texts = tmp_path / "theirs" / "model", sst2_sentences()
     (tmp_path / "texts").write_text(json.dumps(texts), encoding="utf-8")
-    run("-c", PROBABILITIES, model, tmp_path / "texts", tmp_path / "probabilities")
+    printed_by(ROOT, OTHER, "-c", PROBABILITIES, model, tmp_path / "texts", tmp_path / "probabilities")
     found = np.array(json.loads((tmp_path / "probabilities").read_text()))
     ours = sst2_xlmr.load(model, precision="fp32", device="cpu").probabilities(texts)
     assert found.shape == (len(texts), 2)

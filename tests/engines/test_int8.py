@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL_ENCODER, Capture, kernels_for, needs_small_encoder
+from conftest import ROOT, SMALL_ENCODER, Capture, Patch, kernels_for, needs_small_encoder
 from torch import nn
 
 from sst2_xlmr import engines, predictor
@@ -81,7 +81,6 @@ def test_a_row_uses_the_whole_range_of_its_own() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_stays_none(bad: float) -> None:
-    """In its own row, however the layer goes on."""
     kernels = int8_kernels()
     x = torch.randn(3, 20)
     x[1, 7] = bad
@@ -94,10 +93,7 @@ def test_what_is_no_number_stays_none(bad: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "k", "rows"), SIZES)
 def test_a_layer_is_the_product_of_what_was_quantized(n: int, k: int, rows: int, dtype: torch.dtype) -> None:
-    """With bias, GELU, residual connection and LayerNorm, against float64 on the same bytes.
-
-    Threads and neighbours change no bit.
-    """
+    """With bias, GELU, residual and LayerNorm, against float64 on the same bytes, whatever threads and neighbours."""
     kernels = int8_kernels(dtype)
     torch.manual_seed(n)
     weight, bias, x = torch.randn(n, k), torch.randn(n), torch.randn(rows, k).to(dtype)
@@ -208,9 +204,7 @@ def test_loading_leaves_no_fp32_weights_in_memory() -> None:
     assert int(taken) < 470e6 / 2
 
 
-def test_without_the_instructions_it_is_said_once(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_without_the_instructions_it_is_said_once(model: Path, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(engines, "quantized", lambda *_: None)
     loaded = predictor.Classifier.load(model, "int8", "cpu")
     said = capsys.readouterr().err

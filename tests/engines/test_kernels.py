@@ -1,7 +1,4 @@
-"""Kernels against plain torch, in fp32 and bf16, with one thread and with two; and how the library is compiled.
-
-Those of AdamW are tested with the optimizer that they make, in test_optimizer.py and test_shared_memory.py.
-"""
+"""Kernels against plain torch, in fp32 and bf16, with one thread and two (AdamW's: test_optimizer.py); compiling."""
 
 from __future__ import annotations
 
@@ -168,7 +165,6 @@ def reference_attention(
 
 
 def test_attention_masks(threads: int) -> None:
-    """The share of dropped weights; other masks for other heads, sites, queries."""
     rows = pack([60] * 10, 0.25)
     dropped, other = (torch.stack(attention_masks(rows, site, 6)) == 0 for site in (4, 7))
     assert sigmas(dropped, 0.25) < 4
@@ -201,7 +197,6 @@ def test_attention(kernels: Kernels, threads: int, heads: int, size: int, length
 
 
 def test_attention_with_scores_far_apart(kernels: Kernels) -> None:
-    """One key takes all; nothing overflows."""
     rows = pack([20], 0.0)
     q, k, v = (random(24, 8, dtype=kernels.dtype, seed=seed, scale=1000.0) for seed in range(3))
     mixed = kernels.attention(q, k, v, 1, rows, 1)
@@ -218,7 +213,6 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def compile_anew() -> None:
-    """Find the kernels as a new process does, and check that they work."""
     found = compiling._find_kernels.__wrapped__(torch.float32)
     assert isinstance(found, Kernels), found
     assert found.column_sums(torch.ones(5, 3)).tolist() == [5, 5, 5]
@@ -246,10 +240,7 @@ def test_without_a_compiler_there_are_no_kernels_and_it_is_said_why(
 
 @pytest.mark.parametrize("is_noexec", [False, True])
 def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch, is_noexec: bool) -> None:
-    """By two at once if they start at once; from a disk mounted noexec it is loaded elsewhere.
-
-    If that cannot be either, the reason is the true one.
-    """
+    """By two at once if they start at once; from a disk mounted noexec it goes elsewhere, or the reason is said."""
     forbidden, dlopen = [str(cache)] * is_noexec, ctypes.CDLL
 
     def load(file: str) -> ctypes.CDLL:

@@ -25,17 +25,15 @@ from sst2_xlmr.model.vocabulary import Vocabulary
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
 
 # Head sizes 8, 20 and 64; with one layer, the last is also the first.
+Shape = tuple[int, int, int]
 SHAPES = [(32, 4, 3), (40, 2, 2), (128, 2, 1)]
 
 
-def build(
-    shape: tuple[int, int, int], dropout: float = 0.0, head_dropout: float = 0.0, seed: int = 0
-) -> SequenceClassifier:
+def build(shape: Shape, dropout: float = 0.0, head_dropout: float = 0.0, seed: int = 0) -> SequenceClassifier:
     """In training mode; weights large enough for every part to matter. shape: hidden, heads, layers."""
     hidden, heads, layers = shape
     torch.manual_seed(seed)
-    of_model = EncoderShape(200, hidden, layers, heads, 2 * hidden + 3, 48)
-    model = SequenceClassifier(of_model, 2, dropout, head_dropout)
+    model = SequenceClassifier(EncoderShape(200, hidden, layers, heads, 2 * hidden + 3, 48), 2, dropout, head_dropout)
     for name, parameter in model.named_parameters():
         is_gamma = "norm" in name and name.endswith("weight")
         parameter.data.normal_(float(is_gamma), 1.5 / hidden**0.5 if parameter.dim() > 1 else 0.3)
@@ -43,7 +41,6 @@ def build(
 
 
 def packed(model: SequenceClassifier) -> PackedClassifier:
-    """The engine over the same parameters."""
     return PackedClassifier(model, kernels_for(next(model.parameters()).dtype)).train(model.training)
 
 
@@ -92,14 +89,12 @@ def outcome(model: nn.Module, forward: Callable[..., torch.Tensor], *inputs: tor
 
 
 def average_error(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
-    """Of all tensors, relative to their norms."""
     return sum(float((ours[name].double() - x).norm() / x.norm()) for name, x in exact.items()) / len(exact)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("lengths", [LENGTHS, [40], [2] * 8], ids=str)
-def test_equals_the_plain_path(threads: int, shape: tuple[int, int, int], lengths: list[int]) -> None:
-    """Logits and all gradients without dropout."""
+def test_equals_the_plain_path(threads: int, shape: Shape, lengths: list[int]) -> None:
     model, texts = build(shape), batch(lengths)
     assert_same(outcome(model, packed(model), *texts), outcome(model, model, *texts), 1e-5)
 
@@ -122,11 +117,8 @@ def test_is_as_exact_as_torch_on_real_weights() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bf16_is_as_exact_as_torchs(shape: tuple[int, int, int]) -> None:
-    """Against the same weights in float64, logits and gradients are no further off than the plain path in bf16.
-
-    The first rounding that tips over decides much of one draw's error, so it is the mean over several.
-    """
+def test_bf16_is_as_exact_as_torchs(shape: Shape) -> None:
+    """Against float64 no further off than the plain path; on average, as one rounding decides much of one draw."""
     errors = []
     for seed in range(6):
         model, texts = build(shape, seed=seed).bfloat16(), batch(LENGTHS)
@@ -176,11 +168,8 @@ def forward_with_masks(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dropout_equals_explicit_masks(threads: int, shape: tuple[int, int, int]) -> None:
-    """Forward and backward, at every place where dropout stands, and text by text: masks belong to rows.
-
-    So a row does not depend on its batch, and gradients of parts add up, however a batch is cut.
-    """
+def test_dropout_equals_explicit_masks(threads: int, shape: Shape) -> None:
+    """Forward and backward, at every place, and text by text: masks belong to rows, however a batch is cut."""
     model, texts, keyed = build(shape, 0.2, 0.4, seed=1), batch(LENGTHS), keys(len(LENGTHS))
     reference = outcome(model, lambda: forward_with_masks(model, texts, keyed, 0.2, 0.4))
     ours, again, other = (outcome(model, packed(model), *texts, each) for each in (keyed, keyed, keyed + 1))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SAMPLE_DATA, Capture, RunTrain, metrics, user_error
+from conftest import SAMPLE_DATA, Capture, RunTrain, metrics, refusal
 from running import digests, resume
 from safetensors.torch import load_file
 
@@ -33,7 +33,6 @@ def drawn(temperature: float, classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """What a model says whose logits are divided by a temperature."""
     powers = probabilities ** (1 / temperature)
     return powers / powers.sum(1, keepdims=True)
 
@@ -132,7 +131,6 @@ def test_what_is_reported_is_measured_on_what_is_written(
 
 
 def measure(model: Path, file: Path, scratch: Path) -> dict[str, float]:
-    """Return what evaluate.py finds."""
     options = ["--precision", "fp32", "--device", "cpu", "--json", scratch, "--overwrite"]
     evaluate.main([str(word) for word in ("--model", model, "--file", f"x={file}", *options)])
     found = json.loads(scratch.read_text())["files"]["x"]
@@ -147,9 +145,8 @@ def test_predict_abstains(model: Path, tmp_path: Path, capsys: Capture) -> None:
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [row[0] == "?" for row in rows] == (highest < limit).tolist()
     assert sum(row[0] == "?" for row in rows) == 2
-    line = user_error(lambda: predict.main([*options, "--abstain-below", "1.5", "x"]), capsys)
-    assert "'1.5' is not a probability" in line
+    assert "'1.5' is not a probability" in refusal(predict.main, [*options, "--abstain-below", "1.5", "x"])
     (tmp_path / "test.tsv").write_text("index\tsentence\n0\ta\n")
     words = ["--input", str(tmp_path / "test.tsv"), "--glue-submission", str(tmp_path / "g"), "--abstain-below", "0.9"]
-    assert "takes a label for every row" in user_error(lambda: predict.main([*options, *words]), capsys)
+    assert "takes a label for every row" in refusal(predict.main, [*options, *words])
     assert not (tmp_path / "g").exists()

@@ -1,21 +1,27 @@
-"""Evaluation: every row counted once, whatever the batches and ranks."""
+"""Evaluation: every row counted once, whatever the batches and ranks; metrics; how a faster precision compares."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any, Optional
 
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE_DATA
+from conftest import SAMPLE_DATA, refusal
 from running import on_ranks
+from sklearn import metrics as reference
 
 from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
+from sst2_xlmr.evaluation import metrics
+from sst2_xlmr.evaluation.compare import check_comparison, compare
 from sst2_xlmr.evaluation.evaluate import batches_of_like_length, evaluate
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.model.roberta import SequenceClassifier
+from sst2_xlmr.report.table import comparison_table
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.util.distributed import World, gather_objects
 from sst2_xlmr.util.errors import Interrupted
@@ -31,19 +37,19 @@ def dev(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
 
 
 @pytest.fixture
-def model(tiny_encoder: Path) -> SequenceClassifier:
-    classifier, _ = build_classifier(find_encoder(str(tiny_encoder)), TASK)
-    classifier.head.out.weight.data *= 50
-    return classifier.train()
+def classifier(tiny_encoder: Path) -> SequenceClassifier:
+    found, _ = build_classifier(find_encoder(str(tiny_encoder)), TASK)
+    found.head.out.weight.data *= 50
+    return found.train()
 
 
-def test_agrees_with_one_row_at_a_time(model: SequenceClassifier, dev: TokenCache) -> None:
-    found = evaluate(model, TASK, dev, 200, World.alone(CPU))
-    assert model.training
-    model.eval()
+def test_agrees_with_one_row_at_a_time(classifier: SequenceClassifier, dev: TokenCache) -> None:
+    found = evaluate(classifier, TASK, dev, 200, World.alone(CPU))
+    assert classifier.training
+    classifier.eval()
     rows = [torch.from_numpy(dev.ids[start:end]).long() for start, end in zip(dev.offsets, dev.offsets[1:])]
     with torch.no_grad():
-        logits = torch.cat([model(row, torch.tensor([len(row)])) for row in rows])
+        logits = torch.cat([classifier(row, torch.tensor([len(row)])) for row in rows])
     labels = torch.from_numpy(dev.labels).long()
     assert found.metrics["rows"] == len(found.results) == 152
     assert found.metrics["accuracy"] == float((logits.argmax(-1) == labels).sum()) / 152
@@ -52,11 +58,11 @@ def test_agrees_with_one_row_at_a_time(model: SequenceClassifier, dev: TokenCach
     np.testing.assert_allclose(found.probabilities, logits.softmax(-1), atol=1e-6)
 
 
-def test_it_ends_when_all_ranks_are_to_stop(model: SequenceClassifier, dev: TokenCache) -> None:
+def test_it_ends_when_all_ranks_are_to_stop(classifier: SequenceClassifier, dev: TokenCache) -> None:
     asked = iter([False, False, True])
     with pytest.raises(Interrupted):
-        evaluate(model, TASK, dev, 200, World.alone(CPU), should_stop=lambda: next(asked))
-    assert model.training
+        evaluate(classifier, TASK, dev, 200, World.alone(CPU), should_stop=lambda: next(asked))
+    assert classifier.training
     assert next(asked, None) is None
 
 
@@ -77,15 +83,117 @@ def test_batches_have_every_row_once_and_no_more_tokens_than_allowed(batch_token
 
 
 @pytest.mark.parametrize("batch_tokens", [900, 30])
-def test_ranks_count_every_row_once(model: SequenceClassifier, dev: TokenCache, batch_tokens: int) -> None:
+def test_ranks_count_every_row_once(classifier: SequenceClassifier, dev: TokenCache, batch_tokens: int) -> None:
     """With 30 tokens at a time, most batches have no row for some of the ranks. All get the same result."""
 
     def check(world: World) -> None:
-        found = evaluate(model, TASK, dev, batch_tokens, world)
+        found = evaluate(classifier, TASK, dev, batch_tokens, world)
         assert gather_objects(world, found.metrics) == [found.metrics] * 3
         assert {key: pytest.approx(value, rel=1e-6) for key, value in alone.metrics.items()} == found.metrics
         np.testing.assert_allclose(found.results, alone.results, atol=1e-6)
         np.testing.assert_allclose(found.probabilities, alone.probabilities, atol=1e-6)
 
-    alone = evaluate(model, TASK, dev, batch_tokens, World.alone(CPU))
+    alone = evaluate(classifier, TASK, dev, batch_tokens, World.alone(CPU))
     on_ranks(3, check)
+
+
+# --- metrics and comparisons
+
+
+def test_figures_of_classes_are_those_of_scikit_learn() -> None:
+    """Macro F1 of the classes that occur among labels or predictions; one of them may be missing in either."""
+    random = np.random.RandomState(0)
+    for _ in range(200):
+        labels, predictions = random.randint(0, random.randint(1, 5, 2)[:, None], (2, 7))
+        confusion = metrics.confusion_matrix(labels, predictions, 4)
+        assert confusion.tolist() == reference.confusion_matrix(labels, predictions, labels=range(4)).tolist()
+        assert metrics.macro_f1(confusion) == pytest.approx(reference.f1_score(labels, predictions, average="macro"))
+        sides = {"labels": range(4), "zero_division": 0}
+        expected = reference.precision_recall_fscore_support(labels, predictions, **sides)
+        for name, values in zip(("precision", "recall", "f1", "support"), expected):
+            assert metrics.per_class(confusion)[name] == pytest.approx(values)
+
+
+@pytest.mark.parametrize(
+    ("confidences", "right", "expected"),
+    [
+        # Bins of 1/15: two in (0.9333, 1], one right; one in (0.6, 0.6667], right; 0.6 itself is in the bin below.
+        ([0.95, 0.99, 0.65, 0.6], [1, 0, 1, 0], (abs(0.95 + 0.99 - 1) + abs(0.65 - 1) + 0.6) / 4),
+        ([0.601, 0.6], [1, 0], (0.399 + 0.6) / 2),
+        ([1, 0, np.nextafter(np.float32(1), np.float32(2))], [1, 1, 1], 1 / 3),  # the ends, and rounded beyond
+        ([0.7] * 10, [1] * 7 + [0] * 3, 0),
+    ],
+)
+def test_ece_by_hand(confidences: list[float], right: list[int], expected: float) -> None:
+    found = metrics.expected_calibration_error(np.array(confidences), np.array(right, bool))
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_interval_is_that_of_drawing_rows() -> None:
+    random, started = np.random.RandomState(7), time.process_time()
+    is_right = np.arange(200) < 170
+    drawn = is_right[random.randint(0, 200, (10_000, 200))].mean(1)
+    low, high = metrics.accuracy_interval(170, 200)
+    assert (low, high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.006)
+    assert low < 0.85 < high
+    assert metrics.accuracy_interval(170, 200) == (low, high), "the same at every call"
+    assert metrics.accuracy_interval(170, 200, level=0.5)[0] > low
+    assert (metrics.accuracy_interval(40, 40), metrics.accuracy_interval(0, 40)) == ((1, 1), (0, 0))
+    metrics.accuracy_interval(900_000, 1_000_000)
+    assert time.process_time() - started < 5, "a number is drawn for a row, not for a resample"
+
+
+def test_mean_of_files() -> None:
+    files: list[dict[str, Any]] = [{"accuracy": 0.85, "ece": 0.05, "recall": [1.0]}, {"accuracy": 0.95, "ece": 0.15}]
+    assert metrics.mean_of(files) == {"accuracy": pytest.approx(0.9), "ece": pytest.approx(0.1)}
+
+
+Sides = tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]
+
+
+def sides(found: list[float], expected: list[float], labels: list[int] | None) -> Sides:
+    """Of two classes, from the probabilities of class 1."""
+    both = [np.stack([1 - np.array(p), np.array(p)], 1).astype(np.float32) for p in (found, expected)]
+    return both[0], both[1], None if labels is None else np.array(labels)
+
+
+# The second label changes, to a wrong one; the third from a wrong one to a right one.
+PAIR = sides([0.9, 0.6, 0.45, 0.1], [0.8, 0.4, 0.6, 0.1], [1, 0, 0, 0])
+UNLABELLED = sides([0.9], [0.7], None)
+
+
+def test_figures_by_hand() -> None:
+    part = compare(TASK, *PAIR)
+    assert (part["rows"], part["changed"]) == (4, 2)
+    assert part["largest"] == pytest.approx(0.2)
+    found, expected = part["metrics"]
+    assert (found["accuracy"], expected["accuracy"]) == (0.75, 0.75)
+    # Each row is alone in its bin: 0.9 and 0.9 right, 0.6 wrong, 0.55 right.
+    assert found["ece"] == pytest.approx((abs(0.9 - 1) * 2 + 0.6 + 0.45) / 4)
+    assert "rows" not in found
+    alone = compare(TASK, *UNLABELLED)
+    assert (alone["changed"], alone["metrics"]) == (0, None)
+
+
+def test_the_table_has_a_line_for_every_file_and_one_for_all() -> None:
+    lines = comparison_table(TASK, {"fr": PAIR, "de": UNLABELLED}, "int8", "fp32")
+    assert len(lines) == 4
+    assert lines[0].split()[:7] == ["file", "labels", "changed", "largest", "change", "accuracy", "int8"]
+    assert lines[1].split()[:6] == ["fr", "2", "(50.00%)", "0.2000", "0.7500", "(0.7500)"]
+    assert lines[2].split() == ["de", "0", "(0.00%)", "0.2000", "-", "-", "-", "1"]
+    assert lines[3].split()[2:4] == ["2", "(40.00%)"]
+    assert len(comparison_table(TASK, {"fr": PAIR}, "int8", "fp32")) == 2
+
+
+def test_what_passes_a_bound_is_refused() -> None:
+    worse = sides([0.9, 0.6, 0.1], [0.8, 0.4, 0.1], [1, 0, 0])
+    allowed = [({"a": PAIR}, 0.5, 0.0), ({"a": worse}, 0.5, 0.34), ({"b": UNLABELLED}, 0.0, 0.0)]
+    for files, most_changed, most_lost in allowed:
+        check_comparison(TASK, files, most_changed, most_lost, "int8", "fp32")
+    refused: list[Any] = [
+        ({"a": PAIR}, 0.49, 1.0, "int8 changes 2 of 4 labels of fp32, 50.00%, and at most 49.00%"),
+        ({"a": worse, "b": UNLABELLED}, 0.5, 0.33, "int8 loses 33.33% of accuracy against fp32, and at most 33.00%"),
+        ({"a": sides([float("nan")], [0.5], None)}, 1.0, 1.0, "produces probabilities that are not finite"),
+    ]
+    for *given, says in refused:
+        assert says in refusal(check_comparison, TASK, *given, "int8", "fp32")

@@ -23,6 +23,7 @@ from sst2_xlmr import train
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
 from sst2_xlmr.util.files import SCRATCH_MARK, digest_of, scratch_name
 
+Harm = Callable[[Path], Any]
 WORD = "roberta.embeddings.word_embeddings.weight"
 
 
@@ -57,25 +58,25 @@ def tar_of(name: str, content: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def tensor(shape: list[int], offsets: tuple[int, int], tail: bytes = b"") -> Callable[[Path], Any]:
+def tensor(shape: list[int], offsets: tuple[int, int], tail: bytes = b"") -> Harm:
     """Return what replaces the weights by a safetensors file whose header tells of one tensor."""
     text = json.dumps({WORD: {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
     return raw(struct.pack("<Q", len(text)) + text + tail)
 
 
-def raw(content: bytes, name: str = "model.safetensors") -> Callable[[Path], Any]:
+def raw(content: bytes, name: str = "model.safetensors") -> Harm:
     return lambda folder: (folder / name).write_bytes(content)
 
 
-def setting(**changes: Any) -> Callable[[Path], Any]:
+def setting(**changes: Any) -> Harm:
     return lambda folder: change_json(folder / "config.json", **changes)
 
 
-def bomb(make: Callable[[Bomb], bytes]) -> Callable[[Path], Any]:
+def bomb(make: Callable[[Bomb], bytes]) -> Harm:
     return lambda folder: as_bin(folder, make(Bomb(folder / "it ran")))
 
 
-def repeated(name: str) -> Callable[[Path], Any]:
+def repeated(name: str) -> Harm:
     def link(folder: Path) -> None:
         (folder / name).unlink()
         (folder / name).symlink_to(name)
@@ -83,7 +84,7 @@ def repeated(name: str) -> Callable[[Path], Any]:
     return link
 
 
-ENCODERS: list[tuple[str, Callable[[Path], Any], str]] = [
+ENCODERS: list[tuple[str, Harm, str]] = [
     ("pickle bomb, zip", bomb(saved), "holds more than tensors"),
     ("pickle bomb, old format", bomb(lambda it: saved(it, is_zip=False)), "holds more than tensors"),
     ("pickle bomb, tar", bomb(lambda it: tar_of("pickle", pickle.dumps(it))), "may run code"),
@@ -116,15 +117,12 @@ ENCODERS: list[tuple[str, Callable[[Path], Any], str]] = [
 
 
 def tree(*folders: Path) -> dict[str, float]:
-    """Return every file below the folders with the time of its last change."""
     return {str(path): path.lstat().st_mtime for folder in folders for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize(("harm", "says"), [case[1:] for case in ENCODERS], ids=[case[0] for case in ENCODERS])
-def test_hostile_encoder(
-    harm: Callable[[Path], Any], says: str, tiny_model: Path, small_data: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    encoder = Path(shutil.copytree(tiny_model, tmp_path / "encoder"))
+def test_hostile_encoder(harm: Harm, says: str, model: Path, small_data: Path, tmp_path: Path, capsys: Capture) -> None:
+    encoder = Path(shutil.copytree(model, tmp_path / "encoder"))
     harm(encoder)
     before = tree(tmp_path)
     line = user_error(lambda: train.main(train_options(encoder, small_data, tmp_path / "run")), capsys)
@@ -134,29 +132,25 @@ def test_hostile_encoder(
 
 
 def forged(checkpoint: Path) -> None:
-    """Write a manifest that fits the files."""
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": digest_of(file)}
-        for file in sorted(checkpoint.iterdir())
-        if file.name != "manifest.json"
-    }
+    (checkpoint / "manifest.json").unlink()
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(checkpoint.iterdir())}
     (checkpoint / "manifest.json").write_text(json.dumps(files, indent=2) + "\n")
 
 
-CHECKPOINTS: list[tuple[str, Callable[[Path], Any]]] = [
-    ("pickle bomb", lambda at: (at / "model.safetensors").write_bytes(pickle.dumps(Bomb(at.parent / "it ran")))),
-    ("pickle bomb as torch file", lambda at: (at / "optimizer.safetensors").write_bytes(saved(Bomb(at / "it ran")))),
-    ("tensors of another model", lambda at: shutil.copy(at / "random.safetensors", at / "model.safetensors")),
-]
+CHECKPOINTS: dict[str, Harm] = {
+    "pickle bomb": lambda at: (at / "model.safetensors").write_bytes(pickle.dumps(Bomb(at.parent / "it ran"))),
+    "pickle bomb as torch file": lambda at: (at / "optimizer.safetensors").write_bytes(saved(Bomb(at / "it ran"))),
+    "tensors of another model": lambda at: shutil.copy(at / "random.safetensors", at / "model.safetensors"),
+}
 
 
-@pytest.mark.parametrize("harm", [case[1] for case in CHECKPOINTS], ids=[case[0] for case in CHECKPOINTS])
+@pytest.mark.parametrize("harm", CHECKPOINTS)
 def test_hostile_checkpoint_with_a_forged_manifest(
-    harm: Callable[[Path], Any], finished_run: Path, tmp_path: Path, capsys: Capture
+    harm: str, finished_run: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     checkpoint = run / "checkpoints" / "step-00000014"
-    harm(checkpoint)
+    CHECKPOINTS[harm](checkpoint)
     forged(checkpoint)
     line = user_error(lambda: resume(run), capsys)
     assert f"cannot read the checkpoint {checkpoint}: " in line

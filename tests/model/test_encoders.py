@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import change_json
+from conftest import change_json, refusal
 from reference import our_name, torchtext_model
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +22,6 @@ from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util import downloads
-from sst2_xlmr.util.errors import UserError
 
 TASK = SingleLabel(["negative", "positive"])
 SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
@@ -35,13 +34,6 @@ def folder(tiny_encoder: Path, tmp_path: Path) -> Path:
 
 def same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_a_head_belongs_to_the_last_layer(model: Path) -> None:
-    encoder = find_encoder(str(model))
-    assert lowest_layers(encoder, 3) == encoder
-    _, head_is_new = build_classifier(lowest_layers(encoder, 2), SingleLabel(["a", "b"]))
-    assert head_is_new
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle"])
@@ -73,15 +65,6 @@ def test_only_the_wanted_rows_of_the_table_are_read(folder: Path, kind: str, mon
     assert read_rows[3:] == [len(whole[EMBEDDING]), 4]
 
 
-def test_weights_do_not_change_with_their_file(folder: Path) -> None:
-    tensors = load_tensors(find_encoder(str(folder)))
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.seek(5000)
-        file.write(b"\x11" * ((folder / "model.safetensors").stat().st_size - 5000))
-    assert same(tensors, before)
-
-
 def bundle_weights(model: SequenceClassifier) -> dict[str, torch.Tensor]:
     """Return the encoder's weights under the old names that torchtext's downloads have."""
     theirs = {ours: name.removeprefix("roberta.") for name, ours in weight_names._TORCHTEXT.items()}
@@ -93,7 +76,6 @@ def bundle_weights(model: SequenceClassifier) -> dict[str, torch.Tensor]:
 
 
 def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -> None:
-    """torchtext's own loading code takes them to be the same."""
     source = SequenceClassifier(SHAPE, 2)
     torch.save(bundle_weights(source), tmp_path / "tiny.pt")
     monkeypatch.setitem(BUNDLE_SHAPES, "xlmr.base", SHAPE)
@@ -110,16 +92,14 @@ def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.Mo
         assert torch.equal(ours[our_name(name)], tensor), name
 
 
-def test_own_head_is_kept_for_the_same_labels_only(model: Path) -> None:
-    own = load_file(model / "model.safetensors")["classifier.dense.weight"]
-    same, is_new = build_classifier(find_encoder(str(model)), SingleLabel(["a", "b"]))
-    assert not is_new
-    assert torch.equal(same.head.dense.weight, own)
-    of_several = replace(find_encoder(str(model)), problem_type="multi_label_classification")
-    assert build_classifier(of_several, SingleLabel(["a", "b"]))[1], "it was trained for another task"
-    other, is_new = build_classifier(find_encoder(str(model)), SingleLabel(["b", "a"]))
-    assert is_new
-    assert not torch.equal(other.head.dense.weight, own)
+def test_own_head_is_kept_for_the_same_labels_task_and_last_layer_only(model: Path) -> None:
+    own, encoder = load_file(model / "model.safetensors")["classifier.dense.weight"], find_encoder(str(model))
+    assert lowest_layers(encoder, 3) == encoder
+    of_several = replace(encoder, problem_type="multi_label_classification")
+    for each, labels, is_own in ((encoder, "ab", True), (encoder, "ba", False), (of_several, "ab", False)):
+        found, is_new = build_classifier(each, SingleLabel([*labels]))
+        assert (torch.equal(found.head.dense.weight, own), is_new) == (is_own, not is_own)
+    assert build_classifier(lowest_layers(encoder, 2), SingleLabel(["a", "b"]))[1]
 
 
 def test_names_without_prefix_and_a_table_of_another_size(folder: Path) -> None:
@@ -129,5 +109,4 @@ def test_names_without_prefix_and_a_table_of_another_size(folder: Path) -> None:
     assert same(load_tensors(find_encoder(str(folder))), expected)
     change_json(folder / "config.json", vocab_size=7)
     for read in (pretrained_table, functools.partial(load_tensors, ids=torch.arange(4))):
-        with pytest.raises(UserError, match=r"tokens.weight has shape \[\d+, 32\], expected \[7, 32\]"):
-            read(find_encoder(str(folder)))
+        assert ", 32], expected [7, 32]" in refusal(read, find_encoder(str(folder)))

@@ -22,7 +22,6 @@ from sst2_xlmr import train
 UP = Path(os.environ.get("SST2_XLMR_SLURM_UP", "up.sh"))
 LAB = Path(tempfile.gettempdir()) / "slurm-lab"  # where up.sh puts its files
 UP_TIMEOUT_S = 120  # it may have to install SLURM
-JOB_TIMEOUT_S = 60
 UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 
 pytestmark = [
@@ -56,31 +55,20 @@ def _slurm() -> Iterator[None]:
 
 
 def job_facts(job: str) -> dict[str, str]:
-    """Return `scontrol show job` as a dictionary."""
     return dict(re.findall(r"(\w+)=(\S*)", call("scontrol", "--oneliner", "show", "job", job)))
 
 
 def submit(
     log: Path, nodes: int, processes: int, run: Path, options: list[str], *resources: str, **environment: str
 ) -> str:
-    """Submit the script with `environment` as the user of a cluster without GPUs does; returns the job's number.
-
-    `processes` are those of each node, `options` those of train.py, `resources` further ones of sbatch.
-    """
+    """Submit the script as the user of a cluster without GPUs does, `processes` a node; returns the job's number."""
     settings = {"RUN": str(run), "DEVICE": "cpu", "PROCESSES_PER_NODE": str(processes), "PYTHON": sys.executable}
     settings.update(environment)
     fixed = [f"--nodes={nodes}", "--cpus-per-task=2", "--gres=none", "--time=2", "--signal=B:USR1@5", f"--output={log}"]
     return call("sbatch", "--parsable", *fixed, *resources, "scripts/train.sbatch", *options, environment=settings)
 
 
-def run_job(
-    log: Path, nodes: int, processes: int, run: Path, options: list[str], **environment: str
-) -> tuple[dict[str, str], str]:
-    """Submit a job (see `submit`) and wait for its end; returns what SLURM says of it, and its log."""
-    return wait_for_end(submit(log, nodes, processes, run, options, **environment), log, JOB_TIMEOUT_S)
-
-
-def wait_for_end(job: str, log: Path, timeout_s: float) -> tuple[dict[str, str], str]:
+def wait_for_end(job: str, log: Path, timeout_s: float = 60) -> tuple[dict[str, str], str]:
     """Wait for a job's end; a requeued one is started at once, without the two minutes that SLURM keeps it waiting."""
     deadline = time.monotonic() + timeout_s
     while (facts := job_facts(job))["JobState"] in UNFINISHED:
@@ -112,7 +100,8 @@ def test_job_trains_as_one_process_and_resumes(
     train.main(train_options(tiny_encoder, small_data, tmp_path / "one", *exact))
     run, options = tmp_path / "job", job_options(tiny_encoder, small_data, *exact)
 
-    facts, log = run_job(tmp_path / "first.log", nodes, processes, run, options)
+    file = tmp_path / "first.log"
+    facts, log = wait_for_end(submit(file, nodes, processes, run, options), file)
     assert (facts["JobState"], facts["ExitCode"], facts["NumNodes"]) == ("COMPLETED", "0:0", str(nodes)), log
     assert "2 processes" in log
     assert "resume " not in log
@@ -123,7 +112,8 @@ def test_job_trains_as_one_process_and_resumes(
     assert metrics(run)[-1]["accuracy"] == metrics(tmp_path / "one")[-1]["accuracy"]
 
     before = metrics(run)
-    facts, log = run_job(tmp_path / "second.log", nodes, processes, run, options)
+    file = tmp_path / "second.log"
+    facts, log = wait_for_end(submit(file, nodes, processes, run, options), file)
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), log
     assert re.search(r"^resume +from .*step-00000014$", log, re.MULTILINE), log
     assert metrics(run) == before

@@ -1,23 +1,37 @@
-"""A start that dies, at any point of it, leaves a folder that the same command or --resume accepts."""
+"""A run's folder after a start that died; checkpoints: what is written, found, refused and removed."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
 import pkgutil
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Capture, RunTrain, metrics, train_options, user_error
+import torch
+from conftest import Capture, Patch, RunTrain, metrics, refusal, train_options, user_error
 from running import resume
 
 from sst2_xlmr import __version__, train
 from sst2_xlmr.config import Config
+from sst2_xlmr.model.encoders import EncoderShape
+from sst2_xlmr.model.roberta import SequenceClassifier
+from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary, whole_vocabulary
+from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint, what_is_damaged
+from sst2_xlmr.training.meter import TrainMeter
+from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.training.run_folder import claim, write_config
+from sst2_xlmr.training.state import TrainState
+from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import is_scratch, scratch_name
+from sst2_xlmr.util.files import BackgroundWriter, is_scratch, scratch_name
 
 MINOR = __version__.rpartition(".")[0]
 PLACES = {  # where a start is killed: before this is called -> what the run's folder then holds
@@ -76,3 +90,120 @@ def test_a_new_run_overwrites_no_config(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="already exists; continue it with --resume or choose"):
             write_config(tmp_path, Config(), is_new=True)
         write_config(tmp_path, Config(), is_new=False)
+
+
+# --- checkpoints
+
+ALONE = World.alone(torch.device("cpu"))
+STATE = TrainState(
+    *(5, "bf16", 3, {"tokenizer": "x"}, 7, 1, 2, 0.5, 0.7, 6, 4, 2, True, 3, 1, True, True, 5, 1.5, 0.25, 0.125, [0.5])
+)
+TOTALS = {"loss": 1.5, "rows": 8.0, "tokens": 100.0, "seconds": 2.0, "grad_norm": 0.25}
+
+
+def optimizer(seed: int, rows: int = 50) -> AdamW:
+    torch.manual_seed(seed)
+    model = SequenceClassifier(EncoderShape(rows, hidden=8, layers=1, heads=2, ffn=16, positions=20), 2)
+    result = AdamW(model, 1, Config(), ALONE)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    result.step(0.1)
+    return result
+
+
+def save(folder: Path, step: int, seed: int = 0) -> AdamW:
+    saved, meter, vocabulary = optimizer(seed), TrainMeter(ALONE), whole_vocabulary(50)
+    meter.totals, vocabulary.decay = TOTALS, 0.75
+    with BackgroundWriter() as finisher:
+        state = dataclasses.replace(STATE, step=step)
+        save_checkpoint(folder, state, meter, saved, vocabulary, Config(), ALONE, finisher)
+    return saved
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    assert all(getattr(STATE, field.name) != getattr(TrainState(0), field.name) for field in dataclasses.fields(STATE))
+    saved = save(tmp_path, 7)
+    expected = torch.rand(5)  # the numbers that come after the save
+    checkpoint = find_checkpoint(tmp_path, pytest.fail)
+    assert checkpoint is not None
+    assert read_state(checkpoint) == STATE
+    loaded, meter, vocabulary = optimizer(1), TrainMeter(ALONE), whole_vocabulary(50)
+    load_checkpoint(checkpoint, meter, loaded, vocabulary, 0, ALONE)
+    assert (meter.totals, vocabulary.decay) == (TOTALS, 0.75)
+    assert torch.equal(torch.rand(5), expected)
+    for found, wanted in ((loaded.weights(), saved.weights()), (loaded.moments(), saved.moments())):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)  # type: ignore[arg-type]
+    steps = {float(values["step"]) for values in loaded._optimizer.state.values()}
+    assert steps == {4.0}, "7 batches, of which 3 were skipped"
+    tensors = [f"{name}.safetensors" for name in ("model", "optimizer", "random", "vocabulary")]
+    names = sorted(file.name for file in checkpoint.iterdir())
+    assert names == sorted(["config.json", "manifest.json", "state.json", *tensors])
+
+
+def test_other_vocabulary_keeps_what_was_trained(tmp_path: Path) -> None:
+    old = save(tmp_path, 1)
+    wider, vocabulary = optimizer(1, rows=60), Vocabulary(torch.cat([torch.arange(30), torch.arange(35, 65)]), 100)
+    new_row = wider.weights()[EMBEDDING][-1:].clone()
+    load_checkpoint(tmp_path / "step-00000001", TrainMeter(ALONE), wider, vocabulary, 0, ALONE)
+    pairs = [(wider.weights()[EMBEDDING], old.weights()[EMBEDDING])]
+    names = (f"exp_avg.{EMBEDDING}", f"exp_avg_sq.{EMBEDDING}")
+    pairs += [(wider.moments()[name], old.moments()[name]) for name in names]
+    for found, before in pairs:
+        assert torch.equal(found[:30], before[:30])
+        assert torch.equal(found[30:45], before[35:50])
+    torch.testing.assert_close(pairs[0][0][-1:], new_row * 0.75)
+    assert not any(found[45:].any() for found, _ in pairs[1:])
+
+
+def test_another_number_of_processes_begins_new_random_streams(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    drawn = []
+    for rank in (0, 1):
+        world = dataclasses.replace(ALONE, rank=rank, local_rank=rank, world_size=2, local_world_size=2)
+        loaded = optimizer(1)
+        load_checkpoint(tmp_path / "step-00000001", TrainMeter(ALONE), loaded, whole_vocabulary(50), 0, world)
+        drawn.append(torch.rand(3))
+    assert not torch.equal(*drawn)
+
+
+def test_oldest_are_removed_and_an_unfinished_one_does_not_exist(tmp_path: Path) -> None:
+    save(tmp_path, 6)
+    (tmp_path / "step-00000006").rename(scratch_name(tmp_path / "step-00000006"))
+    assert find_checkpoint(tmp_path, pytest.fail) is None
+    for step in range(1, 6):
+        save(tmp_path, step)
+    left = sorted(tmp_path.glob("step-*"))
+    assert [entry.name for entry in left] == ["step-00000004", "step-00000005"]
+    assert not any(map(what_is_damaged, left))
+    assert "cannot write the checkpoint" in refusal(save, left[0] / "state.json", 1), "a file is in the way"
+
+
+@pytest.mark.parametrize("calls", range(8))
+def test_a_kill_while_the_same_step_is_replaced_leaves_one(tmp_path: Path, monkeypatch: Patch, calls: int) -> None:
+    """After any number of renames and removals; the next start brings back what was set aside."""
+    folder = tmp_path / "checkpoints"
+    save(folder, 1)
+    tables = [save(folder, 2, seed).weights()[EMBEDDING] for seed in (0, 5)]
+    save(folder, 2)
+    left = iter(range(calls))
+
+    def killed_after(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(left, None) is None:
+                raise SystemExit
+            return real(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patched, contextlib.suppress(SystemExit):
+        patched.setattr(Path, "rename", killed_after(Path.rename))
+        patched.setattr(shutil, "rmtree", killed_after(shutil.rmtree))
+        save(folder, 2, seed=5)
+    claim(tmp_path).close()
+    assert find_checkpoint(folder, pytest.fail) == folder / "step-00000002"
+    assert sorted(entry.name for entry in folder.iterdir()) == ["step-00000001", "step-00000002"]
+    loaded = optimizer(9)
+    load_checkpoint(folder / "step-00000002", TrainMeter(ALONE), loaded, whole_vocabulary(50), 0, ALONE)
+    is_from = [torch.equal(loaded.weights()[EMBEDDING], table) for table in tables]  # type: ignore[arg-type]
+    assert is_from == [False, True] or (is_from == [True, False] and calls < 4)

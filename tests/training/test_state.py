@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAMPLE_DATA, Capture, RunTrain, kernels_for, losses, metrics, user_error
+from conftest import SAMPLE_DATA, Capture, Patch, RunTrain, kernels_for, losses, metrics, user_error
 from running import digests, logged, resume, signal_comes, state_of
 
 from sst2_xlmr import train
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of all steps after this one."""
     for checkpoint in (run / "checkpoints").iterdir():
         if checkpoint.name > f"step-{step:08d}":
             shutil.rmtree(checkpoint)
@@ -53,7 +52,6 @@ CHANGES = {  # of what a run reads: the file, from where on from its end, and it
 def test_a_run_resumes_with_what_it_began_with_only(
     run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """But for other test files."""
     encoder = Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
     run = run_train(tmp_path / "run", "--epochs", 1, "--encoder", encoder, "--save-every", 3)
     before, saved = digests(run), logged(run)
@@ -69,10 +67,12 @@ def test_a_run_resumes_with_what_it_began_with_only(
 
 
 def test_a_signal_on_the_evaluation_that_ends_the_run_early_resumes_exactly(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    options = ["--epochs", 50, "--lr", 1e-9, "--early-stopping-patience", 2, "--eval-every", 2]
+    options = ["--epochs", 50, "--lr", 1e-9, "--early-stopping-patience", 3, "--eval-every", 2]
     whole = run_train(tmp_path / "whole", *options)
+    assert "stopped early: 3 evaluations without a better dev accuracy" in capsys.readouterr().out
+    assert state_of(whole).stale_evaluations == 3
     for method in ("advance", "evaluate_split"):
         run = tmp_path / method
         signal_comes(monkeypatch, state_of(whole).step, method)
@@ -85,17 +85,13 @@ def test_a_signal_on_the_evaluation_that_ends_the_run_early_resumes_exactly(
         assert (digests(run), logged(run), state_of(run)) == (digests(whole), logged(whole), state_of(whole))
 
 
-def test_what_is_evaluated_after_a_resume_is_saved(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also if the run dies right after it."""
+def test_what_is_evaluated_after_a_resume_is_saved(run_train: RunTrain, tmp_path: Path, monkeypatch: Patch) -> None:
     options = ["--epochs", 2, "--eval-every", 3]
     signal_comes(monkeypatch, 3, "advance")
     with pytest.raises(SystemExit):
         run_train(tmp_path / "run", *options)
     monkeypatch.undo()
-    before = state_of(tmp_path / "run")
-    assert (before.evaluation_due, before.evaluations) == (True, 0)
+    assert (state_of(tmp_path / "run").evaluation_due, state_of(tmp_path / "run").evaluations) == (True, 0)
     monkeypatch.setattr(train, "train", lambda run: run.finisher.wait() or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         resume(tmp_path / "run")
@@ -107,7 +103,7 @@ def test_what_is_evaluated_after_a_resume_is_saved(
 
 
 def test_what_was_decided_is_in_the_checkpoint_and_what_was_asked_in_the_config(
-    run_train: RunTrain, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_train: RunTrain, small_data: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """So that a run resumes as it began on other hardware, and one from its config with one change is a fresh run."""
     (small_data / "dev.tsv").write_text("sentence\tlabel\nA fine film.\t1\n")

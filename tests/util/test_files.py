@@ -1,21 +1,26 @@
-"""Files that are whole or absent; tensors in them, the same as safetensors writes, without having them in memory."""
+"""Files that are whole or absent; tensors in them as safetensors writes them; results in blocks that survive a kill."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
+import re
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import file_size_limit
+from conftest import file_size_limit, refusal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sst2_xlmr.util import shards
 from sst2_xlmr.util import tensors as tensor_files
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import disk_errors, new_file, put_in_place, scratch_name, write_text
+from sst2_xlmr.util.shards import open_shards, remove_shards, shards_of, write_block
 from sst2_xlmr.util.tensors import LazyTensor, write_tensors
 
 
@@ -43,8 +48,7 @@ def test_a_full_disk_hides_no_error_and_leaves_nothing(tmp_path: Path, name: str
     with file_size_limit(100):
         with pytest.raises(UserError, match=f"cannot write .*{name}: File too large; make room"):
             write(None)
-        with pytest.raises(UserError, match="row 3 is wrong"):
-            write(UserError("row 3 is wrong"))
+        assert "row 3 is wrong" in refusal(write, UserError("row 3 is wrong"))
         with pytest.raises(OSError, match="File too large"):
             write_text(tmp_path / name, content)
     unfinished = scratch_name(tmp_path / "model")
@@ -87,21 +91,11 @@ TENSORS = {
 }
 
 
-def deferred(tensor: torch.Tensor, asked: list[int]) -> LazyTensor:
-    def rows(start: int, stop: int) -> torch.Tensor:
-        asked.append(stop - start)
-        return tensor[start:stop]
-
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, rows)
-
-
 def test_same_content_as_safetensors_own(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
     write_tensors(TENSORS, ours)
     save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, theirs, {"format": "pt"})
-    found, expected = load_file(ours), load_file(theirs)
-    assert found.keys() == expected.keys()
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(load_file(ours), load_file(theirs), rtol=0, atol=0)
     with safe_open(ours, "pt") as mine, safe_open(theirs, "pt") as other:
         assert mine.metadata() == other.metadata()
     assert ours.stat().st_size == theirs.stat().st_size
@@ -110,9 +104,125 @@ def test_same_content_as_safetensors_own(tmp_path: Path) -> None:
 def test_deferred_tensors_are_made_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_files, "_CHUNK_BYTES", 60)
     whole, asked = torch.randn(30, 5), list[int]()
-    thirds = deferred(whole, asked).chunk(3)
-    write_tensors({"whole": deferred(whole, asked), **dict(zip("abc", thirds))}, tmp_path / "x")
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        asked.append(stop - start)
+        return whole[start:stop]
+
+    deferred = LazyTensor((30, 5), whole.dtype, rows)
+    write_tensors({"whole": deferred, **dict(zip("abc", deferred.chunk(3)))}, tmp_path / "x")
     assert set(asked) == {3, 1}
     found = load_file(tmp_path / "x")
     assert torch.equal(found["whole"], whole)
     assert torch.equal(torch.cat([found[name] for name in "abc"]), whole)
+
+
+# --- blocks
+
+FINGERPRINT = {"model": "m", "options": [1, 2]}
+
+
+class Killed(BaseException):
+    pass
+
+
+def write(output: Path, blocks: int, dies: bool = False, fingerprint: Any = FINGERPRINT, resume: bool = False) -> int:
+    """Write the blocks that are missing, and the output unless it dies; returns the first block's number."""
+    with contextlib.suppress(Killed), open_shards(output, fingerprint, resume) as folder:
+        first = shards.first_missing(folder, 0, blocks)
+        for number in range(first, blocks):
+            write_block(folder, number, [["é", number / 3]])
+        if dies:
+            raise Killed
+        output.write_text(str([shards.read_block(folder, number) for number in range(blocks)]))
+        remove_shards(folder)
+    return first
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_what_was_continued_is_the_same(tmp_path: Path) -> None:
+    """A block that was lost, and those after it, are written again; what was begun with another fingerprint stays."""
+    output = tmp_path / "a.tsv"
+    folder = shards_of(output)
+    assert write(output, 2, dies=True) == 0
+    assert names(tmp_path) == [folder.name]
+    (folder / f".00000002.json.{'0' * 16}.new.sst2_xlmr").write_text("half a ro")
+    assert write(output, 4, dies=True, resume=True) == 2
+    before = names(folder)
+    assert "belong to another model, input" in refusal(write, output, 3, resume=True, fingerprint={"model": "other"})
+    assert names(folder) == before
+    (folder / "00000001.json").unlink()
+    assert write(output, 5, resume=True) == 1
+    assert names(tmp_path) == ["a.tsv"]
+    assert output.read_text() == str([[["é", number / 3]] for number in range(5)])
+    output.unlink()
+    write(output, 3, dies=True)
+    assert write(output, 1, fingerprint={"model": "other"}) == 0, "without resume it begins again"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_command_is_refused_while_the_first_one_writes(
+    tmp_path: Path, resume: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it finds the first one's lock, which is removed before it can have it."""
+    output, flock = tmp_path / "a.tsv", shards.fcntl.flock
+    with open_shards(output, FINGERPRINT, resume=False) as folder:
+        write_block(folder, 0, [])
+        with pytest.raises(UserError, match=r"another process is writing .*a\.tsv; wait"):
+            write(output, 2, resume=resume)
+        remove_shards(folder)
+
+    def too_late(file: Any, kind: int) -> None:
+        monkeypatch.undo()
+        write(output, 2)
+        flock(file, kind)
+
+    monkeypatch.setattr(shards.fcntl, "flock", too_late)
+    assert "another process is writing" in refusal(write, output, 1, resume=resume)
+    assert names(tmp_path) == ["a.tsv"]
+
+
+def test_what_is_there_does_not_pass_for_the_result_of_a_killed_run(tmp_path: Path) -> None:
+    """From the first moment, beside a file that was to be replaced; without such a file nothing is left."""
+    output = tmp_path / "a.tsv"
+    write(output, 0, dies=True)
+    assert names(tmp_path) == []
+    output.write_text("of before\n")
+    write(output, 0, dies=True)
+    assert shards.is_begun(output)
+    assert write(output, 1, resume=True) == 0
+    assert names(tmp_path) == ["a.tsv"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+def test_what_others_have_made_stays(tmp_path: Path, kind: str) -> None:
+    output, place, other = tmp_path / "a.tsv", shards_of(tmp_path / "a.tsv"), tmp_path / "other"
+    if kind == "file":
+        place.write_text("precious")
+    elif kind == "link":
+        write(tmp_path / "b.tsv", 1, dies=True)
+        place.symlink_to(shards_of(tmp_path / "b.tsv").rename(other))
+    else:
+        place.mkdir()
+        (place / "00000000.json").write_text("precious")
+    before = sorted(tmp_path.rglob("*")), sorted(other.glob("*"))
+    for resume in (False, True):
+        assert ".a.tsv.shards already exists and is not ours; move it away" in refusal(write, output, 1, resume=resume)
+    assert before == (sorted(tmp_path.rglob("*")), sorted(other.glob("*")))
+
+
+def test_only_what_is_ours_is_removed(tmp_path: Path) -> None:
+    output = tmp_path / "a.tsv"
+    shards_of(output).mkdir()
+    (shards_of(output) / "fingerprint.json").touch()
+    write(output, 1)
+    assert names(tmp_path) == ["a.tsv"]
+    write(output, 1, dies=True)
+    (shards_of(output) / "notes").write_text("precious")
+    write(output, 1, resume=True)
+    assert names(shards_of(output)) == ["notes"]
+
+    assert re.search("cannot write .*: No such file", refusal(write, tmp_path / "b" / "a.tsv", 1))
