@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BUSY = 0.3  # a core; mean load of the last minute from which on other work is on the cores
-SPINS = "2000"  # of a thread that waits, before it sleeps; libgomp's own 300,000 are about a millisecond
+SPINS = "20000"  # of a thread that waits, before it sleeps; libgomp's own 300,000 are about a millisecond
 
 
 def bound_spinning() -> None:
