@@ -68,41 +68,45 @@ async def compute(classifier: Classifier, waiting: asyncio.Queue[Any], batch_tok
                 answer.set_result(probabilities)
 
 
-class Refused(Exception):
-    """A request that is not answered: a status, and one line."""
+def refused(status: int, detail: str) -> Exception:
+    """Return the error for a request that is not answered, with one line."""
+    from starlette.exceptions import HTTPException
+
+    return HTTPException(status, detail)
 
 
 async def read_texts(request: Any, takes_pairs: bool | None) -> tuple[list[Any], bool]:
-    """Return a request's texts, and whether it asks for all probabilities; Refused if it is no such request."""
+    """Return a request's texts, and whether it asks for all probabilities; raises `refused` for any other request."""
 
     async def read() -> bytes:
         body = b""
         async for part in request.stream():
             body += part
             if len(body) > LARGEST_BODY:
-                raise Refused(413, f"a request may have {LARGEST_BODY:,} bytes")
+                raise refused(413, f"a request may have {LARGEST_BODY:,} bytes")
         return body
 
     try:
         body = json.loads(await asyncio.wait_for(read(), SECONDS_TO_ARRIVE))
     except asyncio.TimeoutError:
-        raise Refused(408, f"the request has not arrived within {SECONDS_TO_ARRIVE:g} seconds") from None
+        raise refused(408, f"the request has not arrived within {SECONDS_TO_ARRIVE:g} seconds") from None
     except (ValueError, RecursionError) as error:
-        raise Refused(400, f"not JSON: {error}"[:200]) from None
+        raise refused(400, f"not JSON: {error}"[:200]) from None
     texts = body.get("texts") if isinstance(body, dict) else None
     if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_TEXTS:
-        raise Refused(400, f"texts: a list of 1 to {MOST_TEXTS} texts is needed")
+        raise refused(400, f"texts: a list of 1 to {MOST_TEXTS} texts is needed")
     parts = [part for text in texts for part in (text if isinstance(text, list) else [text])]
     if not all(isinstance(part, str) and len(part) <= LONGEST_TEXT for part in parts):
-        raise Refused(400, f"texts: strings of up to {LONGEST_TEXT:,} characters are needed, or pairs of such")
+        raise refused(400, f"texts: strings of up to {LONGEST_TEXT:,} characters are needed, or pairs of such")
     if takes_pairs is not None and any(isinstance(text, list) != takes_pairs for text in texts):
-        raise Refused(400, f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}")
+        raise refused(400, f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}")
     return texts, bool(body.get("all_probabilities"))
 
 
 def make_app(classifier: Classifier, batch_tokens: int, abstain_below: float) -> Any:
     """Return the service as an ASGI application."""
     from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse, PlainTextResponse
     from starlette.routing import Route
@@ -123,15 +127,15 @@ def make_app(classifier: Classifier, batch_tokens: int, abstain_below: float) ->
         try:
             ids, lengths = await asyncio.to_thread(classifier.encode, texts)
         except (UserError, TypeError) as error:
-            raise Refused(400, str(error)) from None
+            raise refused(400, str(error)) from None
         if waiting.qsize() + len(lengths) > MOST_WAITING:
-            raise Refused(503, "too many texts are waiting; try again later")
+            raise refused(503, "too many texts are waiting; try again later")
         futures = [asyncio.get_running_loop().create_future() for _ in lengths]
         for each, future in zip(np.split(ids, np.cumsum(lengths)[:-1]), futures):
             waiting.put_nowait((each, future))
         found = await asyncio.gather(*futures)
         if any(isinstance(each, Exception) for each in found):
-            raise Refused(500, "a text could not be classified")
+            raise refused(500, "a text could not be classified")
         cells = [task.cells(each.tolist(), all_probabilities, abstain_below) for each in found]
         return [dict(zip(task.columns(all_probabilities), each)) for each in cells]
 
@@ -140,8 +144,8 @@ def make_app(classifier: Classifier, batch_tokens: int, abstain_below: float) ->
         try:
             answer = await answers_to(request)
             counts["sst2_xlmr_texts_total"] += len(answer)
-        except Refused as error:
-            status, answer = error.args[0], {"detail": error.args[1]}
+        except HTTPException as error:
+            status, answer = error.status_code, {"detail": error.detail}
         except ClientDisconnect:
             status = 400
         counts[f'sst2_xlmr_requests_total{{status="{status}"}}'] += 1
