@@ -148,5 +148,5 @@ def test_predict_abstains(model: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "'1.5' is not a probability" in refusal(predict.main, [*options, "--abstain-below", "1.5", "x"])
     (tmp_path / "test.tsv").write_text("index\tsentence\n0\ta\n")
     words = ["--input", str(tmp_path / "test.tsv"), "--glue-submission", str(tmp_path / "g"), "--abstain-below", "0.9"]
-    assert "takes a label for every row" in refusal(predict.main, [*options, *words])
+    assert "needs a label per row" in refusal(predict.main, [*options, *words])
     assert not (tmp_path / "g").exists()
