@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from sst2_xlmr import labels, train
 from sst2_xlmr.data import rows as data
@@ -61,6 +63,8 @@ def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or it warns in every fork
     torch.set_num_threads(1)
+    # tqdm's own lock is shared with forked processes: one that is killed while it holds it would stop all others.
+    tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture(params=[1, 2])
