@@ -294,7 +294,8 @@ class Config:
     )
     threshold_for: str | None = option(
         None,
-        "several labels: fit each one's threshold on dev for f1 (default), precision=P or recall=R, at least that",
+        "several labels: each one's threshold has the best F1 on dev (f1, the default), or the best F1 with at least"
+        " that precision or recall",
         "f1|precision=P|recall=R",
         _check_threshold,
     )

@@ -106,21 +106,16 @@ class Classifier:
         first, *others = (cls.load(folder, precision, device) for folder in folders)
         if not others:
             return first
+
+        def alike(each: Classifier) -> tuple[object, ...]:
+            tokenizer = each.tokenizer
+            return each.task.problem_type, each.label_names, tokenizer_digest(tokenizer.file), tokenizer.limits
+
         for other in others:
-            sides = [
-                (
-                    each.task.problem_type,
-                    each.label_names,
-                    tokenizer_digest(each.tokenizer.file),
-                    *each.tokenizer.limits,
-                )
-                for each in (first, other)
-            ]
-            if sides[0] != sides[1]:
+            if alike(other) != alike(first):
                 what = "other labels, another tokenizer or another longest input"
-                raise UserError(
-                    f"{other.folder} has {what} than {first.folder}; only models that are alike have a mean"
-                )
+                cure = "only models that are alike have a mean"
+                raise UserError(f"{other.folder} has {what} than {first.folder}; {cure}")
         members = [first, *others]
         thresholds = np.mean([each.task.thresholds for each in members], axis=0).tolist()
         task = with_thresholds(first.task, thresholds)

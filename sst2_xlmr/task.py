@@ -58,7 +58,6 @@ class SingleLabel:
 
     problem_type = "single_label_classification"  # transformers' word for it
     option = "single-label"  # of --task
-    is_named = True  # whether labels have names
     may_be_empty = False  # whether a row without a label is one
     best_metric = "accuracy"  # the one that chooses best/
     best_metrics = ("accuracy", "macro_f1", "loss")  # those that can; but for errors, higher is better
@@ -263,11 +262,11 @@ class SingleLabel:
         return best - second < distance
 
     def doubt(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return how doubtful rows' labels are, from -1 to 1, by probabilities of a model that has not seen them.
+        """Return how doubtful rows' labels are, from -1 to 1; the model that gave the probabilities has not seen them.
 
-        That is by how much the best other class is above its own rows' average, less the same of the given one: models
-        are surer of some classes than of others (confident learning, Northcutt et al. 2021,
-        https://arxiv.org/abs/1911.00068).
+        A class's margin is its probability less its average over the rows with that label, as models are surer of some
+        classes than of others; the doubt is the largest other margin less that of the given class (confident learning,
+        Northcutt et al. 2021, https://arxiv.org/abs/1911.00068).
         """
         given, rows = self.label_keys(labels), np.arange(len(labels))
         averages = [probabilities[given == i, i].mean() if (given == i).any() else 1.0 for i in range(self.outputs)]
@@ -431,7 +430,6 @@ class MultiLabel:
 
     problem_type = "multi_label_classification"
     option = "multi-label"
-    is_named = True
     may_be_empty = True
     label_dtype = np.float32  # 1 for the labels of a row, or their probabilities
     best_metric = "macro_f1"
@@ -569,9 +567,14 @@ class MultiLabel:
     def probabilities(logits: torch.Tensor) -> torch.Tensor:
         return logits.sigmoid()
 
+    @property
+    def cuts(self) -> list[float]:
+        """The labels' thresholds, fitted or not."""
+        return list(self.thresholds) or [0.5] * self.outputs
+
     def _has(self, probabilities: np.ndarray) -> np.ndarray:
         """Return bool [rows, labels], whether a label is predicted."""
-        return np.asarray(probabilities >= np.array(self.thresholds or [0.5] * self.outputs, np.float32))
+        return np.asarray(probabilities >= np.array(self.cuts, np.float32))
 
     def columns(self, all_probabilities: bool) -> list[str]:
         return ["labels", "probabilities"] + [f"probability_{name}" for name in self.label_names] * all_probabilities
@@ -601,7 +604,7 @@ class MultiLabel:
 
     def near_ties(self, logits: torch.Tensor, distance: float) -> torch.Tensor:
         """A tie is between a label's logit and its threshold's, which does not change: half the distance is near."""
-        cuts = torch.tensor(self.thresholds or [0.5] * self.outputs, dtype=logits.dtype).logit()
+        cuts = torch.tensor(self.cuts, dtype=logits.dtype).logit()
         return (logits - cuts).abs().amin(1) < distance / 2
 
     def doubt(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -626,7 +629,6 @@ class MultiLabel:
         found, each = self._has(results[:, 1:]), self.per_label(results, labels)
         plain = replace(self, thresholds=()).per_label(results, labels)
         confidences = np.maximum(probabilities, 1 - probabilities).reshape(-1)
-        precisions = [metric.average_precision(*column) for column in zip(probabilities.T, true.T)]
         return {
             "loss": float(results[:, 0].astype(np.float64).mean()),
             "macro_f1": float(each["f1"].mean()),
@@ -634,7 +636,7 @@ class MultiLabel:
             **({"macro_f1_at_0.5": float(plain["f1"].mean())} if self.thresholds else {}),
             **({"micro_f1_at_0.5": _micro_f1(probabilities >= 0.5, true)} if self.thresholds else {}),
             "exact_match": float((found == true).all(1).mean()),
-            "mean_average_precision": float(np.mean(precisions)),
+            "mean_average_precision": metric.mean_average_precision(probabilities, true),
             "ece": metric.expected_calibration_error(confidences, ((probabilities >= 0.5) == true).reshape(-1)),
             **{key: each[key].tolist() for key in ("precision", "recall")},
             "rows": len(labels),
@@ -685,8 +687,7 @@ class MultiLabel:
         if is_constant and _deviates_little(self.logits_of(probabilities), self.logits_of(untrained)):
             return "same prediction for every text of dev, with the same probabilities"
         results, baseline = self.results_of(probabilities, labels), MultiLabel(self.label_names).baseline_loss(labels)
-        precisions = [metric.average_precision(*column) for column in zip(probabilities.T, true.T)]
-        gain, prior = float(np.mean(precisions)), float(true.mean())
+        gain, prior = metric.mean_average_precision(probabilities, true), float(true.mean())
         if has_learned and results[:, 0].mean() >= _USELESS_LOSS * baseline and gain - prior < 0.1 * (1 - prior):
             return "the model had learned, but is now hardly better than the same answer for every text of dev"
         return ""
@@ -705,7 +706,7 @@ class MultiLabel:
     def append_to_onnx(self, add: Callable[..., str], logits: str) -> dict[str, tuple[str, str, list[int]]]:
         """Append, of every label, whether the text has it, and its probability; `label_names` is in the metadata."""
         probabilities = add("Sigmoid", logits)
-        has = add("GreaterOrEqual", probabilities, np.array(self.thresholds or [0.5] * self.outputs, np.float32))
+        has = add("GreaterOrEqual", probabilities, np.array(self.cuts, np.float32))
         return {"labels": (has, "BOOL", [self.outputs]), "probabilities": (probabilities, "FLOAT", [self.outputs])}
 
     def answers_of(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
@@ -713,7 +714,7 @@ class MultiLabel:
         return found if isinstance(found, list) else [self._names_of(row) for row in found], np.asarray(probabilities)
 
     def torchscript_answer(self) -> nn.Module:
-        return _ScriptedLabels(self.label_names, list(self.thresholds or [0.5] * self.outputs))
+        return _ScriptedLabels(self.label_names, self.cuts)
 
 
 class _ScriptedLabels(nn.Module):
@@ -750,7 +751,6 @@ class Regression:
 
     problem_type = "regression"
     option = "regression"
-    is_named = False
     may_be_empty = False
     label_dtype, label_shape = np.float32, ()
     best_metric = "spearman"
@@ -780,7 +780,7 @@ class Regression:
     def from_labels(cls, config: Config, labels: Seen, others: Seen, said: Names, path: object) -> Regression:
         for label, (_, line) in labels.items():
             if label not in MISSING and _score(label) is None:
-                raise UserError(f"{path}, line {line}: label {label[:40]!r} is no number, as a score is; mend it")
+                raise UserError(f"{path}, line {line}: {cls.unknown([label])}")
         if len(set(labels) - MISSING) < 2:
             raise UserError(f"{path}: all rows have the same score; name the column of scores with --label-column")
         return cls(["score"])
@@ -967,7 +967,8 @@ class Regression:
 
 
 Task = Union[SingleLabel, MultiLabel, Regression]
-TASKS: dict[str, type[Task]] = {"single-label": SingleLabel, "multi-label": MultiLabel, "regression": Regression}
+TASKS: tuple[type[Task], ...] = (SingleLabel, MultiLabel, Regression)
+BY_TYPE = {kind.problem_type: kind for kind in TASKS}
 Names = Iterable[Sequence[str]]  # the label names that files themselves say
 
 
@@ -988,17 +989,17 @@ def find_task(config: Config, labels: Seen, others: Seen, said: Names, path: obj
 def task_kind(config: Config, labels: Iterable[str]) -> type[Task]:
     """Return the task that is asked for, or that is certain from the training files' labels; else a single label."""
     if config.task != "auto":
-        return TASKS[config.task]
+        return next(kind for kind in TASKS if kind.option == config.task)
     if config.label_delimiter:
         return MultiLabel
     known = config.label_names or ()
     values = {label: reading.split_labels(label, None, known) for label in labels if label not in MISSING}
-    return next((kind for kind in TASKS.values() if kind.is_for(values)), SingleLabel)
+    return next((kind for kind in TASKS if kind.is_for(values)), SingleLabel)
 
 
 def stored_task(problem_type: str, label_names: list[str], thresholds: Sequence[float] = ()) -> Task:
     """Return the task of a model's folder; KeyError if there is none of that type."""
-    return with_thresholds({each.problem_type: each for each in TASKS.values()}[problem_type](label_names), thresholds)
+    return with_thresholds(BY_TYPE[problem_type](label_names), thresholds)
 
 
 def with_numbers(task: Task, label_numbers: dict[str, int]) -> Task:
@@ -1029,7 +1030,7 @@ def at_temperature(task: Task, temperature: float) -> Task:
 
 def main_metric(metrics: Mapping[str, Any]) -> float:
     """Return the metric of an evaluation by which its task is judged."""
-    return float(next(metrics[kind.best_metric] for kind in TASKS.values() if kind.best_metric in metrics))
+    return float(next(metrics[kind.best_metric] for kind in TASKS if kind.best_metric in metrics))
 
 
 def problem_type_of(stated: str | None, outputs: int) -> str:
@@ -1039,8 +1040,7 @@ def problem_type_of(stated: str | None, outputs: int) -> str:
 
 def can_answer(problem_type: str, label_names: Sequence[str]) -> bool:
     """Whether a head of this type, with these outputs, is one of a task here."""
-    kinds = {each.problem_type: each for each in TASKS.values()}
-    return problem_type in kinds and (kinds[problem_type] is Regression) == (len(label_names) == 1)
+    return problem_type in BY_TYPE and (BY_TYPE[problem_type] is Regression) == (len(label_names) == 1)
 
 
 def check_options(task: Task, options: object) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
-from sst2_xlmr.model.tokenizer import BEGIN, END
+from sst2_xlmr.model.tokenizer import BEGIN, window_starts
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import SIGNALS
 
@@ -77,14 +77,13 @@ def select_rows(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple
 def split_windows(ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the lengths of all windows, int64 [windows], and how many each row has, int64 [rows], None for one each.
 
-    A window begins with `<s>` after `</s>`. For the arguments see `select_rows`.
+    For the arguments see `select_rows`.
     """
     if int((ids == BEGIN).sum()) == len(lengths):
         return lengths, None
-    is_start = ids == BEGIN
-    is_start[1:] &= ids[:-1] == END
-    starts = is_start.nonzero()[:, 0]
+    is_start = torch.from_numpy(window_starts(ids.numpy()))
     windows = torch.tensor([int(part.sum()) for part in is_start.split(lengths.tolist())])
+    starts = is_start.nonzero()[:, 0]
     ends = torch.cat([starts[1:], torch.tensor([len(ids)])])
     return (ends - starts, windows) if len(starts) > len(lengths) else (lengths, None)
 

@@ -77,12 +77,9 @@ def cut_off(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) ->
     Rows with equal texts stay together. Which texts they are is a function of texts, labels and seed alone, not of the
     rows' order. Digests are uint64 [rows], labels int [rows].
     """
-    texts, text_of, copies = np.unique(digests, return_inverse=True, return_counts=True)
-    random = mixed(texts + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64))
-    order = np.argsort(random ^ (random >> np.uint64(31)), kind="stable")
-    chosen = np.zeros(len(texts), bool)
-    class_of = np.full(len(texts), np.iinfo(np.int64).max)
-    np.minimum.at(class_of, text_of.reshape(-1), labels.astype(np.int64))
+    text_of, class_of, random = _texts(digests, labels, seed)
+    order, copies = np.argsort(random, kind="stable"), np.bincount(text_of)
+    chosen = np.zeros(len(random), bool)
     exact = given = 0.0
     for label in np.unique(labels):
         mine = order[class_of[order] == label]
@@ -96,7 +93,16 @@ def cut_off(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) ->
                 wanted -= int(copies[text])
             if wanted <= 0:
                 break
-    return np.flatnonzero(chosen[text_of.reshape(-1)])
+    return np.flatnonzero(chosen[text_of])
+
+
+def _texts(digests: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return each row's text, int64 [rows], and of each text its least label and a random number, [texts]."""
+    texts, text_of = np.unique(digests, return_inverse=True)
+    text_of, class_of = text_of.reshape(-1), np.full(len(texts), np.iinfo(np.int64).max)
+    np.minimum.at(class_of, text_of, labels.astype(np.int64))
+    random = mixed(texts + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64))
+    return text_of, class_of, random ^ (random >> np.uint64(31))
 
 
 def fold_numbers(digests: np.ndarray, strata: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -104,12 +110,9 @@ def fold_numbers(digests: np.ndarray, strata: np.ndarray, folds: int, seed: int)
 
     Arguments as of `cut_off`. UserError if there are fewer different texts than folds.
     """
-    texts, text_of = np.unique(digests, return_inverse=True)
-    if len(texts) < folds:
-        raise UserError(f"--folds {folds}: there are only {len(texts)} different texts")
-    random = mixed(texts + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64))
-    stratum = np.full(len(texts), np.iinfo(np.int64).max)
-    np.minimum.at(stratum, text_of.reshape(-1), strata.astype(np.int64))
-    fold = np.empty(len(texts), np.int64)
-    fold[np.lexsort((random ^ (random >> np.uint64(31)), stratum))] = np.arange(len(texts)) % folds + 1
-    return fold[text_of.reshape(-1)]
+    text_of, stratum, random = _texts(digests, strata, seed)
+    if len(random) < folds:
+        raise UserError(f"--folds {folds}: there are only {len(random)} different texts")
+    fold = np.empty(len(random), np.int64)
+    fold[np.lexsort((random, stratum))] = np.arange(len(random)) % folds + 1
+    return fold[text_of]

@@ -22,7 +22,7 @@ from sst2_xlmr.data.duplicates import find_repeats, text_digests
 from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.rows import Inspection, Row, in_chunks, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
-from sst2_xlmr.model.tokenizer import BEGIN, CUT, END, LongTexts, Tokenizer, load_tokenizer
+from sst2_xlmr.model.tokenizer import CUT, LongTexts, Tokenizer, load_tokenizer, window_starts
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.cores import available_cores
@@ -84,9 +84,7 @@ class TokenCache:
 
     def windows(self) -> np.ndarray:
         """Return int64 [rows], how many windows each row has."""
-        is_start = np.asarray(self.ids) == BEGIN
-        is_start[1:] &= np.asarray(self.ids[:-1]) == END
-        return np.diff(np.concatenate([[0], np.cumsum(is_start)])[self.offsets]).clip(1)
+        return np.diff(np.concatenate([[0], np.cumsum(window_starts(self.ids))])[self.offsets]).clip(1)
 
     def part(self, rows: np.ndarray) -> TokenCache:
         """Return some rows, int64 ascending, as a cache of their own, in memory."""

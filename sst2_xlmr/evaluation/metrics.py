@@ -45,6 +45,11 @@ def average_precision(scores: np.ndarray, is_label: np.ndarray) -> float:
     return float((np.diff(recall, prepend=0) * precision).sum())
 
 
+def mean_average_precision(scores: np.ndarray, is_label: np.ndarray) -> float:
+    """Return the mean over labels; both are [rows, labels]."""
+    return float(np.mean([average_precision(*column) for column in zip(scores.T, is_label.T)]))
+
+
 def fitted_threshold(scores: np.ndarray, is_label: np.ndarray, aim: str = "f1", floor: float = 0.0) -> float:
     """Return the threshold on one label's scores with the best F1, or the best F1 with a precision or recall >= floor.
 

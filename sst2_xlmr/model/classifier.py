@@ -23,17 +23,22 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Seq
     UserError if it is incomplete, has no head, weights that are not finite, or another model's tokenizer.
     """
     encoder, label_names = find_model(folder)
-    task = stored_task(encoder.problem_type, label_names, encoder.dropouts.get("thresholds", ()))
+    task = task_of(encoder, label_names)
     model, _ = build_classifier(encoder, task)
     if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
         raise UserError(f"{folder} has weights that are not finite (NaN or infinite); train it again, or use another")
     model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
-    tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length, long_texts_of(encoder))
+    tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length, stored_long_texts(encoder))
     check_tokenizer(encoder, tokenizer.vocab_size)
     return model, tokenizer, task
 
 
-def long_texts_of(encoder: Encoder) -> LongTexts:
+def task_of(encoder: Encoder, label_names: list[str]) -> Task:
+    """Return a trained model's task, with its thresholds."""
+    return stored_task(encoder.problem_type, label_names, encoder.dropouts.get("thresholds", ()))
+
+
+def stored_long_texts(encoder: Encoder) -> LongTexts:
     """Return what becomes of long texts, as it is stored with a model."""
     return LongTexts(encoder.dropouts.get("long_texts", "cut"), encoder.dropouts.get("stride", 0))
 

@@ -28,6 +28,13 @@ class LongTexts(NamedTuple):
 CUT = LongTexts()
 
 
+def window_starts(ids: np.ndarray) -> np.ndarray:
+    """Return bool [tokens], where a window of a text begins: at `<s>` after `</s>`; ids of rows one after another."""
+    is_start = np.asarray(ids) == BEGIN
+    is_start[1:] &= ids[:-1] == END
+    return is_start
+
+
 def add_special_tokens(
     first: List[int],  # noqa: UP006
     second: Optional[List[int]],  # noqa: UP006, UP045

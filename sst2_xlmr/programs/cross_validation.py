@@ -69,7 +69,7 @@ class Folds:
             text_pair_column="pair" if self.config.text_pair_column is not None else None,
             weight_column="weight" if self.config.weight_column is not None else None,
             task=self.task.option,
-            label_names=self.task.label_names if self.task.is_named else None,
+            label_names=None if "label_names" in self.task.refused else self.task.label_names,
         )
         return self.train(words_of(config), folder, self.config.seed)
 

@@ -32,14 +32,14 @@ from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.check_rows import is_rows_file, read_checks, read_texts
 from sst2_xlmr.export.folder import read_card, write_all_but_weights, write_folder
 from sst2_xlmr.export.trimmed import write_trimmed
-from sst2_xlmr.model.classifier import load_classifier, load_tensors, long_texts_of
+from sst2_xlmr.model.classifier import load_classifier, load_tensors, stored_long_texts, task_of
 from sst2_xlmr.model.encoders import Encoder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
 from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.report.table import comparison_table
-from sst2_xlmr.task import Task, stored_task
+from sst2_xlmr.task import Task
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import put_in_place, scratch_folder, writing
@@ -136,7 +136,7 @@ def write_onnx_file(
 
     weights = {name: tensor.numpy() for name, tensor in load_tensors(encoder).items()}
     pieces = sentencepiece_model(encoder.tokenizer_file) if takes_texts else None
-    long_texts = long_texts_of(encoder)
+    long_texts = stored_long_texts(encoder)
     write_onnx(file, weights, encoder.shape, task, encoder.max_length, pieces, int8, logits_only, long_texts)
     options = onnxruntime.SessionOptions()
     if takes_texts:
@@ -209,7 +209,7 @@ def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: 
     if takes_texts and added_tokens(encoder.tokenizer_file):
         cure = "take hf, onnx-hf, or onnx with --from-ids"
         raise UserError(f"--format {kind} has SentencePiece only, but tokens were added to this model's; {cure}")
-    if long_texts_of(encoder).kind == "windows" and kind != "hf" and (kind != "onnx" or not takes_texts):
+    if stored_long_texts(encoder).kind == "windows" and kind != "hf" and (kind != "onnx" or not takes_texts):
         what = "averages the windows of a long text, which this form cannot"
         raise UserError(f"--format {arguments.format}: the model {what}; take hf, or onnx without --from-ids")
     columns = columns_given(arguments)
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     with writing(arguments.output), scratch_folder(output) as scratch:
         if arguments.keep_vocabulary_of:
             encoder = trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), scratch / "trimmed")
-        task = stored_task(encoder.problem_type, label_names, encoder.dropouts.get("thresholds", ()))
+        task = task_of(encoder, label_names)
         summary = write(arguments, encoder, task, scratch / "written")
         put_in_place(scratch / "written", output, replaces=False)
     say(f"{arguments.output}: {summary}")

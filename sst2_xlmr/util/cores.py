@@ -7,15 +7,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-BUSY = 0.3  # a core; mean load of the last minute from which on other work is on the cores
-SPINS = "20000"  # of a thread that waits, before it sleeps; libgomp's own 300,000 are about a millisecond
+BUSY = 0.3  # load average of the last minute, per core, from which on the machine counts as busy
+SPINS = "20000"  # rounds that a waiting thread spins before it sleeps; libgomp's default is 300,000
 
 
 def bound_spinning() -> None:
-    """Let OpenMP's threads wait by sleeping where others use the cores, else after a short spin.
+    """Let waiting OpenMP threads sleep at once on a busy machine, and after a short spin on any other.
 
-    A thread that spins keeps the one it waits for from its core. To be called before libgomp is loaded, which comes
-    with torch; the user's own settings win.
+    On busy cores a spinning thread keeps the thread that it waits for from running. Call this before torch is
+    imported, as libgomp reads the variable when it is loaded. The user's own settings win.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         is_busy = os.getloadavg()[0] > BUSY * len(os.sched_getaffinity(0))
