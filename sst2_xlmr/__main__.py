@@ -19,6 +19,7 @@ PROGRAMS = {
     "export": "write a trained model as Hugging Face folder, ONNX or TorchScript",
     "split": "hold out rows of a training file for a test",
     "study": "compare settings over several seeds",
+    "distill": "train on unlabelled texts, too, with the answers of trained models",
     "fetch": "download data and encoders ahead of time",
     "serve": "answer over HTTP with a trained model",
 }

@@ -761,6 +761,7 @@ class Regression:
         "label_smoothing": "a score has no classes",
         "class_weights": "a score has no classes; --weight-column weighs rows",
         "calibrate": _NO_PROBABILITIES,
+        "temperature": _NO_PROBABILITIES,
         "abstain_below": _NO_PROBABILITIES,
         "all_probabilities": _NO_PROBABILITIES,
         "glue_submission": _NO_PROBABILITIES,
@@ -1026,6 +1027,18 @@ def at_temperature(task: Task, temperature: float) -> Task:
         return task
     logits = torch.tensor(task.thresholds, dtype=torch.float64).logit() / temperature
     return with_thresholds(task, logits.sigmoid().tolist())
+
+
+def as_labels(task: Task, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
+    """Return the task whose labels may be a teacher's answers, and the answers, [rows, outputs], as such labels.
+
+    The logits are divided by a temperature: below 1 the answers become more certain.
+    """
+    if isinstance(task, Regression):
+        return task, probabilities[:, 0]
+    logits = torch.from_numpy(task.logits_of(probabilities) / temperature)
+    labels = task.probabilities(logits).double().numpy().round(6)
+    return replace(task, is_soft=True) if isinstance(task, SingleLabel) else task, labels
 
 
 def main_metric(metrics: Mapping[str, Any]) -> float:

@@ -391,6 +391,11 @@ def check_text(text: str, where: str) -> None:
         raise UserError(f"{where}: not UTF-8, or with a NUL character; convert it")
 
 
+def texts_of(rows: Iterable[Row]) -> list[str | tuple[str, str]]:
+    """Return what a classifier takes."""
+    return [row.text if row.pair is None else (row.text, row.pair) for row in rows]
+
+
 def in_chunks(rows: Iterable[Row], count: int) -> Iterator[list[Row]]:
     """Yield lists of `count` rows, or fewer where their texts are long."""
     chunk: list[Row] = []

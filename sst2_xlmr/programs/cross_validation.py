@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 
-from sst2_xlmr.cli import parse_args, words_of
-from sst2_xlmr.config import GROUPS, OPTIONS, Config
+from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.duplicates import text_digests
 from sst2_xlmr.data.predictions import extended_rows
 from sst2_xlmr.data.prepare import inspect_splits
+from sst2_xlmr.data.rows import texts_of
 from sst2_xlmr.data.splits import find_split, fold_numbers
 from sst2_xlmr.predictor import Classifier
+from sst2_xlmr.programs.row_files import with_values, words_for, write_rows
 from sst2_xlmr.report.comparison import Figures
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import writing
 
 MOST_SHOWN = 20  # likely label errors on the console
-# Options of the data that do not say where the rows are and how they are read: a fold's files have them as JSON.
-_OF_ROWS = ("max_length", "long_texts", "stride", "drop_duplicates", "drop_leaks", "num_workers")
 # Takes words for train.py, a folder and a seed; returns whether it was not finished before, and its figures.
 Train = Callable[[list[str], Path, int], tuple[bool, Figures]]
 
@@ -53,33 +51,18 @@ class Folds:
     def train_fold(self, fold: int) -> tuple[bool, Figures]:
         """Train on all other folds, evaluated on this one."""
         folder, is_dev = self.folder / f"fold-{fold}", self.numbers == fold
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, chosen in (("train", ~is_dev), ("dev", is_dev)):
-            with writing(folder), (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-                for row in (self.rows[number][1] for number in np.flatnonzero(chosen)):
-                    texts = {"text": row.text} if row.pair is None else {"text": row.text, "pair": row.pair}
-                    content = {**texts, "label": self.task.label_value(row.label), "weight": row.weight}
-                    file.write(json.dumps(content, ensure_ascii=False) + "\n")
-        kept = [name for name in OPTIONS if name not in GROUPS["data"] or name in _OF_ROWS]
-        config = Config(
-            **{**{name: getattr(self.config, name) for name in kept}, "output_dir": None},
-            train_file=[str(folder / "train.jsonl")],
-            dev_file=str(folder / "dev.jsonl"),
-            text_column=["text"],
-            text_pair_column="pair" if self.config.text_pair_column is not None else None,
-            weight_column="weight" if self.config.weight_column is not None else None,
-            task=self.task.option,
-            label_names=None if "label_names" in self.task.refused else self.task.label_names,
-        )
-        return self.train(words_of(config), folder, self.config.seed)
+        files = {name: folder / f"{name}.jsonl" for name in ("train", "dev")}
+        for path, chosen in zip(files.values(), (~is_dev, is_dev)):
+            rows = (self.rows[number][1] for number in np.flatnonzero(chosen))
+            write_rows(path, with_values(rows, self.task))
+        return self.train(words_for(self.config, self.task, files), folder, self.config.seed)
 
     def answers(self) -> np.ndarray:
         """Return float32 [rows, outputs], every row's probabilities by the model of its fold."""
         found = np.zeros((len(self.rows), self.task.outputs), np.float32)
         for fold in range(1, int(self.numbers.max()) + 1):
             chosen = np.flatnonzero(self.numbers == fold)
-            rows = [self.rows[row][1] for row in chosen]
-            texts = [row.text if row.pair is None else (row.text, row.pair) for row in rows]
+            texts = texts_of(self.rows[row][1] for row in chosen)
             model = self.folder / f"fold-{fold}/seed-{self.config.seed}/model"
             found[chosen] = Classifier.load(model, device=self.config.device).probabilities(texts)
         return found

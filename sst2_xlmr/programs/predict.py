@@ -43,7 +43,16 @@ from sst2_xlmr.data.predictions import (
     submission_lines,
 )
 from sst2_xlmr.data.report import description
-from sst2_xlmr.data.rows import TEXT_OPTIONS, Row, check_pairs, check_text, columns_given, in_chunks, read_rows
+from sst2_xlmr.data.rows import (
+    TEXT_OPTIONS,
+    Row,
+    check_pairs,
+    check_text,
+    columns_given,
+    in_chunks,
+    read_rows,
+    texts_of,
+)
 from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
@@ -172,7 +181,7 @@ def classify(arguments: argparse.Namespace, classifier: Classifier, chunks: Iter
     """Yield every chunk of rows with the new cells of each row."""
 
     def encode(chunk: list[Row]) -> tuple[np.ndarray, np.ndarray]:
-        return classifier.encode([row.text if row.pair is None else (row.text, row.pair) for row in chunk])
+        return classifier.encode(texts_of(chunk))
 
     encoded = ((chunk, encode(chunk)) for chunk in chunks)
     # A file is read and tokenized while the model computes; a stream may have to be waited for.

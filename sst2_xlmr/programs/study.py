@@ -33,11 +33,12 @@ from typing import Callable, NoReturn
 
 from tqdm import tqdm
 
-from sst2_xlmr.cli import OneLineParser, parse_args, with_files
+from sst2_xlmr.cli import OneLineParser, parse_args
 from sst2_xlmr.data.splits import find_files
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.programs.checks import refuse
 from sst2_xlmr.programs.cross_validation import Folds
+from sst2_xlmr.programs.row_files import checked_config
 from sst2_xlmr.report.comparison import Figures, Results, summary, table
 from sst2_xlmr.task import main_metric
 from sst2_xlmr.training.run_folder import read_metrics
@@ -82,16 +83,13 @@ def parse(argv: list[str] | None, reserved: tuple[str, ...] = ()) -> argparse.Na
             study.settings[name], is_taken = [*rest, *shlex.split(options)], name in (*study.settings, *reserved)
         except ValueError as error:
             raise UserError(f"--setting {name}: cannot split {options.strip()!r} into words: {error}") from None
-        given = {word.split("=")[0] for word in with_files(study.settings[name])}
-        own = given & {"--resume", "--output-dir", "--config", *(() if study.folds else ("--seed",))}
         is_name = name.isidentifier() or name.replace("-", "").isalnum()
         refuse(
             (not is_name, f"--setting {name!r}: take letters, digits and hyphens for the name, which is a folder's"),
             (is_taken, f"--setting {name}: that name is taken; choose another"),
-            (own, f"leave out {', '.join(sorted(own))}: every run has its own; to take options from a file, use @FILE"),
         )
-        # A UserError before anything is trained.
-        parse_args([*study.settings[name], "--output-dir", str(study.output_dir / "unused")])
+        own = () if study.folds else ("--seed",)
+        checked_config(study.settings[name], study.output_dir, *own)  # a UserError before anything is trained
     return study
 
 
@@ -165,14 +163,18 @@ def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figu
     return not was_finished, {**figures, "seconds": seconds_of(folder)}
 
 
-def compare(seeds: list[int], folder: Path, runs: Runs, what: str = "seed") -> None:
+def compare(seeds: list[int], folder: Path, runs: Runs, what: str = "seed", by_setting: bool = False) -> None:
     """Make all runs, seed by seed, so that every setting meets the same state of the machine; write study.json.
 
     Args:
+        by_setting: make all runs of a setting before those of the next.
         runs: setting -> what makes its run with a seed, as `train` does.
     """
     results: dict[str, Results] = {name: {} for name in runs}
-    with tqdm([(seed, name) for seed in seeds for name in runs], unit="run", disable=None, dynamic_ncols=True) as bar:
+    order = [(seed, name) for seed in seeds for name in runs]
+    if by_setting:
+        order = [(seed, name) for name in runs for seed in seeds]
+    with tqdm(order, unit="run", disable=None, dynamic_ncols=True) as bar:
         for seed, name in bar:
             bar.set_postfix_str(f"{name}, {what} {seed}")
             is_new, found = runs[name](seed)

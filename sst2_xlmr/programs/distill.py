@@ -1,0 +1,188 @@
+"""Train a student on labelled rows and on teachers' answers for unlabelled texts: distillation, self-training.
+
+    sst2-xlmr distill --teacher runs/seed-1/model runs/seed-2/model --unlabelled texts.txt \\
+        --output-dir runs/distilled --encoder models/small --train-file train.tsv --dev-file dev.tsv --epochs 1
+
+    sst2-xlmr distill --unlabelled texts.txt --labelled "--epochs 10" --output-dir runs/self-trained \\
+        --encoder models/small --train-file few.tsv --dev-file dev.tsv --epochs 1
+
+All other options go to train.py, for the students. For comparison, `labelled` are runs on the labelled rows alone, one
+for each seed, with the options of --labelled after the others; without --teacher, they are the teachers. Students of a
+round, one for each seed, are trained on all labelled rows and on the unlabelled texts; the soft labels of these are the
+mean of the teachers' probabilities. The students are the teachers of the next round. Texts that are also labelled, or
+evaluated on, are left out of the unlabelled ones.
+
+The runs are the folders labelled/seed-N, round-1/seed-N, ... in --output-dir; round-1/teacher.json has the teachers'
+figures. The same command continues what was stopped, and skips what is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from sst2_xlmr.cli import OneLineParser, number_to, positive
+from sst2_xlmr.data.duplicates import text_digests
+from sst2_xlmr.data.prepare import inspect_splits
+from sst2_xlmr.data.rows import Row, check_pairs, columns_of, in_chunks, read_rows, texts_of
+from sst2_xlmr.model.encoders import find_encoder, model_folder
+from sst2_xlmr.predictor import Classifier
+from sst2_xlmr.programs.checks import refuse
+from sst2_xlmr.programs.row_files import checked_config, with_values, words_for, write_rows
+from sst2_xlmr.programs.study import compare, seed_list, train
+from sst2_xlmr.report.comparison import Figures
+from sst2_xlmr.task import as_labels, check_options, main_metric
+from sst2_xlmr.util import downloads
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import digest_of, digest_of_input, read_json, write_text
+
+ROWS_AT_ONCE = 4096
+
+
+class Distillation:
+    """Labelled and unlabelled rows, the options, and the folder of the runs."""
+
+    def __init__(self, arguments: argparse.Namespace, words: list[str]) -> None:
+        """Check all that training does not check itself; UserError if options or files cannot be used."""
+        self.arguments, self.folder = arguments, arguments.output_dir
+        self.labelled = [*words, *shlex.split(arguments.labelled)]
+        checked_config(self.labelled, self.folder, "--seed", "--dev-share")
+        self.config = config = checked_config(words, self.folder)
+        self.task, splits = inspect_splits(config, downloads.cache_dir() / "tokens", quiet=True)
+        self.splits = {name: split for name, split in splits.items() if split.is_labelled}
+        refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
+        check_options(self.task, arguments)
+        for file in arguments.unlabelled:
+            next(self.rows_of(file))  # a UserError if there is none
+        self.teachers = [model_folder(name) for name in arguments.teacher]
+        for teacher in self.teachers:
+            check_pairs(teacher, config.text_pair_column, "--text-pair-column NAME")
+        self.known = np.unique(np.concatenate([digests_of(self.rows(name)) for name in self.splits]))
+
+    def rows(self, split: str) -> list[Row]:
+        return [row for _, row in self.splits[split].rows(self.task)]
+
+    def rows_of(self, file: Path) -> Iterator[Row]:
+        return read_rows(file, columns_of(self.config, "unlabelled"), None)
+
+    def load(self, teachers: list[Path]) -> Classifier:
+        classifier = Classifier.load_mean(teachers, self.arguments.teacher_precision, self.config.device)
+        found, wanted = (f"{', '.join(each.label_names)} ({each.option})" for each in (classifier.task, self.task))
+        if found != wanted:
+            raise UserError(
+                f"{teachers[0]} answers {found}, but the labelled rows have {wanted}: they must be the same"
+            )
+        return classifier
+
+    def answered(self, classifier: Classifier, counts: dict[str, int]) -> Iterator[Row]:
+        """Yield the unlabelled rows with the teacher's answer as label, and count them."""
+        chunks = (chunk for file in self.arguments.unlabelled for chunk in in_chunks(self.rows_of(file), ROWS_AT_ONCE))
+        with tqdm(unit=" texts", disable=None, leave=False, dynamic_ncols=True) as bar:
+            for chunk in chunks:
+                is_known = np.isin(digests_of(chunk), self.known)
+                rows = [row for row, known in zip(chunk, is_known) if not known and row.text.strip()]
+                found = classifier.probabilities(texts_of(rows))
+                task, labels = as_labels(classifier.task, found, self.arguments.temperature or 1.0)
+                for row, label in zip(rows, labels):
+                    yield row._replace(label=task.label_value(label), weight=self.arguments.unlabelled_weight)
+                counts["texts"] += len(rows)
+                counts["left out"] += len(chunk) - len(rows)
+                bar.update(len(chunk))
+        if not counts["texts"]:
+            raise UserError("all unlabelled texts are also labelled or evaluated on; name others with --unlabelled")
+
+    def teach(self, folder: Path, teachers: list[Path]) -> None:
+        """Write the training rows of a round, and teacher.json, unless they are there; says what the teachers reach."""
+        given, parts = self.arguments, [part for each in teachers for part in find_encoder(str(each)).weights_files]
+        inputs = {
+            "teachers": [digest_of(part) for part in parts],
+            "unlabelled": [digest_of_input(file) for file in given.unlabelled],
+            **{name: getattr(given, name) for name in ("temperature", "unlabelled_weight", "teacher_precision")},
+        }
+        report = folder / "teacher.json"
+        if not report.is_file():
+            classifier, counts = self.load(teachers), {"texts": 0, "left out": 0}
+            for name in self.splits:
+                if name != "train":
+                    write_rows(folder / f"{name.replace('/', '-')}.jsonl", with_values(self.rows(name), self.task))
+            labelled = with_values(self.rows("train"), self.task)
+            write_rows(folder / "train.jsonl", itertools.chain(labelled, self.answered(classifier, counts)))
+            figures = {name: self.value_of(classifier, name) for name in self.splits if name != "train"}
+            write_text(report, json.dumps({"inputs": inputs, "figures": figures, **counts}, indent=2) + "\n")
+        found = read_json(report, "choose another --output-dir")
+        if found["inputs"] != inputs:
+            raise UserError(f"{report} is of other teachers, texts or options; choose another --output-dir")
+        reached = ", ".join(f"{name} {value:.4f}" for name, value in found["figures"].items())
+        but = f"; {found['left out']:,} left out: labelled, evaluated on, or empty" if found["left out"] else ""
+        tqdm.write(f"{folder.name}: {found['texts']:,} unlabelled texts{but}; teacher {reached}", file=sys.stdout)
+
+    def value_of(self, classifier: Classifier, split: str) -> float:
+        """Return the main metric of a classifier on a file."""
+        rows, task = self.rows(split), classifier.task
+        labels: np.ndarray = np.asarray([row.label for row in rows], self.task.label_dtype)
+        return main_metric(task.metrics(task.results_of(classifier.probabilities(texts_of(rows)), labels), labels))
+
+    def student(self, round: int, seed: int) -> tuple[bool, Figures]:
+        """Train a student of a round, as `study.train` does."""
+        folder, seeds = self.folder / f"round-{round}", self.arguments.seeds
+        former = self.folder / (f"round-{round - 1}" if round > 1 else "labelled")
+        if seed == seeds[0]:
+            is_given = round == 1 and self.teachers
+            self.teach(folder, self.teachers if is_given else [former / f"seed-{each}/model" for each in seeds])
+        files = {name: folder / f"{name.replace('/', '-')}.jsonl" for name in self.splits}
+        words = words_for(self.config, self.task, files, self.arguments.unlabelled_weight != 1)
+        return train(words, folder, seed)
+
+
+def digests_of(rows: list[Row]) -> np.ndarray:
+    return text_digests([row.text for row in rows], [row.pair for row in rows])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(
+        description="Train a student on labelled rows and on teachers' answers for unlabelled texts."
+    )
+    add = parser.add_argument
+    add(
+        "--teacher",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DIR",
+        help="trained models [those of the labelled rows]",
+    )
+    add("--unlabelled", nargs="+", action="extend", required=True, type=Path, metavar="FILE", help="texts")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="gets a folder for each setting")
+    add("--seeds", type=seed_list, default=[1], metavar="N,...", help="one run for each [1]")
+    add("--rounds", type=positive, default=1, metavar="N", help="the students of one are the teachers of the next [1]")
+    add("--labelled", default="", metavar="OPTIONS", help="further options of the run on the labelled rows alone")
+    add("--temperature", type=number_to(10, "temperature"), metavar="T", help="divides the teachers' logits [1]")
+    add(
+        "--unlabelled-weight",
+        type=number_to(1000, "weight"),
+        default=1.0,
+        metavar="W",
+        help="of an unlabelled row's loss [1]",
+    )
+    precisions = ("auto", "bf16", "fp32", "int8")
+    add("--teacher-precision", choices=precisions, default="auto", help="in which teachers answer [auto]")
+    words = sys.argv[1:] if argv is None else list(argv)
+    if "--labelled" in words[:-1]:  # argparse would take its options for this program's
+        place = words.index("--labelled") + 1
+        words[place] = f" {words[place]}"
+    arguments, rest = parser.parse_known_args(words)
+    refuse((arguments.temperature == 0, "--temperature must be above 0"))
+    distillation = Distillation(arguments, rest)
+    runs = {"labelled": functools.partial(train, distillation.labelled, arguments.output_dir / "labelled")}
+    for number in range(1, arguments.rounds + 1):
+        runs[f"round-{number}"] = functools.partial(distillation.student, number)
+    compare(arguments.seeds, arguments.output_dir, runs, by_setting=True)

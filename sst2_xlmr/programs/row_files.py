@@ -1,0 +1,61 @@
+"""Training and evaluation files that programs write for train.py: JSON lines with text, pair, label and weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from sst2_xlmr.cli import parse_args, with_files, words_of
+from sst2_xlmr.config import GROUPS, OPTIONS, Config
+from sst2_xlmr.data.rows import Row
+from sst2_xlmr.programs.checks import refuse
+from sst2_xlmr.task import Task
+from sst2_xlmr.util.files import new_file, writing
+
+# Options of the data that do not say where the rows are and how they are read: the written files have them as JSON.
+_OF_ROWS = ("max_length", "long_texts", "stride", "drop_duplicates", "drop_leaks", "num_workers")
+_OWN = ("--resume", "--output-dir", "--config")
+
+
+def checked_config(words: list[str], folder: Path, *own: str) -> Config:
+    """Return the options in words for train.py; UserError for wrong ones, and for those that a program sets itself."""
+    given = sorted({word.split("=")[0] for word in with_files(words)} & {*_OWN, *own})
+    cure = "every run has its own; to take options from a file, use @FILE"
+    refuse((given, f"leave out {', '.join(given)}: {cure}"))
+    return parse_args([*words, "--output-dir", str(folder / "unused")])[0]
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a file of rows, whose labels are JSON values; whole or not at all, a UserError if it cannot be written."""
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as file:
+        for row in rows:
+            texts = {"text": row.text} if row.pair is None else {"text": row.text, "pair": row.pair}
+            content = {**texts, "label": row.label, "weight": row.weight}
+            file.write(json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def with_values(rows: Iterable[Row], task: Task) -> Iterator[Row]:
+    """Yield rows with their labels as JSON values, which the task reads."""
+    return (row._replace(label=task.label_value(row.label)) for row in rows)
+
+
+def words_for(config: Config, task: Task, files: Mapping[str, Path], has_weights: bool = False) -> list[str]:
+    """Return the words for train.py to train with these options on files of `write_rows`, by their splits' names."""
+    kept = [name for name in OPTIONS if name not in GROUPS["data"] or name in _OF_ROWS]
+    others = {name: str(file) for name, file in files.items() if name not in ("train", "dev")}
+    found = Config(
+        **{**{name: getattr(config, name) for name in kept}, "output_dir": None},
+        train_file=[str(files["train"])],
+        dev_file=str(files["dev"]),
+        eval_file=[f"{name}={file}" for name, file in others.items() if name in config.eval_splits],
+        test_file=[file for name, file in others.items() if name not in config.eval_splits],
+        text_column=["text"],
+        text_pair_column="pair" if config.text_pair_column is not None else None,
+        weight_column="weight" if has_weights or config.weight_column is not None else None,
+        task=task.option,
+        label_names=None if "label_names" in task.refused else task.label_names,
+    )
+    return words_of(found)
