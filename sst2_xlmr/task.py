@@ -264,16 +264,18 @@ class SingleLabel:
     def doubt(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Return how doubtful rows' labels are, from -1 to 1; the model that gave the probabilities has not seen them.
 
-        A class's margin is its probability less its average over the rows with that label, as models are surer of some
-        classes than of others; the doubt is the largest other margin less that of the given class (confident learning,
-        Northcutt et al. 2021, https://arxiv.org/abs/1911.00068).
+        Each class's probability is divided by its average over the rows with that label, as models are surer of some
+        classes than of others (but not below chance), and all are scaled to add up to 1; the doubt is the largest of
+        another class less that of the given one (after confident learning, Northcutt et al. 2021,
+        https://arxiv.org/abs/1911.00068).
         """
         given, rows = self.label_keys(labels), np.arange(len(labels))
         averages = [probabilities[given == i, i].mean() if (given == i).any() else 1.0 for i in range(self.outputs)]
-        margins = (probabilities - averages) / 2
-        of_given = margins[rows, given]
-        margins[rows, given] = -np.inf
-        return np.asarray(margins.max(1) - of_given)
+        shares = probabilities / np.maximum(averages, 1 / self.outputs)
+        shares /= shares.sum(1, keepdims=True)
+        of_given = shares[rows, given]
+        shares[rows, given] = -np.inf
+        return np.asarray(shares.max(1) - of_given)
 
     # --- evaluation
 

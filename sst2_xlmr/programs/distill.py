@@ -22,7 +22,6 @@ import argparse
 import functools
 import itertools
 import json
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +36,7 @@ from sst2_xlmr.data.rows import Row, check_pairs, columns_of, in_chunks, read_ro
 from sst2_xlmr.model.encoders import find_encoder, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs.checks import refuse
-from sst2_xlmr.programs.row_files import checked_config, with_values, words_for, write_rows
+from sst2_xlmr.programs.row_files import checked_config, split_words, with_values, words_for, write_rows
 from sst2_xlmr.programs.study import compare, seed_list, train
 from sst2_xlmr.report.comparison import Figures
 from sst2_xlmr.task import as_labels, check_options, main_metric
@@ -54,7 +53,7 @@ class Distillation:
     def __init__(self, arguments: argparse.Namespace, words: list[str]) -> None:
         """Check all that training does not check itself; UserError if options or files cannot be used."""
         self.arguments, self.folder = arguments, arguments.output_dir
-        self.labelled = [*words, *shlex.split(arguments.labelled)]
+        self.labelled = [*words, *split_words("--labelled", arguments.labelled)]
         checked_config(self.labelled, self.folder, "--seed", "--dev-share")
         self.config = config = checked_config(words, self.folder)
         self.task, splits = inspect_splits(config, downloads.cache_dir() / "tokens", quiet=True)
@@ -66,6 +65,8 @@ class Distillation:
         self.teachers = [model_folder(name) for name in arguments.teacher]
         for teacher in self.teachers:
             check_pairs(teacher, config.text_pair_column, "--text-pair-column NAME")
+        if self.teachers:
+            self.load(self.teachers)
         self.known = np.unique(np.concatenate([digests_of(self.rows(name)) for name in self.splits]))
 
     def rows(self, split: str) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -11,11 +12,20 @@ from sst2_xlmr.config import GROUPS, OPTIONS, Config
 from sst2_xlmr.data.rows import Row
 from sst2_xlmr.programs.checks import refuse
 from sst2_xlmr.task import Task
+from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file, writing
 
 # Options of the data that do not say where the rows are and how they are read: the written files have them as JSON.
 _OF_ROWS = ("max_length", "long_texts", "stride", "drop_duplicates", "drop_leaks", "num_workers")
 _OWN = ("--resume", "--output-dir", "--config")
+
+
+def split_words(option: str, text: str) -> list[str]:
+    """Return the words for train.py in an option's value, which are quoted as in a shell."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{option}: cannot split {text.strip()!r} into words: {error}") from None
 
 
 def checked_config(words: list[str], folder: Path, *own: str) -> Config:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import shlex
 import signal
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from sst2_xlmr.data.splits import find_files
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.programs.checks import refuse
 from sst2_xlmr.programs.cross_validation import Folds
-from sst2_xlmr.programs.row_files import checked_config
+from sst2_xlmr.programs.row_files import checked_config, split_words
 from sst2_xlmr.report.comparison import Figures, Results, summary, table
 from sst2_xlmr.task import main_metric
 from sst2_xlmr.training.run_folder import read_metrics
@@ -79,10 +78,8 @@ def parse(argv: list[str] | None, reserved: tuple[str, ...] = ()) -> argparse.Na
     if bool(study.seeds) == bool(study.folds) or study.folds == 1 or study.folds < 0:
         raise UserError("give either --seeds N,... or --folds K, which is 2 or more")
     for name, options in study.setting or [("ours", "")]:
-        try:
-            study.settings[name], is_taken = [*rest, *shlex.split(options)], name in (*study.settings, *reserved)
-        except ValueError as error:
-            raise UserError(f"--setting {name}: cannot split {options.strip()!r} into words: {error}") from None
+        is_taken = name in (*study.settings, *reserved)
+        study.settings[name] = [*rest, *split_words(f"--setting {name}", options)]
         is_name = name.isidentifier() or name.replace("-", "").isalnum()
         refuse(
             (not is_name, f"--setting {name!r}: take letters, digits and hyphens for the name, which is a folder's"),
