@@ -5,7 +5,13 @@ Every row is counted once, and metrics are made of all ranks' results (see task.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import collections
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Generator, Iterator
+from concurrent import futures
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -69,6 +75,48 @@ def logits_of(
     return logits
 
 
+@functools.lru_cache(maxsize=1)
+def _workers(threads: int) -> futures.ThreadPoolExecutor:
+    """Return that many threads, on each of which torch computes with one thread."""
+    pool, all_there = futures.ThreadPoolExecutor(threads, "batch"), threading.Barrier(threads)
+
+    def start() -> None:
+        torch.get_num_threads()  # or a new thread takes over the number of the process when it first computes
+        torch.set_num_threads(1)
+        all_there.wait()
+
+    futures.wait([pool.submit(start) for _ in range(threads)])
+    torch.set_num_threads(threads)  # of this thread, and of those that are made from now on
+    return pool
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has no threads
+
+
+def on_all_cores(
+    work: Callable[[np.ndarray], Any], batches: list[np.ndarray], device: torch.device
+) -> Generator[Any, None, None]:
+    """Yield what `work` returns for every batch, in their order.
+
+    Each core of a CPU computes batches of its own, as that needs no waiting for one another within a batch: with other
+    programs on the cores it is up to 1.5 times as fast. If there are fewer batches than cores, all compute each one.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(batches) < threads:
+        yield from map(work, batches)
+        return
+    pool, pending = _workers(threads), collections.deque[futures.Future[Any]]()
+    try:
+        for batch in batches:
+            pending.append(pool.submit(work, batch))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:  # nothing computes with the model any more
+        futures.wait(pending)
+
+
 def predict(
     model: nn.Module, task: Task, ids: np.ndarray, lengths: np.ndarray, batch_tokens: int, device: torch.device
 ) -> np.ndarray:
@@ -78,9 +126,10 @@ def predict(
     """
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     probabilities = np.empty((len(lengths), task.outputs), np.float32)
-    for rows in batches_of_like_length(lengths, batch_tokens):
-        logits = logits_of(model, ids, offsets, rows, device)
-        probabilities[rows] = task.probabilities(logits).cpu().numpy()
+    batches = list(batches_of_like_length(lengths, batch_tokens))[::-1]  # the longest first, so that all end together
+    found = on_all_cores(lambda rows: task.probabilities(logits_of(model, ids, offsets, rows, device)), batches, device)
+    for rows, values in zip(batches, found):
+        probabilities[rows] = values.cpu().numpy()
     return probabilities
 
 
@@ -97,25 +146,32 @@ def evaluate(
     Args:
         model: a classifier, or an engine's model of it, not under DDP; its mode is restored.
         batch_tokens: per forward pass on one rank (see `batches_of_like_length`).
-        should_stop: asked before every forward pass, the same on all ranks; if it says so, Interrupted is raised.
+        should_stop: asked after every batch, the same on all ranks; if it says so, Interrupted is raised.
     """
     # Every rank takes a part of every batch, so that all have the same number of batches; a part may be empty.
     batches = list(batches_of_like_length(cache.lengths(), batch_tokens, world.world_size))
-    labels, results, kept = cache.labels, [], []  # these stay on the device, so that no batch waits for a GPU
+    labels = cache.labels
+
+    def compute(batch: np.ndarray) -> tuple[torch.Tensor, ...]:
+        rows = batch[world.rank :: world.world_size]
+        if not len(rows):
+            return ()
+        logits = logits_of(model, cache.ids, cache.offsets, rows, world.device)
+        return task.row_results(logits, torch.from_numpy(labels[rows]).to(world.device)), task.probabilities(logits)
+
+    found: list[tuple[torch.Tensor, ...]] = []  # they stay on the device, so that no batch waits for a GPU
     was_training = model.training
     model.eval()
     try:
-        for batch in batches:
-            if should_stop():
-                raise Interrupted
-            rows = batch[world.rank :: world.world_size]
-            if len(rows):
-                logits = logits_of(model, cache.ids, cache.offsets, rows, world.device)
-                results.append(task.row_results(logits, torch.from_numpy(labels[rows]).to(world.device)))
-                kept.append(task.probabilities(logits))
+        with contextlib.closing(on_all_cores(compute, batches, world.device)) as computed:
+            for each in computed:
+                found.append(each)
+                if should_stop():
+                    raise Interrupted
     finally:
         model.train(was_training)
-    mine = [torch.cat(parts).cpu().numpy() if parts else np.empty((0, 0), np.float32) for parts in (results, kept)]
+    kept = list(zip(*filter(None, found))) or [(), ()]
+    mine = [torch.cat(parts).cpu().numpy() if parts else np.empty((0, 0), np.float32) for parts in kept]
     shares = gather_objects(world, mine)  # rank 0 has a part of every batch
     whole, probabilities = (np.empty((len(cache), part.shape[1]), np.float32) for part in shares[0])
     for rank, share in enumerate(shares):

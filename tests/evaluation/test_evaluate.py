@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any, Optional
@@ -17,7 +18,7 @@ from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
 from sst2_xlmr.evaluation import metrics
 from sst2_xlmr.evaluation.compare import check_comparison, compare
-from sst2_xlmr.evaluation.evaluate import batches_of_like_length, evaluate
+from sst2_xlmr.evaluation.evaluate import batches_of_like_length, evaluate, on_all_cores
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.model.roberta import SequenceClassifier
@@ -197,3 +198,34 @@ def test_what_passes_a_bound_is_refused() -> None:
     ]
     for *given, says in refused:
         assert says in refusal(check_comparison, TASK, *given, "int8", "fp32")
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_every_core_computes_batches_of_its_own(cores: int) -> None:
+    """In order; with one thread of torch's each, unless there are too few; nothing goes on after an error."""
+    torch.set_num_threads(cores)
+    running, used = set(), set()
+
+    def work(batch: np.ndarray) -> int:
+        running.add(int(batch[0]))
+        used.add((threading.get_ident(), torch.get_num_threads()))
+        time.sleep(0.01)
+        running.discard(int(batch[0]))
+        if batch[0] == 5:
+            raise ValueError("five")
+        return int(batch[0])
+
+    batches = [np.array([number]) for number in range(8)]
+    try:
+        assert list(on_all_cores(work, batches[:5], CPU)) == [0, 1, 2, 3, 4]
+        assert {threads for _, threads in used} == {1}
+        assert len(used) == cores
+        with pytest.raises(ValueError, match="five"):
+            list(on_all_cores(work, batches, CPU))
+        assert not running
+        used.clear()
+        assert list(on_all_cores(work, batches[:1], CPU)) == [0]
+        assert used == {(threading.get_ident(), cores)}
+        assert torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(1)
