@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 
 import sst2_xlmr
@@ -56,6 +57,8 @@ def _run(program: str | None, words: list[str]) -> None:
         program = first
     if program == "train":
         check_tasks()
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # else one of the processes says it, which is found below
+        importlib.import_module("sst2_xlmr.programs.options").refuse_wrong_flags(program, words)
     module = importlib.import_module(f"sst2_xlmr.{'' if program == 'train' else 'programs.'}{program}")
     module.main(words)
 

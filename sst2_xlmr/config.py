@@ -20,6 +20,9 @@ from sst2_xlmr.util.errors import UserError
 
 LOCK_NAME = ".lock"  # in a run's folder
 MAX_CLASSES = 1000
+ABSTAINED = "?"  # in place of a label whose probability is too low
+TEXT_OPTIONS = ("text_column", "text_pair_column", "format", "delimiter", "quoting", "encoding", "header")
+COLUMN_OPTIONS = (*TEXT_OPTIONS, "label_column", "label_columns", "weight_column", "drop_unusable")
 EVAL_BATCH_TOKENS = 4096
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
 TASKS = ("auto", "single-label", "multi-label", "regression")

@@ -19,13 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from sst2_xlmr import labels as reading
-from sst2_xlmr.config import OPTIONS, Config, flag
+from sst2_xlmr.config import ABSTAINED, OPTIONS, Config, flag
 from sst2_xlmr.evaluation import metrics as metric
 from sst2_xlmr.labels import MISSING, LabelValues, is_fraction, is_number, label_text, listed
 from sst2_xlmr.util.errors import UserError
 
 SST2_NAMES = ["negative", "positive"]
-ABSTAINED = "?"  # in place of a label whose probability is too low
 _SMALLEST = float(np.finfo(np.float32).tiny)  # a probability that was rounded to 0
 # See `collapse_reason`: a text's log-probabilities deviate less over the texts than this part of what they did before
 # training. Six collapsed runs of the small encoder were at 0 to 0.16 of it.

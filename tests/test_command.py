@@ -242,3 +242,10 @@ def test_wheel_alone_trains_predicts_and_has_an_api(train_words: Words, tmp_path
     assert answer.split("\t")[0] in ("negative", "positive")
     program = "import sst2_xlmr; print(*sst2_xlmr.load('run/model').predict(['A fine film.']), sst2_xlmr.__file__)"
     assert here("-c", program).stdout.split() == [answer.split("\t")[0], str(site / "sst2_xlmr" / "__init__.py")]
+
+
+@pytest.mark.parametrize("words", [*([program, "--help"] for program in PROGRAMS), ["train", "--lrr=1"]], ids=" ".join)
+def test_help_and_wrong_flags_need_not_wait_for_torch(words: list[str]) -> None:
+    code = f"import sys; sys.argv = ['sst2-xlmr', *{words}]\nfrom sst2_xlmr.__main__ import main\ntry:\n    main()\n"
+    code += "finally:\n    print('torch' in sys.modules)"
+    assert run("-c", code, expected=2 * (words[1] != "--help")).stdout.splitlines()[-1] == "False"

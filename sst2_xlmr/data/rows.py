@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sst2_xlmr.config import FORMATS, Config
+from sst2_xlmr.config import COLUMN_OPTIONS, FORMATS, Config
 from sst2_xlmr.data.containers import shortened
 from sst2_xlmr.data.formats import Fields, Layout, opened, read_fields
 from sst2_xlmr.data.sniff import Columns, find_layout, other_encoding
@@ -22,8 +22,6 @@ from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
 
-TEXT_OPTIONS = ("text_column", "text_pair_column", "format", "delimiter", "quoting", "encoding", "header")
-COLUMN_OPTIONS = (*TEXT_OPTIONS, "label_column", "label_columns", "weight_column", "drop_unusable")
 PHRASES = {  # why a row cannot be used, and how an error says it of several rows
     "another number of columns": "with another number of columns",
     "cut characters": "with cut characters",

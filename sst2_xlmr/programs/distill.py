@@ -29,15 +29,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sst2_xlmr.cli import OneLineParser, number_to, positive
 from sst2_xlmr.data.duplicates import text_digests
 from sst2_xlmr.data.prepare import inspect_splits
 from sst2_xlmr.data.rows import Row, check_pairs, columns_of, in_chunks, read_rows, texts_of
 from sst2_xlmr.model.encoders import find_encoder, model_folder
 from sst2_xlmr.predictor import Classifier
+from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import refuse
 from sst2_xlmr.programs.row_files import checked_config, split_words, with_values, words_for, write_rows
-from sst2_xlmr.programs.study import compare, seed_list, train
+from sst2_xlmr.programs.study import compare, train
 from sst2_xlmr.report.comparison import Figures
 from sst2_xlmr.task import as_labels, check_options, main_metric
 from sst2_xlmr.util import downloads
@@ -149,38 +149,7 @@ def digests_of(rows: list[Row]) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(
-        description="Train a student on labelled rows and on teachers' answers for unlabelled texts."
-    )
-    add = parser.add_argument
-    add(
-        "--teacher",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="DIR",
-        help="trained models [those of the labelled rows]",
-    )
-    add("--unlabelled", nargs="+", action="extend", required=True, type=Path, metavar="FILE", help="texts")
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="gets a folder for each setting")
-    add("--seeds", type=seed_list, default=[1], metavar="N,...", help="one run for each [1]")
-    add("--rounds", type=positive, default=1, metavar="N", help="the students of one are the teachers of the next [1]")
-    add("--labelled", default="", metavar="OPTIONS", help="further options of the run on the labelled rows alone")
-    add("--temperature", type=number_to(10, "temperature"), metavar="T", help="divides the teachers' logits [1]")
-    add(
-        "--unlabelled-weight",
-        type=number_to(1000, "weight"),
-        default=1.0,
-        metavar="W",
-        help="of an unlabelled row's loss [1]",
-    )
-    precisions = ("auto", "bf16", "fp32", "int8")
-    add("--teacher-precision", choices=precisions, default="auto", help="in which teachers answer [auto]")
-    words = sys.argv[1:] if argv is None else list(argv)
-    if "--labelled" in words[:-1]:  # argparse would take its options for this program's
-        place = words.index("--labelled") + 1
-        words[place] = f" {words[place]}"
-    arguments, rest = parser.parse_known_args(words)
+    arguments, rest = options.parse_known("distill", argv)
     refuse((arguments.temperature == 0, "--temperature must be above 0"))
     distillation = Distillation(arguments, rest)
     runs = {"labelled": functools.partial(train, distillation.labelled, arguments.output_dir / "labelled")}

@@ -22,11 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_option, bounds_of
+from sst2_xlmr.cli import bounds_of
 from sst2_xlmr.config import named_files
-from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.report import description, left_out_of
-from sst2_xlmr.data.rows import COLUMN_OPTIONS, Columns, Inspection, check_pairs, columns_given
+from sst2_xlmr.data.rows import Columns, Inspection, check_pairs, columns_given
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.evaluation.calibration import calibrate, describe_calibration
 from sst2_xlmr.evaluation.compare import check_comparison
@@ -37,6 +36,7 @@ from sst2_xlmr.labels import listed, numbers_for
 from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder, model_folder
 from sst2_xlmr.predictor import Classifier
+from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.report.table import comparison_table, evaluation_table, lines_of
 from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, make_event_folder, open_events, read_texts
@@ -75,20 +75,7 @@ def as_json(file: Path, task: Task, evaluation: Evaluation, labels: np.ndarray) 
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description="Evaluate a trained model on labelled files.")
-    add_model_options(parser)
-    add, rows = parser.add_argument, f"labelled rows: {either(KINDS)}, perhaps with .gz; may be repeated"
-    add("--calibrate", type=Path, metavar="FILE", help="fit a temperature on these rows, and write --output")
-    add("--output", type=Path, metavar="DIR", help="the new folder of the calibrated model")
-    add("--file", default=[], nargs="+", action="extend", metavar="[NAME=]FILE", help=rows)
-    for name in (*COLUMN_OPTIONS, "columns", "label_names"):
-        add_option(parser, name)
-    add("--against", choices=("bf16", "fp32"), help="also compute in this precision, and compare")
-    add_bounds(parser)
-    add("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
-    add("--overwrite", action="store_true", help="replace an existing --json file")
-    add("--tensorboard", type=Path, metavar="DIR", help="write scalars and pictures there")
-    arguments = parser.parse_args(argv)
+    arguments = options.evaluate().parse_args(argv)
     source, output, given = arguments.calibrate, arguments.output, arguments
     of_files, bounds = given.json or given.tensorboard or given.against, (given.most_changed, given.most_lost)
     both = "--calibrate FILE and --output DIR"

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from sst2_xlmr.cli import OneLineParser, add_bounds, add_option, bounds_of
+from sst2_xlmr.cli import bounds_of
 from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file
 from sst2_xlmr.data.formats import KINDS, either
-from sst2_xlmr.data.rows import COLUMN_OPTIONS, Columns, columns_given
+from sst2_xlmr.data.rows import Columns, columns_given
 from sst2_xlmr.evaluation.compare import check_comparison, compare
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.check_rows import is_rows_file, read_checks, read_texts
@@ -37,6 +37,7 @@ from sst2_xlmr.model.encoders import Encoder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import load_tokenizer
 from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
+from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.report.table import comparison_table
 from sst2_xlmr.task import Task
@@ -46,11 +47,9 @@ from sst2_xlmr.util.files import put_in_place, scratch_folder, writing
 from sst2_xlmr.util.output import say
 
 CPU = torch.device("cpu")
-FORMATS = ("hf", "onnx", "onnx-int8", "onnx-hf", "onnx-hf-int8", "torchscript")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # of a probability; bf16 weights have 8 significant bits
 ONNX_TOLERANCE = 1e-4
-TABLE_OPTIONS = [name for name in COLUMN_OPTIONS if name != "format"]  # which is that of the export
 ROWS_COMPARED = 1000  # of the texts whose vocabulary is kept: all have the same ids, these also the same answers
 ONNX_BATCH = 32
 # Takes texts and, or None, their second texts; returns fp32 probabilities, [rows, outputs].
@@ -58,21 +57,7 @@ Classify = Callable[[list[str], Optional[list[str]]], np.ndarray]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description="Write a trained model in another form, and check it.")
-    add = parser.add_argument
-    add("--model", required=True, type=Path, metavar="DIR|NAME", help="model folder, or owner/name of the Hub")
-    add("--format", required=True, choices=FORMATS, help="what to write")
-    add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf, onnx-hf) or file")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights in the folder; hf only [fp32]")
-    add("--from-ids", action="store_true", help="onnx: the inputs are token ids instead of texts")
-    what = "drop the embedding rows that neither these texts nor single characters need"
-    add("--keep-vocabulary-of", nargs="+", default=[], metavar="FILE", help=what)
-    what = f"compare on these rows, labelled or not: {either(KINDS)}, or lines of text [built-in sentences]"
-    add("--check-file", nargs="+", default=[], metavar="[NAME=]FILE", help=what)
-    for name in TABLE_OPTIONS:
-        add_option(parser, name)
-    add_bounds(parser)
-    arguments = parser.parse_args(argv)
+    arguments = options.export().parse_args(argv)
     check_arguments(arguments)
     return arguments
 
@@ -86,7 +71,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     here = f"and this is {versions.description()}; export it in an environment of `STACK=torchtext scripts/setup.sh`"
     files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, trims)]
     has_rows, rows = any(map(is_rows_file, files)), f"a {either(KINDS)} file in --check-file or --keep-vocabulary-of"
-    columns = ", ".join(flag(name) for name in TABLE_OPTIONS if name in arguments)
+    columns = ", ".join(flag(name) for name in options.TABLE_OPTIONS if name in arguments)
     has_bounds = (arguments.most_changed, arguments.most_lost) != (None, None)
     has_pairs = getattr(arguments, "text_pair_column", None) and is_onnx and not is_folder and not from_ids
     alone = "--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids"

@@ -31,9 +31,8 @@ from typing import Any
 import numpy as np
 
 from sst2_xlmr import __version__
-from sst2_xlmr.cli import OneLineParser, add_model_options, add_option, number_to
-from sst2_xlmr.config import flag
-from sst2_xlmr.data.formats import KINDS, Fields, decoded_lines, either, kind_of
+from sst2_xlmr.config import TEXT_OPTIONS, flag
+from sst2_xlmr.data.formats import Fields, decoded_lines, kind_of
 from sst2_xlmr.data.predictions import (
     check_columns,
     console_lines,
@@ -44,7 +43,6 @@ from sst2_xlmr.data.predictions import (
 )
 from sst2_xlmr.data.report import description
 from sst2_xlmr.data.rows import (
-    TEXT_OPTIONS,
     Row,
     check_pairs,
     check_text,
@@ -56,9 +54,10 @@ from sst2_xlmr.data.rows import (
 from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
+from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.report.progress import with_progress
-from sst2_xlmr.task import ABSTAINED, Task, check_options
+from sst2_xlmr.task import Task, check_options
 from sst2_xlmr.util import distributed
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, raise_on_all
@@ -77,21 +76,7 @@ TIMEOUT_MINUTES = 7 * 24 * 60.0
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line, and check all that needs neither input nor model."""
-    parser = OneLineParser(description="Classify texts: label and probability for each, in the order of the texts.")
-    add_model_options(parser)
-    add, a_file = parser.add_argument, f"{either(KINDS)} file, perhaps with .gz"
-    add("--input", type=Path, metavar="FILE", help=f"texts: a {a_file}")
-    for name in TEXT_OPTIONS:
-        add_option(parser, name)
-    add("--output", type=Path, metavar="FILE", help=f"write to a {a_file}, instead of standard output")
-    add("--overwrite", action="store_true", help="replace existing output")
-    add("--resume", action="store_true", help="continue a killed run with the same --input and --output")
-    what = f"predict {ABSTAINED} instead of a label whose probability is lower"
-    add("--abstain-below", type=number_to(1, "probability"), default=0.0, metavar="P", help=what)
-    add("--all-probabilities", action="store_true", help="add a column for the probability of every label")
-    add("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
-    add("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
-    arguments = parser.parse_args(argv)
+    arguments = options.predict().parse_args(argv)
     file, glue = arguments.input, arguments.glue_submission
     outputs = {"--output": arguments.output, "--glue-submission": glue and glue / "SST-2.tsv"}
     outputs = arguments.outputs = {option: path for option, path in outputs.items() if path}

@@ -10,7 +10,6 @@ the service is there, GET /metrics has its counters for Prometheus. SIGTERM lets
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -21,10 +20,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from sst2_xlmr.cli import OneLineParser, add_model_options, number_to
 from sst2_xlmr.model.encoders import model_folder
 from sst2_xlmr.predictor import Classifier
-from sst2_xlmr.task import ABSTAINED, check_options
+from sst2_xlmr.programs import options
+from sst2_xlmr.task import check_options
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
 from sst2_xlmr.util.memory import keep_freed_memory
@@ -34,17 +33,6 @@ LARGEST_BODY, LARGEST_HEAD = 1 << 20, 1 << 14  # bytes of a request
 LONGEST_TEXT, MOST_TEXTS = 100_000, 100  # characters of a text, texts of a request
 MOST_WAITING, MOST_CONNECTIONS = 2000, 1000  # texts and connections, beyond which others are turned away
 SECONDS_TO_ARRIVE = 10.0  # for the head of a request, and again for its body
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description="Answer over HTTP with a trained model.")
-    add_model_options(parser)
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all [127.0.0.1]")
-    add("--port", type=int, default=8000, help="[8000]")
-    what = f"answer {ABSTAINED} instead of a label whose probability is lower"
-    add("--abstain-below", type=number_to(1, "probability"), default=0.0, metavar="P", help=what)
-    return parser.parse_args(argv)
 
 
 async def compute(classifier: Classifier, waiting: asyncio.Queue[Any], batch_tokens: int) -> None:
@@ -163,7 +151,7 @@ def make_app(classifier: Classifier, batch_tokens: int, abstain_below: float) ->
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_args(argv)
+    arguments = options.serve().parse_args(argv)
     try:
         import uvicorn
         from uvicorn.protocols.http.h11_impl import H11Protocol

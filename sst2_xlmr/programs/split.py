@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sst2_xlmr.cli import OneLineParser, add_option, number_to, positive
 from sst2_xlmr.data.duplicates import text_digests
 from sst2_xlmr.data.formats import row_writer
-from sst2_xlmr.data.rows import TEXT_OPTIONS, Row, columns_given, read_rows
+from sst2_xlmr.data.rows import Row, columns_given, read_rows
 from sst2_xlmr.data.sniff import Columns, find_layout
 from sst2_xlmr.data.splits import cut_off
 from sst2_xlmr.labels import label_text
+from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file, writing
@@ -112,20 +112,7 @@ def read_labelled(path: Path, columns: Columns) -> list[Row]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description="Split a file of rows into train, dev and test.")
-    add, share = parser.add_argument, number_to(0.9, "share")
-    add("--train-file", required=True, type=Path, metavar="FILE", help="labelled rows")
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="new folder, with the files")
-    add("--test-share", type=share, default=0.0, metavar="P", help="share of the rows for the test, by class [0]")
-    add("--dev-share", type=share, default=0.0, metavar="P", help="share of the rows for dev, by class [0]")
-    add("--rows", type=positive, metavar="N", help="instead of --test-share: number of rows for the test")
-    what = "no text of the test is part of a training text, nor the other way round; needs --rows"
-    add("--keep-parts-apart", action="store_true", help=what)
-    add("--train-rows", type=positive, metavar="N", help="keep N random rows of the remaining ones for training [all]")
-    add("--seed", type=int, default=0, metavar="N", help="random seed [0]")
-    for name in (*TEXT_OPTIONS, "label_column"):
-        add_option(parser, name)
-    arguments = parser.parse_args(argv)
+    arguments = options.split().parse_args(argv)
     rows, seed = arguments.rows, arguments.seed
     nothing = not (rows or arguments.test_share or arguments.dev_share)
     refuse(

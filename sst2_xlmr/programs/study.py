@@ -32,9 +32,10 @@ from typing import Callable, NoReturn
 
 from tqdm import tqdm
 
-from sst2_xlmr.cli import OneLineParser, parse_args
+from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.splits import find_files
 from sst2_xlmr.model.encoders import find_encoder
+from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import refuse
 from sst2_xlmr.programs.cross_validation import Folds
 from sst2_xlmr.programs.row_files import checked_config, split_words
@@ -50,36 +51,18 @@ Runs = Mapping[str, Callable[[int], tuple[bool, Figures]]]
 digest = functools.cache(digest_of_input)  # the runs of a study share most of their files
 
 
-def seed_list(text: str) -> list[int]:
-    seeds = [int(seed) for seed in text.split(",") if seed.isdecimal()]
-    if len(set(seeds)) < text.count(",") + 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different seeds such as 1,2,3")
-    return seeds
-
-
 def parse(argv: list[str] | None, reserved: tuple[str, ...] = ()) -> argparse.Namespace:
     """Return `seeds`, `output_dir`, `common` (words for train.py) and `settings` (name -> all words for train.py).
 
     No setting may have a `reserved` name.
     """
-    parser = OneLineParser(description="Compare settings over several seeds.")
-    add = parser.add_argument
-    add("--seeds", type=seed_list, metavar="N,...", help="one run for each")
-    add("--folds", type=int, default=0, metavar="K", help="instead: one run for each of K parts of the training rows")
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="gets a folder for each setting")
-    add("--setting", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"), help="may be repeated")
-    words = sys.argv[1:] if argv is None else list(argv)
-    for place, word in enumerate(words[:-2]):
-        if word == "--setting":
-            # Or argparse would take the setting's "--freeze-encoder" for an option of this program.
-            words[place + 2] = f" {words[place + 2]}"
-    study, rest = parser.parse_known_args(words)
+    study, rest = options.parse_known("study", argv)
     study.common, study.settings = rest, {}
     if bool(study.seeds) == bool(study.folds) or study.folds == 1 or study.folds < 0:
         raise UserError("give either --seeds N,... or --folds K, which is 2 or more")
-    for name, options in study.setting or [("ours", "")]:
+    for name, text in study.setting or [("ours", "")]:
         is_taken = name in (*study.settings, *reserved)
-        study.settings[name] = [*rest, *split_words(f"--setting {name}", options)]
+        study.settings[name] = [*rest, *split_words(f"--setting {name}", text)]
         is_name = name.isidentifier() or name.replace("-", "").isalnum()
         refuse(
             (not is_name, f"--setting {name!r}: take letters, digits and hyphens for the name, which is a folder's"),

@@ -1,0 +1,170 @@
+"""The options of all programs but train, declared once. This imports nothing slow: wrong flags are refused at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+from sst2_xlmr import cli
+from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_option, number_to, positive
+from sst2_xlmr.config import ABSTAINED, COLUMN_OPTIONS, TEXT_OPTIONS
+from sst2_xlmr.data.formats import KINDS, either
+from sst2_xlmr.util.downloads import cache_dir
+
+FORMATS = ("hf", "onnx", "onnx-int8", "onnx-hf", "onnx-hf-int8", "torchscript")
+TABLE_OPTIONS = [name for name in COLUMN_OPTIONS if name != "format"]  # which is that of the export
+FETCHED = ("sst2", "xlmr.base", "xlmr.large")
+ROWS_FILE = f"{either(KINDS)} file, perhaps with .gz"
+probability, share, weight = number_to(1, "probability"), number_to(0.9, "share"), number_to(1000, "weight")
+
+
+def predict() -> OneLineParser:
+    parser = OneLineParser(description="Classify texts: label and probability for each, in the order of the texts.")
+    add_model_options(parser)
+    add = parser.add_argument
+    add("--input", type=Path, metavar="FILE", help=f"texts: a {ROWS_FILE}")
+    for name in TEXT_OPTIONS:
+        add_option(parser, name)
+    add("--output", type=Path, metavar="FILE", help=f"write to a {ROWS_FILE}, instead of standard output")
+    add("--overwrite", action="store_true", help="replace existing output")
+    add("--resume", action="store_true", help="continue a killed run with the same --input and --output")
+    what = f"predict {ABSTAINED} instead of a label whose probability is lower"
+    add("--abstain-below", type=probability, default=0.0, metavar="P", help=what)
+    add("--all-probabilities", action="store_true", help="add a column for the probability of every label")
+    add("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
+    add("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
+    return parser
+
+
+def evaluate() -> OneLineParser:
+    parser = OneLineParser(description="Evaluate a trained model on labelled files.")
+    add_model_options(parser)
+    add, rows = parser.add_argument, f"labelled rows: {either(KINDS)}, perhaps with .gz; may be repeated"
+    add("--calibrate", type=Path, metavar="FILE", help="fit a temperature on these rows, and write --output")
+    add("--output", type=Path, metavar="DIR", help="the new folder of the calibrated model")
+    add("--file", default=[], nargs="+", action="extend", metavar="[NAME=]FILE", help=rows)
+    for name in (*COLUMN_OPTIONS, "columns", "label_names"):
+        add_option(parser, name)
+    add("--against", choices=("bf16", "fp32"), help="also compute in this precision, and compare")
+    add_bounds(parser)
+    add("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    add("--overwrite", action="store_true", help="replace an existing --json file")
+    add("--tensorboard", type=Path, metavar="DIR", help="write scalars and pictures there")
+    return parser
+
+
+def export() -> OneLineParser:
+    parser = OneLineParser(description="Write a trained model in another form, and check it.")
+    add = parser.add_argument
+    add("--model", required=True, type=Path, metavar="DIR|NAME", help="model folder, or owner/name of the Hub")
+    add("--format", required=True, choices=FORMATS, help="what to write")
+    add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf, onnx-hf) or file")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights in the folder; hf only [fp32]")
+    add("--from-ids", action="store_true", help="onnx: the inputs are token ids instead of texts")
+    what = "drop the embedding rows that neither these texts nor single characters need"
+    add("--keep-vocabulary-of", nargs="+", default=[], metavar="FILE", help=what)
+    what = f"compare on these rows, labelled or not: {either(KINDS)}, or lines of text [built-in sentences]"
+    add("--check-file", nargs="+", default=[], metavar="[NAME=]FILE", help=what)
+    for name in TABLE_OPTIONS:
+        add_option(parser, name)
+    add_bounds(parser)
+    return parser
+
+
+def split() -> OneLineParser:
+    parser = OneLineParser(description="Split a file of rows into train, dev and test.")
+    add = parser.add_argument
+    add("--train-file", required=True, type=Path, metavar="FILE", help="labelled rows")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="new folder, with the files")
+    add("--test-share", type=share, default=0.0, metavar="P", help="share of the rows for the test, by class [0]")
+    add("--dev-share", type=share, default=0.0, metavar="P", help="share of the rows for dev, by class [0]")
+    add("--rows", type=positive, metavar="N", help="instead of --test-share: number of rows for the test")
+    what = "no text of the test is part of a training text, nor the other way round; needs --rows"
+    add("--keep-parts-apart", action="store_true", help=what)
+    add("--train-rows", type=positive, metavar="N", help="keep N random rows of the remaining ones for training [all]")
+    add("--seed", type=int, default=0, metavar="N", help="random seed [0]")
+    for name in (*TEXT_OPTIONS, "label_column"):
+        add_option(parser, name)
+    return parser
+
+
+def seed_list(text: str) -> list[int]:
+    seeds = [int(seed) for seed in text.split(",") if seed.isdecimal()]
+    if len(set(seeds)) < text.count(",") + 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different seeds such as 1,2,3")
+    return seeds
+
+
+def study() -> OneLineParser:
+    parser = OneLineParser(description="Compare settings over several seeds.")
+    add = parser.add_argument
+    add("--seeds", type=seed_list, metavar="N,...", help="one run for each")
+    add("--folds", type=int, default=0, metavar="K", help="instead: one run for each of K parts of the training rows")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="gets a folder for each setting")
+    add("--setting", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"), help="may be repeated")
+    return parser
+
+
+def distill() -> OneLineParser:
+    parser = OneLineParser(description="Train on labelled rows and on teachers' answers for unlabelled texts.")
+    add = parser.add_argument
+    add("--teacher", nargs="+", action="extend", default=[], metavar="DIR", help="models [the runs on labelled rows]")
+    add("--unlabelled", nargs="+", action="extend", required=True, type=Path, metavar="FILE", help="texts")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="gets a folder for each setting")
+    add("--seeds", type=seed_list, default=[1], metavar="N,...", help="one run for each [1]")
+    add("--rounds", type=positive, default=1, metavar="N", help="the students of one are the teachers of the next [1]")
+    add("--labelled", default="", metavar="OPTIONS", help="further options of the runs on the labelled rows alone")
+    add("--temperature", type=number_to(10, "temperature"), metavar="T", help="divides the teachers' logits [1]")
+    add("--unlabelled-weight", type=weight, default=1.0, metavar="W", help="of an unlabelled row's loss [1]")
+    precisions = ("auto", "bf16", "fp32", "int8")
+    add("--teacher-precision", choices=precisions, default="auto", help="in which teachers answer [auto]")
+    return parser
+
+
+def fetch() -> OneLineParser:
+    epilog = "OWNER/NAME goes into the Hub's cache (see HF_HOME, HF_ENDPOINT, HF_TOKEN). Without internet, set"
+    epilog += " SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders named at the end, and HF_HUB_OFFLINE=1."
+    parser = OneLineParser(description="Fetch data and encoders ahead of time.", epilog=epilog)
+    ours = ", ".join(FETCHED)
+    what = f"{ours}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=what)
+    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"for {ours} [{cache_dir()}]")
+    return parser
+
+
+def serve() -> OneLineParser:
+    parser = OneLineParser(description="Answer over HTTP with a trained model.")
+    add_model_options(parser)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all [127.0.0.1]")
+    add("--port", type=int, default=8000, help="[8000]")
+    what = f"answer {ABSTAINED} instead of a label whose probability is lower"
+    add("--abstain-below", type=probability, default=0.0, metavar="P", help=what)
+    return parser
+
+
+PARSERS: dict[str, Callable[[], OneLineParser]] = {
+    each.__name__: each for each in (predict, evaluate, export, split, study, distill, fetch, serve)
+}
+FOR_TRAIN = {"--setting": 2, "--labelled": 1}  # options for train.py in one word, and where that word is
+
+
+def parse_known(program: str, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Parse a program's command line; returns also the words that are not its own, but train.py's."""
+    words: list[Any] = sys.argv[1:] if argv is None else list(argv)
+    for place, word in enumerate(words):
+        if (at := place + FOR_TRAIN.get(word, 0)) > place and at < len(words):
+            words[at] = f" {words[at]}"  # or argparse would take its "--freeze-encoder" for an option of this program
+    return PARSERS[program]().parse_known_args(words)
+
+
+def refuse_wrong_flags(program: str, words: list[str]) -> None:
+    """Print --help, or refuse what is not an option, before anything slow is imported."""
+    if program == "train":
+        cli.parse_args(words)
+    elif program in ("study", "distill"):
+        parse_known(program, words)
+    else:
+        PARSERS[program]().parse_args(words)
