@@ -38,6 +38,7 @@ from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import refuse
 from sst2_xlmr.programs.cross_validation import Folds
+from sst2_xlmr.programs.linear_probe import linear_probe
 from sst2_xlmr.programs.row_files import checked_config, split_words
 from sst2_xlmr.report.comparison import Figures, Results, summary, table
 from sst2_xlmr.task import main_metric
@@ -172,6 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     if not study.folds:
         runs = {name: functools.partial(train, words, folders[name]) for name, words in study.settings.items()}
         compare(study.seeds, study.output_dir, runs)
+        config, _ = parse_args(next(iter(study.settings.values())))
+        print(f"linear probe on the frozen encoder: dev {linear_probe(config):.4f}")
         return
     folds = {name: Folds(words, folders[name], study.folds, train) for name, words in study.settings.items()}
     by_fold = {name: each.train_fold for name, each in folds.items()}

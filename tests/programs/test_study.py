@@ -10,12 +10,21 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import Capture, Words, metrics, user_error
 from running import Fork, forked, train_in_forks, wait_for
+from sklearn.linear_model import LogisticRegression
 
+from sst2_xlmr.cli import parse_args
+from sst2_xlmr.data.prepare import prepare
+from sst2_xlmr.model.classifier import build_classifier
+from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.programs import split, study
+from sst2_xlmr.programs.linear_probe import PENALTY, linear_probe
 from sst2_xlmr.report.comparison import Results, interval, summary
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.training.run_folder import claim
 from sst2_xlmr.util.errors import UserError
 
@@ -50,6 +59,7 @@ def test_settings_and_seeds_are_run_once_and_summed_up(common: Words, tmp_path: 
     assert difference["half_width"] == pytest.approx(12.706 * abs(pairs[0] - pairs[1]) / 2)
     assert f"fast - plain, dev: {sum(pairs) * 50:+.2f} points" in first.out
     assert found["summary"]["plain"]["difference"] == {}
+    assert "\nlinear probe on the frozen encoder: dev 0." in first.out
     assert first.err == ""
 
     # As if one run had been stopped before its end, and the study killed while another trained, which then went on.
@@ -66,6 +76,24 @@ def test_settings_and_seeds_are_run_once_and_summed_up(common: Words, tmp_path: 
     assert next(line.split()[-1] for line in printed.splitlines() if line.startswith("plain  ")) == "-"
     with pytest.raises(UserError, match="--lr 0.5 differs from 0.001"):
         run_study(*words, "--lr", "0.5")
+
+
+def test_the_linear_probe_is_scikit_learns_logistic_regression(common: Words, tiny_encoder: Path) -> None:
+    config, _ = parse_args(common("--eval-batch-tokens", 100))
+    model, _ = build_classifier(find_encoder(str(tiny_encoder)), SingleLabel(["a", "b"]))
+    inputs = prepare(config, quiet=True)
+    features, labels = {}, {}
+    for name, cache in inputs.caches.items():
+        places = zip(cache.offsets, cache.offsets[1:])
+        rows = [torch.from_numpy(cache.ids[start:end].astype(np.int64))[None] for start, end in places]
+        with torch.no_grad():
+            features[name] = torch.cat([model.encoder(row, None) for row in rows]).tanh().numpy()
+        labels[name] = cache.labels
+    mean, deviation = features["train"].mean(0), features["train"].std(0, ddof=1) + 1e-6
+    # Softmax's two weights of a feature are half of logistic regression's, with opposite signs.
+    reference = LogisticRegression(C=2 / (PENALTY * len(labels["train"])), tol=1e-8)
+    reference.fit((features["train"] - mean) / deviation, labels["train"])
+    assert linear_probe(config) == reference.score((features["dev"] - mean) / deviation, labels["dev"])
 
 
 def test_the_interval_is_students_and_leaves_out_what_is_unknown() -> None:

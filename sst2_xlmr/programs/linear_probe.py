@@ -1,0 +1,61 @@
+"""A linear classifier on the frozen encoder's features: the cheap baseline that tells what fine-tuning adds."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from sst2_xlmr.backend import prediction_model
+from sst2_xlmr.config import Config
+from sst2_xlmr.data.prepare import prepare
+from sst2_xlmr.data.token_cache import TokenCache
+from sst2_xlmr.evaluation.evaluate import batches_of_like_length, logits_of, on_all_cores
+from sst2_xlmr.model.classifier import build_classifier
+from sst2_xlmr.task import main_metric
+from sst2_xlmr.util.distributed import choose_device
+
+MOST_ROWS = 2000  # to fit on
+PENALTY = 0.1  # on half the sum of the squared weights, beside the mean loss
+
+
+def features_of(model: nn.Module, cache: TokenCache, rows: np.ndarray, config: Config) -> torch.Tensor:
+    """Return fp32 [rows, hidden], on the CPU; `model` returns features in place of logits."""
+    device = choose_device(config.device)
+    order = [rows[batch] for batch in batches_of_like_length(cache.lengths()[rows], config.eval_batch_tokens)]
+    found = on_all_cores(lambda batch: logits_of(model, cache.ids, cache.offsets, batch, device).cpu(), order, device)
+    features, at = torch.cat(list(found)), np.concatenate(order)
+    return features[torch.from_numpy(np.argsort(at))]  # `rows` are ascending
+
+
+def linear_probe(config: Config) -> float:
+    """Return dev's main metric of a linear layer on tanh of the features at `<s>`, fitted on some training rows."""
+    inputs = prepare(config, quiet=True)
+    classifier, _ = build_classifier(inputs.encoder, inputs.task)
+    for name in ("dense", "out"):
+        setattr(classifier.head, name, nn.Identity())
+    model = prediction_model(classifier.requires_grad_(False).eval().to(choose_device(config.device)))
+    train, dev = inputs.caches["train"], inputs.caches["dev"]
+    usable = np.arange(len(train)) if inputs.train_rows is None else inputs.train_rows
+    rows = np.sort(np.random.RandomState(config.seed).permutation(usable)[:MOST_ROWS])
+    features = features_of(model, train, rows, config)
+    mean, deviation = features.mean(0), features.std(0) + 1e-6
+    features, labels = (features - mean) / deviation, torch.from_numpy(train.labels[rows])
+    weights = torch.ones(len(rows)) if train.weights is None else torch.from_numpy(train.weights[rows])
+    task = inputs.task.for_training(config, inputs.train_labels, inputs.train_weights, torch.device("cpu"))
+    layer = nn.Linear(features.shape[1], task.outputs)
+    nn.init.zeros_(layer.weight)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> float:
+        optimizer.zero_grad()
+        mean_loss = task.loss(layer(features), labels, weights) / weights.sum()
+        total = mean_loss + PENALTY / 2 * layer.weight.square().sum()
+        total.backward()
+        return float(total)
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        logits = layer((features_of(model, dev, np.arange(len(dev)), config) - mean) / deviation)
+        results = task.row_results(logits, torch.tensor(dev.labels))
+    return main_metric(task.metrics(results.numpy(), dev.labels))
