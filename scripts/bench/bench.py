@@ -2,8 +2,7 @@
 
     python scripts/bench/bench.py --data-dir data/SST-2 --peer ../peer/bin/python     # beside the Trainer
     python scripts/bench/bench.py --data-dir data/SST-2 --against ../before --plain   # beside another checkout
-    python scripts/bench/bench.py --only eval,int8 --peer ../peer/bin/python          # prediction in 8 bits
-    python scripts/bench/bench.py --only processes,rows --rows 10000,1000000          # several processes; many rows
+    python scripts/bench/bench.py --only eval,int8 --busy 1                           # with other work on the cores
 
 Prints JSON. Machines are noisy: a round measures everything once, one after the other, every second round backwards.
 Figures are medians of the rounds, with minimum and maximum; ratios ("A / B" is A's figure divided by B's) are taken
@@ -25,6 +24,7 @@ command, of the largest of its processes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -35,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
@@ -130,6 +131,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--plain", action="store_true", help="also train with --no-compile")
     add("--against", type=Path, metavar="DIR", help="also measure another checkout of this project")
     add("--peer", type=peer_python, metavar="PYTHON", help="also measure the Trainer, with an environment's bin/python")
+    add("--busy", type=int, default=0, metavar="N", help="with so many busy loops of other processes [0]")
     add("--processes", type=positives, default=[2, 1], metavar="N,...", help="train with so many processes [2,1]")
     add("--rows", type=positives, default=[10_000], metavar="N,...", help="start on files of so many rows [10000]")
     add("--only", type=parts, default=PARTS[:3], metavar="PART,...", help=f"of {','.join(PARTS)} [train,eval,predict]")
@@ -273,9 +275,21 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
     return result
 
 
+@contextlib.contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """Keep cores busy with other processes, from a minute before (of which load averages are) to the end."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        time.sleep(60 if loops else 0)
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="sst2-xlmr-bench-") as temporary:
+    with busy_loops(arguments.busy), tempfile.TemporaryDirectory(prefix="sst2-xlmr-bench-") as temporary:
         print(json.dumps(measure(arguments, Path(temporary)), indent=2))
 
 

@@ -6,16 +6,15 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import Capture, Words, metrics, refusal, user_error
+from conftest import Capture, Words, refusal, user_error
 from running import train_in_forks
 
 from sst2_xlmr.programs import study
 
 bench, inputs = (importlib.import_module(name) for name in ("bench", "inputs"))
-with_trainer, time_to_accuracy = (importlib.import_module(n) for n in ("study_with_trainer", "time_to_accuracy"))
+with_trainer = importlib.import_module("study_with_trainer")
 
 
 @pytest.fixture
@@ -128,47 +127,14 @@ def test_the_trainers_results_are_those_of_the_same_files(
     study.digest.cache_clear()
 
 
-def test_seconds_ratios_and_what_was_not_reached(train_words: Words, tmp_path: Path, capfd: Capture) -> None:
-    """The Trainer reaches it with seed 90 only; every run of ours does."""
-    more = ["--eval-every", 2, "--peer", write_peer(tmp_path / "python", PEER), "--setting", "ours", "--lr 2e-3"]
-    options = ["--target", "0.4", "--seeds", "90,31", *train_words(tmp_path / "out", "--epochs", 1, *more)]
-    time_to_accuracy.main([str(option) for option in options])
-    printed = capfd.readouterr()
-    found: dict[str, Any] = json.loads(printed.out)
-    assert found == json.loads((tmp_path / "out" / "time_to_accuracy.json").read_text())
-    trainer, ours = found["seconds"]["trainer"], found["seconds"]["ours"]
-    assert trainer["90"] > 0.4
-    assert trainer["31"] is None
-    assert "seed 31: trainer: best 0.3100, not reached" in printed.err
-    assert found["reached"] == {"trainer": "1 of 2", "ours": "2 of 2"}
-    assert found["median_seconds"]["trainer"] == trainer["90"]
-    assert found["ratio"]["ours / trainer"]["median"] == pytest.approx(ours["90"] / trainer["90"], rel=1e-3)
-    run = tmp_path / "out" / "ours" / "seed-90"
-    assert json.loads((run / "config.json").read_text())["lr"] == 2e-3
-    assert any(entry["accuracy"] >= 0.4 for entry in metrics(run) if entry.get("split") == "dev")
-
-
-def test_a_command_ends_once_it_has_reached_the_target(tmp_path: Path) -> None:
-    """It would never end by itself; half a line, still being written, does no harm."""
-    evaluations, line = tmp_path / "a" / "b" / "metrics.jsonl", json.dumps({"step": 1, "split": "dev", "accuracy": 0.5})
-    script = f"import signal; open({str(evaluations)!r}, 'w').write({line!r} + chr(10) + '{{'); signal.pause()"
-    evaluations.parent.mkdir(parents=True)
-    assert time_to_accuracy.seconds_to(0.5, [sys.executable, "-c", script], evaluations) is not None
-
-
 @pytest.mark.parametrize(
-    ("program", "options", "says"),
+    ("options", "says"),
     [
-        (time_to_accuracy, ["--target", "1.5"], "--target 1.5 is not above 0 and at most 1"),
-        (time_to_accuracy, ["--target", "0.5"], "already exists; a time starts from nothing"),
-        (time_to_accuracy, ["--target", "0.5", "--peer", sys.executable, "--output-dir", "x"], "needs --eval-every N"),
-        (with_trainer, ["--peer", "nowhere/python"], "nowhere/python is not a program; give an environment's bin"),
-        (with_trainer, ["--peer", sys.executable, "--setting", "trainer", ""], "that name is taken"),
-        (with_trainer, ["--peer", sys.executable, "--max-steps", "9"], "the Trainer does not have --max-steps"),
+        (["--peer", "nowhere/python"], "nowhere/python is not a program; give an environment's bin"),
+        (["--peer", sys.executable, "--setting", "trainer", ""], "that name is taken"),
+        (["--peer", sys.executable, "--max-steps", "9"], "the Trainer does not have --max-steps"),
     ],
 )
-def test_wrong_use(
-    program: Any, options: list[str], says: str, train_words: Words, tmp_path: Path, capsys: Capture
-) -> None:
+def test_wrong_use(options: list[str], says: str, train_words: Words, tmp_path: Path, capsys: Capture) -> None:
     words = ["--seeds", "1", *train_words(tmp_path)]
-    assert says in user_error(lambda: program.main([*words, *options]), capsys)
+    assert says in user_error(lambda: with_trainer.main([*words, *options]), capsys)
