@@ -3,12 +3,12 @@
 FROM python:3.12-slim
 # The engine is compiled when the service starts.
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-RUN pip install --no-cache-dir torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_NO_CACHE_DIR=1
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY constraints constraints
 COPY sst2_xlmr sst2_xlmr
-RUN pip install --no-cache-dir --constraint constraints/newest.txt ".[serve]" && useradd --create-home service
+RUN pip install --constraint constraints/newest.txt ".[serve]" && useradd --create-home service
 USER service
 EXPOSE 8000
 ENTRYPOINT ["sst2-xlmr", "serve", "--model", "/model", "--host", "0.0.0.0"]
