@@ -12,6 +12,7 @@ from conftest import SAMPLE_DATA, Capture, Patch, RunTrain, kernels_for, losses,
 from running import digests, logged, resume, signal_comes, state_of
 
 from sst2_xlmr import train
+from sst2_xlmr.training.state import TrainState
 
 
 def forget_after(run: Path, step: int) -> None:
@@ -121,3 +122,10 @@ def test_what_was_decided_is_in_the_checkpoint_and_what_was_asked_in_the_config(
     fresh = run_train(tmp_path / "c", *options, "--batch-size", 4, "--save-every", 10)
     assert logged(tmp_path / "b") == logged(fresh)
     assert state_of(tmp_path / "b").eval_every == state_of(fresh).eval_every == 2
+
+
+def test_the_lower_loss_decides_between_equally_good_evaluations() -> None:
+    state = TrainState(10, "fp32", 0, {})
+    state.count_evaluation(0.5, 0.7)
+    assert [state.is_best(*each) for each in ((0.5, 0.7), (0.5, 0.8), (0.49, 0.1))] == [False] * 3
+    assert [state.is_best(*each) for each in ((0.5, 0.69), (0.51, 9.0))] == [True] * 2
