@@ -19,6 +19,8 @@ from sst2_xlmr.data.rows import Row, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.evaluation import metrics
 from sst2_xlmr.labels import split_labels
+from sst2_xlmr.model.classifier import build_classifier
+from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, Task, at_temperature, find_task, fit_thresholds
 
 CPU, PLAIN = torch.device("cpu"), Columns()
@@ -316,3 +318,17 @@ def test_the_most_doubtful_label_is_the_one_that_a_sure_model_contradicts() -> N
     several = MultiLabel(["a", "b"]).doubt(probabilities, np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]]))
     assert int(several.argmax()) == 4
     assert int(Regression(["score"]).doubt(np.array([[1.0], [2.0], [9.0]]), np.array([1.0, 2.5, 3.0])).argmax()) == 2
+
+
+@pytest.mark.parametrize("class_weights", [None, "balanced", "3,1"])
+def test_a_new_head_begins_with_the_best_constant_answer(class_weights: str | None, tiny_encoder: Path) -> None:
+    """Its loss is the baseline's, with weights of rows and labels, too."""
+    labels = np.array([[1, 0], [0, 0], [0, 0], [1, 1], [0, 0]], np.float32)
+    weights, config = np.array([1, 2, 1, 0.5, 1], np.float32), Config(class_weights=class_weights)
+    task = MultiLabel(["a", "b"]).for_training(config, labels, weights, torch.device("cpu"))
+    model, is_new = build_classifier(find_encoder(str(tiny_encoder)), task)
+    assert is_new
+    bias = model.head.out.bias.detach()
+    assert bias.tolist() == pytest.approx(task.initial_bias)
+    loss = task.loss(bias.repeat(5, 1), torch.from_numpy(labels), torch.from_numpy(weights)) / weights.sum()
+    assert float(loss) == pytest.approx(task.baseline_loss(labels, weights), rel=1e-5)

@@ -63,12 +63,14 @@ def build_classifier(
     tensors = load_tensors(encoder, ids)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     head_is_new = (encoder.label_names, encoder.problem_type) != (task.label_names, task.problem_type)
-    if head_is_new:  # normal weights of deviation 0.02, as in BERT and RoBERTa, and zero biases
+    if head_is_new:  # normal weights of deviation 0.02, as in BERT and RoBERTa, and zero biases but for the task's
         generator = torch.Generator().manual_seed(seed)
         for name in filter(lambda name: name.startswith("head."), shapes):
             tensors[name] = torch.zeros(shapes[name])
             if tensors[name].dim() == 2:
                 tensors[name].normal_(0, 0.02, generator=generator)
+        if task.initial_bias:
+            tensors["head.out.bias"] = torch.tensor(task.initial_bias)
     elif task.folding != (1.0, 0.0):  # it was exported with them
         factor, offset = task.folding
         tensors["head.out.weight"] = tensors["head.out.weight"] / factor

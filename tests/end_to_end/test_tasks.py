@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Capture, losses, metrics, refusal, train_options
+from conftest import Capture, change_weights, losses, metrics, refusal, train_options
 from running import digests, resume, train_in_forks, train_on_ranks
 from safetensors.torch import load_file
 
@@ -272,7 +272,13 @@ def test_calibrating_several_labels_moves_no_label(trained: Path, tmp_path: Path
     if load(model).task.label_names == ["score"]:
         assert "--calibrate does not go with this task" in refusal(evaluate.main, words)
         return
-    evaluate.main(words)
+
+    def overconfident(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
+            tensors[name] = tensors[name] * 8
+
+    model = change_weights(model, tmp_path / "overconfident", overconfident)
+    evaluate.main(["--model", str(model), *words[2:]])
     texts = [json.loads(line)["text"] for line in dev.read_text().splitlines()]
     before, after = load(model, precision="fp32"), load(tmp_path / "calibrated", precision="fp32")
     assert not np.allclose(before.probabilities(texts), after.probabilities(texts), atol=1e-3)
