@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 from sst2_xlmr import __version__
-from sst2_xlmr.config import GROUPS, LOCK_NAME, OPTIONS, TYPES, Config, check, flag, named_file, shown
+from sst2_xlmr.config import GROUPS, LOCK_NAME, OPTIONS, PRECISIONS, TYPES, Config, check, flag, named_file, shown
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import is_scratch, read_json
 from sst2_xlmr.util.flag_hints import hint
@@ -79,7 +79,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-tokens", type=positive, default=tokens, metavar="TOKENS", help=what)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
     what = "auto: bf16 where the device computes it natively, else fp32; int8: on a CPU with AVX512-VNNI [auto]"
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32", "int8"), default="auto", help=what)
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=what)
 
 
 def number_to(highest: float, what: str) -> Callable[[str], float]:
@@ -167,8 +167,8 @@ def words_of(config: Config) -> list[str]:
     return words
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
-    """Parse and check the command line; returns the run's options, and whether to resume it."""
+def train_parser() -> OneLineParser:
+    """Return the parser of train.py's flags."""
     parser = OneLineParser(
         description="Fine-tune XLM-R for text classification; SST-2 by default.",
         epilog="@FILE takes options from a file, such as those in scripts/recipes/; options after it override them."
@@ -182,7 +182,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     run.add_argument("--config", metavar="FILE", help="take options from a saved config.json; flags override it")
     what = "continue the run in --output-dir from its newest checkpoint; its options are read from there"
     run.add_argument("--resume", action="store_true", help=what)
-    given = vars(parser.parse_args(with_files(sys.argv[1:] if argv is None else argv)))
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
+    """Parse and check the command line; returns the run's options, and whether to resume it."""
+    given = vars(train_parser().parse_args(with_files(sys.argv[1:] if argv is None else argv)))
     config_file, resume = given.pop("config"), given.pop("resume")
     if is_restarted(given.get("output_dir")):
         config_file, resume = None, True

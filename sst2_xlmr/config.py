@@ -20,6 +20,7 @@ from sst2_xlmr.util.errors import UserError
 
 LOCK_NAME = ".lock"  # in a run's folder
 MAX_CLASSES = 1000
+PRECISIONS = ("auto", "bf16", "fp32", "int8")  # of prediction
 ABSTAINED = "?"  # in place of a label whose probability is too low
 TEXT_OPTIONS = ("text_column", "text_pair_column", "format", "delimiter", "quoting", "encoding", "header")
 COLUMN_OPTIONS = (*TEXT_OPTIONS, "label_column", "label_columns", "weight_column", "drop_unusable")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from sst2_xlmr.backend import prediction_model, quantized_model
-from sst2_xlmr.config import EVAL_BATCH_TOKENS
+from sst2_xlmr.config import EVAL_BATCH_TOKENS, PRECISIONS
 from sst2_xlmr.data.rows import check_text
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.classifier import load_classifier
@@ -73,7 +73,7 @@ class Classifier:
         The device is auto, cpu, cuda, or one of torch's; the precision auto, bf16, fp32, or int8 on a CPU. Where int8
         would not be faster, one line on standard error says so, and the precision is auto.
         """
-        if precision not in ("auto", "bf16", "fp32", "int8"):
+        if precision not in PRECISIONS:
             raise ValueError(f"precision must be auto, bf16, fp32 or int8, not {precision!r}")
         if not isinstance(device, torch.device):
             if device not in ("auto", "cpu", "cuda"):

@@ -421,8 +421,8 @@ class MultiLabel:
         label_names, label_numbers: as of `SingleLabel`.
         thresholds: of every label's probability, from which on the text has the label; 0.5 each without them.
         positive_weights: fp32 [labels], factors on the loss of the labels that a text has; None for ones.
-        initial_bias: of a new head, the logits of the best constant answer. From zeros, the gradient that
-            all texts have in common, of rare labels, comes first: on GoEmotions' 28 labels, training collapsed.
+        initial_bias: of a new head, the logits of the best constant answer. From zeros, the first steps move all texts'
+            features in one direction, as most labels are rare: on GoEmotions' 28 labels, training collapsed.
     """
 
     label_names: list[str]
@@ -547,8 +547,7 @@ class MultiLabel:
             prior = self._prior(labels, weights)
             factors = torch.from_numpy(np.where(prior > 0, (1 - prior) / prior.clip(1e-9), 1.0)).float()
         task = replace(self, positive_weights=None if factors is None else factors.to(device))
-        _, answer = task._best_constant(labels, weights)
-        answer = answer.clip(1e-3, 1 - 1e-3)
+        answer = task._best_constant(labels, weights)[-1].clip(1e-3, 1 - 1e-3)
         return replace(task, initial_bias=tuple(np.log(answer / (1 - answer)).tolist()))
 
     @staticmethod
@@ -563,15 +562,15 @@ class MultiLabel:
         return (losses if weights is None else losses * weights).sum()
 
     def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
-        has, answer = self._best_constant(labels, weights)
-        answer, prior = answer.clip(_SMALLEST, 1 - 1e-12), self._prior(labels, weights)
+        prior, has, answer = self._best_constant(labels, weights)
+        answer = answer.clip(_SMALLEST, 1 - 1e-12)
         return float(-(has * np.log(answer) + (1 - prior) * np.log1p(-answer)).mean())
 
-    def _best_constant(self, labels: np.ndarray, weights: Weights) -> tuple[np.ndarray, np.ndarray]:
-        """Return fp64 [labels]: each label's weighted share of the rows, and the probability with the least loss."""
+    def _best_constant(self, labels: np.ndarray, weights: Weights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return fp64 [labels]: shares of the rows, these times the label's weight, probabilities of least loss."""
         prior = self._prior(labels, weights)
         has = prior if self.positive_weights is None else prior * self.positive_weights.cpu().numpy()
-        return has, has / (has + 1 - prior)
+        return prior, has, has / (has + 1 - prior)
 
     # --- answers
 

@@ -249,3 +249,14 @@ def test_help_and_wrong_flags_need_not_wait_for_torch(words: list[str]) -> None:
     code = f"import sys; sys.argv = ['sst2-xlmr', *{words}]\nfrom sst2_xlmr.__main__ import main\ntry:\n    main()\n"
     code += "finally:\n    print('torch' in sys.modules)"
     assert run("-c", code, expected=2 * (words[1] != "--help")).stdout.splitlines()[-1] == "False"
+
+
+def test_options_from_a_pipe_are_read_once(tiny_encoder: Path) -> None:
+    """As in train.py @<(echo ...): at a second time there would be none."""
+    reader, writer = os.pipe()
+    os.write(writer, f"--encoder {tiny_encoder} --max-length 999 --data-dir {SAMPLE_DATA}".encode())
+    os.close(writer)
+    command = [sys.executable, str(ROOT / "train.py"), f"@/dev/fd/{reader}"]
+    done = subprocess.run(command, capture_output=True, text=True, pass_fds=[reader], timeout=120, check=False)
+    os.close(reader)
+    assert done.stderr == f"error: --max-length 999: {tiny_encoder} takes at most 64 tokens\n"

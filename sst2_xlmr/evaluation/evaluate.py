@@ -98,8 +98,8 @@ def on_all_cores(
 ) -> Generator[Any, None, None]:
     """Yield what `work` returns for every batch, in their order.
 
-    Each core of a CPU computes batches of its own, as that needs no waiting for one another within a batch: with other
-    programs on the cores it is up to 1.5 times as fast. If there are fewer batches than cores, all compute each one.
+    Each core of a CPU computes batches of its own: threads that wait for one another in a batch are slow where other
+    programs are running. If there are fewer batches than cores, all cores compute each one.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or len(batches) < threads:

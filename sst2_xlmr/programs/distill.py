@@ -32,7 +32,8 @@ from tqdm import tqdm
 from sst2_xlmr.data.duplicates import text_digests
 from sst2_xlmr.data.prepare import inspect_splits
 from sst2_xlmr.data.rows import Row, check_pairs, columns_of, in_chunks, read_rows, texts_of
-from sst2_xlmr.model.encoders import find_encoder, model_folder
+from sst2_xlmr.model.classifier import task_of
+from sst2_xlmr.model.encoders import find_encoder, find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import refuse
@@ -58,6 +59,7 @@ class Distillation:
         self.config = config = checked_config(words, self.folder)
         self.task, splits = inspect_splits(config, downloads.cache_dir() / "tokens", quiet=True)
         self.splits = {name: split for name, split in splits.items() if split.is_labelled}
+        self.evaluated = [name for name in self.splits if name != "train"]
         refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
         check_options(self.task, arguments)
         for file in arguments.unlabelled:
@@ -65,8 +67,10 @@ class Distillation:
         self.teachers = [model_folder(name) for name in arguments.teacher]
         for teacher in self.teachers:
             check_pairs(teacher, config.text_pair_column, "--text-pair-column NAME")
-        if self.teachers:
-            self.load(self.teachers)
+            tasks = task_of(*find_model(teacher)), self.task
+            found, wanted = (f"{', '.join(task.label_names)} ({task.option})" for task in tasks)
+            same = "they must be the same, and in the same order"
+            refuse((found != wanted, f"{teacher} answers {found}, but the labelled rows have {wanted}: {same}"))
         self.known = np.unique(np.concatenate([digests_of(self.rows(name)) for name in self.splits]))
 
     def rows(self, split: str) -> list[Row]:
@@ -74,15 +78,6 @@ class Distillation:
 
     def rows_of(self, file: Path) -> Iterator[Row]:
         return read_rows(file, columns_of(self.config, "unlabelled"), None)
-
-    def load(self, teachers: list[Path]) -> Classifier:
-        classifier = Classifier.load_mean(teachers, self.arguments.teacher_precision, self.config.device)
-        found, wanted = (f"{', '.join(each.label_names)} ({each.option})" for each in (classifier.task, self.task))
-        if found != wanted:
-            raise UserError(
-                f"{teachers[0]} answers {found}, but the labelled rows have {wanted}: they must be the same"
-            )
-        return classifier
 
     def answered(self, classifier: Classifier, counts: dict[str, int]) -> Iterator[Row]:
         """Yield the unlabelled rows with the teacher's answer as label, and count them."""
@@ -111,13 +106,11 @@ class Distillation:
         }
         report = folder / "teacher.json"
         if not report.is_file():
-            classifier, counts = self.load(teachers), {"texts": 0, "left out": 0}
-            for name in self.splits:
-                if name != "train":
-                    write_rows(folder / f"{name.replace('/', '-')}.jsonl", with_values(self.rows(name), self.task))
+            classifier = Classifier.load_mean(teachers, given.teacher_precision, self.config.device)
+            counts = {"texts": 0, "left out": 0}
             labelled = with_values(self.rows("train"), self.task)
             write_rows(folder / "train.jsonl", itertools.chain(labelled, self.answered(classifier, counts)))
-            figures = {name: self.value_of(classifier, name) for name in self.splits if name != "train"}
+            figures = {name: self.value_of(classifier, name) for name in self.evaluated}
             write_text(report, json.dumps({"inputs": inputs, "figures": figures, **counts}, indent=2) + "\n")
         found = read_json(report, "choose another --output-dir")
         if found["inputs"] != inputs:
@@ -139,7 +132,11 @@ class Distillation:
         if seed == seeds[0]:
             is_given = round == 1 and self.teachers
             self.teach(folder, self.teachers if is_given else [former / f"seed-{each}/model" for each in seeds])
-        files = {name: folder / f"{name.replace('/', '-')}.jsonl" for name in self.splits}
+        evaluated = {name: self.folder / f"files/{name.replace('/', '-')}.jsonl" for name in self.evaluated}
+        if (round, seed) == (1, seeds[0]):
+            for name, file in evaluated.items():
+                write_rows(file, with_values(self.rows(name), self.task))
+        files = {"train": folder / "train.jsonl", **evaluated}
         words = words_for(self.config, self.task, files, self.arguments.unlabelled_weight != 1)
         return train(words, folder, seed)
 

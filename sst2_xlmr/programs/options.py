@@ -1,4 +1,4 @@
-"""The options of all programs but train, declared once. This imports nothing slow: wrong flags are refused at once."""
+"""The options of all programs but train, declared once. This imports neither torch nor numpy, which take seconds."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any, Callable
 
 from sst2_xlmr import cli
-from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_option, number_to, positive
-from sst2_xlmr.config import ABSTAINED, COLUMN_OPTIONS, TEXT_OPTIONS
+from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_option, number_to, positive, with_files
+from sst2_xlmr.config import ABSTAINED, COLUMN_OPTIONS, PRECISIONS, TEXT_OPTIONS
 from sst2_xlmr.data.formats import KINDS, either
-from sst2_xlmr.util.downloads import cache_dir
+from sst2_xlmr.util.downloads import BUNDLE_URLS, cache_dir
 
 FORMATS = ("hf", "onnx", "onnx-int8", "onnx-hf", "onnx-hf-int8", "torchscript")
 TABLE_OPTIONS = [name for name in COLUMN_OPTIONS if name != "format"]  # which is that of the export
-FETCHED = ("sst2", "xlmr.base", "xlmr.large")
+FETCHED = ("sst2", *BUNDLE_URLS)
 ROWS_FILE = f"{either(KINDS)} file, perhaps with .gz"
 probability, share, weight = number_to(1, "probability"), number_to(0.9, "share"), number_to(1000, "weight")
+
+
+def add_abstention(parser: OneLineParser) -> None:
+    what = f"answer {ABSTAINED} instead of a label whose probability is lower"
+    parser.add_argument("--abstain-below", type=probability, default=0.0, metavar="P", help=what)
 
 
 def predict() -> OneLineParser:
@@ -30,8 +35,7 @@ def predict() -> OneLineParser:
     add("--output", type=Path, metavar="FILE", help=f"write to a {ROWS_FILE}, instead of standard output")
     add("--overwrite", action="store_true", help="replace existing output")
     add("--resume", action="store_true", help="continue a killed run with the same --input and --output")
-    what = f"predict {ABSTAINED} instead of a label whose probability is lower"
-    add("--abstain-below", type=probability, default=0.0, metavar="P", help=what)
+    add_abstention(parser)
     add("--all-probabilities", action="store_true", help="add a column for the probability of every label")
     add("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
     add("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
@@ -110,16 +114,15 @@ def study() -> OneLineParser:
 def distill() -> OneLineParser:
     parser = OneLineParser(description="Train on labelled rows and on teachers' answers for unlabelled texts.")
     add = parser.add_argument
-    add("--teacher", nargs="+", action="extend", default=[], metavar="DIR", help="models [the runs on labelled rows]")
-    add("--unlabelled", nargs="+", action="extend", required=True, type=Path, metavar="FILE", help="texts")
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="gets a folder for each setting")
+    add("--teacher", nargs="+", action="extend", default=[], metavar="DIR", help="trained models [the labelled runs]")
+    add("--unlabelled", nargs="+", action="extend", required=True, type=Path, metavar="FILE", help="their texts")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="gets a folder for each round")
     add("--seeds", type=seed_list, default=[1], metavar="N,...", help="one run for each [1]")
-    add("--rounds", type=positive, default=1, metavar="N", help="the students of one are the teachers of the next [1]")
+    add("--rounds", type=positive, default=1, metavar="N", help="each round's students teach the next one's [1]")
     add("--labelled", default="", metavar="OPTIONS", help="further options of the runs on the labelled rows alone")
     add("--temperature", type=number_to(10, "temperature"), metavar="T", help="divides the teachers' logits [1]")
     add("--unlabelled-weight", type=weight, default=1.0, metavar="W", help="of an unlabelled row's loss [1]")
-    precisions = ("auto", "bf16", "fp32", "int8")
-    add("--teacher-precision", choices=precisions, default="auto", help="in which teachers answer [auto]")
+    add("--teacher-precision", choices=PRECISIONS, default="auto", help="in which teachers answer [auto]")
     return parser
 
 
@@ -140,8 +143,7 @@ def serve() -> OneLineParser:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all [127.0.0.1]")
     add("--port", type=int, default=8000, help="[8000]")
-    what = f"answer {ABSTAINED} instead of a label whose probability is lower"
-    add("--abstain-below", type=probability, default=0.0, metavar="P", help=what)
+    add_abstention(parser)
     return parser
 
 
@@ -163,7 +165,8 @@ def parse_known(program: str, argv: list[str] | None) -> tuple[argparse.Namespac
 def refuse_wrong_flags(program: str, words: list[str]) -> None:
     """Print --help, or refuse what is not an option, before anything slow is imported."""
     if program == "train":
-        cli.parse_args(words)
+        if all(Path(word[1:]).is_file() for word in words if word.startswith("@")):  # a pipe can be read only once
+            cli.train_parser().parse_args(with_files(words))
     elif program in ("study", "distill"):
         parse_known(program, words)
     else:
