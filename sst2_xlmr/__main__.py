@@ -37,7 +37,6 @@ commands:
 
 def main(program: str | None = None) -> None:
     """Run a program with the options of the command line, whose first word names it unless `program` does."""
-    bound_spinning()
     exit_on_user_error(lambda: _run(program, sys.argv[1:]))
 
 
@@ -59,6 +58,7 @@ def _run(program: str | None, words: list[str]) -> None:
         check_tasks()
     if os.environ.get("WORLD_SIZE", "1") == "1":  # else one of the processes says it, which is found below
         importlib.import_module("sst2_xlmr.programs.options").refuse_wrong_flags(program, words)
+    bound_spinning()
     module = importlib.import_module(f"sst2_xlmr.{'' if program == 'train' else 'programs.'}{program}")
     module.main(words)
 

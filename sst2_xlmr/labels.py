@@ -113,8 +113,12 @@ def unknown_labels(labels: Sequence[str], names: Sequence[str], numbers: Mapping
 
 
 def numbers_by_label(names: Sequence[str], standing: Mapping[str, int] | None) -> dict[str, int]:
-    """Return the classes' numbers by their names and by what stands for them: without `standing`, 0, 1, ..."""
-    if standing is None and not any(_INTEGER.fullmatch(name) for name in names):
+    """Return the classes' numbers by their names and by what stands for them: without `standing`, 0, 1, ...
+
+    So do these for the names that transformers gives to classes without names.
+    """
+    has_no_names = list(names) == [f"LABEL_{number}" for number in range(len(names))]
+    if has_no_names or (standing is None and not any(_INTEGER.fullmatch(name) for name in names)):
         standing = {str(number): number for number in range(len(names))}
     return {**(standing or {}), **{name: number for number, name in enumerate(names)}}
 

@@ -142,7 +142,7 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
     for name, paths in files.items():  # train first
         columns = columns_of(config, name)
         if name != "train":
-            columns = replace(columns, keep_numbers=all(map(str.isdecimal, labels)))
+            columns = replace(columns, classes=tuple(labels) if all(map(str.isdecimal, labels)) else ())
         try:
             found = [inspected(file, columns, True, cache_dir) for file in paths]
         except UserError as error:

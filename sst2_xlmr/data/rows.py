@@ -198,8 +198,10 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> 
             try:
                 places = _places(path, layout, columns, fields, with_label)
                 has_all = True
-                if places.labels and not columns.keep_numbers:
+                if places.labels:
                     class_names = layout.class_names.get(names[places.labels[0]], ())
+                if columns.classes and not {*class_names} <= {*columns.classes}:
+                    class_names = ()
                 is_plain = len(places.labels) == 1 and not class_names
                 one_text, one_label = places.texts[0], places.labels[0] if is_plain else None
             except UserError as error:  # the keys of JSON's objects may differ

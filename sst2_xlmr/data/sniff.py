@@ -63,7 +63,8 @@ class Columns:
         header: whether a table's first line names its columns; None to find out, as for the next four.
         drop_unusable: whether rows that cannot be used are left out; else they are an error.
         may_be_empty: whether a text may be empty, as in prediction.
-        keep_numbers: whether labels stay the numbers that they are, whatever names the file has for them.
+        classes: names of the classes, where they are known; the names that a file has for its numbers hold only if they
+            are among these.
     """
 
     text: str | tuple[str, ...] | None = None
@@ -78,7 +79,7 @@ class Columns:
     encoding: str | None = None
     drop_unusable: bool = False
     may_be_empty: bool = False
-    keep_numbers: bool = False
+    classes: tuple[str, ...] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:

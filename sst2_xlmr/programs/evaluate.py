@@ -178,7 +178,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--precision int8 is not supported on this machine, so it cannot be compared")
     if against == precision:
         raise UserError(f"--against {precision} compares {precision} with itself; name another --precision")
-    columns = {name: replace(columns_given(arguments, name), may_be_empty=True) for name in files}
+    classes = tuple(task.label_names)
+    columns = {name: replace(columns_given(arguments, name), may_be_empty=True, classes=classes) for name in files}
     for each in columns.values():
         check_pairs(models[0], each.pair, "--text-pair-column NAME")
     check_options(task, arguments)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -197,7 +198,7 @@ def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: 
     if stored_long_texts(encoder).kind == "windows" and kind != "hf" and (kind != "onnx" or not takes_texts):
         what = "averages the windows of a long text, which this form cannot"
         raise UserError(f"--format {arguments.format}: the model {what}; take hf, or onnx without --from-ids")
-    columns = columns_given(arguments)
+    columns = replace(columns_given(arguments), classes=tuple(task.label_names))
     checks = read_checks(arguments.check_file, columns, task, takes_pairs, "label_column" in arguments)
     unlabelled = [name for name, (_, labels) in checks.items() if labels is None] if int8 else []
     if arguments.most_lost is not None and len(unlabelled) == len(checks):

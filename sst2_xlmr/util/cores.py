@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-BUSY = 0.3  # load average of the last minute, per core, from which on the machine counts as busy
+BUSY = 0.3  # threads of others that run, per core, from which on the machine counts as busy
+LOADS, SECONDS_BETWEEN = 9, 0.002  # how often it is asked
 SPINS = "20000"  # rounds that a waiting thread spins before it sleeps; libgomp's default is 300,000
 
 
-def bound_spinning() -> None:
+def bound_spinning(load: Path = Path("/proc/loadavg")) -> None:
     """Let waiting OpenMP threads sleep at once on a busy machine, and after a short spin on any other.
 
     On busy cores a spinning thread keeps the thread that it waits for from running. Call this before torch is
     imported, as libgomp reads the variable when it is loaded. The user's own settings win.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        is_busy = os.getloadavg()[0] > BUSY * len(os.sched_getaffinity(0))
-        os.environ["GOMP_SPINCOUNT"] = "0" if is_busy else SPINS
+        os.environ["GOMP_SPINCOUNT"] = "0" if _others_running(load) > BUSY * (os.cpu_count() or 1) else SPINS
+
+
+def _others_running(load: Path) -> float:
+    """Return how many threads run or wait for a core, without this one; 0 where Linux's /proc is not there.
+
+    The load average would count what has ended, such as the run before this one, for a minute.
+    """
+    counts = []
+    for _ in range(LOADS):
+        try:
+            counts.append(int(load.read_text().split()[3].partition("/")[0]) - 1)
+        except (OSError, IndexError, ValueError):
+            return 0
+        time.sleep(SECONDS_BETWEEN)
+    return statistics.median(counts)
 
 
 def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from contextlib import suppress
 from functools import partial
@@ -21,7 +22,7 @@ import sst2_xlmr
 from sst2_xlmr import train
 from sst2_xlmr.config import named_file
 from sst2_xlmr.programs import evaluate as script
-from sst2_xlmr.programs import predict
+from sst2_xlmr.programs import export, predict
 from sst2_xlmr.util.errors import UserError
 
 DE, RU = SAMPLE_DATA / "test.de.tsv", SAMPLE_DATA / "test.ru.tsv"
@@ -40,6 +41,24 @@ def run(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(*options: object) -> None:
     script.main(["--device", "cpu", "--precision", "fp32", *map(str, options)])
+
+
+@pytest.mark.parametrize("names", [["0", "1"], ["LABEL_0", "LABEL_1"]])
+def test_sst2s_numbers_are_those_of_a_model_without_names(run: Path, tmp_path: Path, names: list[str]) -> None:
+    sst2 = tmp_path / "dev.tsv"  # with the space at the end of every text
+    sst2.write_text("sentence\tlabel\n" + "a fine film \t1\na poor film \t0\n" * 2, encoding="utf-8")
+    shutil.copytree(run / "model", tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    settings.update(id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)})
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    for model in (run / "model", tmp_path / "model"):
+        evaluate("--model", model, "--file", sst2, "--json", tmp_path / f"{model.parent.name}.json")
+    found = json.loads((tmp_path / f"{tmp_path.name}.json").read_text(encoding="utf-8"))["files"]["dev"]
+    expected = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["files"]["dev"]
+    assert found["confusion"] == expected["confusion"]
+    assert list(found["classes"]) == names
+    options = ["--model", tmp_path / "model", "--format", "torchscript", "--check-file", sst2]
+    export.main(["--output", str(tmp_path / "model.pt"), *map(str, options)])
 
 
 def test_numbers_are_those_of_training(run: Path, tmp_path: Path, capsys: Capture) -> None:
