@@ -277,10 +277,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
 
 @contextlib.contextmanager
 def busy_loops(count: int) -> Iterator[None]:
-    """Keep cores busy with other processes, from a minute before (of which load averages are) to the end."""
+    """Keep cores busy with other processes."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
-        time.sleep(60 if loops else 0)
+        time.sleep(1 if loops else 0)
         yield
     finally:
         for loop in loops:
