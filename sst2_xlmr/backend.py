@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sst2_xlmr.config import Config
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.task import Task
-from sst2_xlmr.training.optimizer import AdamW, Optimizer
+from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.util.distributed import World
 
 engines: Any = None
@@ -24,28 +24,25 @@ if (Path(__file__).parent / "engines/__init__.py").is_file():  # of this copy: a
     engines = importlib.import_module("sst2_xlmr.engines")
 
 
-class Backend(NamedTuple):
-    """What trains: a model, the same or under DDP, its optimizer; and why they are plain PyTorch, or ""."""
+def training_backend(
+    classifier: SequenceClassifier, config: Config, precision: str, world: World
+) -> tuple[nn.Module, nn.Module, AdamW, str]:
+    """Choose what trains a classifier, which is fp32 on the world's device, with the same weights on every rank.
 
-    model: nn.Module
-    ddp_model: nn.Module
-    optimizer: Optimizer
-    fallback_reason: str
-
-
-def training_backend(classifier: SequenceClassifier, config: Config, precision: str, world: World) -> Backend:
-    """Choose what trains a classifier, which is fp32 on the world's device, with the same weights on every rank."""
+    Returns what gives logits, the same or under DDP, to be trained, the optimizer, which may be an engine's, and why
+    all are plain PyTorch, or "".
+    """
     reason = "as asked" if not config.compile else ""
     if engines is None:
         reason = "there is no engines/"
     elif not reason:
         if engine := engines.training(classifier, config, precision, world):
             model, optimizer = engine
-            return Backend(model, model, optimizer, "")
+            return model, model, optimizer, ""
         reason = engines.fallback_reason(world)
     classifier.autocast = precision == "bf16"
     plain = AdamW(classifier, classifier.shape.layers, config, world)
-    return Backend(classifier, wrap_ddp(classifier, world), plain, reason)
+    return classifier, wrap_ddp(classifier, world), plain, reason
 
 
 def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
@@ -67,8 +64,7 @@ def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
 
 def prediction_model(classifier: SequenceClassifier) -> nn.Module:
     """Return what computes a classifier's logits fastest where it is."""
-    faster: nn.Module | None = engines and engines.predicting(classifier)
-    return faster or classifier
+    return (engines and engines.predicting(classifier)) or classifier
 
 
 def quantized_model(classifier: SequenceClassifier, task: Task, dtype: torch.dtype) -> nn.Module | None:
@@ -76,5 +72,4 @@ def quantized_model(classifier: SequenceClassifier, task: Task, dtype: torch.dty
 
     The classifier, on the CPU, is not needed any more.
     """
-    quantized: nn.Module | None = engines and engines.quantized(classifier, task, dtype)
-    return quantized
+    return engines and engines.quantized(classifier, task, dtype)

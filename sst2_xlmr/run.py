@@ -95,7 +95,7 @@ class Run:
             self.report.say(text)
 
     def skip(self) -> None:
-        """Skip this batch, whose gradient is not finite; NotFinite after more than --skip-nonfinite in a row."""
+        """Skip this batch, whose gradient is not finite; UserError after more than --skip-nonfinite in a row."""
         rows = next(self.loader.global_batches(self.state.epoch, self.state.batch))
         self.advance(skipped=True)
         check_skipped(self.state, self.config.skip_nonfinite, rows)

@@ -46,7 +46,7 @@ FIXED_INPUTS = ("training rows", "file dev", "tokenizer", "encoder's weights")  
 
 
 def train(run: Run) -> None:
-    """Train until the schedule or early stopping ends the run; raises Interrupted, Collapsed or NotFinite."""
+    """Train until the schedule or early stopping ends the run; raises Interrupted or Collapsed."""
     state, schedule = run.state, run.schedule
     run.ddp_model.train()
     for micro_batches in run.loader.starting_at(state.epoch, state.batch):
@@ -62,15 +62,15 @@ def train(run: Run) -> None:
             run.meter.add(sums, grad_norm, micro_batches)
             run.advance()
         due, stop = schedule.due(state), run.stop.is_agreed()  # 3. log, evaluate, save
-        if any(due) or stop:
+        if due or stop:
             run.meter.reduce(state.step)
-            if due.log:
+            if "log" in due:
                 run.log()
-            state.evaluation_due = due.evaluation
+            state.evaluation_due = "evaluation" in due
             if stop:
                 raise Interrupted
             run.catch_up()
-            if due.checkpoint or schedule.is_over(state):
+            if "checkpoint" in due or schedule.is_over(state):
                 run.save()
             run.meter.start()
 

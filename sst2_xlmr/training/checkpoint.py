@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from sst2_xlmr.config import Config
 from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
 from sst2_xlmr.training.meter import TrainMeter
-from sst2_xlmr.training.optimizer import Optimizer
+from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World, gather_objects, on_rank0
 from sst2_xlmr.util.files import BackgroundWriter, digest_of, disk_errors, put_in_place, reading, scratch_name
@@ -37,7 +37,7 @@ def save_checkpoint(
     folder: Path,
     state: TrainState,
     meter: TrainMeter,
-    optimizer: Optimizer,
+    optimizer: AdamW,
     vocabulary: Vocabulary,
     config: Config,
     world: World,
@@ -140,7 +140,7 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def load_checkpoint(
-    checkpoint: Path, meter: TrainMeter, optimizer: Optimizer, vocabulary: Vocabulary, seed: int, world: World
+    checkpoint: Path, meter: TrainMeter, optimizer: AdamW, vocabulary: Vocabulary, seed: int, world: World
 ) -> None:
     """Restore all but the state (see `read_state`) into a new run, and torch's random state.
 

@@ -12,9 +12,10 @@ import math
 import numpy as np
 
 from sst2_xlmr.training.state import TrainState
-from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.errors import raise_on_all
 
-_CURE = "lower --lr or raise --warmup-ratio in a new run, or --resume with --skip-nonfinite N"
+NOT_FINITE_CURE = "lower --lr or raise --warmup-ratio in a new run, or --resume with --skip-nonfinite N"
+NOT_FINITE_CURE += "; checkpoints are whole"
 # Check dev's answers if the mean loss of a line of metrics is at least this part of the baseline ...
 _SUSPICIOUS_LOSS = 0.98
 # ... so many steps after warm-up, and again after so many more.
@@ -24,21 +25,14 @@ _STEPS_TO_LEARN, _STEPS_BETWEEN_CHECKS = 100, 100
 _LEARNED_LOSS, _LOSS_DEVIATION = 0.95, 0.5
 
 
-class NotFinite(UserError):
-    """A loss or gradient is not finite; every rank raises it."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what}: {_CURE}; checkpoints are whole", is_shared=True)
-
-
 def check_skipped(state: TrainState, limit: int, rows: np.ndarray) -> None:
-    """Raise NotFinite, on every rank, if more than `limit` batches in a row were skipped; `rows` are the last one's."""
+    """Raise UserError, on every rank, if more than `limit` batches in a row were skipped; `rows`: the last one's."""
     if state.skipped_in_row <= limit:
         return
     numbers = ", ".join(str(row + 1) for row in rows[:50]) + (", ..." if len(rows) > 50 else "")
     last = f" (the last of {state.skipped_in_row} in a row)" if state.skipped_in_row > 1 else ""
     where = f"step {state.step}{last}, training rows of this batch, from 1: {numbers}"
-    raise NotFinite(f"the gradient is not finite at {where}")
+    raise_on_all(f"the gradient is not finite at {where}: {NOT_FINITE_CURE}")
 
 
 def check_progress(state: TrainState, loss: float, rows: float, baseline: float, warmup_steps: int) -> None:

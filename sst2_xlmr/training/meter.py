@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from sst2_xlmr.data.batches import Batch
-from sst2_xlmr.training.guard import NotFinite
+from sst2_xlmr.training.guard import NOT_FINITE_CURE
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World, sum_over_ranks
+from sst2_xlmr.util.errors import raise_on_all
 
 
 class TrainMeter:
@@ -50,11 +51,11 @@ class TrainMeter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def reduce(self, step: int) -> None:
-        """Sum up over all ranks; NotFinite on every rank if a loss or norm up to this step was not."""
+        """Sum up over all ranks; UserError on every rank if a loss or norm up to this step is not finite."""
         seconds = time.monotonic() - self._started
         sums = sum_over_ranks(self._world, torch.stack(list(self._sums.values()))).tolist()
         if not abs(sum(sums) + float(self._norm_sum)) < float("inf"):
-            raise NotFinite(f"loss or gradient is not finite at step {step} or shortly before")
+            raise_on_all(f"loss or gradient is not finite at step {step} or shortly before: {NOT_FINITE_CURE}")
         self.totals = {**dict(zip(self._sums, sums)), "seconds": seconds, "grad_norm": float(self._norm)}
 
     def flush(self, state: TrainState, lr: float) -> dict[str, Any]:

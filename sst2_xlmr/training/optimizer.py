@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,27 +30,6 @@ def group_of(name: str, parameter: torch.Tensor, layers: int, config: Config) ->
     return config.layerwise_lr_decay**distance, config.weight_decay if parameter.dim() > 1 else 0.0
 
 
-class Optimizer(Protocol):
-    """What a run asks of an optimizer: `AdamW`, or an engine's. What one has written, the other can load.
-
-    shares_memory: whether all processes have one copy of the weights.
-    clip: clip the averaged gradients' global norm (0: never); returns what it was, fp32, the same on every rank.
-    step: take one step, at this rate before layer-wise decay, and clear the gradients.
-    weights: the fp32 weights of the whole model, by the parameters' names.
-    moments: those of trained parameters, fp32, `exp_avg.NAME` and `exp_avg_sq.NAME`.
-    load: take over the weights and moments of an optimizer after so many steps.
-    """
-
-    shares_memory: bool
-
-    def clip(self, max_norm: float) -> torch.Tensor: ...
-    def step(self, lr: float) -> None: ...
-    def clear_gradients(self) -> None: ...
-    def weights(self) -> Mapping[str, TensorLike]: ...
-    def moments(self) -> Mapping[str, torch.Tensor]: ...
-    def load(self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], steps: int) -> None: ...
-
-
 def has_fused_adamw(device: torch.device) -> bool:
     """Whether torch has one there; before 2.4 it takes the option on a CPU too, and fails at the first step."""
     weight = nn.Parameter(torch.zeros(1, device=device))
@@ -64,9 +42,12 @@ def has_fused_adamw(device: torch.device) -> bool:
 
 
 class AdamW:
-    """`torch.optim.AdamW` over a model's trained parameters, fp32."""
+    """`torch.optim.AdamW` over a model's trained parameters, fp32.
 
-    shares_memory = False
+    An engine's optimizer has the same methods, and each can load what the other has written.
+    """
+
+    shares_memory = False  # whether all processes have one copy of the weights
 
     def __init__(self, model: nn.Module, layers: int, config: Config, world: World) -> None:
         self._world, self._model = world, model
@@ -88,6 +69,7 @@ class AdamW:
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> torch.Tensor:
+        """Clip the averaged gradients' global norm (0: never); returns what it was, fp32, the same on every rank."""
         parameters = list(self._trained.values())
         is_one_node = self._world.world_size == self._world.local_world_size
         norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm and is_one_node else math.inf)
@@ -101,6 +83,7 @@ class AdamW:
         return norm
 
     def step(self, lr: float) -> None:
+        """Take one step, at this rate before layer-wise decay, and clear the gradients."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         self._optimizer.step()
@@ -110,9 +93,11 @@ class AdamW:
         self._optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, TensorLike]:
+        """Return the fp32 weights of the whole model, by the parameters' names."""
         return {name: parameter.data for name, parameter in self._model.named_parameters()}
 
     def moments(self) -> dict[str, torch.Tensor]:
+        """Return those of trained parameters, fp32, `exp_avg.NAME` and `exp_avg_sq.NAME`."""
         return {
             f"{kind}.{name}": self._optimizer.state[parameter][kind]
             for name, parameter in self._trained.items()
@@ -121,6 +106,7 @@ class AdamW:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], steps: int) -> None:
+        """Take over the weights and moments of an optimizer after so many steps."""
         for name, parameter in self._model.named_parameters():
             parameter.copy_(weights[name])
         self._set_state(moments, steps)

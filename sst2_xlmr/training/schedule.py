@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.training.state import TrainState
@@ -28,14 +27,6 @@ def evaluation_interval(batches: int, train_tokens: int, evaluated_tokens: int) 
     return math.ceil(batches / times) if times > 1 else 0
 
 
-class Due(NamedTuple):
-    """What is to be done after a step."""
-
-    log: bool
-    evaluation: bool
-    checkpoint: bool
-
-
 class Schedule:
     """A run's schedule, of `total_steps`, the first `warmup_steps` of which warm up; with `eval_every` as decided."""
 
@@ -51,14 +42,15 @@ class Schedule:
             return config.lr * ((step + 1) / warmup)
         return config.lr * after_warmup((step - warmup) / max(1, self.total_steps - warmup))
 
-    def due(self, state: TrainState) -> Due:
-        """Return what is due now that a step has been taken."""
+    def due(self, state: TrainState) -> set[str]:
+        """Return which of "log", "evaluation" and "checkpoint" are due now that a step has been taken."""
         ends, eval_every, save_every = self.ends(state), self._eval_every, self._config.save_every
-        return Due(
-            log=state.step % self._config.log_every == 0 or state.step == self.total_steps,
-            evaluation=ends or (eval_every > 0 and state.batch % eval_every == 0),
-            checkpoint=ends or (save_every > 0 and state.step % save_every == 0),
-        )
+        is_due = {
+            "log": state.step % self._config.log_every == 0 or state.step == self.total_steps,
+            "evaluation": ends or (eval_every > 0 and state.batch % eval_every == 0),
+            "checkpoint": ends or (save_every > 0 and state.step % save_every == 0),
+        }
+        return {what for what in is_due if is_due[what]}
 
     def ends(self, state: TrainState) -> bool:
         """Whether this step was the last one of an epoch, or of the run."""

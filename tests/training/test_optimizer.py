@@ -18,7 +18,7 @@ from sst2_xlmr.engines.cpu.masters import join_master, split_master
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.vocabulary import EMBEDDING, whole_vocabulary
-from sst2_xlmr.training.optimizer import BETAS, EPSILON, AdamW, Optimizer, group_of, has_fused_adamw
+from sst2_xlmr.training.optimizer import BETAS, EPSILON, AdamW, group_of, has_fused_adamw
 from sst2_xlmr.util.distributed import World, gather_objects
 
 ALONE = World.alone(torch.device("cpu"))
@@ -49,7 +49,7 @@ def set_gradients(classifier: nn.Module, step: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16().to(parameter.dtype)
 
 
-def train(optimizer: Optimizer, classifier: nn.Module, steps: range, max_norm: float = 0.5) -> list[torch.Tensor]:
+def train(optimizer: AdamW, classifier: nn.Module, steps: range, max_norm: float = 0.5) -> list[torch.Tensor]:
     """Return the gradients' norms."""
     norms = []
     for step in steps:
@@ -59,7 +59,7 @@ def train(optimizer: Optimizer, classifier: nn.Module, steps: range, max_norm: f
     return norms
 
 
-def saved(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def saved(optimizer: AdamW) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return weights and moments as a checkpoint has them."""
     weights = {
         name: (each if isinstance(each, torch.Tensor) else each.rows(0, each.shape[0])).clone()
