@@ -18,7 +18,7 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.engines.cpu import shared_memory
 from sst2_xlmr.engines.cpu.adamw import CpuAdamW, part_of
 from sst2_xlmr.engines.cpu.kernels import Kernels
-from sst2_xlmr.engines.cpu.shared_memory import ALIGNMENT, Arena, aligned_bytes, shared_bytes
+from sst2_xlmr.engines.cpu.shared_memory import ALIGNMENT, aligned_bytes, shared_bytes, tensors_in
 from sst2_xlmr.util.distributed import World, broadcast
 
 
@@ -35,9 +35,7 @@ def test_no_two_tensors_share_a_cache_line() -> None:
     memory = shared_bytes(World.alone(torch.device("cpu")), aligned_bytes(like))
     if memory is None:
         pytest.skip("there is no memory to share")
-    arena = Arena(memory)
-    for tensor in like:
-        found = arena.take(tensor)
+    for tensor, found in zip(like, tensors_in(memory, like)):
         assert (found.shape, found.dtype, found.data_ptr() % ALIGNMENT) == (tensor.shape, tensor.dtype, 0)
         assert not found.any()
 

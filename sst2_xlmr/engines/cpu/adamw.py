@@ -21,7 +21,7 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.engines.cpu.averaging import average_gradients
 from sst2_xlmr.engines.cpu.kernels import GRADIENTS, PARAMETER, Kernels
 from sst2_xlmr.engines.cpu.masters import ParamState, split_master
-from sst2_xlmr.engines.cpu.shared_memory import Arena, aligned_bytes, barrier_sum, shared_bytes
+from sst2_xlmr.engines.cpu.shared_memory import aligned_bytes, barrier_sum, shared_bytes, tensors_in
 from sst2_xlmr.training.optimizer import BETAS, EPSILON, group_of
 from sst2_xlmr.util.distributed import World, raise_on_all
 from sst2_xlmr.util.memory import give_back_memory
@@ -84,14 +84,15 @@ class CpuAdamW:
             False if there is no such memory (see `shared_bytes`); then nothing has changed.
         """
         world, weights = self._world, [state.weight.data for state in self._trained]
-        size = aligned_bytes([tensor for state in self._trained for tensor in state.tensors().values()])
-        memory = shared_bytes(world, size + world.world_size * aligned_bytes(weights))
+        tensors = [tensor for state in self._trained for tensor in state.tensors().values()]
+        size, size_of_gradients = aligned_bytes(tensors), aligned_bytes(weights)
+        memory = shared_bytes(world, size + world.world_size * size_of_gradients)
         if memory is None:
             return False
-        arena = Arena(memory)
+        places = iter(tensors_in(memory, tensors))
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
-            place = arena.take(tensor)
+            place = next(places)
             return place.copy_(tensor) if world.is_main else place
 
         for state in self._trained:
@@ -100,7 +101,7 @@ class CpuAdamW:
             state.weight.data = moved(state.weight.data)
             state.low_bits = None if state.low_bits is None else moved(state.low_bits)
             state.exp_avg, state.exp_avg_sq = moved(state.exp_avg), moved(state.exp_avg_sq)
-        self._places = arena.take_for_ranks(world, weights)
+        self._places = tensors_in(memory, weights, size + world.rank * size_of_gradients)
         barrier_sum(world)  # rank 0 has copied everything
         give_back_memory()
         return True
@@ -125,10 +126,11 @@ class CpuAdamW:
         if not self.shares_memory:
             return [torch.zeros_like(state.weight.data, dtype=torch.float32) for state in self._trained]
         shapes = [torch.empty_like(state.weight.data, dtype=torch.float32, device="meta") for state in self._trained]
-        memory = shared_bytes(self._world, self._world.world_size * aligned_bytes(shapes))
+        size = aligned_bytes(shapes)
+        memory = shared_bytes(self._world, self._world.world_size * size)
         if memory is None:
             raise_on_all("no memory to share for the sums of micro-batches; leave out --micro-batch-size")
-        return Arena(memory).take_for_ranks(self._world, shapes)
+        return tensors_in(memory, shapes, self._world.rank * size)
 
     def _keep_gradient(self, number: int, parameter: torch.Tensor) -> None:
         """Move a gradient that autograd has just made to where it is added up or shared."""

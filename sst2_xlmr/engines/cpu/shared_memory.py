@@ -57,25 +57,14 @@ def aligned_bytes(tensors: list[torch.Tensor]) -> int:
     return sum(size + -size % ALIGNMENT for size in sizes)
 
 
-class Arena:
-    """Hands out a shared memory's bytes as tensors, one after another; the same on every rank."""
-
-    def __init__(self, memory: mmap.mmap) -> None:
-        self._memory, self._used = memory, 0
-
-    def take(self, like: torch.Tensor) -> torch.Tensor:
-        """Return the next tensor, of the shape and dtype of `like`."""
-        tensor = torch.frombuffer(self._memory, dtype=like.dtype, count=like.numel(), offset=self._used)
-        self._used += aligned_bytes([like])
-        return tensor.view(like.shape)
-
-    def take_for_ranks(self, world: World, like: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return tensors of these shapes and dtypes that are this rank's; the same of all ranks lie one after another.
-
-        One rank's lie `aligned_bytes(like)` behind those of the rank before.
-        """
-        ranks = [[self.take(tensor) for tensor in like] for _ in range(world.world_size)]
-        return ranks[world.rank]
+def tensors_in(memory: mmap.mmap, like: list[torch.Tensor], offset: int = 0) -> list[torch.Tensor]:
+    """Return tensors of the shapes and dtypes of `like` in shared memory, one after another from byte `offset` on."""
+    places = []
+    for tensor in like:
+        place = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+        places.append(place.view(tensor.shape))
+        offset += aligned_bytes([tensor])
+    return places
 
 
 def barrier_sum(world: World, value: float = 0.0) -> float:
