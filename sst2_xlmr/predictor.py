@@ -108,8 +108,9 @@ class Classifier:
             return first
 
         def alike(each: Classifier) -> tuple[object, ...]:
-            tokenizer = each.tokenizer
-            return each.task.problem_type, each.label_names, tokenizer_digest(tokenizer.file), tokenizer.limits
+            tokens = each.tokenizer
+            limits = tokens.max_length, tokens.long_texts
+            return each.task.problem_type, each.label_names, tokenizer_digest(tokens.file), limits
 
         for other in others:
             if alike(other) != alike(first):

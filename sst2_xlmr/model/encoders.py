@@ -35,14 +35,14 @@ DROPOUT_KEYS += ["text_pairs", "long_texts", "stride", "thresholds"]
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """The sizes of an XLM-R encoder; `positions` counts the two unused rows (0 and padding)."""
+    """The sizes of an XLM-R encoder."""
 
     vocab_size: int = 250_002
     hidden: int = 768
     layers: int = 12
     heads: int = 12
     ffn: int = 3072
-    positions: int = 514
+    positions: int = 514  # with the two unused rows, 0 and padding
     layer_norm_eps: float = 1e-5
 
 
@@ -52,29 +52,18 @@ BUNDLE_SHAPES = {"xlmr.base": EncoderShape(), "xlmr.large": EncoderShape(hidden=
 
 @dataclass(frozen=True)
 class Encoder:
-    """A pretrained encoder on disk.
+    """A pretrained encoder on disk."""
 
-    Attributes:
-        name: as the user gave it.
-        shape: its sizes; stored layers above shape.layers are not read.
-        label_names: of the head's outputs; None without a head.
-        max_length: longest input in tokens that it was made for, at most shape.positions - 2.
-        dropouts: `DROPOUT_KEYS` of the folder's `config.json`.
-        cut_from: how many layers it had before `lowest_layers`; 0 if it is whole.
-        is_bert: whether names are BERT's, whose positions begin at 0 and whose head is its pooler's.
-        problem_type: of the head, in transformers' words.
-    """
-
-    name: str
-    shape: EncoderShape
+    name: str  # as the user gave it
+    shape: EncoderShape  # stored layers above shape.layers are not read
     weights_file: Path
     tokenizer_file: Path
-    label_names: list[str] | None = None
-    max_length: int = 512
-    dropouts: dict[str, Any] = field(default_factory=dict)
-    cut_from: int = 0
-    is_bert: bool = False
-    problem_type: str = SingleLabel.problem_type
+    label_names: list[str] | None = None  # of the head's outputs; None without a head
+    max_length: int = 512  # longest input in tokens that it was made for, at most shape.positions - 2
+    dropouts: dict[str, Any] = field(default_factory=dict)  # `DROPOUT_KEYS` of the folder's config.json
+    cut_from: int = 0  # how many layers it had before `lowest_layers`; 0 if it is whole
+    is_bert: bool = False  # names are BERT's, whose positions begin at 0 and whose head is its pooler's
+    problem_type: str = SingleLabel.problem_type  # of the head, in transformers' words
 
     @property
     def weights_files(self) -> list[Path]:
@@ -111,8 +100,8 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
             return downloads.fetch_first(name, folder, names, quiet)
         return next((folder / file for file in names if (folder / file).is_file()), None)
 
-    settings = read_json(_settings_file(folder), _LAYOUT)
-    file = folder / "config.json"
+    file = _settings_file(folder)
+    settings = read_json(file, _LAYOUT)
     shape = _shape(settings, file)
     tokenizer_file = find(_TOKENIZER_NAMES)
     if tokenizer_file is None:

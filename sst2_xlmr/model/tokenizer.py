@@ -80,13 +80,8 @@ class Tokenizer:
         added: Sequence[AddedToken],
         long_texts: LongTexts = CUT,
     ) -> None:
-        self.pieces, self.file, self.max_length, self.added, self.long_texts = (
-            pieces,
-            file,
-            max_length,
-            added,
-            long_texts,
-        )
+        self.pieces, self.file, self.max_length = pieces, file, max_length
+        self.added, self.long_texts = added, long_texts
         self.vocab_size: int = max([pieces.GetPieceSize(), *(token.id for token in added)]) + 1
         longest_first = sorted(added, key=lambda token: -len(token.content))
         self._added_ids = [token.id - 1 for token in longest_first]
@@ -96,11 +91,6 @@ class Tokenizer:
             pattern = rf"(?<!\w){pattern}(?!\w)" if token.single_word else pattern
             patterns.append(r"\s*" * token.lstrip + pattern + r"\s*" * token.rstrip)
         self._any_added = re.compile("|".join(patterns))
-
-    @property
-    def limits(self) -> tuple[int, LongTexts]:
-        """The longest input, and what becomes of longer texts."""
-        return self.max_length, self.long_texts
 
     def flat_ids(self, texts: list[str], pairs: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all rows one after another, int32 [tokens], and tokens per row, int64 [rows].

@@ -45,16 +45,13 @@ message_type { name: "Model"
 
 
 class AddedToken(NamedTuple):
-    """A token that is found before SentencePiece cuts what is left.
-
-    lstrip, rstrip: it includes the white space before or after it; single_word: not inside a word.
-    """
+    """A token that is found before SentencePiece cuts what is left."""
 
     content: str
     id: int
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
+    lstrip: bool = False  # it includes the white space before it
+    rstrip: bool = False  # and after it
+    single_word: bool = False  # not inside a word
 
 
 def added_tokens(file: Path) -> list[AddedToken]:

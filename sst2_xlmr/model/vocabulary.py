@@ -23,18 +23,12 @@ _CHUNK = 1 << 22
 
 @dataclass
 class Vocabulary:
-    """The rows of an embedding table.
+    """The rows of an embedding table."""
 
-    Attributes:
-        ids: int64 [rows], ascending, the id of every row.
-        decay_rate: weight decay of the table, times its factor on the learning rate; 0 if it is frozen.
-        decay: what all steps so far have left of a row without gradient.
-    """
-
-    ids: torch.Tensor
-    size: int
-    decay_rate: float = 0.0
-    decay: float = 1.0
+    ids: torch.Tensor  # int64 [rows], ascending, the id of every row
+    size: int  # of the whole vocabulary
+    decay_rate: float = 0.0  # weight decay of the table, times its factor on the learning rate; 0 if it is frozen
+    decay: float = 1.0  # what all steps so far have left of a row without gradient
 
     @property
     def is_whole(self) -> bool:

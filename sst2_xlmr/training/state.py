@@ -7,45 +7,30 @@ from dataclasses import dataclass, field
 
 @dataclass
 class TrainState:
-    """Where a run is, and what was decided for it.
-
-    Attributes:
-        precision, eval_every: as decided at the beginning.
-        digests: SHA-256 of what the run reads; a resumed run must read the same.
-        step: global batches consumed; an optimizer step each, but for those that were skipped.
-        epoch, batch: position of the next global batch.
-        best_value, best_loss, best_step: of the best evaluation so far, by --best-by (higher is better).
-        evaluations, stale_evaluations: on dev so far, and since the best one.
-        evaluation_due: whether the run was stopped before this step's evaluation was done.
-        skipped, skipped_in_row: batches whose gradient was not finite; the most recent ones.
-        has_learned: whether a line of metrics was clearly better than the class-prior baseline.
-        collapse_check_due, checked_step: whether the run seems not to learn; when that was checked last.
-        temperature, ece_before, ece_after: of the model that is written next (see evaluation/calibration).
-        thresholds: of that model's labels, where they are fitted on dev.
-    """
+    """Where a run is, and what was decided for it."""
 
     batches_per_epoch: int
-    precision: str = "fp32"
+    precision: str = "fp32"  # as decided at the beginning, like the next one
     eval_every: int = 0
-    digests: dict[str, str] = field(default_factory=dict)
-    step: int = 0
-    epoch: int = 0
+    digests: dict[str, str] = field(default_factory=dict)  # SHA-256 of what the run reads; so must a resumed run
+    step: int = 0  # global batches consumed; an optimizer step each, but for those that were skipped
+    epoch: int = 0  # with `batch`, the position of the next global batch
     batch: int = 0
-    best_value: float = float("-inf")
+    best_value: float = float("-inf")  # of the best evaluation so far, by --best-by (higher is better)
     best_loss: float = float("inf")
     best_step: int = 0
-    evaluations: int = 0
-    stale_evaluations: int = 0
-    evaluation_due: bool = False
-    skipped: int = 0
-    skipped_in_row: int = 0
-    has_learned: bool = False
-    collapse_check_due: bool = False
-    checked_step: int = 0
-    temperature: float = 1.0
+    evaluations: int = 0  # on dev so far
+    stale_evaluations: int = 0  # since the best one
+    evaluation_due: bool = False  # the run was stopped before this step's evaluation was done
+    skipped: int = 0  # batches whose gradient was not finite
+    skipped_in_row: int = 0  # the most recent ones of them
+    has_learned: bool = False  # a line of metrics was clearly better than the class-prior baseline
+    collapse_check_due: bool = False  # the run seems not to learn
+    checked_step: int = 0  # when that was checked last
+    temperature: float = 1.0  # of the model that is written next, like all below (see evaluation/calibration)
     ece_before: float = 0.0
     ece_after: float = 0.0
-    thresholds: list[float] = field(default_factory=list)
+    thresholds: list[float] = field(default_factory=list)  # of its labels, where they are fitted on dev
 
     @property
     def epochs(self) -> float:

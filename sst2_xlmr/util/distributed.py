@@ -33,22 +33,16 @@ PATIENCE = timedelta(hours=6)
 
 @dataclass(frozen=True)
 class World:
-    """Which process this is, among all that train together.
-
-    Attributes:
-        control: gloo group for Python objects; None with one process.
-        patient: gloo group that waits for downloads and slow disks; None with one process.
-        timeout_s: seconds without an answer after which another process counts as lost.
-    """
+    """Which process this is, among all that train together."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     device: torch.device
-    control: Any = None
-    patient: Any = None
-    timeout_s: float = math.inf
+    control: Any = None  # gloo group for Python objects; None with one process
+    patient: Any = None  # the same, but it waits for downloads and slow disks
+    timeout_s: float = math.inf  # without an answer, after which another process counts as lost
 
     @property
     def is_main(self) -> bool:
@@ -233,9 +227,7 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
     """
     result = None
     for first in (True, False):
-        problem = ""
-        if (world.local_rank == 0) == first:
-            result, problem = _attempt(prepare)
+        result, problem = _attempt(prepare) if (world.local_rank == 0) == first else (result, "")
         if problem := next(filter(None, gather_objects(world, problem, world.patient)), ""):
             raise_on_all(problem)
     assert result is not None

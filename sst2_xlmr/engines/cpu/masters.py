@@ -35,25 +35,16 @@ def join_master(weight: torch.Tensor, low_bits: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class ParamState:
-    """One parameter, and all that AdamW keeps for it.
-
-    Attributes:
-        name: the parameter's.
-        weight: what the model computes with; bf16 or fp32.
-        low_bits: int16, in bf16 what `weight` lacks of the fp32 master weights (see `store_master`); None in fp32.
-        exp_avg, exp_avg_sq: fp32 moments; None if it is not trained.
-        lr_scale, weight_decay: of its group.
-        accumulator: fp32 sum of the micro-batches' gradients, made when first needed.
-    """
+    """One parameter, and all that AdamW keeps for it."""
 
     name: str
-    weight: nn.Parameter
-    low_bits: torch.Tensor | None = None
-    exp_avg: torch.Tensor | None = None
+    weight: nn.Parameter  # what the model computes with; bf16 or fp32
+    low_bits: torch.Tensor | None = None  # int16, what a bf16 weight lacks of its fp32 master (see `store_master`)
+    exp_avg: torch.Tensor | None = None  # fp32 moments; None if it is not trained
     exp_avg_sq: torch.Tensor | None = None
-    lr_scale: float = 1.0
+    lr_scale: float = 1.0  # of its group, like its decay
     weight_decay: float = 0.0
-    accumulator: torch.Tensor | None = None
+    accumulator: torch.Tensor | None = None  # fp32 sum of the micro-batches' gradients, made when first needed
 
     def load(self, master: torch.Tensor) -> None:
         if self.low_bits is None:
