@@ -55,7 +55,8 @@ def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
     if world.world_size == 1:
         return model
     devices = [world.device] if world.device.type == "cuda" else []
-    wrapped = DistributedDataParallel(model, devices or None, gradient_as_bucket_view=True)
+    # The one buffer, the id map, never changes.
+    wrapped = DistributedDataParallel(model, devices or None, broadcast_buffers=False, gradient_as_bucket_view=True)
     with torch.random.fork_rng(devices):
         wrapped(torch.zeros(2, dtype=torch.int64, device=world.device), torch.tensor([2])).float().sum().backward()
     wrapped.zero_grad(set_to_none=True)

@@ -27,7 +27,6 @@ COLUMN_OPTIONS = (*TEXT_OPTIONS, "label_column", "label_columns", "weight_column
 EVAL_BATCH_TOKENS = 4096
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
 TASKS = ("auto", "single-label", "multi-label", "regression")
-LONG_TEXTS = ("cut", "head-tail", "windows")
 COLUMN_KEYS = ("text", "pair", "label", "weight", "format", "delimiter", "quoting", "encoding")
 FORMATS = ("tsv", "csv", "jsonl", "json", "lines", "fasttext", "folder", "parquet", "arrow", "xlsx")
 QUOTES = {"none": "", "double": '"', "single": "'", "backslash": '"'}  # quoting -> quotation mark
@@ -249,7 +248,7 @@ class Config:
         "texts beyond --max-length: cut, head-tail (a quarter from the beginning, the rest from the end), or windows,"
         " whose features are averaged",
         "NAME",
-        one_of(*LONG_TEXTS),
+        one_of("cut", "head-tail", "windows"),
     )
     stride: int = option(
         0, "windows: tokens from one's start to the next one's (0: three quarters of a window)", "TOKENS", at_least(0)

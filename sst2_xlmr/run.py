@@ -1,4 +1,4 @@
-"""Everything that a training run owns, and the operations that the loop, in train.py, calls."""
+"""A training run, and the operations that the loop, in train.py, calls."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from sst2_xlmr.util.memory import memory_errors
 
 
 class Run:
-    """A run.
+    """All that a training run owns.
 
     Attributes:
         model, ddp_model: what gives logits; the same, or under DDP, to be trained.
@@ -71,8 +71,6 @@ class Run:
         self.schedule = Schedule(config, len(self.loader), state.eval_every)
         seed_rank(config.seed, world.rank)
         classifier.to(world.device)
-        if classifier.id_map is not None:
-            classifier.id_map = classifier.id_map.to(world.device)
         backend = training_backend(classifier, config, state.precision, world)
         self.model, self.ddp_model, self.optimizer, self.fallback_reason = backend
         self.meter, self.stop, self.finisher = TrainMeter(world), StopRequest(world), BackgroundWriter()
@@ -165,10 +163,6 @@ class Run:
     def task_for(self, split: str, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
         """Return the task of the model whose logits are divided by a temperature, and a file's labels."""
         return at_temperature(self.task, temperature), self.inputs.caches[split].labels
-
-    def best_name(self) -> str:
-        """Return what --best-by asks for, in words."""
-        return " ".join(self.best_by)
 
     def log_evaluations(self, found: dict[str, Evaluation], temperature: float, draws: bool) -> None:
         """Report evaluations of the model with its logits divided by a temperature."""

@@ -143,7 +143,7 @@ def open_report(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[Non
 
 def finish(run: Run) -> None:
     """Evaluate on the files for the end, write the model, and say where it lies."""
-    state, folder, metric = run.state, run.folder, run.best_name()
+    state, folder, metric = run.state, run.folder, " ".join(run.best_by)
     if run.schedule.has_stopped_improving(state):
         run.say(f"stopped early: {state.stale_evaluations} evaluations without a better {metric}")
     found = {split: run.evaluate_split(split) for split in run.test_splits}

@@ -11,7 +11,7 @@ from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer, load_tokenizer
 from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
 from sst2_xlmr.model.weight_files import Weights, reading_weights
-from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, Tensors, from_hugging_face
+from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, Tensors, from_hugging_face, layer_of
 from sst2_xlmr.task import Task, stored_task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.tensors import LazyTensor
@@ -89,24 +89,26 @@ def load_tensors(encoder: Encoder, ids: torch.Tensor | None = None) -> Tensors:
     read, or its table does not have the configured number of rows.
     """
     with reading_weights(encoder.weights_file):
-        raw = Weights(encoder.weights_file, ids, encoder.shape.layers)
+        weights = Weights(encoder.weights_file)
         if ids is not None:
-            _find_table(encoder, raw)
-        return from_hugging_face(list(raw.raw), raw.tensor, encoder.is_bert)
+            _find_table(encoder, weights)
+        names = [name for name in weights.raw if layer_of(name) < encoder.shape.layers]
+        return from_hugging_face(names, lambda name: weights.tensor(name, ids), encoder.is_bert)
 
 
 def pretrained_table(encoder: Encoder) -> LazyTensor:
     """Return the encoder's embedding table, fp32 [vocab_size, hidden], read a few rows at a time; errors as above."""
-    raw = Weights(encoder.weights_file, None, encoder.shape.layers)
-    name, shape = _find_table(encoder, raw), (encoder.shape.vocab_size, encoder.shape.hidden)
-    return LazyTensor(shape, torch.float32, lambda start, stop: raw.read(name, slice(start, stop)))
+    weights = Weights(encoder.weights_file)
+    name = _find_table(encoder, weights)
+    shape = weights.raw[name].shape
+    return LazyTensor(shape, torch.float32, lambda start, stop: weights.read(name, slice(start, stop)))
 
 
-def _find_table(encoder: Encoder, raw: Weights) -> str:
+def _find_table(encoder: Encoder, weights: Weights) -> str:
     """Return the embedding table's name in the file, and check its shape."""
-    name = next((name for name in EMBEDDING_SOURCES if name in raw.raw), "")
+    name = next((name for name in EMBEDDING_SOURCES if name in weights.raw), "")
     expected = torch.Size((encoder.shape.vocab_size, encoder.shape.hidden))
-    _check_fit({EMBEDDING: raw.raw[name]} if name else {}, {EMBEDDING: expected}, encoder.weights_file)
+    _check_fit({EMBEDDING: weights.raw[name]} if name else {}, {EMBEDDING: expected}, encoder.weights_file)
     return name
 
 

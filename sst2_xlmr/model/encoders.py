@@ -26,7 +26,6 @@ _SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 _SIZES += ["max_position_embeddings"]
 _ONLY = {"hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",), "pad_token_id": (1,)}
 _ONLY |= {"is_decoder": (False,)}  # of config.json, the default first
-MOST_LAYERS = 1_000
 _LAYOUT = "a model's folder in Hugging Face layout is needed"
 # Of config.json, kept as they are: dropout, and what training did to its input and does with its answers.
 DROPOUT_KEYS = ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"]
@@ -144,7 +143,7 @@ def _settings_file(folder: Path) -> Path:
 
 def _outputs(weights_file: Path, is_bert: bool) -> int:
     """Return how many outputs the head in the weights has, 0 without a head; UserError if they are a wrapper's."""
-    shapes = {name: tensor.shape for name, tensor in Weights(weights_file, None, MOST_LAYERS).raw.items()}
+    shapes = {name: tensor.shape for name, tensor in Weights(weights_file).raw.items()}
     for name in shapes:
         prefix, table, _ = name.partition("embeddings.word_embeddings.weight")
         if table and name not in EMBEDDING_SOURCES:
@@ -202,7 +201,7 @@ def _shape(settings: dict[str, Any], file: Path) -> EncoderShape:
     if settings.get("quantization_config"):
         raise UserError(f"{file}: the weights are quantized (quantization_config); take the model in fp32 or bf16")
     for key in _SIZES:
-        size, largest = settings.get(key), MOST_LAYERS if key.startswith("num") else 10_000_000
+        size, largest = settings.get(key), 1_000 if key.startswith("num") else 10_000_000
         if type(size) is not int or not 1 <= size <= largest:  # more is a typo, or an attack on memory
             raise UserError(f"{file}: {key} is {size!r}; a number from 1 to {largest:,} is needed")
     vocab_size, hidden, layers, heads, ffn, positions = (settings[key] for key in _SIZES)

@@ -105,7 +105,7 @@ class SequenceClassifier(nn.Module):
     """Encoder and head; `outputs` logits a text, `rows` of the embedding table (None for the whole vocabulary).
 
     Attributes:
-        id_map: int32 [vocabulary], on the ids' device, each id's row in the embedding table; None if that is whole.
+        id_map: int32 [vocabulary], each id's row in the embedding table; None if that is whole.
         autocast: whether fp32 parameters compute in bf16.
     """
 
@@ -116,7 +116,8 @@ class SequenceClassifier(nn.Module):
         self.shape, self.outputs, self.autocast = shape, outputs, False
         self.encoder = Encoder(shape, rows or shape.vocab_size, dropout)
         self.head = Head(shape.hidden, outputs, head_dropout)
-        self.id_map: torch.Tensor | None = None  # no buffer: DDP would send it at every step
+        self.id_map: torch.Tensor | None
+        self.register_buffer("id_map", None, persistent=False)
 
     @property
     def is_encoder_frozen(self) -> bool:
@@ -165,5 +166,4 @@ class SequenceClassifier(nn.Module):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_encoder_frozen):
                 features = mean_of_windows(self.encoder(self.rows_of(tokens), mask), windows)
-            logits: torch.Tensor = self.head(features)
-        return logits
+            return self.head(features)

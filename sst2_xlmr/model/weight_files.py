@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, layer_of
+from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json, reading
 
@@ -56,14 +56,10 @@ class Weights:
     A file is mapped into memory. Pages that have been read count as the process's memory until the mapping is closed,
     so it is renewed from time to time. Tensors are copied, because a mapping would change with the file. Only torch's
     old format, a bare pickle, cannot be mapped and is read as a whole.
-
-    Args:
-        ids: int64 [rows], the rows of the embedding table to read; None for all.
-        layers: tensors of layers above these lowest ones are left out.
     """
 
-    def __init__(self, file: Path, ids: torch.Tensor | None, layers: int) -> None:
-        self._file, self._files, self._ids, self._layers = file, parts_of(file), ids, layers
+    def __init__(self, file: Path) -> None:
+        self._file, self._files = file, parts_of(file)
         with reading_weights(file):
             self._is_mapped = all(part.suffix == ".safetensors" or _is_plain_zip(part) for part in self._files)
             self._map()
@@ -78,15 +74,14 @@ class Weights:
                 if not isinstance(found, dict) or isinstance(found.get("state_dict"), dict):
                     raise UserError(f"{file} is no model's state_dict(); save that alone, under transformers' names")
             raw.update(found)
-        floats = {name: raw[name] for name in raw if torch.is_tensor(raw[name]) and raw[name].is_floating_point()}
-        self.raw = {name: floats[name] for name in floats if layer_of(name) < self._layers}
+        self.raw = {name: raw[name] for name in raw if torch.is_tensor(raw[name]) and raw[name].is_floating_point()}
         self._read_bytes = 0
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor; of the embedding table, the rows to read."""
-        if self._ids is None or name not in EMBEDDING_SOURCES:
+    def tensor(self, name: str, ids: torch.Tensor | None) -> torch.Tensor:
+        """Return a tensor; of the embedding table, only the rows `ids`, int64 [rows], unless they are None."""
+        if ids is None or name not in EMBEDDING_SOURCES:
             return self.read(name, ...)
-        return torch.cat([self.read(name, ids) for ids in self._ids.split(_ROWS_AT_ONCE)])
+        return torch.cat([self.read(name, part) for part in ids.split(_ROWS_AT_ONCE)])
 
     def read(self, name: str, rows: Any) -> torch.Tensor:
         """Return the part of a tensor that the index `rows` selects."""

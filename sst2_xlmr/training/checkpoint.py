@@ -69,9 +69,8 @@ def save_checkpoint(
             (unfinished / "manifest.json").write_text(_manifest(files), encoding="utf-8")
             put_in_place(unfinished, target)
             saved = sorted(folder.glob("step-????????"))
-            for old in [each for each in saved if not what_is_damaged(each, sizes_only=True)][
-                : -config.keep_checkpoints
-            ]:
+            whole = [checkpoint for checkpoint in saved if not what_is_damaged(checkpoint, sizes_only=True)]
+            for old in whole[: -config.keep_checkpoints]:
                 (old / "manifest.json").unlink(missing_ok=True)  # first: half-removed, it must not count
                 shutil.rmtree(old, ignore_errors=True)
 

@@ -106,8 +106,7 @@ class Int8Classifier(nn.Module):
         return self.table[ids] * self.table_scales[ids, None] + self.positions[positions]
 
     def _classify(self, features: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head.out(torch.tanh(self.head.dense(features)))
-        return logits
+        return self.head.out(torch.tanh(self.head.dense(features)))
 
     def _layer(
         self,
