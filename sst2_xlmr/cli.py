@@ -69,7 +69,6 @@ def positive(text: str) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of programs that use a trained model."""
     what = "directory of a model that train.py wrote, or owner/name[@revision] of one on the Hugging Face Hub; may be"
     what += " repeated, for the mean of several models' probabilities"
     model: dict[str, Any] = {"required": True, "action": "append", "dest": "models", "type": Path}
@@ -168,7 +167,6 @@ def words_of(config: Config) -> list[str]:
 
 
 def train_parser() -> OneLineParser:
-    """Return the parser of train.py's flags."""
     parser = OneLineParser(
         description="Fine-tune XLM-R for text classification; SST-2 by default.",
         epilog="@FILE takes options from a file, such as those in scripts/recipes/; options after it override them."

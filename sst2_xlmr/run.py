@@ -18,7 +18,7 @@ from sst2_xlmr.export.folder import export_run
 from sst2_xlmr.model.classifier import build_classifier, load_classifier, pretrained_table
 from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary, whole_vocabulary
 from sst2_xlmr.report.console import Report
-from sst2_xlmr.task import ERRORS, Task, at_temperature, fit_thresholds, with_thresholds
+from sst2_xlmr.task import ERRORS, at_temperature, fit_thresholds, with_thresholds
 from sst2_xlmr.training.checkpoint import save_checkpoint, seed_rank
 from sst2_xlmr.training.guard import check_progress, check_skipped
 from sst2_xlmr.training.meter import TrainMeter
@@ -101,7 +101,6 @@ class Run:
         self.say(f"step {self.state.step:>6}  gradient is not finite: batch skipped")
 
     def advance(self, skipped: bool = False) -> None:
-        """Go to the next global batch."""
         self.state.advance(skipped)
         if self.report:
             self.report.advance()
@@ -128,14 +127,14 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluate during training, and keep the model if it is the best."""
-        state, config, may_end = self.state, self.config, self.schedule.may_end(self.state)
+        state, config, caches, may_end = self.state, self.config, self.inputs.caches, self.schedule.may_end(self.state)
         found = {split: self.evaluate_split(split) for split in self.eval_splits}
-        labels, probabilities = self.inputs.caches["dev"].labels, found["dev"].probabilities
+        labels, probabilities = caches["dev"].labels, found["dev"].probabilities
         thresholds = fit_thresholds(self.task, probabilities, labels, config.threshold_for)
         state.thresholds = broadcast(self.world, thresholds)
         self.task = with_thresholds(self.task, state.thresholds)
         if state.thresholds:
-            found = {split: each.with_fitted(1.0, *self.task_for(split)) for split, each in found.items()}
+            found = {split: each.with_fitted(1.0, self.task, caches[split].labels) for split, each in found.items()}
         value, loss = self.value_of(found), found["dev"].metrics["loss"]
         is_best = state.is_best(value, loss)
         is_written = is_best or may_end
@@ -160,14 +159,11 @@ class Run:
         value = float(np.mean([each.metrics[metric] for split, each in found.items() if wanted in (split, "mean")]))
         return -value if metric in ERRORS else value
 
-    def task_for(self, split: str, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
-        """Return the task of the model whose logits are divided by a temperature, and a file's labels."""
-        return at_temperature(self.task, temperature), self.inputs.caches[split].labels
-
     def log_evaluations(self, found: dict[str, Evaluation], temperature: float, draws: bool) -> None:
         """Report evaluations of the model with its logits divided by a temperature."""
+        task = at_temperature(self.task, temperature)
         for split, evaluation in found.items():
-            task, labels = self.task_for(split, temperature)
+            labels = self.inputs.caches[split].labels
             final = evaluation.with_fitted(temperature, task, labels) if temperature != 1 else evaluation
             self.metrics[split] = final.metrics
             drawn = (labels, final.probabilities, task) if draws else ()

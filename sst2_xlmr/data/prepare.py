@@ -19,7 +19,7 @@ from sst2_xlmr.data.splits import cut_off, find_files, share_of
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.labels import MISSING
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, check_tokenizer, find_encoder, lowest_layers
-from sst2_xlmr.model.tokenizer import LongTexts, load_tokenizer
+from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task, find_task, task_kind
 from sst2_xlmr.util import downloads
@@ -198,7 +198,7 @@ def prepare(config: Config, quiet: bool) -> Prepared:
     check_sizes(config, encoder.shape)
     if config.layers:
         encoder = lowest_layers(encoder, config.layers)
-    load = functools.lru_cache(maxsize=1)(load_tokenizer)
+    load = functools.lru_cache(maxsize=1)(Tokenizer)
     further = (task, config.max_length, cache_dir, load, long_texts_of(config))
     caches = {
         name: tokenize_file(split.files, encoder.tokenizer_file, split.columns, *further)

@@ -22,7 +22,7 @@ from sst2_xlmr.data.duplicates import find_repeats, text_digests
 from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.rows import Inspection, Row, in_chunks, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
-from sst2_xlmr.model.tokenizer import CUT, LongTexts, Tokenizer, load_tokenizer, window_starts
+from sst2_xlmr.model.tokenizer import CUT, LongTexts, Tokenizer, window_starts
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.cores import available_cores
@@ -112,7 +112,7 @@ def tokenize_file(
     task: Task,
     max_length: int,
     cache_dir: Path,
-    load: Callable[[Path, int, LongTexts], Tokenizer] = load_tokenizer,
+    load: Callable[[Path, int, LongTexts], Tokenizer] = Tokenizer,
     long_texts: LongTexts = CUT,
 ) -> TokenCache:
     """Return the token cache of a file, or of several as if they were one.

@@ -19,7 +19,7 @@ import torch
 from sst2_xlmr.export.folder import read_card, with_note, write_folder
 from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder
-from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
+from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.tokenizer_files import SETTINGS_NAME, UNIGRAM, model_class
 from sst2_xlmr.model.vocabulary import EMBEDDING, SPECIAL_IDS
 from sst2_xlmr.util.errors import UserError
@@ -58,7 +58,7 @@ def trimmed_tokenizer(model: bytes, kept: np.ndarray) -> bytes:
 
 def write_trimmed(encoder: Encoder, texts: Iterable[str], folder: Path) -> int:
     """Write a trained model's folder without what the texts do not need; returns how many embedding rows are left."""
-    tokenizer = load_tokenizer(encoder.tokenizer_file, sys.maxsize)
+    tokenizer = Tokenizer(encoder.tokenizer_file, sys.maxsize)
     kept = needed_pieces(tokenizer, texts)
     # XLM-R's ids: four of its own, then every piece's + 1 (see model.tokenizer), then <mask> and added ones.
     rest = np.arange(tokenizer.pieces.GetPieceSize() + 1, encoder.shape.vocab_size)

@@ -8,7 +8,7 @@ import torch
 
 from sst2_xlmr.model.encoders import Encoder, check_tokenizer, find_model
 from sst2_xlmr.model.roberta import SequenceClassifier
-from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer, load_tokenizer
+from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
 from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
 from sst2_xlmr.model.weight_files import Weights, reading_weights
 from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, Tensors, from_hugging_face, layer_of
@@ -28,7 +28,7 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Seq
     if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
         raise UserError(f"{folder} has weights that are not finite (NaN or infinite); train it again, or use another")
     model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
-    tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length, stored_long_texts(encoder))
+    tokenizer = Tokenizer(encoder.tokenizer_file, encoder.max_length, stored_long_texts(encoder))
     check_tokenizer(encoder, tokenizer.vocab_size)
     return model, tokenizer, task
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import List, NamedTuple, Optional  # noqa: UP035 (TorchScript knows these only)
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from sst2_xlmr.model.tokenizer_files import AddedToken, added_tokens, sentencepiece_model
+from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import reading
 
@@ -67,23 +66,20 @@ class Tokenizer:
     first, and SentencePiece cuts what is between them, as transformers does.
 
     Attributes:
-        file: it was loaded from.
         pieces: its SentencePiece model, which knows nothing of added tokens.
         vocab_size: every id is below it.
     """
 
-    def __init__(
-        self,
-        pieces: SentencePieceProcessor,
-        file: Path,
-        max_length: int,
-        added: Sequence[AddedToken],
-        long_texts: LongTexts = CUT,
-    ) -> None:
-        self.pieces, self.file, self.max_length = pieces, file, max_length
-        self.added, self.long_texts = added, long_texts
-        self.vocab_size: int = max([pieces.GetPieceSize(), *(token.id for token in added)]) + 1
-        longest_first = sorted(added, key=lambda token: -len(token.content))
+    def __init__(self, file: Path, max_length: int, long_texts: LongTexts = CUT) -> None:
+        """Load a SentencePiece model or a tokenizer.json, and what was added; UserError if it is not XLM-R's kind."""
+        self.file, self.max_length, self.long_texts = file, max_length, long_texts
+        with reading(f"{file} as a SentencePiece model", "fetch it again"):
+            self.pieces = SentencePieceProcessor(model_proto=sentencepiece_model(file) or b"empty", num_threads=1)
+        if [self.pieces.unk_id(), self.pieces.bos_id(), self.pieces.eos_id()] != [0, 1, 2]:
+            raise UserError(f"{file} is another family's tokenizer: XLM-R's begins with <unk>, <s> and </s>")
+        self.added = added_tokens(file)
+        self.vocab_size: int = max([self.pieces.GetPieceSize(), *(token.id for token in self.added)]) + 1
+        longest_first = sorted(self.added, key=lambda token: -len(token.content))
         self._added_ids = [token.id - 1 for token in longest_first]
         patterns = []  # of one group each, the token
         for token in longest_first:
@@ -133,12 +129,3 @@ class Tokenizer:
         """Whether this row is cut."""
         parts = self._encode([part for part in (text, pair) if part is not None])
         return sum(len(part) + 2 for part in parts) > self.max_length
-
-
-def load_tokenizer(file: Path, max_length: int, long_texts: LongTexts = CUT) -> Tokenizer:
-    """Load a SentencePiece model or a tokenizer.json, and what was added to it; UserError if it is not XLM-R's kind."""
-    with reading(f"{file} as a SentencePiece model", "fetch it again"):
-        pieces = SentencePieceProcessor(model_proto=sentencepiece_model(file) or b"empty", num_threads=1)
-    if [pieces.unk_id(), pieces.bos_id(), pieces.eos_id()] != [0, 1, 2]:
-        raise UserError(f"{file} is another family's tokenizer: XLM-R's begins with <unk>, <s> and </s>")
-    return Tokenizer(pieces, file, max_length, added_tokens(file), long_texts)

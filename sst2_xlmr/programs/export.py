@@ -36,7 +36,7 @@ from sst2_xlmr.export.trimmed import write_trimmed
 from sst2_xlmr.model.classifier import load_classifier, load_tensors, stored_long_texts, task_of
 from sst2_xlmr.model.encoders import Encoder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
-from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
 from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import check_output, refuse
@@ -130,7 +130,7 @@ def write_onnx_file(
 
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    tokenizer = load_tokenizer(encoder.tokenizer_file, encoder.max_length, long_texts)
+    tokenizer = Tokenizer(encoder.tokenizer_file, encoder.max_length, long_texts)
 
     def inputs(texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
         if takes_texts:
@@ -172,7 +172,7 @@ def trim(encoder: Encoder, files: list[str], columns: Columns, folder: Path) -> 
     texts = [text for row in rows for text in (row.text, row.pair) if text is not None]
     left = write_trimmed(encoder, texts, folder)
     trimmed = find_encoder(str(folder))
-    both = [load_tokenizer(model.tokenizer_file, encoder.max_length) for model in (encoder, trimmed)]
+    both = [Tokenizer(model.tokenizer_file, encoder.max_length) for model in (encoder, trimmed)]
     for text in texts:
         before, after = (tokenizer.pieces_of(tokenizer.flat_ids([text])[0].tolist()) for tokenizer in both)
         if before != after:

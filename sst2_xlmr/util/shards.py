@@ -21,7 +21,6 @@ _FINGERPRINT = "fingerprint.json"
 
 
 def shards_of(output: Path) -> Path:
-    """Return the folder of an output's blocks."""
     return output.with_name(f".{output.name}.shards")
 
 
@@ -76,7 +75,6 @@ def write_block(folder: Path, number: int, content: Any) -> None:
 
 
 def read_block(folder: Path, number: int) -> Any:
-    """Return what `write_block` has written."""
     return json.loads(_block(folder, number).read_text(encoding="utf-8"))
 
 

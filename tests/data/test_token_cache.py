@@ -17,7 +17,7 @@ from sst2_xlmr.data import token_cache
 from sst2_xlmr.data.rows import inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
-from sst2_xlmr.model.tokenizer import LongTexts, load_tokenizer
+from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
 
 TASK = SingleLabel(SST2_NAMES)
@@ -36,7 +36,7 @@ def cache(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
 def test_cache_equals_tokenizing_afresh_and_the_second_start_does_not_tokenize(
     cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = load_tokenizer(tiny_encoder / "sentencepiece.bpe.model", 20)
+    tokenizer = Tokenizer(tiny_encoder / "sentencepiece.bpe.model", 20)
     texts, _, labels, *_ = zip(*read_rows(SAMPLE_DATA / "train.tsv", Columns(), TASK))
     ids, lengths = tokenizer.flat_ids(list(texts))
     assert cache.labels.tolist() == list(labels)
@@ -94,7 +94,7 @@ def test_pairs_are_in_the_cache_as_the_tokenizer_joins_them(tiny_encoder: Path, 
     rows = [("a fine film", "it was good", 1), ("a poor film " * 9, "bad " * 9, 0)]
     file.write_bytes(gzip.compress("".join(["text,pair,label\n", *(f"{a},{b},{c}\n" for a, b, c in rows)]).encode()))
     cache = tokenize_file(file, tokenizer_file, Columns(pair="pair"), TASK, 20, tmp_path / "cache")
-    ids, lengths = load_tokenizer(tokenizer_file, 20).flat_ids([row[0] for row in rows], [row[1] for row in rows])
+    ids, lengths = Tokenizer(tokenizer_file, 20).flat_ids([row[0] for row in rows], [row[1] for row in rows])
     assert (cache.ids.tolist(), cache.lengths().tolist()) == (ids.tolist(), lengths.tolist())
     assert cache.truncated == 1
 

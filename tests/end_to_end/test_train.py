@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sst2_xlmr import train
 from sst2_xlmr.data.batches import rows_in_training_order
-from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.training.step import forward_backward
 from sst2_xlmr.util.distributed import World
 
@@ -271,7 +271,7 @@ def test_batches_without_a_finite_gradient_are_skipped(
     assert errors.count("error: ") == 1
     assert "the gradient is not finite at step 7 (the last of 3 in a row)" in errors
     texts = [line.split("\t")[0] for line in (small_data / "train.tsv").read_text("utf-8").splitlines()[1:]]
-    lengths = load_tokenizer(tiny_encoder / "sentencepiece.bpe.model", 64).flat_ids(texts)[1]
+    lengths = Tokenizer(tiny_encoder / "sentencepiece.bpe.model", 64).flat_ids(texts)[1]
     expected = next(rows_in_training_order(lengths, 8, 0, 0, first=6))
     assert "from 1: " + ", ".join(str(row + 1) for row in expected) + ":" in errors
     assert state_of(stops).step == 4

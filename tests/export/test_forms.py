@@ -20,7 +20,7 @@ from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.trimmed import needed_pieces, trimmed_tokenizer
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
-from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.programs import export
 
 # torch ignores it by itself, pytest does not: torch.nn.functional looks at a size that never changes.
@@ -227,7 +227,7 @@ def test_characters_that_only_longer_pieces_have_keep_these(model: Path, tmp_pat
     letter = next(one for one in letters if sum(one in name for name in names) > 2)
     kept = np.array([number for number, name in enumerate(names) if name.lstrip("▁") != letter])
     (tmp_path / "fewer.model").write_bytes(trimmed_tokenizer(file.read_bytes(), kept))
-    tokenizer = load_tokenizer(tmp_path / "fewer.model", 64)
+    tokenizer = Tokenizer(tmp_path / "fewer.model", 64)
     fewer = tokenizer.pieces
     assert fewer.GetPieceSize() == len(kept)
     needed = {fewer.IdToPiece(number) for number in needed_pieces(tokenizer, []).tolist()}

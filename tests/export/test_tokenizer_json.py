@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
-from sst2_xlmr.model.tokenizer import load_tokenizer
+from sst2_xlmr.model.tokenizer import Tokenizer
 
 
 @pytest.fixture(params=["tiny", pytest.param("small", marks=needs_small_encoder)])
@@ -53,7 +53,7 @@ TEXTS = [
 def test_cuts_texts_as_sentencepiece_does(model_file: Path, form: Any) -> None:
     """However their characters are written; what transformers converts cuts decomposed Korean otherwise."""
     tokenizers = pytest.importorskip("tokenizers")
-    content, ours = tokenizer_json(model_file) or b"", load_tokenizer(model_file, 999)
+    content, ours = tokenizer_json(model_file) or b"", Tokenizer(model_file, 999)
     theirs = tokenizers.Tokenizer.from_str(content.decode())
     for text in (unicodedata.normalize(form, text) for text in TEXTS):
         assert theirs.encode(text).ids == ours.flat_ids([text])[0].tolist(), ascii(text)
@@ -62,7 +62,7 @@ def test_cuts_texts_as_sentencepiece_does(model_file: Path, form: Any) -> None:
 
 def test_what_is_written_is_read_back(model_file: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(model_file) or b"")
-    before, after = (load_tokenizer(file, 999) for file in (model_file, tmp_path / "tokenizer.json"))
+    before, after = (Tokenizer(file, 999) for file in (model_file, tmp_path / "tokenizer.json"))
     assert [ids.tolist() for ids in before.flat_ids(TEXTS)] == [ids.tolist() for ids in after.flat_ids(TEXTS)]
     assert before.vocab_size == after.vocab_size
     assert tokenizer_json(tmp_path / "tokenizer.json") == tokenizer_json(model_file)

@@ -15,7 +15,7 @@ from conftest import SMALL_ENCODER, change_json, needs_small_encoder, refusal, u
 from sst2_xlmr.data.rows import Columns
 from sst2_xlmr.data.token_cache import tokenize_file
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
-from sst2_xlmr.model.tokenizer import Tokenizer, load_tokenizer
+from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, added_tokens, tokenizer_digest
 from sst2_xlmr.programs import export
 from sst2_xlmr.task import SingleLabel
@@ -28,7 +28,7 @@ def ids_of(tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None = Non
 
 @needs_small_encoder
 def test_known_answer() -> None:
-    tokenizer = load_tokenizer(SMALL_ENCODER / "sentencepiece.bpe.model", 256)
+    tokenizer = Tokenizer(SMALL_ENCODER / "sentencepiece.bpe.model", 256)
     assert ids_of(tokenizer, ["Hello World!"]) == [[0, 35378, 6661, 38, 2]]
     # As published in fairseq's examples/xlmr/README.md.
     published = {
@@ -56,7 +56,7 @@ PAIRS = [
 def test_pairs_are_joined_and_cut_as_transformers_does(tiny_encoder: Path, max_length: int) -> None:
     transformers = pytest.importorskip("transformers")
     file = tiny_encoder / "sentencepiece.bpe.model"
-    reference, ours = transformers.XLMRobertaTokenizer.from_pretrained(tiny_encoder), load_tokenizer(file, max_length)
+    reference, ours = transformers.XLMRobertaTokenizer.from_pretrained(tiny_encoder), Tokenizer(file, max_length)
     texts, pairs = map(list, zip(*PAIRS))
     if not reference.is_fast:  # transformers 5 has fast tokenizers only, which cut pairs in another way
         expected = reference(texts, pairs, truncation="longest_first", max_length=max_length)["input_ids"]
@@ -68,7 +68,7 @@ def test_pairs_are_joined_and_cut_as_transformers_does(tiny_encoder: Path, max_l
 
 
 def ids_in(file: Path, text: str) -> list[int]:
-    return load_tokenizer(file, 99).flat_ids([text])[0].tolist()
+    return Tokenizer(file, 99).flat_ids([text])[0].tolist()
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_what_is_between_added_tokens_is_cut_alone(file: Path) -> None:
     assert ids_in(file, "XfineX X") == [0, 700, *plain["fine"], 700, 700, 2]
     assert ids_in(file, "XXX") == [0, 701, 700, 2], "the longest first"
     assert ids_in(file, "fine film") == [0, *plain["fine film"], 2]
-    tokenizer = load_tokenizer(file, 5)
+    tokenizer = Tokenizer(file, 5)
     assert tokenizer.vocab_size == 702
     assert tokenizer.flat_ids(["X X X X X"])[0].tolist() == [0, 700, 700, 700, 2]
     assert tokenizer.is_longer("X X X X") and not tokenizer.is_longer("X X X")
@@ -162,5 +162,5 @@ def test_another_familys_tokenizer_json_is_refused(
     content = json.loads((tiny_encoder / JSON_NAME).read_text(encoding="utf-8"))
     spoil(content)
     (tmp_path / JSON_NAME).write_text(json.dumps(content), encoding="utf-8")
-    line = refusal(load_tokenizer, tmp_path / JSON_NAME, 64)
+    line = refusal(Tokenizer, tmp_path / JSON_NAME, 64)
     assert says in line and str(tmp_path / JSON_NAME) in line
