@@ -150,19 +150,12 @@ def _check_columns(values: list[str]) -> str:
 
 def option(
     default: Any,
-    help: str,
-    metavar: str | None = None,
-    check: Callable[[Any], str] | None = None,
-    is_changeable: bool = False,
+    help: str,  # one sentence, with the unit
+    metavar: str | None = None,  # what `--help` shows for the value
+    check: Callable[[Any], str] | None = None,  # returns what is wrong with a value, or an empty string
+    is_changeable: bool = False,  # whether `--resume` accepts another value, because it does not affect the result
 ) -> Any:
-    """Declare one option; its annotation says its type and how many values it takes.
-
-    Args:
-        help: one sentence, with the unit.
-        metavar: what `--help` shows for the value.
-        check: returns what is wrong with a value, or an empty string.
-        is_changeable: whether `--resume` accepts another value, because it does not affect the result.
-    """
+    """Declare one option; its annotation says its type and how many values it takes."""
     metadata = {"help": help, "metavar": metavar, "check": check, "changeable": is_changeable}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)

@@ -22,8 +22,8 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Seq
 
     UserError if it is incomplete, has no head, weights that are not finite, or another model's tokenizer.
     """
-    encoder, label_names = find_model(folder)
-    task = task_of(encoder, label_names)
+    encoder = find_model(folder)
+    task = task_of(encoder)
     model, _ = build_classifier(encoder, task)
     if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
         raise UserError(f"{folder} has weights that are not finite (NaN or infinite); train it again, or use another")
@@ -33,9 +33,9 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Seq
     return model, tokenizer, task
 
 
-def task_of(encoder: Encoder, label_names: list[str]) -> Task:
-    """Return a trained model's task, with its thresholds."""
-    return stored_task(encoder.problem_type, label_names, encoder.dropouts.get("thresholds", ()))
+def task_of(encoder: Encoder) -> Task:
+    """Return the task, with its thresholds, of what `find_model` has found."""
+    return stored_task(encoder.problem_type, encoder.label_names or [], encoder.dropouts.get("thresholds", ()))
 
 
 def stored_long_texts(encoder: Encoder) -> LongTexts:

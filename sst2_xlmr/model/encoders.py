@@ -95,9 +95,8 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
         folder = folder / "0_Transformer"  # of sentence-transformers
 
     def find(names: list[str], quiet: bool = True) -> Path | None:
-        if is_on_hub:
-            return downloads.fetch_first(name, folder, names, quiet)
-        return next((folder / file for file in names if (folder / file).is_file()), None)
+        found = next((folder / file for file in names if (folder / file).is_file()), None)
+        return downloads.fetch_first(name, folder, names, quiet) if is_on_hub and found is None else found
 
     file = _settings_file(folder)
     settings = read_json(file, _LAYOUT)
@@ -165,22 +164,21 @@ def is_hub_id(name: str) -> bool:
 
 
 def _label_names(settings: dict[str, Any], outputs: int, file: Path) -> list[str]:
-    """Return the names of a head's outputs."""
     names = settings.get("id2label") or {str(number): f"LABEL_{number}" for number in range(outputs)}
     if not isinstance(names, dict) or names.keys() != {str(number) for number in range(outputs)}:
         raise UserError(f"{file}: id2label must name the {outputs} labels of the head, from 0")
     return [str(names[str(number)]) for number in range(outputs)]
 
 
-def find_model(folder: Path) -> tuple[Encoder, list[str]]:
-    """Find a trained model's folder; returns its parts and its labels. UserError without a classification head."""
+def find_model(folder: Path) -> Encoder:
+    """Find a trained model's folder, for whose head there are answers; UserError without such a head."""
     encoder = None if str(folder) in BUNDLE_SHAPES else find_encoder(str(folder))
     if encoder is None or encoder.label_names is None:
         raise UserError(f"{folder} has no classification head; give a model folder that train.py wrote")
     if not can_answer(encoder.problem_type, encoder.label_names):
         what = f"a head of {len(encoder.label_names)} outputs for {encoder.problem_type} cannot answer here"
         raise UserError(f"{folder}: {what}; as --encoder its body can be trained on")
-    return encoder, encoder.label_names
+    return encoder
 
 
 def check_tokenizer(encoder: Encoder, vocab_size: int) -> None:

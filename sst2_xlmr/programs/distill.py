@@ -67,7 +67,7 @@ class Distillation:
         self.teachers = [model_folder(name) for name in arguments.teacher]
         for teacher in self.teachers:
             check_pairs(teacher, config.text_pair_column, "--text-pair-column NAME")
-            tasks = task_of(*find_model(teacher)), self.task
+            tasks = task_of(find_model(teacher)), self.task
             found, wanted = (f"{', '.join(task.label_names)} ({task.option})" for task in tasks)
             same = "they must be the same, and in the same order"
             refuse((found != wanted, f"{teacher} answers {found}, but the labelled rows have {wanted}: {same}"))

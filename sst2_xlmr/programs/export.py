@@ -232,12 +232,12 @@ def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
-    encoder, label_names = find_model(arguments.model)
+    encoder = find_model(arguments.model)
     output = arguments.output.absolute()
     with writing(arguments.output), scratch_folder(output) as scratch:
         if arguments.keep_vocabulary_of:
             encoder = trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), scratch / "trimmed")
-        task = task_of(encoder, label_names)
+        task = task_of(encoder)
         summary = write(arguments, encoder, task, scratch / "written")
         put_in_place(scratch / "written", output, replaces=False)
     say(f"{arguments.output}: {summary}")

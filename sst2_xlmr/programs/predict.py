@@ -155,7 +155,7 @@ def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Class
     """Return what makes the rows of the output; blocks that were begun with another one are not continued."""
     files = []
     for model in arguments.models:
-        encoder, _ = find_model(model)
+        encoder = find_model(model)
         files += [*encoder.weights_files, encoder.tokenizer_file, *sorted(model.glob("*.json"))]
     options = {name: str(value) for name, value in vars(arguments).items() if name in FINGERPRINT_OPTIONS}
     machine = {"precision": classifier.precision, "device": classifier.device.type, "version": __version__}

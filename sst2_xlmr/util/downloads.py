@@ -150,10 +150,7 @@ def fetch_folder(name: str, files: list[str]) -> Path:
 
 
 def fetch_first(name: str, folder: Path, files: list[str], quiet: bool) -> Path | None:
-    """Return the first of `files` that a model of the Hub has, fetched into its folder unless one is there."""
-    for file in files:
-        if (folder / file).exists():
-            return folder / file
+    """Fetch the first of `files` that a model of the Hub has into its folder; None if it has none."""
     with _library(name, quiet) as (hub, cache):
         if not (quiet or sys.stderr.isatty() or hub.constants.HF_HUB_OFFLINE):
             print(f"downloading {name} from {hub.constants.ENDPOINT}", file=sys.stderr, flush=True)
