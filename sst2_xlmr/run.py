@@ -33,22 +33,12 @@ from sst2_xlmr.util.memory import memory_errors
 
 
 class Run:
-    """All that a training run owns.
-
-    Attributes:
-        model, ddp_model: what gives logits; the same, or under DDP, to be trained.
-        reads_grad_norm: whether to check every gradient; a GPU would wait for it, so there the meter notices later.
-        report: on rank 0, once it is open; None elsewhere.
-        metrics: of the last evaluation of each file.
-        initial_probabilities: on dev, of the model before training; set once a collapse is suspected.
-        eval_splits, test_splits: files to evaluate on during training, dev first, and at the end.
-        best_by: the split, or "mean" for all, and the metric that choose the best evaluation.
-    """
+    """All that a training run owns."""
 
     lock: IO[str] | None = None
-    report: Report | None = None
+    report: Report | None = None  # on rank 0, once it is open
     saved_step = -1
-    initial_probabilities: np.ndarray | None = None
+    initial_probabilities: np.ndarray | None = None  # on dev, of the untrained model; once a collapse is suspected
 
     def __init__(self, config: Config, inputs: Prepared, folder: Path, state: TrainState, world: World) -> None:
         """Make batches of ids, and model and optimizer of pretrained weights."""
@@ -74,10 +64,12 @@ class Run:
         backend = training_backend(classifier, config, state.precision, world)
         self.model, self.ddp_model, self.optimizer, self.fallback_reason = backend
         self.meter, self.stop, self.finisher = TrainMeter(world), StopRequest(world), BackgroundWriter()
+        # Whether to check every gradient; a GPU would wait for it, so there the meter notices later.
         self.reads_grad_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
         self.baseline = self.task.baseline_loss(labels, weights)
-        self.metrics: dict[str, dict[str, Any]] = {}
+        self.metrics: dict[str, dict[str, Any]] = {}  # of the last evaluation of each file
         self.eval_splits, metric = config.eval_splits, self.task.best_metric
+        # The split, or "mean" for all of them, and the metric that choose the best evaluation.
         is_of_split = config.best_by in (*self.eval_splits, "mean")
         self.best_by = (str(config.best_by), metric) if is_of_split else ("dev", config.best_by or metric)
         self.test_splits = [split for split in inputs.files if split not in ("train", *self.eval_splits)]

@@ -102,21 +102,17 @@ def mean_of_windows(features: torch.Tensor, windows: torch.Tensor | None) -> tor
 
 
 class SequenceClassifier(nn.Module):
-    """Encoder and head; `outputs` logits a text, `rows` of the embedding table (None for the whole vocabulary).
-
-    Attributes:
-        id_map: int32 [vocabulary], each id's row in the embedding table; None if that is whole.
-        autocast: whether fp32 parameters compute in bf16.
-    """
+    """Encoder and head; `outputs` logits a text, `rows` of the embedding table (None for the whole vocabulary)."""
 
     def __init__(
         self, shape: EncoderShape, outputs: int, dropout: float = 0, head_dropout: float = 0, rows: int | None = None
     ) -> None:
         super().__init__()
-        self.shape, self.outputs, self.autocast = shape, outputs, False
+        self.shape, self.outputs = shape, outputs
+        self.autocast = False  # whether fp32 parameters compute in bf16
         self.encoder = Encoder(shape, rows or shape.vocab_size, dropout)
         self.head = Head(shape.hidden, outputs, head_dropout)
-        self.id_map: torch.Tensor | None
+        self.id_map: torch.Tensor | None  # int32 [vocabulary], each id's row in the table; None if that is whole
         self.register_buffer("id_map", None, persistent=False)
 
     @property

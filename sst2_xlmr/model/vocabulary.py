@@ -62,10 +62,7 @@ class Vocabulary:
     ) -> None:
         """Give a checkpoint's table and moments this vocabulary's rows, in place: other test files may use other ids.
 
-        Args:
-            weights, moments: of the checkpoint, fp32.
-            ids: int64, those of its rows.
-            start: fp32 [rows, hidden], the rows before training.
+        `ids`, int64, are those of the checkpoint's rows; `start`, fp32 [rows, hidden], is the table before training.
         """
         if torch.equal(ids, self.ids):
             return

@@ -20,13 +20,11 @@ class TrainMeter:
 
     Every rank adds up its own, without waiting for a GPU. `reduce` sums over ranks and stops the clock, so that
     evaluating and saving do not count as training; `start` starts it again.
-
-    Attributes:
-        totals: as of the last `reduce`, and saved: "seconds" of training, the last "grad_norm", and sums over all
-            ranks, "rows", "tokens" and each training metric.
     """
 
     def __init__(self, world: World) -> None:
+        # As of the last `reduce`, and saved: "seconds" of training, the last "grad_norm", and sums over all ranks,
+        # "rows", "tokens" and each training metric.
         self.totals: dict[str, float] = {}
         self._world = world
         self.start()

@@ -14,14 +14,10 @@ from sst2_xlmr.util.errors import SIGNALS
 
 
 class StopRequest:
-    """While it is entered, a signal does not end the process but is remembered; a second one changes nothing.
-
-    Attributes:
-        number: of the signal that came, on this rank or, once they have agreed, on any; 0 for none.
-    """
+    """While it is entered, a signal does not end the process but is remembered; a second one changes nothing."""
 
     def __init__(self, world: World) -> None:
-        self.number = 0
+        self.number = 0  # of the signal that came, on this rank or, once they have agreed, on any
         self._world = world
         self._votes = torch.zeros(1, dtype=torch.int32)
         self._counting: Any = None
