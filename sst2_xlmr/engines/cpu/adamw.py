@@ -36,11 +36,7 @@ def part_of(n: int, group: World) -> tuple[int, int]:
 
 
 class CpuAdamW:
-    """The same methods as `training.optimizer.AdamW`, and the same mathematics.
-
-    Attributes:
-        shares_memory: whether all processes see the same weights; else each has its own.
-    """
+    """The same methods as `training.optimizer.AdamW`, and the same mathematics."""
 
     def __init__(self, model: nn.Module, layers: int, config: Config, world: World, kernels: Kernels) -> None:
         """Take over a model's parameters, fp32; with bf16 kernels they become bf16. Every rank must call it."""
@@ -60,6 +56,7 @@ class CpuAdamW:
         self._steps, self._accumulates = 0, False
         self._gradients: list[torch.Tensor] = []  # between `clip` and `step`: the kernels have their addresses
         self._places: list[torch.Tensor] = []  # in shared memory, where this rank leaves its gradients
+        # Whether all processes see the same weights; else each has its own.
         self.shares_memory = world.world_size > 1 and self._share_memory()
         self._group = world if self.shares_memory else World.alone(world.device)
         if self.shares_memory:

@@ -70,19 +70,12 @@ _INT8_SIGNATURES = {  # with AVX512-VNNI only
 
 @dataclass(frozen=True)
 class Packed:
-    """The tokens of some texts one after another; matrices may have more rows, which belong to no text.
+    """The tokens of some texts one after another; matrices may have more rows, which belong to no text."""
 
-    Attributes:
-        starts: int32 [texts + 1], text b has tokens starts[b]:starts[b + 1].
-        keys: uint32 [rows], what dropout masks are drawn from, as int32.
-        longest: tokens of the longest text.
-        drop_p: the probability of dropout.
-    """
-
-    starts: torch.Tensor
-    keys: torch.Tensor
-    longest: int
-    drop_p: float
+    starts: torch.Tensor  # int32 [texts + 1], text b has tokens starts[b]:starts[b + 1]
+    keys: torch.Tensor  # uint32 [rows], what dropout masks are drawn from, as int32
+    longest: int  # tokens of the longest text
+    drop_p: float  # the probability of dropout
 
     @property
     def tokens(self) -> int:

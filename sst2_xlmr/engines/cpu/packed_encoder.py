@@ -60,15 +60,12 @@ def pack(
 
 
 class PackedClassifier(nn.Module):
-    """A classifier with another forward pass, over packed rows; all parameters are the classifier's.
-
-    Attributes:
-        no_sync: context in which gradients add up to those of the backward pass after it; the optimizer's.
-    """
+    """A classifier with another forward pass, over packed rows; all parameters are the classifier's."""
 
     def __init__(self, classifier: SequenceClassifier, kernels: Kernels) -> None:
         super().__init__()
         self.classifier, self.kernels = classifier, kernels
+        # The optimizer's context in which gradients add up to those of the backward pass after it.
         self.no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def forward(

@@ -21,23 +21,14 @@ Gradients = tuple[Any, ...]
 
 
 class Settings(NamedTuple):
-    """What a layer's forward and backward pass need besides tensors.
+    """What a layer's forward and backward pass need besides tensors."""
 
-    Attributes:
-        kernels: of the parameters' dtype.
-        rows, attention_rows: the layout of the packed rows, with the probability of dropout on hidden states and on
-            attention weights.
-        heads: of attention.
-        epsilon: LayerNorm's.
-        first_site: added to the numbers of a layer's dropout sites.
-    """
-
-    kernels: Kernels
-    rows: Packed
-    attention_rows: Packed
-    heads: int
-    epsilon: float
-    first_site: int
+    kernels: Kernels  # of the parameters' dtype
+    rows: Packed  # the layout of the packed rows, with the probability of dropout on hidden states
+    attention_rows: Packed  # the same, with that on attention weights
+    heads: int  # of attention
+    epsilon: float  # LayerNorm's
+    first_site: int  # added to the numbers of a layer's dropout sites
 
 
 def _sum_by_row(like: torch.Tensor, where: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
