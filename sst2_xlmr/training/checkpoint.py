@@ -8,7 +8,6 @@ until the tensors are written; digests, syncing and renaming follow on a thread.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -31,6 +30,8 @@ from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "vocabulary", "random"))
 _FILES = (*_TENSOR_FILES, "state.json", "config.json")
+# Where the manifest is valid, but a file cannot be read: written by something else, or forged.
+_CURE = "remove it to use the one before"
 
 
 def save_checkpoint(
@@ -127,14 +128,9 @@ def find_checkpoint(folder: Path, warn: Callable[[str], Any]) -> Path | None:
     return None
 
 
-def _reading(checkpoint: Path) -> contextlib.AbstractContextManager[None]:
-    """Report a checkpoint that has a valid manifest but cannot be read: written by something else, or forged."""
-    return reading(f"the checkpoint {checkpoint}", "remove it to use the one before")
-
-
 def read_state(checkpoint: Path) -> TrainState:
     """Return where the run was; UserError if the checkpoint cannot be read."""
-    with _reading(checkpoint):
+    with reading(f"the checkpoint {checkpoint}", _CURE):
         return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"])
 
 
@@ -146,7 +142,7 @@ def load_checkpoint(
     The run's embedding rows may differ (see `Vocabulary.take_over`). If the number of processes has changed, every rank
     starts a new random stream; what does not depend on dropout continues exactly. UserError if it cannot be read.
     """
-    with _reading(checkpoint):
+    with reading(f"the checkpoint {checkpoint}", _CURE):
         values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         state = TrainState(**values["state"])
         meter.totals = values["meter"]

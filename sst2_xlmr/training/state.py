@@ -12,7 +12,7 @@ class TrainState:
     batches_per_epoch: int
     precision: str = "fp32"  # as decided at the beginning, like the next one
     eval_every: int = 0
-    digests: dict[str, str] = field(default_factory=dict)  # SHA-256 of what the run reads; so must a resumed run
+    digests: dict[str, str] = field(default_factory=dict)  # SHA-256 of all that is read, the same after a resume
     step: int = 0  # global batches consumed; an optimizer step each, but for those that were skipped
     epoch: int = 0  # with `batch`, the position of the next global batch
     batch: int = 0

@@ -9,23 +9,17 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import secrets
 import shutil
-import struct
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Callable, TextIO, TypeVar
 
-from safetensors import SafetensorError
-
 from sst2_xlmr.util.errors import UserError
 
-# What a damaged file raises in json, zipfile, safetensors and torch.load, and in code that expects something else.
-_DAMAGE = (OSError, EOFError, SafetensorError, zipfile.BadZipFile, struct.error)
-_DAMAGE += (RuntimeError, ValueError, TypeError, LookupError, AttributeError)  # type: ignore[assignment]
 File = TypeVar("File", bound=IO[Any])
 SCRATCH_MARK = ".sst2_xlmr"
 _SCRATCH = re.compile(rf"\.(.+)\.[0-9a-f]{{16}}\.(new|old){re.escape(SCRATCH_MARK)}")
@@ -45,13 +39,13 @@ def reading(what: object, cure: str) -> Iterator[None]:
     """Turn whatever a missing, damaged or forged file raises while it is parsed into a `UserError` with the cure."""
     try:
         yield
+    except (UserError, MemoryError):
+        raise
+    except pickle.UnpicklingError:  # torch advises to run the file's code
+        raise UserError(f"cannot read {what}: it holds more than tensors; {cure}") from None
     except Exception as error:
-        is_pickle = type(error).__name__ == "UnpicklingError"  # of torch, which advises to run the file's code
-        if not isinstance(error, _DAMAGE) and not is_pickle:
-            raise
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        reason = "it holds more than tensors" if is_pickle else reason.splitlines()[0]
-        raise UserError(f"cannot read {what}: {reason}; {cure}") from None
+        raise UserError(f"cannot read {what}: {reason.splitlines()[0]}; {cure}") from None
 
 
 def digest_of_input(path: Path) -> str:
