@@ -111,8 +111,10 @@ class Tokenizer:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Return every text's SentencePiece ids; an added token's is its id - 1."""
-        found: list[list[int]] = [] if self.added else self.pieces.Encode(texts)
-        for text in texts if self.added else ():
+        if not self.added:
+            return self.pieces.Encode(texts)
+        found = []
+        for text in texts:
             ids, end = [], 0
             for match in self._any_added.finditer(text):
                 ids += [*self.pieces.Encode(text[end : match.start()]), self._added_ids[(match.lastindex or 1) - 1]]
