@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import secrets
 import shutil
@@ -41,10 +40,10 @@ def reading(what: object, cure: str) -> Iterator[None]:
         yield
     except (UserError, MemoryError):
         raise
-    except pickle.UnpicklingError:  # torch advises to run the file's code
-        raise UserError(f"cannot read {what}: it holds more than tensors; {cure}") from None
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        if type(error).__name__ == "UnpicklingError":  # of torch, which advises to run the file's code
+            reason = "it holds more than tensors"
         raise UserError(f"cannot read {what}: {reason.splitlines()[0]}; {cure}") from None
 
 
