@@ -16,7 +16,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +28,17 @@ from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
 from sst2_xlmr.util.memory import keep_freed_memory
 from sst2_xlmr.util.output import say
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError:
+    raise UserError("serve needs two packages: pip install 'starlette>=0.27' 'uvicorn>=0.22' (extra: serve)") from None
 
 LARGEST_BODY, LARGEST_HEAD = 1 << 20, 1 << 14  # bytes of a request
 LONGEST_TEXT, MOST_TEXTS = 100_000, 100  # characters of a text, texts of a request
@@ -55,79 +66,67 @@ async def compute(classifier: Classifier, waiting: asyncio.Queue[Any], batch_tok
                 answer.set_result(probabilities)
 
 
-def refused(status: int, detail: str) -> Exception:
-    """Return the error for a request that is not answered, with one line."""
-    from starlette.exceptions import HTTPException
-
-    return HTTPException(status, detail)
-
-
-async def read_texts(request: Any, takes_pairs: bool | None) -> tuple[list[Any], bool]:
-    """Return a request's texts, and whether it asks for all probabilities; raises `refused` for any other request."""
+async def read_texts(request: Request, takes_pairs: bool | None) -> tuple[list[Any], bool]:
+    """Return a request's texts, and whether it asks for all probabilities; HTTPException for any other request."""
 
     async def read() -> bytes:
         body = b""
         async for part in request.stream():
             body += part
             if len(body) > LARGEST_BODY:
-                raise refused(413, f"a request may have {LARGEST_BODY:,} bytes")
+                raise HTTPException(413, f"a request may have {LARGEST_BODY:,} bytes")
         return body
 
     try:
         body = json.loads(await asyncio.wait_for(read(), SECONDS_TO_ARRIVE))
     except asyncio.TimeoutError:
-        raise refused(408, f"the request has not arrived within {SECONDS_TO_ARRIVE:g} seconds") from None
+        raise HTTPException(408, f"the request has not arrived within {SECONDS_TO_ARRIVE:g} seconds") from None
     except (ValueError, RecursionError) as error:
-        raise refused(400, f"not JSON: {error}"[:200]) from None
+        raise HTTPException(400, f"not JSON: {error}"[:200]) from None
     texts = body.get("texts") if isinstance(body, dict) else None
     if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_TEXTS:
-        raise refused(400, f"texts: a list of 1 to {MOST_TEXTS} texts is needed")
+        raise HTTPException(400, f"texts: a list of 1 to {MOST_TEXTS} texts is needed")
     parts = [part for text in texts for part in (text if isinstance(text, list) else [text])]
     if not all(isinstance(part, str) and len(part) <= LONGEST_TEXT for part in parts):
-        raise refused(400, f"texts: strings of up to {LONGEST_TEXT:,} characters are needed, or pairs of such")
+        raise HTTPException(400, f"texts: strings of up to {LONGEST_TEXT:,} characters are needed, or pairs of such")
     if takes_pairs is not None and any(isinstance(text, list) != takes_pairs for text in texts):
-        raise refused(400, f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}")
+        raise HTTPException(400, f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}")
     return texts, bool(body.get("all_probabilities"))
 
 
-def make_app(classifier: Classifier, batch_tokens: int, abstain_below: float) -> Any:
+def make_app(classifier: Classifier, batch_tokens: int, abstain_below: float) -> Starlette:
     """Return the service as an ASGI application."""
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
-    from starlette.responses import JSONResponse, PlainTextResponse
-    from starlette.routing import Route
-
     waiting: asyncio.Queue[Any] = asyncio.Queue()
     counts: Any = Counter()
     task = classifier.task
     takes_pairs = read_json(classifier.folder / "config.json", "a model's folder is needed").get("text_pairs")
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: Any) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         computing = asyncio.create_task(compute(classifier, waiting, batch_tokens))
         yield
         computing.cancel()
 
-    async def answers_to(request: Any) -> list[dict[str, Any]]:
+    async def answers_to(request: Request) -> list[dict[str, Any]]:
         texts, all_probabilities = await read_texts(request, takes_pairs)
         try:
             ids, lengths = await asyncio.to_thread(classifier.encode, texts)
         except (UserError, TypeError) as error:
-            raise refused(400, str(error)) from None
+            raise HTTPException(400, str(error)) from None
         if waiting.qsize() + len(lengths) > MOST_WAITING:
-            raise refused(503, "too many texts are waiting; try again later")
+            raise HTTPException(503, "too many texts are waiting; try again later")
         futures = [asyncio.get_running_loop().create_future() for _ in lengths]
         for each, future in zip(np.split(ids, np.cumsum(lengths)[:-1]), futures):
             waiting.put_nowait((each, future))
         found = await asyncio.gather(*futures)
         if any(isinstance(each, Exception) for each in found):
-            raise refused(500, "a text could not be classified")
+            raise HTTPException(500, "a text could not be classified")
         cells = [task.cells(each.tolist(), all_probabilities, abstain_below) for each in found]
         return [dict(zip(task.columns(all_probabilities), each)) for each in cells]
 
-    async def classify(request: Any) -> Any:
-        start, status, answer = time.monotonic(), 200, cast(Any, None)
+    async def classify(request: Request) -> Response:
+        start, status = time.monotonic(), 200
+        answer: Any = None
         try:
             answer = await answers_to(request)
             counts["sst2_xlmr_texts_total"] += len(answer)
@@ -139,10 +138,10 @@ def make_app(classifier: Classifier, batch_tokens: int, abstain_below: float) ->
         counts["sst2_xlmr_seconds_total"] += time.monotonic() - start
         return JSONResponse(answer, status)
 
-    async def healthz(request: Any) -> Any:
+    async def healthz(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def metrics(request: Any) -> Any:
+    async def metrics(request: Request) -> Response:
         values = {**counts, "sst2_xlmr_waiting_texts": waiting.qsize()}
         return PlainTextResponse("".join(f"{name} {value}\n" for name, value in values.items()))
 
@@ -150,42 +149,35 @@ def make_app(classifier: Classifier, batch_tokens: int, abstain_below: float) ->
     return Starlette(routes=routes, lifespan=lifespan)
 
 
+class TimedProtocol(H11Protocol):
+    """HTTP whose connections end if the head of a request does not arrive in time."""
+
+    timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.watch()
+
+    def watch(self) -> None:
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if self.timer and not is_idle:
+            self.timer.cancel()
+            self.timer = None
+        elif is_idle and not self.timer:
+            self.timer = self.loop.call_later(SECONDS_TO_ARRIVE, self.end_idle)
+
+    def end_idle(self) -> None:
+        self.timer = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = options.serve().parse_args(argv)
-    try:
-        import uvicorn
-        from uvicorn.protocols.http.h11_impl import H11Protocol
-    except ImportError:
-        raise UserError(
-            "serve needs two packages: pip install 'starlette>=0.27' 'uvicorn>=0.22' (extra: serve)"
-        ) from None
-
-    class TimedProtocol(H11Protocol):
-        """HTTP whose connections end if the head of a request does not arrive in time."""
-
-        timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.watch()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self.watch()
-
-        def watch(self) -> None:
-            is_idle = self.cycle is None or self.cycle.response_complete
-            if self.timer and not is_idle:
-                self.timer.cancel()
-                self.timer = None
-            elif is_idle and not self.timer:
-                self.timer = self.loop.call_later(SECONDS_TO_ARRIVE, self.end_idle)
-
-        def end_idle(self) -> None:
-            self.timer = None
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.close()
-
     keep_freed_memory()
     folders = [model_folder(name) for name in arguments.models]
     classifier = Classifier.load_mean(folders, arguments.precision, arguments.device)
