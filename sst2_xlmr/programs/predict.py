@@ -17,22 +17,19 @@ hidden folder beside it; after a kill, the same command with --resume continues 
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import itertools
 import os
-import queue
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, BinaryIO
 
 from sst2_xlmr import __version__
 from sst2_xlmr.config import TEXT_OPTIONS, flag
-from sst2_xlmr.data.formats import Fields, decoded_lines, kind_of
+from sst2_xlmr.data.formats import LONGEST, Fields, kind_of
 from sst2_xlmr.data.predictions import (
     check_columns,
     console_lines,
@@ -42,15 +39,7 @@ from sst2_xlmr.data.predictions import (
     submission_lines,
 )
 from sst2_xlmr.data.report import description
-from sst2_xlmr.data.rows import (
-    Row,
-    check_pairs,
-    check_text,
-    columns_given,
-    in_chunks,
-    read_rows,
-    texts_of,
-)
+from sst2_xlmr.data.rows import Row, check_pairs, check_text, columns_given, in_chunks, read_rows, texts_of
 from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
@@ -67,6 +56,7 @@ from sst2_xlmr.util.output import print_text
 from sst2_xlmr.util.shards import first_missing, is_begun, open_shards, read_block, remove_shards, write_block
 
 ROWS_AT_ONCE = 1024
+BYTES_AT_ONCE = 1 << 16  # of standard input
 # Options on which the output depends, besides the input and the model.
 FINGERPRINT_OPTIONS = (*TEXT_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
 Answers = tuple[list[Row], list[list[Any]]]  # rows, and the new cells of each
@@ -117,33 +107,49 @@ def is_complete(paths: Sequence[Path]) -> bool:
     return all(path.exists() for path in paths) and not is_begun(paths[0])
 
 
-def read_input(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Yield the rows to classify: of the file, the sentences, or the lines of standard input (UTF-8, LF or CRLF).
+def read_chunks(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """Return the rows to classify: of the file, the sentences, or the lines of standard input.
 
-    A wrong sentence is an error at once, and so is a wrong column, as a file's first row is read.
+    A wrong sentence is an error at once, and so is a wrong column, as a file's first rows are read.
     """
     if arguments.input:
-        rows = read_rows(arguments.input, columns_given(arguments), None)
-        return itertools.chain([next(rows)], rows)
-    names = ["sentence"]
-
-    def row(where: str, number: int, text: str) -> Row:
-        check_text(text, f"{where} {number}")
-        return Row(text, None, None, Fields(number, names, [text]))
-
+        chunks = in_chunks(read_rows(arguments.input, columns_given(arguments), None), ROWS_AT_ONCE)
+        return itertools.chain([next(chunks)], chunks)
     if arguments.sentences:
-        return iter([row("sentence", *each) for each in enumerate(arguments.sentences, 1)])
+        return iter([[sentence("sentence", *each) for each in enumerate(arguments.sentences, 1)]])
     if sys.stdin is None or sys.stdin.isatty():  # None if it is closed
         cure = "give them as arguments, one per line on standard input, or in a file with --input"
         raise UserError(f"no sentences: {cure}")
-    lines = decoded_lines(sys.stdin.buffer, "standard input")
-    return (row("standard input, line", number, line.rstrip("\r\n")) for number, line in lines)
+    return arrived_lines(sys.stdin.buffer)
+
+
+def sentence(where: str, number: int, text: str) -> Row:
+    check_text(text, f"{where} {number}")
+    return Row(text, None, None, Fields(number, ["sentence"], [text]))
+
+
+def arrived_lines(stream: BinaryIO) -> Iterator[list[Row]]:
+    """Yield the lines of a stream (UTF-8, LF or CRLF) that have arrived, without waiting for more of them."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+    count, rest, is_open = 0, "", True
+    while is_open:
+        block = stream.read1(BYTES_AT_ONCE)
+        is_open = bool(block)
+        *lines, rest = (rest + decoder.decode(block, final=not is_open)).split("\n")
+        if len(rest) > LONGEST:
+            raise UserError(f"standard input, line {count + len(lines) + 1}: longer than {LONGEST:,} characters")
+        if rest and not is_open:  # the last line has no end
+            lines.append(rest)
+        if lines:
+            texts = (line.rstrip("\r") for line in lines)
+            yield [sentence("standard input, line", *each) for each in enumerate(texts, count + 1)]
+            count += len(lines)
 
 
 def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
     """Read the input once, so that a bad row shows before any work; returns its digest, and rows per chunk."""
     digest, columns, rows = digest_of_input(arguments.input), None, []
-    for chunk in in_chunks(read_input(arguments), ROWS_AT_ONCE):
+    for chunk in read_chunks(arguments):
         columns = columns or chunk[0].fields.names
         rows.append(len(chunk))
         for row in chunk if arguments.output else ():
@@ -164,11 +170,7 @@ def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Class
 
 def classify(arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Row]]) -> Iterator[Answers]:
     """Yield every chunk of rows with the new cells of each row."""
-
-    def encode(chunk: list[Row]) -> tuple[np.ndarray, np.ndarray]:
-        return classifier.encode(texts_of(chunk))
-
-    encoded = ((chunk, encode(chunk)) for chunk in chunks)
+    encoded = ((chunk, classifier.encode(texts_of(chunk))) for chunk in chunks)
     # A file is read and tokenized while the model computes; a stream may have to be waited for.
     for chunk, (ids, lengths) in read_ahead(encoded) if arguments.input else encoded:
         with memory_errors(f"take a smaller --batch-tokens than {arguments.batch_tokens}"):
@@ -186,38 +188,9 @@ def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
             yield item
 
 
-def as_they_come(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """Yield rows in lists without waiting for rows that are not there yet; they are read on a thread."""
-    waiting: queue.Queue[Any] = queue.Queue(ROWS_AT_ONCE)  # of rows; at the end, None or an error
-
-    def read() -> None:
-        try:
-            for row in rows:
-                waiting.put(row)
-            waiting.put(None)
-        except Exception as error:
-            waiting.put(error)
-
-    threading.Thread(target=read, daemon=True).start()
-    chunk: list[Any] = []
-    while True:
-        item = waiting.get()
-        if is_row := isinstance(item, Row):
-            chunk.append(item)
-        if chunk and (not is_row or waiting.empty() or len(chunk) == ROWS_AT_ONCE):
-            yield chunk
-            chunk = []
-        if item is None:
-            return
-        if not is_row:
-            raise item
-
-
 def predict_stream(arguments: argparse.Namespace) -> None:
     """Classify sentences or standard input as they come, and write lines on standard output, in UTF-8, or a file."""
-    rows = read_input(arguments)
-    is_stream = not arguments.input and not arguments.sentences
-    chunks = as_they_come(rows) if is_stream else in_chunks(rows, ROWS_AT_ONCE)
+    chunks = read_chunks(arguments)
     classifier = Classifier.load_mean(arguments.models, arguments.precision, arguments.device)
     check_options(classifier.task, arguments)
     answers = classify(arguments, classifier, chunks)
@@ -279,7 +252,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
 
         folder = distributed.broadcast(world, distributed.on_rank0(world, begin))
         start = first_missing(folder, first, last)
-        chunks = itertools.islice(in_chunks(read_input(arguments), ROWS_AT_ONCE), start, last)
+        chunks = itertools.islice(read_chunks(arguments), start, last)
         total, done = sum(sizes[first:last]), sum(sizes[first:start])
         answers = with_progress(classify(arguments, classifier, chunks), total, done, quiet=not world.is_main)
         for number, (_, predictions) in enumerate(answers, start):
@@ -287,8 +260,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
         distributed.gather_objects(world, None, world.patient)  # all blocks are there
 
         def all_answers() -> Iterator[Answers]:
-            chunks = in_chunks(read_input(arguments), ROWS_AT_ONCE)
-            yield from zip(chunks, (read_block(folder, number) for number in range(len(sizes))))
+            yield from zip(read_chunks(arguments), (read_block(folder, number) for number in range(len(sizes))))
             if digest_of_input(arguments.input) != digest:  # before the output gets its name
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
 
