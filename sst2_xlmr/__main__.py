@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -11,6 +10,7 @@ import sst2_xlmr
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.cores import bound_spinning
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
+from sst2_xlmr.util.flag_hints import hint
 from sst2_xlmr.util.launch import check_tasks
 
 PROGRAMS = {
@@ -50,8 +50,7 @@ def _run(program: str | None, words: list[str]) -> None:
             print(f"sst2-xlmr {sst2_xlmr.__version__}, {versions.description()}")
             return
         if first not in PROGRAMS:
-            near = difflib.get_close_matches(first, PROGRAMS, 1)
-            cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(PROGRAMS)}"
+            cure = hint(first, PROGRAMS) or f"there are {', '.join(PROGRAMS)}"
             raise UserError((f"unknown command {first}" if first else "no command is given") + f"; {cure}")
         program = first
     if program == "train":

@@ -105,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="Compare settings with the Trainer; see also study --help.", allow_abbrev=False)
     parser.add_argument("--peer", required=True, type=peer_python, metavar="PYTHON", help="Python with transformers")
     own, rest = parser.parse_known_args(argv)
-    asked = study.parse(rest, reserved=(TRAINER,))
+    asked = study.parse(rest)
+    if TRAINER in asked.settings:
+        raise UserError(f"--setting {TRAINER}: that name is taken; choose another")
     folder = asked.output_dir
     inputs = write_peer_inputs(asked.common, folder / TRAINER)
     runs = {TRAINER: functools.partial(train_peer, own.peer, asked.common, inputs, folder / TRAINER)}

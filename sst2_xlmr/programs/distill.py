@@ -59,7 +59,8 @@ class Distillation:
         self.config = config = checked_config(words, self.folder)
         self.task, splits = inspect_splits(config, downloads.cache_dir() / "tokens", quiet=True)
         self.splits = {name: split for name, split in splits.items() if split.is_labelled}
-        self.evaluated = [name for name in self.splits if name != "train"]
+        files, evaluated = self.folder / "files", [name for name in self.splits if name != "train"]
+        self.evaluated = {name: files / f"{name.replace('/', '-')}.jsonl" for name in evaluated}
         refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
         check_options(self.task, arguments)
         for file in arguments.unlabelled:
@@ -130,13 +131,11 @@ class Distillation:
         folder, seeds = self.folder / f"round-{round}", self.arguments.seeds
         former = self.folder / (f"round-{round - 1}" if round > 1 else "labelled")
         if seed == seeds[0]:
+            for name, file in self.evaluated.items():
+                write_rows(file, with_values(self.rows(name), self.task))
             is_given = round == 1 and self.teachers
             self.teach(folder, self.teachers if is_given else [former / f"seed-{each}/model" for each in seeds])
-        evaluated = {name: self.folder / f"files/{name.replace('/', '-')}.jsonl" for name in self.evaluated}
-        if (round, seed) == (1, seeds[0]):
-            for name, file in evaluated.items():
-                write_rows(file, with_values(self.rows(name), self.task))
-        files = {"train": folder / "train.jsonl", **evaluated}
+        files = {"train": folder / "train.jsonl", **self.evaluated}
         words = words_for(self.config, self.task, files, self.arguments.unlabelled_weight != 1)
         return train(words, folder, seed)
 

@@ -59,11 +59,6 @@ Classify = Callable[[list[str], Optional[list[str]]], np.ndarray]
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     arguments = options.export().parse_args(argv)
-    check_arguments(arguments)
-    return arguments
-
-
-def check_arguments(arguments: argparse.Namespace) -> None:
     kind, from_ids, trims = arguments.format, arguments.from_ids, arguments.keep_vocabulary_of
     is_onnx, is_folder, is_int8 = kind.startswith("onnx"), "hf" in kind, kind.endswith("int8")
     needed = ("onnx", "onnxruntime", "onnxruntime_extensions")[: 3 - is_folder] if is_onnx else ()
@@ -91,6 +86,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         (has_pairs, "an ONNX file that takes texts takes one for each row; export pairs with --from-ids"),
     )
     check_output("--output", arguments.output, makes_parents=True)
+    return arguments
 
 
 def classify_with_folder(folder: Path) -> Classify:

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Callable, NoReturn
+from typing import Callable
 
 from tqdm import tqdm
 
@@ -52,23 +52,19 @@ Runs = Mapping[str, Callable[[int], tuple[bool, Figures]]]
 digest = functools.cache(digest_of_input)  # the runs of a study share most of their files
 
 
-def parse(argv: list[str] | None, reserved: tuple[str, ...] = ()) -> argparse.Namespace:
-    """Return `seeds`, `output_dir`, `common` (words for train.py) and `settings` (name -> all words for train.py).
-
-    No setting may have a `reserved` name.
-    """
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return `seeds`, `output_dir`, `common` (words for train.py) and `settings` (name -> all words for train.py)."""
     study, rest = options.parse_known("study", argv)
     study.common, study.settings = rest, {}
     if bool(study.seeds) == bool(study.folds) or study.folds == 1 or study.folds < 0:
         raise UserError("give either --seeds N,... or --folds K, which is 2 or more")
     for name, text in study.setting or [("ours", "")]:
-        is_taken = name in (*study.settings, *reserved)
-        study.settings[name] = [*rest, *split_words(f"--setting {name}", text)]
         is_name = name.isidentifier() or name.replace("-", "").isalnum()
         refuse(
             (not is_name, f"--setting {name!r}: take letters, digits and hyphens for the name, which is a folder's"),
-            (is_taken, f"--setting {name}: that name is taken; choose another"),
+            (name in study.settings, f"--setting {name}: that name is taken; choose another"),
         )
+        study.settings[name] = [*rest, *split_words(f"--setting {name}", text)]
         own = () if study.folds else ("--seed",)
         checked_config(study.settings[name], study.output_dir, *own)  # a UserError before anything is trained
     return study
@@ -101,7 +97,10 @@ def seconds_of(run_folder: Path) -> float | None:
 
 
 def run(command: list[str], run_folder: Path, is_new: bool) -> None:
-    """Run a command, its output in seed-N.log, its seconds (added to former ones) in seed-N.seconds; passes signals."""
+    """Run a command, its output in seed-N.log, its seconds (added to former ones) in seed-N.seconds; passes signals.
+
+    If it fails, this program ends with its exit status, and prints what it said last.
+    """
     log, taken = run_folder.with_suffix(".log"), 0.0 if is_new else seconds_of(run_folder)
     # If this process is killed, the command may go on, for nobody knows how long.
     run_folder.with_suffix(".seconds").unlink(missing_ok=True)
@@ -115,14 +114,9 @@ def run(command: list[str], run_folder: Path, is_new: bool) -> None:
     if taken is not None:
         write_text(run_folder.with_suffix(".seconds"), f"{taken + time.monotonic() - start:.1f}\n")
     if status:
-        end_with(status, log)
-
-
-def end_with(status: int, log: Path) -> NoReturn:
-    """End with the exit status of a command that failed, and print what it said last."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    print("\n".join([f"{log}:", *lines[-3:]]), file=sys.stderr)
-    sys.exit(status if status > 0 else 128 - status)
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        print("\n".join([f"{log}:", *lines[-3:]]), file=sys.stderr)
+        sys.exit(status if status > 0 else 128 - status)
 
 
 def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figures]:
