@@ -158,8 +158,8 @@ class Run:
             labels = self.inputs.caches[split].labels
             final = evaluation.with_fitted(temperature, task, labels) if temperature != 1 else evaluation
             self.metrics[split] = final.metrics
-            drawn = (labels, final.probabilities, task) if draws else ()
-            self.tell(methodcaller("log_evaluation", self.state.step, split, final.metrics, *drawn))
+            drawn = (labels, final.probabilities, task) if draws else None
+            self.tell(methodcaller("log_evaluation", self.state.step, split, final.metrics, drawn))
 
     def evaluate_best(self) -> dict[str, dict[str, Any]]:
         """Evaluate best/ on the files for the end, on rank 0, where it lies; returns `best/NAME` -> metrics."""

@@ -5,7 +5,6 @@ Every row is counted once, and metrics are made of all ranks' results (see task.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import os
@@ -105,15 +104,13 @@ def on_all_cores(
     if device.type != "cpu" or threads == 1 or len(batches) < threads:
         yield from map(work, batches)
         return
-    pool, pending = _workers(threads), collections.deque[futures.Future[Any]]()
+    pending = [_workers(threads).submit(work, batch) for batch in batches]
     try:
-        for batch in batches:
-            pending.append(pool.submit(work, batch))
-            if len(pending) > threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
     finally:  # nothing computes with the model any more
+        for future in pending:
+            future.cancel()
         futures.wait(pending)
 
 

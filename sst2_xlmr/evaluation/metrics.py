@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 CALIBRATION_BINS = 15
+LEVEL, RESAMPLES = 0.95, 10_000  # of the interval of an accuracy
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
@@ -106,16 +107,14 @@ def expected_calibration_error(confidences: np.ndarray, is_right: np.ndarray) ->
     return float(np.abs(sums[0] - sums[1]).sum() / len(confidences))
 
 
-def accuracy_interval(
-    right: int, rows: int, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the bootstrap percentile interval of an accuracy (Efron 1979, https://doi.org/10.1214/aos/1176344552).
+def accuracy_interval(right: int, rows: int) -> tuple[float, float]:
+    """Return an accuracy's 95 % bootstrap percentile interval (Efron 1979, https://doi.org/10.1214/aos/1176344552).
 
     Of `rows` rows drawn with replacement, a binomial number is right, so that number is drawn at once. If all rows are
     right, or none, the interval is a point.
     """
-    accuracies = np.random.RandomState(seed).binomial(rows, right / rows, resamples) / rows
-    low, high = np.quantile(accuracies, [(1 - level) / 2, (1 + level) / 2])
+    accuracies = np.random.RandomState(0).binomial(rows, right / rows, RESAMPLES) / rows
+    low, high = np.quantile(accuracies, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

@@ -93,18 +93,16 @@ class Report:
         step: int,
         split: str,
         metrics: dict[str, Any],
-        labels: np.ndarray | None = None,
-        probabilities: np.ndarray | None = None,
-        task: Task | None = None,
+        drawn: tuple[np.ndarray, np.ndarray, Task] | None = None,
     ) -> None:
         """Write a line of evaluation metrics (`task.metrics`), perhaps with pictures, curves and mistakes.
 
-        These need labels, and probabilities, float32 [rows, outputs], in the file's order.
+        These need labels, probabilities, float32 [rows, outputs], in the file's order, and the task.
         """
-        if labels is not None and probabilities is not None and task is not None:
+        if drawn:
             texts_of = partial(self._inputs.texts_of, split)
             with self._event_errors():
-                tensorboard.draw_evaluation(self._events, step, split, labels, probabilities, task, texts_of)
+                tensorboard.draw_evaluation(self._events, step, split, *drawn, texts_of)
         scalars = {key: metrics[key] for key in self._task.scalars}
         self._write({"step": step, "split": split, **metrics}, split, scalars)
 
