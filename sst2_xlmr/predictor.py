@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
@@ -47,22 +48,17 @@ class _Mean(nn.Module):
         return torch.from_numpy(self.task.logits_of(mean.cpu().numpy())).to(mean.device)
 
 
+@dataclass(eq=False, repr=False)
 class Classifier:
-    """A trained model, ready to classify; several threads may use it at once.
+    """A trained model, ready to classify; several threads may use it at once."""
 
-    Attributes:
-        module: packed token ids -> logits, in evaluation mode.
-        tokenizer: text -> token ids.
-        task: logits -> probabilities -> label.
-        precision: in which it computes: bf16, fp32 or int8.
-    """
-
-    def __init__(
-        self, folder: Path, module: nn.Module, tokenizer: Tokenizer, task: Task, precision: str, device: torch.device
-    ) -> None:
-        self.folder, self.module, self.tokenizer, self.task = folder, module, tokenizer, task
-        self.precision, self.device = precision, device
-        self._lock = threading.Lock()
+    folder: Path
+    module: nn.Module  # packed token ids -> logits, in evaluation mode
+    tokenizer: Tokenizer
+    task: Task  # logits -> probabilities -> label
+    precision: str  # in which it computes: bf16, fp32 or int8
+    device: torch.device
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def load(

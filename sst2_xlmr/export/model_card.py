@@ -91,11 +91,10 @@ def _model_index(name: str, task: Task, evaluations: Mapping[str, dict[str, Any]
 
 def _settings(config: Config) -> Iterable[str]:
     """Yield lines with the options that affect the result, also defaults; not those that a resumed run may change."""
-    for name, option in OPTIONS.items():
+    for name in (*GROUPS["data"], *GROUPS["model"], *GROUPS["training"], "precision"):
         value = getattr(config, name)
-        affects_result = name in (*GROUPS["data"], *GROUPS["model"], *GROUPS["training"], "precision")
-        if affects_result and not option.metadata["changeable"] and value is not None:
-            text = {True: "on", False: "off"}[value] if isinstance(value, bool) else shown(value)
+        if value is not None and not OPTIONS[name].metadata["changeable"]:
+            text = ("off", "on")[value] if isinstance(value, bool) else shown(value)
             yield _line(f"`{flag(name)}`", text.replace("|", "\\|").replace("\n", " "))
 
 

@@ -13,7 +13,7 @@ from sst2_xlmr.data.duplicates import text_digests
 from sst2_xlmr.data.predictions import extended_rows
 from sst2_xlmr.data.prepare import inspect_splits
 from sst2_xlmr.data.rows import texts_of
-from sst2_xlmr.data.splits import find_split, fold_numbers
+from sst2_xlmr.data.splits import find_files, fold_numbers
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs.row_files import with_values, words_for, write_rows
 from sst2_xlmr.report.comparison import Figures
@@ -35,12 +35,8 @@ class Folds:
         self.folder, self.train = folder, train
         if self.config.dev_file or self.config.dev_share or self.config.eval_file:
             raise UserError("--folds evaluates on parts of the training rows; leave out --dev-file, --dev-share, ...")
-        files = list(self.config.train_file)
-        if self.config.data_dir and not files:
-            files = [str(file) for file in find_split(Path(self.config.data_dir), "train")]
+        files = [str(file) for file in find_files(self.config, quiet=False)[0]["train"]]
         config = dataclasses.replace(self.config, data_dir=None, train_file=files, test_file=[])
-        if not files:
-            raise UserError("--folds needs the rows: name them with --train-file")
         self.task, splits = inspect_splits(config, downloads.cache_dir() / "tokens", quiet=True)
         self.rows = list(splits["train"].rows(self.task))
         texts, pairs, labels, *_ = zip(*(row for _, row in self.rows))

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from sst2_xlmr import __version__
 from sst2_xlmr.config import TEXT_OPTIONS, flag
@@ -128,7 +128,7 @@ def sentence(where: str, number: int, text: str) -> Row:
     return Row(text, None, None, Fields(number, ["sentence"], [text]))
 
 
-def arrived_lines(stream: BinaryIO) -> Iterator[list[Row]]:
+def arrived_lines(stream: Any) -> Iterator[list[Row]]:
     """Yield the lines of a stream (UTF-8, LF or CRLF) that have arrived, without waiting for more of them."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     count, rest, is_open = 0, "", True

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from sst2_xlmr.model.encoders import model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.task import check_options
@@ -179,13 +178,11 @@ class TimedProtocol(H11Protocol):
 def main(argv: list[str] | None = None) -> None:
     arguments = options.serve().parse_args(argv)
     keep_freed_memory()
-    folders = [model_folder(name) for name in arguments.models]
-    classifier = Classifier.load_mean(folders, arguments.precision, arguments.device)
+    classifier = Classifier.load_mean(arguments.models, arguments.precision, arguments.device)
     check_options(classifier.task, arguments)
     app = make_app(classifier, arguments.batch_tokens, arguments.abstain_below)
     settings: dict[str, Any] = {"http": TimedProtocol, "limit_concurrency": MOST_CONNECTIONS, "log_level": "error"}
     settings |= {"h11_max_incomplete_event_size": LARGEST_HEAD, "timeout_graceful_shutdown": 30}
-    say(
-        f"serving    {' + '.join(map(str, folders))} in {classifier.precision} at http://{arguments.host}:{arguments.port}"
-    )
+    models = " + ".join(map(str, arguments.models))
+    say(f"serving    {models} in {classifier.precision} at http://{arguments.host}:{arguments.port}")
     uvicorn.run(app, host=arguments.host, port=arguments.port, **settings)
