@@ -30,8 +30,7 @@ def describe_calibration(temperature: float, ece_before: float, ece_after: float
 def calibrate(task: Task, probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
     """Return a fitted temperature, and the expected calibration error on these rows, before and after.
 
-    Args:
-        probabilities: float [rows, outputs], at temperature 1.
+    Probabilities are float [rows, outputs], at temperature 1.
     """
 
     def metrics(inverse: float) -> dict[str, float]:

@@ -27,16 +27,11 @@ from sst2_xlmr.util.errors import Interrupted
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result on a file's rows, in the file's order, the same on every rank.
-
-    Attributes:
-        results: fp32 [rows, ...], see `task.row_results`.
-        probabilities: fp32 [rows, outputs].
-    """
+    """The result on a file's rows, in the file's order, the same on every rank."""
 
     metrics: dict[str, Any]
-    results: np.ndarray
-    probabilities: np.ndarray
+    results: np.ndarray  # fp32 [rows, ...], see `task.row_results`
+    probabilities: np.ndarray  # fp32 [rows, outputs]
 
     def with_fitted(self, temperature: float, task: Task, labels: np.ndarray) -> Evaluation:
         """Return the evaluation of the model whose logits are divided by a temperature, with the task's thresholds."""

@@ -55,10 +55,7 @@ def fitted_threshold(scores: np.ndarray, is_label: np.ndarray, aim: str = "f1", 
     """Return the threshold on one label's scores with the best F1, or the best F1 with a precision or recall >= floor.
 
     It lies midway between two scores. Without a positive row it is 0.5; where the floor cannot be reached, the highest
-    precision (or recall) decides.
-
-    Args:
-        aim: f1, precision or recall.
+    precision (or recall) decides. The aim is f1, precision or recall.
     """
     if not is_label.any():
         return 0.5
@@ -98,9 +95,7 @@ def macro_f1(confusion: np.ndarray) -> float:
 def expected_calibration_error(confidences: np.ndarray, is_right: np.ndarray) -> float:
     """Return the mean distance between confidence and accuracy (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 
-    Args:
-        confidences: float [rows], probability of the predicted class; bin m of M holds those in ((m - 1) / M, m / M].
-        is_right: bool [rows].
+    Confidences, float [rows], are the predicted classes' probabilities; bin m of M holds those in ((m - 1) / M, m / M].
     """
     bins = (np.ceil(confidences * CALIBRATION_BINS).astype(np.int64) - 1).clip(0, CALIBRATION_BINS - 1)
     sums = [np.bincount(bins, weights, CALIBRATION_BINS) for weights in (confidences, is_right)]

@@ -48,10 +48,8 @@ def read_checks(
 ) -> dict[str, Rows]:
     """Return the rows to compare on, by the names of their files, or built-in sentences if no file is given.
 
-    Args:
-        given: files, `[NAME=]FILE`.
-        takes_pairs: whether the written form takes pairs of texts.
-        has_label_column: whether the column of the labels was named, so that a file must have it.
+    Built-in pairs are among them if the written form takes pairs. If the column of the labels was named, a file of rows
+    must have it.
     """
     if not given:
         pairs = {"pairs": ((SENTENCES, SENTENCES[::-1]), None)} if takes_pairs else {}

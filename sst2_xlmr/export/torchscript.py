@@ -48,13 +48,9 @@ class TextClassifier(nn.Module):
         return [3 if piece == 0 else piece + 1 for piece in pieces]  # 3 is <unk>
 
     def forward(self, texts: List[str], pairs: Optional[List[str]] = None) -> Any:  # noqa: UP006, UP045
-        """Classify any number of texts of any length; texts of similar length are computed together.
+        """Return the task's answer in the texts' order: labels, and fp32 [texts, labels], probabilities.
 
-        Args:
-            pairs: the second text of every row, for a model that was trained on pairs.
-
-        Returns:
-            The task's answer, in the texts' order: the most probable labels, and fp32 [texts, labels], probabilities.
+        Pairs are the second texts of all rows. Texts of similar length are computed together.
         """
         if pairs is not None:
             assert len(pairs) == len(texts), "as many pairs as texts are needed"

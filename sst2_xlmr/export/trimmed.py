@@ -32,14 +32,13 @@ _SPACE = "▁"
 def needed_pieces(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
     """Return int64, ascending: the SentencePiece ids that stay."""
     pieces = tokenizer.pieces
-    names = [pieces.IdToPiece(number) for number in range(pieces.GetPieceSize())]
+    names = [pieces.IdToPiece(number).lstrip(_SPACE) for number in range(pieces.GetPieceSize())]
     is_needed = np.zeros(tokenizer.vocab_size, bool)
     is_needed[:_CONTROLS] = is_needed[[token.id - 1 for token in tokenizer.added]] = True
-    characters = [set(name) - {_SPACE} for name in names]
-    alone = {name.lstrip(_SPACE) for name in names if len(name.lstrip(_SPACE)) == 1}
-    for number, (name, of_piece) in enumerate(zip(names, characters)):
+    alone = {name for name in names if len(name) == 1}
+    for number, name in enumerate(names):
         # Characters that only occur inside longer pieces stay with all of these.
-        is_needed[number] |= len(name.lstrip(_SPACE)) <= 1 or not of_piece <= alone
+        is_needed[number] |= len(name) <= 1 or not {*name} - {_SPACE} <= alone
     for text in texts:
         is_needed[tokenizer.flat_ids([text])[0] - 1] = True
     return np.flatnonzero(is_needed[: len(names)])

@@ -8,9 +8,9 @@ from typing import Callable
 
 import numpy as np
 
-from sst2_xlmr.cli import parse_args
+from sst2_xlmr.config import Config
 from sst2_xlmr.data.duplicates import text_digests
-from sst2_xlmr.data.predictions import extended_rows
+from sst2_xlmr.data.predictions import extended_rows, new_output
 from sst2_xlmr.data.prepare import inspect_splits
 from sst2_xlmr.data.rows import texts_of
 from sst2_xlmr.data.splits import find_files, fold_numbers
@@ -19,7 +19,6 @@ from sst2_xlmr.programs.row_files import with_values, words_for, write_rows
 from sst2_xlmr.report.comparison import Figures
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import writing
 
 MOST_SHOWN = 20  # likely label errors on the console
 # Takes words for train.py, a folder and a seed; returns whether it was not finished before, and its figures.
@@ -29,20 +28,19 @@ Train = Callable[[list[str], Path, int], tuple[bool, Figures]]
 class Folds:
     """The rows of a study's training files, with the file of each; `numbers`, int64 [rows], are their folds from 1."""
 
-    def __init__(self, words: list[str], folder: Path, folds: int, train: Train) -> None:
+    def __init__(self, config: Config, folder: Path, folds: int, train: Train) -> None:
         """Find the rows; UserError if they cannot be used, or an option does not go with folds."""
-        self.config, _ = parse_args([*words, "--output-dir", str(folder / "unused")])
-        self.folder, self.train = folder, train
-        if self.config.dev_file or self.config.dev_share or self.config.eval_file:
+        self.config, self.folder, self.train = config, folder, train
+        if config.dev_file or config.dev_share or config.eval_file:
             raise UserError("--folds evaluates on parts of the training rows; leave out --dev-file, --dev-share, ...")
-        files = [str(file) for file in find_files(self.config, quiet=False)[0]["train"]]
-        config = dataclasses.replace(self.config, data_dir=None, train_file=files, test_file=[])
-        self.task, splits = inspect_splits(config, downloads.cache_dir() / "tokens", quiet=True)
+        files = [str(file) for file in find_files(config, quiet=False)[0]["train"]]
+        of_rows = dataclasses.replace(config, data_dir=None, train_file=files, test_file=[])
+        self.task, splits = inspect_splits(of_rows, downloads.cache_dir() / "tokens", quiet=True)
         self.rows = list(splits["train"].rows(self.task))
         texts, pairs, labels, *_ = zip(*(row for _, row in self.rows))
         self.labels: np.ndarray = np.asarray(labels, self.task.label_dtype)
         digests, strata = text_digests(texts, pairs), self.task.strata(self.labels)
-        self.numbers = fold_numbers(digests, strata, folds, self.config.seed)
+        self.numbers = fold_numbers(digests, strata, folds, config.seed)
 
     def train_fold(self, fold: int) -> tuple[bool, Figures]:
         """Train on all other folds, evaluated on this one."""
@@ -76,9 +74,8 @@ class Folds:
         ):
             path, rows = self.folder / f"{name}.jsonl", [self.rows[row][1] for row in chosen]
             found = [[*cells[row], *added[row]] for row in chosen]
-            content = extended_rows(path, rows, found, [*names, *more], rows[0].fields.names, header=False)
-            with writing(path):
-                path.write_text(content, encoding="utf-8")
+            with new_output(path) as file:
+                file.write(extended_rows(path, rows, found, [*names, *more], rows[0].fields.names, header=False))
         metrics = self.task.metrics(self.task.results_of(probabilities, self.labels), self.labels)
         lines = [f"out of fold  {self.task.describe(metrics)}: {self.folder / 'out-of-fold.jsonl'}"]
         lines.append(f"label errors {len(ranked):,} rows with a doubtful label: {self.folder / 'label-errors.jsonl'}")

@@ -49,8 +49,6 @@ ROWS_AT_ONCE = 4096
 
 
 class Distillation:
-    """Labelled and unlabelled rows, the options, and the folder of the runs."""
-
     def __init__(self, arguments: argparse.Namespace, words: list[str]) -> None:
         """Check all that training does not check itself; UserError if options or files cannot be used."""
         self.arguments, self.folder = arguments, arguments.output_dir
@@ -58,9 +56,10 @@ class Distillation:
         checked_config(self.labelled, self.folder, "--seed", "--dev-share")
         self.config = config = checked_config(words, self.folder)
         self.task, splits = inspect_splits(config, downloads.cache_dir() / "tokens", quiet=True)
-        self.splits = {name: split for name, split in splits.items() if split.is_labelled}
-        files, evaluated = self.folder / "files", [name for name in self.splits if name != "train"]
-        self.evaluated = {name: files / f"{name.replace('/', '-')}.jsonl" for name in evaluated}
+        labelled = {name: split.rows(self.task) for name, split in splits.items() if split.is_labelled}
+        self.rows = {name: [row for _, row in rows] for name, rows in labelled.items()}
+        evaluated = [name for name in self.rows if name != "train"]
+        self.evaluated = {name: self.folder / f"files/{name.replace('/', '-')}.jsonl" for name in evaluated}
         refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
         check_options(self.task, arguments)
         for file in arguments.unlabelled:
@@ -72,10 +71,7 @@ class Distillation:
             found, wanted = (f"{', '.join(task.label_names)} ({task.option})" for task in tasks)
             same = "they must be the same, and in the same order"
             refuse((found != wanted, f"{teacher} answers {found}, but the labelled rows have {wanted}: {same}"))
-        self.known = np.unique(np.concatenate([digests_of(self.rows(name)) for name in self.splits]))
-
-    def rows(self, split: str) -> list[Row]:
-        return [row for _, row in self.splits[split].rows(self.task)]
+        self.known = np.unique(np.concatenate(list(map(digests_of, self.rows.values()))))
 
     def rows_of(self, file: Path) -> Iterator[Row]:
         return read_rows(file, columns_of(self.config, "unlabelled"), None)
@@ -109,7 +105,7 @@ class Distillation:
         if not report.is_file():
             classifier = Classifier.load_mean(teachers, given.teacher_precision, self.config.device)
             counts = {"texts": 0, "left out": 0}
-            labelled = with_values(self.rows("train"), self.task)
+            labelled = with_values(self.rows["train"], self.task)
             write_rows(folder / "train.jsonl", itertools.chain(labelled, self.answered(classifier, counts)))
             figures = {name: self.value_of(classifier, name) for name in self.evaluated}
             write_text(report, json.dumps({"inputs": inputs, "figures": figures, **counts}, indent=2) + "\n")
@@ -122,7 +118,7 @@ class Distillation:
 
     def value_of(self, classifier: Classifier, split: str) -> float:
         """Return the main metric of a classifier on a file."""
-        rows, task = self.rows(split), classifier.task
+        rows, task = self.rows[split], classifier.task
         labels: np.ndarray = np.asarray([row.label for row in rows], self.task.label_dtype)
         return main_metric(task.metrics(task.results_of(classifier.probabilities(texts_of(rows)), labels), labels))
 
@@ -132,7 +128,7 @@ class Distillation:
         former = self.folder / (f"round-{round - 1}" if round > 1 else "labelled")
         if seed == seeds[0]:
             for name, file in self.evaluated.items():
-                write_rows(file, with_values(self.rows(name), self.task))
+                write_rows(file, with_values(self.rows[name], self.task))
             is_given = round == 1 and self.teachers
             self.teach(folder, self.teachers if is_given else [former / f"seed-{each}/model" for each in seeds])
         files = {"train": folder / "train.jsonl", **self.evaluated}

@@ -66,7 +66,6 @@ def class_lines(name: str, task: Task, results: np.ndarray, labels: np.ndarray) 
 
 
 def as_json(file: Path, task: Task, evaluation: Evaluation, labels: np.ndarray) -> dict[str, Any]:
-    """Return a file's part of the JSON."""
     numbers = {key: values.tolist() for key, values in task.per_label(evaluation.results, labels).items()}
     classes = {label: {key: numbers[key][i] for key in numbers} for i, label in enumerate(task.label_names)}
     chosen = {key: value for key, value in evaluation.metrics.items() if key not in ("precision", "recall")}

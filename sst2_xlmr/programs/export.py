@@ -28,7 +28,7 @@ from sst2_xlmr.cli import bounds_of
 from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.rows import Columns, columns_given
-from sst2_xlmr.evaluation.compare import check_comparison, compare
+from sst2_xlmr.evaluation.compare import check_comparison, compare_all
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.check_rows import is_rows_file, read_checks, read_texts
 from sst2_xlmr.export.folder import read_card, write_all_but_weights, write_folder
@@ -212,18 +212,18 @@ def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: 
     else:
         found = write_hugging_face(encoder, written, arguments.dtype)
     both = {name: (found(*sides), expected(*sides), labels) for name, (sides, labels) in checks.items()}
-    count = sum(len(sides[0]) for sides in both.values())
+    compared = compare_all(task, both)
+    rows, difference = f"{compared['rows']:,} rows", compared["largest"]
     if int8:
         lines = [f"no labels in {name}: accuracy was not compared" for name in unlabelled]
         say("\n".join([*comparison_table(task, both, "int8", "fp32"), *lines]))
         check_comparison(task, both, *bounds_of(arguments), "int8", "fp32")
-        return f"answers as above on {count:,} rows"
-    difference = float(np.max([compare(task, *sides)["largest"] for sides in both.values()]))  # NaN if one is
+        return f"answers as above on {rows}"
     tolerance = ONNX_TOLERANCE if kind.startswith("onnx") else TOLERANCE[arguments.dtype]
     if not difference <= tolerance:  # also if it is NaN
         what = f"a probability differs by {difference:.2g}; it was removed"
         raise UserError(f"the written model disagrees with {arguments.model}: {what}")
-    return f"same answers on {count:,} rows, probabilities within {difference:.1g}"
+    return f"same answers on {rows}, probabilities within {difference:.1g}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -57,6 +57,7 @@ from sst2_xlmr.util.shards import first_missing, is_begun, open_shards, read_blo
 
 ROWS_AT_ONCE = 1024
 BYTES_AT_ONCE = 1 << 16  # of standard input
+SENTENCE = ["sentence"]  # the column of texts that do not come from a file
 # Options on which the output depends, besides the input and the model.
 FINGERPRINT_OPTIONS = (*TEXT_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
 Answers = tuple[list[Row], list[list[Any]]]  # rows, and the new cells of each
@@ -125,7 +126,7 @@ def read_chunks(arguments: argparse.Namespace) -> Iterator[list[Row]]:
 
 def sentence(where: str, number: int, text: str) -> Row:
     check_text(text, f"{where} {number}")
-    return Row(text, None, None, Fields(number, ["sentence"], [text]))
+    return Row(text, None, None, Fields(number, SENTENCE, [text]))
 
 
 def arrived_lines(stream: Any) -> Iterator[list[Row]]:

@@ -53,9 +53,9 @@ digest = functools.cache(digest_of_input)  # the runs of a study share most of t
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return `seeds`, `output_dir`, `common` (words for train.py) and `settings` (name -> all words for train.py)."""
+    """Return `seeds`, `output_dir`, `common` (words for train.py), and by name `settings` (all words) and `configs`."""
     study, rest = options.parse_known("study", argv)
-    study.common, study.settings = rest, {}
+    study.common, study.settings, study.configs = rest, {}, {}
     if bool(study.seeds) == bool(study.folds) or study.folds == 1 or study.folds < 0:
         raise UserError("give either --seeds N,... or --folds K, which is 2 or more")
     for name, text in study.setting or [("ours", "")]:
@@ -66,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
         study.settings[name] = [*rest, *split_words(f"--setting {name}", text)]
         own = () if study.folds else ("--seed",)
-        checked_config(study.settings[name], study.output_dir, *own)  # a UserError before anything is trained
+        study.configs[name] = checked_config(study.settings[name], study.output_dir, *own)
     return study
 
 
@@ -139,11 +139,9 @@ def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figu
 
 
 def compare(seeds: list[int], folder: Path, runs: Runs, what: str = "seed", by_setting: bool = False) -> None:
-    """Make all runs, seed by seed, so that every setting meets the same state of the machine; write study.json.
+    """Make all runs, and write study.json; `runs` has for each setting what makes its run with a seed, as `train` does.
 
-    Args:
-        by_setting: make all runs of a setting before those of the next.
-        runs: setting -> what makes its run with a seed, as `train` does.
+    They are made seed by seed, so that every setting meets the same state of the machine, unless `by_setting`.
     """
     results: dict[str, Results] = {name: {} for name in runs}
     order = [(seed, name) for seed in seeds for name in runs]
@@ -167,10 +165,10 @@ def main(argv: list[str] | None = None) -> None:
     if not study.folds:
         runs = {name: functools.partial(train, words, folders[name]) for name, words in study.settings.items()}
         compare(study.seeds, study.output_dir, runs)
-        config, _ = parse_args(next(iter(study.settings.values())))
-        print(f"linear probe on the frozen encoder: dev {linear_probe(config):.4f}")
+        probe = linear_probe(next(iter(study.configs.values())))
+        print(f"linear probe on the frozen encoder: dev {probe:.4f}")
         return
-    folds = {name: Folds(words, folders[name], study.folds, train) for name, words in study.settings.items()}
+    folds = {name: Folds(config, folders[name], study.folds, train) for name, config in study.configs.items()}
     by_fold = {name: each.train_fold for name, each in folds.items()}
     compare(list(range(1, study.folds + 1)), study.output_dir, by_fold, "fold")
     for each in folds.values():

@@ -64,7 +64,6 @@ class Report:
             say(text)
 
     def advance(self) -> None:
-        """Move the bar by one step."""
         with suppress(OSError, ValueError):
             self._bar.update()
 
