@@ -49,6 +49,16 @@ class Split:
         for file in self.files:
             yield from ((file, row) for row in read_rows(file, self.columns, task))
 
+    def texts_of(self, task: Task, rows: set[int]) -> dict[int, str]:
+        """Return the texts of some rows by their numbers; none if the files have changed, or are just being changed."""
+        try:
+            if any(source_digest(file) != found.digest for file, found in zip(self.files, self.found)):
+                return {}
+            found = {number: row for number, (_, row) in enumerate(self.rows(task)) if number in rows}
+        except UserError:
+            return {}
+        return {number: row.text if row.pair is None else f"{row.text} / {row.pair}" for number, row in found.items()}
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -104,16 +114,11 @@ class Prepared:
         return f"{file.name}:{line}"
 
     def texts_of(self, split: str, rows: set[int]) -> dict[int, str]:
-        """Return the texts of some rows by their numbers; none if the files have changed, or are just being changed."""
-        cache, source = self.caches[split], self.splits[split]
+        """Return the texts of some of a split's rows by their numbers; see `Split.texts_of`."""
+        cache = self.caches[split]
         numbers = {row if cache.numbers is None else int(cache.numbers[row]): row for row in rows}
-        try:
-            if any(source_digest(file) != found.digest for file, found in zip(source.files, source.found)):
-                return {}
-            found = {numbers[i]: row for i, (_, row) in enumerate(source.rows(self.task)) if i in numbers}
-        except UserError:
-            return {}
-        return {number: row.text if row.pair is None else f"{row.text} / {row.pair}" for number, row in found.items()}
+        found = self.splits[split].texts_of(self.task, set(numbers))
+        return {numbers[number]: text for number, text in found.items()}
 
     def digests(self) -> dict[str, str]:
         """Return SHA-256 of all that decides the result besides options, hexadecimal, by what it is.

@@ -24,6 +24,7 @@ import numpy as np
 
 from sst2_xlmr.cli import bounds_of
 from sst2_xlmr.config import named_files
+from sst2_xlmr.data.prepare import Split
 from sst2_xlmr.data.report import description, left_out_of
 from sst2_xlmr.data.rows import Columns, Inspection, check_pairs, columns_given
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
@@ -39,7 +40,7 @@ from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.report.table import comparison_table, evaluation_table, lines_of
-from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, make_event_folder, open_events, read_texts
+from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, make_event_folder, open_events
 from sst2_xlmr.task import Task, at_temperature, check_options, with_numbers
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.distributed import World
@@ -74,8 +75,8 @@ def as_json(file: Path, task: Task, evaluation: Evaluation, labels: np.ndarray) 
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    arguments = options.evaluate().parse_args(argv)
-    source, output, given = arguments.calibrate, arguments.output, arguments
+    given = options.evaluate().parse_args(argv)
+    source, output = given.calibrate, given.output
     of_files, bounds = given.json or given.tensorboard or given.against, (given.most_changed, given.most_lost)
     both = "--calibrate FILE and --output DIR"
     refuse(
@@ -96,7 +97,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         make_event_folder(given.tensorboard, "--tensorboard")
     if output:
         check_output("--output", output, makes_parents=True)
-    return arguments
+    return given
 
 
 def evaluate_all(classifier: Classifier, caches: dict[str, TokenCache], batch_tokens: int) -> dict[str, Evaluation]:
@@ -148,20 +149,21 @@ def with_numbers_of(task: Task, arguments: argparse.Namespace, found: dict[str, 
 
 def read_files(
     arguments: argparse.Namespace, classifier: Classifier, files: dict[str, Path], columns: dict[str, Columns]
-) -> tuple[Task, dict[str, TokenCache]]:
+) -> tuple[Task, dict[str, Split], dict[str, TokenCache]]:
     """Check and tokenize all files before the first evaluation; returns also the task that reads their labels."""
     cache_dir, tokenizer = downloads.cache_dir() / "tokens", classifier.tokenizer
     found = {name: inspected(file, columns[name], True, cache_dir) for name, file in files.items()}
-    task, caches = with_numbers_of(classifier.task, arguments, found), {}
+    task, splits, caches = with_numbers_of(classifier.task, arguments, found), {}, {}
     for name, file in files.items():
         left_out = found[name].check(file, task, columns[name].drop_unusable)
+        splits[name] = Split([file], columns[name], [found[name]], left_out, [])
         said = description(file, found[name].layout, columns[name], found[name].rows), left_out_of(left_out)
         for each in filter(None, said):
             print(f"read as    {each}", file=sys.stderr)
     for name, file in files.items():
         parts = (file, tokenizer.file, columns[name], task, tokenizer.max_length, cache_dir)
         caches[name] = tokenize_file(*parts, lambda *_: tokenizer, tokenizer.long_texts)
-    return task, caches
+    return task, splits, caches
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -182,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     for each in columns.values():
         check_pairs(models[0], each.pair, "--text-pair-column NAME")
     check_options(task, arguments)
-    task, caches = read_files(arguments, classifier, files, columns)
+    task, splits, caches = read_files(arguments, classifier, files, columns)
     evaluations = evaluate_all(classifier, caches, arguments.batch_tokens)
     if arguments.calibrate:
         print_text(write_calibrated(arguments, task, caches["dev"], evaluations["dev"].probabilities))
@@ -199,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         with writing(arguments.tensorboard), open_events(arguments.tensorboard) as writer:
             for name, cache in caches.items():
                 add_scalars(writer, 0, name, {key: metrics[name][key] for key in task.scalars})
-                texts_of = partial(read_texts, files[name], cache.digest, columns[name], task)
+                texts_of = partial(splits[name].texts_of, task)
                 draw_evaluation(writer, 0, name, cache.labels, evaluations[name].probabilities, task, texts_of)
     lines = evaluation_table(task, metrics)
     for name, cache in caches.items():

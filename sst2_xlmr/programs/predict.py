@@ -138,7 +138,8 @@ def arrived_lines(stream: Any) -> Iterator[list[Row]]:
         is_open = bool(block)
         *lines, rest = (rest + decoder.decode(block, final=not is_open)).split("\n")
         if len(rest) > LONGEST:
-            raise UserError(f"standard input, line {count + len(lines) + 1}: longer than {LONGEST:,} characters")
+            where = f"standard input, line {count + len(lines) + 1}"
+            raise UserError(f"{where}: longer than {LONGEST:,} characters; give one text a line")
         if rest and not is_open:  # the last line has no end
             lines.append(rest)
         if lines:

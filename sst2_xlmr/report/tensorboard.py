@@ -20,11 +20,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from sst2_xlmr.config import GROUPS, Config
-from sst2_xlmr.data.rows import Columns, read_rows
 from sst2_xlmr.report.pictures import can_draw, confusion_picture, scatter_picture
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import digest_of
 
 CURVES = 10
 MISTAKES = 50
@@ -96,7 +94,7 @@ def draw_evaluation(
 ) -> None:
     """Write a file's confusion matrix, or a scatter plot of scores, precision-recall curves, and the worst mistakes.
 
-    Probabilities are float32 [rows, outputs]; `texts_of` is `read_texts` for rows of the file.
+    Probabilities are float32 [rows, outputs]; `texts_of` is `Split.texts_of` of the file.
     """
     results = task.results_of(probabilities, labels)
     if can_draw():
@@ -133,17 +131,6 @@ def mistakes_table(
         text = escape(texts[row]) if row in texts else "(the file has changed)"
         lines.append(f"| {row + 1} | {text} | {' | '.join(map(escape, answer_of(row)))} |")
     return "\n".join(lines)
-
-
-def read_texts(file: Path, digest: str, columns: Columns, task: Task, rows: set[int]) -> dict[int, str]:
-    """Return the texts of some rows by their numbers; none if the file's SHA-256 is no longer `digest`."""
-    try:
-        if digest_of(file) != digest:
-            return {}
-        found = {number: row for number, row in enumerate(read_rows(file, columns, task)) if number in rows}
-    except (OSError, UserError):  # it is being changed just now
-        return {}
-    return {number: row.text if row.pair is None else f"{row.text} / {row.pair}" for number, row in found.items()}
 
 
 def escape(text: str) -> str:

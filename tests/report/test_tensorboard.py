@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import io
 import shutil
 from html import unescape
@@ -20,9 +22,10 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from sst2_xlmr import train
-from sst2_xlmr.data.rows import Columns
+from sst2_xlmr.data.prepare import Split
+from sst2_xlmr.data.rows import Columns, inspect
 from sst2_xlmr.report import tensorboard
-from sst2_xlmr.report.tensorboard import escape, mistakes_table, read_texts
+from sst2_xlmr.report.tensorboard import escape, mistakes_table
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.files import digest_of
 
@@ -199,11 +202,12 @@ def test_escaped_text_shows_as_it_was() -> None:
 def test_at_most_fifty_mistakes(tmp_path: Path) -> None:
     file, task = tmp_path / "rows.tsv", SingleLabel(["negative", "positive"])
     file.write_text("sentence\tlabel\n" + "".join(f"text {n}\t1\n" for n in range(80)))
-    digest, labels, confidences = digest_of(file), np.ones(80, int), np.linspace(0.51, 0.99, 80, dtype=np.float32)
+    found = dataclasses.replace(inspect(file, Columns()), digest=digest_of(file))
+    texts_of = functools.partial(Split([file], Columns(), [found], {}, []).texts_of, task)
+    labels, confidences = np.ones(80, int), np.linspace(0.51, 0.99, 80, dtype=np.float32)
 
     def table(probabilities: np.ndarray) -> str:
-        mistakes = task.mistakes(probabilities, labels)
-        return mistakes_table(*mistakes, 80, lambda rows: read_texts(file, digest, Columns(), task, rows))
+        return mistakes_table(*task.mistakes(probabilities, labels), 80, texts_of)
 
     wrong = np.stack([confidences, 1 - confidences], 1)
     lines = table(wrong).splitlines()
