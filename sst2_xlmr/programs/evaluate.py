@@ -153,16 +153,16 @@ def read_files(
     """Check and tokenize all files before the first evaluation; returns also the task that reads their labels."""
     cache_dir, tokenizer = downloads.cache_dir() / "tokens", classifier.tokenizer
     found = {name: inspected(file, columns[name], True, cache_dir) for name, file in files.items()}
-    task, splits, caches = with_numbers_of(classifier.task, arguments, found), {}, {}
+    task, caches = with_numbers_of(classifier.task, arguments, found), {}
     for name, file in files.items():
         left_out = found[name].check(file, task, columns[name].drop_unusable)
-        splits[name] = Split([file], columns[name], [found[name]], left_out, [])
         said = description(file, found[name].layout, columns[name], found[name].rows), left_out_of(left_out)
         for each in filter(None, said):
             print(f"read as    {each}", file=sys.stderr)
     for name, file in files.items():
         parts = (file, tokenizer.file, columns[name], task, tokenizer.max_length, cache_dir)
         caches[name] = tokenize_file(*parts, lambda *_: tokenizer, tokenizer.long_texts)
+    splits = {name: Split([file], columns[name], [found[name]], {}, []) for name, file in files.items()}
     return task, splits, caches
 
 
