@@ -96,7 +96,10 @@ def main() -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         options = ["--model", arguments.model, "--precision", arguments.precision, "--port", str(port)]
-        service, url = subprocess.Popen([sys.executable, ROOT / "scripts" / "serve.py", *options]), f"http://127.0.0.1:{port}"
+        service, url = (
+            subprocess.Popen([sys.executable, ROOT / "scripts" / "serve.py", *options]),
+            f"http://127.0.0.1:{port}",
+        )
     try:
         while service and service.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
             time.sleep(0.2)

@@ -111,8 +111,8 @@ class Tokenizer:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Return every text's SentencePiece ids; an added token's is its id - 1."""
-        if not self.added:
-            return self.pieces.Encode(texts)
+        if not self.added:  # SentencePiece starts a thread for a list, which takes as long as ten texts
+            return self.pieces.Encode(texts) if len(texts) > 10 else [*map(self.pieces.Encode, texts)]
         found = []
         for text in texts:
             ids, end = [], 0

@@ -10,13 +10,12 @@ the service is there, GET /metrics has its counters for Prometheus. SIGTERM lets
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Callable, cast
 
 import numpy as np
 
@@ -30,122 +29,132 @@ from sst2_xlmr.util.output import say
 
 try:
     import uvicorn
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import JSONResponse, PlainTextResponse, Response
-    from starlette.routing import Route
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError:
-    raise UserError("serve needs two packages: pip install 'starlette>=0.27' 'uvicorn>=0.22' (extra: serve)") from None
+    raise UserError("serve needs a package: pip install 'uvicorn>=0.22' (extra: serve)") from None
 
 LARGEST_BODY, LARGEST_HEAD = 1 << 20, 1 << 14  # bytes of a request
 LONGEST_TEXT, MOST_TEXTS = 100_000, 100  # characters of a text, texts of a request
 MOST_WAITING, MOST_CONNECTIONS = 2000, 1000  # texts and connections, beyond which others are turned away
+SHORT = 2000  # characters that are tokenized at once; more of them in a thread, so that others are not held up
 SECONDS_TO_ARRIVE = 10.0  # for the head of a request, and again for its body
+WAITING = "sst2_xlmr_waiting_texts"
+Receive = Callable[[], Any]  # as ASGI defines it
+
+
+class Refused(Exception):
+    """A request that is not answered: the status, and why."""
 
 
 async def compute(classifier: Classifier, waiting: asyncio.Queue[Any], batch_tokens: int) -> None:
-    """Answer the texts that wait, as many at a time as have `batch_tokens`."""
+    """Answer the requests that wait, as many at a time as have `batch_tokens`."""
     pending: list[Any] = []
     while True:
         batch, pending = pending or [await waiting.get()], []
-        tokens = sum(len(ids) for ids, _ in batch)
+        tokens = sum(len(ids) for ids, *_ in batch)
         while not waiting.empty() and not pending:
-            ids, answer = waiting.get_nowait()
-            tokens += len(ids)
-            (batch if tokens <= batch_tokens else pending).append((ids, answer))
-        ids, lengths = np.concatenate([each for each, _ in batch]), np.array([len(each) for each, _ in batch])
+            request = waiting.get_nowait()
+            tokens += len(request[0])
+            (batch if tokens <= batch_tokens else pending).append(request)
+        ids, lengths, futures = zip(*batch)
+        texts = np.concatenate(ids), np.concatenate(lengths)
         try:
-            found: Any = await asyncio.to_thread(classifier.probabilities_of_ids, ids, lengths, batch_tokens)
+            found = await asyncio.to_thread(classifier.probabilities_of_ids, *texts, batch_tokens)
         except Exception as error:  # one answer must not end the service
-            found = [error] * len(batch)
-        for (_, answer), probabilities in zip(batch, found):
-            if not answer.done():
-                answer.set_result(probabilities)
+            for future in futures:
+                future.set_exception(error)
+            continue
+        for future, answer in zip(futures, np.split(found, np.cumsum([len(each) for each in lengths])[:-1])):
+            future.set_result(answer)
 
 
-async def read_texts(request: Request, takes_pairs: bool | None) -> tuple[list[Any], bool]:
-    """Return a request's texts, and whether it asks for all probabilities; HTTPException for any other request."""
+async def read_body(receive: Receive) -> bytes:
+    """Return a request's body."""
+    body, message = b"", {"more_body": True}
+    while message.get("more_body"):
+        message = await receive()
+        body += message.get("body", b"")  # none if the client has gone
+        if len(body) > LARGEST_BODY:
+            raise Refused(413, f"a request may have {LARGEST_BODY:,} bytes")
+    return body
 
-    async def read() -> bytes:
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > LARGEST_BODY:
-                raise HTTPException(413, f"a request may have {LARGEST_BODY:,} bytes")
-        return body
 
+async def read_texts(receive: Receive, takes_pairs: bool | None) -> tuple[list[Any], int, bool]:
+    """Return a request's texts, their characters, and whether it asks for all probabilities; Refused for any other."""
     try:
-        body = json.loads(await asyncio.wait_for(read(), SECONDS_TO_ARRIVE))
+        body = json.loads(await asyncio.wait_for(read_body(receive), SECONDS_TO_ARRIVE))
     except asyncio.TimeoutError:
-        raise HTTPException(408, f"the request has not arrived within {SECONDS_TO_ARRIVE:g} seconds") from None
+        raise Refused(408, f"the request has not arrived within {SECONDS_TO_ARRIVE:g} seconds") from None
     except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"not JSON: {error}"[:200]) from None
+        raise Refused(400, f"not JSON: {error}"[:200]) from None
     texts = body.get("texts") if isinstance(body, dict) else None
     if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_TEXTS:
-        raise HTTPException(400, f"texts: a list of 1 to {MOST_TEXTS} texts is needed")
+        raise Refused(400, f"texts: a list of 1 to {MOST_TEXTS} texts is needed")
     parts = [part for text in texts for part in (text if isinstance(text, list) else [text])]
     if not all(isinstance(part, str) and len(part) <= LONGEST_TEXT for part in parts):
-        raise HTTPException(400, f"texts: strings of up to {LONGEST_TEXT:,} characters are needed, or pairs of such")
+        raise Refused(400, f"texts: strings of up to {LONGEST_TEXT:,} characters are needed, or pairs of such")
     if takes_pairs is not None and any(isinstance(text, list) != takes_pairs for text in texts):
-        raise HTTPException(400, f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}")
-    return texts, bool(body.get("all_probabilities"))
+        raise Refused(400, f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}")
+    return texts, sum(map(len, parts)), bool(body.get("all_probabilities"))
 
 
-def make_app(classifier: Classifier, batch_tokens: int, abstain_below: float) -> Starlette:
-    """Return the service as an ASGI application."""
-    waiting: asyncio.Queue[Any] = asyncio.Queue()
-    counts: Any = Counter()
+def make_app(classifier: Classifier, waiting: asyncio.Queue[Any], abstain_below: float) -> Callable[..., Any]:
+    """Return the service as an ASGI application, which puts token ids, lengths and a future into `waiting`."""
+    counts: Any = Counter({WAITING: 0})
     task = classifier.task
     takes_pairs = read_json(classifier.folder / "config.json", "a model's folder is needed").get("text_pairs")
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        computing = asyncio.create_task(compute(classifier, waiting, batch_tokens))
-        yield
-        computing.cancel()
-
-    async def answers_to(request: Request) -> list[dict[str, Any]]:
-        texts, all_probabilities = await read_texts(request, takes_pairs)
+    async def answers_to(receive: Receive) -> list[dict[str, Any]]:
+        texts, characters, all_probabilities = await read_texts(receive, takes_pairs)
         try:
-            ids, lengths = await asyncio.to_thread(classifier.encode, texts)
+            is_short = characters <= SHORT
+            ids, lengths = classifier.encode(texts) if is_short else await asyncio.to_thread(classifier.encode, texts)
         except (UserError, TypeError) as error:
-            raise HTTPException(400, str(error)) from None
-        if waiting.qsize() + len(lengths) > MOST_WAITING:
-            raise HTTPException(503, "too many texts are waiting; try again later")
-        futures = [asyncio.get_running_loop().create_future() for _ in lengths]
-        for each, future in zip(np.split(ids, np.cumsum(lengths)[:-1]), futures):
-            waiting.put_nowait((each, future))
-        found = await asyncio.gather(*futures)
-        if any(isinstance(each, Exception) for each in found):
-            raise HTTPException(500, "a text could not be classified")
-        cells = [task.cells(each.tolist(), all_probabilities, abstain_below) for each in found]
-        return [dict(zip(task.columns(all_probabilities), each)) for each in cells]
-
-    async def classify(request: Request) -> Response:
-        start, status = time.monotonic(), 200
-        answer: Any = None
+            raise Refused(400, str(error)) from None
+        if counts[WAITING] + len(lengths) > MOST_WAITING:
+            raise Refused(503, "too many texts are waiting; try again later")
+        future = asyncio.get_running_loop().create_future()
+        waiting.put_nowait((ids, lengths, future))
+        counts[WAITING] += len(lengths)
         try:
-            answer = await answers_to(request)
+            found = (await future).tolist()
+        finally:
+            counts[WAITING] -= len(lengths)
+        columns = task.columns(all_probabilities)
+        return [dict(zip(columns, task.cells(each, all_probabilities, abstain_below))) for each in found]
+
+    async def classify(receive: Receive) -> tuple[int, Any]:
+        start, status = time.monotonic(), 500
+        try:
+            answer: Any = await answers_to(receive)
+            status = 200
             counts["sst2_xlmr_texts_total"] += len(answer)
-        except HTTPException as error:
-            status, answer = error.status_code, {"detail": error.detail}
-        except ClientDisconnect:
-            status = 400
-        counts[f'sst2_xlmr_requests_total{{status="{status}"}}'] += 1
-        counts["sst2_xlmr_seconds_total"] += time.monotonic() - start
-        return JSONResponse(answer, status)
+        except Refused as error:
+            status, answer = error.args[0], {"detail": error.args[1]}
+        except UserError as error:  # of the model
+            answer = {"detail": str(error)}
+        finally:
+            counts[f'sst2_xlmr_requests_total{{status="{status}"}}'] += 1
+            counts["sst2_xlmr_seconds_total"] += time.monotonic() - start
+        return status, answer
 
-    async def healthz(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+    async def app(scope: dict[str, Any], receive: Receive, send: Callable[[dict[str, Any]], Any]) -> None:
+        status, kind, answer = 200, "application/json", cast(Any, None)
+        if scope["path"] == "/metrics":
+            kind = "text/plain; version=0.0.4"
+            answer = "".join(f"{name} {value}\n" for name, value in counts.items())
+        elif scope["path"] == "/healthz":
+            answer = {"status": "ok"}
+        elif scope["path"] != "/" or scope["method"] != "POST":
+            status, answer = 404, {"detail": "there are POST /, GET /healthz and GET /metrics"}
+        else:
+            status, answer = await classify(receive)
+        body = (answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)).encode()
+        headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
-    async def metrics(request: Request) -> Response:
-        values = {**counts, "sst2_xlmr_waiting_texts": waiting.qsize()}
-        return PlainTextResponse("".join(f"{name} {value}\n" for name, value in values.items()))
-
-    routes = [Route("/", classify, methods=["POST"]), Route("/healthz", healthz), Route("/metrics", metrics)]
-    return Starlette(routes=routes, lifespan=lifespan)
+    return app
 
 
 class TimedProtocol(H11Protocol):
@@ -175,14 +184,23 @@ class TimedProtocol(H11Protocol):
             self.transport.close()
 
 
+async def run(classifier: Classifier, arguments: argparse.Namespace) -> None:
+    """Answer until a signal asks to stop."""
+    waiting: asyncio.Queue[Any] = asyncio.Queue()
+    settings: dict[str, Any] = {"http": TimedProtocol, "limit_concurrency": MOST_CONNECTIONS, "log_level": "error"}
+    settings |= {"h11_max_incomplete_event_size": LARGEST_HEAD, "timeout_graceful_shutdown": 30, "lifespan": "off"}
+    app = make_app(classifier, waiting, arguments.abstain_below)
+    server = uvicorn.Server(uvicorn.Config(app, host=arguments.host, port=arguments.port, **settings))
+    computing = asyncio.create_task(compute(classifier, waiting, arguments.batch_tokens))
+    await server.serve()
+    computing.cancel()
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = options.serve().parse_args(argv)
     keep_freed_memory()
     classifier = Classifier.load_mean(arguments.models, arguments.precision, arguments.device)
     check_options(classifier.task, arguments)
-    app = make_app(classifier, arguments.batch_tokens, arguments.abstain_below)
-    settings: dict[str, Any] = {"http": TimedProtocol, "limit_concurrency": MOST_CONNECTIONS, "log_level": "error"}
-    settings |= {"h11_max_incomplete_event_size": LARGEST_HEAD, "timeout_graceful_shutdown": 30}
     models = " + ".join(map(str, arguments.models))
     say(f"serving    {models} in {classifier.precision} at http://{arguments.host}:{arguments.port}")
-    uvicorn.run(app, host=arguments.host, port=arguments.port, **settings)
+    asyncio.run(run(classifier, arguments))
