@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import io
 import json
 import os
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,14 @@ from tqdm import tqdm
 from sst2_xlmr import labels, train
 from sst2_xlmr.data import rows as data
 from sst2_xlmr.data.sniff import Columns
+from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
 from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.export.folder import write_folder
-from sst2_xlmr.model.encoders import Encoder, EncoderShape
+from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder, EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
+from sst2_xlmr.programs import export
+from sst2_xlmr.task import SST2_NAMES, SingleLabel
+from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 
 Capture = pytest.CaptureFixture[str]
@@ -40,6 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_DATA = ROOT / "sample_data"
 SMALL_ENCODER = Path(os.environ.get("SST2_XLMR_SMALL_ENCODER", ROOT / "models" / "small"))
 SST2 = Path(os.environ.get("SST2_XLMR_TEST_SST2", ROOT / "data" / "SST-2"))
+CPU = torch.device("cpu")
+ALONE = World.alone(CPU)
 
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
 make_tokenizer = importlib.import_module("inputs").make_tokenizer
@@ -131,6 +137,21 @@ def small_data(tmp_path: Path) -> Path:
     return write_small_data(tmp_path / "data")
 
 
+def run_export(*options: object) -> None:
+    export.main([str(option) for option in options])
+
+
+def tokenize_sample(encoder: Path, cache_dir: Path, split: str = "train", max_length: int = 20) -> TokenCache:
+    file, task = SAMPLE_DATA / f"{split}.tsv", SingleLabel(SST2_NAMES)
+    return tokenize_file(file, encoder / TOKENIZER_NAME, Columns(), task, max_length, cache_dir)
+
+
+@pytest.fixture
+def cache(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
+    """The sample data's training rows, cut to 20 tokens."""
+    return tokenize_sample(tiny_encoder, tmp_path / "cache")
+
+
 @pytest.fixture(scope="session")
 def finished_run(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two epochs on `small_data`, to be copied; its checkpoints are those of the steps 12 and 14."""
@@ -193,32 +214,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launcher(processes: int, *options: str) -> list[str]:
-    """Return the command in front of train.py: plain Python, or torchrun with static rendezvous."""
-    if processes == 1:
-        return [sys.executable]
-    static = ["--nnodes=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    static += ["--monitor_interval=0.1"]  # torchrun looks every 5 s whether its processes have ended
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *static, *options]
-
-
-def torchrun(processes: int, options: list[str], nodes: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run `train.py` under torchrun, with one thread a process; with `nodes`, each as if on a node of its own."""
-    program = [str(ROOT / "train.py"), *options]
-    if nodes:
-        program = ["--no-python", "env", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1", sys.executable, *program]
-    command = [*launcher(processes), *program]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
-
-
-def printed_by(root: Path, *command: object) -> str:
-    """Run a command from `root`, with the package that is there, which must end well."""
-    words, env = list(map(str, command)), {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """No file may become longer than this many bytes: for a program what a full disk is."""
@@ -230,15 +225,13 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def user_error(main: Callable[[], Any], capsys: Capture) -> str:
-    """Run `main`, which must end with status 2 and one line on stderr; returns that line."""
-    with pytest.raises(SystemExit) as stop:
-        exit_on_user_error(main)
-    printed = capsys.readouterr()
-    assert stop.value.code == 2
-    assert printed.err.startswith("error: "), printed.err
-    assert printed.err.count("\n") == 1, printed.err
-    return printed.err
+def user_error(main: Callable[..., Any], *arguments: Any) -> str:
+    """Call `main` as a program, which must end with status 2 and one line on stderr; returns that line."""
+    with redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit, match="^2$"):
+        exit_on_user_error(lambda: main(*arguments))
+    said = errors.getvalue()
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said
 
 
 def refusal(work: Callable[..., Any], *arguments: Any, **options: Any) -> str:
@@ -249,8 +242,17 @@ def refusal(work: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     return str(caught.value)
 
 
+def assert_equal(found: Any, expected: Any) -> None:
+    """Tensors or arrays, alone or in mappings and sequences, are equal to the bit."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def json_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return json_lines(folder / "metrics.jsonl")
 
 
 def losses(folder: Path) -> list[float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,7 @@ from pathlib import Path
 from typing import Any, Union
 
 import pytest
-from conftest import ROOT, free_port, metrics
-from conftest import launcher as launcher
+from conftest import ROOT, Patch, free_port, metrics
 
 from sst2_xlmr import train
 from sst2_xlmr.__main__ import main
@@ -33,7 +33,29 @@ from sst2_xlmr.util.errors import end_among_others
 from sst2_xlmr.util.files import digest_of
 
 DEADLINE_S = 120
-SPEEDS = ("samples_per_s", "tokens_per_s", "memory_gb")
+
+
+def launcher(processes: int, *options: str) -> list[str]:
+    """Return the command in front of train.py: torchrun with static rendezvous."""
+    static = ["--nnodes=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    static += ["--monitor_interval=0.1"]  # torchrun looks every 5 s whether its processes have ended
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *static, *options]
+
+
+def torchrun(processes: int, options: list[str], nodes: bool = False) -> str:
+    """Run `train.py` under torchrun; with `nodes`, each process as if on a node of its own. Returns what it printed."""
+    program = [str(ROOT / "train.py"), *options]
+    if nodes:
+        program = ["--no-python", "env", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1", sys.executable, *program]
+    return printed_by(ROOT, *launcher(processes), *program)
+
+
+def printed_by(root: Path, *command: object) -> str:
+    """Run a command from `root`, with the package that is there, which must end well."""
+    words, env = list(map(str, command)), {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @contextmanager
@@ -95,8 +117,8 @@ def forked(words: list[str], log: Path, errors: Path | None = None) -> Iterator[
         yield process
 
 
-def train_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let programs that start training as a process of its own start it in a fork."""
+def call_in_forks(program: Callable[[list[str]], object], *options: object) -> None:
+    """Call a program that starts training as a process of its own: it starts it in a fork."""
     real = subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> Any:
@@ -105,7 +127,9 @@ def train_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
             return real(command, **options)
         return Fork(["train.py", *command[start:]], Path(options["stdout"].name))
 
-    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", popen)
+        program([str(option) for option in options])
 
 
 def environments(processes: int, nodes: bool) -> list[dict[str, str]]:
@@ -215,7 +239,7 @@ def resume(run: Path, *options: object) -> None:
     train.main(["--resume", "--output-dir", str(run), *map(str, options)])
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Any], object], method: str = "advance") -> None:
+def at_step(monkeypatch: Patch, step: int, act: Callable[[Any], object], method: str = "advance") -> None:
     """Let something happen to a run while its `advance` or `evaluate_split` is at work, at this step."""
     real, before = getattr(train.Run, method), step - (method == "advance")
 
@@ -227,22 +251,39 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Any], obj
     monkeypatch.setattr(train.Run, method, call)
 
 
-def signal_comes(monkeypatch: pytest.MonkeyPatch, step: int, method: str) -> None:
-    at_step(monkeypatch, step, lambda run: setattr(run.stop, "number", signal.SIGTERM), method)
+def stop_by_signal(step: int, method: str, start: Callable[[], object]) -> None:
+    """Start a run, and let SIGTERM come while its `advance` or `evaluate_split` is at work, at this step."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, lambda run: setattr(run.stop, "number", signal.SIGTERM), method)
+        with pytest.raises(SystemExit, match=f"^{128 + signal.SIGTERM}$"):
+            start()
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Leave of a run what it had when it was stopped after this step."""
+    for checkpoint in (run / "checkpoints").iterdir():
+        if checkpoint.name > f"step-{step:08}":
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(run / "model")
+    assert state_of(run).step == step
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
     """Return `metrics.jsonl` without what depends on the clock."""
-    return [{key: value for key, value in line.items() if key not in SPEEDS} for line in metrics(run)]
+    speeds = ("samples_per_s", "tokens_per_s", "memory_gb")
+    return [{key: value for key, value in line.items() if key not in speeds} for line in metrics(run)]
+
+
+def events_in(folder: Path) -> Any:
+    """Return all that TensorBoard reads from a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
 
 
 def charted(run: Path) -> list[int]:
     """Return the steps of the loss curve as TensorBoard shows it."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    return [event.step for event in events.Scalars("train/loss")]
+    return [event.step for event in events_in(run / "tensorboard").Scalars("train/loss")]
 
 
 def on_ranks(processes: int, work: Callable[[World], object], nodes: bool = False) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SAMPLE_DATA, Capture, Words, train_options, user_error
+from conftest import ROOT, SAMPLE_DATA, Capture, Patch, Words, train_options, user_error
 
 import sst2_xlmr
 from sst2_xlmr.__main__ import PROGRAMS, main
@@ -66,12 +66,12 @@ def test_every_start_says_a_mistake_in_one_line(words: str) -> None:
         (["split", "--rows", "5"], "--train-file"),
     ],
 )
-def test_wrong_commands(words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_wrong_commands(words: list[str], says: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(sys, "argv", ["sst2-xlmr", *words])
-    assert says in user_error(main, capsys)
+    assert says in user_error(main)
 
 
-def test_help_and_version(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_help_and_version(monkeypatch: Patch, capsys: Capture) -> None:
     for option, line in [("--version", f"sst2-xlmr {sst2_xlmr.__version__}, torch "), ("--help", "usage: sst2-xlmr")]:
         monkeypatch.setattr(sys, "argv", ["sst2-xlmr", option])
         main()
@@ -80,9 +80,7 @@ def test_help_and_version(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> N
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_command_and_its_script_have_the_same_help(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_a_command_and_its_script_have_the_same_help(name: str, monkeypatch: Patch, capsys: Capture) -> None:
     script = ROOT / ("train.py" if name == "train" else f"scripts/{name}.py")
     helps = []
     for path, argv in ((ROOT / "sst2_xlmr/__main__.py", ["sst2-xlmr", name]), (script, [script.name])):
@@ -106,7 +104,7 @@ def test_a_command_and_its_script_have_the_same_help(
         ("/site-packages/sst2_xlmr/train.py", 2, "torchrun --nproc_per_node=2 -m sst2_xlmr train"),
     ],
 )
-def test_next_command_works(started: str, processes: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_command_works(started: str, processes: int, words: str, monkeypatch: Patch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [started])
     monkeypatch.setattr(sys, "orig_argv", ["python", started], raising=False)
@@ -132,7 +130,7 @@ TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
     ],
 )
 def test_two_tasks_of_srun_are_no_run(
-    environment: dict[str, str], is_refused: bool, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    environment: dict[str, str], is_refused: bool, monkeypatch: Patch, capsys: Capture
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *TASK):
         monkeypatch.delenv(name, raising=False)
@@ -191,7 +189,7 @@ def test_what_cannot_work_is_refused_before_torch_is_loaded(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("version", "has_pkg_resources"), [("2.20.0", False), ("2.20.0", True), ("2.21.0", False)])
-def test_tensorboard_and_setuptools(version: str, has_pkg_resources: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_and_setuptools(version: str, has_pkg_resources: bool, monkeypatch: Patch) -> None:
     installed = versions._installed
     monkeypatch.setattr(versions, "_installed", lambda name: version if name == "tensorboard" else installed(name))
     monkeypatch.setattr(versions, "find_spec", lambda _: has_pkg_resources or None)
@@ -206,7 +204,7 @@ def test_a_python_without_torch_is_told_so() -> None:
 
 
 @pytest.mark.parametrize(("torch", "torchtext"), [("2.3.1", "0.18.0"), ("2.13.0", "0.18.0"), ("2.3.1", "0.17.0")])
-def test_torchtext_counts_only_where_it_loads(torch: str, torchtext: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchtext_counts_only_where_it_loads(torch: str, torchtext: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(versions, "_installed", {"torch": torch, "torchtext": torchtext}.get)
     loads = (torch, torchtext) == ("2.3.1", "0.18.0")
     assert versions.has_torchtext() == loads

@@ -8,12 +8,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Capture, RunTrain, user_error
+from conftest import ROOT, Capture, Patch, RunTrain, user_error
 from running import resume
 
 from sst2_xlmr import train
@@ -30,7 +29,7 @@ def test_flags_override_a_config_file_and_that_the_defaults(tmp_path: Path) -> N
     assert config == dataclasses.replace(saved, freeze_encoder=False, epochs=7)
 
 
-def test_paths_are_kept_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_kept_absolute(tmp_path: Path, monkeypatch: Patch) -> None:
     """A saved config.json, and --resume, work from any folder."""
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -96,11 +95,9 @@ WRONG_FLAGS = [
 
 @pytest.mark.skipif("CUDA_VISIBLE_DEVICES" in os.environ, reason="a GPU may be there")
 @pytest.mark.parametrize(("options", "says"), WRONG_FLAGS, ids=[" ".join(options) for options, _ in WRONG_FLAGS])
-def test_wrong_flags(
-    run_train: RunTrain, tmp_path: Path, options: list[str], says: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_flags(run_train: RunTrain, tmp_path: Path, options: list[str], says: str, monkeypatch: Patch) -> None:
     monkeypatch.chdir(ROOT)
-    assert says in user_error(lambda: run_train(tmp_path / "run", *options), capsys)
+    assert says in user_error(run_train, tmp_path / "run", *options)
     assert not (tmp_path / "run").exists(), "a corrected command would find the folder taken"
 
 
@@ -118,11 +115,11 @@ def write(file: str, content: bytes) -> Callable[[Path], Any]:
     ],
 )
 def test_wrong_files(
-    run_train: RunTrain, small_data: Path, tmp_path: Path, damage: Callable[[Path], Any], says: str, capsys: Capture
+    run_train: RunTrain, small_data: Path, tmp_path: Path, damage: Callable[[Path], Any], says: str
 ) -> None:
     """Before anything slow, as the download of an encoder is."""
     damage(small_data)
-    assert says in user_error(lambda: run_train(tmp_path / "run", "--encoder", "xlmr.base"), capsys)
+    assert says in user_error(run_train, tmp_path / "run", "--encoder", "xlmr.base")
     assert not (tmp_path / "run").exists()
 
 
@@ -139,9 +136,9 @@ def test_wrong_files(
         ('{"header": "yes"}', "'header' has the value 'yes'"),
     ],
 )
-def test_wrong_config_files(content: str, says: str, tmp_path: Path, capsys: Capture) -> None:
+def test_wrong_config_files(content: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
-    assert says in user_error(lambda: train.main(["--config", str(tmp_path / "config.json")]), capsys)
+    assert says in user_error(train.main, ["--config", str(tmp_path / "config.json")])
 
 
 def test_resume_refuses_what_would_compute_something_else(run_train: RunTrain, tmp_path: Path, capsys: Capture) -> None:
@@ -149,7 +146,7 @@ def test_resume_refuses_what_would_compute_something_else(run_train: RunTrain, t
     capsys.readouterr()
     autos = [[flag(name), "auto"] for name in ("text_column", "text_pair_column", "label_column", "precision")]
     for options in (["--lr", "1e-4"], ["--seed", "5"], ["--batch-size", "16"], ["--epochs", "2"], *autos):
-        line = user_error(partial(resume, run, *options), capsys)
+        line = user_error(resume, run, *options)
         assert f"{options[0]} {options[1].replace('1e-4', '0.0001')} differs from" in line
     assert "auto differs from fp32, with which the run in" in line
     resume(run, "--log-every", 2, "--precision", "fp32")
@@ -204,7 +201,7 @@ def test_recipe_holds_options_and_its_sources(recipe: Path) -> None:
         assert (config.schedule, config.warmup_ratio, config.max_grad_norm) == ("constant", 0.0, 0.0)
 
 
-def test_a_file_of_options_and_what_overrides_it(tmp_path: Path, capsys: Capture) -> None:
+def test_a_file_of_options_and_what_overrides_it(tmp_path: Path) -> None:
     file = tmp_path / "a.args"
     file.write_text("# it's a comment\n--lr 3e-5  # why\n\n--label-names 'not so,yes' --epochs=7\n")
     config, _ = parse_args(["--epochs", "2", f"@{file}", "--lr", "1e-4"])
@@ -212,7 +209,7 @@ def test_a_file_of_options_and_what_overrides_it(tmp_path: Path, capsys: Capture
     assert config.label_names == ["not so", "yes"]
     for content, says in ((b"--lr '3e-5", "No closing quotation"), (b"--lr \xff", "")):
         file.write_bytes(content)
-        assert f"{file} does not hold options: {says}" in user_error(lambda: parse_args([f"@{file}"]), capsys)
+        assert f"{file} does not hold options: {says}" in user_error(parse_args, [f"@{file}"])
     file.unlink()
     says = f"cannot read {file}, named by @{file}: No such file"
-    assert says in user_error(lambda: parse_args([f"@{file}"]), capsys)
+    assert says in user_error(parse_args, [f"@{file}"])

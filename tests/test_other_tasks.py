@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refusal
+from conftest import CPU, refusal
 from sklearn import metrics as reference
 
 from sst2_xlmr.config import Config
@@ -23,7 +23,7 @@ from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, Task, at_temperature, find_task, fit_thresholds
 
-CPU, PLAIN = torch.device("cpu"), Columns()
+PLAIN = Columns()
 GENERATOR = np.random.RandomState(0)
 TRUE = (GENERATOR.random_sample((300, 5)) < [0.5, 0.3, 0.1, 0.02, 0.0]).astype(np.float32)
 PROBABILITIES = (0.6 * GENERATOR.random_sample((300, 5)) + 0.3 * TRUE).round(2).astype(np.float32)  # some are equal
@@ -31,7 +31,6 @@ NAMES = ["a", "b", "c", "d", "e"]
 
 
 def read(file: Path, content: str, columns: Columns = PLAIN, **options: Any) -> tuple[Task, list[Row]]:
-    """Return the task that is found, and the rows."""
     file.write_text(content, encoding="utf-8")
     found = inspect(file, columns)
     task = find_task(Config(**options), found.labels, found.labels, found.layout.class_names.values(), file)
@@ -136,9 +135,6 @@ def test_weights_are_read_and_rows_of_weight_0_are_absent(tmp_path: Path) -> Non
         assert "line 2: the weight " in says and " is no number of 0 or more" in says
 
 
-# --- metrics, as scikit-learn has them
-
-
 def test_metrics_of_several_labels_are_those_of_scikit_learn() -> None:
     task = MultiLabel(NAMES, thresholds=(0.5, 0.4, 0.6, 0.3, 0.5))
     found = task.metrics(task.results_of(PROBABILITIES, TRUE), TRUE)
@@ -175,15 +171,6 @@ def test_metrics_of_scores_are_those_of_scikit_learn_and_scipy() -> None:
     assert metrics.spearman(np.ones(5), np.arange(5)) == 0
 
 
-def test_metrics_of_single_labels_are_those_of_scikit_learn() -> None:
-    true, probabilities = GENERATOR.randint(0, 3, 200), GENERATOR.dirichlet([1, 1, 1, 1], 200).astype(np.float32)
-    task = SingleLabel(list("abcd"))
-    found, predicted = task.metrics(task.results_of(probabilities, true), true), probabilities.argmax(1)
-    assert found["accuracy"] == reference.accuracy_score(true, predicted)
-    assert found["macro_f1"] == pytest.approx(reference.f1_score(true, predicted, average="macro"))
-    assert found["loss"] == pytest.approx(reference.log_loss(true, probabilities, labels=[0, 1, 2, 3]), rel=1e-5)
-
-
 @pytest.mark.parametrize("label", range(4))
 def test_a_fitted_threshold_is_the_best_there_is(label: int) -> None:
     scores, true = PROBABILITIES[:, label], TRUE[:, label] > 0.5
@@ -214,9 +201,6 @@ def test_a_label_that_dev_does_not_have_keeps_its_threshold_and_temperature_move
         sides = (at_temperature(task, temperature), logits.sigmoid()), (task, PROBABILITIES)
         found, expected = ([each.cells(row, False)[0] for row in values.tolist()] for each, values in sides)
         assert found == expected
-
-
-# --- training
 
 
 def test_losses_and_gradients_are_those_of_transformers_heads() -> None:
@@ -281,9 +265,6 @@ def test_scores_are_scaled_in_training_and_answers_are_in_the_files_scale() -> N
     assert task.baseline_loss(labels) == pytest.approx(1)
 
 
-# --- collapse, answers
-
-
 def test_a_collapse_is_seen_in_every_task() -> None:
     random = np.random.RandomState(0)
     before, labels = random.uniform(0.45, 0.55, (300, 5)), TRUE
@@ -325,7 +306,7 @@ def test_a_new_head_begins_with_the_best_constant_answer(class_weights: str | No
     """Its loss is the baseline's, with weights of rows and labels, too."""
     labels = np.array([[1, 0], [0, 0], [0, 0], [1, 1], [0, 0]], np.float32)
     weights, config = np.array([1, 2, 1, 0.5, 1], np.float32), Config(class_weights=class_weights)
-    task = MultiLabel(["a", "b"]).for_training(config, labels, weights, torch.device("cpu"))
+    task = MultiLabel(["a", "b"]).for_training(config, labels, weights, CPU)
     model, is_new = build_classifier(find_encoder(str(tiny_encoder)), task)
     assert is_new
     bias = model.head.out.bias.detach()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Capture, change_json, change_weights, refusal
+from conftest import ROOT, Capture, Patch, change_json, change_weights, refusal
 
 import sst2_xlmr
 from sst2_xlmr.predictor import Classifier
@@ -44,7 +44,7 @@ def test_labels_and_probabilities_belong_together(model: Path, precision: str, c
     assert classifier.predict([]) == []
 
 
-def test_several_threads_get_what_one_gets(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads_get_what_one_gets(model: Path, monkeypatch: Patch) -> None:
     """To the bit, and the model is used by one of them at a time."""
     classifier = Classifier.load(model, "fp32", torch.device("cpu"))
     chunks = [[f"{text} {number}" for text in TEXTS] for number in range(40)]

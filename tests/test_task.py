@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CPU
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.task import SingleLabel
 
 LABELS = torch.tensor([0, 2, 1, 0, 0, 2])
 LOGITS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
-CPU = torch.device("cpu")
 
 
 def task(weights: torch.Tensor | None = None, smoothing: float = 0.0) -> SingleLabel:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Capture, Words, refusal, user_error
-from running import train_in_forks
+from conftest import Capture, Patch, Words, refusal, user_error
+from running import call_in_forks
 
 from sst2_xlmr.programs import study
 
@@ -68,22 +68,14 @@ def test_a_ratio_is_taken_in_every_round() -> None:
         (["--peer", "nowhere/python"], "nowhere/python is not a program; give an environment's bin/python"),
     ],
 )
-def test_wrong_use_of_bench(more: list[str], expected: str, options: list[str], capsys: Capture) -> None:
-    assert expected in user_error(lambda: bench.main([*options, *more]), capsys)
+def test_wrong_use_of_bench(more: list[str], expected: str, options: list[str]) -> None:
+    assert expected in user_error(bench.main, [*options, *more])
 
 
-def test_what_a_command_fails_with(tmp_path: Path, capsys: Capture) -> None:
+def test_what_a_command_fails_with(tmp_path: Path) -> None:
     peer = write_peer(tmp_path / "python", "echo Traceback: >&2; echo 'No module named x' >&2; exit 1")
-    line = user_error(lambda: bench.run_peer(peer, tmp_path, {}), capsys)
+    line = user_error(bench.run_peer, peer, tmp_path, {})
     assert line.endswith("peer.py failed: No module named x\n")
-
-
-# --- studies with the Trainer
-
-
-@pytest.fixture(autouse=True)
-def _quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    train_in_forks(monkeypatch)
 
 
 # As peer.py would: accuracy 0.5; or dev gets better at every evaluation, to the order's seed, in hundredths.
@@ -101,28 +93,28 @@ json.dump({{"order": order, "accuracy": {{name: 0.5 for name in order["splits"]}
 
 
 def test_the_trainers_results_are_those_of_the_same_files(
-    train_words: Words, small_data: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    train_words: Words, small_data: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     options = ["--seeds", "1", "--peer", str(write_peer(tmp_path / "python", PEER))]
     options += train_words(tmp_path / "all", "--epochs", 1)
-    with_trainer.main(options)
+    call_in_forks(with_trainer.main, *options)
     found = json.loads((tmp_path / "all" / "study.json").read_text())
     assert list(found["runs"]) == ["trainer", "ours"]
     assert found["runs"]["trainer"]["1"]["dev"] == found["runs"]["trainer"]["1"]["best dev"] == 0.5
     (tmp_path / "all" / "trainer" / "seed-1.seconds").unlink()
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    with_trainer.main([*options, "--output-dir", "all"])  # another path of the same folder
+    call_in_forks(with_trainer.main, *options, "--output-dir", "all")  # another path of the same folder
     printed = capsys.readouterr().out
     assert printed.count("was finished") == 2
     assert "trainer, seed 1: was finished, dev 0.5000" in printed
-    says = refusal(with_trainer.main, [*options, "--lr", "1e-4"])
+    says = refusal(call_in_forks, with_trainer.main, *options, "--lr", "1e-4")
     assert "was made with other options; remove it, or choose another --output-dir" in says
 
     study.digest.cache_clear()
     with (small_data / "dev.tsv").open("a") as file:
         file.write("one more\t0\n")
-    says = refusal(with_trainer.main, options)
+    says = refusal(call_in_forks, with_trainer.main, *options)
     assert "dev.tsv (dev) is not the file of the run " in says and "trainer/seed-1" in says
     study.digest.cache_clear()
 
@@ -135,6 +127,6 @@ def test_the_trainers_results_are_those_of_the_same_files(
         (["--peer", sys.executable, "--max-steps", "9"], "the Trainer does not have --max-steps"),
     ],
 )
-def test_wrong_use(options: list[str], says: str, train_words: Words, tmp_path: Path, capsys: Capture) -> None:
+def test_wrong_use(options: list[str], says: str, train_words: Words, tmp_path: Path) -> None:
     words = ["--seeds", "1", *train_words(tmp_path)]
-    assert says in user_error(lambda: with_trainer.main([*words, *options]), capsys)
+    assert says in user_error(with_trainer.main, [*words, *options])

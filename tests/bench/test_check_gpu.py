@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Patch
 from safetensors.torch import load_file, save_file
 
 from sst2_xlmr import __version__
@@ -69,7 +69,7 @@ def run_program(wrong: str, root: Path, program: str, options: list[Any], folder
     ],
 )
 def test_checks_pass_and_fail_where_a_run_differs(
-    check: str, wrong: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    check: str, wrong: str, says: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     for name in ("right", "wrong"):
         folder = tmp_path / name

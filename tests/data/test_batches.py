@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE_DATA
+from conftest import CPU
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import Batch, BatchLoader, dropout_keys, rows_in_training_order, select_rows
-from sst2_xlmr.data.rows import Columns
-from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
-from sst2_xlmr.task import SST2_NAMES, SingleLabel
+from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.util.distributed import World
 
 LENGTHS = np.random.RandomState(0).randint(3, 60, 1003)
 
 
 def world_of(rank: int, world_size: int) -> World:
-    return World(rank, world_size, rank, world_size, torch.device("cpu"))
-
-
-def loader_of(cache: TokenCache, config: Config, world: World) -> BatchLoader:
-    return BatchLoader(cache, cache.lengths(), None, config, world)
-
-
-@pytest.fixture
-def cache(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
-    tokenizer_file, task = tiny_encoder / "sentencepiece.bpe.model", SingleLabel(SST2_NAMES)
-    return tokenize_file(SAMPLE_DATA / "train.tsv", tokenizer_file, Columns(), task, 20, tmp_path / "cache")
+    return World(rank, world_size, rank, world_size, CPU)
 
 
 def whole_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -72,19 +59,14 @@ def test_the_first_batch_sorts_one_group_only_and_rows_are_of_like_length() -> N
     assert sum(len(batch) * LENGTHS[batch].max() for batch in batches) < 1.1 * LENGTHS.sum(), "padding"
 
 
-def test_selected_rows_are_packed() -> None:
-    ids, offsets = np.arange(10, dtype=np.int32), np.array([0, 2, 3, 7, 10])
-    packed, lengths = select_rows(ids, offsets, np.array([3, 0, 1]))
-    assert (packed.tolist(), lengths.tolist()) == ([7, 8, 9, 0, 1, 2], [3, 2, 1])
-    assert packed.dtype == lengths.dtype == torch.int64
-
-
 @pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 20])
 def test_ranks_share_every_global_batch(cache: TokenCache, world_size: int, micro_batch_size: int) -> None:
     """Row i of a batch belongs to rank i % W; all ranks have as many micro-batches, some perhaps without weight."""
     config = Config(batch_size=16, seed=5, micro_batch_size=micro_batch_size)
-    loaders = [loader_of(cache, config, world_of(rank, world_size)) for rank in range(world_size)]
+    loaders = [
+        BatchLoader(cache, cache.lengths(), None, config, world_of(rank, world_size)) for rank in range(world_size)
+    ]
     for rows in (np.arange(40, 56), np.arange(7, 8), np.array([9, 3, 5, 11, 2])):
         ranks = [loader[2, rows] for loader in loaders]
         assert len({len(rank) for rank in ranks}) == 1
@@ -100,7 +82,6 @@ def test_ranks_share_every_global_batch(cache: TokenCache, world_size: int, micr
 
 
 def check_batches(batches: list[Batch], cache: TokenCache, rows: np.ndarray, seed: int, epoch: int) -> None:
-    """Check that micro-batches hold these rows, with their keys, in this order."""
     ids, lengths = select_rows(cache.ids, cache.offsets, rows)
     expected = (ids, lengths, torch.from_numpy(cache.labels[rows]), torch.from_numpy(dropout_keys(rows, seed, epoch)))
     for part, whole in zip(zip(*(batch[:4] for batch in batches)), expected):
@@ -122,7 +103,7 @@ def test_loader_goes_on_into_the_next_epoch_without_touching_the_global_generato
     cache: TokenCache, num_workers: int
 ) -> None:
     config = Config(batch_size=30, micro_batch_size=8, num_workers=num_workers, seed=5)
-    loader = loader_of(cache, config, world_of(1, 2))
+    loader = BatchLoader(cache, cache.lengths(), None, config, world_of(1, 2))
     state = torch.get_rng_state()
     served = list(itertools.islice(loader.starting_at(0, len(loader) - 2), 5))
     assert torch.equal(torch.get_rng_state(), state)

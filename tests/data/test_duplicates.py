@@ -104,17 +104,16 @@ def test_what_is_dropped_is_not_trained_on_and_a_resumed_run_keeps_to_its_rows(
     assert said.count("; dropped\n") == 3
     assert [line for line in metrics(run) if "split" not in line][-1]["step"] == 14
     resume = ["--resume", "--output-dir", str(run)]
-    assert "--drop-leaks" in user_error(lambda: train.main([*resume, "--no-drop-leaks"]), capsys)
+    assert "--drop-leaks" in user_error(train.main, [*resume, "--no-drop-leaks"])
     other = tmp_path / "other.tsv"
     other.write_text("".join((dirty_data / "train.tsv").open(encoding="utf-8").readlines()[:9]), encoding="utf-8")
-    line = user_error(lambda: train.main([*resume, "--test-file", str(other)]), capsys)
-    assert "training rows: changed since the run" in line
+    assert "training rows: changed since the run" in user_error(train.main, [*resume, "--test-file", str(other)])
 
 
-def test_nothing_left_is_an_error(tiny_encoder: Path, small_data: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_nothing_left_is_an_error(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
     (small_data / "train.tsv").write_text((small_data / "dev.tsv").read_text())
     words = train_options(tiny_encoder, small_data, tmp_path / "run", "--drop-leaks")
-    assert "leaves no row to train on" in user_error(lambda: train.main(words), capsys)
+    assert "leaves no row to train on" in user_error(train.main, words)
     assert not (tmp_path / "run").exists()
 
 

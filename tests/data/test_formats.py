@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import find_label_names, refusal
+from conftest import Patch, find_label_names, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from sst2_xlmr.data.rows import read_rows
 from sst2_xlmr.data.sniff import Columns, find_layout
 from sst2_xlmr.data.splits import find_split
 from sst2_xlmr.task import SingleLabel
-from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file
 
 
@@ -56,12 +56,6 @@ def test_without_a_header_columns_have_numbers(tmp_path: Path) -> None:
     assert [fields.line for fields in fields_of(tmp_path / "a.csv")] == [2, 5], "where rows begin"
 
 
-def test_csv_text_may_have_line_ends_and_tsv_text_other_separators(tmp_path: Path) -> None:
-    assert read(tmp_path / "a.csv", b'a,b\n"two\nlines\r\nand \r",1\n') == [{"a": "two\nlines\r\nand \r", "b": "1"}]
-    text = "next\u2028line\x0bstays\x85here"  # str.splitlines would cut here
-    assert read(tmp_path / "a.tsv", f"a\tb\n{text}\t1\n".encode()) == [{"a": text, "b": "1"}]
-
-
 WHOLE = gzip.compress(b"a\tb\n" + b"".join(b"%d\t1\n" % i for i in range(5000)), mtime=0)
 
 
@@ -80,7 +74,7 @@ WHOLE = gzip.compress(b"a\tb\n" + b"".join(b"%d\t1\n" % i for i in range(5000)),
     ],
 )
 def test_bad_files_are_named_with_their_line(
-    tmp_path: Path, name: str, content: bytes | None, says: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, content: bytes | None, says: str, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(formats, "LONGEST", 2000)
     line = refusal(fields_of, tmp_path / name) if content is None else refusal(read, tmp_path / name, content)
@@ -100,8 +94,7 @@ def test_damaged_gzip_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_find_split_takes_the_one_file_there_is(tmp_path: Path) -> None:
     assert find_split(tmp_path, "train", is_needed=False) == []
-    with pytest.raises(UserError, match=r"no train\.tsv, .*it has nothing.*--train-file"):
-        find_split(tmp_path, "train")
+    assert re.search(r"no train\.tsv, .*it has nothing.*--train-file", refusal(find_split, tmp_path, "train"))
     (tmp_path / "train.csv.gz").touch()
     assert find_split(tmp_path, "train") == [tmp_path / "train.csv.gz"]
     (tmp_path / "train.tsv").touch()
@@ -122,18 +115,6 @@ def test_what_a_format_cannot_hold(tmp_path: Path, name: str, row: list[object],
         row_writer(file, formats.kind_of(tmp_path / name))(["a", "b"], row)
     assert (tmp_path / name).read_bytes() == written
 
-
-def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), new_file(tmp_path / "x.tsv.gz") as file:
-        file.write("half of it" * (1 // 0))
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match=r"cannot write .*no/x\.tsv: No such file"), new_file(tmp_path / "no" / "x.tsv"):
-        pass
-    with pytest.raises(UserError, match="cannot write /dev/full"), new_file(Path("/dev/full/x.tsv")):
-        pass
-
-
-# --- whatever rows there may be
 
 quick = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 ENDINGS = st.sampled_from([".tsv", ".csv", ".jsonl", ".tsv.gz", ".csv.gz", ".jsonl.gz"])

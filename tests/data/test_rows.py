@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SAMPLE_DATA, SST2, find_label_names, refusal
+from conftest import SAMPLE_DATA, SST2, Patch, find_label_names, refusal
 
 from sst2_xlmr.data import rows as data
 from sst2_xlmr.data.formats import Fields
@@ -16,7 +16,6 @@ from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.labels import alike, numbers_for
 from sst2_xlmr.labels import find_label_names as names_of
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
-from sst2_xlmr.util.errors import UserError
 
 
 def rows(path: Path, content: bytes, names: list[str] = SST2_NAMES, columns: Columns = Columns()) -> list[Any]:  # noqa: B008
@@ -25,7 +24,6 @@ def rows(path: Path, content: bytes, names: list[str] = SST2_NAMES, columns: Col
 
 
 def labels_file(folder: Path, labels: list[object]) -> Path:
-    """Write labels as JSON if one of them is no text, else as TSV."""
     if all(isinstance(label, str) for label in labels):
         (folder / "a.tsv").write_text("".join(["text\tlabel\n", *(f"x\t{label}\n" for label in labels)]))
         return folder / "a.tsv"
@@ -148,12 +146,9 @@ def test_labels_that_mean_the_same_are_named() -> None:
     assert alike(labels) == [["Positive", "positive", "positive.", "pos\u200bitive"]]
 
 
-STRANGE = ["\u202eright to left\u202c", "\u200f\u0627\u0628", "\U0001f600\U0001f468\u200d\U0001f469", "\ufffd"]
-
-
-# The csv module's own limit is 131,072 characters.
-@pytest.mark.parametrize("text", [*STRANGE, "x" * 1_000_000], ids=range(5))
-def test_strange_texts_are_texts(tmp_path: Path, text: str) -> None:
+def test_long_texts_are_texts(tmp_path: Path) -> None:
+    """The csv module's own limit is 131,072 characters."""
+    text = "x" * 1_000_000
     assert rows(tmp_path / "a.tsv", f"text\tlabel\n{text}\t1\n".encode()) == [(text, None, 1)]
     assert rows(tmp_path / "a.csv", f"text,label\n{text},1\n".encode()) == [(text, None, 1)]
     assert rows(tmp_path / "a.jsonl", json.dumps({"text": text, "label": 1}).encode()) == [(text, None, 1)]
@@ -188,8 +183,8 @@ def test_names_of_the_classes_from_the_training_file(tmp_path: Path, labels: lis
 def test_a_thousand_classes_and_not_one_more_of_which_only_some_are_listed(tmp_path: Path) -> None:
     labels: list[object] = [f"class {i:04}" for i in range(1000)]
     assert find_label_names(labels_file(tmp_path, labels), Columns()) == labels
-    with pytest.raises(UserError, match=r"line 1002: more than 1,000 different labels; .*--label-column"):
-        find_label_names(labels_file(tmp_path, [*labels, "one more"]), Columns())
+    line = refusal(find_label_names, labels_file(tmp_path, [*labels, "one more"]), Columns())
+    assert "line 1002: more than 1,000 different labels; " in line and "--label-column" in line
     line = refusal(rows, tmp_path / "a.tsv", b"text\tlabel\nx\tz\n", ["a", *(f"a{i}" for i in range(1000))])
     assert "a, a0, a1, " in line and " and 991 more" in line and len(line) < 300
 
@@ -210,13 +205,6 @@ def test_labels_that_are_no_classes(tmp_path: Path, labels: list[object], says: 
     assert file.name in line and says in line
 
 
-def test_rows_for_prediction_need_no_label_and_may_be_empty(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('id,text\n7,fine\n8,""\n')
-    found = list(read_rows(tmp_path / "a.csv", Columns(), None))
-    assert [row[:3] for row in found] == [("fine", None, None), ("", None, None)]
-    assert [row.fields.cells for row in found] == [["7", "fine"], ["8", ""]]
-
-
 @pytest.mark.parametrize(
     ("content", "labelled"),
     [
@@ -232,7 +220,7 @@ def test_whether_a_test_file_has_labels(tmp_path: Path, content: bytes, labelled
     assert has_labels(tmp_path / "test.tsv", Columns()) == labelled
 
 
-def test_chunks_are_smaller_where_texts_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_are_smaller_where_texts_are_long(monkeypatch: Patch) -> None:
     monkeypatch.setattr(data, "_CHUNK_CHARACTERS", 10)
     texts = ["a", "b", "c", "d" * 20, "e", "f" * 6]
     found = data.in_chunks((Row(text, text, 0, Fields(1, [], [])) for text in texts), 2)

@@ -184,10 +184,9 @@ def test_encodings_are_proposed(text: str, encoding: str) -> None:
 
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\0\ufdd0"), min_size=1, max_size=12).filter(str.strip)
-QUOTING = st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
 dialects = {
     "delimiter": st.sampled_from("\t,;|"),
-    "quoting": QUOTING,
+    "quoting": st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]),
     "lineterminator": st.sampled_from(["\n", "\r\n"]),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SAMPLE_DATA, refusal
+from conftest import SAMPLE_DATA, Patch, refusal, tokenize_sample
 
 from sst2_xlmr.data import rows as data
 from sst2_xlmr.data import token_cache
@@ -23,18 +22,8 @@ from sst2_xlmr.task import SST2_NAMES, SingleLabel
 TASK = SingleLabel(SST2_NAMES)
 
 
-def tokenize_sample(encoder: Path, cache_dir: Path) -> TokenCache:
-    tokenizer_file = encoder / "sentencepiece.bpe.model"
-    return tokenize_file(SAMPLE_DATA / "train.tsv", tokenizer_file, Columns(), TASK, 20, cache_dir)
-
-
-@pytest.fixture
-def cache(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
-    return tokenize_sample(tiny_encoder, tmp_path / "cache")
-
-
 def test_cache_equals_tokenizing_afresh_and_the_second_start_does_not_tokenize(
-    cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     tokenizer = Tokenizer(tiny_encoder / "sentencepiece.bpe.model", 20)
     texts, _, labels, *_ = zip(*read_rows(SAMPLE_DATA / "train.tsv", Columns(), TASK))
@@ -49,7 +38,7 @@ def test_cache_equals_tokenizing_afresh_and_the_second_start_does_not_tokenize(
 
 
 def test_chunks_do_not_change_the_cache(
-    cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(token_cache, "_CHUNK_ROWS", 7)
     monkeypatch.setattr(data, "_CHUNK_CHARACTERS", 300)
@@ -89,17 +78,7 @@ def test_whatever_changes_the_ids_makes_a_new_cache(tiny_encoder: Path, tmp_path
     assert tokenize_file(file, **{**fixed, **change}).digest != after.digest
 
 
-def test_pairs_are_in_the_cache_as_the_tokenizer_joins_them(tiny_encoder: Path, tmp_path: Path) -> None:
-    file, tokenizer_file = tmp_path / "train.csv.gz", tiny_encoder / "sentencepiece.bpe.model"
-    rows = [("a fine film", "it was good", 1), ("a poor film " * 9, "bad " * 9, 0)]
-    file.write_bytes(gzip.compress("".join(["text,pair,label\n", *(f"{a},{b},{c}\n" for a, b, c in rows)]).encode()))
-    cache = tokenize_file(file, tokenizer_file, Columns(pair="pair"), TASK, 20, tmp_path / "cache")
-    ids, lengths = Tokenizer(tokenizer_file, 20).flat_ids([row[0] for row in rows], [row[1] for row in rows])
-    assert (cache.ids.tolist(), cache.lengths().tolist()) == (ids.tolist(), lengths.tolist())
-    assert cache.truncated == 1
-
-
-def test_a_file_is_inspected_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_inspected_once(tmp_path: Path, monkeypatch: Patch) -> None:
     file, cache_dir = tmp_path / "train.tsv", tmp_path / "cache"
     file.write_text("sentence\tlabel\tstars\nx\tgood\t1\ny\tbad\t2\n")
 
@@ -157,7 +136,7 @@ def test_a_bad_row_leaves_no_cache_and_one_that_cannot_be_written_is_named(tiny_
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_cached(
-    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """What is found under a digest later is what has that digest."""
     cache_dir, digests = tmp_path / "cache", map(str, itertools.count())

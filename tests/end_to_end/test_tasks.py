@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Capture, change_weights, losses, metrics, refusal, train_options
-from running import digests, resume, train_in_forks, train_on_ranks
-from safetensors.torch import load_file
+from conftest import CPU, Capture, change_weights, json_lines, losses, metrics, refusal, train_options
+from running import call_in_forks, digests, forget_after, resume, train_on_ranks
 
 from sst2_xlmr import load, train
 from sst2_xlmr.data.batches import split_windows
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.programs import evaluate, export, predict, study
+from sst2_xlmr.util.files import digest_of
 
-CPU = torch.device("cpu")
 WORDS = ["good", "bad", "film", "slow", "fine", "plot", "music", "actors", "never", "again"]
 
 
@@ -65,12 +64,12 @@ def test_every_task_learns_and_says_what_it_is(trained: Path) -> None:
 
 def test_predict_evaluate_and_python_agree(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     dev, model = trained.parent / "data/dev.jsonl", trained / "model"
-    rows = [json.loads(line) for line in dev.read_text().splitlines()]
+    rows = json_lines(dev)
     texts = [row["text"] for row in rows]
     answers, probabilities = load(model).predict(texts), load(model).probabilities(texts)
     for name in ("a.jsonl", "a.csv"):
         predict.main(["--model", str(model), "--input", str(dev), "--output", str(tmp_path / name)])
-    written = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    written = json_lines(tmp_path / "a.jsonl")
     in_table = list(csv.DictReader((tmp_path / "a.csv").open(newline="")))
     evaluate.main(["--model", str(model), "--file", str(dev), "--json", str(tmp_path / "a.json")])
     found = json.loads((tmp_path / "a.json").read_text())["files"]["dev"]
@@ -130,8 +129,7 @@ def test_several_labels_resume_to_the_bit_and_trained_scores_go_on(
     options = ["--epochs", 3, "--save-every", 5]
     train.main(train_options(tiny_encoder, data, tmp_path / "whole", *options))
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    for folder in (tmp_path / "resumed/model", max((tmp_path / "resumed/checkpoints").iterdir())):
-        shutil.rmtree(folder)
+    forget_after(tmp_path / "resumed", 20)
     resume(tmp_path / "resumed")
     assert digests(tmp_path / "resumed") == digests(tmp_path / "whole")
     train.main(train_options(trained / "model", data, tmp_path / "on", "--epochs", 1, "--lr", 1e-9))
@@ -141,34 +139,25 @@ def test_several_labels_resume_to_the_bit_and_trained_scores_go_on(
     assert first[main] == pytest.approx(last[main], rel=1e-3), "its own head goes on where it was"
 
 
-# --- weights of rows
-
-
 def test_equal_weights_and_absent_rows_change_no_bit(tiny_encoder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data", lambda words: words[0] in WORDS[:5])
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    rows = json_lines(data / "train.jsonl")
 
-    def run(name: str, weights: Any, *options: Any) -> dict[str, torch.Tensor]:
+    def run(name: str, weights: Any, *options: Any) -> str:
         lines = [json.dumps({**row, "w": weight}) for row, weight in zip(rows, weights) if weight is not None]
         (data / "train.jsonl").write_text("\n".join(lines) + "\n")
         train.main(train_options(tiny_encoder, data, tmp_path / name, "--epochs", 1, *options))
-        return dict(load_file(tmp_path / name / "model/model.safetensors"))
-
-    def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-        return all(map(torch.equal, ours.values(), theirs.values()))
+        return digest_of(tmp_path / name / "model/model.safetensors")
 
     plain = run("plain", [1] * 60)
-    assert equal(run("twice", [2] * 60, "--weight-column", "w"), plain)
+    assert run("twice", [2] * 60, "--weight-column", "w") == plain
     np.testing.assert_allclose(losses(tmp_path / "twice"), losses(tmp_path / "plain"), rtol=1e-6)
     some = [None if number % 3 == 0 else 1 for number in range(60)]
-    assert equal(run("zeros", [each or 0 for each in some], "--weight-column", "w"), run("absent", some))
-    assert not equal(run("weighted", range(60), "--weight-column", "w"), plain)
+    assert run("zeros", [each or 0 for each in some], "--weight-column", "w") == run("absent", some)
+    assert run("weighted", range(60), "--weight-column", "w") != plain
     options = ["--epochs", 1, "--weight-column", "w"]
     train_on_ranks(2, train_options(tiny_encoder, data, tmp_path / "two", *options), tmp_path)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "weighted"), rtol=1e-4)
-
-
-# --- long texts
 
 
 @pytest.fixture(scope="module")
@@ -228,24 +217,20 @@ def test_texts_that_fit_train_as_ever(tiny_encoder: Path, tmp_path: Path) -> Non
     assert losses(tmp_path / "cut") == losses(tmp_path / "windows")
 
 
-# --- cross-validation
-
-
 def test_every_row_is_answered_by_a_model_that_has_not_seen_it(
-    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    tiny_encoder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    train_in_forks(monkeypatch)
     data = write_rows(tmp_path / "data", lambda words: "yes" if "good" in words else "no", 90, 8)
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    rows = json_lines(data / "train.jsonl")
     for row in rows[::18]:
         row["label"] = {"yes": "no", "no": "yes"}[row["label"]]
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[1]]))
     options = train_options(tiny_encoder, data, tmp_path / "folds", "--epochs", 40, "--lr", 3e-3, "--eval-every", 0)
     place = options.index("--data-dir")
     options[place : place + 2] = ["--train-file", str(data / "train.jsonl")]
-    study.main(["--folds", "3", *options])
+    call_in_forks(study.main, "--folds", 3, *options)
     folder = tmp_path / "folds/ours"
-    found = [json.loads(line) for line in (folder / "out-of-fold.jsonl").read_text().splitlines()]
+    found = json_lines(folder / "out-of-fold.jsonl")
     assert [row["text"] for row in found] == [row["text"] for row in [*rows, rows[1]]]
     assert found[1]["fold"] == found[90]["fold"], "equal texts stay together"
     for fold in (1, 2, 3):
@@ -258,11 +243,11 @@ def test_every_row_is_answered_by_a_model_that_has_not_seen_it(
         for label in ("yes", "no"):
             everywhere = [row["fold"] for row in found if row["label"] == label]
             assert abs(everywhere.count(fold) - len(everywhere) / 3) <= 2
-    doubtful = [json.loads(line) for line in (folder / "label-errors.jsonl").read_text().splitlines()]
+    doubtful = json_lines(folder / "label-errors.jsonl")
     flipped = {i + 1 for i in range(0, 90, 18)}
     assert len(flipped & {row["line"] for row in doubtful[:12]}) >= 3
     assert "label errors" in capsys.readouterr().out
-    study.main(["--folds", "3", *options])
+    call_in_forks(study.main, "--folds", 3, *options)
     assert "was finished" in capsys.readouterr().out
 
 
@@ -287,10 +272,10 @@ def test_calibrating_several_labels_moves_no_label(trained: Path, tmp_path: Path
 
 def test_several_models_are_one_answer(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dev, folders = trained.parent / "data/dev.jsonl", [trained / "model", trained / "best"]
-    rows = [json.loads(line) for line in dev.read_text().splitlines()]
+    rows = json_lines(dev)
     models = [word for folder in folders for word in ("--model", str(folder))]
     predict.main([*models, "--input", str(dev), "--output", str(tmp_path / "a.jsonl"), "--precision", "fp32"])
-    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    answers = json_lines(tmp_path / "a.jsonl")
     both = [load(folder, "fp32").probabilities([row["text"] for row in rows]) for folder in folders]
     mean = np.mean(both, axis=0)
     if "score" in answers[0]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SAMPLE_DATA, SMALL_ENCODER, losses, needs_small_encoder, printed_by, sst2_sentences, train_options
-from running import ROOT, resume
+from conftest import SAMPLE_DATA, SMALL_ENCODER, losses, needs_small_encoder, sst2_sentences, train_options
+from running import ROOT, printed_by, resume
 
 import sst2_xlmr
 from sst2_xlmr import train

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL_ENCODER, Capture, Patch, kernels_for, needs_small_encoder
+from conftest import CPU, ROOT, SMALL_ENCODER, Capture, Patch, kernels_for, needs_small_encoder
+from running import printed_by
 from torch import nn
 
 from sst2_xlmr import engines, predictor
@@ -23,7 +23,6 @@ from sst2_xlmr.model.quantized import quantize_weights
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.task import SingleLabel
 
-CPU = torch.device("cpu")
 TASK = SingleLabel(["a", "b", "c"])
 # Of a layer's output and input, and rows.
 SIZES = [(3, 5, 1), (64, 4, 6), (70, 30, 13), (200, 96, 100), (100, 40, 131), (1, 8, 49), (5, 3, 0)]
@@ -199,9 +198,7 @@ def test_16_bits_lose_almost_nothing(n: int, k: int, rows: int) -> None:
 def test_loading_leaves_no_fp32_weights_in_memory() -> None:
     """The small encoder has 117.6 M parameters: 470 MB in fp32."""
     int8_kernels()
-    command = [sys.executable, "-c", LOADED, str(SMALL_ENCODER)]
-    taken = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert int(taken) < 470e6 / 2
+    assert int(printed_by(ROOT, sys.executable, "-c", LOADED, SMALL_ENCODER)) < 470e6 / 2
 
 
 def test_without_the_instructions_it_is_said_once(model: Path, monkeypatch: Patch, capsys: Capture) -> None:

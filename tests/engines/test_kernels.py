@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import kernels_for
+from conftest import Patch, kernels_for
 
 from sst2_xlmr.engines.cpu import kernels as compiling
 from sst2_xlmr.engines.cpu.kernels import Kernels, Packed, load_kernels
@@ -54,11 +54,6 @@ def close(ours: torch.Tensor, reference: torch.Tensor) -> None:
     torch.testing.assert_close(ours.double(), reference.detach().double(), rtol=rtol, atol=1e-5 * largest)
 
 
-def same_bits(ours: torch.Tensor, other: torch.Tensor) -> bool:
-    view = torch.int32 if ours.dtype == torch.float32 else torch.int16
-    return torch.equal(ours.contiguous().view(view), other.contiguous().view(view))
-
-
 def sigmas(mask: torch.Tensor, expected: float) -> float:
     """How far the share of ones among independent zeros and ones is from the expected one."""
     return abs(float(mask.double().mean()) - expected) / math.sqrt(expected * (1 - expected) / mask.numel())
@@ -88,7 +83,7 @@ def test_masks_differ_between_sites_rows_and_runs() -> None:
     values = torch.tensor([[0.0, -0.0, 1.0, NAN, INF, -INF, 1e-40, 3e38]] * 8)
     before = values.clone()
     kernels_for(torch.float32).dropout_(values, pack([8], 0.0), 1)
-    assert same_bits(values, before)
+    assert torch.equal(values.view(torch.int32), before.view(torch.int32))
 
 
 @pytest.mark.parametrize("n", [33, 384])
@@ -204,7 +199,7 @@ def test_attention_with_scores_far_apart(kernels: Kernels) -> None:
 
 
 @pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def cache(monkeypatch: Patch, tmp_path: Path) -> Path:
     """The folder of compiled libraries in a new cache; skips where nothing compiles."""
     kernels_for(torch.float32)
     monkeypatch.setenv("SST2_XLMR_CACHE", str(tmp_path))
@@ -227,7 +222,7 @@ def compile_anew() -> None:
     ],
 )
 def test_without_a_compiler_there_are_no_kernels_and_it_is_said_why(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], reason: str
+    monkeypatch: Patch, tmp_path: Path, variables: dict[str, str], reason: str
 ) -> None:
     monkeypatch.setenv("SST2_XLMR_CACHE", str(tmp_path))
     for name, value in variables.items():
@@ -239,7 +234,7 @@ def test_without_a_compiler_there_are_no_kernels_and_it_is_said_why(
 
 
 @pytest.mark.parametrize("is_noexec", [False, True])
-def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch, is_noexec: bool) -> None:
+def test_compiled_once(cache: Path, monkeypatch: Patch, is_noexec: bool) -> None:
     """By two at once if they start at once; from a disk mounted noexec it goes elsewhere, or the reason is said."""
     forbidden, dlopen = [str(cache)] * is_noexec, ctypes.CDLL
 
@@ -260,7 +255,7 @@ def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch, is_noexec: 
     assert reason.endswith("failed to map segment from shared object")
 
 
-def test_what_others_can_write_or_time_has_damaged_is_not_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_others_can_write_or_time_has_damaged_is_not_loaded(cache: Path, monkeypatch: Patch) -> None:
     compile_anew()
     compiled = next(cache.iterdir())
     content, planted = compiled.read_bytes(), b"planted by somebody else"

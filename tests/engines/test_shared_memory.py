@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import kernels_for
+from conftest import Patch, kernels_for
 from running import on_ranks
 from torch import nn
 
@@ -40,12 +40,10 @@ def test_no_two_tensors_share_a_cache_line() -> None:
         assert not found.any()
 
 
-SHAPES = [(1,), (3,), (63,), (64,), (65,), (129,), (7, 9), (33, 100), (1000, 17)]
-
-
 def optimizer(world: World, kernels: Kernels) -> CpuAdamW:
     torch.manual_seed(1)
-    weights = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in SHAPES])
+    shapes = [(1,), (3,), (63,), (64,), (65,), (129,), (7, 9), (33, 100), (1000, 17)]
+    weights = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
     weights[3].requires_grad_(False)
     return CpuAdamW(weights, 1, Config(weight_decay=0.01), world, kernels)
 
@@ -103,7 +101,7 @@ def test_steps_together_are_those_of_one_process(dtype: torch.dtype) -> None:
     on_ranks(3, partial(check_steps, dtype=dtype))
 
 
-def test_processes_agree_that_they_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_agree_that_they_share_no_memory(monkeypatch: Patch) -> None:
     """There may be another process's file by that name, no such memory on this system, or another node."""
 
     def check(world: World) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SAMPLE_DATA, Capture, RunTrain, metrics, refusal
+from conftest import SAMPLE_DATA, Capture, Patch, RunTrain, metrics, refusal
 from running import digests, resume
 from safetensors.torch import load_file
 
@@ -38,7 +38,7 @@ def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
 
 
 @pytest.fixture
-def any_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+def any_gain(monkeypatch: Patch) -> None:
     """For models of this test's size, which no temperature makes significantly better."""
     monkeypatch.setattr(calibration, "_SIGNIFICANT_GAIN", 0.0)
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE_DATA, refusal
+from conftest import ALONE, CPU, refusal, tokenize_sample
 from running import on_ranks
 from sklearn import metrics as reference
 
-from sst2_xlmr.data.rows import Columns
-from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
+from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.evaluation import metrics
 from sst2_xlmr.evaluation.compare import check_comparison, compare
 from sst2_xlmr.evaluation.evaluate import batches_of_like_length, evaluate, on_all_cores
@@ -27,14 +26,12 @@ from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.util.distributed import World, gather_objects
 from sst2_xlmr.util.errors import Interrupted
 
-CPU = torch.device("cpu")
 TASK = SingleLabel(SST2_NAMES)
 
 
 @pytest.fixture
 def dev(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
-    tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
-    return tokenize_file(SAMPLE_DATA / "dev.tsv", tokenizer_file, Columns(), TASK, 64, tmp_path)
+    return tokenize_sample(tiny_encoder, tmp_path, "dev", 64)
 
 
 @pytest.fixture
@@ -45,7 +42,7 @@ def classifier(tiny_encoder: Path) -> SequenceClassifier:
 
 
 def test_agrees_with_one_row_at_a_time(classifier: SequenceClassifier, dev: TokenCache) -> None:
-    found = evaluate(classifier, TASK, dev, 200, World.alone(CPU))
+    found = evaluate(classifier, TASK, dev, 200, ALONE)
     assert classifier.training
     classifier.eval()
     rows = [torch.from_numpy(dev.ids[start:end]).long() for start, end in zip(dev.offsets, dev.offsets[1:])]
@@ -62,7 +59,7 @@ def test_agrees_with_one_row_at_a_time(classifier: SequenceClassifier, dev: Toke
 def test_it_ends_when_all_ranks_are_to_stop(classifier: SequenceClassifier, dev: TokenCache) -> None:
     asked = iter([False, False, True])
     with pytest.raises(Interrupted):
-        evaluate(classifier, TASK, dev, 200, World.alone(CPU), should_stop=lambda: next(asked))
+        evaluate(classifier, TASK, dev, 200, ALONE, should_stop=lambda: next(asked))
     assert classifier.training
     assert next(asked, None) is None
 
@@ -94,11 +91,8 @@ def test_ranks_count_every_row_once(classifier: SequenceClassifier, dev: TokenCa
         np.testing.assert_allclose(found.results, alone.results, atol=1e-6)
         np.testing.assert_allclose(found.probabilities, alone.probabilities, atol=1e-6)
 
-    alone = evaluate(classifier, TASK, dev, batch_tokens, World.alone(CPU))
+    alone = evaluate(classifier, TASK, dev, batch_tokens, ALONE)
     on_ranks(3, check)
-
-
-# --- metrics and comparisons
 
 
 def test_figures_of_classes_are_those_of_scikit_learn() -> None:
@@ -143,15 +137,7 @@ def test_interval_is_that_of_drawing_rows() -> None:
     assert time.process_time() - started < 5, "a number is drawn for a row, not for a resample"
 
 
-def test_mean_of_files() -> None:
-    files: list[dict[str, Any]] = [{"accuracy": 0.85, "ece": 0.05, "recall": [1.0]}, {"accuracy": 0.95, "ece": 0.15}]
-    assert metrics.mean_of(files) == {"accuracy": pytest.approx(0.9), "ece": pytest.approx(0.1)}
-
-
-Sides = tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]
-
-
-def sides(found: list[float], expected: list[float], labels: list[int] | None) -> Sides:
+def sides(found: list[float], expected: list[float], labels: list[int] | None) -> Any:
     """Of two classes, from the probabilities of class 1."""
     both = [np.stack([1 - np.array(p), np.array(p)], 1).astype(np.float32) for p in (found, expected)]
     return both[0], both[1], None if labels is None else np.array(labels)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import metrics
+from conftest import Patch, metrics
 from safetensors.torch import load_file
 
 from sst2_xlmr import run as run_module
@@ -31,7 +31,7 @@ from sst2_xlmr.util.files import SCRATCH_MARK, scratch_name
 RunTrain = Callable[..., Path]
 
 
-def give_accuracies(monkeypatch: pytest.MonkeyPatch, accuracies: Iterable[float]) -> None:
+def give_accuracies(monkeypatch: Patch, accuracies: Iterable[float]) -> None:
     """Let evaluations have these accuracies, one after another."""
     evaluate, given = run_module.evaluate, iter(accuracies)
 
@@ -42,7 +42,7 @@ def give_accuracies(monkeypatch: pytest.MonkeyPatch, accuracies: Iterable[float]
     monkeypatch.setattr(run_module, "evaluate", evaluate_otherwise)
 
 
-def test_best_models_in_quick_succession(run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_models_in_quick_succession(run_train: RunTrain, tmp_path: Path, monkeypatch: Patch) -> None:
     """Each takes its name in the background; the next must not be written over it meanwhile."""
     put_in_place = hugging_face.put_in_place
 
@@ -61,7 +61,7 @@ def test_best_models_in_quick_succession(run_train: RunTrain, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_weights_of_best(run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+def test_weights_of_best(run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, precision: str) -> None:
     """However often checkpoints are written."""
     saved = {}
     for name, options in {"often": ["--save-every", 1, "--keep-checkpoints", 9], "once": []}.items():
@@ -121,7 +121,7 @@ def test_a_note_replaces_the_one_before() -> None:
     assert with_note("", "Calibrated.") == ""
 
 
-def test_card_of_a_run(run_train: RunTrain, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_card_of_a_run(run_train: RunTrain, small_data: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """Each folder's with the metrics of its own weights, here the first evaluation is the best of two; and no path."""
     give_accuracies(monkeypatch, [0.9, 0.5, 0.6, 0.7])
     shutil.copy(small_data / "dev.tsv", small_data / "other.tsv")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Capture
+from conftest import CPU, Capture, run_export
 from reference import needs_torchtext
 from sentencepiece import SentencePieceProcessor
 
@@ -21,12 +21,10 @@ from sst2_xlmr.export.trimmed import needed_pieces, trimmed_tokenizer
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.tokenizer import Tokenizer
-from sst2_xlmr.programs import export
 
 # torch ignores it by itself, pytest does not: torch.nn.functional looks at a size that never changes.
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 
-CPU = torch.device("cpu")
 TEXTS = ["A fine film.", "", "word " * 300, "  It was  slow,\tand long ", "Кино 映画 ταινία", "no", "\U0001f600"] * 5
 
 # Run where packages cannot be imported; argv: their names, the file, JSON for the inputs, where the answers go.
@@ -57,10 +55,6 @@ labels, probabilities = classify(given)
 assert classify([])[0] == [] and classify([])[1].shape == (0, len(classify.label_names))
 json.dump([labels, probabilities.tolist(), classify.label_names], open(sys.argv[4], "w"))
 """
-
-
-def run_export(*options: object) -> None:
-    export.main([str(option) for option in options])
 
 
 def probabilities_of(model: Path, texts: list[str], pairs: list[str] | None = None) -> np.ndarray:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import subprocess
 import sys
 import unicodedata
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, SMALL_ENCODER, needs_small_encoder
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from running import printed_by
+from sentencepiece import SentencePieceTrainer
 
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
@@ -22,15 +21,6 @@ from sst2_xlmr.model.tokenizer import Tokenizer
 @pytest.fixture(params=["tiny", pytest.param("small", marks=needs_small_encoder)])
 def model_file(request: pytest.FixtureRequest, tiny_encoder: Path) -> Path:
     return (tiny_encoder if request.param == "tiny" else SMALL_ENCODER) / TOKENIZER_NAME
-
-
-def test_pieces(model_file: Path) -> None:
-    pieces, content = SentencePieceProcessor(str(model_file)), tokenizer_json(model_file)
-    vocab = json.loads(content or b"")["model"]["vocab"]
-    assert [token for token, _ in vocab[:4]] == ["<s>", "<pad>", "</s>", "<unk>"]
-    assert vocab[-1][0] == "<mask>"
-    expected = [[pieces.IdToPiece(number), pieces.GetScore(number)] for number in range(3, pieces.GetPieceSize())]
-    assert vocab[4:-1] == expected
 
 
 TEXTS = [
@@ -78,9 +68,7 @@ def test_other_classes_of_the_same_message_can_be_imported_too(tiny_encoder: Pat
         "import importlib, pathlib, sys; from sst2_xlmr.export.tokenizer_json import tokenizer_json;"
         f"tokenizer_json(pathlib.Path(sys.argv[1])); importlib.import_module({other!r})"
     )
-    command = [sys.executable, "-c", code, str(tiny_encoder / TOKENIZER_NAME)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
+    printed_by(ROOT, sys.executable, "-c", code, tiny_encoder / TOKENIZER_NAME)
 
 
 def test_another_kind_of_model_gives_none(tmp_path: Path) -> None:

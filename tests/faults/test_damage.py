@@ -70,14 +70,14 @@ def test_the_checkpoint_before_a_damaged_one_is_used_or_none(run: Path, finished
 
 
 def test_full_disk_ends_with_one_line_and_leaves_what_was_whole(
-    run_train: RunTrain, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    run_train: RunTrain, finished_run: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """A limit on the size of a file, less than the moments need, which comes after the first checkpoint."""
     run = tmp_path / "run"
     with contextlib.ExitStack() as limits, monkeypatch.context() as patch:
         limit = file_size_limit(250_000)
         at_step(patch, 5, lambda run: (run.finisher.wait(), limits.enter_context(limit)))
-        line = user_error(lambda: run_train(run, "--epochs", 2, "--save-every", 3), capsys)
+        line = user_error(run_train, run, "--epochs", 2, "--save-every", 3)
     assert "step-00000006: File too large; make room, then continue (training: with --resume)" in line
     assert [checkpoint.name for checkpoint in (run / "checkpoints").iterdir()] == ["step-00000003"]
     assert not list(run.rglob(f"*{SCRATCH_MARK}"))
@@ -86,14 +86,14 @@ def test_full_disk_ends_with_one_line_and_leaves_what_was_whole(
 
 
 def test_encoder_that_goes_away_costs_no_step(
-    run_train: RunTrain, finished_run: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+    run_train: RunTrain, finished_run: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """The untrained rows of the table are read again when a model is written."""
     run, encoder = tmp_path / "run", Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda _: encoder.rename(tmp_path / "away"))
         options = ["--encoder", encoder, "--epochs", 2, "--save-every", 3]
-        line = user_error(lambda: run_train(run, *options), capsys)
+        line = user_error(run_train, run, *options)
     assert "model.safetensors: No such file" in line
     assert (run / "checkpoints" / "step-00000007").is_dir()
     (tmp_path / "away").rename(encoder)
@@ -107,8 +107,7 @@ def test_second_job_on_a_run_is_refused(train_words: Words, tmp_path: Path, caps
     with forked(["train.py", *words], log) as process:
         wait_for(log, "checkpoint: ", process)
         before = (run / "config.json").read_bytes()
-        line = user_error(lambda: resume(run), capsys)
-        assert f"{run} is in use by process {process.pid} on " in line
+        assert f"{run} is in use by process {process.pid} on " in user_error(resume, run)
         wait_for(log, "checkpoint: ", process, times=log.read_text().count("checkpoint: ") + 2)
         assert (run / "config.json").read_bytes() == before
     change_json(run / "config.json", max_steps=10)

@@ -121,20 +121,14 @@ def tree(*folders: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("harm", "says"), [case[1:] for case in ENCODERS], ids=[case[0] for case in ENCODERS])
-def test_hostile_encoder(harm: Harm, says: str, model: Path, small_data: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_hostile_encoder(harm: Harm, says: str, model: Path, small_data: Path, tmp_path: Path) -> None:
     encoder = Path(shutil.copytree(model, tmp_path / "encoder"))
     harm(encoder)
     before = tree(tmp_path)
-    line = user_error(lambda: train.main(train_options(encoder, small_data, tmp_path / "run")), capsys)
+    line = user_error(train.main, train_options(encoder, small_data, tmp_path / "run"))
     assert says in line
     assert len(line) < 500
     assert tree(tmp_path) == before, "nothing ran, nothing was written"
-
-
-def forged(checkpoint: Path) -> None:
-    (checkpoint / "manifest.json").unlink()
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(checkpoint.iterdir())}
-    (checkpoint / "manifest.json").write_text(json.dumps(files, indent=2) + "\n")
 
 
 CHECKPOINTS: dict[str, Harm] = {
@@ -145,15 +139,14 @@ CHECKPOINTS: dict[str, Harm] = {
 
 
 @pytest.mark.parametrize("harm", CHECKPOINTS)
-def test_hostile_checkpoint_with_a_forged_manifest(
-    harm: str, finished_run: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_hostile_checkpoint_with_a_forged_manifest(harm: str, finished_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     checkpoint = run / "checkpoints" / "step-00000014"
     CHECKPOINTS[harm](checkpoint)
-    forged(checkpoint)
-    line = user_error(lambda: resume(run), capsys)
-    assert f"cannot read the checkpoint {checkpoint}: " in line
+    (checkpoint / "manifest.json").unlink()
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(checkpoint.iterdir())}
+    (checkpoint / "manifest.json").write_text(json.dumps(files, indent=2) + "\n")
+    assert f"cannot read the checkpoint {checkpoint}: " in user_error(resume, run)
     assert not list(tmp_path.rglob("it ran"))
 
 
@@ -179,12 +172,12 @@ def test_links_in_a_run_folder_lead_nowhere(finished_run: Path, tmp_path: Path, 
     for name in ("checkpoints", "best", "model", "tensorboard"):
         (run / name).rename(run / "aside")
         (run / name).symlink_to(outside)
-        assert f"{run / name} is a symbolic link" in user_error(lambda: resume(run), capsys)
+        assert f"{run / name} is a symbolic link" in user_error(resume, run)
         (run / name).unlink()
         (run / "aside").rename(run / name)
     (run / ".lock").unlink()
     (run / ".lock").symlink_to(outside / "precious")
-    assert "cannot write to" in user_error(lambda: resume(run), capsys)
+    assert "cannot write to" in user_error(resume, run)
     assert tree(outside) == before
 
 

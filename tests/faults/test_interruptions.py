@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import running
-import torch
-from conftest import SAMPLE_DATA, Capture, Patch, Words, train_options, user_error, write_small_data
-from running import digests, forked, forked_ranks, logged, resume, started, train_on_ranks, wait_for
+from conftest import ALONE, SAMPLE_DATA, Patch, Words, train_options, user_error, write_small_data
+from running import digests, forked, forked_ranks, launcher, logged, resume, started, train_on_ranks, wait_for
 
 from sst2_xlmr import train
 from sst2_xlmr.training.signals import StopRequest
 from sst2_xlmr.util import distributed
-from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import SIGNALS
 from sst2_xlmr.util.files import SCRATCH_MARK
 
@@ -61,9 +59,6 @@ def test_killed_run_equals_undisturbed_run(
     assert not list(broken.rglob(f"*{SCRATCH_MARK}"))
 
 
-# --- signals
-
-
 OPTIONS = ["--max-steps", STEPS, "--eval-every", 25]
 
 
@@ -97,11 +92,11 @@ def test_signal_saves_and_the_rest_is_exact(
 
 def test_a_second_signal_does_not_kill_a_process_that_ends() -> None:
     former = signal.getsignal(signal.SIGUSR1)
-    with StopRequest(World.alone(torch.device("cpu"))):
+    with StopRequest(ALONE):
         pass
     assert signal.getsignal(signal.SIGUSR1) == former
     try:
-        with StopRequest(World.alone(torch.device("cpu"))) as stop:
+        with StopRequest(ALONE) as stop:
             signal.raise_signal(signal.SIGUSR1)
         assert stop.number == signal.SIGUSR1
         signal.raise_signal(signal.SIGUSR1)  # would end the tests
@@ -119,7 +114,7 @@ def test_a_signal_to_one_of_several_processes_stops_all_at_one_step(train_words:
         forks[1].send_signal(signal.SIGUSR1)
         assert [fork.wait() for fork in forks] == [128 + signal.SIGUSR1] * 2
     assert "stopped    by SIGUSR1 after step " in log.read_text()
-    with started([*running.launcher(2), *words, "--resume"], log) as process:
+    with started([*launcher(2), *words, "--resume"], log) as process:
         wait_for(log, "resume     from", process)
         wait_for(log, "step ", process, times=log.read_text().count("step ") + 10)
         process.terminate()
@@ -128,9 +123,6 @@ def test_a_signal_to_one_of_several_processes_stops_all_at_one_step(train_words:
     train_on_ranks(2, [*words[1:], "--resume"], tmp_path)
     assert [line["step"] for line in logged(run) if "split" not in line] == list(range(1, STEPS + 1))
     assert "lost contact" not in log.read_text()
-
-
-# --- lost peers
 
 
 @pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
@@ -164,7 +156,7 @@ def test_torchrun_restarts_and_the_result_is_exact(train_words: Words, tmp_path:
     whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
     options = ["--max-steps", 100, "--save-every", 10]
     train_on_ranks(2, train_words(whole, *options), tmp_path)
-    words = [*running.launcher(2, "--max-restarts=3"), "train.py", *train_words(run, *options)]
+    words = [*launcher(2, "--max-restarts=3"), "train.py", *train_words(run, *options)]
     with started(words, log) as process:
         for times, rank in ((30, 1), (60, 0)):
             wait_for(log, "step ", process, times=times)
@@ -176,7 +168,6 @@ def test_torchrun_restarts_and_the_result_is_exact(train_words: Words, tmp_path:
     assert running.charted(run) == list(range(1, 101))
 
 
-def test_restarts_need_a_folder_to_come_back_to(monkeypatch: Patch, capsys: Capture) -> None:
+def test_restarts_need_a_folder_to_come_back_to(monkeypatch: Patch) -> None:
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    line = user_error(lambda: train.main(["--device", "cpu"]), capsys)
-    assert "torchrun --max-restarts needs --output-dir" in line
+    assert "torchrun --max-restarts needs --output-dir" in user_error(train.main, ["--device", "cpu"])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import change_json, refusal
+from conftest import Patch, assert_equal, change_json, refusal
 from reference import our_name, torchtext_model
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +22,6 @@ from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util import downloads
 
-TASK = SingleLabel(["negative", "positive"])
 SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
 
 
@@ -32,12 +30,8 @@ def folder(tiny_encoder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
 
 
-def same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-
-
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle"])
-def test_only_the_wanted_rows_of_the_table_are_read(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_wanted_rows_of_the_table_are_read(folder: Path, kind: str, monkeypatch: Patch) -> None:
     """The whole table of XLM-R base would be three quarters of a gigabyte, read to be thrown away."""
     if kind != "safetensors":
         tensors = load_file(folder / "model.safetensors")
@@ -57,7 +51,7 @@ def test_only_the_wanted_rows_of_the_table_are_read(folder: Path, kind: str, mon
 
     monkeypatch.setattr(weight_files.Weights, "read", noted)
     ids = torch.tensor([0, 1, 2, 3, 9, 40, encoder.shape.vocab_size - 1])
-    assert same(load_tensors(encoder, ids), {**whole, EMBEDDING: whole[EMBEDDING][ids]})
+    assert_equal(load_tensors(encoder, ids), {**whole, EMBEDDING: whole[EMBEDDING][ids]})
     table = pretrained_table(encoder)
     assert read_rows == [3, 3, 1]
     assert torch.equal(table[:], whole[EMBEDDING])
@@ -75,15 +69,15 @@ def bundle_weights(model: SequenceClassifier) -> dict[str, torch.Tensor]:
     return old
 
 
-def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -> None:
+def test_bundle_with_torchtexts_old_names(tmp_path: Path, monkeypatch: Patch, tiny_encoder: Path) -> None:
     source = SequenceClassifier(SHAPE, 2)
     torch.save(bundle_weights(source), tmp_path / "tiny.pt")
     monkeypatch.setitem(BUNDLE_SHAPES, "xlmr.base", SHAPE)
     tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
     monkeypatch.setattr(downloads, "fetch_bundle", lambda *_, **__: (tmp_path / "tiny.pt", tokenizer_file))
-    model, head_is_new = build_classifier(find_encoder("xlmr.base"), TASK)
+    model, head_is_new = build_classifier(find_encoder("xlmr.base"), SingleLabel(["a", "b"]))
     assert head_is_new
-    assert same(model.encoder.state_dict(), source.encoder.state_dict())
+    assert_equal(model.encoder.state_dict(), source.encoder.state_dict())
     reference = torchtext_model(SequenceClassifier(SHAPE, 2))
     missing = reference.load_state_dict(bundle_weights(source), strict=False).missing_keys
     assert all(name.startswith("head.") for name in missing)
@@ -106,7 +100,7 @@ def test_names_without_prefix_and_a_table_of_another_size(folder: Path) -> None:
     expected = load_tensors(find_encoder(str(folder)))
     tensors = load_file(folder / "model.safetensors")
     save_file({name.replace("roberta.", ""): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
-    assert same(load_tensors(find_encoder(str(folder))), expected)
+    assert_equal(load_tensors(find_encoder(str(folder))), expected)
     change_json(folder / "config.json", vocab_size=7)
     for read in (pretrained_table, functools.partial(load_tensors, ids=torch.arange(4))):
         assert ", 32], expected [7, 32]" in refusal(read, find_encoder(str(folder)))

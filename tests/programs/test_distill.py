@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Capture, Words, refusal, user_error
-from running import train_in_forks
+from conftest import Capture, Words, json_lines, refusal, user_error
+from running import call_in_forks
 
 import sst2_xlmr
 from sst2_xlmr.programs import distill
@@ -19,10 +19,7 @@ from sst2_xlmr.util.files import digest_of
 TEXTS = ["a fine film", "dull and slow", "hard to say", "quite moving , in parts", "  "]
 
 
-def run(*options: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        train_in_forks(patch)
-        distill.main([str(option) for option in options])
+run = partial(call_in_forks, distill.main)
 
 
 @pytest.fixture
@@ -34,13 +31,9 @@ def options(train_words: Words, small_data: Path, tmp_path: Path) -> Words:
     return lambda *more: ["--unlabelled", texts, *train_words(tmp_path / "all", "--epochs", 1, *more)]
 
 
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def test_students_learn_from_the_mean_of_the_labelled_runs(options: Words, tmp_path: Path, capsys: Capture) -> None:
     folder, words = tmp_path / "all", options("--seeds", "3,5", "--rounds", 2, "--labelled", "--epochs 2 --seed 9")
-    assert "leave out --seed" in user_error(lambda: run(*words), capsys)
+    assert "leave out --seed" in user_error(run, *words)
     words[-1] = "--epochs 2"
     run(*words)
     printed = capsys.readouterr().out
@@ -48,7 +41,7 @@ def test_students_learn_from_the_mean_of_the_labelled_runs(options: Words, tmp_p
     configs = [json.loads((folder / name / "seed-3/config.json").read_text()) for name in ("labelled", "round-1")]
     assert [config["epochs"] for config in configs] == [2, 1]
     for name, former in (("round-1", "labelled"), ("round-2", "round-1")):
-        rows = rows_of(folder / name / "train.jsonl")
+        rows = json_lines(folder / name / "train.jsonl")
         assert len(rows) == 50 + 4
         assert [row["text"] for row in rows[50:]] == TEXTS[:4]
         assert {str(row["label"]) for row in rows[:50]} == {"negative", "positive"}
@@ -76,7 +69,7 @@ def test_given_teachers_temperature_and_weight(options: Words, model: Path, smal
         file.write_text(file.read_text().replace("\t0", "\ta").replace("\t1", "\tb"))
     with_names = options("--teacher", model, "--temperature", 0.5, "--unlabelled-weight", 0.25)
     run(*with_names)
-    rows = rows_of(tmp_path / "all/round-1/train.jsonl")
+    rows = json_lines(tmp_path / "all/round-1/train.jsonl")
     found = sst2_xlmr.load(model, "fp32", "cpu").probabilities(TEXTS[:4]).astype(np.float64)
     expected = found**2 / (found**2).sum(1, keepdims=True)
     assert np.allclose([list(row["label"].values()) for row in rows[50:]], expected, atol=2e-6)
@@ -104,9 +97,9 @@ def test_given_teachers_temperature_and_weight(options: Words, model: Path, smal
         (["--teacher", "none"], "none"),
     ],
 )
-def test_misuse(more: list[str], says: str, options: Words, model: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_misuse(more: list[str], says: str, options: Words, model: Path, tmp_path: Path) -> None:
     words = [str(model) if word == "MODEL" else word for word in more]
-    assert says in user_error(lambda: run(*options(*words)), capsys)
+    assert says in user_error(run, *options(*words))
     assert not (tmp_path / "all").exists(), "before anything is trained"
 
 

@@ -15,12 +15,11 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Capture, change_json, change_weights, file_size_limit, make_tokenizer, user_error
+from conftest import ROOT, Capture, Patch, change_json, change_weights, file_size_limit, make_tokenizer, user_error
 from running import Fork, forked_ranks, kill_group, run_ranks
 
 import sst2_xlmr
@@ -59,13 +58,13 @@ def test_arguments_lines_and_files_give_the_same(model: Path, tmp_path: Path, ca
     assert capsys.readouterr().out == from_arguments.out
 
 
-def test_nothing_in_nothing_out(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_nothing_in_nothing_out(model: Path, monkeypatch: Patch, capsys: Capture) -> None:
     """A closed input is something else."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     run(model)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys, "stdin", None)
-    assert "no sentences: give them as arguments" in user_error(lambda: run(model), capsys)
+    assert "no sentences: give them as arguments" in user_error(run, model)
 
 
 ROWS = [
@@ -106,7 +105,7 @@ def test_every_format_in_and_out(model: Path, tmp_path: Path, names: str, capsys
     assert printed.err.count("quoting=3") == printed.err.count("\n") == (wanted == "out.tsv.gz"), "how pandas reads it"
 
 
-def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"text": "x", "n": 1}, {"n": None, "text": "y"}, {"text": "z", "label": [1]}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(model, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
@@ -118,7 +117,7 @@ def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path, capsys: Capture
     ]
     assert [{**row, **kept} for row, kept in zip(found, rows)] == found
     options = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.csv"]
-    assert "line 3 of the input has other keys" in user_error(lambda: run(model, *options), capsys)
+    assert "line 3 of the input has other keys" in user_error(run, model, *options)
     assert not (tmp_path / "out.csv").exists()
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
     run(model, *options)
@@ -138,7 +137,7 @@ def test_glue_submission(model: Path, tmp_path: Path, capsys: Capture) -> None:
         assert (tmp_path / f"{names[0]}.glue/SST-2.tsv").read_text() == "".join(["index\tprediction\n", *lines])
     assert capsys.readouterr().out == ""
     options = ["--input", test, "--glue-submission", tmp_path / "other"]
-    assert "the model's classes are a, b" in user_error(lambda: run(model, *options), capsys)
+    assert "the model's classes are a, b" in user_error(run, model, *options)
     assert list((tmp_path / "other").iterdir()) == []
 
 
@@ -153,21 +152,21 @@ def test_a_progress_bar_on_a_terminal_only(model: Path, tmp_path: Path) -> None:
     os.close(terminal)
 
 
-def test_output_that_exists_is_kept_unless_told_otherwise(model: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_output_that_exists_is_kept_unless_told_otherwise(model: Path, tmp_path: Path) -> None:
     """So is what a link leads to, and a folder in any case."""
     out, other = tmp_path / "out.tsv", tmp_path / "out.tsv.part-0"
     other.write_text("precious")
     options = ["--output", out, "A fine film."]
     for name in ("file", "link"):
         out.symlink_to(other) if name == "link" else out.write_text("precious")
-        assert "out.tsv already exists; choose another name" in user_error(partial(run, model, *options), capsys)
+        assert "out.tsv already exists; choose another name" in user_error(run, model, *options)
         assert out.read_text() == "precious"
         run(model, *options, "--overwrite")
         assert len(list(read_rows(out, Columns(), None))) == 1
         out.unlink()
     assert other.read_text() == "precious"
     out.mkdir()
-    assert "out.tsv already exists" in user_error(partial(run, model, *options, "--overwrite"), capsys)
+    assert "out.tsv already exists" in user_error(run, model, *options, "--overwrite")
 
 
 def write_many(path: Path, rows: int) -> Path:
@@ -234,12 +233,12 @@ def run_killed(model: Path, *options: object) -> None:
         run_with(dies, model, *options)
 
 
-def test_what_was_to_replace_a_file_is_continued(model: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_what_was_to_replace_a_file_is_continued(model: Path, tmp_path: Path) -> None:
     """The file that exists is not taken for the result."""
     options = ["--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv"]
     (tmp_path / "out.csv").write_text("of before")
     run_killed(model, *options, "--overwrite")
-    assert "out.csv already exists" in user_error(partial(run, model, *options, "--resume"), capsys)
+    assert "out.csv already exists" in user_error(run, model, *options, "--resume")
     run(model, *options, "--resume", "--overwrite")
     assert len(read_output(tmp_path / "out.csv")) == 1500
 
@@ -251,7 +250,7 @@ def change(file: Path, old: bytes, new: bytes) -> None:
 
 
 @pytest.mark.parametrize("what", ["--all-probabilities", "--precision bf16", "row", "weight", "classes"])
-def test_other_rows_are_not_continued(model: Path, tmp_path: Path, what: str, capsys: Capture) -> None:
+def test_other_rows_are_not_continued(model: Path, tmp_path: Path, what: str) -> None:
     source, model = model, Path(shutil.copytree(model, tmp_path / "model"))
     options = ["--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv"]
     run_killed(model, *options)
@@ -264,17 +263,17 @@ def test_other_rows_are_not_continued(model: Path, tmp_path: Path, what: str, ca
     elif what == "classes":
         change(model / "config.json", b'"a"', b'"c"')
     options += what.split() if what.startswith("--") else []
-    assert "belong to another model, input" in user_error(partial(run, model, *options, "--resume"), capsys)
-    assert "rows of an earlier run for" in user_error(partial(run, model, *options), capsys)
+    assert "belong to another model, input" in user_error(run, model, *options, "--resume")
+    assert "rows of an earlier run for" in user_error(run, model, *options)
     run(model, *options, "--overwrite")
     assert len(read_output(tmp_path / "out.csv")) == 1500
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "model", "out.csv"]
 
 
-def test_a_file_that_came_meanwhile_is_not_replaced(model: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_file_that_came_meanwhile_is_not_replaced(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.csv"
     options = ["--input", write_many(tmp_path / "in.csv", 20), "--output", output]
-    says = user_error(lambda: run_with(lambda all: [*all, output.write_text("theirs")][:1], model, *options), capsys)
+    says = user_error(run_with, lambda all: [*all, output.write_text("theirs")][:1], model, *options)
     assert "out.csv already exists" in says
     assert output.read_text() == "theirs"
     output.unlink()
@@ -282,7 +281,7 @@ def test_a_file_that_came_meanwhile_is_not_replaced(model: Path, tmp_path: Path,
     assert len(read_output(output)) == 20
 
 
-def test_an_input_that_changes_meanwhile_is_no_result(model: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_an_input_that_changes_meanwhile_is_no_result(model: Path, tmp_path: Path) -> None:
     """A row that is added after the file was read through would be missing."""
     file = write_many(tmp_path / "in.csv", 100)
 
@@ -293,14 +292,13 @@ def test_an_input_that_changes_meanwhile_is_no_result(model: Path, tmp_path: Pat
             yield block
 
     options = ["--input", file, "--output", tmp_path / "out.csv"]
-    says = user_error(lambda: run_with(add_row, model, *options), capsys)
-    assert "in.csv changed while it was being read" in says
+    assert "in.csv changed while it was being read" in user_error(run_with, add_row, model, *options)
     assert not (tmp_path / "out.csv").exists()
     run(model, *options, "--overwrite")
     assert len(read_output(tmp_path / "out.csv")) == 101
 
 
-def test_lines_tell_time_left(model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_tell_time_left(model: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
     run(model, "--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv")
     lines = capsys.readouterr().err.splitlines()
@@ -325,11 +323,11 @@ WRONG_USE = {
 
 
 @pytest.mark.parametrize("options", WRONG_USE)
-def test_wrong_use(model: Path, options: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_use(model: Path, options: str, monkeypatch: Patch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\ncaf\xe9\n")))
     words = options.replace("MODEL", str(model)).split()
-    assert WRONG_USE[options] in user_error(partial(run, model, *words), capsys)
+    assert WRONG_USE[options] in user_error(run, model, *words)
 
 
 @pytest.mark.parametrize(
@@ -341,32 +339,31 @@ def test_wrong_use(model: Path, options: str, capsys: Capture, monkeypatch: pyte
         ("in.csv.gz", gzip.compress(b"text\nx\n", mtime=0)[:-3], "not a whole gzip file"),
     ],
 )
-def test_wrong_input(model: Path, tmp_path: Path, name: str, content: bytes, says: str, capsys: Capture) -> None:
+def test_wrong_input(model: Path, tmp_path: Path, name: str, content: bytes, says: str) -> None:
     """A bad row leaves no half output."""
     (tmp_path / name).write_bytes(content)
     options = ["--input", tmp_path / name, "--output", tmp_path / "out.jsonl"]
-    assert says in user_error(partial(run, model, *options), capsys)
+    assert says in user_error(run, model, *options)
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-def test_a_model_that_does_not_fit_is_refused(model: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_model_that_does_not_fit_is_refused(model: Path, tmp_path: Path) -> None:
     """Its tokenizer, of another model; single texts, for one of pairs."""
     other, pairs = (Path(shutil.copytree(model, tmp_path / name)) for name in ("other", "pairs"))
     rows = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     assert make_tokenizer(other / "sentencepiece.bpe.model", 2 * rows) > rows
-    assert f" has {rows} embedding rows; they do not belong" in user_error(lambda: run(other, "x"), capsys)
+    assert f" has {rows} embedding rows; they do not belong" in user_error(run, other, "x")
     change_json(pairs / "config.json", text_pairs=True)
     cure = "was trained on pairs of texts; name the second column, too: --input FILE --text-pair-column NAME"
-    assert cure in user_error(lambda: run(pairs, "a film"), capsys)
+    assert cure in user_error(run, pairs, "a film")
 
 
-def test_a_path_without_permission_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_a_path_without_permission_is_named(monkeypatch: Patch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "/secret/model")
 
     monkeypatch.setattr(script.Classifier, "load", refuse)
-    line = user_error(lambda: script.main(["--model", "/secret/model", "x"]), capsys)
-    assert "no permission for /secret/model" in line
+    assert "no permission for /secret/model" in user_error(script.main, ["--model", "/secret/model", "x"])
 
 
 @pytest.mark.parametrize("is_full", [False, True])
@@ -379,12 +376,12 @@ def test_a_reader_that_stops_is_no_error_and_a_full_disk_is_one_line(model: Path
     assert done.stdout.count(b"\n") == (0 if is_full else 1)
 
 
-def test_stream_to_a_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_stream_to_a_full_disk(model: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     lines = io.BytesIO(b"a film\n" * 2000)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines))
     out = tmp_path / "out.jsonl"
     with file_size_limit(20_000):
-        line = user_error(lambda: run(model, "--output", out), capsys)
+        line = user_error(run, model, "--output", out)
     assert f"cannot write {out}: File too large; make room" in line
     assert not list(tmp_path.iterdir())
     lines.seek(0)

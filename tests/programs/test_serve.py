@@ -50,7 +50,6 @@ def port(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]
 
 
 def ask(port: int, body: bytes) -> tuple[int, Any]:
-    """Send a request; returns the status and the JSON of the answer."""
     try:
         with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}", body), timeout=30) as answer:
             return answer.status, json.load(answer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 from typing import Any
 
@@ -11,8 +10,9 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Patch
 from matplotlib.figure import Figure
+from running import printed_by
 
 from sst2_xlmr.report.pictures import confusion_picture
 
@@ -24,7 +24,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, float]]:
+def drawn(monkeypatch: Patch) -> dict[str, tuple[float, float]]:
     """The texts of the pictures that are drawn -> where they stand, in the axes' units."""
     texts: dict[str, tuple[float, float]] = {}
     savefig = Figure.savefig
@@ -85,5 +85,4 @@ def test_settings_are_left_alone() -> None:
         "print('matplotlib' in sys.modules); draw(numpy.eye(2), ['a', 'b'], '');"
         "print('matplotlib.pyplot' in sys.modules)"
     )
-    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert said.split() == ["False", "False"]
+    assert printed_by(ROOT, sys.executable, "-c", program).split() == ["False", "False"]

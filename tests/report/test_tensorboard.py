@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import shutil
 from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +13,8 @@ from typing import Any, NamedTuple
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import SAMPLE_DATA, Capture, RunTrain, metrics, train_options
-from running import resume
+from conftest import SAMPLE_DATA, Capture, Patch, RunTrain, metrics, train_options
+from running import events_in, forget_after, resume
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.hparams import metadata
@@ -30,12 +29,6 @@ from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.files import digest_of
 
 DEV, DE, RU = (SAMPLE_DATA / name for name in ("dev.tsv", "test.de.tsv", "test.ru.tsv"))
-
-
-def opened(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
-    events.Reload()
-    return events
 
 
 def steps(events: EventAccumulator) -> dict[str, list[int]]:
@@ -62,7 +55,7 @@ def trained(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
     with contextlib.redirect_stdout(io.StringIO()) as said:
         train.main(train_options(tiny_encoder, SAMPLE_DATA, folder, *options))
     last = {entry["split"]: entry for entry in metrics(folder) if "split" in entry}
-    return Trained(folder, said.getvalue(), opened(folder / "tensorboard"), last)
+    return Trained(folder, said.getvalue(), events_in(folder / "tensorboard"), last)
 
 
 def test_tags_and_steps(trained: Trained) -> None:
@@ -145,16 +138,14 @@ def test_a_resumed_run_hides_what_it_writes_again(run_train: RunTrain, tmp_path:
     """Killed after its last line, and again while that was written; one file is no longer evaluated, one is new."""
     options = ["--epochs", 2, "--save-every", 5, "--eval-every", 5, "--keep-checkpoints", 100]
     run = run_train(tmp_path / "run", *options, "--eval-file", f"de={DE}", f"gone={RU}", "--test-file", RU)
-    before = steps(opened(run / "tensorboard"))
+    before = steps(events_in(run / "tensorboard"))
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 15, "lo')
     (events,) = (run / "tensorboard").iterdir()
     with events.open("ab") as half_written:
         half_written.write(b"\x10\0\0\0\0\0\0\0half a record")
     events.rename(events.with_name("events.out.tfevents.1000000000.of-the-killed-run"))  # not of this second
-    for checkpoint in (run / "checkpoints").iterdir():
-        if int(checkpoint.name.split("-")[1]) > stop:
-            shutil.rmtree(checkpoint)
+    forget_after(run, stop)
     resume(run, "--eval-file", f"de={DE}", f"new={RU}")
     lines = [(entry["step"], entry.get("split")) for entry in metrics(run)]
     assert len(lines) == len(set(lines))
@@ -162,7 +153,7 @@ def test_a_resumed_run_hides_what_it_writes_again(run_train: RunTrain, tmp_path:
     later = [step for step in (5, 7, 12, 14) if step > stop]
     assert [step for step, split in lines if split == "de"] == [5, 7, 12, 14]
     assert [step for step, split in lines if split == "new"] == later
-    found = steps(opened(run / "tensorboard"))
+    found = steps(events_in(run / "tensorboard"))
     for tag, times in before.items():
         shown = found.pop(tag, [])
         if tag.startswith("gone/") and not tag.endswith(("pr_positive", "text_summary")):
@@ -174,14 +165,14 @@ def test_a_resumed_run_hides_what_it_writes_again(run_train: RunTrain, tmp_path:
     assert {tag.split("/")[0] for tag in found} == ({"new"} if later else set())
 
 
-def test_an_early_end(run_train: RunTrain, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_early_end(run_train: RunTrain, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     options = ["--epochs", 9, "--lr", 1e-9, "--eval-every", 3, "--early-stopping-patience", 3]
     run = run_train(tmp_path / "run", *options)
     assert "95 % interval" not in capsys.readouterr().out
-    found = steps(opened(run / "tensorboard"))
+    found = steps(events_in(run / "tensorboard"))
     assert found["dev/confusion"] == [7, metrics(run)[-1]["step"]]
     monkeypatch.setattr(tensorboard, "can_draw", lambda: False)  # no matplotlib
-    tags = opened(run_train(tmp_path / "bare", "--max-steps", 2) / "tensorboard").Tags()
+    tags = events_in(run_train(tmp_path / "bare", "--max-steps", 2) / "tensorboard").Tags()
     assert not tags["images"]
     assert "dev/accuracy" in tags["scalars"]
 

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, losses, metrics, torchrun, train_options
-from running import digests, logged
+from conftest import ROOT, losses, metrics, train_options
+from running import digests, logged, torchrun
 
 from sst2_xlmr import train
 
 UP = Path(os.environ.get("SST2_XLMR_SLURM_UP", "up.sh"))
 LAB = Path(tempfile.gettempdir()) / "slurm-lab"  # where up.sh puts its files
-UP_TIMEOUT_S = 120  # it may have to install SLURM
 UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 
 pytestmark = [
@@ -47,7 +46,7 @@ def _slurm() -> Iterator[None]:
     with contextlib.suppress(AssertionError, OSError):
         was_running = bool(call("scontrol", "ping"))
     try:
-        call(UP, timeout_s=UP_TIMEOUT_S)
+        call(UP, timeout_s=120)  # it may have to install SLURM
         yield
     finally:
         if not was_running:
@@ -132,8 +131,7 @@ def test_time_limit_saves_requeues_and_ends_with_the_same_bits(
     assert said.count("the time limit is near") == int(facts["Restarts"])
     assert said.count("stopped    by SIGUSR1 after step ") == int(facts["Restarts"])
     # The same without SLURM or a stop.
-    done = torchrun(2, train_options(tiny_encoder, small_data, tmp_path / "one", *options), nodes=True)
-    assert done.returncode == 0, done.stderr
+    torchrun(2, train_options(tiny_encoder, small_data, tmp_path / "one", *options), nodes=True)
     assert digests(run) == digests(tmp_path / "one")
     assert logged(run) == logged(tmp_path / "one")
 

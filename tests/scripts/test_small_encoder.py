@@ -22,8 +22,6 @@ from conftest import ROOT, Capture, Patch, refusal
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-SCRIPT = ROOT / "scripts" / "fetch_small_encoder.py"
-
 HIDDEN, LAYERS, HEADS, FFN, PADDED_VOCAB, POSITIONS, TOKEN_TYPES = 32, 2, 4, 64, 18, 6, 2
 PIECES = ["<s>", "<pad>", "</s>", "<unk>", "\u2581", "\u2581good", "\u2581bad", "A", "\u00e9", "d", "o", "<mask>"]
 SCORES = [0.0, 0.0, 0.0, 0.0, -3.5, -1.25, -1.5, -4.0, -4.5, -5.0, -5.5, 0.0]
@@ -239,7 +237,7 @@ def test_a_failure_leaves_nothing_behind(
 def test_command_line_says_what_is_wrong(tmp_path: Path, folder: str, options: list[str], says: str) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
-    command = [sys.executable, str(SCRIPT), str(tmp_path / folder), *options]
+    command = [sys.executable, str(ROOT / "scripts/fetch_small_encoder.py"), str(tmp_path / folder), *options]
     env["PIP_CONFIG_FILE"] = os.devnull
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Capture, RunTrain, losses, metrics
-from running import digests, logged, resume, signal_comes, state_of
+from conftest import Capture, Patch, RunTrain, losses, metrics
+from running import digests, logged, resume, state_of, stop_by_signal
 
 from sst2_xlmr import train
 from sst2_xlmr.task import SingleLabel
@@ -49,7 +49,7 @@ def test_a_run_has_learned_once_its_loss_is_clearly_lower_and_that_is_kept() -> 
 
 
 def test_a_collapsed_run_ends_saved_and_goes_on_when_resumed(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: REASON)
     run = tmp_path / "run"
@@ -73,7 +73,7 @@ def test_a_collapsed_run_ends_saved_and_goes_on_when_resumed(
     assert json.loads((tmp_path / "again" / "config.json").read_text())["seed"] == 1
 
 
-def test_early_stopping_looks_first(run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_stopping_looks_first(run_train: RunTrain, tmp_path: Path, monkeypatch: Patch) -> None:
     """Its patience may be over before a collapse shows in the lines of metrics."""
     monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: REASON)
     stops = ["--eval-every", 1, "--early-stopping-patience", 3]
@@ -83,14 +83,11 @@ def test_early_stopping_looks_first(run_train: RunTrain, tmp_path: Path, monkeyp
 
 
 def test_a_run_stopped_before_a_look_resumes_with_it_and_then_goes_on(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_train: RunTrain, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """That it collapsed then is saved, so that it does not end there each time."""
     run = tmp_path / "run"
-    signal_comes(monkeypatch, 110, "evaluate_split")
-    with pytest.raises(SystemExit):
-        run_train(run, *STUCK)
-    monkeypatch.undo()
+    stop_by_signal(110, "evaluate_split", lambda: run_train(run, *STUCK))
     assert (state_of(run).step, state_of(run).collapse_check_due) == (110, True)
     for reason, step in ((REASON, 110), ("", 140)):
         monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_, reason=reason: reason)
@@ -112,7 +109,7 @@ def test_a_run_that_is_merely_slow_is_looked_at_and_left_alone(
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_run_that_has_collapsed_is_noticed(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int
+    run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, layers: int
 ) -> None:
     """Its head no longer looks at the encoder, as it is with an output that is the same for all texts."""
 

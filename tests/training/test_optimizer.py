@@ -7,21 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import kernels_for
+from conftest import ALONE, Patch, assert_equal, kernels_for
 from running import on_ranks
 from torch import nn
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.engines.cpu.adamw import CpuAdamW
 from sst2_xlmr.engines.cpu.kernels import Kernels
-from sst2_xlmr.engines.cpu.masters import join_master, split_master
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.vocabulary import EMBEDDING, whole_vocabulary
 from sst2_xlmr.training.optimizer import BETAS, EPSILON, AdamW, group_of, has_fused_adamw
 from sst2_xlmr.util.distributed import World, gather_objects
 
-ALONE = World.alone(torch.device("cpu"))
 CONFIG = Config(weight_decay=0.1, layerwise_lr_decay=0.8)
 KINDS = ["plain", "fp32", "bf16"]
 
@@ -36,7 +34,6 @@ def model() -> SequenceClassifier:
 
 
 def build(kind: str, classifier: SequenceClassifier, world: World = ALONE) -> Any:
-    """The plain optimizer, or the engine's for fp32 or bf16."""
     if kind == "plain":
         return AdamW(classifier, 2, CONFIG, world)
     return CpuAdamW(classifier, 2, CONFIG, world, kernels_for(torch.float32 if kind == "fp32" else torch.bfloat16))
@@ -68,11 +65,6 @@ def saved(optimizer: AdamW) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
     return weights, {name: moment.clone() for name, moment in optimizer.moments().items()}
 
 
-def assert_close(found: Any, expected: Any, atol: float) -> None:
-    for ours, theirs in zip(found, expected):
-        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("max_norm", [0.0, 0.5])
 def test_equals_torchs_adamw(kind: str, threads: int, max_norm: float) -> None:
@@ -95,7 +87,8 @@ def test_equals_torchs_adamw(kind: str, threads: int, max_norm: float) -> None:
         reference.step()
     torch.testing.assert_close(norms, expected)
     masters, _ = saved(optimizer)
-    assert_close(masters.values(), theirs.state_dict().values(), 0.0 if kind == "plain" else 2e-6)
+    atol = 0.0 if kind == "plain" else 2e-6
+    torch.testing.assert_close(masters, dict(theirs.named_parameters()), atol=atol, rtol=0)
     for name, parameter in ours.named_parameters():
         assert parameter.dtype == (torch.bfloat16 if kind == "bf16" else torch.float32)
         torch.testing.assert_close(parameter.float(), masters[name], atol=0, rtol=2.0**-8 * (kind == "bf16"))
@@ -121,12 +114,10 @@ def test_what_one_has_saved_the_other_continues(first: str, second: str) -> None
     weights, moments = saved(optimizer)
     assert all(tensor.dtype == torch.float32 for each in (weights, moments) for tensor in each.values())
     continued.load(weights, moments, 10)
-    for found, expected in zip(saved(continued), (weights, moments)):
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_equal(saved(continued), (weights, moments))
     train(continued, resumed, range(10, 20))
-    for found, expected in zip(saved(continued), saved(uninterrupted)):
-        assert_close(found.values(), expected.values(), 0.0 if first == second else 5e-6)
+    atol = 0.0 if first == second else 5e-6
+    torch.testing.assert_close(saved(continued), saved(uninterrupted), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,7 +132,7 @@ def test_what_is_frozen_is_saved_but_has_no_moments_and_does_not_change(kind: st
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith("head.")}
     optimizer.load(before, moments, 0)
-    assert all(torch.equal(each, before[name]) for name, each in saved(optimizer)[0].items())
+    assert_equal(saved(optimizer)[0], before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,16 +144,6 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm(kind: str) -> None:
             set_gradients(classifier, 0)
             parameter.grad.view(-1)[-1] = bad  # type: ignore[union-attr]
             assert not optimizer.clip(0.5).isfinite()
-
-
-def test_masters_are_split_and_joined_bit_for_bit() -> None:
-    every_exponent = torch.arange(0, 2**31 - 2**24, 4099, dtype=torch.int64).to(torch.int32).view(torch.float32)
-    values = torch.cat([every_exponent, -every_exponent, torch.tensor([0.0, 1.00390625, float("inf")])])
-    weights, low = split_master(values)
-    assert torch.equal(join_master(weights, low).view(torch.int32), values.view(torch.int32))
-    is_finite = weights.float().isfinite() & (values.abs() > 1e-37)
-    error = (weights.float() - values)[is_finite].abs() / values[is_finite].abs()
-    assert float(error.max()) <= 2.0**-8  # half of the last of bf16's 8 bits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,7 +188,7 @@ def test_rows_without_gradient_decay_as_the_vocabulary_says(kind: str, lr: float
 
 
 @pytest.mark.parametrize("kind", ["plain", "fp32"])
-def test_nodes_that_find_other_norms_take_rank_0s(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_that_find_other_norms_take_rank_0s(kind: str, monkeypatch: Patch) -> None:
     """Else their weights drift apart in the last bits, since others add up in another order."""
 
     def steps(world: World) -> list[torch.Tensor]:
@@ -223,7 +204,7 @@ def test_nodes_that_find_other_norms_take_rank_0s(kind: str, monkeypatch: pytest
         monkeypatch.setattr(nn.utils, "clip_grad_norm_", as_other_cores_make_it(nn.utils.clip_grad_norm_))
         monkeypatch.setattr(Kernels, "square_sum", as_other_cores_make_it(Kernels.square_sum))
         first, second = gather_objects(world, steps(world))
-        assert all(map(torch.equal, first, second))
+        assert_equal(first, second)
         torch.testing.assert_close(first, alone, atol=1e-6, rtol=0)
 
     alone = steps(ALONE)

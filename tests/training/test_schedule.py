@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from conftest import ALONE
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import Batch
 from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.schedule import Schedule, evaluation_interval
 from sst2_xlmr.training.state import TrainState
-from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
 
 
@@ -76,18 +76,15 @@ def test_patience_ends_a_run() -> None:
     assert (state.best_value, state.best_step, state.evaluations) == (0.6, 5, 5)
 
 
-BATCHES = [  # two rows of 9 tokens in all; one row that is only computed to keep step with other ranks
-    Batch(torch.zeros(9), torch.tensor([4, 5]), torch.zeros(2), torch.zeros(2), 2),
-    Batch(torch.zeros(3), torch.tensor([3]), torch.zeros(1), torch.zeros(1), 2, weight=0.0),
-]
-
-
 def add(meter: TrainMeter, loss: float = 2.0, norm: float = 0.5) -> None:
-    meter.add({"loss": torch.tensor(loss, dtype=torch.float64)}, torch.tensor(norm), BATCHES)
+    """Add two rows of 9 tokens in all, and one row that is only computed to keep step with other ranks."""
+    rows = Batch(torch.zeros(9), torch.tensor([4, 5]), torch.zeros(2), torch.zeros(2), 2)
+    idle = Batch(torch.zeros(3), torch.tensor([3]), torch.zeros(1), torch.zeros(1), 2, weight=0.0)
+    meter.add({"loss": torch.tensor(loss, dtype=torch.float64)}, torch.tensor(norm), [rows, idle])
 
 
 def test_means_since_the_last_line() -> None:
-    meter = TrainMeter(World.alone(torch.device("cpu")))
+    meter = TrainMeter(ALONE)
     add(meter)
     add(meter, 4.0, 0.25)
     meter.reduce(2)
@@ -102,7 +99,7 @@ def test_means_since_the_last_line() -> None:
 @pytest.mark.parametrize(("what", "bad"), [("norm", math.inf), ("loss", math.nan)])
 def test_what_is_not_finite_is_noticed_whatever_comes_after(what: str, bad: float) -> None:
     """A norm that overflows although every gradient is finite, and a loss whose gradient is finite."""
-    meter = TrainMeter(World.alone(torch.device("cpu")))
+    meter = TrainMeter(ALONE)
     add(meter)
     add(meter, **{what: bad})
     add(meter)

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SAMPLE_DATA, Capture, Patch, RunTrain, kernels_for, losses, metrics, user_error
-from running import digests, logged, resume, signal_comes, state_of
+from running import digests, forget_after, logged, resume, state_of, stop_by_signal
 
 from sst2_xlmr import train
 from sst2_xlmr.training.state import TrainState
-
-
-def forget_after(run: Path, step: int) -> None:
-    for checkpoint in (run / "checkpoints").iterdir():
-        if checkpoint.name > f"step-{step:08d}":
-            shutil.rmtree(checkpoint)
-    assert state_of(run).step == step
 
 
 @pytest.mark.parametrize(
@@ -50,16 +44,14 @@ CHANGES = {  # of what a run reads: the file, from where on from its end, and it
 }
 
 
-def test_a_run_resumes_with_what_it_began_with_only(
-    run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_a_run_resumes_with_what_it_began_with_only(run_train: RunTrain, tiny_encoder: Path, tmp_path: Path) -> None:
     encoder = Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
     run = run_train(tmp_path / "run", "--epochs", 1, "--encoder", encoder, "--save-every", 3)
     before, saved = digests(run), logged(run)
     for what, (file, at, content) in CHANGES.items():
         original = (tmp_path / file).read_bytes()
         (tmp_path / file).write_bytes(original[: len(original) + at] + content)
-        line = user_error(lambda: resume(run), capsys)
+        line = user_error(resume, run)
         assert f"{what}: changed since the run in {run} was started; restore the original to resume" in line
         (tmp_path / file).write_bytes(original)
     assert (digests(run), logged(run)) == (before, saved)
@@ -68,7 +60,7 @@ def test_a_run_resumes_with_what_it_began_with_only(
 
 
 def test_a_signal_on_the_evaluation_that_ends_the_run_early_resumes_exactly(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+    run_train: RunTrain, tmp_path: Path, capsys: Capture
 ) -> None:
     options = ["--epochs", 50, "--lr", 1e-9, "--early-stopping-patience", 3, "--eval-every", 2]
     whole = run_train(tmp_path / "whole", *options)
@@ -76,11 +68,7 @@ def test_a_signal_on_the_evaluation_that_ends_the_run_early_resumes_exactly(
     assert state_of(whole).stale_evaluations == 3
     for method in ("advance", "evaluate_split"):
         run = tmp_path / method
-        signal_comes(monkeypatch, state_of(whole).step, method)
-        with pytest.raises(SystemExit) as stopped:
-            run_train(run, *options)
-        monkeypatch.undo()
-        assert stopped.value.code == 128 + 15
+        stop_by_signal(state_of(whole).step, method, partial(run_train, run, *options))
         assert state_of(run).evaluation_due
         resume(run)
         assert (digests(run), logged(run), state_of(run)) == (digests(whole), logged(whole), state_of(whole))
@@ -88,10 +76,7 @@ def test_a_signal_on_the_evaluation_that_ends_the_run_early_resumes_exactly(
 
 def test_what_is_evaluated_after_a_resume_is_saved(run_train: RunTrain, tmp_path: Path, monkeypatch: Patch) -> None:
     options = ["--epochs", 2, "--eval-every", 3]
-    signal_comes(monkeypatch, 3, "advance")
-    with pytest.raises(SystemExit):
-        run_train(tmp_path / "run", *options)
-    monkeypatch.undo()
+    stop_by_signal(3, "advance", lambda: run_train(tmp_path / "run", *options))
     assert (state_of(tmp_path / "run").evaluation_due, state_of(tmp_path / "run").evaluations) == (True, 0)
     monkeypatch.setattr(train, "train", lambda run: run.finisher.wait() or 1 / 0)
     with pytest.raises(ZeroDivisionError):

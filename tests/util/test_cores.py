@@ -18,29 +18,23 @@ def _many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def write(root: Path, **contents: str) -> Path:
-    for name, content in contents.items():
-        file = root / name.replace("__", "/").replace("_cfs", ".cfs").replace("_max", ".max")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content)
-    return root
-
-
 @pytest.mark.parametrize(
     ("own", "files", "cores"),
     [
-        ("0::/\n", {"cpu_max": "200000 100000\n"}, 2),
-        ("0::/\n", {"cpu_max": "150000 100000\n"}, 2),
-        ("0::/a/b\n", {"a__cpu_max": "300000 100000\n", "a__b__cpu_max": "max 100000\n"}, 3),
-        ("2:cpu,cpuacct:/a\n0::/\n", {"cpu__a__cpu_cfs_quota_us": "50000", "cpu__a__cpu_cfs_period_us": "100000"}, 1),
-        ("2:cpu:/a\n", {"cpu__a__cpu_cfs_quota_us": "-1", "cpu__a__cpu_cfs_period_us": "100000"}, 16),
-        ("0::/\n", {"cpu_max": "max 100000\n"}, 16),
+        ("0::/\n", {"cpu.max": "200000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3),
+        ("2:cpu,cpuacct:/a\n0::/\n", {"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "100000"}, 1),
+        ("2:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 16),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 16),
         ("damaged", {}, 16),
     ],
 )
 def test_a_quota_is_rounded_up(tmp_path: Path, own: str, files: dict[str, str], cores: int) -> None:
-    (tmp_path / "own").write_text(own)
-    assert available_cores(write(tmp_path / "root", **files), tmp_path / "own") == cores
+    for name, content in {**{f"root/{name}": content for name, content in files.items()}, "own": own}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert available_cores(tmp_path / "root", tmp_path / "own") == cores
 
 
 def test_slurms_allocation_and_the_users_omp_num_threads_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

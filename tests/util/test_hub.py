@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Capture, refusal
+from conftest import ROOT, Capture, Patch, assert_equal, refusal
 from huggingface_hub import constants, file_download
 from safetensors.torch import load_file, save
 from serving import COMMIT, Server, serving
@@ -28,7 +28,7 @@ SETTINGS, TOKENIZER, WEIGHTS = "config.json", "sentencepiece.bpe.model", "model.
 
 
 @pytest.fixture
-def server(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch) -> Iterator[Server]:
     """A Hub with one model, us/tiny, and an empty cache. huggingface_hub has read its environment already."""
     with serving() as state:
         state.models["us/tiny"] = {file.name: file.read_bytes() for file in tiny_encoder.iterdir()}
@@ -82,8 +82,7 @@ def test_other_files_are_fetched_where_they_are_all_there_is(server: Server, tin
     wanted = [SETTINGS, "tokenizer_config.json", "added_tokens.json", "tokenizer.json", "model.safetensors.index.json"]
     assert {*wanted, *shards} <= {*downloaded(server)}
     assert encoder.tokenizer_file.name == "tokenizer.json"
-    found, expected = load_tensors(encoder), load_tensors(find_encoder(str(tiny_encoder)))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_equal(load_tensors(encoder), load_tensors(find_encoder(str(tiny_encoder))))
     server.requests.clear()
     assert find_encoder("us/tiny") == encoder
     assert downloaded(server) == []
@@ -125,7 +124,7 @@ def test_what_is_refused_is_named(server: Server, tmp_path: Path, name: str, ans
     find_encoder("us/tiny")
 
 
-def test_without_a_connection_the_cache_is_taken(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_connection_the_cache_is_taken(server: Server, monkeypatch: Patch) -> None:
     encoder = find_encoder("us/tiny")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # a privileged port that nobody serves
     assert find_encoder("us/tiny") == encoder
