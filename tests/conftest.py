@@ -56,13 +56,6 @@ needs_small_encoder = pytest.mark.skipif(
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's cache out of the tests, and torch on one thread: tiny tensors gain nothing from more."""
@@ -185,21 +178,20 @@ def train_options(encoder: Path, data: Path, folder: Path, *options: Any) -> lis
     return [str(option) for option in [*fixed, *options]]
 
 
-@pytest.fixture(scope="session")
-def trained_small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of 30 steps on the sample data with the small encoder; takes most of a minute."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    options = ["--max-steps", 30, "--batch-size", 16, "--lr", 1e-4, "--max-length", 256]
-    train.main(train_options(SMALL_ENCODER, SAMPLE_DATA, run, *options))
-    return run / "model"
-
-
 def kernels_for(dtype: torch.dtype) -> Kernels:
     """Return the CPU's kernels; skips the test where they do not compile."""
     found = load_kernels(dtype)
     if found is None:
         pytest.skip("there is no C compiler")
     return found
+
+
+def random_texts(lengths: torch.Tensor, vocab_size: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed texts of these lengths: `<s>`, random ids, `</s>`; int64 [tokens], and the lengths."""
+    generator = torch.Generator().manual_seed(0)
+    ids, ends = torch.randint(4, vocab_size, (int(lengths.sum()),), generator=generator), lengths.cumsum(0)
+    ids[ends - lengths], ids[ends - 1] = 0, 2
+    return ids, lengths
 
 
 def sst2_sentences() -> list[str]:

@@ -213,11 +213,9 @@ def wait_for(log: Path, text: str, process: Process, times: int = 1) -> None:
 
 def last_step(run: Path) -> int:
     """Return the last step in `metrics.jsonl`, 0 without one."""
-    try:
-        lines = (run / "metrics.jsonl").read_bytes().rstrip(b"\n").rsplit(b"\n", 2)
-        return int(lines[-1].split(b'"step": ')[1].split(b",")[0])
-    except (OSError, IndexError, ValueError):
-        return 0
+    file = run / "metrics.jsonl"
+    steps = re.findall(r'"step": (\d+),', file.read_text()) if file.is_file() else []
+    return int(steps[-1]) if steps else 0
 
 
 def digests(run: Path) -> dict[str, str]:

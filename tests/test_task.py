@@ -93,18 +93,13 @@ def test_answers_that_have_become_useless() -> None:
 RESULTS = torch.tensor([[2.0, 0.0, 1.0], [0.5, 0.4, 0.0], [0.0, 3.0, 0.0], [1.0, 1.0, -2.0]])
 
 
-def test_answers_columns_and_cells() -> None:
+def test_answers_and_cells() -> None:
     probabilities = task().probabilities(RESULTS)
     torch.testing.assert_close(probabilities, RESULTS.exp() / RESULTS.exp().sum(1, keepdim=True))
     wrong, answer_of = task().mistakes(probabilities.numpy(), np.array([0, 1, 1, 2]))
     assert wrong.tolist() == [3, 1], "the surest first"
     assert answer_of(1) == ["b", "a", f"{float(probabilities[1].amax()):.4f}"]
-    assert task().columns(all_probabilities=False) == ["label", "probability"]
-    every = ["label", "probability", "probability_a", "probability_b", "probability_c"]
-    assert task().columns(all_probabilities=True) == every
     row = [0.2, 0.5, 0.3]
-    assert task().cells(row, all_probabilities=False) == ["b", 0.5]
-    assert task().cells(row, all_probabilities=True) == ["b", 0.5, *row]
     assert task().cells(row, all_probabilities=False, abstain_below=0.5) == ["b", 0.5]
     assert task().cells(row, all_probabilities=False, abstain_below=0.51) == ["?", 0.5]
     changed = task().changed(np.array([row, row]), np.array([[0.2, 0.4, 0.3], [0.5, 0.4, 0.1]]))

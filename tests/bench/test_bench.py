@@ -74,8 +74,7 @@ def test_wrong_use_of_bench(more: list[str], expected: str, options: list[str]) 
 
 def test_what_a_command_fails_with(tmp_path: Path) -> None:
     peer = write_peer(tmp_path / "python", "echo Traceback: >&2; echo 'No module named x' >&2; exit 1")
-    line = user_error(bench.run_peer, peer, tmp_path, {})
-    assert line.endswith("peer.py failed: No module named x\n")
+    assert user_error(bench.run_peer, peer, tmp_path, {}).endswith("peer.py failed: No module named x\n")
 
 
 # As peer.py would: accuracy 0.5; or dev gets better at every evaluation, to the order's seed, in hundredths.
@@ -128,5 +127,4 @@ def test_the_trainers_results_are_those_of_the_same_files(
     ],
 )
 def test_wrong_use(options: list[str], says: str, train_words: Words, tmp_path: Path) -> None:
-    words = ["--seeds", "1", *train_words(tmp_path)]
-    assert says in user_error(with_trainer.main, [*words, *options])
+    assert says in user_error(with_trainer.main, ["--seeds", "1", *train_words(tmp_path), *options])

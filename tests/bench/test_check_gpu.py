@@ -84,11 +84,10 @@ def test_checks_pass_and_fail_where_a_run_differs(
 
 
 ON_A_CPU = "--device cpu --shape tiny --batch-sizes 4 --steps 2 --rounds 1 --no-peer"
+ON_A_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 
-@pytest.mark.parametrize(
-    "options", [pytest.param(ON_A_CPU, marks=pytest.mark.slow), pytest.param("", marks=pytest.mark.cuda)]
-)
+@pytest.mark.parametrize("options", [pytest.param(ON_A_CPU, marks=pytest.mark.slow), pytest.param("", marks=ON_A_GPU)])
 def test_the_whole_script(options: str) -> None:
     done = run_script(*options.split())
     assert done.returncode == 0, done.stdout + done.stderr

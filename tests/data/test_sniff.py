@@ -94,7 +94,7 @@ def test_quotes_that_come_after_what_is_looked_at_first(tmp_path: Path) -> None:
     ],
 )
 def test_header(tmp_path: Path, content: str, first: str) -> None:
-    for delimiter in ",;\t":
+    for delimiter in ",;|\t":
         found = read(tmp_path / "a.csv", content.replace(",", delimiter), "1", label="2")
         assert (found[0][0], len(found)) == (first, content.count("\n") - (not content.startswith(first)))
 

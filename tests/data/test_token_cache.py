@@ -121,8 +121,7 @@ def test_damaged_cache_is_made_anew(cache: TokenCache, tiny_encoder: Path, tmp_p
     (folder / name).unlink()  # the first cache has it mapped
     if how != "deleted":
         (folder / name).write_bytes(content if how == "flipped" else content[:-4])
-    again = tokenize_sample(tiny_encoder, tmp_path / "cache")
-    assert again.ids.tolist() == expected
+    assert tokenize_sample(tiny_encoder, tmp_path / "cache").ids.tolist() == expected
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, Capture, change_weights, json_lines, losses, metrics, refusal, train_options
+from conftest import CPU, Capture, change_weights, json_lines, losses, metrics, refusal, run_export, train_options
 from running import call_in_forks, digests, forget_after, resume, train_on_ranks
 
 from sst2_xlmr import load, train
 from sst2_xlmr.data.batches import split_windows
 from sst2_xlmr.model.classifier import load_classifier
-from sst2_xlmr.programs import evaluate, export, predict, study
+from sst2_xlmr.programs import evaluate, predict, study
 from sst2_xlmr.util.files import digest_of
 
 WORDS = ["good", "bad", "film", "slow", "fine", "plot", "music", "actors", "never", "again"]
@@ -57,8 +57,7 @@ def test_every_task_learns_and_says_what_it_is(trained: Path) -> None:
     main = "macro_f1" if "macro_f1" in last else "spearman"
     assert last[main] > max(first[main], 0.5)
     config = json.loads((trained / "model/config.json").read_text())
-    kind = {"macro_f1": "multi_label_classification", "spearman": "regression"}[main]
-    assert config["problem_type"] == kind
+    assert config["problem_type"] == {"macro_f1": "multi_label_classification", "spearman": "regression"}[main]
     assert len(config.get("thresholds", [])) == (3 if main == "macro_f1" else 0)
 
 
@@ -111,10 +110,9 @@ def test_exported_forms_give_the_same_answers(trained: Path, tmp_path: Path, for
     """export.py compares all answers itself, and would refuse others."""
     if form == "torchscript":
         pytest.importorskip("torchtext")
-    options = ["--model", str(trained / "model"), "--output", str(tmp_path / "out"), "--format", *form.split()]
-    if "int8" in form:
-        options += ["--check-file", str(trained.parent / "data/dev.jsonl"), "--most-changed", "1", "--most-lost", "1"]
-    export.main(options)
+    options = ["--most-changed", 1, "--most-lost", 1, "--check-file", trained.parent / "data/dev.jsonl"]
+    words = [*form.split(), *(options if "int8" in form else [])]
+    run_export("--model", trained / "model", "--output", tmp_path / "out", "--format", *words)
     if form == "torchscript":
         found = torch.jit.load(tmp_path / "out")(["good film", "bad"])
         expected = load(trained / "model", precision="fp32")
@@ -126,8 +124,7 @@ def test_several_labels_resume_to_the_bit_and_trained_scores_go_on(
     trained: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     data = trained.parent / "data"
-    options = ["--epochs", 3, "--save-every", 5]
-    train.main(train_options(tiny_encoder, data, tmp_path / "whole", *options))
+    train.main(train_options(tiny_encoder, data, tmp_path / "whole", "--epochs", 3, "--save-every", 5))
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     forget_after(tmp_path / "resumed", 20)
     resume(tmp_path / "resumed")
@@ -190,10 +187,10 @@ def test_long_texts_are_read_alike_in_every_form(
     one = load(model, precision="fp32")
     assert (one.probabilities([text, "short"])[1] == one.probabilities(["short"])[0]).all(), "one window is as ever"
     for form in ("hf", "onnx"):
-        export.main(["--model", str(model), "--output", str(tmp_path / form), "--format", form])
+        run_export("--model", model, "--output", tmp_path / form, "--format", form)
     if kind == "windows":
-        options = ["--model", str(model), "--output", str(tmp_path / "ids"), "--format", "onnx", "--from-ids"]
-        assert "averages the windows of a long text" in refusal(export.main, options)
+        options = ["--model", model, "--output", tmp_path / "ids", "--format", "onnx", "--from-ids"]
+        assert "averages the windows of a long text" in refusal(run_export, *options)
     int8 = load(model, precision="int8").probabilities([text])
     np.testing.assert_allclose(int8, one.probabilities([text]), atol=0.05)
 
@@ -238,8 +235,7 @@ def test_every_row_is_answered_by_a_model_that_has_not_seen_it(
         texts = [row["text"] for row in found if row["fold"] == fold]
         seen = {json.loads(line)["text"] for line in (folder / f"fold-{fold}/train.jsonl").read_text().splitlines()}
         assert not seen & set(texts)
-        expected = [row["predicted_label"] for row in found if row["fold"] == fold]
-        assert model.predict(texts) == expected
+        assert model.predict(texts) == [row["predicted_label"] for row in found if row["fold"] == fold]
         for label in ("yes", "no"):
             everywhere = [row["fold"] for row in found if row["label"] == label]
             assert abs(everywhere.count(fold) - len(everywhere) / 3) <= 2
@@ -284,6 +280,5 @@ def test_several_models_are_one_answer(trained: Path, tmp_path: Path, capsys: py
     found = json.loads((tmp_path / "a.json").read_text())["files"]["dev"]
     task = load(folders[0]).task
     labels = np.array([task.read_label(row["label"], "") for row in rows], np.float32)
-    assert found["loss"] == pytest.approx(
-        task.metrics(task.results_of(mean.astype(np.float32), labels), labels)["loss"]
-    )
+    expected = task.metrics(task.results_of(mean.astype(np.float32), labels), labels)
+    assert found["loss"] == pytest.approx(expected["loss"])

@@ -163,8 +163,7 @@ def test_shared_and_sent_gradients_give_the_same_bits_and_resume_exactly(
         assert (f"{processes} processes that share memory;" in said) != nodes
         whole, lines = digests(run), losses(run)
         forget_after(run, 5)
-        resumed = ["--resume", "--output-dir", str(run)]
-        assert "step-00000005" in train_on_ranks(processes, resumed, tmp_path, nodes)
+        assert "step-00000005" in train_on_ranks(processes, ["--resume", "--output-dir", str(run)], tmp_path, nodes)
         assert (digests(run), losses(run)) == (whole, lines)
     assert lines == losses(tmp_path / "shared")
     assert whole == digests(tmp_path / "shared")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, ROOT, SMALL_ENCODER, Capture, Patch, kernels_for, needs_small_encoder
+from conftest import CPU, ROOT, SMALL_ENCODER, Capture, Patch, kernels_for, needs_small_encoder, random_texts
 from running import printed_by
 from torch import nn
 
@@ -140,11 +140,7 @@ def build(layers: int = 3) -> SequenceClassifier:
 
 def answer(model: nn.Module, batch_tokens: int = 4096) -> torch.Tensor:
     """Return probabilities for 200 random texts."""
-    generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(3, 42, (200,), generator=generator)
-    ids = torch.randint(4, 200, (int(lengths.sum()),), generator=generator)
-    ends = lengths.cumsum(0)
-    ids[ends - 1], ids[ends - lengths] = 2, 0
+    ids, lengths = random_texts(torch.randint(3, 42, (200,), generator=torch.Generator().manual_seed(3)))
     return torch.from_numpy(predict(model, TASK, ids.int().numpy(), lengths.numpy(), batch_tokens, CPU))
 
 

@@ -6,12 +6,12 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Patch, metrics
+from conftest import Patch, RunTrain, metrics, run_export
 from safetensors.torch import load_file
 
 from sst2_xlmr import run as run_module
@@ -23,12 +23,9 @@ from sst2_xlmr.export.folder import with_note, write_folder
 from sst2_xlmr.export.model_card import card_text
 from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.programs import export
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.files import SCRATCH_MARK, scratch_name
-
-RunTrain = Callable[..., Path]
 
 
 def give_accuracies(monkeypatch: Patch, accuracies: Iterable[float]) -> None:
@@ -82,7 +79,7 @@ def test_config_has_the_dropout_of_training(run_train: RunTrain, tmp_path: Path,
     """
     options = ["--dropout", 0.25, "--head-dropout", 0.5, "--max-steps", 1, *(["--freeze-encoder"] if freeze else [])]
     model = run_train(tmp_path / "run", *options) / "model"
-    export.main(["--model", str(model), "--format", "hf", "--output", str(tmp_path / "again")])
+    run_export("--model", model, "--format", "hf", "--output", tmp_path / "again")
     settings, again = (json.loads((folder / "config.json").read_text()) for folder in (model, tmp_path / "again"))
     assert settings["hidden_dropout_prob"] == settings["attention_probs_dropout_prob"] == 0.25
     assert (settings["classifier_dropout"], settings["transformers_version"]) == (0.5, "4.48.3")

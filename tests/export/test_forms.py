@@ -99,8 +99,7 @@ def test_onnx_answers_alike_without_torch(model: Path, tmp_path: Path, from_ids:
         expected = probabilities_of(model, texts)
         assert np.abs(probabilities - expected).max() < 1e-5
         assert labels == ["ab"[index] for index in expected.argmax(1)]
-        kind = "single_label_classification"
-        assert said == {"label_names": '["a", "b"]', "max_length": "64", "problem_type": kind}
+        assert said == {"label_names": '["a", "b"]', "max_length": "64", "problem_type": "single_label_classification"}
     assert len(set(onnx_answers(file, inputs)[0])) == 1
     assert len(set(probabilities_of(model, TEXTS).argmax(1))) == 2, "the texts must tell the labels apart"
 

@@ -8,17 +8,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from conftest import Capture, Patch, RunTrain, Words, change_json, file_size_limit, user_error
 from running import at_step, digests, forked, logged, resume, wait_for
 
 from sst2_xlmr.training.checkpoint import what_is_damaged
 from sst2_xlmr.util.files import SCRATCH_MARK
-
-
-@pytest.fixture
-def run(finished_run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
 def flip(file: Path, at: int) -> None:
@@ -54,7 +48,10 @@ def test_damage_to_any_file_of_a_checkpoint_is_named(finished_run: Path, tmp_pat
     assert not what_is_damaged(whole)
 
 
-def test_the_checkpoint_before_a_damaged_one_is_used_or_none(run: Path, finished_run: Path, capsys: Capture) -> None:
+def test_the_checkpoint_before_a_damaged_one_is_used_or_none(
+    finished_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     checkpoints = [run / "checkpoints" / f"step-{step:08}" for step in (14, 12)]
     truncate(checkpoints[0] / "optimizer.safetensors")
     resume(run)
@@ -92,8 +89,7 @@ def test_encoder_that_goes_away_costs_no_step(
     run, encoder = tmp_path / "run", Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda _: encoder.rename(tmp_path / "away"))
-        options = ["--encoder", encoder, "--epochs", 2, "--save-every", 3]
-        line = user_error(run_train, run, *options)
+        line = user_error(run_train, run, "--encoder", encoder, "--epochs", 2, "--save-every", 3)
     assert "model.safetensors: No such file" in line
     assert (run / "checkpoints" / "step-00000007").is_dir()
     (tmp_path / "away").rename(encoder)

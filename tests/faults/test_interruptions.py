@@ -51,8 +51,7 @@ def test_killed_run_equals_undisturbed_run(
     options += ["--eval-every", 9, "--save-every", 5, "--test-file", SAMPLE_DATA / "test.de.tsv"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train_on_ranks(processes, train_words(whole, *options), tmp_path)
-    words = train_words(broken, *options)
-    assert run_with_kills(words, broken, kills, processes) >= kills * 0.8
+    assert run_with_kills(train_words(broken, *options), broken, kills, processes) >= kills * 0.8
     assert digests(broken) == digests(whole)
     assert logged(broken) == logged(whole)
     assert running.charted(broken) == running.charted(whole) == list(range(1, STEPS + 1))

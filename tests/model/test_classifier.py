@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_ENCODER, needs_small_encoder
+from conftest import SMALL_ENCODER, needs_small_encoder, random_texts
 from reference import our_name, torchtext_model
 
 from sst2_xlmr.export.folder import write_folder
@@ -19,14 +19,6 @@ from sst2_xlmr.task import SST2_NAMES, SingleLabel
 TASK = SingleLabel(SST2_NAMES)
 LENGTHS = torch.tensor([3, 7, 12, 18, 19])
 ENCODERS = [pytest.param("tiny"), pytest.param("small", marks=needs_small_encoder)]
-
-
-def packed(vocab_size: int, lengths: torch.Tensor = LENGTHS) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random ids, one text after another, int64 [tokens], and the lengths."""
-    ids = torch.randint(4, vocab_size, (int(lengths.sum()),), generator=torch.Generator().manual_seed(0))
-    ends = lengths.cumsum(0)
-    ids[ends - lengths], ids[ends - 1] = 0, 2
-    return ids, lengths
 
 
 def padded(ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -47,7 +39,7 @@ def test_equals_torchtext(tiny_encoder: Path, name: str) -> None:
     model = classifier(tiny_encoder if name == "tiny" else SMALL_ENCODER)
     reference = torchtext_model(model)
     for lengths in (LENGTHS, torch.tensor([19] * 5)):
-        ids = packed(model.shape.vocab_size, lengths)
+        ids = random_texts(lengths, model.shape.vocab_size)
         torch.testing.assert_close(model(*ids), reference(padded(*ids)), atol=1e-5, rtol=0)
 
 
@@ -61,7 +53,7 @@ def test_equals_transformers(tiny_encoder: Path, tmp_path: Path, name: str) -> N
     write_folder(tmp_path / "m", dict(model.named_parameters()), described)
     reference = transformers.XLMRobertaForSequenceClassification.from_pretrained(tmp_path / "m").eval()
     assert reference.config.id2label == {0: "no", 1: "yes"}
-    ids = packed(model.shape.vocab_size)
+    ids = random_texts(LENGTHS, model.shape.vocab_size)
     expected = reference(padded(*ids), attention_mask=padded(*ids).ne(1).long()).logits
     torch.testing.assert_close(model(*ids), expected, atol=1e-5, rtol=0)
 
@@ -70,7 +62,7 @@ def test_gradients_equal_torchtexts(tiny_encoder: Path) -> None:
     """In training mode with dropout 0, all parameters get the gradient of torchtext's forward pass."""
     ours = classifier(tiny_encoder)
     theirs = torchtext_model(ours)
-    ids = packed(ours.shape.vocab_size)
+    ids = random_texts(LENGTHS, ours.shape.vocab_size)
     ours.train()(*ids).square().sum().backward()
     theirs.train()(padded(*ids)).square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
@@ -81,7 +73,7 @@ def test_gradients_equal_torchtexts(tiny_encoder: Path) -> None:
 
 def test_dropout_is_where_it_was_asked_for(tiny_encoder: Path) -> None:
     encoder = find_encoder(str(tiny_encoder))
-    ids = packed(encoder.shape.vocab_size)
+    ids = random_texts(LENGTHS, encoder.shape.vocab_size)
     for dropout, head_dropout in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):
         model, _ = build_classifier(encoder, TASK, dropout, head_dropout)
         model.train()
@@ -90,7 +82,7 @@ def test_dropout_is_where_it_was_asked_for(tiny_encoder: Path) -> None:
 
 def test_bf16_as_weights_and_under_autocast(tiny_encoder: Path) -> None:
     model = classifier(tiny_encoder)
-    ids = packed(model.shape.vocab_size)
+    ids = random_texts(LENGTHS, model.shape.vocab_size)
     expected = model(*ids)
     model.autocast = True
     torch.testing.assert_close(model(*ids).float(), expected, atol=0.1, rtol=0.1)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import losses, metrics
+from conftest import RunTrain, losses, metrics
 from safetensors.torch import load_file
 
 from sst2_xlmr.model.vocabulary import Vocabulary, used_vocabulary, whole_vocabulary
@@ -42,7 +41,7 @@ EMBEDDING = "roberta.embeddings.word_embeddings.weight"
 @pytest.mark.parametrize("max_norm", [0, 0.05])
 @pytest.mark.parametrize("how", ["--compile", "--no-compile"])
 def test_same_result_as_the_whole_table(
-    run_train: Callable[..., Path], tiny_encoder: Path, tmp_path: Path, how: str, max_norm: float
+    run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, how: str, max_norm: float
 ) -> None:
     """To the bit, but for rows that only decay; with clipping, whose norm is summed in another order, within 1e-6."""
     options = [how, "--max-steps", 20, "--max-grad-norm", max_norm, "--weight-decay", 0.1]

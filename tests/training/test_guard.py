@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,6 @@ from sst2_xlmr.training.state import TrainState
 REASON = "same prediction for every text of dev, 'x' with the same probability"
 # So slow that the loss stays where it is; 9 steps of warm-up among 140.
 STUCK = ["--max-steps", 140, "--batch-size", 2, "--lr", 1e-9, "--log-every", 10, "--eval-every", 0, "--save-every", 100]
-
-
-def ends_collapsed(run: Callable[[], object]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        run()
-    assert stopped.value.code == 1
 
 
 def test_suspicion_waits_for_warm_up_and_asks_seldom() -> None:
@@ -53,7 +46,8 @@ def test_a_collapsed_run_ends_saved_and_goes_on_when_resumed(
 ) -> None:
     monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: REASON)
     run = tmp_path / "run"
-    ends_collapsed(lambda: run_train(run, *STUCK))
+    with pytest.raises(SystemExit, match="^1$"):
+        run_train(run, *STUCK)
     said = capsys.readouterr().out.splitlines()
     assert f"step    110  collapsed: {REASON}" in said
     assert said[-2].startswith("collapsed  training has collapsed; the run is saved.")
@@ -67,8 +61,7 @@ def test_a_collapsed_run_ends_saved_and_goes_on_when_resumed(
     monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: "")
     resume(run)
     assert metrics(run)[-1]["step"] == 140
-    whole = run_train(tmp_path / "whole", *STUCK)
-    assert digests(run) == digests(whole), "as if it had not ended"
+    assert digests(run) == digests(run_train(tmp_path / "whole", *STUCK)), "as if it had not ended"
     train.main([*options.replace("NEW_DIR", str(tmp_path / "again")).split(), "--max-steps", "2"])
     assert json.loads((tmp_path / "again" / "config.json").read_text())["seed"] == 1
 
@@ -77,7 +70,8 @@ def test_early_stopping_looks_first(run_train: RunTrain, tmp_path: Path, monkeyp
     """Its patience may be over before a collapse shows in the lines of metrics."""
     monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: REASON)
     stops = ["--eval-every", 1, "--early-stopping-patience", 3]
-    ends_collapsed(lambda: run_train(tmp_path / "run", *STUCK, *stops))
+    with pytest.raises(SystemExit, match="^1$"):
+        run_train(tmp_path / "run", *STUCK, *stops)
     last = metrics(tmp_path / "run")[-1]
     assert last["collapsed"] and last["step"] < 20
 
@@ -121,7 +115,8 @@ def test_a_run_that_has_collapsed_is_noticed(
 
     real = train.train
     monkeypatch.setattr(train, "train", collapse)
-    ends_collapsed(lambda: run_train(tmp_path / "run", *STUCK, "--layers", layers))
+    with pytest.raises(SystemExit, match="^1$"):
+        run_train(tmp_path / "run", *STUCK, "--layers", layers)
     assert metrics(tmp_path / "run")[-1] == {"step": 110, "collapsed": True}
 
 

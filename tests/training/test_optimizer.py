@@ -87,8 +87,7 @@ def test_equals_torchs_adamw(kind: str, threads: int, max_norm: float) -> None:
         reference.step()
     torch.testing.assert_close(norms, expected)
     masters, _ = saved(optimizer)
-    atol = 0.0 if kind == "plain" else 2e-6
-    torch.testing.assert_close(masters, dict(theirs.named_parameters()), atol=atol, rtol=0)
+    torch.testing.assert_close(masters, dict(theirs.named_parameters()), atol=0.0 if kind == "plain" else 2e-6, rtol=0)
     for name, parameter in ours.named_parameters():
         assert parameter.dtype == (torch.bfloat16 if kind == "bf16" else torch.float32)
         torch.testing.assert_close(parameter.float(), masters[name], atol=0, rtol=2.0**-8 * (kind == "bf16"))
@@ -116,8 +115,7 @@ def test_what_one_has_saved_the_other_continues(first: str, second: str) -> None
     continued.load(weights, moments, 10)
     assert_equal(saved(continued), (weights, moments))
     train(continued, resumed, range(10, 20))
-    atol = 0.0 if first == second else 5e-6
-    torch.testing.assert_close(saved(continued), saved(uninterrupted), atol=atol, rtol=0)
+    torch.testing.assert_close(saved(continued), saved(uninterrupted), atol=0.0 if first == second else 5e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -151,8 +151,7 @@ def test_another_number_of_processes_begins_new_random_streams(tmp_path: Path) -
     drawn = []
     for rank in (0, 1):
         world = dataclasses.replace(ALONE, rank=rank, local_rank=rank, world_size=2, local_world_size=2)
-        loaded = optimizer(1)
-        load_checkpoint(tmp_path / "step-00000001", TrainMeter(ALONE), loaded, whole_vocabulary(50), 0, world)
+        load_checkpoint(tmp_path / "step-00000001", TrainMeter(ALONE), optimizer(1), whole_vocabulary(50), 0, world)
         drawn.append(torch.rand(3))
     assert not torch.equal(*drawn)
 

@@ -63,13 +63,7 @@ CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:83] DefaultCPUAllocator:
     ],
 )
 def test_the_rank_whose_memory_is_full_says_so_and_what_to_set(
-    train_words: Words,
-    tmp_path: Path,
-    monkeypatch: Patch,
-    processes: int,
-    place: Any,
-    error: Any,
-    says: str,
+    train_words: Words, tmp_path: Path, monkeypatch: Patch, processes: int, place: Any, error: Any, says: str
 ) -> None:
     real = getattr(*place)
 
