@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL_ENCODER, kernels_for, needs_small_encoder, random_texts
+from conftest import SMALL_ENCODER, kernels_for, needs_small_encoder
 from test_kernels import LENGTHS, attention_masks, masks
 from torch import nn
 
@@ -42,6 +42,19 @@ def build(shape: Shape, dropout: float = 0.0, head_dropout: float = 0.0, seed: i
 
 def packed(model: SequenceClassifier) -> PackedClassifier:
     return PackedClassifier(model, kernels_for(next(model.parameters()).dtype)).train(model.training)
+
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def batch(lengths: list[int], vocab_size: int = 200) -> Batch:
+    """Packed texts of these lengths: `<s>`, random ids, `</s>`."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    ids = torch.randint(4, vocab_size, (len(lengths), max(lengths)), generator=generator)
+    texts = [row[:length] for row, length in zip(ids, lengths)]
+    for text in texts:
+        text[0], text[-1] = 0, 2
+    return torch.cat(texts), torch.tensor(lengths)
 
 
 def keys(count: int) -> torch.Tensor:
@@ -82,7 +95,7 @@ def average_error(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("lengths", [LENGTHS, [40], [2] * 8], ids=str)
 def test_equals_the_plain_path(threads: int, shape: Shape, lengths: list[int]) -> None:
-    model, texts = build(shape), random_texts(torch.tensor(lengths))
+    model, texts = build(shape), batch(lengths)
     assert_same(outcome(model, packed(model), *texts), outcome(model, model, *texts), 1e-5)
 
 
@@ -95,7 +108,7 @@ def test_is_as_exact_as_torch_on_real_weights() -> None:
     for parameter in model.head.parameters():
         parameter.data.normal_(0, 0.3)
     model.train()
-    texts = random_texts(torch.tensor(LENGTHS), 5000)
+    texts = batch(LENGTHS, 5000)
     ours, plain = outcome(model, packed(model), *texts), outcome(model, model, *texts)
     exact = outcome(model.double(), model, *texts)
     assert_same(ours, exact, 1e-5)
@@ -107,7 +120,7 @@ def test_bf16_is_as_exact_as_torchs(shape: Shape) -> None:
     """Against float64 no further off than the plain path; on average, as one rounding decides much of one draw."""
     errors = []
     for seed in range(6):
-        model, texts = build(shape, seed=seed).bfloat16(), random_texts(torch.tensor(LENGTHS))
+        model, texts = build(shape, seed=seed).bfloat16(), batch(LENGTHS)
         ours, plain = outcome(model, packed(model), *texts), outcome(model, model, *texts)
         exact = outcome(model.double(), model, *texts)
         assert_same(ours, exact, 0.2)
@@ -118,7 +131,7 @@ def test_bf16_is_as_exact_as_torchs(shape: Shape) -> None:
 
 def test_packing() -> None:
     """The number of rows is a multiple of 8; every token has a key, and position, of its own in its text."""
-    texts, keyed = random_texts(torch.tensor([3, 7, 2])), keys(3)
+    texts, keyed = batch([3, 7, 2]), keys(3)
     rows, ids, positions = pack(*texts, keyed, 0.1)
     assert (rows.starts.tolist(), rows.tokens, rows.longest, rows.drop_p) == ([0, 3, 10, 12], 12, 7, 0.1)
     assert ids.tolist() == [*texts[0].tolist(), 1, 1, 1, 1]
@@ -127,7 +140,7 @@ def test_packing() -> None:
 
 
 def forward_with_masks(
-    model: SequenceClassifier, texts: tuple[torch.Tensor, torch.Tensor], keyed: torch.Tensor, p: float, head_p: float
+    model: SequenceClassifier, texts: Batch, keyed: torch.Tensor, p: float, head_p: float
 ) -> torch.Tensor:
     """The network text by text in torch, on all positions of all layers, times masks read off the kernels."""
     encoder, head, heads, width = model.encoder, model.head, model.shape.heads, model.shape.hidden
@@ -156,7 +169,7 @@ def forward_with_masks(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dropout_equals_explicit_masks(threads: int, shape: Shape) -> None:
     """Forward and backward, at every place, and text by text: masks belong to rows, however a batch is cut."""
-    model, texts, keyed = build(shape, 0.2, 0.4, seed=1), random_texts(torch.tensor(LENGTHS)), keys(len(LENGTHS))
+    model, texts, keyed = build(shape, 0.2, 0.4, seed=1), batch(LENGTHS), keys(len(LENGTHS))
     reference = outcome(model, lambda: forward_with_masks(model, texts, keyed, 0.2, 0.4))
     ours, again, other = (outcome(model, packed(model), *texts, each) for each in (keyed, keyed, keyed + 1))
     assert_same(ours, reference, 1e-5)
@@ -166,7 +179,7 @@ def test_dropout_equals_explicit_masks(threads: int, shape: Shape) -> None:
 
 
 def test_frozen_encoder_trains_the_head_only() -> None:
-    model, texts, keyed = build(SHAPES[0], 0.0, 0.2), random_texts(torch.tensor(LENGTHS)), keys(len(LENGTHS))
+    model, texts, keyed = build(SHAPES[0], 0.0, 0.2), batch(LENGTHS), keys(len(LENGTHS))
     engine = packed(model)
     loss(engine(*texts, keyed)).backward()
     whole = gradients(model)
@@ -184,7 +197,7 @@ def test_frozen_encoder_trains_the_head_only() -> None:
 
 
 def test_evaluation_has_no_dropout_and_leaves_no_graph_also_in_copies() -> None:
-    model, texts = build(SHAPES[0], 0.5, 0.5), random_texts(torch.tensor(LENGTHS))
+    model, texts = build(SHAPES[0], 0.5, 0.5), batch(LENGTHS)
     engine = packed(model).eval()
     expected = packed(build(SHAPES[0]))(*texts).detach()
     for each in (engine, copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
@@ -199,7 +212,7 @@ def test_evaluation_has_no_dropout_and_leaves_no_graph_also_in_copies() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_reaches_the_loss_and_the_gradients(dtype: torch.dtype, bad: float) -> None:
     """From a weight of the first layer, from an embedding that one text uses, and from the loss; nothing hides it."""
-    texts = random_texts(torch.tensor(LENGTHS))
+    texts = batch(LENGTHS)
     for name, where in (("layers.0.up", (3, 4)), ("tokens", (int(texts[0][LENGTHS[0] + 9]), 0))):
         model = build(SHAPES[0]).to(dtype)
         model.get_parameter(f"encoder.{name}.weight").data[where] = bad
