@@ -165,6 +165,13 @@ def test_any_console_shows_any_class(tiny_encoder: Path, tmp_path: Path) -> None
     assert "\\u597d" in run("scripts/evaluate.py", *model, "--file", file, env=ASCII).stdout
 
 
+def test_a_file_that_the_locale_cannot_name_is_the_users_error(tmp_path: Path) -> None:
+    file = tmp_path / "größe.tsv"
+    file.write_text("text\tlabel\nx\ta\n", "utf-8")
+    said = one_line(run("train.py", "--train-file", file, "--dev-file", file, expected=2, env=ASCII))
+    assert "is not UTF-8, or not in this locale; set a locale with UTF-8, such as LC_ALL=C.UTF-8" in said
+
+
 def test_output_that_nobody_takes() -> None:
     read_end, closed = os.pipe()
     os.close(read_end)

@@ -88,7 +88,7 @@ WRONG_FLAGS = [
     (["--output-dir", "docs"], "already exists"),
     (
         ["--train-file", "caf\udce9.tsv"],
-        r"'caf\udce9.tsv' is not UTF-8, or not in this locale; set a locale with",
+        r"--train-file 'caf\udce9.tsv' is not UTF-8",
     ),
     (["--output-dir", "pyproject.toml/run"], "cannot write to --output-dir"),
     (["--tensorboard-dir", "pyproject.toml/x"], "cannot write to --tensorboard-dir"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 import unicodedata
 from pathlib import Path
@@ -55,6 +56,7 @@ def test_what_is_written_is_read_back(model_file: Path, tmp_path: Path) -> None:
     before, after = (Tokenizer(file, 999) for file in (model_file, tmp_path / "tokenizer.json"))
     assert [ids.tolist() for ids in before.flat_ids(TEXTS)] == [ids.tolist() for ids in after.flat_ids(TEXTS)]
     assert before.vocab_size == after.vocab_size
+    assert json.loads(tokenizer_json(model_file) or b"")["model"]["vocab"][-1][0] == "<mask>"
     assert tokenizer_json(tmp_path / "tokenizer.json") == tokenizer_json(model_file)
 
 
