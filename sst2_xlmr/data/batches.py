@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
-from sst2_xlmr.model.tokenizer import BEGIN, window_starts
+from sst2_xlmr.model.tokenizer import window_starts
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import SIGNALS
 
@@ -79,13 +79,12 @@ def split_windows(ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tenso
 
     For the arguments see `select_rows`.
     """
-    if int((ids == BEGIN).sum()) == len(lengths):
-        return lengths, None
     is_start = torch.from_numpy(window_starts(ids.numpy()))
-    windows = torch.tensor([int(part.sum()) for part in is_start.split(lengths.tolist())])
     starts = is_start.nonzero()[:, 0]
-    ends = torch.cat([starts[1:], torch.tensor([len(ids)])])
-    return (ends - starts, windows) if len(starts) > len(lengths) else (lengths, None)
+    if len(starts) <= len(lengths):
+        return lengths, None
+    windows = torch.tensor([int(part.sum()) for part in is_start.split(lengths.tolist())])
+    return starts.diff(append=torch.tensor([len(ids)])), windows
 
 
 def rows_in_training_order(
@@ -192,9 +191,7 @@ class BatchLoader(Dataset[list[Batch]]):
         if windows is not None:  # the first one of a row has its key, the others have other ones
             places = torch.cat([torch.arange(count) for count in windows.tolist()])
             keys = (keys.repeat_interleave(windows) + places * 0x9E3779B9) % 2**32
-        total = float(len(global_rows))
-        batch = Batch(ids, lengths, labels, keys, len(global_rows), weight, None, total, windows)
-        if (weights := self.cache.weights) is None:
-            return batch
-        total = float(weights[global_rows].sum(dtype=np.float64))
-        return batch._replace(row_weights=torch.from_numpy(weights[rows]), global_weight=total)
+        row_weights, total = None, float(len(global_rows))
+        if (weights := self.cache.weights) is not None:
+            row_weights, total = torch.from_numpy(weights[rows]), float(weights[global_rows].sum(dtype=np.float64))
+        return Batch(ids, lengths, labels, keys, len(global_rows), weight, row_weights, total, windows)

@@ -18,7 +18,6 @@ from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of_input
 
 Cells = Iterator[tuple[int, list[Any]]]
-UNLABELLED_FOLDERS = ("unsup",)  # of the Large Movie Review Dataset
 
 
 def shortened(text: object, longest: int = 200) -> str:
@@ -100,7 +99,7 @@ def _folder_rows(path: Path, encoding: str) -> Cells:
     """Yield text, label and file for every file in the folders of a folder, whose names are the labels."""
     numbers = itertools.count(1)
     for folder in sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith(".")):
-        label = None if folder.name in UNLABELLED_FOLDERS else folder.name
+        label = None if folder.name == "unsup" else folder.name  # of the Large Movie Review Dataset
         for file in sorted(each for each in folder.rglob("*") if each.is_file() and not each.name.startswith(".")):
             text = file.read_bytes().decode(encoding, "surrogateescape")
             yield next(numbers), [text.removeprefix("\ufeff").rstrip("\r\n"), label, str(file.relative_to(path))]
@@ -148,11 +147,9 @@ def arrow_columns(path: Path, kind: str) -> tuple[tuple[str, ...], dict[str, tup
 
 
 def _arrow_rows(path: Path, kind: str) -> Cells:
-    numbers = itertools.count(1)
     with _reading(path, kind.title()):
-        for batch in _arrow_batches(path, kind)[1]:
-            for cells in zip(*(column.to_pylist() for column in batch.columns)):
-                yield next(numbers), list(cells)
+        batches = ([column.to_pylist() for column in batch.columns] for batch in _arrow_batches(path, kind)[1])
+        yield from enumerate((list(cells) for columns in batches for cells in zip(*columns)), 1)
 
 
 def excel_rows(path: Path) -> Cells:

@@ -149,7 +149,7 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
         if name != "train":
             columns = replace(columns, classes=tuple(labels) if all(map(str.isdecimal, labels)) else ())
         try:
-            found = [inspected(file, columns, True, cache_dir) for file in paths]
+            found = [inspected(file, columns, cache_dir) for file in paths]
         except UserError as error:
             if name == "train" or "no column" not in str(error):
                 raise

@@ -88,18 +88,16 @@ class TokenCache:
 
     def part(self, rows: np.ndarray) -> TokenCache:
         """Return some rows, int64 ascending, as a cache of their own, in memory."""
-        lengths = self.lengths()[rows]
-        ids = [self.ids[self.offsets[row] : self.offsets[row + 1]] for row in rows.tolist()]
-        return TokenCache(
-            np.concatenate(ids),
-            np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-            self.labels[rows],
-            self.distinct_ids,
-            self.text_digests[rows],
+        return dataclasses.replace(
+            self,
+            ids=np.concatenate([self.ids[self.offsets[row] : self.offsets[row + 1]] for row in rows.tolist()]),
+            offsets=np.concatenate([[0], np.cumsum(self.lengths()[rows], dtype=np.int64)]),
+            labels=self.labels[rows],
+            text_digests=self.text_digests[rows],
+            repeats=self.repeats[:0],
+            contradictions=self.contradictions[:0],
             cut_rows=np.flatnonzero(np.isin(rows, self.cut_rows)),
-            vocab_size=self.vocab_size,
             digest=hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest(),
-            rows_of_files=self.rows_of_files,
             numbers=rows,
             weights=None if self.weights is None else self.weights[rows],
         )
@@ -135,17 +133,17 @@ def tokenize_file(
     return _cached(cache_dir, paths, (columns, *further), write, _open_cache)
 
 
-def inspected(path: Path, columns: Columns, with_label: bool, cache_dir: Path) -> Inspection:
+def inspected(path: Path, columns: Columns, cache_dir: Path) -> Inspection:
     """Return what a file holds, found once per content of the file, as its ids are."""
 
     def write(folder: Path) -> None:
-        (folder / "inspection.json").write_text(json.dumps(vars(inspect(path, columns, with_label))), encoding="utf-8")
+        (folder / "inspection.json").write_text(json.dumps(vars(inspect(path, columns))), encoding="utf-8")
 
     def read(folder: Path, digest: str) -> Inspection:
         found = json.loads((folder / "inspection.json").read_text(encoding="utf-8"))
         return Inspection(**{**found, "layout": Layout(*found["layout"]), "digest": digest})
 
-    return _cached(cache_dir, [path], (columns, with_label), write, read)
+    return _cached(cache_dir, [path], (columns, True), write, read)
 
 
 def _cached(
@@ -221,15 +219,16 @@ def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns:
             chunks.append(of_rows)
     lengths, labels, digests, weights, is_cut = map(np.concatenate, zip(*chunks))
     repeats, contradictions = find_repeats(digests, task.label_keys(labels))
-    found = {"distinct_ids": np.flatnonzero(occurs), "cut_rows": np.flatnonzero(is_cut)}
-    found |= {"repeats": repeats, "contradictions": contradictions}
-    arrays = {name: numbers.astype(np.int32) for name, numbers in found.items()}
-    arrays |= {
+    arrays = {
         "offsets": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         "labels": labels,
+        "distinct_ids": np.flatnonzero(occurs).astype(np.int32),
         "text_digests": digests,
+        "repeats": repeats.astype(np.int32),
+        "contradictions": contradictions.astype(np.int32),
+        "cut_rows": np.flatnonzero(is_cut).astype(np.int32),
+        **({"weights": weights} if columns.weight else {}),
     }
-    arrays |= {"weights": weights} if columns.weight else {}
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     counts = {"vocab_size": tokenizer.vocab_size, "rows_of_files": rows_of_files}

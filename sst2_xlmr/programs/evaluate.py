@@ -152,7 +152,7 @@ def read_files(
 ) -> tuple[Task, dict[str, Split], dict[str, TokenCache]]:
     """Check and tokenize all files before the first evaluation; returns also the task that reads their labels."""
     cache_dir, tokenizer = downloads.cache_dir() / "tokens", classifier.tokenizer
-    found = {name: inspected(file, columns[name], True, cache_dir) for name, file in files.items()}
+    found = {name: inspected(file, columns[name], cache_dir) for name, file in files.items()}
     task, caches = with_numbers_of(classifier.task, arguments, found), {}
     for name, file in files.items():
         left_out = found[name].check(file, task, columns[name].drop_unusable)

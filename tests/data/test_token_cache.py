@@ -83,7 +83,7 @@ def test_a_file_is_inspected_once(tmp_path: Path, monkeypatch: Patch) -> None:
     file.write_text("sentence\tlabel\tstars\nx\tgood\t1\ny\tbad\t2\n")
 
     def labels(**columns: Any) -> dict[str, list[int]]:
-        return inspected(file, Columns(**columns), True, cache_dir).labels
+        return inspected(file, Columns(**columns), cache_dir).labels
 
     assert labels() == {"good": [1, 2], "bad": [1, 3]}
     assert list(labels(label="stars")) == ["1", "2"]
@@ -141,6 +141,6 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(
     cache_dir, digests = tmp_path / "cache", map(str, itertools.count())
     monkeypatch.setattr(token_cache, "source_digest", lambda _: next(digests))
     assert "train.tsv changed while it was being read" in refusal(tokenize_sample, tiny_encoder, cache_dir)
-    line = refusal(inspected, SAMPLE_DATA / "train.tsv", Columns(), True, cache_dir)
+    line = refusal(inspected, SAMPLE_DATA / "train.tsv", Columns(), cache_dir)
     assert "train.tsv changed while it was being read" in line
     assert list(cache_dir.iterdir()) == []
