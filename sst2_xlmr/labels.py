@@ -68,13 +68,12 @@ def split_labels(text: str, delimiter: str | None = None, known: Iterable[str] =
     """
     found: Any = text
     if text.startswith(("[", "{")):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(text)
-        if found is text and _NUMPY.fullmatch(text):
-            found = ast.literal_eval(f"[{','.join(text[1:-1].split())}]")
-        elif found is text:
+        if found is text:
+            literal = f"[{','.join(text[1:-1].split())}]" if _NUMPY.fullmatch(text) else text
             with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                found = ast.literal_eval(text)
+                found = ast.literal_eval(literal)
     if isinstance(found, dict):
         prefix = "probability_" if all(str(name).startswith("probability_") for name in found) else ""
         return {str(name)[len(prefix) :]: _number(value, text) for name, value in found.items()}

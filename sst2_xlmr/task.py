@@ -61,6 +61,8 @@ class SingleLabel:
     best_metric = "accuracy"  # the one that chooses best/
     best_metrics = ("accuracy", "macro_f1", "loss")  # those that can; but for errors, higher is better
     scalars = ("loss", "accuracy", "macro_f1", "ece")  # the metrics with a curve
+    # The metrics on a model card: their types and names on the Hub.
+    hub_metrics: ClassVar = {"accuracy": ("accuracy", "accuracy"), "macro_f1": ("f1", "macro F1")}
     refused: ClassVar[dict[str, str]] = {  # options that make no sense here, and why
         "threshold_for": "the most probable class is the answer, without a threshold",
         "label_delimiter": "a row has one label",
@@ -73,10 +75,6 @@ class SingleLabel:
     def label_dtype(self) -> type:
         """Of a row's label in the token cache: the class's number, or fp32, the classes' probabilities."""
         return np.float32 if self.is_soft else np.int32
-
-    @property
-    def label_shape(self) -> tuple[int, ...]:
-        return (self.outputs,) if self.is_soft else ()
 
     @property
     def read_as(self) -> object:
@@ -92,9 +90,8 @@ class SingleLabel:
         if is_soft := any(isinstance(each, dict) and len(each) > 1 for each in values):
             labels = dict.fromkeys((str(name) for each in values for name in each), (1, 1))
         if config.label_names:
-            names, numbers = reading.numbers_for(config.label_names, labels, path)
-            if not any(label.isdecimal() for label in labels):  # numbers, if there are any, are in other files
-                names, numbers = reading.numbers_for(config.label_names, others, path)
+            has_numbers = any(label.isdecimal() for label in labels)  # else they are in other files, if anywhere
+            names, numbers = reading.numbers_for(config.label_names, labels if has_numbers else others, path)
         else:  # what the training file calls its numbers holds for the other files, too
             names = list(labels) if is_soft else reading.find_label_names(labels, path)
             numbers = {str(i): names.index(name) for each in said for i, name in enumerate(each) if name in names}
@@ -117,14 +114,14 @@ class SingleLabel:
 
     def read_label(self, cell: object, where: str) -> int | np.ndarray | None:
         """Return a row's label for its cell, None for no label; UserError, beginning with `where`, for another."""
-        number = self._numbers.get(cell) if isinstance(cell, str) else None
-        if self.is_soft and number is None and label_text(cell).startswith(("[", "{")):
-            row = _label_row(reading.split_labels(label_text(cell)), self._numbers, self.label_names, where)
+        text = label_text(cell)
+        if self.is_soft and text.startswith(("[", "{")):
+            row = _label_row(reading.split_labels(text), self._numbers, self.label_names, where)
             if abs(row.sum() - 1) > 0.01:
                 raise UserError(f"{where}: the classes' probabilities add up to {row.sum():.4g}, not to 1; mend them")
             return row / row.sum()
-        if number is None and (number := self.number_of(label_text(cell))) == -2:
-            raise UserError(f"{where}: {self.unknown([label_text(cell)])}")
+        if (number := self.number_of(text)) == -2:
+            raise UserError(f"{where}: {self.unknown([text])}")
         if number == -1:
             return None
         return np.eye(self.outputs, dtype=np.float32)[number] if self.is_soft else number
@@ -285,7 +282,8 @@ class SingleLabel:
 
         Logits are float [rows, classes], labels as in the token cache.
         """
-        losses = F.cross_entropy(logits, labels if labels.dim() == 2 else labels.long(), reduction="none")
+        labels = labels.to(logits.dtype) if labels.dim() == 2 else labels.long()
+        losses = F.cross_entropy(logits, labels, reduction="none")
         confidences, predictions = logits.softmax(-1).max(-1)
         return torch.stack([losses, predictions.to(losses.dtype), confidences], dim=1)
 
@@ -323,7 +321,7 @@ class SingleLabel:
     def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         """Return `row_results`, fp64, for probabilities whose logits are divided by a temperature."""
         logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
-        return self.row_results(logits, torch.tensor(labels).to(logits.dtype if self.is_soft else torch.int64)).numpy()
+        return self.row_results(logits, torch.tensor(labels)).numpy()
 
     def per_label(self, results: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         """Return precision, recall, f1 and support, [classes] each."""
@@ -341,12 +339,6 @@ class SingleLabel:
         if "rows" in metrics:  # not a mean of several files
             cells["95 % interval"] = f"{metrics['accuracy_low']:.4f}-{metrics['accuracy_high']:.4f}"
         return {**cells, "macro F1": f"{metrics['macro_f1']:.4f}", "ECE": f"{metrics['ece']:.4f}"}
-
-    @staticmethod
-    def hub_metrics(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return an evaluation's metrics as a model card on the Hub lists them."""
-        names = {"accuracy": ("accuracy", "accuracy"), "macro_f1": ("f1", "macro F1")}
-        return [{"type": kind, "name": name, "value": metrics[key]} for key, (kind, name) in names.items()]
 
     # --- collapse (see training/guard)
 
@@ -439,16 +431,13 @@ class MultiLabel:
     best_metric = "macro_f1"
     best_metrics = ("macro_f1", "micro_f1", "exact_match", "mean_average_precision", "loss")
     scalars = ("loss", "macro_f1", "micro_f1", "exact_match", "mean_average_precision", "ece")
+    hub_metrics: ClassVar = {"macro_f1": ("f1", "macro F1"), "micro_f1": ("f1", "micro F1")}
     refused: ClassVar[dict[str, str]] = {
         "label_smoothing": "a label is there or not",
         "abstain_below": "a text may have no label: raise the thresholds with --threshold-for in training",
         "glue_submission": "SST-2 has one label for a text",
     }
     folding = (1.0, 0.0)
-
-    @property
-    def label_shape(self) -> tuple[int, ...]:
-        return (self.outputs,)
 
     @property
     def read_as(self) -> object:
@@ -481,8 +470,7 @@ class MultiLabel:
         return bool(several) and (is_written or {str(name) for each in several.values() for name in each} <= alone)
 
     def number_of(self, label: str) -> int:
-        values = _split(label, self.delimiter, self._numbers)
-        return 0 if isinstance(values, dict) and all(self._place(name) is not None for name in values) else -2
+        return -2 if self._unknown_in(label) else 0
 
     def read_label(self, cell: object, where: str) -> np.ndarray:
         return _label_row(
@@ -490,12 +478,12 @@ class MultiLabel:
         )
 
     def unknown(self, labels: Sequence[str]) -> str:
-        parts = dict.fromkeys(str(part) for label in labels for part in _split(label, self.delimiter, self._numbers))
-        parts = {part: None for part in parts if self._place(part) is None}
-        return reading.unknown_labels(list(parts) or labels, self.label_names, self._numbers)
+        names = dict.fromkeys(name for label in labels for name in self._unknown_in(label))
+        return reading.unknown_labels(list(names), self.label_names, self._numbers)
 
-    def _place(self, name: str | int) -> int | None:
-        return (name if name < self.outputs else None) if isinstance(name, int) else self._numbers.get(name)
+    def _unknown_in(self, label: str) -> list[str]:
+        names = _split(label, self.delimiter, self._numbers)
+        return [str(name) for name in names if _place(name, self._numbers, self.outputs) is None]
 
     def notes(self, labels: Seen) -> list[str]:
         parts: dict[str, list[int]] = {}
@@ -686,10 +674,6 @@ class MultiLabel:
         names["mean_average_precision"] = "mean AP"
         return {name: f"{metrics[key]:.4f}" for key, name in names.items()}
 
-    @staticmethod
-    def hub_metrics(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-        return [{"type": "f1", "name": f"{kind} F1", "value": metrics[f"{kind}_f1"]} for kind in ("macro", "micro")]
-
     def collapse_reason(
         self, probabilities: np.ndarray, untrained: np.ndarray, labels: np.ndarray, has_learned: bool
     ) -> str:
@@ -763,10 +747,11 @@ class Regression:
     problem_type = "regression"
     option = "regression"
     may_be_empty = False
-    label_dtype, label_shape = np.float32, ()
+    label_dtype = np.float32
     best_metric = "spearman"
     best_metrics = ("spearman", "pearson", "rmse", "mae", "loss")
     scalars = ("loss", "rmse", "mae", "pearson", "spearman")
+    hub_metrics: ClassVar = {"spearman": ("spearmanr", "spearman"), "pearson": ("pearsonr", "pearson")}
     refused: ClassVar[dict[str, str]] = {
         "label_names": "a score has no name",
         "label_smoothing": "a score has no classes",
@@ -946,11 +931,6 @@ class Regression:
         names = {"spearman": "Spearman", "pearson": "Pearson", "rmse": "RMSE", "mae": "MAE"}
         return {name: f"{metrics[key]:.4f}" for key, name in names.items()}
 
-    @staticmethod
-    def hub_metrics(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-        names = {"spearman": "spearmanr", "pearson": "pearsonr"}
-        return [{"type": kind, "name": key, "value": metrics[key]} for key, kind in names.items()]
-
     def collapse_reason(
         self, probabilities: np.ndarray, untrained: np.ndarray, labels: np.ndarray, has_learned: bool
     ) -> str:
@@ -1097,6 +1077,12 @@ def _split(text: str, delimiter: str | None, known: Iterable[str]) -> LabelValue
     return values if isinstance(values, dict) else {reading.plain(values): 1.0} if values not in MISSING else {}
 
 
+def _place(name: str | int, numbers: Mapping[str, int], count: int) -> int | None:
+    """Return the number of one of `count` labels, given by name or by position; None if it is none of them."""
+    place = name if isinstance(name, int) else numbers.get(name)
+    return place if place is not None and place < count else None
+
+
 def _label_row(values: LabelValues | str, numbers: Mapping[str, int], names: Sequence[str], where: str) -> np.ndarray:
     """Return fp32 [labels] for what a cell says; UserError, beginning with `where`, if that is none of the labels."""
     row = np.zeros(len(names), np.float32)
@@ -1104,8 +1090,7 @@ def _label_row(values: LabelValues | str, numbers: Mapping[str, int], names: Seq
         absent = [name for name in names if name not in values]
         raise UserError(f"{where}: the label has numbers, but none for {listed(absent)}; give one for every label")
     for name, value in values.items() if isinstance(values, dict) else ((values, 1.0),):
-        place = name if isinstance(name, int) else numbers.get(name)
-        if place is None or place >= len(names):
+        if (place := _place(name, numbers, len(names))) is None:
             raise UserError(f"{where}: {reading.unknown_labels([str(name)], names, numbers)}")
         if not 0 <= value <= 1:
             raise UserError(f"{where}: label {name!r} has {value:g}, which is neither 0, 1 nor a probability; mend it")

@@ -84,8 +84,8 @@ def _model_index(name: str, task: Task, evaluations: Mapping[str, dict[str, Any]
     results = []
     for split, metrics in evaluations.items():
         dataset = dict.fromkeys(("name", "type", "split"), Path(split).name)
-        kind = {"type": "text-classification"}
-        results.append({"task": kind, "dataset": dataset, "metrics": task.hub_metrics(metrics)})
+        found = [{"type": kind, "name": name, "value": metrics[key]} for key, (kind, name) in task.hub_metrics.items()]
+        results.append({"task": {"type": "text-classification"}, "dataset": dataset, "metrics": found})
     return f"model-index: {json.dumps([{'name': name, 'results': results}], ensure_ascii=False)}\n" if results else ""
 
 
