@@ -123,6 +123,7 @@ def test_numpy_and_python_lists_are_read() -> None:
     assert split_labels("[ 8 20]") == split_labels("['8', '20']") == split_labels("8,20") == {"8": 1.0, "20": 1.0}
     assert split_labels("[0 1 0]") == {0: 0.0, 1: 1.0, 2: 0.0}
     assert split_labels("a,b", known=["a,b"]) == "a,b"
+    assert split_labels("[1.2.3]") == "[1.2.3]", "neither"
 
 
 def test_weights_are_read_and_rows_of_weight_0_are_absent(tmp_path: Path) -> None:
