@@ -72,7 +72,7 @@ class Run:
         # The split, or "mean" for all of them, and the metric that choose the best evaluation.
         is_of_split = config.best_by in (*self.eval_splits, "mean")
         self.best_by = (str(config.best_by), metric) if is_of_split else ("dev", config.best_by or metric)
-        self.test_splits = [split for split in inputs.files if split not in ("train", *self.eval_splits)]
+        self.test_splits = [split for split in inputs.caches if split not in ("train", *self.eval_splits)]
         half = max(1, (config.micro_batch_size or -(-config.batch_size // world.world_size)) // 2)
         self.memory_cure = f"rerun with --micro-batch-size {half} or less, which changes the result only by rounding"
 

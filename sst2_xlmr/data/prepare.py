@@ -65,7 +65,7 @@ class Prepared:
     """A run's inputs.
 
     Attributes:
-        splits: all that was found, by name; `files` and `caches` have the labelled ones only.
+        splits: all that was found, by name; `caches` has the labelled ones only.
         leaks: split -> int64 numbers of the training rows whose text it has, too; without splits that have none.
         train_rows: int64 numbers of the rows to train on; None for all.
     """
@@ -77,10 +77,6 @@ class Prepared:
     caches: dict[str, TokenCache]
     leaks: dict[str, np.ndarray]
     train_rows: np.ndarray | None
-
-    @property
-    def files(self) -> dict[str, list[Path]]:
-        return {name: self.splits[name].files for name in self.caches}
 
     @property
     def train_labels(self) -> np.ndarray:

@@ -229,7 +229,7 @@ def _weight(cell: Any, where: str) -> float:
     return weight
 
 
-def _joined(texts: list[Any]) -> str | None:
+def _joined(texts: list[Any]) -> Any:
     return " ".join(filter(None, texts)) if all(isinstance(text, str) for text in texts) else None
 
 

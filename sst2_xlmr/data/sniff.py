@@ -26,8 +26,7 @@ from sst2_xlmr.data.formats import Layout, csv_reader, decoded_lines, opened
 from sst2_xlmr.util.errors import UserError
 
 SAMPLE_CHARACTERS, SAMPLE_ROWS = 1 << 18, 1000
-DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";", "bar": "|"}
-_IN_ORDER = "\t|;,"  # the rarer in texts, the surer
+DELIMITERS = {"tab": "\t", "bar": "|", "semicolon": ";", "comma": ","}  # the rarer in texts, the earlier
 _CONSISTENT = 0.8  # share of the rows that have as many columns as most
 _NUMBER = re.compile(r"[+-]?([0-9]+([.,][0-9]*)?|[.,][0-9]+)([eE][+-]?[0-9]+)?")
 _NAME = re.compile(r"[^\W\d][\w.\-/#()?:]*( [\w.\-/#()?:]+){0,2}|#\d \w+")  # as a column may be called
@@ -275,7 +274,7 @@ def _share(rows: list[list[str]]) -> tuple[int, float]:
 def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: str | None) -> Layout:
     given = "\t" if kind == "tsv" else DELIMITERS.get(asked.delimiter or "", asked.delimiter)
     best: tuple[Any, ...] = ()
-    for place, delimiter in enumerate([given] if given else _IN_ORDER):
+    for place, delimiter in enumerate([given] if given else DELIMITERS.values()):
         quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
         rows = _parsed(lines, delimiter, quoting, is_whole)
         width, share = _share(rows[1:] or rows)

@@ -51,7 +51,7 @@ class Report:
         place = Path(config.tensorboard_dir or folder / "tensorboard")
         with writing(place):
             self._events = tensorboard.open_events(place, purge_step)
-            splits = [split for split in inputs.files if split != "train"]
+            splits = [split for split in inputs.caches if split != "train"]
             tensorboard.begin_hparams(self._events, config, state.precision, self._task, splits)
             self._events.flush()
         # disable=None: a bar on a terminal only.

@@ -24,8 +24,8 @@ from sst2_xlmr.training.state import TrainState
 
 def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
     """A killed process has no time to write what it holds back, and a resumed run does not repeat it."""
-    files, task = {"dev": SAMPLE_DATA / "dev.tsv"}, SingleLabel(["negative", "positive"])
-    inputs: Any = SimpleNamespace(config=Config(), task=task, files=files)
+    caches, task = {"dev": SAMPLE_DATA / "dev.tsv"}, SingleLabel(["negative", "positive"])
+    inputs: Any = SimpleNamespace(config=Config(), task=task, caches=caches)
     report = Report(inputs, TrainState(5), tmp_path, 10, [])
     entry = {"step": 3, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0, "something_new": 7.0}
     report.log_training(entry)
