@@ -60,8 +60,8 @@ def extended_rows(
     """
     text = io.StringIO(newline="")
     kind = kind_of(path)
-    write, needs_table, is_parquet = row_writer(text, kind), kind != ".jsonl", kind == ".parquet"
-    if header and needs_table and not is_parquet:
+    write, is_text_table = row_writer(text, kind), kind in (".tsv", ".csv")
+    if header and is_text_table:
         write((), [*columns, *_free_names(names, columns)])
     last: list[str] = []
     for row, (label, *probabilities) in zip(rows, predictions):
@@ -69,10 +69,10 @@ def extended_rows(
         if here is not last:  # rows with the same columns share one list
             check_columns(row, columns, path)
             last, new = here, _free_names(names, here)
-        if needs_table and here != columns:
+        if kind != ".jsonl" and here != columns:
             cells = [cells[here.index(name)] for name in columns]
         added = [label, *(round(each, 6) if isinstance(each, float) else each for each in probabilities)]
-        write([*here, *new], [*cells, *(map(_in_table, added) if needs_table and not is_parquet else added)])
+        write([*here, *new], [*cells, *(map(_in_table, added) if is_text_table else added)])
     return text.getvalue()
 
 

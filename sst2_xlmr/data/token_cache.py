@@ -203,20 +203,14 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> I
 
 
 def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns: Columns, task: Task) -> None:
-    occurs, rows_of_files = np.zeros(tokenizer.vocab_size, bool), [0] * len(paths)
-
-    def all_rows() -> Iterator[Row]:
-        for number, path in enumerate(paths):
-            for row in read_rows(path, columns, task):
-                rows_of_files[number] += 1
-                yield row
-
-    chunks = []
+    occurs, chunks, rows_of_files = np.zeros(tokenizer.vocab_size, bool), [], [0] * len(paths)
     with (folder / "ids.bin").open("wb") as file:
-        for ids, *of_rows in _tokenize_chunks(all_rows(), tokenizer, task):
-            file.write(ids.tobytes())
-            occurs[ids] = True
-            chunks.append(of_rows)
+        for number, path in enumerate(paths):
+            for ids, *of_rows in _tokenize_chunks(read_rows(path, columns, task), tokenizer, task):
+                file.write(ids.tobytes())
+                occurs[ids] = True
+                chunks.append(of_rows)
+                rows_of_files[number] += len(of_rows[0])
     lengths, labels, digests, weights, is_cut = map(np.concatenate, zip(*chunks))
     repeats, contradictions = find_repeats(digests, task.label_keys(labels))
     arrays = {
