@@ -138,8 +138,7 @@ class SingleLabel:
     def _numbers(self) -> dict[str, int]:
         return reading.numbers_by_label(self.label_names, self.label_numbers)
 
-    @staticmethod
-    def label_keys(labels: np.ndarray) -> np.ndarray:
+    def label_keys(self, labels: np.ndarray) -> np.ndarray:
         """Return int [rows], equal for rows with equal labels (of soft ones, with the same most probable class)."""
         return labels if labels.ndim == 1 else labels.argmax(1)
 
@@ -218,8 +217,7 @@ class SingleLabel:
 
     # --- answers
 
-    @staticmethod
-    def probabilities(logits: torch.Tensor) -> torch.Tensor:
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Return fp32 [rows, classes]."""
         return logits.softmax(-1)
 
@@ -247,13 +245,11 @@ class SingleLabel:
         for number in [1] if self.outputs == 2 else range(self.outputs):
             yield self.label_names[number], true == number, probabilities[:, number]
 
-    @staticmethod
-    def changed(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    def changed(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """Return bool [rows], whether the answer is another; both are probabilities, [rows, classes]."""
         return np.asarray(found.argmax(1) != expected.argmax(1))
 
-    @staticmethod
-    def near_ties(logits: torch.Tensor, distance: float) -> torch.Tensor:
+    def near_ties(self, logits: torch.Tensor, distance: float) -> torch.Tensor:
         """Return bool [rows], whether a change of the logits by `distance` may change the answer."""
         best, second = logits.topk(2).values.unbind(1)
         return best - second < distance
@@ -276,8 +272,7 @@ class SingleLabel:
 
     # --- evaluation
 
-    @staticmethod
-    def row_results(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def row_results(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return float [rows, 3], all that metrics need of a row: loss in nats, predicted class, its probability.
 
         Logits are float [rows, classes], labels as in the token cache.
@@ -313,8 +308,7 @@ class SingleLabel:
         """Return int64 [labels, predictions]: how many rows of each class got each prediction."""
         return metric.confusion_matrix(self.label_keys(labels), results[:, 1].astype(np.int64), self.outputs)
 
-    @staticmethod
-    def logits_of(probabilities: np.ndarray) -> np.ndarray:
+    def logits_of(self, probabilities: np.ndarray) -> np.ndarray:
         """Return fp64 logits, up to a constant for each row, finite for a probability of 0 too; [rows, classes]."""
         return np.asarray(np.log(probabilities.astype(np.float64).clip(min=_SMALLEST)))
 
@@ -327,13 +321,11 @@ class SingleLabel:
         """Return precision, recall, f1 and support, [classes] each."""
         return metric.per_class(self.confusion(results, labels))
 
-    @staticmethod
-    def describe(metrics: dict[str, Any]) -> str:
+    def describe(self, metrics: dict[str, Any]) -> str:
         """Return the main metrics in a few words, for a line on the console."""
         return f"accuracy {metrics['accuracy']:.4f}  macro F1 {metrics['macro_f1']:.4f}  loss {metrics['loss']:.4f}"
 
-    @staticmethod
-    def table_cells(metrics: dict[str, Any]) -> dict[str, str]:
+    def table_cells(self, metrics: dict[str, Any]) -> dict[str, str]:
         """Return a file's cells in the table of evaluated files, by the columns' names."""
         cells = {"accuracy": f"{metrics['accuracy']:.4f}"}
         if "rows" in metrics:  # not a mean of several files
@@ -380,8 +372,7 @@ class SingleLabel:
         label = add("Gather", np.array(self.label_names, dtype=object), best)
         return {"label": (label, "STRING", []), "probabilities": (probabilities, "FLOAT", [self.outputs])}
 
-    @staticmethod
-    def answers_of(outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+    def answers_of(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
         """Return the answers that an exported form gives, as the first of `cells`, and the probabilities."""
         return list(outputs[0]), np.asarray(outputs[1])
 
@@ -496,13 +487,11 @@ class MultiLabel:
     def _numbers(self) -> dict[str, int]:
         return reading.numbers_by_label(self.label_names, self.label_numbers)
 
-    @staticmethod
-    def label_keys(labels: np.ndarray) -> np.ndarray:
+    def label_keys(self, labels: np.ndarray) -> np.ndarray:
         factors = np.random.RandomState(0).randint(1, 2**62, labels.shape[1])
         return np.asarray((labels * 2**20).astype(np.int64) @ factors)
 
-    @staticmethod
-    def strata(labels: np.ndarray) -> np.ndarray:
+    def strata(self, labels: np.ndarray) -> np.ndarray:
         """Return every row's rarest label, or -1."""
         order = np.argsort(labels.sum(0), kind="stable")
         has = labels[:, order] > 0.5
@@ -538,8 +527,7 @@ class MultiLabel:
         answer = task._best_constant(labels, weights)[-1].clip(1e-3, 1 - 1e-3)
         return replace(task, initial_bias=tuple(np.log(answer / (1 - answer)).tolist()))
 
-    @staticmethod
-    def _prior(labels: np.ndarray, weights: Weights) -> np.ndarray:
+    def _prior(self, labels: np.ndarray, weights: Weights) -> np.ndarray:
         """Return fp64 [labels], the share of the rows that have each label."""
         return np.average(labels.astype(np.float64), axis=0, weights=weights)
 
@@ -562,8 +550,7 @@ class MultiLabel:
 
     # --- answers
 
-    @staticmethod
-    def probabilities(logits: torch.Tensor) -> torch.Tensor:
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.sigmoid()
 
     @property
@@ -616,8 +603,7 @@ class MultiLabel:
 
     # --- evaluation
 
-    @staticmethod
-    def row_results(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def row_results(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return float [rows, 1 + labels]: loss in nats, the mean over labels, and the labels' probabilities."""
         losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(1)
         return torch.cat([losses[:, None], logits.sigmoid()], dim=1)
@@ -649,8 +635,7 @@ class MultiLabel:
         """Return int64 [labels, labels]: of the rows with each label, how many were given each."""
         return np.asarray((labels > 0.5).T.astype(np.int64) @ self._has(results[:, 1:]).astype(np.int64))
 
-    @staticmethod
-    def logits_of(probabilities: np.ndarray) -> np.ndarray:
+    def logits_of(self, probabilities: np.ndarray) -> np.ndarray:
         p = probabilities.astype(np.float64).clip(_SMALLEST, 1 - 2.0**-25)
         return np.asarray(np.log(p) - np.log1p(-p))
 
@@ -661,15 +646,13 @@ class MultiLabel:
             results[:, 1:] = probabilities  # not rounded once more, beside a threshold
         return results
 
-    @staticmethod
-    def describe(metrics: dict[str, Any]) -> str:
+    def describe(self, metrics: dict[str, Any]) -> str:
         f1 = [f"{kind} F1 {metrics[f'{kind}_f1']:.4f}" for kind in ("macro", "micro")]
         if "macro_f1_at_0.5" in metrics:
             f1 = [f"{text} ({metrics[f'{text[:5]}_f1_at_0.5']:.4f} at 0.5)" for text in f1]
         return f"{'  '.join(f1)}  loss {metrics['loss']:.4f}"
 
-    @staticmethod
-    def table_cells(metrics: dict[str, Any]) -> dict[str, str]:
+    def table_cells(self, metrics: dict[str, Any]) -> dict[str, str]:
         names = {"macro_f1": "macro F1", "micro_f1": "micro F1", "exact_match": "exact match"}
         names["mean_average_precision"] = "mean AP"
         return {name: f"{metrics[key]:.4f}" for key, name in names.items()}
@@ -776,12 +759,13 @@ class Regression:
 
     @classmethod
     def from_labels(cls, config: Config, labels: Seen, others: Seen, said: Names, path: object) -> Regression:
+        task = cls(["score"])
         for label, (_, line) in labels.items():
-            if label not in MISSING and _score(label) is None:
-                raise UserError(f"{path}, line {line}: {cls.unknown([label])}")
+            if task.number_of(label) == -2:
+                raise UserError(f"{path}, line {line}: {task.unknown([label])}")
         if len(set(labels) - MISSING) < 2:
             raise UserError(f"{path}: all rows have the same score; name the column of scores with --label-column")
-        return cls(["score"])
+        return task
 
     @classmethod
     def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
@@ -799,37 +783,29 @@ class Regression:
             raise UserError(f"{where}: {self.unknown([text])}")
         return score
 
-    @staticmethod
-    def notes(labels: Seen) -> list[str]:
+    def notes(self, labels: Seen) -> list[str]:
         return []
 
-    @staticmethod
-    def unknown(labels: Sequence[str]) -> str:
+    def unknown(self, labels: Sequence[str]) -> str:
         return f"label {labels[0][:40]!r} is no number, as a score is; mend it"
 
-    @staticmethod
-    def label_keys(labels: np.ndarray) -> np.ndarray:
+    def label_keys(self, labels: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(labels, np.float32).view(np.int32)
 
-    @staticmethod
-    def strata(labels: np.ndarray) -> np.ndarray:
+    def strata(self, labels: np.ndarray) -> np.ndarray:
         """Return in which tenth of the scores every row lies."""
         return np.searchsorted(np.quantile(labels, np.arange(1, 10) / 10), labels)
 
-    @staticmethod
-    def label_cell(label: float) -> str:
+    def label_cell(self, label: float) -> str:
         return f"{label:g}"
 
-    @staticmethod
-    def label_value(label: float) -> float:
+    def label_value(self, label: float) -> float:
         return float(label)
 
-    @staticmethod
-    def counts(labels: np.ndarray) -> dict[str, int]:
+    def counts(self, labels: np.ndarray) -> dict[str, int]:
         return {}
 
-    @staticmethod
-    def describe_labels(labels: np.ndarray) -> str:
+    def describe_labels(self, labels: np.ndarray) -> str:
         return (
             f"scores from {labels.min():g} to {labels.max():g}, mean {labels.mean():.4g}, deviation {labels.std():.4g}"
         )
@@ -855,12 +831,10 @@ class Regression:
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits * self.deviation + self.mean
 
-    @staticmethod
-    def columns(all_probabilities: bool) -> list[str]:
+    def columns(self, all_probabilities: bool) -> list[str]:
         return ["score"]
 
-    @staticmethod
-    def cells(probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
+    def cells(self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
         return [round(probabilities[0], 6)]
 
     def mistakes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[[int], list[str]]]:
@@ -869,22 +843,18 @@ class Regression:
         order = np.argsort(-np.abs(errors), kind="stable")
         return order, lambda row: [f"{labels[row]:g}", f"{probabilities[row, 0]:.4g}", f"{errors[row]:+.4g}"]
 
-    @staticmethod
-    def curves(probabilities: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    def curves(self, probabilities: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         return iter(())
 
-    @staticmethod
-    def changed(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    def changed(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """Whether a score differs by more than a twentieth of the scores' deviation."""
         return np.asarray(np.abs(found - expected)[:, 0] > 0.05 * expected.std())
 
-    @staticmethod
-    def near_ties(logits: torch.Tensor, distance: float) -> torch.Tensor:
+    def near_ties(self, logits: torch.Tensor, distance: float) -> torch.Tensor:
         """None: a score changes by as much wherever it is."""
         return torch.zeros(len(logits), dtype=torch.bool)
 
-    @staticmethod
-    def doubt(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def doubt(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Return the errors, in deviations of the scores."""
         return np.abs(probabilities[:, 0] - labels) / (labels.std() or 1.0)
 
@@ -895,8 +865,7 @@ class Regression:
         scores = self.probabilities(logits)
         return torch.cat([(scores - labels.to(scores.dtype)[:, None]).square(), scores], dim=1)
 
-    @staticmethod
-    def metrics(results: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    def metrics(self, results: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         squares, scores = results.astype(np.float64).T
         return {
             "loss": float(squares.mean()),
@@ -907,27 +876,22 @@ class Regression:
             "rows": len(labels),
         }
 
-    @staticmethod
-    def per_label(results: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    def per_label(self, results: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         return {}
 
-    @staticmethod
-    def confusion(results: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def confusion(self, results: np.ndarray, labels: np.ndarray) -> np.ndarray:
         return np.empty((0, 0), np.int64)
 
-    @staticmethod
-    def logits_of(probabilities: np.ndarray) -> np.ndarray:
+    def logits_of(self, probabilities: np.ndarray) -> np.ndarray:
         return probabilities.astype(np.float64)
 
     def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         return np.stack([(probabilities[:, 0] - labels) ** 2, probabilities[:, 0]], 1)
 
-    @staticmethod
-    def describe(metrics: dict[str, Any]) -> str:
+    def describe(self, metrics: dict[str, Any]) -> str:
         return f"Spearman {metrics['spearman']:.4f}  Pearson {metrics['pearson']:.4f}  RMSE {metrics['rmse']:.4f}"
 
-    @staticmethod
-    def table_cells(metrics: dict[str, Any]) -> dict[str, str]:
+    def table_cells(self, metrics: dict[str, Any]) -> dict[str, str]:
         names = {"spearman": "Spearman", "pearson": "Pearson", "rmse": "RMSE", "mae": "MAE"}
         return {name: f"{metrics[key]:.4f}" for key, name in names.items()}
 
@@ -950,8 +914,7 @@ class Regression:
     def append_to_onnx(self, add: Callable[..., str], logits: str) -> dict[str, tuple[str, str, list[int]]]:
         return {"score": (logits, "FLOAT", [1])}
 
-    @staticmethod
-    def answers_of(outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+    def answers_of(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
         scores = np.asarray(outputs[0])
         return [round(score, 6) for score in scores[:, 0].tolist()], scores
 
