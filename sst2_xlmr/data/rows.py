@@ -89,23 +89,22 @@ def check_pairs(model: Path, pair: str | None, cure: str) -> None:
 class Places(NamedTuple):
     """Where a row's texts, labels and weight stand; what nobody asks for is None, or empty."""
 
-    texts: list[int]
+    texts: tuple[int, ...]
     pair: int | None
-    labels: list[int]
+    labels: tuple[int, ...]
     weight: int | None
-    class_names: Sequence[str]  # of the numbers in the label's column
 
-    def label_cell(self, fields: Fields) -> Any:
+    def label_cell(self, names: Sequence[str], cells: Sequence[Any], class_names: Sequence[str]) -> Any:
         """Return a row's label: of several columns an object, and a file's own names for its numbers."""
         if len(self.labels) > 1:
-            return {fields.names[place]: fields.cells[place] for place in self.labels}
-        label = fields.cells[self.labels[0]] if self.labels else None
-        if not self.class_names:
+            return {names[place]: cells[place] for place in self.labels}
+        label = cells[self.labels[0]] if self.labels else None
+        if not class_names:
             return label
         if isinstance(label, list) and len(label) > 1:
-            return [self.class_names[each] for each in label]
+            return [class_names[each] for each in label]
         number = label_text(label)
-        return self.class_names[int(number)] if number.isdecimal() and int(number) < len(self.class_names) else label
+        return class_names[int(number)] if number.isdecimal() and int(number) < len(class_names) else label
 
 
 def _places(path: Path, layout: Layout, columns: Columns, fields: Fields, with_label: bool) -> Places:
@@ -121,10 +120,7 @@ def _places(path: Path, layout: Layout, columns: Columns, fields: Fields, with_l
     if len(set(all_of)) < len(all_of):
         twice = next(fields.names[each] for each in all_of if all_of.count(each) > 1)
         raise UserError(f"{path}: the column {twice!r} is named twice; text, second text and label must be different")
-    class_names = layout.class_names.get(fields.names[labels[0]], ()) if labels else ()
-    if columns.classes and not {*class_names} <= {*columns.classes}:
-        class_names = ()
-    return Places(texts, pair, labels, weight, class_names)
+    return Places(tuple(texts), pair, tuple(labels), weight)
 
 
 def _position(path: Path, layout: Layout, fields: Fields, option: str, *wanted: str) -> int:
@@ -186,8 +182,11 @@ def _proposal(path: Path, layout: Layout) -> str:
     return f" (e.g. {' '.join(words)})" if named else ""
 
 
-def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> Iterator[tuple[str, Row]]:
-    """Yield why a row cannot be used, empty if it can, and the row, whose label is its cell."""
+Checked = tuple[Fields, str, Any, Any, Any, float]
+
+
+def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> Iterator[Checked]:
+    """Yield every row: its fields, why it cannot be used (empty if it can), texts, the label's cell, weight."""
     names: list[str] | None = None
     missing: UserError | None = None
     has_all = False
@@ -195,26 +194,37 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> 
         cells = fields.cells
         if fields.names is not names:
             names, places = fields.names, None
+            class_names: Sequence[str] = ()
             try:
                 places = _places(path, layout, columns, fields, with_label)
                 has_all = True
+                if places.labels:
+                    class_names = layout.class_names.get(names[places.labels[0]], ())
+                if columns.classes and not {*class_names} <= {*columns.classes}:
+                    class_names = ()
+                is_plain = len(places.labels) == 1 and not class_names
+                one_text, one_label = places.texts[0], places.labels[0] if is_plain else None
             except UserError as error:  # the keys of JSON's objects may differ
                 if layout.is_table:
                     raise
                 missing, kind = missing or error, NO_LABEL if "--label-column" in str(error) else NO_TEXT
         if places is None or len(cells) != len(names):
-            yield COLUMNS if places else kind, Row("", None, None, fields)
+            yield fields, COLUMNS if places else kind, None, None, None, 1.0
             continue
-        text = cells[places.texts[0]] if len(places.texts) == 1 else _joined([cells[place] for place in places.texts])
-        problem = _problem(text, columns.may_be_empty)
-        pair, weight = None, 1.0
+        text = cells[one_text] if len(places.texts) == 1 else _joined([cells[place] for place in places.texts])
+        problem = ""
+        if type(text) is not str or not text.isascii() or not text.strip() or "\0" in text:
+            problem = _problem(text, columns.may_be_empty)
+        pair = None
         if places.pair is not None:
             pair = cells[places.pair]
             problem = problem or _problem(pair, columns.may_be_empty)
+        label = places.label_cell(names, cells, class_names) if one_label is None else cells[one_label]
+        weight = 1.0
         if places.weight is not None:
             weight = _weight(cells[places.weight], f"{path}, line {fields.line}")
             problem = problem if weight else WEIGHT_0
-        yield problem, Row(text, pair, places.label_cell(fields), fields, weight)
+        yield fields, problem, text, pair, label, weight
     if not has_all:
         raise missing or UserError(f"{path} has no rows")
 
@@ -229,7 +239,7 @@ def _weight(cell: Any, where: str) -> float:
     return weight
 
 
-def _joined(texts: list[Any]) -> Any:
+def _joined(texts: list[Any]) -> str | None:
     return " ".join(filter(None, texts)) if all(isinstance(text, str) for text in texts) else None
 
 
@@ -248,15 +258,23 @@ def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
     """
     layout = find_layout(path, columns)
     columns = dataclasses.replace(columns, may_be_empty=task is None or columns.may_be_empty)
-    for problem, row in _checked(path, layout, columns, task is not None):
+    numbers: dict[str, Any] = {}  # of the labels that were seen
+    for fields, problem, text, pair, cell, weight in _checked(path, layout, columns, task is not None):
+        label = None
         if task and not problem:
-            row = row._replace(label=task.read_label(row.label, f"{path}, line {row.fields.line}"))
-            problem = NO_LABEL if row.label is None else ""
+            key = cell if isinstance(cell, str) else label_text(cell)
+            if key in numbers:
+                label = numbers[key]
+            else:
+                label = task.read_label(cell, f"{path}, line {fields.line}")
+                if len(numbers) < _MOST_LABELS:
+                    numbers[key] = label
+            problem = NO_LABEL if label is None else ""
         if not problem:
-            yield row
+            yield Row(text, pair, label, fields, weight)
         elif not columns.drop_unusable and problem != WEIGHT_0:
             inspect(path, columns, task is not None).check(path, task, drop=False)
-            raise UserError(f"{path}, line {row.fields.line}: changed while it was being read")
+            raise UserError(f"{path}, line {fields.line}: changed while it was being read")
 
 
 Problems = dict[str, tuple[int, int, str]]
@@ -337,14 +355,14 @@ def inspect(path: Path, columns: Columns, with_label: bool = True) -> Inspection
     layout, rows = find_layout(path, columns), 0
     problems: Problems = {}
     labels: dict[str, list[int]] = {}
-    for problem, (_, _, cell, fields, _) in _checked(path, layout, columns, with_label):
+    for fields, problem, _, _, cell, _ in _checked(path, layout, columns, with_label):
         rows += 1
         if problem:
             broken = f"{len(fields.cells)}, not {len(fields.names)}" if problem == COLUMNS else ""
             count, line, detail = problems.get(problem, (0, fields.line, "''" if problem == NO_LABEL else broken))
             problems[problem] = (count + 1, line, detail)
         elif with_label:
-            label = label_text(cell)
+            label = cell if isinstance(cell, str) and cell in labels else label_text(cell)
             if label in labels:
                 labels[label][0] += 1
             elif len(labels) < _MOST_LABELS:
