@@ -36,6 +36,8 @@ Connections = list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
 async def ask(url: urllib.parse.SplitResult, text: str, free: Connections) -> float:
     """Return the milliseconds that an answer took, over a free connection or a new one; it must not be refused."""
     started = time.monotonic()
+    while free and free[-1][0].at_eof():  # it was idle for too long
+        free.pop()
     reader, writer = free.pop() if free else await asyncio.open_connection(url.hostname, url.port)
     body = json.dumps({"texts": [text]}).encode()
     writer.write(f"POST / HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
