@@ -15,6 +15,7 @@ import asyncio
 import json
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, cast
 
 import numpy as np
@@ -46,9 +47,12 @@ class Refused(Exception):
     """A request that is not answered: the status, and why."""
 
 
-async def compute(classifier: Classifier, waiting: asyncio.Queue[Any], batch_tokens: int) -> None:
+async def compute(
+    classifier: Classifier, thread: ThreadPoolExecutor, waiting: asyncio.Queue[Any], batch_tokens: int
+) -> None:
     """Answer the requests that wait, as many at a time as have `batch_tokens`."""
     pending: list[Any] = []
+    loop = asyncio.get_running_loop()
     while True:
         batch, pending = pending or [await waiting.get()], []
         tokens = sum(len(ids) for ids, *_ in batch)
@@ -59,7 +63,7 @@ async def compute(classifier: Classifier, waiting: asyncio.Queue[Any], batch_tok
         ids, lengths, futures = zip(*batch)
         texts = np.concatenate(ids), np.concatenate(lengths)
         try:
-            found = await asyncio.to_thread(classifier.probabilities_of_ids, *texts, batch_tokens)
+            found = await loop.run_in_executor(thread, classifier.probabilities_of_ids, *texts, batch_tokens)
         except Exception as error:  # one answer must not end the service
             for future in futures:
                 future.set_exception(error)
@@ -184,14 +188,14 @@ class TimedProtocol(H11Protocol):
             self.transport.close()
 
 
-async def run(classifier: Classifier, arguments: argparse.Namespace) -> None:
+async def run(classifier: Classifier, thread: ThreadPoolExecutor, arguments: argparse.Namespace) -> None:
     """Answer until a signal asks to stop."""
     waiting: asyncio.Queue[Any] = asyncio.Queue()
     settings: dict[str, Any] = {"http": TimedProtocol, "limit_concurrency": MOST_CONNECTIONS, "log_level": "error"}
     settings |= {"h11_max_incomplete_event_size": LARGEST_HEAD, "timeout_graceful_shutdown": 30, "lifespan": "off"}
     app = make_app(classifier, waiting, arguments.abstain_below)
     server = uvicorn.Server(uvicorn.Config(app, host=arguments.host, port=arguments.port, **settings))
-    computing = asyncio.create_task(compute(classifier, waiting, arguments.batch_tokens))
+    computing = asyncio.create_task(compute(classifier, thread, waiting, arguments.batch_tokens))
     await server.serve()
     computing.cancel()
 
@@ -199,8 +203,10 @@ async def run(classifier: Classifier, arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     arguments = options.serve().parse_args(argv)
     keep_freed_memory()
-    classifier = Classifier.load_mean(arguments.models, arguments.precision, arguments.device)
+    # One thread does all that computes: for each that does, OpenMP has a team, and its threads sleep if there are two.
+    thread = ThreadPoolExecutor(1)
+    classifier = thread.submit(Classifier.load_mean, arguments.models, arguments.precision, arguments.device).result()
     check_options(classifier.task, arguments)
     models = " + ".join(map(str, arguments.models))
     say(f"serving    {models} in {classifier.precision} at http://{arguments.host}:{arguments.port}")
-    asyncio.run(run(classifier, arguments))
+    asyncio.run(run(classifier, thread, arguments))
