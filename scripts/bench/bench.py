@@ -2,7 +2,7 @@
 
     python scripts/bench/bench.py --data-dir data/SST-2 --peer ../peer/bin/python     # beside the Trainer
     python scripts/bench/bench.py --data-dir data/SST-2 --against ../before --plain   # beside another checkout
-    python scripts/bench/bench.py --only eval,int8 --busy 1                           # with other work on the cores
+    python scripts/bench/bench.py --only eval int8 --busy 1                           # with other work on the cores
 
 Prints JSON. Machines are noisy: a round measures everything once, one after the other, every second round backwards.
 Figures are medians of the rounds, with minimum and maximum; ratios ("A / B" is A's figure divided by B's) are taken
@@ -105,16 +105,6 @@ def run_program(root: Path, program: str, options: list[Any], folder: Path, proc
     return run([sys.executable, *launcher, str(root / program), *map(str, options)], environment)
 
 
-def positives(text: str) -> list[int]:
-    return [positive(part) for part in text.split(",")]
-
-
-def parts(text: str) -> list[str]:
-    if wrong := set(text.split(",")) - set(PARTS):
-        raise argparse.ArgumentTypeError(f"{min(wrong)!r} is not one of {', '.join(PARTS)}")
-    return text.split(",")
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description="Measure training, evaluation, prediction; prints JSON.", allow_abbrev=False)
     add, tokenizer = parser.add_argument, ROOT / "models" / "small" / "sentencepiece.bpe.model"
@@ -132,9 +122,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--against", type=Path, metavar="DIR", help="also measure another checkout of this project")
     add("--peer", type=peer_python, metavar="PYTHON", help="also measure the Trainer, with an environment's bin/python")
     add("--busy", type=int, default=0, metavar="N", help="with so many busy loops of other processes [0]")
-    add("--processes", type=positives, default=[2, 1], metavar="N,...", help="train with so many processes [2,1]")
-    add("--rows", type=positives, default=[10_000], metavar="N,...", help="start on files of so many rows [10000]")
-    add("--only", type=parts, default=PARTS[:3], metavar="PART,...", help=f"of {','.join(PARTS)} [train,eval,predict]")
+    add("--processes", type=positive, nargs="+", default=[2, 1], metavar="N", help="train with so many processes [2 1]")
+    add("--rows", type=positive, nargs="+", default=[10_000], metavar="N", help="start on so many rows [10000]")
+    add("--only", nargs="+", choices=PARTS, default=PARTS[:3], help="what to measure [train eval predict]")
     arguments = parser.parse_args(argv)
     if arguments.steps % arguments.warmup_steps:
         raise UserError(f"--steps {arguments.steps} is not a multiple of --warmup-steps {arguments.warmup_steps}")

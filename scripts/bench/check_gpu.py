@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries the checks themselves [cuda]")
     add("--shape", default="xlmr.base", choices=SHAPES, help="of the encoder that is measured [xlmr.base]")
-    add("--batch-sizes", type=bench.positives, default=[16, 32, 128, 256], metavar="N,...", help="[16,32,128,256]")
+    add("--batch-sizes", type=bench.positive, nargs="+", default=[16, 32, 128, 256], help="[16 32 128 256]")
     add("--steps", type=positive, default=40, metavar="N", help="timed optimizer steps per round [40]")
     add("--rounds", type=positive, default=3, metavar="N", help="how often everything is measured [3]")
     add("--no-peer", action="store_true", help="leave the Trainer out even where transformers is installed")

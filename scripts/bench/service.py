@@ -3,15 +3,14 @@
     python scripts/bench/service.py --model runs/NAME/model --data-dir data/SST-2
     python scripts/bench/service.py --url http://127.0.0.1:8000 --data-dir data/SST-2   # one that runs already
 
-Prints JSON. Without --url it starts `sst2-xlmr serve`, and ends it. A request is one sentence of dev.tsv. First so many
---connections ask again as soon as they have their answer, for --seconds: `requests_per_s`. Then requests begin at
-random times, half as many a second, whether earlier ones are answered or not: `p50_ms`, `p99_ms`. `rss_bytes` is the
-memory of the service after a tenth of the first part, and at the end.
+Prints JSON. With --model it starts and ends `sst2-xlmr serve`. A request is one sentence of dev.tsv. First 32 clients
+ask again as soon as they have their answer, for --seconds: `requests_per_s`. Then requests begin at random times, half
+as many a second, whether earlier ones are answered or not: `p50_ms`, `p99_ms`. `rss_bytes` is the memory of the
+service after a tenth of the first part, and at the end.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -21,7 +20,7 @@ import sys
 import time
 import urllib.parse
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from inputs import ROOT, SAMPLE_DATA, read_rows
@@ -29,11 +28,10 @@ from inputs import ROOT, SAMPLE_DATA, read_rows
 from sst2_xlmr.cli import OneLineParser, positive
 from sst2_xlmr.util.errors import exit_on_user_error
 
-Service = Optional[subprocess.Popen[bytes]]
-Connections = list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+CLIENTS = 32
 
 
-async def ask(url: urllib.parse.SplitResult, text: str, free: Connections) -> float:
+async def ask(url: urllib.parse.SplitResult, text: str, free: list[Any]) -> float:
     """Return the milliseconds that an answer took, over a free connection or a new one; it must not be refused."""
     started = time.monotonic()
     while free and free[-1][0].at_eof():  # it was idle for too long
@@ -48,14 +46,14 @@ async def ask(url: urllib.parse.SplitResult, text: str, free: Connections) -> fl
     return (time.monotonic() - started) * 1000
 
 
-def memory(service: Service) -> int | None:
-    """Return the resident bytes of a service; None if it is not ours, or where there is no /proc."""
-    status = Path(f"/proc/{service.pid if service else 0}/status")
+def memory(process: int) -> int | None:
+    """Return a process's resident bytes; None if it is not ours, or where there is no /proc."""
+    status = Path(f"/proc/{process}/status")
     return int(status.read_text().partition("VmRSS:")[2].split()[0]) * 1024 if status.exists() else None
 
 
-async def measure(url: str, texts: list[str], connections: int, seconds: int, service: Service) -> dict[str, Any]:
-    place, free, answered = urllib.parse.urlsplit(url), Connections(), 0
+async def measure(url: str, texts: list[str], seconds: int, process: int) -> dict[str, Any]:
+    place, free, answered = urllib.parse.urlsplit(url), list[Any](), 0
     for text in texts[:20]:
         await ask(place, text, free)
 
@@ -66,9 +64,9 @@ async def measure(url: str, texts: list[str], connections: int, seconds: int, se
             answered += 1
 
     started = time.monotonic()
-    asking = asyncio.gather(*(ask_again(started + seconds) for _ in range(connections)))
+    asking = asyncio.gather(*(ask_again(started + seconds) for _ in range(CLIENTS)))
     await asyncio.sleep(seconds / 10)
-    early = memory(service)
+    early = memory(process)
     await asking
     rate = answered / (time.monotonic() - started)
 
@@ -77,9 +75,8 @@ async def measure(url: str, texts: list[str], connections: int, seconds: int, se
         waiting.append(asyncio.create_task(ask(place, random.choice(texts), free)))
         await asyncio.sleep(random.expovariate(rate / 2))
     p50, p99 = np.percentile(await asyncio.gather(*waiting), [50, 99]).round(1).tolist()
-    requests = answered + len(waiting)
-    found = {"requests_per_s": round(rate), "p50_ms": p50, "p99_ms": p99, "requests": requests}
-    return {**found, "rss_bytes": [early, memory(service)]}
+    found = {"requests": answered + len(waiting), "rss_bytes": [early, memory(process)]}
+    return {"requests_per_s": round(rate), "p50_ms": p50, "p99_ms": p99, **found}
 
 
 def main() -> None:
@@ -89,9 +86,8 @@ def main() -> None:
     which.add_argument("--url", metavar="URL", help="measure a service that runs already")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32", "int8"), help="of --model [auto]")
     add("--data-dir", default=SAMPLE_DATA, type=Path, metavar="DIR", help="dev.tsv [sample_data]")
-    add("--connections", type=positive, default=32, metavar="N", help="of the first part [32]")
     add("--seconds", type=positive, default=20, metavar="N", help="of each part [20]")
-    arguments: argparse.Namespace = parser.parse_args()
+    arguments = parser.parse_args()
     texts = [line.split("\t")[0] for line in read_rows(arguments.data_dir / "dev.tsv")]
     service, url = None, arguments.url
     if arguments.model:
@@ -105,7 +101,8 @@ def main() -> None:
     try:
         while service and service.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
             time.sleep(0.2)
-        print(json.dumps(asyncio.run(measure(url, texts, arguments.connections, arguments.seconds, service)), indent=1))
+        process = service.pid if service else 0
+        print(json.dumps(asyncio.run(measure(url, texts, arguments.seconds, process)), indent=1))
     finally:
         if service:
             service.terminate()
