@@ -13,7 +13,7 @@ from running import call_in_forks
 
 from sst2_xlmr.programs import study
 
-bench, inputs = (importlib.import_module(name) for name in ("bench", "inputs"))
+bench, inputs, service = (importlib.import_module(name) for name in ("bench", "inputs", "service"))
 with_trainer = importlib.import_module("study_with_trainer")
 
 
@@ -128,3 +128,12 @@ def test_the_trainers_results_are_those_of_the_same_files(
 )
 def test_wrong_use(options: list[str], says: str, train_words: Words, tmp_path: Path) -> None:
     assert says in user_error(with_trainer.main, ["--seeds", "1", *train_words(tmp_path), *options])
+
+
+def test_a_service_is_started_measured_and_ended(model: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    pytest.importorskip("uvicorn")
+    monkeypatch.setattr(sys, "argv", ["service.py", "--model", str(model), "--seconds", "1"])
+    service.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["requests"] > found["requests_per_s"] > 0
+    assert 0 < found["p50_ms"] <= found["p99_ms"]
