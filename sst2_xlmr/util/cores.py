@@ -11,17 +11,17 @@ from pathlib import Path
 
 BUSY = 0.3  # threads of others that run, per core, from which on the machine counts as busy
 LOADS, SECONDS_BETWEEN = 9, 0.002  # how often it is asked
-SPINS = "20000"  # rounds that a waiting thread spins before it sleeps; libgomp's default is 300,000
 
 
-def bound_spinning(load: Path = Path("/proc/loadavg")) -> None:
-    """Let waiting OpenMP threads sleep at once on a busy machine, and after a short spin on any other.
+def share_cores(load: Path = Path("/proc/loadavg")) -> None:
+    """Let waiting OpenMP threads sleep at once on a busy machine; elsewhere they spin first, which is faster.
 
     On busy cores a spinning thread keeps the thread that it waits for from running. Call this before torch is
     imported, as libgomp reads the variable when it is loaded. The user's own settings win.
     """
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "0" if _others_running(load) > BUSY * (os.cpu_count() or 1) else SPINS
+    is_set = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+    if not is_set and _others_running(load) > BUSY * (os.cpu_count() or 1):
+        os.environ["GOMP_SPINCOUNT"] = "0"
 
 
 def _others_running(load: Path) -> float:

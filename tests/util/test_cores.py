@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sst2_xlmr.util.cores import SPINS, available_cores, bound_spinning
+from sst2_xlmr.util.cores import available_cores, share_cores
 from sst2_xlmr.util.distributed import thread_count
 
 
@@ -52,14 +52,14 @@ def test_slurms_allocation_and_the_users_omp_num_threads_win(monkeypatch: pytest
     assert thread_count(0, 2) == 3, "which torchrun has set"
 
 
-@pytest.mark.parametrize(("load", "spins"), [("0 0 0 3/90 7", "0"), ("9 9 9 1/90 7", SPINS), ("", SPINS)])
+@pytest.mark.parametrize(("load", "spins"), [("0 0 0 3/90 7", "0"), ("9 9 9 1/90 7", None), ("", None)])
 def test_threads_sleep_where_others_use_the_cores(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, load: str, spins: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, load: str, spins: str | None
 ) -> None:
     (tmp_path / "loadavg").write_text(load)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     for own, expected in (({}, spins), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)):
         environment: dict[str, str] = dict(own)
         monkeypatch.setattr(os, "environ", environment)
-        bound_spinning(tmp_path / "loadavg")
+        share_cores(tmp_path / "loadavg")
         assert environment.get("GOMP_SPINCOUNT") == expected
