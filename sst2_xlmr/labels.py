@@ -112,12 +112,13 @@ def unknown_labels(labels: Sequence[str], names: Sequence[str], numbers: Mapping
 
 
 def numbers_by_label(names: Sequence[str], standing: Mapping[str, int] | None) -> dict[str, int]:
-    """Return the classes' numbers by their names and by what stands for them: without `standing`, 0, 1, ...
+    """Return the classes' numbers by their names and by what stands for them, in files: without `standing`, 0, 1, ...
 
-    So do these for the names that transformers gives to classes without names.
+    These stand for LABEL_0, LABEL_1, ..., too: so transformers calls classes without names.
     """
     has_no_names = list(names) == [f"LABEL_{number}" for number in range(len(names))]
-    if has_no_names or (standing is None and not any(_INTEGER.fullmatch(name) for name in names)):
+    is_open = standing is None and not any(_INTEGER.fullmatch(name) for name in names)
+    if not standing and (has_no_names or is_open):
         standing = {str(number): number for number in range(len(names))}
     return {**(standing or {}), **{name: number for number, name in enumerate(names)}}
 

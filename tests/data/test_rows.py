@@ -180,6 +180,14 @@ def test_names_of_the_classes_from_the_training_file(tmp_path: Path, labels: lis
     assert {row.label for row in read_rows(file, Columns(), SingleLabel(names))} == set(range(len(names)))
 
 
+def test_numbers_that_were_named_win_over_those_in_the_names(tmp_path: Path) -> None:
+    file, names = labels_file(tmp_path, [2, 1]), ["LABEL_0", "LABEL_1"]
+    assert [row.label for row in read_rows(file, Columns(), SingleLabel(names, label_numbers={"1": 0, "2": 1}))] == [
+        1,
+        0,
+    ]
+
+
 def test_a_thousand_classes_and_not_one_more_of_which_only_some_are_listed(tmp_path: Path) -> None:
     labels: list[object] = [f"class {i:04}" for i in range(1000)]
     assert find_label_names(labels_file(tmp_path, labels), Columns()) == labels
