@@ -37,7 +37,7 @@ except ImportError:
 LARGEST_BODY, LARGEST_HEAD = 1 << 20, 1 << 14  # bytes of a request
 LONGEST_TEXT, MOST_TEXTS = 100_000, 100  # characters of a text, texts of a request
 MOST_WAITING, MOST_CONNECTIONS = 2000, 1000  # texts and connections, beyond which others are turned away
-SHORT = 2000  # characters that are tokenized at once; more of them in a thread, so that others are not held up
+SHORT = 2000  # characters of a request; longer ones are tokenized in a thread, so that others are not held up
 SECONDS_TO_ARRIVE = 10.0  # for the head of a request, and again for its body
 WAITING = "sst2_xlmr_waiting_texts"
 Receive = Callable[[], Any]  # as ASGI defines it
@@ -66,10 +66,12 @@ async def compute(
             found = await loop.run_in_executor(thread, classifier.probabilities_of_ids, *texts, batch_tokens)
         except Exception as error:  # one answer must not end the service
             for future in futures:
-                future.set_exception(error)
+                if not future.done():
+                    future.set_exception(error)
             continue
         for future, answer in zip(futures, np.split(found, np.cumsum([len(each) for each in lengths])[:-1])):
-            future.set_result(answer)
+            if not future.done():  # as it is if the service is ending
+                future.set_result(answer)
 
 
 async def read_body(receive: Receive) -> bytes:
@@ -203,7 +205,8 @@ async def run(classifier: Classifier, thread: ThreadPoolExecutor, arguments: arg
 def main(argv: list[str] | None = None) -> None:
     arguments = options.serve().parse_args(argv)
     keep_freed_memory()
-    # One thread does all that computes: for each that does, OpenMP has a team, and its threads sleep if there are two.
+    # One thread loads and computes. Each thread that computes has OpenMP threads of its own, and if there are more of
+    # these than cores, they do not spin while they wait, which is slower.
     thread = ThreadPoolExecutor(1)
     classifier = thread.submit(Classifier.load_mean, arguments.models, arguments.precision, arguments.device).result()
     check_options(classifier.task, arguments)

@@ -14,8 +14,9 @@ import numpy as np
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.errors import raise_on_all
 
-NOT_FINITE_CURE = "lower --lr or raise --warmup-ratio in a new run, or --resume with --skip-nonfinite N"
-NOT_FINITE_CURE += "; checkpoints are whole"
+NOT_FINITE_CURE = (
+    "lower --lr or raise --warmup-ratio in a new run, or --resume with --skip-nonfinite N; checkpoints are whole"
+)
 # Check dev's answers if the mean loss of a line of metrics is at least this part of the baseline ...
 _SUSPICIOUS_LOSS = 0.98
 # ... so many steps after warm-up, and again after so many more.

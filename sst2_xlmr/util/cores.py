@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BUSY = 0.3  # threads of others that run, per core, from which on the machine counts as busy
-LOADS, SECONDS_BETWEEN = 9, 0.002  # how often it is asked
+LOADS, SECONDS_BETWEEN = 9, 0.002  # counts of these, of which the median holds, and the time between them
 
 
 def share_cores(load: Path = Path("/proc/loadavg")) -> None:
