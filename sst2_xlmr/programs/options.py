@@ -143,6 +143,8 @@ def serve() -> OneLineParser:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all [127.0.0.1]")
     add("--port", type=int, default=8000, help="[8000]")
+    what = "processes that answer, and share the cores: several where one core cannot read all requests [1]"
+    add("--workers", type=positive, default=1, metavar="N", help=what)
     add_abstention(parser)
     return parser
 

@@ -5,7 +5,8 @@
 
 A request has `texts`, strings or pairs of strings, and perhaps `"all_probabilities": true`; the answer is a list with
 what predict.py writes for each. Texts that wait are computed together, those of all requests. GET /healthz says that
-the service is there, GET /metrics has its counters for Prometheus. SIGTERM lets it finish what it has begun.
+the service is there, GET /metrics has its counters for Prometheus. SIGTERM lets it finish what it has begun. With
+--workers several processes answer, which share the model's memory.
 """
 
 from __future__ import annotations
@@ -13,17 +14,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import mmap
+import multiprocessing
+import signal
+import socket
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from typing import Any, Callable, cast
 
 import numpy as np
+import torch
 
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
+from sst2_xlmr.programs.checks import refuse
 from sst2_xlmr.task import check_options
-from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.errors import SIGNALS, UserError
 from sst2_xlmr.util.files import read_json
 from sst2_xlmr.util.memory import keep_freed_memory
 from sst2_xlmr.util.output import say
@@ -39,7 +46,10 @@ LONGEST_TEXT, MOST_TEXTS = 100_000, 100  # characters of a text, texts of a requ
 MOST_WAITING, MOST_CONNECTIONS = 2000, 1000  # texts and connections, beyond which others are turned away
 SHORT = 2000  # characters of a request; longer ones are tokenized in a thread, so that others are not held up
 SECONDS_TO_ARRIVE = 10.0  # for the head of a request, and again for its body
-WAITING = "sst2_xlmr_waiting_texts"
+STATUSES = (200, 400, 408, 413, 500, 503)  # of answers to POST /
+WAITING, TEXTS, SECONDS = "sst2_xlmr_waiting_texts", "sst2_xlmr_texts_total", "sst2_xlmr_seconds_total"
+REQUESTS = {status: f'sst2_xlmr_requests_total{{status="{status}"}}' for status in STATUSES}
+COUNTERS = np.dtype([(name, np.float64) for name in (WAITING, TEXTS, SECONDS, *REQUESTS.values())])
 Receive = Callable[[], Any]  # as ASGI defines it
 
 
@@ -104,9 +114,14 @@ async def read_texts(receive: Receive, takes_pairs: bool | None) -> tuple[list[A
     return texts, sum(map(len, parts)), bool(body.get("all_probabilities"))
 
 
-def make_app(classifier: Classifier, waiting: asyncio.Queue[Any], abstain_below: float) -> Callable[..., Any]:
-    """Return the service as an ASGI application, which puts token ids, lengths and a future into `waiting`."""
-    counts: Any = Counter({WAITING: 0})
+def make_app(
+    classifier: Classifier, waiting: asyncio.Queue[Any], abstain_below: float, counters: np.ndarray, worker: int
+) -> Callable[..., Any]:
+    """Return the service as an ASGI application, which puts token ids, lengths and a future into `waiting`.
+
+    It counts in its worker's row of `counters`, and shows the sums over all of them.
+    """
+    counts = counters[worker]
     task = classifier.task
     takes_pairs = read_json(classifier.folder / "config.json", "a model's folder is needed").get("text_pairs")
 
@@ -134,21 +149,21 @@ def make_app(classifier: Classifier, waiting: asyncio.Queue[Any], abstain_below:
         try:
             answer: Any = await answers_to(receive)
             status = 200
-            counts["sst2_xlmr_texts_total"] += len(answer)
+            counts[TEXTS] += len(answer)
         except Refused as error:
             status, answer = error.args[0], {"detail": error.args[1]}
         except UserError as error:  # of the model
             answer = {"detail": str(error)}
         finally:
-            counts[f'sst2_xlmr_requests_total{{status="{status}"}}'] += 1
-            counts["sst2_xlmr_seconds_total"] += time.monotonic() - start
+            counts[REQUESTS[status]] += 1
+            counts[SECONDS] += time.monotonic() - start
         return status, answer
 
     async def app(scope: dict[str, Any], receive: Receive, send: Callable[[dict[str, Any]], Any]) -> None:
         status, kind, answer = 200, "application/json", cast(Any, None)
         if scope["path"] == "/metrics":
             kind = "text/plain; version=0.0.4"
-            answer = "".join(f"{name} {value}\n" for name, value in counts.items())
+            answer = "".join(f"{name} {counters[name].sum():.15g}\n" for name in counters.dtype.names or ())
         elif scope["path"] == "/healthz":
             answer = {"status": "ok"}
         elif scope["path"] != "/" or scope["method"] != "POST":
@@ -190,26 +205,75 @@ class TimedProtocol(H11Protocol):
             self.transport.close()
 
 
-async def run(classifier: Classifier, thread: ThreadPoolExecutor, arguments: argparse.Namespace) -> None:
+async def run(
+    classifier: Classifier, arguments: argparse.Namespace, listener: socket.socket, counters: np.ndarray, worker: int
+) -> None:
     """Answer until a signal asks to stop."""
     waiting: asyncio.Queue[Any] = asyncio.Queue()
     settings: dict[str, Any] = {"http": TimedProtocol, "limit_concurrency": MOST_CONNECTIONS, "log_level": "error"}
     settings |= {"h11_max_incomplete_event_size": LARGEST_HEAD, "timeout_graceful_shutdown": 30, "lifespan": "off"}
-    app = make_app(classifier, waiting, arguments.abstain_below)
-    server = uvicorn.Server(uvicorn.Config(app, host=arguments.host, port=arguments.port, **settings))
-    computing = asyncio.create_task(compute(classifier, thread, waiting, arguments.batch_tokens))
-    await server.serve()
+    app = make_app(classifier, waiting, arguments.abstain_below, counters, worker)
+    computing = asyncio.create_task(compute(classifier, ThreadPoolExecutor(1), waiting, arguments.batch_tokens))
+    await uvicorn.Server(uvicorn.Config(app, **settings)).serve([listener])
     computing.cancel()
+
+
+def work(
+    classifier: Classifier, arguments: argparse.Namespace, listener: socket.socket, counters: np.ndarray, worker: int
+) -> None:
+    """Be one of several processes that answer; see `run` for the arguments."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_DFL)  # until uvicorn handles them
+    torch.set_num_threads(max(1, torch.get_num_threads() // arguments.workers))
+    asyncio.run(run(classifier, arguments, listener, counters, worker))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket of this address, on which nobody listens yet."""
+    try:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen at --host {host} --port {port}: {error}; choose another") from None
+    return listener
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = options.serve().parse_args(argv)
+    listener = listen(arguments.host, arguments.port)
     keep_freed_memory()
-    # One thread loads and computes. Each thread that computes has OpenMP threads of its own, and if there are more of
-    # these than cores, they do not spin while they wait, which is slower.
-    thread = ThreadPoolExecutor(1)
-    classifier = thread.submit(Classifier.load_mean, arguments.models, arguments.precision, arguments.device).result()
+    # Each thread that computes has OpenMP threads of its own. If there are more of these than cores, they do not spin
+    # while they wait, which is slower, and a process cannot be copied with them; so the thread that loads ends.
+    with ThreadPoolExecutor(1) as thread:
+        load, asked = Classifier.load_mean, (arguments.models, arguments.precision, arguments.device)
+        classifier = thread.submit(load, *asked).result()
     check_options(classifier.task, arguments)
+    several = arguments.workers > 1
+    refuse((several and classifier.device.type != "cpu", "--workers is for a CPU; leave it out, or add --device cpu"))
+    counters = np.frombuffer(mmap.mmap(-1, COUNTERS.itemsize * arguments.workers), COUNTERS)
     models = " + ".join(map(str, arguments.models))
     say(f"serving    {models} in {classifier.precision} at http://{arguments.host}:{arguments.port}")
-    asyncio.run(run(classifier, thread, arguments))
+    if not several:
+        asyncio.run(run(classifier, arguments, listener, counters, 0))
+        return
+    copies = multiprocessing.get_context("fork")  # which share the model's memory
+    service = classifier, arguments, listener, counters
+    processes = [copies.Process(target=work, args=(*service, worker)) for worker in range(arguments.workers)]
+
+    def stop(*_: object) -> None:
+        for process in processes:
+            if process.pid:
+                process.terminate()
+
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    for process in processes:
+        process.start()
+    wait([process.sentinel for process in processes])
+    stop()  # all, if one has
+    for process in processes:
+        process.join()
+    if died := [each.exitcode for each in processes if each.exitcode not in (0, *(-number for number in SIGNALS))]:
+        cure = "start it with fewer --workers"
+        raise UserError(f"a worker ended by itself (status {died[0]}), so the service has ended; {cure}")

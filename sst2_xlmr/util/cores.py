@@ -24,6 +24,15 @@ def share_cores(load: Path = Path("/proc/loadavg")) -> None:
         os.environ["GOMP_SPINCOUNT"] = "0"
 
 
+def limit_threads() -> None:
+    """Let torch start no more threads than the container or SLURM's job has cores; call it before torch is imported.
+
+    OpenMP itself knows only the affinity. The user's own setting wins.
+    """
+    if (cores := available_cores()) < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
 def _others_running(load: Path) -> float:
     """Return how many threads run or wait for a core, without this one; 0 where Linux's /proc is not there.
 

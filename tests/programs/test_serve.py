@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -26,27 +27,46 @@ pytest.importorskip("uvicorn")
 TEXTS = ["Not bad at all.", "映画", "", "a longer text, " * 30]
 GOOD = json.dumps({"texts": TEXTS, "all_probabilities": True}).encode()
 # The program with a second for a request to arrive.
-PROGRAM = "from sst2_xlmr.programs import serve; serve.SECONDS_TO_ARRIVE = 1.0; serve.main()"
+PROGRAM = """\
+from sst2_xlmr.programs import serve
+from sst2_xlmr.util.errors import exit_on_user_error
+serve.SECONDS_TO_ARRIVE = 1.0
+exit_on_user_error(serve.main)
+"""
+
+
+@contextlib.contextmanager
+def started(model: Path, *more: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """Start the service; yield its port and process."""
+    port = free_port()
+    words = ["--model", str(model), "--port", str(port), "--precision", "fp32", "--device", "cpu", *more]
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, *words], stderr=subprocess.PIPE) as service:
+        try:
+            for _ in range(1200):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.1)
+            yield port, service
+        finally:
+            service.terminate()
+
+
+def check_ends(service: subprocess.Popen[bytes]) -> None:
+    """Check that SIGTERM ends the service, with nothing on standard error."""
+    service.terminate()
+    assert service.stderr is not None
+    assert service.stderr.read() == b""
+    assert service.wait(30) in (0, -signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
 def port(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Start the service once for all tests; at the end SIGTERM must end it, with nothing on standard error."""
+    """Start the service once for all tests."""
     model = Path(shutil.copytree(model, tmp_path_factory.mktemp("serve") / "model"))
     change_json(model / "config.json", text_pairs=False)
-    port = free_port()
-    words = ["--model", str(model), "--port", str(port), "--precision", "fp32", "--device", "cpu"]
-    with subprocess.Popen([sys.executable, "-c", PROGRAM, *words], stderr=subprocess.PIPE) as service:
-        for _ in range(1200):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.1)
+    with started(model) as (port, service):
         yield port
-        service.send_signal(signal.SIGTERM)
-        assert service.stderr is not None
-        said = service.stderr.read()
-        assert service.wait(30) in (0, -signal.SIGTERM)
-        assert said == b""
+        check_ends(service)
 
 
 def ask(port: int, body: bytes) -> tuple[int, Any]:
@@ -62,7 +82,7 @@ def get(port: int, path: str) -> str:
         return str(answer.read().decode())
 
 
-def test_many_at_once_get_the_answers_of_the_model(port: int, model: Path) -> None:
+def check_answers(port: int, model: Path) -> None:
     classifier = Classifier.load(model, "fp32", "cpu")
     expected = classifier.probabilities(TEXTS)
     with ThreadPoolExecutor(16) as clients:
@@ -77,6 +97,42 @@ def test_many_at_once_get_the_answers_of_the_model(port: int, model: Path) -> No
     assert int(counters['sst2_xlmr_requests_total{status="200"}']) >= 48
     assert int(counters["sst2_xlmr_texts_total"]) >= 48 * len(TEXTS)
     assert counters["sst2_xlmr_waiting_texts"] == "0"
+
+
+def test_many_at_once_get_the_answers_of_the_model(port: int, model: Path) -> None:
+    check_answers(port, model)
+
+
+def workers_of(service: subprocess.Popen[bytes]) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split()]
+
+
+def test_several_workers_answer_alike_and_count_together(model: Path) -> None:
+    with started(model, "--workers", "2") as (port, service):
+        assert len(workers_of(service)) == 2
+        check_answers(port, model)
+        check_ends(service)
+
+
+def test_the_service_ends_if_a_worker_is_killed(model: Path) -> None:
+    with started(model, "--workers", "2") as (_, service):
+        killed, other = workers_of(service)
+        os.kill(killed, signal.SIGKILL)
+        assert service.stderr is not None
+        assert b"error: a worker ended by itself (status -9)" in service.stderr.read()
+        assert service.wait(30) == 2
+        assert not Path(f"/proc/{other}").exists()
+
+
+def test_an_address_that_is_taken_is_one_line(port: int, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "sst2_xlmr", "serve", "--model", str(model), "--port", str(port)],
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: cannot listen at --host 127.0.0.1 --port {port}: ")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

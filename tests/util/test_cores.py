@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sst2_xlmr.util.cores import available_cores, share_cores
+from sst2_xlmr.util.cores import available_cores, limit_threads, share_cores
 from sst2_xlmr.util.distributed import thread_count
 
 
@@ -35,6 +35,16 @@ def test_a_quota_is_rounded_up(tmp_path: Path, own: str, files: dict[str, str], 
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     assert available_cores(tmp_path / "root", tmp_path / "own") == cores
+
+
+def test_torch_starts_no_more_threads_than_the_container_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    for cores, given, expected in ((3, {}, "3"), (16, {}, None), (3, {"OMP_NUM_THREADS": "8"}, "8")):
+        environment: dict[str, str] = dict(given)
+        monkeypatch.setattr(os, "environ", environment)
+        monkeypatch.setattr("sst2_xlmr.util.cores.available_cores", lambda cores=cores: cores)
+        limit_threads()
+        assert environment.get("OMP_NUM_THREADS") == expected
 
 
 def test_slurms_allocation_and_the_users_omp_num_threads_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
