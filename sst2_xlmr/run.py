@@ -20,7 +20,7 @@ from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary, whole_vocabul
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.task import ERRORS, at_temperature, fit_thresholds, with_thresholds
 from sst2_xlmr.training.checkpoint import save_checkpoint, seed_rank
-from sst2_xlmr.training.guard import check_progress, check_skipped
+from sst2_xlmr.training.guard import check_progress, check_skipped, collapse_reason
 from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import group_of
 from sst2_xlmr.training.schedule import Schedule
@@ -188,7 +188,7 @@ class Run:
             stop = self.stop.is_agreed
             self.initial_probabilities = evaluate(initial_model, self.task, dev, tokens, self.world, stop).probabilities
         state.collapse_check_due, state.checked_step = False, state.step
-        reason = self.task.collapse_reason(found, self.initial_probabilities, dev.labels, state.has_learned)
+        reason = collapse_reason(self.task, found, self.initial_probabilities, dev.labels, state.has_learned)
         if reason := broadcast(self.world, reason):
             raise Collapsed(reason)
 

@@ -1,8 +1,8 @@
-"""The task: everything that differs between kinds of labels, from a file's cell to an exported model's answer.
+"""The task: everything that depends on the kind of label, from a file's cell to an exported model's answer.
 
-There are three: one of several classes, any number of labels, a score. No other module says softmax, argmax or
-accuracy, or knows a task's name; they ask `Task`, whichever a run or a model has. To add one, write a class with the
-same methods here, and enter it in `TASKS`.
+There are three: one of several classes, any number of labels, a score. No other module computes softmax, argmax or
+accuracy, or knows a task by name; they call methods of `Task`. To add a task, write a class with the same methods and
+add it to `TASKS`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,33 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sst2_xlmr import labels as reading
 from sst2_xlmr.config import ABSTAINED, OPTIONS, Config, flag
 from sst2_xlmr.evaluation import metrics as metric
-from sst2_xlmr.labels import MISSING, LabelValues, is_fraction, is_number, label_text, listed
+from sst2_xlmr.labels import (
+    MISSING,
+    NO_LABEL,
+    UNKNOWN,
+    LabelValues,
+    canonical,
+    describe_unknown,
+    find_label_names,
+    ids_by_label,
+    is_fraction,
+    is_number,
+    label_notes,
+    label_text,
+    listed,
+    resolve_label_names,
+    split_labels,
+)
 from sst2_xlmr.util.errors import UserError
 
 SST2_NAMES = ["negative", "positive"]
-_SMALLEST = float(np.finfo(np.float32).tiny)  # a probability that was rounded to 0
-# See `collapse_reason`: a text's log-probabilities deviate less over the texts than this part of what they did before
-# training. Six collapsed runs of the small encoder were at 0 to 0.16 of it.
-_COLLAPSED_DEVIATION = 0.3
-_USELESS_LOSS, _USELESS_ACCURACY = 0.98, 0.2
+_SMALLEST = float(np.finfo(np.float32).tiny)  # stands in for a probability that was rounded to 0
 _NO_PROBABILITIES = "a score has no probabilities"
-ERRORS = ("loss", "rmse", "mae")  # metrics of which the lower is better
-Seen = Mapping[str, Sequence[int]]  # a file's labels, by `label_text` -> rows, and line of the first
-Weights = Union[np.ndarray, None]  # float [rows], of the rows' losses; None for ones
+ERRORS = ("loss", "rmse", "mae")  # metrics for which lower is better
+LabelCounts = Mapping[str, Sequence[int]]  # a file's labels: `label_text` -> number of rows, line of the first
+RowWeights = Union[np.ndarray, None]  # float [rows], factors on the rows' losses; None for ones
 
 
 @dataclass(frozen=True)
@@ -41,123 +52,125 @@ class SingleLabel:
     """Every text has one of several classes: softmax, cross-entropy, accuracy.
 
     Attributes:
-        label_names: of the classes 0, 1, ...
+        label_names: the names of classes 0, 1, ...
         label_smoothing: probability mass that the loss spreads evenly over all classes.
-        class_weights: fp32 [classes], factors on the loss of the rows of each class; None for ones.
-        label_numbers: the classes' numbers by what stands for them in files besides their names; None for 0, 1, ...,
-            unless names are integers themselves.
-        is_soft: whether a row's label is the probabilities of all classes.
+        class_weights: fp32 [classes], factors on the loss of each class's rows; None for ones.
+        label_ids: class ids by the integers that stand for them in files; None for 0, 1, ..., unless the names are
+            integers themselves.
+        is_soft: whether a label is a distribution over the classes.
     """
 
     label_names: list[str]
     label_smoothing: float = 0.0
     class_weights: torch.Tensor | None = None
-    label_numbers: dict[str, int] | None = None
+    label_ids: dict[str, int] | None = None
     is_soft: bool = False
 
     problem_type = "single_label_classification"  # transformers' word for it
     option = "single-label"  # of --task
-    may_be_empty = False  # whether a row without a label is one
-    best_metric = "accuracy"  # the one that chooses best/
-    best_metrics = ("accuracy", "macro_f1", "loss")  # those that can; but for errors, higher is better
-    scalars = ("loss", "accuracy", "macro_f1", "ece")  # the metrics with a curve
+    may_be_empty = False  # whether "no label" is a valid label
+    best_metric = "accuracy"  # chooses best/ by default
+    best_metrics = ("accuracy", "macro_f1", "loss")  # the choices of --best-by
+    scalars = ("loss", "accuracy", "macro_f1", "ece")  # plotted in TensorBoard
     # The metrics on a model card: their types and names on the Hub.
     hub_metrics: ClassVar = {"accuracy": ("accuracy", "accuracy"), "macro_f1": ("f1", "macro F1")}
-    refused: ClassVar[dict[str, str]] = {  # options that make no sense here, and why
+    useless_gain = 0.2  # a lower `gain` is hardly better than a constant answer
+    refused: ClassVar[dict[str, str]] = {  # options that make no sense for this task: the reason
         "threshold_for": "the most probable class is the answer, without a threshold",
         "label_delimiter": "a row has one label",
     }
     thresholds: ClassVar[tuple[float, ...]] = ()
-    folding = (1.0, 0.0)  # factor and offset that an exported head takes over
-    initial_bias: ClassVar[tuple[float, ...]] = ()  # of a new head; without one, zeros
+    folding = (1.0, 0.0)  # scale and offset folded into the head at export
+    initial_bias: ClassVar[tuple[float, ...]] = ()  # of a new head; empty for zeros
 
     @property
     def label_dtype(self) -> type:
-        """Of a row's label in the token cache: the class's number, or fp32, the classes' probabilities."""
+        """The dtype of labels in the token cache: int32 class ids, or fp32 probabilities."""
         return np.float32 if self.is_soft else np.int32
 
     @property
-    def read_as(self) -> object:
-        """What decides how labels are read, besides their names and numbers."""
+    def cache_key(self) -> object:
+        """All settings that affect how labels are read, except label names and ids."""
         return self.is_soft
 
     # --- labels in files
 
     @classmethod
-    def from_labels(cls, config: Config, labels: Seen, others: Seen, said: Names, path: object) -> SingleLabel:
-        """Return the task with the classes of the options, or of the training files; see `find_task`."""
-        values = [reading.split_labels(text) for text in labels if text.startswith(("[", "{"))]
-        if is_soft := any(isinstance(each, dict) and len(each) > 1 for each in values):
-            labels = dict.fromkeys((str(name) for each in values for name in each), (1, 1))
-        if config.label_names:
-            has_numbers = any(label.isdecimal() for label in labels)  # else they are in other files, if anywhere
-            names, numbers = reading.numbers_for(config.label_names, labels if has_numbers else others, path)
-        else:  # what the training file calls its numbers holds for the other files, too
-            names = list(labels) if is_soft else reading.find_label_names(labels, path)
-            numbers = {str(i): names.index(name) for each in said for i, name in enumerate(each) if name in names}
-        return cls(names, label_numbers=numbers, is_soft=is_soft)
+    def from_labels(
+        cls, config: Config, labels: LabelCounts, others: LabelCounts, names_in_files: NamesInFiles, path: object
+    ) -> SingleLabel:
+        """Return the task with the classes of --label-names or of the training files; see `find_task`."""
+        values = [split_labels(text) for text in labels if text.startswith(("[", "{"))]
+        if is_soft := any(isinstance(value, dict) and len(value) > 1 for value in values):
+            labels = dict.fromkeys((str(name) for value in values for name in value), (1, 1))
+        if config.label_names and not any(label.isdecimal() for label in labels):
+            labels = others  # integers, if any, are in the other files
+        names, label_ids = _find_classes(config, labels, names_in_files, path, is_complete=is_soft)
+        return cls(names, label_ids=label_ids, is_soft=is_soft)
 
     @classmethod
     def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
-        """Whether labels, and what `split_labels` makes of them, are certainly this task's; here, probabilities."""
-        several = [list(each.values()) for each in labels.values() if not isinstance(each, str)]
+        """Whether the labels, given with their `split_labels`, can only belong to this task: here, probabilities."""
+        several = [list(value.values()) for value in labels.values() if not isinstance(value, str)]
         has_fractions = any(0 < value < 1 for row in several for value in row)
         return has_fractions and all(abs(sum(row) - 1) < 0.01 for row in several)
 
-    def number_of(self, label: str) -> int:
-        """Return the class's number for a label (see `label_text`); -1 for no label, -2 for none of the classes."""
-        numbers = self._numbers
+    def label_index(self, label: str) -> int:
+        """Return the class id of a label (see `label_text`), NO_LABEL for a missing one, or UNKNOWN.
+
+        The other tasks, and soft labels, have no class id: a valid label is 0.
+        """
         if self.is_soft and label.startswith(("[", "{")):
             return 0
-        label = label if label in numbers else reading.plain(label)
-        return numbers.get(label, -1 if label in MISSING or label == "-1" else -2)
+        label = label if label in self._ids_by_label else canonical(label)
+        return self._ids_by_label.get(label, NO_LABEL if label in MISSING or label == "-1" else UNKNOWN)
 
     def read_label(self, cell: object, where: str) -> int | np.ndarray | None:
-        """Return a row's label for its cell, None for no label; UserError, beginning with `where`, for another."""
+        """Return the label in a cell, None for a missing one; UserError, beginning with `where`, for an invalid one."""
         text = label_text(cell)
         if self.is_soft and text.startswith(("[", "{")):
-            row = _label_row(reading.split_labels(text), self._numbers, self.label_names, where)
+            row = _label_row(split_labels(text), self._ids_by_label, self.label_names, where)
             if abs(row.sum() - 1) > 0.01:
                 raise UserError(f"{where}: the classes' probabilities add up to {row.sum():.4g}, not to 1; mend them")
             return row / row.sum()
-        if (number := self.number_of(text)) == -2:
+        if (index := self.label_index(text)) == UNKNOWN:
             raise UserError(f"{where}: {self.unknown([text])}")
-        if number == -1:
+        if index == NO_LABEL:
             return None
-        return np.eye(self.outputs, dtype=np.float32)[number] if self.is_soft else number
+        return np.eye(self.outputs, dtype=np.float32)[index] if self.is_soft else index
 
     def unknown(self, labels: Sequence[str]) -> str:
-        """Return, for an error, what is wrong with labels that are none of the classes, and the cure."""
-        return reading.unknown_labels(labels, self.label_names, self._numbers)
+        """Return an error message for labels that are not classes, with the cure."""
+        return describe_unknown(labels, self.label_names, self._ids_by_label)
 
-    def notes(self, labels: Seen) -> list[str]:
-        """Return what looks wrong in a file's labels."""
-        return [] if self.is_soft else reading.notes(labels)
+    def notes(self, labels: LabelCounts) -> list[str]:
+        """Return warnings about a file's labels."""
+        return [] if self.is_soft else label_notes(labels)
 
     @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return reading.numbers_by_label(self.label_names, self.label_numbers)
+    def _ids_by_label(self) -> dict[str, int]:
+        return ids_by_label(self.label_names, self.label_ids)
 
     def label_keys(self, labels: np.ndarray) -> np.ndarray:
-        """Return int [rows], equal for rows with equal labels (of soft ones, with the same most probable class)."""
+        """Return int [rows], equal for equal labels (for soft labels: for the same most probable class)."""
         return labels if labels.ndim == 1 else labels.argmax(1)
 
-    strata = label_keys  # int [rows], of which dev gets its share each when it is cut off
+    strata = label_keys  # int [rows]; a dev split takes the same share of every stratum
 
     def label_cell(self, label: Any) -> str:
-        """Return a row's label in words."""
+        """Return a label in words."""
         return self.label_names[int(label if np.ndim(label) == 0 else label.argmax())]
 
     def label_value(self, label: Any) -> Any:
-        """Return a row's label as JSON, which `read_label` reads."""
+        """Return a label as a JSON value that `read_label` reads."""
         return dict(zip(self.label_names, label.tolist())) if self.is_soft else self.label_cell(label)
 
     def counts(self, labels: np.ndarray) -> dict[str, int]:
-        """Return how many rows each label has."""
+        """Return the number of rows with each label."""
         return dict(zip(self.label_names, np.bincount(self.label_keys(labels), minlength=self.outputs).tolist()))
 
     def describe_labels(self, labels: np.ndarray) -> str:
-        """Return what a file's labels are, for the header."""
+        """Summarize a file's labels for the header."""
         kind = "probabilities of " if self.is_soft else ""
         return kind + listed([f"{label} {rows:,}" for label, rows in self.counts(labels).items()])
 
@@ -165,16 +178,18 @@ class SingleLabel:
 
     @property
     def outputs(self) -> int:
-        """How many logits the head has."""
+        """The number of logits."""
         return len(self.label_names)
 
-    def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> SingleLabel:
+    def for_training(
+        self, config: Config, labels: np.ndarray, weights: RowWeights, device: torch.device
+    ) -> SingleLabel:
         """Return the task with a run's label smoothing and class weights.
 
-        `--class-weights balanced` is rows / (classes * rows of the class): every class has the same weight in all, and
-        the mean over the training rows, which have these labels and weights, is 1. UserError if a class has no row.
+        `--class-weights balanced` is rows / (classes * rows of the class): every class has the same total weight, and
+        the mean over the training rows (given by `labels` and `weights`) is 1. UserError if a class has no row.
         """
-        factors = _numbers_in(config.class_weights)
+        factors = _explicit_weights(config.class_weights)
         if config.class_weights == "balanced":
             counts = self._prior(labels, weights)
             if not counts.all():
@@ -187,17 +202,17 @@ class SingleLabel:
         factors = None if factors is None else factors.to(device)
         return replace(self, label_smoothing=config.label_smoothing, class_weights=factors)
 
-    def _prior(self, labels: np.ndarray, weights: Weights) -> np.ndarray:
-        """Return fp64 [classes], rows of each class, counted by their weights."""
+    def _prior(self, labels: np.ndarray, weights: RowWeights) -> np.ndarray:
+        """Return fp64 [classes], the total weight of each class's rows."""
         if labels.ndim == 2:
             return np.asarray((labels if weights is None else labels * weights[:, None]).sum(0, dtype=np.float64))
         return np.bincount(labels, weights, minlength=self.outputs).astype(np.float64)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the sum over rows of the loss times the weights of the row and of its class, nats; no dimensions.
+        """Return the sum over rows of loss (nats) * row weight * class weight, a scalar.
 
-        Logits are fp32 [rows, classes], labels as in the token cache, weights fp32 [rows] or None. `F.cross_entropy`
-        has class weights too, but applies every class's own weight to the smoothed part of a row.
+        Logits are fp32 [rows, classes], labels as in the token cache, weights fp32 [rows] or None. The class weights of
+        `F.cross_entropy` would also apply the other classes' weights to the smoothed part of a row.
         """
         labels, smoothing = labels if self.is_soft else labels.long(), self.label_smoothing
         if self.class_weights is None and weights is None:
@@ -207,8 +222,8 @@ class SingleLabel:
             losses = losses * (labels @ self.class_weights if self.is_soft else self.class_weights[labels])
         return (losses if weights is None else losses * weights).sum()
 
-    def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
-        """Return the class-prior baseline: the loss, nats a row, of the best answer that is the same for every text."""
+    def baseline_loss(self, labels: np.ndarray, weights: RowWeights = None) -> float:
+        """Return the class-prior baseline: the loss, in nats per row, of the best constant answer."""
         rows = self._prior(labels, weights)
         counted = rows if self.class_weights is None else rows * self.class_weights.cpu().numpy()
         answer = (1 - self.label_smoothing) * counted / counted.sum() + self.label_smoothing / self.outputs
@@ -222,58 +237,58 @@ class SingleLabel:
         return logits.softmax(-1)
 
     def columns(self, all_probabilities: bool) -> list[str]:
-        """Return the names of the columns that a prediction adds to a row."""
+        """Return the names of the prediction's columns."""
         return ["label", "probability"] + [f"probability_{name}" for name in self.label_names] * all_probabilities
 
     def cells(self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
-        """Return a row's cells in these columns: its label, or `ABSTAINED` if that is less probable, and numbers."""
+        """Return a row's cells for `columns`; the label is `ABSTAINED` if its probability is below `abstain_below`."""
         highest = max(probabilities)
         label = self.label_names[probabilities.index(highest)] if highest >= abstain_below else ABSTAINED
         return [label, highest, *(probabilities if all_probabilities else ())]
 
     def mistakes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[[int], list[str]]]:
-        """Return the numbers of the rows that are mistaken, the surest first, and a row's true and predicted answer."""
-        found, highest, true = probabilities.argmax(-1), probabilities.max(-1), self.label_keys(labels)
-        wrong = np.flatnonzero(found != true)
-        order = wrong[np.argsort(-highest[wrong], kind="stable")]
+        """Return the misclassified rows, most confident first, and a function: row -> true and predicted label."""
+        predicted, confidence, true = probabilities.argmax(-1), probabilities.max(-1), self.label_keys(labels)
+        wrong = np.flatnonzero(predicted != true)
+        order = wrong[np.argsort(-confidence[wrong], kind="stable")]
         names = self.label_names
-        return order, lambda row: [names[true[row]], names[found[row]], f"{highest[row]:.4f}"]
+        return order, lambda row: [names[true[row]], names[predicted[row]], f"{confidence[row]:.4f}"]
 
     def curves(self, probabilities: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Yield name, bool [rows] and probability of every label that has a precision-recall curve."""
+        """Yield, for every precision-recall curve, a label's name, bool [rows] (has it) and probabilities [rows]."""
         true = self.label_keys(labels)
-        for number in [1] if self.outputs == 2 else range(self.outputs):
-            yield self.label_names[number], true == number, probabilities[:, number]
+        for index in [1] if self.outputs == 2 else range(self.outputs):
+            yield self.label_names[index], true == index, probabilities[:, index]
 
-    def changed(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-        """Return bool [rows], whether the answer is another; both are probabilities, [rows, classes]."""
-        return np.asarray(found.argmax(1) != expected.argmax(1))
+    def changed(self, probabilities: np.ndarray, expected: np.ndarray) -> np.ndarray:
+        """Return bool [rows], whether the answer differs; both arguments are probabilities, [rows, classes]."""
+        return np.asarray(probabilities.argmax(1) != expected.argmax(1))
 
     def near_ties(self, logits: torch.Tensor, distance: float) -> torch.Tensor:
-        """Return bool [rows], whether a change of the logits by `distance` may change the answer."""
+        """Return bool [rows], whether changing the logits by `distance` may change the answer."""
         best, second = logits.topk(2).values.unbind(1)
         return best - second < distance
 
     def doubt(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return how doubtful rows' labels are, from -1 to 1; the model that gave the probabilities has not seen them.
+        """Return how doubtful each label is, from -1 to 1, by the probabilities of a model not trained on these rows.
 
-        Each class's probability is divided by its average over the rows with that label, as models are surer of some
-        classes than of others (but not below chance), and all are scaled to add up to 1; the doubt is the largest of
-        another class less that of the given one (after confident learning, Northcutt et al. 2021,
+        Models are more confident of some classes than of others, so each class's probability is divided by its average
+        over the rows with that label (at least chance), and each row rescaled to sum to 1. The doubt is the largest
+        value of another class minus that of the label (after confident learning, Northcutt et al. 2021,
         https://arxiv.org/abs/1911.00068).
         """
         given, rows = self.label_keys(labels), np.arange(len(labels))
         averages = [probabilities[given == i, i].mean() if (given == i).any() else 1.0 for i in range(self.outputs)]
-        shares = probabilities / np.maximum(averages, 1 / self.outputs)
-        shares /= shares.sum(1, keepdims=True)
-        of_given = shares[rows, given]
-        shares[rows, given] = -np.inf
-        return np.asarray(shares.max(1) - of_given)
+        scaled = probabilities / np.maximum(averages, 1 / self.outputs)
+        scaled /= scaled.sum(1, keepdims=True)
+        of_given = scaled[rows, given]
+        scaled[rows, given] = -np.inf
+        return np.asarray(scaled.max(1) - of_given)
 
     # --- evaluation
 
     def row_results(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return float [rows, 3], all that metrics need of a row: loss in nats, predicted class, its probability.
+        """Return float [rows, 3], the input of `metrics`: loss in nats, predicted class id, its probability.
 
         Logits are float [rows, classes], labels as in the token cache.
         """
@@ -283,10 +298,7 @@ class SingleLabel:
         return torch.stack([losses, predictions.to(losses.dtype), confidences], dim=1)
 
     def metrics(self, results: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """Return an evaluation's entry for `metrics.jsonl` from all rows' `row_results` and labels.
-
-        Lists have one number per class.
-        """
+        """Return an evaluation's entry for `metrics.jsonl` from `row_results` and labels; lists are per class."""
         labels = self.label_keys(labels)
         losses, confidences = results[:, 0].astype(np.float64), results[:, 2].astype(np.float64)
         confusion, rows = self.confusion(results, labels), len(labels)
@@ -305,15 +317,15 @@ class SingleLabel:
         }
 
     def confusion(self, results: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return int64 [labels, predictions]: how many rows of each class got each prediction."""
+        """Return int64 [labels, predictions], numbers of rows."""
         return metric.confusion_matrix(self.label_keys(labels), results[:, 1].astype(np.int64), self.outputs)
 
     def logits_of(self, probabilities: np.ndarray) -> np.ndarray:
-        """Return fp64 logits, up to a constant for each row, finite for a probability of 0 too; [rows, classes]."""
+        """Return fp64 [rows, classes], logits up to a constant per row; finite even for probabilities of 0."""
         return np.asarray(np.log(probabilities.astype(np.float64).clip(min=_SMALLEST)))
 
     def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-        """Return `row_results`, fp64, for probabilities whose logits are divided by a temperature."""
+        """Return `row_results`, fp64, of probabilities after dividing their logits by a temperature."""
         logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
         return self.row_results(logits, torch.tensor(labels)).numpy()
 
@@ -322,48 +334,35 @@ class SingleLabel:
         return metric.per_class(self.confusion(results, labels))
 
     def describe(self, metrics: dict[str, Any]) -> str:
-        """Return the main metrics in a few words, for a line on the console."""
+        """Summarize the main metrics for a line on the console."""
         return f"accuracy {metrics['accuracy']:.4f}  macro F1 {metrics['macro_f1']:.4f}  loss {metrics['loss']:.4f}"
 
     def table_cells(self, metrics: dict[str, Any]) -> dict[str, str]:
-        """Return a file's cells in the table of evaluated files, by the columns' names."""
+        """Return a file's row in the table of evaluated files: column name -> cell."""
         cells = {"accuracy": f"{metrics['accuracy']:.4f}"}
-        if "rows" in metrics:  # not a mean of several files
+        if "rows" in metrics:  # of one file, not the mean of several
             cells["95 % interval"] = f"{metrics['accuracy_low']:.4f}-{metrics['accuracy_high']:.4f}"
         return {**cells, "macro F1": f"{metrics['macro_f1']:.4f}", "ECE": f"{metrics['ece']:.4f}"}
 
     # --- collapse (see training/guard)
 
-    def collapse_reason(
-        self, probabilities: np.ndarray, untrained: np.ndarray, labels: np.ndarray, has_learned: bool
-    ) -> str:
-        """Return what shows in the answers to dev that training has collapsed; nothing if it has not.
+    def constant_answer(self, probabilities: np.ndarray) -> str:
+        """Return the answer, in words, if every text gets the same one; else an empty string."""
+        predicted = probabilities.argmax(1)
+        return repr(self.label_names[predicted[0]]) if (predicted == predicted[0]).all() else ""
 
-        Either all texts get the same label with all but the same probability, compared with how the model's answers to
-        the same texts differed before training; or the run had learned, and its answers are hardly better than the
-        most frequent label alone, in loss and in accuracy: an overfitted model has a high loss, too. Probabilities are
-        fp32 [rows, classes], of the model as it is and before its first step; labels int [rows].
-        """
-        labels, found = self.label_keys(labels), probabilities.argmax(1)
-        counts = np.bincount(found)
-        label = self.label_names[int(counts.argmax())]
-        is_constant = (counts > 0).sum() == 1 and len(np.unique(labels)) > 1
-        if is_constant and _deviates_little(self.logits_of(probabilities), self.logits_of(untrained)):
-            return f"same prediction for every text of dev, {label!r} with the same probability"
-        loss = -float(self.logits_of(probabilities)[np.arange(len(labels)), labels].mean())
-        baseline = SingleLabel(self.label_names).baseline_loss(labels)
-        accuracy, most = float((found == labels).mean()), np.bincount(labels).max() / len(labels)
-        is_useless = loss >= _USELESS_LOSS * baseline and accuracy - most < _USELESS_ACCURACY * (1 - most)
-        if has_learned and is_useless:
-            return f"the model had learned, but is now hardly better than {label!r} for every text of dev"
-        return ""
+    def gain(self, probabilities: np.ndarray, labels: np.ndarray) -> float:
+        """Return how much better the answers are than a constant one: from 0, no better, to 1, perfect."""
+        labels = self.label_keys(labels)
+        accuracy, constant = (probabilities.argmax(1) == labels).mean(), np.bincount(labels).max() / len(labels)
+        return float((accuracy - constant) / (1 - constant))
 
-    card_note = ""  # what a model card says besides
+    card_note = ""  # added to the model card
 
     # --- exported forms
 
     def append_to_onnx(self, add: Callable[..., str], logits: str) -> dict[str, tuple[str, str, list[int]]]:
-        """Append label and probabilities to an ONNX graph; returns values, types and sizes of a text by outputs' names.
+        """Append label and probabilities to an ONNX graph; returns output name -> value, type, shape of one text's.
 
         `add` adds an operator to the graph and returns its output (see export/onnx).
         """
@@ -373,16 +372,16 @@ class SingleLabel:
         return {"label": (label, "STRING", []), "probabilities": (probabilities, "FLOAT", [self.outputs])}
 
     def answers_of(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
-        """Return the answers that an exported form gives, as the first of `cells`, and the probabilities."""
+        """Return the answers of an exported model, like the first of `cells`, and the probabilities."""
         return list(outputs[0]), np.asarray(outputs[1])
 
     def torchscript_answer(self) -> nn.Module:
-        """Return a scriptable module: logits, fp32 [texts, classes] -> labels, probabilities."""
+        """Return a scriptable module: logits, fp32 [texts, classes] -> labels and probabilities."""
         return _ScriptedAnswer(self.label_names)
 
 
 class _ScriptedAnswer(nn.Module):
-    """The most probable label of every text, and fp32 [texts, classes], the probabilities of all."""
+    """Logits -> the most probable label of every text, and fp32 [texts, classes], the probabilities."""
 
     def __init__(self, label_names: list[str]) -> None:
         super().__init__()
@@ -396,20 +395,21 @@ class _ScriptedAnswer(nn.Module):
 
 @dataclass(frozen=True)
 class MultiLabel:
-    """A text has any number of labels, also none: a sigmoid and binary cross-entropy each, micro and macro F1.
+    """A text has any number of labels, even none: sigmoid and binary cross-entropy per label, micro and macro F1.
 
-    What a method returns is said in `SingleLabel`.
+    `SingleLabel` documents the methods.
 
     Attributes:
-        label_names, label_numbers: as of `SingleLabel`.
-        thresholds: of every label's probability, from which on the text has the label; 0.5 each without them.
+        label_names, label_ids: see `SingleLabel`.
+        thresholds: a text has the labels whose probability reaches their threshold; empty for 0.5.
         positive_weights: fp32 [labels], factors on the loss of the labels that a text has; None for ones.
-        initial_bias: of a new head, the logits of the best constant answer. From zeros, the first steps move all texts'
-            features in one direction, as most labels are rare: on GoEmotions' 28 labels, training collapsed.
+        initial_bias: of a new head, the logits of the best constant answer. With zeros, the first steps move all texts'
+            features in one direction, because most labels are rare: on GoEmotions' 28 labels, training collapsed.
+        delimiter: separates the labels in a cell; None for `,`, `;` and `|`.
     """
 
     label_names: list[str]
-    label_numbers: dict[str, int] | None = None
+    label_ids: dict[str, int] | None = None
     thresholds: tuple[float, ...] = ()
     positive_weights: torch.Tensor | None = None
     initial_bias: tuple[float, ...] = ()
@@ -418,20 +418,21 @@ class MultiLabel:
     problem_type = "multi_label_classification"
     option = "multi-label"
     may_be_empty = True
-    label_dtype = np.float32  # 1 for the labels of a row, or their probabilities
+    label_dtype = np.float32  # 1 for each label that a row has, or its probability
     best_metric = "macro_f1"
     best_metrics = ("macro_f1", "micro_f1", "exact_match", "mean_average_precision", "loss")
     scalars = ("loss", "macro_f1", "micro_f1", "exact_match", "mean_average_precision", "ece")
     hub_metrics: ClassVar = {"macro_f1": ("f1", "macro F1"), "micro_f1": ("f1", "micro F1")}
+    useless_gain = 0.1
     refused: ClassVar[dict[str, str]] = {
-        "label_smoothing": "a label is there or not",
+        "label_smoothing": "it is for one class per text",
         "abstain_below": "a text may have no label: raise the thresholds with --threshold-for in training",
-        "glue_submission": "SST-2 has one label for a text",
+        "glue_submission": "SST-2 has one label per text",
     }
     folding = (1.0, 0.0)
 
     @property
-    def read_as(self) -> object:
+    def cache_key(self) -> object:
         return self.delimiter
 
     @property
@@ -439,60 +440,59 @@ class MultiLabel:
         return len(self.label_names)
 
     @classmethod
-    def from_labels(cls, config: Config, labels: Seen, others: Seen, said: Names, path: object) -> MultiLabel:
+    def from_labels(
+        cls, config: Config, labels: LabelCounts, others: LabelCounts, names_in_files: NamesInFiles, path: object
+    ) -> MultiLabel:
         delimiter = config.label_delimiter
-        parts: dict[str, Sequence[int]] = {}
-        for text, seen in labels.items():
-            for part in _split(text, delimiter, config.label_names or ()):
-                parts.setdefault(str(part), seen)
-        if config.label_names:
-            names, numbers = reading.numbers_for(config.label_names, parts, path)
-            return cls(names, numbers, delimiter=delimiter)
-        names = list(parts) if all(text.startswith("{") for text in labels) else reading.find_label_names(parts, path)
-        numbers = {str(i): names.index(name) for each in said for i, name in enumerate(each) if name in names}
-        return cls(names, numbers, delimiter=delimiter)
+        single: dict[str, Sequence[int]] = {}
+        for text, counts in labels.items():
+            for label in _split(text, delimiter, config.label_names or ()):
+                single.setdefault(str(label), counts)
+        is_complete = all(text.startswith("{") for text in labels)
+        return cls(*_find_classes(config, single, names_in_files, path, is_complete), delimiter=delimiter)
 
     @classmethod
     def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
-        """Here: lists or objects, or several labels in a cell each of which stands alone elsewhere."""
-        several = {text: each for text, each in labels.items() if isinstance(each, dict) and len(each) > 1}
-        alone = {str(name) for text, each in labels.items() if text not in several for name in _names(each)}
-        is_written = any(text.startswith(("[", "{")) for text in several)
-        return bool(several) and (is_written or {str(name) for each in several.values() for name in each} <= alone)
+        """Here: lists or objects; or cells with several labels, each of which is alone in another cell."""
+        several = {text: values for text, values in labels.items() if isinstance(values, dict) and len(values) > 1}
+        rest = [values for text, values in labels.items() if text not in several]
+        alone = {str(name) for values in rest for name in ([values] if isinstance(values, str) else values)}
+        is_json = any(text.startswith(("[", "{")) for text in several)
+        return bool(several) and (is_json or {str(name) for values in several.values() for name in values} <= alone)
 
-    def number_of(self, label: str) -> int:
-        return -2 if self._unknown_in(label) else 0
+    def label_index(self, label: str) -> int:
+        return UNKNOWN if self._unknown_in(label) else 0
 
     def read_label(self, cell: object, where: str) -> np.ndarray:
         return _label_row(
-            _split(label_text(cell), self.delimiter, self._numbers), self._numbers, self.label_names, where
+            _split(label_text(cell), self.delimiter, self._ids_by_label), self._ids_by_label, self.label_names, where
         )
 
     def unknown(self, labels: Sequence[str]) -> str:
         names = dict.fromkeys(name for label in labels for name in self._unknown_in(label))
-        return reading.unknown_labels(list(names), self.label_names, self._numbers)
+        return describe_unknown(list(names), self.label_names, self._ids_by_label)
 
     def _unknown_in(self, label: str) -> list[str]:
-        names = _split(label, self.delimiter, self._numbers)
-        return [str(name) for name in names if _place(name, self._numbers, self.outputs) is None]
+        names = _split(label, self.delimiter, self._ids_by_label)
+        return [str(name) for name in names if _id_of(name, self._ids_by_label, self.outputs) is None]
 
-    def notes(self, labels: Seen) -> list[str]:
-        parts: dict[str, list[int]] = {}
-        for label, (count, line) in labels.items():
-            for part in _split(label, self.delimiter, self._numbers):
-                parts[str(part)] = [parts.get(str(part), [0, 0])[0] + count, line]
-        return reading.notes(parts)
+    def notes(self, labels: LabelCounts) -> list[str]:
+        single: dict[str, list[int]] = {}
+        for text, (count, line) in labels.items():
+            for label in map(str, _split(text, self.delimiter, self._ids_by_label)):
+                single[label] = [single.get(label, [0, 0])[0] + count, line]
+        return label_notes(single)
 
     @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return reading.numbers_by_label(self.label_names, self.label_numbers)
+    def _ids_by_label(self) -> dict[str, int]:
+        return ids_by_label(self.label_names, self.label_ids)
 
     def label_keys(self, labels: np.ndarray) -> np.ndarray:
         factors = np.random.RandomState(0).randint(1, 2**62, labels.shape[1])
         return np.asarray((labels * 2**20).astype(np.int64) @ factors)
 
     def strata(self, labels: np.ndarray) -> np.ndarray:
-        """Return every row's rarest label, or -1."""
+        """Return the id of each row's rarest label, or -1."""
         order = np.argsort(labels.sum(0), kind="stable")
         has = labels[:, order] > 0.5
         return np.where(has.any(1), order[has.argmax(1)], -1)
@@ -501,7 +501,7 @@ class MultiLabel:
         return ", ".join(self._names_of(label > 0.5)) or "(none)"
 
     def _names_of(self, has: np.ndarray) -> list[str]:
-        return [self.label_names[number] for number in np.flatnonzero(has)]
+        return [self.label_names[index] for index in np.flatnonzero(has)]
 
     def label_value(self, label: np.ndarray) -> dict[str, float]:
         return dict(zip(self.label_names, label.tolist()))
@@ -517,9 +517,9 @@ class MultiLabel:
 
     # --- training
 
-    def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> MultiLabel:
-        """`--class-weights balanced` is, of each label, the rows without it / the rows with it."""
-        factors = _numbers_in(config.class_weights)
+    def for_training(self, config: Config, labels: np.ndarray, weights: RowWeights, device: torch.device) -> MultiLabel:
+        """`--class-weights balanced` is, for each label, the rows without it / the rows with it."""
+        factors = _explicit_weights(config.class_weights)
         if config.class_weights == "balanced":
             prior = self._prior(labels, weights)
             factors = torch.from_numpy(np.where(prior > 0, (1 - prior) / prior.clip(1e-9), 1.0)).float()
@@ -527,26 +527,26 @@ class MultiLabel:
         answer = task._best_constant(labels, weights)[-1].clip(1e-3, 1 - 1e-3)
         return replace(task, initial_bias=tuple(np.log(answer / (1 - answer)).tolist()))
 
-    def _prior(self, labels: np.ndarray, weights: Weights) -> np.ndarray:
-        """Return fp64 [labels], the share of the rows that have each label."""
+    def _prior(self, labels: np.ndarray, weights: RowWeights) -> np.ndarray:
+        """Return fp64 [labels], the fraction of the rows with each label."""
         return np.average(labels.astype(np.float64), axis=0, weights=weights)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the sum over rows of the mean over labels, as transformers has it."""
+        """Return the sum over rows of the mean over labels, as in transformers."""
         factors = self.positive_weights
         losses = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=factors, reduction="none").mean(1)
         return (losses if weights is None else losses * weights).sum()
 
-    def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
-        prior, has, answer = self._best_constant(labels, weights)
+    def baseline_loss(self, labels: np.ndarray, weights: RowWeights = None) -> float:
+        prior, positive, answer = self._best_constant(labels, weights)
         answer = answer.clip(_SMALLEST, 1 - 1e-12)
-        return float(-(has * np.log(answer) + (1 - prior) * np.log1p(-answer)).mean())
+        return float(-(positive * np.log(answer) + (1 - prior) * np.log1p(-answer)).mean())
 
-    def _best_constant(self, labels: np.ndarray, weights: Weights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return fp64 [labels]: shares of the rows, these times the label's weight, probabilities of least loss."""
+    def _best_constant(self, labels: np.ndarray, weights: RowWeights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return fp64 [labels] each: the prior, prior * positive weight, and the probabilities of minimal loss."""
         prior = self._prior(labels, weights)
-        has = prior if self.positive_weights is None else prior * self.positive_weights.cpu().numpy()
-        return prior, has, has / (has + 1 - prior)
+        positive = prior if self.positive_weights is None else prior * self.positive_weights.cpu().numpy()
+        return prior, positive, positive / (positive + 1 - prior)
 
     # --- answers
 
@@ -554,85 +554,82 @@ class MultiLabel:
         return logits.sigmoid()
 
     @property
-    def cuts(self) -> list[float]:
-        """The labels' thresholds, fitted or not."""
+    def thresholds_in_use(self) -> list[float]:
+        """The fitted thresholds, or 0.5 for every label."""
         return list(self.thresholds) or [0.5] * self.outputs
 
     def _has(self, probabilities: np.ndarray) -> np.ndarray:
-        """Return bool [rows, labels], whether a label is predicted."""
-        return np.asarray(probabilities >= np.array(self.cuts, np.float32))
+        """Return bool [rows, labels], whether each label is predicted."""
+        return np.asarray(probabilities >= np.array(self.thresholds_in_use, np.float32))
 
     def columns(self, all_probabilities: bool) -> list[str]:
         return ["labels", "probabilities"] + [f"probability_{name}" for name in self.label_names] * all_probabilities
 
     def cells(self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
-        """Return two lists, the row's labels and their probabilities."""
-        numbers = np.flatnonzero(self._has(np.asarray(probabilities, np.float32))).tolist()
-        found = [[self.label_names[i] for i in numbers], [round(probabilities[i], 6) for i in numbers]]
-        return [*found, *(probabilities if all_probabilities else ())]
+        """The first two cells are lists: the row's labels and their probabilities."""
+        predicted = np.flatnonzero(self._has(np.asarray(probabilities, np.float32))).tolist()
+        names, values = [self.label_names[i] for i in predicted], [round(probabilities[i], 6) for i in predicted]
+        return [names, values, *(probabilities if all_probabilities else ())]
 
     def mistakes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[[int], list[str]]]:
-        found, true = self._has(probabilities), labels > 0.5
-        distance = np.where(found != true, np.abs(probabilities - true), 0).max(1)
-        wrong = np.flatnonzero((found != true).any(1))
-        order = wrong[np.argsort(-distance[wrong], kind="stable")]
+        predicted, true = self._has(probabilities), labels > 0.5
+        error = np.where(predicted != true, np.abs(probabilities - true), 0).max(1)
+        wrong = np.flatnonzero((predicted != true).any(1))
+        order = wrong[np.argsort(-error[wrong], kind="stable")]
         return order, lambda row: [
-            *(", ".join(self._names_of(side[row])) for side in (true, found)),
-            f"{1 - distance[row]:.4f}",
+            *(", ".join(self._names_of(has[row])) for has in (true, predicted)),
+            f"{1 - error[row]:.4f}",
         ]
 
     def curves(self, probabilities: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        for number, name in enumerate(self.label_names):
-            yield name, labels[:, number] > 0.5, probabilities[:, number]
+        yield from zip(self.label_names, labels.T > 0.5, probabilities.T)
 
-    def changed(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-        return np.asarray((self._has(found) != self._has(expected)).any(1))
+    def changed(self, probabilities: np.ndarray, expected: np.ndarray) -> np.ndarray:
+        return np.asarray((self._has(probabilities) != self._has(expected)).any(1))
 
     def near_ties(self, logits: torch.Tensor, distance: float) -> torch.Tensor:
-        """A tie is between a label's logit and its threshold's, which does not change: half the distance is near."""
-        cuts = torch.tensor(self.cuts, dtype=logits.dtype).logit()
-        return (logits - cuts).abs().amin(1) < distance / 2
+        """A tie is between a logit and a fixed threshold, not between two logits: half the distance is enough."""
+        thresholds = torch.tensor(self.thresholds_in_use, dtype=logits.dtype).logit()
+        return (logits - thresholds).abs().amin(1) < distance / 2
 
     def doubt(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return the largest of the labels' doubts."""
-        both = np.stack([1 - probabilities, probabilities], 2)
-        sides = (
-            SingleLabel(["no", "yes"]).doubt(both[:, i], (labels[:, i] > 0.5).astype(int)) for i in range(self.outputs)
-        )
-        return np.max(list(sides), axis=0)
+        """Return the doubt of the most doubtful label."""
+        both, has = np.stack([1 - probabilities, probabilities], 2), (labels > 0.5).astype(int)
+        binary = SingleLabel(["no", "yes"])
+        return np.max([binary.doubt(both[:, i], has[:, i]) for i in range(self.outputs)], axis=0)
 
     # --- evaluation
 
     def row_results(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return float [rows, 1 + labels]: loss in nats, the mean over labels, and the labels' probabilities."""
+        """Return float [rows, 1 + labels]: loss in nats (mean over labels), probabilities."""
         losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(1)
         return torch.cat([losses[:, None], logits.sigmoid()], dim=1)
 
     def metrics(self, results: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """Those `_at_0.5` are without fitted thresholds. The calibration error is over all labels of all rows."""
+        """`_at_0.5` means without fitted thresholds. The calibration error is over all labels of all rows."""
         probabilities, true = results[:, 1:].astype(np.float64), labels > 0.5
-        found, each = self._has(results[:, 1:]), self.per_label(results, labels)
-        plain = replace(self, thresholds=()).per_label(results, labels)
+        predicted, per_label = self._has(results[:, 1:]), self.per_label(results, labels)
+        at_half = replace(self, thresholds=()).per_label(results, labels)
         confidences = np.maximum(probabilities, 1 - probabilities).reshape(-1)
         return {
             "loss": float(results[:, 0].astype(np.float64).mean()),
-            "macro_f1": float(each["f1"].mean()),
-            "micro_f1": _micro_f1(found, true),
-            **({"macro_f1_at_0.5": float(plain["f1"].mean())} if self.thresholds else {}),
+            "macro_f1": float(per_label["f1"].mean()),
+            "micro_f1": _micro_f1(predicted, true),
+            **({"macro_f1_at_0.5": float(at_half["f1"].mean())} if self.thresholds else {}),
             **({"micro_f1_at_0.5": _micro_f1(probabilities >= 0.5, true)} if self.thresholds else {}),
-            "exact_match": float((found == true).all(1).mean()),
+            "exact_match": float((predicted == true).all(1).mean()),
             "mean_average_precision": metric.mean_average_precision(probabilities, true),
             "ece": metric.expected_calibration_error(confidences, ((probabilities >= 0.5) == true).reshape(-1)),
-            **{key: each[key].tolist() for key in ("precision", "recall")},
+            **{key: per_label[key].tolist() for key in ("precision", "recall")},
             "rows": len(labels),
         }
 
     def per_label(self, results: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-        found, true = self._has(results[:, 1:]), labels > 0.5
-        return metric.per_label((found & true).sum(0), found.sum(0), true.sum(0))
+        predicted, true = self._has(results[:, 1:]), labels > 0.5
+        return metric.per_label((predicted & true).sum(0), predicted.sum(0), true.sum(0))
 
     def confusion(self, results: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return int64 [labels, labels]: of the rows with each label, how many were given each."""
+        """Return int64 [labels, labels]: the number of rows with label i for which label j is predicted."""
         return np.asarray((labels > 0.5).T.astype(np.int64) @ self._has(results[:, 1:]).astype(np.int64))
 
     def logits_of(self, probabilities: np.ndarray) -> np.ndarray:
@@ -643,7 +640,7 @@ class MultiLabel:
         logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
         results = self.row_results(logits, torch.tensor(labels)).numpy()
         if temperature == 1:
-            results[:, 1:] = probabilities  # not rounded once more, beside a threshold
+            results[:, 1:] = probabilities  # rounding again could move one across a threshold
         return results
 
     def describe(self, metrics: dict[str, Any]) -> str:
@@ -657,18 +654,13 @@ class MultiLabel:
         names["mean_average_precision"] = "mean AP"
         return {name: f"{metrics[key]:.4f}" for key, name in names.items()}
 
-    def collapse_reason(
-        self, probabilities: np.ndarray, untrained: np.ndarray, labels: np.ndarray, has_learned: bool
-    ) -> str:
+    def constant_answer(self, probabilities: np.ndarray) -> str:
+        has = self._has(probabilities)
+        return self.label_cell(has[0]) if (has == has[0]).all() else ""
+
+    def gain(self, probabilities: np.ndarray, labels: np.ndarray) -> float:
         true = labels > 0.5
-        is_constant = len(np.unique(self._has(probabilities), axis=0)) == 1 and len(np.unique(true, axis=0)) > 1
-        if is_constant and _deviates_little(self.logits_of(probabilities), self.logits_of(untrained)):
-            return "same prediction for every text of dev, with the same probabilities"
-        results, baseline = self.results_of(probabilities, labels), MultiLabel(self.label_names).baseline_loss(labels)
-        gain, prior = metric.mean_average_precision(probabilities, true), float(true.mean())
-        if has_learned and results[:, 0].mean() >= _USELESS_LOSS * baseline and gain - prior < 0.1 * (1 - prior):
-            return "the model had learned, but is now hardly better than the same answer for every text of dev"
-        return ""
+        return (metric.mean_average_precision(probabilities, true) - true.mean()) / max(1e-9, 1 - true.mean())
 
     @property
     def card_note(self) -> str:
@@ -682,21 +674,22 @@ class MultiLabel:
     # --- exported forms
 
     def append_to_onnx(self, add: Callable[..., str], logits: str) -> dict[str, tuple[str, str, list[int]]]:
-        """Append, of every label, whether the text has it, and its probability; `label_names` is in the metadata."""
+        """Append a bool and a probability per label; `label_names` is in the metadata."""
         probabilities = add("Sigmoid", logits)
-        has = add("GreaterOrEqual", probabilities, np.array(self.cuts, np.float32))
+        has = add("GreaterOrEqual", probabilities, np.array(self.thresholds_in_use, np.float32))
         return {"labels": (has, "BOOL", [self.outputs]), "probabilities": (probabilities, "FLOAT", [self.outputs])}
 
     def answers_of(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
-        found, probabilities = outputs
-        return found if isinstance(found, list) else [self._names_of(row) for row in found], np.asarray(probabilities)
+        labels, probabilities = outputs
+        names = labels if isinstance(labels, list) else [self._names_of(row) for row in labels]
+        return names, np.asarray(probabilities)
 
     def torchscript_answer(self) -> nn.Module:
-        return _ScriptedLabels(self.label_names, self.cuts)
+        return _ScriptedLabels(self.label_names, self.thresholds_in_use)
 
 
 class _ScriptedLabels(nn.Module):
-    """The labels of every text, and fp32 [texts, labels], the probabilities of all."""
+    """Logits -> the labels of every text, and fp32 [texts, labels], the probabilities."""
 
     def __init__(self, label_names: list[str], thresholds: list[float]) -> None:
         super().__init__()
@@ -705,22 +698,22 @@ class _ScriptedLabels(nn.Module):
 
     def forward(self, logits: torch.Tensor) -> Tuple[List[List[str]], torch.Tensor]:  # noqa: UP006
         probabilities = logits.sigmoid()
-        found: List[List[str]] = []  # noqa: UP006
+        labels: List[List[str]] = []  # noqa: UP006
         for row in probabilities >= self.thresholds:
-            numbers: List[int] = torch.nonzero(row)[:, 0].tolist()  # noqa: UP006
-            found.append([self.label_names[index] for index in numbers])
-        return found, probabilities
+            indices: List[int] = torch.nonzero(row)[:, 0].tolist()  # noqa: UP006
+            labels.append([self.label_names[index] for index in indices])
+        return labels, probabilities
 
 
 @dataclass(frozen=True)
 class Regression:
     """Every text has a score: one output, mean squared error, correlations.
 
-    Training is on scores of mean 0 and deviation 1; an exported head gives the file's own. What a method returns is
-    said in `SingleLabel`; what is called a probability there is a score here, [rows, 1].
+    Training uses scores scaled to mean 0 and std 1; an exported head gives scores on the file's scale. `SingleLabel`
+    documents the methods; its probabilities are scores here, [rows, 1].
 
     Attributes:
-        mean, deviation: of the training rows' scores; 0 and 1 for a model that was exported.
+        mean, deviation: mean and std of the training scores; 0 and 1 for an exported model.
     """
 
     label_names: list[str]
@@ -735,6 +728,7 @@ class Regression:
     best_metrics = ("spearman", "pearson", "rmse", "mae", "loss")
     scalars = ("loss", "rmse", "mae", "pearson", "spearman")
     hub_metrics: ClassVar = {"spearman": ("spearmanr", "spearman"), "pearson": ("pearsonr", "pearson")}
+    useless_gain = 0.2
     refused: ClassVar[dict[str, str]] = {
         "label_names": "a score has no name",
         "label_smoothing": "a score has no classes",
@@ -749,8 +743,8 @@ class Regression:
     }
     thresholds: ClassVar[tuple[float, ...]] = ()
     initial_bias: ClassVar[tuple[float, ...]] = ()
-    label_numbers: ClassVar[None] = None
-    read_as: ClassVar[object] = None
+    label_ids: ClassVar[None] = None
+    cache_key: ClassVar[object] = None
     outputs = 1
 
     @property
@@ -758,10 +752,12 @@ class Regression:
         return self.deviation, self.mean
 
     @classmethod
-    def from_labels(cls, config: Config, labels: Seen, others: Seen, said: Names, path: object) -> Regression:
+    def from_labels(
+        cls, config: Config, labels: LabelCounts, others: LabelCounts, names_in_files: NamesInFiles, path: object
+    ) -> Regression:
         task = cls(["score"])
         for label, (_, line) in labels.items():
-            if task.number_of(label) == -2:
+            if task.label_index(label) == UNKNOWN:
                 raise UserError(f"{path}, line {line}: {task.unknown([label])}")
         if len(set(labels) - MISSING) < 2:
             raise UserError(f"{path}: all rows have the same score; name the column of scores with --label-column")
@@ -772,8 +768,8 @@ class Regression:
         """Here: numbers, and some of them fractions."""
         return all(map(is_number, labels)) and any(map(is_fraction, labels))
 
-    def number_of(self, label: str) -> int:
-        return -1 if label in MISSING else -2 if _score(label) is None else 0
+    def label_index(self, label: str) -> int:
+        return NO_LABEL if label in MISSING else UNKNOWN if _score(label) is None else 0
 
     def read_label(self, cell: object, where: str) -> float | None:
         text = label_text(cell)
@@ -783,17 +779,17 @@ class Regression:
             raise UserError(f"{where}: {self.unknown([text])}")
         return score
 
-    def notes(self, labels: Seen) -> list[str]:
+    def notes(self, labels: LabelCounts) -> list[str]:
         return []
 
     def unknown(self, labels: Sequence[str]) -> str:
-        return f"label {labels[0][:40]!r} is no number, as a score is; mend it"
+        return f"label {labels[0][:40]!r} is not a number, as a score must be; mend it"
 
     def label_keys(self, labels: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(labels, np.float32).view(np.int32)
 
     def strata(self, labels: np.ndarray) -> np.ndarray:
-        """Return in which tenth of the scores every row lies."""
+        """Return the decile of each score, 0 to 9."""
         return np.searchsorted(np.quantile(labels, np.arange(1, 10) / 10), labels)
 
     def label_cell(self, label: float) -> str:
@@ -812,17 +808,17 @@ class Regression:
 
     # --- training
 
-    def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> Regression:
+    def for_training(self, config: Config, labels: np.ndarray, weights: RowWeights, device: torch.device) -> Regression:
         mean = float(np.average(labels.astype(np.float64), weights=weights))
         deviation = math.sqrt(np.average((labels.astype(np.float64) - mean) ** 2, weights=weights))
         return replace(self, mean=mean, deviation=deviation or 1.0)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the sum over rows of the squared error of the scaled scores."""
+        """Return the sum over rows of the squared errors of scaled scores."""
         errors = (logits[:, 0] - (labels - self.mean) / self.deviation).square()
         return (errors if weights is None else errors * weights).sum()
 
-    def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
+    def baseline_loss(self, labels: np.ndarray, weights: RowWeights = None) -> float:
         errors = (labels.astype(np.float64) - np.average(labels, weights=weights)) / self.deviation
         return float(np.average(errors**2, weights=weights))
 
@@ -846,22 +842,22 @@ class Regression:
     def curves(self, probabilities: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         return iter(())
 
-    def changed(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-        """Whether a score differs by more than a twentieth of the scores' deviation."""
-        return np.asarray(np.abs(found - expected)[:, 0] > 0.05 * expected.std())
+    def changed(self, probabilities: np.ndarray, expected: np.ndarray) -> np.ndarray:
+        """Whether a score differs by more than 0.05 std of the scores."""
+        return np.asarray(np.abs(probabilities - expected)[:, 0] > 0.05 * expected.std())
 
     def near_ties(self, logits: torch.Tensor, distance: float) -> torch.Tensor:
-        """None: a score changes by as much wherever it is."""
+        """Return False for every row: a score has no decision boundary."""
         return torch.zeros(len(logits), dtype=torch.bool)
 
     def doubt(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return the errors, in deviations of the scores."""
+        """Return the absolute errors, in units of the labels' std."""
         return np.abs(probabilities[:, 0] - labels) / (labels.std() or 1.0)
 
     # --- evaluation
 
     def row_results(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return float [rows, 2]: squared error in the file's units, and the score."""
+        """Return float [rows, 2]: squared error on the file's scale, predicted score."""
         scores = self.probabilities(logits)
         return torch.cat([(scores - labels.to(scores.dtype)[:, None]).square(), scores], dim=1)
 
@@ -895,15 +891,12 @@ class Regression:
         names = {"spearman": "Spearman", "pearson": "Pearson", "rmse": "RMSE", "mae": "MAE"}
         return {name: f"{metrics[key]:.4f}" for key, name in names.items()}
 
-    def collapse_reason(
-        self, probabilities: np.ndarray, untrained: np.ndarray, labels: np.ndarray, has_learned: bool
-    ) -> str:
-        if len(np.unique(labels)) > 1 and _deviates_little(probabilities, untrained):
-            return f"same score for every text of dev, {probabilities.mean():.4g}"
-        is_useless = ((probabilities[:, 0] - labels) ** 2).mean() >= _USELESS_LOSS * labels.var()
-        if has_learned and is_useless and metric.pearson(probabilities[:, 0], labels) < 0.2:
-            return "the model had learned, but is now hardly better than the same score for every text of dev"
-        return ""
+    def constant_answer(self, probabilities: np.ndarray) -> str:
+        """Return the mean score: whether scores are the same is a matter of their std alone."""
+        return f"{probabilities.mean():.4g}"
+
+    def gain(self, probabilities: np.ndarray, labels: np.ndarray) -> float:
+        return metric.pearson(probabilities[:, 0], labels)
 
     card_note = (
         "The one output is a score in the training file's scale: in transformers' pipeline, `function_to_apply='none'`."
@@ -925,42 +918,43 @@ class Regression:
 Task = Union[SingleLabel, MultiLabel, Regression]
 TASKS: tuple[type[Task], ...] = (SingleLabel, MultiLabel, Regression)
 BY_TYPE = {kind.problem_type: kind for kind in TASKS}
-Names = Iterable[Sequence[str]]  # the label names that files themselves say
+NamesInFiles = Iterable[Sequence[str]]  # the names of labels 0, 1, ... that files themselves contain
 
 
-def find_task(config: Config, labels: Seen, others: Seen, said: Names, path: object) -> Task:
-    """Return the task, with its labels; UserError if the labels do not go with it, or with the options.
+def find_task(
+    config: Config, labels: LabelCounts, others: LabelCounts, names_in_files: NamesInFiles, path: object
+) -> Task:
+    """Return the task with its label names; UserError if the labels do not fit the task or the options.
 
     Args:
-        labels: of the training files.
-        others: of all files.
-        said: the names of the labels 0, 1, ... where files themselves say them.
-        path: of the training file, for errors.
+        labels: the training files' labels.
+        others: the labels of all files.
+        path: the training file's, for errors.
     """
-    task = task_kind(config, labels).from_labels(config, labels, others, said, path)
+    task = task_kind(config, labels).from_labels(config, labels, others, names_in_files, path)
     check_options(task, config)
     return task
 
 
 def task_kind(config: Config, labels: Iterable[str]) -> type[Task]:
-    """Return the task that is asked for, or that is certain from the training files' labels; else a single label."""
+    """Return the class of --task, or for `auto`, the one whose `is_for` accepts the training labels."""
     if config.task != "auto":
         return next(kind for kind in TASKS if kind.option == config.task)
     if config.label_delimiter:
         return MultiLabel
     known = config.label_names or ()
-    values = {label: reading.split_labels(label, None, known) for label in labels if label not in MISSING}
+    values = {label: split_labels(label, None, known) for label in labels if label not in MISSING}
     return next((kind for kind in TASKS if kind.is_for(values)), SingleLabel)
 
 
 def stored_task(problem_type: str, label_names: list[str], thresholds: Sequence[float] = ()) -> Task:
-    """Return the task of a model's folder; KeyError if there is none of that type."""
+    """Return the task of a model folder; KeyError for an unknown problem type."""
     return with_thresholds(BY_TYPE[problem_type](label_names), thresholds)
 
 
-def with_numbers(task: Task, label_numbers: dict[str, int]) -> Task:
-    """Return the task with what stands for its labels in files; see `SingleLabel`."""
-    return task if isinstance(task, Regression) else replace(task, label_numbers=label_numbers)
+def with_label_ids(task: Task, label_ids: dict[str, int]) -> Task:
+    """Return the task with other `label_ids`; see `SingleLabel`."""
+    return task if isinstance(task, Regression) else replace(task, label_ids=label_ids)
 
 
 def with_thresholds(task: Task, thresholds: Sequence[float]) -> Task:
@@ -968,7 +962,7 @@ def with_thresholds(task: Task, thresholds: Sequence[float]) -> Task:
 
 
 def fit_thresholds(task: Task, probabilities: np.ndarray, labels: np.ndarray, threshold_for: str | None) -> list[float]:
-    """Return the thresholds with the best F1 on dev, or with `precision=P` or `recall=R`; none if a task has none."""
+    """Return thresholds for `--threshold-for`, fitted on dev; empty if the task has no thresholds."""
     if not isinstance(task, MultiLabel):
         return []
     aim, _, floor = (threshold_for or "f1").partition("=")
@@ -977,7 +971,7 @@ def fit_thresholds(task: Task, probabilities: np.ndarray, labels: np.ndarray, th
 
 
 def at_temperature(task: Task, temperature: float) -> Task:
-    """Return the task whose thresholds cut logits that are divided by a temperature where these cut them."""
+    """Return the task with thresholds that give the same labels once logits are divided by the temperature."""
     if temperature == 1 or not isinstance(task, MultiLabel):
         return task
     logits = torch.tensor(task.thresholds, dtype=torch.float64).logit() / temperature
@@ -985,9 +979,9 @@ def at_temperature(task: Task, temperature: float) -> Task:
 
 
 def as_labels(task: Task, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
-    """Return the task whose labels may be a teacher's answers, and the answers, [rows, outputs], as such labels.
+    """Turn a teacher's probabilities, [rows, outputs], into soft labels; returns the task that reads them, and them.
 
-    The logits are divided by a temperature: below 1 the answers become more certain.
+    A temperature below 1 sharpens the probabilities.
     """
     if isinstance(task, Regression):
         return task, probabilities[:, 0]
@@ -997,80 +991,90 @@ def as_labels(task: Task, probabilities: np.ndarray, temperature: float = 1.0) -
 
 
 def main_metric(metrics: Mapping[str, Any]) -> float:
-    """Return the metric of an evaluation by which its task is judged."""
+    """Return the metric that chooses best/ by default."""
     return float(next(metrics[kind.best_metric] for kind in TASKS if kind.best_metric in metrics))
 
 
 def problem_type_of(stated: str | None, outputs: int) -> str:
-    """Return the type of a folder's head: one output is a score, whatever `config.json` says."""
+    """Return the problem type of a stored head: one output means regression, whatever `config.json` says."""
     return Regression.problem_type if outputs == 1 else stated or SingleLabel.problem_type
 
 
 def can_answer(problem_type: str, label_names: Sequence[str]) -> bool:
-    """Whether a head of this type, with these outputs, is one of a task here."""
+    """Whether a task here has heads of this type, with so many outputs."""
     return problem_type in BY_TYPE and (BY_TYPE[problem_type] is Regression) == (len(label_names) == 1)
 
 
 def check_options(task: Task, options: object) -> None:
-    """Raise UserError for an option, of a run or of a program, that does not go with the task."""
+    """Raise UserError for an option, of a run or of a program, that makes no sense for the task."""
     for name, why in task.refused.items():
         default = OPTIONS[name].default if name in OPTIONS else None
         if (value := getattr(options, name, default)) and value != default:
             raise UserError(f"{flag(name)} does not go with this task ({task.problem_type}): {why}")
     if isinstance(options, Config):
-        given, names = options.class_weights, [*task.best_metrics, "mean", *options.eval_splits[1:]]
-        if given not in (None, "balanced") and (weights := str(given).count(",") + 1) != task.outputs:
-            raise UserError(f"--class-weights has {weights} numbers, but there are {task.outputs} classes")
+        weights, names = (
+            _explicit_weights(options.class_weights),
+            [*task.best_metrics, "mean", *options.eval_splits[1:]],
+        )
+        if weights is not None and len(weights) != task.outputs:
+            raise UserError(f"--class-weights has {len(weights)} numbers, but there are {task.outputs} classes")
         if options.best_by not in (None, *names):
             raise UserError(f"--best-by is one of {', '.join(names)}, not {options.best_by}")
 
 
-def _numbers_in(weights: str | None) -> torch.Tensor | None:
-    """Return fp32 numbers of `--class-weights`, if they are given as such."""
-    given = weights not in (None, "balanced")
-    return torch.tensor([float(weight) for weight in str(weights).split(",")]) if given else None
+def _explicit_weights(weights: str | None) -> torch.Tensor | None:
+    """Return the numbers of `--class-weights`, fp32; None if it has none."""
+    if weights is None or weights == "balanced":
+        return None
+    return torch.tensor([float(weight) for weight in weights.split(",")])
 
 
-def _names(values: LabelValues | str) -> Iterable[str | int]:
-    return [values] if isinstance(values, str) else values
+def _find_classes(
+    config: Config, labels: LabelCounts, names_in_files: NamesInFiles, path: object, is_complete: bool
+) -> tuple[list[str], dict[str, int]]:
+    """Return label names and `label_ids`, from --label-names or from the training files' labels.
+
+    `is_complete`: every row lists all labels, so they keep their order. The names that the training file contains hold
+    for the other files, too.
+    """
+    if config.label_names:
+        return resolve_label_names(config.label_names, labels, path)
+    names = list(labels) if is_complete else find_label_names(labels, path)
+    return names, {str(i): names.index(name) for each in names_in_files for i, name in enumerate(each) if name in names}
 
 
 def _split(text: str, delimiter: str | None, known: Iterable[str]) -> LabelValues:
-    values = reading.split_labels(text, delimiter, known)
-    return values if isinstance(values, dict) else {reading.plain(values): 1.0} if values not in MISSING else {}
+    values = split_labels(text, delimiter, known)
+    return values if isinstance(values, dict) else {canonical(values): 1.0} if values not in MISSING else {}
 
 
-def _place(name: str | int, numbers: Mapping[str, int], count: int) -> int | None:
-    """Return the number of one of `count` labels, given by name or by position; None if it is none of them."""
-    place = name if isinstance(name, int) else numbers.get(name)
-    return place if place is not None and place < count else None
+def _id_of(label: str | int, ids: Mapping[str, int], count: int) -> int | None:
+    """Return the id of one of `count` labels, given by name or position; None if it is not one of them."""
+    index = label if isinstance(label, int) else ids.get(label)
+    return index if index is not None and index < count else None
 
 
-def _label_row(values: LabelValues | str, numbers: Mapping[str, int], names: Sequence[str], where: str) -> np.ndarray:
-    """Return fp32 [labels] for what a cell says; UserError, beginning with `where`, if that is none of the labels."""
+def _label_row(values: LabelValues | str, ids: Mapping[str, int], names: Sequence[str], where: str) -> np.ndarray:
+    """Return fp32 [labels] of a cell's `split_labels`; UserError, beginning with `where`, for an unknown label."""
     row = np.zeros(len(names), np.float32)
-    if isinstance(values, dict) and 0 in values.values() and len(values) < len(names):
+    values = {values: 1.0} if isinstance(values, str) else values
+    if 0 in values.values() and len(values) < len(names):
         absent = [name for name in names if name not in values]
         raise UserError(f"{where}: the label has numbers, but none for {listed(absent)}; give one for every label")
-    for name, value in values.items() if isinstance(values, dict) else ((values, 1.0),):
-        if (place := _place(name, numbers, len(names))) is None:
-            raise UserError(f"{where}: {reading.unknown_labels([str(name)], names, numbers)}")
+    for label, value in values.items():
+        if (index := _id_of(label, ids, len(names))) is None:
+            raise UserError(f"{where}: {describe_unknown([str(label)], names, ids)}")
         if not 0 <= value <= 1:
-            raise UserError(f"{where}: label {name!r} has {value:g}, which is neither 0, 1 nor a probability; mend it")
-        row[place] = value
+            raise UserError(f"{where}: label {label!r} has {value:g}, which is neither 0, 1 nor a probability; mend it")
+        row[index] = value
     return row
 
 
 def _score(text: str) -> float | None:
-    """Return a number, which may be written with a decimal comma; None for anything else."""
+    """Return a number, possibly with a decimal comma; None for any other text."""
     text = text.replace(",", ".") if text.count(",") == 1 and "." not in text else text
     return float(text) if is_number(text) else None
 
 
-def _micro_f1(found: np.ndarray, true: np.ndarray) -> float:
-    return float(2 * (found & true).sum() / max(1, found.sum() + true.sum()))
-
-
-def _deviates_little(now: np.ndarray, untrained: np.ndarray) -> bool:
-    """Whether logits, [rows, outputs], differ over the rows much less than those before training."""
-    return float(now.std(0).max()) <= _COLLAPSED_DEVIATION * float(untrained.std(0).max())
+def _micro_f1(predicted: np.ndarray, true: np.ndarray) -> float:
+    return float(2 * (predicted & true).sum() / max(1, predicted.sum() + true.sum()))

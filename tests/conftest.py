@@ -29,7 +29,7 @@ from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
 from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.export.folder import write_folder
-from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder, EncoderShape
+from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderFolder, EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.programs import export
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
@@ -89,7 +89,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2)
     target = folder / "tiny"
-    described = Encoder("", shape, Path(), tokenizer, ["a", "b"], 64)
+    described = EncoderFolder("", shape, Path(), tokenizer, ["a", "b"], 64)
     write_folder(target, dict(classifier.named_parameters()), described)
     return target
 

@@ -22,6 +22,7 @@ from sst2_xlmr.labels import split_labels
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, Task, at_temperature, find_task, fit_thresholds
+from sst2_xlmr.training.guard import collapse_reason
 
 PLAIN = Columns()
 GENERATOR = np.random.RandomState(0)
@@ -94,7 +95,7 @@ def test_a_task_is_found_only_where_it_is_certain(tmp_path: Path, rows: str, kin
 @pytest.mark.parametrize(
     ("content", "options", "says"),
     [
-        ("text,label\nx,1.5\ny,bad\n", {"task": "regression"}, "line 3: label 'bad' is no number"),
+        ("text,label\nx,1.5\ny,bad\n", {"task": "regression"}, "line 3: label 'bad' is not a number"),
         ("text,label\nx,2\ny,2\n", {"task": "regression"}, "all rows have the same score"),
         ('text,label\nx,"a,b"\ny,a\nz,b\n', {"task": "single-label"}, "--task multi-label"),
         ("text,label\nx,1.5\ny,2\n", {"task": "single-label"}, "--task regression"),
@@ -270,13 +271,13 @@ def test_a_collapse_is_seen_in_every_task() -> None:
     random = np.random.RandomState(0)
     before, labels = random.uniform(0.45, 0.55, (300, 5)), TRUE
     task = MultiLabel(NAMES)
-    assert "same prediction" in task.collapse_reason(np.full((300, 5), 0.3), before, labels, False)
-    assert not task.collapse_reason(PROBABILITIES, before, labels, True)
-    assert "had learned" in task.collapse_reason(random.uniform(0.4, 0.6, (300, 5)), before, labels, True)
+    assert "same prediction" in collapse_reason(task, np.full((300, 5), 0.3), before, labels, False)
+    assert not collapse_reason(task, PROBABILITIES, before, labels, True)
+    assert "had learned" in collapse_reason(task, random.uniform(0.4, 0.6, (300, 5)), before, labels, True)
     scores, values = labels[:, 0] * 4, Regression(["score"])
-    assert "same score" in values.collapse_reason(np.full((300, 1), 2.0), before[:, :1], scores, False)
-    assert not values.collapse_reason(scores[:, None] + before[:, :1], before[:, :1], scores, True)
-    assert "had learned" in values.collapse_reason(random.uniform(0, 4, (300, 1)), before[:, :1], scores, True)
+    assert "same prediction" in collapse_reason(values, np.full((300, 1), 2.0), before[:, :1], scores, False)
+    assert not collapse_reason(values, scores[:, None] + before[:, :1], before[:, :1], scores, True)
+    assert "had learned" in collapse_reason(values, random.uniform(0, 4, (300, 1)), before[:, :1], scores, True)
 
 
 def test_cells_and_near_ties() -> None:

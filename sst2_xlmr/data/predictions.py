@@ -17,7 +17,7 @@ from sst2_xlmr.labels import listed
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import atomic_file, new_file, writing
 
-GLUE_NUMBERS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
+GLUE_LABEL_IDS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
 # A row's new cells: its label, the probability of that, perhaps those of all labels.
 Cells = Sequence[Any]
 
@@ -121,9 +121,9 @@ def check_columns(row: Row, columns: list[str], path: Path) -> None:
         raise UserError(f"two columns are named {twice!r}, which JSON cannot express; let {path} end in .csv or .tsv")
 
 
-def glue_numbers(label_names: Sequence[str]) -> dict[str, int]:
+def glue_label_ids(label_names: Sequence[str]) -> dict[str, int]:
     """Return the GLUE server's number for each of SST-2's classes; `UserError` if the classes are others."""
-    numbers = {name: GLUE_NUMBERS[name] for name in label_names if name in GLUE_NUMBERS}
+    numbers = {name: GLUE_LABEL_IDS[name] for name in label_names if name in GLUE_LABEL_IDS}
     if len(label_names) != 2 or set(numbers.values()) != {0, 1}:
         theirs = f"the model's classes are {listed(label_names)}"
         raise UserError(f"--glue-submission: {theirs}, those of SST-2 negative and positive")

@@ -18,7 +18,14 @@ from sst2_xlmr.data.rows import Columns, Inspection, Row, columns_of, read_rows
 from sst2_xlmr.data.splits import cut_off, find_files, share_of
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.labels import MISSING
-from sst2_xlmr.model.encoders import BUNDLE_SHAPES, Encoder, EncoderShape, check_tokenizer, find_encoder, lowest_layers
+from sst2_xlmr.model.encoders import (
+    BUNDLE_SHAPES,
+    EncoderFolder,
+    EncoderShape,
+    check_tokenizer,
+    find_encoder,
+    lowest_layers,
+)
 from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task, find_task, task_kind
@@ -72,7 +79,7 @@ class Prepared:
 
     config: Config
     task: Task
-    encoder: Encoder
+    encoder: EncoderFolder
     splits: dict[str, Split]
     caches: dict[str, TokenCache]
     leaks: dict[str, np.ndarray]

@@ -306,7 +306,7 @@ class Inspection:
         """
         self.check_encoding(path)
         found, problems = self.labels, dict(self.problems)
-        numbers = {each: task.number_of(each) if task else -(each in MISSING and each not in names) for each in found}
+        numbers = {each: task.label_index(each) if task else -(each in MISSING and each not in names) for each in found}
         unknown, missing = ([label for label in found if numbers[label] == number] for number in (-2, -1))
         if unknown and task:
             count, line = sum(found[label][0] for label in unknown), found[unknown[0]][1]

@@ -105,7 +105,7 @@ def _texts(digests: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarr
     return text_of, class_of, random ^ (random >> np.uint64(31))
 
 
-def fold_numbers(digests: np.ndarray, strata: np.ndarray, folds: int, seed: int) -> np.ndarray:
+def assign_folds(digests: np.ndarray, strata: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Return the fold of every row, int64 [rows], from 1: as even as may be in each stratum, equal texts together.
 
     Arguments as of `cut_off`. UserError if there are fewer different texts than folds.

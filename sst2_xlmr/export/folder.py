@@ -14,7 +14,7 @@ import torch
 from sst2_xlmr.data.prepare import Prepared, long_texts_of
 from sst2_xlmr.export.model_card import card_text
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
-from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder
+from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderFolder
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model
 from sst2_xlmr.model.weight_names import to_hugging_face
 from sst2_xlmr.task import Task
@@ -41,7 +41,7 @@ def with_note(card: str, note: str, former: str = "") -> str:
 def write_folder(
     folder: Path,
     weights: Mapping[str, TensorLike],
-    encoder: Encoder,
+    encoder: EncoderFolder,
     card: str = "",
     temperature: float = 1.0,
     offset: float = 0.0,
@@ -76,7 +76,7 @@ def write_folder(
     finish(name_it)
 
 
-def write_all_but_weights(folder: Path, encoder: Encoder, card: str, dtype: str = "float32") -> None:
+def write_all_but_weights(folder: Path, encoder: EncoderFolder, card: str, dtype: str = "float32") -> None:
     """Make a folder with `config.json`, the tokenizer's files and the model card; see `write_folder`."""
     folder.mkdir(parents=True)
     converted = tokenizer_json(encoder.tokenizer_file)
@@ -91,7 +91,7 @@ def write_all_but_weights(folder: Path, encoder: Encoder, card: str, dtype: str 
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 
-def _settings(encoder: Encoder, dtype: str) -> dict[str, Any]:
+def _settings(encoder: EncoderFolder, dtype: str) -> dict[str, Any]:
     """Return the content of `config.json`."""
     shape, names = encoder.shape, encoder.label_names
     assert names is not None

@@ -18,7 +18,7 @@ import torch
 
 from sst2_xlmr.export.folder import read_card, with_note, write_folder
 from sst2_xlmr.model.classifier import load_tensors
-from sst2_xlmr.model.encoders import TOKENIZER_NAME, Encoder
+from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderFolder
 from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.tokenizer_files import SETTINGS_NAME, UNIGRAM, model_class
 from sst2_xlmr.model.vocabulary import EMBEDDING, SPECIAL_IDS
@@ -55,7 +55,7 @@ def trimmed_tokenizer(model: bytes, kept: np.ndarray) -> bytes:
     return bytes(proto.SerializeToString())
 
 
-def write_trimmed(encoder: Encoder, texts: Iterable[str], folder: Path) -> int:
+def write_trimmed(encoder: EncoderFolder, texts: Iterable[str], folder: Path) -> int:
     """Write a trained model's folder without what the texts do not need; returns how many embedding rows are left."""
     tokenizer = Tokenizer(encoder.tokenizer_file, sys.maxsize)
     kept = needed_pieces(tokenizer, texts)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from sst2_xlmr.model.encoders import Encoder, check_tokenizer, find_model
+from sst2_xlmr.model.encoders import EncoderFolder, check_tokenizer, find_model
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
 from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
-from sst2_xlmr.model.weight_files import Weights, reading_weights
+from sst2_xlmr.model.weight_files import WeightReader, reading_weights
 from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, Tensors, from_hugging_face, layer_of
 from sst2_xlmr.task import Task, stored_task
 from sst2_xlmr.util.errors import UserError
@@ -33,18 +33,18 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Seq
     return model, tokenizer, task
 
 
-def task_of(encoder: Encoder) -> Task:
+def task_of(encoder: EncoderFolder) -> Task:
     """Return the task, with its thresholds, of what `find_model` has found."""
     return stored_task(encoder.problem_type, encoder.label_names or [], encoder.dropouts.get("thresholds", ()))
 
 
-def stored_long_texts(encoder: Encoder) -> LongTexts:
+def stored_long_texts(encoder: EncoderFolder) -> LongTexts:
     """Return what becomes of long texts, as it is stored with a model."""
     return LongTexts(encoder.dropouts.get("long_texts", "cut"), encoder.dropouts.get("stride", 0))
 
 
 def build_classifier(
-    encoder: Encoder,
+    encoder: EncoderFolder,
     task: Task,
     dropout: float = 0.0,
     head_dropout: float = 0.0,
@@ -82,29 +82,29 @@ def build_classifier(
     return model, head_is_new
 
 
-def load_tensors(encoder: Encoder, ids: torch.Tensor | None = None) -> Tensors:
+def load_tensors(encoder: EncoderFolder, ids: torch.Tensor | None = None) -> Tensors:
     """Read an encoder's weights; returns fp32 tensors under our names, with `head.*` where it has a head.
 
     `ids`, int64 [rows], are the rows of the embedding table to read; None for all. UserError if the file cannot be
     read, or its table does not have the configured number of rows.
     """
     with reading_weights(encoder.weights_file):
-        weights = Weights(encoder.weights_file)
+        weights = WeightReader(encoder.weights_file)
         if ids is not None:
             _find_table(encoder, weights)
         names = [name for name in weights.raw if layer_of(name) < encoder.shape.layers]
         return from_hugging_face(names, lambda name: weights.tensor(name, ids), encoder.is_bert)
 
 
-def pretrained_table(encoder: Encoder) -> LazyTensor:
+def pretrained_table(encoder: EncoderFolder) -> LazyTensor:
     """Return the encoder's embedding table, fp32 [vocab_size, hidden], read a few rows at a time; errors as above."""
-    weights = Weights(encoder.weights_file)
+    weights = WeightReader(encoder.weights_file)
     name = _find_table(encoder, weights)
     shape = weights.raw[name].shape
     return LazyTensor(shape, torch.float32, lambda start, stop: weights.read(name, slice(start, stop)))
 
 
-def _find_table(encoder: Encoder, weights: Weights) -> str:
+def _find_table(encoder: EncoderFolder, weights: WeightReader) -> str:
     """Return the embedding table's name in the file, and check its shape."""
     name = next((name for name in EMBEDDING_SOURCES if name in weights.raw), "")
     expected = torch.Size((encoder.shape.vocab_size, encoder.shape.hidden))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, check_settings
-from sst2_xlmr.model.weight_files import Weights, parts_of
+from sst2_xlmr.model.weight_files import WeightReader, parts_of
 from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, head_outputs
 from sst2_xlmr.task import SingleLabel, can_answer, problem_type_of
 from sst2_xlmr.util import downloads
@@ -50,7 +50,7 @@ BUNDLE_SHAPES = {"xlmr.base": EncoderShape(), "xlmr.large": EncoderShape(hidden=
 
 
 @dataclass(frozen=True)
-class Encoder:
+class EncoderFolder:
     """A pretrained encoder on disk."""
 
     name: str  # as the user gave it
@@ -70,7 +70,7 @@ class Encoder:
         return parts_of(self.weights_file)
 
 
-def lowest_layers(encoder: Encoder, layers: int) -> Encoder:
+def lowest_layers(encoder: EncoderFolder, layers: int) -> EncoderFolder:
     """Return the encoder with only its lowest layers, and without its head, which is made for the last one."""
     if layers == encoder.shape.layers:
         return encoder
@@ -78,13 +78,13 @@ def lowest_layers(encoder: Encoder, layers: int) -> Encoder:
     return replace(encoder, shape=shape, label_names=None, cut_from=encoder.shape.layers)
 
 
-def find_encoder(name: str, quiet: bool = False) -> Encoder:
+def find_encoder(name: str, quiet: bool = False) -> EncoderFolder:
     """Find an encoder: torchtext's bundle, a model of the Hub (downloaded once), or a folder, which wins over the Hub.
 
     UserError if it is none of these, incomplete, or not an XLM-R model.
     """
     if name in BUNDLE_SHAPES:
-        return Encoder(name, BUNDLE_SHAPES[name], *downloads.fetch_bundle(name, quiet=quiet))
+        return EncoderFolder(name, BUNDLE_SHAPES[name], *downloads.fetch_bundle(name, quiet=quiet))
     folder = Path(name)
     if is_on_hub := not folder.is_dir():
         if not is_hub_id(name):
@@ -122,7 +122,7 @@ def find_encoder(name: str, quiet: bool = False) -> Encoder:
     labels = _label_names(settings, outputs, file) if outputs else None
     problem_type = problem_type_of(settings.get("problem_type"), outputs)
     dropouts = {key: settings[key] for key in DROPOUT_KEYS if key in settings}
-    return Encoder(name, shape, weights_file, tokenizer_file, labels, longest, dropouts, 0, is_bert, problem_type)
+    return EncoderFolder(name, shape, weights_file, tokenizer_file, labels, longest, dropouts, 0, is_bert, problem_type)
 
 
 def _settings_file(folder: Path) -> Path:
@@ -142,7 +142,7 @@ def _settings_file(folder: Path) -> Path:
 
 def _outputs(weights_file: Path, is_bert: bool) -> int:
     """Return how many outputs the head in the weights has, 0 without a head; UserError if they are a wrapper's."""
-    shapes = {name: tensor.shape for name, tensor in Weights(weights_file).raw.items()}
+    shapes = {name: tensor.shape for name, tensor in WeightReader(weights_file).raw.items()}
     for name in shapes:
         prefix, table, _ = name.partition("embeddings.word_embeddings.weight")
         if table and name not in EMBEDDING_SOURCES:
@@ -170,7 +170,7 @@ def _label_names(settings: dict[str, Any], outputs: int, file: Path) -> list[str
     return [str(names[str(number)]) for number in range(outputs)]
 
 
-def find_model(folder: Path) -> Encoder:
+def find_model(folder: Path) -> EncoderFolder:
     """Find a trained model's folder, for whose head there are answers; UserError without such a head."""
     encoder = None if str(folder) in BUNDLE_SHAPES else find_encoder(str(folder))
     if encoder is None or encoder.label_names is None:
@@ -181,7 +181,7 @@ def find_model(folder: Path) -> Encoder:
     return encoder
 
 
-def check_tokenizer(encoder: Encoder, vocab_size: int) -> None:
+def check_tokenizer(encoder: EncoderFolder, vocab_size: int) -> None:
     """Check that the encoder has an embedding for every id below `vocab_size`, its tokenizer's."""
     if vocab_size > encoder.shape.vocab_size:
         has = f"{encoder.name} has {encoder.shape.vocab_size} embedding rows; they do not belong to the same model"

@@ -50,7 +50,7 @@ def parts_of(file: Path) -> list[Path]:
         return [file.with_name(Path(name).name) for name in sorted(set(names))]
 
 
-class Weights:
+class WeightReader:
     """The floating-point tensors of a file, or of an index of shards; each is read, as fp32, when asked for.
 
     A file is mapped into memory. Pages that have been read count as the process's memory until the mapping is closed,

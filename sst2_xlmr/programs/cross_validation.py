@@ -13,7 +13,7 @@ from sst2_xlmr.data.duplicates import text_digests
 from sst2_xlmr.data.predictions import extended_rows, new_output
 from sst2_xlmr.data.prepare import inspect_splits
 from sst2_xlmr.data.rows import texts_of
-from sst2_xlmr.data.splits import find_files, fold_numbers
+from sst2_xlmr.data.splits import assign_folds, find_files
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs.row_files import with_values, words_for, write_rows
 from sst2_xlmr.report.comparison import Figures
@@ -40,7 +40,7 @@ class Folds:
         texts, pairs, labels, *_ = zip(*(row for _, row in self.rows))
         self.labels: np.ndarray = np.asarray(labels, self.task.label_dtype)
         digests, strata = text_digests(texts, pairs), self.task.strata(self.labels)
-        self.numbers = fold_numbers(digests, strata, folds, config.seed)
+        self.numbers = assign_folds(digests, strata, folds, config.seed)
 
     def train_fold(self, fold: int) -> tuple[bool, Figures]:
         """Train on all other folds, evaluated on this one."""

@@ -33,7 +33,7 @@ from sst2_xlmr.evaluation.compare import check_comparison
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.export.folder import CARD_NAME, read_card, with_note, write_folder
-from sst2_xlmr.labels import listed, numbers_for
+from sst2_xlmr.labels import listed, resolve_label_names
 from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder, model_folder
 from sst2_xlmr.predictor import Classifier
@@ -41,7 +41,7 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.report.table import comparison_table, evaluation_table, lines_of
 from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, make_event_folder, open_events
-from sst2_xlmr.task import Task, at_temperature, check_options, with_numbers
+from sst2_xlmr.task import Task, at_temperature, check_options, with_label_ids
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
@@ -136,15 +136,15 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
     return f"{output}: {found}\n"
 
 
-def with_numbers_of(task: Task, arguments: argparse.Namespace, found: dict[str, Inspection]) -> Task:
+def with_given_label_ids(task: Task, arguments: argparse.Namespace, found: dict[str, Inspection]) -> Task:
     """Return the task with the numbers that stand for its classes in the files: none without --label-names."""
     if not (given := getattr(arguments, "label_names", None)):
-        return with_numbers(task, {})
+        return with_label_ids(task, {})
     labels = [label for each in found.values() for label in each.labels]
-    names, numbers = numbers_for(given, labels, next(iter(found)))
+    names, numbers = resolve_label_names(given, labels, next(iter(found)))
     if set(names) != set(task.label_names):
         raise UserError(f"--label-names {','.join(names)}: the model's classes are {listed(task.label_names)}")
-    return with_numbers(task, {key: task.label_names.index(names[i]) for key, i in numbers.items()})
+    return with_label_ids(task, {key: task.label_names.index(names[i]) for key, i in numbers.items()})
 
 
 def read_files(
@@ -153,7 +153,7 @@ def read_files(
     """Check and tokenize all files before the first evaluation; returns also the task that reads their labels."""
     cache_dir, tokenizer = downloads.cache_dir() / "tokens", classifier.tokenizer
     found = {name: inspected(file, columns[name], cache_dir) for name, file in files.items()}
-    task, caches = with_numbers_of(classifier.task, arguments, found), {}
+    task, caches = with_given_label_ids(classifier.task, arguments, found), {}
     for name, file in files.items():
         left_out = found[name].check(file, task, columns[name].drop_unusable)
         said = description(file, found[name].layout, columns[name], found[name].rows), left_out_of(left_out)

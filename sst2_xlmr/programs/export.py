@@ -34,7 +34,7 @@ from sst2_xlmr.export.check_rows import is_rows_file, read_checks, read_texts
 from sst2_xlmr.export.folder import read_card, write_all_but_weights, write_folder
 from sst2_xlmr.export.trimmed import write_trimmed
 from sst2_xlmr.model.classifier import load_classifier, load_tensors, stored_long_texts, task_of
-from sst2_xlmr.model.encoders import Encoder, find_encoder, find_model
+from sst2_xlmr.model.encoders import EncoderFolder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
@@ -95,7 +95,7 @@ def classify_with_folder(folder: Path) -> Classify:
     return lambda texts, pairs: predict(model, task, *tokenizer.flat_ids(texts, pairs), EVAL_BATCH_TOKENS, CPU)
 
 
-def write_torchscript(encoder: Encoder, file: Path) -> Classify:
+def write_torchscript(encoder: EncoderFolder, file: Path) -> Classify:
     from sst2_xlmr.export.torchscript import save_torchscript  # only here: it needs torchtext
 
     model, tokenizer, task = load_classifier(Path(encoder.name), CPU, bf16=False)
@@ -110,7 +110,7 @@ def write_torchscript(encoder: Encoder, file: Path) -> Classify:
 
 
 def write_onnx_file(
-    encoder: Encoder, task: Task, file: Path, int8: bool, takes_texts: bool, logits_only: bool
+    encoder: EncoderFolder, task: Task, file: Path, int8: bool, takes_texts: bool, logits_only: bool
 ) -> Classify:
     import onnxruntime
 
@@ -155,14 +155,14 @@ def checked(task: Task, outputs: Sequence[Any]) -> np.ndarray:
     return probabilities
 
 
-def write_hugging_face(encoder: Encoder, folder: Path, dtype: str) -> Classify:
+def write_hugging_face(encoder: EncoderFolder, folder: Path, dtype: str) -> Classify:
     """Write the folder, with the source's model card if it has one."""
     weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
     write_folder(folder, weights, encoder, read_card(encoder.weights_file.parent))
     return classify_with_folder(folder)
 
 
-def trim(encoder: Encoder, files: list[str], columns: Columns, folder: Path) -> Encoder:
+def trim(encoder: EncoderFolder, files: list[str], columns: Columns, folder: Path) -> EncoderFolder:
     """Write a model's folder with the vocabulary of some files; checked to give these the same answers, bit for bit."""
     rows = [row for file in files for row in read_texts(Path(file), columns)]
     texts = [text for row in rows for text in (row.text, row.pair) if text is not None]
@@ -183,7 +183,7 @@ def trim(encoder: Encoder, files: list[str], columns: Columns, folder: Path) -> 
     return trimmed
 
 
-def write(arguments: argparse.Namespace, encoder: Encoder, task: Task, written: Path) -> str:
+def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, written: Path) -> str:
     """Write the model's new form, and check that its answers are near enough to the model's; returns what to say."""
     int8, kind = arguments.format.endswith("int8"), arguments.format.removesuffix("-int8")
     takes_texts = kind == "torchscript" or (kind == "onnx" and not arguments.from_ids)

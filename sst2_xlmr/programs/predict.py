@@ -34,7 +34,7 @@ from sst2_xlmr.data.predictions import (
     check_columns,
     console_lines,
     extended_rows,
-    glue_numbers,
+    glue_label_ids,
     new_output,
     submission_lines,
 )
@@ -210,7 +210,7 @@ def predict_stream(arguments: argparse.Namespace) -> None:
 def write_predictions(arguments: argparse.Namespace, task: Task, answers: Iterable[Answers]) -> None:
     """Write the output files, which get their names once they are complete."""
     new_columns = task.columns(arguments.all_probabilities)
-    numbers = glue_numbers(task.label_names) if arguments.glue_submission else {}
+    numbers = glue_label_ids(task.label_names) if arguments.glue_submission else {}
     layout = find_layout(arguments.input, columns_given(arguments)) if arguments.input else None
     has_names = not layout or layout.header or not layout.delimiter  # if the input has no header, nor has the output
     columns, row = None, 0
@@ -248,7 +248,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
         def begin() -> Path:
             check_options(classifier.task, arguments)
             if arguments.glue_submission:
-                glue_numbers(classifier.label_names)
+                glue_label_ids(classifier.label_names)
             fingerprint = fingerprint_of(arguments, digest, classifier)
             return stack.enter_context(open_shards(arguments.paths[0], fingerprint, arguments.resume))
 

@@ -13,7 +13,7 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.data.report import lines_of
 from sst2_xlmr.labels import listed
-from sst2_xlmr.model.encoders import Encoder
+from sst2_xlmr.model.encoders import EncoderFolder
 from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.training.state import TrainState
@@ -90,7 +90,7 @@ def _example(inputs: Prepared, *rows: tuple[str, int]) -> str:
     return f", e.g. {' and '.join(places)}"
 
 
-def _describe_model(encoder: Encoder, optimizer: AdamW) -> str:
+def _describe_model(encoder: EncoderFolder, optimizer: AdamW) -> str:
     """Return the model's size with its whole vocabulary, and how much of it is trained."""
     shape, sizes = encoder.shape, {name: weight.shape for name, weight in optimizer.weights().items()}
     rows = sizes[EMBEDDING][0]

@@ -13,7 +13,7 @@ from sst2_xlmr.data import rows as data
 from sst2_xlmr.data.formats import Fields
 from sst2_xlmr.data.rows import Row, has_labels, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
-from sst2_xlmr.labels import alike, numbers_for
+from sst2_xlmr.labels import alike, resolve_label_names
 from sst2_xlmr.labels import find_label_names as names_of
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
 
@@ -129,7 +129,7 @@ def test_what_stands_for_no_label_is_never_a_class(tmp_path: Path, missing: str)
 
 def test_numbers_stand_for_names_in_their_order() -> None:
     def numbers(names: str, *labels: str) -> dict[str, int]:
-        return numbers_for(names.split(","), labels, "a.csv")[1]
+        return resolve_label_names(names.split(","), labels, "a.csv")[1]
 
     assert numbers("a,b,c", "2", "0") == {"0": 0, "1": 1, "2": 2}
     assert numbers("a,b,c", "1", "2", "3") == numbers("a,b,c", "1.0", "3") == {"1": 0, "2": 1, "3": 2}
@@ -138,7 +138,7 @@ def test_numbers_stand_for_names_in_their_order() -> None:
     assert numbers("4=a,7=b", "4") == {"4": 0, "7": 1}
     assert numbers("a,b", "x", "y") == {"0": 0, "1": 1}
     assert numbers("2,1", "1", "2") == {}, "names"
-    assert "which number has which" in refusal(numbers, "a,b,c", "1", "2")
+    assert "give each name its number" in refusal(numbers, "a,b,c", "1", "2")
 
 
 def test_labels_that_mean_the_same_are_named() -> None:
@@ -182,7 +182,7 @@ def test_names_of_the_classes_from_the_training_file(tmp_path: Path, labels: lis
 
 def test_numbers_that_were_named_win_over_those_in_the_names(tmp_path: Path) -> None:
     file, names = labels_file(tmp_path, [2, 1]), ["LABEL_0", "LABEL_1"]
-    assert [row.label for row in read_rows(file, Columns(), SingleLabel(names, label_numbers={"1": 0, "2": 1}))] == [
+    assert [row.label for row in read_rows(file, Columns(), SingleLabel(names, label_ids={"1": 0, "2": 1}))] == [
         1,
         0,
     ]
@@ -200,8 +200,8 @@ def test_a_thousand_classes_and_not_one_more_of_which_only_some_are_listed(tmp_p
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        (["1", "1"], "all rows have the label '1'; name the column with the classes with --label-column"),
-        (["?", "NULL"], "no row has a label; name the column with the classes with --label-column"),
+        (["1", "1"], "all rows have the label '1'; name the label column with --label-column"),
+        (["?", "NULL"], "no row has a label; name the label column with --label-column"),
         (["0.5", "0.7"], "line 2: label '0.5' is a fraction, but a class is an integer or a word; use --task"),
         (["27", "4,27"], "line 3: label '4,27' is several labels, but a row has one label in this task; use"),
         ([["a"], ["a", "b"]], 'line 2: label \'["a", "b"]\' is several labels'),

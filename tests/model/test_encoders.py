@@ -42,14 +42,14 @@ def test_only_the_wanted_rows_of_the_table_are_read(folder: Path, kind: str, mon
     encoder = find_encoder(str(folder))
     whole = load_tensors(encoder)
     read_rows: list[int] = []
-    read = weight_files.Weights.read
+    read = weight_files.WeightReader.read
 
-    def noted(self: weight_files.Weights, name: str, rows: Any) -> torch.Tensor:
+    def noted(self: weight_files.WeightReader, name: str, rows: Any) -> torch.Tensor:
         tensor = read(self, name, rows)
         read_rows.extend([len(tensor)] if "word_embeddings" in name else [])
         return tensor
 
-    monkeypatch.setattr(weight_files.Weights, "read", noted)
+    monkeypatch.setattr(weight_files.WeightReader, "read", noted)
     ids = torch.tensor([0, 1, 2, 3, 9, 40, encoder.shape.vocab_size - 1])
     assert_equal(load_tensors(encoder, ids), {**whole, EMBEDDING: whole[EMBEDDING][ids]})
     table = pretrained_table(encoder)

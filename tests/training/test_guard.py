@@ -11,12 +11,12 @@ import pytest
 from conftest import Capture, Patch, RunTrain, losses, metrics
 from running import digests, logged, resume, state_of, stop_by_signal
 
+from sst2_xlmr import run as run_module
 from sst2_xlmr import train
-from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.training.guard import check_progress
 from sst2_xlmr.training.state import TrainState
 
-REASON = "same prediction for every text of dev, 'x' with the same probability"
+REASON = "same prediction for every text of dev: 'x'"
 # So slow that the loss stays where it is; 9 steps of warm-up among 140.
 STUCK = ["--max-steps", 140, "--batch-size", 2, "--lr", 1e-9, "--log-every", 10, "--eval-every", 0, "--save-every", 100]
 
@@ -44,7 +44,7 @@ def test_a_run_has_learned_once_its_loss_is_clearly_lower_and_that_is_kept() -> 
 def test_a_collapsed_run_ends_saved_and_goes_on_when_resumed(
     run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: REASON)
+    monkeypatch.setattr(run_module, "collapse_reason", lambda *_: REASON)
     run = tmp_path / "run"
     with pytest.raises(SystemExit, match="^1$"):
         run_train(run, *STUCK)
@@ -58,7 +58,7 @@ def test_a_collapsed_run_ends_saved_and_goes_on_when_resumed(
     assert (state.step, state.checked_step, state.collapse_check_due) == (110, 110, False)
     assert not (run / "model").exists()
 
-    monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: "")
+    monkeypatch.setattr(run_module, "collapse_reason", lambda *_: "")
     resume(run)
     assert metrics(run)[-1]["step"] == 140
     assert digests(run) == digests(run_train(tmp_path / "whole", *STUCK)), "as if it had not ended"
@@ -68,7 +68,7 @@ def test_a_collapsed_run_ends_saved_and_goes_on_when_resumed(
 
 def test_early_stopping_looks_first(run_train: RunTrain, tmp_path: Path, monkeypatch: Patch) -> None:
     """Its patience may be over before a collapse shows in the lines of metrics."""
-    monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_: REASON)
+    monkeypatch.setattr(run_module, "collapse_reason", lambda *_: REASON)
     stops = ["--eval-every", 1, "--early-stopping-patience", 3]
     with pytest.raises(SystemExit, match="^1$"):
         run_train(tmp_path / "run", *STUCK, *stops)
@@ -84,7 +84,7 @@ def test_a_run_stopped_before_a_look_resumes_with_it_and_then_goes_on(
     stop_by_signal(110, "evaluate_split", lambda: run_train(run, *STUCK))
     assert (state_of(run).step, state_of(run).collapse_check_due) == (110, True)
     for reason, step in ((REASON, 110), ("", 140)):
-        monkeypatch.setattr(SingleLabel, "collapse_reason", lambda *_, reason=reason: reason)
+        monkeypatch.setattr(run_module, "collapse_reason", lambda *_, reason=reason: reason)
         with contextlib.suppress(SystemExit):
             resume(run)
         assert logged(run)[-1]["step"] == step
