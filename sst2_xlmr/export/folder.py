@@ -108,7 +108,7 @@ def _settings(encoder: EncoderFolder, dtype: str) -> dict[str, Any]:
         "type_vocab_size": 1,
         "hidden_act": "gelu",
         "position_embedding_type": "absolute",
-        **encoder.dropouts,
+        **encoder.settings,
         "bos_token_id": 0,
         "pad_token_id": 1,
         "eos_token_id": 2,
@@ -158,7 +158,7 @@ def export_run(
         calibration: temperature, calibration error before and after (see `calibrate`); None if it was not asked for.
     """
     finisher.wait()  # a slow disk gets no second model to write meanwhile
-    config, long_texts = inputs.config, long_texts_of(inputs.config)
+    config = inputs.config
     described = replace(
         inputs.encoder,
         label_names=task.label_names,
@@ -168,10 +168,10 @@ def export_run(
             "hidden_dropout_prob": config.dropout,
             "attention_probs_dropout_prob": config.dropout,
             "classifier_dropout": config.head_dropout,
-            "text_pairs": config.text_pair_column is not None,
-            **({"thresholds": list(task.thresholds)} if task.thresholds else {}),
-            **({"long_texts": long_texts.kind, "stride": long_texts.stride} if config.long_texts != "cut" else {}),
         },
+        text_pairs=config.text_pair_column is not None,
+        long_texts=long_texts_of(config),
+        thresholds=task.thresholds,
     )
     rows = {**{split: len(cache) for split, cache in inputs.caches.items()}, "train": len(inputs.train_labels)}
     for split, each in inputs.splits.items():

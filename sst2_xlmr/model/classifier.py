@@ -1,4 +1,4 @@
-"""Build the classifier from a pretrained encoder's or a trained model's folder, and read its weights."""
+"""Build the classifier from a pretrained encoder or a trained model, and read its weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from sst2_xlmr.model.encoders import EncoderFolder, check_tokenizer, find_model
 from sst2_xlmr.model.roberta import SequenceClassifier
-from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
+from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
 from sst2_xlmr.model.weight_files import WeightReader, reading_weights
 from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, Tensors, from_hugging_face, layer_of
@@ -18,9 +18,9 @@ from sst2_xlmr.util.tensors import LazyTensor
 
 
 def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[SequenceClassifier, Tokenizer, Task]:
-    """Load a trained model's folder, in evaluation mode.
+    """Load a trained model in evaluation mode.
 
-    UserError if it is incomplete, has no head, weights that are not finite, or another model's tokenizer.
+    UserError if it is incomplete, has no head, has non-finite weights, or the tokenizer of another model.
     """
     encoder = find_model(folder)
     task = task_of(encoder)
@@ -28,19 +28,14 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Seq
     if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
         raise UserError(f"{folder} has weights that are not finite (NaN or infinite); train it again, or use another")
     model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
-    tokenizer = Tokenizer(encoder.tokenizer_file, encoder.max_length, stored_long_texts(encoder))
+    tokenizer = Tokenizer(encoder.tokenizer_file, encoder.max_length, encoder.long_texts)
     check_tokenizer(encoder, tokenizer.vocab_size)
     return model, tokenizer, task
 
 
 def task_of(encoder: EncoderFolder) -> Task:
-    """Return the task, with its thresholds, of what `find_model` has found."""
-    return stored_task(encoder.problem_type, encoder.label_names or [], encoder.dropouts.get("thresholds", ()))
-
-
-def stored_long_texts(encoder: EncoderFolder) -> LongTexts:
-    """Return what becomes of long texts, as it is stored with a model."""
-    return LongTexts(encoder.dropouts.get("long_texts", "cut"), encoder.dropouts.get("stride", 0))
+    """Return the task of a model from `find_model`, with its thresholds."""
+    return stored_task(encoder.problem_type, encoder.label_names or [], encoder.thresholds)
 
 
 def build_classifier(
@@ -53,8 +48,8 @@ def build_classifier(
 ) -> tuple[SequenceClassifier, bool]:
     """Return the classifier with the encoder's weights, in fp32 on the CPU, and whether its head is new.
 
-    The folder's own head is kept if it has the same label names; a new one depends on `seed`. Of the embedding table,
-    only the rows of `vocabulary` are read. UserError if the weights do not fit the encoder's configuration.
+    The encoder's own head is kept if its task and label names are the same; a new one is initialized from `seed`. Only
+    the embedding rows of `vocabulary` are read. UserError if the weights do not fit the encoder's configuration.
     """
     ids = None if vocabulary is None or vocabulary.is_whole else vocabulary.ids
     rows = None if ids is None else len(ids)
@@ -63,7 +58,7 @@ def build_classifier(
     tensors = load_tensors(encoder, ids)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     head_is_new = (encoder.label_names, encoder.problem_type) != (task.label_names, task.problem_type)
-    if head_is_new:  # normal weights of deviation 0.02, as in BERT and RoBERTa, and zero biases but for the task's
+    if head_is_new:  # normal weights with std 0.02, as in BERT and RoBERTa; zero biases, except for the task's
         generator = torch.Generator().manual_seed(seed)
         for name in filter(lambda name: name.startswith("head."), shapes):
             tensors[name] = torch.zeros(shapes[name])
@@ -71,7 +66,7 @@ def build_classifier(
                 tensors[name].normal_(0, 0.02, generator=generator)
         if task.initial_bias:
             tensors["head.out.bias"] = torch.tensor(task.initial_bias)
-    elif task.folding != (1.0, 0.0):  # it was exported with them
+    elif task.folding != (1.0, 0.0):  # the export folded them into the head
         factor, offset = task.folding
         tensors["head.out.weight"] = tensors["head.out.weight"] / factor
         tensors["head.out.bias"] = (tensors["head.out.bias"] - offset) / factor
@@ -83,10 +78,10 @@ def build_classifier(
 
 
 def load_tensors(encoder: EncoderFolder, ids: torch.Tensor | None = None) -> Tensors:
-    """Read an encoder's weights; returns fp32 tensors under our names, with `head.*` where it has a head.
+    """Read an encoder's weights; returns fp32 tensors under our names, with `head.*` if it has a head.
 
-    `ids`, int64 [rows], are the rows of the embedding table to read; None for all. UserError if the file cannot be
-    read, or its table does not have the configured number of rows.
+    `ids`, int64 [rows], are the embedding rows to read; None for all. UserError if the file cannot be read, or if its
+    embedding table does not have the configured shape.
     """
     with reading_weights(encoder.weights_file):
         weights = WeightReader(encoder.weights_file)
@@ -97,7 +92,10 @@ def load_tensors(encoder: EncoderFolder, ids: torch.Tensor | None = None) -> Ten
 
 
 def pretrained_table(encoder: EncoderFolder) -> LazyTensor:
-    """Return the encoder's embedding table, fp32 [vocab_size, hidden], read a few rows at a time; errors as above."""
+    """Return the encoder's embedding table, fp32 [vocab_size, hidden], which is read a few rows at a time.
+
+    UserError as in `load_tensors`.
+    """
     weights = WeightReader(encoder.weights_file)
     name = _find_table(encoder, weights)
     shape = weights.raw[name].shape
@@ -105,7 +103,7 @@ def pretrained_table(encoder: EncoderFolder) -> LazyTensor:
 
 
 def _find_table(encoder: EncoderFolder, weights: WeightReader) -> str:
-    """Return the embedding table's name in the file, and check its shape."""
+    """Return the name of the embedding table in the file; UserError if it is missing or has another shape."""
     name = next((name for name in EMBEDDING_SOURCES if name in weights.raw), "")
     expected = torch.Size((encoder.shape.vocab_size, encoder.shape.hidden))
     _check_fit({EMBEDDING: weights.raw[name]} if name else {}, {EMBEDDING: expected}, encoder.weights_file)
@@ -113,7 +111,7 @@ def _find_table(encoder: EncoderFolder, weights: WeightReader) -> str:
 
 
 def _check_fit(tensors: Tensors, expected: dict[str, torch.Size], file: Path) -> None:
-    """Raise UserError if a tensor is missing, superfluous or of another shape than configured."""
+    """Raise UserError if a tensor is missing, unexpected or has another shape than configured."""
     for name in [*expected, *(name for name in tensors if name.startswith("encoder."))]:
         if name not in tensors:
             problem = f"{name} {list(expected[name])} is missing"

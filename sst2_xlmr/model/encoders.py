@@ -1,4 +1,4 @@
-"""Pretrained encoders: torchtext's XLM-R bundles, and models in Hugging Face layout, in a folder or on the Hub."""
+"""Pretrained encoders: torchtext's XLM-R bundles, and models in Hugging Face layout, local or on the Hub."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sst2_xlmr.model.tokenizer import CUT, LongTexts
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, check_settings
-from sst2_xlmr.model.weight_files import WeightReader, parts_of
+from sst2_xlmr.model.weight_files import WeightReader, shards_of
 from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, head_outputs
 from sst2_xlmr.task import SingleLabel, can_answer, problem_type_of
 from sst2_xlmr.util import downloads
@@ -24,12 +25,11 @@ _SETTINGS_NAMES = ["config.json", SETTINGS_NAME, "added_tokens.json", "adapter_c
 # Keys of config.json, in the order of EncoderShape's fields.
 _SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
 _SIZES += ["max_position_embeddings"]
-_ONLY = {"hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",), "pad_token_id": (1,)}
-_ONLY |= {"is_decoder": (False,)}  # of config.json, the default first
-_LAYOUT = "a model's folder in Hugging Face layout is needed"
-# Of config.json, kept as they are: dropout, and what training did to its input and does with its answers.
-DROPOUT_KEYS = ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"]
-DROPOUT_KEYS += ["text_pairs", "long_texts", "stride", "thresholds"]
+# The supported values of other keys, the default first.
+_SUPPORTED = {"hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",), "pad_token_id": (1,)}
+_SUPPORTED |= {"is_decoder": (False,)}
+_DROPOUT_KEYS = ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"]
+_LAYOUT = "a model folder in Hugging Face layout is needed"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class EncoderShape:
     layers: int = 12
     heads: int = 12
     ffn: int = 3072
-    positions: int = 514  # with the two unused rows, 0 and padding
+    positions: int = 514  # rows of the position table, including the unused rows 0 and 1
     layer_norm_eps: float = 1e-5
 
 
@@ -51,27 +51,42 @@ BUNDLE_SHAPES = {"xlmr.base": EncoderShape(), "xlmr.large": EncoderShape(hidden=
 
 @dataclass(frozen=True)
 class EncoderFolder:
-    """A pretrained encoder on disk."""
+    """A pretrained encoder's, or a trained model's, files and the settings in its config.json."""
 
-    name: str  # as the user gave it
+    name: str  # as given by the user
     shape: EncoderShape  # stored layers above shape.layers are not read
     weights_file: Path
     tokenizer_file: Path
     label_names: list[str] | None = None  # of the head's outputs; None without a head
-    max_length: int = 512  # longest input in tokens that it was made for, at most shape.positions - 2
-    dropouts: dict[str, Any] = field(default_factory=dict)  # `DROPOUT_KEYS` of the folder's config.json
-    cut_from: int = 0  # how many layers it had before `lowest_layers`; 0 if it is whole
-    is_bert: bool = False  # names are BERT's, whose positions begin at 0 and whose head is its pooler's
-    problem_type: str = SingleLabel.problem_type  # of the head, in transformers' words
+    max_length: int = 512  # longest input in tokens, at most shape.positions - 2
+    dropouts: dict[str, float] = field(default_factory=dict)  # by their keys in config.json
+    cut_from: int = 0  # number of layers before `lowest_layers`; 0 if it has all of them
+    is_bert: bool = False  # BERT's names for weights; positions begin at 0, and the head starts with the pooler
+    problem_type: str = SingleLabel.problem_type  # of the head, as in transformers
+    text_pairs: bool | None = None  # whether it was trained on pairs of texts; None if unknown
+    long_texts: LongTexts = CUT
+    thresholds: tuple[float, ...] = ()  # see `MultiLabel`
 
     @property
     def weights_files(self) -> list[Path]:
-        """The files of the weights; several if they are in shards."""
-        return parts_of(self.weights_file)
+        """The weights' file, or its shards."""
+        return shards_of(self.weights_file)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The entries of config.json for dropout, the form of the input, and thresholds."""
+        return {
+            **self.dropouts,
+            **({} if self.text_pairs is None else {"text_pairs": self.text_pairs}),
+            **({"thresholds": list(self.thresholds)} if self.thresholds else {}),
+            **(
+                {} if self.long_texts == CUT else {"long_texts": self.long_texts.kind, "stride": self.long_texts.stride}
+            ),
+        }
 
 
 def lowest_layers(encoder: EncoderFolder, layers: int) -> EncoderFolder:
-    """Return the encoder with only its lowest layers, and without its head, which is made for the last one."""
+    """Return the encoder with only its lowest layers, and without its head, which needs the last layer."""
     if layers == encoder.shape.layers:
         return encoder
     shape = replace(encoder.shape, layers=layers)
@@ -79,9 +94,9 @@ def lowest_layers(encoder: EncoderFolder, layers: int) -> EncoderFolder:
 
 
 def find_encoder(name: str, quiet: bool = False) -> EncoderFolder:
-    """Find an encoder: torchtext's bundle, a model of the Hub (downloaded once), or a folder, which wins over the Hub.
+    """Find an encoder by name: a bundle of torchtext, a folder, or else a model on the Hub, which is downloaded once.
 
-    UserError if it is none of these, incomplete, or not an XLM-R model.
+    UserError if there is none, or if it is incomplete or not an XLM-R model.
     """
     if name in BUNDLE_SHAPES:
         return EncoderFolder(name, BUNDLE_SHAPES[name], *downloads.fetch_bundle(name, quiet=quiet))
@@ -92,7 +107,7 @@ def find_encoder(name: str, quiet: bool = False) -> EncoderFolder:
             raise UserError(f"encoder or model {name}: {known}; check the path")
         folder = downloads.fetch_folder(name, [*_SETTINGS_NAMES, *(f"tokenizer/{file}" for file in _SETTINGS_NAMES)])
     elif not (folder / "config.json").exists() and (folder / "0_Transformer" / "config.json").is_file():
-        folder = folder / "0_Transformer"  # of sentence-transformers
+        folder = folder / "0_Transformer"  # the layout of sentence-transformers
 
     def find(names: list[str], quiet: bool = True) -> Path | None:
         found = next((folder / file for file in names if (folder / file).is_file()), None)
@@ -103,36 +118,46 @@ def find_encoder(name: str, quiet: bool = False) -> EncoderFolder:
     shape = _shape(settings, file)
     tokenizer_file = find(_TOKENIZER_NAMES)
     if tokenizer_file is None:
-        has_words = " (BERT's vocab.txt is another tokenizer)" if find(["vocab.txt"]) else ""
+        bert = " (BERT's vocab.txt is another tokenizer)" if find(["vocab.txt"]) else ""
         cure = "copy one from the model that it was trained from, e.g. FacebookAI/xlm-roberta-base on the Hub"
-        raise UserError(f"{folder} has neither {TOKENIZER_NAME} nor {JSON_NAME}{has_words}; {cure}")
+        raise UserError(f"{folder} has neither {TOKENIZER_NAME} nor {JSON_NAME}{bert}; {cure}")
     check_settings(tokenizer_file)
     weights_file = find([*WEIGHTS_NAMES, *(f"{name}.index.json" for name in WEIGHTS_NAMES)], quiet)
     if weights_file is None:
-        raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS_NAMES)}; is it a model's folder?")
-    for part in parts_of(weights_file):
-        if find([part.name], quiet) is None:
-            raise UserError(f"{folder} has no {part.name}, which {weights_file.name} names; fetch it again")
-    longest = shape.positions - 2
+        raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS_NAMES)}; is it a model folder?")
+    for shard in shards_of(weights_file):
+        if find([shard.name], quiet) is None:
+            raise UserError(f"{folder} has no {shard.name}, which {weights_file.name} names; fetch it again")
+    max_length = shape.positions - 2
     if (tokenizer_file.parent / SETTINGS_NAME).is_file():
         stated = read_json(tokenizer_file.parent / SETTINGS_NAME, "copy it again").get("model_max_length")
-        longest = min(longest, stated) if isinstance(stated, int) and stated > 2 else longest
+        max_length = min(max_length, stated) if isinstance(stated, int) and stated > 2 else max_length
     is_bert = settings["model_type"] == "bert"
     outputs = _outputs(weights_file, is_bert)
-    labels = _label_names(settings, outputs, file) if outputs else None
-    problem_type = problem_type_of(settings.get("problem_type"), outputs)
-    dropouts = {key: settings[key] for key in DROPOUT_KEYS if key in settings}
-    return EncoderFolder(name, shape, weights_file, tokenizer_file, labels, longest, dropouts, 0, is_bert, problem_type)
+    return EncoderFolder(
+        name,
+        shape,
+        weights_file,
+        tokenizer_file,
+        _label_names(settings, outputs, file) if outputs else None,
+        max_length,
+        dropouts={key: settings[key] for key in _DROPOUT_KEYS if key in settings},
+        is_bert=is_bert,
+        problem_type=problem_type_of(settings.get("problem_type"), outputs),
+        text_pairs=settings.get("text_pairs"),
+        long_texts=LongTexts(settings.get("long_texts", "cut"), settings.get("stride", 0)),
+        thresholds=tuple(settings.get("thresholds", ())),
+    )
 
 
 def _settings_file(folder: Path) -> Path:
-    """Return a model folder's config.json; a UserError says what a folder without one is instead."""
+    """Return a model folder's config.json; UserError, saying what kind of folder it is, if it has none."""
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is the folder of a run; give the model in it, {folder / 'model'}")
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a checkpoint, for --resume; give best or model in the run's folder")
     if (folder / "adapter_config.json").is_file() and not any((folder / name).is_file() for name in WEIGHTS_NAMES):
-        raise UserError(f"{folder} is an adapter (LoRA); save the whole model, after merge_and_unload() of peft")
+        raise UserError(f"{folder} is an adapter (LoRA); merge it with merge_and_unload() of peft, and save the model")
     if not (folder / "config.json").is_file():
         inner = sorted(folder.glob("*/config.json"), key=lambda file: file.stat().st_mtime)
         cure = f"give the model in it, {inner[-1].parent}" if inner else _LAYOUT
@@ -141,18 +166,18 @@ def _settings_file(folder: Path) -> Path:
 
 
 def _outputs(weights_file: Path, is_bert: bool) -> int:
-    """Return how many outputs the head in the weights has, 0 without a head; UserError if they are a wrapper's."""
+    """Return the number of the head's outputs, 0 without a head; UserError for the weights of a wrapper."""
     shapes = {name: tensor.shape for name, tensor in WeightReader(weights_file).raw.items()}
     for name in shapes:
         prefix, table, _ = name.partition("embeddings.word_embeddings.weight")
         if table and name not in EMBEDDING_SOURCES:
-            cure = "which is a wrapper's or another model's; save the model inside the wrapper with save_pretrained()"
+            cure = "so it is a wrapper or another model; save the model inside the wrapper with save_pretrained()"
             raise UserError(f"{weights_file}: its tensors are named {prefix}..., {cure}")
     return head_outputs(shapes, is_bert)
 
 
 def model_folder(name: str | os.PathLike[str]) -> Path:
-    """Return a model's folder: the one named, or the local copy of a model of the Hub."""
+    """Return a local model folder, or the local copy of a model on the Hub."""
     folder = Path(name)
     is_on_hub = is_hub_id(str(name)) and not folder.is_dir()
     return find_encoder(str(name)).weights_file.parent if is_on_hub else folder
@@ -164,47 +189,47 @@ def is_hub_id(name: str) -> bool:
 
 
 def _label_names(settings: dict[str, Any], outputs: int, file: Path) -> list[str]:
-    names = settings.get("id2label") or {str(number): f"LABEL_{number}" for number in range(outputs)}
-    if not isinstance(names, dict) or names.keys() != {str(number) for number in range(outputs)}:
+    names = settings.get("id2label") or {str(index): f"LABEL_{index}" for index in range(outputs)}
+    if not isinstance(names, dict) or names.keys() != {str(index) for index in range(outputs)}:
         raise UserError(f"{file}: id2label must name the {outputs} labels of the head, from 0")
-    return [str(names[str(number)]) for number in range(outputs)]
+    return [str(names[str(index)]) for index in range(outputs)]
 
 
 def find_model(folder: Path) -> EncoderFolder:
-    """Find a trained model's folder, for whose head there are answers; UserError without such a head."""
+    """Find a trained model's folder; UserError if it has no head, or one for none of the tasks here."""
     encoder = None if str(folder) in BUNDLE_SHAPES else find_encoder(str(folder))
     if encoder is None or encoder.label_names is None:
         raise UserError(f"{folder} has no classification head; give a model folder that train.py wrote")
     if not can_answer(encoder.problem_type, encoder.label_names):
-        what = f"a head of {len(encoder.label_names)} outputs for {encoder.problem_type} cannot answer here"
-        raise UserError(f"{folder}: {what}; as --encoder its body can be trained on")
+        head = f"a head with {len(encoder.label_names)} outputs for {encoder.problem_type} is not supported"
+        raise UserError(f"{folder}: {head}; with --encoder, its body can be fine-tuned")
     return encoder
 
 
 def check_tokenizer(encoder: EncoderFolder, vocab_size: int) -> None:
-    """Check that the encoder has an embedding for every id below `vocab_size`, its tokenizer's."""
+    """Raise UserError if the encoder lacks an embedding for an id of its tokenizer, which are below `vocab_size`."""
     if vocab_size > encoder.shape.vocab_size:
-        has = f"{encoder.name} has {encoder.shape.vocab_size} embedding rows; they do not belong to the same model"
-        raise UserError(f"{encoder.tokenizer_file} gives ids up to {vocab_size - 1}, but {has}")
+        rows = f"{encoder.name} has {encoder.shape.vocab_size} embedding rows; they do not belong to the same model"
+        raise UserError(f"{encoder.tokenizer_file} gives ids up to {vocab_size - 1}, but {rows}")
 
 
 def _shape(settings: dict[str, Any], file: Path) -> EncoderShape:
-    """Return the sizes that `config.json` gives; UserError if they are wrong, or not those of an XLM-R model."""
+    """Return the sizes in config.json; UserError if they are invalid, or the model is not an XLM-R."""
     kind = settings.get("model_type")
     if kind not in ("xlm-roberta", "bert"):
         raise UserError(f"{file}: model_type is {kind!r}; only XLM-R (xlm-roberta, or bert with its tokenizer) works")
-    for key, values in _ONLY.items():
-        if (found := settings.get(key, values[0])) not in values and (kind, key) != ("bert", "pad_token_id"):
-            raise UserError(f"{file}: {key} is {found!r}, but only {values[0]!r}, as in XLM-R, is supported")
+    for key, values in _SUPPORTED.items():
+        if (value := settings.get(key, values[0])) not in values and (kind, key) != ("bert", "pad_token_id"):
+            raise UserError(f"{file}: {key} is {value!r}, but only {values[0]!r}, as in XLM-R, is supported")
     if settings.get("quantization_config"):
-        raise UserError(f"{file}: the weights are quantized (quantization_config); take the model in fp32 or bf16")
+        raise UserError(f"{file}: the weights are quantized (quantization_config); use the model in fp32 or bf16")
     for key in _SIZES:
         size, largest = settings.get(key), 1_000 if key.startswith("num") else 10_000_000
-        if type(size) is not int or not 1 <= size <= largest:  # more is a typo, or an attack on memory
+        if type(size) is not int or not 1 <= size <= largest:  # a larger one is a typo, or an attack on memory
             raise UserError(f"{file}: {key} is {size!r}; a number from 1 to {largest:,} is needed")
     vocab_size, hidden, layers, heads, ffn, positions = (settings[key] for key in _SIZES)
     if hidden % heads:
-        raise UserError(f"{file}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        raise UserError(f"{file}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     epsilon = settings.get("layer_norm_eps", 1e-12)  # transformers' default
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise UserError(f"{file}: layer_norm_eps is {epsilon!r}; a number between 0 and 1 is needed")

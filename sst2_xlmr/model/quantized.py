@@ -1,4 +1,4 @@
-"""Weights in 8 bits: one scale for every output channel, or every row of an embedding table."""
+"""Int8 weights with one scale per output channel, or per row of an embedding table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def quantize_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return fp32 weights [n, k] as int8 [n, k] and fp32 scales [n]; the largest magnitude of a row becomes 127.
+    """Quantize fp32 weights [n, k] to int8 [n, k] and fp32 scales [n]; the largest magnitude of a row becomes 127.
 
     Quantizing the dequantized weights again gives the same integers.
     """

@@ -1,7 +1,7 @@
 """XLM-R with RoBERTa's classification head, in plain PyTorch.
 
-Equal to transformers' `XLMRobertaForSequenceClassification` and torchtext's `RobertaModel`, but without a mask where
-all texts have one length, and with the last layer computed at `<s>` only.
+Equivalent to transformers' `XLMRobertaForSequenceClassification` and torchtext's `RobertaModel`, except that there is
+no mask if all texts have the same length, and that the last layer is computed at `<s>` only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FIRST_POSITION = PAD_ID + 1  # position 0 of a text is row 2 of the position tab
 
 
 class Layer(nn.Module):
-    """One post-norm transformer layer (https://arxiv.org/abs/1706.03762), with dropout where transformers has it."""
+    """A post-norm transformer layer (https://arxiv.org/abs/1706.03762), with transformers' dropout."""
 
     def __init__(self, shape: EncoderShape, dropout: float) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Layer(nn.Module):
 
         Args:
             hidden: [texts, length, hidden], all positions, for keys and values.
-            mask: [texts, 1, 1, length], added to attention scores: 0, or -inf for padding; None for zeros.
+            mask: [texts, 1, 1, length], added to the attention scores: 0 for tokens, -inf for padding; None for zeros.
         """
         attended = self.norm1(queries + self.dropout(self.out(self._attention(queries, hidden, mask))))
         return self.norm2(attended + self.dropout(self.down(F.gelu(self.up(attended)))))
@@ -55,9 +55,9 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings, of `rows` rows (see model/vocabulary), and layers.
+    """Embeddings and layers; the token embedding has `rows` rows (see model/vocabulary).
 
-    Only the last layer's output at `<s>` reaches the head, so that layer is computed there only.
+    The head uses the last layer's output at `<s>` only, so that layer is computed there only.
     """
 
     def __init__(self, shape: EncoderShape, rows: int, dropout: float) -> None:
@@ -70,7 +70,7 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Return the last layer's output at `<s>`, [texts, hidden]; tokens: int64 [texts, length], mask: see Layer."""
-        # Padding at the right gets positions too: nothing attends to it, so it changes nothing and has no gradient.
+        # Padding gets positions too, which is harmless: nothing attends to it, so it has no gradient.
         positions = self.positions.weight[FIRST_POSITION : FIRST_POSITION + tokens.shape[1]]
         hidden = self.dropout(self.norm(self.tokens(tokens) + positions))
         *layers, last = self.layers
@@ -92,7 +92,7 @@ class Head(nn.Module):
 
 
 def mean_of_windows(features: torch.Tensor, windows: torch.Tensor | None) -> torch.Tensor:
-    """Return the mean of every text's features, [texts, hidden], which are [windows, hidden]; see `forward`."""
+    """Average features, [windows, hidden], over each text's windows: [texts, hidden]; for `windows` see `forward`."""
     if windows is None:
         return features
     windows = windows.to(features.device)
@@ -102,17 +102,17 @@ def mean_of_windows(features: torch.Tensor, windows: torch.Tensor | None) -> tor
 
 
 class SequenceClassifier(nn.Module):
-    """Encoder and head; `outputs` logits a text, `rows` of the embedding table (None for the whole vocabulary)."""
+    """Encoder and head, with `outputs` logits per text and `rows` embedding rows (None for the whole vocabulary)."""
 
     def __init__(
         self, shape: EncoderShape, outputs: int, dropout: float = 0, head_dropout: float = 0, rows: int | None = None
     ) -> None:
         super().__init__()
         self.shape, self.outputs = shape, outputs
-        self.autocast = False  # whether fp32 parameters compute in bf16
+        self.autocast = False  # whether to compute in bf16 with fp32 parameters
         self.encoder = Encoder(shape, rows or shape.vocab_size, dropout)
         self.head = Head(shape.hidden, outputs, head_dropout)
-        self.id_map: torch.Tensor | None  # int32 [vocabulary], each id's row in the table; None if that is whole
+        self.id_map: torch.Tensor | None  # int32 [vocabulary], the embedding row of each id; None for the identity
         self.register_buffer("id_map", None, persistent=False)
 
     @property
@@ -120,7 +120,7 @@ class SequenceClassifier(nn.Module):
         return not self.encoder.tokens.weight.requires_grad
 
     def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the rows of the embedding table for ids; both int64."""
+        """Return the embedding rows of ids; both are int64."""
         return ids if self.id_map is None else self.id_map[ids].long()
 
     def forward(
@@ -133,10 +133,10 @@ class SequenceClassifier(nn.Module):
         """Return logits, [texts, outputs].
 
         Args:
-            ids: int64 [tokens], one text after another.
-            lengths: int64 [windows], tokens per window, on the CPU, so that nothing waits for a GPU.
+            ids: int64 [tokens], the concatenated texts.
+            lengths: int64 [windows], tokens per window, on the CPU to avoid synchronizing with a GPU.
             keys: unused; see `Batch`.
-            windows: int64 [texts], how many windows each text has, on the CPU; None for one each.
+            windows: int64 [texts], windows per text, on the CPU; None for one each.
         """
         tokens = torch.full((len(lengths), int(lengths.max())), PAD_ID, device=ids.device)
         if len(ids) == tokens.numel():
@@ -150,12 +150,12 @@ class SequenceClassifier(nn.Module):
         """Return logits, [texts, outputs].
 
         Args:
-            tokens: int64 [windows, length], ids, padded with 1 at the right.
-            is_token: bool [windows, length], False for padding; None if there is none.
-            windows: as of `forward`.
+            tokens: int64 [windows, length], ids, padded with 1 on the right.
+            is_token: bool [windows, length], False for padding; None without padding.
+            windows: see `forward`.
         """
         mask = None
-        if is_token is not None:  # a mask of bools would be converted to this in every layer
+        if is_token is not None:  # every layer would convert a bool mask to this one
             dtype = torch.bfloat16 if self.autocast else self.encoder.norm.weight.dtype
             no_token = ~is_token[:, None, None, :]
             mask = torch.zeros_like(no_token, dtype=dtype).masked_fill_(no_token, -torch.inf)

@@ -1,5 +1,7 @@
-"""A folder's tokenizer: a SentencePiece model, or a tokenizer.json (https://github.com/huggingface/tokenizers), which
-is turned into one, so that all forms of a model give the same ids; and the tokens added to it.
+"""A folder's tokenizer: a SentencePiece model, and the tokens added to it.
+
+A tokenizer.json (https://github.com/huggingface/tokenizers) is converted to a SentencePiece model, so that all forms of
+a model give the same ids.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ JSON_NAME = "tokenizer.json"
 SETTINGS_NAME = "tokenizer_config.json"
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # XLM-R's ids 0 to 3; <mask> is the last
 MASK = "<mask>"
-UNIGRAM = 1  # of TrainerSpec.ModelType, and its default
-NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # of SentencePiece.Type
-# NFKC would make U+FF5E "~", which SentencePiece's rules leave alone, so it is put aside as a character of no text.
+UNIGRAM = 1  # TrainerSpec.ModelType, the default
+NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # SentencePiece.Type
+# NFKC would turn U+FF5E into "~", unlike SentencePiece's rules, so it is replaced by a noncharacter meanwhile.
 WIDE_TILDE, ASIDE = "\uff5e", "\ufdd0"
 _KNOWN_STEPS = {"Precompiled", "NFC", "NFKC", "Strip", *(f"Replace {c!r}" for c in (" {2,}", WIDE_TILDE, ASIDE))}
 _TEMPLATES = {"single": "<s>A</s>", "pair": "<s>A</s></s>B</s>"}
-# The part of https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto that is used here.
+# A subset of https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
 _SCHEMA = """
 name: "model.proto"
 message_type { name: "Piece"
@@ -45,17 +47,17 @@ message_type { name: "Model"
 
 
 class AddedToken(NamedTuple):
-    """A token that is found before SentencePiece cuts what is left."""
+    """A token that is matched before SentencePiece splits the rest of a text."""
 
     content: str
     id: int
-    lstrip: bool = False  # it includes the white space before it
-    rstrip: bool = False  # and after it
-    single_word: bool = False  # not inside a word
+    lstrip: bool = False  # also matches the white space before it
+    rstrip: bool = False  # also matches the white space after it
+    single_word: bool = False  # does not match inside a word
 
 
 def added_tokens(file: Path) -> list[AddedToken]:
-    """Return the tokens that the files beside a tokenizer's add to it; not XLM-R's own five."""
+    """Return the tokens that a tokenizer's folder adds to it, without XLM-R's own five."""
     folder = file.parent
     settings = _read(folder / SETTINGS_NAME)
     with reading(f"the tokenizer in {folder}", "copy it again"):
@@ -70,7 +72,7 @@ def added_tokens(file: Path) -> list[AddedToken]:
 
 
 def check_settings(file: Path) -> None:
-    """Raise UserError if the files beside a tokenizer's ask for something unsupported."""
+    """Raise UserError for an unsupported setting in a tokenizer's folder."""
     settings = _read(file.parent / SETTINGS_NAME)
     for key, value in (("do_lower_case", False), ("truncation_side", "right")):
         if settings.get(key, value) != value:
@@ -80,13 +82,13 @@ def check_settings(file: Path) -> None:
 
 
 def tokenizer_digest(file: Path) -> str:
-    """Return the SHA-256 of what decides a tokenizer's ids: its file's, or without added tokens simply that."""
+    """Return the SHA-256 of a tokenizer's file and added tokens, or of the file alone if there are none."""
     digest, added = digest_of_input(file), added_tokens(file)
     return hashlib.sha256(repr((digest, added)).encode()).hexdigest() if added else digest
 
 
 def sentencepiece_model(file: Path) -> bytes:
-    """Return a tokenizer's SentencePiece model: the file's content, or made from XLM-R's tokenizer.json."""
+    """Return a tokenizer's serialized SentencePiece model, converted if the file is a tokenizer.json."""
     if file.name != JSON_NAME:
         return file.read_bytes()
     with reading(f"the tokenizer {file}", "copy it again"):
@@ -105,22 +107,23 @@ def _from_json(file: Path) -> bytes:
     if len(charsmaps) != 1:
         _refuse(file, "its normalizer has lost SentencePiece's rules (some versions of transformers 5 drop them)")
     splits = _flat(content.get("pre_tokenizer"), "pretokenizers")
-    metaspaces = [part for part in splits if part["type"] == "Metaspace"]
+    metaspaces = [step for step in splits if step["type"] == "Metaspace"]
     if len(metaspaces) != 1 or metaspaces[0].get("prepend_scheme", "always") == "never":
         _refuse(file, "its pre_tokenizer is not Metaspace with a space before every text")
     post = content.get("post_processor") or {}
     for name, expected in _TEMPLATES.items():
-        found = "".join(part["id"] for entry in post.get(name, []) for part in entry.values())
-        if found != expected and post.get("type") != "RobertaProcessing":
-            _refuse(file, f"its post_processor makes {found or 'nothing'} of a {name}, not {expected}")
+        template = "".join(part["id"] for entry in post.get(name, []) for part in entry.values())
+        if template != expected and post.get("type") != "RobertaProcessing":
+            _refuse(file, f"its post_processor makes {template or 'nothing'} of a {name}, not {expected}")
     pieces = [(token, score) for token, score in (vocab[:-1] if vocab[-1][0] == MASK else vocab)[4:]]
     return sentencepiece_proto(pieces, base64.b64decode(charsmaps[0]))
 
 
 def sentencepiece_proto(pieces: Iterable[tuple[str, float]], charsmap: bytes) -> bytes:
-    """Return a serialized SentencePiece unigram model, with the compiled rules of its normalizer.
+    """Return a serialized SentencePiece unigram model.
 
-    `pieces` begin at XLM-R's id 4 and have their scores; no text is cut into <mask>.
+    `pieces` are pieces and scores from XLM-R's id 4 on; <mask> becomes a control symbol, so no text contains it.
+    `charsmap` is the compiled normalizer.
     """
     model = model_class()()
     model.trainer_spec.model_type = UNIGRAM
@@ -135,10 +138,10 @@ def sentencepiece_proto(pieces: Iterable[tuple[str, float]], charsmap: bytes) ->
 
 @functools.cache
 def model_class() -> Any:
-    """Return the protobuf class of a SentencePiece model, in a pool of its own.
+    """Return the protobuf class of a SentencePiece model, in its own descriptor pool.
 
-    sentencepiece and transformers each bring a class for the same message, and the second of them to be imported fails
-    with "duplicate file name".
+    sentencepiece and transformers both register a class for this message; whichever is imported second fails with
+    "duplicate file name".
     """
     schema = text_format.Parse(_SCHEMA, descriptor_pb2.FileDescriptorProto())
     pool = descriptor_pool.DescriptorPool()
@@ -147,32 +150,32 @@ def model_class() -> Any:
 
 
 def _steps(content: dict[str, Any], file: Path) -> list[dict[str, Any]]:
-    """Return the steps of a tokenizer.json's normalizer; UserError for one that SentencePiece's rules do not have."""
+    """Return the steps of a tokenizer.json's normalizer; UserError for one that SentencePiece's rules lack."""
     with reading(f"the tokenizer {file}", "copy it again"):
         steps = _flat(content.get("normalizer"), "normalizers")
         for step in steps:
-            words = " ".join([step["type"], *map(repr, step.get("pattern", {}).values())])
-            if words not in _KNOWN_STEPS:
-                _refuse(file, f"its normalizer has {words}")
+            name = " ".join([step["type"], *map(repr, step.get("pattern", {}).values())])
+            if name not in _KNOWN_STEPS:
+                _refuse(file, f"its normalizer has {name}")
     return steps
 
 
-def _flat(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """Return the parts of a sequence, or the only one."""
-    return (part[key] if part["type"] == "Sequence" else [part]) if part else []
+def _flat(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """Return the steps of a sequence, or the single step as a list."""
+    return (step[key] if step["type"] == "Sequence" else [step]) if step else []
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Return a JSON file's content, {} without one; of a tokenizer.json without the vocabulary, which takes 0.5 s."""
+    """Return a JSON file's content, {} if it does not exist; a tokenizer.json without its vocabulary (0.5 s faster)."""
     if not file.is_file():
         return {}
     head, _, _ = file.read_bytes().partition(b'"model":')
     with contextlib.suppress(ValueError):
-        found: dict[str, Any] = json.loads(head.rstrip().rstrip(b",") + b"}")
-        if {"added_tokens", "normalizer"} <= found.keys():
-            return found
-    return read_json(file, "copy it again")  # another file, or its parts are in another order
+        content: dict[str, Any] = json.loads(head.rstrip().rstrip(b",") + b"}")
+        if {"added_tokens", "normalizer"} <= content.keys():
+            return content
+    return read_json(file, "copy it again")  # another file, or keys in another order
 
 
 def _refuse(file: Path, problem: str) -> NoReturn:
-    raise UserError(f"{file}: {problem}, unlike XLM-R's; put the model's own sentencepiece.bpe.model in its place")
+    raise UserError(f"{file}: {problem}, unlike XLM-R's; replace it with the model's own sentencepiece.bpe.model")

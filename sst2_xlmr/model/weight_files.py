@@ -1,4 +1,4 @@
-"""Tensors in safetensors or in files of torch.save, in one file or several, read a few at a time."""
+"""Tensors in safetensors or torch.save files, possibly sharded, read a few at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sst2_xlmr.util.files import read_json, reading
 
 _ROWS_AT_ONCE = 512
 _MAPPED_BYTES = 1 << 26
-_FAULT_BYTES = 1 << 16  # what Linux maps around a byte that is read
+_FAULT_BYTES = 1 << 16  # that Linux maps for each page fault
 
 
 def reading_weights(file: Path) -> contextlib.AbstractContextManager[None]:
@@ -25,9 +25,10 @@ def reading_weights(file: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _is_plain_zip(file: Path) -> bool:
-    """Whether a file from torch.save is a zip; otherwise it is a bare pickle.
+    """Whether a torch.save file is a zip file, not a bare pickle.
 
-    UserError for what `weights_only` does not guard in torch.load: tar files (CVE-2025-32434) and TorchScript.
+    UserError for tar files and TorchScript, against which torch.load's `weights_only` does not protect
+    (CVE-2025-32434).
     """
     with file.open("rb") as opened:
         is_zip = opened.read(4) == b"PK\x03\x04"  # torch's own test
@@ -41,8 +42,8 @@ def _is_plain_zip(file: Path) -> bool:
     return is_zip
 
 
-def parts_of(file: Path) -> list[Path]:
-    """Return the files that hold the weights: this one, or those that an index of shards names."""
+def shards_of(file: Path) -> list[Path]:
+    """Return the shards listed in an index file, or the file itself."""
     if not file.name.endswith(".index.json"):
         return [file]
     with reading_weights(file):
@@ -51,40 +52,40 @@ def parts_of(file: Path) -> list[Path]:
 
 
 class WeightReader:
-    """The floating-point tensors of a file, or of an index of shards; each is read, as fp32, when asked for.
+    """The floating-point tensors of a file or of its shards, read on demand as fp32.
 
-    A file is mapped into memory. Pages that have been read count as the process's memory until the mapping is closed,
-    so it is renewed from time to time. Tensors are copied, because a mapping would change with the file. Only torch's
-    old format, a bare pickle, cannot be mapped and is read as a whole.
+    Files are memory-mapped. Pages that have been read count as the process's memory until the mapping is closed, so it
+    is renewed from time to time. Tensors are copied, because a mapping would change with the file. Only torch's old
+    format, a bare pickle, cannot be mapped and is loaded whole.
     """
 
     def __init__(self, file: Path) -> None:
-        self._file, self._files = file, parts_of(file)
+        self._file, self._files = file, shards_of(file)
         with reading_weights(file):
-            self._is_mapped = all(part.suffix == ".safetensors" or _is_plain_zip(part) for part in self._files)
+            self._is_mapped = all(shard.suffix == ".safetensors" or _is_plain_zip(shard) for shard in self._files)
             self._map()
 
     def _map(self) -> None:
         raw: dict[str, Any] = {}
         for file in self._files:
             if file.suffix == ".safetensors":
-                found = load_file(file)
+                tensors = load_file(file)
             else:
-                found = torch.load(file, map_location="cpu", weights_only=True, mmap=self._is_mapped)
-                if not isinstance(found, dict) or isinstance(found.get("state_dict"), dict):
-                    raise UserError(f"{file} is no model's state_dict(); save that alone, under transformers' names")
-            raw.update(found)
+                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=self._is_mapped)
+                if not isinstance(tensors, dict) or isinstance(tensors.get("state_dict"), dict):
+                    raise UserError(f"{file} is not a state_dict(); save only that, with transformers' names")
+            raw.update(tensors)
         self.raw = {name: raw[name] for name in raw if torch.is_tensor(raw[name]) and raw[name].is_floating_point()}
         self._read_bytes = 0
 
     def tensor(self, name: str, ids: torch.Tensor | None) -> torch.Tensor:
-        """Return a tensor; of the embedding table, only the rows `ids`, int64 [rows], unless they are None."""
+        """Return a tensor; only the rows `ids`, int64 [rows], if it is the embedding table and they are given."""
         if ids is None or name not in EMBEDDING_SOURCES:
             return self.read(name, ...)
-        return torch.cat([self.read(name, part) for part in ids.split(_ROWS_AT_ONCE)])
+        return torch.cat([self.read(name, chunk) for chunk in ids.split(_ROWS_AT_ONCE)])
 
     def read(self, name: str, rows: Any) -> torch.Tensor:
-        """Return the part of a tensor that the index `rows` selects."""
+        """Return `tensor[rows]`."""
         with reading_weights(self._file):
             result = self.raw[name][rows].to(torch.float32, copy=self._is_mapped)
             scattered = len(rows) * _FAULT_BYTES if isinstance(rows, torch.Tensor) else 0

@@ -1,7 +1,7 @@
-"""The names of the same weights: ours, torchtext's and transformers'; one table for each source.
+"""Weight names: a table from torchtext's names to ours, and one from transformers'.
 
 Ours are `encoder.tokens`, `encoder.positions`, `encoder.norm`, `encoder.layers.N.{qkv,out,norm1,up,down,norm2}` and
-`head.{dense,out}`, each with `.weight` and most with `.bias`. In the tables, `#` is a layer's number.
+`head.{dense,out}`, all with `.weight` and most with `.bias`. In the tables, `#` is a layer index.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sst2_xlmr.util.tensors import TensorLike
 Tensors = dict[str, torch.Tensor]
 
 _LAYER = "encoder.layers.#"
-_TORCHTEXT = {  # of its downloads, which an older torchtext has written; after a prefix that transformers' have
+_TORCHTEXT = {  # as in its downloads, which an older torchtext wrote; `roberta.` is added as in `_xlmr_name`
     "roberta.encoder.transformer.token_embedding": "encoder.tokens",
     "roberta.encoder.transformer.positional_embedding.embedding": "encoder.positions",
     "roberta.encoder.transformer.embedding_layer_norm": "encoder.norm",
@@ -40,7 +40,7 @@ _HUGGING_FACE = {
     "classifier.dense": "head.dense",
     "classifier.out_proj": "head.out",
 }
-_QKV = [f"roberta.encoder.layer.#.attention.self.{part}" for part in ("query", "key", "value")]  # three, not one
+_QKV = [f"roberta.encoder.layer.#.attention.self.{part}" for part in ("query", "key", "value")]  # our `qkv`
 _POSITIONS = "encoder.positions.weight"
 _TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
 EMBEDDING_SOURCES = [
@@ -52,13 +52,13 @@ EMBEDDING_SOURCES = [
 
 
 def layer_of(name: str) -> int:
-    """Return the number of the encoder's layer that a tensor belongs to, by any of its names; -1 if to no layer."""
+    """Return the index of the encoder layer in a tensor's name (ours or another), -1 if it belongs to none."""
     match = re.search(r"\.layers?\.(\d+)\.", name)
     return int(match[1]) if match else -1
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """Return a tensor's name without `.weight` or `.bias`, with `#` for the layer's number; the number; the rest."""
+    """Split a tensor's name into the stem, with `#` for the layer index, the index, and `weight` or `bias`."""
     match = re.fullmatch(r"(.+)[._](weight|bias)", name)
     stem, kind = match.groups() if match else (name, "")
     layer = str(layer_of(name))
@@ -68,7 +68,7 @@ def _split(name: str) -> tuple[str, str, str]:
 def _xlmr_name(name: str, is_bert: bool) -> str:
     """Return a tensor's name in transformers' `XLMRobertaForSequenceClassification`.
 
-    BERT's head is the same one under other names: pooler, tanh, classifier.
+    BERT's head (pooler, tanh, classifier) is the same under other names.
     """
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     if is_bert:
@@ -79,17 +79,17 @@ def _xlmr_name(name: str, is_bert: bool) -> str:
 
 
 def head_outputs(shapes: Mapping[str, Sequence[int]], is_bert: bool) -> int:
-    """Return how many logits the head has among weights of these names and shapes; 0 without a head."""
-    found = {_xlmr_name(name, is_bert): shape for name, shape in shapes.items()}
-    has_head = "classifier.dense.weight" in found
-    return next(iter(found.get("classifier.out_proj.weight", ())), 0) if has_head else 0
+    """Return the number of the head's outputs, from the names and shapes of all weights; 0 without a head."""
+    shapes = {_xlmr_name(name, is_bert): shape for name, shape in shapes.items()}
+    has_head = "classifier.dense.weight" in shapes
+    return next(iter(shapes.get("classifier.out_proj.weight", ())), 0) if has_head else 0
 
 
 def from_hugging_face(names: Sequence[str], read: Callable[[str], torch.Tensor], is_bert: bool = False) -> Tensors:
-    """Read, rename and join the tensors of transformers' XLM-R models (with or without `roberta.`), or torchtext's.
+    """Read tensors with the names of transformers (with or without `roberta.`) or torchtext, and convert them to ours.
 
-    The one token type in use is folded into the position table, which begins with the two rows that XLM-R never uses
-    and BERT does not have. Other heads' tensors are left out, unread; unknown ones of the encoder keep their names.
+    The only token type is added to the position table, which starts with two rows that XLM-R never uses and BERT lacks.
+    Tensors of other heads are not read; unknown ones of the encoder keep their names.
     """
     result: Tensors = {}
     ours, token_type = {**_TORCHTEXT, **_HUGGING_FACE}, torch.zeros(1, 1)
@@ -99,8 +99,8 @@ def from_hugging_face(names: Sequence[str], read: Callable[[str], torch.Tensor],
         if stem in ours:
             result[f"{ours[stem].replace('#', layer)}.{kind}"] = read(raw_name)
         elif stem == _QKV[0]:
-            parts = [raw_name.replace(".query.", f".{part.rsplit('.', 1)[1]}.") for part in _QKV]
-            result[f"encoder.layers.{layer}.qkv.{kind}"] = torch.cat([read(part) for part in parts if part in names])
+            raw_names = [raw_name.replace(".query.", f".{part.rsplit('.', 1)[1]}.") for part in _QKV]
+            result[f"encoder.layers.{layer}.qkv.{kind}"] = torch.cat([read(raw) for raw in raw_names if raw in names])
         elif name == _TOKEN_TYPES:
             token_type = read(raw_name)
         elif stem.startswith("roberta.encoder.") and stem not in _QKV:

@@ -120,8 +120,7 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
     source, output = arguments.models[0], arguments.output
     temperature, before, after = calibrate(task, probabilities, cache.labels)
     encoder, begin, card = find_encoder(str(source)), "The probabilities are calibrated: ", read_card(source)
-    if thresholds := list(at_temperature(task, temperature).thresholds):
-        encoder = replace(encoder, dropouts={**encoder.dropouts, "thresholds": thresholds})
+    encoder = replace(encoder, thresholds=at_temperature(task, temperature).thresholds)
     with writing(output), scratch_folder(output) as scratch:
         written = scratch / output.name
         write_folder(written, load_tensors(encoder), encoder, card, temperature)

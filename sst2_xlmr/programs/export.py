@@ -33,7 +33,7 @@ from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.check_rows import is_rows_file, read_checks, read_texts
 from sst2_xlmr.export.folder import read_card, write_all_but_weights, write_folder
 from sst2_xlmr.export.trimmed import write_trimmed
-from sst2_xlmr.model.classifier import load_classifier, load_tensors, stored_long_texts, task_of
+from sst2_xlmr.model.classifier import load_classifier, load_tensors, task_of
 from sst2_xlmr.model.encoders import EncoderFolder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import Tokenizer
@@ -118,7 +118,7 @@ def write_onnx_file(
 
     weights = {name: tensor.numpy() for name, tensor in load_tensors(encoder).items()}
     pieces = sentencepiece_model(encoder.tokenizer_file) if takes_texts else None
-    long_texts = stored_long_texts(encoder)
+    long_texts = encoder.long_texts
     write_onnx(file, weights, encoder.shape, task, encoder.max_length, pieces, int8, logits_only, long_texts)
     options = onnxruntime.SessionOptions()
     if takes_texts:
@@ -191,7 +191,7 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
     if takes_texts and added_tokens(encoder.tokenizer_file):
         cure = "take hf, onnx-hf, or onnx with --from-ids"
         raise UserError(f"--format {kind} has SentencePiece only, but tokens were added to this model's; {cure}")
-    if stored_long_texts(encoder).kind == "windows" and kind != "hf" and (kind != "onnx" or not takes_texts):
+    if encoder.long_texts.kind == "windows" and kind != "hf" and (kind != "onnx" or not takes_texts):
         what = "averages the windows of a long text, which this form cannot"
         raise UserError(f"--format {arguments.format}: the model {what}; take hf, or onnx without --from-ids")
     columns = replace(columns_given(arguments), classes=tuple(task.label_names))

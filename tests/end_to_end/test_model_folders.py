@@ -221,7 +221,7 @@ MOVED: dict[str, Make] = {
 }
 
 REFUSED: dict[str, tuple[Make, str]] = {
-    "another kind of head": (changed(problem_type="ranking"), "3 outputs for ranking cannot answer here; as --encoder"),
+    "another kind of head": (changed(problem_type="ranking"), "3 outputs for ranking is not supported; with --encoder"),
     "no head": (renamed(lambda n: n.replace("classifier", "other")), "no classification head"),
     "another number of labels": (changed(id2label={"0": "a", "1": "b"}), "id2label must name the 3 labels of the head"),
     "CamemBERT": (changed(model_type="camembert"), "model_type is 'camembert'; only XLM-R"),
@@ -239,7 +239,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "a wrapper": (renamed(lambda n: "0.auto_model." + n.replace("roberta.", "")), "tensors are named 0.auto_model...."),
     "Lightning": (
         lambda f: (save(f), to_bin(f, lambda tensors: {"epoch": 3, "state_dict": tensors})),
-        "is no model's state_dict(); save that alone",
+        "is not a state_dict(); save only that",
     ),
     "LoRA": (
         lambda f: (save(f), remove(f, "model.safetensors"), (f / "adapter_config.json").write_text("{}")),
