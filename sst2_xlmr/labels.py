@@ -23,7 +23,7 @@ _NUMPY = re.compile(r"\[[\s0-9.]*\]")
 _INSIGNIFICANT = re.compile(r"[\W_]")  # ignored when looking for labels that are probably the same
 # How pandas, R, MySQL, SNLI, ... write a missing label. `none` and `NONE` are classes in some files.
 MISSING = {*("", "-", "?", "NULL", "null", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "None", "\\N")}
-NO_LABEL, UNKNOWN = -1, -2  # instead of a class id
+MISSING_ID, UNKNOWN_ID = -1, -2  # instead of a class id
 
 
 def find_label_names(labels: Mapping[str, Sequence[int]], path: object) -> list[str]:

@@ -22,8 +22,8 @@ from sst2_xlmr.config import ABSTAINED, OPTIONS, Config, flag
 from sst2_xlmr.evaluation import metrics as metric
 from sst2_xlmr.labels import (
     MISSING,
-    NO_LABEL,
-    UNKNOWN,
+    MISSING_ID,
+    UNKNOWN_ID,
     LabelValues,
     canonical,
     describe_unknown,
@@ -116,14 +116,14 @@ class SingleLabel:
         return has_fractions and all(abs(sum(row) - 1) < 0.01 for row in several)
 
     def label_index(self, label: str) -> int:
-        """Return the class id of a label (see `label_text`), NO_LABEL for a missing one, or UNKNOWN.
+        """Return the class id of a label (see `label_text`), MISSING_ID for a missing one, or UNKNOWN_ID.
 
         The other tasks, and soft labels, have no class id: a valid label is 0.
         """
         if self.is_soft and label.startswith(("[", "{")):
             return 0
         label = label if label in self._ids_by_label else canonical(label)
-        return self._ids_by_label.get(label, NO_LABEL if label in MISSING or label == "-1" else UNKNOWN)
+        return self._ids_by_label.get(label, MISSING_ID if label in MISSING or label == "-1" else UNKNOWN_ID)
 
     def read_label(self, cell: object, where: str) -> int | np.ndarray | None:
         """Return the label in a cell, None for a missing one; UserError, beginning with `where`, for an invalid one."""
@@ -133,9 +133,9 @@ class SingleLabel:
             if abs(row.sum() - 1) > 0.01:
                 raise UserError(f"{where}: the classes' probabilities add up to {row.sum():.4g}, not to 1; mend them")
             return row / row.sum()
-        if (index := self.label_index(text)) == UNKNOWN:
+        if (index := self.label_index(text)) == UNKNOWN_ID:
             raise UserError(f"{where}: {self.unknown([text])}")
-        if index == NO_LABEL:
+        if index == MISSING_ID:
             return None
         return np.eye(self.outputs, dtype=np.float32)[index] if self.is_soft else index
 
@@ -461,7 +461,7 @@ class MultiLabel:
         return bool(several) and (is_json or {str(name) for values in several.values() for name in values} <= alone)
 
     def label_index(self, label: str) -> int:
-        return UNKNOWN if self._unknown_in(label) else 0
+        return UNKNOWN_ID if self._unknown_in(label) else 0
 
     def read_label(self, cell: object, where: str) -> np.ndarray:
         return _label_row(
@@ -757,7 +757,7 @@ class Regression:
     ) -> Regression:
         task = cls(["score"])
         for label, (_, line) in labels.items():
-            if task.label_index(label) == UNKNOWN:
+            if task.label_index(label) == UNKNOWN_ID:
                 raise UserError(f"{path}, line {line}: {task.unknown([label])}")
         if len(set(labels) - MISSING) < 2:
             raise UserError(f"{path}: all rows have the same score; name the column of scores with --label-column")
@@ -769,7 +769,7 @@ class Regression:
         return all(map(is_number, labels)) and any(map(is_fraction, labels))
 
     def label_index(self, label: str) -> int:
-        return NO_LABEL if label in MISSING else UNKNOWN if _score(label) is None else 0
+        return MISSING_ID if label in MISSING else UNKNOWN_ID if _score(label) is None else 0
 
     def read_label(self, cell: object, where: str) -> float | None:
         text = label_text(cell)

@@ -113,8 +113,8 @@ def write(file: str, content: bytes) -> Callable[[Path], Any]:
     [
         (lambda data: shutil.copy(data / "train.tsv", data / "train.csv"), "keep one, or use --train-file"),
         (write("dev.tsv", b"sentence\tlabel\nx\t5\n"), "dev.tsv, line 2: label '5' is neither"),
-        (write("test.tsv.gz", b"sentence\tlabel\nx\t1\n"), "test.tsv.gz is not a whole gzip file"),
-        (write("train.tsv", b"PK\x03\x04\xff\xfe" + bytes(range(256))), "train.tsv is not a whole zip file"),
+        (write("test.tsv.gz", b"sentence\tlabel\nx\t1\n"), "test.tsv.gz is not a complete gzip file"),
+        (write("train.tsv", b"PK\x03\x04\xff\xfe" + bytes(range(256))), "train.tsv is not a complete zip file"),
     ],
 )
 def test_wrong_files(

@@ -134,7 +134,7 @@ def test_weights_are_read_and_rows_of_weight_0_are_absent(tmp_path: Path) -> Non
     assert inspect(file, columns).check(file, SingleLabel(["a", "b"]), drop=False) == {"weight 0": 2}
     for bad in ("-1", "nan", "many", ""):
         says = refusal(read, file, f"text,label,w\nx,a,{bad}\ny,b,1\n", columns)
-        assert "line 2: the weight " in says and " is no number of 0 or more" in says
+        assert "line 2: the weight " in says and " is not a number of 0 or more" in says
 
 
 def test_metrics_of_several_labels_are_those_of_scikit_learn() -> None:

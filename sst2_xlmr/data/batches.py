@@ -1,4 +1,4 @@
-"""Ids to global batches of similar length, in an order that is a function of seed and epoch alone."""
+"""Ids to global batches of rows of similar length, in an order that depends on seed and epoch alone."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ BATCHES_PER_GROUP = 100
 
 
 class Batch(NamedTuple):
-    """Rows of one rank that go through the model together: a micro-batch of a global batch.
+    """A micro-batch: rows of one rank's part of a global batch that go through the model together.
 
     Attributes:
-        ids: int64 [tokens], of all rows one after another.
-        lengths: int64 [rows], tokens per row, or [windows], per window; stays on the CPU.
+        ids: int64 [tokens], the concatenated rows.
+        lengths: int64 [rows] or [windows], tokens per row or per window; stays on the CPU.
         labels: [rows, ...], of the task's dtype and shape.
-        keys: int64 [rows] or [windows], a random number below 2**32 each, from seed, epoch and row: an engine that
-            draws dropout masks from it has the same masks however a batch is cut.
-        global_rows: rows of the global batch, of all ranks together.
-        weight: 1.0, or 0.0 if these rows are only computed to keep step with the other ranks.
-        row_weights: fp32 [rows], of the rows' losses; None for ones.
-        global_weight: their sum over the global batch.
-        windows: int64 [rows], how many each row has; None for one each. Stays on the CPU.
+        keys: int64 [rows] or [windows], random numbers below 2**32 from seed, epoch and row, with which an engine seeds
+            dropout masks, so that they do not depend on how a batch is split.
+        global_rows: number of rows of the global batch, over all ranks.
+        weight: 1.0, or 0.0 if these rows only keep the rank in step with the others.
+        row_weights: fp32 [rows], factors on the rows' losses; None for ones.
+        global_weight: sum of the row weights over the global batch.
+        windows: int64 [rows], windows per row; None for one each. Stays on the CPU.
     """
 
     ids: torch.Tensor
@@ -52,32 +52,32 @@ class Batch(NamedTuple):
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """Return uint64 numbers that look random: two rounds of splitmix64 (https://prng.di.unimi.it/splitmix64.c)."""
+    """Hash uint64 numbers with two rounds of splitmix64 (https://prng.di.unimi.it/splitmix64.c)."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
     return values
 
 
 def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Return int64 [rows], numbers below 2**32 that look random."""
+    """Return int64 [rows], pseudorandom numbers below 2**32."""
     start = (seed * 0x9E3779B97F4A7C15 + (epoch << 40)) % 2**64  # NumPy warns of overflow in a scalar, not in arrays
     return (mixed(rows.astype(np.uint64) + np.uint64(start)) >> np.uint64(32)).astype(np.int64)
 
 
 def select_rows(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ids of some rows one after another, int64 [tokens], and tokens per row, int64 [rows].
+    """Return the concatenated ids of the rows, int64 [tokens], and tokens per row, int64 [rows].
 
-    `ids` and `offsets` are those of all rows, as in `TokenCache`; `rows` is int [rows].
+    For `ids` and `offsets` see `TokenCache`; `rows` is int [rows].
     """
     starts, ends = offsets[rows], offsets[rows + 1]
-    parts = [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64)), torch.from_numpy(ends - starts)
+    chosen = [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
+    return torch.from_numpy(np.concatenate(chosen).astype(np.int64)), torch.from_numpy(ends - starts)
 
 
 def split_windows(ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the lengths of all windows, int64 [windows], and how many each row has, int64 [rows], None for one each.
+    """Split the results of `select_rows` into windows.
 
-    For the arguments see `select_rows`.
+    Returns tokens per window, int64 [windows], and windows per row, int64 [rows], or None for one each.
     """
     is_start = torch.from_numpy(window_starts(ids.numpy()))
     starts = is_start.nonzero()[:, 0]
@@ -90,12 +90,12 @@ def split_windows(ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tenso
 def rows_in_training_order(
     lengths: np.ndarray, batch_size: int, seed: int, epoch: int, first: int = 0
 ) -> Iterator[np.ndarray]:
-    """Yield the global batches of an epoch from number `first` on, each an array of row numbers.
+    """Yield the global batches of an epoch, from batch `first` on, each an array of row indices.
 
-    The rows are permuted, cut into groups of 100 batches, each group sorted by length and cut into batches, and the
-    batches permuted: neighbours in length share a batch, so there is little padding, and batches of all lengths mix. A
-    group is sorted when the first of its batches is wanted, so that a large file does not keep the first step waiting.
-    `RandomState` is used because NumPy guarantees its numbers forever (NEP 19).
+    The rows are shuffled and divided into groups of 100 batches; each group is sorted by length and divided into
+    batches, and the batches are shuffled. So a batch has rows of similar length, with little padding, and the lengths
+    of successive batches are random. A group is sorted when its first batch is needed, so that the first step need not
+    wait for all of a large file. NumPy guarantees the numbers of `RandomState` forever (NEP 19).
     """
     random = np.random.RandomState([seed, epoch])
     order = np.arange(len(lengths), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
@@ -112,14 +112,14 @@ def rows_in_training_order(
 
 
 class BatchLoader(Dataset[list[Batch]]):
-    """This rank's part of the global batches, epoch after epoch, from any position (epoch, batches consumed) on.
+    """This rank's part of the global batches, epoch after epoch, starting at any (epoch, batch).
 
-    The position is enough to resume with any number of ranks; prefetched batches do not count as consumed. For torch's
-    `DataLoader`, this is the dataset.
+    That position is enough to resume with any number of ranks; prefetched batches do not count as consumed. It is the
+    dataset of torch's `DataLoader`.
 
     Args:
-        lengths: int [rows], tokens per row to train on.
-        rows: int [rows], their numbers in the file; None if they are all of its rows.
+        lengths: int [rows], tokens per row, of the rows to train on.
+        rows: int [rows], their indices in the cache; None if they are all of its rows.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class BatchLoader(Dataset[list[Batch]]):
     ) -> None:
         self.cache, self.lengths, self.rows, self.config = cache, lengths, rows, config
         self.windows = cache.windows() if config.long_texts == "windows" else None
-        # Not the world itself: its process groups cannot go to a loader's processes.
+        # Not the world itself: its process groups cannot be pickled for worker processes.
         self.rank, self.world_size, self.pins = world.rank, world.world_size, world.device.type == "cuda"
 
     def __len__(self) -> int:
@@ -135,12 +135,12 @@ class BatchLoader(Dataset[list[Batch]]):
         return -(-len(self.lengths) // self.config.batch_size)
 
     def global_batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:
-        """Yield the row numbers of an epoch's global batches, of all ranks together, from number `first` on."""
+        """Yield the row indices of an epoch's global batches, over all ranks, from batch `first` on."""
         batches = rows_in_training_order(self.lengths, self.config.batch_size, self.config.seed, epoch, first)
         return batches if self.rows is None else (self.rows[batch] for batch in batches)
 
     def starting_at(self, epoch: int, batch: int) -> Iterator[list[Batch]]:
-        """Yield this rank's micro-batches of every global batch, without end, from number `batch` of an epoch on."""
+        """Yield this rank's micro-batches of each global batch, endlessly, from `batch` of `epoch` on."""
         while True:
             loader = DataLoader(
                 self,
@@ -148,11 +148,10 @@ class BatchLoader(Dataset[list[Batch]]):
                 sampler=((epoch, rows) for rows in self.global_batches(epoch, batch)),
                 num_workers=self.config.num_workers,
                 pin_memory=self.pins,
-                # A loader draws a seed at every start; taken from torch's global generator, that draw would change
-                # dropout after a resume.
+                # Each start draws a seed; drawn from torch's global generator, it would change dropout after a resume.
                 generator=torch.Generator(),
             )
-            # Its processes inherit this: a signal to a whole process group or cgroup is left to the training process.
+            # Workers inherit this mask, so only the training process handles a signal to the whole process group.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
                 batches = iter(loader)
@@ -162,9 +161,9 @@ class BatchLoader(Dataset[list[Batch]]):
             epoch, batch = epoch + 1, 0
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> list[Batch]:
-        """Return this rank's micro-batches of a global batch, given by epoch and row numbers.
+        """Return this rank's micro-batches of a global batch, given by epoch and row indices.
 
-        Rank r of W takes rows r::W. All ranks have the same number of micro-batches, so that they keep step.
+        Rank r of W takes rows r::W. All ranks have the same number of micro-batches, to stay in step.
         """
         epoch, rows = item
         cuts = [self._micro_batches(rows[rank :: self.world_size]) for rank in range(self.world_size)]
@@ -172,25 +171,25 @@ class BatchLoader(Dataset[list[Batch]]):
         return [self._batch(cut if len(cut) else rows[:1], epoch, rows, float(len(cut) > 0)) for cut in mine]
 
     def _micro_batches(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Cut a rank's rows where they become more than --micro-batch-size rows or windows; a row stays whole."""
+        """Split a rank's rows into parts of at most --micro-batch-size rows, or windows; a row stays whole."""
         size = self.config.micro_batch_size or 2**62
         windows = np.ones(len(rows), np.int64) if self.windows is None else self.windows[rows]
-        cuts, total = [0], 0
-        for place, count in enumerate(windows.tolist()):
+        starts, total = [], 0
+        for position, count in enumerate(windows.tolist()):
             if total and total + count > size:
-                cuts.append(place)
+                starts.append(position)
                 total = 0
             total += count
-        return np.split(rows, cuts[1:])
+        return np.split(rows, starts)
 
     def _batch(self, rows: np.ndarray, epoch: int, global_rows: np.ndarray, weight: float) -> Batch:
         ids, lengths = select_rows(self.cache.ids, self.cache.offsets, rows)
         labels = torch.from_numpy(self.cache.labels[rows])
         keys = torch.from_numpy(dropout_keys(rows, self.config.seed, epoch))
         lengths, windows = split_windows(ids, lengths)
-        if windows is not None:  # the first one of a row has its key, the others have other ones
-            places = torch.cat([torch.arange(count) for count in windows.tolist()])
-            keys = (keys.repeat_interleave(windows) + places * 0x9E3779B9) % 2**32
+        if windows is not None:  # a row's first window has the row's key, as if it had no other windows
+            positions = torch.cat([torch.arange(count) for count in windows.tolist()])
+            keys = (keys.repeat_interleave(windows) + positions * 0x9E3779B9) % 2**32
         row_weights, total = None, float(len(global_rows))
         if (weights := self.cache.weights) is not None:
             row_weights, total = torch.from_numpy(weights[rows]), float(weights[global_rows].sum(dtype=np.float64))

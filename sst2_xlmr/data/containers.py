@@ -1,6 +1,6 @@
-"""Rows that are no lines of a text: JSON documents, folders of texts, Parquet, `datasets`' folders, Excel.
+"""Formats that are not lines of text: JSON documents, folders of texts, Parquet, folders of `datasets`, Excel.
 
-Parquet and `datasets` need pyarrow, Excel needs openpyxl: extras, imported when such a file is read.
+Parquet and `datasets` need pyarrow, Excel needs openpyxl; both are extras, imported when such a file is read.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ Cells = Iterator[tuple[int, list[Any]]]
 
 
 def shortened(text: object, longest: int = 200) -> str:
-    """Return a text on one line, cut if it is long."""
+    """Return a text on one line, truncated if it is longer than `longest`."""
     text = " ".join(str(text).split())
     return text if len(text) <= longest else text[:longest] + "..."
 
 
 def needed(module: str, path: Path, what: str) -> Any:
-    """Import a module of an extra; UserError, with the command that installs it, if that fails."""
+    """Import a module of an optional dependency; UserError with the command to install it if that fails."""
     package = module.split(".")[0]
     try:
         return importlib.import_module(module)
     except ImportError as error:
         why = "" if isinstance(error, ModuleNotFoundError) else f" ({shortened(error, 100)})"
-        wanted = "'pyarrow<25'" if package == "pyarrow" else package
+        requirement = "'pyarrow<25'" if package == "pyarrow" else package
         raise UserError(
-            f"{path} is {what}, which needs {package}{why}: pip install {wanted} (extra: files), or save it as CSV"
+            f"{path} is {what}, which needs {package}{why}: pip install {requirement} (extra: files), or save it as CSV"
         ) from None
 
 
 @contextlib.contextmanager
 def _reading(path: Path, what: str) -> Iterator[None]:
-    """Turn a library's errors into UserError; those of pyarrow are ValueErrors."""
+    """Turn a library's errors into UserError; pyarrow's are ValueErrors."""
     try:
         yield
     except (OSError, ValueError, KeyError, IndexError) as error:
@@ -49,45 +49,45 @@ def _reading(path: Path, what: str) -> Iterator[None]:
 
 
 def json_rows(text: str, path: Path) -> list[Any]:
-    """Return the rows of a JSON document: an array of objects or arrays, or what pandas makes of a table."""
+    """Return the rows of a JSON document: an array of objects or arrays, or a table that pandas wrote."""
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON, neither one document nor one object per line: {error}") from None
-    if isinstance(found, dict) and found:
-        parts = list(found.values())
-        if {"columns", "data"} <= found.keys():  # orient="split"
-            return [dict(zip(found["columns"], row)) for row in found["data"]]
-        if len(parts) == 1 and isinstance(parts[0], list):  # {"data": [...]}
-            found = parts[0]
-        elif all(isinstance(part, list) and {*map(type, part)} & {dict, list} for part in parts):
-            raise UserError(f"{path} holds several tables ({', '.join(found)}); write each to a file of its own")
-        elif all(isinstance(part, (dict, list)) and len(part) == len(parts[0]) for part in parts):
-            columns = [list(part.values()) if isinstance(part, dict) else part for part in parts]
-            return [dict(zip(found, cells)) for cells in zip(*columns)]
-    kinds = {type(row) for row in found} if isinstance(found, list) else set()
+    if isinstance(content, dict) and content:
+        values = list(content.values())
+        if {"columns", "data"} <= content.keys():  # orient="split"
+            return [dict(zip(content["columns"], row)) for row in content["data"]]
+        if len(values) == 1 and isinstance(values[0], list):  # {"data": [...]}
+            content = values[0]
+        elif all(isinstance(value, list) and {*map(type, value)} & {dict, list} for value in values):
+            raise UserError(f"{path} holds several tables ({', '.join(content)}); write each to a file of its own")
+        elif all(isinstance(value, (dict, list)) and len(value) == len(values[0]) for value in values):
+            columns = [list(value.values()) if isinstance(value, dict) else value for value in values]
+            return [dict(zip(content, cells)) for cells in zip(*columns)]
+    kinds = {type(row) for row in content} if isinstance(content, list) else set()
     if kinds not in ({dict}, {list}):
-        raise UserError(f"{path} is JSON, but no table: neither an array of objects nor one object per line")
-    return list(found)
+        raise UserError(f"{path} is JSON, but not a table: neither an array of objects nor one object per line")
+    return list(content)
 
 
-def labels_beside(path: Path) -> Path | None:
-    """Return the file of labels, `x_labels.txt`, of a file of texts, `x_text.txt`; None if there is none."""
-    beside = path.with_name(path.name.replace("_text.", "_labels."))
-    return beside if beside != path and beside.is_file() else None
+def labels_file_of(path: Path) -> Path | None:
+    """Return the file of labels, `x_labels.txt`, for a file of texts, `x_text.txt`; None if it does not exist."""
+    labels_file = path.with_name(path.name.replace("_text.", "_labels."))
+    return labels_file if labels_file != path and labels_file.is_file() else None
 
 
-def names_beside(path: Path) -> tuple[str, ...]:
-    """Return the names of the labels 0, 1, ... in a `mapping.txt` beside a file; none if it is not there."""
+def mapped_names(path: Path) -> tuple[str, ...]:
+    """Return the names of labels 0, 1, ... in the `mapping.txt` beside a file; () if it does not exist."""
     mapping = path.with_name("mapping.txt")
     lines = mapping.read_text(encoding="utf-8").splitlines() if mapping.is_file() else []
-    numbers_and_names = [line.partition("\t")[::2] for line in lines]
-    is_in_order = all(number == str(i) for i, (number, _) in enumerate(numbers_and_names))
-    return tuple(name for _, name in numbers_and_names) if is_in_order else ()
+    entries = [line.partition("\t")[::2] for line in lines]
+    is_in_order = all(number == str(i) for i, (number, _) in enumerate(entries))
+    return tuple(name for _, name in entries) if is_in_order else ()
 
 
-def with_labels_beside(path: Path, texts: Iterable[tuple[int, list[Any]]]) -> Cells:
-    """Add to every text the line of the labels' file; UserError unless both have as many lines."""
+def with_labels(path: Path, texts: Iterable[tuple[int, list[Any]]]) -> Cells:
+    """Append to each text its line of the labels file; UserError unless both have the same number of lines."""
     labels_file = path.with_name(path.name.replace("_text.", "_labels."))
     labels, rows = labels_file.read_text(encoding="utf-8-sig").splitlines(), list(texts)
     if len(labels) != len(rows):
@@ -96,30 +96,30 @@ def with_labels_beside(path: Path, texts: Iterable[tuple[int, list[Any]]]) -> Ce
 
 
 def _folder_rows(path: Path, encoding: str) -> Cells:
-    """Yield text, label and file for every file in the folders of a folder, whose names are the labels."""
+    """Yield text, label and file of every file in a folder's subfolders, which are named after the labels."""
     numbers = itertools.count(1)
-    for folder in sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith(".")):
-        label = None if folder.name == "unsup" else folder.name  # of the Large Movie Review Dataset
-        for file in sorted(each for each in folder.rglob("*") if each.is_file() and not each.name.startswith(".")):
+    for folder in sorted(sub for sub in path.iterdir() if sub.is_dir() and not sub.name.startswith(".")):
+        label = None if folder.name == "unsup" else folder.name  # unlabelled texts of the Large Movie Review Dataset
+        for file in sorted(sub for sub in folder.rglob("*") if sub.is_file() and not sub.name.startswith(".")):
             text = file.read_bytes().decode(encoding, "surrogateescape")
             yield next(numbers), [text.removeprefix("\ufeff").rstrip("\r\n"), label, str(file.relative_to(path))]
 
 
 def source_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, or of all files of a folder or beside a file that are read with it."""
-    folder, labels = path, labels_beside(path)
+    """Return the SHA-256 of a file, of a folder's files, or of a file with its labels file and `mapping.txt`."""
+    folder, labels = path, labels_file_of(path)
     if path.is_dir():
         files = sorted(path.rglob("*"))
     elif labels:
         folder, files = path.parent, [path, labels, path.with_name("mapping.txt")]
     else:
         return digest_of_input(path)
-    parts = [f"{file.relative_to(folder)} {digest_of_input(file)}" for file in files if file.is_file()]
-    return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
+    lines = [f"{file.relative_to(folder)} {digest_of_input(file)}" for file in files if file.is_file()]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _arrow_batches(path: Path, kind: str) -> tuple[Any, Iterable[Any]]:
-    """Return schema and batches of rows of a Parquet file, an Arrow file, or a folder of `datasets`."""
+    """Return the schema and record batches of a Parquet file, an Arrow file, or a folder of `datasets`."""
     pyarrow = needed("pyarrow", path, kind.title())
     if kind == "parquet":
         file = needed("pyarrow.parquet", path, kind.title()).ParquetFile(path)
@@ -127,9 +127,9 @@ def _arrow_batches(path: Path, kind: str) -> tuple[Any, Iterable[Any]]:
     files, tables = [path], []
     if path.is_dir():
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        files = [path / each["filename"] for each in state["_data_files"]]
-    for each in files:
-        source = pyarrow.memory_map(str(each))
+        files = [path / entry["filename"] for entry in state["_data_files"]]
+    for arrow_file in files:
+        source = pyarrow.memory_map(str(arrow_file))
         is_stream = source.read(6) != b"ARROW1"
         source.seek(0)
         tables.append((pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(source).read_all())
@@ -138,12 +138,12 @@ def _arrow_batches(path: Path, kind: str) -> tuple[Any, Iterable[Any]]:
 
 
 def arrow_columns(path: Path, kind: str) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Return the names of the columns, and those of the classes by column, where `datasets` has noted them."""
+    """Return the columns, and column -> class names from the metadata of `datasets`."""
     with _reading(path, kind.title()):
         schema, _ = _arrow_batches(path, kind)
-        noted = json.loads((schema.metadata or {}).get(b"huggingface", "{}"))
-        features = noted.get("info", {}).get("features") or {}
-        return tuple(schema.names), {name: tuple(each["names"]) for name, each in features.items() if "names" in each}
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", "{}"))
+        features = metadata.get("info", {}).get("features") or {}
+        return tuple(schema.names), {name: tuple(f["names"]) for name, f in features.items() if "names" in f}
 
 
 def _arrow_rows(path: Path, kind: str) -> Cells:
@@ -153,7 +153,7 @@ def _arrow_rows(path: Path, kind: str) -> Cells:
 
 
 def excel_rows(path: Path) -> Cells:
-    """Yield the rows of a workbook's first sheet, the header too: texts, numbers as Excel shows them, None if empty."""
+    """Yield the rows of a workbook's first sheet, including the header; cells are text, or None if empty."""
     openpyxl = needed("openpyxl", path, "an Excel workbook")
     with _reading(path, "an Excel workbook"), path.open("rb") as file:
         sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]

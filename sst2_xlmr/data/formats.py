@@ -1,7 +1,7 @@
-"""Files of rows, read by their `Layout` and written: tables with a delimiter, JSON, fastText's lines, plain lines.
+"""Read files of rows by their `Layout`, and write them: delimited tables, JSON, fastText's format, plain lines.
 
-Only the current row is held in memory, but all of a JSON document. Errors name file and line.
-Folders, Parquet and Excel are in containers.py; how a layout is found is in sniff.py.
+Only the current row is in memory, except for a JSON document. Errors name file and line. containers.py reads folders,
+Parquet and Excel; sniff.py detects layouts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, NamedTuple, TextIO
 
 from sst2_xlmr.config import QUOTES
-from sst2_xlmr.data.containers import READERS, json_rows, with_labels_beside
+from sst2_xlmr.data.containers import READERS, json_rows, with_labels
 from sst2_xlmr.util.errors import UserError
 
-KINDS = (".tsv", ".csv", ".jsonl", ".parquet")  # that are written; to add one, see `row_writer`
-LONGEST = 1 << 24  # characters of a line or cell: a quote that is never closed must not fill the memory
+KINDS = (".tsv", ".csv", ".jsonl", ".parquet")  # of output files; see `row_writer`
+LONGEST = 1 << 24  # maximum characters of a line or cell, so that an unclosed quote cannot fill the memory
 _BREAKS = re.compile("\r\n|[\t\r\n]")
 _FASTTEXT = re.compile(r"((?:__label__\S+\s+)*(?:__label__\S+)?)(.*)", re.DOTALL)
-_LONE_CR, _CR = re.compile("\r(?!\n|\\Z)"), "\ufdd0"  # in a cell; what stands for it: csv takes it for a line end
+_LONE_CR, _CR = (
+    re.compile("\r(?!\n|\\Z)"),
+    "\ufdd0",
+)  # csv would end a row at a lone CR; `_CR` replaces it
 _LONE_BACKSLASH = re.compile(r'\\(\\|"|)')
 Lines = Iterator[tuple[int, str]]
 Rows = Iterator[tuple[int, Any]]
@@ -37,12 +40,12 @@ class Layout(NamedTuple):
     """How a file is read.
 
     Attributes:
-        format: one of config.FORMATS.
+        format: a key of config.FORMATS.
         delimiter, quoting, newline: of a table; `quoting` is a key of QUOTES.
         header: whether a table's first line names its columns.
-        names: of the columns; empty in JSON, whose rows have their own.
-        class_names: of the labels 0, 1, ... by column, where the file itself says them.
-        notes: what is to be said of it.
+        names: the columns' names; empty for JSON objects, each of which has its own.
+        class_names: column -> names of its labels 0, 1, ..., if the file contains them.
+        notes: warnings for the header.
     """
 
     format: str
@@ -57,17 +60,17 @@ class Layout(NamedTuple):
 
     @property
     def is_table(self) -> bool:
-        """Whether columns have an order, and the same names in every row."""
+        """Whether all rows have the same columns in the same order."""
         return bool(self.names)
 
 
 class Fields(NamedTuple):
-    """A row as it stands in a file.
+    """A row of a file, unchanged.
 
     Attributes:
-        line: number, from 1, of its first line; of its row, where there are no lines.
-        names: of its columns; rows with the same columns share one list.
-        cells: one per name, unless the row is broken; text, or any JSON value in JSON.
+        line: its first line, from 1; in formats without lines, its row.
+        names: its columns; rows with the same columns share one list.
+        cells: one per name, unless the row is broken: text, or any value in JSON.
     """
 
     line: int
@@ -77,9 +80,9 @@ class Fields(NamedTuple):
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
-    """Open a file, unpacked if it is gzipped or a .zip with one file, by its content; also gives its name unpacked.
+    """Open a file, decompressed if it is gzip or a zip of one file, whatever its name; also yields the inner name.
 
-    UserError if it cannot be read, while it is open too.
+    UserError if it cannot be read, now or while it is open.
     """
     try:
         with path.open("rb") as raw, contextlib.ExitStack() as stack:
@@ -89,25 +92,27 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
                 return
             if magic == b"PK\x03\x04":
                 packed = stack.enter_context(zipfile.ZipFile(raw))
-                files = [each for each in packed.namelist() if not each.endswith("/") and "__MACOSX" not in each]
-                if "[Content_Types].xml" not in files:  # else a file of Excel
+                files = [inner for inner in packed.namelist() if not inner.endswith("/") and "__MACOSX" not in inner]
+                if "[Content_Types].xml" not in files:  # otherwise it is an Excel workbook
                     if len(files) != 1:
-                        raise UserError(f"{path} is a .zip of {len(files)} files; unpack it with unzip, and name one")
+                        raise UserError(f"{path} is a .zip with {len(files)} files; unzip it, and name one of them")
                     yield stack.enter_context(packed.open(files[0])), files[0].lower()  # type: ignore[misc]
                     return
                 raw.seek(0)
             yield raw, name
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
         kind = "zip" if isinstance(error, zipfile.BadZipFile) else "gzip"
-        raise UserError(f"{path} is not a whole {kind} file: truncated, damaged or misnamed; fetch it again") from None
-    except (OSError, RuntimeError) as error:  # zipfile: a password, or an unknown compression
+        raise UserError(
+            f"{path} is not a complete {kind} file: truncated, damaged or misnamed; fetch it again"
+        ) from None
+    except (OSError, RuntimeError) as error:  # zipfile's RuntimeError: a password, or an unknown compression
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', '') or error}") from None
 
 
 def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline: str = "\n") -> Lines:
-    """Yield (line number from 1, line with its end); UTF-8 with or without a byte order mark, if nothing else is said.
+    """Yield (line number from 1, line with its end); for UTF-8, a byte order mark is optional.
 
-    A byte that is not of the encoding becomes a lone surrogate (Python's `surrogateescape`).
+    Invalid bytes become lone surrogates (Python's `surrogateescape`).
     """
     codec = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
     text = io.TextIOWrapper(file, codec, "surrogateescape", newline)
@@ -116,22 +121,22 @@ def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline
             if len(line) > LONGEST:
                 raise UserError(f"{name}, line {number}: longer than {LONGEST:,} characters; is it a file of rows?")
             if "\0" in line:
-                cure = "remove it, or, if the file is UTF-16, say --encoding utf-16-le"
+                cure = "remove it, or, if the file is UTF-16, use --encoding utf-16-le"
                 raise UserError(f"{name}, line {number}: has a NUL character; {cure}")
             yield number, line
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not {encoding}: {error.reason}; name its --encoding") from None
     finally:
-        with contextlib.suppress(ValueError):  # the file has been closed
+        with contextlib.suppress(ValueError):  # the file is already closed
             text.detach()
 
 
 def _row_lines(lines: Lines) -> Lines:
-    """Yield (line number, line without its end) for formats with one row a line; empty lines at the end are none."""
+    """Yield (line number, line without its end) for formats with a row per line, without empty lines at the end."""
     empty: list[int] = []
     for number, line in lines:
         if line := line.removesuffix("\n").removesuffix("\r"):
-            yield from ((each, "") for each in empty)
+            yield from ((skipped, "") for skipped in empty)
             empty = []
             yield number, line
         else:
@@ -139,7 +144,7 @@ def _row_lines(lines: Lines) -> Lines:
 
 
 def csv_reader(lines: Iterable[str], delimiter: str, quoting: str) -> Any:
-    """Return `csv.reader`, to which a lone carriage return is `_CR`, and a backslash that escapes nothing is itself."""
+    """Return a `csv.reader` for which lone carriage returns are `_CR`, and backslashes that escape nothing are text."""
     lines = (_LONE_CR.sub(_CR, line) if "\r" in line[:-2] else line for line in lines)
     dialect: dict[str, Any] = {"delimiter": delimiter, "quotechar": QUOTES[quoting], "strict": True}
     if quoting == "backslash":
@@ -153,13 +158,13 @@ def _csv_rows(lines: Lines, path: Path, layout: Layout) -> Rows:
     reader, first = csv_reader((line for _, line in lines), layout.delimiter, layout.quoting), 1
     try:
         for cells in reader:
-            if cells:  # blank lines hold nothing: a row with one empty field is written as ""
+            if cells:  # not a blank line; a row with one empty cell would be ""
                 yield first, [cell.replace(_CR, "\r") for cell in cells] if _CR in "".join(cells) else cells
             first = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
             f"{path}: the row at line {first} is not valid CSV: {error}; is a quotation mark never closed? If quotes"
-            ' are part of the text, say --quoting none; if \\" stands for one, --quoting backslash'
+            ' are part of the text, use --quoting none; if they are escaped as \\", --quoting backslash'
         ) from None
 
 
@@ -175,27 +180,27 @@ def _json_objects(lines: Lines, path: Path) -> Rows:
 
 
 def _rows_of_lines(lines: Lines, path: Path, layout: Layout) -> Rows:
-    """Return line number and cells of every row; JSON's objects as they are."""
+    """Return (line number, cells) of every row; a JSON object takes the place of the cells."""
     if layout.format == "json":
         return enumerate(json_rows("".join(line for _, line in lines), path), 1)
     if layout.format == "jsonl":
         return _json_objects(lines, path)
     if layout.format == "fasttext":
-        parts = ((number, _FASTTEXT.fullmatch(line)) for number, line in _row_lines(lines))
-        return ((i, [part[2].strip(), part[1].replace("__label__", " ").split()]) for i, part in parts if part)
+        matches = ((number, _FASTTEXT.fullmatch(line)) for number, line in _row_lines(lines))
+        return ((i, [match[2].strip(), match[1].replace("__label__", " ").split()]) for i, match in matches if match)
     if layout.format == "lines":
         texts = ((number, [line.removesuffix("\n").removesuffix("\r")]) for number, line in lines)
-        return with_labels_beside(path, texts) if len(layout.names) > 1 else texts
+        return with_labels(path, texts) if len(layout.names) > 1 else texts
     if layout.quoting != "none":
         return _csv_rows(lines, path, layout)
-    # Split at line ends and delimiters only: some of SST-2's sentences start with a quotation mark.
+    # Quotation marks are text: some of SST-2's sentences start with one.
     return ((number, line.split(layout.delimiter)) for number, line in _row_lines(lines))
 
 
 def read_fields(path: Path, layout: Layout) -> Iterator[Fields]:
-    """Yield a file's rows, all columns as they are; a broken row has another number of cells than of names.
+    """Yield a file's rows; a broken row has more or fewer cells than names.
 
-    UserError, naming file, line and cure, if it is not as its layout says.
+    UserError, with file, line and cure, if the file does not match its layout.
     """
     names = list(layout.names)
     with contextlib.ExitStack() as stack:
@@ -207,14 +212,14 @@ def read_fields(path: Path, layout: Layout) -> Iterator[Fields]:
         if layout.header:
             next(rows, None)
         for number, cells in rows:
-            if isinstance(cells, dict):  # objects with the same keys share their names
+            if isinstance(cells, dict):
                 names = names if list(cells) == names else list(cells)
                 cells = list(cells.values())
             yield Fields(number, names, cells)
 
 
 def cell_text(cell: object) -> str:
-    """Return a cell as text: empty for JSON's null, JSON for any value that is not a string."""
+    """Return a cell as text: empty for JSON's null, JSON for any other value that is not a string."""
     if isinstance(cell, str):
         return cell
     return "" if cell is None else json.dumps(cell, ensure_ascii=False)
@@ -227,15 +232,15 @@ def either(names: Iterable[str]) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """Return the kind of a file to write, by its name; UserError for an extension that is none of KINDS."""
-    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    if plain.suffix.lower() not in KINDS:
-        raise UserError(f"{path}: unknown kind of file; the name must end in {either(KINDS)}, perhaps with .gz")
-    return plain.suffix.lower()
+    """Return an output file's extension, one of KINDS, without .gz; UserError for another extension."""
+    kind = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    if kind not in KINDS:
+        raise UserError(f"{path}: unknown kind of file; the name must end in {either(KINDS)}, optionally with .gz")
+    return kind
 
 
 def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[object]], object]:
-    """Return write(names, cells), which adds a row to a file; a table's first row must be the names.
+    """Return write(names, cells), which appends a row to a file; write a table's header first.
 
     Args:
         file: opened with newline="".
@@ -246,5 +251,5 @@ def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[obj
     if kind in (".jsonl", ".parquet"):  # see predictions.new_output
         return lambda names, cells: file.write(json.dumps(dict(zip(names, cells)), ensure_ascii=False) + "\n")
     assert kind == ".csv", kind
-    rows = csv.writer(file)  # line ends are RFC 4180's CRLF: with them, a lone CR or LF in a cell is quoted too
+    rows = csv.writer(file)  # RFC 4180's line end, CRLF, makes it quote a lone CR or LF in a cell, too
     return lambda _, cells: rows.writerow(map(cell_text, cells))

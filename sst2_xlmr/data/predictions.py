@@ -1,4 +1,4 @@
-"""What prediction writes: lines for the console, the input's rows with new columns, a submission to GLUE."""
+"""The output of prediction: lines for the console, the input's rows with new columns, a GLUE submission."""
 
 from __future__ import annotations
 
@@ -18,28 +18,27 @@ from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import atomic_file, new_file, writing
 
 GLUE_LABEL_IDS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
-# A row's new cells: its label, the probability of that, perhaps those of all labels.
-Cells = Sequence[Any]
+Cells = Sequence[Any]  # the new cells of a row; see `Task.cells`
 
 
 def console_lines(rows: Sequence[Row], predictions: Sequence[Cells]) -> str:
-    """Return a line per row for people, where tabs and line ends in a text become spaces."""
+    """Return a line per row for people; tabs and line ends in texts become spaces."""
     text = io.StringIO(newline="")
     write = row_writer(text, ".tsv")
     for row, (label, *probabilities) in zip(rows, predictions):
         texts = [row.text] if row.pair is None else [row.text, row.pair]
-        write((), [_in_table(label), *(_in_table(each, "{:.4f}") for each in probabilities), *texts])
+        write((), [_in_table(label), *(_in_table(value, "{:.4f}") for value in probabilities), *texts])
     return text.getvalue()
 
 
 def _in_table(cell: Any, number: str = "{}") -> Any:
-    """Return a new cell as tables have it: of a list, its items between commas, or JSON where a label has one."""
+    """Format a new cell for a table: a list is joined by commas, or is JSON if an item contains a comma."""
     if isinstance(cell, float):
         return number.format(cell)
     if not isinstance(cell, list):
         return cell
-    items = [str(_in_table(each, number)) for each in cell]
-    return json.dumps(cell, ensure_ascii=False) if any("," in each for each in items) else ",".join(items)
+    items = [str(_in_table(item, number)) for item in cell]
+    return json.dumps(cell, ensure_ascii=False) if any("," in item for item in items) else ",".join(items)
 
 
 def extended_rows(
@@ -50,13 +49,13 @@ def extended_rows(
     columns: list[str],
     header: bool,
 ) -> str:
-    """Return the input's rows with the new columns; those of them that the input has get the prefix `predicted_`.
+    """Return the input's rows with the new columns, whose names get the prefix `predicted_` if the input has them.
 
     Args:
-        path: of the output, whose kind its name says; `UserError` if that cannot express a row's columns.
+        path: of the output; its extension selects the format. UserError if that cannot express a row's columns.
         names: of the new columns.
-        columns: of the input's first row, which a table has in all rows.
-        header: whether a table's names come first.
+        columns: the columns of the input's first row, and so of every row in a table.
+        header: whether to write the columns' names first, in a table.
     """
     text = io.StringIO(newline="")
     kind = kind_of(path)
@@ -71,14 +70,14 @@ def extended_rows(
             last, new = here, _free_names(names, here)
         if kind != ".jsonl" and here != columns:
             cells = [cells[here.index(name)] for name in columns]
-        added = [label, *(round(each, 6) if isinstance(each, float) else each for each in probabilities)]
+        added = [label, *(round(value, 6) if isinstance(value, float) else value for value in probabilities)]
         write([*here, *new], [*cells, *(map(_in_table, added) if is_text_table else added)])
     return text.getvalue()
 
 
 @contextlib.contextmanager
 def new_output(path: Path) -> Iterator[TextIO]:
-    """Open an output file (see `new_file`); what is written for Parquet is JSON, an object a line."""
+    """Open an output file (see `new_file`); for Parquet, it converts the JSON lines that are written to it."""
     if kind_of(path) != ".parquet":
         with new_file(path) as file:
             yield file
@@ -90,10 +89,8 @@ def new_output(path: Path) -> Iterator[TextIO]:
         def write(text: str) -> None:
             nonlocal writer
             table = arrow.Table.from_pylist([json.loads(line) for line in text.splitlines()], writer and writer.schema)
-            if writer is None:  # a column without any value yet is of texts
-                types = [
-                    (each.name, each.type if each.type != arrow.null() else arrow.string()) for each in table.schema
-                ]
+            if writer is None:  # a column without any value yet gets the type string
+                types = [(f.name, arrow.string() if f.type == arrow.null() else f.type) for f in table.schema]
                 table = table.cast(arrow.schema(types))
                 writer = stack.enter_context(parquet.ParquetWriter(raw, table.schema))
             writer.write_table(table)
@@ -110,7 +107,7 @@ def _free_names(new: Sequence[str], taken: Sequence[str]) -> list[str]:
 
 
 def check_columns(row: Row, columns: list[str], path: Path) -> None:
-    """Refuse a row that an output cannot express: a table, since it has other columns than the first; or JSON."""
+    """Raise UserError if the output's format cannot express a row: other columns in a table, equal names in JSON."""
     names = row.fields.names
     if kind_of(path) != ".jsonl":
         if names != columns and sorted(names) != sorted(columns):
@@ -122,18 +119,18 @@ def check_columns(row: Row, columns: list[str], path: Path) -> None:
 
 
 def glue_label_ids(label_names: Sequence[str]) -> dict[str, int]:
-    """Return the GLUE server's number for each of SST-2's classes; `UserError` if the classes are others."""
-    numbers = {name: GLUE_LABEL_IDS[name] for name in label_names if name in GLUE_LABEL_IDS}
-    if len(label_names) != 2 or set(numbers.values()) != {0, 1}:
+    """Return label name -> GLUE's id for SST-2; UserError for other classes."""
+    ids = {name: GLUE_LABEL_IDS[name] for name in label_names if name in GLUE_LABEL_IDS}
+    if len(label_names) != 2 or set(ids.values()) != {0, 1}:
         theirs = f"the model's classes are {listed(label_names)}"
         raise UserError(f"--glue-submission: {theirs}, those of SST-2 negative and positive")
-    return numbers
+    return ids
 
 
-def submission_lines(rows: Sequence[Row], predictions: Sequence[Cells], numbers: dict[str, int], first_row: int) -> str:
-    """Return lines of the GLUE server's format, index, tab, 0 or 1; its header comes before row 0.
+def submission_lines(rows: Sequence[Row], predictions: Sequence[Cells], ids: dict[str, int], first_row: int) -> str:
+    """Return lines in GLUE's format: index, tab, 0 or 1; with a header if `first_row` is 0.
 
-    A row's index is the cell of the input's column of that name, or else its number from 0, `first_row` and so on.
+    A row's index is in the input's column `index`; without one, rows count from `first_row`.
     """
     text = io.StringIO(newline="")
     write = row_writer(text, ".tsv")
@@ -141,5 +138,5 @@ def submission_lines(rows: Sequence[Row], predictions: Sequence[Cells], numbers:
         write((), ["index", "prediction"])
     for number, (row, (label, *_)) in enumerate(zip(rows, predictions), first_row):
         names = row.fields.names
-        write((), [row.fields.cells[names.index("index")] if "index" in names else number, numbers[label]])
+        write((), [row.fields.cells[names.index("index")] if "index" in names else number, ids[label]])
     return text.getvalue()

@@ -1,10 +1,9 @@
-"""Files -> rows -> ids: find, fetch and tokenize a run's inputs, and check them before anything slow begins."""
+"""Files -> rows -> ids: find, fetch, check and tokenize a run's inputs before any slow work starts."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,17 +35,18 @@ from sst2_xlmr.util.files import digest_of
 
 @dataclass(frozen=True)
 class Split:
-    """The files of a split, and what was found in them.
+    """The files of a split, and what they contain.
 
     Attributes:
-        dropped: how many rows are left out, by kind, over all files.
-        notes: what the header says of it.
-        is_labelled: whether it has a cache; a test file may have no labels.
+        inspections: one per file.
+        dropped: the number of rows left out, by kind, over all files.
+        notes: warnings for the header.
+        is_labelled: whether it has labels, and so a cache; a test file may have none.
     """
 
     files: list[Path]
     columns: Columns
-    found: list[Inspection]
+    inspections: list[Inspection]
     dropped: dict[str, int]
     notes: list[str]
     is_labelled: bool = True
@@ -57,14 +57,14 @@ class Split:
             yield from ((file, row) for row in read_rows(file, self.columns, task))
 
     def texts_of(self, task: Task, rows: set[int]) -> dict[int, str]:
-        """Return the texts of some rows by their numbers; none if the files have changed, or are just being changed."""
+        """Return row index -> text for the given rows; empty if a file has changed since it was inspected."""
         try:
-            if any(source_digest(file) != found.digest for file, found in zip(self.files, self.found)):
+            if any(source_digest(file) != seen.digest for file, seen in zip(self.files, self.inspections)):
                 return {}
-            found = {number: row for number, (_, row) in enumerate(self.rows(task)) if number in rows}
+            chosen = {index: row for index, (_, row) in enumerate(self.rows(task)) if index in rows}
         except UserError:
             return {}
-        return {number: row.text if row.pair is None else f"{row.text} / {row.pair}" for number, row in found.items()}
+        return {index: row.text if row.pair is None else f"{row.text} / {row.pair}" for index, row in chosen.items()}
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Prepared:
     """A run's inputs.
 
     Attributes:
-        splits: all that was found, by name; `caches` has the labelled ones only.
-        leaks: split -> int64 numbers of the training rows whose text it has, too; without splits that have none.
-        train_rows: int64 numbers of the rows to train on; None for all.
+        splits: all splits by name; `caches` has only the labelled ones.
+        leaks: split -> int64, indices of the training rows whose text is also in that split; only splits with any.
+        train_rows: int64, indices of the rows to train on; None for all.
     """
 
     config: Config
@@ -87,46 +87,40 @@ class Prepared:
 
     @property
     def train_labels(self) -> np.ndarray:
-        """Of the rows to train on, of the task's dtype and shape."""
+        """[rows, ...], of the rows to train on, with the task's dtype and shape."""
         labels = self.caches["train"].labels
         return labels if self.train_rows is None else labels[self.train_rows]
 
     @property
     def train_weights(self) -> np.ndarray | None:
-        """fp32 [rows], of the rows to train on; None for ones."""
+        """fp32 [rows], loss weights of the rows to train on; None for ones."""
         weights = self.caches["train"].weights
         return weights if self.train_rows is None or weights is None else weights[self.train_rows]
 
     @property
     def train_lengths(self) -> np.ndarray:
-        """int32 [rows], tokens of the rows to train on."""
+        """int32 [rows], lengths in tokens of the rows to train on."""
         lengths = self.caches["train"].lengths()
         return lengths if self.train_rows is None else lengths[self.train_rows]
 
     def place_of(self, split: str, row: int) -> str:
-        """Return file and line of a split's row; UserError or StopIteration if it is no longer there."""
-        cache, source = self.caches[split], self.splits[split]
-        row = int(row if cache.numbers is None else cache.numbers[row])
-        number = int(np.searchsorted(np.cumsum(cache.rows_of_files), row, side="right"))
-        row -= sum(cache.rows_of_files[:number])
-        file, layout = source.files[number], source.found[number].layout
-        is_plain = layout.format == "jsonl" or (layout.format == "tsv" and layout.quoting == "none")
-        if is_plain and not source.dropped:  # a row is a line
-            return f"{file.name}:{row + 1 + layout.header}"
-        line = next(itertools.islice(read_rows(file, source.columns, self.task), row, None)).fields.line
-        return f"{file.name}:{line}"
+        """Return `FILE:LINE` of a split's row."""
+        cache = self.caches[split]
+        source_row = row if cache.source_rows is None else cache.source_rows[row]
+        file = int(np.searchsorted(np.cumsum(cache.rows_of_files), source_row, side="right"))
+        return f"{self.splits[split].files[file].name}:{cache.lines[row]}"
 
     def texts_of(self, split: str, rows: set[int]) -> dict[int, str]:
-        """Return the texts of some of a split's rows by their numbers; see `Split.texts_of`."""
-        cache = self.caches[split]
-        numbers = {row if cache.numbers is None else int(cache.numbers[row]): row for row in rows}
-        found = self.splits[split].texts_of(self.task, set(numbers))
-        return {numbers[number]: text for number, text in found.items()}
+        """Return row index -> text for some of a split's rows; see `Split.texts_of`."""
+        source_rows = self.caches[split].source_rows
+        row_of = {row if source_rows is None else int(source_rows[row]): row for row in rows}
+        texts = self.splits[split].texts_of(self.task, set(row_of))
+        return {row_of[source_row]: text for source_row, text in texts.items()}
 
     def digests(self) -> dict[str, str]:
-        """Return SHA-256 of all that decides the result besides options, hexadecimal, by what it is.
+        """Return name -> SHA-256, hexadecimal, of every input that affects the result, except the options.
 
-        The weights' file is read whole for it, so one process of a node does that.
+        This reads all weights, so only one process per node calls it.
         """
         rows = self.caches["train"].digest
         if self.train_rows is not None:
@@ -140,11 +134,11 @@ class Prepared:
 
 
 def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, dict[str, Split]]:
-    """Find all files and read them through; returns the task with its classes, and the splits.
+    """Find and read all files; returns the task with its label names, and the splits.
 
-    UserError for a row that cannot be used, unless these are left out, or a label that is no class.
+    UserError for an unusable row, unless `--drop-unusable`, or for a label that is not a class.
     """
-    files, said = find_files(config, quiet)
+    files, notes = find_files(config, quiet)
     splits: dict[str, Split] = {}
     labels: dict[str, list[int]] = {}  # of the training files
     for name, paths in files.items():  # train first
@@ -152,35 +146,37 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
         if name != "train":
             columns = replace(columns, classes=tuple(labels) if all(map(str.isdecimal, labels)) else ())
         try:
-            found = [inspected(file, columns, cache_dir) for file in paths]
+            inspections = [inspected(file, columns, cache_dir) for file in paths]
         except UserError as error:
             if name == "train" or "no column" not in str(error):
                 raise
             raise UserError(f"{error}, or for this file alone with --columns {name}:text=NAME,label=NAME") from None
         if name == "train":
-            labels = _labels_of(found)
+            labels = _labels_of(inspections)
             known = [*(config.label_names or ()), *(MISSING if task_kind(config, labels).may_be_empty else ())]
-            for path, each in zip(paths, found):
-                each.check(path, None, config.drop_unusable, known)
-        is_labelled = name in ("train", *config.eval_splits) or not all(each.is_unlabelled for each in found)
-        splits[name] = Split(paths, columns, found, {}, [], is_labelled)
-    own_names = splits["train"].found[0].layout.class_names.values()
-    everywhere = _labels_of([each for split in splits.values() for each in split.found])
-    task = find_task(config, labels, everywhere, own_names, files["train"][0])
+            for path, inspection in zip(paths, inspections):
+                inspection.check(path, None, config.drop_unusable, known)
+        is_labelled = name in ("train", *config.eval_splits) or not all(file.is_unlabelled for file in inspections)
+        splits[name] = Split(paths, columns, inspections, {}, [], is_labelled)
+    names_in_files = splits["train"].inspections[0].layout.class_names.values()
+    everywhere = _labels_of([file for split in splits.values() for file in split.inspections])
+    task = find_task(config, labels, everywhere, names_in_files, files["train"][0])
     for split in splits.values():
-        split.notes.extend(note for each in split.found for note in (*each.layout.notes, *task.notes(each.labels)))
+        split.notes.extend(
+            note for file in split.inspections for note in (*file.layout.notes, *task.notes(file.labels))
+        )
         if not split.is_labelled:
             split.notes.append("no row has a label: unlabelled, not evaluated")
             continue
-        for path, each in zip(split.files, split.found):
-            for kind, count in each.check(path, task, config.drop_unusable).items():
+        for path, inspection in zip(split.files, split.inspections):
+            for kind, count in inspection.check(path, task, config.drop_unusable).items():
                 split.dropped[kind] = split.dropped.get(kind, 0) + count
-    splits["train"].notes.extend(said)  # what has no split of its own
+    splits["train"].notes.extend(notes)  # on a test file that is not a split
     return task, splits
 
 
-def _labels_of(found: list[Inspection]) -> dict[str, list[int]]:
-    return {label: seen for each in reversed(found) for label, seen in each.labels.items()}
+def _labels_of(inspections: list[Inspection]) -> dict[str, list[int]]:
+    return {label: counts for file in reversed(inspections) for label, counts in file.labels.items()}
 
 
 def long_texts_of(config: Config) -> LongTexts:
@@ -189,7 +185,7 @@ def long_texts_of(config: Config) -> LongTexts:
 
 
 def check_sizes(config: Config, shape: EncoderShape) -> None:
-    """Raise UserError if the encoder is not as large as the options ask for."""
+    """Raise UserError if --max-length or --layers exceeds the encoder's size."""
     if config.max_length > (longest := shape.positions - 2):
         raise UserError(f"--max-length {config.max_length}: {config.encoder} takes at most {longest} tokens")
     if config.layers > shape.layers:
@@ -197,10 +193,10 @@ def check_sizes(config: Config, shape: EncoderShape) -> None:
 
 
 def prepare(config: Config, quiet: bool) -> Prepared:
-    """Fetch and tokenize the run's inputs; earlier downloads and token caches are reused."""
+    """Fetch and tokenize the run's inputs, reusing downloads and token caches."""
     cache_dir = downloads.cache_dir() / "tokens"
     task, splits = inspect_splits(config, cache_dir, quiet)
-    if config.encoder in BUNDLE_SHAPES:  # this must not wait for a download either
+    if config.encoder in BUNDLE_SHAPES:  # check before the download
         check_sizes(config, BUNDLE_SHAPES[config.encoder])
     encoder = find_encoder(config.encoder, quiet)
     check_sizes(config, encoder.shape)
@@ -215,23 +211,23 @@ def prepare(config: Config, quiet: bool) -> Prepared:
     }
     train = caches["train"]
     check_tokenizer(encoder, train.vocab_size)
-    stays = np.ones(len(train), bool)  # whether a row is trained on
+    is_kept = np.ones(len(train), bool)  # [rows], whether to train on a row
     if "dev" not in caches:
         rows = cut_off(train.text_digests, task.strata(train.labels), share_of(config, len(train)), config.seed)
         if not len(rows):
             raise UserError(f"{len(train):,} training rows are too few to cut off dev; name a --dev-file")
-        stays[rows] = False
+        is_kept[rows] = False
         caches = {"train": train, "dev": train.part(rows), **caches}
         note = f"{len(rows):,} of {len(train):,} training rows, cut off by class and seed; name a --dev-file for others"
         splits = {"train": splits["train"], "dev": replace(splits["train"], dropped={}, notes=[note]), **splits}
     others = {name: cache.text_digests for name, cache in caches.items() if name != "train"}
     leaks = {name: find_leaks(train.text_digests, digests) for name, digests in others.items()}
-    leaks = {name: kept for name, rows in leaks.items() if len(kept := rows[stays[rows]])}
+    leaks = {name: kept for name, rows in leaks.items() if len(kept := rows[is_kept[rows]])}
     if config.drop_duplicates:
-        stays[train.repeats] = stays[train.contradictions] = False
+        is_kept[train.repeats] = is_kept[train.contradictions] = False
     for rows in leaks.values() if config.drop_leaks else ():
-        stays[rows] = False
-    if not stays.any():
+        is_kept[rows] = False
+    if not is_kept.any():
         raise UserError("--drop-duplicates or --drop-leaks leaves no row to train on; leave them out")
-    train_rows = None if stays.all() else np.flatnonzero(stays)
+    train_rows = None if is_kept.all() else np.flatnonzero(is_kept)
     return Prepared(config, task, encoder, splits, caches, leaks, train_rows)

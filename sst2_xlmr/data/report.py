@@ -1,4 +1,4 @@
-"""How files were read, in words for the header, and as JSON."""
+"""How files were read: lines for the header, and JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PLAIN = {"tsv": [("\t", "none", True)], "csv": [(",", "double", True)], "jsonl"
 
 
 def description(path: Path, layout: Layout, columns: Columns, rows: int | None = None) -> str:
-    """Return how a file was read; empty if that is plain: what its name says, in UTF-8, and with a header."""
+    """Describe how a file was read; empty for the usual case: the format its name says, UTF-8, with a header."""
     is_named_so = path.name.lower().removesuffix(".gz").endswith(f".{layout.format}")
     is_plain = (layout.delimiter, layout.quoting, layout.header) in _PLAIN.get(layout.format, ()) and is_named_so
     if is_plain and (layout.encoding, layout.newline, len(columns.texts)) == ("utf-8", "\n", 1 if columns.text else 0):
@@ -47,17 +47,17 @@ def description(path: Path, layout: Layout, columns: Columns, rows: int | None =
 
 
 def left_out_of(dropped: dict[str, int]) -> str:
-    """Return how many rows are left out, by kind; empty if none are."""
+    """Return a note with the number of rows left out, by kind; empty if there are none."""
     return f"left out: {', '.join(f'{count:,} {PHRASES[kind]}' for kind, count in dropped.items())}" if dropped else ""
 
 
 def lines_of(inputs: Prepared) -> list[str]:
-    """Return the header's lines on files that are not plain, on rows per class, and the notes on every split."""
+    """Return the header's lines: files with an unusual layout, rows per class, and notes on every split."""
     lines = []
     for name, split in inputs.splits.items():
-        for path, found in zip(split.files, split.found):
-            if said := description(path, found.layout, split.columns, found.rows):
-                lines.append(f"read as    {said}")
+        for path, file in zip(split.files, split.inspections):
+            if text := description(path, file.layout, split.columns, file.rows):
+                lines.append(f"read as    {text}")
         if len(split.files) > 1 and name in inputs.caches:
             counts = zip(split.files, inputs.caches[name].rows_of_files)
             lines.append(f"files      {name}: {', '.join(f'{path.name} {count:,}' for path, count in counts)}")
@@ -65,18 +65,18 @@ def lines_of(inputs: Prepared) -> list[str]:
         labels = inputs.train_labels if name == "train" else inputs.caches[name].labels
         lines.append(f"classes    {name}: {inputs.task.describe_labels(labels)}")
     notes = [f"note       {name}: {note}" for name in inputs.splits for note in notes_of(inputs, name)]
-    return list(dict.fromkeys([*lines, *notes]))  # dev may be cut off the same files
+    return list(dict.fromkeys([*lines, *notes]))  # without repetitions: train and dev may have the same files
 
 
 def notes_of(inputs: Prepared, name: str) -> list[str]:
-    """Return what is worth saying about a split."""
+    """Return the warnings about a split."""
     split, absent = inputs.splits[name], [label for label, rows in classes_of(inputs, name).items() if not rows]
     notes = [*split.notes, left_out_of(split.dropped), f"no row of class {listed(absent)}" if absent else ""]
     return list(filter(None, notes))
 
 
 def classes_of(inputs: Prepared, name: str) -> dict[str, int]:
-    """Return how many rows each class has; of train, those that are trained on."""
+    """Return class -> number of rows; for train, of the rows to train on."""
     if name not in inputs.caches:
         return {}
     labels = inputs.train_labels if name == "train" else inputs.caches[name].labels
@@ -84,21 +84,21 @@ def classes_of(inputs: Prepared, name: str) -> dict[str, int]:
 
 
 def examples_of(inputs: Prepared, name: str, count: int = 3) -> list[list[str | None]]:
-    """Return the first rows of a split: text, second text or None, label or None, as the model sees them."""
+    """Return the first rows of a split, as the model sees them: text, second text or None, label or None."""
     split, cache = inputs.splits[name], inputs.caches.get(name)
-    numbers = inputs.train_rows if name == "train" else cache.numbers if cache else None
-    wanted = range(count) if numbers is None else numbers[:count].tolist()
+    used = inputs.train_rows if name == "train" else cache.source_rows if cache else None
+    wanted = range(count) if used is None else used[:count].tolist()
     rows = itertools.islice(split.rows(inputs.task if cache else None), max(wanted, default=-1) + 1)
-    chosen = [row for number, (_, row) in enumerate(rows) if number in wanted]
+    chosen = [row for index, (_, row) in enumerate(rows) if index in wanted]
     return [[row.text, row.pair, None if row.label is None else inputs.task.label_cell(row.label)] for row in chosen]
 
 
 def as_json(inputs: Prepared) -> dict[str, dict[str, Any]]:
-    """Return how every split was read, for `--check FILE`."""
+    """Describe every split for `--check FILE`."""
     result = {}
     for name, split in inputs.splits.items():
-        cache, layout = inputs.caches.get(name), split.found[0].layout
-        rows = sum(each.rows for each in split.found) if cache is None else len(cache)
+        cache, layout = inputs.caches.get(name), split.inspections[0].layout
+        rows = sum(file.rows for file in split.inspections) if cache is None else len(cache)
         result[name] = {
             "path": str(split.files[0]) if len(split.files) == 1 else list(map(str, split.files)),
             "format": layout.format,
@@ -117,10 +117,10 @@ def as_json(inputs: Prepared) -> dict[str, dict[str, Any]]:
 
 
 def check_lines(inputs: Prepared) -> list[str]:
-    """Return three rows of each split, with their classes, as the model will see them."""
+    """Return three rows of each split with their labels, as the model sees them."""
     lines = []
     for name in inputs.splits:
         for text, pair, label in examples_of(inputs, name):
-            texts = " / ".join(shortened(each, 100) for each in (text, pair) if each is not None)
+            texts = shortened(text, 100) if pair is None else f"{shortened(text, 100)} / {shortened(pair, 100)}"
             lines.append(f"{name:<10} {label if label is not None else '(no label)'}: {texts}")
     return lines

@@ -1,4 +1,4 @@
-"""Rows of labelled text: which columns hold them, and which rows can be used. Errors name the file and the line."""
+"""Rows of labelled text: which columns to read, and which rows are usable. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from sst2_xlmr.config import COLUMN_OPTIONS, FORMATS, Config
 from sst2_xlmr.data.containers import shortened
 from sst2_xlmr.data.formats import Fields, Layout, opened, read_fields
 from sst2_xlmr.data.sniff import Columns, find_layout, other_encoding
-from sst2_xlmr.labels import MISSING, label_text
+from sst2_xlmr.labels import MISSING, MISSING_ID, UNKNOWN_ID, label_text
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
 
-PHRASES = {  # why a row cannot be used, and how an error says it of several rows
+PHRASES = {  # why a row is unusable -> the phrase in errors and notes
     "another number of columns": "with another number of columns",
     "cut characters": "with cut characters",
     "no text": "without text",
     "no label": "without a label",
-    "weight 0": "with weight 0",  # which is asked for
+    "weight 0": "with weight 0",  # left out on purpose, so never an error
 }
 COLUMNS, CHARACTERS, NO_TEXT, NO_LABEL, WEIGHT_0 = PHRASES
 _UNUSABLE = re.compile("[\ud800-\udfff\0]")
 _CHUNK_CHARACTERS = 1 << 20
-_MOST_LABELS = 20_000  # that are counted; classes are far fewer
+_MOST_LABELS = 20_000  # no further distinct labels are counted; classes are far fewer
 
 
 class Row(NamedTuple):
     """A row of a file.
 
     Attributes:
-        label: what the task reads from its cell, the class's number for a single label; None if nobody reads it.
-        fields: all of its columns, as they are in the file.
-        weight: in the loss.
+        pair: the second text of a pair, else None.
+        label: the result of `task.read_label`; None without a task.
+        fields: all of its columns, unchanged.
+        weight: factor on its loss.
     """
 
     text: str
@@ -52,23 +53,23 @@ class Row(NamedTuple):
 
 
 def columns_of(config: Config, split: str) -> Columns:
-    """Return what the options ask for of a split's file; only training rows have weights."""
+    """Return the columns to read of a split's files; only training rows have weights."""
     columns = columns_given(config, split)
     return columns if split == "train" else dataclasses.replace(columns, weight=None)
 
 
 def columns_given(arguments: argparse.Namespace | Config, split: str = "") -> Columns:
-    """Return what options ask for of a split's file; an option that is not given, or not there, has its default."""
+    """Return the columns that the options select for a split; options that are missing have their defaults."""
     given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
-    if given.get("format") not in FORMATS:  # that of an export
+    if given.get("format") not in FORMATS:  # export's --format is another option
         given.pop("format", None)
     text, labels = (tuple(given.pop(name, None) or ()) for name in ("text_column", "label_columns"))
     pair, label = given.pop("text_pair_column", None), given.pop("label_column", "label")
     columns = Columns(text or None, pair, label, labels, given.pop("weight_column", None), **given)
-    for each in getattr(arguments, "columns", ()):
-        name, _, wanted = each.partition(":")
+    for option in getattr(arguments, "columns", ()):
+        name, _, pairs = option.partition(":")
         if name == split:
-            changes: dict[str, Any] = dict(part.split("=", 1) for part in wanted.split(","))
+            changes: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs.split(","))
             if "label" in changes:
                 changes["labels"] = ()
             if "text" in changes:
@@ -78,16 +79,18 @@ def columns_given(arguments: argparse.Namespace | Config, split: str = "") -> Co
 
 
 def check_pairs(model: Path, pair: str | None, cure: str) -> None:
-    """Raise UserError if a model that was trained on pairs is asked with single texts, or the other way round."""
+    """Raise UserError for single texts if the model was trained on pairs, or the other way around."""
     file = model / "config.json"
-    stated = read_json(file, "a model's folder is needed").get("text_pairs") if file.is_file() else None
-    if stated is not None and stated != (pair is not None):
-        trained, here = ("pairs of texts", "name the second column, too") if stated else ("single texts", "leave out")
-        raise UserError(f"{model} was trained on {trained}; {here}: {cure}")
+    takes_pairs = read_json(file, "a model folder is needed").get("text_pairs") if file.is_file() else None
+    if takes_pairs is not None and takes_pairs != (pair is not None):
+        trained, verb = (
+            ("pairs of texts", "name the second column, too") if takes_pairs else ("single texts", "leave out")
+        )
+        raise UserError(f"{model} was trained on {trained}; {verb}: {cure}")
 
 
-class Places(NamedTuple):
-    """Where a row's texts, labels and weight stand; what nobody asks for is None, or empty."""
+class Positions(NamedTuple):
+    """The positions of a row's texts, labels and weight among its columns; None or empty if they are not read."""
 
     texts: tuple[int, ...]
     pair: int | None
@@ -95,20 +98,20 @@ class Places(NamedTuple):
     weight: int | None
 
     def label_cell(self, names: Sequence[str], cells: Sequence[Any], class_names: Sequence[str]) -> Any:
-        """Return a row's label: of several columns an object, and a file's own names for its numbers."""
+        """Return a row's label: an object if it has several columns, and by name if the file names its class ids."""
         if len(self.labels) > 1:
-            return {names[place]: cells[place] for place in self.labels}
+            return {names[position]: cells[position] for position in self.labels}
         label = cells[self.labels[0]] if self.labels else None
         if not class_names:
             return label
         if isinstance(label, list) and len(label) > 1:
-            return [class_names[each] for each in label]
-        number = label_text(label)
-        return class_names[int(number)] if number.isdecimal() and int(number) < len(class_names) else label
+            return [class_names[index] for index in label]
+        index = label_text(label)
+        return class_names[int(index)] if index.isdecimal() and int(index) < len(class_names) else label
 
 
-def _places(path: Path, layout: Layout, columns: Columns, fields: Fields, with_label: bool) -> Places:
-    """Return the places of a row's columns; UserError if one is missing, or two are the same."""
+def _positions(path: Path, layout: Layout, columns: Columns, fields: Fields, with_label: bool) -> Positions:
+    """Find a row's columns; UserError if one is missing, or used twice."""
     columns = guessed_columns(path, layout, columns)
     find = functools.partial(_position, path, layout, fields)
     texts = [find("--text-column", name) for name in columns.texts] or [find("--text-column", "sentence", "text")]
@@ -116,27 +119,27 @@ def _places(path: Path, layout: Layout, columns: Columns, fields: Fields, with_l
     option = "--label-columns" if columns.labels else "--label-column"
     labels = [find(option, name) for name in columns.labels or (columns.label,)] if with_label else []
     weight = find("--weight-column", columns.weight) if columns.weight and with_label else None
-    all_of = [each for each in (*texts, pair, *labels, weight) if each is not None]
-    if len(set(all_of)) < len(all_of):
-        twice = next(fields.names[each] for each in all_of if all_of.count(each) > 1)
+    used = [position for position in (*texts, pair, *labels, weight) if position is not None]
+    if len(set(used)) < len(used):
+        twice = next(fields.names[position] for position in used if used.count(position) > 1)
         raise UserError(f"{path}: the column {twice!r} is named twice; text, second text and label must be different")
-    return Places(tuple(texts), pair, tuple(labels), weight)
+    return Positions(tuple(texts), pair, tuple(labels), weight)
 
 
 def _position(path: Path, layout: Layout, fields: Fields, option: str, *wanted: str) -> int:
-    """Return the place in a row of the first of the wanted columns that it has; UserError if none is there, or two."""
+    """Return the position of the first of the wanted columns that exists; UserError if none or two match."""
     names = fields.names
     if layout.is_table and re.fullmatch("[0-9]{1,6}", wanted[0]):
         if 1 <= int(wanted[0]) <= len(names):
             return int(wanted[0]) - 1
         raise UserError(f"{path} has {len(names)} columns, from 1 to {len(names)}: there is no {option} {wanted[0]}")
     for name in wanted:
-        found = [place for place, each in enumerate(names) if each == name]
-        found = found or [place for place, each in enumerate(names) if each.lower() == name.lower()]
-        if len(found) > 1:
+        matches = [position for position, other in enumerate(names) if other == name]
+        matches = matches or [position for position, other in enumerate(names) if other.lower() == name.lower()]
+        if len(matches) > 1:
             raise UserError(f"{path}: two columns are named {name!r}; give {option} a number, from 1")
-        if found:
-            return found[0]
+        if matches:
+            return matches[0]
     among = shortened(", ".join(names)) + " (it has no header)" * bool(layout.delimiter and not layout.header)
     raise UserError(
         f"{path}, line {fields.line}: no column {' or '.join(map(repr, wanted))} among {among}; name it with"
@@ -145,7 +148,7 @@ def _position(path: Path, layout: Layout, fields: Fields, option: str, *wanted: 
 
 
 def guessed_columns(path: Path, layout: Layout, columns: Columns) -> Columns:
-    """Return the columns with numbers for text and label where neither a header nor the options name them."""
+    """Fill in the numbers of the text and label columns if neither a header nor the options name them."""
     if not layout.is_table or layout.header or columns.texts or {"text", "sentence"} & {*layout.names}:
         return columns
     text, label, _ = _likely_columns(path, layout)
@@ -154,11 +157,11 @@ def guessed_columns(path: Path, layout: Layout, columns: Columns) -> Columns:
 
 
 def _likely_columns(path: Path, layout: Layout) -> tuple[str, str, list[str]]:
-    """Return, by the first rows of a table, the numbers of the columns that must hold text and label, and flags.
+    """Guess a table's columns from its first rows; returns text, label, and the names of all columns of 0 and 1.
 
-    A number, from 1, is empty if no column or several may be meant. Flags are the names of the columns of 0 and 1.
+    Text and label are numbers from 1, or empty if no column, or more than one, is possible.
     """
-    rows = [each.cells for each in itertools.islice(read_fields(path, layout), 500)]
+    rows = [fields.cells for fields in itertools.islice(read_fields(path, layout), 500)]
     rows = [cells for cells in rows if len(cells) == len(layout.names)]
     columns = {str(i): [str(cell).strip() for cell in column] for i, column in enumerate(zip(*rows), 1)}
     texts = [i for i, cells in columns.items() if sum(" " in cell for cell in cells) > len(cells) / 2]
@@ -170,59 +173,59 @@ def _likely_columns(path: Path, layout: Layout) -> tuple[str, str, list[str]]:
 
 
 def _proposal(path: Path, layout: Layout) -> str:
-    """Return the options that name a table's text and label, for an error; empty if that cannot be told."""
+    """Return the options that probably select a table's text and label, for an error; empty if it is unclear."""
     if not layout.is_table:
         return ""
     *likely, flags = _likely_columns(path, layout)
     names = [layout.names[int(number) - 1] for number in likely if number]
-    named: list[tuple[str, ...]] = list(zip(("--text-column", "--label-column"), names))
-    if len(flags) > 2:  # of 0 and 1
-        named = [*named[:1], ("--label-columns", *flags)]
-    words = (word if " " not in word else repr(word) for each in named for word in each)
-    return f" (e.g. {' '.join(words)})" if named else ""
+    options: list[tuple[str, ...]] = list(zip(("--text-column", "--label-column"), names))
+    if len(flags) > 2:
+        options = [*options[:1], ("--label-columns", *flags)]
+    words = (word if " " not in word else repr(word) for option in options for word in option)
+    return f" (e.g. {' '.join(words)})" if options else ""
 
 
 Checked = tuple[Fields, str, Any, Any, Any, float]
 
 
 def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> Iterator[Checked]:
-    """Yield every row: its fields, why it cannot be used (empty if it can), texts, the label's cell, weight."""
+    """Yield for every row: fields, why it is unusable (empty if it is not), text, second text, label cell, weight."""
     names: list[str] | None = None
     missing: UserError | None = None
     has_all = False
     for fields in read_fields(path, layout):
         cells = fields.cells
         if fields.names is not names:
-            names, places = fields.names, None
+            names, positions = fields.names, None
             class_names: Sequence[str] = ()
             try:
-                places = _places(path, layout, columns, fields, with_label)
+                positions = _positions(path, layout, columns, fields, with_label)
                 has_all = True
-                if places.labels:
-                    class_names = layout.class_names.get(names[places.labels[0]], ())
+                if positions.labels:
+                    class_names = layout.class_names.get(names[positions.labels[0]], ())
                 if columns.classes and not {*class_names} <= {*columns.classes}:
                     class_names = ()
-                is_plain = len(places.labels) == 1 and not class_names
-                one_text, one_label = places.texts[0], places.labels[0] if is_plain else None
-            except UserError as error:  # the keys of JSON's objects may differ
+            except UserError as error:  # JSON objects may have different keys
                 if layout.is_table:
                     raise
                 missing, kind = missing or error, NO_LABEL if "--label-column" in str(error) else NO_TEXT
-        if places is None or len(cells) != len(names):
-            yield fields, COLUMNS if places else kind, None, None, None, 1.0
+        if positions is None or len(cells) != len(names):
+            yield fields, COLUMNS if positions else kind, None, None, None, 1.0
             continue
-        text = cells[one_text] if len(places.texts) == 1 else _joined([cells[place] for place in places.texts])
+        text = cells[positions.texts[0]]
+        if len(positions.texts) > 1:
+            text = _joined([cells[position] for position in positions.texts])
         problem = ""
         if type(text) is not str or not text.isascii() or not text.strip() or "\0" in text:
             problem = _problem(text, columns.may_be_empty)
         pair = None
-        if places.pair is not None:
-            pair = cells[places.pair]
+        if positions.pair is not None:
+            pair = cells[positions.pair]
             problem = problem or _problem(pair, columns.may_be_empty)
-        label = places.label_cell(names, cells, class_names) if one_label is None else cells[one_label]
+        label = positions.label_cell(names, cells, class_names)
         weight = 1.0
-        if places.weight is not None:
-            weight = _weight(cells[places.weight], f"{path}, line {fields.line}")
+        if positions.weight is not None:
+            weight = _weight(cells[positions.weight], f"{path}, line {fields.line}")
             problem = problem if weight else WEIGHT_0
         yield fields, problem, text, pair, label, weight
     if not has_all:
@@ -235,7 +238,7 @@ def _weight(cell: Any, where: str) -> float:
     except (TypeError, ValueError):
         weight = math.nan
     if not 0 <= weight < math.inf:
-        raise UserError(f"{where}: the weight {label_text(cell)!r} is no number of 0 or more; mend it")
+        raise UserError(f"{where}: the weight {label_text(cell)!r} is not a number of 0 or more; mend it")
     return weight
 
 
@@ -250,25 +253,25 @@ def _problem(text: Any, may_be_empty: bool) -> str:
 
 
 def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
-    """Yield a file's usable rows; UserError, naming file, line and cure, if others are no row, or there are none.
+    """Yield a file's usable rows; UserError, naming file, line and cure, if it has none, or any that are unusable.
 
     Args:
-        columns: see `sniff.Columns`; with `drop_unusable`, rows that cannot be used are left out.
-        task: None for prediction, where no label is needed, and a text may be empty.
+        columns: see `sniff.Columns`; with `drop_unusable`, unusable rows are left out instead.
+        task: None for prediction, which needs no label, and where a text may be empty.
     """
     layout = find_layout(path, columns)
     columns = dataclasses.replace(columns, may_be_empty=task is None or columns.may_be_empty)
-    numbers: dict[str, Any] = {}  # of the labels that were seen
+    labels: dict[str, Any] = {}  # text of the cell -> label
     for fields, problem, text, pair, cell, weight in _checked(path, layout, columns, task is not None):
         label = None
         if task and not problem:
             key = cell if isinstance(cell, str) else label_text(cell)
-            if key in numbers:
-                label = numbers[key]
+            if key in labels:
+                label = labels[key]
             else:
                 label = task.read_label(cell, f"{path}, line {fields.line}")
-                if len(numbers) < _MOST_LABELS:
-                    numbers[key] = label
+                if len(labels) < _MOST_LABELS:
+                    labels[key] = label
             problem = NO_LABEL if label is None else ""
         if not problem:
             yield Row(text, pair, label, fields, weight)
@@ -282,14 +285,13 @@ Problems = dict[str, tuple[int, int, str]]
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file holds, found by reading all of it.
+    """The result of reading a whole file.
 
     Attributes:
-        rows: all of them, usable or not.
-        problems: rows that cannot be used, but for those without a label: kind -> how many, line and details of the
-            first.
-        labels: how many of the others have each label (see `label_text`), and the line of the first.
-        digest: SHA-256 of what was read.
+        rows: number of rows, usable or not.
+        problems: unusable rows by kind: (count, first line, detail); rows without a label are counted in `labels`.
+        labels: `label_text` of the other rows -> (count, first line).
+        digest: SHA-256 of the file.
     """
 
     layout: Layout
@@ -299,29 +301,32 @@ class Inspection:
     digest: str = ""
 
     def check(self, path: Path, task: Task | None, drop: bool, names: Sequence[str] = ()) -> dict[str, int]:
-        """Return how many rows are left out, by kind; UserError if there are any and none may, or for other labels.
+        """Return the number of rows to leave out, by kind.
+
+        UserError for labels that are not classes, for any unusable row unless `drop`, or if no row is left.
 
         Args:
-            task: None where it is to be found yet; `names` are those of its classes that are known already.
+            task: None before it is known; `names` are then the labels that are known to be classes.
         """
         self.check_encoding(path)
-        found, problems = self.labels, dict(self.problems)
-        numbers = {each: task.label_index(each) if task else -(each in MISSING and each not in names) for each in found}
-        unknown, missing = ([label for label in found if numbers[label] == number] for number in (-2, -1))
+        labels, problems = self.labels, dict(self.problems)
+        ids = {label: task.label_index(label) for label in labels} if task else dict.fromkeys(MISSING, MISSING_ID)
+        unknown = [label for label in labels if ids.get(label) == UNKNOWN_ID]
+        missing = [label for label in labels if ids.get(label) == MISSING_ID and label not in names]
         if unknown and task:
-            count, line = sum(found[label][0] for label in unknown), found[unknown[0]][1]
+            count, line = sum(labels[label][0] for label in unknown), labels[unknown[0]][1]
             raise UserError(f"{path}, line {line}: {task.unknown(unknown)} ({count:,} row{'s' * (count > 1)})")
         if missing:
-            count = sum(found[label][0] for label in missing) + problems.get(NO_LABEL, (0,))[0]
-            problems[NO_LABEL] = (count, found[missing[0]][1], repr(missing[0]))
+            count = sum(labels[label][0] for label in missing) + problems.get(NO_LABEL, (0,))[0]
+            problems[NO_LABEL] = (count, labels[missing[0]][1], repr(missing[0]))
         left_out = {kind: count for kind, (count, *_) in problems.items()}
-        asked_for = problems.pop(WEIGHT_0, (0, 0, ""))
+        weight_0 = problems.pop(WEIGHT_0, (0, 0, ""))
         if sum(left_out.values()) == self.rows or (problems and not drop):
-            raise self._error(path, problems or {WEIGHT_0: asked_for}, may_drop=bool(found) and not drop)
+            raise self._error(path, problems or {WEIGHT_0: weight_0}, may_drop=bool(labels) and not drop)
         return left_out
 
     def _error(self, path: Path, problems: Problems, may_drop: bool) -> UserError:
-        """Return the error that counts the rows which cannot be used, and names the first of each kind."""
+        """Return an error with the number of unusable rows, and the first one of each kind."""
         total, first = sum(count for count, *_ in problems.values()), min(line for _, line, _ in problems.values())
         kinds = ", ".join(
             f"{count:,} {PHRASES[kind]} (line {line}{': ' * bool(detail)}{detail})"
@@ -332,18 +337,18 @@ class Inspection:
         if NO_LABEL in problems and problems[NO_LABEL][2] not in ("''", ""):
             cure += "; if that is a class, list all with --label-names=A,B,..."
         elif CHARACTERS in problems:
-            cure += "; half a character stands there; a file that is not UTF-8 needs, e.g., --encoding cp1252"
+            cure += "; they contain half a character; a file that is not UTF-8 needs, e.g., --encoding cp1252"
         rows = f"{total:,}{of_all} row{'s' * are_many}"
         return UserError(f"{path}, line {first}: {rows} cannot be used: {kinds}; {cure}")
 
     def check_encoding(self, path: Path) -> None:
-        """Raise UserError if rows cannot be used because the file has another encoding than UTF-8."""
+        """Raise UserError if rows are unusable because the file is not UTF-8."""
         if CHARACTERS in self.problems and self.layout.encoding == "utf-8" and not path.is_dir():
             with opened(path) as (file, _):
                 encoding = other_encoding(file.read())
             if encoding:
                 line = self.problems[CHARACTERS][1]
-                raise UserError(f"{path}, line {line}: not UTF-8, most likely {encoding}; say --encoding {encoding}")
+                raise UserError(f"{path}, line {line}: not UTF-8, most likely {encoding}; use --encoding {encoding}")
 
     @property
     def is_unlabelled(self) -> bool:
@@ -351,7 +356,7 @@ class Inspection:
 
 
 def inspect(path: Path, columns: Columns, with_label: bool = True) -> Inspection:
-    """Read a file through, and count; UserError if it is not what it is said to be."""
+    """Read a whole file, and count its labels and unusable rows; UserError if it cannot be read as its layout says."""
     layout, rows = find_layout(path, columns), 0
     problems: Problems = {}
     labels: dict[str, list[int]] = {}
@@ -371,33 +376,33 @@ def inspect(path: Path, columns: Columns, with_label: bool = True) -> Inspection
 
 
 def has_columns(path: Path, columns: Columns) -> bool:
-    """Whether the first row of a file has the columns of text and label."""
+    """Whether the first row of a file has a text and a label column."""
     layout = find_layout(path, columns)
     first = next(read_fields(path, layout), None)
     try:
-        return first is not None and bool(_places(path, layout, columns, first, with_label=True))
+        return first is not None and bool(_positions(path, layout, columns, first, with_label=True))
     except UserError:
         return False
 
 
 def has_labels(path: Path, columns: Columns) -> bool:
-    """Whether a file has the columns of text and label, and any label."""
+    """Whether a file has a text and a label column, and any label."""
     return has_columns(path, columns) and not inspect(path, columns).is_unlabelled
 
 
 def check_text(text: str, where: str) -> None:
-    """Raise UserError if a text, which does not come from a file, is none that the tokenizer can take."""
+    """Raise UserError if the tokenizer cannot encode a text, which is at `where`, not in a file."""
     if _UNUSABLE.search(text):
         raise UserError(f"{where}: not UTF-8, or with a NUL character; convert it")
 
 
 def texts_of(rows: Iterable[Row]) -> list[str | tuple[str, str]]:
-    """Return what a classifier takes."""
+    """Return the arguments of `Classifier.predict`: texts, or pairs of texts."""
     return [row.text if row.pair is None else (row.text, row.pair) for row in rows]
 
 
 def in_chunks(rows: Iterable[Row], count: int) -> Iterator[list[Row]]:
-    """Yield lists of `count` rows, or fewer where their texts are long."""
+    """Yield lists of `count` rows, or fewer if their texts are long."""
     chunk: list[Row] = []
     characters = 0
     for row in rows:

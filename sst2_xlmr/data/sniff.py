@@ -1,8 +1,8 @@
-"""How a file is to be read, found from its content, then its name: format, delimiter, quoting, line ends, header.
+"""Detect a file's layout from its content, then its name: format, delimiter, quoting, line ends, header.
 
-The readers of pandas, DuckDB and clevercsv were tried first: the first asks for a dialect, the others take the first
-row of a file without a header for its header where all cells are words, and none tells GLUE's quotes, which are text,
-from those of CSV. What has been found here is read by Python's csv module.
+pandas, DuckDB and clevercsv were tried first: pandas needs a dialect, the others take the first row of words for a
+header, and none distinguishes GLUE's quotation marks, which are text, from CSV's. Python's csv module then reads files
+by the detected layout.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from sst2_xlmr.data.formats import Layout, csv_reader, decoded_lines, opened
 from sst2_xlmr.util.errors import UserError
 
 SAMPLE_CHARACTERS, SAMPLE_ROWS = 1 << 18, 1000
-DELIMITERS = {"tab": "\t", "bar": "|", "semicolon": ";", "comma": ","}  # the rarer in texts, the earlier
-_CONSISTENT = 0.8  # share of the rows that have as many columns as most
+DELIMITERS = {"tab": "\t", "bar": "|", "semicolon": ";", "comma": ","}  # those that are rare in texts first
+_CONSISTENT = 0.8  # required fraction of rows with the most frequent number of columns
 _NUMBER = re.compile(r"[+-]?([0-9]+([.,][0-9]*)?|[.,][0-9]+)([eE][+-]?[0-9]+)?")
-_NAME = re.compile(r"[^\W\d][\w.\-/#()?:]*( [\w.\-/#()?:]+){0,2}|#\d \w+")  # as a column may be called
-_COUNTED = ((0, ""), (1, ""), (1, "V"))  # names that pandas and R give to columns without any
+_NAME = re.compile(r"[^\W\d][\w.\-/#()?:]*( [\w.\-/#()?:]+){0,2}|#\d \w+")  # a plausible column name
+_COUNTED = ((0, ""), (1, ""), (1, "V"))  # first number and prefix of the names that pandas and R give to columns
 _TREE = re.compile(r"\([0-9] (\([0-9] |[^()]+\)$)")
 _FASTTEXT = re.compile(r"__label__[^\s,;|]+(\s|$)")
 _TREE_CURE = (
     "python -c \"import re, sys; [print(' '.join(re.findall(r'\\([0-9] ([^()]+)\\)', line)), line[1], sep='\\t')"
     ' for line in sys.stdin]" < TREES > rows.tsv, and give the columns as 1 (text) and 2 (label)'
 )
-# The format of a file that begins so, or what it is instead, with the cure.
-_BEGINNINGS = {
+# Magic bytes -> the format, or the reason why it is unsupported, with the cure.
+_MAGIC = {
     (b"PAR1",): "parquet",
     (b"ARROW1", b"\xff\xff\xff\xff"): "arrow",
     (b"PK\x03\x04",): "xlsx",
@@ -47,23 +47,22 @@ _BEGINNINGS = {
     (b"version https://git-lfs",): "a pointer of Git LFS, not the file itself; fetch that with git lfs pull",
     (b"%PDF", b"SQLite format 3"): "a PDF or a database; save its table as CSV",
     (b"\x80",): "a Python pickle, which may run code when it is opened; save it as CSV, e.g. with pandas",
-    (b"<!doctype html", b"<html", b"<?xml"): "a web page or XML, perhaps a download's error page; fetch it again",
+    (b"<!doctype html", b"<html", b"<?xml"): "a web page or XML, maybe a download's error page; fetch it again",
 }
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What is asked for of a file: its columns, each by name or by number from 1, and how it is to be read.
+    """The columns to read from a file, each by name or by number from 1, and options for its layout.
 
     Attributes:
-        text: one, or several to join; None for `sentence`, or else `text`.
-        labels: one for each label, instead of `label`.
-        weight: of the row in the loss; None for ones.
-        header: whether a table's first line names its columns; None to find out, as for the next four.
-        drop_unusable: whether rows that cannot be used are left out; else they are an error.
-        may_be_empty: whether a text may be empty, as in prediction.
-        classes: names of the classes, where they are known; the names that a file has for its numbers hold only if they
-            are among these.
+        text: one column, or several to join; None for `sentence`, or else `text`.
+        labels: one column per label, instead of `label`.
+        weight: the column with loss weights; None for ones.
+        header, format, delimiter, quoting, encoding: overrides; None to detect them.
+        drop_unusable: whether to leave out unusable rows; otherwise they are an error.
+        may_be_empty: whether texts may be empty, as in prediction.
+        classes: the names of the classes, if known; a file's own class names are used only if they are among them.
     """
 
     text: str | tuple[str, ...] | None = None
@@ -82,18 +81,18 @@ class Columns:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The text's columns that were named."""
+        """The given text columns, () for the default."""
         return (self.text,) if isinstance(self.text, str) else tuple(self.text or ())
 
     @property
     def named(self) -> set[str]:
-        """All names, not numbers, that a header may have."""
+        """All columns given by name, in lower case; one of them in the first row makes that a header."""
         names = [*(self.texts or ("sentence", "text")), *(self.labels or [self.label]), *filter(None, [self.pair])]
         return {name.lower() for name in names if not name.isdecimal()}
 
 
 def find_layout(path: Path, asked: Columns = Columns()) -> Layout:
-    """Return how a file is read; UserError if it is none of rows, or nobody can tell."""
+    """Detect a file's layout; UserError if it is unreadable, unsupported or ambiguous."""
     try:
         stat = path.stat()
     except OSError as error:
@@ -117,37 +116,37 @@ def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
         names, class_names = containers.arrow_columns(path, kind)
         return Layout(kind, names=names, class_names=class_names)
     if kind == "xlsx":
-        with opened(path):  # whose errors are those of a damaged file
-            cells_of_rows = [[cell or "" for cell in cells] for _, cells in containers.excel_rows(path)]
-        return _with_header(path, Layout("xlsx"), cells_of_rows, asked)
+        with opened(path):  # for its errors about damaged files
+            rows = [[cell or "" for cell in cells] for _, cells in containers.excel_rows(path)]
+        return _with_header(path, Layout("xlsx"), rows, asked)
     encoding = asked.encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     lines, is_whole = _sample(path, encoding)
     newline = "\n"
     if len(lines) == 1 and "\r" in lines[0][:-1] and not lines[0].endswith("\n"):
         newline, lines = "\r", [line + "\n" for line in lines[0].split("\r") if line]
-    found = _text_layout(path, name, lines, is_whole, asked, kind)._replace(encoding=encoding, newline=newline)
-    if found.format not in ("tsv", "csv"):
-        return found
-    may_be_free = found.quoting == "none" or (found.delimiter == "\t" and found.quoting == "double")
-    if may_be_free and not is_whole and not asked.quoting:
-        found = _with_quoting_of_whole(path, found)
-    rows = _parsed(lines, found.delimiter, found.quoting, is_whole)
-    if not rows:  # reading it will say where it is broken
-        rows = [[cell.strip('"') for cell in lines[0].rstrip("\r\n").split(found.delimiter)]]
-    return _with_header(path, found, rows[:SAMPLE_ROWS], asked)
+    layout = _text_layout(path, name, lines, is_whole, asked, kind)._replace(encoding=encoding, newline=newline)
+    if layout.format not in ("tsv", "csv"):
+        return layout
+    may_be_unquoted = layout.quoting == "none" or (layout.delimiter == "\t" and layout.quoting == "double")
+    if may_be_unquoted and not is_whole and not asked.quoting:
+        layout = _with_quoting_of_whole(path, layout)
+    rows = _parsed(lines, layout.delimiter, layout.quoting, is_whole)
+    if not rows:  # the table is broken; the error comes when it is read
+        rows = [[cell.strip('"') for cell in lines[0].rstrip("\r\n").split(layout.delimiter)]]
+    return _with_header(path, layout, rows[:SAMPLE_ROWS], asked)
 
 
 def _binary_format(path: Path, head: bytes) -> str | None:
-    """Return the format of a file that is no text; None for text. UserError for one that cannot be read."""
-    beginning = head if head[:1] != b"<" else head.lower()
-    found = next((what for beginnings, what in _BEGINNINGS.items() if beginning.startswith(beginnings)), None)
-    if found is None or found in FORMATS:
-        return found
-    raise UserError(f"{path} is {found}")
+    """Return a binary file's format, None for a text file; UserError if it is unsupported."""
+    head = head if head[:1] != b"<" else head.lower()
+    kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+    if kind is None or kind in FORMATS:
+        return kind
+    raise UserError(f"{path} is {kind}")
 
 
 def _sample(path: Path, encoding: str, most: float = SAMPLE_CHARACTERS) -> tuple[list[str], bool]:
-    """Return the first lines of a file, whole ones, and whether they are all."""
+    """Return the first lines of a file, about `most` characters, and whether they are all of it."""
     lines: list[str] = []
     characters = 0
     with opened(path) as (file, _):
@@ -174,15 +173,15 @@ def _text_layout(path: Path, name: str, lines: list[str], is_whole: bool, asked:
         return Layout("json", names=tuple(str(i + 1) for i in range(len(row))) if isinstance(row, list) else ())
     if kind == "jsonl":
         return Layout("jsonl")
-    beside = containers.labels_beside(path)
+    beside = containers.labels_file_of(path)
     if kind == "lines" or (kind is None and beside):
-        class_names = {"label": containers.names_beside(path)} if beside else {}
+        class_names = {"label": containers.mapped_names(path)} if beside else {}
         return Layout("lines", names=("text", "label") if beside else ("text",), class_names=class_names)
     return _table(name, lines, is_whole, asked, kind)
 
 
 def _json_format(name: str, filled: list[str]) -> str | None:
-    """Return json or jsonl if a file has, or by its name should have, one of these; None for another."""
+    """Return json or jsonl by a file's content or else its name; None for other formats."""
     first = filled[0].lstrip("\ufeff \t")
     if first[:1] in ("{", "["):
         with contextlib.suppress(ValueError, RecursionError):
@@ -192,13 +191,13 @@ def _json_format(name: str, filled: list[str]) -> str | None:
         with contextlib.suppress(ValueError, RecursionError):
             json.loads("".join(filled))
             return "json"
-        if first.strip() in ("[", "{"):  # perhaps longer than the sample
+        if first.strip() in ("[", "{"):  # the document may be longer than the sample
             return "json"
     return "jsonl" if name.endswith((".jsonl", ".ndjson")) else "json" if name.endswith(".json") else None
 
 
 def _parsed(lines: list[str], delimiter: str, quoting: str, is_whole: bool) -> list[list[str]]:
-    """Return the rows of a table, without empty ones; none if they are not well-formed."""
+    """Return the rows of a table, without empty ones; [] if it is malformed."""
     if quoting == "none":
         return [line.rstrip("\r\n").split(delimiter) for line in lines if line.strip("\r\n")]
     rows, start, reader = [], 0, csv_reader(lines, delimiter, quoting)
@@ -206,24 +205,24 @@ def _parsed(lines: list[str], delimiter: str, quoting: str, is_whole: bool) -> l
         for row in reader:
             start = reader.line_num
             rows += [row] if row else []
-    except csv.Error:  # perhaps only because the sample ends in a row
+    except csv.Error:  # maybe only because the sample ends within a row
         return rows if not is_whole and reader.line_num >= len(lines) and len(lines) - start < 200 else []
     return rows
 
 
 def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
-    """Whether quotes are CSV's: all cells that begin with one are well-formed, and something needs them.
+    """Whether quotes are CSV's: all cells that begin with one are well-formed, and some cells need quotes.
 
-    That is a quote, a delimiter or a line end inside, or a column that has them in all rows. In GLUE's files a sentence
-    may begin with a quotation mark, which is part of it.
+    A cell needs them if it contains a quote, a delimiter or a line end; or a column, if all its cells have them. In
+    GLUE's files, a sentence may begin with a quotation mark that is part of the text.
     """
-    seen: list[str] = []
+    of_row: list[str] = []  # the lines of the current row
     quote = QUOTES[quoting]
     escape, escaped = ("\\", '\\"') if quoting == "backslash" else (quote, quote)
 
-    def noted() -> Iterator[str]:
+    def recorded() -> Iterator[str]:
         for line in lines:
-            seen.append(line)
+            of_row.append(line)
             yield line
 
     def is_in_quotes(cell: str) -> bool:
@@ -232,13 +231,13 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
         return quote + cell + quote in raw
 
     rows, is_needed = 0, False
-    always: set[int] = set()  # the columns that have them in all rows
+    always: set[int] = set()  # the columns whose cells are all quoted
     try:
-        for row in csv_reader(noted(), delimiter, quoting):
-            raw = "".join(seen)
-            if len(seen) > 1 and all(line.count(delimiter) == len(row) - 1 for line in seen):
+        for row in csv_reader(recorded(), delimiter, quoting):
+            raw = "".join(of_row)
+            if len(of_row) > 1 and all(line.count(delimiter) == len(row) - 1 for line in of_row):
                 return False  # each of these lines is a row by itself
-            seen.clear()
+            of_row.clear()
             quoted = {i for i, cell in enumerate(row) if is_in_quotes(cell)} if quote in raw else set()
             always = quoted if rows == 0 else always & quoted
             is_needed |= any(mark in row[i] for i in quoted for mark in (quote, delimiter, "\n"))
@@ -257,16 +256,16 @@ def _quoting(lines: list[str], delimiter: str, is_whole: bool) -> str:
         return next((kind for kind in kinds if '"' in begins and _is_quoted(lines, delimiter, kind)), "none")
     bare = re.compile(rf'(^|{re.escape(delimiter)})[^"{re.escape(delimiter)}][^{re.escape(delimiter)}]*\\"')
     if any(map(bare.search, lines)) and not any("\\" in re.sub(r'\\[\\"]', "", line) for line in lines):
-        kinds.reverse()  # all backslashes escape something, also in cells without quotes
+        kinds.reverse()  # all backslashes escape something, even in unquoted cells
     if found := next((kind for kind in kinds if _parsed(lines, delimiter, kind, is_whole)), None):
         return found
     width, share = _share(_parsed(lines, delimiter, "none", is_whole))
-    are_free = width > 1 and share == 1 and not any('""' in line or line.count('"') % 2 for line in lines)
-    return "none" if are_free else "double"  # which says where it is not well-formed
+    is_unquoted = width > 1 and share == 1 and not any('""' in line or line.count('"') % 2 for line in lines)
+    return "none" if is_unquoted else "double"  # reading it as CSV then names the malformed line
 
 
 def _share(rows: list[list[str]]) -> tuple[int, float]:
-    """Return how many columns most rows have, and the share of these."""
+    """Return the most frequent number of columns, and the fraction of rows that have it."""
     [(width, count)] = Counter(map(len, rows)).most_common(1) if rows else [(0, 0)]
     return width, count / max(1, len(rows))
 
@@ -274,13 +273,13 @@ def _share(rows: list[list[str]]) -> tuple[int, float]:
 def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: str | None) -> Layout:
     given = "\t" if kind == "tsv" else DELIMITERS.get(asked.delimiter or "", asked.delimiter)
     best: tuple[Any, ...] = ()
-    for place, delimiter in enumerate([given] if given else DELIMITERS.values()):
+    for rank, delimiter in enumerate([given] if given else DELIMITERS.values()):
         quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
         rows = _parsed(lines, delimiter, quoting, is_whole)
         width, share = _share(rows[1:] or rows)
         if width > 1 and (share >= _CONSISTENT or given) and abs(len(rows[0]) - width) < 2:
             names = sum(cell.strip("\ufeff \"'").lower() in asked.named for cell in rows[0])
-            best = max(best, (names, round(share, 2), -place, delimiter, quoting))
+            best = max(best, (names, round(share, 2), -rank, delimiter, quoting))
     if best:
         *_, delimiter, quoting = best
     elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in asked.named:
@@ -291,37 +290,37 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
     return Layout("tsv" if delimiter == "\t" else "csv", delimiter=delimiter, quoting=quoting)
 
 
-def _with_quoting_of_whole(path: Path, found: Layout) -> Layout:
-    """Look at the whole file for the quotes of a table that may have none."""
-    cell = (found.delimiter + '"').encode(found.encoding.replace("utf-16", "utf-16-le"), "replace")
+def _with_quoting_of_whole(path: Path, layout: Layout) -> Layout:
+    """Detect the quoting from the whole file, if the sample of a table leaves it open."""
+    cell = (layout.delimiter + '"').encode(layout.encoding.replace("utf-16", "utf-16-le"), "replace")
     with opened(path) as (file, _):
-        blocks = iter(lambda: b"".join(file.readlines(1 << 20)), b"")  # of whole lines
+        blocks = iter(lambda: b"".join(file.readlines(1 << 20)), b"")  # of complete lines
         if not any(cell in block or b'\n"' in block or block.startswith(b'"') for block in blocks):
-            return found
+            return layout
     with opened(path) as (file, _):
-        lines = (line for _, line in decoded_lines(file, path, found.encoding, found.newline))
-        return found._replace(quoting="double" if _is_quoted(lines, found.delimiter, "double") else "none")
+        lines = (line for _, line in decoded_lines(file, path, layout.encoding, layout.newline))
+        return layout._replace(quoting="double" if _is_quoted(lines, layout.delimiter, "double") else "none")
 
 
-def _with_header(path: Path, found: Layout, rows: list[list[str]], asked: Columns) -> Layout:
-    """Add names of columns, from the first line or numbers, and what the file says of its classes."""
+def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: Columns) -> Layout:
+    """Add the columns' names, from the header or numbers from 1, and SST-2's class names."""
     if not rows:
-        return found._replace(names=("text",))
+        return layout._replace(names=("text",))
     first, width = [cell.strip() for cell in rows[0]], _share(rows[1:] or rows)[0]
     header = _has_header(path, [first, *rows[1:]], width, asked) if asked.header is None else asked.header
     if not header:
-        return found._replace(names=tuple(map(str, range(1, width + 1))))
-    notes, class_names = found.notes, {}
-    if len(first) == width - 1 and len(rows) > 1:  # as R writes row names
+        return layout._replace(names=tuple(map(str, range(1, width + 1))))
+    notes, class_names = layout.notes, {}
+    if len(first) == width - 1 and len(rows) > 1:  # R writes row names like this
         first, notes = ["", *first], (*notes, "the first column, row names, has no name in the header")
-    ends = sum(row[0].endswith(" ") for row in rows[1:])  # as GLUE's texts of SST-2 do
-    if first == ["sentence", "label"] and found.delimiter == "\t" and ends > 0.8 * len(rows[1:]):
+    ends = sum(row[0].endswith(" ") for row in rows[1:])  # as in GLUE's SST-2
+    if first == ["sentence", "label"] and layout.delimiter == "\t" and ends > 0.8 * len(rows[1:]):
         class_names = {"label": ("negative", "positive")}
-    return found._replace(header=True, names=tuple(first), class_names=class_names, notes=notes)
+    return layout._replace(header=True, names=tuple(first), class_names=class_names, notes=notes)
 
 
 def _has_header(path: Path, rows: list[list[str]], width: int, asked: Columns) -> bool:
-    """Whether the first row names the columns; UserError if that cannot be told."""
+    """Whether the first row names the columns; UserError if that is ambiguous."""
     first, others = rows[0], [row for row in rows[1:] if len(row) == width]
     filled_names = [cell for cell in first if cell]
     if {"text", "sentence", *asked.named} & {cell.lower() for cell in first}:
@@ -330,9 +329,9 @@ def _has_header(path: Path, rows: list[list[str]], width: int, asked: Columns) -
     if len(first) > 1 and filled_names in counted:
         return True
     like_rows, like_names = int(len(set(filled_names)) < len(filled_names)), 0
-    has_classes = False  # a column whose cells repeat, but for the first
+    has_classes = False  # whether the cells of a column repeat, except the first
     for column, cell in enumerate(first[:width]):
-        filled = [each for row in others if (each := row[column].strip())]
+        filled = [other for row in others if (other := row[column].strip())]
         if not cell or not filled:
             continue
         are_numbers, is_number = all(map(_NUMBER.fullmatch, filled)), bool(_NUMBER.fullmatch(cell))
@@ -345,24 +344,24 @@ def _has_header(path: Path, rows: list[list[str]], width: int, asked: Columns) -
     if not like_rows and (has_classes or not looks_named):
         return looks_named
     shown = shortened(" | ".join(first), 80)
-    raise UserError(f"{path}: is its first line ({shown}) the columns' names or a row? say --header or --no-header")
+    raise UserError(f"{path}: is its first line ({shown}) a header or a row? use --header or --no-header")
 
 
 def other_encoding(content: bytes) -> str:
-    """Return the most likely encoding of text that is not UTF-8; empty if UTF-8 was cut in the middle of characters."""
+    """Return the most likely encoding of text that is not UTF-8; "" if it is UTF-8 with truncated characters."""
     runs = list(re.finditer(rb"[\x80-\xff]+", content))
     if all(_is_utf8(run[0], content[run.end() : run.end() + 1]) for run in runs):
         return ""
     if sum(len(run[0]) == 1 for run in runs) > len(runs) / 2:  # single letters among ASCII: Western European
         return "cp1252"
-    from charset_normalizer import from_bytes  # takes a while, and is needed for this error only
+    from charset_normalizer import from_bytes  # slow to import, and only needed for an error
 
     best = from_bytes(content[:SAMPLE_CHARACTERS]).best()
     return best.encoding if best else "cp1252"
 
 
 def _is_utf8(run: bytes, after: bytes) -> bool:
-    """Whether bytes are UTF-8, perhaps cut in the middle of a character where a cell ends."""
+    """Whether bytes are UTF-8, possibly with a truncated character at the end of a cell."""
     try:
         run.decode()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Which files a run reads: named by options, or found in a folder by their names; and dev cut off the training rows."""
+"""The files of a run, named by options or found in a folder; and splits of the training rows into dev or folds."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from sst2_xlmr.data.rows import columns_of, has_columns
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 
-_KINDS = ("tsv", "csv", "jsonl", "json", "ndjson", "txt", "parquet", "xlsx", "arrow")
+_EXTENSIONS = ("tsv", "csv", "jsonl", "json", "ndjson", "txt", "parquet", "xlsx", "arrow")
 _SPLIT = re.compile(
     r"(?:(?P<train>train|training)|(?P<dev>dev|validation|val|valid)|(?P<test>test|testing))"
-    rf"(?:-00000-of-[0-9]+)?(?:_text(?=\.txt))?(?:\.ft)?(?:\.(?:{'|'.join(_KINDS)})(?:\.gz|\.zip)?)?"
+    rf"(?:-00000-of-[0-9]+)?(?:_text(?=\.txt))?(?:\.ft)?(?:\.(?:{'|'.join(_EXTENSIONS)})(?:\.gz|\.zip)?)?"
 )
-DEFAULT_SHARE, MOST_ROWS = 0.1, 5000  # of dev, where none is named
+DEFAULT_SHARE, MOST_ROWS = 0.1, 5000  # of dev, if it is cut off the training rows
 
 
 def _split_of(path: Path) -> str | None:
-    """Return the split that a file or folder in a data folder is by its name; None for any other."""
+    """Return the split that the name of a file or folder stands for; None for other names."""
     match = _SPLIT.fullmatch(path.name.lower())
     return match.lastgroup if match and path.is_file() == ("." in path.name) else None
 
 
 def find_split(data_dir: Path, split: str, is_needed: bool = True) -> list[Path]:
-    """Return the file or folder of a split in a folder, or none unless it is needed; UserError if there are several."""
-    present = sorted(each for each in data_dir.iterdir() if _split_of(each) == split)
+    """Return a split's file, shards or folder; [] if absent and not needed. UserError if needed, or if two match."""
+    present = sorted(path for path in data_dir.iterdir() if _split_of(path) == split)
     if present and "-00000-of-" in present[0].name:
         stem = present[0].name.split("-00000-of-")[0]
-        return sorted(each for each in data_dir.iterdir() if each.name.startswith(f"{stem}-0") and "-of-" in each.name)
+        return sorted(path for path in data_dir.iterdir() if path.name.startswith(f"{stem}-0") and "-of-" in path.name)
     if len(present) > 1:
-        names = " and ".join(each.name for each in present)
+        names = " and ".join(path.name for path in present)
         raise UserError(f"{data_dir} has {names}; keep one, or use --{split}-file")
     if is_needed and not present:
-        there = ", ".join(sorted(each.name for each in data_dir.iterdir())[:8])
-        wanted = either(f"{split}.{kind}" for kind in _KINDS[:4])
-        raise UserError(f"{data_dir} has no {wanted} (it has {there or 'nothing'}); name the file with --{split}-file")
+        names = ", ".join(sorted(path.name for path in data_dir.iterdir())[:8]) or "nothing"
+        wanted = either(f"{split}.{extension}" for extension in _EXTENSIONS[:4])
+        raise UserError(f"{data_dir} has no {wanted} (it has {names}); name the file with --{split}-file")
     return present
 
 
 def find_files(config: Config, quiet: bool) -> tuple[dict[str, list[Path]], list[str]]:
-    """Return split name -> files: train, dev unless it is cut off, tests by their names; and notes."""
+    """Return split -> files (dev only if it has files of its own, test files by their names), and notes."""
     folder = Path(config.data_dir) if config.data_dir else None
     if folder is None and not config.train_file:
         folder = downloads.fetch_sst2(quiet=quiet)
@@ -61,33 +61,33 @@ def find_files(config: Config, quiet: bool) -> tuple[dict[str, list[Path]], list
     tests = find_split(folder, "test", is_needed=False) if folder and not config.test_file else []
     if not tests:
         return files, []
-    if not has_columns(tests[0], columns_of(config, "test")):  # as GLUE's
-        return files, [f"{tests[0].name} lacks the columns of text and label: unlabelled, not evaluated"]
+    if not has_columns(tests[0], columns_of(config, "test")):  # like GLUE's
+        return files, [f"{tests[0].name} lacks a text or label column: unlabelled, not evaluated"]
     return {**files, "test": tests}, []
 
 
 def share_of(config: Config, rows: int) -> float:
-    """Return the share of the training rows that becomes dev."""
+    """Return the fraction of the training rows that becomes dev."""
     return config.dev_share if config.dev_share is not None else min(DEFAULT_SHARE, MOST_ROWS / max(1, rows))
 
 
 def cut_off(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Return the numbers of the rows to cut off, int64 ascending: that share of each class, but not all of it.
+    """Return the rows to cut off, int64, ascending: the same share of each class, but never all of it.
 
-    Rows with equal texts stay together. Which texts they are is a function of texts, labels and seed alone, not of the
-    rows' order. Digests are uint64 [rows], labels int [rows].
+    Rows with equal texts stay together. The result depends on texts, labels and seed alone, not on the order of rows.
+    Digests are uint64 [rows], labels int [rows].
     """
     text_of, class_of, random = _texts(digests, labels, seed)
     order, copies = np.argsort(random, kind="stable"), np.bincount(text_of)
     chosen = np.zeros(len(random), bool)
-    exact = given = 0.0
+    exact = assigned = 0.0
     for label in np.unique(labels):
-        mine = order[class_of[order] == label]
-        total = int(copies[mine].sum())
+        of_class = order[class_of[order] == label]
+        total = int(copies[of_class].sum())
         exact += share * total
-        wanted = min(max(1, round(exact - given)), total - 1)
-        given += wanted
-        for text in mine:
+        wanted = min(max(1, round(exact - assigned)), total - 1)
+        assigned += wanted
+        for text in of_class:
             if copies[text] <= wanted:
                 chosen[text] = True
                 wanted -= int(copies[text])
@@ -97,7 +97,7 @@ def cut_off(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) ->
 
 
 def _texts(digests: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return each row's text, int64 [rows], and of each text its least label and a random number, [texts]."""
+    """Return the text id of each row, int64 [rows], and each text's lowest label and a random number, [texts]."""
     texts, text_of = np.unique(digests, return_inverse=True)
     text_of, class_of = text_of.reshape(-1), np.full(len(texts), np.iinfo(np.int64).max)
     np.minimum.at(class_of, text_of, labels.astype(np.int64))
@@ -106,9 +106,9 @@ def _texts(digests: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarr
 
 
 def assign_folds(digests: np.ndarray, strata: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Return the fold of every row, int64 [rows], from 1: as even as may be in each stratum, equal texts together.
+    """Return the fold of each row, int64 [rows], from 1: as even as possible in each stratum, equal texts together.
 
-    Arguments as of `cut_off`. UserError if there are fewer different texts than folds.
+    For the arguments see `cut_off`. UserError if there are fewer distinct texts than folds.
     """
     text_of, stratum, random = _texts(digests, strata, seed)
     if len(random) < folds:

@@ -1,4 +1,4 @@
-"""Token cache on disk: the ids of a file's rows, and digests of their texts, computed once per content of the file."""
+"""Token cache on disk: ids, labels and text digests of a file's rows, computed once per content of the file."""
 
 from __future__ import annotations
 
@@ -29,31 +29,32 @@ from sst2_xlmr.util.cores import available_cores
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
 
-CACHE_FORMAT = 11
-TOKENIZER_THREADS = 4  # reading and writing rows, in Python, cannot keep more of them busy
+CACHE_FORMAT = 12
+TOKENIZER_THREADS = 4  # more would wait for rows, which are read in Python
 _CHUNK_ROWS = 1000
 _DAMAGED = (OSError, ValueError, KeyError, TypeError)
-# Tokenized rows: ids, int32 [tokens]; and per row tokens, label, digest of the text, weight, and whether it was cut.
-Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+# Tokenized rows: ids, int32 [tokens]; per row: number of tokens, label, text digest, weight, line, whether it is cut.
+Chunk = tuple[np.ndarray, ...]
 
 
 @dataclass
 class TokenCache:
-    """The ids of a file's rows; mapped from disk, so the operating system pages in what is read.
+    """The tokenized rows of one or more files, memory-mapped.
 
     Attributes:
-        ids: int32 [tokens], all rows one after another, `<s>` and `</s>` included.
+        ids: int32 [tokens], the concatenated rows, with `<s>` and `</s>`.
         offsets: int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]].
-        labels: of the rows, of the task's dtype and shape; int32 [rows], the class's number, for a single label.
+        labels: [rows, ...], of the task's dtype and shape; int32 [rows], class ids, for a single label.
         distinct_ids: int32 [distinct ids], the ids that occur, ascending.
-        text_digests: uint64 [rows], equal for equal texts (pairs of texts).
-        repeats, contradictions: int32 [found]; see `duplicates.find_repeats`.
-        cut_rows: int32 [found], the rows that were cut to the longest length.
-        vocab_size: every id that the tokenizer can give is below it.
+        text_digests: uint64 [rows], equal for equal texts (or pairs of texts).
+        repeats, contradictions: int32, row indices; see `duplicates.find_repeats`.
+        cut_rows: int32, indices of the rows that were cut to `max_length`.
+        lines: int32 [rows], the line of each row in its file, from 1.
+        vocab_size: the tokenizer's largest id + 1.
         digest: SHA-256 of the file, or of the files, hexadecimal.
-        rows_of_files: how many rows come from each file.
-        numbers: int64 [rows], the rows' places among those of the files; None if these are all.
-        weights: fp32 [rows], of the rows' losses; None for ones.
+        rows_of_files: the number of rows from each file.
+        source_rows: int64 [rows], the rows' indices among all rows of the files; None if they are all of them.
+        weights: fp32 [rows], factors on the rows' losses; None for ones.
     """
 
     ids: np.ndarray
@@ -64,10 +65,11 @@ class TokenCache:
     repeats: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     contradictions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     cut_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    lines: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     vocab_size: int = 0
     digest: str = ""
     rows_of_files: list[int] = field(default_factory=list)
-    numbers: np.ndarray | None = None
+    source_rows: np.ndarray | None = None
     weights: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -75,7 +77,7 @@ class TokenCache:
 
     @property
     def truncated(self) -> int:
-        """How many rows were cut to the longest length."""
+        """The number of rows that were cut to `max_length`."""
         return len(self.cut_rows)
 
     def lengths(self) -> np.ndarray:
@@ -83,11 +85,11 @@ class TokenCache:
         return np.diff(self.offsets).astype(np.int32)
 
     def windows(self) -> np.ndarray:
-        """Return int64 [rows], how many windows each row has."""
+        """Return int64 [rows], windows per row."""
         return np.diff(np.concatenate([[0], np.cumsum(window_starts(self.ids))])[self.offsets]).clip(1)
 
     def part(self, rows: np.ndarray) -> TokenCache:
-        """Return some rows, int64 ascending, as a cache of their own, in memory."""
+        """Return a cache, in memory, of the given rows, int64, ascending."""
         return dataclasses.replace(
             self,
             ids=np.concatenate([self.ids[self.offsets[row] : self.offsets[row + 1]] for row in rows.tolist()]),
@@ -97,8 +99,9 @@ class TokenCache:
             repeats=self.repeats[:0],
             contradictions=self.contradictions[:0],
             cut_rows=np.flatnonzero(np.isin(rows, self.cut_rows)),
+            lines=self.lines[rows],
             digest=hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest(),
-            numbers=rows,
+            source_rows=rows,
             weights=None if self.weights is None else self.weights[rows],
         )
 
@@ -113,15 +116,15 @@ def tokenize_file(
     load: Callable[[Path, int, LongTexts], Tokenizer] = Tokenizer,
     long_texts: LongTexts = CUT,
 ) -> TokenCache:
-    """Return the token cache of a file, or of several as if they were one.
+    """Return the token cache of a file, or of several files as if they were concatenated.
 
-    It is computed on the first call with this content and read from disk after that; all parameters but `cache_dir` and
-    `load` make up the cache key. UserError for a bad row (see `rows.read_rows`), a file that changes while it is read,
-    or a cache folder that cannot be written.
+    It is computed on the first call with this content and then read from disk; all parameters except `cache_dir` and
+    `load` are part of the cache key. UserError for a bad row (see `rows.read_rows`), a file that changes while it is
+    read, or a cache folder that is not writable.
 
     Args:
-        max_length: longest input in tokens; `long_texts` says what becomes of longer ones.
-        load: loads the tokenizer, if the file has no cache yet; pass one that caches its result for several files.
+        max_length: longest input in tokens; `long_texts` says how longer texts are handled.
+        load: loads the tokenizer on a cache miss; callers with several files memoize it.
     """
     paths = [paths] if isinstance(paths, Path) else list(paths)
     digest = tokenizer_digest(tokenizer_file)
@@ -134,14 +137,14 @@ def tokenize_file(
 
 
 def inspected(path: Path, columns: Columns, cache_dir: Path) -> Inspection:
-    """Return what a file holds, found once per content of the file, as its ids are."""
+    """Return `inspect(path, columns)`, from the cache if the file has not changed."""
 
     def write(folder: Path) -> None:
         (folder / "inspection.json").write_text(json.dumps(vars(inspect(path, columns))), encoding="utf-8")
 
     def read(folder: Path, digest: str) -> Inspection:
-        found = json.loads((folder / "inspection.json").read_text(encoding="utf-8"))
-        return Inspection(**{**found, "layout": Layout(*found["layout"]), "digest": digest})
+        stored = json.loads((folder / "inspection.json").read_text(encoding="utf-8"))
+        return Inspection(**{**stored, "layout": Layout(*stored["layout"]), "digest": digest})
 
     return _cached(cache_dir, [path], (columns, True), write, read)
 
@@ -149,13 +152,13 @@ def inspected(path: Path, columns: Columns, cache_dir: Path) -> Inspection:
 def _cached(
     cache_dir: Path, paths: list[Path], depends_on: Any, write: Callable[[Path], None], read: Callable[[Path, str], Any]
 ) -> Any:
-    """Return what `read` finds in a folder of the cache, given its path and the files' digest.
+    """Return `read(folder, digest)` for a folder of the cache, which `write(folder)` fills if it is missing or damaged.
 
-    The folder is written first unless it is there and whole. Files and `depends_on` make its name.
+    The folder's name is a hash of the files and `depends_on`.
     """
     digests = [source_digest(path) for path in paths]
     digest = digests[0] if len(paths) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    suffixes = [path.suffixes[-2:] for path in paths]  # which decide where the content does not
+    suffixes = [path.suffixes[-2:] for path in paths]  # the format may depend on them
     key = json.dumps([CACHE_FORMAT, digest, suffixes, depends_on], default=dataclasses.astuple)
     folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
     is_there = folder.exists()
@@ -163,7 +166,7 @@ def _cached(
         return read(folder, digest)
     try:
         if is_there:
-            shutil.rmtree(folder)  # damaged: computed again
+            shutil.rmtree(folder)  # it is damaged
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
             unfinished = Path(scratch, "unfinished")
@@ -175,21 +178,22 @@ def _cached(
                 unfinished.rename(folder)
         return read(folder, digest)
     except OSError as error:
-        cure = "set SST2_XLMR_CACHE to a folder that can be written"
+        cure = "set SST2_XLMR_CACHE to a writable folder"
         raise UserError(f"cannot write the token cache in {cache_dir}: {error.strerror}; {cure}") from None
 
 
 def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> Iterator[Chunk]:
-    """Tokenize on several threads, in the order of the rows; only a few chunks are in memory at a time."""
+    """Tokenize on several threads, in order; only a few chunks are in memory at a time."""
 
     def tokenize(rows: list[Row]) -> Chunk:
-        texts, pairs, labels, _, weights = zip(*rows)
+        texts, pairs, labels, fields, weights = zip(*rows)
         ids, lengths = tokenizer.flat_ids(list(texts), None if pairs[0] is None else list(pairs))
         is_cut = lengths == tokenizer.max_length
         for row in np.flatnonzero(is_cut).tolist():
             is_cut[row] = tokenizer.is_longer(*rows[row][:2])
         stored: np.ndarray = np.asarray(labels, task.label_dtype)
-        return ids, lengths, stored, text_digests(texts, pairs), np.array(weights, np.float32), is_cut
+        lines = np.array([row.line for row in fields], np.int32)
+        return ids, lengths, stored, text_digests(texts, pairs), np.array(weights, np.float32), lines, is_cut
 
     threads = min(TOKENIZER_THREADS, available_cores())
     pending: deque[Future[Chunk]] = deque()
@@ -211,7 +215,7 @@ def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns:
                 occurs[ids] = True
                 chunks.append(of_rows)
                 rows_of_files[number] += len(of_rows[0])
-    lengths, labels, digests, weights, is_cut = map(np.concatenate, zip(*chunks))
+    lengths, labels, digests, weights, lines, is_cut = map(np.concatenate, zip(*chunks))
     repeats, contradictions = find_repeats(digests, task.label_keys(labels))
     arrays = {
         "offsets": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
@@ -221,6 +225,7 @@ def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns:
         "repeats": repeats.astype(np.int32),
         "contradictions": contradictions.astype(np.int32),
         "cut_rows": np.flatnonzero(is_cut).astype(np.int32),
+        "lines": lines,
         **({"weights": weights} if columns.weight else {}),
     }
     for name, array in arrays.items():
@@ -231,7 +236,7 @@ def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns:
 
 
 def _open_cache(folder: Path, digest: str) -> TokenCache:
-    """Map a cache's files into memory; ValueError if one is not what `manifest.json` says."""
+    """Memory-map a cache; ValueError if a file does not match its digest in `manifest.json`."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     for name, expected in manifest["sha256"].items():
         if digest_of(folder / name) != expected:

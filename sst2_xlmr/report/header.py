@@ -19,7 +19,6 @@ from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.distributed import World
-from sst2_xlmr.util.errors import UserError
 
 
 def header_lines(
@@ -65,7 +64,8 @@ def data_report(inputs: Prepared) -> list[str]:
 
     def add(kind: str, count: int, has: str, cure: str, *examples: tuple[str, int]) -> None:
         rows = f"{count:,} training rows have" if count > 1 else "1 training row has"
-        lines.append(f"{kind:<10} {rows} {has}{_example(inputs, *examples)}; {cure}")
+        places = " and ".join(inputs.place_of(*example) for example in examples)
+        lines.append(f"{kind:<10} {rows} {has}, e.g. {places}; {cure}")
 
     if count := len(train.repeats):
         add("duplicates", count, "the text and label of an earlier one", duplicates, ("train", train.repeats[0]))
@@ -79,15 +79,6 @@ def data_report(inputs: Prepared) -> list[str]:
         there = np.flatnonzero(inputs.caches[split].text_digests == train.text_digests[rows[0]])[0]
         add("leaks", len(rows), f"a text of {split}", leaks, ("train", rows[0]), (split, there))
     return lines
-
-
-def _example(inputs: Prepared, *rows: tuple[str, int]) -> str:
-    """Return the files and lines of rows, each with its split; "" if a .csv file has changed, which is read for it."""
-    try:
-        places = [inputs.place_of(split, row) for split, row in rows]
-    except (UserError, StopIteration):
-        return ""
-    return f", e.g. {' and '.join(places)}"
 
 
 def _describe_model(encoder: EncoderFolder, optimizer: AdamW) -> str:

@@ -89,7 +89,7 @@ HOLE, CHECKSUM = WHOLE[:100] + bytes(100) + WHOLE[200:], WHOLE[:-8] + bytes(4) +
 )
 def test_damaged_gzip_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.tsv.gz").write_bytes(content)
-    assert "a.tsv.gz is not a whole gzip file" in refusal(fields_of, tmp_path / "a.tsv.gz")
+    assert "a.tsv.gz is not a complete gzip file" in refusal(fields_of, tmp_path / "a.tsv.gz")
 
 
 def test_find_split_takes_the_one_file_there_is(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
         (b"\xd0\xcf\x11\xe0" + bytes(20), "old Excel workbook .* CSV"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"<!DOCTYPE html><p>404", "web page"),
-        (b"great stuff,pos\nbad stuff,neg\n", "say --header or --no-header"),
+        (b"great stuff,pos\nbad stuff,neg\n", "use --header or --no-header"),
         (b"\x80\x04\x95", "pickle"),
         (b"(3 (2 (2 The) (2 Rock)) (2 .))\n", "parse trees .* python -c"),
         ("text,label\nabc,1\n".encode("utf-16-le"), "--encoding utf-16-le"),

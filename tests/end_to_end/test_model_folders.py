@@ -243,7 +243,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "LoRA": (
         lambda f: (save(f), remove(f, "model.safetensors"), (f / "adapter_config.json").write_text("{}")),
-        "is an adapter (LoRA); save the whole model, after merge_and_unload()",
+        "is an adapter (LoRA); merge it with merge_and_unload()",
     ),
     "a folder of checkpoints": (lambda f: (save(f), move_into(f, "checkpoint-500")), "model in it, {f}/checkpoint-500"),
     "a shard is missing": (
