@@ -27,10 +27,7 @@ KINDS = (".tsv", ".csv", ".jsonl", ".parquet")  # of output files; see `row_writ
 LONGEST = 1 << 24  # maximum characters of a line or cell, so that an unclosed quote cannot fill the memory
 _BREAKS = re.compile("\r\n|[\t\r\n]")
 _FASTTEXT = re.compile(r"((?:__label__\S+\s+)*(?:__label__\S+)?)(.*)", re.DOTALL)
-_LONE_CR, _CR = (
-    re.compile("\r(?!\n|\\Z)"),
-    "\ufdd0",
-)  # csv would end a row at a lone CR; `_CR` replaces it
+_LONE_CR, _CR = re.compile("\r(?!\n|\\Z)"), "\ufdd0"  # csv would end a row at the first; `_CR` replaces it
 _LONE_BACKSLASH = re.compile(r'\\(\\|"|)')
 Lines = Iterator[tuple[int, str]]
 Rows = Iterator[tuple[int, Any]]
