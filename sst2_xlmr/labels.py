@@ -36,12 +36,27 @@ def find_label_names(labels: Mapping[str, Sequence[int]], path: object) -> list[
     for raw, (_, line) in labels.items():
         if raw not in MISSING:
             first_lines.setdefault(canonical(raw), line)
-    integers = [int(label) for label in first_lines if _INTEGER.fullmatch(label)]
-    is_from_0 = sorted(integers)[:2] == [-1, 0] or (sorted(integers)[:2] == [-1, 1] and len(integers) > 3)
-    if integers == [-1] or (is_from_0 and len(integers) == len(first_lines)):  # beside words, or labels from 0
+    numbers = sorted(int(label) for label in first_lines if _INTEGER.fullmatch(label))
+    is_from_0 = numbers[:2] == [-1, 0] or (numbers[:2] == [-1, 1] and len(numbers) > 3)
+    if numbers == [-1] or (is_from_0 and len(numbers) == len(first_lines)):  # beside words, or labels from 0
         del first_lines["-1"]
     _check_one_each(first_lines, path)
-    return _in_order(first_lines, path)
+    ordered = sorted(first_lines)
+    if len(ordered) < 2:
+        problem = f"all rows have the label {_quoted(ordered[0])}" if ordered else "no row has a label"
+        raise UserError(
+            f"{path}: {problem}; name the label column with --label-column, or all classes with --label-names"
+        )
+    integers = [label for label in ordered if _INTEGER.fullmatch(label)]
+    if len(integers) == len(ordered):
+        return sorted(ordered, key=int)
+    if integers:
+        word = next(label for label in ordered if label not in integers)
+        raise UserError(
+            f"{path} has integers and words as labels ({integers[0]!r} in line {first_lines[integers[0]]},"
+            f" {_quoted(word)} in line {first_lines[word]}); make them one, or name the classes with --label-names"
+        )
+    return ordered
 
 
 def listed(names: Sequence[str]) -> str:
@@ -220,23 +235,3 @@ def _check_one_each(first_lines: dict[str, int], path: object) -> None:
             f"{path}, line {list(first_lines.values())[MAX_CLASSES]}: more than {MAX_CLASSES:,} different labels; name"
             " the label column with --label-column"
         )
-
-
-def _in_order(first_lines: dict[str, int], path: object) -> list[str]:
-    """Return the labels in the order of their class ids; UserError for a single one, or integers beside words."""
-    labels = sorted(first_lines)
-    if len(labels) < 2:
-        problem = f"all rows have the label {_quoted(labels[0])}" if labels else "no row has a label"
-        raise UserError(
-            f"{path}: {problem}; name the label column with --label-column, or all classes with --label-names"
-        )
-    integers = [label for label in labels if _INTEGER.fullmatch(label)]
-    if len(integers) == len(labels):
-        return sorted(labels, key=int)
-    if integers:
-        word = next(label for label in labels if label not in integers)
-        raise UserError(
-            f"{path} has integers and words as labels ({integers[0]!r} in line {first_lines[integers[0]]},"
-            f" {_quoted(word)} in line {first_lines[word]}); make them one, or name the classes with --label-names"
-        )
-    return labels

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Union
 
@@ -26,7 +26,7 @@ from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import model_folder
 from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
-from sst2_xlmr.task import Task, with_thresholds
+from sst2_xlmr.task import Task
 from sst2_xlmr.util.distributed import choose_device
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.memory import give_back_memory
@@ -115,7 +115,7 @@ class Classifier:
                 raise UserError(f"{other.folder} has {what} than {first.folder}; {cure}")
         members = [first, *others]
         thresholds = np.mean([each.task.thresholds for each in members], axis=0).tolist()
-        task = with_thresholds(first.task, thresholds)
+        task = replace(first.task, thresholds=tuple(thresholds))
         module = _Mean([each.module for each in members], task)
         return cls(first.folder, module, first.tokenizer, task, first.precision, first.device)
 

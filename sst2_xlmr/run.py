@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import methodcaller
 from pathlib import Path
 from typing import IO, Any, Callable
@@ -18,7 +19,7 @@ from sst2_xlmr.export.folder import export_run
 from sst2_xlmr.model.classifier import build_classifier, load_classifier, pretrained_table
 from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary, whole_vocabulary
 from sst2_xlmr.report.console import Report
-from sst2_xlmr.task import ERRORS, at_temperature, fit_thresholds, with_thresholds
+from sst2_xlmr.task import ERRORS, at_temperature, fit_thresholds
 from sst2_xlmr.training.checkpoint import save_checkpoint, seed_rank
 from sst2_xlmr.training.guard import check_progress, check_skipped, collapse_reason
 from sst2_xlmr.training.meter import TrainMeter
@@ -45,7 +46,8 @@ class Run:
         self.config, self.inputs, self.folder, self.state, self.world = config, inputs, folder, state, world
         caches, shape = inputs.caches, inputs.encoder.shape
         labels, weights = inputs.train_labels, inputs.train_weights
-        self.task = with_thresholds(inputs.task.for_training(config, labels, weights, world.device), state.thresholds)
+        task = inputs.task.for_training(config, labels, weights, world.device)
+        self.task = replace(task, thresholds=tuple(state.thresholds))
         self.vocabulary = whole_vocabulary(shape.vocab_size)
         if not config.full_vocabulary:
             self.vocabulary = used_vocabulary((each.distinct_ids for each in caches.values()), shape.vocab_size)
@@ -124,7 +126,7 @@ class Run:
         labels, probabilities = caches["dev"].labels, found["dev"].probabilities
         thresholds = fit_thresholds(self.task, probabilities, labels, config.threshold_for)
         state.thresholds = broadcast(self.world, thresholds)
-        self.task = with_thresholds(self.task, state.thresholds)
+        self.task = replace(self.task, thresholds=tuple(state.thresholds))
         if state.thresholds:
             found = {split: each.with_fitted(1.0, self.task, caches[split].labels) for split, each in found.items()}
         value, loss = self.value_of(found), found["dev"].metrics["loss"]

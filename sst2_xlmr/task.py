@@ -65,6 +65,7 @@ class SingleLabel:
     class_weights: torch.Tensor | None = None
     label_ids: dict[str, int] | None = None
     is_soft: bool = False
+    thresholds: tuple[float, ...] = ()  # only of `MultiLabel`
 
     problem_type = "single_label_classification"  # transformers' word for it
     option = "single-label"  # of --task
@@ -79,7 +80,6 @@ class SingleLabel:
         "threshold_for": "the most probable class is the answer, without a threshold",
         "label_delimiter": "a row has one label",
     }
-    thresholds: ClassVar[tuple[float, ...]] = ()
     folding = (1.0, 0.0)  # scale and offset folded into the head at export
     initial_bias: ClassVar[tuple[float, ...]] = ()  # of a new head; empty for zeros
 
@@ -116,10 +116,7 @@ class SingleLabel:
         return has_fractions and all(abs(sum(row) - 1) < 0.01 for row in several)
 
     def label_index(self, label: str) -> int:
-        """Return the class id of a label (see `label_text`), MISSING_ID for a missing one, or UNKNOWN_ID.
-
-        The other tasks, and soft labels, have no class id: a valid label is 0.
-        """
+        """Return the class id of a `label_text` (0 for soft labels and other tasks), MISSING_ID or UNKNOWN_ID."""
         if self.is_soft and label.startswith(("[", "{")):
             return 0
         label = label if label in self._ids_by_label else canonical(label)
@@ -576,10 +573,8 @@ class MultiLabel:
         error = np.where(predicted != true, np.abs(probabilities - true), 0).max(1)
         wrong = np.flatnonzero((predicted != true).any(1))
         order = wrong[np.argsort(-error[wrong], kind="stable")]
-        return order, lambda row: [
-            *(", ".join(self._names_of(has[row])) for has in (true, predicted)),
-            f"{1 - error[row]:.4f}",
-        ]
+        cell = self.label_cell
+        return order, lambda row: [cell(true[row]), cell(predicted[row]), f"{1 - error[row]:.4f}"]
 
     def curves(self, probabilities: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         yield from zip(self.label_names, labels.T > 0.5, probabilities.T)
@@ -719,6 +714,8 @@ class Regression:
     label_names: list[str]
     mean: float = 0.0
     deviation: float = 1.0
+    label_ids: dict[str, int] | None = None  # unused, as are thresholds
+    thresholds: tuple[float, ...] = ()
 
     problem_type = "regression"
     option = "regression"
@@ -741,9 +738,7 @@ class Regression:
         "threshold_for": _NO_PROBABILITIES,
         "label_delimiter": "a row has one score",
     }
-    thresholds: ClassVar[tuple[float, ...]] = ()
     initial_bias: ClassVar[tuple[float, ...]] = ()
-    label_ids: ClassVar[None] = None
     cache_key: ClassVar[object] = None
     outputs = 1
 
@@ -802,9 +797,8 @@ class Regression:
         return {}
 
     def describe_labels(self, labels: np.ndarray) -> str:
-        return (
-            f"scores from {labels.min():g} to {labels.max():g}, mean {labels.mean():.4g}, deviation {labels.std():.4g}"
-        )
+        moments = f"mean {labels.mean():.4g}, deviation {labels.std():.4g}"
+        return f"scores from {labels.min():g} to {labels.max():g}, {moments}"
 
     # --- training
 
@@ -949,16 +943,7 @@ def task_kind(config: Config, labels: Iterable[str]) -> type[Task]:
 
 def stored_task(problem_type: str, label_names: list[str], thresholds: Sequence[float] = ()) -> Task:
     """Return the task of a model folder; KeyError for an unknown problem type."""
-    return with_thresholds(BY_TYPE[problem_type](label_names), thresholds)
-
-
-def with_label_ids(task: Task, label_ids: dict[str, int]) -> Task:
-    """Return the task with other `label_ids`; see `SingleLabel`."""
-    return task if isinstance(task, Regression) else replace(task, label_ids=label_ids)
-
-
-def with_thresholds(task: Task, thresholds: Sequence[float]) -> Task:
-    return replace(task, thresholds=tuple(thresholds)) if isinstance(task, MultiLabel) else task
+    return replace(BY_TYPE[problem_type](label_names), thresholds=tuple(thresholds))
 
 
 def fit_thresholds(task: Task, probabilities: np.ndarray, labels: np.ndarray, threshold_for: str | None) -> list[float]:
@@ -972,10 +957,10 @@ def fit_thresholds(task: Task, probabilities: np.ndarray, labels: np.ndarray, th
 
 def at_temperature(task: Task, temperature: float) -> Task:
     """Return the task with thresholds that give the same labels once logits are divided by the temperature."""
-    if temperature == 1 or not isinstance(task, MultiLabel):
+    if temperature == 1:
         return task
     logits = torch.tensor(task.thresholds, dtype=torch.float64).logit() / temperature
-    return with_thresholds(task, logits.sigmoid().tolist())
+    return replace(task, thresholds=tuple(logits.sigmoid().tolist()))
 
 
 def as_labels(task: Task, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
@@ -1032,11 +1017,7 @@ def _explicit_weights(weights: str | None) -> torch.Tensor | None:
 def _find_classes(
     config: Config, labels: LabelCounts, names_in_files: NamesInFiles, path: object, is_complete: bool
 ) -> tuple[list[str], dict[str, int]]:
-    """Return label names and `label_ids`, from --label-names or from the training files' labels.
-
-    `is_complete`: every row lists all labels, so they keep their order. The names that the training file contains hold
-    for the other files, too.
-    """
+    """Return label names and `label_ids`; if `is_complete`, every row lists all labels in the order of their ids."""
     if config.label_names:
         return resolve_label_names(config.label_names, labels, path)
     names = list(labels) if is_complete else find_label_names(labels, path)

@@ -110,7 +110,7 @@ def as_json(inputs: Prepared) -> dict[str, dict[str, Any]]:
             "dropped": split.dropped,
             "classes": classes_of(inputs, name),
             "examples": examples_of(inputs, name),
-            "truncated": cache.truncated if cache else 0,
+            "truncated": len(cache.cut_rows) if cache else 0,
             "warnings": notes_of(inputs, name),
         }
     return result

@@ -214,7 +214,8 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> 
             continue
         text = cells[positions.texts[0]]
         if len(positions.texts) > 1:
-            text = _joined([cells[position] for position in positions.texts])
+            texts = [cells[position] for position in positions.texts]
+            text = " ".join(filter(None, texts)) if all(isinstance(each, str) for each in texts) else None
         problem = ""
         if type(text) is not str or not text.isascii() or not text.strip() or "\0" in text:
             problem = _problem(text, columns.may_be_empty)
@@ -240,10 +241,6 @@ def _weight(cell: Any, where: str) -> float:
     if not 0 <= weight < math.inf:
         raise UserError(f"{where}: the weight {label_text(cell)!r} is not a number of 0 or more; mend it")
     return weight
-
-
-def _joined(texts: list[Any]) -> str | None:
-    return " ".join(filter(None, texts)) if all(isinstance(text, str) for text in texts) else None
 
 
 def _problem(text: Any, may_be_empty: bool) -> str:
@@ -301,12 +298,9 @@ class Inspection:
     digest: str = ""
 
     def check(self, path: Path, task: Task | None, drop: bool, names: Sequence[str] = ()) -> dict[str, int]:
-        """Return the number of rows to leave out, by kind.
+        """Return the number of rows to leave out, by kind; UserError if there are any unless `drop`, or no others.
 
-        UserError for labels that are not classes, for any unusable row unless `drop`, or if no row is left.
-
-        Args:
-            task: None before it is known; `names` are then the labels that are known to be classes.
+        Labels must be classes of the task. Before it is known it is None, and `names` are known classes.
         """
         self.check_encoding(path)
         labels, problems = self.labels, dict(self.problems)

@@ -75,11 +75,6 @@ class TokenCache:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def truncated(self) -> int:
-        """The number of rows that were cut to `max_length`."""
-        return len(self.cut_rows)
-
     def lengths(self) -> np.ndarray:
         """Return int32 [rows], tokens per row."""
         return np.diff(self.offsets).astype(np.int32)

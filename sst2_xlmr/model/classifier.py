@@ -92,10 +92,7 @@ def load_tensors(encoder: EncoderFolder, ids: torch.Tensor | None = None) -> Ten
 
 
 def pretrained_table(encoder: EncoderFolder) -> LazyTensor:
-    """Return the encoder's embedding table, fp32 [vocab_size, hidden], which is read a few rows at a time.
-
-    UserError as in `load_tensors`.
-    """
+    """Return the encoder's embedding table, fp32 [vocab_size, hidden], read lazily; errors as in `load_tensors`."""
     weights = WeightReader(encoder.weights_file)
     name = _find_table(encoder, weights)
     shape = weights.raw[name].shape

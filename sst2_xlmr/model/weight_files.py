@@ -27,8 +27,7 @@ def reading_weights(file: Path) -> contextlib.AbstractContextManager[None]:
 def _is_plain_zip(file: Path) -> bool:
     """Whether a torch.save file is a zip file, not a bare pickle.
 
-    UserError for tar files and TorchScript, against which torch.load's `weights_only` does not protect
-    (CVE-2025-32434).
+    UserError for tar files and TorchScript, for which `weights_only` of torch.load is not safe (CVE-2025-32434).
     """
     with file.open("rb") as opened:
         is_zip = opened.read(4) == b"PK\x03\x04"  # torch's own test

@@ -41,7 +41,7 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.report.table import comparison_table, evaluation_table, lines_of
 from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, make_event_folder, open_events
-from sst2_xlmr.task import Task, at_temperature, check_options, with_label_ids
+from sst2_xlmr.task import Task, at_temperature, check_options
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
@@ -138,12 +138,12 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
 def with_given_label_ids(task: Task, arguments: argparse.Namespace, found: dict[str, Inspection]) -> Task:
     """Return the task with the numbers that stand for its classes in the files: none without --label-names."""
     if not (given := getattr(arguments, "label_names", None)):
-        return with_label_ids(task, {})
+        return replace(task, label_ids={})
     labels = [label for each in found.values() for label in each.labels]
     names, numbers = resolve_label_names(given, labels, next(iter(found)))
     if set(names) != set(task.label_names):
         raise UserError(f"--label-names {','.join(names)}: the model's classes are {listed(task.label_names)}")
-    return with_label_ids(task, {key: task.label_names.index(names[i]) for key, i in numbers.items()})
+    return replace(task, label_ids={key: task.label_names.index(names[i]) for key, i in numbers.items()})
 
 
 def read_files(

@@ -103,7 +103,7 @@ def describe_rows(inputs: Prepared) -> str:
     if kind == "windows":
         several = sum(int((cache.lengths() > length).sum()) for cache in inputs.caches.values())
         return f"{rows}; {several:,} in windows of {length} tokens"
-    truncated = sum(cache.truncated for cache in inputs.caches.values())
+    truncated = sum(len(cache.cut_rows) for cache in inputs.caches.values())
     where = " (their beginning and end)" if kind == "head-tail" else ""
     return rows + (f"; {truncated:,} cut to {length} tokens{where}" if truncated else "")
 

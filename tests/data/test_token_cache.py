@@ -31,7 +31,7 @@ def test_cache_equals_tokenizing_afresh_and_the_second_start_does_not_tokenize(
     assert cache.labels.tolist() == list(labels)
     assert cache.lengths().tolist() == lengths.tolist() == np.diff(cache.offsets).tolist()
     assert cache.ids.tolist() == ids.tolist()
-    assert cache.truncated == sum(map(tokenizer.is_longer, texts)) > 0
+    assert len(cache.cut_rows) == sum(map(tokenizer.is_longer, texts)) > 0
     assert cache.distinct_ids.tolist() == sorted(set(ids.tolist()))
     monkeypatch.setattr(token_cache, "_write_cache", lambda *_: pytest.fail("tokenized again"))
     assert tokenize_sample(tiny_encoder, tmp_path / "cache").ids.tolist() == ids.tolist()
@@ -103,7 +103,7 @@ def test_several_files_are_one_and_a_part_is_as_if_alone(tiny_encoder: Path, tmp
         file.write_text("text\tlabel\n" + "".join(f"{text} {number}\t{i % 2}\n" for i, text in enumerate(texts)))
     parameters = (tiny_encoder / "sentencepiece.bpe.model", Columns(), TASK, 20, tmp_path / "cache")
     both, second = tokenize_file(files, *parameters), tokenize_file(files[1], *parameters)
-    assert (len(both), both.rows_of_files, both.truncated) == (8, [4, 4], 2)
+    assert (len(both), both.rows_of_files, len(both.cut_rows)) == (8, [4, 4], 2)
     part = both.part(np.arange(4, 8))
     assert part.ids.tolist() == second.ids.tolist()
     assert part.offsets.tolist() == second.offsets.tolist()
