@@ -28,7 +28,18 @@ EVAL_BATCH_TOKENS = 4096
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
 TASKS = ("auto", "single-label", "multi-label", "regression")
 COLUMN_KEYS = ("text", "pair", "label", "weight", "format", "delimiter", "quoting", "encoding")
-FORMATS = ("tsv", "csv", "jsonl", "json", "lines", "fasttext", "folder", "parquet", "arrow", "xlsx")
+FORMATS = {  # format -> its description in the header; empty for tables, which are described by their delimiter
+    "tsv": "",
+    "csv": "",
+    "jsonl": "JSON Lines",
+    "json": "a JSON document",
+    "lines": "plain lines",
+    "fasttext": "fastText's __label__",
+    "folder": "a folder per class",
+    "parquet": "Parquet",
+    "arrow": "Arrow",
+    "xlsx": "the first sheet of a workbook",
+}
 QUOTES = {"none": "", "double": '"', "single": "'", "backslash": '"'}  # quoting -> quotation mark
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 

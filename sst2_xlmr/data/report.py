@@ -6,24 +6,16 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from sst2_xlmr.config import FORMATS
 from sst2_xlmr.data.containers import shortened
 from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.data.rows import PHRASES, Columns, guessed_columns
+from sst2_xlmr.data.sniff import DELIMITERS
 from sst2_xlmr.labels import listed
 
-_DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
+_DELIMITERS = {character: f"{name}s" for name, character in DELIMITERS.items()}
 _QUOTING = {"none": "no quotes", "double": "quoted", "single": "quoted by '", "backslash": 'quoted, \\" inside'}
-_FORMATS = {
-    "jsonl": "JSON, an object a line",
-    "json": "a JSON document",
-    "lines": "plain lines",
-    "fasttext": "fastText's __label__",
-    "folder": "a folder per class",
-    "parquet": "Parquet",
-    "arrow": "Arrow",
-    "xlsx": "the first sheet of a workbook",
-}
 _PLAIN = {"tsv": [("\t", "none", True)], "csv": [(",", "double", True)], "jsonl": [("", "", False)]}
 
 
@@ -33,7 +25,7 @@ def description(path: Path, layout: Layout, columns: Columns, rows: int | None =
     is_plain = (layout.delimiter, layout.quoting, layout.header) in _PLAIN.get(layout.format, ()) and is_named_so
     if is_plain and (layout.encoding, layout.newline, len(columns.texts)) == ("utf-8", "\n", 1 if columns.text else 0):
         return ""
-    words = [_FORMATS.get(layout.format, _DELIMITERS.get(layout.delimiter, repr(layout.delimiter)))]
+    words = [FORMATS[layout.format] or _DELIMITERS.get(layout.delimiter, repr(layout.delimiter))]
     if layout.quoting:
         words += [_QUOTING[layout.quoting], "header" if layout.header else "no header"]
     words += [layout.encoding] if layout.encoding != "utf-8" else []

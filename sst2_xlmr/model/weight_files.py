@@ -17,7 +17,7 @@ from sst2_xlmr.util.files import read_json, reading
 
 _ROWS_AT_ONCE = 512
 _MAPPED_BYTES = 1 << 26
-_FAULT_BYTES = 1 << 16  # that Linux maps for each page fault
+_FAULT_BYTES = 1 << 16  # mapped by Linux per page fault
 
 
 def reading_weights(file: Path) -> contextlib.AbstractContextManager[None]:
