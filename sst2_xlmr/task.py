@@ -964,10 +964,7 @@ def at_temperature(task: Task, temperature: float) -> Task:
 
 
 def as_labels(task: Task, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
-    """Turn a teacher's probabilities, [rows, outputs], into soft labels; returns the task that reads them, and them.
-
-    A temperature below 1 sharpens the probabilities.
-    """
+    """Turn probabilities into soft labels, sharper at temperatures below 1; returns their task, and the labels."""
     if isinstance(task, Regression):
         return task, probabilities[:, 0]
     logits = torch.from_numpy(task.logits_of(probabilities) / temperature)
@@ -997,14 +994,12 @@ def check_options(task: Task, options: object) -> None:
         if (value := getattr(options, name, default)) and value != default:
             raise UserError(f"{flag(name)} does not go with this task ({task.problem_type}): {why}")
     if isinstance(options, Config):
-        weights, names = (
-            _explicit_weights(options.class_weights),
-            [*task.best_metrics, "mean", *options.eval_splits[1:]],
-        )
+        weights = _explicit_weights(options.class_weights)
+        choices = [*task.best_metrics, "mean", *options.eval_splits[1:]]
         if weights is not None and len(weights) != task.outputs:
             raise UserError(f"--class-weights has {len(weights)} numbers, but there are {task.outputs} classes")
-        if options.best_by not in (None, *names):
-            raise UserError(f"--best-by is one of {', '.join(names)}, not {options.best_by}")
+        if options.best_by not in (None, *choices):
+            raise UserError(f"--best-by is one of {', '.join(choices)}, not {options.best_by}")
 
 
 def _explicit_weights(weights: str | None) -> torch.Tensor | None:
