@@ -79,9 +79,7 @@ class EncoderFolder:
             **self.dropouts,
             **({} if self.text_pairs is None else {"text_pairs": self.text_pairs}),
             **({"thresholds": list(self.thresholds)} if self.thresholds else {}),
-            **(
-                {} if self.long_texts == CUT else {"long_texts": self.long_texts.kind, "stride": self.long_texts.stride}
-            ),
+            **({} if self.long_texts == CUT else dict(zip(("long_texts", "stride"), self.long_texts))),
         }
 
 
