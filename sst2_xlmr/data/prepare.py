@@ -14,7 +14,7 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.duplicates import find_leaks
 from sst2_xlmr.data.rows import Columns, Inspection, Row, columns_of, read_rows
-from sst2_xlmr.data.splits import cut_off, find_files, share_of
+from sst2_xlmr.data.splits import DEFAULT_SHARE, MOST_ROWS, cut_off, find_files
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.labels import MISSING
 from sst2_xlmr.model.encoders import (
@@ -213,7 +213,8 @@ def prepare(config: Config, quiet: bool) -> Prepared:
     check_tokenizer(encoder, train.vocab_size)
     is_kept = np.ones(len(train), bool)  # [rows], whether to train on a row
     if "dev" not in caches:
-        rows = cut_off(train.text_digests, task.strata(train.labels), share_of(config, len(train)), config.seed)
+        share = config.dev_share or min(DEFAULT_SHARE, MOST_ROWS / len(train))
+        rows = cut_off(train.text_digests, task.strata(train.labels), share, config.seed)
         if not len(rows):
             raise UserError(f"{len(train):,} training rows are too few to cut off dev; name a --dev-file")
         is_kept[rows] = False

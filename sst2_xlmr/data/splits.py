@@ -66,11 +66,6 @@ def find_files(config: Config, quiet: bool) -> tuple[dict[str, list[Path]], list
     return {**files, "test": tests}, []
 
 
-def share_of(config: Config, rows: int) -> float:
-    """Return the fraction of the training rows that becomes dev."""
-    return config.dev_share if config.dev_share is not None else min(DEFAULT_SHARE, MOST_ROWS / max(1, rows))
-
-
 def cut_off(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Return the rows to cut off, int64, ascending: the same share of each class, but never all of it.
 
