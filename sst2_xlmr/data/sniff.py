@@ -278,9 +278,14 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
         quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
         rows = _parsed(lines, delimiter, quoting, is_whole)
         width, share = _share(rows[1:] or rows)
-        if width > 1 and (share >= _CONSISTENT or given) and abs(len(rows[0]) - width) < 2:
+        if (
+            width > 1
+            and (share >= _CONSISTENT or given)
+            and (len(rows[0]) - width in (0, 1) or _row_names(rows, width))
+        ):
             names = sum(cell.strip("\ufeff \"'").lower() in asked.named for cell in rows[0])
-            best = max(best, (names, round(share, 2), -place, delimiter, quoting))
+            is_csv = names or given or name.endswith(".csv") or any(cell[:1] != " " for row in rows for cell in row[1:])
+            best = max(best, (names, round(share, 2), -place, delimiter, quoting)) if is_csv else best  # else prose
     if best:
         *_, delimiter, quoting = best
     elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in asked.named:
@@ -303,6 +308,11 @@ def _with_quoting_of_whole(path: Path, found: Layout) -> Layout:
         return found._replace(quoting="double" if _is_quoted(lines, found.delimiter, "double") else "none")
 
 
+def _row_names(rows: list[list[str]], width: int) -> bool:
+    """Whether R has written row names, numbers, in a column that has no name in the header."""
+    return len(rows[0]) == width - 1 and all(row[0].isdecimal() for row in rows[1:])
+
+
 def _with_header(path: Path, found: Layout, rows: list[list[str]], asked: Columns) -> Layout:
     """Add names of columns, from the first line or numbers, and what the file says of its classes."""
     if not rows:
@@ -312,7 +322,7 @@ def _with_header(path: Path, found: Layout, rows: list[list[str]], asked: Column
     if not header:
         return found._replace(names=tuple(map(str, range(1, width + 1))))
     notes, class_names = found.notes, {}
-    if len(first) == width - 1 and len(rows) > 1:  # as R writes row names
+    if _row_names(rows, width):
         first, notes = ["", *first], (*notes, "the first column, row names, has no name in the header")
     ends = sum(row[0].endswith(" ") for row in rows[1:])  # as GLUE's texts of SST-2 do
     if first == ["sentence", "label"] and found.delimiter == "\t" and ends > 0.8 * len(rows[1:]):
