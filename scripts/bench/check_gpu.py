@@ -112,7 +112,7 @@ def check_prediction(train: Train, folder: Path, device: str) -> Answer:
         options = ["--model", model, "--device", computing[0], "--precision", computing[1], "--all-probabilities"]
         run_program(ROOT, "scripts/predict.py", [*options, "--input", folder / "dev.tsv", "--output", output], folder)
         rows = map(json.loads, output.read_text(encoding="utf-8").splitlines())
-        found[name] = np.array([row["probability_positive"] for row in rows])
+        found[name] = np.array([row["probability_1"] for row in rows])
     figures = {name: float(np.abs(found[name] - found["cpu"]).max()) for name in ("fp32", "bf16")}
     assert figures["fp32"] < 1e-3, figures
     assert figures["bf16"] < 0.05, figures

@@ -213,8 +213,9 @@ def _parsed(lines: list[str], delimiter: str, quoting: str, is_whole: bool) -> l
 def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
     """Whether quotes are CSV's: all cells that begin with one are well-formed, and some cells need quotes.
 
-    A cell needs them if it contains a quote, a delimiter or a line end; or a column, if all its cells have them. In
-    GLUE's files, a sentence may begin with a quotation mark that is part of the text.
+    A cell needs them if it contains a quote, a delimiter or a line end; or a column, if all its cells have them. Excel
+    quotes exactly the cells with commas, even between tabs. In GLUE's files, a sentence may begin with a quotation mark
+    that is part of the text.
     """
     of_row: list[str] = []  # the lines of the current row
     quote = QUOTES[quoting]
@@ -230,21 +231,27 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
             cell = cell.replace(mark, escape + mark)
         return quote + cell + quote in raw
 
-    rows, is_needed = 0, False
+    rows, excel_cells, is_needed, are_rows, is_excel = 0, 0, False, False, quote == '"'
     always: set[int] = set()  # the columns whose cells are all quoted
+    below: set[int] = set()  # those without their header
     try:
         for row in csv_reader(recorded(), delimiter, quoting):
             raw = "".join(of_row)
-            if len(of_row) > 1 and all(line.count(delimiter) == len(row) - 1 for line in of_row):
-                return False  # each of these lines is a row by itself
+            # Each of these lines may be a row by itself.
+            are_rows |= len(of_row) > 1 and all(line.count(delimiter) == len(row) - 1 for line in of_row)
             of_row.clear()
             quoted = {i for i, cell in enumerate(row) if is_in_quotes(cell)} if quote in raw else set()
             always = quoted if rows == 0 else always & quoted
+            below = quoted if rows == 1 else below & quoted
+            if are_rows and not always:
+                return False
+            is_excel = is_excel and quoted == {i for i, cell in enumerate(row) if "," in cell or quote in cell}
+            excel_cells += len(quoted)
             is_needed |= any(mark in row[i] for i in quoted for mark in (quote, delimiter, "\n"))
             rows += 1
     except csv.Error:
         return False
-    return is_needed or (rows > 1 and bool(always))
+    return is_needed or (rows > 1 and bool(always)) or (rows > 3 and bool(below)) or (is_excel and excel_cells > 1)
 
 
 def _quoting(lines: list[str], delimiter: str, is_whole: bool) -> str:
@@ -277,9 +284,14 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
         quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
         rows = _parsed(lines, delimiter, quoting, is_whole)
         width, share = _share(rows[1:] or rows)
-        if width > 1 and (share >= _CONSISTENT or given) and abs(len(rows[0]) - width) < 2:
+        if (
+            width > 1
+            and (share >= _CONSISTENT or given)
+            and (len(rows[0]) - width in (0, 1) or _has_extra_column(rows, width))
+        ):
             names = sum(cell.strip("\ufeff \"'").lower() in asked.named for cell in rows[0])
-            best = max(best, (names, round(share, 2), -rank, delimiter, quoting))
+            is_csv = names or given or name.endswith(".csv") or any(cell[:1] != " " for row in rows for cell in row[1:])
+            best = max(best, (names, round(share, 2), -rank, delimiter, quoting)) if is_csv else best  # else prose
     if best:
         *_, delimiter, quoting = best
     elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in asked.named:
@@ -302,6 +314,13 @@ def _with_quoting_of_whole(path: Path, layout: Layout) -> Layout:
         return layout._replace(quoting="double" if _is_quoted(lines, layout.delimiter, "double") else "none")
 
 
+def _has_extra_column(rows: list[list[str]], width: int) -> bool:
+    """Whether the rows have one cell more than the header: a row name, as R writes it, or an empty cell at the end."""
+    ends = [(row[0], row[-1]) for row in rows[1:] if len(row) == width]
+    is_extra = not any(last for _, last in ends) or all(first.isdecimal() for first, _ in ends)
+    return len(rows[0]) == width - 1 and is_extra
+
+
 def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: Columns) -> Layout:
     """Add the columns' names, from the header or numbers from 1, and SST-2's class names."""
     if not rows:
@@ -311,8 +330,15 @@ def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: Colum
     if not header:
         return layout._replace(names=tuple(map(str, range(1, width + 1))))
     notes, class_names = layout.notes, {}
-    if len(first) == width - 1 and len(rows) > 1:  # R writes row names like this
-        first, notes = ["", *first], (*notes, "the first column, row names, has no name in the header")
+    if _has_extra_column(rows, width):
+        if any(row[-1] for row in rows[1:] if len(row) == width):
+            first, notes = ["", *first], (*notes, "the first column, row names, has no name in the header")
+        else:
+            first = [*first, ""]
+    columns = zip(*(row for row in rows[1:] if len(row) == width))
+    if any(all(cell[:2] in (' "', " '") and cell[-1] == cell[1] for cell in column) for column in columns):
+        cure = f"remove the spaces: sed 's/{layout.delimiter} *\\([\"'\"'\"']\\)/{layout.delimiter}\\1/g' FILE > NEW"
+        raise UserError(f"{path} has spaces before its quotes; {cure}")
     ends = sum(row[0].endswith(" ") for row in rows[1:])  # as in GLUE's SST-2
     if first == ["sentence", "label"] and layout.delimiter == "\t" and ends > 0.8 * len(rows[1:]):
         class_names = {"label": ("negative", "positive")}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from sst2_xlmr.model.encoders import EncoderFolder, check_tokenizer, find_model
 from sst2_xlmr.model.roberta import SequenceClassifier
@@ -38,6 +40,13 @@ def task_of(encoder: EncoderFolder) -> Task:
     return stored_task(encoder.problem_type, encoder.label_names or [], encoder.thresholds)
 
 
+class _Uninitialized(TorchFunctionMode):
+    """Skips the initialization of new modules; on the meta device, which has no values, torch imports SymPy for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
+
+
 def build_classifier(
     encoder: EncoderFolder,
     task: Task,
@@ -53,7 +62,7 @@ def build_classifier(
     """
     ids = None if vocabulary is None or vocabulary.is_whole else vocabulary.ids
     rows = None if ids is None else len(ids)
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialized():
         model = SequenceClassifier(encoder.shape, task.outputs, dropout, head_dropout, rows)
     tensors = load_tensors(encoder, ids)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -43,7 +43,7 @@ def run_program(wrong: str, root: Path, program: str, options: list[Any], folder
     if "predict" in program:
         output = predict.parse_args(words).output
         shift = 0.1 if output.stem == wrong else 0.0
-        output.write_text("".join(json.dumps({"probability_positive": n / 8 + shift}) + "\n" for n in range(4)))
+        output.write_text("".join(json.dumps({"probability_1": n / 8 + shift}) + "\n" for n in range(4)))
         return
     config, resume = parse_args(words)
     run = Path(str(config.output_dir))

@@ -99,6 +99,27 @@ def test_header(tmp_path: Path, content: str, first: str) -> None:
         assert (found[0][0], len(found)) == (first, content.count("\n") - (not content.startswith(first)))
 
 
+PROSE = ["Good, but not, really great", "Nice, too, really", "Well, no, never"]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("header", ["", "text\n"])
+def test_commas_of_prose_part_no_columns(tmp_path: Path, header: str, rows: int) -> None:
+    lines = "".join(f"{line}\n" for line in PROSE[:rows])
+    (tmp_path / "a.txt").write_text(header + lines)
+    columns = Columns(("text",) if header else None, may_be_empty=True)
+    assert [row.text for row in read_rows(tmp_path / "a.txt", columns, None)] == PROSE[:rows]
+
+
+@pytest.mark.parametrize("header", ["text", "text,label"])
+def test_a_text_with_commas_is_no_row_name(tmp_path: Path, header: str) -> None:
+    label = ",x" * header.count(",")
+    content = f"{header}\n" + "".join(f"{text}, really{label}\n" for text in ("I like it", "No", "Fine"))
+    assert "3 with another number of columns" in refusal(read, tmp_path / "a.csv", content, "text")
+    numbered = content.replace("I like it", "1").replace("No", "2").replace("Fine", "3")
+    assert [text for text, _ in read(tmp_path / "a.csv", numbered, "text")] == [" really"] * 3, "as R writes them"
+
+
 ROW = {"text": "a b", "label": "x"}
 DOCUMENTS = [
     f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n",
