@@ -294,6 +294,11 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
             best = max(best, (names, round(share, 2), -rank, delimiter, quoting)) if is_csv else best  # else prose
     if best:
         *_, delimiter, quoting = best
+        rows, raw = _parsed(lines, delimiter, quoting, is_whole)[1:], "".join(lines)
+        spaced = ([cell for cell in row if re.match(' +"', cell) and delimiter + cell in raw] for row in rows)
+        if quoting == "double" and rows and all(spaced):
+            cure = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
+            raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
     elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in asked.named:
         delimiter = given or ("\t" if name.endswith((".tsv", ".tab", ".txt")) else ",")
         quoting = asked.quoting or _quoting(lines, delimiter, is_whole)
@@ -335,10 +340,6 @@ def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: Colum
             first, notes = ["", *first], (*notes, "the first column, row names, has no name in the header")
         else:
             first = [*first, ""]
-    columns = zip(*(row for row in rows[1:] if len(row) == width))
-    if any(all(cell[:2] in (' "', " '") and cell[-1] == cell[1] for cell in column) for column in columns):
-        cure = f"remove the spaces: sed 's/{layout.delimiter} *\\([\"'\"'\"']\\)/{layout.delimiter}\\1/g' FILE > NEW"
-        raise UserError(f"{path} has spaces before its quotes; {cure}")
     ends = sum(row[0].endswith(" ") for row in rows[1:])  # as in GLUE's SST-2
     if first == ["sentence", "label"] and layout.delimiter == "\t" and ends > 0.8 * len(rows[1:]):
         class_names = {"label": ("negative", "positive")}
