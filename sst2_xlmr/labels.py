@@ -17,7 +17,8 @@ from sst2_xlmr.util.errors import UserError
 
 _INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")
 _FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
+_WHOLE = re.compile(r"([+-]?[0-9]+)\.0+|\+[0-9]+")
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 _DELIMITERS = re.compile(r"[,;|]")
 _NUMPY = re.compile(r"\[[\s0-9.]*\]")
 _INSIGNIFICANT = re.compile(r"[\W_]")  # ignored when looking for labels that are probably the same
@@ -160,9 +161,9 @@ def label_text(cell: object) -> str:
 
 
 def canonical(label: str) -> str:
-    """Return an integral float as an integer (`3.0` -> `3`), any other label unchanged."""
+    """Return an integral number as an integer (`3.0` and `+3` -> `3`), any other label unchanged."""
     whole = _WHOLE.fullmatch(label)
-    return str(int(whole[1])) if whole and len(whole[1]) < 19 else label
+    return str(int(whole[1] or label)) if whole and len(whole[1] or label) < 19 else label
 
 
 def _folded(label: str) -> str:
@@ -220,6 +221,11 @@ def _check_one_each(first_lines: dict[str, int], path: object) -> None:
     for label, line in first_lines.items():
         where, parts = f"{path}, line {line}", [part.strip() for part in _DELIMITERS.split(label)]
         is_list = label[:1] in "[{" and label[-1:] in "]}"
+        if all(_DECIMAL_COMMA.fullmatch(each) for each in first_lines):
+            raise UserError(
+                f"{where}: label {_quoted(label)} is a score with a decimal comma or several labels; use --task"
+                " regression or --task multi-label"
+            )
         if is_list or (len(parts) > 1 and all(part in first_lines or part.isdecimal() for part in parts)):
             raise UserError(
                 f"{where}: label {_quoted(label)} is several labels, but a row has one label in this task; use --task"

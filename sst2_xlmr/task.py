@@ -458,12 +458,13 @@ class MultiLabel:
         return bool(several) and (is_json or {str(name) for values in several.values() for name in values} <= alone)
 
     def label_index(self, label: str) -> int:
+        if _is_missing(_split(label, self.delimiter, self._ids_by_label)):
+            return MISSING_ID
         return UNKNOWN_ID if self._unknown_in(label) else 0
 
-    def read_label(self, cell: object, where: str) -> np.ndarray:
-        return _label_row(
-            _split(label_text(cell), self.delimiter, self._ids_by_label), self._ids_by_label, self.label_names, where
-        )
+    def read_label(self, cell: object, where: str) -> np.ndarray | None:
+        values = _split(label_text(cell), self.delimiter, self._ids_by_label)
+        return None if _is_missing(values) else _label_row(values, self._ids_by_label, self.label_names, where)
 
     def unknown(self, labels: Sequence[str]) -> str:
         names = dict.fromkeys(name for label in labels for name in self._unknown_in(label))
@@ -1028,6 +1029,11 @@ def _id_of(label: str | int, ids: Mapping[str, int], count: int) -> int | None:
     """Return the id of one of `count` labels, given by name or position; None if it is not one of them."""
     index = label if isinstance(label, int) else ids.get(label)
     return index if index is not None and index < count else None
+
+
+def _is_missing(values: LabelValues) -> bool:
+    """Whether a cell's labels are all -1, as for rows of a test file that are not scored."""
+    return bool(values) and set(values.values()) == {-1.0}
 
 
 def _label_row(values: LabelValues | str, ids: Mapping[str, int], names: Sequence[str], where: str) -> np.ndarray:

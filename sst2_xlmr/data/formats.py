@@ -90,6 +90,9 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
             if magic == b"PK\x03\x04":
                 packed = stack.enter_context(zipfile.ZipFile(raw))
                 files = [inner for inner in packed.namelist() if not inner.endswith("/") and "__MACOSX" not in inner]
+                files = [inner for inner in files if not Path(inner).name.startswith(".")]
+                if "content.xml" in files:
+                    raise UserError(f"{path} is an OpenDocument file; save its table as CSV")
                 if "[Content_Types].xml" not in files:  # otherwise it is an Excel workbook
                     if len(files) != 1:
                         raise UserError(f"{path} is a .zip with {len(files)} files; unzip it, and name one of them")
@@ -118,7 +121,7 @@ def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline
             if len(line) > LONGEST:
                 raise UserError(f"{name}, line {number}: longer than {LONGEST:,} characters; is it a file of rows?")
             if "\0" in line:
-                cure = "remove it, or, if the file is UTF-16, use --encoding utf-16-le"
+                cure = "remove it: tr -d '\\0' < FILE > NEW, or, if the file is UTF-16, use --encoding utf-16-le"
                 raise UserError(f"{name}, line {number}: has a NUL character; {cure}")
             yield number, line
     except UnicodeDecodeError as error:

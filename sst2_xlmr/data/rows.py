@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ class Positions(NamedTuple):
 def _positions(path: Path, layout: Layout, columns: Columns, fields: Fields, with_label: bool) -> Positions:
     """Find a row's columns; UserError if one is missing, or used twice."""
     columns = guessed_columns(path, layout, columns)
-    find = functools.partial(_position, path, layout, fields)
+    find = functools.partial(_position, path, layout, fields, with_label)
     texts = [find("--text-column", name) for name in columns.texts] or [find("--text-column", "sentence", "text")]
     pair = find("--text-pair-column", columns.pair) if columns.pair else None
     option = "--label-columns" if columns.labels else "--label-column"
@@ -126,7 +127,7 @@ def _positions(path: Path, layout: Layout, columns: Columns, fields: Fields, wit
     return Positions(tuple(texts), pair, tuple(labels), weight)
 
 
-def _position(path: Path, layout: Layout, fields: Fields, option: str, *wanted: str) -> int:
+def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, option: str, *wanted: str) -> int:
     """Return the position of the first of the wanted columns that exists; UserError if none or two match."""
     names = fields.names
     if layout.is_table and re.fullmatch("[0-9]{1,6}", wanted[0]):
@@ -140,10 +141,12 @@ def _position(path: Path, layout: Layout, fields: Fields, option: str, *wanted: 
             raise UserError(f"{path}: two columns are named {name!r}; give {option} a number, from 1")
         if matches:
             return matches[0]
+    if layout.format == "lines":
+        raise UserError(f"{path} is read as lines of text, without labels; if its lines have columns, give --delimiter")
     among = shortened(", ".join(names)) + " (it has no header)" * bool(layout.delimiter and not layout.header)
     raise UserError(
         f"{path}, line {fields.line}: no column {' or '.join(map(repr, wanted))} among {among}; name it with"
-        f" {option}{_proposal(path, layout)}"
+        f" {option}{_proposal(path, layout, with_label)}"
     )
 
 
@@ -172,16 +175,17 @@ def _likely_columns(path: Path, layout: Layout) -> tuple[str, str, list[str]]:
     return text, labels[0] if text and len(labels) == 1 else "", flags
 
 
-def _proposal(path: Path, layout: Layout) -> str:
+def _proposal(path: Path, layout: Layout, with_label: bool) -> str:
     """Return the options that probably select a table's text and label, for an error; empty if it is unclear."""
     if not layout.is_table:
         return ""
     *likely, flags = _likely_columns(path, layout)
-    names = [layout.names[int(number) - 1] for number in likely if number]
+    names = [layout.names[int(number) - 1] for number in likely[: 1 + with_label] if number]
+    names = [number if name.isdecimal() or "\n" in name else shlex.quote(name) for number, name in zip(likely, names)]
     options: list[tuple[str, ...]] = list(zip(("--text-column", "--label-column"), names))
-    if len(flags) > 2:
-        options = [*options[:1], ("--label-columns", *flags)]
-    words = (word if " " not in word else repr(word) for option in options for word in option)
+    if len(flags) > 2 and with_label:
+        options = [*options[:1], ("--label-columns", *map(shlex.quote, flags))]
+    words = (word for option in options for word in option)
     return f" (e.g. {' '.join(words)})" if options else ""
 
 
@@ -330,8 +334,11 @@ class Inspection:
         cure = "mend them, or leave them out with --drop-unusable" if may_drop else "mend them"
         if NO_LABEL in problems and problems[NO_LABEL][2] not in ("''", ""):
             cure += "; if that is a class, list all with --label-names=A,B,..."
+        elif COLUMNS in problems and self.layout.delimiter:
+            cure += f"; a cell that contains {self.layout.delimiter!r} must be in quotes"
+            cure += ", or read every line as one text with --delimiter tab" * (len(self.layout.names) == 1)
         elif CHARACTERS in problems:
-            cure += "; they contain half a character; a file that is not UTF-8 needs, e.g., --encoding cp1252"
+            cure += f"; they contain half a character, NUL, or bytes that are not {self.layout.encoding}"
         rows = f"{total:,}{of_all} row{'s' * are_many}"
         return UserError(f"{path}, line {first}: {rows} cannot be used: {kinds}; {cure}")
 
@@ -339,10 +346,12 @@ class Inspection:
         """Raise UserError if rows are unusable because the file is not UTF-8."""
         if CHARACTERS in self.problems and self.layout.encoding == "utf-8" and not path.is_dir():
             with opened(path) as (file, _):
-                encoding = other_encoding(file.read())
+                encoding = other_encoding(content := file.read())
             if encoding:
                 line = self.problems[CHARACTERS][1]
-                raise UserError(f"{path}, line {line}: not UTF-8, most likely {encoding}; use --encoding {encoding}")
+                text = shortened(content.splitlines()[line - 1].decode(encoding, "replace"), 40)
+                cure = f"use --encoding {encoding}, in which it is {text!r}, or another one if that is wrong"
+                raise UserError(f"{path}, line {line}: not UTF-8; {cure}")
 
     @property
     def is_unlabelled(self) -> bool:

@@ -186,7 +186,9 @@ def _json_format(name: str, filled: list[str]) -> str | None:
     if first[:1] in ("{", "["):
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(first)
-            if isinstance(row, dict) and (len(filled) > 1 or not {*map(type, row.values())} <= {dict, list}):
+            values = list(row.values()) if isinstance(row, dict) else []
+            has_rows = any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values)
+            if isinstance(row, dict) and (len(filled) > 1 or not ({*map(type, values)} <= {dict, list} or has_rows)):
                 return "jsonl"
         with contextlib.suppress(ValueError, RecursionError):
             json.loads("".join(filled))
@@ -331,6 +333,10 @@ def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: Colum
     if not rows:
         return layout._replace(names=("text",))
     first, width = [cell.strip() for cell in rows[0]], _share(rows[1:] or rows)[0]
+    is_alone = not any(first[1:]) and first[0].lower() not in asked.named
+    if is_alone and asked.header is None and width > 1 and len(rows) > 2 and layout.delimiter:
+        shown = shortened(first[0], 40)
+        raise UserError(f"{path}: line 1, {shown!r}, is no row; remove it: tail -n +2 FILE > NEW")
     header = _has_header(path, [first, *rows[1:]], width, asked) if asked.header is None else asked.header
     if not header:
         return layout._replace(names=tuple(map(str, range(1, width + 1))))
@@ -375,9 +381,9 @@ def _has_header(path: Path, rows: list[list[str]], width: int, asked: Columns) -
 
 
 def other_encoding(content: bytes) -> str:
-    """Return the most likely encoding of text that is not UTF-8; "" if it is UTF-8 with truncated characters."""
+    """Return the most likely encoding of text that is not UTF-8; "" if it is UTF-8 with a few damaged characters."""
     runs = list(re.finditer(rb"[\x80-\xff]+", content))
-    if all(_is_utf8(run[0], content[run.end() : run.end() + 1]) for run in runs):
+    if sum(_is_utf8(run[0], content[run.end() : run.end() + 1]) for run in runs) >= 0.9 * len(runs):
         return ""
     if sum(len(run[0]) == 1 for run in runs) > len(runs) / 2:  # single letters among ASCII: Western European
         return "cp1252"

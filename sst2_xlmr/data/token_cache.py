@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -29,7 +30,6 @@ from sst2_xlmr.util.cores import available_cores
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
 
-CACHE_FORMAT = 12
 TOKENIZER_THREADS = 4  # more would wait for rows, which are read in Python
 _CHUNK_ROWS = 1000
 _DAMAGED = (OSError, ValueError, KeyError, TypeError)
@@ -144,6 +144,15 @@ def inspected(path: Path, columns: Columns, cache_dir: Path) -> Inspection:
     return _cached(cache_dir, [path], (columns, True), write, read)
 
 
+@functools.cache
+def _code_digest() -> str:
+    """Return the digest of the modules that read and tokenize rows: what others have read may be wrong."""
+    package = Path(__file__).parents[1]
+    patterns = ("data/*.py", "model/tokenizer*.py", "labels.py", "task.py")
+    files = sorted(file for pattern in patterns for file in package.glob(pattern))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def _cached(
     cache_dir: Path, paths: list[Path], depends_on: Any, write: Callable[[Path], None], read: Callable[[Path, str], Any]
 ) -> Any:
@@ -154,7 +163,7 @@ def _cached(
     digests = [source_digest(path) for path in paths]
     digest = digests[0] if len(paths) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     suffixes = [path.suffixes[-2:] for path in paths]  # the format may depend on them
-    key = json.dumps([CACHE_FORMAT, digest, suffixes, depends_on], default=dataclasses.astuple)
+    key = json.dumps([_code_digest(), digest, suffixes, depends_on], default=dataclasses.astuple)
     folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
     is_there = folder.exists()
     with contextlib.suppress(*_DAMAGED):

@@ -29,6 +29,7 @@ from typing import Any
 
 from sst2_xlmr import __version__
 from sst2_xlmr.config import TEXT_OPTIONS, flag
+from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.formats import LONGEST, Fields, kind_of
 from sst2_xlmr.data.predictions import (
     check_columns,
@@ -50,7 +51,7 @@ from sst2_xlmr.task import Task, check_options
 from sst2_xlmr.util import distributed
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, raise_on_all
-from sst2_xlmr.util.files import digest_of, digest_of_input, writing
+from sst2_xlmr.util.files import digest_of, writing
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.output import print_text
 from sst2_xlmr.util.shards import first_missing, is_begun, open_shards, read_block, remove_shards, write_block
@@ -150,7 +151,7 @@ def arrived_lines(stream: Any) -> Iterator[list[Row]]:
 
 def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
     """Read the input once, so that a bad row shows before any work; returns its digest, and rows per chunk."""
-    digest, columns, rows = digest_of_input(arguments.input), None, []
+    digest, columns, rows = source_digest(arguments.input), None, []
     for chunk in read_chunks(arguments):
         columns = columns or chunk[0].fields.names
         rows.append(len(chunk))
@@ -263,7 +264,7 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
 
         def all_answers() -> Iterator[Answers]:
             yield from zip(read_chunks(arguments), (read_block(folder, number) for number in range(len(sizes))))
-            if digest_of_input(arguments.input) != digest:  # before the output gets its name
+            if source_digest(arguments.input) != digest:  # before the output gets its name
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
 
         def finish() -> None:

@@ -74,6 +74,25 @@ def test_quotes(tmp_path: Path, name: str, content: str, texts: list[str] | None
     assert [text for text, _ in read(tmp_path / name, content, **asked)] == (texts or ["a b", "c d"])
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.csv", "id,text,label\n1,a b,x,\n2,c d,y,\n", ["a b", "c d"]),  # a delimiter ends the rows only
+        ("a.csv", "'text';'label'\n'a; b\nc';'x'\n'd';'y'\n", ["a; b\nc", "d"]),
+        ("a.txt", 'text\tlabel\n"well, a"\tx\nb\ty\n"so, c"\ty\n', ["well, a", "b", "so, c"]),  # Excel's Unicode text
+        ("a.txt", 'text\tlabel\n"well, a"\tx\nb, c\ty\n"so, d"\ty\n', ['"well, a"', "b, c", '"so, d"']),
+        ("a.tsv", 'text\tlabel\n"a"\tx\n"b"\ty\n"c"\ty\n', ["a", "b", "c"]),  # all cells but the header
+    ],
+)
+def test_tables_that_programs_write(tmp_path: Path, name: str, content: str, texts: list[str]) -> None:
+    assert [row.text for row in read_rows(_file(tmp_path / name, content), Columns("text"), None)] == texts
+
+
+def _file(path: Path, content: str) -> Path:
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
 def test_quotes_that_come_after_what_is_looked_at_first(tmp_path: Path) -> None:
     plain = [[f"text number {i} {'x' * 100}", "1"] for i in range(15_000)]
     for cell, text in (('"say ""hi"""', 'say "hi"'), ('"say', '"say')):
@@ -128,6 +147,9 @@ DOCUMENTS = [
     json.dumps({"data": [ROW, ROW]}),
     json.dumps({key: {"0": value, "1": value} for key, value in ROW.items()}),
     json.dumps({key: [value, value] for key, value in ROW.items()}, indent=1),
+    json.dumps({"version": 1, "data": [ROW, ROW]}),
+    json.dumps({"schema": {"fields": []}, "data": [ROW, ROW]}, indent=1),
+    json.dumps({"0": ROW, "1": ROW}),
     json.dumps({"columns": list(ROW), "index": [0, 1], "data": [list(ROW.values())] * 2}),
 ]
 
@@ -178,6 +200,14 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"<!DOCTYPE html><p>404", "web page"),
         (b"great stuff,pos\nbad stuff,neg\n", "use --header or --no-header"),
+        (b'text, label\n"a", "x"\n"b, c", "y"\n', "spaces before its quotes.* sed 's/, [*]\"/,\"/g'"),
+        (b"sep=;\ntext;label\na;x\nb;y\n", "line 1, 'sep=', is no row; remove it: tail -n [+]2"),
+        (b"Report of 2021,,\ntext,label,n\na,x,1\nb,y,2\n", "line 1, 'Report of 2021', is no row"),
+        (b"DESC:manner How so ?\nENTY:food What is it ?\n", "read as lines of text, without labels; .* --delimiter"),
+        (b"text\nWell, a film\nSo, a film\n", "'no column|',' must be in quotes, or .* --delimiter tab"),
+        (b"0,1,2\n1,a good film,0\n2,a bad one,1\n3,so so,0\n4,no no,1\n", "--text-column 2 --label-column 3"),
+        (b'"the text\n(here)",label\na film,x\na play,y\na film,x\na play,y\n', "--text-column 1 --label-column label"),
+        (b"text,label\nso l\xe0,x\nd\xe9j\xe0 vu,y\n", "--encoding cp1252, in which it is 'so l\xe0,x', or another"),
         (b"\x80\x04\x95", "pickle"),
         (b"(3 (2 (2 The) (2 Rock)) (2 .))\n", "parse trees .* python -c"),
         ("text,label\nabc,1\n".encode("utf-16-le"), "--encoding utf-16-le"),
@@ -201,6 +231,7 @@ def test_what_is_no_table_is_named_with_a_cure(tmp_path: Path, content: bytes, s
 )
 def test_encodings_are_proposed(text: str, encoding: str) -> None:
     assert other_encoding(text.encode(encoding)) == encoding
+    assert other_encoding("".join(f"café {i}\n" for i in range(30)).encode() + b"caf\xe9\n") == "", "one damaged row"
     assert other_encoding("naïve\tx\ncut in caf".encode() + b"\xc3\t1\nend \xe2\x80\n") == "", "cut characters"
 
 
