@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from sst2_xlmr.cli import parse_args, with_files, words_of
+from sst2_xlmr.cli import command_line_of, parse_args, with_files
 from sst2_xlmr.config import GROUPS, OPTIONS, Config
 from sst2_xlmr.data.rows import Row
 from sst2_xlmr.programs.checks import refuse
@@ -68,4 +68,4 @@ def words_for(config: Config, task: Task, files: Mapping[str, Path], has_weights
         task=task.option,
         label_names=None if "label_names" in task.refused else task.label_names,
     )
-    return words_of(found)
+    return command_line_of(found)
