@@ -62,7 +62,7 @@ WRONG_FLAGS = [
     (["--layerwise-lr-decay", "1.5"], "--layerwise-lr-decay must be"),
     (["--warmup-ratio", "2"], "--warmup-ratio must be from 0 to 1"),
     (["--dropout", "1"], "--dropout must be from 0 to 1 (excluded)"),
-    (["--precision", "tf32"], "--precision tf32 is for CUDA; take fp32 on a CPU"),
+    (["--precision", "tf32"], "--precision tf32 is for CUDA; use fp32 on a CPU"),
     (["--device", "cuda"], "torch finds no CUDA GPU"),
     (["--max-length", "513"], "takes at most 64 tokens"),
     (["--layers", "4"], "has 3 layers"),

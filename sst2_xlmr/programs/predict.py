@@ -175,7 +175,7 @@ def classify(arguments: argparse.Namespace, classifier: Classifier, chunks: Iter
     encoded = ((chunk, classifier.encode(texts_of(chunk))) for chunk in chunks)
     # A file is read and tokenized while the model computes; a stream may have to be waited for.
     for chunk, (ids, lengths) in read_ahead(encoded) if arguments.input else encoded:
-        with memory_errors(f"take a smaller --batch-tokens than {arguments.batch_tokens}"):
+        with memory_errors(f"use a smaller --batch-tokens than {arguments.batch_tokens}"):
             found = classifier.probabilities_of_ids(ids, lengths, arguments.batch_tokens).tolist()
         cells, options = classifier.task.cells, (arguments.all_probabilities, arguments.abstain_below)
         yield chunk, [cells(probabilities, *options) for probabilities in found]

@@ -25,7 +25,7 @@ from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World, gather_objects, on_rank0
-from sst2_xlmr.util.files import BackgroundWriter, digest_of, disk_errors, put_in_place, reading, scratch_name
+from sst2_xlmr.util.files import BackgroundWriter, digest_of, disk_errors, put_in_place, read_errors, scratch_name
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "vocabulary", "random"))
@@ -132,7 +132,7 @@ def find_checkpoint(folder: Path, warn: Callable[[str], Any]) -> Path | None:
 
 def read_state(checkpoint: Path) -> TrainState:
     """Return the saved state; UserError if the checkpoint cannot be read."""
-    with reading(f"the checkpoint {checkpoint}", _CURE):
+    with read_errors(f"the checkpoint {checkpoint}", _CURE):
         return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"])
 
 
@@ -143,7 +143,7 @@ def load_checkpoint(checkpoint: Path, contents: CheckpointContents, seed: int, w
     starts a new random stream; apart from dropout, training continues exactly. UserError if a file cannot be read.
     """
     state, meter, optimizer, vocabulary = contents
-    with reading(f"the checkpoint {checkpoint}", _CURE):
+    with read_errors(f"the checkpoint {checkpoint}", _CURE):
         values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         meter.totals = values["meter"]
         meter.start()

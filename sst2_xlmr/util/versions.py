@@ -1,7 +1,7 @@
-"""Which stack this Python has: torch with torchtext, or torch alone. No other module asks.
+"""The installed stack, torch with torchtext or torch alone; no other module checks it.
 
-torchtext's last release, 0.18, loads its C++ library only under torch 2.3. All that it adds is the TorchScript export,
-whose SentencePiece operator it owns. Only version numbers are read, before anything fails with an undefined symbol.
+torchtext's last release, 0.18, loads its C++ library only under torch 2.3. It is needed only for the TorchScript
+export, for its SentencePiece operator. Only version numbers are read: loading might fail with an undefined symbol.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ def unusable() -> str:
 
 
 def has_torchtext() -> bool:
-    """Whether torchtext is there and loads under this torch."""
+    """Whether torchtext is installed and loads under this torch."""
     torch, torchtext = (_numbers(_installed(package) or "") for package in ("torch", "torchtext"))
     return torch[:2] == (2, 3) and torchtext[:2] == (0, 18)
 
 
 def description() -> str:
-    """Return the stack in a few words, for the header and for error messages."""
+    """Return torch's version, and torchtext's if it loads, for the header and error messages."""
     beside = f"with torchtext {_installed('torchtext')}" if has_torchtext() else "without torchtext"
     return f"torch {_installed('torch')} {beside}"
 
 
 def versions() -> str:
-    """Return Python's version and those of the packages that a result may depend on."""
+    """Return the versions of Python and of the packages that a result may depend on."""
     beside_torch = ["torchtext"] if has_torchtext() else []
     packages = ["torch", *beside_torch, "numpy", "safetensors", "sentencepiece"]
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_installed(name)}" for name in packages)])

@@ -75,7 +75,7 @@ def test_full_disk_ends_with_one_line_and_leaves_what_was_whole(
         limit = file_size_limit(250_000)
         at_step(patch, 5, lambda run: (run.finisher.wait(), limits.enter_context(limit)))
         line = user_error(run_train, run, "--epochs", 2, "--save-every", 3)
-    assert "step-00000006: File too large; make room, then continue (training: with --resume)" in line
+    assert "step-00000006: File too large; free some space, then continue (training: with --resume)" in line
     assert [checkpoint.name for checkpoint in (run / "checkpoints").iterdir()] == ["step-00000003"]
     assert not list(run.rglob(f"*{SCRATCH_MARK}"))
     resume(run)

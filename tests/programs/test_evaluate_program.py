@@ -114,7 +114,7 @@ def test_too_many_changes_are_refused(run: Path, output: str, monkeypatch: Patch
     with suppress(OSError), Path(output).open("w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         line = user_error(evaluate, *options)
-    assert "bf16 changes 80 of 80 labels of fp32, 100.00%, and at most 1.00% are allowed; take fp32" in line
+    assert "bf16 changes 80 of 80 labels of fp32, 100.00%, and at most 1.00% are allowed; use fp32" in line
 
 
 @pytest.mark.parametrize("what", ["output", "events"])

@@ -87,7 +87,7 @@ def test_a_run_whose_disk_fills_goes_on_when_there_is_room(
         patched.setattr(Report, "log_training", fill_at_step_5)
         line = user_error(run_train, run, "--epochs", 1, "--save-every", 3)
     place = run / ("metrics.jsonl" if what == "metrics" else "tensorboard")
-    assert f"cannot write {what} to {place}: No space left on device; make room, then continue" in line
+    assert f"cannot write {what} to {place}: No space left on device; free some space, then continue" in line
     for file in (run / "tensorboard").iterdir():
         file.unlink()
     resume(run)
