@@ -26,7 +26,6 @@ from sst2_xlmr.data.report import as_json, check_lines, lines_of
 from sst2_xlmr.evaluation.calibration import describe_calibration
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.report.header import data_report, describe_rows, header_lines
-from sst2_xlmr.report.tensorboard import make_event_folder
 from sst2_xlmr.run import Run
 from sst2_xlmr.task import ERRORS
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
@@ -109,8 +108,6 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
             raise_on_all(f"{name}: changed since the run in {folder} was started; restore the original to resume")
     set_up_numerics(state.precision, config.deterministic, world.device)
     run = Run(config, inputs, folder, state, world)
-    if config.tensorboard_dir:
-        on_rank0(world, lambda: make_event_folder(Path(str(config.tensorboard_dir)), "--tensorboard-dir"))
     run.lock = lock if resume else on_rank0(world, lambda: claim(folder))
     if checkpoint:
         load_checkpoint(checkpoint, run.contents(), config.seed, world)

@@ -40,7 +40,7 @@ from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.report.table import aligned, comparison_table, evaluation_table
-from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, make_event_folder, open_events
+from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, open_events
 from sst2_xlmr.task import Task, at_temperature, check_options, with_numbers
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.distributed import World
@@ -94,7 +94,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if arguments.json:
         check_output("--json", arguments.json, arguments.overwrite)
     if arguments.tensorboard:
-        make_event_folder(arguments.tensorboard, "--tensorboard")
+        with writing(arguments.tensorboard):
+            arguments.tensorboard.mkdir(parents=True, exist_ok=True)
     if output:
         check_output("--output", output, makes_parents=True)
     return arguments

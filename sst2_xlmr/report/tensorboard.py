@@ -22,21 +22,12 @@ from torch.utils.tensorboard.summary import hparams
 from sst2_xlmr.config import GROUPS, Config
 from sst2_xlmr.report.pictures import can_draw, confusion_picture, scatter_picture
 from sst2_xlmr.task import Task
-from sst2_xlmr.util.errors import UserError
 
 CURVES = 10
 MISTAKES = 50
 LINE_LENGTH, MOST_LINES = 60, 5
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|&~]")
 _excepthook = threading.excepthook
-
-
-def make_event_folder(folder: Path, option: str) -> None:
-    """Create a folder for events; UserError if that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {option} {folder}: {error.strerror}; choose another directory") from None
 
 
 def open_events(folder: Path, purge_step: int | None = None) -> SummaryWriter:

@@ -54,6 +54,11 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
             sys.stdout.flush()
     except UserError as error:
         _end_with(error)
+    except ModuleNotFoundError as error:
+        if (error.name or "sst2_xlmr").startswith("sst2_xlmr"):
+            raise
+        cure = f"run `pip install -e .` in the project's folder, or `pip install {error.name}`"
+        _end_with(UserError(f"{error.name} is not installed in {sys.prefix}: {cure}"))
     except PermissionError as error:  # while reading; `disk_errors` handles writing
         if error.filename is None:
             raise

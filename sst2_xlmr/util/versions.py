@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import platform
 import re
-import sys
 from importlib import metadata
 from importlib.util import find_spec
 
-OLDEST_PYTHON = (3, 9)
 OLDEST_TORCH = "2.3.1"
-NEEDED = ["torch", "numpy", "safetensors", "tqdm", "tensorboard", "protobuf", "sentencepiece", "huggingface_hub"]
-NEEDED += ["charset-normalizer"]
 
 
 def _installed(package: str) -> str | None:
@@ -31,19 +27,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def unusable() -> str:
-    """Return why this Python or torch cannot run the package, in one line; an empty string if it can."""
-    if sys.version_info < OLDEST_PYTHON:
-        return f"Python {platform.python_version()} is too old: {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed"
-    missing = [package for package in NEEDED if _installed(package) is None]
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        install = f"run `pip install -e .` in the project's folder, or `pip install {' '.join(missing)}`"
-        return f"{', '.join(missing)} {verb} not installed in {sys.prefix}: {install}"
-    torch, tensorboard = (str(_installed(package)) for package in ("torch", "tensorboard"))
+    """Return why the installed packages cannot run this one, in one line; an empty string if they can."""
+    torch, tensorboard = _installed("torch") or OLDEST_TORCH, _installed("tensorboard")
     if _numbers(torch) < _numbers(OLDEST_TORCH):
         cure = "run `pip install -U torch`, or set up an environment with scripts/setup.sh"
         return f"torch {torch} is installed, but {OLDEST_TORCH} or newer is needed: {cure}"
-    if _numbers(tensorboard) < (2, 21) and find_spec("pkg_resources") is None:
+    if tensorboard and _numbers(tensorboard) < (2, 21) and find_spec("pkg_resources") is None:
         problem = f"tensorboard {tensorboard} needs pkg_resources, which setuptools 82 and newer lack"
         return f"{problem}: run `pip install -U tensorboard`"
     return ""

@@ -191,7 +191,7 @@ def test_json_that_exists_is_replaced_only_if_asked(run: Path, tmp_path: Path) -
         (["--file", DE, DE], "two files have the name test.de"),
         (["--file", DE, "--device", "cuda"], "no CUDA GPU"),
         (["--file", DE, "--json", "{tmp}/no/x"], "no/x: No such file"),
-        (["--file", DE, "--tensorboard", DE], "cannot write to"),
+        (["--file", DE, "--tensorboard", DE], "cannot write "),
         (["--file", DE, "--precision", "fp32", "--against", "fp32"], "--against fp32 compares fp32 with itself"),
         (["--file", DE, "--most-changed", 5], "--most-changed and --most-lost need --against"),
         (["--file", DE, "--overwrite"], "--overwrite needs the --json"),
