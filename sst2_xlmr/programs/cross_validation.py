@@ -32,9 +32,8 @@ class Folds:
         """Read the rows and assign folds; UserError if a file cannot be used, or an option does not go with folds."""
         self.config, self.folder, self.train = config, folder, train
         if config.dev_file or config.dev_share or config.eval_file:
-            raise UserError(
-                "--folds evaluates on parts of the training rows; leave out --dev-file, --dev-share and --eval-file"
-            )
+            options = "--dev-file, --dev-share and --eval-file"
+            raise UserError(f"--folds evaluates on parts of the training rows; leave out {options}")
         files = [str(file) for file in find_files(config, quiet=False)[0]["train"]]
         of_rows = dataclasses.replace(config, data_dir=None, train_file=files, test_file=[])
         self.task, splits = inspect_splits(of_rows, downloads.cache_dir() / "tokens", quiet=True)
