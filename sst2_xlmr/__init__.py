@@ -18,10 +18,10 @@ __version__ = "0.2.0"
 
 
 def load(folder: str | Path, precision: str = "auto", device: str = "auto") -> Classifier:
-    """Load a trained model; see `predictor.Classifier`. A UserError if folder, precision or device cannot be used.
+    """Load a trained model; see `predictor.Classifier`. UserError if folder, precision or device cannot be used.
 
     Args:
-        folder: `model/` or `best/` of a run, or any other in that layout.
+        folder: `model/` or `best/` of a run, or any folder in that layout.
         precision: auto, bf16, fp32 or int8.
         device: auto, cpu or cuda.
     """

@@ -1,4 +1,4 @@
-"""The command `sst2-xlmr`, also `python -m sst2_xlmr`. A subcommand's module is imported only when it is asked for."""
+"""The command `sst2-xlmr`, also `python -m sst2_xlmr`. It imports a subcommand's module only to run it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PROGRAMS = {
     "train": "fine-tune an encoder on labelled texts",
     "predict": "classify texts with a trained model",
     "evaluate": "evaluate a trained model on labelled files, compare precisions, calibrate",
-    "export": "write a trained model as Hugging Face folder, ONNX or TorchScript",
-    "split": "hold out rows of a training file for a test",
+    "export": "write a trained model as a Hugging Face folder, ONNX or TorchScript",
+    "split": "set aside rows of a training file for a test",
     "study": "compare settings over several seeds",
-    "distill": "train on unlabelled texts, too, with the answers of trained models",
+    "distill": "train also on unlabelled texts, with the predictions of trained models as labels",
     "fetch": "download data and encoders ahead of time",
     "serve": "answer over HTTP with a trained model",
 }
@@ -36,7 +36,7 @@ commands:
 
 
 def main(program: str | None = None) -> None:
-    """Run a program with the options of the command line, whose first word names it unless `program` does."""
+    """Run a program, named by `program` or else by the first word of the command line."""
     exit_on_user_error(lambda: _run(program, sys.argv[1:]))
 
 

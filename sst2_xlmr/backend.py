@@ -1,6 +1,6 @@
-"""What computes: an engine where one applies, else plain PyTorch. The only module that knows `engines/`.
+"""Chooses an engine if one applies, else plain PyTorch. The only module that knows `engines/`.
 
-Without that folder everything is computed by plain PyTorch, more slowly.
+Without that folder, everything still runs, in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.util.distributed import World
 
 engines: Any = None
-if (Path(__file__).parent / "engines/__init__.py").is_file():  # of this copy: a finder may know another one's
+if (Path(__file__).parent / "engines/__init__.py").is_file():  # in this copy of the package
     engines = importlib.import_module("sst2_xlmr.engines")
 
 
 def training_backend(
     classifier: SequenceClassifier, config: Config, precision: str, world: World
 ) -> tuple[nn.Module, nn.Module, AdamW, str]:
-    """Choose what trains a classifier, which is fp32 on the world's device, with the same weights on every rank.
+    """Choose the modules and the optimizer that train an fp32 classifier, which is the same on every rank.
 
-    Returns what gives logits, the same or under DDP, to be trained, the optimizer, which may be an engine's, and why
-    all are plain PyTorch, or "".
+    Returns (model, ddp_model, optimizer, fallback_reason); the last says why plain PyTorch is used, and is empty for an
+    engine.
     """
     reason = "as asked" if not config.compile else ""
     if engines is None:
@@ -46,11 +46,11 @@ def training_backend(
 
 
 def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
-    """Return the model under DistributedDataParallel; the model itself with one process.
+    """Wrap the model in DistributedDataParallel, unless there is only one process.
 
-    DDP rebuilds its buckets after the first backward pass. With three or more processes the order of summation depends
-    on them, so that the first step after a resume would differ in the last bit from the same step of a run that was not
-    interrupted: there is one backward pass in advance.
+    DDP rebuilds its buckets after the first backward pass, and with three or more processes the order of summation
+    depends on the buckets. So one backward pass is made here: otherwise, the first step after a resume would differ in
+    the last bit from the same step of an uninterrupted run.
     """
     if world.world_size == 1:
         return model
@@ -64,13 +64,13 @@ def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
 
 
 def prediction_model(classifier: SequenceClassifier) -> nn.Module:
-    """Return what computes a classifier's logits fastest where it is."""
+    """Return the fastest module that computes the classifier's logits on its device."""
     return (engines and engines.predicting(classifier)) or classifier
 
 
 def quantized_model(classifier: SequenceClassifier, task: Task, dtype: torch.dtype) -> nn.Module | None:
-    """Return an fp32 classifier in 8-bit integers, all but its products with weights in `dtype`; None if it cannot be.
+    """Return a module that multiplies by weights in int8 and computes the rest in `dtype`; None if no engine can.
 
-    The classifier, on the CPU, is not needed any more.
+    The classifier is fp32 on the CPU, and need not be kept.
     """
     return engines and engines.quantized(classifier, task, dtype)

@@ -1,4 +1,4 @@
-"""The command line: builds a `Config` from defaults, then a saved `config.json`, then the flags that were given."""
+"""The command line: builds a `Config` from the defaults, then a saved `config.json`, then flags."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from sst2_xlmr.util.launch import is_restarted, this_command
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, with the flag that was probably meant."""
+    """An argparse parser whose errors are one line, with a hint for a mistyped flag."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"prog": this_command(), "allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments:"):
-            given = (message.split(":", 1)[1].split() or ["''"])[0].split("=")[0]
+            word = (message.split(":", 1)[1].split() or ["''"])[0].split("=")[0]
             flags = [known for known in self._option_string_actions if known.startswith("--")]
-            cure = hint(given, flags) if given.startswith("--") else ""
-            raise UserError(f"unknown argument {given}; {cure or 'see --help'}")
+            cure = hint(word, flags) if word.startswith("--") else ""
+            raise UserError(f"unknown argument {word}; {cure or 'see --help'}")
         raise UserError(f"{message}; see --help")
 
 
 def option_type(name: str) -> tuple[str, bool]:
-    """Return an option's type by its annotation, perhaps a key of `TYPES`, and whether it takes several values."""
+    """Return the type that an option's annotation names, and whether it takes several values."""
     annotation = str(OPTIONS[name].type).split(" | ")[0]
     return annotation.replace("list[", "").rstrip("]"), annotation.startswith("list[")
 
 
 def add_option(parser: Any, name: str) -> None:
-    """Add an option of `Config` to a parser or its group; a flag that is not given sets no value."""
+    """Add an option of `Config` to a parser or a group of one; without the flag, no attribute is set."""
     metadata, default, (kind, is_list) = OPTIONS[name].metadata, getattr(Config(), name), option_type(name)
     if kind == "bool":
-        # The help comes afterwards: Python 3.9 and 3.10 would add a default of their own to it.
+        # Set the help afterwards: Python 3.9 and 3.10 would append a default to it.
         action = parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
         action.help = metadata["help"] + ("" if default is None else f" [{'on' if default else 'off'}]")
         return
@@ -62,27 +62,27 @@ def add_option(parser: Any, name: str) -> None:
 
 
 def positive(text: str) -> int:
-    """Return a number from 1, for argparse's `type`."""
+    """Parse a number from 1, for argparse's `type`."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
     return int(text)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    what = "directory of a model that train.py wrote, or owner/name[@revision] of one on the Hugging Face Hub; may be"
-    what += " repeated, for the mean of several models' probabilities"
+    what = "directory of a trained model, or owner/name[@revision] on the Hugging Face Hub; repeat it to average the"
+    what += " probabilities of several models"
     model: dict[str, Any] = {"required": True, "action": "append", "dest": "models", "type": Path}
     parser.add_argument("--model", metavar="DIR|NAME", help=what, **model)
     tokens = Config.eval_batch_tokens
-    what = f"tokens per forward pass; a longer row is computed alone [{tokens}]"
+    what = f"tokens per forward pass (a longer row: alone) [{tokens}]"
     parser.add_argument("--batch-tokens", type=positive, default=tokens, metavar="TOKENS", help=what)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
-    what = "auto: bf16 where the device computes it natively, else fp32; int8: on a CPU with AVX512-VNNI [auto]"
+    what = "auto: bf16 if the device computes it natively, else fp32; int8: on a CPU with AVX512-VNNI [auto]"
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=what)
 
 
 def number_to(highest: float, what: str) -> Callable[[str], float]:
-    """Return a parser of numbers from 0 to `highest`; errors call them `what`."""
+    """Return a parser, for argparse's `type`, of a number from 0 to `highest`; errors call it a `what`."""
 
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
@@ -94,9 +94,9 @@ def number_to(highest: float, what: str) -> Callable[[str], float]:
 
 
 def add_bounds(parser: argparse.ArgumentParser) -> None:
-    """Add the bounds of a comparison of precisions (see `bounds_of`)."""
+    """Add the bounds for comparing two precisions (see `bounds_of`)."""
     percent = number_to(100, "percentage")
-    parser.add_argument("--most-changed", type=percent, metavar="PERCENT", help="share of labels that may change [1]")
+    parser.add_argument("--most-changed", type=percent, metavar="PERCENT", help="labels that may change [1]")
     parser.add_argument("--most-lost", type=percent, metavar="POINTS", help="accuracy that may be lost [0.3]")
 
 
@@ -107,7 +107,7 @@ def bounds_of(arguments: argparse.Namespace) -> tuple[float, float]:
 
 
 def _fits(value: Any, name: str) -> bool:
-    """Whether a value from JSON has the type of its option; an integer may stand for a float."""
+    """Whether a JSON value has its option's type; an integer is also a float."""
     kind, is_list = option_type(name)
     if value is None:
         return str(OPTIONS[name].type).endswith("None")
@@ -117,9 +117,9 @@ def _fits(value: Any, name: str) -> bool:
 
 
 def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
-    """Read a saved `config.json`; returns field name -> value, checked for names and types.
+    """Read a saved `config.json`; returns field name -> value, with names and types checked.
 
-    Only a version of the same first two numbers can `resume` its run.
+    To `resume` its run, this version and the one that wrote it must agree in their first two numbers.
     """
     values = read_json(path, "--config takes the config.json of a run")
     version = str(values.pop("sst2_xlmr", "before 0.2"))
@@ -130,12 +130,12 @@ def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
         if name not in OPTIONS:
             raise UserError(f"{path}: unknown option {name!r}; {hint(name, OPTIONS) or 'remove it'}")
         if not _fits(value, name):
-            raise UserError(f"{path}: {name!r} has the value {value!r}, which is not of the option's type")
+            raise UserError(f"{path}: {name!r} has the value {value!r}, which has the wrong type")
     return values
 
 
 def with_files(words: list[str]) -> list[str]:
-    """Replace every `@FILE` by the words in the file, which are quoted as in a shell; `#` begins a comment."""
+    """Replace each `@FILE` by the words in that file, which are quoted as in a shell; `#` starts a comment."""
     result = []
     for word in words:
         if not word.startswith("@"):
@@ -150,8 +150,8 @@ def with_files(words: list[str]) -> list[str]:
     return result
 
 
-def words_of(config: Config) -> list[str]:
-    """Return the command line of a run's options, without those that have their default."""
+def command_line_of(config: Config) -> list[str]:
+    """Return the command-line words of all options that differ from their defaults."""
     words: list[str] = []
     for name in OPTIONS:
         value, default = getattr(config, name), getattr(Config(), name)
@@ -176,26 +176,26 @@ def train_parser() -> OneLineParser:
         group = parser.add_argument_group(heading)
         for name in names:
             add_option(group, name)
-    run = parser.add_argument_group("starting from a former run")
+    run = parser.add_argument_group("starting from an earlier run")
     run.add_argument("--config", metavar="FILE", help="take options from a saved config.json; flags override it")
-    what = "continue the run in --output-dir from its newest checkpoint; its options are read from there"
+    what = "continue the run in --output-dir from its newest checkpoint, with its own options"
     run.add_argument("--resume", action="store_true", help=what)
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
-    """Parse and check the command line; returns the run's options, and whether to resume it."""
-    given = vars(train_parser().parse_args(with_files(sys.argv[1:] if argv is None else argv)))
-    config_file, resume = given.pop("config"), given.pop("resume")
-    if is_restarted(given.get("output_dir")):
+    """Parse and check the command line; returns (config, whether to resume)."""
+    flags = vars(train_parser().parse_args(with_files(sys.argv[1:] if argv is None else argv)))
+    config_file, resume = flags.pop("config"), flags.pop("resume")
+    if is_restarted(flags.get("output_dir")):
         config_file, resume = None, True
     if resume:
         if config_file:
             raise UserError("--resume reads the run's own config.json; leave out --config")
-        config = _resumed_config(given)
+        config = _resumed_config(flags)
     else:
         base = read_config_file(Path(config_file)) if config_file else {}
-        config = Config(**{**base, **given})
+        config = Config(**{**base, **flags})
     _check_folders(config, resume)
     if config.check:
         _check_report(Path(config.check))
@@ -203,25 +203,25 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     return _with_absolute_paths(config), resume
 
 
-def _resumed_config(given: dict[str, Any]) -> Config:
-    """Return the options of the run in `--output-dir`, with those that are given beside --resume and may change."""
-    if "output_dir" not in given:
+def _resumed_config(flags: dict[str, Any]) -> Config:
+    """Return the options of the run in `--output-dir`, overridden by flags; UserError for one that must not change."""
+    if "output_dir" not in flags:
         raise UserError("--resume needs --output-dir, the folder of the run to continue")
-    folder = Path(given["output_dir"])
+    folder = Path(flags["output_dir"])
     if not (folder / "config.json").is_file():
         cure = "give the --output-dir of a run, or start without --resume"
         raise UserError(f"nothing to resume: {folder / 'config.json'} does not exist; {cure}")
     config = Config(**read_config_file(folder / "config.json", resume=True))
-    for name, value in given.items():
-        before = getattr(config, name)
-        if value != before and not OPTIONS[name].metadata["changeable"]:
-            was = "its default" if before is None else shown(before)
+    for name, value in flags.items():
+        former = getattr(config, name)
+        if value != former and not OPTIONS[name].metadata["changeable"]:
+            was = "its default" if former is None else shown(former)
             cure = "leave it out, or start a new run"
-            if name in ("epochs", "max_steps", "early_stopping_patience"):  # which end a run
+            if name in ("epochs", "max_steps", "early_stopping_patience"):  # to train for longer
                 cure += f", e.g. from its model: --encoder {folder / 'model'} --output-dir NEW_DIR"
             problem = f"{flag(name)} {shown(value)} differs from {was}, with which the run in {folder} was started"
             raise UserError(f"{problem}; {cure}")
-    return dataclasses.replace(config, **given)
+    return dataclasses.replace(config, **flags)
 
 
 def _check_folders(config: Config, resume: bool) -> None:
@@ -244,12 +244,12 @@ def _check_folders(config: Config, resume: bool) -> None:
 
 
 def _check_report(file: Path) -> None:
-    """Refuse to let --check replace a file that it has not written itself."""
+    """Refuse a --check file that exists and is not an earlier report of --check."""
     is_report = not file.is_file() or not file.stat().st_size
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         is_report |= all("examples" in split for split in json.loads(file.read_text(encoding="utf-8")).values())
     if not is_report:
-        raise UserError(f"--check {file} already exists, and is no report of --check; name another file")
+        raise UserError(f"--check {file} already exists and is not a report of --check; choose another file")
 
 
 def _with_absolute_paths(config: Config) -> Config:

@@ -20,7 +20,7 @@ from sst2_xlmr.util.errors import UserError
 
 LOCK_NAME = ".lock"  # in a run's folder
 MAX_CLASSES = 1000
-PRECISIONS = ("auto", "bf16", "fp32", "int8")  # of prediction
+PRECISIONS = ("auto", "bf16", "fp32", "int8")  # for prediction
 ABSTAINED = "?"  # in place of a label whose probability is too low
 TEXT_OPTIONS = ("text_column", "text_pair_column", "format", "delimiter", "quoting", "encoding", "header")
 COLUMN_OPTIONS = (*TEXT_OPTIONS, "label_column", "label_columns", "weight_column", "drop_unusable")
@@ -43,7 +43,7 @@ FORMATS = {  # format -> its description in the header; empty for tables, which 
 QUOTES = {"none": "", "double": '"', "single": "'", "backslash": '"'}  # quoting -> quotation mark
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
-# Annotations of options, which say how the command line writes them (see `TYPES`); `list[...]` takes several values.
+# Annotations that say how an option's value is parsed (see `TYPES`); `list[...]` takes several values.
 FilePath = str
 NamedFile = str  # NAME=FILE
 CommaSeparated = list  # of str, in one word; see `names_in`
@@ -70,7 +70,7 @@ def above(low: float, high: float = math.inf) -> Callable[[Any], str]:
 
 
 def typed(word: str) -> str:
-    """Return what was typed, as UTF-8, also where the locale has only ASCII."""
+    """Return a command-line word decoded as UTF-8, even if the locale is ASCII."""
     try:
         return os.fsencode(word).decode("utf-8")
     except UnicodeError:
@@ -78,9 +78,9 @@ def typed(word: str) -> str:
 
 
 def names_in(text: str) -> list[str]:
-    """Return names separated by commas, of a JSON list, or of a file, which holds JSON or a name a line.
+    """Return the names in a comma-separated list, in JSON, or in a file of either JSON or one name per line.
 
-    A line of a number, a tab and a name, and a JSON object's key and value, become `NUMBER=NAME`.
+    A line `NUMBER<tab>NAME` of a file, and a key and value of a JSON object, become `NUMBER=NAME`.
     """
     text, is_file = typed(text), os.path.isfile(typed(text))  # noqa: PTH113 (many names are too long for a path)
     try:
@@ -95,7 +95,7 @@ def names_in(text: str) -> list[str]:
     return [re.sub("^(-?[0-9]+)\t", r"\1=", line) for line in lines if line or not is_file]
 
 
-# How a value is read that an annotation names; all others are taken as they are.
+# Annotation -> parser of its values; others stay strings.
 TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": typed, "CommaSeparated": names_in}
 
 
@@ -132,7 +132,7 @@ def named_file(text: str) -> tuple[str, Path]:
 
 
 def named_files(values: list[str], option: str) -> dict[str, Path]:
-    """Return name -> file of an option's values, `[NAME=]FILE`; a UserError if two have the same name."""
+    """Return name -> file for an option's values, `[NAME=]FILE`; UserError if two have the same name."""
     files: dict[str, Path] = {}
     for name, file in map(named_file, values):
         if name in files:
@@ -162,11 +162,11 @@ def _check_columns(values: list[str]) -> str:
 def option(
     default: Any,
     help: str,  # one sentence, with the unit
-    metavar: str | None = None,  # what `--help` shows for the value
-    check: Callable[[Any], str] | None = None,  # returns what is wrong with a value, or an empty string
-    is_changeable: bool = False,  # whether `--resume` accepts another value, because it does not affect the result
+    metavar: str | None = None,
+    check: Callable[[Any], str] | None = None,  # returns the problem with a value, or an empty string
+    is_changeable: bool = False,  # whether `--resume` accepts another value, as it does not affect the result
 ) -> Any:
-    """Declare one option; its annotation says its type and how many values it takes."""
+    """Declare one option; its annotation gives its type and whether it takes several values."""
     metadata = {"help": help, "metavar": metavar, "check": check, "changeable": is_changeable}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
@@ -178,116 +178,120 @@ changeable = functools.partial(option, is_changeable=True)
 
 @dataclass
 class Config:
-    """All that defines a run. Field `some_name` is option `--some-name` and key `some_name` of `config.json`."""
+    """A run's options. Field `some_name` is option `--some-name` and key `some_name` of `config.json`."""
 
     data_dir: FilePath | None = changeable(
         None,
-        "directory with train, perhaps dev (or validation, val) and test, of any kind (no file named: SST-2's)",
+        "directory with train and optionally dev (or validation, val) and test files, of any format (default: SST-2)",
         "DIR",
     )
     train_file: list[FilePath] = changeable([], "training rows, one or more files; overrides --data-dir", "FILE")
     dev_file: FilePath | None = changeable(None, "rows to evaluate on during training; overrides --data-dir", "FILE")
     dev_share: float | None = option(
         None,
-        "share of the training rows of each class to cut off as dev (default without a dev file: 0.1, up to 5,000)",
+        "share of each class's training rows to set aside as dev (default without a dev file: 0.1, up to 5,000 rows)",
         "P",
         above(0, 0.9),
     )
     test_file: list[FilePath] = changeable([], "labelled rows to evaluate on at the end, one or more files", "FILE")
     eval_file: list[NamedFile] = changeable(
         [],
-        "more labelled rows to evaluate on during training, under a name (a language, say); may be repeated",
+        "more labelled rows to evaluate on during training, each file with a name (e.g. a language); may be repeated",
         "NAME=FILE",
         _check_eval_files,
     )
     text_column: list[str] | None = option(
         None,
-        "column with the text, by name or by number from 1; several are joined (default: sentence, or else text)",
+        "column with the text, by name or number from 1; several are joined (default: sentence, else text)",
         "NAME|N",
     )
-    text_pair_column: str | None = option(None, "column with the second text, where a row is a pair of texts", "NAME|N")
-    label_column: str = option("label", "column with the label, by name or by number from 1", "NAME|N")
+    text_pair_column: str | None = option(None, "column with the second text, if rows are pairs of texts", "NAME|N")
+    label_column: str = option("label", "column with the label, by name or number from 1", "NAME|N")
     label_columns: list[str] | None = option(
-        None, "several columns, of 0 and 1 or of probabilities, one for each label; instead of --label-column", "NAME|N"
+        None, "instead of --label-column: one column per label, with 0 and 1 or probabilities", "NAME|N"
     )
-    label_delimiter: str | None = option(None, "between several labels in a cell (default: , ; or |)", "TEXT")
+    label_delimiter: str | None = option(None, "text between several labels in a cell (default: , ; or |)", "TEXT")
     weight_column: str | None = option(None, "column with a training row's weight in the loss (0: left out)", "NAME|N")
     task: str = option(
-        "auto", "auto (found from the labels), single-label, multi-label, regression (scores)", "NAME", one_of(*TASKS)
+        "auto", "auto (by the labels), single-label, multi-label or regression (scores)", "NAME", one_of(*TASKS)
     )
     columns: list[str] = option(
         [],
-        "columns of one file that has others, e.g. dev:text=sentence1,label=gold_label; also format, encoding, ...",
+        "columns of a split that differ from the others', e.g. dev:text=sentence1,label=gold_label; also format, ...",
         "SPLIT:KEY=VALUE,...",
         _check_columns,
     )
-    format: str | None = option(None, f"of the files (default: found): {', '.join(FORMATS)}", "NAME", one_of(*FORMATS))
-    delimiter: str | None = option(None, "of columns (default: found): tab, comma, semicolon, bar, or itself", "NAME")
+    format: str | None = option(
+        None, f"file format: {', '.join(FORMATS)} (default: detected)", "NAME", one_of(*FORMATS)
+    )
+    delimiter: str | None = option(
+        None, "column delimiter: tab, comma, semicolon, bar, or the character itself (default: detected)", "NAME"
+    )
     quoting: str | None = option(
         None,
-        'of cells (default: found): none, double (""), single (\'), backslash (\\") ',
+        'how cells are quoted: none, double (""), single (\'), backslash (\\") (default: detected)',
         "NAME",
         one_of(*QUOTES),
     )
     encoding: str | None = option(
-        None, "of the files, e.g. cp1252, gb18030 (default: UTF-8, UTF-16 by its mark)", "NAME"
+        None, "text encoding, e.g. cp1252 or gb18030 (default: UTF-8, or UTF-16 if there is a byte order mark)", "NAME"
     )
-    header: bool | None = option(None, "whether a table's first line names its columns (default: found)")
+    header: bool | None = option(None, "whether a table's first line has the column names (default: detected)")
     label_names: CommaSeparated | None = option(
         None,
-        "names of the classes in the order of their numbers, or 1=A,2=B,..., a JSON list, or a file with a name a line"
+        "names of the classes in the order of their numbers, 1=A,2=B,..., a JSON list, or a file with one name per line"
         " (default: the training file's labels)",
         "A,B,...|FILE",
         _check_label_names,
     )
-    drop_unusable: bool = option(False, "leave out rows without text or label, or broken ones; else they are an error")
+    drop_unusable: bool = option(False, "leave out broken rows and rows without text or label, instead of stopping")
     check: FilePath | None = changeable(
-        None, "read, check and tokenize all files, say how they were read, and end; also as JSON, to FILE", "FILE"
+        None, "read, check and tokenize all files, print how they were read (to FILE as JSON), and exit", "FILE"
     )
     max_length: int = option(
-        256, "maximum input length in tokens, with <s> and </s>; longer texts are cut", "TOKENS", between(3, 100_000)
+        256, "maximum input length in tokens, including <s> and </s>", "TOKENS", between(3, 100_000)
     )
     long_texts: str = option(
         "cut",
-        "texts beyond --max-length: cut, head-tail (a quarter from the beginning, the rest from the end), or windows,"
-        " whose features are averaged",
+        "how to read texts beyond --max-length: cut, head-tail (a quarter from the beginning, the rest from the end),"
+        " or windows, whose features are averaged",
         "NAME",
         one_of("cut", "head-tail", "windows"),
     )
     stride: int = option(
-        0, "windows: tokens from one's start to the next one's (0: three quarters of a window)", "TOKENS", at_least(0)
+        0, "tokens from one window's start to the next (0: three quarters of a window)", "TOKENS", at_least(0)
     )
     drop_duplicates: bool = option(False, "keep the first of identical rows; drop texts with conflicting labels")
     drop_leaks: bool = option(False, "drop training rows whose text is also in an evaluation file")
-    num_workers: int = changeable(0, "loader processes per training process", "N", between(0, 256))
+    num_workers: int = changeable(0, "data loader processes per training process", "N", between(0, 256))
 
     encoder: FilePath = changeable(
         "xlmr.base",
-        "xlmr.base, xlmr.large, owner/name of the Hugging Face Hub (downloaded once), or a directory in its layout",
+        "xlmr.base, xlmr.large, owner/name on the Hugging Face Hub (downloaded once), or a directory in its layout",
         "NAME|DIR",
     )
-    layers: int = option(0, "train only the lowest N layers of the encoder; faster, smaller (0: all)", "N", at_least(0))
+    layers: int = option(0, "use only the encoder's lowest N layers; faster, smaller (0: all)", "N", at_least(0))
     dropout: float = option(0.1, "dropout in the encoder (hidden states, attention weights)", "P", between(0, 1, False))
     head_dropout: float = option(0.1, "dropout in the classification head", "P", between(0, 1, False))
-    full_vocabulary: bool = option(False, "train all embedding rows, not only of the run's tokens; same result, slower")
+    full_vocabulary: bool = option(False, "train all embedding rows, even of unused tokens; same result, but slower")
     freeze_encoder: bool = option(False, "train only the classification head")
 
     epochs: float = option(3.0, "passes over the training rows; may be a fraction, such as 2.5", "N", above(0, 1e6))
     max_steps: int = option(
-        0, "stop, and end the schedule, after N optimizer steps (0: --epochs decides)", "N", at_least(0)
+        0, "end training and schedule after N optimizer steps (0: after --epochs)", "N", at_least(0)
     )
-    batch_size: int = option(32, "rows per optimizer step, over all processes together", "ROWS", at_least(1))
+    batch_size: int = option(32, "rows per optimizer step, summed over all processes", "ROWS", at_least(1))
     micro_batch_size: int = option(
         0,
-        "rows (or windows) per forward pass on one process, to save memory (0: all of its rows at once)",
+        "rows (or windows) per forward pass of a process, to save memory (0: all of its rows at once)",
         "ROWS",
         at_least(0),
     )
     lr: float = option(2e-5, "peak learning rate", "RATE", above(0))
     weight_decay: float = option(0.01, "AdamW weight decay; biases and LayerNorm are exempt", "RATE", at_least(0))
-    layerwise_lr_decay: float = option(1.0, "factor on the rate per layer away from the head", "F", above(0, 1))
+    layerwise_lr_decay: float = option(1.0, "learning rate factor per layer away from the head", "F", above(0, 1))
     schedule: str = option(
-        "linear", "after warmup: linear (to 0), cosine (to 0), constant", "NAME", one_of("linear", "cosine", "constant")
+        "linear", "after warmup: linear or cosine decay to 0, constant", "NAME", one_of("linear", "cosine", "constant")
     )
     warmup_ratio: float = option(0.06, "share of all steps over which the learning rate rises", "SHARE", between(0, 1))
     max_grad_norm: float = option(1.0, "clip the gradient's global norm to this (0: never)", "NORM", at_least(0))
@@ -295,70 +299,71 @@ class Config:
     skip_nonfinite: int = changeable(0, "skip up to N non-finite gradients in a row (0: stop)", "N", at_least(0))
     class_weights: str | None = option(
         None,
-        "factor on the loss of each class's rows: numbers, or balanced, so that all classes weigh the same",
+        "factor on the loss of each class's rows: numbers, or balanced, which gives all classes the same total weight",
         "balanced|W0,W1,...",
         _check_class_weights,
     )
     threshold_for: str | None = option(
         None,
-        "several labels: each one's threshold has the best F1 on dev (f1, the default), or the best F1 with at least"
-        " that precision or recall",
+        "multi-label: choose each label's threshold by the best F1 on dev (f1, the default), or by the best F1 with at"
+        " least this precision or recall",
         "f1|precision=P|recall=R",
         _check_threshold,
     )
     calibrate: bool = option(
         False, "calibrate the written model's probabilities: divide its logits by a temperature fitted on dev"
     )
-    seed: int = option(0, "seed of row order, new head and dropout", "N", between(0, 2**31 - 1))
+    seed: int = option(0, "seed for row order, new head and dropout", "N", between(0, 2**31 - 1))
 
     device: str = changeable("auto", "auto (CUDA if available), cpu or cuda", "NAME", one_of("auto", "cpu", "cuda"))
     precision: str = option(
         "auto",
-        "bf16 (fp32 master weights), fp32, tf32 (CUDA: fp32 with faster, rounded products), or auto (bf16 where the"
+        "bf16 (with fp32 master weights), fp32, tf32 (CUDA: fp32 with faster, rounded products), or auto (bf16 if the"
         " device computes it natively, else fp32)",
         "NAME",
         one_of("auto", "bf16", "fp32", "tf32"),
     )
-    deterministic: bool = option(False, "on CUDA, use only kernels that repeat to the bit; a CPU always does")
-    compile: bool = changeable(True, "on a CPU, use the engine that GCC compiles, if there is GCC; else plain PyTorch")
+    deterministic: bool = option(False, "on CUDA, use only deterministic kernels; on a CPU, all are")
+    compile: bool = changeable(True, "on a CPU with GCC, use the compiled engine instead of plain PyTorch")
     threads: int = changeable(0, "CPU threads per process (0: its share of the available cores)", "N", between(0, 1024))
     timeout_minutes: float = changeable(10.0, "minutes of silence until a process counts as lost", "MIN", above(0))
 
     output_dir: FilePath | None = changeable(None, "the run's directory (default: runs/ and the start time)", "DIR")
     eval_every: int | None = option(
         None,
-        "evaluate on dev every N steps of an epoch and at its end (0: only then; default: about eight times an epoch,"
-        " in at most 3 % of the time)",
+        "evaluate on dev every N steps of an epoch and at its end (0: only at its end; default: about eight times an"
+        " epoch, in at most 3 % of the time)",
         "N",
         at_least(0),
     )
     eval_batch_tokens: int = option(
-        EVAL_BATCH_TOKENS, "tokens per forward pass in evaluation; a longer row goes alone", "TOKENS", at_least(1)
+        EVAL_BATCH_TOKENS, "tokens per forward pass in evaluation (a longer row: alone)", "TOKENS", at_least(1)
     )
     best_by: str | None = option(
         None,
-        "what chooses best/ and stops early: a metric of dev such as accuracy, macro_f1, spearman or loss, the main one"
-        " of an --eval-file NAME, or its mean over dev and all of these (default: dev's); the lower loss decides a tie",
+        "what selects best/ and stops early: a metric on dev, such as accuracy, macro_f1, spearman or loss; or the main"
+        " metric on an --eval-file NAME, or its mean over dev and all --eval-file (default: the main metric on dev);"
+        " ties go to the lower loss on dev",
         "METRIC|NAME|mean",
     )
     early_stopping_patience: int = option(
         0, "stop after N evaluations in a row without a better one, by --best-by (0: never)", "N", at_least(0)
     )
-    save_every: int = changeable(0, "write a checkpoint every N steps, not only per epoch (0: no)", "N", at_least(0))
-    keep_checkpoints: int = changeable(2, "how many of the newest checkpoints to keep, at least 2", "N", at_least(2))
-    log_every: int = changeable(50, "log training metrics every N steps: means since the last line", "N", at_least(1))
+    save_every: int = changeable(0, "write a checkpoint every N steps, besides each epoch (0: no)", "N", at_least(0))
+    keep_checkpoints: int = changeable(2, "how many of the newest checkpoints to keep", "N", at_least(2))
+    log_every: int = changeable(50, "log training metrics, averaged over N steps, every N steps", "N", at_least(1))
     tensorboard_dir: FilePath | None = changeable(None, "TensorBoard events (default: OUTPUT_DIR/tensorboard)", "DIR")
 
     @property
     def eval_splits(self) -> list[str]:
-        """Names of the files to evaluate on during training, dev first."""
+        """The splits to evaluate on during training, dev first."""
         return ["dev", *(name for name, _ in map(named_file, self.eval_file))]
 
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Config)}
 
 
-# Heading of `--help` -> its options; each begins with the one named here.
+# Heading of `--help` -> its options; `_FIRST` has the first option of each.
 _FIRST = {"data_dir": "data", "encoder": "model", "epochs": "training", "device": "machine", "output_dir": "output"}
 GROUPS: dict[str, list[str]] = {}
 for _name in OPTIONS:
@@ -372,14 +377,14 @@ def flag(name: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Write an option's value as the command line takes it."""
-    if isinstance(value, list) and any("," in each for each in value):
+    """Return an option's value as it is written on the command line."""
+    if isinstance(value, list) and any("," in item for item in value):
         return json.dumps(value, ensure_ascii=False)
     return ",".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def check(config: Config) -> None:
-    """Check whatever the options and the file system alone can tell; a UserError names option, value and cure."""
+    """Check values and paths before anything is loaded; a UserError names option, value and cure."""
     for name, field in OPTIONS.items():
         value = getattr(config, name)
         if value == "":
@@ -397,7 +402,7 @@ def check(config: Config) -> None:
     try:
         codecs.lookup(config.encoding or "utf-8")
     except LookupError:
-        raise UserError(f"--encoding {config.encoding} is unknown; take utf-8, cp1252, gb18030, ...") from None
+        raise UserError(f"--encoding {config.encoding} is unknown; use utf-8, cp1252, gb18030, ...") from None
     _check_files(config)
     if config.text_pair_column is not None and config.max_length < SHORTEST_PAIR:
         wanted = f"must be {SHORTEST_PAIR} or more with --text-pair-column"
@@ -405,11 +410,11 @@ def check(config: Config) -> None:
     if config.text_pair_column is not None and config.long_texts != "cut":
         raise UserError(f"--long-texts {config.long_texts} is for single texts; leave it out with --text-pair-column")
     if config.stride and (config.long_texts != "windows" or config.stride > config.max_length - 2):
-        raise UserError("--stride needs --long-texts windows, and is at most --max-length less 2")
+        raise UserError("--stride needs --long-texts windows, and must be at most --max-length minus 2")
 
 
 def _check_files(config: Config) -> None:
-    """Check that the files exist which the options name, and that none is missing beside them."""
+    """Check that the named files exist, and that their options go together."""
     files = [("train_file", file) for file in config.train_file]
     files += [("dev_file", config.dev_file)] if config.dev_file else []
     files += [("test_file", file) for file in config.test_file]
@@ -423,8 +428,8 @@ def _check_files(config: Config) -> None:
     except OSError as error:
         raise UserError(f"cannot look at {error.filename}: {error.strerror}") from None
     if config.dev_file and not config.train_file and not config.data_dir:
-        raise UserError("--dev-file without --train-file: name that too, or a --data-dir that has such a file")
+        raise UserError("--dev-file needs --train-file, or a --data-dir that has a training file")
     if config.dev_file and config.dev_share is not None:
-        raise UserError("--dev-file and --dev-share both say what dev is; leave one of them out")
+        raise UserError("--dev-file and --dev-share both define dev; leave one of them out")
     if config.label_columns and len(config.label_columns) < 2:
         raise UserError("--label-columns takes two or more columns; for one, use --label-column")

@@ -1,4 +1,4 @@
-"""A trained model, as Python uses it.
+"""A trained model for use in Python.
 
 classifier = sst2_xlmr.load("runs/NAME/model")
 classifier.predict(["A fine film.", "Not my cup of tea."])
@@ -36,15 +36,15 @@ Texts = Sequence[Union[str, tuple[str, str]]]
 
 
 class _Mean(nn.Module):
-    """Logits whose probabilities are the mean of several models' probabilities."""
+    """An ensemble: its logits give the mean of the members' probabilities."""
 
     def __init__(self, modules: list[nn.Module], task: Task) -> None:
         super().__init__()
         self.members, self.task = nn.ModuleList(modules), task
 
     def forward(self, *batch: Any) -> torch.Tensor:
-        found = [self.task.probabilities(member(*batch).float()) for member in self.members]
-        mean = torch.stack(found).double().mean(0)
+        probabilities = [self.task.probabilities(member(*batch).float()) for member in self.members]
+        mean = torch.stack(probabilities).double().mean(0)
         return torch.from_numpy(self.task.logits_of(mean.cpu().numpy())).to(mean.device)
 
 
@@ -56,7 +56,7 @@ class Classifier:
     module: nn.Module  # packed token ids -> logits, in evaluation mode
     tokenizer: Tokenizer
     task: Task  # logits -> probabilities -> label
-    precision: str  # in which it computes: bf16, fp32 or int8
+    precision: str  # bf16, fp32 or int8
     device: torch.device
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -64,16 +64,16 @@ class Classifier:
     def load(
         cls, folder: str | os.PathLike[str], precision: str = "auto", device: str | torch.device = "auto"
     ) -> Classifier:
-        """Load a trained model's folder; UserError if it is none, or if weights, precision or device cannot be used.
+        """Load a trained model's folder; UserError if the folder, its weights, precision or device cannot be used.
 
-        The device is auto, cpu, cuda, or one of torch's; the precision auto, bf16, fp32, or int8 on a CPU. Where int8
-        would not be faster, one line on standard error says so, and the precision is auto.
+        The device is auto, cpu, cuda or a torch.device; the precision is auto, bf16, fp32, or int8 on a CPU. If int8 is
+        not supported, a line on standard error says so, and the precision is auto.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be auto, bf16, fp32 or int8, not {precision!r}")
         if not isinstance(device, torch.device):
             if device not in ("auto", "cpu", "cuda"):
-                raise ValueError(f"device {device!r} is none of auto, cpu and cuda; others go as torch.device(...)")
+                raise ValueError(f"device must be auto, cpu, cuda or a torch.device, not {device!r}")
             device = choose_device(device)
         folder, is_int8 = model_folder(folder), precision == "int8"
         if is_int8 and device.type != "cpu":
@@ -95,28 +95,27 @@ class Classifier:
     def load_mean(
         cls, folders: Sequence[str | os.PathLike[str]], precision: str = "auto", device: str | torch.device = "auto"
     ) -> Classifier:
-        """Load several models' folders as one classifier, which answers with the mean of their probabilities.
+        """Load several models as one classifier, with the mean of their probabilities and of their thresholds.
 
-        UserError if they have not the same labels, tokenizer and longest input; thresholds are the means of theirs.
+        UserError if their labels, tokenizers or longest inputs differ.
         """
         first, *others = (cls.load(folder, precision, device) for folder in folders)
         if not others:
             return first
 
-        def alike(each: Classifier) -> tuple[object, ...]:
-            tokens = each.tokenizer
-            limits = tokens.max_length, tokens.long_texts
-            return each.task.problem_type, each.label_names, tokenizer_digest(tokens.file), limits
+        def signature(model: Classifier) -> tuple[object, ...]:
+            tokenizer = model.tokenizer
+            limits = tokenizer.max_length, tokenizer.long_texts
+            return model.task.problem_type, model.label_names, tokenizer_digest(tokenizer.file), limits
 
         for other in others:
-            if alike(other) != alike(first):
+            if signature(other) != signature(first):
                 what = "other labels, another tokenizer or another longest input"
-                cure = "only models that are alike have a mean"
-                raise UserError(f"{other.folder} has {what} than {first.folder}; {cure}")
+                raise UserError(f"{other.folder} has {what} than {first.folder}, so they cannot be averaged")
         members = [first, *others]
-        thresholds = np.mean([each.task.thresholds for each in members], axis=0).tolist()
+        thresholds = np.mean([member.task.thresholds for member in members], axis=0).tolist()
         task = replace(first.task, thresholds=tuple(thresholds))
-        module = _Mean([each.module for each in members], task)
+        module = _Mean([member.module for member in members], task)
         return cls(first.folder, module, first.tokenizer, task, first.precision, first.device)
 
     @property
@@ -125,25 +124,26 @@ class Classifier:
         return self.task.label_names
 
     def predict(self, texts: Texts, batch_tokens: int = EVAL_BATCH_TOKENS) -> list[Any]:
-        """Return every text's answer: its label, list of labels, or score; see `probabilities`."""
+        """Return each text's label, list of labels, or score; see `probabilities` for the arguments."""
         return [self.task.cells(row, False)[0] for row in self.probabilities(texts, batch_tokens).tolist()]
 
     def probabilities(self, texts: Texts, batch_tokens: int = EVAL_BATCH_TOKENS) -> np.ndarray:
-        """Return float32 [texts, labels], every label's probability, or score, in the order of the texts.
+        """Return float32 [texts, labels], the probabilities (or scores) of each text.
 
         Args:
-            texts: strings, or (str, str) pairs for a model that was trained on pairs; else it is a TypeError.
-            batch_tokens: per forward pass; a longer text is computed alone.
+            texts: strings, or (str, str) pairs for a model that was trained on pairs.
+            batch_tokens: tokens per forward pass; a longer text is computed alone.
 
         Raises:
-            UserError: if a text is not Unicode (half a character, NUL), or a probability is not finite.
+            TypeError: if the texts are anything else.
+            UserError: if a text has NUL or a lone surrogate, or a probability is not finite.
         """
         return self.probabilities_of_ids(*self.encode(texts), batch_tokens)
 
     def encode(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
-        """Return the texts' ids, one text after another, int32 [tokens], and the length of each, int64 [texts].
+        """Return the concatenated ids, int32 [tokens], and each text's length, int64 [texts]; see `probabilities`.
 
-        For those who want to tokenize the next texts while these are computed; see `probabilities` for the arguments.
+        With it, the next texts can be tokenized while the model computes.
         """
         rows = [row if isinstance(row, (tuple, list)) else (row,) for row in texts]
         is_list = not isinstance(texts, str) and {len(row) for row in rows} in (set(), {1}, {2})
@@ -158,13 +158,13 @@ class Classifier:
     def probabilities_of_ids(
         self, ids: np.ndarray, lengths: np.ndarray, batch_tokens: int = EVAL_BATCH_TOKENS
     ) -> np.ndarray:
-        """Return what `probabilities` does, for texts that `encode` has tokenized."""
+        """Like `probabilities`, for texts that `encode` has tokenized."""
         with self._lock:
-            found = predict(self.module, self.task, ids, lengths, batch_tokens, self.device)
-        self.check_finite(found)
-        return found
+            probabilities = predict(self.module, self.task, ids, lengths, batch_tokens, self.device)
+        self.check_finite(probabilities)
+        return probabilities
 
     def check_finite(self, values: np.ndarray | float) -> None:
-        """Refuse numbers that are not finite, which a damaged model has computed, by a `UserError`."""
+        """Raise UserError for numbers that are not finite: the model is damaged."""
         if not np.isfinite(values).all():
             raise UserError(f"{self.folder}: the model's answers are not finite (NaN); train it again, or use another")

@@ -20,7 +20,7 @@ from sst2_xlmr.model.classifier import build_classifier, load_classifier, pretra
 from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary, whole_vocabulary
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.task import ERRORS, at_temperature, fit_thresholds
-from sst2_xlmr.training.checkpoint import save_checkpoint, seed_rank
+from sst2_xlmr.training.checkpoint import CheckpointContents, save_checkpoint, seed_rank
 from sst2_xlmr.training.guard import check_progress, check_skipped, collapse_reason
 from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import group_of
@@ -34,15 +34,15 @@ from sst2_xlmr.util.memory import memory_errors
 
 
 class Run:
-    """All that a training run owns."""
+    """A training run: its model, data, optimizer, schedule, state and report."""
 
     lock: IO[str] | None = None
     report: Report | None = None  # on rank 0, once it is open
     saved_step = -1
-    initial_probabilities: np.ndarray | None = None  # on dev, of the untrained model; once a collapse is suspected
+    initial_probabilities: np.ndarray | None = None  # the untrained model's on dev, once a collapse is suspected
 
     def __init__(self, config: Config, inputs: Prepared, folder: Path, state: TrainState, world: World) -> None:
-        """Make batches of ids, and model and optimizer of pretrained weights."""
+        """Build the loader, the model with its pretrained weights, and the optimizer."""
         self.config, self.inputs, self.folder, self.state, self.world = config, inputs, folder, state, world
         caches, shape = inputs.caches, inputs.encoder.shape
         labels, weights = inputs.train_labels, inputs.train_weights
@@ -50,7 +50,7 @@ class Run:
         self.task = replace(task, thresholds=tuple(state.thresholds))
         self.vocabulary = whole_vocabulary(shape.vocab_size)
         if not config.full_vocabulary:
-            self.vocabulary = used_vocabulary((each.distinct_ids for each in caches.values()), shape.vocab_size)
+            self.vocabulary = used_vocabulary((cache.distinct_ids for cache in caches.values()), shape.vocab_size)
         dropout = 0.0 if config.freeze_encoder else config.dropout
         classifier, self.head_is_new = build_classifier(
             inputs.encoder, self.task, dropout, config.head_dropout, config.seed, self.vocabulary
@@ -65,21 +65,22 @@ class Run:
         classifier.to(world.device)
         backend = training_backend(classifier, config, state.precision, world)
         self.model, self.ddp_model, self.optimizer, self.fallback_reason = backend
-        self.meter, self.stop, self.finisher = TrainMeter(world), StopRequest(world), BackgroundWriter()
-        # Whether to check every gradient; a GPU would wait for it, so there the meter notices later.
-        self.reads_grad_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
+        self.meter, self.stop_request, self.finisher = TrainMeter(world), StopRequest(world), BackgroundWriter()
+        # Whether to check every gradient norm. A GPU would have to be waited for, so there the meter checks them later.
+        self.checks_grad_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
         self.baseline = self.task.baseline_loss(labels, weights)
-        self.metrics: dict[str, dict[str, Any]] = {}  # of the last evaluation of each file
+        self.metrics: dict[str, dict[str, Any]] = {}  # by split: those of its last evaluation
         self.eval_splits, metric = config.eval_splits, self.task.best_metric
-        # The split, or "mean" for all of them, and the metric that choose the best evaluation.
-        is_of_split = config.best_by in (*self.eval_splits, "mean")
-        self.best_by = (str(config.best_by), metric) if is_of_split else ("dev", config.best_by or metric)
+        # The best evaluation is the one with the best value of this metric on this split (or "mean" of all splits).
+        self.best_split, self.best_metric = "dev", config.best_by or metric
+        if config.best_by in (*self.eval_splits, "mean"):
+            self.best_split, self.best_metric = config.best_by, metric
         self.test_splits = [split for split in inputs.caches if split not in ("train", *self.eval_splits)]
         half = max(1, (config.micro_batch_size or -(-config.batch_size // world.world_size)) // 2)
         self.memory_cure = f"rerun with --micro-batch-size {half} or less, which changes the result only by rounding"
 
-    def tell(self, write: Callable[[Report], Any]) -> None:
-        """Let rank 0 write to the report; an error there reaches all ranks."""
+    def write_report(self, write: Callable[[Report], Any]) -> None:
+        """Let rank 0 write to its report; all ranks raise its UserError."""
         on_rank0(self.world, lambda: write(self.report) if self.report else None)
 
     def say(self, text: str) -> None:
@@ -87,7 +88,7 @@ class Run:
             self.report.say(text)
 
     def skip(self) -> None:
-        """Skip this batch, whose gradient is not finite; UserError after more than --skip-nonfinite in a row."""
+        """Skip a batch whose gradient is not finite; UserError after more than --skip-nonfinite in a row."""
         rows = next(self.loader.global_batches(self.state.epoch, self.state.batch))
         self.advance(skipped=True)
         check_skipped(self.state, self.config.skip_nonfinite, rows)
@@ -95,6 +96,8 @@ class Run:
         self.say(f"step {self.state.step:>6}  gradient is not finite: batch skipped")
 
     def advance(self, skipped: bool = False) -> None:
+        if not skipped:
+            self.vocabulary.count_step(self.schedule.lr(self.state.step))
         self.state.advance(skipped)
         if self.report:
             self.report.advance()
@@ -103,41 +106,42 @@ class Run:
         """Write a line of training metrics, unless all batches were skipped."""
         if rows := self.meter.totals["rows"]:
             entry = self.meter.flush(self.state, self.schedule.lr(self.state.step - 1))
-            self.tell(lambda report: report.log_training(entry))
+            self.write_report(lambda report: report.log_training(entry))
             check_progress(self.state, entry["loss"], rows, self.baseline, self.schedule.warmup_steps)
 
-    def catch_up(self) -> None:
-        """Evaluate and check what is due at this step."""
+    def evaluate_if_due(self) -> None:
+        """Evaluate, and check for a collapse, if that is due at this step."""
         if self.state.evaluation_due:
             self.evaluate()
         if self.state.collapse_check_due:
             self.check_collapse()
 
     def evaluate_split(self, split: str) -> Evaluation:
-        """Evaluate on a file; raises Interrupted if a signal came before it was done."""
+        """Evaluate on a file; raises Interrupted if a signal arrives meanwhile."""
         tokens, cache = self.config.eval_batch_tokens, self.inputs.caches[split]
         with memory_errors(f"rerun with --eval-batch-tokens {max(1, tokens // 2)} or less"):
-            return evaluate(self.model, self.task, cache, tokens, self.world, self.stop.is_agreed)
+            return evaluate(self.model, self.task, cache, tokens, self.world, self.stop_request.vote)
 
     def evaluate(self) -> None:
         """Evaluate during training, and keep the model if it is the best."""
         state, config, caches, may_end = self.state, self.config, self.inputs.caches, self.schedule.may_end(self.state)
-        found = {split: self.evaluate_split(split) for split in self.eval_splits}
-        labels, probabilities = caches["dev"].labels, found["dev"].probabilities
+        evaluations = {split: self.evaluate_split(split) for split in self.eval_splits}
+        labels, probabilities = caches["dev"].labels, evaluations["dev"].probabilities
         thresholds = fit_thresholds(self.task, probabilities, labels, config.threshold_for)
         state.thresholds = broadcast(self.world, thresholds)
         self.task = replace(self.task, thresholds=tuple(state.thresholds))
         if state.thresholds:
-            found = {split: each.with_fitted(1.0, self.task, caches[split].labels) for split, each in found.items()}
-        value, loss = self.value_of(found), found["dev"].metrics["loss"]
+            for split in evaluations:
+                evaluations[split] = evaluations[split].with_fitted(1.0, self.task, caches[split].labels)
+        value, loss = self.value_of(evaluations), evaluations["dev"].metrics["loss"]
         is_best = state.is_best(value, loss)
         is_written = is_best or may_end
         if config.calibrate and is_written:
             fitted = broadcast(self.world, calibrate(self.task, probabilities, labels))
             state.temperature, state.ece_before, state.ece_after = fitted
-        self.log_evaluations(found, state.temperature if is_written else 1.0, draws=may_end)
+        self.log_evaluations(evaluations, state.temperature if is_written else 1.0, plot=may_end)
         metrics = {split: self.metrics[split] for split in self.eval_splits}
-        self.tell(lambda report: report.say_evaluation(state.step, metrics, is_best))
+        self.write_report(lambda report: report.say_evaluation(state.step, metrics, is_best))
         if is_best:
             try:
                 self.export("best")
@@ -147,76 +151,82 @@ class Run:
         state.count_evaluation(value, loss)
         state.collapse_check_due |= self.schedule.has_stopped_improving(state)
 
-    def value_of(self, found: dict[str, Evaluation]) -> float:
-        """Return what chooses the best evaluation, by --best-by; higher is better."""
-        wanted, metric = self.best_by
-        value = float(np.mean([each.metrics[metric] for split, each in found.items() if wanted in (split, "mean")]))
-        return -value if metric in ERRORS else value
+    def value_of(self, evaluations: dict[str, Evaluation]) -> float:
+        """Return the value by which the best evaluation is chosen; higher is better."""
+        splits = evaluations if self.best_split == "mean" else [self.best_split]
+        value = float(np.mean([evaluations[split].metrics[self.best_metric] for split in splits]))
+        return -value if self.best_metric in ERRORS else value
 
-    def log_evaluations(self, found: dict[str, Evaluation], temperature: float, draws: bool) -> None:
-        """Report evaluations of the model with its logits divided by a temperature."""
+    def log_evaluations(self, evaluations: dict[str, Evaluation], temperature: float, plot: bool) -> None:
+        """Report evaluations, by split, of the model with its logits divided by a temperature."""
         task = at_temperature(self.task, temperature)
-        for split, evaluation in found.items():
-            labels = self.inputs.caches[split].labels
-            final = evaluation.with_fitted(temperature, task, labels) if temperature != 1 else evaluation
-            self.metrics[split] = final.metrics
-            drawn = (labels, final.probabilities, task) if draws else None
-            self.tell(methodcaller("log_evaluation", self.state.step, split, final.metrics, drawn))
+        for split, evaluation in evaluations.items():
+            if temperature != 1:
+                evaluation = evaluation.with_fitted(temperature, task, self.inputs.caches[split].labels)
+            self.metrics[split] = evaluation.metrics
+            log = methodcaller("log_evaluation", self.state.step, split, evaluation, task if plot else None)
+            self.write_report(log)
 
     def evaluate_best(self) -> dict[str, dict[str, Any]]:
-        """Evaluate best/ on the files for the end, on rank 0, where it lies; returns `best/NAME` -> metrics."""
+        """Evaluate best/ on the test files, on rank 0 only; returns `best/NAME` -> metrics."""
         self.finisher.wait()
         world, tokens = World.alone(self.world.device), self.config.eval_batch_tokens
-        of_best: dict[str, dict[str, Any]] = {}
+        metrics: dict[str, dict[str, Any]] = {}
         model, _, task = load_classifier(self.folder / "best", world.device, self.state.precision == "bf16")
         for split in self.test_splits:
-            found = evaluate(prediction_model(model), task, self.inputs.caches[split], tokens, world)
-            of_best[f"best/{split}"] = found.metrics
+            evaluation = evaluate(prediction_model(model), task, self.inputs.caches[split], tokens, world)
+            metrics[f"best/{split}"] = evaluation.metrics
             assert self.report is not None
-            self.report.log_evaluation(self.state.step, f"best/{split}", found.metrics)
-        return of_best
+            self.report.log_evaluation(self.state.step, f"best/{split}", evaluation)
+        return metrics
 
     def check_collapse(self) -> None:
-        """Raise Collapsed if dev's predictions, compared to those before training, show it."""
+        """Raise Collapsed if dev's predictions, compared with those before training, show a collapse."""
         state, dev, tokens = self.state, self.inputs.caches["dev"], self.config.eval_batch_tokens
-        found = self.evaluate_split("dev").probabilities
+        probabilities = self.evaluate_split("dev").probabilities
         if self.initial_probabilities is None:
             try:
                 initial_model, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
-            except UserError:  # the encoder has gone, perhaps
+            except UserError:  # e.g. the encoder's folder has been removed
                 self.save()  # with the check still due
                 raise
             initial_model.to(self.world.device)
-            stop = self.stop.is_agreed
+            stop = self.stop_request.vote
             self.initial_probabilities = evaluate(initial_model, self.task, dev, tokens, self.world, stop).probabilities
         state.collapse_check_due, state.checked_step = False, state.step
-        reason = collapse_reason(self.task, found, self.initial_probabilities, dev.labels, state.has_learned)
+        initial = self.initial_probabilities
+        reason = collapse_reason(self.task, probabilities, initial, dev.labels, state.has_learned)
         if reason := broadcast(self.world, reason):
             raise Collapsed(reason)
 
     def export(self, name: str) -> None:
-        """Write the model as it is now, with its whole vocabulary, to a folder of that name in the run's folder."""
-        weights, state, calibration = dict(self.optimizer.weights()), self.state, None
-        if self.config.calibrate:
-            calibration = state.temperature, state.ece_before, state.ece_after
+        """Write the current model, with the whole vocabulary, to this folder of the run."""
+        weights, task = dict(self.optimizer.weights()), self.task
         if not self.vocabulary.is_whole:
             weights[EMBEDDING] = self.vocabulary.expand(pretrained_table(self.inputs.encoder), weights[EMBEDDING])
-        task = at_temperature(self.task, state.temperature if calibration else 1.0)
-        parts = (weights, self.inputs, task, self.metrics, state.step, calibration, self.finisher)
-        on_rank0(self.world, lambda: export_run(self.folder / name, *parts))
+        if self.config.calibrate:
+            task = at_temperature(task, self.state.temperature)
+
+        def write() -> None:
+            export_run(self.folder / name, weights, self.inputs, task, self.state, self.metrics, self.finisher)
+
+        on_rank0(self.world, write)
+
+    def contents(self) -> CheckpointContents:
+        """Return everything that a checkpoint holds, besides random states."""
+        return CheckpointContents(self.state, self.meter, self.optimizer, self.vocabulary)
 
     def save(self) -> None:
-        """Write a checkpoint; none is ever ahead of the metrics on the disk."""
-        self.tell(lambda report: report.sync())
-        parts = (self.state, self.meter, self.optimizer, self.vocabulary, self.config, self.world, self.finisher)
-        saved = save_checkpoint(self.folder / "checkpoints", *parts)
+        """Write a checkpoint, once the metrics are on disk: no checkpoint is ahead of them."""
+        self.write_report(lambda report: report.sync())
+        saved = save_checkpoint(self.folder / "checkpoints", self.contents(), self.config, self.world, self.finisher)
         self.saved_step = self.state.step
         if saved:
             size, waited_s = saved
             self.say(f"step {self.saved_step:>6}  checkpoint: {size / 1e6:,.0f} MB, training waited {waited_s:.1f} s")
 
-    def make_sure_of_checkpoint(self) -> None:
-        """Save this step unless it is saved, and wait until all is on the disk."""
+    def ensure_checkpoint(self) -> None:
+        """Save this step unless that has been done, and wait until everything is on disk."""
         if self.saved_step != self.state.step:
             self.save()
         on_rank0(self.world, self.finisher.wait)

@@ -5,7 +5,7 @@ Data flow: files -> rows -> ids -> global batches -> model -> loss -> step -> ch
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torchrun -m sst2_xlmr.train: what is missing is said before an import below fails
+if __name__ == "__main__":  # torchrun -m sst2_xlmr.train: report missing packages before an import below fails
     from sst2_xlmr.__main__ import main as start_program
 
     start_program("train")
@@ -26,7 +26,6 @@ from sst2_xlmr.data.report import as_json, check_lines, lines_of
 from sst2_xlmr.evaluation.calibration import describe_calibration
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.report.header import data_report, describe_rows, header_lines
-from sst2_xlmr.report.tensorboard import make_event_folder
 from sst2_xlmr.run import Run
 from sst2_xlmr.task import ERRORS
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
@@ -54,14 +53,13 @@ def train(run: Run) -> None:
             break
         sums = forward_backward(run.ddp_model, micro_batches, run.task.loss, run.world)  # 1. the mean gradient
         grad_norm = run.optimizer.clip(run.config.max_grad_norm)
-        if run.reads_grad_norm and not grad_norm.isfinite():  # 2. one step, unless this batch is skipped
+        if run.checks_grad_norm and not grad_norm.isfinite():  # 2. one step, unless this batch is skipped
             run.skip()
         else:
             run.optimizer.step(schedule.lr(state.step))
-            run.vocabulary.count_step(schedule.lr(state.step))
             run.meter.add(sums, grad_norm, micro_batches)
             run.advance()
-        due, stop = schedule.due(state), run.stop.is_agreed()  # 3. log, evaluate, save
+        due, stop = schedule.due(state), run.stop_request.vote()  # 3. log, evaluate, save
         if due or stop:
             run.meter.reduce(state.step)
             if "log" in due:
@@ -69,7 +67,7 @@ def train(run: Run) -> None:
             state.evaluation_due = "evaluation" in due
             if stop:
                 raise Interrupted
-            run.catch_up()
+            run.evaluate_if_due()
             if "checkpoint" in due or schedule.is_over(state):
                 run.save()
             run.meter.start()
@@ -78,26 +76,26 @@ def train(run: Run) -> None:
 def prepare_inputs(config: Config, world: World) -> tuple[Prepared, dict[str, str]]:
     """Load and tokenize the inputs; returns them and the SHA-256 of each, checked to be equal on all ranks."""
     inputs = once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
-    names = [name for name, option in OPTIONS.items() if name == "compile" or not option.metadata["changeable"]]
-    fixed = {flag(name): getattr(config, name) for name in names}
-    check_same(world, fixed, "start all with the same options")
+    fixed = [name for name, option in OPTIONS.items() if name == "compile" or not option.metadata["changeable"]]
+    fixed_options = {flag(name): getattr(config, name) for name in fixed}
+    check_same(world, fixed_options, "start all with the same options")
     digests = inputs.digests() if world.local_rank == 0 else {}
     check_same(world, digests, "give all nodes the same files")
     return inputs, broadcast(world, digests)
 
 
 def initial_state(config: Config, inputs: Prepared, digests: dict[str, str], world: World) -> TrainState:
-    """Return a new run's state; precision and evaluation interval, where automatic, are chosen on rank 0."""
+    """Return a new run's state, with precision (rank 0's choice) and evaluation interval if they are automatic."""
     precision = broadcast(world, choose_precision(config.precision, world.device))
     batches, eval_every = -(-len(inputs.train_lengths) // config.batch_size), config.eval_every
     if eval_every is None:
-        evaluated = sum(len(inputs.caches[split].ids) for split in config.eval_splits)
-        eval_every = evaluation_interval(batches, int(inputs.train_lengths.sum()), evaluated)
+        eval_tokens = sum(len(inputs.caches[split].ids) for split in config.eval_splits)
+        eval_every = evaluation_interval(batches, int(inputs.train_lengths.sum()), eval_tokens)
     return TrainState(batches, precision, eval_every, digests)
 
 
 def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path | None]:
-    """Build a run at its beginning, or as it was at its newest checkpoint, and return that too; claim its folder."""
+    """Claim the run's folder and build the run, restored from its newest checkpoint if any; returns both."""
     folder = Path(broadcast(world, config.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}"))
     lock = checkpoint = None
     if resume:
@@ -110,78 +108,76 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
             raise_on_all(f"{name}: changed since the run in {folder} was started; restore the original to resume")
     set_up_numerics(state.precision, config.deterministic, world.device)
     run = Run(config, inputs, folder, state, world)
-    if config.tensorboard_dir:
-        on_rank0(world, lambda: make_event_folder(Path(str(config.tensorboard_dir)), "--tensorboard-dir"))
     run.lock = lock if resume else on_rank0(world, lambda: claim(folder))
     if checkpoint:
-        load_checkpoint(checkpoint, run.meter, run.optimizer, run.vocabulary, config.seed, world)
+        load_checkpoint(checkpoint, run.contents(), config.seed, world)
         run.saved_step = state.step
-    on_rank0(world, lambda: write_config(folder, config, is_new=not resume))  # from here on, --resume goes on
+    on_rank0(world, lambda: write_config(folder, config, is_new=not resume))  # from here on, --resume works
     return run, checkpoint
 
 
 @contextlib.contextmanager
 def open_report(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
-    """Open metrics and TensorBoard, and print the header; while it is entered, a signal no longer ends the process."""
+    """Open metrics and TensorBoard, and print the header; inside this context, no signal ends the process."""
     state, total_steps = run.state, run.schedule.total_steps
-    best = [f"best/{split}" for split in run.test_splits]
-    again = [*run.test_splits, *best, *(run.eval_splits if state.evaluation_due else [])]
-    run.report = on_rank0(run.world, lambda: Report(run.inputs, state, run.folder, total_steps, again))
+    best_splits = [f"best/{split}" for split in run.test_splits]
+    repeated = [*run.test_splits, *best_splits, *(run.eval_splits if state.evaluation_due else [])]
+    run.report = on_rank0(run.world, lambda: Report(run.inputs, state, run.folder, total_steps, repeated))
     if run.report:
-        found = evaluations_at(run.folder / "metrics.jsonl", state.step)
-        run.metrics = {split: metrics for split, metrics in found.items() if split not in best}
-        parts = (run.optimizer, run.fallback_reason, run.world, run.folder, total_steps, run.head_is_new)
-        for line in header_lines(run.inputs, state, *parts):
+        metrics = evaluations_at(run.folder / "metrics.jsonl", state.step)
+        run.metrics = {split: metrics[split] for split in metrics if split not in best_splits}
+        for line in header_lines(run.inputs, state, run.optimizer, run.fallback_reason, run.world, run.head_is_new):
             run.say(line)
+        run.say(f"run        {run.folder}")
     if resume:
         run.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
-    with run.finisher, run.stop, contextlib.closing(run.report) if run.report else contextlib.nullcontext():
+    with run.finisher, run.stop_request, contextlib.closing(run.report) if run.report else contextlib.nullcontext():
         yield
     if run.lock:
         run.lock.close()
 
 
 def finish(run: Run) -> None:
-    """Evaluate on the files for the end, write the model, and say where it lies."""
-    state, folder, metric = run.state, run.folder, " ".join(run.best_by)
+    """Evaluate on the test files, write the model, and print where it is."""
+    state, folder, metric = run.state, run.folder, f"{run.best_split} {run.best_metric}"
     if run.schedule.has_stopped_improving(state):
         run.say(f"stopped early: {state.stale_evaluations} evaluations without a better {metric}")
-    found = {split: run.evaluate_split(split) for split in run.test_splits}
-    run.log_evaluations(found, state.temperature, draws=True)
+    evaluations = {split: run.evaluate_split(split) for split in run.test_splits}
+    run.log_evaluations(evaluations, state.temperature, plot=True)
     is_best = state.best_step == state.step
-    best = (on_rank0(run.world, run.evaluate_best) if run.test_splits and not is_best else None) or {}
-    run.tell(lambda report: report.log_end({**run.metrics, **best}))
+    best_metrics = (on_rank0(run.world, run.evaluate_best) if run.test_splits and not is_best else None) or {}
+    run.write_report(lambda report: report.log_end({**run.metrics, **best_metrics}))
     run.export("model")
-    run.make_sure_of_checkpoint()
+    run.ensure_checkpoint()
     if run.config.calibrate:
         run.say(f"calibrated {describe_calibration(state.temperature, state.ece_before, state.ece_after)}")
     chosen = f" (best of {state.evaluations} evaluations, slightly optimistic)" if state.evaluations > 1 else ""
-    value = -state.best_value if run.config.best_by in ERRORS else state.best_value
+    value = -state.best_value if run.best_metric in ERRORS else state.best_value
     run.say(f"best       {metric} {value:.4f} at step {state.best_step}{chosen}: {folder / 'best'}")
     run.say(f"model      after step {state.step}: {folder / 'model'}")
 
 
 def run_training(run: Run, checkpoint: Path | None) -> None:
-    """Train and finish; a run that is stopped, or has collapsed, is saved, and raises SystemExit."""
-    again = f"{command('train')} --resume --output-dir {shlex.quote(str(run.folder))}"
+    """Train and finish; if a signal or a collapse ends the run early, save it and raise SystemExit."""
+    resume_command = f"{command('train')} --resume --output-dir {shlex.quote(str(run.folder))}"
     try:
         if checkpoint and (run.state.evaluation_due or run.state.collapse_check_due):
-            run.catch_up()
+            run.evaluate_if_due()
             run.save()
         with memory_errors(run.memory_cure):
             train(run)
         finish(run)
     except Interrupted:
-        run.make_sure_of_checkpoint()
-        name = signal.Signals(run.stop.number).name
+        run.ensure_checkpoint()
+        name = signal.Signals(run.stop_request.signal).name
         run.say(f"stopped    by {name} after step {run.state.step}, and saved; continue with")
-        run.say(f"           {again}")
-        sys.exit(128 + run.stop.number)  # as in shells
+        run.say(f"           {resume_command}")
+        sys.exit(128 + run.stop_request.signal)  # as in shells
     except Collapsed as collapse:
         reason = str(collapse)
-        run.tell(lambda report: report.log_collapse(run.state.step, reason))
-        run.save()  # also if the run was resumed at this step: the next one goes on
-        run.make_sure_of_checkpoint()
+        run.write_report(lambda report: report.log_collapse(run.state.step, reason))
+        run.save()  # even if this step has a checkpoint, in which the check is still due
+        run.ensure_checkpoint()
         cure = f"--lr {run.config.lr / 2:g} --seed {run.config.seed + 1} --output-dir NEW_DIR"
         run.say("collapsed  training has collapsed; the run is saved. Rerun with a lower rate and another seed:")
         run.say(f"           {command('train')} --config {shlex.quote(str(run.folder / 'config.json'))} {cure}")
@@ -189,7 +185,7 @@ def run_training(run: Run, checkpoint: Path | None) -> None:
 
 
 def check_inputs(config: Config, world: World) -> None:
-    """Say how all files are read, and what the model will see; also as JSON."""
+    """Print how all files are read and what the model will see, and write it as JSON."""
     inputs, _ = prepare_inputs(config, world)
 
     def write() -> None:

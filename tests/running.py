@@ -252,7 +252,7 @@ def at_step(monkeypatch: Patch, step: int, act: Callable[[Any], object], method:
 def stop_by_signal(step: int, method: str, start: Callable[[], object]) -> None:
     """Start a run, and let SIGTERM come while its `advance` or `evaluate_split` is at work, at this step."""
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, step, lambda run: setattr(run.stop, "number", signal.SIGTERM), method)
+        at_step(patch, step, lambda run: setattr(run.stop_request, "signal", signal.SIGTERM), method)
         with pytest.raises(SystemExit, match=f"^{128 + signal.SIGTERM}$"):
             start()
 

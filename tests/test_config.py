@@ -62,7 +62,7 @@ WRONG_FLAGS = [
     (["--layerwise-lr-decay", "1.5"], "--layerwise-lr-decay must be"),
     (["--warmup-ratio", "2"], "--warmup-ratio must be from 0 to 1"),
     (["--dropout", "1"], "--dropout must be from 0 to 1 (excluded)"),
-    (["--precision", "tf32"], "--precision tf32 is for CUDA; take fp32 on a CPU"),
+    (["--precision", "tf32"], "--precision tf32 is for CUDA; use fp32 on a CPU"),
     (["--device", "cuda"], "torch finds no CUDA GPU"),
     (["--max-length", "513"], "takes at most 64 tokens"),
     (["--layers", "4"], "has 3 layers"),
@@ -166,9 +166,10 @@ POINTERS = {
     "--precision": "fp16 bf16",
     "--max-length": "max_seq_length max_len",
     "--train-file": "train_file train_data_file",
+    "--best-by": "metric_for_best_model",
     "--label-column": "lable-column label_column_name",
 }
-NEEDLESS = ("do_train", "do_eval", "overwrite_output_dir", "load_best_model_at_end", "metric_for_best_model")
+NEEDLESS = ("do_train", "do_eval", "overwrite_output_dir", "load_best_model_at_end", "greater_is_better")
 UNLIKE_OURS = """
     optim adam_beta1 gradient_checkpointing group_by_length length_column_name report_to push_to_hub task_name cache_dir
     tokenizer_name max_train_samples data_seed eval_delay save_only_model log_level dataloader_drop_last num_labels

@@ -1,1 +1,1 @@
-"""Metrics that are exact over all ranks."""
+"""A model over rows, its metrics, calibration, and the comparison of two precisions."""

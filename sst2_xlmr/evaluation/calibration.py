@@ -1,8 +1,8 @@
-"""Temperature scaling: one number that makes probabilities mean what they say (Guo et al. 2017).
+"""Temperature scaling, which calibrates probabilities (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 
-https://arxiv.org/abs/1706.04599. Logits are divided by a temperature that minimizes the cross-entropy on labelled rows
-which the model was not trained on; it stays at 1 unless another is significantly better. No prediction changes. Logits
-come from a linear layer, so dividing its weights and bias does the same, and whoever opens the model need not know.
+Logits are divided by a temperature that minimizes the cross-entropy on labelled rows on which the model was not
+trained; it stays at 1 unless another value is significantly better. No prediction changes. The logits come from a
+linear layer, so its weights and bias are divided instead, and users of the model need not know.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import numpy as np
 
 from sst2_xlmr.task import Task
 
-# Beyond these, the rows are too few or too easy to tell.
+# A temperature beyond these bounds means that the rows are too few or too easy.
 LOWEST, HIGHEST = 0.25, 20.0
 _STEPS = 40
-# Twice the gain in log-likelihood, beyond which a temperature is significantly better than 1: the 95th percentile of
+# A temperature is significantly better than 1 if twice its gain in log-likelihood exceeds this: the 95th percentile of
 # chi-squared with one degree of freedom (Wilks 1938, https://doi.org/10.1214/aos/1177732360).
 _SIGNIFICANT_GAIN = 3.84
 
 
 def describe_calibration(temperature: float, ece_before: float, ece_after: float) -> str:
-    """Return in words what `calibrate` has found."""
+    """Describe the result of `calibrate`."""
     if temperature == 1:
         return f"temperature 1, as no other is significantly better on these rows; ECE {ece_before:.4f}"
     errors = f"ECE {ece_before:.4f} before, {ece_after:.4f} with it"
@@ -28,7 +28,7 @@ def describe_calibration(temperature: float, ece_before: float, ece_after: float
 
 
 def calibrate(task: Task, probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
-    """Return a fitted temperature, and the expected calibration error on these rows, before and after.
+    """Return the fitted temperature, and the expected calibration error on these rows before and after.
 
     Probabilities are float [rows, outputs], at temperature 1.
     """

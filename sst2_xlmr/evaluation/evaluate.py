@@ -1,6 +1,6 @@
-"""Run a model over rows: exact metrics, over all ranks, and probabilities for prediction.
+"""Run a model over rows, for metrics over all ranks or for predictions.
 
-Every row is counted once, and metrics are made of all ranks' results (see task.py) in the file's order.
+Every row counts once, and metrics are computed from all ranks' results (see task.py) in the file's order.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from sst2_xlmr.util.errors import Interrupted
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result on a file's rows, in the file's order, the same on every rank."""
+    """A model's results on a file's rows, in the file's order, the same on every rank."""
 
     metrics: dict[str, Any]
-    results: np.ndarray  # fp32 [rows, ...], see `task.row_results`
+    results: np.ndarray  # fp32 [rows, ...], see `SingleLabel.row_results`
     probabilities: np.ndarray  # fp32 [rows, outputs]
 
     def with_fitted(self, temperature: float, task: Task, labels: np.ndarray) -> Evaluation:
-        """Return the evaluation of the model whose logits are divided by a temperature, with the task's thresholds."""
+        """Return the evaluation with the logits divided by a temperature, and the task's thresholds."""
         if temperature == 1:
             return Evaluation(task.metrics(self.results, labels), self.results, self.probabilities)
         results = task.results_of(self.probabilities, labels, temperature)
@@ -43,14 +43,14 @@ class Evaluation:
 
 
 def batches_of_like_length(lengths: np.ndarray, batch_tokens: int, world_size: int = 1) -> Iterator[np.ndarray]:
-    """Yield the numbers of all rows, shortest first, cut into batches whose rows the ranks take in turn.
+    """Yield batches of row numbers, shortest rows first; in each, the ranks take rows in turn.
 
-    Lengths are int [rows], tokens per row. A rank gets at most `batch_tokens`, with padding, or one longer row.
+    Lengths are int [rows], in tokens. A rank gets at most `batch_tokens`, including padding, or one longer row.
     """
     order = np.argsort(lengths, kind="stable")
     while len(order):
         lengths_here = lengths[order[: batch_tokens * world_size]]
-        # For a batch that ends with each row: how many rows and tokens the first rank has, which has most.
+        # The rows and padded tokens of rank 0, which has most, if the batch ended with each row.
         rank_rows = -(-np.arange(1, len(lengths_here) + 1) // world_size)
         sizes = lengths_here * rank_rows
         rows = max(1, int(np.searchsorted(sizes, batch_tokens, side="right")))
@@ -62,7 +62,7 @@ def batches_of_like_length(lengths: np.ndarray, batch_tokens: int, world_size: i
 def logits_of(
     model: nn.Module, ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray, device: torch.device
 ) -> torch.Tensor:
-    """Return fp32 logits of some rows, [rows, outputs]; `ids` and `offsets` as in `select_rows`."""
+    """Return the rows' logits, fp32 [rows, outputs]; for `ids` and `offsets` see `select_rows`."""
     selected, lengths = select_rows(ids, offsets, rows)
     lengths, windows = split_windows(selected, lengths)
     logits: torch.Tensor = model(selected.to(device), lengths, None, windows).float()
@@ -71,16 +71,16 @@ def logits_of(
 
 @functools.lru_cache(maxsize=1)
 def _workers(threads: int) -> futures.ThreadPoolExecutor:
-    """Return that many threads, on each of which torch computes with one thread."""
-    pool, all_there = futures.ThreadPoolExecutor(threads, "batch"), threading.Barrier(threads)
+    """Return a pool of this many threads, on each of which torch itself uses one thread."""
+    pool, all_started = futures.ThreadPoolExecutor(threads, "batch"), threading.Barrier(threads)
 
     def start() -> None:
-        torch.get_num_threads()  # or a new thread takes over the number of the process when it first computes
+        torch.get_num_threads()  # otherwise a new thread takes the process's number when it first computes
         torch.set_num_threads(1)
-        all_there.wait()
+        all_started.wait()
 
     futures.wait([pool.submit(start) for _ in range(threads)])
-    torch.set_num_threads(threads)  # of this thread, and of those that are made from now on
+    torch.set_num_threads(threads)  # for this thread, and those started from now on
     return pool
 
 
@@ -90,10 +90,10 @@ os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has no threa
 def on_all_cores(
     work: Callable[[np.ndarray], Any], batches: list[np.ndarray], device: torch.device
 ) -> Generator[Any, None, None]:
-    """Yield what `work` returns for every batch, in their order.
+    """Yield `work(batch)` for every batch, in order.
 
-    Each core of a CPU computes batches of its own: threads that wait for one another in a batch are slow where other
-    programs are running. If there are fewer batches than cores, all cores compute each one.
+    On a CPU, each core computes whole batches: threads that share a batch wait for one another, which is slow when
+    other programs are running. If there are fewer batches than cores, all cores share each batch.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or len(batches) < threads:
@@ -103,7 +103,7 @@ def on_all_cores(
     try:
         for future in pending:
             yield future.result()
-    finally:  # nothing computes with the model any more
+    finally:  # afterwards, no thread uses the model
         for future in pending:
             future.cancel()
         futures.wait(pending)
@@ -112,15 +112,18 @@ def on_all_cores(
 def predict(
     model: nn.Module, task: Task, ids: np.ndarray, lengths: np.ndarray, batch_tokens: int, device: torch.device
 ) -> np.ndarray:
-    """Return fp32 [texts, outputs], every text's probabilities; for ids and lengths see `Tokenizer.flat_ids`.
+    """Return the texts' probabilities, fp32 [texts, outputs]; for `ids` and `lengths` see `Tokenizer.flat_ids`.
 
-    The model is a classifier, or an engine's of it, in evaluation mode, with the whole vocabulary.
+    The model is a classifier or an engine's version of one, in evaluation mode, with the whole vocabulary.
     """
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     probabilities = np.empty((len(lengths), task.outputs), np.float32)
     batches = list(batches_of_like_length(lengths, batch_tokens))[::-1]  # the longest first, so that all end together
-    found = on_all_cores(lambda rows: task.probabilities(logits_of(model, ids, offsets, rows, device)), batches, device)
-    for rows, values in zip(batches, found):
+
+    def compute(rows: np.ndarray) -> torch.Tensor:
+        return task.probabilities(logits_of(model, ids, offsets, rows, device))
+
+    for rows, values in zip(batches, on_all_cores(compute, batches, device)):
         probabilities[rows] = values.cpu().numpy()
     return probabilities
 
@@ -136,11 +139,11 @@ def evaluate(
     """Evaluate on all rows of a file, split over the ranks.
 
     Args:
-        model: a classifier, or an engine's model of it, not under DDP; its mode is restored.
-        batch_tokens: per forward pass on one rank (see `batches_of_like_length`).
-        should_stop: asked after every batch, the same on all ranks; if it says so, Interrupted is raised.
+        model: a classifier or an engine's version of one, not under DDP; its mode is restored.
+        batch_tokens: tokens per forward pass of a rank (see `batches_of_like_length`).
+        should_stop: called after every batch, with the same result on all ranks; if true, Interrupted is raised.
     """
-    # Every rank takes a part of every batch, so that all have the same number of batches; a part may be empty.
+    # Each rank takes a share of every batch, perhaps none, so that all have the same number of batches.
     batches = list(batches_of_like_length(cache.lengths(), batch_tokens, world.world_size))
     labels = cache.labels
 
@@ -151,23 +154,23 @@ def evaluate(
         logits = logits_of(model, cache.ids, cache.offsets, rows, world.device)
         return task.row_results(logits, torch.from_numpy(labels[rows]).to(world.device)), task.probabilities(logits)
 
-    found: list[tuple[torch.Tensor, ...]] = []  # they stay on the device, so that no batch waits for a GPU
+    outputs: list[tuple[torch.Tensor, ...]] = []  # they stay on the device, so that no batch waits for a GPU
     was_training = model.training
     model.eval()
     try:
         with contextlib.closing(on_all_cores(compute, batches, world.device)) as computed:
-            for each in computed:
-                found.append(each)
+            for output in computed:
+                outputs.append(output)
                 if should_stop():
                     raise Interrupted
     finally:
         model.train(was_training)
-    kept = list(zip(*filter(None, found))) or [(), ()]
-    mine = [torch.cat(parts).cpu().numpy() if parts else np.empty((0, 0), np.float32) for parts in kept]
-    shares = gather_objects(world, mine)  # rank 0 has a part of every batch
-    whole, probabilities = (np.empty((len(cache), part.shape[1]), np.float32) for part in shares[0])
+    columns = list(zip(*filter(None, outputs))) or [(), ()]
+    own_share = [torch.cat(column).cpu().numpy() if column else np.empty((0, 0), np.float32) for column in columns]
+    shares = gather_objects(world, own_share)  # rank 0 has rows of every batch
+    results, probabilities = (np.empty((len(cache), array.shape[1]), np.float32) for array in shares[0])
     for rank, share in enumerate(shares):
         if len(share[0]):
             order = np.concatenate([batch[rank :: world.world_size] for batch in batches])
-            whole[order], probabilities[order] = share
-    return Evaluation(task.metrics(whole, labels), whole, probabilities)
+            results[order], probabilities[order] = share
+    return Evaluation(task.metrics(results, labels), results, probabilities)

@@ -1,6 +1,6 @@
-"""Definitions of metrics over NumPy arrays, as scikit-learn has them; this module imports nothing of the package.
+"""Metrics over NumPy arrays, defined as in scikit-learn; this module imports nothing of the package.
 
-Which of them a task reports, and which one chooses `best/`, is said in task.py.
+task.py decides which of them a task reports, and which one selects `best/`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 CALIBRATION_BINS = 15
-LEVEL, RESAMPLES = 0.95, 10_000  # of the interval of an accuracy
+LEVEL, RESAMPLES = 0.95, 10_000  # for the confidence interval of an accuracy
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """Return int64 [labels, predictions]: how many rows of each label got each prediction; both are int [rows]."""
+    """Count the rows of each label with each prediction, int64 [labels, predictions]; arguments are int [rows]."""
     cells = labels.astype(np.int64) * classes + predictions
     return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
 
@@ -22,13 +22,13 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """Return precision, recall, f1 (float64 [classes]) and support (int64 [classes], rows of that label).
 
-    0 / 0, for a class that never occurs or is never predicted, counts as 0, as in scikit-learn.
+    0 / 0, for a class that never occurs or is never predicted, counts as 0.
     """
     return per_label(confusion.diagonal(), confusion.sum(0), confusion.sum(1))
 
 
 def per_label(hits: np.ndarray, predicted: np.ndarray, support: np.ndarray) -> dict[str, np.ndarray]:
-    """Return what `per_class` does from counts, int64 [labels]: rows rightly predicted, predicted, with that label."""
+    """Like `per_class`, from counts, int64 [labels]: true positives, predicted positives, and rows of the label."""
     return {
         "precision": hits / predicted.clip(1),
         "recall": hits / support.clip(1),
@@ -38,24 +38,24 @@ def per_label(hits: np.ndarray, predicted: np.ndarray, support: np.ndarray) -> d
 
 
 def average_precision(scores: np.ndarray, is_label: np.ndarray) -> float:
-    """Return the area under the precision-recall curve in steps; 0 without a positive row. Both are [rows]."""
+    """Return the area under the stepwise precision-recall curve; 0 without positives. Arguments are [rows]."""
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(is_label[order])
-    last = np.append(np.diff(scores[order]) != 0, True)  # of rows with equal scores, which have one threshold
+    last = np.append(np.diff(scores[order]) != 0, True)  # among rows with equal scores, which share a threshold
     precision, recall = (hits / np.arange(1, len(order) + 1))[last], hits[last] / max(1, hits[-1])
     return float((np.diff(recall, prepend=0) * precision).sum())
 
 
 def mean_average_precision(scores: np.ndarray, is_label: np.ndarray) -> float:
-    """Return the mean over labels; both are [rows, labels]."""
+    """Return the mean over labels; arguments are [rows, labels]."""
     return float(np.mean([average_precision(*column) for column in zip(scores.T, is_label.T)]))
 
 
 def fitted_threshold(scores: np.ndarray, is_label: np.ndarray, aim: str = "f1", floor: float = 0.0) -> float:
-    """Return the threshold on one label's scores with the best F1, or the best F1 with a precision or recall >= floor.
+    """Return the threshold on one label's scores with the best F1 among those whose precision or recall >= floor.
 
-    It lies midway between two scores. Without a positive row it is 0.5; where the floor cannot be reached, the highest
-    precision (or recall) decides. The aim is f1, precision or recall.
+    The aim, f1, precision or recall, says which must reach the floor; if no threshold does, the highest one wins. The
+    threshold lies midway between two scores; without positives, it is 0.5.
     """
     if not is_label.any():
         return 0.5
@@ -71,14 +71,14 @@ def fitted_threshold(scores: np.ndarray, is_label: np.ndarray, aim: str = "f1", 
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the linear correlation of two arrays, [rows]; 0 if one of them is constant."""
+    """Return the linear correlation of two arrays, [rows]; 0 if one is constant."""
     x, y = x - x.mean(), y - y.mean()
     norm = float(np.sqrt((x * x).sum() * (y * y).sum()))
     return float((x * y).sum()) / norm if norm > 0 else 0.0
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the correlation of the ranks; equal values share the mean of theirs."""
+    """Return the correlation of the ranks; equal values share their mean rank."""
     ranks = []
     for values in (x, y):
         _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -87,13 +87,13 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def macro_f1(confusion: np.ndarray) -> float:
-    """Return the mean F1 of the classes that occur among labels or predictions, as scikit-learn's `f1_score` does."""
+    """Return the mean F1 over the classes that occur among labels or predictions, like scikit-learn's `f1_score`."""
     occurs = confusion.sum(0) + confusion.sum(1) > 0
     return float(per_class(confusion)["f1"][occurs].mean())
 
 
 def expected_calibration_error(confidences: np.ndarray, is_right: np.ndarray) -> float:
-    """Return the mean distance between confidence and accuracy (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
+    """Return the mean gap between confidence and accuracy (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 
     Confidences, float [rows], are the predicted classes' probabilities; bin m of M holds those in ((m - 1) / M, m / M].
     """
@@ -105,8 +105,8 @@ def expected_calibration_error(confidences: np.ndarray, is_right: np.ndarray) ->
 def accuracy_interval(right: int, rows: int) -> tuple[float, float]:
     """Return an accuracy's 95 % bootstrap percentile interval (Efron 1979, https://doi.org/10.1214/aos/1176344552).
 
-    Of `rows` rows drawn with replacement, a binomial number is right, so that number is drawn at once. If all rows are
-    right, or none, the interval is a point.
+    Among `rows` rows drawn with replacement, the correct ones are binomial, so only their number is drawn. If all rows
+    are correct, or none, the interval is a point.
     """
     accuracies = np.random.RandomState(0).binomial(rows, right / rows, RESAMPLES) / rows
     low, high = np.quantile(accuracies, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -114,6 +114,6 @@ def accuracy_interval(right: int, rows: int) -> tuple[float, float]:
 
 
 def mean_of(files: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the mean over files, each counting the same, of every metric that is a number, but not of rows."""
+    """Return the unweighted mean over files of each metric that is a float."""
     numbers = [key for key, value in files[0].items() if isinstance(value, float)]
     return {key: sum(metrics[key] for metrics in files) / len(files) for key in numbers}

@@ -1,1 +1,1 @@
-"""A trained model for others: a folder in Hugging Face layout, a TorchScript file."""
+"""A trained model's forms: a folder in Hugging Face layout, ONNX, TorchScript, a trimmed vocabulary."""

@@ -1,4 +1,4 @@
-"""Rows on which a model's exported form is compared with the model."""
+"""Rows on which an exported model is compared with the original."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ SENTENCES = [
     "  two  spaces, a\ttab, ﬁ and ① ",
     "",
 ]
-# Texts, and the second texts or None where rows have one text; labels, int [rows], or None where rows have none.
+# ((texts, second texts or None), labels, int [rows], or None)
 Rows = tuple[tuple[list[str], Optional[list[str]]], Optional[np.ndarray]]
 
 
 def read_texts(file: Path, columns: Columns, task: Task | None = None) -> Iterator[Row]:
-    """Yield the rows of a file, with labels if there is a task, or the lines of a file of no such kind."""
+    """Yield a file's rows, with labels if there is a task; a file of an unknown kind has one text per line."""
     return read_rows(file, columns if is_rows_file(file) else Columns(format="lines"), task)
 
 
@@ -44,18 +44,17 @@ def is_rows_file(file: Path) -> bool:
 
 
 def read_checks(
-    given: list[str], columns: Columns, task: Task, takes_pairs: bool, has_label_column: bool
+    check_files: list[str], columns: Columns, task: Task, takes_pairs: bool, has_label_column: bool
 ) -> dict[str, Rows]:
-    """Return the rows to compare on, by the names of their files, or built-in sentences if no file is given.
+    """Return name -> rows of --check-file; without files, built-in sentences, and pairs if the form `takes_pairs`.
 
-    Built-in pairs are among them if the written form takes pairs. If the column of the labels was named, a file of rows
-    must have it.
+    If --label-column was given, files of rows must have this column.
     """
-    if not given:
+    if not check_files:
         pairs = {"pairs": ((SENTENCES, SENTENCES[::-1]), None)} if takes_pairs else {}
         return {"sentences": ((SENTENCES, None), None), **pairs}
     checks: dict[str, Rows] = {}
-    for name, file in named_files(given, "--check-file").items():
+    for name, file in named_files(check_files, "--check-file").items():
         is_labelled = is_rows_file(file) and (has_label_column or has_labels(file, columns))
         rows = list(read_texts(file, columns, task if is_labelled else None))
         seconds = [row.pair for row in rows if row.pair is not None]

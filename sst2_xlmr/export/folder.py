@@ -18,6 +18,7 @@ from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderFolder
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model
 from sst2_xlmr.model.weight_names import to_hugging_face
 from sst2_xlmr.task import Task
+from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.files import BackgroundWriter, disk_errors, put_in_place, scratch_name
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
@@ -32,7 +33,7 @@ def read_card(folder: Path) -> str:
 
 
 def with_note(card: str, note: str, former: str = "") -> str:
-    """Return a card with a line more at its end, which replaces one that begins with `former`; no card stays none."""
+    """Return a card with a note appended, without its line that begins with `former`; an empty card stays empty."""
     if former:
         card = re.sub(rf"\n*^{re.escape(former)}.*$", "", card, flags=re.MULTILINE)
     return f"{card.rstrip()}\n\n{note}\n" if card else ""
@@ -50,17 +51,17 @@ def write_folder(
     """Write `config.json`, `model.safetensors`, the tokenizer's files and the model card; atomically.
 
     Args:
-        folder: is replaced if it exists; `UserError` if it cannot be written.
-        weights: under the classifier's names, all fp32 or all bf16; deferred ones are never in memory whole.
-        encoder: the model's shape, label names, longest input, tokenizer's file and dropouts; its weights are not read.
-        card: content of `README.md`; none is written if it is empty.
+        folder: replaced if it exists; UserError if it cannot be written.
+        weights: under the classifier's names, all fp32 or all bf16; a lazy tensor is never in memory as a whole.
+        encoder: gives shape, label names, longest input, tokenizer and dropouts; its own weights are not read.
+        card: content of `README.md`; if it is empty, none is written.
         temperature, offset: folded into the last layer: logits are divided by the first (see evaluation/calibration),
             then the second is added.
-        finish: does what remains after the weights were written, at once or later (`BackgroundWriter`).
+        finish: runs the last part, syncing and renaming, now or later (`BackgroundWriter.submit`).
     """
     unfinished, last = scratch_name(folder), {}
 
-    def name_it() -> None:
+    def rename() -> None:
         with disk_errors(f"the model to {folder}", unfinished):
             put_in_place(unfinished, folder)
 
@@ -73,20 +74,20 @@ def write_folder(
                 whole = whole if isinstance(whole, torch.Tensor) else whole.rows(0, whole.shape[0])
                 last[name] = whole / temperature + added
         write_tensors(to_hugging_face({**weights, **last}), unfinished / "model.safetensors")
-    finish(name_it)
+    finish(rename)
 
 
 def write_all_but_weights(folder: Path, encoder: EncoderFolder, card: str, dtype: str = "float32") -> None:
-    """Make a folder with `config.json`, the tokenizer's files and the model card; see `write_folder`."""
+    """Create a folder with `config.json`, the tokenizer's files and the model card; see `write_folder`."""
     folder.mkdir(parents=True)
-    converted = tokenizer_json(encoder.tokenizer_file)
-    tokenizer = _tokenizer_settings(encoder.max_length, bool(converted))
+    fast_tokenizer = tokenizer_json(encoder.tokenizer_file)
+    tokenizer = _tokenizer_settings(encoder.max_length, bool(fast_tokenizer))
     for name, content in (("config.json", _settings(encoder, dtype)), (SETTINGS_NAME, tokenizer)):
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
     (folder / TOKENIZER_NAME).write_bytes(sentencepiece_model(encoder.tokenizer_file))
-    if converted:
-        (folder / JSON_NAME).write_bytes(converted)
+    if fast_tokenizer:
+        (folder / JSON_NAME).write_bytes(fast_tokenizer)
     if card:
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
@@ -116,18 +117,18 @@ def _settings(encoder: EncoderFolder, dtype: str) -> dict[str, Any]:
         "label2id": {name: number for number, name in enumerate(names)},
         "problem_type": encoder.problem_type,
         "torch_dtype": dtype,
-        # Of the folder's form. Without it, or with one from 4.57.3 to 4.57.6, versions from 4.57.2 to 5.9 take the
-        # tokenizer for one of another model that has a fault, and advise an option that would make it wrong.
+        # Without it, or with 4.57.3 to 4.57.6, versions 4.57.2 to 5.9 mistake the tokenizer for a faulty one of another
+        # model, and recommend an option that would break it.
         "transformers_version": "4.48.3",
     }
 
 
-def _tokenizer_settings(max_length: int, is_converted: bool) -> dict[str, Any]:
+def _tokenizer_settings(max_length: int, is_fast: bool) -> dict[str, Any]:
     """Return the content of `tokenizer_config.json`.
 
-    XLMRobertaTokenizer of transformers 5.0 to 5.2 ignores most of tokenizer.json; the plain class takes all of it.
+    XLMRobertaTokenizer of transformers 5.0 to 5.2 ignores most of tokenizer.json; the base class reads all of it.
     """
-    if not is_converted:
+    if not is_fast:
         return {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": max_length}
     names = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
     return {
@@ -144,20 +145,19 @@ def export_run(
     weights: Mapping[str, TensorLike],
     inputs: Prepared,
     task: Task,
+    state: TrainState,
     evaluations: Mapping[str, dict[str, Any]],
-    step: int,
-    calibration: tuple[float, float, float] | None,
     finisher: BackgroundWriter,
 ) -> None:
-    """Write a run's weights after a step, with a model card; on rank 0.
+    """Write a run's current weights, with a model card; on rank 0.
 
     Args:
-        folder: in the run's folder; gets its name once `finisher` has come to it.
-        weights: see `write_folder`; with the whole vocabulary.
-        evaluations: metrics by the file's name; others, of best/ beside the last model, are left out.
-        calibration: temperature, calibration error before and after (see `calibrate`); None if it was not asked for.
+        folder: in the run's folder; gets its final name on the thread of `finisher`.
+        weights: with the whole vocabulary; see `write_folder`.
+        state: has the step, and with --calibrate the temperature, by which the logits are divided.
+        evaluations: split -> metrics; those of `best/NAME` do not belong to these weights, and are left out.
     """
-    finisher.wait()  # a slow disk gets no second model to write meanwhile
+    finisher.wait()  # so that a slow disk has one model to write at a time
     config = inputs.config
     described = replace(
         inputs.encoder,
@@ -174,10 +174,10 @@ def export_run(
         thresholds=task.thresholds,
     )
     rows = {**{split: len(cache) for split, cache in inputs.caches.items()}, "train": len(inputs.train_labels)}
-    for split, each in inputs.splits.items():
-        rows |= {f"{kind} left out of {split}": count for kind, count in each.dropped.items()}
-    own = {split: metrics for split, metrics in evaluations.items() if split in rows}
-    card = card_text(config, task, rows, own, step, calibration, is_chosen=folder.name == "best")
+    for name, split in inputs.splits.items():
+        rows |= {f"{kind} left out of {name}": count for kind, count in split.dropped.items()}
+    own = {name: metrics for name, metrics in evaluations.items() if name in rows}
+    card = card_text(config, task, state, rows, own, is_best=folder.name == "best")
     factor, offset = task.folding
-    temperature = (calibration[0] if calibration else 1.0) / factor
+    temperature = (state.temperature if config.calibrate else 1.0) / factor
     write_folder(folder, weights, described, card, temperature, offset, finisher.submit)

@@ -1,6 +1,6 @@
-"""The model card, `README.md` in a model's folder: data, settings, metrics, versions; no path of the machine.
+"""The model card, `README.md` in a model's folder: data, metrics, settings, versions; no paths of this machine.
 
-Its text is `model_card.md`, Markdown with the header that the Hugging Face Hub reads.
+Its template is `model_card.md`, Markdown with the header that the Hugging Face Hub reads.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from typing import Any
 
 from sst2_xlmr.config import GROUPS, OPTIONS, Config, flag, named_file, shown
 from sst2_xlmr.task import Task
+from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import versions
 
 _HUB_NAMES = {"xlmr.base": "FacebookAI/xlm-roberta-base", "xlmr.large": "FacebookAI/xlm-roberta-large"}
 _CHOSEN = "\nThese weights were chosen by their {} on dev, which is therefore slightly optimistic.\n"
 _LONG = {
-    "head-tail": "\nOf texts that are too long, it was trained on the beginning and the end; the pipeline takes the"
-    " beginning only.\n",
-    "windows": "\nLong texts were read in windows, whose features are averaged; the pipeline takes the first one only."
-    " sst2_xlmr and its ONNX export read them as in training.\n",
+    "head-tail": "\nOf texts that are too long, it was trained on the beginning and the end; the pipeline takes only"
+    " the beginning.\n",
+    "windows": "\nLong texts were read in windows, whose features are averaged; the pipeline takes only the first one."
+    " sst2_xlmr and its ONNX export read all of them, as in training.\n",
 }
 _NOT_SCALED = """
 The probabilities are calibrated: temperature 1, as no other is significantly better on dev; their expected calibration\
@@ -36,40 +37,40 @@ The probabilities are calibrated: the last layer is divided by a temperature of 
 def card_text(
     config: Config,
     task: Task,
+    state: TrainState,
     rows: Mapping[str, int],
     evaluations: Mapping[str, dict[str, Any]],
-    step: int,
-    calibration: tuple[float, float, float] | None = None,
-    is_chosen: bool = False,
+    is_best: bool = False,
 ) -> str:
     """Return the card's text.
 
     Args:
-        rows: of every file, by its name ("train", "dev", ...).
-        evaluations: of these weights, the metrics of every file by its name.
-        step: optimizer steps that led to these weights.
-        calibration: temperature, calibration error before and after; None if it was not asked for.
-        is_chosen: whether the weights are the best of several evaluations on dev.
+        state: has the step, and with --calibrate the temperature and the calibration errors.
+        rows: split -> number of rows.
+        evaluations: split -> metrics of these weights.
+        is_best: whether the weights are the best of several evaluations on dev.
     """
     encoder, names = _HUB_NAMES.get(config.encoder, Path(config.encoder).name), task.label_names
     eval_files = [str(named_file(value)[1]) for value in config.eval_file]
     files = [config.data_dir, *config.train_file, config.dev_file, *eval_files, *config.test_file]
     table: list[Iterable[str]] = []
-    for split, each in evaluations.items():
-        row = {"file": Path(split).name, "rows": f"{each['rows']:,}", **task.table_cells(each)}
+    for split, metrics in evaluations.items():
+        row = {"file": Path(split).name, "rows": f"{metrics['rows']:,}", **task.table_cells(metrics)}
         table = table or [[*row, "loss"], ["---"] * (len(row) + 1)]
-        table.append([*row.values(), f"{each['loss']:.4f}"])
-    remarks = _CHOSEN.format(config.best_by or task.best_metric) if is_chosen else ""
+        table.append([*row.values(), f"{metrics['loss']:.4f}"])
+    remarks = _CHOSEN.format(config.best_by or task.best_metric) if is_best else ""
     remarks += f"\n{task.card_note}\n" if task.card_note else ""
     remarks += _LONG.get(config.long_texts, "")
-    if calibration:
-        remarks += (_NOT_SCALED if calibration[0] == 1 else _SCALED).format(*calibration)
+    if config.calibrate:
+        remark = _NOT_SCALED if state.temperature == 1 else _SCALED
+        remarks += remark.format(state.temperature, state.ece_before, state.ece_after)
     return Template(Path(__file__).with_suffix(".md").read_text(encoding="utf-8")).substitute(
+        metric_types=", ".join(dict.fromkeys(kind for kind, _ in task.hub_metrics.values())),
         base_model=f"base_model: {encoder}\n" if config.encoder in _HUB_NAMES else "",
         model_index=_model_index(f"{encoder}-classifier", task, evaluations),
         classes=", ".join(names) if len(names) <= 10 else f"{len(names):,} classes",
         encoder=encoder,
-        steps=f"{step:,}",
+        steps=f"{state.step:,}",
         rows=", ".join(f"{count:,} rows {Path(split).name}" for split, count in rows.items()),
         files=", ".join(Path(file).name for file in files if file) or "SST-2 of the GLUE benchmark",
         metrics="\n".join(_line(*row) for row in table),
@@ -80,17 +81,17 @@ def card_text(
 
 
 def _model_index(name: str, task: Task, evaluations: Mapping[str, dict[str, Any]]) -> str:
-    """Return the lines of the header by which the Hub shows the metrics; JSON is YAML too."""
+    """Return the header's line from which the Hub shows the metrics, in JSON, which is also YAML."""
     results = []
     for split, metrics in evaluations.items():
         dataset = dict.fromkeys(("name", "type", "split"), Path(split).name)
-        found = [{"type": kind, "name": name, "value": metrics[key]} for key, (kind, name) in task.hub_metrics.items()]
-        results.append({"task": {"type": "text-classification"}, "dataset": dataset, "metrics": found})
+        shown = [{"type": kind, "name": name, "value": metrics[key]} for key, (kind, name) in task.hub_metrics.items()]
+        results.append({"task": {"type": "text-classification"}, "dataset": dataset, "metrics": shown})
     return f"model-index: {json.dumps([{'name': name, 'results': results}], ensure_ascii=False)}\n" if results else ""
 
 
 def _settings(config: Config) -> Iterable[str]:
-    """Yield lines with the options that affect the result, also defaults; not those that a resumed run may change."""
+    """Yield a table line for each option that affects the result: those that --resume may change do not."""
     for name in (*GROUPS["data"], *GROUPS["model"], *GROUPS["training"], "precision"):
         value = getattr(config, name)
         if value is not None and not OPTIONS[name].metadata["changeable"]:

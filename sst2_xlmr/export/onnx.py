@@ -1,12 +1,12 @@
-"""A trained classifier as one ONNX file, for onnxruntime: no torch is needed where it runs.
+"""A trained classifier as one ONNX file, which runs in onnxruntime without torch.
 
 It takes texts, with the tokenizer inside (the SentencePiece operator of onnxruntime-extensions; for an example see
-docs/from-csv-to-service.md), or `input_ids` and `attention_mask`, int64 [texts, length], padded with 1. Metadata are
-`label_names` and `max_length`.
+docs/from-csv-to-service.md), or `input_ids` and `attention_mask`, int64 [texts, length], padded with 1. Its metadata
+are `label_names`, `max_length` and `problem_type`.
 
-The graph is written operator by operator: it is the same on every torch, and activations are quantized per row (see
+The graph is built operator by operator, so it is the same with every torch, and activations are quantized per row (see
 engines/cpu/int8.c). onnxruntime's dynamic quantization is per tensor, which costs XLM-R points of accuracy. On x86 CPUs
-without VNNI its 8-bit products may overflow (onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+without VNNI its int8 products may overflow (onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Weights = Mapping[str, np.ndarray]
 
 
 class _Graph:
-    """Operators and constants, in the order in which they are added; int8: products and embeddings are in 8 bits."""
+    """Operators and constants, in the order in which they are added; with `int8`, weights are in 8 bits."""
 
     def __init__(self, int8: bool) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -58,7 +58,7 @@ class _Graph:
         return results[0] if outputs == 1 else results
 
     def in_bytes(self, x: str) -> tuple[str, str, str]:
-        """Return a tensor in 8 bits: bytes, scale and least value of every row; computed once."""
+        """Quantize a tensor, once; returns its uint8 values, and each row's scale and minimum."""
         if x not in self._in_bytes:
             least = self.add("Min", self.add("ReduceMin", x, _int(-1), keepdims=1), _float(0))
             largest = self.add("Max", self.add("ReduceMax", x, _int(-1), keepdims=1), _float(0))
@@ -96,7 +96,7 @@ def _pair(weights: Weights, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _embeddings(graph: _Graph, weights: Weights, epsilon: float, ids: str) -> str:
-    """Return the first layer's input, [texts, length, hidden]; ids: int64 [texts, length]."""
+    """Return the first layer's input, [texts, length, hidden]; `ids` are int64 [texts, length]."""
     add, table = graph.add, weights[EMBEDDING]
     if graph.int8:
         values, scales = _quantized(table)
@@ -111,7 +111,7 @@ def _embeddings(graph: _Graph, weights: Weights, epsilon: float, ids: str) -> st
 
 
 def _layer(graph: _Graph, weights: Weights, shape: EncoderShape, number: int, x: str, mask: str) -> str:
-    """Return a layer's output for x, [texts, length, hidden]; the last one's for `<s>` only.
+    """Return a layer's output for x, [texts, length, hidden]; the last layer's only for `<s>`.
 
     The mask, fp32 [texts, 1, 1, length], is added to attention scores.
     """
@@ -140,9 +140,9 @@ def _layer(graph: _Graph, weights: Weights, shape: EncoderShape, number: int, x:
 
 
 def _logits(graph: _Graph, weights: Weights, shape: EncoderShape, ids: str, mask: str, share: str | None = None) -> str:
-    """Return [texts, labels]; ids: int64 [windows, length]; mask: bool, where there is a token.
+    """Return logits [texts, labels]; `ids` are int64 [windows, length], `mask` is True at tokens.
 
-    share: fp32 [texts, windows], of each window in its text; None if texts are windows.
+    `share`, fp32 [texts, windows], is each window's weight in its text; None if each text is one window.
     """
     add = graph.add
     scores = add("Unsqueeze", add("Where", mask, _float(0), _float(-np.inf)), _int(1, 2))
@@ -159,10 +159,7 @@ def _logits(graph: _Graph, weights: Weights, shape: EncoderShape, ids: str, mask
 def _tokenize(
     graph: _Graph, texts: str, tokenizer: bytes, max_length: int, long_texts: LongTexts
 ) -> tuple[str, str, str | None]:
-    """Return ids, int64 [windows, length], where there is a token, bool, and `share` (see `_logits`).
-
-    As `model.tokenizer.Tokenizer` does.
-    """
+    """Tokenize like `model.tokenizer.Tokenizer`; returns ids, mask and share (see `_logits`)."""
     add, room, share = graph.add, max_length - 2, None
 
     def column(vector: str) -> str:
@@ -171,7 +168,7 @@ def _tokenize(
     def numbers_to(count: Value) -> str:
         return add("Range", np.array(0, np.int64), count, np.array(1, np.int64))
 
-    # No sampling (its two numbers), no <s> or </s> of its own, nothing reversed.
+    # No sampling (the first two), no <s> or </s>, no reversal.
     options = (_int(0), np.array([0], np.float32), *[np.array([False])] * 4)
     kind = "SentencepieceTokenizer"
     pieces, starts = add(kind, texts, *options, outputs=2, domain=_EXTENSIONS, model=tokenizer)
@@ -220,17 +217,17 @@ def write_onnx(
     logits_only: bool = False,
     long_texts: LongTexts = CUT,
 ) -> None:
-    """Write the file; `UserError` if it would be too large.
+    """Write the file; UserError if it would be too large.
 
     Args:
-        weights: fp32, under the classifier's names.
-        max_length: of a row in tokens; `long_texts` says what becomes of longer ones, where texts are taken.
-        tokenizer: content of the SentencePiece model, for a file that takes raw texts; None for one that takes ids.
-        int8: whether the encoder computes in 8 bits.
-        logits_only: whether the one output is `logits`, fp32 [texts, labels], instead of labels and probabilities.
+        weights: fp32, by the classifier's parameter names.
+        max_length: maximum tokens per row; `long_texts` says how longer texts are read.
+        tokenizer: serialized SentencePiece model, for a file that takes texts; None for one that takes ids.
+        int8: whether to quantize the encoder.
+        logits_only: whether the only output is `logits`, fp32 [texts, labels], instead of labels and probabilities.
     """
     if sum(weight.size for weight in weights.values()) * (1 if int8 else 4) > _LARGEST_FILE:
-        raise UserError("the model is larger than the 2 GB of an ONNX file; trim its vocabulary, or take onnx-int8")
+        raise UserError("the model is larger than the 2 GB of an ONNX file; trim its vocabulary, or use onnx-int8")
     graph, share = _Graph(int8), None
     value = helper.make_tensor_value_info
     if tokenizer is None:

@@ -1,9 +1,9 @@
-"""Write `tokenizer.json` for a SentencePiece model, so that `transformers` and others need no further package.
+"""Write `tokenizer.json` for a SentencePiece model, so that `transformers` and others need no other package.
 
-The format is that of https://github.com/huggingface/tokenizers, from 0.13 on. Texts are split as SentencePiece splits
-them, which transformers' own conversion does not: `tokenizers` applies SentencePiece's rules one code point at a time,
-which is wrong for decomposed Korean, half-width Japanese and Arabic ligatures. So NFKC comes first, with which all but
-one of these rules begin, and only the space separates words.
+The format is that of https://github.com/huggingface/tokenizers, from 0.13 on. Texts are split exactly as by
+SentencePiece, unlike with transformers' own conversion: `tokenizers` applies SentencePiece's rules one code point at a
+time, which is wrong for decomposed Korean, half-width Japanese and Arabic ligatures. So NFKC is applied first, with
+which all but one of these rules begin, and only the space separates words.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from sst2_xlmr.model.tokenizer_files import (
 )
 
 
-@functools.lru_cache(maxsize=1)  # takes a second; a run writes it with every better model
+@functools.lru_cache(maxsize=1)  # it takes a second, and a run writes it with every best model
 def tokenizer_json(file: Path) -> bytes | None:
-    """Return the content of `tokenizer.json` for a tokenizer's file, with what was added to it.
+    """Return the content of `tokenizer.json` for a tokenizer's file and its added tokens.
 
-    None if the model is of another kind than XLM-R's (unigram).
+    None if the model is not a unigram model, like XLM-R's.
     """
     serialized = sentencepiece_model(file)
     model = model_class().FromString(serialized)
@@ -72,7 +72,7 @@ def tokenizer_json(file: Path) -> bytes | None:
 
 
 def _normalizer(charsmap: bytes, serialized: bytes) -> dict[str, Any] | None:
-    """Return the normalizer for a SentencePiece model with these compiled rules; None if it has none."""
+    """Return the normalizer for a serialized SentencePiece model with these compiled rules; None without rules."""
     if not charsmap:
         return None
     rules = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}

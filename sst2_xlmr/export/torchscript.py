@@ -1,7 +1,7 @@
 """A trained classifier as one TorchScript file: raw texts in, labels and probabilities out, tokenizer included.
 
-Only the stack with torchtext can write and read it: the file needs torch and torchtext, whose library holds
-SentencePiece, and nothing of this package:
+Only the stack with torchtext can write it. Reading it needs torch and torchtext, whose library has the SentencePiece
+operator, but not this package:
 
     import torch, torchtext
     classify = torch.jit.load("classifier.pt")
@@ -28,12 +28,12 @@ BATCH_SIZE = 32
 
 
 class TextClassifier(nn.Module):
-    """What is in the file; scriptable. `label_names` can be read from the loaded module too."""
+    """The scriptable module in the file; the loaded module also has `label_names`."""
 
     def __init__(self, model: SequenceClassifier, tokenizer: Tokenizer, task: Task) -> None:
         super().__init__()
         example = torch.tensor([[0, 3, 2], [0, 2, PAD_ID]])
-        with torch.no_grad():  # traced, as nothing in it depends on the batch but its sizes
+        with torch.no_grad():  # traced, as its control flow does not depend on the batch
             self.model = torch.jit.trace_module(model, {"padded": (example, example.ne(PAD_ID))})
         self.pieces = torch.ops.torchtext.load_sp_model_string(tokenizer.pieces.serialized_model_proto())
         self.max_length, self.head_tail = tokenizer.max_length, tokenizer.long_texts.kind == "head-tail"
@@ -42,18 +42,18 @@ class TextClassifier(nn.Module):
         self.batch_size, self.pad_id = BATCH_SIZE, PAD_ID
 
     def ids_of(self, text: str, pair: Optional[str]) -> List[int]:  # noqa: UP006, UP045
-        """Return a row's ids, the same as `Tokenizer`'s."""
+        """Return a row's ids, like `Tokenizer`."""
         second = None if pair is None else self.pieces.EncodeAsIds(pair)
         pieces = add_special_tokens(self.pieces.EncodeAsIds(text), second, self.max_length, self.head_tail)
         return [3 if piece == 0 else piece + 1 for piece in pieces]  # 3 is <unk>
 
     def forward(self, texts: List[str], pairs: Optional[List[str]] = None) -> Any:  # noqa: UP006, UP045
-        """Return the task's answer in the texts' order: labels, and fp32 [texts, labels], probabilities.
+        """Return the task's answer, in the order of the texts: labels, and probabilities, fp32 [texts, labels].
 
-        Pairs are the second texts of all rows. Texts of similar length are computed together.
+        `pairs` are the second texts of all rows. Texts of similar length share a batch.
         """
         if pairs is not None:
-            assert len(pairs) == len(texts), "as many pairs as texts are needed"
+            assert len(pairs) == len(texts), "there must be as many pairs as texts"
         ids = [self.ids_of(text, None if pairs is None else pairs[row]) for row, text in enumerate(texts)]
         by_length = torch.argsort(torch.tensor([len(row) for row in ids], dtype=torch.int64), stable=True)
         logits = torch.zeros(len(ids), self.outputs)
@@ -67,7 +67,7 @@ class TextClassifier(nn.Module):
 
 
 def save_torchscript(model: SequenceClassifier, tokenizer: Tokenizer, task: Task, file: Path) -> None:
-    """Write the file; `model` is in evaluation mode, fp32 on the CPU, with the whole vocabulary."""
+    """Write the file; `model` is fp32 on the CPU, in evaluation mode, with the whole vocabulary."""
     scripted = torch.jit.script(TextClassifier(model, tokenizer, task).eval())
-    with file.open("wb") as opened:  # torch's own error for a file that it cannot write is no OSError
+    with file.open("wb") as opened:  # if torch opened the file itself, a failed write would be no OSError
         torch.jit.save(scripted, opened)

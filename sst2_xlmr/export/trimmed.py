@@ -1,8 +1,8 @@
-"""A model without the embedding rows that some texts do not need: most of XLM-R's parameters are such rows.
+"""A model with only the embedding rows that given texts need; the rows are most of XLM-R's parameters.
 
-The pieces that the texts are made of stay, and every single character, so that no character becomes unknown. A unigram
-SentencePiece model, as XLM-R's, splits a text into its most probable pieces, so these texts are split as before. Other
-texts become more and shorter pieces, which the model knows less well.
+It keeps the pieces of these texts, and every single character, so that no character becomes unknown. A unigram
+SentencePiece model such as XLM-R's splits a text into its most probable pieces, so these texts are split as before.
+Other texts become more and shorter pieces, which the model understands less well.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _SPACE = "▁"
 
 
 def needed_pieces(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
-    """Return int64, ascending: the SentencePiece ids that stay."""
+    """Return the SentencePiece ids to keep, int64, ascending."""
     pieces = tokenizer.pieces
     names = [pieces.IdToPiece(number).lstrip(_SPACE) for number in range(pieces.GetPieceSize())]
     is_needed = np.zeros(tokenizer.vocab_size, bool)
     is_needed[:_CONTROLS] = is_needed[[token.id - 1 for token in tokenizer.added]] = True
     alone = {name for name in names if len(name) == 1}
     for number, name in enumerate(names):
-        # Characters that only occur inside longer pieces stay with all of these.
+        # A character that is no piece itself keeps all longer pieces that contain it.
         is_needed[number] |= len(name) <= 1 or not {*name} - {_SPACE} <= alone
     for text in texts:
         is_needed[tokenizer.flat_ids([text])[0] - 1] = True
@@ -45,10 +45,12 @@ def needed_pieces(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
 
 
 def trimmed_tokenizer(model: bytes, kept: np.ndarray) -> bytes:
-    """Return the SentencePiece model with some of its pieces; kept: int, ascending, their ids."""
+    """Return the SentencePiece model with only the pieces whose ids are in `kept`, int, ascending."""
     proto = model_class().FromString(model)
     if proto.trainer_spec.model_type != UNIGRAM:
-        raise UserError("the tokenizer is no unigram model, so its pieces depend on one another; it cannot be trimmed")
+        raise UserError(
+            "the tokenizer is not a unigram model, so its pieces depend on one another; it cannot be trimmed"
+        )
     pieces = [proto.pieces[number] for number in kept.tolist()]
     del proto.pieces[:]
     proto.pieces.extend(pieces)
@@ -56,7 +58,7 @@ def trimmed_tokenizer(model: bytes, kept: np.ndarray) -> bytes:
 
 
 def write_trimmed(encoder: EncoderFolder, texts: Iterable[str], folder: Path) -> int:
-    """Write a trained model's folder without what the texts do not need; returns how many embedding rows are left."""
+    """Write a model folder with only the embedding rows that the texts need; returns their number."""
     tokenizer = Tokenizer(encoder.tokenizer_file, sys.maxsize)
     kept = needed_pieces(tokenizer, texts)
     # XLM-R's ids: four of its own, then every piece's + 1 (see model.tokenizer), then <mask> and added ones.

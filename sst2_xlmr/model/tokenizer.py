@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor
 
 from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import reading
+from sst2_xlmr.util.files import read_errors
 
 BEGIN, END = 0, 2  # ids of <s> and </s>
 
@@ -73,7 +73,7 @@ class Tokenizer:
     def __init__(self, file: Path, max_length: int, long_texts: LongTexts = CUT) -> None:
         """Load a SentencePiece model or a tokenizer.json, and added tokens; UserError for another kind of tokenizer."""
         self.file, self.max_length, self.long_texts = file, max_length, long_texts
-        with reading(f"{file} as a SentencePiece model", "fetch it again"):
+        with read_errors(f"{file} as a SentencePiece model", "fetch it again"):
             self.pieces = SentencePieceProcessor(model_proto=sentencepiece_model(file) or b"empty", num_threads=1)
         if [self.pieces.unk_id(), self.pieces.bos_id(), self.pieces.eos_id()] != [0, 1, 2]:
             raise UserError(f"{file} is not XLM-R's tokenizer, whose first pieces are <unk>, <s> and </s>")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import digest_of_input, read_json, reading
+from sst2_xlmr.util.files import digest_of_input, read_errors, read_json
 
 JSON_NAME = "tokenizer.json"
 SETTINGS_NAME = "tokenizer_config.json"
@@ -60,7 +60,7 @@ def added_tokens(file: Path) -> list[AddedToken]:
     """Return the tokens that a tokenizer's folder adds to it, without XLM-R's own five."""
     folder = file.parent
     settings = _read(folder / SETTINGS_NAME)
-    with reading(f"the tokenizer in {folder}", "copy it again"):
+    with read_errors(f"the tokenizer in {folder}", "copy it again"):
         if (folder / JSON_NAME).is_file():
             entries = _read(folder / JSON_NAME).get("added_tokens") or []
         elif "added_tokens_decoder" in settings:
@@ -91,7 +91,7 @@ def sentencepiece_model(file: Path) -> bytes:
     """Return a tokenizer's serialized SentencePiece model, converted if the file is a tokenizer.json."""
     if file.name != JSON_NAME:
         return file.read_bytes()
-    with reading(f"the tokenizer {file}", "copy it again"):
+    with read_errors(f"the tokenizer {file}", "copy it again"):
         return _from_json(file)
 
 
@@ -151,7 +151,7 @@ def model_class() -> Any:
 
 def _steps(content: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     """Return the steps of a tokenizer.json's normalizer; UserError for one that SentencePiece's rules lack."""
-    with reading(f"the tokenizer {file}", "copy it again"):
+    with read_errors(f"the tokenizer {file}", "copy it again"):
         steps = _flat(content.get("normalizer"), "normalizers")
         for step in steps:
             name = " ".join([step["type"], *map(repr, step.get("pattern", {}).values())])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import read_json, reading
+from sst2_xlmr.util.files import read_errors, read_json
 
 _ROWS_AT_ONCE = 512
 _MAPPED_BYTES = 1 << 26
@@ -21,7 +21,7 @@ _FAULT_BYTES = 1 << 16  # mapped by Linux per page fault
 
 
 def reading_weights(file: Path) -> contextlib.AbstractContextManager[None]:
-    return reading(f"weights from {file}", "fetch the file again, or convert it to model.safetensors")
+    return read_errors(f"weights from {file}", "fetch the file again, or convert it to model.safetensors")
 
 
 def _is_plain_zip(file: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Checks of a program's options before any work."""
+"""Checks of a program's options, before any work."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from sst2_xlmr.util.files import scratch_folder, writing
 
 
 def refuse(*cases: tuple[object, str]) -> None:
-    """Raise a UserError with the text of the first case whose condition holds."""
-    for is_wrong, text in cases:
-        if is_wrong:
+    """Raise UserError with the text of the first (condition, text) whose condition holds."""
+    for condition, text in cases:
+        if condition:
             raise UserError(text)
 
 
 def check_output(option: str, path: Path, overwrite: bool | None = None, makes_parents: bool = False) -> None:
-    """Raise UserError if a file or folder to write already exists, or cannot be written.
+    """Raise UserError if an output file or folder already exists, or cannot be written.
 
     Args:
-        overwrite: whether a file may be replaced (or a link, not what it leads to); None if there is no such option.
-        makes_parents: whether the folders that it is to be in are made.
+        overwrite: whether an existing file or link may be replaced; None if the program has no --overwrite.
+        makes_parents: whether to create missing parent folders.
     """
     if os.path.lexists(path) and (not overwrite or not path.is_file()):
         cure = ", or replace it with --overwrite" if overwrite is False and path.is_file() else ""

@@ -21,18 +21,19 @@ from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 
 MOST_SHOWN = 20  # likely label errors on the console
-# Takes words for train.py, a folder and a seed; returns whether it was not finished before, and its figures.
+# Takes words for train.py, a folder and a seed; returns whether the run was unfinished, and its figures.
 Train = Callable[[list[str], Path, int], tuple[bool, Figures]]
 
 
 class Folds:
-    """The rows of a study's training files, with the file of each; `numbers`, int64 [rows], are their folds from 1."""
+    """A study's training rows, each with its file, divided into folds: `numbers`, int64 [rows], from 1."""
 
     def __init__(self, config: Config, folder: Path, folds: int, train: Train) -> None:
-        """Find the rows; UserError if they cannot be used, or an option does not go with folds."""
+        """Read the rows and assign folds; UserError if a file cannot be used, or an option does not go with folds."""
         self.config, self.folder, self.train = config, folder, train
         if config.dev_file or config.dev_share or config.eval_file:
-            raise UserError("--folds evaluates on parts of the training rows; leave out --dev-file, --dev-share, ...")
+            options = "--dev-file, --dev-share and --eval-file"
+            raise UserError(f"--folds evaluates on parts of the training rows; leave out {options}")
         files = [str(file) for file in find_files(config, quiet=False)[0]["train"]]
         of_rows = dataclasses.replace(config, data_dir=None, train_file=files, test_file=[])
         self.task, splits = inspect_splits(of_rows, downloads.cache_dir() / "tokens", quiet=True)
@@ -43,44 +44,44 @@ class Folds:
         self.numbers = assign_folds(digests, strata, folds, config.seed)
 
     def train_fold(self, fold: int) -> tuple[bool, Figures]:
-        """Train on all other folds, evaluated on this one."""
+        """Train on all other folds, with this one as dev."""
         folder, is_dev = self.folder / f"fold-{fold}", self.numbers == fold
         files = {name: folder / f"{name}.jsonl" for name in ("train", "dev")}
-        for path, chosen in zip(files.values(), (~is_dev, is_dev)):
-            rows = (self.rows[number][1] for number in np.flatnonzero(chosen))
+        for path, is_own in zip(files.values(), (~is_dev, is_dev)):
+            rows = (self.rows[number][1] for number in np.flatnonzero(is_own))
             write_rows(path, with_values(rows, self.task))
         return self.train(words_for(self.config, self.task, files), folder, self.config.seed)
 
-    def answers(self) -> np.ndarray:
-        """Return float32 [rows, outputs], every row's probabilities by the model of its fold."""
-        found = np.zeros((len(self.rows), self.task.outputs), np.float32)
+    def predict(self) -> np.ndarray:
+        """Return float32 [rows, outputs], each row's probabilities from the model that was not trained on its fold."""
+        probabilities = np.zeros((len(self.rows), self.task.outputs), np.float32)
         for fold in range(1, int(self.numbers.max()) + 1):
-            chosen = np.flatnonzero(self.numbers == fold)
-            texts = texts_of(self.rows[row][1] for row in chosen)
+            rows = np.flatnonzero(self.numbers == fold)
+            texts = texts_of(self.rows[row][1] for row in rows)
             model = self.folder / f"fold-{fold}/seed-{self.config.seed}/model"
-            found[chosen] = Classifier.load(model, device=self.config.device).probabilities(texts)
-        return found
+            probabilities[rows] = Classifier.load(model, device=self.config.device).probabilities(texts)
+        return probabilities
 
     def write(self) -> list[str]:
-        """Write every row's answer, and the likely label errors, the likeliest first; returns what to print."""
-        probabilities, names = self.answers(), self.task.columns(all_probabilities=True)
+        """Write each row's prediction, and the likely label errors, most likely first; returns lines to print."""
+        probabilities, names = self.predict(), self.task.columns(all_probabilities=True)
         cells = [self.task.cells(row, all_probabilities=True) for row in probabilities.tolist()]
         doubt = self.task.doubt(probabilities, self.labels)
         ranked = np.argsort(-doubt, kind="stable")[: max(1, int((doubt > 0).sum()))]
         places = [(file.name, row.fields.line) for file, row in self.rows]
-        for name, more, added, chosen in (
+        for name, own_columns, own_cells, numbers in (
             ("out-of-fold", ["fold"], [(int(fold),) for fold in self.numbers], range(len(self.rows))),
             ("label-errors", ["file", "line", "doubt"], [(*at, float(d)) for at, d in zip(places, doubt)], ranked),
         ):
-            path, rows = self.folder / f"{name}.jsonl", [self.rows[row][1] for row in chosen]
-            found = [[*cells[row], *added[row]] for row in chosen]
+            path, rows = self.folder / f"{name}.jsonl", [self.rows[number][1] for number in numbers]
+            new_cells, columns = [[*cells[row], *own_cells[row]] for row in numbers], [*names, *own_columns]
             with new_output(path) as file:
-                file.write(extended_rows(path, rows, found, [*names, *more], rows[0].fields.names, header=False))
+                file.write(extended_rows(path, rows, new_cells, columns, rows[0].fields.names, header=False))
         metrics = self.task.metrics(self.task.results_of(probabilities, self.labels), self.labels)
         lines = [f"out of fold  {self.task.describe(metrics)}: {self.folder / 'out-of-fold.jsonl'}"]
         lines.append(f"label errors {len(ranked):,} rows with a doubtful label: {self.folder / 'label-errors.jsonl'}")
         for row in ranked[:MOST_SHOWN].tolist():
             text = " ".join(self.rows[row][1].text.split())[:70]
-            place, given = f"{places[row][0]}:{places[row][1]}", self.task.label_cell(self.labels[row])
-            lines.append(f"  {doubt[row]:.2f}  {place:<16} {given} -> {cells[row][0]}: {text}")
+            place, label = f"{places[row][0]}:{places[row][1]}", self.task.label_cell(self.labels[row])
+            lines.append(f"  {doubt[row]:.2f}  {place:<16} {label} -> {cells[row][0]}: {text}")
         return lines

@@ -1,4 +1,4 @@
-"""Train a student on labelled rows and on teachers' answers for unlabelled texts: distillation, self-training.
+"""Train students on labelled rows and on teachers' predictions for unlabelled texts: distillation, self-training.
 
     sst2-xlmr distill --teacher runs/seed-1/model runs/seed-2/model --unlabelled texts.txt \\
         --output-dir runs/distilled --encoder models/small --train-file train.tsv --dev-file dev.tsv --epochs 1
@@ -6,14 +6,14 @@
     sst2-xlmr distill --unlabelled texts.txt --labelled "--epochs 10" --output-dir runs/self-trained \\
         --encoder models/small --train-file few.tsv --dev-file dev.tsv --epochs 1
 
-All other options go to train.py, for the students. For comparison, `labelled` are runs on the labelled rows alone, one
-for each seed, with the options of --labelled after the others; without --teacher, they are the teachers. Students of a
-round, one for each seed, are trained on all labelled rows and on the unlabelled texts; the soft labels of these are the
-mean of the teachers' probabilities. The students are the teachers of the next round. Texts that are also labelled, or
-evaluated on, are left out of the unlabelled ones.
+All other options go to train.py, for the students. The `labelled` runs, one per seed, use the labelled rows alone, with
+the options of --labelled after the others; they are a baseline, and without --teacher the teachers. In each round,
+students, one per seed, are trained on all labelled rows and on the unlabelled texts, whose soft labels are the mean of
+the teachers' probabilities; they teach the next round. Unlabelled texts that are also labelled rows, or evaluated on,
+are left out.
 
 The runs are the folders labelled/seed-N, round-1/seed-N, ... in --output-dir; round-1/teacher.json has the teachers'
-figures. The same command continues what was stopped, and skips what is finished.
+metrics. The same command skips finished runs and continues stopped ones.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ROWS_AT_ONCE = 4096
 
 class Distillation:
     def __init__(self, arguments: argparse.Namespace, words: list[str]) -> None:
-        """Check all that training does not check itself; UserError if options or files cannot be used."""
+        """Check what train.py does not check itself; UserError if options or files cannot be used."""
         self.arguments, self.folder = arguments, arguments.output_dir
         self.labelled = [*words, *split_words("--labelled", arguments.labelled)]
         checked_config(self.labelled, self.folder, "--seed", "--dev-share")
@@ -63,74 +63,77 @@ class Distillation:
         refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
         check_options(self.task, arguments)
         for file in arguments.unlabelled:
-            next(self.rows_of(file))  # a UserError if there is none
+            next(self.rows_of(file))  # a UserError if the file cannot be read
         self.teachers = [model_folder(name) for name in arguments.teacher]
         for teacher in self.teachers:
             check_pairs(teacher, config.text_pair_column, "--text-pair-column NAME")
             tasks = task_of(find_model(teacher)), self.task
-            found, wanted = (f"{', '.join(task.label_names)} ({task.option})" for task in tasks)
+            its_labels, ours = (f"{', '.join(task.label_names)} ({task.option})" for task in tasks)
             same = "they must be the same, and in the same order"
-            refuse((found != wanted, f"{teacher} answers {found}, but the labelled rows have {wanted}: {same}"))
+            refuse((its_labels != ours, f"{teacher} has labels {its_labels}, the labelled rows have {ours}: {same}"))
         self.known = np.unique(np.concatenate(list(map(digests_of, self.rows.values()))))
 
     def rows_of(self, file: Path) -> Iterator[Row]:
         return read_rows(file, columns_of(self.config, "unlabelled"), None)
 
-    def answered(self, classifier: Classifier, counts: dict[str, int]) -> Iterator[Row]:
-        """Yield the unlabelled rows with the teacher's answer as label, and count them."""
+    def soft_labelled(self, classifier: Classifier, counts: dict[str, int]) -> Iterator[Row]:
+        """Yield the unlabelled rows with the teacher's probabilities as label; counts "texts" and "left out"."""
         chunks = (chunk for file in self.arguments.unlabelled for chunk in in_chunks(self.rows_of(file), ROWS_AT_ONCE))
         with tqdm(unit=" texts", disable=None, leave=False, dynamic_ncols=True) as bar:
             for chunk in chunks:
                 is_known = np.isin(digests_of(chunk), self.known)
                 rows = [row for row, known in zip(chunk, is_known) if not known and row.text.strip()]
-                found = classifier.probabilities(texts_of(rows))
-                task, labels = as_labels(classifier.task, found, self.arguments.temperature or 1.0)
+                probabilities = classifier.probabilities(texts_of(rows))
+                task, labels = as_labels(classifier.task, probabilities, self.arguments.temperature or 1.0)
                 for row, label in zip(rows, labels):
                     yield row._replace(label=task.label_value(label), weight=self.arguments.unlabelled_weight)
                 counts["texts"] += len(rows)
                 counts["left out"] += len(chunk) - len(rows)
                 bar.update(len(chunk))
         if not counts["texts"]:
-            raise UserError("all unlabelled texts are also labelled or evaluated on; name others with --unlabelled")
+            raise UserError("all unlabelled texts are also labelled or evaluated on; give others with --unlabelled")
 
     def teach(self, folder: Path, teachers: list[Path]) -> None:
-        """Write the training rows of a round, and teacher.json, unless they are there; says what the teachers reach."""
-        given, parts = self.arguments, [part for each in teachers for part in find_encoder(str(each)).weights_files]
+        """Write a round's training rows and teacher.json, unless that exists, and print the teachers' metrics."""
+        arguments, weights = (
+            self.arguments,
+            [file for name in teachers for file in find_encoder(str(name)).weights_files],
+        )
         inputs = {
-            "teachers": [digest_of(part) for part in parts],
-            "unlabelled": [digest_of_input(file) for file in given.unlabelled],
-            **{name: getattr(given, name) for name in ("temperature", "unlabelled_weight", "teacher_precision")},
+            "teachers": [digest_of(file) for file in weights],
+            "unlabelled": [digest_of_input(file) for file in arguments.unlabelled],
+            **{name: getattr(arguments, name) for name in ("temperature", "unlabelled_weight", "teacher_precision")},
         }
-        report = folder / "teacher.json"
-        if not report.is_file():
-            classifier = Classifier.load_mean(teachers, given.teacher_precision, self.config.device)
+        path = folder / "teacher.json"
+        if not path.is_file():
+            classifier = Classifier.load_mean(teachers, arguments.teacher_precision, self.config.device)
             counts = {"texts": 0, "left out": 0}
             labelled = with_values(self.rows["train"], self.task)
-            write_rows(folder / "train.jsonl", itertools.chain(labelled, self.answered(classifier, counts)))
+            write_rows(folder / "train.jsonl", itertools.chain(labelled, self.soft_labelled(classifier, counts)))
             figures = {name: self.value_of(classifier, name) for name in self.evaluated}
-            write_text(report, json.dumps({"inputs": inputs, "figures": figures, **counts}, indent=2) + "\n")
-        found = read_json(report, "choose another --output-dir")
-        if found["inputs"] != inputs:
-            raise UserError(f"{report} is of other teachers, texts or options; choose another --output-dir")
-        reached = ", ".join(f"{name} {value:.4f}" for name, value in found["figures"].items())
-        but = f"; {found['left out']:,} left out: labelled, evaluated on, or empty" if found["left out"] else ""
-        tqdm.write(f"{folder.name}: {found['texts']:,} unlabelled texts{but}; teacher {reached}", file=sys.stdout)
+            write_text(path, json.dumps({"inputs": inputs, "figures": figures, **counts}, indent=2) + "\n")
+        report = read_json(path, "choose another --output-dir")
+        if report["inputs"] != inputs:
+            raise UserError(f"{path} was written for other teachers, texts or options; choose another --output-dir")
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in report["figures"].items())
+        left_out = f"; {report['left out']:,} left out: labelled, evaluated on, or empty" if report["left out"] else ""
+        tqdm.write(f"{folder.name}: {report['texts']:,} unlabelled texts{left_out}; teacher {metrics}", file=sys.stdout)
 
     def value_of(self, classifier: Classifier, split: str) -> float:
-        """Return the main metric of a classifier on a file."""
+        """Return the main metric of a classifier on a split."""
         rows, task = self.rows[split], classifier.task
         labels: np.ndarray = np.asarray([row.label for row in rows], self.task.label_dtype)
         return main_metric(task.metrics(task.results_of(classifier.probabilities(texts_of(rows)), labels), labels))
 
     def student(self, round: int, seed: int) -> tuple[bool, Figures]:
-        """Train a student of a round, as `study.train` does."""
+        """Train a student of a round; see `study.train`."""
         folder, seeds = self.folder / f"round-{round}", self.arguments.seeds
         former = self.folder / (f"round-{round - 1}" if round > 1 else "labelled")
         if seed == seeds[0]:
             for name, file in self.evaluated.items():
                 write_rows(file, with_values(self.rows[name], self.task))
-            is_given = round == 1 and self.teachers
-            self.teach(folder, self.teachers if is_given else [former / f"seed-{each}/model" for each in seeds])
+            has_teachers = round == 1 and self.teachers
+            self.teach(folder, self.teachers if has_teachers else [former / f"seed-{n}/model" for n in seeds])
         files = {"train": folder / "train.jsonl", **self.evaluated}
         words = words_for(self.config, self.task, files, self.arguments.unlabelled_weight != 1)
         return train(words, folder, seed)

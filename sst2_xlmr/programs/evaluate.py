@@ -1,12 +1,12 @@
-"""Evaluate a trained model on labelled files: a table of files, then every file's classes and confusion matrix.
+"""Evaluate a trained model on labelled files: a table of the files, then each file's classes and confusion matrix.
 
     python scripts/evaluate.py --model runs/NAME/model --file fr=fr.tsv --file de=de.tsv
     python scripts/evaluate.py --model runs/NAME/model --file sample_data/test.*.tsv --json table.json
     python scripts/evaluate.py --model runs/NAME/model --calibrate dev.tsv --output models/calibrated
     python scripts/evaluate.py --model runs/NAME/model --file dev.tsv --precision int8 --against fp32
 
-Files are labelled as for training (see docs/data.md); a file without NAME= goes by its own name. --against computes in
-another precision too, prints how far the two agree, and fails if more labels change or more accuracy is lost than
+Files are labelled as for training (see docs/data.md); without NAME=, a file goes by its own name. --against also
+computes in another precision, compares the two, and fails if more labels change or more accuracy is lost than
 --most-changed and --most-lost allow.
 """
 
@@ -39,8 +39,8 @@ from sst2_xlmr.model.encoders import find_encoder, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.programs.checks import check_output, refuse
-from sst2_xlmr.report.table import comparison_table, evaluation_table, lines_of
-from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, make_event_folder, open_events
+from sst2_xlmr.report.table import aligned, comparison_table, evaluation_table
+from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, open_events
 from sst2_xlmr.task import Task, at_temperature, check_options
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.distributed import World
@@ -49,11 +49,11 @@ from sst2_xlmr.util.files import put_in_place, scratch_folder, write_text, writi
 from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.output import print_text
 
-MOST_CONFUSED_CLASSES = 10  # whose confusion matrix fits on a line
+MOST_CONFUSED_CLASSES = 10  # with more, a confusion matrix is too wide to print
 
 
 def class_lines(name: str, task: Task, results: np.ndarray, labels: np.ndarray) -> list[str]:
-    """Return the lines of a table of a file's classes, with the confusion matrix unless it is too wide."""
+    """Return the lines of a table of a file's classes, with the confusion matrix if there are few."""
     classes, confusion, names = task.per_label(results, labels), task.confusion(results, labels), task.label_names
     if not classes:
         return []
@@ -63,59 +63,59 @@ def class_lines(name: str, task: Task, results: np.ndarray, labels: np.ndarray) 
         numbers = [f"{classes[key][number]:.4f}" for key in ("precision", "recall", "f1")]
         counts = ["", *(f"{count:,}" for count in confusion[number])] if is_shown else []
         rows.append([label, *numbers, f"{classes['support'][number]:,}", *counts])
-    return ["", *lines_of(rows)]
+    return ["", *aligned(rows)]
 
 
-def as_json(file: Path, task: Task, evaluation: Evaluation, labels: np.ndarray) -> dict[str, Any]:
+def json_report(file: Path, task: Task, evaluation: Evaluation, labels: np.ndarray) -> dict[str, Any]:
     numbers = {key: values.tolist() for key, values in task.per_label(evaluation.results, labels).items()}
     classes = {label: {key: numbers[key][i] for key in numbers} for i, label in enumerate(task.label_names)}
-    chosen = {key: value for key, value in evaluation.metrics.items() if key not in ("precision", "recall")}
+    metrics = {key: value for key, value in evaluation.metrics.items() if key not in ("precision", "recall")}
     confusion = task.confusion(evaluation.results, labels).tolist()
-    return {"file": str(file), **chosen, "classes": classes, "confusion": confusion}
+    return {"file": str(file), **metrics, "classes": classes, "confusion": confusion}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    given = options.evaluate().parse_args(argv)
-    source, output = given.calibrate, given.output
-    of_files, bounds = given.json or given.tensorboard or given.against, (given.most_changed, given.most_lost)
+    arguments = options.evaluate().parse_args(argv)
+    source, output, bounds = arguments.calibrate, arguments.output, (arguments.most_changed, arguments.most_lost)
+    needs_files = arguments.json or arguments.tensorboard or arguments.against
     both = "--calibrate FILE and --output DIR"
     refuse(
         ((source is None) != (output is None), f"{both} belong together"),
-        (bool(source) == bool(given.file), f"give either --file [NAME=]FILE to evaluate on, or {both}"),
-        (source and of_files, "--json, --tensorboard and --against are for --file; leave them out with --calibrate"),
-        (bounds != (None, None) and not given.against, "--most-changed and --most-lost need --against"),
-        (source and given.precision == "int8", "--precision int8 is for prediction; calibrate in fp32 or bf16"),
-        (given.overwrite and not given.json, "--overwrite needs the --json file that it may replace"),
+        (bool(source) == bool(arguments.file), f"give either --file [NAME=]FILE to evaluate on, or {both}"),
+        (source and needs_files, "--json, --tensorboard and --against are for --file; leave them out with --calibrate"),
+        (bounds != (None, None) and not arguments.against, "--most-changed and --most-lost need --against"),
+        (source and arguments.precision == "int8", "--precision int8 is for prediction; calibrate in fp32 or bf16"),
+        (arguments.overwrite and not arguments.json, "--overwrite needs the --json file that it may replace"),
     )
-    given.files = named_files(given.file, "--file") or {"dev": source}
-    for file in given.files.values():
+    arguments.files = named_files(arguments.file, "--file") or {"dev": source}
+    for file in arguments.files.values():
         if not file.exists():
             raise UserError(f"{file} is not a file")
-    if given.json:
-        check_output("--json", given.json, given.overwrite)
-    if given.tensorboard:
-        make_event_folder(given.tensorboard, "--tensorboard")
+    if arguments.json:
+        check_output("--json", arguments.json, arguments.overwrite)
+    if arguments.tensorboard:
+        with writing(arguments.tensorboard):
+            arguments.tensorboard.mkdir(parents=True, exist_ok=True)
     if output:
         check_output("--output", output, makes_parents=True)
-    return given
+    return arguments
 
 
 def evaluate_all(classifier: Classifier, caches: dict[str, TokenCache], batch_tokens: int) -> dict[str, Evaluation]:
     evaluations, world = {}, World.alone(classifier.device)
-    # numpy would warn of what is refused below.
-    with memory_errors(f"take a smaller --batch-tokens than {batch_tokens}"), np.errstate(invalid="ignore"):
+    # numpy would warn of the NaN that `check_finite` raises an error for.
+    with memory_errors(f"use a smaller --batch-tokens than {batch_tokens}"), np.errstate(invalid="ignore"):
         for name, cache in caches.items():
-            found = evaluate(classifier.module, classifier.task, cache, batch_tokens, world)
-            classifier.check_finite(found.metrics["loss"])
-            evaluations[name] = found
+            evaluations[name] = evaluate(classifier.module, classifier.task, cache, batch_tokens, world)
+            classifier.check_finite(evaluations[name].metrics["loss"])
     return evaluations
 
 
 def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCache, probabilities: np.ndarray) -> str:
-    """Write a model folder that gives calibrated probabilities, and say so in its card; returns what to print.
+    """Write a model folder with calibrated probabilities, and a note in its card; returns a line to print.
 
-    The temperature is fitted on the cache's rows, which have these probabilities, fp32 [rows, outputs]; the calibration
-    error is measured on the written model.
+    The temperature is fitted on the cache's rows, with the model's probabilities for them, fp32 [rows, outputs]; the
+    calibration error is that of the written model.
     """
     source, output = arguments.models[0], arguments.output
     temperature, before, after = calibrate(task, probabilities, cache.labels)
@@ -127,20 +127,20 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
         if temperature != 1:
             classifier = Classifier.load(written, arguments.precision, arguments.device)
             after = evaluate_all(classifier, {"dev": cache}, arguments.batch_tokens)["dev"].metrics["ece"]
-        found = describe_calibration(temperature, before, after)
+        calibration = describe_calibration(temperature, before, after)
         if temperature != 1 and card:
-            card = with_note(card, f"{begin}{found}.", former=f"{begin}temperature")
+            card = with_note(card, f"{begin}{calibration}.", former=f"{begin}temperature")
             (written / CARD_NAME).write_text(card, encoding="utf-8")
         put_in_place(written, output, replaces=False)
-    return f"{output}: {found}\n"
+    return f"{output}: {calibration}\n"
 
 
-def with_given_label_ids(task: Task, arguments: argparse.Namespace, found: dict[str, Inspection]) -> Task:
-    """Return the task with the numbers that stand for its classes in the files: none without --label-names."""
-    if not (given := getattr(arguments, "label_names", None)):
+def with_given_label_ids(task: Task, arguments: argparse.Namespace, inspections: dict[str, Inspection]) -> Task:
+    """Return the task with the numbers that --label-names assigns to its classes."""
+    if not (label_names := getattr(arguments, "label_names", None)):
         return replace(task, label_ids={})
-    labels = [label for each in found.values() for label in each.labels]
-    names, numbers = resolve_label_names(given, labels, next(iter(found)))
+    labels = [label for inspection in inspections.values() for label in inspection.labels]
+    names, numbers = resolve_label_names(label_names, labels, next(iter(inspections)))
     if set(names) != set(task.label_names):
         raise UserError(f"--label-names {','.join(names)}: the model's classes are {listed(task.label_names)}")
     return replace(task, label_ids={key: task.label_names.index(names[i]) for key, i in numbers.items()})
@@ -149,19 +149,22 @@ def with_given_label_ids(task: Task, arguments: argparse.Namespace, found: dict[
 def read_files(
     arguments: argparse.Namespace, classifier: Classifier, files: dict[str, Path], columns: dict[str, Columns]
 ) -> tuple[Task, dict[str, Split], dict[str, TokenCache]]:
-    """Check and tokenize all files before the first evaluation; returns also the task that reads their labels."""
+    """Check and tokenize all files; returns the task that reads their labels, and by name their splits and caches."""
     cache_dir, tokenizer = downloads.cache_dir() / "tokens", classifier.tokenizer
-    found = {name: inspected(file, columns[name], cache_dir) for name, file in files.items()}
-    task, caches = with_given_label_ids(classifier.task, arguments, found), {}
+    long_texts = tokenizer.long_texts
+    inspections = {name: inspected(file, columns[name], cache_dir) for name, file in files.items()}
+    task, caches = with_given_label_ids(classifier.task, arguments, inspections), {}
     for name, file in files.items():
-        left_out = found[name].check(file, task, columns[name].drop_unusable)
-        said = description(file, found[name].layout, columns[name], found[name].rows), left_out_of(left_out)
-        for each in filter(None, said):
-            print(f"read as    {each}", file=sys.stderr)
+        inspection = inspections[name]
+        left_out = inspection.check(file, task, columns[name].drop_unusable)
+        notes = description(file, inspection.layout, columns[name], inspection.rows), left_out_of(left_out)
+        for note in filter(None, notes):
+            print(f"read as    {note}", file=sys.stderr)
     for name, file in files.items():
-        parts = (file, tokenizer.file, columns[name], task, tokenizer.max_length, cache_dir)
-        caches[name] = tokenize_file(*parts, lambda *_: tokenizer, tokenizer.long_texts)
-    splits = {name: Split([file], columns[name], [found[name]], {}, []) for name, file in files.items()}
+        caches[name] = tokenize_file(
+            file, tokenizer.file, columns[name], task, tokenizer.max_length, cache_dir, lambda *_: tokenizer, long_texts
+        )
+    splits = {name: Split([file], columns[name], [inspections[name]], {}, []) for name, file in files.items()}
     return task, splits, caches
 
 
@@ -180,8 +183,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--against {precision} compares {precision} with itself; name another --precision")
     classes = tuple(task.label_names)
     columns = {name: replace(columns_given(arguments, name), may_be_empty=True, classes=classes) for name in files}
-    for each in columns.values():
-        check_pairs(models[0], each.pair, "--text-pair-column NAME")
+    for own_columns in columns.values():
+        check_pairs(models[0], own_columns.pair, "--text-pair-column NAME")
     check_options(task, arguments)
     task, splits, caches = read_files(arguments, classifier, files, columns)
     evaluations = evaluate_all(classifier, caches, arguments.batch_tokens)
@@ -190,9 +193,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
     if file := arguments.json:
-        parts = {name: as_json(files[name], task, evaluations[name], cache.labels) for name, cache in caches.items()}
+        reports = {name: json_report(files[name], task, evaluations[name], caches[name].labels) for name in caches}
         names, labels = " ".join(map(str, models)), task.label_names
-        content = {"model": names, "precision": precision, "labels": labels, "files": parts}
+        content = {"model": names, "precision": precision, "labels": labels, "files": reports}
         text = json.dumps({**content, "mean": mean_of(list(metrics.values()))}, indent=2, ensure_ascii=False) + "\n"
         with writing(file):
             write_text(file, text)
@@ -215,5 +218,5 @@ def main(argv: list[str] | None = None) -> None:
     }
     try:
         print_text("\n".join([*lines, "", *comparison_table(task, both, precision, against), ""]))
-    finally:  # the verdict does not depend on who reads the table, nor on where it goes
+    finally:  # even if standard output is closed
         check_comparison(task, both, *bounds_of(arguments), precision, against)

@@ -1,4 +1,4 @@
-"""Write a trained model in another form, and check that it gives the same answers.
+"""Write a trained model in another form, and check that its predictions are the same.
 
     python scripts/export.py --model runs/NAME/model --format torchscript --output classifier.pt
     python scripts/export.py --model runs/NAME/best --format hf --dtype bf16 --output models/reviews
@@ -6,9 +6,9 @@
     python scripts/export.py --model runs/NAME/model --format onnx-hf --output models/reviews-onnx
     python scripts/export.py --model runs/NAME/model --format hf --keep-vocabulary-of train.tsv --output models/small
 
-docs/export.md says which form is for whom. The result is read back and compared with the model on a dozen sentences in
-as many languages, or on --check-file. It gets its name only if they agree, or in 8 bits if no more labels change and no
-more accuracy is lost than --most-changed and --most-lost allow.
+docs/export.md describes the forms. The result is read back and compared with the model on sentences in a dozen
+languages, or on --check-file. It gets its name only if both agree, or in int8 if no more labels change and no more
+accuracy is lost than --most-changed and --most-lost allow.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ from sst2_xlmr.util.output import say
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # of a probability; bf16 weights have 8 significant bits
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # for a probability; bf16 weights have 8 significant bits
 ONNX_TOLERANCE = 1e-4
-ROWS_COMPARED = 1000  # of the texts whose vocabulary is kept: all have the same ids, these also the same answers
+ROWS_COMPARED = 1000  # of --keep-vocabulary-of: their predictions are compared, and the tokens of all rows
 ONNX_BATCH = 32
-# Takes texts and, or None, their second texts; returns fp32 probabilities, [rows, outputs].
+# Takes texts, and their second texts or None; returns fp32 probabilities [rows, outputs].
 Classify = Callable[[list[str], Optional[list[str]]], np.ndarray]
 
 
@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def classify_with_folder(folder: Path) -> Classify:
-    """Return what a folder answers; `UserError` if a weight is not finite, even one that no answer shows."""
+    """Return a folder's classifier; UserError if any weight is not finite."""
     model, tokenizer, task = load_classifier(folder, CPU, bf16=False)
     return lambda texts, pairs: predict(model, task, *tokenizer.flat_ids(texts, pairs), EVAL_BATCH_TOKENS, CPU)
 
@@ -148,10 +148,10 @@ def write_onnx_file(
 
 
 def checked(task: Task, outputs: Sequence[Any]) -> np.ndarray:
-    """Return the probabilities that a written file gives, which must be those of its labels."""
+    """Return the probabilities among a written file's outputs; UserError if its labels do not follow from them."""
     answers, probabilities = task.answers_of(outputs)
     if answers != [task.cells(row, all_probabilities=False)[0] for row in probabilities.tolist()]:
-        raise UserError("the written file names other labels than its probabilities say; it was removed")
+        raise UserError("the written file's labels do not follow from its probabilities; it was removed")
     return probabilities
 
 
@@ -163,7 +163,7 @@ def write_hugging_face(encoder: EncoderFolder, folder: Path, dtype: str) -> Clas
 
 
 def trim(encoder: EncoderFolder, files: list[str], columns: Columns, folder: Path) -> EncoderFolder:
-    """Write a model's folder with the vocabulary of some files; checked to give these the same answers, bit for bit."""
+    """Write a model folder with the vocabulary of some files, and check that these get bitwise equal predictions."""
     rows = [row for file in files for row in read_texts(Path(file), columns)]
     texts = [text for row in rows for text in (row.text, row.pair) if text is not None]
     left = write_trimmed(encoder, texts, folder)
@@ -184,13 +184,13 @@ def trim(encoder: EncoderFolder, files: list[str], columns: Columns, folder: Pat
 
 
 def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, written: Path) -> str:
-    """Write the model's new form, and check that its answers are near enough to the model's; returns what to say."""
+    """Write the model's new form, and check its predictions against the model's; returns the result in words."""
     int8, kind = arguments.format.endswith("int8"), arguments.format.removesuffix("-int8")
     takes_texts = kind == "torchscript" or (kind == "onnx" and not arguments.from_ids)
     takes_pairs = kind != "onnx" or arguments.from_ids
     if takes_texts and added_tokens(encoder.tokenizer_file):
-        cure = "take hf, onnx-hf, or onnx with --from-ids"
-        raise UserError(f"--format {kind} has SentencePiece only, but tokens were added to this model's; {cure}")
+        cure = "use hf, onnx-hf, or onnx with --from-ids"
+        raise UserError(f"--format {kind} has only SentencePiece, but tokens were added to this model's; {cure}")
     if encoder.long_texts.kind == "windows" and kind != "hf" and (kind != "onnx" or not takes_texts):
         what = "averages the windows of a long text, which this form cannot"
         raise UserError(f"--format {arguments.format}: the model {what}; take hf, or onnx without --from-ids")

@@ -21,10 +21,10 @@ def main(argv: list[str] | None = None) -> None:
     for name in arguments.names:
         if name not in options.FETCHED and not is_hub_id(name):
             ours = ", ".join(options.FETCHED)
-            raise UserError(f"argument NAME: invalid choice: {name!r} (choose from {ours}, or OWNER/NAME); see --help")
+            raise UserError(f"argument NAME: invalid choice: {name!r} (choose from {ours} or OWNER/NAME); see --help")
     if arguments.cache_dir is not None:
         os.environ["SST2_XLMR_CACHE"] = str(arguments.cache_dir)
-    # Without this, being terminated would leave a partial file behind.
+    # So that SIGTERM leaves no partial file behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     caches = {}
     for name in arguments.names or ("sst2", "xlmr.base"):
@@ -35,4 +35,4 @@ def main(argv: list[str] | None = None) -> None:
         elif not Path(name).is_dir():
             caches["HF_HUB_CACHE"] = folder.parents[2]  # of models--OWNER--NAME/snapshots/COMMIT
     for variable, cache in caches.items():
-        print(f"elsewhere, set {variable} to a copy of {cache}")
+        print(f"on another machine, set {variable} to a copy of {cache}")

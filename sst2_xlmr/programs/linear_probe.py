@@ -1,4 +1,4 @@
-"""A linear classifier on the frozen encoder's features: the cheap baseline that tells what fine-tuning adds."""
+"""A linear classifier on the frozen encoder's features: a cheap baseline, which shows what fine-tuning adds."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.task import main_metric
 from sst2_xlmr.util.distributed import choose_device
 
-MOST_ROWS = 2000  # to fit on
-PENALTY = 0.1  # on half the sum of the squared weights, beside the mean loss
+MOST_ROWS = 2000  # to fit it on
+PENALTY = 0.1  # weight of half the sum of squared weights, added to the mean loss
 
 
 def features_of(model: nn.Module, cache: TokenCache, rows: np.ndarray, config: Config) -> torch.Tensor:
-    """Return fp32 [rows, hidden], on the CPU; `model` returns features in place of logits."""
+    """Return the rows' features, fp32 [rows, hidden], on the CPU; `model` returns features instead of logits."""
     device = choose_device(config.device)
     order = [rows[batch] for batch in batches_of_like_length(cache.lengths()[rows], config.eval_batch_tokens)]
-    found = on_all_cores(lambda batch: logits_of(model, cache.ids, cache.offsets, batch, device).cpu(), order, device)
-    features, at = torch.cat(list(found)), np.concatenate(order)
-    return features[torch.from_numpy(np.argsort(at))]  # `rows` are ascending
+    parts = on_all_cores(lambda batch: logits_of(model, cache.ids, cache.offsets, batch, device).cpu(), order, device)
+    features = torch.cat(list(parts))
+    return features[torch.from_numpy(np.argsort(np.concatenate(order)))]  # `rows` are ascending
 
 
 def linear_probe(config: Config) -> float:
-    """Return dev's main metric of a linear layer on tanh of the features at `<s>`, fitted on some training rows."""
+    """Fit a linear layer on the features at `<s>` of some training rows; returns its main metric on dev."""
     inputs = prepare(config, quiet=True)
     classifier, _ = build_classifier(inputs.encoder, inputs.task)
     for name in ("dense", "out"):

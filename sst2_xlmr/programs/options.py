@@ -1,4 +1,4 @@
-"""The options of all programs but train, declared once. This imports neither torch nor numpy, which take seconds."""
+"""The options of all programs but train. This module imports neither torch nor numpy, which take seconds."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.util.downloads import BUNDLE_URLS, cache_dir
 
 FORMATS = ("hf", "onnx", "onnx-int8", "onnx-hf", "onnx-hf-int8", "torchscript")
-TABLE_OPTIONS = [name for name in COLUMN_OPTIONS if name != "format"]  # which is that of the export
+TABLE_OPTIONS = [name for name in COLUMN_OPTIONS if name != "format"]  # here --format is the export's
 FETCHED = ("sst2", *BUNDLE_URLS)
-ROWS_FILE = f"{either(KINDS)} file, perhaps with .gz"
+ROWS_FILE = f"{either(KINDS)} file, optionally with .gz"
 probability, share, weight = number_to(1, "probability"), number_to(0.9, "share"), number_to(1000, "weight")
 
 
 def add_abstention(parser: OneLineParser) -> None:
-    what = f"answer {ABSTAINED} instead of a label whose probability is lower"
+    what = f"predict {ABSTAINED} instead of a label whose probability is lower"
     parser.add_argument("--abstain-below", type=probability, default=0.0, metavar="P", help=what)
 
 
 def predict() -> OneLineParser:
-    parser = OneLineParser(description="Classify texts: label and probability for each, in the order of the texts.")
+    parser = OneLineParser(description="Classify texts: prints a label and a probability for each, in order.")
     add_model_options(parser)
     add = parser.add_argument
     add("--input", type=Path, metavar="FILE", help=f"texts: a {ROWS_FILE}")
     for name in TEXT_OPTIONS:
         add_option(parser, name)
-    add("--output", type=Path, metavar="FILE", help=f"write to a {ROWS_FILE}, instead of standard output")
+    add("--output", type=Path, metavar="FILE", help=f"write to a {ROWS_FILE} instead of standard output")
     add("--overwrite", action="store_true", help="replace existing output")
     add("--resume", action="store_true", help="continue a killed run with the same --input and --output")
     add_abstention(parser)
@@ -45,7 +45,7 @@ def predict() -> OneLineParser:
 def evaluate() -> OneLineParser:
     parser = OneLineParser(description="Evaluate a trained model on labelled files.")
     add_model_options(parser)
-    add, rows = parser.add_argument, f"labelled rows: {either(KINDS)}, perhaps with .gz; may be repeated"
+    add, rows = parser.add_argument, f"labelled rows: a {ROWS_FILE}; may be repeated"
     add("--calibrate", type=Path, metavar="FILE", help="fit a temperature on these rows, and write --output")
     add("--output", type=Path, metavar="DIR", help="the new folder of the calibrated model")
     add("--file", default=[], nargs="+", action="extend", metavar="[NAME=]FILE", help=rows)
@@ -55,21 +55,21 @@ def evaluate() -> OneLineParser:
     add_bounds(parser)
     add("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     add("--overwrite", action="store_true", help="replace an existing --json file")
-    add("--tensorboard", type=Path, metavar="DIR", help="write scalars and pictures there")
+    add("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard scalars and plots to this directory")
     return parser
 
 
 def export() -> OneLineParser:
     parser = OneLineParser(description="Write a trained model in another form, and check it.")
     add = parser.add_argument
-    add("--model", required=True, type=Path, metavar="DIR|NAME", help="model folder, or owner/name of the Hub")
+    add("--model", required=True, type=Path, metavar="DIR|NAME", help="model folder, or owner/name on the Hub")
     add("--format", required=True, choices=FORMATS, help="what to write")
     add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf, onnx-hf) or file")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights in the folder; hf only [fp32]")
-    add("--from-ids", action="store_true", help="onnx: the inputs are token ids instead of texts")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights; hf only [fp32]")
+    add("--from-ids", action="store_true", help="onnx: take token ids instead of texts")
     what = "drop the embedding rows that neither these texts nor single characters need"
     add("--keep-vocabulary-of", nargs="+", default=[], metavar="FILE", help=what)
-    what = f"compare on these rows, labelled or not: {either(KINDS)}, or lines of text [built-in sentences]"
+    what = f"rows to compare on, labelled or not: {either(KINDS)}, or lines of text [built-in sentences]"
     add("--check-file", nargs="+", default=[], metavar="[NAME=]FILE", help=what)
     for name in TABLE_OPTIONS:
         add_option(parser, name)
@@ -81,13 +81,13 @@ def split() -> OneLineParser:
     parser = OneLineParser(description="Split a file of rows into train, dev and test.")
     add = parser.add_argument
     add("--train-file", required=True, type=Path, metavar="FILE", help="labelled rows")
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="new folder, with the files")
-    add("--test-share", type=share, default=0.0, metavar="P", help="share of the rows for the test, by class [0]")
-    add("--dev-share", type=share, default=0.0, metavar="P", help="share of the rows for dev, by class [0]")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="new folder for the files")
+    add("--test-share", type=share, default=0.0, metavar="P", help="share of each class's rows for the test [0]")
+    add("--dev-share", type=share, default=0.0, metavar="P", help="share of each class's rows for dev [0]")
     add("--rows", type=positive, metavar="N", help="instead of --test-share: number of rows for the test")
-    what = "no text of the test is part of a training text, nor the other way round; needs --rows"
+    what = "let no test text be part of a training text, or contain one; needs --rows"
     add("--keep-parts-apart", action="store_true", help=what)
-    add("--train-rows", type=positive, metavar="N", help="keep N random rows of the remaining ones for training [all]")
+    add("--train-rows", type=positive, metavar="N", help="train on N random rows of the remaining ones [all]")
     add("--seed", type=int, default=0, metavar="N", help="random seed [0]")
     for name in (*TEXT_OPTIONS, "label_column"):
         add_option(parser, name)
@@ -104,36 +104,37 @@ def seed_list(text: str) -> list[int]:
 def study() -> OneLineParser:
     parser = OneLineParser(description="Compare settings over several seeds.")
     add = parser.add_argument
-    add("--seeds", type=seed_list, metavar="N,...", help="one run for each")
-    add("--folds", type=int, default=0, metavar="K", help="instead: one run for each of K parts of the training rows")
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="gets a folder for each setting")
-    add("--setting", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"), help="may be repeated")
+    add("--seeds", type=seed_list, metavar="N,...", help="seeds; one run for each")
+    add("--folds", type=int, default=0, metavar="K", help="instead of --seeds: K-fold cross-validation")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="folder that gets one folder per setting")
+    what = "name and options of a setting; may be repeated"
+    add("--setting", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"), help=what)
     return parser
 
 
 def distill() -> OneLineParser:
-    parser = OneLineParser(description="Train on labelled rows and on teachers' answers for unlabelled texts.")
+    parser = OneLineParser(description="Train on labelled rows and on teachers' predictions for unlabelled texts.")
     add = parser.add_argument
     add("--teacher", nargs="+", action="extend", default=[], metavar="DIR", help="trained models [the labelled runs]")
-    add("--unlabelled", nargs="+", action="extend", required=True, type=Path, metavar="FILE", help="their texts")
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="gets a folder for each round")
-    add("--seeds", type=seed_list, default=[1], metavar="N,...", help="one run for each [1]")
-    add("--rounds", type=positive, default=1, metavar="N", help="each round's students teach the next one's [1]")
-    add("--labelled", default="", metavar="OPTIONS", help="further options of the runs on the labelled rows alone")
-    add("--temperature", type=number_to(10, "temperature"), metavar="T", help="divides the teachers' logits [1]")
-    add("--unlabelled-weight", type=weight, default=1.0, metavar="W", help="of an unlabelled row's loss [1]")
-    add("--teacher-precision", choices=PRECISIONS, default="auto", help="in which teachers answer [auto]")
+    add("--unlabelled", nargs="+", action="extend", required=True, type=Path, metavar="FILE", help="unlabelled texts")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="folder that gets one folder per round")
+    add("--seeds", type=seed_list, default=[1], metavar="N,...", help="seeds; one run for each [1]")
+    add("--rounds", type=positive, default=1, metavar="N", help="rounds; the students of each teach the next [1]")
+    add("--labelled", default="", metavar="OPTIONS", help="more options for the runs on the labelled rows alone")
+    add("--temperature", type=number_to(10, "temperature"), metavar="T", help="divide the teachers' logits by T [1]")
+    add("--unlabelled-weight", type=weight, default=1.0, metavar="W", help="weight of an unlabelled row's loss [1]")
+    add("--teacher-precision", choices=PRECISIONS, default="auto", help="precision of the teachers [auto]")
     return parser
 
 
 def fetch() -> OneLineParser:
-    epilog = "OWNER/NAME goes into the Hub's cache (see HF_HOME, HF_ENDPOINT, HF_TOKEN). Without internet, set"
-    epilog += " SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders named at the end, and HF_HUB_OFFLINE=1."
+    epilog = "OWNER/NAME goes into the Hub's cache (see HF_HOME, HF_ENDPOINT, HF_TOKEN). On a machine without internet,"
+    epilog += " set SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders printed last, and HF_HUB_OFFLINE=1."
     parser = OneLineParser(description="Fetch data and encoders ahead of time.", epilog=epilog)
     ours = ", ".join(FETCHED)
     what = f"{ours}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
     parser.add_argument("names", nargs="*", metavar="NAME", help=what)
-    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"for {ours} [{cache_dir()}]")
+    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"cache for {ours} [{cache_dir()}]")
     return parser
 
 
@@ -142,8 +143,8 @@ def serve() -> OneLineParser:
     add_model_options(parser)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all [127.0.0.1]")
-    add("--port", type=int, default=8000, help="[8000]")
-    what = "processes that answer, and share the cores: several where one core cannot read all requests [1]"
+    add("--port", type=int, default=8000, help="port to listen on [8000]")
+    what = "worker processes, which share the cores; use several if one core cannot parse all requests [1]"
     add("--workers", type=positive, default=1, metavar="N", help=what)
     add_abstention(parser)
     return parser
@@ -152,20 +153,20 @@ def serve() -> OneLineParser:
 PARSERS: dict[str, Callable[[], OneLineParser]] = {
     each.__name__: each for each in (predict, evaluate, export, split, study, distill, fetch, serve)
 }
-FOR_TRAIN = {"--setting": 2, "--labelled": 1}  # options for train.py in one word, and where that word is
+FOR_TRAIN = {"--setting": 2, "--labelled": 1}  # flag -> position of its word that holds options for train.py
 
 
 def parse_known(program: str, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Parse a program's command line; returns also the words that are not its own, but train.py's."""
+    """Parse a program's command line; returns also the remaining words, which are for train.py."""
     words: list[Any] = sys.argv[1:] if argv is None else list(argv)
     for place, word in enumerate(words):
         if (at := place + FOR_TRAIN.get(word, 0)) > place and at < len(words):
-            words[at] = f" {words[at]}"  # or argparse would take its "--freeze-encoder" for an option of this program
+            words[at] = f" {words[at]}"  # otherwise argparse would parse its "--freeze-encoder" as this program's
     return PARSERS[program]().parse_known_args(words)
 
 
 def refuse_wrong_flags(program: str, words: list[str]) -> None:
-    """Print --help, or refuse what is not an option, before anything slow is imported."""
+    """Print --help, or raise UserError for a wrong flag, before anything slow is imported."""
     if program == "train":
         if all(Path(word[1:]).is_file() for word in words if word.startswith("@")):  # a pipe can be read only once
             cli.train_parser().parse_args(with_files(words))

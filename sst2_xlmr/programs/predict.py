@@ -6,11 +6,11 @@
     python scripts/predict.py --model runs/NAME/model --input test.tsv --glue-submission submission
     torchrun --nproc_per_node=2 scripts/predict.py --model runs/NAME/model --input reviews.csv --output answers.csv
 
-Prints a line per text, in order: label, tab, probability, tab, text. With --output it writes all columns of the input,
-followed by these, to a file.
+Prints a line per text, in order: label, tab, probability, tab, text. With --output it writes a file with all columns of
+the input, followed by label and probability.
 
-The input may be larger than memory, so it is read in blocks of rows: first to find bad rows, then to classify them
-(each process takes a share), then to write them with their answers. Until the output is complete, the answers are in a
+The input may be larger than memory, so it is read in blocks of rows, three times: to find bad rows, to classify (each
+process takes a share), and to write rows with their predictions. Until the output is complete, the predictions are in a
 hidden folder beside it; after a kill, the same command with --resume continues from there.
 """
 
@@ -58,16 +58,16 @@ from sst2_xlmr.util.shards import first_missing, is_begun, open_shards, read_blo
 
 ROWS_AT_ONCE = 1024
 BYTES_AT_ONCE = 1 << 16  # of standard input
-SENTENCE = ["sentence"]  # the column of texts that do not come from a file
-# Options on which the output depends, besides the input and the model.
+SENTENCE = ["sentence"]  # column name for texts that do not come from a file
+# Options that affect the output.
 FINGERPRINT_OPTIONS = (*TEXT_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
-Answers = tuple[list[Row], list[list[Any]]]  # rows, and the new cells of each
-# Processes synchronize at the beginning and the end only, so they may wait long.
+Predictions = tuple[list[Row], list[list[Any]]]  # rows, and the new cells of each
+# Processes synchronize only at the beginning and the end, so they may wait long.
 TIMEOUT_MINUTES = 7 * 24 * 60.0
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line, and check all that needs neither input nor model."""
+    """Parse the command line, and check what needs neither input nor model."""
     arguments = options.predict().parse_args(argv)
     file, glue = arguments.input, arguments.glue_submission
     outputs = {"--output": arguments.output, "--glue-submission": glue and glue / "SST-2.tsv"}
@@ -110,19 +110,19 @@ def is_complete(paths: Sequence[Path]) -> bool:
 
 
 def read_chunks(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """Return the rows to classify: of the file, the sentences, or the lines of standard input.
+    """Return the rows to classify, in chunks: from the file, the sentences, or standard input.
 
-    A wrong sentence is an error at once, and so is a wrong column, as a file's first rows are read.
+    The first rows of a file are read at once, so that a wrong column raises a UserError here.
     """
     if arguments.input:
         chunks = in_chunks(read_rows(arguments.input, columns_given(arguments), None), ROWS_AT_ONCE)
         return itertools.chain([next(chunks)], chunks)
     if arguments.sentences:
-        return iter([[sentence("sentence", *each) for each in enumerate(arguments.sentences, 1)]])
+        return iter([[sentence("sentence", *numbered) for numbered in enumerate(arguments.sentences, 1)]])
     if sys.stdin is None or sys.stdin.isatty():  # None if it is closed
         cure = "give them as arguments, one per line on standard input, or in a file with --input"
         raise UserError(f"no sentences: {cure}")
-    return arrived_lines(sys.stdin.buffer)
+    return available_lines(sys.stdin.buffer)
 
 
 def sentence(where: str, number: int, text: str) -> Row:
@@ -130,8 +130,8 @@ def sentence(where: str, number: int, text: str) -> Row:
     return Row(text, None, None, Fields(number, SENTENCE, [text]))
 
 
-def arrived_lines(stream: Any) -> Iterator[list[Row]]:
-    """Yield the lines of a stream (UTF-8, LF or CRLF) that have arrived, without waiting for more of them."""
+def available_lines(stream: Any) -> Iterator[list[Row]]:
+    """Yield a stream's lines (UTF-8, LF or CRLF) as they become available, without waiting for more."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     count, rest, is_open = 0, "", True
     while is_open:
@@ -140,17 +140,17 @@ def arrived_lines(stream: Any) -> Iterator[list[Row]]:
         *lines, rest = (rest + decoder.decode(block, final=not is_open)).split("\n")
         if len(rest) > LONGEST:
             where = f"standard input, line {count + len(lines) + 1}"
-            raise UserError(f"{where}: longer than {LONGEST:,} characters; give one text a line")
-        if rest and not is_open:  # the last line has no end
+            raise UserError(f"{where}: longer than {LONGEST:,} characters; give one text per line")
+        if rest and not is_open:  # the last line has no line end
             lines.append(rest)
         if lines:
             texts = (line.rstrip("\r") for line in lines)
-            yield [sentence("standard input, line", *each) for each in enumerate(texts, count + 1)]
+            yield [sentence("standard input, line", *numbered) for numbered in enumerate(texts, count + 1)]
             count += len(lines)
 
 
 def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
-    """Read the input once, so that a bad row shows before any work; returns its digest, and rows per chunk."""
+    """Read the whole input to find bad rows; returns its digest, and the number of rows in each chunk."""
     digest, columns, rows = source_digest(arguments.input), None, []
     for chunk in read_chunks(arguments):
         columns = columns or chunk[0].fields.names
@@ -161,7 +161,7 @@ def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
 
 
 def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Classifier) -> dict[str, Any]:
-    """Return what makes the rows of the output; blocks that were begun with another one are not continued."""
+    """Return everything that the output depends on; --resume requires that it has not changed."""
     files = []
     for model in arguments.models:
         encoder = find_model(model)
@@ -171,19 +171,20 @@ def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Class
     return {"input": digest, "model": [digest_of(file) for file in files], **options, **machine}
 
 
-def classify(arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Row]]) -> Iterator[Answers]:
-    """Yield every chunk of rows with the new cells of each row."""
+def classify(
+    arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Row]]
+) -> Iterator[Predictions]:
+    """Yield each chunk of rows with its predictions."""
     encoded = ((chunk, classifier.encode(texts_of(chunk))) for chunk in chunks)
-    # A file is read and tokenized while the model computes; a stream may have to be waited for.
+    # A file is read and tokenized ahead while the model computes; a stream may have nothing to read.
     for chunk, (ids, lengths) in read_ahead(encoded) if arguments.input else encoded:
-        with memory_errors(f"take a smaller --batch-tokens than {arguments.batch_tokens}"):
-            found = classifier.probabilities_of_ids(ids, lengths, arguments.batch_tokens).tolist()
-        cells, options = classifier.task.cells, (arguments.all_probabilities, arguments.abstain_below)
-        yield chunk, [cells(probabilities, *options) for probabilities in found]
+        with memory_errors(f"use a smaller --batch-tokens than {arguments.batch_tokens}"):
+            rows = classifier.probabilities_of_ids(ids, lengths, arguments.batch_tokens).tolist()
+        yield chunk, [classifier.task.cells(row, arguments.all_probabilities, arguments.abstain_below) for row in rows]
 
 
 def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """Yield all items; the next one is made on a thread meanwhile."""
+    """Yield all items, computing the next one on a thread meanwhile."""
     with ThreadPoolExecutor(1) as thread:
         pending = thread.submit(next, items, None)
         while (item := pending.result()) is not None:
@@ -192,32 +193,32 @@ def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def predict_stream(arguments: argparse.Namespace) -> None:
-    """Classify sentences or standard input as they come, and write lines on standard output, in UTF-8, or a file."""
+    """Classify texts as they become available; writes lines to standard output, in UTF-8, or to the output files."""
     chunks = read_chunks(arguments)
     classifier = Classifier.load_mean(arguments.models, arguments.precision, arguments.device)
     check_options(classifier.task, arguments)
-    answers = classify(arguments, classifier, chunks)
+    blocks = classify(arguments, classifier, chunks)
     if arguments.output:
-        write_predictions(arguments, classifier.task, answers)
+        write_predictions(arguments, classifier.task, blocks)
         return
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    for chunk, predictions in answers:
+    for chunk, predictions in blocks:
         if not print_text(console_lines(chunk, predictions)):
             return
     if arguments.input:
         say_layout(arguments)
 
 
-def write_predictions(arguments: argparse.Namespace, task: Task, answers: Iterable[Answers]) -> None:
-    """Write the output files, which get their names once they are complete."""
+def write_predictions(arguments: argparse.Namespace, task: Task, blocks: Iterable[Predictions]) -> None:
+    """Write the output files atomically."""
     new_columns = task.columns(arguments.all_probabilities)
     numbers = glue_label_ids(task.label_names) if arguments.glue_submission else {}
     layout = find_layout(arguments.input, columns_given(arguments)) if arguments.input else None
-    has_names = not layout or layout.header or not layout.delimiter  # if the input has no header, nor has the output
+    has_names = not layout or layout.header or not layout.delimiter  # without a header in the input, write none
     columns, row = None, 0
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(new_output(path)) for path in arguments.paths]
-        for chunk, predictions in answers:
+        for chunk, predictions in blocks:
             columns = columns or chunk[0].fields.names
             if arguments.output:
                 header = has_names and row == 0
@@ -228,10 +229,10 @@ def write_predictions(arguments: argparse.Namespace, task: Task, answers: Iterab
 
 
 def say_layout(arguments: argparse.Namespace) -> None:
-    """Say on standard error how the input is read, unless that is plain, and how pandas reads the output."""
+    """Print to standard error how the input was read, if its format is unusual, and how pandas reads the output."""
     columns, output = columns_given(arguments), arguments.output
-    if said := description(arguments.input, find_layout(arguments.input, columns), columns):
-        print(f"read as    {said}", file=sys.stderr)
+    if note := description(arguments.input, find_layout(arguments.input, columns), columns):
+        print(f"read as    {note}", file=sys.stderr)
     if output and kind_of(output) == ".tsv":
         how = f"pandas.read_csv({str(output)!r}, sep='\\t', quoting=3, keep_default_na=False) reads it"
         print(f"written    {output}: tabs, no quotes; {how}", file=sys.stderr)
@@ -257,23 +258,23 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
         start = first_missing(folder, first, last)
         chunks = itertools.islice(read_chunks(arguments), start, last)
         total, done = sum(sizes[first:last]), sum(sizes[first:start])
-        answers = with_progress(classify(arguments, classifier, chunks), total, done, quiet=not world.is_main)
-        for number, (_, predictions) in enumerate(answers, start):
+        blocks = with_progress(classify(arguments, classifier, chunks), total, done, quiet=not world.is_main)
+        for number, (_, predictions) in enumerate(blocks, start):
             write_block(folder, number, predictions)
-        distributed.gather_objects(world, None, world.patient)  # all blocks are there
+        distributed.gather_objects(world, None, world.patient)  # wait until all blocks are written
 
-        def all_answers() -> Iterator[Answers]:
+        def all_blocks() -> Iterator[Predictions]:
             yield from zip(read_chunks(arguments), (read_block(folder, number) for number in range(len(sizes))))
             if source_digest(arguments.input) != digest:  # before the output gets its name
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
 
         def finish() -> None:
-            check_outputs(arguments)  # they may have been made since
-            write_predictions(arguments, classifier.task, all_answers())
+            check_outputs(arguments)  # another program may have created one meanwhile
+            write_predictions(arguments, classifier.task, all_blocks())
             remove_shards(folder)
             say_layout(arguments)
 
-        distributed.on_rank0(world, finish)  # before the folder is free for other processes
+        distributed.on_rank0(world, finish)  # while the folder is still locked
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -293,5 +294,5 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 predict_file(arguments, world)
             except UserError as error:
-                error.is_own = world.rank > 0 and not error.is_shared  # or nobody would say it
+                error.is_own = world.rank > 0 and not error.is_shared  # otherwise no rank would report it
                 raise

@@ -3,10 +3,10 @@
     sst2-xlmr serve --model runs/NAME/model --port 8000
     curl http://127.0.0.1:8000 -d '{"texts": ["A fine film.", "Not my cup of tea."]}'
 
-A request has `texts`, strings or pairs of strings, and perhaps `"all_probabilities": true`; the answer is a list with
-what predict.py writes for each. Texts that wait are computed together, those of all requests. GET /healthz says that
-the service is there, GET /metrics has its counters for Prometheus. SIGTERM lets it finish what it has begun. With
---workers several processes answer, which share the model's memory.
+A request has `texts`, strings or pairs of strings, and optionally `"all_probabilities": true`; the response is a list
+with the columns of predict.py for each text. Waiting texts of all requests are batched. GET /healthz is a health check,
+GET /metrics has counters for Prometheus. On SIGTERM, it finishes the requests it has received. With --workers, several
+processes answer, and share the model's memory.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Hold out rows of a training file, for a test that nobody tunes on.
+"""Hold out rows of a training file as a test set.
 
     sst2-xlmr split --train-file data/SST-2/train.tsv --rows 5000 --output-dir data/held-out
 
 writes train.tsv and test.tsv, with --dev-share also dev.tsv, into the new folder. SST-2's training rows are sentences
-and thousands of phrases cut from them, so rows drawn at random would leave their own words in training. With
---keep-parts-apart no row of the test is part of a text that is left to train on, nor the other way round; phrases that
-occur in texts of both sides are left out of both. Texts are compared by their words, case-insensitively.
+and phrases cut from them, so parts of a row drawn at random would remain in training. With --keep-parts-apart, no test
+text is part of a training text or contains one; phrases that occur in texts of both sides are left out of both. Texts
+are compared by their words, case-insensitively.
 """
 
 from __future__ import annotations
@@ -28,73 +28,73 @@ from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file, writing
 from sst2_xlmr.util.output import say
 
-_KEY_WORDS = 3  # by so many first words a text is looked up in another
+_KEY_WORDS = 3  # number of first words by which a text is looked up in others
 Words = tuple[str, ...]
 
 
-def words_of(text: str, pair: str | None) -> Words:
-    """Return a row's words; a pair of texts counts as one, with a mark between them."""
+def casefolded_words(text: str, pair: str | None) -> Words:
+    """Return a row's casefolded words, those of a pair of texts with a separator between them."""
     return (*text.casefold().split(), *([] if pair is None else ["\t", *pair.casefold().split()]))
 
 
 def find_parts(texts: Sequence[Words]) -> list[np.ndarray]:
-    """Return for every text (all are different) the numbers of the texts whose words stand in it, one after another.
+    """Return for each text the numbers of the texts whose words occur in it consecutively, int64, ascending.
 
-    They are int64 arrays, ascending; a text is one of them itself, unless it is empty.
+    The texts are distinct; unless a text is empty, it is among its own parts.
     """
     number_of = {words: number for number, words in enumerate(texts)}
-    lengths: dict[Words, set[int]] = {}  # first words -> how many words the texts have that begin so
+    lengths: dict[Words, set[int]] = {}  # first words -> lengths, in words, of the texts that start with them
     for words in texts:
         lengths.setdefault(words[:_KEY_WORDS], set()).add(len(words))
     parts = []
     for words in texts:
-        found: set[int] = set()
+        numbers: set[int] = set()
         for start in range(len(words)):
             for key_length in range(1, _KEY_WORDS + 1):
                 for length in lengths.get(words[start : start + key_length], ()):
-                    found.add(number_of.get(words[start : start + length], -1))
-        parts.append(np.array(sorted(found - {-1}), np.int64))
+                    numbers.add(number_of.get(words[start : start + length], -1))
+        parts.append(np.array(sorted(numbers - {-1}), np.int64))
     return parts
 
 
 def split_rows(rows: Sequence[Words], count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return int64 arrays of row numbers, those that stay and `count` for the test, both in the file's order.
+    """Return the row numbers for training, and `count` for the test, int64, in the file's order.
 
-    It is a `UserError` if so many cannot be drawn, or none would stay.
+    UserError if so many cannot be drawn, or none would remain for training.
     """
     numbers: dict[Words, int] = {}
     text_of = np.array([numbers.setdefault(words, len(numbers)) for words in rows], np.int64)  # row -> text
     texts = list(numbers)
     parts, copies = find_parts(texts), np.bincount(text_of, minlength=len(texts))
-    is_whole = np.ones(len(texts), bool)  # whether no longer text has it as a part
+    is_whole = np.ones(len(texts), bool)  # whether it is part of no other text
     for number, members in enumerate(parts):
         is_whole[members[members != number]] = False
     random = np.random.RandomState(seed)
-    # In how many whole rows of either side a text is.
+    # For each text, the number of whole rows on either side that contain it.
     drawn, left = np.zeros(len(texts), int), np.zeros(len(texts), int)
     for number in np.flatnonzero(is_whole):
         left[parts[number]] += copies[number]
-    exclusive = 0  # rows that are in drawn texts only
+    exclusive = 0  # rows that only drawn texts contain
     for row in random.permutation(np.flatnonzero(is_whole[text_of])):
-        found = parts[text_of[row]]
-        left[found] -= 1
-        drawn[found] += 1
-        exclusive += int(copies[found][left[found] == 0].sum())
+        members = parts[text_of[row]]
+        left[members] -= 1
+        drawn[members] += 1
+        exclusive += int(copies[members][left[members] == 0].sum())
         if exclusive >= count:
             break
     test = np.flatnonzero(((drawn > 0) & (left == 0))[text_of])
-    stays = np.flatnonzero((drawn == 0)[text_of])
-    check_count(count, len(rows), len(test) if len(stays) else 0)
-    return stays, np.sort(random.choice(test, count, replace=False))
+    train = np.flatnonzero((drawn == 0)[text_of])
+    check_count(count, len(rows), len(test) if len(train) else 0)
+    return train, np.sort(random.choice(test, count, replace=False))
 
 
 def check_count(count: int, rows: int, most: int) -> None:
     if count > most:
-        raise UserError(f"--rows {count} is too many: there are {rows:,} rows, and some must stay; hold out fewer")
+        raise UserError(f"--rows {count} is too many: there are {rows:,} rows, and some must remain; hold out fewer")
 
 
 def draw(rows: Sequence[Row], share: float, seed: int, are_free: np.ndarray) -> np.ndarray:
-    """Return the numbers of that share of all rows, of every class alike, among those that are free, bool [rows]."""
+    """Draw a share of all rows, stratified by class, among those that are free, bool [rows]; returns their numbers."""
     numbers = np.flatnonzero(are_free)
     free = [rows[number] for number in numbers]
     classes: dict[str, int] = {}
@@ -104,11 +104,11 @@ def draw(rows: Sequence[Row], share: float, seed: int, are_free: np.ndarray) -> 
 
 
 def read_labelled(path: Path, columns: Columns) -> list[Row]:
-    """Return all rows, with the cells of their labels; with none, if there is no such column."""
+    """Return all rows with their labels as text, None if there is no such column."""
     rows = list(read_rows(path, columns, None))
     names = rows[0].fields.names
-    wanted = columns.label if not columns.label.isdecimal() else names[int(columns.label) - 1]
-    return [row._replace(label=dict(zip(row.fields.names, row.fields.cells)).get(wanted)) for row in rows]
+    column = columns.label if not columns.label.isdecimal() else names[int(columns.label) - 1]
+    return [row._replace(label=dict(zip(row.fields.names, row.fields.cells)).get(column)) for row in rows]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -131,10 +131,10 @@ def main(argv: list[str] | None = None) -> None:
     are_free, splits = np.ones(len(rows), bool), {}
     shares = {"test": arguments.test_share, "dev": arguments.dev_share}
     if arguments.keep_parts_apart:
-        words = [words_of(row.text, row.pair) for row in rows]
-        stays, splits["test"] = split_rows(words, arguments.rows, arguments.seed)
+        words = [casefolded_words(row.text, row.pair) for row in rows]
+        train, splits["test"] = split_rows(words, arguments.rows, arguments.seed)
         are_free[:], shares["test"] = False, 0.0
-        are_free[stays] = True
+        are_free[train] = True
     elif arguments.rows:
         check_count(arguments.rows, len(rows), len(rows) - 1)
         shares["test"] = arguments.rows / len(rows)

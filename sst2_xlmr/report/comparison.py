@@ -1,13 +1,13 @@
-"""Compare settings that were each run with the same seeds: means, deviations, and paired differences."""
+"""Compare settings that were run with the same seeds: means, deviations, and paired differences."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any, Optional
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; with more, intervals are slightly too wide.
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, intervals are slightly too wide.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-Figures = dict[str, Optional[float]]  # by column; None for seconds that are not known
+Figures = dict[str, Optional[float]]  # by column; None for unknown seconds
 Results = dict[int, Figures]  # by seed
 
 
@@ -18,44 +18,44 @@ def interval(differences: list[float]) -> dict[str, float]:
 
 
 def shared_columns(results: dict[str, Results]) -> list[str]:
-    """Return the columns that all runs have; settings may evaluate on different files."""
+    """Return the columns that all runs have, as settings may evaluate on different files."""
     runs = [run for by_seed in results.values() for run in by_seed.values()]
     return [column for column in runs[0] if all(column in run for run in runs)]
 
 
 def summary(results: dict[str, Results]) -> dict[str, Any]:
-    """Return mean and deviation (n - 1) of every column per setting, and the differences to the first setting.
+    """Return each setting's mean and standard deviation (n - 1) by column, and its differences to the first setting.
 
     Unknown figures are left out; a mean or deviation of none is None.
     """
     reference = next(iter(results.values()))
-    found: dict[str, Any] = {name: {"mean": {}, "deviation": {}, "difference": {}} for name in results}
+    statistics_of: dict[str, Any] = {name: {"mean": {}, "deviation": {}, "difference": {}} for name in results}
     for name, by_seed in results.items():
         for column in shared_columns(results):
             known = {seed: value for seed, run in by_seed.items() if (value := run[column]) is not None}
-            found[name]["mean"][column] = statistics.mean(known.values()) if known else None
-            found[name]["deviation"][column] = statistics.stdev(known.values()) if len(known) > 1 else None
+            statistics_of[name]["mean"][column] = statistics.mean(known.values()) if known else None
+            statistics_of[name]["deviation"][column] = statistics.stdev(known.values()) if len(known) > 1 else None
             pairs = [(value, reference[seed][column]) for seed, value in known.items()]
             differences = [value - other for value, other in pairs if other is not None]
             if by_seed is not reference and len(differences) > 1:
-                found[name]["difference"][column] = interval(differences)
-    return found
+                statistics_of[name]["difference"][column] = interval(differences)
+    return statistics_of
 
 
-def table(results: dict[str, Results], what: str = "seed") -> list[str]:
-    """Return the results in lines: every run, then means and deviations, then differences in points."""
+def table(results: dict[str, Results], unit: str = "seed") -> list[str]:
+    """Return the lines of a table: every run, then means and deviations, then differences in points."""
     columns, width = shared_columns(results), max(12, *(len(name) + 2 for name in results))
 
     def line(name: str, seed: object, values: Figures) -> str:
         cells = ["-" if (value := values[c]) is None else f"{value:.{0 if c == 'seconds' else 4}f}" for c in columns]
         return f"{name:<{width}}{seed!s:<10}" + "".join(f"{cell:>12}" for cell in cells)
 
-    lines = [f"{'setting':<{width}}{what:<10}" + "".join(f"{column[-11:]:>12}" for column in columns)]
+    lines = [f"{'setting':<{width}}{unit:<10}" + "".join(f"{column[-11:]:>12}" for column in columns)]
     lines += [line(name, seed, run) for name, by_seed in results.items() for seed, run in by_seed.items()]
-    found, reference = summary(results), next(iter(results))
-    for name, figures in found.items():
+    statistics_of, reference = summary(results), next(iter(results))
+    for name, figures in statistics_of.items():
         lines += [line(name, which, figures[which]) for which in ("mean", "deviation") if len(results[name]) > 1]
-    for name, figures in found.items():
+    for name, figures in statistics_of.items():
         for column, difference in figures["difference"].items():
             if column != "seconds":
                 points, half = difference["mean"] * 100, difference["half_width"] * 100

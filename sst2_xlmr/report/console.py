@@ -1,4 +1,4 @@
-"""What a run reports, on rank 0: lines or a progress bar on the console, metrics.jsonl, TensorBoard."""
+"""A run's outputs, on rank 0: lines or a progress bar on the console, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from sst2_xlmr.data.prepare import Prepared
+from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.report import tensorboard
 from sst2_xlmr.report.table import evaluation_table
 from sst2_xlmr.task import Task
-from sst2_xlmr.training.run_folder import forget_metrics
+from sst2_xlmr.training.run_folder import drop_metrics
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.files import disk_errors, writing
 from sst2_xlmr.util.memory import used_memory_gb
@@ -27,34 +27,34 @@ from sst2_xlmr.util.output import say
 
 
 class Report:
-    """The open outputs of a run; rank 0 alone has one.
+    """A run's open outputs; only rank 0 has one.
 
-    `log_*` and `sync` raise UserError if something cannot be written (a full disk, say), and so belong in `on_rank0`.
+    `log_*` and `sync` raise UserError if a write fails (e.g. the disk is full), so they belong in `on_rank0`.
     `say`, `say_evaluation`, `advance` and `close` never raise: a closed console does not stop a run.
     """
 
     def __init__(
         self, inputs: Prepared, state: TrainState, folder: Path, total_steps: int, written_again: list[str]
     ) -> None:
-        """Open the outputs in a claimed folder, to go on after the state's step; UserError if that fails.
+        """Open the outputs in a claimed folder, to continue after the state's step; UserError if that fails.
 
-        The splits that are `written_again` will be evaluated (once more) at this step.
+        Metrics that a run has logged later are dropped, and at this step those of the splits in `written_again`.
         """
         config, first_step = inputs.config, state.step
         self._inputs, self._task, self._total_steps = inputs, inputs.task, total_steps
         self._first_step, self._started = first_step, time.monotonic()
-        place = folder / "metrics.jsonl"
-        purge_step = first_step + 1 if place.exists() else None
-        with writing(place):
-            forget_metrics(place, first_step, written_again)
-            self._metrics = place.open("a", encoding="utf-8")
-        place = Path(config.tensorboard_dir or folder / "tensorboard")
-        with writing(place):
-            self._events = tensorboard.open_events(place, purge_step)
+        path = folder / "metrics.jsonl"
+        purge_step = first_step + 1 if path.exists() else None
+        with writing(path):
+            drop_metrics(path, first_step, written_again)
+            self._metrics = path.open("a", encoding="utf-8")
+        path = Path(config.tensorboard_dir or folder / "tensorboard")
+        with writing(path):
+            self._events = tensorboard.open_events(path, purge_step)
             splits = [split for split in inputs.caches if split != "train"]
             tensorboard.begin_hparams(self._events, config, state.precision, self._task, splits)
             self._events.flush()
-        # disable=None: a bar on a terminal only.
+        # disable=None: only a terminal gets a bar.
         bar: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.1, "disable": None}
         self._bar = tqdm(total=total_steps, initial=first_step, **bar)
 
@@ -68,7 +68,7 @@ class Report:
             self._bar.update()
 
     def log_training(self, entry: dict[str, Any]) -> None:
-        """Write a line of metrics at a step and (fractional) epoch, all of them as scalars; print the main ones."""
+        """Write training metrics, among them step and (fractional) epoch; print the main ones."""
         scalars = {key: value for key, value in entry.items() if key not in ("step", "epoch")}
         self._write(entry, "train", {**scalars, "memory_gb": used_memory_gb()})
         if not self._bar.disable:
@@ -82,31 +82,22 @@ class Report:
             f"lr {entry['lr']:.2e}  {entry['samples_per_s']:.1f} samples/s  {left} left"
         )
 
-    def log_collapse(self, step: int, says: str) -> None:
-        """Write that training has collapsed, and say so."""
+    def log_collapse(self, step: int, reason: str) -> None:
+        """Write and print that training has collapsed."""
         self._write({"step": step, "collapsed": True}, "train", {"collapsed": 1.0})
-        self.say(f"step {step:>6}  collapsed: {says}")
+        self.say(f"step {step:>6}  collapsed: {reason}")
 
-    def log_evaluation(
-        self,
-        step: int,
-        split: str,
-        metrics: dict[str, Any],
-        drawn: tuple[np.ndarray, np.ndarray, Task] | None = None,
-    ) -> None:
-        """Write a line of evaluation metrics (`task.metrics`), perhaps with pictures, curves and mistakes.
-
-        These need labels, probabilities, float32 [rows, outputs], in the file's order, and the task.
-        """
-        if drawn:
-            texts_of = partial(self._inputs.texts_of, split)
+    def log_evaluation(self, step: int, split: str, evaluation: Evaluation, task: Task | None = None) -> None:
+        """Write an evaluation's metrics; with a task, which reads its probabilities, also plots and mistakes."""
+        if task:
+            labels, texts_of = self._inputs.caches[split].labels, partial(self._inputs.texts_of, split)
             with self._event_errors():
-                tensorboard.draw_evaluation(self._events, step, split, *drawn, texts_of)
-        scalars = {key: metrics[key] for key in self._task.scalars}
-        self._write({"step": step, "split": split, **metrics}, split, scalars)
+                tensorboard.draw_evaluation(self._events, step, split, labels, evaluation.probabilities, task, texts_of)
+        scalars = {key: evaluation.metrics[key] for key in self._task.scalars}
+        self._write({"step": step, "split": split, **evaluation.metrics}, split, scalars)
 
     def say_evaluation(self, step: int, evaluations: dict[str, dict[str, Any]], is_best: bool) -> None:
-        """Print a line on dev, and one with the main metric of all other files; both by the split's name."""
+        """Print a line on dev, and one with the main metric of all other splits; takes split -> metrics."""
         others, metric = dict(evaluations), self._task.best_metric
         dev = others.pop("dev")
         best = "  (best so far)" if is_best else ""
@@ -117,26 +108,26 @@ class Report:
             self.say(f"step {step:>6}  {metric}: {values}{mean}")
 
     def log_end(self, evaluations: dict[str, dict[str, Any]]) -> None:
-        """Mark the run as finished, and print a table of files other than dev, and one of best/'s.
+        """Mark the run as finished, and print the last model's metrics on all splits but dev, then those of best/.
 
-        Evaluations are split -> metrics of the model that the run leaves, and `best/` + split -> those of best/.
+        Takes split -> metrics of the last model, and `best/` + split -> metrics of best/.
         """
-        best = {split: found for split, found in evaluations.items() if split.startswith("best/")}
-        others = {split: found for split, found in evaluations.items() if split not in ("dev", *best)}
+        best = {split: metrics for split, metrics in evaluations.items() if split.startswith("best/")}
+        others = {split: metrics for split, metrics in evaluations.items() if split not in ("dev", *best)}
         with self._event_errors():
             tensorboard.end_hparams(self._events)
             self._events.flush()
-        tables = [evaluation_table(self._task, found) for found in (others, best) if found]
+        tables = [evaluation_table(self._task, metrics) for metrics in (others, best) if metrics]
         if tables:
             self.say("\n".join(line for table in tables for line in ["", *table]) + "\n")
 
     def sync(self) -> None:
-        """Sync metrics to disk, so that no checkpoint is ahead of them."""
+        """Sync metrics.jsonl to disk."""
         with disk_errors(f"metrics to {self._metrics.name}"):
             os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
-        """Close all outputs. Everything has been flushed by now; what could not be has had its error."""
+        """Close all outputs. Everything has been flushed, or its error has been raised."""
         for output in (self._bar, self._metrics, self._events):
             with suppress(OSError, ValueError):
                 output.close()
@@ -145,7 +136,7 @@ class Report:
         return disk_errors(f"events to {self._events.log_dir}")
 
     def _write(self, entry: dict[str, Any], group: str, scalars: dict[str, float]) -> None:
-        """Write a line of metrics and a group's scalars, at once: a resumed run does not write again what it has."""
+        """Write and flush a line of metrics and a group's scalars: a resumed run does not write them again."""
         with disk_errors(f"metrics to {self._metrics.name}"):
             self._metrics.write(json.dumps(entry) + "\n")
             self._metrics.flush()

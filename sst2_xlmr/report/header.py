@@ -1,10 +1,9 @@
-"""The lines that describe a run at its start."""
+"""The lines that describe a run when it starts."""
 
 from __future__ import annotations
 
 import math
 import platform
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,23 +15,18 @@ from sst2_xlmr.labels import listed
 from sst2_xlmr.model.encoders import EncoderFolder
 from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.training.optimizer import AdamW
+from sst2_xlmr.training.schedule import Schedule
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.distributed import World
 
 
 def header_lines(
-    inputs: Prepared,
-    state: TrainState,
-    optimizer: AdamW,
-    fallback_reason: str,
-    world: World,
-    folder: Path,
-    total_steps: int,
-    head_is_new: bool,
+    inputs: Prepared, state: TrainState, optimizer: AdamW, fallback_reason: str, world: World, head_is_new: bool
 ) -> list[str]:
-    """Return the header's lines; `inputs.config` is what was asked, and all else what was decided (see `Run`)."""
+    """Return the lines on inputs, model, schedule and hardware; `fallback_reason` is `training_backend`'s."""
     config, rows, processes = inputs.config, len(inputs.train_labels), world.world_size
+    total_steps = Schedule(config, state.batches_per_epoch, state.eval_every).total_steps
     head = f"{'new' if head_is_new else 'its own'} head for {listed(inputs.task.label_names)}"
     at_most = f" (at most {config.micro_batch_size} a pass)" if config.micro_batch_size else ""
     epochs = "" if config.max_steps else f"{config.epochs:g} epoch{'s' * (config.epochs != 1)}, "
@@ -51,12 +45,11 @@ def header_lines(
         *data_report(inputs),
         f"batches    {batches}; {epochs}{total_steps:,} steps, evaluation {evaluation}",
         f"device     {device}; {computes}",
-        f"run        {folder}",
     ]
 
 
 def data_report(inputs: Prepared) -> list[str]:
-    """Return a line each for duplicates, conflicting labels and leaks, where the training rows have any."""
+    """Return a line each for duplicates, conflicting labels and leaks, if the training rows have any."""
     config, train = inputs.config, inputs.caches["train"]
     duplicates = "dropped" if config.drop_duplicates else "--drop-duplicates drops them"
     leaks = "dropped" if config.drop_leaks else "--drop-leaks drops them"
@@ -76,13 +69,13 @@ def data_report(inputs: Prepared) -> list[str]:
         other = same[keys != keys[same == first]][0]
         add("conflicts", count, "a text with conflicting labels", duplicates, ("train", first), ("train", other))
     for split, rows in inputs.leaks.items():
-        there = np.flatnonzero(inputs.caches[split].text_digests == train.text_digests[rows[0]])[0]
-        add("leaks", len(rows), f"a text of {split}", leaks, ("train", rows[0]), (split, there))
+        leaked = np.flatnonzero(inputs.caches[split].text_digests == train.text_digests[rows[0]])[0]
+        add("leaks", len(rows), f"a text of {split}", leaks, ("train", rows[0]), (split, leaked))
     return lines
 
 
 def _describe_model(encoder: EncoderFolder, optimizer: AdamW) -> str:
-    """Return the model's size with its whole vocabulary, and how much of it is trained."""
+    """Return the model's size with its whole vocabulary, and how many parameters are trained."""
     shape, sizes = encoder.shape, {name: weight.shape for name, weight in optimizer.weights().items()}
     rows = sizes[EMBEDDING][0]
     whole = sum(map(math.prod, sizes.values())) + (shape.vocab_size - rows) * shape.hidden
@@ -94,24 +87,24 @@ def _describe_model(encoder: EncoderFolder, optimizer: AdamW) -> str:
 
 
 def describe_rows(inputs: Prepared) -> str:
-    """Return how many rows every file has, how many are trained on, and how many are cut."""
+    """Return the rows of every file, and how many of them are trained on or truncated."""
     counts = {split: f"{len(cache):,}" for split, cache in inputs.caches.items()}
     if inputs.train_rows is not None:
         counts["train"] = f"{len(inputs.train_rows):,} of {counts['train']}"
     rows = ", ".join(f"{split} {count}" for split, count in counts.items())
     length, kind = inputs.config.max_length, inputs.config.long_texts
     if kind == "windows":
-        several = sum(int((cache.lengths() > length).sum()) for cache in inputs.caches.values())
-        return f"{rows}; {several:,} in windows of {length} tokens"
+        windowed = sum(int((cache.lengths() > length).sum()) for cache in inputs.caches.values())
+        return f"{rows}; {windowed:,} in windows of {length} tokens"
     truncated = sum(len(cache.cut_rows) for cache in inputs.caches.values())
-    where = " (their beginning and end)" if kind == "head-tail" else ""
-    return rows + (f"; {truncated:,} cut to {length} tokens{where}" if truncated else "")
+    kept = " (their beginning and end)" if kind == "head-tail" else ""
+    return rows + (f"; {truncated:,} cut to {length} tokens{kept}" if truncated else "")
 
 
 def _describe_precision(config: Config, precision: str, reason: str, world: World) -> str:
-    """Return the precision, with what was asked if that left it open, and what computes."""
+    """Return the precision, with `--precision` if that is auto, and the backend."""
     bf16 = "bf16 autocast" if reason else "bf16 with fp32 master weights"
     kind = {"bf16": bf16, "tf32": "fp32 with tf32 products"}.get(precision, precision)
-    asked = "" if config.precision == precision else f"precision {config.precision} -> "
+    option = "" if config.precision == precision else f"precision {config.precision} -> "
     slower = "" if world.device.type == "cuda" else f": slower ({reason})"  # engines are for the CPU
-    return f"{asked}{kind}; {f'plain PyTorch{slower}' if reason else 'engine'}"
+    return f"{option}{kind}; {f'plain PyTorch{slower}' if reason else 'engine'}"

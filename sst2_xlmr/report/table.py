@@ -1,4 +1,4 @@
-"""The console's tables of evaluated files and of compared precisions."""
+"""Tables, for the console, of evaluated files and compared precisions."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from sst2_xlmr.task import Task
 
 
 def evaluation_table(task: Task, metrics_by_file: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the lines of a table: a file each, and the mean of several."""
+    """Return the lines of a table with a row per file, and the mean of several."""
     rows = [
         {"file": name, **task.table_cells(metrics), "rows": f"{metrics['rows']:,}"}
         for name, metrics in metrics_by_file.items()
     ]
     if len(rows) > 1:
         rows.append({"file": "mean", **task.table_cells(mean_of(list(metrics_by_file.values())))})
-    return lines_of([list(rows[0]), *([row.get(column, "") for column in rows[0]] for row in rows)])
+    return aligned([list(rows[0]), *([row.get(column, "") for column in rows[0]] for row in rows)])
 
 
 def comparison_table(task: Task, files: Predictions, name: str, reference: str) -> list[str]:
-    """Return the lines of a table that compares two precisions: a file each, and all rows together."""
+    """Return the lines of a table comparing two precisions, with a row per file and one for all rows together."""
     parts = {file: compare(task, *sides) for file, sides in files.items()}
     if len(parts) > 1:
         parts["all rows"] = compare_all(task, files)
@@ -33,14 +33,14 @@ def comparison_table(task: Task, files: Predictions, name: str, reference: str) 
         share = f"{part['changed']:,} ({part['changed'] / part['rows']:.2%})"
         cells = ["-"] * len(columns)
         if part["metrics"]:
-            found, expected = map(task.table_cells, part["metrics"])
-            cells = [f"{found[column]} ({expected[column]})" for column in columns]
+            actual, expected = map(task.table_cells, part["metrics"])
+            cells = [f"{actual[column]} ({expected[column]})" for column in columns]
         rows.append([file, share, f"{part['largest']:.4f}", *cells, f"{part['rows']:,}"])
-    return lines_of(rows)
+    return aligned(rows)
 
 
-def lines_of(rows: list[list[str]]) -> list[str]:
-    """Return the lines of a table, the first row of which is its header; the first column is left-aligned."""
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Return the lines of a table, its first column aligned left, the others right."""
     first, *others = (max(map(len, column)) for column in zip(*rows))
     cells = [[f"{row[0]:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], others))] for row in rows]
     return ["  ".join(line).rstrip() for line in cells]

@@ -1,6 +1,6 @@
-"""What TensorBoard shows of a run: curves, pictures and texts of evaluations, and hyperparameters.
+"""TensorBoard events of a run: scalars, plots and texts of evaluations, and hyperparameters.
 
-All functions that take a writer raise OSError if the disk is full; a `flush` that returns has written everything.
+All functions that take a writer raise OSError if the disk is full; once `flush` returns, everything is written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.utils.tensorboard.summary import hparams
 from sst2_xlmr.config import GROUPS, Config
 from sst2_xlmr.report.pictures import can_draw, confusion_picture, scatter_picture
 from sst2_xlmr.task import Task
-from sst2_xlmr.util.errors import UserError
 
 CURVES = 10
 MISTAKES = 50
@@ -31,18 +30,10 @@ _MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|&~]")
 _excepthook = threading.excepthook
 
 
-def make_event_folder(folder: Path, option: str) -> None:
-    """Make the folder that the user has named for events, before any work; UserError if it cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {option} {folder}: {error.strerror}; choose another directory") from None
-
-
 def open_events(folder: Path, purge_step: int | None = None) -> SummaryWriter:
-    """Open a new event file beside those that are there; TensorBoard hides what these have from `purge_step` on.
+    """Open a new event file in a folder; TensorBoard then hides what older files have from `purge_step` on.
 
-    It reads files in the order of their names, which begin with the second of the start, so no two may share one.
+    It reads files in the order of their names, which begin with the second of the start: no two may share a second.
     """
     while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
         time.sleep(0.02)
@@ -51,20 +42,20 @@ def open_events(folder: Path, purge_step: int | None = None) -> SummaryWriter:
 
 
 def _hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
-    """Print no traceback from SummaryWriter's thread: its error comes up again in the thread that calls `flush`."""
+    """Suppress tracebacks from SummaryWriter's thread: `flush` raises its error again in the calling thread."""
     is_writers = type(arguments.thread).__module__.startswith("tensorboard.")
     if not (is_writers and isinstance(arguments.exc_value, OSError)):
         _excepthook(arguments)
 
 
 def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: Task, splits: list[str]) -> None:
-    """Write the options by which runs are compared, and which metrics of the evaluated splits to show with them.
+    """Write the options by which runs are compared, and the metrics of the evaluated splits to show beside them.
 
-    The precision is the one decided on. `SummaryWriter.add_hparams` would make a run of its own.
+    `precision` is the one in use, never auto. `SummaryWriter.add_hparams` would create another run.
     """
     values = {name: getattr(config, name) for name in [*GROUPS["model"], *GROUPS["training"], "max_length"]}
     values |= {"precision": precision, "encoder": Path(config.encoder).name}
-    # torch writes a bool as a number, and refuses a list.
+    # torch writes a bool as a number, and rejects a list.
     values = {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
     tags = [f"dev/{name}" for name in dict.fromkeys([task.best_metric, *task.scalars])]
     tags += [f"{split}/{task.best_metric}" for split in splits if split != "dev"]
@@ -78,7 +69,7 @@ def end_hparams(writer: SummaryWriter) -> None:
 
 
 def add_scalars(writer: SummaryWriter, step: int, group: str, values: dict[str, float]) -> None:
-    """Write a point of every curve `group/name`."""
+    """Write a point of each curve `group/name`."""
     for name, value in values.items():
         writer.add_scalar(f"{group}/{name}", value, step)
 
@@ -92,41 +83,48 @@ def draw_evaluation(
     task: Task,
     texts_of: Callable[[set[int]], dict[int, str]],
 ) -> None:
-    """Write a file's confusion matrix, or a scatter plot of scores, precision-recall curves, and the worst mistakes.
+    """Write a split's confusion matrix (a scatter plot of scores), precision-recall curves, and the worst mistakes.
 
-    Probabilities are float32 [rows, outputs]; `texts_of` is `Split.texts_of` of the file.
+    Probabilities are float32 [rows, outputs]; `texts_of` is `Split.texts_of`. Step 0: a model evaluated after training.
     """
     results = task.results_of(probabilities, labels)
+    confusion = task.confusion(results, labels)
     if can_draw():
         best = f"{task.best_metric} {task.metrics(results, labels)[task.best_metric]:.4f}"
-        at = f", step {step:,}" if step else ""  # a model that is evaluated after its training has step 0
-        title = f"{name}{at}: {best}, {len(labels):,} rows"
-        confusion = task.confusion(results, labels)
+        title = f"{name}{f', step {step:,}' if step else ''}: {best}, {len(labels):,} rows"
         if confusion.size:
             kind, picture = "confusion", confusion_picture(confusion, task.label_names, title)
         else:
             kind, picture = "scores", scatter_picture(labels, probabilities[:, 0], title)
-        # As it is; `SummaryWriter.add_image` would take pixels and compress them once more.
+        # `SummaryWriter.add_image` would take pixels and compress them once more.
         width, height = struct.unpack(">II", picture[16:24])
         image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=picture)  # 4: RGBA
         _add_summary(writer, Summary(value=[Summary.Value(tag=f"{name}/{kind}", image=image)]), step)
     for label, is_label, scores in itertools.islice(task.curves(probabilities, labels), CURVES):
-        # A curve has 127 equally spaced thresholds. Most probabilities lie near 0 and 1, where few of them are; ranks
-        # are spread evenly, and give the same curve: of every probability, the share of all rows with a lower one.
+        # A curve has 127 equally spaced thresholds, few of them near 0 and 1, where most probabilities lie. Their
+        # ranks (the share of rows with a lower probability) are spread evenly, and give the same curve.
         ranks = np.searchsorted(np.sort(scores), scores) / len(labels)
         writer.add_pr_curve(f"{name}/pr_{label}", is_label, ranks, step)
-    mistakes = mistakes_table(*task.mistakes(probabilities, labels), len(labels), texts_of)
-    writer.add_text(f"{name}/mistakes", mistakes, step)
+    wrong, answer_of = task.mistakes(probabilities, labels)
+    table = mistakes_table(wrong, answer_of, len(labels), texts_of, are_scores=not confusion.size)
+    writer.add_text(f"{name}/mistakes", table, step)
 
 
 def mistakes_table(
-    wrong: np.ndarray, answer_of: Callable[[int], list[str]], rows: int, texts_of: Callable[[set[int]], dict[int, str]]
+    wrong: np.ndarray,
+    answer_of: Callable[[int], list[str]],
+    rows: int,
+    texts_of: Callable[[set[int]], dict[int, str]],
+    are_scores: bool = False,
 ) -> str:
-    """Return the most confident mistakes as a Markdown table; the first two arguments are `SingleLabel.mistakes`'."""
+    """Return the most confident mistakes, or largest errors, as a Markdown table; see `SingleLabel.mistakes`."""
     chosen = wrong[:MISTAKES].tolist()
     texts = texts_of(set(chosen))
-    lines = [f"{len(wrong):,} of {rows:,} rows are wrong; these are the {len(chosen)} most confident.", ""]
-    lines += ["| row | text | true | predicted | probability |", "| ---: | --- | --- | --- | ---: |"]
+    title = f"{len(wrong):,} of {rows:,} rows are wrong; these are the {len(chosen)} most confident."
+    if are_scores:
+        title = f"The {len(chosen)} largest errors of {rows:,} rows."
+    lines = [title, "", f"| row | text | true | predicted | {'error' if are_scores else 'probability'} |"]
+    lines.append("| ---: | --- | --- | --- | ---: |")
     for row in chosen:
         text = escape(texts[row]) if row in texts else "(the file has changed)"
         lines.append(f"| {row + 1} | {text} | {' | '.join(map(escape, answer_of(row)))} |")
@@ -134,7 +132,7 @@ def mistakes_table(
 
 
 def escape(text: str) -> str:
-    """Return Markdown that shows the text as it is, cut if it is long; in lines, as TensorBoard's tables have none."""
+    """Return Markdown that shows a text literally: truncated, with line breaks, as TensorBoard wraps no cells."""
     lines = textwrap.wrap(" ".join(text.split()), LINE_LENGTH, max_lines=MOST_LINES, placeholder=" ...")
     return "<br>".join(_MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", line) for line in lines)
 

@@ -1,1 +1,1 @@
-"""The step, the optimizer, and what keeps a run whole."""
+"""The step, the optimizer, and the state of a run with its checkpoints."""

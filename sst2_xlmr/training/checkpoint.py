@@ -1,8 +1,8 @@
 """Checkpoints: atomic, verified, complete; everything needed to continue bit for bit.
 
 A checkpoint is a folder `step-00001234/` whose `manifest.json` has the size and SHA-256 of every other file. It is
-written under another name, synced to disk and renamed; without a valid manifest it does not exist. Training waits
-until the tensors are written; digests, syncing and renaming follow on a thread.
+written under another name, synced to disk and renamed; without a valid manifest it does not count. Training waits until
+the tensors are written; digests, syncing and renaming follow on a background thread.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -25,31 +25,33 @@ from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World, gather_objects, on_rank0
-from sst2_xlmr.util.files import BackgroundWriter, digest_of, disk_errors, put_in_place, reading, scratch_name
+from sst2_xlmr.util.files import BackgroundWriter, digest_of, disk_errors, put_in_place, read_errors, scratch_name
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "vocabulary", "random"))
 _FILES = (*_TENSOR_FILES, "state.json", "config.json")
-# Where the manifest is valid, but a file cannot be read: written by something else, or forged.
+# For a file that cannot be read although the manifest is valid: another program wrote it, or it is forged.
 _CURE = "remove it to use the one before"
 
 
-def save_checkpoint(
-    folder: Path,
-    state: TrainState,
-    meter: TrainMeter,
-    optimizer: AdamW,
-    vocabulary: Vocabulary,
-    config: Config,
-    world: World,
-    finisher: BackgroundWriter,
-) -> tuple[int, float] | None:
-    """Write `folder/step-NNNNNNNN` from rank 0, with every rank's random state, and remove the oldest ones.
+class CheckpointContents(NamedTuple):
+    """What is saved, besides every rank's random state."""
 
-    It exists once `finisher` is done. Returns on rank 0 the bytes written, and the seconds that training waited.
-    UserError if this checkpoint or the last one cannot be written (a full disk, say); older ones are untouched.
+    state: TrainState
+    meter: TrainMeter
+    optimizer: AdamW
+    vocabulary: Vocabulary
+
+
+def save_checkpoint(
+    folder: Path, contents: CheckpointContents, config: Config, world: World, finisher: BackgroundWriter
+) -> tuple[int, float] | None:
+    """Write `folder/step-NNNNNNNN` on rank 0, with every rank's random state, and remove the oldest checkpoints.
+
+    It exists once `finisher` is done. Rank 0 returns the bytes written and the seconds that training waited. UserError
+    if this checkpoint or the previous one cannot be written (e.g. the disk is full); older ones stay as they are.
     """
-    started = time.monotonic()
+    started, (state, meter, optimizer, vocabulary) = time.monotonic(), contents
     random = {f"cpu.{world.rank}": torch.get_rng_state()}
     if world.device.type == "cuda":
         random[f"cuda.{world.rank}"] = torch.cuda.get_rng_state(world.device)
@@ -70,7 +72,7 @@ def save_checkpoint(
             (unfinished / "manifest.json").write_text(_manifest(files), encoding="utf-8")
             put_in_place(unfinished, target)
             saved = sorted(folder.glob("step-????????"))
-            whole = [checkpoint for checkpoint in saved if not what_is_damaged(checkpoint, sizes_only=True)]
+            whole = [checkpoint for checkpoint in saved if not find_damage(checkpoint, sizes_only=True)]
             for old in whole[: -config.keep_checkpoints]:
                 (old / "manifest.json").unlink(missing_ok=True)  # first: half-removed, it must not count
                 shutil.rmtree(old, ignore_errors=True)
@@ -92,12 +94,12 @@ def save_checkpoint(
 
 
 def _manifest(files: Any) -> str:
-    """Return the only valid text of a manifest: with any other byte it is damaged."""
+    """Return the text of a manifest; one that differs from it in any byte is damaged."""
     return json.dumps(files, indent=2) + "\n"
 
 
-def what_is_damaged(checkpoint: Path, sizes_only: bool = False) -> str:
-    """Compare a checkpoint with its manifest; returns an empty string, or what is wrong."""
+def find_damage(checkpoint: Path, sizes_only: bool = False) -> str:
+    """Return how a checkpoint differs from its manifest; an empty string if it does not."""
     if checkpoint.is_symlink():
         return "it is a symbolic link"
     try:
@@ -119,9 +121,9 @@ def what_is_damaged(checkpoint: Path, sizes_only: bool = False) -> str:
 
 
 def find_checkpoint(folder: Path, warn: Callable[[str], Any]) -> Path | None:
-    """Return the newest valid checkpoint, or None; damaged newer ones are named through `warn`."""
+    """Return the newest valid checkpoint, or None; `warn` takes a line about each damaged newer one."""
     for checkpoint in sorted(folder.glob("step-????????"), reverse=True):
-        problem = what_is_damaged(checkpoint)
+        problem = find_damage(checkpoint)
         if not problem:
             return checkpoint
         warn(f"warning: {checkpoint} is damaged ({problem}) and is not used")
@@ -129,22 +131,20 @@ def find_checkpoint(folder: Path, warn: Callable[[str], Any]) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """Return where the run was; UserError if the checkpoint cannot be read."""
-    with reading(f"the checkpoint {checkpoint}", _CURE):
+    """Return the saved state; UserError if the checkpoint cannot be read."""
+    with read_errors(f"the checkpoint {checkpoint}", _CURE):
         return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"])
 
 
-def load_checkpoint(
-    checkpoint: Path, meter: TrainMeter, optimizer: AdamW, vocabulary: Vocabulary, seed: int, world: World
-) -> None:
-    """Restore all but the state (see `read_state`) into a new run, and torch's random state.
+def load_checkpoint(checkpoint: Path, contents: CheckpointContents, seed: int, world: World) -> None:
+    """Restore meter, optimizer, vocabulary and torch's random state; `read_state` has already restored the state.
 
     The run's embedding rows may differ (see `Vocabulary.take_over`). If the number of processes has changed, every rank
-    starts a new random stream; what does not depend on dropout continues exactly. UserError if it cannot be read.
+    starts a new random stream; apart from dropout, training continues exactly. UserError if a file cannot be read.
     """
-    with reading(f"the checkpoint {checkpoint}", _CURE):
+    state, meter, optimizer, vocabulary = contents
+    with read_errors(f"the checkpoint {checkpoint}", _CURE):
         values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        state = TrainState(**values["state"])
         meter.totals = values["meter"]
         meter.start()
         vocabulary.decay = values["vocabulary"]["decay"]
@@ -159,5 +159,5 @@ def load_checkpoint(
 
 
 def seed_rank(seed: int, rank: int) -> None:
-    """Seed torch on all devices, so that every rank drops different units."""
+    """Seed torch on all devices; every rank gets its own dropout masks."""
     torch.manual_seed(seed * 100_003 + rank)

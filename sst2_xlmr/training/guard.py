@@ -1,8 +1,8 @@
-"""What must not go unnoticed: gradients that are not finite, and a run that has collapsed.
+"""Guards against gradients that are not finite, and against collapse.
 
 Collapse is XLM-R's best-known failure in fine-tuning, mostly at a learning rate too high for the seed: the encoder's
 output no longer depends on its input, and the loss stays at the class-prior baseline. A run that merely learns slowly
-still gives different answers to different texts.
+still predicts differently for different texts.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from sst2_xlmr.util.errors import raise_on_all
 NOT_FINITE_CURE = (
     "lower --lr or raise --warmup-ratio in a new run, or --resume with --skip-nonfinite N; checkpoints are whole"
 )
-# Check dev's answers if the mean loss of a line of metrics is at least this part of the baseline ...
+# A collapse is checked for if the mean logged loss is at least this fraction of the baseline ...
 _SUSPICIOUS_LOSS = 0.98
-# ... so many steps after warm-up, and again after so many more.
+# ... from this many steps after warm-up on, and at most once in this many steps.
 _STEPS_TO_LEARN, _STEPS_BETWEEN_CHECKS = 100, 100
-# A run has learned once that loss, plus three standard errors, is below this part of the baseline. Where nothing has
-# been learned, the deviation of a row's loss, in nats, is mostly less than this.
+# A run has learned once that loss, plus three standard errors, is below this fraction of the baseline. Before that, the
+# standard deviation of a row's loss, in nats, is mostly less than this.
 _LEARNED_LOSS, _LOSS_DEVIATION = 0.95, 0.5
 # Collapsed if the std of the logits over texts is at most this fraction of its value before training. In six collapsed
 # runs of the small encoder it was 0 to 0.16.
@@ -31,7 +31,7 @@ _COLLAPSED_STD = 0.3
 
 
 def check_skipped(state: TrainState, limit: int, rows: np.ndarray) -> None:
-    """Raise UserError, on every rank, if more than `limit` batches in a row were skipped; `rows`: the last one's."""
+    """Raise UserError, on every rank, if more than `limit` batches in a row were skipped; the last one had `rows`."""
     if state.skipped_in_row <= limit:
         return
     numbers = ", ".join(str(row + 1) for row in rows[:50]) + (", ..." if len(rows) > 50 else "")
@@ -41,7 +41,7 @@ def check_skipped(state: TrainState, limit: int, rows: np.ndarray) -> None:
 
 
 def check_progress(state: TrainState, loss: float, rows: float, baseline: float, warmup_steps: int) -> None:
-    """Update `has_learned` and `collapse_check_due` from the mean loss over `rows` rows; losses are in nats a row."""
+    """Update `has_learned` and `collapse_check_due` from the mean loss over `rows` rows; losses are in nats per row."""
     if loss + 3 * _LOSS_DEVIATION / math.sqrt(rows) < _LEARNED_LOSS * baseline:
         state.has_learned = True
     is_late = state.step - warmup_steps >= _STEPS_TO_LEARN

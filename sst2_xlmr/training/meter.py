@@ -1,4 +1,4 @@
-"""Means of training metrics since the last line of them."""
+"""Training metrics, averaged since the last logged line."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from sst2_xlmr.util.errors import raise_on_all
 
 
 class TrainMeter:
-    """Sums over the steps since the last line of training metrics.
+    """Sums over the steps since the last logged line.
 
-    Every rank adds up its own, without waiting for a GPU. `reduce` sums over ranks and stops the clock, so that
-    evaluating and saving do not count as training; `start` starts it again.
+    Each rank adds up its own rows, without waiting for a GPU. `reduce` sums over ranks and stops the clock, so that
+    evaluating and saving do not count as training; `start` restarts it.
     """
 
     def __init__(self, world: World) -> None:
-        # As of the last `reduce`, and saved: "seconds" of training, the last "grad_norm", and sums over all ranks,
-        # "rows", "tokens" and each training metric.
+        # As of the last `reduce`, and saved in checkpoints: "seconds" of training, the last "grad_norm", and, summed
+        # over all ranks, "rows", "tokens" and each training metric.
         self.totals: dict[str, float] = {}
         self._world = world
         self.start()
@@ -34,13 +34,13 @@ class TrainMeter:
         totals, device = {"rows": 0.0, "tokens": 0.0, **self.totals}, self._world.device
         self._started = time.monotonic() - totals.pop("seconds", 0.0)
         self._norm = torch.tensor(totals.pop("grad_norm", 0.0), device=device)
-        self._norm_sum = torch.zeros_like(self._norm)  # not finite, once any norm was not
+        self._norm_sum = torch.zeros_like(self._norm)  # not finite once any norm was not
         rank_0 = float(self._world.is_main)  # the totals count once
         as_tensor = functools.partial(torch.tensor, dtype=torch.float64, device=device)
         self._sums = {name: as_tensor(total * rank_0) for name, total in totals.items()}
 
     def add(self, sums: dict[str, torch.Tensor], norm: torch.Tensor, batches: list[Batch]) -> None:
-        """Add an optimizer step: sums of metrics over this rank's rows, float64 [], the gradient's norm, fp32 []."""
+        """Add a step: sums of metrics over this rank's rows, float64 [], and the gradient's norm, fp32 []."""
         self._norm = norm
         self._norm_sum += norm
         self._sums["rows"] += sum(len(batch.labels) * batch.weight for batch in batches)
@@ -49,7 +49,7 @@ class TrainMeter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def reduce(self, step: int) -> None:
-        """Sum up over all ranks; UserError on every rank if a loss or norm up to this step is not finite."""
+        """Sum over all ranks; UserError on every rank if a loss or gradient norm up to this step is not finite."""
         seconds = time.monotonic() - self._started
         sums = sum_over_ranks(self._world, torch.stack(list(self._sums.values()))).tolist()
         if not abs(sum(sums) + float(self._norm_sum)) < float("inf"):
@@ -57,7 +57,7 @@ class TrainMeter:
         self.totals = {**dict(zip(self._sums, sums)), "seconds": seconds, "grad_norm": float(self._norm)}
 
     def flush(self, state: TrainState, lr: float) -> dict[str, Any]:
-        """Return a line of training metrics, means since the last one, with the last `lr`; and begin the next one."""
+        """Return the line of training metrics, means since the last one; `lr` is the last step's. Starts a new line."""
         totals, self.totals = self.totals, {"grad_norm": self.totals["grad_norm"]}
         rows, tokens, seconds, norm = (totals.pop(name) for name in ("rows", "tokens", "seconds", "grad_norm"))
         return {

@@ -1,4 +1,4 @@
-"""torch's AdamW, with one parameter group per rate and decay; and the groups, which engines use too."""
+"""torch's AdamW, with one parameter group per learning rate and weight decay; engines use the same groups."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ EPSILON = 1e-6
 
 
 def group_of(name: str, parameter: torch.Tensor, layers: int, config: Config) -> tuple[float, float]:
-    """Return a parameter's factor on the learning rate, --layerwise-lr-decay ** distance, and its weight decay.
+    """Return a parameter's learning rate factor, --layerwise-lr-decay ** distance, and its weight decay.
 
-    The distance from the head is 0 for itself, and 1 + layers for the embeddings. Biases and LayerNorm, the only
-    vectors, do not decay: the convention since BERT.
+    The distance from the head is 0 for the head itself, and 1 + layers for the embeddings. Biases and LayerNorm, the
+    only vectors, do not decay, as in BERT.
     """
     distance = 0 if name.startswith("head.") else layers - layer_of(name)
     return config.layerwise_lr_decay**distance, config.weight_decay if parameter.dim() > 1 else 0.0
 
 
 def has_fused_adamw(device: torch.device) -> bool:
-    """Whether torch has one there; before 2.4 it takes the option on a CPU too, and fails at the first step."""
+    """Whether torch has a fused AdamW on this device; before 2.4, on a CPU, it fails only at the first step."""
     weight = nn.Parameter(torch.zeros(1, device=device))
     weight.grad = torch.zeros_like(weight)
     try:
@@ -44,18 +44,18 @@ def has_fused_adamw(device: torch.device) -> bool:
 class AdamW:
     """`torch.optim.AdamW` over a model's trained parameters, fp32.
 
-    An engine's optimizer has the same methods, and each can load what the other has written.
+    An engine's optimizer has the same methods, and each can load the other's state.
     """
 
     shares_memory = False  # whether all processes have one copy of the weights
 
     def __init__(self, model: nn.Module, layers: int, config: Config, world: World) -> None:
         self._world, self._model = world, model
-        self._trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self._trained.items():
             groups.setdefault(group_of(name, parameter, layers, config), []).append(parameter)
-        settings = [{"params": each, "scale": scale, "weight_decay": decay} for (scale, decay), each in groups.items()]
+        settings = [{"params": own, "scale": scale, "weight_decay": decay} for (scale, decay), own in groups.items()]
         self._is_fused = has_fused_adamw(world.device)
         self._optimizer = torch.optim.AdamW(settings, lr=0.0, betas=BETAS, eps=EPSILON, fused=self._is_fused or None)
         self._set_state({}, 0)
@@ -69,11 +69,11 @@ class AdamW:
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Clip the averaged gradients' global norm (0: never); returns what it was, fp32, the same on every rank."""
+        """Clip the averaged gradients' global norm (0: never); returns the unclipped norm, fp32, same on every rank."""
         parameters = list(self._trained.values())
         is_one_node = self._world.world_size == self._world.local_world_size
         norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm and is_one_node else math.inf)
-        if not is_one_node:  # other cores may add it up in another order: all take rank 0's
+        if not is_one_node:  # other CPUs may sum in another order: all ranks take rank 0's norm
             dist.broadcast(norm, 0)
             if max_norm:
                 scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -83,7 +83,7 @@ class AdamW:
         return norm
 
     def step(self, lr: float) -> None:
-        """Take one step, at this rate before layer-wise decay, and clear the gradients."""
+        """Take one step, at this learning rate before layer-wise decay, and clear the gradients."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         self._optimizer.step()
@@ -93,11 +93,11 @@ class AdamW:
         self._optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, TensorLike]:
-        """Return the fp32 weights of the whole model, by the parameters' names."""
+        """Return parameter name -> fp32 weights, of the whole model."""
         return {name: parameter.data for name, parameter in self._model.named_parameters()}
 
     def moments(self) -> dict[str, torch.Tensor]:
-        """Return those of trained parameters, fp32, `exp_avg.NAME` and `exp_avg_sq.NAME`."""
+        """Return `exp_avg.NAME` and `exp_avg_sq.NAME`, fp32, of all trained parameters."""
         return {
             f"{kind}.{name}": self._optimizer.state[parameter][kind]
             for name, parameter in self._trained.items()
@@ -106,7 +106,7 @@ class AdamW:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], steps: int) -> None:
-        """Take over the weights and moments of an optimizer after so many steps."""
+        """Load another optimizer's weights and moments, after `steps` steps."""
         for name, parameter in self._model.named_parameters():
             parameter.copy_(weights[name])
         self._set_state(moments, steps)

@@ -1,4 +1,4 @@
-"""The run's folder: its lock, `config.json` and `metrics.jsonl`, and what a killed process has left in it."""
+"""The run's folder: its lock, `config.json`, `metrics.jsonl`, and the leftovers of a killed process."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from sst2_xlmr.util.files import recover, write_text, writing
 
 
 def claim(run_folder: Path) -> IO[str]:
-    """Make the folder, lock it while the returned file is open, and undo what a killed process left unfinished.
+    """Create the folder, lock it while the returned file is open, and clean up after a killed process.
 
-    The lock is POSIX's: it works over NFS, ends with the process, and is not inherited by loader processes, which may
-    outlive it for seconds. UserError if another process holds it, or it cannot be made.
+    It is a POSIX lock: it works over NFS, ends with the process, and is not inherited by loader processes, which may
+    live seconds longer. UserError if another process holds it, or the folder cannot be written.
     """
     path = run_folder / LOCK_NAME
     for name in ("checkpoints", "tensorboard", "best", "model"):
@@ -48,7 +48,7 @@ def claim(run_folder: Path) -> IO[str]:
 
 
 def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
-    """Write `config.json`, with the package's version; the folder must be claimed. UserError if a new run finds one."""
+    """Write `config.json`, with the package's version, into a claimed folder. UserError if a new run finds one."""
     target = run_folder / "config.json"
     if is_new and target.exists():
         raise UserError(f"{target} already exists; continue it with --resume or choose another directory")
@@ -58,7 +58,7 @@ def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of `metrics.jsonl`: a process may have died while it wrote one."""
+    """Return the complete lines of `metrics.jsonl`: a process may have died while writing one."""
     entries = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
@@ -68,8 +68,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def forget_metrics(path: Path, first_step: int, written_again: list[str]) -> None:
-    """Remove the lines that a run resumed at `first_step` writes again, there those of some splits."""
+def drop_metrics(path: Path, first_step: int, written_again: list[str]) -> None:
+    """Drop the lines after `first_step`, and at `first_step` those of the splits in `written_again`."""
 
     def is_kept(entry: dict[str, Any]) -> bool:
         return entry["step"] < first_step or (entry["step"] == first_step and entry.get("split") not in written_again)
@@ -78,6 +78,6 @@ def forget_metrics(path: Path, first_step: int, written_again: list[str]) -> Non
 
 
 def evaluations_at(path: Path, step: int) -> dict[str, dict[str, Any]]:
-    """Return the metrics of each file's last evaluation at a step."""
+    """Return split -> metrics of its last evaluation at a step."""
     entries = [entry for entry in read_metrics(path) if "split" in entry and entry["step"] == step]
     return {entry.pop("split"): entry for entry in entries}

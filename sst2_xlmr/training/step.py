@@ -1,4 +1,4 @@
-"""The gradient of a global batch, exact for every number of processes and every size of micro-batch."""
+"""The gradient of a global batch, which depends neither on the number of processes nor on the micro-batch size."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from torch import nn
 from sst2_xlmr.data.batches import Batch
 from sst2_xlmr.util.distributed import World
 
-# Takes fp32 logits [rows, outputs], labels and weights or None [rows]; returns the weighted sum of the rows' losses.
+# Takes fp32 logits [rows, outputs], labels, and weights [rows] or None; returns the weighted sum of the rows' losses.
 Loss = Callable[[torch.Tensor, torch.Tensor, Optional[torch.Tensor]], torch.Tensor]
 
 
 def forward_backward(model: nn.Module, batches: list[Batch], loss: Loss, world: World) -> dict[str, torch.Tensor]:
-    """Compute this rank's gradients, whose average over the ranks is that of the mean loss over the global batch.
+    """Compute gradients whose average over the ranks is the gradient of the global batch's mean loss.
 
-    That is the sum over this rank's rows, divided by the global batch's rows (by the sum of their weights) and
-    multiplied by the number of ranks. Gradients are averaged in the last backward pass; those before are under
-    `no_sync`.
+    So a rank's loss is summed over its rows, divided by the global batch's rows (by the sum of their weights), and
+    multiplied by the number of ranks. DDP averages gradients in the last backward pass; the others run under `no_sync`.
 
-    Returns sums over this rank's rows, by the training metric's name; float64, no dimensions. For another metric, add a
-    sum here: `TrainMeter` and the report write the means of all.
+    Returns training metric -> its sum over this rank's rows, float64 []. To add a metric, add a sum here: `TrainMeter`
+    and the report write the means of all.
     """
     no_sync = getattr(model, "no_sync", contextlib.nullcontext)
     sums = {"loss": torch.zeros((), dtype=torch.float64, device=world.device)}

@@ -1,4 +1,4 @@
-"""How many cores this process may use, and how its threads wait for one another."""
+"""The cores that this process may use, and how its threads wait for one another."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-BUSY = 0.3  # threads of others that run, per core, from which on the machine counts as busy
-LOADS, SECONDS_BETWEEN = 9, 0.002  # counts of these, of which the median holds, and the time between them
+BUSY = 0.3  # other running threads per core from which the machine counts as busy
+LOADS, SECONDS_BETWEEN = 9, 0.002  # number of counts, of which the median is taken, and the time between them
 
 
 def share_cores(load: Path = Path("/proc/loadavg")) -> None:
-    """Let waiting OpenMP threads sleep at once on a busy machine; elsewhere they spin first, which is faster.
+    """On a busy machine, let waiting OpenMP threads sleep at once; otherwise they spin first, which is faster.
 
     On busy cores a spinning thread keeps the thread that it waits for from running. Call this before torch is
     imported, as libgomp reads the variable when it is loaded. The user's own settings win.
@@ -25,7 +25,7 @@ def share_cores(load: Path = Path("/proc/loadavg")) -> None:
 
 
 def limit_threads() -> None:
-    """Let torch start no more threads than the container or SLURM's job has cores; call it before torch is imported.
+    """Limit torch to as many threads as the container or SLURM job has cores; call it before torch is imported.
 
     OpenMP itself knows only the affinity. The user's own setting wins.
     """
@@ -34,9 +34,9 @@ def limit_threads() -> None:
 
 
 def _others_running(load: Path) -> float:
-    """Return how many threads run or wait for a core, without this one; 0 where Linux's /proc is not there.
+    """Return how many other threads run or wait for a core; 0 without Linux's /proc.
 
-    The load average would count what has ended, such as the run before this one, for a minute.
+    The load average would include processes that ended within the last minute, such as the previous run.
     """
     counts = []
     for _ in range(LOADS):
@@ -49,9 +49,10 @@ def _others_running(load: Path) -> float:
 
 
 def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the cores of the process's affinity, but no more than SLURM's job and the container have.
+    """Return the number of cores in the process's affinity, limited by the SLURM job and the container.
 
-    A container's CPU quota (`docker run --cpus=2`) is that of its cgroup and of all above it, rounded up.
+    A container's limit is the lowest CPU quota (`docker run --cpus=2`) of its cgroup and all cgroups above it, rounded
+    up.
     """
     given = os.environ.get("SLURM_CPUS_ON_NODE", "")
     limits = [int(given)] if given.isdecimal() else []
@@ -59,7 +60,7 @@ def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/p
 
 
 def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
-    """Yield the CPU quotas, in cores, that cgroups of version 1 or 2 have for this process."""
+    """Yield the CPU quotas, in cores, of this process's cgroups, version 1 or 2."""
     try:
         places = [line.split(":", 2)[1:] for line in own.read_text().splitlines() if line.count(":") > 1]
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Processes: which one this is, sums over ranks, errors that all ranks raise, work for one process per node."""
+"""Process groups: this process's rank, collectives, errors raised on all ranks, and work for one process per node."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from sst2_xlmr.util.errors import UserError, raise_on_all
 
 Result = TypeVar("Result")
 
-# gloo's messages when a peer is gone or silent; it has no exception type of its own.
+# gloo's messages when a peer is gone or silent; it has no exception type for that.
 _GLOO_ERROR = (
     "gloo|Operation timed out|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket (closed|Timeout)"
 )
-# Downloads, tokenization and a slow disk take longer than any step; the others wait for them in a patient group.
+# Timeout of the patient group, for downloads, tokenization and slow disks, which take longer than any step.
 PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
 class World:
-    """Which process this is, among all that train together."""
+    """This process's place among all processes of the run."""
 
     rank: int
     world_size: int
@@ -41,8 +41,8 @@ class World:
     local_world_size: int
     device: torch.device
     control: Any = None  # gloo group for Python objects; None with one process
-    patient: Any = None  # the same, but it waits for downloads and slow disks
-    timeout_s: float = math.inf  # without an answer, after which another process counts as lost
+    patient: Any = None  # the same with a long timeout, for downloads and slow disks
+    timeout_s: float = math.inf  # of silence, until a process counts as lost
 
     @property
     def is_main(self) -> bool:
@@ -54,7 +54,7 @@ class World:
 
 
 def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
-    """Turn `--device` into this process's device; a UserError if there is none, or fewer GPUs than processes."""
+    """Resolve `--device` to this process's device; UserError without one, or with fewer GPUs than processes."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -66,7 +66,7 @@ def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> 
 
 
 def _read_environment() -> dict[str, int]:
-    """Return rank, world_size, local_rank and local_world_size from torchrun's variables, which may contradict."""
+    """Return rank, world_size, local_rank and local_world_size from torchrun's variables; UserError if inconsistent."""
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0"}
     texts = {name: os.environ.get(name, default) for name, default in defaults.items()}
     numbers = [int(text) if text.isdecimal() else -1 for text in texts.values()]
@@ -82,18 +82,18 @@ def _read_environment() -> dict[str, int]:
     return {name.lower(): number for name, number in zip(texts, numbers[:4])}
 
 
-def thread_count(asked: int, processes: int) -> int:
-    """Return the threads of one of a node's processes: as asked, as OMP_NUM_THREADS says, or its share of the cores."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if asked or (given.isdecimal() and int(given) > (1 if "TORCHELASTIC_RUN_ID" in os.environ else 0)):
-        return asked or int(given)  # torchrun sets 1, which leaves most cores of a larger machine idle
+def thread_count(threads: int, processes: int) -> int:
+    """Return the threads per process of a node: `threads` if not 0, else OMP_NUM_THREADS, else a share of the cores."""
+    variable = os.environ.get("OMP_NUM_THREADS", "")
+    if threads or (variable.isdecimal() and int(variable) > (1 if "TORCHELASTIC_RUN_ID" in os.environ else 0)):
+        return threads or int(variable)  # torchrun sets 1, which would leave most cores idle
     share = max(1, available_cores() // processes)
     return min(share, torch.get_num_threads()) if processes == 1 else share
 
 
 @contextmanager
 def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[World]:
-    """Join the process group that torchrun's environment describes, and leave it at the end; without RANK, no group."""
+    """Join the process group that torchrun's environment describes, if any, and leave it on exit."""
     place = _read_environment()
     timeout, store = timedelta(minutes=timeout_minutes), None
     if place["world_size"] > 1:
@@ -106,7 +106,7 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
     if store is None:
         yield World(**place, device=device)
         return
-    # NCCL would end the process with a dump of its own; it gets a minute more, so that `wait_for_step` comes first.
+    # On a timeout, NCCL aborts the process with a dump; with a minute more, `wait_for_step` raises its error first.
     backend, more = ("nccl", timedelta(minutes=1)) if device.type == "cuda" else ("gloo", timedelta())
     rank, world_size = place["rank"], place["world_size"]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout + more)
@@ -126,15 +126,15 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
         text += f" {timeout_minutes:g} minutes; see its error above, if any; checkpoints are intact: use --resume"
         raise UserError(text, is_own=True, status=1) from error
     finally:
-        if not lost:  # it would wait for the lost process
+        if not lost:  # otherwise it would wait for the lost process
             dist.destroy_process_group()
 
 
 def _join_store(timeout: timedelta) -> dist.Store:
     """Return the store that the environment describes.
 
-    Restarted processes must not find the addresses of their predecessors in it. torch 2.3 keeps them apart, 2.13 does
-    not with static rendezvous. Only on one node: of several, each counts its restarts for itself.
+    Restarted processes must not find their predecessors' addresses in it, which torch 2.13 with static rendezvous does
+    not prevent; hence the prefix. Only with one node, as each node counts its own restarts.
     """
     store, _, _ = next(rendezvous("env://", timeout=timeout))
     is_one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
@@ -143,7 +143,7 @@ def _join_store(timeout: timedelta) -> dist.Store:
 
 
 def _agree_on_device(name: str, rank: int, store: dist.Store) -> str:
-    """Return `--device`, where `auto` means what it means on rank 0; a UserError if this rank cannot follow it."""
+    """Return `--device`, with `auto` resolved as on rank 0; UserError if this rank has no such device."""
     kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if rank == 0:
         store.set("device", kind)
@@ -155,9 +155,9 @@ def _agree_on_device(name: str, rank: int, store: dist.Store) -> str:
 
 
 def wait_for_step(event: torch.cuda.Event, world: World) -> None:
-    """Wait until the GPU has reached an event; a DistError after `world.timeout_s`.
+    """Wait until the GPU has reached an event; DistError after `world.timeout_s`.
 
-    A peer that hangs makes an all-reduce on the GPU wait forever; the host would not notice before its queue is full.
+    If a peer hangs, an all-reduce on the GPU waits forever, and the host would notice only once its queue is full.
     """
     deadline = time.monotonic() + world.timeout_s
     while not event.query():
@@ -167,12 +167,12 @@ def wait_for_step(event: torch.cuda.Event, world: World) -> None:
 
 
 # torch 2.3.1 deadlocks if a gloo group is destroyed while one of its threads frees a tensor that Python no longer
-# holds, which needs the GIL. A thread may lag behind by an exchange or two, so the last ones are kept.
+# holds, which needs the GIL. A thread may lag behind by a collective or two, so the tensors of the last few are kept.
 _held: dict[Any, deque[Any]] = defaultdict(lambda: deque(maxlen=4))
 
 
 def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over all ranks, in place, to the same bits on every rank."""
+    """Sum `tensor` over all ranks, in place, with bitwise equal results."""
     if world.world_size > 1:
         dist.all_reduce(tensor)
         _held["sum"].append(tensor)
@@ -182,7 +182,7 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
 def broadcast(world: World, item: Any, group: Any = None, source: int = 0, limit_s: float | None = None) -> Any:
     """Return rank `source`'s `item` on every rank.
 
-    Ranks wait for as long as the timeout of the group (`world.control` by default); the source at most `limit_s`.
+    Ranks wait until the group's timeout (`world.control`'s by default), the source at most `limit_s`.
     """
     if world.world_size == 1:
         return item
@@ -199,21 +199,21 @@ def broadcast(world: World, item: Any, group: Any = None, source: int = 0, limit
 
 
 def gather_objects(world: World, item: Any, group: Any = None) -> list[Any]:
-    """Return every rank's `item`, in the order of the ranks; see `broadcast`."""
+    """Return every rank's `item`, by rank; see `broadcast`."""
     return [broadcast(world, item, group, source) for source in range(world.world_size)]
 
 
 def check_same(world: World, values: dict[str, Any], cure: str) -> None:
-    """Check that all ranks have the same values, or none; a UserError on every rank names the first that differs."""
+    """Check that ranks with values have rank 0's; UserError on every rank, about the first value that differs."""
     first, *others = gather_objects(world, values)
-    for rank, found in enumerate(others, 1):
-        for name in found:
-            if found[name] != first[name]:
-                raise_on_all(f"rank {rank} has {name} {found[name]}, rank 0 {first[name]}; {cure}")
+    for rank, own in enumerate(others, 1):
+        for name in own:
+            if own[name] != first[name]:
+                raise_on_all(f"rank {rank} has {name} {own[name]}, rank 0 {first[name]}; {cure}")
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str]:
-    """Return the result of `work`, or None and the text of its UserError."""
+    """Return (result of `work`, ""), or (None, text of its UserError)."""
     try:
         return work(), ""
     except UserError as error:
@@ -221,9 +221,9 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str]:
 
 
 def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
-    """Run `prepare`, which leaves its result on disk, on one process of every node, then on the others, which reuse it.
+    """Run `prepare`, which caches its result on disk, on one process per node, then on the others.
 
-    All ranks raise a UserError that one has, so that none waits for one that is gone.
+    A UserError on any rank is raised on all ranks.
     """
     result = None
     for first in (True, False):
@@ -235,7 +235,7 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
 
 
 def on_rank0(world: World, work: Callable[[], Result]) -> Result | None:
-    """Return the result of `work` on rank 0, None on the others, which wait; all ranks raise its UserError."""
+    """Run `work` on rank 0 while the others wait; returns its result there, else None. All ranks raise its error."""
     result, problem = _attempt(work) if world.is_main else (None, "")
     if problem := broadcast(world, problem, world.patient, limit_s=world.timeout_s):
         raise_on_all(problem)

@@ -1,6 +1,6 @@
-"""Downloads, whole or not at all: torchtext's encoders and SST-2, into our cache, and models of the Hugging Face Hub.
+"""Atomic downloads: torchtext's encoders and SST-2 into our cache, and models from the Hugging Face Hub.
 
-huggingface_hub keeps the latter: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN have their usual meaning.
+huggingface_hub caches the latter: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN have their usual meaning.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of, sync_files
 
-# The addresses of torchtext 0.18: torchtext/models/roberta/bundler.py and torchtext/datasets/sst2.py.
+# From torchtext 0.18: torchtext/models/roberta/bundler.py and torchtext/datasets/sst2.py.
 _BUCKET = "https://download.pytorch.org/models/text"
 _TOKENIZER_URL = f"{_BUCKET}/xlmr.sentencepiece.bpe.model"
 BUNDLE_URLS = {name: (f"{_BUCKET}/{name}.encoder.pt", _TOKENIZER_URL) for name in ("xlmr.base", "xlmr.large")}
@@ -34,26 +34,26 @@ SST2_URL = "https://dl.fbaipublicfiles.com/glue/data/SST-2.zip"
 SST2_MD5 = "9f81648d4199384278b86e315dac217c"
 SST2_ROWS = {"train.tsv": 67_349, "dev.tsv": 872, "test.tsv": 1_821}
 RETRY_WAITS_S = (1.0, 3.0)
-TIMEOUT_S = 30.0  # longest silence of a server
+TIMEOUT_S = 30.0  # of a server's silence
 
 
 def cache_dir() -> Path:
     """Return $SST2_XLMR_CACHE, else $XDG_CACHE_HOME/sst2_xlmr, else ~/.cache/sst2_xlmr.
 
-    Without a home folder (HOME unset and no passwd entry, as in containers) it is a private one in /tmp.
+    Without a home folder (HOME unset and no passwd entry, as in containers), it is a private folder in /tmp.
     """
-    given = os.environ.get("SST2_XLMR_CACHE")
-    path = Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sst2_xlmr"))
+    variable = os.environ.get("SST2_XLMR_CACHE")
+    path = Path(variable or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sst2_xlmr"))
     with contextlib.suppress(RuntimeError):
         return path.expanduser()
     folder = Path(tempfile.gettempdir(), f"sst2_xlmr-{os.getuid()}")
-    if given or not make_private(folder):
+    if variable or not make_private(folder):
         raise UserError(f"no home folder for the cache {path}, nor a private {folder}; set SST2_XLMR_CACHE to a folder")
     return folder
 
 
 def make_private(folder: Path) -> bool:
-    """Make a folder unless it exists; returns whether only this user can write to it."""
+    """Create a folder unless it exists; returns whether only this user can write to it."""
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
@@ -62,7 +62,7 @@ def make_private(folder: Path) -> bool:
 
 
 def fetch_bundle(name: str, *, quiet: bool = False) -> tuple[Path, Path]:
-    """Fetch one of torchtext's encoders; returns its weights (from torch.save) and its SentencePiece model."""
+    """Fetch one of torchtext's encoders; returns the files of its weights (torch.save) and its SentencePiece model."""
     folder, urls = cache_dir() / "encoders" / name, BUNDLE_URLS[name]
     weights, tokenizer = (folder / Path(url).name for url in urls)
     for url, file in zip(urls, (weights, tokenizer)):
@@ -73,7 +73,7 @@ def fetch_bundle(name: str, *, quiet: bool = False) -> tuple[Path, Path]:
 
 
 def fetch_sst2(*, quiet: bool = False) -> Path:
-    """Return a folder with train.tsv, dev.tsv and test.tsv; one that exists, and may not be SST-2, is never changed."""
+    """Return SST-2's folder, with train.tsv, dev.tsv and test.tsv; UserError if an existing one holds other files."""
     folder = cache_dir() / "SST-2"
     if not folder.exists():
         with _downloaded(SST2_URL, folder.parent, quiet) as archive:
@@ -85,7 +85,7 @@ def fetch_sst2(*, quiet: bool = False) -> Path:
                 for name in SST2_ROWS:
                     (extracted / name).write_bytes(opened.read(f"SST-2/{name}"))
             sync_files(extracted)
-            with contextlib.suppress(OSError):  # another process was faster
+            with contextlib.suppress(OSError):  # another process has just done it
                 extracted.rename(folder)
     for name, rows in SST2_ROWS.items():
         file = folder / name
@@ -97,7 +97,7 @@ def fetch_sst2(*, quiet: bool = False) -> Path:
 
 @contextlib.contextmanager
 def _downloaded(url: str, folder: Path, quiet: bool) -> Iterator[Path]:
-    """Yield the file at `url` in a hidden folder of its own in `folder`; errors of the disk become a `UserError`."""
+    """Download `url` into a temporary folder in `folder`, and yield the file; disk errors become a `UserError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as scratch:
@@ -111,7 +111,7 @@ def _downloaded(url: str, folder: Path, quiet: bool) -> Iterator[Path]:
 
 
 def _download(url: str, part: Path, quiet: bool) -> None:
-    """Fetch `url` into `part`, in three tries; an OSError if the disk is full, a UserError for what the server does."""
+    """Download `url` to `part`, with retries; OSError if the disk is full, UserError if the server fails."""
     has_bar = not quiet and sys.stderr.isatty()
     for wait_s in (*RETRY_WAITS_S, None):
         try:
@@ -125,7 +125,7 @@ def _download(url: str, part: Path, quiet: bool) -> None:
                 raise ConnectionError(f"it broke off after {part.stat().st_size:,} of {length:,} bytes")
             with part.open("rb") as written:
                 start = written.read(256).lstrip()
-            # Login pages come with HTTP status 200. What torch.save writes is a zip, or once was a pickle.
+            # A login page has HTTP status 200; torch.save writes a zip file, or, in old versions, a pickle.
             if start[:1] in (b"", b"<") or (start.startswith(b"PK") and not zipfile.is_zipfile(part)):
                 raise ConnectionError("it was empty, cut off or a web page, and was not kept")
             break
@@ -143,14 +143,14 @@ def _cure() -> str:
 
 
 def fetch_folder(name: str, files: list[str]) -> Path:
-    """Fetch those of `files` that a model of the Hub has, at its newest commit; returns the folder of that commit."""
+    """Fetch those of `files` that a model on the Hub has, at its newest commit; returns the folder of that commit."""
     repository, _, revision = name.partition("@")
     with _library(name, quiet=True) as (hub, cache):
         return Path(hub.snapshot_download(repository, revision=revision or None, cache_dir=cache, allow_patterns=files))
 
 
 def fetch_first(name: str, folder: Path, files: list[str], quiet: bool) -> Path | None:
-    """Fetch the first of `files` that a model of the Hub has into its folder; None if it has none."""
+    """Fetch the first of `files` that a model on the Hub has into its folder; None if it has none."""
     with _library(name, quiet) as (hub, cache):
         if not (quiet or sys.stderr.isatty() or hub.constants.HF_HUB_OFFLINE):
             print(f"downloading {name} from {hub.constants.ENDPOINT}", file=sys.stderr, flush=True)
@@ -166,8 +166,8 @@ def fetch_first(name: str, folder: Path, files: list[str], quiet: bool) -> Path 
 
 @contextlib.contextmanager
 def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
-    """Yield huggingface_hub and its cache; whatever goes wrong with the model becomes a `UserError`."""
-    import huggingface_hub as hub  # takes half a second, which few runs need
+    """Yield huggingface_hub and its cache; any error becomes a `UserError`."""
+    import huggingface_hub as hub  # here, as it takes half a second and few runs need it
     from huggingface_hub import constants, utils
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -175,15 +175,15 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
         cache = cache_dir() / "huggingface"
     log = logging.getLogger("huggingface_hub")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns of retries, and of faster packages
+    log.setLevel(logging.ERROR)  # no warnings about retries or faster packages
     hide_bars = quiet and not utils.are_progress_bars_disabled() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
     if hide_bars:
         utils.disable_progress_bars()
     try:
         yield hub, cache
-    except Exception as error:  # the library's, those of requests or httpx, and the disk's
+    except Exception as error:  # from the library, requests or httpx, or the disk
         repository, _, revision = name.partition("@")
-        root: BaseException = error  # "Connection refused", under several layers of libraries
+        root: BaseException = error  # e.g. "Connection refused", below several layers of libraries
         while inner := root.__cause__ or root.__context__:
             root = inner
         reason = (str(root).strip() or repr(root)).splitlines()[0]

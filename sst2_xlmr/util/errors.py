@@ -1,4 +1,4 @@
-"""How a program begins and ends: a mistake of the user's is one line and a status, a bug keeps its traceback."""
+"""How a program ends: a user's mistake becomes one line and an exit status, a bug keeps its traceback."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that says what is wrong, where, and what to do.
+    """A user's mistake: one line with the problem, its place and its cure.
 
-    It ends the program with `status`. One that `is_shared` is raised on every rank, and reported by rank 0; one that
-    `is_own` is raised by this rank alone, which reports it.
+    It ends the program with `status`. If it `is_shared`, every rank raises it and rank 0 reports it; if it `is_own`,
+    only this rank raises and reports it.
     """
 
     def __init__(self, text: str, is_shared: bool = False, is_own: bool = False, status: int = 2) -> None:
@@ -29,11 +29,11 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal came, on any rank: save the run, and end."""
+    """A rank got a signal: the run is to be saved, and ends."""
 
 
 class Collapsed(Exception):
-    """Training has collapsed, and how that shows: save the run, and end."""
+    """Training has collapsed, for the reason given: the run is to be saved, and ends."""
 
 
 def raise_on_all(text: str) -> NoReturn:
@@ -42,10 +42,10 @@ def raise_on_all(text: str) -> NoReturn:
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run `main`, a whole program; a `UserError`, a path without permission and a full disk become one line.
+    """Run `main`, a whole program; a `UserError`, a denied permission and a full disk become one line.
 
-    Of several processes, rank 0 reports an error that all of them know, the first process of a node one that the node
-    finds before the processes communicate (a missing file, say), and a rank one that concerns it alone.
+    Of several processes, rank 0 reports a shared error, each rank its own error, and the first process of a node any
+    other (e.g. a missing file, which all of its processes find).
     """
     try:
         _prepare_process()
@@ -54,18 +54,23 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
             sys.stdout.flush()
     except UserError as error:
         _end_with(error)
-    except PermissionError as error:  # on looking at a path; where one is written, more is said
+    except ModuleNotFoundError as error:
+        if (error.name or "sst2_xlmr").startswith("sst2_xlmr"):
+            raise
+        cure = f"run `pip install -e .` in the project's folder, or `pip install {error.name}`"
+        _end_with(UserError(f"{error.name} is not installed in {sys.prefix}: {cure}"))
+    except PermissionError as error:  # while reading; `disk_errors` handles writing
         if error.filename is None:
             raise
-        _end_with(UserError(f"no permission for {error.filename}; ask its owner, or choose another place"))
-    except SystemExit as stop:  # of argparse, or of a run that was stopped, and has been saved and has said so
+        _end_with(UserError(f"no permission for {error.filename}; ask its owner, or choose another path"))
+    except SystemExit as stop:  # from argparse, or from a run that has been stopped and saved
         end_among_others(int(stop.code or 0))
         raise
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader, `head` say, has ended
+    except BrokenPipeError:  # the reader, e.g. `head`, has exited
         discard_output()
-        _end_at_once(141)  # 128 + SIGPIPE, as of any program
+        _end_at_once(141)  # 128 + SIGPIPE, as for any program
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -75,11 +80,11 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 
 
 def _prepare_process() -> None:
-    """Make the console take any text, and refuse a Python or torch that cannot work."""
+    """Let the console print any text, and check the installed packages."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # torch reads this when it first allocates, and asks for large pages: the optimizer walks through gigabytes.
+    # With this, torch requests huge pages: the optimizer walks through gigabytes. It is read at the first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if problem := versions.unusable():
         raise UserError(problem)
@@ -89,14 +94,14 @@ def _end_with(error: UserError) -> NoReturn:
     if error.is_own or os.environ.get("RANK" if error.is_shared else "LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if error.is_own:
-        _end_at_once(error.status)  # an orderly exit would wait for the others, which wait for this one, or are lost
+        _end_at_once(error.status)  # a normal exit would wait for the other ranks, which wait for this one or are lost
     sys.exit(error.status)
 
 
 def end_among_others(status: int) -> None:
-    """End the process at once if it is one of several; all that it has opened must be closed.
+    """Exit at once if this is one of several processes; everything must be closed by now.
 
-    The threads of gloo groups may still be freeing tensors, which needs Python: one run in ten was aborted at its end.
+    Threads of gloo groups may still be freeing tensors, which needs Python: one run in ten was aborted at its end.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _end_at_once(status)

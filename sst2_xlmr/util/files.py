@@ -25,7 +25,7 @@ _SCRATCH = re.compile(rf"\.(.+)\.[0-9a-f]{{16}}\.(new|old){re.escape(SCRATCH_MAR
 
 
 def digest_of(path: Path, kind: str = "sha256") -> str:
-    """Return a file's digest, hexadecimal."""
+    """Return a file's hexadecimal digest."""
     digest = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -34,36 +34,36 @@ def digest_of(path: Path, kind: str = "sha256") -> str:
 
 
 @contextlib.contextmanager
-def reading(what: object, cure: str) -> Iterator[None]:
-    """Turn whatever a missing, damaged or forged file raises while it is parsed into a `UserError` with the cure."""
+def read_errors(what: object, cure: str) -> Iterator[None]:
+    """Turn any exception from reading a missing, damaged or forged file into a `UserError` with the cure."""
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        if type(error).__name__ == "UnpicklingError":  # of torch, which advises to run the file's code
+        if type(error).__name__ == "UnpicklingError":  # torch's message advises running the file's code
             reason = "it holds more than tensors"
         raise UserError(f"cannot read {what}: {reason.splitlines()[0]}; {cure}") from None
 
 
 def digest_of_input(path: Path) -> str:
-    """Return the SHA-256 of a file of the user's; a UserError if it cannot be read."""
-    with reading(path, "check the path"):
+    """Return the SHA-256 of a user's file; UserError if it cannot be read."""
+    with read_errors(path, "check the path"):
         return digest_of(path)
 
 
 def read_json(path: Path, cure: str) -> dict[str, Any]:
-    """Return the JSON object in a file of the user's; a UserError with the cure if there is none."""
-    with reading(f"{path} as JSON", cure):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
+    """Return the JSON object in a user's file; UserError with the cure if there is none."""
+    with read_errors(f"{path} as JSON", cure):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
             raise ValueError("it does not hold a JSON object")
-        return found
+        return content
 
 
 def sync(path: Path) -> None:
-    """Make a file, or a folder's entries, survive a power failure."""
+    """Sync a file, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -72,7 +72,7 @@ def sync(path: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Make all files of a folder, and its entries, survive a power failure."""
+    """Sync a folder's files and entries to disk."""
     for path in [*folder.iterdir(), folder]:
         sync(path)
 
@@ -81,7 +81,7 @@ def sync_files(folder: Path) -> None:
 def disk_errors(
     what: object, unfinished: Path | None = None, cure: str = "then continue (training: with --resume)"
 ) -> Iterator[None]:
-    """Turn a failed write (a full disk, say) into a `UserError`; after any error, remove the folder `unfinished`."""
+    """Turn a failed write (e.g. a full disk) into a `UserError`; after any error, remove the folder `unfinished`."""
     try:
         yield
     except BaseException as error:
@@ -89,7 +89,7 @@ def disk_errors(
             shutil.rmtree(unfinished, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        raise UserError(f"cannot write {what}: {error.strerror or error}; make room, {cure}") from None
+        raise UserError(f"cannot write {what}: {error.strerror or error}; free some space, {cure}") from None
 
 
 def writing(path: Path) -> contextlib.AbstractContextManager[None]:
@@ -99,7 +99,7 @@ def writing(path: Path) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def closing(file: File) -> Iterator[File]:
-    """Close a file in the end; if a write has failed (a full disk, say), its error is raised, not that of closing."""
+    """Close a file on exit; if a write has failed (e.g. the disk is full), raise its error, not that of closing."""
     try:
         yield file
     except BaseException:
@@ -110,13 +110,13 @@ def closing(file: File) -> Iterator[File]:
 
 
 def scratch_name(path: Path, kind: str = "new") -> Path:
-    """Return a new hidden name, with our mark, beside `path`: for what will have that name, or what had it ("old")."""
+    """Return a unique hidden path with our mark beside `path`, for its new content or, "old", its replaced one."""
     return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.{kind}{SCRATCH_MARK}")
 
 
 @contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Make a hidden folder beside `path`, and remove it in the end."""
+    """Create a hidden folder beside `path`, and remove it on exit."""
     folder = scratch_name(path)
     folder.mkdir()
     try:
@@ -126,16 +126,15 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 def is_scratch(path: Path) -> bool:
-    """Whether a name is one of `scratch_name`'s."""
+    """Whether a path's name is from `scratch_name`."""
     return _SCRATCH.fullmatch(path.name) is not None
 
 
 def put_in_place(new: Path, path: Path, replaces: bool = True) -> None:
-    """Sync a finished file, or folder of files, to disk and give it its name; an OSError if it cannot be done.
+    """Sync a finished file or folder of files to disk, and rename it to `path`; OSError if that fails.
 
-    A symbolic link is not followed: a file replaces it, and for a folder it is an error. Readers find the old file or
-    the new one; of a folder there is none for the moment between two renames. What exists is an error unless it
-    `replaces` that.
+    A symbolic link is not followed: a file replaces it, for a folder it is an error. Readers find the old file or the
+    new one; a folder is briefly absent between two renames. Without `replaces`, an existing target is an error.
     """
     aside = None
     if not replaces and os.path.lexists(path):
@@ -154,20 +153,20 @@ def put_in_place(new: Path, path: Path, replaces: bool = True) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Undo each `put_in_place` that was killed between its renames, and remove what is unfinished, in our folder."""
+    """Undo each `put_in_place` in a folder that was killed between its renames, and remove unfinished entries."""
     for entry in list(folder.iterdir()) if folder.is_dir() else []:
-        if found := _SCRATCH.fullmatch(entry.name):
+        if name := _SCRATCH.fullmatch(entry.name):
             if entry.is_symlink() or not entry.is_dir():
                 entry.unlink()
-            elif found[2] == "old" and not os.path.lexists(folder / found[1]):
-                entry.rename(folder / found[1])
+            elif name[2] == "old" and not os.path.lexists(folder / name[1]):
+                entry.rename(folder / name[1])
             else:
                 shutil.rmtree(entry, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that gets its name once it is whole and synced to disk; see `put_in_place`."""
+    """Open a file that gets its name once it is complete and synced to disk; see `put_in_place`."""
     scratch = scratch_name(path)
     try:
         with closing(scratch.open("xb")) as file:
@@ -180,23 +179,23 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all; see `atomic_file`."""
+    """Write a small file atomically; see `atomic_file`."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[TextIO]:
-    """Open a text file, gzipped if its name ends in .gz; see `atomic_file`. A UserError if it cannot be written."""
+    """Open a text file, gzipped if its name ends in .gz; see `atomic_file`. UserError if it cannot be written."""
     with writing(path), atomic_file(path) as raw:
         binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix.lower() == ".gz" else raw
-        # JSON can hold a lone surrogate, which UTF-8 cannot; it is written as JSON's escape.
+        # A lone surrogate, which JSON can hold and UTF-8 cannot, is written as a JSON escape.
         with closing(io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", newline="")) as text:
             yield text
 
 
 class BackgroundWriter:
-    """Finishes written files on a thread, in order, while training goes on; leaving the context waits for the rest."""
+    """Runs the last part of file writes on a thread, in order, while training continues; `__exit__` waits for it."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
@@ -211,11 +210,11 @@ class BackgroundWriter:
             self.wait()
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Do `work` after all that came before."""
+        """Run `work` after all work submitted before."""
         self._pending.append(self._thread.submit(work))
 
     def wait(self) -> None:
-        """Wait until everything is done; raises the first error."""
+        """Wait until all work is done; raises its first error."""
         pending, self._pending = self._pending, []
         for future in pending:
             future.result()

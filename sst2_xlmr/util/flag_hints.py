@@ -1,11 +1,11 @@
-"""What an unknown flag means: names of transformers' Trainer, of run_glue.py and others, and mistyped ones."""
+"""Hints for unknown flags: names from transformers' Trainer, run_glue.py and other programs, and typos."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-# Ours, perhaps with a remark -> names that others have for it. The first that a program knows counts.
+# Our flag, optionally with a value or remark -> its names elsewhere. Of several, the first that a program has wins.
 _SAME = {
     "lr": "learning_rate",
     "batch_size (rows over all processes together)": "per_device_train_batch_size train_batch_size",
@@ -39,21 +39,22 @@ _SAME = {
     "log_every": "logging_steps logging_strategy log_interval log_every_n_steps",
     "tensorboard_dir": "logging_dir log_dir",
     "resume": "resume_from_checkpoint",
+    "best_by": "metric_for_best_model",
 }
-# Why a name of others' is not needed here -> such names.
+# Why a flag is not needed here -> flags of other programs.
 _NEEDLESS = {
     "a run trains, and evaluates on dev": "do_train do_eval",
     "`sst2-xlmr predict` does it afterwards": "do_predict",
     "no run replaces another; name a new --output-dir, or continue with --resume": "overwrite_output_dir",
     "the best model is always in best/": "load_best_model_at_end",
-    "dev accuracy chooses best/": "metric_for_best_model greater_is_better",
+    "--best-by knows in which direction each metric is better": "greater_is_better",
     "torchrun sets LOCAL_RANK": "local_rank",
     "a run that collapses stops, and says what to run instead": "restart_on_collapse",
 }
 
 
 def hint(given: str, known: Iterable[str]) -> str:
-    """Return "did you mean ...?" for an unknown flag or key, or why it is not needed; else an empty string."""
+    """Return "did you mean ...?" for an unknown flag or key, or why to leave it out; else an empty string."""
     name = given.lstrip("-").replace("-", "_")
     flags = {flag.lstrip("-").replace("-", "_"): flag for flag in known}
     for ours, theirs in _SAME.items():

@@ -1,4 +1,4 @@
-"""How this program was started: by hand, by torchrun (which may restart it) or by SLURM."""
+"""How this program was started: directly, by torchrun (which may restart it) or by SLURM."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from sst2_xlmr.util.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]  # of a checkout, or where packages are installed
+ROOT = Path(__file__).resolve().parents[2]  # the checkout, or site-packages
 
 
 def command(program: str) -> str:
-    """Return the command that starts a program (`train`, say) from this folder, as this one was started."""
+    """Return the command to start a program (e.g. `train`) from this folder in the way this one was started."""
     started, script = Path(sys.argv[0]), ROOT / ("train.py" if program == "train" else f"scripts/{program}.py")
     words = f"-m sst2_xlmr {program}"
     if Path(os.path.realpath(started)).parent in (ROOT, ROOT / "scripts") and script.is_file():
@@ -30,7 +30,7 @@ def command(program: str) -> str:
 
 
 def this_command() -> str:
-    """Return how this program was started, for its usage."""
+    """Return this program's name for its usage message."""
     if Path(sys.argv[0]).name in ("sst2-xlmr", "__main__.py") and len(sys.argv) > 1:
         return f"sst2-xlmr {sys.argv[1]}"
     return Path(sys.argv[0]).name
@@ -45,10 +45,10 @@ def is_restarted(output_dir: str | None) -> bool:
 
 
 def check_tasks() -> None:
-    """Raise a `UserError` if srun started several processes that are no process group."""
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of the srun around this; SLURM_NTASKS is the job's
+    """Raise `UserError` if srun started several processes that do not form a process group."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of this srun; SLURM_NTASKS is the whole job's
     if tasks == "1" or "SLURM_PROCID" not in os.environ or {"RANK", "WORLD_SIZE"} & os.environ.keys():
         return
-    os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_PROCID"])  # so that the first of them says it
+    os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_PROCID"])  # so that only the first task reports it
     cure = "start one torchrun per node (see scripts/train.sbatch), or set RANK=0 for independent runs"
     raise UserError(f"srun started {tasks} tasks, which would train separately; {cure}")

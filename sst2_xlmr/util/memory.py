@@ -1,6 +1,6 @@
-"""This process's memory: freed blocks are kept for the next step, and a full memory is the user's error.
+"""This process's memory: freed blocks are kept for the next step, and running out of memory is a UserError.
 
-glibc returns large freed blocks to the system, which costs XLM-R base 20,000 page faults per step.
+By default, glibc returns large freed blocks to the system, which costs XLM-R base 20,000 page faults per step.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Make glibc's malloc keep what is freed, in blocks of 64 MiB."""
+    """Make glibc's malloc keep freed memory, and grow the heap in steps of 64 MiB."""
     if platform.libc_ver()[0] == "glibc":
         for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def give_back_memory() -> None:
-    """Return to the system what malloc has kept so far."""
+    """Return the memory that malloc has kept to the system."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
 
 def used_memory_gb() -> float:
-    """Return this process's memory in 1e9 bytes: the most that tensors took on its GPU, or what is resident now."""
+    """Return this process's peak tensor memory on its GPU, or else its resident memory now, in 1e9 bytes."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def used_memory_gb() -> float:
 
 @contextlib.contextmanager
 def memory_errors(cure: str) -> Iterator[None]:
-    """Turn an out-of-memory error of a GPU or the machine into a `UserError` of this rank's, with the cure."""
+    """Turn running out of GPU or CPU memory into a `UserError` of this rank, with the cure."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""Lines on standard output, whose reader may have gone."""
+"""Printing to a standard output whose reader may be gone."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 
 
 def discard_output(descriptor: int = 1) -> None:
-    """Discard all further output, and what Python still buffers."""
+    """Discard all further output, including what Python has buffered."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def say(text: str) -> None:
-    """Print a line. If standard output has gone, its reader ended or its disk full, go on without it."""
+    """Print a line. If standard output is lost (its reader has exited, its disk is full), continue without it."""
     try:
         print(text, flush=True)
     except (OSError, ValueError) as error:
@@ -24,7 +24,7 @@ def say(text: str) -> None:
 
 
 def print_text(text: str) -> bool:
-    """Print lines; returns whether anyone reads them, `head` may have ended. An OSError if the disk is full."""
+    """Print lines; returns False if the reader (e.g. `head`) has exited. OSError if the disk is full."""
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:

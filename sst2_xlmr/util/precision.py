@@ -1,4 +1,4 @@
-"""How a device computes: the precision, and whether a repetition gives the same bits."""
+"""A device's precision, and whether its results repeat bit for bit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _FIRST_WITH_BF16 = (8, 0)  # compute capability; torch.cuda.is_bf16_supported() 
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Turn `--precision` into bf16, fp32 or tf32 (not on a CPU): auto is bf16 where the hardware multiplies it."""
+    """Resolve `--precision` to bf16, fp32 or tf32 (CUDA only); auto is bf16 if the hardware multiplies bf16."""
     if name == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 is for CUDA; take fp32 on a CPU")
+        raise UserError("--precision tf32 is for CUDA; use fp32 on a CPU")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -26,11 +26,11 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def set_up_numerics(precision: str, deterministic: bool, device: torch.device) -> None:
-    """Set CUDA's precision, before its first product, and take slower kernels that repeat to the bit if asked to."""
+    """Set CUDA's precision, before the first product, and deterministic kernels (which are slower) on request."""
     if device.type != "cuda":
         return
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if deterministic:
-        # As https://docs.nvidia.com/cuda/cublas/#results-reproducibility asks for.
+        # Required by https://docs.nvidia.com/cuda/cublas/#results-reproducibility.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -1,7 +1,7 @@
 """Results in blocks of rows that survive a kill: JSON files in a hidden folder beside the output.
 
-Its `fingerprint.json` identifies input, model and options, and is locked by the writing process; a folder without it is
-not ours, and stays as it is.
+Its `fingerprint.json` identifies input, model and options, and the writing process locks it; a folder without one
+belongs to another program and is left alone.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def shards_of(output: Path) -> Path:
 
 
 def is_begun(output: Path) -> bool:
-    """Whether an output has blocks that can be continued."""
+    """Whether an unfinished output has blocks."""
     return not shards_of(output).is_symlink() and (shards_of(output) / _FINGERPRINT).is_file()
 
 
 @contextlib.contextmanager
 def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
-    """Make the folder of an output's blocks, or continue it, and keep other commands from it; on rank 0.
+    """Create or continue the folder of an output's blocks, and lock it; on rank 0. The fingerprint is JSON.
 
-    UserError if it cannot be written or continued (with another fingerprint, JSON), is not ours, or is in use.
+    UserError if the folder cannot be written, belongs to another program or fingerprint, or is in use.
     """
     folder, content = shards_of(output), json.dumps(fingerprint)
     with contextlib.ExitStack() as stack:
@@ -46,16 +46,16 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
             file = stack.enter_context(os.fdopen(descriptor, "r+", encoding="utf-8"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.fstat(file.fileno()).st_nlink:  # the other one has just finished, and removed it
+                if not os.fstat(file.fileno()).st_nlink:  # the other process has just finished, and removed it
                     raise BlockingIOError
             except BlockingIOError:
                 cure = "wait for it, stop it, or choose another --output"
                 raise UserError(f"another process is writing {output}; {cure}") from None
-            found = file.read()
-            if resume and found not in ("", content):
-                what = f"the rows in {folder} belong to another model, input, machine or other options"
-                raise UserError(f"{what}; start again with --overwrite instead of --resume")
-            if not resume or not found:
+            former = file.read()
+            if resume and former not in ("", content):
+                problem = f"the rows in {folder} belong to another model, input, machine or other options"
+                raise UserError(f"{problem}; start again with --overwrite instead of --resume")
+            if not resume or not former:
                 _clear(folder)
                 file.seek(0)
                 file.truncate()
@@ -63,13 +63,13 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
                 file.flush()
         try:
             yield folder
-        finally:  # without blocks it still says that an output which is there is not the result
+        finally:  # if an older output exists, even an empty folder shows that the new one is unfinished
             if not _blocks(folder) and not os.path.lexists(output):
                 remove_shards(folder)
 
 
 def write_block(folder: Path, number: int, content: Any) -> None:
-    """Write a block's results, JSON; a UserError if that fails."""
+    """Write a block's results as JSON; UserError if that fails."""
     with writing(folder):
         write_text(_block(folder, number), json.dumps(content))
 
@@ -79,12 +79,12 @@ def read_block(folder: Path, number: int) -> Any:
 
 
 def first_missing(folder: Path, first: int, last: int) -> int:
-    """Return the number of the first missing block, from `first` on; at most `last`."""
+    """Return the number of the first missing block from `first` on, or `last`."""
     return next((number for number in range(first, last) if not _block(folder, number).is_file()), last)
 
 
 def remove_shards(folder: Path) -> None:
-    """Remove the folder, unless something else is in it."""
+    """Remove the folder, unless it holds other files."""
     with contextlib.suppress(OSError):
         _clear(folder)
         (folder / _FINGERPRINT).unlink()
@@ -100,6 +100,6 @@ def _blocks(folder: Path) -> list[Path]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove blocks, and what a killed process left unfinished."""
+    """Remove the blocks, and the unfinished files of a killed process."""
     for file in [*_blocks(folder), *filter(is_scratch, folder.iterdir())]:
         file.unlink()

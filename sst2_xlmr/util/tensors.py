@@ -1,4 +1,4 @@
-"""Tensors on disk, in safetensors' format, without having them in memory."""
+"""Writing tensors in the safetensors format without holding all of them in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DTYPE_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that need not be in memory as a whole: `rows(start, stop)` makes its [start:stop], on any device."""
+    """A tensor that is never in memory as a whole: `rows(start, stop)` returns its [start:stop], on any device."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class LazyTensor:
         return self.rows(start, stop)
 
     def chunk(self, count: int) -> list[LazyTensor]:
-        """Cut into equal parts along the rows, as `torch.chunk` does."""
+        """Split into equal parts along the rows, like `torch.chunk`."""
         size, rows = self.shape[0] // count, self.rows
         shape = (size, *self.shape[1:])
 
@@ -45,10 +45,10 @@ TensorLike = Union[torch.Tensor, LazyTensor]
 def write_tensors(tensors: Mapping[str, TensorLike], file: Path) -> None:
     """Write a safetensors file (https://github.com/huggingface/safetensors#format), one tensor after another.
 
-    safetensors' own `save_file` wants all tensors in memory, and makes the file readable by its owner only.
+    safetensors' own `save_file` needs all tensors in memory, and makes the file readable only by its owner.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    # Wide types first, as in save_file: every tensor then starts at a multiple of its element size.
+    # Wide dtypes first, as in save_file: so every tensor starts at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     end = 0
     for name in names:

@@ -1,21 +1,17 @@
-"""Which stack this Python has: torch with torchtext, or torch alone. No other module asks.
+"""The installed stack, torch with torchtext or torch alone; no other module checks it.
 
-torchtext's last release, 0.18, loads its C++ library only under torch 2.3. All that it adds is the TorchScript export,
-whose SentencePiece operator it owns. Only version numbers are read, before anything fails with an undefined symbol.
+torchtext's last release, 0.18, loads its C++ library only under torch 2.3. It is needed only for the TorchScript
+export, for its SentencePiece operator. Only version numbers are read: loading might fail with an undefined symbol.
 """
 
 from __future__ import annotations
 
 import platform
 import re
-import sys
 from importlib import metadata
 from importlib.util import find_spec
 
-OLDEST_PYTHON = (3, 9)
 OLDEST_TORCH = "2.3.1"
-NEEDED = ["torch", "numpy", "safetensors", "tqdm", "tensorboard", "protobuf", "sentencepiece", "huggingface_hub"]
-NEEDED += ["charset-normalizer"]
 
 
 def _installed(package: str) -> str | None:
@@ -31,38 +27,31 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def unusable() -> str:
-    """Return why this Python or torch cannot run the package, in one line; an empty string if it can."""
-    if sys.version_info < OLDEST_PYTHON:
-        return f"Python {platform.python_version()} is too old: {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed"
-    missing = [package for package in NEEDED if _installed(package) is None]
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        install = f"run `pip install -e .` in the project's folder, or `pip install {' '.join(missing)}`"
-        return f"{', '.join(missing)} {verb} not installed in {sys.prefix}: {install}"
-    torch, tensorboard = (str(_installed(package)) for package in ("torch", "tensorboard"))
+    """Return why the installed packages cannot run this one, in one line; an empty string if they can."""
+    torch, tensorboard = _installed("torch") or OLDEST_TORCH, _installed("tensorboard")
     if _numbers(torch) < _numbers(OLDEST_TORCH):
         cure = "run `pip install -U torch`, or set up an environment with scripts/setup.sh"
         return f"torch {torch} is installed, but {OLDEST_TORCH} or newer is needed: {cure}"
-    if _numbers(tensorboard) < (2, 21) and find_spec("pkg_resources") is None:
+    if tensorboard and _numbers(tensorboard) < (2, 21) and find_spec("pkg_resources") is None:
         problem = f"tensorboard {tensorboard} needs pkg_resources, which setuptools 82 and newer lack"
         return f"{problem}: run `pip install -U tensorboard`"
     return ""
 
 
 def has_torchtext() -> bool:
-    """Whether torchtext is there and loads under this torch."""
+    """Whether torchtext is installed and loads under this torch."""
     torch, torchtext = (_numbers(_installed(package) or "") for package in ("torch", "torchtext"))
     return torch[:2] == (2, 3) and torchtext[:2] == (0, 18)
 
 
 def description() -> str:
-    """Return the stack in a few words, for the header and for error messages."""
+    """Return torch's version, and torchtext's if it loads, for the header and error messages."""
     beside = f"with torchtext {_installed('torchtext')}" if has_torchtext() else "without torchtext"
     return f"torch {_installed('torch')} {beside}"
 
 
 def versions() -> str:
-    """Return Python's version and those of the packages that a result may depend on."""
+    """Return the versions of Python and of the packages that a result may depend on."""
     beside_torch = ["torchtext"] if has_torchtext() else []
     packages = ["torch", *beside_torch, "numpy", "safetensors", "sentencepiece"]
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_installed(name)}" for name in packages)])

@@ -121,6 +121,6 @@ def test_check_says_how_files_are_read_and_replaces_its_own_report_only(
     train_file = small_data / "train.tsv"
     before = train_file.read_bytes()
     says = user_error(train.main, [*words, "--check", str(train_file)])
-    assert f"--check {train_file} already exists, and is no report of --check; name another file" in says
+    assert f"--check {train_file} already exists and is not a report of --check; choose another file" in says
     assert train_file.read_bytes() == before
     assert not (tmp_path / "run").exists()

@@ -23,7 +23,8 @@ from sst2_xlmr.export.folder import with_note, write_folder
 from sst2_xlmr.export.model_card import card_text
 from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.task import SingleLabel
+from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, Task
+from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.files import SCRATCH_MARK, scratch_name
 
@@ -152,16 +153,29 @@ def test_card_of_a_run(run_train: RunTrain, small_data: Path, tmp_path: Path, mo
 
 def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -> None:
     many = SingleLabel([f"c{number}" for number in range(50)])
-    card = card_text(Config(text_column=["a|b"]), many, {"train": 5}, {}, 3)
+    state = TrainState(5, step=3, temperature=1.5, ece_before=0.25, ece_after=0.125)
+    card = card_text(Config(text_column=["a|b"]), many, state, {"train": 5}, {})
     assert "base_model: FacebookAI/xlm-roberta-base\ntags: " in card
     assert "# Text classifier: 50 classes\n" in card
     assert "5 rows train; from SST-2 of the GLUE benchmark." in card
     assert "| `--text-column` | a\\|b |" in card
-    config = Config(data_dir="/d/films", eval_file=["fr=/d/fr.tsv"], test_file=["/d/de.tsv"])
+    config = Config(data_dir="/d/films", eval_file=["fr=/d/fr.tsv"], test_file=["/d/de.tsv"], calibrate=True)
     two = SingleLabel(["a", "b"])
-    card = card_text(config, two, {"train": 5, "fr": 2}, {}, 3, (1.5, 0.25, 0.125))
+    card = card_text(config, two, state, {"train": 5, "fr": 2}, {})
     assert "; from films, fr.tsv, de.tsv." in card
     assert "a temperature of 1.500, fitted on dev" in card
     assert "calibration error from 0.2500 to 0.1250.\n\n## Settings" in card
-    card = card_text(config, two, {"train": 5}, {}, 3, (1.0, 0.25, 0.25))
+    card = card_text(config, two, dataclasses.replace(state, temperature=1.0), {"train": 5}, {})
     assert "calibrated: temperature 1, as no other is significantly better on dev;" in card
+
+
+@pytest.mark.parametrize(
+    ("task", "types"),
+    [
+        (SingleLabel(["a", "b"]), "accuracy, f1"),
+        (MultiLabel(["a", "b"]), "f1"),
+        (Regression(["score"]), "spearmanr, pearsonr"),
+    ],
+)
+def test_card_lists_the_metrics_of_its_task(task: Task, types: str) -> None:
+    assert f"\nmetrics: [{types}]\n" in card_text(Config(), task, TrainState(1), {"train": 5}, {})

@@ -11,7 +11,7 @@ from pathlib import Path
 from conftest import Capture, Patch, RunTrain, Words, change_json, file_size_limit, user_error
 from running import at_step, digests, forked, logged, resume, wait_for
 
-from sst2_xlmr.training.checkpoint import what_is_damaged
+from sst2_xlmr.training.checkpoint import find_damage
 from sst2_xlmr.util.files import SCRATCH_MARK
 
 
@@ -39,13 +39,13 @@ def test_damage_to_any_file_of_a_checkpoint_is_named(finished_run: Path, tmp_pat
         for name in names:
             broken = Path(shutil.copytree(whole, tmp_path / f"{number}-{name}"))
             damage(broken / name)
-            assert what_is_damaged(broken).startswith(f"{name} ")
+            assert find_damage(broken).startswith(f"{name} ")
     manifest = broken / "manifest.json"
     for at in range(0, manifest.stat().st_size, 7):
         shutil.copy(whole / "manifest.json", manifest)
         flip(manifest, at)
-        assert what_is_damaged(broken), f"byte {at}"
-    assert not what_is_damaged(whole)
+        assert find_damage(broken), f"byte {at}"
+    assert not find_damage(whole)
 
 
 def test_the_checkpoint_before_a_damaged_one_is_used_or_none(
@@ -75,7 +75,7 @@ def test_full_disk_ends_with_one_line_and_leaves_what_was_whole(
         limit = file_size_limit(250_000)
         at_step(patch, 5, lambda run: (run.finisher.wait(), limits.enter_context(limit)))
         line = user_error(run_train, run, "--epochs", 2, "--save-every", 3)
-    assert "step-00000006: File too large; make room, then continue (training: with --resume)" in line
+    assert "step-00000006: File too large; free some space, then continue (training: with --resume)" in line
     assert [checkpoint.name for checkpoint in (run / "checkpoints").iterdir()] == ["step-00000003"]
     assert not list(run.rglob(f"*{SCRATCH_MARK}"))
     resume(run)

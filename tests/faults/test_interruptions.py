@@ -97,7 +97,7 @@ def test_a_second_signal_does_not_kill_a_process_that_ends() -> None:
     try:
         with StopRequest(ALONE) as stop:
             signal.raise_signal(signal.SIGUSR1)
-        assert stop.number == signal.SIGUSR1
+        assert stop.signal == signal.SIGUSR1
         signal.raise_signal(signal.SIGUSR1)  # would end the tests
     finally:
         for number in SIGNALS:

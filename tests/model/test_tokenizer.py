@@ -133,7 +133,7 @@ def test_forms_with_sentencepiece_alone_are_refused(model: Path, tmp_path: Path)
     pytest.importorskip("onnxruntime_extensions")
     options = ["--model", str(model), "--output", str(tmp_path / "x"), "--format"]
     says = user_error(export.main, [*options, "onnx"])
-    assert "--format onnx has SentencePiece only, but tokens were added to this model's; take hf, onnx-hf, or" in says
+    assert "--format onnx has only SentencePiece, but tokens were added to this model's; use hf, onnx-hf, or" in says
     export.main([*options, "onnx", "--from-ids"])
 
 

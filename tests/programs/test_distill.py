@@ -86,7 +86,7 @@ def test_given_teachers_temperature_and_weight(options: Words, model: Path, smal
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--teacher", "MODEL"], "answers a, b (single-label), but the labelled rows have negative, positive"),
+        (["--teacher", "MODEL"], "has labels a, b (single-label), the labelled rows have negative, positive"),
         (["--temperature", "0"], "--temperature must be above 0"),
         (["--labelled", "--lr 'x"], "--labelled: cannot split"),
         (["--labelled", "--epoch 3"], "did you mean --epochs?"),
@@ -107,7 +107,7 @@ def test_rows_that_are_all_known_or_without_dev(options: Words, small_data: Path
     known = tmp_path / "known.tsv"
     known.write_text("".join((small_data / "dev.tsv").read_text().splitlines(True)[:3]))
     words = options()
-    assert "name others with --unlabelled" in refusal(run, "--unlabelled", known, *words[2:])
+    assert "give others with --unlabelled" in refusal(run, "--unlabelled", known, *words[2:])
     (small_data / "dev.tsv").unlink()
     assert "name them with --dev-file" in refusal(run, *words, "--output-dir", tmp_path / "other")
 

@@ -114,7 +114,7 @@ def test_too_many_changes_are_refused(run: Path, output: str, monkeypatch: Patch
     with suppress(OSError), Path(output).open("w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         line = user_error(evaluate, *options)
-    assert "bf16 changes 80 of 80 labels of fp32, 100.00%, and at most 1.00% are allowed; take fp32" in line
+    assert "bf16 changes 80 of 80 labels of fp32, 100.00%, and at most 1.00% are allowed; use fp32" in line
 
 
 @pytest.mark.parametrize("what", ["output", "events"])
@@ -191,7 +191,7 @@ def test_json_that_exists_is_replaced_only_if_asked(run: Path, tmp_path: Path) -
         (["--file", DE, DE], "two files have the name test.de"),
         (["--file", DE, "--device", "cuda"], "no CUDA GPU"),
         (["--file", DE, "--json", "{tmp}/no/x"], "no/x: No such file"),
-        (["--file", DE, "--tensorboard", DE], "cannot write to"),
+        (["--file", DE, "--tensorboard", DE], "cannot write "),
         (["--file", DE, "--precision", "fp32", "--against", "fp32"], "--against fp32 compares fp32 with itself"),
         (["--file", DE, "--most-changed", 5], "--most-changed and --most-lost need --against"),
         (["--file", DE, "--overwrite"], "--overwrite needs the --json"),

@@ -82,7 +82,7 @@ def test_onnx_with_wrong_labels(model: Path, tmp_path: Path, monkeypatch: Patch)
 
     monkeypatch.setattr(onnx_file, "write_onnx", write_wrong)
     options = ["--model", model, "--format", "onnx", "--output", tmp_path / "x"]
-    assert "names other labels than its prob" in user_error(run_export, *options)
+    assert "labels do not follow from its prob" in user_error(run_export, *options)
     assert not list(tmp_path.iterdir())
 
 

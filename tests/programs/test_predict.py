@@ -381,7 +381,7 @@ def test_stream_to_a_full_disk(model: Path, tmp_path: Path, monkeypatch: Patch) 
     out = tmp_path / "out.jsonl"
     with file_size_limit(20_000):
         line = user_error(run, model, "--output", out)
-    assert f"cannot write {out}: File too large; make room" in line
+    assert f"cannot write {out}: File too large; free some space" in line
     assert not list(tmp_path.iterdir())
     lines.seek(0)
     run(model, "--output", out)

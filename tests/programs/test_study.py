@@ -166,7 +166,7 @@ def test_a_run_that_is_stopped_ends_it(number: signal.Signals, common: Words, tm
             ["--seeds", "1", "--setting", "a", "--label-names 'x,y"],
             '--setting a: cannot split "--label-names \'x,y" into words',
         ),
-        (["--seeds", "1", "--setting", "a/b", ""], "take letters, digits and hyphens"),
+        (["--seeds", "1", "--setting", "a/b", ""], "use letters, digits and hyphens"),
         (["--seeds", "1", "--setting", "a", "", "--setting", "a", "--lr 1"], "--setting a: that name is taken"),
         (["--seeds", "1", "--setting", "a", "--epoch 3"], "did you mean --epochs?"),
     ],
@@ -243,7 +243,7 @@ def test_split_has_succeeded_even_if_nobody_reads_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--rows", "40"], "--rows 40 is too many: there are 40 rows, and some must stay"),
+        (["--rows", "40"], "--rows 40 is too many: there are 40 rows, and some must remain"),
         (["--rows", "5", "--seed", str(2**32)], "--seed 4294967296 is not a number from 0 to 4294967295"),
         (["--rows", "5", "--train-rows", "99"], "35 rows are left to train on"),
         (["--rows", "5", "--text-column", "review"], "no column 'review'"),

@@ -55,9 +55,9 @@ def test_the_header_says_what_was_decided(
     weights = {EMBEDDING: torch.empty(rows - 100, 32), "big": torch.empty(1000, 1000), "head": torch.empty(1000, 100)}
     moments = {f"{kind}.head": weights["head"] for kind in ("exp_avg", "exp_avg_sq")}
     optimizer: Any = SimpleNamespace(weights=lambda: weights, moments=lambda: moments, shares_memory=False)
-    lines = header_lines(inputs, state, optimizer, reason, world, tmp_path, 10, head_is_new=True)
+    lines = header_lines(inputs, state, optimizer, reason, world, head_is_new=True)
     by_name = {line[:10].rstrip(): line[11:] for line in lines}
-    assert list(by_name) == ["stack", "encoder", "rows", "classes", "batches", "device", "run"]
+    assert list(by_name) == ["stack", "encoder", "rows", "classes", "batches", "device"]
     assert by_name["encoder"].endswith(
         f"3 layers, 32 wide, 1.1 M parameters, 0.1 M trained ({rows - 100} of {rows} embedding rows occur);"
         " new head for negative, positive"
@@ -87,7 +87,7 @@ def test_a_run_whose_disk_fills_goes_on_when_there_is_room(
         patched.setattr(Report, "log_training", fill_at_step_5)
         line = user_error(run_train, run, "--epochs", 1, "--save-every", 3)
     place = run / ("metrics.jsonl" if what == "metrics" else "tensorboard")
-    assert f"cannot write {what} to {place}: No space left on device; make room, then continue" in line
+    assert f"cannot write {what} to {place}: No space left on device; free some space, then continue" in line
     for file in (run / "tensorboard").iterdir():
         file.unlink()
     resume(run)

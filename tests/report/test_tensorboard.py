@@ -25,7 +25,7 @@ from sst2_xlmr.data.prepare import Split
 from sst2_xlmr.data.rows import Columns, inspect
 from sst2_xlmr.report import tensorboard
 from sst2_xlmr.report.tensorboard import escape, mistakes_table
-from sst2_xlmr.task import SingleLabel
+from sst2_xlmr.task import Regression, SingleLabel
 from sst2_xlmr.util.files import digest_of
 
 DEV, DE, RU = (SAMPLE_DATA / name for name in ("dev.tsv", "test.de.tsv", "test.ru.tsv"))
@@ -209,6 +209,15 @@ def test_at_most_fifty_mistakes(tmp_path: Path) -> None:
     assert "(the file has changed)" in table(wrong)
     file.unlink()
     assert "(the file has changed)" in table(wrong)
+
+
+def test_scores_have_errors_instead_of_mistakes() -> None:
+    """Every row has one, so the table calls none wrong, nor an error a probability."""
+    task, labels, scores = Regression(["score"]), np.array([1.0, 2.0, 3.0]), np.array([[1.5], [2.0], [1.0]])
+    lines = mistakes_table(*task.mistakes(scores, labels), 3, lambda rows: dict.fromkeys(rows, "text"), are_scores=True)
+    assert lines.splitlines()[0] == "The 3 largest errors of 3 rows."
+    assert lines.splitlines()[2] == "| row | text | true | predicted | error |"
+    assert lines.splitlines()[4] == "| 3 | text | 3 | 1 | -2 |"
 
 
 def test_no_two_starts_have_the_same_second(tmp_path: Path) -> None:

@@ -205,6 +205,6 @@ def test_the_program_names_what_to_copy(server: Server, tmp_path: Path, capsys: 
     assert capsys.readouterr().out.splitlines() == [
         f"sst2: {own / 'SST-2'}",
         f"xlmr.base: {own / 'encoders' / 'xlmr.base'}",
-        f"elsewhere, set SST2_XLMR_CACHE to a copy of {own}",
+        f"on another machine, set SST2_XLMR_CACHE to a copy of {own}",
     ]
     assert "invalid choice: 'xlmr.huge' (choose from sst2, xlmr.base" in refusal(fetch.main, ["xlmr.huge"])

@@ -46,12 +46,12 @@ def test_a_full_disk_hides_no_error_and_leaves_nothing(tmp_path: Path, name: str
                 raise error
 
     with file_size_limit(100):
-        assert f"cannot write {tmp_path / name}: File too large; make room" in refusal(write, None)
+        assert f"cannot write {tmp_path / name}: File too large; free some space" in refusal(write, None)
         assert "row 3 is wrong" in refusal(write, UserError("row 3 is wrong"))
         with pytest.raises(OSError, match="File too large"):
             write_text(tmp_path / name, content)
     unfinished = scratch_name(tmp_path / "model")
-    for error, expected in ((OSError(28, "No space left on device"), "make room"), (UserError("row 3"), "row 3")):
+    for error, expected in ((OSError(28, "No space left on device"), "free some space"), (UserError("row 3"), "row 3")):
         unfinished.mkdir()
         with pytest.raises(UserError, match=expected), disk_errors("the model", unfinished):
             raise error
