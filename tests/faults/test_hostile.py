@@ -97,7 +97,7 @@ ENCODERS: list[tuple[str, Harm, str]] = [
     ("more layers than stored", setting(num_hidden_layers=4), "layers.3.qkv.weight [96, 32] is missing"),
     ("wider feed-forward part", setting(intermediate_size=128), "up.weight has shape [64, 32], expected [128, 32]"),
     ("other activation", setting(hidden_act="relu"), "hidden_act is 'relu'"),
-    ("heads that do not fit", setting(num_attention_heads=5), "no multiple of num_attention_heads"),
+    ("heads that do not fit", setting(num_attention_heads=5), "not a multiple of num_attention_heads"),
     ("header of 2**63 bytes", raw(struct.pack("<Q", 2**63) + b"{}"), "cannot read weights"),
     ("tensor of 2**60 values", tensor([2**60], (0, 2**62)), "cannot read weights"),
     ("tensor of another shape", tensor([1], (0, 4), tail=bytes(4)), "does not fit"),
