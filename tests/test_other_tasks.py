@@ -71,6 +71,7 @@ def test_columns_of_0_and_1_are_several_labels_and_those_of_probabilities_one(tm
     task, rows = read(tmp_path / "a.csv", "text,toxic,insult\nx,1,0\ny,0,0\nz,1,1\n", columns)
     assert (type(task), task.label_names) == (MultiLabel, ["toxic", "insult"])
     assert [row.label.tolist() for row in rows] == [[1, 0], [0, 0], [1, 1]]
+    assert task.read_label({"toxic": "-1", "insult": -1}, "") is None, "a row of a test file that is not scored"
     columns = Columns(labels=("probability_no", "probability_yes"))
     content = "text,probability_no,probability_yes\nx,0.25,0.75\ny,0.9,0.1\n"
     task, rows = read(tmp_path / "b.csv", content, columns)
