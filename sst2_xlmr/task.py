@@ -188,7 +188,7 @@ class SingleLabel:
         """
         factors = _explicit_weights(config.class_weights)
         if config.class_weights == "balanced":
-            counts = self._prior(labels, weights)
+            counts = self.prior(labels, weights)
             if not counts.all():
                 raise UserError(
                     "--class-weights balanced: the training file has no row of class"
@@ -199,7 +199,7 @@ class SingleLabel:
         factors = None if factors is None else factors.to(device)
         return replace(self, label_smoothing=config.label_smoothing, class_weights=factors)
 
-    def _prior(self, labels: np.ndarray, weights: RowWeights) -> np.ndarray:
+    def prior(self, labels: np.ndarray, weights: RowWeights) -> np.ndarray:
         """Return fp64 [classes], the total weight of each class's rows."""
         if labels.ndim == 2:
             return np.asarray((labels if weights is None else labels * weights[:, None]).sum(0, dtype=np.float64))
@@ -221,7 +221,7 @@ class SingleLabel:
 
     def baseline_loss(self, labels: np.ndarray, weights: RowWeights = None) -> float:
         """Return the class-prior baseline: the loss, in nats per row, of the best constant answer."""
-        rows = self._prior(labels, weights)
+        rows = self.prior(labels, weights)
         counted = rows if self.class_weights is None else rows * self.class_weights.cpu().numpy()
         answer = (1 - self.label_smoothing) * counted / counted.sum() + self.label_smoothing / self.outputs
         entropy = -float(sum(p * math.log(p) for p in answer if p > 0))
@@ -519,13 +519,13 @@ class MultiLabel:
         """`--class-weights balanced` is, for each label, the rows without it / the rows with it."""
         factors = _explicit_weights(config.class_weights)
         if config.class_weights == "balanced":
-            prior = self._prior(labels, weights)
+            prior = self.prior(labels, weights)
             factors = torch.from_numpy(np.where(prior > 0, (1 - prior) / prior.clip(1e-9), 1.0)).float()
         task = replace(self, positive_weights=None if factors is None else factors.to(device))
         answer = task._best_constant(labels, weights)[-1].clip(1e-3, 1 - 1e-3)
         return replace(task, initial_bias=tuple(np.log(answer / (1 - answer)).tolist()))
 
-    def _prior(self, labels: np.ndarray, weights: RowWeights) -> np.ndarray:
+    def prior(self, labels: np.ndarray, weights: RowWeights) -> np.ndarray:
         """Return fp64 [labels], the fraction of the rows with each label."""
         return np.average(labels.astype(np.float64), axis=0, weights=weights)
 
@@ -542,7 +542,7 @@ class MultiLabel:
 
     def _best_constant(self, labels: np.ndarray, weights: RowWeights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return fp64 [labels] each: the prior, prior * positive weight, and the probabilities of minimal loss."""
-        prior = self._prior(labels, weights)
+        prior = self.prior(labels, weights)
         positive = prior if self.positive_weights is None else prior * self.positive_weights.cpu().numpy()
         return prior, positive, positive / (positive + 1 - prior)
 
@@ -730,6 +730,7 @@ class Regression:
     refused: ClassVar[dict[str, str]] = {
         "label_names": "a score has no name",
         "label_smoothing": "a score has no classes",
+        "align_classes": "a score has no classes",
         "class_weights": "a score has no classes; --weight-column weighs rows",
         "calibrate": _NO_PROBABILITIES,
         "temperature": _NO_PROBABILITIES,
@@ -962,6 +963,20 @@ def at_temperature(task: Task, temperature: float) -> Task:
         return task
     logits = torch.tensor(task.thresholds, dtype=torch.float64).logit() / temperature
     return replace(task, thresholds=tuple(logits.sigmoid().tolist()))
+
+
+def aligned(task: Task, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Shift the logits so that the mean of the probabilities, [rows, outputs], has the class shares of `labels`.
+
+    This is distribution alignment (Berthelot et al. 2020, https://arxiv.org/abs/1911.09785).
+    """
+    if isinstance(task, Regression) or not len(probabilities):
+        return probabilities
+    logits, wanted = torch.from_numpy(task.logits_of(probabilities)), task.logits_of(task.prior(labels, None)[None])
+    for _ in range(50):
+        mean = task.probabilities(logits).mean(0, keepdim=True).numpy()
+        logits += torch.from_numpy(wanted - task.logits_of(mean))
+    return task.probabilities(logits).numpy()
 
 
 def as_labels(task: Task, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:

@@ -40,12 +40,13 @@ from sst2_xlmr.programs.checks import refuse
 from sst2_xlmr.programs.row_files import checked_config, split_words, with_values, words_for, write_rows
 from sst2_xlmr.programs.study import compare, train
 from sst2_xlmr.report.comparison import Figures
-from sst2_xlmr.task import as_labels, check_options, main_metric
+from sst2_xlmr.task import aligned, as_labels, check_options, main_metric
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of, digest_of_input, read_json, write_text
 
 ROWS_AT_ONCE = 4096
+SETTINGS = ("temperature", "align_classes", "unlabelled_weight", "teacher_precision")  # that decide the soft labels
 
 
 class Distillation:
@@ -78,20 +79,32 @@ class Distillation:
 
     def soft_labelled(self, classifier: Classifier, counts: dict[str, int]) -> Iterator[Row]:
         """Yield the unlabelled rows with the teacher's probabilities as label; counts "texts" and "left out"."""
-        chunks = (chunk for file in self.arguments.unlabelled for chunk in in_chunks(self.rows_of(file), ROWS_AT_ONCE))
-        with tqdm(unit=" texts", disable=None, leave=False, dynamic_ncols=True) as bar:
-            for chunk in chunks:
-                is_known = np.isin(digests_of(chunk), self.known)
-                rows = [row for row, known in zip(chunk, is_known) if not known and row.text.strip()]
-                probabilities = classifier.probabilities(texts_of(rows))
-                task, labels = as_labels(classifier.task, probabilities, self.arguments.temperature or 1.0)
-                for row, label in zip(rows, labels):
-                    yield row._replace(label=task.label_value(label), weight=self.arguments.unlabelled_weight)
-                counts["texts"] += len(rows)
-                counts["left out"] += len(chunk) - len(rows)
-                bar.update(len(chunk))
+        arguments = self.arguments
+        for file in arguments.unlabelled:  # read twice, as all its probabilities are needed before the first label
+            found = []
+            with tqdm(unit=" texts", disable=None, leave=False, dynamic_ncols=True) as bar:
+                for chunk, rows in self.usable_rows(file):
+                    found.append(classifier.probabilities(texts_of(rows)))
+                    counts["left out"] += len(chunk) - len(rows)
+                    bar.update(len(chunk))
+            probabilities = np.concatenate(found)
+            if arguments.align_classes:
+                probabilities = aligned(classifier.task, probabilities, self.labels_of("train"))
+            task, labels = as_labels(classifier.task, probabilities, arguments.temperature or 1.0)
+            counts["texts"] += len(labels)
+            for row, label in zip((row for _, rows in self.usable_rows(file) for row in rows), labels):
+                yield row._replace(label=task.label_value(label), weight=arguments.unlabelled_weight)
         if not counts["texts"]:
             raise UserError("all unlabelled texts are also labelled or evaluated on; give others with --unlabelled")
+
+    def usable_rows(self, file: Path) -> Iterator[tuple[list[Row], list[Row]]]:
+        """Yield a file's rows in chunks: all of them, and those whose texts are neither empty nor known."""
+        for chunk in in_chunks(self.rows_of(file), ROWS_AT_ONCE):
+            is_known = np.isin(digests_of(chunk), self.known)
+            yield chunk, [row for row, known in zip(chunk, is_known) if not known and row.text.strip()]
+
+    def labels_of(self, split: str) -> np.ndarray:
+        return np.asarray([row.label for row in self.rows[split]], self.task.label_dtype)
 
     def teach(self, folder: Path, teachers: list[Path]) -> None:
         """Write a round's training rows and teacher.json, unless that exists, and print the teachers' metrics."""
@@ -102,7 +115,7 @@ class Distillation:
         inputs = {
             "teachers": [digest_of(file) for file in weights],
             "unlabelled": [digest_of_input(file) for file in arguments.unlabelled],
-            **{name: getattr(arguments, name) for name in ("temperature", "unlabelled_weight", "teacher_precision")},
+            **{name: getattr(arguments, name) for name in SETTINGS},
         }
         path = folder / "teacher.json"
         if not path.is_file():
@@ -121,9 +134,9 @@ class Distillation:
 
     def value_of(self, classifier: Classifier, split: str) -> float:
         """Return the main metric of a classifier on a split."""
-        rows, task = self.rows[split], classifier.task
-        labels: np.ndarray = np.asarray([row.label for row in rows], self.task.label_dtype)
-        return main_metric(task.metrics(task.results_of(classifier.probabilities(texts_of(rows)), labels), labels))
+        task, labels = classifier.task, self.labels_of(split)
+        probabilities = classifier.probabilities(texts_of(self.rows[split]))
+        return main_metric(task.metrics(task.results_of(probabilities, labels), labels))
 
     def student(self, round: int, seed: int) -> tuple[bool, Figures]:
         """Train a student of a round; see `study.train`."""

@@ -122,6 +122,8 @@ def distill() -> OneLineParser:
     add("--rounds", type=positive, default=1, metavar="N", help="rounds; the students of each teach the next [1]")
     add("--labelled", default="", metavar="OPTIONS", help="more options for the runs on the labelled rows alone")
     add("--temperature", type=number_to(10, "temperature"), metavar="T", help="divide the teachers' logits by T [1]")
+    what = "shift the teachers' logits so that each file's soft labels have the class shares of the labelled rows"
+    add("--align-classes", action="store_true", help=what)
     add("--unlabelled-weight", type=weight, default=1.0, metavar="W", help="weight of an unlabelled row's loss [1]")
     add("--teacher-precision", choices=PRECISIONS, default="auto", help="precision of the teachers [auto]")
     return parser

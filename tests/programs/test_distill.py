@@ -13,7 +13,7 @@ from running import call_in_forks
 
 import sst2_xlmr
 from sst2_xlmr.programs import distill
-from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, as_labels
+from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, aligned, as_labels
 from sst2_xlmr.util.files import digest_of
 
 TEXTS = ["a fine film", "dull and slow", "hard to say", "quite moving , in parts", "  "]
@@ -82,6 +82,14 @@ def test_given_teachers_temperature_and_weight(options: Words, model: Path, smal
     assert teacher["figures"]["dev"] == pytest.approx(accuracy)
     assert "other teachers, texts or options" in refusal(run, *with_names, "--temperature", 1)
 
+    run(*with_names, "--temperature", 1, "--align-classes", "--output-dir", tmp_path / "aligned")
+    rows = json_lines(tmp_path / "aligned/round-1/train.jsonl")
+    soft = np.array([list(row["label"].values()) for row in rows[50:]])
+    share = np.mean([row["label"] == "b" for row in rows[:50]])
+    assert soft.mean(0) == pytest.approx([1 - share, share], abs=1e-5)
+    ratios = np.log(soft[:, 1] / soft[:, 0]) - np.log(found[:, 1] / found[:, 0])
+    assert np.ptp(ratios) < 1e-4 < abs(ratios.mean()), "all logits are shifted alike"
+
 
 @pytest.mark.parametrize(
     ("more", "says"),
@@ -110,6 +118,12 @@ def test_rows_that_are_all_known_or_without_dev(options: Words, small_data: Path
     assert "give others with --unlabelled" in refusal(run, "--unlabelled", known, *words[2:])
     (small_data / "dev.tsv").unlink()
     assert "name them with --dev-file" in refusal(run, *words, "--output-dir", tmp_path / "other")
+
+
+def test_answers_to_several_labels_are_aligned_label_by_label() -> None:
+    probabilities, labels = np.array([[0.9, 0.3], [0.8, 0.1], [0.2, 0.2]], np.float32), np.eye(4, dtype=np.float32)
+    assert aligned(MultiLabel([*"ab"]), probabilities, labels[:, :2]).mean(0) == pytest.approx([0.25, 0.25])
+    assert aligned(Regression(["score"]), probabilities[:, :1], labels[0]) is not None
 
 
 def test_a_teachers_answers_as_labels_of_every_task() -> None:
