@@ -141,8 +141,8 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
             raise UserError(f"{path}: two columns are named {name!r}; give {option} a number, from 1")
         if matches:
             return matches[0]
-    if layout.format == "lines":
-        raise UserError(f"{path} is read as lines of text, without labels; if its lines have columns, give --delimiter")
+    if layout.is_table and len(names) == 1 and option.startswith("--label"):
+        raise UserError(f"{path} is read as one column, of texts without labels; if there are more, give --delimiter")
     among = shortened(", ".join(names)) + " (it has no header)" * bool(layout.delimiter and not layout.header)
     raise UserError(
         f"{path}, line {fields.line}: no column {' or '.join(map(repr, wanted))} among {among}; name it with"

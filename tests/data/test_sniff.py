@@ -155,7 +155,7 @@ DOCUMENTS = [
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".txt", ".jsonl.gz", ".json.zip"])
-@pytest.mark.parametrize("document", DOCUMENTS, ids=range(7))
+@pytest.mark.parametrize("document", DOCUMENTS, ids=range(len(DOCUMENTS)))
 def test_json_by_content(tmp_path: Path, document: str, ending: str) -> None:
     content, path = document.encode(), tmp_path / f"a{ending}"
     path.write_bytes(gzip.compress(content) if ending.endswith(".gz") else content)
@@ -203,10 +203,7 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
         (b'text, label\n"a", "x"\n"b, c", "y"\n', "spaces before its quotes.* sed 's/, [*]\"/,\"/g'"),
         (b"sep=;\ntext;label\na;x\nb;y\n", "line 1, 'sep=', is no row; remove it: tail -n [+]2"),
         (b"Report of 2021,,\ntext,label,n\na,x,1\nb,y,2\n", "line 1, 'Report of 2021', is no row"),
-        (b"DESC:manner How so ?\nENTY:food What is it ?\n", "read as lines of text, without labels; .* --delimiter"),
         (b"text\nWell, a film\nSo, a film\n", "'no column|',' must be in quotes, or .* --delimiter tab"),
-        (b"0,1,2\n1,a good film,0\n2,a bad one,1\n3,so so,0\n4,no no,1\n", "--text-column 2 --label-column 3"),
-        (b'"the text\n(here)",label\na film,x\na play,y\na film,x\na play,y\n', "--text-column 1 --label-column label"),
         (b"text,label\nso l\xe0,x\nd\xe9j\xe0 vu,y\n", "--encoding cp1252, in which it is 'so l\xe0,x', or another"),
         (b"\x80\x04\x95", "pickle"),
         (b"(3 (2 (2 The) (2 Rock)) (2 .))\n", "parse trees .* python -c"),
@@ -217,6 +214,22 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
 )
 def test_what_is_no_table_is_named_with_a_cure(tmp_path: Path, content: bytes, says: str) -> None:
     assert re.search(says, refusal(read, tmp_path / "a.csv", content))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            b"DESC:manner How so ?\nENTY:food What is it ?\n",
+            "read as one column, of texts without labels; .* --delimiter",
+        ),
+        (b"0,1,2\n1,a good film,0\n2,a bad one,1\n3,so so,0\n4,no no,1\n", "--text-column 2 --label-column 3"),
+        (b'"the text\n(here)",label\na film,x\na play,y\na film,x\na play,y\n', "--text-column 1 --label-column label"),
+    ],
+)
+def test_columns_are_proposed(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    assert re.search(says, refusal(inspect, tmp_path / "a.csv", Columns()))
 
 
 @pytest.mark.parametrize(
