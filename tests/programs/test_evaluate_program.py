@@ -59,6 +59,13 @@ def test_sst2s_numbers_are_those_of_a_model_without_names(run: Path, tmp_path: P
     export.main(["--output", str(tmp_path / "model.onnx"), *map(str, options)])
 
 
+def test_an_empty_text_is_answered_unless_it_is_dropped(run: Path, tmp_path: Path) -> None:
+    (file := tmp_path / "de.tsv").write_text("sentence\tlabel\na fine film\tpositive\n\tnegative\n", encoding="utf-8")
+    for name, rows, options in (("all", 2, []), ("usable", 1, ["--drop-unusable"])):
+        evaluate("--model", run / "model", "--file", file, "--json", tmp_path / name, *options)
+        assert json.loads((tmp_path / name).read_text(encoding="utf-8"))["files"]["de"]["rows"] == rows
+
+
 def test_numbers_are_those_of_training(run: Path, tmp_path: Path, capsys: Capture) -> None:
     file, events = tmp_path / "numbers.json", tmp_path / "events"
     outputs = ["--json", file, "--tensorboard", events]
