@@ -182,8 +182,10 @@ def main(argv: list[str] | None = None) -> None:
     if against == precision:
         raise UserError(f"--against {precision} compares {precision} with itself; name another --precision")
     classes = tuple(task.label_names)
-    given, may_be_empty = {name: columns_given(arguments, name) for name in files}, not arguments.drop_unusable
-    columns = {name: replace(given[name], may_be_empty=may_be_empty, classes=classes) for name in files}
+    given = {name: columns_given(arguments, name) for name in files}
+    columns = {
+        name: replace(wanted, may_be_empty=not wanted.drop_unusable, classes=classes) for name, wanted in given.items()
+    }
     for own_columns in columns.values():
         check_pairs(models[0], own_columns.pair, "--text-pair-column NAME")
     check_options(task, arguments)
