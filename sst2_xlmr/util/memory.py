@@ -16,13 +16,15 @@ import torch
 
 from sst2_xlmr.util.errors import UserError
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
 
 
 def keep_freed_memory() -> None:
     """Make glibc's malloc keep freed memory, and grow the heap in steps of 64 MiB."""
     if platform.libc_ver()[0] == "glibc":
-        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
+        values = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
+        values[_M_ARENA_MAX] = 1  # or every thread would keep blocks of its own
+        for parameter, value in values.items():
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
