@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from conftest import change_json, free_port
 from sst2_xlmr.predictor import Classifier
 
 pytest.importorskip("uvicorn")
+serve = importlib.import_module("sst2_xlmr.programs.serve")
 TEXTS = ["Not bad at all.", "映画", "", "a longer text, " * 30]
 GOOD = json.dumps({"texts": TEXTS, "all_probabilities": True}).encode()
 # The program with a second for a request to arrive.
@@ -122,6 +124,11 @@ def test_the_service_ends_if_a_worker_is_killed(model: Path) -> None:
         assert b"error: a worker ended by itself (status -9)" in service.stderr.read()
         assert service.wait(30) == 2
         assert not Path(f"/proc/{other}").exists()
+
+
+def test_small_answers_are_sent_at_once() -> None:
+    with serve.listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP, "which asyncio wants before it sets TCP_NODELAY"
 
 
 def test_an_address_that_is_taken_is_one_line(port: int, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
