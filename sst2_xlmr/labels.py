@@ -218,14 +218,15 @@ def resolve_label_names(names: Sequence[str], labels: Iterable[str], path: objec
 
 def _check_one_each(first_lines: dict[str, int], path: object) -> None:
     """Raise UserError if rows have several labels or scores, or if there are more than `MAX_CLASSES` labels."""
+    if first_lines and all(map(_DECIMAL_COMMA.fullmatch, first_lines)):
+        label, line = next(iter(first_lines.items()))
+        raise UserError(
+            f"{path}, line {line}: label {_quoted(label)} is a score with a decimal comma or several labels; use --task"
+            " regression or --task multi-label"
+        )
     for label, line in first_lines.items():
         where, parts = f"{path}, line {line}", [part.strip() for part in _DELIMITERS.split(label)]
         is_list = label[:1] in "[{" and label[-1:] in "]}"
-        if all(_DECIMAL_COMMA.fullmatch(each) for each in first_lines):
-            raise UserError(
-                f"{where}: label {_quoted(label)} is a score with a decimal comma or several labels; use --task"
-                " regression or --task multi-label"
-            )
         if is_list or (len(parts) > 1 and all(part in first_lines or part.isdecimal() for part in parts)):
             raise UserError(
                 f"{where}: label {_quoted(label)} is several labels, but a row has one label in this task; use --task"

@@ -58,11 +58,10 @@ def json_rows(text: str, path: Path) -> list[Any]:
         values = list(content.values())
         if {"columns", "data"} <= content.keys():  # orient="split"
             return [dict(zip(content["columns"], row)) for row in content["data"]]
-        tables = [value for value in values if isinstance(value, list) and value and isinstance(value[0], (dict, list))]
         if len(values) == 1 and isinstance(values[0], list):  # {"data": [...]}
             content = values[0]
-        elif len(tables) == 1 and not any(isinstance(value, list) for value in values if value is not tables[0]):
-            content = tables[0]  # {"version": 1, "data": [...]}, or orient="table"
+        elif [value for value in values if isinstance(value, list)] == [content.get("data")]:
+            content = content["data"]  # beside a version, or a schema: orient="table"
         elif all(map(str.isdecimal, content)) and all(isinstance(value, dict) for value in values):
             content = values  # orient="index"
         elif all(isinstance(value, list) and {*map(type, value)} & {dict, list} for value in values):

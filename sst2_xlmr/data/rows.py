@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sst2_xlmr.config import COLUMN_OPTIONS, FORMATS, Config
-from sst2_xlmr.data.containers import shortened
+from sst2_xlmr.data.containers import READERS, shortened
 from sst2_xlmr.data.formats import Fields, Layout, opened, read_fields
 from sst2_xlmr.data.sniff import Columns, find_layout, other_encoding
 from sst2_xlmr.labels import MISSING, MISSING_ID, UNKNOWN_ID, label_text
@@ -344,7 +344,7 @@ class Inspection:
 
     def check_encoding(self, path: Path) -> None:
         """Raise UserError if rows are unusable because the file is not UTF-8."""
-        if CHARACTERS in self.problems and self.layout.encoding == "utf-8" and not path.is_dir():
+        if CHARACTERS in self.problems and self.layout.encoding == "utf-8" and self.layout.format not in READERS:
             with opened(path) as (file, _):
                 encoding = other_encoding(content := file.read())
             if encoding:

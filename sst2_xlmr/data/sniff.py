@@ -186,9 +186,7 @@ def _json_format(name: str, filled: list[str]) -> str | None:
     if first[:1] in ("{", "["):
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(first)
-            values = list(row.values()) if isinstance(row, dict) else []
-            has_rows = any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values)
-            if isinstance(row, dict) and (len(filled) > 1 or not ({*map(type, values)} <= {dict, list} or has_rows)):
+            if isinstance(row, dict) and (len(filled) > 1 or not _is_document(row)):
                 return "jsonl"
         with contextlib.suppress(ValueError, RecursionError):
             json.loads("".join(filled))
@@ -196,6 +194,11 @@ def _json_format(name: str, filled: list[str]) -> str | None:
         if first.strip() in ("[", "{"):  # the document may be longer than the sample
             return "json"
     return "jsonl" if name.endswith((".jsonl", ".ndjson")) else "json" if name.endswith(".json") else None
+
+
+def _is_document(value: dict[str, Any]) -> bool:
+    """Whether a JSON object holds rows, and is not a row itself; see `containers.json_rows`."""
+    return isinstance(value.get("data"), list) or {*map(type, value.values())} <= {dict, list}
 
 
 def _parsed(lines: list[str], delimiter: str, quoting: str, is_whole: bool) -> list[list[str]]:

@@ -165,6 +165,16 @@ def test_json_by_content(tmp_path: Path, document: str, ending: str) -> None:
     assert [(row.text, row.fields.cells[1]) for row in read_rows(path, Columns(), None)] == [("a b", "x")] * 2
 
 
+def test_a_row_with_nested_lists_is_a_row(tmp_path: Path) -> None:
+    row = {"text": "a b", "label": "x", "spans": [{"text": "a", "label": "y"}]}
+    for indent, says in ((None, ""), (1, "JSON, but not a table")):
+        (tmp_path / "a.jsonl").write_text(json.dumps(row, indent=indent))
+        if says:
+            assert says in refusal(inspect, tmp_path / "a.jsonl", Columns())
+        else:
+            assert list(inspect(tmp_path / "a.jsonl", Columns()).labels) == ["x"]
+
+
 def test_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("__label__x good film\r\n__label__y bad\n__label__x\n")
     assert list(inspect(tmp_path / "a.tsv", Columns()).labels) == ["x", "y"]
@@ -186,6 +196,10 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
     table = arrow.table({"text": ["a b", "c\nd", "e"], "label": [1, 0, -1]})
     parquet.write_table(table.replace_schema_metadata(info), tmp_path / "a.parquet")
     assert inspect(tmp_path / "a.parquet", Columns()).labels == {"yes": [1, 1], "no": [1, 2], "-1": [1, 3]}
+    parquet.write_table(arrow.table({"text": ["a"] * 99 + ["b\0"], "label": ["x"] * 100}), tmp_path / "b.parquet")
+    assert "1 with cut characters" in refusal(
+        lambda file: inspect(file, Columns()).check(file, None, False), tmp_path / "b.parquet"
+    )
     book = openpyxl.Workbook()
     for row in (["text", "label"], ["a b", 1.0], ["c", 2], [2012, None]):
         book.active.append(row)
