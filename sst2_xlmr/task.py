@@ -965,7 +965,7 @@ def at_temperature(task: Task, temperature: float) -> Task:
     return replace(task, thresholds=tuple(logits.sigmoid().tolist()))
 
 
-def aligned(task: Task, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def align_classes(task: Task, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Shift the logits so that the mean of the probabilities, [rows, outputs], has the class shares of `labels`.
 
     This is distribution alignment (Berthelot et al. 2020, https://arxiv.org/abs/1911.09785).

@@ -90,7 +90,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
             if magic == b"PK\x03\x04":
                 packed = stack.enter_context(zipfile.ZipFile(raw))
                 files = [inner for inner in packed.namelist() if not inner.endswith("/") and "__MACOSX" not in inner]
-                files = [inner for inner in files if not Path(inner).name.startswith(".")]
+                files = [inner for inner in files if not Path(inner).name.startswith(".")]  # macOS' .DS_Store, say
                 if "content.xml" in files:
                     raise UserError(f"{path} is an OpenDocument file; save its table as CSV")
                 if "[Content_Types].xml" not in files:  # otherwise it is an Excel workbook

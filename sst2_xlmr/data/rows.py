@@ -185,8 +185,7 @@ def _proposal(path: Path, layout: Layout, with_label: bool) -> str:
     options: list[tuple[str, ...]] = list(zip(("--text-column", "--label-column"), names))
     if len(flags) > 2 and with_label:
         options = [*options[:1], ("--label-columns", *map(shlex.quote, flags))]
-    words = (word for option in options for word in option)
-    return f" (e.g. {' '.join(words)})" if options else ""
+    return f" (e.g. {' '.join(itertools.chain.from_iterable(options))})" if options else ""
 
 
 Checked = tuple[Fields, str, Any, Any, Any, float]

@@ -236,13 +236,14 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
             cell = cell.replace(mark, escape + mark)
         return quote + cell + quote in raw
 
-    rows, excel_cells, is_needed, are_rows, is_excel = 0, 0, False, False, quote == '"'
+    rows, is_needed = 0, False
+    excel_cells, is_excel = 0, quote == '"'  # quoted cells; whether they are those that Excel quotes
+    are_rows = False  # whether the lines of a row may be rows by themselves
     always: set[int] = set()  # the columns whose cells are all quoted
-    below: set[int] = set()  # those without their header
+    below: set[int] = set()  # the same without the header
     try:
         for row in csv_reader(recorded(), delimiter, quoting):
             raw = "".join(of_row)
-            # Each of these lines may be a row by itself.
             are_rows |= len(of_row) > 1 and all(line.count(delimiter) == len(row) - 1 for line in of_row)
             of_row.clear()
             quoted = {i for i, cell in enumerate(row) if is_in_quotes(cell)} if quote in raw else set()
@@ -289,27 +290,29 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
         quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
         rows = _parsed(lines, delimiter, quoting, is_whole)
         width, share = _share(rows[1:] or rows)
-        if (
-            width > 1
-            and (share >= _CONSISTENT or given)
-            and (len(rows[0]) - width in (0, 1) or _has_extra_column(rows, width))
-        ):
+        fits = bool(rows) and (len(rows[0]) - width in (0, 1) or _has_extra_column(rows, width))
+        if width > 1 and (share >= _CONSISTENT or given) and fits:
             names = sum(cell.strip("\ufeff \"'").lower() in asked.named for cell in rows[0])
-            is_csv = names or given or name.endswith(".csv") or any(cell[:1] != " " for row in rows for cell in row[1:])
-            best = max(best, (names, round(share, 2), -rank, delimiter, quoting)) if is_csv else best  # else prose
+            is_prose = all(cell[:1] == " " for row in rows for cell in row[1:])  # its commas are followed by spaces
+            if names or given or name.endswith(".csv") or not is_prose:
+                best = max(best, (names, round(share, 2), -rank, delimiter, quoting, rows))
     if best:
-        *_, delimiter, quoting = best
-        rows, raw = _parsed(lines, delimiter, quoting, is_whole)[1:], "".join(lines)
-        spaced = ([cell for cell in row if re.match(' +"', cell) and delimiter + cell in raw] for row in rows)
-        if quoting == "double" and rows and all(spaced):
-            cure = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
-            raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
+        *_, delimiter, quoting, rows = best
+        _check_spaces(name, "".join(lines), rows[1:], delimiter, quoting)
     elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in asked.named:
         delimiter = given or ("\t" if name.endswith((".tsv", ".tab", ".txt")) else ",")
         quoting = asked.quoting or _quoting(lines, delimiter, is_whole)
     else:
         return Layout("lines", names=("text",))
     return Layout("tsv" if delimiter == "\t" else "csv", delimiter=delimiter, quoting=quoting)
+
+
+def _check_spaces(name: str, raw: str, rows: list[list[str]], delimiter: str, quoting: str) -> None:
+    """Raise UserError if spaces before the quotes keep these from being quotes, in all rows of a file's text."""
+    spaced = ([cell for cell in row if re.match(' +"', cell) and delimiter + cell in raw] for row in rows)
+    if quoting == "double" and rows and all(spaced):
+        cure = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
+        raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
 
 
 def _with_quoting_of_whole(path: Path, layout: Layout) -> Layout:

@@ -146,7 +146,7 @@ def inspected(path: Path, columns: Columns, cache_dir: Path) -> Inspection:
 
 @functools.cache
 def _code_digest() -> str:
-    """Return the digest of the modules that read and tokenize rows: what others have read may be wrong."""
+    """Return a digest of the modules that read and tokenize rows: a cache is valid only for the code that wrote it."""
     package = Path(__file__).parents[1]
     patterns = ("data/*.py", "model/tokenizer*.py", "labels.py", "task.py")
     files = sorted(file for pattern in patterns for file in package.glob(pattern))

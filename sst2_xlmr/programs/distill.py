@@ -40,7 +40,7 @@ from sst2_xlmr.programs.checks import refuse
 from sst2_xlmr.programs.row_files import checked_config, split_words, with_values, words_for, write_rows
 from sst2_xlmr.programs.study import compare, train
 from sst2_xlmr.report.comparison import Figures
-from sst2_xlmr.task import aligned, as_labels, check_options, main_metric
+from sst2_xlmr.task import align_classes, as_labels, check_options, main_metric
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of, digest_of_input, read_json, write_text
@@ -89,7 +89,7 @@ class Distillation:
                     bar.update(len(chunk))
             probabilities = np.concatenate(found)
             if arguments.align_classes:
-                probabilities = aligned(classifier.task, probabilities, self.labels_of("train"))
+                probabilities = align_classes(classifier.task, probabilities, self.labels_of("train"))
             task, labels = as_labels(classifier.task, probabilities, arguments.temperature or 1.0)
             counts["texts"] += len(labels)
             for row, label in zip((row for _, rows in self.usable_rows(file) for row in rows), labels):
@@ -108,10 +108,8 @@ class Distillation:
 
     def teach(self, folder: Path, teachers: list[Path]) -> None:
         """Write a round's training rows and teacher.json, unless that exists, and print the teachers' metrics."""
-        arguments, weights = (
-            self.arguments,
-            [file for name in teachers for file in find_encoder(str(name)).weights_files],
-        )
+        arguments = self.arguments
+        weights = [file for name in teachers for file in find_encoder(str(name)).weights_files]
         inputs = {
             "teachers": [digest_of(file) for file in weights],
             "unlabelled": [digest_of_input(file) for file in arguments.unlabelled],

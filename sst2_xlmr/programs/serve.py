@@ -241,27 +241,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = options.serve().parse_args(argv)
-    listener = listen(arguments.host, arguments.port)
-    keep_freed_memory()
-    # Each thread that computes has OpenMP threads of its own. If there are more of these than cores, they do not spin
-    # while they wait, which is slower, and a process cannot be copied with them; so the thread that loads ends.
-    with ThreadPoolExecutor(1) as thread:
-        load, asked = Classifier.load_mean, (arguments.models, arguments.precision, arguments.device)
-        classifier = thread.submit(load, *asked).result()
-    check_options(classifier.task, arguments)
-    several = arguments.workers > 1
-    refuse((several and classifier.device.type != "cpu", "--workers is for a CPU; leave it out, or add --device cpu"))
-    counters = np.frombuffer(mmap.mmap(-1, COUNTERS.itemsize * arguments.workers), COUNTERS)
-    models = " + ".join(map(str, arguments.models))
-    say(f"serving    {models} in {classifier.precision} at http://{arguments.host}:{arguments.port}")
-    if not several:
-        asyncio.run(run(classifier, arguments, listener, counters, 0))
-        return
-    copies = multiprocessing.get_context("fork")  # which share the model's memory
-    service = classifier, arguments, listener, counters
-    processes = [copies.Process(target=work, args=(*service, worker)) for worker in range(arguments.workers)]
+def supervise(processes: list[Any]) -> None:
+    """Run worker processes until a signal asks them to stop; UserError if one ends by itself."""
 
     def stop(*_: object) -> None:
         for process in processes:
@@ -279,3 +260,26 @@ def main(argv: list[str] | None = None) -> None:
     if died := [each.exitcode for each in processes if each.exitcode not in (0, *(-number for number in SIGNALS))]:
         cure = "start it with fewer --workers"
         raise UserError(f"a worker ended by itself (status {died[0]}), so the service has ended; {cure}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = options.serve().parse_args(argv)
+    listener = listen(arguments.host, arguments.port)
+    keep_freed_memory()
+    # The thread that loads the model ends, and with it its OpenMP threads: if there were more than cores, waiting ones
+    # would not spin, which is slower, and a forked process would wait for threads that it does not have.
+    with ThreadPoolExecutor(1) as thread:
+        load, asked = Classifier.load_mean, (arguments.models, arguments.precision, arguments.device)
+        classifier = thread.submit(load, *asked).result()
+    check_options(classifier.task, arguments)
+    several = arguments.workers > 1
+    refuse((several and classifier.device.type != "cpu", "--workers is for a CPU; leave it out, or add --device cpu"))
+    counters = np.frombuffer(mmap.mmap(-1, COUNTERS.itemsize * arguments.workers), COUNTERS)
+    models = " + ".join(map(str, arguments.models))
+    say(f"serving    {models} in {classifier.precision} at http://{arguments.host}:{arguments.port}")
+    if not several:
+        asyncio.run(run(classifier, arguments, listener, counters, 0))
+        return
+    fork = multiprocessing.get_context("fork")  # so that they share the model's memory
+    service = classifier, arguments, listener, counters
+    supervise([fork.Process(target=work, args=(*service, worker)) for worker in range(arguments.workers)])

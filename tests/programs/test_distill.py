@@ -13,7 +13,7 @@ from running import call_in_forks
 
 import sst2_xlmr
 from sst2_xlmr.programs import distill
-from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, aligned, as_labels
+from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, align_classes, as_labels
 from sst2_xlmr.util.files import digest_of
 
 TEXTS = ["a fine film", "dull and slow", "hard to say", "quite moving , in parts", "  "]
@@ -122,8 +122,9 @@ def test_rows_that_are_all_known_or_without_dev(options: Words, small_data: Path
 
 def test_answers_to_several_labels_are_aligned_label_by_label() -> None:
     probabilities, labels = np.array([[0.9, 0.3], [0.8, 0.1], [0.2, 0.2]], np.float32), np.eye(4, dtype=np.float32)
-    assert aligned(MultiLabel([*"ab"]), probabilities, labels[:, :2]).mean(0) == pytest.approx([0.25, 0.25])
-    assert aligned(Regression(["score"]), probabilities[:, :1], labels[0]) is not None
+    assert align_classes(MultiLabel([*"ab"]), probabilities, labels[:, :2]).mean(0) == pytest.approx([0.25, 0.25])
+    scores = probabilities[:, :1]
+    assert np.array_equal(align_classes(Regression(["score"]), scores, labels[0]), scores), "which have no classes"
 
 
 def test_a_teachers_answers_as_labels_of_every_task() -> None:
