@@ -127,6 +127,7 @@ def test_too_many_changes_are_refused(run: Path, output: str, monkeypatch: Patch
 @pytest.mark.parametrize("what", ["output", "events"])
 def test_a_full_disk(run: Path, tmp_path: Path, what: str, monkeypatch: Patch) -> None:
     options = ["--model", run / "model", "--file", DE, *(["--tensorboard", tmp_path] if what == "events" else [])]
+    evaluate("--model", run / "model", "--file", DE)  # so that the token cache is there, which would not fit either
     # Of TensorBoard's file only so much fits.
     with suppress(OSError), Path("/dev/full" if what == "output" else os.devnull).open("w") as out:
         monkeypatch.setattr(sys, "stdout", out)
