@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import mmap
 import multiprocessing
@@ -28,7 +29,6 @@ import torch
 
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.checks import refuse
 from sst2_xlmr.task import check_options
 from sst2_xlmr.util.errors import SIGNALS, UserError
 from sst2_xlmr.util.files import read_json
@@ -51,18 +51,12 @@ WAITING, TEXTS, SECONDS = "sst2_xlmr_waiting_texts", "sst2_xlmr_texts_total", "s
 REQUESTS = {status: f'sst2_xlmr_requests_total{{status="{status}"}}' for status in STATUSES}
 COUNTERS = np.dtype([(name, np.float64) for name in (WAITING, TEXTS, SECONDS, *REQUESTS.values())])
 Receive = Callable[[], Any]  # as ASGI defines it
+bad_request = functools.partial(UserError, status=400)  # where a request is read, an error has HTTP's status
 
 
-class Refused(Exception):
-    """A request that is not answered: the status, and why."""
-
-
-async def compute(
-    classifier: Classifier, thread: ThreadPoolExecutor, waiting: asyncio.Queue[Any], batch_tokens: int
-) -> None:
+async def compute(classifier: Classifier, waiting: asyncio.Queue[Any], batch_tokens: int) -> None:
     """Answer the requests that wait, as many at a time as have `batch_tokens`."""
-    pending: list[Any] = []
-    loop = asyncio.get_running_loop()
+    loop, thread, pending = asyncio.get_running_loop(), ThreadPoolExecutor(1), list[Any]()
     while True:
         batch, pending = pending or [await waiting.get()], []
         tokens = sum(len(ids) for ids, *_ in batch)
@@ -85,32 +79,31 @@ async def compute(
 
 
 async def read_body(receive: Receive) -> bytes:
-    """Return a request's body."""
     body, message = b"", {"more_body": True}
     while message.get("more_body"):
         message = await receive()
         body += message.get("body", b"")  # none if the client has gone
         if len(body) > LARGEST_BODY:
-            raise Refused(413, f"a request may have {LARGEST_BODY:,} bytes")
+            raise UserError(f"a request may have {LARGEST_BODY:,} bytes", status=413)
     return body
 
 
 async def read_texts(receive: Receive, takes_pairs: bool | None) -> tuple[list[Any], int, bool]:
-    """Return a request's texts, their characters, and whether it asks for all probabilities; Refused for any other."""
+    """Return a valid request's texts, their characters, and whether it asks for all probabilities."""
     try:
         body = json.loads(await asyncio.wait_for(read_body(receive), SECONDS_TO_ARRIVE))
     except asyncio.TimeoutError:
-        raise Refused(408, f"the request has not arrived within {SECONDS_TO_ARRIVE:g} seconds") from None
+        raise UserError(f"the request has not arrived within {SECONDS_TO_ARRIVE:g} seconds", status=408) from None
     except (ValueError, RecursionError) as error:
-        raise Refused(400, f"not JSON: {error}"[:200]) from None
+        raise bad_request(f"not JSON: {error}"[:200]) from None
     texts = body.get("texts") if isinstance(body, dict) else None
     if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_TEXTS:
-        raise Refused(400, f"texts: a list of 1 to {MOST_TEXTS} texts is needed")
+        raise bad_request(f"texts: a list of 1 to {MOST_TEXTS} texts is needed")
     parts = [part for text in texts for part in (text if isinstance(text, list) else [text])]
     if not all(isinstance(part, str) and len(part) <= LONGEST_TEXT for part in parts):
-        raise Refused(400, f"texts: strings of up to {LONGEST_TEXT:,} characters are needed, or pairs of such")
+        raise bad_request(f"texts: strings of up to {LONGEST_TEXT:,} characters are needed, or pairs of such")
     if takes_pairs is not None and any(isinstance(text, list) != takes_pairs for text in texts):
-        raise Refused(400, f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}")
+        raise bad_request(f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}")
     return texts, sum(map(len, parts)), bool(body.get("all_probabilities"))
 
 
@@ -121,8 +114,7 @@ def make_app(
 
     It counts in its worker's row of `counters`, and shows the sums over all of them.
     """
-    counts = counters[worker]
-    task = classifier.task
+    counts, task = counters[worker], classifier.task
     takes_pairs = read_json(classifier.folder / "config.json", "a model's folder is needed").get("text_pairs")
 
     async def answers_to(receive: Receive) -> list[dict[str, Any]]:
@@ -131,9 +123,9 @@ def make_app(
             is_short = characters <= SHORT
             ids, lengths = classifier.encode(texts) if is_short else await asyncio.to_thread(classifier.encode, texts)
         except (UserError, TypeError) as error:
-            raise Refused(400, str(error)) from None
+            raise bad_request(str(error)) from None
         if counts[WAITING] + len(lengths) > MOST_WAITING:
-            raise Refused(503, "too many texts are waiting; try again later")
+            raise UserError("too many texts are waiting; try again later", status=503)
         future = asyncio.get_running_loop().create_future()
         waiting.put_nowait((ids, lengths, future))
         counts[WAITING] += len(lengths)
@@ -150,9 +142,8 @@ def make_app(
             answer: Any = await answers_to(receive)
             status = 200
             counts[TEXTS] += len(answer)
-        except Refused as error:
-            status, answer = error.args[0], {"detail": error.args[1]}
-        except UserError as error:  # of the model
+        except UserError as error:
+            status = error.status if error.status in STATUSES else 500  # that of the model's
             answer = {"detail": str(error)}
         finally:
             counts[REQUESTS[status]] += 1
@@ -206,26 +197,28 @@ class TimedProtocol(H11Protocol):
 
 
 async def run(
-    classifier: Classifier, arguments: argparse.Namespace, listener: socket.socket, counters: np.ndarray, worker: int
+    classifier: Classifier,
+    arguments: argparse.Namespace,
+    listener: socket.socket,
+    counters: np.ndarray,
+    worker: int = 0,
 ) -> None:
     """Answer until a signal asks to stop."""
     waiting: asyncio.Queue[Any] = asyncio.Queue()
     settings: dict[str, Any] = {"http": TimedProtocol, "limit_concurrency": MOST_CONNECTIONS, "log_level": "error"}
     settings |= {"h11_max_incomplete_event_size": LARGEST_HEAD, "timeout_graceful_shutdown": 30, "lifespan": "off"}
     app = make_app(classifier, waiting, arguments.abstain_below, counters, worker)
-    computing = asyncio.create_task(compute(classifier, ThreadPoolExecutor(1), waiting, arguments.batch_tokens))
+    computing = asyncio.create_task(compute(classifier, waiting, arguments.batch_tokens))
     await uvicorn.Server(uvicorn.Config(app, **settings)).serve([listener])
     computing.cancel()
 
 
-def work(
-    classifier: Classifier, arguments: argparse.Namespace, listener: socket.socket, counters: np.ndarray, worker: int
-) -> None:
-    """Be one of several processes that answer; see `run` for the arguments."""
+def work(workers: int, *service: Any) -> None:
+    """Be one of several processes that answer; `service` are the arguments of `run`."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_DFL)  # until uvicorn handles them
-    torch.set_num_threads(max(1, torch.get_num_threads() // arguments.workers))
-    asyncio.run(run(classifier, arguments, listener, counters, worker))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    asyncio.run(run(*service))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -272,14 +265,15 @@ def main(argv: list[str] | None = None) -> None:
         load, asked = Classifier.load_mean, (arguments.models, arguments.precision, arguments.device)
         classifier = thread.submit(load, *asked).result()
     check_options(classifier.task, arguments)
-    several = arguments.workers > 1
-    refuse((several and classifier.device.type != "cpu", "--workers is for a CPU; leave it out, or add --device cpu"))
-    counters = np.frombuffer(mmap.mmap(-1, COUNTERS.itemsize * arguments.workers), COUNTERS)
+    workers = arguments.workers
+    if workers > 1 and classifier.device.type != "cpu":
+        raise UserError("--workers is for a CPU; leave it out, or add --device cpu")
+    counters = np.frombuffer(mmap.mmap(-1, COUNTERS.itemsize * workers), COUNTERS)
+    service = classifier, arguments, listener, counters
     models = " + ".join(map(str, arguments.models))
     say(f"serving    {models} in {classifier.precision} at http://{arguments.host}:{arguments.port}")
-    if not several:
-        asyncio.run(run(classifier, arguments, listener, counters, 0))
+    if workers == 1:
+        asyncio.run(run(*service))
         return
     fork = multiprocessing.get_context("fork")  # so that they share the model's memory
-    service = classifier, arguments, listener, counters
-    supervise([fork.Process(target=work, args=(*service, worker)) for worker in range(arguments.workers)])
+    supervise([fork.Process(target=work, args=(workers, *service, worker)) for worker in range(workers)])
