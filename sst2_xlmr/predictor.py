@@ -27,10 +27,8 @@ from sst2_xlmr.model.encoders import model_folder
 from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task
-from sst2_xlmr.util.distributed import choose_device
+from sst2_xlmr.util.device import choose_device, choose_precision, give_back_memory
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.memory import give_back_memory
-from sst2_xlmr.util.precision import choose_precision
 
 Texts = Sequence[Union[str, tuple[str, str]]]
 

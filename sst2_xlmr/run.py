@@ -27,10 +27,10 @@ from sst2_xlmr.training.optimizer import group_of
 from sst2_xlmr.training.schedule import Schedule
 from sst2_xlmr.training.signals import StopRequest
 from sst2_xlmr.training.state import TrainState
+from sst2_xlmr.util.device import memory_errors
 from sst2_xlmr.util.distributed import World, broadcast, on_rank0
 from sst2_xlmr.util.errors import Collapsed, UserError
 from sst2_xlmr.util.files import BackgroundWriter
-from sst2_xlmr.util.memory import memory_errors
 
 
 class Run:

@@ -33,13 +33,12 @@ from sst2_xlmr.training.run_folder import claim, evaluations_at, write_config
 from sst2_xlmr.training.schedule import evaluation_interval
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.training.step import forward_backward
+from sst2_xlmr.util.device import choose_precision, keep_freed_memory, memory_errors, set_up_numerics
 from sst2_xlmr.util.distributed import World, broadcast, check_same, on_rank0, once_per_node, raise_on_all, start
 from sst2_xlmr.util.errors import Collapsed, Interrupted
 from sst2_xlmr.util.files import writing
 from sst2_xlmr.util.launch import command
-from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.output import say
-from sst2_xlmr.util.precision import choose_precision, set_up_numerics
 
 FIXED_INPUTS = ("training rows", "file dev", "tokenizer", "encoder's weights")  # test files may differ on resume
 

@@ -45,7 +45,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sst2_xlmr.cli import OneLineParser, positive
 from sst2_xlmr.training.run_folder import read_metrics
-from sst2_xlmr.util.distributed import choose_device
+from sst2_xlmr.util.device import choose_device
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 
 PARTS = ("train", "eval", "predict", "int8", "processes", "rows")

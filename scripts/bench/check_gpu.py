@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from sst2_xlmr.cli import OneLineParser, positive
 from sst2_xlmr.training.run_folder import read_metrics
 from sst2_xlmr.util import versions
-from sst2_xlmr.util.distributed import choose_device
+from sst2_xlmr.util.device import choose_device
 from sst2_xlmr.util.errors import exit_on_user_error
 from sst2_xlmr.util.files import digest_of
 

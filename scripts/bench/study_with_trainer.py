@@ -25,10 +25,9 @@ from sst2_xlmr.config import Config, flag
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.programs import study
 from sst2_xlmr.report.comparison import Figures
-from sst2_xlmr.util.distributed import choose_device
+from sst2_xlmr.util.device import choose_device, choose_precision
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 from sst2_xlmr.util.files import write_text
-from sst2_xlmr.util.precision import choose_precision
 
 PEER_PROGRAM = Path(__file__).with_name("peer.py")
 TRAINER = "trainer"

@@ -43,10 +43,10 @@ from sst2_xlmr.report.table import aligned, comparison_table, evaluation_table
 from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, open_events
 from sst2_xlmr.task import Task, at_temperature, check_options
 from sst2_xlmr.util import downloads
+from sst2_xlmr.util.device import keep_freed_memory, memory_errors
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import put_in_place, scratch_folder, write_text, writing
-from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.output import print_text
 
 MOST_CONFUSED_CLASSES = 10  # with more, a confusion matrix is too wide to print

@@ -13,7 +13,7 @@ from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.evaluation.evaluate import batches_of_like_length, logits_of, on_all_cores
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.task import main_metric
-from sst2_xlmr.util.distributed import choose_device
+from sst2_xlmr.util.device import choose_device
 
 MOST_ROWS = 2000  # to fit it on
 PENALTY = 0.1  # weight of half the sum of squared weights, added to the mean loss

@@ -49,10 +49,10 @@ from sst2_xlmr.programs.checks import check_output, refuse
 from sst2_xlmr.report.progress import with_progress
 from sst2_xlmr.task import Task, check_options
 from sst2_xlmr.util import distributed
+from sst2_xlmr.util.device import keep_freed_memory, memory_errors
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, raise_on_all
 from sst2_xlmr.util.files import digest_of, writing
-from sst2_xlmr.util.memory import keep_freed_memory, memory_errors
 from sst2_xlmr.util.output import print_text
 from sst2_xlmr.util.shards import first_missing, is_begun, open_shards, read_block, remove_shards, write_block
 

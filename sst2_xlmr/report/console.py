@@ -21,8 +21,8 @@ from sst2_xlmr.report.table import evaluation_table
 from sst2_xlmr.task import Task
 from sst2_xlmr.training.run_folder import drop_metrics
 from sst2_xlmr.training.state import TrainState
+from sst2_xlmr.util.device import used_memory_gb
 from sst2_xlmr.util.files import disk_errors, writing
-from sst2_xlmr.util.memory import used_memory_gb
 from sst2_xlmr.util.output import say
 
 

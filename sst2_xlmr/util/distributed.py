@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from sst2_xlmr.util.cores import available_cores
+from sst2_xlmr.util.device import choose_device
 from sst2_xlmr.util.errors import UserError, raise_on_all
 
 Result = TypeVar("Result")
@@ -51,18 +52,6 @@ class World:
     @classmethod
     def alone(cls, device: torch.device) -> World:
         return cls(0, 1, 0, 1, device)
-
-
-def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
-    """Resolve `--device` to this process's device; UserError without one, or with fewer GPUs than processes."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA GPU on this machine; use --device cpu")
-    if local_world_size > torch.cuda.device_count():
-        gpus = f"{torch.cuda.device_count()} GPUs on this node"
-        raise UserError(f"{local_world_size} processes, but {gpus}; start torchrun with --nproc_per_node at most that")
-    return torch.device("cuda", local_rank)
 
 
 def _read_environment() -> dict[str, int]:

@@ -34,16 +34,16 @@ from sst2_xlmr.backend import quantized_model
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.task import SingleLabel
-from sst2_xlmr.util import memory
+from sst2_xlmr.util import device
 def own_bytes():  # without the pages of torch's libraries, of which some builds load a hundred megabytes only now
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-memory.keep_freed_memory()
+device.keep_freed_memory()
 before = own_bytes()
 task = SingleLabel(["a", "b"])
 classifier = build_classifier(find_encoder(sys.argv[1]), task)[0].requires_grad_(False).eval()
 model = quantized_model(classifier, task, torch.bfloat16)
 del classifier
-memory.give_back_memory()
+device.give_back_memory()
 print(own_bytes() - before)
 """
 

@@ -23,8 +23,8 @@ from sst2_xlmr.engines.cpu.kernels import GRADIENTS, PARAMETER, Kernels
 from sst2_xlmr.engines.cpu.masters import ParamState, split_master
 from sst2_xlmr.engines.cpu.shared_memory import aligned_bytes, barrier_sum, shared_bytes, tensors_in
 from sst2_xlmr.training.optimizer import BETAS, EPSILON, group_of
+from sst2_xlmr.util.device import give_back_memory
 from sst2_xlmr.util.distributed import World, raise_on_all
-from sst2_xlmr.util.memory import give_back_memory
 from sst2_xlmr.util.tensors import LazyTensor
 
 

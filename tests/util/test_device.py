@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sst2_xlmr.util.precision import choose_precision, set_up_numerics
+from sst2_xlmr.util.device import choose_precision, set_up_numerics
 
 CUDA = torch.device("cuda", 0)
 
