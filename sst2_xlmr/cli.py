@@ -10,10 +10,10 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Callable, NoReturn
+from typing import Any, NoReturn
 
 from sst2_xlmr import __version__
-from sst2_xlmr.config import GROUPS, LOCK_NAME, OPTIONS, PRECISIONS, TYPES, Config, check, flag, named_file, shown
+from sst2_xlmr.config import GROUPS, LOCK_NAME, OPTIONS, TYPES, Config, check, flag, named_file, shown
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import is_scratch, read_json
 from sst2_xlmr.util.flag_hints import hint
@@ -66,44 +66,6 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
     return int(text)
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    what = "directory of a trained model, or owner/name[@revision] on the Hugging Face Hub; repeat it to average the"
-    what += " probabilities of several models"
-    model: dict[str, Any] = {"required": True, "action": "append", "dest": "models", "type": Path}
-    parser.add_argument("--model", metavar="DIR|NAME", help=what, **model)
-    tokens = Config.eval_batch_tokens
-    what = f"tokens per forward pass (a longer row: alone) [{tokens}]"
-    parser.add_argument("--batch-tokens", type=positive, default=tokens, metavar="TOKENS", help=what)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
-    what = "auto: bf16 if the device computes it natively, else fp32; int8: on a CPU with AVX512-VNNI [auto]"
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=what)
-
-
-def number_to(highest: float, what: str) -> Callable[[str], float]:
-    """Return a parser, for argparse's `type`, of a number from 0 to `highest`; errors call it a `what`."""
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if 0 <= float(text) <= highest:
-                return float(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from 0 to {highest:g}")
-
-    return parse
-
-
-def add_bounds(parser: argparse.ArgumentParser) -> None:
-    """Add the bounds for comparing two precisions (see `bounds_of`)."""
-    percent = number_to(100, "percentage")
-    parser.add_argument("--most-changed", type=percent, metavar="PERCENT", help="labels that may change [1]")
-    parser.add_argument("--most-lost", type=percent, metavar="POINTS", help="accuracy that may be lost [0.3]")
-
-
-def bounds_of(arguments: argparse.Namespace) -> tuple[float, float]:
-    """Return the fractions of labels that may change, and of accuracy that may be lost."""
-    changed, lost = arguments.most_changed, arguments.most_lost
-    return (1.0 if changed is None else changed) / 100, (0.3 if lost is None else lost) / 100
 
 
 def _fits(value: Any, name: str) -> bool:

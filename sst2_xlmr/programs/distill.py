@@ -36,7 +36,7 @@ from sst2_xlmr.model.classifier import task_of
 from sst2_xlmr.model.encoders import find_encoder, find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.checks import refuse
+from sst2_xlmr.programs.options import refuse
 from sst2_xlmr.programs.row_files import checked_config, split_words, with_values, words_for, write_rows
 from sst2_xlmr.programs.study import compare, train
 from sst2_xlmr.report.comparison import Figures

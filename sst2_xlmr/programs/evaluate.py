@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from sst2_xlmr.cli import bounds_of
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.prepare import Split
 from sst2_xlmr.data.report import description, left_out_of
@@ -38,7 +37,7 @@ from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.checks import check_output, refuse
+from sst2_xlmr.programs.options import bounds_of, check_output, has_bounds, refuse
 from sst2_xlmr.report.table import aligned, comparison_table, evaluation_table
 from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, open_events
 from sst2_xlmr.task import Task, at_temperature, check_options
@@ -76,14 +75,14 @@ def json_report(file: Path, task: Task, evaluation: Evaluation, labels: np.ndarr
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     arguments = options.evaluate().parse_args(argv)
-    source, output, bounds = arguments.calibrate, arguments.output, (arguments.most_changed, arguments.most_lost)
+    source, output = arguments.calibrate, arguments.output
     needs_files = arguments.json or arguments.tensorboard or arguments.against
     both = "--calibrate FILE and --output DIR"
     refuse(
         ((source is None) != (output is None), f"{both} belong together"),
         (bool(source) == bool(arguments.file), f"give either --file [NAME=]FILE to evaluate on, or {both}"),
         (source and needs_files, "--json, --tensorboard and --against are for --file; leave them out with --calibrate"),
-        (bounds != (None, None) and not arguments.against, "--most-changed and --most-lost need --against"),
+        (has_bounds(arguments) and not arguments.against, "--most-changed and --most-lost need --against"),
         (source and arguments.precision == "int8", "--precision int8 is for prediction; calibrate in fp32 or bf16"),
         (arguments.overwrite and not arguments.json, "--overwrite needs the --json file that it may replace"),
     )

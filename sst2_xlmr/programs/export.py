@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from sst2_xlmr.cli import bounds_of
 from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.data.rows import Columns, columns_given
@@ -39,7 +38,7 @@ from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.checks import check_output, refuse
+from sst2_xlmr.programs.options import bounds_of, check_output, has_bounds, refuse
 from sst2_xlmr.report.table import comparison_table
 from sst2_xlmr.task import Task
 from sst2_xlmr.util import versions
@@ -68,7 +67,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, trims)]
     has_rows, rows = any(map(is_rows_file, files)), f"a {either(KINDS)} file in --check-file or --keep-vocabulary-of"
     columns = ", ".join(flag(name) for name in options.TABLE_OPTIONS if name in arguments)
-    has_bounds = (arguments.most_changed, arguments.most_lost) != (None, None)
     has_pairs = getattr(arguments, "text_pair_column", None) and is_onnx and not is_folder and not from_ids
     alone = "--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids"
     refuse(
@@ -81,7 +79,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             is_int8 and not arguments.check_file,
             f"--format {kind} needs --check-file: rows on which to measure what 8 bits cost",
         ),
-        (has_bounds and not is_int8, "--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8"),
+        (
+            has_bounds(arguments) and not is_int8,
+            "--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8",
+        ),
         (columns and not has_rows, f"{columns} needs {rows}, whose columns it names"),
         (has_pairs, "an ONNX file that takes texts takes one for each row; export pairs with --from-ids"),
     )
@@ -197,7 +198,7 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
     columns = replace(columns_given(arguments), classes=tuple(task.label_names))
     checks = read_checks(arguments.check_file, columns, task, takes_pairs, "label_column" in arguments)
     unlabelled = [name for name, (_, labels) in checks.items() if labels is None] if int8 else []
-    if arguments.most_lost is not None and len(unlabelled) == len(checks):
+    if "most_lost" in arguments and len(unlabelled) == len(checks):
         raise UserError(f"--most-lost: no labels in {', '.join(unlabelled)}; name their column with --label-column")
     expected = classify_with_folder(Path(encoder.name))
     if kind == "torchscript":

@@ -1,28 +1,100 @@
-"""The options of all programs but train. This module imports neither torch nor numpy, which take seconds."""
+"""The options of all programs but train, and their checks. Imports neither torch nor numpy, which take seconds."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Any, Callable
 
 from sst2_xlmr import cli
-from sst2_xlmr.cli import OneLineParser, add_bounds, add_model_options, add_option, number_to, positive, with_files
-from sst2_xlmr.config import ABSTAINED, COLUMN_OPTIONS, PRECISIONS, TEXT_OPTIONS
+from sst2_xlmr.cli import OneLineParser, add_option, positive, with_files
+from sst2_xlmr.config import ABSTAINED, COLUMN_OPTIONS, EVAL_BATCH_TOKENS, PRECISIONS, TEXT_OPTIONS
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.util.downloads import BUNDLE_URLS, cache_dir
+from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import scratch_folder, writing
 
 FORMATS = ("hf", "onnx", "onnx-int8", "onnx-hf", "onnx-hf-int8", "torchscript")
 TABLE_OPTIONS = [name for name in COLUMN_OPTIONS if name != "format"]  # here --format is the export's
 FETCHED = ("sst2", *BUNDLE_URLS)
 ROWS_FILE = f"{either(KINDS)} file, optionally with .gz"
+
+
+def refuse(*cases: tuple[object, str]) -> None:
+    """Raise UserError with the text of the first (condition, text) whose condition holds."""
+    for condition, text in cases:
+        if condition:
+            raise UserError(text)
+
+
+def check_output(option: str, path: Path, overwrite: bool | None = None, makes_parents: bool = False) -> None:
+    """Raise UserError if an output file or folder already exists, or cannot be written.
+
+    Args:
+        overwrite: whether an existing file or link may be replaced; None if the program has no --overwrite.
+        makes_parents: whether to create missing parent folders.
+    """
+    if os.path.lexists(path) and (not overwrite or not path.is_file()):
+        cure = ", or replace it with --overwrite" if overwrite is False and path.is_file() else ""
+        raise UserError(f"{option} {path} already exists; choose another name{cure}")
+    with writing(path):
+        path = path.absolute()
+        if makes_parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(path):
+            pass
+
+
+def number_to(highest: float, what: str) -> Callable[[str], float]:
+    """Return a parser, for argparse's `type`, of a number from 0 to `highest`; errors call it a `what`."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0 <= float(text) <= highest:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from 0 to {highest:g}")
+
+    return parse
+
+
 probability, share, weight = number_to(1, "probability"), number_to(0.9, "share"), number_to(1000, "weight")
+
+
+def add_model_options(parser: OneLineParser) -> None:
+    what = "directory of a trained model, or owner/name[@revision] on the Hugging Face Hub; repeat it to average the"
+    what += " probabilities of several models"
+    model: dict[str, Any] = {"required": True, "action": "append", "dest": "models", "type": Path}
+    add, tokens = parser.add_argument, EVAL_BATCH_TOKENS
+    add("--model", metavar="DIR|NAME", help=what, **model)
+    what = f"tokens per forward pass (a longer row: alone) [{tokens}]"
+    add("--batch-tokens", type=positive, default=tokens, metavar="TOKENS", help=what)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
+    what = "auto: bf16 if the device computes it natively, else fp32; int8: on a CPU with AVX512-VNNI [auto]"
+    add("--precision", choices=PRECISIONS, default="auto", help=what)
 
 
 def add_abstention(parser: OneLineParser) -> None:
     what = f"predict {ABSTAINED} instead of a label whose probability is lower"
     parser.add_argument("--abstain-below", type=probability, default=0.0, metavar="P", help=what)
+
+
+def add_bounds(parser: OneLineParser) -> None:
+    """Add the bounds for comparing two precisions (see `bounds_of`); without the flag, no attribute is set."""
+    bound: dict[str, Any] = {"type": number_to(100, "percentage"), "default": argparse.SUPPRESS}
+    parser.add_argument("--most-changed", metavar="PERCENT", help="labels that may change [1]", **bound)
+    parser.add_argument("--most-lost", metavar="POINTS", help="accuracy that may be lost [0.3]", **bound)
+
+
+def has_bounds(arguments: argparse.Namespace) -> bool:
+    return "most_changed" in arguments or "most_lost" in arguments
+
+
+def bounds_of(arguments: argparse.Namespace) -> tuple[float, float]:
+    """Return the fractions of labels that may change, and of accuracy that may be lost."""
+    return getattr(arguments, "most_changed", 1.0) / 100, getattr(arguments, "most_lost", 0.3) / 100
 
 
 def predict() -> OneLineParser:

@@ -45,7 +45,7 @@ from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.checks import check_output, refuse
+from sst2_xlmr.programs.options import check_output, refuse
 from sst2_xlmr.report.progress import with_progress
 from sst2_xlmr.task import Task, check_options
 from sst2_xlmr.util import distributed

@@ -10,7 +10,7 @@ from pathlib import Path
 from sst2_xlmr.cli import command_line_of, parse_args, with_files
 from sst2_xlmr.config import GROUPS, OPTIONS, Config
 from sst2_xlmr.data.rows import Row
-from sst2_xlmr.programs.checks import refuse
+from sst2_xlmr.programs.options import refuse
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file, writing

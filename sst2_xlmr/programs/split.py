@@ -23,7 +23,7 @@ from sst2_xlmr.data.sniff import Columns, find_layout
 from sst2_xlmr.data.splits import cut_off
 from sst2_xlmr.labels import label_text
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.checks import check_output, refuse
+from sst2_xlmr.programs.options import check_output, refuse
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file, writing
 from sst2_xlmr.util.output import say

@@ -36,9 +36,9 @@ from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.splits import find_files
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.checks import refuse
 from sst2_xlmr.programs.cross_validation import Folds
 from sst2_xlmr.programs.linear_probe import linear_probe
+from sst2_xlmr.programs.options import refuse
 from sst2_xlmr.programs.row_files import checked_config, split_words
 from sst2_xlmr.report.comparison import Figures, Results, summary, table
 from sst2_xlmr.task import main_metric
