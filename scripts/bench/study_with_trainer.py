@@ -23,7 +23,7 @@ import numpy as np
 from sst2_xlmr.cli import OneLineParser, parse_args
 from sst2_xlmr.config import Config, flag
 from sst2_xlmr.data.prepare import prepare
-from sst2_xlmr.programs import study
+from sst2_xlmr.programs import runs, study
 from sst2_xlmr.report.comparison import Figures
 from sst2_xlmr.util.device import choose_device, choose_precision
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
@@ -88,16 +88,16 @@ def train_peer(python: str, common: list[str], inputs: dict[str, Any], folder: P
     """Let the Trainer train; returns whether it had not done so before with the same inputs, and its figures."""
     run_folder, result, order = folder / f"seed-{seed}", folder / f"seed-{seed}.json", {**inputs, "seed": seed}
     is_new = not result.is_file()
-    study.check_inputs(common, run_folder, is_new)
+    runs.check_inputs(common, run_folder, is_new)
     if is_new:
         write_text(folder / f"seed-{seed}.order", json.dumps(order))
-        study.run([python, str(PEER_PROGRAM), str(folder / f"seed-{seed}.order"), str(result)], run_folder, is_new)
+        runs.run([python, str(PEER_PROGRAM), str(folder / f"seed-{seed}.order"), str(result)], run_folder, is_new)
     found = json.loads(result.read_text(encoding="utf-8"))
     # The digests have told whether the rows are the same, wherever they are now.
     if {**found["order"], "rows_file": ""} != json.loads(json.dumps({**order, "rows_file": ""})):
         raise UserError(f"{result} was made with other options; remove it, or choose another --output-dir")
     accuracies = found["accuracy"]
-    return is_new, {**accuracies, "best dev": accuracies["dev"], "seconds": study.seconds_of(run_folder)}
+    return is_new, {**accuracies, "best dev": accuracies["dev"], "seconds": runs.seconds_of(run_folder)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,9 +109,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--setting {TRAINER}: that name is taken; choose another")
     folder = asked.output_dir
     inputs = write_peer_inputs(asked.common, folder / TRAINER)
-    runs = {TRAINER: functools.partial(train_peer, own.peer, asked.common, inputs, folder / TRAINER)}
-    runs.update({name: functools.partial(study.train, words, folder / name) for name, words in asked.settings.items()})
-    study.compare(asked.seeds, folder, runs)
+    settings = {TRAINER: functools.partial(train_peer, own.peer, asked.common, inputs, folder / TRAINER)}
+    settings.update(
+        {name: functools.partial(runs.train, words, folder / name) for name, words in asked.settings.items()}
+    )
+    runs.compare(asked.seeds, folder, settings)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ from sst2_xlmr.model.encoders import find_encoder, find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.programs.options import refuse
-from sst2_xlmr.programs.row_files import checked_config, split_words, with_values, words_for, write_rows
-from sst2_xlmr.programs.study import compare, train
+from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, with_values, words_for, write_rows
 from sst2_xlmr.report.comparison import Figures
 from sst2_xlmr.task import align_classes, as_labels, check_options, main_metric
 from sst2_xlmr.util import downloads
@@ -137,7 +136,7 @@ class Distillation:
         return main_metric(task.metrics(task.results_of(probabilities, labels), labels))
 
     def student(self, round: int, seed: int) -> tuple[bool, Figures]:
-        """Train a student of a round; see `study.train`."""
+        """Train a student of a round; see `runs.train`."""
         folder, seeds = self.folder / f"round-{round}", self.arguments.seeds
         former = self.folder / (f"round-{round - 1}" if round > 1 else "labelled")
         if seed == seeds[0]:

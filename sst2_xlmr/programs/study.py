@@ -21,35 +21,27 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Callable
 
-from tqdm import tqdm
+import numpy as np
+import torch
+from torch import nn
 
-from sst2_xlmr.cli import parse_args
-from sst2_xlmr.data.splits import find_files
-from sst2_xlmr.model.encoders import find_encoder
+from sst2_xlmr.backend import prediction_model
+from sst2_xlmr.config import Config
+from sst2_xlmr.data.prepare import prepare
+from sst2_xlmr.data.token_cache import TokenCache
+from sst2_xlmr.evaluation.evaluate import batches_of_like_length, logits_of, on_all_cores
+from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.cross_validation import Folds
-from sst2_xlmr.programs.linear_probe import linear_probe
+from sst2_xlmr.programs.cross_validation import divide, train_fold, write_out_of_fold
 from sst2_xlmr.programs.options import refuse
-from sst2_xlmr.programs.row_files import checked_config, split_words
-from sst2_xlmr.report.comparison import Figures, Results, summary, table
+from sst2_xlmr.programs.runs import checked_config, compare, split_words, train
 from sst2_xlmr.task import main_metric
-from sst2_xlmr.training.run_folder import read_metrics
-from sst2_xlmr.training.signals import SIGNALS
+from sst2_xlmr.util.device import choose_device
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import digest_of_input, write_text
 
-TRAIN_COMMAND = [sys.executable, "-m", "sst2_xlmr.train"]
-Runs = Mapping[str, Callable[[int], tuple[bool, Figures]]]
-digest = functools.cache(digest_of_input)  # most runs of a study read the same files
+MOST_ROWS = 2000  # to fit the linear probe on
+PENALTY = 0.1  # weight of half the sum of its squared weights, added to the mean loss
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -70,93 +62,49 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return study
 
 
-def check_inputs(words: list[str], run_folder: Path, is_new: bool) -> None:
-    """Record the digests of a new run's input files; for an earlier run, raise UserError if one has changed."""
-    config, _ = parse_args(words)
-    encoder = find_encoder(config.encoder)
-    weights = encoder.weights_files
-    files = {"the encoder's weights" + f" {file.name}" * (len(weights) > 1): file for file in weights}
-    files["the encoder's tokenizer"] = encoder.tokenizer_file
-    for name, paths in find_files(config, quiet=False)[0].items():
-        files |= {name if len(paths) == 1 else f"{name} {number}": path for number, path in enumerate(paths, 1)}
-    digests = {name: digest(file) for name, file in files.items()}
-    record = run_folder.with_suffix(".inputs.json")
-    former = digests if is_new or not record.is_file() else json.loads(record.read_text(encoding="utf-8"))
-    for name in {**former, **digests}:
-        if former.get(name) != digests.get(name):
-            cure = "give the same files, or choose another --output-dir"
-            raise UserError(f"{files.get(name, 'nothing')} ({name}) is not the file of the run {run_folder}; {cure}")
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_text(record, json.dumps(digests, indent=2) + "\n")
+def features_of(model: nn.Module, cache: TokenCache, rows: np.ndarray, config: Config) -> torch.Tensor:
+    """Return the rows' features, fp32 [rows, hidden], on the CPU; `model` returns features instead of logits."""
+    device = choose_device(config.device)
+    order = [rows[batch] for batch in batches_of_like_length(cache.lengths()[rows], config.eval_batch_tokens)]
+    parts = on_all_cores(lambda batch: logits_of(model, cache.ids, cache.offsets, batch, device).cpu(), order, device)
+    features = torch.cat(list(parts))
+    return features[torch.from_numpy(np.argsort(np.concatenate(order)))]  # `rows` are ascending
 
 
-def seconds_of(run_folder: Path) -> float | None:
-    """Return the seconds a run has taken; None if the study was killed during it."""
-    file = run_folder.with_suffix(".seconds")
-    return float(file.read_text(encoding="utf-8")) if file.is_file() else None
+def linear_probe(config: Config) -> float:
+    """Fit a linear layer on the frozen encoder's features at `<s>` of some training rows; returns its metric on dev.
 
-
-def run(command: list[str], run_folder: Path, is_new: bool) -> None:
-    """Run a command, with its output in seed-N.log and its total seconds in seed-N.seconds; forwards signals to it.
-
-    If it fails, this program prints the last lines of its output, and exits with its status.
+    A cheap baseline, which shows what fine-tuning adds.
     """
-    log, former_s = run_folder.with_suffix(".log"), 0.0 if is_new else seconds_of(run_folder)
-    # If this process is killed, the command may keep running for an unknown time.
-    run_folder.with_suffix(".seconds").unlink(missing_ok=True)
-    start = time.monotonic()
-    with log.open("ab") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
-        # On a signal, it saves and exits; Ctrl-C reaches it twice.
-        handlers = {number: signal.signal(number, lambda sent, _: process.send_signal(sent)) for number in SIGNALS}
-        status = process.wait()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if former_s is not None:
-        write_text(run_folder.with_suffix(".seconds"), f"{former_s + time.monotonic() - start:.1f}\n")
-    if status:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        print("\n".join([f"{log}:", *lines[-3:]]), file=sys.stderr)
-        sys.exit(status if status > 0 else 128 - status)
+    inputs = prepare(config, quiet=True)
+    classifier, _ = build_classifier(inputs.encoder, inputs.task)
+    for name in ("dense", "out"):
+        setattr(classifier.head, name, nn.Identity())
+    model = prediction_model(classifier.requires_grad_(False).eval().to(choose_device(config.device)))
+    train, dev = inputs.caches["train"], inputs.caches["dev"]
+    usable = np.arange(len(train)) if inputs.train_rows is None else inputs.train_rows
+    rows = np.sort(np.random.RandomState(config.seed).permutation(usable)[:MOST_ROWS])
+    features = features_of(model, train, rows, config)
+    mean, deviation = features.mean(0), features.std(0) + 1e-6
+    features, labels = (features - mean) / deviation, torch.from_numpy(train.labels[rows])
+    weights = torch.ones(len(rows)) if train.weights is None else torch.from_numpy(train.weights[rows])
+    task = inputs.task.for_training(config, inputs.train_labels, inputs.train_weights, torch.device("cpu"))
+    layer = nn.Linear(features.shape[1], task.outputs)
+    nn.init.zeros_(layer.weight)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
+    def loss() -> float:
+        optimizer.zero_grad()
+        mean_loss = task.loss(layer(features), labels, weights) / weights.sum()
+        total = mean_loss + PENALTY / 2 * layer.weight.square().sum()
+        total.backward()
+        return float(total)
 
-def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figures]:
-    """Train, or continue a stopped run; returns whether the run was unfinished, and its figures."""
-    folder = setting_folder / f"seed-{seed}"
-    options = [*words, "--seed", str(seed), "--output-dir", str(folder)]
-    is_new = not (folder / "config.json").is_file()
-    if not is_new:
-        options.append("--resume")
-        parse_args(options)  # a UserError if the run was started with other options
-    check_inputs(words, folder, is_new)
-    was_finished = not is_new and (folder / "model").is_dir()
-    if not was_finished:
-        run([*TRAIN_COMMAND, *options], folder, is_new)
-    lines = read_metrics(folder / "metrics.jsonl")
-    # Metrics of best/ are left out: if the last model is the best, there are none.
-    values = [(line["split"], main_metric(line)) for line in lines if line.get("split", "best/")[:5] != "best/"]
-    figures: Figures = {**dict(values), "best dev": max(value for split, value in values if split == "dev")}
-    return not was_finished, {**figures, "seconds": seconds_of(folder)}
-
-
-def compare(seeds: list[int], folder: Path, runs: Runs, unit: str = "seed", by_setting: bool = False) -> None:
-    """Run every setting with every seed, write study.json and print a table; `runs`: setting -> `train` for a seed.
-
-    Runs go seed by seed, so that all settings meet the same state of the machine, unless `by_setting`.
-    """
-    results: dict[str, Results] = {name: {} for name in runs}
-    order = [(seed, name) for seed in seeds for name in runs]
-    if by_setting:
-        order = [(seed, name) for name in runs for seed in seeds]
-    with tqdm(order, unit="run", disable=None, dynamic_ncols=True) as bar:
-        for seed, name in bar:
-            bar.set_postfix_str(f"{name}, {unit} {seed}")
-            was_unfinished, figures = runs[name](seed)
-            results[name][seed] = figures
-            seconds = "unknown time" if figures["seconds"] is None else f"{figures['seconds']:.0f} s"
-            state = seconds if was_unfinished else "was finished"
-            tqdm.write(f"{name}, {unit} {seed}: {state}, dev {figures['dev']:.4f}", file=sys.stdout)
-    write_text(folder / "study.json", json.dumps({"runs": results, "summary": summary(results)}, indent=2) + "\n")
-    print("\n".join(table(results, unit)))
+    optimizer.step(loss)
+    with torch.no_grad():
+        logits = layer((features_of(model, dev, np.arange(len(dev)), config) - mean) / deviation)
+        results = task.row_results(logits, torch.tensor(dev.labels))
+    return main_metric(task.metrics(results.numpy(), dev.labels))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -168,8 +116,8 @@ def main(argv: list[str] | None = None) -> None:
         probe = linear_probe(next(iter(study.configs.values())))
         print(f"linear probe on the frozen encoder: dev {probe:.4f}")
         return
-    folds = {name: Folds(config, folders[name], study.folds, train) for name, config in study.configs.items()}
-    by_fold = {name: setting.train_fold for name, setting in folds.items()}
+    folded = {name: (folders[name], *divide(config, study.folds)) for name, config in study.configs.items()}
+    by_fold = {name: functools.partial(train_fold, *setting) for name, setting in folded.items()}
     compare(list(range(1, study.folds + 1)), study.output_dir, by_fold, "fold")
-    for setting in folds.values():
-        print("\n".join(["", *setting.write()]))
+    for setting in folded.values():
+        print("\n".join(["", *write_out_of_fold(*setting)]))

@@ -11,7 +11,7 @@ import pytest
 from conftest import Capture, Patch, Words, refusal, user_error
 from running import call_in_forks
 
-from sst2_xlmr.programs import study
+from sst2_xlmr.programs import runs
 
 bench, inputs, service = (importlib.import_module(name) for name in ("bench", "inputs", "service"))
 with_trainer = importlib.import_module("study_with_trainer")
@@ -110,12 +110,12 @@ def test_the_trainers_results_are_those_of_the_same_files(
     says = refusal(call_in_forks, with_trainer.main, *options, "--lr", "1e-4")
     assert "was made with other options; remove it, or choose another --output-dir" in says
 
-    study.digest.cache_clear()
+    runs.digest.cache_clear()
     with (small_data / "dev.tsv").open("a") as file:
         file.write("one more\t0\n")
     says = refusal(call_in_forks, with_trainer.main, *options)
     assert "dev.tsv (dev) is not the file of the run " in says and "trainer/seed-1" in says
-    study.digest.cache_clear()
+    runs.digest.cache_clear()
 
 
 @pytest.mark.parametrize(

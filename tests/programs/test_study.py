@@ -23,7 +23,8 @@ from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.programs import split, study
-from sst2_xlmr.programs.linear_probe import PENALTY, linear_probe
+from sst2_xlmr.programs.runs import digest
+from sst2_xlmr.programs.study import PENALTY, linear_probe
 from sst2_xlmr.report.comparison import Results, interval, summary
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.training.run_folder import claim
@@ -127,7 +128,7 @@ def test_a_run_is_no_run_on_other_files(common: Words, small_data: Path, tmp_pat
     run_study(*options, "--data-dir", moved)
     assert "was finished" in capsys.readouterr().out
     assert notes.read_text() == before
-    study.digest.cache_clear()  # as in another process
+    digest.cache_clear()  # as in another process
     shutil.copy(moved / "dev.tsv", tmp_path / "new.tsv")
     says = refusal(run_study, *options, "--test-file", tmp_path / "new.tsv")
     assert "/new.tsv (new) is not the file of the run " in says and "; give" in says
