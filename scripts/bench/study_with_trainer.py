@@ -24,7 +24,7 @@ from sst2_xlmr.cli import OneLineParser, parse_args
 from sst2_xlmr.config import Config, flag
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.programs import runs, study
-from sst2_xlmr.report.comparison import Figures
+from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.util.device import choose_device, choose_precision
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 from sst2_xlmr.util.files import write_text

@@ -15,7 +15,7 @@ from sst2_xlmr.data.rows import Row, texts_of
 from sst2_xlmr.data.splits import assign_folds, find_files
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs.runs import train, with_values, words_for, write_rows
-from sst2_xlmr.report.comparison import Figures
+from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import Task
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError

@@ -38,7 +38,7 @@ from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.programs.options import refuse
 from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, with_values, words_for, write_rows
-from sst2_xlmr.report.comparison import Figures
+from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import align_classes, as_labels, check_options, main_metric
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError

@@ -38,7 +38,7 @@ from sst2_xlmr.model.encoders import find_encoder, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.programs.options import bounds_of, check_output, has_bounds, refuse
-from sst2_xlmr.report.table import aligned, comparison_table, evaluation_table
+from sst2_xlmr.report.tables import aligned, comparison_table, evaluation_table
 from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, open_events
 from sst2_xlmr.task import Task, at_temperature, check_options
 from sst2_xlmr.util import downloads

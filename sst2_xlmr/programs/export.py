@@ -39,7 +39,7 @@ from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
 from sst2_xlmr.programs import options
 from sst2_xlmr.programs.options import bounds_of, check_output, has_bounds, refuse
-from sst2_xlmr.report.table import comparison_table
+from sst2_xlmr.report.tables import comparison_table
 from sst2_xlmr.task import Task
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.errors import UserError

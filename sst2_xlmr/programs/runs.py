@@ -21,7 +21,7 @@ from sst2_xlmr.data.rows import Row
 from sst2_xlmr.data.splits import find_files
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.programs.options import refuse
-from sst2_xlmr.report.comparison import Figures, Results, summary, table
+from sst2_xlmr.report.tables import Figures, Results, settings_table, summary
 from sst2_xlmr.task import Task, main_metric
 from sst2_xlmr.training.run_folder import read_metrics
 from sst2_xlmr.util.errors import SIGNALS, UserError
@@ -173,4 +173,4 @@ def compare(seeds: list[int], folder: Path, runs: Runs, unit: str = "seed", by_s
             state = seconds if was_unfinished else "was finished"
             tqdm.write(f"{name}, {unit} {seed}: {state}, dev {figures['dev']:.4f}", file=sys.stdout)
     write_text(folder / "study.json", json.dumps({"runs": results, "summary": summary(results)}, indent=2) + "\n")
-    print("\n".join(table(results, unit)))
+    print("\n".join(settings_table(results, unit)))

@@ -17,7 +17,7 @@ from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.report import tensorboard
-from sst2_xlmr.report.table import evaluation_table
+from sst2_xlmr.report.tables import evaluation_table
 from sst2_xlmr.task import Task
 from sst2_xlmr.training.run_folder import drop_metrics
 from sst2_xlmr.training.state import TrainState

@@ -8,7 +8,6 @@ import platform
 import numpy as np
 import torch
 
-from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.data.report import lines_of
 from sst2_xlmr.labels import listed
@@ -32,11 +31,15 @@ def header_lines(
     epochs = "" if config.max_steps else f"{config.epochs:g} epoch{'s' * (config.epochs != 1)}, "
     batches = f"{-(-rows // config.batch_size):,} an epoch, of {config.batch_size} rows{at_most}"
     evaluation = f"every {state.eval_every:,}" if state.eval_every else "after each epoch"
-    computes = _describe_precision(config, state.precision, fallback_reason, world)
-    device = f"CPU with {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}"
-    if world.device.type == "cuda":
-        device = torch.cuda.get_device_name(world.device)
+    device, backend = f"CPU with {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}", "engine"
+    if fallback_reason:
+        backend = f"plain PyTorch: slower ({fallback_reason})"
+    if world.device.type == "cuda":  # engines are for the CPU
+        device, backend = torch.cuda.get_device_name(world.device), "plain PyTorch"
     device += f", {processes} process{'es' * (processes > 1)}{' that share memory' * optimizer.shares_memory}"
+    names = {"bf16": "bf16 autocast" if fallback_reason else "bf16 with fp32 master weights"}
+    names["tf32"] = "fp32 with tf32 products"
+    option = "" if config.precision == state.precision else f"precision {config.precision} -> "
     return [
         f"stack      {versions.description()}, Python {platform.python_version()}",
         f"encoder    {config.encoder}: {_describe_model(inputs.encoder, optimizer)}; {head}",
@@ -44,7 +47,7 @@ def header_lines(
         *lines_of(inputs),
         *data_report(inputs),
         f"batches    {batches}; {epochs}{total_steps:,} steps, evaluation {evaluation}",
-        f"device     {device}; {computes}",
+        f"device     {device}; {option}{names.get(state.precision, state.precision)}; {backend}",
     ]
 
 
@@ -99,12 +102,3 @@ def describe_rows(inputs: Prepared) -> str:
     truncated = sum(len(cache.cut_rows) for cache in inputs.caches.values())
     kept = " (their beginning and end)" if kind == "head-tail" else ""
     return rows + (f"; {truncated:,} cut to {length} tokens{kept}" if truncated else "")
-
-
-def _describe_precision(config: Config, precision: str, reason: str, world: World) -> str:
-    """Return the precision, with `--precision` if that is auto, and the backend."""
-    bf16 = "bf16 autocast" if reason else "bf16 with fp32 master weights"
-    kind = {"bf16": bf16, "tf32": "fp32 with tf32 products"}.get(precision, precision)
-    option = "" if config.precision == precision else f"precision {config.precision} -> "
-    slower = "" if world.device.type == "cuda" else f": slower ({reason})"  # engines are for the CPU
-    return f"{option}{kind}; {f'plain PyTorch{slower}' if reason else 'engine'}"

@@ -5,12 +5,14 @@ All functions that take a writer raise OSError if the disk is full; once `flush`
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 import struct
 import textwrap
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable
 
@@ -20,12 +22,15 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from sst2_xlmr.config import GROUPS, Config
-from sst2_xlmr.report.pictures import can_draw, confusion_picture, scatter_picture
 from sst2_xlmr.task import Task
 
 CURVES = 10
 MISTAKES = 50
 LINE_LENGTH, MOST_LINES = 60, 5
+MOST_NAMED_CLASSES = 20  # in a picture; with more, names and numbers would not be readable
+MOST_LETTERS = 32  # of a name in a picture
+STYLE = {"font.family": "DejaVu Sans", "text.parse_math": False, "savefig.dpi": 100, "savefig.bbox": "tight"}
+FIRST_NOT_DRAWN = "\u0590"  # matplotlib's font has few letters beyond Latin, Greek, Cyrillic and Armenian
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|&~]")
 _excepthook = threading.excepthook
 
@@ -37,15 +42,15 @@ def open_events(folder: Path, purge_step: int | None = None) -> SummaryWriter:
     """
     while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
         time.sleep(0.02)
-    threading.excepthook = _hide_writer_errors
+
+    def hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
+        """Suppress tracebacks from SummaryWriter's thread: `flush` raises its error again in the calling thread."""
+        is_writers = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (is_writers and isinstance(arguments.exc_value, OSError)):
+            _excepthook(arguments)
+
+    threading.excepthook = hide_writer_errors
     return SummaryWriter(str(folder), purge_step=purge_step)
-
-
-def _hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
-    """Suppress tracebacks from SummaryWriter's thread: `flush` raises its error again in the calling thread."""
-    is_writers = type(arguments.thread).__module__.startswith("tensorboard.")
-    if not (is_writers and isinstance(arguments.exc_value, OSError)):
-        _excepthook(arguments)
 
 
 def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: Task, splits: list[str]) -> None:
@@ -89,7 +94,7 @@ def draw_evaluation(
     """
     results = task.results_of(probabilities, labels)
     confusion = task.confusion(results, labels)
-    if can_draw():
+    if find_spec("matplotlib"):
         best = f"{task.best_metric} {task.metrics(results, labels)[task.best_metric]:.4f}"
         title = f"{name}{f', step {step:,}' if step else ''}: {best}, {len(labels):,} rows"
         if confusion.size:
@@ -108,6 +113,66 @@ def draw_evaluation(
     wrong, answer_of = task.mistakes(probabilities, labels)
     table = mistakes_table(wrong, answer_of, len(labels), texts_of, are_scores=not confusion.size)
     writer.add_text(f"{name}/mistakes", table, step)
+
+
+def picture_of(draw: Callable[[Any], None], size: float, title: str, x: str, y: str) -> bytes:
+    """Return axes of `size` inches as a PNG file; labels around them make it larger.
+
+    matplotlib is imported only here, as it takes half a second. Its global state does not change: pyplot is not used,
+    and the user's settings are replaced for one plot only.
+    """
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    content = io.BytesIO()
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure((size, size))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_title("".join(letter if letter < FIRST_NOT_DRAWN else "?" for letter in title), loc="left")
+        axes.set(xlabel=x, ylabel=y)
+        draw(axes)
+        figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str) -> bytes:
+    """Return a confusion matrix, int64 [labels, predictions], as a PNG file.
+
+    A cell's shade, and its second number, is its share of the rows with that label. A class whose name has letters
+    beyond `FIRST_NOT_DRAWN` is shown by its number.
+    """
+    classes, names = len(label_names), []
+    shares = confusion / confusion.sum(1, keepdims=True).clip(1)
+    for number, name in enumerate(label_names):
+        shown = name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
+        names.append(f"class {number}" if max(name, default="") >= FIRST_NOT_DRAWN else shown)
+
+    def draw(axes: Any) -> None:
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.xaxis.tick_top()
+        axes.xaxis.set_label_position("top")
+        axes.set(xticks=[], yticks=[])
+        if classes > MOST_NAMED_CLASSES:
+            return
+        is_wide = max(map(len, names)) > 8
+        axes.set_xticks(range(classes), names, rotation=40 * is_wide, ha="left" if is_wide else "center")
+        axes.set_yticks(range(classes), names)
+        for (label, prediction), share in np.ndenumerate(shares):
+            count = confusion[label, prediction]
+            numbers, color = f"{count:,}\n{share:.1%}" if count else "0", "white" if share > 0.5 else "black"
+            axes.text(prediction, label, numbers, color=color, ha="center", va="center", size=8)
+
+    return picture_of(draw, max(3.0, min(0.75 * classes, 15.0)), title, "predicted", "true")
+
+
+def scatter_picture(true: np.ndarray, predicted: np.ndarray, title: str) -> bytes:
+    """Return true against predicted scores, float [rows] each, as a PNG file, with the line where they are equal."""
+
+    def draw(axes: Any) -> None:
+        axes.scatter(true, predicted, s=6, alpha=0.4)
+        axes.axline((float(true.mean()), float(true.mean())), slope=1, color="lightgray", zorder=0)
+
+    return picture_of(draw, 4.0, title, "true", "predicted")
 
 
 def mistakes_table(

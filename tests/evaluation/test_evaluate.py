@@ -21,7 +21,7 @@ from sst2_xlmr.evaluation.evaluate import batches_of_like_length, evaluate, on_a
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.model.roberta import SequenceClassifier
-from sst2_xlmr.report.table import comparison_table
+from sst2_xlmr.report.tables import comparison_table
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.util.distributed import World, gather_objects
 

@@ -25,7 +25,7 @@ from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.programs import split, study
 from sst2_xlmr.programs.runs import digest
 from sst2_xlmr.programs.study import PENALTY, linear_probe
-from sst2_xlmr.report.comparison import Results, interval, summary
+from sst2_xlmr.report.tables import Results, interval, summary
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.training.run_folder import claim
 

@@ -14,7 +14,7 @@ from conftest import ROOT, Patch
 from matplotlib.figure import Figure
 from running import printed_by
 
-from sst2_xlmr.report.pictures import confusion_picture
+from sst2_xlmr.report.tensorboard import confusion_picture
 
 BLUE = (8, 48, 107)  # the darkest shade
 
@@ -81,7 +81,7 @@ def test_settings_are_left_alone() -> None:
     assert theirs == confusion_picture(np.eye(2, dtype=int), ["a", "b"], "dev"), "the user's settings change nothing"
     assert dict(matplotlib.rcParams) == before
     program = (
-        "import sys, train, numpy; from sst2_xlmr.report.pictures import confusion_picture as draw;"
+        "import sys, train, numpy; from sst2_xlmr.report.tensorboard import confusion_picture as draw;"
         "print('matplotlib' in sys.modules); draw(numpy.eye(2), ['a', 'b'], '');"
         "print('matplotlib.pyplot' in sys.modules)"
     )
