@@ -31,11 +31,10 @@ def header_lines(
     epochs = "" if config.max_steps else f"{config.epochs:g} epoch{'s' * (config.epochs != 1)}, "
     batches = f"{-(-rows // config.batch_size):,} an epoch, of {config.batch_size} rows{at_most}"
     evaluation = f"every {state.eval_every:,}" if state.eval_every else "after each epoch"
-    device, backend = f"CPU with {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}", "engine"
-    if fallback_reason:
-        backend = f"plain PyTorch: slower ({fallback_reason})"
-    if world.device.type == "cuda":  # engines are for the CPU
-        device, backend = torch.cuda.get_device_name(world.device), "plain PyTorch"
+    backend = f"plain PyTorch: slower ({fallback_reason})" if fallback_reason else "engine"
+    device = f"CPU with {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}"
+    if world.device.type == "cuda":
+        device, backend = torch.cuda.get_device_name(world.device), "plain PyTorch"  # engines are for the CPU
     device += f", {processes} process{'es' * (processes > 1)}{' that share memory' * optimizer.shares_memory}"
     names = {"bf16": "bf16 autocast" if fallback_reason else "bf16 with fp32 master weights"}
     names["tf32"] = "fp32 with tf32 products"
