@@ -22,10 +22,13 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from sst2_xlmr import __version__
 from sst2_xlmr.config import TEXT_OPTIONS, flag
@@ -46,15 +49,13 @@ from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.programs.options import check_output, refuse
-from sst2_xlmr.report.progress import with_progress
 from sst2_xlmr.task import Task, check_options
-from sst2_xlmr.util import distributed
+from sst2_xlmr.util import distributed, shards
 from sst2_xlmr.util.device import keep_freed_memory, memory_errors
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, raise_on_all
 from sst2_xlmr.util.files import digest_of, writing
 from sst2_xlmr.util.output import print_text
-from sst2_xlmr.util.shards import first_missing, is_begun, open_shards, read_block, remove_shards, write_block
 
 ROWS_AT_ONCE = 1024
 BYTES_AT_ONCE = 1 << 16  # of standard input
@@ -64,14 +65,15 @@ FINGERPRINT_OPTIONS = (*TEXT_OPTIONS, "batch_tokens", "abstain_below", "all_prob
 Predictions = tuple[list[Row], list[list[Any]]]  # rows, and the new cells of each
 # Processes synchronize only at the beginning and the end, so they may wait long.
 TIMEOUT_MINUTES = 7 * 24 * 60.0
+SECONDS_BETWEEN_LINES = 60.0  # of progress, unless standard error is a terminal
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line, and check what needs neither input nor model."""
     arguments = options.predict().parse_args(argv)
     file, glue = arguments.input, arguments.glue_submission
-    outputs = {"--output": arguments.output, "--glue-submission": glue and glue / "SST-2.tsv"}
-    outputs = arguments.outputs = {option: path for option, path in outputs.items() if path}
+    named = {"--output": arguments.output, "--glue-submission": glue and glue / "SST-2.tsv"}
+    outputs = arguments.outputs = {option: path for option, path in named.items() if path}
     paths = arguments.paths = list(outputs.values())
     is_alone, to_file = os.environ.get("WORLD_SIZE", "1") == "1", file and outputs
     columns = ", ".join(flag(name) for name in TEXT_OPTIONS if name in arguments)
@@ -92,9 +94,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if glue:
         with writing(glue):
             glue.mkdir(parents=True, exist_ok=True)
-    if not (arguments.resume and is_complete(paths)):
+    is_begun = bool(paths) and shards.is_begun(paths[0])
+    arguments.is_complete = arguments.resume and not is_begun and all(path.exists() for path in paths)
+    if not arguments.is_complete:
         check_outputs(arguments)
-        if outputs and is_begun(paths[0]) and not (arguments.resume or arguments.overwrite):
+        if is_begun and not (arguments.resume or arguments.overwrite):
             cure = "continue it with --resume, or discard it with --overwrite"
             raise UserError(f"rows of an earlier run for {paths[0]} already exist in a hidden folder; {cure}")
     return arguments
@@ -103,10 +107,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def check_outputs(arguments: argparse.Namespace) -> None:
     for option, path in arguments.outputs.items():
         check_output(option, path, arguments.overwrite)
-
-
-def is_complete(paths: Sequence[Path]) -> bool:
-    return all(path.exists() for path in paths) and not is_begun(paths[0])
 
 
 def read_chunks(arguments: argparse.Namespace) -> Iterator[list[Row]]:
@@ -238,6 +238,24 @@ def say_layout(arguments: argparse.Namespace) -> None:
         print(f"written    {output}: tabs, no quotes; {how}", file=sys.stderr)
 
 
+def with_progress(blocks: Iterable[Predictions], total: int, done: int, quiet: bool) -> Iterator[Predictions]:
+    """Yield blocks; shows a bar on a terminal, otherwise prints a line per minute, on standard error.
+
+    Of `total` rows, an earlier run has done `done`.
+    """
+    started = printed = time.monotonic()
+    rows, has_bar = 0, sys.stderr.isatty() and not quiet
+    with tqdm(total=total, initial=done, unit=" rows", disable=not has_bar, dynamic_ncols=True) as bar:
+        for block in blocks:
+            yield block
+            rows, now = rows + len(block[0]), time.monotonic()
+            bar.update(len(block[0]))
+            if not has_bar and not quiet and now - printed > SECONDS_BETWEEN_LINES:
+                printed, rate = now, rows / (now - started)
+                left = tqdm.format_interval((total - done - rows) / rate)
+                print(f"{done + rows:,} of {total:,} rows, {rate:,.0f} rows/s, {left} left", file=sys.stderr)
+
+
 def predict_file(arguments: argparse.Namespace, world: World) -> None:
     """Classify this process's share of the input; rank 0 writes the output files."""
     digest, sizes = distributed.broadcast(world, distributed.on_rank0(world, lambda: read_through(arguments)))
@@ -252,26 +270,26 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
             if arguments.glue_submission:
                 glue_label_ids(classifier.label_names)
             fingerprint = fingerprint_of(arguments, digest, classifier)
-            return stack.enter_context(open_shards(arguments.paths[0], fingerprint, arguments.resume))
+            return stack.enter_context(shards.open_shards(arguments.paths[0], fingerprint, arguments.resume))
 
         folder = distributed.broadcast(world, distributed.on_rank0(world, begin))
-        start = first_missing(folder, first, last)
+        start = shards.first_missing(folder, first, last)
         chunks = itertools.islice(read_chunks(arguments), start, last)
         total, done = sum(sizes[first:last]), sum(sizes[first:start])
         blocks = with_progress(classify(arguments, classifier, chunks), total, done, quiet=not world.is_main)
         for number, (_, predictions) in enumerate(blocks, start):
-            write_block(folder, number, predictions)
+            shards.write_block(folder, number, predictions)
         distributed.gather_objects(world, None, world.patient)  # wait until all blocks are written
 
         def all_blocks() -> Iterator[Predictions]:
-            yield from zip(read_chunks(arguments), (read_block(folder, number) for number in range(len(sizes))))
+            yield from zip(read_chunks(arguments), (shards.read_block(folder, each) for each in range(len(sizes))))
             if source_digest(arguments.input) != digest:  # before the output gets its name
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
 
         def finish() -> None:
             check_outputs(arguments)  # another program may have created one meanwhile
             write_predictions(arguments, classifier.task, all_blocks())
-            remove_shards(folder)
+            shards.remove_shards(folder)
             say_layout(arguments)
 
         distributed.on_rank0(world, finish)  # while the folder is still locked
@@ -286,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     check_pairs(arguments.models[0], columns.pair, cure)
     if not (arguments.input and paths):
         predict_stream(arguments)
-    elif arguments.resume and is_complete(paths):
+    elif arguments.is_complete:
         cure = "if it came from another input or model, rerun with --overwrite instead of --resume"
         print(f"{paths[0]} is already complete, so nothing was done; {cure}", file=sys.stderr)
     else:

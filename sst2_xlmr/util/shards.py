@@ -17,7 +17,7 @@ from typing import Any
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import is_scratch, write_text, writing
 
-_FINGERPRINT = "fingerprint.json"
+_FINGERPRINT, _BLOCKS = "fingerprint.json", "[0-9]" * 8 + ".json"
 
 
 def shards_of(output: Path) -> Path:
@@ -64,7 +64,7 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
         try:
             yield folder
         finally:  # if an older output exists, even an empty folder shows that the new one is unfinished
-            if not _blocks(folder) and not os.path.lexists(output):
+            if not any(folder.glob(_BLOCKS)) and not os.path.lexists(output):
                 remove_shards(folder)
 
 
@@ -95,11 +95,7 @@ def _block(folder: Path, number: int) -> Path:
     return folder / f"{number:08d}.json"
 
 
-def _blocks(folder: Path) -> list[Path]:
-    return list(folder.glob("[0-9]" * 8 + ".json"))
-
-
 def _clear(folder: Path) -> None:
     """Remove the blocks, and the unfinished files of a killed process."""
-    for file in [*_blocks(folder), *filter(is_scratch, folder.iterdir())]:
+    for file in [*folder.glob(_BLOCKS), *filter(is_scratch, folder.iterdir())]:
         file.unlink()

@@ -26,7 +26,6 @@ import sst2_xlmr
 from sst2_xlmr.data.formats import kind_of
 from sst2_xlmr.data.rows import Columns, read_rows
 from sst2_xlmr.programs import predict as script
-from sst2_xlmr.report import progress
 from sst2_xlmr.util.shards import shards_of
 
 PROGRAM = "scripts/predict.py"
@@ -299,7 +298,7 @@ def test_an_input_that_changes_meanwhile_is_no_result(model: Path, tmp_path: Pat
 
 
 def test_lines_tell_time_left(model: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(script, "SECONDS_BETWEEN_LINES", 0.0)
     run(model, "--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("1,024 of 1,500 rows, ")
