@@ -1,13 +1,7 @@
-"""Evaluate a trained model on labelled files: a table of the files, then each file's classes and confusion matrix.
+"""Evaluate a trained model on labelled files, as docs/evaluate.md describes; or calibrate it on one.
 
-    python scripts/evaluate.py --model runs/NAME/model --file fr=fr.tsv --file de=de.tsv
-    python scripts/evaluate.py --model runs/NAME/model --file sample_data/test.*.tsv --json table.json
-    python scripts/evaluate.py --model runs/NAME/model --calibrate dev.tsv --output models/calibrated
-    python scripts/evaluate.py --model runs/NAME/model --file dev.tsv --precision int8 --against fp32
-
-Files are labelled as for training (see docs/data.md); without NAME=, a file goes by its own name. --against also
-computes in another precision, compares the two, and fails if more labels change or more accuracy is lost than
---most-changed and --most-lost allow.
+It prints a table of the files, then each file's classes and confusion matrix. --against also computes in another
+precision, compares the two, and fails if more labels change or more accuracy is lost than the bounds allow.
 """
 
 from __future__ import annotations
@@ -17,15 +11,13 @@ import json
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.prepare import Split
 from sst2_xlmr.data.report import description, left_out_of
-from sst2_xlmr.data.rows import Columns, Inspection, check_pairs, columns_given
+from sst2_xlmr.data.rows import check_pairs, columns_given
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.evaluation.calibration import calibrate, describe_calibration
 from sst2_xlmr.evaluation.compare import check_comparison
@@ -63,14 +55,6 @@ def class_lines(name: str, task: Task, results: np.ndarray, labels: np.ndarray) 
         counts = ["", *(f"{count:,}" for count in confusion[number])] if is_shown else []
         rows.append([label, *numbers, f"{classes['support'][number]:,}", *counts])
     return ["", *aligned(rows)]
-
-
-def json_report(file: Path, task: Task, evaluation: Evaluation, labels: np.ndarray) -> dict[str, Any]:
-    numbers = {key: values.tolist() for key, values in task.per_label(evaluation.results, labels).items()}
-    classes = {label: {key: numbers[key][i] for key in numbers} for i, label in enumerate(task.label_names)}
-    metrics = {key: value for key, value in evaluation.metrics.items() if key not in ("precision", "recall")}
-    confusion = task.confusion(evaluation.results, labels).tolist()
-    return {"file": str(file), **metrics, "classes": classes, "confusion": confusion}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -134,37 +118,59 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
     return f"{output}: {calibration}\n"
 
 
-def with_given_label_ids(task: Task, arguments: argparse.Namespace, inspections: dict[str, Inspection]) -> Task:
-    """Return the task with the numbers that --label-names assigns to its classes."""
-    if not (label_names := getattr(arguments, "label_names", None)):
-        return replace(task, label_ids={})
-    labels = [label for inspection in inspections.values() for label in inspection.labels]
-    names, numbers = resolve_label_names(label_names, labels, next(iter(inspections)))
-    if set(names) != set(task.label_names):
-        raise UserError(f"--label-names {','.join(names)}: the model's classes are {listed(task.label_names)}")
-    return replace(task, label_ids={key: task.label_names.index(names[i]) for key, i in numbers.items()})
-
-
 def read_files(
-    arguments: argparse.Namespace, classifier: Classifier, files: dict[str, Path], columns: dict[str, Columns]
+    arguments: argparse.Namespace, classifier: Classifier
 ) -> tuple[Task, dict[str, Split], dict[str, TokenCache]]:
     """Check and tokenize all files; returns the task that reads their labels, and by name their splits and caches."""
-    cache_dir, tokenizer = downloads.cache_dir() / "tokens", classifier.tokenizer
-    long_texts = tokenizer.long_texts
-    inspections = {name: inspected(file, columns[name], cache_dir) for name, file in files.items()}
-    task, caches = with_given_label_ids(classifier.task, arguments, inspections), {}
+    task, tokenizer, cache_dir = classifier.task, classifier.tokenizer, downloads.cache_dir() / "tokens"
+    files, splits, caches = arguments.files, {}, {}
     for name, file in files.items():
-        inspection = inspections[name]
-        left_out = inspection.check(file, task, columns[name].drop_unusable)
-        notes = description(file, inspection.layout, columns[name], inspection.rows), left_out_of(left_out)
+        given = columns_given(arguments, name)
+        check_pairs(arguments.models[0], given.pair, "--text-pair-column NAME")
+        columns = replace(given, may_be_empty=not given.drop_unusable, classes=tuple(task.label_names))
+        splits[name] = Split([file], columns, [], {}, [])
+    check_options(task, arguments)
+    for split in splits.values():
+        split.inspections.append(inspected(split.files[0], split.columns, cache_dir))
+    label_ids: dict[str, int] = {}
+    if label_names := getattr(arguments, "label_names", None):
+        labels = [label for split in splits.values() for label in split.inspections[0].labels]
+        names, numbers = resolve_label_names(label_names, labels, next(iter(splits)))
+        if set(names) != set(task.label_names):
+            raise UserError(f"--label-names {','.join(names)}: the model's classes are {listed(task.label_names)}")
+        label_ids = {key: task.label_names.index(names[i]) for key, i in numbers.items()}
+    task = replace(task, label_ids=label_ids)
+    for split in splits.values():
+        (file,), (inspection,), columns = split.files, split.inspections, split.columns
+        left_out = inspection.check(file, task, columns.drop_unusable)
+        notes = description(file, inspection.layout, columns, inspection.rows), left_out_of(left_out)
         for note in filter(None, notes):
             print(f"read as    {note}", file=sys.stderr)
-    for name, file in files.items():
-        caches[name] = tokenize_file(
-            file, tokenizer.file, columns[name], task, tokenizer.max_length, cache_dir, lambda *_: tokenizer, long_texts
-        )
-    splits = {name: Split([file], columns[name], [inspections[name]], {}, []) for name, file in files.items()}
+    how = task, tokenizer.max_length, cache_dir, lambda *_: tokenizer, tokenizer.long_texts
+    for name, split in splits.items():
+        caches[name] = tokenize_file(split.files, tokenizer.file, split.columns, *how)
     return task, splits, caches
+
+
+def write_json(
+    arguments: argparse.Namespace,
+    classifier: Classifier,
+    task: Task,
+    caches: dict[str, TokenCache],
+    evaluations: dict[str, Evaluation],
+) -> None:
+    reports, all_metrics = {}, [evaluation.metrics for evaluation in evaluations.values()]
+    for name, evaluation in evaluations.items():
+        results, labels = evaluation.results, caches[name].labels
+        numbers = {key: values.tolist() for key, values in task.per_label(results, labels).items()}
+        classes = {label: {key: numbers[key][i] for key in numbers} for i, label in enumerate(task.label_names)}
+        metrics = {key: value for key, value in evaluation.metrics.items() if key not in ("precision", "recall")}
+        confusion = task.confusion(results, labels).tolist()
+        reports[name] = {"file": str(arguments.files[name]), **metrics, "classes": classes, "confusion": confusion}
+    about = {"model": " ".join(map(str, arguments.models)), "precision": classifier.precision}
+    content = {**about, "labels": task.label_names, "files": reports, "mean": mean_of(all_metrics)}
+    with writing(arguments.json):
+        write_text(arguments.json, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -173,34 +179,21 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.calibrate and len(models) > 1:
         raise UserError("--calibrate writes one model; name one --model")
     keep_freed_memory()
-    files, against, device = arguments.files, arguments.against, arguments.device
-    classifier = Classifier.load_mean(models, arguments.precision, device)
-    task, precision = classifier.task, classifier.precision
+    against = arguments.against
+    classifier = Classifier.load_mean(models, arguments.precision, arguments.device)
+    precision = classifier.precision
     if against and arguments.precision == "int8" != precision:
         raise UserError("--precision int8 is not supported on this machine, so it cannot be compared")
     if against == precision:
         raise UserError(f"--against {precision} compares {precision} with itself; name another --precision")
-    classes = tuple(task.label_names)
-    given = {name: columns_given(arguments, name) for name in files}
-    columns = {
-        name: replace(wanted, may_be_empty=not wanted.drop_unusable, classes=classes) for name, wanted in given.items()
-    }
-    for own_columns in columns.values():
-        check_pairs(models[0], own_columns.pair, "--text-pair-column NAME")
-    check_options(task, arguments)
-    task, splits, caches = read_files(arguments, classifier, files, columns)
+    task, splits, caches = read_files(arguments, classifier)
     evaluations = evaluate_all(classifier, caches, arguments.batch_tokens)
     if arguments.calibrate:
         print_text(write_calibrated(arguments, task, caches["dev"], evaluations["dev"].probabilities))
         return
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
-    if file := arguments.json:
-        reports = {name: json_report(files[name], task, evaluations[name], caches[name].labels) for name in caches}
-        names, labels = " ".join(map(str, models)), task.label_names
-        content = {"model": names, "precision": precision, "labels": labels, "files": reports}
-        text = json.dumps({**content, "mean": mean_of(list(metrics.values()))}, indent=2, ensure_ascii=False) + "\n"
-        with writing(file):
-            write_text(file, text)
+    if arguments.json:
+        write_json(arguments, classifier, task, caches, evaluations)
     if arguments.tensorboard:
         with writing(arguments.tensorboard), open_events(arguments.tensorboard) as writer:
             for name, cache in caches.items():
@@ -213,11 +206,10 @@ def main(argv: list[str] | None = None) -> None:
     if not against:
         print_text("\n".join([*lines, ""]))
         return
-    expected = evaluate_all(Classifier.load_mean(models, against, device), caches, arguments.batch_tokens)
-    both = {
-        name: (evaluations[name].probabilities, expected[name].probabilities, cache.labels)
-        for name, cache in caches.items()
-    }
+    expected = evaluate_all(Classifier.load_mean(models, against, arguments.device), caches, arguments.batch_tokens)
+    both = {}
+    for name, cache in caches.items():
+        both[name] = evaluations[name].probabilities, expected[name].probabilities, cache.labels
     try:
         print_text("\n".join([*lines, "", *comparison_table(task, both, precision, against), ""]))
     finally:  # even if standard output is closed
