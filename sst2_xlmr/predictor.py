@@ -1,8 +1,4 @@
-"""A trained model for use in Python.
-
-classifier = sst2_xlmr.load("runs/NAME/model")
-classifier.predict(["A fine film.", "Not my cup of tea."])
-"""
+"""A trained model for use in Python; see `sst2_xlmr.load`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Cross-validation for `study --folds`: out-of-fold predictions of every row, and likely label errors."""
+"""Cross-validation for `study --folds`: out-of-fold predictions of every row, and likely label errors.
+
+Folds are stratified by class, with equal texts in the same fold.
+"""
 
 from __future__ import annotations
 

@@ -1,16 +1,9 @@
 """Train students on labelled rows and on teachers' predictions for unlabelled texts: distillation, self-training.
 
-    sst2-xlmr distill --teacher runs/seed-1/model runs/seed-2/model --unlabelled texts.txt \\
-        --output-dir runs/distilled --encoder models/small --train-file train.tsv --dev-file dev.tsv --epochs 1
-
-    sst2-xlmr distill --unlabelled texts.txt --labelled "--epochs 10" --output-dir runs/self-trained \\
-        --encoder models/small --train-file few.tsv --dev-file dev.tsv --epochs 1
-
-All other options go to train.py, for the students. The `labelled` runs, one per seed, use the labelled rows alone, with
-the options of --labelled after the others; they are a baseline, and without --teacher the teachers. In each round,
-students, one per seed, are trained on all labelled rows and on the unlabelled texts, whose soft labels are the mean of
-the teachers' probabilities; they teach the next round. Unlabelled texts that are also labelled rows, or evaluated on,
-are left out.
+All options but its own go to train.py, for the students (docs/recipes.md has examples). The `labelled` runs, one per
+seed, use the labelled rows alone; they are a baseline, and without --teacher the teachers. In each round, students, one
+per seed, are trained on all labelled rows and on the unlabelled texts, whose soft labels are the mean of the teachers'
+probabilities; they teach the next round. Unlabelled texts that are also labelled rows, or evaluated on, are left out.
 
 The runs are the folders labelled/seed-N, round-1/seed-N, ... in --output-dir; round-1/teacher.json has the teachers'
 metrics. The same command skips finished runs and continues stopped ones.

@@ -1,14 +1,7 @@
-"""Write a trained model in another form, and check that its predictions are the same.
+"""Write a trained model in another form, of those in docs/export.md, and check that its predictions are the same.
 
-    python scripts/export.py --model runs/NAME/model --format torchscript --output classifier.pt
-    python scripts/export.py --model runs/NAME/best --format hf --dtype bf16 --output models/reviews
-    python scripts/export.py --model runs/NAME/model --format onnx --output classifier.onnx
-    python scripts/export.py --model runs/NAME/model --format onnx-hf --output models/reviews-onnx
-    python scripts/export.py --model runs/NAME/model --format hf --keep-vocabulary-of train.tsv --output models/small
-
-docs/export.md describes the forms. The result is read back and compared with the model on sentences in a dozen
-languages, or on --check-file. It gets its name only if both agree, or in int8 if no more labels change and no more
-accuracy is lost than --most-changed and --most-lost allow.
+The result is read back and compared with the model on sentences in a dozen languages, or on --check-file. It gets its
+name only if both agree, or in int8 if no more labels change and no more accuracy is lost than the bounds allow.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Fetch what a training run downloads, ahead of time: for compute nodes and machines without internet.
-
-sst2-xlmr fetch [sst2] [xlmr.base] [xlmr.large] [OWNER/NAME[@REVISION] ...] [--cache-dir DIR]
-"""
+"""Fetch what a training run downloads, ahead of time: for compute nodes and machines without internet."""
 
 from __future__ import annotations
 

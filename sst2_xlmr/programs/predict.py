@@ -1,17 +1,8 @@
-"""Classify texts with a trained model.
+"""Classify texts with a trained model: one line each, or a file with all columns of the input and the predictions.
 
-    python scripts/predict.py --model runs/NAME/model "A fine film." "Not my cup of tea."
-    python scripts/predict.py --model runs/NAME/model < sentences.txt
-    python scripts/predict.py --model runs/NAME/model --input reviews.csv --output answers.csv
-    python scripts/predict.py --model runs/NAME/model --input test.tsv --glue-submission submission
-    torchrun --nproc_per_node=2 scripts/predict.py --model runs/NAME/model --input reviews.csv --output answers.csv
-
-Prints a line per text, in order: label, tab, probability, tab, text. With --output it writes a file with all columns of
-the input, followed by label and probability.
-
-The input may be larger than memory, so it is read in blocks of rows, three times: to find bad rows, to classify (each
-process takes a share), and to write rows with their predictions. Until the output is complete, the predictions are in a
-hidden folder beside it; after a kill, the same command with --resume continues from there.
+docs/data.md has its use. The input may be larger than memory, so it is read in blocks of rows, three times: to find bad
+rows, to classify (each process takes a share), and to write rows with their predictions. Until the output is complete,
+the predictions are in a hidden folder beside it; after a kill, the same command with --resume continues from there.
 """
 
 from __future__ import annotations

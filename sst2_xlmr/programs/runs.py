@@ -116,7 +116,8 @@ def seconds_of(run_folder: Path) -> float | None:
 def run(command: list[str], run_folder: Path, is_new: bool) -> None:
     """Run a command, with its output in seed-N.log and its total seconds in seed-N.seconds; forwards signals to it.
 
-    If it fails, this program prints the last lines of its output, and exits with its status.
+    If it fails, this program prints the last lines of its output, and exits with its status. If this program is killed
+    during a run, the run's time is unknown (`-`, null in study.json) and left out of the mean.
     """
     log, former_s = run_folder.with_suffix(".log"), 0.0 if is_new else seconds_of(run_folder)
     # If this process is killed, the command may keep running for an unknown time.

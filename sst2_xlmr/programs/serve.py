@@ -1,12 +1,8 @@
-"""Answer over HTTP with a trained model.
-
-    sst2-xlmr serve --model runs/NAME/model --port 8000
-    curl http://127.0.0.1:8000 -d '{"texts": ["A fine film.", "Not my cup of tea."]}'
+"""Answer over HTTP with a trained model; docs/from-csv-to-service.md has examples.
 
 A request has `texts`, strings or pairs of strings, and optionally `"all_probabilities": true`; the response is a list
-with the columns of predict.py for each text. Waiting texts of all requests are batched. GET /healthz is a health check,
-GET /metrics has counters for Prometheus. On SIGTERM, it finishes the requests it has received. With --workers, several
-processes answer, and share the model's memory.
+with the columns of predict.py for each text. Waiting texts of all requests are batched. On SIGTERM, it finishes the
+requests it has received. With --workers, several processes answer, and share the model's memory.
 """
 
 from __future__ import annotations

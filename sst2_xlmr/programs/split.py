@@ -1,11 +1,8 @@
-"""Hold out rows of a training file as a test set.
+"""Split a file of rows into train.tsv, test.tsv and, with --dev-share, dev.tsv, in a new folder.
 
-    sst2-xlmr split --train-file data/SST-2/train.tsv --rows 5000 --output-dir data/held-out
-
-writes train.tsv and test.tsv, with --dev-share also dev.tsv, into the new folder. SST-2's training rows are sentences
-and phrases cut from them, so parts of a row drawn at random would remain in training. With --keep-parts-apart, no test
-text is part of a training text or contains one; phrases that occur in texts of both sides are left out of both. Texts
-are compared by their words, case-insensitively.
+SST-2's training rows are sentences and phrases cut from them, so parts of a row drawn at random would remain in
+training. With --keep-parts-apart, no test text is part of a training text or contains one; phrases that occur in texts
+of both sides are left out of both. Texts are compared by their words, case-insensitively.
 """
 
 from __future__ import annotations

@@ -3,18 +3,11 @@
     sst2-xlmr study --seeds 1,2,3 --output-dir runs/study --encoder models/small --batch-size 32 --lr 5e-5 --epochs 1 \\
         --setting plain "" --setting longer "--epochs 3 --lr 7e-5"
 
-    sst2-xlmr study --folds 5 --output-dir runs/folds --encoder models/small --train-file rows.csv
-
 All other options go to train.py, for every setting, followed by the setting's own. The run of setting NAME and seed N
-is the folder NAME/seed-N in --output-dir; without --setting, the only setting is `ours`.
+is the folder NAME/seed-N in --output-dir; without --setting, the only setting is `ours`. With --folds, each fold of the
+rows is predicted by a model that was trained on the others (see cross_validation.py).
 
-With --folds, the rows of one file are split into K folds, stratified by class, with equal texts in the same fold; each
-fold is predicted by a model that was trained on the others. NAME/out-of-fold.jsonl has every row with its prediction,
-NAME/label-errors.jsonl the rows whose labels are most likely wrong.
-
-Finished runs are skipped and stopped runs continue, so the same command with more seeds or settings adds them; if the
-input files have changed since (see seed-N.inputs.json), that is an error. If this program is killed during a run, the
-run's time is unknown (`-`, null in study.json) and left out of the mean.
+Finished runs are skipped and stopped runs continue, so the same command with more seeds or settings adds them.
 """
 
 from __future__ import annotations
