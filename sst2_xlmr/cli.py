@@ -68,16 +68,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def _fits(value: Any, name: str) -> bool:
-    """Whether a JSON value has its option's type; an integer is also a float."""
-    kind, is_list = option_type(name)
-    if value is None:
-        return str(OPTIONS[name].type).endswith("None")
-    if is_list or kind == "CommaSeparated":
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return type(value) in {"bool": (bool,), "int": (int,), "float": (int, float)}.get(kind, (str,))
-
-
 def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
     """Read a saved `config.json`; returns field name -> value, with names and types checked.
 
@@ -91,7 +81,12 @@ def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
     for name, value in values.items():
         if name not in OPTIONS:
             raise UserError(f"{path}: unknown option {name!r}; {hint(name, OPTIONS) or 'remove it'}")
-        if not _fits(value, name):
+        kind, is_list = option_type(name)
+        if is_list or kind == "CommaSeparated":
+            has_type = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        else:
+            has_type = type(value) in {"bool": (bool,), "int": (int,), "float": (int, float)}.get(kind, (str,))
+        if not has_type and not (value is None and str(OPTIONS[name].type).endswith("None")):
             raise UserError(f"{path}: {name!r} has the value {value!r}, which has the wrong type")
     return values
 
@@ -158,11 +153,15 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     else:
         base = read_config_file(Path(config_file)) if config_file else {}
         config = Config(**{**base, **flags})
-    _check_folders(config, resume)
-    if config.check:
-        _check_report(Path(config.check))
+    _check_outputs(config, resume)
     check(config)
-    return _with_absolute_paths(config), resume
+    # Absolute paths, so that a saved `config.json` means the same in any folder.
+    names = ["data_dir", "dev_file", "tensorboard_dir", *(["encoder"] if Path(config.encoder).is_dir() else [])]
+    paths: dict[str, Any] = {name: os.path.abspath(value) for name in names if (value := getattr(config, name))}
+    for name in ("train_file", "test_file"):
+        paths[name] = [os.path.abspath(file) for file in getattr(config, name)]
+    paths["eval_file"] = [f"{name}={os.path.abspath(file)}" for name, file in map(named_file, config.eval_file)]
+    return dataclasses.replace(config, **paths), resume
 
 
 def _resumed_config(flags: dict[str, Any]) -> Config:
@@ -186,8 +185,8 @@ def _resumed_config(flags: dict[str, Any]) -> Config:
     return dataclasses.replace(config, **flags)
 
 
-def _check_folders(config: Config, resume: bool) -> None:
-    """Check that the run's folders can be made, and that a new run's is free."""
+def _check_outputs(config: Config, resume: bool) -> None:
+    """Check that the run's folders can be made, that a new run's is free, and that --check replaces only a report."""
     for name in ("output_dir", "tensorboard_dir"):
         if getattr(config, name) is None:
             continue
@@ -203,22 +202,9 @@ def _check_folders(config: Config, resume: bool) -> None:
                 raise UserError(f"cannot write to {flag(name)} {folder}: {parent} is not a directory you may write to")
         except OSError as error:
             raise UserError(f"cannot write to {flag(name)} {folder}: {error.strerror}") from None
-
-
-def _check_report(file: Path) -> None:
-    """Refuse a --check file that exists and is not an earlier report of --check."""
+    file = Path(config.check or os.devnull)
     is_report = not file.is_file() or not file.stat().st_size
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         is_report |= all("examples" in split for split in json.loads(file.read_text(encoding="utf-8")).values())
     if not is_report:
         raise UserError(f"--check {file} already exists and is not a report of --check; choose another file")
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """Return the options with absolute paths, so that a saved `config.json` means the same in any folder."""
-    names = ["data_dir", "dev_file", "tensorboard_dir", *(["encoder"] if Path(config.encoder).is_dir() else [])]
-    changes: dict[str, Any] = {name: os.path.abspath(value) for name in names if (value := getattr(config, name))}
-    for name in ("train_file", "test_file"):
-        changes[name] = [os.path.abspath(file) for file in getattr(config, name)]
-    changes["eval_file"] = [f"{name}={os.path.abspath(file)}" for name, file in map(named_file, config.eval_file)]
-    return dataclasses.replace(config, **changes)

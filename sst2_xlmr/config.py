@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import functools
 import json
@@ -106,10 +107,9 @@ def _check_label_names(names: list[str]) -> str:
 
 
 def _check_class_weights(text: str) -> str:
-    try:
+    weights = []
+    with contextlib.suppress(ValueError):
         weights = [float(weight) for weight in text.split(",")]
-    except ValueError:
-        weights = []
     if text == "balanced" or (len(weights) > 1 and all(0 <= weight < math.inf for weight in weights) and any(weights)):
         return ""
     return "is neither balanced nor a number of 0 or more for every class, separated by commas, not all 0"
@@ -168,9 +168,8 @@ def option(
 ) -> Any:
     """Declare one option; its annotation gives its type and whether it takes several values."""
     metadata = {"help": help, "metavar": metavar, "check": check, "changeable": is_changeable}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    value: Any = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**value, metadata=metadata)
 
 
 changeable = functools.partial(option, is_changeable=True)
@@ -361,8 +360,6 @@ class Config:
 
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Config)}
-
-
 # Heading of `--help` -> its options; `_FIRST` has the first option of each.
 _FIRST = {"data_dir": "data", "encoder": "model", "epochs": "training", "device": "machine", "output_dir": "output"}
 GROUPS: dict[str, list[str]] = {}
@@ -403,7 +400,17 @@ def check(config: Config) -> None:
         codecs.lookup(config.encoding or "utf-8")
     except LookupError:
         raise UserError(f"--encoding {config.encoding} is unknown; use utf-8, cp1252, gb18030, ...") from None
-    _check_files(config)
+    files = {"--train-file": config.train_file, "--dev-file": [config.dev_file] if config.dev_file else []}
+    files |= {"--test-file": config.test_file, "--eval-file": [str(named_file(each)[1]) for each in config.eval_file]}
+    try:
+        if config.data_dir is not None and not Path(config.data_dir).is_dir():
+            raise UserError(f"--data-dir {config.data_dir} is not a directory")
+        for name, paths in files.items():
+            for file in paths:
+                if not Path(file).exists():
+                    raise UserError(f"{name} {file} is not a file")
+    except OSError as error:
+        raise UserError(f"cannot look at {error.filename}: {error.strerror}") from None
     if config.text_pair_column is not None and config.max_length < SHORTEST_PAIR:
         wanted = f"must be {SHORTEST_PAIR} or more with --text-pair-column"
         raise UserError(f"--max-length {wanted}, not {config.max_length}")
@@ -412,21 +419,6 @@ def check(config: Config) -> None:
     if config.stride and (config.long_texts != "windows" or config.stride > config.max_length - 2):
         raise UserError("--stride needs --long-texts windows, and must be at most --max-length minus 2")
 
-
-def _check_files(config: Config) -> None:
-    """Check that the named files exist, and that their options go together."""
-    files = [("train_file", file) for file in config.train_file]
-    files += [("dev_file", config.dev_file)] if config.dev_file else []
-    files += [("test_file", file) for file in config.test_file]
-    files += [("eval_file", str(named_file(value)[1])) for value in config.eval_file]
-    try:
-        if config.data_dir is not None and not Path(config.data_dir).is_dir():
-            raise UserError(f"--data-dir {config.data_dir} is not a directory")
-        for name, file in files:
-            if not Path(file).exists():
-                raise UserError(f"{flag(name)} {file} is not a file")
-    except OSError as error:
-        raise UserError(f"cannot look at {error.filename}: {error.strerror}") from None
     if config.dev_file and not config.train_file and not config.data_dir:
         raise UserError("--dev-file needs --train-file, or a --data-dir that has a training file")
     if config.dev_file and config.dev_share is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import statistics
@@ -19,8 +20,14 @@ def share_cores(load: Path = Path("/proc/loadavg")) -> None:
     On busy cores a spinning thread keeps the thread that it waits for from running. Call this before torch is
     imported, as libgomp reads the variable when it is loaded. The user's own settings win.
     """
-    is_set = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
-    if not is_set and _others_running(load) > BUSY * (os.cpu_count() or 1):
+    if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        return
+    others = []  # threads that run or wait for a core; the load average would include processes that have just ended
+    with contextlib.suppress(OSError, IndexError, ValueError):  # without Linux's /proc
+        for _ in range(LOADS):
+            others.append(int(load.read_text().split()[3].partition("/")[0]) - 1)
+            time.sleep(SECONDS_BETWEEN)
+    if len(others) == LOADS and statistics.median(others) > BUSY * (os.cpu_count() or 1):
         os.environ["GOMP_SPINCOUNT"] = "0"
 
 
@@ -31,21 +38,6 @@ def limit_threads() -> None:
     """
     if (cores := available_cores()) < len(os.sched_getaffinity(0)):
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
-
-
-def _others_running(load: Path) -> float:
-    """Return how many other threads run or wait for a core; 0 without Linux's /proc.
-
-    The load average would include processes that ended within the last minute, such as the previous run.
-    """
-    counts = []
-    for _ in range(LOADS):
-        try:
-            counts.append(int(load.read_text().split()[3].partition("/")[0]) - 1)
-        except (OSError, IndexError, ValueError):
-            return 0
-        time.sleep(SECONDS_BETWEEN)
-    return statistics.median(counts)
 
 
 def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
@@ -69,14 +61,10 @@ def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
         if controllers and "cpu" not in controllers.split(","):
             continue
         folder = cgroups / (controllers and "cpu")
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         for part in [Path(place), *Path(place).parents]:
-            found = folder / part.relative_to("/")
-            try:
-                if controllers:
-                    quota, period = ((found / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-                else:
-                    quota, period = (found / "cpu.max").read_text().split()
-                if float(quota) > 0:
-                    yield float(quota) / float(period)
-            except (OSError, ValueError):  # not there, or `max`
-                continue
+            with contextlib.suppress(OSError, ValueError):  # not there, or `max`
+                words = [(folder / part.relative_to("/") / name).read_text() for name in names]
+                quota, period = map(float, " ".join(words).split())
+                if quota > 0:
+                    yield quota / period

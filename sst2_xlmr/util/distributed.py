@@ -25,9 +25,8 @@ from sst2_xlmr.util.errors import UserError, raise_on_all
 Result = TypeVar("Result")
 
 # gloo's messages when a peer is gone or silent; it has no exception type for that.
-_GLOO_ERROR = (
-    "gloo|Operation timed out|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket (closed|Timeout)"
-)
+_GLOO_ERROR = "gloo|Operation timed out|Connection (closed|reset|refused)|Broken pipe|Timed out waiting"
+_GLOO_ERROR += "|Socket (closed|Timeout)"
 # Timeout of the patient group, for downloads, tokenization and slow disks, which take longer than any step.
 PATIENCE = timedelta(hours=6)
 
@@ -86,7 +85,11 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
     place = _read_environment()
     timeout, store = timedelta(minutes=timeout_minutes), None
     if place["world_size"] > 1:
-        store = _join_store(timeout)
+        # Restarted processes must not find their predecessors' addresses in the store, which torch 2.13 with static
+        # rendezvous does not prevent; hence the prefix. Only with one node, as each node counts its own restarts.
+        is_one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_node else "0"
+        store = dist.PrefixStore(f"attempt_{attempt}", next(rendezvous("env://", timeout=timeout))[0])
         device_name = _agree_on_device(device_name, place["rank"], store)
     device = choose_device(device_name, place["local_rank"], place["local_world_size"])
     if device.type == "cuda":
@@ -117,18 +120,6 @@ def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[Wo
     finally:
         if not lost:  # otherwise it would wait for the lost process
             dist.destroy_process_group()
-
-
-def _join_store(timeout: timedelta) -> dist.Store:
-    """Return the store that the environment describes.
-
-    Restarted processes must not find their predecessors' addresses in it, which torch 2.13 with static rendezvous does
-    not prevent; hence the prefix. Only with one node, as each node counts its own restarts.
-    """
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
-    is_one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_node else "0"
-    return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
 def _agree_on_device(name: str, rank: int, store: dist.Store) -> str:
@@ -215,8 +206,8 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
     A UserError on any rank is raised on all ranks.
     """
     result = None
-    for first in (True, False):
-        result, problem = _attempt(prepare) if (world.local_rank == 0) == first else (result, "")
+    for is_turn in (world.local_rank == 0, world.local_rank > 0):
+        result, problem = _attempt(prepare) if is_turn else (result, "")
         if problem := next(filter(None, gather_objects(world, problem, world.patient)), ""):
             raise_on_all(problem)
     assert result is not None

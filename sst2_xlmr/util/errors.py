@@ -47,8 +47,14 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     Of several processes, rank 0 reports a shared error, each rank its own error, and the first process of a node any
     other (e.g. a missing file, which all of its processes find).
     """
+    # With this, torch requests huge pages: the optimizer walks through gigabytes. It is read at the first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        _prepare_process()
+        for stream in (sys.stdout, sys.stderr):  # let the console print any text
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        if problem := versions.unusable():
+            raise UserError(problem)
         main()
         if sys.stdout is not None:  # None if it is closed
             sys.stdout.flush()
@@ -77,17 +83,6 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         discard_output()
         _end_with(UserError(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space"))
     end_among_others(0)
-
-
-def _prepare_process() -> None:
-    """Let the console print any text, and check the installed packages."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    # With this, torch requests huge pages: the optimizer walks through gigabytes. It is read at the first allocation.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if problem := versions.unusable():
-        raise UserError(problem)
 
 
 def _end_with(error: UserError) -> NoReturn:

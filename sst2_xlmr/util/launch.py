@@ -47,8 +47,7 @@ def is_restarted(output_dir: str | None) -> bool:
 def check_tasks() -> None:
     """Raise `UserError` if srun started several processes that do not form a process group."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of this srun; SLURM_NTASKS is the whole job's
-    if tasks == "1" or "SLURM_PROCID" not in os.environ or {"RANK", "WORLD_SIZE"} & os.environ.keys():
-        return
-    os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_PROCID"])  # so that only the first task reports it
-    cure = "start one torchrun per node (see scripts/train.sbatch), or set RANK=0 for independent runs"
-    raise UserError(f"srun started {tasks} tasks, which would train separately; {cure}")
+    if tasks != "1" and "SLURM_PROCID" in os.environ and not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_PROCID"])  # so that only the first task reports it
+        cure = "start one torchrun per node (see scripts/train.sbatch), or set RANK=0 for independent runs"
+        raise UserError(f"srun started {tasks} tasks, which would train separately; {cure}")
