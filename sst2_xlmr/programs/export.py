@@ -7,7 +7,6 @@ name only if both agree, or in int8 if no more labels change and no more accurac
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     arguments = options.export().parse_args(argv)
     kind, from_ids, trims = arguments.format, arguments.from_ids, arguments.keep_vocabulary_of
     is_onnx, is_folder, is_int8 = kind.startswith("onnx"), "hf" in kind, kind.endswith("int8")
+    needs_rows = f"--format {kind} needs --check-file: rows on which to measure what 8 bits cost"
     needed = ("onnx", "onnxruntime", "onnxruntime_extensions")[: 3 - is_folder] if is_onnx else ()
     missing = " and ".join(package for package in needed if find_spec(package) is None)
     no_torchtext = kind == "torchscript" and not versions.has_torchtext()
@@ -68,10 +68,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         (missing, f"--format {kind} needs {missing}; install it with pip install -e '.[onnx]'"),
         (from_ids and (is_folder or not is_onnx), "--from-ids is for --format onnx and onnx-int8"),
         (from_ids and trims, f"{alone}; export --format hf trimmed, then that folder with --from-ids"),
-        (
-            is_int8 and not arguments.check_file,
-            f"--format {kind} needs --check-file: rows on which to measure what 8 bits cost",
-        ),
+        (is_int8 and not arguments.check_file, needs_rows),
         (
             has_bounds(arguments) and not is_int8,
             "--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8",
@@ -95,12 +92,7 @@ def write_torchscript(encoder: EncoderFolder, file: Path) -> Classify:
     model, tokenizer, task = load_classifier(Path(encoder.name), CPU, bf16=False)
     save_torchscript(model, tokenizer, task, file)
     classify = torch.jit.load(file)
-
-    def probabilities(texts: list[str], pairs: list[str] | None) -> np.ndarray:
-        found = classify(texts, pairs)
-        return checked(task, found if isinstance(found, tuple) else (found,))
-
-    return probabilities
+    return lambda texts, pairs: checked(task, classify(texts, pairs))
 
 
 def write_onnx_file(
@@ -141,19 +133,12 @@ def write_onnx_file(
     return probabilities
 
 
-def checked(task: Task, outputs: Sequence[Any]) -> np.ndarray:
+def checked(task: Task, outputs: Any) -> np.ndarray:
     """Return the probabilities among a written file's outputs; UserError if its labels do not follow from them."""
-    answers, probabilities = task.answers_of(outputs)
+    answers, probabilities = task.answers_of(outputs if isinstance(outputs, (tuple, list)) else (outputs,))
     if answers != [task.cells(row, all_probabilities=False)[0] for row in probabilities.tolist()]:
         raise UserError("the written file's labels do not follow from its probabilities; it was removed")
     return probabilities
-
-
-def write_hugging_face(encoder: EncoderFolder, folder: Path, dtype: str) -> Classify:
-    """Write the folder, with the source's model card if it has one."""
-    weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
-    write_folder(folder, weights, encoder, read_card(encoder.weights_file.parent))
-    return classify_with_folder(folder)
 
 
 def trim(encoder: EncoderFolder, files: list[str], columns: Columns, folder: Path) -> EncoderFolder:
@@ -167,10 +152,8 @@ def trim(encoder: EncoderFolder, files: list[str], columns: Columns, folder: Pat
         before, after = (tokenizer.pieces_of(tokenizer.flat_ids([text])[0].tolist()) for tokenizer in both)
         if before != after:
             raise UserError(f"the trimmed tokenizer splits {text[:80]!r} differently; it was removed")
-    expected, found = (
-        classify_with_folder(Path(each.name))(texts[:ROWS_COMPARED], None) for each in (encoder, trimmed)
-    )
-    if not np.array_equal(expected, found):
+    folders = Path(encoder.name), folder
+    if not np.array_equal(*(classify_with_folder(each)(texts[:ROWS_COMPARED], None) for each in folders)):
         raise UserError("the trimmed model gives other answers; it was removed")
     kept = f"{left:,} of {encoder.shape.vocab_size:,} embedding rows"
     say(f"kept {kept}: {len(texts):,} texts are split into the same pieces, so they get the same answers")
@@ -193,18 +176,20 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
     unlabelled = [name for name, (_, labels) in checks.items() if labels is None] if int8 else []
     if "most_lost" in arguments and len(unlabelled) == len(checks):
         raise UserError(f"--most-lost: no labels in {', '.join(unlabelled)}; name their column with --label-column")
-    expected = classify_with_folder(Path(encoder.name))
+    expected, card = classify_with_folder(Path(encoder.name)), read_card(encoder.weights_file.parent)
     if kind == "torchscript":
         found = write_torchscript(encoder, written)
     elif kind.startswith("onnx"):
         file = written
         if kind == "onnx-hf":
-            write_all_but_weights(written, encoder, read_card(encoder.weights_file.parent))
+            write_all_but_weights(written, encoder, card)
             file = written / "onnx" / ("model_quantized.onnx" if int8 else "model.onnx")
             file.parent.mkdir()
         found = write_onnx_file(encoder, task, file, int8, takes_texts, kind == "onnx-hf")
     else:
-        found = write_hugging_face(encoder, written, arguments.dtype)
+        weights = {name: tensor.to(DTYPES[arguments.dtype]) for name, tensor in load_tensors(encoder).items()}
+        write_folder(written, weights, encoder, card)
+        found = classify_with_folder(written)
     both = {name: (found(*sides), expected(*sides), labels) for name, (sides, labels) in checks.items()}
     compared = compare_all(task, both)
     rows, difference = f"{compared['rows']:,} rows", compared["largest"]

@@ -74,20 +74,20 @@ async def compute(classifier: Classifier, waiting: asyncio.Queue[Any], batch_tok
                 future.set_result(answer)
 
 
-async def read_body(receive: Receive) -> bytes:
-    body, message = b"", {"more_body": True}
-    while message.get("more_body"):
-        message = await receive()
-        body += message.get("body", b"")  # none if the client has gone
-        if len(body) > LARGEST_BODY:
-            raise UserError(f"a request may have {LARGEST_BODY:,} bytes", status=413)
-    return body
-
-
 async def read_texts(receive: Receive, takes_pairs: bool | None) -> tuple[list[Any], int, bool]:
     """Return a valid request's texts, their characters, and whether it asks for all probabilities."""
+
+    async def read_body() -> bytes:
+        content, message = b"", {"more_body": True}
+        while message.get("more_body"):
+            message = await receive()
+            content += message.get("body", b"")  # none if the client has gone
+            if len(content) > LARGEST_BODY:
+                raise UserError(f"a request may have {LARGEST_BODY:,} bytes", status=413)
+        return content
+
     try:
-        body = json.loads(await asyncio.wait_for(read_body(receive), SECONDS_TO_ARRIVE))
+        body = json.loads(await asyncio.wait_for(read_body(), SECONDS_TO_ARRIVE))
     except asyncio.TimeoutError:
         raise UserError(f"the request has not arrived within {SECONDS_TO_ARRIVE:g} seconds", status=408) from None
     except (ValueError, RecursionError) as error:
@@ -132,20 +132,6 @@ def make_app(
         columns = task.columns(all_probabilities)
         return [dict(zip(columns, task.cells(each, all_probabilities, abstain_below))) for each in found]
 
-    async def classify(receive: Receive) -> tuple[int, Any]:
-        start, status = time.monotonic(), 500
-        try:
-            answer: Any = await answers_to(receive)
-            status = 200
-            counts[TEXTS] += len(answer)
-        except UserError as error:
-            status = error.status if error.status in STATUSES else 500  # that of the model's
-            answer = {"detail": str(error)}
-        finally:
-            counts[REQUESTS[status]] += 1
-            counts[SECONDS] += time.monotonic() - start
-        return status, answer
-
     async def app(scope: dict[str, Any], receive: Receive, send: Callable[[dict[str, Any]], Any]) -> None:
         status, kind, answer = 200, "application/json", cast(Any, None)
         if scope["path"] == "/metrics":
@@ -156,7 +142,17 @@ def make_app(
         elif scope["path"] != "/" or scope["method"] != "POST":
             status, answer = 404, {"detail": "there are POST /, GET /healthz and GET /metrics"}
         else:
-            status, answer = await classify(receive)
+            start, status = time.monotonic(), 500
+            try:
+                answer = await answers_to(receive)
+                status = 200
+                counts[TEXTS] += len(answer)
+            except UserError as error:
+                status = error.status if error.status in STATUSES else 500  # of the model's
+                answer = {"detail": str(error)}
+            finally:
+                counts[REQUESTS[status]] += 1
+                counts[SECONDS] += time.monotonic() - start
         body = (answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)).encode()
         headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
