@@ -24,6 +24,7 @@ from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 CARD_NAME = "README.md"
 LAST_LAYER = ("head.out.weight", "head.out.bias")
+TOKENS = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
 
 
 def read_card(folder: Path) -> str:
@@ -80,14 +81,17 @@ def write_folder(
 def write_all_but_weights(folder: Path, encoder: EncoderFolder, card: str, dtype: str = "float32") -> None:
     """Create a folder with `config.json`, the tokenizer's files and the model card; see `write_folder`."""
     folder.mkdir(parents=True)
-    fast_tokenizer = tokenizer_json(encoder.tokenizer_file)
-    tokenizer = _tokenizer_settings(encoder.max_length, bool(fast_tokenizer))
+    tokenizer: dict[str, Any] = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": encoder.max_length}
+    if fast_tokenizer := tokenizer_json(encoder.tokenizer_file):
+        (folder / JSON_NAME).write_bytes(fast_tokenizer)
+        # XLMRobertaTokenizer of transformers 5.0 to 5.2 ignores most of tokenizer.json; the base class reads all of it.
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        tokenizer["model_input_names"] = ["input_ids", "attention_mask"]
+        tokenizer.update({f"{name}_token": token for name, token in TOKENS.items()}, clean_up_tokenization_spaces=False)
     for name, content in (("config.json", _settings(encoder, dtype)), (SETTINGS_NAME, tokenizer)):
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
     (folder / TOKENIZER_NAME).write_bytes(sentencepiece_model(encoder.tokenizer_file))
-    if fast_tokenizer:
-        (folder / JSON_NAME).write_bytes(fast_tokenizer)
     if card:
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
@@ -120,23 +124,6 @@ def _settings(encoder: EncoderFolder, dtype: str) -> dict[str, Any]:
         # Without it, or with 4.57.3 to 4.57.6, versions 4.57.2 to 5.9 mistake the tokenizer for a faulty one of another
         # model, and recommend an option that would break it.
         "transformers_version": "4.48.3",
-    }
-
-
-def _tokenizer_settings(max_length: int, is_fast: bool) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json`.
-
-    XLMRobertaTokenizer of transformers 5.0 to 5.2 ignores most of tokenizer.json; the base class reads all of it.
-    """
-    if not is_fast:
-        return {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": max_length}
-    names = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_length,
-        "model_input_names": ["input_ids", "attention_mask"],
-        **{f"{name}_token": token for name, token in names.items()},
-        "clean_up_tokenization_spaces": False,
     }
 
 

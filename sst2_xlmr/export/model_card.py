@@ -58,6 +58,12 @@ def card_text(
         row = {"file": Path(split).name, "rows": f"{metrics['rows']:,}", **task.table_cells(metrics)}
         table = table or [[*row, "loss"], ["---"] * (len(row) + 1)]
         table.append([*row.values(), f"{metrics['loss']:.4f}"])
+    settings = []  # that affect the result: those that --resume may change do not
+    for name in (*GROUPS["data"], *GROUPS["model"], *GROUPS["training"], "precision"):
+        value = getattr(config, name)
+        if value is not None and not OPTIONS[name].metadata["changeable"]:
+            text = ("off", "on")[value] if isinstance(value, bool) else shown(value)
+            settings.append([f"`{flag(name)}`", text.replace("|", "\\|").replace("\n", " ")])
     remarks = _CHOSEN.format(config.best_by or task.best_metric) if is_best else ""
     remarks += f"\n{task.card_note}\n" if task.card_note else ""
     remarks += _LONG.get(config.long_texts, "")
@@ -73,9 +79,9 @@ def card_text(
         steps=f"{state.step:,}",
         rows=", ".join(f"{count:,} rows {Path(split).name}" for split, count in rows.items()),
         files=", ".join(Path(file).name for file in files if file) or "SST-2 of the GLUE benchmark",
-        metrics="\n".join(_line(*row) for row in table),
+        metrics=_lines(table),
         remarks=remarks,
-        settings="\n".join(_settings(config)),
+        settings=_lines(settings),
         versions=versions.versions(),
     )
 
@@ -90,14 +96,5 @@ def _model_index(name: str, task: Task, evaluations: Mapping[str, dict[str, Any]
     return f"model-index: {json.dumps([{'name': name, 'results': results}], ensure_ascii=False)}\n" if results else ""
 
 
-def _settings(config: Config) -> Iterable[str]:
-    """Yield a table line for each option that affects the result: those that --resume may change do not."""
-    for name in (*GROUPS["data"], *GROUPS["model"], *GROUPS["training"], "precision"):
-        value = getattr(config, name)
-        if value is not None and not OPTIONS[name].metadata["changeable"]:
-            text = ("off", "on")[value] if isinstance(value, bool) else shown(value)
-            yield _line(f"`{flag(name)}`", text.replace("|", "\\|").replace("\n", " "))
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+def _lines(rows: Iterable[Iterable[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)

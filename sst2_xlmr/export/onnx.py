@@ -95,21 +95,6 @@ def _pair(weights: Weights, name: str) -> tuple[np.ndarray, np.ndarray]:
     return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
 
-def _embeddings(graph: _Graph, weights: Weights, epsilon: float, ids: str) -> str:
-    """Return the first layer's input, [texts, length, hidden]; `ids` are int64 [texts, length]."""
-    add, table = graph.add, weights[EMBEDDING]
-    if graph.int8:
-        values, scales = _quantized(table)
-        in_bytes = add("Cast", add("Gather", values, ids), to=TensorProto.FLOAT)
-        words = add("Mul", in_bytes, add("Gather", scales[:, None], ids))
-    else:
-        words = add("Gather", table, ids)
-    length = add("Shape", ids, start=1, end=2)
-    positions = weights["encoder.positions.weight"][FIRST_POSITION:]
-    hidden = add("Add", words, add("Slice", positions, _int(0), length, _int(0)))
-    return add("LayerNormalization", hidden, *_pair(weights, "encoder.norm"), axis=-1, epsilon=epsilon)
-
-
 def _layer(graph: _Graph, weights: Weights, shape: EncoderShape, number: int, x: str, mask: str) -> str:
     """Return a layer's output for x, [texts, length, hidden]; the last layer's only for `<s>`.
 
@@ -144,9 +129,17 @@ def _logits(graph: _Graph, weights: Weights, shape: EncoderShape, ids: str, mask
 
     `share`, fp32 [texts, windows], is each window's weight in its text; None if each text is one window.
     """
-    add = graph.add
+    add, words, length = graph.add, weights[EMBEDDING], graph.add("Shape", ids, start=1, end=2)
+    if graph.int8:
+        values, scales = _quantized(words)
+        in_bytes = add("Cast", add("Gather", values, ids), to=TensorProto.FLOAT)
+        words = add("Mul", in_bytes, add("Gather", scales[:, None], ids))
+    else:
+        words = add("Gather", words, ids)
+    positions = weights["encoder.positions.weight"][FIRST_POSITION:]
+    hidden = add("Add", words, add("Slice", positions, _int(0), length, _int(0)))
+    x = add("LayerNormalization", hidden, *_pair(weights, "encoder.norm"), axis=-1, epsilon=shape.layer_norm_eps)
     scores = add("Unsqueeze", add("Where", mask, _float(0), _float(-np.inf)), _int(1, 2))
-    x = _embeddings(graph, weights, shape.layer_norm_eps, ids)
     for number in range(shape.layers):
         x = _layer(graph, weights, shape, number, x, scores)
     first = add("Reshape", x, _int(0, shape.hidden))

@@ -48,6 +48,8 @@ def tokenizer_json(file: Path) -> bytes | None:
     special = [*enumerate(SPECIAL_TOKENS), (len(vocab) - 1, MASK)]
     added = [{**flags, "id": number, "content": token, "lstrip": token == MASK} for number, token in special]
     added += [{**flags, **token._asdict(), "special": False} for token in added_tokens(file)]
+    begin, end = ({"SpecialToken": {"id": token, "type_id": 0}} for token in ("<s>", "</s>"))
+    first, second = ({"Sequence": {"id": text, "type_id": 0}} for text in "AB")
     content = json.dumps(
         {
             "version": "1.0",
@@ -58,8 +60,8 @@ def tokenizer_json(file: Path) -> bytes | None:
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [space, metaspace]},
             "post_processor": {
                 "type": "TemplateProcessing",
-                "single": _template("<s>", "A", "</s>"),
-                "pair": _template("<s>", "A", "</s>", "</s>", "B", "</s>"),
+                "single": [begin, first, end],
+                "pair": [begin, first, end, end, second, end],
                 "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in (("<s>", 0), ("</s>", 2))},
             },
             "decoder": metaspace,
@@ -84,7 +86,3 @@ def _normalizer(charsmap: bytes, serialized: bytes) -> dict[str, Any] | None:
         for old, new in ((WIDE_TILDE, ASIDE), (ASIDE, WIDE_TILDE))
     )
     return {"type": "Sequence", "normalizers": [aside, {"type": "NFKC"}, rules, back]}
-
-
-def _template(*parts: str) -> list[dict[str, Any]]:
-    return [{"Sequence" if part in "AB" else "SpecialToken": {"id": part, "type_id": 0}} for part in parts]
