@@ -152,8 +152,8 @@ def trim(encoder: EncoderFolder, files: list[str], columns: Columns, folder: Pat
         before, after = (tokenizer.pieces_of(tokenizer.flat_ids([text])[0].tolist()) for tokenizer in both)
         if before != after:
             raise UserError(f"the trimmed tokenizer splits {text[:80]!r} differently; it was removed")
-    folders = Path(encoder.name), folder
-    if not np.array_equal(*(classify_with_folder(each)(texts[:ROWS_COMPARED], None) for each in folders)):
+    expected, found = (classify_with_folder(each)(texts[:ROWS_COMPARED], None) for each in (Path(encoder.name), folder))
+    if not np.array_equal(expected, found):
         raise UserError("the trimmed model gives other answers; it was removed")
     kept = f"{left:,} of {encoder.shape.vocab_size:,} embedding rows"
     say(f"kept {kept}: {len(texts):,} texts are split into the same pieces, so they get the same answers")

@@ -32,9 +32,10 @@ def summary(results: dict[str, Results]) -> dict[str, Any]:
 
     Unknown figures are left out; a mean or deviation of none is None.
     """
-    reference, found = next(iter(results.values())), {}
+    reference = next(iter(results.values()))
+    found: dict[str, Any] = {}
     for name, by_seed in results.items():
-        found[name] = of_setting = {"mean": {}, "deviation": {}, "difference": {}}
+        of_setting: dict[str, Any] = {"mean": {}, "deviation": {}, "difference": {}}
         for column in shared_columns(results):
             known = {seed: value for seed, run in by_seed.items() if (value := run[column]) is not None}
             of_setting["mean"][column] = statistics.mean(known.values()) if known else None
@@ -43,6 +44,7 @@ def summary(results: dict[str, Results]) -> dict[str, Any]:
             differences = [value - other for value, other in pairs if other is not None]
             if by_seed is not reference and len(differences) > 1:
                 of_setting["difference"][column] = interval(differences)
+        found[name] = of_setting
     return found
 
 
