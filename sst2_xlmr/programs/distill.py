@@ -41,116 +41,115 @@ ROWS_AT_ONCE = 4096
 SETTINGS = ("temperature", "align_classes", "unlabelled_weight", "teacher_precision")  # that decide the soft labels
 
 
-class Distillation:
-    def __init__(self, arguments: argparse.Namespace, words: list[str]) -> None:
-        """Check what train.py does not check itself; UserError if options or files cannot be used."""
-        self.arguments, self.folder = arguments, arguments.output_dir
-        self.labelled = [*words, *split_words("--labelled", arguments.labelled)]
-        checked_config(self.labelled, self.folder, "--seed", "--dev-share")
-        self.config = config = checked_config(words, self.folder)
-        self.task, splits = inspect_splits(config, downloads.cache_dir() / "tokens", quiet=True)
-        labelled = {name: split.rows(self.task) for name, split in splits.items() if split.is_labelled}
-        self.rows = {name: [row for _, row in rows] for name, rows in labelled.items()}
-        evaluated = [name for name in self.rows if name != "train"]
-        self.evaluated = {name: self.folder / f"files/{name.replace('/', '-')}.jsonl" for name in evaluated}
-        refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
-        check_options(self.task, arguments)
-        for file in arguments.unlabelled:
-            next(self.rows_of(file))  # a UserError if the file cannot be read
-        self.teachers = [model_folder(name) for name in arguments.teacher]
-        for teacher in self.teachers:
-            check_pairs(teacher, config.text_pair_column, "--text-pair-column NAME")
-            tasks = task_of(find_model(teacher)), self.task
-            its_labels, ours = (f"{', '.join(task.label_names)} ({task.option})" for task in tasks)
-            same = "they must be the same, and in the same order"
-            refuse((its_labels != ours, f"{teacher} has labels {its_labels}, the labelled rows have {ours}: {same}"))
-        self.known = np.unique(np.concatenate(list(map(digests_of, self.rows.values()))))
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options, and what train.py does not check itself; UserError if options or files cannot be used.
 
-    def rows_of(self, file: Path) -> Iterator[Row]:
-        return read_rows(file, columns_of(self.config, "unlabelled"), None)
-
-    def soft_labelled(self, classifier: Classifier, counts: dict[str, int]) -> Iterator[Row]:
-        """Yield the unlabelled rows with the teacher's probabilities as label; counts "texts" and "left out"."""
-        arguments = self.arguments
-        for file in arguments.unlabelled:  # read twice, as all its probabilities are needed before the first label
-            found = []
-            with tqdm(unit=" texts", disable=None, leave=False, dynamic_ncols=True) as bar:
-                for chunk, rows in self.usable_rows(file):
-                    found.append(classifier.probabilities(texts_of(rows)))
-                    counts["left out"] += len(chunk) - len(rows)
-                    bar.update(len(chunk))
-            probabilities = np.concatenate(found)
-            if arguments.align_classes:
-                probabilities = align_classes(classifier.task, probabilities, self.labels_of("train"))
-            task, labels = as_labels(classifier.task, probabilities, arguments.temperature or 1.0)
-            counts["texts"] += len(labels)
-            for row, label in zip((row for _, rows in self.usable_rows(file) for row in rows), labels):
-                yield row._replace(label=task.label_value(label), weight=arguments.unlabelled_weight)
-        if not counts["texts"]:
-            raise UserError("all unlabelled texts are also labelled or evaluated on; give others with --unlabelled")
-
-    def usable_rows(self, file: Path) -> Iterator[tuple[list[Row], list[Row]]]:
-        """Yield a file's rows in chunks: all of them, and those whose texts are neither empty nor known."""
-        for chunk in in_chunks(self.rows_of(file), ROWS_AT_ONCE):
-            is_known = np.isin(digests_of(chunk), self.known)
-            yield chunk, [row for row, known in zip(chunk, is_known) if not known and row.text.strip()]
-
-    def labels_of(self, split: str) -> np.ndarray:
-        return np.asarray([row.label for row in self.rows[split]], self.task.label_dtype)
-
-    def teach(self, folder: Path, teachers: list[Path]) -> None:
-        """Write a round's training rows and teacher.json, unless that exists, and print the teachers' metrics."""
-        arguments = self.arguments
-        weights = [file for name in teachers for file in find_encoder(str(name)).weights_files]
-        inputs = {
-            "teachers": [digest_of(file) for file in weights],
-            "unlabelled": [digest_of_input(file) for file in arguments.unlabelled],
-            **{name: getattr(arguments, name) for name in SETTINGS},
-        }
-        path = folder / "teacher.json"
-        if not path.is_file():
-            classifier = Classifier.load_mean(teachers, arguments.teacher_precision, self.config.device)
-            counts = {"texts": 0, "left out": 0}
-            labelled = with_values(self.rows["train"], self.task)
-            write_rows(folder / "train.jsonl", itertools.chain(labelled, self.soft_labelled(classifier, counts)))
-            figures = {name: self.value_of(classifier, name) for name in self.evaluated}
-            write_text(path, json.dumps({"inputs": inputs, "figures": figures, **counts}, indent=2) + "\n")
-        report = read_json(path, "choose another --output-dir")
-        if report["inputs"] != inputs:
-            raise UserError(f"{path} was written for other teachers, texts or options; choose another --output-dir")
-        metrics = ", ".join(f"{name} {value:.4f}" for name, value in report["figures"].items())
-        left_out = f"; {report['left out']:,} left out: labelled, evaluated on, or empty" if report["left out"] else ""
-        tqdm.write(f"{folder.name}: {report['texts']:,} unlabelled texts{left_out}; teacher {metrics}", file=sys.stdout)
-
-    def value_of(self, classifier: Classifier, split: str) -> float:
-        """Return the main metric of a classifier on a split."""
-        task, labels = classifier.task, self.labels_of(split)
-        probabilities = classifier.probabilities(texts_of(self.rows[split]))
-        return main_metric(task.metrics(task.results_of(probabilities, labels), labels))
-
-    def student(self, round: int, seed: int) -> tuple[bool, Figures]:
-        """Train a student of a round; see `runs.train`."""
-        folder, seeds = self.folder / f"round-{round}", self.arguments.seeds
-        former = self.folder / (f"round-{round - 1}" if round > 1 else "labelled")
-        if seed == seeds[0]:
-            for name, file in self.evaluated.items():
-                write_rows(file, with_values(self.rows[name], self.task))
-            has_teachers = round == 1 and self.teachers
-            self.teach(folder, self.teachers if has_teachers else [former / f"seed-{n}/model" for n in seeds])
-        files = {"train": folder / "train.jsonl", **self.evaluated}
-        words = words_for(self.config, self.task, files, self.arguments.unlabelled_weight != 1)
-        return train(words, folder, seed)
+    `baseline` are train.py's words for the labelled runs, `config` and `task` the students'; `rows` are the labelled
+    ones, by split, `known` the digests of their texts, and `evaluated` the files for those of all splits but train.
+    """
+    plan, words = options.parse_known("distill", argv)
+    refuse((plan.temperature == 0, "--temperature must be above 0"))
+    plan.baseline = [*words, *split_words("--labelled", plan.labelled)]
+    checked_config(plan.baseline, plan.output_dir, "--seed", "--dev-share")
+    plan.config = config = checked_config(words, plan.output_dir)
+    plan.task, splits = inspect_splits(config, downloads.cache_dir() / "tokens", quiet=True)
+    plan.rows = {name: [row for _, row in split.rows(plan.task)] for name, split in splits.items() if split.is_labelled}
+    files = plan.output_dir / "files"
+    plan.evaluated = {name: files / f"{name.replace('/', '-')}.jsonl" for name in plan.rows if name != "train"}
+    refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
+    check_options(plan.task, plan)
+    for file in plan.unlabelled:
+        next(read_unlabelled(plan, file))  # a UserError if the file cannot be read
+    plan.teachers = [model_folder(name) for name in plan.teacher]
+    for teacher in plan.teachers:
+        check_pairs(teacher, config.text_pair_column, "--text-pair-column NAME")
+        tasks = task_of(find_model(teacher)), plan.task
+        its_labels, ours = (f"{', '.join(task.label_names)} ({task.option})" for task in tasks)
+        same = "they must be the same, and in the same order"
+        refuse((its_labels != ours, f"{teacher} has labels {its_labels}, the labelled rows have {ours}: {same}"))
+    plan.known = np.unique(np.concatenate(list(map(digests_of, plan.rows.values()))))
+    return plan
 
 
 def digests_of(rows: list[Row]) -> np.ndarray:
     return text_digests([row.text for row in rows], [row.pair for row in rows])
 
 
+def read_unlabelled(plan: argparse.Namespace, file: Path) -> Iterator[Row]:
+    return read_rows(file, columns_of(plan.config, "unlabelled"), None)
+
+
+def usable_rows(plan: argparse.Namespace, file: Path) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Yield a file's rows in chunks: all of them, and those whose texts are neither empty nor known."""
+    for chunk in in_chunks(read_unlabelled(plan, file), ROWS_AT_ONCE):
+        is_known = np.isin(digests_of(chunk), plan.known)
+        yield chunk, [row for row, known in zip(chunk, is_known) if not known and row.text.strip()]
+
+
+def soft_labelled(plan: argparse.Namespace, classifier: Classifier, counts: dict[str, int]) -> Iterator[Row]:
+    """Yield the unlabelled rows with the teacher's probabilities as label; counts "texts" and "left out"."""
+    for file in plan.unlabelled:  # read twice, as all its probabilities are needed before the first label
+        found = []
+        with tqdm(unit=" texts", disable=None, leave=False, dynamic_ncols=True) as bar:
+            for chunk, rows in usable_rows(plan, file):
+                found.append(classifier.probabilities(texts_of(rows)))
+                counts["left out"] += len(chunk) - len(rows)
+                bar.update(len(chunk))
+        probabilities = np.concatenate(found)
+        if plan.align_classes:
+            labels = np.asarray([row.label for row in plan.rows["train"]], plan.task.label_dtype)
+            probabilities = align_classes(classifier.task, probabilities, labels)
+        task, labels = as_labels(classifier.task, probabilities, plan.temperature or 1.0)
+        counts["texts"] += len(labels)
+        for row, label in zip((row for _, rows in usable_rows(plan, file) for row in rows), labels):
+            yield row._replace(label=task.label_value(label), weight=plan.unlabelled_weight)
+    if not counts["texts"]:
+        raise UserError("all unlabelled texts are also labelled or evaluated on; give others with --unlabelled")
+
+
+def teach(plan: argparse.Namespace, folder: Path, teachers: list[Path]) -> None:
+    """Write a round's training rows and teacher.json, unless that exists, and print the teachers' metrics."""
+    weights = [file for name in teachers for file in find_encoder(str(name)).weights_files]
+    inputs = {
+        "teachers": [digest_of(file) for file in weights],
+        "unlabelled": [digest_of_input(file) for file in plan.unlabelled],
+        **{name: getattr(plan, name) for name in SETTINGS},
+    }
+    path = folder / "teacher.json"
+    if not path.is_file():
+        classifier = Classifier.load_mean(teachers, plan.teacher_precision, plan.config.device)
+        counts, figures = {"texts": 0, "left out": 0}, {}
+        labelled = with_values(plan.rows["train"], plan.task)
+        write_rows(folder / "train.jsonl", itertools.chain(labelled, soft_labelled(plan, classifier, counts)))
+        for name in plan.evaluated:
+            labels = np.asarray([row.label for row in plan.rows[name]], plan.task.label_dtype)
+            results = classifier.task.results_of(classifier.probabilities(texts_of(plan.rows[name])), labels)
+            figures[name] = main_metric(classifier.task.metrics(results, labels))
+        write_text(path, json.dumps({"inputs": inputs, "figures": figures, **counts}, indent=2) + "\n")
+    report = read_json(path, "choose another --output-dir")
+    if report["inputs"] != inputs:
+        raise UserError(f"{path} was written for other teachers, texts or options; choose another --output-dir")
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in report["figures"].items())
+    left_out = f"; {report['left out']:,} left out: labelled, evaluated on, or empty" if report["left out"] else ""
+    tqdm.write(f"{folder.name}: {report['texts']:,} unlabelled texts{left_out}; teacher {metrics}", file=sys.stdout)
+
+
+def train_student(plan: argparse.Namespace, round: int, seed: int) -> tuple[bool, Figures]:
+    """Train a student of a round; see `runs.train`."""
+    folder = plan.output_dir / f"round-{round}"
+    if seed == plan.seeds[0]:
+        former = plan.output_dir / (f"round-{round - 1}" if round > 1 else "labelled")
+        for name, file in plan.evaluated.items():
+            write_rows(file, with_values(plan.rows[name], plan.task))
+        has_teachers = round == 1 and plan.teachers
+        teach(plan, folder, plan.teachers if has_teachers else [former / f"seed-{n}/model" for n in plan.seeds])
+    files = {"train": folder / "train.jsonl", **plan.evaluated}
+    return train(words_for(plan.config, plan.task, files, plan.unlabelled_weight != 1), folder, seed)
+
+
 def main(argv: list[str] | None = None) -> None:
-    arguments, rest = options.parse_known("distill", argv)
-    refuse((arguments.temperature == 0, "--temperature must be above 0"))
-    distillation = Distillation(arguments, rest)
-    runs = {"labelled": functools.partial(train, distillation.labelled, arguments.output_dir / "labelled")}
-    for number in range(1, arguments.rounds + 1):
-        runs[f"round-{number}"] = functools.partial(distillation.student, number)
-    compare(arguments.seeds, arguments.output_dir, runs, by_setting=True)
+    plan = parse(argv)
+    runs = {"labelled": functools.partial(train, plan.baseline, plan.output_dir / "labelled")}
+    for number in range(1, plan.rounds + 1):
+        runs[f"round-{number}"] = functools.partial(train_student, plan, number)
+    compare(plan.seeds, plan.output_dir, runs, by_setting=True)
