@@ -7,16 +7,14 @@ of both sides are left out of both. Texts are compared by their words, case-inse
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from sst2_xlmr.data.duplicates import text_digests
 from sst2_xlmr.data.formats import row_writer
 from sst2_xlmr.data.rows import Row, columns_given, read_rows
-from sst2_xlmr.data.sniff import Columns, find_layout
+from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.data.splits import cut_off
 from sst2_xlmr.labels import label_text
 from sst2_xlmr.programs import options
@@ -90,62 +88,53 @@ def check_count(count: int, rows: int, most: int) -> None:
         raise UserError(f"--rows {count} is too many: there are {rows:,} rows, and some must remain; hold out fewer")
 
 
-def draw(rows: Sequence[Row], share: float, seed: int, are_free: np.ndarray) -> np.ndarray:
+def draw(rows: Sequence[Row], label_column: str, share: float, seed: int, are_free: np.ndarray) -> np.ndarray:
     """Draw a share of all rows, stratified by class, among those that are free, bool [rows]; returns their numbers."""
     numbers = np.flatnonzero(are_free)
     free = [rows[number] for number in numbers]
     classes: dict[str, int] = {}
-    labels = np.array([classes.setdefault(label_text(row.label), len(classes)) for row in free])
+    cells = [dict(zip(row.fields.names, row.fields.cells)).get(label_column) for row in free]  # None: no such column
+    labels = np.array([classes.setdefault(label_text(cell), len(classes)) for cell in cells])
     digests = text_digests((row.text for row in free), (row.pair for row in free))
     return numbers[cut_off(digests, labels, share * len(rows) / len(free), seed)]
 
 
-def read_labelled(path: Path, columns: Columns) -> list[Row]:
-    """Return all rows with their labels as text, None if there is no such column."""
-    rows = list(read_rows(path, columns, None))
-    names = rows[0].fields.names
-    column = columns.label if not columns.label.isdecimal() else names[int(columns.label) - 1]
-    return [row._replace(label=dict(zip(row.fields.names, row.fields.cells)).get(column)) for row in rows]
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     arguments = options.split().parse_args(argv)
-    rows, seed = arguments.rows, arguments.seed
-    nothing = not (rows or arguments.test_share or arguments.dev_share)
+    count, seed, output_dir, path = arguments.rows, arguments.seed, arguments.output_dir, arguments.train_file
+    shares, parts_apart = {"test": arguments.test_share, "dev": arguments.dev_share}, arguments.keep_parts_apart
     refuse(
-        (nothing, "nothing to split off: give --dev-share, --test-share or --rows"),
-        (arguments.keep_parts_apart and not rows, "--keep-parts-apart needs --rows, how many to hold out for the test"),
+        (not count and not any(shares.values()), "nothing to split off: give --dev-share, --test-share or --rows"),
+        (
+            arguments.keep_parts_apart and not count,
+            "--keep-parts-apart needs --rows, how many to hold out for the test",
+        ),
         (not 0 <= seed < 2**32, f"--seed {seed} is not a number from 0 to {2**32 - 1}"),
     )
-    check_output("--output-dir", arguments.output_dir, makes_parents=True)
-    return arguments
-
-
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_args(argv)
-    columns, output_dir, path = columns_given(arguments), arguments.output_dir, arguments.train_file
-    layout, rows = find_layout(path, columns), read_labelled(path, columns)
+    check_output("--output-dir", output_dir, makes_parents=True)
+    columns = columns_given(arguments)
+    layout, rows = find_layout(path, columns), list(read_rows(path, columns, None))
+    label = columns.label if not columns.label.isdecimal() else rows[0].fields.names[int(columns.label) - 1]
     are_free, splits = np.ones(len(rows), bool), {}
-    shares = {"test": arguments.test_share, "dev": arguments.dev_share}
-    if arguments.keep_parts_apart:
+    if parts_apart:
         words = [casefolded_words(row.text, row.pair) for row in rows]
-        train, splits["test"] = split_rows(words, arguments.rows, arguments.seed)
+        train, splits["test"] = split_rows(words, count, seed)
         are_free[:], shares["test"] = False, 0.0
         are_free[train] = True
-    elif arguments.rows:
-        check_count(arguments.rows, len(rows), len(rows) - 1)
-        shares["test"] = arguments.rows / len(rows)
+    elif count:
+        check_count(count, len(rows), len(rows) - 1)
+        shares["test"] = count / len(rows)
     for name, share in shares.items():
         if share:
-            splits[name] = draw(rows, share, arguments.seed, are_free)
+            splits[name] = draw(rows, label, share, seed, are_free)
             are_free[splits[name]] = False
     splits["train"] = np.flatnonzero(are_free)
     left_out = len(rows) - sum(map(len, splits.values()))
     if arguments.train_rows is not None:
         if arguments.train_rows > len(splits["train"]):
             raise UserError(f"--train-rows {arguments.train_rows}: {len(splits['train']):,} rows are left to train on")
-        random = np.random.RandomState(arguments.seed)
-        splits["train"] = np.sort(random.choice(splits["train"], arguments.train_rows, replace=False))
+        chosen = np.random.RandomState(seed).choice(splits["train"], arguments.train_rows, replace=False)
+        splits["train"] = np.sort(chosen)
     # A kind that holds any cell, unless it is GLUE's.
     kind = ".jsonl" if not layout.is_table else ".tsv" if (layout.format, layout.quoting) == ("tsv", "none") else ".csv"
     with writing(output_dir):
