@@ -141,6 +141,12 @@ def checked(task: Task, outputs: Any) -> np.ndarray:
     return probabilities
 
 
+def write_hugging_face(encoder: EncoderFolder, folder: Path, dtype: str, card: str) -> Classify:
+    weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_tensors(encoder).items()}
+    write_folder(folder, weights, encoder, card)
+    return classify_with_folder(folder)
+
+
 def trim(encoder: EncoderFolder, files: list[str], columns: Columns, folder: Path) -> EncoderFolder:
     """Write a model folder with the vocabulary of some files, and check that these get bitwise equal predictions."""
     rows = [row for file in files for row in read_texts(Path(file), columns)]
@@ -187,9 +193,7 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
             file.parent.mkdir()
         found = write_onnx_file(encoder, task, file, int8, takes_texts, kind == "onnx-hf")
     else:
-        weights = {name: tensor.to(DTYPES[arguments.dtype]) for name, tensor in load_tensors(encoder).items()}
-        write_folder(written, weights, encoder, card)
-        found = classify_with_folder(written)
+        found = write_hugging_face(encoder, written, arguments.dtype, card)
     both = {name: (found(*sides), expected(*sides), labels) for name, (sides, labels) in checks.items()}
     compared = compare_all(task, both)
     rows, difference = f"{compared['rows']:,} rows", compared["largest"]
