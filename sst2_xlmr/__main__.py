@@ -11,7 +11,6 @@ from sst2_xlmr.util import versions
 from sst2_xlmr.util.cores import limit_threads, share_cores
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 from sst2_xlmr.util.flag_hints import hint
-from sst2_xlmr.util.launch import check_tasks
 
 PROGRAMS = {
     "train": "fine-tune an encoder on labelled texts",
@@ -53,8 +52,12 @@ def _run(program: str | None, words: list[str]) -> None:
             cure = hint(first, PROGRAMS) or f"there are {', '.join(PROGRAMS)}"
             raise UserError((f"unknown command {first}" if first else "no command is given") + f"; {cure}")
         program = first
-    if program == "train":
-        check_tasks()
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of this srun; SLURM_NTASKS is the whole job's
+    is_lone = "SLURM_PROCID" in os.environ and not {"RANK", "WORLD_SIZE"} & os.environ.keys()
+    if program == "train" and tasks != "1" and is_lone:
+        os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_PROCID"])  # so that only the first task reports it
+        cure = "start one torchrun per node (see scripts/train.sbatch), or set RANK=0 for independent runs"
+        raise UserError(f"srun started {tasks} tasks, which would train separately; {cure}")
     if os.environ.get("WORLD_SIZE", "1") == "1":  # else one of the processes says it, which is found below
         importlib.import_module("sst2_xlmr.programs.options").refuse_wrong_flags(program, words)
         limit_threads()

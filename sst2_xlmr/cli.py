@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,14 +18,34 @@ from sst2_xlmr.config import GROUPS, LOCK_NAME, OPTIONS, TYPES, Config, check, f
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import is_scratch, read_json
 from sst2_xlmr.util.flag_hints import hint
-from sst2_xlmr.util.launch import is_restarted, this_command
+
+ROOT = Path(__file__).resolve().parents[1]  # the checkout, or site-packages
+
+
+def command(program: str) -> str:
+    """Return the command to start a program (e.g. `train`) from this folder in the way this one was started."""
+    started, script = Path(sys.argv[0]), ROOT / ("train.py" if program == "train" else f"scripts/{program}.py")
+    words = f"-m sst2_xlmr {program}"
+    if Path(os.path.realpath(started)).parent in (ROOT, ROOT / "scripts") and script.is_file():
+        words = shlex.quote(str(script) if started.is_absolute() else os.path.relpath(script))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > 1:
+        torchrun = "torchrun" if shutil.which("torchrun") else f"{sys.executable} -m torch.distributed.run"
+        return f"{torchrun} --nproc_per_node={processes} {words}"
+    if started.name == "sst2-xlmr":
+        return f"{'sst2-xlmr' if shutil.which('sst2-xlmr') else shlex.quote(sys.argv[0])} {program}"
+    python = (getattr(sys, "orig_argv", None) or ["python"])[0]  # since Python 3.10
+    return f"{python} {words}"
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, with a hint for a mistyped flag."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"prog": this_command(), "allow_abbrev": False, **settings})
+        program = Path(sys.argv[0]).name
+        if program in ("sst2-xlmr", "__main__.py") and len(sys.argv) > 1:
+            program = f"sst2-xlmr {sys.argv[1]}"
+        super().__init__(**{"prog": program, "allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments:"):
@@ -144,8 +165,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     """Parse and check the command line; returns (config, whether to resume)."""
     flags = vars(train_parser().parse_args(with_files(sys.argv[1:] if argv is None else argv)))
     config_file, resume = flags.pop("config"), flags.pop("resume")
-    if is_restarted(flags.get("output_dir")):
-        config_file, resume = None, True
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and "output_dir" not in flags:
+        raise UserError("torchrun --max-restarts needs --output-dir, so that a restart can resume the run")
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if is_restart and "output_dir" in flags and Path(flags["output_dir"], "config.json").is_file():
+        config_file, resume = None, True  # it must continue its own run
     if resume:
         if config_file:
             raise UserError("--resume reads the run's own config.json; leave out --config")

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from sst2_xlmr.cli import parse_args
+from sst2_xlmr.cli import command, parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag
 from sst2_xlmr.data.prepare import Prepared, prepare
 from sst2_xlmr.data.report import as_json, check_lines, lines_of
@@ -37,7 +37,6 @@ from sst2_xlmr.util.device import choose_precision, keep_freed_memory, memory_er
 from sst2_xlmr.util.distributed import World, broadcast, check_same, on_rank0, once_per_node, raise_on_all, start
 from sst2_xlmr.util.errors import Collapsed, Interrupted
 from sst2_xlmr.util.files import writing
-from sst2_xlmr.util.launch import command
 from sst2_xlmr.util.output import say
 
 FIXED_INPUTS = ("training rows", "file dev", "tokenizer", "encoder's weights")  # test files may differ on resume

@@ -16,8 +16,9 @@ import pytest
 from conftest import ROOT, SAMPLE_DATA, Capture, Patch, Words, train_options, user_error
 
 import sst2_xlmr
+from sst2_xlmr import cli
 from sst2_xlmr.__main__ import PROGRAMS, main
-from sst2_xlmr.util import launch, versions
+from sst2_xlmr.util import versions
 
 
 def run(
@@ -108,13 +109,13 @@ def test_next_command_works(started: str, processes: int, words: str, monkeypatc
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [started])
     monkeypatch.setattr(sys, "orig_argv", ["python", started], raising=False)
-    monkeypatch.setattr(launch.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(cli.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert launch.command("train") == words
+    assert cli.command("train") == words
     monkeypatch.chdir(SAMPLE_DATA)
     if started == "train.py":
         monkeypatch.setattr(sys, "argv", ["../train.py"])
-        assert launch.command("predict").endswith(" ../scripts/predict.py")
+        assert cli.command("predict").endswith(" ../scripts/predict.py")
 
 
 TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}

@@ -29,7 +29,6 @@ from sst2_xlmr.model.classifier import task_of
 from sst2_xlmr.model.encoders import find_encoder, find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.options import refuse
 from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, with_values, words_for, write_rows
 from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import align_classes, as_labels, check_options, main_metric
@@ -48,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ones, by split, `known` the digests of their texts, and `evaluated` the files for those of all splits but train.
     """
     plan, words = options.parse_known("distill", argv)
-    refuse((plan.temperature == 0, "--temperature must be above 0"))
+    options.refuse((plan.temperature == 0, "--temperature must be above 0"))
     plan.baseline = [*words, *split_words("--labelled", plan.labelled)]
     checked_config(plan.baseline, plan.output_dir, "--seed", "--dev-share")
     plan.config = config = checked_config(words, plan.output_dir)
@@ -56,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     plan.rows = {name: [row for _, row in split.rows(plan.task)] for name, split in splits.items() if split.is_labelled}
     files = plan.output_dir / "files"
     plan.evaluated = {name: files / f"{name.replace('/', '-')}.jsonl" for name in plan.rows if name != "train"}
-    refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
+    options.refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
     check_options(plan.task, plan)
     for file in plan.unlabelled:
         next(read_unlabelled(plan, file))  # a UserError if the file cannot be read
@@ -66,7 +65,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         tasks = task_of(find_model(teacher)), plan.task
         its_labels, ours = (f"{', '.join(task.label_names)} ({task.option})" for task in tasks)
         same = "they must be the same, and in the same order"
-        refuse((its_labels != ours, f"{teacher} has labels {its_labels}, the labelled rows have {ours}: {same}"))
+        if its_labels != ours:
+            raise UserError(f"{teacher} has labels {its_labels}, the labelled rows have {ours}: {same}")
     plan.known = np.unique(np.concatenate(list(map(digests_of, plan.rows.values()))))
     return plan
 

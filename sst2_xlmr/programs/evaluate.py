@@ -29,7 +29,6 @@ from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.options import bounds_of, check_output, has_bounds, refuse
 from sst2_xlmr.report.tables import aligned, comparison_table, evaluation_table
 from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, open_events
 from sst2_xlmr.task import Task, at_temperature, check_options
@@ -62,11 +61,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     source, output = arguments.calibrate, arguments.output
     needs_files = arguments.json or arguments.tensorboard or arguments.against
     both = "--calibrate FILE and --output DIR"
-    refuse(
+    options.refuse(
         ((source is None) != (output is None), f"{both} belong together"),
         (bool(source) == bool(arguments.file), f"give either --file [NAME=]FILE to evaluate on, or {both}"),
         (source and needs_files, "--json, --tensorboard and --against are for --file; leave them out with --calibrate"),
-        (has_bounds(arguments) and not arguments.against, "--most-changed and --most-lost need --against"),
+        (options.has_bounds(arguments) and not arguments.against, "--most-changed and --most-lost need --against"),
         (source and arguments.precision == "int8", "--precision int8 is for prediction; calibrate in fp32 or bf16"),
         (arguments.overwrite and not arguments.json, "--overwrite needs the --json file that it may replace"),
     )
@@ -75,12 +74,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if not file.exists():
             raise UserError(f"{file} is not a file")
     if arguments.json:
-        check_output("--json", arguments.json, arguments.overwrite)
+        options.check_output("--json", arguments.json, arguments.overwrite)
     if arguments.tensorboard:
         with writing(arguments.tensorboard):
             arguments.tensorboard.mkdir(parents=True, exist_ok=True)
     if output:
-        check_output("--output", output, makes_parents=True)
+        options.check_output("--output", output, makes_parents=True)
     return arguments
 
 
@@ -213,4 +212,4 @@ def main(argv: list[str] | None = None) -> None:
     try:
         print_text("\n".join([*lines, "", *comparison_table(task, both, precision, against), ""]))
     finally:  # even if standard output is closed
-        check_comparison(task, both, *bounds_of(arguments), precision, against)
+        check_comparison(task, both, *options.bounds_of(arguments), precision, against)

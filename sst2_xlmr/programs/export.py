@@ -30,7 +30,6 @@ from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.options import bounds_of, check_output, has_bounds, refuse
 from sst2_xlmr.report.tables import comparison_table
 from sst2_xlmr.task import Task
 from sst2_xlmr.util import versions
@@ -62,7 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     columns = ", ".join(flag(name) for name in options.TABLE_OPTIONS if name in arguments)
     has_pairs = getattr(arguments, "text_pair_column", None) and is_onnx and not is_folder and not from_ids
     alone = "--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids"
-    refuse(
+    options.refuse(
         (kind != "hf" and arguments.dtype != "fp32", "--dtype bf16 is for --format hf"),
         (no_torchtext, f"--format torchscript needs torchtext under torch 2.3.1, {here}"),
         (missing, f"--format {kind} needs {missing}; install it with pip install -e '.[onnx]'"),
@@ -70,13 +69,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         (from_ids and trims, f"{alone}; export --format hf trimmed, then that folder with --from-ids"),
         (is_int8 and not arguments.check_file, needs_rows),
         (
-            has_bounds(arguments) and not is_int8,
+            options.has_bounds(arguments) and not is_int8,
             "--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8",
         ),
         (columns and not has_rows, f"{columns} needs {rows}, whose columns it names"),
         (has_pairs, "an ONNX file that takes texts takes one for each row; export pairs with --from-ids"),
     )
-    check_output("--output", arguments.output, makes_parents=True)
+    options.check_output("--output", arguments.output, makes_parents=True)
     return arguments
 
 
@@ -200,7 +199,7 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
     if int8:
         lines = [f"no labels in {name}: accuracy was not compared" for name in unlabelled]
         say("\n".join([*comparison_table(task, both, "int8", "fp32"), *lines]))
-        check_comparison(task, both, *bounds_of(arguments), "int8", "fp32")
+        check_comparison(task, both, *options.bounds_of(arguments), "int8", "fp32")
         return f"answers as above on {rows}"
     tolerance = ONNX_TOLERANCE if kind.startswith("onnx") else TOLERANCE[arguments.dtype]
     if not difference <= tolerance:  # also if it is NaN

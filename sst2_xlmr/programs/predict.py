@@ -39,11 +39,9 @@ from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.options import check_output, refuse
 from sst2_xlmr.task import Task, check_options
 from sst2_xlmr.util import distributed, shards
 from sst2_xlmr.util.device import keep_freed_memory, memory_errors
-from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, raise_on_all
 from sst2_xlmr.util.files import digest_of, writing
 from sst2_xlmr.util.output import print_text
@@ -69,7 +67,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     is_alone, to_file = os.environ.get("WORLD_SIZE", "1") == "1", file and outputs
     columns = ", ".join(flag(name) for name in TEXT_OPTIONS if name in arguments)
     labels_only = glue and arguments.all_probabilities and not arguments.output
-    refuse(
+    options.refuse(
         (file and arguments.sentences, "--input and sentences: leave one of them out"),
         (columns and not file, f"{columns} needs --input, whose columns it names"),
         (glue and not file, "--glue-submission needs --input, the test.tsv of SST-2"),
@@ -88,16 +86,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     is_begun = bool(paths) and shards.is_begun(paths[0])
     arguments.is_complete = arguments.resume and not is_begun and all(path.exists() for path in paths)
     if not arguments.is_complete:
-        check_outputs(arguments)
+        for option, path in outputs.items():
+            options.check_output(option, path, arguments.overwrite)
         if is_begun and not (arguments.resume or arguments.overwrite):
             cure = "continue it with --resume, or discard it with --overwrite"
             raise UserError(f"rows of an earlier run for {paths[0]} already exist in a hidden folder; {cure}")
     return arguments
-
-
-def check_outputs(arguments: argparse.Namespace) -> None:
-    for option, path in arguments.outputs.items():
-        check_output(option, path, arguments.overwrite)
 
 
 def read_chunks(arguments: argparse.Namespace) -> Iterator[list[Row]]:
@@ -166,21 +160,20 @@ def classify(
     arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Row]]
 ) -> Iterator[Predictions]:
     """Yield each chunk of rows with its predictions."""
-    encoded = ((chunk, classifier.encode(texts_of(chunk))) for chunk in chunks)
+    encoded: Iterator[Any] = ((chunk, classifier.encode(texts_of(chunk))) for chunk in chunks)
+
+    def read_ahead() -> Iterator[Any]:
+        with ThreadPoolExecutor(1) as thread:
+            pending = thread.submit(next, encoded, None)
+            while (item := pending.result()) is not None:
+                pending = thread.submit(next, encoded, None)
+                yield item
+
     # A file is read and tokenized ahead while the model computes; a stream may have nothing to read.
-    for chunk, (ids, lengths) in read_ahead(encoded) if arguments.input else encoded:
+    for chunk, (ids, lengths) in read_ahead() if arguments.input else encoded:
         with memory_errors(f"use a smaller --batch-tokens than {arguments.batch_tokens}"):
             rows = classifier.probabilities_of_ids(ids, lengths, arguments.batch_tokens).tolist()
         yield chunk, [classifier.task.cells(row, arguments.all_probabilities, arguments.abstain_below) for row in rows]
-
-
-def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """Yield all items, computing the next one on a thread meanwhile."""
-    with ThreadPoolExecutor(1) as thread:
-        pending = thread.submit(next, items, None)
-        while (item := pending.result()) is not None:
-            pending = thread.submit(next, items, None)
-            yield item
 
 
 def predict_stream(arguments: argparse.Namespace) -> None:
@@ -247,7 +240,7 @@ def with_progress(blocks: Iterable[Predictions], total: int, done: int, quiet: b
                 print(f"{done + rows:,} of {total:,} rows, {rate:,.0f} rows/s, {left} left", file=sys.stderr)
 
 
-def predict_file(arguments: argparse.Namespace, world: World) -> None:
+def predict_file(arguments: argparse.Namespace, world: distributed.World) -> None:
     """Classify this process's share of the input; rank 0 writes the output files."""
     digest, sizes = distributed.broadcast(world, distributed.on_rank0(world, lambda: read_through(arguments)))
     classifier = Classifier.load_mean(arguments.models, arguments.precision, world.device)
@@ -278,7 +271,8 @@ def predict_file(arguments: argparse.Namespace, world: World) -> None:
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
 
         def finish() -> None:
-            check_outputs(arguments)  # another program may have created one meanwhile
+            for option, path in arguments.outputs.items():  # another program may have created one meanwhile
+                options.check_output(option, path, arguments.overwrite)
             write_predictions(arguments, classifier.task, all_blocks())
             shards.remove_shards(folder)
             say_layout(arguments)
@@ -290,9 +284,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     keep_freed_memory()
     arguments.models, paths = [model_folder(name) for name in arguments.models], arguments.paths
-    columns = columns_given(arguments)
     cure = f"{'' if arguments.input else '--input FILE '}--text-pair-column NAME"
-    check_pairs(arguments.models[0], columns.pair, cure)
+    check_pairs(arguments.models[0], columns_given(arguments).pair, cure)
     if not (arguments.input and paths):
         predict_stream(arguments)
     elif arguments.is_complete:

@@ -18,7 +18,6 @@ from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.data.splits import cut_off
 from sst2_xlmr.labels import label_text
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.options import check_output, refuse
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import new_file, writing
 from sst2_xlmr.util.output import say
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = options.split().parse_args(argv)
     count, seed, output_dir, path = arguments.rows, arguments.seed, arguments.output_dir, arguments.train_file
     shares, parts_apart = {"test": arguments.test_share, "dev": arguments.dev_share}, arguments.keep_parts_apart
-    refuse(
+    options.refuse(
         (not count and not any(shares.values()), "nothing to split off: give --dev-share, --test-share or --rows"),
         (
             arguments.keep_parts_apart and not count,
@@ -111,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         ),
         (not 0 <= seed < 2**32, f"--seed {seed} is not a number from 0 to {2**32 - 1}"),
     )
-    check_output("--output-dir", output_dir, makes_parents=True)
+    options.check_output("--output-dir", output_dir, makes_parents=True)
     columns = columns_given(arguments)
     layout, rows = find_layout(path, columns), list(read_rows(path, columns, None))
     label = columns.label if not columns.label.isdecimal() else rows[0].fields.names[int(columns.label) - 1]

@@ -27,7 +27,6 @@ from sst2_xlmr.evaluation.evaluate import batches_of_like_length, logits_of, on_
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.programs.cross_validation import divide, train_fold, write_out_of_fold
-from sst2_xlmr.programs.options import refuse
 from sst2_xlmr.programs.runs import checked_config, compare, split_words, train
 from sst2_xlmr.task import main_metric
 from sst2_xlmr.util.device import choose_device
@@ -45,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("give either --seeds N,... or --folds K, which is 2 or more")
     for name, text in study.setting or [("ours", "")]:
         is_name = name.isidentifier() or name.replace("-", "").isalnum()
-        refuse(
+        options.refuse(
             (not is_name, f"--setting {name!r}: use letters, digits and hyphens for the name, which is a folder's"),
             (name in study.settings, f"--setting {name}: that name is taken; choose another"),
         )
