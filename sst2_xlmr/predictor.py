@@ -93,20 +93,17 @@ class Classifier:
 
         UserError if their labels, tokenizers or longest inputs differ.
         """
-        first, *others = (cls.load(folder, precision, device) for folder in folders)
-        if not others:
+        members = [cls.load(folder, precision, device) for folder in folders]
+        first, signatures = members[0], []
+        if len(members) == 1:
             return first
-
-        def signature(model: Classifier) -> tuple[object, ...]:
-            tokenizer = model.tokenizer
+        for member in members:
+            tokenizer, task = member.tokenizer, member.task
             limits = tokenizer.max_length, tokenizer.long_texts
-            return model.task.problem_type, model.label_names, tokenizer_digest(tokenizer.file), limits
-
-        for other in others:
-            if signature(other) != signature(first):
+            signatures.append((task.problem_type, task.label_names, tokenizer_digest(tokenizer.file), limits))
+            if signatures[-1] != signatures[0]:
                 what = "other labels, another tokenizer or another longest input"
-                raise UserError(f"{other.folder} has {what} than {first.folder}, so they cannot be averaged")
-        members = [first, *others]
+                raise UserError(f"{member.folder} has {what} than {first.folder}, so they cannot be averaged")
         thresholds = np.mean([member.task.thresholds for member in members], axis=0).tolist()
         task = replace(first.task, thresholds=tuple(thresholds))
         module = _Mean([member.module for member in members], task)

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,6 @@ class Report:
             self._events = tensorboard.open_events(path, purge_step)
             splits = [split for split in inputs.caches if split != "train"]
             tensorboard.begin_hparams(self._events, config, state.precision, self._task, splits)
-            self._events.flush()
         # disable=None: only a terminal gets a bar.
         bar: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.1, "disable": None}
         self._bar = tqdm(total=total_steps, initial=first_step, **bar)
@@ -91,7 +90,7 @@ class Report:
         """Write an evaluation's metrics; with a task, which reads its probabilities, also plots and mistakes."""
         if task:
             labels, texts_of = self._inputs.caches[split].labels, partial(self._inputs.texts_of, split)
-            with self._event_errors():
+            with disk_errors(f"events to {self._events.log_dir}"):
                 tensorboard.draw_evaluation(self._events, step, split, labels, evaluation.probabilities, task, texts_of)
         scalars = {key: evaluation.metrics[key] for key in self._task.scalars}
         self._write({"step": step, "split": split, **evaluation.metrics}, split, scalars)
@@ -114,9 +113,8 @@ class Report:
         """
         best = {split: metrics for split, metrics in evaluations.items() if split.startswith("best/")}
         others = {split: metrics for split, metrics in evaluations.items() if split not in ("dev", *best)}
-        with self._event_errors():
+        with disk_errors(f"events to {self._events.log_dir}"):
             tensorboard.end_hparams(self._events)
-            self._events.flush()
         tables = [evaluation_table(self._task, metrics) for metrics in (others, best) if metrics]
         if tables:
             self.say("\n".join(line for table in tables for line in ["", *table]) + "\n")
@@ -132,14 +130,10 @@ class Report:
             with suppress(OSError, ValueError):
                 output.close()
 
-    def _event_errors(self) -> AbstractContextManager[None]:
-        return disk_errors(f"events to {self._events.log_dir}")
-
     def _write(self, entry: dict[str, Any], group: str, scalars: dict[str, float]) -> None:
         """Write and flush a line of metrics and a group's scalars: a resumed run does not write them again."""
         with disk_errors(f"metrics to {self._metrics.name}"):
             self._metrics.write(json.dumps(entry) + "\n")
             self._metrics.flush()
-        with self._event_errors():
+        with disk_errors(f"events to {self._events.log_dir}"):
             tensorboard.add_scalars(self._events, entry["step"], group, scalars)
-            self._events.flush()

@@ -11,7 +11,6 @@ import torch
 from sst2_xlmr.data.prepare import Prepared
 from sst2_xlmr.data.report import lines_of
 from sst2_xlmr.labels import listed
-from sst2_xlmr.model.encoders import EncoderFolder
 from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.training.schedule import Schedule
@@ -39,9 +38,16 @@ def header_lines(
     names = {"bf16": "bf16 autocast" if fallback_reason else "bf16 with fp32 master weights"}
     names["tf32"] = "fp32 with tf32 products"
     option = "" if config.precision == state.precision else f"precision {config.precision} -> "
+    shape, sizes = inputs.encoder.shape, {name: weight.shape for name, weight in optimizer.weights().items()}
+    kept_rows = sizes[EMBEDDING][0]
+    whole = sum(map(math.prod, sizes.values())) + (shape.vocab_size - kept_rows) * shape.hidden
+    trained = sum(moment.numel() for moment in optimizer.moments().values()) / 2
+    of_all = f" of {inputs.encoder.cut_from}" if inputs.encoder.cut_from else ""
+    few = f" ({kept_rows:,} of {shape.vocab_size:,} embedding rows occur)" if kept_rows < shape.vocab_size else ""
+    size = f"{shape.layers}{of_all} layers, {shape.hidden} wide, {whole / 1e6:,.1f} M parameters"
     return [
         f"stack      {versions.description()}, Python {platform.python_version()}",
-        f"encoder    {config.encoder}: {_describe_model(inputs.encoder, optimizer)}; {head}",
+        f"encoder    {config.encoder}: {size}, {trained / 1e6:,.1f} M trained{few}; {head}",
         f"rows       {describe_rows(inputs)}",
         *lines_of(inputs),
         *data_report(inputs),
@@ -74,18 +80,6 @@ def data_report(inputs: Prepared) -> list[str]:
         leaked = np.flatnonzero(inputs.caches[split].text_digests == train.text_digests[rows[0]])[0]
         add("leaks", len(rows), f"a text of {split}", leaks, ("train", rows[0]), (split, leaked))
     return lines
-
-
-def _describe_model(encoder: EncoderFolder, optimizer: AdamW) -> str:
-    """Return the model's size with its whole vocabulary, and how many parameters are trained."""
-    shape, sizes = encoder.shape, {name: weight.shape for name, weight in optimizer.weights().items()}
-    rows = sizes[EMBEDDING][0]
-    whole = sum(map(math.prod, sizes.values())) + (shape.vocab_size - rows) * shape.hidden
-    trained = sum(moment.numel() for moment in optimizer.moments().values()) / 2
-    of_all = f" of {encoder.cut_from}" if encoder.cut_from else ""
-    few = f" ({rows:,} of {shape.vocab_size:,} embedding rows occur)" if rows < shape.vocab_size else ""
-    size = f"{shape.layers}{of_all} layers, {shape.hidden} wide, {whole / 1e6:,.1f} M parameters"
-    return f"{size}, {trained / 1e6:,.1f} M trained{few}"
 
 
 def describe_rows(inputs: Prepared) -> str:

@@ -1,6 +1,6 @@
 """TensorBoard events of a run: scalars, plots and texts of evaluations, and hyperparameters.
 
-All functions that take a writer raise OSError if the disk is full; once `flush` returns, everything is written.
+All functions that take a writer raise OSError if the disk is full; all but `draw_evaluation` flush what they write.
 """
 
 from __future__ import annotations
@@ -66,17 +66,20 @@ def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: T
     tags += [f"{split}/{task.best_metric}" for split in splits if split != "dev"]
     for summary in hparams(values, dict.fromkeys(tags, 0.0))[:2]:  # the experiment, and its start
         _add_summary(writer, summary)
+    writer.flush()
 
 
 def end_hparams(writer: SummaryWriter) -> None:
     """Mark the run as finished."""
     _add_summary(writer, hparams({}, {})[2])
+    writer.flush()
 
 
 def add_scalars(writer: SummaryWriter, step: int, group: str, values: dict[str, float]) -> None:
     """Write a point of each curve `group/name`."""
     for name, value in values.items():
         writer.add_scalar(f"{group}/{name}", value, step)
+    writer.flush()
 
 
 def draw_evaluation(
