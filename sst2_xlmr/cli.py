@@ -62,24 +62,26 @@ def option_type(name: str) -> tuple[str, bool]:
     return annotation.replace("list[", "").rstrip("]"), annotation.startswith("list[")
 
 
-def add_option(parser: Any, name: str) -> None:
-    """Add an option of `Config` to a parser or a group of one; without the flag, no attribute is set."""
-    metadata, default, (kind, is_list) = OPTIONS[name].metadata, getattr(Config(), name), option_type(name)
-    if kind == "bool":
-        # Set the help afterwards: Python 3.9 and 3.10 would append a default to it.
-        action = parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
-        action.help = metadata["help"] + ("" if default is None else f" [{'on' if default else 'off'}]")
-        return
-    optional = {"nargs": "?", "const": os.devnull} if name == "check" else {"nargs": "+" if is_list else None}
-    parser.add_argument(
-        flag(name),
-        type=TYPES.get(kind, str),
-        metavar=metadata["metavar"],
-        action="extend" if is_list else "store",
-        default=argparse.SUPPRESS,
-        **optional,
-        help=(metadata["help"] + (f" [{shown(default)}]" if default not in (None, []) else "")).replace("%", "%%"),
-    )
+def add_options(parser: Any, *names: str) -> None:
+    """Add options of `Config` to a parser or a group of one; without its flag, an option's attribute is not set."""
+    for name in names:
+        metadata, default, (kind, is_list) = OPTIONS[name].metadata, getattr(Config(), name), option_type(name)
+        if kind == "bool":
+            # Set the help afterwards: Python 3.9 and 3.10 would append a default to it.
+            action = parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+            action.help = metadata["help"] + ("" if default is None else f" [{'on' if default else 'off'}]")
+            continue
+        optional = {"nargs": "?", "const": os.devnull} if name == "check" else {"nargs": "+" if is_list else None}
+        shown_default = f" [{shown(default)}]" if default not in (None, []) else ""
+        parser.add_argument(
+            flag(name),
+            type=TYPES.get(kind, str),
+            metavar=metadata["metavar"],
+            action="extend" if is_list else "store",
+            default=argparse.SUPPRESS,
+            **optional,
+            help=(metadata["help"] + shown_default).replace("%", "%%"),
+        )
 
 
 def positive(text: str) -> int:
@@ -151,9 +153,7 @@ def train_parser() -> OneLineParser:
         " Also: torchrun --nproc_per_node=2 train.py ...; sbatch scripts/train.sbatch",
     )
     for heading, names in GROUPS.items():
-        group = parser.add_argument_group(heading)
-        for name in names:
-            add_option(group, name)
+        add_options(parser.add_argument_group(heading), *names)
     run = parser.add_argument_group("starting from an earlier run")
     run.add_argument("--config", metavar="FILE", help="take options from a saved config.json; flags override it")
     what = "continue the run in --output-dir from its newest checkpoint, with its own options"

@@ -57,7 +57,7 @@ def class_lines(name: str, task: Task, results: np.ndarray, labels: np.ndarray) 
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    arguments = options.evaluate().parse_args(argv)
+    arguments = options.parse("evaluate", argv)
     source, output = arguments.calibrate, arguments.output
     needs_files = arguments.json or arguments.tensorboard or arguments.against
     both = "--calibrate FILE and --output DIR"

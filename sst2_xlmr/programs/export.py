@@ -48,7 +48,7 @@ Classify = Callable[[list[str], Optional[list[str]]], np.ndarray]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    arguments = options.export().parse_args(argv)
+    arguments = options.parse("export", argv)
     kind, from_ids, trims = arguments.format, arguments.from_ids, arguments.keep_vocabulary_of
     is_onnx, is_folder, is_int8 = kind.startswith("onnx"), "hf" in kind, kind.endswith("int8")
     needs_rows = f"--format {kind} needs --check-file: rows on which to measure what 8 bits cost"

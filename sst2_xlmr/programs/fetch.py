@@ -14,7 +14,7 @@ from sst2_xlmr.util.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = options.fetch().parse_args(argv)
+    arguments = options.parse("fetch", argv)
     for name in arguments.names:
         if name not in options.FETCHED and not is_hub_id(name):
             ours = ", ".join(options.FETCHED)

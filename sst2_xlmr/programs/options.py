@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from sst2_xlmr import cli
-from sst2_xlmr.cli import OneLineParser, add_option, positive, with_files
+from sst2_xlmr.cli import OneLineParser, add_options, positive, with_files
 from sst2_xlmr.config import ABSTAINED, COLUMN_OPTIONS, EVAL_BATCH_TOKENS, PRECISIONS, TEXT_OPTIONS
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.util.downloads import BUNDLE_URLS, cache_dir
@@ -20,6 +20,7 @@ from sst2_xlmr.util.files import scratch_folder, writing
 FORMATS = ("hf", "onnx", "onnx-int8", "onnx-hf", "onnx-hf-int8", "torchscript")
 TABLE_OPTIONS = [name for name in COLUMN_OPTIONS if name != "format"]  # here --format is the export's
 FETCHED = ("sst2", *BUNDLE_URLS)
+Add = Callable[..., Any]  # a parser's `add_argument`
 ROWS_FILE = f"{either(KINDS)} file, optionally with .gz"
 
 
@@ -63,29 +64,28 @@ def number_to(highest: float, what: str) -> Callable[[str], float]:
 probability, share, weight = number_to(1, "probability"), number_to(0.9, "share"), number_to(1000, "weight")
 
 
-def add_model_options(parser: OneLineParser) -> None:
+def add_model_options(add: Add) -> None:
     what = "directory of a trained model, or owner/name[@revision] on the Hugging Face Hub; repeat it to average the"
     what += " probabilities of several models"
     model: dict[str, Any] = {"required": True, "action": "append", "dest": "models", "type": Path}
-    add, tokens = parser.add_argument, EVAL_BATCH_TOKENS
     add("--model", metavar="DIR|NAME", help=what, **model)
-    what = f"tokens per forward pass (a longer row: alone) [{tokens}]"
-    add("--batch-tokens", type=positive, default=tokens, metavar="TOKENS", help=what)
+    what = f"tokens per forward pass (a longer row: alone) [{EVAL_BATCH_TOKENS}]"
+    add("--batch-tokens", type=positive, default=EVAL_BATCH_TOKENS, metavar="TOKENS", help=what)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
     what = "auto: bf16 if the device computes it natively, else fp32; int8: on a CPU with AVX512-VNNI [auto]"
     add("--precision", choices=PRECISIONS, default="auto", help=what)
 
 
-def add_abstention(parser: OneLineParser) -> None:
+def add_abstention(add: Add) -> None:
     what = f"predict {ABSTAINED} instead of a label whose probability is lower"
-    parser.add_argument("--abstain-below", type=probability, default=0.0, metavar="P", help=what)
+    add("--abstain-below", type=probability, default=0.0, metavar="P", help=what)
 
 
-def add_bounds(parser: OneLineParser) -> None:
+def add_bounds(add: Add) -> None:
     """Add the bounds for comparing two precisions (see `bounds_of`); without the flag, no attribute is set."""
     bound: dict[str, Any] = {"type": number_to(100, "percentage"), "default": argparse.SUPPRESS}
-    parser.add_argument("--most-changed", metavar="PERCENT", help="labels that may change [1]", **bound)
-    parser.add_argument("--most-lost", metavar="POINTS", help="accuracy that may be lost [0.3]", **bound)
+    add("--most-changed", metavar="PERCENT", help="labels that may change [1]", **bound)
+    add("--most-lost", metavar="POINTS", help="accuracy that may be lost [0.3]", **bound)
 
 
 def has_bounds(arguments: argparse.Namespace) -> bool:
@@ -97,43 +97,37 @@ def bounds_of(arguments: argparse.Namespace) -> tuple[float, float]:
     return getattr(arguments, "most_changed", 1.0) / 100, getattr(arguments, "most_lost", 0.3) / 100
 
 
-def predict() -> OneLineParser:
-    parser = OneLineParser(description="Classify texts: prints a label and a probability for each, in order.")
-    add_model_options(parser)
-    add = parser.add_argument
+def predict(parser: OneLineParser, add: Add) -> None:
+    """Classify texts: prints a label and a probability for each, in order."""
+    add_model_options(add)
     add("--input", type=Path, metavar="FILE", help=f"texts: a {ROWS_FILE}")
-    for name in TEXT_OPTIONS:
-        add_option(parser, name)
+    add_options(parser, *TEXT_OPTIONS)
     add("--output", type=Path, metavar="FILE", help=f"write to a {ROWS_FILE} instead of standard output")
     add("--overwrite", action="store_true", help="replace existing output")
     add("--resume", action="store_true", help="continue a killed run with the same --input and --output")
-    add_abstention(parser)
+    add_abstention(add)
     add("--all-probabilities", action="store_true", help="add a column for the probability of every label")
     add("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
     add("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
-    return parser
 
 
-def evaluate() -> OneLineParser:
-    parser = OneLineParser(description="Evaluate a trained model on labelled files.")
-    add_model_options(parser)
-    add, rows = parser.add_argument, f"labelled rows: a {ROWS_FILE}; may be repeated"
+def evaluate(parser: OneLineParser, add: Add) -> None:
+    """Evaluate a trained model on labelled files."""
+    add_model_options(add)
+    rows = f"labelled rows: a {ROWS_FILE}; may be repeated"
     add("--calibrate", type=Path, metavar="FILE", help="fit a temperature on these rows, and write --output")
     add("--output", type=Path, metavar="DIR", help="the new folder of the calibrated model")
     add("--file", default=[], nargs="+", action="extend", metavar="[NAME=]FILE", help=rows)
-    for name in (*COLUMN_OPTIONS, "columns", "label_names"):
-        add_option(parser, name)
+    add_options(parser, *COLUMN_OPTIONS, "columns", "label_names")
     add("--against", choices=("bf16", "fp32"), help="also compute in this precision, and compare")
-    add_bounds(parser)
+    add_bounds(add)
     add("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     add("--overwrite", action="store_true", help="replace an existing --json file")
     add("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard scalars and plots to this directory")
-    return parser
 
 
-def export() -> OneLineParser:
-    parser = OneLineParser(description="Write a trained model in another form, and check it.")
-    add = parser.add_argument
+def export(parser: OneLineParser, add: Add) -> None:
+    """Write a trained model in another form, and check it."""
     add("--model", required=True, type=Path, metavar="DIR|NAME", help="model folder, or owner/name on the Hub")
     add("--format", required=True, choices=FORMATS, help="what to write")
     add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf, onnx-hf) or file")
@@ -143,15 +137,12 @@ def export() -> OneLineParser:
     add("--keep-vocabulary-of", nargs="+", default=[], metavar="FILE", help=what)
     what = f"rows to compare on, labelled or not: {either(KINDS)}, or lines of text [built-in sentences]"
     add("--check-file", nargs="+", default=[], metavar="[NAME=]FILE", help=what)
-    for name in TABLE_OPTIONS:
-        add_option(parser, name)
-    add_bounds(parser)
-    return parser
+    add_options(parser, *TABLE_OPTIONS)
+    add_bounds(add)
 
 
-def split() -> OneLineParser:
-    parser = OneLineParser(description="Split a file of rows into train, dev and test.")
-    add = parser.add_argument
+def split(parser: OneLineParser, add: Add) -> None:
+    """Split a file of rows into train, dev and test."""
     add("--train-file", required=True, type=Path, metavar="FILE", help="labelled rows")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="new folder for the files")
     add("--test-share", type=share, default=0.0, metavar="P", help="share of each class's rows for the test [0]")
@@ -161,9 +152,7 @@ def split() -> OneLineParser:
     add("--keep-parts-apart", action="store_true", help=what)
     add("--train-rows", type=positive, metavar="N", help="train on N random rows of the remaining ones [all]")
     add("--seed", type=int, default=0, metavar="N", help="random seed [0]")
-    for name in (*TEXT_OPTIONS, "label_column"):
-        add_option(parser, name)
-    return parser
+    add_options(parser, *TEXT_OPTIONS, "label_column")
 
 
 def seed_list(text: str) -> list[int]:
@@ -173,20 +162,17 @@ def seed_list(text: str) -> list[int]:
     return seeds
 
 
-def study() -> OneLineParser:
-    parser = OneLineParser(description="Compare settings over several seeds.")
-    add = parser.add_argument
+def study(parser: OneLineParser, add: Add) -> None:
+    """Compare settings over several seeds."""
     add("--seeds", type=seed_list, metavar="N,...", help="seeds; one run for each")
     add("--folds", type=int, default=0, metavar="K", help="instead of --seeds: K-fold cross-validation")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="folder that gets one folder per setting")
     what = "name and options of a setting; may be repeated"
     add("--setting", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"), help=what)
-    return parser
 
 
-def distill() -> OneLineParser:
-    parser = OneLineParser(description="Train on labelled rows and on teachers' predictions for unlabelled texts.")
-    add = parser.add_argument
+def distill(parser: OneLineParser, add: Add) -> None:
+    """Train on labelled rows and on teachers' predictions for unlabelled texts."""
     add("--teacher", nargs="+", action="extend", default=[], metavar="DIR", help="trained models [the labelled runs]")
     add("--unlabelled", nargs="+", action="extend", required=True, type=Path, metavar="FILE", help="unlabelled texts")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="folder that gets one folder per round")
@@ -198,33 +184,33 @@ def distill() -> OneLineParser:
     add("--align-classes", action="store_true", help=what)
     add("--unlabelled-weight", type=weight, default=1.0, metavar="W", help="weight of an unlabelled row's loss [1]")
     add("--teacher-precision", choices=PRECISIONS, default="auto", help="precision of the teachers [auto]")
-    return parser
 
 
-def fetch() -> OneLineParser:
-    epilog = "OWNER/NAME goes into the Hub's cache (see HF_HOME, HF_ENDPOINT, HF_TOKEN). On a machine without internet,"
-    epilog += " set SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders printed last, and HF_HUB_OFFLINE=1."
-    parser = OneLineParser(description="Fetch data and encoders ahead of time.", epilog=epilog)
+def fetch(parser: OneLineParser, add: Add) -> None:
+    """Fetch data and encoders ahead of time."""
+    parser.epilog = (
+        "OWNER/NAME goes into the Hub's cache (see HF_HOME, HF_ENDPOINT, HF_TOKEN). On a machine without internet,"
+    )
+    parser.epilog += (
+        " set SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders printed last, and HF_HUB_OFFLINE=1."
+    )
     ours = ", ".join(FETCHED)
     what = f"{ours}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
-    parser.add_argument("names", nargs="*", metavar="NAME", help=what)
-    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help=f"cache for {ours} [{cache_dir()}]")
-    return parser
+    add("names", nargs="*", metavar="NAME", help=what)
+    add("--cache-dir", metavar="DIR", type=Path, help=f"cache for {ours} [{cache_dir()}]")
 
 
-def serve() -> OneLineParser:
-    parser = OneLineParser(description="Answer over HTTP with a trained model.")
-    add_model_options(parser)
-    add = parser.add_argument
+def serve(parser: OneLineParser, add: Add) -> None:
+    """Answer over HTTP with a trained model."""
+    add_model_options(add)
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all [127.0.0.1]")
     add("--port", type=int, default=8000, help="port to listen on [8000]")
     what = "worker processes, which share the cores; use several if one core cannot parse all requests [1]"
     add("--workers", type=positive, default=1, metavar="N", help=what)
-    add_abstention(parser)
-    return parser
+    add_abstention(add)
 
 
-PARSERS: dict[str, Callable[[], OneLineParser]] = {
+PROGRAMS: dict[str, Callable[[OneLineParser, Add], None]] = {
     each.__name__: each for each in (predict, evaluate, export, split, study, distill, fetch, serve)
 }
 FOR_TRAIN = {"--setting": 2, "--labelled": 1}  # flag -> position of its word that holds options for train.py
@@ -232,19 +218,24 @@ FOR_TRAIN = {"--setting": 2, "--labelled": 1}  # flag -> position of its word th
 
 def parse_known(program: str, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Parse a program's command line; returns also the remaining words, which are for train.py."""
+    parser = OneLineParser(description=PROGRAMS[program].__doc__)
+    PROGRAMS[program](parser, parser.add_argument)
     words: list[Any] = sys.argv[1:] if argv is None else list(argv)
+    if program not in ("study", "distill"):
+        return parser.parse_args(words), []
     for place, word in enumerate(words):
         if (at := place + FOR_TRAIN.get(word, 0)) > place and at < len(words):
             words[at] = f" {words[at]}"  # otherwise argparse would parse its "--freeze-encoder" as this program's
-    return PARSERS[program]().parse_known_args(words)
+    return parser.parse_known_args(words)
+
+
+def parse(program: str, argv: list[str] | None) -> argparse.Namespace:
+    return parse_known(program, argv)[0]
 
 
 def refuse_wrong_flags(program: str, words: list[str]) -> None:
     """Print --help, or raise UserError for a wrong flag, before anything slow is imported."""
-    if program == "train":
-        if all(Path(word[1:]).is_file() for word in words if word.startswith("@")):  # a pipe can be read only once
-            cli.train_parser().parse_args(with_files(words))
-    elif program in ("study", "distill"):
-        parse_known(program, words)
-    else:
-        PARSERS[program]().parse_args(words)
+    if program != "train":
+        parse(program, words)
+    elif all(Path(word[1:]).is_file() for word in words if word.startswith("@")):  # a pipe can be read only once
+        cli.train_parser().parse_args(with_files(words))

@@ -59,7 +59,7 @@ SECONDS_BETWEEN_LINES = 60.0  # of progress, unless standard error is a terminal
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line, and check what needs neither input nor model."""
-    arguments = options.predict().parse_args(argv)
+    arguments = options.parse("predict", argv)
     file, glue = arguments.input, arguments.glue_submission
     named = {"--output": arguments.output, "--glue-submission": glue and glue / "SST-2.tsv"}
     outputs = arguments.outputs = {option: path for option, path in named.items() if path}

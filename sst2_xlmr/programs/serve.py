@@ -248,7 +248,7 @@ def supervise(processes: list[Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = options.serve().parse_args(argv)
+    arguments = options.parse("serve", argv)
     listener = listen(arguments.host, arguments.port)
     keep_freed_memory()
     # The thread that loads the model ends, and with it its OpenMP threads: if there were more than cores, waiting ones

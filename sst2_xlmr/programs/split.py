@@ -99,7 +99,7 @@ def draw(rows: Sequence[Row], label_column: str, share: float, seed: int, are_fr
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = options.split().parse_args(argv)
+    arguments = options.parse("split", argv)
     count, seed, output_dir, path = arguments.rows, arguments.seed, arguments.output_dir, arguments.train_file
     shares, parts_apart = {"test": arguments.test_share, "dev": arguments.dev_share}, arguments.keep_parts_apart
     options.refuse(
