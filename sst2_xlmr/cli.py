@@ -65,22 +65,23 @@ def option_type(name: str) -> tuple[str, bool]:
 def add_options(parser: Any, *names: str) -> None:
     """Add options of `Config` to a parser or a group of one; without its flag, an option's attribute is not set."""
     for name in names:
-        metadata, default, (kind, is_list) = OPTIONS[name].metadata, getattr(Config(), name), option_type(name)
+        help, default, (kind, is_list) = OPTIONS[name].metadata["help"], getattr(Config(), name), option_type(name)
         if kind == "bool":
             # Set the help afterwards: Python 3.9 and 3.10 would append a default to it.
             action = parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
-            action.help = metadata["help"] + ("" if default is None else f" [{'on' if default else 'off'}]")
+            action.help = help + ("" if default is None else f" [{'on' if default else 'off'}]")
             continue
+        metavar, _, help = help.partition(": ")
         optional = {"nargs": "?", "const": os.devnull} if name == "check" else {"nargs": "+" if is_list else None}
         shown_default = f" [{shown(default)}]" if default not in (None, []) else ""
         parser.add_argument(
             flag(name),
             type=TYPES.get(kind, str),
-            metavar=metadata["metavar"],
+            metavar=metavar,
             action="extend" if is_list else "store",
             default=argparse.SUPPRESS,
             **optional,
-            help=(metadata["help"] + shown_default).replace("%", "%%"),
+            help=(help + shown_default).replace("%", "%%"),
         )
 
 

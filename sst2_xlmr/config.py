@@ -161,13 +161,12 @@ def _check_columns(values: list[str]) -> str:
 
 def option(
     default: Any,
-    help: str,  # one sentence, with the unit
-    metavar: str | None = None,
+    help: str,  # one sentence, with the unit; before it, unless the option is a switch, what stands for a value
     check: Callable[[Any], str] | None = None,  # returns the problem with a value, or an empty string
     is_changeable: bool = False,  # whether `--resume` accepts another value, as it does not affect the result
 ) -> Any:
     """Declare one option; its annotation gives its type and whether it takes several values."""
-    metadata = {"help": help, "metavar": metavar, "check": check, "changeable": is_changeable}
+    metadata = {"help": help, "check": check, "changeable": is_changeable}
     value: Any = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return dataclasses.field(**value, metadata=metadata)
 
@@ -181,177 +180,162 @@ class Config:
 
     data_dir: FilePath | None = changeable(
         None,
-        "directory with train and optionally dev (or validation, val) and test files, of any format (default: SST-2)",
-        "DIR",
+        "DIR: directory with train and optionally dev (or validation, val) and test files, of any format (default:"
+        " SST-2)",
     )
-    train_file: list[FilePath] = changeable([], "training rows, one or more files; overrides --data-dir", "FILE")
-    dev_file: FilePath | None = changeable(None, "rows to evaluate on during training; overrides --data-dir", "FILE")
+    train_file: list[FilePath] = changeable([], "FILE: training rows, one or more files; overrides --data-dir")
+    dev_file: FilePath | None = changeable(None, "FILE: rows to evaluate on during training; overrides --data-dir")
     dev_share: float | None = option(
         None,
-        "share of each class's training rows to set aside as dev (default without a dev file: 0.1, up to 5,000 rows)",
-        "P",
+        "P: share of each class's training rows to set aside as dev (default without a dev file: 0.1, up to 5,000"
+        " rows)",
         above(0, 0.9),
     )
-    test_file: list[FilePath] = changeable([], "labelled rows to evaluate on at the end, one or more files", "FILE")
+    test_file: list[FilePath] = changeable([], "FILE: labelled rows to evaluate on at the end, one or more files")
     eval_file: list[NamedFile] = changeable(
         [],
-        "more labelled rows to evaluate on during training, each file with a name (e.g. a language); may be repeated",
-        "NAME=FILE",
+        "NAME=FILE: more labelled rows to evaluate on during training, each file with a name (e.g. a language); may"
+        " be repeated",
         _check_eval_files,
     )
     text_column: list[str] | None = option(
         None,
-        "column with the text, by name or number from 1; several are joined (default: sentence, else text)",
-        "NAME|N",
+        "NAME|N: column with the text, by name or number from 1; several are joined (default: sentence, else text)",
     )
-    text_pair_column: str | None = option(None, "column with the second text, if rows are pairs of texts", "NAME|N")
-    label_column: str = option("label", "column with the label, by name or number from 1", "NAME|N")
+    text_pair_column: str | None = option(None, "NAME|N: column with the second text, if rows are pairs of texts")
+    label_column: str = option("label", "NAME|N: column with the label, by name or number from 1")
     label_columns: list[str] | None = option(
-        None, "instead of --label-column: one column per label, with 0 and 1 or probabilities", "NAME|N"
+        None, "NAME|N: instead of --label-column: one column per label, with 0 and 1 or probabilities"
     )
-    label_delimiter: str | None = option(None, "text between several labels in a cell (default: , ; or |)", "TEXT")
-    weight_column: str | None = option(None, "column with a training row's weight in the loss (0: left out)", "NAME|N")
+    label_delimiter: str | None = option(None, "TEXT: text between several labels in a cell (default: , ; or |)")
+    weight_column: str | None = option(None, "NAME|N: column with a training row's weight in the loss (0: left out)")
     task: str = option(
-        "auto", "auto (by the labels), single-label, multi-label or regression (scores)", "NAME", one_of(*TASKS)
+        "auto", "NAME: auto (by the labels), single-label, multi-label or regression (scores)", one_of(*TASKS)
     )
     columns: list[str] = option(
         [],
-        "columns of a split that differ from the others', e.g. dev:text=sentence1,label=gold_label; also format, ...",
-        "SPLIT:KEY=VALUE,...",
+        "SPLIT:KEY=VALUE,...: columns of a split that differ from the others', e.g."
+        " dev:text=sentence1,label=gold_label; also format, ...",
         _check_columns,
     )
-    format: str | None = option(
-        None, f"file format: {', '.join(FORMATS)} (default: detected)", "NAME", one_of(*FORMATS)
-    )
+    format: str | None = option(None, f"NAME: file format: {', '.join(FORMATS)} (default: detected)", one_of(*FORMATS))
     delimiter: str | None = option(
-        None, "column delimiter: tab, comma, semicolon, bar, or the character itself (default: detected)", "NAME"
+        None, "NAME: column delimiter: tab, comma, semicolon, bar, or the character itself (default: detected)"
     )
     quoting: str | None = option(
         None,
-        'how cells are quoted: none, double (""), single (\'), backslash (\\") (default: detected)',
-        "NAME",
+        'NAME: how cells are quoted: none, double (""), single (\'), backslash (\\") (default: detected)',
         one_of(*QUOTES),
     )
     encoding: str | None = option(
-        None, "text encoding, e.g. cp1252 or gb18030 (default: UTF-8, or UTF-16 if there is a byte order mark)", "NAME"
+        None, "NAME: text encoding, e.g. cp1252 or gb18030 (default: UTF-8, or UTF-16 if there is a byte order mark)"
     )
     header: bool | None = option(None, "whether a table's first line has the column names (default: detected)")
     label_names: CommaSeparated | None = option(
         None,
-        "names of the classes in the order of their numbers, 1=A,2=B,..., a JSON list, or a file with one name per line"
-        " (default: the training file's labels)",
-        "A,B,...|FILE",
+        "A,B,...|FILE: names of the classes in the order of their numbers, 1=A,2=B,..., a JSON list, or a file with"
+        " one name per line (default: the training file's labels)",
         _check_label_names,
     )
     drop_unusable: bool = option(False, "leave out broken rows and rows without text or label, instead of stopping")
     check: FilePath | None = changeable(
-        None, "read, check and tokenize all files, print how they were read (to FILE as JSON), and exit", "FILE"
+        None, "FILE: read, check and tokenize all files, print how they were read (to FILE as JSON), and exit"
     )
-    max_length: int = option(
-        256, "maximum input length in tokens, including <s> and </s>", "TOKENS", between(3, 100_000)
-    )
+    max_length: int = option(256, "TOKENS: maximum input length in tokens, including <s> and </s>", between(3, 100_000))
     long_texts: str = option(
         "cut",
-        "how to read texts beyond --max-length: cut, head-tail (a quarter from the beginning, the rest from the end),"
-        " or windows, whose features are averaged",
-        "NAME",
+        "NAME: how to read texts beyond --max-length: cut, head-tail (a quarter from the beginning, the rest from"
+        " the end), or windows, whose features are averaged",
         one_of("cut", "head-tail", "windows"),
     )
     stride: int = option(
-        0, "tokens from one window's start to the next (0: three quarters of a window)", "TOKENS", at_least(0)
+        0, "TOKENS: tokens from one window's start to the next (0: three quarters of a window)", at_least(0)
     )
     drop_duplicates: bool = option(False, "keep the first of identical rows; drop texts with conflicting labels")
     drop_leaks: bool = option(False, "drop training rows whose text is also in an evaluation file")
-    num_workers: int = changeable(0, "data loader processes per training process", "N", between(0, 256))
+    num_workers: int = changeable(0, "N: data loader processes per training process", between(0, 256))
 
     encoder: FilePath = changeable(
         "xlmr.base",
-        "xlmr.base, xlmr.large, owner/name on the Hugging Face Hub (downloaded once), or a directory in its layout",
-        "NAME|DIR",
+        "NAME|DIR: xlmr.base, xlmr.large, owner/name on the Hugging Face Hub (downloaded once), or a directory in"
+        " its layout",
     )
-    layers: int = option(0, "use only the encoder's lowest N layers; faster, smaller (0: all)", "N", at_least(0))
-    dropout: float = option(0.1, "dropout in the encoder (hidden states, attention weights)", "P", between(0, 1, False))
-    head_dropout: float = option(0.1, "dropout in the classification head", "P", between(0, 1, False))
+    layers: int = option(0, "N: use only the encoder's lowest N layers; faster, smaller (0: all)", at_least(0))
+    dropout: float = option(0.1, "P: dropout in the encoder (hidden states, attention weights)", between(0, 1, False))
+    head_dropout: float = option(0.1, "P: dropout in the classification head", between(0, 1, False))
     full_vocabulary: bool = option(False, "train all embedding rows, even of unused tokens; same result, but slower")
     freeze_encoder: bool = option(False, "train only the classification head")
 
-    epochs: float = option(3.0, "passes over the training rows; may be a fraction, such as 2.5", "N", above(0, 1e6))
-    max_steps: int = option(
-        0, "end training and schedule after N optimizer steps (0: after --epochs)", "N", at_least(0)
-    )
-    batch_size: int = option(32, "rows per optimizer step, summed over all processes", "ROWS", at_least(1))
+    epochs: float = option(3.0, "N: passes over the training rows; may be a fraction, such as 2.5", above(0, 1e6))
+    max_steps: int = option(0, "N: end training and schedule after N optimizer steps (0: after --epochs)", at_least(0))
+    batch_size: int = option(32, "ROWS: rows per optimizer step, summed over all processes", at_least(1))
     micro_batch_size: int = option(
         0,
-        "rows (or windows) per forward pass of a process, to save memory (0: all of its rows at once)",
-        "ROWS",
+        "ROWS: rows (or windows) per forward pass of a process, to save memory (0: all of its rows at once)",
         at_least(0),
     )
-    lr: float = option(2e-5, "peak learning rate", "RATE", above(0))
-    weight_decay: float = option(0.01, "AdamW weight decay; biases and LayerNorm are exempt", "RATE", at_least(0))
-    layerwise_lr_decay: float = option(1.0, "learning rate factor per layer away from the head", "F", above(0, 1))
+    lr: float = option(2e-5, "RATE: peak learning rate", above(0))
+    weight_decay: float = option(0.01, "RATE: AdamW weight decay; biases and LayerNorm are exempt", at_least(0))
+    layerwise_lr_decay: float = option(1.0, "F: learning rate factor per layer away from the head", above(0, 1))
     schedule: str = option(
-        "linear", "after warmup: linear or cosine decay to 0, constant", "NAME", one_of("linear", "cosine", "constant")
+        "linear", "NAME: after warmup: linear or cosine decay to 0, constant", one_of("linear", "cosine", "constant")
     )
-    warmup_ratio: float = option(0.06, "share of all steps over which the learning rate rises", "SHARE", between(0, 1))
-    max_grad_norm: float = option(1.0, "clip the gradient's global norm to this (0: never)", "NORM", at_least(0))
-    label_smoothing: float = option(0.0, "probability mass spread evenly over all classes", "P", between(0, 1, False))
-    skip_nonfinite: int = changeable(0, "skip up to N non-finite gradients in a row (0: stop)", "N", at_least(0))
+    warmup_ratio: float = option(0.06, "SHARE: share of all steps over which the learning rate rises", between(0, 1))
+    max_grad_norm: float = option(1.0, "NORM: clip the gradient's global norm to this (0: never)", at_least(0))
+    label_smoothing: float = option(0.0, "P: probability mass spread evenly over all classes", between(0, 1, False))
+    skip_nonfinite: int = changeable(0, "N: skip up to N non-finite gradients in a row (0: stop)", at_least(0))
     class_weights: str | None = option(
         None,
-        "factor on the loss of each class's rows: numbers, or balanced, which gives all classes the same total weight",
-        "balanced|W0,W1,...",
+        "balanced|W0,W1,...: factor on the loss of each class's rows: numbers, or balanced, which gives all classes"
+        " the same total weight",
         _check_class_weights,
     )
     threshold_for: str | None = option(
         None,
-        "multi-label: choose each label's threshold by the best F1 on dev (f1, the default), or by the best F1 with at"
-        " least this precision or recall",
-        "f1|precision=P|recall=R",
+        "f1|precision=P|recall=R: multi-label: choose each label's threshold by the best F1 on dev (f1, the"
+        " default), or by the best F1 with at least this precision or recall",
         _check_threshold,
     )
     calibrate: bool = option(
         False, "calibrate the written model's probabilities: divide its logits by a temperature fitted on dev"
     )
-    seed: int = option(0, "seed for row order, new head and dropout", "N", between(0, 2**31 - 1))
+    seed: int = option(0, "N: seed for row order, new head and dropout", between(0, 2**31 - 1))
 
-    device: str = changeable("auto", "auto (CUDA if available), cpu or cuda", "NAME", one_of("auto", "cpu", "cuda"))
+    device: str = changeable("auto", "NAME: auto (CUDA if available), cpu or cuda", one_of("auto", "cpu", "cuda"))
     precision: str = option(
         "auto",
-        "bf16 (with fp32 master weights), fp32, tf32 (CUDA: fp32 with faster, rounded products), or auto (bf16 if the"
-        " device computes it natively, else fp32)",
-        "NAME",
+        "NAME: bf16 (with fp32 master weights), fp32, tf32 (CUDA: fp32 with faster, rounded products), or auto (bf16"
+        " if the device computes it natively, else fp32)",
         one_of("auto", "bf16", "fp32", "tf32"),
     )
     deterministic: bool = option(False, "on CUDA, use only deterministic kernels; on a CPU, all are")
     compile: bool = changeable(True, "on a CPU with GCC, use the compiled engine instead of plain PyTorch")
-    threads: int = changeable(0, "CPU threads per process (0: its share of the available cores)", "N", between(0, 1024))
-    timeout_minutes: float = changeable(10.0, "minutes of silence until a process counts as lost", "MIN", above(0))
+    threads: int = changeable(0, "N: CPU threads per process (0: its share of the available cores)", between(0, 1024))
+    timeout_minutes: float = changeable(10.0, "MIN: minutes of silence until a process counts as lost", above(0))
 
-    output_dir: FilePath | None = changeable(None, "the run's directory (default: runs/ and the start time)", "DIR")
+    output_dir: FilePath | None = changeable(None, "DIR: the run's directory (default: runs/ and the start time)")
     eval_every: int | None = option(
         None,
-        "evaluate on dev every N steps of an epoch and at its end (0: only at its end; default: about eight times an"
-        " epoch, in at most 3 % of the time)",
-        "N",
+        "N: evaluate on dev every N steps of an epoch and at its end (0: only at its end; default: about eight times"
+        " an epoch, in at most 3 % of the time)",
         at_least(0),
     )
     eval_batch_tokens: int = option(
-        EVAL_BATCH_TOKENS, "tokens per forward pass in evaluation (a longer row: alone)", "TOKENS", at_least(1)
+        EVAL_BATCH_TOKENS, "TOKENS: tokens per forward pass in evaluation (a longer row: alone)", at_least(1)
     )
     best_by: str | None = option(
         None,
-        "what selects best/ and stops early: a metric on dev, such as accuracy, macro_f1, spearman or loss; or the main"
-        " metric on an --eval-file NAME, or its mean over dev and all --eval-file (default: the main metric on dev);"
-        " ties go to the lower loss on dev",
-        "METRIC|NAME|mean",
+        "METRIC|NAME|mean: what selects best/ and stops early: a metric on dev, such as accuracy, macro_f1, spearman"
+        " or loss; or the main metric on an --eval-file NAME, or its mean over dev and all --eval-file (default: the"
+        " main metric on dev); ties go to the lower loss on dev",
     )
     early_stopping_patience: int = option(
-        0, "stop after N evaluations in a row without a better one, by --best-by (0: never)", "N", at_least(0)
+        0, "N: stop after N evaluations in a row without a better one, by --best-by (0: never)", at_least(0)
     )
-    save_every: int = changeable(0, "write a checkpoint every N steps, besides each epoch (0: no)", "N", at_least(0))
-    keep_checkpoints: int = changeable(2, "how many of the newest checkpoints to keep", "N", at_least(2))
-    log_every: int = changeable(50, "log training metrics, averaged over N steps, every N steps", "N", at_least(1))
-    tensorboard_dir: FilePath | None = changeable(None, "TensorBoard events (default: OUTPUT_DIR/tensorboard)", "DIR")
+    save_every: int = changeable(0, "N: write a checkpoint every N steps, besides each epoch (0: no)", at_least(0))
+    keep_checkpoints: int = changeable(2, "N: how many of the newest checkpoints to keep", at_least(2))
+    log_every: int = changeable(50, "N: log training metrics, averaged over N steps, every N steps", at_least(1))
+    tensorboard_dir: FilePath | None = changeable(None, "DIR: TensorBoard events (default: OUTPUT_DIR/tensorboard)")
 
     @property
     def eval_splits(self) -> list[str]:
