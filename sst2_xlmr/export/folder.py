@@ -12,7 +12,7 @@ from typing import Any, Callable
 import torch
 
 from sst2_xlmr.data.prepare import Prepared, long_texts_of
-from sst2_xlmr.export.model_card import card_text
+from sst2_xlmr.export.model_card import Metrics, card_text
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderFolder
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model
@@ -23,6 +23,7 @@ from sst2_xlmr.util.files import BackgroundWriter, disk_errors, put_in_place, sc
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 CARD_NAME = "README.md"
+Weights = Mapping[str, TensorLike]  # by the classifier's parameter names
 LAST_LAYER = ("head.out.weight", "head.out.bias")
 TOKENS = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
 
@@ -42,7 +43,7 @@ def with_note(card: str, note: str, former: str = "") -> str:
 
 def write_folder(
     folder: Path,
-    weights: Mapping[str, TensorLike],
+    weights: Weights,
     encoder: EncoderFolder,
     card: str = "",
     temperature: float = 1.0,
@@ -129,11 +130,11 @@ def _settings(encoder: EncoderFolder, dtype: str) -> dict[str, Any]:
 
 def export_run(
     folder: Path,
-    weights: Mapping[str, TensorLike],
+    weights: Weights,
     inputs: Prepared,
     task: Task,
     state: TrainState,
-    evaluations: Mapping[str, dict[str, Any]],
+    evaluations: Metrics,
     finisher: BackgroundWriter,
 ) -> None:
     """Write a run's current weights, with a model card; on rank 0.

@@ -16,6 +16,7 @@ from sst2_xlmr.task import Task
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import versions
 
+Metrics = Mapping[str, dict[str, Any]]  # by split
 _HUB_NAMES = {"xlmr.base": "FacebookAI/xlm-roberta-base", "xlmr.large": "FacebookAI/xlm-roberta-large"}
 _CHOSEN = "\nThese weights were chosen by their {} on dev, which is therefore slightly optimistic.\n"
 _LONG = {
@@ -35,12 +36,7 @@ The probabilities are calibrated: the last layer is divided by a temperature of 
 
 
 def card_text(
-    config: Config,
-    task: Task,
-    state: TrainState,
-    rows: Mapping[str, int],
-    evaluations: Mapping[str, dict[str, Any]],
-    is_best: bool = False,
+    config: Config, task: Task, state: TrainState, rows: Mapping[str, int], evaluations: Metrics, is_best: bool = False
 ) -> str:
     """Return the card's text.
 
@@ -86,7 +82,7 @@ def card_text(
     )
 
 
-def _model_index(name: str, task: Task, evaluations: Mapping[str, dict[str, Any]]) -> str:
+def _model_index(name: str, task: Task, evaluations: Metrics) -> str:
     """Return the header's line from which the Hub shows the metrics, in JSON, which is also YAML."""
     results = []
     for split, metrics in evaluations.items():

@@ -39,6 +39,8 @@ from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import put_in_place, scratch_folder, write_text, writing
 from sst2_xlmr.util.output import print_text
 
+Caches = dict[str, TokenCache]  # by name of file
+Evaluations = dict[str, Evaluation]
 MOST_CONFUSED_CLASSES = 10  # with more, a confusion matrix is too wide to print
 
 
@@ -83,7 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def evaluate_all(classifier: Classifier, caches: dict[str, TokenCache], batch_tokens: int) -> dict[str, Evaluation]:
+def evaluate_all(classifier: Classifier, caches: Caches, batch_tokens: int) -> Evaluations:
     evaluations, world = {}, World.alone(classifier.device)
     # numpy would warn of the NaN that `check_finite` raises an error for.
     with memory_errors(f"use a smaller --batch-tokens than {batch_tokens}"), np.errstate(invalid="ignore"):
@@ -117,9 +119,7 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
     return f"{output}: {calibration}\n"
 
 
-def read_files(
-    arguments: argparse.Namespace, classifier: Classifier
-) -> tuple[Task, dict[str, Split], dict[str, TokenCache]]:
+def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[Task, dict[str, Split], Caches]:
     """Check and tokenize all files; returns the task that reads their labels, and by name their splits and caches."""
     task, tokenizer, cache_dir = classifier.task, classifier.tokenizer, downloads.cache_dir() / "tokens"
     files, splits, caches = arguments.files, {}, {}
@@ -152,11 +152,7 @@ def read_files(
 
 
 def write_json(
-    arguments: argparse.Namespace,
-    classifier: Classifier,
-    task: Task,
-    caches: dict[str, TokenCache],
-    evaluations: dict[str, Evaluation],
+    arguments: argparse.Namespace, precision: str, task: Task, caches: Caches, evaluations: Evaluations
 ) -> None:
     reports, all_metrics = {}, [evaluation.metrics for evaluation in evaluations.values()]
     for name, evaluation in evaluations.items():
@@ -166,7 +162,7 @@ def write_json(
         metrics = {key: value for key, value in evaluation.metrics.items() if key not in ("precision", "recall")}
         confusion = task.confusion(results, labels).tolist()
         reports[name] = {"file": str(arguments.files[name]), **metrics, "classes": classes, "confusion": confusion}
-    about = {"model": " ".join(map(str, arguments.models)), "precision": classifier.precision}
+    about = {"model": " ".join(map(str, arguments.models)), "precision": precision}
     content = {**about, "labels": task.label_names, "files": reports, "mean": mean_of(all_metrics)}
     with writing(arguments.json):
         write_text(arguments.json, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -192,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
     if arguments.json:
-        write_json(arguments, classifier, task, caches, evaluations)
+        write_json(arguments, precision, task, caches, evaluations)
     if arguments.tensorboard:
         with writing(arguments.tensorboard), open_events(arguments.tensorboard) as writer:
             for name, cache in caches.items():

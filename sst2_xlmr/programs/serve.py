@@ -104,13 +104,14 @@ async def read_texts(receive: Receive, takes_pairs: bool | None) -> tuple[list[A
 
 
 def make_app(
-    classifier: Classifier, waiting: asyncio.Queue[Any], abstain_below: float, counters: np.ndarray, worker: int
+    classifier: Classifier, arguments: argparse.Namespace, waiting: asyncio.Queue[Any], worker: int
 ) -> Callable[..., Any]:
     """Return the service as an ASGI application, which puts token ids, lengths and a future into `waiting`.
 
-    It counts in its worker's row of `counters`, and shows the sums over all of them.
+    It counts in its worker's row of `arguments.counters`, and shows the sums over all of them.
     """
-    counts, task = counters[worker], classifier.task
+    counters, task, abstain_below = arguments.counters, classifier.task, arguments.abstain_below
+    counts = counters[worker]
     takes_pairs = read_json(classifier.folder / "config.json", "a model's folder is needed").get("text_pairs")
 
     async def answers_to(receive: Receive) -> list[dict[str, Any]]:
@@ -188,29 +189,23 @@ class TimedProtocol(H11Protocol):
             self.transport.close()
 
 
-async def run(
-    classifier: Classifier,
-    arguments: argparse.Namespace,
-    listener: socket.socket,
-    counters: np.ndarray,
-    worker: int = 0,
-) -> None:
-    """Answer until a signal asks to stop."""
+async def run(classifier: Classifier, arguments: argparse.Namespace, worker: int = 0) -> None:
+    """Answer at `arguments.listener` until a signal asks to stop."""
     waiting: asyncio.Queue[Any] = asyncio.Queue()
     settings: dict[str, Any] = {"http": TimedProtocol, "limit_concurrency": MOST_CONNECTIONS, "log_level": "error"}
     settings |= {"h11_max_incomplete_event_size": LARGEST_HEAD, "timeout_graceful_shutdown": 30, "lifespan": "off"}
-    app = make_app(classifier, waiting, arguments.abstain_below, counters, worker)
+    app = make_app(classifier, arguments, waiting, worker)
     computing = asyncio.create_task(compute(classifier, waiting, arguments.batch_tokens))
-    await uvicorn.Server(uvicorn.Config(app, **settings)).serve([listener])
+    await uvicorn.Server(uvicorn.Config(app, **settings)).serve([arguments.listener])
     computing.cancel()
 
 
-def work(workers: int, *service: Any) -> None:
-    """Be one of several processes that answer; `service` are the arguments of `run`."""
+def work(classifier: Classifier, arguments: argparse.Namespace, worker: int) -> None:
+    """Be one of several processes that answer."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_DFL)  # until uvicorn handles them
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    asyncio.run(run(*service))
+    torch.set_num_threads(max(1, torch.get_num_threads() // arguments.workers))
+    asyncio.run(run(classifier, arguments, worker))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -249,7 +244,7 @@ def supervise(processes: list[Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = options.parse("serve", argv)
-    listener = listen(arguments.host, arguments.port)
+    arguments.listener = listen(arguments.host, arguments.port)
     keep_freed_memory()
     # The thread that loads the model ends, and with it its OpenMP threads: if there were more than cores, waiting ones
     # would not spin, which is slower, and a forked process would wait for threads that it does not have.
@@ -260,12 +255,11 @@ def main(argv: list[str] | None = None) -> None:
     workers = arguments.workers
     if workers > 1 and classifier.device.type != "cpu":
         raise UserError("--workers is for a CPU; leave it out, or add --device cpu")
-    counters = np.frombuffer(mmap.mmap(-1, COUNTERS.itemsize * workers), COUNTERS)
-    service = classifier, arguments, listener, counters
+    arguments.counters = np.frombuffer(mmap.mmap(-1, COUNTERS.itemsize * workers), COUNTERS)
     models = " + ".join(map(str, arguments.models))
     say(f"serving    {models} in {classifier.precision} at http://{arguments.host}:{arguments.port}")
     if workers == 1:
-        asyncio.run(run(*service))
+        asyncio.run(run(classifier, arguments))
         return
     fork = multiprocessing.get_context("fork")  # so that they share the model's memory
-    supervise([fork.Process(target=work, args=(workers, *service, worker)) for worker in range(workers)])
+    supervise([fork.Process(target=work, args=(classifier, arguments, worker)) for worker in range(workers)])

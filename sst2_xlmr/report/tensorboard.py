@@ -33,6 +33,7 @@ STYLE = {"font.family": "DejaVu Sans", "text.parse_math": False, "savefig.dpi": 
 FIRST_NOT_DRAWN = "\u0590"  # matplotlib's font has few letters beyond Latin, Greek, Cyrillic and Armenian
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|&~]")
 _excepthook = threading.excepthook
+TextsOf = Callable[[set[int]], dict[int, str]]  # see `Split.texts_of`
 
 
 def open_events(folder: Path, purge_step: int | None = None) -> SummaryWriter:
@@ -83,19 +84,13 @@ def add_scalars(writer: SummaryWriter, step: int, group: str, values: dict[str, 
 
 
 def draw_evaluation(
-    writer: SummaryWriter,
-    step: int,
-    name: str,
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    task: Task,
-    texts_of: Callable[[set[int]], dict[int, str]],
+    writer: SummaryWriter, step: int, name: str, labels: np.ndarray, outputs: np.ndarray, task: Task, texts_of: TextsOf
 ) -> None:
     """Write a split's confusion matrix (a scatter plot of scores), precision-recall curves, and the worst mistakes.
 
-    Probabilities are float32 [rows, outputs]; `texts_of` is `Split.texts_of`. Step 0: a model evaluated after training.
+    `outputs` are probabilities, float32 [rows, outputs]. Step 0: a model evaluated after training.
     """
-    results = task.results_of(probabilities, labels)
+    results = task.results_of(outputs, labels)
     confusion = task.confusion(results, labels)
     if find_spec("matplotlib"):
         best = f"{task.best_metric} {task.metrics(results, labels)[task.best_metric]:.4f}"
@@ -103,17 +98,17 @@ def draw_evaluation(
         if confusion.size:
             kind, picture = "confusion", confusion_picture(confusion, task.label_names, title)
         else:
-            kind, picture = "scores", scatter_picture(labels, probabilities[:, 0], title)
+            kind, picture = "scores", scatter_picture(labels, outputs[:, 0], title)
         # `SummaryWriter.add_image` would take pixels and compress them once more.
         width, height = struct.unpack(">II", picture[16:24])
         image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=picture)  # 4: RGBA
         _add_summary(writer, Summary(value=[Summary.Value(tag=f"{name}/{kind}", image=image)]), step)
-    for label, is_label, scores in itertools.islice(task.curves(probabilities, labels), CURVES):
+    for label, is_label, scores in itertools.islice(task.curves(outputs, labels), CURVES):
         # A curve has 127 equally spaced thresholds, few of them near 0 and 1, where most probabilities lie. Their
         # ranks (the share of rows with a lower probability) are spread evenly, and give the same curve.
         ranks = np.searchsorted(np.sort(scores), scores) / len(labels)
         writer.add_pr_curve(f"{name}/pr_{label}", is_label, ranks, step)
-    wrong, answer_of = task.mistakes(probabilities, labels)
+    wrong, answer_of = task.mistakes(outputs, labels)
     table = mistakes_table(wrong, answer_of, len(labels), texts_of, are_scores=not confusion.size)
     writer.add_text(f"{name}/mistakes", table, step)
 
@@ -179,11 +174,7 @@ def scatter_picture(true: np.ndarray, predicted: np.ndarray, title: str) -> byte
 
 
 def mistakes_table(
-    wrong: np.ndarray,
-    answer_of: Callable[[int], list[str]],
-    rows: int,
-    texts_of: Callable[[set[int]], dict[int, str]],
-    are_scores: bool = False,
+    wrong: np.ndarray, answer_of: Callable[[int], list[str]], rows: int, texts_of: TextsOf, are_scores: bool = False
 ) -> str:
     """Return the most confident mistakes, or largest errors, as a Markdown table; see `SingleLabel.mistakes`."""
     chosen = wrong[:MISTAKES].tolist()
