@@ -21,10 +21,10 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from sst2_xlmr.model.encoders import EncoderShape
+from sst2_xlmr.model.encoders import EncoderFolder, EncoderShape
 from sst2_xlmr.model.quantized import quantize_weights
 from sst2_xlmr.model.roberta import FIRST_POSITION, PAD_ID
-from sst2_xlmr.model.tokenizer import CUT, LongTexts
+from sst2_xlmr.model.tokenizer_files import sentencepiece_model
 from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
@@ -149,11 +149,9 @@ def _logits(graph: _Graph, weights: Weights, shape: EncoderShape, ids: str, mask
     return add("Gemm", inner, *_pair(weights, "head.out"), transB=1)
 
 
-def _tokenize(
-    graph: _Graph, texts: str, tokenizer: bytes, max_length: int, long_texts: LongTexts
-) -> tuple[str, str, str | None]:
+def _tokenize(graph: _Graph, texts: str, encoder: EncoderFolder) -> tuple[str, str, str | None]:
     """Tokenize like `model.tokenizer.Tokenizer`; returns ids, mask and share (see `_logits`)."""
-    add, room, share = graph.add, max_length - 2, None
+    add, room, share, long_texts = graph.add, encoder.max_length - 2, None, encoder.long_texts
 
     def column(vector: str) -> str:
         return add("Unsqueeze", vector, _int(1))
@@ -163,8 +161,8 @@ def _tokenize(
 
     # No sampling (the first two), no <s> or </s>, no reversal.
     options = (_int(0), np.array([0], np.float32), *[np.array([False])] * 4)
-    kind = "SentencepieceTokenizer"
-    pieces, starts = add(kind, texts, *options, outputs=2, domain=_EXTENSIONS, model=tokenizer)
+    how: dict[str, Any] = {"domain": _EXTENSIONS, "model": sentencepiece_model(encoder.tokenizer_file)}
+    pieces, starts = add("SentencepieceTokenizer", texts, *options, outputs=2, **how)
     pieces = add("Cast", pieces, to=TensorProto.INT64)
     ids = add("Where", add("Equal", pieces, _int(0)), _int(_UNKNOWN), add("Add", pieces, _int(1)))
     ids = add("Concat", ids, _int(PAD_ID), axis=0)  # so that there is one, if all texts are empty
@@ -200,22 +198,14 @@ def _tokenize(
 
 
 def write_onnx(
-    file: Path,
-    weights: Weights,
-    shape: EncoderShape,
-    task: Task,
-    max_length: int,
-    tokenizer: bytes | None,
-    int8: bool,
-    logits_only: bool = False,
-    long_texts: LongTexts = CUT,
+    file: Path, weights: Weights, encoder: EncoderFolder, task: Task, takes_texts: bool, int8: bool, logits_only: bool
 ) -> None:
     """Write the file; UserError if it would be too large.
 
     Args:
         weights: fp32, by the classifier's parameter names.
-        max_length: maximum tokens per row; `long_texts` says how longer texts are read.
-        tokenizer: serialized SentencePiece model, for a file that takes texts; None for one that takes ids.
+        encoder: gives shape, tokenizer and longest input; its own weights are not read.
+        takes_texts: whether the file tokenizes texts, or takes ids.
         int8: whether to quantize the encoder.
         logits_only: whether the only output is `logits`, fp32 [texts, labels], instead of labels and probabilities.
     """
@@ -223,23 +213,23 @@ def write_onnx(
         raise UserError("the model is larger than the 2 GB of an ONNX file; trim its vocabulary, or use onnx-int8")
     graph, share = _Graph(int8), None
     value = helper.make_tensor_value_info
-    if tokenizer is None:
+    if takes_texts:
+        inputs = [value("text", TensorProto.STRING, ["texts"])]
+        ids, mask, share = _tokenize(graph, "text", encoder)
+    else:
         inputs = [value(name, TensorProto.INT64, ["texts", "length"]) for name in ("input_ids", "attention_mask")]
         ids, mask = "input_ids", graph.add("Cast", "attention_mask", to=TensorProto.BOOL)
-    else:
-        inputs = [value("text", TensorProto.STRING, ["texts"])]
-        ids, mask, share = _tokenize(graph, "text", tokenizer, max_length, long_texts)
-    logits = _logits(graph, weights, shape, ids, mask, share)
+    logits = _logits(graph, weights, encoder.shape, ids, mask, share)
     own = {"logits": (logits, "FLOAT", [task.outputs])}
     answer = own if logits_only else task.append_to_onnx(graph.add, logits)
     outputs = [value(name, getattr(TensorProto, kind), ["texts", *sizes]) for name, (_, kind, sizes) in answer.items()]
     graph.nodes += [helper.make_node("Identity", [result], [name]) for name, (result, *_) in answer.items()]
     model = helper.make_model(
         helper.make_graph(graph.nodes, "classifier", inputs, outputs, graph.constants),
-        opset_imports=[helper.make_opsetid("", OPSET), *[helper.make_opsetid(_EXTENSIONS, 1)] * bool(tokenizer)],
+        opset_imports=[helper.make_opsetid("", OPSET), *[helper.make_opsetid(_EXTENSIONS, 1)] * takes_texts],
         ir_version=IR_VERSION,
         producer_name="sst2_xlmr",
     )
-    about = {"label_names": json.dumps(task.label_names), "max_length": str(max_length)}
+    about = {"label_names": json.dumps(task.label_names), "max_length": str(encoder.max_length)}
     helper.set_model_props(model, {**about, "problem_type": task.problem_type})
     file.write_bytes(model.SerializeToString())

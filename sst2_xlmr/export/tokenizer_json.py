@@ -16,16 +16,8 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from sst2_xlmr.model.tokenizer_files import (
-    ASIDE,
-    MASK,
-    SPECIAL_TOKENS,
-    UNIGRAM,
-    WIDE_TILDE,
-    added_tokens,
-    model_class,
-    sentencepiece_model,
-)
+from sst2_xlmr.model import tokenizer_files
+from sst2_xlmr.model.tokenizer_files import ASIDE, MASK, SPECIAL_TOKENS, WIDE_TILDE
 
 
 @functools.lru_cache(maxsize=1)  # it takes a second, and a run writes it with every best model
@@ -34,9 +26,9 @@ def tokenizer_json(file: Path) -> bytes | None:
 
     None if the model is not a unigram model, like XLM-R's.
     """
-    serialized = sentencepiece_model(file)
-    model = model_class().FromString(serialized)
-    if model.trainer_spec.model_type != UNIGRAM:
+    serialized = tokenizer_files.sentencepiece_model(file)
+    model = tokenizer_files.model_class().FromString(serialized)
+    if model.trainer_spec.model_type != tokenizer_files.UNIGRAM:
         return None
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     # SentencePiece's own first three are <unk>, <s> and </s>.
@@ -47,7 +39,7 @@ def tokenizer_json(file: Path) -> bytes | None:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     special = [*enumerate(SPECIAL_TOKENS), (len(vocab) - 1, MASK)]
     added = [{**flags, "id": number, "content": token, "lstrip": token == MASK} for number, token in special]
-    added += [{**flags, **token._asdict(), "special": False} for token in added_tokens(file)]
+    added += [{**flags, **token._asdict(), "special": False} for token in tokenizer_files.added_tokens(file)]
     begin, end = ({"SpecialToken": {"id": token, "type_id": 0}} for token in ("<s>", "</s>"))
     first, second = ({"Sequence": {"id": text, "type_id": 0}} for text in "AB")
     content = json.dumps(
@@ -55,7 +47,7 @@ def tokenizer_json(file: Path) -> bytes | None:
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": added,
+            "tokenizer_files.added_tokens": added,
             "normalizer": _normalizer(model.normalizer_spec.precompiled_charsmap, serialized),
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [space, metaspace]},
             "post_processor": {

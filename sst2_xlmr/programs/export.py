@@ -28,7 +28,7 @@ from sst2_xlmr.model.classifier import load_classifier, load_tensors, task_of
 from sst2_xlmr.model.encoders import EncoderFolder, find_encoder, find_model
 from sst2_xlmr.model.roberta import PAD_ID
 from sst2_xlmr.model.tokenizer import Tokenizer
-from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
+from sst2_xlmr.model.tokenizer_files import added_tokens
 from sst2_xlmr.programs import options
 from sst2_xlmr.report.tables import comparison_table
 from sst2_xlmr.task import Task
@@ -102,16 +102,14 @@ def write_onnx_file(
     from sst2_xlmr.export.onnx import write_onnx  # only here: it needs onnx
 
     weights = {name: tensor.numpy() for name, tensor in load_tensors(encoder).items()}
-    pieces = sentencepiece_model(encoder.tokenizer_file) if takes_texts else None
-    long_texts = encoder.long_texts
-    write_onnx(file, weights, encoder.shape, task, encoder.max_length, pieces, int8, logits_only, long_texts)
+    write_onnx(file, weights, encoder, task, takes_texts, int8, logits_only)
     options = onnxruntime.SessionOptions()
     if takes_texts:
         import onnxruntime_extensions
 
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    tokenizer = Tokenizer(encoder.tokenizer_file, encoder.max_length, long_texts)
+    tokenizer = Tokenizer(encoder.tokenizer_file, encoder.max_length, encoder.long_texts)
 
     def inputs(texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
         if takes_texts:
@@ -121,13 +119,14 @@ def write_onnx_file(
         padded = pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
         return {"input_ids": padded.numpy(), "attention_mask": padded.ne(PAD_ID).long().numpy()}
 
-    def answers(texts: list[str], pairs: list[str] | None) -> np.ndarray:
-        outputs = session.run(None, inputs(texts, pairs))
-        return task.probabilities(torch.from_numpy(outputs[0])).numpy() if logits_only else checked(task, outputs)
-
     def probabilities(texts: list[str], pairs: list[str] | None) -> np.ndarray:
-        batches = [slice(start, start + ONNX_BATCH) for start in range(0, len(texts), ONNX_BATCH)]
-        return np.concatenate([answers(texts[batch], pairs and pairs[batch]) for batch in batches])
+        found = []
+        for start in range(0, len(texts), ONNX_BATCH):
+            batch = slice(start, start + ONNX_BATCH)
+            outputs = session.run(None, inputs(texts[batch], pairs and pairs[batch]))
+            logits = torch.from_numpy(outputs[0]) if logits_only else None
+            found.append(checked(task, outputs) if logits is None else task.probabilities(logits).numpy())
+        return np.concatenate(found)
 
     return probabilities
 
