@@ -33,6 +33,8 @@ BUNDLE_URLS = {name: (f"{_BUCKET}/{name}.encoder.pt", _TOKENIZER_URL) for name i
 SST2_URL = "https://dl.fbaipublicfiles.com/glue/data/SST-2.zip"
 SST2_MD5 = "9f81648d4199384278b86e315dac217c"
 SST2_ROWS = {"train.tsv": 67_349, "dev.tsv": 872, "test.tsv": 1_821}
+_CURE = "check the network and any proxy; without internet, run `sst2-xlmr fetch` elsewhere and copy the folder {}, or"
+_CURE += " pass --data-dir / --encoder DIR"
 RETRY_WAITS_S = (1.0, 3.0)
 TIMEOUT_S = 30.0  # of a server's silence
 
@@ -63,13 +65,13 @@ def make_private(folder: Path) -> bool:
 
 def fetch_bundle(name: str, *, quiet: bool = False) -> tuple[Path, Path]:
     """Fetch one of torchtext's encoders; returns the files of its weights (torch.save) and its SentencePiece model."""
-    folder, urls = cache_dir() / "encoders" / name, BUNDLE_URLS[name]
-    weights, tokenizer = (folder / Path(url).name for url in urls)
-    for url, file in zip(urls, (weights, tokenizer)):
-        if not file.exists():
+    folder, files = cache_dir() / "encoders" / name, []
+    for url in BUNDLE_URLS[name]:
+        files.append(folder / Path(url).name)
+        if not files[-1].exists():
             with _downloaded(url, folder, quiet) as part:
-                part.replace(file)
-    return weights, tokenizer
+                part.replace(files[-1])
+    return files[0], files[1]
 
 
 def fetch_sst2(*, quiet: bool = False) -> Path:
@@ -78,7 +80,9 @@ def fetch_sst2(*, quiet: bool = False) -> Path:
     if not folder.exists():
         with _downloaded(SST2_URL, folder.parent, quiet) as archive:
             if (md5 := digest_of(archive, "md5")) != SST2_MD5:
-                raise UserError(f"{SST2_URL} has MD5 {md5}, expected {SST2_MD5}, and was not kept; {_cure()}")
+                raise UserError(
+                    f"{SST2_URL} has MD5 {md5}, expected {SST2_MD5}, and was not kept; {_CURE.format(cache_dir())}"
+                )
             extracted = archive.with_name("SST-2")
             extracted.mkdir()
             with zipfile.ZipFile(archive) as opened:
@@ -133,13 +137,8 @@ def _download(url: str, part: Path, quiet: bool) -> None:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             if wait_s is None or getattr(error, "code", 500) < 500:
-                raise UserError(f"cannot fetch {url}: {error or repr(error)}; {_cure()}") from error
+                raise UserError(f"cannot fetch {url}: {error or repr(error)}; {_CURE.format(cache_dir())}") from error
             time.sleep(wait_s)
-
-
-def _cure() -> str:
-    offline = f"without internet, run `sst2-xlmr fetch` elsewhere and copy the folder {cache_dir()}"
-    return f"check the network and any proxy; {offline}, or pass --data-dir / --encoder DIR"
 
 
 def fetch_folder(name: str, files: list[str]) -> Path:
@@ -157,10 +156,9 @@ def fetch_first(name: str, folder: Path, files: list[str], quiet: bool) -> Path 
         for file in files:
             try:
                 return Path(hub.hf_hub_download(name.partition("@")[0], file, revision=folder.name, cache_dir=cache))
-            except hub.utils.LocalEntryNotFoundError:
-                raise
-            except hub.utils.EntryNotFoundError:
-                continue
+            except hub.utils.EntryNotFoundError as error:
+                if isinstance(error, hub.utils.LocalEntryNotFoundError):  # there is no connection
+                    raise
     return None
 
 
@@ -170,6 +168,7 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
     import huggingface_hub as hub  # here, as it takes half a second and few runs need it
     from huggingface_hub import constants, utils
 
+    repository, _, revision = name.partition("@")
     cache = Path(constants.HF_HUB_CACHE)
     if not cache.is_absolute():  # without a home folder it begins with ~
         cache = cache_dir() / "huggingface"
@@ -182,13 +181,13 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
     try:
         yield hub, cache
     except Exception as error:  # from the library, requests or httpx, or the disk
-        repository, _, revision = name.partition("@")
         root: BaseException = error  # e.g. "Connection refused", below several layers of libraries
         while inner := root.__cause__ or root.__context__:
             root = inner
         reason = (str(root).strip() or repr(root)).splitlines()[0]
         host = constants.ENDPOINT
         elsewhere = f"or `sst2-xlmr fetch {name}` elsewhere, and HF_HUB_CACHE set to a copy of {cache}"
+        problem = f"{name} is no folder, and cannot be fetched from {host}: {reason}; try again; {elsewhere}"
         if isinstance(error, utils.GatedRepoError):
             problem = f"{name} is gated; ask for access at {host}/{repository}, and set HF_TOKEN"
         elif isinstance(error, utils.RepositoryNotFoundError):
@@ -197,8 +196,6 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
             problem = f"{repository} has no revision {revision} at {host}; check what follows @"
         elif constants.HF_HUB_OFFLINE:
             problem = f"{name} is neither a folder nor whole in {cache}; unset HF_HUB_OFFLINE; {elsewhere}"
-        else:
-            problem = f"{name} is no folder, and cannot be fetched from {host}: {reason}; try again; {elsewhere}"
         raise UserError(problem) from error
     finally:
         log.setLevel(level)
