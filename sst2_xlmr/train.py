@@ -24,8 +24,7 @@ from sst2_xlmr.config import OPTIONS, Config, flag
 from sst2_xlmr.data.prepare import Prepared, prepare
 from sst2_xlmr.data.report import as_json, check_lines, lines_of
 from sst2_xlmr.evaluation.calibration import describe_calibration
-from sst2_xlmr.report.console import Report
-from sst2_xlmr.report.header import data_report, describe_rows, header_lines
+from sst2_xlmr.report.console import Report, data_report, describe_rows, header_lines
 from sst2_xlmr.run import Run
 from sst2_xlmr.task import ERRORS
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
@@ -35,9 +34,8 @@ from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.training.step import forward_backward
 from sst2_xlmr.util.device import choose_precision, keep_freed_memory, memory_errors, set_up_numerics
 from sst2_xlmr.util.distributed import World, broadcast, check_same, on_rank0, once_per_node, raise_on_all, start
-from sst2_xlmr.util.errors import Collapsed, Interrupted
+from sst2_xlmr.util.errors import Collapsed, Interrupted, say
 from sst2_xlmr.util.files import writing
-from sst2_xlmr.util.output import say
 
 FIXED_INPUTS = ("training rows", "file dev", "tokenizer", "encoder's weights")  # test files may differ on resume
 

@@ -35,9 +35,8 @@ from sst2_xlmr.task import Task, at_temperature, check_options
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.device import keep_freed_memory, memory_errors
 from sst2_xlmr.util.distributed import World
-from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.errors import UserError, print_text
 from sst2_xlmr.util.files import put_in_place, scratch_folder, write_text, writing
-from sst2_xlmr.util.output import print_text
 
 Caches = dict[str, TokenCache]  # by name of file
 Evaluations = dict[str, Evaluation]

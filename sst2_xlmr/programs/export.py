@@ -33,9 +33,8 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.report.tables import comparison_table
 from sst2_xlmr.task import Task
 from sst2_xlmr.util import versions
-from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.errors import UserError, say
 from sst2_xlmr.util.files import put_in_place, scratch_folder, writing
-from sst2_xlmr.util.output import say
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

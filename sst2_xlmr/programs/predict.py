@@ -42,9 +42,8 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.task import Task, check_options
 from sst2_xlmr.util import distributed, shards
 from sst2_xlmr.util.device import keep_freed_memory, memory_errors
-from sst2_xlmr.util.errors import UserError, raise_on_all
+from sst2_xlmr.util.errors import UserError, print_text, raise_on_all
 from sst2_xlmr.util.files import digest_of, writing
-from sst2_xlmr.util.output import print_text
 
 ROWS_AT_ONCE = 1024
 BYTES_AT_ONCE = 1 << 16  # of standard input

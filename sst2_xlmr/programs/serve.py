@@ -27,9 +27,8 @@ from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.task import check_options
 from sst2_xlmr.util.device import keep_freed_memory
-from sst2_xlmr.util.errors import SIGNALS, UserError
+from sst2_xlmr.util.errors import SIGNALS, UserError, say
 from sst2_xlmr.util.files import read_json
-from sst2_xlmr.util.output import say
 
 try:
     import uvicorn

@@ -18,9 +18,8 @@ from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.data.splits import cut_off
 from sst2_xlmr.labels import label_text
 from sst2_xlmr.programs import options
-from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.errors import UserError, say
 from sst2_xlmr.util.files import new_file, writing
-from sst2_xlmr.util.output import say
 
 _KEY_WORDS = 3  # number of first words by which a text is looked up in others
 Words = tuple[str, ...]

@@ -1,7 +1,8 @@
-"""How a program ends: a user's mistake becomes one line and an exit status, a bug keeps its traceback."""
+"""How a program talks and ends: output may be lost; a user's mistake becomes one line, a bug keeps its traceback."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -10,7 +11,6 @@ import sys
 from typing import Callable, NoReturn
 
 from sst2_xlmr.util import versions
-from sst2_xlmr.util.output import discard_output
 
 # torchrun and SLURM send SIGTERM, a terminal SIGINT, and batch scripts ask for SIGUSR1 before a time limit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -106,3 +106,29 @@ def _end_at_once(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def discard_output(descriptor: int = 1) -> None:
+    """Discard all further output, including what Python has buffered."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def say(text: str) -> None:
+    """Print a line. If standard output is lost (its reader has exited, its disk is full), continue without it."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            discard_output(sys.stdout.fileno())
+            reason = f"cannot write to standard output: {getattr(error, 'strerror', error)}"
+            print(f"warning: {reason}; continuing without it", file=sys.stderr)
+
+
+def print_text(text: str) -> bool:
+    """Print lines; returns False if the reader (e.g. `head`) has exited. OSError if the disk is full."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        discard_output(sys.stdout.fileno())
+        return False
+    return True

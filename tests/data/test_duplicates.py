@@ -15,7 +15,7 @@ from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.duplicates import find_leaks, find_repeats, text_digests
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.data.splits import cut_off
-from sst2_xlmr.report.header import data_report
+from sst2_xlmr.report.console import data_report
 
 HINT = "--drop-duplicates drops them"
 

@@ -16,8 +16,7 @@ from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.model.vocabulary import EMBEDDING
-from sst2_xlmr.report.console import Report
-from sst2_xlmr.report.header import header_lines
+from sst2_xlmr.report.console import Report, header_lines
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.training.state import TrainState
 
