@@ -18,12 +18,9 @@ __version__ = "0.2.0"
 
 
 def load(folder: str | Path, precision: str = "auto", device: str = "auto") -> Classifier:
-    """Load a trained model; see `predictor.Classifier`. UserError if folder, precision or device cannot be used.
+    """Load a trained model, `model/` or `best/` of a run or any folder in that layout; see `predictor.Classifier`.
 
-    Args:
-        folder: `model/` or `best/` of a run, or any folder in that layout.
-        precision: auto, bf16, fp32 or int8.
-        device: auto, cpu or cuda.
+    The precision is auto, bf16, fp32 or int8; the device auto, cpu or cuda. UserError if one of them cannot be used.
     """
     from sst2_xlmr.predictor import Classifier
 

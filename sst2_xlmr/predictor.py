@@ -121,13 +121,9 @@ class Classifier:
     def probabilities(self, texts: Texts, batch_tokens: int = EVAL_BATCH_TOKENS) -> np.ndarray:
         """Return float32 [texts, labels], the probabilities (or scores) of each text.
 
-        Args:
-            texts: strings, or (str, str) pairs for a model that was trained on pairs.
-            batch_tokens: tokens per forward pass; a longer text is computed alone.
-
-        Raises:
-            TypeError: if the texts are anything else.
-            UserError: if a text has NUL or a lone surrogate, or a probability is not finite.
+        Texts are strings, or (str, str) pairs for a model that was trained on pairs; TypeError if they are anything
+        else. `batch_tokens` are tokens per forward pass; a longer text is computed alone. UserError if a text has NUL
+        or a lone surrogate, or if a probability is not finite.
         """
         return self.probabilities_of_ids(*self.encode(texts), batch_tokens)
 

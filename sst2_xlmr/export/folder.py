@@ -137,13 +137,10 @@ def export_run(
     evaluations: Metrics,
     finisher: BackgroundWriter,
 ) -> None:
-    """Write a run's current weights, with a model card; on rank 0.
+    """Write a run's current weights, with the whole vocabulary, and a model card; on rank 0.
 
-    Args:
-        folder: in the run's folder; gets its final name on the thread of `finisher`.
-        weights: with the whole vocabulary; see `write_folder`.
-        state: has the step, and with --calibrate the temperature, by which the logits are divided.
-        evaluations: split -> metrics; those of `best/NAME` do not belong to these weights, and are left out.
+    The folder gets its final name on the thread of `finisher`. With --calibrate, the logits are divided by the state's
+    temperature. Evaluations of `best/NAME` do not belong to these weights, and are left out of the card.
     """
     finisher.wait()  # so that a slow disk has one model to write at a time
     config = inputs.config

@@ -38,15 +38,11 @@ The probabilities are calibrated: the last layer is divided by a temperature of 
 def card_text(
     config: Config, task: Task, state: TrainState, rows: Mapping[str, int], evaluations: Metrics, is_best: bool = False
 ) -> str:
-    """Return the card's text.
+    """Return the card's text, with each split's number of rows, and of these weights its metrics.
 
-    Args:
-        state: has the step, and with --calibrate the temperature and the calibration errors.
-        rows: split -> number of rows.
-        evaluations: split -> metrics of these weights.
-        is_best: whether the weights are the best of several evaluations on dev.
+    With --calibrate, the state has the temperature and its calibration errors. `is_best`: of several evaluations.
     """
-    encoder, names = _HUB_NAMES.get(config.encoder, Path(config.encoder).name), task.label_names
+    encoder, names, results = _HUB_NAMES.get(config.encoder, Path(config.encoder).name), task.label_names, []
     eval_files = [str(named_file(value)[1]) for value in config.eval_file]
     files = [config.data_dir, *config.train_file, config.dev_file, *eval_files, *config.test_file]
     table: list[Iterable[str]] = []
@@ -54,6 +50,11 @@ def card_text(
         row = {"file": Path(split).name, "rows": f"{metrics['rows']:,}", **task.table_cells(metrics)}
         table = table or [[*row, "loss"], ["---"] * (len(row) + 1)]
         table.append([*row.values(), f"{metrics['loss']:.4f}"])
+        dataset = dict.fromkeys(("name", "type", "split"), Path(split).name)
+        scores = [{"type": kind, "name": name, "value": metrics[key]} for key, (kind, name) in task.hub_metrics.items()]
+        results.append({"task": {"type": "text-classification"}, "dataset": dataset, "metrics": scores})
+    # From this line of the header, in JSON, which is also YAML, the Hub shows the metrics.
+    index = json.dumps([{"name": f"{encoder}-classifier", "results": results}], ensure_ascii=False)
     settings = []  # that affect the result: those that --resume may change do not
     for name in (*GROUPS["data"], *GROUPS["model"], *GROUPS["training"], "precision"):
         value = getattr(config, name)
@@ -69,7 +70,7 @@ def card_text(
     return Template(Path(__file__).with_suffix(".md").read_text(encoding="utf-8")).substitute(
         metric_types=", ".join(dict.fromkeys(kind for kind, _ in task.hub_metrics.values())),
         base_model=f"base_model: {encoder}\n" if config.encoder in _HUB_NAMES else "",
-        model_index=_model_index(f"{encoder}-classifier", task, evaluations),
+        model_index=f"model-index: {index}\n" if results else "",
         classes=", ".join(names) if len(names) <= 10 else f"{len(names):,} classes",
         encoder=encoder,
         steps=f"{state.step:,}",
@@ -80,16 +81,6 @@ def card_text(
         settings=_lines(settings),
         versions=versions.versions(),
     )
-
-
-def _model_index(name: str, task: Task, evaluations: Metrics) -> str:
-    """Return the header's line from which the Hub shows the metrics, in JSON, which is also YAML."""
-    results = []
-    for split, metrics in evaluations.items():
-        dataset = dict.fromkeys(("name", "type", "split"), Path(split).name)
-        shown = [{"type": kind, "name": name, "value": metrics[key]} for key, (kind, name) in task.hub_metrics.items()]
-        results.append({"task": {"type": "text-classification"}, "dataset": dataset, "metrics": shown})
-    return f"model-index: {json.dumps([{'name': name, 'results': results}], ensure_ascii=False)}\n" if results else ""
 
 
 def _lines(rows: Iterable[Iterable[str]]) -> str:

@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
     check_options(plan.task, plan)
     for file in plan.unlabelled:
-        next(read_unlabelled(plan, file))  # a UserError if the file cannot be read
+        next(read_rows(file, columns_of(config, "unlabelled"), None))  # a UserError if the file cannot be read
     plan.teachers = [model_folder(name) for name in plan.teacher]
     for teacher in plan.teachers:
         check_pairs(teacher, config.text_pair_column, "--text-pair-column NAME")
@@ -75,13 +75,9 @@ def digests_of(rows: list[Row]) -> np.ndarray:
     return text_digests([row.text for row in rows], [row.pair for row in rows])
 
 
-def read_unlabelled(plan: argparse.Namespace, file: Path) -> Iterator[Row]:
-    return read_rows(file, columns_of(plan.config, "unlabelled"), None)
-
-
 def usable_rows(plan: argparse.Namespace, file: Path) -> Iterator[tuple[list[Row], list[Row]]]:
     """Yield a file's rows in chunks: all of them, and those whose texts are neither empty nor known."""
-    for chunk in in_chunks(read_unlabelled(plan, file), ROWS_AT_ONCE):
+    for chunk in in_chunks(read_rows(file, columns_of(plan.config, "unlabelled"), None), ROWS_AT_ONCE):
         is_known = np.isin(digests_of(chunk), plan.known)
         yield chunk, [row for row, known in zip(chunk, is_known) if not known and row.text.strip()]
 

@@ -34,9 +34,7 @@ def refuse(*cases: tuple[object, str]) -> None:
 def check_output(option: str, path: Path, overwrite: bool | None = None, makes_parents: bool = False) -> None:
     """Raise UserError if an output file or folder already exists, or cannot be written.
 
-    Args:
-        overwrite: whether an existing file or link may be replaced; None if the program has no --overwrite.
-        makes_parents: whether to create missing parent folders.
+    An existing file or link may be replaced if `overwrite`, which is None for programs without --overwrite.
     """
     if os.path.lexists(path) and (not overwrite or not path.is_file()):
         cure = ", or replace it with --overwrite" if overwrite is False and path.is_file() else ""
