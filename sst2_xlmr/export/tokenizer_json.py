@@ -47,7 +47,7 @@ def tokenizer_json(file: Path) -> bytes | None:
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "tokenizer_files.added_tokens": added,
+            "added_tokens": added,
             "normalizer": _normalizer(model.normalizer_spec.precompiled_charsmap, serialized),
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [space, metaspace]},
             "post_processor": {
