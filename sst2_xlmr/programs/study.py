@@ -66,29 +66,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return study
 
 
-def features_of(model: nn.Module, cache: TokenCache, rows: np.ndarray, config: Config) -> torch.Tensor:
-    """Return the rows' features, fp32 [rows, hidden], on the CPU; `model` returns features instead of logits."""
-    device = choose_device(config.device)
-    order = [rows[batch] for batch in batches_of_like_length(cache.lengths()[rows], config.eval_batch_tokens)]
-    parts = on_all_cores(lambda batch: logits_of(model, cache.ids, cache.offsets, batch, device).cpu(), order, device)
-    features = torch.cat(list(parts))
-    return features[torch.from_numpy(np.argsort(np.concatenate(order)))]  # `rows` are ascending
-
-
 def linear_probe(config: Config) -> float:
     """Fit a linear layer on the frozen encoder's features at `<s>` of some training rows; returns its metric on dev.
 
     A cheap baseline, which shows what fine-tuning adds.
     """
-    inputs = prepare(config, quiet=True)
+    inputs, device = prepare(config, quiet=True), choose_device(config.device)
     classifier, _ = build_classifier(inputs.encoder, inputs.task)
     for name in ("dense", "out"):
         setattr(classifier.head, name, nn.Identity())
-    model = prediction_model(classifier.requires_grad_(False).eval().to(choose_device(config.device)))
+    model = prediction_model(classifier.requires_grad_(False).eval().to(device))
+
+    def features_of(cache: TokenCache, rows: np.ndarray) -> torch.Tensor:
+        """Return the features of some rows, in ascending order, fp32 [rows, hidden], on the CPU."""
+        order = [rows[batch] for batch in batches_of_like_length(cache.lengths()[rows], config.eval_batch_tokens)]
+        compute = functools.partial(logits_of, model, cache.ids, cache.offsets, device=device)
+        features = torch.cat([part.cpu() for part in on_all_cores(compute, order, device)])
+        return features[torch.from_numpy(np.argsort(np.concatenate(order)))]
+
     train, dev = inputs.caches["train"], inputs.caches["dev"]
     usable = np.arange(len(train)) if inputs.train_rows is None else inputs.train_rows
     rows = np.sort(np.random.RandomState(config.seed).permutation(usable)[:MOST_ROWS])
-    features = features_of(model, train, rows, config)
+    features = features_of(train, rows)
     mean, deviation = features.mean(0), features.std(0) + 1e-6
     features, labels = (features - mean) / deviation, torch.from_numpy(train.labels[rows])
     weights = torch.ones(len(rows)) if train.weights is None else torch.from_numpy(train.weights[rows])
@@ -106,7 +105,7 @@ def linear_probe(config: Config) -> float:
 
     optimizer.step(loss)
     with torch.no_grad():
-        logits = layer((features_of(model, dev, np.arange(len(dev)), config) - mean) / deviation)
+        logits = layer((features_of(dev, np.arange(len(dev))) - mean) / deviation)
         results = task.row_results(logits, torch.tensor(dev.labels))
     return main_metric(task.metrics(results.numpy(), dev.labels))
 

@@ -194,15 +194,12 @@ def new_file(path: Path) -> Iterator[TextIO]:
             yield text
 
 
-class BackgroundWriter:
+class BackgroundWriter(contextlib.AbstractContextManager["BackgroundWriter"]):
     """Runs the last part of file writes on a thread, in order, while training continues; `__exit__` waits for it."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
         self._pending: list[Future[Any]] = []
-
-    def __enter__(self) -> BackgroundWriter:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown()

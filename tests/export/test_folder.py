@@ -19,8 +19,7 @@ from sst2_xlmr import train
 from sst2_xlmr.config import Config
 from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.export import folder as hugging_face
-from sst2_xlmr.export.folder import with_note, write_folder
-from sst2_xlmr.export.model_card import card_text
+from sst2_xlmr.export.folder import card_text, with_note, write_folder
 from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, Task
