@@ -40,10 +40,10 @@ Weights = Mapping[str, np.ndarray]
 class _Graph:
     """Operators and constants, in the order in which they are added; with `int8`, weights are in 8 bits."""
 
-    def __init__(self, int8: bool) -> None:
+    def __init__(self, weights: Weights, int8: bool) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
-        self.int8 = int8
+        self.weights, self.int8 = weights, int8
         self._in_bytes: dict[str, tuple[str, str, str]] = {}
 
     def add(self, kind: str, *inputs: Value, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
@@ -67,8 +67,13 @@ class _Graph:
             self._in_bytes[x] = (self.add("Cast", steps, to=TensorProto.UINT8), scale, least)
         return self._in_bytes[x]
 
-    def linear(self, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
+    def pair(self, name: str, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows of a weight and of its bias."""
+        return self.weights[f"{name}.weight"][rows], self.weights[f"{name}.bias"][rows]
+
+    def linear(self, x: str, name: str, rows: slice = slice(None)) -> str:
         """Return x weight^T + bias."""
+        weight, bias = self.pair(name, rows)
         if not self.int8:
             return self.add("Add", self.add("MatMul", x, weight.T), bias)
         values, scales = _quantized(weight)
@@ -91,62 +96,56 @@ def _quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.numpy(), scales.numpy()
 
 
-def _pair(weights: Weights, name: str) -> tuple[np.ndarray, np.ndarray]:
-    return weights[f"{name}.weight"], weights[f"{name}.bias"]
-
-
-def _layer(graph: _Graph, weights: Weights, shape: EncoderShape, number: int, x: str, mask: str) -> str:
+def _layer(graph: _Graph, shape: EncoderShape, number: int, x: str, mask: str) -> str:
     """Return a layer's output for x, [texts, length, hidden]; the last layer's only for `<s>`.
 
     The mask, fp32 [texts, 1, 1, length], is added to attention scores.
     """
     add, width, head_size = graph.add, shape.hidden, shape.hidden // shape.heads
     prefix = f"encoder.layers.{number}"
-    qkv_weight, qkv_bias = _pair(weights, f"{prefix}.qkv")
 
     def heads(source: str, part: int) -> str:
         """Return queries (0), keys (1) or values (2), [texts, heads, length, size]."""
-        rows = slice(part * width, (part + 1) * width)
-        projected = graph.linear(source, qkv_weight[rows], qkv_bias[rows])
+        projected = graph.linear(source, f"{prefix}.qkv", slice(part * width, (part + 1) * width))
         return add("Transpose", add("Reshape", projected, _int(0, 0, shape.heads, head_size)), perm=[0, 2, 1, 3])
 
     def norm(y: str, name: str) -> str:
-        return add("LayerNormalization", y, *_pair(weights, f"{prefix}.{name}"), axis=-1, epsilon=shape.layer_norm_eps)
+        return add("LayerNormalization", y, *graph.pair(f"{prefix}.{name}"), axis=-1, epsilon=shape.layer_norm_eps)
 
     queries = add("Slice", x, _int(0), _int(1), _int(1)) if number == shape.layers - 1 else x
     query, key, value = heads(queries, 0), heads(x, 1), heads(x, 2)
     query = add("Mul", query, _float(head_size**-0.5))
     scores = add("Add", add("MatMul", query, add("Transpose", key, perm=[0, 1, 3, 2])), mask)
     mixed = add("Transpose", add("MatMul", add("Softmax", scores, axis=-1), value), perm=[0, 2, 1, 3])
-    attended = graph.linear(add("Reshape", mixed, _int(0, 0, width)), *_pair(weights, f"{prefix}.out"))
+    attended = graph.linear(add("Reshape", mixed, _int(0, 0, width)), f"{prefix}.out")
     y = norm(add("Add", queries, attended), "norm1")
-    inner = add("Gelu", graph.linear(y, *_pair(weights, f"{prefix}.up")))
-    return norm(add("Add", y, graph.linear(inner, *_pair(weights, f"{prefix}.down"))), "norm2")
+    inner = add("Gelu", graph.linear(y, f"{prefix}.up"))
+    return norm(add("Add", y, graph.linear(inner, f"{prefix}.down")), "norm2")
 
 
-def _logits(graph: _Graph, weights: Weights, shape: EncoderShape, ids: str, mask: str, share: str | None = None) -> str:
+def _logits(graph: _Graph, shape: EncoderShape, ids: str, mask: str, share: str | None = None) -> str:
     """Return logits [texts, labels]; `ids` are int64 [windows, length], `mask` is True at tokens.
 
     `share`, fp32 [texts, windows], is each window's weight in its text; None if each text is one window.
     """
-    add, words, length = graph.add, weights[EMBEDDING], graph.add("Shape", ids, start=1, end=2)
+    add, words, length = graph.add, graph.weights[EMBEDDING], graph.add("Shape", ids, start=1, end=2)
     if graph.int8:
         values, scales = _quantized(words)
         in_bytes = add("Cast", add("Gather", values, ids), to=TensorProto.FLOAT)
         words = add("Mul", in_bytes, add("Gather", scales[:, None], ids))
     else:
         words = add("Gather", words, ids)
-    positions = weights["encoder.positions.weight"][FIRST_POSITION:]
+    positions = graph.weights["encoder.positions.weight"][FIRST_POSITION:]
     hidden = add("Add", words, add("Slice", positions, _int(0), length, _int(0)))
-    x = add("LayerNormalization", hidden, *_pair(weights, "encoder.norm"), axis=-1, epsilon=shape.layer_norm_eps)
+    x = add("LayerNormalization", hidden, *graph.pair("encoder.norm"), axis=-1, epsilon=shape.layer_norm_eps)
     scores = add("Unsqueeze", add("Where", mask, _float(0), _float(-np.inf)), _int(1, 2))
     for number in range(shape.layers):
-        x = _layer(graph, weights, shape, number, x, scores)
+        x = _layer(graph, shape, number, x, scores)
     first = add("Reshape", x, _int(0, shape.hidden))
     if share:
         first = add("MatMul", share, first)
-    inner = add("Tanh", add("Gemm", first, *_pair(weights, "head.dense"), transB=1))
-    return add("Gemm", inner, *_pair(weights, "head.out"), transB=1)
+    inner = add("Tanh", add("Gemm", first, *graph.pair("head.dense"), transB=1))
+    return add("Gemm", inner, *graph.pair("head.out"), transB=1)
 
 
 def _tokenize(graph: _Graph, texts: str, encoder: EncoderFolder) -> tuple[str, str, str | None]:
@@ -211,7 +210,7 @@ def write_onnx(
     """
     if sum(weight.size for weight in weights.values()) * (1 if int8 else 4) > _LARGEST_FILE:
         raise UserError("the model is larger than the 2 GB of an ONNX file; trim its vocabulary, or use onnx-int8")
-    graph, share = _Graph(int8), None
+    graph, share = _Graph(weights, int8), None
     value = helper.make_tensor_value_info
     if takes_texts:
         inputs = [value("text", TensorProto.STRING, ["texts"])]
@@ -219,7 +218,7 @@ def write_onnx(
     else:
         inputs = [value(name, TensorProto.INT64, ["texts", "length"]) for name in ("input_ids", "attention_mask")]
         ids, mask = "input_ids", graph.add("Cast", "attention_mask", to=TensorProto.BOOL)
-    logits = _logits(graph, weights, encoder.shape, ids, mask, share)
+    logits = _logits(graph, encoder.shape, ids, mask, share)
     own = {"logits": (logits, "FLOAT", [task.outputs])}
     answer = own if logits_only else task.append_to_onnx(graph.add, logits)
     outputs = [value(name, getattr(TensorProto, kind), ["texts", *sizes]) for name, (_, kind, sizes) in answer.items()]
