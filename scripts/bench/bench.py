@@ -16,6 +16,7 @@ command, of the largest of its processes.
     eval       evaluating --eval-rows rows; the time to start is taken from a run on a few rows. `trainer` computes bf16
                by autocast, `trainer-bf16` with the weights in bf16.
     int8       the same in 8 bits, beside eval's, and the Trainer's fp32
+               Both of them with --runtimes also by ONNX Runtime and OpenVINO, from token ids; see runtimes.py.
     predict    from a file of texts to one of labels, in the same way as eval
     processes  training with so many processes of one thread
     rows       train.py's start on files of so many rows, without cached tokens (cold) and with them (warm)
@@ -45,10 +46,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sst2_xlmr.cli import OneLineParser, positive
 from sst2_xlmr.training.run_folder import read_metrics
+from sst2_xlmr.util.cores import available_cores
 from sst2_xlmr.util.distributed import choose_device
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 
 PARTS = ("train", "eval", "predict", "int8", "processes", "rows")
+RUNTIMES_PROGRAM = PEER_PROGRAM.with_name("runtimes.py")
 FEW_ROWS, PEER_BATCHES = 8, 50  # the Trainer sorts 50 batches at a time
 Answer = dict[str, Any]
 
@@ -121,6 +124,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--plain", action="store_true", help="also train with --no-compile")
     add("--against", type=Path, metavar="DIR", help="also measure another checkout of this project")
     add("--peer", type=peer_python, metavar="PYTHON", help="also measure the Trainer, with an environment's bin/python")
+    add("--runtimes", type=peer_python, metavar="PYTHON", help="also ONNX Runtime and OpenVINO, with such a Python")
     add("--busy", type=int, default=0, metavar="N", help="with so many busy loops of other processes [0]")
     add("--processes", type=positive, nargs="+", default=[2, 1], metavar="N", help="train with so many processes [2 1]")
     add("--rows", type=positive, nargs="+", default=[10_000], metavar="N", help="start on so many rows [10000]")
@@ -197,11 +201,11 @@ def answer(arguments: argparse.Namespace, folder: Path, root: Path, program: str
     return {"samples_per_s": rows / seconds, "peak_rss_bytes": used["eval"]["peak_rss_bytes"]}
 
 
-def run_peer(python: str, folder: Path, order: Answer) -> Answer:
-    """Let peer.py do what an order says; returns its rates, memory and versions."""
+def run_peer(python: str, folder: Path, order: Answer, program: Path = PEER_PROGRAM) -> Answer:
+    """Let peer.py, or runtimes.py, do what an order says; returns its rates, memory and versions."""
     (folder / "order.json").write_text(json.dumps({"seed": 0, **order}), encoding="utf-8")
     files = [str(folder / name) for name in ("order.json", "result.json")]
-    used = run([python, str(PEER_PROGRAM), *files], {"PYTHONPATH": ""})
+    used = run([python, str(program), *files], {"PYTHONPATH": ""})
     found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     names = ("samples_per_s", "tokens_per_s", "peak_cuda_bytes", "versions")
     return {**{name: found[name] for name in names if name in found}, "peak_rss_bytes": used["peak_rss_bytes"]}
@@ -223,9 +227,19 @@ def contenders(arguments: argparse.Namespace, folder: Path, task: str) -> dict[s
         elif root:
             program = "predict" if task == "predict" else "evaluate"
             found[name] = functools.partial(answers, root, program, arguments.precision)
+    words = [*train_options(arguments, folder, folder / "typical.tsv"), "--test-file", folder / "eval.tsv"]
+    if arguments.runtimes and task in ("eval", "int8"):
+        order, _ = write_peer_inputs([str(word) for word in words], folder / "peer")
+        order |= {"onnx": str(folder / "model.onnx"), "threads": available_cores()}
+        options = ["--model", folder / "encoder-model", "--format", "onnx", "--from-ids", "--output", order["onnx"]]
+        run_program(ROOT, "scripts/export.py", options, folder)
+        precisions = {order["precision"], "int8"} if task == "int8" else {order["precision"]}
+        for runtime, precision in itertools.product(("onnxruntime", "openvino"), sorted(precisions)):
+            own = {**order, "runtime": runtime, "precision": precision}
+            run_one = functools.partial(run_peer, arguments.runtimes, folder, own, RUNTIMES_PROGRAM)
+            found[f"{runtime}-{precision}"] = run_one
     if arguments.peer and task != "predict":
-        words = [*train_options(arguments, folder, folder / "typical.tsv"), "--test-file", folder / "eval.tsv"]
-        order = write_peer_inputs([str(word) for word in words], folder / "peer")
+        order, _ = write_peer_inputs([str(word) for word in words], folder / "peer")
         orders = {"trainer": {**order, "splits": [], "max_steps": 2 * order["batches"]}}
         if task != "train":
             timed = {**order, "encoder": str(folder / "encoder-model"), "split": "eval"}
