@@ -13,8 +13,7 @@ command, of the largest of its processes.
     train      `ours`; with --plain also `plain`, --no-compile; both of the other checkout, too; `trainer`, with rows of
                like length in a batch, its best setting. Ours is timed after --warmup-steps of an epoch, the Trainer
                in its second epoch on 50 batches that are spread evenly over the file's lengths.
-    eval       evaluating --eval-rows rows; the time to start is taken from a run on a few rows. `trainer` computes bf16
-               by autocast, `trainer-bf16` with the weights in bf16.
+    eval       evaluating --eval-rows rows; the time to start is taken from a run on a few rows
     int8       the same in 8 bits, beside eval's, and the Trainer's fp32
                Both of them with --runtimes also by ONNX Runtime and OpenVINO, from token ids; see runtimes.py.
     predict    from a file of texts to one of labels, in the same way as eval
@@ -40,7 +39,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
-from inputs import ROOT, SHAPES, read_rows, write_encoder, write_many_rows, write_rows, write_typical_rows
+from inputs import ROOT, SHAPES, write_encoder, write_repeated_rows, write_typical_rows
 from study_with_trainer import PEER_PROGRAM, peer_python, write_peer_inputs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -147,8 +146,7 @@ def write_inputs(arguments: argparse.Namespace, folder: Path) -> None:
     writer = multiprocessing.get_context("spawn").Process(target=write_encoder, args=words)
     writer.start()
     writer.join()
-    rows = read_rows(arguments.data_dir / "dev.tsv")
-    write_rows(folder / "eval.tsv", [rows[number % len(rows)] for number in range(arguments.eval_rows)])
+    write_repeated_rows(arguments.data_dir / "dev.tsv", folder / "eval.tsv", arguments.eval_rows)
     write_typical_rows(arguments.data_dir / "dev.tsv", folder / "few.tsv", FEW_ROWS)
     write_typical_rows(arguments.data_dir / "train.tsv", folder / "typical.tsv", PEER_BATCHES * arguments.batch_size)
 
@@ -243,9 +241,7 @@ def contenders(arguments: argparse.Namespace, folder: Path, task: str) -> dict[s
         orders = {"trainer": {**order, "splits": [], "max_steps": 2 * order["batches"]}}
         if task != "train":
             timed = {**order, "encoder": str(folder / "encoder-model"), "split": "eval"}
-            orders = {"trainer": timed, "trainer-bf16": {**timed, "full_bf16": True}}
-        if task == "int8":
-            orders["trainer-fp32"] = {**timed, "precision": "fp32"}
+            orders = {"trainer": timed, "trainer-fp32": {**timed, "precision": "fp32"}}
         found.update({name: functools.partial(run_peer, arguments.peer, folder, orders[name]) for name in orders})
     return found
 
@@ -273,7 +269,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
             result[task][name] = {**answers[0], **spreads}
     for count in arguments.rows if "rows" in arguments.only else []:
         file = folder / f"{count}.tsv"
-        write_many_rows(arguments.data_dir / "train.tsv", file, count, seed=0)
+        write_repeated_rows(arguments.data_dir / "train.tsv", file, count)
         start = functools.partial(train, arguments, folder, ROOT, "--log-every", 1, "--max-steps", 5, file=file)
         result.setdefault("rows", {})[str(count)] = {"cold": start(), "warm": start()}
     return result

@@ -6,10 +6,11 @@ Files have a header, and a sentence and a label in every line, separated by a ta
 from __future__ import annotations
 
 import io
+import itertools
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,8 +35,14 @@ def read_rows(file: Path) -> list[str]:
     return file.read_text(encoding="utf-8").splitlines()[1:]
 
 
-def write_rows(file: Path, lines: list[str]) -> None:
-    file.write_text("\n".join([HEADER, *lines]) + "\n", encoding="utf-8")
+def write_rows(file: Path, lines: Iterable[str]) -> None:
+    with file.open("w", encoding="utf-8") as opened:
+        opened.writelines(f"{line}\n" for line in itertools.chain([HEADER], lines))
+
+
+def write_repeated_rows(source: Path, target: Path, count: int) -> None:
+    """Write so many rows: those of another file, again and again."""
+    write_rows(target, itertools.islice(itertools.cycle(read_rows(source)), count))
 
 
 def make_tokenizer(file: Path, pieces: int = 500) -> int:
@@ -56,19 +63,6 @@ def write_typical_rows(source: Path, target: Path, count: int) -> None:
     """Write so many rows of another file, spread evenly over their lengths in words."""
     lines = sorted(read_rows(source), key=lambda line: (len(line.split()), line))
     write_rows(target, [lines[int((number + 0.5) * len(lines) / count)] for number in range(count)])
-
-
-def write_many_rows(source: Path, target: Path, count: int, seed: int) -> None:
-    """Write `count` new rows of the same mean length: the beginning of one source's sentence and the end of another."""
-    rows = [line.split("\t") for line in read_rows(source)]
-    random = np.random.RandomState(seed)
-    with target.open("w", encoding="utf-8") as file:
-        file.write(f"{HEADER}\n")
-        for _ in range(count):
-            (text, label), (other, _) = (rows[row] for row in random.randint(len(rows), size=2))
-            cut, first, second = random.random_sample(), text.split(), other.split()
-            words = first[: round(cut * len(first))] + second[round(cut * len(second)) :]
-            file.write(f"{' '.join(words or first)}\t{label}\n")
 
 
 def write_encoder(folder: Path, tokenizer: Path, shape: tuple[int, int, int, int], vocab_size: int = 250_002) -> None:

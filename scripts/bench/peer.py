@@ -1,17 +1,14 @@
-"""transformers' Trainer on the same rows, under a Python that has transformers; needs nothing of the package.
+"""transformers' Trainer on the same rows, under a Python that has transformers 5; needs nothing of the package.
 
     PYTHON peer.py ORDER RESULT
 
 ORDER is what `write_peer_inputs` returns (study_with_trainer.py), and `seed`; RESULT gets order, versions, rates, and
-the predictions on all `splits`; both are JSON files. Optional in an order:
-
-    split      evaluate on these rows, and do not train
-    full_bf16  evaluate with the weights in bf16 instead of autocast, which a Trainer does only outside training
+the predictions on all `splits`; both are JSON files. With `split`, an order says to evaluate on these rows, with bf16
+weights instead of autocast in bf16, and not to train.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -76,10 +73,6 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
         classifier_dropout=order["head_dropout"],
         ignore_mismatched_sizes=True,
     )
-    if "train_sampling_strategy" in {field.name for field in dataclasses.fields(TrainingArguments)}:  # transformers 5
-        more = {"train_sampling_strategy": "group_by_length", "warmup_steps": order["warmup_ratio"]}
-    else:
-        more = {"group_by_length": True, "warmup_ratio": order["warmup_ratio"]}
     arguments = TrainingArguments(
         output_dir=str(Path(order["rows_file"]).with_name("peer")),
         per_device_train_batch_size=order["batch_size"],
@@ -92,7 +85,7 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
         optim="adamw_torch_fused",
         adam_epsilon=1e-6,
         bf16=order["precision"] == "bf16",
-        bf16_full_eval=order.get("full_bf16", False),
+        bf16_full_eval=order["precision"] == "bf16" and "split" in order,
         use_cpu=order["device"] == "cpu",
         dataloader_pin_memory=order["device"] == "cuda",
         seed=order["seed"],
@@ -101,7 +94,8 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        **more,
+        train_sampling_strategy="group_by_length",
+        warmup_steps=order["warmup_ratio"],  # below 1 it is a ratio
     )
     return Trainer(model, arguments, train_dataset=Rows(order["rows_file"], "train"), data_collator=collate)
 

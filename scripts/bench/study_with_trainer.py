@@ -3,7 +3,7 @@
     python scripts/bench/study_with_trainer.py --peer ../peer/bin/python --seeds 1,2,3 --output-dir runs/study \\
         --encoder models/small --batch-size 32 --lr 5e-5 --epochs 1 --setting plain "" --setting longer "--epochs 3"
 
---peer is the Python of an environment with a current torch, transformers and accelerate: `python -m venv ../peer`, then
+--peer is the Python of an environment with current torch, transformers and accelerate: `python -m venv ../peer`, then
 `../peer/bin/pip install "transformers[torch]"`. All else is as in `sst2-xlmr study`. The Trainer groups rows by length,
 takes the seeds of the others, and stands first in the table, so that differences are to it. Its predictions are in the
 files trainer/seed-N.json, and scored like ours; what is finished is skipped.
