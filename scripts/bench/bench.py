@@ -13,9 +13,9 @@ command, of the largest of its processes.
     train      `ours`; with --plain also `plain`, --no-compile; both of the other checkout, too; `trainer`, with rows of
                like length in a batch, its best setting. Ours is timed after --warmup-steps of an epoch, the Trainer
                in its second epoch on 50 batches that are spread evenly over the file's lengths.
-    eval       evaluating --eval-rows rows; the time to start is taken from a run on a few rows. `trainer` computes bf16
-               by autocast, `trainer-bf16` with the weights in bf16.
+    eval       evaluating --eval-rows rows; the time to start is taken from a run on a few rows
     int8       the same in 8 bits, beside eval's, and the Trainer's fp32
+               Both of them with --runtimes also by ONNX Runtime and OpenVINO, from token ids; see runtimes.py.
     predict    from a file of texts to one of labels, in the same way as eval
     processes  training with so many processes of one thread
     rows       train.py's start on files of so many rows, without cached tokens (cold) and with them (warm)
@@ -39,16 +39,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
-from inputs import ROOT, SHAPES, read_rows, write_encoder, write_many_rows, write_rows, write_typical_rows
+from inputs import ROOT, SHAPES, write_encoder, write_repeated_rows, write_typical_rows
 from study_with_trainer import PEER_PROGRAM, peer_python, write_peer_inputs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sst2_xlmr.cli import OneLineParser, positive
 from sst2_xlmr.training.run_folder import read_metrics
+from sst2_xlmr.util.cores import available_cores
 from sst2_xlmr.util.device import choose_device
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 
 PARTS = ("train", "eval", "predict", "int8", "processes", "rows")
+RUNTIMES_PROGRAM = PEER_PROGRAM.with_name("runtimes.py")
 FEW_ROWS, PEER_BATCHES = 8, 50  # the Trainer sorts 50 batches at a time
 Answer = dict[str, Any]
 
@@ -121,6 +123,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--plain", action="store_true", help="also train with --no-compile")
     add("--against", type=Path, metavar="DIR", help="also measure another checkout of this project")
     add("--peer", type=peer_python, metavar="PYTHON", help="also measure the Trainer, with an environment's bin/python")
+    add("--runtimes", type=peer_python, metavar="PYTHON", help="also ONNX Runtime and OpenVINO, with such a Python")
     add("--busy", type=int, default=0, metavar="N", help="with so many busy loops of other processes [0]")
     add("--processes", type=positive, nargs="+", default=[2, 1], metavar="N", help="train with so many processes [2 1]")
     add("--rows", type=positive, nargs="+", default=[10_000], metavar="N", help="start on so many rows [10000]")
@@ -143,8 +146,7 @@ def write_inputs(arguments: argparse.Namespace, folder: Path) -> None:
     writer = multiprocessing.get_context("spawn").Process(target=write_encoder, args=words)
     writer.start()
     writer.join()
-    rows = read_rows(arguments.data_dir / "dev.tsv")
-    write_rows(folder / "eval.tsv", [rows[number % len(rows)] for number in range(arguments.eval_rows)])
+    write_repeated_rows(arguments.data_dir / "dev.tsv", folder / "eval.tsv", arguments.eval_rows)
     write_typical_rows(arguments.data_dir / "dev.tsv", folder / "few.tsv", FEW_ROWS)
     write_typical_rows(arguments.data_dir / "train.tsv", folder / "typical.tsv", PEER_BATCHES * arguments.batch_size)
 
@@ -197,11 +199,11 @@ def answer(arguments: argparse.Namespace, folder: Path, root: Path, program: str
     return {"samples_per_s": rows / seconds, "peak_rss_bytes": used["eval"]["peak_rss_bytes"]}
 
 
-def run_peer(python: str, folder: Path, order: Answer) -> Answer:
-    """Let peer.py do what an order says; returns its rates, memory and versions."""
+def run_peer(python: str, folder: Path, order: Answer, program: Path = PEER_PROGRAM) -> Answer:
+    """Let peer.py, or runtimes.py, do what an order says; returns its rates, memory and versions."""
     (folder / "order.json").write_text(json.dumps({"seed": 0, **order}), encoding="utf-8")
     files = [str(folder / name) for name in ("order.json", "result.json")]
-    used = run([python, str(PEER_PROGRAM), *files], {"PYTHONPATH": ""})
+    used = run([python, str(program), *files], {"PYTHONPATH": ""})
     found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     names = ("samples_per_s", "tokens_per_s", "peak_cuda_bytes", "versions")
     return {**{name: found[name] for name in names if name in found}, "peak_rss_bytes": used["peak_rss_bytes"]}
@@ -223,15 +225,23 @@ def contenders(arguments: argparse.Namespace, folder: Path, task: str) -> dict[s
         elif root:
             program = "predict" if task == "predict" else "evaluate"
             found[name] = functools.partial(answers, root, program, arguments.precision)
+    words = [*train_options(arguments, folder, folder / "typical.tsv"), "--test-file", folder / "eval.tsv"]
+    if arguments.runtimes and task in ("eval", "int8"):
+        order, _ = write_peer_inputs([str(word) for word in words], folder / "peer")
+        order |= {"onnx": str(folder / "model.onnx"), "threads": available_cores()}
+        options = ["--model", folder / "encoder-model", "--format", "onnx", "--from-ids", "--output", order["onnx"]]
+        run_program(ROOT, "scripts/export.py", options, folder)
+        precisions = {order["precision"], "int8"} if task == "int8" else {order["precision"]}
+        for runtime, precision in itertools.product(("onnxruntime", "openvino"), sorted(precisions)):
+            own = {**order, "runtime": runtime, "precision": precision}
+            run_one = functools.partial(run_peer, arguments.runtimes, folder, own, RUNTIMES_PROGRAM)
+            found[f"{runtime}-{precision}"] = run_one
     if arguments.peer and task != "predict":
-        words = [*train_options(arguments, folder, folder / "typical.tsv"), "--test-file", folder / "eval.tsv"]
-        order = write_peer_inputs([str(word) for word in words], folder / "peer")
+        order, _ = write_peer_inputs([str(word) for word in words], folder / "peer")
         orders = {"trainer": {**order, "splits": [], "max_steps": 2 * order["batches"]}}
         if task != "train":
             timed = {**order, "encoder": str(folder / "encoder-model"), "split": "eval"}
-            orders = {"trainer": timed, "trainer-bf16": {**timed, "full_bf16": True}}
-        if task == "int8":
-            orders["trainer-fp32"] = {**timed, "precision": "fp32"}
+            orders = {"trainer": timed, "trainer-fp32": {**timed, "precision": "fp32"}}
         found.update({name: functools.partial(run_peer, arguments.peer, folder, orders[name]) for name in orders})
     return found
 
@@ -259,7 +269,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
             result[task][name] = {**answers[0], **spreads}
     for count in arguments.rows if "rows" in arguments.only else []:
         file = folder / f"{count}.tsv"
-        write_many_rows(arguments.data_dir / "train.tsv", file, count, seed=0)
+        write_repeated_rows(arguments.data_dir / "train.tsv", file, count)
         start = functools.partial(train, arguments, folder, ROOT, "--log-every", 1, "--max-steps", 5, file=file)
         result.setdefault("rows", {})[str(count)] = {"cold": start(), "warm": start()}
     return result

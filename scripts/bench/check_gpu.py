@@ -22,7 +22,7 @@ import bench
 import numpy as np
 import torch
 from bench import Answer, run_program
-from inputs import ROOT, SAMPLE_DATA, SHAPES, make_tokenizer, write_encoder, write_many_rows
+from inputs import ROOT, SAMPLE_DATA, SHAPES, make_tokenizer, write_encoder, write_repeated_rows
 from safetensors.torch import load_file
 
 from sst2_xlmr.cli import OneLineParser, positive
@@ -41,8 +41,8 @@ NO_DROPOUT = ("--dropout", 0, "--head-dropout", 0)
 def write_inputs(folder: Path, shape: str, rows: int) -> None:
     """Write tokenizer.model, train.tsv, dev.tsv, and an encoder, checked/, into a folder."""
     make_tokenizer(folder / "tokenizer.model", pieces=2000)
-    write_many_rows(SAMPLE_DATA / "train.tsv", folder / "train.tsv", rows, seed=0)
-    write_many_rows(SAMPLE_DATA / "dev.tsv", folder / "dev.tsv", 64, seed=1)
+    write_repeated_rows(SAMPLE_DATA / "train.tsv", folder / "train.tsv", rows)
+    write_repeated_rows(SAMPLE_DATA / "dev.tsv", folder / "dev.tsv", 64)
     write_encoder(folder / "checked", folder / "tokenizer.model", SHAPES[shape])
 
 
@@ -135,8 +135,8 @@ def run_checks(folder: Path, device: str, shape: str) -> Answer:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
-    """Measure training at every batch size, and the Trainer at some."""
-    has_peer = not arguments.no_peer and all(importlib.util.find_spec(name) for name in ("transformers", "accelerate"))
+    """Measure training at every batch size, and the Trainer at some of them on a GPU."""
+    has_peer = arguments.device == "cuda" and all(map(importlib.util.find_spec, ("transformers", "accelerate")))
     results: Answer = {}
     for batch_size in arguments.batch_sizes:
         words = ["--only", "train", "--data-dir", folder, "--tokenizer", folder / "tokenizer.model"]
@@ -172,7 +172,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch-sizes", type=bench.positive, nargs="+", default=[16, 32, 128, 256], help="[16 32 128 256]")
     add("--steps", type=positive, default=40, metavar="N", help="timed optimizer steps per round [40]")
     add("--rounds", type=positive, default=3, metavar="N", help="how often everything is measured [3]")
-    add("--no-peer", action="store_true", help="leave the Trainer out even where transformers is installed")
     arguments = parser.parse_args(argv)
     device = choose_device(arguments.device)
     with tempfile.TemporaryDirectory(prefix="sst2-xlmr-gpu-") as temporary:

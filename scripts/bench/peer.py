@@ -1,18 +1,14 @@
-"""transformers' Trainer on the same rows, under a Python that has transformers; needs nothing of the package.
+"""transformers' Trainer on the same rows, under a Python that has transformers 5; needs nothing of the package.
 
     PYTHON peer.py ORDER RESULT
 
 ORDER is what `write_peer_inputs` returns (study_with_trainer.py), and `seed`; RESULT gets order, versions, rates, and
-accuracies on all `splits`; both are JSON files. Optional in an order:
-
-    split             evaluate on these rows, and do not train
-    full_bf16         evaluate with the weights in bf16 instead of autocast, which a Trainer does only outside training
-    evaluations_file  gets a line as in metrics.jsonl after every `eval_every` steps of an epoch and at its end
+the predictions on all `splits`; both are JSON files. With `split`, an order says to evaluate on these rows, with bf16
+weights instead of autocast in bf16, and not to train.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -50,8 +46,8 @@ class Rows:
         return len(self.labels)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        label = int(self.labels[row])  # beyond the last row an IndexError, which ends a loop over the data set
-        return {"input_ids": self.ids[self.offsets[row] : self.offsets[row + 1]].tolist(), "labels": label}
+        label = self.labels[row]  # beyond the last row an IndexError, which ends a loop over the data set
+        return {"input_ids": self.ids[self.offsets[row] : self.offsets[row + 1]].tolist(), "labels": label.tolist()}
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -70,16 +66,13 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
     model = XLMRobertaForSequenceClassification.from_pretrained(
         order["encoder"],
         num_labels=order["labels"],
+        problem_type=order["problem_type"],
         num_hidden_layers=order["layers"],  # the lowest of them
         hidden_dropout_prob=order["dropout"],
         attention_probs_dropout_prob=order["dropout"],
         classifier_dropout=order["head_dropout"],
         ignore_mismatched_sizes=True,
     )
-    if "train_sampling_strategy" in {field.name for field in dataclasses.fields(TrainingArguments)}:  # transformers 5
-        more = {"train_sampling_strategy": "group_by_length", "warmup_steps": order["warmup_ratio"]}
-    else:
-        more = {"group_by_length": True, "warmup_ratio": order["warmup_ratio"]}
     arguments = TrainingArguments(
         output_dir=str(Path(order["rows_file"]).with_name("peer")),
         per_device_train_batch_size=order["batch_size"],
@@ -92,7 +85,7 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
         optim="adamw_torch_fused",
         adam_epsilon=1e-6,
         bf16=order["precision"] == "bf16",
-        bf16_full_eval=order.get("full_bf16", False),
+        bf16_full_eval=order["precision"] == "bf16" and "split" in order,
         use_cpu=order["device"] == "cpu",
         dataloader_pin_memory=order["device"] == "cuda",
         seed=order["seed"],
@@ -101,49 +94,35 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        **more,
+        train_sampling_strategy="group_by_length",
+        warmup_steps=order["warmup_ratio"],  # below 1 it is a ratio
     )
     return Trainer(model, arguments, train_dataset=Rows(order["rows_file"], "train"), data_collator=collate)
 
 
-def accuracy(trainer: Trainer, rows_file: str, split: str) -> float:
-    """Return the accuracy on a file, whose rows the Trainer takes in an order of its own: it gives the labels too."""
-    result = trainer.predict(Rows(rows_file, split))
-    return float((result.predictions.argmax(-1) == result.label_ids).mean())
+class StepTimes(TrainerCallback):
+    """Takes the time after every step."""
 
-
-class AfterSteps(TrainerCallback):
-    """Takes the time after every step, and evaluates on dev after every so many steps of an epoch and at its end."""
-
-    def __init__(self, trainer: Trainer, order: dict[str, Any]) -> None:
-        self.trainer, self.order = trainer, order
+    def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         self.times.append(clock())
-        if "evaluations_file" not in self.order:
-            return
-        place = (state.global_step - 1) % self.order["batches"] + 1
-        is_end = place == self.order["batches"] or state.global_step == state.max_steps
-        if is_end or (self.order["eval_every"] and place % self.order["eval_every"] == 0):
-            reached = accuracy(self.trainer, self.order["rows_file"], "dev")
-            self.trainer.model.train()
-            entry = {"step": state.global_step, "split": "dev", "accuracy": reached}
-            with Path(self.order["evaluations_file"]).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
 
 
 def train(order: dict[str, Any]) -> dict[str, Any]:
-    """Train; returns accuracies, and if there is a second epoch its rates."""
-    trainer, batches = build_trainer(order), order["batches"]
-    after_steps = AfterSteps(trainer, order)
-    trainer.add_callback(after_steps)
+    """Train; returns, for each split, logits and labels of its rows, and if there is a second epoch the rates."""
+    trainer, batches, step_times = build_trainer(order), order["batches"], StepTimes()
+    trainer.add_callback(step_times)
     trainer.train()
-    result: dict[str, Any] = {}
-    if len(after_steps.times) >= 2 * batches:
-        seconds, data = after_steps.times[2 * batches - 1] - after_steps.times[batches - 1], trainer.train_dataset
-        result = {"samples_per_s": len(data) / seconds, "tokens_per_s": len(data.ids) / seconds}
-    return {**result, "accuracy": {split: accuracy(trainer, order["rows_file"], split) for split in order["splits"]}}
+    result: dict[str, Any] = {"predictions": {}}
+    if len(times := step_times.times) >= 2 * batches:
+        seconds, data = times[2 * batches - 1] - times[batches - 1], trainer.train_dataset
+        result |= {"samples_per_s": len(data) / seconds, "tokens_per_s": len(data.ids) / seconds}
+    for split in order["splits"]:
+        found = trainer.predict(Rows(order["rows_file"], split))  # in an order of its own, so its labels are needed
+        result["predictions"][split] = [found.predictions.tolist(), found.label_ids.tolist()]
+    return result
 
 
 def evaluate(order: dict[str, Any]) -> dict[str, float]:

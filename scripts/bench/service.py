@@ -1,9 +1,8 @@
 """Measure a service: requests per second, latencies at half of that load, memory.
 
     python scripts/bench/service.py --model runs/NAME/model --data-dir data/SST-2
-    python scripts/bench/service.py --url http://127.0.0.1:8000 --data-dir data/SST-2   # one that runs already
 
-Prints JSON. With --model it starts and ends `sst2-xlmr serve`. A request is one sentence of dev.tsv. First 32 clients
+Prints JSON. It starts and ends `sst2-xlmr serve`. A request is one sentence of dev.tsv. First 32 clients
 ask again as soon as they have their answer, for --seconds: `requests_per_s`. Then requests begin at random times, half
 as many a second, whether earlier ones are answered or not: `p50_ms`, `p99_ms`. `rss_bytes` is the memory of the
 service after a tenth of the first part, and at the end.
@@ -18,7 +17,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +24,20 @@ import numpy as np
 from inputs import ROOT, SAMPLE_DATA, read_rows
 
 from sst2_xlmr.cli import OneLineParser, positive
+from sst2_xlmr.config import PRECISIONS
 from sst2_xlmr.util.errors import exit_on_user_error
 
 CLIENTS = 32
 
 
-async def ask(url: urllib.parse.SplitResult, text: str, free: list[Any]) -> float:
+async def ask(port: int, text: str, free: list[Any]) -> float:
     """Return the milliseconds that an answer took, over a free connection or a new one; it must not be refused."""
     started = time.monotonic()
     while free and free[-1][0].at_eof():  # it was idle for too long
         free.pop()
-    reader, writer = free.pop() if free else await asyncio.open_connection(url.hostname, url.port)
+    reader, writer = free.pop() if free else await asyncio.open_connection("127.0.0.1", port)
     body = json.dumps({"texts": [text]}).encode()
-    writer.write(f"POST / HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    writer.write(f"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     assert b" 200 " in head.splitlines()[0], head
     await reader.readexactly(int(head.partition(b"content-length:")[2].split()[0]))
@@ -46,21 +45,20 @@ async def ask(url: urllib.parse.SplitResult, text: str, free: list[Any]) -> floa
     return (time.monotonic() - started) * 1000
 
 
-def memory(process: int) -> int | None:
-    """Return a process's resident bytes; None if it is not ours, or where there is no /proc."""
-    status = Path(f"/proc/{process}/status")
-    return int(status.read_text().partition("VmRSS:")[2].split()[0]) * 1024 if status.exists() else None
+def memory(process: int) -> int:
+    """Return a process's resident bytes."""
+    return int(Path(f"/proc/{process}/status").read_text().partition("VmRSS:")[2].split()[0]) * 1024
 
 
-async def measure(url: str, texts: list[str], seconds: int, process: int) -> dict[str, Any]:
-    place, free, answered = urllib.parse.urlsplit(url), list[Any](), 0
+async def measure(port: int, texts: list[str], seconds: int, process: int) -> dict[str, Any]:
+    free, answered = list[Any](), 0
     for text in texts[:20]:
-        await ask(place, text, free)
+        await ask(port, text, free)
 
     async def ask_again(until: float) -> None:
         nonlocal answered
         while time.monotonic() < until:
-            await ask(place, random.choice(texts), free)
+            await ask(port, random.choice(texts), free)
             answered += 1
 
     started = time.monotonic()
@@ -72,7 +70,7 @@ async def measure(url: str, texts: list[str], seconds: int, process: int) -> dic
 
     waiting, until = [], time.monotonic() + seconds
     while time.monotonic() < until:
-        waiting.append(asyncio.create_task(ask(place, random.choice(texts), free)))
+        waiting.append(asyncio.create_task(ask(port, random.choice(texts), free)))
         await asyncio.sleep(random.expovariate(rate / 2))
     p50, p99 = np.percentile(await asyncio.gather(*waiting), [50, 99]).round(1).tolist()
     found = {"requests": answered + len(waiting), "rss_bytes": [early, memory(process)]}
@@ -81,32 +79,24 @@ async def measure(url: str, texts: list[str], seconds: int, process: int) -> dic
 
 def main() -> None:
     parser = OneLineParser(description="Measure a service; prints JSON.", allow_abbrev=False)
-    add, which = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="DIR", help="start `sst2-xlmr serve` with this model")
-    which.add_argument("--url", metavar="URL", help="measure a service that runs already")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp32", "int8"), help="of --model [auto]")
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="model folder to serve")
+    add("--precision", default="auto", choices=PRECISIONS, help="of the model [auto]")
     add("--data-dir", default=SAMPLE_DATA, type=Path, metavar="DIR", help="dev.tsv [sample_data]")
     add("--seconds", type=positive, default=20, metavar="N", help="of each part [20]")
     arguments = parser.parse_args()
     texts = [line.split("\t")[0] for line in read_rows(arguments.data_dir / "dev.tsv")]
-    service, url = None, arguments.url
-    if arguments.model:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        options = ["--model", arguments.model, "--precision", arguments.precision, "--port", str(port)]
-        service, url = (
-            subprocess.Popen([sys.executable, ROOT / "scripts" / "serve.py", *options]),
-            f"http://127.0.0.1:{port}",
-        )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    options = ["--model", arguments.model, "--precision", arguments.precision, "--port", str(port)]
+    service = subprocess.Popen([sys.executable, ROOT / "scripts" / "serve.py", *options])
     try:
-        while service and service.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
+        while service.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
             time.sleep(0.2)
-        process = service.pid if service else 0
-        print(json.dumps(asyncio.run(measure(url, texts, arguments.seconds, process)), indent=1))
+        print(json.dumps(asyncio.run(measure(port, texts, arguments.seconds, service.pid)), indent=1))
     finally:
-        if service:
-            service.terminate()
-            service.wait()
+        service.terminate()
+        service.wait()
 
 
 if __name__ == "__main__":

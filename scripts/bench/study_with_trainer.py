@@ -3,10 +3,10 @@
     python scripts/bench/study_with_trainer.py --peer ../peer/bin/python --seeds 1,2,3 --output-dir runs/study \\
         --encoder models/small --batch-size 32 --lr 5e-5 --epochs 1 --setting plain "" --setting longer "--epochs 3"
 
---peer is the Python of an environment with a current torch, transformers and accelerate: `python -m venv ../peer`, then
+--peer is the Python of an environment with current torch, transformers and accelerate: `python -m venv ../peer`, then
 `../peer/bin/pip install "transformers[torch]"`. All else is as in `sst2-xlmr study`. The Trainer groups rows by length,
-takes the seeds of the others, and stands first in the table, so that differences are to it. Its results are the files
-trainer/seed-N.json; what is finished is skipped.
+takes the seeds of the others, and stands first in the table, so that differences are to it. Its predictions are in the
+files trainer/seed-N.json, and scored like ours; what is finished is skipped.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sst2_xlmr.cli import OneLineParser, parse_args
 from sst2_xlmr.config import Config, flag
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.programs import runs, study
 from sst2_xlmr.report.tables import Figures
+from sst2_xlmr.task import Task, main_metric
 from sst2_xlmr.util.device import choose_device, choose_precision
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 from sst2_xlmr.util.files import write_text
@@ -42,8 +44,8 @@ def peer_python(name: str) -> str:
     return name
 
 
-def write_peer_inputs(words: list[str], folder: Path) -> dict[str, Any]:
-    """Write the rows of all files, as ids, into a folder; returns what peer.py is to do, but for the seed.
+def write_peer_inputs(words: list[str], folder: Path) -> tuple[dict[str, Any], Task]:
+    """Write the rows of all files, as ids, into a folder; returns an order for peer.py, without a seed, and the task.
 
     Args:
         words: options of train.py.
@@ -59,6 +61,8 @@ def write_peer_inputs(words: list[str], folder: Path) -> dict[str, Any]:
     for name in _LACKS.split():
         if getattr(config, name) != getattr(Config(), name):
             raise UserError(f"--peer: the Trainer does not have {flag(name)}; put it into a --setting")
+    if inputs.train_weights is not None or getattr(inputs.task, "is_soft", False):
+        raise UserError("--peer: the Trainer has neither soft labels nor row weights; leave them out of the files")
     arrays: dict[str, np.ndarray] = {}
     for split, cache in inputs.caches.items():
         rows = np.arange(len(cache)) if split != "train" or inputs.train_rows is None else inputs.train_rows
@@ -69,22 +73,26 @@ def write_peer_inputs(words: list[str], folder: Path) -> dict[str, Any]:
     np.savez(folder / "rows.npz", **arrays)
     device = choose_device(config.device)
     batches = -(-len(inputs.train_labels) // config.batch_size)
-    return {
+    order = {
         **{name: getattr(config, name) for name in _SAME},
         "encoder": config.encoder,
         "layers": inputs.encoder.shape.layers,
         "rows_file": str(folder / "rows.npz"),
         "splits": [split for split in inputs.caches if split != "train"],
         "labels": inputs.task.outputs,
+        "problem_type": inputs.task.problem_type,
         "batches": batches,
         "max_steps": max(1, round(config.epochs * batches)),
         "precision": choose_precision(config.precision, device),
         "device": device.type,
         "threads": config.threads,
     }
+    return order, inputs.task
 
 
-def train_peer(python: str, common: list[str], inputs: dict[str, Any], folder: Path, seed: int) -> tuple[bool, Figures]:
+def train_peer(
+    python: str, common: list[str], inputs: dict[str, Any], task: Task, folder: Path, seed: int
+) -> tuple[bool, Figures]:
     """Let the Trainer train; returns whether it had not done so before with the same inputs, and its figures."""
     run_folder, result, order = folder / f"seed-{seed}", folder / f"seed-{seed}.json", {**inputs, "seed": seed}
     is_new = not result.is_file()
@@ -96,8 +104,12 @@ def train_peer(python: str, common: list[str], inputs: dict[str, Any], folder: P
     # The digests have told whether the rows are the same, wherever they are now.
     if {**found["order"], "rows_file": ""} != json.loads(json.dumps({**order, "rows_file": ""})):
         raise UserError(f"{result} was made with other options; remove it, or choose another --output-dir")
-    accuracies = found["accuracy"]
-    return is_new, {**accuracies, "best dev": accuracies["dev"], "seconds": runs.seconds_of(run_folder)}
+    figures: Figures = {}
+    for split, (logits, labels) in found["predictions"].items():
+        labels = np.array(labels, task.label_dtype)
+        results = task.results_of(task.probabilities(torch.tensor(logits)).numpy(), labels)
+        figures[split] = main_metric(task.metrics(results, labels))
+    return is_new, {**figures, "best dev": figures["dev"], "seconds": runs.seconds_of(run_folder)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,12 +120,10 @@ def main(argv: list[str] | None = None) -> None:
     if TRAINER in asked.settings:
         raise UserError(f"--setting {TRAINER}: that name is taken; choose another")
     folder = asked.output_dir
-    inputs = write_peer_inputs(asked.common, folder / TRAINER)
-    settings = {TRAINER: functools.partial(train_peer, own.peer, asked.common, inputs, folder / TRAINER)}
-    settings.update(
-        {name: functools.partial(runs.train, words, folder / name) for name, words in asked.settings.items()}
-    )
-    runs.compare(asked.seeds, folder, settings)
+    inputs, task = write_peer_inputs(asked.common, folder / TRAINER)
+    peer = functools.partial(train_peer, own.peer, asked.common, inputs, task, folder / TRAINER)
+    ours = {name: functools.partial(runs.train, words, folder / name) for name, words in asked.settings.items()}
+    runs.compare(asked.seeds, folder, {TRAINER: peer, **ours})
 
 
 if __name__ == "__main__":

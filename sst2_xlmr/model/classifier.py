@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ def load_classifier(folder: Path, device: torch.device, bf16: bool) -> tuple[Seq
     """
     encoder = find_model(folder)
     task = task_of(encoder)
-    model, _ = build_classifier(encoder, task)
-    if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
-        raise UserError(f"{folder} has weights that are not finite (NaN or infinite); train it again, or use another")
-    model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
-    tokenizer = Tokenizer(encoder.tokenizer_file, encoder.max_length, encoder.long_texts)
+    with ThreadPoolExecutor(1) as thread:  # each takes half a second
+        tokenizer_loading = thread.submit(Tokenizer, encoder.tokenizer_file, encoder.max_length, encoder.long_texts)
+        model, _ = build_classifier(encoder, task)
+        if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
+            not_finite = "has weights that are not finite (NaN or infinite); train it again, or use another"
+            raise UserError(f"{folder} {not_finite}")
+        model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
+    tokenizer = tokenizer_loading.result()
     check_tokenizer(encoder, tokenizer.vocab_size)
     return model, tokenizer, task
 

@@ -7,13 +7,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Capture, Patch, Words, refusal, user_error
 from running import call_in_forks
 
-from sst2_xlmr.programs import runs
+from sst2_xlmr.programs import export, runs
 
-bench, inputs, service = (importlib.import_module(name) for name in ("bench", "inputs", "service"))
+bench, inputs, runtimes, service = map(importlib.import_module, ("bench", "inputs", "runtimes", "service"))
 with_trainer = importlib.import_module("study_with_trainer")
 
 
@@ -77,17 +78,12 @@ def test_what_a_command_fails_with(tmp_path: Path) -> None:
     assert user_error(bench.run_peer, peer, tmp_path, {}).endswith("peer.py failed: No module named x\n")
 
 
-# As peer.py would: accuracy 0.5; or dev gets better at every evaluation, to the order's seed, in hundredths.
+# As peer.py would, with accuracy 0.5.
 PEER = f"""#!{sys.executable}
-import json, sys, time
+import json, sys
 order = json.load(open(sys.argv[2]))
-if "evaluations_file" in order:
-    assert order["eval_every"] == 2, order
-    for step, accuracy in ((2, 0.3), (4, order["seed"] / 100)):
-        time.sleep(0.2)
-        with open(order["evaluations_file"], "a") as file:
-            file.write(json.dumps({{"step": step, "split": "dev", "accuracy": accuracy}}) + chr(10))
-json.dump({{"order": order, "accuracy": {{name: 0.5 for name in order["splits"]}}}}, open(sys.argv[3], "w"))
+predictions = {{name: [[[0.0, 1.0], [0.0, 1.0]], [0, 1]] for name in order["splits"]}}
+json.dump({{"order": order, "predictions": predictions}}, open(sys.argv[3], "w"))
 """
 
 
@@ -137,3 +133,23 @@ def test_a_service_is_started_measured_and_ended(model: Path, monkeypatch: Patch
     found = json.loads(capsys.readouterr().out)
     assert found["requests"] > found["requests_per_s"] > 0
     assert 0 < found["p50_ms"] <= found["p99_ms"]
+
+
+def test_other_runtimes_answer_every_row(model: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    pytest.importorskip("onnxruntime")
+    ids, offsets = np.arange(10, 20), np.array([0, 5, 7, 10])
+    batches = runtimes.batches(ids, offsets, 6)
+    rows = [line[seen == 1].tolist() for batch in batches for line, seen in zip(*batch.values())]
+    assert rows == [[10, 11, 12, 13, 14], [17, 18, 19], [15, 16]]
+    assert [batch["input_ids"].shape for batch in batches] == [(1, 5), (2, 3)]
+
+    np.savez(tmp_path / "rows.npz", eval_ids=ids, eval_offsets=offsets)
+    onnx, result = tmp_path / "model.onnx", tmp_path / "result.json"
+    export.main(["--model", str(model), "--format", "onnx", "--from-ids", "--output", str(onnx)])
+    for precision in ("fp32", "int8"):
+        order = {"runtime": "onnxruntime", "precision": precision, "onnx": str(onnx), "threads": 1}
+        (tmp_path / "order.json").write_text(json.dumps({**order, "rows_file": str(tmp_path / "rows.npz")}))
+        monkeypatch.setattr(sys, "argv", ["runtimes.py", str(tmp_path / "order.json"), str(result)])
+        runtimes.main()
+        found = json.loads(result.read_text())
+        assert found["tokens_per_s"] == pytest.approx(found["samples_per_s"] * 10 / 3)

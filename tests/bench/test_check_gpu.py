@@ -83,7 +83,7 @@ def test_checks_pass_and_fail_where_a_run_differs(
             assert getattr(check_gpu, check)(train, folder, "cpu")
 
 
-ON_A_CPU = "--device cpu --shape tiny --batch-sizes 4 --steps 2 --rounds 1 --no-peer"
+ON_A_CPU = "--device cpu --shape tiny --batch-sizes 4 --steps 2 --rounds 1"
 ON_A_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 
