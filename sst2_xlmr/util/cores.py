@@ -43,8 +43,7 @@ def limit_threads() -> None:
 def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Return the number of cores in the process's affinity, limited by the SLURM job and the container.
 
-    A container's limit is the lowest CPU quota (`docker run --cpus=2`) of its cgroup and all cgroups above it, rounded
-    up.
+    A container's limit is the lowest CPU quota (`docker run --cpus=2`), rounded up, of its cgroup and those above it.
     """
     given = os.environ.get("SLURM_CPUS_ON_NODE", "")
     limits = [int(given)] if given.isdecimal() else []
