@@ -48,9 +48,8 @@ def trimmed_tokenizer(model: bytes, kept: np.ndarray) -> bytes:
     """Return the SentencePiece model with only the pieces whose ids are in `kept`, int, ascending."""
     proto = model_class().FromString(model)
     if proto.trainer_spec.model_type != UNIGRAM:
-        raise UserError(
-            "the tokenizer is not a unigram model, so its pieces depend on one another; it cannot be trimmed"
-        )
+        problem = "is not a unigram model, so its pieces depend on one another"
+        raise UserError(f"the tokenizer {problem}; it cannot be trimmed")
     pieces = [proto.pieces[number] for number in kept.tolist()]
     del proto.pieces[:]
     proto.pieces.extend(pieces)

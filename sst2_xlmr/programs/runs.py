@@ -20,7 +20,6 @@ from sst2_xlmr.config import GROUPS, OPTIONS, Config
 from sst2_xlmr.data.rows import Row
 from sst2_xlmr.data.splits import find_files
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.programs.options import refuse
 from sst2_xlmr.report.tables import Figures, Results, settings_table, summary
 from sst2_xlmr.task import Task, main_metric
 from sst2_xlmr.training.run_folder import read_metrics
@@ -33,7 +32,6 @@ digest = functools.cache(digest_of_input)  # most runs of a study read the same 
 
 # Data options that still apply to these files; the others say where rows are and how to parse them.
 _OF_ROWS = ("max_length", "long_texts", "stride", "drop_duplicates", "drop_leaks", "num_workers")
-_OWN = ("--resume", "--output-dir", "--config")
 
 
 def split_words(option: str, text: str) -> list[str]:
@@ -46,9 +44,10 @@ def split_words(option: str, text: str) -> list[str]:
 
 def checked_config(words: list[str], folder: Path, *own: str) -> Config:
     """Parse words for train.py; UserError for wrong options, and for those that the program sets itself."""
-    taken = sorted({word.split("=")[0] for word in with_files(words)} & {*_OWN, *own})
-    cure = "every run has its own; to take options from a file, use @FILE"
-    refuse((taken, f"leave out {', '.join(taken)}: {cure}"))
+    flags = {word.split("=")[0] for word in with_files(words)}
+    if taken := sorted(flags & {"--resume", "--output-dir", "--config", *own}):
+        cure = "every run has its own; to take options from a file, use @FILE"
+        raise UserError(f"leave out {', '.join(taken)}: {cure}")
     return parse_args([*words, "--output-dir", str(folder / "unused")])[0]
 
 

@@ -1,15 +1,12 @@
 """Compare settings over several seeds: mean and deviation of the metrics, time, and intervals of the differences.
 
-    sst2-xlmr study --seeds 1,2,3 --output-dir runs/study --encoder models/small --batch-size 32 --lr 5e-5 --epochs 1 \\
-        --setting plain "" --setting longer "--epochs 3 --lr 7e-5"
+All options but its own go to train.py, for every setting, followed by the setting's own (docs/recipes.md has examples).
+The run of setting NAME and seed N is the folder NAME/seed-N in --output-dir; without --setting, the only setting is
+`ours`. Finished runs are skipped and stopped runs continue, so the same command with more seeds or settings adds them.
 
-All other options go to train.py, for every setting, followed by the setting's own. The run of setting NAME and seed N
-is the folder NAME/seed-N in --output-dir; without --setting, the only setting is `ours`. With --folds, the rows of
-one file are split into K folds, stratified by class, with equal texts in the same fold; each fold is predicted by a
-model that was trained on the others. NAME/out-of-fold.jsonl has every row with its prediction, NAME/label-errors.jsonl
-the rows whose labels are most likely wrong.
-
-Finished runs are skipped and stopped runs continue, so the same command with more seeds or settings adds them.
+With --folds, the rows of one file are split into K folds, stratified by class, with equal texts in the same fold; each
+fold is predicted by a model that was trained on the others. NAME/out-of-fold.jsonl has every row with its prediction,
+NAME/label-errors.jsonl the rows whose labels are most likely wrong.
 """
 
 from __future__ import annotations
