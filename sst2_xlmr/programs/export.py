@@ -110,19 +110,17 @@ def write_onnx_file(
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     tokenizer = Tokenizer(encoder.tokenizer_file, encoder.max_length, encoder.long_texts)
 
-    def inputs(texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
-        if takes_texts:
-            return {"text": np.array(texts, dtype=object)}
-        ids, lengths = tokenizer.flat_ids(texts, pairs)
-        rows = torch.from_numpy(ids).long().split(lengths.tolist())
-        padded = pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
-        return {"input_ids": padded.numpy(), "attention_mask": padded.ne(PAD_ID).long().numpy()}
-
     def probabilities(texts: list[str], pairs: list[str] | None) -> np.ndarray:
         found = []
         for start in range(0, len(texts), ONNX_BATCH):
             batch = slice(start, start + ONNX_BATCH)
-            outputs = session.run(None, inputs(texts[batch], pairs and pairs[batch]))
+            inputs = {"text": np.array(texts[batch], dtype=object)}
+            if not takes_texts:
+                ids, lengths = tokenizer.flat_ids(texts[batch], pairs and pairs[batch])
+                rows = torch.from_numpy(ids).long().split(lengths.tolist())
+                padded = pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+                inputs = {"input_ids": padded.numpy(), "attention_mask": padded.ne(PAD_ID).long().numpy()}
+            outputs = session.run(None, inputs)
             logits = torch.from_numpy(outputs[0]) if logits_only else None
             found.append(checked(task, outputs) if logits is None else task.probabilities(logits).numpy())
         return np.concatenate(found)

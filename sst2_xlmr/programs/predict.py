@@ -11,6 +11,7 @@ import argparse
 import codecs
 import contextlib
 import itertools
+import json
 import os
 import sys
 import time
@@ -43,7 +44,7 @@ from sst2_xlmr.task import Task, check_options
 from sst2_xlmr.util import distributed, shards
 from sst2_xlmr.util.device import keep_freed_memory, memory_errors
 from sst2_xlmr.util.errors import UserError, print_text, raise_on_all
-from sst2_xlmr.util.files import digest_of, writing
+from sst2_xlmr.util.files import digest_of, write_text, writing
 
 ROWS_AT_ONCE = 1024
 BYTES_AT_ONCE = 1 << 16  # of standard input
@@ -256,16 +257,18 @@ def predict_file(arguments: argparse.Namespace, world: distributed.World) -> Non
             return stack.enter_context(shards.open_shards(arguments.paths[0], fingerprint, arguments.resume))
 
         folder = distributed.broadcast(world, distributed.on_rank0(world, begin))
-        start = shards.first_missing(folder, first, last)
+        start = next((n for n in range(first, last) if not shards.block_file(folder, n).is_file()), last)
         chunks = itertools.islice(read_chunks(arguments), start, last)
         total, done = sum(sizes[first:last]), sum(sizes[first:start])
         blocks = with_progress(classify(arguments, classifier, chunks), total, done, quiet=not world.is_main)
         for number, (_, predictions) in enumerate(blocks, start):
-            shards.write_block(folder, number, predictions)
+            with writing(folder):
+                write_text(shards.block_file(folder, number), json.dumps(predictions))
         distributed.gather_objects(world, None, world.patient)  # wait until all blocks are written
 
         def all_blocks() -> Iterator[Predictions]:
-            yield from zip(read_chunks(arguments), (shards.read_block(folder, each) for each in range(len(sizes))))
+            for number, chunk in zip(range(len(sizes)), read_chunks(arguments)):
+                yield chunk, json.loads(shards.block_file(folder, number).read_text(encoding="utf-8"))
             if source_digest(arguments.input) != digest:  # before the output gets its name
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import is_scratch, write_text, writing
+from sst2_xlmr.util.files import is_scratch, writing
 
 _FINGERPRINT, _BLOCKS = "fingerprint.json", "[0-9]" * 8 + ".json"
 
@@ -68,19 +68,9 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
                 remove_shards(folder)
 
 
-def write_block(folder: Path, number: int, content: Any) -> None:
-    """Write a block's results as JSON; UserError if that fails."""
-    with writing(folder):
-        write_text(_block(folder, number), json.dumps(content))
-
-
-def read_block(folder: Path, number: int) -> Any:
-    return json.loads(_block(folder, number).read_text(encoding="utf-8"))
-
-
-def first_missing(folder: Path, first: int, last: int) -> int:
-    """Return the number of the first missing block from `first` on, or `last`."""
-    return next((number for number in range(first, last) if not _block(folder, number).is_file()), last)
+def block_file(folder: Path, number: int) -> Path:
+    """Return the file for a block's results, which are JSON."""
+    return folder / f"{number:08d}.json"
 
 
 def remove_shards(folder: Path) -> None:
@@ -89,10 +79,6 @@ def remove_shards(folder: Path) -> None:
         _clear(folder)
         (folder / _FINGERPRINT).unlink()
         folder.rmdir()
-
-
-def _block(folder: Path, number: int) -> Path:
-    return folder / f"{number:08d}.json"
 
 
 def _clear(folder: Path) -> None:
