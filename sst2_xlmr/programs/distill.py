@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from sst2_xlmr.model.classifier import task_of
 from sst2_xlmr.model.encoders import find_encoder, find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, with_values, words_for, write_rows
+from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, words_for, write_rows
 from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import align_classes, as_labels, check_options, main_metric
 from sst2_xlmr.util import downloads
@@ -115,8 +114,8 @@ def teach(plan: argparse.Namespace, folder: Path, teachers: list[Path]) -> None:
     if not path.is_file():
         classifier = Classifier.load_mean(teachers, plan.teacher_precision, plan.config.device)
         counts, figures = {"texts": 0, "left out": 0}, {}
-        labelled = with_values(plan.rows["train"], plan.task)
-        write_rows(folder / "train.jsonl", itertools.chain(labelled, soft_labelled(plan, classifier, counts)))
+        more = soft_labelled(plan, classifier, counts)
+        write_rows(folder / "train.jsonl", plan.task, plan.rows["train"], more)
         for name in plan.evaluated:
             labels = np.asarray([row.label for row in plan.rows[name]], plan.task.label_dtype)
             results = classifier.task.results_of(classifier.probabilities(texts_of(plan.rows[name])), labels)
@@ -136,7 +135,7 @@ def train_student(plan: argparse.Namespace, round: int, seed: int) -> tuple[bool
     if seed == plan.seeds[0]:
         former = plan.output_dir / (f"round-{round - 1}" if round > 1 else "labelled")
         for name, file in plan.evaluated.items():
-            write_rows(file, with_values(plan.rows[name], plan.task))
+            write_rows(file, plan.task, plan.rows[name])
         has_teachers = round == 1 and plan.teachers
         teach(plan, folder, plan.teachers if has_teachers else [former / f"seed-{n}/model" for n in plan.seeds])
     files = {"train": folder / "train.jsonl", **plan.evaluated}

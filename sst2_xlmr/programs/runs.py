@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Callable
 
@@ -51,20 +52,15 @@ def checked_config(words: list[str], folder: Path, *own: str) -> Config:
     return parse_args([*words, "--output-dir", str(folder / "unused")])[0]
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows, whose labels are JSON values, atomically; UserError if the file cannot be written."""
+def write_rows(path: Path, task: Task, rows: Iterable[Row], more: Iterable[Row] = ()) -> None:
+    """Write rows, and more, whose labels are JSON values already, atomically; UserError if that fails."""
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
-        for row in rows:
+        for row in itertools.chain((row._replace(label=task.label_value(row.label)) for row in rows), more):
             texts = {"text": row.text} if row.pair is None else {"text": row.text, "pair": row.pair}
             content = {**texts, "label": row.label, "weight": row.weight}
             file.write(json.dumps(content, ensure_ascii=False) + "\n")
-
-
-def with_values(rows: Iterable[Row], task: Task) -> Iterator[Row]:
-    """Yield rows with their labels as JSON values."""
-    return (row._replace(label=task.label_value(row.label)) for row in rows)
 
 
 def words_for(config: Config, task: Task, files: Mapping[str, Path], has_weights: bool = False) -> list[str]:

@@ -32,7 +32,7 @@ from sst2_xlmr.evaluation.evaluate import batches_of_like_length, logits_of, on_
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, with_values, words_for, write_rows
+from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, words_for, write_rows
 from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import Task, main_metric
 from sst2_xlmr.util import downloads
@@ -131,7 +131,7 @@ def train_fold(
     folder = folder / f"fold-{fold}"
     files = {name: folder / f"{name}.jsonl" for name in ("train", "dev")}
     for path, is_own in zip(files.values(), (fold_of != fold, fold_of == fold)):
-        write_rows(path, with_values((rows[number][1] for number in np.flatnonzero(is_own)), task))
+        write_rows(path, task, (rows[number][1] for number in np.flatnonzero(is_own)))
     return train(words_for(config, task, files), folder, config.seed)
 
 
