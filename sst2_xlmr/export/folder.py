@@ -73,16 +73,12 @@ def write_folder(
     offset: float = 0.0,
     finish: Callable[[Callable[[], None]], None] = lambda work: work(),
 ) -> None:
-    """Write `config.json`, `model.safetensors`, the tokenizer's files and the model card; atomically.
+    """Write a model's folder, which is replaced if it exists, atomically; UserError if it cannot be written.
 
-    Args:
-        folder: replaced if it exists; UserError if it cannot be written.
-        weights: under the classifier's names, all fp32 or all bf16; a lazy tensor is never in memory as a whole.
-        encoder: gives shape, label names, longest input, tokenizer and dropouts; its own weights are not read.
-        card: content of `README.md`; if it is empty, none is written.
-        temperature, offset: folded into the last layer: logits are divided by the first (see evaluation/calibration),
-            then the second is added.
-        finish: runs the last part, syncing and renaming, now or later (`BackgroundWriter.submit`).
+    The weights are all fp32 or all bf16; a lazy tensor is never in memory as a whole. The encoder gives shape, label
+    names, longest input, tokenizer and dropouts; its own weights are not read. An empty card is not written. Logits are
+    divided by the temperature (see evaluation/calibration), then the offset is added, both in the last layer. `finish`
+    runs the last part, syncing and renaming, now or later (`BackgroundWriter.submit`).
     """
     unfinished, last = scratch_name(folder), {}
 

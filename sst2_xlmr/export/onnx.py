@@ -199,14 +199,10 @@ def _tokenize(graph: _Graph, texts: str, encoder: EncoderFolder) -> tuple[str, s
 def write_onnx(
     file: Path, weights: Weights, encoder: EncoderFolder, task: Task, takes_texts: bool, int8: bool, logits_only: bool
 ) -> None:
-    """Write the file; UserError if it would be too large.
+    """Write a file that takes texts, or ids, with the encoder quantized if `int8`; UserError if it would be too large.
 
-    Args:
-        weights: fp32, by the classifier's parameter names.
-        encoder: gives shape, tokenizer and longest input; its own weights are not read.
-        takes_texts: whether the file tokenizes texts, or takes ids.
-        int8: whether to quantize the encoder.
-        logits_only: whether the only output is `logits`, fp32 [texts, labels], instead of labels and probabilities.
+    Weights are fp32, by the classifier's parameter names; the encoder's own are not read. With `logits_only`, the only
+    output is `logits`, fp32 [texts, labels], instead of labels and probabilities.
     """
     if sum(weight.size for weight in weights.values()) * (1 if int8 else 4) > _LARGEST_FILE:
         raise UserError("the model is larger than the 2 GB of an ONNX file; trim its vocabulary, or use onnx-int8")
