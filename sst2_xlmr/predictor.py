@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -74,9 +75,8 @@ class Classifier:
             raise UserError("--precision int8 is for a CPU; use bf16 or fp32, or --device cpu")
         plain = choose_precision("auto" if is_int8 else precision, device)
         if is_int8:
-            classifier, tokenizer, task = load_classifier(folder, device, bf16=False)
-            module = quantized_model(classifier, task, torch.bfloat16 if plain == "bf16" else torch.float32)
-            del classifier
+            convert = functools.partial(quantized_model, dtype=torch.bfloat16 if plain == "bf16" else torch.float32)
+            module, tokenizer, task = load_classifier(folder, device, False, convert)
             give_back_memory()
             if module is not None:
                 return cls(folder, module, tokenizer, task, precision, device)

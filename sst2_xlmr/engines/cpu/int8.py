@@ -8,6 +8,7 @@ again with all 16 bits of weights and activations, and everything else in fp32.
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import torch
@@ -36,7 +37,7 @@ def _weights_of(layer: Layer, is_last: bool) -> list[Int16Linear]:
 
 
 class Int8Classifier(nn.Module):
-    """A classifier for prediction, made from a plain one, which must be in fp32 and is not needed any more.
+    """A classifier for prediction, made from a plain one in fp32, of whose weights it has copies.
 
     Args:
         kernels: of the dtype of attention and residual connections.
@@ -51,16 +52,16 @@ class Int8Classifier(nn.Module):
     ) -> None:
         super().__init__()
         encoder = classifier.encoder
-        self.kernels, self.fp32, self.shape, self.head = kernels, fp32, classifier.shape, classifier.head
+        self.kernels, self.fp32, self.shape = kernels, fp32, classifier.shape
+        self.head, self.norm = copy.deepcopy(classifier.head), copy.deepcopy(encoder.norm)
         self.near_tie, self.task = near_tie, task
         parts = [quantize_weights(part) for part in encoder.tokens.weight.split(_TABLE_ROWS_AT_ONCE)]
         self.table, self.table_scales = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         self.positions = encoder.positions.weight[FIRST_POSITION:].clone()
-        self.norm = norm = encoder.norm
-        self.norm_parameters = (norm.weight.to(kernels.dtype), norm.bias.to(kernels.dtype), norm.eps)
+        self.norm_parameters = (self.norm.weight.to(kernels.dtype), self.norm.bias.to(kernels.dtype), self.norm.eps)
         layers = list(encoder.layers)
         self.weights = [_weights_of(layer, layer is layers[-1]) for layer in layers]
-        self.norms = [(layer.norm1, layer.norm2) for layer in layers]
+        self.norms = [(copy.deepcopy(layer.norm1), copy.deepcopy(layer.norm2)) for layer in layers]
 
     @torch.no_grad()
     def forward(
