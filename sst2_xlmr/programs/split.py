@@ -25,11 +25,6 @@ _KEY_WORDS = 3  # number of first words by which a text is looked up in others
 Words = tuple[str, ...]
 
 
-def casefolded_words(text: str, pair: str | None) -> Words:
-    """Return a row's casefolded words, those of a pair of texts with a separator between them."""
-    return (*text.casefold().split(), *([] if pair is None else ["\t", *pair.casefold().split()]))
-
-
 def find_parts(texts: Sequence[Words]) -> list[np.ndarray]:
     """Return for each text the numbers of the texts whose words occur in it consecutively, int64, ascending.
 
@@ -115,7 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     label = columns.label if not columns.label.isdecimal() else rows[0].fields.names[int(columns.label) - 1]
     are_free, splits = np.ones(len(rows), bool), {}
     if parts_apart:
-        words = [casefolded_words(row.text, row.pair) for row in rows]
+        firsts = [tuple(row.text.casefold().split()) for row in rows]
+        seconds = [() if row.pair is None else ("\t", *row.pair.casefold().split()) for row in rows]
+        words = [(*first, *second) for first, second in zip(firsts, seconds)]
         train, splits["test"] = split_rows(words, count, seed)
         are_free[:], shares["test"] = False, 0.0
         are_free[train] = True
