@@ -114,9 +114,11 @@ def with_files(words: list[str]) -> list[str]:
     """Replace each `@FILE` by the words in that file, which are quoted as in a shell; `#` starts a comment."""
     result = []
     for word in words:
+        if not word.startswith("@"):
+            result.append(word)
+            continue
         try:
-            is_file = word.startswith("@")
-            result += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True) if is_file else [word]
+            result += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
         except OSError as error:
             raise UserError(f"cannot read {word[1:]}, named by {word}: {error.strerror}") from None
         except ValueError as error:  # an unclosed quotation, or bytes that are not UTF-8
