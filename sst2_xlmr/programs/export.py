@@ -42,7 +42,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # for a probability; bf16 weights have
 ONNX_TOLERANCE = 1e-4
 ROWS_COMPARED = 1000  # of --keep-vocabulary-of: their predictions are compared, and the tokens of all rows
 ONNX_BATCH = 32
-SENTENCES = [
+SENTENCES = [  # to compare on without --check-file
     "A quiet film that stays with you for days.",
     "Das Essen war kalt, der Kellner unfreundlich und die Rechnung falsch.",
     "Un concert inoubliable !",
@@ -81,6 +81,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, trims)]
     has_rows, rows = any(map(is_rows_file, files)), f"a {either(KINDS)} file in --check-file or --keep-vocabulary-of"
     columns = ", ".join(flag(name) for name in options.TABLE_OPTIONS if name in arguments)
+    has_bounds = options.has_bounds(arguments)
     has_pairs = getattr(arguments, "text_pair_column", None) and is_onnx and not is_folder and not from_ids
     alone = "--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids"
     options.refuse(
@@ -90,10 +91,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         (from_ids and (is_folder or not is_onnx), "--from-ids is for --format onnx and onnx-int8"),
         (from_ids and trims, f"{alone}; export --format hf trimmed, then that folder with --from-ids"),
         (is_int8 and not arguments.check_file, needs_rows),
-        (
-            options.has_bounds(arguments) and not is_int8,
-            "--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8",
-        ),
+        (has_bounds and not is_int8, "--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8"),
         (columns and not has_rows, f"{columns} needs {rows}, whose columns it names"),
         (has_pairs, "an ONNX file that takes texts takes one for each row; export pairs with --from-ids"),
     )
