@@ -98,10 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     shares, parts_apart = {"test": arguments.test_share, "dev": arguments.dev_share}, arguments.keep_parts_apart
     options.refuse(
         (not count and not any(shares.values()), "nothing to split off: give --dev-share, --test-share or --rows"),
-        (
-            arguments.keep_parts_apart and not count,
-            "--keep-parts-apart needs --rows, how many to hold out for the test",
-        ),
+        (parts_apart and not count, "--keep-parts-apart needs --rows, how many to hold out for the test"),
         (not 0 <= seed < 2**32, f"--seed {seed} is not a number from 0 to {2**32 - 1}"),
     )
     options.check_output("--output-dir", output_dir, makes_parents=True)
@@ -128,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.train_rows is not None:
         if arguments.train_rows > len(splits["train"]):
             raise UserError(f"--train-rows {arguments.train_rows}: {len(splits['train']):,} rows are left to train on")
-        chosen = np.random.RandomState(seed).choice(splits["train"], arguments.train_rows, replace=False)
-        splits["train"] = np.sort(chosen)
+        drawn = np.random.RandomState(seed).choice(splits["train"], arguments.train_rows, replace=False)
+        splits["train"] = np.sort(drawn)
     # A kind that holds any cell, unless it is GLUE's.
     kind = ".jsonl" if not layout.is_table else ".tsv" if (layout.format, layout.quoting) == ("tsv", "none") else ".csv"
     with writing(output_dir):
