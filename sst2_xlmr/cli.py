@@ -72,17 +72,12 @@ def add_options(parser: Any, *names: str) -> None:
             action.help = help + ("" if default is None else f" [{'on' if default else 'off'}]")
             continue
         metavar, _, help = help.partition(": ")
-        optional = {"nargs": "?", "const": os.devnull} if name == "check" else {"nargs": "+" if is_list else None}
-        shown_default = f" [{shown(default)}]" if default not in (None, []) else ""
-        parser.add_argument(
-            flag(name),
-            type=TYPES.get(kind, str),
-            metavar=metavar,
-            action="extend" if is_list else "store",
-            default=argparse.SUPPRESS,
-            **optional,
-            help=(help + shown_default).replace("%", "%%"),
-        )
+        help = (help + (f" [{shown(default)}]" if default not in (None, []) else "")).replace("%", "%%")
+        how: dict[str, Any] = {"nargs": "+", "action": "extend"} if is_list else {}
+        if name == "check":
+            how = {"nargs": "?", "const": os.devnull}
+        how |= {"type": TYPES.get(kind, str), "metavar": metavar, "default": argparse.SUPPRESS, "help": help}
+        parser.add_argument(flag(name), **how)
 
 
 def positive(text: str) -> int:

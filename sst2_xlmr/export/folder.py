@@ -215,16 +215,14 @@ def export_run(
     """
     finisher.wait()  # so that a slow disk has one model to write at a time
     config = inputs.config
+    dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), config.dropout)
     described = replace(
         inputs.encoder,
         label_names=task.label_names,
         problem_type=task.problem_type,
         max_length=config.max_length,
-        dropouts={  # also of a frozen encoder, which had none: for training it further
-            "hidden_dropout_prob": config.dropout,
-            "attention_probs_dropout_prob": config.dropout,
-            "classifier_dropout": config.head_dropout,
-        },
+        # Also of a frozen encoder, which had none: for training it further.
+        dropouts={**dropout, "classifier_dropout": config.head_dropout},
         text_pairs=config.text_pair_column is not None,
         long_texts=long_texts_of(config),
         thresholds=task.thresholds,

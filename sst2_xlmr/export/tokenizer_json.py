@@ -42,13 +42,21 @@ def tokenizer_json(file: Path) -> bytes | None:
     added += [{**flags, **token._asdict(), "special": False} for token in tokenizer_files.added_tokens(file)]
     begin, end = ({"SpecialToken": {"id": token, "type_id": 0}} for token in ("<s>", "</s>"))
     first, second = ({"Sequence": {"id": text, "type_id": 0}} for text in "AB")
+    normalizer: dict[str, Any] | None = None
+    if charsmap := model.normalizer_spec.precompiled_charsmap:
+        normalizer = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
+        ligature, letters = SentencePieceProcessor(model_proto=serialized).Encode(["\ufb01", "fi"])
+        if ligature == letters:  # the rules are NFKC and more
+            swap = {"type": "Replace", "pattern": {"String": WIDE_TILDE}, "content": ASIDE}
+            back = {"type": "Replace", "pattern": {"String": ASIDE}, "content": WIDE_TILDE}
+            normalizer = {"type": "Sequence", "normalizers": [swap, {"type": "NFKC"}, normalizer, back]}
     content = json.dumps(
         {
             "version": "1.0",
             "truncation": None,
             "padding": None,
             "added_tokens": added,
-            "normalizer": _normalizer(model.normalizer_spec.precompiled_charsmap, serialized),
+            "normalizer": normalizer,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [space, metaspace]},
             "post_processor": {
                 "type": "TemplateProcessing",
@@ -63,18 +71,3 @@ def tokenizer_json(file: Path) -> bytes | None:
         separators=(",", ":"),
     )
     return content.encode()
-
-
-def _normalizer(charsmap: bytes, serialized: bytes) -> dict[str, Any] | None:
-    """Return the normalizer for a serialized SentencePiece model with these compiled rules; None without rules."""
-    if not charsmap:
-        return None
-    rules = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
-    ligature, letters = SentencePieceProcessor(model_proto=serialized).Encode(["\ufb01", "fi"])
-    if ligature != letters:  # rules without NFKC
-        return rules
-    aside, back = (
-        {"type": "Replace", "pattern": {"String": old}, "content": new}
-        for old, new in ((WIDE_TILDE, ASIDE), (ASIDE, WIDE_TILDE))
-    )
-    return {"type": "Sequence", "normalizers": [aside, {"type": "NFKC"}, rules, back]}

@@ -7,6 +7,7 @@ name only if both agree, or in int8 if no more labels change and no more accurac
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +17,11 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file
+from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file, named_files
 from sst2_xlmr.data.formats import KINDS, either
-from sst2_xlmr.data.rows import Columns, columns_given
+from sst2_xlmr.data.rows import Columns, Row, columns_given, has_labels, read_rows
 from sst2_xlmr.evaluation.compare import check_comparison, compare_all
 from sst2_xlmr.evaluation.evaluate import predict
-from sst2_xlmr.export.check_rows import is_rows_file, read_checks, read_texts
 from sst2_xlmr.export.folder import read_card, write_all_but_weights, write_folder
 from sst2_xlmr.export.trimmed import write_trimmed
 from sst2_xlmr.model.classifier import load_classifier, load_tensors, task_of
@@ -42,8 +42,31 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # for a probability; bf16 weights have
 ONNX_TOLERANCE = 1e-4
 ROWS_COMPARED = 1000  # of --keep-vocabulary-of: their predictions are compared, and the tokens of all rows
 ONNX_BATCH = 32
+SENTENCES = [  # to compare on without --check-file
+    "A quiet film that stays with you for days.",
+    "Das Essen war kalt, der Kellner unfreundlich und die Rechnung falsch.",
+    "Un concert inoubliable !",
+    "Очень скучная книга, я не дочитал её до конца.",
+    "Πολύ καλή εξυπηρέτηση.",
+    "الفندق نظيف والموقع ممتاز.",
+    "המשלוח הגיע באיחור של שבועיים.",
+    "यह फ़ोन दो दिन में ख़राब हो गया।",
+    "อาหารอร่อยมากและราคาไม่แพง",
+    "这家店的服务太差了,再也不来了。",
+    "この本を読んで本当によかった。",
+    "배터리가 하루도 못 가요.",
+    "One word and another, " * 200,
+    "  two  spaces, a\ttab, ﬁ and ① ",
+    "",
+]
+# ((texts, second texts or None), labels, int [rows], or None)
+Rows = tuple[tuple[list[str], Optional[list[str]]], Optional[np.ndarray]]
 # Takes texts, and their second texts or None; returns fp32 probabilities [rows, outputs].
 Classify = Callable[[list[str], Optional[list[str]]], np.ndarray]
+
+
+def is_rows_file(file: Path) -> bool:
+    return file.name.lower().removesuffix(".gz").endswith(KINDS)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -58,6 +81,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, trims)]
     has_rows, rows = any(map(is_rows_file, files)), f"a {either(KINDS)} file in --check-file or --keep-vocabulary-of"
     columns = ", ".join(flag(name) for name in options.TABLE_OPTIONS if name in arguments)
+    has_bounds = options.has_bounds(arguments)
     has_pairs = getattr(arguments, "text_pair_column", None) and is_onnx and not is_folder and not from_ids
     alone = "--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids"
     options.refuse(
@@ -67,15 +91,37 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         (from_ids and (is_folder or not is_onnx), "--from-ids is for --format onnx and onnx-int8"),
         (from_ids and trims, f"{alone}; export --format hf trimmed, then that folder with --from-ids"),
         (is_int8 and not arguments.check_file, needs_rows),
-        (
-            options.has_bounds(arguments) and not is_int8,
-            "--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8",
-        ),
+        (has_bounds and not is_int8, "--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8"),
         (columns and not has_rows, f"{columns} needs {rows}, whose columns it names"),
         (has_pairs, "an ONNX file that takes texts takes one for each row; export pairs with --from-ids"),
     )
     options.check_output("--output", arguments.output, makes_parents=True)
     return arguments
+
+
+def read_texts(file: Path, columns: Columns, task: Task | None = None) -> Iterator[Row]:
+    """Yield a file's rows, with labels if there is a task; a file of an unknown kind has one text per line."""
+    return read_rows(file, columns if is_rows_file(file) else Columns(format="lines"), task)
+
+
+def read_checks(
+    check_files: list[str], columns: Columns, task: Task, takes_pairs: bool, has_label_column: bool
+) -> dict[str, Rows]:
+    """Return name -> rows of --check-file; without files, built-in sentences, and pairs if the form `takes_pairs`.
+
+    If --label-column was given, files of rows must have this column.
+    """
+    if not check_files:
+        pairs = {"pairs": ((SENTENCES, SENTENCES[::-1]), None)} if takes_pairs else {}
+        return {"sentences": ((SENTENCES, None), None), **pairs}
+    checks: dict[str, Rows] = {}
+    for name, file in named_files(check_files, "--check-file").items():
+        is_labelled = is_rows_file(file) and (has_label_column or has_labels(file, columns))
+        rows = list(read_texts(file, columns, task if is_labelled else None))
+        seconds = [row.pair for row in rows if row.pair is not None]
+        labels = np.array([row.label for row in rows]) if is_labelled else None
+        checks[name] = ([row.text for row in rows], seconds or None), labels
+    return checks
 
 
 def classify_with_folder(folder: Path) -> Classify:

@@ -51,6 +51,7 @@ BYTES_AT_ONCE = 1 << 16  # of standard input
 SENTENCE = ["sentence"]  # column name for texts that do not come from a file
 # Options that affect the output.
 FINGERPRINT_OPTIONS = (*TEXT_OPTIONS, "batch_tokens", "abstain_below", "all_probabilities")
+Chunks = Iterator[list[Row]]
 Predictions = tuple[list[Row], list[list[Any]]]  # rows, and the new cells of each
 # Processes synchronize only at the beginning and the end, so they may wait long.
 TIMEOUT_MINUTES = 7 * 24 * 60.0
@@ -94,7 +95,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def read_chunks(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+def read_chunks(arguments: argparse.Namespace) -> Chunks:
     """Return the rows to classify, in chunks: from the file, the sentences, or standard input.
 
     The first rows of a file are read at once, so that a wrong column raises a UserError here.
@@ -115,7 +116,7 @@ def sentence(where: str, number: int, text: str) -> Row:
     return Row(text, None, None, Fields(number, SENTENCE, [text]))
 
 
-def available_lines(stream: Any) -> Iterator[list[Row]]:
+def available_lines(stream: Any) -> Chunks:
     """Yield a stream's lines (UTF-8, LF or CRLF) as they become available, without waiting for more."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     count, rest, is_open = 0, "", True
@@ -145,20 +146,7 @@ def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
     return digest, rows
 
 
-def fingerprint_of(arguments: argparse.Namespace, digest: str, classifier: Classifier) -> dict[str, Any]:
-    """Return everything that the output depends on; --resume requires that it has not changed."""
-    files = []
-    for model in arguments.models:
-        encoder = find_model(model)
-        files += [*encoder.weights_files, encoder.tokenizer_file, *sorted(model.glob("*.json"))]
-    options = {name: str(value) for name, value in vars(arguments).items() if name in FINGERPRINT_OPTIONS}
-    machine = {"precision": classifier.precision, "device": classifier.device.type, "version": __version__}
-    return {"input": digest, "model": [digest_of(file) for file in files], **options, **machine}
-
-
-def classify(
-    arguments: argparse.Namespace, classifier: Classifier, chunks: Iterable[list[Row]]
-) -> Iterator[Predictions]:
+def classify(arguments: argparse.Namespace, classifier: Classifier, chunks: Chunks) -> Iterator[Predictions]:
     """Yield each chunk of rows with its predictions."""
     encoded: Iterator[Any] = ((chunk, classifier.encode(texts_of(chunk))) for chunk in chunks)
 
@@ -253,7 +241,14 @@ def predict_file(arguments: argparse.Namespace, world: distributed.World) -> Non
             check_options(classifier.task, arguments)
             if arguments.glue_submission:
                 glue_label_ids(classifier.label_names)
-            fingerprint = fingerprint_of(arguments, digest, classifier)
+            files = []
+            for model in arguments.models:
+                encoder = find_model(model)
+                files += [*encoder.weights_files, encoder.tokenizer_file, *sorted(model.glob("*.json"))]
+            given = {name: str(value) for name, value in vars(arguments).items() if name in FINGERPRINT_OPTIONS}
+            machine = {"precision": classifier.precision, "device": classifier.device.type, "version": __version__}
+            # Everything that the output depends on: --resume requires that it has not changed.
+            fingerprint = {"input": digest, "model": [digest_of(file) for file in files], **given, **machine}
             return stack.enter_context(shards.open_shards(arguments.paths[0], fingerprint, arguments.resume))
 
         folder = distributed.broadcast(world, distributed.on_rank0(world, begin))

@@ -46,10 +46,11 @@ WAITING, TEXTS, SECONDS = "sst2_xlmr_waiting_texts", "sst2_xlmr_texts_total", "s
 REQUESTS = {status: f'sst2_xlmr_requests_total{{status="{status}"}}' for status in STATUSES}
 COUNTERS = np.dtype([(name, np.float64) for name in (WAITING, TEXTS, SECONDS, *REQUESTS.values())])
 Receive = Callable[[], Any]  # as ASGI defines it
+Queue = asyncio.Queue[Any]  # of token ids, lengths and a future for each request
 bad_request = functools.partial(UserError, status=400)  # where a request is read, an error has HTTP's status
 
 
-async def compute(classifier: Classifier, waiting: asyncio.Queue[Any], batch_tokens: int) -> None:
+async def compute(classifier: Classifier, waiting: Queue, batch_tokens: int) -> None:
     """Answer the requests that wait, as many at a time as have `batch_tokens`."""
     loop, thread, pending = asyncio.get_running_loop(), ThreadPoolExecutor(1), list[Any]()
     while True:
@@ -102,10 +103,8 @@ async def read_texts(receive: Receive, takes_pairs: bool | None) -> tuple[list[A
     return texts, sum(map(len, parts)), bool(body.get("all_probabilities"))
 
 
-def make_app(
-    classifier: Classifier, arguments: argparse.Namespace, waiting: asyncio.Queue[Any], worker: int
-) -> Callable[..., Any]:
-    """Return the service as an ASGI application, which puts token ids, lengths and a future into `waiting`.
+def make_app(classifier: Classifier, arguments: argparse.Namespace, waiting: Queue, worker: int) -> Callable[..., Any]:
+    """Return the service as an ASGI application, which puts its requests into `waiting`.
 
     It counts in its worker's row of `arguments.counters`, and shows the sums over all of them.
     """
@@ -190,7 +189,7 @@ class TimedProtocol(H11Protocol):
 
 async def run(classifier: Classifier, arguments: argparse.Namespace, worker: int = 0) -> None:
     """Answer at `arguments.listener` until a signal asks to stop."""
-    waiting: asyncio.Queue[Any] = asyncio.Queue()
+    waiting: Queue = asyncio.Queue()
     settings: dict[str, Any] = {"http": TimedProtocol, "limit_concurrency": MOST_CONNECTIONS, "log_level": "error"}
     settings |= {"h11_max_incomplete_event_size": LARGEST_HEAD, "timeout_graceful_shutdown": 30, "lifespan": "off"}
     app = make_app(classifier, arguments, waiting, worker)

@@ -25,11 +25,6 @@ _KEY_WORDS = 3  # number of first words by which a text is looked up in others
 Words = tuple[str, ...]
 
 
-def casefolded_words(text: str, pair: str | None) -> Words:
-    """Return a row's casefolded words, those of a pair of texts with a separator between them."""
-    return (*text.casefold().split(), *([] if pair is None else ["\t", *pair.casefold().split()]))
-
-
 def find_parts(texts: Sequence[Words]) -> list[np.ndarray]:
     """Return for each text the numbers of the texts whose words occur in it consecutively, int64, ascending.
 
@@ -103,10 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     shares, parts_apart = {"test": arguments.test_share, "dev": arguments.dev_share}, arguments.keep_parts_apart
     options.refuse(
         (not count and not any(shares.values()), "nothing to split off: give --dev-share, --test-share or --rows"),
-        (
-            arguments.keep_parts_apart and not count,
-            "--keep-parts-apart needs --rows, how many to hold out for the test",
-        ),
+        (parts_apart and not count, "--keep-parts-apart needs --rows, how many to hold out for the test"),
         (not 0 <= seed < 2**32, f"--seed {seed} is not a number from 0 to {2**32 - 1}"),
     )
     options.check_output("--output-dir", output_dir, makes_parents=True)
@@ -115,7 +107,9 @@ def main(argv: list[str] | None = None) -> None:
     label = columns.label if not columns.label.isdecimal() else rows[0].fields.names[int(columns.label) - 1]
     are_free, splits = np.ones(len(rows), bool), {}
     if parts_apart:
-        words = [casefolded_words(row.text, row.pair) for row in rows]
+        firsts = [tuple(row.text.casefold().split()) for row in rows]
+        seconds = [() if row.pair is None else ("\t", *row.pair.casefold().split()) for row in rows]
+        words = [(*first, *second) for first, second in zip(firsts, seconds)]
         train, splits["test"] = split_rows(words, count, seed)
         are_free[:], shares["test"] = False, 0.0
         are_free[train] = True
@@ -131,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.train_rows is not None:
         if arguments.train_rows > len(splits["train"]):
             raise UserError(f"--train-rows {arguments.train_rows}: {len(splits['train']):,} rows are left to train on")
-        chosen = np.random.RandomState(seed).choice(splits["train"], arguments.train_rows, replace=False)
-        splits["train"] = np.sort(chosen)
+        drawn = np.random.RandomState(seed).choice(splits["train"], arguments.train_rows, replace=False)
+        splits["train"] = np.sort(drawn)
     # A kind that holds any cell, unless it is GLUE's.
     kind = ".jsonl" if not layout.is_table else ".tsv" if (layout.format, layout.quoting) == ("tsv", "none") else ".csv"
     with writing(output_dir):

@@ -7,7 +7,6 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 BUSY = 0.3  # other running threads per core from which the machine counts as busy
@@ -45,17 +44,11 @@ def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/p
 
     A container's limit is the lowest CPU quota (`docker run --cpus=2`), rounded up, of its cgroup and those above it.
     """
-    given = os.environ.get("SLURM_CPUS_ON_NODE", "")
-    limits = [int(given)] if given.isdecimal() else []
-    return max(1, min([len(os.sched_getaffinity(0)), *limits, *map(math.ceil, _quotas(cgroups, own))]))
-
-
-def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
-    """Yield the CPU quotas, in cores, of this process's cgroups, version 1 or 2."""
-    try:
+    limits, given = [len(os.sched_getaffinity(0))], os.environ.get("SLURM_CPUS_ON_NODE", "")
+    limits += [int(given)] if given.isdecimal() else []
+    places: list[list[str]] = []  # of its cgroups, version 1 (with controllers) or 2
+    with contextlib.suppress(OSError, ValueError):
         places = [line.split(":", 2)[1:] for line in own.read_text().splitlines() if line.count(":") > 1]
-    except (OSError, ValueError):
-        return
     for controllers, place in places:
         if controllers and "cpu" not in controllers.split(","):
             continue
@@ -66,4 +59,5 @@ def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
                 words = [(folder / part.relative_to("/") / name).read_text() for name in names]
                 quota, period = map(float, " ".join(words).split())
                 if quota > 0:
-                    yield quota / period
+                    limits.append(math.ceil(quota / period))
+    return max(1, min(limits))
