@@ -20,30 +20,19 @@ BATCHES_PER_GROUP = 100
 
 
 class Batch(NamedTuple):
-    """A micro-batch: rows of one rank's part of a global batch that go through the model together.
+    """A micro-batch: rows of one rank's part of a global batch that go through the model together."""
 
-    Attributes:
-        ids: int64 [tokens], the concatenated rows.
-        lengths: int64 [rows] or [windows], tokens per row or per window; stays on the CPU.
-        labels: [rows, ...], of the task's dtype and shape.
-        keys: int64 [rows] or [windows], random numbers below 2**32 from seed, epoch and row, with which an engine seeds
-            dropout masks, so that they do not depend on how a batch is split.
-        global_rows: number of rows of the global batch, over all ranks.
-        weight: 1.0, or 0.0 if these rows only keep the rank in step with the others.
-        row_weights: fp32 [rows], factors on the rows' losses; None for ones.
-        global_weight: sum of the row weights over the global batch.
-        windows: int64 [rows], windows per row; None for one each. Stays on the CPU.
-    """
-
-    ids: torch.Tensor
-    lengths: torch.Tensor
-    labels: torch.Tensor
+    ids: torch.Tensor  # int64 [tokens], the concatenated rows
+    lengths: torch.Tensor  # int64 [rows] or [windows], tokens per row or per window; stays on the CPU
+    labels: torch.Tensor  # [rows, ...], of the task's dtype and shape
+    # int64 [rows] or [windows], random numbers below 2**32 from seed, epoch and row, with which an engine seeds dropout
+    # masks, so that they do not depend on how a batch is split.
     keys: torch.Tensor
-    global_rows: int
-    weight: float = 1.0
-    row_weights: torch.Tensor | None = None
-    global_weight: float = 0.0
-    windows: torch.Tensor | None = None
+    global_rows: int  # of the global batch, over all ranks
+    weight: float = 1.0  # or 0.0 if these rows only keep the rank in step with the others
+    row_weights: torch.Tensor | None = None  # fp32 [rows], factors on the rows' losses; None for ones
+    global_weight: float = 0.0  # sum of the row weights over the global batch
+    windows: torch.Tensor | None = None  # int64 [rows], windows per row; None for one each; stays on the CPU
 
     def to(self, device: torch.device) -> Batch:
         ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.labels))

@@ -12,7 +12,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
@@ -39,38 +39,22 @@ Chunk = tuple[np.ndarray, ...]
 
 @dataclass
 class TokenCache:
-    """The tokenized rows of one or more files, memory-mapped.
+    """The tokenized rows of one or more files, memory-mapped."""
 
-    Attributes:
-        ids: int32 [tokens], the concatenated rows, with `<s>` and `</s>`.
-        offsets: int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]].
-        labels: [rows, ...], of the task's dtype and shape; int32 [rows], class ids, for a single label.
-        distinct_ids: int32 [distinct ids], the ids that occur, ascending.
-        text_digests: uint64 [rows], equal for equal texts (or pairs of texts).
-        repeats, contradictions: int32, row indices; see `duplicates.find_repeats`.
-        cut_rows: int32, indices of the rows that were cut to `max_length`.
-        lines: int32 [rows], the line of each row in its file, from 1.
-        vocab_size: the tokenizer's largest id + 1.
-        digest: SHA-256 of the file, or of the files, hexadecimal.
-        rows_of_files: the number of rows from each file.
-        source_rows: int64 [rows], the rows' indices among all rows of the files; None if they are all of them.
-        weights: fp32 [rows], factors on the rows' losses; None for ones.
-    """
-
-    ids: np.ndarray
-    offsets: np.ndarray
-    labels: np.ndarray
-    distinct_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    text_digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    repeats: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    contradictions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    cut_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    lines: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    vocab_size: int = 0
-    digest: str = ""
-    rows_of_files: list[int] = field(default_factory=list)
-    source_rows: np.ndarray | None = None
-    weights: np.ndarray | None = None
+    ids: np.ndarray  # int32 [tokens], the concatenated rows, with `<s>` and `</s>`
+    offsets: np.ndarray  # int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]]
+    labels: np.ndarray  # [rows, ...], of the task's dtype and shape; int32 [rows], class ids, for a single label
+    distinct_ids: np.ndarray  # int32 [distinct ids], the ids that occur, ascending
+    text_digests: np.ndarray  # uint64 [rows], equal for equal texts (or pairs of texts)
+    repeats: np.ndarray  # int32, row indices, like contradictions; see `duplicates.find_repeats`
+    contradictions: np.ndarray
+    cut_rows: np.ndarray  # int32, indices of the rows that were cut to `max_length`
+    lines: np.ndarray  # int32 [rows], the line of each row in its file, from 1
+    vocab_size: int  # the tokenizer's largest id + 1
+    digest: str  # SHA-256 of the file, or of the files, hexadecimal
+    rows_of_files: list[int]  # the number of rows from each file
+    source_rows: np.ndarray | None = None  # int64 [rows], indices among all rows of the files; None for all of them
+    weights: np.ndarray | None = None  # fp32 [rows], factors on the rows' losses; None for ones
 
     def __len__(self) -> int:
         return len(self.labels)
