@@ -33,8 +33,3 @@ def find_repeats(digests: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     contradicted = np.zeros(len(order), bool)
     contradicted[text[1:][same_text & ~same_label]] = True
     return np.sort(repeats), np.sort(order[contradicted[text]])
-
-
-def find_leaks(digests: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the indices, int64, ascending, of the `digests` that are also in `others`; both are uint64."""
-    return np.flatnonzero(np.isin(digests, others))

@@ -164,7 +164,7 @@ def read_files(
         caches[name] = tokenize_file(
             file, tokenizer.file, columns[name], task, tokenizer.max_length, cache_dir, lambda *_: tokenizer, long_texts
         )
-    splits = {name: Split([file], columns[name], [inspections[name]], {}, []) for name, file in files.items()}
+    splits = {name: Split([file], columns[name], [inspections[name]]) for name, file in files.items()}
     return task, splits, caches
 
 
