@@ -34,26 +34,17 @@ Rows = Iterator[tuple[int, Any]]
 
 
 class Layout(NamedTuple):
-    """How a file is read.
+    """How a file is read."""
 
-    Attributes:
-        format: a key of config.FORMATS.
-        delimiter, quoting, newline: of a table; `quoting` is a key of QUOTES.
-        header: whether a table's first line names its columns.
-        names: the columns' names; empty for JSON objects, each of which has its own.
-        class_names: column -> names of its labels 0, 1, ..., if the file contains them.
-        notes: warnings for the header.
-    """
-
-    format: str
+    format: str  # a key of config.FORMATS
     encoding: str = "utf-8"
-    delimiter: str = ""
-    quoting: str = ""
+    delimiter: str = ""  # of a table, like quoting and newline
+    quoting: str = ""  # a key of QUOTES
     newline: str = "\n"
-    header: bool = False
-    names: tuple[str, ...] = ()
-    class_names: Mapping[str, Sequence[str]] = {}
-    notes: tuple[str, ...] = ()
+    header: bool = False  # whether a table's first line names its columns
+    names: tuple[str, ...] = ()  # the columns' names; empty for JSON objects, each of which has its own
+    class_names: Mapping[str, Sequence[str]] = {}  # column -> names of its labels 0, 1, ..., if the file contains them
+    notes: tuple[str, ...] = ()  # warnings for the header
 
     @property
     def is_table(self) -> bool:
@@ -62,17 +53,11 @@ class Layout(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """A row of a file, unchanged.
+    """A row of a file, unchanged."""
 
-    Attributes:
-        line: its first line, from 1; in formats without lines, its row.
-        names: its columns; rows with the same columns share one list.
-        cells: one per name, unless the row is broken: text, or any value in JSON.
-    """
-
-    line: int
-    names: list[str]
-    cells: Sequence[Any]
+    line: int  # its first line, from 1; in formats without lines, its row
+    names: list[str]  # its columns; rows with the same columns share one list
+    cells: Sequence[Any]  # one per name, unless the row is broken: text, or any value in JSON
 
 
 @contextlib.contextmanager
@@ -205,7 +190,7 @@ def read_fields(path: Path, layout: Layout) -> Iterator[Fields]:
     names = list(layout.names)
     with contextlib.ExitStack() as stack:
         if layout.format in READERS:
-            rows = READERS[layout.format](path, layout.encoding)
+            rows = READERS[layout.format](path, layout.format, layout.encoding)
         else:
             file, _ = stack.enter_context(opened(path))
             rows = _rows_of_lines(decoded_lines(file, path, layout.encoding, layout.newline), path, layout)

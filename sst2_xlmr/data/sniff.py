@@ -53,31 +53,21 @@ _MAGIC = {
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to read from a file, each by name or by number from 1, and options for its layout.
+    """The columns to read from a file, each by name or by number from 1, and options for its layout."""
 
-    Attributes:
-        text: one column, or several to join; None for `sentence`, or else `text`.
-        labels: one column per label, instead of `label`.
-        weight: the column with loss weights; None for ones.
-        header, format, delimiter, quoting, encoding: overrides; None to detect them.
-        drop_unusable: whether to leave out unusable rows; otherwise they are an error.
-        may_be_empty: whether texts may be empty, as in prediction.
-        classes: the names of the classes, if known; a file's own class names are used only if they are among them.
-    """
-
-    text: str | tuple[str, ...] | None = None
+    text: str | tuple[str, ...] | None = None  # one column, or several to join; None for `sentence`, or else `text`
     pair: str | None = None
     label: str = "label"
-    labels: tuple[str, ...] = ()
-    weight: str | None = None
-    header: bool | None = None
+    labels: tuple[str, ...] = ()  # one column per label, instead of `label`
+    weight: str | None = None  # the column with loss weights; None for ones
+    header: bool | None = None  # this and the next four: None to detect them
     format: str | None = None
     delimiter: str | None = None
     quoting: str | None = None
     encoding: str | None = None
-    drop_unusable: bool = False
-    may_be_empty: bool = False
-    classes: tuple[str, ...] = ()
+    drop_unusable: bool = False  # whether to leave out unusable rows; otherwise they are an error
+    may_be_empty: bool = False  # whether texts may be empty, as in prediction
+    classes: tuple[str, ...] = ()  # if known; a file's own class names are used only if they are among them
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -102,12 +92,17 @@ def find_layout(path: Path, asked: Columns = Columns()) -> Layout:
 
 @functools.lru_cache(maxsize=64)
 def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
+    kind: str | None
     if path.is_dir():
-        kind: str | None = "arrow" if (path / "state.json").is_file() else "folder"
+        kind = "arrow" if (path / "state.json").is_file() else "folder"
     else:
         with opened(path) as (file, name):
             head = file.read(100).lstrip()
-            kind = asked.format or _binary_format(path, head)
+        magic = head if head[:1] != b"<" else head.lower()
+        found = next((kind for start, kind in _MAGIC.items() if magic.startswith(start)), None)
+        if not asked.format and found and found not in FORMATS:
+            raise UserError(f"{path} is {found}")
+        kind = asked.format or found
     if kind == "folder":
         if not any(file.is_file() for file in path.glob("*/*")):
             raise UserError(f"{path} is a folder, but not one with a folder of texts per class; name a file")
@@ -134,15 +129,6 @@ def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
     if not rows:  # the table is broken; the error comes when it is read
         rows = [[cell.strip('"') for cell in lines[0].rstrip("\r\n").split(layout.delimiter)]]
     return _with_header(path, layout, rows[:SAMPLE_ROWS], asked)
-
-
-def _binary_format(path: Path, head: bytes) -> str | None:
-    """Return a binary file's format, None for a text file; UserError if it is unsupported."""
-    head = head if head[:1] != b"<" else head.lower()
-    kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
-    if kind is None or kind in FORMATS:
-        return kind
-    raise UserError(f"{path} is {kind}")
 
 
 def _sample(path: Path, encoding: str, most: float = SAMPLE_CHARACTERS) -> tuple[list[str], bool]:
@@ -186,19 +172,16 @@ def _json_format(name: str, filled: list[str]) -> str | None:
     if first[:1] in ("{", "["):
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(first)
-            if isinstance(row, dict) and (len(filled) > 1 or not _is_document(row)):
-                return "jsonl"
+            if isinstance(row, dict):  # a row itself, unless it holds rows; see `containers.json_rows`
+                holds_rows = isinstance(row.get("data"), list) or {*map(type, row.values())} <= {dict, list}
+                if len(filled) > 1 or not holds_rows:
+                    return "jsonl"
         with contextlib.suppress(ValueError, RecursionError):
             json.loads("".join(filled))
             return "json"
         if first.strip() in ("[", "{"):  # the document may be longer than the sample
             return "json"
     return "jsonl" if name.endswith((".jsonl", ".ndjson")) else "json" if name.endswith(".json") else None
-
-
-def _is_document(value: dict[str, Any]) -> bool:
-    """Whether a JSON object holds rows, and is not a row itself; see `containers.json_rows`."""
-    return isinstance(value.get("data"), list) or {*map(type, value.values())} <= {dict, list}
 
 
 def _parsed(lines: list[str], delimiter: str, quoting: str, is_whole: bool) -> list[list[str]]:
