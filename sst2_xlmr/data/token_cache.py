@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any, Callable
 import numpy as np
 
 from sst2_xlmr.data.containers import source_digest
-from sst2_xlmr.data.duplicates import find_repeats, text_digests
 from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.rows import Inspection, Row, in_chunks, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
@@ -46,7 +45,7 @@ class TokenCache:
     labels: np.ndarray  # [rows, ...], of the task's dtype and shape; int32 [rows], class ids, for a single label
     distinct_ids: np.ndarray  # int32 [distinct ids], the ids that occur, ascending
     text_digests: np.ndarray  # uint64 [rows], equal for equal texts (or pairs of texts)
-    repeats: np.ndarray  # int32, row indices, like contradictions; see `duplicates.find_repeats`
+    repeats: np.ndarray  # int32, row indices, like contradictions; see `find_repeats`
     contradictions: np.ndarray
     cut_rows: np.ndarray  # int32, indices of the rows that were cut to `max_length`
     lines: np.ndarray  # int32 [rows], the line of each row in its file, from 1
@@ -95,15 +94,11 @@ def tokenize_file(
     load: Callable[[Path, int, LongTexts], Tokenizer] = Tokenizer,
     long_texts: LongTexts = CUT,
 ) -> TokenCache:
-    """Return the token cache of a file, or of several files as if they were concatenated.
+    """Return the token cache of a file, or of several as if they were concatenated, with texts cut to `max_length`.
 
-    It is computed on the first call with this content and then read from disk; all parameters except `cache_dir` and
-    `load` are part of the cache key. UserError for a bad row (see `rows.read_rows`), a file that changes while it is
-    read, or a cache folder that is not writable.
-
-    Args:
-        max_length: longest input in tokens; `long_texts` says how longer texts are handled.
-        load: loads the tokenizer on a cache miss; callers with several files memoize it.
+    It is computed on the first call with this content, with the tokenizer that `load` returns, and then read from disk;
+    all parameters except `cache_dir` and `load` are part of the cache key. UserError for a bad row (see
+    `rows.read_rows`), a file that changes while it is read, or a cache folder that is not writable.
     """
     paths = [paths] if isinstance(paths, Path) else list(paths)
     digest = tokenizer_digest(tokenizer_file)
@@ -168,6 +163,26 @@ def _cached(
     except OSError as error:
         cure = "set SST2_XLMR_CACHE to a writable folder"
         raise UserError(f"cannot write the token cache in {cache_dir}: {error.strerror}; {cure}") from None
+
+
+def text_digests(texts: Iterable[str], pairs: Iterable[str | None]) -> np.ndarray:
+    """Return uint64 [rows], equal for equal texts (or pairs); any two of a million collide with probability 3e-8."""
+    whole = (text if pair is None else f"{text}\0{pair}" for text, pair in zip(texts, pairs))
+    digests = [hashlib.blake2b(text.encode(), digest_size=8, usedforsecurity=False).digest() for text in whole]
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
+def find_repeats(digests: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row indices, int64, ascending, of repeats and of contradictions.
+
+    A repeat has the text and label of an earlier row. Contradictions are all rows with a text that has other labels
+    elsewhere in the file. Digests are uint64 [rows], labels int [rows].
+    """
+    order = np.lexsort((labels, digests))  # stable: among equals, the earlier row comes first
+    same_text = digests[order][1:] == digests[order][:-1]
+    same_label = labels[order][1:] == labels[order][:-1]
+    contradicted = digests[order][1:][same_text & ~same_label]
+    return np.sort(order[1:][same_text & same_label]), np.flatnonzero(np.isin(digests, contradicted))
 
 
 def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> Iterator[Chunk]:

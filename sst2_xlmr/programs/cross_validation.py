@@ -9,11 +9,11 @@ from typing import Callable
 import numpy as np
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.duplicates import text_digests
 from sst2_xlmr.data.predictions import extended_rows, new_output
 from sst2_xlmr.data.prepare import inspect_splits
 from sst2_xlmr.data.rows import texts_of
 from sst2_xlmr.data.splits import assign_folds, find_files
+from sst2_xlmr.data.token_cache import text_digests
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs.row_files import with_values, words_for, write_rows
 from sst2_xlmr.report.comparison import Figures

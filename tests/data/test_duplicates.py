@@ -12,9 +12,9 @@ from conftest import Capture, RunTrain, metrics, train_options, user_error
 
 from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
-from sst2_xlmr.data.duplicates import find_repeats, text_digests
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.data.splits import cut_off
+from sst2_xlmr.data.token_cache import find_repeats, text_digests
 from sst2_xlmr.report.header import data_report
 
 HINT = "--drop-duplicates drops them"
