@@ -1,7 +1,4 @@
-"""Labels in files: how a cell is read, which classes there are, and their ids.
-
-task.py defines what a label means for training.
-"""
+"""Labels in files: how a cell is read, which classes there are, and their ids; task.py defines what they mean."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ _TITLES = {"macro_f1": "macro F1", "micro_f1": "micro F1", "exact_match": "exact
 _TITLES |= {"mean_average_precision": "mean AP", "spearman": "Spearman", "pearson": "Pearson", "mae": "MAE"}
 ERRORS = ("loss", "rmse", "mae")  # metrics for which lower is better
 LabelCounts = Mapping[str, Sequence[int]]  # a file's labels: `label_text` -> number of rows, line of the first
-RowWeights = Union[np.ndarray, None]  # float [rows], factors on the rows' losses; None for ones
+Weights = Union[np.ndarray, None]  # float [rows], factors on the rows' losses; None for ones
 
 
 class _Common:
@@ -150,16 +150,14 @@ class SingleLabel(_Common):
     # --- labels in files
 
     @classmethod
-    def from_labels(
-        cls, config: Config, labels: LabelCounts, others: LabelCounts, names_in_files: NamesInFiles, path: object
-    ) -> SingleLabel:
+    def from_labels(cls, config: Config, labels: LabelCounts, others: LabelCounts, named: Named, path: object) -> Task:
         """Return the task with the classes of --label-names or of the training files; see `find_task`."""
         values = [split_labels(text) for text in labels if text.startswith(("[", "{"))]
         if is_soft := any(isinstance(value, dict) and len(value) > 1 for value in values):
             labels = dict.fromkeys((str(name) for value in values for name in value), (1, 1))
         if config.label_names and not any(label.isdecimal() for label in labels):
             labels = others  # integers, if any, are in the other files
-        names, label_ids = _find_classes(config, labels, names_in_files, path, is_complete=is_soft)
+        names, label_ids = _find_classes(config, labels, named, path, is_complete=is_soft)
         return cls(names, label_ids=label_ids, is_soft=is_soft)
 
     @classmethod
@@ -223,9 +221,7 @@ class SingleLabel(_Common):
 
     # --- training
 
-    def for_training(
-        self, config: Config, labels: np.ndarray, weights: RowWeights, device: torch.device
-    ) -> SingleLabel:
+    def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> SingleLabel:
         """Return the task with a run's label smoothing and class weights.
 
         `--class-weights balanced` is rows / (classes * rows of the class): every class has the same total weight, and
@@ -235,16 +231,14 @@ class SingleLabel(_Common):
         if config.class_weights == "balanced":
             counts = self.prior(labels, weights)
             if not counts.all():
-                raise UserError(
-                    "--class-weights balanced: the training file has no row of class"
-                    f" {self.label_names[int(counts.argmin())]!r}; leave it out of --label-names, or give the weights"
-                    " as numbers"
-                )
+                absent, cure = self.label_names[int(counts.argmin())], "or give the weights as numbers"
+                problem = f"the training file has no row of class {absent!r}; leave it out of --label-names, {cure}"
+                raise UserError(f"--class-weights balanced: {problem}")
             factors = torch.from_numpy(counts.sum() / (self.outputs * counts)).float()
         factors = None if factors is None else factors.to(device)
         return replace(self, label_smoothing=config.label_smoothing, class_weights=factors)
 
-    def prior(self, labels: np.ndarray, weights: RowWeights) -> np.ndarray:
+    def prior(self, labels: np.ndarray, weights: Weights) -> np.ndarray:
         """Return fp64 [classes], the total weight of each class's rows."""
         if labels.ndim == 2:
             return np.asarray((labels if weights is None else labels * weights[:, None]).sum(0, dtype=np.float64))
@@ -264,7 +258,7 @@ class SingleLabel(_Common):
             losses = losses * (labels @ self.class_weights if self.is_soft else self.class_weights[labels])
         return (losses if weights is None else losses * weights).sum()
 
-    def baseline_loss(self, labels: np.ndarray, weights: RowWeights = None) -> float:
+    def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
         """Return the class-prior baseline: the loss, in nats per row, of the best constant answer."""
         rows = self.prior(labels, weights)
         counted = rows if self.class_weights is None else rows * self.class_weights.cpu().numpy()
@@ -279,7 +273,6 @@ class SingleLabel(_Common):
         return logits.softmax(-1)
 
     def columns(self, all_probabilities: bool) -> list[str]:
-        """Return the names of the prediction's columns."""
         return ["label", "probability"] + [f"probability_{name}" for name in self.label_names] * all_probabilities
 
     def cells(self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
@@ -330,10 +323,7 @@ class SingleLabel(_Common):
     # --- evaluation
 
     def row_results(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return float [rows, 3], the input of `metrics`: loss in nats, predicted class id, its probability.
-
-        Logits are float [rows, classes], labels as in the token cache.
-        """
+        """Return float [rows, 3], the input of `metrics`: loss in nats, predicted class id, its probability."""
         labels = labels.to(logits.dtype) if labels.dim() == 2 else labels.long()
         losses = F.cross_entropy(logits, labels, reduction="none")
         confidences, predictions = logits.softmax(-1).max(-1)
@@ -463,16 +453,14 @@ class MultiLabel(_Common):
         return self.delimiter
 
     @classmethod
-    def from_labels(
-        cls, config: Config, labels: LabelCounts, others: LabelCounts, names_in_files: NamesInFiles, path: object
-    ) -> MultiLabel:
+    def from_labels(cls, config: Config, labels: LabelCounts, others: LabelCounts, named: Named, path: object) -> Task:
         delimiter = config.label_delimiter
         single: dict[str, Sequence[int]] = {}
         for text, counts in labels.items():
             for label in _split(text, delimiter, config.label_names or ()):
                 single.setdefault(str(label), counts)
         is_complete = all(text.startswith("{") for text in labels)
-        return cls(*_find_classes(config, single, names_in_files, path, is_complete), delimiter=delimiter)
+        return cls(*_find_classes(config, single, named, path, is_complete), delimiter=delimiter)
 
     @classmethod
     def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
@@ -484,13 +472,13 @@ class MultiLabel(_Common):
         return bool(several) and (is_json or {str(name) for values in several.values() for name in values} <= alone)
 
     def label_index(self, label: str) -> int:
-        if _is_missing(_split(label, self.delimiter, self._ids_by_label)):
+        if set(_split(label, self.delimiter, self._ids_by_label).values()) == {-1.0}:  # a row that is not scored
             return MISSING_ID
         return UNKNOWN_ID if self._unknown_in(label) else 0
 
     def read_label(self, cell: object, where: str) -> np.ndarray | None:
         values = _split(label_text(cell), self.delimiter, self._ids_by_label)
-        return None if _is_missing(values) else self._label_row(values, where)
+        return None if set(values.values()) == {-1.0} else self._label_row(values, where)
 
     def unknown(self, labels: Sequence[str]) -> str:
         names = dict.fromkeys(name for label in labels for name in self._unknown_in(label))
@@ -534,7 +522,7 @@ class MultiLabel(_Common):
         some = f"several labels a row, {has.sum(1).mean():.2f} on average{none}: "
         return some + listed([f"{label} {rows:,}" for label, rows in self.counts(labels).items()])
 
-    def for_training(self, config: Config, labels: np.ndarray, weights: RowWeights, device: torch.device) -> MultiLabel:
+    def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> MultiLabel:
         """`--class-weights balanced` is, for each label, the rows without it / the rows with it."""
         factors = _explicit_weights(config.class_weights)
         if config.class_weights == "balanced":
@@ -544,7 +532,7 @@ class MultiLabel(_Common):
         answer = task._best_constant(labels, weights)[-1].clip(1e-3, 1 - 1e-3)
         return replace(task, initial_bias=tuple(np.log(answer / (1 - answer)).tolist()))
 
-    def prior(self, labels: np.ndarray, weights: RowWeights) -> np.ndarray:
+    def prior(self, labels: np.ndarray, weights: Weights) -> np.ndarray:
         """Return fp64 [labels], the fraction of the rows with each label."""
         return np.average(labels.astype(np.float64), axis=0, weights=weights)
 
@@ -554,12 +542,12 @@ class MultiLabel(_Common):
         losses = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=factors, reduction="none").mean(1)
         return (losses if weights is None else losses * weights).sum()
 
-    def baseline_loss(self, labels: np.ndarray, weights: RowWeights = None) -> float:
+    def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
         prior, positive, answer = self._best_constant(labels, weights)
         answer = answer.clip(_SMALLEST, 1 - 1e-12)
         return float(-(positive * np.log(answer) + (1 - prior) * np.log1p(-answer)).mean())
 
-    def _best_constant(self, labels: np.ndarray, weights: RowWeights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _best_constant(self, labels: np.ndarray, weights: Weights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return fp64 [labels] each: the prior, prior * positive weight, and the probabilities of minimal loss."""
         prior = self.prior(labels, weights)
         positive = prior if self.positive_weights is None else prior * self.positive_weights.cpu().numpy()
@@ -742,9 +730,7 @@ class Regression(_Common):
         return self.deviation, self.mean
 
     @classmethod
-    def from_labels(
-        cls, config: Config, labels: LabelCounts, others: LabelCounts, names_in_files: NamesInFiles, path: object
-    ) -> Regression:
+    def from_labels(cls, config: Config, labels: LabelCounts, others: LabelCounts, named: Named, path: object) -> Task:
         task = cls(["score"])
         for label, (_, line) in labels.items():
             if task.label_index(label) == UNKNOWN_ID:
@@ -795,7 +781,7 @@ class Regression(_Common):
         moments = f"mean {labels.mean():.4g}, deviation {labels.std():.4g}"
         return f"scores from {labels.min():g} to {labels.max():g}, {moments}"
 
-    def for_training(self, config: Config, labels: np.ndarray, weights: RowWeights, device: torch.device) -> Regression:
+    def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> Regression:
         mean = float(np.average(labels.astype(np.float64), weights=weights))
         deviation = math.sqrt(np.average((labels.astype(np.float64) - mean) ** 2, weights=weights))
         return replace(self, mean=mean, deviation=deviation or 1.0)
@@ -805,7 +791,7 @@ class Regression(_Common):
         errors = (logits[:, 0] - (labels - self.mean) / self.deviation).square()
         return (errors if weights is None else errors * weights).sum()
 
-    def baseline_loss(self, labels: np.ndarray, weights: RowWeights = None) -> float:
+    def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
         errors = (labels.astype(np.float64) - np.average(labels, weights=weights)) / self.deviation
         return float(np.average(errors**2, weights=weights))
 
@@ -892,20 +878,15 @@ class Regression(_Common):
 Task = Union[SingleLabel, MultiLabel, Regression]
 TASKS: tuple[type[Task], ...] = (SingleLabel, MultiLabel, Regression)
 BY_TYPE = {kind.problem_type: kind for kind in TASKS}
-NamesInFiles = Iterable[Sequence[str]]  # the names of labels 0, 1, ... that files themselves contain
+Named = Iterable[Sequence[str]]  # the names of labels 0, 1, ... that files themselves contain
 
 
-def find_task(
-    config: Config, labels: LabelCounts, others: LabelCounts, names_in_files: NamesInFiles, path: object
-) -> Task:
-    """Return the task with its label names; UserError if the labels do not fit the task or the options.
+def find_task(config: Config, labels: LabelCounts, others: LabelCounts, named: Named, path: object) -> Task:
+    """Return the task for the training files' labels; UserError if they do not fit the task or the options.
 
-    Args:
-        labels: the training files' labels.
-        others: the labels of all files.
-        path: the training file's, for errors.
+    `others` are the labels of all files, `path` is the training file's, for errors.
     """
-    task = task_kind(config, labels).from_labels(config, labels, others, names_in_files, path)
+    task = task_kind(config, labels).from_labels(config, labels, others, named, path)
     check_options(task, config)
     return task
 
@@ -1004,23 +985,18 @@ def _explicit_weights(weights: str | None) -> torch.Tensor | None:
 
 
 def _find_classes(
-    config: Config, labels: LabelCounts, names_in_files: NamesInFiles, path: object, is_complete: bool
+    config: Config, labels: LabelCounts, named: Named, path: object, is_complete: bool
 ) -> tuple[list[str], dict[str, int]]:
     """Return label names and `label_ids`; if `is_complete`, every row lists all labels in the order of their ids."""
     if config.label_names:
         return resolve_label_names(config.label_names, labels, path)
     names = list(labels) if is_complete else find_label_names(labels, path)
-    return names, {str(i): names.index(name) for each in names_in_files for i, name in enumerate(each) if name in names}
+    return names, {str(i): names.index(name) for each in named for i, name in enumerate(each) if name in names}
 
 
 def _split(text: str, delimiter: str | None, known: Iterable[str]) -> LabelValues:
     values = split_labels(text, delimiter, known)
     return values if isinstance(values, dict) else {canonical(values): 1.0} if values not in MISSING else {}
-
-
-def _is_missing(values: LabelValues) -> bool:
-    """Whether a cell's labels are all -1, as for rows of a test file that are not scored."""
-    return bool(values) and set(values.values()) == {-1.0}
 
 
 def _score(text: str) -> float | None:

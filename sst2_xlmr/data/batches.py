@@ -54,20 +54,14 @@ def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 def select_rows(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the concatenated ids of the rows, int64 [tokens], and tokens per row, int64 [rows].
-
-    For `ids` and `offsets` see `TokenCache`; `rows` is int [rows].
-    """
+    """Return the rows' ids, int64 [tokens], and their lengths, int64 [rows]; `ids` and `offsets` as in `TokenCache`."""
     starts, ends = offsets[rows], offsets[rows + 1]
     chosen = [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
     return torch.from_numpy(np.concatenate(chosen).astype(np.int64)), torch.from_numpy(ends - starts)
 
 
 def split_windows(ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Split the results of `select_rows` into windows.
-
-    Returns tokens per window, int64 [windows], and windows per row, int64 [rows], or None for one each.
-    """
+    """Return tokens per window, int64 [windows], and windows per row, int64 [rows], or None for one each."""
     is_start = torch.from_numpy(window_starts(ids.numpy()))
     starts = is_start.nonzero()[:, 0]
     if len(starts) <= len(lengths):
@@ -104,11 +98,8 @@ class BatchLoader(Dataset[list[Batch]]):
     """This rank's part of the global batches, epoch after epoch, starting at any (epoch, batch).
 
     That position is enough to resume with any number of ranks; prefetched batches do not count as consumed. It is the
-    dataset of torch's `DataLoader`.
-
-    Args:
-        lengths: int [rows], tokens per row, of the rows to train on.
-        rows: int [rows], their indices in the cache; None if they are all of its rows.
+    dataset of torch's `DataLoader`. Of the rows to train on, `lengths`, int [rows], are in tokens; `rows`, int [rows],
+    are their indices in the cache, or None if they are all of its rows. Rank r of W takes rows r::W of a global batch.
     """
 
     def __init__(
@@ -120,7 +111,7 @@ class BatchLoader(Dataset[list[Batch]]):
         self.rank, self.world_size, self.pins = world.rank, world.world_size, world.device.type == "cuda"
 
     def __len__(self) -> int:
-        """Return the number of global batches in an epoch."""
+        """The number of global batches in an epoch."""
         return -(-len(self.lengths) // self.config.batch_size)
 
     def global_batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:
@@ -150,10 +141,7 @@ class BatchLoader(Dataset[list[Batch]]):
             epoch, batch = epoch + 1, 0
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> list[Batch]:
-        """Return this rank's micro-batches of a global batch, given by epoch and row indices.
-
-        Rank r of W takes rows r::W. All ranks have the same number of micro-batches, to stay in step.
-        """
+        """Return this rank's micro-batches of a global batch, (epoch, row indices); as many as the other ranks'."""
         epoch, rows = item
         cuts = [self._micro_batches(rows[rank :: self.world_size]) for rank in range(self.world_size)]
         mine = cuts[self.rank] + [rows[:0]] * (max(map(len, cuts)) - len(cuts[self.rank]))

@@ -62,10 +62,7 @@ class Fields(NamedTuple):
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
-    """Open a file, decompressed if it is gzip or a zip of one file, whatever its name; also yields the inner name.
-
-    UserError if it cannot be read, now or while it is open.
-    """
+    """Open a file, unpacked if it is gzip or a zip of one file, with its inner name; UserError if reading fails."""
     try:
         with path.open("rb") as raw, contextlib.ExitStack() as stack:
             magic, name = raw.peek(4)[:4], path.name.lower()
@@ -95,10 +92,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
 
 
 def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline: str = "\n") -> Lines:
-    """Yield (line number from 1, line with its end); for UTF-8, a byte order mark is optional.
-
-    Invalid bytes become lone surrogates (Python's `surrogateescape`).
-    """
+    """Yield (number from 1, line with its end), without UTF-8's byte order mark; invalid bytes are lone surrogates."""
     codec = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
     text = io.TextIOWrapper(file, codec, "surrogateescape", newline)
     try:
@@ -183,10 +177,7 @@ def _rows_of_lines(lines: Lines, path: Path, layout: Layout) -> Rows:
 
 
 def read_fields(path: Path, layout: Layout) -> Iterator[Fields]:
-    """Yield a file's rows; a broken row has more or fewer cells than names.
-
-    UserError, with file, line and cure, if the file does not match its layout.
-    """
+    """Yield a file's rows, broken ones with more or fewer cells than names; UserError if it has another layout."""
     names = list(layout.names)
     with contextlib.ExitStack() as stack:
         if layout.format in READERS:
@@ -227,9 +218,7 @@ def kind_of(path: Path) -> str:
 def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[object]], object]:
     """Return write(names, cells), which appends a row to a file; write a table's header first.
 
-    Args:
-        file: opened with newline="".
-        kind: one of KINDS; in .tsv, tabs and line ends in cells become spaces.
+    The file was opened with newline=""; kind is one of KINDS. In .tsv, tabs and line ends in cells become spaces.
     """
     if kind == ".tsv":
         return lambda _, cells: file.write("\t".join(_BREAKS.sub(" ", cell_text(cell)) for cell in cells) + "\n")
