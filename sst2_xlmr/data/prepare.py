@@ -98,10 +98,7 @@ class Prepared:
         return {row_of[source_row]: text for source_row, text in texts.items()}
 
     def digests(self) -> dict[str, str]:
-        """Return name -> SHA-256, hexadecimal, of every input that affects the result, except the options.
-
-        This reads all weights, so only one process per node calls it.
-        """
+        """Return name -> SHA-256 of every input but the options. Slow, it reads all weights: once per node."""
         rows = self.caches["train"].digest
         if self.train_rows is not None:
             rows = hashlib.sha256(rows.encode() + self.train_rows.tobytes()).hexdigest()
@@ -114,10 +111,7 @@ class Prepared:
 
 
 def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, dict[str, Split]]:
-    """Find and read all files; returns the task with its label names, and the splits.
-
-    UserError for an unusable row, unless `--drop-unusable`, or for a label that is not a class.
-    """
+    """Find and read all files; UserError for a label that is no class, or an unusable row without `--drop-unusable`."""
     files, notes = find_files(config, quiet)
     splits: dict[str, Split] = {}
     labels: dict[str, list[int]] = {}  # of the training files

@@ -245,9 +245,8 @@ def _problem(text: Any, may_be_empty: bool) -> str:
 def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
     """Yield a file's usable rows; UserError, naming file, line and cure, if it has none, or any that are unusable.
 
-    Args:
-        columns: see `sniff.Columns`; with `drop_unusable`, unusable rows are left out instead.
-        task: None for prediction, which needs no label, and where a text may be empty.
+    With `columns.drop_unusable`, those are left out. Without a task, for prediction, no label is needed, and a text may
+    be empty.
     """
     layout = find_layout(path, columns)
     columns = dataclasses.replace(columns, may_be_empty=task is None or columns.may_be_empty)

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,27 +205,24 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
     quotes exactly the cells with commas, even between tabs. In GLUE's files, a sentence may begin with a quotation mark
     that is part of the text.
     """
-    of_row: list[str] = []  # the lines of the current row
-    quote = QUOTES[quoting]
+    quote, of_row = QUOTES[quoting], []  # the lines of the current row
     escape, escaped = ("\\", '\\"') if quoting == "backslash" else (quote, quote)
 
-    def recorded() -> Iterator[str]:
-        for line in lines:
-            of_row.append(line)
-            yield line
+    def recorded(line: str) -> str:
+        of_row.append(line)
+        return line
 
     def is_in_quotes(cell: str) -> bool:
         for mark in escaped:
             cell = cell.replace(mark, escape + mark)
         return quote + cell + quote in raw
 
-    rows, is_needed = 0, False
+    rows, is_needed, are_rows = 0, False, False  # are_rows: the lines of a row may be rows by themselves
     excel_cells, is_excel = 0, quote == '"'  # quoted cells; whether they are those that Excel quotes
-    are_rows = False  # whether the lines of a row may be rows by themselves
     always: set[int] = set()  # the columns whose cells are all quoted
     below: set[int] = set()  # the same without the header
     try:
-        for row in csv_reader(recorded(), delimiter, quoting):
+        for row in csv_reader(map(recorded, lines), delimiter, quoting):
             raw = "".join(of_row)
             are_rows |= len(of_row) > 1 and all(line.count(delimiter) == len(row) - 1 for line in of_row)
             of_row.clear()
@@ -281,21 +278,17 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
                 best = max(best, (names, round(share, 2), -rank, delimiter, quoting, rows))
     if best:
         *_, delimiter, quoting, rows = best
-        _check_spaces(name, "".join(lines), rows[1:], delimiter, quoting)
+        raw = "".join(lines)
+        spaced = ([cell for cell in row if re.match(' +"', cell) and delimiter + cell in raw] for row in rows[1:])
+        if quoting == "double" and len(rows) > 1 and all(spaced):  # which keep quotes from being quotes, in all rows
+            cure = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
+            raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
     elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in asked.named:
         delimiter = given or ("\t" if name.endswith((".tsv", ".tab", ".txt")) else ",")
         quoting = asked.quoting or _quoting(lines, delimiter, is_whole)
     else:
         return Layout("lines", names=("text",))
     return Layout("tsv" if delimiter == "\t" else "csv", delimiter=delimiter, quoting=quoting)
-
-
-def _check_spaces(name: str, raw: str, rows: list[list[str]], delimiter: str, quoting: str) -> None:
-    """Raise UserError if spaces before the quotes keep these from being quotes, in all rows of a file's text."""
-    spaced = ([cell for cell in row if re.match(' +"', cell) and delimiter + cell in raw] for row in rows)
-    if quoting == "double" and rows and all(spaced):
-        cure = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
-        raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
 
 
 def _with_quoting_of_whole(path: Path, layout: Layout) -> Layout:
