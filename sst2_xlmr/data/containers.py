@@ -34,9 +34,8 @@ def needed(module: str, path: Path, what: str) -> Any:
     except ImportError as error:
         why = "" if isinstance(error, ModuleNotFoundError) else f" ({shortened(error, 100)})"
         requirement = "'pyarrow<25'" if package == "pyarrow" else package
-        raise UserError(
-            f"{path} is {what}, which needs {package}{why}: pip install {requirement} (extra: files), or save it as CSV"
-        ) from None
+        cure = f"pip install {requirement} (extra: files), or save it as CSV"
+        raise UserError(f"{path} is {what}, which needs {package}{why}: {cure}") from None
 
 
 @contextlib.contextmanager

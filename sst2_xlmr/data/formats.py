@@ -84,9 +84,8 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
             yield raw, name
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
         kind = "zip" if isinstance(error, zipfile.BadZipFile) else "gzip"
-        raise UserError(
-            f"{path} is not a complete {kind} file: truncated, damaged or misnamed; fetch it again"
-        ) from None
+        problem = f"not a complete {kind} file: truncated, damaged or misnamed; fetch it again"
+        raise UserError(f"{path} is {problem}") from None
     except (OSError, RuntimeError) as error:  # zipfile's RuntimeError: a password, or an unknown compression
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', '') or error}") from None
 

@@ -42,12 +42,7 @@ def _in_table(cell: Any, number: str = "{}") -> Any:
 
 
 def extended_rows(
-    path: Path,
-    rows: Sequence[Row],
-    predictions: Sequence[Cells],
-    names: Sequence[str],
-    columns: list[str],
-    header: bool,
+    path: Path, rows: Sequence[Row], predictions: Sequence[Cells], names: list[str], columns: list[str], header: bool
 ) -> str:
     """Return the input's rows with new columns, whose `names` get the prefix `predicted_` if the input has them.
 

@@ -34,13 +34,17 @@ class Split:
     columns: Columns
     inspections: list[Inspection]  # one per file
     is_labelled: bool = True  # and so has a cache; a test file may have no labels
+    source_rows: np.ndarray | None = None  # int64, indices among the files' usable rows; None for all of them
     dropped: Counter[str] = field(default_factory=Counter)  # the number of rows left out, by kind, over all files
     notes: list[str] = field(default_factory=list)  # warnings for the header
 
     def rows(self, task: Task | None) -> Iterator[tuple[Path, Row]]:
-        """Yield the usable rows of all files."""
-        for file in self.files:
-            yield from ((file, row) for row in read_rows(file, self.columns, task))
+        """Return the split's usable rows, each with its file."""
+        rows = ((file, row) for file in self.files for row in read_rows(file, self.columns, task))
+        if self.source_rows is None:
+            return rows
+        own = set(self.source_rows.tolist())
+        return (row for index, row in enumerate(rows) if index in own)
 
     def texts_of(self, task: Task, rows: set[int]) -> dict[int, str]:
         """Return row index -> text for the given rows; empty if a file has changed since it was inspected."""
@@ -85,17 +89,10 @@ class Prepared:
 
     def place_of(self, split: str, row: int) -> str:
         """Return `FILE:LINE` of a split's row."""
-        cache = self.caches[split]
-        source_row = row if cache.source_rows is None else cache.source_rows[row]
+        cache, source_rows = self.caches[split], self.splits[split].source_rows
+        source_row = row if source_rows is None else source_rows[row]
         file = int(np.searchsorted(np.cumsum(cache.rows_of_files), source_row, side="right"))
         return f"{self.splits[split].files[file].name}:{cache.lines[row]}"
-
-    def texts_of(self, split: str, rows: set[int]) -> dict[int, str]:
-        """Return row index -> text for some of a split's rows; see `Split.texts_of`."""
-        source_rows = self.caches[split].source_rows
-        row_of = {row if source_rows is None else int(source_rows[row]): row for row in rows}
-        texts = self.splits[split].texts_of(self.task, set(row_of))
-        return {row_of[source_row]: text for source_row, text in texts.items()}
 
     def digests(self) -> dict[str, str]:
         """Return name -> SHA-256 of every input but the options. Slow, it reads all weights: once per node."""
@@ -191,7 +188,8 @@ def prepare(config: Config, quiet: bool) -> Prepared:
         is_kept[rows] = False
         caches = {"train": train, "dev": train.part(rows), **caches}
         note = f"{len(rows):,} of {len(train):,} training rows, cut off by class and seed; name a --dev-file for others"
-        splits = {"train": splits["train"], "dev": replace(splits["train"], dropped=Counter(), notes=[note]), **splits}
+        dev = replace(splits["train"], dropped=Counter(), notes=[note], source_rows=rows)
+        splits = {"train": splits["train"], "dev": dev, **splits}
     others = {name: cache.text_digests for name, cache in caches.items() if name != "train"}
     leaked = {name: np.flatnonzero(is_kept & np.isin(train.text_digests, digests)) for name, digests in others.items()}
     leaks = {name: rows for name, rows in leaked.items() if len(rows)}

@@ -74,7 +74,7 @@ def classes_of(inputs: Prepared, name: str) -> dict[str, int]:
 def examples_of(inputs: Prepared, name: str, count: int = 3) -> list[list[str | None]]:
     """Return the first rows of a split, as the model sees them: text, second text or None, label or None."""
     split, cache = inputs.splits[name], inputs.caches.get(name)
-    used = inputs.train_rows if name == "train" else cache.source_rows if cache else None
+    used = inputs.train_rows if name == "train" else None
     wanted = range(count) if used is None else used[:count].tolist()
     rows = itertools.islice(split.rows(inputs.task if cache else None), max(wanted, default=-1) + 1)
     chosen = [row for index, (_, row) in enumerate(rows) if index in wanted]

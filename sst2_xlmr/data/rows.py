@@ -139,10 +139,8 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
     if layout.is_table and len(names) == 1 and option.startswith("--label"):
         raise UserError(f"{path} is read as one column, of texts without labels; if there are more, give --delimiter")
     among = shortened(", ".join(names)) + " (it has no header)" * bool(layout.delimiter and not layout.header)
-    raise UserError(
-        f"{path}, line {fields.line}: no column {' or '.join(map(repr, wanted))} among {among}; name it with"
-        f" {option}{_proposal(path, layout, with_label)}"
-    )
+    absent, cure = " or ".join(map(repr, wanted)), f"name it with {option}{_proposal(path, layout, with_label)}"
+    raise UserError(f"{path}, line {fields.line}: no column {absent} among {among}; {cure}")
 
 
 def guessed_columns(path: Path, layout: Layout, columns: Columns) -> Columns:

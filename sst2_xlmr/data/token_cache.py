@@ -52,7 +52,6 @@ class TokenCache:
     vocab_size: int  # the tokenizer's largest id + 1
     digest: str  # SHA-256 of the file, or of the files, hexadecimal
     rows_of_files: list[int]  # the number of rows from each file
-    source_rows: np.ndarray | None = None  # int64 [rows], indices among all rows of the files; None for all of them
     weights: np.ndarray | None = None  # fp32 [rows], factors on the rows' losses; None for ones
 
     def __len__(self) -> int:
@@ -79,7 +78,6 @@ class TokenCache:
             cut_rows=np.flatnonzero(np.isin(rows, self.cut_rows)),
             lines=self.lines[rows],
             digest=hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest(),
-            source_rows=rows,
             weights=None if self.weights is None else self.weights[rows],
         )
 

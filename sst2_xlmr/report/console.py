@@ -90,7 +90,8 @@ class Report:
     def log_evaluation(self, step: int, split: str, evaluation: Evaluation, task: Task | None = None) -> None:
         """Write an evaluation's metrics; with a task, which reads its probabilities, also plots and mistakes."""
         if task:
-            labels, texts_of = self._inputs.caches[split].labels, partial(self._inputs.texts_of, split)
+            inputs = self._inputs
+            labels, texts_of = inputs.caches[split].labels, partial(inputs.splits[split].texts_of, inputs.task)
             with self._event_errors():
                 tensorboard.draw_evaluation(self._events, step, split, labels, evaluation.probabilities, task, texts_of)
         scalars = {key: evaluation.metrics[key] for key in self._task.scalars}

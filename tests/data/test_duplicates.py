@@ -134,12 +134,12 @@ def test_dev_is_cut_off_where_there_is_none(tiny_encoder: Path, small_data: Path
     (small_data / "dev.tsv").unlink()
     words = train_options(tiny_encoder, small_data, tmp_path / "run")
     inputs = prepare(parse_args(words)[0], quiet=True)
-    rows, rest = inputs.caches["dev"].source_rows, inputs.train_rows
+    rows, rest = inputs.splits["dev"].source_rows, inputs.train_rows
     assert rows is not None and rest is not None
     assert sorted([*rows.tolist(), *rest.tolist()]) == list(range(50))
     lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()
     place = inputs.place_of("dev", 0)
-    assert inputs.texts_of("dev", {0})[0] == lines[int(place.split(":")[1]) - 1].split("\t")[0]
+    assert inputs.splits["dev"].texts_of(inputs.task, {0})[0] == lines[int(place.split(":")[1]) - 1].split("\t")[0]
     assert len(rows) == 5 and not inputs.leaks
     more = prepare(parse_args([*words, "--dev-share", "0.4"])[0], quiet=True)
     assert len(more.caches["dev"]) == 20
