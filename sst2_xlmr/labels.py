@@ -22,6 +22,7 @@ _INSIGNIFICANT = re.compile(r"[\W_]")  # ignored when looking for labels that ar
 # How pandas, R, MySQL, SNLI, ... write a missing label. `none` and `NONE` are classes in some files.
 MISSING = {*("", "-", "?", "NULL", "null", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "None", "\\N")}
 MISSING_ID, UNKNOWN_ID = -1, -2  # instead of a class id
+LabelValues = dict[Union[str, int], float]  # several labels of a row: name or position -> 1, or its probability
 
 
 def find_label_names(labels: Mapping[str, Sequence[int]], path: object) -> list[str]:
@@ -65,10 +66,6 @@ def listed(names: Sequence[str]) -> str:
 def _quoted(value: object) -> str:
     text = repr(value) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else text[:40] + "..."
-
-
-# Several labels of a row: name or position -> 1, or the label's probability.
-LabelValues = dict[Union[str, int], float]
 
 
 def split_labels(text: str, delimiter: str | None = None, known: Iterable[str] = ()) -> LabelValues | str:

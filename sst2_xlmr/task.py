@@ -343,8 +343,7 @@ class SingleLabel(_Common):
             "accuracy_high": high,
             "macro_f1": metric.macro_f1(confusion),
             "ece": metric.expected_calibration_error(confidences, results[:, 1] == labels),
-            "precision": classes["precision"].tolist(),
-            "recall": classes["recall"].tolist(),
+            **{key: classes[key].tolist() for key in ("precision", "recall")},
             "rows": rows,
         }
 
@@ -749,11 +748,9 @@ class Regression(_Common):
 
     def read_label(self, cell: object, where: str) -> float | None:
         text = label_text(cell)
-        if text in MISSING:
-            return None
-        if (score := _score(text)) is None:
+        if (index := self.label_index(text)) == UNKNOWN_ID:
             raise UserError(f"{where}: {self.unknown([text])}")
-        return score
+        return None if index == MISSING_ID else _score(text)
 
     def notes(self, labels: LabelCounts) -> list[str]:
         return []

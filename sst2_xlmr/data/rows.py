@@ -31,6 +31,8 @@ PHRASES = {  # why a row is unusable -> the phrase in errors and notes
     "weight 0": "with weight 0",  # left out on purpose, so never an error
 }
 COLUMNS, CHARACTERS, NO_TEXT, NO_LABEL, WEIGHT_0 = PHRASES
+Problems = dict[str, tuple[int, int, str]]  # a key of PHRASES -> count, first line, detail
+Checked = tuple[Fields, str, Any, Any, Any, float]  # see `_checked`
 _UNUSABLE = re.compile("[\ud800-\udfff\0]")
 _CHUNK_CHARACTERS = 1 << 20
 _MOST_LABELS = 20_000  # no further distinct labels are counted; classes are far fewer
@@ -181,9 +183,6 @@ def _proposal(path: Path, layout: Layout, with_label: bool) -> str:
     return f" (e.g. {' '.join(itertools.chain.from_iterable(options))})" if options else ""
 
 
-Checked = tuple[Fields, str, Any, Any, Any, float]
-
-
 def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> Iterator[Checked]:
     """Yield for every row: fields, why it is unusable (empty if it is not), text, second text, label cell, weight."""
     names: list[str] | None = None
@@ -265,9 +264,6 @@ def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
         elif not columns.drop_unusable and problem != WEIGHT_0:
             inspect(path, columns, task is not None).check(path, task, drop=False)
             raise UserError(f"{path}, line {fields.line}: changed while it was being read")
-
-
-Problems = dict[str, tuple[int, int, str]]  # kind -> count, first line, detail
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from sst2_xlmr.util.files import digest_of
 
 TOKENIZER_THREADS = 4  # more would wait for rows, which are read in Python
 _CHUNK_ROWS = 1000
-_DAMAGED = (OSError, ValueError, KeyError, TypeError)
 # Tokenized rows: ids, int32 [tokens]; per row: number of tokens, label, text digest, weight, line, whether it is cut.
 Chunk = tuple[np.ndarray, ...]
 
@@ -143,7 +142,7 @@ def _cached(
     key = json.dumps([_code_digest(), digest, suffixes, depends_on], default=dataclasses.astuple)
     folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
     is_there = folder.exists()
-    with contextlib.suppress(*_DAMAGED):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is missing or damaged
         return read(folder, digest)
     try:
         if is_there:
