@@ -129,7 +129,6 @@ class SingleLabel(_Common):
     table = ("accuracy", "macro_f1", "ece")  # columns of tables
     # The metrics on a model card: their types and names on the Hub.
     hub_metrics: ClassVar = {"accuracy": ("accuracy", "accuracy"), "macro_f1": ("f1", "macro F1")}
-    useless_gain = 0.2  # a lower `gain` is hardly better than a constant answer
     refused: ClassVar[dict[str, str]] = {  # options that make no sense for this task: the reason
         "threshold_for": "the most probable class is the answer, without a threshold",
         "label_delimiter": "a row has one label",
@@ -371,11 +370,11 @@ class SingleLabel(_Common):
         predicted = probabilities.argmax(1)
         return repr(self.label_names[predicted[0]]) if (predicted == predicted[0]).all() else ""
 
-    def gain(self, probabilities: np.ndarray, labels: np.ndarray) -> float:
-        """Return how much better the answers are than a constant one: from 0, no better, to 1, perfect."""
+    def is_useless(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
+        """Whether the answers are hardly better than a constant one, on a scale from 0, no better, to 1, perfect."""
         labels = self.label_keys(labels)
         accuracy, constant = (probabilities.argmax(1) == labels).mean(), np.bincount(labels).max() / len(labels)
-        return float((accuracy - constant) / (1 - constant))
+        return bool((accuracy - constant) / (1 - constant) < 0.2)
 
     card_note = ""  # added to the model card
 
@@ -439,7 +438,6 @@ class MultiLabel(_Common):
     summary = ("macro_f1", "micro_f1", "loss")
     table = ("macro_f1", "micro_f1", "exact_match", "mean_average_precision")
     hub_metrics: ClassVar = {"macro_f1": ("f1", "macro F1"), "micro_f1": ("f1", "micro F1")}
-    useless_gain = 0.1
     refused: ClassVar[dict[str, str]] = {
         "label_smoothing": "it is for one class per text",
         "abstain_below": "a text may have no label: raise the thresholds with --threshold-for in training",
@@ -645,9 +643,10 @@ class MultiLabel(_Common):
         has = self._has(probabilities)
         return self.label_cell(has[0]) if (has == has[0]).all() else ""
 
-    def gain(self, probabilities: np.ndarray, labels: np.ndarray) -> float:
+    def is_useless(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
         true = labels > 0.5
-        return (metric.mean_average_precision(probabilities, true) - true.mean()) / max(1e-9, 1 - true.mean())
+        gain = (metric.mean_average_precision(probabilities, true) - true.mean()) / max(1e-9, 1 - true.mean())
+        return bool(gain < 0.1)
 
     @property
     def card_note(self) -> str:
@@ -711,7 +710,6 @@ class Regression(_Common):
     summary = ("spearman", "pearson", "rmse")
     table = ("spearman", "pearson", "rmse", "mae")
     hub_metrics: ClassVar = {"spearman": ("spearmanr", "spearman"), "pearson": ("pearsonr", "pearson")}
-    useless_gain = 0.2
     refused: ClassVar[dict[str, str]] = {
         "label_names": "a score has no name",
         "label_smoothing": "a score has no classes",
@@ -854,8 +852,8 @@ class Regression(_Common):
         """Return the mean score: whether scores are the same is a matter of their std alone."""
         return f"{probabilities.mean():.4g}"
 
-    def gain(self, probabilities: np.ndarray, labels: np.ndarray) -> float:
-        return metric.pearson(probabilities[:, 0], labels)
+    def is_useless(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
+        return metric.pearson(probabilities[:, 0], labels) < 0.2
 
     card_note = (
         "The one output is a score in the training file's scale: in transformers' pipeline, `function_to_apply='none'`."
