@@ -122,15 +122,10 @@ class BatchLoader(Dataset[list[Batch]]):
     def starting_at(self, epoch: int, batch: int) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of each global batch, endlessly, from `batch` of `epoch` on."""
         while True:
-            loader = DataLoader(
-                self,
-                batch_size=None,
-                sampler=((epoch, rows) for rows in self.global_batches(epoch, batch)),
-                num_workers=self.config.num_workers,
-                pin_memory=self.pins,
-                # Each start draws a seed; drawn from torch's global generator, it would change dropout after a resume.
-                generator=torch.Generator(),
-            )
+            items = ((epoch, rows) for rows in self.global_batches(epoch, batch))
+            # Each start draws a seed; drawn from torch's global generator, it would change dropout after a resume.
+            workers, seeds = self.config.num_workers, torch.Generator()
+            loader = DataLoader(self, None, sampler=items, num_workers=workers, pin_memory=self.pins, generator=seeds)
             # Workers inherit this mask, so only the training process handles a signal to the whole process group.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:

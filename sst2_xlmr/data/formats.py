@@ -140,10 +140,9 @@ def _csv_rows(lines: Lines, path: Path, layout: Layout) -> Rows:
                 yield first, [cell.replace(_CR, "\r") for cell in cells] if _CR in "".join(cells) else cells
             first = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(
-            f"{path}: the row at line {first} is not valid CSV: {error}; is a quotation mark never closed? If quotes"
-            ' are part of the text, use --quoting none; if they are escaped as \\", --quoting backslash'
-        ) from None
+        problem = f"the row at line {first} is not valid CSV: {error}; is a quotation mark never closed?"
+        cure = 'If quotes are part of the text, use --quoting none; if they are escaped as \\", --quoting backslash'
+        raise UserError(f"{path}: {problem} {cure}") from None
 
 
 def _json_objects(lines: Lines, path: Path) -> Rows:
