@@ -1,7 +1,4 @@
-"""Labels in files: how a cell is read, which classes there are, and their ids.
-
-task.py defines what a label means for training.
-"""
+"""Labels in files: how a cell is read, which classes there are, and their ids; task.py defines what they mean."""
 
 from __future__ import annotations
 
@@ -25,6 +22,7 @@ _INSIGNIFICANT = re.compile(r"[\W_]")  # ignored when looking for labels that ar
 # How pandas, R, MySQL, SNLI, ... write a missing label. `none` and `NONE` are classes in some files.
 MISSING = {*("", "-", "?", "NULL", "null", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "None", "\\N")}
 MISSING_ID, UNKNOWN_ID = -1, -2  # instead of a class id
+LabelValues = dict[Union[str, int], float]  # several labels of a row: name or position -> 1, or its probability
 
 
 def find_label_names(labels: Mapping[str, Sequence[int]], path: object) -> list[str]:
@@ -45,9 +43,8 @@ def find_label_names(labels: Mapping[str, Sequence[int]], path: object) -> list[
     ordered = sorted(first_lines)
     if len(ordered) < 2:
         problem = f"all rows have the label {_quoted(ordered[0])}" if ordered else "no row has a label"
-        raise UserError(
-            f"{path}: {problem}; name the label column with --label-column, or all classes with --label-names"
-        )
+        cure = "name the label column with --label-column, or all classes with --label-names"
+        raise UserError(f"{path}: {problem}; {cure}")
     integers = [label for label in ordered if _INTEGER.fullmatch(label)]
     if len(integers) == len(ordered):
         return sorted(ordered, key=int)
@@ -69,10 +66,6 @@ def listed(names: Sequence[str]) -> str:
 def _quoted(value: object) -> str:
     text = repr(value) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else text[:40] + "..."
-
-
-# Several labels of a row: name or position -> 1, or the label's probability.
-LabelValues = dict[Union[str, int], float]
 
 
 def split_labels(text: str, delimiter: str | None = None, known: Iterable[str] = ()) -> LabelValues | str:
@@ -180,12 +173,12 @@ def alike(labels: Iterable[str]) -> list[list[str]]:
     return [group for group in groups.values() if len({canonical(label) for label in group}) > 1]
 
 
-def label_notes(labels: Mapping[str, Sequence[int]]) -> list[str]:
-    """Return warnings about a file's labels, given with their (rows, first line)."""
-    warnings = [f"labels that differ only by case, spaces or signs: {listed(group)}" for group in alike(labels)]
-    usable = sum(count for count, _ in labels.values())
-    if usable > 20 and len(labels) > usable / 2:
-        warnings.append(f"{len(labels):,} different labels in {usable:,} rows: is that the label column?")
+def label_notes(counts: Mapping[str, int]) -> list[str]:
+    """Return warnings about a file's labels, given the number of rows with each."""
+    warnings = [f"labels that differ only by case, spaces or signs: {listed(group)}" for group in alike(counts)]
+    usable = sum(counts.values())
+    if usable > 20 and len(counts) > usable / 2:
+        warnings.append(f"{len(counts):,} different labels in {usable:,} rows: is that the label column?")
     return warnings
 
 
@@ -201,44 +194,37 @@ def resolve_label_names(names: Sequence[str], labels: Iterable[str], path: objec
     unnamed = {canonical(label) for label in labels} - MISSING - set(names)
     integers = sorted(int(label) for label in unnamed if _INTEGER.fullmatch(label))
     integers = integers[1:] if integers[:2] == [-1, 0] else integers
-    count, first = len(names), 0
+    count = len(names)
     if any(_INTEGER.fullmatch(name) for name in names):
         return list(names), {}
-    if len(integers) == count:
-        return list(names), {str(integer): index for index, integer in enumerate(integers)}
-    if integers and integers[0] != 0 and integers[-1] == count:
-        first = 1
-    elif integers and (integers[0] != 0 or integers[-1] >= count):
-        raise UserError(
-            f"{path} has the labels {', '.join(map(str, integers[:10]))}, but --label-names has {count} names; give"
-            f" each name its number: --label-names {integers[0]}={names[0]},..."
-        )
-    return list(names), {str(first + index): index for index in range(count)}
+    if len(integers) != count:
+        first = int(bool(integers) and integers[0] != 0 and integers[-1] == count)
+        if integers and not first and (integers[0] != 0 or integers[-1] >= count):
+            shown, cure = ", ".join(map(str, integers[:10])), f"--label-names {integers[0]}={names[0]},..."
+            has_names = f"--label-names has {count} names; give each name its number"
+            raise UserError(f"{path} has the labels {shown}, but {has_names}: {cure}")
+        integers = list(range(first, first + count))
+    return list(names), {str(integer): index for index, integer in enumerate(integers)}
 
 
 def _check_one_each(first_lines: dict[str, int], path: object) -> None:
     """Raise UserError if rows have several labels or scores, or if there are more than `MAX_CLASSES` labels."""
+
+    def refuse(label: str, problem: str) -> None:
+        raise UserError(f"{path}, line {first_lines[label]}: label {_quoted(label)} is {problem}")
+
     if first_lines and all(map(_DECIMAL_COMMA.fullmatch, first_lines)):
-        label, line = next(iter(first_lines.items()))
-        raise UserError(
-            f"{path}, line {line}: label {_quoted(label)} is a score with a decimal comma or several labels; use --task"
-            " regression or --task multi-label"
-        )
-    for label, line in first_lines.items():
-        where, parts = f"{path}, line {line}", [part.strip() for part in _DELIMITERS.split(label)]
+        cure = "use --task regression or --task multi-label"
+        refuse(next(iter(first_lines)), f"a score with a decimal comma or several labels; {cure}")
+    for label in first_lines:
+        parts = [part.strip() for part in _DELIMITERS.split(label)]
         is_list = label[:1] in "[{" and label[-1:] in "]}"
         if is_list or (len(parts) > 1 and all(part in first_lines or part.isdecimal() for part in parts)):
-            raise UserError(
-                f"{where}: label {_quoted(label)} is several labels, but a row has one label in this task; use --task"
-                " multi-label, or name a column of single labels with --label-column"
-            )
+            cure = "use --task multi-label, or name a column of single labels with --label-column"
+            refuse(label, f"several labels, but a row has one label in this task; {cure}")
         if _FRACTION.fullmatch(label):
-            raise UserError(
-                f"{where}: label {_quoted(label)} is a fraction, but a class is an integer or a word; use --task"
-                " regression for scores, or name another column with --label-column"
-            )
+            cure = "use --task regression for scores, or name another column with --label-column"
+            refuse(label, f"a fraction, but a class is an integer or a word; {cure}")
     if len(first_lines) > MAX_CLASSES:
-        raise UserError(
-            f"{path}, line {list(first_lines.values())[MAX_CLASSES]}: more than {MAX_CLASSES:,} different labels; name"
-            " the label column with --label-column"
-        )
+        line, cure = list(first_lines.values())[MAX_CLASSES], "name the label column with --label-column"
+        raise UserError(f"{path}, line {line}: more than {MAX_CLASSES:,} different labels; {cure}")

@@ -8,6 +8,7 @@ add it to `TASKS`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,29 +43,80 @@ from sst2_xlmr.util.errors import UserError
 SST2_NAMES = ["negative", "positive"]
 _SMALLEST = float(np.finfo(np.float32).tiny)  # stands in for a probability that was rounded to 0
 _NO_PROBABILITIES = "a score has no probabilities"
+# Metrics' titles where they differ from their keys.
+_TITLES = {"macro_f1": "macro F1", "micro_f1": "micro F1", "exact_match": "exact match", "ece": "ECE", "rmse": "RMSE"}
+_TITLES |= {"mean_average_precision": "mean AP", "spearman": "Spearman", "pearson": "Pearson", "mae": "MAE"}
 ERRORS = ("loss", "rmse", "mae")  # metrics for which lower is better
 LabelCounts = Mapping[str, Sequence[int]]  # a file's labels: `label_text` -> number of rows, line of the first
-RowWeights = Union[np.ndarray, None]  # float [rows], factors on the rows' losses; None for ones
+Weights = Union[np.ndarray, None]  # float [rows], factors on the rows' losses; None for ones
+
+
+class _Common:
+    """What tasks have in common, unless a task defines it differently; `SingleLabel` documents the rest."""
+
+    label_names: list[str]
+    label_ids: dict[str, int] | None
+    summary: ClassVar[tuple[str, ...]]
+    table: ClassVar[tuple[str, ...]]
+
+    @property
+    def outputs(self) -> int:
+        """The number of logits."""
+        return len(self.label_names)
+
+    @cached_property
+    def _ids_by_label(self) -> dict[str, int]:
+        return ids_by_label(self.label_names, self.label_ids)
+
+    def _id_of(self, label: str | int) -> int | None:
+        """Return a label's id, given its name or position; None if there is no such label."""
+        index = label if isinstance(label, int) else self._ids_by_label.get(label)
+        return index if index is not None and index < self.outputs else None
+
+    def _label_row(self, values: LabelValues | str, where: str) -> np.ndarray:
+        """Return fp32 [labels] of a cell's `split_labels`; UserError, beginning with `where`, for an unknown label."""
+        row = np.zeros(self.outputs, np.float32)
+        values = {values: 1.0} if isinstance(values, str) else values
+        if 0 in values.values() and len(values) < self.outputs:
+            absent = [name for name in self.label_names if name not in values]
+            raise UserError(f"{where}: the label has numbers, but none for {listed(absent)}; give one for every label")
+        for label, value in values.items():
+            if (index := self._id_of(label)) is None:
+                raise UserError(f"{where}: {describe_unknown([str(label)], self.label_names, self._ids_by_label)}")
+            if not 0 <= value <= 1:
+                is_no = "which is neither 0, 1 nor a probability"
+                raise UserError(f"{where}: label {label!r} has {value:g}, {is_no}; mend it")
+            row[index] = value
+        return row
+
+    def describe(self, metrics: dict[str, Any]) -> str:
+        """Summarize the main metrics for a line on the console."""
+        texts = []
+        for key in self.summary:
+            at_half = f" ({metrics[f'{key}_at_0.5']:.4f} at 0.5)" if f"{key}_at_0.5" in metrics else ""
+            texts.append(f"{_TITLES.get(key, key)} {metrics[key]:.4f}{at_half}")
+        return "  ".join(texts)
+
+    def table_cells(self, metrics: dict[str, Any]) -> dict[str, str]:
+        """Return a file's row in the table of evaluated files: column name -> cell."""
+        cells = {}
+        for key in self.table:
+            cells[_TITLES.get(key, key)] = f"{metrics[key]:.4f}"
+            if key == "accuracy" and "rows" in metrics:  # of one file, not the mean of several
+                cells["95 % interval"] = f"{metrics['accuracy_low']:.4f}-{metrics['accuracy_high']:.4f}"
+        return cells
 
 
 @dataclass(frozen=True)
-class SingleLabel:
-    """Every text has one of several classes: softmax, cross-entropy, accuracy.
+class SingleLabel(_Common):
+    """Every text has one of several classes: softmax, cross-entropy, accuracy."""
 
-    Attributes:
-        label_names: the names of classes 0, 1, ...
-        label_smoothing: probability mass that the loss spreads evenly over all classes.
-        class_weights: fp32 [classes], factors on the loss of each class's rows; None for ones.
-        label_ids: class ids by the integers that stand for them in files; None for 0, 1, ..., unless the names are
-            integers themselves.
-        is_soft: whether a label is a distribution over the classes.
-    """
-
-    label_names: list[str]
-    label_smoothing: float = 0.0
-    class_weights: torch.Tensor | None = None
+    label_names: list[str]  # of classes 0, 1, ...
+    label_smoothing: float = 0.0  # probability mass that the loss spreads evenly over all classes
+    class_weights: torch.Tensor | None = None  # fp32 [classes], factors on the loss of each class's rows; None for ones
+    # Class ids by the integers that stand for them in files; None for 0, 1, ..., unless the names are integers.
     label_ids: dict[str, int] | None = None
-    is_soft: bool = False
+    is_soft: bool = False  # whether a label is a distribution over the classes
     thresholds: tuple[float, ...] = ()  # only of `MultiLabel`
 
     problem_type = "single_label_classification"  # transformers' word for it
@@ -73,9 +125,10 @@ class SingleLabel:
     best_metric = "accuracy"  # chooses best/ by default
     best_metrics = ("accuracy", "macro_f1", "loss")  # the choices of --best-by
     scalars = ("loss", "accuracy", "macro_f1", "ece")  # plotted in TensorBoard
+    summary = ("accuracy", "macro_f1", "loss")  # in a line on the console
+    table = ("accuracy", "macro_f1", "ece")  # columns of tables
     # The metrics on a model card: their types and names on the Hub.
     hub_metrics: ClassVar = {"accuracy": ("accuracy", "accuracy"), "macro_f1": ("f1", "macro F1")}
-    useless_gain = 0.2  # a lower `gain` is hardly better than a constant answer
     refused: ClassVar[dict[str, str]] = {  # options that make no sense for this task: the reason
         "threshold_for": "the most probable class is the answer, without a threshold",
         "label_delimiter": "a row has one label",
@@ -96,16 +149,14 @@ class SingleLabel:
     # --- labels in files
 
     @classmethod
-    def from_labels(
-        cls, config: Config, labels: LabelCounts, others: LabelCounts, names_in_files: NamesInFiles, path: object
-    ) -> SingleLabel:
+    def from_labels(cls, config: Config, labels: LabelCounts, others: LabelCounts, named: Named, path: object) -> Task:
         """Return the task with the classes of --label-names or of the training files; see `find_task`."""
         values = [split_labels(text) for text in labels if text.startswith(("[", "{"))]
         if is_soft := any(isinstance(value, dict) and len(value) > 1 for value in values):
             labels = dict.fromkeys((str(name) for value in values for name in value), (1, 1))
         if config.label_names and not any(label.isdecimal() for label in labels):
             labels = others  # integers, if any, are in the other files
-        names, label_ids = _find_classes(config, labels, names_in_files, path, is_complete=is_soft)
+        names, label_ids = _find_classes(config, labels, named, path, is_complete=is_soft)
         return cls(names, label_ids=label_ids, is_soft=is_soft)
 
     @classmethod
@@ -126,7 +177,7 @@ class SingleLabel:
         """Return the label in a cell, None for a missing one; UserError, beginning with `where`, for an invalid one."""
         text = label_text(cell)
         if self.is_soft and text.startswith(("[", "{")):
-            row = _label_row(split_labels(text), self._ids_by_label, self.label_names, where)
+            row = self._label_row(split_labels(text), where)
             if abs(row.sum() - 1) > 0.01:
                 raise UserError(f"{where}: the classes' probabilities add up to {row.sum():.4g}, not to 1; mend them")
             return row / row.sum()
@@ -142,11 +193,7 @@ class SingleLabel:
 
     def notes(self, labels: LabelCounts) -> list[str]:
         """Return warnings about a file's labels."""
-        return [] if self.is_soft else label_notes(labels)
-
-    @cached_property
-    def _ids_by_label(self) -> dict[str, int]:
-        return ids_by_label(self.label_names, self.label_ids)
+        return [] if self.is_soft else label_notes({label: rows for label, (rows, _) in labels.items()})
 
     def label_keys(self, labels: np.ndarray) -> np.ndarray:
         """Return int [rows], equal for equal labels (for soft labels: for the same most probable class)."""
@@ -173,14 +220,7 @@ class SingleLabel:
 
     # --- training
 
-    @property
-    def outputs(self) -> int:
-        """The number of logits."""
-        return len(self.label_names)
-
-    def for_training(
-        self, config: Config, labels: np.ndarray, weights: RowWeights, device: torch.device
-    ) -> SingleLabel:
+    def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> SingleLabel:
         """Return the task with a run's label smoothing and class weights.
 
         `--class-weights balanced` is rows / (classes * rows of the class): every class has the same total weight, and
@@ -190,16 +230,14 @@ class SingleLabel:
         if config.class_weights == "balanced":
             counts = self.prior(labels, weights)
             if not counts.all():
-                raise UserError(
-                    "--class-weights balanced: the training file has no row of class"
-                    f" {self.label_names[int(counts.argmin())]!r}; leave it out of --label-names, or give the weights"
-                    " as numbers"
-                )
+                absent, cure = self.label_names[int(counts.argmin())], "or give the weights as numbers"
+                problem = f"the training file has no row of class {absent!r}; leave it out of --label-names, {cure}"
+                raise UserError(f"--class-weights balanced: {problem}")
             factors = torch.from_numpy(counts.sum() / (self.outputs * counts)).float()
         factors = None if factors is None else factors.to(device)
         return replace(self, label_smoothing=config.label_smoothing, class_weights=factors)
 
-    def prior(self, labels: np.ndarray, weights: RowWeights) -> np.ndarray:
+    def prior(self, labels: np.ndarray, weights: Weights) -> np.ndarray:
         """Return fp64 [classes], the total weight of each class's rows."""
         if labels.ndim == 2:
             return np.asarray((labels if weights is None else labels * weights[:, None]).sum(0, dtype=np.float64))
@@ -219,7 +257,7 @@ class SingleLabel:
             losses = losses * (labels @ self.class_weights if self.is_soft else self.class_weights[labels])
         return (losses if weights is None else losses * weights).sum()
 
-    def baseline_loss(self, labels: np.ndarray, weights: RowWeights = None) -> float:
+    def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
         """Return the class-prior baseline: the loss, in nats per row, of the best constant answer."""
         rows = self.prior(labels, weights)
         counted = rows if self.class_weights is None else rows * self.class_weights.cpu().numpy()
@@ -234,7 +272,6 @@ class SingleLabel:
         return logits.softmax(-1)
 
     def columns(self, all_probabilities: bool) -> list[str]:
-        """Return the names of the prediction's columns."""
         return ["label", "probability"] + [f"probability_{name}" for name in self.label_names] * all_probabilities
 
     def cells(self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
@@ -285,10 +322,7 @@ class SingleLabel:
     # --- evaluation
 
     def row_results(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return float [rows, 3], the input of `metrics`: loss in nats, predicted class id, its probability.
-
-        Logits are float [rows, classes], labels as in the token cache.
-        """
+        """Return float [rows, 3], the input of `metrics`: loss in nats, predicted class id, its probability."""
         labels = labels.to(logits.dtype) if labels.dim() == 2 else labels.long()
         losses = F.cross_entropy(logits, labels, reduction="none")
         confidences, predictions = logits.softmax(-1).max(-1)
@@ -308,8 +342,7 @@ class SingleLabel:
             "accuracy_high": high,
             "macro_f1": metric.macro_f1(confusion),
             "ece": metric.expected_calibration_error(confidences, results[:, 1] == labels),
-            "precision": classes["precision"].tolist(),
-            "recall": classes["recall"].tolist(),
+            **{key: classes[key].tolist() for key in ("precision", "recall")},
             "rows": rows,
         }
 
@@ -330,17 +363,6 @@ class SingleLabel:
         """Return precision, recall, f1 and support, [classes] each."""
         return metric.per_class(self.confusion(results, labels))
 
-    def describe(self, metrics: dict[str, Any]) -> str:
-        """Summarize the main metrics for a line on the console."""
-        return f"accuracy {metrics['accuracy']:.4f}  macro F1 {metrics['macro_f1']:.4f}  loss {metrics['loss']:.4f}"
-
-    def table_cells(self, metrics: dict[str, Any]) -> dict[str, str]:
-        """Return a file's row in the table of evaluated files: column name -> cell."""
-        cells = {"accuracy": f"{metrics['accuracy']:.4f}"}
-        if "rows" in metrics:  # of one file, not the mean of several
-            cells["95 % interval"] = f"{metrics['accuracy_low']:.4f}-{metrics['accuracy_high']:.4f}"
-        return {**cells, "macro F1": f"{metrics['macro_f1']:.4f}", "ECE": f"{metrics['ece']:.4f}"}
-
     # --- collapse (see training/guard)
 
     def constant_answer(self, probabilities: np.ndarray) -> str:
@@ -348,11 +370,11 @@ class SingleLabel:
         predicted = probabilities.argmax(1)
         return repr(self.label_names[predicted[0]]) if (predicted == predicted[0]).all() else ""
 
-    def gain(self, probabilities: np.ndarray, labels: np.ndarray) -> float:
-        """Return how much better the answers are than a constant one: from 0, no better, to 1, perfect."""
+    def is_useless(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
+        """Whether the answers are hardly better than a constant one, on a scale from 0, no better, to 1, perfect."""
         labels = self.label_keys(labels)
         accuracy, constant = (probabilities.argmax(1) == labels).mean(), np.bincount(labels).max() / len(labels)
-        return float((accuracy - constant) / (1 - constant))
+        return bool((accuracy - constant) / (1 - constant) < 0.2)
 
     card_note = ""  # added to the model card
 
@@ -391,26 +413,20 @@ class _ScriptedAnswer(nn.Module):
 
 
 @dataclass(frozen=True)
-class MultiLabel:
+class MultiLabel(_Common):
     """A text has any number of labels, even none: sigmoid and binary cross-entropy per label, micro and macro F1.
 
     `SingleLabel` documents the methods.
-
-    Attributes:
-        label_names, label_ids: see `SingleLabel`.
-        thresholds: a text has the labels whose probability reaches their threshold; empty for 0.5.
-        positive_weights: fp32 [labels], factors on the loss of the labels that a text has; None for ones.
-        initial_bias: of a new head, the logits of the best constant answer. With zeros, the first steps move all texts'
-            features in one direction, because most labels are rare: on GoEmotions' 28 labels, training collapsed.
-        delimiter: separates the labels in a cell; None for `,`, `;` and `|`.
     """
 
     label_names: list[str]
     label_ids: dict[str, int] | None = None
-    thresholds: tuple[float, ...] = ()
-    positive_weights: torch.Tensor | None = None
+    thresholds: tuple[float, ...] = ()  # a text has the labels whose probability reaches theirs; empty for 0.5
+    positive_weights: torch.Tensor | None = None  # fp32 [labels], factors on the loss of a text's own labels
+    # Of a new head: the logits of the best constant answer. With zeros, the first steps move all texts' features in one
+    # direction, because most labels are rare: on GoEmotions' 28 labels, training collapsed.
     initial_bias: tuple[float, ...] = ()
-    delimiter: str | None = None
+    delimiter: str | None = None  # separates the labels in a cell; None for `,`, `;` and `|`
 
     problem_type = "multi_label_classification"
     option = "multi-label"
@@ -419,8 +435,9 @@ class MultiLabel:
     best_metric = "macro_f1"
     best_metrics = ("macro_f1", "micro_f1", "exact_match", "mean_average_precision", "loss")
     scalars = ("loss", "macro_f1", "micro_f1", "exact_match", "mean_average_precision", "ece")
+    summary = ("macro_f1", "micro_f1", "loss")
+    table = ("macro_f1", "micro_f1", "exact_match", "mean_average_precision")
     hub_metrics: ClassVar = {"macro_f1": ("f1", "macro F1"), "micro_f1": ("f1", "micro F1")}
-    useless_gain = 0.1
     refused: ClassVar[dict[str, str]] = {
         "label_smoothing": "it is for one class per text",
         "abstain_below": "a text may have no label: raise the thresholds with --threshold-for in training",
@@ -432,21 +449,15 @@ class MultiLabel:
     def cache_key(self) -> object:
         return self.delimiter
 
-    @property
-    def outputs(self) -> int:
-        return len(self.label_names)
-
     @classmethod
-    def from_labels(
-        cls, config: Config, labels: LabelCounts, others: LabelCounts, names_in_files: NamesInFiles, path: object
-    ) -> MultiLabel:
+    def from_labels(cls, config: Config, labels: LabelCounts, others: LabelCounts, named: Named, path: object) -> Task:
         delimiter = config.label_delimiter
         single: dict[str, Sequence[int]] = {}
         for text, counts in labels.items():
             for label in _split(text, delimiter, config.label_names or ()):
                 single.setdefault(str(label), counts)
         is_complete = all(text.startswith("{") for text in labels)
-        return cls(*_find_classes(config, single, names_in_files, path, is_complete), delimiter=delimiter)
+        return cls(*_find_classes(config, single, named, path, is_complete), delimiter=delimiter)
 
     @classmethod
     def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
@@ -458,13 +469,13 @@ class MultiLabel:
         return bool(several) and (is_json or {str(name) for values in several.values() for name in values} <= alone)
 
     def label_index(self, label: str) -> int:
-        if _is_missing(_split(label, self.delimiter, self._ids_by_label)):
+        if set(_split(label, self.delimiter, self._ids_by_label).values()) == {-1.0}:  # a row that is not scored
             return MISSING_ID
         return UNKNOWN_ID if self._unknown_in(label) else 0
 
     def read_label(self, cell: object, where: str) -> np.ndarray | None:
         values = _split(label_text(cell), self.delimiter, self._ids_by_label)
-        return None if _is_missing(values) else _label_row(values, self._ids_by_label, self.label_names, where)
+        return None if set(values.values()) == {-1.0} else self._label_row(values, where)
 
     def unknown(self, labels: Sequence[str]) -> str:
         names = dict.fromkeys(name for label in labels for name in self._unknown_in(label))
@@ -472,18 +483,13 @@ class MultiLabel:
 
     def _unknown_in(self, label: str) -> list[str]:
         names = _split(label, self.delimiter, self._ids_by_label)
-        return [str(name) for name in names if _id_of(name, self._ids_by_label, self.outputs) is None]
+        return [str(name) for name in names if self._id_of(name) is None]
 
     def notes(self, labels: LabelCounts) -> list[str]:
-        single: dict[str, list[int]] = {}
-        for text, (count, line) in labels.items():
-            for label in map(str, _split(text, self.delimiter, self._ids_by_label)):
-                single[label] = [single.get(label, [0, 0])[0] + count, line]
-        return label_notes(single)
-
-    @cached_property
-    def _ids_by_label(self) -> dict[str, int]:
-        return ids_by_label(self.label_names, self.label_ids)
+        counts: Counter[str] = Counter()
+        for text, (rows, _) in labels.items():
+            counts.update({str(label): rows for label in _split(text, self.delimiter, self._ids_by_label)})
+        return label_notes(counts)
 
     def label_keys(self, labels: np.ndarray) -> np.ndarray:
         factors = np.random.RandomState(0).randint(1, 2**62, labels.shape[1])
@@ -513,9 +519,7 @@ class MultiLabel:
         some = f"several labels a row, {has.sum(1).mean():.2f} on average{none}: "
         return some + listed([f"{label} {rows:,}" for label, rows in self.counts(labels).items()])
 
-    # --- training
-
-    def for_training(self, config: Config, labels: np.ndarray, weights: RowWeights, device: torch.device) -> MultiLabel:
+    def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> MultiLabel:
         """`--class-weights balanced` is, for each label, the rows without it / the rows with it."""
         factors = _explicit_weights(config.class_weights)
         if config.class_weights == "balanced":
@@ -525,7 +529,7 @@ class MultiLabel:
         answer = task._best_constant(labels, weights)[-1].clip(1e-3, 1 - 1e-3)
         return replace(task, initial_bias=tuple(np.log(answer / (1 - answer)).tolist()))
 
-    def prior(self, labels: np.ndarray, weights: RowWeights) -> np.ndarray:
+    def prior(self, labels: np.ndarray, weights: Weights) -> np.ndarray:
         """Return fp64 [labels], the fraction of the rows with each label."""
         return np.average(labels.astype(np.float64), axis=0, weights=weights)
 
@@ -535,18 +539,16 @@ class MultiLabel:
         losses = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=factors, reduction="none").mean(1)
         return (losses if weights is None else losses * weights).sum()
 
-    def baseline_loss(self, labels: np.ndarray, weights: RowWeights = None) -> float:
+    def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
         prior, positive, answer = self._best_constant(labels, weights)
         answer = answer.clip(_SMALLEST, 1 - 1e-12)
         return float(-(positive * np.log(answer) + (1 - prior) * np.log1p(-answer)).mean())
 
-    def _best_constant(self, labels: np.ndarray, weights: RowWeights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _best_constant(self, labels: np.ndarray, weights: Weights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return fp64 [labels] each: the prior, prior * positive weight, and the probabilities of minimal loss."""
         prior = self.prior(labels, weights)
         positive = prior if self.positive_weights is None else prior * self.positive_weights.cpu().numpy()
         return prior, positive, positive / (positive + 1 - prior)
-
-    # --- answers
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.sigmoid()
@@ -594,8 +596,6 @@ class MultiLabel:
         binary = SingleLabel(["no", "yes"])
         return np.max([binary.doubt(both[:, i], has[:, i]) for i in range(self.outputs)], axis=0)
 
-    # --- evaluation
-
     def row_results(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return float [rows, 1 + labels]: loss in nats (mean over labels), probabilities."""
         losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(1)
@@ -639,35 +639,20 @@ class MultiLabel:
             results[:, 1:] = probabilities  # rounding again could move one across a threshold
         return results
 
-    def describe(self, metrics: dict[str, Any]) -> str:
-        f1 = [f"{kind} F1 {metrics[f'{kind}_f1']:.4f}" for kind in ("macro", "micro")]
-        if "macro_f1_at_0.5" in metrics:
-            f1 = [f"{text} ({metrics[f'{text[:5]}_f1_at_0.5']:.4f} at 0.5)" for text in f1]
-        return f"{'  '.join(f1)}  loss {metrics['loss']:.4f}"
-
-    def table_cells(self, metrics: dict[str, Any]) -> dict[str, str]:
-        names = {"macro_f1": "macro F1", "micro_f1": "micro F1", "exact_match": "exact match"}
-        names["mean_average_precision"] = "mean AP"
-        return {name: f"{metrics[key]:.4f}" for key, name in names.items()}
-
     def constant_answer(self, probabilities: np.ndarray) -> str:
         has = self._has(probabilities)
         return self.label_cell(has[0]) if (has == has[0]).all() else ""
 
-    def gain(self, probabilities: np.ndarray, labels: np.ndarray) -> float:
+    def is_useless(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
         true = labels > 0.5
-        return (metric.mean_average_precision(probabilities, true) - true.mean()) / max(1e-9, 1 - true.mean())
+        gain = (metric.mean_average_precision(probabilities, true) - true.mean()) / max(1e-9, 1 - true.mean())
+        return bool(gain < 0.1)
 
     @property
     def card_note(self) -> str:
-        thresholds = ", ".join(f"{name} {cut:.3g}" for name, cut in zip(self.label_names, self.thresholds))
-        return "A text has every label whose probability, a sigmoid, reaches the label's threshold" + (
-            f": {thresholds}. They were fitted on dev, so its metrics are a little optimistic."
-            if thresholds
-            else " of 0.5."
-        )
-
-    # --- exported forms
+        cuts = ", ".join(f"{name} {cut:.3g}" for name, cut in zip(self.label_names, self.thresholds))
+        which = f": {cuts}. They were fitted on dev, so its metrics are a little optimistic." if cuts else " of 0.5."
+        return f"A text has every label whose probability, a sigmoid, reaches the label's threshold{which}"
 
     def append_to_onnx(self, add: Callable[..., str], logits: str) -> dict[str, tuple[str, str, list[int]]]:
         """Append a bool and a probability per label; `label_names` is in the metadata."""
@@ -702,18 +687,15 @@ class _ScriptedLabels(nn.Module):
 
 
 @dataclass(frozen=True)
-class Regression:
+class Regression(_Common):
     """Every text has a score: one output, mean squared error, correlations.
 
     Training uses scores scaled to mean 0 and std 1; an exported head gives scores on the file's scale. `SingleLabel`
     documents the methods; its probabilities are scores here, [rows, 1].
-
-    Attributes:
-        mean, deviation: mean and std of the training scores; 0 and 1 for an exported model.
     """
 
     label_names: list[str]
-    mean: float = 0.0
+    mean: float = 0.0  # of the training scores, like their std; 0 and 1 for an exported model
     deviation: float = 1.0
     label_ids: dict[str, int] | None = None  # unused, as are thresholds
     thresholds: tuple[float, ...] = ()
@@ -725,33 +707,27 @@ class Regression:
     best_metric = "spearman"
     best_metrics = ("spearman", "pearson", "rmse", "mae", "loss")
     scalars = ("loss", "rmse", "mae", "pearson", "spearman")
+    summary = ("spearman", "pearson", "rmse")
+    table = ("spearman", "pearson", "rmse", "mae")
     hub_metrics: ClassVar = {"spearman": ("spearmanr", "spearman"), "pearson": ("pearsonr", "pearson")}
-    useless_gain = 0.2
     refused: ClassVar[dict[str, str]] = {
         "label_names": "a score has no name",
         "label_smoothing": "a score has no classes",
         "align_classes": "a score has no classes",
         "class_weights": "a score has no classes; --weight-column weighs rows",
-        "calibrate": _NO_PROBABILITIES,
-        "temperature": _NO_PROBABILITIES,
-        "abstain_below": _NO_PROBABILITIES,
-        "all_probabilities": _NO_PROBABILITIES,
-        "glue_submission": _NO_PROBABILITIES,
-        "threshold_for": _NO_PROBABILITIES,
+        **dict.fromkeys(("calibrate", "temperature", "abstain_below", "all_probabilities"), _NO_PROBABILITIES),
+        **dict.fromkeys(("glue_submission", "threshold_for"), _NO_PROBABILITIES),
         "label_delimiter": "a row has one score",
     }
     initial_bias: ClassVar[tuple[float, ...]] = ()
     cache_key: ClassVar[object] = None
-    outputs = 1
 
     @property
     def folding(self) -> tuple[float, float]:
         return self.deviation, self.mean
 
     @classmethod
-    def from_labels(
-        cls, config: Config, labels: LabelCounts, others: LabelCounts, names_in_files: NamesInFiles, path: object
-    ) -> Regression:
+    def from_labels(cls, config: Config, labels: LabelCounts, others: LabelCounts, named: Named, path: object) -> Task:
         task = cls(["score"])
         for label, (_, line) in labels.items():
             if task.label_index(label) == UNKNOWN_ID:
@@ -770,11 +746,9 @@ class Regression:
 
     def read_label(self, cell: object, where: str) -> float | None:
         text = label_text(cell)
-        if text in MISSING:
-            return None
-        if (score := _score(text)) is None:
+        if (index := self.label_index(text)) == UNKNOWN_ID:
             raise UserError(f"{where}: {self.unknown([text])}")
-        return score
+        return None if index == MISSING_ID else _score(text)
 
     def notes(self, labels: LabelCounts) -> list[str]:
         return []
@@ -802,9 +776,7 @@ class Regression:
         moments = f"mean {labels.mean():.4g}, deviation {labels.std():.4g}"
         return f"scores from {labels.min():g} to {labels.max():g}, {moments}"
 
-    # --- training
-
-    def for_training(self, config: Config, labels: np.ndarray, weights: RowWeights, device: torch.device) -> Regression:
+    def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> Regression:
         mean = float(np.average(labels.astype(np.float64), weights=weights))
         deviation = math.sqrt(np.average((labels.astype(np.float64) - mean) ** 2, weights=weights))
         return replace(self, mean=mean, deviation=deviation or 1.0)
@@ -814,11 +786,9 @@ class Regression:
         errors = (logits[:, 0] - (labels - self.mean) / self.deviation).square()
         return (errors if weights is None else errors * weights).sum()
 
-    def baseline_loss(self, labels: np.ndarray, weights: RowWeights = None) -> float:
+    def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
         errors = (labels.astype(np.float64) - np.average(labels, weights=weights)) / self.deviation
         return float(np.average(errors**2, weights=weights))
-
-    # --- answers
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits * self.deviation + self.mean
@@ -850,8 +820,6 @@ class Regression:
         """Return the absolute errors, in units of the labels' std."""
         return np.abs(probabilities[:, 0] - labels) / (labels.std() or 1.0)
 
-    # --- evaluation
-
     def row_results(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return float [rows, 2]: squared error on the file's scale, predicted score."""
         scores = self.probabilities(logits)
@@ -880,25 +848,16 @@ class Regression:
     def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         return np.stack([(probabilities[:, 0] - labels) ** 2, probabilities[:, 0]], 1)
 
-    def describe(self, metrics: dict[str, Any]) -> str:
-        return f"Spearman {metrics['spearman']:.4f}  Pearson {metrics['pearson']:.4f}  RMSE {metrics['rmse']:.4f}"
-
-    def table_cells(self, metrics: dict[str, Any]) -> dict[str, str]:
-        names = {"spearman": "Spearman", "pearson": "Pearson", "rmse": "RMSE", "mae": "MAE"}
-        return {name: f"{metrics[key]:.4f}" for key, name in names.items()}
-
     def constant_answer(self, probabilities: np.ndarray) -> str:
         """Return the mean score: whether scores are the same is a matter of their std alone."""
         return f"{probabilities.mean():.4g}"
 
-    def gain(self, probabilities: np.ndarray, labels: np.ndarray) -> float:
-        return metric.pearson(probabilities[:, 0], labels)
+    def is_useless(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
+        return metric.pearson(probabilities[:, 0], labels) < 0.2
 
     card_note = (
         "The one output is a score in the training file's scale: in transformers' pipeline, `function_to_apply='none'`."
     )
-
-    # --- exported forms
 
     def append_to_onnx(self, add: Callable[..., str], logits: str) -> dict[str, tuple[str, str, list[int]]]:
         return {"score": (logits, "FLOAT", [1])}
@@ -914,20 +873,15 @@ class Regression:
 Task = Union[SingleLabel, MultiLabel, Regression]
 TASKS: tuple[type[Task], ...] = (SingleLabel, MultiLabel, Regression)
 BY_TYPE = {kind.problem_type: kind for kind in TASKS}
-NamesInFiles = Iterable[Sequence[str]]  # the names of labels 0, 1, ... that files themselves contain
+Named = Iterable[Sequence[str]]  # the names of labels 0, 1, ... that files themselves contain
 
 
-def find_task(
-    config: Config, labels: LabelCounts, others: LabelCounts, names_in_files: NamesInFiles, path: object
-) -> Task:
-    """Return the task with its label names; UserError if the labels do not fit the task or the options.
+def find_task(config: Config, labels: LabelCounts, others: LabelCounts, named: Named, path: object) -> Task:
+    """Return the task for the training files' labels; UserError if they do not fit the task or the options.
 
-    Args:
-        labels: the training files' labels.
-        others: the labels of all files.
-        path: the training file's, for errors.
+    `others` are the labels of all files, `path` is the training file's, for errors.
     """
-    task = task_kind(config, labels).from_labels(config, labels, others, names_in_files, path)
+    task = task_kind(config, labels).from_labels(config, labels, others, named, path)
     check_options(task, config)
     return task
 
@@ -1026,45 +980,18 @@ def _explicit_weights(weights: str | None) -> torch.Tensor | None:
 
 
 def _find_classes(
-    config: Config, labels: LabelCounts, names_in_files: NamesInFiles, path: object, is_complete: bool
+    config: Config, labels: LabelCounts, named: Named, path: object, is_complete: bool
 ) -> tuple[list[str], dict[str, int]]:
     """Return label names and `label_ids`; if `is_complete`, every row lists all labels in the order of their ids."""
     if config.label_names:
         return resolve_label_names(config.label_names, labels, path)
     names = list(labels) if is_complete else find_label_names(labels, path)
-    return names, {str(i): names.index(name) for each in names_in_files for i, name in enumerate(each) if name in names}
+    return names, {str(i): names.index(name) for each in named for i, name in enumerate(each) if name in names}
 
 
 def _split(text: str, delimiter: str | None, known: Iterable[str]) -> LabelValues:
     values = split_labels(text, delimiter, known)
     return values if isinstance(values, dict) else {canonical(values): 1.0} if values not in MISSING else {}
-
-
-def _id_of(label: str | int, ids: Mapping[str, int], count: int) -> int | None:
-    """Return the id of one of `count` labels, given by name or position; None if it is not one of them."""
-    index = label if isinstance(label, int) else ids.get(label)
-    return index if index is not None and index < count else None
-
-
-def _is_missing(values: LabelValues) -> bool:
-    """Whether a cell's labels are all -1, as for rows of a test file that are not scored."""
-    return bool(values) and set(values.values()) == {-1.0}
-
-
-def _label_row(values: LabelValues | str, ids: Mapping[str, int], names: Sequence[str], where: str) -> np.ndarray:
-    """Return fp32 [labels] of a cell's `split_labels`; UserError, beginning with `where`, for an unknown label."""
-    row = np.zeros(len(names), np.float32)
-    values = {values: 1.0} if isinstance(values, str) else values
-    if 0 in values.values() and len(values) < len(names):
-        absent = [name for name in names if name not in values]
-        raise UserError(f"{where}: the label has numbers, but none for {listed(absent)}; give one for every label")
-    for label, value in values.items():
-        if (index := _id_of(label, ids, len(names))) is None:
-            raise UserError(f"{where}: {describe_unknown([str(label)], names, ids)}")
-        if not 0 <= value <= 1:
-            raise UserError(f"{where}: label {label!r} has {value:g}, which is neither 0, 1 nor a probability; mend it")
-        row[index] = value
-    return row
 
 
 def _score(text: str) -> float | None:

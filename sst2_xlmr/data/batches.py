@@ -20,30 +20,19 @@ BATCHES_PER_GROUP = 100
 
 
 class Batch(NamedTuple):
-    """A micro-batch: rows of one rank's part of a global batch that go through the model together.
+    """A micro-batch: rows of one rank's part of a global batch that go through the model together."""
 
-    Attributes:
-        ids: int64 [tokens], the concatenated rows.
-        lengths: int64 [rows] or [windows], tokens per row or per window; stays on the CPU.
-        labels: [rows, ...], of the task's dtype and shape.
-        keys: int64 [rows] or [windows], random numbers below 2**32 from seed, epoch and row, with which an engine seeds
-            dropout masks, so that they do not depend on how a batch is split.
-        global_rows: number of rows of the global batch, over all ranks.
-        weight: 1.0, or 0.0 if these rows only keep the rank in step with the others.
-        row_weights: fp32 [rows], factors on the rows' losses; None for ones.
-        global_weight: sum of the row weights over the global batch.
-        windows: int64 [rows], windows per row; None for one each. Stays on the CPU.
-    """
-
-    ids: torch.Tensor
-    lengths: torch.Tensor
-    labels: torch.Tensor
+    ids: torch.Tensor  # int64 [tokens], the concatenated rows
+    lengths: torch.Tensor  # int64 [rows] or [windows], tokens per row or per window; stays on the CPU
+    labels: torch.Tensor  # [rows, ...], of the task's dtype and shape
+    # int64 [rows] or [windows], random numbers below 2**32 from seed, epoch and row, with which an engine seeds dropout
+    # masks, so that they do not depend on how a batch is split.
     keys: torch.Tensor
-    global_rows: int
-    weight: float = 1.0
-    row_weights: torch.Tensor | None = None
-    global_weight: float = 0.0
-    windows: torch.Tensor | None = None
+    global_rows: int  # of the global batch, over all ranks
+    weight: float = 1.0  # or 0.0 if these rows only keep the rank in step with the others
+    row_weights: torch.Tensor | None = None  # fp32 [rows], factors on the rows' losses; None for ones
+    global_weight: float = 0.0  # sum of the row weights over the global batch
+    windows: torch.Tensor | None = None  # int64 [rows], windows per row; None for one each; stays on the CPU
 
     def to(self, device: torch.device) -> Batch:
         ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.labels))
@@ -65,20 +54,14 @@ def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 def select_rows(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the concatenated ids of the rows, int64 [tokens], and tokens per row, int64 [rows].
-
-    For `ids` and `offsets` see `TokenCache`; `rows` is int [rows].
-    """
+    """Return the rows' ids, int64 [tokens], and their lengths, int64 [rows]; `ids` and `offsets` as in `TokenCache`."""
     starts, ends = offsets[rows], offsets[rows + 1]
     chosen = [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
     return torch.from_numpy(np.concatenate(chosen).astype(np.int64)), torch.from_numpy(ends - starts)
 
 
 def split_windows(ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Split the results of `select_rows` into windows.
-
-    Returns tokens per window, int64 [windows], and windows per row, int64 [rows], or None for one each.
-    """
+    """Return tokens per window, int64 [windows], and windows per row, int64 [rows], or None for one each."""
     is_start = torch.from_numpy(window_starts(ids.numpy()))
     starts = is_start.nonzero()[:, 0]
     if len(starts) <= len(lengths):
@@ -115,11 +98,8 @@ class BatchLoader(Dataset[list[Batch]]):
     """This rank's part of the global batches, epoch after epoch, starting at any (epoch, batch).
 
     That position is enough to resume with any number of ranks; prefetched batches do not count as consumed. It is the
-    dataset of torch's `DataLoader`.
-
-    Args:
-        lengths: int [rows], tokens per row, of the rows to train on.
-        rows: int [rows], their indices in the cache; None if they are all of its rows.
+    dataset of torch's `DataLoader`. Of the rows to train on, `lengths`, int [rows], are in tokens; `rows`, int [rows],
+    are their indices in the cache, or None if they are all of its rows. Rank r of W takes rows r::W of a global batch.
     """
 
     def __init__(
@@ -131,7 +111,7 @@ class BatchLoader(Dataset[list[Batch]]):
         self.rank, self.world_size, self.pins = world.rank, world.world_size, world.device.type == "cuda"
 
     def __len__(self) -> int:
-        """Return the number of global batches in an epoch."""
+        """The number of global batches in an epoch."""
         return -(-len(self.lengths) // self.config.batch_size)
 
     def global_batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:
@@ -142,15 +122,10 @@ class BatchLoader(Dataset[list[Batch]]):
     def starting_at(self, epoch: int, batch: int) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of each global batch, endlessly, from `batch` of `epoch` on."""
         while True:
-            loader = DataLoader(
-                self,
-                batch_size=None,
-                sampler=((epoch, rows) for rows in self.global_batches(epoch, batch)),
-                num_workers=self.config.num_workers,
-                pin_memory=self.pins,
-                # Each start draws a seed; drawn from torch's global generator, it would change dropout after a resume.
-                generator=torch.Generator(),
-            )
+            items = ((epoch, rows) for rows in self.global_batches(epoch, batch))
+            # Each start draws a seed; drawn from torch's global generator, it would change dropout after a resume.
+            workers, seeds = self.config.num_workers, torch.Generator()
+            loader = DataLoader(self, None, sampler=items, num_workers=workers, pin_memory=self.pins, generator=seeds)
             # Workers inherit this mask, so only the training process handles a signal to the whole process group.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
@@ -161,10 +136,7 @@ class BatchLoader(Dataset[list[Batch]]):
             epoch, batch = epoch + 1, 0
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> list[Batch]:
-        """Return this rank's micro-batches of a global batch, given by epoch and row indices.
-
-        Rank r of W takes rows r::W. All ranks have the same number of micro-batches, to stay in step.
-        """
+        """Return this rank's micro-batches of a global batch, (epoch, row indices); as many as the other ranks'."""
         epoch, rows = item
         cuts = [self._micro_batches(rows[rank :: self.world_size]) for rank in range(self.world_size)]
         mine = cuts[self.rank] + [rows[:0]] * (max(map(len, cuts)) - len(cuts[self.rank]))

@@ -34,9 +34,8 @@ def needed(module: str, path: Path, what: str) -> Any:
     except ImportError as error:
         why = "" if isinstance(error, ModuleNotFoundError) else f" ({shortened(error, 100)})"
         requirement = "'pyarrow<25'" if package == "pyarrow" else package
-        raise UserError(
-            f"{path} is {what}, which needs {package}{why}: pip install {requirement} (extra: files), or save it as CSV"
-        ) from None
+        cure = f"pip install {requirement} (extra: files), or save it as CSV"
+        raise UserError(f"{path} is {what}, which needs {package}{why}: {cure}") from None
 
 
 @contextlib.contextmanager
@@ -99,7 +98,7 @@ def with_labels(path: Path, texts: Iterable[tuple[int, list[Any]]]) -> Cells:
     yield from ((number, [*cells, label]) for (number, cells), label in zip(rows, labels))
 
 
-def _folder_rows(path: Path, encoding: str) -> Cells:
+def _folder_rows(path: Path, _: str, encoding: str) -> Cells:
     """Yield text, label and file of every file in a folder's subfolders, which are named after the labels."""
     numbers = itertools.count(1)
     for folder in sorted(sub for sub in path.iterdir() if sub.is_dir() and not sub.name.startswith(".")):
@@ -144,19 +143,19 @@ def _arrow_batches(path: Path, kind: str) -> tuple[Any, Iterable[Any]]:
 def arrow_columns(path: Path, kind: str) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """Return the columns, and column -> class names from the metadata of `datasets`."""
     with _reading(path, kind.title()):
-        schema, _ = _arrow_batches(path, kind)
+        schema = _arrow_batches(path, kind)[0]
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", "{}"))
         features = metadata.get("info", {}).get("features") or {}
         return tuple(schema.names), {name: tuple(f["names"]) for name, f in features.items() if "names" in f}
 
 
-def _arrow_rows(path: Path, kind: str) -> Cells:
+def _arrow_rows(path: Path, kind: str, _: str) -> Cells:
     with _reading(path, kind.title()):
         batches = ([column.to_pylist() for column in batch.columns] for batch in _arrow_batches(path, kind)[1])
         yield from enumerate((list(cells) for columns in batches for cells in zip(*columns)), 1)
 
 
-def excel_rows(path: Path) -> Cells:
+def excel_rows(path: Path, *_: str) -> Cells:
     """Yield the rows of a workbook's first sheet, including the header; cells are text, or None if empty."""
     openpyxl = needed("openpyxl", path, "an Excel workbook")
     with _reading(path, "an Excel workbook"), path.open("rb") as file:
@@ -166,9 +165,6 @@ def excel_rows(path: Path) -> Cells:
                 yield number, [None if cell is None else str(cell) for cell in row]
 
 
-READERS: dict[str, Callable[[Path, str], Cells]] = {
-    "folder": _folder_rows,
-    "parquet": lambda path, _: _arrow_rows(path, "parquet"),
-    "arrow": lambda path, _: _arrow_rows(path, "arrow"),
-    "xlsx": lambda path, _: excel_rows(path),
-}
+# Format -> rows of a path, given the format and an encoding.
+READERS: dict[str, Callable[[Path, str, str], Cells]] = {"folder": _folder_rows, "xlsx": excel_rows}
+READERS |= {"parquet": _arrow_rows, "arrow": _arrow_rows}

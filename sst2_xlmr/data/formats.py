@@ -34,26 +34,17 @@ Rows = Iterator[tuple[int, Any]]
 
 
 class Layout(NamedTuple):
-    """How a file is read.
+    """How a file is read."""
 
-    Attributes:
-        format: a key of config.FORMATS.
-        delimiter, quoting, newline: of a table; `quoting` is a key of QUOTES.
-        header: whether a table's first line names its columns.
-        names: the columns' names; empty for JSON objects, each of which has its own.
-        class_names: column -> names of its labels 0, 1, ..., if the file contains them.
-        notes: warnings for the header.
-    """
-
-    format: str
+    format: str  # a key of config.FORMATS
     encoding: str = "utf-8"
-    delimiter: str = ""
-    quoting: str = ""
+    delimiter: str = ""  # of a table, like quoting and newline
+    quoting: str = ""  # a key of QUOTES
     newline: str = "\n"
-    header: bool = False
-    names: tuple[str, ...] = ()
-    class_names: Mapping[str, Sequence[str]] = {}
-    notes: tuple[str, ...] = ()
+    header: bool = False  # whether a table's first line names its columns
+    names: tuple[str, ...] = ()  # the columns' names; empty for JSON objects, each of which has its own
+    class_names: Mapping[str, Sequence[str]] = {}  # column -> names of its labels 0, 1, ..., if the file contains them
+    notes: tuple[str, ...] = ()  # warnings for the header
 
     @property
     def is_table(self) -> bool:
@@ -62,25 +53,16 @@ class Layout(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """A row of a file, unchanged.
+    """A row of a file, unchanged."""
 
-    Attributes:
-        line: its first line, from 1; in formats without lines, its row.
-        names: its columns; rows with the same columns share one list.
-        cells: one per name, unless the row is broken: text, or any value in JSON.
-    """
-
-    line: int
-    names: list[str]
-    cells: Sequence[Any]
+    line: int  # its first line, from 1; in formats without lines, its row
+    names: list[str]  # its columns; rows with the same columns share one list
+    cells: Sequence[Any]  # one per name, unless the row is broken: text, or any value in JSON
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
-    """Open a file, decompressed if it is gzip or a zip of one file, whatever its name; also yields the inner name.
-
-    UserError if it cannot be read, now or while it is open.
-    """
+    """Open a file, unpacked if it is gzip or a zip of one file, with its inner name; UserError if reading fails."""
     try:
         with path.open("rb") as raw, contextlib.ExitStack() as stack:
             magic, name = raw.peek(4)[:4], path.name.lower()
@@ -102,18 +84,14 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
             yield raw, name
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
         kind = "zip" if isinstance(error, zipfile.BadZipFile) else "gzip"
-        raise UserError(
-            f"{path} is not a complete {kind} file: truncated, damaged or misnamed; fetch it again"
-        ) from None
+        problem = f"not a complete {kind} file: truncated, damaged or misnamed; fetch it again"
+        raise UserError(f"{path} is {problem}") from None
     except (OSError, RuntimeError) as error:  # zipfile's RuntimeError: a password, or an unknown compression
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', '') or error}") from None
 
 
 def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline: str = "\n") -> Lines:
-    """Yield (line number from 1, line with its end); for UTF-8, a byte order mark is optional.
-
-    Invalid bytes become lone surrogates (Python's `surrogateescape`).
-    """
+    """Yield (number from 1, line with its end), without UTF-8's byte order mark; invalid bytes are lone surrogates."""
     codec = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
     text = io.TextIOWrapper(file, codec, "surrogateescape", newline)
     try:
@@ -162,10 +140,9 @@ def _csv_rows(lines: Lines, path: Path, layout: Layout) -> Rows:
                 yield first, [cell.replace(_CR, "\r") for cell in cells] if _CR in "".join(cells) else cells
             first = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(
-            f"{path}: the row at line {first} is not valid CSV: {error}; is a quotation mark never closed? If quotes"
-            ' are part of the text, use --quoting none; if they are escaped as \\", --quoting backslash'
-        ) from None
+        problem = f"the row at line {first} is not valid CSV: {error}; is a quotation mark never closed?"
+        cure = 'If quotes are part of the text, use --quoting none; if they are escaped as \\", --quoting backslash'
+        raise UserError(f"{path}: {problem} {cure}") from None
 
 
 def _json_objects(lines: Lines, path: Path) -> Rows:
@@ -198,14 +175,11 @@ def _rows_of_lines(lines: Lines, path: Path, layout: Layout) -> Rows:
 
 
 def read_fields(path: Path, layout: Layout) -> Iterator[Fields]:
-    """Yield a file's rows; a broken row has more or fewer cells than names.
-
-    UserError, with file, line and cure, if the file does not match its layout.
-    """
+    """Yield a file's rows, broken ones with more or fewer cells than names; UserError if it has another layout."""
     names = list(layout.names)
     with contextlib.ExitStack() as stack:
         if layout.format in READERS:
-            rows = READERS[layout.format](path, layout.encoding)
+            rows = READERS[layout.format](path, layout.format, layout.encoding)
         else:
             file, _ = stack.enter_context(opened(path))
             rows = _rows_of_lines(decoded_lines(file, path, layout.encoding, layout.newline), path, layout)
@@ -242,9 +216,7 @@ def kind_of(path: Path) -> str:
 def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[object]], object]:
     """Return write(names, cells), which appends a row to a file; write a table's header first.
 
-    Args:
-        file: opened with newline="".
-        kind: one of KINDS; in .tsv, tabs and line ends in cells become spaces.
+    The file was opened with newline=""; kind is one of KINDS. In .tsv, tabs and line ends in cells become spaces.
     """
     if kind == ".tsv":
         return lambda _, cells: file.write("\t".join(_BREAKS.sub(" ", cell_text(cell)) for cell in cells) + "\n")

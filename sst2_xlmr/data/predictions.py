@@ -42,20 +42,12 @@ def _in_table(cell: Any, number: str = "{}") -> Any:
 
 
 def extended_rows(
-    path: Path,
-    rows: Sequence[Row],
-    predictions: Sequence[Cells],
-    names: Sequence[str],
-    columns: list[str],
-    header: bool,
+    path: Path, rows: Sequence[Row], predictions: Sequence[Cells], names: list[str], columns: list[str], header: bool
 ) -> str:
-    """Return the input's rows with the new columns, whose names get the prefix `predicted_` if the input has them.
+    """Return the input's rows with new columns, whose `names` get the prefix `predicted_` if the input has them.
 
-    Args:
-        path: of the output; its extension selects the format. UserError if that cannot express a row's columns.
-        names: of the new columns.
-        columns: the columns of the input's first row, and so of every row in a table.
-        header: whether to write the columns' names first, in a table.
+    The extension of the output's path selects the format; UserError if that cannot express a row's columns. `columns`
+    are those of the input's first row, and so of every row in a table, which begins with them if `header`.
     """
     text = io.StringIO(newline="")
     kind = kind_of(path)
@@ -128,10 +120,7 @@ def glue_label_ids(label_names: Sequence[str]) -> dict[str, int]:
 
 
 def submission_lines(rows: Sequence[Row], predictions: Sequence[Cells], ids: dict[str, int], first_row: int) -> str:
-    """Return lines in GLUE's format: index, tab, 0 or 1; with a header if `first_row` is 0.
-
-    A row's index is in the input's column `index`; without one, rows count from `first_row`.
-    """
+    """Return GLUE's lines: column `index`, or else a count from `first_row`, tab, 0 or 1; before row 0, a header."""
     text = io.StringIO(newline="")
     write = row_writer(text, ".tsv")
     if first_row == 0:

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.containers import source_digest
-from sst2_xlmr.data.duplicates import find_leaks
 from sst2_xlmr.data.rows import Columns, Inspection, Row, columns_of, read_rows
 from sst2_xlmr.data.splits import DEFAULT_SHARE, MOST_ROWS, cut_off, find_files
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.labels import MISSING
-from sst2_xlmr.model.encoders import (
-    BUNDLE_SHAPES,
-    EncoderFolder,
-    EncoderShape,
-    check_tokenizer,
-    find_encoder,
-    lowest_layers,
-)
+from sst2_xlmr.model import encoders
 from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task, find_task, task_kind
@@ -35,26 +28,23 @@ from sst2_xlmr.util.files import digest_of
 
 @dataclass(frozen=True)
 class Split:
-    """The files of a split, and what they contain.
-
-    Attributes:
-        inspections: one per file.
-        dropped: the number of rows left out, by kind, over all files.
-        notes: warnings for the header.
-        is_labelled: whether it has labels, and so a cache; a test file may have none.
-    """
+    """The files of a split, and what they contain."""
 
     files: list[Path]
     columns: Columns
-    inspections: list[Inspection]
-    dropped: dict[str, int]
-    notes: list[str]
-    is_labelled: bool = True
+    inspections: list[Inspection]  # one per file
+    is_labelled: bool = True  # and so has a cache; a test file may have no labels
+    source_rows: np.ndarray | None = None  # int64, indices among the files' usable rows; None for all of them
+    dropped: Counter[str] = field(default_factory=Counter)  # the number of rows left out, by kind, over all files
+    notes: list[str] = field(default_factory=list)  # warnings for the header
 
     def rows(self, task: Task | None) -> Iterator[tuple[Path, Row]]:
-        """Yield the usable rows of all files."""
-        for file in self.files:
-            yield from ((file, row) for row in read_rows(file, self.columns, task))
+        """Return the split's usable rows, each with its file."""
+        rows = ((file, row) for file in self.files for row in read_rows(file, self.columns, task))
+        if self.source_rows is None:
+            return rows
+        own = set(self.source_rows.tolist())
+        return (row for index, row in enumerate(rows) if index in own)
 
     def texts_of(self, task: Task, rows: set[int]) -> dict[int, str]:
         """Return row index -> text for the given rows; empty if a file has changed since it was inspected."""
@@ -69,21 +59,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run's inputs.
-
-    Attributes:
-        splits: all splits by name; `caches` has only the labelled ones.
-        leaks: split -> int64, indices of the training rows whose text is also in that split; only splits with any.
-        train_rows: int64, indices of the rows to train on; None for all.
-    """
+    """A run's inputs."""
 
     config: Config
     task: Task
-    encoder: EncoderFolder
+    encoder: encoders.EncoderFolder
     splits: dict[str, Split]
-    caches: dict[str, TokenCache]
-    leaks: dict[str, np.ndarray]
-    train_rows: np.ndarray | None
+    caches: dict[str, TokenCache]  # only of the labelled splits
+    leaks: dict[str, np.ndarray]  # split -> int64, the training rows whose text is also there; only splits with any
+    train_rows: np.ndarray | None  # int64, indices of the rows to train on; None for all
 
     @property
     def train_labels(self) -> np.ndarray:
@@ -105,23 +89,13 @@ class Prepared:
 
     def place_of(self, split: str, row: int) -> str:
         """Return `FILE:LINE` of a split's row."""
-        cache = self.caches[split]
-        source_row = row if cache.source_rows is None else cache.source_rows[row]
+        cache, source_rows = self.caches[split], self.splits[split].source_rows
+        source_row = row if source_rows is None else source_rows[row]
         file = int(np.searchsorted(np.cumsum(cache.rows_of_files), source_row, side="right"))
         return f"{self.splits[split].files[file].name}:{cache.lines[row]}"
 
-    def texts_of(self, split: str, rows: set[int]) -> dict[int, str]:
-        """Return row index -> text for some of a split's rows; see `Split.texts_of`."""
-        source_rows = self.caches[split].source_rows
-        row_of = {row if source_rows is None else int(source_rows[row]): row for row in rows}
-        texts = self.splits[split].texts_of(self.task, set(row_of))
-        return {row_of[source_row]: text for source_row, text in texts.items()}
-
     def digests(self) -> dict[str, str]:
-        """Return name -> SHA-256, hexadecimal, of every input that affects the result, except the options.
-
-        This reads all weights, so only one process per node calls it.
-        """
+        """Return name -> SHA-256 of every input but the options. Slow, it reads all weights: once per node."""
         rows = self.caches["train"].digest
         if self.train_rows is not None:
             rows = hashlib.sha256(rows.encode() + self.train_rows.tobytes()).hexdigest()
@@ -134,10 +108,7 @@ class Prepared:
 
 
 def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, dict[str, Split]]:
-    """Find and read all files; returns the task with its label names, and the splits.
-
-    UserError for an unusable row, unless `--drop-unusable`, or for a label that is not a class.
-    """
+    """Find and read all files; UserError for a label that is no class, or an unusable row without `--drop-unusable`."""
     files, notes = find_files(config, quiet)
     splits: dict[str, Split] = {}
     labels: dict[str, list[int]] = {}  # of the training files
@@ -157,20 +128,17 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
             for path, inspection in zip(paths, inspections):
                 inspection.check(path, None, config.drop_unusable, known)
         is_labelled = name in ("train", *config.eval_splits) or not all(file.is_unlabelled for file in inspections)
-        splits[name] = Split(paths, columns, inspections, {}, [], is_labelled)
+        splits[name] = Split(paths, columns, inspections, is_labelled)
     names_in_files = splits["train"].inspections[0].layout.class_names.values()
     everywhere = _labels_of([file for split in splits.values() for file in split.inspections])
     task = find_task(config, labels, everywhere, names_in_files, files["train"][0])
     for split in splits.values():
-        split.notes.extend(
-            note for file in split.inspections for note in (*file.layout.notes, *task.notes(file.labels))
-        )
+        for path, inspection in zip(split.files, split.inspections):
+            split.notes.extend([*inspection.layout.notes, *task.notes(inspection.labels)])
+            if split.is_labelled:
+                split.dropped.update(inspection.check(path, task, config.drop_unusable))
         if not split.is_labelled:
             split.notes.append("no row has a label: unlabelled, not evaluated")
-            continue
-        for path, inspection in zip(split.files, split.inspections):
-            for kind, count in inspection.check(path, task, config.drop_unusable).items():
-                split.dropped[kind] = split.dropped.get(kind, 0) + count
     splits["train"].notes.extend(notes)  # on a test file that is not a split
     return task, splits
 
@@ -184,7 +152,7 @@ def long_texts_of(config: Config) -> LongTexts:
     return LongTexts(config.long_texts, (config.stride or (config.max_length - 2) * 3 // 4 or 1) if is_windows else 0)
 
 
-def check_sizes(config: Config, shape: EncoderShape) -> None:
+def check_sizes(config: Config, shape: encoders.EncoderShape) -> None:
     """Raise UserError if --max-length or --layers exceeds the encoder's size."""
     if config.max_length > (longest := shape.positions - 2):
         raise UserError(f"--max-length {config.max_length}: {config.encoder} takes at most {longest} tokens")
@@ -196,12 +164,12 @@ def prepare(config: Config, quiet: bool) -> Prepared:
     """Fetch and tokenize the run's inputs, reusing downloads and token caches."""
     cache_dir = downloads.cache_dir() / "tokens"
     task, splits = inspect_splits(config, cache_dir, quiet)
-    if config.encoder in BUNDLE_SHAPES:  # check before the download
-        check_sizes(config, BUNDLE_SHAPES[config.encoder])
-    encoder = find_encoder(config.encoder, quiet)
+    if config.encoder in encoders.BUNDLE_SHAPES:  # check before the download
+        check_sizes(config, encoders.BUNDLE_SHAPES[config.encoder])
+    encoder = encoders.find_encoder(config.encoder, quiet)
     check_sizes(config, encoder.shape)
     if config.layers:
-        encoder = lowest_layers(encoder, config.layers)
+        encoder = encoders.lowest_layers(encoder, config.layers)
     load = functools.lru_cache(maxsize=1)(Tokenizer)
     further = (task, config.max_length, cache_dir, load, long_texts_of(config))
     caches = {
@@ -210,7 +178,7 @@ def prepare(config: Config, quiet: bool) -> Prepared:
         if split.is_labelled
     }
     train = caches["train"]
-    check_tokenizer(encoder, train.vocab_size)
+    encoders.check_tokenizer(encoder, train.vocab_size)
     is_kept = np.ones(len(train), bool)  # [rows], whether to train on a row
     if "dev" not in caches:
         share = config.dev_share or min(DEFAULT_SHARE, MOST_ROWS / len(train))
@@ -220,10 +188,11 @@ def prepare(config: Config, quiet: bool) -> Prepared:
         is_kept[rows] = False
         caches = {"train": train, "dev": train.part(rows), **caches}
         note = f"{len(rows):,} of {len(train):,} training rows, cut off by class and seed; name a --dev-file for others"
-        splits = {"train": splits["train"], "dev": replace(splits["train"], dropped={}, notes=[note]), **splits}
+        dev = replace(splits["train"], dropped=Counter(), notes=[note], source_rows=rows)
+        splits = {"train": splits["train"], "dev": dev, **splits}
     others = {name: cache.text_digests for name, cache in caches.items() if name != "train"}
-    leaks = {name: find_leaks(train.text_digests, digests) for name, digests in others.items()}
-    leaks = {name: kept for name, rows in leaks.items() if len(kept := rows[is_kept[rows]])}
+    leaked = {name: np.flatnonzero(is_kept & np.isin(train.text_digests, digests)) for name, digests in others.items()}
+    leaks = {name: rows for name, rows in leaked.items() if len(rows)}
     if config.drop_duplicates:
         is_kept[train.repeats] = is_kept[train.contradictions] = False
     for rows in leaks.values() if config.drop_leaks else ():

@@ -53,15 +53,13 @@ def lines_of(inputs: Prepared) -> list[str]:
         if len(split.files) > 1 and name in inputs.caches:
             counts = zip(split.files, inputs.caches[name].rows_of_files)
             lines.append(f"files      {name}: {', '.join(f'{path.name} {count:,}' for path, count in counts)}")
-    for name in ("train", "dev"):
-        labels = inputs.train_labels if name == "train" else inputs.caches[name].labels
+    for name, labels in (("train", inputs.train_labels), ("dev", inputs.caches["dev"].labels)):
         lines.append(f"classes    {name}: {inputs.task.describe_labels(labels)}")
     notes = [f"note       {name}: {note}" for name in inputs.splits for note in notes_of(inputs, name)]
     return list(dict.fromkeys([*lines, *notes]))  # without repetitions: train and dev may have the same files
 
 
 def notes_of(inputs: Prepared, name: str) -> list[str]:
-    """Return the warnings about a split."""
     split, absent = inputs.splits[name], [label for label, rows in classes_of(inputs, name).items() if not rows]
     notes = [*split.notes, left_out_of(split.dropped), f"no row of class {listed(absent)}" if absent else ""]
     return list(filter(None, notes))
@@ -69,16 +67,14 @@ def notes_of(inputs: Prepared, name: str) -> list[str]:
 
 def classes_of(inputs: Prepared, name: str) -> dict[str, int]:
     """Return class -> number of rows; for train, of the rows to train on."""
-    if name not in inputs.caches:
-        return {}
-    labels = inputs.train_labels if name == "train" else inputs.caches[name].labels
-    return inputs.task.counts(labels)
+    cache = inputs.caches.get(name)
+    return inputs.task.counts(inputs.train_labels if name == "train" else cache.labels) if cache else {}
 
 
 def examples_of(inputs: Prepared, name: str, count: int = 3) -> list[list[str | None]]:
     """Return the first rows of a split, as the model sees them: text, second text or None, label or None."""
     split, cache = inputs.splits[name], inputs.caches.get(name)
-    used = inputs.train_rows if name == "train" else cache.source_rows if cache else None
+    used = inputs.train_rows if name == "train" else None
     wanted = range(count) if used is None else used[:count].tolist()
     rows = itertools.islice(split.rows(inputs.task if cache else None), max(wanted, default=-1) + 1)
     chosen = [row for index, (_, row) in enumerate(rows) if index in wanted]

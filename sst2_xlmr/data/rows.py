@@ -31,26 +31,21 @@ PHRASES = {  # why a row is unusable -> the phrase in errors and notes
     "weight 0": "with weight 0",  # left out on purpose, so never an error
 }
 COLUMNS, CHARACTERS, NO_TEXT, NO_LABEL, WEIGHT_0 = PHRASES
+Problems = dict[str, tuple[int, int, str]]  # a key of PHRASES -> count, first line, detail
+Checked = tuple[Fields, str, Any, Any, Any, float]  # see `_checked`
 _UNUSABLE = re.compile("[\ud800-\udfff\0]")
 _CHUNK_CHARACTERS = 1 << 20
 _MOST_LABELS = 20_000  # no further distinct labels are counted; classes are far fewer
 
 
 class Row(NamedTuple):
-    """A row of a file.
-
-    Attributes:
-        pair: the second text of a pair, else None.
-        label: the result of `task.read_label`; None without a task.
-        fields: all of its columns, unchanged.
-        weight: factor on its loss.
-    """
+    """A row of a file."""
 
     text: str
-    pair: str | None
-    label: Any
-    fields: Fields
-    weight: float = 1.0
+    pair: str | None  # the second text of a pair
+    label: Any  # the result of `task.read_label`; None without a task
+    fields: Fields  # all of its columns, unchanged
+    weight: float = 1.0  # factor on its loss
 
 
 def columns_of(config: Config, split: str) -> Columns:
@@ -84,31 +79,30 @@ def check_pairs(model: Path, pair: str | None, cure: str) -> None:
     file = model / "config.json"
     takes_pairs = read_json(file, "a model folder is needed").get("text_pairs") if file.is_file() else None
     if takes_pairs is not None and takes_pairs != (pair is not None):
-        trained, verb = (
-            ("pairs of texts", "name the second column, too") if takes_pairs else ("single texts", "leave out")
-        )
-        raise UserError(f"{model} was trained on {trained}; {verb}: {cure}")
+        trained = "pairs of texts; name the second column, too" if takes_pairs else "single texts; leave out"
+        raise UserError(f"{model} was trained on {trained}: {cure}")
 
 
 class Positions(NamedTuple):
-    """The positions of a row's texts, labels and weight among its columns; None or empty if they are not read."""
+    """Where a row's texts, labels and weight are among its columns (None or empty if not read), and class names."""
 
-    texts: tuple[int, ...]
+    texts: list[int]
     pair: int | None
-    labels: tuple[int, ...]
+    labels: list[int]
     weight: int | None
+    class_names: Sequence[str]
 
-    def label_cell(self, names: Sequence[str], cells: Sequence[Any], class_names: Sequence[str]) -> Any:
+    def label_cell(self, names: Sequence[str], cells: Sequence[Any]) -> Any:
         """Return a row's label: an object if it has several columns, and by name if the file names its class ids."""
         if len(self.labels) > 1:
             return {names[position]: cells[position] for position in self.labels}
         label = cells[self.labels[0]] if self.labels else None
-        if not class_names:
+        if not self.class_names:
             return label
         if isinstance(label, list) and len(label) > 1:
-            return [class_names[index] for index in label]
+            return [self.class_names[index] for index in label]
         index = label_text(label)
-        return class_names[int(index)] if index.isdecimal() and int(index) < len(class_names) else label
+        return self.class_names[int(index)] if index.isdecimal() and int(index) < len(self.class_names) else label
 
 
 def _positions(path: Path, layout: Layout, columns: Columns, fields: Fields, with_label: bool) -> Positions:
@@ -121,10 +115,13 @@ def _positions(path: Path, layout: Layout, columns: Columns, fields: Fields, wit
     labels = [find(option, name) for name in columns.labels or (columns.label,)] if with_label else []
     weight = find("--weight-column", columns.weight) if columns.weight and with_label else None
     used = [position for position in (*texts, pair, *labels, weight) if position is not None]
-    if len(set(used)) < len(used):
-        twice = next(fields.names[position] for position in used if used.count(position) > 1)
-        raise UserError(f"{path}: the column {twice!r} is named twice; text, second text and label must be different")
-    return Positions(tuple(texts), pair, tuple(labels), weight)
+    if twice := [position for position in used if used.count(position) > 1]:
+        name = fields.names[twice[0]]
+        raise UserError(f"{path}: the column {name!r} is named twice; text, second text and label must be different")
+    class_names = layout.class_names.get(fields.names[labels[0]], ()) if labels else ()
+    if columns.classes and not {*class_names} <= {*columns.classes}:
+        class_names = ()
+    return Positions(texts, pair, labels, weight, class_names)
 
 
 def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, option: str, *wanted: str) -> int:
@@ -144,10 +141,8 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
     if layout.is_table and len(names) == 1 and option.startswith("--label"):
         raise UserError(f"{path} is read as one column, of texts without labels; if there are more, give --delimiter")
     among = shortened(", ".join(names)) + " (it has no header)" * bool(layout.delimiter and not layout.header)
-    raise UserError(
-        f"{path}, line {fields.line}: no column {' or '.join(map(repr, wanted))} among {among}; name it with"
-        f" {option}{_proposal(path, layout, with_label)}"
-    )
+    absent, cure = " or ".join(map(repr, wanted)), f"name it with {option}{_proposal(path, layout, with_label)}"
+    raise UserError(f"{path}, line {fields.line}: no column {absent} among {among}; {cure}")
 
 
 def guessed_columns(path: Path, layout: Layout, columns: Columns) -> Columns:
@@ -188,9 +183,6 @@ def _proposal(path: Path, layout: Layout, with_label: bool) -> str:
     return f" (e.g. {' '.join(itertools.chain.from_iterable(options))})" if options else ""
 
 
-Checked = tuple[Fields, str, Any, Any, Any, float]
-
-
 def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> Iterator[Checked]:
     """Yield for every row: fields, why it is unusable (empty if it is not), text, second text, label cell, weight."""
     names: list[str] | None = None
@@ -200,14 +192,9 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> 
         cells = fields.cells
         if fields.names is not names:
             names, positions = fields.names, None
-            class_names: Sequence[str] = ()
             try:
                 positions = _positions(path, layout, columns, fields, with_label)
                 has_all = True
-                if positions.labels:
-                    class_names = layout.class_names.get(names[positions.labels[0]], ())
-                if columns.classes and not {*class_names} <= {*columns.classes}:
-                    class_names = ()
             except UserError as error:  # JSON objects may have different keys
                 if layout.is_table:
                     raise
@@ -226,7 +213,7 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> 
         if positions.pair is not None:
             pair = cells[positions.pair]
             problem = problem or _problem(pair, columns.may_be_empty)
-        label = positions.label_cell(names, cells, class_names)
+        label = positions.label_cell(names, cells)
         weight = 1.0
         if positions.weight is not None:
             weight = _weight(cells[positions.weight], f"{path}, line {fields.line}")
@@ -255,9 +242,8 @@ def _problem(text: Any, may_be_empty: bool) -> str:
 def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
     """Yield a file's usable rows; UserError, naming file, line and cure, if it has none, or any that are unusable.
 
-    Args:
-        columns: see `sniff.Columns`; with `drop_unusable`, unusable rows are left out instead.
-        task: None for prediction, which needs no label, and where a text may be empty.
+    With `columns.drop_unusable`, those are left out. Without a task, for prediction, no label is needed, and a text may
+    be empty.
     """
     layout = find_layout(path, columns)
     columns = dataclasses.replace(columns, may_be_empty=task is None or columns.may_be_empty)
@@ -280,25 +266,15 @@ def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
             raise UserError(f"{path}, line {fields.line}: changed while it was being read")
 
 
-Problems = dict[str, tuple[int, int, str]]
-
-
 @dataclass(frozen=True)
 class Inspection:
-    """The result of reading a whole file.
-
-    Attributes:
-        rows: number of rows, usable or not.
-        problems: unusable rows by kind: (count, first line, detail); rows without a label are counted in `labels`.
-        labels: `label_text` of the other rows -> (count, first line).
-        digest: SHA-256 of the file.
-    """
+    """The result of reading a whole file."""
 
     layout: Layout
-    rows: int
-    problems: Problems
-    labels: dict[str, list[int]]
-    digest: str = ""
+    rows: int  # usable or not
+    problems: Problems  # unusable rows by kind; rows without a label are counted in `labels`
+    labels: dict[str, list[int]]  # `label_text` of the other rows -> (count, first line)
+    digest: str = ""  # SHA-256 of the file
 
     def check(self, path: Path, task: Task | None, drop: bool, names: Sequence[str] = ()) -> dict[str, int]:
         """Return the number of rows to leave out, by kind; UserError if there are any unless `drop`, or no others.

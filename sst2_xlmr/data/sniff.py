@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,31 +53,21 @@ _MAGIC = {
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to read from a file, each by name or by number from 1, and options for its layout.
+    """The columns to read from a file, each by name or by number from 1, and options for its layout."""
 
-    Attributes:
-        text: one column, or several to join; None for `sentence`, or else `text`.
-        labels: one column per label, instead of `label`.
-        weight: the column with loss weights; None for ones.
-        header, format, delimiter, quoting, encoding: overrides; None to detect them.
-        drop_unusable: whether to leave out unusable rows; otherwise they are an error.
-        may_be_empty: whether texts may be empty, as in prediction.
-        classes: the names of the classes, if known; a file's own class names are used only if they are among them.
-    """
-
-    text: str | tuple[str, ...] | None = None
+    text: str | tuple[str, ...] | None = None  # one column, or several to join; None for `sentence`, or else `text`
     pair: str | None = None
     label: str = "label"
-    labels: tuple[str, ...] = ()
-    weight: str | None = None
-    header: bool | None = None
+    labels: tuple[str, ...] = ()  # one column per label, instead of `label`
+    weight: str | None = None  # the column with loss weights; None for ones
+    header: bool | None = None  # this and the next four: None to detect them
     format: str | None = None
     delimiter: str | None = None
     quoting: str | None = None
     encoding: str | None = None
-    drop_unusable: bool = False
-    may_be_empty: bool = False
-    classes: tuple[str, ...] = ()
+    drop_unusable: bool = False  # whether to leave out unusable rows; otherwise they are an error
+    may_be_empty: bool = False  # whether texts may be empty, as in prediction
+    classes: tuple[str, ...] = ()  # if known; a file's own class names are used only if they are among them
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -102,12 +92,17 @@ def find_layout(path: Path, asked: Columns = Columns()) -> Layout:
 
 @functools.lru_cache(maxsize=64)
 def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
+    kind: str | None
     if path.is_dir():
-        kind: str | None = "arrow" if (path / "state.json").is_file() else "folder"
+        kind = "arrow" if (path / "state.json").is_file() else "folder"
     else:
         with opened(path) as (file, name):
             head = file.read(100).lstrip()
-            kind = asked.format or _binary_format(path, head)
+        magic = head if head[:1] != b"<" else head.lower()
+        found = next((kind for start, kind in _MAGIC.items() if magic.startswith(start)), None)
+        if not asked.format and found and found not in FORMATS:
+            raise UserError(f"{path} is {found}")
+        kind = asked.format or found
     if kind == "folder":
         if not any(file.is_file() for file in path.glob("*/*")):
             raise UserError(f"{path} is a folder, but not one with a folder of texts per class; name a file")
@@ -134,15 +129,6 @@ def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
     if not rows:  # the table is broken; the error comes when it is read
         rows = [[cell.strip('"') for cell in lines[0].rstrip("\r\n").split(layout.delimiter)]]
     return _with_header(path, layout, rows[:SAMPLE_ROWS], asked)
-
-
-def _binary_format(path: Path, head: bytes) -> str | None:
-    """Return a binary file's format, None for a text file; UserError if it is unsupported."""
-    head = head if head[:1] != b"<" else head.lower()
-    kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
-    if kind is None or kind in FORMATS:
-        return kind
-    raise UserError(f"{path} is {kind}")
 
 
 def _sample(path: Path, encoding: str, most: float = SAMPLE_CHARACTERS) -> tuple[list[str], bool]:
@@ -186,19 +172,16 @@ def _json_format(name: str, filled: list[str]) -> str | None:
     if first[:1] in ("{", "["):
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(first)
-            if isinstance(row, dict) and (len(filled) > 1 or not _is_document(row)):
-                return "jsonl"
+            if isinstance(row, dict):  # a row itself, unless it holds rows; see `containers.json_rows`
+                holds_rows = isinstance(row.get("data"), list) or {*map(type, row.values())} <= {dict, list}
+                if len(filled) > 1 or not holds_rows:
+                    return "jsonl"
         with contextlib.suppress(ValueError, RecursionError):
             json.loads("".join(filled))
             return "json"
         if first.strip() in ("[", "{"):  # the document may be longer than the sample
             return "json"
     return "jsonl" if name.endswith((".jsonl", ".ndjson")) else "json" if name.endswith(".json") else None
-
-
-def _is_document(value: dict[str, Any]) -> bool:
-    """Whether a JSON object holds rows, and is not a row itself; see `containers.json_rows`."""
-    return isinstance(value.get("data"), list) or {*map(type, value.values())} <= {dict, list}
 
 
 def _parsed(lines: list[str], delimiter: str, quoting: str, is_whole: bool) -> list[list[str]]:
@@ -222,27 +205,24 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
     quotes exactly the cells with commas, even between tabs. In GLUE's files, a sentence may begin with a quotation mark
     that is part of the text.
     """
-    of_row: list[str] = []  # the lines of the current row
-    quote = QUOTES[quoting]
+    quote, of_row = QUOTES[quoting], []  # the lines of the current row
     escape, escaped = ("\\", '\\"') if quoting == "backslash" else (quote, quote)
 
-    def recorded() -> Iterator[str]:
-        for line in lines:
-            of_row.append(line)
-            yield line
+    def recorded(line: str) -> str:
+        of_row.append(line)
+        return line
 
     def is_in_quotes(cell: str) -> bool:
         for mark in escaped:
             cell = cell.replace(mark, escape + mark)
         return quote + cell + quote in raw
 
-    rows, is_needed = 0, False
+    rows, is_needed, are_rows = 0, False, False  # are_rows: the lines of a row may be rows by themselves
     excel_cells, is_excel = 0, quote == '"'  # quoted cells; whether they are those that Excel quotes
-    are_rows = False  # whether the lines of a row may be rows by themselves
     always: set[int] = set()  # the columns whose cells are all quoted
     below: set[int] = set()  # the same without the header
     try:
-        for row in csv_reader(recorded(), delimiter, quoting):
+        for row in csv_reader(map(recorded, lines), delimiter, quoting):
             raw = "".join(of_row)
             are_rows |= len(of_row) > 1 and all(line.count(delimiter) == len(row) - 1 for line in of_row)
             of_row.clear()
@@ -298,21 +278,17 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
                 best = max(best, (names, round(share, 2), -rank, delimiter, quoting, rows))
     if best:
         *_, delimiter, quoting, rows = best
-        _check_spaces(name, "".join(lines), rows[1:], delimiter, quoting)
+        raw = "".join(lines)
+        spaced = ([cell for cell in row if re.match(' +"', cell) and delimiter + cell in raw] for row in rows[1:])
+        if quoting == "double" and len(rows) > 1 and all(spaced):  # which keep quotes from being quotes, in all rows
+            cure = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
+            raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
     elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in asked.named:
         delimiter = given or ("\t" if name.endswith((".tsv", ".tab", ".txt")) else ",")
         quoting = asked.quoting or _quoting(lines, delimiter, is_whole)
     else:
         return Layout("lines", names=("text",))
     return Layout("tsv" if delimiter == "\t" else "csv", delimiter=delimiter, quoting=quoting)
-
-
-def _check_spaces(name: str, raw: str, rows: list[list[str]], delimiter: str, quoting: str) -> None:
-    """Raise UserError if spaces before the quotes keep these from being quotes, in all rows of a file's text."""
-    spaced = ([cell for cell in row if re.match(' +"', cell) and delimiter + cell in raw] for row in rows)
-    if quoting == "double" and rows and all(spaced):
-        cure = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
-        raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
 
 
 def _with_quoting_of_whole(path: Path, layout: Layout) -> Layout:

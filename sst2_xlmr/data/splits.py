@@ -22,23 +22,21 @@ _SPLIT = re.compile(
 DEFAULT_SHARE, MOST_ROWS = 0.1, 5000  # of dev, if it is cut off the training rows
 
 
-def _split_of(path: Path) -> str | None:
-    """Return the split that the name of a file or folder stands for; None for other names."""
-    match = _SPLIT.fullmatch(path.name.lower())
-    return match.lastgroup if match and path.is_file() == ("." in path.name) else None
-
-
 def find_split(data_dir: Path, split: str, is_needed: bool = True) -> list[Path]:
     """Return a split's file, shards or folder; [] if absent and not needed. UserError if needed, or if two match."""
-    present = sorted(path for path in data_dir.iterdir() if _split_of(path) == split)
+    paths, present = sorted(data_dir.iterdir()), []
+    for path in paths:
+        match = _SPLIT.fullmatch(path.name.lower())
+        if match and match.lastgroup == split and path.is_file() == ("." in path.name):
+            present.append(path)
     if present and "-00000-of-" in present[0].name:
         stem = present[0].name.split("-00000-of-")[0]
-        return sorted(path for path in data_dir.iterdir() if path.name.startswith(f"{stem}-0") and "-of-" in path.name)
+        return [path for path in paths if path.name.startswith(f"{stem}-0") and "-of-" in path.name]
     if len(present) > 1:
         names = " and ".join(path.name for path in present)
         raise UserError(f"{data_dir} has {names}; keep one, or use --{split}-file")
     if is_needed and not present:
-        names = ", ".join(sorted(path.name for path in data_dir.iterdir())[:8]) or "nothing"
+        names = ", ".join(path.name for path in paths[:8]) or "nothing"
         wanted = either(f"{split}.{extension}" for extension in _EXTENSIONS[:4])
         raise UserError(f"{data_dir} has no {wanted} (it has {names}); name the file with --{split}-file")
     return present

@@ -10,16 +10,15 @@ import json
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
 
 from sst2_xlmr.data.containers import source_digest
-from sst2_xlmr.data.duplicates import find_repeats, text_digests
 from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.rows import Inspection, Row, in_chunks, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
@@ -32,45 +31,27 @@ from sst2_xlmr.util.files import digest_of
 
 TOKENIZER_THREADS = 4  # more would wait for rows, which are read in Python
 _CHUNK_ROWS = 1000
-_DAMAGED = (OSError, ValueError, KeyError, TypeError)
 # Tokenized rows: ids, int32 [tokens]; per row: number of tokens, label, text digest, weight, line, whether it is cut.
 Chunk = tuple[np.ndarray, ...]
 
 
 @dataclass
 class TokenCache:
-    """The tokenized rows of one or more files, memory-mapped.
+    """The tokenized rows of one or more files, memory-mapped."""
 
-    Attributes:
-        ids: int32 [tokens], the concatenated rows, with `<s>` and `</s>`.
-        offsets: int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]].
-        labels: [rows, ...], of the task's dtype and shape; int32 [rows], class ids, for a single label.
-        distinct_ids: int32 [distinct ids], the ids that occur, ascending.
-        text_digests: uint64 [rows], equal for equal texts (or pairs of texts).
-        repeats, contradictions: int32, row indices; see `duplicates.find_repeats`.
-        cut_rows: int32, indices of the rows that were cut to `max_length`.
-        lines: int32 [rows], the line of each row in its file, from 1.
-        vocab_size: the tokenizer's largest id + 1.
-        digest: SHA-256 of the file, or of the files, hexadecimal.
-        rows_of_files: the number of rows from each file.
-        source_rows: int64 [rows], the rows' indices among all rows of the files; None if they are all of them.
-        weights: fp32 [rows], factors on the rows' losses; None for ones.
-    """
-
-    ids: np.ndarray
-    offsets: np.ndarray
-    labels: np.ndarray
-    distinct_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    text_digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    repeats: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    contradictions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    cut_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    lines: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    vocab_size: int = 0
-    digest: str = ""
-    rows_of_files: list[int] = field(default_factory=list)
-    source_rows: np.ndarray | None = None
-    weights: np.ndarray | None = None
+    ids: np.ndarray  # int32 [tokens], the concatenated rows, with `<s>` and `</s>`
+    offsets: np.ndarray  # int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]]
+    labels: np.ndarray  # [rows, ...], of the task's dtype and shape; int32 [rows], class ids, for a single label
+    distinct_ids: np.ndarray  # int32 [distinct ids], the ids that occur, ascending
+    text_digests: np.ndarray  # uint64 [rows], equal for equal texts (or pairs of texts)
+    repeats: np.ndarray  # int32, row indices, like contradictions; see `find_repeats`
+    contradictions: np.ndarray
+    cut_rows: np.ndarray  # int32, indices of the rows that were cut to `max_length`
+    lines: np.ndarray  # int32 [rows], the line of each row in its file, from 1
+    vocab_size: int  # the tokenizer's largest id + 1
+    digest: str  # SHA-256 of the file, or of the files, hexadecimal
+    rows_of_files: list[int]  # the number of rows from each file
+    weights: np.ndarray | None = None  # fp32 [rows], factors on the rows' losses; None for ones
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -96,7 +77,6 @@ class TokenCache:
             cut_rows=np.flatnonzero(np.isin(rows, self.cut_rows)),
             lines=self.lines[rows],
             digest=hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest(),
-            source_rows=rows,
             weights=None if self.weights is None else self.weights[rows],
         )
 
@@ -111,15 +91,11 @@ def tokenize_file(
     load: Callable[[Path, int, LongTexts], Tokenizer] = Tokenizer,
     long_texts: LongTexts = CUT,
 ) -> TokenCache:
-    """Return the token cache of a file, or of several files as if they were concatenated.
+    """Return the token cache of a file, or of several as if they were concatenated, with texts cut to `max_length`.
 
-    It is computed on the first call with this content and then read from disk; all parameters except `cache_dir` and
-    `load` are part of the cache key. UserError for a bad row (see `rows.read_rows`), a file that changes while it is
-    read, or a cache folder that is not writable.
-
-    Args:
-        max_length: longest input in tokens; `long_texts` says how longer texts are handled.
-        load: loads the tokenizer on a cache miss; callers with several files memoize it.
+    It is computed on the first call with this content, with the tokenizer that `load` returns, and then read from disk;
+    all parameters except `cache_dir` and `load` are part of the cache key. UserError for a bad row (see
+    `rows.read_rows`), a file that changes while it is read, or a cache folder that is not writable.
     """
     paths = [paths] if isinstance(paths, Path) else list(paths)
     digest = tokenizer_digest(tokenizer_file)
@@ -166,7 +142,7 @@ def _cached(
     key = json.dumps([_code_digest(), digest, suffixes, depends_on], default=dataclasses.astuple)
     folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
     is_there = folder.exists()
-    with contextlib.suppress(*_DAMAGED):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is missing or damaged
         return read(folder, digest)
     try:
         if is_there:
@@ -184,6 +160,26 @@ def _cached(
     except OSError as error:
         cure = "set SST2_XLMR_CACHE to a writable folder"
         raise UserError(f"cannot write the token cache in {cache_dir}: {error.strerror}; {cure}") from None
+
+
+def text_digests(texts: Iterable[str], pairs: Iterable[str | None]) -> np.ndarray:
+    """Return uint64 [rows], equal for equal texts (or pairs); any two of a million collide with probability 3e-8."""
+    whole = (text if pair is None else f"{text}\0{pair}" for text, pair in zip(texts, pairs))
+    digests = [hashlib.blake2b(text.encode(), digest_size=8, usedforsecurity=False).digest() for text in whole]
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
+def find_repeats(digests: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row indices, int64, ascending, of repeats and of contradictions.
+
+    A repeat has the text and label of an earlier row. Contradictions are all rows with a text that has other labels
+    elsewhere in the file. Digests are uint64 [rows], labels int [rows].
+    """
+    order = np.lexsort((labels, digests))  # stable: among equals, the earlier row comes first
+    same_text = digests[order][1:] == digests[order][:-1]
+    same_label = labels[order][1:] == labels[order][:-1]
+    contradicted = digests[order][1:][same_text & ~same_label]
+    return np.sort(order[1:][same_text & same_label]), np.flatnonzero(np.isin(digests, contradicted))
 
 
 def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> Iterator[Chunk]:

@@ -20,7 +20,6 @@ _SIGNIFICANT_GAIN = 3.84
 
 
 def describe_calibration(temperature: float, ece_before: float, ece_after: float) -> str:
-    """Describe the result of `calibrate`."""
     if temperature == 1:
         return f"temperature 1, as no other is significantly better on these rows; ECE {ece_before:.4f}"
     errors = f"ECE {ece_before:.4f} before, {ece_after:.4f} with it"
@@ -28,10 +27,7 @@ def describe_calibration(temperature: float, ece_before: float, ece_after: float
 
 
 def calibrate(task: Task, probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
-    """Return the fitted temperature, and the expected calibration error on these rows before and after.
-
-    Probabilities are float [rows, outputs], at temperature 1.
-    """
+    """Return the temperature fitted to probabilities, float [rows, outputs], and their ECE before and after."""
 
     def metrics(inverse: float) -> dict[str, float]:
         return task.metrics(task.results_of(probabilities, labels, 1 / inverse), labels)

@@ -15,10 +15,7 @@ Predictions = Mapping[str, tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]]
 
 
 def compare(task: Task, actual: np.ndarray, expected: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
-    """Compare probabilities with the reference's.
-
-    Returns `rows`, `changed` (predictions), `largest` (change of a probability), and both sides' `metrics` or None.
-    """
+    """Return `rows`, `changed` predictions, `largest` change of a probability, and both sides' `metrics` or None."""
     metrics = None
     if labels is not None:
         metrics = [task.metrics(task.results_of(side, labels), labels) for side in (actual, expected)]

@@ -136,12 +136,10 @@ def evaluate(
     world: World,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Evaluate on all rows of a file, split over the ranks.
+    """Evaluate on all rows of a file, split over the ranks; for `batch_tokens` see `batches_of_like_length`.
 
-    Args:
-        model: a classifier or an engine's version of one, not under DDP; its mode is restored.
-        batch_tokens: tokens per forward pass of a rank (see `batches_of_like_length`).
-        should_stop: called after every batch, with the same result on all ranks; if true, Interrupted is raised.
+    The model is a classifier or an engine's version of one, not under DDP; its mode is restored. `should_stop` is
+    called after every batch, with the same result on all ranks; if it is true, Interrupted is raised.
     """
     # Each rank takes a share of every batch, perhaps none, so that all have the same number of batches.
     batches = list(batches_of_like_length(cache.lengths(), batch_tokens, world.world_size))

@@ -1,7 +1,4 @@
-"""Metrics over NumPy arrays, defined as in scikit-learn; this module imports nothing of the package.
-
-task.py decides which of them a task reports, and which one selects `best/`.
-"""
+"""Metrics over NumPy arrays, defined as in scikit-learn; imports nothing of the package. task.py chooses some."""
 
 from __future__ import annotations
 
@@ -20,10 +17,7 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) 
 
 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Return precision, recall, f1 (float64 [classes]) and support (int64 [classes], rows of that label).
-
-    0 / 0, for a class that never occurs or is never predicted, counts as 0.
-    """
+    """Return precision, recall, f1 (float64 [classes]; 0 / 0 is 0) and support (int64 [classes], the rows of each)."""
     return per_label(confusion.diagonal(), confusion.sum(0), confusion.sum(1))
 
 

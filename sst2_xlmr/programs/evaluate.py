@@ -126,7 +126,7 @@ def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[T
         given = columns_given(arguments, name)
         check_pairs(arguments.models[0], given.pair, "--text-pair-column NAME")
         columns = replace(given, may_be_empty=not given.drop_unusable, classes=tuple(task.label_names))
-        splits[name] = Split([file], columns, [], {}, [])
+        splits[name] = Split([file], columns, [])
     check_options(task, arguments)
     for split in splits.values():
         split.inspections.append(inspected(split.files[0], split.columns, cache_dir))

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sst2_xlmr.data.duplicates import text_digests
 from sst2_xlmr.data.formats import row_writer
 from sst2_xlmr.data.rows import Row, columns_given, read_rows
 from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.data.splits import cut_off
+from sst2_xlmr.data.token_cache import text_digests
 from sst2_xlmr.labels import label_text
 from sst2_xlmr.programs import options
 from sst2_xlmr.util.errors import UserError, say

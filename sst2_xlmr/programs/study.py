@@ -22,12 +22,11 @@ from torch import nn
 
 from sst2_xlmr.backend import prediction_model
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.duplicates import text_digests
 from sst2_xlmr.data.predictions import extended_rows, new_output
 from sst2_xlmr.data.prepare import inspect_splits, prepare
 from sst2_xlmr.data.rows import Row, texts_of
 from sst2_xlmr.data.splits import assign_folds, find_files
-from sst2_xlmr.data.token_cache import TokenCache
+from sst2_xlmr.data.token_cache import TokenCache, text_digests
 from sst2_xlmr.evaluation.evaluate import batches_of_like_length, logits_of, on_all_cores
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.predictor import Classifier

@@ -178,7 +178,8 @@ class Report:
     def log_evaluation(self, step: int, split: str, evaluation: Evaluation, task: Task | None = None) -> None:
         """Write an evaluation's metrics; with a task, which reads its probabilities, also plots and mistakes."""
         if task:
-            labels, texts_of = self._inputs.caches[split].labels, partial(self._inputs.texts_of, split)
+            labels = self._inputs.caches[split].labels
+            texts_of = partial(self._inputs.splits[split].texts_of, self._task)
             with disk_errors(f"events to {self._events.log_dir}"):
                 tensorboard.draw_evaluation(self._events, step, split, labels, evaluation.probabilities, task, texts_of)
         scalars = {key: evaluation.metrics[key] for key in self._task.scalars}

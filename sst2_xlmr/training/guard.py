@@ -55,8 +55,8 @@ def collapse_reason(
     """Return how dev's predictions show that training has collapsed; an empty string if they do not.
 
     Either every text gets the same answer, and the logits vary over texts much less than before training; or the run
-    had learned, and is now hardly better than a constant answer, both in loss and in `task.gain`: an overfitted model
-    has a high loss, too. Probabilities are fp32 [rows, outputs], now and before the first step.
+    had learned, and is now hardly better than a constant answer, both in loss and by `task.is_useless`: an overfitted
+    model has a high loss, too. Probabilities are fp32 [rows, outputs], now and before the first step.
     """
     if len(np.unique(task.label_keys(labels))) == 1:
         return ""
@@ -66,6 +66,6 @@ def collapse_reason(
         return f"same prediction for every text of dev: {answer}"
     loss = task.results_of(probabilities, labels)[:, 0].mean()
     baseline = stored_task(task.problem_type, task.label_names).baseline_loss(labels)  # without class weights
-    if has_learned and loss >= _SUSPICIOUS_LOSS * baseline and task.gain(probabilities, labels) < task.useless_gain:
+    if has_learned and loss >= _SUSPICIOUS_LOSS * baseline and task.is_useless(probabilities, labels):
         return "the model had learned, but is now hardly better than a constant answer"
     return ""

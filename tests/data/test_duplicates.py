@@ -12,9 +12,9 @@ from conftest import Capture, RunTrain, metrics, train_options, user_error
 
 from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
-from sst2_xlmr.data.duplicates import find_leaks, find_repeats, text_digests
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.data.splits import cut_off
+from sst2_xlmr.data.token_cache import find_repeats, text_digests
 from sst2_xlmr.report.console import data_report
 
 HINT = "--drop-duplicates drops them"
@@ -32,7 +32,7 @@ def test_counts_are_those_of_a_slow_comparison() -> None:
         labels_of.setdefault((text, pair), set()).add(label)
     assert contradictions.tolist() == [number for number, row in enumerate(rows) if len(labels_of[row[:2]]) > 1]
     others = [f"text {number}" for number in range(0, 600, 3)]
-    leaks = find_leaks(digests, text_digests(others, [None] * len(others)))
+    leaks = np.flatnonzero(np.isin(digests, text_digests(others, [None] * len(others))))
     assert leaks.tolist() == [number for number, row in enumerate(rows) if row[0] in others and row[1] is None]
 
 
@@ -134,12 +134,12 @@ def test_dev_is_cut_off_where_there_is_none(tiny_encoder: Path, small_data: Path
     (small_data / "dev.tsv").unlink()
     words = train_options(tiny_encoder, small_data, tmp_path / "run")
     inputs = prepare(parse_args(words)[0], quiet=True)
-    rows, rest = inputs.caches["dev"].source_rows, inputs.train_rows
+    rows, rest = inputs.splits["dev"].source_rows, inputs.train_rows
     assert rows is not None and rest is not None
     assert sorted([*rows.tolist(), *rest.tolist()]) == list(range(50))
     lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()
     place = inputs.place_of("dev", 0)
-    assert inputs.texts_of("dev", {0})[0] == lines[int(place.split(":")[1]) - 1].split("\t")[0]
+    assert inputs.splits["dev"].texts_of(inputs.task, {0})[0] == lines[int(place.split(":")[1]) - 1].split("\t")[0]
     assert len(rows) == 5 and not inputs.leaks
     more = prepare(parse_args([*words, "--dev-share", "0.4"])[0], quiet=True)
     assert len(more.caches["dev"]) == 20

@@ -193,7 +193,7 @@ def test_at_most_fifty_mistakes(tmp_path: Path) -> None:
     file, task = tmp_path / "rows.tsv", SingleLabel(["negative", "positive"])
     file.write_text("sentence\tlabel\n" + "".join(f"text {n}\t1\n" for n in range(80)))
     found = dataclasses.replace(inspect(file, Columns()), digest=digest_of(file))
-    texts_of = functools.partial(Split([file], Columns(), [found], {}, []).texts_of, task)
+    texts_of = functools.partial(Split([file], Columns(), [found]).texts_of, task)
     labels, confidences = np.ones(80, int), np.linspace(0.51, 0.99, 80, dtype=np.float32)
 
     def table(probabilities: np.ndarray) -> str:
