@@ -99,9 +99,7 @@ def test_only_some_rows_of_the_file_are_trained_on_and_keep_their_numbers(cache:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_loader_goes_on_into_the_next_epoch_without_touching_the_global_generator(
-    cache: TokenCache, num_workers: int
-) -> None:
+def test_loader_goes_on_into_the_next_epoch_and_draws_nothing(cache: TokenCache, num_workers: int) -> None:
     config = Config(batch_size=30, micro_batch_size=8, num_workers=num_workers, seed=5)
     loader = BatchLoader(cache, cache.lengths(), None, config, world_of(1, 2))
     state = torch.get_rng_state()

@@ -74,9 +74,7 @@ def test_the_header_says_what_was_found(
         assert line in said
 
 
-def test_the_data_report_names_lines_of_a_csv_that_is_gone(
-    tiny_encoder: Path, dirty_data: Path, tmp_path: Path
-) -> None:
+def test_the_report_names_lines_of_a_csv_that_is_gone(tiny_encoder: Path, dirty_data: Path, tmp_path: Path) -> None:
     """They are in the token cache; the last row spans two lines."""
     file = dirty_data / "train.csv"
     rows = [line.split("\t") for line in (dirty_data / "train.tsv").read_text(encoding="utf-8").splitlines()]
@@ -90,9 +88,7 @@ def test_the_data_report_names_lines_of_a_csv_that_is_gone(
     assert "4 training rows have the text and label of an earlier one, e.g. train.csv:" in data_report(inputs)[0]
 
 
-def test_what_is_dropped_is_not_trained_on_and_a_resumed_run_keeps_to_its_rows(
-    run_train: RunTrain, dirty_data: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_rows_stay_dropped_on_resume(run_train: RunTrain, dirty_data: Path, tmp_path: Path, capsys: Capture) -> None:
     """The same rows without the bad ones give the same number of steps; another test file would have other leaks."""
     run = run_train(tmp_path / "run", "--epochs", 2, "--drop-duplicates", "--drop-leaks", "--save-every", 3)
     said = capsys.readouterr().out

@@ -73,9 +73,7 @@ WHOLE = gzip.compress(b"a\tb\n" + b"".join(b"%d\t1\n" % i for i in range(5000)),
         ("a.tsv.gz", None, "cannot read"),
     ],
 )
-def test_bad_files_are_named_with_their_line(
-    tmp_path: Path, name: str, content: bytes | None, says: str, monkeypatch: Patch
-) -> None:
+def test_bad_lines_are_named(tmp_path: Path, name: str, content: bytes | None, says: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(formats, "LONGEST", 2000)
     line = refusal(fields_of, tmp_path / name) if content is None else refusal(read, tmp_path / name, content)
     assert name in line and says in line

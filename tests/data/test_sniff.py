@@ -272,9 +272,7 @@ dialects = {
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
 @given(texts=st.lists(cells, min_size=1, max_size=8), kind=st.sampled_from(["csv", "tsv", "txt"]), **dialects)
-def test_any_table_is_read_as_it_was_written(
-    tmp_path_factory: Any, texts: list[str], kind: str, **dialect: Any
-) -> None:
+def test_any_table_is_read_as_written(tmp_path_factory: Any, texts: list[str], kind: str, **dialect: Any) -> None:
     """Or an error says that nobody can tell; never other rows or cells."""
     rows = [[text, "ab"[i % 2]] for i, text in enumerate(texts)]
     try:

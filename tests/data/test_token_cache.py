@@ -22,9 +22,7 @@ from sst2_xlmr.task import SST2_NAMES, SingleLabel
 TASK = SingleLabel(SST2_NAMES)
 
 
-def test_cache_equals_tokenizing_afresh_and_the_second_start_does_not_tokenize(
-    cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_tokenized_once_and_right(cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     tokenizer = Tokenizer(tiny_encoder / "sentencepiece.bpe.model", 20)
     texts, _, labels, *_ = zip(*read_rows(SAMPLE_DATA / "train.tsv", Columns(), TASK))
     ids, lengths = tokenizer.flat_ids(list(texts))
@@ -37,9 +35,7 @@ def test_cache_equals_tokenizing_afresh_and_the_second_start_does_not_tokenize(
     assert tokenize_sample(tiny_encoder, tmp_path / "cache").ids.tolist() == ids.tolist()
 
 
-def test_chunks_do_not_change_the_cache(
-    cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_chunks_change_nothing(cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(token_cache, "_CHUNK_ROWS", 7)
     monkeypatch.setattr(data, "_CHUNK_CHARACTERS", 300)
     other = tokenize_sample(tiny_encoder, tmp_path / "other")
@@ -134,9 +130,7 @@ def test_a_bad_row_leaves_no_cache_and_one_that_cannot_be_written_is_named(tiny_
     assert "SST2_XLMR_CACHE" in refusal(tokenize_sample, tiny_encoder, file / "cache")
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_cached(
-    tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_a_file_that_changes_meanwhile_is_not_cached(tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """What is found under a digest later is what has that digest."""
     cache_dir, digests = tmp_path / "cache", map(str, itertools.count())
     monkeypatch.setattr(token_cache, "source_digest", lambda _: next(digests))

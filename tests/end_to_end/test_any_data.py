@@ -93,9 +93,7 @@ def test_all_programs_find_the_same_accuracy(tiny_encoder: Path, tmp_path: Path,
         assert sorted(labels) == names, "each class's own words"
 
 
-def test_class_weights_count_the_same_on_any_number_of_processes(
-    train_words: Words, small_data: Path, tmp_path: Path
-) -> None:
+def test_class_weights_count_alike_on_several_processes(train_words: Words, small_data: Path, tmp_path: Path) -> None:
     lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()
     kept = [line for number, line in enumerate(lines) if line.endswith("0") or number % 3 == 0]
     (small_data / "train.tsv").write_text("\n".join(kept) + "\n", encoding="utf-8")
@@ -110,9 +108,7 @@ def test_class_weights_count_the_same_on_any_number_of_processes(
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_check_says_how_files_are_read_and_replaces_its_own_report_only(
-    train_words: Words, small_data: Path, tmp_path: Path
-) -> None:
+def test_check_replaces_its_own_report_only(train_words: Words, small_data: Path, tmp_path: Path) -> None:
     report, words = tmp_path / "report.json", train_words(tmp_path / "run")
     for _ in range(2):
         train.main([*words, "--check", str(report)])

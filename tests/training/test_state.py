@@ -19,7 +19,7 @@ from sst2_xlmr.training.state import TrainState
 @pytest.mark.parametrize(
     ("precision", "begins", "ends"), [("fp32", "--compile", "--no-compile"), ("bf16", "--no-compile", "--compile")]
 )
-def test_plain_pytorch_and_the_engine_compute_the_same_and_resume_each_other(
+def test_plain_pytorch_and_the_engine_resume_each_other(
     run_train: RunTrain, tmp_path: Path, precision: str, begins: str, ends: str, capsys: Capture
 ) -> None:
     """16 steps without dropout: losses within 1e-5 in fp32; in bf16 they round at other places."""
@@ -59,9 +59,7 @@ def test_a_run_resumes_with_what_it_began_with_only(run_train: RunTrain, tiny_en
     assert {"dev", "test.de"} <= {line.get("split") for line in metrics(run)}
 
 
-def test_a_signal_on_the_evaluation_that_ends_the_run_early_resumes_exactly(
-    run_train: RunTrain, tmp_path: Path, capsys: Capture
-) -> None:
+def test_a_signal_on_the_last_evaluation_resumes_exactly(run_train: RunTrain, tmp_path: Path, capsys: Capture) -> None:
     options = ["--epochs", 50, "--lr", 1e-9, "--early-stopping-patience", 3, "--eval-every", 2]
     whole = run_train(tmp_path / "whole", *options)
     assert "stopped early: 3 evaluations without a better dev accuracy" in capsys.readouterr().out
@@ -88,7 +86,7 @@ def test_what_is_evaluated_after_a_resume_is_saved(run_train: RunTrain, tmp_path
     assert logged(tmp_path / "run") == logged(run_train(tmp_path / "whole", *options))
 
 
-def test_what_was_decided_is_in_the_checkpoint_and_what_was_asked_in_the_config(
+def test_checkpoints_have_decisions_and_configs_wishes(
     run_train: RunTrain, small_data: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """So that a run resumes as it began on other hardware, and one from its config with one change is a fresh run."""

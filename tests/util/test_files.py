@@ -161,9 +161,7 @@ def test_what_was_continued_is_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_second_command_is_refused_while_the_first_one_writes(
-    tmp_path: Path, resume: bool, monkeypatch: Patch
-) -> None:
+def test_a_second_command_is_refused_while_the_first_writes(tmp_path: Path, resume: bool, monkeypatch: Patch) -> None:
     """Also if it finds the first one's lock, which is removed before it can have it."""
     output, flock = tmp_path / "a.tsv", shards.fcntl.flock
     with open_shards(output, FINGERPRINT, resume=False) as folder:

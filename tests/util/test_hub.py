@@ -48,7 +48,7 @@ def downloaded(server: Server) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["us/tiny", "us/tiny@v1", f"us/tiny@{COMMIT}"])
-def test_only_what_is_needed_is_fetched_and_only_once(
+def test_the_needed_is_fetched_once(
     server: Server, tiny_encoder: Path, tmp_path: Path, name: str, capfd: Capture
 ) -> None:
     encoder = find_encoder(name)
