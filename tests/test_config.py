@@ -86,10 +86,7 @@ WRONG_FLAGS = [
     (["--resume"], "nothing to resume"),
     (["--output-dir", "pyproject.toml"], "already exists"),
     (["--output-dir", "docs"], "already exists"),
-    (
-        ["--train-file", "caf\udce9.tsv"],
-        r"--train-file 'caf\udce9.tsv' is not UTF-8",
-    ),
+    (["--train-file", "caf\udce9.tsv"], r"--train-file 'caf\udce9.tsv' is not UTF-8"),
     (["--output-dir", "pyproject.toml/run"], "cannot write to --output-dir"),
     (["--tensorboard-dir", "pyproject.toml/x"], "cannot write to --tensorboard-dir"),
     (["--data-dir", ""], "--data-dir is empty"),

@@ -81,10 +81,8 @@ def test_answers_that_have_become_useless() -> None:
         is_right = np.random.RandomState(0).random_sample(1000) < accuracy
         probabilities = np.full((1000, 2), 1 - sure)
         probabilities[np.arange(1000), np.where(is_right, labels, 1 - labels)] = sure
-        reason = collapse_reason(
-            SingleLabel(["bad", "good"]), probabilities, answers(0.1, 2, 1000), labels, has_learned
-        )
-        return "had learned" in reason
+        before = answers(0.1, 2, 1000)
+        return "had learned" in collapse_reason(SingleLabel(["-", "+"]), probabilities, before, labels, has_learned)
 
     assert useless(0.52, 0.55)
     assert not useless(0.52, 0.55, has_learned=False), "a slow beginning"

@@ -64,9 +64,8 @@ def test_the_first_batch_sorts_one_group_only_and_rows_are_of_like_length() -> N
 def test_ranks_share_every_global_batch(cache: TokenCache, world_size: int, micro_batch_size: int) -> None:
     """Row i of a batch belongs to rank i % W; all ranks have as many micro-batches, some perhaps without weight."""
     config = Config(batch_size=16, seed=5, micro_batch_size=micro_batch_size)
-    loaders = [
-        BatchLoader(cache, cache.lengths(), None, config, world_of(rank, world_size)) for rank in range(world_size)
-    ]
+    worlds = [world_of(rank, world_size) for rank in range(world_size)]
+    loaders = [BatchLoader(cache, cache.lengths(), None, config, world) for world in worlds]
     for rows in (np.arange(40, 56), np.arange(7, 8), np.array([9, 3, 5, 11, 2])):
         ranks = [loader[2, rows] for loader in loaders]
         assert len({len(rank) for rank in ranks}) == 1

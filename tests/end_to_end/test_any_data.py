@@ -55,17 +55,7 @@ def test_all_programs_find_the_same_accuracy(tiny_encoder: Path, tmp_path: Path,
     for split, rows in (("train", 120), ("dev", 30), ("test", 60)):
         file = tmp_path / f"{split}.{'jsonl.gz' if is_pairs else 'csv'}"
         (write_pairs if is_pairs else write_csv)(file, rows)
-    options = [
-        *texts,
-        "--label-column",
-        label if is_pairs else "2",
-        "--epochs",
-        12,
-        "--lr",
-        3e-3,
-        "--warmup-ratio",
-        0.1,
-    ]
+    options = [*texts, "--label-column", label if is_pairs else "2", "--epochs", 12, "--lr", 3e-3]
     train.main(train_options(tiny_encoder, tmp_path, tmp_path / "run", *options, "--warmup-ratio", 0.1))
     model, output = tmp_path / "run" / "model", tmp_path / "out.csv.gz"
     assert list(json.loads((model / "config.json").read_text())["id2label"].values()) == names

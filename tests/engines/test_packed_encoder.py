@@ -129,16 +129,6 @@ def test_bf16_is_as_exact_as_torchs(shape: Shape) -> None:
     assert ours_mean < 1.1 * plain_mean
 
 
-def test_packing() -> None:
-    """The number of rows is a multiple of 8; every token has a key, and position, of its own in its text."""
-    texts, keyed = batch([3, 7, 2]), keys(3)
-    rows, ids, positions = pack(*texts, keyed, 0.1)
-    assert (rows.starts.tolist(), rows.tokens, rows.longest, rows.drop_p) == ([0, 3, 10, 12], 12, 7, 0.1)
-    assert ids.tolist() == [*texts[0].tolist(), 1, 1, 1, 1]
-    assert positions.tolist() == [0, 1, 2, *range(7), 0, 1, 0, 0, 0, 0]
-    assert len(rows.keys) == 16 and len(rows.keys[:12].unique()) == 12
-
-
 def forward_with_masks(
     model: SequenceClassifier, texts: Batch, keyed: torch.Tensor, p: float, head_p: float
 ) -> torch.Tensor:

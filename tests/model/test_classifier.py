@@ -1,16 +1,14 @@
-"""The forward pass against torchtext's own and transformers'."""
+"""The forward pass against torchtext's own (transformers': end_to_end/test_model_folders.py), dropout and bf16."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL_ENCODER, needs_small_encoder, random_texts
-from reference import our_name, torchtext_model
+from reference import torchtext_model
 
-from sst2_xlmr.export.folder import write_folder
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.model.roberta import SequenceClassifier
@@ -41,34 +39,6 @@ def test_equals_torchtext(tiny_encoder: Path, name: str) -> None:
     for lengths in (LENGTHS, torch.tensor([19] * 5)):
         ids = random_texts(lengths, model.shape.vocab_size)
         torch.testing.assert_close(model(*ids), reference(padded(*ids)), atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ENCODERS)
-def test_equals_transformers(tiny_encoder: Path, tmp_path: Path, name: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    folder = tiny_encoder if name == "tiny" else SMALL_ENCODER
-    model, encoder = classifier(folder), find_encoder(str(folder))
-    described = dataclasses.replace(encoder, label_names=["no", "yes"], max_length=64)
-    write_folder(tmp_path / "m", dict(model.named_parameters()), described)
-    reference = transformers.XLMRobertaForSequenceClassification.from_pretrained(tmp_path / "m").eval()
-    assert reference.config.id2label == {0: "no", 1: "yes"}
-    ids = random_texts(LENGTHS, model.shape.vocab_size)
-    expected = reference(padded(*ids), attention_mask=padded(*ids).ne(1).long()).logits
-    torch.testing.assert_close(model(*ids), expected, atol=1e-5, rtol=0)
-
-
-def test_gradients_equal_torchtexts(tiny_encoder: Path) -> None:
-    """In training mode with dropout 0, all parameters get the gradient of torchtext's forward pass."""
-    ours = classifier(tiny_encoder)
-    theirs = torchtext_model(ours)
-    ids = random_texts(LENGTHS, ours.shape.vocab_size)
-    ours.train()(*ids).square().sum().backward()
-    theirs.train()(padded(*ids)).square().sum().backward()
-    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    for name, other in theirs.named_parameters():
-        torch.testing.assert_close(gradients.pop(our_name(name)), other.grad, atol=1e-4, rtol=1e-4, msg=name)
-    assert not gradients
 
 
 def test_dropout_is_where_it_was_asked_for(tiny_encoder: Path) -> None:

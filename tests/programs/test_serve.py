@@ -174,9 +174,8 @@ def test_connections_that_send_half_a_request_are_ended_and_hold_nobody_up(port:
     head = b"POST / HTTP/1.1\r\nHost: x\r\n"
     halves = [b"", b"POST / HT", head, head + b"Content-Length: 1000\r\n\r\n{"]
     with contextlib.ExitStack() as stack:
-        connections = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(200)
-        ]
+        opened = (socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(200))
+        connections = [stack.enter_context(connection) for connection in opened]
         for number, connection in enumerate(connections):
             connection.sendall(halves[number % 4])
         assert ask(port, GOOD)[0] == 200

@@ -162,10 +162,7 @@ def test_a_run_that_is_stopped_ends_it(number: signal.Signals, common: Words, tm
         (["--seeds", "1", "--seed=2"], "leave out --seed: every run has its own"),
         (["--seeds", "1", "--config", "x"], "leave out --config"),
         (["--seeds", "1", "--setting", "a", "@options"], "leave out --config"),
-        (
-            ["--seeds", "1", "--setting", "a", "--label-names 'x,y"],
-            '--setting a: cannot split "--label-names \'x,y" into words',
-        ),
+        (["--seeds", "1", "--setting", "a", "--lr 'x,y"], '--setting a: cannot split "--lr \'x,y" into words'),
         (["--seeds", "1", "--setting", "a/b", ""], "use letters, digits and hyphens"),
         (["--seeds", "1", "--setting", "a", "", "--setting", "a", "--lr 1"], "--setting a: that name is taken"),
         (["--seeds", "1", "--setting", "a", "--epoch 3"], "did you mean --epochs?"),
