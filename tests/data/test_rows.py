@@ -146,14 +146,6 @@ def test_labels_that_mean_the_same_are_named() -> None:
     assert alike(labels) == [["Positive", "positive", "positive.", "pos\u200bitive"]]
 
 
-def test_long_texts_are_texts(tmp_path: Path) -> None:
-    """The csv module's own limit is 131,072 characters."""
-    text = "x" * 1_000_000
-    assert rows(tmp_path / "a.tsv", f"text\tlabel\n{text}\t1\n".encode()) == [(text, None, 1)]
-    assert rows(tmp_path / "a.csv", f"text,label\n{text},1\n".encode()) == [(text, None, 1)]
-    assert rows(tmp_path / "a.jsonl", json.dumps({"text": text, "label": 1}).encode()) == [(text, None, 1)]
-
-
 @pytest.mark.parametrize(
     ("labels", "names"),
     [

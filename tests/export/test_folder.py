@@ -169,13 +169,7 @@ def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -
     assert "calibrated: temperature 1, as no other is significantly better on dev;" in card
 
 
-@pytest.mark.parametrize(
-    ("task", "types"),
-    [
-        (SingleLabel(["a", "b"]), "accuracy, f1"),
-        (MultiLabel(["a", "b"]), "f1"),
-        (Regression(["score"]), "spearmanr, pearsonr"),
-    ],
-)
-def test_card_lists_the_metrics_of_its_task(task: Task, types: str) -> None:
-    assert f"\nmetrics: [{types}]\n" in card_text(Config(), task, TrainState(1), {"train": 5}, {})
+def test_card_lists_the_metrics_of_its_task() -> None:
+    tasks: list[Task] = [SingleLabel(["a", "b"]), MultiLabel(["a", "b"]), Regression(["score"])]
+    for task, types in zip(tasks, ("accuracy, f1", "f1", "spearmanr, pearsonr")):
+        assert f"\nmetrics: [{types}]\n" in card_text(Config(), task, TrainState(1), {"train": 5}, {})

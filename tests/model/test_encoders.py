@@ -1,8 +1,9 @@
-"""Pretrained weights: names, layers, rows; what does not fit is in faults/test_hostile.py."""
+"""Pretrained weights: names, layers, rows, the compact table of the trained ones; see also faults/test_hostile.py."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Patch, assert_equal, change_json, refusal
+from conftest import Patch, RunTrain, assert_equal, change_json, losses, metrics, refusal
 from reference import our_name, torchtext_model
 from safetensors.torch import load_file, save_file
 
@@ -18,10 +19,12 @@ from sst2_xlmr.model import weight_files, weight_names
 from sst2_xlmr.model.classifier import build_classifier, load_tensors, pretrained_table
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, EncoderShape, find_encoder, lowest_layers
 from sst2_xlmr.model.roberta import SequenceClassifier
-from sst2_xlmr.model.vocabulary import EMBEDDING
+from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util import downloads
+from sst2_xlmr.util.tensors import LazyTensor
 
+WORDS = "roberta.embeddings.word_embeddings.weight"
 SHAPE = EncoderShape(vocab_size=50, hidden=8, layers=2, heads=2, ffn=16, positions=20)
 
 
@@ -104,3 +107,35 @@ def test_names_without_prefix_and_a_table_of_another_size(folder: Path) -> None:
     change_json(folder / "config.json", vocab_size=7)
     for read in (pretrained_table, functools.partial(load_tensors, ids=torch.arange(4))):
         assert ", 32], expected [7, 32]" in refusal(read, find_encoder(str(folder)))
+
+
+def test_expand_decays_what_was_not_trained() -> None:
+    table, rows = torch.arange(12.0).view(6, 2), torch.tensor([[-1.0, -1.0], [-2.0, -2.0]])
+    before = LazyTensor((6, 2), table.dtype, lambda start, stop: table[start:stop])
+    vocabulary = Vocabulary(torch.tensor([0, 4]), 6, decay=0.5)
+    expected = [[-1, -1], [1, 1.5], [2, 2.5], [3, 3.5], [-2, -2], [5, 5.5]]
+    for after in (rows, LazyTensor((2, 2), rows.dtype, lambda start, stop: rows[start:stop])):
+        expanded = vocabulary.expand(before, after)
+        for start, stop in itertools.combinations(range(7), 2):
+            assert expanded.rows(start, stop).tolist() == expected[start:stop]
+
+
+@pytest.mark.parametrize("max_norm", [0, 0.05])
+@pytest.mark.parametrize("how", ["--compile", "--no-compile"])
+def test_equals_whole_table(run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, how: str, max_norm: float) -> None:
+    """To the bit, but for rows that only decay; with clipping, whose norm is summed in another order, within 1e-6."""
+    options = [how, "--max-steps", 20, "--max-grad-norm", max_norm, "--weight-decay", 0.1]
+    compact, whole = run_train(tmp_path / "a", *options), run_train(tmp_path / "b", *options, "--full-vocabulary")
+    assert losses(compact) == (pytest.approx(losses(whole), rel=1e-6) if max_norm else losses(whole))
+    assert min(line["grad_norm"] for line in metrics(compact) if "split" not in line) > max_norm, "all are clipped"
+    kept = load_file(next((compact / "checkpoints").glob("step-*")) / "vocabulary.safetensors")["ids"]
+    folders = (compact / "model", whole / "model", tiny_encoder)
+    ours, theirs, before = (load_file(folder / "model.safetensors") for folder in folders)
+    is_untouched = torch.ones(len(before[WORDS]), dtype=torch.bool)
+    is_untouched[kept] = False
+    assert int(is_untouched.sum()) > 100 and len(kept) > 4
+    assert float((ours[WORDS] - before[WORDS])[is_untouched].abs().max()) > 1e-4, "decay would be missed"
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-6 if max_norm else 1e-7, rtol=0 if max_norm else 1e-5)
+        rows = kept if name == WORDS else ...
+        assert max_norm or torch.equal(ours[name][rows], tensor[rows]), name

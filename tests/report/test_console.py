@@ -9,32 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALONE, SAMPLE_DATA, Patch, RunTrain, metrics, train_options, user_error
-from running import events_in, resume
+from conftest import ALONE, Patch, RunTrain, metrics, train_options, user_error
+from running import resume
 
 from sst2_xlmr.cli import parse_args
-from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.report.header import header_lines
-from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.training.state import TrainState
-
-
-def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
-    """A killed process has no time to write what it holds back, and a resumed run does not repeat it."""
-    caches, task = {"dev": SAMPLE_DATA / "dev.tsv"}, SingleLabel(["negative", "positive"])
-    inputs: Any = SimpleNamespace(config=Config(), task=task, caches=caches)
-    report = Report(inputs, TrainState(5), tmp_path, 10, [])
-    entry = {"step": 3, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0, "something_new": 7.0}
-    report.log_training(entry)
-    events = events_in(tmp_path / "tensorboard")
-    assert [event.step for event in events.Scalars("train/loss")] == [3]
-    assert events.Scalars("train/something_new")[0].value == 7, "a new metric needs no list"
-    report.log_collapse(4, "same prediction for every text")
-    assert metrics(tmp_path) == [entry, {"step": 4, "collapsed": True}]
-    report.close()
 
 
 @pytest.mark.parametrize(
