@@ -97,6 +97,9 @@ def test_find_split_takes_the_one_file_there_is(tmp_path: Path) -> None:
     assert find_split(tmp_path, "train") == [tmp_path / "train.csv.gz"]
     (tmp_path / "train.tsv").touch()
     assert "train.csv.gz and train.tsv" in refusal(find_split, tmp_path, "train")
+    for number in (1, 0):
+        (tmp_path / f"test-0000{number}-of-00002.parquet").touch()
+    assert [file.name[:10] for file in find_split(tmp_path, "test")] == ["test-00000", "test-00001"]
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ def test_columns_must_differ_and_several_texts_are_joined(tmp_path: Path) -> Non
     expected = [("Good a fine film", None, 1), ("a poor one", None, 0)]
     assert rows(tmp_path / "a.csv", content, columns=Columns(("title", "body"))) == expected
     assert "column 'body' is named twice" in refusal(rows, tmp_path / "a.csv", content, columns=Columns("2", "body"))
+    assert "1 without text (line 3)" in refusal(rows, tmp_path / "a.csv", content, columns=Columns("body", "title"))
     line = refusal(rows, tmp_path / "a.csv", content, columns=Columns("4"))
     assert "has 3 columns, from 1 to 3: there is no --text-column 4" in line
     line = refusal(rows, tmp_path / "a.jsonl", b'{"text": "x", "label": 1}\n', columns=Columns("1"))

@@ -164,7 +164,8 @@ def test_json_by_content(tmp_path: Path, document: str, ending: str) -> None:
     path.write_bytes(gzip.compress(content) if ending.endswith(".gz") else content)
     if ending.endswith(".zip"):
         with zipfile.ZipFile(path, "w") as file:
-            file.writestr("a.json", content)
+            for name in ("__MACOSX/._a.json", ".DS_Store", "a.json"):  # as macOS packs it
+                file.writestr(name, content)
     assert [(row.text, row.fields.cells[1]) for row in read_rows(path, Columns(), None)] == [("a b", "x")] * 2
 
 

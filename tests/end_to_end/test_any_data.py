@@ -99,11 +99,18 @@ def test_class_weights_count_alike_on_several_processes(train_words: Words, smal
 
 
 def test_check_replaces_its_own_report_only(train_words: Words, small_data: Path, tmp_path: Path) -> None:
-    report, words = tmp_path / "report.json", train_words(tmp_path / "run")
+    """It says what is trained on: here without a row of dev, and cut."""
+    lines = (small_data / "dev.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    with (small_data / "train.tsv").open("a", encoding="utf-8") as file:
+        file.write(lines[1])
+    report, words = tmp_path / "report.json", train_words(tmp_path / "run", "--drop-leaks", "--max-length", 12)
     for _ in range(2):
         train.main([*words, "--check", str(report)])
     found = json.loads(report.read_text(encoding="utf-8"))
-    assert {name: split["rows"] for name, split in found.items()} == {"train": 50, "dev": 20}
+    counts = {name: (split["rows"], sum(split["classes"].values())) for name, split in found.items()}
+    assert counts == {"train": (50, 50), "dev": (20, 20)}
+    assert [row[0] for row in found["dev"]["examples"]] == [line.split("\t")[0] for line in lines[1:4]]
+    assert 0 < found["dev"]["truncated"] <= 20
     train_file = small_data / "train.tsv"
     before = train_file.read_bytes()
     says = user_error(train.main, [*words, "--check", str(train_file)])

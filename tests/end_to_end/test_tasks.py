@@ -19,6 +19,7 @@ from sst2_xlmr import load, train
 from sst2_xlmr.data.batches import split_windows
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.programs import evaluate, predict, study
+from sst2_xlmr.util import versions
 from sst2_xlmr.util.files import digest_of
 
 WORDS = ["good", "bad", "film", "slow", "fine", "plot", "music", "actors", "never", "again"]
@@ -182,7 +183,7 @@ def test_every_form_reads_long_texts_alike(tiny_encoder: Path, long_data: Path, 
         np.testing.assert_allclose(load(model, precision="fp32").probabilities([text]), expected, atol=1e-5)
     one = load(model, precision="fp32")
     assert (one.probabilities([text, "short"])[1] == one.probabilities(["short"])[0]).all(), "one window is as ever"
-    for form in ("hf", "onnx"):
+    for form in ("hf", "onnx", *["torchscript"] * (versions.has_torchtext() and kind == "head-tail")):
         run_export("--model", model, "--output", tmp_path / form, "--format", form)
     if kind == "windows":
         options = ["--model", model, "--output", tmp_path / "ids", "--format", "onnx", "--from-ids"]

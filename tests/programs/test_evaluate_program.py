@@ -51,9 +51,14 @@ def test_sst2s_numbers_are_those_of_a_model_without_names(run: Path, tmp_path: P
     (tmp_path / "model" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     for model in (run / "model", tmp_path / "model"):
         evaluate("--model", model, "--file", sst2, "--json", tmp_path / f"{model.parent.name}.json")
+    other = tmp_path / "other.tsv"  # with numbers that the options name
+    other.write_text(sst2.read_text(encoding="utf-8").replace("\t1", "\t7").replace("\t0", "\t9"), encoding="utf-8")
+    options = ["--file", f"dev={other}", "--json", tmp_path / "other.json", "--label-names", "7=positive,9=negative"]
+    evaluate("--model", run / "model", *options)
     found = json.loads((tmp_path / f"{tmp_path.name}.json").read_text(encoding="utf-8"))["files"]["dev"]
     expected = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["files"]["dev"]
-    assert found["confusion"] == expected["confusion"]
+    named = json.loads((tmp_path / "other.json").read_text(encoding="utf-8"))["files"]["dev"]
+    assert found["confusion"] == named["confusion"] == expected["confusion"]
     assert list(found["classes"]) == names
     options = ["--model", tmp_path / "model", "--format", "onnx", "--check-file", sst2]
     export.main(["--output", str(tmp_path / "model.onnx"), *map(str, options)])

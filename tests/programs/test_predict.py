@@ -135,6 +135,11 @@ def test_glue_submission(model: Path, tmp_path: Path, capsys: Capture) -> None:
         labels = sst2_xlmr.load(folder, "fp32", "cpu").predict(texts)
         lines = [f"{number}\t{int(label == 'positive')}\n" for number, label in enumerate(labels)]
         assert (tmp_path / f"{names[0]}.glue/SST-2.tsv").read_text() == "".join(["index\tprediction\n", *lines])
+    test.write_text(test.read_text().replace("0\ta fine", "7\ta fine"))
+    run(folder, "--input", test, "--glue-submission", tmp_path / "own")
+    assert (tmp_path / "own/SST-2.tsv").read_text().splitlines()[1].startswith("7\t"), "numbers of the file's own"
+    run(folder, "--input", write_many(tmp_path / "in.csv", 1500), "--glue-submission", tmp_path / "many")
+    assert (tmp_path / "many/SST-2.tsv").read_text().splitlines()[1500].startswith("1499\t"), "counted"
     assert capsys.readouterr().out == ""
     options = ["--input", test, "--glue-submission", tmp_path / "other"]
     assert "the model's classes are a, b" in user_error(run, model, *options)

@@ -117,7 +117,8 @@ def test_several_workers_answer_alike_and_count_together(model: Path) -> None:
 
 
 def test_the_service_ends_if_a_worker_is_killed(model: Path) -> None:
-    with started(model, "--workers", "2") as (_, service):
+    with started(model, "--workers", "2", "--abstain-below", "1") as (port, service):
+        assert {answer["label"] for answer in ask(port, GOOD)[1]} == {"?"}
         killed, other = workers_of(service)
         os.kill(killed, signal.SIGKILL)
         assert service.stderr is not None

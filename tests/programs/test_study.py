@@ -220,6 +220,16 @@ def test_splitting_rows_that_are_alike_compares_few_of_them(different: bool) -> 
     assert not {rows[row] for row in left} & {rows[row] for row in test}
 
 
+def test_shares_are_of_all_rows_and_of_each_class(tmp_path: Path) -> None:
+    source, output = write_tsv(tmp_path / "t.tsv", [f"text {n}" for n in range(100)]), tmp_path / "out"
+    words = ["--train-file", source, "--output-dir", output, "--test-share", 0.3, "--dev-share", 0.2]
+    split.main(list(map(str, words)))
+    parts = {file.stem: file.read_text().splitlines()[1:] for file in output.iterdir()}
+    assert {name: len(rows) for name, rows in parts.items()} == {"train": 50, "dev": 20, "test": 30}
+    assert sorted(row for rows in parts.values() for row in rows) == sorted(source.read_text().splitlines()[1:])
+    assert all(sum(row.endswith("1") for row in rows) * 2 == len(rows) for rows in parts.values())
+
+
 def test_splitting_csv_keeps_columns_and_quotes(tmp_path: Path) -> None:
     rows = [f'"a film, number {n}, of many",{n % 2},"x\ny"' for n in range(30)]
     (tmp_path / "t.csv").write_text("review,stars,note\n" + "\n".join(rows) + "\n")
