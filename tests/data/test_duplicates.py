@@ -142,8 +142,8 @@ def test_dev_is_cut_off_where_there_is_none_or_a_share_is_given(
     assert rows is not None and rest is not None
     assert sorted([*rows.tolist(), *rest.tolist()]) == list(range(50))
     lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()
-    place = inputs.place_of("dev", 0)
-    assert inputs.texts_of("dev", {0})[0] == lines[int(place.split(":")[1]) - 1].split("\t")[0]
+    places = [int(inputs.place_of("dev", row).split(":")[1]) for row in range(5)]
+    assert list(inputs.texts_of("dev", {*range(5)}).values()) == [lines[at - 1].split("\t")[0] for at in places]
     assert len(rows) == 5 and not inputs.leaks
     assert prepare(parse_args(words)[0], quiet=True).digests() == inputs.digests() != more.digests()
     monkeypatch.setattr("sst2_xlmr.data.prepare.MOST_ROWS", 2)

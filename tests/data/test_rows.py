@@ -80,6 +80,7 @@ def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
         ("a.tsv", "text\tlabel\nx\t\u0966\n".encode(), "line 2: label '\u0966'"),  # zero in Hindi
         ("a.tsv", b"text\tlabel\nx\tPositive\n", "label 'Positive' is neither one of negative, positive"),
         ("a.tsv", b"text\tlabel\nx\t1\ny\n", "1 with another number of columns (line 3: 1, not 2)"),
+        ("a.tsv", b"text\tlabel\nx\t1\n\ny\t0\n\n", "1 with another number of columns (line 3: 1, not 2)"),
         ("a.tsv", b"text\tlabel\ncut caf\xc3\t1\n", "1 with cut characters (line 2); mend them"),
         ("a.tsv", b"text\tlabel\ncaf\xe9 noir\t1\n", "line 2: not UTF-8; use --encoding cp1252, in which it is"),
         ("a.jsonl", b'{"text": 5, "label": 1}\n', "line 1: 1 row cannot be used: 1 without text"),

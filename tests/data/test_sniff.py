@@ -178,11 +178,15 @@ def test_a_row_with_nested_lists_is_a_row(tmp_path: Path) -> None:
 def test_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("__label__x good film\r\n__label__y bad\n__label__x\n")
     assert list(inspect(tmp_path / "a.tsv", Columns()).labels) == ["x", "y"]
-    for label, text in (("neg", "poor\n"), ("pos", "fine\nfilm")):
+    for label, text in (("neg", "poor\n"), ("pos", "fine\nfilm"), ("unsup", "no label")):
         (tmp_path / "folder" / label).mkdir(parents=True)
         (tmp_path / "folder" / label / "1.txt").write_text(text)
     rows = list(read_rows(tmp_path / "folder", Columns(), None))
-    assert [(row.text, row.fields.cells[1]) for row in rows] == [("poor", "neg"), ("fine\nfilm", "pos")]
+    assert [(row.text, row.fields.cells[1]) for row in rows] == [
+        ("poor", "neg"),
+        ("fine\nfilm", "pos"),
+        ("no label", None),
+    ]
     for name, content in (("dev_text.txt", "a\nb\n"), ("dev_labels.txt", "1\n0\n"), ("mapping.txt", "0\tno\n1\tyes\n")):
         (tmp_path / name).write_text(content)
     assert list(inspect(tmp_path / "dev_text.txt", Columns()).labels) == ["yes", "no"]

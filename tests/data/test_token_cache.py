@@ -52,6 +52,8 @@ def test_chunks_change_nothing(cache: TokenCache, tiny_encoder: Path, tmp_path: 
         {"max_length": 4},
         {"max_length": 4, "long_texts": LongTexts("windows", 1)},
         {"task": SingleLabel(["1", "0"])},
+        {"task": SingleLabel(SST2_NAMES, label_ids={"1": 0, "0": 1})},
+        {"task": SingleLabel(SST2_NAMES, is_soft=True)},
         {"columns": Columns(text="other")},
         {"columns": Columns(pair="other")},
         {"columns": Columns(label="stars")},

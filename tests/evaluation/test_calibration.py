@@ -61,12 +61,12 @@ def test_rows_that_say_nothing_do_not_make_it_extreme(any_gain: None) -> None:
 
 
 def test_it_stays_at_1_if_rows_cannot_tell() -> None:
-    """Of thirty draws of rows from a calibrated model, one or two show another temperature by chance."""
+    """Of twelve draws of rows from a calibrated model, one may show another temperature by chance."""
     probabilities, labels = drawn(1.0, 2)
-    parts = [slice(start, start + 200) for start in range(0, 6_000, 200)]
+    parts = [slice(start, start + 200) for start in range(0, 2_400, 200)]
     fitted = [calibrate(TWO, probabilities[part], labels[part]) for part in parts]
     unchanged = [(before, after) for temperature, before, after in fitted if temperature == 1]
-    assert len(unchanged) >= 26
+    assert len(unchanged) >= 10
     assert all(before == after for before, after in unchanged)
     assert "temperature 1, as no other" in describe_calibration(1, *unchanged[0])
 
