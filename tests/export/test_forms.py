@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,14 @@ from conftest import CPU, Capture, run_export
 from reference import needs_torchtext
 from sentencepiece import SentencePieceProcessor
 
+from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.evaluation.evaluate import predict
+from sst2_xlmr.export.check_rows import read_checks
 from sst2_xlmr.export.trimmed import needed_pieces, trimmed_tokenizer
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.tokenizer import Tokenizer
+from sst2_xlmr.task import SingleLabel
 
 # torch ignores it by itself, pytest does not: torch.nn.functional looks at a size that never changes.
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -104,6 +108,13 @@ def test_onnx_answers_alike_without_torch(model: Path, tmp_path: Path, from_ids:
     assert len(set(probabilities_of(model, TEXTS).argmax(1))) == 2, "the texts must tell the labels apart"
 
 
+def test_pairs_to_compare_on_stay_pairs(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("text\tother\tlabel\nx\ty\tb\n")
+    file, columns = str(tmp_path / "a.tsv"), Columns(pair="other")
+    texts, labels = read_checks([file], columns, SingleLabel(["a", "b"]), takes_pairs=True, has_label_column=False)["a"]
+    assert (texts, labels) == ((["x"], ["y"]), [1])
+
+
 def test_onnx_in_8_bits_is_near_and_says_what_it_was_compared_on(model: Path, tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("onnxruntime_extensions")
     rows = "".join(f"film number {n} was fine\t{'ab'[n % 2]}\n" for n in range(40))
@@ -177,21 +188,24 @@ def test_a_trimmed_model_gives_the_same_answers(model: Path, tmp_path: Path, cap
 
     For transformers see end_to_end/test_model_folders.py.
     """
-    texts = ["A fine film.", "no", "It was slow, and long"]
+    texts, model = ["A fine film.", "no", "It was slow, and long"], Path(shutil.copytree(model, tmp_path / "model"))
     (tmp_path / "texts.txt").write_text("\n".join(texts))
+    (model / "README.md").write_text("what it is")
     options = ["--format", "hf", "--keep-vocabulary-of", tmp_path / "texts.txt"]
     run_export("--model", model, *options, "--output", tmp_path / "t")
     said = capsys.readouterr().out
     before, after = find_encoder(str(model)), find_encoder(str(tmp_path / "t"))
     assert after.shape.vocab_size < before.shape.vocab_size
-    assert f"kept {after.shape.vocab_size:,} of {before.shape.vocab_size:,} embedding rows: 3 texts" in said
+    sizes = f"{after.shape.vocab_size:,} of {before.shape.vocab_size:,}"
+    assert f"kept {sizes} embedding rows: 3 texts" in said
+    assert (tmp_path / "t" / "README.md").read_text().endswith(f"trimmed: {sizes} pieces are left.\n")
     assert np.array_equal(probabilities_of(model, texts), probabilities_of(tmp_path / "t", texts))
     old, new = (SentencePieceProcessor(model_file=str(e.tokenizer_file)) for e in (before, after))
     for text in (*texts, "zebra quiz", "Кино 映画", "long words unheard of"):
         unknown = [pieces.EncodeAsIds(text).count(pieces.unk_id()) for pieces in (old, new)]
         assert unknown[0] == unknown[1], text
     assert probabilities_of(tmp_path / "t", ["zebra quiz"]).shape == (1, 2)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["t", "texts.txt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "t", "texts.txt"]
 
 
 def test_trimming_goes_together_with_other_forms(model: Path, tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def change(file: Path, old: bytes, new: bytes) -> None:
     file.write_bytes(content.replace(old, new))
 
 
-@pytest.mark.parametrize("what", ["--all-probabilities", "--precision bf16", "row", "weight", "classes"])
+@pytest.mark.parametrize("what", ["--all-probabilities", "--precision bf16", "row", "weight", "classes", "pieces"])
 def test_other_rows_are_not_continued(model: Path, tmp_path: Path, what: str) -> None:
     source, model = model, Path(shutil.copytree(model, tmp_path / "model"))
     options = ["--input", write_many(tmp_path / "in.csv", 1500), "--output", tmp_path / "out.csv"]
@@ -267,6 +267,8 @@ def test_other_rows_are_not_continued(model: Path, tmp_path: Path, what: str) ->
         change_weights(source, model, lambda found: found["classifier.out_proj.bias"].add_(1e-3))
     elif what == "classes":
         change(model / "config.json", b'"a"', b'"c"')
+    elif what == "pieces":
+        change(model / "sentencepiece.bpe.model", b"film", b"mlif")
     options += what.split() if what.startswith("--") else []
     assert "belong to another model, input" in user_error(run, model, *options, "--resume")
     assert "rows of an earlier run for" in user_error(run, model, *options)
