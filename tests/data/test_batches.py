@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from typing import Any
 
 import numpy as np
 import pytest
@@ -43,20 +42,6 @@ def test_order_is_the_defined_one_from_any_position_on(rows: int, batch_size: in
         expected = whole_order(LENGTHS[:rows], batch_size, seed, epoch)[first:]
         found = list(rows_in_training_order(LENGTHS[:rows], batch_size, seed, epoch, first))
         assert [batch.tolist() for batch in found] == [batch.tolist() for batch in expected]
-
-
-def test_the_first_batch_sorts_one_group_only_and_rows_are_of_like_length() -> None:
-    class Lengths(np.ndarray):
-        asked = 0
-
-        def __getitem__(self, rows: Any) -> Any:
-            Lengths.asked += len(rows)
-            return super().__getitem__(rows)
-
-    next(rows_in_training_order(LENGTHS.view(Lengths), 2, 0, 0))
-    assert Lengths.asked <= 200
-    batches = list(rows_in_training_order(LENGTHS, 8, seed=0, epoch=0))
-    assert sum(len(batch) * LENGTHS[batch].max() for batch in batches) < 1.1 * LENGTHS.sum(), "padding"
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 1, 3])

@@ -147,6 +147,4 @@ def test_dev_is_cut_off_where_there_is_none_or_a_share_is_given(
     assert len(rows) == 5 and not inputs.leaks
     assert prepare(parse_args(words)[0], quiet=True).digests() == inputs.digests() != more.digests()
     monkeypatch.setattr("sst2_xlmr.data.prepare.MOST_ROWS", 2)
-    assert len(prepare(parse_args(words)[0], quiet=True).caches["dev"]) == 2, (
-        "of a large file only as many as are needed"
-    )
+    assert len(prepare(parse_args(words)[0], quiet=True).caches["dev"]) == 2, "of a large file no more"

@@ -82,9 +82,7 @@ def test_bad_lines_are_named(tmp_path: Path, name: str, content: bytes | None, s
 HOLE, CHECKSUM = WHOLE[:100] + bytes(100) + WHOLE[200:], WHOLE[:-8] + bytes(4) + WHOLE[-4:]
 
 
-@pytest.mark.parametrize(
-    "content", [WHOLE[:-4], WHOLE[: len(WHOLE) // 2], WHOLE[:5], HOLE, CHECKSUM, b"a\tb\nx\t1\n"], ids=range(6)
-)
+@pytest.mark.parametrize("content", [WHOLE[:-4], WHOLE[:9000], WHOLE[:5], HOLE, CHECKSUM, b"a\tb\n"], ids=range(6))
 def test_damaged_gzip_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.tsv.gz").write_bytes(content)
     assert "a.tsv.gz is not a complete gzip file" in refusal(fields_of, tmp_path / "a.tsv.gz")

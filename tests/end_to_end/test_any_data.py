@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Words, losses, metrics, refusal, train_options, user_error
-from running import train_on_ranks
-from safetensors.torch import load_file
+from conftest import Words, metrics, refusal, train_options, user_error
 
 from sst2_xlmr import train
 from sst2_xlmr.programs import evaluate, export, predict
@@ -81,21 +79,6 @@ def test_all_programs_find_the_same_accuracy(tiny_encoder: Path, tmp_path: Path,
         alone = [" ".join(words) for words in WORDS.values()]
         labels, _ = torch.jit.load(scripted)(*([alone] * (1 + is_pairs)))
         assert sorted(labels) == names, "each class's own words"
-
-
-def test_class_weights_count_alike_on_several_processes(train_words: Words, small_data: Path, tmp_path: Path) -> None:
-    lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()
-    kept = [line for number, line in enumerate(lines) if line.endswith("0") or number % 3 == 0]
-    (small_data / "train.tsv").write_text("\n".join(kept) + "\n", encoding="utf-8")
-    for weights in ("balanced", "0.2,3"):
-        options = ["--epochs", 1, "--class-weights", weights, "--micro-batch-size", 2, "--label-smoothing", 0.1]
-        options += ["--dropout", 0, "--head-dropout", 0]
-        train.main(train_words(tmp_path / f"one {weights}", *options))
-        train_on_ranks(2, train_words(tmp_path / f"two {weights}", *options), tmp_path)
-        ours, theirs = (tmp_path / f"{count} {weights}" for count in ("two", "one"))
-        assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
-        found, expected = (load_file(run / "model/model.safetensors") for run in (ours, theirs))
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_check_replaces_its_own_report_only(train_words: Words, small_data: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_every_task_learns_and_says_what_it_is(trained: Path) -> None:
     assert len(config.get("thresholds", [])) == (3 if main == "macro_f1" else 0)
 
 
-def test_predict_evaluate_and_python_agree(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_predict_evaluate_and_python_agree(trained: Path, tmp_path: Path) -> None:
     dev, model = trained.parent / "data/dev.jsonl", trained / "model"
     rows = json_lines(dev)
     texts = [row["text"] for row in rows]
@@ -261,7 +261,7 @@ def test_calibrating_several_labels_moves_no_label(trained: Path, tmp_path: Path
     assert before.predict(texts) == after.predict(texts)
 
 
-def test_several_models_are_one_answer(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_models_are_one_answer(trained: Path, tmp_path: Path) -> None:
     dev, folders = trained.parent / "data/dev.jsonl", [trained / "model", trained / "best"]
     rows = json_lines(dev)
     models = [word for folder in folders for word in ("--model", str(folder))]

@@ -169,16 +169,12 @@ def test_dropout_equals_explicit_masks(threads: int, shape: Shape) -> None:
 
 
 def test_frozen_encoder_trains_the_head_only() -> None:
-    model, texts, keyed = build(SHAPES[0], 0.0, 0.2), batch(LENGTHS), keys(len(LENGTHS))
-    engine = packed(model)
-    loss(engine(*texts, keyed)).backward()
-    whole = gradients(model)
+    """With no backward pass through the encoder."""
+    model = build(SHAPES[0], 0.0, 0.2)
     model.encoder.requires_grad_(False)
-    logits = engine(*texts, keyed)
+    logits = packed(model)(*batch(LENGTHS), keys(len(LENGTHS)))
     loss(logits).backward()
-    head = gradients(model)
-    assert head.keys() == {name for name, _ in model.named_parameters() if name.startswith("head.")}
-    assert all(torch.equal(grad, whole[name]) for name, grad in head.items())
+    assert gradients(model).keys() == {name for name, _ in model.named_parameters() if name.startswith("head.")}
 
     def recorded(node: Any) -> set[str]:
         return {node.name()}.union(*(recorded(other) for other, _ in node.next_functions if other))

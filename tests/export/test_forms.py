@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, Capture, run_export
-from reference import needs_torchtext
+from conftest import CPU, Capture, needs_torchtext, run_export
 from sentencepiece import SentencePieceProcessor
 
 from sst2_xlmr.data.sniff import Columns
@@ -166,28 +165,8 @@ def test_torchscript_answers_alike_without_this_package(model: Path, tmp_path: P
     assert set(labels) == {"a", "b"}
 
 
-@needs_torchtext
-@pytest.mark.parametrize("has_pairs", [False, True])
-def test_torchscript_takes_pairs_and_cuts_at_the_models_length(model: Path, tmp_path: Path, has_pairs: bool) -> None:
-    from sst2_xlmr.export.torchscript import save_torchscript
-
-    classifier, tokenizer, task = load_classifier(model, CPU, bf16=False)
-    tokenizer.max_length = 8
-    pairs = [f"{text} again" for text in reversed(TEXTS)] if has_pairs else None
-    ids, lengths = tokenizer.flat_ids(TEXTS, pairs)
-    assert lengths.max() == 8
-    expected = predict(classifier, task, ids, lengths, 256, CPU)
-    save_torchscript(classifier, tokenizer, task, tmp_path / "x.pt")
-    labels, found = torch.jit.load(tmp_path / "x.pt")(TEXTS, pairs)
-    assert np.abs(found.numpy() - expected).max() < 1e-5
-    assert labels == ["ab"[index] for index in expected.argmax(-1)]
-
-
 def test_a_trimmed_model_gives_the_same_answers(model: Path, tmp_path: Path, capsys: Capture) -> None:
-    """To the bit on the texts it was trimmed for; other texts still get an answer, and no character becomes unknown.
-
-    For transformers see end_to_end/test_model_folders.py.
-    """
+    """To the bit on the texts it was trimmed for; other texts still get an answer, and no character becomes unknown."""
     texts, model = ["A fine film.", "no", "It was slow, and long"], Path(shutil.copytree(model, tmp_path / "model"))
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     (model / "README.md").write_text("what it is")

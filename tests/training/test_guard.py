@@ -116,9 +116,7 @@ REGULAR = "--class-weights balanced --label-smoothing 0.3 --dropout 0.2 --head-d
 
 
 @pytest.mark.parametrize("options", ["--lr 3e-4 --warmup-ratio 0.5 --epochs 2.5", "--freeze-encoder", REGULAR])
-def test_healthy_runs_pass(
-    run_train: RunTrain, small_data: Path, tmp_path: Path, options: str, capsys: Capture
-) -> None:
+def test_healthy_runs(run_train: RunTrain, small_data: Path, tmp_path: Path, options: str, capsys: Capture) -> None:
     header, *rows = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
     (small_data / "train.tsv").write_text(header + "".join(rows * 20), encoding="utf-8")
     run = run_train(tmp_path / "run", "--epochs", 2, "--log-every", 10, "--eval-every", 0, *options.split())

@@ -69,9 +69,7 @@ def test_slurms_allocation_and_the_users_omp_num_threads_win(monkeypatch: Patch,
 
 
 @pytest.mark.parametrize(("load", "spins"), [("0 0 0 3/90 7", "0"), ("9 9 9 1/90 7", None), ("", None)])
-def test_threads_sleep_where_others_use_the_cores(
-    monkeypatch: Patch, tmp_path: Path, load: str, spins: str | None
-) -> None:
+def test_threads_sleep_where_others_use_cores(monkeypatch: Patch, tmp_path: Path, load: str, spins: str | None) -> None:
     (tmp_path / "loadavg").write_text(load)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     for own, expected in (({}, spins), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)):
