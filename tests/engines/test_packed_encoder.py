@@ -129,9 +129,7 @@ def test_bf16_is_as_exact_as_torchs(shape: Shape) -> None:
     assert ours_mean < 1.1 * plain_mean
 
 
-def forward_with_masks(
-    model: SequenceClassifier, texts: Batch, keyed: torch.Tensor, p: float, head_p: float
-) -> torch.Tensor:
+def with_masks(model: SequenceClassifier, texts: Batch, keyed: torch.Tensor, p: float, head_p: float) -> torch.Tensor:
     """The network text by text in torch, on all positions of all layers, times masks read off the kernels."""
     encoder, head, heads, width = model.encoder, model.head, model.shape.heads, model.shape.hidden
     layers, size = encoder.layers, width // heads
@@ -160,7 +158,7 @@ def forward_with_masks(
 def test_dropout_equals_explicit_masks(threads: int, shape: Shape) -> None:
     """Forward and backward, at every place, and text by text: masks belong to rows, however a batch is cut."""
     model, texts, keyed = build(shape, 0.2, 0.4, seed=1), batch(LENGTHS), keys(len(LENGTHS))
-    reference = outcome(model, lambda: forward_with_masks(model, texts, keyed, 0.2, 0.4))
+    reference = outcome(model, lambda: with_masks(model, texts, keyed, 0.2, 0.4))
     ours, again, other = (outcome(model, packed(model), *texts, each) for each in (keyed, keyed, keyed + 1))
     assert_same(ours, reference, 1e-5)
     assert all(torch.equal(again[name], each) for name, each in ours.items()), "equal calls, other bits"

