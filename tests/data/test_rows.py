@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SAMPLE_DATA, SST2, Patch, find_label_names, refusal
+from conftest import SAMPLE_DATA, SST2, find_label_names, refusal
 
-from sst2_xlmr.data import rows as data
-from sst2_xlmr.data.formats import Fields
-from sst2_xlmr.data.rows import Row, has_labels, inspect, read_rows
+from sst2_xlmr.data.rows import has_labels, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.labels import alike, resolve_label_names
 from sst2_xlmr.labels import find_label_names as names_of
@@ -220,13 +218,6 @@ def test_labels_that_are_no_classes(tmp_path: Path, labels: list[object], says: 
 def test_whether_a_test_file_has_labels(tmp_path: Path, content: bytes, labelled: bool) -> None:
     (tmp_path / "test.tsv").write_bytes(content)
     assert has_labels(tmp_path / "test.tsv", Columns()) == labelled
-
-
-def test_chunks_are_smaller_where_texts_are_long(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(data, "_CHUNK_CHARACTERS", 10)
-    texts = ["a", "b", "c", "d" * 20, "e", "f" * 6]
-    found = data.in_chunks((Row(text, text, 0, Fields(1, [], [])) for text in texts), 2)
-    assert [[row.text for row in chunk] for chunk in found] == [["a", "b"], ["c", "d" * 20], ["e", "f" * 6]]
 
 
 @pytest.mark.skipif(not SST2.is_dir(), reason=f"the real SST-2 is not at {SST2}")

@@ -216,8 +216,9 @@ def test_frozen_encoder_stays_as_it_was(run_train: RunTrain, tiny_encoder: Path,
     assert any(tensor.any() for name, tensor in after.items() if name not in before and name.endswith("bias"))
 
 
-def test_a_loss_that_explodes_stops_the_run(run_train: RunTrain, tmp_path: Path) -> None:
-    options = ["--epochs", 5, "--lr", 1e30, "--warmup-ratio", 0, "--max-grad-norm", 0, "--log-every", 1000]
+@pytest.mark.parametrize("how", ["--compile", "--no-compile"])
+def test_a_loss_that_explodes_stops_the_run(run_train: RunTrain, tmp_path: Path, how: str) -> None:
+    options = [how, "--epochs", 5, "--lr", 1e30, "--warmup-ratio", 0, "--max-grad-norm", 0, "--log-every", 1000]
     line = user_error(run_train, tmp_path / "run", *options)
     assert "the gradient is not finite at step 2, training rows of this batch" in line
     assert not list((tmp_path / "run").glob("checkpoints/*"))

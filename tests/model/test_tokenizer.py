@@ -196,6 +196,7 @@ def test_cuts_texts_as_sentencepiece_does(model_file: Path, form: Any) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     content, ours = tokenizer_json(model_file) or b"", Tokenizer(model_file, 999)
     theirs = tokenizers.Tokenizer.from_str(content.decode())
+    assert theirs.token_to_id("<mask>") == ours.vocab_size - 1
     for text in (unicodedata.normalize(form, text) for text in TEXTS):
         assert theirs.encode(text).ids == ours.flat_ids([text])[0].tolist(), ascii(text)
         assert theirs.encode(text, text).ids == ours.flat_ids([text], [text])[0].tolist()

@@ -28,6 +28,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
+from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import Split, prepare
 from sst2_xlmr.data.rows import Columns, inspect
 from sst2_xlmr.model.vocabulary import EMBEDDING
@@ -178,10 +179,10 @@ def test_a_resumed_run_hides_what_it_writes_again(run_train: RunTrain, tmp_path:
 
 
 def test_an_early_end(run_train: RunTrain, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    run = run_train(tmp_path / "run", "--epochs", 9, "--lr", 1e-9, "--eval-every", 3, "--early-stopping-patience", 3)
+    run = run_train(tmp_path / "run", "--epochs", 9, "--lr", 1e-30, "--eval-every", 3, "--early-stopping-patience", 3)
     assert "95 % interval" not in capsys.readouterr().out
     found = steps(events_in(run / "tensorboard"))
-    assert found["dev/confusion"] == [7, metrics(run)[-1]["step"]]
+    assert found["dev/confusion"] == [7, metrics(run)[-1]["step"]] == [7, 10]
     monkeypatch.setattr(tensorboard, "can_draw", lambda: False)  # no matplotlib
     tags = events_in(run_train(tmp_path / "bare", "--max-steps", 2) / "tensorboard").Tags()
     assert not tags["images"]
@@ -310,6 +311,19 @@ def test_settings_are_left_alone() -> None:
         "print('matplotlib.pyplot' in sys.modules)"
     )
     assert printed_by(ROOT, sys.executable, "-c", program).split() == ["False", "False"]
+
+
+def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
+    """A killed process has no time to write what it holds back, and a resumed run does not repeat it."""
+    inputs: Any = SimpleNamespace(config=Config(), task=SingleLabel(["no", "yes"]), caches={"dev": DEV})
+    report = Report(inputs, TrainState(5), tmp_path, 10, [])
+    report.log_training(entry := {"step": 3, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0, "new": 7.0})
+    events = events_in(tmp_path / "tensorboard")
+    assert [event.step for event in events.Scalars("train/loss")] == [3]
+    assert events.Scalars("train/new")[0].value == 7, "a new metric needs no list"
+    report.log_collapse(4, "same prediction for every text")
+    assert metrics(tmp_path) == [entry, {"step": 4, "collapsed": True}]
+    report.close()
 
 
 @pytest.mark.parametrize(
