@@ -85,7 +85,6 @@ WRONG_FLAGS = [
     (["--resume", "--config", "x.json"], "leave out --config"),
     (["--resume"], "nothing to resume"),
     (["--output-dir", "pyproject.toml"], "already exists"),
-    (["--output-dir", "docs"], "already exists"),
     (["--train-file", "caf\udce9.tsv"], r"--train-file 'caf\udce9.tsv' is not UTF-8"),
     (["--output-dir", "pyproject.toml/run"], "cannot write to --output-dir"),
     (["--tensorboard-dir", "pyproject.toml/x"], "cannot write to --tensorboard-dir"),
