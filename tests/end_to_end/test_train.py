@@ -92,13 +92,15 @@ def test_resume_of_a_finished_run_changes_nothing(run_train: RunTrain, tmp_path:
     """Its best model is another than its last one, and has been evaluated on the test file, too."""
     options = ["--epochs", 4, "--lr", 3e-3, "--eval-every", 3, "--test-file", SAMPLE_DATA / "test.de.tsv"]
     run = run_train(tmp_path / "run", *options)
-    before, lines = digests(run), metrics(run)
+    before, lines, card = digests(run), metrics(run), (run / "model" / "README.md").read_text()
     assert [line["split"] for line in lines[-2:]] == ["test.de", "best/test.de"]
     with (run / "metrics.jsonl").open("ab") as file:  # what a power failure may leave
         file.write(b'\x00\xff[1]\n[1]\n{"step": "x"}\n{"st')
-    resume(run)
-    assert metrics(run) == lines
-    assert digests(run) == before
+    for missing in ("nothing", "model"):  # the latter as if it had been killed before
+        shutil.rmtree(run / missing, ignore_errors=True)
+        resume(run)
+        assert metrics(run) == lines
+        assert (digests(run), (run / "model" / "README.md").read_text()) == (before, card)
 
 
 @pytest.mark.parametrize("how", [["--dropout", 0.1], PLAIN], ids=["kernels", "plain"])

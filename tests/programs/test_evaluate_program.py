@@ -44,7 +44,7 @@ def evaluate(*options: object) -> None:
 @pytest.mark.parametrize("names", [["0", "1"], ["LABEL_0", "LABEL_1"]])
 def test_sst2s_numbers_are_those_of_a_model_without_names(run: Path, tmp_path: Path, names: list[str]) -> None:
     sst2 = tmp_path / "dev.tsv"  # with the space at the end of every text
-    sst2.write_text("sentence\tlabel\n" + "a fine film \t1\na poor film \t0\n" * 2, encoding="utf-8")
+    sst2.write_text("sentence\tlabel\n" + "a fine film \t1\n" * 2 + "a poor film \t0\n", encoding="utf-8")
     shutil.copytree(run / "model", tmp_path / "model")
     settings = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
     settings.update(id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)})
