@@ -33,6 +33,7 @@ from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderFolder, EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.programs import export
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
+from sst2_xlmr.util import versions
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 
@@ -54,6 +55,9 @@ needs_small_encoder = pytest.mark.skipif(
     not (SMALL_ENCODER / "model.safetensors").is_file(),
     reason=f"{SMALL_ENCODER} is not there: python scripts/fetch_small_encoder.py models/small",
 )
+
+
+needs_torchtext = pytest.mark.skipif(not versions.has_torchtext(), reason=f"this is {versions.description()}")
 
 
 @pytest.fixture(scope="session", autouse=True)

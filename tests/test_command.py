@@ -122,7 +122,7 @@ TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "is_refused"),
+    ("environment", "refused"),
     [
         (TASK, True),  # srun --ntasks=2 python train.py
         ({**TASK, "RANK": "0"}, False),  # torchrun on every node, or runs of their own
@@ -130,15 +130,15 @@ TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),  # sbatch's script itself
     ],
 )
-def test_two_tasks_of_srun_are_no_run(
-    environment: dict[str, str], is_refused: bool, monkeypatch: Patch, capsys: Capture
+def test_tasks_of_srun_are_no_run(
+    environment: dict[str, str], refused: bool, monkeypatch: Patch, capsys: Capture
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *TASK):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train.py", "--epochs", "x"])
-    says = "srun started 2 tasks, which would train separately" if is_refused else "argument --epochs"
+    says = "srun started 2 tasks, which would train separately" if refused else "argument --epochs"
     with pytest.raises(SystemExit):
         main("train")
     assert capsys.readouterr().err.startswith(f"error: {says}")
@@ -184,7 +184,7 @@ def test_output_that_nobody_takes() -> None:
         assert (done.returncode, done.stderr) == expected
 
 
-def test_what_cannot_work_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+def test_what_cannot_work_refused_before_torch_is_loaded(tmp_path: Path) -> None:
     said = one_line(run("train.py", "--help", expected=2, env=as_if(tmp_path, torch="2.3.0+cu121")))
     assert "torch 2.3.0+cu121 is installed, but 2.3.1 or newer is needed" in said
 

@@ -65,15 +65,6 @@ def test_several_threads_get_what_one_gets(model: Path, monkeypatch: Patch) -> N
     assert set(most) == {1}
 
 
-def test_pairs(model: Path) -> None:
-    classifier = Classifier.load(model, "fp32", "cpu")
-    pairs = [("A fine film.", "It was good."), ("A fine film.", "")]
-    ids, lengths = classifier.encode(pairs)
-    assert ids[: lengths[0]].tolist().count(2) == 3, "<s> a </s></s> b </s>"
-    assert np.array_equal(classifier.probabilities(pairs), classifier.probabilities_of_ids(ids, lengths))
-    assert not np.array_equal(classifier.probabilities(pairs), classifier.probabilities([first for first, _ in pairs]))
-
-
 def test_wrong_use(model: Path, tmp_path: Path) -> None:
     classifier = Classifier.load(model, "fp32", "cpu")
     no_texts: list[Any] = ["a text", ["a", ("b", "c")], [("a", "b", "c")], [("a", "b"), ("c",)], [1.5], [None]]

@@ -1,15 +1,27 @@
-"""A single label: its loss, its answers and their metrics, what exported forms append, when answers have collapsed."""
+"""Tasks: how labels are read, losses, answers, metrics, what exported forms append, when answers have collapsed."""
 
 from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU
+from conftest import CPU, refusal
+from sklearn import metrics as reference
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.task import SingleLabel
+from sst2_xlmr.data.rows import Row, inspect, read_rows
+from sst2_xlmr.data.sniff import Columns
+from sst2_xlmr.evaluation import metrics
+from sst2_xlmr.labels import split_labels
+from sst2_xlmr.model.classifier import build_classifier
+from sst2_xlmr.model.encoders import find_encoder
+from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, Task, at_temperature, find_task, fit_thresholds
 from sst2_xlmr.training.guard import collapse_reason
 
 LABELS = torch.tensor([0, 2, 1, 0, 0, 2])
@@ -81,10 +93,8 @@ def test_answers_that_have_become_useless() -> None:
         is_right = np.random.RandomState(0).random_sample(1000) < accuracy
         probabilities = np.full((1000, 2), 1 - sure)
         probabilities[np.arange(1000), np.where(is_right, labels, 1 - labels)] = sure
-        reason = collapse_reason(
-            SingleLabel(["bad", "good"]), probabilities, answers(0.1, 2, 1000), labels, has_learned
-        )
-        return "had learned" in reason
+        before = answers(0.1, 2, 1000)
+        return "had learned" in collapse_reason(SingleLabel(["-", "+"]), probabilities, before, labels, has_learned)
 
     assert useless(0.52, 0.55)
     assert not useless(0.52, 0.55, has_learned=False), "a slow beginning"
@@ -129,3 +139,295 @@ def test_metrics_by_hand() -> None:
     assert task().describe(found) == f"accuracy 0.5000  macro F1 0.5000  loss {found['loss']:.4f}"
     assert list(task().table_cells(found)) == ["accuracy", "95 % interval", "macro F1", "ECE"]
     assert list(task().table_cells({key: found[key] for key in task().scalars})) == ["accuracy", "macro F1", "ECE"]
+
+
+PLAIN = Columns()
+GENERATOR = np.random.RandomState(0)
+TRUE = (GENERATOR.random_sample((300, 5)) < [0.5, 0.3, 0.1, 0.02, 0.0]).astype(np.float32)
+PROBABILITIES = (0.6 * GENERATOR.random_sample((300, 5)) + 0.3 * TRUE).round(2).astype(np.float32)  # some are equal
+NAMES = ["a", "b", "c", "d", "e"]
+
+
+def read(file: Path, content: str, columns: Columns = PLAIN, **options: Any) -> tuple[Task, list[Row]]:
+    file.write_text(content, encoding="utf-8")
+    found = inspect(file, columns)
+    task = find_task(Config(**options), found.labels, found.labels, found.layout.class_names.values(), file)
+    return task, list(read_rows(file, columns, task))
+
+
+def json_rows(*labels: Any) -> str:
+    return "".join(json.dumps({"text": "x", "label": label}) + "\n" for label in labels)
+
+
+SEVERAL = {"task": "multi-label"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        ("a.jsonl", json_rows(["a", "c"], ["b"], []), {}),
+        ("a.csv", "text,label\nx,a|c\ny,b\nz,\nu,a\nv,c\n", {}),
+        ("a.csv", "text,label\nx,a / c\ny,b\nz,\n", {"label_delimiter": "/"}),
+        ("a.csv", "text,label\nx,\"['a', 'c']\"\ny,['b']\nz,[]\n", {}),
+        ("a.tsv", "text\tlabel\nx\t0,2\ny\t1\nz\t\nu\t0\nv\t2\n", {"label_names": ["a", "b", "c"]}),
+        ("a.txt", "__label__a __label__c x\n__label__b y\nz\n", SEVERAL),
+        ("a.jsonl", json_rows(*(dict(zip("abc", row)) for row in ([1, 0, 1], [0, 1, 0], [0, 0, 0]))), {}),
+        ("a.jsonl", json_rows([1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0] * 3), {"label_names": [*"abc"], **SEVERAL}),
+    ],
+)
+def test_several_labels_however_they_are_written(tmp_path: Path, name: str, content: str, options: Any) -> None:
+    columns = Columns(format="fasttext") if name.endswith(".txt") else PLAIN
+    task, rows = read(tmp_path / name, content, columns, **options)
+    assert isinstance(task, MultiLabel)
+    assert task.label_names == ["a", "b", "c"]
+    assert [row.label.tolist() for row in rows[:3]] == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
+
+
+def test_columns_of_0_and_1_are_several_labels_and_those_of_probabilities_one(tmp_path: Path) -> None:
+    columns = Columns(labels=("toxic", "insult"))
+    task, rows = read(tmp_path / "a.csv", "text,toxic,insult\nx,1,0\ny,0,0\nz,1,1\n", columns)
+    assert (type(task), task.label_names) == (MultiLabel, ["toxic", "insult"])
+    assert [row.label.tolist() for row in rows] == [[1, 0], [0, 0], [1, 1]]
+    assert task.read_label({"toxic": "-1", "insult": -1}, "") is None, "a row of a test file that is not scored"
+    columns = Columns(labels=("probability_no", "probability_yes"))
+    content = "text,probability_no,probability_yes\nx,0.25,0.75\ny,0.9,0.1\n"
+    task, rows = read(tmp_path / "b.csv", content, columns)
+    assert (type(task), task.label_names) == (SingleLabel, ["no", "yes"])
+    np.testing.assert_allclose([row.label for row in rows], [[0.25, 0.75], [0.9, 0.1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        ("x,1.5\ny,3\n", Regression),
+        ("x,1.0\ny,3.0\n", SingleLabel),
+        ("x,yes\ny,no\n", SingleLabel),
+        ('x,"art,life"\ny,art\nz,life\n', MultiLabel),
+        ('x,"art,life"\ny,music\n', SingleLabel),
+    ],
+)
+def test_a_task_is_found_only_where_it_is_certain(tmp_path: Path, rows: str, kind: type) -> None:
+    assert type(read(tmp_path / "a.csv", f"text,label\n{rows}")[0]) is kind
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "says"),
+    [
+        ("text,label\nx,1.5\ny,bad\n", {"task": "regression"}, "line 3: label 'bad' is not a number"),
+        ("text,label\nx,2\ny,2\n", {"task": "regression"}, "all rows have the same score"),
+        ('text,label\nx,"a,b"\ny,a\nz,b\n', {"task": "single-label"}, "--task multi-label"),
+        ("text,label\nx,1.5\ny,2\n", {"task": "single-label"}, "--task regression"),
+        ("text,label\nx,1.5\ny,2\n", {"calibrate": True}, "--calibrate does not go with this task"),
+        ("text,label\nx,a\ny,b\n", {"threshold_for": "f1"}, "--threshold-for does not go with this task"),
+        ('text,label\nx,"a,b"\ny,a\nz,b\n', {"label_smoothing": 0.1}, "--label-smoothing does not go"),
+        ("text,label\nx,a\ny,b\n", {"best_by": "rmse"}, "--best-by is one of accuracy, macro_f1, loss, mean, not"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(tmp_path: Path, content: str, options: Any, says: str) -> None:
+    assert says in refusal(read, tmp_path / "a.csv", content, **options)
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [('["a", "x"]', "'x' is neither one of a, b"), ('{"a": 0}', "but none for b"), ('{"a": 2, "b": 0}', "'a' has 2")],
+)
+def test_a_bad_label_names_the_line(tmp_path: Path, cell: str, says: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'{{"text": "x", "label": ["a"]}}\n{{"text": "y", "label": {cell}}}\n')
+    line = refusal(lambda: list(read_rows(file, Columns(), MultiLabel(["a", "b"]))))
+    assert "line 2: " in line and says in line
+
+
+def test_numpy_and_python_lists_are_read() -> None:
+    assert split_labels("[ 8 20]") == split_labels("['8', '20']") == split_labels("8,20") == {"8": 1.0, "20": 1.0}
+    assert split_labels("[0 1 0]") == {0: 0.0, 1: 1.0, 2: 0.0}
+    assert split_labels("a,b", known=["a,b"]) == "a,b"
+    assert split_labels("[1.2.3]") == "[1.2.3]", "neither"
+
+
+def test_weights_are_read_and_rows_of_weight_0_are_absent(tmp_path: Path) -> None:
+    file, columns = tmp_path / "a.csv", Columns(weight="w")
+    _, rows = read(file, "text,label,w\nx,a,2\ny,b,0\nz,b,0.5\nu,c,0\n", columns)
+    assert [(row.text, row.weight) for row in rows] == [("x", 2.0), ("z", 0.5)]
+    assert inspect(file, columns).check(file, SingleLabel(["a", "b"]), drop=False) == {"weight 0": 2}
+    for bad in ("-1", "nan", "many", ""):
+        says = refusal(read, file, f"text,label,w\nx,a,{bad}\ny,b,1\n", columns)
+        assert "line 2: the weight " in says and " is not a number of 0 or more" in says
+
+
+def test_metrics_of_several_labels_are_those_of_scikit_learn() -> None:
+    task = MultiLabel(NAMES, thresholds=(0.5, 0.4, 0.6, 0.3, 0.5))
+    found = task.metrics(task.results_of(PROBABILITIES, TRUE), TRUE)
+    predicted = np.asarray([0.5, 0.4, 0.6, 0.3, 0.5], np.float32) <= PROBABILITIES
+    precision, recall, f1, _ = reference.precision_recall_fscore_support(TRUE, predicted, zero_division=0)
+    expected = {
+        "macro_f1": f1.mean(),
+        "micro_f1": reference.f1_score(TRUE, predicted, average="micro"),
+        "macro_f1_at_0.5": reference.f1_score(TRUE, PROBABILITIES >= 0.5, average="macro", zero_division=0),
+        "exact_match": reference.accuracy_score(TRUE, predicted),
+        "mean_average_precision": 0.8 * reference.average_precision_score(TRUE[:, :4], PROBABILITIES[:, :4]),
+        "loss": reference.log_loss(TRUE.reshape(-1), PROBABILITIES.astype(float).reshape(-1)),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    np.testing.assert_allclose([found["precision"], found["recall"]], [precision, recall])
+
+
+def test_metrics_of_scores_are_those_of_scikit_learn_and_scipy() -> None:
+    from scipy import stats
+
+    true = GENERATOR.randint(0, 11, 200).astype(np.float32) / 2
+    scores = (true + GENERATOR.normal(size=200)).round(1).astype(np.float32)[:, None]
+    task = Regression(["score"])
+    found = task.metrics(task.results_of(scores, true), true)
+    expected = {
+        "loss": reference.mean_squared_error(true, scores),
+        "rmse": reference.mean_squared_error(true, scores) ** 0.5,
+        "mae": reference.mean_absolute_error(true, scores),
+        "pearson": stats.pearsonr(scores[:, 0], true)[0],
+        "spearman": stats.spearmanr(scores[:, 0], true)[0],
+        "rows": 200,
+    }
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert metrics.spearman(np.ones(5), np.arange(5)) == 0
+
+
+@pytest.mark.parametrize("label", range(4))
+def test_a_fitted_threshold_is_the_best_there_is(label: int) -> None:
+    scores, true = PROBABILITIES[:, label], TRUE[:, label] > 0.5
+    cuts = np.unique(np.concatenate([scores, scores + 1e-4, [0, 1]]))
+
+    def best(value: Any, allowed: Any = lambda *_: True) -> float:
+        return max(value(true, scores >= cut) for cut in cuts if allowed(true, scores >= cut))
+
+    def at(threshold: float, value: Any) -> float:
+        return float(value(true, scores >= threshold, zero_division=0))
+
+    f1, precision = reference.f1_score, reference.precision_score
+    assert at(metrics.fitted_threshold(scores, true), f1) == pytest.approx(best(f1))
+    threshold = metrics.fitted_threshold(scores, true, "precision", 0.5)
+    reachable = best(lambda *sides: precision(*sides, zero_division=0)) >= 0.5
+    assert not reachable or at(threshold, precision) >= 0.5
+    threshold = metrics.fitted_threshold(scores, true, "recall", 0.9)
+    assert at(threshold, reference.recall_score) >= 0.9
+    wanted = best(f1, lambda *sides: reference.recall_score(*sides, zero_division=0) >= 0.9)
+    assert at(threshold, f1) == pytest.approx(wanted)
+
+
+def test_a_label_that_dev_does_not_have_keeps_its_threshold_and_temperature_moves_no_label() -> None:
+    task = MultiLabel(NAMES, thresholds=tuple(fit_thresholds(MultiLabel(NAMES), PROBABILITIES, TRUE, None)))
+    assert task.thresholds[4] == 0.5
+    for temperature in (0.5, 2.0):
+        logits = torch.from_numpy(task.logits_of(PROBABILITIES) / temperature)
+        sides = (at_temperature(task, temperature), logits.sigmoid()), (task, PROBABILITIES)
+        found, expected = ([each.cells(row, False)[0] for row in values.tolist()] for each, values in sides)
+        assert found == expected
+
+
+def test_losses_and_gradients_are_those_of_transformers_heads() -> None:
+    logits = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
+    several, scores = torch.from_numpy(TRUE), torch.arange(300.0)
+    cases: list[Any] = [
+        (MultiLabel(NAMES), several, lambda x: F.binary_cross_entropy_with_logits(x, several)),
+        (Regression(["score"]), scores, lambda x: F.mse_loss(x[:, 0], scores)),
+    ]
+    for task, labels, expected in cases:
+        ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+        (task.loss(ours, labels) / 300).backward()
+        expected(theirs).backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(("kind", "smoothing"), [("single", 0.2), ("soft", 0.2), ("several", 0.0), ("scores", 0.0)])
+def test_a_weight_of_2_is_the_row_twice_and_the_baseline_the_least_constant_loss(kind: str, smoothing: float) -> None:
+    weights = GENERATOR.randint(1, 3, 100).astype(np.float32)
+    labels = {
+        "single": GENERATOR.randint(0, 5, 100).astype(np.int32),
+        "soft": GENERATOR.dirichlet(np.ones(5), 100).astype(np.float32),
+        "several": TRUE[:100, :],
+        "scores": GENERATOR.normal(size=100).astype(np.float32),
+    }[kind]
+    task: Any = {"several": MultiLabel(NAMES), "scores": Regression(["score"])}.get(kind, SingleLabel(NAMES))
+    if kind == "soft":
+        task = replace(task, is_soft=True)
+    config = Config() if kind == "scores" else Config(class_weights="1,2,0.5,1,3", label_smoothing=smoothing)
+    task = task.for_training(config, labels, weights, CPU)
+    logits = torch.randn(100, task.outputs, generator=torch.Generator().manual_seed(0))
+    twice = np.repeat(np.arange(100), weights.astype(int))
+    once = task.loss(logits, torch.from_numpy(labels), torch.from_numpy(weights))
+    torch.testing.assert_close(once, task.loss(logits[twice], torch.from_numpy(labels[twice])))
+    baseline = task.baseline_loss(labels, weights)
+    assert baseline == pytest.approx(task.baseline_loss(labels[twice]))
+    answers = torch.randn(2000, task.outputs, generator=torch.Generator().manual_seed(1))
+    rows = torch.from_numpy(labels[twice])
+    losses = [float(task.loss(each.expand(len(rows), -1), rows)) / len(rows) for each in answers]
+    assert min(losses) * 0.9 <= baseline <= min(losses) + 1e-5
+
+
+def test_hard_labels_are_soft_ones_of_certainty() -> None:
+    labels = GENERATOR.randint(0, 5, 50)
+    hard = SingleLabel(NAMES, 0.1, torch.tensor([1.0, 2, 3, 4, 5]))
+    logits, soft = torch.randn(50, 5), np.eye(5, dtype=np.float32)[labels]
+    sides, probabilities = ((hard, labels), (replace(hard, is_soft=True), soft)), logits.softmax(1).numpy()
+    torch.testing.assert_close(*(task.loss(logits, torch.from_numpy(each)) for task, each in sides))
+    found, expected = (task.metrics(task.results_of(probabilities, each), each) for task, each in sides)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
+
+
+def test_scores_are_scaled_in_training_and_answers_are_in_the_files_scale() -> None:
+    labels = np.array([0.0, 5.0, 10.0], np.float32)
+    task = Regression(["score"]).for_training(Config(), labels, None, CPU)
+    logits = (torch.from_numpy(labels)[:, None] - 5) / np.std(labels)
+    assert float(task.loss(logits, torch.from_numpy(labels))) == pytest.approx(0, abs=1e-6)
+    np.testing.assert_allclose(task.probabilities(logits)[:, 0], labels, atol=1e-5)
+    assert task.baseline_loss(labels) == pytest.approx(1)
+
+
+def test_a_collapse_is_seen_in_every_task() -> None:
+    random = np.random.RandomState(0)
+    before, labels = random.uniform(0.45, 0.55, (300, 5)), TRUE
+    task = MultiLabel(NAMES)
+    assert "same prediction" in collapse_reason(task, np.full((300, 5), 0.3), before, labels, False)
+    assert not collapse_reason(task, PROBABILITIES, before, labels, True)
+    assert "had learned" in collapse_reason(task, random.uniform(0.4, 0.6, (300, 5)), before, labels, True)
+    scores, values = labels[:, 0] * 4, Regression(["score"])
+    assert "same prediction" in collapse_reason(values, np.full((300, 1), 2.0), before[:, :1], scores, False)
+    assert not collapse_reason(values, scores[:, None] + before[:, :1], before[:, :1], scores, True)
+    assert "had learned" in collapse_reason(values, random.uniform(0, 4, (300, 1)), before[:, :1], scores, True)
+
+
+def test_cells_and_near_ties() -> None:
+    task = MultiLabel(["a", "b"], thresholds=(0.5, 0.9))
+    assert task.columns(True) == ["labels", "probabilities", "probability_a", "probability_b"]
+    assert task.cells([0.6, 0.8], False) == [["a"], [0.6]]
+    assert task.cells([0.1, 0.95], True) == [["b"], [0.95], 0.1, 0.95]
+    logits = torch.tensor([[0.0, 0.0], [1.0, 2.2], [1.0, 0.0]])
+    assert task.near_ties(logits, 0.2).tolist() == [True, True, False]
+    assert Regression(["score"]).cells([1.23456789], False) == [1.234568]
+    changed = task.changed(np.array([[0.6, 0.8], [0.6, 0.8]]), np.array([[0.7, 0.7], [0.4, 0.8]]))
+    assert changed.tolist() == [False, True]
+
+
+def test_the_most_doubtful_label_is_the_one_that_a_sure_model_contradicts() -> None:
+    """A class of which the model is never sure is not doubted for that alone."""
+    probabilities = np.array([[0.95, 0.05], [0.9, 0.1], [0.45, 0.55], [0.4, 0.6], [0.97, 0.03]])
+    doubt = SingleLabel(["a", "b"]).doubt(probabilities, np.array([0, 0, 1, 1, 1]))
+    assert int(doubt.argmax()) == 4
+    assert (doubt[:4] < doubt[4] / 2).all()
+    several = MultiLabel(["a", "b"]).doubt(probabilities, np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]]))
+    assert int(several.argmax()) == 4
+    assert int(Regression(["score"]).doubt(np.array([[1.0], [2.0], [9.0]]), np.array([1.0, 2.5, 3.0])).argmax()) == 2
+
+
+@pytest.mark.parametrize("class_weights", [None, "balanced", "3,1"])
+def test_a_new_head_begins_with_the_best_constant_answer(class_weights: str | None, tiny_encoder: Path) -> None:
+    """Its loss is the baseline's, with weights of rows and labels, too."""
+    labels = np.array([[1, 0], [0, 0], [0, 0], [1, 1], [0, 0]], np.float32)
+    weights, config = np.array([1, 2, 1, 0.5, 1], np.float32), Config(class_weights=class_weights)
+    task = MultiLabel(["a", "b"]).for_training(config, labels, weights, CPU)
+    model, is_new = build_classifier(find_encoder(str(tiny_encoder)), task)
+    assert is_new
+    bias = model.head.out.bias.detach()
+    assert bias.tolist() == pytest.approx(task.initial_bias)
+    loss = task.loss(bias.repeat(5, 1), torch.from_numpy(labels), torch.from_numpy(weights)) / weights.sum()
+    assert float(loss) == pytest.approx(task.baseline_loss(labels, weights), rel=1e-5)

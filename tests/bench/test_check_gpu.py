@@ -68,9 +68,7 @@ def run_program(wrong: str, root: Path, program: str, options: list[Any], folder
         ("check_prediction", "fp32", "'fp32': 0.1"),
     ],
 )
-def test_checks_pass_and_fail_where_a_run_differs(
-    check: str, wrong: str, says: str, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_checks_fail_where_a_run_differs(check: str, wrong: str, says: str, tmp_path: Path, monkeypatch: Patch) -> None:
     for name in ("right", "wrong"):
         folder = tmp_path / name
         folder.mkdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Capture, RunTrain, metrics, train_options, user_error
+from conftest import Capture, Patch, RunTrain, metrics, train_options, user_error
 
 from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
@@ -74,25 +74,25 @@ def test_the_header_says_what_was_found(
         assert line in said
 
 
-def test_the_data_report_names_lines_of_a_csv_that_is_gone(
-    tiny_encoder: Path, dirty_data: Path, tmp_path: Path
-) -> None:
+def test_the_report_names_lines_of_a_csv_that_is_gone(tiny_encoder: Path, dirty_data: Path, tmp_path: Path) -> None:
     """They are in the token cache; the last row spans two lines."""
     file = dirty_data / "train.csv"
     rows = [line.split("\t") for line in (dirty_data / "train.tsv").read_text(encoding="utf-8").splitlines()]
     with file.open("w", encoding="utf-8", newline="") as written:
         csv.writer(written).writerows([*rows[:1], ["two\nlines", "0"], *rows[1:], ["two\nlines", "0"]])
+    words = train_options(tiny_encoder, dirty_data, tmp_path / "run")
+    several = [*words, "--train-file", str(dirty_data / "dev.tsv"), str(dirty_data / "train.tsv")]
+    files = prepare(parse_args(several)[0], quiet=True)
     (dirty_data / "train.tsv").unlink()
-    inputs = prepare(parse_args(train_options(tiny_encoder, dirty_data, tmp_path / "run"))[0], quiet=True)
+    inputs = prepare(parse_args(words)[0], quiet=True)
     file.unlink()
     assert inputs.place_of("train", 0) == "train.csv:2"
     assert inputs.place_of("train", 1) == "train.csv:4"
+    assert files.place_of("train", 20) == "train.tsv:2", "the first row of the second file"
     assert "4 training rows have the text and label of an earlier one, e.g. train.csv:" in data_report(inputs)[0]
 
 
-def test_what_is_dropped_is_not_trained_on_and_a_resumed_run_keeps_to_its_rows(
-    run_train: RunTrain, dirty_data: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_rows_stay_dropped_on_resume(run_train: RunTrain, dirty_data: Path, tmp_path: Path, capsys: Capture) -> None:
     """The same rows without the bad ones give the same number of steps; another test file would have other leaks."""
     run = run_train(tmp_path / "run", "--epochs", 2, "--drop-duplicates", "--drop-leaks", "--save-every", 3)
     said = capsys.readouterr().out
@@ -130,17 +130,22 @@ def test_dev_that_is_cut_off(share: float) -> None:
     assert cut_off(digests, labels, share, seed=4).tolist() != dev.tolist()
 
 
-def test_dev_is_cut_off_where_there_is_none(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
-    (small_data / "dev.tsv").unlink()
+def test_dev_is_cut_off_where_there_is_none_or_a_share_is_given(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
     words = train_options(tiny_encoder, small_data, tmp_path / "run")
+    more = prepare(parse_args([*words, "--dev-share", "0.3"])[0], quiet=True)
+    assert len(more.caches["dev"]) == 15
+    (small_data / "dev.tsv").unlink()
     inputs = prepare(parse_args(words)[0], quiet=True)
     rows, rest = inputs.splits["dev"].source_rows, inputs.train_rows
     assert rows is not None and rest is not None
     assert sorted([*rows.tolist(), *rest.tolist()]) == list(range(50))
     lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()
-    place = inputs.place_of("dev", 0)
-    assert inputs.splits["dev"].texts_of(inputs.task, {0})[0] == lines[int(place.split(":")[1]) - 1].split("\t")[0]
+    places = [int(inputs.place_of("dev", row).split(":")[1]) for row in range(5)]
+    texts = inputs.splits["dev"].texts_of(inputs.task, {*range(5)})
+    assert list(texts.values()) == [lines[at - 1].split("\t")[0] for at in places]
     assert len(rows) == 5 and not inputs.leaks
-    more = prepare(parse_args([*words, "--dev-share", "0.4"])[0], quiet=True)
-    assert len(more.caches["dev"]) == 20
     assert prepare(parse_args(words)[0], quiet=True).digests() == inputs.digests() != more.digests()
+    monkeypatch.setattr("sst2_xlmr.data.prepare.MOST_ROWS", 2)
+    assert len(prepare(parse_args(words)[0], quiet=True).caches["dev"]) == 2, "of a large file no more"

@@ -17,8 +17,9 @@ from conftest import refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sst2_xlmr.data.rows import inspect, read_rows
+from sst2_xlmr.data.rows import Row, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns, other_encoding
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.errors import UserError
 
 TEXTS = ['He said "wow", twice', "plain", "a; b | c", "tab\there", "two\nlines", '"quoted"', "it's 'so'", "C:\\new \\"]
@@ -36,6 +37,10 @@ def read(path: Path, content: bytes | str, *text: str, **asked: Any) -> list[lis
     columns = Columns(text or None, **asked)
     cells = [(row.text, dict(zip(row.fields.names, row.fields.cells))) for row in read_rows(path, columns, None)]
     return [[text, row.get(columns.label, list(row.values())[-1])] for text, row in cells]
+
+
+def labelled(path: Path) -> list[Row]:
+    return list(read_rows(path, Columns(), SingleLabel(["x", "y"])))
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
@@ -85,12 +90,7 @@ def test_quotes(tmp_path: Path, name: str, content: str, texts: list[str] | None
     ],
 )
 def test_tables_that_programs_write(tmp_path: Path, name: str, content: str, texts: list[str]) -> None:
-    assert [row.text for row in read_rows(_file(tmp_path / name, content), Columns("text"), None)] == texts
-
-
-def _file(path: Path, content: str) -> Path:
-    path.write_text(content, encoding="utf-8")
-    return path
+    assert [text for text, _ in read(tmp_path / name, content, "text")] == texts
 
 
 def test_quotes_that_come_after_what_is_looked_at_first(tmp_path: Path) -> None:
@@ -134,7 +134,9 @@ def test_commas_of_prose_part_no_columns(tmp_path: Path, header: str, rows: int)
 def test_a_text_with_commas_is_no_row_name(tmp_path: Path, header: str) -> None:
     label = ",x" * header.count(",")
     content = f"{header}\n" + "".join(f"{text}, really{label}\n" for text in ("I like it", "No", "Fine"))
-    assert "3 with another number of columns" in refusal(read, tmp_path / "a.csv", content, "text")
+    says = "3 with another number of columns .*; a cell that contains ',' must be in quotes"
+    says += "" if label else ", or .* tab$"
+    assert re.search(says, refusal(read, tmp_path / "a.csv", content, "text"))
     numbered = content.replace("I like it", "1").replace("No", "2").replace("Fine", "3")
     assert [text for text, _ in read(tmp_path / "a.csv", numbered, "text")] == [" really"] * 3, "as R writes them"
 
@@ -161,28 +163,25 @@ def test_json_by_content(tmp_path: Path, document: str, ending: str) -> None:
     path.write_bytes(gzip.compress(content) if ending.endswith(".gz") else content)
     if ending.endswith(".zip"):
         with zipfile.ZipFile(path, "w") as file:
-            file.writestr("a.json", content)
+            for name in ("__MACOSX/._a.json", ".DS_Store", "a.json"):  # as macOS packs it
+                file.writestr(name, content)
     assert [(row.text, row.fields.cells[1]) for row in read_rows(path, Columns(), None)] == [("a b", "x")] * 2
 
 
 def test_a_row_with_nested_lists_is_a_row(tmp_path: Path) -> None:
     row = {"text": "a b", "label": "x", "spans": [{"text": "a", "label": "y"}]}
-    for indent, says in ((None, ""), (1, "JSON, but not a table")):
-        (tmp_path / "a.jsonl").write_text(json.dumps(row, indent=indent))
-        if says:
-            assert says in refusal(inspect, tmp_path / "a.jsonl", Columns())
-        else:
-            assert list(inspect(tmp_path / "a.jsonl", Columns()).labels) == ["x"]
+    assert read(tmp_path / "a.jsonl", json.dumps(row)) == [["a b", "x"]]
+    assert "JSON, but not a table" in refusal(read, tmp_path / "a.jsonl", json.dumps(row, indent=1))
 
 
 def test_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("__label__x good film\r\n__label__y bad\n__label__x\n")
     assert list(inspect(tmp_path / "a.tsv", Columns()).labels) == ["x", "y"]
-    for label, text in (("neg", "poor\n"), ("pos", "fine\nfilm")):
+    for label, text in (("neg", "poor\n"), ("pos", "fine\nfilm"), ("unsup", "no label")):
         (tmp_path / "folder" / label).mkdir(parents=True)
         (tmp_path / "folder" / label / "1.txt").write_text(text)
-    rows = list(read_rows(tmp_path / "folder", Columns(), None))
-    assert [(row.text, row.fields.cells[1]) for row in rows] == [("poor", "neg"), ("fine\nfilm", "pos")]
+    found = [(row.text, row.fields.cells[1]) for row in read_rows(tmp_path / "folder", Columns(), None)]
+    assert found == [("poor", "neg"), ("fine\nfilm", "pos"), ("no label", None)]
     for name, content in (("dev_text.txt", "a\nb\n"), ("dev_labels.txt", "1\n0\n"), ("mapping.txt", "0\tno\n1\tyes\n")):
         (tmp_path / name).write_text(content)
     assert list(inspect(tmp_path / "dev_text.txt", Columns()).labels) == ["yes", "no"]
@@ -197,9 +196,7 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
     parquet.write_table(table.replace_schema_metadata(info), tmp_path / "a.parquet")
     assert inspect(tmp_path / "a.parquet", Columns()).labels == {"yes": [1, 1], "no": [1, 2], "-1": [1, 3]}
     parquet.write_table(arrow.table({"text": ["a"] * 99 + ["b\0"], "label": ["x"] * 100}), tmp_path / "b.parquet")
-    assert "1 with cut characters" in refusal(
-        lambda file: inspect(file, Columns()).check(file, None, False), tmp_path / "b.parquet"
-    )
+    assert "1 with cut characters" in refusal(labelled, tmp_path / "b.parquet")
     book = openpyxl.Workbook()
     for row in (["text", "label"], ["a b", 1.0], ["c", 2], [2012, None]):
         book.active.append(row)
@@ -217,33 +214,20 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
         (b'text, label\n"a", "x"\n"b, c", "y"\n', "spaces before its quotes.* sed 's/, [*]\"/,\"/g'"),
         (b"sep=;\ntext;label\na;x\nb;y\n", "line 1, 'sep=', is no row; remove it: tail -n [+]2"),
         (b"Report of 2021,,\ntext,label,n\na,x,1\nb,y,2\n", "line 1, 'Report of 2021', is no row"),
-        (b"text\nWell, a film\nSo, a film\n", "'no column|',' must be in quotes, or .* --delimiter tab"),
         (b"text,label\nso l\xe0,x\nd\xe9j\xe0 vu,y\n", "--encoding cp1252, in which it is 'so l\xe0,x', or another"),
         (b"\x80\x04\x95", "pickle"),
         (b"(3 (2 (2 The) (2 Rock)) (2 .))\n", "parse trees .* python -c"),
         ("text,label\nabc,1\n".encode("utf-16-le"), "--encoding utf-16-le"),
         (b'{"train": [["a", "x"]], "val": [["b", "y"]]}', r"several tables \(train, val\); write each"),
         (b'text,label\n"never closed,1\nb,0\n', "line 2 is not valid CSV: unexpected end .* --quoting none"),
-    ],
-)
-def test_what_is_no_table_is_named_with_a_cure(tmp_path: Path, content: bytes, says: str) -> None:
-    assert re.search(says, refusal(read, tmp_path / "a.csv", content))
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (
-            b"DESC:manner How so ?\nENTY:food What is it ?\n",
-            "read as one column, of texts without labels; .* --delimiter",
-        ),
+        (b"DESC:manner How so ?\nENTY:food What is it ?\n", "one column, of texts without labels; .* --delimiter"),
         (b"0,1,2\n1,a good film,0\n2,a bad one,1\n3,so so,0\n4,no no,1\n", "--text-column 2 --label-column 3"),
         (b'"the text\n(here)",label\na film,x\na play,y\na film,x\na play,y\n', "--text-column 1 --label-column label"),
     ],
 )
-def test_columns_are_proposed(tmp_path: Path, content: bytes, says: str) -> None:
+def test_what_is_no_table_is_named_with_a_cure(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "a.csv").write_bytes(content)
-    assert re.search(says, refusal(inspect, tmp_path / "a.csv", Columns()))
+    assert re.search(says, refusal(labelled, tmp_path / "a.csv"))
 
 
 @pytest.mark.parametrize(
@@ -272,9 +256,7 @@ dialects = {
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
 @given(texts=st.lists(cells, min_size=1, max_size=8), kind=st.sampled_from(["csv", "tsv", "txt"]), **dialects)
-def test_any_table_is_read_as_it_was_written(
-    tmp_path_factory: Any, texts: list[str], kind: str, **dialect: Any
-) -> None:
+def test_any_table_is_read_as_written(tmp_path_factory: Any, texts: list[str], kind: str, **dialect: Any) -> None:
     """Or an error says that nobody can tell; never other rows or cells."""
     rows = [[text, "ab"[i % 2]] for i, text in enumerate(texts)]
     try:

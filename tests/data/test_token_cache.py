@@ -1,30 +1,33 @@
-"""Token cache: made once, found by content, whole or not there."""
+"""Token cache: made once, found by content, whole or not there; global batches of its rows, from any position on."""
 
 from __future__ import annotations
 
 import itertools
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SAMPLE_DATA, Patch, refusal, tokenize_sample
+import torch
+from conftest import CPU, SAMPLE_DATA, Patch, refusal, tokenize_sample
 
+from sst2_xlmr.config import Config
 from sst2_xlmr.data import rows as data
 from sst2_xlmr.data import token_cache
+from sst2_xlmr.data.batches import Batch, BatchLoader, dropout_keys, rows_in_training_order, select_rows
 from sst2_xlmr.data.rows import inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
+from sst2_xlmr.util.distributed import World
 
 TASK = SingleLabel(SST2_NAMES)
 
 
-def test_cache_equals_tokenizing_afresh_and_the_second_start_does_not_tokenize(
-    cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_tokenized_once_and_right(cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     tokenizer = Tokenizer(tiny_encoder / "sentencepiece.bpe.model", 20)
     texts, _, labels, *_ = zip(*read_rows(SAMPLE_DATA / "train.tsv", Columns(), TASK))
     ids, lengths = tokenizer.flat_ids(list(texts))
@@ -37,9 +40,7 @@ def test_cache_equals_tokenizing_afresh_and_the_second_start_does_not_tokenize(
     assert tokenize_sample(tiny_encoder, tmp_path / "cache").ids.tolist() == ids.tolist()
 
 
-def test_chunks_do_not_change_the_cache(
-    cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_chunks_change_nothing(cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(token_cache, "_CHUNK_ROWS", 7)
     monkeypatch.setattr(data, "_CHUNK_CHARACTERS", 300)
     other = tokenize_sample(tiny_encoder, tmp_path / "other")
@@ -56,6 +57,8 @@ def test_chunks_do_not_change_the_cache(
         {"max_length": 4},
         {"max_length": 4, "long_texts": LongTexts("windows", 1)},
         {"task": SingleLabel(["1", "0"])},
+        {"task": SingleLabel(SST2_NAMES, label_ids={"1": 0, "0": 1})},
+        {"task": SingleLabel(SST2_NAMES, is_soft=True)},
         {"columns": Columns(text="other")},
         {"columns": Columns(pair="other")},
         {"columns": Columns(label="stars")},
@@ -134,9 +137,7 @@ def test_a_bad_row_leaves_no_cache_and_one_that_cannot_be_written_is_named(tiny_
     assert "SST2_XLMR_CACHE" in refusal(tokenize_sample, tiny_encoder, file / "cache")
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_cached(
-    tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_a_file_that_changes_meanwhile_is_not_cached(tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """What is found under a digest later is what has that digest."""
     cache_dir, digests = tmp_path / "cache", map(str, itertools.count())
     monkeypatch.setattr(token_cache, "source_digest", lambda _: next(digests))
@@ -144,3 +145,96 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(
     line = refusal(inspected, SAMPLE_DATA / "train.tsv", Columns(), cache_dir)
     assert "train.tsv changed while it was being read" in line
     assert list(cache_dir.iterdir()) == []
+
+
+LENGTHS = np.random.RandomState(0).randint(3, 60, 1003)
+
+
+def world_of(rank: int, world_size: int) -> World:
+    return World(rank, world_size, rank, world_size, CPU)
+
+
+def whole_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The order as it is defined, made all at once."""
+    random = np.random.RandomState([seed, epoch])
+    order = random.permutation(len(lengths))
+    group = batch_size * 100
+    batches = []
+    for start in range(0, len(order), group):
+        rows = order[start : start + group]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(1, 4), (800, 4), (1003, 4), (1003, 1), (1003, 7), (1003, 2000)])
+@pytest.mark.parametrize("first", [0, 1, 37, 250])
+def test_order_is_the_defined_one_from_any_position_on(rows: int, batch_size: int, first: int) -> None:
+    for seed, epoch in ((0, 0), (5, 3)):
+        expected = whole_order(LENGTHS[:rows], batch_size, seed, epoch)[first:]
+        found = list(rows_in_training_order(LENGTHS[:rows], batch_size, seed, epoch, first))
+        assert [batch.tolist() for batch in found] == [batch.tolist() for batch in expected]
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 20])
+def test_ranks_share_every_global_batch(cache: TokenCache, world_size: int, micro_batch_size: int) -> None:
+    """Row i of a batch belongs to rank i % W; all ranks have as many micro-batches, some perhaps without weight."""
+    config = Config(batch_size=16, seed=5, micro_batch_size=micro_batch_size)
+    worlds = [world_of(rank, world_size) for rank in range(world_size)]
+    loaders = [BatchLoader(cache, cache.lengths(), None, config, world) for world in worlds]
+    for rows in (np.arange(40, 56), np.arange(7, 8), np.array([9, 3, 5, 11, 2])):
+        ranks = [loader[2, rows] for loader in loaders]
+        size = micro_batch_size or 99
+        assert {len(rank) for rank in ranks} == {-(-len(rows[::world_size]) // size)}, "no more than are needed"
+        for number, rank in enumerate(ranks):
+            real = [batch for batch in rank if batch.weight]
+            mine = rows[number::world_size]
+            assert all(batch.global_rows == len(rows) and len(batch.lengths) > 0 for batch in rank)
+            assert all(len(batch.lengths) <= size for batch in rank)
+            if len(mine):
+                check_batches(real, cache, mine, 5, 2)
+            else:
+                assert not real
+
+
+def check_batches(batches: list[Batch], cache: TokenCache, rows: np.ndarray, seed: int, epoch: int) -> None:
+    ids, lengths = select_rows(cache.ids, cache.offsets, rows)
+    expected = (ids, lengths, torch.from_numpy(cache.labels[rows]), torch.from_numpy(dropout_keys(rows, seed, epoch)))
+    for part, whole in zip(zip(*(batch[:4] for batch in batches)), expected):
+        assert torch.cat(part).tolist() == whole.tolist()
+    for batch in batches:
+        assert len(batch.ids) == int(batch.lengths.sum())
+
+
+def test_only_some_rows_of_the_file_are_trained_on_and_keep_their_numbers(cache: TokenCache) -> None:
+    rows = np.arange(3, 1003, 2)
+    loader = BatchLoader(cache, LENGTHS[rows], rows, Config(batch_size=8), world_of(0, 1))
+    whole, rest = ([batch.tolist() for batch in loader.global_batches(2, first)] for first in (0, 50))
+    assert sorted(itertools.chain(*whole)) == rows.tolist()
+    assert rest == whole[50:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_goes_on_into_the_next_epoch_and_draws_nothing(cache: TokenCache, num_workers: int) -> None:
+    config = Config(batch_size=30, micro_batch_size=8, num_workers=num_workers, seed=5)
+    loader = BatchLoader(cache, cache.lengths(), None, config, world_of(1, 2))
+    state = torch.get_rng_state()
+    served = list(itertools.islice(loader.starting_at(0, len(loader) - 2), 5))
+    assert torch.equal(torch.get_rng_state(), state)
+    places = [(0, len(loader) - 2), (0, len(loader) - 1), (1, 0), (1, 1), (1, 2)]
+    for batches, (epoch, batch) in zip(served, places):
+        check_batches(batches, cache, next(loader.global_batches(epoch, batch))[1::2], 5, epoch)
+
+
+def test_dropout_keys_belong_to_seed_epoch_and_row() -> None:
+    """All different, the same whatever else is in the batch, and no warning of an overflow for any seed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        places = itertools.product((0, 1, 2**32 - 1), (0, 9))
+        keys = {(seed, epoch): dropout_keys(np.arange(1000), seed, epoch) for seed, epoch in places}
+    assert len(np.unique(np.concatenate(list(keys.values())))) == 6000
+    for (seed, epoch), found in keys.items():
+        assert found.min() >= 0 and found.max() < 2**32
+        some = np.array([700, 3, 41])
+        np.testing.assert_array_equal(dropout_keys(some, seed, epoch), found[some])

@@ -23,9 +23,7 @@ from sst2_xlmr.programs import export
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "scripts/bench/NOTES.md", *(ROOT / "docs").glob("*.md")]
 
 
-@pytest.mark.skipif(
-    "SST2_XLMR_TEST_NODE_MODULES" not in os.environ, reason="SST2_XLMR_TEST_NODE_MODULES names no folder"
-)
+@pytest.mark.skipif("SST2_XLMR_TEST_NODE_MODULES" not in os.environ, reason="no SST2_XLMR_TEST_NODE_MODULES")
 def test_javascript_gives_the_same_labels(model: Path, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```javascript\n(.+?)```", page, re.DOTALL)

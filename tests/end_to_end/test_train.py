@@ -92,13 +92,15 @@ def test_resume_of_a_finished_run_changes_nothing(run_train: RunTrain, tmp_path:
     """Its best model is another than its last one, and has been evaluated on the test file, too."""
     options = ["--epochs", 4, "--lr", 3e-3, "--eval-every", 3, "--test-file", SAMPLE_DATA / "test.de.tsv"]
     run = run_train(tmp_path / "run", *options)
-    before, lines = digests(run), metrics(run)
+    before, lines, card = digests(run), metrics(run), (run / "model" / "README.md").read_text()
     assert [line["split"] for line in lines[-2:]] == ["test.de", "best/test.de"]
     with (run / "metrics.jsonl").open("ab") as file:  # what a power failure may leave
         file.write(b'\x00\xff[1]\n[1]\n{"step": "x"}\n{"st')
-    resume(run)
-    assert metrics(run) == lines
-    assert digests(run) == before
+    for missing in ("nothing", "model"):  # the latter as if it had been killed before
+        shutil.rmtree(run / missing, ignore_errors=True)
+        resume(run)
+        assert metrics(run) == lines
+        assert (digests(run), (run / "model" / "README.md").read_text()) == (before, card)
 
 
 @pytest.mark.parametrize("how", [["--dropout", 0.1], PLAIN], ids=["kernels", "plain"])
@@ -191,9 +193,7 @@ def test_training_goes_on_without_a_reader(train_words: Words, tmp_path: Path) -
     assert (tmp_path / "run" / "model").is_dir()
 
 
-def test_the_lowest_layers_train_like_a_shorter_encoder(
-    run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_layers_is_a_shorter_encoder(run_train: RunTrain, tiny_encoder: Path, tmp_path: Path, capsys: Capture) -> None:
     shorter = Path(shutil.copytree(tiny_encoder, tmp_path / "shorter"))
     change_json(shorter / "config.json", num_hidden_layers=2)
     tensors = {n: t for n, t in load_file(shorter / "model.safetensors").items() if ".layer.2." not in n}
@@ -218,8 +218,9 @@ def test_frozen_encoder_stays_as_it_was(run_train: RunTrain, tiny_encoder: Path,
     assert any(tensor.any() for name, tensor in after.items() if name not in before and name.endswith("bias"))
 
 
-def test_a_loss_that_explodes_stops_the_run(run_train: RunTrain, tmp_path: Path) -> None:
-    options = ["--epochs", 5, "--lr", 1e30, "--warmup-ratio", 0, "--max-grad-norm", 0, "--log-every", 1000]
+@pytest.mark.parametrize("how", ["--compile", "--no-compile"])
+def test_a_loss_that_explodes_stops_the_run(run_train: RunTrain, tmp_path: Path, how: str) -> None:
+    options = [how, "--epochs", 5, "--lr", 1e30, "--warmup-ratio", 0, "--max-grad-norm", 0, "--log-every", 1000]
     line = user_error(run_train, tmp_path / "run", *options)
     assert "the gradient is not finite at step 2, training rows of this batch" in line
     assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -18,10 +18,7 @@ from sst2_xlmr import train
 OTHER = os.environ.get("SST2_XLMR_TEST_OTHER_STACK", "")
 STEPS = 30
 
-pytestmark = [
-    pytest.mark.skipif(not OTHER, reason="SST2_XLMR_TEST_OTHER_STACK does not name the Python of another stack"),
-    needs_small_encoder,
-]
+pytestmark = [pytest.mark.skipif(not OTHER, reason="there is no SST2_XLMR_TEST_OTHER_STACK"), needs_small_encoder]
 
 PROBABILITIES = """
 import sys, json, sst2_xlmr

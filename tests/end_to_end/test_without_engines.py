@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL_ENCODER, SST2, RunTrain, Words, losses, metrics, needs_small_encoder, train_options
-from running import launcher, printed_by
+from conftest import ROOT, SMALL_ENCODER, SST2, RunTrain, losses, metrics, needs_small_encoder, train_options
+from running import printed_by
 from safetensors.torch import load_file
 
 from sst2_xlmr import train
@@ -54,14 +54,6 @@ def test_trains_evaluates_and_predicts(
     *_, answer, file = said.splitlines()
     assert answer.count("\t") == 2
     assert file.startswith(f"{stripped}/sst2_xlmr")
-
-
-def test_two_processes_train(stripped: Path, run_train: RunTrain, train_words: Words, tmp_path: Path) -> None:
-    options = ["--epochs", 1, "--dropout", 0, "--head-dropout", 0]
-    words = train_words(tmp_path / "run", *options)
-    assert "2 processes;" in printed_by(stripped, *launcher(2), "train.py", *words)
-    alone = run_train(tmp_path / "alone", *options, "--no-compile")
-    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from functools import partial
@@ -16,28 +15,10 @@ from torch import nn
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.engines.cpu import shared_memory
-from sst2_xlmr.engines.cpu.adamw import CpuAdamW, part_of
+from sst2_xlmr.engines.cpu.adamw import CpuAdamW
 from sst2_xlmr.engines.cpu.kernels import Kernels
-from sst2_xlmr.engines.cpu.shared_memory import ALIGNMENT, aligned_bytes, shared_bytes, tensors_in
+from sst2_xlmr.engines.cpu.shared_memory import shared_bytes
 from sst2_xlmr.util.distributed import World, broadcast
-
-
-def test_parts_make_the_whole() -> None:
-    for ranks, n in itertools.product((1, 2, 7), (1, 63, 64, 65, 1000, 4096)):
-        parts = [part_of(n, World(rank, ranks, rank, ranks, torch.device("cpu"))) for rank in range(ranks)]
-        assert [number for start, stop in parts for number in range(start, stop)] == list(range(n))
-        assert all(start % 64 == 0 or start == n for start, _ in parts), "no cache line is written by two"
-
-
-def test_no_two_tensors_share_a_cache_line() -> None:
-    like = [torch.zeros(1), torch.zeros(2, 8), torch.zeros(33, dtype=torch.bfloat16, device="meta")]
-    assert aligned_bytes(like) == (1 + 1 + 2) * ALIGNMENT
-    memory = shared_bytes(World.alone(torch.device("cpu")), aligned_bytes(like))
-    if memory is None:
-        pytest.skip("there is no memory to share")
-    for tensor, found in zip(like, tensors_in(memory, like)):
-        assert (found.shape, found.dtype, found.data_ptr() % ALIGNMENT) == (tensor.shape, tensor.dtype, 0)
-        assert not found.any()
 
 
 def optimizer(world: World, kernels: Kernels) -> CpuAdamW:

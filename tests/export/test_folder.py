@@ -122,7 +122,10 @@ def test_card_of_a_run(run_train: RunTrain, small_data: Path, tmp_path: Path, mo
     """Each folder's with the metrics of its own weights, here the first evaluation is the best of two; and no path."""
     give_accuracies(monkeypatch, [0.9, 0.5, 0.6, 0.7])
     shutil.copy(small_data / "dev.tsv", small_data / "other.tsv")
-    run = run_train(tmp_path / "run", "--epochs", 2, "--eval-every", 7, "--test-file", small_data / "other.tsv")
+    with (small_data / "train.tsv").open("a") as file:
+        file.write("\t1\n")
+    options = ["--eval-every", 7, "--test-file", small_data / "other.tsv", "--drop-unusable"]
+    run = run_train(tmp_path / "run", "--epochs", 2, *options)
     cards = {name: (run / name / "README.md").read_text(encoding="utf-8") for name in ("best", "model")}
     entries = {(entry["step"], entry["split"]): entry for entry in metrics(run) if "split" in entry}
     rows = {}
@@ -135,7 +138,7 @@ def test_card_of_a_run(run_train: RunTrain, small_data: Path, tmp_path: Path, mo
     assert f"{head}{rows[14, 'dev']}{rows[14, 'other']}\n## Settings" in cards["model"]
     for text in (
         "tiny, fine-tuned with sst2_xlmr for 14 steps",
-        "50 rows train, 20 rows dev, 20 rows other; from data, other.tsv.",
+        "50 rows train, 20 rows dev, 20 rows other, 1 rows no text left out of train; from data, other.tsv.",
         "| `--lr` | 0.001 |",
         "| `--freeze-encoder` | off |",
         versions.versions(),
@@ -158,23 +161,18 @@ def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -
     assert "# Text classifier: 50 classes\n" in card
     assert "5 rows train; from SST-2 of the GLUE benchmark." in card
     assert "| `--text-column` | a\\|b |" in card
-    config = Config(data_dir="/d/films", eval_file=["fr=/d/fr.tsv"], test_file=["/d/de.tsv"], calibrate=True)
+    config = Config(data_dir="/films", eval_file=["fr=/fr.tsv"], test_file=["/de.tsv"], calibrate=True, best_by="loss")
     two = SingleLabel(["a", "b"])
     card = card_text(config, two, state, {"train": 5, "fr": 2}, {})
     assert "; from films, fr.tsv, de.tsv." in card
     assert "a temperature of 1.500, fitted on dev" in card
     assert "calibration error from 0.2500 to 0.1250.\n\n## Settings" in card
-    card = card_text(config, two, dataclasses.replace(state, temperature=1.0), {"train": 5}, {})
+    card = card_text(config, two, dataclasses.replace(state, temperature=1.0), {"train": 5}, {}, is_best=True)
+    assert "chosen by their loss on dev" in card
     assert "calibrated: temperature 1, as no other is significantly better on dev;" in card
 
 
-@pytest.mark.parametrize(
-    ("task", "types"),
-    [
-        (SingleLabel(["a", "b"]), "accuracy, f1"),
-        (MultiLabel(["a", "b"]), "f1"),
-        (Regression(["score"]), "spearmanr, pearsonr"),
-    ],
-)
-def test_card_lists_the_metrics_of_its_task(task: Task, types: str) -> None:
-    assert f"\nmetrics: [{types}]\n" in card_text(Config(), task, TrainState(1), {"train": 5}, {})
+def test_card_lists_the_metrics_of_its_task() -> None:
+    tasks: list[Task] = [SingleLabel(["a", "b"]), MultiLabel(["a", "b"]), Regression(["score"])]
+    for task, types in zip(tasks, ("accuracy, f1", "f1", "spearmanr, pearsonr")):
+        assert f"\nmetrics: [{types}]\n" in card_text(Config(), task, TrainState(1), {"train": 5}, {})

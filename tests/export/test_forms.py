@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, Capture, run_export
-from reference import needs_torchtext
+from conftest import CPU, Capture, needs_torchtext, run_export
 from sentencepiece import SentencePieceProcessor
 
+from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.trimmed import needed_pieces, trimmed_tokenizer
 from sst2_xlmr.model.classifier import load_classifier
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, find_encoder
 from sst2_xlmr.model.tokenizer import Tokenizer
+from sst2_xlmr.programs.export import read_checks
+from sst2_xlmr.task import SingleLabel
 
 # torch ignores it by itself, pytest does not: torch.nn.functional looks at a size that never changes.
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -104,6 +107,13 @@ def test_onnx_answers_alike_without_torch(model: Path, tmp_path: Path, from_ids:
     assert len(set(probabilities_of(model, TEXTS).argmax(1))) == 2, "the texts must tell the labels apart"
 
 
+def test_pairs_to_compare_on_stay_pairs(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("text\tother\tlabel\nx\ty\tb\n")
+    file, columns = str(tmp_path / "a.tsv"), Columns(pair="other")
+    texts, labels = read_checks([file], columns, SingleLabel(["a", "b"]), takes_pairs=True, has_label_column=False)["a"]
+    assert (texts, labels) == ((["x"], ["y"]), [1])
+
+
 def test_onnx_in_8_bits_is_near_and_says_what_it_was_compared_on(model: Path, tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("onnxruntime_extensions")
     rows = "".join(f"film number {n} was fine\t{'ab'[n % 2]}\n" for n in range(40))
@@ -155,60 +165,37 @@ def test_torchscript_answers_alike_without_this_package(model: Path, tmp_path: P
     assert set(labels) == {"a", "b"}
 
 
-@needs_torchtext
-@pytest.mark.parametrize("has_pairs", [False, True])
-def test_torchscript_takes_pairs_and_cuts_at_the_models_length(model: Path, tmp_path: Path, has_pairs: bool) -> None:
-    from sst2_xlmr.export.torchscript import save_torchscript
-
-    classifier, tokenizer, task = load_classifier(model, CPU, bf16=False)
-    tokenizer.max_length = 8
-    pairs = [f"{text} again" for text in reversed(TEXTS)] if has_pairs else None
-    ids, lengths = tokenizer.flat_ids(TEXTS, pairs)
-    assert lengths.max() == 8
-    expected = predict(classifier, task, ids, lengths, 256, CPU)
-    save_torchscript(classifier, tokenizer, task, tmp_path / "x.pt")
-    labels, found = torch.jit.load(tmp_path / "x.pt")(TEXTS, pairs)
-    assert np.abs(found.numpy() - expected).max() < 1e-5
-    assert labels == ["ab"[index] for index in expected.argmax(-1)]
-
-
 def test_a_trimmed_model_gives_the_same_answers(model: Path, tmp_path: Path, capsys: Capture) -> None:
     """To the bit on the texts it was trimmed for; other texts still get an answer, and no character becomes unknown."""
-    texts = ["A fine film.", "no", "It was slow, and long"]
+    texts, model = ["A fine film.", "no", "It was slow, and long"], Path(shutil.copytree(model, tmp_path / "model"))
     (tmp_path / "texts.txt").write_text("\n".join(texts))
+    (model / "README.md").write_text("what it is")
     options = ["--format", "hf", "--keep-vocabulary-of", tmp_path / "texts.txt"]
     run_export("--model", model, *options, "--output", tmp_path / "t")
     said = capsys.readouterr().out
     before, after = find_encoder(str(model)), find_encoder(str(tmp_path / "t"))
     assert after.shape.vocab_size < before.shape.vocab_size
-    assert f"kept {after.shape.vocab_size:,} of {before.shape.vocab_size:,} embedding rows: 3 texts" in said
+    sizes = f"{after.shape.vocab_size:,} of {before.shape.vocab_size:,}"
+    assert f"kept {sizes} embedding rows: 3 texts" in said
+    assert (tmp_path / "t" / "README.md").read_text().endswith(f"trimmed: {sizes} pieces are left.\n")
     assert np.array_equal(probabilities_of(model, texts), probabilities_of(tmp_path / "t", texts))
     old, new = (SentencePieceProcessor(model_file=str(e.tokenizer_file)) for e in (before, after))
     for text in (*texts, "zebra quiz", "Кино 映画", "long words unheard of"):
         unknown = [pieces.EncodeAsIds(text).count(pieces.unk_id()) for pieces in (old, new)]
         assert unknown[0] == unknown[1], text
     assert probabilities_of(tmp_path / "t", ["zebra quiz"]).shape == (1, 2)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["t", "texts.txt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "t", "texts.txt"]
 
 
-def test_transformers_opens_a_trimmed_model(model: Path, tmp_path: Path) -> None:
-    """And trimming goes together with other forms."""
-    transformers = pytest.importorskip("transformers")
-    (tmp_path / "texts.csv").write_text('text\n"A fine film, really"\nIt was slow\n')
-    trim = ["--model", model, "--keep-vocabulary-of", tmp_path / "texts.csv"]
-    run_export(*trim, "--format", "hf", "--output", tmp_path / "t")
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "t").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
-    texts = ["A fine film, really", "It was slow"]
-    with torch.no_grad():
-        logits = theirs(**tokenizer(texts, padding=True, return_tensors="pt")).logits
-    expected = probabilities_of(model, texts)
-    assert np.abs(logits.softmax(-1).numpy() - expected).max() < 1e-5
+def test_trimming_goes_together_with_other_forms(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_extensions")
-    for name, words in (("small", trim), ("whole", trim[:2])):
-        run_export(*words, "--format", "onnx", "--output", tmp_path / f"{name}.onnx")
+    (tmp_path / "texts.csv").write_text('text\n"A fine film, really"\nIt was slow\n')
+    for name, words in (("small", ["--keep-vocabulary-of", tmp_path / "texts.csv"]), ("whole", [])):
+        run_export("--model", model, "--format", "onnx", "--output", tmp_path / f"{name}.onnx", *words)
     assert (tmp_path / "small.onnx").stat().st_size < (tmp_path / "whole.onnx").stat().st_size
-    assert np.abs(onnx_answers(tmp_path / "small.onnx", {"text": texts})[1] - expected).max() < 1e-5
+    texts = ["A fine film, really", "It was slow"]
+    found = onnx_answers(tmp_path / "small.onnx", {"text": texts})[1]
+    assert np.abs(found - probabilities_of(model, texts)).max() < 1e-5
 
 
 def test_characters_that_only_longer_pieces_have_keep_these(model: Path, tmp_path: Path) -> None:

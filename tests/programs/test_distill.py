@@ -80,7 +80,8 @@ def test_given_teachers_temperature_and_weight(options: Words, model: Path, smal
     right = sst2_xlmr.load(model, "fp32", "cpu").predict([text for text, _ in dev])
     accuracy = np.mean([label == answer for (_, label), answer in zip(dev, right)])
     assert teacher["figures"]["dev"] == pytest.approx(accuracy)
-    assert "other teachers, texts or options" in refusal(run, *with_names, "--temperature", 1)
+    for other in (["--temperature", 1], ["--teacher", model]):  # a second one
+        assert "other teachers, texts or options" in refusal(run, *with_names, *other)
 
     run(*with_names, "--temperature", 1, "--align-classes", "--output-dir", tmp_path / "aligned")
     rows = json_lines(tmp_path / "aligned/round-1/train.jsonl")

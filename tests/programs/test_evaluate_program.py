@@ -44,16 +44,21 @@ def evaluate(*options: object) -> None:
 @pytest.mark.parametrize("names", [["0", "1"], ["LABEL_0", "LABEL_1"]])
 def test_sst2s_numbers_are_those_of_a_model_without_names(run: Path, tmp_path: Path, names: list[str]) -> None:
     sst2 = tmp_path / "dev.tsv"  # with the space at the end of every text
-    sst2.write_text("sentence\tlabel\n" + "a fine film \t1\na poor film \t0\n" * 2, encoding="utf-8")
+    sst2.write_text("sentence\tlabel\n" + "a fine film \t1\n" * 2 + "a poor film \t0\n", encoding="utf-8")
     shutil.copytree(run / "model", tmp_path / "model")
     settings = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
     settings.update(id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)})
     (tmp_path / "model" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     for model in (run / "model", tmp_path / "model"):
         evaluate("--model", model, "--file", sst2, "--json", tmp_path / f"{model.parent.name}.json")
+    other = tmp_path / "other.tsv"  # with numbers that the options name
+    other.write_text(sst2.read_text(encoding="utf-8").replace("\t1", "\t7").replace("\t0", "\t9"), encoding="utf-8")
+    options = ["--file", f"dev={other}", "--json", tmp_path / "other.json", "--label-names", "7=positive,9=negative"]
+    evaluate("--model", run / "model", *options)
     found = json.loads((tmp_path / f"{tmp_path.name}.json").read_text(encoding="utf-8"))["files"]["dev"]
     expected = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["files"]["dev"]
-    assert found["confusion"] == expected["confusion"]
+    named = json.loads((tmp_path / "other.json").read_text(encoding="utf-8"))["files"]["dev"]
+    assert found["confusion"] == named["confusion"] == expected["confusion"]
     assert list(found["classes"]) == names
     options = ["--model", tmp_path / "model", "--format", "onnx", "--check-file", sst2]
     export.main(["--output", str(tmp_path / "model.onnx"), *map(str, options)])
@@ -67,14 +72,15 @@ def test_an_empty_text_is_answered_unless_it_is_dropped(run: Path, tmp_path: Pat
 
 
 def test_numbers_are_those_of_training(run: Path, tmp_path: Path, capsys: Capture) -> None:
-    file, events = tmp_path / "numbers.json", tmp_path / "events"
+    file, events, few = tmp_path / "numbers.json", tmp_path / "events", tmp_path / "few.tsv"
+    few.write_text("".join(RU.read_text(encoding="utf-8").splitlines(keepends=True)[:8]), encoding="utf-8")
     outputs = ["--json", file, "--tensorboard", events]
-    evaluate("--model", run / "model", "--file", f"de={DE}", "--file", f"ru={RU}", RU, *outputs)
+    evaluate("--model", run / "model", "--file", f"de={DE}", "--file", f"ru={RU}", few, *outputs)
     said, errors = capsys.readouterr()
     assert errors == ""
     content = json.loads(file.read_text(encoding="utf-8"))
     assert content["labels"] == ["negative", "positive"]
-    assert list(content["files"]) == ["de", "ru", "test.ru"]
+    assert list(content["files"]) == ["de", "ru", "few"]
     expected = {entry["split"]: entry for entry in metrics(run) if "split" in entry}
     for name, path in (("de", DE), ("ru", RU)):
         found = content["files"][name]
@@ -87,7 +93,7 @@ def test_numbers_are_those_of_training(run: Path, tmp_path: Path, capsys: Captur
         assert found["classes"]["negative"]["recall"] == expected[name]["recall"][0]
         assert [sum(row) for row in found["confusion"]] == [c["support"] for c in found["classes"].values()]
     accuracies = [found["accuracy"] for found in content["files"].values()]
-    assert content["mean"]["accuracy"] == pytest.approx(sum(accuracies) / 3)
+    assert content["mean"]["accuracy"] == pytest.approx(sum(accuracies) / 3), "however many rows they have"
 
     table, of_de = ([line.split() for line in part.splitlines()] for part in said.split("\n\n")[:2])
     assert [line[:2] for line in table[1:4]] == [[n, f"{a:.4f}"] for n, a in zip(content["files"], accuracies)]
@@ -95,7 +101,7 @@ def test_numbers_are_those_of_training(run: Path, tmp_path: Path, capsys: Captur
     assert [[int(count) for count in line[5:]] for line in of_de[1:]] == content["files"]["de"]["confusion"]
 
     tags = events_in(events).Tags()
-    assert {"de/accuracy", "ru/ece", "test.ru/loss"} <= set(tags["scalars"])
+    assert {"de/accuracy", "ru/ece", "few/loss"} <= set(tags["scalars"])
     assert {"de/confusion", "ru/confusion"} <= set(tags["images"])
     assert {"de/pr_positive", "de/mistakes/text_summary"} <= set(tags["tensors"])
 

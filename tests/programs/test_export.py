@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Capture, Patch, RunTrain, assert_equal, refusal, run_export, user_error
-from reference import needs_torchtext
+from conftest import ROOT, Capture, Patch, RunTrain, assert_equal, needs_torchtext, refusal, run_export, user_error
 from safetensors.torch import load_file
 
 from sst2_xlmr.model.encoders import find_encoder
@@ -49,9 +48,7 @@ def test_folder_is_rewritten_with_its_card(model: Path, tmp_path: Path, dtype: s
         pytest.param("--format torchscript", lambda p: p + np.array([2e-5, -2e-5]), marks=needs_torchtext),
     ],
 )
-def test_what_answers_otherwise_is_removed(
-    model: Path, tmp_path: Path, options: str, spoiled: Any, monkeypatch: Patch
-) -> None:
+def test_wrong_answers_are_removed(model: Path, tmp_path: Path, options: str, spoiled: Any, monkeypatch: Patch) -> None:
     def spoil(written: Any) -> Any:
         def write(*given: Any) -> Any:
             classify = written(*given)

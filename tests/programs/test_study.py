@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Capture, Patch, Words, metrics, refusal, user_error
-from running import Fork, call_in_forks, forked, wait_for
+from running import call_in_forks, forked, wait_for
 from sklearn.linear_model import LogisticRegression
 
 from sst2_xlmr.cli import parse_args
@@ -106,6 +106,17 @@ def test_the_interval_is_students_and_leaves_out_what_is_unknown() -> None:
     assert found["c"]["mean"]["seconds"] is None
 
 
+def test_figures_are_the_last_of_every_file_and_the_best_of_dev(tmp_path: Path, monkeypatch: Patch) -> None:
+    for name in ("check_inputs", "parse_args"):
+        monkeypatch.setattr(study, name, lambda *_: None)
+    (tmp_path / "seed-1" / "model").mkdir(parents=True)
+    (tmp_path / "seed-1" / "config.json").touch()
+    values = [("dev", 0.5), ("dev", 0.7), ("dev", 0.6), ("de", 0.9), ("best/de", 1.0)]
+    lines = [json.dumps({"step": 1, "split": split, "accuracy": value}) for split, value in values]
+    (tmp_path / "seed-1" / "metrics.jsonl").write_text("\n".join(lines))
+    assert study.train([], tmp_path, 1) == (False, {"dev": 0.6, "best dev": 0.7, "de": 0.9, "seconds": None})
+
+
 def test_a_failing_run_ends_it_with_its_status(common: Words, small_data: Path, tmp_path: Path, capfd: Capture) -> None:
     (small_data / "train.tsv").write_text("sentence\tlabel\nno label\tx\nyes\t0\n")
     with pytest.raises(SystemExit, match="^2$"):
@@ -163,10 +174,7 @@ def test_a_run_that_is_stopped_ends_it(number: signal.Signals, common: Words, tm
         (["--seeds", "1", "--seed=2"], "leave out --seed: every run has its own"),
         (["--seeds", "1", "--config", "x"], "leave out --config"),
         (["--seeds", "1", "--setting", "a", "@options"], "leave out --config"),
-        (
-            ["--seeds", "1", "--setting", "a", "--label-names 'x,y"],
-            '--setting a: cannot split "--label-names \'x,y" into words',
-        ),
+        (["--seeds", "1", "--setting", "a", "--lr 'x,y"], '--setting a: cannot split "--lr \'x,y" into words'),
         (["--seeds", "1", "--setting", "a/b", ""], "use letters, digits and hyphens"),
         (["--seeds", "1", "--setting", "a", "", "--setting", "a", "--lr 1"], "--setting a: that name is taken"),
         (["--seeds", "1", "--setting", "a", "--epoch 3"], "did you mean --epochs?"),
@@ -224,21 +232,22 @@ def test_splitting_rows_that_are_alike_compares_few_of_them(different: bool) -> 
     assert not {rows[row] for row in left} & {rows[row] for row in test}
 
 
+def test_shares_are_of_all_rows_and_of_each_class(tmp_path: Path) -> None:
+    source, output = write_tsv(tmp_path / "t.tsv", [f"text {n}" for n in range(100)]), tmp_path / "out"
+    words = ["--train-file", source, "--output-dir", output, "--test-share", 0.3, "--dev-share", 0.2]
+    split.main(list(map(str, words)))
+    parts = {file.stem: file.read_text().splitlines()[1:] for file in output.iterdir()}
+    assert {name: len(rows) for name, rows in parts.items()} == {"train": 50, "dev": 20, "test": 30}
+    assert sorted(row for rows in parts.values() for row in rows) == sorted(source.read_text().splitlines()[1:])
+    assert all(sum(row.endswith("1") for row in rows) * 2 == len(rows) for rows in parts.values())
+
+
 def test_splitting_csv_keeps_columns_and_quotes(tmp_path: Path) -> None:
     rows = [f'"a film, number {n}, of many",{n % 2},"x\ny"' for n in range(30)]
     (tmp_path / "t.csv").write_text("review,stars,note\n" + "\n".join(rows) + "\n")
     _, test = run_split(tmp_path / "t.csv", tmp_path / "out", "--rows", 5, "--text-column", "review")
     assert test[0] == "review,stars,note"
     assert sum(row in "\n".join(test) for row in rows) == 5
-
-
-def test_split_has_succeeded_even_if_nobody_reads_it(tmp_path: Path) -> None:
-    source, errors = write_tsv(tmp_path / "t.tsv", [f"text {n}" for n in range(40)]), tmp_path / "errors"
-    words = ["--train-file", str(source), "--rows", "5", "--keep-parts-apart", "--output-dir", str(tmp_path / "out")]
-    assert Fork(["scripts/split.py", *words], Path("/dev/full"), errors).wait() == 0
-    said = errors.read_text()
-    assert said.count("\n") == 1 and said.startswith("warning: cannot write to standard output")
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["test.tsv", "train.tsv"]
 
 
 @pytest.mark.parametrize(

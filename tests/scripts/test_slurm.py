@@ -92,9 +92,7 @@ def job_options(encoder: Path, data: Path, *options: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(("nodes", "processes"), [(1, 2), (2, 1)])
-def test_job_trains_as_one_process_and_resumes(
-    tiny_encoder: Path, small_data: Path, tmp_path: Path, nodes: int, processes: int
-) -> None:
+def test_job_and_its_resume(tiny_encoder: Path, small_data: Path, tmp_path: Path, nodes: int, processes: int) -> None:
     exact = ["--epochs", 2, "--dropout", 0, "--head-dropout", 0]
     train.main(train_options(tiny_encoder, small_data, tmp_path / "one", *exact))
     run, options = tmp_path / "job", job_options(tiny_encoder, small_data, *exact)
@@ -118,9 +116,7 @@ def test_job_trains_as_one_process_and_resumes(
     assert metrics(run) == before
 
 
-def test_time_limit_saves_requeues_and_ends_with_the_same_bits(
-    tiny_encoder: Path, small_data: Path, tmp_path: Path
-) -> None:
+def test_time_limit_requeues_and_ends_with_the_same_bits(tiny_encoder: Path, small_data: Path, tmp_path: Path) -> None:
     options = ["--max-steps", 5000, "--log-every", 100, "--eval-every", 50]
     run, log = tmp_path / "job", tmp_path / "log"
     # Half a minute to a minute after its start the job gets its signal, long before it is done.

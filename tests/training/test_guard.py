@@ -41,9 +41,7 @@ def test_a_run_has_learned_once_its_loss_is_clearly_lower_and_that_is_kept() -> 
         assert state.has_learned == learned
 
 
-def test_a_collapsed_run_ends_saved_and_goes_on_when_resumed(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
+def test_a_collapsed_run_can_resume(run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(run_module, "collapse_reason", lambda *_: REASON)
     run = tmp_path / "run"
     with pytest.raises(SystemExit, match="^1$"):
@@ -76,9 +74,7 @@ def test_early_stopping_looks_first(run_train: RunTrain, tmp_path: Path, monkeyp
     assert last["collapsed"] and last["step"] < 20
 
 
-def test_a_run_stopped_before_a_look_resumes_with_it_and_then_goes_on(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_a_run_stopped_before_a_look_resumes_with_it(run_train: RunTrain, tmp_path: Path, monkeypatch: Patch) -> None:
     """That it collapsed then is saved, so that it does not end there each time."""
     run = tmp_path / "run"
     stop_by_signal(110, "evaluate_split", lambda: run_train(run, *STUCK))
@@ -92,9 +88,7 @@ def test_a_run_stopped_before_a_look_resumes_with_it_and_then_goes_on(
 
 
 @pytest.mark.parametrize("options", ["1", "3", "1 --freeze-encoder", "1 --class-weights 0.05,1"])
-def test_a_run_that_is_merely_slow_is_looked_at_and_left_alone(
-    run_train: RunTrain, tmp_path: Path, options: str, capsys: Capture
-) -> None:
+def test_a_slow_run_is_checked_and_goes_on(run_train: RunTrain, tmp_path: Path, options: str, capsys: Capture) -> None:
     """Its rate is too low for the loss to move, and every text gets the same label; few layers differ little."""
     run = run_train(tmp_path / "run", *STUCK, "--layers", *options.split())
     assert state_of(run).checked_step >= 110
@@ -102,9 +96,7 @@ def test_a_run_that_is_merely_slow_is_looked_at_and_left_alone(
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_a_run_that_has_collapsed_is_noticed(
-    run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, layers: int
-) -> None:
+def test_a_collapsed_run_is_noticed(run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, layers: int) -> None:
     """Its head no longer looks at the encoder, as it is with an output that is the same for all texts."""
 
     def collapse(run: train.Run) -> None:
@@ -124,9 +116,7 @@ REGULAR = "--class-weights balanced --label-smoothing 0.3 --dropout 0.2 --head-d
 
 
 @pytest.mark.parametrize("options", ["--lr 3e-4 --warmup-ratio 0.5 --epochs 2.5", "--freeze-encoder", REGULAR])
-def test_healthy_runs_are_left_alone(
-    run_train: RunTrain, small_data: Path, tmp_path: Path, options: str, capsys: Capture
-) -> None:
+def test_healthy_runs(run_train: RunTrain, small_data: Path, tmp_path: Path, options: str, capsys: Capture) -> None:
     header, *rows = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
     (small_data / "train.tsv").write_text(header + "".join(rows * 20), encoding="utf-8")
     run = run_train(tmp_path / "run", "--epochs", 2, "--log-every", 10, "--eval-every", 0, *options.split())

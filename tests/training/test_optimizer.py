@@ -17,7 +17,7 @@ from sst2_xlmr.engines.cpu.kernels import Kernels
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.vocabulary import EMBEDDING, whole_vocabulary
-from sst2_xlmr.training.optimizer import BETAS, EPSILON, AdamW, group_of, has_fused_adamw
+from sst2_xlmr.training.optimizer import BETAS, EPSILON, AdamW, group_of
 from sst2_xlmr.util.distributed import World, gather_objects
 
 CONFIG = Config(weight_decay=0.1, layerwise_lr_decay=0.8)
@@ -75,7 +75,7 @@ def test_equals_torchs_adamw(kind: str, threads: int, max_norm: float) -> None:
         {"params": [each], "weight_decay": 0.1 if each.dim() > 1 else 0.0, "scale": group_of(name, each, 2, CONFIG)[0]}
         for name, each in theirs.named_parameters()
     ]
-    is_fused = kind == "plain" and has_fused_adamw(ALONE.device)
+    is_fused = kind == "plain" and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)  # torch has it for CPUs
     reference = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=is_fused or None)
     expected = []
     norms = train(optimizer, ours, range(20), max_norm)
@@ -91,15 +91,6 @@ def test_equals_torchs_adamw(kind: str, threads: int, max_norm: float) -> None:
     for name, parameter in ours.named_parameters():
         assert parameter.dtype == (torch.bfloat16 if kind == "bf16" else torch.float32)
         torch.testing.assert_close(parameter.float(), masters[name], atol=0, rtol=2.0**-8 * (kind == "bf16"))
-
-
-def test_the_plain_one_is_torchs_with_one_group_per_rate_and_decay_and_fused_where_torch_has_it() -> None:
-    optimizer = build("plain", model())._optimizer
-    assert type(optimizer) is torch.optim.AdamW
-    assert len(optimizer.param_groups) == 4 * 2  # embeddings, two layers, head; matrices and vectors
-    assert all(len({each.dim() > 1 for each in group["params"]}) == 1 for group in optimizer.param_groups)
-    has_fused = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)  # for CPUs
-    assert has_fused_adamw(ALONE.device) == bool(optimizer.defaults["fused"]) == has_fused
 
 
 @pytest.mark.parametrize("second", KINDS)
@@ -131,17 +122,6 @@ def test_what_is_frozen_is_saved_but_has_no_moments_and_does_not_change(kind: st
     assert changed == {name for name in before if name.startswith("head.")}
     optimizer.load(before, moments, 0)
     assert_equal(saved(optimizer)[0], before)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_gradient_that_is_not_finite_shows_in_the_norm(kind: str) -> None:
-    classifier = model()
-    optimizer = build(kind, classifier)
-    for parameter in classifier.parameters():
-        for bad in (math.nan, math.inf):
-            set_gradients(classifier, 0)
-            parameter.grad.view(-1)[-1] = bad  # type: ignore[union-attr]
-            assert not optimizer.clip(0.5).isfinite()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -62,7 +62,7 @@ CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:83] DefaultCPUAllocator:
         (2, (train, "forward_backward"), CPU_FULL, "out of memory (rank 1): rerun with --micro-batch-size 2"),
     ],
 )
-def test_the_rank_whose_memory_is_full_says_so_and_what_to_set(
+def test_the_rank_whose_memory_is_full_says_so(
     train_words: Words, tmp_path: Path, monkeypatch: Patch, processes: int, place: Any, error: Any, says: str
 ) -> None:
     real = getattr(*place)

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Patch, file_size_limit, refusal
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sst2_xlmr.util import shards
 from sst2_xlmr.util import tensors as tensor_files
@@ -79,28 +78,6 @@ def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "precious"
 
 
-TENSORS = {
-    "b.matrix": torch.randn(7, 5),
-    "a.vector": torch.randn(3).bfloat16(),
-    "bytes": torch.arange(5, dtype=torch.uint8),
-    "ids": torch.arange(4),
-    'half \u00e9"': torch.randn(2, 3, 3).half(),
-    "number": torch.tensor(2.5),
-    "nothing": torch.zeros(0, 4),
-    "turned": torch.randn(4, 6).t(),
-}
-
-
-def test_same_content_as_safetensors_own(tmp_path: Path) -> None:
-    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
-    write_tensors(TENSORS, ours)
-    save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, theirs, {"format": "pt"})
-    torch.testing.assert_close(load_file(ours), load_file(theirs), rtol=0, atol=0)
-    with safe_open(ours, "pt") as mine, safe_open(theirs, "pt") as other:
-        assert mine.metadata() == other.metadata()
-    assert ours.stat().st_size == theirs.stat().st_size
-
-
 def test_deferred_tensors_are_made_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(tensor_files, "_CHUNK_BYTES", 60)
     whole, asked = torch.randn(30, 5), list[int]()
@@ -162,9 +139,7 @@ def test_what_was_continued_is_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_second_command_is_refused_while_the_first_one_writes(
-    tmp_path: Path, resume: bool, monkeypatch: Patch
-) -> None:
+def test_a_second_command_is_refused_while_the_first_writes(tmp_path: Path, resume: bool, monkeypatch: Patch) -> None:
     """Also if it finds the first one's lock, which is removed before it can have it."""
     output, flock = tmp_path / "a.tsv", shards.fcntl.flock
     with open_shards(output, FINGERPRINT, resume=False) as folder:

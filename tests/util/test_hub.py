@@ -48,9 +48,7 @@ def downloaded(server: Server) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["us/tiny", "us/tiny@v1", f"us/tiny@{COMMIT}"])
-def test_only_what_is_needed_is_fetched_and_only_once(
-    server: Server, tiny_encoder: Path, tmp_path: Path, name: str, capfd: Capture
-) -> None:
+def test_needs_are_fetched_once(server: Server, tiny_encoder: Path, tmp_path: Path, name: str, capfd: Capture) -> None:
     encoder = find_encoder(name)
     assert encoder.name == name
     assert encoder.weights_file.parent == tmp_path / "hub" / "models--us--tiny" / "snapshots" / COMMIT

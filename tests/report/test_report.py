@@ -1,4 +1,4 @@
-"""What a run leaves for TensorBoard, read back as TensorBoard reads it."""
+"""The report of a run: the header, a full disk; TensorBoard's files, read back as TensorBoard reads them; pictures."""
 
 from __future__ import annotations
 
@@ -6,26 +6,37 @@ import contextlib
 import dataclasses
 import functools
 import io
+import os
+import sys
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import SAMPLE_DATA, Capture, Patch, RunTrain, metrics, train_options
-from running import events_in, forget_after, resume
+import torch
+from conftest import ALONE, ROOT, SAMPLE_DATA, Capture, Patch, RunTrain, metrics, train_options, user_error
+from matplotlib.figure import Figure
+from running import events_in, forget_after, printed_by, resume
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from sst2_xlmr import train
-from sst2_xlmr.data.prepare import Split
+from sst2_xlmr.cli import parse_args
+from sst2_xlmr.config import Config
+from sst2_xlmr.data.prepare import Split, prepare
 from sst2_xlmr.data.rows import Columns, inspect
+from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.report import tensorboard
-from sst2_xlmr.report.tensorboard import escape, mistakes_table
+from sst2_xlmr.report.console import Report, header_lines
+from sst2_xlmr.report.tensorboard import confusion_picture, escape, mistakes_table
 from sst2_xlmr.task import Regression, SingleLabel
+from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.files import digest_of
 
 DEV, DE, RU = (SAMPLE_DATA / name for name in ("dev.tsv", "test.de.tsv", "test.ru.tsv"))
@@ -166,10 +177,10 @@ def test_a_resumed_run_hides_what_it_writes_again(run_train: RunTrain, tmp_path:
 
 
 def test_an_early_end(run_train: RunTrain, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    run = run_train(tmp_path / "run", "--epochs", 9, "--lr", 1e-9, "--eval-every", 3, "--early-stopping-patience", 3)
+    run = run_train(tmp_path / "run", "--epochs", 9, "--lr", 1e-30, "--eval-every", 3, "--early-stopping-patience", 3)
     assert "95 % interval" not in capsys.readouterr().out
     found = steps(events_in(run / "tensorboard"))
-    assert found["dev/confusion"] == [7, metrics(run)[-1]["step"]]
+    assert found["dev/confusion"] == [7, metrics(run)[-1]["step"]] == [7, 10]
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)  # no matplotlib
     tags = events_in(run_train(tmp_path / "bare", "--max-steps", 2) / "tensorboard").Tags()
     assert not tags["images"]
@@ -226,3 +237,143 @@ def test_no_two_starts_have_the_same_second(tmp_path: Path) -> None:
         tensorboard.open_events(tmp_path).close()
     first, second = (int(file.name.split(".")[3]) for file in sorted(tmp_path.iterdir()))
     assert first < second
+
+
+BLUE = (8, 48, 107)  # the darkest shade
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return (matplotlib.image.imread(io.BytesIO(png))[..., :3] * 255).round().astype(np.uint8)
+
+
+@pytest.fixture
+def drawn(monkeypatch: Patch) -> dict[str, tuple[float, float]]:
+    """The texts of the pictures that are drawn -> where they stand, in the axes' units."""
+    texts: dict[str, tuple[float, float]] = {}
+    savefig = Figure.savefig
+
+    def save(figure: Figure, *arguments: Any, **options: Any) -> None:
+        texts.update({text.get_text(): text.get_position() for text in figure.findobj(matplotlib.text.Text)})
+        savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return texts
+
+
+@pytest.mark.parametrize("classes", [1, 20, 21, 1000])
+def test_confusion_pictures(classes: int) -> None:
+    confusion = np.diag(np.arange(classes) + 1)
+    picture = pixels(confusion_picture(confusion, [f"a class called {n}" for n in range(classes)], "dev, step 1"))
+    assert max(picture.shape[:2]) < 2000
+    is_blue = (picture[..., 2] > picture[..., 0]) & (picture[..., 0] < 230)
+    size = 100 * max(3, min(0.75 * classes, 15))
+    for axis in (0, 1):
+        assert is_blue.any(axis).sum() == pytest.approx(size, abs=8), "no class is left out"
+    if classes <= 20:
+        assert (picture == BLUE).all(-1).sum() == pytest.approx(size**2 / classes, rel=0.25), "in the full shade"
+
+
+def test_true_labels_are_rows_and_predictions_columns(drawn: dict[str, tuple[float, float]]) -> None:
+    """A matrix that is not symmetric: everything is taken for the second of three classes."""
+    picture = pixels(confusion_picture(np.array([[0, 7, 0], [0, 8, 0], [0, 9, 0]]), ["a", "b", "c"], "dev"))
+    is_blue = (picture == BLUE).all(-1)
+    assert is_blue.any(0).sum() == pytest.approx(100, abs=3), "one column is shaded"
+    assert is_blue.any(1).sum() == pytest.approx(300, abs=10), "from top to bottom"
+    assert [drawn[f"{count}\n100.0%"] for count in (7, 8, 9)] == [(1, 0), (1, 1), (1, 2)]
+    assert (drawn["predicted"][0], drawn["true"][1]) == (0.5, 0.5), "predictions are named above, labels at the side"
+
+
+@pytest.mark.filterwarnings("error")
+def test_counts_shares_and_names(drawn: dict[str, tuple[float, float]]) -> None:
+    """No box stands for a letter that the font does not have, and no warning comes."""
+    words = "größer $x_1$_100% отрицательный αρνητικό سلبي שלילי नकारात्मक เชิงลบ 负面 부정적인 👍"
+    names = [*words.split(), "л" * 40, "a\nb"]
+    confusion = np.diag([1234, 0, 3, *[4] * (len(names) - 3)])
+    confusion[0, 2] = 1
+    confusion_picture(confusion, names, "dev 负面")
+    assert {"1,234\n99.9%", "1\n0.1%", "3\n100.0%", "0"} <= drawn.keys()
+    assert {"dev ??", *words.split()[:4], "л" * 31 + "…", "a\nb"} <= drawn.keys()
+    assert {name for name in drawn if name.startswith("class ")} == {f"class {number}" for number in range(4, 11)}
+
+
+def test_settings_are_left_alone() -> None:
+    """And whoever draws nothing does not wait for matplotlib."""
+    before = dict(matplotlib.rcParams)
+    with matplotlib.rc_context({"text.usetex": True, "savefig.dpi": 30, "axes.facecolor": "black"}):
+        theirs = confusion_picture(np.eye(2, dtype=int), ["a", "b"], "dev")
+    assert theirs == confusion_picture(np.eye(2, dtype=int), ["a", "b"], "dev"), "the user's settings change nothing"
+    assert dict(matplotlib.rcParams) == before
+    program = (
+        "import sys, train, numpy; from sst2_xlmr.report.tensorboard import confusion_picture as draw;"
+        "print('matplotlib' in sys.modules); draw(numpy.eye(2), ['a', 'b'], '');"
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
+    assert printed_by(ROOT, sys.executable, "-c", program).split() == ["False", "False"]
+
+
+def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
+    """A killed process has no time to write what it holds back, and a resumed run does not repeat it."""
+    inputs: Any = SimpleNamespace(config=Config(), task=SingleLabel(["no", "yes"]), caches={"dev": DEV})
+    report = Report(inputs, TrainState(5), tmp_path, 10, [])
+    report.log_training(entry := {"step": 3, "epoch": 0.1, "loss": 0.5, "lr": 1e-3, "samples_per_s": 1.0, "new": 7.0})
+    events = events_in(tmp_path / "tensorboard")
+    assert [event.step for event in events.Scalars("train/loss")] == [3]
+    assert events.Scalars("train/new")[0].value == 7, "a new metric needs no list"
+    report.log_collapse(4, "same prediction for every text")
+    assert metrics(tmp_path) == [entry, {"step": 4, "collapsed": True}]
+    report.close()
+
+
+@pytest.mark.parametrize(
+    ("precision", "decided", "reason", "says"),
+    [
+        ("auto", "bf16", "", "1 process; precision auto -> bf16 with fp32 master weights; engine"),
+        ("fp32", "fp32", "as asked", "1 process; fp32; plain PyTorch: slower (as asked)"),
+        ("bf16", "bf16", "no GCC that works", "bf16 autocast; plain PyTorch: slower (no GCC that works)"),
+    ],
+)
+def test_the_header_says_what_was_decided(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path, precision: str, decided: str, reason: str, says: str
+) -> None:
+    options = ["--precision", precision, "--epochs", 1.5]
+    config, _ = parse_args(train_options(tiny_encoder, small_data, tmp_path / "run", *options))
+    inputs = prepare(config, quiet=True)
+    state, world, rows = TrainState(7, decided, 4), ALONE, inputs.encoder.shape.vocab_size
+    weights = {EMBEDDING: torch.empty(rows - 100, 32), "big": torch.empty(1000, 1000), "head": torch.empty(1000, 100)}
+    moments = {f"{kind}.head": weights["head"] for kind in ("exp_avg", "exp_avg_sq")}
+    optimizer: Any = SimpleNamespace(weights=lambda: weights, moments=lambda: moments, shares_memory=False)
+    lines = header_lines(inputs, state, optimizer, reason, world, head_is_new=True)
+    by_name = {line[:10].rstrip(): line[11:] for line in lines}
+    assert list(by_name) == ["stack", "encoder", "rows", "classes", "batches", "device"]
+    assert by_name["encoder"].endswith(
+        f"3 layers, 32 wide, 1.1 M parameters, 0.1 M trained ({rows - 100} of {rows} embedding rows occur);"
+        " new head for negative, positive"
+    )
+    assert by_name["rows"] == "train 50, dev 20; 3 cut to 64 tokens"
+    assert by_name["batches"] == "7 an epoch, of 8 rows; 1.5 epochs, 10 steps, evaluation every 4"
+    assert says in by_name["device"]
+
+
+@pytest.mark.parametrize("what", ["metrics", "events"])
+def test_a_run_whose_disk_fills_resumes(run_train: RunTrain, tmp_path: Path, monkeypatch: Patch, what: str) -> None:
+    """What is said is one line, without a traceback from the thread that writes events."""
+    run, log_training = tmp_path / "run", Report.log_training
+
+    def fill_at_step_5(report: Report, entry: dict[str, Any]) -> None:
+        if entry["step"] == 5 and what == "metrics":
+            os.dup2(os.open("/dev/full", os.O_WRONLY), report._metrics.fileno())
+        elif entry["step"] == 5:
+            for file in (run / "tensorboard").iterdir():  # every record is written to the name
+                file.unlink()
+                file.symlink_to("/dev/full")
+        log_training(report, entry)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Report, "log_training", fill_at_step_5)
+        line = user_error(run_train, run, "--epochs", 1, "--save-every", 3)
+    place = run / ("metrics.jsonl" if what == "metrics" else "tensorboard")
+    assert f"cannot write {what} to {place}: No space left on device; free some space, then continue" in line
+    for file in (run / "tensorboard").iterdir():
+        file.unlink()
+    resume(run)
+    assert [entry["step"] for entry in metrics(run) if "split" not in entry] == list(range(1, 8))
