@@ -487,9 +487,13 @@ class MultiLabel(_Common):
 
     def notes(self, labels: LabelCounts) -> list[str]:
         counts: Counter[str] = Counter()
+        is_one_hot = bool(labels)
         for text, (rows, _) in labels.items():
-            counts.update({str(label): rows for label in _split(text, self.delimiter, self._ids_by_label)})
-        return label_notes(counts)
+            values = _split(text, self.delimiter, self._ids_by_label)
+            counts.update({str(label): rows for label in values})
+            is_one_hot &= len(values) > 1 and sum(values.values()) == 1
+        one = "every row has exactly one label: if that is always so, give --task single-label"
+        return [*label_notes(counts), *[one] * is_one_hot]
 
     def label_keys(self, labels: np.ndarray) -> np.ndarray:
         factors = np.random.RandomState(0).randint(1, 2**62, labels.shape[1])

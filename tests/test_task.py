@@ -189,6 +189,9 @@ def test_columns_of_0_and_1_are_several_labels_and_those_of_probabilities_one(tm
     assert (type(task), task.label_names) == (MultiLabel, ["toxic", "insult"])
     assert [row.label.tolist() for row in rows] == [[1, 0], [0, 0], [1, 1]]
     assert task.read_label({"toxic": "-1", "insult": -1}, "") is None, "a row of a test file that is not scored"
+    rows_of = {'{"toxic": 1, "insult": 0}': (3, 1), '{"toxic": 0, "insult": 1}': (2, 2)}
+    assert ["--task single-label" in note for note in task.notes(rows_of)] == [True]
+    assert not task.notes({**rows_of, '{"toxic": 1, "insult": 1}': (1, 3)})
     columns = Columns(labels=("probability_no", "probability_yes"))
     content = "text,probability_no,probability_yes\nx,0.25,0.75\ny,0.9,0.1\n"
     task, rows = read(tmp_path / "b.csv", content, columns)

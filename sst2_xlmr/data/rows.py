@@ -139,7 +139,9 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
         if matches:
             return matches[0]
     if layout.is_table and len(names) == 1 and option.startswith("--label"):
-        raise UserError(f"{path} is read as one column, of texts without labels; if there are more, give --delimiter")
+        cure = "if each line begins with its label, sed 's/ /\\t/' FILE > NEW makes that a column"
+        reason = "is read as one column, of texts without labels; if there are more, give --delimiter"
+        raise UserError(f"{path} {reason}; {cure}")
     among = shortened(", ".join(names)) + " (it has no header)" * bool(layout.delimiter and not layout.header)
     absent, cure = " or ".join(map(repr, wanted)), f"name it with {option}{_proposal(path, layout, with_label)}"
     raise UserError(f"{path}, line {fields.line}: no column {absent} among {among}; {cure}")

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -274,8 +275,10 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
         if width > 1 and (share >= _CONSISTENT or given) and fits:
             names = sum(cell.strip("\ufeff \"'").lower() in asked.named for cell in rows[0])
             is_prose = all(cell[:1] == " " for row in rows for cell in row[1:])  # its commas are followed by spaces
+            # Whether most rows have a cell with an odd quote: then this delimiter is text in the cells of another one.
+            is_torn = quoting == "none" and statistics.median(any(c.count('"') % 2 for c in row) for row in rows) > 0
             if names or given or name.endswith(".csv") or not is_prose:
-                best = max(best, (names, round(share, 2), -rank, delimiter, quoting, rows))
+                best = max(best, (names, not is_torn, round(share, 2), -rank, delimiter, quoting, rows))
     if best:
         *_, delimiter, quoting, rows = best
         raw = "".join(lines)

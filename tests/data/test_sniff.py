@@ -130,6 +130,13 @@ def test_commas_of_prose_part_no_columns(tmp_path: Path, header: str, rows: int)
     assert [row.text for row in read_rows(tmp_path / "a.txt", columns, None)] == PROSE[:rows]
 
 
+@pytest.mark.parametrize("mark", [";", " |", "\t"])
+def test_one_other_delimiter_in_every_text_is_text(tmp_path: Path, mark: str) -> None:
+    rows = [[f"good{mark} film {number}", "10"[number % 2]] for number in range(9)]
+    content = written([row[::-1] for row in rows], header=False, quoting=csv.QUOTE_ALL)
+    assert read(tmp_path / "a.csv", content, "2", label="1") == rows
+
+
 @pytest.mark.parametrize("header", ["text", "text,label"])
 def test_a_text_with_commas_is_no_row_name(tmp_path: Path, header: str) -> None:
     label = ",x" * header.count(",")
