@@ -143,11 +143,9 @@ def command_line_of(config: Config) -> list[str]:
 
 
 def train_parser() -> OneLineParser:
-    parser = OneLineParser(
-        description="Fine-tune XLM-R for text classification; SST-2 by default.",
-        epilog="@FILE takes options from a file, such as those in scripts/recipes/; options after it override them."
-        " Also: torchrun --nproc_per_node=2 train.py ...; sbatch scripts/train.sbatch",
-    )
+    epilog = "@FILE takes options from a file, such as those in scripts/recipes/; options after it override them."
+    epilog += " Also: torchrun --nproc_per_node=2 train.py ...; sbatch scripts/train.sbatch"
+    parser = OneLineParser(description="Fine-tune XLM-R for text classification; SST-2 by default.", epilog=epilog)
     for heading, names in GROUPS.items():
         add_options(parser.add_argument_group(heading), *names)
     run = parser.add_argument_group("starting from an earlier run")

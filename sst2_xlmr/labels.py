@@ -197,7 +197,7 @@ def resolve_label_names(names: Sequence[str], labels: Iterable[str], path: objec
     count = len(names)
     if any(_INTEGER.fullmatch(name) for name in names):
         return list(names), {}
-    if len(integers) != count:
+    if len(integers) != count:  # the file has not all of them; they count from 0 or from 1
         first = int(bool(integers) and integers[0] != 0 and integers[-1] == count)
         if integers and not first and (integers[0] != 0 or integers[-1] >= count):
             shown, cure = ", ".join(map(str, integers[:10])), f"--label-names {integers[0]}={names[0]},..."

@@ -30,19 +30,6 @@ from sst2_xlmr.util.errors import UserError
 Texts = Sequence[Union[str, tuple[str, str]]]
 
 
-class _Mean(nn.Module):
-    """An ensemble: its logits give the mean of the members' probabilities."""
-
-    def __init__(self, modules: list[nn.Module], task: Task) -> None:
-        super().__init__()
-        self.members, self.task = nn.ModuleList(modules), task
-
-    def forward(self, *batch: Any) -> torch.Tensor:
-        probabilities = [self.task.probabilities(member(*batch).float()) for member in self.members]
-        mean = torch.stack(probabilities).double().mean(0)
-        return torch.from_numpy(self.task.logits_of(mean.cpu().numpy())).to(mean.device)
-
-
 @dataclass(eq=False, repr=False)
 class Classifier:
     """A trained model, ready to classify; several threads may use it at once."""
@@ -106,7 +93,15 @@ class Classifier:
                 raise UserError(f"{member.folder} has {what} than {first.folder}, so they cannot be averaged")
         thresholds = np.mean([member.task.thresholds for member in members], axis=0).tolist()
         task = replace(first.task, thresholds=tuple(thresholds))
-        module = _Mean([member.module for member in members], task)
+        module = nn.ModuleList(member.module for member in members)
+
+        def forward(*batch: Any) -> torch.Tensor:
+            """Return logits that give the mean of the members' probabilities."""
+            probabilities = [task.probabilities(member(*batch).float()) for member in module]
+            mean = torch.stack(probabilities).double().mean(0)
+            return torch.from_numpy(task.logits_of(mean.cpu().numpy())).to(mean.device)
+
+        module.forward = forward
         return cls(first.folder, module, first.tokenizer, task, first.precision, first.device)
 
     @property

@@ -94,9 +94,10 @@ class Positions(NamedTuple):
 
     def label_cell(self, names: Sequence[str], cells: Sequence[Any]) -> Any:
         """Return a row's label: an object if it has several columns, and by name if the file names its class ids."""
-        if len(self.labels) > 1:
-            return {names[position]: cells[position] for position in self.labels}
-        label = cells[self.labels[0]] if self.labels else None
+        labels = self.labels  # once, as this is called for every row
+        if len(labels) > 1:
+            return {names[position]: cells[position] for position in labels}
+        label = cells[labels[0]] if labels else None
         if not self.class_names:
             return label
         if isinstance(label, list) and len(label) > 1:

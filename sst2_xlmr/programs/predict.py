@@ -24,16 +24,9 @@ from tqdm import tqdm
 
 from sst2_xlmr import __version__
 from sst2_xlmr.config import TEXT_OPTIONS, flag
+from sst2_xlmr.data import predictions as output
 from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.formats import LONGEST, Fields, kind_of
-from sst2_xlmr.data.predictions import (
-    check_columns,
-    console_lines,
-    extended_rows,
-    glue_label_ids,
-    new_output,
-    submission_lines,
-)
 from sst2_xlmr.data.report import description
 from sst2_xlmr.data.rows import Row, check_pairs, check_text, columns_given, in_chunks, read_rows, texts_of
 from sst2_xlmr.data.sniff import find_layout
@@ -142,7 +135,7 @@ def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
         columns = columns or chunk[0].fields.names
         rows.append(len(chunk))
         for row in chunk if arguments.output else ():
-            check_columns(row, columns, arguments.output)
+            output.check_columns(row, columns, arguments.output)
     return digest, rows
 
 
@@ -175,7 +168,7 @@ def predict_stream(arguments: argparse.Namespace) -> None:
         return
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     for chunk, predictions in blocks:
-        if not print_text(console_lines(chunk, predictions)):
+        if not print_text(output.console_lines(chunk, predictions)):
             return
     if arguments.input:
         say_layout(arguments)
@@ -184,30 +177,30 @@ def predict_stream(arguments: argparse.Namespace) -> None:
 def write_predictions(arguments: argparse.Namespace, task: Task, blocks: Iterable[Predictions]) -> None:
     """Write the output files atomically."""
     new_columns = task.columns(arguments.all_probabilities)
-    numbers = glue_label_ids(task.label_names) if arguments.glue_submission else {}
+    numbers = output.glue_label_ids(task.label_names) if arguments.glue_submission else {}
     layout = find_layout(arguments.input, columns_given(arguments)) if arguments.input else None
     has_names = not layout or layout.header or not layout.delimiter  # without a header in the input, write none
     columns, row = None, 0
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(new_output(path)) for path in arguments.paths]
+        files = [stack.enter_context(output.new_output(path)) for path in arguments.paths]
         for chunk, predictions in blocks:
             columns = columns or chunk[0].fields.names
             if arguments.output:
                 header = has_names and row == 0
-                files[0].write(extended_rows(arguments.output, chunk, predictions, new_columns, columns, header))
+                files[0].write(output.extended_rows(arguments.output, chunk, predictions, new_columns, columns, header))
             if arguments.glue_submission:
-                files[-1].write(submission_lines(chunk, predictions, numbers, row))
+                files[-1].write(output.submission_lines(chunk, predictions, numbers, row))
             row += len(chunk)
 
 
 def say_layout(arguments: argparse.Namespace) -> None:
     """Print to standard error how the input was read, if its format is unusual, and how pandas reads the output."""
-    columns, output = columns_given(arguments), arguments.output
+    columns, path = columns_given(arguments), arguments.output
     if note := description(arguments.input, find_layout(arguments.input, columns), columns):
         print(f"read as    {note}", file=sys.stderr)
-    if output and kind_of(output) == ".tsv":
-        how = f"pandas.read_csv({str(output)!r}, sep='\\t', quoting=3, keep_default_na=False) reads it"
-        print(f"written    {output}: tabs, no quotes; {how}", file=sys.stderr)
+    if path and kind_of(path) == ".tsv":
+        how = f"pandas.read_csv({str(path)!r}, sep='\\t', quoting=3, keep_default_na=False) reads it"
+        print(f"written    {path}: tabs, no quotes; {how}", file=sys.stderr)
 
 
 def with_progress(blocks: Iterable[Predictions], total: int, done: int, quiet: bool) -> Iterator[Predictions]:
@@ -240,7 +233,7 @@ def predict_file(arguments: argparse.Namespace, world: distributed.World) -> Non
         def begin() -> Path:
             check_options(classifier.task, arguments)
             if arguments.glue_submission:
-                glue_label_ids(classifier.label_names)
+                output.glue_label_ids(classifier.label_names)
             files = []
             for model in arguments.models:
                 encoder = find_model(model)

@@ -80,9 +80,8 @@ def fetch_sst2(*, quiet: bool = False) -> Path:
     if not folder.exists():
         with _downloaded(SST2_URL, folder.parent, quiet) as archive:
             if (md5 := digest_of(archive, "md5")) != SST2_MD5:
-                raise UserError(
-                    f"{SST2_URL} has MD5 {md5}, expected {SST2_MD5}, and was not kept; {_CURE.format(cache_dir())}"
-                )
+                cure = _CURE.format(cache_dir())
+                raise UserError(f"{SST2_URL} has MD5 {md5}, expected {SST2_MD5}, and was not kept; {cure}")
             extracted = archive.with_name("SST-2")
             extracted.mkdir()
             with zipfile.ZipFile(archive) as opened:

@@ -140,7 +140,7 @@ def test_what_is_too_much_is_turned_away(model: Path) -> None:
         receive, send = AsyncMock(return_value={"body": GOOD}), AsyncMock(side_effect=sent.append)
         await app({"path": path, "method": method}, receive, send)
 
-    asyncio.run(ask_app("/", "POST"))
+    asyncio.run(asyncio.wait_for(ask_app("/", "POST"), 20))
     asyncio.run(ask_app("/", "GET"))
     assert [message["status"] for message in sent[::2]] == [503, 404]
 

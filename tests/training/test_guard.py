@@ -115,7 +115,7 @@ def test_a_collapsed_run_is_noticed(run_train: RunTrain, tmp_path: Path, monkeyp
 REGULAR = "--class-weights balanced --label-smoothing 0.3 --dropout 0.2 --head-dropout 0.5 --precision bf16"
 
 
-@pytest.mark.parametrize("options", ["--lr 3e-4 --warmup-ratio 0.5 --epochs 2.5", "--freeze-encoder", REGULAR])
+@pytest.mark.parametrize("options", ["--lr 3e-4 --warmup-ratio 0.5 --epochs 1.8", "--freeze-encoder", REGULAR])
 def test_healthy_runs(run_train: RunTrain, small_data: Path, tmp_path: Path, options: str, capsys: Capture) -> None:
     header, *rows = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
     (small_data / "train.tsv").write_text(header + "".join(rows * 20), encoding="utf-8")
