@@ -154,9 +154,14 @@ def _check_eval_files(values: list[str]) -> str:
 
 def _check_columns(values: list[str]) -> str:
     part = f"({'|'.join(COLUMN_KEYS)})=[^,=]+"
-    if all(re.fullmatch(rf"[^:]+:{part}(,{part})*", value) for value in values):
-        return ""
-    return f"takes SPLIT:KEY=VALUE,..., keys are {', '.join(COLUMN_KEYS)}"
+    if not all(re.fullmatch(rf"[^:]+:{part}(,{part})*", value) for value in values):
+        return f"takes SPLIT:KEY=VALUE,..., keys are {', '.join(COLUMN_KEYS)}"
+    for pair in (pair for value in values for pair in value.partition(":")[2].split(",")):
+        key, _, text = pair.partition("=")
+        check = OPTIONS[key].metadata["check"] if key in OPTIONS else None
+        if problem := check(text) if check else "":
+            return f"{key}={text} {problem}"
+    return ""
 
 
 def option(

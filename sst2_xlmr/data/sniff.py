@@ -120,7 +120,8 @@ def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
     newline = "\n"
     if len(lines) == 1 and "\r" in lines[0][:-1] and not lines[0].endswith("\n"):
         newline, lines = "\r", [line + "\n" for line in lines[0].split("\r") if line]
-    layout = _text_layout(path, name, lines, is_whole, asked, kind)._replace(encoding=encoding, newline=newline)
+    layout = _text_layout(path, name, lines, is_whole, asked, kind, encoding)
+    layout = layout._replace(encoding=encoding, newline=newline)
     if layout.format not in ("tsv", "csv"):
         return layout
     may_be_unquoted = layout.quoting == "none" or (layout.delimiter == "\t" and layout.quoting == "double")
@@ -145,7 +146,9 @@ def _sample(path: Path, encoding: str, most: float = SAMPLE_CHARACTERS) -> tuple
     return lines, True
 
 
-def _text_layout(path: Path, name: str, lines: list[str], is_whole: bool, asked: Columns, kind: str | None) -> Layout:
+def _text_layout(
+    path: Path, name: str, lines: list[str], is_whole: bool, asked: Columns, kind: str | None, encoding: str
+) -> Layout:
     filled = [line for line in lines if line.strip()]
     if not filled:
         return Layout(kind or "lines", names=("text",))
@@ -155,7 +158,7 @@ def _text_layout(path: Path, name: str, lines: list[str], is_whole: bool, asked:
         raise UserError(f"{path} has parse trees in brackets, as SST's; make them rows: {_TREE_CURE}")
     kind = kind or _json_format(name, filled)
     if kind == "json":
-        whole = lines if is_whole else _sample(path, asked.encoding or "utf-8", math.inf)[0]
+        whole = lines if is_whole else _sample(path, encoding, math.inf)[0]
         row = next(iter(containers.json_rows("".join(whole), path)), None)
         return Layout("json", names=tuple(str(i + 1) for i in range(len(row))) if isinstance(row, list) else ())
     if kind == "jsonl":

@@ -29,18 +29,18 @@ def describe_calibration(temperature: float, ece_before: float, ece_after: float
 def calibrate(task: Task, probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
     """Return the temperature fitted to probabilities, float [rows, outputs], and their ECE before and after."""
 
-    def metrics(inverse: float) -> dict[str, float]:
-        return task.metrics(task.results_of(probabilities, labels, 1 / inverse), labels)
+    def results(inverse: float) -> np.ndarray:
+        return task.results_of(probabilities, labels, 1 / inverse)
 
     low, high = 1 / HIGHEST, 1 / LOWEST
     for _ in range(_STEPS):  # the loss is convex in the inverse temperature
         third = (high - low) / 3
-        if metrics(low + third)["loss"] < metrics(high - third)["loss"]:
+        if results(low + third)[:, 0].mean() < results(high - third)[:, 0].mean():
             high -= third
         else:
             low += third
     inverse = (low + high) / 2
-    before, after = metrics(1.0), metrics(inverse)
+    before, after = (task.metrics(results(each), labels) for each in (1.0, inverse))
     if 2 * len(labels) * (before["loss"] - after["loss"]) <= _SIGNIFICANT_GAIN:
         return 1.0, before["ece"], before["ece"]
     return 1 / inverse, before["ece"], after["ece"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import importlib
@@ -136,7 +137,8 @@ def test_what_is_too_much_is_turned_away(model: Path) -> None:
     counters[serve.WAITING] = serve.MOST_WAITING
 
     async def ask_app(path: str, method: str) -> None:
-        app = serve.make_app(Classifier.load(model, "fp32", "cpu"), asyncio.Queue(), 0.0, counters, 0)
+        arguments = argparse.Namespace(counters=counters, abstain_below=0.0)
+        app = serve.make_app(Classifier.load(model, "fp32", "cpu"), arguments, asyncio.Queue(), 0)
         receive, send = AsyncMock(return_value={"body": GOOD}), AsyncMock(side_effect=sent.append)
         await app({"path": path, "method": method}, receive, send)
 

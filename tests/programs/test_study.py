@@ -22,7 +22,7 @@ from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.programs import split, study
+from sst2_xlmr.programs import runs, split, study
 from sst2_xlmr.programs.runs import digest
 from sst2_xlmr.programs.study import PENALTY, linear_probe
 from sst2_xlmr.report.tables import Results, interval, summary
@@ -108,13 +108,13 @@ def test_the_interval_is_students_and_leaves_out_what_is_unknown() -> None:
 
 def test_figures_are_the_last_of_every_file_and_the_best_of_dev(tmp_path: Path, monkeypatch: Patch) -> None:
     for name in ("check_inputs", "parse_args"):
-        monkeypatch.setattr(study, name, lambda *_: None)
+        monkeypatch.setattr(runs, name, lambda *_: None)
     (tmp_path / "seed-1" / "model").mkdir(parents=True)
     (tmp_path / "seed-1" / "config.json").touch()
     values = [("dev", 0.5), ("dev", 0.7), ("dev", 0.6), ("de", 0.9), ("best/de", 1.0)]
     lines = [json.dumps({"step": 1, "split": split, "accuracy": value}) for split, value in values]
     (tmp_path / "seed-1" / "metrics.jsonl").write_text("\n".join(lines))
-    assert study.train([], tmp_path, 1) == (False, {"dev": 0.6, "best dev": 0.7, "de": 0.9, "seconds": None})
+    assert runs.train([], tmp_path, 1) == (False, {"dev": 0.6, "best dev": 0.7, "de": 0.9, "seconds": None})
 
 
 def test_a_failing_run_ends_it_with_its_status(common: Words, small_data: Path, tmp_path: Path, capfd: Capture) -> None:
