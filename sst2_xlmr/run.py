@@ -214,7 +214,7 @@ class Run:
 
     def contents(self) -> CheckpointContents:
         """Return everything that a checkpoint holds, besides random states."""
-        return CheckpointContents(self.state, self.meter, self.optimizer, self.vocabulary)
+        return self.state, self.meter, self.optimizer, self.vocabulary
 
     def save(self) -> None:
         """Write a checkpoint, once the metrics are on disk: no checkpoint is ahead of them."""

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 import torch
 from safetensors.torch import load_file
@@ -32,15 +32,8 @@ _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "
 _FILES = (*_TENSOR_FILES, "state.json", "config.json")
 # For a file that cannot be read although the manifest is valid: another program wrote it, or it is forged.
 _CURE = "remove it to use the one before"
-
-
-class CheckpointContents(NamedTuple):
-    """What is saved, besides every rank's random state."""
-
-    state: TrainState
-    meter: TrainMeter
-    optimizer: AdamW
-    vocabulary: Vocabulary
+# What is saved, besides the random state of every rank.
+CheckpointContents = tuple[TrainState, TrainMeter, AdamW, Vocabulary]
 
 
 def save_checkpoint(

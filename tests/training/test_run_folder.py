@@ -25,7 +25,6 @@ from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary, whole_vocabulary
 from sst2_xlmr.training.checkpoint import (
-    CheckpointContents,
     find_checkpoint,
     find_damage,
     load_checkpoint,
@@ -115,7 +114,7 @@ def save(folder: Path, step: int, seed: int = 0) -> AdamW:
     meter.totals, vocabulary.decay = TOTALS, 0.75
     with BackgroundWriter() as finisher:
         state = dataclasses.replace(STATE, step=step)
-        save_checkpoint(folder, CheckpointContents(state, meter, saved, vocabulary), Config(), ALONE, finisher)
+        save_checkpoint(folder, (state, meter, saved, vocabulary), Config(), ALONE, finisher)
     return saved
 
 
@@ -127,7 +126,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert checkpoint is not None
     assert read_state(checkpoint) == STATE
     loaded, meter, vocabulary = optimizer(1), TrainMeter(ALONE), whole_vocabulary(50)
-    load_checkpoint(checkpoint, CheckpointContents(STATE, meter, loaded, vocabulary), 0, ALONE)
+    load_checkpoint(checkpoint, (STATE, meter, loaded, vocabulary), 0, ALONE)
     assert (meter.totals, vocabulary.decay) == (TOTALS, 0.75)
     assert torch.equal(torch.rand(5), expected)
     assert_equal([loaded.weights(), loaded.moments()], [saved.weights(), saved.moments()])
@@ -142,7 +141,7 @@ def test_other_vocabulary_keeps_what_was_trained(tmp_path: Path) -> None:
     old = save(tmp_path, 1)
     wider, vocabulary = optimizer(1, rows=60), Vocabulary(torch.cat([torch.arange(30), torch.arange(35, 65)]), 100)
     new_row = wider.weights()[EMBEDDING][-1:].clone()
-    contents = CheckpointContents(STATE, TrainMeter(ALONE), wider, vocabulary)
+    contents = (STATE, TrainMeter(ALONE), wider, vocabulary)
     load_checkpoint(tmp_path / "step-00000001", contents, 0, ALONE)
     pairs = [(wider.weights()[EMBEDDING], old.weights()[EMBEDDING])]
     names = (f"exp_avg.{EMBEDDING}", f"exp_avg_sq.{EMBEDDING}")
@@ -160,7 +159,7 @@ def test_another_number_of_processes_begins_new_random_streams(tmp_path: Path) -
     for rank, step in ((0, 5), (1, 5), (0, 6)):
         world = dataclasses.replace(ALONE, rank=rank, local_rank=rank, world_size=2, local_world_size=2)
         state = dataclasses.replace(STATE, step=step)
-        contents = CheckpointContents(state, TrainMeter(ALONE), optimizer(1), whole_vocabulary(50))
+        contents = (state, TrainMeter(ALONE), optimizer(1), whole_vocabulary(50))
         load_checkpoint(tmp_path / "step-00000001", contents, 0, world)
         drawn.append(str(torch.rand(3)))
     assert len(set(drawn)) == 3
@@ -203,7 +202,7 @@ def test_a_kill_while_the_same_step_is_replaced_leaves_one(tmp_path: Path, monke
     assert find_checkpoint(folder, pytest.fail) == folder / "step-00000002"
     assert sorted(entry.name for entry in folder.iterdir()) == ["step-00000001", "step-00000002"]
     loaded = optimizer(9)
-    contents = CheckpointContents(STATE, TrainMeter(ALONE), loaded, whole_vocabulary(50))
+    contents = (STATE, TrainMeter(ALONE), loaded, whole_vocabulary(50))
     load_checkpoint(folder / "step-00000002", contents, 0, ALONE)
     is_from = [torch.equal(loaded.weights()[EMBEDDING], table) for table in tables]  # type: ignore[arg-type]
     assert is_from == [False, True] or (is_from == [True, False] and calls < 4)
