@@ -32,7 +32,7 @@ from sst2_xlmr.training.run_folder import claim, evaluations_at, write_config
 from sst2_xlmr.training.schedule import evaluation_interval
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.training.step import forward_backward
-from sst2_xlmr.util.device import choose_precision, keep_freed_memory, memory_errors, set_up_numerics
+from sst2_xlmr.util.device import choose_precision, give_back_memory, keep_freed_memory, memory_errors, set_up_numerics
 from sst2_xlmr.util.distributed import World, broadcast, check_same, on_rank0, once_per_node, raise_on_all, start
 from sst2_xlmr.util.errors import Collapsed, Interrupted, say
 from sst2_xlmr.util.files import writing
@@ -72,6 +72,7 @@ def train(run: Run) -> None:
 def prepare_inputs(config: Config, world: World) -> tuple[Prepared, dict[str, str]]:
     """Load and tokenize the inputs; returns them and the SHA-256 of each, checked to be equal on all ranks."""
     inputs = once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
+    give_back_memory()  # of tokenizing
     fixed = [name for name, option in OPTIONS.items() if name == "compile" or not option.metadata["changeable"]]
     fixed_options = {flag(name): getattr(config, name) for name in fixed}
     check_same(world, fixed_options, "start all with the same options")
