@@ -70,7 +70,7 @@ def above(low: float, high: float = math.inf) -> Callable[[Any], str]:
     return lambda value: "" if low < value <= high and value < math.inf else wanted
 
 
-def typed(word: str) -> str:
+def decode_argument(word: str) -> str:
     """Return a command-line word decoded as UTF-8, even if the locale is ASCII."""
     try:
         return os.fsencode(word).decode("utf-8")
@@ -78,12 +78,12 @@ def typed(word: str) -> str:
         return word
 
 
-def names_in(text: str) -> list[str]:
+def parse_label_names(text: str) -> list[str]:
     """Return the names in a comma-separated list, in JSON, or in a file of either JSON or one name per line.
 
     A line `NUMBER<tab>NAME` of a file, and a key and value of a JSON object, become `NUMBER=NAME`.
     """
-    text, is_file = typed(text), os.path.isfile(typed(text))  # noqa: PTH113 (many names are too long for a path)
+    text, is_file = decode_argument(text), os.path.isfile(decode_argument(text))  # noqa: PTH113 (many names are too long for a path)
     try:
         if is_file:
             text = Path(text).read_text(encoding="utf-8-sig").strip()
@@ -97,7 +97,13 @@ def names_in(text: str) -> list[str]:
 
 
 # Annotation -> parser of its values; others stay strings.
-TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": typed, "CommaSeparated": names_in}
+TYPES: dict[str, Any] = {
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": decode_argument,
+    "CommaSeparated": parse_label_names,
+}
 
 
 def _check_label_names(names: list[str]) -> str:
@@ -352,10 +358,10 @@ OPTIONS = {field.name: field for field in dataclasses.fields(Config)}
 # Heading of `--help` -> its options; `_FIRST` has the first option of each.
 _FIRST = {"data_dir": "data", "encoder": "model", "epochs": "training", "device": "machine", "output_dir": "output"}
 GROUPS: dict[str, list[str]] = {}
+_heading = ""
 for _name in OPTIONS:
-    if _name in _FIRST:
-        _group = GROUPS.setdefault(_FIRST[_name], [])
-    _group.append(_name)
+    _heading = _FIRST.get(_name, _heading)
+    GROUPS.setdefault(_heading, []).append(_name)
 
 
 def flag(name: str) -> str:
@@ -399,7 +405,7 @@ def check(config: Config) -> None:
                 if not Path(file).exists():
                     raise UserError(f"{name} {file} is not a file")
     except OSError as error:
-        raise UserError(f"cannot look at {error.filename}: {error.strerror}") from None
+        raise UserError(f"cannot access {error.filename}: {error.strerror}") from None
     if config.text_pair_column is not None and config.max_length < SHORTEST_PAIR:
         wanted = f"must be {SHORTEST_PAIR} or more with --text-pair-column"
         raise UserError(f"--max-length {wanted}, not {config.max_length}")

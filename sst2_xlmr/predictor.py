@@ -30,12 +30,25 @@ from sst2_xlmr.util.errors import UserError
 Texts = Sequence[Union[str, tuple[str, str]]]
 
 
+class _Ensemble(nn.Module):
+    """Its logits give the mean of several models' probabilities."""
+
+    def __init__(self, members: list[nn.Module], task: Task) -> None:
+        super().__init__()
+        self.members, self.task = nn.ModuleList(members), task
+
+    def forward(self, *batch: Any) -> torch.Tensor:
+        probabilities = [self.task.probabilities(member(*batch).float()) for member in self.members]
+        mean = torch.stack(probabilities).double().mean(0)
+        return torch.from_numpy(self.task.logits_of(mean.cpu().numpy())).to(mean.device)
+
+
 @dataclass(eq=False, repr=False)
 class Classifier:
     """A trained model, ready to classify; several threads may use it at once."""
 
     folder: Path
-    module: nn.Module  # packed token ids -> logits, in evaluation mode
+    module: nn.Module  # packed token ids -> logits
     tokenizer: Tokenizer
     task: Task  # logits -> probabilities -> label
     precision: str  # bf16, fp32 or int8
@@ -73,7 +86,7 @@ class Classifier:
         return cls(folder, prediction_model(classifier), tokenizer, task, plain, device)
 
     @classmethod
-    def load_mean(
+    def load_ensemble(
         cls, folders: Sequence[str | os.PathLike[str]], precision: str = "auto", device: str | torch.device = "auto"
     ) -> Classifier:
         """Load several models as one classifier, with the mean of their probabilities and of their thresholds.
@@ -93,15 +106,7 @@ class Classifier:
                 raise UserError(f"{member.folder} has {what} than {first.folder}, so they cannot be averaged")
         thresholds = np.mean([member.task.thresholds for member in members], axis=0).tolist()
         task = replace(first.task, thresholds=tuple(thresholds))
-        module = nn.ModuleList(member.module for member in members)
-
-        def forward(*batch: Any) -> torch.Tensor:
-            """Return logits that give the mean of the members' probabilities."""
-            probabilities = [task.probabilities(member(*batch).float()) for member in module]
-            mean = torch.stack(probabilities).double().mean(0)
-            return torch.from_numpy(task.logits_of(mean.cpu().numpy())).to(mean.device)
-
-        module.forward = forward
+        module = _Ensemble([member.module for member in members], task)
         return cls(first.folder, module, first.tokenizer, task, first.precision, first.device)
 
     @property
@@ -128,8 +133,8 @@ class Classifier:
         With it, the next texts can be tokenized while the model computes.
         """
         rows = [row if isinstance(row, (tuple, list)) else (row,) for row in texts]
-        is_list = not isinstance(texts, str) and {len(row) for row in rows} in (set(), {1}, {2})
-        if not is_list or not all(isinstance(text, str) for row in rows for text in row):
+        is_valid = not isinstance(texts, str) and {len(row) for row in rows} in (set(), {1}, {2})
+        if not is_valid or not all(isinstance(text, str) for row in rows for text in row):
             raise TypeError("texts must be a list of strings, or a list of pairs of strings; for one text, [text]")
         for number, row in enumerate(rows, 1):
             for text in row:
@@ -149,4 +154,6 @@ class Classifier:
     def check_finite(self, values: np.ndarray | float) -> None:
         """Raise UserError for numbers that are not finite: the model is damaged."""
         if not np.isfinite(values).all():
-            raise UserError(f"{self.folder}: the model's answers are not finite (NaN); train it again, or use another")
+            raise UserError(
+                f"{self.folder}: the model's outputs are not finite (NaN); train it again, or use another model"
+            )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from operator import methodcaller
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Callable
 
@@ -12,14 +13,14 @@ import numpy as np
 from sst2_xlmr.backend import prediction_model, training_backend
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import BatchLoader
-from sst2_xlmr.data.prepare import Prepared
+from sst2_xlmr.data.prepare import Inputs
 from sst2_xlmr.evaluation.calibration import calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.export.folder import export_run
 from sst2_xlmr.model.classifier import build_classifier, load_classifier, pretrained_table
 from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary, whole_vocabulary
 from sst2_xlmr.report.console import Report
-from sst2_xlmr.task import ERRORS, at_temperature, fit_thresholds
+from sst2_xlmr.task import ERRORS, at_temperature
 from sst2_xlmr.training.checkpoint import CheckpointContents, save_checkpoint, seed_rank
 from sst2_xlmr.training.guard import check_progress, check_skipped, collapse_reason
 from sst2_xlmr.training.meter import TrainMeter
@@ -39,9 +40,9 @@ class Run:
     lock: IO[str] | None = None
     report: Report | None = None  # on rank 0, once it is open
     saved_step = -1
-    initial_probabilities: np.ndarray | None = None  # the untrained model's on dev, once a collapse is suspected
+    initial_probabilities: np.ndarray | None = None  # on dev, before training; computed once a collapse is suspected
 
-    def __init__(self, config: Config, inputs: Prepared, folder: Path, state: TrainState, world: World) -> None:
+    def __init__(self, config: Config, inputs: Inputs, folder: Path, state: TrainState, world: World) -> None:
         """Build the loader, the model with its pretrained weights, and the optimizer."""
         self.config, self.inputs, self.folder, self.state, self.world = config, inputs, folder, state, world
         caches, shape = inputs.caches, inputs.encoder.shape
@@ -65,8 +66,9 @@ class Run:
         classifier.to(world.device)
         backend = training_backend(classifier, config, state.precision, world)
         self.model, self.ddp_model, self.optimizer, self.fallback_reason = backend
-        self.meter, self.stop_request, self.finisher = TrainMeter(world), StopRequest(world), BackgroundWriter()
-        # Whether to check every gradient norm. A GPU would have to be waited for, so there the meter checks them later.
+        self.meter, self.stop_request = TrainMeter(world), StopRequest(world)
+        self.background_writer = BackgroundWriter()
+        # Whether to check every gradient norm at once. That would synchronize a GPU, so there the meter checks later.
         self.checks_grad_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
         self.baseline = self.task.baseline_loss(labels, weights)
         self.metrics: dict[str, dict[str, Any]] = {}  # by split: those of its last evaluation
@@ -76,7 +78,7 @@ class Run:
         if config.best_by in (*self.eval_splits, "mean"):
             self.best_split, self.best_metric = config.best_by, metric
         self.test_splits = [split for split in inputs.caches if split not in ("train", *self.eval_splits)]
-        half = max(1, (config.micro_batch_size or -(-config.batch_size // world.world_size)) // 2)
+        half = max(1, (config.micro_batch_size or math.ceil(config.batch_size / world.world_size)) // 2)
         self.memory_cure = f"rerun with --micro-batch-size {half} or less, which changes the result only by rounding"
 
     def write_report(self, write: Callable[[Report], Any]) -> None:
@@ -124,22 +126,23 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluate during training, and keep the model if it is the best."""
-        state, config, caches, may_end = self.state, self.config, self.inputs.caches, self.schedule.may_end(self.state)
+        state, config, caches = self.state, self.config, self.inputs.caches
+        may_be_last = self.schedule.may_be_last(state)
         evaluations = {split: self.evaluate_split(split) for split in self.eval_splits}
         labels, probabilities = caches["dev"].labels, evaluations["dev"].probabilities
-        thresholds = fit_thresholds(self.task, probabilities, labels, config.threshold_for)
+        thresholds = self.task.fit_thresholds(probabilities, labels, config.threshold_for)
         state.thresholds = broadcast(self.world, thresholds)
         self.task = replace(self.task, thresholds=tuple(state.thresholds))
         if state.thresholds:
             for split in evaluations:
-                evaluations[split] = evaluations[split].with_fitted(1.0, self.task, caches[split].labels)
+                evaluations[split] = evaluations[split].recomputed(1.0, self.task, caches[split].labels)
         value, loss = self.value_of(evaluations), evaluations["dev"].metrics["loss"]
         is_best = state.is_best(value, loss)
-        is_written = is_best or may_end
+        is_written = is_best or may_be_last
         if config.calibrate and is_written:
             fitted = broadcast(self.world, calibrate(self.task, probabilities, labels))
             state.temperature, state.ece_before, state.ece_after = fitted
-        self.log_evaluations(evaluations, state.temperature if is_written else 1.0, plot=may_end)
+        self.log_evaluations(evaluations, state.temperature if is_written else 1.0, plot=may_be_last)
         metrics = {split: self.metrics[split] for split in self.eval_splits}
         self.write_report(lambda report: report.say_evaluation(state.step, metrics, is_best))
         if is_best:
@@ -162,14 +165,15 @@ class Run:
         task = at_temperature(self.task, temperature)
         for split, evaluation in evaluations.items():
             if temperature != 1:
-                evaluation = evaluation.with_fitted(temperature, task, self.inputs.caches[split].labels)
+                evaluation = evaluation.recomputed(temperature, task, self.inputs.caches[split].labels)
             self.metrics[split] = evaluation.metrics
-            log = methodcaller("log_evaluation", self.state.step, split, evaluation, task if plot else None)
+            plotted = task if plot else None
+            log = partial(Report.log_evaluation, step=self.state.step, split=split, evaluation=evaluation, task=plotted)
             self.write_report(log)
 
     def evaluate_best(self) -> dict[str, dict[str, Any]]:
         """Evaluate best/ on the test files, on rank 0 only; returns `best/NAME` -> metrics."""
-        self.finisher.wait()
+        self.background_writer.wait()
         world, tokens = World.alone(self.world.device), self.config.eval_batch_tokens
         metrics: dict[str, dict[str, Any]] = {}
         model, _, task = load_classifier(self.folder / "best", world.device, self.state.precision == "bf16")
@@ -208,7 +212,7 @@ class Run:
             task = at_temperature(task, self.state.temperature)
 
         def write() -> None:
-            export_run(self.folder / name, weights, self.inputs, task, self.state, self.metrics, self.finisher)
+            export_run(self.folder / name, weights, self.inputs, task, self.state, self.metrics, self.background_writer)
 
         on_rank0(self.world, write)
 
@@ -219,7 +223,9 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint, once the metrics are on disk: no checkpoint is ahead of them."""
         self.write_report(lambda report: report.sync())
-        saved = save_checkpoint(self.folder / "checkpoints", self.contents(), self.config, self.world, self.finisher)
+        saved = save_checkpoint(
+            self.folder / "checkpoints", self.contents(), self.config, self.world, self.background_writer
+        )
         self.saved_step = self.state.step
         if saved:
             size, waited_s = saved
@@ -229,4 +235,4 @@ class Run:
         """Save this step unless that has been done, and wait until everything is on disk."""
         if self.saved_step != self.state.step:
             self.save()
-        on_rank0(self.world, self.finisher.wait)
+        on_rank0(self.world, self.background_writer.wait)

@@ -52,12 +52,12 @@ Weights = Union[np.ndarray, None]  # float [rows], factors on the rows' losses; 
 
 
 class _Common:
-    """What tasks have in common, unless a task defines it differently; `SingleLabel` documents the rest."""
+    """Defaults that tasks share; `SingleLabel` documents the interface."""
 
     label_names: list[str]
     label_ids: dict[str, int] | None
-    summary: ClassVar[tuple[str, ...]]
-    table: ClassVar[tuple[str, ...]]
+    console_metrics: ClassVar[tuple[str, ...]]
+    table_metrics: ClassVar[tuple[str, ...]]
 
     @property
     def outputs(self) -> int:
@@ -85,14 +85,34 @@ class _Common:
                 raise UserError(f"{where}: {describe_unknown([str(label)], self.label_names, self._ids_by_label)}")
             if not 0 <= value <= 1:
                 is_no = "which is neither 0, 1 nor a probability"
-                raise UserError(f"{where}: label {label!r} has {value:g}, {is_no}; mend it")
+                raise UserError(f"{where}: label {label!r} has {value:g}, {is_no}; fix it")
             row[index] = value
         return row
+
+    def fit_thresholds(self, probabilities: np.ndarray, labels: np.ndarray, threshold_for: str | None) -> list[float]:
+        """Return thresholds for `--threshold-for`, fitted on dev; empty if the task has no thresholds."""
+        return []
+
+    def align_classes(self: Any, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Shift the logits so that the mean of the probabilities, [rows, outputs], has the class shares of `labels`.
+
+        This is distribution alignment (Berthelot et al. 2020, https://arxiv.org/abs/1911.09785).
+        """
+        logits, wanted = self.logits_of(probabilities), self.logits_of(self.prior(labels, None)[None])
+        for _ in range(50 if len(probabilities) else 0):
+            mean = self.probabilities(torch.from_numpy(logits)).mean(0, keepdim=True).numpy()
+            logits += wanted - self.logits_of(mean)
+        return self.probabilities(torch.from_numpy(logits)).numpy()
+
+    def soft_labels(self: Any, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
+        """Turn probabilities into soft labels, sharper at temperatures below 1; returns their task, and the labels."""
+        logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
+        return self, self.probabilities(logits).double().numpy().round(6)
 
     def describe(self, metrics: dict[str, Any]) -> str:
         """Summarize the main metrics for a line on the console."""
         texts = []
-        for key in self.summary:
+        for key in self.console_metrics:
             at_half = f" ({metrics[f'{key}_at_0.5']:.4f} at 0.5)" if f"{key}_at_0.5" in metrics else ""
             texts.append(f"{_TITLES.get(key, key)} {metrics[key]:.4f}{at_half}")
         return "  ".join(texts)
@@ -100,7 +120,7 @@ class _Common:
     def table_cells(self, metrics: dict[str, Any]) -> dict[str, str]:
         """Return a file's row in the table of evaluated files: column name -> cell."""
         cells = {}
-        for key in self.table:
+        for key in self.table_metrics:
             cells[_TITLES.get(key, key)] = f"{metrics[key]:.4f}"
             if key == "accuracy" and "rows" in metrics:  # of one file, not the mean of several
                 cells["95 % interval"] = f"{metrics['accuracy_low']:.4f}-{metrics['accuracy_high']:.4f}"
@@ -123,13 +143,13 @@ class SingleLabel(_Common):
     option = "single-label"  # of --task
     may_be_empty = False  # whether "no label" is a valid label
     best_metric = "accuracy"  # chooses best/ by default
-    best_metrics = ("accuracy", "macro_f1", "loss")  # the choices of --best-by
-    scalars = ("loss", "accuracy", "macro_f1", "ece")  # plotted in TensorBoard
-    summary = ("accuracy", "macro_f1", "loss")  # in a line on the console
-    table = ("accuracy", "macro_f1", "ece")  # columns of tables
+    best_by_choices = ("accuracy", "macro_f1", "loss")  # the choices of --best-by
+    tensorboard_metrics = ("loss", "accuracy", "macro_f1", "ece")  # plotted in TensorBoard
+    console_metrics = ("accuracy", "macro_f1", "loss")  # in a line on the console
+    table_metrics = ("accuracy", "macro_f1", "ece")  # columns of tables
     # The metrics on a model card: their types and names on the Hub.
     hub_metrics: ClassVar = {"accuracy": ("accuracy", "accuracy"), "macro_f1": ("f1", "macro F1")}
-    refused: ClassVar[dict[str, str]] = {  # options that make no sense for this task: the reason
+    unsupported_options: ClassVar[dict[str, str]] = {  # option -> why this task does not support it
         "threshold_for": "the most probable class is the answer, without a threshold",
         "label_delimiter": "a row has one label",
     }
@@ -149,13 +169,15 @@ class SingleLabel(_Common):
     # --- labels in files
 
     @classmethod
-    def from_labels(cls, config: Config, labels: LabelCounts, others: LabelCounts, named: Named, path: object) -> Task:
+    def from_labels(
+        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object
+    ) -> Task:
         """Return the task with the classes of --label-names or of the training files; see `find_task`."""
         values = [split_labels(text) for text in labels if text.startswith(("[", "{"))]
         if is_soft := any(isinstance(value, dict) and len(value) > 1 for value in values):
             labels = dict.fromkeys((str(name) for value in values for name in value), (1, 1))
         if config.label_names and not any(label.isdecimal() for label in labels):
-            labels = others  # integers, if any, are in the other files
+            labels = all_labels  # integers, if any, are in the other files
         names, label_ids = _find_classes(config, labels, named, path, is_complete=is_soft)
         return cls(names, label_ids=label_ids, is_soft=is_soft)
 
@@ -179,7 +201,7 @@ class SingleLabel(_Common):
         if self.is_soft and text.startswith(("[", "{")):
             row = self._label_row(split_labels(text), where)
             if abs(row.sum() - 1) > 0.01:
-                raise UserError(f"{where}: the classes' probabilities add up to {row.sum():.4g}, not to 1; mend them")
+                raise UserError(f"{where}: the classes' probabilities add up to {row.sum():.4g}, not to 1; fix them")
             return row / row.sum()
         if (index := self.label_index(text)) == UNKNOWN_ID:
             raise UserError(f"{where}: {self.unknown([text])}")
@@ -201,13 +223,13 @@ class SingleLabel(_Common):
 
     strata = label_keys  # int [rows]; a dev split takes the same share of every stratum
 
-    def label_cell(self, label: Any) -> str:
+    def format_label(self, label: Any) -> str:
         """Return a label in words."""
         return self.label_names[int(label if np.ndim(label) == 0 else label.argmax())]
 
-    def label_value(self, label: Any) -> Any:
+    def label_to_json(self, label: Any) -> Any:
         """Return a label as a JSON value that `read_label` reads."""
-        return dict(zip(self.label_names, label.tolist())) if self.is_soft else self.label_cell(label)
+        return dict(zip(self.label_names, label.tolist())) if self.is_soft else self.format_label(label)
 
     def counts(self, labels: np.ndarray) -> dict[str, int]:
         """Return the number of rows with each label."""
@@ -333,11 +355,11 @@ class SingleLabel(_Common):
         labels = self.label_keys(labels)
         losses, confidences = results[:, 0].astype(np.float64), results[:, 2].astype(np.float64)
         confusion, rows = self.confusion(results, labels), len(labels)
-        right, classes = int(confusion.trace()), metric.per_class(confusion)
-        low, high = metric.accuracy_interval(right, rows)
+        correct, classes = int(confusion.trace()), metric.per_class(confusion)
+        low, high = metric.accuracy_interval(correct, rows)
         return {
             "loss": float(losses.sum()) / rows,
-            "accuracy": right / rows,
+            "accuracy": correct / rows,
             "accuracy_low": low,
             "accuracy_high": high,
             "macro_f1": metric.macro_f1(confusion),
@@ -354,6 +376,9 @@ class SingleLabel(_Common):
         """Return fp64 [rows, classes], logits up to a constant per row; finite even for probabilities of 0."""
         return np.asarray(np.log(probabilities.astype(np.float64).clip(min=_SMALLEST)))
 
+    def soft_labels(self, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
+        return replace(self, is_soft=True), super().soft_labels(probabilities, temperature)[1]
+
     def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         """Return `row_results`, fp64, of probabilities after dividing their logits by a temperature."""
         logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
@@ -365,12 +390,12 @@ class SingleLabel(_Common):
 
     # --- collapse (see training/guard)
 
-    def constant_answer(self, probabilities: np.ndarray) -> str:
-        """Return the answer, in words, if every text gets the same one; else an empty string."""
+    def constant_prediction(self, probabilities: np.ndarray) -> str:
+        """Return the prediction, as text, if every text gets the same one; else an empty string."""
         predicted = probabilities.argmax(1)
         return repr(self.label_names[predicted[0]]) if (predicted == predicted[0]).all() else ""
 
-    def is_useless(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
+    def is_near_constant_baseline(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
         """Whether the answers are hardly better than a constant one, on a scale from 0, no better, to 1, perfect."""
         labels = self.label_keys(labels)
         accuracy, constant = (probabilities.argmax(1) == labels).mean(), np.bincount(labels).max() / len(labels)
@@ -433,12 +458,12 @@ class MultiLabel(_Common):
     may_be_empty = True
     label_dtype = np.float32  # 1 for each label that a row has, or its probability
     best_metric = "macro_f1"
-    best_metrics = ("macro_f1", "micro_f1", "exact_match", "mean_average_precision", "loss")
-    scalars = ("loss", "macro_f1", "micro_f1", "exact_match", "mean_average_precision", "ece")
-    summary = ("macro_f1", "micro_f1", "loss")
-    table = ("macro_f1", "micro_f1", "exact_match", "mean_average_precision")
+    best_by_choices = ("macro_f1", "micro_f1", "exact_match", "mean_average_precision", "loss")
+    tensorboard_metrics = ("loss", "macro_f1", "micro_f1", "exact_match", "mean_average_precision", "ece")
+    console_metrics = ("macro_f1", "micro_f1", "loss")
+    table_metrics = ("macro_f1", "micro_f1", "exact_match", "mean_average_precision")
     hub_metrics: ClassVar = {"macro_f1": ("f1", "macro F1"), "micro_f1": ("f1", "micro F1")}
-    refused: ClassVar[dict[str, str]] = {
+    unsupported_options: ClassVar[dict[str, str]] = {
         "label_smoothing": "it is for one class per text",
         "abstain_below": "a text may have no label: raise the thresholds with --threshold-for in training",
         "glue_submission": "SST-2 has one label per text",
@@ -450,7 +475,9 @@ class MultiLabel(_Common):
         return self.delimiter
 
     @classmethod
-    def from_labels(cls, config: Config, labels: LabelCounts, others: LabelCounts, named: Named, path: object) -> Task:
+    def from_labels(
+        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object
+    ) -> Task:
         delimiter = config.label_delimiter
         single: dict[str, Sequence[int]] = {}
         for text, counts in labels.items():
@@ -493,7 +520,7 @@ class MultiLabel(_Common):
             counts.update({str(label): rows for label in values})
             is_one_hot &= len(values) > 1 and sum(values.values()) == 1
         one = "every row has exactly one label: if that is always so, give --task single-label"
-        return [*label_notes(counts), *[one] * is_one_hot]
+        return label_notes(counts) + ([one] if is_one_hot else [])
 
     def label_keys(self, labels: np.ndarray) -> np.ndarray:
         factors = np.random.RandomState(0).randint(1, 2**62, labels.shape[1])
@@ -505,13 +532,13 @@ class MultiLabel(_Common):
         has = labels[:, order] > 0.5
         return np.where(has.any(1), order[has.argmax(1)], -1)
 
-    def label_cell(self, label: np.ndarray) -> str:
+    def format_label(self, label: np.ndarray) -> str:
         return ", ".join(self._names_of(label > 0.5)) or "(none)"
 
     def _names_of(self, has: np.ndarray) -> list[str]:
         return [self.label_names[index] for index in np.flatnonzero(has)]
 
-    def label_value(self, label: np.ndarray) -> dict[str, float]:
+    def label_to_json(self, label: np.ndarray) -> dict[str, float]:
         return dict(zip(self.label_names, label.tolist()))
 
     def counts(self, labels: np.ndarray) -> dict[str, int]:
@@ -580,7 +607,7 @@ class MultiLabel(_Common):
         error = np.where(predicted != true, np.abs(probabilities - true), 0).max(1)
         wrong = np.flatnonzero((predicted != true).any(1))
         order = wrong[np.argsort(-error[wrong], kind="stable")]
-        cell = self.label_cell
+        cell = self.format_label
         return order, lambda row: [cell(true[row]), cell(predicted[row]), f"{1 - error[row]:.4f}"]
 
     def curves(self, probabilities: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -636,6 +663,11 @@ class MultiLabel(_Common):
         p = probabilities.astype(np.float64).clip(_SMALLEST, 1 - 2.0**-25)
         return np.asarray(np.log(p) - np.log1p(-p))
 
+    def fit_thresholds(self, probabilities: np.ndarray, labels: np.ndarray, threshold_for: str | None) -> list[float]:
+        aim, _, floor = (threshold_for or "f1").partition("=")
+        columns = zip(probabilities.T, (labels > 0.5).T)
+        return [round(metric.fitted_threshold(scores, has, aim, float(floor or 0)), 6) for scores, has in columns]
+
     def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
         results = self.row_results(logits, torch.tensor(labels)).numpy()
@@ -643,11 +675,11 @@ class MultiLabel(_Common):
             results[:, 1:] = probabilities  # rounding again could move one across a threshold
         return results
 
-    def constant_answer(self, probabilities: np.ndarray) -> str:
+    def constant_prediction(self, probabilities: np.ndarray) -> str:
         has = self._has(probabilities)
-        return self.label_cell(has[0]) if (has == has[0]).all() else ""
+        return self.format_label(has[0]) if (has == has[0]).all() else ""
 
-    def is_useless(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
+    def is_near_constant_baseline(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
         true = labels > 0.5
         gain = (metric.mean_average_precision(probabilities, true) - true.mean()) / max(1e-9, 1 - true.mean())
         return bool(gain < 0.1)
@@ -699,8 +731,8 @@ class Regression(_Common):
     """
 
     label_names: list[str]
-    mean: float = 0.0  # of the training scores, like their std; 0 and 1 for an exported model
-    deviation: float = 1.0
+    label_mean: float = 0.0  # of the training scores, like their std; 0 and 1 for an exported model
+    label_std: float = 1.0
     label_ids: dict[str, int] | None = None  # unused, as are thresholds
     thresholds: tuple[float, ...] = ()
 
@@ -709,12 +741,12 @@ class Regression(_Common):
     may_be_empty = False
     label_dtype = np.float32
     best_metric = "spearman"
-    best_metrics = ("spearman", "pearson", "rmse", "mae", "loss")
-    scalars = ("loss", "rmse", "mae", "pearson", "spearman")
-    summary = ("spearman", "pearson", "rmse")
-    table = ("spearman", "pearson", "rmse", "mae")
+    best_by_choices = ("spearman", "pearson", "rmse", "mae", "loss")
+    tensorboard_metrics = ("loss", "rmse", "mae", "pearson", "spearman")
+    console_metrics = ("spearman", "pearson", "rmse")
+    table_metrics = ("spearman", "pearson", "rmse", "mae")
     hub_metrics: ClassVar = {"spearman": ("spearmanr", "spearman"), "pearson": ("pearsonr", "pearson")}
-    refused: ClassVar[dict[str, str]] = {
+    unsupported_options: ClassVar[dict[str, str]] = {
         "label_names": "a score has no name",
         "label_smoothing": "a score has no classes",
         "align_classes": "a score has no classes",
@@ -728,10 +760,12 @@ class Regression(_Common):
 
     @property
     def folding(self) -> tuple[float, float]:
-        return self.deviation, self.mean
+        return self.label_std, self.label_mean
 
     @classmethod
-    def from_labels(cls, config: Config, labels: LabelCounts, others: LabelCounts, named: Named, path: object) -> Task:
+    def from_labels(
+        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object
+    ) -> Task:
         task = cls(["score"])
         for label, (_, line) in labels.items():
             if task.label_index(label) == UNKNOWN_ID:
@@ -758,7 +792,7 @@ class Regression(_Common):
         return []
 
     def unknown(self, labels: Sequence[str]) -> str:
-        return f"label {labels[0][:40]!r} is not a number, as a score must be; mend it"
+        return f"label {labels[0][:40]!r} is not a number, as a score must be; fix it"
 
     def label_keys(self, labels: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(labels, np.float32).view(np.int32)
@@ -767,35 +801,35 @@ class Regression(_Common):
         """Return the decile of each score, 0 to 9."""
         return np.searchsorted(np.quantile(labels, np.arange(1, 10) / 10), labels)
 
-    def label_cell(self, label: float) -> str:
+    def format_label(self, label: float) -> str:
         return f"{label:g}"
 
-    def label_value(self, label: float) -> float:
+    def label_to_json(self, label: float) -> float:
         return float(label)
 
     def counts(self, labels: np.ndarray) -> dict[str, int]:
         return {}
 
     def describe_labels(self, labels: np.ndarray) -> str:
-        moments = f"mean {labels.mean():.4g}, deviation {labels.std():.4g}"
+        moments = f"mean {labels.mean():.4g}, std {labels.std():.4g}"
         return f"scores from {labels.min():g} to {labels.max():g}, {moments}"
 
     def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> Regression:
         mean = float(np.average(labels.astype(np.float64), weights=weights))
-        deviation = math.sqrt(np.average((labels.astype(np.float64) - mean) ** 2, weights=weights))
-        return replace(self, mean=mean, deviation=deviation or 1.0)
+        std = math.sqrt(np.average((labels.astype(np.float64) - mean) ** 2, weights=weights))
+        return replace(self, label_mean=mean, label_std=std or 1.0)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Return the sum over rows of the squared errors of scaled scores."""
-        errors = (logits[:, 0] - (labels - self.mean) / self.deviation).square()
+        errors = (logits[:, 0] - (labels - self.label_mean) / self.label_std).square()
         return (errors if weights is None else errors * weights).sum()
 
     def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
-        errors = (labels.astype(np.float64) - np.average(labels, weights=weights)) / self.deviation
+        errors = (labels.astype(np.float64) - np.average(labels, weights=weights)) / self.label_std
         return float(np.average(errors**2, weights=weights))
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits * self.deviation + self.mean
+        return logits * self.label_std + self.label_mean
 
     def columns(self, all_probabilities: bool) -> list[str]:
         return ["score"]
@@ -849,14 +883,20 @@ class Regression(_Common):
     def logits_of(self, probabilities: np.ndarray) -> np.ndarray:
         return probabilities.astype(np.float64)
 
+    def align_classes(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        return probabilities
+
+    def soft_labels(self, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
+        return self, probabilities[:, 0]
+
     def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         return np.stack([(probabilities[:, 0] - labels) ** 2, probabilities[:, 0]], 1)
 
-    def constant_answer(self, probabilities: np.ndarray) -> str:
+    def constant_prediction(self, probabilities: np.ndarray) -> str:
         """Return the mean score: whether scores are the same is a matter of their std alone."""
         return f"{probabilities.mean():.4g}"
 
-    def is_useless(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
+    def is_near_constant_baseline(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
         return metric.pearson(probabilities[:, 0], labels) < 0.2
 
     card_note = (
@@ -880,12 +920,12 @@ BY_TYPE = {kind.problem_type: kind for kind in TASKS}
 Named = Iterable[Sequence[str]]  # the names of labels 0, 1, ... that files themselves contain
 
 
-def find_task(config: Config, labels: LabelCounts, others: LabelCounts, named: Named, path: object) -> Task:
+def find_task(config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object) -> Task:
     """Return the task for the training files' labels; UserError if they do not fit the task or the options.
 
-    `others` are the labels of all files, `path` is the training file's, for errors.
+    `all_labels` are those of all files; `path`, the training file's, is for errors.
     """
-    task = task_kind(config, labels).from_labels(config, labels, others, named, path)
+    task = task_kind(config, labels).from_labels(config, labels, all_labels, named, path)
     check_options(task, config)
     return task
 
@@ -906,44 +946,12 @@ def stored_task(problem_type: str, label_names: list[str], thresholds: Sequence[
     return replace(BY_TYPE[problem_type](label_names), thresholds=tuple(thresholds))
 
 
-def fit_thresholds(task: Task, probabilities: np.ndarray, labels: np.ndarray, threshold_for: str | None) -> list[float]:
-    """Return thresholds for `--threshold-for`, fitted on dev; empty if the task has no thresholds."""
-    if not isinstance(task, MultiLabel):
-        return []
-    aim, _, floor = (threshold_for or "f1").partition("=")
-    columns = zip(probabilities.T, (labels > 0.5).T)
-    return [round(metric.fitted_threshold(scores, has, aim, float(floor or 0)), 6) for scores, has in columns]
-
-
 def at_temperature(task: Task, temperature: float) -> Task:
     """Return the task with thresholds that give the same labels once logits are divided by the temperature."""
     if temperature == 1:
         return task
     logits = torch.tensor(task.thresholds, dtype=torch.float64).logit() / temperature
     return replace(task, thresholds=tuple(logits.sigmoid().tolist()))
-
-
-def align_classes(task: Task, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Shift the logits so that the mean of the probabilities, [rows, outputs], has the class shares of `labels`.
-
-    This is distribution alignment (Berthelot et al. 2020, https://arxiv.org/abs/1911.09785).
-    """
-    if isinstance(task, Regression) or not len(probabilities):
-        return probabilities
-    logits, wanted = torch.from_numpy(task.logits_of(probabilities)), task.logits_of(task.prior(labels, None)[None])
-    for _ in range(50):
-        mean = task.probabilities(logits).mean(0, keepdim=True).numpy()
-        logits += torch.from_numpy(wanted - task.logits_of(mean))
-    return task.probabilities(logits).numpy()
-
-
-def as_labels(task: Task, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
-    """Turn probabilities into soft labels, sharper at temperatures below 1; returns their task, and the labels."""
-    if isinstance(task, Regression):
-        return task, probabilities[:, 0]
-    logits = torch.from_numpy(task.logits_of(probabilities) / temperature)
-    labels = task.probabilities(logits).double().numpy().round(6)
-    return replace(task, is_soft=True) if isinstance(task, SingleLabel) else task, labels
 
 
 def main_metric(metrics: Mapping[str, Any]) -> float:
@@ -963,13 +971,13 @@ def can_answer(problem_type: str, label_names: Sequence[str]) -> bool:
 
 def check_options(task: Task, options: object) -> None:
     """Raise UserError for an option, of a run or of a program, that makes no sense for the task."""
-    for name, why in task.refused.items():
+    for name, why in task.unsupported_options.items():
         default = OPTIONS[name].default if name in OPTIONS else None
         if (value := getattr(options, name, default)) and value != default:
             raise UserError(f"{flag(name)} does not go with this task ({task.problem_type}): {why}")
     if isinstance(options, Config):
         weights = _explicit_weights(options.class_weights)
-        choices = [*task.best_metrics, "mean", *options.eval_splits[1:]]
+        choices = [*task.best_by_choices, "mean", *options.eval_splits[1:]]
         if weights is not None and len(weights) != task.outputs:
             raise UserError(f"--class-weights has {len(weights)} numbers, but there are {task.outputs} classes")
         if options.best_by not in (None, *choices):

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # torchrun -m sst2_xlmr.train: report missing packag
 
 import contextlib
 import json
+import math
 import shlex
 import signal
 import sys
@@ -21,21 +22,29 @@ from pathlib import Path
 
 from sst2_xlmr.cli import command, parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag
-from sst2_xlmr.data.prepare import Prepared, prepare
+from sst2_xlmr.data.prepare import Inputs, prepare
 from sst2_xlmr.data.report import as_json, check_lines, lines_of
 from sst2_xlmr.evaluation.calibration import describe_calibration
 from sst2_xlmr.report.console import Report, data_report, describe_rows, header_lines
 from sst2_xlmr.run import Run
 from sst2_xlmr.task import ERRORS
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
-from sst2_xlmr.training.run_folder import claim, evaluations_at, write_config
+from sst2_xlmr.training.run_folder import evaluations_at, lock_run_folder, write_config
 from sst2_xlmr.training.schedule import evaluation_interval
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.training.step import forward_backward
 from sst2_xlmr.util.device import choose_precision, give_back_memory, keep_freed_memory, memory_errors, set_up_numerics
-from sst2_xlmr.util.distributed import World, broadcast, check_same, on_rank0, once_per_node, raise_on_all, start
+from sst2_xlmr.util.distributed import (
+    World,
+    broadcast,
+    check_same,
+    init_distributed,
+    on_rank0,
+    once_per_node,
+    raise_on_all,
+)
 from sst2_xlmr.util.errors import Collapsed, Interrupted, say
-from sst2_xlmr.util.files import writing
+from sst2_xlmr.util.files import write_errors
 
 FIXED_INPUTS = ("training rows", "file dev", "tokenizer", "encoder's weights")  # test files may differ on resume
 
@@ -55,12 +64,13 @@ def train(run: Run) -> None:
             run.optimizer.step(schedule.lr(state.step))
             run.meter.add(sums, grad_norm, micro_batches)
             run.advance()
-        due, stop = schedule.due(state), run.stop_request.vote()  # 3. log, evaluate, save
+        due = schedule.due(state)  # 3. log, evaluate, save
+        stop = run.stop_request.vote()  # a collective: on every rank after every step
         if due or stop:
             run.meter.reduce(state.step)
             if "log" in due:
                 run.log()
-            state.evaluation_due = "evaluation" in due
+            state.evaluation_due = "evaluation" in due  # set before a stop: a resumed run begins with it
             if stop:
                 raise Interrupted
             run.evaluate_if_due()
@@ -69,10 +79,11 @@ def train(run: Run) -> None:
             run.meter.start()
 
 
-def prepare_inputs(config: Config, world: World) -> tuple[Prepared, dict[str, str]]:
+def prepare_inputs(config: Config, world: World) -> tuple[Inputs, dict[str, str]]:
     """Load and tokenize the inputs; returns them and the SHA-256 of each, checked to be equal on all ranks."""
     inputs = once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
     give_back_memory()  # of tokenizing
+    # --compile may change on resume, but all ranks of a run must agree on it.
     fixed = [name for name, option in OPTIONS.items() if name == "compile" or not option.metadata["changeable"]]
     fixed_options = {flag(name): getattr(config, name) for name in fixed}
     check_same(world, fixed_options, "start all with the same options")
@@ -81,13 +92,14 @@ def prepare_inputs(config: Config, world: World) -> tuple[Prepared, dict[str, st
     return inputs, broadcast(world, digests)
 
 
-def initial_state(config: Config, inputs: Prepared, digests: dict[str, str], world: World) -> TrainState:
+def initial_state(config: Config, inputs: Inputs, digests: dict[str, str], world: World) -> TrainState:
     """Return a new run's state, with precision (rank 0's choice) and evaluation interval if they are automatic."""
     precision = broadcast(world, choose_precision(config.precision, world.device))
-    batches, eval_every = -(-len(inputs.train_lengths) // config.batch_size), config.eval_every
+    lengths, eval_every = inputs.train_lengths, config.eval_every
+    batches = math.ceil(len(lengths) / config.batch_size)
     if eval_every is None:
         eval_tokens = sum(len(inputs.caches[split].ids) for split in config.eval_splits)
-        eval_every = evaluation_interval(batches, int(inputs.train_lengths.sum()), eval_tokens)
+        eval_every = evaluation_interval(batches, int(lengths.sum()), eval_tokens)
     return TrainState(batches, precision, eval_every, digests)
 
 
@@ -96,7 +108,7 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
     folder = Path(broadcast(world, config.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}"))
     lock = checkpoint = None
     if resume:
-        lock = on_rank0(world, lambda: claim(folder))
+        lock = on_rank0(world, lambda: lock_run_folder(folder))
         checkpoint = broadcast(world, on_rank0(world, lambda: find_checkpoint(folder / "checkpoints", print)))
     inputs, digests = prepare_inputs(config, world)
     state = read_state(checkpoint) if checkpoint else initial_state(config, inputs, digests, world)
@@ -105,7 +117,7 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
             raise_on_all(f"{name}: changed since the run in {folder} was started; restore the original to resume")
     set_up_numerics(state.precision, config.deterministic, world.device)
     run = Run(config, inputs, folder, state, world)
-    run.lock = lock if resume else on_rank0(world, lambda: claim(folder))
+    run.lock = lock if resume else on_rank0(world, lambda: lock_run_folder(folder))
     if checkpoint:
         load_checkpoint(checkpoint, run.contents(), config.seed, world)
         run.saved_step = state.step
@@ -114,12 +126,12 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
 
 
 @contextlib.contextmanager
-def open_report(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
-    """Open metrics and TensorBoard, and print the header; inside this context, no signal ends the process."""
+def run_context(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
+    """Open the run's outputs and print the header; inside, signals only request a stop. Unlocks the run at the end."""
     state, total_steps = run.state, run.schedule.total_steps
     best_splits = [f"best/{split}" for split in run.test_splits]
-    repeated = [*run.test_splits, *best_splits, *(run.eval_splits if state.evaluation_due else [])]
-    run.report = on_rank0(run.world, lambda: Report(run.inputs, state, run.folder, total_steps, repeated))
+    rewritten_splits = [*run.test_splits, *best_splits, *(run.eval_splits if state.evaluation_due else [])]
+    run.report = on_rank0(run.world, lambda: Report(run.inputs, state, run.folder, total_steps, rewritten_splits))
     if run.report:
         metrics = evaluations_at(run.folder / "metrics.jsonl", state.step)
         run.metrics = {split: metrics[split] for split in metrics if split not in best_splits}
@@ -128,7 +140,8 @@ def open_report(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[Non
         run.say(f"run        {run.folder}")
     if resume:
         run.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
-    with run.finisher, run.stop_request, contextlib.closing(run.report) if run.report else contextlib.nullcontext():
+    report = contextlib.closing(run.report) if run.report else contextlib.nullcontext()
+    with run.background_writer, run.stop_request, report:
         yield
     if run.lock:
         run.lock.close()
@@ -141,9 +154,10 @@ def finish(run: Run) -> None:
         run.say(f"stopped early: {state.stale_evaluations} evaluations without a better {metric}")
     evaluations = {split: run.evaluate_split(split) for split in run.test_splits}
     run.log_evaluations(evaluations, state.temperature, plot=True)
-    is_best = state.best_step == state.step
-    best_metrics = (on_rank0(run.world, run.evaluate_best) if run.test_splits and not is_best else None) or {}
-    run.write_report(lambda report: report.log_end({**run.metrics, **best_metrics}))
+    best_metrics = None
+    if run.test_splits and state.best_step != state.step:
+        best_metrics = on_rank0(run.world, run.evaluate_best)  # None on other ranks
+    run.write_report(lambda report: report.log_end({**run.metrics, **(best_metrics or {})}))
     run.export("model")
     run.ensure_checkpoint()
     if run.config.calibrate:
@@ -189,7 +203,7 @@ def check_inputs(config: Config, world: World) -> None:
         lines = [*lines_of(inputs), *data_report(inputs), *check_lines(inputs)]
         say("\n".join([f"rows       {describe_rows(inputs)}", *lines]))
         path = Path(str(config.check))
-        with writing(path):
+        with write_errors(path):
             path.write_text(json.dumps(as_json(inputs), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     on_rank0(world, write)
@@ -199,10 +213,10 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     config, resume = parse_args(argv)
     too_large = "use a smaller --encoder, or a machine with more memory"
-    with start(config.device, config.threads, config.timeout_minutes) as world, memory_errors(too_large):
+    with init_distributed(config.device, config.threads, config.timeout_minutes) as world, memory_errors(too_large):
         if config.check:
             check_inputs(config, world)
             return
         run, checkpoint = prepare_run(config, resume, world)
-        with open_report(run, checkpoint, resume):
+        with run_context(run, checkpoint, resume):
             run_training(run, checkpoint)

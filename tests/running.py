@@ -289,7 +289,7 @@ def on_ranks(processes: int, work: Callable[[World], object], nodes: bool = Fals
 
     def start(environment: dict[str, str]) -> None:
         os.environ.update(environment)
-        with distributed.start("cpu", 1, 1) as world:
+        with distributed.init_distributed("cpu", 1, 1) as world:
             work(world)
         end_among_others(0)
 

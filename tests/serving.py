@@ -16,7 +16,7 @@ COMMIT = "c0ffee" * 6 + "abcd"
 
 
 class Server:
-    """What is at each path, how it is answered instead, in turn (the last one repeats), and what was asked for."""
+    """What is at each path, how it is answered instead, in turn (the last one duplicates), and what was asked for."""
 
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"

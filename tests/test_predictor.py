@@ -85,7 +85,7 @@ def test_several_models_answer_with_the_mean_of_their_probabilities(model: Path,
     texts = ["a film", "not good", "never again " * 9]
     for precision in ("fp32", "int8"):
         both = [Classifier.load(folder, precision, "cpu").probabilities(texts) for folder in (model, other)]
-        mean = Classifier.load_mean([model, other], precision, "cpu")
+        mean = Classifier.load_ensemble([model, other], precision, "cpu")
         np.testing.assert_allclose(mean.probabilities(texts), np.mean(both, axis=0), atol=1e-6)
     change_json(other / "config.json", id2label={"0": "x", "1": "y"})
-    assert "so they cannot be averaged" in refusal(Classifier.load_mean, [model, other], "fp32", "cpu")
+    assert "so they cannot be averaged" in refusal(Classifier.load_ensemble, [model, other], "fp32", "cpu")

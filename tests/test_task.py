@@ -21,7 +21,7 @@ from sst2_xlmr.evaluation import metrics
 from sst2_xlmr.labels import split_labels
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, Task, at_temperature, find_task, fit_thresholds
+from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, Task, at_temperature, find_task
 from sst2_xlmr.training.guard import collapse_reason
 
 LABELS = torch.tensor([0, 2, 1, 0, 0, 2])
@@ -138,7 +138,11 @@ def test_metrics_by_hand() -> None:
     np.testing.assert_allclose(cooler, task().row_results(RESULTS / 2, torch.from_numpy(labels)), atol=1e-5)
     assert task().describe(found) == f"accuracy 0.5000  macro F1 0.5000  loss {found['loss']:.4f}"
     assert list(task().table_cells(found)) == ["accuracy", "95 % interval", "macro F1", "ECE"]
-    assert list(task().table_cells({key: found[key] for key in task().scalars})) == ["accuracy", "macro F1", "ECE"]
+    assert list(task().table_cells({key: found[key] for key in task().tensorboard_metrics})) == [
+        "accuracy",
+        "macro F1",
+        "ECE",
+    ]
 
 
 PLAIN = Columns()
@@ -317,7 +321,7 @@ def test_a_fitted_threshold_is_the_best_there_is(label: int) -> None:
 
 
 def test_a_label_that_dev_does_not_have_keeps_its_threshold_and_temperature_moves_no_label() -> None:
-    task = MultiLabel(NAMES, thresholds=tuple(fit_thresholds(MultiLabel(NAMES), PROBABILITIES, TRUE, None)))
+    task = MultiLabel(NAMES, thresholds=tuple(MultiLabel(NAMES).fit_thresholds(PROBABILITIES, TRUE, None)))
     assert task.thresholds[4] == 0.5
     for temperature in (0.5, 2.0):
         logits = torch.from_numpy(task.logits_of(PROBABILITIES) / temperature)

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     # masks, so that they do not depend on how a batch is split.
     keys: torch.Tensor
     global_rows: int  # of the global batch, over all ranks
-    weight: float = 1.0  # or 0.0 if these rows only keep the rank in step with the others
+    is_real: float = 1.0  # 0.0 for a filler batch, which only keeps this rank in step with the others
     row_weights: torch.Tensor | None = None  # fp32 [rows], factors on the rows' losses; None for ones
     global_weight: float = 0.0  # sum of the row weights over the global batch
     windows: torch.Tensor | None = None  # int64 [rows], windows per row; None for one each; stays on the CPU
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
         return self._replace(ids=ids, labels=labels, row_weights=weights)
 
 
-def mixed(values: np.ndarray) -> np.ndarray:
+def splitmix64(values: np.ndarray) -> np.ndarray:
     """Hash uint64 numbers with two rounds of splitmix64 (https://prng.di.unimi.it/splitmix64.c)."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
@@ -50,7 +50,7 @@ def mixed(values: np.ndarray) -> np.ndarray:
 def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Return int64 [rows], pseudorandom numbers below 2**32."""
     start = (seed * 0x9E3779B97F4A7C15 + (epoch << 40)) % 2**64  # NumPy warns of overflow in a scalar, not in arrays
-    return (mixed(rows.astype(np.uint64) + np.uint64(start)) >> np.uint64(32)).astype(np.int64)
+    return (splitmix64(rows.astype(np.uint64) + np.uint64(start)) >> np.uint64(32)).astype(np.int64)
 
 
 def select_rows(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,7 +154,7 @@ class BatchLoader(Dataset[list[Batch]]):
             total += count
         return np.split(rows, starts)
 
-    def _batch(self, rows: np.ndarray, epoch: int, global_rows: np.ndarray, weight: float) -> Batch:
+    def _batch(self, rows: np.ndarray, epoch: int, global_rows: np.ndarray, is_real: float) -> Batch:
         ids, lengths = select_rows(self.cache.ids, self.cache.offsets, rows)
         labels = torch.from_numpy(self.cache.labels[rows])
         keys = torch.from_numpy(dropout_keys(rows, self.config.seed, epoch))
@@ -165,4 +165,4 @@ class BatchLoader(Dataset[list[Batch]]):
         row_weights, total = None, float(len(global_rows))
         if (weights := self.cache.weights) is not None:
             row_weights, total = torch.from_numpy(weights[rows]), float(weights[global_rows].sum(dtype=np.float64))
-        return Batch(ids, lengths, labels, keys, len(global_rows), weight, row_weights, total, windows)
+        return Batch(ids, lengths, labels, keys, len(global_rows), is_real, row_weights, total, windows)

@@ -15,7 +15,7 @@ from sst2_xlmr.data.formats import kind_of, row_writer
 from sst2_xlmr.data.rows import Row
 from sst2_xlmr.labels import listed
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import atomic_file, new_file, writing
+from sst2_xlmr.util.files import atomic_file, new_file, write_errors
 
 GLUE_LABEL_IDS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
 Cells = Sequence[Any]  # the new cells of a row; see `Task.cells`
@@ -75,7 +75,7 @@ def new_output(path: Path) -> Iterator[TextIO]:
             yield file
         return
     arrow, parquet = (needed(name, path, "Parquet") for name in ("pyarrow", "pyarrow.parquet"))
-    with writing(path), atomic_file(path) as raw, contextlib.ExitStack() as stack:
+    with write_errors(path), atomic_file(path) as raw, contextlib.ExitStack() as stack:
         writer: Any = None
 
         def write(text: str) -> None:

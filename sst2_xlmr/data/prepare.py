@@ -14,7 +14,7 @@ import numpy as np
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.rows import Columns, Inspection, Row, columns_of, read_rows
-from sst2_xlmr.data.splits import DEFAULT_SHARE, MOST_ROWS, cut_off, find_files
+from sst2_xlmr.data.splits import DEFAULT_SHARE, MOST_ROWS, find_files, stratified_sample
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.labels import MISSING
 from sst2_xlmr.model import encoders
@@ -58,7 +58,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Inputs:
     """A run's inputs."""
 
     config: Config
@@ -130,8 +130,8 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
         is_labelled = name in ("train", *config.eval_splits) or not all(file.is_unlabelled for file in inspections)
         splits[name] = Split(paths, columns, inspections, is_labelled)
     names_in_files = splits["train"].inspections[0].layout.class_names.values()
-    everywhere = _labels_of([file for split in splits.values() for file in split.inspections])
-    task = find_task(config, labels, everywhere, names_in_files, files["train"][0])
+    all_labels = _labels_of([file for split in splits.values() for file in split.inspections])
+    task = find_task(config, labels, all_labels, names_in_files, files["train"][0])
     for split in splits.values():
         for path, inspection in zip(split.files, split.inspections):
             split.notes.extend([*inspection.layout.notes, *task.notes(inspection.labels)])
@@ -148,8 +148,10 @@ def _labels_of(inspections: list[Inspection]) -> dict[str, list[int]]:
 
 
 def long_texts_of(config: Config) -> LongTexts:
-    is_windows = config.long_texts == "windows"
-    return LongTexts(config.long_texts, (config.stride or (config.max_length - 2) * 3 // 4 or 1) if is_windows else 0)
+    if config.long_texts != "windows":
+        return LongTexts(config.long_texts)
+    room = config.max_length - 2  # without <s> and </s>
+    return LongTexts("windows", config.stride or max(1, room * 3 // 4))
 
 
 def check_sizes(config: Config, shape: encoders.EncoderShape) -> None:
@@ -160,7 +162,7 @@ def check_sizes(config: Config, shape: encoders.EncoderShape) -> None:
         raise UserError(f"--layers {config.layers}: {config.encoder} has {shape.layers} layers")
 
 
-def prepare(config: Config, quiet: bool) -> Prepared:
+def prepare(config: Config, quiet: bool) -> Inputs:
     """Fetch and tokenize the run's inputs, reusing downloads and token caches."""
     cache_dir = downloads.cache_dir() / "tokens"
     task, splits = inspect_splits(config, cache_dir, quiet)
@@ -171,18 +173,22 @@ def prepare(config: Config, quiet: bool) -> Prepared:
     if config.layers:
         encoder = encoders.lowest_layers(encoder, config.layers)
     load = functools.lru_cache(maxsize=1)(Tokenizer)
-    further = (task, config.max_length, cache_dir, load, long_texts_of(config))
-    caches = {
-        name: tokenize_file(split.files, encoder.tokenizer_file, split.columns, *further)
-        for name, split in splits.items()
-        if split.is_labelled
-    }
+    tokenize = functools.partial(
+        tokenize_file,
+        tokenizer_file=encoder.tokenizer_file,
+        task=task,
+        max_length=config.max_length,
+        cache_dir=cache_dir,
+        load=load,
+        long_texts=long_texts_of(config),
+    )
+    caches = {name: tokenize(split.files, columns=split.columns) for name, split in splits.items() if split.is_labelled}
     train = caches["train"]
     encoders.check_tokenizer(encoder, train.vocab_size)
     is_kept = np.ones(len(train), bool)  # [rows], whether to train on a row
     if "dev" not in caches:
         share = config.dev_share or min(DEFAULT_SHARE, MOST_ROWS / len(train))
-        rows = cut_off(train.text_digests, task.strata(train.labels), share, config.seed)
+        rows = stratified_sample(train.text_digests, task.strata(train.labels), share, config.seed)
         if not len(rows):
             raise UserError(f"{len(train):,} training rows are too few to cut off dev; name a --dev-file")
         is_kept[rows] = False
@@ -194,10 +200,11 @@ def prepare(config: Config, quiet: bool) -> Prepared:
     leaked = {name: np.flatnonzero(is_kept & np.isin(train.text_digests, digests)) for name, digests in others.items()}
     leaks = {name: rows for name, rows in leaked.items() if len(rows)}
     if config.drop_duplicates:
-        is_kept[train.repeats] = is_kept[train.contradictions] = False
-    for rows in leaks.values() if config.drop_leaks else ():
-        is_kept[rows] = False
+        is_kept[train.duplicates] = is_kept[train.conflicts] = False
+    if config.drop_leaks:
+        for rows in leaks.values():
+            is_kept[rows] = False
     if not is_kept.any():
         raise UserError("--drop-duplicates or --drop-leaks leaves no row to train on; leave them out")
     train_rows = None if is_kept.all() else np.flatnonzero(is_kept)
-    return Prepared(config, task, encoder, splits, caches, leaks, train_rows)
+    return Inputs(config, task, encoder, splits, caches, leaks, train_rows)

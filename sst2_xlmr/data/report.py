@@ -9,7 +9,7 @@ from typing import Any
 from sst2_xlmr.config import FORMATS
 from sst2_xlmr.data.containers import shortened
 from sst2_xlmr.data.formats import Layout
-from sst2_xlmr.data.prepare import Prepared
+from sst2_xlmr.data.prepare import Inputs
 from sst2_xlmr.data.rows import PHRASES, Columns, guessed_columns
 from sst2_xlmr.data.sniff import DELIMITERS
 from sst2_xlmr.labels import listed
@@ -43,7 +43,7 @@ def left_out_of(dropped: dict[str, int]) -> str:
     return f"left out: {', '.join(f'{count:,} {PHRASES[kind]}' for kind, count in dropped.items())}" if dropped else ""
 
 
-def lines_of(inputs: Prepared) -> list[str]:
+def lines_of(inputs: Inputs) -> list[str]:
     """Return the header's lines: files with an unusual layout, rows per class, and notes on every split."""
     lines = []
     for name, split in inputs.splits.items():
@@ -59,29 +59,29 @@ def lines_of(inputs: Prepared) -> list[str]:
     return list(dict.fromkeys([*lines, *notes]))  # without repetitions: train and dev may have the same files
 
 
-def notes_of(inputs: Prepared, name: str) -> list[str]:
+def notes_of(inputs: Inputs, name: str) -> list[str]:
     split, absent = inputs.splits[name], [label for label, rows in classes_of(inputs, name).items() if not rows]
     notes = [*split.notes, left_out_of(split.dropped), f"no row of class {listed(absent)}" if absent else ""]
     return list(filter(None, notes))
 
 
-def classes_of(inputs: Prepared, name: str) -> dict[str, int]:
+def classes_of(inputs: Inputs, name: str) -> dict[str, int]:
     """Return class -> number of rows; for train, of the rows to train on."""
     cache = inputs.caches.get(name)
     return inputs.task.counts(inputs.train_labels if name == "train" else cache.labels) if cache else {}
 
 
-def examples_of(inputs: Prepared, name: str, count: int = 3) -> list[list[str | None]]:
+def examples_of(inputs: Inputs, name: str, count: int = 3) -> list[list[str | None]]:
     """Return the first rows of a split, as the model sees them: text, second text or None, label or None."""
     split, cache = inputs.splits[name], inputs.caches.get(name)
     used = inputs.train_rows if name == "train" else None
     wanted = range(count) if used is None else used[:count].tolist()
     rows = itertools.islice(split.rows(inputs.task if cache else None), max(wanted, default=-1) + 1)
     chosen = [row for index, (_, row) in enumerate(rows) if index in wanted]
-    return [[row.text, row.pair, None if row.label is None else inputs.task.label_cell(row.label)] for row in chosen]
+    return [[row.text, row.pair, None if row.label is None else inputs.task.format_label(row.label)] for row in chosen]
 
 
-def as_json(inputs: Prepared) -> dict[str, dict[str, Any]]:
+def as_json(inputs: Inputs) -> dict[str, dict[str, Any]]:
     """Describe every split for `--check FILE`."""
     result = {}
     for name, split in inputs.splits.items():
@@ -98,13 +98,13 @@ def as_json(inputs: Prepared) -> dict[str, dict[str, Any]]:
             "dropped": split.dropped,
             "classes": classes_of(inputs, name),
             "examples": examples_of(inputs, name),
-            "truncated": len(cache.cut_rows) if cache else 0,
+            "truncated": len(cache.truncated_rows) if cache else 0,
             "warnings": notes_of(inputs, name),
         }
     return result
 
 
-def check_lines(inputs: Prepared) -> list[str]:
+def check_lines(inputs: Inputs) -> list[str]:
     """Return three rows of each split with their labels, as the model sees them."""
     lines = []
     for name in inputs.splits:

@@ -25,7 +25,7 @@ from sst2_xlmr.util.files import read_json
 
 PHRASES = {  # why a row is unusable -> the phrase in errors and notes
     "another number of columns": "with another number of columns",
-    "cut characters": "with cut characters",
+    "cut characters": "with truncated or invalid characters",
     "no text": "without text",
     "no label": "without a label",
     "weight 0": "with weight 0",  # left out on purpose, so never an error
@@ -59,7 +59,7 @@ def columns_given(arguments: argparse.Namespace | Config, split: str = "") -> Co
     given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
     if given.get("format") not in FORMATS:  # export's --format is another option
         given.pop("format", None)
-    text, labels = (tuple(given.pop(name, None) or ()) for name in ("text_column", "label_columns"))
+    text, labels = tuple(given.pop("text_column", None) or ()), tuple(given.pop("label_columns", None) or ())
     pair, label = given.pop("text_pair_column", None), given.pop("label_column", "label")
     columns = Columns(text or None, pair, label, labels, given.pop("weight_column", None), **given)
     for option in getattr(arguments, "columns", ()):
@@ -170,7 +170,8 @@ def _likely_columns(path: Path, layout: Layout) -> tuple[str, str, list[str]]:
     labels = [i for i in labels if i not in texts]
     flags = [name for name, cells in zip(layout.names, columns.values()) if name and {*cells} <= {"0", "1"}]
     text = texts[0] if len(texts) == 1 else ""
-    return text, labels[0] if text and len(labels) == 1 else "", flags
+    label = labels[0] if text and len(labels) == 1 else ""
+    return text, label, flags
 
 
 def _proposal(path: Path, layout: Layout, with_label: bool) -> str:
@@ -232,7 +233,7 @@ def _weight(cell: Any, where: str) -> float:
     except (TypeError, ValueError):
         weight = math.nan
     if not 0 <= weight < math.inf:
-        raise UserError(f"{where}: the weight {label_text(cell)!r} is not a number of 0 or more; mend it")
+        raise UserError(f"{where}: the weight {label_text(cell)!r} is not a number of 0 or more; fix it")
     return weight
 
 
@@ -303,21 +304,24 @@ class Inspection:
 
     def _error(self, path: Path, problems: Problems, may_drop: bool) -> UserError:
         """Return an error with the number of unusable rows, and the first one of each kind."""
-        total, first = sum(count for count, *_ in problems.values()), min(line for _, line, _ in problems.values())
+        total = sum(count for count, *_ in problems.values())
+        first = min(line for _, line, _ in problems.values())
         kinds = ", ".join(
-            f"{count:,} {PHRASES[kind]} (line {line}{': ' * bool(detail)}{detail})"
+            f"{count:,} {PHRASES[kind]} (line {line}{f': {detail}' if detail else ''})"
             for kind, (count, line, detail) in problems.items()
         )
-        of_all, are_many = (f" of {self.rows:,}", self.rows > 1) if may_drop else ("", total > 1)
-        cure = "mend them, or leave them out with --drop-unusable" if may_drop else "mend them"
+        rows = f"{total:,} row{'s' if total > 1 else ''}"
+        if may_drop:
+            rows = f"{total:,} of {self.rows:,} row{'s' if self.rows > 1 else ''}"
+        cure = "fix them, or leave them out with --drop-unusable" if may_drop else "fix them"
         if NO_LABEL in problems and problems[NO_LABEL][2] not in ("''", ""):
             cure += "; if that is a class, list all with --label-names=A,B,..."
         elif COLUMNS in problems and self.layout.delimiter:
             cure += f"; a cell that contains {self.layout.delimiter!r} must be in quotes"
-            cure += ", or read every line as one text with --delimiter tab" * (len(self.layout.names) == 1)
+            if len(self.layout.names) == 1:
+                cure += ", or read every line as one text with --delimiter tab"
         elif CHARACTERS in problems:
             cure += f"; they contain half a character, NUL, or bytes that are not {self.layout.encoding}"
-        rows = f"{total:,}{of_all} row{'s' * are_many}"
         return UserError(f"{path}, line {first}: {rows} cannot be used: {kinds}; {cure}")
 
     def check_encoding(self, path: Path) -> None:

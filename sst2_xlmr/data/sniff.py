@@ -1,8 +1,8 @@
 """Detect a file's layout from its content, then its name: format, delimiter, quoting, line ends, header.
 
-pandas, DuckDB and clevercsv were tried first: pandas needs a dialect, the others take the first row of words for a
-header, and none distinguishes GLUE's quotation marks, which are text, from CSV's. Python's csv module then reads files
-by the detected layout.
+Why not a library: pandas must be told the dialect, DuckDB and clevercsv mistake a first row of words for a header, and
+none of them tells GLUE's literal quotation marks from CSV's quotes. Python's csv module then reads files by the
+detected layout.
 """
 
 from __future__ import annotations
@@ -203,11 +203,11 @@ def _parsed(lines: list[str], delimiter: str, quoting: str, is_whole: bool) -> l
 
 
 def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
-    """Whether quotes are CSV's: all cells that begin with one are well-formed, and some cells need quotes.
+    """Whether quotation marks are CSV's, not text: all cells that begin with one are well-formed, and some need them.
 
-    A cell needs them if it contains a quote, a delimiter or a line end; or a column, if all its cells have them. Excel
-    quotes exactly the cells with commas, even between tabs. In GLUE's files, a sentence may begin with a quotation mark
-    that is part of the text.
+    They do if a quoted cell contains a quote, a delimiter or a line end, if a whole column is quoted, or if exactly the
+    cells with commas or quotes are, as Excel does it even between tabs. In GLUE's files, a sentence may begin with a
+    quotation mark that is part of the text.
     """
     quote, of_row = QUOTES[quoting], []  # the lines of the current row
     escape, escaped = ("\\", '\\"') if quoting == "backslash" else (quote, quote)
@@ -256,12 +256,12 @@ def _quoting(lines: list[str], delimiter: str, is_whole: bool) -> str:
         kinds.reverse()  # all backslashes escape something, even in unquoted cells
     if found := next((kind for kind in kinds if _parsed(lines, delimiter, kind, is_whole)), None):
         return found
-    width, share = _share(_parsed(lines, delimiter, "none", is_whole))
+    width, share = _modal_width(_parsed(lines, delimiter, "none", is_whole))
     is_unquoted = width > 1 and share == 1 and not any('""' in line or line.count('"') % 2 for line in lines)
     return "none" if is_unquoted else "double"  # reading it as CSV then names the malformed line
 
 
-def _share(rows: list[list[str]]) -> tuple[int, float]:
+def _modal_width(rows: list[list[str]]) -> tuple[int, float]:
     """Return the most frequent number of columns, and the fraction of rows that have it."""
     [(width, count)] = Counter(map(len, rows)).most_common(1) if rows else [(0, 0)]
     return width, count / max(1, len(rows))
@@ -273,7 +273,7 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
     for rank, delimiter in enumerate([given] if given else DELIMITERS.values()):
         quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
         rows = _parsed(lines, delimiter, quoting, is_whole)
-        width, share = _share(rows[1:] or rows)
+        width, share = _modal_width(rows[1:] or rows)
         fits = bool(rows) and (len(rows[0]) - width in (0, 1) or _has_extra_column(rows, width))
         if width > 1 and (share >= _CONSISTENT or given) and fits:
             names = sum(cell.strip("\ufeff \"'").lower() in asked.named for cell in rows[0])
@@ -286,7 +286,7 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
         *_, delimiter, quoting, rows = best
         raw = "".join(lines)
         spaced = ([cell for cell in row if re.match(' +"', cell) and delimiter + cell in raw] for row in rows[1:])
-        if quoting == "double" and len(rows) > 1 and all(spaced):  # which keep quotes from being quotes, in all rows
+        if quoting == "double" and len(rows) > 1 and all(spaced):  # csv would read the quotes in these rows as text
             cure = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
             raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
     elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in asked.named:
@@ -320,11 +320,11 @@ def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: Colum
     """Add the columns' names, from the header or numbers from 1, and SST-2's class names."""
     if not rows:
         return layout._replace(names=("text",))
-    first, width = [cell.strip() for cell in rows[0]], _share(rows[1:] or rows)[0]
+    first, width = [cell.strip() for cell in rows[0]], _modal_width(rows[1:] or rows)[0]
     is_alone = not any(first[1:]) and first[0].lower() not in asked.named
     if is_alone and asked.header is None and width > 1 and len(rows) > 2 and layout.delimiter:
         shown = shortened(first[0], 40)
-        raise UserError(f"{path}: line 1, {shown!r}, is no row; remove it: tail -n +2 FILE > NEW")
+        raise UserError(f"{path}: line 1, {shown!r}, is not a row of the table; remove it: tail -n +2 FILE > NEW")
     header = _has_header(path, [first, *rows[1:]], width, asked) if asked.header is None else asked.header
     if not header:
         return layout._replace(names=tuple(map(str, range(1, width + 1))))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sst2_xlmr.config import Config, named_file, plain_name
-from sst2_xlmr.data.batches import mixed
+from sst2_xlmr.data.batches import splitmix64
 from sst2_xlmr.data.formats import either
 from sst2_xlmr.data.rows import columns_of, has_columns
 from sst2_xlmr.util import downloads
@@ -64,7 +64,7 @@ def find_files(config: Config, quiet: bool) -> tuple[dict[str, list[Path]], list
     return {**files, "test": tests}, []
 
 
-def cut_off(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+def stratified_sample(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Return the rows to cut off, int64, ascending: the same share of each class, but never all of it.
 
     Rows with equal texts stay together. The result depends on texts, labels and seed alone, not on the order of rows.
@@ -94,7 +94,7 @@ def _texts(digests: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarr
     texts, text_of = np.unique(digests, return_inverse=True)
     text_of, class_of = text_of.reshape(-1), np.full(len(texts), np.iinfo(np.int64).max)
     np.minimum.at(class_of, text_of, labels.astype(np.int64))
-    random = mixed(texts + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64))
+    random = splitmix64(texts + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64))
     return text_of, class_of, random ^ (random >> np.uint64(31))
 
 

@@ -44,9 +44,9 @@ class TokenCache:
     labels: np.ndarray  # [rows, ...], of the task's dtype and shape; int32 [rows], class ids, for a single label
     distinct_ids: np.ndarray  # int32 [distinct ids], the ids that occur, ascending
     text_digests: np.ndarray  # uint64 [rows], equal for equal texts (or pairs of texts)
-    repeats: np.ndarray  # int32, row indices, like contradictions; see `find_repeats`
-    contradictions: np.ndarray
-    cut_rows: np.ndarray  # int32, indices of the rows that were cut to `max_length`
+    duplicates: np.ndarray  # int32, row indices, like conflicts; see `find_duplicates`
+    conflicts: np.ndarray
+    truncated_rows: np.ndarray  # int32, indices of the rows that were cut to `max_length`
     lines: np.ndarray  # int32 [rows], the line of each row in its file, from 1
     vocab_size: int  # the tokenizer's largest id + 1
     digest: str  # SHA-256 of the file, or of the files, hexadecimal
@@ -72,9 +72,9 @@ class TokenCache:
             offsets=np.concatenate([[0], np.cumsum(self.lengths()[rows], dtype=np.int64)]),
             labels=self.labels[rows],
             text_digests=self.text_digests[rows],
-            repeats=self.repeats[:0],
-            contradictions=self.contradictions[:0],
-            cut_rows=np.flatnonzero(np.isin(rows, self.cut_rows)),
+            duplicates=self.duplicates[:0],
+            conflicts=self.conflicts[:0],
+            truncated_rows=np.flatnonzero(np.isin(rows, self.truncated_rows)),
             lines=self.lines[rows],
             digest=hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest(),
             weights=None if self.weights is None else self.weights[rows],
@@ -169,8 +169,8 @@ def text_digests(texts: Iterable[str], pairs: Iterable[str | None]) -> np.ndarra
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
-def find_repeats(digests: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row indices, int64, ascending, of repeats and of contradictions.
+def find_duplicates(digests: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row indices, int64, ascending, of duplicates and of conflicts.
 
     A repeat has the text and label of an earlier row. Contradictions are all rows with a text that has other labels
     elsewhere in the file. Digests are uint64 [rows], labels int [rows].
@@ -216,15 +216,15 @@ def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns:
                 chunks.append(of_rows)
                 rows_of_files[number] += len(of_rows[0])
     lengths, labels, digests, weights, lines, is_cut = map(np.concatenate, zip(*chunks))
-    repeats, contradictions = find_repeats(digests, task.label_keys(labels))
+    duplicates, conflicts = find_duplicates(digests, task.label_keys(labels))
     arrays = {
         "offsets": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         "labels": labels,
         "distinct_ids": np.flatnonzero(occurs).astype(np.int32),
         "text_digests": digests,
-        "repeats": repeats.astype(np.int32),
-        "contradictions": contradictions.astype(np.int32),
-        "cut_rows": np.flatnonzero(is_cut).astype(np.int32),
+        "duplicates": duplicates.astype(np.int32),
+        "conflicts": conflicts.astype(np.int32),
+        "truncated_rows": np.flatnonzero(is_cut).astype(np.int32),
         "lines": lines,
         **({"weights": weights} if columns.weight else {}),
     }

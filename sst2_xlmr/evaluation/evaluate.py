@@ -33,7 +33,7 @@ class Evaluation:
     results: np.ndarray  # fp32 [rows, ...], see `SingleLabel.row_results`
     probabilities: np.ndarray  # fp32 [rows, outputs]
 
-    def with_fitted(self, temperature: float, task: Task, labels: np.ndarray) -> Evaluation:
+    def recomputed(self, temperature: float, task: Task, labels: np.ndarray) -> Evaluation:
         """Return the evaluation with the logits divided by a temperature, and the task's thresholds."""
         if temperature == 1:
             return Evaluation(task.metrics(self.results, labels), self.results, self.probabilities)
@@ -42,7 +42,7 @@ class Evaluation:
         return Evaluation(task.metrics(results, labels), results, task.probabilities(logits).float().numpy())
 
 
-def batches_of_like_length(lengths: np.ndarray, batch_tokens: int, world_size: int = 1) -> Iterator[np.ndarray]:
+def length_sorted_batches(lengths: np.ndarray, batch_tokens: int, world_size: int = 1) -> Iterator[np.ndarray]:
     """Yield batches of row numbers, shortest rows first; in each, the ranks take rows in turn.
 
     Lengths are int [rows], in tokens. A rank gets at most `batch_tokens`, including padding, or one longer row.
@@ -118,7 +118,7 @@ def predict(
     """
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     probabilities = np.empty((len(lengths), task.outputs), np.float32)
-    batches = list(batches_of_like_length(lengths, batch_tokens))[::-1]  # the longest first, so that all end together
+    batches = list(length_sorted_batches(lengths, batch_tokens))[::-1]  # the longest first, so that all end together
 
     def compute(rows: np.ndarray) -> torch.Tensor:
         return task.probabilities(logits_of(model, ids, offsets, rows, device))
@@ -136,13 +136,13 @@ def evaluate(
     world: World,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Evaluate on all rows of a file, split over the ranks; for `batch_tokens` see `batches_of_like_length`.
+    """Evaluate on all rows of a file, split over the ranks; for `batch_tokens` see `length_sorted_batches`.
 
     The model is a classifier or an engine's version of one, not under DDP; its mode is restored. `should_stop` is
     called after every batch, with the same result on all ranks; if it is true, Interrupted is raised.
     """
     # Each rank takes a share of every batch, perhaps none, so that all have the same number of batches.
-    batches = list(batches_of_like_length(cache.lengths(), batch_tokens, world.world_size))
+    batches = list(length_sorted_batches(cache.lengths(), batch_tokens, world.world_size))
     labels = cache.labels
 
     def compute(batch: np.ndarray) -> tuple[torch.Tensor, ...]:

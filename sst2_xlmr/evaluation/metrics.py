@@ -86,23 +86,23 @@ def macro_f1(confusion: np.ndarray) -> float:
     return float(per_class(confusion)["f1"][occurs].mean())
 
 
-def expected_calibration_error(confidences: np.ndarray, is_right: np.ndarray) -> float:
+def expected_calibration_error(confidences: np.ndarray, is_correct: np.ndarray) -> float:
     """Return the mean gap between confidence and accuracy (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 
     Confidences, float [rows], are the predicted classes' probabilities; bin m of M holds those in ((m - 1) / M, m / M].
     """
     bins = (np.ceil(confidences * CALIBRATION_BINS).astype(np.int64) - 1).clip(0, CALIBRATION_BINS - 1)
-    sums = [np.bincount(bins, weights, CALIBRATION_BINS) for weights in (confidences, is_right)]
+    sums = [np.bincount(bins, weights, CALIBRATION_BINS) for weights in (confidences, is_correct)]
     return float(np.abs(sums[0] - sums[1]).sum() / len(confidences))
 
 
-def accuracy_interval(right: int, rows: int) -> tuple[float, float]:
+def accuracy_interval(correct: int, rows: int) -> tuple[float, float]:
     """Return an accuracy's 95 % bootstrap percentile interval (Efron 1979, https://doi.org/10.1214/aos/1176344552).
 
     Among `rows` rows drawn with replacement, the correct ones are binomial, so only their number is drawn. If all rows
     are correct, or none, the interval is a point.
     """
-    accuracies = np.random.RandomState(0).binomial(rows, right / rows, RESAMPLES) / rows
+    accuracies = np.random.RandomState(0).binomial(rows, correct / rows, RESAMPLES) / rows
     low, high = np.quantile(accuracies, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 

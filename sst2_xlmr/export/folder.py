@@ -17,7 +17,7 @@ from typing import Any, Callable
 import torch
 
 from sst2_xlmr.config import GROUPS, OPTIONS, Config, flag, named_file, shown
-from sst2_xlmr.data.prepare import Prepared, long_texts_of
+from sst2_xlmr.data.prepare import Inputs, long_texts_of
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderFolder
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model
@@ -202,18 +202,18 @@ def _lines(rows: Iterable[Iterable[str]]) -> str:
 def export_run(
     folder: Path,
     weights: Weights,
-    inputs: Prepared,
+    inputs: Inputs,
     task: Task,
     state: TrainState,
     evaluations: Metrics,
-    finisher: BackgroundWriter,
+    background_writer: BackgroundWriter,
 ) -> None:
     """Write a run's current weights, with the whole vocabulary, and a model card; on rank 0.
 
-    The folder gets its final name on the thread of `finisher`. With --calibrate, the logits are divided by the state's
-    temperature. Evaluations of `best/NAME` do not belong to these weights, and are left out of the card.
+    The folder gets its final name on the thread of `background_writer`. With --calibrate, the logits are divided by the
+    state's temperature. Evaluations of `best/NAME` do not belong to these weights, and are left out of the card.
     """
-    finisher.wait()  # so that a slow disk has one model to write at a time
+    background_writer.wait()  # so that a slow disk has one model to write at a time
     config = inputs.config
     dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), config.dropout)
     described = replace(
@@ -234,4 +234,4 @@ def export_run(
     card = card_text(config, task, state, rows, own, is_best=folder.name == "best")
     factor, offset = task.folding
     temperature = (state.temperature if config.calibrate else 1.0) / factor
-    write_folder(folder, weights, described, card, temperature, offset, finisher.submit)
+    write_folder(folder, weights, described, card, temperature, offset, background_writer.submit)

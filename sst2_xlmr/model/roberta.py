@@ -50,8 +50,8 @@ class Layer(nn.Module):
             projected = F.linear(hidden, weight[width:], bias[width:]).view(texts, -1, 2, self.heads, size)
             key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.dropout.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        return mixed.transpose(1, 2).reshape(texts, -1, width)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return attended.transpose(1, 2).reshape(texts, -1, width)
 
 
 class Encoder(nn.Module):

@@ -30,7 +30,7 @@ from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, words_for, write_rows
 from sst2_xlmr.report.tables import Figures
-from sst2_xlmr.task import align_classes, as_labels, check_options, main_metric
+from sst2_xlmr.task import check_options, main_metric
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of, digest_of_input, read_json, write_text
@@ -93,11 +93,11 @@ def soft_labelled(plan: argparse.Namespace, classifier: Classifier, counts: dict
         probabilities = np.concatenate(found)
         if plan.align_classes:
             labels = np.asarray([row.label for row in plan.rows["train"]], plan.task.label_dtype)
-            probabilities = align_classes(classifier.task, probabilities, labels)
-        task, labels = as_labels(classifier.task, probabilities, plan.temperature or 1.0)
+            probabilities = classifier.task.align_classes(probabilities, labels)
+        task, labels = classifier.task.soft_labels(probabilities, plan.temperature or 1.0)
         counts["texts"] += len(labels)
         for row, label in zip((row for _, rows in usable_rows(plan, file) for row in rows), labels):
-            yield row._replace(label=task.label_value(label), weight=plan.unlabelled_weight)
+            yield row._replace(label=task.label_to_json(label), weight=plan.unlabelled_weight)
     if not counts["texts"]:
         raise UserError("all unlabelled texts are also labelled or evaluated on; give others with --unlabelled")
 
@@ -112,7 +112,7 @@ def teach(plan: argparse.Namespace, folder: Path, teachers: list[Path]) -> None:
     }
     path = folder / "teacher.json"
     if not path.is_file():
-        classifier = Classifier.load_mean(teachers, plan.teacher_precision, plan.config.device)
+        classifier = Classifier.load_ensemble(teachers, plan.teacher_precision, plan.config.device)
         counts, figures = {"texts": 0, "left out": 0}, {}
         more = soft_labelled(plan, classifier, counts)
         write_rows(folder / "train.jsonl", plan.task, plan.rows["train"], more)

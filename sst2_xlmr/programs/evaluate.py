@@ -36,7 +36,7 @@ from sst2_xlmr.util import downloads
 from sst2_xlmr.util.device import keep_freed_memory, memory_errors
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, print_text
-from sst2_xlmr.util.files import put_in_place, scratch_folder, write_text, writing
+from sst2_xlmr.util.files import put_in_place, scratch_folder, write_errors, write_text
 
 Caches = dict[str, TokenCache]  # by name of file
 Evaluations = dict[str, Evaluation]
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if arguments.json:
         options.check_output("--json", arguments.json, arguments.overwrite)
     if arguments.tensorboard:
-        with writing(arguments.tensorboard):
+        with write_errors(arguments.tensorboard):
             arguments.tensorboard.mkdir(parents=True, exist_ok=True)
     if output:
         options.check_output("--output", output, makes_parents=True)
@@ -104,7 +104,7 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
     temperature, before, after = calibrate(task, probabilities, cache.labels)
     encoder, begin, card = find_encoder(str(source)), "The probabilities are calibrated: ", read_card(source)
     encoder = replace(encoder, thresholds=at_temperature(task, temperature).thresholds)
-    with writing(output), scratch_folder(output) as scratch:
+    with write_errors(output), scratch_folder(output) as scratch:
         written = scratch / output.name
         write_folder(written, load_tensors(encoder), encoder, card, temperature)
         if temperature != 1:
@@ -163,7 +163,7 @@ def write_json(
         reports[name] = {"file": str(arguments.files[name]), **metrics, "classes": classes, "confusion": confusion}
     about = {"model": " ".join(map(str, arguments.models)), "precision": precision}
     content = {**about, "labels": task.label_names, "files": reports, "mean": mean_of(all_metrics)}
-    with writing(arguments.json):
+    with write_errors(arguments.json):
         write_text(arguments.json, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--calibrate writes one model; name one --model")
     keep_freed_memory()
     against = arguments.against
-    classifier = Classifier.load_mean(models, arguments.precision, arguments.device)
+    classifier = Classifier.load_ensemble(models, arguments.precision, arguments.device)
     precision = classifier.precision
     if against and arguments.precision == "int8" != precision:
         raise UserError("--precision int8 is not supported on this machine, so it cannot be compared")
@@ -189,9 +189,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         write_json(arguments, precision, task, caches, evaluations)
     if arguments.tensorboard:
-        with writing(arguments.tensorboard), open_events(arguments.tensorboard) as writer:
+        with write_errors(arguments.tensorboard), open_events(arguments.tensorboard) as writer:
             for name, cache in caches.items():
-                add_scalars(writer, 0, name, {key: metrics[name][key] for key in task.scalars})
+                add_scalars(writer, 0, name, {key: metrics[name][key] for key in task.tensorboard_metrics})
                 texts_of = partial(splits[name].texts_of, task)
                 draw_evaluation(writer, 0, name, cache.labels, evaluations[name].probabilities, task, texts_of)
     lines = evaluation_table(task, metrics)
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     if not against:
         print_text("\n".join([*lines, ""]))
         return
-    expected = evaluate_all(Classifier.load_mean(models, against, arguments.device), caches, arguments.batch_tokens)
+    expected = evaluate_all(Classifier.load_ensemble(models, against, arguments.device), caches, arguments.batch_tokens)
     both = {}
     for name, cache in caches.items():
         both[name] = evaluations[name].probabilities, expected[name].probabilities, cache.labels

@@ -34,7 +34,7 @@ from sst2_xlmr.report.tables import comparison_table
 from sst2_xlmr.task import Task
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.errors import UserError, say
-from sst2_xlmr.util.files import put_in_place, scratch_folder, writing
+from sst2_xlmr.util.files import put_in_place, scratch_folder, write_errors
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     encoder = find_model(arguments.model)
     output = arguments.output.absolute()
-    with writing(arguments.output), scratch_folder(output) as scratch:
+    with write_errors(arguments.output), scratch_folder(output) as scratch:
         if arguments.keep_vocabulary_of:
             encoder = trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), scratch / "trimmed")
         task = task_of(encoder)

@@ -15,7 +15,7 @@ from sst2_xlmr.config import ABSTAINED, COLUMN_OPTIONS, EVAL_BATCH_TOKENS, PRECI
 from sst2_xlmr.data.formats import KINDS, either
 from sst2_xlmr.util.downloads import BUNDLE_URLS, cache_dir
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import scratch_folder, writing
+from sst2_xlmr.util.files import scratch_folder, write_errors
 
 FORMATS = ("hf", "onnx", "onnx-int8", "onnx-hf", "onnx-hf-int8", "torchscript")
 TABLE_OPTIONS = [name for name in COLUMN_OPTIONS if name != "format"]  # here --format is the export's
@@ -39,7 +39,7 @@ def check_output(option: str, path: Path, overwrite: bool | None = None, makes_p
     if os.path.lexists(path) and (not overwrite or not path.is_file()):
         cure = ", or replace it with --overwrite" if overwrite is False and path.is_file() else ""
         raise UserError(f"{option} {path} already exists; choose another name{cure}")
-    with writing(path):
+    with write_errors(path):
         path = path.absolute()
         if makes_parents:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def fetch(parser: OneLineParser, add: Add) -> None:
 
 
 def serve(parser: OneLineParser, add: Add) -> None:
-    """Answer over HTTP with a trained model."""
+    """Serve a trained model over HTTP."""
     add_model_options(add)
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all [127.0.0.1]")
     add("--port", type=int, default=8000, help="port to listen on [8000]")

@@ -1,8 +1,8 @@
 """Classify texts with a trained model: one line each, or a file with all columns of the input and the predictions.
 
-docs/data.md has its use. The input may be larger than memory, so it is read in blocks of rows, three times: to find bad
-rows, to classify (each process takes a share), and to write rows with their predictions. Until the output is complete,
-the predictions are in a hidden folder beside it; after a kill, the same command with --resume continues from there.
+See docs/data.md. The input may be larger than memory, so it is streamed in chunks, three times: to find bad rows, to
+classify (each process takes a share), and to write rows with their predictions. Until the output is complete, the
+predictions are in a hidden folder beside it; after a kill, the same command with --resume continues from there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sst2_xlmr.task import Task, check_options
 from sst2_xlmr.util import distributed, shards
 from sst2_xlmr.util.device import keep_freed_memory, memory_errors
 from sst2_xlmr.util.errors import UserError, print_text, raise_on_all
-from sst2_xlmr.util.files import digest_of, write_text, writing
+from sst2_xlmr.util.files import digest_of, write_errors, write_text
 
 ROWS_AT_ONCE = 1024
 BYTES_AT_ONCE = 1 << 16  # of standard input
@@ -58,7 +58,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     named = {"--output": arguments.output, "--glue-submission": glue and glue / "SST-2.tsv"}
     outputs = arguments.outputs = {option: path for option, path in named.items() if path}
     paths = arguments.paths = list(outputs.values())
-    is_alone, to_file = os.environ.get("WORLD_SIZE", "1") == "1", file and outputs
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    to_file = file and outputs
     columns = ", ".join(flag(name) for name in TEXT_OPTIONS if name in arguments)
     labels_only = glue and arguments.all_probabilities and not arguments.output
     options.refuse(
@@ -75,7 +76,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if arguments.output:
         kind_of(arguments.output)
     if glue:
-        with writing(glue):
+        with write_errors(glue):
             glue.mkdir(parents=True, exist_ok=True)
     is_begun = bool(paths) and shards.is_begun(paths[0])
     arguments.is_complete = arguments.resume and not is_begun and all(path.exists() for path in paths)
@@ -160,21 +161,21 @@ def classify(arguments: argparse.Namespace, classifier: Classifier, chunks: Chun
 def predict_stream(arguments: argparse.Namespace) -> None:
     """Classify texts as they become available; writes lines to standard output, in UTF-8, or to the output files."""
     chunks = read_chunks(arguments)
-    classifier = Classifier.load_mean(arguments.models, arguments.precision, arguments.device)
+    classifier = Classifier.load_ensemble(arguments.models, arguments.precision, arguments.device)
     check_options(classifier.task, arguments)
-    blocks = classify(arguments, classifier, chunks)
+    predicted = classify(arguments, classifier, chunks)
     if arguments.output:
-        write_predictions(arguments, classifier.task, blocks)
+        write_predictions(arguments, classifier.task, predicted)
         return
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    for chunk, predictions in blocks:
+    for chunk, predictions in predicted:
         if not print_text(output.console_lines(chunk, predictions)):
             return
     if arguments.input:
         say_layout(arguments)
 
 
-def write_predictions(arguments: argparse.Namespace, task: Task, blocks: Iterable[Predictions]) -> None:
+def write_predictions(arguments: argparse.Namespace, task: Task, predicted: Iterable[Predictions]) -> None:
     """Write the output files atomically."""
     new_columns = task.columns(arguments.all_probabilities)
     numbers = output.glue_label_ids(task.label_names) if arguments.glue_submission else {}
@@ -183,7 +184,7 @@ def write_predictions(arguments: argparse.Namespace, task: Task, blocks: Iterabl
     columns, row = None, 0
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(output.new_output(path)) for path in arguments.paths]
-        for chunk, predictions in blocks:
+        for chunk, predictions in predicted:
             columns = columns or chunk[0].fields.names
             if arguments.output:
                 header = has_names and row == 0
@@ -203,18 +204,18 @@ def say_layout(arguments: argparse.Namespace) -> None:
         print(f"written    {path}: tabs, no quotes; {how}", file=sys.stderr)
 
 
-def with_progress(blocks: Iterable[Predictions], total: int, done: int, quiet: bool) -> Iterator[Predictions]:
-    """Yield blocks; shows a bar on a terminal, otherwise prints a line per minute, on standard error.
+def with_progress(predicted: Iterable[Predictions], total: int, done: int, quiet: bool) -> Iterator[Predictions]:
+    """Yield all of `predicted`; shows a bar on a terminal, otherwise prints a line per minute, on standard error.
 
     Of `total` rows, an earlier run has done `done`.
     """
     started = printed = time.monotonic()
     rows, has_bar = 0, sys.stderr.isatty() and not quiet
     with tqdm(total=total, initial=done, unit=" rows", disable=not has_bar, dynamic_ncols=True) as bar:
-        for block in blocks:
-            yield block
-            rows, now = rows + len(block[0]), time.monotonic()
-            bar.update(len(block[0]))
+        for part in predicted:
+            yield part
+            rows, now = rows + len(part[0]), time.monotonic()
+            bar.update(len(part[0]))
             if not has_bar and not quiet and now - printed > SECONDS_BETWEEN_LINES:
                 printed, rate = now, rows / (now - started)
                 left = tqdm.format_interval((total - done - rows) / rate)
@@ -224,7 +225,7 @@ def with_progress(blocks: Iterable[Predictions], total: int, done: int, quiet: b
 def predict_file(arguments: argparse.Namespace, world: distributed.World) -> None:
     """Classify this process's share of the input; rank 0 writes the output files."""
     digest, sizes = distributed.broadcast(world, distributed.on_rank0(world, lambda: read_through(arguments)))
-    classifier = Classifier.load_mean(arguments.models, arguments.precision, world.device)
+    classifier = Classifier.load_ensemble(arguments.models, arguments.precision, world.device)
     if len(set(distributed.gather_objects(world, classifier.precision))) > 1:
         raise_on_all("the processes use different precisions; set --precision")
     first, last = (len(sizes) * rank // world.world_size for rank in (world.rank, world.rank + 1))
@@ -245,25 +246,25 @@ def predict_file(arguments: argparse.Namespace, world: distributed.World) -> Non
             return stack.enter_context(shards.open_shards(arguments.paths[0], fingerprint, arguments.resume))
 
         folder = distributed.broadcast(world, distributed.on_rank0(world, begin))
-        start = next((n for n in range(first, last) if not shards.block_file(folder, n).is_file()), last)
+        start = next((n for n in range(first, last) if not shards.shard_file(folder, n).is_file()), last)
         chunks = itertools.islice(read_chunks(arguments), start, last)
         total, done = sum(sizes[first:last]), sum(sizes[first:start])
-        blocks = with_progress(classify(arguments, classifier, chunks), total, done, quiet=not world.is_main)
-        for number, (_, predictions) in enumerate(blocks, start):
-            with writing(folder):
-                write_text(shards.block_file(folder, number), json.dumps(predictions))
-        distributed.gather_objects(world, None, world.patient)  # wait until all blocks are written
+        predicted = with_progress(classify(arguments, classifier, chunks), total, done, quiet=not world.is_main)
+        for number, (_, predictions) in enumerate(predicted, start):
+            with write_errors(folder):
+                write_text(shards.shard_file(folder, number), json.dumps(predictions))
+        distributed.gather_objects(world, None, world.patient)  # wait until all shards are written
 
-        def all_blocks() -> Iterator[Predictions]:
+        def all_predictions() -> Iterator[Predictions]:
             for number, chunk in zip(range(len(sizes)), read_chunks(arguments)):
-                yield chunk, json.loads(shards.block_file(folder, number).read_text(encoding="utf-8"))
+                yield chunk, json.loads(shards.shard_file(folder, number).read_text(encoding="utf-8"))
             if source_digest(arguments.input) != digest:  # before the output gets its name
                 raise UserError(f"{arguments.input} changed while it was being read; run it again, with --overwrite")
 
         def finish() -> None:
             for option, path in arguments.outputs.items():  # another program may have created one meanwhile
                 options.check_output(option, path, arguments.overwrite)
-            write_predictions(arguments, classifier.task, all_blocks())
+            write_predictions(arguments, classifier.task, all_predictions())
             shards.remove_shards(folder)
             say_layout(arguments)
 
@@ -282,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         cure = "if it came from another input or model, rerun with --overwrite instead of --resume"
         print(f"{paths[0]} is already complete, so nothing was done; {cure}", file=sys.stderr)
     else:
-        with distributed.start(arguments.device, 0, TIMEOUT_MINUTES) as world:
+        with distributed.init_distributed(arguments.device, 0, TIMEOUT_MINUTES) as world:
             try:
                 predict_file(arguments, world)
             except UserError as error:

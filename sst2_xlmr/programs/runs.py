@@ -25,7 +25,7 @@ from sst2_xlmr.report.tables import Figures, Results, settings_table, summary
 from sst2_xlmr.task import Task, main_metric
 from sst2_xlmr.training.run_folder import read_metrics
 from sst2_xlmr.util.errors import SIGNALS, UserError
-from sst2_xlmr.util.files import digest_of_input, new_file, write_text, writing
+from sst2_xlmr.util.files import digest_of_input, new_file, write_errors, write_text
 
 TRAIN_COMMAND = [sys.executable, "-m", "sst2_xlmr.train"]
 Runs = Mapping[str, Callable[[int], tuple[bool, Figures]]]  # setting -> `train` for a seed
@@ -53,11 +53,11 @@ def checked_config(words: list[str], folder: Path, *own: str) -> Config:
 
 
 def write_rows(path: Path, task: Task, rows: Iterable[Row], more: Iterable[Row] = ()) -> None:
-    """Write rows, and more, whose labels are JSON values already, atomically; UserError if that fails."""
-    with writing(path.parent):
+    """Write rows, then those of `more`, whose labels are JSON values already, atomically; UserError if that fails."""
+    with write_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
-        for row in itertools.chain((row._replace(label=task.label_value(row.label)) for row in rows), more):
+        for row in itertools.chain((row._replace(label=task.label_to_json(row.label)) for row in rows), more):
             texts = {"text": row.text} if row.pair is None else {"text": row.text, "pair": row.pair}
             content = {**texts, "label": row.label, "weight": row.weight}
             file.write(json.dumps(content, ensure_ascii=False) + "\n")
@@ -77,7 +77,7 @@ def words_for(config: Config, task: Task, files: Mapping[str, Path], has_weights
         text_pair_column="pair" if config.text_pair_column is not None else None,
         weight_column="weight" if has_weights or config.weight_column is not None else None,
         task=task.option,
-        label_names=None if "label_names" in task.refused else task.label_names,
+        label_names=None if "label_names" in task.unsupported_options else task.label_names,
     )
     return command_line_of(run)
 
@@ -146,7 +146,8 @@ def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figu
         run([*TRAIN_COMMAND, *options], folder, is_new)
     lines = read_metrics(folder / "metrics.jsonl")
     # Metrics of best/ are left out: if the last model is the best, there are none.
-    values = [(line["split"], main_metric(line)) for line in lines if line.get("split", "best/")[:5] != "best/"]
+    evaluations = [line for line in lines if "split" in line and not line["split"].startswith("best/")]
+    values = [(line["split"], main_metric(line)) for line in evaluations]
     figures: Figures = {**dict(values), "best dev": max(value for split, value in values if split == "dev")}
     return not was_finished, {**figures, "seconds": seconds_of(folder)}
 

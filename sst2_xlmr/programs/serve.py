@@ -1,4 +1,4 @@
-"""Answer over HTTP with a trained model; docs/from-csv-to-service.md has examples.
+"""Serve a trained model over HTTP; docs/from-csv-to-service.md has examples.
 
 A request has `texts`, strings or pairs of strings, and optionally `"all_probabilities": true`; the response is a list
 with the columns of predict.py for each text. Waiting texts of all requests are batched. On SIGTERM, it finishes the
@@ -18,7 +18,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
-from typing import Any, Callable, cast
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -36,23 +36,24 @@ try:
 except ImportError:
     raise UserError("serve needs a package: pip install 'uvicorn>=0.22' (extra: serve)") from None
 
-LARGEST_BODY, LARGEST_HEAD = 1 << 20, 1 << 14  # bytes of a request
-LONGEST_TEXT, MOST_TEXTS = 100_000, 100  # characters of a text, texts of a request
-MOST_WAITING, MOST_CONNECTIONS = 2000, 1000  # texts and connections, beyond which others are turned away
-SHORT = 2000  # characters of a request; longer ones are tokenized in a thread, so that others are not held up
-SECONDS_TO_ARRIVE = 10.0  # for the head of a request, and again for its body
+MAX_BODY_BYTES, MAX_HEAD_BYTES = 1 << 20, 1 << 14
+MAX_TEXT_CHARACTERS, MAX_TEXTS = 100_000, 100  # of a request
+MAX_QUEUED_TEXTS, MAX_CONNECTIONS = 2000, 1000  # beyond which requests are turned away
+INLINE_CHARACTERS = 2000  # longer requests are tokenized in a thread, so that others are not held up
+REQUEST_TIMEOUT_S = 10.0  # for the head of a request, and again for its body
 STATUSES = (200, 400, 408, 413, 500, 503)  # of answers to POST /
 WAITING, TEXTS, SECONDS = "sst2_xlmr_waiting_texts", "sst2_xlmr_texts_total", "sst2_xlmr_seconds_total"
 REQUESTS = {status: f'sst2_xlmr_requests_total{{status="{status}"}}' for status in STATUSES}
 COUNTERS = np.dtype([(name, np.float64) for name in (WAITING, TEXTS, SECONDS, *REQUESTS.values())])
 Receive = Callable[[], Any]  # as ASGI defines it
 Queue = asyncio.Queue[Any]  # of token ids, lengths and a future for each request
-bad_request = functools.partial(UserError, status=400)  # where a request is read, an error has HTTP's status
+bad_request = functools.partial(UserError, status=400)  # while a request is read, `status` is that of HTTP
 
 
 async def compute(classifier: Classifier, waiting: Queue, batch_tokens: int) -> None:
     """Answer the requests that wait, as many at a time as have `batch_tokens`."""
-    loop, thread, pending = asyncio.get_running_loop(), ThreadPoolExecutor(1), list[Any]()
+    loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1)
+    pending: list[Any] = []
     while True:
         batch, pending = pending or [await waiting.get()], []
         tokens = sum(len(ids) for ids, *_ in batch)
@@ -82,22 +83,22 @@ async def read_texts(receive: Receive, takes_pairs: bool | None) -> tuple[list[A
         while message.get("more_body"):
             message = await receive()
             content += message.get("body", b"")  # none if the client has gone
-            if len(content) > LARGEST_BODY:
-                raise UserError(f"a request may have {LARGEST_BODY:,} bytes", status=413)
+            if len(content) > MAX_BODY_BYTES:
+                raise UserError(f"a request may have {MAX_BODY_BYTES:,} bytes", status=413)
         return content
 
     try:
-        body = json.loads(await asyncio.wait_for(read_body(), SECONDS_TO_ARRIVE))
+        body = json.loads(await asyncio.wait_for(read_body(), REQUEST_TIMEOUT_S))
     except asyncio.TimeoutError:
-        raise UserError(f"the request has not arrived within {SECONDS_TO_ARRIVE:g} seconds", status=408) from None
+        raise UserError(f"the request has not arrived within {REQUEST_TIMEOUT_S:g} seconds", status=408) from None
     except (ValueError, RecursionError) as error:
         raise bad_request(f"not JSON: {error}"[:200]) from None
     texts = body.get("texts") if isinstance(body, dict) else None
-    if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_TEXTS:
-        raise bad_request(f"texts: a list of 1 to {MOST_TEXTS} texts is needed")
+    if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_TEXTS:
+        raise bad_request(f"texts: a list of 1 to {MAX_TEXTS} texts is needed")
     parts = [part for text in texts for part in (text if isinstance(text, list) else [text])]
-    if not all(isinstance(part, str) and len(part) <= LONGEST_TEXT for part in parts):
-        raise bad_request(f"texts: strings of up to {LONGEST_TEXT:,} characters are needed, or pairs of such")
+    if not all(isinstance(part, str) and len(part) <= MAX_TEXT_CHARACTERS for part in parts):
+        raise bad_request(f"texts: strings of up to {MAX_TEXT_CHARACTERS:,} characters are needed, or pairs of such")
     if takes_pairs is not None and any(isinstance(text, list) != takes_pairs for text in texts):
         raise bad_request(f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}")
     return texts, sum(map(len, parts)), bool(body.get("all_probabilities"))
@@ -115,11 +116,11 @@ def make_app(classifier: Classifier, arguments: argparse.Namespace, waiting: Que
     async def answers_to(receive: Receive) -> list[dict[str, Any]]:
         texts, characters, all_probabilities = await read_texts(receive, takes_pairs)
         try:
-            is_short = characters <= SHORT
+            is_short = characters <= INLINE_CHARACTERS
             ids, lengths = classifier.encode(texts) if is_short else await asyncio.to_thread(classifier.encode, texts)
         except (UserError, TypeError) as error:
             raise bad_request(str(error)) from None
-        if counts[WAITING] + len(lengths) > MOST_WAITING:
+        if counts[WAITING] + len(lengths) > MAX_QUEUED_TEXTS:
             raise UserError("too many texts are waiting; try again later", status=503)
         future = asyncio.get_running_loop().create_future()
         waiting.put_nowait((ids, lengths, future))
@@ -132,9 +133,10 @@ def make_app(classifier: Classifier, arguments: argparse.Namespace, waiting: Que
         return [dict(zip(columns, task.cells(each, all_probabilities, abstain_below))) for each in found]
 
     async def app(scope: dict[str, Any], receive: Receive, send: Callable[[dict[str, Any]], Any]) -> None:
-        status, kind, answer = 200, "application/json", cast(Any, None)
+        status, content_type = 200, "application/json"
+        answer: Any = None
         if scope["path"] == "/metrics":
-            kind = "text/plain; version=0.0.4"
+            content_type = "text/plain; version=0.0.4"
             answer = "".join(f"{name} {counters[name].sum():.15g}\n" for name in counters.dtype.names or ())
         elif scope["path"] == "/healthz":
             answer = {"status": "ok"}
@@ -153,7 +155,7 @@ def make_app(classifier: Classifier, arguments: argparse.Namespace, waiting: Que
                 counts[REQUESTS[status]] += 1
                 counts[SECONDS] += time.monotonic() - start
         body = (answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)).encode()
-        headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
+        headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -179,7 +181,7 @@ class TimedProtocol(H11Protocol):
             self.timer.cancel()
             self.timer = None
         elif is_idle and not self.timer:
-            self.timer = self.loop.call_later(SECONDS_TO_ARRIVE, self.end_idle)
+            self.timer = self.loop.call_later(REQUEST_TIMEOUT_S, self.end_idle)
 
     def end_idle(self) -> None:
         self.timer = None
@@ -190,8 +192,8 @@ class TimedProtocol(H11Protocol):
 async def run(classifier: Classifier, arguments: argparse.Namespace, worker: int = 0) -> None:
     """Answer at `arguments.listener` until a signal asks to stop."""
     waiting: Queue = asyncio.Queue()
-    settings: dict[str, Any] = {"http": TimedProtocol, "limit_concurrency": MOST_CONNECTIONS, "log_level": "error"}
-    settings |= {"h11_max_incomplete_event_size": LARGEST_HEAD, "timeout_graceful_shutdown": 30, "lifespan": "off"}
+    settings: dict[str, Any] = {"http": TimedProtocol, "limit_concurrency": MAX_CONNECTIONS, "log_level": "error"}
+    settings |= {"h11_max_incomplete_event_size": MAX_HEAD_BYTES, "timeout_graceful_shutdown": 30, "lifespan": "off"}
     app = make_app(classifier, arguments, waiting, worker)
     computing = asyncio.create_task(compute(classifier, waiting, arguments.batch_tokens))
     await uvicorn.Server(uvicorn.Config(app, **settings)).serve([arguments.listener])
@@ -199,7 +201,7 @@ async def run(classifier: Classifier, arguments: argparse.Namespace, worker: int
 
 
 def work(classifier: Classifier, arguments: argparse.Namespace, worker: int) -> None:
-    """Be one of several processes that answer."""
+    """Run one of several worker processes."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_DFL)  # until uvicorn handles them
     torch.set_num_threads(max(1, torch.get_num_threads() // arguments.workers))
@@ -207,7 +209,7 @@ def work(classifier: Classifier, arguments: argparse.Namespace, worker: int) -> 
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket of this address, on which nobody listens yet."""
+    """Return a socket bound to this address, not yet listening."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # asyncio sets TCP_NODELAY only if the protocol is given; without it, small answers wait for 40 ms.
@@ -215,7 +217,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen at --host {host} --port {port}: {error}; choose another") from None
+        raise UserError(f"cannot listen on --host {host} --port {port}: {error}; choose another") from None
     return listener
 
 
@@ -247,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     # The thread that loads the model ends, and with it its OpenMP threads: if there were more than cores, waiting ones
     # would not spin, which is slower, and a forked process would wait for threads that it does not have.
     with ThreadPoolExecutor(1) as thread:
-        load, asked = Classifier.load_mean, (arguments.models, arguments.precision, arguments.device)
+        load, asked = Classifier.load_ensemble, (arguments.models, arguments.precision, arguments.device)
         classifier = thread.submit(load, *asked).result()
     check_options(classifier.task, arguments)
     workers = arguments.workers

@@ -14,12 +14,12 @@ import numpy as np
 from sst2_xlmr.data.formats import row_writer
 from sst2_xlmr.data.rows import Row, columns_given, read_rows
 from sst2_xlmr.data.sniff import find_layout
-from sst2_xlmr.data.splits import cut_off
+from sst2_xlmr.data.splits import stratified_sample
 from sst2_xlmr.data.token_cache import text_digests
 from sst2_xlmr.labels import label_text
 from sst2_xlmr.programs import options
 from sst2_xlmr.util.errors import UserError, say
-from sst2_xlmr.util.files import new_file, writing
+from sst2_xlmr.util.files import new_file, write_errors
 
 _KEY_WORDS = 3  # number of first words by which a text is looked up in others
 Words = tuple[str, ...]
@@ -89,7 +89,7 @@ def draw(rows: Sequence[Row], label_column: str, share: float, seed: int, are_fr
     cells = [dict(zip(row.fields.names, row.fields.cells)).get(label_column) for row in free]  # None: no such column
     labels = np.array([classes.setdefault(label_text(cell), len(classes)) for cell in cells])
     digests = text_digests((row.text for row in free), (row.pair for row in free))
-    return numbers[cut_off(digests, labels, share * len(rows) / len(free), seed)]
+    return numbers[stratified_sample(digests, labels, share * len(rows) / len(free), seed)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         splits["train"] = np.sort(drawn)
     # A kind that holds any cell, unless it is GLUE's.
     kind = ".jsonl" if not layout.is_table else ".tsv" if (layout.format, layout.quoting) == ("tsv", "none") else ".csv"
-    with writing(output_dir):
+    with write_errors(output_dir):
         output_dir.mkdir()
         for name, numbers in splits.items():
             with new_file(output_dir / f"{name}{kind}{'.gz' if path.suffix == '.gz' else ''}") as file:

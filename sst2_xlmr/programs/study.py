@@ -27,7 +27,7 @@ from sst2_xlmr.data.prepare import inspect_splits, prepare
 from sst2_xlmr.data.rows import Row, texts_of
 from sst2_xlmr.data.splits import assign_folds, find_files
 from sst2_xlmr.data.token_cache import TokenCache, text_digests
-from sst2_xlmr.evaluation.evaluate import batches_of_like_length, logits_of, on_all_cores
+from sst2_xlmr.evaluation.evaluate import length_sorted_batches, logits_of, on_all_cores
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
@@ -75,7 +75,7 @@ def linear_probe(config: Config) -> float:
 
     def features_of(cache: TokenCache, rows: np.ndarray) -> torch.Tensor:
         """Return the features of some rows, in ascending order, fp32 [rows, hidden], on the CPU."""
-        order = [rows[batch] for batch in batches_of_like_length(cache.lengths()[rows], config.eval_batch_tokens)]
+        order = [rows[batch] for batch in length_sorted_batches(cache.lengths()[rows], config.eval_batch_tokens)]
         compute = functools.partial(logits_of, model, cache.ids, cache.offsets, device=device)
         features = torch.cat([part.cpu() for part in on_all_cores(compute, order, device)])
         return features[torch.from_numpy(np.argsort(np.concatenate(order)))]
@@ -165,7 +165,7 @@ def write_out_of_fold(folder: Path, config: Config, task: Task, file_rows: FileR
     lines.append(f"label errors {len(ranked):,} rows with a doubtful label: {folder / 'label-errors.jsonl'}")
     for number in ranked[:MOST_SHOWN]:
         text, (name, line) = " ".join(rows[number].text.split())[:70], places[number]
-        change = f"{task.label_cell(labels[number])} -> {cells[number][0]}"
+        change = f"{task.format_label(labels[number])} -> {cells[number][0]}"
         lines.append(f"  {doubt[number]:.2f}  {f'{name}:{line}':<16} {change}: {text}")
     return lines
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sst2_xlmr.data.prepare import Prepared
+from sst2_xlmr.data.prepare import Inputs
 from sst2_xlmr.data.report import lines_of
 from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.evaluation.metrics import mean_of
@@ -34,22 +34,23 @@ from sst2_xlmr.util import versions
 from sst2_xlmr.util.device import used_memory_gb
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import say
-from sst2_xlmr.util.files import disk_errors, writing
+from sst2_xlmr.util.files import disk_errors, write_errors
 
 
 def header_lines(
-    inputs: Prepared, state: TrainState, optimizer: AdamW, fallback_reason: str, world: World, head_is_new: bool
+    inputs: Inputs, state: TrainState, optimizer: AdamW, fallback_reason: str, world: World, head_is_new: bool
 ) -> list[str]:
     """Return the lines on inputs, model, schedule and hardware; `fallback_reason` is `training_backend`'s."""
-    config, rows, processes = inputs.config, len(inputs.train_labels), world.world_size
+    config, processes = inputs.config, world.world_size
     total_steps = Schedule(config, state.batches_per_epoch, state.eval_every).total_steps
     head = f"{'new' if head_is_new else 'its own'} head for {listed(inputs.task.label_names)}"
     at_most = f" (at most {config.micro_batch_size} a pass)" if config.micro_batch_size else ""
-    epochs = "" if config.max_steps else f"{config.epochs:g} epoch{'s' * (config.epochs != 1)}, "
-    batches = f"{-(-rows // config.batch_size):,} an epoch, of {config.batch_size} rows{at_most}"
+    epochs = "" if config.max_steps else f"{config.epochs:g} epoch{'s' if config.epochs != 1 else ''}, "
+    batches = f"{state.batches_per_epoch:,} an epoch, of {config.batch_size} rows{at_most}"
     evaluation = f"every {state.eval_every:,}" if state.eval_every else "after each epoch"
     backend = f"plain PyTorch: slower ({fallback_reason})" if fallback_reason else "engine"
-    device = f"CPU with {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}"
+    threads = torch.get_num_threads()
+    device = f"CPU with {threads} thread{'s' if threads > 1 else ''}"
     if world.device.type == "cuda":
         device, backend = torch.cuda.get_device_name(world.device), "plain PyTorch"  # engines are for the CPU
     device += f", {processes} process{'es' * (processes > 1)}{' that share memory' * optimizer.shares_memory}"
@@ -74,7 +75,7 @@ def header_lines(
     ]
 
 
-def data_report(inputs: Prepared) -> list[str]:
+def data_report(inputs: Inputs) -> list[str]:
     """Return a line each for duplicates, conflicting labels and leaks, if the training rows have any."""
     config, train = inputs.config, inputs.caches["train"]
     duplicates = "dropped" if config.drop_duplicates else "--drop-duplicates drops them"
@@ -86,10 +87,10 @@ def data_report(inputs: Prepared) -> list[str]:
         places = " and ".join(inputs.place_of(*example) for example in examples)
         lines.append(f"{kind:<10} {rows} {has}, e.g. {places}; {cure}")
 
-    if count := len(train.repeats):
-        add("duplicates", count, "the text and label of an earlier one", duplicates, ("train", train.repeats[0]))
-    if count := len(train.contradictions):
-        first = train.contradictions[0]
+    if count := len(train.duplicates):
+        add("duplicates", count, "the text and label of an earlier one", duplicates, ("train", train.duplicates[0]))
+    if count := len(train.conflicts):
+        first = train.conflicts[0]
         same = np.flatnonzero(train.text_digests == train.text_digests[first])
         keys = inputs.task.label_keys(train.labels[same])
         other = same[keys != keys[same == first]][0]
@@ -100,7 +101,7 @@ def data_report(inputs: Prepared) -> list[str]:
     return lines
 
 
-def describe_rows(inputs: Prepared) -> str:
+def describe_rows(inputs: Inputs) -> str:
     """Return the rows of every file, and how many of them are trained on or truncated."""
     counts = {split: f"{len(cache):,}" for split, cache in inputs.caches.items()}
     if inputs.train_rows is not None:
@@ -110,7 +111,7 @@ def describe_rows(inputs: Prepared) -> str:
     if kind == "windows":
         windowed = sum(int((cache.lengths() > length).sum()) for cache in inputs.caches.values())
         return f"{rows}; {windowed:,} in windows of {length} tokens"
-    truncated = sum(len(cache.cut_rows) for cache in inputs.caches.values())
+    truncated = sum(len(cache.truncated_rows) for cache in inputs.caches.values())
     kept = " (their beginning and end)" if kind == "head-tail" else ""
     return rows + (f"; {truncated:,} cut to {length} tokens{kept}" if truncated else "")
 
@@ -123,22 +124,22 @@ class Report:
     """
 
     def __init__(
-        self, inputs: Prepared, state: TrainState, folder: Path, total_steps: int, written_again: list[str]
+        self, inputs: Inputs, state: TrainState, folder: Path, total_steps: int, rewritten_splits: list[str]
     ) -> None:
         """Open the outputs in a claimed folder, to continue after the state's step; UserError if that fails.
 
-        Metrics that a run has logged later are dropped, and at this step those of the splits in `written_again`.
+        Metrics that a run has logged later are dropped, and at this step those of the splits in `rewritten_splits`.
         """
         config, first_step = inputs.config, state.step
         self._inputs, self._task, self._total_steps = inputs, inputs.task, total_steps
         self._first_step, self._started = first_step, time.monotonic()
         path = folder / "metrics.jsonl"
         purge_step = first_step + 1 if path.exists() else None
-        with writing(path):
-            drop_metrics(path, first_step, written_again)
+        with write_errors(path):
+            drop_metrics(path, first_step, rewritten_splits)
             self._metrics = path.open("a", encoding="utf-8")
         path = Path(config.tensorboard_dir or folder / "tensorboard")
-        with writing(path):
+        with write_errors(path):
             self._events = tensorboard.open_events(path, purge_step)
             splits = [split for split in inputs.caches if split != "train"]
             tensorboard.begin_hparams(self._events, config, state.precision, self._task, splits)
@@ -182,7 +183,7 @@ class Report:
             texts_of = partial(self._inputs.splits[split].texts_of, self._task)
             with disk_errors(f"events to {self._events.log_dir}"):
                 tensorboard.draw_evaluation(self._events, step, split, labels, evaluation.probabilities, task, texts_of)
-        scalars = {key: evaluation.metrics[key] for key in self._task.scalars}
+        scalars = {key: evaluation.metrics[key] for key in self._task.tensorboard_metrics}
         self._write({"step": step, "split": split, **evaluation.metrics}, split, scalars)
 
     def say_evaluation(self, step: int, evaluations: dict[str, dict[str, Any]], is_best: bool) -> None:

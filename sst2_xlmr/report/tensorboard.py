@@ -63,7 +63,7 @@ def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: T
     values |= {"precision": precision, "encoder": Path(config.encoder).name}
     # torch writes a bool as a number, and rejects a list.
     values = {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
-    tags = [f"dev/{name}" for name in dict.fromkeys([task.best_metric, *task.scalars])]
+    tags = [f"dev/{name}" for name in dict.fromkeys([task.best_metric, *task.tensorboard_metrics])]
     tags += [f"{split}/{task.best_metric}" for split in splits if split != "dev"]
     for summary in hparams(values, dict.fromkeys(tags, 0.0))[:2]:  # the experiment, and its start
         _add_summary(writer, summary)

@@ -7,7 +7,6 @@ the tensors are written; digests, syncing and renaming follow on a background th
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import shutil
@@ -37,12 +36,12 @@ CheckpointContents = tuple[TrainState, TrainMeter, AdamW, Vocabulary]
 
 
 def save_checkpoint(
-    folder: Path, contents: CheckpointContents, config: Config, world: World, finisher: BackgroundWriter
+    folder: Path, contents: CheckpointContents, config: Config, world: World, background_writer: BackgroundWriter
 ) -> tuple[int, float] | None:
     """Write `folder/step-NNNNNNNN` on rank 0, with every rank's random state, and remove the oldest checkpoints.
 
-    It exists once `finisher` is done. Rank 0 returns the bytes written and the seconds that training waited. UserError
-    if this checkpoint or the previous one cannot be written (e.g. the disk is full); older ones stay as they are.
+    It exists once `background_writer` is done. Rank 0 returns the bytes written and the seconds that training waited.
+    UserError if this checkpoint or the previous one cannot be written (e.g. the disk is full); older ones stay intact.
     """
     started, (state, meter, optimizer, vocabulary) = time.monotonic(), contents
     random = {f"cpu.{world.rank}": torch.get_rng_state()}
@@ -52,7 +51,7 @@ def save_checkpoint(
         "model": optimizer.weights(),
         "optimizer": optimizer.moments(),
         "vocabulary": {"ids": vocabulary.ids},
-        "random": dict(collections.ChainMap(*gather_objects(world, random))),
+        "random": {name: state for own in gather_objects(world, random) for name, state in own.items()},
     }
     values = {"state": dataclasses.asdict(state), "meter": meter.totals, "world_size": world.world_size}
     values["vocabulary"] = {"decay": vocabulary.decay}
@@ -71,7 +70,7 @@ def save_checkpoint(
                 shutil.rmtree(old, ignore_errors=True)
 
     def write() -> tuple[int, float]:
-        finisher.wait()
+        background_writer.wait()
         with disk_errors(f"the checkpoint {target}", unfinished):
             unfinished.mkdir(parents=True)
             for name in tensors:
@@ -80,7 +79,7 @@ def save_checkpoint(
                 text = json.dumps(content, indent=2, ensure_ascii=False)
                 (unfinished / f"{name}.json").write_text(text + "\n", encoding="utf-8")
             size = sum(file.stat().st_size for file in unfinished.iterdir())
-        finisher.submit(finish)
+        background_writer.submit(finish)
         return size, time.monotonic() - started
 
     return on_rank0(world, write)

@@ -54,18 +54,18 @@ def collapse_reason(
 ) -> str:
     """Return how dev's predictions show that training has collapsed; an empty string if they do not.
 
-    Either every text gets the same answer, and the logits vary over texts much less than before training; or the run
-    had learned, and is now hardly better than a constant answer, both in loss and by `task.is_useless`: an overfitted
-    model has a high loss, too. Probabilities are fp32 [rows, outputs], now and before the first step.
+    Either every text gets the same prediction, and the logits vary over texts much less than before training; or the
+    run had learned, and is now hardly better than a constant prediction, both in loss and by the task's metric: an
+    overfitted model has a high loss, too. Probabilities are fp32 [rows, outputs], now and before the first step.
     """
     if len(np.unique(task.label_keys(labels))) == 1:
         return ""
     std, untrained_std = (task.logits_of(each).std(0).max() for each in (probabilities, untrained))
-    answer = task.constant_answer(probabilities)
+    answer = task.constant_prediction(probabilities)
     if answer and std <= _COLLAPSED_STD * untrained_std:
         return f"same prediction for every text of dev: {answer}"
     loss = task.results_of(probabilities, labels)[:, 0].mean()
     baseline = stored_task(task.problem_type, task.label_names).baseline_loss(labels)  # without class weights
-    if has_learned and loss >= _SUSPICIOUS_LOSS * baseline and task.is_useless(probabilities, labels):
-        return "the model had learned, but is now hardly better than a constant answer"
+    if has_learned and loss >= _SUSPICIOUS_LOSS * baseline and task.is_near_constant_baseline(probabilities, labels):
+        return "the model had learned, but is now hardly better than a constant prediction"
     return ""

@@ -14,10 +14,10 @@ from typing import IO, Any
 from sst2_xlmr import __version__
 from sst2_xlmr.config import LOCK_NAME, Config
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import recover, write_text, writing
+from sst2_xlmr.util.files import recover, write_errors, write_text
 
 
-def claim(run_folder: Path) -> IO[str]:
+def lock_run_folder(run_folder: Path) -> IO[str]:
     """Create the folder, lock it while the returned file is open, and clean up after a killed process.
 
     It is a POSIX lock: it works over NFS, ends with the process, and is not inherited by loader processes, which may
@@ -53,7 +53,7 @@ def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
     if is_new and target.exists():
         raise UserError(f"{target} already exists; continue it with --resume or choose another directory")
     content = {"sst2_xlmr": __version__, **dataclasses.asdict(config)}
-    with writing(target):
+    with write_errors(target):
         write_text(target, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -68,11 +68,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def drop_metrics(path: Path, first_step: int, written_again: list[str]) -> None:
-    """Drop the lines after `first_step`, and at `first_step` those of the splits in `written_again`."""
+def drop_metrics(path: Path, first_step: int, rewritten_splits: list[str]) -> None:
+    """Drop the lines after `first_step`, and at `first_step` those of the splits in `rewritten_splits`."""
 
     def is_kept(entry: dict[str, Any]) -> bool:
-        return entry["step"] < first_step or (entry["step"] == first_step and entry.get("split") not in written_again)
+        return entry["step"] < first_step or (
+            entry["step"] == first_step and entry.get("split") not in rewritten_splits
+        )
 
     write_text(path, "".join(json.dumps(entry) + "\n" for entry in filter(is_kept, read_metrics(path))))
 

@@ -56,7 +56,7 @@ class Schedule:
         """Whether this step was the last of an epoch or of the run."""
         return state.batch == 0 or state.step == self.total_steps
 
-    def may_end(self, state: TrainState) -> bool:
+    def may_be_last(self, state: TrainState) -> bool:
         """Whether the evaluation at this step may be the last one; then it is reported in full."""
         return self.ends(state) or state.stale_evaluations + 1 == self._config.early_stopping_patience
 

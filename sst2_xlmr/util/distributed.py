@@ -80,7 +80,7 @@ def thread_count(threads: int, processes: int) -> int:
 
 
 @contextmanager
-def start(device_name: str, threads: int, timeout_minutes: float) -> Iterator[World]:
+def init_distributed(device_name: str, threads: int, timeout_minutes: float) -> Iterator[World]:
     """Join the process group that torchrun's environment describes, if any, and leave it on exit."""
     place = _read_environment()
     timeout, store = timedelta(minutes=timeout_minutes), None

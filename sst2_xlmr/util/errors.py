@@ -1,4 +1,4 @@
-"""How a program talks and ends: output may be lost; a user's mistake becomes one line, a bug keeps its traceback."""
+"""Errors and output: a user's mistake becomes one line, a bug keeps its traceback, and lost output is tolerated."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def disk_errors(
         raise UserError(f"cannot write {what}: {error.strerror or error}; free some space, {cure}") from None
 
 
-def writing(path: Path) -> contextlib.AbstractContextManager[None]:
+def write_errors(path: Path) -> contextlib.AbstractContextManager[None]:
     """Turn a failed write outside training into a `UserError`; see `disk_errors`."""
     return disk_errors(path, cure="or choose another place")
 
@@ -187,7 +187,7 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[TextIO]:
     """Open a text file, gzipped if its name ends in .gz; see `atomic_file`. UserError if it cannot be written."""
-    with writing(path), atomic_file(path) as raw:
+    with write_errors(path), atomic_file(path) as raw:
         binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix.lower() == ".gz" else raw
         # A lone surrogate, which JSON can hold and UTF-8 cannot, is written as a JSON escape.
         with closing(io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", newline="")) as text:

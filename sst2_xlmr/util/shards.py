@@ -1,4 +1,4 @@
-"""Results in blocks of rows that survive a kill: JSON files in a hidden folder beside the output.
+"""Results in shards of rows that survive a kill: JSON files in a hidden folder beside the output.
 
 Its `fingerprint.json` identifies input, model and options, and the writing process locks it; a folder without one
 belongs to another program and is left alone.
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import is_scratch, writing
+from sst2_xlmr.util.files import is_scratch, write_errors
 
-_FINGERPRINT, _BLOCKS = "fingerprint.json", "[0-9]" * 8 + ".json"
+_FINGERPRINT, _SHARDS = "fingerprint.json", "[0-9]" * 8 + ".json"
 
 
 def shards_of(output: Path) -> Path:
@@ -25,19 +25,19 @@ def shards_of(output: Path) -> Path:
 
 
 def is_begun(output: Path) -> bool:
-    """Whether an unfinished output has blocks."""
+    """Whether an unfinished output has shards."""
     return not shards_of(output).is_symlink() and (shards_of(output) / _FINGERPRINT).is_file()
 
 
 @contextlib.contextmanager
 def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
-    """Create or continue the folder of an output's blocks, and lock it; on rank 0. The fingerprint is JSON.
+    """Create or continue the folder of an output's shards, and lock it; on rank 0. The fingerprint is JSON.
 
     UserError if the folder cannot be written, belongs to another program or fingerprint, or is in use.
     """
     folder, content = shards_of(output), json.dumps(fingerprint)
     with contextlib.ExitStack() as stack:
-        with writing(output):
+        with write_errors(output):
             is_empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
             if os.path.lexists(folder) and not is_empty and not is_begun(output):
                 raise UserError(f"{folder} already exists and is not ours; move it away, or choose another --output")
@@ -64,12 +64,12 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
         try:
             yield folder
         finally:  # if an older output exists, even an empty folder shows that the new one is unfinished
-            if not any(folder.glob(_BLOCKS)) and not os.path.lexists(output):
+            if not any(folder.glob(_SHARDS)) and not os.path.lexists(output):
                 remove_shards(folder)
 
 
-def block_file(folder: Path, number: int) -> Path:
-    """Return the file for a block's results, which are JSON."""
+def shard_file(folder: Path, number: int) -> Path:
+    """Return the file for a chunk's results, which are JSON."""
     return folder / f"{number:08d}.json"
 
 
@@ -82,6 +82,6 @@ def remove_shards(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove the blocks, and the unfinished files of a killed process."""
-    for file in [*folder.glob(_BLOCKS), *filter(is_scratch, folder.iterdir())]:
+    """Remove the shards, and the unfinished files of a killed process."""
+    for file in [*folder.glob(_SHARDS), *filter(is_scratch, folder.iterdir())]:
         file.unlink()

@@ -13,8 +13,8 @@ from conftest import Capture, Patch, RunTrain, metrics, train_options, user_erro
 from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.prepare import prepare
-from sst2_xlmr.data.splits import cut_off
-from sst2_xlmr.data.token_cache import find_repeats, text_digests
+from sst2_xlmr.data.splits import stratified_sample
+from sst2_xlmr.data.token_cache import find_duplicates, text_digests
 from sst2_xlmr.report.console import data_report
 
 HINT = "--drop-duplicates drops them"
@@ -25,12 +25,12 @@ def test_counts_are_those_of_a_slow_comparison() -> None:
     rows = [(f"text {draw.randrange(300)}", draw.choice([None, "b", "c"]), draw.randrange(3)) for _ in range(1000)]
     texts, pairs, labels = zip(*rows)
     digests = text_digests(texts, pairs)
-    repeats, contradictions = find_repeats(digests, np.array(labels))
-    assert repeats.tolist() == [number for number, row in enumerate(rows) if row in rows[:number]]
+    duplicates, conflicts = find_duplicates(digests, np.array(labels))
+    assert duplicates.tolist() == [number for number, row in enumerate(rows) if row in rows[:number]]
     labels_of: dict[tuple[str, str | None], set[int]] = {}
     for text, pair, label in rows:
         labels_of.setdefault((text, pair), set()).add(label)
-    assert contradictions.tolist() == [number for number, row in enumerate(rows) if len(labels_of[row[:2]]) > 1]
+    assert conflicts.tolist() == [number for number, row in enumerate(rows) if len(labels_of[row[:2]]) > 1]
     others = [f"text {number}" for number in range(0, 600, 3)]
     leaks = np.flatnonzero(np.isin(digests, text_digests(others, [None] * len(others))))
     assert leaks.tolist() == [number for number, row in enumerate(rows) if row[0] in others and row[1] is None]
@@ -40,8 +40,8 @@ def test_pairs_and_few_rows() -> None:
     digests = text_digests(["ab", "a", "abc", "abc", ""], ["c", "bc", "", None, "abc"])
     assert len(set(digests.tolist())) == 5, "the digest of a pair knows where its first text ends"
     for rows in range(3):
-        repeats, contradictions = find_repeats(text_digests(["a"] * rows, [None] * rows), np.arange(rows))
-        assert (len(repeats), len(contradictions)) == (0, 0 if rows < 2 else 2)
+        duplicates, conflicts = find_duplicates(text_digests(["a"] * rows, [None] * rows), np.arange(rows))
+        assert (len(duplicates), len(conflicts)) == (0, 0 if rows < 2 else 2)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_rows_stay_dropped_on_resume(run_train: RunTrain, dirty_data: Path, tmp_
     """The same rows without the bad ones give the same number of steps; another test file would have other leaks."""
     run = run_train(tmp_path / "run", "--epochs", 2, "--drop-duplicates", "--drop-leaks", "--save-every", 3)
     said = capsys.readouterr().out
-    # 3 repeats, 2 contradictory rows and 2 leaks: 49 rows, 7 batches of 8.
+    # 3 duplicates, 2 contradictory rows and 2 leaks: 49 rows, 7 batches of 8.
     assert "rows       train 49 of 56, dev 20" in said
     assert said.count("; dropped\n") == 3
     assert [line for line in metrics(run) if "split" not in line][-1]["step"] == 14
@@ -120,14 +120,14 @@ def test_dev_that_is_cut_off(share: float) -> None:
     draw = np.random.RandomState(0)
     labels = np.repeat([0, 1, 2], [600, 300, 10])
     digests = np.array([label * 10**6 + draw.randint(400) for label in labels], np.uint64)
-    dev = cut_off(digests, labels, share, seed=3)
+    dev = stratified_sample(digests, labels, share, seed=3)
     assert not set(digests[dev].tolist()) & set(np.delete(digests, dev).tolist())
     for label, count in enumerate((600, 300, 10)):
         assert abs(int((labels[dev] == label).sum()) - share * count) <= 2
     order = draw.permutation(len(labels))
-    again = cut_off(digests[order], labels[order], share, seed=3)
+    again = stratified_sample(digests[order], labels[order], share, seed=3)
     assert sorted(digests[order][again].tolist()) == sorted(digests[dev].tolist())
-    assert cut_off(digests, labels, share, seed=4).tolist() != dev.tolist()
+    assert stratified_sample(digests, labels, share, seed=4).tolist() != dev.tolist()
 
 
 def test_dev_is_cut_off_where_there_is_none_or_a_share_is_given(

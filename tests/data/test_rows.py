@@ -79,7 +79,7 @@ def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
         ("a.tsv", b"text\tlabel\nx\tPositive\n", "label 'Positive' is neither one of negative, positive"),
         ("a.tsv", b"text\tlabel\nx\t1\ny\n", "1 with another number of columns (line 3: 1, not 2)"),
         ("a.tsv", b"text\tlabel\nx\t1\n\ny\t0\n\n", "1 with another number of columns (line 3: 1, not 2)"),
-        ("a.tsv", b"text\tlabel\ncut caf\xc3\t1\n", "1 with cut characters (line 2); mend them"),
+        ("a.tsv", b"text\tlabel\ncut caf\xc3\t1\n", "1 with truncated or invalid characters (line 2); fix them"),
         ("a.tsv", b"text\tlabel\ncaf\xe9 noir\t1\n", "line 2: not UTF-8; use --encoding cp1252, in which it is"),
         ("a.jsonl", b'{"text": 5, "label": 1}\n', "line 1: 1 row cannot be used: 1 without text"),
         ("a.jsonl", b'{"text": "x", "label": true}\n', "line 1: label 'true' is neither"),
@@ -87,8 +87,8 @@ def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x", "label": [1, 0]}\n', "line 1: label '[1, 0]' is neither"),
         ("a.jsonl", b'{"text": "x", "label": 1}\n{"text": "x"}\n', "1 without a label (line 2: '')"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "x"}\n', "line 1: no column 'label' among text"),
-        ("a.jsonl", b'{"text": "\\ud83d", "label": 1}\n', "1 with cut characters (line 1)"),
-        ("a.jsonl", b'{"text": "\\u0000", "label": 1}\n', "1 with cut characters (line 1)"),
+        ("a.jsonl", b'{"text": "\\ud83d", "label": 1}\n', "1 with truncated or invalid characters (line 1)"),
+        ("a.jsonl", b'{"text": "\\u0000", "label": 1}\n', "1 with truncated or invalid characters (line 1)"),
     ],
 )
 def test_bad_rows_are_named_with_their_line(tmp_path: Path, name: str, content: bytes, says: str) -> None:

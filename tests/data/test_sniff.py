@@ -203,7 +203,7 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
     parquet.write_table(table.replace_schema_metadata(info), tmp_path / "a.parquet")
     assert inspect(tmp_path / "a.parquet", Columns()).labels == {"yes": [1, 1], "no": [1, 2], "-1": [1, 3]}
     parquet.write_table(arrow.table({"text": ["a"] * 99 + ["b\0"], "label": ["x"] * 100}), tmp_path / "b.parquet")
-    assert "1 with cut characters" in refusal(labelled, tmp_path / "b.parquet")
+    assert "1 with truncated or invalid characters" in refusal(labelled, tmp_path / "b.parquet")
     book = openpyxl.Workbook()
     for row in (["text", "label"], ["a b", 1.0], ["c", 2], [2012, None]):
         book.active.append(row)
@@ -219,8 +219,8 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
         (b"<!DOCTYPE html><p>404", "web page"),
         (b"great stuff,pos\nbad stuff,neg\n", "use --header or --no-header"),
         (b'text, label\n"a", "x"\n"b, c", "y"\n', "spaces before its quotes.* sed 's/, [*]\"/,\"/g'"),
-        (b"sep=;\ntext;label\na;x\nb;y\n", "line 1, 'sep=', is no row; remove it: tail -n [+]2"),
-        (b"Report of 2021,,\ntext,label,n\na,x,1\nb,y,2\n", "line 1, 'Report of 2021', is no row"),
+        (b"sep=;\ntext;label\na;x\nb;y\n", "line 1, 'sep=', is not a row of the table; remove it: tail -n [+]2"),
+        (b"Report of 2021,,\ntext,label,n\na,x,1\nb,y,2\n", "line 1, 'Report of 2021', is not a row"),
         (b"text,label\nso l\xe0,x\nd\xe9j\xe0 vu,y\n", "--encoding cp1252, in which it is 'so l\xe0,x', or another"),
         (b"\x80\x04\x95", "pickle"),
         (b"(3 (2 (2 The) (2 Rock)) (2 .))\n", "parse trees .* python -c"),

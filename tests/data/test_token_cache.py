@@ -34,7 +34,7 @@ def test_tokenized_once_and_right(cache: TokenCache, tiny_encoder: Path, tmp_pat
     assert cache.labels.tolist() == list(labels)
     assert cache.lengths().tolist() == lengths.tolist() == np.diff(cache.offsets).tolist()
     assert cache.ids.tolist() == ids.tolist()
-    assert len(cache.cut_rows) == sum(map(tokenizer.is_longer, texts)) > 0
+    assert len(cache.truncated_rows) == sum(map(tokenizer.is_longer, texts)) > 0
     assert cache.distinct_ids.tolist() == sorted(set(ids.tolist()))
     monkeypatch.setattr(token_cache, "_write_cache", lambda *_: pytest.fail("tokenized again"))
     assert tokenize_sample(tiny_encoder, tmp_path / "cache").ids.tolist() == ids.tolist()
@@ -106,12 +106,12 @@ def test_several_files_are_one_and_a_part_is_as_if_alone(tiny_encoder: Path, tmp
         file.write_text("text\tlabel\n" + "".join(f"{text} {number}\t{i % 2}\n" for i, text in enumerate(texts)))
     parameters = (tiny_encoder / "sentencepiece.bpe.model", Columns(), TASK, 20, tmp_path / "cache")
     both, second = tokenize_file(files, *parameters), tokenize_file(files[1], *parameters)
-    assert (len(both), both.rows_of_files, len(both.cut_rows)) == (8, [4, 4], 2)
+    assert (len(both), both.rows_of_files, len(both.truncated_rows)) == (8, [4, 4], 2)
     part = both.part(np.arange(4, 8))
     assert part.ids.tolist() == second.ids.tolist()
     assert part.offsets.tolist() == second.offsets.tolist()
     assert part.text_digests.tolist() == second.text_digests.tolist()
-    assert part.cut_rows.tolist() == second.cut_rows.tolist() == [1]
+    assert part.truncated_rows.tolist() == second.truncated_rows.tolist() == [1]
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "offsets.npy", "labels.npy", "distinct_ids.npy", "manifest.json"])
@@ -188,7 +188,7 @@ def test_ranks_share_every_global_batch(cache: TokenCache, world_size: int, micr
         size = micro_batch_size or 99
         assert {len(rank) for rank in ranks} == {-(-len(rows[::world_size]) // size)}, "no more than are needed"
         for number, rank in enumerate(ranks):
-            real = [batch for batch in rank if batch.weight]
+            real = [batch for batch in rank if batch.is_real]
             mine = rows[number::world_size]
             assert all(batch.global_rows == len(rows) and len(batch.lengths) > 0 for batch in rank)
             assert all(len(batch.lengths) <= size for batch in rank)

@@ -22,7 +22,7 @@ from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.evaluation import calibration, metrics
 from sst2_xlmr.evaluation.calibration import HIGHEST, LOWEST, calibrate, describe_calibration
 from sst2_xlmr.evaluation.compare import check_comparison
-from sst2_xlmr.evaluation.evaluate import batches_of_like_length, evaluate, on_all_cores
+from sst2_xlmr.evaluation.evaluate import evaluate, length_sorted_batches, on_all_cores
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.model.roberta import SequenceClassifier
@@ -60,7 +60,7 @@ def test_agrees_with_one_row_at_a_time(classifier: SequenceClassifier, dev: Toke
     assert found.metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
     np.testing.assert_allclose(found.results, TASK.row_results(logits, labels), atol=1e-6)
     np.testing.assert_allclose(found.probabilities, logits.softmax(-1), atol=1e-6)
-    cooler = found.with_fitted(2.0, TASK, dev.labels)
+    cooler = found.recomputed(2.0, TASK, dev.labels)
     np.testing.assert_allclose(cooler.probabilities, (logits / 2).softmax(-1), atol=1e-5)
     np.testing.assert_allclose(cooler.results, TASK.row_results(logits / 2, labels), atol=1e-5)
 
@@ -69,7 +69,7 @@ def test_agrees_with_one_row_at_a_time(classifier: SequenceClassifier, dev: Toke
 @pytest.mark.parametrize("batch_tokens", [1, 31, 1000, 10**9])
 def test_batches_have_every_row_once_and_no_more_tokens_than_allowed(batch_tokens: int, ranks: int) -> None:
     lengths = np.random.default_rng(0).integers(2, 40, 500)
-    batches = list(batches_of_like_length(lengths, batch_tokens, ranks))
+    batches = list(length_sorted_batches(lengths, batch_tokens, ranks))
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))
     for rows, behind in zip(batches, [*batches[1:], None]):
         padded = max(len(rows[rank::ranks]) * lengths[rows[rank::ranks]].max(initial=0) for rank in range(ranks))
@@ -78,7 +78,7 @@ def test_batches_have_every_row_once_and_no_more_tokens_than_allowed(batch_token
             assert lengths[rows].max() <= lengths[behind].min()
             with_next = -(-(len(rows) + 1) // ranks) * lengths[behind[0]]
             assert with_next > batch_tokens, "one row more would have found room"
-    assert not list(batches_of_like_length(np.zeros(0, np.int64), batch_tokens))
+    assert not list(length_sorted_batches(np.zeros(0, np.int64), batch_tokens))
 
 
 @pytest.mark.parametrize("batch_tokens", [900, 30])

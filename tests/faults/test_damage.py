@@ -69,7 +69,7 @@ def test_full_disk_harms_nothing(run_train: RunTrain, finished_run: Path, tmp_pa
     run = tmp_path / "run"
     with contextlib.ExitStack() as limits, monkeypatch.context() as patch:
         limit = file_size_limit(250_000)
-        at_step(patch, 5, lambda run: (run.finisher.wait(), limits.enter_context(limit)))
+        at_step(patch, 5, lambda run: (run.background_writer.wait(), limits.enter_context(limit)))
         line = user_error(run_train, run, "--epochs", 2, "--save-every", 3)
     assert "step-00000006: File too large; free some space, then continue (training: with --resume)" in line
     assert [checkpoint.name for checkpoint in (run / "checkpoints").iterdir()] == ["step-00000003"]

@@ -137,7 +137,7 @@ def test_others_end_when_one_dies_or_hangs(train_words: Words, tmp_path: Path, r
 
 def test_rank_0_waits_for_one_that_hangs_no_longer_than_the_timeout(tmp_path: Path, monkeypatch: Patch) -> None:
     def late(_: list[str]) -> None:
-        with distributed.start("cpu", 1, 0.05) as world:
+        with distributed.init_distributed("cpu", 1, 0.05) as world:
             distributed.on_rank0(world, lambda: time.sleep(4))  # a slow disk: the other waits longer than the timeout
             time.sleep(60 * world.rank)
             distributed.on_rank0(world, lambda: None)

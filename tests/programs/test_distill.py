@@ -13,7 +13,7 @@ from running import call_in_forks
 
 import sst2_xlmr
 from sst2_xlmr.programs import distill
-from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, align_classes, as_labels
+from sst2_xlmr.task import MultiLabel, Regression, SingleLabel
 from sst2_xlmr.util.files import digest_of
 
 TEXTS = ["a fine film", "dull and slow", "hard to say", "quite moving , in parts", "  "]
@@ -123,16 +123,16 @@ def test_rows_that_are_all_known_or_without_dev(options: Words, small_data: Path
 
 def test_answers_to_several_labels_are_aligned_label_by_label() -> None:
     probabilities, labels = np.array([[0.9, 0.3], [0.8, 0.1], [0.2, 0.2]], np.float32), np.eye(4, dtype=np.float32)
-    assert align_classes(MultiLabel([*"ab"]), probabilities, labels[:, :2]).mean(0) == pytest.approx([0.25, 0.25])
+    assert MultiLabel([*"ab"]).align_classes(probabilities, labels[:, :2]).mean(0) == pytest.approx([0.25, 0.25])
     scores = probabilities[:, :1]
-    assert np.array_equal(align_classes(Regression(["score"]), scores, labels[0]), scores), "which have no classes"
+    assert np.array_equal(Regression(["score"]).align_classes(scores, labels[0]), scores), "which have no classes"
 
 
 def test_a_teachers_answers_as_labels_of_every_task() -> None:
     probabilities = np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)
-    task, labels = as_labels(SingleLabel(["a", "b"]), probabilities)
-    assert task.label_value(labels[0]) == {"a": 0.25, "b": 0.75}
-    task, labels = as_labels(MultiLabel(["a", "b"]), probabilities, temperature=0.5)
-    assert task.label_value(labels[0]) == {"a": 0.1, "b": 0.9}
-    task, labels = as_labels(Regression(["score"]), np.array([[2.5]], np.float32))
-    assert task.label_value(labels[0]) == 2.5
+    task, labels = SingleLabel(["a", "b"]).soft_labels(probabilities)
+    assert task.label_to_json(labels[0]) == {"a": 0.25, "b": 0.75}
+    task, labels = MultiLabel(["a", "b"]).soft_labels(probabilities, temperature=0.5)
+    assert task.label_to_json(labels[0]) == {"a": 0.1, "b": 0.9}
+    task, labels = Regression(["score"]).soft_labels(np.array([[2.5]], np.float32))
+    assert task.label_to_json(labels[0]) == 2.5

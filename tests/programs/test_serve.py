@@ -36,7 +36,7 @@ GOOD = json.dumps({"texts": TEXTS, "all_probabilities": True}).encode()
 PROGRAM = """\
 from sst2_xlmr.programs import serve
 from sst2_xlmr.util.errors import exit_on_user_error
-serve.SECONDS_TO_ARRIVE = 1.0
+serve.REQUEST_TIMEOUT_S = 1.0
 exit_on_user_error(serve.main)
 """
 
@@ -134,7 +134,7 @@ def test_the_service_ends_if_a_worker_is_killed(model: Path) -> None:
 def test_what_is_too_much_is_turned_away(model: Path) -> None:
     sent: list[dict[str, Any]] = []
     counters = np.zeros(1, serve.COUNTERS)
-    counters[serve.WAITING] = serve.MOST_WAITING
+    counters[serve.WAITING] = serve.MAX_QUEUED_TEXTS
 
     async def ask_app(path: str, method: str) -> None:
         arguments = argparse.Namespace(counters=counters, abstain_below=0.0)
@@ -159,7 +159,7 @@ def test_an_address_that_is_taken_is_one_line(port: int, model: Path, capsys: py
         text=True,
     )
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"error: cannot listen at --host 127.0.0.1 --port {port}: ")
+    assert result.stderr.startswith(f"error: cannot listen on --host 127.0.0.1 --port {port}: ")
     assert result.stderr.count("\n") == 1
 
 

@@ -27,7 +27,7 @@ from sst2_xlmr.programs.runs import digest
 from sst2_xlmr.programs.study import PENALTY, linear_probe
 from sst2_xlmr.report.tables import Results, interval, summary
 from sst2_xlmr.task import SingleLabel
-from sst2_xlmr.training.run_folder import claim
+from sst2_xlmr.training.run_folder import lock_run_folder
 
 run_study = partial(call_in_forks, study.main)
 
@@ -162,7 +162,7 @@ def test_a_run_that_is_stopped_ends_it(number: signal.Signals, common: Words, tm
         os.killpg(process.pid or 0, number) if number == signal.SIGINT else process.send_signal(number)
         assert process.wait() == 128 + number
     # Training has ended before: the same command, given at once, does not find its folder in use.
-    claim(folder / "seed-1").close()
+    lock_run_folder(folder / "seed-1").close()
     assert f"by {number.name} after step" in errors.read_text()
     assert not (folder / "seed-2").exists()
 

@@ -33,13 +33,13 @@ from sst2_xlmr.training.checkpoint import (
 )
 from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import AdamW
-from sst2_xlmr.training.run_folder import claim, write_config
+from sst2_xlmr.training.run_folder import lock_run_folder, write_config
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.files import BackgroundWriter, is_scratch, scratch_name
 
 PLACES = {  # where a start is killed: before this is called -> what the run's folder then holds
     "sst2_xlmr.training.run_folder.write_text": {".lock"},
-    "sst2_xlmr.train.open_report": {".lock", "config.json"},
+    "sst2_xlmr.train.run_context": {".lock", "config.json"},
     "sst2_xlmr.report.tensorboard.SummaryWriter": {".lock", "config.json", "metrics.jsonl"},
     "sst2_xlmr.training.checkpoint.write_tensors": {".lock", "config.json", "metrics.jsonl", "checkpoints"},
 }
@@ -86,7 +86,7 @@ def test_a_run_of_another_version_is_refused_but_its_options_are_taken(run_train
 
 def test_a_new_run_overwrites_no_config(tmp_path: Path) -> None:
     """Two starts that both found the folder free: the second comes when the first has ended."""
-    with claim(tmp_path):
+    with lock_run_folder(tmp_path):
         write_config(tmp_path, Config(), is_new=True)
         line = refusal(write_config, tmp_path, Config(), is_new=True)
         assert "already exists; continue it with --resume or choose" in line
@@ -112,9 +112,9 @@ def optimizer(seed: int, rows: int = 50) -> AdamW:
 def save(folder: Path, step: int, seed: int = 0) -> AdamW:
     saved, meter, vocabulary = optimizer(seed), TrainMeter(ALONE), whole_vocabulary(50)
     meter.totals, vocabulary.decay = TOTALS, 0.75
-    with BackgroundWriter() as finisher:
+    with BackgroundWriter() as background_writer:
         state = dataclasses.replace(STATE, step=step)
-        save_checkpoint(folder, (state, meter, saved, vocabulary), Config(), ALONE, finisher)
+        save_checkpoint(folder, (state, meter, saved, vocabulary), Config(), ALONE, background_writer)
     return saved
 
 
@@ -198,7 +198,7 @@ def test_a_kill_while_the_same_step_is_replaced_leaves_one(tmp_path: Path, monke
         patched.setattr(Path, "rename", killed_after(Path.rename))
         patched.setattr(shutil, "rmtree", killed_after(shutil.rmtree))
         save(folder, 2, seed=5)
-    claim(tmp_path).close()
+    lock_run_folder(tmp_path).close()
     assert find_checkpoint(folder, pytest.fail) == folder / "step-00000002"
     assert sorted(entry.name for entry in folder.iterdir()) == ["step-00000001", "step-00000002"]
     loaded = optimizer(9)

@@ -82,7 +82,7 @@ def test_what_is_evaluated_after_a_resume_is_saved(run_train: RunTrain, tmp_path
     options = ["--epochs", 2, "--eval-every", 3]
     stop_by_signal(3, "advance", lambda: run_train(tmp_path / "run", *options))
     assert (state_of(tmp_path / "run").evaluation_due, state_of(tmp_path / "run").evaluations) == (True, 0)
-    monkeypatch.setattr(train, "train", lambda run: run.finisher.wait() or 1 / 0)
+    monkeypatch.setattr(train, "train", lambda run: run.background_writer.wait() or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         resume(tmp_path / "run")
     monkeypatch.undo()
@@ -174,7 +174,7 @@ def test_a_last_step_within_an_epoch_is_an_end_too(config: Config, steps: int) -
 def add(meter: TrainMeter, loss: float = 2.0, norm: float = 0.5) -> None:
     """Add two rows of 9 tokens in all, and one row that is only computed to keep step with other ranks."""
     rows = Batch(torch.zeros(9), torch.tensor([4, 5]), torch.zeros(2), torch.zeros(2), 2)
-    idle = Batch(torch.zeros(3), torch.tensor([3]), torch.zeros(1), torch.zeros(1), 2, weight=0.0)
+    idle = Batch(torch.zeros(3), torch.tensor([3]), torch.zeros(1), torch.zeros(1), 2, is_real=0.0)
     meter.add({"loss": torch.tensor(loss, dtype=torch.float64)}, torch.tensor(norm), [rows, idle])
 
 

@@ -17,7 +17,7 @@ from running import run_ranks
 
 from sst2_xlmr import run, train
 from sst2_xlmr.report.console import Report
-from sst2_xlmr.util.distributed import World, _agree_on_device, start, wait_for_step
+from sst2_xlmr.util.distributed import World, _agree_on_device, init_distributed, wait_for_step
 from sst2_xlmr.util.errors import UserError
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -36,7 +36,7 @@ TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE
 )
 def test_a_broken_environment_is_refused(variables: dict[str, str], says: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(os, "environ", {**{n: v for n, v in os.environ.items() if "RANK" not in n}, **variables})
-    with pytest.raises(UserError, match="^the environment has ") as error, start("cpu", 1, 1):
+    with pytest.raises(UserError, match="^the environment has ") as error, init_distributed("cpu", 1, 1):
         pass
     assert says in str(error.value) and error.value.is_own
 

@@ -20,7 +20,7 @@ from sst2_xlmr.util import shards
 from sst2_xlmr.util import tensors as tensor_files
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import disk_errors, new_file, put_in_place, scratch_name, write_text
-from sst2_xlmr.util.shards import block_file, open_shards, remove_shards, shards_of
+from sst2_xlmr.util.shards import open_shards, remove_shards, shard_file, shards_of
 from sst2_xlmr.util.tensors import LazyTensor, write_tensors
 
 
@@ -104,12 +104,12 @@ class Killed(BaseException):
 def write(output: Path, blocks: int, dies: bool = False, fingerprint: Any = FINGERPRINT, resume: bool = False) -> int:
     """Write the blocks that are missing, and the output unless it dies; returns the first block's number."""
     with contextlib.suppress(Killed), open_shards(output, fingerprint, resume) as folder:
-        first = next((number for number in range(blocks) if not block_file(folder, number).is_file()), blocks)
+        first = next((number for number in range(blocks) if not shard_file(folder, number).is_file()), blocks)
         for number in range(first, blocks):
-            write_text(block_file(folder, number), json.dumps([["é", number / 3]]))
+            write_text(shard_file(folder, number), json.dumps([["é", number / 3]]))
         if dies:
             raise Killed
-        output.write_text(str([json.loads(block_file(folder, number).read_text()) for number in range(blocks)]))
+        output.write_text(str([json.loads(shard_file(folder, number).read_text()) for number in range(blocks)]))
         remove_shards(folder)
     return first
 
@@ -143,7 +143,7 @@ def test_a_second_command_is_refused_while_the_first_writes(tmp_path: Path, resu
     """Also if it finds the first one's lock, which is removed before it can have it."""
     output, flock = tmp_path / "a.tsv", shards.fcntl.flock
     with open_shards(output, FINGERPRINT, resume=False) as folder:
-        write_text(block_file(folder, 0), "[]")
+        write_text(shard_file(folder, 0), "[]")
         assert f"another process is writing {output}; wait" in refusal(write, output, 2, resume=resume)
         remove_shards(folder)
 

@@ -173,8 +173,8 @@ class CpuAdamW:
         bias_correction = 1 - BETAS[0] ** self._steps
         self._parameters["rate"] = [lr * state.lr_scale / bias_correction for state in self._trained]
         self._parameters["decay"] = [lr * state.lr_scale * state.weight_decay for state in self._trained]
-        root = 1 / math.sqrt(1 - BETAS[1] ** self._steps)
-        self._kernels.adamw(self._parameters, self._located, scale, BETAS, EPSILON, root)
+        inverse_bias_correction = 1 / math.sqrt(1 - BETAS[1] ** self._steps)
+        self._kernels.adamw(self._parameters, self._located, scale, BETAS, EPSILON, inverse_bias_correction)
         barrier_sum(self._group)  # all parts are updated
         self.clear_gradients()
 
