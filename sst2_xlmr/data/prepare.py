@@ -119,7 +119,7 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
         try:
             inspections = [inspected(file, columns, cache_dir) for file in paths]
         except UserError as error:
-            if name == "train" or "no column" not in str(error):
+            if name == "train" or not error.column_option:
                 raise
             raise UserError(f"{error}, or for this file alone with --columns {name}:text=NAME,label=NAME") from None
         if name == "train":

@@ -136,16 +136,18 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
         matches = [position for position, other in enumerate(names) if other == name]
         matches = matches or [position for position, other in enumerate(names) if other.lower() == name.lower()]
         if len(matches) > 1:
-            raise UserError(f"{path}: two columns are named {name!r}; give {option} a number, from 1")
+            two = f"{path}: two columns are named {name!r}; give {option} a number, from 1"
+            raise UserError(two, column_option=option)
         if matches:
             return matches[0]
     if layout.is_table and len(names) == 1 and option.startswith("--label"):
         cure = "if each line begins with its label, sed 's/ /\\t/' FILE > NEW makes that a column"
         reason = "is read as one column, of texts without labels; if there are more, give --delimiter"
         raise UserError(f"{path} {reason}; {cure}")
-    among = shortened(", ".join(names)) + " (it has no header)" * bool(layout.delimiter and not layout.header)
+    has_header = layout.header or not layout.delimiter
+    among = shortened(", ".join(names)) + ("" if has_header else " (it has no header)")
     absent, cure = " or ".join(map(repr, wanted)), f"name it with {option}{_proposal(path, layout, with_label)}"
-    raise UserError(f"{path}, line {fields.line}: no column {absent} among {among}; {cure}")
+    raise UserError(f"{path}, line {fields.line}: no column {absent} among {among}; {cure}", column_option=option)
 
 
 def guessed_columns(path: Path, layout: Layout, columns: Columns) -> Columns:
@@ -202,7 +204,8 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> 
             except UserError as error:  # JSON objects may have different keys
                 if layout.is_table:
                     raise
-                missing, kind = missing or error, NO_LABEL if "--label-column" in str(error) else NO_TEXT
+                missing = missing or error
+                kind = NO_LABEL if error.column_option.startswith("--label") else NO_TEXT
         if positions is None or len(cells) != len(names):
             yield fields, COLUMNS if positions else kind, None, None, None, 1.0
             continue

@@ -20,12 +20,14 @@ class UserError(Exception):
     """A user's mistake: one line with the problem, its place and its cure.
 
     It ends the program with `status`. If it `is_shared`, every rank raises it and rank 0 reports it; if it `is_own`,
-    only this rank raises and reports it.
+    only this rank raises and reports it. `column_option` is the option, if any, that must name another column.
     """
 
-    def __init__(self, text: str, is_shared: bool = False, is_own: bool = False, status: int = 2) -> None:
+    def __init__(
+        self, text: str, is_shared: bool = False, is_own: bool = False, status: int = 2, column_option: str = ""
+    ) -> None:
         super().__init__(text)
-        self.is_shared, self.is_own, self.status = is_shared, is_own, status
+        self.is_shared, self.is_own, self.status, self.column_option = is_shared, is_own, status, column_option
 
 
 class Interrupted(Exception):

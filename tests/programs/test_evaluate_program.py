@@ -151,7 +151,7 @@ def test_weights_that_are_not_finite_are_refused(run: Path, tmp_path: Path) -> N
     for precision, main in itertools.product(("fp32", "bf16", "int8"), (script.main, predict.main)):
         words = ["--model", model, "--device", "cpu", "--precision", precision]
         words += ["x"] if main == predict.main else ["--file", DE]
-        assert f"{model}: the model's answers are not finite" in user_error(main, list(map(str, words)))
+        assert f"{model}: the model's outputs are not finite" in user_error(main, list(map(str, words)))
 
 
 def test_a_calibrated_model_is_as_it_was_said(run: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -340,7 +340,11 @@ def test_wrong_use(model: Path, options: str, monkeypatch: Patch) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("in.tsv", b"text\n" + b"fine\n" * 3000 + b"caf\xe9\n", "in.tsv, line 3002: 1 row cannot be used: 1 with cut"),
+        (
+            "in.tsv",
+            b"text\n" + b"fine\n" * 3000 + b"caf\xe9\n",
+            "in.tsv, line 3002: 1 row cannot be used: 1 with truncated",
+        ),
         ("in.csv", b"text,a,a\nx,1,2\n", "two columns are named 'a', which JSON cannot express"),
         ("in.jsonl", b'{"text": "\\ud83d"}\n', "1 with truncated or invalid characters (line 1)"),
         ("in.csv.gz", gzip.compress(b"text\nx\n", mtime=0)[:-3], "not a complete gzip file"),

@@ -62,7 +62,7 @@ def trained(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
     """A run of 2 epochs of 5 steps that learns nothing, so that best/ is of its first evaluation."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     options = ["--train-file", DE, "--dev-file", DEV, "--epochs", 2, "--eval-every", 3, "--log-every", 5]
-    options += ["--lr", 1e-9, "--eval-file", f"de={DE}", "--test-file", RU]
+    options += ["--lr", 1e-30, "--eval-file", f"de={DE}", "--test-file", RU]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         train.main(train_options(tiny_encoder, SAMPLE_DATA, folder, *options))
     last = {entry["split"]: entry for entry in metrics(folder) if "split" in entry}
@@ -125,7 +125,7 @@ def test_hyperparameters_and_their_metrics(trained: Trained, tiny_encoder: Path)
         return trained.events.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
 
     values = metadata.parse_session_start_info_plugin_data(content("session_start_info")).hparams
-    assert (values["lr"].number_value, values["batch_size"].number_value) == (1e-9, 8)
+    assert (values["lr"].number_value, values["batch_size"].number_value) == (1e-30, 8)
     strings = {"encoder": tiny_encoder.name, "precision": "fp32", "freeze_encoder": "False"}
     assert {name: values[name].string_value for name in strings} == strings
     experiment = HParamsPluginData.FromString(content("experiment")).experiment

@@ -58,7 +58,7 @@ CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:83] DefaultCPUAllocator:
     ("processes", "place", "error", "says"),
     [
         (1, (train, "forward_backward"), CUDA_FULL, "CUDA out of memory: rerun with --micro-batch-size 4 or less"),
-        (1, (run, "evaluate"), CUDA_FULL, "CUDA out of memory: rerun with --eval-batch-tokens 2048 or less"),
+        (1, (run, "evaluate"), CUDA_FULL, "CUDA out of memory: rerun with --eval-batch-tokens 1024 or less"),
         (2, (train, "forward_backward"), CPU_FULL, "out of memory (rank 1): rerun with --micro-batch-size 2"),
     ],
 )
