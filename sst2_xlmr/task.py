@@ -396,7 +396,7 @@ class SingleLabel(_Common):
         return repr(self.label_names[predicted[0]]) if (predicted == predicted[0]).all() else ""
 
     def is_near_constant_baseline(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
-        """Whether the answers are hardly better than a constant one, on a scale from 0, no better, to 1, perfect."""
+        """Whether accuracy closes less than a fifth of the gap between a constant prediction's accuracy and 1."""
         labels = self.label_keys(labels)
         accuracy, constant = (probabilities.argmax(1) == labels).mean(), np.bincount(labels).max() / len(labels)
         return bool((accuracy - constant) / (1 - constant) < 0.2)

@@ -225,23 +225,25 @@ def contenders(arguments: argparse.Namespace, folder: Path, task: str) -> dict[s
         elif root:
             program = "predict" if task == "predict" else "evaluate"
             found[name] = functools.partial(answers, root, program, arguments.precision)
+    if task == "predict" or not (arguments.runtimes or arguments.peer):
+        return found
     words = [*train_options(arguments, folder, folder / "typical.tsv"), "--test-file", folder / "eval.tsv"]
-    if arguments.runtimes and task in ("eval", "int8"):
-        order, _ = write_peer_inputs([str(word) for word in words], folder / "peer")
-        order |= {"onnx": str(folder / "model.onnx"), "threads": available_cores()}
-        options = ["--model", folder / "encoder-model", "--format", "onnx", "--from-ids", "--output", order["onnx"]]
+    order, _ = write_peer_inputs([str(word) for word in words], folder / "peer")
+    if arguments.runtimes and task != "train":
+        exported = {**order, "onnx": str(folder / "model.onnx"), "threads": available_cores()}
+        options = ["--model", folder / "encoder-model", "--format", "onnx", "--from-ids", "--output", exported["onnx"]]
         run_program(ROOT, "scripts/export.py", options, folder)
         precisions = {order["precision"], "int8"} if task == "int8" else {order["precision"]}
         for runtime, precision in itertools.product(("onnxruntime", "openvino"), sorted(precisions)):
-            own = {**order, "runtime": runtime, "precision": precision}
+            own = {**exported, "runtime": runtime, "precision": precision}
             run_one = functools.partial(run_peer, arguments.runtimes, folder, own, RUNTIMES_PROGRAM)
             found[f"{runtime}-{precision}"] = run_one
-    if arguments.peer and task != "predict":
-        order, _ = write_peer_inputs([str(word) for word in words], folder / "peer")
+    if arguments.peer:
         orders = {"trainer": {**order, "splits": [], "max_steps": 2 * order["batches"]}}
         if task != "train":
-            timed = {**order, "encoder": str(folder / "encoder-model"), "split": "eval"}
-            orders = {"trainer": timed, "trainer-fp32": {**timed, "precision": "fp32"}}
+            orders = {"trainer": {**order, "encoder": str(folder / "encoder-model"), "split": "eval"}}
+        if task == "int8" and order["precision"] != "fp32":
+            orders["trainer-fp32"] = {**orders["trainer"], "precision": "fp32"}
         found.update({name: functools.partial(run_peer, arguments.peer, folder, orders[name]) for name in orders})
     return found
 

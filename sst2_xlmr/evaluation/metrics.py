@@ -1,4 +1,4 @@
-"""Metrics over NumPy arrays, defined as in scikit-learn; imports nothing of the package. task.py chooses some."""
+"""Metrics over NumPy arrays, defined as in scikit-learn; task.py decides which of them a task reports."""
 
 from __future__ import annotations
 
