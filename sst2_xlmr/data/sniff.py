@@ -31,6 +31,7 @@ DELIMITERS = {"tab": "\t", "bar": "|", "semicolon": ";", "comma": ","}  # those 
 _CONSISTENT = 0.8  # required fraction of rows with the most frequent number of columns
 _NUMBER = re.compile(r"[+-]?([0-9]+([.,][0-9]*)?|[.,][0-9]+)([eE][+-]?[0-9]+)?")
 _NAME = re.compile(r"[^\W\d][\w.\-/#()?:]*( [\w.\-/#()?:]+){0,2}|#\d \w+")  # a plausible column name
+_CR_AFTER_ROW = re.compile('([^"\r\n]|"[^"]*")*\r(?!\n)')  # the first row ends in a carriage return alone
 _COUNTED = ((0, ""), (1, ""), (1, "V"))  # first number and prefix of the names that pandas and R give to columns
 _TREE = re.compile(r"\([0-9] (\([0-9] |[^()]+\)$)")
 _FASTTEXT = re.compile(r"__label__[^\s,;|]+(\s|$)")
@@ -118,8 +119,9 @@ def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
     encoding = asked.encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     lines, is_whole = _sample(path, encoding)
     newline = "\n"
-    if len(lines) == 1 and "\r" in lines[0][:-1] and not lines[0].endswith("\n"):
-        newline, lines = "\r", [line + "\n" for line in lines[0].split("\r") if line]
+    text = "".join(lines)
+    if _CR_AFTER_ROW.match(text) and text.count("\r") - text.count("\r\n") > text.count("\n"):
+        newline, lines = "\r", [line + "\r" for line in text.split("\r") if line]
     layout = _text_layout(path, name, lines, is_whole, asked, kind, encoding)
     layout = layout._replace(encoding=encoding, newline=newline)
     if layout.format not in ("tsv", "csv"):
@@ -323,8 +325,9 @@ def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: Colum
     first, width = [cell.strip() for cell in rows[0]], _modal_width(rows[1:] or rows)[0]
     is_alone = not any(first[1:]) and first[0].lower() not in asked.named
     if is_alone and asked.header is None and width > 1 and len(rows) > 2 and layout.delimiter:
-        shown = shortened(first[0], 40)
-        raise UserError(f"{path}: line 1, {shown!r}, is not a row of the table; remove it: tail -n +2 FILE > NEW")
+        start = next((number for number, row in enumerate(rows, 1) if any(row[1:])), 2)
+        lines = f"line 1, {shortened(first[0], 40)!r}, is" if start == 2 else f"lines 1 to {start - 1} are"
+        raise UserError(f"{path}: {lines} not part of the table; keep the rest: tail -n +{start} FILE > NEW")
     header = _has_header(path, [first, *rows[1:]], width, asked) if asked.header is None else asked.header
     if not header:
         return layout._replace(names=tuple(map(str, range(1, width + 1))))
