@@ -156,12 +156,18 @@ def _arrow_rows(path: Path, kind: str, _: str) -> Cells:
         yield from enumerate((list(cells) for columns in batches for cells in zip(*columns)), 1)
 
 
-def excel_rows(path: Path, *_: str) -> Cells:
-    """Yield the rows of a workbook's first sheet, including the header; cells are text, or None if empty."""
+@contextlib.contextmanager
+def excel_sheets(path: Path) -> Iterator[list[Any]]:
+    """Open a workbook, and return its sheets of cells."""
     openpyxl = needed("openpyxl", path, "an Excel workbook")
     with _reading(path, "an Excel workbook"), path.open("rb") as file:
-        sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]
-        for number, row in enumerate(sheet.iter_rows(values_only=True), 1):
+        yield openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets
+
+
+def excel_rows(path: Path, *_: str) -> Cells:
+    """Yield the rows of a workbook's first sheet, including the header; cells are text, or None if empty."""
+    with excel_sheets(path) as sheets:
+        for number, row in enumerate(sheets[0].iter_rows(values_only=True), 1):
             if any(cell is not None for cell in row):
                 yield number, [None if cell is None else str(cell) for cell in row]
 

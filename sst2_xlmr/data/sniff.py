@@ -115,7 +115,10 @@ def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
     if kind == "xlsx":
         with opened(path):  # for its errors about damaged files
             rows = [[cell or "" for cell in cells] for _, cells in containers.excel_rows(path)]
-        return _with_header(path, Layout("xlsx"), rows, asked)
+        with containers.excel_sheets(path) as sheets:
+            first, *others = (sheet.title for sheet in sheets)
+        note = f"only sheet {first!r} is read, not {shortened(', '.join(map(repr, others)))}; save those as CSV"
+        return _with_header(path, Layout("xlsx", notes=(note,) if others else ()), rows, asked)
     encoding = asked.encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     lines, is_whole = _sample(path, encoding)
     newline = "\n"

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sst2_xlmr.data.rows import Row, inspect, read_rows
-from sst2_xlmr.data.sniff import Columns, other_encoding
+from sst2_xlmr.data.sniff import Columns, find_layout, other_encoding
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.errors import UserError
 
@@ -210,6 +210,10 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
         book.active.append(row)
     book.save(tmp_path / "a.csv")  # whatever its name
     assert inspect(tmp_path / "a.csv", Columns()).labels == {"1": [1, 2], "2": [1, 3], "": [1, 4]}
+    assert find_layout(tmp_path / "a.csv").notes == ()
+    book.create_sheet("more")
+    book.save(tmp_path / "a.xlsx")
+    assert find_layout(tmp_path / "a.xlsx").notes == ("only sheet 'Sheet' is read, not 'more'; save those as CSV",)
 
 
 @pytest.mark.parametrize(
