@@ -97,13 +97,7 @@ def parse_label_names(text: str) -> list[str]:
 
 
 # Annotation -> parser of its values; others stay strings.
-TYPES: dict[str, Any] = {
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "str": decode_argument,
-    "CommaSeparated": parse_label_names,
-}
+TYPES: dict[str, Any] = {"int": int, "float": float, "str": decode_argument, "CommaSeparated": parse_label_names}
 
 
 def _check_label_names(names: list[str]) -> str:
