@@ -166,7 +166,7 @@ def _check_columns(values: list[str]) -> str:
 
 def option(
     default: Any,
-    help: str,  # one sentence, with the unit; before it, unless the option is a switch, what stands for a value
+    help: str,  # "METAVAR: sentence"; a switch has the sentence alone
     check: Callable[[Any], str] | None = None,  # returns the problem with a value, or an empty string
     is_changeable: bool = False,  # whether `--resume` accepts another value, as it does not affect the result
 ) -> Any:
@@ -366,7 +366,9 @@ def shown(value: Any) -> str:
     """Return an option's value as it is written on the command line."""
     if isinstance(value, list) and any("," in item for item in value):
         return json.dumps(value, ensure_ascii=False)
-    return ",".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 def check(config: Config) -> None:

@@ -19,6 +19,7 @@ import sst2_xlmr
 from sst2_xlmr import cli
 from sst2_xlmr.__main__ import PROGRAMS, main
 from sst2_xlmr.util import versions
+from sst2_xlmr.util.errors import UserError, exit_on_user_error
 
 
 def run(
@@ -182,6 +183,17 @@ def test_output_that_nobody_takes() -> None:
         done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, cwd=ROOT, check=False)
         os.close(output)
         assert (done.returncode, done.stderr) == expected
+
+
+def test_an_error_of_one_rank_needs_no_standard_output(monkeypatch: Patch, capsys: Capture) -> None:
+    def fail() -> None:
+        raise UserError("no space", on_this_rank=True)
+
+    monkeypatch.setattr(sys, "stdout", None)  # closed by `>&-`
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="^2$"):
+        exit_on_user_error(fail)
+    assert capsys.readouterr().err == "error: no space\n"
 
 
 def test_what_cannot_work_refused_before_torch_is_loaded(tmp_path: Path) -> None:

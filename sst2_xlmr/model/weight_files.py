@@ -53,13 +53,14 @@ def shards_of(file: Path) -> list[Path]:
 class WeightReader:
     """The floating-point tensors of a file or of its shards, read on demand as fp32.
 
-    Files are memory-mapped. Pages that have been read count as the process's memory until the mapping is closed, so it
-    is renewed from time to time. Tensors are copied, because a mapping would change with the file; without `copies`,
-    the caller copies what it keeps. Only torch's old format, a bare pickle, cannot be mapped and is loaded whole.
+    Files are memory-mapped. Pages that have been read count as the process's memory until the mapping is closed, so
+    files are mapped anew after every 64 MiB read. Tensors are copied, because a mapping would change with the file;
+    without `copy_weights`, the caller copies what it keeps. Only torch's old format, a bare pickle, cannot be mapped
+    and is loaded whole.
     """
 
-    def __init__(self, file: Path, copies: bool = True) -> None:
-        self._file, self._files, self._copies = file, shards_of(file), copies
+    def __init__(self, file: Path, copy_weights: bool = True) -> None:
+        self._file, self._files, self._copy_weights = file, shards_of(file), copy_weights
         with reading_weights(file):
             self._is_mapped = all(shard.suffix == ".safetensors" or _is_plain_zip(shard) for shard in self._files)
             self._map()
@@ -86,7 +87,7 @@ class WeightReader:
     def read(self, name: str, rows: Any) -> torch.Tensor:
         """Return `tensor[rows]`."""
         with reading_weights(self._file):
-            result = self.raw[name][rows].to(torch.float32, copy=self._is_mapped and self._copies)
+            result = self.raw[name][rows].to(torch.float32, copy=self._is_mapped and self._copy_weights)
             scattered = len(rows) * _FAULT_BYTES if isinstance(rows, torch.Tensor) else 0
             self._read_bytes += max(result.nbytes, scattered)
             if self._is_mapped and self._read_bytes > _MAPPED_BYTES:

@@ -33,7 +33,7 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.report.tables import comparison_table
 from sst2_xlmr.task import Task
 from sst2_xlmr.util import versions
-from sst2_xlmr.util.errors import UserError, say
+from sst2_xlmr.util.errors import UserError, refuse, say
 from sst2_xlmr.util.files import put_in_place, scratch_folder, write_errors
 
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     has_bounds = options.has_bounds(arguments)
     has_pairs = getattr(arguments, "text_pair_column", None) and is_onnx and not is_folder and not from_ids
     alone = "--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids"
-    options.refuse(
+    refuse(
         (kind != "hf" and arguments.dtype != "fp32", "--dtype bf16 is for --format hf"),
         (no_torchtext, f"--format torchscript needs torchtext under torch 2.3.1, {here}"),
         (missing, f"--format {kind} needs {missing}; install it with pip install -e '.[onnx]'"),

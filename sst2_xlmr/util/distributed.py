@@ -27,8 +27,8 @@ Result = TypeVar("Result")
 # gloo's messages when a peer is gone or silent; it has no exception type for that.
 _GLOO_ERROR = "gloo|Operation timed out|Connection (closed|reset|refused)|Broken pipe|Timed out waiting"
 _GLOO_ERROR += "|Socket (closed|Timeout)"
-# Timeout of the patient group, for downloads, tokenization and slow disks, which take longer than any step.
-PATIENCE = timedelta(hours=6)
+# Of `slow_group`, for downloads, tokenization and slow disks, which take longer than any step.
+SLOW_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class World:
     local_world_size: int
     device: torch.device
     control: Any = None  # gloo group for Python objects; None with one process
-    patient: Any = None  # the same with a long timeout, for downloads and slow disks
+    slow_group: Any = None  # the same, with `SLOW_TIMEOUT`
     timeout_s: float = math.inf  # of silence, until a process counts as lost
 
     @property
@@ -66,7 +66,7 @@ def _read_environment() -> dict[str, int]:
         has = ", ".join(f"{name}={os.environ[name]}" for name in (*texts, "MASTER_ADDR") if name in os.environ)
         needed = "a RANK below WORLD_SIZE, MASTER_ADDR and MASTER_PORT are needed"
         cure = "start train.py with torchrun, which sets them, or unset them to train with one process"
-        raise UserError(f"the environment has {has}, but {needed}; {cure}", is_own=True)
+        raise UserError(f"the environment has {has}, but {needed}; {cure}", on_this_rank=True)
     return {name.lower(): number for name, number in zip(texts, numbers[:4])}
 
 
@@ -104,10 +104,10 @@ def init_distributed(device_name: str, threads: int, timeout_minutes: float) -> 
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout + more)
     lost = False
     try:
-        control, patient = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE))
-        yield World(**place, device=device, control=control, patient=patient, timeout_s=timeout.total_seconds())
+        control, slow_group = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, SLOW_TIMEOUT))
+        yield World(**place, device=device, control=control, slow_group=slow_group, timeout_s=timeout.total_seconds())
     except UserError as error:
-        lost = error.is_own  # the others still wait for this rank
+        lost = error.on_this_rank  # the others still wait for this rank
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not re.search(_GLOO_ERROR, str(error)):
@@ -116,7 +116,7 @@ def init_distributed(device_name: str, threads: int, timeout_minutes: float) -> 
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         text = f"rank {rank}: lost contact with another process ({reason}): it exited, or did not respond for"
         text += f" {timeout_minutes:g} minutes; see its error above, if any; checkpoints are intact: use --resume"
-        raise UserError(text, is_own=True, status=1) from error
+        raise UserError(text, on_this_rank=True, status=1) from error
     finally:
         if not lost:  # otherwise it would wait for the lost process
             dist.destroy_process_group()
@@ -130,7 +130,7 @@ def _agree_on_device(name: str, rank: int, store: dist.Store) -> str:
     agreed = store.get("device").decode()
     if (name != "auto" and kind != agreed) or (agreed == "cuda" and kind == "cpu"):
         text = f"rank {rank} would compute on {kind}, but rank 0 on {agreed}; give all the same --device, e.g. cpu"
-        raise UserError(text, is_own=True)
+        raise UserError(text, on_this_rank=True)
     return agreed
 
 
@@ -208,7 +208,7 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
     result = None
     for is_turn in (world.local_rank == 0, world.local_rank > 0):
         result, problem = _attempt(prepare) if is_turn else (result, "")
-        if problem := next(filter(None, gather_objects(world, problem, world.patient)), ""):
+        if problem := next(filter(None, gather_objects(world, problem, world.slow_group)), ""):
             raise_on_all(problem)
     assert result is not None
     return result
@@ -217,6 +217,6 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
 def on_rank0(world: World, work: Callable[[], Result]) -> Result | None:
     """Run `work` on rank 0 while the others wait; returns its result there, else None. All ranks raise its error."""
     result, problem = _attempt(work) if world.is_main else (None, "")
-    if problem := broadcast(world, problem, world.patient, limit_s=world.timeout_s):
+    if problem := broadcast(world, problem, world.slow_group, limit_s=world.timeout_s):
         raise_on_all(problem)
     return result

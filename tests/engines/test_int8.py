@@ -198,7 +198,7 @@ def test_loading_leaves_no_fp32_weights_in_memory() -> None:
 
 
 def test_without_the_instructions_it_is_said_once(model: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(engines, "quantized", lambda *_: None)
+    monkeypatch.setattr(engines, "int8_engine", lambda *_: None)
     loaded = predictor.Classifier.load(model, "int8", "cpu")
     said = capsys.readouterr().err
     assert loaded.precision in ("bf16", "fp32")

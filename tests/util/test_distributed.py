@@ -38,7 +38,7 @@ def test_a_broken_environment_is_refused(variables: dict[str, str], says: str, m
     monkeypatch.setattr(os, "environ", {**{n: v for n, v in os.environ.items() if "RANK" not in n}, **variables})
     with pytest.raises(UserError, match="^the environment has ") as error, init_distributed("cpu", 1, 1):
         pass
-    assert says in str(error.value) and error.value.is_own
+    assert says in str(error.value) and error.value.on_this_rank
 
 
 def test_a_step_of_the_gpu_that_does_not_end_counts_as_a_lost_peer() -> None:
@@ -142,4 +142,4 @@ def test_rank_0_decides_what_auto_means(monkeypatch: Patch, asked: str, first: b
     else:
         with pytest.raises(UserError, match=f"rank 1 would compute on .*, but rank 0 on {agreed}; give all") as error:
             _agree_on_device(asked, 1, store)
-        assert error.value.is_own
+        assert error.value.on_this_rank
