@@ -13,8 +13,7 @@ from sst2_xlmr.model.encoders import EncoderFolder, check_tokenizer, find_model
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
-from sst2_xlmr.model.weight_files import WeightReader, reading_weights
-from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, Tensors, from_hugging_face, layer_of
+from sst2_xlmr.model.weights import EMBEDDING_SOURCES, Tensors, WeightReader, from_hugging_face, layer_of, weight_errors
 from sst2_xlmr.task import Task, stored_task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.tensors import LazyTensor
@@ -101,7 +100,7 @@ def load_tensors(encoder: EncoderFolder, ids: torch.Tensor | None = None, copy_w
     `ids`, int64 [rows], are the embedding rows to read; None for all. UserError if the file cannot be read, or if its
     embedding table does not have the configured shape.
     """
-    with reading_weights(encoder.weights_file):
+    with weight_errors(encoder.weights_file):
         weights = WeightReader(encoder.weights_file, copy_weights)
         if ids is not None:
             _find_table(encoder, weights)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.model.weight_names import layer_of
+from sst2_xlmr.model.weights import layer_of
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.tensors import TensorLike
 
