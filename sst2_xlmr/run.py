@@ -175,7 +175,7 @@ class Run:
     def evaluate_best(self) -> dict[str, dict[str, Any]]:
         """Evaluate best/ on the test files, on rank 0 only; returns `best/NAME` -> metrics."""
         self.background_writer.wait()
-        world, tokens = World.alone(self.world.device), self.config.eval_batch_tokens
+        world, tokens = World(self.world.device), self.config.eval_batch_tokens
         metrics: dict[str, dict[str, Any]] = {}
         model, _, task = load_classifier(self.folder / "best", world.device, self.state.precision == "bf16")
         for split in self.test_splits:

@@ -36,7 +36,7 @@ def fallback_reason(world: World) -> str:
 def prediction_engine(classifier: SequenceClassifier) -> nn.Module | None:
     """Return a faster model for prediction on the CPU; None if there is none."""
     parameter = next(classifier.parameters())
-    kernels = kernels_for(parameter.dtype, World.alone(parameter.device))
+    kernels = kernels_for(parameter.dtype, World(parameter.device))
     return PackedClassifier(classifier, kernels) if kernels else None
 
 

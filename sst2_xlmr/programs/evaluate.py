@@ -85,7 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def evaluate_all(classifier: Classifier, caches: Caches, batch_tokens: int) -> Evaluations:
-    evaluations, world = {}, World.alone(classifier.device)
+    evaluations, world = {}, World(classifier.device)
     # numpy would warn of the NaN that `check_finite` raises an error for.
     with memory_errors(f"use a smaller --batch-tokens than {batch_tokens}"), np.errstate(invalid="ignore"):
         for name, cache in caches.items():

@@ -33,13 +33,13 @@ SLOW_TIMEOUT = timedelta(hours=6)
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all processes of the run."""
+    """This process's place among all processes of the run; by default it is the only one."""
 
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
     device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
     control: Any = None  # gloo group for Python objects; None with one process
     slow_group: Any = None  # the same, with `SLOW_TIMEOUT`
     timeout_s: float = math.inf  # of silence, until a process counts as lost
@@ -47,10 +47,6 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    @classmethod
-    def alone(cls, device: torch.device) -> World:
-        return cls(0, 1, 0, 1, device)
 
 
 def _read_environment() -> dict[str, int]:
@@ -96,7 +92,7 @@ def init_distributed(device_name: str, threads: int, timeout_minutes: float) -> 
         torch.cuda.set_device(device)
     torch.set_num_threads(thread_count(threads, place["local_world_size"]))
     if store is None:
-        yield World(**place, device=device)
+        yield World(device, **place)
         return
     # On a timeout, NCCL aborts the process with a dump; with a minute more, `wait_for_step` raises its error first.
     backend, more = ("nccl", timedelta(minutes=1)) if device.type == "cuda" else ("gloo", timedelta())
@@ -105,7 +101,7 @@ def init_distributed(device_name: str, threads: int, timeout_minutes: float) -> 
     lost = False
     try:
         control, slow_group = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, SLOW_TIMEOUT))
-        yield World(**place, device=device, control=control, slow_group=slow_group, timeout_s=timeout.total_seconds())
+        yield World(device, **place, control=control, slow_group=slow_group, timeout_s=timeout.total_seconds())
     except UserError as error:
         lost = error.on_this_rank  # the others still wait for this rank
         raise

@@ -151,7 +151,7 @@ LENGTHS = np.random.RandomState(0).randint(3, 60, 1003)
 
 
 def world_of(rank: int, world_size: int) -> World:
-    return World(rank, world_size, rank, world_size, CPU)
+    return World(CPU, rank, world_size, rank, world_size)
 
 
 def whole_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

@@ -42,7 +42,7 @@ def test_a_broken_environment_is_refused(variables: dict[str, str], says: str, m
 
 
 def test_a_step_of_the_gpu_that_does_not_end_counts_as_a_lost_peer() -> None:
-    world = dataclasses.replace(World.alone(torch.device("cuda", 0)), timeout_s=0.05)
+    world = dataclasses.replace(World(torch.device("cuda", 0)), timeout_s=0.05)
     event: Any = SimpleNamespace(query=iter([False, False, True]).__next__)
     wait_for_step(event, world)
     event.query = lambda: False
