@@ -46,7 +46,7 @@ def _run(program: str | None, words: list[str]) -> None:
             print(HELP, end="")
             return
         if first == "--version":
-            print(f"sst2-xlmr {sst2_xlmr.__version__}, {versions.description()}")
+            print(f"sst2-xlmr {sst2_xlmr.__version__}, {versions.versions()}")
             return
         if first not in PROGRAMS:
             cure = hint(first, PROGRAMS) or f"there are {', '.join(PROGRAMS)}"

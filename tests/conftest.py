@@ -57,7 +57,7 @@ needs_small_encoder = pytest.mark.skipif(
 )
 
 
-needs_torchtext = pytest.mark.skipif(not versions.has_torchtext(), reason=f"this is {versions.description()}")
+needs_torchtext = pytest.mark.skipif(not versions.has_torchtext(), reason=f"this is {versions.versions()}")
 
 
 @pytest.fixture(scope="session", autouse=True)

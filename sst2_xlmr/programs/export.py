@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     needed = ("onnx", "onnxruntime", "onnxruntime_extensions")[: 3 - is_folder] if is_onnx else ()
     missing = " and ".join(package for package in needed if find_spec(package) is None)
     no_torchtext = kind == "torchscript" and not versions.has_torchtext()
-    here = f"and this is {versions.description()}; export it in an environment of `STACK=torchtext scripts/setup.sh`"
+    here = f"and this is {versions.versions()}; export it in an environment of `STACK=torchtext scripts/setup.sh`"
     files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, trims)]
     has_rows, rows = any(map(is_rows_file, files)), f"a {either(KINDS)} file in --check-file or --keep-vocabulary-of"
     columns = ", ".join(flag(name) for name in options.TABLE_OPTIONS if name in arguments)

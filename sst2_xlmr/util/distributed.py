@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import re
-import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,7 +93,7 @@ def init_distributed(device_name: str, threads: int, timeout_minutes: float) -> 
     if store is None:
         yield World(device, **place)
         return
-    # On a timeout, NCCL aborts the process with a dump; with a minute more, `wait_for_step` raises its error first.
+    # On a timeout, NCCL aborts the process with a dump; with a minute more, the ranks' vote raises its error first.
     backend, more = ("nccl", timedelta(minutes=1)) if device.type == "cuda" else ("gloo", timedelta())
     rank, world_size = place["rank"], place["world_size"]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout + more)
@@ -128,18 +127,6 @@ def _agree_on_device(name: str, rank: int, store: dist.Store) -> str:
         text = f"rank {rank} would compute on {kind}, but rank 0 on {agreed}; give all the same --device, e.g. cpu"
         raise UserError(text, on_this_rank=True)
     return agreed
-
-
-def wait_for_step(event: torch.cuda.Event, world: World) -> None:
-    """Wait until the GPU has reached an event; DistError after `world.timeout_s`.
-
-    If a peer hangs, an all-reduce on the GPU waits forever, and the host would notice only once its queue is full.
-    """
-    deadline = time.monotonic() + world.timeout_s
-    while not event.query():
-        if time.monotonic() > deadline:
-            raise dist.DistError("the GPU still waits for it")
-        time.sleep(1e-4)  # a step takes some milliseconds
 
 
 # torch 2.3.1 deadlocks if a gloo group is destroyed while one of its threads frees a tensor that Python no longer

@@ -59,7 +59,7 @@ def our_name(theirs: str) -> str:
 def torchtext_model(classifier: SequenceClassifier) -> nn.Module:
     """Return the same model in torchtext's modules, with copies of the weights, in evaluation mode; no dropout."""
     if not versions.has_torchtext():
-        pytest.skip(f"this is {versions.description()}")
+        pytest.skip(f"this is {versions.versions()}")
     from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, RobertaModel
 
     shape = classifier.shape
