@@ -20,8 +20,8 @@ from sst2_xlmr.util.files import recover, write_errors, write_text
 def lock_run_folder(run_folder: Path) -> IO[str]:
     """Create the folder, lock it while the returned file is open, and clean up after a killed process.
 
-    It is a POSIX lock: it works over NFS, ends with the process, and is not inherited by loader processes, which may
-    live seconds longer. UserError if another process holds it, or the folder cannot be written.
+    It is a POSIX lock: it works over NFS, and ends with the process. UserError if another process holds it, or the
+    folder cannot be written.
     """
     path = run_folder / LOCK_NAME
     for name in ("checkpoints", "tensorboard", "best", "model"):
