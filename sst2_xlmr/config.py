@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.errors import UserError, refuse
 
 LOCK_NAME = ".lock"  # in a run's folder
 MAX_CLASSES = 1000
@@ -346,17 +346,14 @@ def check(config: Config) -> None:
                     raise UserError(f"{name} {file} is not a file")
     except OSError as error:
         raise UserError(f"cannot access {error.filename}: {error.strerror}") from None
-    if config.text_pair_column is not None and config.max_length < SHORTEST_PAIR:
-        wanted = f"must be {SHORTEST_PAIR} or more with --text-pair-column"
-        raise UserError(f"--max-length {wanted}, not {config.max_length}")
-    if config.text_pair_column is not None and config.long_texts != "cut":
-        raise UserError(f"--long-texts {config.long_texts} is for single texts; leave it out with --text-pair-column")
-    if config.stride and (config.long_texts != "windows" or config.stride > config.max_length - 2):
-        raise UserError("--stride needs --long-texts windows, and must be at most --max-length minus 2")
-
-    if config.dev_file and not config.train_file and not config.data_dir:
-        raise UserError("--dev-file needs --train-file, or a --data-dir that has a training file")
-    if config.dev_file and config.dev_share is not None:
-        raise UserError("--dev-file and --dev-share both define dev; leave one of them out")
-    if config.label_columns and len(config.label_columns) < 2:
-        raise UserError("--label-columns takes two or more columns; for one, use --label-column")
+    has_pairs, length, long_texts = config.text_pair_column is not None, config.max_length, config.long_texts
+    has_train_file = config.train_file or config.data_dir
+    refuse(
+        (has_pairs and length < SHORTEST_PAIR, f"--max-length must be {SHORTEST_PAIR} or more with --text-pair-column"),
+        (has_pairs and long_texts != "cut", f"--long-texts {long_texts} is for single texts, not --text-pair-column"),
+        (config.stride and long_texts != "windows", "--stride needs --long-texts windows"),
+        (config.stride > length - 2, "--stride must be at most --max-length minus 2"),
+        (config.dev_file and not has_train_file, "--dev-file needs --train-file, or a training file in --data-dir"),
+        (config.dev_file and config.dev_share is not None, "--dev-file and --dev-share both define dev; leave one out"),
+        (len(config.label_columns or ()) == 1, "--label-columns takes two or more; for one column, use --label-column"),
+    )
