@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from sst2_xlmr.cli import OneLineParser
 from sst2_xlmr.model.tokenizer_files import model_class, sentencepiece_proto
-from sst2_xlmr.model.weight_names import from_hugging_face, to_hugging_face
+from sst2_xlmr.model.weights import from_hugging_face, to_hugging_face
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 from sst2_xlmr.util.files import digest_of, disk_errors, read_errors, scratch_name, sync, sync_files
 from sst2_xlmr.util.tensors import TensorLike, write_tensors

@@ -8,7 +8,7 @@ import sys
 
 import sst2_xlmr
 from sst2_xlmr.util import versions
-from sst2_xlmr.util.cores import limit_threads, share_cores
+from sst2_xlmr.util.cores import limit_threads, yield_busy_cores
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 from sst2_xlmr.util.flag_hints import hint
 
@@ -46,7 +46,7 @@ def _run(program: str | None, words: list[str]) -> None:
             print(HELP, end="")
             return
         if first == "--version":
-            print(f"sst2-xlmr {sst2_xlmr.__version__}, {versions.description()}")
+            print(f"sst2-xlmr {sst2_xlmr.__version__}, {versions.versions()}")
             return
         if first not in PROGRAMS:
             cure = hint(first, PROGRAMS) or f"there are {', '.join(PROGRAMS)}"
@@ -61,7 +61,7 @@ def _run(program: str | None, words: list[str]) -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1":  # else one of the processes says it, which is found below
         importlib.import_module("sst2_xlmr.programs.options").refuse_wrong_flags(program, words)
         limit_threads()
-    share_cores()
+    yield_busy_cores()
     module = importlib.import_module(f"sst2_xlmr.{'' if program == 'train' else 'programs.'}{program}")
     module.main(words)
 

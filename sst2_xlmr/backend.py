@@ -36,7 +36,7 @@ def training_backend(
     if engines is None:
         reason = "there is no engines/"
     elif not reason:
-        if engine := engines.training(classifier, config, precision, world):
+        if engine := engines.training_engine(classifier, config, precision, world):
             model, optimizer = engine
             return model, model, optimizer, ""
         reason = engines.fallback_reason(world)
@@ -65,7 +65,7 @@ def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
 
 def prediction_model(classifier: SequenceClassifier) -> nn.Module:
     """Return the fastest module that computes the classifier's logits on its device."""
-    return (engines and engines.predicting(classifier)) or classifier
+    return (engines and engines.prediction_engine(classifier)) or classifier
 
 
 def quantized_model(classifier: SequenceClassifier, task: Task, dtype: torch.dtype) -> nn.Module | None:
@@ -73,4 +73,4 @@ def quantized_model(classifier: SequenceClassifier, task: Task, dtype: torch.dty
 
     The classifier is fp32 on the CPU, and need not be kept.
     """
-    return engines and engines.quantized(classifier, task, dtype)
+    return engines and engines.int8_engine(classifier, task, dtype)

@@ -63,7 +63,7 @@ def option_type(name: str) -> tuple[str, bool]:
 
 
 def add_options(parser: Any, *names: str) -> None:
-    """Add options of `Config` to a parser or a group of one; without its flag, an option's attribute is not set."""
+    """Add options of `Config` to a parser or a group; an option that was not given is missing from the namespace."""
     for name in names:
         help, default, (kind, is_list) = OPTIONS[name].metadata["help"], getattr(Config(), name), option_type(name)
         if kind == "bool":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.errors import UserError, refuse
 
 LOCK_NAME = ".lock"  # in a run's folder
 MAX_CLASSES = 1000
@@ -97,13 +97,7 @@ def parse_label_names(text: str) -> list[str]:
 
 
 # Annotation -> parser of its values; others stay strings.
-TYPES: dict[str, Any] = {
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "str": decode_argument,
-    "CommaSeparated": parse_label_names,
-}
+TYPES: dict[str, Any] = {"int": int, "float": float, "str": decode_argument, "CommaSeparated": parse_label_names}
 
 
 def _check_label_names(names: list[str]) -> str:
@@ -172,7 +166,7 @@ def _check_columns(values: list[str]) -> str:
 
 def option(
     default: Any,
-    help: str,  # one sentence, with the unit; before it, unless the option is a switch, what stands for a value
+    help: str,  # "METAVAR: sentence"; a switch has the sentence alone
     check: Callable[[Any], str] | None = None,  # returns the problem with a value, or an empty string
     is_changeable: bool = False,  # whether `--resume` accepts another value, as it does not affect the result
 ) -> Any:
@@ -190,86 +184,53 @@ class Config:
     """A run's options. Field `some_name` is option `--some-name` and key `some_name` of `config.json`."""
 
     data_dir: FilePath | None = changeable(
-        None,
-        "DIR: directory with train and optionally dev (or validation, val) and test files, of any format (default:"
-        " SST-2)",
+        None, "DIR: directory with train, and optionally dev (validation, val) and test files (default: SST-2)"
     )
     train_file: list[FilePath] = changeable([], "FILE: training rows, one or more files; overrides --data-dir")
     dev_file: FilePath | None = changeable(None, "FILE: rows to evaluate on during training; overrides --data-dir")
     dev_share: float | None = option(
-        None,
-        "P: share of each class's training rows to set aside as dev (default without a dev file: 0.1, up to 5,000"
-        " rows)",
-        above(0, 0.9),
+        None, "P: share of each class's rows that becomes dev (default without a dev file: 0.1)", above(0, 0.9)
     )
     test_file: list[FilePath] = changeable([], "FILE: labelled rows to evaluate on at the end, one or more files")
     eval_file: list[NamedFile] = changeable(
-        [],
-        "NAME=FILE: more labelled rows to evaluate on during training, each file with a name (e.g. a language); may"
-        " be repeated",
-        _check_eval_files,
+        [], "NAME=FILE: more labelled rows to evaluate on during training; may be repeated", _check_eval_files
     )
     text_column: list[str] | None = option(
-        None,
-        "NAME|N: column with the text, by name or number from 1; several are joined (default: sentence, else text)",
+        None, "NAME|N: column with the text, by name or number from 1; may be several (default: sentence or text)"
     )
     text_pair_column: str | None = option(None, "NAME|N: column with the second text, if rows are pairs of texts")
     label_column: str = option("label", "NAME|N: column with the label, by name or number from 1")
-    label_columns: list[str] | None = option(
-        None, "NAME|N: instead of --label-column: one column per label, with 0 and 1 or probabilities"
-    )
+    label_columns: list[str] | None = option(None, "NAME|N: one column per label, instead of --label-column")
     label_delimiter: str | None = option(None, "TEXT: text between several labels in a cell (default: , ; or |)")
     weight_column: str | None = option(None, "NAME|N: column with a training row's weight in the loss (0: left out)")
-    task: str = option(
-        "auto", "NAME: auto (by the labels), single-label, multi-label or regression (scores)", one_of(*TASKS)
-    )
+    task: str = option("auto", "NAME: auto (by the labels), single-label, multi-label or regression", one_of(*TASKS))
     columns: list[str] = option(
-        [],
-        "SPLIT:KEY=VALUE,...: columns of a split that differ from the others', e.g."
-        " dev:text=sentence1,label=gold_label; also format, ...",
-        _check_columns,
+        [], "SPLIT:KEY=VALUE,...: options of one split, e.g. dev:text=sentence1,label=gold_label", _check_columns
     )
     format: str | None = option(None, f"NAME: file format: {', '.join(FORMATS)} (default: detected)", one_of(*FORMATS))
-    delimiter: str | None = option(
-        None, "NAME: column delimiter: tab, comma, semicolon, bar, or the character itself (default: detected)"
-    )
+    delimiter: str | None = option(None, "NAME: tab, comma, semicolon, bar, or any characters (default: detected)")
     quoting: str | None = option(
-        None,
-        'NAME: how cells are quoted: none, double (""), single (\'), backslash (\\") (default: detected)',
-        one_of(*QUOTES),
+        None, "NAME: how cells are quoted: none, double, single or backslash (default: detected)", one_of(*QUOTES)
     )
-    encoding: str | None = option(
-        None, "NAME: text encoding, e.g. cp1252 or gb18030 (default: UTF-8, or UTF-16 if there is a byte order mark)"
-    )
+    encoding: str | None = option(None, "NAME: text encoding, e.g. cp1252 (default: UTF-8, or UTF-16 by its mark)")
     header: bool | None = option(None, "whether a table's first line has the column names (default: detected)")
     label_names: CommaSeparated | None = option(
-        None,
-        "A,B,...|FILE: names of the classes in the order of their numbers, 1=A,2=B,..., a JSON list, or a file with"
-        " one name per line (default: the training file's labels)",
-        _check_label_names,
+        None, "A,B,...|FILE: classes in the order of their numbers, 1=A,2=B,..., or a file of these", _check_label_names
     )
     drop_unusable: bool = option(False, "leave out broken rows and rows without text or label, instead of stopping")
     check: FilePath | None = changeable(
-        None, "FILE: read, check and tokenize all files, print how they were read (to FILE as JSON), and exit"
+        None, "FILE: read and tokenize all files, print how they were read (to FILE as JSON), and exit"
     )
     max_length: int = option(256, "TOKENS: maximum input length in tokens, including <s> and </s>", between(3, 100_000))
     long_texts: str = option(
-        "cut",
-        "NAME: how to read texts beyond --max-length: cut, head-tail (a quarter from the beginning, the rest from"
-        " the end), or windows, whose features are averaged",
-        one_of("cut", "head-tail", "windows"),
+        "cut", "NAME: texts beyond --max-length: cut, head-tail or windows", one_of("cut", "head-tail", "windows")
     )
-    stride: int = option(
-        0, "TOKENS: tokens from one window's start to the next (0: three quarters of a window)", at_least(0)
-    )
+    stride: int = option(0, "TOKENS: from one window's start to the next (0: 3/4 of a window)", at_least(0))
     drop_duplicates: bool = option(False, "keep the first of identical rows; drop texts with conflicting labels")
     drop_leaks: bool = option(False, "drop training rows whose text is also in an evaluation file")
-    num_workers: int = changeable(0, "N: data loader processes per training process", between(0, 256))
 
     encoder: FilePath = changeable(
-        "xlmr.base",
-        "NAME|DIR: xlmr.base, xlmr.large, owner/name on the Hugging Face Hub (downloaded once), or a directory in"
-        " its layout",
+        "xlmr.base", "NAME|DIR: xlmr.base, xlmr.large, owner/name on the Hugging Face Hub, or a directory in its layout"
     )
     layers: int = option(0, "N: use only the encoder's lowest N layers; faster, smaller (0: all)", at_least(0))
     dropout: float = option(0.1, "P: dropout in the encoder (hidden states, attention weights)", between(0, 1, False))
@@ -280,11 +241,7 @@ class Config:
     epochs: float = option(3.0, "N: passes over the training rows; may be a fraction, such as 2.5", above(0, 1e6))
     max_steps: int = option(0, "N: end training and schedule after N optimizer steps (0: after --epochs)", at_least(0))
     batch_size: int = option(32, "ROWS: rows per optimizer step, summed over all processes", at_least(1))
-    micro_batch_size: int = option(
-        0,
-        "ROWS: rows (or windows) per forward pass of a process, to save memory (0: all of its rows at once)",
-        at_least(0),
-    )
+    micro_batch_size: int = option(0, "ROWS: rows (or windows) per forward pass of a process (0: all)", at_least(0))
     lr: float = option(2e-5, "RATE: peak learning rate", above(0))
     weight_decay: float = option(0.01, "RATE: AdamW weight decay; biases and LayerNorm are exempt", at_least(0))
     layerwise_lr_decay: float = option(1.0, "F: learning rate factor per layer away from the head", above(0, 1))
@@ -296,28 +253,17 @@ class Config:
     label_smoothing: float = option(0.0, "P: probability mass spread evenly over all classes", between(0, 1, False))
     skip_nonfinite: int = changeable(0, "N: skip up to N non-finite gradients in a row (0: stop)", at_least(0))
     class_weights: str | None = option(
-        None,
-        "balanced|W0,W1,...: factor on the loss of each class's rows: numbers, or balanced, which gives all classes"
-        " the same total weight",
-        _check_class_weights,
+        None, "balanced|W0,W1,...: factors on the classes' losses; balanced: equal total weights", _check_class_weights
     )
     threshold_for: str | None = option(
-        None,
-        "f1|precision=P|recall=R: multi-label: choose each label's threshold by the best F1 on dev (f1, the"
-        " default), or by the best F1 with at least this precision or recall",
-        _check_threshold,
+        None, "f1|precision=P|recall=R: labels' thresholds: best F1 on dev, with at least P or R", _check_threshold
     )
-    calibrate: bool = option(
-        False, "calibrate the written model's probabilities: divide its logits by a temperature fitted on dev"
-    )
+    calibrate: bool = option(False, "divide the written model's logits by a temperature fitted on dev")
     seed: int = option(0, "N: seed for row order, new head and dropout", between(0, 2**31 - 1))
 
     device: str = changeable("auto", "NAME: auto (CUDA if available), cpu or cuda", one_of("auto", "cpu", "cuda"))
     precision: str = option(
-        "auto",
-        "NAME: bf16 (with fp32 master weights), fp32, tf32 (CUDA: fp32 with faster, rounded products), or auto (bf16"
-        " if the device computes it natively, else fp32)",
-        one_of("auto", "bf16", "fp32", "tf32"),
+        "auto", "NAME: auto (bf16 where native, else fp32), bf16, fp32 or tf32", one_of("auto", "bf16", "fp32", "tf32")
     )
     deterministic: bool = option(False, "on CUDA, use only deterministic kernels; on a CPU, all are")
     compile: bool = changeable(True, "on a CPU with GCC, use the compiled engine instead of plain PyTorch")
@@ -326,23 +272,15 @@ class Config:
 
     output_dir: FilePath | None = changeable(None, "DIR: the run's directory (default: runs/ and the start time)")
     eval_every: int | None = option(
-        None,
-        "N: evaluate on dev every N steps of an epoch and at its end (0: only at its end; default: about eight times"
-        " an epoch, in at most 3 % of the time)",
-        at_least(0),
+        None, "N: evaluate every N steps, besides each epoch (0: no; default: about 8 times an epoch)", at_least(0)
     )
     eval_batch_tokens: int = option(
         EVAL_BATCH_TOKENS, "TOKENS: tokens per forward pass in evaluation (a longer row: alone)", at_least(1)
     )
     best_by: str | None = option(
-        None,
-        "METRIC|NAME|mean: what selects best/ and stops early: a metric on dev, such as accuracy, macro_f1, spearman"
-        " or loss; or the main metric on an --eval-file NAME, or its mean over dev and all --eval-file (default: the"
-        " main metric on dev); ties go to the lower loss on dev",
+        None, "METRIC|NAME|mean: what selects best/: a metric on dev, or the main one on an --eval-file or on all files"
     )
-    early_stopping_patience: int = option(
-        0, "N: stop after N evaluations in a row without a better one, by --best-by (0: never)", at_least(0)
-    )
+    early_stopping_patience: int = option(0, "N: stop after N evaluations without a better one (0: never)", at_least(0))
     save_every: int = changeable(0, "N: write a checkpoint every N steps, besides each epoch (0: no)", at_least(0))
     keep_checkpoints: int = changeable(2, "N: how many of the newest checkpoints to keep", at_least(2))
     log_every: int = changeable(50, "N: log training metrics, averaged over N steps, every N steps", at_least(1))
@@ -372,7 +310,9 @@ def shown(value: Any) -> str:
     """Return an option's value as it is written on the command line."""
     if isinstance(value, list) and any("," in item for item in value):
         return json.dumps(value, ensure_ascii=False)
-    return ",".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 def check(config: Config) -> None:
@@ -406,17 +346,14 @@ def check(config: Config) -> None:
                     raise UserError(f"{name} {file} is not a file")
     except OSError as error:
         raise UserError(f"cannot access {error.filename}: {error.strerror}") from None
-    if config.text_pair_column is not None and config.max_length < SHORTEST_PAIR:
-        wanted = f"must be {SHORTEST_PAIR} or more with --text-pair-column"
-        raise UserError(f"--max-length {wanted}, not {config.max_length}")
-    if config.text_pair_column is not None and config.long_texts != "cut":
-        raise UserError(f"--long-texts {config.long_texts} is for single texts; leave it out with --text-pair-column")
-    if config.stride and (config.long_texts != "windows" or config.stride > config.max_length - 2):
-        raise UserError("--stride needs --long-texts windows, and must be at most --max-length minus 2")
-
-    if config.dev_file and not config.train_file and not config.data_dir:
-        raise UserError("--dev-file needs --train-file, or a --data-dir that has a training file")
-    if config.dev_file and config.dev_share is not None:
-        raise UserError("--dev-file and --dev-share both define dev; leave one of them out")
-    if config.label_columns and len(config.label_columns) < 2:
-        raise UserError("--label-columns takes two or more columns; for one, use --label-column")
+    has_pairs, length, long_texts = config.text_pair_column is not None, config.max_length, config.long_texts
+    has_train_file = config.train_file or config.data_dir
+    refuse(
+        (has_pairs and length < SHORTEST_PAIR, f"--max-length must be {SHORTEST_PAIR} or more with --text-pair-column"),
+        (has_pairs and long_texts != "cut", f"--long-texts {long_texts} is for single texts, not --text-pair-column"),
+        (config.stride and long_texts != "windows", "--stride needs --long-texts windows"),
+        (config.stride > length - 2, "--stride must be at most --max-length minus 2"),
+        (config.dev_file and not has_train_file, "--dev-file needs --train-file, or a training file in --data-dir"),
+        (config.dev_file and config.dev_share is not None, "--dev-file and --dev-share both define dev; leave one out"),
+        (len(config.label_columns or ()) == 1, "--label-columns takes two or more; for one column, use --label-column"),
+    )

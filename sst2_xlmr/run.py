@@ -68,12 +68,13 @@ class Run:
         self.model, self.ddp_model, self.optimizer, self.fallback_reason = backend
         self.meter, self.stop_request = TrainMeter(world), StopRequest(world)
         self.background_writer = BackgroundWriter()
+        self.contents: CheckpointContents = state, self.meter, self.optimizer, self.vocabulary
         # Whether to check every gradient norm at once. That would synchronize a GPU, so there the meter checks later.
         self.checks_grad_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
         self.baseline = self.task.baseline_loss(labels, weights)
         self.metrics: dict[str, dict[str, Any]] = {}  # by split: those of its last evaluation
         self.eval_splits, metric = config.eval_splits, self.task.best_metric
-        # The best evaluation is the one with the best value of this metric on this split (or "mean" of all splits).
+        # best/ has the best `best_metric` on `best_split` (a split, or "mean" of all).
         self.best_split, self.best_metric = "dev", config.best_by or metric
         if config.best_by in (*self.eval_splits, "mean"):
             self.best_split, self.best_metric = config.best_by, metric
@@ -174,7 +175,7 @@ class Run:
     def evaluate_best(self) -> dict[str, dict[str, Any]]:
         """Evaluate best/ on the test files, on rank 0 only; returns `best/NAME` -> metrics."""
         self.background_writer.wait()
-        world, tokens = World.alone(self.world.device), self.config.eval_batch_tokens
+        world, tokens = World(self.world.device), self.config.eval_batch_tokens
         metrics: dict[str, dict[str, Any]] = {}
         model, _, task = load_classifier(self.folder / "best", world.device, self.state.precision == "bf16")
         for split in self.test_splits:
@@ -216,16 +217,11 @@ class Run:
 
         on_rank0(self.world, write)
 
-    def contents(self) -> CheckpointContents:
-        """Return everything that a checkpoint holds, besides random states."""
-        return self.state, self.meter, self.optimizer, self.vocabulary
-
     def save(self) -> None:
-        """Write a checkpoint, once the metrics are on disk: no checkpoint is ahead of them."""
+        """Write a checkpoint. Sync metrics.jsonl first, so that a resumed run finds every earlier line."""
         self.write_report(lambda report: report.sync())
-        saved = save_checkpoint(
-            self.folder / "checkpoints", self.contents(), self.config, self.world, self.background_writer
-        )
+        folder = self.folder / "checkpoints"
+        saved = save_checkpoint(folder, self.contents, self.config, self.world, self.background_writer)
         self.saved_step = self.state.step
         if saved:
             size, waited_s = saved

@@ -34,16 +34,8 @@ from sst2_xlmr.training.schedule import evaluation_interval
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.training.step import forward_backward
 from sst2_xlmr.util.device import choose_precision, give_back_memory, keep_freed_memory, memory_errors, set_up_numerics
-from sst2_xlmr.util.distributed import (
-    World,
-    broadcast,
-    check_same,
-    init_distributed,
-    on_rank0,
-    once_per_node,
-    raise_on_all,
-)
-from sst2_xlmr.util.errors import Collapsed, Interrupted, say
+from sst2_xlmr.util.distributed import World, broadcast, check_same, init_distributed, on_rank0, once_per_node
+from sst2_xlmr.util.errors import Collapsed, Interrupted, raise_on_all, say
 from sst2_xlmr.util.files import write_errors
 
 FIXED_INPUTS = ("training rows", "file dev", "tokenizer", "encoder's weights")  # test files may differ on resume
@@ -119,7 +111,7 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
     run = Run(config, inputs, folder, state, world)
     run.lock = lock if resume else on_rank0(world, lambda: lock_run_folder(folder))
     if checkpoint:
-        load_checkpoint(checkpoint, run.contents(), config.seed, world)
+        load_checkpoint(checkpoint, run.contents, config.seed, world)
         run.saved_step = state.step
     on_rank0(world, lambda: write_config(folder, config, is_new=not resume))  # from here on, --resume works
     return run, checkpoint

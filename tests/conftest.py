@@ -46,7 +46,7 @@ SAMPLE_DATA = ROOT / "sample_data"
 SMALL_ENCODER = Path(os.environ.get("SST2_XLMR_SMALL_ENCODER", ROOT / "models" / "small"))
 SST2 = Path(os.environ.get("SST2_XLMR_TEST_SST2", ROOT / "data" / "SST-2"))
 CPU = torch.device("cpu")
-ALONE = World.alone(CPU)
+ALONE = World(CPU)
 
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
 make_tokenizer = importlib.import_module("inputs").make_tokenizer
@@ -57,7 +57,7 @@ needs_small_encoder = pytest.mark.skipif(
 )
 
 
-needs_torchtext = pytest.mark.skipif(not versions.has_torchtext(), reason=f"this is {versions.description()}")
+needs_torchtext = pytest.mark.skipif(not versions.has_torchtext(), reason=f"this is {versions.versions()}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ from conftest import ROOT, Capture, Patch, RunTrain, user_error
 from running import resume
 
 from sst2_xlmr import train
-from sst2_xlmr.cli import parse_args
+from sst2_xlmr.cli import command_line_of, parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag
 from sst2_xlmr.util.flag_hints import hint
 
@@ -27,6 +27,14 @@ def test_flags_override_a_config_file_and_that_the_defaults(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(saved)))
     config, _ = parse_args(["--config", str(tmp_path / "config.json"), "--no-freeze-encoder", "--epochs", "7"])
     assert config == dataclasses.replace(saved, freeze_encoder=False, epochs=7)
+
+
+def test_a_command_line_gives_back_its_config() -> None:
+    """With every digit of a number."""
+    config = Config(
+        lr=1.2345678e-5, weight_decay=1 / 3, epochs=2.0, seed=7, label_names=["a", "b"], freeze_encoder=True
+    )
+    assert parse_args(command_line_of(config))[0] == config
 
 
 def test_paths_are_kept_absolute(tmp_path: Path, monkeypatch: Patch) -> None:

@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         write_inputs(folder, "tiny" if arguments.shape == "tiny" else "small", rows=max(arguments.batch_sizes) * 200)
         result: Answer = {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, to try the checks",
-            "versions": f"{versions.description()}, CUDA {torch.version.cuda}",
+            "versions": f"{versions.versions()}, CUDA {torch.version.cuda}",
             "checks": run_checks(folder, arguments.device, "checked"),
             "training": measure(arguments, folder),
         }

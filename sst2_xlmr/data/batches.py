@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.model.tokenizer import window_starts
 from sst2_xlmr.util.distributed import World
-from sst2_xlmr.util.errors import SIGNALS
 
 BATCHES_PER_GROUP = 100
 
@@ -94,21 +91,19 @@ def rows_in_training_order(
         yield order[batch * batch_size : (batch + 1) * batch_size]
 
 
-class BatchLoader(Dataset[list[Batch]]):
+class BatchLoader:
     """This rank's part of the global batches, epoch after epoch, starting at any (epoch, batch).
 
-    That position is enough to resume with any number of ranks; prefetched batches do not count as consumed. It is the
-    dataset of torch's `DataLoader`. Of the rows to train on, `lengths`, int [rows], are in tokens; `rows`, int [rows],
-    are their indices in the cache, or None if they are all of its rows. Rank r of W takes rows r::W of a global batch.
+    That position is enough to resume with any number of ranks. Of the rows to train on, `lengths`, int [rows], are in
+    tokens; `rows`, int [rows], are their indices in the cache, or None if they are all of its rows. Rank r of W takes
+    rows r::W of a global batch.
     """
 
     def __init__(
         self, cache: TokenCache, lengths: np.ndarray, rows: np.ndarray | None, config: Config, world: World
     ) -> None:
-        self.cache, self.lengths, self.rows, self.config = cache, lengths, rows, config
+        self.cache, self.lengths, self.rows, self.config, self.world = cache, lengths, rows, config, world
         self.windows = cache.windows() if config.long_texts == "windows" else None
-        # Not the world itself: its process groups cannot be pickled for worker processes.
-        self.rank, self.world_size, self.pins = world.rank, world.world_size, world.device.type == "cuda"
 
     def __len__(self) -> int:
         """The number of global batches in an epoch."""
@@ -122,27 +117,18 @@ class BatchLoader(Dataset[list[Batch]]):
     def starting_at(self, epoch: int, batch: int) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of each global batch, endlessly, from `batch` of `epoch` on."""
         while True:
-            items = ((epoch, rows) for rows in self.global_batches(epoch, batch))
-            # Each start draws a seed; drawn from torch's global generator, it would change dropout after a resume.
-            workers, seeds = self.config.num_workers, torch.Generator()
-            loader = DataLoader(self, None, sampler=items, num_workers=workers, pin_memory=self.pins, generator=seeds)
-            # Workers inherit this mask, so only the training process handles a signal to the whole process group.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-            try:
-                batches = iter(loader)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            yield from batches
+            for rows in self.global_batches(epoch, batch):
+                yield self.micro_batches(epoch, rows)
             epoch, batch = epoch + 1, 0
 
-    def __getitem__(self, item: tuple[int, np.ndarray]) -> list[Batch]:
-        """Return this rank's micro-batches of a global batch, (epoch, row indices); as many as the other ranks'."""
-        epoch, rows = item
-        cuts = [self._micro_batches(rows[rank :: self.world_size]) for rank in range(self.world_size)]
-        mine = cuts[self.rank] + [rows[:0]] * (max(map(len, cuts)) - len(cuts[self.rank]))
+    def micro_batches(self, epoch: int, rows: np.ndarray) -> list[Batch]:
+        """Return this rank's micro-batches of a global batch, as many as the other ranks'."""
+        world = self.world
+        cuts = [self._cut(rows[rank :: world.world_size]) for rank in range(world.world_size)]
+        mine = cuts[world.rank] + [rows[:0]] * (max(map(len, cuts)) - len(cuts[world.rank]))
         return [self._batch(cut if len(cut) else rows[:1], epoch, rows, float(len(cut) > 0)) for cut in mine]
 
-    def _micro_batches(self, rows: np.ndarray) -> list[np.ndarray]:
+    def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
         """Split a rank's rows into parts of at most --micro-batch-size rows, or windows; a row stays whole."""
         size = self.config.micro_batch_size or 2**62
         windows = np.ones(len(rows), np.int64) if self.windows is None else self.windows[rows]

@@ -101,7 +101,7 @@ def _texts(digests: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarr
 def assign_folds(digests: np.ndarray, strata: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Return the fold of each row, int64 [rows], from 1: as even as possible in each stratum, equal texts together.
 
-    For the arguments see `cut_off`. UserError if there are fewer distinct texts than folds.
+    For the arguments see `stratified_sample`. UserError if there are fewer distinct texts than folds.
     """
     text_of, stratum, random = _texts(digests, strata, seed)
     if len(random) < folds:

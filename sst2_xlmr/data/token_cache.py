@@ -172,7 +172,7 @@ def text_digests(texts: Iterable[str], pairs: Iterable[str | None]) -> np.ndarra
 def find_duplicates(digests: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the row indices, int64, ascending, of duplicates and of conflicts.
 
-    A repeat has the text and label of an earlier row. Contradictions are all rows with a text that has other labels
+    A duplicate has the text and label of an earlier row; conflicts are all rows with a text that has other labels
     elsewhere in the file. Digests are uint64 [rows], labels int [rows].
     """
     order = np.lexsort((labels, digests))  # stable: among equals, the earlier row comes first

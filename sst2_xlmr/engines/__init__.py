@@ -33,14 +33,14 @@ def fallback_reason(world: World) -> str:
     return next(filter(None, gather_objects(world, reason)), "")
 
 
-def predicting(classifier: SequenceClassifier) -> nn.Module | None:
+def prediction_engine(classifier: SequenceClassifier) -> nn.Module | None:
     """Return a faster model for prediction on the CPU; None if there is none."""
     parameter = next(classifier.parameters())
-    kernels = kernels_for(parameter.dtype, World.alone(parameter.device))
+    kernels = kernels_for(parameter.dtype, World(parameter.device))
     return PackedClassifier(classifier, kernels) if kernels else None
 
 
-def training(
+def training_engine(
     classifier: SequenceClassifier, config: Config, precision: str, world: World
 ) -> tuple[nn.Module, CpuAdamW] | None:
     """Return a faster model and its optimizer; None if there is none. Every rank must call it, with the same weights.
@@ -58,7 +58,7 @@ def training(
     return model, optimizer
 
 
-def quantized(classifier: SequenceClassifier, task: Task, dtype: torch.dtype) -> nn.Module | None:
+def int8_engine(classifier: SequenceClassifier, task: Task, dtype: torch.dtype) -> nn.Module | None:
     """Return a classifier's forward pass in 8-bit integers; None if this machine has no GCC or no AVX512-VNNI.
 
     Args:

@@ -21,7 +21,7 @@ from sst2_xlmr.data.prepare import Inputs, long_texts_of
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderFolder
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model
-from sst2_xlmr.model.weight_names import to_hugging_face
+from sst2_xlmr.model.weights import to_hugging_face
 from sst2_xlmr.task import Task
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import versions

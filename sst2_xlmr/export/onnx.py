@@ -22,12 +22,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from sst2_xlmr.model.encoders import EncoderFolder, EncoderShape
-from sst2_xlmr.model.quantized import quantize_weights
 from sst2_xlmr.model.roberta import FIRST_POSITION, PAD_ID
 from sst2_xlmr.model.tokenizer_files import sentencepiece_model
 from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.tensors import quantize_weights
 
 OPSET, IR_VERSION = 20, 9  # the first with Gelu, and the format that came with it; onnxruntime 1.17 reads both
 _EXTENSIONS = "ai.onnx.contrib"

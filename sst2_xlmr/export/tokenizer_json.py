@@ -17,7 +17,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from sst2_xlmr.model import tokenizer_files
-from sst2_xlmr.model.tokenizer_files import ASIDE, MASK, SPECIAL_TOKENS, WIDE_TILDE
+from sst2_xlmr.model.tokenizer_files import MASK, PLACEHOLDER, SPECIAL_TOKENS, WIDE_TILDE
 
 
 @functools.lru_cache(maxsize=1)  # it takes a second, and a run writes it with every best model
@@ -47,8 +47,8 @@ def tokenizer_json(file: Path) -> bytes | None:
         normalizer = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
         ligature, letters = SentencePieceProcessor(model_proto=serialized).Encode(["\ufb01", "fi"])
         if ligature == letters:  # the rules are NFKC and more
-            swap = {"type": "Replace", "pattern": {"String": WIDE_TILDE}, "content": ASIDE}
-            back = {"type": "Replace", "pattern": {"String": ASIDE}, "content": WIDE_TILDE}
+            swap = {"type": "Replace", "pattern": {"String": WIDE_TILDE}, "content": PLACEHOLDER}
+            back = {"type": "Replace", "pattern": {"String": PLACEHOLDER}, "content": WIDE_TILDE}
             normalizer = {"type": "Sequence", "normalizers": [swap, {"type": "NFKC"}, normalizer, back]}
     content = json.dumps(
         {

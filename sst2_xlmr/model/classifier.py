@@ -13,8 +13,7 @@ from sst2_xlmr.model.encoders import EncoderFolder, check_tokenizer, find_model
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
-from sst2_xlmr.model.weight_files import WeightReader, reading_weights
-from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, Tensors, from_hugging_face, layer_of
+from sst2_xlmr.model.weights import EMBEDDING_SOURCES, Tensors, WeightReader, from_hugging_face, layer_of, weight_errors
 from sst2_xlmr.task import Task, stored_task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.tensors import LazyTensor
@@ -32,7 +31,7 @@ def load_classifier(
     task = task_of(encoder)
     with ThreadPoolExecutor(1) as thread:  # each takes half a second
         tokenizer_loading = thread.submit(Tokenizer, encoder.tokenizer_file, encoder.max_length, encoder.long_texts)
-        model, _ = build_classifier(encoder, task, copies=convert is None)
+        model, _ = build_classifier(encoder, task, copy_weights=convert is None)
         if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
             not_finite = "has weights that are not finite (NaN or infinite); train it again, or use another"
             raise UserError(f"{folder} {not_finite}")
@@ -62,7 +61,7 @@ def build_classifier(
     head_dropout: float = 0.0,
     seed: int = 0,
     vocabulary: Vocabulary | None = None,
-    copies: bool = True,
+    copy_weights: bool = True,
 ) -> tuple[SequenceClassifier, bool]:
     """Return the classifier with the encoder's weights, in fp32 on the CPU, and whether its head is new.
 
@@ -73,7 +72,7 @@ def build_classifier(
     rows = None if ids is None else len(ids)
     with torch.device("meta"), _Uninitialized():
         model = SequenceClassifier(encoder.shape, task.outputs, dropout, head_dropout, rows)
-    tensors = load_tensors(encoder, ids, copies)
+    tensors = load_tensors(encoder, ids, copy_weights)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     head_is_new = (encoder.label_names, encoder.problem_type) != (task.label_names, task.problem_type)
     if head_is_new:  # normal weights with std 0.02, as in BERT and RoBERTa; zero biases, except for the task's
@@ -95,14 +94,14 @@ def build_classifier(
     return model, head_is_new
 
 
-def load_tensors(encoder: EncoderFolder, ids: torch.Tensor | None = None, copies: bool = True) -> Tensors:
+def load_tensors(encoder: EncoderFolder, ids: torch.Tensor | None = None, copy_weights: bool = True) -> Tensors:
     """Read an encoder's weights; returns fp32 tensors under our names, with `head.*` if it has a head.
 
     `ids`, int64 [rows], are the embedding rows to read; None for all. UserError if the file cannot be read, or if its
     embedding table does not have the configured shape.
     """
-    with reading_weights(encoder.weights_file):
-        weights = WeightReader(encoder.weights_file, copies)
+    with weight_errors(encoder.weights_file):
+        weights = WeightReader(encoder.weights_file, copy_weights)
         if ids is not None:
             _find_table(encoder, weights)
         names = [name for name in weights.raw if layer_of(name) < encoder.shape.layers]

@@ -10,8 +10,7 @@ from typing import Any
 
 from sst2_xlmr.model.tokenizer import CUT, LongTexts
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, check_settings
-from sst2_xlmr.model.weight_files import WeightReader, shards_of
-from sst2_xlmr.model.weight_names import EMBEDDING_SOURCES, head_outputs
+from sst2_xlmr.model.weights import EMBEDDING_SOURCES, WeightReader, head_outputs, shards_of
 from sst2_xlmr.task import SingleLabel, can_answer, problem_type_of
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError

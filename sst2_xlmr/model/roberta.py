@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from sst2_xlmr.model.encoders import EncoderShape
 
@@ -28,17 +28,16 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.heads = shape.heads
 
-    def forward(self, queries: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Return the layer's output at the positions of `queries` only, [texts, queries, hidden].
+    def forward(self, queries: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the layer's output at the positions of `queries`, [texts, queries, hidden].
 
-        Args:
-            hidden: [texts, length, hidden], all positions, for keys and values.
-            mask: [texts, 1, 1, length], added to the attention scores: 0 for tokens, -inf for padding; None for zeros.
+        Keys and values are of all positions, `hidden`, [texts, length, hidden]. The mask, [texts, 1, 1, length] or None
+        for zeros, is added to the attention scores: 0 for tokens, -inf for padding.
         """
         attended = self.norm1(queries + self.dropout(self.out(self._attention(queries, hidden, mask))))
         return self.norm2(attended + self.dropout(self.down(F.gelu(self.up(attended)))))
 
-    def _attention(self, queries: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _attention(self, queries: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
         texts, _, width = hidden.shape
         size = width // self.heads
         weight, bias = self.qkv.weight, self.qkv.bias
@@ -68,7 +67,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(shape.hidden, shape.layer_norm_eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Return the last layer's output at `<s>`, [texts, hidden]; tokens: int64 [texts, length], mask: see Layer."""
         # Padding gets positions too, which is harmless: nothing attends to it, so it has no gradient.
         positions = self.positions.weight[FIRST_POSITION : FIRST_POSITION + tokens.shape[1]]
@@ -86,12 +85,12 @@ class Head(nn.Module):
         super().__init__()
         self.dense, self.out, self.dropout = nn.Linear(hidden, hidden), nn.Linear(hidden, outputs), nn.Dropout(dropout)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """Return logits, [texts, outputs], from the encoder's output at `<s>`, [texts, hidden]."""
         return self.out(self.dropout(torch.tanh(self.dense(self.dropout(features)))))
 
 
-def mean_of_windows(features: torch.Tensor, windows: torch.Tensor | None) -> torch.Tensor:
+def mean_of_windows(features: Tensor, windows: Tensor | None) -> Tensor:
     """Average features, [windows, hidden], over each text's windows: [texts, hidden]; for `windows` see `forward`."""
     if windows is None:
         return features
@@ -112,24 +111,20 @@ class SequenceClassifier(nn.Module):
         self.autocast = False  # whether to compute in bf16 with fp32 parameters
         self.encoder = Encoder(shape, rows or shape.vocab_size, dropout)
         self.head = Head(shape.hidden, outputs, head_dropout)
-        self.id_map: torch.Tensor | None  # int32 [vocabulary], the embedding row of each id; None for the identity
+        self.id_map: Tensor | None  # int32 [vocabulary], the embedding row of each id; None for the identity
         self.register_buffer("id_map", None, persistent=False)
 
     @property
     def is_encoder_frozen(self) -> bool:
         return not self.encoder.tokens.weight.requires_grad
 
-    def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
+    def rows_of(self, ids: Tensor) -> Tensor:
         """Return the embedding rows of ids; both are int64."""
         return ids if self.id_map is None else self.id_map[ids].long()
 
     def forward(
-        self,
-        ids: torch.Tensor,
-        lengths: torch.Tensor,
-        keys: torch.Tensor | None = None,
-        windows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, ids: Tensor, lengths: Tensor, keys: Tensor | None = None, windows: Tensor | None = None
+    ) -> Tensor:
         """Return logits, [texts, outputs].
 
         Args:
@@ -144,15 +139,10 @@ class SequenceClassifier(nn.Module):
         is_token = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(ids.device, non_blocking=True)
         return self.padded(tokens.masked_scatter_(is_token, ids), is_token, windows)
 
-    def padded(
-        self, tokens: torch.Tensor, is_token: torch.Tensor | None, windows: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return logits, [texts, outputs].
+    def padded(self, tokens: Tensor, is_token: Tensor | None, windows: Tensor | None = None) -> Tensor:
+        """Return logits, as `forward`, of ids padded with 1 on the right, int64 [windows, length].
 
-        Args:
-            tokens: int64 [windows, length], ids, padded with 1 on the right.
-            is_token: bool [windows, length], False for padding; None without padding.
-            windows: see `forward`.
+        `is_token` is bool [windows, length], False for padding; None without padding.
         """
         mask = None
         if is_token is not None:  # every layer would convert a bool mask to this one

@@ -27,8 +27,8 @@ MASK = "<mask>"
 UNIGRAM = 1  # TrainerSpec.ModelType, the default
 NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # SentencePiece.Type
 # NFKC would turn U+FF5E into "~", unlike SentencePiece's rules, so it is replaced by a noncharacter meanwhile.
-WIDE_TILDE, ASIDE = "\uff5e", "\ufdd0"
-_KNOWN_STEPS = {"Precompiled", "NFC", "NFKC", "Strip", *(f"Replace {c!r}" for c in (" {2,}", WIDE_TILDE, ASIDE))}
+WIDE_TILDE, PLACEHOLDER = "\uff5e", "\ufdd0"
+_KNOWN_STEPS = {"Precompiled", "NFC", "NFKC", "Strip", *(f"Replace {c!r}" for c in (" {2,}", WIDE_TILDE, PLACEHOLDER))}
 _TEMPLATES = {"single": "<s>A</s>", "pair": "<s>A</s></s>B</s>"}
 # A subset of https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
 _SCHEMA = """

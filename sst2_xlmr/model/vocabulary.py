@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sst2_xlmr.util.tensors import LazyTensor, TensorLike
 
@@ -25,7 +26,7 @@ _CHUNK = 1 << 22
 class Vocabulary:
     """The ids whose embedding rows a run trains."""
 
-    ids: torch.Tensor  # int64 [rows], ascending, the id of each row
+    ids: Tensor  # int64 [rows], ascending, the id of each row
     size: int  # of the whole vocabulary
     decay_rate: float = 0.0  # the table's weight decay, times its factor on the learning rate; 0 if it is frozen
     decay: float = 1.0  # product of (1 - lr * weight decay) over all steps: the factor for rows without any gradient
@@ -38,7 +39,7 @@ class Vocabulary:
         """Update `decay` for an optimizer step; `lr` is the learning rate before layer-wise decay."""
         self.decay *= 1 - lr * self.decay_rate
 
-    def id_map(self) -> torch.Tensor | None:
+    def id_map(self) -> Tensor | None:
         """Return int32 [size], the row of each id, `<unk>`'s if it has none; None for the whole vocabulary."""
         if self.is_whole:
             return None
@@ -49,7 +50,7 @@ class Vocabulary:
     def expand(self, pretrained: LazyTensor, trained: TensorLike) -> LazyTensor:
         """Return the whole table, fp32 [size, hidden], as training all rows would; `trained` is [rows, hidden]."""
 
-        def make(start: int, stop: int) -> torch.Tensor:
+        def make(start: int, stop: int) -> Tensor:
             table = pretrained[start:stop] * self.decay
             first, last = torch.searchsorted(self.ids, torch.tensor([start, stop])).tolist()
             table[self.ids[first:last] - start] = trained[first:last].cpu()
@@ -57,9 +58,7 @@ class Vocabulary:
 
         return LazyTensor(pretrained.shape, pretrained.dtype, make)
 
-    def take_over(
-        self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], ids: torch.Tensor, start: torch.Tensor
-    ) -> None:
+    def take_over(self, weights: dict[str, Tensor], moments: dict[str, Tensor], ids: Tensor, start: Tensor) -> None:
         """Convert a checkpoint's table and moments to this vocabulary, in place: other test files may use other ids.
 
         `ids`, int64, are the ids of the checkpoint's rows; `start`, fp32 [rows, hidden], is the table before training.

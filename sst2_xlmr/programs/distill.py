@@ -32,7 +32,7 @@ from sst2_xlmr.programs.runs import checked_config, compare, split_words, train,
 from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import check_options, main_metric
 from sst2_xlmr.util import downloads
-from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.errors import UserError, refuse
 from sst2_xlmr.util.files import digest_of, digest_of_input, read_json, write_text
 
 ROWS_AT_ONCE = 4096
@@ -46,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ones, by split, `known` the digests of their texts, and `evaluated` the files for those of all splits but train.
     """
     plan, words = options.parse_known("distill", argv)
-    options.refuse((plan.temperature == 0, "--temperature must be above 0"))
+    refuse((plan.temperature == 0, "--temperature must be above 0"))
     plan.baseline = [*words, *split_words("--labelled", plan.labelled)]
     checked_config(plan.baseline, plan.output_dir, "--seed", "--dev-share")
     plan.config = config = checked_config(words, plan.output_dir)
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     plan.rows = {name: [row for _, row in split.rows(plan.task)] for name, split in splits.items() if split.is_labelled}
     files = plan.output_dir / "files"
     plan.evaluated = {name: files / f"{name.replace('/', '-')}.jsonl" for name in plan.rows if name != "train"}
-    options.refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
+    refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
     check_options(plan.task, plan)
     for file in plan.unlabelled:
         next(read_rows(file, columns_of(config, "unlabelled"), None))  # a UserError if the file cannot be read

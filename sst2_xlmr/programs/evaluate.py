@@ -35,7 +35,7 @@ from sst2_xlmr.task import Task, at_temperature, check_options
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.device import keep_freed_memory, memory_errors
 from sst2_xlmr.util.distributed import World
-from sst2_xlmr.util.errors import UserError, print_text
+from sst2_xlmr.util.errors import UserError, refuse
 from sst2_xlmr.util.files import put_in_place, scratch_folder, write_errors, write_text
 
 Caches = dict[str, TokenCache]  # by name of file
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     source, output = arguments.calibrate, arguments.output
     needs_files = arguments.json or arguments.tensorboard or arguments.against
     both = "--calibrate FILE and --output DIR"
-    options.refuse(
+    refuse(
         ((source is None) != (output is None), f"{both} belong together"),
         (bool(source) == bool(arguments.file), f"give either --file [NAME=]FILE to evaluate on, or {both}"),
         (source and needs_files, "--json, --tensorboard and --against are for --file; leave them out with --calibrate"),
@@ -85,7 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def evaluate_all(classifier: Classifier, caches: Caches, batch_tokens: int) -> Evaluations:
-    evaluations, world = {}, World.alone(classifier.device)
+    evaluations, world = {}, World(classifier.device)
     # numpy would warn of the NaN that `check_finite` raises an error for.
     with memory_errors(f"use a smaller --batch-tokens than {batch_tokens}"), np.errstate(invalid="ignore"):
         for name, cache in caches.items():
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     task, splits, caches = read_files(arguments, classifier)
     evaluations = evaluate_all(classifier, caches, arguments.batch_tokens)
     if arguments.calibrate:
-        print_text(write_calibrated(arguments, task, caches["dev"], evaluations["dev"].probabilities))
+        print(write_calibrated(arguments, task, caches["dev"], evaluations["dev"].probabilities), end="", flush=True)
         return
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
     if arguments.json:
@@ -198,13 +198,13 @@ def main(argv: list[str] | None = None) -> None:
     for name, cache in caches.items():
         lines += class_lines(name, task, evaluations[name].results, cache.labels)
     if not against:
-        print_text("\n".join([*lines, ""]))
+        print("\n".join([*lines, ""]), end="", flush=True)
         return
     expected = evaluate_all(Classifier.load_ensemble(models, against, arguments.device), caches, arguments.batch_tokens)
     both = {}
     for name, cache in caches.items():
         both[name] = evaluations[name].probabilities, expected[name].probabilities, cache.labels
     try:
-        print_text("\n".join([*lines, "", *comparison_table(task, both, precision, against), ""]))
+        print("\n".join([*lines, "", *comparison_table(task, both, precision, against), ""]), end="", flush=True)
     finally:  # even if standard output is closed
         check_comparison(task, both, *options.bounds_of(arguments), precision, against)

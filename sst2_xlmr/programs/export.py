@@ -33,7 +33,7 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.report.tables import comparison_table
 from sst2_xlmr.task import Task
 from sst2_xlmr.util import versions
-from sst2_xlmr.util.errors import UserError, say
+from sst2_xlmr.util.errors import UserError, refuse, say
 from sst2_xlmr.util.files import put_in_place, scratch_folder, write_errors
 
 CPU = torch.device("cpu")
@@ -77,14 +77,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     needed = ("onnx", "onnxruntime", "onnxruntime_extensions")[: 3 - is_folder] if is_onnx else ()
     missing = " and ".join(package for package in needed if find_spec(package) is None)
     no_torchtext = kind == "torchscript" and not versions.has_torchtext()
-    here = f"and this is {versions.description()}; export it in an environment of `STACK=torchtext scripts/setup.sh`"
+    here = f"and this is {versions.versions()}; export it in an environment of `STACK=torchtext scripts/setup.sh`"
     files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, trims)]
     has_rows, rows = any(map(is_rows_file, files)), f"a {either(KINDS)} file in --check-file or --keep-vocabulary-of"
     columns = ", ".join(flag(name) for name in options.TABLE_OPTIONS if name in arguments)
     has_bounds = options.has_bounds(arguments)
     has_pairs = getattr(arguments, "text_pair_column", None) and is_onnx and not is_folder and not from_ids
     alone = "--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids"
-    options.refuse(
+    refuse(
         (kind != "hf" and arguments.dtype != "fp32", "--dtype bf16 is for --format hf"),
         (no_torchtext, f"--format torchscript needs torchtext under torch 2.3.1, {here}"),
         (missing, f"--format {kind} needs {missing}; install it with pip install -e '.[onnx]'"),

@@ -24,13 +24,6 @@ Add = Callable[..., Any]  # a parser's `add_argument`
 ROWS_FILE = f"{either(KINDS)} file, optionally with .gz"
 
 
-def refuse(*cases: tuple[object, str]) -> None:
-    """Raise UserError with the text of the first (condition, text) whose condition holds."""
-    for condition, text in cases:
-        if condition:
-            raise UserError(text)
-
-
 def check_output(option: str, path: Path, overwrite: bool | None = None, makes_parents: bool = False) -> None:
     """Raise UserError if an output file or folder already exists, or cannot be written.
 

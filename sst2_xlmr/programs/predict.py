@@ -36,7 +36,7 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.task import Task, check_options
 from sst2_xlmr.util import distributed, shards
 from sst2_xlmr.util.device import keep_freed_memory, memory_errors
-from sst2_xlmr.util.errors import UserError, print_text, raise_on_all
+from sst2_xlmr.util.errors import UserError, raise_on_all, refuse
 from sst2_xlmr.util.files import digest_of, write_errors, write_text
 
 ROWS_AT_ONCE = 1024
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     to_file = file and outputs
     columns = ", ".join(flag(name) for name in TEXT_OPTIONS if name in arguments)
     labels_only = glue and arguments.all_probabilities and not arguments.output
-    options.refuse(
+    refuse(
         (file and arguments.sentences, "--input and sentences: leave one of them out"),
         (columns and not file, f"{columns} needs --input, whose columns it names"),
         (glue and not file, "--glue-submission needs --input, the test.tsv of SST-2"),
@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if glue:
         with write_errors(glue):
             glue.mkdir(parents=True, exist_ok=True)
-    is_begun = bool(paths) and shards.is_begun(paths[0])
+    is_begun = bool(paths) and shards.has_shards(paths[0])
     arguments.is_complete = arguments.resume and not is_begun and all(path.exists() for path in paths)
     if not arguments.is_complete:
         for option, path in outputs.items():
@@ -169,8 +169,7 @@ def predict_stream(arguments: argparse.Namespace) -> None:
         return
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     for chunk, predictions in predicted:
-        if not print_text(output.console_lines(chunk, predictions)):
-            return
+        print(output.console_lines(chunk, predictions), end="", flush=True)
     if arguments.input:
         say_layout(arguments)
 
@@ -253,7 +252,7 @@ def predict_file(arguments: argparse.Namespace, world: distributed.World) -> Non
         for number, (_, predictions) in enumerate(predicted, start):
             with write_errors(folder):
                 write_text(shards.shard_file(folder, number), json.dumps(predictions))
-        distributed.gather_objects(world, None, world.patient)  # wait until all shards are written
+        distributed.gather_objects(world, None, world.slow_group)  # wait until all shards are written
 
         def all_predictions() -> Iterator[Predictions]:
             for number, chunk in zip(range(len(sizes)), read_chunks(arguments)):
@@ -287,5 +286,5 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 predict_file(arguments, world)
             except UserError as error:
-                error.is_own = world.rank > 0 and not error.is_shared  # otherwise no rank would report it
+                error.on_this_rank = world.rank > 0 and not error.on_all_ranks  # otherwise no rank would report it
                 raise

@@ -32,7 +32,7 @@ Runs = Mapping[str, Callable[[int], tuple[bool, Figures]]]  # setting -> `train`
 digest = functools.cache(digest_of_input)  # most runs of a study read the same files
 
 # Data options that still apply to these files; the others say where rows are and how to parse them.
-_OF_ROWS = ("max_length", "long_texts", "stride", "drop_duplicates", "drop_leaks", "num_workers")
+_OF_ROWS = ("max_length", "long_texts", "stride", "drop_duplicates", "drop_leaks")
 
 
 def split_words(option: str, text: str) -> list[str]:

@@ -18,7 +18,7 @@ from sst2_xlmr.data.splits import stratified_sample
 from sst2_xlmr.data.token_cache import text_digests
 from sst2_xlmr.labels import label_text
 from sst2_xlmr.programs import options
-from sst2_xlmr.util.errors import UserError, say
+from sst2_xlmr.util.errors import UserError, refuse, say
 from sst2_xlmr.util.files import new_file, write_errors
 
 _KEY_WORDS = 3  # number of first words by which a text is looked up in others
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = options.parse("split", argv)
     count, seed, output_dir, path = arguments.rows, arguments.seed, arguments.output_dir, arguments.train_file
     shares, parts_apart = {"test": arguments.test_share, "dev": arguments.dev_share}, arguments.keep_parts_apart
-    options.refuse(
+    refuse(
         (not count and not any(shares.values()), "nothing to split off: give --dev-share, --test-share or --rows"),
         (parts_apart and not count, "--keep-parts-apart needs --rows, how many to hold out for the test"),
         (not 0 <= seed < 2**32, f"--seed {seed} is not a number from 0 to {2**32 - 1}"),

@@ -36,7 +36,7 @@ from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import Task, main_metric
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.device import choose_device
-from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.errors import UserError, refuse
 
 MOST_ROWS = 2000  # to fit the linear probe on
 PENALTY = 0.1  # weight of half the sum of its squared weights, added to the mean loss
@@ -52,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("give either --seeds N,... or --folds K, which is 2 or more")
     for name, text in study.setting or [("ours", "")]:
         is_name = name.isidentifier() or name.replace("-", "").isalnum()
-        options.refuse(
+        refuse(
             (not is_name, f"--setting {name!r}: use letters, digits and hyphens for the name, which is a folder's"),
             (name in study.settings, f"--setting {name}: that name is taken; choose another"),
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import sys
 import time
 from contextlib import suppress
@@ -65,7 +64,7 @@ def header_lines(
     few = f" ({kept_rows:,} of {shape.vocab_size:,} embedding rows occur)" if kept_rows < shape.vocab_size else ""
     size = f"{shape.layers}{of_all} layers, {shape.hidden} wide, {whole / 1e6:,.1f} M parameters"
     return [
-        f"stack      {versions.description()}, Python {platform.python_version()}",
+        f"stack      {versions.versions()}",
         f"encoder    {config.encoder}: {size}, {trained / 1e6:,.1f} M trained{few}; {head}",
         f"rows       {describe_rows(inputs)}",
         *lines_of(inputs),

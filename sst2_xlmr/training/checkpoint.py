@@ -63,11 +63,12 @@ def save_checkpoint(
             files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(unfinished.iterdir())}
             (unfinished / "manifest.json").write_text(_manifest(files), encoding="utf-8")
             put_in_place(unfinished, target)
-            saved = sorted(folder.glob("step-????????"))
-            whole = [checkpoint for checkpoint in saved if not find_damage(checkpoint, sizes_only=True)]
-            for old in whole[: -config.keep_checkpoints]:
-                (old / "manifest.json").unlink(missing_ok=True)  # first: half-removed, it must not count
-                shutil.rmtree(old, ignore_errors=True)
+            manifests = sorted(folder.glob("step-????????/manifest.json"))
+            # One after this step is damaged: otherwise, the run would have been resumed from it.
+            older = [file for file in manifests if file.parent < target and not file.parent.is_symlink()]
+            for manifest in older[: 1 - config.keep_checkpoints]:
+                manifest.unlink(missing_ok=True)  # first: half-removed, it must not count
+                shutil.rmtree(manifest.parent, ignore_errors=True)
 
     def write() -> tuple[int, float]:
         background_writer.wait()
@@ -90,7 +91,7 @@ def _manifest(files: Any) -> str:
     return json.dumps(files, indent=2) + "\n"
 
 
-def find_damage(checkpoint: Path, sizes_only: bool = False) -> str:
+def find_damage(checkpoint: Path) -> str:
     """Return how a checkpoint differs from its manifest; an empty string if it does not."""
     if checkpoint.is_symlink():
         return "it is a symbolic link"
@@ -105,7 +106,7 @@ def find_damage(checkpoint: Path, sizes_only: bool = False) -> str:
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-            if not sizes_only and digest_of(file) != entry["sha256"]:
+            if digest_of(file) != entry["sha256"]:
                 return f"{name} has another SHA-256 than manifest.json says"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "manifest.json cannot be read"

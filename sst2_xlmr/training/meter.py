@@ -34,7 +34,7 @@ class TrainMeter:
         totals, device = {"rows": 0.0, "tokens": 0.0, **self.totals}, self._world.device
         self._started = time.monotonic() - totals.pop("seconds", 0.0)
         self._norm = torch.tensor(totals.pop("grad_norm", 0.0), device=device)
-        self._norm_sum = torch.zeros_like(self._norm)  # not finite once any norm was not
+        self._norm_sum = torch.zeros_like(self._norm)  # stays non-finite after any non-finite norm
         rank_0 = float(self._world.is_main)  # the totals count once
         as_tensor = functools.partial(torch.tensor, dtype=torch.float64, device=device)
         self._sums = {name: as_tensor(total * rank_0) for name, total in totals.items()}

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.model.weight_names import layer_of
+from sst2_xlmr.model.weights import layer_of
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.tensors import TensorLike
 
@@ -30,17 +30,6 @@ def group_of(name: str, parameter: torch.Tensor, layers: int, config: Config) ->
     return config.layerwise_lr_decay**distance, config.weight_decay if parameter.dim() > 1 else 0.0
 
 
-def has_fused_adamw(device: torch.device) -> bool:
-    """Whether torch has a fused AdamW on this device; before 2.4, on a CPU, it fails only at the first step."""
-    weight = nn.Parameter(torch.zeros(1, device=device))
-    weight.grad = torch.zeros_like(weight)
-    try:
-        torch.optim.AdamW([weight], fused=True).step()
-    except RuntimeError:
-        return False
-    return True
-
-
 class AdamW:
     """`torch.optim.AdamW` over a model's trained parameters, fp32.
 
@@ -56,7 +45,7 @@ class AdamW:
         for name, parameter in self._trained.items():
             groups.setdefault(group_of(name, parameter, layers, config), []).append(parameter)
         settings = [{"params": own, "scale": scale, "weight_decay": decay} for (scale, decay), own in groups.items()]
-        self._is_fused = has_fused_adamw(world.device)
+        self._is_fused = world.device.type == "cuda" or torch.__version__ >= "2.4"  # the first with it on CPUs
         self._optimizer = torch.optim.AdamW(settings, lr=0.0, betas=BETAS, eps=EPSILON, fused=self._is_fused or None)
         self._set_state({}, 0)
 

@@ -20,8 +20,8 @@ from sst2_xlmr.util.files import recover, write_errors, write_text
 def lock_run_folder(run_folder: Path) -> IO[str]:
     """Create the folder, lock it while the returned file is open, and clean up after a killed process.
 
-    It is a POSIX lock: it works over NFS, ends with the process, and is not inherited by loader processes, which may
-    live seconds longer. UserError if another process holds it, or the folder cannot be written.
+    It is a POSIX lock: it works over NFS, and ends with the process. UserError if another process holds it, or the
+    folder cannot be written.
     """
     path = run_folder / LOCK_NAME
     for name in ("checkpoints", "tensorboard", "best", "model"):
@@ -70,13 +70,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def drop_metrics(path: Path, first_step: int, rewritten_splits: list[str]) -> None:
     """Drop the lines after `first_step`, and at `first_step` those of the splits in `rewritten_splits`."""
-
-    def is_kept(entry: dict[str, Any]) -> bool:
-        return entry["step"] < first_step or (
-            entry["step"] == first_step and entry.get("split") not in rewritten_splits
-        )
-
-    write_text(path, "".join(json.dumps(entry) + "\n" for entry in filter(is_kept, read_metrics(path))))
+    entries = read_metrics(path)
+    kept = [entry for entry in entries if (entry["step"], entry.get("split") in rewritten_splits) < (first_step, True)]
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def evaluations_at(path: Path, step: int) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sst2_xlmr.util.distributed import World, wait_for_step
+from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import SIGNALS
 
 
@@ -21,7 +21,6 @@ class StopRequest:
         self._world = world
         self._votes = torch.zeros(1, dtype=torch.int32)
         self._pending_vote: Any = None
-        self._step: torch.cuda.Event | None = None  # on the GPU's queue, at the last vote
         self._former_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -51,12 +50,6 @@ class StopRequest:
             if int(self._votes):
                 self.signal = int(self._votes)
                 return True
-        if self._world.device.type == "cuda":
-            # A rank votes only once its GPU has finished the previous step: one that hangs does not vote.
-            if self._step is not None:
-                wait_for_step(self._step, self._world)
-            self._step = torch.cuda.Event()
-            self._step.record()
         self._votes.fill_(self.signal)
         self._pending_vote = dist.all_reduce(self._votes, dist.ReduceOp.MAX, self._world.control, async_op=True)
         return False

@@ -13,7 +13,7 @@ BUSY = 0.3  # other running threads per core from which the machine counts as bu
 LOADS, SECONDS_BETWEEN = 9, 0.002  # number of counts, of which the median is taken, and the time between them
 
 
-def share_cores(load: Path = Path("/proc/loadavg")) -> None:
+def yield_busy_cores(load: Path = Path("/proc/loadavg")) -> None:
     """On a busy machine, let waiting OpenMP threads sleep at once; otherwise they spin first, which is faster.
 
     On busy cores a spinning thread keeps the thread that it waits for from running. Call this before torch is

@@ -59,7 +59,7 @@ def keep_freed_memory() -> None:
     """Make glibc's malloc keep freed memory, and grow the heap in steps of 64 MiB."""
     if platform.libc_ver()[0] == "glibc":
         values = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
-        values[_M_ARENA_MAX] = 1  # or every thread would keep blocks of its own
+        values[_M_ARENA_MAX] = 1  # one arena: each thread's own would keep its freed blocks
         for parameter, value in values.items():
             ctypes.CDLL(None).mallopt(parameter, value)
 
@@ -89,4 +89,4 @@ def memory_errors(cure: str) -> Iterator[None]:
             raise
         where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         text = f"{'CUDA out of memory' if on_gpu else 'out of memory'}{where}: {cure}"
-        raise UserError(text, is_own=True) from error
+        raise UserError(text, on_this_rank=True) from error

@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import re
-import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,30 +26,26 @@ Result = TypeVar("Result")
 # gloo's messages when a peer is gone or silent; it has no exception type for that.
 _GLOO_ERROR = "gloo|Operation timed out|Connection (closed|reset|refused)|Broken pipe|Timed out waiting"
 _GLOO_ERROR += "|Socket (closed|Timeout)"
-# Timeout of the patient group, for downloads, tokenization and slow disks, which take longer than any step.
-PATIENCE = timedelta(hours=6)
+# Of `slow_group`, for downloads, tokenization and slow disks, which take longer than any step.
+SLOW_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all processes of the run."""
+    """This process's place among all processes of the run; by default it is the only one."""
 
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
     device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
     control: Any = None  # gloo group for Python objects; None with one process
-    patient: Any = None  # the same with a long timeout, for downloads and slow disks
+    slow_group: Any = None  # the same, with `SLOW_TIMEOUT`
     timeout_s: float = math.inf  # of silence, until a process counts as lost
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    @classmethod
-    def alone(cls, device: torch.device) -> World:
-        return cls(0, 1, 0, 1, device)
 
 
 def _read_environment() -> dict[str, int]:
@@ -66,7 +61,7 @@ def _read_environment() -> dict[str, int]:
         has = ", ".join(f"{name}={os.environ[name]}" for name in (*texts, "MASTER_ADDR") if name in os.environ)
         needed = "a RANK below WORLD_SIZE, MASTER_ADDR and MASTER_PORT are needed"
         cure = "start train.py with torchrun, which sets them, or unset them to train with one process"
-        raise UserError(f"the environment has {has}, but {needed}; {cure}", is_own=True)
+        raise UserError(f"the environment has {has}, but {needed}; {cure}", on_this_rank=True)
     return {name.lower(): number for name, number in zip(texts, numbers[:4])}
 
 
@@ -96,18 +91,18 @@ def init_distributed(device_name: str, threads: int, timeout_minutes: float) -> 
         torch.cuda.set_device(device)
     torch.set_num_threads(thread_count(threads, place["local_world_size"]))
     if store is None:
-        yield World(**place, device=device)
+        yield World(device, **place)
         return
-    # On a timeout, NCCL aborts the process with a dump; with a minute more, `wait_for_step` raises its error first.
+    # On a timeout, NCCL aborts the process with a dump; with a minute more, the ranks' vote raises its error first.
     backend, more = ("nccl", timedelta(minutes=1)) if device.type == "cuda" else ("gloo", timedelta())
     rank, world_size = place["rank"], place["world_size"]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout + more)
     lost = False
     try:
-        control, patient = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE))
-        yield World(**place, device=device, control=control, patient=patient, timeout_s=timeout.total_seconds())
+        control, slow_group = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, SLOW_TIMEOUT))
+        yield World(device, **place, control=control, slow_group=slow_group, timeout_s=timeout.total_seconds())
     except UserError as error:
-        lost = error.is_own  # the others still wait for this rank
+        lost = error.on_this_rank  # the others still wait for this rank
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not re.search(_GLOO_ERROR, str(error)):
@@ -116,7 +111,7 @@ def init_distributed(device_name: str, threads: int, timeout_minutes: float) -> 
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         text = f"rank {rank}: lost contact with another process ({reason}): it exited, or did not respond for"
         text += f" {timeout_minutes:g} minutes; see its error above, if any; checkpoints are intact: use --resume"
-        raise UserError(text, is_own=True, status=1) from error
+        raise UserError(text, on_this_rank=True, status=1) from error
     finally:
         if not lost:  # otherwise it would wait for the lost process
             dist.destroy_process_group()
@@ -130,20 +125,8 @@ def _agree_on_device(name: str, rank: int, store: dist.Store) -> str:
     agreed = store.get("device").decode()
     if (name != "auto" and kind != agreed) or (agreed == "cuda" and kind == "cpu"):
         text = f"rank {rank} would compute on {kind}, but rank 0 on {agreed}; give all the same --device, e.g. cpu"
-        raise UserError(text, is_own=True)
+        raise UserError(text, on_this_rank=True)
     return agreed
-
-
-def wait_for_step(event: torch.cuda.Event, world: World) -> None:
-    """Wait until the GPU has reached an event; DistError after `world.timeout_s`.
-
-    If a peer hangs, an all-reduce on the GPU waits forever, and the host would notice only once its queue is full.
-    """
-    deadline = time.monotonic() + world.timeout_s
-    while not event.query():
-        if time.monotonic() > deadline:
-            raise dist.DistError("the GPU still waits for it")
-        time.sleep(1e-4)  # a step takes some milliseconds
 
 
 # torch 2.3.1 deadlocks if a gloo group is destroyed while one of its threads frees a tensor that Python no longer
@@ -208,7 +191,7 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
     result = None
     for is_turn in (world.local_rank == 0, world.local_rank > 0):
         result, problem = _attempt(prepare) if is_turn else (result, "")
-        if problem := next(filter(None, gather_objects(world, problem, world.patient)), ""):
+        if problem := next(filter(None, gather_objects(world, problem, world.slow_group)), ""):
             raise_on_all(problem)
     assert result is not None
     return result
@@ -217,6 +200,6 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
 def on_rank0(world: World, work: Callable[[], Result]) -> Result | None:
     """Run `work` on rank 0 while the others wait; returns its result there, else None. All ranks raise its error."""
     result, problem = _attempt(work) if world.is_main else (None, "")
-    if problem := broadcast(world, problem, world.patient, limit_s=world.timeout_s):
+    if problem := broadcast(world, problem, world.slow_group, limit_s=world.timeout_s):
         raise_on_all(problem)
     return result

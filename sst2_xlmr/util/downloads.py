@@ -49,12 +49,12 @@ def cache_dir() -> Path:
     with contextlib.suppress(RuntimeError):
         return path.expanduser()
     folder = Path(tempfile.gettempdir(), f"sst2_xlmr-{os.getuid()}")
-    if variable or not make_private(folder):
+    if variable or not ensure_private(folder):
         raise UserError(f"no home folder for the cache {path}, nor a private {folder}; set SST2_XLMR_CACHE to a folder")
     return folder
 
 
-def make_private(folder: Path) -> bool:
+def ensure_private(folder: Path) -> bool:
     """Create a folder unless it exists; returns whether only this user can write to it."""
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

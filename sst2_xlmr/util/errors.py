@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from typing import Callable, NoReturn
 
 from sst2_xlmr.util import versions
@@ -16,18 +17,17 @@ from sst2_xlmr.util import versions
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+@dataclass(eq=False)
 class UserError(Exception):
-    """A user's mistake: one line with the problem, its place and its cure.
+    """A user's mistake: one line with the problem, its place and its cure."""
 
-    It ends the program with `status`. If it `is_shared`, every rank raises it and rank 0 reports it; if it `is_own`,
-    only this rank raises and reports it. `column_option` is the option, if any, that must name another column.
-    """
-
-    def __init__(
-        self, text: str, is_shared: bool = False, is_own: bool = False, status: int = 2, column_option: str = ""
-    ) -> None:
-        super().__init__(text)
-        self.is_shared, self.is_own, self.status, self.column_option = is_shared, is_own, status, column_option
+    text: str
+    on_all_ranks: bool = (
+        False  # every rank raises it, and rank 0 reports it; by default, each node's first process does
+    )
+    on_this_rank: bool = False  # only this rank raises it, and reports it
+    status: int = 2  # with which the program ends
+    column_option: str = ""  # the option, if any, that must name another column
 
 
 class Interrupted(Exception):
@@ -40,15 +40,18 @@ class Collapsed(Exception):
 
 def raise_on_all(text: str) -> NoReturn:
     """Raise a `UserError` that every rank raises, and rank 0 reports."""
-    raise UserError(text, is_shared=True)
+    raise UserError(text, on_all_ranks=True)
+
+
+def refuse(*cases: tuple[object, str]) -> None:
+    """Raise UserError with the text of the first (condition, text) whose condition holds."""
+    for condition, text in cases:
+        if condition:
+            raise UserError(text)
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run `main`, a whole program; a `UserError`, a denied permission and a full disk become one line.
-
-    Of several processes, rank 0 reports a shared error, each rank its own error, and the first process of a node any
-    other (e.g. a missing file, which all of its processes find).
-    """
+    """Run `main`, a whole program; a `UserError`, a denied permission and a full disk become one line."""
     # With this, torch requests huge pages: the optimizer walks through gigabytes. It is read at the first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
@@ -61,6 +64,8 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         if sys.stdout is not None:  # None if it is closed
             sys.stdout.flush()
     except UserError as error:
+        if isinstance(error.__context__, BrokenPipeError):
+            discard_output()
         _end_with(error)
     except ModuleNotFoundError as error:
         if (error.name or "sst2_xlmr").startswith("sst2_xlmr"):
@@ -88,9 +93,9 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 
 
 def _end_with(error: UserError) -> NoReturn:
-    if error.is_own or os.environ.get("RANK" if error.is_shared else "LOCAL_RANK", "0") == "0":
+    if error.on_this_rank or os.environ.get("RANK" if error.on_all_ranks else "LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    if error.is_own:
+    if error.on_this_rank:
         _end_at_once(error.status)  # a normal exit would wait for the other ranks, which wait for this one or are lost
     sys.exit(error.status)
 
@@ -105,8 +110,8 @@ def end_among_others(status: int) -> None:
 
 
 def _end_at_once(status: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it is closed
+        stream.flush()
     os._exit(status)
 
 
@@ -124,13 +129,3 @@ def say(text: str) -> None:
             discard_output(sys.stdout.fileno())
             reason = f"cannot write to standard output: {getattr(error, 'strerror', error)}"
             print(f"warning: {reason}; continuing without it", file=sys.stderr)
-
-
-def print_text(text: str) -> bool:
-    """Print lines; returns False if the reader (e.g. `head`) has exited. OSError if the disk is full."""
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        discard_output(sys.stdout.fileno())
-        return False
-    return True

@@ -27,7 +27,6 @@ _SAME = {
     "deterministic": "full_determinism",
     "compile": "torch_compile",
     "timeout_minutes": "ddp_timeout",
-    "num_workers": "dataloader_num_workers",
     "max_length": "max_seq_len",
     "dev_file": "validation_file eval_data_file validation_data_file val_file valid_file",
     "text_column": "sentence1_key text_column_names",
@@ -49,6 +48,7 @@ _NEEDLESS = {
     "the best model is always in best/": "load_best_model_at_end",
     "--best-by knows in which direction each metric is better": "greater_is_better",
     "torchrun sets LOCAL_RANK": "local_rank",
+    "batches are slices of a memory-mapped file of token ids": "num_workers dataloader_num_workers",
     "a run that collapses stops, and says what to run instead": "restart_on_collapse",
 }
 

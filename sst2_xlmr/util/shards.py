@@ -24,7 +24,7 @@ def shards_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.shards")
 
 
-def is_begun(output: Path) -> bool:
+def has_shards(output: Path) -> bool:
     """Whether an unfinished output has shards."""
     return not shards_of(output).is_symlink() and (shards_of(output) / _FINGERPRINT).is_file()
 
@@ -39,7 +39,7 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with write_errors(output):
             is_empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
-            if os.path.lexists(folder) and not is_empty and not is_begun(output):
+            if os.path.lexists(folder) and not is_empty and not has_shards(output):
                 raise UserError(f"{folder} already exists and is not ours; move it away, or choose another --output")
             folder.mkdir(exist_ok=True)
             descriptor = os.open(folder / _FINGERPRINT, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

@@ -1,4 +1,4 @@
-"""Writing tensors in the safetensors format without holding all of them in memory."""
+"""Tensors: written in the safetensors format without holding all of them in memory, and quantized to int8."""
 
 from __future__ import annotations
 
@@ -66,3 +66,14 @@ def write_tensors(tensors: Mapping[str, TensorLike], file: Path) -> None:
                 assert part.dtype == tensor.dtype
                 opened.write(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         assert opened.tell() == 8 + len(text) + end
+
+
+def quantize_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize fp32 weights [n, k] to int8 [n, k] and fp32 scales [n]; the largest magnitude of a row becomes 127.
+
+    The scales are those of output channels, or of the rows of an embedding table. Quantizing the dequantized weights
+    again gives the same integers.
+    """
+    largest = weight.abs().amax(1)
+    values = (weight * (127 / largest.clamp(min=1e-30))[:, None]).round_()
+    return values.to(torch.int8), largest / 127

@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 import re
 from importlib import metadata
-from importlib.util import find_spec
 
 OLDEST_TORCH = "2.3.1"
 
@@ -28,14 +27,11 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def unusable() -> str:
     """Return why the installed packages cannot run this one, in one line; an empty string if they can."""
-    torch, tensorboard = _installed("torch") or OLDEST_TORCH, _installed("tensorboard")
-    if _numbers(torch) < _numbers(OLDEST_TORCH):
-        cure = "run `pip install -U torch`, or set up an environment with scripts/setup.sh"
-        return f"torch {torch} is installed, but {OLDEST_TORCH} or newer is needed: {cure}"
-    if tensorboard and _numbers(tensorboard) < (2, 21) and find_spec("pkg_resources") is None:
-        problem = f"tensorboard {tensorboard} needs pkg_resources, which setuptools 82 and newer lack"
-        return f"{problem}: run `pip install -U tensorboard`"
-    return ""
+    torch = _installed("torch") or OLDEST_TORCH
+    if _numbers(torch) >= _numbers(OLDEST_TORCH):
+        return ""
+    cure = "run `pip install -U torch`, or set up an environment with scripts/setup.sh"
+    return f"torch {torch} is installed, but {OLDEST_TORCH} or newer is needed: {cure}"
 
 
 def has_torchtext() -> bool:
@@ -44,14 +40,7 @@ def has_torchtext() -> bool:
     return torch[:2] == (2, 3) and torchtext[:2] == (0, 18)
 
 
-def description() -> str:
-    """Return torch's version, and torchtext's if it loads, for the header and error messages."""
-    beside = f"with torchtext {_installed('torchtext')}" if has_torchtext() else "without torchtext"
-    return f"torch {_installed('torch')} {beside}"
-
-
 def versions() -> str:
     """Return the versions of Python and of the packages that a result may depend on."""
-    beside_torch = ["torchtext"] if has_torchtext() else []
-    packages = ["torch", *beside_torch, "numpy", "safetensors", "sentencepiece"]
+    packages = ["torch", *["torchtext"] * has_torchtext(), "numpy", "safetensors", "sentencepiece"]
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_installed(name)}" for name in packages)])

@@ -15,13 +15,13 @@ from torch import nn
 
 from sst2_xlmr import engines, predictor
 from sst2_xlmr.engines.cpu.int8 import Int8Classifier
-from sst2_xlmr.engines.cpu.int8_linear import Int8Linear, Quantized, int16_linear, linear8, linear16, quantize
+from sst2_xlmr.engines.cpu.int8_linear import Quantized, int8_linear, int16_linear, linear8, linear16, quantize
 from sst2_xlmr.engines.cpu.kernels import Kernels
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.model.encoders import EncoderShape
-from sst2_xlmr.model.quantized import quantize_weights
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.task import SingleLabel
+from sst2_xlmr.util.tensors import quantize_weights
 
 TASK = SingleLabel(["a", "b", "c"])
 # Of a layer's output and input, and rows.
@@ -55,10 +55,6 @@ def int8_kernels(dtype: torch.dtype = torch.float32) -> Kernels:
     return kernels
 
 
-def int8_linear(weight: torch.Tensor, bias: torch.Tensor) -> Int8Linear:
-    return Int8Linear(*quantize_weights(weight), bias)
-
-
 def values_of(quantized: Quantized, n: int) -> torch.Tensor:
     in_bytes, ranges = quantized
     scale, shift = ranges.double().split(1, dim=1)
@@ -83,7 +79,7 @@ def test_what_is_no_number_stays_none(bad: float) -> None:
     kernels = int8_kernels()
     x = torch.randn(3, 20)
     x[1, 7] = bad
-    layer = int8_linear(torch.randn(5, 20), torch.zeros(5))
+    layer = int8_linear(*quantize_weights(torch.randn(5, 20)), torch.zeros(5))
     values, quantized = linear8(kernels, layer, quantize(kernels, x), gelu=True)
     assert values.isnan().all(1).tolist() == [False, True, False]
     assert quantized[1].isnan().all(1).tolist() == [False, True, False]
@@ -97,7 +93,7 @@ def test_a_layer_is_the_product_of_what_was_quantized(n: int, k: int, rows: int,
     torch.manual_seed(n)
     weight, bias, x = torch.randn(n, k), torch.randn(n), torch.randn(rows, k).to(dtype)
     weight[n // 2] = 0
-    layer, quantized = int8_linear(weight, bias), quantize(kernels, x)
+    layer, quantized = int8_linear(*quantize_weights(weight), bias), quantize(kernels, x)
     values, scales = quantize_weights(weight)
     exact = values_of(quantized, k) @ (values.double() * scales.double()[:, None]).t() + bias.double()
     norm = nn.LayerNorm(n, eps=1e-5).requires_grad_(False)
@@ -198,7 +194,7 @@ def test_loading_leaves_no_fp32_weights_in_memory() -> None:
 
 
 def test_without_the_instructions_it_is_said_once(model: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(engines, "quantized", lambda *_: None)
+    monkeypatch.setattr(engines, "int8_engine", lambda *_: None)
     loaded = predictor.Classifier.load(model, "int8", "cpu")
     said = capsys.readouterr().err
     assert loaded.precision in ("bf16", "fp32")

@@ -7,11 +7,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from conftest import Capture, Patch, RunTrain, Words, change_json, file_size_limit, user_error
 from running import at_step, digests, forked, logged, resume, wait_for
 
-from sst2_xlmr.training.checkpoint import find_damage
+from sst2_xlmr.training.checkpoint import find_checkpoint, find_damage
 from sst2_xlmr.util.files import SCRATCH_MARK
 
 
@@ -61,6 +62,25 @@ def test_the_checkpoint_before_a_damaged_one_is_used(finished_run: Path, tmp_pat
         truncate(checkpoint / "optimizer.safetensors")
     resume(run)
     assert "no checkpoint yet: from the beginning" in capsys.readouterr().out
+    assert digests(run) == digests(finished_run)
+
+
+def test_damaged_checkpoints_of_later_steps_displace_none(
+    finished_run: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Not even if they have the right sizes."""
+    found: list[Path | None] = []
+
+    def look(run: Any) -> None:
+        run.background_writer.wait()
+        found.append(find_checkpoint(run.folder / "checkpoints", str))
+
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    for checkpoint in (run / "checkpoints").iterdir():
+        flip(checkpoint / "optimizer.safetensors", -1)
+    at_step(monkeypatch, 5, look)
+    resume(run)
+    assert found == [run / "checkpoints" / "step-00000003"]
     assert digests(run) == digests(finished_run)
 
 

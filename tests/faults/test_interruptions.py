@@ -68,9 +68,9 @@ def whole(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_saves_exactly(number: signal.Signals, train_words: Words, whole: Path, tmp_path: Path) -> None:
-    """As systemd, timeout and scancel send it, to the whole group: the loader's workers get it too."""
+    """As systemd, timeout and scancel send it, to the whole group."""
     run, log = tmp_path / "run", tmp_path / "log"
-    with forked(["train.py", *train_words(run, *OPTIONS, "--num-workers", 2)], log) as process:
+    with forked(["train.py", *train_words(run, *OPTIONS)], log) as process:
         wait_for(log, "step ", process, times=20)
         for _ in range(2):  # a second one is harmless
             os.killpg(process.pid or 0, number)
@@ -80,7 +80,7 @@ def test_a_signal_saves_exactly(number: signal.Signals, train_words: Words, whol
     assert f"train.py --resume --output-dir {run}" in said
     assert "Traceback" not in said
     assert not (run / "model").exists()
-    resume(run, "--num-workers", 0)
+    resume(run)
     assert (digests(run), logged(run)) == (digests(whole), logged(whole))
     assert running.charted(run) == list(range(1, STEPS + 1))
 

@@ -26,7 +26,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sst2_xlmr.model import weight_files, weight_names
+from sst2_xlmr.model import weights
 from sst2_xlmr.model.classifier import build_classifier, load_tensors, pretrained_table
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, EncoderShape, find_encoder, lowest_layers
 from sst2_xlmr.model.roberta import PAD_ID, SequenceClassifier
@@ -59,7 +59,7 @@ def our_name(theirs: str) -> str:
 def torchtext_model(classifier: SequenceClassifier) -> nn.Module:
     """Return the same model in torchtext's modules, with copies of the weights, in evaluation mode; no dropout."""
     if not versions.has_torchtext():
-        pytest.skip(f"this is {versions.description()}")
+        pytest.skip(f"this is {versions.versions()}")
     from torchtext.models import RobertaClassificationHead, RobertaEncoderConf, RobertaModel
 
     shape = classifier.shape
@@ -88,19 +88,19 @@ def test_only_the_wanted_rows_of_the_table_are_read(folder: Path, kind: str, mon
         tensors = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
         torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "zip")
-    monkeypatch.setattr(weight_files, "_MAPPED_BYTES", 1000)  # so that the file is mapped many times
-    monkeypatch.setattr(weight_files, "_ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(weights, "_MAPPED_BYTES", 1000)  # so that the file is mapped many times
+    monkeypatch.setattr(weights, "_ROWS_AT_ONCE", 3)
     encoder = find_encoder(str(folder))
     whole = load_tensors(encoder)
     read_rows: list[int] = []
-    read = weight_files.WeightReader.read
+    read = weights.WeightReader.read
 
-    def noted(self: weight_files.WeightReader, name: str, rows: Any) -> torch.Tensor:
+    def noted(self: weights.WeightReader, name: str, rows: Any) -> torch.Tensor:
         tensor = read(self, name, rows)
         read_rows.extend([len(tensor)] if "word_embeddings" in name else [])
         return tensor
 
-    monkeypatch.setattr(weight_files.WeightReader, "read", noted)
+    monkeypatch.setattr(weights.WeightReader, "read", noted)
     ids = torch.tensor([0, 1, 2, 3, 9, 40, encoder.shape.vocab_size - 1])
     assert_equal(load_tensors(encoder, ids), {**whole, EMBEDDING: whole[EMBEDDING][ids]})
     table = pretrained_table(encoder)
@@ -112,10 +112,10 @@ def test_only_the_wanted_rows_of_the_table_are_read(folder: Path, kind: str, mon
 
 def bundle_weights(model: SequenceClassifier) -> dict[str, torch.Tensor]:
     """Return the encoder's weights under the old names that torchtext's downloads have."""
-    theirs = {ours: name.removeprefix("roberta.") for name, ours in weight_names._TORCHTEXT.items()}
+    theirs = {ours: name.removeprefix("roberta.") for name, ours in weights._TORCHTEXT.items()}
     old = {}
     for name, tensor in model.encoder.state_dict(prefix="encoder.").items():
-        stem, layer, kind = weight_names._split(name)
+        stem, layer, kind = weights._split(name)
         old[f"{theirs[stem].replace('#', layer)}.{kind}"] = tensor
     return old
 

@@ -97,7 +97,7 @@ def test_a_result_that_is_written_is_a_success_whoever_reads(model: Path, tmp_pa
 
 WRONG_USE = {
     "--format torchscript --dtype bf16": "--dtype bf16 is for --format hf",
-    "--format torchscript": "--format torchscript needs torchtext under torch 2.3.1, and this is torch",
+    "--format torchscript": "--format torchscript needs torchtext under torch 2.3.1, and this is Python",
     "--format hf --check-file no/such": "cannot read no/such: No such file",
     "--format hf --check-file empty": "empty has no rows",
     "--format hf --most-changed 5": "are for --format onnx-int8",

@@ -225,7 +225,7 @@ def check_steps(world: World, dtype: torch.dtype) -> None:
         adamw(*arguments)
 
     kernels.adamw = late_on_rank_1  # type: ignore[method-assign, assignment]
-    together, alone = (optimizer(each, kernels) for each in (world, World.alone(world.device)))
+    together, alone = (optimizer(each, kernels) for each in (world, World(world.device)))
     assert together.shares_memory
     for step in range(1, 12):
         accumulated, is_bad = dtype == torch.bfloat16 and step % 3 == 0, step % 5 == 0
@@ -279,4 +279,4 @@ def test_processes_agree_that_they_share_no_memory(monkeypatch: Patch) -> None:
         assert shared_bytes(world, 64) is None
 
     on_ranks(2, check)
-    assert shared_bytes(World(0, 2, 0, 1, torch.device("cpu")), 64) is None
+    assert shared_bytes(World(torch.device("cpu"), 0, 2), 64) is None

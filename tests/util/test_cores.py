@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Patch
 
-from sst2_xlmr.util.cores import available_cores, limit_threads, share_cores
+from sst2_xlmr.util.cores import available_cores, limit_threads, yield_busy_cores
 from sst2_xlmr.util.device import choose_precision, set_up_numerics
 from sst2_xlmr.util.distributed import thread_count
 
@@ -75,7 +75,7 @@ def test_threads_sleep_where_others_use_cores(monkeypatch: Patch, tmp_path: Path
     for own, expected in (({}, spins), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)):
         environment: dict[str, str] = dict(own)
         monkeypatch.setattr(os, "environ", environment)
-        share_cores(tmp_path / "loadavg")
+        yield_busy_cores(tmp_path / "loadavg")
         assert environment.get("GOMP_SPINCOUNT") == expected
 
 

@@ -164,7 +164,7 @@ def test_what_is_there_does_not_pass_for_the_result_of_a_killed_run(tmp_path: Pa
     assert names(tmp_path) == []
     output.write_text("of before\n")
     write(output, 0, dies=True)
-    assert shards.is_begun(output)
+    assert shards.has_shards(output)
     assert write(output, 1, resume=True) == 0
     assert names(tmp_path) == ["a.tsv"]
 

@@ -58,7 +58,7 @@ class CpuAdamW:
         self._places: list[torch.Tensor] = []  # in shared memory, where this rank leaves its gradients
         # Whether all processes see the same weights; else each has its own.
         self.shares_memory = world.world_size > 1 and self._share_memory()
-        self._group = world if self.shares_memory else World.alone(world.device)
+        self._group = world if self.shares_memory else World(world.device)
         if self.shares_memory:
             self._watch_gradients()
         self._describe_parameters()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sst2_xlmr.engines.cpu.kernels import Kernels, struct
-from sst2_xlmr.model.quantized import quantize_weights
+from sst2_xlmr.util.tensors import quantize_weights
 
 _PANEL = 64  # channels that lie together, as in int8.c
 _LINEAR = struct(**dict.fromkeys(("weights", "scales", "sums", "bias"), "u8"), n="i4", k="i4")
@@ -20,32 +20,27 @@ _AFTER = struct(gelu="i4", **dict.fromkeys(("residual", "gamma", "beta"), "u8"),
 Quantized = tuple[torch.Tensor, torch.Tensor]
 
 
-class Int8Linear:
-    """A linear layer whose weights lie as int8.c reads them.
-
-    Args:
-        values, scales: int8 [n, k] and fp32 [n], as `quantize_weights` gives them.
-        bias: fp32 [n].
-    """
-
-    def __init__(self, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor) -> None:
-        self.n, self.k = values.shape
-        sums = values.sum(1, dtype=torch.int32) * scales
-        padded = F.pad(values, (0, -self.k % 4, 0, -self.n % _PANEL))
-        panels = padded.view(-1, _PANEL, padded.shape[1] // 4, 4).permute(0, 2, 1, 3).contiguous()
-        self._tensors = (panels, scales, sums, bias.float().clone())  # kept: the struct has their addresses
-        self.as_c = np.array((*[tensor.data_ptr() for tensor in self._tensors], self.n, self.k), _LINEAR)
-
-
+# A linear layer as int8.c reads it, and the tensors that its addresses point to.
+Int8Linear = tuple[np.ndarray, tuple[torch.Tensor, ...]]
 # A linear layer whose weights are the sum of two parts of 8 bits: the layer in 8 bits, and what that rounds away.
 Int16Linear = tuple[Int8Linear, Int8Linear]
+
+
+def int8_linear(values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor) -> Int8Linear:
+    """Return a layer in 8 bits, from the values and scales of `quantize_weights`, and a bias, fp32 [n]."""
+    n, k = values.shape
+    sums = values.sum(1, dtype=torch.int32) * scales
+    padded = F.pad(values, (0, -k % 4, 0, -n % _PANEL))
+    panels = padded.view(-1, _PANEL, padded.shape[1] // 4, 4).permute(0, 2, 1, 3).contiguous()
+    tensors = (panels, scales, sums, bias.float().clone())
+    return np.array((*[tensor.data_ptr() for tensor in tensors], n, k), _LINEAR), tensors
 
 
 def int16_linear(weight: torch.Tensor, bias: torch.Tensor) -> Int16Linear:
     """Return a layer in 16 bits; weight is fp32 [n, k], bias fp32 [n]."""
     values, scales = quantize_weights(weight)
     rest = quantize_weights(weight - values * scales[:, None])
-    return Int8Linear(values, scales, bias), Int8Linear(*rest, torch.zeros_like(bias))
+    return int8_linear(values, scales, bias), int8_linear(*rest, torch.zeros_like(bias))
 
 
 def quantize(kernels: Kernels, x: torch.Tensor) -> Quantized:
@@ -58,9 +53,9 @@ def quantize(kernels: Kernels, x: torch.Tensor) -> Quantized:
 
 def linear16(kernels: Kernels, layer: Int16Linear, x: torch.Tensor) -> torch.Tensor:
     """Return a layer's output in 16 bits, fp32 [rows, n]; x is fp32 [rows, k]."""
-    high, low = layer
-    values = torch.empty(len(x), high.n)
-    weights = (high.as_c.ctypes.data, low.as_c.ctypes.data)
+    (high, _), (low, _) = layer
+    values = torch.empty(len(x), int(high["n"]))
+    weights = (high.ctypes.data, low.ctypes.data)
     kernels.library.int16_linear(*weights, x.data_ptr(), len(x), values.data_ptr(), torch.get_num_threads())
     return values
 
@@ -79,15 +74,15 @@ def linear8(
         norm: the residual connection, of the kernels' dtype, [rows, n], and the LayerNorm that follow, in fp32.
         wanted: "values", "quantized" or "both"; what is not wanted is not filled in.
     """
-    rows = len(x[1])
-    values = torch.empty(rows if wanted != "quantized" else 0, layer.n, dtype=kernels.dtype)
-    result = _room(rows if wanted != "values" else 0, layer.n)
+    (linear, _), rows = layer, len(x[1])
+    values = torch.empty(rows if wanted != "quantized" else 0, int(linear["n"]), dtype=kernels.dtype)
+    result = _room(rows if wanted != "values" else 0, int(linear["n"]))
     after = np.array((gelu, 0, 0, 0, 0.0), _AFTER)
     if norm:
         residual, module = norm
         parameters = [tensor.data_ptr() for tensor in (residual, module.weight, module.bias)]
         after = np.array((gelu, *parameters, module.eps), _AFTER)
-    inputs = (layer.as_c.ctypes.data, *[tensor.data_ptr() for tensor in x])
+    inputs = (linear.ctypes.data, *[tensor.data_ptr() for tensor in x])
     outputs = [tensor.data_ptr() if len(tensor) else None for tensor in (values, *result)]
     kernels.library.int8_linear(*inputs, rows, after.ctypes.data, *outputs, torch.get_num_threads())
     return values, result

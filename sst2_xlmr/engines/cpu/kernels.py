@@ -281,7 +281,7 @@ def _compiled(command: list[str], scratch: Path) -> Path:
     recipe = repr(([file.read_bytes() for file in (*SOURCES, HEADER)], command, platform.machine(), features))
     name = hashlib.sha256(recipe.encode()).hexdigest()[:32]
     cache = downloads.cache_dir() / f"kernels-{os.getuid()}"
-    if downloads.make_private(cache):  # others must not be able to change what this process loads
+    if downloads.ensure_private(cache):  # others must not be able to change what this process loads
         with contextlib.suppress(OSError):
             made = [file for file in cache.glob(f"{name}-*.so") if file.stem == f"{name}-{digest_of(file)[:16]}"]
             return made[0] if made else _compile(command, cache, name)
