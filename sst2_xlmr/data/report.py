@@ -50,7 +50,7 @@ def lines_of(inputs: Inputs) -> list[str]:
         for path, file in zip(split.files, split.inspections):
             if text := description(path, file.layout, split.columns, file.rows):
                 lines.append(f"read as    {text}")
-        if len(split.files) > 1 and name in inputs.caches:
+        if len(split.files) > 1 and name in inputs.caches and split.source_rows is None:
             counts = zip(split.files, inputs.caches[name].rows_of_files)
             lines.append(f"files      {name}: {', '.join(f'{path.name} {count:,}' for path, count in counts)}")
     for name, labels in (("train", inputs.train_labels), ("dev", inputs.caches["dev"].labels)):

@@ -13,6 +13,7 @@ from conftest import Capture, Patch, RunTrain, metrics, train_options, user_erro
 from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.prepare import prepare
+from sst2_xlmr.data.report import lines_of
 from sst2_xlmr.data.splits import stratified_sample
 from sst2_xlmr.data.token_cache import find_duplicates, text_digests
 from sst2_xlmr.report.console import data_report
@@ -128,6 +129,15 @@ def test_dev_that_is_cut_off(share: float) -> None:
     again = stratified_sample(digests[order], labels[order], share, seed=3)
     assert sorted(digests[order][again].tolist()) == sorted(digests[dev].tolist())
     assert stratified_sample(digests, labels, share, seed=4).tolist() != dev.tolist()
+
+
+def test_rows_are_counted_by_file_where_a_split_has_all_of_them(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path
+) -> None:
+    files = [str(small_data / "train.tsv"), str(small_data / "dev.tsv")]
+    words = train_options(tiny_encoder, small_data, tmp_path / "run", "--train-file", *files, "--dev-share", 0.2)
+    lines = [line for line in lines_of(prepare(parse_args(words)[0], quiet=True)) if line.startswith("files")]
+    assert lines == ["files      train: train.tsv 50, dev.tsv 20"]
 
 
 def test_dev_is_cut_off_where_there_is_none_or_a_share_is_given(
