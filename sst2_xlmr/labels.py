@@ -21,7 +21,6 @@ _NUMPY = re.compile(r"\[[\s0-9.]*\]")
 _INSIGNIFICANT = re.compile(r"[\W_]")  # ignored when looking for labels that are probably the same
 # How pandas, R, MySQL, SNLI, ... write a missing label. `none` and `NONE` are classes in some files.
 MISSING = {*("", "-", "?", "NULL", "null", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "None", "\\N")}
-MISSING_ID, UNKNOWN_ID = -1, -2  # instead of a class id
 LabelValues = dict[Union[str, int], float]  # several labels of a row: name or position -> 1, or its probability
 
 
@@ -104,20 +103,17 @@ def _number(value: object, text: str) -> float:
         raise UserError(f"label {_quoted(text)}: {_quoted(value)} is not a number") from None
 
 
-def describe_unknown(labels: Sequence[str], names: Sequence[str], ids: Mapping[str, int]) -> str:
-    """Return an error message for labels that are not classes, with the cure."""
-    shown, known = ", ".join(_quoted(label) for label in labels[:10]), f"of {listed(names)}"
-    integers = [int(label) for label in ids if label not in names]
-    if integers:
-        known += f" nor a number from {min(integers)} to {max(integers)}"
+def describe_unknown(label: str, names: Sequence[str], ids: Mapping[str, int]) -> str:
+    """Return an error message for a label that is not a class, with the cure."""
+    known = f"not one of {listed(names)}"
+    if integers := [int(number) for number in ids if number not in names]:
+        known = f"neither one of {listed(names)} nor a number from {min(integers)} to {max(integers)}"
     cure = ""
-    if all(_INTEGER.fullmatch(canonical(label)) for label in labels):
+    if _INTEGER.fullmatch(canonical(label)):
         cure = "; numbers stand for names only with --label-names, the names in the order of the numbers"
-    elif set(map(_folded, labels)) <= set(map(_folded, names)):
-        cure = "; they differ by case, spaces or signs only: write them alike"
-    is_one = ("is" if len(labels) == 1 else "are") + (" neither" if integers else " not")
-    of_what = "the classes of the training file or of --label-names"
-    return f"label{'s' * (len(labels) > 1)} {shown} {is_one} one {known}, {of_what}{cure}"
+    elif _folded(label) in map(_folded, names):
+        cure = "; it differs from one by case, spaces or signs only: write them alike"
+    return f"label {_quoted(label)} is {known}, the classes of the training file or of --label-names{cure}"
 
 
 def ids_by_label(names: Sequence[str], label_ids: Mapping[str, int] | None) -> dict[str, int]:

@@ -23,8 +23,6 @@ from sst2_xlmr.config import ABSTAINED, OPTIONS, Config, flag
 from sst2_xlmr.evaluation import metrics as metric
 from sst2_xlmr.labels import (
     MISSING,
-    MISSING_ID,
-    UNKNOWN_ID,
     LabelValues,
     canonical,
     describe_unknown,
@@ -82,7 +80,7 @@ class _Common:
             raise UserError(f"{where}: the label has numbers, but none for {listed(absent)}; give one for every label")
         for label, value in values.items():
             if (index := self._id_of(label)) is None:
-                raise UserError(f"{where}: {describe_unknown([str(label)], self.label_names, self._ids_by_label)}")
+                raise UserError(f"{where}: {describe_unknown(str(label), self.label_names, self._ids_by_label)}")
             if not 0 <= value <= 1:
                 is_no = "which is neither 0, 1 nor a probability"
                 raise UserError(f"{where}: label {label!r} has {value:g}, {is_no}; fix it")
@@ -161,18 +159,13 @@ class SingleLabel(_Common):
         """The dtype of labels in the token cache: int32 class ids, or fp32 probabilities."""
         return np.float32 if self.is_soft else np.int32
 
-    @property
-    def cache_key(self) -> object:
-        """All settings that affect how labels are read, except label names and ids."""
-        return self.is_soft
-
     # --- labels in files
 
     @classmethod
     def from_labels(
         cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object
     ) -> Task:
-        """Return the task with the classes of --label-names or of the training files; see `find_task`."""
+        """Return the task for the training files' labels, given `all_labels` of all files; errors name the `path`."""
         values = [split_labels(text) for text in labels if text.startswith(("[", "{"))]
         if is_soft := any(isinstance(value, dict) and len(value) > 1 for value in values):
             labels = dict.fromkeys((str(name) for value in values for name in value), (1, 1))
@@ -188,13 +181,6 @@ class SingleLabel(_Common):
         has_fractions = any(0 < value < 1 for row in several for value in row)
         return has_fractions and all(abs(sum(row) - 1) < 0.01 for row in several)
 
-    def label_index(self, label: str) -> int:
-        """Return the class id of a `label_text` (0 for soft labels and other tasks), MISSING_ID or UNKNOWN_ID."""
-        if self.is_soft and label.startswith(("[", "{")):
-            return 0
-        label = label if label in self._ids_by_label else canonical(label)
-        return self._ids_by_label.get(label, MISSING_ID if label in MISSING or label == "-1" else UNKNOWN_ID)
-
     def read_label(self, cell: object, where: str) -> int | np.ndarray | None:
         """Return the label in a cell, None for a missing one; UserError, beginning with `where`, for an invalid one."""
         text = label_text(cell)
@@ -203,15 +189,13 @@ class SingleLabel(_Common):
             if abs(row.sum() - 1) > 0.01:
                 raise UserError(f"{where}: the classes' probabilities add up to {row.sum():.4g}, not to 1; fix them")
             return row / row.sum()
-        if (index := self.label_index(text)) == UNKNOWN_ID:
-            raise UserError(f"{where}: {self.unknown([text])}")
-        if index == MISSING_ID:
-            return None
-        return np.eye(self.outputs, dtype=np.float32)[index] if self.is_soft else index
-
-    def unknown(self, labels: Sequence[str]) -> str:
-        """Return an error message for labels that are not classes, with the cure."""
-        return describe_unknown(labels, self.label_names, self._ids_by_label)
+        ids = self._ids_by_label
+        text = text if text in ids else canonical(text)
+        if text not in ids:
+            if text in MISSING or text == "-1":
+                return None
+            raise UserError(f"{where}: {describe_unknown(text, self.label_names, ids)}")
+        return np.eye(self.outputs, dtype=np.float32)[ids[text]] if self.is_soft else ids[text]
 
     def notes(self, labels: LabelCounts) -> list[str]:
         """Return warnings about a file's labels."""
@@ -470,10 +454,6 @@ class MultiLabel(_Common):
     }
     folding = (1.0, 0.0)
 
-    @property
-    def cache_key(self) -> object:
-        return self.delimiter
-
     @classmethod
     def from_labels(
         cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object
@@ -495,22 +475,10 @@ class MultiLabel(_Common):
         is_json = any(text.startswith(("[", "{")) for text in several)
         return bool(several) and (is_json or {str(name) for values in several.values() for name in values} <= alone)
 
-    def label_index(self, label: str) -> int:
-        if set(_split(label, self.delimiter, self._ids_by_label).values()) == {-1.0}:  # a row that is not scored
-            return MISSING_ID
-        return UNKNOWN_ID if self._unknown_in(label) else 0
-
     def read_label(self, cell: object, where: str) -> np.ndarray | None:
         values = _split(label_text(cell), self.delimiter, self._ids_by_label)
-        return None if set(values.values()) == {-1.0} else self._label_row(values, where)
-
-    def unknown(self, labels: Sequence[str]) -> str:
-        names = dict.fromkeys(name for label in labels for name in self._unknown_in(label))
-        return describe_unknown(list(names), self.label_names, self._ids_by_label)
-
-    def _unknown_in(self, label: str) -> list[str]:
-        names = _split(label, self.delimiter, self._ids_by_label)
-        return [str(name) for name in names if self._id_of(name) is None]
+        is_scored = set(values.values()) != {-1.0}
+        return self._label_row(values, where) if is_scored else None
 
     def notes(self, labels: LabelCounts) -> list[str]:
         counts: Counter[str] = Counter()
@@ -756,7 +724,6 @@ class Regression(_Common):
         "label_delimiter": "a row has one score",
     }
     initial_bias: ClassVar[tuple[float, ...]] = ()
-    cache_key: ClassVar[object] = None
 
     @property
     def folding(self) -> tuple[float, float]:
@@ -768,8 +735,7 @@ class Regression(_Common):
     ) -> Task:
         task = cls(["score"])
         for label, (_, line) in labels.items():
-            if task.label_index(label) == UNKNOWN_ID:
-                raise UserError(f"{path}, line {line}: {task.unknown([label])}")
+            task.read_label(label, f"{path}, line {line}")
         if len(set(labels) - MISSING) < 2:
             raise UserError(f"{path}: all rows have the same score; name the column of scores with --label-column")
         return task
@@ -779,20 +745,16 @@ class Regression(_Common):
         """Here: numbers, and some of them fractions."""
         return all(map(is_number, labels)) and any(map(is_fraction, labels))
 
-    def label_index(self, label: str) -> int:
-        return MISSING_ID if label in MISSING else UNKNOWN_ID if _score(label) is None else 0
-
     def read_label(self, cell: object, where: str) -> float | None:
         text = label_text(cell)
-        if (index := self.label_index(text)) == UNKNOWN_ID:
-            raise UserError(f"{where}: {self.unknown([text])}")
-        return None if index == MISSING_ID else _score(text)
+        if text in MISSING:
+            return None
+        if (score := _score(text)) is None:
+            raise UserError(f"{where}: label {text[:40]!r} is not a number, as a score must be; fix it")
+        return score
 
     def notes(self, labels: LabelCounts) -> list[str]:
         return []
-
-    def unknown(self, labels: Sequence[str]) -> str:
-        return f"label {labels[0][:40]!r} is not a number, as a score must be; fix it"
 
     def label_keys(self, labels: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(labels, np.float32).view(np.int32)
@@ -918,16 +880,6 @@ Task = Union[SingleLabel, MultiLabel, Regression]
 TASKS: tuple[type[Task], ...] = (SingleLabel, MultiLabel, Regression)
 BY_TYPE = {kind.problem_type: kind for kind in TASKS}
 Named = Iterable[Sequence[str]]  # the names of labels 0, 1, ... that files themselves contain
-
-
-def find_task(config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object) -> Task:
-    """Return the task for the training files' labels; UserError if they do not fit the task or the options.
-
-    `all_labels` are those of all files; `path`, the training file's, is for errors.
-    """
-    task = task_kind(config, labels).from_labels(config, labels, all_labels, named, path)
-    check_options(task, config)
-    return task
 
 
 def task_kind(config: Config, labels: Iterable[str]) -> type[Task]:

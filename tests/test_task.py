@@ -21,7 +21,7 @@ from sst2_xlmr.evaluation import metrics
 from sst2_xlmr.labels import split_labels
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, Task, at_temperature, find_task
+from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, Task, at_temperature, check_options, task_kind
 from sst2_xlmr.training.guard import collapse_reason
 
 LABELS = torch.tensor([0, 2, 1, 0, 0, 2])
@@ -155,7 +155,9 @@ NAMES = ["a", "b", "c", "d", "e"]
 def read(file: Path, content: str, columns: Columns = PLAIN, **options: Any) -> tuple[Task, list[Row]]:
     file.write_text(content, encoding="utf-8")
     found = inspect(file, columns)
-    task = find_task(Config(**options), found.labels, found.labels, found.layout.class_names.values(), file)
+    config, labels, named = Config(**options), found.labels, found.layout.class_names.values()
+    task = task_kind(config, labels).from_labels(config, labels, labels, named, file)
+    check_options(task, config)
     return task, list(read_rows(file, columns, task))
 
 

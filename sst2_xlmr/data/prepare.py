@@ -20,7 +20,7 @@ from sst2_xlmr.labels import MISSING
 from sst2_xlmr.model import encoders
 from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
-from sst2_xlmr.task import Task, find_task, task_kind
+from sst2_xlmr.task import Task, check_options, task_kind
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
@@ -131,7 +131,8 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
         splits[name] = Split(paths, columns, inspections, is_labelled)
     names_in_files = splits["train"].inspections[0].layout.class_names.values()
     all_labels = _labels_of([file for split in splits.values() for file in split.inspections])
-    task = find_task(config, labels, all_labels, names_in_files, files["train"][0])
+    task = task_kind(config, labels).from_labels(config, labels, all_labels, names_in_files, files["train"][0])
+    check_options(task, config)
     for split in splits.values():
         for path, inspection in zip(split.files, split.inspections):
             split.notes.extend([*inspection.layout.notes, *task.notes(inspection.labels)])

@@ -18,7 +18,7 @@ from sst2_xlmr.config import COLUMN_OPTIONS, FORMATS, Config
 from sst2_xlmr.data.containers import READERS, shortened
 from sst2_xlmr.data.formats import Fields, Layout, opened, read_fields
 from sst2_xlmr.data.sniff import Columns, find_layout, other_encoding
-from sst2_xlmr.labels import MISSING, MISSING_ID, UNKNOWN_ID, label_text
+from sst2_xlmr.labels import MISSING, label_text
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
@@ -290,12 +290,17 @@ class Inspection:
         """
         self.check_encoding(path)
         labels, problems = self.labels, dict(self.problems)
-        ids = {label: task.label_index(label) for label in labels} if task else dict.fromkeys(MISSING, MISSING_ID)
-        unknown = [label for label in labels if ids.get(label) == UNKNOWN_ID]
-        missing = [label for label in labels if ids.get(label) == MISSING_ID and label not in names]
-        if unknown and task:
-            count, line = sum(labels[label][0] for label in unknown), labels[unknown[0]][1]
-            raise UserError(f"{path}, line {line}: {task.unknown(unknown)} ({count:,} row{'s' * (count > 1)})")
+        missing, unknown, error = [], 0, None
+        for label, (count, line) in labels.items():
+            is_missing = label in MISSING and label not in names
+            try:
+                if task:
+                    is_missing = task.read_label(label, f"{path}, line {line}") is None
+            except UserError as of_label:
+                error, unknown = error or of_label, unknown + count
+            missing += [label] * is_missing
+        if error:
+            raise UserError(f"{error} ({unknown:,} row{'s' * (unknown > 1)})")
         if missing:
             count = sum(labels[label][0] for label in missing) + problems.get(NO_LABEL, (0,))[0]
             problems[NO_LABEL] = (count, labels[missing[0]][1], repr(missing[0]))

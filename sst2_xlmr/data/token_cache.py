@@ -99,7 +99,7 @@ def tokenize_file(
     """
     paths = [paths] if isinstance(paths, Path) else list(paths)
     digest = tokenizer_digest(tokenizer_file)
-    further = (digest, max_length, long_texts, task.problem_type, task.label_names, task.label_ids, task.cache_key)
+    further = (digest, max_length, long_texts, task.problem_type, dataclasses.replace(task, thresholds=()))
 
     def write(folder: Path) -> None:
         _write_cache(folder, paths, load(tokenizer_file, max_length, long_texts), columns, task)
