@@ -132,10 +132,6 @@ def is_number(label: str) -> bool:
     return bool(_INTEGER.fullmatch(label) or _FRACTION.fullmatch(label))
 
 
-def is_fraction(label: str) -> bool:
-    return bool(_FRACTION.fullmatch(label)) and canonical(label) == label
-
-
 def label_text(cell: object) -> str:
     """Return a label as stripped text: empty for JSON's null and NaN, 3 for 3.0, `true` for true."""
     if isinstance(cell, str):
@@ -161,17 +157,13 @@ def _folded(label: str) -> str:
     return _INSIGNIFICANT.sub("", label).casefold() or label
 
 
-def alike(labels: Iterable[str]) -> list[list[str]]:
-    """Return groups of labels in a file that differ only by case, spaces, signs or invisible characters."""
-    groups: dict[str, list[str]] = {}
-    for label in labels:
-        groups.setdefault(_folded(canonical(label)), []).append(label)
-    return [group for group in groups.values() if len({canonical(label) for label in group}) > 1]
-
-
 def label_notes(counts: Mapping[str, int]) -> list[str]:
     """Return warnings about a file's labels, given the number of rows with each."""
-    warnings = [f"labels that differ only by case, spaces or signs: {listed(group)}" for group in alike(counts)]
+    groups: dict[str, list[str]] = {}
+    for label in counts:
+        groups.setdefault(_folded(canonical(label)), []).append(label)
+    alike = [group for group in groups.values() if len(set(map(canonical, group))) > 1]
+    warnings = [f"labels that differ only by case, spaces or signs: {listed(group)}" for group in alike]
     usable = sum(counts.values())
     if usable > 20 and len(counts) > usable / 2:
         warnings.append(f"{len(counts):,} different labels in {usable:,} rows: is that the label column?")

@@ -28,7 +28,6 @@ from sst2_xlmr.labels import (
     describe_unknown,
     find_label_names,
     ids_by_label,
-    is_fraction,
     is_number,
     label_notes,
     label_text,
@@ -66,11 +65,6 @@ class _Common:
     def _ids_by_label(self) -> dict[str, int]:
         return ids_by_label(self.label_names, self.label_ids)
 
-    def _id_of(self, label: str | int) -> int | None:
-        """Return a label's id, given its name or position; None if there is no such label."""
-        index = label if isinstance(label, int) else self._ids_by_label.get(label)
-        return index if index is not None and index < self.outputs else None
-
     def _label_row(self, values: LabelValues | str, where: str) -> np.ndarray:
         """Return fp32 [labels] of a cell's `split_labels`; UserError, beginning with `where`, for an unknown label."""
         row = np.zeros(self.outputs, np.float32)
@@ -79,7 +73,8 @@ class _Common:
             absent = [name for name in self.label_names if name not in values]
             raise UserError(f"{where}: the label has numbers, but none for {listed(absent)}; give one for every label")
         for label, value in values.items():
-            if (index := self._id_of(label)) is None:
+            index = label if isinstance(label, int) else self._ids_by_label.get(label, self.outputs)
+            if index >= self.outputs:
                 raise UserError(f"{where}: {describe_unknown(str(label), self.label_names, self._ids_by_label)}")
             if not 0 <= value <= 1:
                 is_no = "which is neither 0, 1 nor a probability"
@@ -102,10 +97,15 @@ class _Common:
             logits += wanted - self.logits_of(mean)
         return self.probabilities(torch.from_numpy(logits)).numpy()
 
-    def soft_labels(self: Any, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
-        """Turn probabilities into soft labels, sharper at temperatures below 1; returns their task, and the labels."""
+    def soft_labels(self: Any, probabilities: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        """Return probabilities as soft labels, sharper at temperatures below 1."""
         logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
-        return self, self.probabilities(logits).double().numpy().round(6)
+        return np.asarray(self.probabilities(logits).double().numpy().round(6))
+
+    def results_of(self: Any, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        """Return `row_results`, fp64, of probabilities after dividing their logits by a temperature."""
+        logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
+        return np.asarray(self.row_results(logits, torch.tensor(labels)).numpy())
 
     def describe(self, metrics: dict[str, Any]) -> str:
         """Summarize the main metrics for a line on the console."""
@@ -213,7 +213,7 @@ class SingleLabel(_Common):
 
     def label_to_json(self, label: Any) -> Any:
         """Return a label as a JSON value that `read_label` reads."""
-        return dict(zip(self.label_names, label.tolist())) if self.is_soft else self.format_label(label)
+        return dict(zip(self.label_names, label.tolist())) if np.ndim(label) else self.format_label(label)
 
     def counts(self, labels: np.ndarray) -> dict[str, int]:
         """Return the number of rows with each label."""
@@ -359,14 +359,6 @@ class SingleLabel(_Common):
     def logits_of(self, probabilities: np.ndarray) -> np.ndarray:
         """Return fp64 [rows, classes], logits up to a constant per row; finite even for probabilities of 0."""
         return np.asarray(np.log(probabilities.astype(np.float64).clip(min=_SMALLEST)))
-
-    def soft_labels(self, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
-        return replace(self, is_soft=True), super().soft_labels(probabilities, temperature)[1]
-
-    def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-        """Return `row_results`, fp64, of probabilities after dividing their logits by a temperature."""
-        logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
-        return self.row_results(logits, torch.tensor(labels)).numpy()
 
     def per_label(self, results: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         """Return precision, recall, f1 and support, [classes] each."""
@@ -604,14 +596,14 @@ class MultiLabel(_Common):
         """`_at_0.5` means without fitted thresholds. The calibration error is over all labels of all rows."""
         probabilities, true = results[:, 1:].astype(np.float64), labels > 0.5
         predicted, per_label = self._has(results[:, 1:]), self.per_label(results, labels)
-        at_half = replace(self, thresholds=()).per_label(results, labels)
+        macro_f1_at_half = float(replace(self, thresholds=()).per_label(results, labels)["f1"].mean())
+        at_half = {"macro_f1_at_0.5": macro_f1_at_half, "micro_f1_at_0.5": _micro_f1(probabilities >= 0.5, true)}
         confidences = np.maximum(probabilities, 1 - probabilities).reshape(-1)
         return {
             "loss": float(results[:, 0].astype(np.float64).mean()),
             "macro_f1": float(per_label["f1"].mean()),
             "micro_f1": _micro_f1(predicted, true),
-            **({"macro_f1_at_0.5": float(at_half["f1"].mean())} if self.thresholds else {}),
-            **({"micro_f1_at_0.5": _micro_f1(probabilities >= 0.5, true)} if self.thresholds else {}),
+            **(at_half if self.thresholds else {}),
             "exact_match": float((predicted == true).all(1).mean()),
             "mean_average_precision": metric.mean_average_precision(probabilities, true),
             "ece": metric.expected_calibration_error(confidences, ((probabilities >= 0.5) == true).reshape(-1)),
@@ -637,8 +629,7 @@ class MultiLabel(_Common):
         return [round(metric.fitted_threshold(scores, has, aim, float(floor or 0)), 6) for scores, has in columns]
 
     def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-        logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
-        results = self.row_results(logits, torch.tensor(labels)).numpy()
+        results = super().results_of(probabilities, labels, temperature)
         if temperature == 1:
             results[:, 1:] = probabilities  # rounding again could move one across a threshold
         return results
@@ -743,7 +734,7 @@ class Regression(_Common):
     @classmethod
     def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
         """Here: numbers, and some of them fractions."""
-        return all(map(is_number, labels)) and any(map(is_fraction, labels))
+        return all(map(is_number, labels)) and any("." in canonical(label) for label in labels)
 
     def read_label(self, cell: object, where: str) -> float | None:
         text = label_text(cell)
@@ -843,16 +834,10 @@ class Regression(_Common):
         return np.empty((0, 0), np.int64)
 
     def logits_of(self, probabilities: np.ndarray) -> np.ndarray:
-        return probabilities.astype(np.float64)
+        return np.asarray((probabilities.astype(np.float64) - self.label_mean) / self.label_std)
 
-    def align_classes(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        return probabilities
-
-    def soft_labels(self, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
-        return self, probabilities[:, 0]
-
-    def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-        return np.stack([(probabilities[:, 0] - labels) ** 2, probabilities[:, 0]], 1)
+    def soft_labels(self, probabilities: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        return probabilities[:, 0]
 
     def constant_prediction(self, probabilities: np.ndarray) -> str:
         """Return the mean score: whether scores are the same is a matter of their std alone."""

@@ -15,7 +15,7 @@ from conftest import CPU, refusal
 from sklearn import metrics as reference
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.rows import Row, inspect, read_rows
+from sst2_xlmr.data.rows import Row, columns_for, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
 from sst2_xlmr.evaluation import metrics
 from sst2_xlmr.labels import split_labels
@@ -259,6 +259,8 @@ def test_weights_are_read_and_rows_of_weight_0_are_absent(tmp_path: Path) -> Non
     _, rows = read(file, "text,label,w\nx,a,2\ny,b,0\nz,b,0.5\nu,c,0\n", columns)
     assert [(row.text, row.weight) for row in rows] == [("x", 2.0), ("z", 0.5)]
     assert inspect(file, columns).check(file, SingleLabel(["a", "b"]), drop=False) == {"weight 0": 2}
+    asked = [columns_for(Config(weight_column="w"), split) for split in ("train", "dev")]
+    assert asked == [columns, Columns()], "evaluation counts every row once"
     for bad in ("-1", "nan", "many", ""):
         says = refusal(read, file, f"text,label,w\nx,a,{bad}\ny,b,1\n", columns)
         assert "line 2: the weight " in says and " is not a number of 0 or more" in says

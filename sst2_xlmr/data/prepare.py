@@ -13,7 +13,7 @@ import numpy as np
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.containers import source_digest
-from sst2_xlmr.data.rows import Columns, Inspection, Row, columns_of, read_rows
+from sst2_xlmr.data.rows import Columns, Inspection, Row, columns_for, read_rows
 from sst2_xlmr.data.splits import DEFAULT_SHARE, MOST_ROWS, find_files, stratified_sample
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.labels import MISSING
@@ -113,7 +113,7 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
     splits: dict[str, Split] = {}
     labels: dict[str, list[int]] = {}  # of the training files
     for name, paths in files.items():  # train first
-        columns = columns_of(config, name)
+        columns = columns_for(config, name)
         if name != "train":
             columns = replace(columns, classes=tuple(labels) if all(map(str.isdecimal, labels)) else ())
         try:

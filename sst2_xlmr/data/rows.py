@@ -48,21 +48,18 @@ class Row(NamedTuple):
     weight: float = 1.0  # factor on its loss
 
 
-def columns_of(config: Config, split: str) -> Columns:
-    """Return the columns to read of a split's files; only training rows have weights."""
-    columns = columns_given(config, split)
-    return columns if split == "train" else dataclasses.replace(columns, weight=None)
+def columns_for(options: argparse.Namespace | Config, split: str = "") -> Columns:
+    """Return the columns that the options select for a split; options that are missing have their defaults.
 
-
-def columns_given(arguments: argparse.Namespace | Config, split: str = "") -> Columns:
-    """Return the columns that the options select for a split; options that are missing have their defaults."""
-    given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
+    Only training rows have weights.
+    """
+    given = {name: value for name, value in vars(options).items() if name in COLUMN_OPTIONS}
     if given.get("format") not in FORMATS:  # export's --format is another option
         given.pop("format", None)
     text, labels = tuple(given.pop("text_column", None) or ()), tuple(given.pop("label_columns", None) or ())
     pair, label = given.pop("text_pair_column", None), given.pop("label_column", "label")
-    columns = Columns(text or None, pair, label, labels, given.pop("weight_column", None), **given)
-    for option in getattr(arguments, "columns", ()):
+    columns = Columns(text or None, pair, label, labels, getattr(options, "weight_column", None), **given)
+    for option in getattr(options, "columns", ()):
         name, _, pairs = option.partition(":")
         if name == split:
             changes: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs.split(","))
@@ -71,7 +68,7 @@ def columns_given(arguments: argparse.Namespace | Config, split: str = "") -> Co
             if "text" in changes:
                 changes["text"] = tuple(changes["text"].split("+"))
             columns = dataclasses.replace(columns, **changes)
-    return columns
+    return columns if split == "train" else dataclasses.replace(columns, weight=None)
 
 
 def check_pairs(model: Path, pair: str | None, cure: str) -> None:
@@ -128,7 +125,7 @@ def _positions(path: Path, layout: Layout, columns: Columns, fields: Fields, wit
 def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, option: str, *wanted: str) -> int:
     """Return the position of the first of the wanted columns that exists; UserError if none or two match."""
     names = fields.names
-    if layout.is_table and re.fullmatch("[0-9]{1,6}", wanted[0]):
+    if layout.names and re.fullmatch("[0-9]{1,6}", wanted[0]):
         if 1 <= int(wanted[0]) <= len(names):
             return int(wanted[0]) - 1
         raise UserError(f"{path} has {len(names)} columns, from 1 to {len(names)}: there is no {option} {wanted[0]}")
@@ -140,7 +137,7 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
             raise UserError(two, column_option=option)
         if matches:
             return matches[0]
-    if layout.is_table and len(names) == 1 and option.startswith("--label"):
+    if layout.names and len(names) == 1 and option.startswith("--label"):
         cure = "if each line begins with its label, sed 's/ /\\t/' FILE > NEW makes that a column"
         reason = "is read as one column, of texts without labels; if there are more, give --delimiter"
         raise UserError(f"{path} {reason}; {cure}")
@@ -152,7 +149,7 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
 
 def guessed_columns(path: Path, layout: Layout, columns: Columns) -> Columns:
     """Fill in the numbers of the text and label columns if neither a header nor the options name them."""
-    if not layout.is_table or layout.header or columns.texts or {"text", "sentence"} & {*layout.names}:
+    if not layout.names or layout.header or columns.texts or {"text", "sentence"} & {*layout.names}:
         return columns
     text, label, _ = _likely_columns(path, layout)
     label = label if text and label and columns.label == "label" else columns.label
@@ -178,7 +175,7 @@ def _likely_columns(path: Path, layout: Layout) -> tuple[str, str, list[str]]:
 
 def _proposal(path: Path, layout: Layout, with_label: bool) -> str:
     """Return the options that probably select a table's text and label, for an error; empty if it is unclear."""
-    if not layout.is_table:
+    if not layout.names:
         return ""
     *likely, flags = _likely_columns(path, layout)
     names = [layout.names[int(number) - 1] for number in likely[: 1 + with_label] if number]
@@ -202,7 +199,7 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> 
                 positions = _positions(path, layout, columns, fields, with_label)
                 has_all = True
             except UserError as error:  # JSON objects may have different keys
-                if layout.is_table:
+                if layout.names:
                     raise
                 missing = missing or error
                 kind = NO_LABEL if error.column_option.startswith("--label") else NO_TEXT

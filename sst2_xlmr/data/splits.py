@@ -10,7 +10,7 @@ import numpy as np
 from sst2_xlmr.config import Config, named_file, plain_name
 from sst2_xlmr.data.batches import splitmix64
 from sst2_xlmr.data.formats import either
-from sst2_xlmr.data.rows import columns_of, has_columns
+from sst2_xlmr.data.rows import columns_for, has_columns
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 
@@ -59,7 +59,7 @@ def find_files(config: Config, quiet: bool) -> tuple[dict[str, list[Path]], list
     tests = find_split(folder, "test", is_needed=False) if folder and not config.test_file else []
     if not tests:
         return files, []
-    if not has_columns(tests[0], columns_of(config, "test")):  # like GLUE's
+    if not has_columns(tests[0], columns_for(config, "test")):  # like GLUE's
         return files, [f"{tests[0].name} lacks a text or label column: unlabelled, not evaluated"]
     return {**files, "test": tests}, []
 

@@ -17,7 +17,7 @@ import numpy as np
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.prepare import Split
 from sst2_xlmr.data.report import description, left_out_of
-from sst2_xlmr.data.rows import check_pairs, columns_given
+from sst2_xlmr.data.rows import check_pairs, columns_for
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.evaluation.calibration import calibrate, describe_calibration
 from sst2_xlmr.evaluation.compare import check_comparison
@@ -123,7 +123,7 @@ def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[T
     task, tokenizer, cache_dir = classifier.task, classifier.tokenizer, downloads.cache_dir() / "tokens"
     files, splits, caches = arguments.files, {}, {}
     for name, file in files.items():
-        given = columns_given(arguments, name)
+        given = columns_for(arguments, name)
         check_pairs(arguments.models[0], given.pair, "--text-pair-column NAME")
         columns = replace(given, may_be_empty=not given.drop_unusable, classes=tuple(task.label_names))
         splits[name] = Split([file], columns, [])

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file, named_files
 from sst2_xlmr.data.formats import KINDS, either
-from sst2_xlmr.data.rows import Columns, Row, columns_given, has_labels, read_rows
+from sst2_xlmr.data.rows import Columns, Row, columns_for, has_labels, read_rows
 from sst2_xlmr.evaluation.compare import check_comparison, compare_all
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.folder import read_card, write_all_but_weights, write_folder
@@ -218,7 +218,7 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
     if encoder.long_texts.kind == "windows" and kind != "hf" and (kind != "onnx" or not takes_texts):
         what = "averages the windows of a long text, which this form cannot"
         raise UserError(f"--format {arguments.format}: the model {what}; take hf, or onnx without --from-ids")
-    columns = replace(columns_given(arguments), classes=tuple(task.label_names))
+    columns = replace(columns_for(arguments), classes=tuple(task.label_names))
     checks = read_checks(arguments.check_file, columns, task, takes_pairs, "label_column" in arguments)
     unlabelled = [name for name, (_, labels) in checks.items() if labels is None] if int8 else []
     if "most_lost" in arguments and len(unlabelled) == len(checks):
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     output = arguments.output.absolute()
     with write_errors(arguments.output), scratch_folder(output) as scratch:
         if arguments.keep_vocabulary_of:
-            encoder = trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), scratch / "trimmed")
+            encoder = trim(encoder, arguments.keep_vocabulary_of, columns_for(arguments), scratch / "trimmed")
         task = task_of(encoder)
         summary = write(arguments, encoder, task, scratch / "written")
         put_in_place(scratch / "written", output, replaces=False)

@@ -49,7 +49,6 @@ _NEEDLESS = {
     "the best model is always in best/": "load_best_model_at_end",
     "--best-by knows in which direction each metric is better": "greater_is_better",
     "torchrun sets LOCAL_RANK": "local_rank",
-    "a run that collapses stops, and says what to run instead": "restart_on_collapse",
 }
 
 

@@ -11,8 +11,8 @@ from conftest import SAMPLE_DATA, SST2, find_label_names, refusal
 
 from sst2_xlmr.data.rows import has_labels, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
-from sst2_xlmr.labels import alike, resolve_label_names
 from sst2_xlmr.labels import find_label_names as names_of
+from sst2_xlmr.labels import label_notes, resolve_label_names
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
 
 
@@ -143,7 +143,8 @@ def test_numbers_stand_for_names_in_their_order() -> None:
 
 def test_labels_that_mean_the_same_are_named() -> None:
     labels = ["Positive", "positive", "positive.", "pos\u200bitive", "neg", "1", "-1", "1.0"]
-    assert alike(labels) == [["Positive", "positive", "positive.", "pos\u200bitive"]]
+    said = "labels that differ only by case, spaces or signs: Positive, positive, positive., pos\u200bitive"
+    assert label_notes(dict.fromkeys(labels, 9)) == [said]
 
 
 @pytest.mark.parametrize(
