@@ -48,13 +48,26 @@ LabelCounts = Mapping[str, Sequence[int]]  # a file's labels: `label_text` -> nu
 Weights = Union[np.ndarray, None]  # float [rows], factors on the rows' losses; None for ones
 
 
+@dataclass(frozen=True)
 class _Common:
-    """Defaults that tasks share; `SingleLabel` documents the interface."""
+    """Fields and defaults that tasks share; `SingleLabel` documents the interface."""
 
-    label_names: list[str]
-    label_ids: dict[str, int] | None
+    label_names: list[str]  # of classes 0, 1, ...
+    # Class ids by the integers that stand for them in files; None for 0, 1, ..., unless the names are integers.
+    label_ids: dict[str, int] | None = None
+    thresholds: tuple[
+        float, ...
+    ] = ()  # of several labels: a text has those whose probability reaches theirs; () for 0.5
+    initial_bias: tuple[float, ...] = ()  # of a new head; empty for zeros
+
+    may_be_empty = False  # whether "no label" is a valid label
     console_metrics: ClassVar[tuple[str, ...]]
     table_metrics: ClassVar[tuple[str, ...]]
+
+    @property
+    def output_scale(self) -> tuple[float, float]:
+        """(scale, offset) that the exported head applies to its logit."""
+        return 1.0, 0.0
 
     @property
     def outputs(self) -> int:
@@ -129,17 +142,12 @@ class _Common:
 class SingleLabel(_Common):
     """Every text has one of several classes: softmax, cross-entropy, accuracy."""
 
-    label_names: list[str]  # of classes 0, 1, ...
     label_smoothing: float = 0.0  # probability mass that the loss spreads evenly over all classes
     class_weights: torch.Tensor | None = None  # fp32 [classes], factors on the loss of each class's rows; None for ones
-    # Class ids by the integers that stand for them in files; None for 0, 1, ..., unless the names are integers.
-    label_ids: dict[str, int] | None = None
     is_soft: bool = False  # whether a label is a distribution over the classes
-    thresholds: tuple[float, ...] = ()  # only of `MultiLabel`
 
     problem_type = "single_label_classification"  # transformers' word for it
     option = "single-label"  # of --task
-    may_be_empty = False  # whether "no label" is a valid label
     best_metric = "accuracy"  # chooses best/ by default
     best_by_choices = ("accuracy", "macro_f1", "loss")  # the choices of --best-by
     tensorboard_metrics = ("loss", "accuracy", "macro_f1", "ece")  # plotted in TensorBoard
@@ -151,8 +159,6 @@ class SingleLabel(_Common):
         "threshold_for": "the most probable class is the answer, without a threshold",
         "label_delimiter": "a row has one label",
     }
-    folding = (1.0, 0.0)  # scale and offset folded into the head at export
-    initial_bias: ClassVar[tuple[float, ...]] = ()  # of a new head; empty for zeros
 
     @property
     def label_dtype(self) -> type:
@@ -417,16 +423,12 @@ class _ScriptedAnswer(nn.Module):
 class MultiLabel(_Common):
     """A text has any number of labels, even none: sigmoid and binary cross-entropy per label, micro and macro F1.
 
-    `SingleLabel` documents the methods.
+    `SingleLabel` documents the methods. A new head's biases are the logits of the best constant answer: with zeros, the
+    first steps move all texts' features in one direction, because most labels are rare. On GoEmotions' 28 labels,
+    training collapsed.
     """
 
-    label_names: list[str]
-    label_ids: dict[str, int] | None = None
-    thresholds: tuple[float, ...] = ()  # a text has the labels whose probability reaches theirs; empty for 0.5
     positive_weights: torch.Tensor | None = None  # fp32 [labels], factors on the loss of a text's own labels
-    # Of a new head: the logits of the best constant answer. With zeros, the first steps move all texts' features in one
-    # direction, because most labels are rare: on GoEmotions' 28 labels, training collapsed.
-    initial_bias: tuple[float, ...] = ()
     delimiter: str | None = None  # separates the labels in a cell; None for `,`, `;` and `|`
 
     problem_type = "multi_label_classification"
@@ -444,7 +446,6 @@ class MultiLabel(_Common):
         "abstain_below": "a text may have no label: raise the thresholds with --threshold-for in training",
         "glue_submission": "SST-2 has one label per text",
     }
-    folding = (1.0, 0.0)
 
     @classmethod
     def from_labels(
@@ -689,15 +690,11 @@ class Regression(_Common):
     documents the methods; its probabilities are scores here, [rows, 1].
     """
 
-    label_names: list[str]
     label_mean: float = 0.0  # of the training scores, like their std; 0 and 1 for an exported model
     label_std: float = 1.0
-    label_ids: dict[str, int] | None = None  # unused, as are thresholds
-    thresholds: tuple[float, ...] = ()
 
     problem_type = "regression"
     option = "regression"
-    may_be_empty = False
     label_dtype = np.float32
     best_metric = "spearman"
     best_by_choices = ("spearman", "pearson", "rmse", "mae", "loss")
@@ -714,10 +711,9 @@ class Regression(_Common):
         **dict.fromkeys(("glue_submission", "threshold_for"), _NO_PROBABILITIES),
         "label_delimiter": "a row has one score",
     }
-    initial_bias: ClassVar[tuple[float, ...]] = ()
 
     @property
-    def folding(self) -> tuple[float, float]:
+    def output_scale(self) -> tuple[float, float]:
         return self.label_std, self.label_mean
 
     @classmethod

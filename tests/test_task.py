@@ -29,7 +29,7 @@ LOGITS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 
 
 def task(weights: torch.Tensor | None = None, smoothing: float = 0.0) -> SingleLabel:
-    return SingleLabel(["a", "b", "c"], smoothing, weights)
+    return SingleLabel(["a", "b", "c"], label_smoothing=smoothing, class_weights=weights)
 
 
 def class_weights(given: str | None, labels: np.ndarray) -> torch.Tensor | None:
@@ -376,7 +376,7 @@ def test_a_weight_of_2_is_the_row_twice_and_the_baseline_the_least_constant_loss
 
 def test_hard_labels_are_soft_ones_of_certainty() -> None:
     labels = GENERATOR.randint(0, 5, 50)
-    hard = SingleLabel(NAMES, 0.1, torch.tensor([1.0, 2, 3, 4, 5]))
+    hard = SingleLabel(NAMES, label_smoothing=0.1, class_weights=torch.tensor([1.0, 2, 3, 4, 5]))
     logits, soft = torch.randn(50, 5), np.eye(5, dtype=np.float32)[labels]
     sides, probabilities = ((hard, labels), (replace(hard, is_soft=True), soft)), logits.softmax(1).numpy()
     torch.testing.assert_close(*(task.loss(logits, torch.from_numpy(each)) for task, each in sides))

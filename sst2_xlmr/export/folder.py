@@ -232,6 +232,6 @@ def export_run(
         rows |= {f"{kind} left out of {name}": count for kind, count in split.dropped.items()}
     own = {name: metrics for name, metrics in evaluations.items() if name in rows}
     card = card_text(config, task, state, rows, own, is_best=folder.name == "best")
-    factor, offset = task.folding
+    factor, offset = task.output_scale
     temperature = (state.temperature if config.calibrate else 1.0) / factor
     write_folder(folder, weights, described, card, temperature, offset, background_writer.submit)
