@@ -54,7 +54,7 @@ def write_peer_inputs(words: list[str], folder: Path) -> tuple[dict[str, Any], T
         UserError: if the Trainer cannot do what they say.
     """
     config, _ = parse_args([*words, "--output-dir", str(folder / "unused")])
-    inputs = prepare(config, quiet=True)
+    inputs = prepare(config)
     config = inputs.config
     if not Path(config.encoder).is_dir():
         raise UserError(f"--peer needs an encoder in a folder that transformers opens, not {config.encoder}")

@@ -15,13 +15,12 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.rows import Columns, Inspection, Row, columns_for, read_rows
 from sst2_xlmr.data.splits import DEFAULT_SHARE, MOST_ROWS, find_files, stratified_sample
-from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
+from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_files
 from sst2_xlmr.labels import MISSING
 from sst2_xlmr.model import encoders
 from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task, check_options, task_kind
-from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
 
@@ -107,7 +106,7 @@ class Inputs:
         }
 
 
-def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, dict[str, Split]]:
+def inspect_splits(config: Config, quiet: bool = False) -> tuple[Task, dict[str, Split]]:
     """Find and read all files; UserError for a label that is no class, or an unusable row without `--drop-unusable`."""
     files, notes = find_files(config, quiet)
     splits: dict[str, Split] = {}
@@ -117,7 +116,7 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
         if name != "train":
             columns = replace(columns, classes=tuple(labels) if all(map(str.isdecimal, labels)) else ())
         try:
-            inspections = [inspected(file, columns, cache_dir) for file in paths]
+            inspections = [inspected(file, columns) for file in paths]
         except UserError as error:
             if name == "train" or not error.column_option:
                 raise
@@ -163,27 +162,21 @@ def check_sizes(config: Config, shape: encoders.EncoderShape) -> None:
         raise UserError(f"--layers {config.layers}: {config.encoder} has {shape.layers} layers")
 
 
-def prepare(config: Config, quiet: bool) -> Inputs:
+def prepare(config: Config, quiet: bool = False) -> Inputs:
     """Fetch and tokenize the run's inputs, reusing downloads and token caches."""
-    cache_dir = downloads.cache_dir() / "tokens"
-    task, splits = inspect_splits(config, cache_dir, quiet)
+    task, splits = inspect_splits(config, quiet)
     if config.encoder in encoders.BUNDLE_SHAPES:  # check before the download
         check_sizes(config, encoders.BUNDLE_SHAPES[config.encoder])
     encoder = encoders.find_encoder(config.encoder, quiet)
     check_sizes(config, encoder.shape)
     if config.layers:
         encoder = encoders.lowest_layers(encoder, config.layers)
+    how = encoder.tokenizer_file, config.max_length, long_texts_of(config)
     load = functools.lru_cache(maxsize=1)(Tokenizer)
-    tokenize = functools.partial(
-        tokenize_file,
-        tokenizer_file=encoder.tokenizer_file,
-        task=task,
-        max_length=config.max_length,
-        cache_dir=cache_dir,
-        load=load,
-        long_texts=long_texts_of(config),
-    )
-    caches = {name: tokenize(split.files, columns=split.columns) for name, split in splits.items() if split.is_labelled}
+    caches = {}
+    for name, split in splits.items():
+        if split.is_labelled:
+            caches[name] = tokenize_files(split.files, how, split.columns, task, load)
     train = caches["train"]
     encoders.check_tokenizer(encoder, train.vocab_size)
     is_kept = np.ones(len(train), bool)  # [rows], whether to train on a row

@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,10 @@ from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.rows import Inspection, Row, in_chunks, inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
-from sst2_xlmr.model.tokenizer import CUT, LongTexts, Tokenizer, window_starts
+from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer, window_starts
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task
+from sst2_xlmr.util import downloads
 from sst2_xlmr.util.cores import available_cores
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
@@ -81,33 +82,30 @@ class TokenCache:
         )
 
 
-def tokenize_file(
-    paths: Path | Sequence[Path],
-    tokenizer_file: Path,
+def tokenize_files(
+    paths: list[Path],
+    how: tuple[Path, int, LongTexts],
     columns: Columns,
     task: Task,
-    max_length: int,
-    cache_dir: Path,
     load: Callable[[Path, int, LongTexts], Tokenizer] = Tokenizer,
-    long_texts: LongTexts = CUT,
 ) -> TokenCache:
-    """Return the token cache of a file, or of several as if they were concatenated, with texts cut to `max_length`.
+    """Return the token cache of one or more files, as if they were concatenated.
 
-    It is computed on the first call with this content, with the tokenizer that `load` returns, and then read from disk;
-    all parameters except `cache_dir` and `load` are part of the cache key. UserError for a bad row (see
-    `rows.read_rows`), a file that changes while it is read, or a cache folder that is not writable.
+    It is computed on the first call with this content, with the tokenizer that `load` returns for `how` (its file,
+    maximum length, long texts), and then read from disk; all parameters except `load` are part of the cache key.
+    UserError for a bad row (see `rows.read_rows`), a file that changes while it is read, or a cache folder that is not
+    writable.
     """
-    paths = [paths] if isinstance(paths, Path) else list(paths)
-    digest = tokenizer_digest(tokenizer_file)
-    further = (digest, max_length, long_texts, task.problem_type, dataclasses.replace(task, thresholds=()))
+    tokenizer_file, *settings = how
+    of_labels = task.problem_type, dataclasses.replace(task, thresholds=())
 
     def write(folder: Path) -> None:
-        _write_cache(folder, paths, load(tokenizer_file, max_length, long_texts), columns, task)
+        _write_cache(folder, paths, load(*how), columns, task)
 
-    return _cached(cache_dir, paths, (columns, *further), write, _open_cache)
+    return _cached(paths, (columns, tokenizer_digest(tokenizer_file), settings, of_labels), write, _open_cache)
 
 
-def inspected(path: Path, columns: Columns, cache_dir: Path) -> Inspection:
+def inspected(path: Path, columns: Columns) -> Inspection:
     """Return `inspect(path, columns)`, from the cache if the file has not changed."""
 
     def write(folder: Path) -> None:
@@ -117,7 +115,7 @@ def inspected(path: Path, columns: Columns, cache_dir: Path) -> Inspection:
         stored = json.loads((folder / "inspection.json").read_text(encoding="utf-8"))
         return Inspection(**{**stored, "layout": Layout(*stored["layout"]), "digest": digest})
 
-    return _cached(cache_dir, [path], (columns, True), write, read)
+    return _cached([path], columns, write, read)
 
 
 @functools.cache
@@ -129,9 +127,7 @@ def _code_digest() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _cached(
-    cache_dir: Path, paths: list[Path], depends_on: Any, write: Callable[[Path], None], read: Callable[[Path, str], Any]
-) -> Any:
+def _cached(paths: list[Path], depends_on: Any, write: Callable[[Path], None], read: Callable[[Path, str], Any]) -> Any:
     """Return `read(folder, digest)` for a folder of the cache, which `write(folder)` fills if it is missing or damaged.
 
     The folder's name is a hash of the files and `depends_on`.
@@ -140,6 +136,7 @@ def _cached(
     digest = digests[0] if len(paths) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     suffixes = [path.suffixes[-2:] for path in paths]  # the format may depend on them
     key = json.dumps([_code_digest(), digest, suffixes, depends_on], default=dataclasses.astuple)
+    cache_dir = downloads.cache_dir() / "tokens"
     folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
     is_there = folder.exists()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is missing or damaged

@@ -31,7 +31,6 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, words_for, write_rows
 from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import check_options, main_metric
-from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of, digest_of_input, read_json, write_text
 
@@ -50,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     plan.baseline = [*words, *split_words("--labelled", plan.labelled)]
     checked_config(plan.baseline, plan.output_dir, "--seed", "--dev-share")
     plan.config = config = checked_config(words, plan.output_dir)
-    plan.task, splits = inspect_splits(config, downloads.cache_dir() / "tokens", quiet=True)
+    plan.task, splits = inspect_splits(config)
     plan.rows = {name: [row for _, row in split.rows(plan.task)] for name, split in splits.items() if split.is_labelled}
     files = plan.output_dir / "files"
     plan.evaluated = {name: files / f"{name.replace('/', '-')}.jsonl" for name in plan.rows if name != "train"}

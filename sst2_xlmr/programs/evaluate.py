@@ -18,7 +18,7 @@ from sst2_xlmr.config import named_files
 from sst2_xlmr.data.prepare import Split
 from sst2_xlmr.data.report import description, left_out_of
 from sst2_xlmr.data.rows import check_pairs, columns_for
-from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
+from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_files
 from sst2_xlmr.evaluation.calibration import calibrate, describe_calibration
 from sst2_xlmr.evaluation.compare import check_comparison
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
@@ -32,7 +32,6 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.report.tables import aligned, comparison_table, evaluation_table
 from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, open_events
 from sst2_xlmr.task import Task, at_temperature, check_options
-from sst2_xlmr.util import downloads
 from sst2_xlmr.util.device import keep_freed_memory, memory_errors
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, print_text
@@ -120,7 +119,7 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
 
 def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[Task, dict[str, Split], Caches]:
     """Check and tokenize all files; returns the task that reads their labels, and by name their splits and caches."""
-    task, tokenizer, cache_dir = classifier.task, classifier.tokenizer, downloads.cache_dir() / "tokens"
+    task, tokenizer = classifier.task, classifier.tokenizer
     files, splits, caches = arguments.files, {}, {}
     for name, file in files.items():
         given = columns_for(arguments, name)
@@ -129,7 +128,7 @@ def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[T
         splits[name] = Split([file], columns, [])
     check_options(task, arguments)
     for split in splits.values():
-        split.inspections.append(inspected(split.files[0], split.columns, cache_dir))
+        split.inspections.append(inspected(split.files[0], split.columns))
     label_ids: dict[str, int] = {}
     if label_names := getattr(arguments, "label_names", None):
         labels = [label for split in splits.values() for label in split.inspections[0].labels]
@@ -144,9 +143,9 @@ def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[T
         notes = description(file, inspection.layout, columns, inspection.rows), left_out_of(left_out)
         for note in filter(None, notes):
             print(f"read as    {note}", file=sys.stderr)
-    how = task, tokenizer.max_length, cache_dir, lambda *_: tokenizer, tokenizer.long_texts
+    how = tokenizer.file, tokenizer.max_length, tokenizer.long_texts
     for name, split in splits.items():
-        caches[name] = tokenize_file(split.files, tokenizer.file, split.columns, *how)
+        caches[name] = tokenize_files(split.files, how, split.columns, task, lambda *_: tokenizer)
     return task, splits, caches
 
 

@@ -34,7 +34,6 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, words_for, write_rows
 from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import Task, main_metric
-from sst2_xlmr.util import downloads
 from sst2_xlmr.util.device import choose_device
 from sst2_xlmr.util.errors import UserError
 
@@ -67,7 +66,7 @@ def linear_probe(config: Config) -> float:
 
     A cheap baseline, which shows what fine-tuning adds.
     """
-    inputs, device = prepare(config, quiet=True), choose_device(config.device)
+    inputs, device = prepare(config), choose_device(config.device)
     classifier, _ = build_classifier(inputs.encoder, inputs.task)
     for name in ("dense", "out"):
         setattr(classifier.head, name, nn.Identity())
@@ -114,9 +113,9 @@ def divide(config: Config, folds: int) -> tuple[Config, Task, FileRows, np.ndarr
     if config.dev_file or config.dev_share or config.eval_file:
         options = "--dev-file, --dev-share and --eval-file"
         raise UserError(f"--folds evaluates on parts of the training rows; leave out {options}")
-    files = [str(file) for file in find_files(config, quiet=False)[0]["train"]]
+    files = [str(file) for file in find_files(config)[0]["train"]]
     of_rows = dataclasses.replace(config, data_dir=None, train_file=files, test_file=[])
-    task, splits = inspect_splits(of_rows, downloads.cache_dir() / "tokens", quiet=True)
+    task, splits = inspect_splits(of_rows)
     rows = list(splits["train"].rows(task))
     texts, pairs, labels, *_ = zip(*(row for _, row in rows))
     strata = task.strata(np.asarray(labels, task.label_dtype))

@@ -19,15 +19,22 @@ from sst2_xlmr.data import token_cache
 from sst2_xlmr.data.batches import Batch, BatchLoader, dropout_keys, rows_in_training_order, select_rows
 from sst2_xlmr.data.rows import inspect, read_rows
 from sst2_xlmr.data.sniff import Columns
-from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
-from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
+from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_files
+from sst2_xlmr.model.tokenizer import CUT, LongTexts, Tokenizer
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.util.distributed import World
 
 TASK = SingleLabel(SST2_NAMES)
 
 
-def test_tokenized_once_and_right(cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+@pytest.fixture(autouse=True)
+def tokens(tmp_path: Path, monkeypatch: Patch) -> Path:
+    """The folder of this test's token caches."""
+    monkeypatch.setenv("SST2_XLMR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/tokens"
+
+
+def test_tokenized_once_and_right(cache: TokenCache, tiny_encoder: Path, monkeypatch: Patch) -> None:
     tokenizer = Tokenizer(tiny_encoder / "sentencepiece.bpe.model", 20)
     texts, _, labels, *_ = zip(*read_rows(SAMPLE_DATA / "train.tsv", Columns(), TASK))
     ids, lengths = tokenizer.flat_ids(list(texts))
@@ -37,14 +44,15 @@ def test_tokenized_once_and_right(cache: TokenCache, tiny_encoder: Path, tmp_pat
     assert len(cache.truncated_rows) == sum(map(tokenizer.is_longer, texts)) > 0
     assert cache.distinct_ids.tolist() == sorted(set(ids.tolist()))
     monkeypatch.setattr(token_cache, "_write_cache", lambda *_: pytest.fail("tokenized again"))
-    assert tokenize_sample(tiny_encoder, tmp_path / "cache").ids.tolist() == ids.tolist()
+    assert tokenize_sample(tiny_encoder).ids.tolist() == ids.tolist()
 
 
 def test_chunks_change_nothing(cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(token_cache, "_CHUNK_ROWS", 7)
     monkeypatch.setattr(data, "_CHUNK_CHARACTERS", 300)
-    other = tokenize_sample(tiny_encoder, tmp_path / "other")
-    [folder], [other_folder] = (list((tmp_path / name).iterdir()) for name in ("cache", "other"))
+    monkeypatch.setenv("SST2_XLMR_CACHE", str(tmp_path / "other"))
+    other = tokenize_sample(tiny_encoder)
+    [folder], [other_folder] = (list((tmp_path / name / "tokens").iterdir()) for name in ("cache", "other"))
     assert len(other) == len(cache) > 21
     for file in folder.iterdir():
         assert file.read_bytes() == (other_folder / file.name).read_bytes(), file.name
@@ -70,30 +78,33 @@ def test_whatever_changes_the_ids_makes_a_new_cache(tiny_encoder: Path, tmp_path
     file, tokenizer_file = tmp_path / "train.tsv", tmp_path / "sentencepiece.bpe.model"
     file.write_text("sentence\tother\tlabel\tstars\na fine film about nothing\ta plot\t1\t0\n")
     shutil.copy(tiny_encoder / "sentencepiece.bpe.model", tokenizer_file)
-    fixed: dict[str, Any] = {"columns": Columns(), "task": TASK, "max_length": 20}
-    fixed.update(tokenizer_file=tokenizer_file, cache_dir=tmp_path / "cache")
-    before = tokenize_file(file, **fixed)
+
+    def tokenized(max_length: int = 20, long_texts: LongTexts = CUT, **other: Any) -> TokenCache:
+        how = tokenizer_file, max_length, long_texts
+        return tokenize_files([file], how, **{"columns": Columns(), "task": TASK, **other})
+
+    before = tokenized()
     if not change:  # the same size, one piece another
         tokenizer_file.write_bytes(tokenizer_file.read_bytes().replace("\u2581film".encode(), "\u2581mlif".encode()))
-    after = tokenize_file(file, **{**fixed, **change})
+    after = tokenized(**change)
     assert (before.ids.tolist(), before.labels.tolist()) != (after.ids.tolist(), after.labels.tolist())
     file.write_text(file.read_text().replace("fine", "poor"))
-    assert tokenize_file(file, **{**fixed, **change}).digest != after.digest
+    assert tokenized(**change).digest != after.digest
 
 
-def test_a_file_is_inspected_once(tmp_path: Path, monkeypatch: Patch) -> None:
-    file, cache_dir = tmp_path / "train.tsv", tmp_path / "cache"
+def test_a_file_is_inspected_once(tokens: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    file = tmp_path / "train.tsv"
     file.write_text("sentence\tlabel\tstars\nx\tgood\t1\ny\tbad\t2\n")
 
     def labels(**columns: Any) -> dict[str, list[int]]:
-        return inspected(file, Columns(**columns), cache_dir).labels
+        return inspected(file, Columns(**columns)).labels
 
     assert labels() == {"good": [1, 2], "bad": [1, 3]}
     assert list(labels(label="stars")) == ["1", "2"]
     again = inspect(file, Columns(label="stars"))
     monkeypatch.setattr(token_cache, "inspect", lambda *_: again)
     assert list(labels()) == ["good", "bad"]
-    for damaged in cache_dir.glob("*/*.json"):
+    for damaged in tokens.glob("*/*.json"):
         damaged.write_text("{")
     assert list(labels()) == ["1", "2"]
     file.write_text("sentence\tlabel\nx\tgood\n")
@@ -104,8 +115,8 @@ def test_several_files_are_one_and_a_part_is_as_if_alone(tiny_encoder: Path, tmp
     texts, files = ["a fine film", "poor " * 30, "so so", "a film"], [tmp_path / "a.tsv", tmp_path / "b.tsv"]
     for number, file in enumerate(files):
         file.write_text("text\tlabel\n" + "".join(f"{text} {number}\t{i % 2}\n" for i, text in enumerate(texts)))
-    parameters = (tiny_encoder / "sentencepiece.bpe.model", Columns(), TASK, 20, tmp_path / "cache")
-    both, second = tokenize_file(files, *parameters), tokenize_file(files[1], *parameters)
+    parameters = ((tiny_encoder / "sentencepiece.bpe.model", 20, CUT), Columns(), TASK)
+    both, second = tokenize_files(files, *parameters), tokenize_files(files[1:], *parameters)
     assert (len(both), both.rows_of_files, len(both.truncated_rows)) == (8, [4, 4], 2)
     part = both.part(np.arange(4, 8))
     assert part.ids.tolist() == second.ids.tolist()
@@ -116,35 +127,38 @@ def test_several_files_are_one_and_a_part_is_as_if_alone(tiny_encoder: Path, tmp
 
 @pytest.mark.parametrize("name", ["ids.bin", "offsets.npy", "labels.npy", "distinct_ids.npy", "manifest.json"])
 @pytest.mark.parametrize("how", ["truncated", "flipped", "deleted"])
-def test_damaged_cache_is_made_anew(cache: TokenCache, tiny_encoder: Path, tmp_path: Path, name: str, how: str) -> None:
+def test_damaged_cache_is_made_anew(cache: TokenCache, tiny_encoder: Path, tokens: Path, name: str, how: str) -> None:
     expected = cache.ids.tolist()
-    [folder] = (tmp_path / "cache").iterdir()
+    [folder] = tokens.iterdir()
     content = bytearray((folder / name).read_bytes())
     content[9] ^= 1
     (folder / name).unlink()  # the first cache has it mapped
     if how != "deleted":
         (folder / name).write_bytes(content if how == "flipped" else content[:-4])
-    assert tokenize_sample(tiny_encoder, tmp_path / "cache").ids.tolist() == expected
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
+    assert tokenize_sample(tiny_encoder).ids.tolist() == expected
+    assert [entry.name for entry in tokens.iterdir()] == [folder.name]
 
 
-def test_a_bad_row_leaves_no_cache_and_one_that_cannot_be_written_is_named(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_a_bad_row_leaves_no_cache_and_one_that_cannot_be_written_is_named(
+    tiny_encoder: Path, tokens: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
     file = tmp_path / "train.tsv"
     file.write_text("sentence\tlabel\nfine\t1\nbad\t7\n")
-    tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
-    assert "line 3" in refusal(tokenize_file, file, tokenizer_file, Columns(), TASK, 64, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-    assert "SST2_XLMR_CACHE" in refusal(tokenize_sample, tiny_encoder, file / "cache")
+    how = tiny_encoder / "sentencepiece.bpe.model", 64, CUT
+    assert "line 3" in refusal(tokenize_files, [file], how, Columns(), TASK)
+    assert list(tokens.iterdir()) == []
+    monkeypatch.setenv("SST2_XLMR_CACHE", str(file / "cache"))
+    assert "SST2_XLMR_CACHE" in refusal(tokenize_sample, tiny_encoder)
 
 
-def test_a_file_that_changes_meanwhile_is_not_cached(tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_file_that_changes_meanwhile_is_not_cached(tiny_encoder: Path, tokens: Path, monkeypatch: Patch) -> None:
     """What is found under a digest later is what has that digest."""
-    cache_dir, digests = tmp_path / "cache", map(str, itertools.count())
+    digests = map(str, itertools.count())
     monkeypatch.setattr(token_cache, "source_digest", lambda _: next(digests))
-    assert "train.tsv changed while it was being read" in refusal(tokenize_sample, tiny_encoder, cache_dir)
-    line = refusal(inspected, SAMPLE_DATA / "train.tsv", Columns(), cache_dir)
+    assert "train.tsv changed while it was being read" in refusal(tokenize_sample, tiny_encoder)
+    line = refusal(inspected, SAMPLE_DATA / "train.tsv", Columns())
     assert "train.tsv changed while it was being read" in line
-    assert list(cache_dir.iterdir()) == []
+    assert list(tokens.iterdir()) == []
 
 
 LENGTHS = np.random.RandomState(0).randint(3, 60, 1003)

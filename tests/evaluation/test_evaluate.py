@@ -36,8 +36,8 @@ TASK = SingleLabel(SST2_NAMES)
 
 
 @pytest.fixture
-def dev(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
-    return tokenize_sample(tiny_encoder, tmp_path, "dev", 64)
+def dev(tiny_encoder: Path) -> TokenCache:
+    return tokenize_sample(tiny_encoder, "dev", 64)
 
 
 @pytest.fixture

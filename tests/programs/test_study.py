@@ -76,7 +76,7 @@ def test_settings_and_seeds_are_run_once_and_summed_up(common: Words, tmp_path: 
 def test_the_linear_probe_is_scikit_learns_logistic_regression(common: Words, tiny_encoder: Path) -> None:
     config, _ = parse_args(common("--eval-batch-tokens", 100))
     model, _ = build_classifier(find_encoder(str(tiny_encoder)), SingleLabel(["a", "b"]))
-    inputs = prepare(config, quiet=True)
+    inputs = prepare(config)
     features, labels = {}, {}
     for name, cache in inputs.caches.items():
         places = zip(cache.offsets, cache.offsets[1:])

@@ -337,7 +337,7 @@ def test_the_header_says_what_was_decided(
 ) -> None:
     options = ["--precision", precision, "--epochs", 1.5]
     config, _ = parse_args(train_options(tiny_encoder, small_data, tmp_path / "run", *options))
-    inputs = prepare(config, quiet=True)
+    inputs = prepare(config)
     state, world, rows = TrainState(7, decided, 4), ALONE, inputs.encoder.shape.vocab_size
     weights = {EMBEDDING: torch.empty(rows - 100, 32), "big": torch.empty(1000, 1000), "head": torch.empty(1000, 100)}
     moments = {f"{kind}.head": weights["head"] for kind in ("exp_avg", "exp_avg_sq")}
