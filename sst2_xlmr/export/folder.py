@@ -227,7 +227,7 @@ def export_run(
         long_texts=long_texts_of(config),
         thresholds=task.thresholds,
     )
-    rows = {**{split: len(cache) for split, cache in inputs.caches.items()}, "train": len(inputs.train_labels)}
+    rows = {split: len(cache) for split, cache in inputs.caches.items()}
     for name, split in inputs.splits.items():
         rows |= {f"{kind} left out of {name}": count for kind, count in split.dropped.items()}
     own = {name: metrics for name, metrics in evaluations.items() if name in rows}

@@ -74,19 +74,18 @@ def linear_probe(config: Config) -> float:
 
     def features_of(cache: TokenCache, rows: np.ndarray) -> torch.Tensor:
         """Return the features of some rows, in ascending order, fp32 [rows, hidden], on the CPU."""
-        order = [rows[batch] for batch in length_sorted_batches(cache.lengths()[rows], config.eval_batch_tokens)]
-        compute = functools.partial(logits_of, model, cache.ids, cache.offsets, device=device)
+        order = [rows[batch] for batch in length_sorted_batches(cache.lengths[rows], config.eval_batch_tokens)]
+        compute = functools.partial(logits_of, model, cache.ids, cache.starts, cache.lengths, device=device)
         features = torch.cat([part.cpu() for part in on_all_cores(compute, order, device)])
         return features[torch.from_numpy(np.argsort(np.concatenate(order)))]
 
     train, dev = inputs.caches["train"], inputs.caches["dev"]
-    usable = np.arange(len(train)) if inputs.train_rows is None else inputs.train_rows
-    rows = np.sort(np.random.RandomState(config.seed).permutation(usable)[:MOST_ROWS])
+    rows = np.sort(np.random.RandomState(config.seed).permutation(len(train))[:MOST_ROWS])
     features = features_of(train, rows)
     mean, deviation = features.mean(0), features.std(0) + 1e-6
     features, labels = (features - mean) / deviation, torch.from_numpy(train.labels[rows])
     weights = torch.ones(len(rows)) if train.weights is None else torch.from_numpy(train.weights[rows])
-    task = inputs.task.for_training(config, inputs.train_labels, inputs.train_weights, torch.device("cpu"))
+    task = inputs.task.for_training(config, train.labels, train.weights, torch.device("cpu"))
     layer = nn.Linear(features.shape[1], task.outputs)
     nn.init.zeros_(layer.weight)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")

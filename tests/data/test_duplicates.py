@@ -148,7 +148,7 @@ def test_dev_is_cut_off_where_there_is_none_or_a_share_is_given(
     assert len(more.caches["dev"]) == 15
     (small_data / "dev.tsv").unlink()
     inputs = prepare(parse_args(words)[0])
-    rows, rest = inputs.splits["dev"].source_rows, inputs.train_rows
+    rows, rest = (inputs.splits[split].source_rows for split in ("dev", "train"))
     assert rows is not None and rest is not None
     assert sorted([*rows.tolist(), *rest.tolist()]) == list(range(50))
     lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()

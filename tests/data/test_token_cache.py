@@ -39,9 +39,11 @@ def test_tokenized_once_and_right(cache: TokenCache, tiny_encoder: Path, monkeyp
     texts, _, labels, *_ = zip(*read_rows(SAMPLE_DATA / "train.tsv", Columns(), TASK))
     ids, lengths = tokenizer.flat_ids(list(texts))
     assert cache.labels.tolist() == list(labels)
-    assert cache.lengths().tolist() == lengths.tolist() == np.diff(cache.offsets).tolist()
+    assert cache.lengths.tolist() == lengths.tolist()
+    assert cache.starts.tolist() == [0, *np.cumsum(lengths)[:-1]]
     assert cache.ids.tolist() == ids.tolist()
-    assert len(cache.truncated_rows) == sum(map(tokenizer.is_longer, texts)) > 0
+    assert cache.is_cut.tolist() == list(map(tokenizer.is_longer, texts))
+    assert cache.is_cut.any()
     assert cache.distinct_ids.tolist() == sorted(set(ids.tolist()))
     monkeypatch.setattr(token_cache, "_write_cache", lambda *_: pytest.fail("tokenized again"))
     assert tokenize_sample(tiny_encoder).ids.tolist() == ids.tolist()
@@ -117,15 +119,16 @@ def test_several_files_are_one_and_a_part_is_as_if_alone(tiny_encoder: Path, tmp
         file.write_text("text\tlabel\n" + "".join(f"{text} {number}\t{i % 2}\n" for i, text in enumerate(texts)))
     parameters = ((tiny_encoder / "sentencepiece.bpe.model", 20, CUT), Columns(), TASK)
     both, second = tokenize_files(files, *parameters), tokenize_files(files[1:], *parameters)
-    assert (len(both), both.rows_of_files, len(both.truncated_rows)) == (8, [4, 4], 2)
-    part = both.part(np.arange(4, 8))
-    assert part.ids.tolist() == second.ids.tolist()
-    assert part.offsets.tolist() == second.offsets.tolist()
-    assert part.text_digests.tolist() == second.text_digests.tolist()
-    assert part.truncated_rows.tolist() == second.truncated_rows.tolist() == [1]
+    assert (len(both), both.rows_of_files, int(both.is_cut.sum())) == (8, [4, 4], 2)
+    part, rows = both.part(np.arange(4, 8)), np.array([3, 0, 2])
+    ids, expected = (select_rows(cache.ids, cache.starts, cache.lengths, rows) for cache in (part, second))
+    assert [each.tolist() for each in ids] == [each.tolist() for each in expected]
+    for name in ("labels", "text_digests", "lines", "is_cut"):
+        assert getattr(part, name).tolist() == getattr(second, name).tolist(), name
+    assert part.is_cut.tolist() == [False, True, False, False]
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "offsets.npy", "labels.npy", "distinct_ids.npy", "manifest.json"])
+@pytest.mark.parametrize("name", ["ids.bin", "starts.npy", "labels.npy", "distinct_ids.npy", "manifest.json"])
 @pytest.mark.parametrize("how", ["truncated", "flipped", "deleted"])
 def test_damaged_cache_is_made_anew(cache: TokenCache, tiny_encoder: Path, tokens: Path, name: str, how: str) -> None:
     expected = cache.ids.tolist()
@@ -196,7 +199,7 @@ def test_ranks_share_every_global_batch(cache: TokenCache, world_size: int, micr
     """Row i of a batch belongs to rank i % W; all ranks have as many micro-batches, some perhaps without weight."""
     config = Config(batch_size=16, seed=5, micro_batch_size=micro_batch_size)
     worlds = [world_of(rank, world_size) for rank in range(world_size)]
-    loaders = [BatchLoader(cache, cache.lengths(), None, config, world) for world in worlds]
+    loaders = [BatchLoader(cache, config, world) for world in worlds]
     for rows in (np.arange(40, 56), np.arange(7, 8), np.array([9, 3, 5, 11, 2])):
         ranks = [loader[2, rows] for loader in loaders]
         size = micro_batch_size or 99
@@ -213,7 +216,7 @@ def test_ranks_share_every_global_batch(cache: TokenCache, world_size: int, micr
 
 
 def check_batches(batches: list[Batch], cache: TokenCache, rows: np.ndarray, seed: int, epoch: int) -> None:
-    ids, lengths = select_rows(cache.ids, cache.offsets, rows)
+    ids, lengths = select_rows(cache.ids, cache.starts, cache.lengths, rows)
     expected = (ids, lengths, torch.from_numpy(cache.labels[rows]), torch.from_numpy(dropout_keys(rows, seed, epoch)))
     for part, whole in zip(zip(*(batch[:4] for batch in batches)), expected):
         assert torch.cat(part).tolist() == whole.tolist()
@@ -221,18 +224,10 @@ def check_batches(batches: list[Batch], cache: TokenCache, rows: np.ndarray, see
         assert len(batch.ids) == int(batch.lengths.sum())
 
 
-def test_only_some_rows_of_the_file_are_trained_on_and_keep_their_numbers(cache: TokenCache) -> None:
-    rows = np.arange(3, 1003, 2)
-    loader = BatchLoader(cache, LENGTHS[rows], rows, Config(batch_size=8), world_of(0, 1))
-    whole, rest = ([batch.tolist() for batch in loader.global_batches(2, first)] for first in (0, 50))
-    assert sorted(itertools.chain(*whole)) == rows.tolist()
-    assert rest == whole[50:]
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loader_goes_on_into_the_next_epoch_and_draws_nothing(cache: TokenCache, num_workers: int) -> None:
     config = Config(batch_size=30, micro_batch_size=8, num_workers=num_workers, seed=5)
-    loader = BatchLoader(cache, cache.lengths(), None, config, world_of(1, 2))
+    loader = BatchLoader(cache, config, world_of(1, 2))
     state = torch.get_rng_state()
     served = list(itertools.islice(loader.starting_at(0, len(loader) - 2), 5))
     assert torch.equal(torch.get_rng_state(), state)
