@@ -71,7 +71,9 @@ def test_predict_evaluate_and_python_agree(trained: Path, tmp_path: Path) -> Non
         predict.main(["--model", str(model), "--input", str(dev), "--output", str(tmp_path / name)])
     written = json_lines(tmp_path / "a.jsonl")
     in_table = list(csv.DictReader((tmp_path / "a.csv").open(newline="")))
-    evaluate.main(["--model", str(model), "--file", str(dev), "--precision", "fp32", "--json", str(tmp_path / "a.json")])
+    evaluate.main(
+        ["--model", str(model), "--file", str(dev), "--precision", "fp32", "--json", str(tmp_path / "a.json")]
+    )
     found = json.loads((tmp_path / "a.json").read_text())["files"]["dev"]
     logged = [line for line in metrics(trained) if line.get("split") == "dev"][-1]
     if isinstance(answers[0], list):
