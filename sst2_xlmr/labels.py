@@ -70,9 +70,9 @@ def _quoted(value: object) -> str:
 def split_labels(text: str, delimiter: str | None = None, known: Iterable[str] = ()) -> LabelValues | str:
     """Return the labels in a cell, or the cell's text if it is a single label.
 
-    The cell is JSON, or what Python or NumPy print: an object maps labels to numbers; a list holds the labels, or one
-    number per label (floats, or repeated 0 and 1). Any other text is split at the delimiter (default: `,`, `;` and
-    `|`), unless it is one of the `known` labels.
+    The cell is JSON, or what Python or NumPy print: an object maps labels to numbers; a list of floats, or one in which
+    a value repeats, has one number per label; any other list holds the labels. Any other text is split at the delimiter
+    (default: `,`, `;` and `|`), unless it is one of the `known` labels.
     """
     value: Any = text
     if text.startswith(("[", "{")):

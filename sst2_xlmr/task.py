@@ -169,7 +169,7 @@ class SingleLabel(_Common):
 
     @classmethod
     def from_labels(
-        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object
+        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, names_in_files: NamesInFiles, path: object
     ) -> Task:
         """Return the task for the training files' labels, given `all_labels` of all files; errors name the `path`."""
         values = [split_labels(text) for text in labels if text.startswith(("[", "{"))]
@@ -177,7 +177,7 @@ class SingleLabel(_Common):
             labels = dict.fromkeys((str(name) for value in values for name in value), (1, 1))
         if config.label_names and not any(label.isdecimal() for label in labels):
             labels = all_labels  # integers, if any, are in the other files
-        names, label_ids = _find_classes(config, labels, named, path, is_complete=is_soft)
+        names, label_ids = _find_classes(config, labels, names_in_files, path, is_complete=is_soft)
         return cls(names, label_ids=label_ids, is_soft=is_soft)
 
     @classmethod
@@ -449,7 +449,7 @@ class MultiLabel(_Common):
 
     @classmethod
     def from_labels(
-        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object
+        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, names_in_files: NamesInFiles, path: object
     ) -> Task:
         delimiter = config.label_delimiter
         single: dict[str, Sequence[int]] = {}
@@ -457,7 +457,7 @@ class MultiLabel(_Common):
             for label in _split(text, delimiter, config.label_names or ()):
                 single.setdefault(str(label), counts)
         is_complete = all(text.startswith("{") for text in labels)
-        return cls(*_find_classes(config, single, named, path, is_complete), delimiter=delimiter)
+        return cls(*_find_classes(config, single, names_in_files, path, is_complete), delimiter=delimiter)
 
     @classmethod
     def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
@@ -718,7 +718,7 @@ class Regression(_Common):
 
     @classmethod
     def from_labels(
-        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object
+        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, names_in_files: NamesInFiles, path: object
     ) -> Task:
         task = cls(["score"])
         for label, (_, line) in labels.items():
@@ -860,7 +860,7 @@ class Regression(_Common):
 Task = Union[SingleLabel, MultiLabel, Regression]
 TASKS: tuple[type[Task], ...] = (SingleLabel, MultiLabel, Regression)
 BY_TYPE = {kind.problem_type: kind for kind in TASKS}
-Named = Iterable[Sequence[str]]  # the names of labels 0, 1, ... that files themselves contain
+NamesInFiles = Iterable[Sequence[str]]  # the names of labels 0, 1, ... that files themselves contain
 
 
 def task_kind(config: Config, labels: Iterable[str]) -> type[Task]:
@@ -925,13 +925,13 @@ def _explicit_weights(weights: str | None) -> torch.Tensor | None:
 
 
 def _find_classes(
-    config: Config, labels: LabelCounts, named: Named, path: object, is_complete: bool
+    config: Config, labels: LabelCounts, names_in_files: NamesInFiles, path: object, is_complete: bool
 ) -> tuple[list[str], dict[str, int]]:
     """Return label names and `label_ids`; if `is_complete`, every row lists all labels in the order of their ids."""
     if config.label_names:
         return resolve_label_names(config.label_names, labels, path)
     names = list(labels) if is_complete else find_label_names(labels, path)
-    return names, {str(i): names.index(name) for each in named for i, name in enumerate(each) if name in names}
+    return names, {str(i): names.index(name) for each in names_in_files for i, name in enumerate(each) if name in names}
 
 
 def _split(text: str, delimiter: str | None, known: Iterable[str]) -> LabelValues:

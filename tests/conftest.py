@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from sst2_xlmr import labels, train
 from sst2_xlmr.data import rows as data
-from sst2_xlmr.data.sniff import Columns
+from sst2_xlmr.data.sniff import ReadOptions
 from sst2_xlmr.data.token_cache import TokenCache, tokenize_files
 from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.export.folder import write_folder
@@ -141,7 +141,7 @@ def run_export(*options: object) -> None:
 
 def tokenize_sample(encoder: Path, split: str = "train", max_length: int = 20) -> TokenCache:
     how = encoder / TOKENIZER_NAME, max_length, CUT
-    return tokenize_files([SAMPLE_DATA / f"{split}.tsv"], how, Columns(), SingleLabel(SST2_NAMES))
+    return tokenize_files([SAMPLE_DATA / f"{split}.tsv"], how, ReadOptions(), SingleLabel(SST2_NAMES))
 
 
 @pytest.fixture
@@ -256,5 +256,5 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder) if "split" not in line]
 
 
-def find_label_names(file: Path, columns: Columns) -> list[str]:
+def find_label_names(file: Path, columns: ReadOptions) -> list[str]:
     return labels.find_label_names(data.inspect(file, columns).labels, file)

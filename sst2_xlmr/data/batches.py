@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # [rows, ...], of the task's dtype and shape
     # int64 [rows] or [windows], random numbers below 2**32 from seed, epoch and row, with which an engine seeds dropout
     # masks, so that they do not depend on how a batch is split.
-    keys: torch.Tensor
+    dropout_keys: torch.Tensor
     global_rows: int  # of the global batch, over all ranks
     is_real: float = 1.0  # 0.0 for a filler batch, which only keeps this rank in step with the others
     row_weights: torch.Tensor | None = None  # fp32 [rows], factors on the rows' losses; None for ones

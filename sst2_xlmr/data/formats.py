@@ -194,7 +194,7 @@ def cell_text(cell: object) -> str:
     return "" if cell is None else json.dumps(cell, ensure_ascii=False)
 
 
-def either(names: Iterable[str]) -> str:
+def or_list(names: Iterable[str]) -> str:
     """Return `a, b or c`."""
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
@@ -204,7 +204,7 @@ def kind_of(path: Path) -> str:
     """Return an output file's extension, one of KINDS, without .gz; UserError for another extension."""
     kind = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
     if kind not in KINDS:
-        raise UserError(f"{path}: unknown kind of file; the name must end in {either(KINDS)}, optionally with .gz")
+        raise UserError(f"{path}: unknown kind of file; the name must end in {or_list(KINDS)}, optionally with .gz")
     return kind
 
 

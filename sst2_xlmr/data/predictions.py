@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
 
-from sst2_xlmr.data.containers import needed
+from sst2_xlmr.data.containers import import_extra
 from sst2_xlmr.data.formats import kind_of, row_text
 from sst2_xlmr.data.rows import Row
 from sst2_xlmr.labels import listed
@@ -72,7 +72,7 @@ def new_output(path: Path) -> Iterator[TextIO]:
         with new_file(path) as file:
             yield file
         return
-    arrow, parquet = (needed(name, path, "Parquet") for name in ("pyarrow", "pyarrow.parquet"))
+    arrow, parquet = (import_extra(name, path, "Parquet") for name in ("pyarrow", "pyarrow.parquet"))
     with write_errors(path), atomic_file(path) as raw, contextlib.ExitStack() as stack:
         writer: Any = None
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.containers import source_digest
-from sst2_xlmr.data.rows import Columns, Inspection, Row, columns_for, read_rows
+from sst2_xlmr.data.rows import Inspection, ReadOptions, Row, columns_for, read_rows
 from sst2_xlmr.data.splits import DEFAULT_SHARE, MOST_ROWS, find_files, stratified_sample
 from sst2_xlmr.data.token_cache import TokenCache, find_duplicates, inspected, tokenize_files
 from sst2_xlmr.labels import MISSING
@@ -29,7 +29,7 @@ class Split:
     """The files of a split, and what they contain."""
 
     files: list[Path]
-    columns: Columns
+    columns: ReadOptions
     inspections: list[Inspection]  # one per file
     is_labelled: bool = True  # and so has a cache; a test file may have no labels
     source_rows: np.ndarray | None = None  # int64, indices among the files' usable rows; None for all of them
@@ -44,7 +44,7 @@ class Split:
         own = set(self.source_rows.tolist())
         return (row for index, row in enumerate(rows) if index in own)
 
-    def texts_of(self, task: Task, rows: set[int]) -> dict[int, str]:
+    def texts_at(self, task: Task, rows: set[int]) -> dict[int, str]:
         """Return row index -> text for the given rows; empty if a file has changed since it was inspected."""
         try:
             if any(source_digest(file) != seen.digest for file, seen in zip(self.files, self.inspections)):
@@ -164,10 +164,11 @@ def prepare(config: Config, quiet: bool = False) -> Inputs:
         share = config.dev_share or min(DEFAULT_SHARE, MOST_ROWS / len(whole))
         rows = stratified_sample(whole.text_digests, task.strata(whole.labels), share, config.seed)
         if not len(rows):
-            raise UserError(f"{len(whole):,} training rows are too few to cut off dev; name a --dev-file")
+            raise UserError(f"{len(whole):,} training rows are too few to set dev aside; name a --dev-file")
         is_kept[rows] = False
         caches = {"train": whole, "dev": whole.part(rows), **caches}
-        note = f"{len(rows):,} of {len(whole):,} training rows, cut off by class and seed; name a --dev-file for others"
+        note = f"{len(rows):,} of {len(whole):,} training rows, set aside as dev, stratified by class"
+        note += "; --dev-file uses another file"
         dev = replace(splits["train"], dropped=Counter(), notes=[note], source_rows=rows)
         splits = {"train": splits["train"], "dev": dev, **splits}
     others = {name: cache.text_digests for name, cache in caches.items() if name != "train"}

@@ -10,7 +10,7 @@ from sst2_xlmr.config import FORMATS
 from sst2_xlmr.data.containers import shortened
 from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.prepare import Inputs
-from sst2_xlmr.data.rows import PHRASES, Columns, guessed_columns
+from sst2_xlmr.data.rows import PHRASES, ReadOptions, guessed_columns
 from sst2_xlmr.data.sniff import DELIMITERS
 from sst2_xlmr.labels import listed
 
@@ -19,7 +19,7 @@ _QUOTING = {"none": "no quotes", "double": "quoted", "single": "quoted by '", "b
 _PLAIN = {"tsv": [("\t", "none", True)], "csv": [(",", "double", True)], "jsonl": [("", "", False)]}
 
 
-def description(path: Path, layout: Layout, columns: Columns, rows: int | None = None) -> str:
+def description(path: Path, layout: Layout, columns: ReadOptions, rows: int | None = None) -> str:
     """Describe how a file was read; empty for the usual case: the format its name says, UTF-8, with a header."""
     is_named_so = path.name.lower().removesuffix(".gz").endswith(f".{layout.format}")
     is_plain = (layout.delimiter, layout.quoting, layout.header) in _PLAIN.get(layout.format, ()) and is_named_so

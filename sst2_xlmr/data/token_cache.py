@@ -21,7 +21,7 @@ import numpy as np
 from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.rows import Inspection, Row, in_chunks, inspect, read_rows
-from sst2_xlmr.data.sniff import Columns
+from sst2_xlmr.data.sniff import ReadOptions
 from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer, window_starts
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task
@@ -71,7 +71,7 @@ class TokenCache:
 def tokenize_files(
     paths: list[Path],
     how: tuple[Path, int, LongTexts],
-    columns: Columns,
+    columns: ReadOptions,
     task: Task,
     load: Callable[[Path, int, LongTexts], Tokenizer] = Tokenizer,
 ) -> TokenCache:
@@ -91,7 +91,7 @@ def tokenize_files(
     return _cached(paths, (columns, tokenizer_digest(tokenizer_file), settings, of_labels), write, _open_cache)
 
 
-def inspected(path: Path, columns: Columns) -> Inspection:
+def inspected(path: Path, columns: ReadOptions) -> Inspection:
     """Return `inspect(path, columns)`, from the cache if the file has not changed."""
 
     def write(folder: Path) -> None:
@@ -195,7 +195,7 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> I
             yield pending.popleft().result()
 
 
-def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns: Columns, task: Task) -> None:
+def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns: ReadOptions, task: Task) -> None:
     occurs, chunks, rows_of_files = np.zeros(tokenizer.vocab_size, bool), [], [0] * len(paths)
     with (folder / "ids.bin").open("wb") as file:
         for number, path in enumerate(paths):

@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         with write_errors(arguments.tensorboard), open_events(arguments.tensorboard) as writer:
             for name, cache in caches.items():
                 add_scalars(writer, 0, name, {key: metrics[name][key] for key in task.tensorboard_metrics})
-                texts_of = partial(splits[name].texts_of, task)
+                texts_of = partial(splits[name].texts_at, task)
                 draw_evaluation(writer, 0, name, cache.labels, evaluations[name].probabilities, task, texts_of)
     lines = evaluation_table(task, metrics)
     for name, cache in caches.items():

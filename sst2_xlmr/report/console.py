@@ -181,7 +181,7 @@ class Report:
         """Write an evaluation's metrics; with a task, which reads its probabilities, also plots and mistakes."""
         if task:
             labels = self._inputs.caches[split].labels
-            texts_of = partial(self._inputs.splits[split].texts_of, self._task)
+            texts_of = partial(self._inputs.splits[split].texts_at, self._task)
             with disk_errors(f"events to {self._events.log_dir}"):
                 tensorboard.draw_evaluation(self._events, step, split, labels, evaluation.probabilities, task, texts_of)
         scalars = {key: evaluation.metrics[key] for key in self._task.tensorboard_metrics}

@@ -153,7 +153,7 @@ def test_dev_is_cut_off_where_there_is_none_or_a_share_is_given(
     assert sorted([*rows.tolist(), *rest.tolist()]) == list(range(50))
     lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()
     places = [int(inputs.place_of("dev", row).split(":")[1]) for row in range(5)]
-    texts = inputs.splits["dev"].texts_of(inputs.task, {*range(5)})
+    texts = inputs.splits["dev"].texts_at(inputs.task, {*range(5)})
     assert list(texts.values()) == [lines[at - 1].split("\t")[0] for at in places]
     assert len(rows) == 5 and not inputs.leaks
     assert prepare(parse_args(words)[0]).digests() == inputs.digests() != more.digests()

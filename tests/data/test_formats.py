@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from sst2_xlmr.data import formats
 from sst2_xlmr.data.formats import Fields, kind_of, read_fields, row_text
 from sst2_xlmr.data.rows import read_rows
-from sst2_xlmr.data.sniff import Columns, find_layout
+from sst2_xlmr.data.sniff import ReadOptions, find_layout
 from sst2_xlmr.data.splits import find_split
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.files import new_file
 
 
 def fields_of(path: Path, header: bool = True) -> list[Fields]:
-    return list(read_fields(path, find_layout(path, Columns(header=header))))
+    return list(read_fields(path, find_layout(path, ReadOptions(header=header))))
 
 
 def read(path: Path, content: bytes, header: bool = True) -> list[dict[str, Any]]:
@@ -142,7 +142,7 @@ def test_rows_come_back_as_they_were_written(ending: str, rows: list[tuple[str, 
     """For training, and with all of their cells for prediction."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a" + ending)
-        columns = Columns("one", "two", quoting=ASKED.get(kind_of(path)), header=True)
+        columns = ReadOptions("one", "two", quoting=ASKED.get(kind_of(path)), header=True)
         written = [[NAMES[label], text, pair, other] for text, pair, label, other in rows]
         write(path, ["label", "one", "two", "other"], written)
         found = [row[:3] for row in read_rows(path, columns, SingleLabel(NAMES))]

@@ -18,7 +18,7 @@ from sst2_xlmr.data import rows as data
 from sst2_xlmr.data import token_cache
 from sst2_xlmr.data.batches import Batch, BatchLoader, dropout_keys, rows_in_training_order, select_rows
 from sst2_xlmr.data.rows import inspect, read_rows
-from sst2_xlmr.data.sniff import Columns
+from sst2_xlmr.data.sniff import ReadOptions
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_files
 from sst2_xlmr.model.tokenizer import CUT, LongTexts, Tokenizer
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
@@ -36,7 +36,7 @@ def tokens(tmp_path: Path, monkeypatch: Patch) -> Path:
 
 def test_tokenized_once_and_right(cache: TokenCache, tiny_encoder: Path, monkeypatch: Patch) -> None:
     tokenizer = Tokenizer(tiny_encoder / "sentencepiece.bpe.model", 20)
-    texts, _, labels, *_ = zip(*read_rows(SAMPLE_DATA / "train.tsv", Columns(), TASK))
+    texts, _, labels, *_ = zip(*read_rows(SAMPLE_DATA / "train.tsv", ReadOptions(), TASK))
     ids, lengths = tokenizer.flat_ids(list(texts))
     assert cache.labels.tolist() == list(labels)
     assert cache.lengths.tolist() == lengths.tolist()
@@ -69,10 +69,10 @@ def test_chunks_change_nothing(cache: TokenCache, tiny_encoder: Path, tmp_path: 
         {"task": SingleLabel(["1", "0"])},
         {"task": SingleLabel(SST2_NAMES, label_ids={"1": 0, "0": 1})},
         {"task": SingleLabel(SST2_NAMES, is_soft=True)},
-        {"columns": Columns(text="other")},
-        {"columns": Columns(pair="other")},
-        {"columns": Columns(label="stars")},
-        {"columns": Columns("1", label="3", header=False), "task": SingleLabel(["label", "1"])},
+        {"columns": ReadOptions(text="other")},
+        {"columns": ReadOptions(pair="other")},
+        {"columns": ReadOptions(label="stars")},
+        {"columns": ReadOptions("1", label="3", header=False), "task": SingleLabel(["label", "1"])},
     ],
     ids=str,
 )
@@ -83,7 +83,7 @@ def test_whatever_changes_the_ids_makes_a_new_cache(tiny_encoder: Path, tmp_path
 
     def tokenized(max_length: int = 20, long_texts: LongTexts = CUT, **other: Any) -> TokenCache:
         how = tokenizer_file, max_length, long_texts
-        return tokenize_files([file], how, **{"columns": Columns(), "task": TASK, **other})
+        return tokenize_files([file], how, **{"columns": ReadOptions(), "task": TASK, **other})
 
     before = tokenized()
     if not change:  # the same size, one piece another
@@ -99,11 +99,11 @@ def test_a_file_is_inspected_once(tokens: Path, tmp_path: Path, monkeypatch: Pat
     file.write_text("sentence\tlabel\tstars\nx\tgood\t1\ny\tbad\t2\n")
 
     def labels(**columns: Any) -> dict[str, list[int]]:
-        return inspected(file, Columns(**columns)).labels
+        return inspected(file, ReadOptions(**columns)).labels
 
     assert labels() == {"good": [1, 2], "bad": [1, 3]}
     assert list(labels(label="stars")) == ["1", "2"]
-    again = inspect(file, Columns(label="stars"))
+    again = inspect(file, ReadOptions(label="stars"))
     monkeypatch.setattr(token_cache, "inspect", lambda *_: again)
     assert list(labels()) == ["good", "bad"]
     for damaged in tokens.glob("*/*.json"):
@@ -117,7 +117,7 @@ def test_several_files_are_one_and_a_part_is_as_if_alone(tiny_encoder: Path, tmp
     texts, files = ["a fine film", "poor " * 30, "so so", "a film"], [tmp_path / "a.tsv", tmp_path / "b.tsv"]
     for number, file in enumerate(files):
         file.write_text("text\tlabel\n" + "".join(f"{text} {number}\t{i % 2}\n" for i, text in enumerate(texts)))
-    parameters = ((tiny_encoder / "sentencepiece.bpe.model", 20, CUT), Columns(), TASK)
+    parameters = ((tiny_encoder / "sentencepiece.bpe.model", 20, CUT), ReadOptions(), TASK)
     both, second = tokenize_files(files, *parameters), tokenize_files(files[1:], *parameters)
     assert (len(both), both.rows_of_files, int(both.is_cut.sum())) == (8, [4, 4], 2)
     part, rows = both.part(np.arange(4, 8)), np.array([3, 0, 2])
@@ -148,7 +148,7 @@ def test_a_bad_row_leaves_no_cache_and_one_that_cannot_be_written_is_named(
     file = tmp_path / "train.tsv"
     file.write_text("sentence\tlabel\nfine\t1\nbad\t7\n")
     how = tiny_encoder / "sentencepiece.bpe.model", 64, CUT
-    assert "line 3" in refusal(tokenize_files, [file], how, Columns(), TASK)
+    assert "line 3" in refusal(tokenize_files, [file], how, ReadOptions(), TASK)
     assert list(tokens.iterdir()) == []
     monkeypatch.setenv("SST2_XLMR_CACHE", str(file / "cache"))
     assert "SST2_XLMR_CACHE" in refusal(tokenize_sample, tiny_encoder)
@@ -159,7 +159,7 @@ def test_a_file_that_changes_meanwhile_is_not_cached(tiny_encoder: Path, tokens:
     digests = map(str, itertools.count())
     monkeypatch.setattr(token_cache, "source_digest", lambda _: next(digests))
     assert "train.tsv changed while it was being read" in refusal(tokenize_sample, tiny_encoder)
-    line = refusal(inspected, SAMPLE_DATA / "train.tsv", Columns())
+    line = refusal(inspected, SAMPLE_DATA / "train.tsv", ReadOptions())
     assert "train.tsv changed while it was being read" in line
     assert list(tokens.iterdir()) == []
 

@@ -16,7 +16,7 @@ from conftest import ROOT, SMALL_ENCODER, change_json, needs_small_encoder, refu
 from running import printed_by
 from sentencepiece import SentencePieceTrainer
 
-from sst2_xlmr.data.rows import Columns
+from sst2_xlmr.data.rows import ReadOptions
 from sst2_xlmr.data.token_cache import tokenize_files
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
@@ -128,7 +128,7 @@ def test_tokens_that_are_added_later_make_another_tokenizer(file: Path, tmp_path
     for tokens in every:
         add(file, **tokens)
         digests.add(tokenizer_digest(file))
-        ids.add(str(tokenize_files([tmp_path / "rows.tsv"], (file, 64, CUT), Columns(), task).ids))
+        ids.add(str(tokenize_files([tmp_path / "rows.tsv"], (file, 64, CUT), ReadOptions(), task).ids))
     assert (len(digests), len(ids)) == (3, 2)
 
 
