@@ -55,9 +55,7 @@ class _Common:
     label_names: list[str]  # of classes 0, 1, ...
     # Class ids by the integers that stand for them in files; None for 0, 1, ..., unless the names are integers.
     label_ids: dict[str, int] | None = None
-    thresholds: tuple[
-        float, ...
-    ] = ()  # of several labels: a text has those whose probability reaches theirs; () for 0.5
+    thresholds: tuple[float, ...] = ()  # a text has the labels whose probability reaches theirs; empty for 0.5
     initial_bias: tuple[float, ...] = ()  # of a new head; empty for zeros
 
     may_be_empty = False  # whether "no label" is a valid label
