@@ -28,7 +28,8 @@ def options(train_words: Words, small_data: Path, tmp_path: Path) -> Words:
     seen = [(small_data / f"{split}.tsv").read_text().splitlines()[1].split("\t")[0] for split in ("train", "dev")]
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, *seen]))
-    return lambda *more: ["--unlabelled", texts, *train_words(tmp_path / "all", "--epochs", 1, *more)]
+    fixed = ["--unlabelled", texts, "--teacher-precision", "fp32"]
+    return lambda *more: [*fixed, *train_words(tmp_path / "all", "--epochs", 1, *more)]
 
 
 def test_students_learn_from_the_mean_of_the_labelled_runs(options: Words, tmp_path: Path, capsys: Capture) -> None:
@@ -68,7 +69,6 @@ def test_given_teachers_temperature_and_weight(options: Words, model: Path, smal
     for file in small_data.iterdir():  # with the model's labels
         file.write_text(file.read_text().replace("\t0", "\ta").replace("\t1", "\tb"))
     with_names = options("--teacher", model, "--temperature", 0.5, "--unlabelled-weight", 0.25)
-    with_names += ["--teacher-precision", "fp32"]
     run(*with_names)
     rows = json_lines(tmp_path / "all/round-1/train.jsonl")
     found = sst2_xlmr.load(model, "fp32", "cpu").probabilities(TEXTS[:4]).astype(np.float64)
