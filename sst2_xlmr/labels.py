@@ -21,7 +21,6 @@ _NUMPY = re.compile(r"\[[\s0-9.]*\]")
 _INSIGNIFICANT = re.compile(r"[\W_]")  # ignored when looking for labels that are probably the same
 # How pandas, R, MySQL, SNLI, ... write a missing label. `none` and `NONE` are classes in some files.
 MISSING = {*("", "-", "?", "NULL", "null", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "None", "\\N")}
-MISSING_ID, UNKNOWN_ID = -1, -2  # instead of a class id
 LabelValues = dict[Union[str, int], float]  # several labels of a row: name or position -> 1, or its probability
 
 
@@ -71,9 +70,9 @@ def _quoted(value: object) -> str:
 def split_labels(text: str, delimiter: str | None = None, known: Iterable[str] = ()) -> LabelValues | str:
     """Return the labels in a cell, or the cell's text if it is a single label.
 
-    The cell is JSON, or what Python or NumPy print: an object maps labels to numbers; a list holds the labels, or one
-    number per label (floats, or repeated 0 and 1). Any other text is split at the delimiter (default: `,`, `;` and
-    `|`), unless it is one of the `known` labels.
+    The cell is JSON, or what Python or NumPy print: an object maps labels to numbers; a list of floats, or one in which
+    a value repeats, has one number per label; any other list holds the labels. Any other text is split at the delimiter
+    (default: `,`, `;` and `|`), unless it is one of the `known` labels.
     """
     value: Any = text
     if text.startswith(("[", "{")):
@@ -104,20 +103,17 @@ def _number(value: object, text: str) -> float:
         raise UserError(f"label {_quoted(text)}: {_quoted(value)} is not a number") from None
 
 
-def describe_unknown(labels: Sequence[str], names: Sequence[str], ids: Mapping[str, int]) -> str:
-    """Return an error message for labels that are not classes, with the cure."""
-    shown, known = ", ".join(_quoted(label) for label in labels[:10]), f"of {listed(names)}"
-    integers = [int(label) for label in ids if label not in names]
-    if integers:
-        known += f" nor a number from {min(integers)} to {max(integers)}"
+def describe_unknown(label: str, names: Sequence[str], ids: Mapping[str, int]) -> str:
+    """Return an error message for a label that is not a class, with the cure."""
+    known = f"not one of {listed(names)}"
+    if integers := [int(number) for number in ids if number not in names]:
+        known = f"neither one of {listed(names)} nor a number from {min(integers)} to {max(integers)}"
     cure = ""
-    if all(_INTEGER.fullmatch(canonical(label)) for label in labels):
+    if _INTEGER.fullmatch(canonical(label)):
         cure = "; numbers stand for names only with --label-names, the names in the order of the numbers"
-    elif set(map(_folded, labels)) <= set(map(_folded, names)):
-        cure = "; they differ by case, spaces or signs only: write them alike"
-    is_one = ("is" if len(labels) == 1 else "are") + (" neither" if integers else " not")
-    of_what = "the classes of the training file or of --label-names"
-    return f"label{'s' * (len(labels) > 1)} {shown} {is_one} one {known}, {of_what}{cure}"
+    elif _folded(label) in map(_folded, names):
+        cure = "; it differs from one by case, spaces or signs only: write them alike"
+    return f"label {_quoted(label)} is {known}, the classes of the training file or of --label-names{cure}"
 
 
 def ids_by_label(names: Sequence[str], label_ids: Mapping[str, int] | None) -> dict[str, int]:
@@ -134,10 +130,6 @@ def ids_by_label(names: Sequence[str], label_ids: Mapping[str, int] | None) -> d
 
 def is_number(label: str) -> bool:
     return bool(_INTEGER.fullmatch(label) or _FRACTION.fullmatch(label))
-
-
-def is_fraction(label: str) -> bool:
-    return bool(_FRACTION.fullmatch(label)) and canonical(label) == label
 
 
 def label_text(cell: object) -> str:
@@ -165,17 +157,13 @@ def _folded(label: str) -> str:
     return _INSIGNIFICANT.sub("", label).casefold() or label
 
 
-def alike(labels: Iterable[str]) -> list[list[str]]:
-    """Return groups of labels in a file that differ only by case, spaces, signs or invisible characters."""
-    groups: dict[str, list[str]] = {}
-    for label in labels:
-        groups.setdefault(_folded(canonical(label)), []).append(label)
-    return [group for group in groups.values() if len({canonical(label) for label in group}) > 1]
-
-
 def label_notes(counts: Mapping[str, int]) -> list[str]:
     """Return warnings about a file's labels, given the number of rows with each."""
-    warnings = [f"labels that differ only by case, spaces or signs: {listed(group)}" for group in alike(counts)]
+    groups: dict[str, list[str]] = {}
+    for label in counts:
+        groups.setdefault(_folded(canonical(label)), []).append(label)
+    alike = [group for group in groups.values() if len(set(map(canonical, group))) > 1]
+    warnings = [f"labels that differ only by case, spaces or signs: {listed(group)}" for group in alike]
     usable = sum(counts.values())
     if usable > 20 and len(counts) > usable / 2:
         warnings.append(f"{len(counts):,} different labels in {usable:,} rows: is that the label column?")

@@ -46,7 +46,7 @@ class Run:
         """Build the loader, the model with its pretrained weights, and the optimizer."""
         self.config, self.inputs, self.folder, self.state, self.world = config, inputs, folder, state, world
         caches, shape = inputs.caches, inputs.encoder.shape
-        labels, weights = inputs.train_labels, inputs.train_weights
+        labels, weights = caches["train"].labels, caches["train"].weights
         task = inputs.task.for_training(config, labels, weights, world.device)
         self.task = replace(task, thresholds=tuple(state.thresholds))
         self.vocabulary = whole_vocabulary(shape.vocab_size)
@@ -60,7 +60,7 @@ class Run:
         if not config.freeze_encoder:
             lr_scale, decay = group_of(EMBEDDING, classifier.encoder.tokens.weight, shape.layers, config)
             self.vocabulary.decay_rate = lr_scale * decay
-        self.loader = BatchLoader(caches["train"], inputs.train_lengths, inputs.train_rows, config, world)
+        self.loader = BatchLoader(caches["train"], config, world)
         self.schedule = Schedule(config, len(self.loader), state.eval_every)
         seed_rank(config.seed, world.rank)
         classifier.to(world.device)
@@ -93,6 +93,8 @@ class Run:
     def skip(self) -> None:
         """Skip a batch whose gradient is not finite; UserError after more than --skip-nonfinite in a row."""
         rows = next(self.loader.global_batches(self.state.epoch, self.state.batch))
+        if (source_rows := self.inputs.splits["train"].source_rows) is not None:
+            rows = source_rows[rows]
         self.advance(skipped=True)
         check_skipped(self.state, self.config.skip_nonfinite, rows)
         self.optimizer.clear_gradients()

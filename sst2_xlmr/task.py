@@ -23,14 +23,11 @@ from sst2_xlmr.config import ABSTAINED, OPTIONS, Config, flag
 from sst2_xlmr.evaluation import metrics as metric
 from sst2_xlmr.labels import (
     MISSING,
-    MISSING_ID,
-    UNKNOWN_ID,
     LabelValues,
     canonical,
     describe_unknown,
     find_label_names,
     ids_by_label,
-    is_fraction,
     is_number,
     label_notes,
     label_text,
@@ -51,13 +48,24 @@ LabelCounts = Mapping[str, Sequence[int]]  # a file's labels: `label_text` -> nu
 Weights = Union[np.ndarray, None]  # float [rows], factors on the rows' losses; None for ones
 
 
+@dataclass(frozen=True)
 class _Common:
-    """Defaults that tasks share; `SingleLabel` documents the interface."""
+    """Fields and defaults that tasks share; `SingleLabel` documents the interface."""
 
-    label_names: list[str]
-    label_ids: dict[str, int] | None
+    label_names: list[str]  # of classes 0, 1, ...
+    # Class ids by the integers that stand for them in files; None for 0, 1, ..., unless the names are integers.
+    label_ids: dict[str, int] | None = None
+    thresholds: tuple[float, ...] = ()  # a text has the labels whose probability reaches theirs; empty for 0.5
+    initial_bias: tuple[float, ...] = ()  # of a new head; empty for zeros
+
+    may_be_empty = False  # whether "no label" is a valid label
     console_metrics: ClassVar[tuple[str, ...]]
     table_metrics: ClassVar[tuple[str, ...]]
+
+    @property
+    def output_scale(self) -> tuple[float, float]:
+        """(scale, offset) that the exported head applies to its logit."""
+        return 1.0, 0.0
 
     @property
     def outputs(self) -> int:
@@ -68,11 +76,6 @@ class _Common:
     def _ids_by_label(self) -> dict[str, int]:
         return ids_by_label(self.label_names, self.label_ids)
 
-    def _id_of(self, label: str | int) -> int | None:
-        """Return a label's id, given its name or position; None if there is no such label."""
-        index = label if isinstance(label, int) else self._ids_by_label.get(label)
-        return index if index is not None and index < self.outputs else None
-
     def _label_row(self, values: LabelValues | str, where: str) -> np.ndarray:
         """Return fp32 [labels] of a cell's `split_labels`; UserError, beginning with `where`, for an unknown label."""
         row = np.zeros(self.outputs, np.float32)
@@ -81,8 +84,9 @@ class _Common:
             absent = [name for name in self.label_names if name not in values]
             raise UserError(f"{where}: the label has numbers, but none for {listed(absent)}; give one for every label")
         for label, value in values.items():
-            if (index := self._id_of(label)) is None:
-                raise UserError(f"{where}: {describe_unknown([str(label)], self.label_names, self._ids_by_label)}")
+            index = label if isinstance(label, int) else self._ids_by_label.get(label, self.outputs)
+            if index >= self.outputs:
+                raise UserError(f"{where}: {describe_unknown(str(label), self.label_names, self._ids_by_label)}")
             if not 0 <= value <= 1:
                 is_no = "which is neither 0, 1 nor a probability"
                 raise UserError(f"{where}: label {label!r} has {value:g}, {is_no}; fix it")
@@ -104,10 +108,15 @@ class _Common:
             logits += wanted - self.logits_of(mean)
         return self.probabilities(torch.from_numpy(logits)).numpy()
 
-    def soft_labels(self: Any, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
-        """Turn probabilities into soft labels, sharper at temperatures below 1; returns their task, and the labels."""
+    def soft_labels(self: Any, probabilities: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        """Return probabilities as soft labels, sharper at temperatures below 1."""
         logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
-        return self, self.probabilities(logits).double().numpy().round(6)
+        return np.asarray(self.probabilities(logits).double().numpy().round(6))
+
+    def results_of(self: Any, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        """Return `row_results`, fp64, of probabilities after dividing their logits by a temperature."""
+        logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
+        return np.asarray(self.row_results(logits, torch.tensor(labels)).numpy())
 
     def describe(self, metrics: dict[str, Any]) -> str:
         """Summarize the main metrics for a line on the console."""
@@ -131,17 +140,12 @@ class _Common:
 class SingleLabel(_Common):
     """Every text has one of several classes: softmax, cross-entropy, accuracy."""
 
-    label_names: list[str]  # of classes 0, 1, ...
     label_smoothing: float = 0.0  # probability mass that the loss spreads evenly over all classes
     class_weights: torch.Tensor | None = None  # fp32 [classes], factors on the loss of each class's rows; None for ones
-    # Class ids by the integers that stand for them in files; None for 0, 1, ..., unless the names are integers.
-    label_ids: dict[str, int] | None = None
     is_soft: bool = False  # whether a label is a distribution over the classes
-    thresholds: tuple[float, ...] = ()  # only of `MultiLabel`
 
     problem_type = "single_label_classification"  # transformers' word for it
     option = "single-label"  # of --task
-    may_be_empty = False  # whether "no label" is a valid label
     best_metric = "accuracy"  # chooses best/ by default
     best_by_choices = ("accuracy", "macro_f1", "loss")  # the choices of --best-by
     tensorboard_metrics = ("loss", "accuracy", "macro_f1", "ece")  # plotted in TensorBoard
@@ -153,32 +157,25 @@ class SingleLabel(_Common):
         "threshold_for": "the most probable class is the answer, without a threshold",
         "label_delimiter": "a row has one label",
     }
-    folding = (1.0, 0.0)  # scale and offset folded into the head at export
-    initial_bias: ClassVar[tuple[float, ...]] = ()  # of a new head; empty for zeros
 
     @property
     def label_dtype(self) -> type:
         """The dtype of labels in the token cache: int32 class ids, or fp32 probabilities."""
         return np.float32 if self.is_soft else np.int32
 
-    @property
-    def cache_key(self) -> object:
-        """All settings that affect how labels are read, except label names and ids."""
-        return self.is_soft
-
     # --- labels in files
 
     @classmethod
     def from_labels(
-        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object
+        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, names_in_files: NamesInFiles, path: object
     ) -> Task:
-        """Return the task with the classes of --label-names or of the training files; see `find_task`."""
+        """Return the task for the training files' labels, given `all_labels` of all files; errors name the `path`."""
         values = [split_labels(text) for text in labels if text.startswith(("[", "{"))]
         if is_soft := any(isinstance(value, dict) and len(value) > 1 for value in values):
             labels = dict.fromkeys((str(name) for value in values for name in value), (1, 1))
         if config.label_names and not any(label.isdecimal() for label in labels):
             labels = all_labels  # integers, if any, are in the other files
-        names, label_ids = _find_classes(config, labels, named, path, is_complete=is_soft)
+        names, label_ids = _find_classes(config, labels, names_in_files, path, is_complete=is_soft)
         return cls(names, label_ids=label_ids, is_soft=is_soft)
 
     @classmethod
@@ -188,13 +185,6 @@ class SingleLabel(_Common):
         has_fractions = any(0 < value < 1 for row in several for value in row)
         return has_fractions and all(abs(sum(row) - 1) < 0.01 for row in several)
 
-    def label_index(self, label: str) -> int:
-        """Return the class id of a `label_text` (0 for soft labels and other tasks), MISSING_ID or UNKNOWN_ID."""
-        if self.is_soft and label.startswith(("[", "{")):
-            return 0
-        label = label if label in self._ids_by_label else canonical(label)
-        return self._ids_by_label.get(label, MISSING_ID if label in MISSING or label == "-1" else UNKNOWN_ID)
-
     def read_label(self, cell: object, where: str) -> int | np.ndarray | None:
         """Return the label in a cell, None for a missing one; UserError, beginning with `where`, for an invalid one."""
         text = label_text(cell)
@@ -203,15 +193,13 @@ class SingleLabel(_Common):
             if abs(row.sum() - 1) > 0.01:
                 raise UserError(f"{where}: the classes' probabilities add up to {row.sum():.4g}, not to 1; fix them")
             return row / row.sum()
-        if (index := self.label_index(text)) == UNKNOWN_ID:
-            raise UserError(f"{where}: {self.unknown([text])}")
-        if index == MISSING_ID:
-            return None
-        return np.eye(self.outputs, dtype=np.float32)[index] if self.is_soft else index
-
-    def unknown(self, labels: Sequence[str]) -> str:
-        """Return an error message for labels that are not classes, with the cure."""
-        return describe_unknown(labels, self.label_names, self._ids_by_label)
+        ids = self._ids_by_label
+        text = text if text in ids else canonical(text)
+        if text not in ids:
+            if text in MISSING or text == "-1":
+                return None
+            raise UserError(f"{where}: {describe_unknown(text, self.label_names, ids)}")
+        return np.eye(self.outputs, dtype=np.float32)[ids[text]] if self.is_soft else ids[text]
 
     def notes(self, labels: LabelCounts) -> list[str]:
         """Return warnings about a file's labels."""
@@ -229,7 +217,7 @@ class SingleLabel(_Common):
 
     def label_to_json(self, label: Any) -> Any:
         """Return a label as a JSON value that `read_label` reads."""
-        return dict(zip(self.label_names, label.tolist())) if self.is_soft else self.format_label(label)
+        return dict(zip(self.label_names, label.tolist())) if np.ndim(label) else self.format_label(label)
 
     def counts(self, labels: np.ndarray) -> dict[str, int]:
         """Return the number of rows with each label."""
@@ -376,14 +364,6 @@ class SingleLabel(_Common):
         """Return fp64 [rows, classes], logits up to a constant per row; finite even for probabilities of 0."""
         return np.asarray(np.log(probabilities.astype(np.float64).clip(min=_SMALLEST)))
 
-    def soft_labels(self, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
-        return replace(self, is_soft=True), super().soft_labels(probabilities, temperature)[1]
-
-    def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-        """Return `row_results`, fp64, of probabilities after dividing their logits by a temperature."""
-        logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
-        return self.row_results(logits, torch.tensor(labels)).numpy()
-
     def per_label(self, results: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         """Return precision, recall, f1 and support, [classes] each."""
         return metric.per_class(self.confusion(results, labels))
@@ -441,16 +421,12 @@ class _ScriptedAnswer(nn.Module):
 class MultiLabel(_Common):
     """A text has any number of labels, even none: sigmoid and binary cross-entropy per label, micro and macro F1.
 
-    `SingleLabel` documents the methods.
+    `SingleLabel` documents the methods. A new head's biases are the logits of the best constant answer: with zeros, the
+    first steps move all texts' features in one direction, because most labels are rare. On GoEmotions' 28 labels,
+    training collapsed.
     """
 
-    label_names: list[str]
-    label_ids: dict[str, int] | None = None
-    thresholds: tuple[float, ...] = ()  # a text has the labels whose probability reaches theirs; empty for 0.5
     positive_weights: torch.Tensor | None = None  # fp32 [labels], factors on the loss of a text's own labels
-    # Of a new head: the logits of the best constant answer. With zeros, the first steps move all texts' features in one
-    # direction, because most labels are rare: on GoEmotions' 28 labels, training collapsed.
-    initial_bias: tuple[float, ...] = ()
     delimiter: str | None = None  # separates the labels in a cell; None for `,`, `;` and `|`
 
     problem_type = "multi_label_classification"
@@ -468,15 +444,10 @@ class MultiLabel(_Common):
         "abstain_below": "a text may have no label: raise the thresholds with --threshold-for in training",
         "glue_submission": "SST-2 has one label per text",
     }
-    folding = (1.0, 0.0)
-
-    @property
-    def cache_key(self) -> object:
-        return self.delimiter
 
     @classmethod
     def from_labels(
-        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object
+        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, names_in_files: NamesInFiles, path: object
     ) -> Task:
         delimiter = config.label_delimiter
         single: dict[str, Sequence[int]] = {}
@@ -484,7 +455,7 @@ class MultiLabel(_Common):
             for label in _split(text, delimiter, config.label_names or ()):
                 single.setdefault(str(label), counts)
         is_complete = all(text.startswith("{") for text in labels)
-        return cls(*_find_classes(config, single, named, path, is_complete), delimiter=delimiter)
+        return cls(*_find_classes(config, single, names_in_files, path, is_complete), delimiter=delimiter)
 
     @classmethod
     def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
@@ -495,22 +466,10 @@ class MultiLabel(_Common):
         is_json = any(text.startswith(("[", "{")) for text in several)
         return bool(several) and (is_json or {str(name) for values in several.values() for name in values} <= alone)
 
-    def label_index(self, label: str) -> int:
-        if set(_split(label, self.delimiter, self._ids_by_label).values()) == {-1.0}:  # a row that is not scored
-            return MISSING_ID
-        return UNKNOWN_ID if self._unknown_in(label) else 0
-
     def read_label(self, cell: object, where: str) -> np.ndarray | None:
         values = _split(label_text(cell), self.delimiter, self._ids_by_label)
-        return None if set(values.values()) == {-1.0} else self._label_row(values, where)
-
-    def unknown(self, labels: Sequence[str]) -> str:
-        names = dict.fromkeys(name for label in labels for name in self._unknown_in(label))
-        return describe_unknown(list(names), self.label_names, self._ids_by_label)
-
-    def _unknown_in(self, label: str) -> list[str]:
-        names = _split(label, self.delimiter, self._ids_by_label)
-        return [str(name) for name in names if self._id_of(name) is None]
+        is_scored = set(values.values()) != {-1.0}
+        return self._label_row(values, where) if is_scored else None
 
     def notes(self, labels: LabelCounts) -> list[str]:
         counts: Counter[str] = Counter()
@@ -636,14 +595,14 @@ class MultiLabel(_Common):
         """`_at_0.5` means without fitted thresholds. The calibration error is over all labels of all rows."""
         probabilities, true = results[:, 1:].astype(np.float64), labels > 0.5
         predicted, per_label = self._has(results[:, 1:]), self.per_label(results, labels)
-        at_half = replace(self, thresholds=()).per_label(results, labels)
+        macro_f1_at_half = float(replace(self, thresholds=()).per_label(results, labels)["f1"].mean())
+        at_half = {"macro_f1_at_0.5": macro_f1_at_half, "micro_f1_at_0.5": _micro_f1(probabilities >= 0.5, true)}
         confidences = np.maximum(probabilities, 1 - probabilities).reshape(-1)
         return {
             "loss": float(results[:, 0].astype(np.float64).mean()),
             "macro_f1": float(per_label["f1"].mean()),
             "micro_f1": _micro_f1(predicted, true),
-            **({"macro_f1_at_0.5": float(at_half["f1"].mean())} if self.thresholds else {}),
-            **({"micro_f1_at_0.5": _micro_f1(probabilities >= 0.5, true)} if self.thresholds else {}),
+            **(at_half if self.thresholds else {}),
             "exact_match": float((predicted == true).all(1).mean()),
             "mean_average_precision": metric.mean_average_precision(probabilities, true),
             "ece": metric.expected_calibration_error(confidences, ((probabilities >= 0.5) == true).reshape(-1)),
@@ -669,8 +628,7 @@ class MultiLabel(_Common):
         return [round(metric.fitted_threshold(scores, has, aim, float(floor or 0)), 6) for scores, has in columns]
 
     def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-        logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
-        results = self.row_results(logits, torch.tensor(labels)).numpy()
+        results = super().results_of(probabilities, labels, temperature)
         if temperature == 1:
             results[:, 1:] = probabilities  # rounding again could move one across a threshold
         return results
@@ -730,15 +688,11 @@ class Regression(_Common):
     documents the methods; its probabilities are scores here, [rows, 1].
     """
 
-    label_names: list[str]
     label_mean: float = 0.0  # of the training scores, like their std; 0 and 1 for an exported model
     label_std: float = 1.0
-    label_ids: dict[str, int] | None = None  # unused, as are thresholds
-    thresholds: tuple[float, ...] = ()
 
     problem_type = "regression"
     option = "regression"
-    may_be_empty = False
     label_dtype = np.float32
     best_metric = "spearman"
     best_by_choices = ("spearman", "pearson", "rmse", "mae", "loss")
@@ -755,21 +709,18 @@ class Regression(_Common):
         **dict.fromkeys(("glue_submission", "threshold_for"), _NO_PROBABILITIES),
         "label_delimiter": "a row has one score",
     }
-    initial_bias: ClassVar[tuple[float, ...]] = ()
-    cache_key: ClassVar[object] = None
 
     @property
-    def folding(self) -> tuple[float, float]:
+    def output_scale(self) -> tuple[float, float]:
         return self.label_std, self.label_mean
 
     @classmethod
     def from_labels(
-        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object
+        cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, names_in_files: NamesInFiles, path: object
     ) -> Task:
         task = cls(["score"])
         for label, (_, line) in labels.items():
-            if task.label_index(label) == UNKNOWN_ID:
-                raise UserError(f"{path}, line {line}: {task.unknown([label])}")
+            task.read_label(label, f"{path}, line {line}")
         if len(set(labels) - MISSING) < 2:
             raise UserError(f"{path}: all rows have the same score; name the column of scores with --label-column")
         return task
@@ -777,22 +728,18 @@ class Regression(_Common):
     @classmethod
     def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
         """Here: numbers, and some of them fractions."""
-        return all(map(is_number, labels)) and any(map(is_fraction, labels))
-
-    def label_index(self, label: str) -> int:
-        return MISSING_ID if label in MISSING else UNKNOWN_ID if _score(label) is None else 0
+        return all(map(is_number, labels)) and any("." in canonical(label) for label in labels)
 
     def read_label(self, cell: object, where: str) -> float | None:
         text = label_text(cell)
-        if (index := self.label_index(text)) == UNKNOWN_ID:
-            raise UserError(f"{where}: {self.unknown([text])}")
-        return None if index == MISSING_ID else _score(text)
+        if text in MISSING:
+            return None
+        if (score := _score(text)) is None:
+            raise UserError(f"{where}: label {text[:40]!r} is not a number, as a score must be; fix it")
+        return score
 
     def notes(self, labels: LabelCounts) -> list[str]:
         return []
-
-    def unknown(self, labels: Sequence[str]) -> str:
-        return f"label {labels[0][:40]!r} is not a number, as a score must be; fix it"
 
     def label_keys(self, labels: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(labels, np.float32).view(np.int32)
@@ -881,16 +828,10 @@ class Regression(_Common):
         return np.empty((0, 0), np.int64)
 
     def logits_of(self, probabilities: np.ndarray) -> np.ndarray:
-        return probabilities.astype(np.float64)
+        return np.asarray((probabilities.astype(np.float64) - self.label_mean) / self.label_std)
 
-    def align_classes(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        return probabilities
-
-    def soft_labels(self, probabilities: np.ndarray, temperature: float = 1.0) -> tuple[Task, np.ndarray]:
-        return self, probabilities[:, 0]
-
-    def results_of(self, probabilities: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-        return np.stack([(probabilities[:, 0] - labels) ** 2, probabilities[:, 0]], 1)
+    def soft_labels(self, probabilities: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        return probabilities[:, 0]
 
     def constant_prediction(self, probabilities: np.ndarray) -> str:
         """Return the mean score: whether scores are the same is a matter of their std alone."""
@@ -917,17 +858,7 @@ class Regression(_Common):
 Task = Union[SingleLabel, MultiLabel, Regression]
 TASKS: tuple[type[Task], ...] = (SingleLabel, MultiLabel, Regression)
 BY_TYPE = {kind.problem_type: kind for kind in TASKS}
-Named = Iterable[Sequence[str]]  # the names of labels 0, 1, ... that files themselves contain
-
-
-def find_task(config: Config, labels: LabelCounts, all_labels: LabelCounts, named: Named, path: object) -> Task:
-    """Return the task for the training files' labels; UserError if they do not fit the task or the options.
-
-    `all_labels` are those of all files; `path`, the training file's, is for errors.
-    """
-    task = task_kind(config, labels).from_labels(config, labels, all_labels, named, path)
-    check_options(task, config)
-    return task
+NamesInFiles = Iterable[Sequence[str]]  # the names of labels 0, 1, ... that files themselves contain
 
 
 def task_kind(config: Config, labels: Iterable[str]) -> type[Task]:
@@ -992,13 +923,13 @@ def _explicit_weights(weights: str | None) -> torch.Tensor | None:
 
 
 def _find_classes(
-    config: Config, labels: LabelCounts, named: Named, path: object, is_complete: bool
+    config: Config, labels: LabelCounts, names_in_files: NamesInFiles, path: object, is_complete: bool
 ) -> tuple[list[str], dict[str, int]]:
     """Return label names and `label_ids`; if `is_complete`, every row lists all labels in the order of their ids."""
     if config.label_names:
         return resolve_label_names(config.label_names, labels, path)
     names = list(labels) if is_complete else find_label_names(labels, path)
-    return names, {str(i): names.index(name) for each in named for i, name in enumerate(each) if name in names}
+    return names, {str(i): names.index(name) for each in names_in_files for i, name in enumerate(each) if name in names}
 
 
 def _split(text: str, delimiter: str | None, known: Iterable[str]) -> LabelValues:

@@ -87,11 +87,11 @@ def prepare_inputs(config: Config, world: World) -> tuple[Inputs, dict[str, str]
 def initial_state(config: Config, inputs: Inputs, digests: dict[str, str], world: World) -> TrainState:
     """Return a new run's state, with precision (rank 0's choice) and evaluation interval if they are automatic."""
     precision = broadcast(world, choose_precision(config.precision, world.device))
-    lengths, eval_every = inputs.train_lengths, config.eval_every
-    batches = math.ceil(len(lengths) / config.batch_size)
+    train, eval_every = inputs.caches["train"], config.eval_every
+    batches = math.ceil(len(train) / config.batch_size)
     if eval_every is None:
-        eval_tokens = sum(len(inputs.caches[split].ids) for split in config.eval_splits)
-        eval_every = evaluation_interval(batches, int(lengths.sum()), eval_tokens)
+        eval_tokens = sum(int(inputs.caches[split].lengths.sum()) for split in config.eval_splits)
+        eval_every = evaluation_interval(batches, int(train.lengths.sum()), eval_tokens)
     return TrainState(batches, precision, eval_every, digests)
 
 

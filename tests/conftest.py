@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from sst2_xlmr import labels, train
 from sst2_xlmr.data import rows as data
-from sst2_xlmr.data.sniff import Columns
-from sst2_xlmr.data.token_cache import TokenCache, tokenize_file
+from sst2_xlmr.data.sniff import ReadOptions
+from sst2_xlmr.data.token_cache import TokenCache, tokenize_files
 from sst2_xlmr.engines.cpu.kernels import Kernels, load_kernels
 from sst2_xlmr.export.folder import write_folder
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderFolder, EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
+from sst2_xlmr.model.tokenizer import CUT
 from sst2_xlmr.programs import export
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.util import versions
@@ -138,15 +139,15 @@ def run_export(*options: object) -> None:
     export.main([str(option) for option in options])
 
 
-def tokenize_sample(encoder: Path, cache_dir: Path, split: str = "train", max_length: int = 20) -> TokenCache:
-    file, task = SAMPLE_DATA / f"{split}.tsv", SingleLabel(SST2_NAMES)
-    return tokenize_file(file, encoder / TOKENIZER_NAME, Columns(), task, max_length, cache_dir)
+def tokenize_sample(encoder: Path, split: str = "train", max_length: int = 20) -> TokenCache:
+    how = encoder / TOKENIZER_NAME, max_length, CUT
+    return tokenize_files([SAMPLE_DATA / f"{split}.tsv"], how, ReadOptions(), SingleLabel(SST2_NAMES))
 
 
 @pytest.fixture
-def cache(tiny_encoder: Path, tmp_path: Path) -> TokenCache:
+def cache(tiny_encoder: Path) -> TokenCache:
     """The sample data's training rows, cut to 20 tokens."""
-    return tokenize_sample(tiny_encoder, tmp_path / "cache")
+    return tokenize_sample(tiny_encoder)
 
 
 @pytest.fixture(scope="session")
@@ -255,5 +256,5 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder) if "split" not in line]
 
 
-def find_label_names(file: Path, columns: Columns) -> list[str]:
+def find_label_names(file: Path, columns: ReadOptions) -> list[str]:
     return labels.find_label_names(data.inspect(file, columns).labels, file)

@@ -15,13 +15,13 @@ from conftest import CPU, refusal
 from sklearn import metrics as reference
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.rows import Row, inspect, read_rows
-from sst2_xlmr.data.sniff import Columns
+from sst2_xlmr.data.rows import Row, columns_for, inspect, read_rows
+from sst2_xlmr.data.sniff import ReadOptions
 from sst2_xlmr.evaluation import metrics
 from sst2_xlmr.labels import split_labels
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, Task, at_temperature, find_task
+from sst2_xlmr.task import MultiLabel, Regression, SingleLabel, Task, at_temperature, check_options, task_kind
 from sst2_xlmr.training.guard import collapse_reason
 
 LABELS = torch.tensor([0, 2, 1, 0, 0, 2])
@@ -29,7 +29,7 @@ LOGITS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 
 
 def task(weights: torch.Tensor | None = None, smoothing: float = 0.0) -> SingleLabel:
-    return SingleLabel(["a", "b", "c"], smoothing, weights)
+    return SingleLabel(["a", "b", "c"], label_smoothing=smoothing, class_weights=weights)
 
 
 def class_weights(given: str | None, labels: np.ndarray) -> torch.Tensor | None:
@@ -145,17 +145,19 @@ def test_metrics_by_hand() -> None:
     ]
 
 
-PLAIN = Columns()
+PLAIN = ReadOptions()
 GENERATOR = np.random.RandomState(0)
 TRUE = (GENERATOR.random_sample((300, 5)) < [0.5, 0.3, 0.1, 0.02, 0.0]).astype(np.float32)
 PROBABILITIES = (0.6 * GENERATOR.random_sample((300, 5)) + 0.3 * TRUE).round(2).astype(np.float32)  # some are equal
 NAMES = ["a", "b", "c", "d", "e"]
 
 
-def read(file: Path, content: str, columns: Columns = PLAIN, **options: Any) -> tuple[Task, list[Row]]:
+def read(file: Path, content: str, columns: ReadOptions = PLAIN, **options: Any) -> tuple[Task, list[Row]]:
     file.write_text(content, encoding="utf-8")
     found = inspect(file, columns)
-    task = find_task(Config(**options), found.labels, found.labels, found.layout.class_names.values(), file)
+    config, labels, named = Config(**options), found.labels, found.layout.class_names.values()
+    task = task_kind(config, labels).from_labels(config, labels, labels, named, file)
+    check_options(task, config)
     return task, list(read_rows(file, columns, task))
 
 
@@ -180,7 +182,7 @@ SEVERAL = {"task": "multi-label"}
     ],
 )
 def test_several_labels_however_they_are_written(tmp_path: Path, name: str, content: str, options: Any) -> None:
-    columns = Columns(format="fasttext") if name.endswith(".txt") else PLAIN
+    columns = ReadOptions(format="fasttext") if name.endswith(".txt") else PLAIN
     task, rows = read(tmp_path / name, content, columns, **options)
     assert isinstance(task, MultiLabel)
     assert task.label_names == ["a", "b", "c"]
@@ -188,7 +190,7 @@ def test_several_labels_however_they_are_written(tmp_path: Path, name: str, cont
 
 
 def test_columns_of_0_and_1_are_several_labels_and_those_of_probabilities_one(tmp_path: Path) -> None:
-    columns = Columns(labels=("toxic", "insult"))
+    columns = ReadOptions(labels=("toxic", "insult"))
     task, rows = read(tmp_path / "a.csv", "text,toxic,insult\nx,1,0\ny,0,0\nz,1,1\n", columns)
     assert (type(task), task.label_names) == (MultiLabel, ["toxic", "insult"])
     assert [row.label.tolist() for row in rows] == [[1, 0], [0, 0], [1, 1]]
@@ -196,7 +198,7 @@ def test_columns_of_0_and_1_are_several_labels_and_those_of_probabilities_one(tm
     rows_of = {'{"toxic": 1, "insult": 0}': (3, 1), '{"toxic": 0, "insult": 1}': (2, 2)}
     assert ["--task single-label" in note for note in task.notes(rows_of)] == [True]
     assert not task.notes({**rows_of, '{"toxic": 1, "insult": 1}': (1, 3)})
-    columns = Columns(labels=("probability_no", "probability_yes"))
+    columns = ReadOptions(labels=("probability_no", "probability_yes"))
     content = "text,probability_no,probability_yes\nx,0.25,0.75\ny,0.9,0.1\n"
     task, rows = read(tmp_path / "b.csv", content, columns)
     assert (type(task), task.label_names) == (SingleLabel, ["no", "yes"])
@@ -241,7 +243,7 @@ def test_what_does_not_go_together_is_one_line(tmp_path: Path, content: str, opt
 def test_a_bad_label_names_the_line(tmp_path: Path, cell: str, says: str) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(f'{{"text": "x", "label": ["a"]}}\n{{"text": "y", "label": {cell}}}\n')
-    line = refusal(lambda: list(read_rows(file, Columns(), MultiLabel(["a", "b"]))))
+    line = refusal(lambda: list(read_rows(file, ReadOptions(), MultiLabel(["a", "b"]))))
     assert "line 2: " in line and says in line
 
 
@@ -253,10 +255,12 @@ def test_numpy_and_python_lists_are_read() -> None:
 
 
 def test_weights_are_read_and_rows_of_weight_0_are_absent(tmp_path: Path) -> None:
-    file, columns = tmp_path / "a.csv", Columns(weight="w")
+    file, columns = tmp_path / "a.csv", ReadOptions(weight="w")
     _, rows = read(file, "text,label,w\nx,a,2\ny,b,0\nz,b,0.5\nu,c,0\n", columns)
     assert [(row.text, row.weight) for row in rows] == [("x", 2.0), ("z", 0.5)]
     assert inspect(file, columns).check(file, SingleLabel(["a", "b"]), drop=False) == {"weight 0": 2}
+    asked = [columns_for(Config(weight_column="w"), split) for split in ("train", "dev")]
+    assert asked == [columns, ReadOptions()], "evaluation counts every row once"
     for bad in ("-1", "nan", "many", ""):
         says = refusal(read, file, f"text,label,w\nx,a,{bad}\ny,b,1\n", columns)
         assert "line 2: the weight " in says and " is not a number of 0 or more" in says
@@ -372,7 +376,7 @@ def test_a_weight_of_2_is_the_row_twice_and_the_baseline_the_least_constant_loss
 
 def test_hard_labels_are_soft_ones_of_certainty() -> None:
     labels = GENERATOR.randint(0, 5, 50)
-    hard = SingleLabel(NAMES, 0.1, torch.tensor([1.0, 2, 3, 4, 5]))
+    hard = SingleLabel(NAMES, label_smoothing=0.1, class_weights=torch.tensor([1.0, 2, 3, 4, 5]))
     logits, soft = torch.randn(50, 5), np.eye(5, dtype=np.float32)[labels]
     sides, probabilities = ((hard, labels), (replace(hard, is_soft=True), soft)), logits.softmax(1).numpy()
     torch.testing.assert_close(*(task.loss(logits, torch.from_numpy(each)) for task, each in sides))

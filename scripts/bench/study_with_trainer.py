@@ -23,6 +23,7 @@ import torch
 
 from sst2_xlmr.cli import OneLineParser, parse_args
 from sst2_xlmr.config import Config, flag
+from sst2_xlmr.data.batches import select_rows
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.programs import runs, study
 from sst2_xlmr.report.tables import Figures
@@ -54,25 +55,24 @@ def write_peer_inputs(words: list[str], folder: Path) -> tuple[dict[str, Any], T
         UserError: if the Trainer cannot do what they say.
     """
     config, _ = parse_args([*words, "--output-dir", str(folder / "unused")])
-    inputs = prepare(config, quiet=True)
+    inputs = prepare(config)
     config = inputs.config
     if not Path(config.encoder).is_dir():
         raise UserError(f"--peer needs an encoder in a folder that transformers opens, not {config.encoder}")
     for name in _LACKS.split():
         if getattr(config, name) != getattr(Config(), name):
             raise UserError(f"--peer: the Trainer does not have {flag(name)}; put it into a --setting")
-    if inputs.train_weights is not None or getattr(inputs.task, "is_soft", False):
+    if inputs.whole.weights is not None or getattr(inputs.task, "is_soft", False):
         raise UserError("--peer: the Trainer has neither soft labels nor row weights; leave them out of the files")
     arrays: dict[str, np.ndarray] = {}
     for split, cache in inputs.caches.items():
-        rows = np.arange(len(cache)) if split != "train" or inputs.train_rows is None else inputs.train_rows
-        kept = np.repeat(np.isin(np.arange(len(cache)), rows), cache.lengths())  # of every token, whether its row stays
-        arrays[f"{split}_ids"], arrays[f"{split}_labels"] = cache.ids[kept], cache.labels[rows]
-        arrays[f"{split}_offsets"] = np.concatenate([[0], np.cumsum(cache.lengths()[rows], dtype=np.int64)])
+        ids, _ = select_rows(cache.ids, cache.starts, cache.lengths, np.arange(len(cache)))
+        arrays[f"{split}_ids"], arrays[f"{split}_labels"] = ids.numpy(), cache.labels
+        arrays[f"{split}_offsets"] = np.concatenate([[0], np.cumsum(cache.lengths, dtype=np.int64)])
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "rows.npz", **arrays)
     device = choose_device(config.device)
-    batches = -(-len(inputs.train_labels) // config.batch_size)
+    batches = -(-len(inputs.caches["train"]) // config.batch_size)
     order = {
         **{name: getattr(config, name) for name in _SAME},
         "encoder": config.encoder,

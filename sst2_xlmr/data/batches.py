@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # [rows, ...], of the task's dtype and shape
     # int64 [rows] or [windows], random numbers below 2**32 from seed, epoch and row, with which an engine seeds dropout
     # masks, so that they do not depend on how a batch is split.
-    keys: torch.Tensor
+    dropout_keys: torch.Tensor
     global_rows: int  # of the global batch, over all ranks
     is_real: float = 1.0  # 0.0 for a filler batch, which only keeps this rank in step with the others
     row_weights: torch.Tensor | None = None  # fp32 [rows], factors on the rows' losses; None for ones
@@ -50,11 +50,13 @@ def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return (splitmix64(rows.astype(np.uint64) + np.uint64(start)) >> np.uint64(32)).astype(np.int64)
 
 
-def select_rows(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows' ids, int64 [tokens], and their lengths, int64 [rows]; `ids` and `offsets` as in `TokenCache`."""
-    starts, ends = offsets[rows], offsets[rows + 1]
-    chosen = [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
-    return torch.from_numpy(np.concatenate(chosen).astype(np.int64)), torch.from_numpy(ends - starts)
+def select_rows(
+    ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows' ids, int64 [tokens], and their lengths, int64 [rows]; other arguments as in `TokenCache`."""
+    lengths = lengths[rows].astype(np.int64)
+    chosen = [ids[start : start + length] for start, length in zip(starts[rows].tolist(), lengths.tolist())]
+    return torch.from_numpy(np.concatenate(chosen).astype(np.int64)), torch.from_numpy(lengths)
 
 
 def split_windows(ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -94,25 +96,20 @@ def rows_in_training_order(
 class BatchLoader:
     """This rank's part of the global batches, epoch after epoch, starting at any (epoch, batch).
 
-    That position is enough to resume with any number of ranks. Of the rows to train on, `lengths`, int [rows], are in
-    tokens; `rows`, int [rows], are their indices in the cache, or None if they are all of its rows. Rank r of W takes
-    rows r::W of a global batch.
+    That position is enough to resume with any number of ranks. Rank r of W takes rows r::W of a global batch.
     """
 
-    def __init__(
-        self, cache: TokenCache, lengths: np.ndarray, rows: np.ndarray | None, config: Config, world: World
-    ) -> None:
-        self.cache, self.lengths, self.rows, self.config, self.world = cache, lengths, rows, config, world
+    def __init__(self, cache: TokenCache, config: Config, world: World) -> None:
+        self.cache, self.config, self.world = cache, config, world
         self.windows = cache.windows() if config.long_texts == "windows" else None
 
     def __len__(self) -> int:
         """The number of global batches in an epoch."""
-        return -(-len(self.lengths) // self.config.batch_size)
+        return -(-len(self.cache) // self.config.batch_size)
 
     def global_batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:
         """Yield the row indices of an epoch's global batches, over all ranks, from batch `first` on."""
-        batches = rows_in_training_order(self.lengths, self.config.batch_size, self.config.seed, epoch, first)
-        return batches if self.rows is None else (self.rows[batch] for batch in batches)
+        return rows_in_training_order(self.cache.lengths, self.config.batch_size, self.config.seed, epoch, first)
 
     def starting_at(self, epoch: int, batch: int) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of each global batch, endlessly, from `batch` of `epoch` on."""
@@ -141,7 +138,7 @@ class BatchLoader:
         return np.split(rows, starts)
 
     def _batch(self, rows: np.ndarray, epoch: int, global_rows: np.ndarray, is_real: float) -> Batch:
-        ids, lengths = select_rows(self.cache.ids, self.cache.offsets, rows)
+        ids, lengths = select_rows(self.cache.ids, self.cache.starts, self.cache.lengths, rows)
         labels = torch.from_numpy(self.cache.labels[rows])
         keys = torch.from_numpy(dropout_keys(rows, self.config.seed, epoch))
         lengths, windows = split_windows(ids, lengths)

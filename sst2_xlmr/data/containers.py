@@ -26,7 +26,7 @@ def shortened(text: object, longest: int = 200) -> str:
     return text if len(text) <= longest else text[:longest] + "..."
 
 
-def needed(module: str, path: Path, what: str) -> Any:
+def import_extra(module: str, path: Path, what: str) -> Any:
     """Import a module of an optional dependency; UserError with the command to install it if that fails."""
     package = module.split(".")[0]
     try:
@@ -124,9 +124,9 @@ def source_digest(path: Path) -> str:
 
 def _arrow_batches(path: Path, kind: str) -> tuple[Any, Iterable[Any]]:
     """Return the schema and record batches of a Parquet file, an Arrow file, or a folder of `datasets`."""
-    pyarrow = needed("pyarrow", path, kind.title())
+    pyarrow = import_extra("pyarrow", path, kind.title())
     if kind == "parquet":
-        file = needed("pyarrow.parquet", path, kind.title()).ParquetFile(path)
+        file = import_extra("pyarrow.parquet", path, kind.title()).ParquetFile(path)
         return file.schema_arrow, file.iter_batches(1000)
     files, tables = [path], []
     if path.is_dir():
@@ -159,7 +159,7 @@ def _arrow_rows(path: Path, kind: str, _: str) -> Cells:
 @contextlib.contextmanager
 def excel_sheets(path: Path) -> Iterator[list[Any]]:
     """Open a workbook, and return its sheets of cells."""
-    openpyxl = needed("openpyxl", path, "an Excel workbook")
+    openpyxl = import_extra("openpyxl", path, "an Excel workbook")
     with _reading(path, "an Excel workbook"), path.open("rb") as file:
         yield openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets
 

@@ -17,13 +17,13 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple
 
 from sst2_xlmr.config import QUOTES
 from sst2_xlmr.data.containers import READERS, json_rows, with_labels
 from sst2_xlmr.util.errors import UserError
 
-KINDS = (".tsv", ".csv", ".jsonl", ".parquet")  # of output files; see `row_writer`
+KINDS = (".tsv", ".csv", ".jsonl", ".parquet")  # of output files; see `row_text`
 LONGEST = 1 << 24  # maximum characters of a line or cell, so that an unclosed quote cannot fill the memory
 _BREAKS = re.compile("\r\n|[\t\r\n]")
 _FASTTEXT = re.compile(r"((?:__label__\S+\s+)*(?:__label__\S+)?)(.*)", re.DOTALL)
@@ -42,14 +42,9 @@ class Layout(NamedTuple):
     quoting: str = ""  # a key of QUOTES
     newline: str = "\n"
     header: bool = False  # whether a table's first line names its columns
-    names: tuple[str, ...] = ()  # the columns' names; empty for JSON objects, each of which has its own
+    names: tuple[str, ...] = ()  # of all rows' columns; empty for JSON objects, each of which has its own
     class_names: Mapping[str, Sequence[str]] = {}  # column -> names of its labels 0, 1, ..., if the file contains them
     notes: tuple[str, ...] = ()  # warnings for the header
-
-    @property
-    def is_table(self) -> bool:
-        """Whether all rows have the same columns in the same order."""
-        return bool(self.names)
 
 
 class Fields(NamedTuple):
@@ -199,7 +194,7 @@ def cell_text(cell: object) -> str:
     return "" if cell is None else json.dumps(cell, ensure_ascii=False)
 
 
-def either(names: Iterable[str]) -> str:
+def or_list(names: Iterable[str]) -> str:
     """Return `a, b or c`."""
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
@@ -209,19 +204,19 @@ def kind_of(path: Path) -> str:
     """Return an output file's extension, one of KINDS, without .gz; UserError for another extension."""
     kind = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
     if kind not in KINDS:
-        raise UserError(f"{path}: unknown kind of file; the name must end in {either(KINDS)}, optionally with .gz")
+        raise UserError(f"{path}: unknown kind of file; the name must end in {or_list(KINDS)}, optionally with .gz")
     return kind
 
 
-def row_writer(file: TextIO, kind: str) -> Callable[[Iterable[str], Iterable[object]], object]:
-    """Return write(names, cells), which appends a row to a file; write a table's header first.
+def row_text(kind: str, names: Iterable[str], cells: Iterable[object]) -> str:
+    """Return a row as a file of this kind, one of KINDS, has it, with its line end.
 
-    The file was opened with newline=""; kind is one of KINDS. In .tsv, tabs and line ends in cells become spaces.
+    A table's header is a row, too. In .tsv, tabs and line ends in cells become spaces.
     """
     if kind == ".tsv":
-        return lambda _, cells: file.write("\t".join(_BREAKS.sub(" ", cell_text(cell)) for cell in cells) + "\n")
+        return "\t".join(_BREAKS.sub(" ", cell_text(cell)) for cell in cells) + "\n"
     if kind in (".jsonl", ".parquet"):  # see predictions.new_output
-        return lambda names, cells: file.write(json.dumps(dict(zip(names, cells)), ensure_ascii=False) + "\n")
-    assert kind == ".csv", kind
-    rows = csv.writer(file)  # RFC 4180's line end, CRLF, makes it quote a lone CR or LF in a cell, too
-    return lambda _, cells: rows.writerow(map(cell_text, cells))
+        return json.dumps(dict(zip(names, cells)), ensure_ascii=False) + "\n"
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(map(cell_text, cells))  # its CRLF makes it quote a lone CR or LF in a cell, too
+    return text.getvalue()

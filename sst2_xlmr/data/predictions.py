@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
 
-from sst2_xlmr.data.containers import needed
-from sst2_xlmr.data.formats import kind_of, row_writer
+from sst2_xlmr.data.containers import import_extra
+from sst2_xlmr.data.formats import kind_of, row_text
 from sst2_xlmr.data.rows import Row
 from sst2_xlmr.labels import listed
 from sst2_xlmr.util.errors import UserError
@@ -23,12 +22,12 @@ Cells = Sequence[Any]  # the new cells of a row; see `Task.cells`
 
 def console_lines(rows: Sequence[Row], predictions: Sequence[Cells]) -> str:
     """Return a line per row for people; tabs and line ends in texts become spaces."""
-    text = io.StringIO(newline="")
-    write = row_writer(text, ".tsv")
+    lines = []
     for row, (label, *probabilities) in zip(rows, predictions):
         texts = [row.text] if row.pair is None else [row.text, row.pair]
-        write((), [_in_table(label), *(_in_table(value, "{:.4f}") for value in probabilities), *texts])
-    return text.getvalue()
+        cells = [_in_table(label), *(_in_table(value, "{:.4f}") for value in probabilities), *texts]
+        lines.append(row_text(".tsv", (), cells))
+    return "".join(lines)
 
 
 def _in_table(cell: Any, number: str = "{}") -> Any:
@@ -49,11 +48,9 @@ def extended_rows(
     The extension of the output's path selects the format; UserError if that cannot express a row's columns. `columns`
     are those of the input's first row, and so of every row in a table, which begins with them if `header`.
     """
-    text = io.StringIO(newline="")
     kind = kind_of(path)
-    write, is_text_table = row_writer(text, kind), kind in (".tsv", ".csv")
-    if header and is_text_table:
-        write((), [*columns, *_free_names(names, columns)])
+    is_text_table = kind in (".tsv", ".csv")
+    lines = [row_text(kind, (), [*columns, *_free_names(names, columns)])] if header and is_text_table else []
     last: list[str] = []
     for row, (label, *probabilities) in zip(rows, predictions):
         here, cells = row.fields.names, row.fields.cells
@@ -63,8 +60,9 @@ def extended_rows(
         if kind != ".jsonl" and here != columns:
             cells = [cells[here.index(name)] for name in columns]
         added = [label, *(round(value, 6) if isinstance(value, float) else value for value in probabilities)]
-        write([*here, *new], [*cells, *(map(_in_table, added) if is_text_table else added)])
-    return text.getvalue()
+        added = list(map(_in_table, added)) if is_text_table else added
+        lines.append(row_text(kind, [*here, *new], [*cells, *added]))
+    return "".join(lines)
 
 
 @contextlib.contextmanager
@@ -74,7 +72,7 @@ def new_output(path: Path) -> Iterator[TextIO]:
         with new_file(path) as file:
             yield file
         return
-    arrow, parquet = (needed(name, path, "Parquet") for name in ("pyarrow", "pyarrow.parquet"))
+    arrow, parquet = (import_extra(name, path, "Parquet") for name in ("pyarrow", "pyarrow.parquet"))
     with write_errors(path), atomic_file(path) as raw, contextlib.ExitStack() as stack:
         writer: Any = None
 
@@ -121,11 +119,9 @@ def glue_label_ids(label_names: Sequence[str]) -> dict[str, int]:
 
 def submission_lines(rows: Sequence[Row], predictions: Sequence[Cells], ids: dict[str, int], first_row: int) -> str:
     """Return GLUE's lines: column `index`, or else a count from `first_row`, tab, 0 or 1; before row 0, a header."""
-    text = io.StringIO(newline="")
-    write = row_writer(text, ".tsv")
-    if first_row == 0:
-        write((), ["index", "prediction"])
+    lines = ["index\tprediction\n"] if first_row == 0 else []
     for number, (row, (label, *_)) in enumerate(zip(rows, predictions), first_row):
         names = row.fields.names
-        write((), [row.fields.cells[names.index("index")] if "index" in names else number, ids[label]])
-    return text.getvalue()
+        index = row.fields.cells[names.index("index")] if "index" in names else number
+        lines.append(row_text(".tsv", (), [index, ids[label]]))
+    return "".join(lines)

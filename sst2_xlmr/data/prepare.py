@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,15 +12,14 @@ import numpy as np
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.containers import source_digest
-from sst2_xlmr.data.rows import Columns, Inspection, Row, columns_of, read_rows
+from sst2_xlmr.data.rows import Inspection, ReadOptions, Row, columns_for, read_rows
 from sst2_xlmr.data.splits import DEFAULT_SHARE, MOST_ROWS, find_files, stratified_sample
-from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
+from sst2_xlmr.data.token_cache import TokenCache, find_duplicates, inspected, tokenize_files
 from sst2_xlmr.labels import MISSING
 from sst2_xlmr.model import encoders
 from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
-from sst2_xlmr.task import Task, find_task, task_kind
-from sst2_xlmr.util import downloads
+from sst2_xlmr.task import Task, check_options, task_kind
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
 
@@ -31,7 +29,7 @@ class Split:
     """The files of a split, and what they contain."""
 
     files: list[Path]
-    columns: Columns
+    columns: ReadOptions
     inspections: list[Inspection]  # one per file
     is_labelled: bool = True  # and so has a cache; a test file may have no labels
     source_rows: np.ndarray | None = None  # int64, indices among the files' usable rows; None for all of them
@@ -46,7 +44,7 @@ class Split:
         own = set(self.source_rows.tolist())
         return (row for index, row in enumerate(rows) if index in own)
 
-    def texts_of(self, task: Task, rows: set[int]) -> dict[int, str]:
+    def texts_at(self, task: Task, rows: set[int]) -> dict[int, str]:
         """Return row index -> text for the given rows; empty if a file has changed since it was inspected."""
         try:
             if any(source_digest(file) != seen.digest for file, seen in zip(self.files, self.inspections)):
@@ -65,59 +63,40 @@ class Inputs:
     task: Task
     encoder: encoders.EncoderFolder
     splits: dict[str, Split]
-    caches: dict[str, TokenCache]  # only of the labelled splits
-    leaks: dict[str, np.ndarray]  # split -> int64, the training rows whose text is also there; only splits with any
-    train_rows: np.ndarray | None  # int64, indices of the rows to train on; None for all
-
-    @property
-    def train_labels(self) -> np.ndarray:
-        """[rows, ...], of the rows to train on, with the task's dtype and shape."""
-        labels = self.caches["train"].labels
-        return labels if self.train_rows is None else labels[self.train_rows]
-
-    @property
-    def train_weights(self) -> np.ndarray | None:
-        """fp32 [rows], loss weights of the rows to train on; None for ones."""
-        weights = self.caches["train"].weights
-        return weights if self.train_rows is None or weights is None else weights[self.train_rows]
-
-    @property
-    def train_lengths(self) -> np.ndarray:
-        """int32 [rows], lengths in tokens of the rows to train on."""
-        lengths = self.caches["train"].lengths()
-        return lengths if self.train_rows is None else lengths[self.train_rows]
+    caches: dict[str, TokenCache]  # only of the labelled splits; train's has the rows to train on
+    whole: TokenCache  # all rows of the training files
+    leaks: dict[str, np.ndarray]  # split -> int64, the rows of `whole` whose text is also there; only splits with any
 
     def place_of(self, split: str, row: int) -> str:
-        """Return `FILE:LINE` of a split's row."""
+        """Return `FILE:LINE` of a split's row; for train, of a row of `whole`."""
         cache, source_rows = self.caches[split], self.splits[split].source_rows
+        if split == "train":
+            cache, source_rows = self.whole, None
         source_row = row if source_rows is None else source_rows[row]
         file = int(np.searchsorted(np.cumsum(cache.rows_of_files), source_row, side="right"))
         return f"{self.splits[split].files[file].name}:{cache.lines[row]}"
 
     def digests(self) -> dict[str, str]:
         """Return name -> SHA-256 of every input but the options. Slow, it reads all weights: once per node."""
-        rows = self.caches["train"].digest
-        if self.train_rows is not None:
-            rows = hashlib.sha256(rows.encode() + self.train_rows.tobytes()).hexdigest()
         return {
-            "training rows": rows,
+            "training rows": self.caches["train"].digest,
             **{f"file {split}": cache.digest for split, cache in self.caches.items() if split != "train"},
             "tokenizer": tokenizer_digest(self.encoder.tokenizer_file),
             "encoder's weights": " ".join(map(digest_of, self.encoder.weights_files)),
         }
 
 
-def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, dict[str, Split]]:
+def inspect_splits(config: Config, quiet: bool = False) -> tuple[Task, dict[str, Split]]:
     """Find and read all files; UserError for a label that is no class, or an unusable row without `--drop-unusable`."""
     files, notes = find_files(config, quiet)
     splits: dict[str, Split] = {}
     labels: dict[str, list[int]] = {}  # of the training files
     for name, paths in files.items():  # train first
-        columns = columns_of(config, name)
+        columns = columns_for(config, name)
         if name != "train":
             columns = replace(columns, classes=tuple(labels) if all(map(str.isdecimal, labels)) else ())
         try:
-            inspections = [inspected(file, columns, cache_dir) for file in paths]
+            inspections = [inspected(file, columns) for file in paths]
         except UserError as error:
             if name == "train" or not error.column_option:
                 raise
@@ -131,7 +110,8 @@ def inspect_splits(config: Config, cache_dir: Path, quiet: bool) -> tuple[Task, 
         splits[name] = Split(paths, columns, inspections, is_labelled)
     names_in_files = splits["train"].inspections[0].layout.class_names.values()
     all_labels = _labels_of([file for split in splits.values() for file in split.inspections])
-    task = find_task(config, labels, all_labels, names_in_files, files["train"][0])
+    task = task_kind(config, labels).from_labels(config, labels, all_labels, names_in_files, files["train"][0])
+    check_options(task, config)
     for split in splits.values():
         for path, inspection in zip(split.files, split.inspections):
             split.notes.extend([*inspection.layout.notes, *task.notes(inspection.labels)])
@@ -162,49 +142,47 @@ def check_sizes(config: Config, shape: encoders.EncoderShape) -> None:
         raise UserError(f"--layers {config.layers}: {config.encoder} has {shape.layers} layers")
 
 
-def prepare(config: Config, quiet: bool) -> Inputs:
+def prepare(config: Config, quiet: bool = False) -> Inputs:
     """Fetch and tokenize the run's inputs, reusing downloads and token caches."""
-    cache_dir = downloads.cache_dir() / "tokens"
-    task, splits = inspect_splits(config, cache_dir, quiet)
+    task, splits = inspect_splits(config, quiet)
     if config.encoder in encoders.BUNDLE_SHAPES:  # check before the download
         check_sizes(config, encoders.BUNDLE_SHAPES[config.encoder])
     encoder = encoders.find_encoder(config.encoder, quiet)
     check_sizes(config, encoder.shape)
     if config.layers:
         encoder = encoders.lowest_layers(encoder, config.layers)
+    how = encoder.tokenizer_file, config.max_length, long_texts_of(config)
     load = functools.lru_cache(maxsize=1)(Tokenizer)
-    tokenize = functools.partial(
-        tokenize_file,
-        tokenizer_file=encoder.tokenizer_file,
-        task=task,
-        max_length=config.max_length,
-        cache_dir=cache_dir,
-        load=load,
-        long_texts=long_texts_of(config),
-    )
-    caches = {name: tokenize(split.files, columns=split.columns) for name, split in splits.items() if split.is_labelled}
-    train = caches["train"]
-    encoders.check_tokenizer(encoder, train.vocab_size)
-    is_kept = np.ones(len(train), bool)  # [rows], whether to train on a row
+    caches = {}
+    for name, split in splits.items():
+        if split.is_labelled:
+            caches[name] = tokenize_files(split.files, how, split.columns, task, load)
+    whole = caches["train"]
+    encoders.check_tokenizer(encoder, whole.vocab_size)
+    is_kept = np.ones(len(whole), bool)  # [rows], whether to train on a row
     if "dev" not in caches:
-        share = config.dev_share or min(DEFAULT_SHARE, MOST_ROWS / len(train))
-        rows = stratified_sample(train.text_digests, task.strata(train.labels), share, config.seed)
+        share = config.dev_share or min(DEFAULT_SHARE, MOST_ROWS / len(whole))
+        rows = stratified_sample(whole.text_digests, task.strata(whole.labels), share, config.seed)
         if not len(rows):
-            raise UserError(f"{len(train):,} training rows are too few to cut off dev; name a --dev-file")
+            raise UserError(f"{len(whole):,} training rows are too few to set dev aside; name a --dev-file")
         is_kept[rows] = False
-        caches = {"train": train, "dev": train.part(rows), **caches}
-        note = f"{len(rows):,} of {len(train):,} training rows, cut off by class and seed; name a --dev-file for others"
+        caches = {"train": whole, "dev": whole.part(rows), **caches}
+        note = f"{len(rows):,} of {len(whole):,} training rows, set aside as dev, stratified by class"
+        note += "; --dev-file uses another file"
         dev = replace(splits["train"], dropped=Counter(), notes=[note], source_rows=rows)
         splits = {"train": splits["train"], "dev": dev, **splits}
     others = {name: cache.text_digests for name, cache in caches.items() if name != "train"}
-    leaked = {name: np.flatnonzero(is_kept & np.isin(train.text_digests, digests)) for name, digests in others.items()}
+    leaked = {name: np.flatnonzero(is_kept & np.isin(whole.text_digests, digests)) for name, digests in others.items()}
     leaks = {name: rows for name, rows in leaked.items() if len(rows)}
     if config.drop_duplicates:
-        is_kept[train.duplicates] = is_kept[train.conflicts] = False
+        for rows in find_duplicates(whole.text_digests, task.label_keys(whole.labels)):
+            is_kept[rows] = False
     if config.drop_leaks:
         for rows in leaks.values():
             is_kept[rows] = False
-    if not is_kept.any():
+    kept = np.flatnonzero(is_kept)
+    if not len(kept):
         raise UserError("--drop-duplicates or --drop-leaks leaves no row to train on; leave them out")
-    train_rows = None if is_kept.all() else np.flatnonzero(is_kept)
-    return Inputs(config, task, encoder, splits, caches, leaks, train_rows)
+    if len(kept) < len(whole):
+        caches["train"], splits["train"] = whole.part(kept), replace(splits["train"], source_rows=kept)
+    return Inputs(config, task, encoder, splits, caches, whole, leaks)

@@ -10,7 +10,7 @@ from sst2_xlmr.config import FORMATS
 from sst2_xlmr.data.containers import shortened
 from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.prepare import Inputs
-from sst2_xlmr.data.rows import PHRASES, Columns, guessed_columns
+from sst2_xlmr.data.rows import PHRASES, ReadOptions, guessed_columns
 from sst2_xlmr.data.sniff import DELIMITERS
 from sst2_xlmr.labels import listed
 
@@ -19,7 +19,7 @@ _QUOTING = {"none": "no quotes", "double": "quoted", "single": "quoted by '", "b
 _PLAIN = {"tsv": [("\t", "none", True)], "csv": [(",", "double", True)], "jsonl": [("", "", False)]}
 
 
-def description(path: Path, layout: Layout, columns: Columns, rows: int | None = None) -> str:
+def description(path: Path, layout: Layout, columns: ReadOptions, rows: int | None = None) -> str:
     """Describe how a file was read; empty for the usual case: the format its name says, UTF-8, with a header."""
     is_named_so = path.name.lower().removesuffix(".gz").endswith(f".{layout.format}")
     is_plain = (layout.delimiter, layout.quoting, layout.header) in _PLAIN.get(layout.format, ()) and is_named_so
@@ -50,11 +50,11 @@ def lines_of(inputs: Inputs) -> list[str]:
         for path, file in zip(split.files, split.inspections):
             if text := description(path, file.layout, split.columns, file.rows):
                 lines.append(f"read as    {text}")
-        if len(split.files) > 1 and name in inputs.caches:
+        if len(split.files) > 1 and name in inputs.caches and (name == "train" or split.source_rows is None):
             counts = zip(split.files, inputs.caches[name].rows_of_files)
             lines.append(f"files      {name}: {', '.join(f'{path.name} {count:,}' for path, count in counts)}")
-    for name, labels in (("train", inputs.train_labels), ("dev", inputs.caches["dev"].labels)):
-        lines.append(f"classes    {name}: {inputs.task.describe_labels(labels)}")
+    for name in ("train", "dev"):
+        lines.append(f"classes    {name}: {inputs.task.describe_labels(inputs.caches[name].labels)}")
     notes = [f"note       {name}: {note}" for name in inputs.splits for note in notes_of(inputs, name)]
     return list(dict.fromkeys([*lines, *notes]))  # without repetitions: train and dev may have the same files
 
@@ -66,19 +66,15 @@ def notes_of(inputs: Inputs, name: str) -> list[str]:
 
 
 def classes_of(inputs: Inputs, name: str) -> dict[str, int]:
-    """Return class -> number of rows; for train, of the rows to train on."""
-    cache = inputs.caches.get(name)
-    return inputs.task.counts(inputs.train_labels if name == "train" else cache.labels) if cache else {}
+    """Return class -> number of rows."""
+    return inputs.task.counts(inputs.caches[name].labels) if name in inputs.caches else {}
 
 
 def examples_of(inputs: Inputs, name: str, count: int = 3) -> list[list[str | None]]:
     """Return the first rows of a split, as the model sees them: text, second text or None, label or None."""
-    split, cache = inputs.splits[name], inputs.caches.get(name)
-    used = inputs.train_rows if name == "train" else None
-    wanted = range(count) if used is None else used[:count].tolist()
-    rows = itertools.islice(split.rows(inputs.task if cache else None), max(wanted, default=-1) + 1)
-    chosen = [row for index, (_, row) in enumerate(rows) if index in wanted]
-    return [[row.text, row.pair, None if row.label is None else inputs.task.format_label(row.label)] for row in chosen]
+    task, rows = inputs.task, inputs.splits[name].rows(inputs.task if name in inputs.caches else None)
+    chosen = [row for _, row in itertools.islice(rows, count)]
+    return [[row.text, row.pair, None if row.label is None else task.format_label(row.label)] for row in chosen]
 
 
 def as_json(inputs: Inputs) -> dict[str, dict[str, Any]]:
@@ -94,11 +90,11 @@ def as_json(inputs: Inputs) -> dict[str, dict[str, Any]]:
             "quoting": layout.quoting or None,
             "encoding": layout.encoding,
             "header": layout.header if layout.delimiter or layout.format == "xlsx" else None,
-            "rows": len(inputs.train_labels) if name == "train" else rows,
+            "rows": rows,
             "dropped": split.dropped,
             "classes": classes_of(inputs, name),
             "examples": examples_of(inputs, name),
-            "truncated": len(cache.truncated_rows) if cache else 0,
+            "truncated": int(cache.is_cut.sum()) if cache else 0,
             "warnings": notes_of(inputs, name),
         }
     return result

@@ -17,22 +17,24 @@ from typing import Any, NamedTuple
 from sst2_xlmr.config import COLUMN_OPTIONS, FORMATS, Config
 from sst2_xlmr.data.containers import READERS, shortened
 from sst2_xlmr.data.formats import Fields, Layout, opened, read_fields
-from sst2_xlmr.data.sniff import Columns, find_layout, other_encoding
-from sst2_xlmr.labels import MISSING, MISSING_ID, UNKNOWN_ID, label_text
+from sst2_xlmr.data.sniff import ReadOptions, find_layout, other_encoding
+from sst2_xlmr.labels import MISSING, label_text
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
 
+COLUMNS, CHARACTERS = "another number of columns", "cut characters"
+NO_TEXT, NO_LABEL = "no text", "no label"
+WEIGHT_0 = "weight 0"  # left out on purpose, so never an error
 PHRASES = {  # why a row is unusable -> the phrase in errors and notes
-    "another number of columns": "with another number of columns",
-    "cut characters": "with truncated or invalid characters",
-    "no text": "without text",
-    "no label": "without a label",
-    "weight 0": "with weight 0",  # left out on purpose, so never an error
+    COLUMNS: "with another number of columns",
+    CHARACTERS: "with truncated or invalid characters",
+    NO_TEXT: "without text",
+    NO_LABEL: "without a label",
+    WEIGHT_0: "with weight 0",
 }
-COLUMNS, CHARACTERS, NO_TEXT, NO_LABEL, WEIGHT_0 = PHRASES
 Problems = dict[str, tuple[int, int, str]]  # a key of PHRASES -> count, first line, detail
-Checked = tuple[Fields, str, Any, Any, Any, float]  # see `_checked`
+Checked = tuple[Fields, str, Any, Any, Any, float]  # see `_rows_with_problems`
 _UNUSABLE = re.compile("[\ud800-\udfff\0]")
 _CHUNK_CHARACTERS = 1 << 20
 _MOST_LABELS = 20_000  # no further distinct labels are counted; classes are far fewer
@@ -48,21 +50,18 @@ class Row(NamedTuple):
     weight: float = 1.0  # factor on its loss
 
 
-def columns_of(config: Config, split: str) -> Columns:
-    """Return the columns to read of a split's files; only training rows have weights."""
-    columns = columns_given(config, split)
-    return columns if split == "train" else dataclasses.replace(columns, weight=None)
+def columns_for(options: argparse.Namespace | Config, split: str = "") -> ReadOptions:
+    """Return the columns that the options select for a split; options that are missing have their defaults.
 
-
-def columns_given(arguments: argparse.Namespace | Config, split: str = "") -> Columns:
-    """Return the columns that the options select for a split; options that are missing have their defaults."""
-    given = {name: value for name, value in vars(arguments).items() if name in COLUMN_OPTIONS}
+    Only training rows have weights.
+    """
+    given = {name: value for name, value in vars(options).items() if name in COLUMN_OPTIONS}
     if given.get("format") not in FORMATS:  # export's --format is another option
         given.pop("format", None)
     text, labels = tuple(given.pop("text_column", None) or ()), tuple(given.pop("label_columns", None) or ())
     pair, label = given.pop("text_pair_column", None), given.pop("label_column", "label")
-    columns = Columns(text or None, pair, label, labels, given.pop("weight_column", None), **given)
-    for option in getattr(arguments, "columns", ()):
+    columns = ReadOptions(text or None, pair, label, labels, getattr(options, "weight_column", None), **given)
+    for option in getattr(options, "columns", ()):
         name, _, pairs = option.partition(":")
         if name == split:
             changes: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs.split(","))
@@ -71,7 +70,7 @@ def columns_given(arguments: argparse.Namespace | Config, split: str = "") -> Co
             if "text" in changes:
                 changes["text"] = tuple(changes["text"].split("+"))
             columns = dataclasses.replace(columns, **changes)
-    return columns
+    return columns if split == "train" else dataclasses.replace(columns, weight=None)
 
 
 def check_pairs(model: Path, pair: str | None, cure: str) -> None:
@@ -106,7 +105,7 @@ class Positions(NamedTuple):
         return self.class_names[int(index)] if index.isdecimal() and int(index) < len(self.class_names) else label
 
 
-def _positions(path: Path, layout: Layout, columns: Columns, fields: Fields, with_label: bool) -> Positions:
+def _positions(path: Path, layout: Layout, columns: ReadOptions, fields: Fields, with_label: bool) -> Positions:
     """Find a row's columns; UserError if one is missing, or used twice."""
     columns = guessed_columns(path, layout, columns)
     find = functools.partial(_position, path, layout, fields, with_label)
@@ -128,7 +127,7 @@ def _positions(path: Path, layout: Layout, columns: Columns, fields: Fields, wit
 def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, option: str, *wanted: str) -> int:
     """Return the position of the first of the wanted columns that exists; UserError if none or two match."""
     names = fields.names
-    if layout.is_table and re.fullmatch("[0-9]{1,6}", wanted[0]):
+    if layout.names and re.fullmatch("[0-9]{1,6}", wanted[0]):
         if 1 <= int(wanted[0]) <= len(names):
             return int(wanted[0]) - 1
         raise UserError(f"{path} has {len(names)} columns, from 1 to {len(names)}: there is no {option} {wanted[0]}")
@@ -140,9 +139,9 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
             raise UserError(two, column_option=option)
         if matches:
             return matches[0]
-    if layout.is_table and len(names) == 1 and option.startswith("--label"):
+    if layout.names and len(names) == 1 and option.startswith("--label"):
         cure = "if each line begins with its label, sed 's/ /\\t/' FILE > NEW makes that a column"
-        reason = "is read as one column, of texts without labels; if there are more, give --delimiter"
+        reason = "is read as one column of texts, without labels; if it has more columns, give --delimiter"
         raise UserError(f"{path} {reason}; {cure}")
     has_header = layout.header or not layout.delimiter
     among = shortened(", ".join(names)) + ("" if has_header else " (it has no header)")
@@ -150,9 +149,9 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
     raise UserError(f"{path}, line {fields.line}: no column {absent} among {among}; {cure}", column_option=option)
 
 
-def guessed_columns(path: Path, layout: Layout, columns: Columns) -> Columns:
+def guessed_columns(path: Path, layout: Layout, columns: ReadOptions) -> ReadOptions:
     """Fill in the numbers of the text and label columns if neither a header nor the options name them."""
-    if not layout.is_table or layout.header or columns.texts or {"text", "sentence"} & {*layout.names}:
+    if not layout.names or layout.header or columns.texts or {"text", "sentence"} & {*layout.names}:
         return columns
     text, label, _ = _likely_columns(path, layout)
     label = label if text and label and columns.label == "label" else columns.label
@@ -178,7 +177,7 @@ def _likely_columns(path: Path, layout: Layout) -> tuple[str, str, list[str]]:
 
 def _proposal(path: Path, layout: Layout, with_label: bool) -> str:
     """Return the options that probably select a table's text and label, for an error; empty if it is unclear."""
-    if not layout.is_table:
+    if not layout.names:
         return ""
     *likely, flags = _likely_columns(path, layout)
     names = [layout.names[int(number) - 1] for number in likely[: 1 + with_label] if number]
@@ -189,7 +188,7 @@ def _proposal(path: Path, layout: Layout, with_label: bool) -> str:
     return f" (e.g. {' '.join(itertools.chain.from_iterable(options))})" if options else ""
 
 
-def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> Iterator[Checked]:
+def _rows_with_problems(path: Path, layout: Layout, columns: ReadOptions, with_label: bool) -> Iterator[Checked]:
     """Yield for every row: fields, why it is unusable (empty if it is not), text, second text, label cell, weight."""
     names: list[str] | None = None
     missing: UserError | None = None
@@ -202,7 +201,7 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> 
                 positions = _positions(path, layout, columns, fields, with_label)
                 has_all = True
             except UserError as error:  # JSON objects may have different keys
-                if layout.is_table:
+                if layout.names:
                     raise
                 missing = missing or error
                 kind = NO_LABEL if error.column_option.startswith("--label") else NO_TEXT
@@ -215,11 +214,11 @@ def _checked(path: Path, layout: Layout, columns: Columns, with_label: bool) -> 
             text = " ".join(filter(None, texts)) if all(isinstance(each, str) for each in texts) else None
         problem = ""
         if type(text) is not str or not text.isascii() or not text.strip() or "\0" in text:
-            problem = _problem(text, columns.may_be_empty)
+            problem = _text_problem(text, columns.may_be_empty)
         pair = None
         if positions.pair is not None:
             pair = cells[positions.pair]
-            problem = problem or _problem(pair, columns.may_be_empty)
+            problem = problem or _text_problem(pair, columns.may_be_empty)
         label = positions.label_cell(names, cells)
         weight = 1.0
         if positions.weight is not None:
@@ -240,13 +239,13 @@ def _weight(cell: Any, where: str) -> float:
     return weight
 
 
-def _problem(text: Any, may_be_empty: bool) -> str:
+def _text_problem(text: Any, may_be_empty: bool) -> str:
     if not isinstance(text, str) or not (may_be_empty or text.strip()):
         return NO_TEXT
     return CHARACTERS if (not text.isascii() or "\0" in text) and _UNUSABLE.search(text) else ""
 
 
-def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
+def read_rows(path: Path, columns: ReadOptions, task: Task | None) -> Iterator[Row]:
     """Yield a file's usable rows; UserError, naming file, line and cure, if it has none, or any that are unusable.
 
     With `columns.drop_unusable`, those are left out. Without a task, for prediction, no label is needed, and a text may
@@ -255,7 +254,7 @@ def read_rows(path: Path, columns: Columns, task: Task | None) -> Iterator[Row]:
     layout = find_layout(path, columns)
     columns = dataclasses.replace(columns, may_be_empty=task is None or columns.may_be_empty)
     labels: dict[str, Any] = {}  # text of the cell -> label
-    for fields, problem, text, pair, cell, weight in _checked(path, layout, columns, task is not None):
+    for fields, problem, text, pair, cell, weight in _rows_with_problems(path, layout, columns, task is not None):
         label = None
         if task and not problem:
             key = cell if isinstance(cell, str) else label_text(cell)
@@ -290,12 +289,17 @@ class Inspection:
         """
         self.check_encoding(path)
         labels, problems = self.labels, dict(self.problems)
-        ids = {label: task.label_index(label) for label in labels} if task else dict.fromkeys(MISSING, MISSING_ID)
-        unknown = [label for label in labels if ids.get(label) == UNKNOWN_ID]
-        missing = [label for label in labels if ids.get(label) == MISSING_ID and label not in names]
-        if unknown and task:
-            count, line = sum(labels[label][0] for label in unknown), labels[unknown[0]][1]
-            raise UserError(f"{path}, line {line}: {task.unknown(unknown)} ({count:,} row{'s' * (count > 1)})")
+        missing, unknown, error = [], 0, None
+        for label, (count, line) in labels.items():
+            is_missing = label in MISSING and label not in names
+            try:
+                if task:
+                    is_missing = task.read_label(label, f"{path}, line {line}") is None
+            except UserError as of_label:
+                error, unknown = error or of_label, unknown + count
+            missing += [label] * is_missing
+        if error:
+            raise UserError(f"{error} ({_rows(unknown)})")
         if missing:
             count = sum(labels[label][0] for label in missing) + problems.get(NO_LABEL, (0,))[0]
             problems[NO_LABEL] = (count, labels[missing[0]][1], repr(missing[0]))
@@ -313,9 +317,7 @@ class Inspection:
             f"{count:,} {PHRASES[kind]} (line {line}{f': {detail}' if detail else ''})"
             for kind, (count, line, detail) in problems.items()
         )
-        rows = f"{total:,} row{'s' if total > 1 else ''}"
-        if may_drop:
-            rows = f"{total:,} of {self.rows:,} row{'s' if self.rows > 1 else ''}"
+        rows = f"{total:,} of {_rows(self.rows)}" if may_drop else _rows(total)
         cure = "fix them, or leave them out with --drop-unusable" if may_drop else "fix them"
         if NO_LABEL in problems and problems[NO_LABEL][2] not in ("''", ""):
             cure += "; if that is a class, list all with --label-names=A,B,..."
@@ -343,12 +345,16 @@ class Inspection:
         return all(label in MISSING or label == "-1" for label in self.labels)
 
 
-def inspect(path: Path, columns: Columns, with_label: bool = True) -> Inspection:
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
+def inspect(path: Path, columns: ReadOptions, with_label: bool = True) -> Inspection:
     """Read a whole file, and count its labels and unusable rows; UserError if it cannot be read as its layout says."""
     layout, rows = find_layout(path, columns), 0
     problems: Problems = {}
     labels: dict[str, list[int]] = {}
-    for fields, problem, _, _, cell, _ in _checked(path, layout, columns, with_label):
+    for fields, problem, _, _, cell, _ in _rows_with_problems(path, layout, columns, with_label):
         rows += 1
         if problem:
             broken = f"{len(fields.cells)}, not {len(fields.names)}" if problem == COLUMNS else ""
@@ -363,7 +369,7 @@ def inspect(path: Path, columns: Columns, with_label: bool = True) -> Inspection
     return Inspection(layout, rows, problems, labels)
 
 
-def has_columns(path: Path, columns: Columns) -> bool:
+def has_columns(path: Path, columns: ReadOptions) -> bool:
     """Whether the first row of a file has a text and a label column."""
     layout = find_layout(path, columns)
     first = next(read_fields(path, layout), None)
@@ -373,7 +379,7 @@ def has_columns(path: Path, columns: Columns) -> bool:
         return False
 
 
-def has_labels(path: Path, columns: Columns) -> bool:
+def has_labels(path: Path, columns: ReadOptions) -> bool:
     """Whether a file has a text and a label column, and any label."""
     return has_columns(path, columns) and not inspect(path, columns).is_unlabelled
 

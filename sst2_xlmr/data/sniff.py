@@ -54,8 +54,8 @@ _MAGIC = {
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The columns to read from a file, each by name or by number from 1, and options for its layout."""
+class ReadOptions:
+    """How to read a file: its columns, each by name or by number from 1, and its layout."""
 
     text: str | tuple[str, ...] | None = None  # one column, or several to join; None for `sentence`, or else `text`
     pair: str | None = None
@@ -77,13 +77,13 @@ class Columns:
         return (self.text,) if isinstance(self.text, str) else tuple(self.text or ())
 
     @property
-    def named(self) -> set[str]:
+    def expected_names(self) -> set[str]:
         """All columns given by name, in lower case; one of them in the first row makes that a header."""
         names = [*(self.texts or ("sentence", "text")), *(self.labels or [self.label]), *filter(None, [self.pair])]
         return {name.lower() for name in names if not name.isdecimal()}
 
 
-def find_layout(path: Path, asked: Columns = Columns()) -> Layout:
+def find_layout(path: Path, asked: ReadOptions = ReadOptions()) -> Layout:
     """Detect a file's layout; UserError if it is unreadable, unsupported or ambiguous."""
     try:
         stat = path.stat()
@@ -93,7 +93,7 @@ def find_layout(path: Path, asked: Columns = Columns()) -> Layout:
 
 
 @functools.lru_cache(maxsize=64)
-def _find_layout(path: Path, asked: Columns, *_: int) -> Layout:
+def _find_layout(path: Path, asked: ReadOptions, *_: int) -> Layout:
     kind: str | None
     if path.is_dir():
         kind = "arrow" if (path / "state.json").is_file() else "folder"
@@ -152,7 +152,7 @@ def _sample(path: Path, encoding: str, most: float = SAMPLE_CHARACTERS) -> tuple
 
 
 def _text_layout(
-    path: Path, name: str, lines: list[str], is_whole: bool, asked: Columns, kind: str | None, encoding: str
+    path: Path, name: str, lines: list[str], is_whole: bool, asked: ReadOptions, kind: str | None, encoding: str
 ) -> Layout:
     filled = [line for line in lines if line.strip()]
     if not filled:
@@ -226,19 +226,20 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
             cell = cell.replace(mark, escape + mark)
         return quote + cell + quote in raw
 
-    rows, is_needed, are_rows = 0, False, False  # are_rows: the lines of a row may be rows by themselves
+    rows, is_needed = 0, False
+    lines_look_like_rows = False  # whether each line of a row of several lines may be a row by itself
     excel_cells, is_excel = 0, quote == '"'  # quoted cells; whether they are those that Excel quotes
-    always: set[int] = set()  # the columns whose cells are all quoted
-    below: set[int] = set()  # the same without the header
+    quoted_columns: set[int] = set()  # those whose cells are all quoted
+    quoted_below_header: set[int] = set()
     try:
         for row in csv_reader(map(recorded, lines), delimiter, quoting):
             raw = "".join(of_row)
-            are_rows |= len(of_row) > 1 and all(line.count(delimiter) == len(row) - 1 for line in of_row)
+            lines_look_like_rows |= len(of_row) > 1 and all(line.count(delimiter) == len(row) - 1 for line in of_row)
             of_row.clear()
             quoted = {i for i, cell in enumerate(row) if is_in_quotes(cell)} if quote in raw else set()
-            always = quoted if rows == 0 else always & quoted
-            below = quoted if rows == 1 else below & quoted
-            if are_rows and not always:
+            quoted_columns = quoted if rows == 0 else quoted_columns & quoted
+            quoted_below_header = quoted if rows == 1 else quoted_below_header & quoted
+            if lines_look_like_rows and not quoted_columns:
                 return False
             is_excel = is_excel and quoted == {i for i, cell in enumerate(row) if "," in cell or quote in cell}
             excel_cells += len(quoted)
@@ -246,7 +247,8 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
             rows += 1
     except csv.Error:
         return False
-    return is_needed or (rows > 1 and bool(always)) or (rows > 3 and bool(below)) or (is_excel and excel_cells > 1)
+    is_column_quoted = (rows > 1 and bool(quoted_columns)) or (rows > 3 and bool(quoted_below_header))
+    return is_needed or is_column_quoted or (is_excel and excel_cells > 1)
 
 
 def _quoting(lines: list[str], delimiter: str, is_whole: bool) -> str:
@@ -272,8 +274,9 @@ def _modal_width(rows: list[list[str]]) -> tuple[int, float]:
     return width, count / max(1, len(rows))
 
 
-def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: str | None) -> Layout:
+def _table(name: str, lines: list[str], is_whole: bool, asked: ReadOptions, kind: str | None) -> Layout:
     given = "\t" if kind == "tsv" else DELIMITERS.get(asked.delimiter or "", asked.delimiter)
+    expected = asked.expected_names
     best: tuple[Any, ...] = ()
     for rank, delimiter in enumerate([given] if given else DELIMITERS.values()):
         quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
@@ -281,9 +284,9 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
         width, share = _modal_width(rows[1:] or rows)
         fits = bool(rows) and (len(rows[0]) - width in (0, 1) or _has_extra_column(rows, width))
         if width > 1 and (share >= _CONSISTENT or given) and fits:
-            names = sum(cell.strip("\ufeff \"'").lower() in asked.named for cell in rows[0])
+            names = sum(cell.strip("\ufeff \"'").lower() in expected for cell in rows[0])
             is_prose = all(cell[:1] == " " for row in rows for cell in row[1:])  # its commas are followed by spaces
-            # Whether most rows have a cell with an odd quote: then this delimiter is text in the cells of another one.
+            # If most rows have a cell with an odd number of quotes, this delimiter cuts through quoted cells.
             is_torn = quoting == "none" and statistics.median(any(c.count('"') % 2 for c in row) for row in rows) > 0
             if names or given or name.endswith(".csv") or not is_prose:
                 best = max(best, (names, not is_torn, round(share, 2), -rank, delimiter, quoting, rows))
@@ -294,7 +297,7 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: Columns, kind: st
         if quoting == "double" and len(rows) > 1 and all(spaced):  # csv would read the quotes in these rows as text
             cure = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
             raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
-    elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in asked.named:
+    elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in expected:
         delimiter = given or ("\t" if name.endswith((".tsv", ".tab", ".txt")) else ",")
         quoting = asked.quoting or _quoting(lines, delimiter, is_whole)
     else:
@@ -321,12 +324,12 @@ def _has_extra_column(rows: list[list[str]], width: int) -> bool:
     return len(rows[0]) == width - 1 and is_extra
 
 
-def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: Columns) -> Layout:
+def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: ReadOptions) -> Layout:
     """Add the columns' names, from the header or numbers from 1, and SST-2's class names."""
     if not rows:
         return layout._replace(names=("text",))
     first, width = [cell.strip() for cell in rows[0]], _modal_width(rows[1:] or rows)[0]
-    is_alone = not any(first[1:]) and first[0].lower() not in asked.named
+    is_alone = not any(first[1:]) and first[0].lower() not in asked.expected_names
     if is_alone and asked.header is None and width > 1 and len(rows) > 2 and layout.delimiter:
         start = next((number for number, row in enumerate(rows, 1) if any(row[1:])), 2)
         lines = f"line 1, {shortened(first[0], 40)!r}, is" if start == 2 else f"lines 1 to {start - 1} are"
@@ -346,11 +349,11 @@ def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: Colum
     return layout._replace(header=True, names=tuple(first), class_names=class_names, notes=notes)
 
 
-def _has_header(path: Path, rows: list[list[str]], width: int, asked: Columns) -> bool:
+def _has_header(path: Path, rows: list[list[str]], width: int, asked: ReadOptions) -> bool:
     """Whether the first row names the columns; UserError if that is ambiguous."""
     first, others = rows[0], [row for row in rows[1:] if len(row) == width]
     filled_names = [cell for cell in first if cell]
-    if {"text", "sentence", *asked.named} & {cell.lower() for cell in first}:
+    if {"text", "sentence", *asked.expected_names} & {cell.lower() for cell in first}:
         return True
     counted = ([f"{prefix}{i}" for i in range(start, start + len(filled_names))] for start, prefix in _COUNTED)
     if len(first) > 1 and filled_names in counted:

@@ -9,8 +9,8 @@ import numpy as np
 
 from sst2_xlmr.config import Config, named_file, plain_name
 from sst2_xlmr.data.batches import splitmix64
-from sst2_xlmr.data.formats import either
-from sst2_xlmr.data.rows import columns_of, has_columns
+from sst2_xlmr.data.formats import or_list
+from sst2_xlmr.data.rows import columns_for, has_columns
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 
@@ -19,7 +19,7 @@ _SPLIT = re.compile(
     r"(?:(?P<train>train|training)|(?P<dev>dev|validation|val|valid)|(?P<test>test|testing))"
     rf"(?:-00000-of-[0-9]+)?(?:_text(?=\.txt))?(?:\.ft)?(?:\.(?:{'|'.join(_EXTENSIONS)})(?:\.gz|\.zip)?)?"
 )
-DEFAULT_SHARE, MOST_ROWS = 0.1, 5000  # of dev, if it is cut off the training rows
+DEFAULT_SHARE, MOST_ROWS = 0.1, 5000  # of dev, if it is set aside from the training rows
 
 
 def find_split(data_dir: Path, split: str, is_needed: bool = True) -> list[Path]:
@@ -37,12 +37,12 @@ def find_split(data_dir: Path, split: str, is_needed: bool = True) -> list[Path]
         raise UserError(f"{data_dir} has {names}; keep one, or use --{split}-file")
     if is_needed and not present:
         names = ", ".join(path.name for path in paths[:8]) or "nothing"
-        wanted = either(f"{split}.{extension}" for extension in _EXTENSIONS[:4])
+        wanted = or_list(f"{split}.{extension}" for extension in _EXTENSIONS[:4])
         raise UserError(f"{data_dir} has no {wanted} (it has {names}); name the file with --{split}-file")
     return present
 
 
-def find_files(config: Config, quiet: bool) -> tuple[dict[str, list[Path]], list[str]]:
+def find_files(config: Config, quiet: bool = False) -> tuple[dict[str, list[Path]], list[str]]:
     """Return split -> files (dev only if it has files of its own, test files by their names), and notes."""
     folder = Path(config.data_dir) if config.data_dir else None
     if folder is None and not config.train_file:
@@ -59,13 +59,13 @@ def find_files(config: Config, quiet: bool) -> tuple[dict[str, list[Path]], list
     tests = find_split(folder, "test", is_needed=False) if folder and not config.test_file else []
     if not tests:
         return files, []
-    if not has_columns(tests[0], columns_of(config, "test")):  # like GLUE's
+    if not has_columns(tests[0], columns_for(config, "test")):  # like GLUE's
         return files, [f"{tests[0].name} lacks a text or label column: unlabelled, not evaluated"]
     return {**files, "test": tests}, []
 
 
 def stratified_sample(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Return the rows to cut off, int64, ascending: the same share of each class, but never all of it.
+    """Return the rows drawn, int64, ascending: the same share of each class, but never all of it.
 
     Rows with equal texts stay together. The result depends on texts, labels and seed alone, not on the order of rows.
     Digests are uint64 [rows], labels int [rows].

@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,93 +21,77 @@ import numpy as np
 from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.rows import Inspection, Row, in_chunks, inspect, read_rows
-from sst2_xlmr.data.sniff import Columns
-from sst2_xlmr.model.tokenizer import CUT, LongTexts, Tokenizer, window_starts
+from sst2_xlmr.data.sniff import ReadOptions
+from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer, window_starts
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task
+from sst2_xlmr.util import downloads
 from sst2_xlmr.util.cores import available_cores
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of
 
 TOKENIZER_THREADS = 4  # more would wait for rows, which are read in Python
 _CHUNK_ROWS = 1000
-# Tokenized rows: ids, int32 [tokens]; per row: number of tokens, label, text digest, weight, line, whether it is cut.
-Chunk = tuple[np.ndarray, ...]
+_PER_ROW = ("starts", "lengths", "labels", "text_digests", "is_cut", "lines", "weights")
+Arrays = dict[str, np.ndarray]  # by name of a field of `TokenCache`
 
 
 @dataclass
 class TokenCache:
-    """The tokenized rows of one or more files, memory-mapped."""
+    """The tokenized rows of one or more files, or some of them; all but the arrays of a part are memory-mapped."""
 
-    ids: np.ndarray  # int32 [tokens], the concatenated rows, with `<s>` and `</s>`
-    offsets: np.ndarray  # int64 [rows + 1], row i is ids[offsets[i]:offsets[i + 1]]
+    ids: np.ndarray  # int32 [tokens], the concatenated rows of the files, with `<s>` and `</s>`
+    distinct_ids: np.ndarray  # int32 [distinct ids], those that occur, ascending
+    starts: np.ndarray  # int64 [rows], row i is ids[starts[i]:starts[i] + lengths[i]]
+    lengths: np.ndarray  # int32 [rows], in tokens
     labels: np.ndarray  # [rows, ...], of the task's dtype and shape; int32 [rows], class ids, for a single label
-    distinct_ids: np.ndarray  # int32 [distinct ids], the ids that occur, ascending
     text_digests: np.ndarray  # uint64 [rows], equal for equal texts (or pairs of texts)
-    duplicates: np.ndarray  # int32, row indices, like conflicts; see `find_duplicates`
-    conflicts: np.ndarray
-    truncated_rows: np.ndarray  # int32, indices of the rows that were cut to `max_length`
+    is_cut: np.ndarray  # bool [rows], whether the row was cut to `max_length`
     lines: np.ndarray  # int32 [rows], the line of each row in its file, from 1
     vocab_size: int  # the tokenizer's largest id + 1
     digest: str  # SHA-256 of the file, or of the files, hexadecimal
-    rows_of_files: list[int]  # the number of rows from each file
+    rows_of_files: list[int]  # the number of rows in each file
     weights: np.ndarray | None = None  # fp32 [rows], factors on the rows' losses; None for ones
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def lengths(self) -> np.ndarray:
-        """Return int32 [rows], tokens per row."""
-        return np.diff(self.offsets).astype(np.int32)
-
     def windows(self) -> np.ndarray:
         """Return int64 [rows], windows per row."""
-        return np.diff(np.concatenate([[0], np.cumsum(window_starts(self.ids))])[self.offsets]).clip(1)
+        before = np.concatenate([[0], np.cumsum(window_starts(self.ids))])  # the windows before each token
+        return np.asarray((before[self.starts + self.lengths] - before[self.starts]).clip(1))
 
     def part(self, rows: np.ndarray) -> TokenCache:
-        """Return a cache, in memory, of the given rows, int64, ascending."""
-        return dataclasses.replace(
-            self,
-            ids=np.concatenate([self.ids[self.offsets[row] : self.offsets[row + 1]] for row in rows.tolist()]),
-            offsets=np.concatenate([[0], np.cumsum(self.lengths()[rows], dtype=np.int64)]),
-            labels=self.labels[rows],
-            text_digests=self.text_digests[rows],
-            duplicates=self.duplicates[:0],
-            conflicts=self.conflicts[:0],
-            truncated_rows=np.flatnonzero(np.isin(rows, self.truncated_rows)),
-            lines=self.lines[rows],
-            digest=hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest(),
-            weights=None if self.weights is None else self.weights[rows],
-        )
+        """Return a cache of the given rows, int64, ascending."""
+        arrays = {name: array[rows] for name in _PER_ROW if (array := getattr(self, name)) is not None}
+        digest = hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest()
+        return dataclasses.replace(self, digest=digest, **arrays)
 
 
-def tokenize_file(
-    paths: Path | Sequence[Path],
-    tokenizer_file: Path,
-    columns: Columns,
+def tokenize_files(
+    paths: list[Path],
+    how: tuple[Path, int, LongTexts],
+    columns: ReadOptions,
     task: Task,
-    max_length: int,
-    cache_dir: Path,
     load: Callable[[Path, int, LongTexts], Tokenizer] = Tokenizer,
-    long_texts: LongTexts = CUT,
 ) -> TokenCache:
-    """Return the token cache of a file, or of several as if they were concatenated, with texts cut to `max_length`.
+    """Return the token cache of one or more files, as if they were concatenated.
 
-    It is computed on the first call with this content, with the tokenizer that `load` returns, and then read from disk;
-    all parameters except `cache_dir` and `load` are part of the cache key. UserError for a bad row (see
-    `rows.read_rows`), a file that changes while it is read, or a cache folder that is not writable.
+    It is computed on the first call with this content, with the tokenizer that `load` returns for `how` (its file,
+    maximum length, long texts), and then read from disk; all parameters except `load` are part of the cache key.
+    UserError for a bad row (see `rows.read_rows`), a file that changes while it is read, or a cache folder that is not
+    writable.
     """
-    paths = [paths] if isinstance(paths, Path) else list(paths)
-    digest = tokenizer_digest(tokenizer_file)
-    further = (digest, max_length, long_texts, task.problem_type, task.label_names, task.label_ids, task.cache_key)
+    tokenizer_file, *settings = how
+    of_labels = task.problem_type, dataclasses.replace(task, thresholds=())
 
     def write(folder: Path) -> None:
-        _write_cache(folder, paths, load(tokenizer_file, max_length, long_texts), columns, task)
+        _write_cache(folder, paths, load(*how), columns, task)
 
-    return _cached(cache_dir, paths, (columns, *further), write, _open_cache)
+    return _cached(paths, (columns, tokenizer_digest(tokenizer_file), settings, of_labels), write, _open_cache)
 
 
-def inspected(path: Path, columns: Columns, cache_dir: Path) -> Inspection:
+def inspected(path: Path, columns: ReadOptions) -> Inspection:
     """Return `inspect(path, columns)`, from the cache if the file has not changed."""
 
     def write(folder: Path) -> None:
@@ -117,7 +101,7 @@ def inspected(path: Path, columns: Columns, cache_dir: Path) -> Inspection:
         stored = json.loads((folder / "inspection.json").read_text(encoding="utf-8"))
         return Inspection(**{**stored, "layout": Layout(*stored["layout"]), "digest": digest})
 
-    return _cached(cache_dir, [path], (columns, True), write, read)
+    return _cached([path], columns, write, read)
 
 
 @functools.cache
@@ -129,9 +113,7 @@ def _code_digest() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _cached(
-    cache_dir: Path, paths: list[Path], depends_on: Any, write: Callable[[Path], None], read: Callable[[Path, str], Any]
-) -> Any:
+def _cached(paths: list[Path], depends_on: Any, write: Callable[[Path], None], read: Callable[[Path, str], Any]) -> Any:
     """Return `read(folder, digest)` for a folder of the cache, which `write(folder)` fills if it is missing or damaged.
 
     The folder's name is a hash of the files and `depends_on`.
@@ -140,6 +122,7 @@ def _cached(
     digest = digests[0] if len(paths) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     suffixes = [path.suffixes[-2:] for path in paths]  # the format may depend on them
     key = json.dumps([_code_digest(), digest, suffixes, depends_on], default=dataclasses.astuple)
+    cache_dir = downloads.cache_dir() / "tokens"
     folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
     is_there = folder.exists()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is missing or damaged
@@ -172,8 +155,8 @@ def text_digests(texts: Iterable[str], pairs: Iterable[str | None]) -> np.ndarra
 def find_duplicates(digests: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the row indices, int64, ascending, of duplicates and of conflicts.
 
-    A duplicate has the text and label of an earlier row; conflicts are all rows with a text that has other labels
-    elsewhere in the file. Digests are uint64 [rows], labels int [rows].
+    A duplicate has the text and label of an earlier row. Conflicts are all rows whose text has another label elsewhere.
+    Digests are uint64 [rows], labels int [rows].
     """
     order = np.lexsort((labels, digests))  # stable: among equals, the earlier row comes first
     same_text = digests[order][1:] == digests[order][:-1]
@@ -182,21 +165,27 @@ def find_duplicates(digests: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     return np.sort(order[1:][same_text & same_label]), np.flatnonzero(np.isin(digests, contradicted))
 
 
-def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> Iterator[Chunk]:
+def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> Iterator[Arrays]:
     """Tokenize on several threads, in order; only a few chunks are in memory at a time."""
 
-    def tokenize(rows: list[Row]) -> Chunk:
+    def tokenize(rows: list[Row]) -> Arrays:
         texts, pairs, labels, fields, weights = zip(*rows)
         ids, lengths = tokenizer.flat_ids(list(texts), None if pairs[0] is None else list(pairs))
         is_cut = lengths == tokenizer.max_length
         for row in np.flatnonzero(is_cut).tolist():
             is_cut[row] = tokenizer.is_longer(*rows[row][:2])
-        stored: np.ndarray = np.asarray(labels, task.label_dtype)
-        lines = np.array([row.line for row in fields], np.int32)
-        return ids, lengths, stored, text_digests(texts, pairs), np.array(weights, np.float32), lines, is_cut
+        return {
+            "ids": ids,
+            "lengths": lengths.astype(np.int32),
+            "labels": np.asarray(labels, task.label_dtype),
+            "text_digests": text_digests(texts, pairs),
+            "is_cut": is_cut,
+            "lines": np.array([row.line for row in fields], np.int32),
+            "weights": np.array(weights, np.float32),
+        }
 
     threads = min(TOKENIZER_THREADS, available_cores())
-    pending: deque[Future[Chunk]] = deque()
+    pending: deque[Future[Arrays]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for chunk in in_chunks(rows, _CHUNK_ROWS):
             pending.append(pool.submit(tokenize, chunk))
@@ -206,28 +195,21 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> I
             yield pending.popleft().result()
 
 
-def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns: Columns, task: Task) -> None:
+def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns: ReadOptions, task: Task) -> None:
     occurs, chunks, rows_of_files = np.zeros(tokenizer.vocab_size, bool), [], [0] * len(paths)
     with (folder / "ids.bin").open("wb") as file:
         for number, path in enumerate(paths):
-            for ids, *of_rows in _tokenize_chunks(read_rows(path, columns, task), tokenizer, task):
+            for chunk in _tokenize_chunks(read_rows(path, columns, task), tokenizer, task):
+                ids = chunk.pop("ids")
                 file.write(ids.tobytes())
                 occurs[ids] = True
-                chunks.append(of_rows)
-                rows_of_files[number] += len(of_rows[0])
-    lengths, labels, digests, weights, lines, is_cut = map(np.concatenate, zip(*chunks))
-    duplicates, conflicts = find_duplicates(digests, task.label_keys(labels))
-    arrays = {
-        "offsets": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        "labels": labels,
-        "distinct_ids": np.flatnonzero(occurs).astype(np.int32),
-        "text_digests": digests,
-        "duplicates": duplicates.astype(np.int32),
-        "conflicts": conflicts.astype(np.int32),
-        "truncated_rows": np.flatnonzero(is_cut).astype(np.int32),
-        "lines": lines,
-        **({"weights": weights} if columns.weight else {}),
-    }
+                chunks.append(chunk)
+                rows_of_files[number] += len(chunk["lines"])
+    arrays = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    arrays["starts"] = np.cumsum(arrays["lengths"], dtype=np.int64) - arrays["lengths"]
+    arrays["distinct_ids"] = np.flatnonzero(occurs).astype(np.int32)
+    if not columns.weight:
+        del arrays["weights"]
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     counts = {"vocab_size": tokenizer.vocab_size, "rows_of_files": rows_of_files}

@@ -60,12 +60,12 @@ def length_sorted_batches(lengths: np.ndarray, batch_tokens: int, world_size: in
 
 @torch.no_grad()
 def logits_of(
-    model: nn.Module, ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray, device: torch.device
+    model: nn.Module, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray, device: torch.device
 ) -> torch.Tensor:
-    """Return the rows' logits, fp32 [rows, outputs]; for `ids` and `offsets` see `select_rows`."""
-    selected, lengths = select_rows(ids, offsets, rows)
-    lengths, windows = split_windows(selected, lengths)
-    logits: torch.Tensor = model(selected.to(device), lengths, None, windows).float()
+    """Return the rows' logits, fp32 [rows, outputs]; for the arrays see `select_rows`."""
+    selected, of_rows = select_rows(ids, starts, lengths, rows)
+    of_windows, windows = split_windows(selected, of_rows)
+    logits: torch.Tensor = model(selected.to(device), of_windows, None, windows).float()
     return logits
 
 
@@ -116,12 +116,12 @@ def predict(
 
     The model is a classifier or an engine's version of one, in evaluation mode, with the whole vocabulary.
     """
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    starts = np.cumsum(lengths) - lengths
     probabilities = np.empty((len(lengths), task.outputs), np.float32)
     batches = list(length_sorted_batches(lengths, batch_tokens))[::-1]  # the longest first, so that all end together
 
     def compute(rows: np.ndarray) -> torch.Tensor:
-        return task.probabilities(logits_of(model, ids, offsets, rows, device))
+        return task.probabilities(logits_of(model, ids, starts, lengths, rows, device))
 
     for rows, values in zip(batches, on_all_cores(compute, batches, device)):
         probabilities[rows] = values.cpu().numpy()
@@ -142,14 +142,14 @@ def evaluate(
     called after every batch, with the same result on all ranks; if it is true, Interrupted is raised.
     """
     # Each rank takes a share of every batch, perhaps none, so that all have the same number of batches.
-    batches = list(length_sorted_batches(cache.lengths(), batch_tokens, world.world_size))
+    batches = list(length_sorted_batches(cache.lengths, batch_tokens, world.world_size))
     labels = cache.labels
 
     def compute(batch: np.ndarray) -> tuple[torch.Tensor, ...]:
         rows = batch[world.rank :: world.world_size]
         if not len(rows):
             return ()
-        logits = logits_of(model, cache.ids, cache.offsets, rows, world.device)
+        logits = logits_of(model, cache.ids, cache.starts, cache.lengths, rows, world.device)
         return task.row_results(logits, torch.from_numpy(labels[rows]).to(world.device)), task.probabilities(logits)
 
     outputs: list[tuple[torch.Tensor, ...]] = []  # they stay on the device, so that no batch waits for a GPU

@@ -227,11 +227,11 @@ def export_run(
         long_texts=long_texts_of(config),
         thresholds=task.thresholds,
     )
-    rows = {**{split: len(cache) for split, cache in inputs.caches.items()}, "train": len(inputs.train_labels)}
+    rows = {split: len(cache) for split, cache in inputs.caches.items()}
     for name, split in inputs.splits.items():
         rows |= {f"{kind} left out of {name}": count for kind, count in split.dropped.items()}
     own = {name: metrics for name, metrics in evaluations.items() if name in rows}
     card = card_text(config, task, state, rows, own, is_best=folder.name == "best")
-    factor, offset = task.folding
+    factor, offset = task.output_scale
     temperature = (state.temperature if config.calibrate else 1.0) / factor
     write_folder(folder, weights, described, card, temperature, offset, background_writer.submit)

@@ -83,8 +83,8 @@ def build_classifier(
                 tensors[name].normal_(0, 0.02, generator=generator)
         if task.initial_bias:
             tensors["head.out.bias"] = torch.tensor(task.initial_bias)
-    elif task.folding != (1.0, 0.0):  # the export folded them into the head
-        factor, offset = task.folding
+    elif task.output_scale != (1.0, 0.0):  # the export folded them into the head
+        factor, offset = task.output_scale
         tensors["head.out.weight"] = tensors["head.out.weight"] / factor
         tensors["head.out.bias"] = (tensors["head.out.bias"] - offset) / factor
     _check_fit(tensors, shapes, encoder.weights_file)

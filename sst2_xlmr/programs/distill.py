@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sst2_xlmr.data.prepare import inspect_splits
-from sst2_xlmr.data.rows import Row, check_pairs, columns_of, in_chunks, read_rows, texts_of
+from sst2_xlmr.data.rows import Row, check_pairs, columns_for, in_chunks, read_rows, texts_of
 from sst2_xlmr.data.token_cache import text_digests
 from sst2_xlmr.model.classifier import task_of
 from sst2_xlmr.model.encoders import find_encoder, find_model, model_folder
@@ -31,7 +31,6 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, words_for, write_rows
 from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import check_options, main_metric
-from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError, refuse
 from sst2_xlmr.util.files import digest_of, digest_of_input, read_json, write_text
 
@@ -50,14 +49,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     plan.baseline = [*words, *split_words("--labelled", plan.labelled)]
     checked_config(plan.baseline, plan.output_dir, "--seed", "--dev-share")
     plan.config = config = checked_config(words, plan.output_dir)
-    plan.task, splits = inspect_splits(config, downloads.cache_dir() / "tokens", quiet=True)
+    plan.task, splits = inspect_splits(config)
     plan.rows = {name: [row for _, row in split.rows(plan.task)] for name, split in splits.items() if split.is_labelled}
     files = plan.output_dir / "files"
     plan.evaluated = {name: files / f"{name.replace('/', '-')}.jsonl" for name in plan.rows if name != "train"}
     refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
     check_options(plan.task, plan)
     for file in plan.unlabelled:
-        next(read_rows(file, columns_of(config, "unlabelled"), None))  # a UserError if the file cannot be read
+        next(read_rows(file, columns_for(config, "unlabelled"), None))  # a UserError if the file cannot be read
     plan.teachers = [model_folder(name) for name in plan.teacher]
     for teacher in plan.teachers:
         check_pairs(teacher, config.text_pair_column, "--text-pair-column NAME")
@@ -76,7 +75,7 @@ def digests_of(rows: list[Row]) -> np.ndarray:
 
 def usable_rows(plan: argparse.Namespace, file: Path) -> Iterator[tuple[list[Row], list[Row]]]:
     """Yield a file's rows in chunks: all of them, and those whose texts are neither empty nor known."""
-    for chunk in in_chunks(read_rows(file, columns_of(plan.config, "unlabelled"), None), ROWS_AT_ONCE):
+    for chunk in in_chunks(read_rows(file, columns_for(plan.config, "unlabelled"), None), ROWS_AT_ONCE):
         is_known = np.isin(digests_of(chunk), plan.known)
         yield chunk, [row for row, known in zip(chunk, is_known) if not known and row.text.strip()]
 
@@ -94,10 +93,10 @@ def soft_labelled(plan: argparse.Namespace, classifier: Classifier, counts: dict
         if plan.align_classes:
             labels = np.asarray([row.label for row in plan.rows["train"]], plan.task.label_dtype)
             probabilities = classifier.task.align_classes(probabilities, labels)
-        task, labels = classifier.task.soft_labels(probabilities, plan.temperature or 1.0)
+        labels = classifier.task.soft_labels(probabilities, plan.temperature or 1.0)
         counts["texts"] += len(labels)
         for row, label in zip((row for _, rows in usable_rows(plan, file) for row in rows), labels):
-            yield row._replace(label=task.label_to_json(label), weight=plan.unlabelled_weight)
+            yield row._replace(label=plan.task.label_to_json(label), weight=plan.unlabelled_weight)
     if not counts["texts"]:
         raise UserError("all unlabelled texts are also labelled or evaluated on; give others with --unlabelled")
 

@@ -17,8 +17,8 @@ import numpy as np
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.prepare import Split
 from sst2_xlmr.data.report import description, left_out_of
-from sst2_xlmr.data.rows import check_pairs, columns_given
-from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
+from sst2_xlmr.data.rows import check_pairs, columns_for
+from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_files
 from sst2_xlmr.evaluation.calibration import calibrate, describe_calibration
 from sst2_xlmr.evaluation.compare import check_comparison
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
@@ -32,7 +32,6 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.report.tables import aligned, comparison_table, evaluation_table
 from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, open_events
 from sst2_xlmr.task import Task, at_temperature, check_options
-from sst2_xlmr.util import downloads
 from sst2_xlmr.util.device import keep_freed_memory, memory_errors
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, refuse
@@ -120,16 +119,16 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
 
 def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[Task, dict[str, Split], Caches]:
     """Check and tokenize all files; returns the task that reads their labels, and by name their splits and caches."""
-    task, tokenizer, cache_dir = classifier.task, classifier.tokenizer, downloads.cache_dir() / "tokens"
+    task, tokenizer = classifier.task, classifier.tokenizer
     files, splits, caches = arguments.files, {}, {}
     for name, file in files.items():
-        given = columns_given(arguments, name)
+        given = columns_for(arguments, name)
         check_pairs(arguments.models[0], given.pair, "--text-pair-column NAME")
         columns = replace(given, may_be_empty=not given.drop_unusable, classes=tuple(task.label_names))
         splits[name] = Split([file], columns, [])
     check_options(task, arguments)
     for split in splits.values():
-        split.inspections.append(inspected(split.files[0], split.columns, cache_dir))
+        split.inspections.append(inspected(split.files[0], split.columns))
     label_ids: dict[str, int] = {}
     if label_names := getattr(arguments, "label_names", None):
         labels = [label for split in splits.values() for label in split.inspections[0].labels]
@@ -144,9 +143,9 @@ def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[T
         notes = description(file, inspection.layout, columns, inspection.rows), left_out_of(left_out)
         for note in filter(None, notes):
             print(f"read as    {note}", file=sys.stderr)
-    how = task, tokenizer.max_length, cache_dir, lambda *_: tokenizer, tokenizer.long_texts
+    how = tokenizer.file, tokenizer.max_length, tokenizer.long_texts
     for name, split in splits.items():
-        caches[name] = tokenize_file(split.files, tokenizer.file, split.columns, *how)
+        caches[name] = tokenize_files(split.files, how, split.columns, task, lambda *_: tokenizer)
     return task, splits, caches
 
 
@@ -192,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         with write_errors(arguments.tensorboard), open_events(arguments.tensorboard) as writer:
             for name, cache in caches.items():
                 add_scalars(writer, 0, name, {key: metrics[name][key] for key in task.tensorboard_metrics})
-                texts_of = partial(splits[name].texts_of, task)
+                texts_of = partial(splits[name].texts_at, task)
                 draw_evaluation(writer, 0, name, cache.labels, evaluations[name].probabilities, task, texts_of)
     lines = evaluation_table(task, metrics)
     for name, cache in caches.items():

@@ -18,8 +18,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file, named_files
-from sst2_xlmr.data.formats import KINDS, either
-from sst2_xlmr.data.rows import Columns, Row, columns_given, has_labels, read_rows
+from sst2_xlmr.data.formats import KINDS, or_list
+from sst2_xlmr.data.rows import ReadOptions, Row, columns_for, has_labels, read_rows
 from sst2_xlmr.evaluation.compare import check_comparison, compare_all
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.folder import read_card, write_all_but_weights, write_folder
@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     no_torchtext = kind == "torchscript" and not versions.has_torchtext()
     here = f"and this is {versions.versions()}; export it in an environment of `STACK=torchtext scripts/setup.sh`"
     files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, trims)]
-    has_rows, rows = any(map(is_rows_file, files)), f"a {either(KINDS)} file in --check-file or --keep-vocabulary-of"
+    has_rows, rows = any(map(is_rows_file, files)), f"a {or_list(KINDS)} file in --check-file or --keep-vocabulary-of"
     columns = ", ".join(flag(name) for name in options.TABLE_OPTIONS if name in arguments)
     has_bounds = options.has_bounds(arguments)
     has_pairs = getattr(arguments, "text_pair_column", None) and is_onnx and not is_folder and not from_ids
@@ -99,13 +99,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def read_texts(file: Path, columns: Columns, task: Task | None = None) -> Iterator[Row]:
+def read_texts(file: Path, columns: ReadOptions, task: Task | None = None) -> Iterator[Row]:
     """Yield a file's rows, with labels if there is a task; a file of an unknown kind has one text per line."""
-    return read_rows(file, columns if is_rows_file(file) else Columns(format="lines"), task)
+    return read_rows(file, columns if is_rows_file(file) else ReadOptions(format="lines"), task)
 
 
 def read_checks(
-    check_files: list[str], columns: Columns, task: Task, takes_pairs: bool, has_label_column: bool
+    check_files: list[str], columns: ReadOptions, task: Task, takes_pairs: bool, has_label_column: bool
 ) -> dict[str, Rows]:
     """Return name -> rows of --check-file; without files, built-in sentences, and pairs if the form `takes_pairs`.
 
@@ -188,7 +188,7 @@ def write_hugging_face(encoder: EncoderFolder, folder: Path, dtype: str, card: s
     return classify_with_folder(folder)
 
 
-def trim(encoder: EncoderFolder, files: list[str], columns: Columns, folder: Path) -> EncoderFolder:
+def trim(encoder: EncoderFolder, files: list[str], columns: ReadOptions, folder: Path) -> EncoderFolder:
     """Write a model folder with the vocabulary of some files, and check that these get bitwise equal predictions."""
     rows = [row for file in files for row in read_texts(Path(file), columns)]
     texts = [text for row in rows for text in (row.text, row.pair) if text is not None]
@@ -218,7 +218,7 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
     if encoder.long_texts.kind == "windows" and kind != "hf" and (kind != "onnx" or not takes_texts):
         what = "averages the windows of a long text, which this form cannot"
         raise UserError(f"--format {arguments.format}: the model {what}; take hf, or onnx without --from-ids")
-    columns = replace(columns_given(arguments), classes=tuple(task.label_names))
+    columns = replace(columns_for(arguments), classes=tuple(task.label_names))
     checks = read_checks(arguments.check_file, columns, task, takes_pairs, "label_column" in arguments)
     unlabelled = [name for name, (_, labels) in checks.items() if labels is None] if int8 else []
     if "most_lost" in arguments and len(unlabelled) == len(checks):
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     output = arguments.output.absolute()
     with write_errors(arguments.output), scratch_folder(output) as scratch:
         if arguments.keep_vocabulary_of:
-            encoder = trim(encoder, arguments.keep_vocabulary_of, columns_given(arguments), scratch / "trimmed")
+            encoder = trim(encoder, arguments.keep_vocabulary_of, columns_for(arguments), scratch / "trimmed")
         task = task_of(encoder)
         summary = write(arguments, encoder, task, scratch / "written")
         put_in_place(scratch / "written", output, replaces=False)

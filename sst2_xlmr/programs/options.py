@@ -12,7 +12,7 @@ from typing import Any, Callable
 from sst2_xlmr import cli
 from sst2_xlmr.cli import OneLineParser, add_options, positive, with_files
 from sst2_xlmr.config import ABSTAINED, COLUMN_OPTIONS, EVAL_BATCH_TOKENS, PRECISIONS, TEXT_OPTIONS
-from sst2_xlmr.data.formats import KINDS, either
+from sst2_xlmr.data.formats import KINDS, or_list
 from sst2_xlmr.util.downloads import BUNDLE_URLS, cache_dir
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import scratch_folder, write_errors
@@ -21,7 +21,7 @@ FORMATS = ("hf", "onnx", "onnx-int8", "onnx-hf", "onnx-hf-int8", "torchscript")
 TABLE_OPTIONS = [name for name in COLUMN_OPTIONS if name != "format"]  # here --format is the export's
 FETCHED = ("sst2", *BUNDLE_URLS)
 Add = Callable[..., Any]  # a parser's `add_argument`
-ROWS_FILE = f"{either(KINDS)} file, optionally with .gz"
+ROWS_FILE = f"{or_list(KINDS)} file, optionally with .gz"
 
 
 def check_output(option: str, path: Path, overwrite: bool | None = None, makes_parents: bool = False) -> None:
@@ -126,7 +126,7 @@ def export(parser: OneLineParser, add: Add) -> None:
     add("--from-ids", action="store_true", help="onnx: take token ids instead of texts")
     what = "drop the embedding rows that neither these texts nor single characters need"
     add("--keep-vocabulary-of", nargs="+", default=[], metavar="FILE", help=what)
-    what = f"rows to compare on, labelled or not: {either(KINDS)}, or lines of text [built-in sentences]"
+    what = f"rows to compare on, labelled or not: {or_list(KINDS)}, or lines of text [built-in sentences]"
     add("--check-file", nargs="+", default=[], metavar="[NAME=]FILE", help=what)
     add_options(parser, *TABLE_OPTIONS)
     add_bounds(add)

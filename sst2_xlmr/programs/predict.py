@@ -28,7 +28,7 @@ from sst2_xlmr.data import predictions as output
 from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.formats import LONGEST, Fields, kind_of
 from sst2_xlmr.data.report import description
-from sst2_xlmr.data.rows import Row, check_pairs, check_text, columns_given, in_chunks, read_rows, texts_of
+from sst2_xlmr.data.rows import Row, check_pairs, check_text, columns_for, in_chunks, read_rows, texts_of
 from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
@@ -95,7 +95,7 @@ def read_chunks(arguments: argparse.Namespace) -> Chunks:
     The first rows of a file are read at once, so that a wrong column raises a UserError here.
     """
     if arguments.input:
-        chunks = in_chunks(read_rows(arguments.input, columns_given(arguments), None), ROWS_AT_ONCE)
+        chunks = in_chunks(read_rows(arguments.input, columns_for(arguments), None), ROWS_AT_ONCE)
         return itertools.chain([next(chunks)], chunks)
     if arguments.sentences:
         return iter([[sentence("sentence", *numbered) for numbered in enumerate(arguments.sentences, 1)]])
@@ -178,7 +178,7 @@ def write_predictions(arguments: argparse.Namespace, task: Task, predicted: Iter
     """Write the output files atomically."""
     new_columns = task.columns(arguments.all_probabilities)
     numbers = output.glue_label_ids(task.label_names) if arguments.glue_submission else {}
-    layout = find_layout(arguments.input, columns_given(arguments)) if arguments.input else None
+    layout = find_layout(arguments.input, columns_for(arguments)) if arguments.input else None
     has_names = not layout or layout.header or not layout.delimiter  # without a header in the input, write none
     columns, row = None, 0
     with contextlib.ExitStack() as stack:
@@ -195,7 +195,7 @@ def write_predictions(arguments: argparse.Namespace, task: Task, predicted: Iter
 
 def say_layout(arguments: argparse.Namespace) -> None:
     """Print to standard error how the input was read, if its format is unusual, and how pandas reads the output."""
-    columns, path = columns_given(arguments), arguments.output
+    columns, path = columns_for(arguments), arguments.output
     if note := description(arguments.input, find_layout(arguments.input, columns), columns):
         print(f"read as    {note}", file=sys.stderr)
     if path and kind_of(path) == ".tsv":
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     arguments.models, paths = [model_folder(name) for name in arguments.models], arguments.paths
     cure = f"{'' if arguments.input else '--input FILE '}--text-pair-column NAME"
-    check_pairs(arguments.models[0], columns_given(arguments).pair, cure)
+    check_pairs(arguments.models[0], columns_for(arguments).pair, cure)
     if not (arguments.input and paths):
         predict_stream(arguments)
     elif arguments.is_complete:

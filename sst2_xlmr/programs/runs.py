@@ -89,7 +89,7 @@ def check_inputs(words: list[str], run_folder: Path, is_new: bool) -> None:
     weights = encoder.weights_files
     files = {"the encoder's weights" + f" {file.name}" * (len(weights) > 1): file for file in weights}
     files["the encoder's tokenizer"] = encoder.tokenizer_file
-    for name, paths in find_files(config, quiet=False)[0].items():
+    for name, paths in find_files(config)[0].items():
         files |= {name if len(paths) == 1 else f"{name} {number}": path for number, path in enumerate(paths, 1)}
     digests = {name: digest(file) for name, file in files.items()}
     record = run_folder.with_suffix(".inputs.json")

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sst2_xlmr.data.formats import row_writer
-from sst2_xlmr.data.rows import Row, columns_given, read_rows
+from sst2_xlmr.data.formats import row_text
+from sst2_xlmr.data.rows import Row, columns_for, read_rows
 from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.data.splits import stratified_sample
 from sst2_xlmr.data.token_cache import text_digests
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         (not 0 <= seed < 2**32, f"--seed {seed} is not a number from 0 to {2**32 - 1}"),
     )
     options.check_output("--output-dir", output_dir, makes_parents=True)
-    columns = columns_given(arguments)
+    columns = columns_for(arguments)
     layout, rows = find_layout(path, columns), list(read_rows(path, columns, None))
     label = columns.label if not columns.label.isdecimal() else rows[0].fields.names[int(columns.label) - 1]
     are_free, splits = np.ones(len(rows), bool), {}
@@ -128,16 +128,15 @@ def main(argv: list[str] | None = None) -> None:
         drawn = np.random.RandomState(seed).choice(splits["train"], arguments.train_rows, replace=False)
         splits["train"] = np.sort(drawn)
     # A kind that holds any cell, unless it is GLUE's.
-    kind = ".jsonl" if not layout.is_table else ".tsv" if (layout.format, layout.quoting) == ("tsv", "none") else ".csv"
+    kind = ".jsonl" if not layout.names else ".tsv" if (layout.format, layout.quoting) == ("tsv", "none") else ".csv"
     with write_errors(output_dir):
         output_dir.mkdir()
         for name, numbers in splits.items():
             with new_file(output_dir / f"{name}{kind}{'.gz' if path.suffix == '.gz' else ''}") as file:
-                write, chosen = row_writer(file, kind), [rows[number].fields for number in numbers]
                 if kind != ".jsonl" and (layout.header or not layout.delimiter):
-                    write(chosen[0].names, chosen[0].names)
-                for fields in chosen:
-                    write(fields.names, fields.cells)
+                    file.write(row_text(kind, (), rows[0].fields.names))
+                for fields in (rows[number].fields for number in numbers):
+                    file.write(row_text(kind, fields.names, fields.cells))
     of_dev = f"{len(splits['dev']):,} for dev, " if "dev" in splits else ""
     of_test = f"{len(splits.get('test', ())):,} for the test"
     say(f"{output_dir}: {len(splits['train']):,} rows to train on, {of_dev}{of_test}, {left_out:,} in neither")

@@ -34,7 +34,6 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, words_for, write_rows
 from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import Task, main_metric
-from sst2_xlmr.util import downloads
 from sst2_xlmr.util.device import choose_device
 from sst2_xlmr.util.errors import UserError, refuse
 
@@ -67,7 +66,7 @@ def linear_probe(config: Config) -> float:
 
     A cheap baseline, which shows what fine-tuning adds.
     """
-    inputs, device = prepare(config, quiet=True), choose_device(config.device)
+    inputs, device = prepare(config), choose_device(config.device)
     classifier, _ = build_classifier(inputs.encoder, inputs.task)
     for name in ("dense", "out"):
         setattr(classifier.head, name, nn.Identity())
@@ -75,19 +74,18 @@ def linear_probe(config: Config) -> float:
 
     def features_of(cache: TokenCache, rows: np.ndarray) -> torch.Tensor:
         """Return the features of some rows, in ascending order, fp32 [rows, hidden], on the CPU."""
-        order = [rows[batch] for batch in length_sorted_batches(cache.lengths()[rows], config.eval_batch_tokens)]
-        compute = functools.partial(logits_of, model, cache.ids, cache.offsets, device=device)
+        order = [rows[batch] for batch in length_sorted_batches(cache.lengths[rows], config.eval_batch_tokens)]
+        compute = functools.partial(logits_of, model, cache.ids, cache.starts, cache.lengths, device=device)
         features = torch.cat([part.cpu() for part in on_all_cores(compute, order, device)])
         return features[torch.from_numpy(np.argsort(np.concatenate(order)))]
 
     train, dev = inputs.caches["train"], inputs.caches["dev"]
-    usable = np.arange(len(train)) if inputs.train_rows is None else inputs.train_rows
-    rows = np.sort(np.random.RandomState(config.seed).permutation(usable)[:MOST_ROWS])
+    rows = np.sort(np.random.RandomState(config.seed).permutation(len(train))[:MOST_ROWS])
     features = features_of(train, rows)
     mean, deviation = features.mean(0), features.std(0) + 1e-6
     features, labels = (features - mean) / deviation, torch.from_numpy(train.labels[rows])
     weights = torch.ones(len(rows)) if train.weights is None else torch.from_numpy(train.weights[rows])
-    task = inputs.task.for_training(config, inputs.train_labels, inputs.train_weights, torch.device("cpu"))
+    task = inputs.task.for_training(config, train.labels, train.weights, torch.device("cpu"))
     layer = nn.Linear(features.shape[1], task.outputs)
     nn.init.zeros_(layer.weight)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -114,9 +112,9 @@ def divide(config: Config, folds: int) -> tuple[Config, Task, FileRows, np.ndarr
     if config.dev_file or config.dev_share or config.eval_file:
         options = "--dev-file, --dev-share and --eval-file"
         raise UserError(f"--folds evaluates on parts of the training rows; leave out {options}")
-    files = [str(file) for file in find_files(config, quiet=False)[0]["train"]]
+    files = [str(file) for file in find_files(config)[0]["train"]]
     of_rows = dataclasses.replace(config, data_dir=None, train_file=files, test_file=[])
-    task, splits = inspect_splits(of_rows, downloads.cache_dir() / "tokens", quiet=True)
+    task, splits = inspect_splits(of_rows)
     rows = list(splits["train"].rows(task))
     texts, pairs, labels, *_ = zip(*(row for _, row in rows))
     strata = task.strata(np.asarray(labels, task.label_dtype))

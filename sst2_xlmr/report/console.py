@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sst2_xlmr.data.prepare import Inputs
 from sst2_xlmr.data.report import lines_of
+from sst2_xlmr.data.token_cache import find_duplicates
 from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.labels import listed
@@ -76,9 +77,11 @@ def header_lines(
 
 def data_report(inputs: Inputs) -> list[str]:
     """Return a line each for duplicates, conflicting labels and leaks, if the training rows have any."""
-    config, train = inputs.config, inputs.caches["train"]
-    duplicates = "dropped" if config.drop_duplicates else "--drop-duplicates drops them"
-    leaks = "dropped" if config.drop_leaks else "--drop-leaks drops them"
+    config, train = inputs.config, inputs.whole
+    keys = inputs.task.label_keys(train.labels)
+    duplicates, conflicts = find_duplicates(train.text_digests, keys)
+    drop_duplicates = "dropped" if config.drop_duplicates else "--drop-duplicates drops them"
+    drop_leaks = "dropped" if config.drop_leaks else "--drop-leaks drops them"
     lines = []
 
     def add(kind: str, count: int, has: str, cure: str, *examples: tuple[str, int]) -> None:
@@ -86,31 +89,29 @@ def data_report(inputs: Inputs) -> list[str]:
         places = " and ".join(inputs.place_of(*example) for example in examples)
         lines.append(f"{kind:<10} {rows} {has}, e.g. {places}; {cure}")
 
-    if count := len(train.duplicates):
-        add("duplicates", count, "the text and label of an earlier one", duplicates, ("train", train.duplicates[0]))
-    if count := len(train.conflicts):
-        first = train.conflicts[0]
-        same = np.flatnonzero(train.text_digests == train.text_digests[first])
-        keys = inputs.task.label_keys(train.labels[same])
-        other = same[keys != keys[same == first]][0]
-        add("conflicts", count, "a text with conflicting labels", duplicates, ("train", first), ("train", other))
+    if count := len(duplicates):
+        add("duplicates", count, "the text and label of an earlier one", drop_duplicates, ("train", duplicates[0]))
+    if count := len(conflicts):
+        first = conflicts[0]
+        other = np.flatnonzero((train.text_digests == train.text_digests[first]) & (keys != keys[first]))[0]
+        add("conflicts", count, "a text with conflicting labels", drop_duplicates, ("train", first), ("train", other))
     for split, rows in inputs.leaks.items():
         leaked = np.flatnonzero(inputs.caches[split].text_digests == train.text_digests[rows[0]])[0]
-        add("leaks", len(rows), f"a text of {split}", leaks, ("train", rows[0]), (split, leaked))
+        add("leaks", len(rows), f"a text of {split}", drop_leaks, ("train", rows[0]), (split, leaked))
     return lines
 
 
 def describe_rows(inputs: Inputs) -> str:
     """Return the rows of every file, and how many of them are trained on or truncated."""
     counts = {split: f"{len(cache):,}" for split, cache in inputs.caches.items()}
-    if inputs.train_rows is not None:
-        counts["train"] = f"{len(inputs.train_rows):,} of {counts['train']}"
+    if len(inputs.caches["train"]) < len(inputs.whole):
+        counts["train"] += f" of {len(inputs.whole):,}"
     rows = ", ".join(f"{split} {count}" for split, count in counts.items())
     length, kind = inputs.config.max_length, inputs.config.long_texts
     if kind == "windows":
-        windowed = sum(int((cache.lengths() > length).sum()) for cache in inputs.caches.values())
+        windowed = sum(int((cache.lengths > length).sum()) for cache in inputs.caches.values())
         return f"{rows}; {windowed:,} in windows of {length} tokens"
-    truncated = sum(len(cache.truncated_rows) for cache in inputs.caches.values())
+    truncated = sum(int(cache.is_cut.sum()) for cache in inputs.caches.values())
     kept = " (their beginning and end)" if kind == "head-tail" else ""
     return rows + (f"; {truncated:,} cut to {length} tokens{kept}" if truncated else "")
 
@@ -179,7 +180,7 @@ class Report:
         """Write an evaluation's metrics; with a task, which reads its probabilities, also plots and mistakes."""
         if task:
             labels = self._inputs.caches[split].labels
-            texts_of = partial(self._inputs.splits[split].texts_of, self._task)
+            texts_of = partial(self._inputs.splits[split].texts_at, self._task)
             with disk_errors(f"events to {self._events.log_dir}"):
                 tensorboard.draw_evaluation(self._events, step, split, labels, evaluation.probabilities, task, texts_of)
         scalars = {key: evaluation.metrics[key] for key in self._task.tensorboard_metrics}

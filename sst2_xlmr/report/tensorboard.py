@@ -33,7 +33,7 @@ STYLE = {"font.family": "DejaVu Sans", "text.parse_math": False, "savefig.dpi": 
 FIRST_NOT_DRAWN = "\u0590"  # matplotlib's font has few letters beyond Latin, Greek, Cyrillic and Armenian
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|&~]")
 _excepthook = threading.excepthook
-TextsOf = Callable[[set[int]], dict[int, str]]  # see `Split.texts_of`
+TextsOf = Callable[[set[int]], dict[int, str]]  # see `Split.texts_at`
 
 
 def open_events(folder: Path, purge_step: int | None = None) -> SummaryWriter:

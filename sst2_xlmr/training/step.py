@@ -29,7 +29,7 @@ def forward_backward(model: nn.Module, batches: list[Batch], loss: Loss, world: 
     for number, micro_batch in enumerate(batches, 1):
         batch = micro_batch.to(world.device)
         with contextlib.nullcontext() if number == len(batches) else no_sync():
-            logits = model(batch.ids, batch.lengths, batch.keys, batch.windows).float()
+            logits = model(batch.ids, batch.lengths, batch.dropout_keys, batch.windows).float()
             batch_loss = loss(logits, batch.labels, batch.row_weights) * batch.is_real
             (batch_loss * (world.world_size / batch.global_weight)).backward()
         # The meter divides by rows, but the loss is a mean by weight: a factor of 1 without row weights.

@@ -49,7 +49,6 @@ _NEEDLESS = {
     "--best-by knows in which direction each metric is better": "greater_is_better",
     "torchrun sets LOCAL_RANK": "local_rank",
     "batches are slices of a memory-mapped file of token ids": "num_workers dataloader_num_workers",
-    "a run that collapses stops, and says what to run instead": "restart_on_collapse",
 }
 
 

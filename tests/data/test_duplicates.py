@@ -13,6 +13,7 @@ from conftest import Capture, Patch, RunTrain, metrics, train_options, user_erro
 from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.prepare import prepare
+from sst2_xlmr.data.report import lines_of
 from sst2_xlmr.data.splits import stratified_sample
 from sst2_xlmr.data.token_cache import find_duplicates, text_digests
 from sst2_xlmr.report.console import data_report
@@ -82,9 +83,9 @@ def test_the_report_names_lines_of_a_csv_that_is_gone(tiny_encoder: Path, dirty_
         csv.writer(written).writerows([*rows[:1], ["two\nlines", "0"], *rows[1:], ["two\nlines", "0"]])
     words = train_options(tiny_encoder, dirty_data, tmp_path / "run")
     several = [*words, "--train-file", str(dirty_data / "dev.tsv"), str(dirty_data / "train.tsv")]
-    files = prepare(parse_args(several)[0], quiet=True)
+    files = prepare(parse_args(several)[0])
     (dirty_data / "train.tsv").unlink()
-    inputs = prepare(parse_args(words)[0], quiet=True)
+    inputs = prepare(parse_args(words)[0])
     file.unlink()
     assert inputs.place_of("train", 0) == "train.csv:2"
     assert inputs.place_of("train", 1) == "train.csv:4"
@@ -130,22 +131,31 @@ def test_dev_that_is_cut_off(share: float) -> None:
     assert stratified_sample(digests, labels, share, seed=4).tolist() != dev.tolist()
 
 
+def test_rows_are_counted_by_file_where_a_split_has_all_of_them(
+    tiny_encoder: Path, small_data: Path, tmp_path: Path
+) -> None:
+    files = [str(small_data / "train.tsv"), str(small_data / "dev.tsv")]
+    words = train_options(tiny_encoder, small_data, tmp_path / "run", "--train-file", *files, "--dev-share", 0.2)
+    lines = [line for line in lines_of(prepare(parse_args(words)[0])) if line.startswith("files")]
+    assert lines == ["files      train: train.tsv 50, dev.tsv 20"]
+
+
 def test_dev_is_cut_off_where_there_is_none_or_a_share_is_given(
     tiny_encoder: Path, small_data: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     words = train_options(tiny_encoder, small_data, tmp_path / "run")
-    more = prepare(parse_args([*words, "--dev-share", "0.3"])[0], quiet=True)
+    more = prepare(parse_args([*words, "--dev-share", "0.3"])[0])
     assert len(more.caches["dev"]) == 15
     (small_data / "dev.tsv").unlink()
-    inputs = prepare(parse_args(words)[0], quiet=True)
-    rows, rest = inputs.splits["dev"].source_rows, inputs.train_rows
+    inputs = prepare(parse_args(words)[0])
+    rows, rest = (inputs.splits[split].source_rows for split in ("dev", "train"))
     assert rows is not None and rest is not None
     assert sorted([*rows.tolist(), *rest.tolist()]) == list(range(50))
     lines = (small_data / "train.tsv").read_text(encoding="utf-8").splitlines()
     places = [int(inputs.place_of("dev", row).split(":")[1]) for row in range(5)]
-    texts = inputs.splits["dev"].texts_of(inputs.task, {*range(5)})
+    texts = inputs.splits["dev"].texts_at(inputs.task, {*range(5)})
     assert list(texts.values()) == [lines[at - 1].split("\t")[0] for at in places]
     assert len(rows) == 5 and not inputs.leaks
-    assert prepare(parse_args(words)[0], quiet=True).digests() == inputs.digests() != more.digests()
+    assert prepare(parse_args(words)[0]).digests() == inputs.digests() != more.digests()
     monkeypatch.setattr("sst2_xlmr.data.prepare.MOST_ROWS", 2)
-    assert len(prepare(parse_args(words)[0], quiet=True).caches["dev"]) == 2, "of a large file no more"
+    assert len(prepare(parse_args(words)[0]).caches["dev"]) == 2, "of a large file no more"

@@ -14,16 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sst2_xlmr.data import formats
-from sst2_xlmr.data.formats import Fields, kind_of, read_fields, row_writer
+from sst2_xlmr.data.formats import Fields, kind_of, read_fields, row_text
 from sst2_xlmr.data.rows import read_rows
-from sst2_xlmr.data.sniff import Columns, find_layout
+from sst2_xlmr.data.sniff import ReadOptions, find_layout
 from sst2_xlmr.data.splits import find_split
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.files import new_file
 
 
 def fields_of(path: Path, header: bool = True) -> list[Fields]:
-    return list(read_fields(path, find_layout(path, Columns(header=header))))
+    return list(read_fields(path, find_layout(path, ReadOptions(header=header))))
 
 
 def read(path: Path, content: bytes, header: bool = True) -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ def test_find_split_takes_the_one_file_there_is(tmp_path: Path) -> None:
 )
 def test_what_a_format_cannot_hold(tmp_path: Path, name: str, row: list[object], written: bytes) -> None:
     with new_file(tmp_path / name) as file:
-        row_writer(file, formats.kind_of(tmp_path / name))(["a", "b"], row)
+        file.write(row_text(formats.kind_of(tmp_path / name), ["a", "b"], row))
     assert (tmp_path / name).read_bytes() == written
 
 
@@ -126,9 +126,8 @@ filled, cells = texts.filter(str.strip), texts | st.just("")
 
 def write(path: Path, names: list[str], rows: list[list[str]]) -> None:
     with new_file(path) as file:
-        add = row_writer(file, kind_of(path))
         for row in rows if kind_of(path) == ".jsonl" else [names, *rows]:
-            add(names, row)
+            file.write(row_text(kind_of(path), names, row))
 
 
 def as_tsv_has_it(text: str) -> str:
@@ -143,7 +142,7 @@ def test_rows_come_back_as_they_were_written(ending: str, rows: list[tuple[str, 
     """For training, and with all of their cells for prediction."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a" + ending)
-        columns = Columns("one", "two", quoting=ASKED.get(kind_of(path)), header=True)
+        columns = ReadOptions("one", "two", quoting=ASKED.get(kind_of(path)), header=True)
         written = [[NAMES[label], text, pair, other] for text, pair, label, other in rows]
         write(path, ["label", "one", "two", "other"], written)
         found = [row[:3] for row in read_rows(path, columns, SingleLabel(NAMES))]

@@ -10,13 +10,13 @@ import pytest
 from conftest import SAMPLE_DATA, SST2, find_label_names, refusal
 
 from sst2_xlmr.data.rows import has_labels, inspect, read_rows
-from sst2_xlmr.data.sniff import Columns
-from sst2_xlmr.labels import alike, resolve_label_names
+from sst2_xlmr.data.sniff import ReadOptions
 from sst2_xlmr.labels import find_label_names as names_of
+from sst2_xlmr.labels import label_notes, resolve_label_names
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
 
 
-def rows(path: Path, content: bytes, names: list[str] = SST2_NAMES, columns: Columns = Columns()) -> list[Any]:  # noqa: B008
+def rows(path: Path, content: bytes, names: list[str] = SST2_NAMES, columns: ReadOptions = ReadOptions()) -> list[Any]:  # noqa: B008
     path.write_bytes(content)
     return [row[:3] for row in read_rows(path, columns, SingleLabel(names))]
 
@@ -35,24 +35,24 @@ EXPECTED = [("a fine film", None, 1), ("a poor one", None, 0)]
 @pytest.mark.parametrize(
     ("name", "content", "columns"),
     [
-        ("glue.tsv", b"sentence\tlabel\na fine film\t1\na poor one\t0\n", Columns()),
-        ("hugging_face.csv", b"idx,text,label\n0,a fine film,1\n1,a poor one,0\n", Columns()),
-        ("both.csv", b"text,sentence,label\nx,a fine film,1\ny,a poor one,0\n", Columns()),
-        ("order.tsv", b"id\tlabel\tsentence\n7\t1\ta fine film\n8\t0\ta poor one\n", Columns()),
-        ("names.tsv", b"sentence\tlabel\na fine film\tpositive\na poor one\t negative \n", Columns()),
-        ("a.jsonl", b'{"text": "a fine film", "label": 1}\n{"label": "0", "text": "a poor one"}\n', Columns()),
-        ("named.csv", b"review,stars\na fine film,1\na poor one,0\n", Columns("review", label="stars")),
-        ("numbers.csv", b"review,stars\na fine film,1\na poor one,0\n", Columns("1", label="2")),
-        ("a_number_is_a_position.csv", b"label,1,2\n1,x,a fine film\n0,y,a poor one\n", Columns("3")),
-        ("capitals.csv", b"ID;Text;Label\n1;a fine film;1\n2;a poor one;0\n", Columns()),
-        ("twice.csv", b"text,label,text\nx,1,a fine film\ny,0,a poor one\n", Columns("3")),
-        ("headless.csv", b"a fine film,1\na poor one,0\n", Columns("1", label="2", header=False)),
+        ("glue.tsv", b"sentence\tlabel\na fine film\t1\na poor one\t0\n", ReadOptions()),
+        ("hugging_face.csv", b"idx,text,label\n0,a fine film,1\n1,a poor one,0\n", ReadOptions()),
+        ("both.csv", b"text,sentence,label\nx,a fine film,1\ny,a poor one,0\n", ReadOptions()),
+        ("order.tsv", b"id\tlabel\tsentence\n7\t1\ta fine film\n8\t0\ta poor one\n", ReadOptions()),
+        ("names.tsv", b"sentence\tlabel\na fine film\tpositive\na poor one\t negative \n", ReadOptions()),
+        ("a.jsonl", b'{"text": "a fine film", "label": 1}\n{"label": "0", "text": "a poor one"}\n', ReadOptions()),
+        ("named.csv", b"review,stars\na fine film,1\na poor one,0\n", ReadOptions("review", label="stars")),
+        ("numbers.csv", b"review,stars\na fine film,1\na poor one,0\n", ReadOptions("1", label="2")),
+        ("a_number_is_a_position.csv", b"label,1,2\n1,x,a fine film\n0,y,a poor one\n", ReadOptions("3")),
+        ("capitals.csv", b"ID;Text;Label\n1;a fine film;1\n2;a poor one;0\n", ReadOptions()),
+        ("twice.csv", b"text,label,text\nx,1,a fine film\ny,0,a poor one\n", ReadOptions("3")),
+        ("headless.csv", b"a fine film,1\na poor one,0\n", ReadOptions("1", label="2", header=False)),
     ],
 )
-def test_columns(tmp_path: Path, name: str, content: bytes, columns: Columns) -> None:
+def test_columns(tmp_path: Path, name: str, content: bytes, columns: ReadOptions) -> None:
     assert rows(tmp_path / name, content, columns=columns) == EXPECTED
     pairs = b"premise,hypothesis,label\nit rains,it is wet,0\n"
-    for columns in (Columns("premise", "hypothesis"), Columns("1", "2", "3")):
+    for columns in (ReadOptions("premise", "hypothesis"), ReadOptions("1", "2", "3")):
         assert rows(tmp_path / "pairs.csv", pairs, columns=columns) == [("it rains", "it is wet", 0)]
 
 
@@ -99,12 +99,14 @@ def test_bad_rows_are_named_with_their_line(tmp_path: Path, name: str, content: 
 def test_columns_must_differ_and_several_texts_are_joined(tmp_path: Path) -> None:
     content = b"title,body,label\nGood,a fine film,1\n,a poor one,0\n"
     expected = [("Good a fine film", None, 1), ("a poor one", None, 0)]
-    assert rows(tmp_path / "a.csv", content, columns=Columns(("title", "body"))) == expected
-    assert "column 'body' is named twice" in refusal(rows, tmp_path / "a.csv", content, columns=Columns("2", "body"))
-    assert "1 without text (line 3)" in refusal(rows, tmp_path / "a.csv", content, columns=Columns("body", "title"))
-    line = refusal(rows, tmp_path / "a.csv", content, columns=Columns("4"))
+    assert rows(tmp_path / "a.csv", content, columns=ReadOptions(("title", "body"))) == expected
+    assert "column 'body' is named twice" in refusal(
+        rows, tmp_path / "a.csv", content, columns=ReadOptions("2", "body")
+    )
+    assert "1 without text (line 3)" in refusal(rows, tmp_path / "a.csv", content, columns=ReadOptions("body", "title"))
+    line = refusal(rows, tmp_path / "a.csv", content, columns=ReadOptions("4"))
     assert "has 3 columns, from 1 to 3: there is no --text-column 4" in line
-    line = refusal(rows, tmp_path / "a.jsonl", b'{"text": "x", "label": 1}\n', columns=Columns("1"))
+    line = refusal(rows, tmp_path / "a.jsonl", b'{"text": "x", "label": 1}\n', columns=ReadOptions("1"))
     assert "no column '1' among text, label" in line, "the order of an object's keys is none"
 
 
@@ -115,13 +117,13 @@ MISSING = ["", " ", "NULL", "null", "NaN", "nan", "NA", "N/A", "None", "-", "?",
 def test_what_stands_for_no_label_is_never_a_class(tmp_path: Path, missing: str) -> None:
     file = tmp_path / "a.csv"
     file.write_text(f"text,label\na,0\nb,1\nc,{missing}\nd,1\n,1\ne,{missing}\n")
-    found = inspect(file, Columns())
+    found = inspect(file, ReadOptions())
     task = SingleLabel(names_of(found.labels, file))
     assert task.label_names == ["0", "1"]
     line = refusal(found.check, file, task, drop=False)
     assert "line 4: 3 of 6 rows " in line and " 1 without text (line 6), 2 without a label (line 4" in line
     assert found.check(file, task, drop=True) == {"no text": 1, "no label": 2}
-    assert [row.text for row in read_rows(file, Columns(drop_unusable=True), task)] == ["a", "b", "d"]
+    assert [row.text for row in read_rows(file, ReadOptions(drop_unusable=True), task)] == ["a", "b", "d"]
     if missing not in ("", " ", "-1"):
         named = SingleLabel([missing, "0", "1"])
         assert found.check(file, named, drop=True) == {"no text": 1}, "a name that is given is a class"
@@ -143,7 +145,8 @@ def test_numbers_stand_for_names_in_their_order() -> None:
 
 def test_labels_that_mean_the_same_are_named() -> None:
     labels = ["Positive", "positive", "positive.", "pos\u200bitive", "neg", "1", "-1", "1.0"]
-    assert alike(labels) == [["Positive", "positive", "positive.", "pos\u200bitive"]]
+    said = "labels that differ only by case, spaces or signs: Positive, positive, positive., pos\u200bitive"
+    assert label_notes(dict.fromkeys(labels, 9)) == [said]
 
 
 @pytest.mark.parametrize(
@@ -169,20 +172,20 @@ def test_labels_that_mean_the_same_are_named() -> None:
 )
 def test_names_of_the_classes_from_the_training_file(tmp_path: Path, labels: list[object], names: list[str]) -> None:
     file = labels_file(tmp_path, labels)
-    assert find_label_names(file, Columns()) == names
-    assert {row.label for row in read_rows(file, Columns(), SingleLabel(names))} == set(range(len(names)))
+    assert find_label_names(file, ReadOptions()) == names
+    assert {row.label for row in read_rows(file, ReadOptions(), SingleLabel(names))} == set(range(len(names)))
 
 
 def test_numbers_that_were_named_win_over_those_in_the_names(tmp_path: Path) -> None:
     file, names = labels_file(tmp_path, [2, 1]), ["LABEL_0", "LABEL_1"]
     task = SingleLabel(names, label_ids={"1": 0, "2": 1})
-    assert [row.label for row in read_rows(file, Columns(), task)] == [1, 0]
+    assert [row.label for row in read_rows(file, ReadOptions(), task)] == [1, 0]
 
 
 def test_a_thousand_classes_and_not_one_more_of_which_only_some_are_listed(tmp_path: Path) -> None:
     labels: list[object] = [f"class {i:04}" for i in range(1000)]
-    assert find_label_names(labels_file(tmp_path, labels), Columns()) == labels
-    line = refusal(find_label_names, labels_file(tmp_path, [*labels, "one more"]), Columns())
+    assert find_label_names(labels_file(tmp_path, labels), ReadOptions()) == labels
+    line = refusal(find_label_names, labels_file(tmp_path, [*labels, "one more"]), ReadOptions())
     assert "line 1002: more than 1,000 different labels; " in line and "--label-column" in line
     line = refusal(rows, tmp_path / "a.tsv", b"text\tlabel\nx\tz\n", ["a", *(f"a{i}" for i in range(1000))])
     assert "a, a0, a1, " in line and " and 991 more" in line and len(line) < 300
@@ -201,7 +204,7 @@ def test_a_thousand_classes_and_not_one_more_of_which_only_some_are_listed(tmp_p
     ],
 )
 def test_labels_that_are_no_classes(tmp_path: Path, labels: list[object], says: str) -> None:
-    line = refusal(find_label_names, file := labels_file(tmp_path, labels), Columns())
+    line = refusal(find_label_names, file := labels_file(tmp_path, labels), ReadOptions())
     assert file.name in line and says in line
 
 
@@ -217,23 +220,23 @@ def test_labels_that_are_no_classes(tmp_path: Path, labels: list[object], says: 
 )
 def test_whether_a_test_file_has_labels(tmp_path: Path, content: bytes, labelled: bool) -> None:
     (tmp_path / "test.tsv").write_bytes(content)
-    assert has_labels(tmp_path / "test.tsv", Columns()) == labelled
+    assert has_labels(tmp_path / "test.tsv", ReadOptions()) == labelled
 
 
 @pytest.mark.skipif(not SST2.is_dir(), reason=f"the real SST-2 is not at {SST2}")
 def test_real_sst2_has_all_its_rows() -> None:
     for split, count in (("train", 67_349), ("dev", 872), ("test", 1_821)):
         task = None if split == "test" else SingleLabel(SST2_NAMES)
-        assert sum(1 for _ in read_rows(SST2 / f"{split}.tsv", Columns(), task)) == count
-    assert find_label_names(SST2 / "train.tsv", Columns()) == SST2_NAMES
-    assert not has_labels(SST2 / "test.tsv", Columns())
+        assert sum(1 for _ in read_rows(SST2 / f"{split}.tsv", ReadOptions(), task)) == count
+    assert find_label_names(SST2 / "train.tsv", ReadOptions()) == SST2_NAMES
+    assert not has_labels(SST2 / "test.tsv", ReadOptions())
 
 
 def test_sample_data_is_whole_balanced_and_its_splits_share_no_sentence() -> None:
     counts: dict[str, int] = {}
     seen: set[str] = set()
     for file in sorted(SAMPLE_DATA.glob("*.tsv")):
-        rows = list(read_rows(file, Columns(), SingleLabel(SST2_NAMES)))
+        rows = list(read_rows(file, ReadOptions(), SingleLabel(SST2_NAMES)))
         counts[file.stem] = len(rows)
         assert sum(row.label for row in rows) * 2 == len(rows), f"{file.name} is not balanced"
         texts = {row.text.casefold() for row in rows}

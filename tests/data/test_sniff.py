@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sst2_xlmr.data.rows import Row, inspect, read_rows
-from sst2_xlmr.data.sniff import Columns, find_layout, other_encoding
+from sst2_xlmr.data.sniff import ReadOptions, find_layout, other_encoding
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.errors import UserError
 
@@ -34,13 +34,13 @@ def written(rows: list[list[str]], header: bool = True, **dialect: Any) -> str:
 
 def read(path: Path, content: bytes | str, *text: str, **asked: Any) -> list[list[str | None]]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    columns = Columns(text or None, **asked)
+    columns = ReadOptions(text or None, **asked)
     cells = [(row.text, dict(zip(row.fields.names, row.fields.cells))) for row in read_rows(path, columns, None)]
     return [[text, row.get(columns.label, list(row.values())[-1])] for text, row in cells]
 
 
 def labelled(path: Path) -> list[Row]:
-    return list(read_rows(path, Columns(), SingleLabel(["x", "y"])))
+    return list(read_rows(path, ReadOptions(), SingleLabel(["x", "y"])))
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
@@ -127,7 +127,7 @@ PROSE = ["Good, but not, really great", "Nice, too, really", "Well, no, never"]
 def test_commas_of_prose_part_no_columns(tmp_path: Path, header: str, rows: int) -> None:
     lines = "".join(f"{line}\n" for line in PROSE[:rows])
     (tmp_path / "a.txt").write_text(header + lines)
-    columns = Columns(("text",) if header else None, may_be_empty=True)
+    columns = ReadOptions(("text",) if header else None, may_be_empty=True)
     assert [row.text for row in read_rows(tmp_path / "a.txt", columns, None)] == PROSE[:rows]
 
 
@@ -173,7 +173,7 @@ def test_json_by_content(tmp_path: Path, document: str, ending: str) -> None:
         with zipfile.ZipFile(path, "w") as file:
             for name in ("__MACOSX/._a.json", ".DS_Store", "a.json"):  # as macOS packs it
                 file.writestr(name, content)
-    assert [(row.text, row.fields.cells[1]) for row in read_rows(path, Columns(), None)] == [("a b", "x")] * 2
+    assert [(row.text, row.fields.cells[1]) for row in read_rows(path, ReadOptions(), None)] == [("a b", "x")] * 2
 
 
 def test_a_row_with_nested_lists_is_a_row(tmp_path: Path) -> None:
@@ -184,17 +184,17 @@ def test_a_row_with_nested_lists_is_a_row(tmp_path: Path) -> None:
 
 def test_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("__label__x good film\r\n__label__y bad\n__label__x\n")
-    assert list(inspect(tmp_path / "a.tsv", Columns()).labels) == ["x", "y"]
+    assert list(inspect(tmp_path / "a.tsv", ReadOptions()).labels) == ["x", "y"]
     for label, text in (("neg", "poor\n"), ("pos", "fine\nfilm"), ("unsup", "no label")):
         (tmp_path / "folder" / label).mkdir(parents=True)
         (tmp_path / "folder" / label / "1.txt").write_text(text)
-    found = [(row.text, row.fields.cells[1]) for row in read_rows(tmp_path / "folder", Columns(), None)]
+    found = [(row.text, row.fields.cells[1]) for row in read_rows(tmp_path / "folder", ReadOptions(), None)]
     assert found == [("poor", "neg"), ("fine\nfilm", "pos"), ("no label", None)]
     for name, content in (("dev_text.txt", "a\nb\n"), ("dev_labels.txt", "1\n0\n"), ("mapping.txt", "0\tno\n1\tyes\n")):
         (tmp_path / name).write_text(content)
-    assert list(inspect(tmp_path / "dev_text.txt", Columns()).labels) == ["yes", "no"]
+    assert list(inspect(tmp_path / "dev_text.txt", ReadOptions()).labels) == ["yes", "no"]
     (tmp_path / "dev_labels.txt").write_text("1\n")
-    assert re.search("2 lines, but .* has 1", refusal(inspect, tmp_path / "dev_text.txt", Columns()))
+    assert re.search("2 lines, but .* has 1", refusal(inspect, tmp_path / "dev_text.txt", ReadOptions()))
 
 
 def test_parquet_and_excel(tmp_path: Path) -> None:
@@ -202,14 +202,14 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
     info = {b"huggingface": json.dumps({"info": {"features": {"label": {"names": ["no", "yes"]}}}}).encode()}
     table = arrow.table({"text": ["a b", "c\nd", "e"], "label": [1, 0, -1]})
     parquet.write_table(table.replace_schema_metadata(info), tmp_path / "a.parquet")
-    assert inspect(tmp_path / "a.parquet", Columns()).labels == {"yes": [1, 1], "no": [1, 2], "-1": [1, 3]}
+    assert inspect(tmp_path / "a.parquet", ReadOptions()).labels == {"yes": [1, 1], "no": [1, 2], "-1": [1, 3]}
     parquet.write_table(arrow.table({"text": ["a"] * 99 + ["b\0"], "label": ["x"] * 100}), tmp_path / "b.parquet")
     assert "1 with truncated or invalid characters" in refusal(labelled, tmp_path / "b.parquet")
     book = openpyxl.Workbook()
     for row in (["text", "label"], ["a b", 1.0], ["c", 2], [2012, None]):
         book.active.append(row)
     book.save(tmp_path / "a.csv")  # whatever its name
-    assert inspect(tmp_path / "a.csv", Columns()).labels == {"1": [1, 2], "2": [1, 3], "": [1, 4]}
+    assert inspect(tmp_path / "a.csv", ReadOptions()).labels == {"1": [1, 2], "2": [1, 3], "": [1, 4]}
     assert find_layout(tmp_path / "a.csv").notes == ()
     book.create_sheet("more")
     book.save(tmp_path / "a.xlsx")
@@ -233,7 +233,7 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
         ("text,label\nabc,1\n".encode("utf-16-le"), "--encoding utf-16-le"),
         (b'{"train": [["a", "x"]], "val": [["b", "y"]]}', r"several tables \(train, val\); write each"),
         (b'text,label\n"never closed,1\nb,0\n', "line 2 is not valid CSV: unexpected end .* --quoting none"),
-        (b"DESC:manner How so ?\nENTY:food What is it ?\n", "one column, of texts without labels; .* --delimiter"),
+        (b"DESC:manner How so ?\nENTY:food What is it ?\n", "one column of texts, without labels; .* --delimiter"),
         (b"0,1,2\n1,a good film,0\n2,a bad one,1\n3,so so,0\n4,no no,1\n", "--text-column 2 --label-column 3"),
         (b'"the text\n(here)",label\na film,x\na play,y\na film,x\na play,y\n', "--text-column 1 --label-column label"),
     ],

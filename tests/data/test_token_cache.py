@@ -18,33 +18,43 @@ from sst2_xlmr.data import rows as data
 from sst2_xlmr.data import token_cache
 from sst2_xlmr.data.batches import Batch, BatchLoader, dropout_keys, rows_in_training_order, select_rows
 from sst2_xlmr.data.rows import inspect, read_rows
-from sst2_xlmr.data.sniff import Columns
-from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
-from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
+from sst2_xlmr.data.sniff import ReadOptions
+from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_files
+from sst2_xlmr.model.tokenizer import CUT, LongTexts, Tokenizer
 from sst2_xlmr.task import SST2_NAMES, SingleLabel
 from sst2_xlmr.util.distributed import World
 
 TASK = SingleLabel(SST2_NAMES)
 
 
-def test_tokenized_once_and_right(cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+@pytest.fixture(autouse=True)
+def tokens(tmp_path: Path, monkeypatch: Patch) -> Path:
+    """The folder of this test's token caches."""
+    monkeypatch.setenv("SST2_XLMR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/tokens"
+
+
+def test_tokenized_once_and_right(cache: TokenCache, tiny_encoder: Path, monkeypatch: Patch) -> None:
     tokenizer = Tokenizer(tiny_encoder / "sentencepiece.bpe.model", 20)
-    texts, _, labels, *_ = zip(*read_rows(SAMPLE_DATA / "train.tsv", Columns(), TASK))
+    texts, _, labels, *_ = zip(*read_rows(SAMPLE_DATA / "train.tsv", ReadOptions(), TASK))
     ids, lengths = tokenizer.flat_ids(list(texts))
     assert cache.labels.tolist() == list(labels)
-    assert cache.lengths().tolist() == lengths.tolist() == np.diff(cache.offsets).tolist()
+    assert cache.lengths.tolist() == lengths.tolist()
+    assert cache.starts.tolist() == [0, *np.cumsum(lengths)[:-1]]
     assert cache.ids.tolist() == ids.tolist()
-    assert len(cache.truncated_rows) == sum(map(tokenizer.is_longer, texts)) > 0
+    assert cache.is_cut.tolist() == list(map(tokenizer.is_longer, texts))
+    assert cache.is_cut.any()
     assert cache.distinct_ids.tolist() == sorted(set(ids.tolist()))
     monkeypatch.setattr(token_cache, "_write_cache", lambda *_: pytest.fail("tokenized again"))
-    assert tokenize_sample(tiny_encoder, tmp_path / "cache").ids.tolist() == ids.tolist()
+    assert tokenize_sample(tiny_encoder).ids.tolist() == ids.tolist()
 
 
 def test_chunks_change_nothing(cache: TokenCache, tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(token_cache, "_CHUNK_ROWS", 7)
     monkeypatch.setattr(data, "_CHUNK_CHARACTERS", 300)
-    other = tokenize_sample(tiny_encoder, tmp_path / "other")
-    [folder], [other_folder] = (list((tmp_path / name).iterdir()) for name in ("cache", "other"))
+    monkeypatch.setenv("SST2_XLMR_CACHE", str(tmp_path / "other"))
+    other = tokenize_sample(tiny_encoder)
+    [folder], [other_folder] = (list((tmp_path / name / "tokens").iterdir()) for name in ("cache", "other"))
     assert len(other) == len(cache) > 21
     for file in folder.iterdir():
         assert file.read_bytes() == (other_folder / file.name).read_bytes(), file.name
@@ -59,10 +69,10 @@ def test_chunks_change_nothing(cache: TokenCache, tiny_encoder: Path, tmp_path: 
         {"task": SingleLabel(["1", "0"])},
         {"task": SingleLabel(SST2_NAMES, label_ids={"1": 0, "0": 1})},
         {"task": SingleLabel(SST2_NAMES, is_soft=True)},
-        {"columns": Columns(text="other")},
-        {"columns": Columns(pair="other")},
-        {"columns": Columns(label="stars")},
-        {"columns": Columns("1", label="3", header=False), "task": SingleLabel(["label", "1"])},
+        {"columns": ReadOptions(text="other")},
+        {"columns": ReadOptions(pair="other")},
+        {"columns": ReadOptions(label="stars")},
+        {"columns": ReadOptions("1", label="3", header=False), "task": SingleLabel(["label", "1"])},
     ],
     ids=str,
 )
@@ -70,30 +80,33 @@ def test_whatever_changes_the_ids_makes_a_new_cache(tiny_encoder: Path, tmp_path
     file, tokenizer_file = tmp_path / "train.tsv", tmp_path / "sentencepiece.bpe.model"
     file.write_text("sentence\tother\tlabel\tstars\na fine film about nothing\ta plot\t1\t0\n")
     shutil.copy(tiny_encoder / "sentencepiece.bpe.model", tokenizer_file)
-    fixed: dict[str, Any] = {"columns": Columns(), "task": TASK, "max_length": 20}
-    fixed.update(tokenizer_file=tokenizer_file, cache_dir=tmp_path / "cache")
-    before = tokenize_file(file, **fixed)
+
+    def tokenized(max_length: int = 20, long_texts: LongTexts = CUT, **other: Any) -> TokenCache:
+        how = tokenizer_file, max_length, long_texts
+        return tokenize_files([file], how, **{"columns": ReadOptions(), "task": TASK, **other})
+
+    before = tokenized()
     if not change:  # the same size, one piece another
         tokenizer_file.write_bytes(tokenizer_file.read_bytes().replace("\u2581film".encode(), "\u2581mlif".encode()))
-    after = tokenize_file(file, **{**fixed, **change})
+    after = tokenized(**change)
     assert (before.ids.tolist(), before.labels.tolist()) != (after.ids.tolist(), after.labels.tolist())
     file.write_text(file.read_text().replace("fine", "poor"))
-    assert tokenize_file(file, **{**fixed, **change}).digest != after.digest
+    assert tokenized(**change).digest != after.digest
 
 
-def test_a_file_is_inspected_once(tmp_path: Path, monkeypatch: Patch) -> None:
-    file, cache_dir = tmp_path / "train.tsv", tmp_path / "cache"
+def test_a_file_is_inspected_once(tokens: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    file = tmp_path / "train.tsv"
     file.write_text("sentence\tlabel\tstars\nx\tgood\t1\ny\tbad\t2\n")
 
     def labels(**columns: Any) -> dict[str, list[int]]:
-        return inspected(file, Columns(**columns), cache_dir).labels
+        return inspected(file, ReadOptions(**columns)).labels
 
     assert labels() == {"good": [1, 2], "bad": [1, 3]}
     assert list(labels(label="stars")) == ["1", "2"]
-    again = inspect(file, Columns(label="stars"))
+    again = inspect(file, ReadOptions(label="stars"))
     monkeypatch.setattr(token_cache, "inspect", lambda *_: again)
     assert list(labels()) == ["good", "bad"]
-    for damaged in cache_dir.glob("*/*.json"):
+    for damaged in tokens.glob("*/*.json"):
         damaged.write_text("{")
     assert list(labels()) == ["1", "2"]
     file.write_text("sentence\tlabel\nx\tgood\n")
@@ -104,47 +117,51 @@ def test_several_files_are_one_and_a_part_is_as_if_alone(tiny_encoder: Path, tmp
     texts, files = ["a fine film", "poor " * 30, "so so", "a film"], [tmp_path / "a.tsv", tmp_path / "b.tsv"]
     for number, file in enumerate(files):
         file.write_text("text\tlabel\n" + "".join(f"{text} {number}\t{i % 2}\n" for i, text in enumerate(texts)))
-    parameters = (tiny_encoder / "sentencepiece.bpe.model", Columns(), TASK, 20, tmp_path / "cache")
-    both, second = tokenize_file(files, *parameters), tokenize_file(files[1], *parameters)
-    assert (len(both), both.rows_of_files, len(both.truncated_rows)) == (8, [4, 4], 2)
-    part = both.part(np.arange(4, 8))
-    assert part.ids.tolist() == second.ids.tolist()
-    assert part.offsets.tolist() == second.offsets.tolist()
-    assert part.text_digests.tolist() == second.text_digests.tolist()
-    assert part.truncated_rows.tolist() == second.truncated_rows.tolist() == [1]
+    parameters = ((tiny_encoder / "sentencepiece.bpe.model", 20, CUT), ReadOptions(), TASK)
+    both, second = tokenize_files(files, *parameters), tokenize_files(files[1:], *parameters)
+    assert (len(both), both.rows_of_files, int(both.is_cut.sum())) == (8, [4, 4], 2)
+    part, rows = both.part(np.arange(4, 8)), np.array([3, 0, 2])
+    ids, expected = (select_rows(cache.ids, cache.starts, cache.lengths, rows) for cache in (part, second))
+    assert [each.tolist() for each in ids] == [each.tolist() for each in expected]
+    for name in ("labels", "text_digests", "lines", "is_cut"):
+        assert getattr(part, name).tolist() == getattr(second, name).tolist(), name
+    assert part.is_cut.tolist() == [False, True, False, False]
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "offsets.npy", "labels.npy", "distinct_ids.npy", "manifest.json"])
+@pytest.mark.parametrize("name", ["ids.bin", "starts.npy", "labels.npy", "distinct_ids.npy", "manifest.json"])
 @pytest.mark.parametrize("how", ["truncated", "flipped", "deleted"])
-def test_damaged_cache_is_made_anew(cache: TokenCache, tiny_encoder: Path, tmp_path: Path, name: str, how: str) -> None:
+def test_damaged_cache_is_made_anew(cache: TokenCache, tiny_encoder: Path, tokens: Path, name: str, how: str) -> None:
     expected = cache.ids.tolist()
-    [folder] = (tmp_path / "cache").iterdir()
+    [folder] = tokens.iterdir()
     content = bytearray((folder / name).read_bytes())
     content[9] ^= 1
     (folder / name).unlink()  # the first cache has it mapped
     if how != "deleted":
         (folder / name).write_bytes(content if how == "flipped" else content[:-4])
-    assert tokenize_sample(tiny_encoder, tmp_path / "cache").ids.tolist() == expected
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
+    assert tokenize_sample(tiny_encoder).ids.tolist() == expected
+    assert [entry.name for entry in tokens.iterdir()] == [folder.name]
 
 
-def test_a_bad_row_leaves_no_cache_and_one_that_cannot_be_written_is_named(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_a_bad_row_leaves_no_cache_and_one_that_cannot_be_written_is_named(
+    tiny_encoder: Path, tokens: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
     file = tmp_path / "train.tsv"
     file.write_text("sentence\tlabel\nfine\t1\nbad\t7\n")
-    tokenizer_file = tiny_encoder / "sentencepiece.bpe.model"
-    assert "line 3" in refusal(tokenize_file, file, tokenizer_file, Columns(), TASK, 64, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-    assert "SST2_XLMR_CACHE" in refusal(tokenize_sample, tiny_encoder, file / "cache")
+    how = tiny_encoder / "sentencepiece.bpe.model", 64, CUT
+    assert "line 3" in refusal(tokenize_files, [file], how, ReadOptions(), TASK)
+    assert list(tokens.iterdir()) == []
+    monkeypatch.setenv("SST2_XLMR_CACHE", str(file / "cache"))
+    assert "SST2_XLMR_CACHE" in refusal(tokenize_sample, tiny_encoder)
 
 
-def test_a_file_that_changes_meanwhile_is_not_cached(tiny_encoder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_file_that_changes_meanwhile_is_not_cached(tiny_encoder: Path, tokens: Path, monkeypatch: Patch) -> None:
     """What is found under a digest later is what has that digest."""
-    cache_dir, digests = tmp_path / "cache", map(str, itertools.count())
+    digests = map(str, itertools.count())
     monkeypatch.setattr(token_cache, "source_digest", lambda _: next(digests))
-    assert "train.tsv changed while it was being read" in refusal(tokenize_sample, tiny_encoder, cache_dir)
-    line = refusal(inspected, SAMPLE_DATA / "train.tsv", Columns(), cache_dir)
+    assert "train.tsv changed while it was being read" in refusal(tokenize_sample, tiny_encoder)
+    line = refusal(inspected, SAMPLE_DATA / "train.tsv", ReadOptions())
     assert "train.tsv changed while it was being read" in line
-    assert list(cache_dir.iterdir()) == []
+    assert list(tokens.iterdir()) == []
 
 
 LENGTHS = np.random.RandomState(0).randint(3, 60, 1003)
@@ -182,7 +199,7 @@ def test_ranks_share_every_global_batch(cache: TokenCache, world_size: int, micr
     """Row i of a batch belongs to rank i % W; all ranks have as many micro-batches, some perhaps without weight."""
     config = Config(batch_size=16, seed=5, micro_batch_size=micro_batch_size)
     worlds = [world_of(rank, world_size) for rank in range(world_size)]
-    loaders = [BatchLoader(cache, cache.lengths(), None, config, world) for world in worlds]
+    loaders = [BatchLoader(cache, config, world) for world in worlds]
     for rows in (np.arange(40, 56), np.arange(7, 8), np.array([9, 3, 5, 11, 2])):
         ranks = [loader.micro_batches(2, rows) for loader in loaders]
         size = micro_batch_size or 99
@@ -199,7 +216,7 @@ def test_ranks_share_every_global_batch(cache: TokenCache, world_size: int, micr
 
 
 def check_batches(batches: list[Batch], cache: TokenCache, rows: np.ndarray, seed: int, epoch: int) -> None:
-    ids, lengths = select_rows(cache.ids, cache.offsets, rows)
+    ids, lengths = select_rows(cache.ids, cache.starts, cache.lengths, rows)
     expected = (ids, lengths, torch.from_numpy(cache.labels[rows]), torch.from_numpy(dropout_keys(rows, seed, epoch)))
     for part, whole in zip(zip(*(batch[:4] for batch in batches)), expected):
         assert torch.cat(part).tolist() == whole.tolist()
@@ -207,17 +224,9 @@ def check_batches(batches: list[Batch], cache: TokenCache, rows: np.ndarray, see
         assert len(batch.ids) == int(batch.lengths.sum())
 
 
-def test_only_some_rows_of_the_file_are_trained_on_and_keep_their_numbers(cache: TokenCache) -> None:
-    rows = np.arange(3, 1003, 2)
-    loader = BatchLoader(cache, LENGTHS[rows], rows, Config(batch_size=8), world_of(0, 1))
-    whole, rest = ([batch.tolist() for batch in loader.global_batches(2, first)] for first in (0, 50))
-    assert sorted(itertools.chain(*whole)) == rows.tolist()
-    assert rest == whole[50:]
-
-
 def test_loader_goes_on_into_the_next_epoch(cache: TokenCache) -> None:
     config = Config(batch_size=30, micro_batch_size=8, seed=5)
-    loader = BatchLoader(cache, cache.lengths(), None, config, world_of(1, 2))
+    loader = BatchLoader(cache, config, world_of(1, 2))
     served = list(itertools.islice(loader.starting_at(0, len(loader) - 2), 5))
     places = [(0, len(loader) - 2), (0, len(loader) - 1), (1, 0), (1, 1), (1, 2)]
     for batches, (epoch, batch) in zip(served, places):

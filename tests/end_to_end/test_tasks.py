@@ -63,15 +63,15 @@ def test_every_task_learns_and_says_what_it_is(trained: Path) -> None:
 
 
 def test_predict_evaluate_and_python_agree(trained: Path, tmp_path: Path) -> None:
-    dev, model = trained.parent / "data/dev.jsonl", trained / "model"
+    dev, model, fp32 = trained.parent / "data/dev.jsonl", trained / "model", ("--precision", "fp32")
     rows = json_lines(dev)
     texts = [row["text"] for row in rows]
-    answers, probabilities = load(model).predict(texts), load(model).probabilities(texts)
+    answers, probabilities = load(model, "fp32").predict(texts), load(model, "fp32").probabilities(texts)
     for name in ("a.jsonl", "a.csv"):
-        predict.main(["--model", str(model), "--input", str(dev), "--output", str(tmp_path / name)])
+        predict.main(["--model", str(model), "--input", str(dev), "--output", str(tmp_path / name), *fp32])
     written = json_lines(tmp_path / "a.jsonl")
     in_table = list(csv.DictReader((tmp_path / "a.csv").open(newline="")))
-    evaluate.main(["--model", str(model), "--file", str(dev), "--json", str(tmp_path / "a.json")])
+    evaluate.main(["--model", str(model), "--file", str(dev), "--json", str(tmp_path / "a.json"), *fp32])
     found = json.loads((tmp_path / "a.json").read_text())["files"]["dev"]
     logged = [line for line in metrics(trained) if line.get("split") == "dev"][-1]
     if isinstance(answers[0], list):

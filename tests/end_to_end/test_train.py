@@ -219,10 +219,16 @@ def test_frozen_encoder_stays_as_it_was(run_train: RunTrain, tiny_encoder: Path,
 
 
 @pytest.mark.parametrize("how", ["--compile", "--no-compile"])
-def test_a_loss_that_explodes_stops_the_run(run_train: RunTrain, tmp_path: Path, how: str) -> None:
+def test_a_loss_that_explodes_stops_the_run(run_train: RunTrain, small_data: Path, tmp_path: Path, how: str) -> None:
+    train_file, dev_file = small_data / "train.tsv", small_data / "dev.tsv"
+    train_file.write_text(dev_file.read_text() + "".join(train_file.open().readlines()[1:]))  # 20 leaks, and 50 rows
     options = [how, "--epochs", 5, "--lr", 1e30, "--warmup-ratio", 0, "--max-grad-norm", 0, "--log-every", 1000]
-    line = user_error(run_train, tmp_path / "run", *options)
-    assert "the gradient is not finite at step 2, training rows of this batch" in line
+    line = user_error(run_train, tmp_path / "run", *options, "--drop-leaks", "--batch-size", 25, "--eval-every", 0)
+    _, found, numbers = line.partition("the gradient is not finite at step 2, training rows of this batch, from 1: ")
+    assert found
+    rows = {int(number) for number in numbers.split(":")[0].split(", ")}
+    assert len(rows) == 25
+    assert min(rows) > 20 and max(rows) > 50, "as in the file"
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 

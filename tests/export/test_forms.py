@@ -16,7 +16,7 @@ import torch
 from conftest import CPU, Capture, needs_torchtext, run_export
 from sentencepiece import SentencePieceProcessor
 
-from sst2_xlmr.data.sniff import Columns
+from sst2_xlmr.data.sniff import ReadOptions
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.trimmed import needed_pieces, trimmed_tokenizer
 from sst2_xlmr.model.classifier import load_classifier
@@ -109,7 +109,7 @@ def test_onnx_answers_alike_without_torch(model: Path, tmp_path: Path, from_ids:
 
 def test_pairs_to_compare_on_stay_pairs(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("text\tother\tlabel\nx\ty\tb\n")
-    file, columns = str(tmp_path / "a.tsv"), Columns(pair="other")
+    file, columns = str(tmp_path / "a.tsv"), ReadOptions(pair="other")
     texts, labels = read_checks([file], columns, SingleLabel(["a", "b"]), takes_pairs=True, has_label_column=False)["a"]
     assert (texts, labels) == ((["x"], ["y"]), [1])
 

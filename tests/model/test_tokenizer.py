@@ -16,11 +16,11 @@ from conftest import ROOT, SMALL_ENCODER, change_json, needs_small_encoder, refu
 from running import printed_by
 from sentencepiece import SentencePieceTrainer
 
-from sst2_xlmr.data.rows import Columns
-from sst2_xlmr.data.token_cache import tokenize_file
+from sst2_xlmr.data.rows import ReadOptions
+from sst2_xlmr.data.token_cache import tokenize_files
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
-from sst2_xlmr.model.tokenizer import Tokenizer
+from sst2_xlmr.model.tokenizer import CUT, Tokenizer
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, added_tokens, tokenizer_digest
 from sst2_xlmr.programs import export
 from sst2_xlmr.task import SingleLabel
@@ -128,7 +128,7 @@ def test_tokens_that_are_added_later_make_another_tokenizer(file: Path, tmp_path
     for tokens in every:
         add(file, **tokens)
         digests.add(tokenizer_digest(file))
-        ids.add(str(tokenize_file(tmp_path / "rows.tsv", file, Columns(), task, 64, tmp_path / "cache").ids))
+        ids.add(str(tokenize_files([tmp_path / "rows.tsv"], (file, 64, CUT), ReadOptions(), task).ids))
     assert (len(digests), len(ids)) == (3, 2)
 
 

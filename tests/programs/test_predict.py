@@ -24,7 +24,7 @@ from running import Fork, forked_ranks, kill_group, run_ranks
 
 import sst2_xlmr
 from sst2_xlmr.data.formats import kind_of
-from sst2_xlmr.data.rows import Columns, read_rows
+from sst2_xlmr.data.rows import ReadOptions, read_rows
 from sst2_xlmr.programs import predict as script
 from sst2_xlmr.util.shards import shards_of
 
@@ -85,7 +85,7 @@ def write_input(path: Path) -> Path:
 
 
 def read_output(path: Path) -> list[dict[str, Any]]:
-    return [dict(zip(row.fields.names, row.fields.cells)) for row in read_rows(path, Columns("text"), None)]
+    return [dict(zip(row.fields.names, row.fields.cells)) for row in read_rows(path, ReadOptions("text"), None)]
 
 
 @pytest.mark.parametrize("names", ["in.tsv out.jsonl", "in.csv.gz out.tsv.gz", "in.jsonl out.csv"])
@@ -167,7 +167,7 @@ def test_output_that_exists_is_kept_unless_told_otherwise(model: Path, tmp_path:
         assert "out.tsv already exists; choose another name" in user_error(run, model, *options)
         assert out.read_text() == "precious"
         run(model, *options, "--overwrite")
-        assert len(list(read_rows(out, Columns(), None))) == 1
+        assert len(list(read_rows(out, ReadOptions(), None))) == 1
         out.unlink()
     assert other.read_text() == "precious"
     out.mkdir()

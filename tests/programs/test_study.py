@@ -19,6 +19,7 @@ from running import call_in_forks, forked, wait_for
 from sklearn.linear_model import LogisticRegression
 
 from sst2_xlmr.cli import parse_args
+from sst2_xlmr.data.batches import select_rows
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
@@ -76,11 +77,11 @@ def test_settings_and_seeds_are_run_once_and_summed_up(common: Words, tmp_path: 
 def test_the_linear_probe_is_scikit_learns_logistic_regression(common: Words, tiny_encoder: Path) -> None:
     config, _ = parse_args(common("--eval-batch-tokens", 100))
     model, _ = build_classifier(find_encoder(str(tiny_encoder)), SingleLabel(["a", "b"]))
-    inputs = prepare(config, quiet=True)
+    inputs = prepare(config)
     features, labels = {}, {}
     for name, cache in inputs.caches.items():
-        places = zip(cache.offsets, cache.offsets[1:])
-        rows = [torch.from_numpy(cache.ids[start:end].astype(np.int64))[None] for start, end in places]
+        ids, lengths = select_rows(cache.ids, cache.starts, cache.lengths, np.arange(len(cache)))
+        rows = [row[None] for row in ids.split(lengths.tolist())]
         with torch.no_grad():
             features[name] = torch.cat([model.encoder(row, None) for row in rows]).tanh().numpy()
         labels[name] = cache.labels

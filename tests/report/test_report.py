@@ -30,7 +30,7 @@ from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.prepare import Split, prepare
-from sst2_xlmr.data.rows import Columns, inspect
+from sst2_xlmr.data.rows import ReadOptions, inspect
 from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.report import tensorboard
 from sst2_xlmr.report.console import Report, header_lines
@@ -203,8 +203,8 @@ def test_escaped_text_shows_as_it_was() -> None:
 def test_at_most_fifty_mistakes(tmp_path: Path) -> None:
     file, task = tmp_path / "rows.tsv", SingleLabel(["negative", "positive"])
     file.write_text("sentence\tlabel\n" + "".join(f"text {n}\t1\n" for n in range(80)))
-    found = dataclasses.replace(inspect(file, Columns()), digest=digest_of(file))
-    texts_of = functools.partial(Split([file], Columns(), [found]).texts_of, task)
+    found = dataclasses.replace(inspect(file, ReadOptions()), digest=digest_of(file))
+    texts_of = functools.partial(Split([file], ReadOptions(), [found]).texts_at, task)
     labels, confidences = np.ones(80, int), np.linspace(0.51, 0.99, 80, dtype=np.float32)
 
     def table(probabilities: np.ndarray) -> str:
@@ -337,7 +337,7 @@ def test_the_header_says_what_was_decided(
 ) -> None:
     options = ["--precision", precision, "--epochs", 1.5]
     config, _ = parse_args(train_options(tiny_encoder, small_data, tmp_path / "run", *options))
-    inputs = prepare(config, quiet=True)
+    inputs = prepare(config)
     state, world, rows = TrainState(7, decided, 4), ALONE, inputs.encoder.shape.vocab_size
     weights = {EMBEDDING: torch.empty(rows - 100, 32), "big": torch.empty(1000, 1000), "head": torch.empty(1000, 100)}
     moments = {f"{kind}.head": weights["head"] for kind in ("exp_avg", "exp_avg_sq")}
