@@ -19,13 +19,6 @@ _STEPS = 40
 _SIGNIFICANT_GAIN = 3.84
 
 
-def describe_calibration(temperature: float, ece_before: float, ece_after: float) -> str:
-    if temperature == 1:
-        return f"temperature 1, as no other is significantly better on these rows; ECE {ece_before:.4f}"
-    errors = f"ECE {ece_before:.4f} before, {ece_after:.4f} with it"
-    return f"temperature {temperature:.3f}, {errors} on the rows it was fitted to"
-
-
 def calibrate(task: Task, probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
     """Return the temperature fitted to probabilities, float [rows, outputs], and their ECE before and after."""
 

@@ -19,11 +19,11 @@ from sst2_xlmr.data.prepare import Split
 from sst2_xlmr.data.report import description, left_out_of
 from sst2_xlmr.data.rows import check_pairs, columns_given
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
-from sst2_xlmr.evaluation.calibration import calibrate, describe_calibration
+from sst2_xlmr.evaluation.calibration import calibrate
 from sst2_xlmr.evaluation.compare import check_comparison
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
-from sst2_xlmr.evaluation.metrics import mean_of
-from sst2_xlmr.export.folder import CARD_NAME, read_card, with_note, write_folder
+from sst2_xlmr.evaluation.metrics import describe_calibration, mean_of
+from sst2_xlmr.export.folder import CALIBRATED, CARD_NAME, read_card, with_note, write_folder
 from sst2_xlmr.labels import listed, resolve_label_names
 from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder, model_folder
@@ -102,7 +102,7 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
     """
     source, output = arguments.models[0], arguments.output
     temperature, before, after = calibrate(task, probabilities, cache.labels)
-    encoder, begin, card = find_encoder(str(source)), "The probabilities are calibrated: ", read_card(source)
+    encoder, card = find_encoder(str(source)), read_card(source)
     encoder = replace(encoder, thresholds=at_temperature(task, temperature).thresholds)
     with write_errors(output), scratch_folder(output) as scratch:
         written = scratch / output.name
@@ -112,7 +112,7 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
             after = evaluate_all(classifier, {"dev": cache}, arguments.batch_tokens)["dev"].metrics["ece"]
         calibration = describe_calibration(temperature, before, after)
         if temperature != 1 and card:
-            card = with_note(card, f"{begin}{calibration}.", former=f"{begin}temperature")
+            card = with_note(card, f"{CALIBRATED} {arguments.calibrate.name}: {calibration}.", former=CALIBRATED)
             (written / CARD_NAME).write_text(card, encoding="utf-8")
         put_in_place(written, output, replaces=False)
     return f"{output}: {calibration}\n"

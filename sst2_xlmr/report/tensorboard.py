@@ -54,7 +54,7 @@ def open_events(folder: Path, purge_step: int | None = None) -> SummaryWriter:
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 
-def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: Task, splits: list[str]) -> None:
+def write_hparams(writer: SummaryWriter, config: Config, precision: str, task: Task, splits: list[str]) -> None:
     """Write the options by which runs are compared, and the metrics of the evaluated splits to show beside them.
 
     `precision` is the one in use, never auto. `SummaryWriter.add_hparams` would create another run.
@@ -65,14 +65,8 @@ def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: T
     values = {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
     tags = [f"dev/{name}" for name in dict.fromkeys([task.best_metric, *task.tensorboard_metrics])]
     tags += [f"{split}/{task.best_metric}" for split in splits if split != "dev"]
-    for summary in hparams(values, dict.fromkeys(tags, 0.0))[:2]:  # the experiment, and its start
+    for summary in hparams(values, dict.fromkeys(tags, 0.0)):  # the experiment, its start and its end
         _add_summary(writer, summary)
-    writer.flush()
-
-
-def end_hparams(writer: SummaryWriter) -> None:
-    """Mark the run as finished."""
-    _add_summary(writer, hparams({}, {})[2])
     writer.flush()
 
 

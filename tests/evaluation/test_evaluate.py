@@ -20,7 +20,7 @@ from sklearn import metrics as reference
 import sst2_xlmr
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.evaluation import calibration, metrics
-from sst2_xlmr.evaluation.calibration import HIGHEST, LOWEST, calibrate, describe_calibration
+from sst2_xlmr.evaluation.calibration import HIGHEST, LOWEST, calibrate
 from sst2_xlmr.evaluation.compare import check_comparison
 from sst2_xlmr.evaluation.evaluate import evaluate, length_sorted_batches, on_all_cores
 from sst2_xlmr.model.classifier import build_classifier
@@ -252,7 +252,7 @@ def test_it_stays_at_1_if_rows_cannot_tell() -> None:
     unchanged = [(before, after) for temperature, before, after in fitted if temperature == 1]
     assert len(unchanged) >= 10
     assert all(before == after for before, after in unchanged)
-    assert "temperature 1, as no other" in describe_calibration(1, *unchanged[0])
+    assert "temperature 1, as no other" in metrics.describe_calibration(1, *unchanged[0])
 
 
 def probabilities_of(model: Path) -> np.ndarray:
@@ -270,7 +270,7 @@ def test_train_writes_calibrated_models(any_gain: None, run_train: RunTrain, tmp
     np.testing.assert_allclose(after, tempered(before, temperature), atol=2e-3)
     assert (before.argmax(1) == after.argmax(1)).all()
     card = (run / "model" / "README.md").read_text()
-    assert f"divided by a temperature of {temperature:.3f}, fitted on dev" in " ".join(card.split())
+    assert f"The probabilities are calibrated on dev: temperature {temperature:.3f}, " in card
     assert "temperature" not in (plain / "model" / "README.md").read_text()
     weights, others = (load_file(folder / "model" / "model.safetensors") for folder in (run, plain))
     changed = {name for name in weights if not weights[name].equal(others[name])}

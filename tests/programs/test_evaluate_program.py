@@ -158,6 +158,8 @@ def test_a_calibrated_model_is_as_it_was_said(run: Path, tmp_path: Path, capsys:
     """The ECE that is printed is what the written folder has; folders beside it stay, and so does one that exists."""
     # Overconfident.
     source = change_weights(run / "model", tmp_path / "source", lambda found: found[LAST_LAYER].mul_(20))
+    with (source / "README.md").open("a", encoding="utf-8") as card:
+        card.write("\nThe probabilities are calibrated on dev: temperature 3.000.\n")
     output = tmp_path / "models" / "reviews"
     beside = [output.with_name(f"reviews.{end}") / "precious" for end in ("old", "tmp")]
     for file in beside:
@@ -167,7 +169,8 @@ def test_a_calibrated_model_is_as_it_was_said(run: Path, tmp_path: Path, capsys:
     evaluate(*calibrate)
     said = re.search(r"temperature (\S+), ECE (\S+) before, (\S+) with it", capsys.readouterr().out)
     assert said is not None
-    assert said[0] in (output / "README.md").read_text(encoding="utf-8")
+    notes = re.findall("^The probabilities are .*$", (output / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(notes) == 1 and notes[0].startswith(f"The probabilities are calibrated on train.tsv: {said[0]}")
     assert sorted(path.name for path in output.parent.iterdir()) == ["reviews", "reviews.old", "reviews.tmp"]
     assert all(file.is_file() for file in beside)
     found = []
