@@ -40,7 +40,6 @@ from sst2_xlmr.labels import (
 )
 from sst2_xlmr.util.errors import UserError
 
-SST2_NAMES = ["negative", "positive"]
 _SMALLEST = float(np.finfo(np.float32).tiny)  # stands in for a probability that was rounded to 0
 _NO_PROBABILITIES = "a score has no probabilities"
 # Metrics' titles where they differ from their keys.

@@ -186,12 +186,6 @@ def distill(parser: OneLineParser, add: Add) -> None:
 
 def fetch(parser: OneLineParser, add: Add) -> None:
     """Fetch data and encoders ahead of time."""
-    parser.epilog = (
-        "OWNER/NAME goes into the Hub's cache (see HF_HOME, HF_ENDPOINT, HF_TOKEN). On a machine without internet,"
-    )
-    parser.epilog += (
-        " set SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders printed last, and HF_HUB_OFFLINE=1."
-    )
     ours = ", ".join(FETCHED)
     what = f"{ours}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
     add("names", nargs="*", metavar="NAME", help=what)

@@ -138,6 +138,5 @@ def main(argv: list[str] | None = None) -> None:
                     write(chosen[0].names, chosen[0].names)
                 for fields in chosen:
                     write(fields.names, fields.cells)
-    of_dev = f"{len(splits['dev']):,} for dev, " if "dev" in splits else ""
-    of_test = f"{len(splits.get('test', ())):,} for the test"
-    say(f"{output_dir}: {len(splits['train']):,} rows to train on, {of_dev}{of_test}, {left_out:,} in neither")
+    counts = ", ".join(f"{len(splits[name]):,} {name} rows" for name in ("train", "dev", "test") if name in splits)
+    say(f"{output_dir}: {counts}, {left_out:,} in none")

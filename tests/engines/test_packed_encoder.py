@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL_ENCODER, kernels_for, needs_small_encoder
+from conftest import SMALL_ENCODER, SST2_NAMES, kernels_for, needs_small_encoder
 from test_kernels import LENGTHS, attention_masks, masks
 from torch import nn
 
@@ -22,7 +22,7 @@ from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import EncoderShape, find_encoder
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.vocabulary import Vocabulary
-from sst2_xlmr.task import SST2_NAMES, SingleLabel
+from sst2_xlmr.task import SingleLabel
 
 # Head sizes 8, 20 and 64; with one layer, the last is also the first.
 Shape = tuple[int, int, int]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, CPU, SAMPLE_DATA, Capture, Patch, RunTrain, refusal, tokenize_sample
+from conftest import ALONE, CPU, SAMPLE_DATA, SST2_NAMES, Capture, Patch, RunTrain, refusal, tokenize_sample
 from running import digests, logged, on_ranks, resume
 from safetensors.torch import load_file
 from sklearn import metrics as reference
@@ -29,7 +29,7 @@ from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.programs import evaluate as program
 from sst2_xlmr.programs import predict
 from sst2_xlmr.report.tables import comparison_table
-from sst2_xlmr.task import SST2_NAMES, SingleLabel
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.distributed import World, gather_objects
 
 TASK = SingleLabel(SST2_NAMES)
