@@ -120,8 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     if TRAINER in asked.settings:
         raise UserError(f"--setting {TRAINER}: that name is taken; choose another")
     folder = asked.output_dir
-    inputs, task = write_peer_inputs(asked.common, folder / TRAINER)
-    peer = functools.partial(train_peer, own.peer, asked.common, inputs, task, folder / TRAINER)
+    inputs, task = write_peer_inputs(asked.for_train, folder / TRAINER)
+    peer = functools.partial(train_peer, own.peer, asked.for_train, inputs, task, folder / TRAINER)
     ours = {name: functools.partial(runs.train, words, folder / name) for name, words in asked.settings.items()}
     runs.compare(asked.seeds, folder, {TRAINER: peer, **ours})
 

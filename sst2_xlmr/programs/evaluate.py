@@ -20,7 +20,7 @@ from sst2_xlmr.data.report import description, left_out_of
 from sst2_xlmr.data.rows import check_pairs, columns_given
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_file
 from sst2_xlmr.evaluation.calibration import calibrate
-from sst2_xlmr.evaluation.compare import check_comparison
+from sst2_xlmr.evaluation.compare import check_comparison, compare_files
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import describe_calibration, mean_of
 from sst2_xlmr.export.folder import CALIBRATED, CARD_NAME, read_card, with_note, write_folder
@@ -66,7 +66,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         ((source is None) != (output is None), f"{both} belong together"),
         (bool(source) == bool(arguments.file), f"give either --file [NAME=]FILE to evaluate on, or {both}"),
         (source and needs_files, "--json, --tensorboard and --against are for --file; leave them out with --calibrate"),
-        (options.has_bounds(arguments) and not arguments.against, "--most-changed and --most-lost need --against"),
         (source and arguments.precision == "int8", "--precision int8 is for prediction; calibrate in fp32 or bf16"),
         (arguments.overwrite and not arguments.json, "--overwrite needs the --json file that it may replace"),
     )
@@ -204,7 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     both = {}
     for name, cache in caches.items():
         both[name] = evaluations[name].probabilities, expected[name].probabilities, cache.labels
+    compared, bounds = compare_files(task, both), (arguments.most_changed / 100, arguments.most_lost / 100)
     try:
-        print_text("\n".join([*lines, "", *comparison_table(task, both, precision, against), ""]))
+        print_text("\n".join([*lines, "", *comparison_table(task, compared, precision, against), ""]))
     finally:  # even if standard output is closed
-        check_comparison(task, both, *options.bounds_of(arguments), precision, against)
+        check_comparison(task, compared, *bounds, precision, against)

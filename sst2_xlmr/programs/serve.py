@@ -22,6 +22,8 @@ from typing import Any, Callable
 
 import numpy as np
 import torch
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
@@ -29,12 +31,6 @@ from sst2_xlmr.task import check_options
 from sst2_xlmr.util.device import keep_freed_memory
 from sst2_xlmr.util.errors import SIGNALS, UserError, say
 from sst2_xlmr.util.files import read_json
-
-try:
-    import uvicorn
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-except ImportError:
-    raise UserError("serve needs a package: pip install 'uvicorn>=0.22' (extra: serve)") from None
 
 MAX_BODY_BYTES, MAX_HEAD_BYTES = 1 << 20, 1 << 14
 MAX_TEXT_CHARACTERS, MAX_TEXTS = 100_000, 100  # of a request

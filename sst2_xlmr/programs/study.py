@@ -45,9 +45,9 @@ FileRows = list[tuple[Path, Row]]  # training rows, each with its file
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return `seeds`, `output_dir`, `common` (train.py's words), and by name `settings` (all words) and `configs`."""
-    study, common = options.parse_known("study", argv)
-    study.common, study.settings, study.configs = common, {}, {}
+    """Return the options, and by name of setting `settings`, words for train.py, and `configs`."""
+    study = options.parse("study", argv)
+    study.settings, study.configs = {}, {}
     if bool(study.seeds) == bool(study.folds) or study.folds == 1 or study.folds < 0:
         raise UserError("give either --seeds N,... or --folds K, which is 2 or more")
     for name, text in study.setting or [("ours", "")]:
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             (not is_name, f"--setting {name!r}: use letters, digits and hyphens for the name, which is a folder's"),
             (name in study.settings, f"--setting {name}: that name is taken; choose another"),
         )
-        study.settings[name] = [*common, *split_words(f"--setting {name}", text)]
+        study.settings[name] = [*study.for_train, *split_words(f"--setting {name}", text)]
         own = () if study.folds else ("--seed",)
         study.configs[name] = checked_config(study.settings[name], study.output_dir, *own)
     return study

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any, Optional
 
-from sst2_xlmr.evaluation.compare import Predictions, compare, compare_all
+from sst2_xlmr.evaluation.compare import Comparisons
 from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.task import Task
 
@@ -75,16 +75,13 @@ def evaluation_table(task: Task, metrics_by_file: dict[str, dict[str, Any]]) -> 
     return aligned([list(rows[0]), *([row.get(column, "") for column in rows[0]] for row in rows)])
 
 
-def comparison_table(task: Task, files: Predictions, name: str, reference: str) -> list[str]:
+def comparison_table(task: Task, compared: Comparisons, name: str, reference: str) -> list[str]:
     """Return the lines of a table comparing two precisions, with a row per file and one for all rows together."""
-    parts = {file: compare(task, *sides) for file, sides in files.items()}
-    if len(parts) > 1:
-        parts["all rows"] = compare_all(task, files)
-    labelled = [part["metrics"][0] for part in parts.values() if part["metrics"]]
+    labelled = [part["metrics"][0] for part in compared.values() if part["metrics"]]
     columns = list(task.table_cells(labelled[0])) if labelled else []
     titles = [f"{column} {name} ({reference})" for column in columns]
     rows = [["file", "labels changed", "largest change", *titles, "rows"]]
-    for file, part in parts.items():
+    for file, part in compared.items():
         share = f"{part['changed']:,} ({part['changed'] / part['rows']:.2%})"
         cells = ["-"] * len(columns)
         if part["metrics"]:

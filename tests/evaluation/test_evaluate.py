@@ -21,7 +21,7 @@ import sst2_xlmr
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.evaluation import calibration, metrics
 from sst2_xlmr.evaluation.calibration import HIGHEST, LOWEST, calibrate
-from sst2_xlmr.evaluation.compare import check_comparison
+from sst2_xlmr.evaluation.compare import check_comparison, compare_files
 from sst2_xlmr.evaluation.evaluate import evaluate, length_sorted_batches, on_all_cores
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
@@ -151,28 +151,29 @@ UNLABELLED = sides([0.9], [0.7], None)
 
 def test_the_table_has_a_line_for_every_file_and_one_for_all() -> None:
     """By hand: the calibration error of `fr` is that of four rows, each alone in its bin."""
-    lines = [line.split() for line in comparison_table(TASK, {"fr": PAIR, "de": UNLABELLED}, "int8", "fp32")]
+    compared = compare_files(TASK, {"fr": PAIR, "de": UNLABELLED})
+    lines = [line.split() for line in comparison_table(TASK, compared, "int8", "fp32")]
     assert lines[0][:7] == ["file", "labels", "changed", "largest", "change", "accuracy", "int8"]
     ece = (abs(0.9 - 1) * 2 + 0.6 + 0.45) / 4
     assert lines[1][:6] == ["fr", "2", "(50.00%)", "0.2000", "0.7500", "(0.7500)"]
     assert lines[1][8:] == [f"{ece:.4f}", "(0.1250)", "4"]
     assert lines[2] == ["de", "0", "(0.00%)", "0.2000", "-", "-", "-", "1"]
     assert lines[3][2:4] == ["2", "(40.00%)"] and len(lines) == 4
-    assert len(comparison_table(TASK, {"fr": PAIR}, "int8", "fp32")) == 2
+    assert len(comparison_table(TASK, compare_files(TASK, {"fr": PAIR}), "int8", "fp32")) == 2
 
 
 def test_what_passes_a_bound_is_refused() -> None:
     worse = sides([0.9, 0.6, 0.1], [0.8, 0.4, 0.1], [1, 0, 0])
     allowed = [({"a": PAIR}, 0.5, 0.0), ({"a": worse}, 0.5, 0.34), ({"b": UNLABELLED}, 0.0, 0.0)]
     for files, most_changed, most_lost in allowed:
-        check_comparison(TASK, files, most_changed, most_lost, "int8", "fp32")
+        check_comparison(TASK, compare_files(TASK, files), most_changed, most_lost, "int8", "fp32")
     refused: list[Any] = [
-        ({"a": PAIR}, 0.49, 1.0, "int8 changes 2 of 4 labels of fp32, 50.00%, and at most 49.00%"),
-        ({"a": worse, "b": UNLABELLED}, 0.5, 0.33, "int8 loses 33.33% of accuracy against fp32, and at most 33.00%"),
+        ({"a": PAIR}, 0.49, 1.0, "int8 changes 2 of 4 labels of fp32, 50.00% (limit 49.00%)"),
+        ({"a": worse, "b": UNLABELLED}, 0.5, 0.33, "int8 loses 33.33% of accuracy against fp32 (limit 33.00%)"),
         ({"a": sides([float("nan")], [0.5], None)}, 1.0, 1.0, "produces probabilities that are not finite"),
     ]
-    for *given, says in refused:
-        assert says in refusal(check_comparison, TASK, *given, "int8", "fp32")
+    for files, *bounds, says in refused:
+        assert says in refusal(check_comparison, TASK, compare_files(TASK, files), *bounds, "int8", "fp32")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
