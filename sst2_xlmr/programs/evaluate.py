@@ -120,15 +120,13 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
 def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[Task, dict[str, Split], Caches]:
     """Check and tokenize all files; returns the task that reads their labels, and by name their splits and caches."""
     task, tokenizer, cache_dir = classifier.task, classifier.tokenizer, downloads.cache_dir() / "tokens"
-    files, splits, caches = arguments.files, {}, {}
-    for name, file in files.items():
+    splits, caches = {}, {}
+    check_options(task, arguments)
+    for name, file in arguments.files.items():
         given = columns_given(arguments, name)
         check_pairs(arguments.models[0], given.pair, "--text-pair-column NAME")
         columns = replace(given, may_be_empty=not given.drop_unusable, classes=tuple(task.label_names))
-        splits[name] = Split([file], columns, [])
-    check_options(task, arguments)
-    for split in splits.values():
-        split.inspections.append(inspected(split.files[0], split.columns, cache_dir))
+        splits[name] = Split([file], columns, [inspected(file, columns, cache_dir)])
     label_ids: dict[str, int] = {}
     if label_names := getattr(arguments, "label_names", None):
         labels = [label for split in splits.values() for label in split.inspections[0].labels]
