@@ -40,7 +40,7 @@ from sst2_xlmr.util.files import put_in_place, scratch_folder, write_errors, wri
 
 Caches = dict[str, TokenCache]  # by name of file
 Evaluations = dict[str, Evaluation]
-MOST_CONFUSED_CLASSES = 10  # with more, a confusion matrix is too wide to print
+MAX_CONFUSED_CLASSES = 10  # with more, a confusion matrix is too wide to print
 
 
 def class_lines(name: str, task: Task, results: np.ndarray, labels: np.ndarray) -> list[str]:
@@ -48,7 +48,7 @@ def class_lines(name: str, task: Task, results: np.ndarray, labels: np.ndarray) 
     classes, confusion, names = task.per_label(results, labels), task.confusion(results, labels), task.label_names
     if not classes:
         return []
-    is_shown = len(names) <= MOST_CONFUSED_CLASSES
+    is_shown = len(names) <= MAX_CONFUSED_CLASSES
     rows = [[name, "precision", "recall", "F1", "rows", *(["taken for:", *names] if is_shown else [])]]
     for number, label in enumerate(names):
         numbers = [f"{classes[key][number]:.4f}" for key in ("precision", "recall", "f1")]

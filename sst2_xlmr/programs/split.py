@@ -58,7 +58,7 @@ def split_rows(rows: Sequence[Words], count: int, seed: int) -> tuple[np.ndarray
     for number, members in enumerate(parts):
         is_whole[members[members != number]] = False
     random = np.random.RandomState(seed)
-    # For each text, the number of whole rows on either side that contain it.
+    # For each text, the number of whole rows that contain it: drawn for the test, and left to train on.
     drawn, left = np.zeros(len(texts), int), np.zeros(len(texts), int)
     for number in np.flatnonzero(is_whole):
         left[parts[number]] += copies[number]

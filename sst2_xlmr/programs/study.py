@@ -38,9 +38,9 @@ from sst2_xlmr.util import downloads
 from sst2_xlmr.util.device import choose_device
 from sst2_xlmr.util.errors import UserError
 
-MOST_ROWS = 2000  # to fit the linear probe on
+MAX_PROBE_ROWS = 2000  # to fit the linear probe on
 PENALTY = 0.1  # weight of half the sum of its squared weights, added to the mean loss
-MOST_SHOWN = 20  # likely label errors on the console
+MAX_SHOWN = 20  # likely label errors on the console
 FileRows = list[tuple[Path, Row]]  # training rows, each with its file
 
 
@@ -82,7 +82,7 @@ def linear_probe(config: Config) -> float:
 
     train, dev = inputs.caches["train"], inputs.caches["dev"]
     usable = np.arange(len(train)) if inputs.train_rows is None else inputs.train_rows
-    rows = np.sort(np.random.RandomState(config.seed).permutation(usable)[:MOST_ROWS])
+    rows = np.sort(np.random.RandomState(config.seed).permutation(usable)[:MAX_PROBE_ROWS])
     features = features_of(train, rows)
     mean, deviation = features.mean(0), features.std(0) + 1e-6
     features, labels = (features - mean) / deviation, torch.from_numpy(train.labels[rows])
@@ -163,7 +163,7 @@ def write_out_of_fold(folder: Path, config: Config, task: Task, file_rows: FileR
     metrics = task.metrics(task.results_of(probabilities, labels), labels)
     lines = [f"out of fold  {task.describe(metrics)}: {folder / 'out-of-fold.jsonl'}"]
     lines.append(f"label errors {len(ranked):,} rows with a doubtful label: {folder / 'label-errors.jsonl'}")
-    for number in ranked[:MOST_SHOWN]:
+    for number in ranked[:MAX_SHOWN]:
         text, (name, line) = " ".join(rows[number].text.split())[:70], places[number]
         change = f"{task.format_label(labels[number])} -> {cells[number][0]}"
         lines.append(f"  {doubt[number]:.2f}  {f'{name}:{line}':<16} {change}: {text}")

@@ -20,7 +20,7 @@ from sklearn import metrics as reference
 import sst2_xlmr
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.evaluation import calibration, metrics
-from sst2_xlmr.evaluation.calibration import HIGHEST, LOWEST, calibrate
+from sst2_xlmr.evaluation.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, calibrate
 from sst2_xlmr.evaluation.compare import check_comparison, compare_files
 from sst2_xlmr.evaluation.evaluate import evaluate, length_sorted_batches, on_all_cores
 from sst2_xlmr.model.classifier import build_classifier
@@ -241,8 +241,8 @@ def test_the_temperature_is_found(temperature: float, classes: int) -> None:
 
 def test_rows_that_say_nothing_do_not_make_it_extreme(any_gain: None) -> None:
     sure = np.array([[1 - 1e-6, 1e-6], [1e-6, 1 - 1e-6]], np.float32)
-    assert calibrate(TWO, sure, np.array([0, 1]))[0] == pytest.approx(LOWEST, rel=0.01)
-    assert calibrate(TWO, sure, np.array([1, 0]))[0] == pytest.approx(HIGHEST, rel=0.01)
+    assert calibrate(TWO, sure, np.array([0, 1]))[0] == pytest.approx(MIN_TEMPERATURE, rel=0.01)
+    assert calibrate(TWO, sure, np.array([1, 0]))[0] == pytest.approx(MAX_TEMPERATURE, rel=0.01)
 
 
 def test_it_stays_at_1_if_rows_cannot_tell() -> None:
