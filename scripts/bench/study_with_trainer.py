@@ -47,11 +47,7 @@ def peer_python(name: str) -> str:
 def write_peer_inputs(words: list[str], folder: Path) -> tuple[dict[str, Any], Task]:
     """Write the rows of all files, as ids, into a folder; returns an order for peer.py, without a seed, and the task.
 
-    Args:
-        words: options of train.py.
-
-    Raises:
-        UserError: if the Trainer cannot do what they say.
+    UserError if the Trainer cannot do what `words`, options of train.py, ask for.
     """
     config, _ = parse_args([*words, "--output-dir", str(folder / "unused")])
     inputs = prepare(config, quiet=True)
