@@ -201,8 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     both = {}
     for name, cache in caches.items():
         both[name] = evaluations[name].probabilities, expected[name].probabilities, cache.labels
-    compared, bounds = compare_files(task, both), (arguments.most_changed / 100, arguments.most_lost / 100)
+    compared = compare_files(task, both)
     try:
         print_text("\n".join([*lines, "", *comparison_table(task, compared, precision, against), ""]))
     finally:  # even if standard output is closed
-        check_comparison(task, compared, *bounds, precision, against)
+        check_comparison(task, compared, arguments.most_changed / 100, arguments.most_lost / 100, precision, against)
