@@ -47,10 +47,8 @@ def settings_table(results: dict[str, Results], unit: str = "seed") -> list[str]
     statistics_of, reference = summary(results), next(iter(results))
     columns, width = statistics_of[reference]["mean"], max(12, *(len(name) + 2 for name in results))
 
-    def line(name: str, seed: object, values: Figures) -> str:
-        cells = [
-            "-" if (value := values.get(c)) is None else f"{value:.{0 if c == 'seconds' else 4}f}" for c in columns
-        ]
+    def line(name: str, seed: object, run: Figures) -> str:
+        cells = ["-" if (value := run.get(c)) is None else f"{value:.{0 if c == 'seconds' else 4}f}" for c in columns]
         return f"{name:<{width}}{seed!s:<10}" + "".join(f"{cell:>12}" for cell in cells)
 
     lines = [f"{'setting':<{width}}{unit:<10}" + "".join(f"{column[-11:]:>12}" for column in columns)]

@@ -160,7 +160,7 @@ def test_dropout_equals_explicit_masks(threads: int, shape: Shape) -> None:
     model, texts, keyed = build(shape, 0.2, 0.4, seed=1), batch(LENGTHS), keys(len(LENGTHS))
     reference = outcome(model, lambda: with_masks(model, texts, keyed, 0.2, 0.4))
     ours, again, other = (outcome(model, packed(model), *texts, each) for each in (keyed, keyed, keyed + 1))
-    assert_same(ours, reference, 1e-5)
+    assert_same(ours, reference, 2e-5)
     assert all(torch.equal(again[name], each) for name, each in ours.items()), "equal calls, other bits"
     whole = ours["head.dense.weight"]
     assert float((other["head.dense.weight"] - whole).norm()) > 0.1 * float(whole.norm()), "other keys, the same masks"

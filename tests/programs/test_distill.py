@@ -28,7 +28,8 @@ def options(train_words: Words, small_data: Path, tmp_path: Path) -> Words:
     seen = [(small_data / f"{split}.tsv").read_text().splitlines()[1].split("\t")[0] for split in ("train", "dev")]
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, *seen]))
-    return lambda *more: ["--unlabelled", texts, *train_words(tmp_path / "all", "--epochs", 1, *more)]
+    own = ["--unlabelled", texts, "--teacher-precision", "fp32"]
+    return lambda *more: [*own, *train_words(tmp_path / "all", "--epochs", 1, *more)]
 
 
 def test_students_learn_from_the_mean_of_the_labelled_runs(options: Words, tmp_path: Path, capsys: Capture) -> None:
