@@ -5,8 +5,8 @@
 #   PYTHON=python3 scripts/check_gpu.sh | tee gpu.txt
 #
 # Needs torch, numpy, safetensors, tqdm, tensorboard and sentencepiece, and no network: weights are random, texts those
-# of sample_data. Where transformers and accelerate are installed, the Trainer is measured beside it. Prints a summary
-# and one line of JSON; ends with status 1 if a check fails.
+# of sample_data. Where transformers and accelerate are installed, the Trainer is measured beside it. Prints results as
+# they come on standard error, then one line of JSON; ends with status 1 if a check fails.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$root/${VENV:-.venv}/bin/python}

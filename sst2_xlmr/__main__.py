@@ -12,23 +12,12 @@ from sst2_xlmr.util.cores import limit_threads, yield_busy_cores
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
 from sst2_xlmr.util.flag_hints import hint
 
-PROGRAMS = {
-    "train": "fine-tune an encoder on labelled texts",
-    "predict": "classify texts with a trained model",
-    "evaluate": "evaluate a trained model on labelled files, compare precisions, calibrate",
-    "export": "write a trained model as a Hugging Face folder, ONNX or TorchScript",
-    "split": "set aside rows of a training file for a test",
-    "study": "compare settings over several seeds",
-    "distill": "train also on unlabelled texts, with the predictions of trained models as labels",
-    "fetch": "download data and encoders ahead of time",
-    "serve": "answer over HTTP with a trained model",
-}
-HELP = f"""usage: sst2-xlmr COMMAND [OPTIONS]
+HELP = """usage: sst2-xlmr COMMAND [OPTIONS]
 
 Fine-tune XLM-R for text classification, and use what was trained.
 
 commands:
-{chr(10).join(f"  {name:10}{what}" for name, what in PROGRAMS.items())}
+{commands}
 
 `sst2-xlmr COMMAND --help` lists the options of a command.
 """
@@ -40,16 +29,19 @@ def main(program: str | None = None) -> None:
 
 
 def _run(program: str | None, words: list[str]) -> None:
+    options = importlib.import_module("sst2_xlmr.programs.options")  # here, where a missing package becomes one line
     if program is None:
+        descriptions = {name: add.__doc__ for name, add in options.PROGRAMS.items()}
+        programs = {"train": "Train on labelled texts.", **descriptions}
         first, words = words[0] if words else "", words[1:]
         if first in ("-h", "--help"):
-            print(HELP, end="")
+            print(HELP.format(commands="\n".join(f"  {name:10}{what}" for name, what in programs.items())), end="")
             return
         if first == "--version":
             print(f"sst2-xlmr {sst2_xlmr.__version__}, {versions.versions()}")
             return
-        if first not in PROGRAMS:
-            cure = hint(first, PROGRAMS) or f"there are {', '.join(PROGRAMS)}"
+        if first not in programs:
+            cure = hint(first, programs) or f"there are {', '.join(programs)}"
             raise UserError((f"unknown command {first}" if first else "no command is given") + f"; {cure}")
         program = first
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of this srun; SLURM_NTASKS is the whole job's
@@ -59,7 +51,7 @@ def _run(program: str | None, words: list[str]) -> None:
         cure = "start one torchrun per node (see scripts/train.sbatch), or set RANK=0 for independent runs"
         raise UserError(f"srun started {tasks} tasks, which would train separately; {cure}")
     if os.environ.get("WORLD_SIZE", "1") == "1":  # else one of the processes says it, which is found below
-        importlib.import_module("sst2_xlmr.programs.options").refuse_wrong_flags(program, words)
+        options.refuse_wrong_flags(program, words)
         limit_threads()
     yield_busy_cores()
     module = importlib.import_module(f"sst2_xlmr.{'' if program == 'train' else 'programs.'}{program}")

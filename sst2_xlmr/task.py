@@ -12,12 +12,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Callable, ClassVar, List, Tuple, Union  # noqa: UP035 (TorchScript knows these only)
+from typing import Any, Callable, ClassVar, Union
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from sst2_xlmr.config import ABSTAINED, OPTIONS, Config, flag
 from sst2_xlmr.evaluation import metrics as metric
@@ -37,7 +36,6 @@ from sst2_xlmr.labels import (
 )
 from sst2_xlmr.util.errors import UserError
 
-SST2_NAMES = ["negative", "positive"]
 _SMALLEST = float(np.finfo(np.float32).tiny)  # stands in for a probability that was rounded to 0
 _NO_PROBABILITIES = "a score has no probabilities"
 # Metrics' titles where they differ from their keys.
@@ -46,6 +44,27 @@ _TITLES |= {"mean_average_precision": "mean AP", "spearman": "Spearman", "pearso
 ERRORS = ("loss", "rmse", "mae")  # metrics for which lower is better
 LabelCounts = Mapping[str, Sequence[int]]  # a file's labels: `label_text` -> number of rows, line of the first
 Weights = Union[np.ndarray, None]  # float [rows], factors on the rows' losses; None for ones
+
+
+def _script_label(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> tuple[list[str], torch.Tensor]:
+    probabilities = logits.softmax(-1)
+    best: list[int] = probabilities.argmax(-1).tolist()
+    return [names[index] for index in best], probabilities
+
+
+def _script_labels(
+    logits: torch.Tensor, names: list[str], thresholds: torch.Tensor
+) -> tuple[list[list[str]], torch.Tensor]:
+    probabilities = logits.sigmoid()
+    labels: list[list[str]] = []
+    for row in probabilities >= thresholds:
+        indices: list[int] = torch.nonzero(row)[:, 0].tolist()
+        labels.append([names[index] for index in indices])
+    return labels, probabilities
+
+
+def _script_score(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> torch.Tensor:
+    return logits
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,7 @@ class _Common:
     initial_bias: tuple[float, ...] = ()  # of a new head; empty for zeros
 
     may_be_empty = False  # whether "no label" is a valid label
+    is_output_fp32 = False  # whether the head's last layer predicts in fp32, whatever the precision of the others
     console_metrics: ClassVar[tuple[str, ...]]
     table_metrics: ClassVar[tuple[str, ...]]
 
@@ -71,6 +91,11 @@ class _Common:
     def outputs(self) -> int:
         """The number of logits."""
         return len(self.label_names)
+
+    @property
+    def thresholds_in_use(self) -> list[float]:
+        """The fitted thresholds, or 0.5 for every label; only `MultiLabel` uses them."""
+        return list(self.thresholds) or [0.5] * self.outputs
 
     @cached_property
     def _ids_by_label(self) -> dict[str, int]:
@@ -399,22 +424,8 @@ class SingleLabel(_Common):
         """Return the answers of an exported model, like the first of `cells`, and the probabilities."""
         return list(outputs[0]), np.asarray(outputs[1])
 
-    def torchscript_answer(self) -> nn.Module:
-        """Return a scriptable module: logits, fp32 [texts, classes] -> labels and probabilities."""
-        return _ScriptedAnswer(self.label_names)
-
-
-class _ScriptedAnswer(nn.Module):
-    """Logits -> the most probable label of every text, and fp32 [texts, classes], the probabilities."""
-
-    def __init__(self, label_names: list[str]) -> None:
-        super().__init__()
-        self.label_names: List[str] = label_names  # noqa: UP006
-
-    def forward(self, logits: torch.Tensor) -> Tuple[List[str], torch.Tensor]:  # noqa: UP006
-        probabilities = logits.softmax(-1)
-        best: List[int] = probabilities.argmax(-1).tolist()  # noqa: UP006
-        return [self.label_names[index] for index in best], probabilities
+    # Compiled by TorchScript: logits, fp32 [texts, classes], label names, thresholds -> labels and probabilities.
+    torchscript_answer = staticmethod(_script_label)
 
 
 @dataclass(frozen=True)
@@ -543,11 +554,6 @@ class MultiLabel(_Common):
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.sigmoid()
 
-    @property
-    def thresholds_in_use(self) -> list[float]:
-        """The fitted thresholds, or 0.5 for every label."""
-        return list(self.thresholds) or [0.5] * self.outputs
-
     def _has(self, probabilities: np.ndarray) -> np.ndarray:
         """Return bool [rows, labels], whether each label is predicted."""
         return np.asarray(probabilities >= np.array(self.thresholds_in_use, np.float32))
@@ -659,25 +665,7 @@ class MultiLabel(_Common):
         names = labels if isinstance(labels, list) else [self._names_of(row) for row in labels]
         return names, np.asarray(probabilities)
 
-    def torchscript_answer(self) -> nn.Module:
-        return _ScriptedLabels(self.label_names, self.thresholds_in_use)
-
-
-class _ScriptedLabels(nn.Module):
-    """Logits -> the labels of every text, and fp32 [texts, labels], the probabilities."""
-
-    def __init__(self, label_names: list[str], thresholds: list[float]) -> None:
-        super().__init__()
-        self.label_names: List[str] = label_names  # noqa: UP006
-        self.thresholds = torch.tensor(thresholds)
-
-    def forward(self, logits: torch.Tensor) -> Tuple[List[List[str]], torch.Tensor]:  # noqa: UP006
-        probabilities = logits.sigmoid()
-        labels: List[List[str]] = []  # noqa: UP006
-        for row in probabilities >= self.thresholds:
-            indices: List[int] = torch.nonzero(row)[:, 0].tolist()  # noqa: UP006
-            labels.append([self.label_names[index] for index in indices])
-        return labels, probabilities
+    torchscript_answer = staticmethod(_script_labels)
 
 
 @dataclass(frozen=True)
@@ -693,6 +681,7 @@ class Regression(_Common):
 
     problem_type = "regression"
     option = "regression"
+    is_output_fp32 = True  # in bf16, a score of 2,000 would be a multiple of 8
     label_dtype = np.float32
     best_metric = "spearman"
     best_by_choices = ("spearman", "pearson", "rmse", "mae", "loss")
@@ -851,8 +840,7 @@ class Regression(_Common):
         scores = np.asarray(outputs[0])
         return [round(score, 6) for score in scores[:, 0].tolist()], scores
 
-    def torchscript_answer(self) -> nn.Module:
-        return nn.Identity()
+    torchscript_answer = staticmethod(_script_score)
 
 
 Task = Union[SingleLabel, MultiLabel, Regression]

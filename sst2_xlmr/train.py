@@ -24,7 +24,7 @@ from sst2_xlmr.cli import command, parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag
 from sst2_xlmr.data.prepare import Inputs, prepare
 from sst2_xlmr.data.report import as_json, check_lines, lines_of
-from sst2_xlmr.evaluation.calibration import describe_calibration
+from sst2_xlmr.evaluation.metrics import describe_calibration
 from sst2_xlmr.report.console import Report, data_report, describe_rows, header_lines
 from sst2_xlmr.run import Run
 from sst2_xlmr.task import ERRORS
@@ -149,7 +149,7 @@ def finish(run: Run) -> None:
     best_metrics = None
     if run.test_splits and state.best_step != state.step:
         best_metrics = on_rank0(run.world, run.evaluate_best)  # None on other ranks
-    run.write_report(lambda report: report.log_end({**run.metrics, **(best_metrics or {})}))
+    run.write_report(lambda report: report.say_end({**run.metrics, **(best_metrics or {})}))
     run.export("model")
     run.ensure_checkpoint()
     if run.config.calibrate:

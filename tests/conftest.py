@@ -33,7 +33,7 @@ from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderFolder, EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.tokenizer import CUT
 from sst2_xlmr.programs import export
-from sst2_xlmr.task import SST2_NAMES, SingleLabel
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_DATA = ROOT / "sample_data"
 SMALL_ENCODER = Path(os.environ.get("SST2_XLMR_SMALL_ENCODER", ROOT / "models" / "small"))
 SST2 = Path(os.environ.get("SST2_XLMR_TEST_SST2", ROOT / "data" / "SST-2"))
+SST2_NAMES = ["negative", "positive"]
 CPU = torch.device("cpu")
 ALONE = World(CPU)
 

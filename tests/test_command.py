@@ -17,9 +17,12 @@ from conftest import ROOT, SAMPLE_DATA, Capture, Patch, Words, train_options, us
 
 import sst2_xlmr
 from sst2_xlmr import cli
-from sst2_xlmr.__main__ import PROGRAMS, main
+from sst2_xlmr.__main__ import main
+from sst2_xlmr.programs import options
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
+
+PROGRAMS = ["train", *options.PROGRAMS]
 
 
 def run(
@@ -78,7 +81,7 @@ def test_help_and_version(monkeypatch: Patch, capsys: Capture) -> None:
         monkeypatch.setattr(sys, "argv", ["sst2-xlmr", option])
         main()
         assert (said := capsys.readouterr().out).startswith(line)
-    assert {f"  {name:10}{what}" for name, what in PROGRAMS.items()} <= set(said.splitlines())
+    assert {f"  {name:10}{add.__doc__}" for name, add in options.PROGRAMS.items()} <= set(said.splitlines())
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

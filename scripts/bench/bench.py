@@ -52,16 +52,16 @@ from sst2_xlmr.util.errors import UserError, exit_on_user_error
 PARTS = ("train", "eval", "predict", "int8", "processes", "rows")
 RUNTIMES_PROGRAM = PEER_PROGRAM.with_name("runtimes.py")
 FEW_ROWS, PEER_BATCHES = 8, 50  # the Trainer sorts 50 batches at a time
-Answer = dict[str, Any]
+Figures = dict[str, Any]
 
 
-def spread(figures: list[float]) -> Answer:
+def spread(figures: list[float]) -> Figures:
     """Return median, minimum and maximum, rounded to five significant digits or to a whole number."""
     found = {"median": statistics.median(figures), "min": min(figures), "max": max(figures)}
     return {name: round(figure) if figure >= 10_000 else float(f"{figure:.5g}") for name, figure in found.items()}
 
 
-def ratios(rounds: dict[str, list[Answer]]) -> Answer:
+def ratios(rounds: dict[str, list[Figures]]) -> Figures:
     """Return "A / B" -> the spread of the ratios of rate and memory, for every contender A and every later one B.
 
     Rates of training are compared by tokens, since the rows of both sides may differ a little in length.
@@ -76,13 +76,11 @@ def ratios(rounds: dict[str, list[Answer]]) -> Answer:
     return found
 
 
-def run(command: list[str], environment: dict[str, str]) -> Answer:
+def run(command: list[str], environment: dict[str, str]) -> Figures:
     """Run a command; returns when it `started` (seconds of the clock), its `seconds`, and `peak_rss_bytes`.
 
-    Linux begins to measure a process's peak with that of its parent, so this process must stay small.
-
-    Raises:
-        UserError: if it fails, with the last line that it said.
+    Linux begins to measure a process's peak with that of its parent, so this process must stay small. If the command
+    fails, UserError with the last line that it said.
     """
     started = time.time()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
@@ -98,7 +96,7 @@ def run(command: list[str], environment: dict[str, str]) -> Answer:
     return {"started": started, "seconds": time.time() - started, "peak_rss_bytes": peak}
 
 
-def run_program(root: Path, program: str, options: list[Any], folder: Path, processes: int = 0) -> Answer:
+def run_program(root: Path, program: str, options: list[Any], folder: Path, processes: int = 0) -> Figures:
     """Run train.py, scripts/evaluate.py, ... of a checkout, perhaps under torchrun; see `run`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -160,11 +158,10 @@ def train_options(arguments: argparse.Namespace, folder: Path, train_file: Path)
 
 def train(
     arguments: argparse.Namespace, folder: Path, root: Path, *more: Any, file: Path | None = None, processes: int = 0
-) -> Answer:
+) -> Figures:
     """Train for some steps of an epoch, perhaps on another file than --data-dir's, with more options.
 
-    Returns:
-        Rates of all lines of metrics but the first, the seconds until that one, and memory.
+    Returns the rates of all lines of metrics but the first, the seconds until that one, and memory.
     """
     steps = ["--max-steps", arguments.warmup_steps + arguments.steps, "--log-every", arguments.warmup_steps]
     options = [*train_options(arguments, folder, file or arguments.data_dir / "train.tsv"), *steps, *more]
@@ -183,7 +180,7 @@ def train(
     return {**found, "first_line_s": memory[0].wall_time - used["started"], "peak_rss_bytes": used["peak_rss_bytes"]}
 
 
-def answer(arguments: argparse.Namespace, folder: Path, root: Path, program: str, precision: str) -> Answer:
+def run_inference(arguments: argparse.Namespace, folder: Path, root: Path, program: str, precision: str) -> Figures:
     """Evaluate, or predict; returns rows/s, without the time to start, and memory."""
     used = {}
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -199,7 +196,7 @@ def answer(arguments: argparse.Namespace, folder: Path, root: Path, program: str
     return {"samples_per_s": rows / seconds, "peak_rss_bytes": used["eval"]["peak_rss_bytes"]}
 
 
-def run_peer(python: str, folder: Path, order: Answer, program: Path = PEER_PROGRAM) -> Answer:
+def run_peer(python: str, folder: Path, order: dict[str, Any], program: Path = PEER_PROGRAM) -> Figures:
     """Let peer.py, or runtimes.py, do what an order says; returns its rates, memory and versions."""
     (folder / "order.json").write_text(json.dumps({"seed": 0, **order}), encoding="utf-8")
     files = [str(folder / name) for name in ("order.json", "result.json")]
@@ -209,14 +206,14 @@ def run_peer(python: str, folder: Path, order: Answer, program: Path = PEER_PROG
     return {**{name: found[name] for name in names if name in found}, "peak_rss_bytes": used["peak_rss_bytes"]}
 
 
-def contenders(arguments: argparse.Namespace, folder: Path, task: str) -> dict[str, Callable[[], Answer]]:
+def contenders(arguments: argparse.Namespace, folder: Path, task: str) -> dict[str, Callable[[], Figures]]:
     """Return what is compared in a task: name -> what measures it once."""
-    found: dict[str, Callable[[], Answer]] = {}
-    trains, answers = (functools.partial(function, arguments, folder) for function in (train, answer))
+    found: dict[str, Callable[[], Figures]] = {}
+    trains, infers = (functools.partial(function, arguments, folder) for function in (train, run_inference))
     if task == "processes":
         return {str(n): functools.partial(trains, ROOT, "--threads", 1, processes=n) for n in arguments.processes}
     if task == "int8":
-        found["int8"] = functools.partial(answers, ROOT, "evaluate", "int8")
+        found["int8"] = functools.partial(infers, ROOT, "evaluate", "int8")
     for name, root in (("ours", ROOT), ("against", arguments.against and arguments.against.absolute())):
         if root and task == "train":
             found[name] = functools.partial(trains, root)
@@ -224,7 +221,7 @@ def contenders(arguments: argparse.Namespace, folder: Path, task: str) -> dict[s
                 found["plain" if name == "ours" else "against-plain"] = functools.partial(trains, root, "--no-compile")
         elif root:
             program = "predict" if task == "predict" else "evaluate"
-            found[name] = functools.partial(answers, root, program, arguments.precision)
+            found[name] = functools.partial(infers, root, program, arguments.precision)
     if task == "predict" or not (arguments.runtimes or arguments.peer):
         return found
     words = [*train_options(arguments, folder, folder / "typical.tsv"), "--test-file", folder / "eval.tsv"]
@@ -248,12 +245,12 @@ def contenders(arguments: argparse.Namespace, folder: Path, task: str) -> dict[s
     return found
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
+def measure(arguments: argparse.Namespace, folder: Path) -> Figures:
     """Measure what the command line asks for."""
     write_inputs(arguments, folder)
     covered = {"rows", "eval"} if "int8" in arguments.only else {"rows"}
     measures = {task: contenders(arguments, folder, task) for task in arguments.only if task not in covered}
-    rounds: dict[str, dict[str, list[Answer]]] = {task: {name: [] for name in measures[task]} for task in measures}
+    rounds: dict[str, dict[str, list[Figures]]] = {task: {name: [] for name in measures[task]} for task in measures}
     jobs = [(task, name) for task in measures for name in measures[task]]
     for number in range(arguments.rounds):
         for task, name in jobs if number % 2 == 0 else reversed(jobs):
@@ -262,13 +259,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
             rate, memory = found["samples_per_s"], found["peak_rss_bytes"] / 2**30
             place = f"round {number + 1}/{arguments.rounds}: {task}: {name}"
             print(f"{place}: {rate:.1f} rows/s, {memory:.2f} GiB", file=sys.stderr, flush=True)
-    result: Answer = {"settings": {name: str(value) for name, value in vars(arguments).items()}}
+    result: Figures = {"settings": {name: str(value) for name, value in vars(arguments).items()}}
     for task, by_name in rounds.items():
         result[task] = {"ratios": ratios(by_name)}
-        for name, answers in by_name.items():
-            numbers = [figure for figure, value in answers[0].items() if isinstance(value, (int, float))]
-            spreads = {figure: spread([found[figure] for found in answers]) for figure in numbers}
-            result[task][name] = {**answers[0], **spreads}
+        for name, measured in by_name.items():
+            numbers = [figure for figure, value in measured[0].items() if isinstance(value, (int, float))]
+            spreads = {figure: spread([each[figure] for each in measured]) for figure in numbers}
+            result[task][name] = {**measured[0], **spreads}
     for count in arguments.rows if "rows" in arguments.only else []:
         file = folder / f"{count}.tsv"
         write_repeated_rows(arguments.data_dir / "train.tsv", file, count)

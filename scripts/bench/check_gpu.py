@@ -21,7 +21,7 @@ from typing import Callable
 import bench
 import numpy as np
 import torch
-from bench import Answer, run_program
+from bench import Figures, run_program
 from inputs import ROOT, SAMPLE_DATA, SHAPES, make_tokenizer, write_encoder, write_repeated_rows
 from safetensors.torch import load_file
 
@@ -63,7 +63,7 @@ def losses(run_folder: Path) -> np.ndarray:
     return np.array([line["loss"] for line in read_metrics(run_folder / "metrics.jsonl") if "lr" in line])
 
 
-def check_parity(train: Train, folder: Path, device: str) -> Answer:
+def check_parity(train: Train, folder: Path, device: str) -> Figures:
     """Losses and weights of 30 steps in fp32 without dropout are a CPU's, also with micro-batches and by torchrun."""
     cpu = train("cpu", *NO_DROPOUT, "--device", "cpu", "--no-compile")
     runs = {
@@ -81,7 +81,7 @@ def check_parity(train: Train, folder: Path, device: str) -> Answer:
     return figures
 
 
-def check_lower_precision(train: Train, folder: Path, device: str) -> Answer:
+def check_lower_precision(train: Train, folder: Path, device: str) -> Figures:
     """bf16 (and tf32) learns as fp32 does: the same mean loss over 100 steps."""
     precisions = ("fp32", "bf16", "tf32") if device == "cuda" else ("fp32", "bf16")
     curves = {p: losses(train(f"curve-{p}", *NO_DROPOUT, "--precision", p, steps=100)) for p in precisions}
@@ -90,7 +90,7 @@ def check_lower_precision(train: Train, folder: Path, device: str) -> Answer:
     return figures
 
 
-def check_bits(train: Train, folder: Path, device: str) -> Answer:
+def check_bits(train: Train, folder: Path, device: str) -> Figures:
     """With --deterministic a second run, and that one resumed from its middle, leave the same bits."""
     figures = {}
     for precision in ("fp32", "bf16", "tf32") if device == "cuda" else ("fp32", "bf16"):
@@ -104,7 +104,7 @@ def check_bits(train: Train, folder: Path, device: str) -> Answer:
     return figures
 
 
-def check_prediction(train: Train, folder: Path, device: str) -> Answer:
+def check_prediction(train: Train, folder: Path, device: str) -> Figures:
     """Probabilities of a trained model are a CPU's: to 1e-3 in fp32, to 0.05 in bf16."""
     model, found = train("trained", steps=100) / "model", {}
     for name, *computing in (("cpu", "cpu", "fp32"), ("fp32", device, "fp32"), ("bf16", device, "bf16")):
@@ -119,9 +119,9 @@ def check_prediction(train: Train, folder: Path, device: str) -> Answer:
     return figures
 
 
-def run_checks(folder: Path, device: str, shape: str) -> Answer:
+def run_checks(folder: Path, device: str, shape: str) -> Figures:
     """Run all checks; a result has `figures`, or says in `failed` why it has none."""
-    results: Answer = {}
+    results: Figures = {}
     for check in (check_parity, check_lower_precision, check_bits, check_prediction):
         name, start = check.__name__.removeprefix("check_").replace("_", " "), time.perf_counter()
         try:
@@ -134,10 +134,10 @@ def run_checks(folder: Path, device: str, shape: str) -> Answer:
     return results
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
+def measure(arguments: argparse.Namespace, folder: Path) -> Figures:
     """Measure training at every batch size, and the Trainer at some of them on a GPU."""
     has_peer = arguments.device == "cuda" and all(map(importlib.util.find_spec, ("transformers", "accelerate")))
-    results: Answer = {}
+    results: Figures = {}
     for batch_size in arguments.batch_sizes:
         words = ["--only", "train", "--data-dir", folder, "--tokenizer", folder / "tokenizer.model"]
         words += ["--batch-size", batch_size, "--warmup-steps", arguments.steps]
@@ -151,25 +151,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Answer:
     return results
 
 
-def table(result: Answer) -> list[str]:
-    """Return the result in lines for people."""
-    lines = [result["device"], result["versions"], ""]
-    for name, check in result["checks"].items():
-        lines.append(f"{name:<22}{'FAILED' if 'failed' in check else 'ok':<8}{check.get('failed', '')[:200]}")
-    for size, figures in result["training"].items():
-        ours, beside = figures["ours"], figures["ratios"].get("ours / trainer")
-        rate, memory = ours["samples_per_s"]["median"], ours.get("peak_cuda_bytes", ours["peak_rss_bytes"])["median"]
-        times = f", {beside['tokens_per_s']['median']} times the Trainer" if beside else ""
-        lines.append(f"batch {size:<6}{rate:>8.0f} rows/s{memory / 2**30:>8.2f} GiB{times}")
-    return lines
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="check_gpu.sh", description="Check and measure training on a GPU.", allow_abbrev=False)
     add = parser.add_argument
     add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries the checks themselves [cuda]")
     add("--shape", default="xlmr.base", choices=SHAPES, help="of the encoder that is measured [xlmr.base]")
-    add("--batch-sizes", type=bench.positive, nargs="+", default=[16, 32, 128, 256], help="[16 32 128 256]")
+    add("--batch-sizes", type=positive, nargs="+", default=[16, 32, 128, 256], help="[16 32 128 256]")
     add("--steps", type=positive, default=40, metavar="N", help="timed optimizer steps per round [40]")
     add("--rounds", type=positive, default=3, metavar="N", help="how often everything is measured [3]")
     arguments = parser.parse_args(argv)
@@ -177,13 +164,13 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="sst2-xlmr-gpu-") as temporary:
         folder = Path(temporary)
         write_inputs(folder, "tiny" if arguments.shape == "tiny" else "small", rows=max(arguments.batch_sizes) * 200)
-        result: Answer = {
+        result: Figures = {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, to try the checks",
             "versions": f"{versions.versions()}, CUDA {torch.version.cuda}",
             "checks": run_checks(folder, arguments.device, "checked"),
             "training": measure(arguments, folder),
         }
-    print("\n".join([*table(result), "", json.dumps(result)]))
+    print(json.dumps(result))
     if any("failed" in check for check in result["checks"].values()):
         sys.exit(1)
 

@@ -23,6 +23,7 @@ import accelerate
 import numpy as np
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments, XLMRobertaForSequenceClassification, set_seed
 
 PAD_ID = 1
@@ -35,29 +36,24 @@ def clock() -> float:
     return time.perf_counter()
 
 
-class Rows:
-    """A file's rows as a data set; a row becomes a list when asked for, so that a large file costs little."""
-
-    def __init__(self, rows_file: str, split: str) -> None:
-        with np.load(rows_file) as arrays:
-            self.ids, self.offsets, self.labels = (arrays[f"{split}_{part}"] for part in ("ids", "offsets", "labels"))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        label = self.labels[row]  # beyond the last row an IndexError, which ends a loop over the data set
-        return {"input_ids": self.ids[self.offsets[row] : self.offsets[row + 1]].tolist(), "labels": label.tolist()}
+def read_rows(order: dict[str, Any], split: str) -> list[dict[str, Any]]:
+    """Return a split's rows; their ids are views of one array, so that a large file costs little."""
+    with np.load(order["rows_file"]) as arrays:
+        ids, offsets, labels = (arrays[f"{split}_{part}"] for part in ("ids", "offsets", "labels"))
+    return [{"input_ids": ids[a:b], "labels": label} for a, b, label in zip(offsets, offsets[1:], labels.tolist())]
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Return a batch, padded to its longest row."""
-    lengths = [len(row["input_ids"]) for row in rows]
-    ids = torch.full((len(rows), max(lengths)), PAD_ID)
-    for line, row, length in zip(ids, rows, lengths):
-        line[:length] = torch.tensor(row["input_ids"])
+    texts = [torch.from_numpy(row["input_ids"]).long() for row in rows]
+    ids = pad_sequence(texts, batch_first=True, padding_value=PAD_ID)
     labels = torch.tensor([row["labels"] for row in rows])
     return {"input_ids": ids, "attention_mask": ids.ne(PAD_ID).long(), "labels": labels}
+
+
+def rates(rows: list[dict[str, Any]], seconds: float) -> dict[str, float]:
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    return {"samples_per_s": len(rows) / seconds, "tokens_per_s": tokens / seconds}
 
 
 def build_trainer(order: dict[str, Any]) -> Trainer:
@@ -97,43 +93,33 @@ def build_trainer(order: dict[str, Any]) -> Trainer:
         train_sampling_strategy="group_by_length",
         warmup_steps=order["warmup_ratio"],  # below 1 it is a ratio
     )
-    return Trainer(model, arguments, train_dataset=Rows(order["rows_file"], "train"), data_collator=collate)
-
-
-class StepTimes(TrainerCallback):
-    """Takes the time after every step."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.times.append(clock())
+    return Trainer(model, arguments, train_dataset=read_rows(order, "train"), data_collator=collate)
 
 
 def train(order: dict[str, Any]) -> dict[str, Any]:
     """Train; returns, for each split, logits and labels of its rows, and if there is a second epoch the rates."""
-    trainer, batches, step_times = build_trainer(order), order["batches"], StepTimes()
-    trainer.add_callback(step_times)
+    trainer, batches, callback = build_trainer(order), order["batches"], TrainerCallback()
+    times: list[float] = []  # after each step
+    callback.on_step_end = lambda *_, **__: times.append(clock())
+    trainer.add_callback(callback)
     trainer.train()
     result: dict[str, Any] = {"predictions": {}}
-    if len(times := step_times.times) >= 2 * batches:
-        seconds, data = times[2 * batches - 1] - times[batches - 1], trainer.train_dataset
-        result |= {"samples_per_s": len(data) / seconds, "tokens_per_s": len(data.ids) / seconds}
+    if len(times) >= 2 * batches:
+        result |= rates(trainer.train_dataset, times[2 * batches - 1] - times[batches - 1])
     for split in order["splits"]:
-        found = trainer.predict(Rows(order["rows_file"], split))  # in an order of its own, so its labels are needed
+        found = trainer.predict(read_rows(order, split))  # in an order of its own, so its labels are needed
         result["predictions"][split] = [found.predictions.tolist(), found.label_ids.tolist()]
     return result
 
 
 def evaluate(order: dict[str, Any]) -> dict[str, float]:
     """Return the rates of `Trainer.predict` on rows sorted by length."""
-    trainer, data = build_trainer(order), Rows(order["rows_file"], order["split"])
-    rows = [data[row] for row in np.argsort(np.diff(data.offsets), kind="stable")]
+    trainer = build_trainer(order)
+    rows = sorted(read_rows(order, order["split"]), key=lambda row: len(row["input_ids"]))
     trainer.predict(rows[:: max(1, len(rows) // 64)])  # of all lengths, to warm up
     start = clock()
     trainer.predict(rows)
-    seconds = clock() - start
-    return {"samples_per_s": len(rows) / seconds, "tokens_per_s": len(data.ids) / seconds}
+    return rates(rows, clock() - start)
 
 
 def main() -> None:

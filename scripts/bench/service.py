@@ -1,11 +1,10 @@
-"""Measure a service: requests per second, latencies at half of that load, memory.
+"""Measure a service: requests per second, and latencies at half of that load.
 
     python scripts/bench/service.py --model runs/NAME/model --data-dir data/SST-2
 
 Prints JSON. It starts and ends `sst2-xlmr serve`. A request is one sentence of dev.tsv. First 32 clients
 ask again as soon as they have their answer, for --seconds: `requests_per_s`. Then requests begin at random times, half
-as many a second, whether earlier ones are answered or not: `p50_ms`, `p99_ms`. `rss_bytes` is the memory of the
-service after a tenth of the first part, and at the end.
+as many a second, whether earlier ones are answered or not: `p50_ms`, `p99_ms`.
 """
 
 from __future__ import annotations
@@ -45,12 +44,7 @@ async def ask(port: int, text: str, free: list[Any]) -> float:
     return (time.monotonic() - started) * 1000
 
 
-def memory(process: int) -> int:
-    """Return a process's resident bytes."""
-    return int(Path(f"/proc/{process}/status").read_text().partition("VmRSS:")[2].split()[0]) * 1024
-
-
-async def measure(port: int, texts: list[str], seconds: int, process: int) -> dict[str, Any]:
+async def measure(port: int, texts: list[str], seconds: int) -> dict[str, Any]:
     free, answered = list[Any](), 0
     for text in texts[:20]:
         await ask(port, text, free)
@@ -62,10 +56,7 @@ async def measure(port: int, texts: list[str], seconds: int, process: int) -> di
             answered += 1
 
     started = time.monotonic()
-    asking = asyncio.gather(*(ask_again(started + seconds) for _ in range(CLIENTS)))
-    await asyncio.sleep(seconds / 10)
-    early = memory(process)
-    await asking
+    await asyncio.gather(*(ask_again(started + seconds) for _ in range(CLIENTS)))
     rate = answered / (time.monotonic() - started)
 
     waiting, until = [], time.monotonic() + seconds
@@ -73,8 +64,7 @@ async def measure(port: int, texts: list[str], seconds: int, process: int) -> di
         waiting.append(asyncio.create_task(ask(port, random.choice(texts), free)))
         await asyncio.sleep(random.expovariate(rate / 2))
     p50, p99 = np.percentile(await asyncio.gather(*waiting), [50, 99]).round(1).tolist()
-    found = {"requests": answered + len(waiting), "rss_bytes": [early, memory(process)]}
-    return {"requests_per_s": round(rate), "p50_ms": p50, "p99_ms": p99, **found}
+    return {"requests_per_s": round(rate), "p50_ms": p50, "p99_ms": p99, "requests": answered + len(waiting)}
 
 
 def main() -> None:
@@ -93,7 +83,7 @@ def main() -> None:
     try:
         while service.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
             time.sleep(0.2)
-        print(json.dumps(asyncio.run(measure(port, texts, arguments.seconds, service.pid)), indent=1))
+        print(json.dumps(asyncio.run(measure(port, texts, arguments.seconds)), indent=1))
     finally:
         service.terminate()
         service.wait()

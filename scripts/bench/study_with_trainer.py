@@ -48,11 +48,7 @@ def peer_python(name: str) -> str:
 def write_peer_inputs(words: list[str], folder: Path) -> tuple[dict[str, Any], Task]:
     """Write the rows of all files, as ids, into a folder; returns an order for peer.py, without a seed, and the task.
 
-    Args:
-        words: options of train.py.
-
-    Raises:
-        UserError: if the Trainer cannot do what they say.
+    UserError if the Trainer cannot do what `words`, options of train.py, ask for.
     """
     config, _ = parse_args([*words, "--output-dir", str(folder / "unused")])
     inputs = prepare(config)
@@ -120,8 +116,8 @@ def main(argv: list[str] | None = None) -> None:
     if TRAINER in asked.settings:
         raise UserError(f"--setting {TRAINER}: that name is taken; choose another")
     folder = asked.output_dir
-    inputs, task = write_peer_inputs(asked.common, folder / TRAINER)
-    peer = functools.partial(train_peer, own.peer, asked.common, inputs, task, folder / TRAINER)
+    inputs, task = write_peer_inputs(asked.for_train, folder / TRAINER)
+    peer = functools.partial(train_peer, own.peer, asked.for_train, inputs, task, folder / TRAINER)
     ours = {name: functools.partial(runs.train, words, folder / name) for name, words in asked.settings.items()}
     runs.compare(asked.seeds, folder, {TRAINER: peer, **ours})
 

@@ -24,7 +24,7 @@ from sst2_xlmr.data.containers import READERS, json_rows, with_labels
 from sst2_xlmr.util.errors import UserError
 
 KINDS = (".tsv", ".csv", ".jsonl", ".parquet")  # of output files; see `row_text`
-LONGEST = 1 << 24  # maximum characters of a line or cell, so that an unclosed quote cannot fill the memory
+MAX_CHARACTERS = 1 << 24  # maximum characters of a line or cell, so that an unclosed quote cannot fill the memory
 _BREAKS = re.compile("\r\n|[\t\r\n]")
 _FASTTEXT = re.compile(r"((?:__label__\S+\s+)*(?:__label__\S+)?)(.*)", re.DOTALL)
 _LONE_CR, _CR = re.compile("\r(?!\n|\\Z)"), "\ufdd0"  # csv would end a row at the first; `_CR` replaces it
@@ -90,9 +90,11 @@ def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline
     codec = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
     text = io.TextIOWrapper(file, codec, "surrogateescape", newline)
     try:
-        for number, line in enumerate(iter(functools.partial(text.readline, LONGEST + 1), ""), 1):
-            if len(line) > LONGEST:
-                raise UserError(f"{name}, line {number}: longer than {LONGEST:,} characters; is it a file of rows?")
+        for number, line in enumerate(iter(functools.partial(text.readline, MAX_CHARACTERS + 1), ""), 1):
+            if len(line) > MAX_CHARACTERS:
+                raise UserError(
+                    f"{name}, line {number}: longer than {MAX_CHARACTERS:,} characters; is it a file of rows?"
+                )
             if "\0" in line:
                 cure = "remove it: tr -d '\\0' < FILE > NEW, or, if the file is UTF-16, use --encoding utf-16-le"
                 raise UserError(f"{name}, line {number}: has a NUL character; {cure}")
@@ -127,7 +129,7 @@ def csv_reader(lines: Iterable[str], delimiter: str, quoting: str) -> Any:
 
 
 def _csv_rows(lines: Lines, path: Path, layout: Layout) -> Rows:
-    csv.field_size_limit(LONGEST)  # the default is 131,072
+    csv.field_size_limit(MAX_CHARACTERS)  # the default is 131,072
     reader, first = csv_reader((line for _, line in lines), layout.delimiter, layout.quoting), 1
     try:
         for cells in reader:

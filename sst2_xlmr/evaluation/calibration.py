@@ -12,18 +12,11 @@ import numpy as np
 from sst2_xlmr.task import Task
 
 # A temperature beyond these bounds means that the rows are too few or too easy.
-LOWEST, HIGHEST = 0.25, 20.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.25, 20.0
 _STEPS = 40
 # A temperature is significantly better than 1 if twice its gain in log-likelihood exceeds this: the 95th percentile of
 # chi-squared with one degree of freedom (Wilks 1938, https://doi.org/10.1214/aos/1177732360).
 _SIGNIFICANT_GAIN = 3.84
-
-
-def describe_calibration(temperature: float, ece_before: float, ece_after: float) -> str:
-    if temperature == 1:
-        return f"temperature 1, as no other is significantly better on these rows; ECE {ece_before:.4f}"
-    errors = f"ECE {ece_before:.4f} before, {ece_after:.4f} with it"
-    return f"temperature {temperature:.3f}, {errors} on the rows it was fitted to"
 
 
 def calibrate(task: Task, probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
@@ -32,7 +25,7 @@ def calibrate(task: Task, probabilities: np.ndarray, labels: np.ndarray) -> tupl
     def results(inverse: float) -> np.ndarray:
         return task.results_of(probabilities, labels, 1 / inverse)
 
-    low, high = 1 / HIGHEST, 1 / LOWEST
+    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     for _ in range(_STEPS):  # the loss is convex in the inverse temperature
         third = (high - low) / 3
         if results(low + third)[:, 0].mean() < results(high - third)[:, 0].mean():

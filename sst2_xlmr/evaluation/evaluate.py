@@ -50,10 +50,9 @@ def length_sorted_batches(lengths: np.ndarray, batch_tokens: int, world_size: in
     order = np.argsort(lengths, kind="stable")
     while len(order):
         lengths_here = lengths[order[: batch_tokens * world_size]]
-        # The rows and padded tokens of rank 0, which has most, if the batch ended with each row.
+        # Rank 0's rows and padded tokens (it has the most), if the batch ended at row i.
         rank_rows = -(-np.arange(1, len(lengths_here) + 1) // world_size)
-        sizes = lengths_here * rank_rows
-        rows = max(1, int(np.searchsorted(sizes, batch_tokens, side="right")))
+        rows = max(1, int(np.searchsorted(lengths_here * rank_rows, batch_tokens, side="right")))
         yield order[:rows]
         order = order[rows:]
 
@@ -75,7 +74,8 @@ def _workers(threads: int) -> futures.ThreadPoolExecutor:
     pool, all_started = futures.ThreadPoolExecutor(threads, "batch"), threading.Barrier(threads)
 
     def start() -> None:
-        torch.get_num_threads()  # otherwise a new thread takes the process's number when it first computes
+        # torch gives a new thread the process's thread count at its first call; make that call before setting 1.
+        torch.get_num_threads()
         torch.set_num_threads(1)
         all_started.wait()
 

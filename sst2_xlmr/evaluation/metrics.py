@@ -96,6 +96,14 @@ def expected_calibration_error(confidences: np.ndarray, is_correct: np.ndarray) 
     return float(np.abs(sums[0] - sums[1]).sum() / len(confidences))
 
 
+def describe_calibration(temperature: float, ece_before: float, ece_after: float) -> str:
+    """Describe a fitted temperature, with the expected calibration errors on the rows it was fitted to."""
+    if temperature == 1:
+        return f"temperature 1, as no other is significantly better on these rows; ECE {ece_before:.4f}"
+    errors = f"ECE {ece_before:.4f} before, {ece_after:.4f} with it"
+    return f"temperature {temperature:.3f}, {errors} on the rows it was fitted to"
+
+
 def accuracy_interval(correct: int, rows: int) -> tuple[float, float]:
     """Return an accuracy's 95 % bootstrap percentile interval (Efron 1979, https://doi.org/10.1214/aos/1176344552).
 

@@ -18,6 +18,7 @@ import torch
 
 from sst2_xlmr.config import GROUPS, OPTIONS, Config, flag, named_file, shown
 from sst2_xlmr.data.prepare import Inputs, long_texts_of
+from sst2_xlmr.evaluation.metrics import describe_calibration
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderFolder
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model
@@ -29,6 +30,7 @@ from sst2_xlmr.util.files import BackgroundWriter, disk_errors, put_in_place, sc
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 CARD_NAME = "README.md"
+CALIBRATED = "The probabilities are calibrated on"  # begins a card's note on it; followed by a file's name
 Weights = Mapping[str, TensorLike]  # by the classifier's parameter names
 LAST_LAYER = ("head.out.weight", "head.out.bias")
 TOKENS = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
@@ -41,14 +43,6 @@ _LONG = {
     "windows": "\nLong texts were read in windows, whose features are averaged; the pipeline takes only the first one."
     " sst2_xlmr and its ONNX export read all of them, as in training.\n",
 }
-_NOT_SCALED = """
-The probabilities are calibrated: temperature 1, as no other is significantly better on dev; their expected calibration\
- error there is {1:.4f}.
-"""
-_SCALED = """
-The probabilities are calibrated: the last layer is divided by a temperature of {0:.3f}, fitted on dev, where\
- it takes the expected calibration error from {1:.4f} to {2:.4f}.
-"""
 
 
 def read_card(folder: Path) -> str:
@@ -177,8 +171,8 @@ def card_text(
     remarks += f"\n{task.card_note}\n" if task.card_note else ""
     remarks += _LONG.get(config.long_texts, "")
     if config.calibrate:
-        remark = _NOT_SCALED if state.temperature == 1 else _SCALED
-        remarks += remark.format(state.temperature, state.ece_before, state.ece_after)
+        calibration = describe_calibration(state.temperature, state.ece_before, state.ece_after)
+        remarks += f"\n{CALIBRATED} dev: {calibration}.\n"
     return Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")).substitute(
         metric_types=", ".join(dict.fromkeys(kind for kind, _ in task.hub_metrics.values())),
         base_model=f"base_model: {encoder}\n" if config.encoder in _HUB_NAMES else "",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, List, Optional  # noqa: UP035 (TorchScript knows these only)
+from typing import Any, Optional  # TorchScript knows no `str | None` before Python 3.10
 
 import torch
 from torch import nn
@@ -35,19 +35,20 @@ class TextClassifier(nn.Module):
         example = torch.tensor([[0, 3, 2], [0, 2, PAD_ID]])
         with torch.no_grad():  # traced, as its control flow does not depend on the batch
             self.model = torch.jit.trace_module(model, {"padded": (example, example.ne(PAD_ID))})
-        self.pieces = torch.ops.torchtext.load_sp_model_string(tokenizer.pieces.serialized_model_proto())
+        self.sentencepiece = torch.ops.torchtext.load_sp_model_string(tokenizer.pieces.serialized_model_proto())
         self.max_length, self.head_tail = tokenizer.max_length, tokenizer.long_texts.kind == "head-tail"
-        self.label_names: List[str] = task.label_names  # noqa: UP006
-        self.answer, self.outputs = task.torchscript_answer(), task.outputs
+        self.label_names: list[str] = task.label_names
+        self.answer, self.outputs = task.torchscript_answer, task.outputs
+        self.thresholds = torch.tensor(task.thresholds_in_use)
         self.batch_size, self.pad_id = BATCH_SIZE, PAD_ID
 
-    def ids_of(self, text: str, pair: Optional[str]) -> List[int]:  # noqa: UP006, UP045
+    def ids_of(self, text: str, pair: Optional[str]) -> list[int]:  # noqa: UP045
         """Return a row's ids, like `Tokenizer`."""
-        second = None if pair is None else self.pieces.EncodeAsIds(pair)
-        pieces = add_special_tokens(self.pieces.EncodeAsIds(text), second, self.max_length, self.head_tail)
-        return [3 if piece == 0 else piece + 1 for piece in pieces]  # 3 is <unk>
+        second = None if pair is None else self.sentencepiece.EncodeAsIds(pair)
+        ids = add_special_tokens(self.sentencepiece.EncodeAsIds(text), second, self.max_length, self.head_tail)
+        return [3 if piece_id == 0 else piece_id + 1 for piece_id in ids]  # 3 is <unk>
 
-    def forward(self, texts: List[str], pairs: Optional[List[str]] = None) -> Any:  # noqa: UP006, UP045
+    def forward(self, texts: list[str], pairs: Optional[list[str]] = None) -> Any:  # noqa: UP045
         """Return the task's answer, in the order of the texts: labels, and probabilities, fp32 [texts, labels].
 
         `pairs` are the second texts of all rows. Texts of similar length share a batch.
@@ -60,10 +61,10 @@ class TextClassifier(nn.Module):
         with torch.no_grad():
             for start in range(0, len(ids), self.batch_size):
                 chosen = by_length[start : start + self.batch_size]
-                rows: List[int] = chosen.tolist()  # noqa: UP006
+                rows: list[int] = chosen.tolist()
                 tokens = to_tensor([ids[row] for row in rows], self.pad_id)
                 logits[chosen] = self.model.padded(tokens, tokens.ne(self.pad_id))
-        return self.answer(logits)
+        return self.answer(logits, self.label_names, self.thresholds)
 
 
 def save_torchscript(model: SequenceClassifier, tokenizer: Tokenizer, task: Task, file: Path) -> None:

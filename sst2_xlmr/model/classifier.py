@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
@@ -35,7 +36,10 @@ def load_classifier(
         if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
             not_finite = "has weights that are not finite (NaN or infinite); train it again, or use another"
             raise UserError(f"{folder} {not_finite}")
+        out = copy.deepcopy(model.head.out)
         model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
+        if task.is_output_fp32:
+            model.head.out = out.requires_grad_(False).to(device)
         converted = convert(model, task) if convert else model
     tokenizer = tokenizer_loading.result()
     check_tokenizer(encoder, tokenizer.vocab_size)

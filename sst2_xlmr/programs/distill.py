@@ -39,16 +39,16 @@ SETTINGS = ("temperature", "align_classes", "unlabelled_weight", "teacher_precis
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options, and what train.py does not check itself; UserError if options or files cannot be used.
+    """Parse and check everything before any run starts; adds to the options:
 
-    `baseline` are train.py's words for the labelled runs, `config` and `task` the students'; `rows` are the labelled
-    ones, by split, `known` the digests of their texts, and `evaluated` the files for those of all splits but train.
+    `baseline`, train.py's words for the labelled runs; `config` and `task`, the students'; `rows`, the labelled ones,
+    by split; `known`, the digests of their texts; `evaluated`, the files for the rows of all splits but train.
     """
-    plan, words = options.parse_known("distill", argv)
+    plan = options.parse("distill", argv)
     refuse((plan.temperature == 0, "--temperature must be above 0"))
-    plan.baseline = [*words, *split_words("--labelled", plan.labelled)]
+    plan.baseline = [*plan.for_train, *split_words("--labelled", plan.labelled)]
     checked_config(plan.baseline, plan.output_dir, "--seed", "--dev-share")
-    plan.config = config = checked_config(words, plan.output_dir)
+    plan.config = config = checked_config(plan.for_train, plan.output_dir)
     plan.task, splits = inspect_splits(config)
     plan.rows = {name: [row for _, row in split.rows(plan.task)] for name, split in splits.items() if split.is_labelled}
     files = plan.output_dir / "files"

@@ -19,11 +19,11 @@ from sst2_xlmr.data.prepare import Split
 from sst2_xlmr.data.report import description, left_out_of
 from sst2_xlmr.data.rows import check_pairs, columns_for
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_files
-from sst2_xlmr.evaluation.calibration import calibrate, describe_calibration
-from sst2_xlmr.evaluation.compare import check_comparison
+from sst2_xlmr.evaluation.calibration import calibrate
+from sst2_xlmr.evaluation.compare import check_comparison, compare_files
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
-from sst2_xlmr.evaluation.metrics import mean_of
-from sst2_xlmr.export.folder import CARD_NAME, read_card, with_note, write_folder
+from sst2_xlmr.evaluation.metrics import describe_calibration, mean_of
+from sst2_xlmr.export.folder import CALIBRATED, CARD_NAME, read_card, with_note, write_folder
 from sst2_xlmr.labels import listed, resolve_label_names
 from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder, model_folder
@@ -39,7 +39,7 @@ from sst2_xlmr.util.files import put_in_place, scratch_folder, write_errors, wri
 
 Caches = dict[str, TokenCache]  # by name of file
 Evaluations = dict[str, Evaluation]
-MOST_CONFUSED_CLASSES = 10  # with more, a confusion matrix is too wide to print
+MAX_CONFUSED_CLASSES = 10  # with more, a confusion matrix is too wide to print
 
 
 def class_lines(name: str, task: Task, results: np.ndarray, labels: np.ndarray) -> list[str]:
@@ -47,7 +47,7 @@ def class_lines(name: str, task: Task, results: np.ndarray, labels: np.ndarray) 
     classes, confusion, names = task.per_label(results, labels), task.confusion(results, labels), task.label_names
     if not classes:
         return []
-    is_shown = len(names) <= MOST_CONFUSED_CLASSES
+    is_shown = len(names) <= MAX_CONFUSED_CLASSES
     rows = [[name, "precision", "recall", "F1", "rows", *(["taken for:", *names] if is_shown else [])]]
     for number, label in enumerate(names):
         numbers = [f"{classes[key][number]:.4f}" for key in ("precision", "recall", "f1")]
@@ -65,7 +65,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         ((source is None) != (output is None), f"{both} belong together"),
         (bool(source) == bool(arguments.file), f"give either --file [NAME=]FILE to evaluate on, or {both}"),
         (source and needs_files, "--json, --tensorboard and --against are for --file; leave them out with --calibrate"),
-        (options.has_bounds(arguments) and not arguments.against, "--most-changed and --most-lost need --against"),
         (source and arguments.precision == "int8", "--precision int8 is for prediction; calibrate in fp32 or bf16"),
         (arguments.overwrite and not arguments.json, "--overwrite needs the --json file that it may replace"),
     )
@@ -101,7 +100,7 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
     """
     source, output = arguments.models[0], arguments.output
     temperature, before, after = calibrate(task, probabilities, cache.labels)
-    encoder, begin, card = find_encoder(str(source)), "The probabilities are calibrated: ", read_card(source)
+    encoder, card = find_encoder(str(source)), read_card(source)
     encoder = replace(encoder, thresholds=at_temperature(task, temperature).thresholds)
     with write_errors(output), scratch_folder(output) as scratch:
         written = scratch / output.name
@@ -111,7 +110,7 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
             after = evaluate_all(classifier, {"dev": cache}, arguments.batch_tokens)["dev"].metrics["ece"]
         calibration = describe_calibration(temperature, before, after)
         if temperature != 1 and card:
-            card = with_note(card, f"{begin}{calibration}.", former=f"{begin}temperature")
+            card = with_note(card, f"{CALIBRATED} {arguments.calibrate.name}: {calibration}.", former=CALIBRATED)
             (written / CARD_NAME).write_text(card, encoding="utf-8")
         put_in_place(written, output, replaces=False)
     return f"{output}: {calibration}\n"
@@ -120,15 +119,13 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
 def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[Task, dict[str, Split], Caches]:
     """Check and tokenize all files; returns the task that reads their labels, and by name their splits and caches."""
     task, tokenizer = classifier.task, classifier.tokenizer
-    files, splits, caches = arguments.files, {}, {}
-    for name, file in files.items():
+    splits, caches = {}, {}
+    check_options(task, arguments)
+    for name, file in arguments.files.items():
         given = columns_for(arguments, name)
         check_pairs(arguments.models[0], given.pair, "--text-pair-column NAME")
         columns = replace(given, may_be_empty=not given.drop_unusable, classes=tuple(task.label_names))
-        splits[name] = Split([file], columns, [])
-    check_options(task, arguments)
-    for split in splits.values():
-        split.inspections.append(inspected(split.files[0], split.columns))
+        splits[name] = Split([file], columns, [inspected(file, columns)])
     label_ids: dict[str, int] = {}
     if label_names := getattr(arguments, "label_names", None):
         labels = [label for split in splits.values() for label in split.inspections[0].labels]
@@ -203,7 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     both = {}
     for name, cache in caches.items():
         both[name] = evaluations[name].probabilities, expected[name].probabilities, cache.labels
+    compared = compare_files(task, both)
     try:
-        print("\n".join([*lines, "", *comparison_table(task, both, precision, against), ""]), end="", flush=True)
+        print("\n".join([*lines, "", *comparison_table(task, compared, precision, against), ""]), end="", flush=True)
     finally:  # even if standard output is closed
-        check_comparison(task, both, *options.bounds_of(arguments), precision, against)
+        check_comparison(task, compared, arguments.most_changed / 100, arguments.most_lost / 100, precision, against)

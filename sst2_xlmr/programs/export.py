@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file, named_files
 from sst2_xlmr.data.formats import KINDS, or_list
 from sst2_xlmr.data.rows import ReadOptions, Row, columns_for, has_labels, read_rows
-from sst2_xlmr.evaluation.compare import check_comparison, compare_all
+from sst2_xlmr.evaluation.compare import check_comparison, compare_files
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.folder import read_card, write_all_but_weights, write_folder
 from sst2_xlmr.export.trimmed import write_trimmed
@@ -81,7 +81,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     files = [*(named_file(file)[1] for file in arguments.check_file), *map(Path, trims)]
     has_rows, rows = any(map(is_rows_file, files)), f"a {or_list(KINDS)} file in --check-file or --keep-vocabulary-of"
     columns = ", ".join(flag(name) for name in options.TABLE_OPTIONS if name in arguments)
-    has_bounds = options.has_bounds(arguments)
     has_pairs = getattr(arguments, "text_pair_column", None) and is_onnx and not is_folder and not from_ids
     alone = "--from-ids with --keep-vocabulary-of would leave no tokenizer that gives these ids"
     refuse(
@@ -91,7 +90,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         (from_ids and (is_folder or not is_onnx), "--from-ids is for --format onnx and onnx-int8"),
         (from_ids and trims, f"{alone}; export --format hf trimmed, then that folder with --from-ids"),
         (is_int8 and not arguments.check_file, needs_rows),
-        (has_bounds and not is_int8, "--most-changed and --most-lost are for --format onnx-int8 and onnx-hf-int8"),
         (columns and not has_rows, f"{columns} needs {rows}, whose columns it names"),
         (has_pairs, "an ONNX file that takes texts takes one for each row; export pairs with --from-ids"),
     )
@@ -221,8 +219,6 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
     columns = replace(columns_for(arguments), classes=tuple(task.label_names))
     checks = read_checks(arguments.check_file, columns, task, takes_pairs, "label_column" in arguments)
     unlabelled = [name for name, (_, labels) in checks.items() if labels is None] if int8 else []
-    if "most_lost" in arguments and len(unlabelled) == len(checks):
-        raise UserError(f"--most-lost: no labels in {', '.join(unlabelled)}; name their column with --label-column")
     expected, card = classify_with_folder(Path(encoder.name)), read_card(encoder.weights_file.parent)
     if kind == "torchscript":
         found = write_torchscript(encoder, written)
@@ -236,13 +232,14 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
     else:
         found = write_hugging_face(encoder, written, arguments.dtype, card)
     both = {name: (found(*sides), expected(*sides), labels) for name, (sides, labels) in checks.items()}
-    compared = compare_all(task, both)
-    rows, difference = f"{compared['rows']:,} rows", compared["largest"]
+    compared = compare_files(task, both)
+    *_, total = compared.values()
+    rows, difference = f"{total['rows']:,} rows", total["largest"]
     if int8:
         lines = [f"no labels in {name}: accuracy was not compared" for name in unlabelled]
-        say("\n".join([*comparison_table(task, both, "int8", "fp32"), *lines]))
-        check_comparison(task, both, *options.bounds_of(arguments), "int8", "fp32")
-        return f"answers as above on {rows}"
+        say("\n".join([*comparison_table(task, compared, "int8", "fp32"), *lines]))
+        check_comparison(task, compared, arguments.most_changed / 100, arguments.most_lost / 100, "int8", "fp32")
+        return f"int8 within the bounds on {rows}"
     tolerance = ONNX_TOLERANCE if kind.startswith("onnx") else TOLERANCE[arguments.dtype]
     if not difference <= tolerance:  # also if it is NaN
         what = f"a probability differs by {difference:.2g}; it was removed"

@@ -23,13 +23,14 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["SST2_XLMR_CACHE"] = str(arguments.cache_dir)
     # So that SIGTERM leaves no partial file behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    caches = {}
+    caches: dict[str, object] = {}
     for name in arguments.names or ("sst2", "xlmr.base"):
         folder = fetch_sst2() if name == "sst2" else find_encoder(name).weights_file.parent
         print(f"{name}: {folder}", flush=True)
         if name in options.FETCHED:
             caches["SST2_XLMR_CACHE"] = cache_dir()
         elif not Path(name).is_dir():
-            caches["HF_HUB_CACHE"] = folder.parents[2]  # of models--OWNER--NAME/snapshots/COMMIT
+            # The parent of models--OWNER--NAME/snapshots/COMMIT.
+            caches["HF_HUB_CACHE"] = f"{folder.parents[2]} and HF_HUB_OFFLINE=1"
     for variable, cache in caches.items():
         print(f"on another machine, set {variable} to a copy of {cache}")

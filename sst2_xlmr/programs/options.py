@@ -73,19 +73,10 @@ def add_abstention(add: Add) -> None:
 
 
 def add_bounds(add: Add) -> None:
-    """Add the bounds for comparing two precisions (see `bounds_of`); without the flag, no attribute is set."""
-    bound: dict[str, Any] = {"type": number_to(100, "percentage"), "default": argparse.SUPPRESS}
-    add("--most-changed", metavar="PERCENT", help="labels that may change [1]", **bound)
-    add("--most-lost", metavar="POINTS", help="accuracy that may be lost [0.3]", **bound)
-
-
-def has_bounds(arguments: argparse.Namespace) -> bool:
-    return "most_changed" in arguments or "most_lost" in arguments
-
-
-def bounds_of(arguments: argparse.Namespace) -> tuple[float, float]:
-    """Return the fractions of labels that may change, and of accuracy that may be lost."""
-    return getattr(arguments, "most_changed", 1.0) / 100, getattr(arguments, "most_lost", 0.3) / 100
+    """Add the bounds for comparing two precisions."""
+    percent, what = number_to(100, "percentage"), "points of the main metric that may be lost [0.3]"
+    add("--most-changed", type=percent, default=1.0, metavar="PERCENT", help="labels that may change [1]")
+    add("--most-lost", type=percent, default=0.3, metavar="POINTS", help=what)
 
 
 def predict(parser: OneLineParser, add: Add) -> None:
@@ -103,7 +94,7 @@ def predict(parser: OneLineParser, add: Add) -> None:
 
 
 def evaluate(parser: OneLineParser, add: Add) -> None:
-    """Evaluate a trained model on labelled files."""
+    """Evaluate a trained model on labelled files, compare precisions, calibrate."""
     add_model_options(add)
     rows = f"labelled rows: a {ROWS_FILE}; may be repeated"
     add("--calibrate", type=Path, metavar="FILE", help="fit a temperature on these rows, and write --output")
@@ -118,7 +109,7 @@ def evaluate(parser: OneLineParser, add: Add) -> None:
 
 
 def export(parser: OneLineParser, add: Add) -> None:
-    """Write a trained model in another form, and check it."""
+    """Write a trained model as a Hugging Face folder, ONNX or TorchScript, and check it."""
     add("--model", required=True, type=Path, metavar="DIR|NAME", help="model folder, or owner/name on the Hub")
     add("--format", required=True, choices=FORMATS, help="what to write")
     add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf, onnx-hf) or file")
@@ -179,12 +170,6 @@ def distill(parser: OneLineParser, add: Add) -> None:
 
 def fetch(parser: OneLineParser, add: Add) -> None:
     """Fetch data and encoders ahead of time."""
-    parser.epilog = (
-        "OWNER/NAME goes into the Hub's cache (see HF_HOME, HF_ENDPOINT, HF_TOKEN). On a machine without internet,"
-    )
-    parser.epilog += (
-        " set SST2_XLMR_CACHE and HF_HUB_CACHE to copies of the folders printed last, and HF_HUB_OFFLINE=1."
-    )
     ours = ", ".join(FETCHED)
     what = f"{ours}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
     add("names", nargs="*", metavar="NAME", help=what)
@@ -204,24 +189,22 @@ def serve(parser: OneLineParser, add: Add) -> None:
 PROGRAMS: dict[str, Callable[[OneLineParser, Add], None]] = {
     each.__name__: each for each in (predict, evaluate, export, split, study, distill, fetch, serve)
 }
-FOR_TRAIN = {"--setting": 2, "--labelled": 1}  # flag -> position of its word that holds options for train.py
+FOR_TRAIN = {"--setting": 2, "--labelled": 1}  # flag -> which of its words (from 1) holds options for train.py
 
 
-def parse_known(program: str, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Parse a program's command line; returns also the remaining words, which are for train.py."""
+def parse(program: str, argv: list[str] | None) -> argparse.Namespace:
+    """Parse a program's command line; the words of study and distill that train.py is to parse are `for_train`."""
     parser = OneLineParser(description=PROGRAMS[program].__doc__)
     PROGRAMS[program](parser, parser.add_argument)
     words: list[Any] = sys.argv[1:] if argv is None else list(argv)
     if program not in ("study", "distill"):
-        return parser.parse_args(words), []
+        return parser.parse_args(words)
     for place, word in enumerate(words):
         if (at := place + FOR_TRAIN.get(word, 0)) > place and at < len(words):
             words[at] = f" {words[at]}"  # otherwise argparse would parse its "--freeze-encoder" as this program's
-    return parser.parse_known_args(words)
-
-
-def parse(program: str, argv: list[str] | None) -> argparse.Namespace:
-    return parse_known(program, argv)[0]
+    arguments, for_train = parser.parse_known_args(words)
+    arguments.for_train = for_train
+    return arguments
 
 
 def refuse_wrong_flags(program: str, words: list[str]) -> None:

@@ -26,7 +26,7 @@ from sst2_xlmr import __version__
 from sst2_xlmr.config import TEXT_OPTIONS, flag
 from sst2_xlmr.data import predictions as output
 from sst2_xlmr.data.containers import source_digest
-from sst2_xlmr.data.formats import LONGEST, Fields, kind_of
+from sst2_xlmr.data.formats import MAX_CHARACTERS, Fields, kind_of
 from sst2_xlmr.data.report import description
 from sst2_xlmr.data.rows import Row, check_pairs, check_text, columns_for, in_chunks, read_rows, texts_of
 from sst2_xlmr.data.sniff import find_layout
@@ -118,9 +118,9 @@ def available_lines(stream: Any) -> Chunks:
         block = stream.read1(BYTES_AT_ONCE)
         is_open = bool(block)
         *lines, rest = (rest + decoder.decode(block, final=not is_open)).split("\n")
-        if len(rest) > LONGEST:
+        if len(rest) > MAX_CHARACTERS:
             where = f"standard input, line {count + len(lines) + 1}"
-            raise UserError(f"{where}: longer than {LONGEST:,} characters; give one text per line")
+            raise UserError(f"{where}: longer than {MAX_CHARACTERS:,} characters; give one text per line")
         if rest and not is_open:  # the last line has no line end
             lines.append(rest)
         if lines:
@@ -286,5 +286,6 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 predict_file(arguments, world)
             except UserError as error:
-                error.on_this_rank = world.rank > 0 and not error.on_all_ranks  # otherwise no rank would report it
+                # Only this rank knows it, so it reports it.
+                error.on_this_rank = world.rank > 0 and not error.on_all_ranks
                 raise

@@ -28,7 +28,7 @@ from sst2_xlmr.util.errors import SIGNALS, UserError
 from sst2_xlmr.util.files import digest_of_input, new_file, write_errors, write_text
 
 TRAIN_COMMAND = [sys.executable, "-m", "sst2_xlmr.train"]
-Runs = Mapping[str, Callable[[int], tuple[bool, Figures]]]  # setting -> `train` for a seed
+Runs = Mapping[str, Callable[[int], tuple[bool, Figures]]]  # setting -> a function that trains one seed
 digest = functools.cache(digest_of_input)  # most runs of a study read the same files
 
 # Data options that still apply to these files; the others say where rows are and how to parse them.
@@ -64,7 +64,7 @@ def write_rows(path: Path, task: Task, rows: Iterable[Row], more: Iterable[Row] 
 
 
 def words_for(config: Config, task: Task, files: Mapping[str, Path], has_weights: bool = False) -> list[str]:
-    """Return the words for train.py to train with a config's options on files of `write_rows`, by split."""
+    """Return train.py's command line: the config's options, with these files (of `write_rows`) as its data."""
     kept = [name for name in OPTIONS if name not in GROUPS["data"] or name in _OF_ROWS]
     others = {name: str(file) for name, file in files.items() if name not in ("train", "dev")}
     run = Config(
@@ -153,7 +153,7 @@ def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figu
 
 
 def compare(seeds: list[int], folder: Path, runs: Runs, unit: str = "seed", by_setting: bool = False) -> None:
-    """Run every setting with every seed, write study.json and print a table; `runs`: setting -> `train` for a seed.
+    """Run every setting with every seed, write study.json and print a table.
 
     Runs go seed by seed, so that all settings meet the same state of the machine, unless `by_setting`.
     """

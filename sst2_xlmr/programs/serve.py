@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import json
 import mmap
 import multiprocessing
@@ -22,6 +21,8 @@ from typing import Any, Callable
 
 import numpy as np
 import torch
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
@@ -29,12 +30,6 @@ from sst2_xlmr.task import check_options
 from sst2_xlmr.util.device import keep_freed_memory
 from sst2_xlmr.util.errors import SIGNALS, UserError, say
 from sst2_xlmr.util.files import read_json
-
-try:
-    import uvicorn
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-except ImportError:
-    raise UserError("serve needs a package: pip install 'uvicorn>=0.22' (extra: serve)") from None
 
 MAX_BODY_BYTES, MAX_HEAD_BYTES = 1 << 20, 1 << 14
 MAX_TEXT_CHARACTERS, MAX_TEXTS = 100_000, 100  # of a request
@@ -47,7 +42,14 @@ REQUESTS = {status: f'sst2_xlmr_requests_total{{status="{status}"}}' for status 
 COUNTERS = np.dtype([(name, np.float64) for name in (WAITING, TEXTS, SECONDS, *REQUESTS.values())])
 Receive = Callable[[], Any]  # as ASGI defines it
 Queue = asyncio.Queue[Any]  # of token ids, lengths and a future for each request
-bad_request = functools.partial(UserError, status=400)  # while a request is read, `status` is that of HTTP
+
+
+class RequestError(UserError):
+    """A request that is refused, with a status of HTTP."""
+
+    def __init__(self, text: str, http_status: int = 400) -> None:
+        super().__init__(text)
+        self.http_status = http_status
 
 
 async def compute(classifier: Classifier, waiting: Queue, batch_tokens: int) -> None:
@@ -84,23 +86,23 @@ async def read_texts(receive: Receive, takes_pairs: bool | None) -> tuple[list[A
             message = await receive()
             content += message.get("body", b"")  # none if the client has gone
             if len(content) > MAX_BODY_BYTES:
-                raise UserError(f"a request may have {MAX_BODY_BYTES:,} bytes", status=413)
+                raise RequestError(f"a request may have {MAX_BODY_BYTES:,} bytes", http_status=413)
         return content
 
     try:
         body = json.loads(await asyncio.wait_for(read_body(), REQUEST_TIMEOUT_S))
     except asyncio.TimeoutError:
-        raise UserError(f"the request has not arrived within {REQUEST_TIMEOUT_S:g} seconds", status=408) from None
+        raise RequestError(f"a request must arrive within {REQUEST_TIMEOUT_S:g} seconds", http_status=408) from None
     except (ValueError, RecursionError) as error:
-        raise bad_request(f"not JSON: {error}"[:200]) from None
+        raise RequestError(f"not JSON: {error}"[:200]) from None
     texts = body.get("texts") if isinstance(body, dict) else None
     if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_TEXTS:
-        raise bad_request(f"texts: a list of 1 to {MAX_TEXTS} texts is needed")
+        raise RequestError(f"texts: a list of 1 to {MAX_TEXTS} texts is needed")
     parts = [part for text in texts for part in (text if isinstance(text, list) else [text])]
     if not all(isinstance(part, str) and len(part) <= MAX_TEXT_CHARACTERS for part in parts):
-        raise bad_request(f"texts: strings of up to {MAX_TEXT_CHARACTERS:,} characters are needed, or pairs of such")
+        raise RequestError(f"texts: strings of up to {MAX_TEXT_CHARACTERS:,} characters are needed, or pairs of such")
     if takes_pairs is not None and any(isinstance(text, list) != takes_pairs for text in texts):
-        raise bad_request(f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}")
+        raise RequestError(f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}")
     return texts, sum(map(len, parts)), bool(body.get("all_probabilities"))
 
 
@@ -119,9 +121,9 @@ def make_app(classifier: Classifier, arguments: argparse.Namespace, waiting: Que
             is_short = characters <= INLINE_CHARACTERS
             ids, lengths = classifier.encode(texts) if is_short else await asyncio.to_thread(classifier.encode, texts)
         except (UserError, TypeError) as error:
-            raise bad_request(str(error)) from None
+            raise RequestError(str(error)) from None
         if counts[WAITING] + len(lengths) > MAX_QUEUED_TEXTS:
-            raise UserError("too many texts are waiting; try again later", status=503)
+            raise RequestError("too many texts are waiting; try again later", http_status=503)
         future = asyncio.get_running_loop().create_future()
         waiting.put_nowait((ids, lengths, future))
         counts[WAITING] += len(lengths)
@@ -149,7 +151,7 @@ def make_app(classifier: Classifier, arguments: argparse.Namespace, waiting: Que
                 status = 200
                 counts[TEXTS] += len(answer)
             except UserError as error:
-                status = error.status if error.status in STATUSES else 500  # of the model's
+                status = error.http_status if isinstance(error, RequestError) else 500
                 answer = {"detail": str(error)}
             finally:
                 counts[REQUESTS[status]] += 1
@@ -246,8 +248,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = options.parse("serve", argv)
     arguments.listener = listen(arguments.host, arguments.port)
     keep_freed_memory()
-    # The thread that loads the model ends, and with it its OpenMP threads: if there were more than cores, waiting ones
-    # would not spin, which is slower, and a forked process would wait for threads that it does not have.
+    # Load in a thread that ends, so its OpenMP threads end too: if there were more than cores, waiting ones would not
+    # spin, which is slower, and a forked process would wait for threads that it does not have.
     with ThreadPoolExecutor(1) as thread:
         load, asked = Classifier.load_ensemble, (arguments.models, arguments.precision, arguments.device)
         classifier = thread.submit(load, *asked).result()

@@ -58,7 +58,7 @@ def split_rows(rows: Sequence[Words], count: int, seed: int) -> tuple[np.ndarray
     for number, members in enumerate(parts):
         is_whole[members[members != number]] = False
     random = np.random.RandomState(seed)
-    # For each text, the number of whole rows on either side that contain it.
+    # For each text, the number of whole rows that contain it: drawn for the test, and left to train on.
     drawn, left = np.zeros(len(texts), int), np.zeros(len(texts), int)
     for number in np.flatnonzero(is_whole):
         left[parts[number]] += copies[number]
@@ -132,11 +132,11 @@ def main(argv: list[str] | None = None) -> None:
     with write_errors(output_dir):
         output_dir.mkdir()
         for name, numbers in splits.items():
+            chosen = [rows[number].fields for number in numbers]
             with new_file(output_dir / f"{name}{kind}{'.gz' if path.suffix == '.gz' else ''}") as file:
                 if kind != ".jsonl" and (layout.header or not layout.delimiter):
-                    file.write(row_text(kind, (), rows[0].fields.names))
-                for fields in (rows[number].fields for number in numbers):
+                    file.write(row_text(kind, (), chosen[0].names))
+                for fields in chosen:
                     file.write(row_text(kind, fields.names, fields.cells))
-    of_dev = f"{len(splits['dev']):,} for dev, " if "dev" in splits else ""
-    of_test = f"{len(splits.get('test', ())):,} for the test"
-    say(f"{output_dir}: {len(splits['train']):,} rows to train on, {of_dev}{of_test}, {left_out:,} in neither")
+    counts = ", ".join(f"{len(splits[name]):,} {name} rows" for name in ("train", "dev", "test") if name in splits)
+    say(f"{output_dir}: {counts}, {left_out:,} in none")

@@ -37,16 +37,16 @@ from sst2_xlmr.task import Task, main_metric
 from sst2_xlmr.util.device import choose_device
 from sst2_xlmr.util.errors import UserError, refuse
 
-MOST_ROWS = 2000  # to fit the linear probe on
+MAX_PROBE_ROWS = 2000  # to fit the linear probe on
 PENALTY = 0.1  # weight of half the sum of its squared weights, added to the mean loss
-MOST_SHOWN = 20  # likely label errors on the console
+MAX_SHOWN = 20  # likely label errors on the console
 FileRows = list[tuple[Path, Row]]  # training rows, each with its file
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return `seeds`, `output_dir`, `common` (train.py's words), and by name `settings` (all words) and `configs`."""
-    study, common = options.parse_known("study", argv)
-    study.common, study.settings, study.configs = common, {}, {}
+    """Return the options, and by name of setting `settings`, words for train.py, and `configs`."""
+    study = options.parse("study", argv)
+    study.settings, study.configs = {}, {}
     if bool(study.seeds) == bool(study.folds) or study.folds == 1 or study.folds < 0:
         raise UserError("give either --seeds N,... or --folds K, which is 2 or more")
     for name, text in study.setting or [("ours", "")]:
@@ -55,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             (not is_name, f"--setting {name!r}: use letters, digits and hyphens for the name, which is a folder's"),
             (name in study.settings, f"--setting {name}: that name is taken; choose another"),
         )
-        study.settings[name] = [*common, *split_words(f"--setting {name}", text)]
+        study.settings[name] = [*study.for_train, *split_words(f"--setting {name}", text)]
         own = () if study.folds else ("--seed",)
         study.configs[name] = checked_config(study.settings[name], study.output_dir, *own)
     return study
@@ -80,7 +80,7 @@ def linear_probe(config: Config) -> float:
         return features[torch.from_numpy(np.argsort(np.concatenate(order)))]
 
     train, dev = inputs.caches["train"], inputs.caches["dev"]
-    rows = np.sort(np.random.RandomState(config.seed).permutation(len(train))[:MOST_ROWS])
+    rows = np.sort(np.random.RandomState(config.seed).permutation(len(train))[:MAX_PROBE_ROWS])
     features = features_of(train, rows)
     mean, deviation = features.mean(0), features.std(0) + 1e-6
     features, labels = (features - mean) / deviation, torch.from_numpy(train.labels[rows])
@@ -161,7 +161,7 @@ def write_out_of_fold(folder: Path, config: Config, task: Task, file_rows: FileR
     metrics = task.metrics(task.results_of(probabilities, labels), labels)
     lines = [f"out of fold  {task.describe(metrics)}: {folder / 'out-of-fold.jsonl'}"]
     lines.append(f"label errors {len(ranked):,} rows with a doubtful label: {folder / 'label-errors.jsonl'}")
-    for number in ranked[:MOST_SHOWN]:
+    for number in ranked[:MAX_SHOWN]:
         text, (name, line) = " ".join(rows[number].text.split())[:70], places[number]
         change = f"{task.format_label(labels[number])} -> {cells[number][0]}"
         lines.append(f"  {doubt[number]:.2f}  {f'{name}:{line}':<16} {change}: {text}")

@@ -120,7 +120,7 @@ class Report:
     """A run's open outputs; only rank 0 has one.
 
     `log_*` and `sync` raise UserError if a write fails (e.g. the disk is full), so they belong in `on_rank0`.
-    `say`, `say_evaluation`, `advance` and `close` never raise: a closed console does not stop a run.
+    `say`, `say_*`, `advance` and `close` never raise: a closed console does not stop a run.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Report:
         with write_errors(path):
             self._events = tensorboard.open_events(path, purge_step)
             splits = [split for split in inputs.caches if split != "train"]
-            tensorboard.begin_hparams(self._events, config, state.precision, self._task, splits)
+            tensorboard.write_hparams(self._events, config, state.precision, self._task, splits)
         # disable=None: only a terminal gets a bar.
         bar: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.1, "disable": None}
         self._bar = tqdm(total=total_steps, initial=first_step, **bar)
@@ -197,15 +197,13 @@ class Report:
             mean = f"  mean {mean_of(list(others.values()))[metric]:.4f}" if len(others) > 1 else ""
             self.say(f"step {step:>6}  {metric}: {values}{mean}")
 
-    def log_end(self, evaluations: dict[str, dict[str, Any]]) -> None:
-        """Mark the run as finished, and print the last model's metrics on all splits but dev, then those of best/.
+    def say_end(self, evaluations: dict[str, dict[str, Any]]) -> None:
+        """Print the last model's metrics on all splits but dev, then those of best/.
 
         Takes split -> metrics of the last model, and `best/` + split -> metrics of best/.
         """
         best = {split: metrics for split, metrics in evaluations.items() if split.startswith("best/")}
         others = {split: metrics for split, metrics in evaluations.items() if split not in ("dev", *best)}
-        with disk_errors(f"events to {self._events.log_dir}"):
-            tensorboard.end_hparams(self._events)
         tables = [evaluation_table(self._task, metrics) for metrics in (others, best) if metrics]
         if tables:
             self.say("\n".join(line for table in tables for line in ["", *table]) + "\n")

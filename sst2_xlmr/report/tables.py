@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any, Optional
 
-from sst2_xlmr.evaluation.compare import Predictions, compare, compare_all
+from sst2_xlmr.evaluation.compare import Comparisons
 from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.task import Task
 
@@ -21,26 +21,20 @@ def interval(differences: list[float]) -> dict[str, float]:
     return {"mean": statistics.mean(differences), "half_width": half}
 
 
-def shared_columns(results: dict[str, Results]) -> list[str]:
-    """Return the columns that all runs have, as settings may evaluate on different files."""
-    runs = [run for by_seed in results.values() for run in by_seed.values()]
-    return [column for column in runs[0] if all(column in run for run in runs)]
-
-
 def summary(results: dict[str, Results]) -> dict[str, Any]:
     """Return each setting's mean and standard deviation (n - 1) by column, and its differences to the first setting.
 
-    Unknown figures are left out; a mean or deviation of none is None.
+    The columns are the first run's. Unknown figures are left out; a mean or deviation of none is None.
     """
     reference = next(iter(results.values()))
     found: dict[str, Any] = {}
     for name, by_seed in results.items():
         of_setting: dict[str, Any] = {"mean": {}, "deviation": {}, "difference": {}}
-        for column in shared_columns(results):
-            known = {seed: value for seed, run in by_seed.items() if (value := run[column]) is not None}
+        for column in next(iter(reference.values())):
+            known = {seed: value for seed, run in by_seed.items() if (value := run.get(column)) is not None}
             of_setting["mean"][column] = statistics.mean(known.values()) if known else None
             of_setting["deviation"][column] = statistics.stdev(known.values()) if len(known) > 1 else None
-            pairs = [(value, reference[seed][column]) for seed, value in known.items()]
+            pairs = [(value, reference[seed].get(column)) for seed, value in known.items()]
             differences = [value - other for value, other in pairs if other is not None]
             if by_seed is not reference and len(differences) > 1:
                 of_setting["difference"][column] = interval(differences)
@@ -50,15 +44,15 @@ def summary(results: dict[str, Results]) -> dict[str, Any]:
 
 def settings_table(results: dict[str, Results], unit: str = "seed") -> list[str]:
     """Return the lines of a table: every run, then means and deviations, then differences in points."""
-    columns, width = shared_columns(results), max(12, *(len(name) + 2 for name in results))
+    statistics_of, reference = summary(results), next(iter(results))
+    columns, width = statistics_of[reference]["mean"], max(12, *(len(name) + 2 for name in results))
 
-    def line(name: str, seed: object, values: Figures) -> str:
-        cells = ["-" if (value := values[c]) is None else f"{value:.{0 if c == 'seconds' else 4}f}" for c in columns]
+    def line(name: str, seed: object, run: Figures) -> str:
+        cells = ["-" if (value := run.get(c)) is None else f"{value:.{0 if c == 'seconds' else 4}f}" for c in columns]
         return f"{name:<{width}}{seed!s:<10}" + "".join(f"{cell:>12}" for cell in cells)
 
     lines = [f"{'setting':<{width}}{unit:<10}" + "".join(f"{column[-11:]:>12}" for column in columns)]
     lines += [line(name, seed, run) for name, by_seed in results.items() for seed, run in by_seed.items()]
-    statistics_of, reference = summary(results), next(iter(results))
     for name, figures in statistics_of.items():
         lines += [line(name, which, figures[which]) for which in ("mean", "deviation") if len(results[name]) > 1]
     for name, figures in statistics_of.items():
@@ -79,16 +73,13 @@ def evaluation_table(task: Task, metrics_by_file: dict[str, dict[str, Any]]) -> 
     return aligned([list(rows[0]), *([row.get(column, "") for column in rows[0]] for row in rows)])
 
 
-def comparison_table(task: Task, files: Predictions, name: str, reference: str) -> list[str]:
+def comparison_table(task: Task, compared: Comparisons, name: str, reference: str) -> list[str]:
     """Return the lines of a table comparing two precisions, with a row per file and one for all rows together."""
-    parts = {file: compare(task, *sides) for file, sides in files.items()}
-    if len(parts) > 1:
-        parts["all rows"] = compare_all(task, files)
-    labelled = [part["metrics"][0] for part in parts.values() if part["metrics"]]
+    labelled = [part["metrics"][0] for part in compared.values() if part["metrics"]]
     columns = list(task.table_cells(labelled[0])) if labelled else []
     titles = [f"{column} {name} ({reference})" for column in columns]
     rows = [["file", "labels changed", "largest change", *titles, "rows"]]
-    for file, part in parts.items():
+    for file, part in compared.items():
         share = f"{part['changed']:,} ({part['changed'] / part['rows']:.2%})"
         cells = ["-"] * len(columns)
         if part["metrics"]:

@@ -26,9 +26,9 @@ from sst2_xlmr.task import Task
 
 CURVES = 10
 MISTAKES = 50
-LINE_LENGTH, MOST_LINES = 60, 5
-MOST_NAMED_CLASSES = 20  # in a picture; with more, names and numbers would not be readable
-MOST_LETTERS = 32  # of a name in a picture
+LINE_LENGTH, MAX_LINES = 60, 5
+MAX_NAMED_CLASSES = 20  # in a picture; with more, names and numbers would not be readable
+MAX_LETTERS = 32  # of a name in a picture
 STYLE = {"font.family": "DejaVu Sans", "text.parse_math": False, "savefig.dpi": 100, "savefig.bbox": "tight"}
 FIRST_NOT_DRAWN = "\u0590"  # matplotlib's font has few letters beyond Latin, Greek, Cyrillic and Armenian
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|&~]")
@@ -54,7 +54,7 @@ def open_events(folder: Path, purge_step: int | None = None) -> SummaryWriter:
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 
-def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: Task, splits: list[str]) -> None:
+def write_hparams(writer: SummaryWriter, config: Config, precision: str, task: Task, splits: list[str]) -> None:
     """Write the options by which runs are compared, and the metrics of the evaluated splits to show beside them.
 
     `precision` is the one in use, never auto. `SummaryWriter.add_hparams` would create another run.
@@ -65,14 +65,8 @@ def begin_hparams(writer: SummaryWriter, config: Config, precision: str, task: T
     values = {name: value if type(value) in (int, float, str) else str(value) for name, value in values.items()}
     tags = [f"dev/{name}" for name in dict.fromkeys([task.best_metric, *task.tensorboard_metrics])]
     tags += [f"{split}/{task.best_metric}" for split in splits if split != "dev"]
-    for summary in hparams(values, dict.fromkeys(tags, 0.0))[:2]:  # the experiment, and its start
+    for summary in hparams(values, dict.fromkeys(tags, 0.0)):  # the experiment, its start and its end
         _add_summary(writer, summary)
-    writer.flush()
-
-
-def end_hparams(writer: SummaryWriter) -> None:
-    """Mark the run as finished."""
-    _add_summary(writer, hparams({}, {})[2])
     writer.flush()
 
 
@@ -104,8 +98,8 @@ def draw_evaluation(
         image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=picture)  # 4: RGBA
         _add_summary(writer, Summary(value=[Summary.Value(tag=f"{name}/{kind}", image=image)]), step)
     for label, is_label, scores in itertools.islice(task.curves(outputs, labels), CURVES):
-        # A curve has 127 equally spaced thresholds, few of them near 0 and 1, where most probabilities lie. Their
-        # ranks (the share of rows with a lower probability) are spread evenly, and give the same curve.
+        # A curve has 127 equally spaced thresholds, few of them near 0 and 1, where most probabilities lie. The
+        # probabilities' ranks (shares of rows with a lower one) are spread evenly, and give the same curve.
         ranks = np.searchsorted(np.sort(scores), scores) / len(labels)
         writer.add_pr_curve(f"{name}/pr_{label}", is_label, ranks, step)
     wrong, answer_of = task.mistakes(outputs, labels)
@@ -142,7 +136,7 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
     classes, names = len(label_names), []
     shares = confusion / confusion.sum(1, keepdims=True).clip(1)
     for number, name in enumerate(label_names):
-        shown = name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
+        shown = name if len(name) <= MAX_LETTERS else name[: MAX_LETTERS - 1] + "…"
         names.append(f"class {number}" if max(name, default="") >= FIRST_NOT_DRAWN else shown)
 
     def draw(axes: Any) -> None:
@@ -150,7 +144,7 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
         axes.xaxis.tick_top()
         axes.xaxis.set_label_position("top")
         axes.set(xticks=[], yticks=[])
-        if classes > MOST_NAMED_CLASSES:
+        if classes > MAX_NAMED_CLASSES:
             return
         is_wide = max(map(len, names)) > 8
         axes.set_xticks(range(classes), names, rotation=40 * is_wide, ha="left" if is_wide else "center")
@@ -192,7 +186,7 @@ def mistakes_table(
 
 def escape(text: str) -> str:
     """Return Markdown that shows a text literally: truncated, with line breaks, as TensorBoard wraps no cells."""
-    lines = textwrap.wrap(" ".join(text.split()), LINE_LENGTH, max_lines=MOST_LINES, placeholder=" ...")
+    lines = textwrap.wrap(" ".join(text.split()), LINE_LENGTH, max_lines=MAX_LINES, placeholder=" ...")
     return "<br>".join(_MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", line) for line in lines)
 
 

@@ -74,7 +74,7 @@ WHOLE = gzip.compress(b"a\tb\n" + b"".join(b"%d\t1\n" % i for i in range(5000)),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, name: str, content: bytes | None, says: str, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(formats, "LONGEST", 2000)
+    monkeypatch.setattr(formats, "MAX_CHARACTERS", 2000)
     line = refusal(fields_of, tmp_path / name) if content is None else refusal(read, tmp_path / name, content)
     assert name in line and says in line
 

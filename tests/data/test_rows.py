@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SAMPLE_DATA, SST2, find_label_names, refusal
+from conftest import SAMPLE_DATA, SST2, SST2_NAMES, find_label_names, refusal
 
 from sst2_xlmr.data.rows import has_labels, inspect, read_rows
 from sst2_xlmr.data.sniff import ReadOptions
 from sst2_xlmr.labels import find_label_names as names_of
 from sst2_xlmr.labels import label_notes, resolve_label_names
-from sst2_xlmr.task import SST2_NAMES, SingleLabel
+from sst2_xlmr.task import SingleLabel
 
 
 def rows(path: Path, content: bytes, names: list[str] = SST2_NAMES, columns: ReadOptions = ReadOptions()) -> list[Any]:  # noqa: B008

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, SAMPLE_DATA, Patch, refusal, tokenize_sample
+from conftest import CPU, SAMPLE_DATA, SST2_NAMES, Patch, refusal, tokenize_sample
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data import rows as data
@@ -21,7 +21,7 @@ from sst2_xlmr.data.rows import inspect, read_rows
 from sst2_xlmr.data.sniff import ReadOptions
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_files
 from sst2_xlmr.model.tokenizer import CUT, LongTexts, Tokenizer
-from sst2_xlmr.task import SST2_NAMES, SingleLabel
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.distributed import World
 
 TASK = SingleLabel(SST2_NAMES)

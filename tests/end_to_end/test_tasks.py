@@ -63,15 +63,16 @@ def test_every_task_learns_and_says_what_it_is(trained: Path) -> None:
 
 
 def test_predict_evaluate_and_python_agree(trained: Path, tmp_path: Path) -> None:
-    dev, model, fp32 = trained.parent / "data/dev.jsonl", trained / "model", ("--precision", "fp32")
+    dev, model = trained.parent / "data/dev.jsonl", trained / "model"
     rows = json_lines(dev)
     texts = [row["text"] for row in rows]
-    answers, probabilities = load(model, "fp32").predict(texts), load(model, "fp32").probabilities(texts)
+    classifier, common = load(model, "fp32"), ["--model", str(model), "--precision", "fp32"]
+    answers, probabilities = classifier.predict(texts), classifier.probabilities(texts)
     for name in ("a.jsonl", "a.csv"):
-        predict.main(["--model", str(model), "--input", str(dev), "--output", str(tmp_path / name), *fp32])
+        predict.main([*common, "--input", str(dev), "--output", str(tmp_path / name)])
     written = json_lines(tmp_path / "a.jsonl")
     in_table = list(csv.DictReader((tmp_path / "a.csv").open(newline="")))
-    evaluate.main(["--model", str(model), "--file", str(dev), "--json", str(tmp_path / "a.json"), *fp32])
+    evaluate.main([*common, "--file", str(dev), "--json", str(tmp_path / "a.json")])
     found = json.loads((tmp_path / "a.json").read_text())["files"]["dev"]
     logged = [line for line in metrics(trained) if line.get("split") == "dev"][-1]
     if isinstance(answers[0], list):
@@ -87,7 +88,10 @@ def test_predict_evaluate_and_python_agree(trained: Path, tmp_path: Path) -> Non
         assert found["rmse"] == pytest.approx(logged["rmse"], rel=1e-4)
         errors = probabilities[:, 0] - [row["label"] for row in rows]
         assert found["rmse"] == pytest.approx(float(np.sqrt((errors**2).mean())), rel=1e-4)
-    common = ["--model", str(model), "--input", str(dev)]
+        in_bf16 = load(model, "bf16").probabilities(texts)
+        assert in_bf16 == pytest.approx(probabilities, abs=0.2)
+        assert (in_bf16 != torch.from_numpy(in_bf16).bfloat16().float().numpy()).any(), "not rounded to bf16"
+    common += ["--input", str(dev)]
     for option, value in (("--glue-submission", tmp_path / "glue"), ("--abstain-below", 0.5)):
         out = [] if "glue" in option else ["--output", str(tmp_path / "b.csv")]
         assert f"{option} does not go with this" in refusal(predict.main, [*common, *out, option, str(value)])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL_ENCODER, kernels_for, needs_small_encoder
+from conftest import SMALL_ENCODER, SST2_NAMES, kernels_for, needs_small_encoder
 from test_kernels import LENGTHS, attention_masks, masks
 from torch import nn
 
@@ -22,7 +22,7 @@ from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import EncoderShape, find_encoder
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.vocabulary import Vocabulary
-from sst2_xlmr.task import SST2_NAMES, SingleLabel
+from sst2_xlmr.task import SingleLabel
 
 # Head sizes 8, 20 and 64; with one layer, the last is also the first.
 Shape = tuple[int, int, int]
@@ -160,7 +160,7 @@ def test_dropout_equals_explicit_masks(threads: int, shape: Shape) -> None:
     model, texts, keyed = build(shape, 0.2, 0.4, seed=1), batch(LENGTHS), keys(len(LENGTHS))
     reference = outcome(model, lambda: with_masks(model, texts, keyed, 0.2, 0.4))
     ours, again, other = (outcome(model, packed(model), *texts, each) for each in (keyed, keyed, keyed + 1))
-    assert_same(ours, reference, 1e-5)
+    assert_same(ours, reference, 2e-5)
     assert all(torch.equal(again[name], each) for name, each in ours.items()), "equal calls, other bits"
     whole = ours["head.dense.weight"]
     assert float((other["head.dense.weight"] - whole).norm()) > 0.1 * float(whole.norm()), "other keys, the same masks"

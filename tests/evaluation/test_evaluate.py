@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, CPU, SAMPLE_DATA, Capture, Patch, RunTrain, refusal, tokenize_sample
+from conftest import ALONE, CPU, SAMPLE_DATA, SST2_NAMES, Capture, Patch, RunTrain, refusal, tokenize_sample
 from running import digests, logged, on_ranks, resume
 from safetensors.torch import load_file
 from sklearn import metrics as reference
@@ -20,8 +20,8 @@ from sklearn import metrics as reference
 import sst2_xlmr
 from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.evaluation import calibration, metrics
-from sst2_xlmr.evaluation.calibration import HIGHEST, LOWEST, calibrate, describe_calibration
-from sst2_xlmr.evaluation.compare import check_comparison
+from sst2_xlmr.evaluation.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, calibrate
+from sst2_xlmr.evaluation.compare import check_comparison, compare_files
 from sst2_xlmr.evaluation.evaluate import evaluate, length_sorted_batches, on_all_cores
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
@@ -29,7 +29,7 @@ from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.programs import evaluate as program
 from sst2_xlmr.programs import predict
 from sst2_xlmr.report.tables import comparison_table
-from sst2_xlmr.task import SST2_NAMES, SingleLabel
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.distributed import World, gather_objects
 
 TASK = SingleLabel(SST2_NAMES)
@@ -151,28 +151,29 @@ UNLABELLED = sides([0.9], [0.7], None)
 
 def test_the_table_has_a_line_for_every_file_and_one_for_all() -> None:
     """By hand: the calibration error of `fr` is that of four rows, each alone in its bin."""
-    lines = [line.split() for line in comparison_table(TASK, {"fr": PAIR, "de": UNLABELLED}, "int8", "fp32")]
+    compared = compare_files(TASK, {"fr": PAIR, "de": UNLABELLED})
+    lines = [line.split() for line in comparison_table(TASK, compared, "int8", "fp32")]
     assert lines[0][:7] == ["file", "labels", "changed", "largest", "change", "accuracy", "int8"]
     ece = (abs(0.9 - 1) * 2 + 0.6 + 0.45) / 4
     assert lines[1][:6] == ["fr", "2", "(50.00%)", "0.2000", "0.7500", "(0.7500)"]
     assert lines[1][8:] == [f"{ece:.4f}", "(0.1250)", "4"]
     assert lines[2] == ["de", "0", "(0.00%)", "0.2000", "-", "-", "-", "1"]
     assert lines[3][2:4] == ["2", "(40.00%)"] and len(lines) == 4
-    assert len(comparison_table(TASK, {"fr": PAIR}, "int8", "fp32")) == 2
+    assert len(comparison_table(TASK, compare_files(TASK, {"fr": PAIR}), "int8", "fp32")) == 2
 
 
 def test_what_passes_a_bound_is_refused() -> None:
     worse = sides([0.9, 0.6, 0.1], [0.8, 0.4, 0.1], [1, 0, 0])
     allowed = [({"a": PAIR}, 0.5, 0.0), ({"a": worse}, 0.5, 0.34), ({"b": UNLABELLED}, 0.0, 0.0)]
     for files, most_changed, most_lost in allowed:
-        check_comparison(TASK, files, most_changed, most_lost, "int8", "fp32")
+        check_comparison(TASK, compare_files(TASK, files), most_changed, most_lost, "int8", "fp32")
     refused: list[Any] = [
-        ({"a": PAIR}, 0.49, 1.0, "int8 changes 2 of 4 labels of fp32, 50.00%, and at most 49.00%"),
-        ({"a": worse, "b": UNLABELLED}, 0.5, 0.33, "int8 loses 33.33% of accuracy against fp32, and at most 33.00%"),
+        ({"a": PAIR}, 0.49, 1.0, "int8 changes 2 of 4 labels of fp32, 50.00% (limit 49.00%)"),
+        ({"a": worse, "b": UNLABELLED}, 0.5, 0.33, "int8 loses 33.33% of accuracy against fp32 (limit 33.00%)"),
         ({"a": sides([float("nan")], [0.5], None)}, 1.0, 1.0, "produces probabilities that are not finite"),
     ]
-    for *given, says in refused:
-        assert says in refusal(check_comparison, TASK, *given, "int8", "fp32")
+    for files, *bounds, says in refused:
+        assert says in refusal(check_comparison, TASK, compare_files(TASK, files), *bounds, "int8", "fp32")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
@@ -240,8 +241,8 @@ def test_the_temperature_is_found(temperature: float, classes: int) -> None:
 
 def test_rows_that_say_nothing_do_not_make_it_extreme(any_gain: None) -> None:
     sure = np.array([[1 - 1e-6, 1e-6], [1e-6, 1 - 1e-6]], np.float32)
-    assert calibrate(TWO, sure, np.array([0, 1]))[0] == pytest.approx(LOWEST, rel=0.01)
-    assert calibrate(TWO, sure, np.array([1, 0]))[0] == pytest.approx(HIGHEST, rel=0.01)
+    assert calibrate(TWO, sure, np.array([0, 1]))[0] == pytest.approx(MIN_TEMPERATURE, rel=0.01)
+    assert calibrate(TWO, sure, np.array([1, 0]))[0] == pytest.approx(MAX_TEMPERATURE, rel=0.01)
 
 
 def test_it_stays_at_1_if_rows_cannot_tell() -> None:
@@ -252,7 +253,7 @@ def test_it_stays_at_1_if_rows_cannot_tell() -> None:
     unchanged = [(before, after) for temperature, before, after in fitted if temperature == 1]
     assert len(unchanged) >= 10
     assert all(before == after for before, after in unchanged)
-    assert "temperature 1, as no other" in describe_calibration(1, *unchanged[0])
+    assert "temperature 1, as no other" in metrics.describe_calibration(1, *unchanged[0])
 
 
 def probabilities_of(model: Path) -> np.ndarray:
@@ -270,7 +271,7 @@ def test_train_writes_calibrated_models(any_gain: None, run_train: RunTrain, tmp
     np.testing.assert_allclose(after, tempered(before, temperature), atol=2e-3)
     assert (before.argmax(1) == after.argmax(1)).all()
     card = (run / "model" / "README.md").read_text()
-    assert f"divided by a temperature of {temperature:.3f}, fitted on dev" in " ".join(card.split())
+    assert f"The probabilities are calibrated on dev: temperature {temperature:.3f}, " in card
     assert "temperature" not in (plain / "model" / "README.md").read_text()
     weights, others = (load_file(folder / "model" / "model.safetensors") for folder in (run, plain))
     changed = {name for name in weights if not weights[name].equal(others[name])}

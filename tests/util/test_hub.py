@@ -142,7 +142,9 @@ def test_the_environment_holds(server: Server, tmp_path: Path) -> None:
 
     started = [start("us/tiny@v1") for _ in range(2)]
     folder = home / "hub" / "models--us--tiny" / "snapshots" / COMMIT
-    says = f"us/tiny@v1: {folder}\non another machine, set HF_HUB_CACHE to a copy of {home / 'hub'}\n"
+    says = (
+        f"us/tiny@v1: {folder}\non another machine, set HF_HUB_CACHE to a copy of {home / 'hub'} and HF_HUB_OFFLINE=1\n"
+    )
     for process in started:
         output, errors = process.communicate(timeout=60)
         assert (process.returncode, output) == (0, says)
