@@ -38,8 +38,9 @@ def load_classifier(
             raise UserError(f"{folder} {not_finite}")
         out = copy.deepcopy(model.head.out)
         model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
-        if task.is_output_fp32:
+        if bf16 and task.is_output_fp32:
             model.head.out = out.requires_grad_(False).to(device)
+            model.head.out.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         converted = convert(model, task) if convert else model
     tokenizer = tokenizer_loading.result()
     check_tokenizer(encoder, tokenizer.vocab_size)

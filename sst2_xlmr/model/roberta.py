@@ -87,8 +87,7 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits, [texts, outputs], from the encoder's output at `<s>`, [texts, hidden]."""
-        inner = self.dropout(torch.tanh(self.dense(self.dropout(features))))
-        return self.out(inner.to(self.out.weight.dtype))  # which may be fp32 alone; see `load_classifier`
+        return self.out(self.dropout(torch.tanh(self.dense(self.dropout(features)))))
 
 
 def mean_of_windows(features: Tensor, windows: Tensor | None) -> Tensor:

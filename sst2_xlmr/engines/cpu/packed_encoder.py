@@ -94,8 +94,7 @@ class PackedClassifier(nn.Module):
         site = SITES_PER_LAYER * shape.layers + 1
         features = features * _masks(features, self.kernels, head_rows, firsts, site)
         inner = torch.tanh(head.dense(features))
-        inner = inner * _masks(inner, self.kernels, head_rows, firsts, site + 1)
-        return head.out(inner.to(head.out.weight.dtype))
+        return head.out(inner * _masks(inner, self.kernels, head_rows, firsts, site + 1))
 
 
 def _encode(encoder: Encoder, settings: Settings, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
