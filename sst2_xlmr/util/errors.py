@@ -22,9 +22,8 @@ class UserError(Exception):
     """A user's mistake: one line with the problem, its place and its cure."""
 
     text: str
-    on_all_ranks: bool = (
-        False  # every rank raises it, and rank 0 reports it; by default, each node's first process does
-    )
+    # Every rank raises it, and rank 0 reports it; without this and the next, each node's first process reports it.
+    on_all_ranks: bool = False
     on_this_rank: bool = False  # only this rank raises it, and reports it
     status: int = 2  # with which the program ends
     column_option: str = ""  # the option, if any, that must name another column
