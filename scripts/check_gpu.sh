@@ -11,7 +11,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$root/${VENV:-.venv}/bin/python}
 if ! command -v "$python" >/dev/null; then
-    echo "error: $python is not there; run scripts/setup.sh, or set PYTHON" >&2
+    echo "error: $python not found; run scripts/setup.sh, or set PYTHON" >&2
     exit 2
 fi
 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" "$root/scripts/bench/check_gpu.py" "$@"

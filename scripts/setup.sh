@@ -3,7 +3,7 @@
 #
 #   scripts/setup.sh                    # what training needs
 #   scripts/setup.sh dev                # and what tests need: pyproject.toml's extra of that name
-#   STACK=newest scripts/setup.sh       # the newest torch; STACK=torchtext: torch 2.3.1 with torchtext (see constraints/)
+#   STACK=newest scripts/setup.sh       # the newest torch tested; STACK=torchtext: torch 2.3.1 with torchtext (see constraints/)
 #
 # Without STACK, an environment that is there keeps its stack; a new one gets torchtext's with Python 3.9 to 3.12, the
 # newest with a newer Python. PYTHON=python3.10 takes another Python, VENV=FOLDER another folder than .venv.

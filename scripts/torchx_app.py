@@ -3,7 +3,7 @@
     torchx run -s local_cwd scripts/torchx_app.py:train --nproc 2 -- --device cpu --data-dir sample_data
     torchx run -s slurm -cfg time=04:00:00 scripts/torchx_app.py:train --nodes 2 --nproc 8 --gpu 8 --cpu 64
 
-What stands before `--` is for this component, what stands after it goes to train.py. Launch it from the project's
+Options before `--` configure this component; those after it go to train.py. Launch it from the project's
 folder, which all nodes must see: TorchX runs in the current folder, and tells a component no other.
 """
 

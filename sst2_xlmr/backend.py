@@ -32,9 +32,9 @@ def training_backend(
     Returns (model, ddp_model, optimizer, fallback_reason); the last says why plain PyTorch is used, and is empty for an
     engine.
     """
-    reason = "as asked" if not config.compile else ""
+    reason = "--no-compile" if not config.compile else ""
     if engines is None:
-        reason = "there is no engines/"
+        reason = "engines/ is not installed"
     elif not reason:
         if engine := engines.training_engine(classifier, config, precision, world):
             model, optimizer = engine

@@ -51,7 +51,7 @@ CommaSeparated = list  # of str, in one word; see `names_in`
 
 
 def one_of(*values: str) -> Callable[[Any], str]:
-    return lambda value: "" if value in values else f"is not one of {', '.join(values)}"
+    return lambda value: "" if value in values else f"must be one of {', '.join(values)}"
 
 
 def between(low: float, high: float, include_high: bool = True) -> Callable[[Any], str]:
@@ -102,7 +102,7 @@ TYPES: dict[str, Any] = {"int": int, "float": float, "str": decode_argument, "Co
 
 def _check_label_names(names: list[str]) -> str:
     if not 2 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names) or not all(names):
-        return f"needs two or more different names (at most {MAX_CLASSES:,}), separated by commas"
+        return f"must be two or more different names (at most {MAX_CLASSES:,}), separated by commas"
     return ""
 
 
@@ -112,12 +112,12 @@ def _check_class_weights(text: str) -> str:
         weights = [float(weight) for weight in text.split(",")]
     if text == "balanced" or (len(weights) > 1 and all(0 <= weight < math.inf for weight in weights) and any(weights)):
         return ""
-    return "is neither balanced nor a number of 0 or more for every class, separated by commas, not all 0"
+    return "must be balanced, or a number of 0 or more for every class, separated by commas, not all 0"
 
 
 def _check_threshold(text: str) -> str:
-    aim = re.fullmatch(r"f1|(precision|recall)=(0?\.[0-9]+|1)", text)
-    return "" if aim else "is f1, precision=P or recall=R, P and R from 0 to 1"
+    aim = re.fullmatch(r"f1|(precision|recall)=(0|0?\.[0-9]+|1(\.0*)?)", text)
+    return "" if aim else "must be f1, precision=P or recall=R, P and R from 0 to 1"
 
 
 def plain_name(path: Path) -> str:
@@ -145,9 +145,9 @@ def _check_eval_files(values: list[str]) -> str:
     for value in values:
         name = named_file(value)[0]
         if not _NAMED.fullmatch(value):
-            return "takes NAME=FILE, the name made of letters, digits and ._-"
-        if name in ("train", "dev"):
-            return f"takes other names than {name}, which has its own option"
+            return "must be NAME=FILE, the name made of letters, digits and ._-"
+        if name in ("train", "dev", "test", "mean"):
+            return f"must have another name than {name}, which has a meaning of its own"
     named_files(values, "--eval-file")
     return ""
 
@@ -155,7 +155,7 @@ def _check_eval_files(values: list[str]) -> str:
 def _check_columns(values: list[str]) -> str:
     part = f"({'|'.join(COLUMN_KEYS)})=[^,=]+"
     if not all(re.fullmatch(rf"[^:]+:{part}(,{part})*", value) for value in values):
-        return f"takes SPLIT:KEY=VALUE,..., keys are {', '.join(COLUMN_KEYS)}"
+        return f"must be SPLIT:KEY=VALUE,..., with the keys {', '.join(COLUMN_KEYS)}"
     for pair in (pair for value in values for pair in value.partition(":")[2].split(",")):
         key, _, text = pair.partition("=")
         check = OPTIONS[key].metadata["check"] if key in OPTIONS else None
@@ -168,7 +168,7 @@ def option(
     default: Any,
     help: str,  # "METAVAR: sentence"; a switch has the sentence alone
     check: Callable[[Any], str] | None = None,  # returns the problem with a value, or an empty string
-    is_changeable: bool = False,  # whether `--resume` accepts another value, as it does not affect the result
+    is_changeable: bool = False,  # whether `--resume` accepts another value: it is about the machine or the output
 ) -> Any:
     """Declare one option; its annotation gives its type and whether it takes several values."""
     metadata = {"help": help, "check": check, "changeable": is_changeable}
@@ -215,7 +215,9 @@ class Config:
     encoding: str | None = option(None, "NAME: text encoding, e.g. cp1252 (default: UTF-8, or UTF-16 by its mark)")
     header: bool | None = option(None, "whether a table's first line has the column names (default: detected)")
     label_names: CommaSeparated | None = option(
-        None, "A,B,...|FILE: classes in the order of their numbers, 1=A,2=B,..., or a file of these", _check_label_names
+        None,
+        "A,B,...|FILE: class names in the order of their numbers, or 1=A,2=B,..., or a file of them",
+        _check_label_names,
     )
     drop_unusable: bool = option(False, "leave out broken rows and rows without text or label, instead of stopping")
     check: FilePath | None = changeable(
@@ -253,10 +255,12 @@ class Config:
     label_smoothing: float = option(0.0, "P: probability mass spread evenly over all classes", between(0, 1, False))
     skip_nonfinite: int = changeable(0, "N: skip up to N non-finite gradients in a row (0: stop)", at_least(0))
     class_weights: str | None = option(
-        None, "balanced|W0,W1,...: factors on the classes' losses; balanced: equal total weights", _check_class_weights
+        None, "balanced|W0,W1,...: loss weight of each class; balanced: inverse frequency", _check_class_weights
     )
     threshold_for: str | None = option(
-        None, "f1|precision=P|recall=R: labels' thresholds: best F1 on dev, with at least P or R", _check_threshold
+        None,
+        "f1|precision=P|recall=R: thresholds maximize each label's F1 on dev, with at least P or R",
+        _check_threshold,
     )
     calibrate: bool = option(False, "divide the written model's logits by a temperature fitted on dev")
     seed: int = option(0, "N: seed for row order, new head and dropout", between(0, 2**31 - 1))
@@ -265,20 +269,21 @@ class Config:
     precision: str = option(
         "auto", "NAME: auto (bf16 where native, else fp32), bf16, fp32 or tf32", one_of("auto", "bf16", "fp32", "tf32")
     )
-    deterministic: bool = option(False, "on CUDA, use only deterministic kernels; on a CPU, all are")
+    deterministic: bool = option(False, "use only deterministic CUDA kernels (no effect on a CPU)")
     compile: bool = changeable(True, "on a CPU with GCC, use the compiled engine instead of plain PyTorch")
     threads: int = changeable(0, "N: CPU threads per process (0: its share of the available cores)", between(0, 1024))
     timeout_minutes: float = changeable(10.0, "MIN: minutes of silence until a process counts as lost", above(0))
 
     output_dir: FilePath | None = changeable(None, "DIR: the run's directory (default: runs/ and the start time)")
     eval_every: int | None = option(
-        None, "N: evaluate every N steps, besides each epoch (0: no; default: about 8 times an epoch)", at_least(0)
+        None, "N: evaluate every N steps of an epoch, and at its end (0: only then; default: 8 times)", at_least(0)
     )
     eval_batch_tokens: int = option(
         EVAL_BATCH_TOKENS, "TOKENS: tokens per forward pass in evaluation (a longer row: alone)", at_least(1)
     )
     best_by: str | None = option(
-        None, "METRIC|NAME|mean: what selects best/: a metric on dev, or the main one on an --eval-file or on all files"
+        None,
+        "METRIC|NAME|mean: selects best/: a metric on dev, or the main one on an --eval-file, or its mean over all",
     )
     early_stopping_patience: int = option(0, "N: stop after N evaluations without a better one (0: never)", at_least(0))
     save_every: int = changeable(0, "N: write a checkpoint every N steps, besides each epoch (0: no)", at_least(0))
@@ -330,7 +335,7 @@ def check(config: Config) -> None:
             raise UserError(f"{flag(name)} {shown(value)!a} is not UTF-8, or not in this locale; {cure}") from None
         problem = field.metadata["check"](value) if field.metadata["check"] and value is not None else ""
         if problem:
-            raise UserError(f"{flag(name)} {problem}, not {shown(value)}")
+            raise UserError(f"{flag(name)} {problem}; got {shown(value)}")
     try:
         codecs.lookup(config.encoding or "utf-8")
     except LookupError:

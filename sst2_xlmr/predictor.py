@@ -24,7 +24,7 @@ from sst2_xlmr.model.encoders import model_folder
 from sst2_xlmr.model.tokenizer import Tokenizer
 from sst2_xlmr.model.tokenizer_files import tokenizer_digest
 from sst2_xlmr.task import Task
-from sst2_xlmr.util.device import choose_device, choose_precision, give_back_memory
+from sst2_xlmr.util.device import choose_device, choose_precision, trim_malloc
 from sst2_xlmr.util.errors import UserError
 
 Texts = Sequence[Union[str, tuple[str, str]]]
@@ -77,7 +77,7 @@ class Classifier:
         if is_int8:
             convert = functools.partial(quantized_model, dtype=torch.bfloat16 if plain == "bf16" else torch.float32)
             module, tokenizer, task = load_classifier(folder, device, False, convert)
-            give_back_memory()
+            trim_malloc()
             if module is not None:
                 return cls(folder, module, tokenizer, task, precision, device)
             lacks = "int8 needs a CPU with AVX512-VNNI, Linux and GCC"
@@ -116,7 +116,7 @@ class Classifier:
 
     def predict(self, texts: Texts, batch_tokens: int = EVAL_BATCH_TOKENS) -> list[Any]:
         """Return each text's label, list of labels, or score; see `probabilities` for the arguments."""
-        return [self.task.cells(row, False)[0] for row in self.probabilities(texts, batch_tokens).tolist()]
+        return [self.task.prediction_cells(row, False)[0] for row in self.probabilities(texts, batch_tokens).tolist()]
 
     def probabilities(self, texts: Texts, batch_tokens: int = EVAL_BATCH_TOKENS) -> np.ndarray:
         """Return float32 [texts, labels], the probabilities (or scores) of each text.

@@ -20,7 +20,7 @@ from sst2_xlmr.export.folder import export_run
 from sst2_xlmr.model.classifier import build_classifier, load_classifier, pretrained_table
 from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary, whole_vocabulary
 from sst2_xlmr.report.console import Report
-from sst2_xlmr.task import ERRORS, at_temperature
+from sst2_xlmr.task import LOWER_IS_BETTER, at_temperature
 from sst2_xlmr.training.checkpoint import CheckpointContents, save_checkpoint, seed_rank
 from sst2_xlmr.training.guard import check_progress, check_skipped, collapse_reason
 from sst2_xlmr.training.meter import TrainMeter
@@ -65,6 +65,7 @@ class Run:
         seed_rank(config.seed, world.rank)
         classifier.to(world.device)
         backend = training_backend(classifier, config, state.precision, world)
+        # ddp_model trains, in DistributedDataParallel if there are several processes; model evaluates.
         self.model, self.ddp_model, self.optimizer, self.fallback_reason = backend
         self.meter, self.stop_request = TrainMeter(world), StopRequest(world)
         self.background_writer = BackgroundWriter()
@@ -80,7 +81,7 @@ class Run:
             self.best_split, self.best_metric = config.best_by, metric
         self.test_splits = [split for split in inputs.caches if split not in ("train", *self.eval_splits)]
         half = max(1, (config.micro_batch_size or math.ceil(config.batch_size / world.world_size)) // 2)
-        self.memory_cure = f"rerun with --micro-batch-size {half} or less, which changes the result only by rounding"
+        self.memory_cure = f"rerun with --micro-batch-size {half} or less"
 
     def write_report(self, write: Callable[[Report], Any]) -> None:
         """Let rank 0 write to its report; all ranks raise its UserError."""
@@ -101,8 +102,7 @@ class Run:
         self.say(f"step {self.state.step:>6}  gradient is not finite: batch skipped")
 
     def advance(self, skipped: bool = False) -> None:
-        if not skipped:
-            self.vocabulary.count_step(self.schedule.lr(self.state.step))
+        """Move on to the next global batch, and the progress bar with it."""
         self.state.advance(skipped)
         if self.report:
             self.report.advance()
@@ -115,7 +115,7 @@ class Run:
             check_progress(self.state, entry["loss"], rows, self.baseline, self.schedule.warmup_steps)
 
     def evaluate_if_due(self) -> None:
-        """Evaluate, and check for a collapse, if that is due at this step."""
+        """Evaluate, and check for a collapse, if that is due at this step; raises Collapsed if there is one."""
         if self.state.evaluation_due:
             self.evaluate()
         if self.state.collapse_check_due:
@@ -161,7 +161,7 @@ class Run:
         """Return the value by which the best evaluation is chosen; higher is better."""
         splits = evaluations if self.best_split == "mean" else [self.best_split]
         value = float(np.mean([evaluations[split].metrics[self.best_metric] for split in splits]))
-        return -value if self.best_metric in ERRORS else value
+        return -value if self.best_metric in LOWER_IS_BETTER else value
 
     def log_evaluations(self, evaluations: dict[str, Evaluation], temperature: float, plot: bool) -> None:
         """Report evaluations, by split, of the model with its logits divided by a temperature."""

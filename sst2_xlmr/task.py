@@ -41,7 +41,7 @@ _NO_PROBABILITIES = "a score has no probabilities"
 # Metrics' titles where they differ from their keys.
 _TITLES = {"macro_f1": "macro F1", "micro_f1": "micro F1", "exact_match": "exact match", "ece": "ECE", "rmse": "RMSE"}
 _TITLES |= {"mean_average_precision": "mean AP", "spearman": "Spearman", "pearson": "Pearson", "mae": "MAE"}
-ERRORS = ("loss", "rmse", "mae")  # metrics for which lower is better
+LOWER_IS_BETTER = ("loss", "rmse", "mae")  # metrics for which lower is better
 LabelCounts = Mapping[str, Sequence[int]]  # a file's labels: `label_text` -> number of rows, line of the first
 Weights = Union[np.ndarray, None]  # float [rows], factors on the rows' losses; None for ones
 
@@ -204,7 +204,7 @@ class SingleLabel(_Common):
         return cls(names, label_ids=label_ids, is_soft=is_soft)
 
     @classmethod
-    def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
+    def matches_labels(cls, labels: Mapping[str, str | LabelValues]) -> bool:
         """Whether the labels, given with their `split_labels`, can only belong to this task: here, probabilities."""
         several = [list(value.values()) for value in labels.values() if not isinstance(value, str)]
         has_fractions = any(0 < value < 1 for row in several for value in row)
@@ -226,7 +226,7 @@ class SingleLabel(_Common):
             raise UserError(f"{where}: {describe_unknown(text, self.label_names, ids)}")
         return np.eye(self.outputs, dtype=np.float32)[ids[text]] if self.is_soft else ids[text]
 
-    def notes(self, labels: LabelCounts) -> list[str]:
+    def label_warnings(self, labels: LabelCounts) -> list[str]:
         """Return warnings about a file's labels."""
         return [] if self.is_soft else label_notes({label: rows for label, (rows, _) in labels.items()})
 
@@ -309,7 +309,9 @@ class SingleLabel(_Common):
     def columns(self, all_probabilities: bool) -> list[str]:
         return ["label", "probability"] + [f"probability_{name}" for name in self.label_names] * all_probabilities
 
-    def cells(self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
+    def prediction_cells(
+        self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0
+    ) -> list[Any]:
         """Return a row's cells for `columns`; the label is `ABSTAINED` if its probability is below `abstain_below`."""
         highest = max(probabilities)
         label = self.label_names[probabilities.index(highest)] if highest >= abstain_below else ABSTAINED
@@ -329,7 +331,7 @@ class SingleLabel(_Common):
         for index in [1] if self.outputs == 2 else range(self.outputs):
             yield self.label_names[index], true == index, probabilities[:, index]
 
-    def changed(self, probabilities: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    def is_prediction_changed(self, probabilities: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """Return bool [rows], whether the answer differs; both arguments are probabilities, [rows, classes]."""
         return np.asarray(probabilities.argmax(1) != expected.argmax(1))
 
@@ -338,7 +340,7 @@ class SingleLabel(_Common):
         best, second = logits.topk(2).values.unbind(1)
         return best - second < distance
 
-    def doubt(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def label_error_scores(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Return how doubtful each label is, from -1 to 1, by the probabilities of a model not trained on these rows.
 
         Models are more confident of some classes than of others, so each class's probability is divided by its average
@@ -420,7 +422,7 @@ class SingleLabel(_Common):
         label = add("Gather", np.array(self.label_names, dtype=object), best)
         return {"label": (label, "STRING", []), "probabilities": (probabilities, "FLOAT", [self.outputs])}
 
-    def answers_of(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+    def parse_exported_outputs(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
         """Return the answers of an exported model, like the first of `cells`, and the probabilities."""
         return list(outputs[0]), np.asarray(outputs[1])
 
@@ -469,7 +471,7 @@ class MultiLabel(_Common):
         return cls(*_find_classes(config, single, names_in_files, path, is_complete), delimiter=delimiter)
 
     @classmethod
-    def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
+    def matches_labels(cls, labels: Mapping[str, str | LabelValues]) -> bool:
         """Here: lists or objects; or cells with several labels, each of which is alone in another cell."""
         several = {text: values for text, values in labels.items() if isinstance(values, dict) and len(values) > 1}
         rest = [values for text, values in labels.items() if text not in several]
@@ -482,7 +484,7 @@ class MultiLabel(_Common):
         is_scored = set(values.values()) != {-1.0}
         return self._label_row(values, where) if is_scored else None
 
-    def notes(self, labels: LabelCounts) -> list[str]:
+    def label_warnings(self, labels: LabelCounts) -> list[str]:
         counts: Counter[str] = Counter()
         is_one_hot = bool(labels)
         for text, (rows, _) in labels.items():
@@ -561,7 +563,9 @@ class MultiLabel(_Common):
     def columns(self, all_probabilities: bool) -> list[str]:
         return ["labels", "probabilities"] + [f"probability_{name}" for name in self.label_names] * all_probabilities
 
-    def cells(self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
+    def prediction_cells(
+        self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0
+    ) -> list[Any]:
         """The first two cells are lists: the row's labels and their probabilities."""
         predicted = np.flatnonzero(self._has(np.asarray(probabilities, np.float32))).tolist()
         names, values = [self.label_names[i] for i in predicted], [round(probabilities[i], 6) for i in predicted]
@@ -578,7 +582,7 @@ class MultiLabel(_Common):
     def curves(self, probabilities: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         yield from zip(self.label_names, labels.T > 0.5, probabilities.T)
 
-    def changed(self, probabilities: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    def is_prediction_changed(self, probabilities: np.ndarray, expected: np.ndarray) -> np.ndarray:
         return np.asarray((self._has(probabilities) != self._has(expected)).any(1))
 
     def near_ties(self, logits: torch.Tensor, distance: float) -> torch.Tensor:
@@ -586,11 +590,11 @@ class MultiLabel(_Common):
         thresholds = torch.tensor(self.thresholds_in_use, dtype=logits.dtype).logit()
         return (logits - thresholds).abs().amin(1) < distance / 2
 
-    def doubt(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def label_error_scores(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Return the doubt of the most doubtful label."""
         both, has = np.stack([1 - probabilities, probabilities], 2), (labels > 0.5).astype(int)
         binary = SingleLabel(["no", "yes"])
-        return np.max([binary.doubt(both[:, i], has[:, i]) for i in range(self.outputs)], axis=0)
+        return np.max([binary.label_error_scores(both[:, i], has[:, i]) for i in range(self.outputs)], axis=0)
 
     def row_results(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return float [rows, 1 + labels]: loss in nats (mean over labels), probabilities."""
@@ -660,7 +664,7 @@ class MultiLabel(_Common):
         has = add("GreaterOrEqual", probabilities, np.array(self.thresholds_in_use, np.float32))
         return {"labels": (has, "BOOL", [self.outputs]), "probabilities": (probabilities, "FLOAT", [self.outputs])}
 
-    def answers_of(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+    def parse_exported_outputs(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
         labels, probabilities = outputs
         names = labels if isinstance(labels, list) else [self._names_of(row) for row in labels]
         return names, np.asarray(probabilities)
@@ -715,7 +719,7 @@ class Regression(_Common):
         return task
 
     @classmethod
-    def is_for(cls, labels: Mapping[str, str | LabelValues]) -> bool:
+    def matches_labels(cls, labels: Mapping[str, str | LabelValues]) -> bool:
         """Here: numbers, and some of them fractions."""
         return all(map(is_number, labels)) and any("." in canonical(label) for label in labels)
 
@@ -727,7 +731,7 @@ class Regression(_Common):
             raise UserError(f"{where}: label {text[:40]!r} is not a number, as a score must be; fix it")
         return score
 
-    def notes(self, labels: LabelCounts) -> list[str]:
+    def label_warnings(self, labels: LabelCounts) -> list[str]:
         return []
 
     def label_keys(self, labels: np.ndarray) -> np.ndarray:
@@ -770,7 +774,9 @@ class Regression(_Common):
     def columns(self, all_probabilities: bool) -> list[str]:
         return ["score"]
 
-    def cells(self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
+    def prediction_cells(
+        self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0
+    ) -> list[Any]:
         return [round(probabilities[0], 6)]
 
     def mistakes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[[int], list[str]]]:
@@ -782,7 +788,7 @@ class Regression(_Common):
     def curves(self, probabilities: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         return iter(())
 
-    def changed(self, probabilities: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    def is_prediction_changed(self, probabilities: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """Whether a score differs by more than 0.05 std of the scores."""
         return np.asarray(np.abs(probabilities - expected)[:, 0] > 0.05 * expected.std())
 
@@ -790,7 +796,7 @@ class Regression(_Common):
         """Return False for every row: a score has no decision boundary."""
         return torch.zeros(len(logits), dtype=torch.bool)
 
-    def doubt(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def label_error_scores(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Return the absolute errors, in units of the labels' std."""
         return np.abs(probabilities[:, 0] - labels) / (labels.std() or 1.0)
 
@@ -836,7 +842,7 @@ class Regression(_Common):
     def append_to_onnx(self, add: Callable[..., str], logits: str) -> dict[str, tuple[str, str, list[int]]]:
         return {"score": (logits, "FLOAT", [1])}
 
-    def answers_of(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+    def parse_exported_outputs(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
         scores = np.asarray(outputs[0])
         return [round(score, 6) for score in scores[:, 0].tolist()], scores
 
@@ -850,14 +856,14 @@ NamesInFiles = Iterable[Sequence[str]]  # the names of labels 0, 1, ... that fil
 
 
 def task_kind(config: Config, labels: Iterable[str]) -> type[Task]:
-    """Return the class of --task, or for `auto`, the one whose `is_for` accepts the training labels."""
+    """Return the class of --task, or for `auto`, the one whose `matches_labels` accepts the training labels."""
     if config.task != "auto":
         return next(kind for kind in TASKS if kind.option == config.task)
     if config.label_delimiter:
         return MultiLabel
     known = config.label_names or ()
     values = {label: split_labels(label, None, known) for label in labels if label not in MISSING}
-    return next((kind for kind in TASKS if kind.is_for(values)), SingleLabel)
+    return next((kind for kind in TASKS if kind.matches_labels(values)), SingleLabel)
 
 
 def stored_task(problem_type: str, label_names: list[str], thresholds: Sequence[float] = ()) -> Task:

@@ -27,14 +27,14 @@ from sst2_xlmr.data.report import as_json, check_lines, lines_of
 from sst2_xlmr.evaluation.metrics import describe_calibration
 from sst2_xlmr.report.console import Report, data_report, describe_rows, header_lines
 from sst2_xlmr.run import Run
-from sst2_xlmr.task import ERRORS
+from sst2_xlmr.task import LOWER_IS_BETTER
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
 from sst2_xlmr.training.run_folder import evaluations_at, lock_run_folder, write_config
 from sst2_xlmr.training.schedule import evaluation_interval
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.training.step import forward_backward
-from sst2_xlmr.util.device import choose_precision, give_back_memory, keep_freed_memory, memory_errors, set_up_numerics
-from sst2_xlmr.util.distributed import World, broadcast, check_same, init_distributed, on_rank0, once_per_node
+from sst2_xlmr.util.device import choose_precision, memory_errors, set_up_numerics, trim_malloc, tune_malloc
+from sst2_xlmr.util.distributed import World, broadcast, check_same, init_distributed, local_rank0_first, on_rank0
 from sst2_xlmr.util.errors import Collapsed, Interrupted, raise_on_all, say
 from sst2_xlmr.util.files import write_errors
 
@@ -45,7 +45,7 @@ def train(run: Run) -> None:
     """Train until the schedule or early stopping ends the run; raises Interrupted or Collapsed."""
     state, schedule = run.state, run.schedule
     run.ddp_model.train()
-    for micro_batches in run.loader.starting_at(state.epoch, state.batch):
+    for micro_batches in run.loader.starting_at(state.epoch, state.batch):  # global batches, epoch after epoch
         if schedule.is_over(state):
             break
         sums = forward_backward(run.ddp_model, micro_batches, run.task.loss, run.world)  # 1. the mean gradient
@@ -53,7 +53,8 @@ def train(run: Run) -> None:
         if run.checks_grad_norm and not grad_norm.isfinite():  # 2. one step, unless this batch is skipped
             run.skip()
         else:
-            run.optimizer.step(schedule.lr(state.step))
+            run.optimizer.step(schedule.lr(state.step))  # and clear the gradients
+            run.vocabulary.decay_unused_rows(schedule.lr(state.step))
             run.meter.add(sums, grad_norm, micro_batches)
             run.advance()
         due = schedule.due(state)  # 3. log, evaluate, save
@@ -73,8 +74,8 @@ def train(run: Run) -> None:
 
 def prepare_inputs(config: Config, world: World) -> tuple[Inputs, dict[str, str]]:
     """Load and tokenize the inputs; returns them and the SHA-256 of each, checked to be equal on all ranks."""
-    inputs = once_per_node(world, lambda: prepare(config, quiet=world.local_rank != 0))
-    give_back_memory()  # of tokenizing
+    inputs = local_rank0_first(world, lambda: prepare(config, quiet=world.local_rank != 0))
+    trim_malloc()  # give back what tokenizing has used
     # --compile may change on resume, but all ranks of a run must agree on it.
     fixed = [name for name, option in OPTIONS.items() if name == "compile" or not option.metadata["changeable"]]
     fixed_options = {flag(name): getattr(config, name) for name in fixed}
@@ -109,6 +110,7 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
             raise_on_all(f"{name}: changed since the run in {folder} was started; restore the original to resume")
     set_up_numerics(state.precision, config.deterministic, world.device)
     run = Run(config, inputs, folder, state, world)
+    # A new run's folder is created only now, so that wrong input leaves nothing behind.
     run.lock = lock if resume else on_rank0(world, lambda: lock_run_folder(folder))
     if checkpoint:
         load_checkpoint(checkpoint, run.contents, config.seed, world)
@@ -155,7 +157,7 @@ def finish(run: Run) -> None:
     if run.config.calibrate:
         run.say(f"calibrated {describe_calibration(state.temperature, state.ece_before, state.ece_after)}")
     chosen = f" (best of {state.evaluations} evaluations, slightly optimistic)" if state.evaluations > 1 else ""
-    value = -state.best_value if run.best_metric in ERRORS else state.best_value
+    value = -state.best_value if run.best_metric in LOWER_IS_BETTER else state.best_value
     run.say(f"best       {metric} {value:.4f} at step {state.best_step}{chosen}: {folder / 'best'}")
     run.say(f"model      after step {state.step}: {folder / 'model'}")
 
@@ -187,7 +189,7 @@ def run_training(run: Run, checkpoint: Path | None) -> None:
         sys.exit(1)
 
 
-def check_inputs(config: Config, world: World) -> None:
+def describe_inputs(config: Config, world: World) -> None:
     """Print how all files are read and what the model will see, and write it as JSON."""
     inputs, _ = prepare_inputs(config, world)
 
@@ -202,12 +204,12 @@ def check_inputs(config: Config, world: World) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    keep_freed_memory()
+    tune_malloc()
     config, resume = parse_args(argv)
     too_large = "use a smaller --encoder, or a machine with more memory"
     with init_distributed(config.device, config.threads, config.timeout_minutes) as world, memory_errors(too_large):
         if config.check:
-            check_inputs(config, world)
+            describe_inputs(config, world)
             return
         run, checkpoint = prepare_run(config, resume, world)
         with run_context(run, checkpoint, resume):

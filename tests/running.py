@@ -24,7 +24,7 @@ from conftest import ROOT, Patch, free_port, metrics
 
 from sst2_xlmr import train
 from sst2_xlmr.__main__ import main
-from sst2_xlmr.programs import runs
+from sst2_xlmr.programs import study_runs
 from sst2_xlmr.training.checkpoint import find_checkpoint, read_state
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import distributed
@@ -122,8 +122,8 @@ def call_in_forks(program: Callable[[list[str]], object], *options: object) -> N
     real = subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> Any:
-        start = len(runs.TRAIN_COMMAND)
-        if command[:start] != runs.TRAIN_COMMAND:
+        start = len(study_runs.TRAIN_COMMAND)
+        if command[:start] != study_runs.TRAIN_COMMAND:
             return real(command, **options)
         return Fork(["train.py", *command[start:]], Path(options["stdout"].name))
 

@@ -113,9 +113,9 @@ def test_answers_and_cells() -> None:
     assert wrong.tolist() == [3, 1], "the surest first"
     assert answer_of(1) == ["b", "a", f"{float(probabilities[1].amax()):.4f}"]
     row = [0.2, 0.5, 0.3]
-    assert task().cells(row, all_probabilities=False, abstain_below=0.5) == ["b", 0.5]
-    assert task().cells(row, all_probabilities=False, abstain_below=0.51) == ["?", 0.5]
-    changed = task().changed(np.array([row, row]), np.array([[0.2, 0.4, 0.3], [0.5, 0.4, 0.1]]))
+    assert task().prediction_cells(row, all_probabilities=False, abstain_below=0.5) == ["b", 0.5]
+    assert task().prediction_cells(row, all_probabilities=False, abstain_below=0.51) == ["?", 0.5]
+    changed = task().is_prediction_changed(np.array([row, row]), np.array([[0.2, 0.4, 0.3], [0.5, 0.4, 0.1]]))
     assert changed.tolist() == [False, True]
 
     # Answers that a little may change.
@@ -196,8 +196,8 @@ def test_columns_of_0_and_1_are_several_labels_and_those_of_probabilities_one(tm
     assert [row.label.tolist() for row in rows] == [[1, 0], [0, 0], [1, 1]]
     assert task.read_label({"toxic": "-1", "insult": -1}, "") is None, "a row of a test file that is not scored"
     rows_of = {'{"toxic": 1, "insult": 0}': (3, 1), '{"toxic": 0, "insult": 1}': (2, 2)}
-    assert ["--task single-label" in note for note in task.notes(rows_of)] == [True]
-    assert not task.notes({**rows_of, '{"toxic": 1, "insult": 1}': (1, 3)})
+    assert ["--task single-label" in note for note in task.label_warnings(rows_of)] == [True]
+    assert not task.label_warnings({**rows_of, '{"toxic": 1, "insult": 1}': (1, 3)})
     columns = ReadOptions(labels=("probability_no", "probability_yes"))
     content = "text,probability_no,probability_yes\nx,0.25,0.75\ny,0.9,0.1\n"
     task, rows = read(tmp_path / "b.csv", content, columns)
@@ -330,7 +330,7 @@ def test_a_label_that_dev_does_not_have_keeps_its_threshold_and_temperature_move
     for temperature in (0.5, 2.0):
         logits = torch.from_numpy(task.logits_of(PROBABILITIES) / temperature)
         sides = (at_temperature(task, temperature), logits.sigmoid()), (task, PROBABILITIES)
-        found, expected = ([each.cells(row, False)[0] for row in values.tolist()] for each, values in sides)
+        found, expected = ([each.prediction_cells(row, False)[0] for row in values.tolist()] for each, values in sides)
         assert found == expected
 
 
@@ -410,24 +410,33 @@ def test_a_collapse_is_seen_in_every_task() -> None:
 def test_cells_and_near_ties() -> None:
     task = MultiLabel(["a", "b"], thresholds=(0.5, 0.9))
     assert task.columns(True) == ["labels", "probabilities", "probability_a", "probability_b"]
-    assert task.cells([0.6, 0.8], False) == [["a"], [0.6]]
-    assert task.cells([0.1, 0.95], True) == [["b"], [0.95], 0.1, 0.95]
+    assert task.prediction_cells([0.6, 0.8], False) == [["a"], [0.6]]
+    assert task.prediction_cells([0.1, 0.95], True) == [["b"], [0.95], 0.1, 0.95]
     logits = torch.tensor([[0.0, 0.0], [1.0, 2.2], [1.0, 0.0]])
     assert task.near_ties(logits, 0.2).tolist() == [True, True, False]
-    assert Regression(["score"]).cells([1.23456789], False) == [1.234568]
-    changed = task.changed(np.array([[0.6, 0.8], [0.6, 0.8]]), np.array([[0.7, 0.7], [0.4, 0.8]]))
+    assert Regression(["score"]).prediction_cells([1.23456789], False) == [1.234568]
+    changed = task.is_prediction_changed(np.array([[0.6, 0.8], [0.6, 0.8]]), np.array([[0.7, 0.7], [0.4, 0.8]]))
     assert changed.tolist() == [False, True]
 
 
 def test_the_most_doubtful_label_is_the_one_that_a_sure_model_contradicts() -> None:
     """A class of which the model is never sure is not doubted for that alone."""
     probabilities = np.array([[0.95, 0.05], [0.9, 0.1], [0.45, 0.55], [0.4, 0.6], [0.97, 0.03]])
-    doubt = SingleLabel(["a", "b"]).doubt(probabilities, np.array([0, 0, 1, 1, 1]))
+    doubt = SingleLabel(["a", "b"]).label_error_scores(probabilities, np.array([0, 0, 1, 1, 1]))
     assert int(doubt.argmax()) == 4
     assert (doubt[:4] < doubt[4] / 2).all()
-    several = MultiLabel(["a", "b"]).doubt(probabilities, np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]]))
+    several = MultiLabel(["a", "b"]).label_error_scores(
+        probabilities, np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]])
+    )
     assert int(several.argmax()) == 4
-    assert int(Regression(["score"]).doubt(np.array([[1.0], [2.0], [9.0]]), np.array([1.0, 2.5, 3.0])).argmax()) == 2
+    assert (
+        int(
+            Regression(["score"])
+            .label_error_scores(np.array([[1.0], [2.0], [9.0]]), np.array([1.0, 2.5, 3.0]))
+            .argmax()
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize("class_weights", [None, "balanced", "3,1"])

@@ -25,7 +25,7 @@ from sst2_xlmr.cli import OneLineParser, parse_args
 from sst2_xlmr.config import Config, flag
 from sst2_xlmr.data.batches import select_rows
 from sst2_xlmr.data.prepare import prepare
-from sst2_xlmr.programs import runs, study
+from sst2_xlmr.programs import study, study_runs
 from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import Task, main_metric
 from sst2_xlmr.util.device import choose_device, choose_precision
@@ -92,10 +92,10 @@ def train_peer(
     """Let the Trainer train; returns whether it had not done so before with the same inputs, and its figures."""
     run_folder, result, order = folder / f"seed-{seed}", folder / f"seed-{seed}.json", {**inputs, "seed": seed}
     is_new = not result.is_file()
-    runs.check_inputs(common, run_folder, is_new)
+    study_runs.check_inputs(common, run_folder, is_new)
     if is_new:
         write_text(folder / f"seed-{seed}.order", json.dumps(order))
-        runs.run([python, str(PEER_PROGRAM), str(folder / f"seed-{seed}.order"), str(result)], run_folder, is_new)
+        study_runs.run([python, str(PEER_PROGRAM), str(folder / f"seed-{seed}.order"), str(result)], run_folder, is_new)
     found = json.loads(result.read_text(encoding="utf-8"))
     # The digests have told whether the rows are the same, wherever they are now.
     if {**found["order"], "rows_file": ""} != json.loads(json.dumps({**order, "rows_file": ""})):
@@ -105,7 +105,7 @@ def train_peer(
         labels = np.array(labels, task.label_dtype)
         results = task.results_of(task.probabilities(torch.tensor(logits)).numpy(), labels)
         figures[split] = main_metric(task.metrics(results, labels))
-    return is_new, {**figures, "best dev": figures["dev"], "seconds": runs.seconds_of(run_folder)}
+    return is_new, {**figures, "best dev": figures["dev"], "seconds": study_runs.seconds_of(run_folder)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -118,8 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = asked.output_dir
     inputs, task = write_peer_inputs(asked.for_train, folder / TRAINER)
     peer = functools.partial(train_peer, own.peer, asked.for_train, inputs, task, folder / TRAINER)
-    ours = {name: functools.partial(runs.train, words, folder / name) for name, words in asked.settings.items()}
-    runs.compare(asked.seeds, folder, {TRAINER: peer, **ours})
+    ours = {name: functools.partial(study_runs.train, words, folder / name) for name, words in asked.settings.items()}
+    study_runs.compare(asked.seeds, folder, {TRAINER: peer, **ours})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from sst2_xlmr.util.distributed import World
 BATCHES_PER_GROUP = 100
 
 
-class Batch(NamedTuple):
+class MicroBatch(NamedTuple):
     """A micro-batch: rows of one rank's part of a global batch that go through the model together."""
 
     ids: torch.Tensor  # int64 [tokens], the concatenated rows
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     global_weight: float = 0.0  # sum of the row weights over the global batch
     windows: torch.Tensor | None = None  # int64 [rows], windows per row; None for one each; stays on the CPU
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> MicroBatch:
         ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.labels))
         weights = None if self.row_weights is None else self.row_weights.to(device, non_blocking=True)
         return self._replace(ids=ids, labels=labels, row_weights=weights)
@@ -111,14 +111,14 @@ class BatchLoader:
         """Yield the row indices of an epoch's global batches, over all ranks, from batch `first` on."""
         return rows_in_training_order(self.cache.lengths, self.config.batch_size, self.config.seed, epoch, first)
 
-    def starting_at(self, epoch: int, batch: int) -> Iterator[list[Batch]]:
+    def starting_at(self, epoch: int, batch: int) -> Iterator[list[MicroBatch]]:
         """Yield this rank's micro-batches of each global batch, endlessly, from `batch` of `epoch` on."""
         while True:
             for rows in self.global_batches(epoch, batch):
                 yield self.micro_batches(epoch, rows)
             epoch, batch = epoch + 1, 0
 
-    def micro_batches(self, epoch: int, rows: np.ndarray) -> list[Batch]:
+    def micro_batches(self, epoch: int, rows: np.ndarray) -> list[MicroBatch]:
         """Return this rank's micro-batches of a global batch, as many as the other ranks'."""
         world = self.world
         cuts = [self._cut(rows[rank :: world.world_size]) for rank in range(world.world_size)]
@@ -137,7 +137,7 @@ class BatchLoader:
             total += count
         return np.split(rows, starts)
 
-    def _batch(self, rows: np.ndarray, epoch: int, global_rows: np.ndarray, is_real: float) -> Batch:
+    def _batch(self, rows: np.ndarray, epoch: int, global_rows: np.ndarray, is_real: float) -> MicroBatch:
         ids, lengths = select_rows(self.cache.ids, self.cache.starts, self.cache.lengths, rows)
         labels = torch.from_numpy(self.cache.labels[rows])
         keys = torch.from_numpy(dropout_keys(rows, self.config.seed, epoch))
@@ -148,4 +148,4 @@ class BatchLoader:
         row_weights, total = None, float(len(global_rows))
         if (weights := self.cache.weights) is not None:
             row_weights, total = torch.from_numpy(weights[rows]), float(weights[global_rows].sum(dtype=np.float64))
-        return Batch(ids, lengths, labels, keys, len(global_rows), is_real, row_weights, total, windows)
+        return MicroBatch(ids, lengths, labels, keys, len(global_rows), is_real, row_weights, total, windows)

@@ -114,7 +114,7 @@ def inspect_splits(config: Config, quiet: bool = False) -> tuple[Task, dict[str,
     check_options(task, config)
     for split in splits.values():
         for path, inspection in zip(split.files, split.inspections):
-            split.notes.extend([*inspection.layout.notes, *task.notes(inspection.labels)])
+            split.notes.extend([*inspection.layout.notes, *task.label_warnings(inspection.labels)])
             if split.is_labelled:
                 split.dropped.update(inspection.check(path, task, config.drop_unusable))
         if not split.is_labelled:

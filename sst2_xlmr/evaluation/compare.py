@@ -22,7 +22,7 @@ def compare(task: Task, actual: np.ndarray, expected: np.ndarray, labels: np.nda
         metrics = [task.metrics(task.results_of(side, labels), labels) for side in (actual, expected)]
         for side_metrics in metrics:
             del side_metrics["rows"]
-    changed, largest = int(task.changed(actual, expected).sum()), float(np.abs(actual - expected).max())
+    changed, largest = int(task.is_prediction_changed(actual, expected).sum()), float(np.abs(actual - expected).max())
     return {"rows": len(actual), "changed": changed, "largest": largest, "metrics": metrics}
 
 

@@ -58,7 +58,7 @@ def length_sorted_batches(lengths: np.ndarray, batch_tokens: int, world_size: in
 
 
 @torch.no_grad()
-def logits_of(
+def model_logits(
     model: nn.Module, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray, device: torch.device
 ) -> torch.Tensor:
     """Return the rows' logits, fp32 [rows, outputs]; for the arrays see `select_rows`."""
@@ -121,7 +121,7 @@ def predict(
     batches = list(length_sorted_batches(lengths, batch_tokens))[::-1]  # the longest first, so that all end together
 
     def compute(rows: np.ndarray) -> torch.Tensor:
-        return task.probabilities(logits_of(model, ids, starts, lengths, rows, device))
+        return task.probabilities(model_logits(model, ids, starts, lengths, rows, device))
 
     for rows, values in zip(batches, on_all_cores(compute, batches, device)):
         probabilities[rows] = values.cpu().numpy()
@@ -149,7 +149,7 @@ def evaluate(
         rows = batch[world.rank :: world.world_size]
         if not len(rows):
             return ()
-        logits = logits_of(model, cache.ids, cache.starts, cache.lengths, rows, world.device)
+        logits = model_logits(model, cache.ids, cache.starts, cache.lengths, rows, world.device)
         return task.row_results(logits, torch.from_numpy(labels[rows]).to(world.device)), task.probabilities(logits)
 
     outputs: list[tuple[torch.Tensor, ...]] = []  # they stay on the device, so that no batch waits for a GPU

@@ -10,7 +10,7 @@ from typing import Any
 
 from sst2_xlmr.model.tokenizer import CUT, LongTexts
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, check_settings
-from sst2_xlmr.model.weights import EMBEDDING_SOURCES, WeightReader, head_outputs, shards_of
+from sst2_xlmr.model.weights import EMBEDDING_SOURCES, WeightReader, head_outputs, weight_shards
 from sst2_xlmr.task import SingleLabel, can_answer, problem_type_of
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
@@ -69,7 +69,7 @@ class EncoderFolder:
     @property
     def weights_files(self) -> list[Path]:
         """The weights' file, or its shards."""
-        return shards_of(self.weights_file)
+        return weight_shards(self.weights_file)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def find_encoder(name: str, quiet: bool = False) -> EncoderFolder:
     weights_file = find([*WEIGHTS_NAMES, *(f"{name}.index.json" for name in WEIGHTS_NAMES)], quiet)
     if weights_file is None:
         raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS_NAMES)}; is it a model folder?")
-    for shard in shards_of(weights_file):
+    for shard in weight_shards(weights_file):
         if find([shard.name], quiet) is None:
             raise UserError(f"{folder} has no {shard.name}, which {weights_file.name} names; fetch it again")
     max_length = shape.positions - 2

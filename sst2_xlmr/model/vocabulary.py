@@ -35,7 +35,7 @@ class Vocabulary:
     def is_whole(self) -> bool:
         return len(self.ids) == self.size
 
-    def count_step(self, lr: float) -> None:
+    def decay_unused_rows(self, lr: float) -> None:
         """Update `decay` for an optimizer step; `lr` is the learning rate before layer-wise decay."""
         self.decay *= 1 - lr * self.decay_rate
 

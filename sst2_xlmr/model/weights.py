@@ -158,7 +158,7 @@ def _is_plain_zip(file: Path) -> bool:
     return is_zip
 
 
-def shards_of(file: Path) -> list[Path]:
+def weight_shards(file: Path) -> list[Path]:
     """Return the shards listed in an index file, or the file itself."""
     if not file.name.endswith(".index.json"):
         return [file]
@@ -177,7 +177,7 @@ class WeightReader:
     """
 
     def __init__(self, file: Path, copy_weights: bool = True) -> None:
-        self._file, self._files, self._copy_weights = file, shards_of(file), copy_weights
+        self._file, self._files, self._copy_weights = file, weight_shards(file), copy_weights
         with weight_errors(file):
             self._is_mapped = all(shard.suffix == ".safetensors" or _is_plain_zip(shard) for shard in self._files)
             self._map()

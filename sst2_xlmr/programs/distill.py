@@ -28,7 +28,7 @@ from sst2_xlmr.model.classifier import task_of
 from sst2_xlmr.model.encoders import find_encoder, find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, words_for, write_rows
+from sst2_xlmr.programs.study_runs import checked_config, compare, split_words, train, words_for, write_rows
 from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import check_options, main_metric
 from sst2_xlmr.util.errors import UserError, refuse
@@ -129,7 +129,7 @@ def teach(plan: argparse.Namespace, folder: Path, teachers: list[Path]) -> None:
 
 
 def train_student(plan: argparse.Namespace, round: int, seed: int) -> tuple[bool, Figures]:
-    """Train a student of a round; see `runs.train`."""
+    """Train a student of a round; see `study_runs.train`."""
     folder = plan.output_dir / f"round-{round}"
     if seed == plan.seeds[0]:
         former = plan.output_dir / (f"round-{round - 1}" if round > 1 else "labelled")

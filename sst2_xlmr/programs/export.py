@@ -174,8 +174,8 @@ def write_onnx_file(
 
 def checked(task: Task, outputs: Any) -> np.ndarray:
     """Return the probabilities among a written file's outputs; UserError if its labels do not follow from them."""
-    answers, probabilities = task.answers_of(outputs if isinstance(outputs, (tuple, list)) else (outputs,))
-    if answers != [task.cells(row, all_probabilities=False)[0] for row in probabilities.tolist()]:
+    answers, probabilities = task.parse_exported_outputs(outputs if isinstance(outputs, (tuple, list)) else (outputs,))
+    if answers != [task.prediction_cells(row, all_probabilities=False)[0] for row in probabilities.tolist()]:
         raise UserError("the written file's labels do not follow from its probabilities; it was removed")
     return probabilities
 

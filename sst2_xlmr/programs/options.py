@@ -17,7 +17,7 @@ from sst2_xlmr.util.downloads import BUNDLE_URLS, cache_dir
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import scratch_folder, write_errors
 
-FORMATS = ("hf", "onnx", "onnx-int8", "onnx-hf", "onnx-hf-int8", "torchscript")
+EXPORT_FORMATS = ("hf", "onnx", "onnx-int8", "onnx-hf", "onnx-hf-int8", "torchscript")
 TABLE_OPTIONS = [name for name in COLUMN_OPTIONS if name != "format"]  # here --format is the export's
 FETCHED = ("sst2", *BUNDLE_URLS)
 Add = Callable[..., Any]  # a parser's `add_argument`
@@ -111,7 +111,7 @@ def evaluate(parser: OneLineParser, add: Add) -> None:
 def export(parser: OneLineParser, add: Add) -> None:
     """Write a trained model as a Hugging Face folder, ONNX or TorchScript, and check it."""
     add("--model", required=True, type=Path, metavar="DIR|NAME", help="model folder, or owner/name on the Hub")
-    add("--format", required=True, choices=FORMATS, help="what to write")
+    add("--format", required=True, choices=EXPORT_FORMATS, help="what to write")
     add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf, onnx-hf) or file")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights; hf only [fp32]")
     add("--from-ids", action="store_true", help="onnx: take token ids instead of texts")

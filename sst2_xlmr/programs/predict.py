@@ -35,7 +35,7 @@ from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.task import Task, check_options
 from sst2_xlmr.util import distributed, shards
-from sst2_xlmr.util.device import keep_freed_memory, memory_errors
+from sst2_xlmr.util.device import memory_errors, tune_malloc
 from sst2_xlmr.util.errors import UserError, raise_on_all, refuse
 from sst2_xlmr.util.files import digest_of, write_errors, write_text
 
@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         (arguments.overwrite and not outputs, "--overwrite needs the --output that it may replace"),
         (arguments.resume and not to_file, "--resume needs --input and --output"),
         (not is_alone and not to_file, "several processes need --input and --output, to divide the rows"),
-        (len({path.resolve() for path in paths}) < len(paths), f"{' and '.join(outputs)} are one file"),
+        (len({path.resolve() for path in paths}) < len(paths), f"{' and '.join(outputs)} are the same file"),
     )
     if arguments.output:
         kind_of(arguments.output)
@@ -155,7 +155,13 @@ def classify(arguments: argparse.Namespace, classifier: Classifier, chunks: Chun
     for chunk, (ids, lengths) in read_ahead() if arguments.input else encoded:
         with memory_errors(f"use a smaller --batch-tokens than {arguments.batch_tokens}"):
             rows = classifier.probabilities_of_ids(ids, lengths, arguments.batch_tokens).tolist()
-        yield chunk, [classifier.task.cells(row, arguments.all_probabilities, arguments.abstain_below) for row in rows]
+        yield (
+            chunk,
+            [
+                classifier.task.prediction_cells(row, arguments.all_probabilities, arguments.abstain_below)
+                for row in rows
+            ],
+        )
 
 
 def predict_stream(arguments: argparse.Namespace) -> None:
@@ -248,7 +254,7 @@ def predict_file(arguments: argparse.Namespace, world: distributed.World) -> Non
         start = next((n for n in range(first, last) if not shards.shard_file(folder, n).is_file()), last)
         chunks = itertools.islice(read_chunks(arguments), start, last)
         total, done = sum(sizes[first:last]), sum(sizes[first:start])
-        predicted = with_progress(classify(arguments, classifier, chunks), total, done, quiet=not world.is_main)
+        predicted = with_progress(classify(arguments, classifier, chunks), total, done, quiet=not world.is_rank0)
         for number, (_, predictions) in enumerate(predicted, start):
             with write_errors(folder):
                 write_text(shards.shard_file(folder, number), json.dumps(predictions))
@@ -272,7 +278,7 @@ def predict_file(arguments: argparse.Namespace, world: distributed.World) -> Non
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
-    keep_freed_memory()
+    tune_malloc()
     arguments.models, paths = [model_folder(name) for name in arguments.models], arguments.paths
     cure = f"{'' if arguments.input else '--input FILE '}--text-pair-column NAME"
     check_pairs(arguments.models[0], columns_for(arguments).pair, cure)

@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     count, seed, output_dir, path = arguments.rows, arguments.seed, arguments.output_dir, arguments.train_file
     shares, parts_apart = {"test": arguments.test_share, "dev": arguments.dev_share}, arguments.keep_parts_apart
     refuse(
+        (count and arguments.test_share, "--rows and --test-share both define the test rows; leave one out"),
         (not count and not any(shares.values()), "nothing to split off: give --dev-share, --test-share or --rows"),
         (parts_apart and not count, "--keep-parts-apart needs --rows, how many to hold out for the test"),
         (not 0 <= seed < 2**32, f"--seed {seed} is not a number from 0 to {2**32 - 1}"),
@@ -139,4 +140,4 @@ def main(argv: list[str] | None = None) -> None:
                 for fields in chosen:
                     file.write(row_text(kind, fields.names, fields.cells))
     counts = ", ".join(f"{len(splits[name]):,} {name} rows" for name in ("train", "dev", "test") if name in splits)
-    say(f"{output_dir}: {counts}, {left_out:,} in none")
+    say(f"{output_dir}: {counts}, {left_out:,} in no split")

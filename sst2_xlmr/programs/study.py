@@ -27,11 +27,11 @@ from sst2_xlmr.data.prepare import inspect_splits, prepare
 from sst2_xlmr.data.rows import Row, texts_of
 from sst2_xlmr.data.splits import assign_folds, find_files
 from sst2_xlmr.data.token_cache import TokenCache, text_digests
-from sst2_xlmr.evaluation.evaluate import length_sorted_batches, logits_of, on_all_cores
+from sst2_xlmr.evaluation.evaluate import length_sorted_batches, model_logits, on_all_cores
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.runs import checked_config, compare, split_words, train, words_for, write_rows
+from sst2_xlmr.programs.study_runs import checked_config, compare, split_words, train, words_for, write_rows
 from sst2_xlmr.report.tables import Figures
 from sst2_xlmr.task import Task, main_metric
 from sst2_xlmr.util.device import choose_device
@@ -75,7 +75,7 @@ def linear_probe(config: Config) -> float:
     def features_of(cache: TokenCache, rows: np.ndarray) -> torch.Tensor:
         """Return the features of some rows, in ascending order, fp32 [rows, hidden], on the CPU."""
         order = [rows[batch] for batch in length_sorted_batches(cache.lengths[rows], config.eval_batch_tokens)]
-        compute = functools.partial(logits_of, model, cache.ids, cache.starts, cache.lengths, device=device)
+        compute = functools.partial(model_logits, model, cache.ids, cache.starts, cache.lengths, device=device)
         features = torch.cat([part.cpu() for part in on_all_cores(compute, order, device)])
         return features[torch.from_numpy(np.argsort(np.concatenate(order)))]
 
@@ -124,7 +124,7 @@ def divide(config: Config, folds: int) -> tuple[Config, Task, FileRows, np.ndarr
 def train_fold(
     folder: Path, config: Config, task: Task, rows: FileRows, fold_of: np.ndarray, fold: int
 ) -> tuple[bool, Figures]:
-    """Train on all folds but one, with that as dev; see `runs.train`."""
+    """Train on all folds but one, with that as dev; see `study_runs.train`."""
     folder = folder / f"fold-{fold}"
     files = {name: folder / f"{name}.jsonl" for name in ("train", "dev")}
     for path, is_own in zip(files.values(), (fold_of != fold, fold_of == fold)):
@@ -145,8 +145,8 @@ def write_out_of_fold(folder: Path, config: Config, task: Task, file_rows: FileR
         texts = texts_of(rows[number] for number in chosen)
         probabilities[chosen] = Classifier.load(model, device=config.device).probabilities(texts)
     names = task.columns(all_probabilities=True)
-    cells = [task.cells(row, all_probabilities=True) for row in probabilities.tolist()]
-    doubt = task.doubt(probabilities, labels)
+    cells = [task.prediction_cells(row, all_probabilities=True) for row in probabilities.tolist()]
+    doubt = task.label_error_scores(probabilities, labels)
     ranked = np.argsort(-doubt, kind="stable")[: max(1, int((doubt > 0).sum()))].tolist()
     places = [(file.name, row.fields.line) for file, row in file_rows]
     for name, own_columns, own_cells, numbers in (

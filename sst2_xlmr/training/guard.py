@@ -16,13 +16,12 @@ from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.errors import raise_on_all
 
 NOT_FINITE_CURE = "lower --lr or raise --warmup-ratio in a new run, or --resume with --skip-nonfinite N"
-# A collapse is checked for if the mean logged loss is at least this fraction of the baseline ...
-_SUSPICIOUS_LOSS = 0.98
-# ... from this many steps after warm-up on, and at most once in this many steps.
-_STEPS_TO_LEARN, _STEPS_BETWEEN_CHECKS = 100, 100
-# A run has learned once that loss, plus three standard errors, is below this fraction of the baseline.
+# Check for a collapse if the mean logged loss is at least this fraction of the class-prior baseline, but not in the
+# first steps after warm-up, nor soon after the last check.
+_SUSPICIOUS_LOSS, _STEPS_TO_LEARN, _STEPS_BETWEEN_CHECKS = 0.98, 100, 100
+# A run has learned once the mean loss, plus three standard errors, is below this fraction of the baseline.
 _LEARNED_LOSS = 0.95
-_LOSS_DEVIATION = 0.5  # nats, mostly more than a row's loss deviates before that
+_LOSS_DEVIATION = 0.5  # assumed standard deviation of a row's loss, in nats: an upper estimate
 # Collapsed if the std of the logits over texts is at most this fraction of its value before training. In six collapsed
 # runs of the small encoder it was 0 to 0.16.
 _COLLAPSED_STD = 0.3

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sst2_xlmr.data.batches import Batch
+from sst2_xlmr.data.batches import MicroBatch
 from sst2_xlmr.training.guard import NOT_FINITE_CURE
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World, sum_over_ranks
@@ -35,11 +35,11 @@ class TrainMeter:
         self._started = time.monotonic() - totals.pop("seconds", 0.0)
         self._norm = torch.tensor(totals.pop("grad_norm", 0.0), device=device)
         self._norm_sum = torch.zeros_like(self._norm)  # stays non-finite after any non-finite norm
-        rank_0 = float(self._world.is_main)  # the totals count once
+        rank_0 = float(self._world.is_rank0)  # the totals count once
         as_tensor = functools.partial(torch.tensor, dtype=torch.float64, device=device)
         self._sums = {name: as_tensor(total * rank_0) for name, total in totals.items()}
 
-    def add(self, sums: dict[str, torch.Tensor], norm: torch.Tensor, batches: list[Batch]) -> None:
+    def add(self, sums: dict[str, torch.Tensor], norm: torch.Tensor, batches: list[MicroBatch]) -> None:
         """Add a step: sums of metrics over this rank's rows, float64 [], and the gradient's norm, fp32 []."""
         self._norm = norm
         self._norm_sum += norm

@@ -51,5 +51,5 @@ class StopRequest:
                 self.signal = int(self._votes)
                 return True
         self._votes.fill_(self.signal)
-        self._pending_vote = dist.all_reduce(self._votes, dist.ReduceOp.MAX, self._world.control, async_op=True)
+        self._pending_vote = dist.all_reduce(self._votes, dist.ReduceOp.MAX, self._world.control_group, async_op=True)
         return False

@@ -21,14 +21,14 @@ class TrainState:
     stale_evaluations: int = 0  # since the best one
     evaluation_due: bool = False  # this step's evaluation has not finished
     skipped: int = 0  # batches whose gradient was not finite
-    skipped_in_row: int = 0  # the most recent of them
+    skipped_in_row: int = 0  # consecutive ones, up to now
     has_learned: bool = False  # the logged loss was once clearly below the class-prior baseline
     collapse_check_due: bool = False
     checked_step: int = 0  # of the last check for a collapse
-    temperature: float = 1.0  # fitted on dev in the last evaluation, like all below (see evaluation/calibration)
+    temperature: float = 1.0  # this and the next two: fitted on dev when a model was last written
     ece_before: float = 0.0  # expected calibration error at temperature 1
     ece_after: float = 0.0
-    thresholds: list[float] = field(default_factory=list)  # of the labels, for a task that has thresholds
+    thresholds: list[float] = field(default_factory=list)  # of the labels, fitted on dev in the last evaluation
 
     @property
     def epochs(self) -> float:

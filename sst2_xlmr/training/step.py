@@ -8,14 +8,14 @@ from typing import Callable, Optional
 import torch
 from torch import nn
 
-from sst2_xlmr.data.batches import Batch
+from sst2_xlmr.data.batches import MicroBatch
 from sst2_xlmr.util.distributed import World
 
 # Takes fp32 logits [rows, outputs], labels, and weights [rows] or None; returns the weighted sum of the rows' losses.
 Loss = Callable[[torch.Tensor, torch.Tensor, Optional[torch.Tensor]], torch.Tensor]
 
 
-def forward_backward(model: nn.Module, batches: list[Batch], loss: Loss, world: World) -> dict[str, torch.Tensor]:
+def forward_backward(model: nn.Module, batches: list[MicroBatch], loss: Loss, world: World) -> dict[str, torch.Tensor]:
     """Compute gradients whose average over the ranks is the gradient of the global batch's mean loss.
 
     So a rank's loss is summed over its rows, divided by the global batch's rows (by the sum of their weights), and

@@ -1,7 +1,4 @@
-"""The device that computes: which, in what precision, and its memory, of which too little is a UserError.
-
-By default, glibc returns large freed blocks to the system, which costs XLM-R base 20,000 page faults per step.
-"""
+"""Choose device and precision; tune malloc; turn out-of-memory errors into UserError."""
 
 from __future__ import annotations
 
@@ -55,7 +52,7 @@ def set_up_numerics(precision: str, deterministic: bool, device: torch.device) -
             torch.use_deterministic_algorithms(True)
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Make glibc's malloc keep freed memory, and grow the heap in steps of 64 MiB."""
     if platform.libc_ver()[0] == "glibc":
         values = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
@@ -64,7 +61,7 @@ def keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
-def give_back_memory() -> None:
+def trim_malloc() -> None:
     """Return the memory that malloc has kept to the system."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 # gloo's messages when a peer is gone or silent; it has no exception type for that.
 _GLOO_ERROR = "gloo|Operation timed out|Connection (closed|reset|refused)|Broken pipe|Timed out waiting"
 _GLOO_ERROR += "|Socket (closed|Timeout)"
-# Of `slow_group`, for downloads, tokenization and slow disks, which take longer than any step.
+# Timeout of `slow_group`, for downloads, tokenization and slow disks, which take longer than any step.
 SLOW_TIMEOUT = timedelta(hours=6)
 
 
@@ -39,12 +39,12 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    control: Any = None  # gloo group for Python objects; None with one process
+    control_group: Any = None  # gloo group for Python objects; None with one process
     slow_group: Any = None  # the same, with `SLOW_TIMEOUT`
     timeout_s: float = math.inf  # of silence, until a process counts as lost
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
 
@@ -99,8 +99,10 @@ def init_distributed(device_name: str, threads: int, timeout_minutes: float) -> 
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout + more)
     lost = False
     try:
-        control, slow_group = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, SLOW_TIMEOUT))
-        yield World(device, **place, control=control, slow_group=slow_group, timeout_s=timeout.total_seconds())
+        control_group, slow_group = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, SLOW_TIMEOUT))
+        yield World(
+            device, **place, control_group=control_group, slow_group=slow_group, timeout_s=timeout.total_seconds()
+        )
     except UserError as error:
         lost = error.on_this_rank  # the others still wait for this rank
         raise
@@ -145,11 +147,11 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
 def broadcast(world: World, item: Any, group: Any = None, source: int = 0, limit_s: float | None = None) -> Any:
     """Return rank `source`'s `item` on every rank.
 
-    Ranks wait until the group's timeout (`world.control`'s by default), the source at most `limit_s`.
+    Ranks wait until the group's timeout (`world.control_group`'s by default), the source at most `limit_s`.
     """
     if world.world_size == 1:
         return item
-    group, is_source = group or world.control, world.rank == source
+    group, is_source = group or world.control_group, world.rank == source
     content = torch.frombuffer(bytearray(pickle.dumps(item if is_source else None)), dtype=torch.uint8)
     size = torch.tensor([len(content)])
     limit = [timedelta(seconds=limit_s)] if is_source and limit_s is not None else []
@@ -183,7 +185,7 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str]:
         return None, str(error)
 
 
-def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
+def local_rank0_first(world: World, prepare: Callable[[], Result]) -> Result:
     """Run `prepare`, which caches its result on disk, on one process per node, then on the others.
 
     A UserError on any rank is raised on all ranks.
@@ -199,7 +201,7 @@ def once_per_node(world: World, prepare: Callable[[], Result]) -> Result:
 
 def on_rank0(world: World, work: Callable[[], Result]) -> Result | None:
     """Run `work` on rank 0 while the others wait; returns its result there, else None. All ranks raise its error."""
-    result, problem = _attempt(work) if world.is_main else (None, "")
+    result, problem = _attempt(work) if world.is_rank0 else (None, "")
     if problem := broadcast(world, problem, world.slow_group, limit_s=world.timeout_s):
         raise_on_all(problem)
     return result

@@ -25,7 +25,6 @@ _SAME = {
     "precision": "dtype torch_dtype",
     "device cpu": "use_cpu no_cuda",
     "deterministic": "full_determinism",
-    "compile": "torch_compile",
     "timeout_minutes": "ddp_timeout",
     "max_length": "max_seq_len",
     "dev_file": "validation_file eval_data_file validation_data_file val_file valid_file",

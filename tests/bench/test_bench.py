@@ -12,7 +12,7 @@ import pytest
 from conftest import Capture, Patch, Words, refusal, user_error
 from running import call_in_forks
 
-from sst2_xlmr.programs import export, runs
+from sst2_xlmr.programs import export, study_runs
 
 bench, inputs, runtimes, service = map(importlib.import_module, ("bench", "inputs", "runtimes", "service"))
 with_trainer = importlib.import_module("study_with_trainer")
@@ -94,8 +94,8 @@ def test_the_trainers_results_are_those_of_the_same_files(
     options += train_words(tmp_path / "all", "--epochs", 1)
     call_in_forks(with_trainer.main, *options)
     found = json.loads((tmp_path / "all" / "study.json").read_text())
-    assert list(found["runs"]) == ["trainer", "ours"]
-    assert found["runs"]["trainer"]["1"]["dev"] == found["runs"]["trainer"]["1"]["best dev"] == 0.5
+    assert list(found["study_runs"]) == ["trainer", "ours"]
+    assert found["study_runs"]["trainer"]["1"]["dev"] == found["runs"]["trainer"]["1"]["best dev"] == 0.5
     (tmp_path / "all" / "trainer" / "seed-1.seconds").unlink()
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
@@ -106,12 +106,12 @@ def test_the_trainers_results_are_those_of_the_same_files(
     says = refusal(call_in_forks, with_trainer.main, *options, "--lr", "1e-4")
     assert "was made with other options; remove it, or choose another --output-dir" in says
 
-    runs.digest.cache_clear()
+    study_runs.digest.cache_clear()
     with (small_data / "dev.tsv").open("a") as file:
         file.write("one more\t0\n")
     says = refusal(call_in_forks, with_trainer.main, *options)
     assert "dev.tsv (dev) is not the file of the run " in says and "trainer/seed-1" in says
-    runs.digest.cache_clear()
+    study_runs.digest.cache_clear()
 
 
 @pytest.mark.parametrize(

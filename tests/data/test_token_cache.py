@@ -16,7 +16,7 @@ from conftest import CPU, SAMPLE_DATA, SST2_NAMES, Patch, refusal, tokenize_samp
 from sst2_xlmr.config import Config
 from sst2_xlmr.data import rows as data
 from sst2_xlmr.data import token_cache
-from sst2_xlmr.data.batches import Batch, BatchLoader, dropout_keys, rows_in_training_order, select_rows
+from sst2_xlmr.data.batches import BatchLoader, MicroBatch, dropout_keys, rows_in_training_order, select_rows
 from sst2_xlmr.data.rows import inspect, read_rows
 from sst2_xlmr.data.sniff import ReadOptions
 from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_files
@@ -215,7 +215,7 @@ def test_ranks_share_every_global_batch(cache: TokenCache, world_size: int, micr
                 assert not real
 
 
-def check_batches(batches: list[Batch], cache: TokenCache, rows: np.ndarray, seed: int, epoch: int) -> None:
+def check_batches(batches: list[MicroBatch], cache: TokenCache, rows: np.ndarray, seed: int, epoch: int) -> None:
     ids, lengths = select_rows(cache.ids, cache.starts, cache.lengths, rows)
     expected = (ids, lengths, torch.from_numpy(cache.labels[rows]), torch.from_numpy(dropout_keys(rows, seed, epoch)))
     for part, whole in zip(zip(*(batch[:4] for batch in batches)), expected):

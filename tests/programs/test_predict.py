@@ -318,7 +318,7 @@ WRONG_USE = {
     "--input sample_data": "is a folder, but not one with a folder of texts per class",
     "--input sample_data/dev.tsv --output no/such/x.tsv": "cannot write no/such/x.tsv: No such file",
     "--input sample_data/dev.tsv --glue-submission g --all-probabilities": "--glue-submission holds labels only",
-    "--input rows.tsv --glue-submission g --output g/../g/SST-2.tsv": "--output and --glue-submission are one file",
+    "--input rows.tsv --glue-submission g --output g/../g/SST-2.tsv": "--glue-submission are the same file",
     "--text-column 2 x": "--text-column needs --input",
     "--glue-submission x x": "--glue-submission needs --input",
     "--resume x": "--resume needs --input and --output",

@@ -23,9 +23,9 @@ from sst2_xlmr.data.batches import select_rows
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
-from sst2_xlmr.programs import runs, split, study
-from sst2_xlmr.programs.runs import digest
+from sst2_xlmr.programs import split, study, study_runs
 from sst2_xlmr.programs.study import PENALTY, linear_probe
+from sst2_xlmr.programs.study_runs import digest
 from sst2_xlmr.report.tables import Results, interval, summary
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.training.run_folder import lock_run_folder
@@ -109,13 +109,13 @@ def test_the_interval_is_students_and_leaves_out_what_is_unknown() -> None:
 
 def test_figures_are_the_last_of_every_file_and_the_best_of_dev(tmp_path: Path, monkeypatch: Patch) -> None:
     for name in ("check_inputs", "parse_args"):
-        monkeypatch.setattr(runs, name, lambda *_: None)
+        monkeypatch.setattr(study_runs, name, lambda *_: None)
     (tmp_path / "seed-1" / "model").mkdir(parents=True)
     (tmp_path / "seed-1" / "config.json").touch()
     values = [("dev", 0.5), ("dev", 0.7), ("dev", 0.6), ("de", 0.9), ("best/de", 1.0)]
     lines = [json.dumps({"step": 1, "split": split, "accuracy": value}) for split, value in values]
     (tmp_path / "seed-1" / "metrics.jsonl").write_text("\n".join(lines))
-    assert runs.train([], tmp_path, 1) == (False, {"dev": 0.6, "best dev": 0.7, "de": 0.9, "seconds": None})
+    assert study_runs.train([], tmp_path, 1) == (False, {"dev": 0.6, "best dev": 0.7, "de": 0.9, "seconds": None})
 
 
 def test_a_failing_run_ends_it_with_its_status(common: Words, small_data: Path, tmp_path: Path, capfd: Capture) -> None:
@@ -210,7 +210,7 @@ def test_nothing_of_the_test_is_left_to_train_on(tmp_path: Path, capsys: Capture
     texts = [" ".join(row).upper() if draw.random() < 0.5 else " ".join(row) for row in draw.sample(rows, len(rows))]
     source = write_tsv(tmp_path / "all.tsv", texts)
     train, test = run_split(source, tmp_path / "a", "--rows", 60)
-    assert "60 test rows, 183 in none" in capsys.readouterr().out
+    assert "60 test rows, 183 in no split" in capsys.readouterr().out
     assert len(test) == 61
     assert len(train) > 400
     assert {*train, *test} <= set(source.read_text().splitlines()), "rows stay as they are"

@@ -328,7 +328,7 @@ def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
     ("precision", "decided", "reason", "says"),
     [
         ("auto", "bf16", "", "1 process; precision auto -> bf16 with fp32 master weights; engine"),
-        ("fp32", "fp32", "as asked", "1 process; fp32; plain PyTorch: slower (as asked)"),
+        ("fp32", "fp32", "--no-compile", "1 process; fp32; plain PyTorch: slower (--no-compile)"),
         ("bf16", "bf16", "no GCC that works", "bf16 autocast; plain PyTorch: slower (no GCC that works)"),
     ],
 )

@@ -164,7 +164,7 @@ def test_rows_without_gradient_decay_as_the_vocabulary_says(kind: str, lr: float
         classifier.encoder.tokens.weight.grad[10] = 0  # type: ignore[index]
         optimizer.clip(0.0)
         optimizer.step(lr)
-        vocabulary.count_step(lr)
+        vocabulary.decay_unused_rows(lr)
     assert vocabulary.decay == pytest.approx((1 - lr * 0.1 * 0.8**3) ** steps, rel=1e-9)
     row = saved(optimizer)[0][EMBEDDING][10].double() / before[EMBEDDING][10].double()
     assert 1 - float(row.mean()) == pytest.approx(1 - vocabulary.decay, rel=0.03)

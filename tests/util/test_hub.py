@@ -111,7 +111,7 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(s
         ("us/tiny", {"status": 403}, "403"),
         ("models/tyni", {}, "models/tyni is neither a folder nor a model at"),
         ("us/tiny@v2", {}, "us/tiny has no revision v2"),
-        ("us/tiny", {"body": b"short", "length": 99_999}, "cannot be fetched from"),
+        ("us/tiny", {"body": b"short", "length": 99_999}, "cannot be downloaded from"),
     ],
 )
 def test_what_is_refused_is_named(server: Server, tmp_path: Path, name: str, answer: dict[str, Any], says: str) -> None:
@@ -127,7 +127,11 @@ def test_without_a_connection_the_cache_is_taken(server: Server, monkeypatch: Pa
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # a privileged port that nobody serves
     assert find_encoder("us/tiny") == encoder
     message = refusal(find_encoder, "us/other")
-    for says in ("us/other is no folder, and cannot be fetched from http://127.0.0.1:1: ", "refused", "HF_HUB_CACHE"):
+    for says in (
+        "us/other is not a local folder, and cannot be downloaded from http://127.0.0.1:1: ",
+        "refused",
+        "HF_HUB_CACHE",
+    ):
         assert says in message
 
 

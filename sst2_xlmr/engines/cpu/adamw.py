@@ -23,7 +23,7 @@ from sst2_xlmr.engines.cpu.kernels import GRADIENTS, PARAMETER, Kernels
 from sst2_xlmr.engines.cpu.masters import ParamState, split_master
 from sst2_xlmr.engines.cpu.shared_memory import aligned_bytes, barrier_sum, shared_bytes, tensors_in
 from sst2_xlmr.training.optimizer import BETAS, EPSILON, group_of
-from sst2_xlmr.util.device import give_back_memory
+from sst2_xlmr.util.device import trim_malloc
 from sst2_xlmr.util.distributed import World, raise_on_all
 from sst2_xlmr.util.tensors import LazyTensor
 
@@ -90,7 +90,7 @@ class CpuAdamW:
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             place = next(places)
-            return place.copy_(tensor) if world.is_main else place
+            return place.copy_(tensor) if world.is_rank0 else place
 
         for state in self._trained:
             assert state.exp_avg is not None
@@ -100,7 +100,7 @@ class CpuAdamW:
             state.exp_avg, state.exp_avg_sq = moved(state.exp_avg), moved(state.exp_avg_sq)
         self._places = tensors_in(memory, weights, size + world.rank * size_of_gradients)
         barrier_sum(world)  # rank 0 has copied everything
-        give_back_memory()
+        trim_malloc()
         return True
 
     def _watch_gradients(self) -> None:
@@ -205,9 +205,9 @@ class CpuAdamW:
         """Take over what `weights` and `moments` have given after so many steps; every rank must call it."""
         self._steps = steps
         for state in self._states:
-            if self._world.is_main or not (self.shares_memory and state.weight.requires_grad):
+            if self._world.is_rank0 or not (self.shares_memory and state.weight.requires_grad):
                 state.load(weights[state.name])
-        if self._world.is_main or not self.shares_memory:
+        if self._world.is_rank0 or not self.shares_memory:
             for name, tensor in self.moments().items():
                 tensor.copy_(moments[name])
         barrier_sum(self._group)  # rank 0 has copied everything
