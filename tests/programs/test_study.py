@@ -254,6 +254,7 @@ def test_splitting_csv_keeps_columns_and_quotes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (["--rows", "4", "--test-share", "0.1"], "--rows and --test-share both define the test rows"),
         (["--rows", "40"], "--rows 40 is too many: there are 40 rows, and some must remain"),
         (["--rows", "5", "--seed", str(2**32)], "--seed 4294967296 is not a number from 0 to 4294967295"),
         (["--rows", "5", "--train-rows", "99"], "35 rows are left to train on"),
