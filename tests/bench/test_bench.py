@@ -94,8 +94,8 @@ def test_the_trainers_results_are_those_of_the_same_files(
     options += train_words(tmp_path / "all", "--epochs", 1)
     call_in_forks(with_trainer.main, *options)
     found = json.loads((tmp_path / "all" / "study.json").read_text())
-    assert list(found["study_runs"]) == ["trainer", "ours"]
-    assert found["study_runs"]["trainer"]["1"]["dev"] == found["runs"]["trainer"]["1"]["best dev"] == 0.5
+    assert list(found["runs"]) == ["trainer", "ours"]
+    assert found["runs"]["trainer"]["1"]["dev"] == found["runs"]["trainer"]["1"]["best dev"] == 0.5
     (tmp_path / "all" / "trainer" / "seed-1.seconds").unlink()
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
