@@ -47,7 +47,7 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 # Annotations that say how an option's value is parsed (see `TYPES`); `list[...]` takes several values.
 FilePath = str
 NamedFile = str  # NAME=FILE
-CommaSeparated = list  # of str, in one word; see `names_in`
+CommaSeparated = list  # of str, given as one argument; see `parse_label_names`
 
 
 def one_of(*values: str) -> Callable[[Any], str]:
@@ -189,7 +189,7 @@ class Config:
     train_file: list[FilePath] = changeable([], "FILE: training rows, one or more files; overrides --data-dir")
     dev_file: FilePath | None = changeable(None, "FILE: rows to evaluate on during training; overrides --data-dir")
     dev_share: float | None = option(
-        None, "P: share of each class's rows that becomes dev (default without a dev file: 0.1)", above(0, 0.9)
+        None, "P: share of each class set aside as dev (without a dev file: 0.1, up to 5,000 rows)", above(0, 0.9)
     )
     test_file: list[FilePath] = changeable([], "FILE: labelled rows to evaluate on at the end, one or more files")
     eval_file: list[NamedFile] = changeable(
@@ -248,7 +248,7 @@ class Config:
     weight_decay: float = option(0.01, "RATE: AdamW weight decay; biases and LayerNorm are exempt", at_least(0))
     layerwise_lr_decay: float = option(1.0, "F: learning rate factor per layer away from the head", above(0, 1))
     schedule: str = option(
-        "linear", "NAME: after warmup: linear or cosine decay to 0, constant", one_of("linear", "cosine", "constant")
+        "linear", "NAME: after warm-up: linear or cosine decay to 0, constant", one_of("linear", "cosine", "constant")
     )
     warmup_ratio: float = option(0.06, "SHARE: share of all steps over which the learning rate rises", between(0, 1))
     max_grad_norm: float = option(1.0, "NORM: clip the gradient's global norm to this (0: never)", at_least(0))
@@ -276,19 +276,21 @@ class Config:
 
     output_dir: FilePath | None = changeable(None, "DIR: the run's directory (default: runs/ and the start time)")
     eval_every: int | None = option(
-        None, "N: evaluate every N steps of an epoch, and at its end (0: only then; default: 8 times)", at_least(0)
+        None,
+        "N: evaluate every N steps of an epoch, and at its end (0: only then; default: up to 8 times)",
+        at_least(0),
     )
     eval_batch_tokens: int = option(
         EVAL_BATCH_TOKENS, "TOKENS: tokens per forward pass in evaluation (a longer row: alone)", at_least(1)
     )
     best_by: str | None = option(
         None,
-        "METRIC|NAME|mean: selects best/: a metric on dev, or the main one on an --eval-file, or its mean over all",
+        "METRIC|NAME|mean: selects best/ by a metric on dev, or the main metric on an --eval-file or averaged over all",
     )
     early_stopping_patience: int = option(0, "N: stop after N evaluations without a better one (0: never)", at_least(0))
-    save_every: int = changeable(0, "N: write a checkpoint every N steps, besides each epoch (0: no)", at_least(0))
+    save_every: int = changeable(0, "N: checkpoint every N steps and after each epoch (0: only then)", at_least(0))
     keep_checkpoints: int = changeable(2, "N: how many of the newest checkpoints to keep", at_least(2))
-    log_every: int = changeable(50, "N: log training metrics, averaged over N steps, every N steps", at_least(1))
+    log_every: int = changeable(50, "N: log training metrics every N steps, averaged since the last log", at_least(1))
     tensorboard_dir: FilePath | None = changeable(None, "DIR: TensorBoard events (default: OUTPUT_DIR/tensorboard)")
 
     @property

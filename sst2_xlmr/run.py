@@ -70,7 +70,7 @@ class Run:
         self.meter, self.stop_request = TrainMeter(world), StopRequest(world)
         self.background_writer = BackgroundWriter()
         self.contents: CheckpointContents = state, self.meter, self.optimizer, self.vocabulary
-        # Whether to check every gradient norm at once. That would synchronize a GPU, so there the meter checks later.
+        # Whether to check each gradient norm right away. That would synchronize a GPU, so there the meter checks later.
         self.checks_grad_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
         self.baseline = self.task.baseline_loss(labels, weights)
         self.metrics: dict[str, dict[str, Any]] = {}  # by split: those of its last evaluation
@@ -97,7 +97,8 @@ class Run:
         if (source_rows := self.inputs.splits["train"].source_rows) is not None:
             rows = source_rows[rows]
         self.advance(skipped=True)
-        check_skipped(self.state, self.config.skip_nonfinite, rows)
+        places = [self.inputs.place_of("train", int(row)) for row in rows[:50]]
+        check_skipped(self.state, self.config.skip_nonfinite, places)
         self.optimizer.clear_gradients()
         self.say(f"step {self.state.step:>6}  gradient is not finite: batch skipped")
 

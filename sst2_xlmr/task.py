@@ -423,7 +423,7 @@ class SingleLabel(_Common):
         return {"label": (label, "STRING", []), "probabilities": (probabilities, "FLOAT", [self.outputs])}
 
     def parse_exported_outputs(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
-        """Return the answers of an exported model, like the first of `cells`, and the probabilities."""
+        """Return an exported model's answers, like the first of `prediction_cells`, and its probabilities."""
         return list(outputs[0]), np.asarray(outputs[1])
 
     # Compiled by TorchScript: logits, fp32 [texts, classes], label names, thresholds -> labels and probabilities.

@@ -38,7 +38,7 @@ from sst2_xlmr.util.distributed import World, broadcast, check_same, init_distri
 from sst2_xlmr.util.errors import Collapsed, Interrupted, raise_on_all, say
 from sst2_xlmr.util.files import write_errors
 
-FIXED_INPUTS = ("training rows", "file dev", "tokenizer", "encoder's weights")  # test files may differ on resume
+FIXED_INPUTS = ("training rows", "file dev", "tokenizer", "encoder's weights")  # others may differ on resume
 
 
 def train(run: Run) -> None:
@@ -58,7 +58,7 @@ def train(run: Run) -> None:
             run.meter.add(sums, grad_norm, micro_batches)
             run.advance()
         due = schedule.due(state)  # 3. log, evaluate, save
-        stop = run.stop_request.vote()  # a collective: on every rank after every step
+        stop = run.stop_request.vote()  # a collective, so every rank calls it after every step
         if due or stop:
             run.meter.reduce(state.step)
             if "log" in due:
@@ -102,7 +102,7 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
     lock = checkpoint = None
     if resume:
         lock = on_rank0(world, lambda: lock_run_folder(folder))
-        checkpoint = broadcast(world, on_rank0(world, lambda: find_checkpoint(folder / "checkpoints", print)))
+        checkpoint = broadcast(world, on_rank0(world, lambda: find_checkpoint(folder / "checkpoints", say)))
     inputs, digests = prepare_inputs(config, world)
     state = read_state(checkpoint) if checkpoint else initial_state(config, inputs, digests, world)
     for name in FIXED_INPUTS:
@@ -121,7 +121,7 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
 
 @contextlib.contextmanager
 def run_context(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[None]:
-    """Open the run's outputs and print the header; inside, signals only request a stop. Unlocks the run at the end."""
+    """Open the run's outputs, print the header, and turn signals into stop requests; unlock the run at the end."""
     state, total_steps = run.state, run.schedule.total_steps
     best_splits = [f"best/{split}" for split in run.test_splits]
     rewritten_splits = [*run.test_splits, *best_splits, *(run.eval_splits if state.evaluation_due else [])]
@@ -134,11 +134,9 @@ def run_context(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[Non
         run.say(f"run        {run.folder}")
     if resume:
         run.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
-    report = contextlib.closing(run.report) if run.report else contextlib.nullcontext()
-    with run.background_writer, run.stop_request, report:
+    lock, report = (contextlib.closing(each) if each else contextlib.nullcontext() for each in (run.lock, run.report))
+    with lock, run.background_writer, run.stop_request, report:
         yield
-    if run.lock:
-        run.lock.close()
 
 
 def finish(run: Run) -> None:

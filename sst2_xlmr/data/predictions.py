@@ -17,7 +17,7 @@ from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import atomic_file, new_file, write_errors
 
 GLUE_LABEL_IDS = {"negative": 0, "positive": 1, "0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
-Cells = Sequence[Any]  # the new cells of a row; see `Task.cells`
+Cells = Sequence[Any]  # the new cells of a row; see `SingleLabel.prediction_cells`
 
 
 def console_lines(rows: Sequence[Row], predictions: Sequence[Cells]) -> str:

@@ -119,7 +119,7 @@ def inspect_splits(config: Config, quiet: bool = False) -> tuple[Task, dict[str,
                 split.dropped.update(inspection.check(path, task, config.drop_unusable))
         if not split.is_labelled:
             split.notes.append("no row has a label: unlabelled, not evaluated")
-    splits["train"].notes.extend(notes)  # on a test file that is not a split
+    splits["train"].notes.extend(notes)  # on files that are not used
     return task, splits
 
 
@@ -182,7 +182,7 @@ def prepare(config: Config, quiet: bool = False) -> Inputs:
             is_kept[rows] = False
     kept = np.flatnonzero(is_kept)
     if not len(kept):
-        raise UserError("--drop-duplicates or --drop-leaks leaves no row to train on; leave them out")
+        raise UserError("--drop-duplicates or --drop-leaks leaves no row to train on; turn one of them off")
     if len(kept) < len(whole):
         caches["train"], splits["train"] = whole.part(kept), replace(splits["train"], source_rows=kept)
     return Inputs(config, task, encoder, splits, caches, whole, leaks)

@@ -160,7 +160,7 @@ def _text_layout(
     if kind == "fasttext" or (kind is None and all(map(_FASTTEXT.match, filled))):
         return Layout("fasttext", names=("text", "label"))
     if kind is None and all(map(_TREE.match, filled)):
-        raise UserError(f"{path} has parse trees in brackets, as SST's; make them rows: {_TREE_CURE}")
+        raise UserError(f"{path} has parse trees in brackets, like SST's; convert them to rows: {_TREE_CURE}")
     kind = kind or _json_format(name, filled)
     if kind == "json":
         whole = lines if is_whole else _sample(path, encoding, math.inf)[0]

@@ -48,20 +48,24 @@ def find_files(config: Config, quiet: bool = False) -> tuple[dict[str, list[Path
     if folder is None and not config.train_file:
         folder = downloads.fetch_sst2(quiet=quiet)
     files = {"train": [Path(file) for file in config.train_file] or (find_split(folder, "train") if folder else [])}
+    notes = []
     if config.dev_file:
         files["dev"] = [Path(config.dev_file)]
-    elif folder and config.dev_share is None and (found := find_split(folder, "dev", is_needed=False)):
-        files["dev"] = found
+    elif folder and (found := find_split(folder, "dev", is_needed=False)):
+        if config.dev_share is None:
+            files["dev"] = found
+        else:
+            notes.append(f"{found[0].name} is not used: --dev-share sets training rows aside instead")
     files.update((name, [file]) for name, file in map(named_file, config.eval_file))
     for file in map(Path, config.test_file):
         name = plain_name(file)
-        files[name if name not in files else str(file)] = [file]
+        files[name if name not in (*files, "dev", "mean") else str(file)] = [file]
     tests = find_split(folder, "test", is_needed=False) if folder and not config.test_file else []
-    if not tests:
-        return files, []
-    if not has_columns(tests[0], columns_for(config, "test")):  # like GLUE's
-        return files, [f"{tests[0].name} lacks a text or label column: unlabelled, not evaluated"]
-    return {**files, "test": tests}, []
+    if tests and has_columns(tests[0], columns_for(config, "test")):
+        files["test"] = tests
+    elif tests:  # like GLUE's
+        notes.append(f"{tests[0].name} lacks a text or label column: unlabelled, not evaluated")
+    return files, notes
 
 
 def stratified_sample(digests: np.ndarray, labels: np.ndarray, share: float, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Faster ways to compute the same; everything works without this folder (see backend.py).
+"""Faster implementations of the same computation; everything works without this folder (see backend.py).
 
 An engine replaces the forward pass over the classifier's parameters (in prediction also by one in 8-bit integers), and
 in training the optimizer, which then averages gradients over processes too. Nothing in `model/` and `training/` knows

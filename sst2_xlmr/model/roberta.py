@@ -130,7 +130,7 @@ class SequenceClassifier(nn.Module):
         Args:
             ids: int64 [tokens], the concatenated texts.
             lengths: int64 [windows], tokens per window, on the CPU to avoid synchronizing with a GPU.
-            keys: unused; see `MicroBatch`.
+            keys: dropout keys, which only engines use; see `MicroBatch.dropout_keys`.
             windows: int64 [texts], windows per text, on the CPU; None for one each.
         """
         tokens = torch.full((len(lengths), int(lengths.max())), PAD_ID, device=ids.device)

@@ -127,10 +127,10 @@ def split(parser: OneLineParser, add: Add) -> None:
     """Split a file of rows into train, dev and test."""
     add("--train-file", required=True, type=Path, metavar="FILE", help="labelled rows")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="new folder for the files")
-    add("--test-share", type=share, default=0.0, metavar="P", help="share of each class's rows for the test [0]")
+    add("--test-share", type=share, default=0.0, metavar="P", help="share of each class's rows for the test set [0]")
     add("--dev-share", type=share, default=0.0, metavar="P", help="share of each class's rows for dev [0]")
-    add("--rows", type=positive, metavar="N", help="instead of --test-share: number of rows for the test")
-    what = "let no test text be part of a training text, or contain one; needs --rows"
+    add("--rows", type=positive, metavar="N", help="instead of --test-share: number of rows in the test set")
+    what = "no test text may contain a training text or be part of one; needs --rows"
     add("--keep-parts-apart", action="store_true", help=what)
     add("--train-rows", type=positive, metavar="N", help="train on N random rows of the remaining ones [all]")
     add("--seed", type=int, default=0, metavar="N", help="random seed [0]")

@@ -44,7 +44,7 @@ FileRows = list[tuple[Path, Row]]  # training rows, each with its file
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options, and by name of setting `settings`, words for train.py, and `configs`."""
+    """Return the options, with `settings` (name -> arguments for train.py) and `configs` (name -> Config)."""
     study = options.parse("study", argv)
     study.settings, study.configs = {}, {}
     if bool(study.seeds) == bool(study.folds) or study.folds == 1 or study.folds < 0:

@@ -27,13 +27,12 @@ _LOSS_DEVIATION = 0.5  # assumed standard deviation of a row's loss, in nats: an
 _COLLAPSED_STD = 0.3
 
 
-def check_skipped(state: TrainState, limit: int, rows: np.ndarray) -> None:
+def check_skipped(state: TrainState, limit: int, rows: list[str]) -> None:
     """Raise UserError, on every rank, if more than `limit` batches in a row were skipped; the last one had `rows`."""
     if state.skipped_in_row <= limit:
         return
-    numbers = ", ".join(str(row + 1) for row in rows[:50]) + (", ..." if len(rows) > 50 else "")
     last = f" (the last of {state.skipped_in_row} in a row)" if state.skipped_in_row > 1 else ""
-    where = f"step {state.step}{last}, training rows of this batch, from 1: {numbers}"
+    where = f"step {state.step}{last}, training rows of this batch: {', '.join(rows)}"
     raise_on_all(f"the gradient is not finite at {where}: {NOT_FINITE_CURE}")
 
 

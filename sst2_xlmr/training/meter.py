@@ -30,7 +30,7 @@ class TrainMeter:
         self.start()
 
     def start(self) -> None:
-        """Continue from `totals`."""
+        """Restart the clock, and continue the sums from `totals`."""
         totals, device = {"rows": 0.0, "tokens": 0.0, **self.totals}, self._world.device
         self._started = time.monotonic() - totals.pop("seconds", 0.0)
         self._norm = torch.tensor(totals.pop("grad_norm", 0.0), device=device)
@@ -57,7 +57,7 @@ class TrainMeter:
         self.totals = {**dict(zip(self._sums, sums)), "seconds": seconds, "grad_norm": float(self._norm)}
 
     def flush(self, state: TrainState, lr: float) -> dict[str, Any]:
-        """Return the line of training metrics, means since the last one; `lr` is the last step's. Starts a new line."""
+        """Return a line of metrics: means since the last line, but the last step's lr and gradient norm; then reset."""
         totals, self.totals = self.totals, {"grad_norm": self.totals["grad_norm"]}
         rows, tokens, seconds, norm = (totals.pop(name) for name in ("rows", "tokens", "seconds", "grad_norm"))
         return {

@@ -26,7 +26,7 @@ def lock_run_folder(run_folder: Path) -> IO[str]:
     path = run_folder / LOCK_NAME
     for name in ("checkpoints", "tensorboard", "best", "model"):
         if (run_folder / name).is_symlink():
-            raise UserError(f"{run_folder / name} is a symbolic link; a run stays in its folder: link that as a whole")
+            raise UserError(f"{run_folder / name} is a symbolic link; link the whole run folder instead")
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")

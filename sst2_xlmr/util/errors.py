@@ -22,7 +22,7 @@ class UserError(Exception):
     """A user's mistake: one line with the problem, its place and its cure."""
 
     text: str
-    # Every rank raises it, and rank 0 reports it; without this and the next, each node's first process reports it.
+    # Every rank raises it, and rank 0 reports it. If neither flag is set, local rank 0 of each node reports it.
     on_all_ranks: bool = False
     on_this_rank: bool = False  # only this rank raises it, and reports it
     status: int = 2  # with which the program ends

@@ -146,6 +146,10 @@ def test_dev_is_cut_off_where_there_is_none_or_a_share_is_given(
     words = train_options(tiny_encoder, small_data, tmp_path / "run")
     more = prepare(parse_args([*words, "--dev-share", "0.3"])[0])
     assert len(more.caches["dev"]) == 15
+    assert "dev.tsv is not used: --dev-share" in more.splits["train"].notes[0]
+    files = ["--train-file", str(small_data / "train.tsv"), "--test-file", str(small_data / "dev.tsv")]
+    splits = prepare(parse_args([*files, "--max-length", "64", "--encoder", str(tiny_encoder)])[0]).splits
+    assert [splits[name].files[0].name for name in splits] == ["train.tsv", "train.tsv", "dev.tsv"], "a test, not dev"
     (small_data / "dev.tsv").unlink()
     inputs = prepare(parse_args(words)[0])
     rows, rest = (inputs.splits[split].source_rows for split in ("dev", "train"))
