@@ -124,7 +124,7 @@ def test_time_limit_requeues_and_ends_with_the_same_bits(tiny_encoder: Path, sma
     facts, said = wait_for_end(job, log, timeout_s=400)
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), said
     assert int(facts["Restarts"]) >= 1, said
-    assert said.count("the time limit is near") == int(facts["Restarts"])
+    assert said.count("the time limit is near") - int(facts["Restarts"]) in (0, 1), "once more as it ends"
     assert said.count("stopped    by SIGUSR1 after step ") == int(facts["Restarts"])
     # The same without SLURM or a stop.
     torchrun(2, train_options(tiny_encoder, small_data, tmp_path / "one", *options), nodes=True)
