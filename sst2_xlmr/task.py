@@ -47,6 +47,7 @@ Weights = Union[np.ndarray, None]  # float [rows], factors on the rows' losses; 
 
 
 def _script_label(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> tuple[list[str], torch.Tensor]:
+    """Return, in TorchScript, the most probable label of every text, and fp32 [texts, labels], the probabilities."""
     probabilities = logits.softmax(-1)
     best: list[int] = probabilities.argmax(-1).tolist()
     return [names[index] for index in best], probabilities
@@ -55,6 +56,7 @@ def _script_label(logits: torch.Tensor, names: list[str], thresholds: torch.Tens
 def _script_labels(
     logits: torch.Tensor, names: list[str], thresholds: torch.Tensor
 ) -> tuple[list[list[str]], torch.Tensor]:
+    """Return, in TorchScript, every text's labels at these thresholds, and fp32 [texts, labels], the probabilities."""
     probabilities = logits.sigmoid()
     labels: list[list[str]] = []
     for row in probabilities >= thresholds:

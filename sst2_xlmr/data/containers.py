@@ -164,14 +164,18 @@ def excel_sheets(path: Path) -> Iterator[list[Any]]:
         yield openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets
 
 
-def excel_rows(path: Path, *_: str) -> Cells:
-    """Yield the rows of a workbook's first sheet, including the header; cells are text, or None if empty."""
+def sheet_rows(sheet: Any) -> Cells:
+    """Yield a sheet's rows, including the header; cells are text, or None if empty."""
+    for number, row in enumerate(sheet.iter_rows(values_only=True), 1):
+        if any(cell is not None for cell in row):
+            yield number, [None if cell is None else str(cell) for cell in row]
+
+
+def _excel_rows(path: Path, *_: str) -> Cells:
     with excel_sheets(path) as sheets:
-        for number, row in enumerate(sheets[0].iter_rows(values_only=True), 1):
-            if any(cell is not None for cell in row):
-                yield number, [None if cell is None else str(cell) for cell in row]
+        yield from sheet_rows(sheets[0])
 
 
 # Format -> rows of a path, given the format and an encoding.
-READERS: dict[str, Callable[[Path, str, str], Cells]] = {"folder": _folder_rows, "xlsx": excel_rows}
+READERS: dict[str, Callable[[Path, str, str], Cells]] = {"folder": _folder_rows, "xlsx": _excel_rows}
 READERS |= {"parquet": _arrow_rows, "arrow": _arrow_rows}

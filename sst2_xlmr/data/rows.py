@@ -297,7 +297,8 @@ class Inspection:
                     is_missing = task.read_label(label, f"{path}, line {line}") is None
             except UserError as of_label:
                 error, unknown = error or of_label, unknown + count
-            missing += [label] * is_missing
+            if is_missing:
+                missing.append(label)
         if error:
             raise UserError(f"{error} ({_rows(unknown)})")
         if missing:

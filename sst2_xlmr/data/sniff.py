@@ -113,9 +113,9 @@ def _find_layout(path: Path, asked: ReadOptions, *_: int) -> Layout:
         names, class_names = containers.arrow_columns(path, kind)
         return Layout(kind, names=names, class_names=class_names)
     if kind == "xlsx":
-        with opened(path):  # for its errors about damaged files
-            rows = [[cell or "" for cell in cells] for _, cells in containers.excel_rows(path)]
-        with containers.excel_sheets(path) as sheets:
+        # `opened` for its errors about damaged files
+        with opened(path), containers.excel_sheets(path) as sheets:
+            rows = [[cell or "" for cell in cells] for _, cells in containers.sheet_rows(sheets[0])]
             first, *others = (sheet.title for sheet in sheets)
         note = f"only sheet {first!r} is read, not {shortened(', '.join(map(repr, others)))}; save those as CSV"
         return _with_header(path, Layout("xlsx", notes=(note,) if others else ()), rows, asked)

@@ -40,6 +40,7 @@ def load_classifier(
         model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
         if bf16 and task.is_output_fp32:
             model.head.out = out.requires_grad_(False).to(device)
+            # The layers before it give bf16.
             model.head.out.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         converted = convert(model, task) if convert else model
     tokenizer = tokenizer_loading.result()

@@ -142,6 +142,7 @@ def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
 
 def classify(arguments: argparse.Namespace, classifier: Classifier, chunks: Chunks) -> Iterator[Predictions]:
     """Yield each chunk of rows with its predictions."""
+    task = classifier.task
     encoded: Iterator[Any] = ((chunk, classifier.encode(texts_of(chunk))) for chunk in chunks)
 
     def read_ahead() -> Iterator[Any]:
@@ -155,13 +156,7 @@ def classify(arguments: argparse.Namespace, classifier: Classifier, chunks: Chun
     for chunk, (ids, lengths) in read_ahead() if arguments.input else encoded:
         with memory_errors(f"use a smaller --batch-tokens than {arguments.batch_tokens}"):
             rows = classifier.probabilities_of_ids(ids, lengths, arguments.batch_tokens).tolist()
-        yield (
-            chunk,
-            [
-                classifier.task.prediction_cells(row, arguments.all_probabilities, arguments.abstain_below)
-                for row in rows
-            ],
-        )
+        yield chunk, [task.prediction_cells(row, arguments.all_probabilities, arguments.abstain_below) for row in rows]
 
 
 def predict_stream(arguments: argparse.Namespace) -> None:
