@@ -33,7 +33,7 @@ from sst2_xlmr.training.run_folder import evaluations_at, lock_run_folder, write
 from sst2_xlmr.training.schedule import evaluation_interval
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.training.step import forward_backward
-from sst2_xlmr.util.device import choose_precision, memory_errors, set_up_numerics, trim_malloc, tune_malloc
+from sst2_xlmr.util.device import choose_precision, memory_errors, set_up_numerics, trim_malloc, tune_memory
 from sst2_xlmr.util.distributed import World, broadcast, check_same, init_distributed, local_rank0_first, on_rank0
 from sst2_xlmr.util.errors import Collapsed, Interrupted, raise_on_all, say
 from sst2_xlmr.util.files import write_errors
@@ -202,7 +202,7 @@ def describe_inputs(config: Config, world: World) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    tune_malloc()
+    tune_memory()
     config, resume = parse_args(argv)
     too_large = "use a smaller --encoder, or a machine with more memory"
     with init_distributed(config.device, config.threads, config.timeout_minutes) as world, memory_errors(too_large):

@@ -32,7 +32,7 @@ from sst2_xlmr.programs import options
 from sst2_xlmr.report.tables import aligned, comparison_table, evaluation_table
 from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, open_events
 from sst2_xlmr.task import Task, at_temperature, check_options
-from sst2_xlmr.util.device import memory_errors, tune_malloc
+from sst2_xlmr.util.device import memory_errors, tune_memory
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import UserError, refuse
 from sst2_xlmr.util.files import put_in_place, scratch_folder, write_errors, write_text
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     models = arguments.models = [model_folder(name) for name in arguments.models]
     if arguments.calibrate and len(models) > 1:
         raise UserError("--calibrate writes one model; name one --model")
-    tune_malloc()
+    tune_memory()
     against = arguments.against
     classifier = Classifier.load_ensemble(models, arguments.precision, arguments.device)
     precision = classifier.precision

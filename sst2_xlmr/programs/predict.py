@@ -35,7 +35,7 @@ from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.task import Task, check_options
 from sst2_xlmr.util import distributed, shards
-from sst2_xlmr.util.device import memory_errors, tune_malloc
+from sst2_xlmr.util.device import memory_errors, tune_memory
 from sst2_xlmr.util.errors import UserError, raise_on_all, refuse
 from sst2_xlmr.util.files import digest_of, write_errors, write_text
 
@@ -273,7 +273,7 @@ def predict_file(arguments: argparse.Namespace, world: distributed.World) -> Non
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
-    tune_malloc()
+    tune_memory()
     arguments.models, paths = [model_folder(name) for name in arguments.models], arguments.paths
     cure = f"{'' if arguments.input else '--input FILE '}--text-pair-column NAME"
     check_pairs(arguments.models[0], columns_for(arguments).pair, cure)

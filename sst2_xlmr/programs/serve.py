@@ -27,7 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
 from sst2_xlmr.task import check_options
-from sst2_xlmr.util.device import tune_malloc
+from sst2_xlmr.util.device import tune_memory
 from sst2_xlmr.util.errors import SIGNALS, UserError, say
 from sst2_xlmr.util.files import read_json
 
@@ -247,7 +247,7 @@ def supervise(processes: list[Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     arguments = options.parse("serve", argv)
     arguments.listener = listen(arguments.host, arguments.port)
-    tune_malloc()
+    tune_memory()
     # Load in a thread that ends, so its OpenMP threads end too: if there were more than cores, waiting ones would not
     # spin, which is slower, and a forked process would wait for threads that it does not have.
     with ThreadPoolExecutor(1) as thread:

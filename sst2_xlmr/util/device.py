@@ -1,9 +1,10 @@
-"""Choose device and precision; tune malloc; turn out-of-memory errors into UserError."""
+"""Choose device and precision; tune memory management; turn out-of-memory errors into UserError."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 from collections.abc import Iterator
@@ -52,8 +53,12 @@ def set_up_numerics(precision: str, deterministic: bool, device: torch.device) -
             torch.use_deterministic_algorithms(True)
 
 
-def tune_malloc() -> None:
-    """Make glibc's malloc keep freed memory, and grow the heap in steps of 64 MiB."""
+def tune_memory() -> None:
+    """Make glibc's malloc keep freed memory, and grow the heap in steps of 64 MiB; collect garbage less often.
+
+    With Python's default threshold, the garbage collector takes a third of the time of reading and tokenizing rows.
+    """
+    gc.set_threshold(10_000)
     if platform.libc_ver()[0] == "glibc":
         values = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
         values[_M_ARENA_MAX] = 1  # one arena: each thread's own would keep its freed blocks

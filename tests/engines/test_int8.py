@@ -37,7 +37,7 @@ from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util import device
 def own_bytes():  # without the pages of torch's libraries, of which some builds load a hundred megabytes only now
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-device.tune_malloc()
+device.tune_memory()
 before = own_bytes()
 task = SingleLabel(["a", "b"])
 classifier = build_classifier(find_encoder(sys.argv[1]), task)[0].requires_grad_(False).eval()
