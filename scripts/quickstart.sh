@@ -3,7 +3,7 @@
 #
 #   scripts/quickstart.sh [RUN_FOLDER]        # default: runs/quickstart
 #
-# Needs Python 3.9 or newer and a Python package index; no GPU, no model host. Takes under ten minutes on two cores.
+# Needs Python 3.10 or newer and a Python package index; no GPU, no model host. Takes under ten minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

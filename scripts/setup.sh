@@ -5,7 +5,7 @@
 #   scripts/setup.sh dev                # and what tests need: pyproject.toml's extra of that name
 #   STACK=newest scripts/setup.sh       # the newest torch tested; STACK=torchtext: torch 2.3.1 with torchtext (see constraints/)
 #
-# Without STACK, an environment that is there keeps its stack; a new one gets torchtext's with Python 3.9 to 3.12, the
+# Without STACK, an environment that is there keeps its stack; a new one gets torchtext's with Python 3.10 to 3.12, the
 # newest with a newer Python. PYTHON=python3.10 takes another Python, VENV=FOLDER another folder than .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,25 +24,25 @@ python=${PYTHON:-}
 if [ -x "$venv/bin/python" ]; then
     python=$venv/bin/python
 elif [ -z "$python" ]; then
-    [ "${STACK:-}" = newest ] && candidates="3.13 3.12 3.11 3.10 3.14" || candidates="3.11 3.10 3.9 3.12 3.13 3.14"
+    [ "${STACK:-}" = newest ] && candidates="3.13 3.12 3.11 3.10 3.14" || candidates="3.11 3.10 3.12 3.13 3.14"
     for version in $candidates none; do
-        [ "$version" != none ] || fail "no Python from 3.9 on is installed (set PYTHON to name it)"
+        [ "$version" != none ] || fail "no Python from 3.10 on is installed (set PYTHON to name it)"
         python=python$version
         [ -z "$(minor_version "$python")" ] || break
     done
 fi
 minor=$(minor_version "$python") || true
-[ -n "$minor" ] || fail "$python does not run; set PYTHON to name a Python from 3.9 on"
+[ -n "$minor" ] || fail "$python does not run; set PYTHON to name a Python from 3.10 on"
 there=$(cat "$venv/stack" 2>/dev/null) || true
 [ "$minor" -le 12 ] && default=torchtext || default=newest
 STACK=${STACK:-${there:-$default}}
 case $STACK in
-    torchtext) oldest=9 latest=12 what=torchtext ;;
-    newest) oldest=10 latest=99 what= ;;
+    torchtext) latest=12 what=torchtext ;;
+    newest) latest=99 what= ;;
     *) fail "STACK=$STACK: there are torchtext and newest" ;;
 esac
-[ "$minor" -ge "$oldest" ] && [ "$minor" -le "$latest" ] ||
-    fail "STACK=$STACK does not go with Python 3.$minor (torchtext: 3.9 to 3.12; newest: from 3.10); set PYTHON or STACK"
+[ "$minor" -ge 10 ] && [ "$minor" -le "$latest" ] ||
+    fail "STACK=$STACK does not go with Python 3.$minor (torchtext: 3.10 to 3.12; newest: from 3.10); set PYTHON or STACK"
 
 # The stamps say for which stack, pyproject.toml and constraints this was installed.
 constraints=constraints/$STACK.txt

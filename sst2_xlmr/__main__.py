@@ -1,7 +1,5 @@
 """The command `sst2-xlmr`, also `python -m sst2_xlmr`. It imports a subcommand's module only to run it."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

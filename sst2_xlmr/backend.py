@@ -3,8 +3,6 @@
 Without that folder, everything still runs, in plain PyTorch.
 """
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The command line: builds a `Config` from the defaults, then a saved `config.json`, then flags."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -66,18 +64,17 @@ def add_options(parser: Any, *names: str) -> None:
     """Add options of `Config` to a parser or a group; an option that was not given is missing from the namespace."""
     for name in names:
         help, default, (kind, is_list) = OPTIONS[name].metadata["help"], getattr(Config(), name), option_type(name)
-        if kind == "bool":
-            # Set the help afterwards: Python 3.9 and 3.10 would append a default to it.
-            action = parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
-            action.help = help + ("" if default is None else f" [{'on' if default else 'off'}]")
-            continue
-        metavar, _, help = help.partition(": ")
-        help = (help + (f" [{shown(default)}]" if default not in (None, []) else "")).replace("%", "%%")
         how: dict[str, Any] = {"nargs": "+", "action": "extend"} if is_list else {}
+        if kind == "bool":
+            how["action"] = argparse.BooleanOptionalAction
+            default = None if default is None else "on" if default else "off"
+        else:
+            how["type"] = TYPES.get(kind, str)
+            how["metavar"], _, help = help.partition(": ")
         if name == "check":
-            how = {"nargs": "?", "const": os.devnull}
-        how |= {"type": TYPES.get(kind, str), "metavar": metavar, "default": argparse.SUPPRESS, "help": help}
-        parser.add_argument(flag(name), **how)
+            how |= {"nargs": "?", "const": os.devnull}
+        help += "" if default in (None, []) else f" [{shown(default)}]"
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=help.replace("%", "%%"), **how)
 
 
 def positive(text: str) -> int:

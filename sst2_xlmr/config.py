@@ -3,7 +3,7 @@
 `cli.parse_args` fills a `Config`. This module imports neither torch nor anything else that is slow.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # cli.py reads the annotations as text
 
 import codecs
 import contextlib
@@ -13,9 +13,10 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from sst2_xlmr.util.errors import UserError, refuse
 

@@ -1,13 +1,11 @@
 """Labels in files: how a cell is read, which classes there are, and their ids; task.py defines what they mean."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Union
+from typing import Any
 
 from sst2_xlmr.config import MAX_CLASSES
 from sst2_xlmr.util.errors import UserError
@@ -21,7 +19,7 @@ _NUMPY = re.compile(r"\[[\s0-9.]*\]")
 _INSIGNIFICANT = re.compile(r"[\W_]")  # ignored when looking for labels that are probably the same
 # How pandas, R, MySQL, SNLI, ... write a missing label. `none` and `NONE` are classes in some files.
 MISSING = {*("", "-", "?", "NULL", "null", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "None", "\\N")}
-LabelValues = dict[Union[str, int], float]  # several labels of a row: name or position -> 1, or its probability
+LabelValues = dict[str | int, float]  # several labels of a row: name or position -> 1, or its probability
 
 
 def find_label_names(labels: Mapping[str, Sequence[int]], path: object) -> list[str]:

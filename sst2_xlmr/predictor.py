@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from sst2_xlmr.task import Task
 from sst2_xlmr.util.device import choose_device, choose_precision, trim_malloc
 from sst2_xlmr.util.errors import UserError
 
-Texts = Sequence[Union[str, tuple[str, str]]]
+Texts = Sequence[str | tuple[str, str]]
 
 
 class _Ensemble(nn.Module):

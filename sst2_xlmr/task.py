@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Callable, ClassVar, Union
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ _TITLES = {"macro_f1": "macro F1", "micro_f1": "micro F1", "exact_match": "exact
 _TITLES |= {"mean_average_precision": "mean AP", "spearman": "Spearman", "pearson": "Pearson", "mae": "MAE"}
 LOWER_IS_BETTER = ("loss", "rmse", "mae")  # metrics for which lower is better
 LabelCounts = Mapping[str, Sequence[int]]  # a file's labels: `label_text` -> number of rows, line of the first
-Weights = Union[np.ndarray, None]  # float [rows], factors on the rows' losses; None for ones
+Weights = np.ndarray | None  # float [rows], factors on the rows' losses; None for ones
 
 
 def _script_label(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> tuple[list[str], torch.Tensor]:
@@ -851,7 +851,7 @@ class Regression(_Common):
     torchscript_answer = staticmethod(_script_score)
 
 
-Task = Union[SingleLabel, MultiLabel, Regression]
+Task = SingleLabel | MultiLabel | Regression
 TASKS: tuple[type[Task], ...] = (SingleLabel, MultiLabel, Regression)
 BY_TYPE = {kind.problem_type: kind for kind in TASKS}
 NamesInFiles = Iterable[Sequence[str]]  # the names of labels 0, 1, ... that files themselves contain

@@ -3,8 +3,6 @@
 Data flow: files -> rows -> ids -> global batches -> model -> loss -> step -> checkpoint -> model folder.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # torchrun -m sst2_xlmr.train: report missing packages before an import below fails
     from sst2_xlmr.__main__ import main as start_program
 

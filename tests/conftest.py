@@ -1,7 +1,5 @@
 """A tiny encoder with random weights, made on the spot, and ways to run the command line on it."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import importlib

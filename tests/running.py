@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import pytest
 from conftest import ROOT, Patch, free_port, metrics
@@ -107,7 +107,7 @@ class Fork(ForkProcess):
         os.kill(self.pid or 0, number)
 
 
-Process = Union[subprocess.Popen[bytes], Fork]
+Process = subprocess.Popen[bytes] | Fork
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """A local server that misbehaves as it is told, and speaks enough of the Hugging Face Hub's protocol."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """How programs are started, from a checkout and from a wheel, and what they say on any console."""
 
-from __future__ import annotations
-
 import functools
 import os
 import runpy

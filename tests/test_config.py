@@ -1,7 +1,5 @@
 """The command line and its files: what is read, and one line with status 2 for all that is wrong."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

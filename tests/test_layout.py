@@ -1,7 +1,5 @@
 """The package's layout: imports point one way, along the data flow."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A trained model, as Python uses it."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Tasks: how labels are read, losses, answers, metrics, what exported forms append, when answers have collapsed."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

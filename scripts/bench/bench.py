@@ -21,8 +21,6 @@ command, of the largest of its processes.
     rows       train.py's start on files of so many rows, without cached tokens (cold) and with them (warm)
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools
@@ -35,9 +33,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from inputs import ROOT, SHAPES, write_encoder, write_repeated_rows, write_typical_rows
 from study_with_trainer import PEER_PROGRAM, peer_python, write_peer_inputs

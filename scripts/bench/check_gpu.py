@@ -4,8 +4,6 @@ Every check runs train.py and scripts/predict.py on the device, perhaps on the C
 raises AssertionError. With --device cpu they compare the CPU with itself.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib.util
@@ -15,8 +13,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import bench
 import numpy as np

@@ -3,8 +3,6 @@
 Files have a header, and a sentence and a label in every line, separated by a tab, as SST-2's and those of sample_data.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import shutil

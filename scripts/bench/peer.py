@@ -7,8 +7,6 @@ the predictions on all `splits`; both are JSON files. With `split`, an order say
 weights instead of autocast in bf16, and not to train.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

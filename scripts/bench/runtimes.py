@@ -7,14 +7,14 @@ versions and rates, without the time to load and to quantize. Each is at its bes
 numbers of tokens in a batch the fastest. ONNX Runtime quantizes dynamically, OpenVINO by nncf, from a sample of rows.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
+import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +24,7 @@ Batch = dict[str, np.ndarray]
 
 def batches(ids: np.ndarray, offsets: np.ndarray, tokens: int) -> list[Batch]:
     """Return all rows, the longest first, in padded batches of at most so many tokens, int64 [texts, length]."""
-    rows, found = sorted((ids[a:b] for a, b in zip(offsets, offsets[1:])), key=len, reverse=True), []
+    rows, found = sorted((ids[a:b] for a, b in itertools.pairwise(offsets)), key=len, reverse=True), []
     while rows:
         group = rows[: max(1, tokens // len(rows[0]))]
         del rows[: len(group)]

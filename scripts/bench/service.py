@@ -7,8 +7,6 @@ ask again as soon as they have their answer, for --seconds: `requests_per_s`. Th
 as many a second, whether earlier ones are answered or not: `p50_ms`, `p99_ms`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

@@ -9,8 +9,6 @@ takes the seeds of the others, and stands first in the table, so that difference
 files trainer/seed-N.json, and scored like ours; what is finished is skipped.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

@@ -3,16 +3,14 @@
 Parquet and `datasets` need pyarrow, Excel needs openpyxl; both are extras, imported when such a file is read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of_input

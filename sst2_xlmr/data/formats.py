@@ -4,8 +4,6 @@ Only the current row is in memory, except for a JSON document. Errors name file 
 Parquet and Excel; sniff.py detects layouts.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import functools

@@ -1,7 +1,5 @@
 """The output of prediction: lines for the console, the input's rows with new columns, a GLUE submission."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Files -> rows -> ids: find, fetch, check and tokenize a run's inputs before any slow work starts."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """How files were read: lines for the header, and JSON."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows of labelled text: which columns to read, and which rows are usable. Errors name the file and the line."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

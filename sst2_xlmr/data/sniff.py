@@ -5,8 +5,6 @@ none of them tells GLUE's literal quotation marks from CSV's quotes. Python's cs
 detected layout.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import functools

@@ -1,7 +1,5 @@
 """The files of a run, named by options or found in a folder; and splits of the training rows into dev or folds."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -5,8 +5,6 @@ in training the optimizer, which then averages gradients over processes too. Not
 of it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

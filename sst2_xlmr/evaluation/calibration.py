@@ -5,8 +5,6 @@ trained; it stays at 1 unless another value is significantly better. No predicti
 linear layer, so its weights and bias are divided instead, and users of the model need not know.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from sst2_xlmr.task import Task

@@ -1,9 +1,7 @@
 """Compare a faster precision with a reference: changed predictions, lost accuracy, and the bounds on both."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +9,7 @@ from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
 
 # File name -> (fp32 probabilities [rows, outputs], the reference's, labels or None).
-Predictions = Mapping[str, tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]]
+Predictions = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]
 Comparisons = dict[str, dict[str, Any]]  # by name of file; see `compare_files`
 
 

@@ -1,7 +1,5 @@
 """Metrics over NumPy arrays, defined as in scikit-learn; task.py decides which of them a task reports."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -4,15 +4,13 @@ The model card has data, metrics, settings and versions, but no paths of this ma
 Markdown with the header that the Hugging Face Hub reads.
 """
 
-from __future__ import annotations
-
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from string import Template
-from typing import Any, Callable
+from typing import Any
 
 import torch
 

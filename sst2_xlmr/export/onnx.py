@@ -9,12 +9,10 @@ engines/cpu/int8.c). onnxruntime's dynamic quantization is per tensor, which cos
 without VNNI its int8 products may overflow (onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import onnx
@@ -33,7 +31,7 @@ OPSET, IR_VERSION = 20, 9  # the first with Gelu, and the format that came with 
 _EXTENSIONS = "ai.onnx.contrib"
 _LARGEST_FILE = 2**31 - (1 << 24)  # bytes: protobuf's limit, less what is not weights
 _BEGIN, _END, _UNKNOWN = 0, 2, 3
-Value = Union[str, np.ndarray]
+Value = str | np.ndarray
 Weights = Mapping[str, np.ndarray]
 
 

@@ -6,8 +6,6 @@ time, which is wrong for decomposed Korean, half-width Japanese and Arabic ligat
 which all but one of these rules begin, and only the space separates words.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import json

@@ -8,8 +8,6 @@ operator, but not this package:
     labels, probabilities = classify(["A fine film.", "Not my cup of tea."])
 """
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any, Optional  # TorchScript knows no `str | None` before Python 3.10

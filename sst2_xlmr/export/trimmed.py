@@ -5,8 +5,6 @@ SentencePiece model such as XLM-R's splits a text into its most probable pieces,
 Other texts become more and shorter pieces, which the model understands less well.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterable

@@ -1,11 +1,10 @@
 """Build the classifier from a pretrained encoder or a trained model, and read its weights."""
 
-from __future__ import annotations
-
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode

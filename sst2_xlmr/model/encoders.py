@@ -1,7 +1,5 @@
 """Pretrained encoders: torchtext's XLM-R bundles, and models in Hugging Face layout, local or on the Hub."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass, field, replace

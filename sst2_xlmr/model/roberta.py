@@ -4,8 +4,6 @@ Equivalent to transformers' `XLMRobertaForSequenceClassification` and torchtext'
 no mask if all texts have the same length, and that the last layer is computed at `<s>` only.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

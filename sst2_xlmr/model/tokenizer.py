@@ -1,7 +1,5 @@
 """XLM-R text -> ids, with SentencePiece."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ A tokenizer.json (https://github.com/huggingface/tokenizers) is converted to a S
 a model give the same ids.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import functools

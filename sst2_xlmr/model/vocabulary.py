@@ -6,8 +6,6 @@ applied when the table is expanded. Used rows get the same bits as in a whole ta
 the other rows are rounded once instead of at every step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -4,15 +4,13 @@ Ours are `encoder.tokens`, `encoder.positions`, `encoder.norm`, `encoder.layers.
 `head.{dense,out}`, all with `.weight` and most with `.bias`. In the tables, `#` is a layer index.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import tarfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from safetensors.torch import load_file

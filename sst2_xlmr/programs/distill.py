@@ -9,8 +9,6 @@ The runs are the folders labelled/seed-N, round-1/seed-N, ... in --output-dir; r
 metrics. The same command skips finished runs and continues stopped ones.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

@@ -4,8 +4,6 @@ It prints a table of the files, then each file's classes and confusion matrix. -
 precision, compares the two, and fails if more labels change or more accuracy is lost than the bounds allow.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

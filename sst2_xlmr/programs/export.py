@@ -4,14 +4,12 @@ The result is read back and compared with the model on sentences in a dozen lang
 name only if both agree, or in int8 if no more labels change and no more accuracy is lost than the bounds allow.
 """
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,9 +58,9 @@ SENTENCES = [  # to compare on without --check-file
     "",
 ]
 # ((texts, second texts or None), labels, int [rows], or None)
-Rows = tuple[tuple[list[str], Optional[list[str]]], Optional[np.ndarray]]
+Rows = tuple[tuple[list[str], list[str] | None], np.ndarray | None]
 # Takes texts, and their second texts or None; returns fp32 probabilities [rows, outputs].
-Classify = Callable[[list[str], Optional[list[str]]], np.ndarray]
+Classify = Callable[[list[str], list[str] | None], np.ndarray]
 
 
 def is_rows_file(file: Path) -> bool:

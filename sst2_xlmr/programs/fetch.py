@@ -1,7 +1,5 @@
 """Fetch what a training run downloads, ahead of time: for compute nodes and machines without internet."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,13 +1,12 @@
 """The options of all programs but train, and their checks. Imports neither torch nor numpy, which take seconds."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from sst2_xlmr import cli
 from sst2_xlmr.cli import OneLineParser, add_options, positive, with_files

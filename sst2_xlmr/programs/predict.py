@@ -5,8 +5,6 @@ classify (each process takes a share), and to write rows with their predictions.
 predictions are in a hidden folder beside it; after a kill, the same command with --resume continues from there.
 """
 
-from __future__ import annotations
-
 import argparse
 import codecs
 import contextlib

@@ -5,8 +5,6 @@ with the columns of predict.py for each text. Waiting texts of all requests are 
 requests it has received. With --workers, several processes answer, and share the model's memory.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json
@@ -15,9 +13,10 @@ import multiprocessing
 import signal
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch

@@ -5,8 +5,6 @@ training. With --keep-parts-apart, no test text is part of a training text or co
 of both sides are left out of both. Texts are compared by their words, case-insensitively.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

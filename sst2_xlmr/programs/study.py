@@ -9,8 +9,6 @@ fold is predicted by a model that was trained on the others. NAME/out-of-fold.js
 NAME/label-errors.jsonl the rows whose labels are most likely wrong.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

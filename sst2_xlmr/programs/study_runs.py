@@ -1,7 +1,5 @@
 """Runs of train.py that other programs start: on files that they write, continued if stopped, compared at the end."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json
@@ -10,9 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Callable
 
 from tqdm import tqdm
 

@@ -1,7 +1,5 @@
 """A run's header; its outputs, on rank 0: lines or a progress bar on the console, metrics.jsonl, TensorBoard."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

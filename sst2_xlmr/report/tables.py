@@ -1,9 +1,7 @@
 """Tables for the console: of evaluated files, of compared precisions, and of settings run with the same seeds."""
 
-from __future__ import annotations
-
 import statistics
-from typing import Any, Optional
+from typing import Any
 
 from sst2_xlmr.evaluation.compare import Comparisons
 from sst2_xlmr.evaluation.metrics import mean_of
@@ -11,7 +9,7 @@ from sst2_xlmr.task import Task
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, intervals are slightly too wide.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-Figures = dict[str, Optional[float]]  # by column; None for unknown seconds
+Figures = dict[str, float | None]  # by column; None for unknown seconds
 Results = dict[int, Figures]  # by seed
 
 

@@ -3,8 +3,6 @@
 All functions that take a writer raise OSError if the disk is full; all but `draw_evaluation` flush what they write.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import re
@@ -12,9 +10,10 @@ import struct
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary

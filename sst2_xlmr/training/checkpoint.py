@@ -5,15 +5,13 @@ written under another name, synced to disk and renamed; without a valid manifest
 the tensors are written; digests, syncing and renaming follow on a background thread.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from safetensors.torch import load_file

@@ -5,8 +5,6 @@ output no longer depends on its input, and the loss stays at the class-prior bas
 still predicts differently for different texts.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Training metrics, averaged since the last logged line."""
 
-from __future__ import annotations
-
 import functools
 import time
 from typing import Any

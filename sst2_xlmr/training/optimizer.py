@@ -1,7 +1,5 @@
 """torch's AdamW, with one parameter group per learning rate and weight decay; engines use the same groups."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

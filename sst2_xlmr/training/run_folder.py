@@ -1,7 +1,5 @@
 """The run's folder: its lock, `config.json`, `metrics.jsonl`, and the leftovers of a killed process."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import fcntl

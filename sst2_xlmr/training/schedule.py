@@ -1,7 +1,5 @@
 """The learning rate of a step, and the actions due after it; both follow from the position in the run."""
 
-from __future__ import annotations
-
 import math
 
 from sst2_xlmr.config import Config

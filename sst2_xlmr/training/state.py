@@ -1,7 +1,5 @@
 """A run's position and decisions: all of it is saved in checkpoints, and the same on every rank."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

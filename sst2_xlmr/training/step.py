@@ -1,9 +1,7 @@
 """The gradient of a global batch, which depends neither on the number of processes nor on the micro-batch size."""
 
-from __future__ import annotations
-
 import contextlib
-from typing import Callable, Optional
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -12,7 +10,7 @@ from sst2_xlmr.data.batches import MicroBatch
 from sst2_xlmr.util.distributed import World
 
 # Takes fp32 logits [rows, outputs], labels, and weights [rows] or None; returns the weighted sum of the rows' losses.
-Loss = Callable[[torch.Tensor, torch.Tensor, Optional[torch.Tensor]], torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def forward_backward(model: nn.Module, batches: list[MicroBatch], loss: Loss, world: World) -> dict[str, torch.Tensor]:

@@ -1,7 +1,5 @@
 """The cores that this process may use, and how its threads wait for one another."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

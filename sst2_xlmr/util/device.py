@@ -1,7 +1,5 @@
 """Choose device and precision; tune memory management; turn out-of-memory errors into UserError."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

@@ -1,17 +1,15 @@
 """Process groups: this process's rank, collectives, errors raised on all ranks, and work for one process per node."""
 
-from __future__ import annotations
-
 import math
 import os
 import pickle
 import re
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Callable, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist

@@ -3,8 +3,6 @@
 huggingface_hub caches the latter: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN have their usual meaning.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import http.client

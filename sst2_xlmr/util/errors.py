@@ -1,15 +1,14 @@
 """Errors and output: a user's mistake becomes one line, a bug keeps its traceback, and lost output is tolerated."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, NoReturn
+from typing import NoReturn
 
 from sst2_xlmr.util import versions
 

@@ -1,7 +1,5 @@
 """Files that are either whole or absent: digests, hidden scratch names, syncing to disk, renaming."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import gzip
@@ -12,10 +10,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Callable, TextIO, TypeVar
+from typing import IO, Any, BinaryIO, TextIO, TypeVar
 
 from sst2_xlmr.util.errors import UserError
 

@@ -1,7 +1,5 @@
 """Hints for unknown flags: names from transformers' Trainer, run_glue.py and other programs, and typos."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -4,8 +4,6 @@ Its `fingerprint.json` identifies input, model and options, and the writing proc
 belongs to another program and is left alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

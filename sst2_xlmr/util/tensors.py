@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Union
 
 import torch
 
@@ -39,7 +38,7 @@ class LazyTensor:
         return [part(number * size) for number in range(count)]
 
 
-TensorLike = Union[torch.Tensor, LazyTensor]
+TensorLike = torch.Tensor | LazyTensor
 
 
 def write_tensors(tensors: Mapping[str, TensorLike], file: Path) -> None:

@@ -4,8 +4,6 @@ torchtext's last release, 0.18, loads its C++ library only under torch 2.3. It i
 export, for its SentencePiece operator. Only version numbers are read: loading might fail with an undefined symbol.
 """
 
-from __future__ import annotations
-
 import platform
 import re
 from importlib import metadata

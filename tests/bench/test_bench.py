@@ -1,7 +1,5 @@
 """scripts/bench: bench.py on a tiny shape; studies with the Trainer, for which a program stands in."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """scripts/check_gpu.sh: its checks on a CPU, where they compare it with itself; on a GPU the whole of it."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

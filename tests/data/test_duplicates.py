@@ -1,7 +1,5 @@
 """Repeated, contradictory and leaked rows: counted exactly, named by their lines, dropped on request."""
 
-from __future__ import annotations
-
 import csv
 import random
 from pathlib import Path

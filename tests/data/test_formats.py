@@ -1,7 +1,5 @@
 """Files of rows: what each format means, what is said of bad files; rows come back as they were written."""
 
-from __future__ import annotations
-
 import gzip
 import re
 import tempfile

@@ -1,7 +1,5 @@
 """The cells that prediction adds to a file's rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Rows: which columns hold them, what a label means, and what is said of bad ones."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

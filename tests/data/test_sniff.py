@@ -1,7 +1,5 @@
 """How a file is to be read, found from its content: as it was written, or an error says why not."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

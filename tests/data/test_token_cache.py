@@ -1,7 +1,5 @@
 """Token cache: made once, found by content, whole or not there; global batches of its rows, from any position on."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 import warnings

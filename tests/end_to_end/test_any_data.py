@@ -1,7 +1,5 @@
 """From files of any kind to predictions, with all programs."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import importlib

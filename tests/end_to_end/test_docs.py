@@ -1,7 +1,5 @@
 """What the documentation shows is run, where that is quick."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

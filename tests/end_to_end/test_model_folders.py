@@ -1,7 +1,5 @@
 """Model folders as people have them, made with transformers, and as training writes them: its ids and logits."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

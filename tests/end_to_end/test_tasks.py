@@ -1,7 +1,5 @@
 """Several labels, scores, weights and long texts, from a file to the answers of every exported form."""
 
-from __future__ import annotations
-
 import csv
 import json
 import random

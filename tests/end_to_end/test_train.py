@@ -1,7 +1,5 @@
 """Whole runs: what one leaves, exact resume, independence of the number of processes."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """The same run on this torch and on another: SST2_XLMR_TEST_OTHER_STACK names the other's Python."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

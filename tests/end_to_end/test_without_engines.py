@@ -1,7 +1,5 @@
 """Everything works without `engines/`, as with `--no-compile`; with it bf16 learns as under torch's autocast."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """8-bit products against exact ones, and the model that they make against the plain one."""
 
-from __future__ import annotations
-
 import math
 import sys
 from pathlib import Path

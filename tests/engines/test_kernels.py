@@ -1,7 +1,5 @@
 """Kernels against plain torch, in fp32 and bf16, with one thread and two (AdamW's: test_optimizer.py); compiling."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os

@@ -1,7 +1,5 @@
 """The packed forward and backward pass against the plain one, and against explicit masks."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import pickle

@@ -1,7 +1,5 @@
 """Evaluation: every row counted once; metrics; how a faster precision compares; temperatures, fitted and folded in."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading

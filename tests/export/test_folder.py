@@ -1,7 +1,5 @@
 """The model's folder: always whole, honest about how the model was trained, and careful with what lies beside it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The forms for using a model elsewhere: ONNX, also in 8 bits, TorchScript, and a trimmed vocabulary."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Damaged checkpoints, full and read-only disks, a folder that is in use: what was whole stays whole, and is used."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

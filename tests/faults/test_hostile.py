@@ -1,7 +1,5 @@
 """Files made to harm: one line and status 2, no code of theirs runs, and nothing is written outside a run's folder."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Kills, signals, lost peers: each is said, and what comes out is the run that nobody disturbed, bit for bit."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

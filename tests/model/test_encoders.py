@@ -1,7 +1,5 @@
 """Pretrained weights: names, layers, rows, the compact table; the forward pass against torchtext's (see faults/)."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import shutil

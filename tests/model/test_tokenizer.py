@@ -1,7 +1,5 @@
 """Ids: XLM-R's numbering, cuts, added tokens, other families, tokenizer.json; see end_to_end/test_model_folders.py."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

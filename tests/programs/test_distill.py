@@ -1,7 +1,5 @@
 """`sst2-xlmr distill`: what the students are trained on, and that they are the same after a kill."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """scripts/evaluate.py as it is used."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """The export program: what it refuses, what it removes again, and what it says."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

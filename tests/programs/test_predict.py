@@ -1,7 +1,5 @@
 """scripts/predict.py as it is used."""
 
-from __future__ import annotations
-
 import csv
 import fcntl
 import gzip

@@ -1,7 +1,5 @@
 """The service: its answers are those of predict.py, and it survives what is sent to it."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

@@ -1,7 +1,5 @@
 """`sst2-xlmr study` and `sst2-xlmr split`."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """The report of a run: the header, a full disk; TensorBoard's files, read back as TensorBoard reads them; pictures."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

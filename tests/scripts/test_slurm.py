@@ -1,7 +1,5 @@
 """`scripts/train.sbatch` on a real SLURM of two nodes, both of them this machine, on the CPU."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """The script that makes a small encoder folder: its 4-bit format, the mapping to XLM-R, what may go wrong."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import json

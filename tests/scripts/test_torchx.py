@@ -1,7 +1,5 @@
 """`scripts/torchx_app.py` under TorchX, on this machine."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

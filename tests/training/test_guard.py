@@ -1,7 +1,5 @@
 """A run that answers every text alike is noticed and ends, saved; healthy runs are left alone."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Both optimizers, the plain one and the engine's, against torch's and each other; groups, masters, shared memory."""
 
-from __future__ import annotations
-
 import math
 import os
 import time

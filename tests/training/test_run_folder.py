@@ -1,7 +1,5 @@
 """A run's folder after a start that died; checkpoints: what is written, found, refused and removed."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Where a run is, what is due there, the rate and sums; what a resumed run must share with its beginning."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

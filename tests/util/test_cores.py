@@ -1,7 +1,5 @@
 """Threads are as many as the container and the job may use; precision by device, determinism (GPUs are pretended)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What several processes do with a broken environment, or when the memory of one of them is full."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

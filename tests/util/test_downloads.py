@@ -1,7 +1,5 @@
 """Downloads from a misbehaving local server: nothing that is not whole may stay in the cache, nor anything be lost."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

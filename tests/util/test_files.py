@@ -1,7 +1,5 @@
 """Files that are whole or absent; tensors in them as safetensors writes them; results in blocks that survive a kill."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import json

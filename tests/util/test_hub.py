@@ -1,7 +1,5 @@
 """Models of the Hugging Face Hub, from a local server that speaks its protocol."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -5,8 +5,6 @@ all average them in the same order, and each updates its part of the weights. Pr
 gradients instead (see averaging.py).
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Gradients averaged over the CPUs of several machines; gloo's own sum takes several times as long."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 

@@ -6,8 +6,6 @@ fp32. 8 bits move a logit by some hundredths. So if the two best labels are near
 again with all 16 bits of weights and activations, and everything else in fp32.
 """
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 

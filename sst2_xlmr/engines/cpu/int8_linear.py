@@ -1,7 +1,5 @@
 """Linear layers in 8-bit integers, and in 16, on a CPU with AVX512-VNNI (see int8.c)."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

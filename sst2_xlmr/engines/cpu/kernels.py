@@ -4,8 +4,6 @@ The library has a plain C interface and needs no torch headers, so compiling tak
 runtime that torch has loaded, and with it torch's threads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

@@ -1,7 +1,5 @@
 """Parameters with fp32 master weights: bf16 weights that the model computes with, and the bits that they lack."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,11 +4,9 @@ The same mathematics, over the same parameters, as the plain `SequenceClassifier
 tests compare the two.
 """
 
-from __future__ import annotations
-
 import dataclasses
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Callable
 
 import numpy as np
 import torch

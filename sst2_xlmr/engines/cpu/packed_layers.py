@@ -4,8 +4,6 @@ Matrix products are torch's (oneDNN), everything between them is done by the ker
 kept.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -6,8 +6,6 @@ lie in one place. A process leaves the gradient of its rows there, then updates 
 gradients (as ZeRO divides the optimizer's work, https://arxiv.org/abs/1910.02054, without its communication).
 """
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 import os
