@@ -90,7 +90,8 @@ def test_add_norm(kernels: Kernels, threads: int, n: int, drop_p: float) -> None
     rows, dtype = pack([5, 12], drop_p), kernels.dtype
     x, y, grad = (random(24, n, dtype=dtype, seed=seed) for seed in (1, 2, 3))
     bias, gamma, beta = (random(n, dtype=dtype, seed=seed) for seed in (4, 5, 6))
-    hidden, normed = kernels.add_norm(x, y, bias, gamma, beta, 1e-5, rows, 7)
+    hidden, normed = kernels.add_norm(x, y, bias, gamma, beta, 1e-5, rows, 7, with_grad=True)
+    assert torch.equal(kernels.add_norm(x, y, bias, gamma, beta, 1e-5, rows, 7)[1], normed), "without gradients"
     mask = masks(rows, 7, n)
     close(hidden, x.double() + (y.double() + bias.double()) * mask)
 
@@ -111,7 +112,8 @@ def test_bias_gelu_everywhere() -> None:
     exact = v.double().requires_grad_()
     reference = F.gelu(exact)
     derivative = v.clone()[:, None]
-    y = kernels_for(torch.float32).bias_gelu_(derivative, torch.zeros(1))[:, 0]
+    y = kernels_for(torch.float32).bias_gelu_(derivative, torch.zeros(1), with_grad=True)[:, 0]
+    assert torch.equal(kernels_for(torch.float32).bias_gelu_(v.clone()[:, None], torch.zeros(1))[:, 0], y)
     assert float(((y - reference).abs() / exact.abs().clamp(min=1)).max()) < 2e-7
     assert float((derivative[:, 0] - torch.autograd.grad(reference.sum(), exact)[0]).abs().max()) < 1e-6
     assert y[-6:].tolist() == pytest.approx([0, 0, 0, 20, 100, 1e4], rel=0, abs=1e-30)

@@ -98,7 +98,7 @@ void mean_of(const real *const *arrays, int count, int64_t n, real *result, int 
 
 /* ---- layer normalization ---- */
 
-/* hidden = x + dropout(y + bias); normed = LayerNorm(hidden). Without y: hidden = x. All [rows, n]. */
+/* hidden = x + dropout(y + bias); normed = LayerNorm(hidden). Without y: hidden = x. All [rows, n]; hidden may be normed. */
 void add_norm(const real *x, const real *y, const real *bias, const real *gamma, const real *beta, float epsilon,
               real *hidden, real *normed, int64_t rows, int n, const Dropout *dropout, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -161,15 +161,16 @@ void add_norm_backward(const real *dnormed, const real *hidden, const real *gamm
 
 /* ---- GELU ---- */
 
-/* y = gelu(x + bias) with the error function; x becomes the derivative there, for the backward pass. [rows, n] */
+/* y = gelu(x + bias) with the error function; x becomes the derivative there, for the backward pass. If y is NULL, there is
+ * none, and x becomes gelu(x + bias). [rows, n] */
 void bias_gelu(real *restrict x, const real *restrict bias, real *restrict y, int64_t rows, int n, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < rows; t++)
         for (int i = 0; i < n; i++) {
             float v = widen(x[t * n + i]) + widen(bias[i]);
             float e = exp_of(-0.5f * v * v), below = normal_below(v, e);
-            y[t * n + i] = narrow(v * below);
-            x[t * n + i] = narrow(below + v * e * 0.39894228f);
+            if (y) y[t * n + i] = narrow(v * below);
+            x[t * n + i] = narrow(y ? below + v * e * 0.39894228f : v * below);
         }
 }
 

@@ -134,9 +134,14 @@ class Kernels:
         rows: Packed,
         site: int,
         at: torch.Tensor | None = None,
+        with_grad: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return hidden = x + dropout(y + bias), or x without y, and its LayerNorm; all [rows, n]."""
-        hidden, normed = torch.empty_like(x), torch.empty_like(x)
+        """Return hidden = x + dropout(y + bias), or x without y, and its LayerNorm; all [rows, n].
+
+        Without `with_grad`, both are the LayerNorm: only the backward pass needs `hidden`.
+        """
+        normed = torch.empty_like(x)
+        hidden = torch.empty_like(x) if with_grad else normed
         tensors = [None if t is None else t.data_ptr() for t in (x, y, bias, gamma, beta)]
         outputs = (hidden.data_ptr(), normed.data_ptr())
         drop = _dropout(rows, site, at)
@@ -166,11 +171,12 @@ class Kernels:
         )
         return dhidden, dy, dgamma, dbeta, dbias
 
-    def bias_gelu_(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Return gelu(x + bias); x becomes the derivative there."""
-        y = torch.empty_like(x)
-        self.library.bias_gelu(x.data_ptr(), bias.data_ptr(), y.data_ptr(), *x.shape, torch.get_num_threads())
-        return y
+    def bias_gelu_(self, x: torch.Tensor, bias: torch.Tensor, with_grad: bool = False) -> torch.Tensor:
+        """Return gelu(x + bias); x becomes it, too, or `with_grad` the derivative there."""
+        y = torch.empty_like(x) if with_grad else None
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (x, bias, y)]
+        self.library.bias_gelu(*pointers, *x.shape, torch.get_num_threads())
+        return x if y is None else y
 
     def bias_gelu_backward_(self, grad: torch.Tensor, derivative: torch.Tensor) -> torch.Tensor:
         """Multiply `grad` by the derivative, in place, and return the bias's gradient."""

@@ -81,8 +81,9 @@ class PackedClassifier(nn.Module):
         """
         encoder, head, shape = self.classifier.encoder, self.classifier.head, self.classifier.shape
         rows, ids, positions = pack(ids, lengths, keys, encoder.dropout.p if self.training else 0.0)
-        settings = Settings(self.kernels, rows, rows, shape.heads, shape.layer_norm_eps, first_site=0)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.classifier.is_encoder_frozen):
+        with_grad = torch.is_grad_enabled() and not self.classifier.is_encoder_frozen
+        settings = Settings(self.kernels, rows, rows, shape.heads, shape.layer_norm_eps, with_grad, first_site=0)
+        with torch.set_grad_enabled(with_grad):
             features = _encode(encoder, settings, self.classifier.rows_of(ids), positions)
             features = mean_of_windows(features, windows)
         firsts = rows.starts[:-1].long()

@@ -26,6 +26,7 @@ class Settings(NamedTuple):
     attention_rows: Packed  # the same, with that on attention weights
     heads: int  # of attention
     epsilon: float  # LayerNorm's
+    with_grad: bool  # whether a backward pass will follow
     first_site: int  # added to the numbers of a layer's dropout sites
 
 
@@ -51,7 +52,8 @@ class Embedding(torch.autograd.Function):
     ) -> torch.Tensor:
         kernels, rows = settings.kernels, settings.rows
         summed = F.embedding(where[0], table) + F.embedding(where[1], position_table)
-        hidden, normed = kernels.add_norm(summed, None, None, gamma, beta, settings.epsilon, rows, EMBEDDINGS)
+        norm = gamma, beta, settings.epsilon
+        hidden, normed = kernels.add_norm(summed, None, None, *norm, rows, EMBEDDINGS, with_grad=settings.with_grad)
         kernels.dropout_(normed, rows, EMBEDDINGS)
         ctx.save_for_backward(table, position_table, gamma, hidden)
         ctx.settings, ctx.where = settings, where
@@ -157,12 +159,15 @@ def _after_attention(
     """Return the layer's output, and what its backward pass needs. All are [rows, ...] for the rows of x."""
     kernels, rows, epsilon, site = settings.kernels, settings.rows, settings.epsilon, settings.first_site
     out, out_bias, gamma1, beta1, linear1, bias1, linear2, bias2, gamma2, beta2 = parameters[2:]
+    after_attention, after_feed_forward = (
+        (rows, site + n, at, settings.with_grad) for n in (AFTER_ATTENTION, AFTER_FEED_FORWARD)
+    )
     attended = mixed.mm(out.t())
-    hidden1, y = kernels.add_norm(x, attended, out_bias, gamma1, beta1, epsilon, rows, site + AFTER_ATTENTION, at)
+    hidden1, y = kernels.add_norm(x, attended, out_bias, gamma1, beta1, epsilon, *after_attention)
     derivative = y.mm(linear1.t())
-    inner = kernels.bias_gelu_(derivative, bias1)
+    inner = kernels.bias_gelu_(derivative, bias1, settings.with_grad)
     fed = inner.mm(linear2.t())
-    hidden2, output = kernels.add_norm(y, fed, bias2, gamma2, beta2, epsilon, rows, site + AFTER_FEED_FORWARD, at)
+    hidden2, output = kernels.add_norm(y, fed, bias2, gamma2, beta2, epsilon, *after_feed_forward)
     return output, [hidden1, y, derivative, inner, hidden2]
 
 
