@@ -82,6 +82,8 @@ def check_count(count: int, rows: int, most: int) -> None:
 def draw(rows: Sequence[Row], label_column: str, share: float, seed: int, are_free: np.ndarray) -> np.ndarray:
     """Draw a share of all rows, stratified by class, among those that are free, bool [rows]; returns their numbers."""
     numbers = np.flatnonzero(are_free)
+    if not len(numbers):
+        return numbers
     free = [rows[number] for number in numbers]
     classes: dict[str, int] = {}
     cells = [dict(zip(row.fields.names, row.fields.cells)).get(label_column) for row in free]  # None: no such column
@@ -126,6 +128,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--train-rows {arguments.train_rows}: {len(splits['train']):,} rows are left to train on")
         drawn = np.random.RandomState(seed).choice(splits["train"], arguments.train_rows, replace=False)
         splits["train"] = np.sort(drawn)
+    if empty := [name for name, numbers in splits.items() if not len(numbers)]:
+        raise UserError(f"{path} has {len(rows):,} rows, which leaves none for {empty[0]}; split off fewer or more")
     # A kind that holds any cell, unless it is GLUE's.
     kind = ".jsonl" if not layout.names else ".tsv" if (layout.format, layout.quoting) == ("tsv", "none") else ".csv"
     with write_errors(output_dir):
