@@ -12,8 +12,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import torch
-
 from sst2_xlmr.config import GROUPS, OPTIONS, Config, flag, named_file, shown
 from sst2_xlmr.data.prepare import Inputs, long_texts_of
 from sst2_xlmr.evaluation.metrics import describe_calibration
@@ -83,9 +81,7 @@ def write_folder(
         write_all_but_weights(unfinished, encoder, card, dtype)
         if (temperature, offset) != (1, 0):
             for name, added in zip(LAST_LAYER, (0.0, offset)):
-                whole = weights[name]
-                whole = whole if isinstance(whole, torch.Tensor) else whole.rows(0, whole.shape[0])
-                last[name] = whole / temperature + added
+                last[name] = weights[name][:] / temperature + added
         write_tensors(to_hugging_face({**weights, **last}), unfinished / "model.safetensors")
     finish(rename)
 
@@ -157,7 +153,7 @@ def card_text(
         dataset = dict.fromkeys(("name", "type", "split"), Path(split).name)
         scores = [{"type": kind, "name": name, "value": metrics[key]} for key, (kind, name) in task.hub_metrics.items()]
         results.append({"task": {"type": "text-classification"}, "dataset": dataset, "metrics": scores})
-    # From this line of the header, in JSON, which is also YAML, the Hub shows the metrics.
+    # From this line of the header (JSON is also YAML), the Hub shows the metrics.
     index = json.dumps([{"name": f"{encoder}-classifier", "results": results}], ensure_ascii=False)
     settings = []  # that affect the result: those that --resume may change do not
     for name in (*GROUPS["data"], *GROUPS["model"], *GROUPS["training"], "precision"):
