@@ -89,10 +89,7 @@ class Classifier:
     def load_ensemble(
         cls, folders: Sequence[str | os.PathLike[str]], precision: str = "auto", device: str | torch.device = "auto"
     ) -> Classifier:
-        """Load several models as one classifier, with the mean of their probabilities and of their thresholds.
-
-        UserError if their labels, tokenizers or longest inputs differ.
-        """
+        """Load models as one, which averages probabilities and thresholds; UserError if labels or tokenizers differ."""
         members = [cls.load(folder, precision, device) for folder in folders]
         first, signatures = members[0], []
         if len(members) == 1:
@@ -154,6 +151,5 @@ class Classifier:
     def check_finite(self, values: np.ndarray | float) -> None:
         """Raise UserError for numbers that are not finite: the model is damaged."""
         if not np.isfinite(values).all():
-            raise UserError(
-                f"{self.folder}: the model's outputs are not finite (NaN); train it again, or use another model"
-            )
+            cure = "train it again, or use another model"
+            raise UserError(f"{self.folder}: the model's outputs are not finite (NaN); {cure}")

@@ -138,10 +138,7 @@ def _settings(encoder: EncoderFolder, dtype: str) -> dict[str, Any]:
 def card_text(
     config: Config, task: Task, state: TrainState, rows: Mapping[str, int], evaluations: Metrics, is_best: bool = False
 ) -> str:
-    """Return the card's text, with each split's number of rows, and of these weights its metrics.
-
-    With --calibrate, the state has the temperature and its calibration errors. `is_best`: of several evaluations.
-    """
+    """Return a model card; rows and metrics are by split, and `is_best` says that dev chose these weights."""
     encoder, names, results = _HUB_NAMES.get(config.encoder, Path(config.encoder).name), task.label_names, []
     eval_files = [str(named_file(value)[1]) for value in config.eval_file]
     files = [config.data_dir, *config.train_file, config.dev_file, *eval_files, *config.test_file]
@@ -198,8 +195,7 @@ def export_run(
 ) -> None:
     """Write a run's current weights, with the whole vocabulary, and a model card; on rank 0.
 
-    The folder gets its final name on the thread of `background_writer`. With --calibrate, the logits are divided by the
-    state's temperature. Evaluations of `best/NAME` do not belong to these weights, and are left out of the card.
+    The folder gets its name on the thread of `background_writer`. The card has no metrics of `best/`, other weights.
     """
     background_writer.wait()  # so that a slow disk has one model to write at a time
     config = inputs.config

@@ -103,10 +103,7 @@ def read_texts(file: Path, columns: ReadOptions, task: Task | None = None) -> It
 def read_checks(
     check_files: list[str], columns: ReadOptions, task: Task, takes_pairs: bool, has_label_column: bool
 ) -> dict[str, Rows]:
-    """Return name -> rows of --check-file; without files, built-in sentences, and pairs if the form `takes_pairs`.
-
-    If --label-column was given, files of rows must have this column.
-    """
+    """Return name -> rows of --check-file, which must have labels if `has_label_column`; by default, the sentences."""
     if not check_files:
         pairs = {"pairs": ((SENTENCES, SENTENCES[::-1]), None)} if takes_pairs else {}
         return {"sentences": ((SENTENCES, None), None), **pairs}

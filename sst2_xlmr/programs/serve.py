@@ -106,10 +106,7 @@ async def read_texts(receive: Receive, takes_pairs: bool | None) -> tuple[list[A
 
 
 def make_app(classifier: Classifier, arguments: argparse.Namespace, waiting: Queue, worker: int) -> Callable[..., Any]:
-    """Return the service as an ASGI application, which puts its requests into `waiting`.
-
-    It counts in its worker's row of `arguments.counters`, and shows the sums over all of them.
-    """
+    """Return the service as an ASGI application; each worker counts in its row of `arguments.counters`."""
     counters, task, abstain_below = arguments.counters, classifier.task, arguments.abstain_below
     counts = counters[worker]
     takes_pairs = read_json(classifier.folder / "config.json", "a model's folder is needed").get("text_pairs")

@@ -60,10 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def linear_probe(config: Config) -> float:
-    """Fit a linear layer on the frozen encoder's features at `<s>` of some training rows; returns its metric on dev.
-
-    A cheap baseline, which shows what fine-tuning adds.
-    """
+    """Fit a linear layer on the frozen encoder's features at `<s>`, a cheap baseline; returns its metric on dev."""
     inputs, device = prepare(config), choose_device(config.device)
     classifier, _ = build_classifier(inputs.encoder, inputs.task)
     for name in ("dense", "out"):
@@ -103,10 +100,7 @@ def linear_probe(config: Config) -> float:
 
 
 def divide(config: Config, folds: int) -> tuple[Config, Task, FileRows, np.ndarray]:
-    """Read a study's training rows; returns also the number of each row's fold, int64 [rows], from 1.
-
-    UserError if a file cannot be used, or an option does not go with folds.
-    """
+    """Return the config, its task and training rows, and the number of each row's fold, int64 [rows], from 1."""
     if config.dev_file or config.dev_share or config.eval_file:
         options = "--dev-file, --dev-share and --eval-file"
         raise UserError(f"--folds evaluates on parts of the training rows; leave out {options}")
@@ -131,10 +125,7 @@ def train_fold(
 
 
 def write_out_of_fold(folder: Path, config: Config, task: Task, file_rows: FileRows, fold_of: np.ndarray) -> list[str]:
-    """Write each row's prediction by the model that was not trained on its fold, and the likely label errors.
-
-    The most likely come first. Returns lines to print.
-    """
+    """Write each row's prediction by the model not trained on it, and likely label errors; returns lines to print."""
     rows = [row for _, row in file_rows]
     labels: np.ndarray = np.asarray([row.label for row in rows], task.label_dtype)
     probabilities = np.zeros((len(rows), task.outputs), np.float32)
