@@ -97,8 +97,7 @@ def write_all_but_weights(folder: Path, encoder: EncoderFolder, card: str, dtype
         tokenizer["model_input_names"] = ["input_ids", "attention_mask"]
         tokenizer.update({f"{name}_token": token for name, token in TOKENS.items()}, clean_up_tokenization_spaces=False)
     for name, content in (("config.json", _settings(encoder, dtype)), (SETTINGS_NAME, tokenizer)):
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / TOKENIZER_NAME).write_bytes(sentencepiece_model(encoder.tokenizer_file))
     if card:
         (folder / CARD_NAME).write_text(card, encoding="utf-8")

@@ -105,8 +105,7 @@ def divide(config: Config, folds: int) -> tuple[Config, Task, FileRows, np.ndarr
         options = "--dev-file, --dev-share and --eval-file"
         raise UserError(f"--folds evaluates on parts of the training rows; leave out {options}")
     files = [str(file) for file in find_files(config)[0]["train"]]
-    of_rows = dataclasses.replace(config, data_dir=None, train_file=files, test_file=[])
-    task, splits = inspect_splits(of_rows)
+    task, splits = inspect_splits(dataclasses.replace(config, data_dir=None, train_file=files, test_file=[]))
     rows = list(splits["train"].rows(task))
     texts, pairs, labels, *_ = zip(*(row for _, row in rows))
     strata = task.strata(np.asarray(labels, task.label_dtype))

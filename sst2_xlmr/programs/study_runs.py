@@ -43,8 +43,7 @@ def checked_config(words: list[str], folder: Path, *own: str) -> Config:
     """Parse words for train.py; UserError for wrong options, and for those that the program sets itself."""
     flags = {word.split("=")[0] for word in with_files(words)}
     if taken := sorted(flags & {"--resume", "--output-dir", "--config", *own}):
-        cure = "every run has its own; to take options from a file, use @FILE"
-        raise UserError(f"leave out {', '.join(taken)}: {cure}")
+        raise UserError(f"leave out {', '.join(taken)}: every run has its own; to take options from a file, use @FILE")
     return parse_args([*words, "--output-dir", str(folder / "unused")])[0]
 
 
@@ -136,14 +135,14 @@ def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figu
         options.append("--resume")
         parse_args(options)  # a UserError if the run was started with other options
     check_inputs(words, folder, is_new)
-    was_finished = not is_new and (folder / "model").is_dir()
-    if not was_finished:
+    is_unfinished = is_new or not (folder / "model").is_dir()
+    if is_unfinished:
         run([*TRAIN_COMMAND, *options], folder, is_new)
     evaluations = [line for line in read_metrics(folder / "metrics.jsonl") if "split" in line]
     # Metrics of best/ are left out: if the last model is the best, there are none.
     values = [(line["split"], main_metric(line)) for line in evaluations if not line["split"].startswith("best/")]
     best = max(value for split, value in values if split == "dev")
-    return not was_finished, {**dict(values), "best dev": best, "seconds": seconds_of(folder)}
+    return is_unfinished, {**dict(values), "best dev": best, "seconds": seconds_of(folder)}
 
 
 def compare(seeds: list[int], folder: Path, runs: Runs, unit: str = "seed", by_setting: bool = False) -> None:

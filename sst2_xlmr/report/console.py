@@ -195,7 +195,7 @@ class Report:
             self.say(f"step {step:>6}  {metric}: {values}{mean}")
 
     def say_end(self, evaluations: dict[str, dict[str, Any]]) -> None:
-        """Print the last model's metrics on all splits but dev, then those of the model in best/, named `best/SPLIT`."""
+        """Print the last model's metrics on all splits but dev, then those of best/, which are named `best/SPLIT`."""
         best = {split: metrics for split, metrics in evaluations.items() if split.startswith("best/")}
         others = {split: metrics for split, metrics in evaluations.items() if split not in ("dev", *best)}
         tables = [evaluation_table(self._task, metrics) for metrics in (others, best) if metrics]
