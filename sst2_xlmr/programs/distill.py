@@ -27,8 +27,7 @@ from sst2_xlmr.model.classifier import task_of
 from sst2_xlmr.model.encoders import find_encoder, find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.study_runs import checked_config, compare, split_words, train, words_for, write_rows
-from sst2_xlmr.report.tables import Figures
+from sst2_xlmr.programs.study_runs import Trained, checked_config, compare, split_words, train, words_for, write_rows
 from sst2_xlmr.task import check_options, main_metric
 from sst2_xlmr.util.errors import UserError, refuse
 from sst2_xlmr.util.files import digest_of, digest_of_input, read_json, write_text
@@ -63,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         its_labels, ours = (f"{', '.join(task.label_names)} ({task.option})" for task in tasks)
         problem = f"{teacher} has labels {its_labels}, the labelled rows have {ours}"
         refuse((its_labels != ours, f"{problem}: they must be the same, and in the same order"))
-    plan.known = np.unique(np.concatenate(list(map(digests_of, plan.rows.values()))))
+    plan.known = np.unique(np.concatenate([digests_of(rows) for rows in plan.rows.values()]))
     return plan
 
 
@@ -126,8 +125,8 @@ def teach(plan: argparse.Namespace, folder: Path, teachers: list[Path]) -> None:
     tqdm.write(f"{folder.name}: {report['texts']:,} unlabelled texts{left_out}; teacher {metrics}", file=sys.stdout)
 
 
-def train_student(plan: argparse.Namespace, round: int, seed: int) -> tuple[bool, Figures]:
-    """Train a student of a round; see `study_runs.train`."""
+def train_student(plan: argparse.Namespace, round: int, seed: int) -> Trained:
+    """Train a student of a round."""
     folder = plan.output_dir / f"round-{round}"
     if seed == plan.seeds[0]:
         former = plan.output_dir / (f"round-{round - 1}" if round > 1 else "labelled")

@@ -29,8 +29,7 @@ from sst2_xlmr.evaluation.evaluate import length_sorted_batches, model_logits, o
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.study_runs import checked_config, compare, split_words, train, words_for, write_rows
-from sst2_xlmr.report.tables import Figures
+from sst2_xlmr.programs.study_runs import Trained, checked_config, compare, split_words, train, words_for, write_rows
 from sst2_xlmr.task import Task, main_metric
 from sst2_xlmr.util.device import choose_device
 from sst2_xlmr.util.errors import UserError, refuse
@@ -112,10 +111,8 @@ def divide(config: Config, folds: int) -> tuple[Config, Task, FileRows, np.ndarr
     return config, task, rows, assign_folds(text_digests(texts, pairs), strata, folds, config.seed)
 
 
-def train_fold(
-    folder: Path, config: Config, task: Task, rows: FileRows, fold_of: np.ndarray, fold: int
-) -> tuple[bool, Figures]:
-    """Train on all folds but one, with that as dev; see `study_runs.train`."""
+def train_fold(folder: Path, config: Config, task: Task, rows: FileRows, fold_of: np.ndarray, fold: int) -> Trained:
+    """Train on all folds but one, with that as dev."""
     folder = folder / f"fold-{fold}"
     files = {name: folder / f"{name}.jsonl" for name in ("train", "dev")}
     for path, is_own in zip(files.values(), (fold_of != fold, fold_of == fold)):

@@ -24,7 +24,8 @@ from sst2_xlmr.util.errors import SIGNALS, UserError
 from sst2_xlmr.util.files import digest_of_input, new_file, write_errors, write_text
 
 TRAIN_COMMAND = [sys.executable, "-m", "sst2_xlmr.train"]
-Runs = Mapping[str, Callable[[int], tuple[bool, Figures]]]  # setting -> a function that trains one seed
+Trained = tuple[bool, Figures]  # whether the run was unfinished, and its figures
+Runs = Mapping[str, Callable[[int], Trained]]  # setting -> a function that trains one seed
 digest = functools.cache(digest_of_input)  # most runs of a study read the same files
 
 # Data options that still apply to these files; the others say where rows are and how to parse them.
@@ -126,8 +127,8 @@ def run(command: list[str], run_folder: Path, is_new: bool) -> None:
         sys.exit(status if status > 0 else 128 - status)
 
 
-def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figures]:
-    """Train, or continue a stopped run; returns whether the run was unfinished, and its figures."""
+def train(words: list[str], setting_folder: Path, seed: int) -> Trained:
+    """Train, or continue a stopped run."""
     folder = setting_folder / f"seed-{seed}"
     options = [*words, "--seed", str(seed), "--output-dir", str(folder)]
     is_new = not (folder / "config.json").is_file()
