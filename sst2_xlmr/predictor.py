@@ -28,6 +28,8 @@ from sst2_xlmr.util.device import choose_device, choose_precision, trim_malloc
 from sst2_xlmr.util.errors import UserError
 
 Texts = Sequence[str | tuple[str, str]]
+Folder = str | os.PathLike[str]
+Device = str | torch.device
 
 
 class _Ensemble(nn.Module):
@@ -56,9 +58,7 @@ class Classifier:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def load(
-        cls, folder: str | os.PathLike[str], precision: str = "auto", device: str | torch.device = "auto"
-    ) -> Classifier:
+    def load(cls, folder: Folder, precision: str = "auto", device: Device = "auto") -> Classifier:
         """Load a trained model's folder; UserError if the folder, its weights, precision or device cannot be used.
 
         The device is auto, cpu, cuda or a torch.device; the precision is auto, bf16, fp32, or int8 on a CPU. If int8 is
@@ -86,13 +86,8 @@ class Classifier:
         return cls(folder, prediction_model(classifier), tokenizer, task, plain, device)
 
     @classmethod
-    def load_ensemble(
-        cls, folders: Sequence[str | os.PathLike[str]], precision: str = "auto", device: str | torch.device = "auto"
-    ) -> Classifier:
-        """Load several models as one classifier, with the mean of their probabilities and of their thresholds.
-
-        UserError if their labels, tokenizers or longest inputs differ.
-        """
+    def load_ensemble(cls, folders: Sequence[Folder], precision: str = "auto", device: Device = "auto") -> Classifier:
+        """Load models as one that averages probabilities and thresholds; UserError if labels or tokenization differ."""
         members = [cls.load(folder, precision, device) for folder in folders]
         first, signatures = members[0], []
         if len(members) == 1:
@@ -142,9 +137,7 @@ class Classifier:
         firsts, *seconds = map(list, zip(*rows)) if rows else [[]]
         return self.tokenizer.flat_ids(firsts, *seconds)
 
-    def probabilities_of_ids(
-        self, ids: np.ndarray, lengths: np.ndarray, batch_tokens: int = EVAL_BATCH_TOKENS
-    ) -> np.ndarray:
+    def probabilities_of_ids(self, ids: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> np.ndarray:
         """Like `probabilities`, for texts that `encode` has tokenized."""
         with self._lock:
             probabilities = predict(self.module, self.task, ids, lengths, batch_tokens, self.device)
@@ -154,6 +147,5 @@ class Classifier:
     def check_finite(self, values: np.ndarray | float) -> None:
         """Raise UserError for numbers that are not finite: the model is damaged."""
         if not np.isfinite(values).all():
-            raise UserError(
-                f"{self.folder}: the model's outputs are not finite (NaN); train it again, or use another model"
-            )
+            cure = "train it again, or use another model"
+            raise UserError(f"{self.folder}: the model's outputs are not finite (NaN); {cure}")

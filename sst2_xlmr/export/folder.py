@@ -12,8 +12,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import torch
-
 from sst2_xlmr.config import GROUPS, OPTIONS, Config, flag, named_file, shown
 from sst2_xlmr.data.prepare import Inputs, long_texts_of
 from sst2_xlmr.evaluation.metrics import describe_calibration
@@ -83,9 +81,7 @@ def write_folder(
         write_all_but_weights(unfinished, encoder, card, dtype)
         if (temperature, offset) != (1, 0):
             for name, added in zip(LAST_LAYER, (0.0, offset)):
-                whole = weights[name]
-                whole = whole if isinstance(whole, torch.Tensor) else whole.rows(0, whole.shape[0])
-                last[name] = whole / temperature + added
+                last[name] = weights[name][:] / temperature + added
         write_tensors(to_hugging_face({**weights, **last}), unfinished / "model.safetensors")
     finish(rename)
 
@@ -101,8 +97,7 @@ def write_all_but_weights(folder: Path, encoder: EncoderFolder, card: str, dtype
         tokenizer["model_input_names"] = ["input_ids", "attention_mask"]
         tokenizer.update({f"{name}_token": token for name, token in TOKENS.items()}, clean_up_tokenization_spaces=False)
     for name, content in (("config.json", _settings(encoder, dtype)), (SETTINGS_NAME, tokenizer)):
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / TOKENIZER_NAME).write_bytes(sentencepiece_model(encoder.tokenizer_file))
     if card:
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
@@ -142,10 +137,7 @@ def _settings(encoder: EncoderFolder, dtype: str) -> dict[str, Any]:
 def card_text(
     config: Config, task: Task, state: TrainState, rows: Mapping[str, int], evaluations: Metrics, is_best: bool = False
 ) -> str:
-    """Return the card's text, with each split's number of rows, and of these weights its metrics.
-
-    With --calibrate, the state has the temperature and its calibration errors. `is_best`: of several evaluations.
-    """
+    """Return a model card; rows and metrics are by split, and `is_best` says that dev chose these weights."""
     encoder, names, results = _HUB_NAMES.get(config.encoder, Path(config.encoder).name), task.label_names, []
     eval_files = [str(named_file(value)[1]) for value in config.eval_file]
     files = [config.data_dir, *config.train_file, config.dev_file, *eval_files, *config.test_file]
@@ -157,7 +149,7 @@ def card_text(
         dataset = dict.fromkeys(("name", "type", "split"), Path(split).name)
         scores = [{"type": kind, "name": name, "value": metrics[key]} for key, (kind, name) in task.hub_metrics.items()]
         results.append({"task": {"type": "text-classification"}, "dataset": dataset, "metrics": scores})
-    # From this line of the header, in JSON, which is also YAML, the Hub shows the metrics.
+    # From this line of the header (JSON is also YAML), the Hub shows the metrics.
     index = json.dumps([{"name": f"{encoder}-classifier", "results": results}], ensure_ascii=False)
     settings = []  # that affect the result: those that --resume may change do not
     for name in (*GROUPS["data"], *GROUPS["model"], *GROUPS["training"], "precision"):
@@ -202,8 +194,7 @@ def export_run(
 ) -> None:
     """Write a run's current weights, with the whole vocabulary, and a model card; on rank 0.
 
-    The folder gets its final name on the thread of `background_writer`. With --calibrate, the logits are divided by the
-    state's temperature. Evaluations of `best/NAME` do not belong to these weights, and are left out of the card.
+    The folder gets its name on the thread of `background_writer`. The card has no metrics of `best/`, other weights.
     """
     background_writer.wait()  # so that a slow disk has one model to write at a time
     config = inputs.config

@@ -74,7 +74,7 @@ class _Graph:
         weight, bias = self.weight_and_bias(name, rows)
         if not self.int8:
             return self.add("Add", self.add("MatMul", x, weight.T), bias)
-        values, scales = _quantized(weight)
+        values, scales = (part.numpy() for part in quantize_weights(torch.from_numpy(weight)))
         quantized, scale, least = self.quantize_rows(x)
         sums = self.add("Cast", self.add("MatMulInteger", quantized, values.T), to=TensorProto.FLOAT)
         shift = self.add("Add", self.add("Mul", least, values.sum(1, dtype=np.float32) * scales), bias)
@@ -87,11 +87,6 @@ def int64(*values: int) -> np.ndarray:
 
 def scalar(value: float) -> np.ndarray:
     return np.array(value, np.float32)
-
-
-def _quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    values, scales = quantize_weights(torch.from_numpy(weight))
-    return values.numpy(), scales.numpy()
 
 
 def _layer(graph: _Graph, shape: EncoderShape, number: int, x: str, mask: str) -> str:
@@ -129,7 +124,7 @@ def _logits(graph: _Graph, shape: EncoderShape, ids: str, mask: str, window_weig
     """
     add, words, length = graph.add, graph.weights[EMBEDDING], graph.add("Shape", ids, start=1, end=2)
     if graph.int8:
-        values, scales = _quantized(words)
+        values, scales = (part.numpy() for part in quantize_weights(torch.from_numpy(words)))
         quantized = add("Cast", add("Gather", values, ids), to=TensorProto.FLOAT)
         words = add("Mul", quantized, add("Gather", scales[:, None], ids))
     else:
@@ -200,8 +195,7 @@ def write_onnx(
 ) -> None:
     """Write a file that takes texts, or ids, with the encoder quantized if `int8`; UserError if it would be too large.
 
-    Weights are fp32, by the classifier's parameter names; the encoder's own are not read. With `logits_only`, the only
-    output is `logits`, fp32 [texts, labels], instead of labels and probabilities.
+    Weights are fp32, by parameter name. With `logits_only`, the only output is `logits`, fp32 [texts, labels].
     """
     if sum(weight.size for weight in weights.values()) * (1 if int8 else 4) > _LARGEST_FILE:
         raise UserError("the model is larger than the 2 GB of an ONNX file; trim its vocabulary, or use onnx-int8")
@@ -214,8 +208,7 @@ def write_onnx(
         inputs = [value(name, TensorProto.INT64, ["texts", "length"]) for name in ("input_ids", "attention_mask")]
         ids, mask = "input_ids", graph.add("Cast", "attention_mask", to=TensorProto.BOOL)
     logits = _logits(graph, encoder.shape, ids, mask, window_weights)
-    own = {"logits": (logits, "FLOAT", [task.outputs])}
-    answer = own if logits_only else task.append_to_onnx(graph.add, logits)
+    answer = {"logits": (logits, "FLOAT", [task.outputs])} if logits_only else task.append_to_onnx(graph.add, logits)
     outputs = [value(name, getattr(TensorProto, kind), ["texts", *sizes]) for name, (_, kind, sizes) in answer.items()]
     graph.nodes += [helper.make_node("Identity", [result], [name]) for name, (result, *_) in answer.items()]
     model = helper.make_model(

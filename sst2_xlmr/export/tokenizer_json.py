@@ -20,10 +20,7 @@ from sst2_xlmr.model.tokenizer_files import MASK, PLACEHOLDER, SPECIAL_TOKENS, W
 
 @functools.lru_cache(maxsize=1)  # it takes a second, and a run writes it with every best model
 def tokenizer_json(file: Path) -> bytes | None:
-    """Return the content of `tokenizer.json` for a tokenizer's file and its added tokens.
-
-    None if the model is not a unigram model, like XLM-R's.
-    """
+    """Return `tokenizer.json` for a SentencePiece file and its added tokens; None unless it is a unigram model."""
     serialized = tokenizer_files.sentencepiece_model(file)
     model = tokenizer_files.model_class().FromString(serialized)
     if model.trainer_spec.model_type != tokenizer_files.UNIGRAM:

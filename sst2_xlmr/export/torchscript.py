@@ -10,7 +10,7 @@ operator, but not this package:
 
 import warnings
 from pathlib import Path
-from typing import Any, Optional  # TorchScript knows no `str | None` before Python 3.10
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,13 +40,13 @@ class TextClassifier(nn.Module):
         self.thresholds = torch.tensor(task.thresholds_in_use)
         self.batch_size, self.pad_id = BATCH_SIZE, PAD_ID
 
-    def ids_of(self, text: str, pair: Optional[str]) -> list[int]:  # noqa: UP045
+    def ids_of(self, text: str, pair: str | None) -> list[int]:
         """Return a row's ids, like `Tokenizer`."""
         second = None if pair is None else self.sentencepiece.EncodeAsIds(pair)
         ids = add_special_tokens(self.sentencepiece.EncodeAsIds(text), second, self.max_length, self.head_tail)
         return [3 if piece_id == 0 else piece_id + 1 for piece_id in ids]  # 3 is <unk>
 
-    def forward(self, texts: list[str], pairs: Optional[list[str]] = None) -> Any:  # noqa: UP045
+    def forward(self, texts: list[str], pairs: list[str] | None = None) -> Any:
         """Return the task's answer, in the order of the texts: labels, and probabilities, fp32 [texts, labels].
 
         `pairs` are the second texts of all rows. Texts of similar length share a batch.

@@ -11,6 +11,7 @@ metrics. The same command skips finished runs and continues stopped ones.
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -26,8 +27,7 @@ from sst2_xlmr.model.classifier import task_of
 from sst2_xlmr.model.encoders import find_encoder, find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.study_runs import checked_config, compare, split_words, train, words_for, write_rows
-from sst2_xlmr.report.tables import Figures
+from sst2_xlmr.programs.study_runs import Trained, checked_config, compare, split_words, train, words_for, write_rows
 from sst2_xlmr.task import check_options, main_metric
 from sst2_xlmr.util.errors import UserError, refuse
 from sst2_xlmr.util.files import digest_of, digest_of_input, read_json, write_text
@@ -60,10 +60,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         check_pairs(teacher, config.text_pair_column, "--text-pair-column NAME")
         tasks = task_of(find_model(teacher)), plan.task
         its_labels, ours = (f"{', '.join(task.label_names)} ({task.option})" for task in tasks)
-        same = "they must be the same, and in the same order"
-        if its_labels != ours:
-            raise UserError(f"{teacher} has labels {its_labels}, the labelled rows have {ours}: {same}")
-    plan.known = np.unique(np.concatenate(list(map(digests_of, plan.rows.values()))))
+        problem = f"{teacher} has labels {its_labels}, the labelled rows have {ours}"
+        refuse((its_labels != ours, f"{problem}: they must be the same, and in the same order"))
+    plan.known = np.unique(np.concatenate([digests_of(rows) for rows in plan.rows.values()]))
     return plan
 
 
@@ -94,7 +93,7 @@ def soft_labelled(plan: argparse.Namespace, classifier: Classifier, counts: dict
         labels = classifier.task.soft_labels(probabilities, plan.temperature or 1.0)
         counts["texts"] += len(labels)
         for row, label in zip((row for _, rows in usable_rows(plan, file) for row in rows), labels):
-            yield row._replace(label=plan.task.label_to_json(label), weight=plan.unlabelled_weight)
+            yield row._replace(label=label, weight=plan.unlabelled_weight)
     if not counts["texts"]:
         raise UserError("all unlabelled texts are also labelled or evaluated on; give others with --unlabelled")
 
@@ -111,8 +110,8 @@ def teach(plan: argparse.Namespace, folder: Path, teachers: list[Path]) -> None:
     if not path.is_file():
         classifier = Classifier.load_ensemble(teachers, plan.teacher_precision, plan.config.device)
         counts, figures = {"texts": 0, "left out": 0}, {}
-        more = soft_labelled(plan, classifier, counts)
-        write_rows(folder / "train.jsonl", plan.task, plan.rows["train"], more)
+        rows = itertools.chain(plan.rows["train"], soft_labelled(plan, classifier, counts))
+        write_rows(folder / "train.jsonl", plan.task, rows)
         for name in plan.evaluated:
             labels = np.asarray([row.label for row in plan.rows[name]], plan.task.label_dtype)
             results = classifier.task.results_of(classifier.probabilities(texts_of(plan.rows[name])), labels)
@@ -126,8 +125,8 @@ def teach(plan: argparse.Namespace, folder: Path, teachers: list[Path]) -> None:
     tqdm.write(f"{folder.name}: {report['texts']:,} unlabelled texts{left_out}; teacher {metrics}", file=sys.stdout)
 
 
-def train_student(plan: argparse.Namespace, round: int, seed: int) -> tuple[bool, Figures]:
-    """Train a student of a round; see `study_runs.train`."""
+def train_student(plan: argparse.Namespace, round: int, seed: int) -> Trained:
+    """Train a student of a round."""
     folder = plan.output_dir / f"round-{round}"
     if seed == plan.seeds[0]:
         former = plan.output_dir / (f"round-{round - 1}" if round > 1 else "labelled")

@@ -8,7 +8,6 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
@@ -36,7 +35,6 @@ from sst2_xlmr.util.errors import UserError, refuse
 from sst2_xlmr.util.files import put_in_place, scratch_folder, write_errors, write_text
 
 Caches = dict[str, TokenCache]  # by name of file
-Evaluations = dict[str, Evaluation]
 MAX_CONFUSED_CLASSES = 10  # with more, a confusion matrix is too wide to print
 
 
@@ -63,6 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         ((source is None) != (output is None), f"{both} belong together"),
         (bool(source) == bool(arguments.file), f"give either --file [NAME=]FILE to evaluate on, or {both}"),
         (source and needs_files, "--json, --tensorboard and --against are for --file; leave them out with --calibrate"),
+        (source and len(arguments.models) > 1, "--calibrate writes one model; name one --model"),
         (source and arguments.precision == "int8", "--precision int8 is for prediction; calibrate in fp32 or bf16"),
         (arguments.overwrite and not arguments.json, "--overwrite needs the --json file that it may replace"),
     )
@@ -80,7 +79,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def evaluate_all(classifier: Classifier, caches: Caches, batch_tokens: int) -> Evaluations:
+def evaluate_all(classifier: Classifier, caches: Caches, batch_tokens: int) -> dict[str, Evaluation]:
     evaluations, world = {}, World(classifier.device)
     # numpy would warn of the NaN that `check_finite` raises an error for.
     with memory_errors(f"use a smaller --batch-tokens than {batch_tokens}"), np.errstate(invalid="ignore"):
@@ -93,8 +92,7 @@ def evaluate_all(classifier: Classifier, caches: Caches, batch_tokens: int) -> E
 def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCache, probabilities: np.ndarray) -> str:
     """Write a model folder with calibrated probabilities, and a note in its card; returns a line to print.
 
-    The temperature is fitted on the cache's rows, with the model's probabilities for them, fp32 [rows, outputs]; the
-    calibration error is that of the written model.
+    The temperature is fitted to the model's probabilities for the cache's rows, fp32 [rows, outputs].
     """
     source, output = arguments.models[0], arguments.output
     temperature, before, after = calibrate(task, probabilities, cache.labels)
@@ -145,7 +143,7 @@ def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[T
 
 
 def write_json(
-    arguments: argparse.Namespace, precision: str, task: Task, caches: Caches, evaluations: Evaluations
+    arguments: argparse.Namespace, precision: str, task: Task, caches: Caches, evaluations: dict[str, Evaluation]
 ) -> None:
     reports, all_metrics = {}, [evaluation.metrics for evaluation in evaluations.values()]
     for name, evaluation in evaluations.items():
@@ -164,8 +162,6 @@ def write_json(
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     models = arguments.models = [model_folder(name) for name in arguments.models]
-    if arguments.calibrate and len(models) > 1:
-        raise UserError("--calibrate writes one model; name one --model")
     tune_memory()
     against = arguments.against
     classifier = Classifier.load_ensemble(models, arguments.precision, arguments.device)
@@ -186,8 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         with write_errors(arguments.tensorboard), open_events(arguments.tensorboard) as writer:
             for name, cache in caches.items():
                 add_scalars(writer, 0, name, {key: metrics[name][key] for key in task.tensorboard_metrics})
-                texts_of = partial(splits[name].texts_at, task)
-                draw_evaluation(writer, 0, name, cache.labels, evaluations[name].probabilities, task, texts_of)
+                draw_evaluation(writer, 0, name, splits[name], cache.labels, evaluations[name].probabilities, task)
     lines = evaluation_table(task, metrics)
     for name, cache in caches.items():
         lines += class_lines(name, task, evaluations[name].results, cache.labels)

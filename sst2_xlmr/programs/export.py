@@ -103,10 +103,7 @@ def read_texts(file: Path, columns: ReadOptions, task: Task | None = None) -> It
 def read_checks(
     check_files: list[str], columns: ReadOptions, task: Task, takes_pairs: bool, has_label_column: bool
 ) -> dict[str, Rows]:
-    """Return name -> rows of --check-file; without files, built-in sentences, and pairs if the form `takes_pairs`.
-
-    If --label-column was given, files of rows must have this column.
-    """
+    """Return name -> rows of --check-file, which must have labels if `has_label_column`; by default, the sentences."""
     if not check_files:
         pairs = {"pairs": ((SENTENCES, SENTENCES[::-1]), None)} if takes_pairs else {}
         return {"sentences": ((SENTENCES, None), None), **pairs}
@@ -135,14 +132,12 @@ def write_torchscript(encoder: EncoderFolder, file: Path) -> Classify:
     return lambda texts, pairs: checked(task, classify(texts, pairs))
 
 
-def write_onnx_file(
-    encoder: EncoderFolder, task: Task, file: Path, int8: bool, takes_texts: bool, logits_only: bool
-) -> Classify:
+def write_onnx_file(encoder: EncoderFolder, file: Path, int8: bool, takes_texts: bool, logits_only: bool) -> Classify:
     import onnxruntime
 
     from sst2_xlmr.export.onnx import write_onnx  # only here: it needs onnx
 
-    weights = {name: tensor.numpy() for name, tensor in load_tensors(encoder).items()}
+    task, weights = task_of(encoder), {name: tensor.numpy() for name, tensor in load_tensors(encoder).items()}
     write_onnx(file, weights, encoder, task, takes_texts, int8, logits_only)
     options = onnxruntime.SessionOptions()
     if takes_texts:
@@ -226,7 +221,7 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
             write_all_but_weights(written, encoder, card)
             file = written / "onnx" / ("model_quantized.onnx" if int8 else "model.onnx")
             file.parent.mkdir()
-        found = write_onnx_file(encoder, task, file, int8, takes_texts, kind == "onnx-hf")
+        found = write_onnx_file(encoder, file, int8, takes_texts, kind == "onnx-hf")
     else:
         found = write_hugging_face(encoder, written, arguments.dtype, card)
     both = {name: (found(*sides), expected(*sides), labels) for name, (sides, labels) in checks.items()}
@@ -252,7 +247,6 @@ def main(argv: list[str] | None = None) -> None:
     with write_errors(arguments.output), scratch_folder(output) as scratch:
         if arguments.keep_vocabulary_of:
             encoder = trim(encoder, arguments.keep_vocabulary_of, columns_for(arguments), scratch / "trimmed")
-        task = task_of(encoder)
-        summary = write(arguments, encoder, task, scratch / "written")
+        summary = write(arguments, encoder, task_of(encoder), scratch / "written")
         put_in_place(scratch / "written", output, replaces=False)
     say(f"{arguments.output}: {summary}")

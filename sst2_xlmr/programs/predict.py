@@ -88,11 +88,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_chunks(arguments: argparse.Namespace) -> Chunks:
-    """Return the rows to classify, in chunks: from the file, the sentences, or standard input.
-
-    The first rows of a file are read at once, so that a wrong column raises a UserError here.
-    """
-    if arguments.input:
+    """Return the rows to classify, in chunks: from the file, the sentences, or standard input."""
+    if arguments.input:  # its first rows are read now, so that a wrong column raises a UserError here
         chunks = in_chunks(read_rows(arguments.input, columns_for(arguments), None), ROWS_AT_ONCE)
         return itertools.chain([next(chunks)], chunks)
     if arguments.sentences:
@@ -203,10 +200,7 @@ def say_layout(arguments: argparse.Namespace) -> None:
 
 
 def with_progress(predicted: Iterable[Predictions], total: int, done: int, quiet: bool) -> Iterator[Predictions]:
-    """Yield all of `predicted`; shows a bar on a terminal, otherwise prints a line per minute, on standard error.
-
-    Of `total` rows, an earlier run has done `done`.
-    """
+    """Yield `predicted`, and show progress from `done` to `total` rows: a bar on a terminal, else a line per minute."""
     started = printed = time.monotonic()
     rows, has_bar = 0, sys.stderr.isatty() and not quiet
     with tqdm(total=total, initial=done, unit=" rows", disable=not has_bar, dynamic_ncols=True) as bar:

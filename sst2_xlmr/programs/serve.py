@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -43,12 +44,11 @@ Receive = Callable[[], Any]  # as ASGI defines it
 Queue = asyncio.Queue[Any]  # of token ids, lengths and a future for each request
 
 
+@dataclass(eq=False)
 class RequestError(UserError):
-    """A request that is refused, with a status of HTTP."""
+    """A request that is refused, with an HTTP status."""
 
-    def __init__(self, text: str, http_status: int = 400) -> None:
-        super().__init__(text)
-        self.http_status = http_status
+    http_status: int = 400
 
 
 async def compute(classifier: Classifier, waiting: Queue, batch_tokens: int) -> None:
@@ -106,10 +106,7 @@ async def read_texts(receive: Receive, takes_pairs: bool | None) -> tuple[list[A
 
 
 def make_app(classifier: Classifier, arguments: argparse.Namespace, waiting: Queue, worker: int) -> Callable[..., Any]:
-    """Return the service as an ASGI application, which puts its requests into `waiting`.
-
-    It counts in its worker's row of `arguments.counters`, and shows the sums over all of them.
-    """
+    """Return the service as an ASGI application; each worker counts in its row of `arguments.counters`."""
     counters, task, abstain_below = arguments.counters, classifier.task, arguments.abstain_below
     counts = counters[worker]
     takes_pairs = read_json(classifier.folder / "config.json", "a model's folder is needed").get("text_pairs")
@@ -131,7 +128,7 @@ def make_app(classifier: Classifier, arguments: argparse.Namespace, waiting: Que
         finally:
             counts[WAITING] -= len(lengths)
         columns = task.columns(all_probabilities)
-        return [dict(zip(columns, task.prediction_cells(each, all_probabilities, abstain_below))) for each in found]
+        return [dict(zip(columns, task.prediction_cells(row, all_probabilities, abstain_below))) for row in found]
 
     async def app(scope: dict[str, Any], receive: Receive, send: Callable[[dict[str, Any]], Any]) -> None:
         status, content_type = 200, "application/json"
@@ -182,12 +179,7 @@ class TimedProtocol(H11Protocol):
             self.timer.cancel()
             self.timer = None
         elif is_idle and not self.timer:
-            self.timer = self.loop.call_later(REQUEST_TIMEOUT_S, self.end_idle)
-
-    def end_idle(self) -> None:
-        self.timer = None
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
+            self.timer = self.loop.call_later(REQUEST_TIMEOUT_S, self.transport.close)
 
 
 async def run(classifier: Classifier, arguments: argparse.Namespace, worker: int = 0) -> None:

@@ -29,8 +29,7 @@ from sst2_xlmr.evaluation.evaluate import length_sorted_batches, model_logits, o
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
-from sst2_xlmr.programs.study_runs import checked_config, compare, split_words, train, words_for, write_rows
-from sst2_xlmr.report.tables import Figures
+from sst2_xlmr.programs.study_runs import Trained, checked_config, compare, split_words, train, words_for, write_rows
 from sst2_xlmr.task import Task, main_metric
 from sst2_xlmr.util.device import choose_device
 from sst2_xlmr.util.errors import UserError, refuse
@@ -60,10 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def linear_probe(config: Config) -> float:
-    """Fit a linear layer on the frozen encoder's features at `<s>` of some training rows; returns its metric on dev.
-
-    A cheap baseline, which shows what fine-tuning adds.
-    """
+    """Fit a linear layer on the frozen encoder's features at `<s>`, a cheap baseline; returns its metric on dev."""
     inputs, device = prepare(config), choose_device(config.device)
     classifier, _ = build_classifier(inputs.encoder, inputs.task)
     for name in ("dense", "out"):
@@ -103,26 +99,20 @@ def linear_probe(config: Config) -> float:
 
 
 def divide(config: Config, folds: int) -> tuple[Config, Task, FileRows, np.ndarray]:
-    """Read a study's training rows; returns also the number of each row's fold, int64 [rows], from 1.
-
-    UserError if a file cannot be used, or an option does not go with folds.
-    """
+    """Return the config, its task and training rows, and the number of each row's fold, int64 [rows], from 1."""
     if config.dev_file or config.dev_share or config.eval_file:
         options = "--dev-file, --dev-share and --eval-file"
         raise UserError(f"--folds evaluates on parts of the training rows; leave out {options}")
     files = [str(file) for file in find_files(config)[0]["train"]]
-    of_rows = dataclasses.replace(config, data_dir=None, train_file=files, test_file=[])
-    task, splits = inspect_splits(of_rows)
+    task, splits = inspect_splits(dataclasses.replace(config, data_dir=None, train_file=files, test_file=[]))
     rows = list(splits["train"].rows(task))
     texts, pairs, labels, *_ = zip(*(row for _, row in rows))
     strata = task.strata(np.asarray(labels, task.label_dtype))
     return config, task, rows, assign_folds(text_digests(texts, pairs), strata, folds, config.seed)
 
 
-def train_fold(
-    folder: Path, config: Config, task: Task, rows: FileRows, fold_of: np.ndarray, fold: int
-) -> tuple[bool, Figures]:
-    """Train on all folds but one, with that as dev; see `study_runs.train`."""
+def train_fold(folder: Path, config: Config, task: Task, rows: FileRows, fold_of: np.ndarray, fold: int) -> Trained:
+    """Train on all folds but one, with that as dev."""
     folder = folder / f"fold-{fold}"
     files = {name: folder / f"{name}.jsonl" for name in ("train", "dev")}
     for path, is_own in zip(files.values(), (fold_of != fold, fold_of == fold)):
@@ -131,10 +121,7 @@ def train_fold(
 
 
 def write_out_of_fold(folder: Path, config: Config, task: Task, file_rows: FileRows, fold_of: np.ndarray) -> list[str]:
-    """Write each row's prediction by the model that was not trained on its fold, and the likely label errors.
-
-    The most likely come first. Returns lines to print.
-    """
+    """Write each row's prediction by the model not trained on it, and likely label errors; returns lines to print."""
     rows = [row for _, row in file_rows]
     labels: np.ndarray = np.asarray([row.label for row in rows], task.label_dtype)
     probabilities = np.zeros((len(rows), task.outputs), np.float32)

@@ -1,7 +1,6 @@
 """Runs of train.py that other programs start: on files that they write, continued if stopped, compared at the end."""
 
 import functools
-import itertools
 import json
 import shlex
 import signal
@@ -25,7 +24,8 @@ from sst2_xlmr.util.errors import SIGNALS, UserError
 from sst2_xlmr.util.files import digest_of_input, new_file, write_errors, write_text
 
 TRAIN_COMMAND = [sys.executable, "-m", "sst2_xlmr.train"]
-Runs = Mapping[str, Callable[[int], tuple[bool, Figures]]]  # setting -> a function that trains one seed
+Trained = tuple[bool, Figures]  # whether the run was unfinished, and its figures
+Runs = Mapping[str, Callable[[int], Trained]]  # setting -> a function that trains one seed
 digest = functools.cache(digest_of_input)  # most runs of a study read the same files
 
 # Data options that still apply to these files; the others say where rows are and how to parse them.
@@ -44,19 +44,18 @@ def checked_config(words: list[str], folder: Path, *own: str) -> Config:
     """Parse words for train.py; UserError for wrong options, and for those that the program sets itself."""
     flags = {word.split("=")[0] for word in with_files(words)}
     if taken := sorted(flags & {"--resume", "--output-dir", "--config", *own}):
-        cure = "every run has its own; to take options from a file, use @FILE"
-        raise UserError(f"leave out {', '.join(taken)}: {cure}")
+        raise UserError(f"leave out {', '.join(taken)}: every run has its own; to take options from a file, use @FILE")
     return parse_args([*words, "--output-dir", str(folder / "unused")])[0]
 
 
-def write_rows(path: Path, task: Task, rows: Iterable[Row], more: Iterable[Row] = ()) -> None:
-    """Write rows, then those of `more`, whose labels are JSON values already, atomically; UserError if that fails."""
+def write_rows(path: Path, task: Task, rows: Iterable[Row]) -> None:
+    """Write rows atomically; UserError if that fails."""
     with write_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
-        for row in itertools.chain((row._replace(label=task.label_to_json(row.label)) for row in rows), more):
+        for row in rows:
             texts = {"text": row.text} if row.pair is None else {"text": row.text, "pair": row.pair}
-            content = {**texts, "label": row.label, "weight": row.weight}
+            content = {**texts, "label": task.label_to_json(row.label), "weight": row.weight}
             file.write(json.dumps(content, ensure_ascii=False) + "\n")
 
 
@@ -108,11 +107,10 @@ def seconds_of(run_folder: Path) -> float | None:
 def run(command: list[str], run_folder: Path, is_new: bool) -> None:
     """Run a command, with its output in seed-N.log and its total seconds in seed-N.seconds; forwards signals to it.
 
-    If it fails, this program prints the last lines of its output, and exits with its status. If this program is killed
-    during a run, the run's time is unknown (`-`, null in study.json) and left out of the mean.
+    If it fails, this program prints the last lines of its output, and exits with its status.
     """
     log, former_s = run_folder.with_suffix(".log"), 0.0 if is_new else seconds_of(run_folder)
-    # If this process is killed, the command may keep running for an unknown time.
+    # If this process is killed, the command may keep running, so its time is unknown: `-`, or null in study.json.
     run_folder.with_suffix(".seconds").unlink(missing_ok=True)
     start = time.monotonic()
     with log.open("ab") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
@@ -129,8 +127,8 @@ def run(command: list[str], run_folder: Path, is_new: bool) -> None:
         sys.exit(status if status > 0 else 128 - status)
 
 
-def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figures]:
-    """Train, or continue a stopped run; returns whether the run was unfinished, and its figures."""
+def train(words: list[str], setting_folder: Path, seed: int) -> Trained:
+    """Train, or continue a stopped run."""
     folder = setting_folder / f"seed-{seed}"
     options = [*words, "--seed", str(seed), "--output-dir", str(folder)]
     is_new = not (folder / "config.json").is_file()
@@ -138,15 +136,14 @@ def train(words: list[str], setting_folder: Path, seed: int) -> tuple[bool, Figu
         options.append("--resume")
         parse_args(options)  # a UserError if the run was started with other options
     check_inputs(words, folder, is_new)
-    was_finished = not is_new and (folder / "model").is_dir()
-    if not was_finished:
+    is_unfinished = is_new or not (folder / "model").is_dir()
+    if is_unfinished:
         run([*TRAIN_COMMAND, *options], folder, is_new)
-    lines = read_metrics(folder / "metrics.jsonl")
+    evaluations = [line for line in read_metrics(folder / "metrics.jsonl") if "split" in line]
     # Metrics of best/ are left out: if the last model is the best, there are none.
-    evaluations = [line for line in lines if "split" in line and not line["split"].startswith("best/")]
-    values = [(line["split"], main_metric(line)) for line in evaluations]
-    figures: Figures = {**dict(values), "best dev": max(value for split, value in values if split == "dev")}
-    return not was_finished, {**figures, "seconds": seconds_of(folder)}
+    values = [(line["split"], main_metric(line)) for line in evaluations if not line["split"].startswith("best/")]
+    best = max(value for split, value in values if split == "dev")
+    return is_unfinished, {**dict(values), "best dev": best, "seconds": seconds_of(folder)}
 
 
 def compare(seeds: list[int], folder: Path, runs: Runs, unit: str = "seed", by_setting: bool = False) -> None:

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +176,10 @@ class Report:
     def log_evaluation(self, step: int, split: str, evaluation: Evaluation, task: Task | None = None) -> None:
         """Write an evaluation's metrics; with a task, which reads its probabilities, also plots and mistakes."""
         if task:
-            labels = self._inputs.caches[split].labels
-            texts_of = partial(self._inputs.splits[split].texts_at, self._task)
+            inputs, outputs = self._inputs, evaluation.probabilities
+            rows, labels = inputs.splits[split], inputs.caches[split].labels
             with disk_errors(f"events to {self._events.log_dir}"):
-                tensorboard.draw_evaluation(self._events, step, split, labels, evaluation.probabilities, task, texts_of)
+                tensorboard.draw_evaluation(self._events, step, split, rows, labels, outputs, task)
         scalars = {key: evaluation.metrics[key] for key in self._task.tensorboard_metrics}
         self._write({"step": step, "split": split, **evaluation.metrics}, split, scalars)
 
@@ -196,10 +195,7 @@ class Report:
             self.say(f"step {step:>6}  {metric}: {values}{mean}")
 
     def say_end(self, evaluations: dict[str, dict[str, Any]]) -> None:
-        """Print the last model's metrics on all splits but dev, then those of best/.
-
-        Takes split -> metrics of the last model, and `best/` + split -> metrics of best/.
-        """
+        """Print the last model's metrics on all splits but dev, then those of best/, which are named `best/SPLIT`."""
         best = {split: metrics for split, metrics in evaluations.items() if split.startswith("best/")}
         others = {split: metrics for split, metrics in evaluations.items() if split not in ("dev", *best)}
         tables = [evaluation_table(self._task, metrics) for metrics in (others, best) if metrics]

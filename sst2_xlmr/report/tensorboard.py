@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from sst2_xlmr.config import GROUPS, Config
+from sst2_xlmr.data.prepare import Split
 from sst2_xlmr.task import Task
 
 CURVES = 10
@@ -77,7 +79,7 @@ def add_scalars(writer: SummaryWriter, step: int, group: str, values: dict[str, 
 
 
 def draw_evaluation(
-    writer: SummaryWriter, step: int, name: str, labels: np.ndarray, outputs: np.ndarray, task: Task, texts_of: TextsOf
+    writer: SummaryWriter, step: int, name: str, split: Split, labels: np.ndarray, outputs: np.ndarray, task: Task
 ) -> None:
     """Write a split's confusion matrix (a scatter plot of scores), precision-recall curves, and the worst mistakes.
 
@@ -102,7 +104,7 @@ def draw_evaluation(
         ranks = np.searchsorted(np.sort(scores), scores) / len(labels)
         writer.add_pr_curve(f"{name}/pr_{label}", is_label, ranks, step)
     wrong, answer_of = task.mistakes(outputs, labels)
-    table = mistakes_table(wrong, answer_of, len(labels), texts_of, are_scores=not confusion.size)
+    table = mistakes_table(wrong, answer_of, len(labels), partial(split.texts_at, task), not confusion.size)
     writer.add_text(f"{name}/mistakes", table, step)
 
 
