@@ -145,6 +145,10 @@ class _Common:
         logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
         return np.asarray(self.row_results(logits, torch.tensor(labels)).numpy())
 
+    def label_to_json(self: Any, label: Any) -> Any:
+        """Return a label as a JSON value that `read_label` reads."""
+        return dict(zip(self.label_names, label.tolist())) if np.ndim(label) else self.format_label(label)
+
     def describe(self, metrics: dict[str, Any]) -> str:
         """Summarize the main metrics for a line on the console."""
         texts = []
@@ -241,10 +245,6 @@ class SingleLabel(_Common):
     def format_label(self, label: Any) -> str:
         """Return a label in words."""
         return self.label_names[int(label if np.ndim(label) == 0 else label.argmax())]
-
-    def label_to_json(self, label: Any) -> Any:
-        """Return a label as a JSON value that `read_label` reads."""
-        return dict(zip(self.label_names, label.tolist())) if np.ndim(label) else self.format_label(label)
 
     def counts(self, labels: np.ndarray) -> dict[str, int]:
         """Return the number of rows with each label."""
@@ -512,9 +512,6 @@ class MultiLabel(_Common):
     def _names_of(self, has: np.ndarray) -> list[str]:
         return [self.label_names[index] for index in np.flatnonzero(has)]
 
-    def label_to_json(self, label: np.ndarray) -> dict[str, float]:
-        return dict(zip(self.label_names, label.tolist()))
-
     def counts(self, labels: np.ndarray) -> dict[str, int]:
         return dict(zip(self.label_names, (labels > 0.5).sum(0).tolist()))
 
@@ -729,9 +726,10 @@ class Regression(_Common):
         text = label_text(cell)
         if text in MISSING:
             return None
-        if (score := _score(text)) is None:
+        number = text.replace(",", ".") if text.count(",") == 1 and "." not in text else text  # from a decimal comma
+        if not is_number(number):
             raise UserError(f"{where}: label {text[:40]!r} is not a number, as a score must be; fix it")
-        return score
+        return float(number)
 
     def label_warnings(self, labels: LabelCounts) -> list[str]:
         return []
@@ -931,12 +929,6 @@ def _find_classes(
 def _split(text: str, delimiter: str | None, known: Iterable[str]) -> LabelValues:
     values = split_labels(text, delimiter, known)
     return values if isinstance(values, dict) else {canonical(values): 1.0} if values not in MISSING else {}
-
-
-def _score(text: str) -> float | None:
-    """Return a number, possibly with a decimal comma; None for any other text."""
-    text = text.replace(",", ".") if text.count(",") == 1 and "." not in text else text
-    return float(text) if is_number(text) else None
 
 
 def _micro_f1(predicted: np.ndarray, true: np.ndarray) -> float:

@@ -147,7 +147,7 @@ def finish(run: Run) -> None:
     best_metrics = None
     if run.test_splits and state.best_step != state.step:
         best_metrics = on_rank0(run.world, run.evaluate_best)  # None on other ranks
-    run.write_report(lambda report: report.say_end({**run.metrics, **(best_metrics or {})}))
+    run.write_report(Report.say_end, {**run.metrics, **(best_metrics or {})})
     run.export("model")
     run.ensure_checkpoint()
     if run.config.calibrate:
@@ -175,8 +175,7 @@ def run_training(run: Run, checkpoint: Path | None) -> None:
         run.say(f"           {resume_command}")
         sys.exit(128 + run.stop_request.signal)  # as in shells
     except Collapsed as collapse:
-        reason = str(collapse)
-        run.write_report(lambda report: report.log_collapse(run.state.step, reason))
+        run.write_report(Report.log_collapse, run.state.step, str(collapse))
         run.save()  # even if this step has a checkpoint, in which the check is still due
         run.ensure_checkpoint()
         cure = f"--lr {run.config.lr / 2:g} --seed {run.config.seed + 1} --output-dir NEW_DIR"

@@ -25,10 +25,7 @@ def compare(task: Task, actual: np.ndarray, expected: np.ndarray, labels: np.nda
 
 
 def compare_files(task: Task, files: Predictions) -> Comparisons:
-    """Compare the rows of each file and, last, those of several together: "all rows".
-
-    The `metrics` of all rows are None unless all files have labels.
-    """
+    """Compare each file and, last, "all rows" of several, whose `metrics` are None unless all files have labels."""
     found = {name: compare(task, *sides) for name, sides in files.items()}
     if len(files) > 1:
         actual, expected = (np.concatenate([sides[which] for sides in files.values()]) for which in (0, 1))

@@ -64,8 +64,7 @@ def model_logits(
     """Return the rows' logits, fp32 [rows, outputs]; for the arrays see `select_rows`."""
     selected, of_rows = select_rows(ids, starts, lengths, rows)
     of_windows, windows = split_windows(selected, of_rows)
-    logits: torch.Tensor = model(selected.to(device), of_windows, None, windows).float()
-    return logits
+    return model(selected.to(device), of_windows, None, windows).float()
 
 
 @functools.lru_cache(maxsize=1)

@@ -89,10 +89,7 @@ def lowest_layers(encoder: EncoderFolder, layers: int) -> EncoderFolder:
 
 
 def find_encoder(name: str, quiet: bool = False) -> EncoderFolder:
-    """Find an encoder by name: a bundle of torchtext, a folder, or else a model on the Hub, which is downloaded once.
-
-    UserError if there is none, or if it is incomplete or not an XLM-R model.
-    """
+    """Find torchtext's bundle, the folder, or else the model on the Hub of this name; UserError if it is unusable."""
     if name in BUNDLE_SHAPES:
         return EncoderFolder(name, BUNDLE_SHAPES[name], *downloads.fetch_bundle(name, quiet=quiet))
     folder = Path(name)

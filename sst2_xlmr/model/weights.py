@@ -48,12 +48,8 @@ _HUGGING_FACE = {
 _QKV = [f"roberta.encoder.layer.#.attention.self.{part}" for part in ("query", "key", "value")]  # our `qkv`
 _POSITIONS = "encoder.positions.weight"
 _TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
-EMBEDDING_SOURCES = [
-    "encoder.transformer.token_embedding.weight",
-    "roberta.embeddings.word_embeddings.weight",
-    "bert.embeddings.word_embeddings.weight",
-    "embeddings.word_embeddings.weight",
-]
+EMBEDDING_SOURCES = ["encoder.transformer.token_embedding.weight"]
+EMBEDDING_SOURCES += [f"{prefix}embeddings.word_embeddings.weight" for prefix in ("roberta.", "bert.", "")]
 _ROWS_AT_ONCE = 512
 _MAPPED_BYTES = 1 << 26
 _FAULT_BYTES = 1 << 16  # mapped by Linux per page fault
@@ -74,12 +70,9 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def _xlmr_name(name: str, is_bert: bool) -> str:
-    """Return a tensor's name in transformers' `XLMRobertaForSequenceClassification`.
-
-    BERT's head (pooler, tanh, classifier) is the same under other names.
-    """
+    """Return a tensor's name in transformers' `XLMRobertaForSequenceClassification`."""
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    if is_bert:
+    if is_bert:  # its head (pooler, tanh, classifier) is the same under other names
         name = name.removeprefix("bert.")
         name = re.sub(r"^classifier\.(weight|bias)$", r"classifier.out_proj.\1", name)
         name = name.replace("pooler.dense.", "classifier.dense.")
@@ -140,10 +133,7 @@ def weight_errors(file: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _is_plain_zip(file: Path) -> bool:
-    """Whether a torch.save file is a zip file, not a bare pickle.
-
-    UserError for tar files and TorchScript, for which `weights_only` of torch.load is not safe (CVE-2025-32434).
-    """
+    """Whether a torch.save file is a zip file, not a bare pickle; UserError for tar files and TorchScript."""
     with file.open("rb") as opened:
         is_zip = opened.read(4) == b"PK\x03\x04"  # torch's own test
     if is_zip:
@@ -151,7 +141,7 @@ def _is_plain_zip(file: Path) -> bool:
             is_unsafe = any(Path(name).name == "constants.pkl" for name in zipped.namelist())
     else:
         is_unsafe = tarfile.is_tarfile(file)
-    if is_unsafe:
+    if is_unsafe:  # even with torch.load's `weights_only` (CVE-2025-32434)
         raise UserError(f"{file} is TorchScript or a tar file, which may run code; convert it to model.safetensors")
     return is_zip
 

@@ -114,8 +114,7 @@ def find_damage(checkpoint: Path) -> str:
 def find_checkpoint(folder: Path, warn: Callable[[str], Any]) -> Path | None:
     """Return the newest valid checkpoint, or None; `warn` takes a line about each damaged newer one."""
     for checkpoint in sorted(folder.glob("step-????????"), reverse=True):
-        problem = find_damage(checkpoint)
-        if not problem:
+        if not (problem := find_damage(checkpoint)):
             return checkpoint
         warn(f"warning: {checkpoint} is damaged ({problem}) and is not used")
     return None

@@ -29,11 +29,8 @@ def yield_busy_cores(load: Path = Path("/proc/loadavg")) -> None:
 
 
 def limit_threads() -> None:
-    """Limit torch to as many threads as the container or SLURM job has cores; call it before torch is imported.
-
-    OpenMP itself knows only the affinity. The user's own setting wins.
-    """
-    if (cores := available_cores()) < len(os.sched_getaffinity(0)):
+    """Before torch is imported, limit its threads to the container's or SLURM job's cores, unless the user has."""
+    if (cores := available_cores()) < len(os.sched_getaffinity(0)):  # OpenMP itself knows only the affinity
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 

@@ -184,10 +184,7 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str]:
 
 
 def local_rank0_first(world: World, prepare: Callable[[], Result]) -> Result:
-    """Run `prepare`, which caches its result on disk, on one process per node, then on the others.
-
-    A UserError on any rank is raised on all ranks.
-    """
+    """Run `prepare`, which caches on disk, on one process per node, then on the others; all ranks raise its errors."""
     result = None
     for is_turn in (world.local_rank == 0, world.local_rank > 0):
         result, problem = _attempt(prepare) if is_turn else (result, "")
