@@ -25,11 +25,7 @@ if (Path(__file__).parent / "engines/__init__.py").is_file():  # in this copy of
 def training_backend(
     classifier: SequenceClassifier, config: Config, precision: str, world: World
 ) -> tuple[nn.Module, nn.Module, AdamW, str]:
-    """Choose the modules and the optimizer that train an fp32 classifier, which is the same on every rank.
-
-    Returns (model, ddp_model, optimizer, fallback_reason); the last says why plain PyTorch is used, and is empty for an
-    engine.
-    """
+    """Return model, ddp_model, optimizer, and why they are plain PyTorch ("" for an engine); the classifier is fp32."""
     reason = "--no-compile" if not config.compile else ""
     if engines is None:
         reason = "engines/ is not installed"

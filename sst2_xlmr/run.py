@@ -10,7 +10,6 @@ import numpy as np
 from torch import nn
 
 from sst2_xlmr.backend import prediction_model, training_backend
-from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import BatchLoader
 from sst2_xlmr.data.prepare import Inputs
 from sst2_xlmr.evaluation.calibration import calibrate
@@ -41,9 +40,10 @@ class Run:
     saved_step = -1
     initial_probabilities: np.ndarray | None = None  # on dev, before training; computed once a collapse is suspected
 
-    def __init__(self, config: Config, inputs: Inputs, folder: Path, state: TrainState, world: World) -> None:
+    def __init__(self, inputs: Inputs, folder: Path, state: TrainState, world: World) -> None:
         """Build the loader, the model with its pretrained weights, and the optimizer."""
-        self.config, self.inputs, self.folder, self.state, self.world = config, inputs, folder, state, world
+        self.inputs, self.folder, self.state, self.world = inputs, folder, state, world
+        self.config = config = inputs.config
         caches, shape = inputs.caches, inputs.encoder.shape
         labels, weights = caches["train"].labels, caches["train"].weights
         task = inputs.task.for_training(config, labels, weights, world.device)

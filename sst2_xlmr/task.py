@@ -46,29 +46,6 @@ LabelCounts = Mapping[str, Sequence[int]]  # a file's labels: `label_text` -> nu
 Weights = np.ndarray | None  # float [rows], factors on the rows' losses; None for ones
 
 
-def _script_label(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> tuple[list[str], torch.Tensor]:
-    """Return, in TorchScript, the most probable label of every text, and fp32 [texts, labels], the probabilities."""
-    probabilities = logits.softmax(-1)
-    best: list[int] = probabilities.argmax(-1).tolist()
-    return [names[index] for index in best], probabilities
-
-
-def _script_labels(
-    logits: torch.Tensor, names: list[str], thresholds: torch.Tensor
-) -> tuple[list[list[str]], torch.Tensor]:
-    """Return, in TorchScript, every text's labels at these thresholds, and fp32 [texts, labels], the probabilities."""
-    probabilities = logits.sigmoid()
-    labels: list[list[str]] = []
-    for row in probabilities >= thresholds:
-        indices: list[int] = torch.nonzero(row)[:, 0].tolist()
-        labels.append([names[index] for index in indices])
-    return labels, probabilities
-
-
-def _script_score(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> torch.Tensor:
-    return logits
-
-
 @dataclass(frozen=True)
 class _Common:
     """Fields and defaults that tasks share; `SingleLabel` documents the interface."""
@@ -428,8 +405,12 @@ class SingleLabel(_Common):
         """Return an exported model's answers, like the first of `prediction_cells`, and its probabilities."""
         return list(outputs[0]), np.asarray(outputs[1])
 
-    # Compiled by TorchScript: logits, fp32 [texts, classes], label names, thresholds -> labels and probabilities.
-    torchscript_answer = staticmethod(_script_label)
+    @staticmethod
+    def torchscript_answer(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> Any:
+        """Return labels and probabilities, fp32 [texts, classes]; compiled by TorchScript."""
+        probabilities = logits.softmax(-1)
+        best: list[int] = probabilities.argmax(-1).tolist()
+        return [names[index] for index in best], probabilities
 
 
 @dataclass(frozen=True)
@@ -668,7 +649,14 @@ class MultiLabel(_Common):
         names = labels if isinstance(labels, list) else [self._names_of(row) for row in labels]
         return names, np.asarray(probabilities)
 
-    torchscript_answer = staticmethod(_script_labels)
+    @staticmethod
+    def torchscript_answer(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> Any:
+        probabilities = logits.sigmoid()
+        labels: list[list[str]] = []
+        for row in probabilities >= thresholds:
+            indices: list[int] = torch.nonzero(row)[:, 0].tolist()
+            labels.append([names[index] for index in indices])
+        return labels, probabilities
 
 
 @dataclass(frozen=True)
@@ -846,7 +834,9 @@ class Regression(_Common):
         scores = np.asarray(outputs[0])
         return [round(score, 6) for score in scores[:, 0].tolist()], scores
 
-    torchscript_answer = staticmethod(_script_score)
+    @staticmethod
+    def torchscript_answer(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> Any:
+        return logits
 
 
 Task = SingleLabel | MultiLabel | Regression

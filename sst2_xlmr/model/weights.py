@@ -79,9 +79,15 @@ def _xlmr_name(name: str, is_bert: bool) -> str:
     return name if name.startswith(("roberta.", "classifier.")) else f"roberta.{name}"
 
 
-def head_outputs(shapes: Mapping[str, Sequence[int]], is_bert: bool) -> int:
-    """Return the number of the head's outputs, from the names and shapes of all weights; 0 without a head."""
-    shapes = {_xlmr_name(name, is_bert): shape for name, shape in shapes.items()}
+def head_outputs(file: Path, is_bert: bool) -> int:
+    """Return the number of the head's outputs, 0 without a head; UserError for the weights of a wrapper."""
+    shapes = {}
+    for name, tensor in WeightReader(file).raw.items():
+        prefix, table, _ = name.partition("embeddings.word_embeddings.weight")
+        if table and name not in EMBEDDING_SOURCES:
+            cure = "so it is a wrapper or another model; save the model inside the wrapper with save_pretrained()"
+            raise UserError(f"{file}: its tensors are named {prefix}..., {cure}")
+        shapes[_xlmr_name(name, is_bert)] = tensor.shape
     has_head = "classifier.dense.weight" in shapes
     return next(iter(shapes.get("classifier.out_proj.weight", ())), 0) if has_head else 0
 

@@ -98,9 +98,7 @@ def init_distributed(device_name: str, threads: int, timeout_minutes: float) -> 
     lost = False
     try:
         control_group, slow_group = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, SLOW_TIMEOUT))
-        yield World(
-            device, **place, control_group=control_group, slow_group=slow_group, timeout_s=timeout.total_seconds()
-        )
+        yield World(device, **place, control_group=control_group, slow_group=slow_group, timeout_s=timeout_minutes * 60)
     except UserError as error:
         lost = error.on_this_rank  # the others still wait for this rank
         raise

@@ -181,9 +181,8 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
         reason = (str(root).strip() or repr(root)).splitlines()[0]
         host = constants.ENDPOINT
         elsewhere = f"or `sst2-xlmr fetch {name}` elsewhere, and HF_HUB_CACHE set to a copy of {cache}"
-        problem = (
-            f"{name} is not a local folder, and cannot be downloaded from {host}: {reason}; try again; {elsewhere}"
-        )
+        failure = f"cannot be downloaded from {host}: {reason}"
+        problem = f"{name} is not a local folder, and {failure}; try again; {elsewhere}"
         if isinstance(error, utils.GatedRepoError):
             problem = f"{name} is gated; ask for access at {host}/{repository}, and set HF_TOKEN"
         elif isinstance(error, utils.RepositoryNotFoundError):
