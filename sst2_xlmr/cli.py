@@ -120,10 +120,8 @@ def with_files(words: list[str]) -> list[str]:
 def command_line_of(config: Config) -> list[str]:
     """Return the command-line words of all options that differ from their defaults."""
     words: list[str] = []
-    for name in OPTIONS:
-        value, default = getattr(config, name), getattr(Config(), name)
-        if value == default:
-            continue
+    changed = {name: value for name, value in vars(config).items() if value != getattr(Config(), name)}
+    for name, value in changed.items():
         if isinstance(value, bool):
             words.append(flag(name) if value else f"--no-{name.replace('_', '-')}")
         elif isinstance(value, list) and option_type(name)[1]:

@@ -58,8 +58,6 @@ class _Common:
 
     may_be_empty = False  # whether "no label" is a valid label
     is_output_fp32 = False  # whether the head's last layer predicts in fp32, whatever the precision of the others
-    console_metrics: ClassVar[tuple[str, ...]]
-    table_metrics: ClassVar[tuple[str, ...]]
 
     @property
     def output_scale(self) -> tuple[float, float]:
@@ -102,10 +100,8 @@ class _Common:
         return []
 
     def align_classes(self: Any, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Shift the logits so that the mean of the probabilities, [rows, outputs], has the class shares of `labels`.
-
-        This is distribution alignment (Berthelot et al. 2020, https://arxiv.org/abs/1911.09785).
-        """
+        """Shift the logits so that the mean of the probabilities, [rows, outputs], has the class shares of `labels`."""
+        # Distribution alignment (Berthelot et al. 2020, https://arxiv.org/abs/1911.09785).
         logits, wanted = self.logits_of(probabilities), self.logits_of(self.prior(labels, None)[None])
         for _ in range(50 if len(probabilities) else 0):
             mean = self.probabilities(torch.from_numpy(logits)).mean(0, keepdim=True).numpy()
@@ -126,7 +122,7 @@ class _Common:
         """Return a label as a JSON value that `read_label` reads."""
         return dict(zip(self.label_names, label.tolist())) if np.ndim(label) else self.format_label(label)
 
-    def describe(self, metrics: dict[str, Any]) -> str:
+    def describe(self: Any, metrics: dict[str, Any]) -> str:
         """Summarize the main metrics for a line on the console."""
         texts = []
         for key in self.console_metrics:
@@ -134,7 +130,7 @@ class _Common:
             texts.append(f"{_TITLES.get(key, key)} {metrics[key]:.4f}{at_half}")
         return "  ".join(texts)
 
-    def table_cells(self, metrics: dict[str, Any]) -> dict[str, str]:
+    def table_cells(self: Any, metrics: dict[str, Any]) -> dict[str, str]:
         """Return a file's row in the table of evaluated files: column name -> cell."""
         cells = {}
         for key in self.table_metrics:
@@ -858,7 +854,7 @@ def task_kind(config: Config, labels: Iterable[str]) -> type[Task]:
 
 def stored_task(problem_type: str, label_names: list[str], thresholds: Sequence[float] = ()) -> Task:
     """Return the task of a model folder; KeyError for an unknown problem type."""
-    return replace(BY_TYPE[problem_type](label_names), thresholds=tuple(thresholds))
+    return BY_TYPE[problem_type](label_names, thresholds=tuple(thresholds))
 
 
 def at_temperature(task: Task, temperature: float) -> Task:

@@ -70,7 +70,6 @@ class Tokenizer:
         if [self.pieces.unk_id(), self.pieces.bos_id(), self.pieces.eos_id()] != [0, 1, 2]:
             raise UserError(f"{file} is not XLM-R's tokenizer, whose first pieces are <unk>, <s> and </s>")
         self.added = added_tokens(file)
-        # The largest id + 1.
         self.vocab_size: int = max([self.pieces.GetPieceSize(), *(token.id for token in self.added)]) + 1
         longest_first = sorted(self.added, key=lambda token: -len(token.content))
         self._added_ids = [token.id - 1 for token in longest_first]

@@ -22,29 +22,22 @@ from sst2_xlmr.util.tensors import TensorLike
 Tensors = dict[str, torch.Tensor]
 
 _LAYER = "encoder.layers.#"
-_TORCHTEXT = {  # as in its downloads, which an older torchtext wrote; `roberta.` is added as in `_xlmr_name`
-    "roberta.encoder.transformer.token_embedding": "encoder.tokens",
-    "roberta.encoder.transformer.positional_embedding.embedding": "encoder.positions",
-    "roberta.encoder.transformer.embedding_layer_norm": "encoder.norm",
-    "roberta.encoder.transformer.layers.#.attention.input_projection": f"{_LAYER}.qkv",
-    "roberta.encoder.transformer.layers.#.attention.output_projection": f"{_LAYER}.out",
-    "roberta.encoder.transformer.layers.#.residual_mlp.mlp.0": f"{_LAYER}.up",
-    "roberta.encoder.transformer.layers.#.residual_mlp.mlp.3": f"{_LAYER}.down",
-    "roberta.encoder.transformer.layers.#.attention_layer_norm": f"{_LAYER}.norm1",
-    "roberta.encoder.transformer.layers.#.final_layer_norm": f"{_LAYER}.norm2",
+# Ours -> transformers' after `roberta.`, torchtext's after `roberta.encoder.transformer.`. torchtext's are those in its
+# downloads, which an older version wrote; their `roberta.` is added as in `_xlmr_name`.
+_NAMES = {
+    "encoder.tokens": ("embeddings.word_embeddings", "token_embedding"),
+    "encoder.positions": ("embeddings.position_embeddings", "positional_embedding.embedding"),
+    "encoder.norm": ("embeddings.LayerNorm", "embedding_layer_norm"),
+    f"{_LAYER}.out": ("encoder.layer.#.attention.output.dense", "layers.#.attention.output_projection"),
+    f"{_LAYER}.norm1": ("encoder.layer.#.attention.output.LayerNorm", "layers.#.attention_layer_norm"),
+    f"{_LAYER}.up": ("encoder.layer.#.intermediate.dense", "layers.#.residual_mlp.mlp.0"),
+    f"{_LAYER}.down": ("encoder.layer.#.output.dense", "layers.#.residual_mlp.mlp.3"),
+    f"{_LAYER}.norm2": ("encoder.layer.#.output.LayerNorm", "layers.#.final_layer_norm"),
 }
-_HUGGING_FACE = {
-    "roberta.embeddings.word_embeddings": "encoder.tokens",
-    "roberta.embeddings.position_embeddings": "encoder.positions",
-    "roberta.embeddings.LayerNorm": "encoder.norm",
-    "roberta.encoder.layer.#.attention.output.dense": f"{_LAYER}.out",
-    "roberta.encoder.layer.#.attention.output.LayerNorm": f"{_LAYER}.norm1",
-    "roberta.encoder.layer.#.intermediate.dense": f"{_LAYER}.up",
-    "roberta.encoder.layer.#.output.dense": f"{_LAYER}.down",
-    "roberta.encoder.layer.#.output.LayerNorm": f"{_LAYER}.norm2",
-    "classifier.dense": "head.dense",
-    "classifier.out_proj": "head.out",
-}
+_HUGGING_FACE = {f"roberta.{name}": ours for ours, (name, _) in _NAMES.items()}
+_HUGGING_FACE |= {"classifier.dense": "head.dense", "classifier.out_proj": "head.out"}
+_TORCHTEXT = {f"roberta.encoder.transformer.{name}": ours for ours, (_, name) in _NAMES.items()}
+_TORCHTEXT["roberta.encoder.transformer.layers.#.attention.input_projection"] = f"{_LAYER}.qkv"
 _QKV = [f"roberta.encoder.layer.#.attention.self.{part}" for part in ("query", "key", "value")]  # our `qkv`
 _POSITIONS = "encoder.positions.weight"
 _TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"

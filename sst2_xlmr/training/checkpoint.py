@@ -130,8 +130,7 @@ def load_checkpoint(checkpoint: Path, contents: CheckpointContents, seed: int, w
     """Restore meter, optimizer, vocabulary and torch's random state; `read_state` has already restored the state.
 
     The run's embedding rows may differ (see `Vocabulary.take_over`). If the number of processes has changed, every rank
-    starts a new random stream; apart from dropout, training continues the same up to rounding. UserError if a file
-    cannot be read.
+    starts a new random stream; apart from dropout, training continues the same up to rounding.
     """
     state, meter, optimizer, vocabulary = contents
     with read_errors(f"the checkpoint {checkpoint}", _CURE):

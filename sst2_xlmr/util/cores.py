@@ -35,15 +35,13 @@ def limit_threads() -> None:
 
 
 def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the number of cores in the process's affinity, limited by the SLURM job and the container.
-
-    A container's limit is the lowest CPU quota (`docker run --cpus=2`), rounded up, of its cgroup and those above it.
-    """
+    """Return the number of cores in the process's affinity, limited by the SLURM job and the container."""
     limits, given = [len(os.sched_getaffinity(0))], os.environ.get("SLURM_CPUS_ON_NODE", "")
     limits += [int(given)] if given.isdecimal() else []
     places: list[list[str]] = []  # of its cgroups, version 1 (with controllers) or 2
     with contextlib.suppress(OSError, ValueError):
         places = [line.split(":", 2)[1:] for line in own.read_text().splitlines() if line.count(":") > 1]
+    # A container's limit is the lowest CPU quota (`docker run --cpus=2`), rounded up, of its cgroup and those above it.
     for controllers, place in places:
         if controllers and "cpu" not in controllers.split(","):
             continue

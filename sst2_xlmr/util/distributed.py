@@ -141,10 +141,7 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(world: World, item: Any, group: Any = None, source: int = 0, limit_s: float | None = None) -> Any:
-    """Return rank `source`'s `item` on every rank.
-
-    Ranks wait until the group's timeout (`world.control_group`'s by default), the source at most `limit_s`.
-    """
+    """Return rank `source`'s `item` on all ranks; they wait until the group's timeout, the source at most `limit_s`."""
     if world.world_size == 1:
         return item
     group, is_source = group or world.control_group, world.rank == source
