@@ -58,5 +58,5 @@ def prediction_model(classifier: SequenceClassifier) -> nn.Module:
 
 
 def quantized_model(classifier: SequenceClassifier, task: Task, dtype: torch.dtype) -> nn.Module | None:
-    """Return an fp32 classifier on the CPU with int8 weights, and the rest in `dtype`; None if no engine can make it."""
+    """Return an fp32 classifier, on the CPU, with int8 weights and the rest in `dtype`; None if no engine can do it."""
     return engines and engines.int8_engine(classifier, task, dtype)

@@ -403,7 +403,7 @@ class SingleLabel(_Common):
 
     @staticmethod
     def torchscript_answer(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> Any:
-        """Return labels and probabilities, fp32 [texts, classes]; compiled by TorchScript."""
+        """Return labels and probabilities, fp32 [texts, classes], of fp32 logits; compiled by TorchScript."""
         probabilities = logits.softmax(-1)
         best: list[int] = probabilities.argmax(-1).tolist()
         return [names[index] for index in best], probabilities

@@ -65,7 +65,6 @@ class Tokenizer:
         """Load a SentencePiece model or a tokenizer.json, and added tokens; UserError for another kind of tokenizer."""
         self.file, self.max_length, self.long_texts = file, max_length, long_texts
         with read_errors(f"{file} as a SentencePiece model", "fetch it again"):
-            # Without the added tokens.
             self.pieces = SentencePieceProcessor(model_proto=sentencepiece_model(file) or b"empty", num_threads=1)
         if [self.pieces.unk_id(), self.pieces.bos_id(), self.pieces.eos_id()] != [0, 1, 2]:
             raise UserError(f"{file} is not XLM-R's tokenizer, whose first pieces are <unk>, <s> and </s>")

@@ -1,4 +1,4 @@
-"""Guards against gradients that are not finite, and against collapse.
+"""Guards against collapse, and the cure for gradients that are not finite.
 
 Collapse is XLM-R's best-known failure in fine-tuning, mostly at a learning rate too high for the seed: the encoder's
 output no longer depends on its input, and the loss stays at the class-prior baseline. A run that merely learns slowly

@@ -52,10 +52,10 @@ def _read_environment() -> dict[str, int]:
     texts = {name: os.environ.get(name, default) for name, default in defaults.items()}
     numbers = [int(text) if text.isdecimal() else -1 for text in texts.values()]
     rank, world_size, local_rank, local_world_size, port = numbers
-    is_whole = 0 <= rank < world_size and 0 <= local_rank < local_world_size
+    is_consistent = 0 <= rank < world_size and 0 <= local_rank < local_world_size
     if world_size > 1:
-        is_whole &= "RANK" in os.environ and bool(os.environ.get("MASTER_ADDR")) and 0 < port < 2**16
-    if not is_whole:
+        is_consistent &= "RANK" in os.environ and bool(os.environ.get("MASTER_ADDR")) and 0 < port < 2**16
+    if not is_consistent:
         has = ", ".join(f"{name}={os.environ[name]}" for name in (*texts, "MASTER_ADDR") if name in os.environ)
         needed = "a RANK below WORLD_SIZE, MASTER_ADDR and MASTER_PORT are needed"
         cure = "start train.py with torchrun, which sets them, or unset them to train with one process"
