@@ -1,7 +1,4 @@
-"""Chooses an engine if one applies, else plain PyTorch. The only module that knows `engines/`.
-
-Without that folder, everything still runs, in plain PyTorch.
-"""
+"""Chooses an engine if one applies, else plain PyTorch; the only module that knows `engines/`, which may be missing."""
 
 import importlib
 from pathlib import Path
@@ -25,11 +22,7 @@ if (Path(__file__).parent / "engines/__init__.py").is_file():  # in this copy of
 def training_backend(
     classifier: SequenceClassifier, config: Config, precision: str, world: World
 ) -> tuple[nn.Module, nn.Module, AdamW, str]:
-    """Choose the modules and the optimizer that train an fp32 classifier, which is the same on every rank.
-
-    Returns (model, ddp_model, optimizer, fallback_reason); the last says why plain PyTorch is used, and is empty for an
-    engine.
-    """
+    """Return model, ddp_model, optimizer, and why they are plain PyTorch ("" for an engine); the classifier is fp32."""
     reason = "--no-compile" if not config.compile else ""
     if engines is None:
         reason = "engines/ is not installed"
@@ -44,17 +37,15 @@ def training_backend(
 
 
 def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
-    """Wrap the model in DistributedDataParallel, unless there is only one process.
-
-    DDP rebuilds its buckets after the first backward pass, and with three or more processes the order of summation
-    depends on the buckets. So one backward pass is made here: otherwise, the first step after a resume would differ in
-    the last bit from the same step of an uninterrupted run.
-    """
+    """Wrap the model in DistributedDataParallel, unless there is only one process."""
     if world.world_size == 1:
         return model
     devices = [world.device] if world.device.type == "cuda" else []
     # The one buffer, the id map, never changes.
     wrapped = DistributedDataParallel(model, devices or None, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # DDP rebuilds its buckets after the first backward pass, and with three or more processes the order of summation
+    # depends on the buckets. So one backward pass is made here: otherwise, the first step after a resume would differ
+    # in the last bit from the same step of an uninterrupted run.
     with torch.random.fork_rng(devices):
         wrapped(torch.zeros(2, dtype=torch.int64, device=world.device), torch.tensor([2])).float().sum().backward()
     wrapped.zero_grad(set_to_none=True)
@@ -67,8 +58,5 @@ def prediction_model(classifier: SequenceClassifier) -> nn.Module:
 
 
 def quantized_model(classifier: SequenceClassifier, task: Task, dtype: torch.dtype) -> nn.Module | None:
-    """Return a module that multiplies by weights in int8 and computes the rest in `dtype`; None if no engine can.
-
-    The classifier is fp32 on the CPU, and need not be kept.
-    """
+    """Return an fp32 classifier, on the CPU, with int8 weights and the rest in `dtype`; None if no engine can do it."""
     return engines and engines.int8_engine(classifier, task, dtype)

@@ -32,8 +32,7 @@ def command(program: str) -> str:
         return f"{torchrun} --nproc_per_node={processes} {words}"
     if started.name == "sst2-xlmr":
         return f"{'sst2-xlmr' if shutil.which('sst2-xlmr') else shlex.quote(sys.argv[0])} {program}"
-    python = (getattr(sys, "orig_argv", None) or ["python"])[0]  # since Python 3.10
-    return f"{python} {words}"
+    return f"{(sys.orig_argv or ['python'])[0]} {words}"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -85,10 +84,7 @@ def positive(text: str) -> int:
 
 
 def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
-    """Read a saved `config.json`; returns field name -> value, with names and types checked.
-
-    To `resume` its run, this version and the one that wrote it must agree in their first two numbers.
-    """
+    """Read and check a saved `config.json`; to `resume` its run, the first two numbers of the version must agree."""
     values = read_json(path, "--config takes the config.json of a run")
     version = str(values.pop("sst2_xlmr", "before 0.2"))
     if resume and version.split(".")[:2] != __version__.split(".")[:2]:
@@ -111,11 +107,9 @@ def with_files(words: list[str]) -> list[str]:
     """Replace each `@FILE` by the words in that file, which are quoted as in a shell; `#` starts a comment."""
     result = []
     for word in words:
-        if not word.startswith("@"):
-            result.append(word)
-            continue
         try:
-            result += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+            is_file = word.startswith("@")
+            result += shlex.split(Path(word[1:]).read_text("utf-8"), comments=True) if is_file else [word]
         except OSError as error:
             raise UserError(f"cannot read {word[1:]}, named by {word}: {error.strerror}") from None
         except ValueError as error:  # an unclosed quotation, or bytes that are not UTF-8
@@ -126,10 +120,8 @@ def with_files(words: list[str]) -> list[str]:
 def command_line_of(config: Config) -> list[str]:
     """Return the command-line words of all options that differ from their defaults."""
     words: list[str] = []
-    for name in OPTIONS:
-        value, default = getattr(config, name), getattr(Config(), name)
-        if value == default:
-            continue
+    changed = {name: value for name, value in vars(config).items() if value != getattr(Config(), name)}
+    for name, value in changed.items():
         if isinstance(value, bool):
             words.append(flag(name) if value else f"--no-{name.replace('_', '-')}")
         elif isinstance(value, list) and option_type(name)[1]:
@@ -161,13 +153,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if is_restart and "output_dir" in flags and Path(flags["output_dir"], "config.json").is_file():
         config_file, resume = None, True  # it must continue its own run
-    if resume:
-        if config_file:
-            raise UserError("--resume reads the run's own config.json; leave out --config")
-        config = _resumed_config(flags)
-    else:
-        base = read_config_file(Path(config_file)) if config_file else {}
-        config = Config(**{**base, **flags})
+    if resume and config_file:
+        raise UserError("--resume reads the run's own config.json; leave out --config")
+    base = read_config_file(Path(config_file)) if config_file else {}
+    config = _resumed_config(flags) if resume else Config(**{**base, **flags})
     _check_outputs(config, resume)
     check(config)
     # Absolute paths, so that a saved `config.json` means the same in any folder.
@@ -202,10 +191,9 @@ def _resumed_config(flags: dict[str, Any]) -> Config:
 
 def _check_outputs(config: Config, resume: bool) -> None:
     """Check that the run's folders can be made, that a new run's is free, and that --check replaces only a report."""
-    for name in ("output_dir", "tensorboard_dir"):
-        if getattr(config, name) is None:
-            continue
-        folder = Path(getattr(config, name))
+    given = {"output_dir": config.output_dir, "tensorboard_dir": config.tensorboard_dir}
+    folders = {name: Path(value) for name, value in given.items() if value is not None}
+    for name, folder in folders.items():
         try:
             if name == "output_dir" and not resume and folder.exists():
                 files = folder.iterdir() if folder.is_dir() else [folder]

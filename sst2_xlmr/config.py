@@ -159,8 +159,7 @@ def _check_columns(values: list[str]) -> str:
         return f"must be SPLIT:KEY=VALUE,..., with the keys {', '.join(COLUMN_KEYS)}"
     for pair in (pair for value in values for pair in value.partition(":")[2].split(",")):
         key, _, text = pair.partition("=")
-        check = OPTIONS[key].metadata["check"] if key in OPTIONS else None
-        if problem := check(text) if check else "":
+        if key in OPTIONS and (problem := OPTIONS[key].metadata["check"](text)):
             return f"{key}={text} {problem}"
     return ""
 
@@ -168,7 +167,7 @@ def _check_columns(values: list[str]) -> str:
 def option(
     default: Any,
     help: str,  # "METAVAR: sentence"; a switch has the sentence alone
-    check: Callable[[Any], str] | None = None,  # returns the problem with a value, or an empty string
+    check: Callable[[Any], str] = lambda value: "",  # returns the problem with a value, or an empty string
     is_changeable: bool = False,  # whether `--resume` accepts another value: it is about the machine or the output
 ) -> Any:
     """Declare one option; its annotation gives its type and whether it takes several values."""
@@ -178,6 +177,7 @@ def option(
 
 
 changeable = functools.partial(option, is_changeable=True)
+optional = functools.partial(option, None)
 
 
 @dataclass
@@ -189,36 +189,34 @@ class Config:
     )
     train_file: list[FilePath] = changeable([], "FILE: training rows, one or more files; overrides --data-dir")
     dev_file: FilePath | None = changeable(None, "FILE: rows to evaluate on during training; overrides --data-dir")
-    dev_share: float | None = option(
-        None, "P: share of each class set aside as dev (without a dev file: 0.1, up to 5,000 rows)", above(0, 0.9)
+    dev_share: float | None = optional(
+        "P: share of each class set aside as dev (without a dev file: 0.1, up to 5,000 rows)", above(0, 0.9)
     )
     test_file: list[FilePath] = changeable([], "FILE: labelled rows to evaluate on at the end, one or more files")
     eval_file: list[NamedFile] = changeable(
         [], "NAME=FILE: more labelled rows to evaluate on during training; may be repeated", _check_eval_files
     )
-    text_column: list[str] | None = option(
-        None, "NAME|N: column with the text, by name or number from 1; may be several (default: sentence or text)"
+    text_column: list[str] | None = optional(
+        "NAME|N: column with the text, by name or number from 1; may be several (default: sentence or text)"
     )
-    text_pair_column: str | None = option(None, "NAME|N: column with the second text, if rows are pairs of texts")
+    text_pair_column: str | None = optional("NAME|N: column with the second text, if rows are pairs of texts")
     label_column: str = option("label", "NAME|N: column with the label, by name or number from 1")
-    label_columns: list[str] | None = option(None, "NAME|N: one column per label, instead of --label-column")
-    label_delimiter: str | None = option(None, "TEXT: text between several labels in a cell (default: , ; or |)")
-    weight_column: str | None = option(None, "NAME|N: column with a training row's weight in the loss (0: left out)")
+    label_columns: list[str] | None = optional("NAME|N: one column per label, instead of --label-column")
+    label_delimiter: str | None = optional("TEXT: text between several labels in a cell (default: , ; or |)")
+    weight_column: str | None = optional("NAME|N: column with a training row's weight in the loss (0: left out)")
     task: str = option("auto", "NAME: auto (by the labels), single-label, multi-label or regression", one_of(*TASKS))
     columns: list[str] = option(
         [], "SPLIT:KEY=VALUE,...: options of one split, e.g. dev:text=sentence1,label=gold_label", _check_columns
     )
-    format: str | None = option(None, f"NAME: file format: {', '.join(FORMATS)} (default: detected)", one_of(*FORMATS))
-    delimiter: str | None = option(None, "NAME: tab, comma, semicolon, bar, or any characters (default: detected)")
-    quoting: str | None = option(
-        None, "NAME: how cells are quoted: none, double, single or backslash (default: detected)", one_of(*QUOTES)
+    format: str | None = optional(f"NAME: file format: {', '.join(FORMATS)} (default: detected)", one_of(*FORMATS))
+    delimiter: str | None = optional("NAME: tab, comma, semicolon, bar, or any characters (default: detected)")
+    quoting: str | None = optional(
+        "NAME: how cells are quoted: none, double, single or backslash (default: detected)", one_of(*QUOTES)
     )
-    encoding: str | None = option(None, "NAME: text encoding, e.g. cp1252 (default: UTF-8, or UTF-16 by its mark)")
-    header: bool | None = option(None, "whether a table's first line has the column names (default: detected)")
-    label_names: CommaSeparated | None = option(
-        None,
-        "A,B,...|FILE: class names in the order of their numbers, or 1=A,2=B,..., or a file of them",
-        _check_label_names,
+    encoding: str | None = optional("NAME: text encoding, e.g. cp1252 (default: UTF-8, or UTF-16 by its mark)")
+    header: bool | None = optional("whether a table's first line has the column names (default: detected)")
+    label_names: CommaSeparated | None = optional(
+        "A,B,...|FILE: class names in the order of their numbers, or 1=A,2=B,..., or a file of them", _check_label_names
     )
     drop_unusable: bool = option(False, "leave out broken rows and rows without text or label, instead of stopping")
     check: FilePath | None = changeable(
@@ -255,13 +253,11 @@ class Config:
     max_grad_norm: float = option(1.0, "NORM: clip the gradient's global norm to this (0: never)", at_least(0))
     label_smoothing: float = option(0.0, "P: probability mass spread evenly over all classes", between(0, 1, False))
     skip_nonfinite: int = changeable(0, "N: skip up to N non-finite gradients in a row (0: stop)", at_least(0))
-    class_weights: str | None = option(
-        None, "balanced|W0,W1,...: loss weight of each class; balanced: inverse frequency", _check_class_weights
+    class_weights: str | None = optional(
+        "balanced|W0,W1,...: loss weight of each class; balanced: inverse frequency", _check_class_weights
     )
-    threshold_for: str | None = option(
-        None,
-        "f1|precision=P|recall=R: thresholds maximize each label's F1 on dev, with at least P or R",
-        _check_threshold,
+    threshold_for: str | None = optional(
+        "f1|precision=P|recall=R: thresholds maximize each label's F1 on dev, with at least P or R", _check_threshold
     )
     calibrate: bool = option(False, "divide the written model's logits by a temperature fitted on dev")
     seed: int = option(0, "N: seed for row order, new head and dropout", between(0, 2**31 - 1))
@@ -276,17 +272,14 @@ class Config:
     timeout_minutes: float = changeable(10.0, "MIN: minutes of silence until a process counts as lost", above(0))
 
     output_dir: FilePath | None = changeable(None, "DIR: the run's directory (default: runs/ and the start time)")
-    eval_every: int | None = option(
-        None,
-        "N: evaluate every N steps of an epoch, and at its end (0: only then; default: up to 8 times)",
-        at_least(0),
+    eval_every: int | None = optional(
+        "N: evaluate every N steps of an epoch, and at its end (0: only then; default: up to 8 times)", at_least(0)
     )
     eval_batch_tokens: int = option(
         EVAL_BATCH_TOKENS, "TOKENS: tokens per forward pass in evaluation (a longer row: alone)", at_least(1)
     )
-    best_by: str | None = option(
-        None,
-        "METRIC|NAME|mean: selects best/ by a metric on dev, or the main metric on an --eval-file or averaged over all",
+    best_by: str | None = optional(
+        "METRIC|NAME|mean: selects best/ by a metric on dev, or the main metric on an --eval-file or averaged over all"
     )
     early_stopping_patience: int = option(0, "N: stop after N evaluations without a better one (0: never)", at_least(0))
     save_every: int = changeable(0, "N: checkpoint every N steps and after each epoch (0: only then)", at_least(0))
@@ -336,8 +329,7 @@ def check(config: Config) -> None:
         except UnicodeEncodeError:
             cure = "set a locale with UTF-8, such as LC_ALL=C.UTF-8, or rename it"
             raise UserError(f"{flag(name)} {shown(value)!a} is not UTF-8, or not in this locale; {cure}") from None
-        problem = field.metadata["check"](value) if field.metadata["check"] and value is not None else ""
-        if problem:
+        if value is not None and (problem := field.metadata["check"](value)):
             raise UserError(f"{flag(name)} {problem}; got {shown(value)}")
     try:
         codecs.lookup(config.encoding or "utf-8")

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from torch import nn
 
 from sst2_xlmr.backend import prediction_model, training_backend
-from sst2_xlmr.config import Config
 from sst2_xlmr.data.batches import BatchLoader
 from sst2_xlmr.data.prepare import Inputs
 from sst2_xlmr.evaluation.calibration import calibrate
@@ -21,7 +20,7 @@ from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary, whole_vocabul
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.task import LOWER_IS_BETTER, at_temperature
 from sst2_xlmr.training.checkpoint import CheckpointContents, save_checkpoint, seed_rank
-from sst2_xlmr.training.guard import check_progress, check_skipped, collapse_reason
+from sst2_xlmr.training.guard import NOT_FINITE_CURE, check_progress, collapse_reason
 from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import group_of
 from sst2_xlmr.training.schedule import Schedule
@@ -29,7 +28,7 @@ from sst2_xlmr.training.signals import StopRequest
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.device import memory_errors
 from sst2_xlmr.util.distributed import World, broadcast, on_rank0
-from sst2_xlmr.util.errors import Collapsed, UserError
+from sst2_xlmr.util.errors import Collapsed, UserError, raise_on_all
 from sst2_xlmr.util.files import BackgroundWriter
 
 
@@ -41,9 +40,10 @@ class Run:
     saved_step = -1
     initial_probabilities: np.ndarray | None = None  # on dev, before training; computed once a collapse is suspected
 
-    def __init__(self, config: Config, inputs: Inputs, folder: Path, state: TrainState, world: World) -> None:
+    def __init__(self, inputs: Inputs, folder: Path, state: TrainState, world: World) -> None:
         """Build the loader, the model with its pretrained weights, and the optimizer."""
-        self.config, self.inputs, self.folder, self.state, self.world = config, inputs, folder, state, world
+        self.inputs, self.folder, self.state, self.world = inputs, folder, state, world
+        self.config = config = inputs.config
         caches, shape = inputs.caches, inputs.encoder.shape
         labels, weights = caches["train"].labels, caches["train"].weights
         task = inputs.task.for_training(config, labels, weights, world.device)
@@ -82,9 +82,9 @@ class Run:
         half = max(1, (config.micro_batch_size or math.ceil(config.batch_size / world.world_size)) // 2)
         self.memory_cure = f"rerun with --micro-batch-size {half} or less"
 
-    def write_report(self, write: Callable[[Report], Any]) -> None:
-        """Let rank 0 write to its report; all ranks raise its UserError."""
-        on_rank0(self.world, lambda: write(self.report) if self.report else None)
+    def write_report(self, write: Callable[..., Any], *arguments: Any) -> None:
+        """Call a method of `Report` on rank 0's; all ranks raise its UserError."""
+        on_rank0(self.world, lambda: write(self.report, *arguments) if self.report else None)
 
     def say(self, text: str) -> None:
         if self.report:
@@ -92,14 +92,17 @@ class Run:
 
     def skip(self) -> None:
         """Skip a batch whose gradient is not finite; UserError after more than --skip-nonfinite in a row."""
-        rows = next(self.loader.global_batches(self.state.epoch, self.state.batch))
-        if (source_rows := self.inputs.splits["train"].source_rows) is not None:
-            rows = source_rows[rows]
+        state, rows = self.state, next(self.loader.global_batches(self.state.epoch, self.state.batch))
         self.advance(skipped=True)
-        places = [self.inputs.place_of("train", int(row)) for row in rows[:50]]
-        check_skipped(self.state, self.config.skip_nonfinite, places)
+        if state.skipped_in_row > self.config.skip_nonfinite:
+            if (source_rows := self.inputs.splits["train"].source_rows) is not None:
+                rows = source_rows[rows]
+            places = ", ".join(self.inputs.place_of("train", int(row)) for row in rows[:50])
+            last = f" (the last of {state.skipped_in_row} in a row)" if state.skipped_in_row > 1 else ""
+            where = f"step {state.step}{last}, training rows of this batch: {places}"
+            raise_on_all(f"the gradient is not finite at {where}: {NOT_FINITE_CURE}")
         self.optimizer.clear_gradients()
-        self.say(f"step {self.state.step:>6}  gradient is not finite: batch skipped")
+        self.say(f"step {state.step:>6}  gradient is not finite: batch skipped")
 
     def advance(self, skipped: bool = False) -> None:
         """Move on to the next global batch, and the progress bar with it."""
@@ -111,7 +114,7 @@ class Run:
         """Write a line of training metrics, unless all batches were skipped."""
         if rows := self.meter.totals["rows"]:
             entry = self.meter.flush(self.state, self.schedule.lr(self.state.step - 1))
-            self.write_report(lambda report: report.log_training(entry))
+            self.write_report(Report.log_training, entry)
             check_progress(self.state, entry["loss"], rows, self.baseline, self.schedule.warmup_steps)
 
     def evaluate_if_due(self) -> None:
@@ -121,33 +124,23 @@ class Run:
         if self.state.collapse_check_due:
             self.check_collapse()
 
-    def evaluate_split(self, split: str) -> Evaluation:
-        """Evaluate on a file; raises Interrupted if a signal arrives meanwhile."""
+    def evaluate_split(self, split: str, model: nn.Module | None = None) -> Evaluation:
+        """Evaluate the run's model or another one on a file; raises Interrupted if a signal arrives meanwhile."""
         tokens, cache = self.config.eval_batch_tokens, self.inputs.caches[split]
         with memory_errors(f"rerun with --eval-batch-tokens {max(1, tokens // 2)} or less"):
-            return evaluate(self.model, self.task, cache, tokens, self.world, self.stop_request.vote)
+            return evaluate(model or self.model, self.task, cache, tokens, self.world, self.stop_request.vote)
 
     def evaluate(self) -> None:
         """Evaluate during training, and keep the model if it is the best."""
-        state, config, caches = self.state, self.config, self.inputs.caches
-        may_be_last = self.schedule.may_be_last(state)
+        state, may_be_last = self.state, self.schedule.may_be_last(self.state)
         evaluations = {split: self.evaluate_split(split) for split in self.eval_splits}
-        labels, probabilities = caches["dev"].labels, evaluations["dev"].probabilities
-        thresholds = self.task.fit_thresholds(probabilities, labels, config.threshold_for)
-        state.thresholds = broadcast(self.world, thresholds)
-        self.task = replace(self.task, thresholds=tuple(state.thresholds))
-        if state.thresholds:
-            for split in evaluations:
-                evaluations[split] = evaluations[split].recomputed(1.0, self.task, caches[split].labels)
+        self.fit_thresholds(evaluations)
         value, loss = self.value_of(evaluations), evaluations["dev"].metrics["loss"]
         is_best = state.is_best(value, loss)
-        is_written = is_best or may_be_last
-        if config.calibrate and is_written:
-            fitted = broadcast(self.world, calibrate(self.task, probabilities, labels))
-            state.temperature, state.ece_before, state.ece_after = fitted
-        self.log_evaluations(evaluations, state.temperature if is_written else 1.0, plot=may_be_last)
+        temperature = self.fit_temperature(evaluations["dev"]) if is_best or may_be_last else 1.0
+        self.log_evaluations(evaluations, temperature, plot=may_be_last)
         metrics = {split: self.metrics[split] for split in self.eval_splits}
-        self.write_report(lambda report: report.say_evaluation(state.step, metrics, is_best))
+        self.write_report(Report.say_evaluation, state.step, metrics, is_best)
         if is_best:
             try:
                 self.export("best")
@@ -156,6 +149,22 @@ class Run:
                 raise
         state.count_evaluation(value, loss)
         state.collapse_check_due |= self.schedule.has_stopped_improving(state)
+
+    def fit_thresholds(self, evaluations: dict[str, Evaluation]) -> None:
+        """Fit the labels' thresholds on dev, if the task has any, and recompute the metrics with them, in place."""
+        caches, probabilities = self.inputs.caches, evaluations["dev"].probabilities
+        thresholds = self.task.fit_thresholds(probabilities, caches["dev"].labels, self.config.threshold_for)
+        self.state.thresholds = broadcast(self.world, thresholds)
+        self.task = replace(self.task, thresholds=tuple(self.state.thresholds))
+        for split in evaluations if self.task.thresholds else ():
+            evaluations[split] = evaluations[split].recomputed(1.0, self.task, caches[split].labels)
+
+    def fit_temperature(self, dev: Evaluation) -> float:
+        """Return the temperature for a model that is written, fitted on dev if --calibrate is given."""
+        if self.config.calibrate:
+            fitted = calibrate(self.task, dev.probabilities, self.inputs.caches["dev"].labels)
+            self.state.temperature, self.state.ece_before, self.state.ece_after = broadcast(self.world, fitted)
+        return self.state.temperature
 
     def value_of(self, evaluations: dict[str, Evaluation]) -> float:
         """Return the value by which the best evaluation is chosen; higher is better."""
@@ -170,9 +179,7 @@ class Run:
             if temperature != 1:
                 evaluation = evaluation.recomputed(temperature, task, self.inputs.caches[split].labels)
             self.metrics[split] = evaluation.metrics
-            plotted = task if plot else None
-            log = partial(Report.log_evaluation, step=self.state.step, split=split, evaluation=evaluation, task=plotted)
-            self.write_report(log)
+            self.write_report(Report.log_evaluation, self.state.step, split, evaluation, task if plot else None)
 
     def evaluate_best(self) -> dict[str, dict[str, Any]]:
         """Evaluate best/ on the test files, on rank 0 only; returns `best/NAME` -> metrics."""
@@ -189,39 +196,33 @@ class Run:
 
     def check_collapse(self) -> None:
         """Raise Collapsed if dev's predictions, compared with those before training, show a collapse."""
-        state, dev, tokens = self.state, self.inputs.caches["dev"], self.config.eval_batch_tokens
-        probabilities = self.evaluate_split("dev").probabilities
+        state, probabilities = self.state, self.evaluate_split("dev").probabilities
         if self.initial_probabilities is None:
             try:
                 initial_model, _ = build_classifier(self.inputs.encoder, self.task, seed=self.config.seed)
             except UserError:  # e.g. the encoder's folder has been removed
                 self.save()  # with the check still due
                 raise
-            initial_model.to(self.world.device)
-            stop = self.stop_request.vote
-            self.initial_probabilities = evaluate(initial_model, self.task, dev, tokens, self.world, stop).probabilities
+            self.initial_probabilities = self.evaluate_split("dev", initial_model.to(self.world.device)).probabilities
         state.collapse_check_due, state.checked_step = False, state.step
-        initial = self.initial_probabilities
-        reason = collapse_reason(self.task, probabilities, initial, dev.labels, state.has_learned)
+        labels, initial = self.inputs.caches["dev"].labels, self.initial_probabilities
+        reason = collapse_reason(self.task, probabilities, initial, labels, state.has_learned)
         if reason := broadcast(self.world, reason):
             raise Collapsed(reason)
 
     def export(self, name: str) -> None:
         """Write the current model, with the whole vocabulary, to this folder of the run."""
-        weights, task = dict(self.optimizer.weights()), self.task
+        weights, task, writer = dict(self.optimizer.weights()), self.task, self.background_writer
         if not self.vocabulary.is_whole:
             weights[EMBEDDING] = self.vocabulary.expand(pretrained_table(self.inputs.encoder), weights[EMBEDDING])
         if self.config.calibrate:
             task = at_temperature(task, self.state.temperature)
-
-        def write() -> None:
-            export_run(self.folder / name, weights, self.inputs, task, self.state, self.metrics, self.background_writer)
-
-        on_rank0(self.world, write)
+        folder = self.folder / name
+        on_rank0(self.world, lambda: export_run(folder, weights, self.inputs, task, self.state, self.metrics, writer))
 
     def save(self) -> None:
         """Write a checkpoint. Sync metrics.jsonl first, so that a resumed run finds every earlier line."""
-        self.write_report(lambda report: report.sync())
+        self.write_report(Report.sync)
         folder = self.folder / "checkpoints"
         saved = save_checkpoint(folder, self.contents, self.config, self.world, self.background_writer)
         self.saved_step = self.state.step

@@ -46,29 +46,6 @@ LabelCounts = Mapping[str, Sequence[int]]  # a file's labels: `label_text` -> nu
 Weights = np.ndarray | None  # float [rows], factors on the rows' losses; None for ones
 
 
-def _script_label(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> tuple[list[str], torch.Tensor]:
-    """Return, in TorchScript, the most probable label of every text, and fp32 [texts, labels], the probabilities."""
-    probabilities = logits.softmax(-1)
-    best: list[int] = probabilities.argmax(-1).tolist()
-    return [names[index] for index in best], probabilities
-
-
-def _script_labels(
-    logits: torch.Tensor, names: list[str], thresholds: torch.Tensor
-) -> tuple[list[list[str]], torch.Tensor]:
-    """Return, in TorchScript, every text's labels at these thresholds, and fp32 [texts, labels], the probabilities."""
-    probabilities = logits.sigmoid()
-    labels: list[list[str]] = []
-    for row in probabilities >= thresholds:
-        indices: list[int] = torch.nonzero(row)[:, 0].tolist()
-        labels.append([names[index] for index in indices])
-    return labels, probabilities
-
-
-def _script_score(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> torch.Tensor:
-    return logits
-
-
 @dataclass(frozen=True)
 class _Common:
     """Fields and defaults that tasks share; `SingleLabel` documents the interface."""
@@ -81,8 +58,6 @@ class _Common:
 
     may_be_empty = False  # whether "no label" is a valid label
     is_output_fp32 = False  # whether the head's last layer predicts in fp32, whatever the precision of the others
-    console_metrics: ClassVar[tuple[str, ...]]
-    table_metrics: ClassVar[tuple[str, ...]]
 
     @property
     def output_scale(self) -> tuple[float, float]:
@@ -125,10 +100,8 @@ class _Common:
         return []
 
     def align_classes(self: Any, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Shift the logits so that the mean of the probabilities, [rows, outputs], has the class shares of `labels`.
-
-        This is distribution alignment (Berthelot et al. 2020, https://arxiv.org/abs/1911.09785).
-        """
+        """Shift the logits so that the mean of the probabilities, [rows, outputs], has the class shares of `labels`."""
+        # Distribution alignment (Berthelot et al. 2020, https://arxiv.org/abs/1911.09785).
         logits, wanted = self.logits_of(probabilities), self.logits_of(self.prior(labels, None)[None])
         for _ in range(50 if len(probabilities) else 0):
             mean = self.probabilities(torch.from_numpy(logits)).mean(0, keepdim=True).numpy()
@@ -145,7 +118,11 @@ class _Common:
         logits = torch.from_numpy(self.logits_of(probabilities) / temperature)
         return np.asarray(self.row_results(logits, torch.tensor(labels)).numpy())
 
-    def describe(self, metrics: dict[str, Any]) -> str:
+    def label_to_json(self: Any, label: Any) -> Any:
+        """Return a label as a JSON value that `read_label` reads."""
+        return dict(zip(self.label_names, label.tolist())) if np.ndim(label) else self.format_label(label)
+
+    def describe(self: Any, metrics: dict[str, Any]) -> str:
         """Summarize the main metrics for a line on the console."""
         texts = []
         for key in self.console_metrics:
@@ -153,7 +130,7 @@ class _Common:
             texts.append(f"{_TITLES.get(key, key)} {metrics[key]:.4f}{at_half}")
         return "  ".join(texts)
 
-    def table_cells(self, metrics: dict[str, Any]) -> dict[str, str]:
+    def table_cells(self: Any, metrics: dict[str, Any]) -> dict[str, str]:
         """Return a file's row in the table of evaluated files: column name -> cell."""
         cells = {}
         for key in self.table_metrics:
@@ -241,10 +218,6 @@ class SingleLabel(_Common):
     def format_label(self, label: Any) -> str:
         """Return a label in words."""
         return self.label_names[int(label if np.ndim(label) == 0 else label.argmax())]
-
-    def label_to_json(self, label: Any) -> Any:
-        """Return a label as a JSON value that `read_label` reads."""
-        return dict(zip(self.label_names, label.tolist())) if np.ndim(label) else self.format_label(label)
 
     def counts(self, labels: np.ndarray) -> dict[str, int]:
         """Return the number of rows with each label."""
@@ -428,8 +401,12 @@ class SingleLabel(_Common):
         """Return an exported model's answers, like the first of `prediction_cells`, and its probabilities."""
         return list(outputs[0]), np.asarray(outputs[1])
 
-    # Compiled by TorchScript: logits, fp32 [texts, classes], label names, thresholds -> labels and probabilities.
-    torchscript_answer = staticmethod(_script_label)
+    @staticmethod
+    def torchscript_answer(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> Any:
+        """Return labels and probabilities, fp32 [texts, classes], of fp32 logits; compiled by TorchScript."""
+        probabilities = logits.softmax(-1)
+        best: list[int] = probabilities.argmax(-1).tolist()
+        return [names[index] for index in best], probabilities
 
 
 @dataclass(frozen=True)
@@ -511,9 +488,6 @@ class MultiLabel(_Common):
 
     def _names_of(self, has: np.ndarray) -> list[str]:
         return [self.label_names[index] for index in np.flatnonzero(has)]
-
-    def label_to_json(self, label: np.ndarray) -> dict[str, float]:
-        return dict(zip(self.label_names, label.tolist()))
 
     def counts(self, labels: np.ndarray) -> dict[str, int]:
         return dict(zip(self.label_names, (labels > 0.5).sum(0).tolist()))
@@ -671,7 +645,14 @@ class MultiLabel(_Common):
         names = labels if isinstance(labels, list) else [self._names_of(row) for row in labels]
         return names, np.asarray(probabilities)
 
-    torchscript_answer = staticmethod(_script_labels)
+    @staticmethod
+    def torchscript_answer(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> Any:
+        probabilities = logits.sigmoid()
+        labels: list[list[str]] = []
+        for row in probabilities >= thresholds:
+            indices: list[int] = torch.nonzero(row)[:, 0].tolist()
+            labels.append([names[index] for index in indices])
+        return labels, probabilities
 
 
 @dataclass(frozen=True)
@@ -729,9 +710,10 @@ class Regression(_Common):
         text = label_text(cell)
         if text in MISSING:
             return None
-        if (score := _score(text)) is None:
+        number = text.replace(",", ".") if text.count(",") == 1 and "." not in text else text  # from a decimal comma
+        if not is_number(number):
             raise UserError(f"{where}: label {text[:40]!r} is not a number, as a score must be; fix it")
-        return score
+        return float(number)
 
     def label_warnings(self, labels: LabelCounts) -> list[str]:
         return []
@@ -848,7 +830,9 @@ class Regression(_Common):
         scores = np.asarray(outputs[0])
         return [round(score, 6) for score in scores[:, 0].tolist()], scores
 
-    torchscript_answer = staticmethod(_script_score)
+    @staticmethod
+    def torchscript_answer(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> Any:
+        return logits
 
 
 Task = SingleLabel | MultiLabel | Regression
@@ -870,7 +854,7 @@ def task_kind(config: Config, labels: Iterable[str]) -> type[Task]:
 
 def stored_task(problem_type: str, label_names: list[str], thresholds: Sequence[float] = ()) -> Task:
     """Return the task of a model folder; KeyError for an unknown problem type."""
-    return replace(BY_TYPE[problem_type](label_names), thresholds=tuple(thresholds))
+    return BY_TYPE[problem_type](label_names, thresholds=tuple(thresholds))
 
 
 def at_temperature(task: Task, temperature: float) -> Task:
@@ -931,12 +915,6 @@ def _find_classes(
 def _split(text: str, delimiter: str | None, known: Iterable[str]) -> LabelValues:
     values = split_labels(text, delimiter, known)
     return values if isinstance(values, dict) else {canonical(values): 1.0} if values not in MISSING else {}
-
-
-def _score(text: str) -> float | None:
-    """Return a number, possibly with a decimal comma; None for any other text."""
-    text = text.replace(",", ".") if text.count(",") == 1 and "." not in text else text
-    return float(text) if is_number(text) else None
 
 
 def _micro_f1(predicted: np.ndarray, true: np.ndarray) -> float:

@@ -83,10 +83,10 @@ def prepare_inputs(config: Config, world: World) -> tuple[Inputs, dict[str, str]
     return inputs, broadcast(world, digests)
 
 
-def initial_state(config: Config, inputs: Inputs, digests: dict[str, str], world: World) -> TrainState:
+def initial_state(inputs: Inputs, digests: dict[str, str], world: World) -> TrainState:
     """Return a new run's state, with precision (rank 0's choice) and evaluation interval if they are automatic."""
+    config, train, eval_every = inputs.config, inputs.caches["train"], inputs.config.eval_every
     precision = broadcast(world, choose_precision(config.precision, world.device))
-    train, eval_every = inputs.caches["train"], config.eval_every
     batches = math.ceil(len(train) / config.batch_size)
     if eval_every is None:
         eval_tokens = sum(int(inputs.caches[split].lengths.sum()) for split in config.eval_splits)
@@ -102,12 +102,12 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
         lock = on_rank0(world, lambda: lock_run_folder(folder))
         checkpoint = broadcast(world, on_rank0(world, lambda: find_checkpoint(folder / "checkpoints", say)))
     inputs, digests = prepare_inputs(config, world)
-    state = read_state(checkpoint) if checkpoint else initial_state(config, inputs, digests, world)
+    state = read_state(checkpoint) if checkpoint else initial_state(inputs, digests, world)
     for name in FIXED_INPUTS:
         if digests[name] != state.digests.get(name):
             raise_on_all(f"{name}: changed since the run in {folder} was started; restore the original to resume")
     set_up_numerics(state.precision, config.deterministic, world.device)
-    run = Run(config, inputs, folder, state, world)
+    run = Run(inputs, folder, state, world)
     # A new run's folder is created only now, so that wrong input leaves nothing behind.
     run.lock = lock if resume else on_rank0(world, lambda: lock_run_folder(folder))
     if checkpoint:
@@ -147,7 +147,7 @@ def finish(run: Run) -> None:
     best_metrics = None
     if run.test_splits and state.best_step != state.step:
         best_metrics = on_rank0(run.world, run.evaluate_best)  # None on other ranks
-    run.write_report(lambda report: report.say_end({**run.metrics, **(best_metrics or {})}))
+    run.write_report(Report.say_end, {**run.metrics, **(best_metrics or {})})
     run.export("model")
     run.ensure_checkpoint()
     if run.config.calibrate:
@@ -175,8 +175,7 @@ def run_training(run: Run, checkpoint: Path | None) -> None:
         run.say(f"           {resume_command}")
         sys.exit(128 + run.stop_request.signal)  # as in shells
     except Collapsed as collapse:
-        reason = str(collapse)
-        run.write_report(lambda report: report.log_collapse(run.state.step, reason))
+        run.write_report(Report.log_collapse, run.state.step, str(collapse))
         run.save()  # even if this step has a checkpoint, in which the check is still due
         run.ensure_checkpoint()
         cure = f"--lr {run.config.lr / 2:g} --seed {run.config.seed + 1} --output-dir NEW_DIR"

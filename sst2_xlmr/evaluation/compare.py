@@ -25,10 +25,7 @@ def compare(task: Task, actual: np.ndarray, expected: np.ndarray, labels: np.nda
 
 
 def compare_files(task: Task, files: Predictions) -> Comparisons:
-    """Compare the rows of each file and, last, those of several together: "all rows".
-
-    The `metrics` of all rows are None unless all files have labels.
-    """
+    """Compare each file and, last, "all rows" of several, whose `metrics` are None unless all files have labels."""
     found = {name: compare(task, *sides) for name, sides in files.items()}
     if len(files) > 1:
         actual, expected = (np.concatenate([sides[which] for sides in files.values()]) for which in (0, 1))
@@ -51,8 +48,8 @@ def check_comparison(
         raise UserError(f"{name} produces probabilities that are not finite; use {reference}")
     changed, rows = total["changed"], total["rows"]
     if changed > most_changed * rows:
-        share = f"{changed:,} of {rows:,} labels of {reference}, {changed / rows:.2%} (limit {most_changed:.2%})"
-        raise UserError(f"{name} changes {share}; use {reference}, or raise --most-changed")
+        extent = f"{changed:,} of {rows:,} labels of {reference}, {changed / rows:.2%} (limit {most_changed:.2%})"
+        raise UserError(f"{name} changes {extent}; use {reference}, or raise --most-changed")
     labelled = [part for file, part in compared.items() if part["metrics"] and file != "all rows"]
     rows = sum(part["rows"] for part in labelled)
     sums = [sum(part["metrics"][side][task.best_metric] * part["rows"] for part in labelled) for side in (0, 1)]

@@ -64,8 +64,7 @@ def model_logits(
     """Return the rows' logits, fp32 [rows, outputs]; for the arrays see `select_rows`."""
     selected, of_rows = select_rows(ids, starts, lengths, rows)
     of_windows, windows = split_windows(selected, of_rows)
-    logits: torch.Tensor = model(selected.to(device), of_windows, None, windows).float()
-    return logits
+    return model(selected.to(device), of_windows, None, windows).float()
 
 
 @functools.lru_cache(maxsize=1)
@@ -141,16 +140,16 @@ def evaluate(
     The model is a classifier or an engine's version of one, not under DDP; its mode is restored. `should_stop` is
     called after every batch, with the same result on all ranks; if it is true, Interrupted is raised.
     """
-    # Each rank takes a share of every batch, perhaps none, so that all have the same number of batches.
+    # Each rank takes a part of every batch, perhaps none, so that all have the same number of batches.
     batches = list(length_sorted_batches(cache.lengths, batch_tokens, world.world_size))
-    labels = cache.labels
 
     def compute(batch: np.ndarray) -> tuple[torch.Tensor, ...]:
         rows = batch[world.rank :: world.world_size]
         if not len(rows):
             return ()
         logits = model_logits(model, cache.ids, cache.starts, cache.lengths, rows, world.device)
-        return task.row_results(logits, torch.from_numpy(labels[rows]).to(world.device)), task.probabilities(logits)
+        labels = torch.from_numpy(cache.labels[rows]).to(world.device)
+        return task.row_results(logits, labels), task.probabilities(logits)
 
     outputs: list[tuple[torch.Tensor, ...]] = []  # they stay on the device, so that no batch waits for a GPU
     was_training = model.training
@@ -164,11 +163,11 @@ def evaluate(
     finally:
         model.train(was_training)
     columns = list(zip(*filter(None, outputs))) or [(), ()]
-    own_share = [torch.cat(column).cpu().numpy() if column else np.empty((0, 0), np.float32) for column in columns]
-    shares = gather_objects(world, own_share)  # rank 0 has rows of every batch
-    results, probabilities = (np.empty((len(cache), array.shape[1]), np.float32) for array in shares[0])
-    for rank, share in enumerate(shares):
-        if len(share[0]):
+    own_part = [torch.cat(column).cpu().numpy() if column else np.empty((0, 0), np.float32) for column in columns]
+    parts = gather_objects(world, own_part)  # rank 0 has rows of every batch
+    results, probabilities = (np.empty((len(cache), array.shape[1]), np.float32) for array in parts[0])
+    for rank, part in enumerate(parts):
+        if len(part[0]):
             order = np.concatenate([batch[rank :: world.world_size] for batch in batches])
-            results[order], probabilities[order] = share
-    return Evaluation(task.metrics(results, labels), results, probabilities)
+            results[order], probabilities[order] = part
+    return Evaluation(task.metrics(results, cache.labels), results, probabilities)

@@ -24,8 +24,7 @@ def load_classifier(
 ) -> tuple[Any, Tokenizer, Task]:
     """Load a trained model in evaluation mode, a `SequenceClassifier`, or what `convert` makes of it.
 
-    `convert` must copy the weights that it keeps: they may lie in the file. UserError if the folder is incomplete, has
-    no head, has non-finite weights, or the tokenizer of another model.
+    `convert` must copy the weights that it keeps: they may lie in the file. UserError if the folder is unusable.
     """
     encoder = find_model(folder)
     task = task_of(encoder)
@@ -102,8 +101,7 @@ def build_classifier(
 def load_tensors(encoder: EncoderFolder, ids: torch.Tensor | None = None, copy_weights: bool = True) -> Tensors:
     """Read an encoder's weights; returns fp32 tensors under our names, with `head.*` if it has a head.
 
-    `ids`, int64 [rows], are the embedding rows to read; None for all. UserError if the file cannot be read, or if its
-    embedding table does not have the configured shape.
+    `ids`, int64 [rows], are the embedding rows to read; None for all. UserError if the file cannot be used.
     """
     with weight_errors(encoder.weights_file):
         weights = WeightReader(encoder.weights_file, copy_weights)

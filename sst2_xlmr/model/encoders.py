@@ -8,7 +8,7 @@ from typing import Any
 
 from sst2_xlmr.model.tokenizer import CUT, LongTexts
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, check_settings
-from sst2_xlmr.model.weights import EMBEDDING_SOURCES, WeightReader, head_outputs, weight_shards
+from sst2_xlmr.model.weights import head_outputs, weight_shards
 from sst2_xlmr.task import SingleLabel, can_answer, problem_type_of
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
@@ -89,10 +89,7 @@ def lowest_layers(encoder: EncoderFolder, layers: int) -> EncoderFolder:
 
 
 def find_encoder(name: str, quiet: bool = False) -> EncoderFolder:
-    """Find an encoder by name: a bundle of torchtext, a folder, or else a model on the Hub, which is downloaded once.
-
-    UserError if there is none, or if it is incomplete or not an XLM-R model.
-    """
+    """Find torchtext's bundle, the folder, or else the model on the Hub of this name; UserError if it is unusable."""
     if name in BUNDLE_SHAPES:
         return EncoderFolder(name, BUNDLE_SHAPES[name], *downloads.fetch_bundle(name, quiet=quiet))
     folder = Path(name)
@@ -128,7 +125,7 @@ def find_encoder(name: str, quiet: bool = False) -> EncoderFolder:
         stated = read_json(tokenizer_file.parent / SETTINGS_NAME, "copy it again").get("model_max_length")
         max_length = min(max_length, stated) if isinstance(stated, int) and stated > 2 else max_length
     is_bert = settings["model_type"] == "bert"
-    outputs = _outputs(weights_file, is_bert)
+    outputs = head_outputs(weights_file, is_bert)
     return EncoderFolder(
         name,
         shape,
@@ -158,17 +155,6 @@ def _settings_file(folder: Path) -> Path:
         cure = f"give the model in it, {inner[-1].parent}" if inner else _LAYOUT
         raise UserError(f"{folder} has no config.json; {cure}")
     return folder / "config.json"
-
-
-def _outputs(weights_file: Path, is_bert: bool) -> int:
-    """Return the number of the head's outputs, 0 without a head; UserError for the weights of a wrapper."""
-    shapes = {name: tensor.shape for name, tensor in WeightReader(weights_file).raw.items()}
-    for name in shapes:
-        prefix, table, _ = name.partition("embeddings.word_embeddings.weight")
-        if table and name not in EMBEDDING_SOURCES:
-            cure = "so it is a wrapper or another model; save the model inside the wrapper with save_pretrained()"
-            raise UserError(f"{weights_file}: its tensors are named {prefix}..., {cure}")
-    return head_outputs(shapes, is_bert)
 
 
 def model_folder(name: str | os.PathLike[str]) -> Path:

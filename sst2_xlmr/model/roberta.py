@@ -52,10 +52,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings and layers; the token embedding has `rows` rows (see model/vocabulary).
-
-    The head uses the last layer's output at `<s>` only, so that layer is computed there only.
-    """
+    """Embeddings and layers; the token embedding has `rows` rows (see model/vocabulary)."""
 
     def __init__(self, shape: EncoderShape, rows: int, dropout: float) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 import itertools
 import re
 from pathlib import Path
-from typing import List, NamedTuple, Optional  # noqa: UP035 (TorchScript knows these only)
+from typing import NamedTuple
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
@@ -33,11 +33,8 @@ def window_starts(ids: np.ndarray) -> np.ndarray:
 
 
 def add_special_tokens(
-    first: List[int],  # noqa: UP006
-    second: Optional[List[int]],  # noqa: UP006, UP045
-    max_length: int,
-    head_tail: bool = False,
-) -> List[int]:  # noqa: UP006
+    first: list[int], second: list[int] | None, max_length: int, head_tail: bool = False
+) -> list[int]:
     """Return a row's SentencePiece ids, at most `max_length`: `<s> a </s>`, or for a pair `<s> a </s></s> b </s>`.
 
     With `head_tail`, a text that is too long keeps its beginning, a quarter of the result, and its end (Sun et al.
@@ -62,10 +59,6 @@ class Tokenizer:
     The ids are fairseq's: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, and for every other piece its SentencePiece id + 1
     (SentencePiece's own 0 is `<unk>`). Special tokens that occur in a text are treated as ordinary text. As in
     transformers, added tokens are matched first, and SentencePiece splits the text between them.
-
-    Attributes:
-        pieces: the SentencePiece model, without added tokens.
-        vocab_size: the largest id + 1.
     """
 
     def __init__(self, file: Path, max_length: int, long_texts: LongTexts = CUT) -> None:

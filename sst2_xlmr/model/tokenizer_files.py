@@ -136,11 +136,9 @@ def sentencepiece_proto(pieces: Iterable[tuple[str, float]], charsmap: bytes) ->
 
 @functools.cache
 def model_class() -> Any:
-    """Return the protobuf class of a SentencePiece model, in its own descriptor pool.
-
-    sentencepiece and transformers both register a class for this message; whichever is imported second fails with
-    "duplicate file name".
-    """
+    """Return the protobuf class of a SentencePiece model, in its own descriptor pool."""
+    # sentencepiece and transformers both register a class for this message; whichever is imported second fails with
+    # "duplicate file name".
     schema = text_format.Parse(_SCHEMA, descriptor_pb2.FileDescriptorProto())
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(schema.SerializeToString())

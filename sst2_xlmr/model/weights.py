@@ -22,38 +22,27 @@ from sst2_xlmr.util.tensors import TensorLike
 Tensors = dict[str, torch.Tensor]
 
 _LAYER = "encoder.layers.#"
-_TORCHTEXT = {  # as in its downloads, which an older torchtext wrote; `roberta.` is added as in `_xlmr_name`
-    "roberta.encoder.transformer.token_embedding": "encoder.tokens",
-    "roberta.encoder.transformer.positional_embedding.embedding": "encoder.positions",
-    "roberta.encoder.transformer.embedding_layer_norm": "encoder.norm",
-    "roberta.encoder.transformer.layers.#.attention.input_projection": f"{_LAYER}.qkv",
-    "roberta.encoder.transformer.layers.#.attention.output_projection": f"{_LAYER}.out",
-    "roberta.encoder.transformer.layers.#.residual_mlp.mlp.0": f"{_LAYER}.up",
-    "roberta.encoder.transformer.layers.#.residual_mlp.mlp.3": f"{_LAYER}.down",
-    "roberta.encoder.transformer.layers.#.attention_layer_norm": f"{_LAYER}.norm1",
-    "roberta.encoder.transformer.layers.#.final_layer_norm": f"{_LAYER}.norm2",
+# Ours -> transformers' after `roberta.`, torchtext's after `roberta.encoder.transformer.`. torchtext's are those in its
+# downloads, which an older version wrote; their `roberta.` is added as in `_xlmr_name`.
+_NAMES = {
+    "encoder.tokens": ("embeddings.word_embeddings", "token_embedding"),
+    "encoder.positions": ("embeddings.position_embeddings", "positional_embedding.embedding"),
+    "encoder.norm": ("embeddings.LayerNorm", "embedding_layer_norm"),
+    f"{_LAYER}.out": ("encoder.layer.#.attention.output.dense", "layers.#.attention.output_projection"),
+    f"{_LAYER}.norm1": ("encoder.layer.#.attention.output.LayerNorm", "layers.#.attention_layer_norm"),
+    f"{_LAYER}.up": ("encoder.layer.#.intermediate.dense", "layers.#.residual_mlp.mlp.0"),
+    f"{_LAYER}.down": ("encoder.layer.#.output.dense", "layers.#.residual_mlp.mlp.3"),
+    f"{_LAYER}.norm2": ("encoder.layer.#.output.LayerNorm", "layers.#.final_layer_norm"),
 }
-_HUGGING_FACE = {
-    "roberta.embeddings.word_embeddings": "encoder.tokens",
-    "roberta.embeddings.position_embeddings": "encoder.positions",
-    "roberta.embeddings.LayerNorm": "encoder.norm",
-    "roberta.encoder.layer.#.attention.output.dense": f"{_LAYER}.out",
-    "roberta.encoder.layer.#.attention.output.LayerNorm": f"{_LAYER}.norm1",
-    "roberta.encoder.layer.#.intermediate.dense": f"{_LAYER}.up",
-    "roberta.encoder.layer.#.output.dense": f"{_LAYER}.down",
-    "roberta.encoder.layer.#.output.LayerNorm": f"{_LAYER}.norm2",
-    "classifier.dense": "head.dense",
-    "classifier.out_proj": "head.out",
-}
+_HUGGING_FACE = {f"roberta.{name}": ours for ours, (name, _) in _NAMES.items()}
+_HUGGING_FACE |= {"classifier.dense": "head.dense", "classifier.out_proj": "head.out"}
+_TORCHTEXT = {f"roberta.encoder.transformer.{name}": ours for ours, (_, name) in _NAMES.items()}
+_TORCHTEXT["roberta.encoder.transformer.layers.#.attention.input_projection"] = f"{_LAYER}.qkv"
 _QKV = [f"roberta.encoder.layer.#.attention.self.{part}" for part in ("query", "key", "value")]  # our `qkv`
 _POSITIONS = "encoder.positions.weight"
 _TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
-EMBEDDING_SOURCES = [
-    "encoder.transformer.token_embedding.weight",
-    "roberta.embeddings.word_embeddings.weight",
-    "bert.embeddings.word_embeddings.weight",
-    "embeddings.word_embeddings.weight",
-]
+EMBEDDING_SOURCES = ["encoder.transformer.token_embedding.weight"]
+EMBEDDING_SOURCES += [f"{prefix}embeddings.word_embeddings.weight" for prefix in ("roberta.", "bert.", "")]
 _ROWS_AT_ONCE = 512
 _MAPPED_BYTES = 1 << 26
 _FAULT_BYTES = 1 << 16  # mapped by Linux per page fault
@@ -74,21 +63,24 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def _xlmr_name(name: str, is_bert: bool) -> str:
-    """Return a tensor's name in transformers' `XLMRobertaForSequenceClassification`.
-
-    BERT's head (pooler, tanh, classifier) is the same under other names.
-    """
+    """Return a tensor's name in transformers' `XLMRobertaForSequenceClassification`."""
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    if is_bert:
+    if is_bert:  # its head (pooler, tanh, classifier) is the same under other names
         name = name.removeprefix("bert.")
         name = re.sub(r"^classifier\.(weight|bias)$", r"classifier.out_proj.\1", name)
         name = name.replace("pooler.dense.", "classifier.dense.")
     return name if name.startswith(("roberta.", "classifier.")) else f"roberta.{name}"
 
 
-def head_outputs(shapes: Mapping[str, Sequence[int]], is_bert: bool) -> int:
-    """Return the number of the head's outputs, from the names and shapes of all weights; 0 without a head."""
-    shapes = {_xlmr_name(name, is_bert): shape for name, shape in shapes.items()}
+def head_outputs(file: Path, is_bert: bool) -> int:
+    """Return the number of the head's outputs, 0 without a head; UserError for the weights of a wrapper."""
+    shapes = {}
+    for name, tensor in WeightReader(file).raw.items():
+        prefix, table, _ = name.partition("embeddings.word_embeddings.weight")
+        if table and name not in EMBEDDING_SOURCES:
+            cure = "so it is a wrapper or another model; save the model inside the wrapper with save_pretrained()"
+            raise UserError(f"{file}: its tensors are named {prefix}..., {cure}")
+        shapes[_xlmr_name(name, is_bert)] = tensor.shape
     has_head = "classifier.dense.weight" in shapes
     return next(iter(shapes.get("classifier.out_proj.weight", ())), 0) if has_head else 0
 
@@ -140,10 +132,7 @@ def weight_errors(file: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _is_plain_zip(file: Path) -> bool:
-    """Whether a torch.save file is a zip file, not a bare pickle.
-
-    UserError for tar files and TorchScript, for which `weights_only` of torch.load is not safe (CVE-2025-32434).
-    """
+    """Whether a torch.save file is a zip file, not a bare pickle; UserError for tar files and TorchScript."""
     with file.open("rb") as opened:
         is_zip = opened.read(4) == b"PK\x03\x04"  # torch's own test
     if is_zip:
@@ -151,7 +140,7 @@ def _is_plain_zip(file: Path) -> bool:
             is_unsafe = any(Path(name).name == "constants.pkl" for name in zipped.namelist())
     else:
         is_unsafe = tarfile.is_tarfile(file)
-    if is_unsafe:
+    if is_unsafe:  # even with torch.load's `weights_only` (CVE-2025-32434)
         raise UserError(f"{file} is TorchScript or a tar file, which may run code; convert it to model.safetensors")
     return is_zip
 

@@ -114,8 +114,7 @@ def find_damage(checkpoint: Path) -> str:
 def find_checkpoint(folder: Path, warn: Callable[[str], Any]) -> Path | None:
     """Return the newest valid checkpoint, or None; `warn` takes a line about each damaged newer one."""
     for checkpoint in sorted(folder.glob("step-????????"), reverse=True):
-        problem = find_damage(checkpoint)
-        if not problem:
+        if not (problem := find_damage(checkpoint)):
             return checkpoint
         warn(f"warning: {checkpoint} is damaged ({problem}) and is not used")
     return None
@@ -131,8 +130,7 @@ def load_checkpoint(checkpoint: Path, contents: CheckpointContents, seed: int, w
     """Restore meter, optimizer, vocabulary and torch's random state; `read_state` has already restored the state.
 
     The run's embedding rows may differ (see `Vocabulary.take_over`). If the number of processes has changed, every rank
-    starts a new random stream; apart from dropout, training continues the same up to rounding. UserError if a file
-    cannot be read.
+    starts a new random stream; apart from dropout, training continues the same up to rounding.
     """
     state, meter, optimizer, vocabulary = contents
     with read_errors(f"the checkpoint {checkpoint}", _CURE):

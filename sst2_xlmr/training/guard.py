@@ -1,4 +1,4 @@
-"""Guards against gradients that are not finite, and against collapse.
+"""Guards against collapse, and the cure for gradients that are not finite.
 
 Collapse is XLM-R's best-known failure in fine-tuning, mostly at a learning rate too high for the seed: the encoder's
 output no longer depends on its input, and the loss stays at the class-prior baseline. A run that merely learns slowly
@@ -11,7 +11,6 @@ import numpy as np
 
 from sst2_xlmr.task import Task, stored_task
 from sst2_xlmr.training.state import TrainState
-from sst2_xlmr.util.errors import raise_on_all
 
 NOT_FINITE_CURE = "lower --lr or raise --warmup-ratio in a new run, or --resume with --skip-nonfinite N"
 # Check for a collapse if the mean logged loss is at least this fraction of the class-prior baseline, but not in the
@@ -23,15 +22,6 @@ _LOSS_DEVIATION = 0.5  # assumed standard deviation of a row's loss, in nats: an
 # Collapsed if the std of the logits over texts is at most this fraction of its value before training. In six collapsed
 # runs of the small encoder it was 0 to 0.16.
 _COLLAPSED_STD = 0.3
-
-
-def check_skipped(state: TrainState, limit: int, rows: list[str]) -> None:
-    """Raise UserError, on every rank, if more than `limit` batches in a row were skipped; the last one had `rows`."""
-    if state.skipped_in_row <= limit:
-        return
-    last = f" (the last of {state.skipped_in_row} in a row)" if state.skipped_in_row > 1 else ""
-    where = f"step {state.step}{last}, training rows of this batch: {', '.join(rows)}"
-    raise_on_all(f"the gradient is not finite at {where}: {NOT_FINITE_CURE}")
 
 
 def check_progress(state: TrainState, loss: float, rows: float, baseline: float, warmup_steps: int) -> None:

@@ -60,7 +60,7 @@ class TrainMeter:
         rows, tokens, seconds, norm = (totals.pop(name) for name in ("rows", "tokens", "seconds", "grad_norm"))
         return {
             "step": state.step,
-            "epoch": round(state.epochs, 4),
+            "epoch": round(state.epoch + state.batch / state.batches_per_epoch, 4),
             **{name: total / rows for name, total in totals.items()},
             "lr": lr,
             "grad_norm": norm,

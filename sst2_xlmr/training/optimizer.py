@@ -29,10 +29,7 @@ def group_of(name: str, parameter: torch.Tensor, layers: int, config: Config) ->
 
 
 class AdamW:
-    """`torch.optim.AdamW` over a model's trained parameters, fp32.
-
-    An engine's optimizer has the same methods, and each can load the other's state.
-    """
+    """`torch.optim.AdamW` over a model's trained parameters, fp32; an engine's has the same methods and state."""
 
     shares_memory = False  # whether all processes have one copy of the weights
 

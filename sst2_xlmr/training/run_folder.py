@@ -16,11 +16,7 @@ from sst2_xlmr.util.files import recover, write_errors, write_text
 
 
 def lock_run_folder(run_folder: Path) -> IO[str]:
-    """Create the folder, lock it while the returned file is open, and clean up after a killed process.
-
-    It is a POSIX lock: it works over NFS, and ends with the process. UserError if another process holds it, or the
-    folder cannot be written.
-    """
+    """Create the folder, lock it while the returned file is open, and clean up after a killed process."""
     path = run_folder / LOCK_NAME
     for name in ("checkpoints", "tensorboard", "best", "model"):
         if (run_folder / name).is_symlink():
@@ -31,7 +27,7 @@ def lock_run_folder(run_folder: Path) -> IO[str]:
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}; choose another --output-dir") from None
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a POSIX lock works over NFS, and ends with the process
     except (BlockingIOError, PermissionError):
         holder = file.read(200).strip() or "another process"
         raise UserError(f"{run_folder} is in use by {holder}; wait for it, or choose another directory") from None

@@ -29,11 +29,6 @@ class TrainState:
     thresholds: list[float] = field(default_factory=list)  # of the labels, fitted on dev in the last evaluation
 
     @property
-    def epochs(self) -> float:
-        """Epochs done, including the fraction of the current one."""
-        return self.epoch + self.batch / self.batches_per_epoch
-
-    @property
     def updates(self) -> int:
         """Optimizer steps taken."""
         return self.step - self.skipped

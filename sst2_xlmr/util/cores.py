@@ -29,24 +29,19 @@ def yield_busy_cores(load: Path = Path("/proc/loadavg")) -> None:
 
 
 def limit_threads() -> None:
-    """Limit torch to as many threads as the container or SLURM job has cores; call it before torch is imported.
-
-    OpenMP itself knows only the affinity. The user's own setting wins.
-    """
-    if (cores := available_cores()) < len(os.sched_getaffinity(0)):
+    """Before torch is imported, limit its threads to the container's or SLURM job's cores, unless the user has."""
+    if (cores := available_cores()) < len(os.sched_getaffinity(0)):  # OpenMP itself knows only the affinity
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the number of cores in the process's affinity, limited by the SLURM job and the container.
-
-    A container's limit is the lowest CPU quota (`docker run --cpus=2`), rounded up, of its cgroup and those above it.
-    """
+    """Return the number of cores in the process's affinity, limited by the SLURM job and the container."""
     limits, given = [len(os.sched_getaffinity(0))], os.environ.get("SLURM_CPUS_ON_NODE", "")
     limits += [int(given)] if given.isdecimal() else []
     places: list[list[str]] = []  # of its cgroups, version 1 (with controllers) or 2
     with contextlib.suppress(OSError, ValueError):
         places = [line.split(":", 2)[1:] for line in own.read_text().splitlines() if line.count(":") > 1]
+    # A container's limit is the lowest CPU quota (`docker run --cpus=2`), rounded up, of its cgroup and those above it.
     for controllers, place in places:
         if controllers and "cpu" not in controllers.split(","):
             continue

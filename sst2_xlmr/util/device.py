@@ -52,11 +52,8 @@ def set_up_numerics(precision: str, deterministic: bool, device: torch.device) -
 
 
 def tune_memory() -> None:
-    """Make glibc's malloc keep freed memory, and grow the heap in steps of 64 MiB; collect garbage less often.
-
-    With Python's default threshold, the garbage collector takes a third of the time of reading and tokenizing rows.
-    """
-    gc.set_threshold(10_000)
+    """Make glibc's malloc keep freed memory, and grow the heap in steps of 64 MiB; collect garbage less often."""
+    gc.set_threshold(10_000)  # with Python's default, garbage collection takes a third of reading and tokenizing
     if platform.libc_ver()[0] == "glibc":
         values = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
         values[_M_ARENA_MAX] = 1  # one arena: each thread's own would keep its freed blocks

@@ -52,10 +52,10 @@ def _read_environment() -> dict[str, int]:
     texts = {name: os.environ.get(name, default) for name, default in defaults.items()}
     numbers = [int(text) if text.isdecimal() else -1 for text in texts.values()]
     rank, world_size, local_rank, local_world_size, port = numbers
-    is_whole = 0 <= rank < world_size and 0 <= local_rank < local_world_size
+    is_consistent = 0 <= rank < world_size and 0 <= local_rank < local_world_size
     if world_size > 1:
-        is_whole &= "RANK" in os.environ and bool(os.environ.get("MASTER_ADDR")) and 0 < port < 2**16
-    if not is_whole:
+        is_consistent &= "RANK" in os.environ and bool(os.environ.get("MASTER_ADDR")) and 0 < port < 2**16
+    if not is_consistent:
         has = ", ".join(f"{name}={os.environ[name]}" for name in (*texts, "MASTER_ADDR") if name in os.environ)
         needed = "a RANK below WORLD_SIZE, MASTER_ADDR and MASTER_PORT are needed"
         cure = "start train.py with torchrun, which sets them, or unset them to train with one process"
@@ -98,9 +98,7 @@ def init_distributed(device_name: str, threads: int, timeout_minutes: float) -> 
     lost = False
     try:
         control_group, slow_group = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, SLOW_TIMEOUT))
-        yield World(
-            device, **place, control_group=control_group, slow_group=slow_group, timeout_s=timeout.total_seconds()
-        )
+        yield World(device, **place, control_group=control_group, slow_group=slow_group, timeout_s=timeout_minutes * 60)
     except UserError as error:
         lost = error.on_this_rank  # the others still wait for this rank
         raise
@@ -143,10 +141,7 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(world: World, item: Any, group: Any = None, source: int = 0, limit_s: float | None = None) -> Any:
-    """Return rank `source`'s `item` on every rank.
-
-    Ranks wait until the group's timeout (`world.control_group`'s by default), the source at most `limit_s`.
-    """
+    """Return rank `source`'s `item` on all ranks; they wait until the group's timeout, the source at most `limit_s`."""
     if world.world_size == 1:
         return item
     group, is_source = group or world.control_group, world.rank == source
@@ -184,10 +179,7 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str]:
 
 
 def local_rank0_first(world: World, prepare: Callable[[], Result]) -> Result:
-    """Run `prepare`, which caches its result on disk, on one process per node, then on the others.
-
-    A UserError on any rank is raised on all ranks.
-    """
+    """Run `prepare`, which caches on disk, on one process per node, then on the others; all ranks raise its errors."""
     result = None
     for is_turn in (world.local_rank == 0, world.local_rank > 0):
         result, problem = _attempt(prepare) if is_turn else (result, "")

@@ -38,13 +38,10 @@ TIMEOUT_S = 30.0  # of a server's silence
 
 
 def cache_dir() -> Path:
-    """Return $SST2_XLMR_CACHE, else $XDG_CACHE_HOME/sst2_xlmr, else ~/.cache/sst2_xlmr.
-
-    Without a home folder (HOME unset and no passwd entry, as in containers), it is a private folder in /tmp.
-    """
+    """Return $SST2_XLMR_CACHE, $XDG_CACHE_HOME/sst2_xlmr, ~/.cache/sst2_xlmr, or else a private folder in /tmp."""
     variable = os.environ.get("SST2_XLMR_CACHE")
     path = Path(variable or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sst2_xlmr"))
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError):  # no home folder: HOME unset and no passwd entry, as in containers
         return path.expanduser()
     folder = Path(tempfile.gettempdir(), f"sst2_xlmr-{os.getuid()}")
     if variable or not ensure_private(folder):
@@ -184,9 +181,8 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
         reason = (str(root).strip() or repr(root)).splitlines()[0]
         host = constants.ENDPOINT
         elsewhere = f"or `sst2-xlmr fetch {name}` elsewhere, and HF_HUB_CACHE set to a copy of {cache}"
-        problem = (
-            f"{name} is not a local folder, and cannot be downloaded from {host}: {reason}; try again; {elsewhere}"
-        )
+        failure = f"cannot be downloaded from {host}: {reason}"
+        problem = f"{name} is not a local folder, and {failure}; try again; {elsewhere}"
         if isinstance(error, utils.GatedRepoError):
             problem = f"{name} is gated; ask for access at {host}/{repository}, and set HF_TOKEN"
         elif isinstance(error, utils.RepositoryNotFoundError):

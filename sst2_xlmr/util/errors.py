@@ -99,10 +99,8 @@ def _end_with(error: UserError) -> NoReturn:
 
 
 def end_among_others(status: int) -> None:
-    """Exit at once if this is one of several processes; everything must be closed by now.
-
-    Threads of gloo groups may still be freeing tensors, which needs Python: one run in ten was aborted at its end.
-    """
+    """Exit at once if this is one of several processes; everything must be closed by now."""
+    # Threads of gloo groups may still be freeing tensors, which needs Python: one run in ten was aborted at its end.
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _end_at_once(status)
 

@@ -134,20 +134,18 @@ def put_in_place(new: Path, path: Path, replaces: bool = True) -> None:
     A symbolic link is not followed: a file replaces it, for a folder it is an error. Readers find the old file or the
     new one; a folder is briefly absent between two renames. Without `replaces`, an existing target is an error.
     """
-    aside = None
+    aside = scratch_name(path, "old")
     if not replaces and os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "it already exists", str(path))
     if new.is_dir():
         sync_files(new)
         if path.is_dir() and not path.is_symlink():
-            aside = scratch_name(path, "old")
             path.rename(aside)
     else:
         sync(new)
     new.rename(path)
     sync(path.parent)
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def recover(folder: Path) -> None:

@@ -29,10 +29,7 @@ def has_shards(output: Path) -> bool:
 
 @contextlib.contextmanager
 def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
-    """Create or continue the folder of an output's shards, and lock it; on rank 0. The fingerprint is JSON.
-
-    UserError if the folder cannot be written, belongs to another program or fingerprint, or is in use.
-    """
+    """Create or continue the folder of an output's shards, and lock it; UserError if it is another's, or in use."""
     folder, content = shards_of(output), json.dumps(fingerprint)
     with contextlib.ExitStack() as stack:
         with write_errors(output):

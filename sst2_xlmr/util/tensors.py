@@ -42,10 +42,8 @@ TensorLike = torch.Tensor | LazyTensor
 
 
 def write_tensors(tensors: Mapping[str, TensorLike], file: Path) -> None:
-    """Write a safetensors file (https://github.com/huggingface/safetensors#format), one tensor after another.
-
-    safetensors' own `save_file` needs all tensors in memory, and makes the file readable only by its owner.
-    """
+    """Write a safetensors file (https://github.com/huggingface/safetensors#format), one tensor after another."""
+    # safetensors' own `save_file` needs all tensors in memory, and makes the file readable only by its owner.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     # Wide dtypes first, as in save_file: so every tensor starts at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
