@@ -80,8 +80,7 @@ def rows_in_training_order(
     wait for all of a large file. NumPy guarantees the numbers of `RandomState` forever (NEP 19).
     """
     random = np.random.RandomState([seed, epoch])
-    order = np.arange(len(lengths), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
-    random.shuffle(order)
+    order = random.permutation(len(lengths))
     group_size = batch_size * BATCHES_PER_GROUP
     is_sorted = np.zeros(-(-len(order) // group_size), bool)
     for batch in random.permutation(-(-len(order) // batch_size))[first:]:
@@ -101,7 +100,8 @@ class BatchLoader:
 
     def __init__(self, cache: TokenCache, config: Config, world: World) -> None:
         self.cache, self.config, self.world = cache, config, world
-        self.windows = cache.windows() if config.long_texts == "windows" else None
+        # int64 [rows], windows per row
+        self.windows = cache.windows() if config.long_texts == "windows" else np.broadcast_to(1, len(cache))
 
     def __len__(self) -> int:
         """The number of global batches in an epoch."""
@@ -128,9 +128,8 @@ class BatchLoader:
     def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
         """Split a rank's rows into parts of at most --micro-batch-size rows, or windows; a row stays whole."""
         size = self.config.micro_batch_size or 2**62
-        windows = np.ones(len(rows), np.int64) if self.windows is None else self.windows[rows]
         starts, total = [], 0
-        for position, count in enumerate(windows.tolist()):
+        for position, count in enumerate(self.windows[rows].tolist()):
             if total and total + count > size:
                 starts.append(position)
                 total = 0

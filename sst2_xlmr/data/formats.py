@@ -59,26 +59,26 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
     try:
         with path.open("rb") as raw, contextlib.ExitStack() as stack:
             magic, name = raw.peek(4)[:4], path.name.lower()
+            file: Any = raw
             if magic[:2] == b"\x1f\x8b" or path.suffix.lower() == ".gz":
-                yield gzip.GzipFile(fileobj=raw), name.removesuffix(".gz")  # type: ignore[misc]
-                return
-            if magic == b"PK\x03\x04":
+                file, name = gzip.GzipFile(fileobj=raw), name.removesuffix(".gz")
+            elif magic == b"PK\x03\x04":
                 packed = stack.enter_context(zipfile.ZipFile(raw))
                 files = [inner for inner in packed.namelist() if not inner.endswith("/") and "__MACOSX" not in inner]
                 files = [inner for inner in files if not Path(inner).name.startswith(".")]  # macOS' .DS_Store, say
                 if "content.xml" in files:
                     raise UserError(f"{path} is an OpenDocument file; save its table as CSV")
-                if "[Content_Types].xml" not in files:  # otherwise it is an Excel workbook
-                    if len(files) != 1:
-                        raise UserError(f"{path} is a .zip with {len(files)} files; unzip it, and name one of them")
-                    yield stack.enter_context(packed.open(files[0])), files[0].lower()  # type: ignore[misc]
-                    return
-                raw.seek(0)
-            yield raw, name
+                if "[Content_Types].xml" in files:  # an Excel workbook
+                    raw.seek(0)
+                elif len(files) == 1:
+                    file, name = stack.enter_context(packed.open(files[0])), files[0].lower()
+                else:
+                    raise UserError(f"{path} is a .zip with {len(files)} files; unzip it, and name one of them")
+            yield file, name
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
         kind = "zip" if isinstance(error, zipfile.BadZipFile) else "gzip"
-        problem = f"not a complete {kind} file: truncated, damaged or misnamed; fetch it again"
-        raise UserError(f"{path} is {problem}") from None
+        cure = "truncated, damaged or misnamed; fetch it again"
+        raise UserError(f"{path} is not a complete {kind} file: {cure}") from None
     except (OSError, RuntimeError) as error:  # zipfile's RuntimeError: a password, or an unknown compression
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', '') or error}") from None
 
@@ -106,14 +106,13 @@ def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline
 
 def _row_lines(lines: Lines) -> Lines:
     """Yield (line number, line without its end) for formats with a row per line, without empty lines at the end."""
-    empty: list[int] = []
+    pending: list[tuple[int, str]] = []
     for number, line in lines:
-        if line := line.removesuffix("\n").removesuffix("\r"):
-            yield from ((skipped, "") for skipped in empty)
-            empty = []
-            yield number, line
-        else:
-            empty.append(number)
+        line = line.removesuffix("\n").removesuffix("\r")
+        pending.append((number, line))
+        if line:
+            yield from pending
+            pending.clear()
 
 
 def csv_reader(lines: Iterable[str], delimiter: str, quoting: str) -> Any:

@@ -92,17 +92,15 @@ def find_layout(path: Path, asked: ReadOptions = ReadOptions()) -> Layout:
 
 @functools.lru_cache(maxsize=64)
 def _find_layout(path: Path, asked: ReadOptions, *_: int) -> Layout:
-    kind: str | None
     if path.is_dir():
         kind = "arrow" if (path / "state.json").is_file() else "folder"
     else:
         with opened(path) as (file, name):
             head = file.read(100).lstrip()
         magic = head if head[:1] != b"<" else head.lower()
-        found = next((kind for start, kind in _MAGIC.items() if magic.startswith(start)), None)
-        if not asked.format and found and found not in FORMATS:
-            raise UserError(f"{path} is {found}")
-        kind = asked.format or found
+        kind = asked.format or next((kind for start, kind in _MAGIC.items() if magic.startswith(start)), "")
+        if kind and kind not in FORMATS:
+            raise UserError(f"{path} is {kind}")
     if kind == "folder":
         if not any(file.is_file() for file in path.glob("*/*")):
             raise UserError(f"{path} is a folder, but not one with a folder of texts per class; name a file")
@@ -123,8 +121,7 @@ def _find_layout(path: Path, asked: ReadOptions, *_: int) -> Layout:
     text = "".join(lines)
     if _CR_AFTER_ROW.match(text) and text.count("\r") - text.count("\r\n") > text.count("\n"):
         newline, lines = "\r", [line + "\r" for line in text.split("\r") if line]
-    layout = _text_layout(path, name, lines, is_whole, asked, kind, encoding)
-    layout = layout._replace(encoding=encoding, newline=newline)
+    layout = _text_layout(path, name, lines, is_whole, asked, encoding)._replace(encoding=encoding, newline=newline)
     if layout.format not in ("tsv", "csv"):
         return layout
     may_be_unquoted = layout.quoting == "none" or (layout.delimiter == "\t" and layout.quoting == "double")
@@ -149,10 +146,8 @@ def _sample(path: Path, encoding: str, most: float = SAMPLE_CHARACTERS) -> tuple
     return lines, True
 
 
-def _text_layout(
-    path: Path, name: str, lines: list[str], is_whole: bool, asked: ReadOptions, kind: str | None, encoding: str
-) -> Layout:
-    filled = [line for line in lines if line.strip()]
+def _text_layout(path: Path, name: str, lines: list[str], is_whole: bool, asked: ReadOptions, encoding: str) -> Layout:
+    kind, filled = asked.format, [line for line in lines if line.strip()]
     if not filled:
         return Layout(kind or "lines", names=("text",))
     if kind == "fasttext" or (kind is None and all(map(_FASTTEXT.match, filled))):
@@ -170,7 +165,7 @@ def _text_layout(
     if kind == "lines" or (kind is None and beside):
         class_names = {"label": containers.mapped_names(path)} if beside else {}
         return Layout("lines", names=("text", "label") if beside else ("text",), class_names=class_names)
-    return _table(name, lines, is_whole, asked, kind)
+    return _table(name, lines, is_whole, asked)
 
 
 def _json_format(name: str, filled: list[str]) -> str | None:
@@ -272,15 +267,15 @@ def _modal_width(rows: list[list[str]]) -> tuple[int, float]:
     return width, count / max(1, len(rows))
 
 
-def _table(name: str, lines: list[str], is_whole: bool, asked: ReadOptions, kind: str | None) -> Layout:
-    given = "\t" if kind == "tsv" else DELIMITERS.get(asked.delimiter or "", asked.delimiter)
+def _table(name: str, lines: list[str], is_whole: bool, asked: ReadOptions) -> Layout:
+    given = "\t" if asked.format == "tsv" else DELIMITERS.get(asked.delimiter or "", asked.delimiter)
     expected = asked.expected_names
     best: tuple[Any, ...] = ()
     for rank, delimiter in enumerate([given] if given else DELIMITERS.values()):
         quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
         rows = _parsed(lines, delimiter, quoting, is_whole)
         width, share = _modal_width(rows[1:] or rows)
-        fits = bool(rows) and (len(rows[0]) - width in (0, 1) or _has_extra_column(rows, width))
+        fits = bool(rows) and len(_padded_header(rows, width)) - width in (0, 1)
         if width > 1 and (share >= _CONSISTENT or given) and fits:
             names = sum(cell.strip("\ufeff \"'").lower() in expected for cell in rows[0])
             is_prose = all(cell[:1] == " " for row in rows for cell in row[1:])  # its commas are followed by spaces
@@ -295,7 +290,7 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: ReadOptions, kind
         if quoting == "double" and len(rows) > 1 and all(spaced):  # csv would read the quotes in these rows as text
             cure = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
             raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
-    elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in expected:
+    elif name.endswith((".tsv", ".csv")) or asked.format or given or lines[0].strip('\ufeff\r\n "').lower() in expected:
         delimiter = given or ("\t" if name.endswith((".tsv", ".tab", ".txt")) else ",")
         quoting = asked.quoting or _quoting(lines, delimiter, is_whole)
     else:
@@ -315,11 +310,14 @@ def _with_quoting_of_whole(path: Path, layout: Layout) -> Layout:
         return layout._replace(quoting="double" if _is_quoted(lines, layout.delimiter, "double") else "none")
 
 
-def _has_extra_column(rows: list[list[str]], width: int) -> bool:
-    """Whether the rows have one cell more than the header: a row name, as R writes it, or an empty cell at the end."""
-    ends = [(row[0], row[-1]) for row in rows[1:] if len(row) == width]
-    is_extra = not any(last for _, last in ends) or all(first.isdecimal() for first, _ in ends)
-    return len(rows[0]) == width - 1 and is_extra
+def _padded_header(rows: list[list[str]], width: int) -> list[str]:
+    """Return the header, with an empty name for a cell that only the rows have: R's row name, or an empty last cell."""
+    header, others = rows[0], [row for row in rows[1:] if len(row) == width]
+    if len(header) != width - 1:
+        return header
+    if not any(row[-1] for row in others):
+        return [*header, ""]
+    return ["", *header] if all(row[0].isdecimal() for row in others) else header
 
 
 def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: ReadOptions) -> Layout:
@@ -335,16 +333,13 @@ def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: ReadO
     header = _has_header(path, [first, *rows[1:]], width, asked) if asked.header is None else asked.header
     if not header:
         return layout._replace(names=tuple(map(str, range(1, width + 1))))
-    notes, class_names = layout.notes, {}
-    if _has_extra_column(rows, width):
-        if any(row[-1] for row in rows[1:] if len(row) == width):
-            first, notes = ["", *first], (*notes, "the first column, row names, has no name in the header")
-        else:
-            first = [*first, ""]
+    names, notes, class_names = _padded_header([first, *rows[1:]], width), layout.notes, {}
+    if names[1:] == first:
+        notes = (*notes, "the first column, row names, has no name in the header")
     ends = sum(row[0].endswith(" ") for row in rows[1:])  # as in GLUE's SST-2
-    if first == ["sentence", "label"] and layout.delimiter == "\t" and ends > 0.8 * len(rows[1:]):
+    if names == ["sentence", "label"] and layout.delimiter == "\t" and ends > 0.8 * len(rows[1:]):
         class_names = {"label": ("negative", "positive")}
-    return layout._replace(header=True, names=tuple(first), class_names=class_names, notes=notes)
+    return layout._replace(header=True, names=tuple(names), class_names=class_names, notes=notes)
 
 
 def _has_header(path: Path, rows: list[list[str]], width: int, asked: ReadOptions) -> bool:

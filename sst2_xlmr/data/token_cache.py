@@ -84,11 +84,10 @@ def tokenize_files(
     """
     tokenizer_file, *settings = how
     of_labels = task.problem_type, dataclasses.replace(task, thresholds=())
-
-    def write(folder: Path) -> None:
-        _write_cache(folder, paths, load(*how), columns, task)
-
-    return _cached(paths, (columns, tokenizer_digest(tokenizer_file), settings, of_labels), write, _open_cache)
+    depends_on = columns, tokenizer_digest(tokenizer_file), settings, of_labels
+    return _cached(
+        paths, depends_on, lambda folder: _write_cache(folder, paths, load(*how), columns, task), _open_cache
+    )
 
 
 def inspected(path: Path, columns: ReadOptions) -> Inspection:
