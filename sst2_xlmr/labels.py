@@ -111,10 +111,8 @@ def describe_unknown(label: str, names: Sequence[str], ids: Mapping[str, int]) -
 
 
 def ids_by_label(names: Sequence[str], label_ids: Mapping[str, int] | None) -> dict[str, int]:
-    """Return the class ids of names and of integers in files: by `label_ids` (see `SingleLabel`), or 0, 1, ...
-
-    The default also holds for LABEL_0, LABEL_1, ..., transformers' names for classes without a name.
-    """
+    """Return the class ids of names and of integers in files: by `label_ids` (see `SingleLabel`), or 0, 1, ..."""
+    # transformers' names for classes without a name
     has_no_names = list(names) == [f"LABEL_{index}" for index in range(len(names))]
     is_open = label_ids is None and not any(_INTEGER.fullmatch(name) for name in names)
     if not label_ids and (has_no_names or is_open):

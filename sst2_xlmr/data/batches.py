@@ -75,9 +75,8 @@ def rows_in_training_order(
     """Yield the global batches of an epoch, from batch `first` on, each an array of row indices.
 
     The rows are shuffled and divided into groups of 100 batches; each group is sorted by length and divided into
-    batches, and the batches are shuffled. So a batch has rows of similar length, with little padding, and the lengths
-    of successive batches are random. A group is sorted when its first batch is needed, so that the first step need not
-    wait for all of a large file. NumPy guarantees the numbers of `RandomState` forever (NEP 19).
+    batches, and the batches are shuffled: little padding, but successive batches of random length. A group is sorted
+    when its first batch is needed, to start at once. NumPy guarantees the numbers of `RandomState` forever (NEP 19).
     """
     random = np.random.RandomState([seed, epoch])
     order = random.permutation(len(lengths))

@@ -1,7 +1,6 @@
 """Read files of rows by their `Layout`, and write them: delimited tables, JSON, fastText's format, plain lines.
 
-Only the current row is in memory, except for a JSON document. Errors name file and line. containers.py reads folders,
-Parquet and Excel; sniff.py detects layouts.
+Only the current row is in memory, except for a JSON document. containers.py reads the other formats.
 """
 
 import contextlib
@@ -99,9 +98,6 @@ def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline
             yield number, line
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not {encoding}: {error.reason}; name its --encoding") from None
-    finally:
-        with contextlib.suppress(ValueError):  # the file is already closed
-            text.detach()
 
 
 def _row_lines(lines: Lines) -> Lines:
@@ -208,11 +204,8 @@ def kind_of(path: Path) -> str:
 
 
 def row_text(kind: str, names: Iterable[str], cells: Iterable[object]) -> str:
-    """Return a row as a file of this kind, one of KINDS, has it, with its line end.
-
-    A table's header is a row, too. In .tsv, tabs and line ends in cells become spaces.
-    """
-    if kind == ".tsv":
+    """Return a row, or a table's header, as the line of a file of this kind, one of KINDS."""
+    if kind == ".tsv":  # without quotes, so tabs and line ends in cells become spaces
         return "\t".join(_BREAKS.sub(" ", cell_text(cell)) for cell in cells) + "\n"
     if kind in (".jsonl", ".parquet"):  # see predictions.new_output
         return json.dumps(dict(zip(names, cells)), ensure_ascii=False) + "\n"

@@ -1,8 +1,7 @@
 """Detect a file's layout from its content, then its name: format, delimiter, quoting, line ends, header.
 
 Why not a library: pandas must be told the dialect, DuckDB and clevercsv mistake a first row of words for a header, and
-none of them tells GLUE's literal quotation marks from CSV's quotes. Python's csv module then reads files by the
-detected layout.
+none of them tells GLUE's literal quotation marks from CSV's quotes. Python's csv module then reads the file.
 """
 
 import contextlib
@@ -204,8 +203,7 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
     """Whether quotation marks are CSV's, not text: all cells that begin with one are well-formed, and some need them.
 
     They do if a quoted cell contains a quote, a delimiter or a line end, if a whole column is quoted, or if exactly the
-    cells with commas or quotes are, as Excel does it even between tabs. In GLUE's files, a sentence may begin with a
-    quotation mark that is part of the text.
+    cells with commas or quotes are, as Excel does it even between tabs. GLUE's sentences may begin with a literal one.
     """
     quote, of_row = QUOTES[quoting], []  # the lines of the current row
     escape, escaped = ("\\", '\\"') if quoting == "backslash" else (quote, quote)
@@ -232,13 +230,13 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
             quoted = {i for i, cell in enumerate(row) if is_in_quotes(cell)} if quote in raw else set()
             quoted_columns = quoted if rows == 0 else quoted_columns & quoted
             quoted_below_header = quoted if rows == 1 else quoted_below_header & quoted
-            if lines_look_like_rows and not quoted_columns:
-                return False
             is_excel = is_excel and quoted == {i for i, cell in enumerate(row) if "," in cell or quote in cell}
             excel_cells += len(quoted)
             is_needed |= any(mark in row[i] for i in quoted for mark in (quote, delimiter, "\n"))
             rows += 1
     except csv.Error:
+        return False
+    if lines_look_like_rows and not quoted_columns:
         return False
     is_column_quoted = (rows > 1 and bool(quoted_columns)) or (rows > 3 and bool(quoted_below_header))
     return is_needed or is_column_quoted or (is_excel and excel_cells > 1)
@@ -351,20 +349,20 @@ def _has_header(path: Path, rows: list[list[str]], width: int, asked: ReadOption
     counted = ([f"{prefix}{i}" for i in range(start, start + len(filled_names))] for start, prefix in _COUNTED)
     if len(first) > 1 and filled_names in counted:
         return True
-    like_rows, like_names = int(len(set(filled_names)) < len(filled_names)), 0
+    is_like_rows, is_like_names = len(set(filled_names)) < len(filled_names), False
     has_classes = False  # whether the cells of a column repeat, except the first
     for column, cell in enumerate(first[:width]):
         filled = [other for row in others if (other := row[column].strip())]
         if not cell or not filled:
             continue
         are_numbers, is_number = all(map(_NUMBER.fullmatch, filled)), bool(_NUMBER.fullmatch(cell))
-        like_rows += cell in filled or (are_numbers and is_number)
-        like_names += are_numbers and not is_number
-        has_classes = has_classes or (len(filled) > 3 and len(set(filled)) <= len(filled) / 2)
-    if bool(like_rows) != bool(like_names):
-        return bool(like_names)
+        is_like_rows |= cell in filled or (are_numbers and is_number)
+        is_like_names |= are_numbers and not is_number
+        has_classes |= len(filled) > 3 and len(set(filled)) <= len(filled) / 2
+    if is_like_rows != is_like_names:
+        return is_like_names
     looks_named = all(map(_NAME.fullmatch, filled_names))
-    if not like_rows and (has_classes or not looks_named):
+    if not is_like_rows and (has_classes or not looks_named):
         return looks_named
     shown = shortened(" | ".join(first), 80)
     raise UserError(f"{path}: is its first line ({shown}) a header or a row? use --header or --no-header")

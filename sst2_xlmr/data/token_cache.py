@@ -77,10 +77,9 @@ def tokenize_files(
 ) -> TokenCache:
     """Return the token cache of one or more files, as if they were concatenated.
 
-    It is computed on the first call with this content, with the tokenizer that `load` returns for `how` (its file,
-    maximum length, long texts), and then read from disk; all parameters except `load` are part of the cache key.
-    UserError for a bad row (see `rows.read_rows`), a file that changes while it is read, or a cache folder that is not
-    writable.
+    It is computed once, with the tokenizer that `load` returns for `how` (its file, maximum length, long texts), and
+    then read from disk; all parameters except `load` are part of the cache key. UserError for a bad row (see
+    `rows.read_rows`), a file that changes while it is read, or a cache folder that is not writable.
     """
     tokenizer_file, *settings = how
     of_labels = task.problem_type, dataclasses.replace(task, thresholds=())
@@ -113,10 +112,7 @@ def _code_digest() -> str:
 
 
 def _cached(paths: list[Path], depends_on: Any, write: Callable[[Path], None], read: Callable[[Path, str], Any]) -> Any:
-    """Return `read(folder, digest)` for a folder of the cache, which `write(folder)` fills if it is missing or damaged.
-
-    The folder's name is a hash of the files and `depends_on`.
-    """
+    """Return `read(folder, digest)` for these inputs' folder, which `write(folder)` fills if missing or damaged."""
     digests = [source_digest(path) for path in paths]
     digest = digests[0] if len(paths) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     suffixes = [path.suffixes[-2:] for path in paths]  # the format may depend on them
