@@ -175,12 +175,12 @@ def resolve_label_names(names: Sequence[str], labels: Iterable[str], path: objec
     count = len(names)
     if any(_INTEGER.fullmatch(name) for name in names):
         return list(names), {}
-    if len(integers) != count:  # the file has not all of them; they count from 0 or from 1
+    if len(integers) != count:  # the file lacks some of them; they count from 0 or from 1
         first = int(bool(integers) and integers[0] != 0 and integers[-1] == count)
         if integers and not first and (integers[0] != 0 or integers[-1] >= count):
-            shown, cure = ", ".join(map(str, integers[:10])), f"--label-names {integers[0]}={names[0]},..."
-            has_names = f"--label-names has {count} names; give each name its number"
-            raise UserError(f"{path} has the labels {shown}, but {has_names}: {cure}")
+            problem = f"{path} has the labels {', '.join(map(str, integers[:10]))}, but --label-names has {count} names"
+            cure = f"give each name its number: --label-names {integers[0]}={names[0]},..."
+            raise UserError(f"{problem}; {cure}")
         integers = list(range(first, first + count))
     return list(names), {str(integer): index for index, integer in enumerate(integers)}
 

@@ -120,11 +120,11 @@ class BatchLoader:
     def micro_batches(self, epoch: int, rows: np.ndarray) -> list[MicroBatch]:
         """Return this rank's micro-batches of a global batch, as many as the other ranks'."""
         world = self.world
-        cuts = [self._cut(rows[rank :: world.world_size]) for rank in range(world.world_size)]
+        cuts = [self._split(rows[rank :: world.world_size]) for rank in range(world.world_size)]
         mine = cuts[world.rank] + [rows[:0]] * (max(map(len, cuts)) - len(cuts[world.rank]))
         return [self._batch(cut if len(cut) else rows[:1], epoch, rows, float(len(cut) > 0)) for cut in mine]
 
-    def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
+    def _split(self, rows: np.ndarray) -> list[np.ndarray]:
         """Split a rank's rows into parts of at most --micro-batch-size rows, or windows; a row stays whole."""
         size = self.config.micro_batch_size or 2**62
         starts, total = [], 0

@@ -85,17 +85,16 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
 def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline: str = "\n") -> Lines:
     """Yield (number from 1, line with its end), without UTF-8's byte order mark; invalid bytes are lone surrogates."""
     codec = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
-    text = io.TextIOWrapper(file, codec, "surrogateescape", newline)
     try:
-        for number, line in enumerate(iter(functools.partial(text.readline, MAX_CHARACTERS + 1), ""), 1):
-            if len(line) > MAX_CHARACTERS:
-                raise UserError(
-                    f"{name}, line {number}: longer than {MAX_CHARACTERS:,} characters; is it a file of rows?"
-                )
-            if "\0" in line:
-                cure = "remove it: tr -d '\\0' < FILE > NEW, or, if the file is UTF-16, use --encoding utf-16-le"
-                raise UserError(f"{name}, line {number}: has a NUL character; {cure}")
-            yield number, line
+        with io.TextIOWrapper(file, codec, "surrogateescape", newline) as text:
+            for number, line in enumerate(iter(functools.partial(text.readline, MAX_CHARACTERS + 1), ""), 1):
+                if len(line) > MAX_CHARACTERS:
+                    problem = f"longer than {MAX_CHARACTERS:,} characters; is it a file of rows?"
+                    raise UserError(f"{name}, line {number}: {problem}")
+                if "\0" in line:
+                    cure = "remove it: tr -d '\\0' < FILE > NEW, or, if the file is UTF-16, use --encoding utf-16-le"
+                    raise UserError(f"{name}, line {number}: has a NUL character; {cure}")
+                yield number, line
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not {encoding}: {error.reason}; name its --encoding") from None
 

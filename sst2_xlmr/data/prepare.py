@@ -148,10 +148,8 @@ def prepare(config: Config, quiet: bool = False) -> Inputs:
         encoder = encoders.lowest_layers(encoder, config.layers)
     how = encoder.tokenizer_file, config.max_length, long_texts_of(config)
     load = functools.lru_cache(maxsize=1)(Tokenizer)
-    caches = {}
-    for name, split in splits.items():
-        if split.is_labelled:
-            caches[name] = tokenize_files(split.files, how, split.columns, task, load)
+    labelled = {name: split for name, split in splits.items() if split.is_labelled}
+    caches = {name: tokenize_files(split.files, how, split.columns, task, load) for name, split in labelled.items()}
     whole = caches["train"]
     encoders.check_tokenizer(encoder, whole.vocab_size)
     is_kept = np.ones(len(whole), bool)  # [rows], whether to train on a row

@@ -134,8 +134,8 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
         matches = [position for position, other in enumerate(names) if other == name]
         matches = matches or [position for position, other in enumerate(names) if other.lower() == name.lower()]
         if len(matches) > 1:
-            two = f"{path}: two columns are named {name!r}; give {option} a number, from 1"
-            raise UserError(two, column_option=option)
+            problem = f"{path}: two columns are named {name!r}; give {option} a number, from 1"
+            raise UserError(problem, column_option=option)
         if matches:
             return matches[0]
     if layout.names and len(names) == 1 and option.startswith("--label"):

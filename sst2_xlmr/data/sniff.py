@@ -116,8 +116,7 @@ def _find_layout(path: Path, asked: ReadOptions, *_: int) -> Layout:
         return _with_header(path, Layout("xlsx", notes=(note,) if others else ()), rows, asked)
     encoding = asked.encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     lines, is_whole = _sample(path, encoding)
-    newline = "\n"
-    text = "".join(lines)
+    newline, text = "\n", "".join(lines)
     if _CR_AFTER_ROW.match(text) and text.count("\r") - text.count("\r\n") > text.count("\n"):
         newline, lines = "\r", [line + "\r" for line in text.split("\r") if line]
     layout = _text_layout(path, name, lines, is_whole, asked, encoding)._replace(encoding=encoding, newline=newline)
@@ -160,10 +159,10 @@ def _text_layout(path: Path, name: str, lines: list[str], is_whole: bool, asked:
         return Layout("json", names=tuple(str(i + 1) for i in range(len(row))) if isinstance(row, list) else ())
     if kind == "jsonl":
         return Layout("jsonl")
-    beside = containers.labels_file_of(path)
-    if kind == "lines" or (kind is None and beside):
-        class_names = {"label": containers.mapped_names(path)} if beside else {}
-        return Layout("lines", names=("text", "label") if beside else ("text",), class_names=class_names)
+    labels_file = containers.labels_file_of(path)
+    if kind == "lines" or (kind is None and labels_file):
+        class_names = {"label": containers.mapped_names(path)} if labels_file else {}
+        return Layout("lines", names=("text", "label") if labels_file else ("text",), class_names=class_names)
     return _table(name, lines, is_whole, asked)
 
 
@@ -205,11 +204,11 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
     They do if a quoted cell contains a quote, a delimiter or a line end, if a whole column is quoted, or if exactly the
     cells with commas or quotes are, as Excel does it even between tabs. GLUE's sentences may begin with a literal one.
     """
-    quote, of_row = QUOTES[quoting], []  # the lines of the current row
+    quote, record = QUOTES[quoting], []  # the lines of the current row
     escape, escaped = ("\\", '\\"') if quoting == "backslash" else (quote, quote)
 
     def recorded(line: str) -> str:
-        of_row.append(line)
+        record.append(line)
         return line
 
     def is_in_quotes(cell: str) -> bool:
@@ -224,19 +223,19 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
     quoted_below_header: set[int] = set()
     try:
         for row in csv_reader(map(recorded, lines), delimiter, quoting):
-            raw = "".join(of_row)
-            lines_look_like_rows |= len(of_row) > 1 and all(line.count(delimiter) == len(row) - 1 for line in of_row)
-            of_row.clear()
+            raw = "".join(record)
+            lines_look_like_rows |= len(record) > 1 and {line.count(delimiter) for line in record} == {len(row) - 1}
+            record.clear()
             quoted = {i for i, cell in enumerate(row) if is_in_quotes(cell)} if quote in raw else set()
             quoted_columns = quoted if rows == 0 else quoted_columns & quoted
             quoted_below_header = quoted if rows == 1 else quoted_below_header & quoted
+            if lines_look_like_rows and not quoted_columns:
+                return False
             is_excel = is_excel and quoted == {i for i, cell in enumerate(row) if "," in cell or quote in cell}
             excel_cells += len(quoted)
             is_needed |= any(mark in row[i] for i in quoted for mark in (quote, delimiter, "\n"))
             rows += 1
     except csv.Error:
-        return False
-    if lines_look_like_rows and not quoted_columns:
         return False
     is_column_quoted = (rows > 1 and bool(quoted_columns)) or (rows > 3 and bool(quoted_below_header))
     return is_needed or is_column_quoted or (is_excel and excel_cells > 1)

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +27,7 @@ from sst2_xlmr.task import Task
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.cores import available_cores
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import digest_of
+from sst2_xlmr.util.files import digest_of, scratch_folder
 
 TOKENIZER_THREADS = 4  # more would wait for rows, which are read in Python
 _CHUNK_ROWS = 1000
@@ -126,9 +125,7 @@ def _cached(paths: list[Path], depends_on: Any, write: Callable[[Path], None], r
         if is_there:
             shutil.rmtree(folder)  # it is damaged
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-            unfinished = Path(scratch, "unfinished")
-            unfinished.mkdir()
+        with scratch_folder(folder) as unfinished:
             write(unfinished)
             if changed := [path for path, before in zip(paths, digests) if source_digest(path) != before]:
                 raise UserError(f"{changed[0]} changed while it was being read; rerun when it is completely written")
