@@ -78,10 +78,8 @@ def mapped_names(path: Path) -> tuple[str, ...]:
     return tuple(name for _, name in entries) if is_in_order else ()
 
 
-def with_labels(path: Path, texts: Iterable[tuple[int, list[Any]]]) -> Cells:
+def with_labels(path: Path, texts: Iterable[tuple[int, list[Any]]], labels_file: Path) -> Cells:
     """Append to each text its line of the labels file; UserError unless both have the same number of lines."""
-    labels_file = labels_file_of(path)
-    assert labels_file is not None  # or the layout would have no column of labels
     labels, rows = labels_file.read_text(encoding="utf-8-sig").splitlines(), list(texts)
     if len(labels) != len(rows):
         raise UserError(f"{path} has {len(rows):,} lines, but {labels_file} has {len(labels):,}; fix one of them")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from sst2_xlmr.config import QUOTES
-from sst2_xlmr.data.containers import READERS, json_rows, with_labels
+from sst2_xlmr.data.containers import READERS, json_rows, labels_file_of, with_labels
 from sst2_xlmr.util.errors import UserError
 
 KINDS = (".tsv", ".csv", ".jsonl", ".parquet")  # of output files; see `row_text`
@@ -156,7 +156,8 @@ def _rows_of_lines(lines: Lines, path: Path, layout: Layout) -> Rows:
         return ((i, [match[2].strip(), match[1].replace("__label__", " ").split()]) for i, match in matches if match)
     if layout.format == "lines":
         texts = ((number, [line.removesuffix("\n").removesuffix("\r")]) for number, line in lines)
-        return with_labels(path, texts) if len(layout.names) > 1 else texts
+        labels_file = labels_file_of(path)
+        return with_labels(path, texts, labels_file) if labels_file else texts
     if layout.quoting != "none":
         return _csv_rows(lines, path, layout)
     # Quotation marks are text: some of SST-2's sentences start with one.

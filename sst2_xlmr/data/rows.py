@@ -1,14 +1,13 @@
 """Rows of labelled text: which columns to read, and which rows are usable. Errors name the file and the line."""
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import math
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,8 +67,8 @@ def columns_for(options: argparse.Namespace | Config, split: str = "") -> ReadOp
                 changes["labels"] = ()
             if "text" in changes:
                 changes["text"] = tuple(changes["text"].split("+"))
-            columns = dataclasses.replace(columns, **changes)
-    return columns if split == "train" else dataclasses.replace(columns, weight=None)
+            columns = replace(columns, **changes)
+    return columns if split == "train" else replace(columns, weight=None)
 
 
 def check_pairs(model: Path, pair: str | None, cure: str) -> None:
@@ -154,7 +153,7 @@ def guessed_columns(path: Path, layout: Layout, columns: ReadOptions) -> ReadOpt
         return columns
     text, label, _ = _likely_columns(path, layout)
     label = label if label and columns.label == "label" else columns.label
-    return dataclasses.replace(columns, text=text or columns.text, label=label)
+    return replace(columns, text=text or columns.text, label=label)
 
 
 def _likely_columns(path: Path, layout: Layout) -> tuple[str, str, list[str]]:
@@ -250,7 +249,7 @@ def read_rows(path: Path, columns: ReadOptions, task: Task | None) -> Iterator[R
     With `columns.drop_unusable`, those are left out. Without a task, labels are not read, and texts may be empty.
     """
     layout = find_layout(path, columns)
-    columns = dataclasses.replace(columns, may_be_empty=task is None or columns.may_be_empty)
+    columns = replace(columns, may_be_empty=task is None or columns.may_be_empty)
     labels: dict[str, Any] = {}  # text of the cell -> label
     for fields, problem, text, pair, cell, weight in _rows_with_problems(path, layout, columns, task is not None):
         label = None

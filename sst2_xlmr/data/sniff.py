@@ -343,10 +343,9 @@ def _has_header(path: Path, rows: list[list[str]], width: int, asked: ReadOption
     """Whether the first row names the columns; UserError if that is ambiguous."""
     first, others = rows[0], [row for row in rows[1:] if len(row) == width]
     filled_names = [cell for cell in first if cell]
-    if {"text", "sentence", *asked.expected_names} & {cell.lower() for cell in first}:
-        return True
+    is_expected = bool({"text", "sentence", *asked.expected_names} & {cell.lower() for cell in first})
     counted = ([f"{prefix}{i}" for i in range(start, start + len(filled_names))] for start, prefix in _COUNTED)
-    if len(first) > 1 and filled_names in counted:
+    if is_expected or (len(first) > 1 and filled_names in counted):
         return True
     is_like_rows, is_like_names = len(set(filled_names)) < len(filled_names), False
     has_classes = False  # whether the cells of a column repeat, except the first

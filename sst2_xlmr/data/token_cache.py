@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -11,7 +10,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ class TokenCache:
         """Return a cache of the given rows, int64, ascending."""
         arrays = {name: array[rows] for name in _PER_ROW if (array := getattr(self, name)) is not None}
         digest = hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest()
-        return dataclasses.replace(self, digest=digest, **arrays)
+        return replace(self, digest=digest, **arrays)
 
 
 def tokenize_files(
@@ -81,7 +80,7 @@ def tokenize_files(
     `rows.read_rows`), a file that changes while it is read, or a cache folder that is not writable.
     """
     tokenizer_file, *settings = how
-    of_labels = task.problem_type, dataclasses.replace(task, thresholds=())
+    of_labels = task.problem_type, replace(task, thresholds=())
     depends_on = columns, tokenizer_digest(tokenizer_file), settings, of_labels
     return _cached(
         paths, depends_on, lambda folder: _write_cache(folder, paths, load(*how), columns, task), _open_cache
@@ -115,7 +114,7 @@ def _cached(paths: list[Path], depends_on: Any, write: Callable[[Path], None], r
     digests = [source_digest(path) for path in paths]
     digest = digests[0] if len(paths) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     suffixes = [path.suffixes[-2:] for path in paths]  # the format may depend on them
-    key = json.dumps([_code_digest(), digest, suffixes, depends_on], default=dataclasses.astuple)
+    key = json.dumps([_code_digest(), digest, suffixes, depends_on], default=astuple)
     cache_dir = downloads.cache_dir() / "tokens"
     folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
     is_there = folder.exists()
