@@ -22,8 +22,7 @@ class MicroBatch(NamedTuple):
     ids: torch.Tensor  # int64 [tokens], the concatenated rows
     lengths: torch.Tensor  # int64 [rows] or [windows], tokens per row or per window; stays on the CPU
     labels: torch.Tensor  # [rows, ...], of the task's dtype and shape
-    # int64 [rows] or [windows], random numbers below 2**32 from seed, epoch and row, with which an engine seeds dropout
-    # masks, so that they do not depend on how a batch is split.
+    # int64 [rows] or [windows], below 2**32: seeds for an engine's dropout masks, from seed, epoch and row alone
     dropout_keys: torch.Tensor
     global_rows: int  # of the global batch, over all ranks
     is_real: float = 1.0  # 0.0 for a filler batch, which only keeps this rank in step with the others

@@ -1,7 +1,4 @@
-"""Formats that are not lines of text: JSON documents, folders of texts, Parquet, folders of `datasets`, Excel.
-
-Parquet and `datasets` need pyarrow, Excel needs openpyxl; both are extras, imported when such a file is read.
-"""
+"""Formats that are not lines of text: JSON, folders; Parquet, `datasets` and Excel, whose libraries are extras."""
 
 import contextlib
 import hashlib

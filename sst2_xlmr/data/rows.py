@@ -157,10 +157,7 @@ def guessed_columns(path: Path, layout: Layout, columns: ReadOptions) -> ReadOpt
 
 
 def _likely_columns(path: Path, layout: Layout) -> tuple[str, str, list[str]]:
-    """Guess a table's columns from its first rows; returns text, label, and the names of all columns of 0 and 1.
-
-    Text and label are numbers from 1, or empty if no column, or more than one, is possible.
-    """
+    """Guess from the first rows the number of the text and the label column, "" if unclear; list columns of 0 and 1."""
     first = itertools.islice(read_fields(path, layout), 500)
     rows = [fields.cells for fields in first if len(fields.cells) == len(layout.names)]
     columns = {str(i): [str(cell).strip() for cell in column] for i, column in enumerate(zip(*rows), 1)}
@@ -284,7 +281,7 @@ class Inspection:
 
         Labels must be classes of the task. Before it is known it is None, and `names` are known classes.
         """
-        self.check_encoding(path)
+        self._check_encoding(path)
         labels, problems = self.labels, dict(self.problems)
         missing, unknown, error = [], 0, None
         for label, (count, line) in labels.items():
@@ -326,7 +323,7 @@ class Inspection:
             cure += f"; they contain half a character, NUL, or bytes that are not {self.layout.encoding}"
         return UserError(f"{path}, line {min(lines)}: {rows} cannot be used: {kinds}; {cure}")
 
-    def check_encoding(self, path: Path) -> None:
+    def _check_encoding(self, path: Path) -> None:
         """Raise UserError if rows are unusable because the file is not UTF-8."""
         if CHARACTERS in self.problems and self.layout.encoding == "utf-8" and self.layout.format not in READERS:
             with opened(path) as (file, _):
