@@ -37,21 +37,17 @@ def find_label_names(labels: Mapping[str, Sequence[int]], path: object) -> list[
     if numbers == [-1] or (is_from_0 and len(numbers) == len(first_lines)):  # beside words, or labels from 0
         del first_lines["-1"]
     _check_one_each(first_lines, path)
-    ordered = sorted(first_lines)
-    if len(ordered) < 2:
-        problem = f"all rows have the label {_quoted(ordered[0])}" if ordered else "no row has a label"
+    integers = [label for label in sorted(first_lines) if _INTEGER.fullmatch(label)]
+    words = sorted(first_lines.keys() - integers)
+    if len(first_lines) < 2:
+        problem = f"all rows have the label {_quoted(next(iter(first_lines)))}" if first_lines else "no row has a label"
         cure = "name the label column with --label-column, or all classes with --label-names"
         raise UserError(f"{path}: {problem}; {cure}")
-    integers = [label for label in ordered if _INTEGER.fullmatch(label)]
-    if len(integers) == len(ordered):
-        return sorted(ordered, key=int)
-    if integers:
-        word = next(label for label in ordered if label not in integers)
-        raise UserError(
-            f"{path} has integers and words as labels ({integers[0]!r} in line {first_lines[integers[0]]},"
-            f" {_quoted(word)} in line {first_lines[word]}); make them one, or name the classes with --label-names"
-        )
-    return ordered
+    if integers and words:
+        places = [f"{_quoted(label)} in line {first_lines[label]}" for label in (integers[0], words[0])]
+        cure = "make them one, or name the classes with --label-names"
+        raise UserError(f"{path} has integers and words as labels ({', '.join(places)}); {cure}")
+    return words or sorted(integers, key=int)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -115,10 +111,8 @@ def describe_unknown(label: str, names: Sequence[str], ids: Mapping[str, int]) -
 
 
 def ids_by_label(names: Sequence[str], label_ids: Mapping[str, int] | None) -> dict[str, int]:
-    """Return the class ids of names and of integers in files: by `label_ids` (see `SingleLabel`), or 0, 1, ...
-
-    The default also holds for LABEL_0, LABEL_1, ..., transformers' names for classes without a name.
-    """
+    """Return the class ids of names and of integers in files: by `label_ids` (see `SingleLabel`), or 0, 1, ..."""
+    # transformers' names for classes without a name
     has_no_names = list(names) == [f"LABEL_{index}" for index in range(len(names))]
     is_open = label_ids is None and not any(_INTEGER.fullmatch(name) for name in names)
     if not label_ids and (has_no_names or is_open):
@@ -150,9 +144,7 @@ def canonical(label: str) -> str:
 
 
 def _folded(label: str) -> str:
-    if _INTEGER.fullmatch(label) or _FRACTION.fullmatch(label):
-        return label
-    return _INSIGNIFICANT.sub("", label).casefold() or label
+    return label if is_number(label) else _INSIGNIFICANT.sub("", label).casefold() or label
 
 
 def label_notes(counts: Mapping[str, int]) -> list[str]:
@@ -183,34 +175,33 @@ def resolve_label_names(names: Sequence[str], labels: Iterable[str], path: objec
     count = len(names)
     if any(_INTEGER.fullmatch(name) for name in names):
         return list(names), {}
-    if len(integers) != count:  # the file has not all of them; they count from 0 or from 1
+    if len(integers) != count:  # the file lacks some of them; they count from 0 or from 1
         first = int(bool(integers) and integers[0] != 0 and integers[-1] == count)
         if integers and not first and (integers[0] != 0 or integers[-1] >= count):
-            shown, cure = ", ".join(map(str, integers[:10])), f"--label-names {integers[0]}={names[0]},..."
-            has_names = f"--label-names has {count} names; give each name its number"
-            raise UserError(f"{path} has the labels {shown}, but {has_names}: {cure}")
+            problem = f"{path} has the labels {', '.join(map(str, integers[:10]))}, but --label-names has {count} names"
+            cure = f"give each name its number: --label-names {integers[0]}={names[0]},..."
+            raise UserError(f"{problem}; {cure}")
         integers = list(range(first, first + count))
     return list(names), {str(integer): index for index, integer in enumerate(integers)}
 
 
 def _check_one_each(first_lines: dict[str, int], path: object) -> None:
     """Raise UserError if rows have several labels or scores, or if there are more than `MAX_CLASSES` labels."""
-
-    def refuse(label: str, problem: str) -> None:
-        raise UserError(f"{path}, line {first_lines[label]}: label {_quoted(label)} is {problem}")
-
-    if first_lines and all(map(_DECIMAL_COMMA.fullmatch, first_lines)):
-        cure = "use --task regression or --task multi-label"
-        refuse(next(iter(first_lines)), f"a score with a decimal comma or several labels; {cure}")
-    for label in first_lines:
+    are_decimal_commas = all(map(_DECIMAL_COMMA.fullmatch, first_lines))
+    for label, line in first_lines.items():
         parts = [part.strip() for part in _DELIMITERS.split(label)]
         is_list = label[:1] in "[{" and label[-1:] in "]}"
-        if is_list or (len(parts) > 1 and all(part in first_lines or part.isdecimal() for part in parts)):
+        if are_decimal_commas:
+            problem = "a score with a decimal comma or several labels; use --task regression or --task multi-label"
+        elif is_list or (len(parts) > 1 and all(part in first_lines or part.isdecimal() for part in parts)):
             cure = "use --task multi-label, or name a column of single labels with --label-column"
-            refuse(label, f"several labels, but a row has one label in this task; {cure}")
-        if _FRACTION.fullmatch(label):
+            problem = f"several labels, but a row has one label in this task; {cure}"
+        elif _FRACTION.fullmatch(label):
             cure = "use --task regression for scores, or name another column with --label-column"
-            refuse(label, f"a fraction, but a class is an integer or a word; {cure}")
+            problem = f"a fraction, but a class is an integer or a word; {cure}"
+        else:
+            continue
+        raise UserError(f"{path}, line {line}: label {_quoted(label)} is {problem}")
     if len(first_lines) > MAX_CLASSES:
         line, cure = list(first_lines.values())[MAX_CLASSES], "name the label column with --label-column"
         raise UserError(f"{path}, line {line}: more than {MAX_CLASSES:,} different labels; {cure}")

@@ -22,8 +22,7 @@ class MicroBatch(NamedTuple):
     ids: torch.Tensor  # int64 [tokens], the concatenated rows
     lengths: torch.Tensor  # int64 [rows] or [windows], tokens per row or per window; stays on the CPU
     labels: torch.Tensor  # [rows, ...], of the task's dtype and shape
-    # int64 [rows] or [windows], random numbers below 2**32 from seed, epoch and row, with which an engine seeds dropout
-    # masks, so that they do not depend on how a batch is split.
+    # int64 [rows] or [windows], below 2**32: seeds for an engine's dropout masks, from seed, epoch and row alone
     dropout_keys: torch.Tensor
     global_rows: int  # of the global batch, over all ranks
     is_real: float = 1.0  # 0.0 for a filler batch, which only keeps this rank in step with the others
@@ -75,13 +74,11 @@ def rows_in_training_order(
     """Yield the global batches of an epoch, from batch `first` on, each an array of row indices.
 
     The rows are shuffled and divided into groups of 100 batches; each group is sorted by length and divided into
-    batches, and the batches are shuffled. So a batch has rows of similar length, with little padding, and the lengths
-    of successive batches are random. A group is sorted when its first batch is needed, so that the first step need not
-    wait for all of a large file. NumPy guarantees the numbers of `RandomState` forever (NEP 19).
+    batches, and the batches are shuffled: little padding, but successive batches of random length. A group is sorted
+    when its first batch is needed, to start at once. NumPy guarantees the numbers of `RandomState` forever (NEP 19).
     """
     random = np.random.RandomState([seed, epoch])
-    order = np.arange(len(lengths), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
-    random.shuffle(order)
+    order = random.permutation(len(lengths))
     group_size = batch_size * BATCHES_PER_GROUP
     is_sorted = np.zeros(-(-len(order) // group_size), bool)
     for batch in random.permutation(-(-len(order) // batch_size))[first:]:
@@ -101,7 +98,8 @@ class BatchLoader:
 
     def __init__(self, cache: TokenCache, config: Config, world: World) -> None:
         self.cache, self.config, self.world = cache, config, world
-        self.windows = cache.windows() if config.long_texts == "windows" else None
+        # int64 [rows], windows per row
+        self.windows = cache.windows() if config.long_texts == "windows" else np.broadcast_to(1, len(cache))
 
     def __len__(self) -> int:
         """The number of global batches in an epoch."""
@@ -121,16 +119,15 @@ class BatchLoader:
     def micro_batches(self, epoch: int, rows: np.ndarray) -> list[MicroBatch]:
         """Return this rank's micro-batches of a global batch, as many as the other ranks'."""
         world = self.world
-        cuts = [self._cut(rows[rank :: world.world_size]) for rank in range(world.world_size)]
+        cuts = [self._split(rows[rank :: world.world_size]) for rank in range(world.world_size)]
         mine = cuts[world.rank] + [rows[:0]] * (max(map(len, cuts)) - len(cuts[world.rank]))
         return [self._batch(cut if len(cut) else rows[:1], epoch, rows, float(len(cut) > 0)) for cut in mine]
 
-    def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
+    def _split(self, rows: np.ndarray) -> list[np.ndarray]:
         """Split a rank's rows into parts of at most --micro-batch-size rows, or windows; a row stays whole."""
         size = self.config.micro_batch_size or 2**62
-        windows = np.ones(len(rows), np.int64) if self.windows is None else self.windows[rows]
         starts, total = [], 0
-        for position, count in enumerate(windows.tolist()):
+        for position, count in enumerate(self.windows[rows].tolist()):
             if total and total + count > size:
                 starts.append(position)
                 total = 0

@@ -1,21 +1,18 @@
-"""Formats that are not lines of text: JSON documents, folders of texts, Parquet, folders of `datasets`, Excel.
-
-Parquet and `datasets` need pyarrow, Excel needs openpyxl; both are extras, imported when such a file is read.
-"""
+"""Formats that are not lines of text: JSON, folders; Parquet, `datasets` and Excel, whose libraries are extras."""
 
 import contextlib
 import hashlib
 import importlib
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import digest_of_input
+from sst2_xlmr.util.files import digest_of_input, read_errors
 
 Cells = Iterator[tuple[int, list[Any]]]
+_CURE = "save it as CSV UTF-8"
 
 
 def shortened(text: object, longest: int = 200) -> str:
@@ -34,15 +31,6 @@ def import_extra(module: str, path: Path, what: str) -> Any:
         requirement = "'pyarrow<25'" if package == "pyarrow" else package
         cure = f"pip install {requirement} (extra: files), or save it as CSV"
         raise UserError(f"{path} is {what}, which needs {package}{why}: {cure}") from None
-
-
-@contextlib.contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Turn a library's errors into UserError; pyarrow's are ValueErrors."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"cannot read {path} as {what}: {shortened(error, 150)}; save it as CSV UTF-8") from None
 
 
 def json_rows(text: str, path: Path) -> list[Any]:
@@ -87,10 +75,8 @@ def mapped_names(path: Path) -> tuple[str, ...]:
     return tuple(name for _, name in entries) if is_in_order else ()
 
 
-def with_labels(path: Path, texts: Iterable[tuple[int, list[Any]]]) -> Cells:
+def with_labels(path: Path, texts: Iterable[tuple[int, list[Any]]], labels_file: Path) -> Cells:
     """Append to each text its line of the labels file; UserError unless both have the same number of lines."""
-    labels_file = labels_file_of(path)
-    assert labels_file is not None  # or the layout would have no column of labels
     labels, rows = labels_file.read_text(encoding="utf-8-sig").splitlines(), list(texts)
     if len(labels) != len(rows):
         raise UserError(f"{path} has {len(rows):,} lines, but {labels_file} has {len(labels):,}; fix one of them")
@@ -99,12 +85,12 @@ def with_labels(path: Path, texts: Iterable[tuple[int, list[Any]]]) -> Cells:
 
 def _folder_rows(path: Path, _: str, encoding: str) -> Cells:
     """Yield text, label and file of every file in a folder's subfolders, which are named after the labels."""
-    numbers = itertools.count(1)
-    for folder in sorted(sub for sub in path.iterdir() if sub.is_dir() and not sub.name.startswith(".")):
-        label = None if folder.name == "unsup" else folder.name  # unlabelled texts of the Large Movie Review Dataset
-        for file in sorted(sub for sub in folder.rglob("*") if sub.is_file() and not sub.name.startswith(".")):
-            text = file.read_bytes().decode(encoding, "surrogateescape")
-            yield next(numbers), [text.removeprefix("\ufeff").rstrip("\r\n"), label, str(file.relative_to(path))]
+    files = [file.relative_to(path) for file in sorted(path.glob("*/**/*")) if file.is_file()]
+    visible = (file for file in files if not file.parts[0].startswith(".") and not file.name.startswith("."))
+    for number, file in enumerate(visible, 1):
+        label = file.parts[0] if file.parts[0] != "unsup" else None  # the Large Movie Review Dataset's unlabelled texts
+        text = (path / file).read_bytes().decode(encoding, "surrogateescape")
+        yield number, [text.removeprefix("\ufeff").rstrip("\r\n"), label, str(file)]
 
 
 def source_digest(path: Path) -> str:
@@ -141,7 +127,7 @@ def _arrow_batches(path: Path, kind: str) -> tuple[Any, Iterable[Any]]:
 
 def arrow_columns(path: Path, kind: str) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """Return the columns, and column -> class names from the metadata of `datasets`."""
-    with _reading(path, kind.title()):
+    with read_errors(f"{path} as {kind.title()}", _CURE):
         schema = _arrow_batches(path, kind)[0]
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", "{}"))
         features = metadata.get("info", {}).get("features") or {}
@@ -149,7 +135,7 @@ def arrow_columns(path: Path, kind: str) -> tuple[tuple[str, ...], dict[str, tup
 
 
 def _arrow_rows(path: Path, kind: str, _: str) -> Cells:
-    with _reading(path, kind.title()):
+    with read_errors(f"{path} as {kind.title()}", _CURE):
         batches = ([column.to_pylist() for column in batch.columns] for batch in _arrow_batches(path, kind)[1])
         yield from enumerate((list(cells) for columns in batches for cells in zip(*columns)), 1)
 
@@ -158,7 +144,7 @@ def _arrow_rows(path: Path, kind: str, _: str) -> Cells:
 def excel_sheets(path: Path) -> Iterator[list[Any]]:
     """Open a workbook, and return its sheets of cells."""
     openpyxl = import_extra("openpyxl", path, "an Excel workbook")
-    with _reading(path, "an Excel workbook"), path.open("rb") as file:
+    with read_errors(f"{path} as an Excel workbook", _CURE), path.open("rb") as file:
         yield openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets
 
 

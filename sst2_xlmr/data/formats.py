@@ -1,7 +1,6 @@
 """Read files of rows by their `Layout`, and write them: delimited tables, JSON, fastText's format, plain lines.
 
-Only the current row is in memory, except for a JSON document. Errors name file and line. containers.py reads folders,
-Parquet and Excel; sniff.py detects layouts.
+Only the current row is in memory, except for a JSON document. containers.py reads the other formats.
 """
 
 import contextlib
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from sst2_xlmr.config import QUOTES
-from sst2_xlmr.data.containers import READERS, json_rows, with_labels
+from sst2_xlmr.data.containers import READERS, json_rows, labels_file_of, with_labels
 from sst2_xlmr.util.errors import UserError
 
 KINDS = (".tsv", ".csv", ".jsonl", ".parquet")  # of output files; see `row_text`
@@ -59,26 +58,26 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
     try:
         with path.open("rb") as raw, contextlib.ExitStack() as stack:
             magic, name = raw.peek(4)[:4], path.name.lower()
+            file: Any = raw
             if magic[:2] == b"\x1f\x8b" or path.suffix.lower() == ".gz":
-                yield gzip.GzipFile(fileobj=raw), name.removesuffix(".gz")  # type: ignore[misc]
-                return
-            if magic == b"PK\x03\x04":
+                file, name = gzip.GzipFile(fileobj=raw), name.removesuffix(".gz")
+            elif magic == b"PK\x03\x04":
                 packed = stack.enter_context(zipfile.ZipFile(raw))
                 files = [inner for inner in packed.namelist() if not inner.endswith("/") and "__MACOSX" not in inner]
                 files = [inner for inner in files if not Path(inner).name.startswith(".")]  # macOS' .DS_Store, say
                 if "content.xml" in files:
                     raise UserError(f"{path} is an OpenDocument file; save its table as CSV")
-                if "[Content_Types].xml" not in files:  # otherwise it is an Excel workbook
-                    if len(files) != 1:
-                        raise UserError(f"{path} is a .zip with {len(files)} files; unzip it, and name one of them")
-                    yield stack.enter_context(packed.open(files[0])), files[0].lower()  # type: ignore[misc]
-                    return
-                raw.seek(0)
-            yield raw, name
+                if "[Content_Types].xml" in files:  # an Excel workbook
+                    raw.seek(0)
+                elif len(files) == 1:
+                    file, name = stack.enter_context(packed.open(files[0])), files[0].lower()
+                else:
+                    raise UserError(f"{path} is a .zip with {len(files)} files; unzip it, and name one of them")
+            yield file, name
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
         kind = "zip" if isinstance(error, zipfile.BadZipFile) else "gzip"
-        problem = f"not a complete {kind} file: truncated, damaged or misnamed; fetch it again"
-        raise UserError(f"{path} is {problem}") from None
+        cure = "truncated, damaged or misnamed; fetch it again"
+        raise UserError(f"{path} is not a complete {kind} file: {cure}") from None
     except (OSError, RuntimeError) as error:  # zipfile's RuntimeError: a password, or an unknown compression
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', '') or error}") from None
 
@@ -86,34 +85,29 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
 def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline: str = "\n") -> Lines:
     """Yield (number from 1, line with its end), without UTF-8's byte order mark; invalid bytes are lone surrogates."""
     codec = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
-    text = io.TextIOWrapper(file, codec, "surrogateescape", newline)
     try:
-        for number, line in enumerate(iter(functools.partial(text.readline, MAX_CHARACTERS + 1), ""), 1):
-            if len(line) > MAX_CHARACTERS:
-                raise UserError(
-                    f"{name}, line {number}: longer than {MAX_CHARACTERS:,} characters; is it a file of rows?"
-                )
-            if "\0" in line:
-                cure = "remove it: tr -d '\\0' < FILE > NEW, or, if the file is UTF-16, use --encoding utf-16-le"
-                raise UserError(f"{name}, line {number}: has a NUL character; {cure}")
-            yield number, line
+        with io.TextIOWrapper(file, codec, "surrogateescape", newline) as text:
+            for number, line in enumerate(iter(functools.partial(text.readline, MAX_CHARACTERS + 1), ""), 1):
+                if len(line) > MAX_CHARACTERS:
+                    problem = f"longer than {MAX_CHARACTERS:,} characters; is it a file of rows?"
+                    raise UserError(f"{name}, line {number}: {problem}")
+                if "\0" in line:
+                    cure = "remove it: tr -d '\\0' < FILE > NEW, or, if the file is UTF-16, use --encoding utf-16-le"
+                    raise UserError(f"{name}, line {number}: has a NUL character; {cure}")
+                yield number, line
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not {encoding}: {error.reason}; name its --encoding") from None
-    finally:
-        with contextlib.suppress(ValueError):  # the file is already closed
-            text.detach()
 
 
 def _row_lines(lines: Lines) -> Lines:
     """Yield (line number, line without its end) for formats with a row per line, without empty lines at the end."""
-    empty: list[int] = []
+    pending: list[tuple[int, str]] = []
     for number, line in lines:
-        if line := line.removesuffix("\n").removesuffix("\r"):
-            yield from ((skipped, "") for skipped in empty)
-            empty = []
-            yield number, line
-        else:
-            empty.append(number)
+        line = line.removesuffix("\n").removesuffix("\r")
+        pending.append((number, line))
+        if line:
+            yield from pending
+            pending.clear()
 
 
 def csv_reader(lines: Iterable[str], delimiter: str, quoting: str) -> Any:
@@ -162,7 +156,8 @@ def _rows_of_lines(lines: Lines, path: Path, layout: Layout) -> Rows:
         return ((i, [match[2].strip(), match[1].replace("__label__", " ").split()]) for i, match in matches if match)
     if layout.format == "lines":
         texts = ((number, [line.removesuffix("\n").removesuffix("\r")]) for number, line in lines)
-        return with_labels(path, texts) if len(layout.names) > 1 else texts
+        labels_file = labels_file_of(path)
+        return with_labels(path, texts, labels_file) if labels_file else texts
     if layout.quoting != "none":
         return _csv_rows(lines, path, layout)
     # Quotation marks are text: some of SST-2's sentences start with one.
@@ -209,11 +204,8 @@ def kind_of(path: Path) -> str:
 
 
 def row_text(kind: str, names: Iterable[str], cells: Iterable[object]) -> str:
-    """Return a row as a file of this kind, one of KINDS, has it, with its line end.
-
-    A table's header is a row, too. In .tsv, tabs and line ends in cells become spaces.
-    """
-    if kind == ".tsv":
+    """Return a row, or a table's header, as the line of a file of this kind, one of KINDS."""
+    if kind == ".tsv":  # without quotes, so tabs and line ends in cells become spaces
         return "\t".join(_BREAKS.sub(" ", cell_text(cell)) for cell in cells) + "\n"
     if kind in (".jsonl", ".parquet"):  # see predictions.new_output
         return json.dumps(dict(zip(names, cells)), ensure_ascii=False) + "\n"

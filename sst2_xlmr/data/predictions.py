@@ -22,8 +22,7 @@ def console_lines(rows: Sequence[Row], predictions: Sequence[Cells]) -> str:
     """Return a line per row for people; tabs and line ends in texts become spaces."""
     lines = []
     for row, (label, *probabilities) in zip(rows, predictions):
-        texts = [row.text] if row.pair is None else [row.text, row.pair]
-        cells = [_in_table(label), *(_in_table(value, "{:.4f}") for value in probabilities), *texts]
+        cells = [_in_table(label), *(_in_table(value, "{:.4f}") for value in probabilities), *row.texts]
         lines.append(row_text(".tsv", (), cells))
     return "".join(lines)
 

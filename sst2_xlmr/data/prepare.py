@@ -1,5 +1,6 @@
 """Files -> rows -> ids: find, fetch, check and tokenize a run's inputs before any slow work starts."""
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Iterator
@@ -44,13 +45,10 @@ class Split:
 
     def texts_at(self, task: Task, rows: set[int]) -> dict[int, str]:
         """Return row index -> text for the given rows; empty if a file has changed since it was inspected."""
-        try:
-            if any(source_digest(file) != seen.digest for file, seen in zip(self.files, self.inspections)):
-                return {}
-            chosen = {index: row for index, (_, row) in enumerate(self.rows(task)) if index in rows}
-        except UserError:
-            return {}
-        return {index: row.text if row.pair is None else f"{row.text} / {row.pair}" for index, row in chosen.items()}
+        with contextlib.suppress(UserError):
+            if all(source_digest(file) == seen.digest for file, seen in zip(self.files, self.inspections)):
+                return {i: " / ".join(row.texts) for i, (_, row) in enumerate(self.rows(task)) if i in rows}
+        return {}
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,8 @@ def inspect_splits(config: Config, quiet: bool = False) -> tuple[Task, dict[str,
     splits: dict[str, Split] = {}
     labels: dict[str, list[int]] = {}  # of the training files
     for name, paths in files.items():  # train first
-        columns = columns_for(config, name)
-        if name != "train":
-            columns = replace(columns, classes=tuple(labels) if all(map(str.isdecimal, labels)) else ())
+        classes = tuple(labels) if all(map(str.isdecimal, labels)) else ()  # of the files after train's
+        columns = replace(columns_for(config, name), classes=classes)
         try:
             inspections = [inspected(file, columns) for file in paths]
         except UserError as error:
@@ -151,10 +148,8 @@ def prepare(config: Config, quiet: bool = False) -> Inputs:
         encoder = encoders.lowest_layers(encoder, config.layers)
     how = encoder.tokenizer_file, config.max_length, long_texts_of(config)
     load = functools.lru_cache(maxsize=1)(Tokenizer)
-    caches = {}
-    for name, split in splits.items():
-        if split.is_labelled:
-            caches[name] = tokenize_files(split.files, how, split.columns, task, load)
+    labelled = {name: split for name, split in splits.items() if split.is_labelled}
+    caches = {name: tokenize_files(split.files, how, split.columns, task, load) for name, split in labelled.items()}
     whole = caches["train"]
     encoders.check_tokenizer(encoder, whole.vocab_size)
     is_kept = np.ones(len(whole), bool)  # [rows], whether to train on a row

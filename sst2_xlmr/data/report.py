@@ -14,13 +14,13 @@ from sst2_xlmr.labels import listed
 
 _DELIMITERS = {character: f"{name}s" for name, character in DELIMITERS.items()}
 _QUOTING = {"none": "no quotes", "double": "quoted", "single": "quoted by '", "backslash": 'quoted, \\" inside'}
-_PLAIN = {"tsv": [("\t", "none", True)], "csv": [(",", "double", True)], "jsonl": [("", "", False)]}
+_PLAIN = {("tsv", "\t", "none", True), ("csv", ",", "double", True), ("jsonl", "", "", False)}
 
 
 def description(path: Path, layout: Layout, columns: ReadOptions, rows: int | None = None) -> str:
     """Describe how a file was read; empty for the usual case: the format its name says, UTF-8, with a header."""
     is_named_so = path.name.lower().removesuffix(".gz").endswith(f".{layout.format}")
-    is_plain = (layout.delimiter, layout.quoting, layout.header) in _PLAIN.get(layout.format, ()) and is_named_so
+    is_plain = is_named_so and (layout.format, layout.delimiter, layout.quoting, layout.header) in _PLAIN
     if is_plain and (layout.encoding, layout.newline, len(columns.texts)) == ("utf-8", "\n", 1 if columns.text else 0):
         return ""
     words = [FORMATS[layout.format] or _DELIMITERS.get(layout.delimiter, repr(layout.delimiter))]

@@ -1,14 +1,13 @@
 """Rows of labelled text: which columns to read, and which rows are usable. Errors name the file and the line."""
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import math
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,12 +46,13 @@ class Row(NamedTuple):
     fields: Fields  # all of its columns, unchanged
     weight: float = 1.0  # factor on its loss
 
+    @property
+    def texts(self) -> list[str]:
+        return [self.text] if self.pair is None else [self.text, self.pair]
+
 
 def columns_for(options: argparse.Namespace | Config, split: str = "") -> ReadOptions:
-    """Return the columns that the options select for a split; options that are missing have their defaults.
-
-    Only training rows have weights.
-    """
+    """Return how the options, if there, say that a split is read; only training rows have weights."""
     given = {name: value for name, value in vars(options).items() if name in COLUMN_OPTIONS}
     if given.get("format") not in FORMATS:  # export's --format is another option
         given.pop("format", None)
@@ -67,8 +67,8 @@ def columns_for(options: argparse.Namespace | Config, split: str = "") -> ReadOp
                 changes["labels"] = ()
             if "text" in changes:
                 changes["text"] = tuple(changes["text"].split("+"))
-            columns = dataclasses.replace(columns, **changes)
-    return columns if split == "train" else dataclasses.replace(columns, weight=None)
+            columns = replace(columns, **changes)
+    return columns if split == "train" else replace(columns, weight=None)
 
 
 def check_pairs(model: Path, pair: str | None, cure: str) -> None:
@@ -133,8 +133,8 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
         matches = [position for position, other in enumerate(names) if other == name]
         matches = matches or [position for position, other in enumerate(names) if other.lower() == name.lower()]
         if len(matches) > 1:
-            two = f"{path}: two columns are named {name!r}; give {option} a number, from 1"
-            raise UserError(two, column_option=option)
+            problem = f"{path}: two columns are named {name!r}; give {option} a number, from 1"
+            raise UserError(problem, column_option=option)
         if matches:
             return matches[0]
     if layout.names and len(names) == 1 and option.startswith("--label"):
@@ -152,17 +152,14 @@ def guessed_columns(path: Path, layout: Layout, columns: ReadOptions) -> ReadOpt
     if not layout.names or layout.header or columns.texts or {"text", "sentence"} & {*layout.names}:
         return columns
     text, label, _ = _likely_columns(path, layout)
-    label = label if text and label and columns.label == "label" else columns.label
-    return dataclasses.replace(columns, text=text or columns.text, label=label)
+    label = label if label and columns.label == "label" else columns.label
+    return replace(columns, text=text or columns.text, label=label)
 
 
 def _likely_columns(path: Path, layout: Layout) -> tuple[str, str, list[str]]:
-    """Guess a table's columns from its first rows; returns text, label, and the names of all columns of 0 and 1.
-
-    Text and label are numbers from 1, or empty if no column, or more than one, is possible.
-    """
-    rows = [fields.cells for fields in itertools.islice(read_fields(path, layout), 500)]
-    rows = [cells for cells in rows if len(cells) == len(layout.names)]
+    """Guess from the first rows the number of the text and the label column, "" if unclear; list columns of 0 and 1."""
+    first = itertools.islice(read_fields(path, layout), 500)
+    rows = [fields.cells for fields in first if len(fields.cells) == len(layout.names)]
     columns = {str(i): [str(cell).strip() for cell in column] for i, column in enumerate(zip(*rows), 1)}
     texts = [i for i, cells in columns.items() if sum(" " in cell for cell in cells) > len(cells) / 2]
     labels = [i for i, cells in columns.items() if all(cells) and 1 < len({*cells}) <= max(2, len(cells) / 2)]
@@ -246,11 +243,10 @@ def _text_problem(text: Any, may_be_empty: bool) -> str:
 def read_rows(path: Path, columns: ReadOptions, task: Task | None) -> Iterator[Row]:
     """Yield a file's usable rows; UserError, naming file, line and cure, if it has none, or any that are unusable.
 
-    With `columns.drop_unusable`, those are left out. Without a task, for prediction, no label is needed, and a text may
-    be empty.
+    With `columns.drop_unusable`, those are left out. Without a task, labels are not read, and texts may be empty.
     """
     layout = find_layout(path, columns)
-    columns = dataclasses.replace(columns, may_be_empty=task is None or columns.may_be_empty)
+    columns = replace(columns, may_be_empty=task is None or columns.may_be_empty)
     labels: dict[str, Any] = {}  # text of the cell -> label
     for fields, problem, text, pair, cell, weight in _rows_with_problems(path, layout, columns, task is not None):
         label = None
@@ -285,7 +281,7 @@ class Inspection:
 
         Labels must be classes of the task. Before it is known it is None, and `names` are known classes.
         """
-        self.check_encoding(path)
+        self._check_encoding(path)
         labels, problems = self.labels, dict(self.problems)
         missing, unknown, error = [], 0, None
         for label, (count, line) in labels.items():
@@ -303,20 +299,19 @@ class Inspection:
             count = sum(labels[label][0] for label in missing) + problems.get(NO_LABEL, (0,))[0]
             problems[NO_LABEL] = (count, labels[missing[0]][1], repr(missing[0]))
         left_out = {kind: count for kind, (count, *_) in problems.items()}
-        weight_0 = problems.pop(WEIGHT_0, (0, 0, ""))
-        if sum(left_out.values()) == self.rows or (problems and not drop):
-            raise self._error(path, problems or {WEIGHT_0: weight_0}, may_drop=bool(labels) and not drop)
+        errors = {kind: problem for kind, problem in problems.items() if kind != WEIGHT_0}
+        if sum(left_out.values()) == self.rows or (errors and not drop):
+            raise self._error(path, errors or problems, may_drop=bool(labels) and not drop)
         return left_out
 
     def _error(self, path: Path, problems: Problems, may_drop: bool) -> UserError:
         """Return an error with the number of unusable rows, and the first one of each kind."""
-        total = sum(count for count, *_ in problems.values())
-        first = min(line for _, line, _ in problems.values())
+        counts, lines, _ = zip(*problems.values())
         kinds = ", ".join(
             f"{count:,} {PHRASES[kind]} (line {line}{f': {detail}' if detail else ''})"
             for kind, (count, line, detail) in problems.items()
         )
-        rows = f"{total:,} of {_rows(self.rows)}" if may_drop else _rows(total)
+        rows = f"{sum(counts):,} of {_rows(self.rows)}" if may_drop else _rows(sum(counts))
         cure = "fix them, or leave them out with --drop-unusable" if may_drop else "fix them"
         if NO_LABEL in problems and problems[NO_LABEL][2] not in ("''", ""):
             cure += "; if that is a class, list all with --label-names=A,B,..."
@@ -326,9 +321,9 @@ class Inspection:
                 cure += ", or read every line as one text with --delimiter tab"
         elif CHARACTERS in problems:
             cure += f"; they contain half a character, NUL, or bytes that are not {self.layout.encoding}"
-        return UserError(f"{path}, line {first}: {rows} cannot be used: {kinds}; {cure}")
+        return UserError(f"{path}, line {min(lines)}: {rows} cannot be used: {kinds}; {cure}")
 
-    def check_encoding(self, path: Path) -> None:
+    def _check_encoding(self, path: Path) -> None:
         """Raise UserError if rows are unusable because the file is not UTF-8."""
         if CHARACTERS in self.problems and self.layout.encoding == "utf-8" and self.layout.format not in READERS:
             with opened(path) as (file, _):

@@ -1,8 +1,7 @@
 """Detect a file's layout from its content, then its name: format, delimiter, quoting, line ends, header.
 
 Why not a library: pandas must be told the dialect, DuckDB and clevercsv mistake a first row of words for a header, and
-none of them tells GLUE's literal quotation marks from CSV's quotes. Python's csv module then reads files by the
-detected layout.
+none of them tells GLUE's literal quotation marks from CSV's quotes. Python's csv module then reads the file.
 """
 
 import contextlib
@@ -92,17 +91,15 @@ def find_layout(path: Path, asked: ReadOptions = ReadOptions()) -> Layout:
 
 @functools.lru_cache(maxsize=64)
 def _find_layout(path: Path, asked: ReadOptions, *_: int) -> Layout:
-    kind: str | None
     if path.is_dir():
         kind = "arrow" if (path / "state.json").is_file() else "folder"
     else:
         with opened(path) as (file, name):
             head = file.read(100).lstrip()
         magic = head if head[:1] != b"<" else head.lower()
-        found = next((kind for start, kind in _MAGIC.items() if magic.startswith(start)), None)
-        if not asked.format and found and found not in FORMATS:
-            raise UserError(f"{path} is {found}")
-        kind = asked.format or found
+        kind = asked.format or next((kind for start, kind in _MAGIC.items() if magic.startswith(start)), "")
+        if kind and kind not in FORMATS:
+            raise UserError(f"{path} is {kind}")
     if kind == "folder":
         if not any(file.is_file() for file in path.glob("*/*")):
             raise UserError(f"{path} is a folder, but not one with a folder of texts per class; name a file")
@@ -119,12 +116,10 @@ def _find_layout(path: Path, asked: ReadOptions, *_: int) -> Layout:
         return _with_header(path, Layout("xlsx", notes=(note,) if others else ()), rows, asked)
     encoding = asked.encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     lines, is_whole = _sample(path, encoding)
-    newline = "\n"
-    text = "".join(lines)
+    newline, text = "\n", "".join(lines)
     if _CR_AFTER_ROW.match(text) and text.count("\r") - text.count("\r\n") > text.count("\n"):
         newline, lines = "\r", [line + "\r" for line in text.split("\r") if line]
-    layout = _text_layout(path, name, lines, is_whole, asked, kind, encoding)
-    layout = layout._replace(encoding=encoding, newline=newline)
+    layout = _text_layout(path, name, lines, is_whole, asked, encoding)._replace(encoding=encoding, newline=newline)
     if layout.format not in ("tsv", "csv"):
         return layout
     may_be_unquoted = layout.quoting == "none" or (layout.delimiter == "\t" and layout.quoting == "double")
@@ -149,10 +144,8 @@ def _sample(path: Path, encoding: str, most: float = SAMPLE_CHARACTERS) -> tuple
     return lines, True
 
 
-def _text_layout(
-    path: Path, name: str, lines: list[str], is_whole: bool, asked: ReadOptions, kind: str | None, encoding: str
-) -> Layout:
-    filled = [line for line in lines if line.strip()]
+def _text_layout(path: Path, name: str, lines: list[str], is_whole: bool, asked: ReadOptions, encoding: str) -> Layout:
+    kind, filled = asked.format, [line for line in lines if line.strip()]
     if not filled:
         return Layout(kind or "lines", names=("text",))
     if kind == "fasttext" or (kind is None and all(map(_FASTTEXT.match, filled))):
@@ -166,11 +159,11 @@ def _text_layout(
         return Layout("json", names=tuple(str(i + 1) for i in range(len(row))) if isinstance(row, list) else ())
     if kind == "jsonl":
         return Layout("jsonl")
-    beside = containers.labels_file_of(path)
-    if kind == "lines" or (kind is None and beside):
-        class_names = {"label": containers.mapped_names(path)} if beside else {}
-        return Layout("lines", names=("text", "label") if beside else ("text",), class_names=class_names)
-    return _table(name, lines, is_whole, asked, kind)
+    labels_file = containers.labels_file_of(path)
+    if kind == "lines" or (kind is None and labels_file):
+        class_names = {"label": containers.mapped_names(path)} if labels_file else {}
+        return Layout("lines", names=("text", "label") if labels_file else ("text",), class_names=class_names)
+    return _table(name, lines, is_whole, asked)
 
 
 def _json_format(name: str, filled: list[str]) -> str | None:
@@ -209,14 +202,13 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
     """Whether quotation marks are CSV's, not text: all cells that begin with one are well-formed, and some need them.
 
     They do if a quoted cell contains a quote, a delimiter or a line end, if a whole column is quoted, or if exactly the
-    cells with commas or quotes are, as Excel does it even between tabs. In GLUE's files, a sentence may begin with a
-    quotation mark that is part of the text.
+    cells with commas or quotes are, as Excel does it even between tabs. GLUE's sentences may begin with a literal one.
     """
-    quote, of_row = QUOTES[quoting], []  # the lines of the current row
+    quote, record = QUOTES[quoting], []  # the lines of the current row
     escape, escaped = ("\\", '\\"') if quoting == "backslash" else (quote, quote)
 
     def recorded(line: str) -> str:
-        of_row.append(line)
+        record.append(line)
         return line
 
     def is_in_quotes(cell: str) -> bool:
@@ -231,9 +223,9 @@ def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
     quoted_below_header: set[int] = set()
     try:
         for row in csv_reader(map(recorded, lines), delimiter, quoting):
-            raw = "".join(of_row)
-            lines_look_like_rows |= len(of_row) > 1 and all(line.count(delimiter) == len(row) - 1 for line in of_row)
-            of_row.clear()
+            raw = "".join(record)
+            lines_look_like_rows |= len(record) > 1 and {line.count(delimiter) for line in record} == {len(row) - 1}
+            record.clear()
             quoted = {i for i, cell in enumerate(row) if is_in_quotes(cell)} if quote in raw else set()
             quoted_columns = quoted if rows == 0 else quoted_columns & quoted
             quoted_below_header = quoted if rows == 1 else quoted_below_header & quoted
@@ -272,15 +264,15 @@ def _modal_width(rows: list[list[str]]) -> tuple[int, float]:
     return width, count / max(1, len(rows))
 
 
-def _table(name: str, lines: list[str], is_whole: bool, asked: ReadOptions, kind: str | None) -> Layout:
-    given = "\t" if kind == "tsv" else DELIMITERS.get(asked.delimiter or "", asked.delimiter)
+def _table(name: str, lines: list[str], is_whole: bool, asked: ReadOptions) -> Layout:
+    given = "\t" if asked.format == "tsv" else DELIMITERS.get(asked.delimiter or "", asked.delimiter)
     expected = asked.expected_names
     best: tuple[Any, ...] = ()
     for rank, delimiter in enumerate([given] if given else DELIMITERS.values()):
         quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
         rows = _parsed(lines, delimiter, quoting, is_whole)
         width, share = _modal_width(rows[1:] or rows)
-        fits = bool(rows) and (len(rows[0]) - width in (0, 1) or _has_extra_column(rows, width))
+        fits = bool(rows) and len(_padded_header(rows, width)) - width in (0, 1)
         if width > 1 and (share >= _CONSISTENT or given) and fits:
             names = sum(cell.strip("\ufeff \"'").lower() in expected for cell in rows[0])
             is_prose = all(cell[:1] == " " for row in rows for cell in row[1:])  # its commas are followed by spaces
@@ -295,7 +287,7 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: ReadOptions, kind
         if quoting == "double" and len(rows) > 1 and all(spaced):  # csv would read the quotes in these rows as text
             cure = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
             raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
-    elif name.endswith((".tsv", ".csv")) or kind or given or lines[0].strip('\ufeff\r\n "').lower() in expected:
+    elif name.endswith((".tsv", ".csv")) or asked.format or given or lines[0].strip('\ufeff\r\n "').lower() in expected:
         delimiter = given or ("\t" if name.endswith((".tsv", ".tab", ".txt")) else ",")
         quoting = asked.quoting or _quoting(lines, delimiter, is_whole)
     else:
@@ -315,11 +307,14 @@ def _with_quoting_of_whole(path: Path, layout: Layout) -> Layout:
         return layout._replace(quoting="double" if _is_quoted(lines, layout.delimiter, "double") else "none")
 
 
-def _has_extra_column(rows: list[list[str]], width: int) -> bool:
-    """Whether the rows have one cell more than the header: a row name, as R writes it, or an empty cell at the end."""
-    ends = [(row[0], row[-1]) for row in rows[1:] if len(row) == width]
-    is_extra = not any(last for _, last in ends) or all(first.isdecimal() for first, _ in ends)
-    return len(rows[0]) == width - 1 and is_extra
+def _padded_header(rows: list[list[str]], width: int) -> list[str]:
+    """Return the header, with an empty name for a cell that only the rows have: R's row name, or an empty last cell."""
+    header, others = rows[0], [row for row in rows[1:] if len(row) == width]
+    if len(header) != width - 1:
+        return header
+    if not any(row[-1] for row in others):
+        return [*header, ""]
+    return ["", *header] if all(row[0].isdecimal() for row in others) else header
 
 
 def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: ReadOptions) -> Layout:
@@ -335,41 +330,37 @@ def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: ReadO
     header = _has_header(path, [first, *rows[1:]], width, asked) if asked.header is None else asked.header
     if not header:
         return layout._replace(names=tuple(map(str, range(1, width + 1))))
-    notes, class_names = layout.notes, {}
-    if _has_extra_column(rows, width):
-        if any(row[-1] for row in rows[1:] if len(row) == width):
-            first, notes = ["", *first], (*notes, "the first column, row names, has no name in the header")
-        else:
-            first = [*first, ""]
+    names, notes, class_names = _padded_header([first, *rows[1:]], width), layout.notes, {}
+    if names[1:] == first:
+        notes = (*notes, "the first column, row names, has no name in the header")
     ends = sum(row[0].endswith(" ") for row in rows[1:])  # as in GLUE's SST-2
-    if first == ["sentence", "label"] and layout.delimiter == "\t" and ends > 0.8 * len(rows[1:]):
+    if names == ["sentence", "label"] and layout.delimiter == "\t" and ends > 0.8 * len(rows[1:]):
         class_names = {"label": ("negative", "positive")}
-    return layout._replace(header=True, names=tuple(first), class_names=class_names, notes=notes)
+    return layout._replace(header=True, names=tuple(names), class_names=class_names, notes=notes)
 
 
 def _has_header(path: Path, rows: list[list[str]], width: int, asked: ReadOptions) -> bool:
     """Whether the first row names the columns; UserError if that is ambiguous."""
     first, others = rows[0], [row for row in rows[1:] if len(row) == width]
     filled_names = [cell for cell in first if cell]
-    if {"text", "sentence", *asked.expected_names} & {cell.lower() for cell in first}:
-        return True
+    is_expected = bool({"text", "sentence", *asked.expected_names} & {cell.lower() for cell in first})
     counted = ([f"{prefix}{i}" for i in range(start, start + len(filled_names))] for start, prefix in _COUNTED)
-    if len(first) > 1 and filled_names in counted:
+    if is_expected or (len(first) > 1 and filled_names in counted):
         return True
-    like_rows, like_names = int(len(set(filled_names)) < len(filled_names)), 0
+    is_like_rows, is_like_names = len(set(filled_names)) < len(filled_names), False
     has_classes = False  # whether the cells of a column repeat, except the first
     for column, cell in enumerate(first[:width]):
         filled = [other for row in others if (other := row[column].strip())]
         if not cell or not filled:
             continue
         are_numbers, is_number = all(map(_NUMBER.fullmatch, filled)), bool(_NUMBER.fullmatch(cell))
-        like_rows += cell in filled or (are_numbers and is_number)
-        like_names += are_numbers and not is_number
-        has_classes = has_classes or (len(filled) > 3 and len(set(filled)) <= len(filled) / 2)
-    if bool(like_rows) != bool(like_names):
-        return bool(like_names)
+        is_like_rows |= cell in filled or (are_numbers and is_number)
+        is_like_names |= are_numbers and not is_number
+        has_classes |= len(filled) > 3 and len(set(filled)) <= len(filled) / 2
+    if is_like_rows != is_like_names:
+        return is_like_names
     looks_named = all(map(_NAME.fullmatch, filled_names))
-    if not like_rows and (has_classes or not looks_named):
+    if not is_like_rows and (has_classes or not looks_named):
         return looks_named
     shown = shortened(" | ".join(first), 80)
     raise UserError(f"{path}: is its first line ({shown}) a header or a row? use --header or --no-header")

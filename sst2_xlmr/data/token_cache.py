@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from sst2_xlmr.task import Task
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.cores import available_cores
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import digest_of
+from sst2_xlmr.util.files import digest_of, scratch_folder
 
 TOKENIZER_THREADS = 4  # more would wait for rows, which are read in Python
 _CHUNK_ROWS = 1000
@@ -65,7 +63,7 @@ class TokenCache:
         """Return a cache of the given rows, int64, ascending."""
         arrays = {name: array[rows] for name in _PER_ROW if (array := getattr(self, name)) is not None}
         digest = hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest()
-        return dataclasses.replace(self, digest=digest, **arrays)
+        return replace(self, digest=digest, **arrays)
 
 
 def tokenize_files(
@@ -77,18 +75,16 @@ def tokenize_files(
 ) -> TokenCache:
     """Return the token cache of one or more files, as if they were concatenated.
 
-    It is computed on the first call with this content, with the tokenizer that `load` returns for `how` (its file,
-    maximum length, long texts), and then read from disk; all parameters except `load` are part of the cache key.
-    UserError for a bad row (see `rows.read_rows`), a file that changes while it is read, or a cache folder that is not
-    writable.
+    It is computed once, with the tokenizer that `load` returns for `how` (its file, maximum length, long texts), and
+    then read from disk; all parameters except `load` are part of the cache key. UserError for a bad row (see
+    `rows.read_rows`), a file that changes while it is read, or a cache folder that is not writable.
     """
     tokenizer_file, *settings = how
-    of_labels = task.problem_type, dataclasses.replace(task, thresholds=())
-
-    def write(folder: Path) -> None:
-        _write_cache(folder, paths, load(*how), columns, task)
-
-    return _cached(paths, (columns, tokenizer_digest(tokenizer_file), settings, of_labels), write, _open_cache)
+    of_labels = task.problem_type, replace(task, thresholds=())
+    depends_on = columns, tokenizer_digest(tokenizer_file), settings, of_labels
+    return _cached(
+        paths, depends_on, lambda folder: _write_cache(folder, paths, load(*how), columns, task), _open_cache
+    )
 
 
 def inspected(path: Path, columns: ReadOptions) -> Inspection:
@@ -114,14 +110,11 @@ def _code_digest() -> str:
 
 
 def _cached(paths: list[Path], depends_on: Any, write: Callable[[Path], None], read: Callable[[Path, str], Any]) -> Any:
-    """Return `read(folder, digest)` for a folder of the cache, which `write(folder)` fills if it is missing or damaged.
-
-    The folder's name is a hash of the files and `depends_on`.
-    """
+    """Return `read(folder, digest)` for these inputs' folder, which `write(folder)` fills if missing or damaged."""
     digests = [source_digest(path) for path in paths]
     digest = digests[0] if len(paths) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     suffixes = [path.suffixes[-2:] for path in paths]  # the format may depend on them
-    key = json.dumps([_code_digest(), digest, suffixes, depends_on], default=dataclasses.astuple)
+    key = json.dumps([_code_digest(), digest, suffixes, depends_on], default=astuple)
     cache_dir = downloads.cache_dir() / "tokens"
     folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
     is_there = folder.exists()
@@ -131,9 +124,7 @@ def _cached(paths: list[Path], depends_on: Any, write: Callable[[Path], None], r
         if is_there:
             shutil.rmtree(folder)  # it is damaged
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-            unfinished = Path(scratch, "unfinished")
-            unfinished.mkdir()
+        with scratch_folder(folder) as unfinished:
             write(unfinished)
             if changed := [path for path, before in zip(paths, digests) if source_digest(path) != before]:
                 raise UserError(f"{changed[0]} changed while it was being read; rerun when it is completely written")
