@@ -257,7 +257,7 @@ def test_splitting_csv_keeps_columns_and_quotes(tmp_path: Path) -> None:
         (["--rows", "5", "--seed", str(2**32)], "--seed 4294967296 is not a number from 0 to 4294967295"),
         (["--rows", "5", "--train-rows", "99"], "35 rows are left to train on"),
         (["--rows", "5", "--text-column", "review"], "no column 'review'"),
-        (["--rows", "5", "--dev-share", "0.99"], "has 40 rows, which leaves none for train; split off fewer or more"),
+        (["--rows", "5", "--dev-share", "0.9"], "has 40 rows, which leaves none for train; split off fewer or more"),
         (["--rows", "5", "--output-dir", "."], "--output-dir . already exists"),
     ],
 )
