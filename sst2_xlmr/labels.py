@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -78,7 +79,7 @@ def split_labels(text: str, delimiter: str | None = None, known: Iterable[str] =
                 value = ast.literal_eval(literal)
     if isinstance(value, dict):
         prefix = "probability_" if all(str(name).startswith("probability_") for name in value) else ""
-        return {str(name)[len(prefix) :]: _number(number, text) for name, number in value.items()}
+        return {str(name)[len(prefix) :]: _number(number) for name, number in value.items()}
     if isinstance(value, str):
         labels = [] if text in MISSING else text.split(delimiter) if delimiter else _DELIMITERS.split(text)
         if text in known or (len(labels) == 1 and not delimiter):
@@ -86,15 +87,14 @@ def split_labels(text: str, delimiter: str | None = None, known: Iterable[str] =
         return {canonical(label.strip()): 1.0 for label in labels if label.strip()}
     items = list(value)
     if any(isinstance(item, float) for item in items) or (len(set(map(str, items))) < len(items)):
-        return {position: _number(item, text) for position, item in enumerate(items)}
+        return {position: _number(item) for position, item in enumerate(items)}
     return {label_text(item): 1.0 for item in items}
 
 
-def _number(value: object, text: str) -> float:
-    try:
+def _number(value: object) -> float:
+    with contextlib.suppress(TypeError, ValueError):
         return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise UserError(f"label {_quoted(text)}: {_quoted(value)} is not a number") from None
+    return math.nan
 
 
 def describe_unknown(label: str, names: Sequence[str], ids: Mapping[str, int]) -> str:

@@ -77,7 +77,7 @@ def mapped_names(path: Path) -> tuple[str, ...]:
 
 def with_labels(path: Path, texts: Iterable[tuple[int, list[Any]]], labels_file: Path) -> Cells:
     """Append to each text its line of the labels file; UserError unless both have the same number of lines."""
-    labels, rows = labels_file.read_text(encoding="utf-8-sig").splitlines(), list(texts)
+    labels, rows = labels_file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n"), list(texts)
     if len(labels) != len(rows):
         raise UserError(f"{path} has {len(rows):,} lines, but {labels_file} has {len(labels):,}; fix one of them")
     yield from ((number, [*cells, label]) for (number, cells), label in zip(rows, labels))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from sst2_xlmr.config import COLUMN_OPTIONS, FORMATS, Config
 from sst2_xlmr.data.containers import READERS, shortened
-from sst2_xlmr.data.formats import Fields, Layout, opened, read_fields
+from sst2_xlmr.data.formats import Fields, Layout, cell_text, opened, read_fields
 from sst2_xlmr.data.sniff import ReadOptions, find_layout, other_encoding
 from sst2_xlmr.labels import MISSING, label_text
 from sst2_xlmr.task import Task
@@ -98,7 +98,10 @@ class Positions(NamedTuple):
         if not self.class_names:
             return label
         if isinstance(label, list) and len(label) > 1:
-            return [self.class_names[index] for index in label]
+            return [*map(self._named, label)]
+        return self._named(label)
+
+    def _named(self, label: Any) -> Any:
         index = label_text(label)
         return self.class_names[int(index)] if index.isdecimal() and int(index) < len(self.class_names) else label
 
@@ -144,6 +147,10 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
     has_header = layout.header or not layout.delimiter
     among = shortened(", ".join(names)) + ("" if has_header else " (it has no header)")
     absent, cure = " or ".join(map(repr, wanted)), f"name it with {option}{_proposal(path, layout, with_label)}"
+    if any("{" in cell_text(cell) for cell in fields.cells if not isinstance(cell, str)):
+        rows = "" if layout.format == "jsonl" else ".[] | "
+        flatten = f"jq -c '{rows}{{text: .document.text, label: .label}}' FILE > NEW.jsonl"
+        cure = f"its rows are nested; write flat ones, e.g. {flatten}"
     raise UserError(f"{path}, line {fields.line}: no column {absent} among {among}; {cure}", column_option=option)
 
 

@@ -85,6 +85,12 @@ def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x", "label": [1, 0]}\n', "line 1: label '[1, 0]' is neither"),
         ("a.jsonl", b'{"text": "x", "label": 1}\n{"text": "x"}\n', "1 without a label (line 2: '')"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "x"}\n', "line 1: no column 'label' among text"),
+        ("a.json", b'[{"x": {"text": "x"}, "label": 1}]', "rows are nested; write flat ones, e.g. jq -c '.[] | {text"),
+        (
+            "a.jsonl",
+            b'{"x": [{"text": "x"}], "label": 1}\n',
+            "rows are nested; write flat ones, e.g. jq -c '{text: .document",
+        ),
         ("a.jsonl", b'{"text": "\\ud83d", "label": 1}\n', "1 with truncated or invalid characters (line 1)"),
         ("a.jsonl", b'{"text": "\\u0000", "label": 1}\n', "1 with truncated or invalid characters (line 1)"),
     ],

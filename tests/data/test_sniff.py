@@ -191,6 +191,8 @@ def test_other_kinds(tmp_path: Path) -> None:
     for name, content in (("dev_text.txt", "a\nb\n"), ("dev_labels.txt", "1\n0\n"), ("mapping.txt", "0\tno\n1\tyes\n")):
         (tmp_path / name).write_text(content)
     assert list(inspect(tmp_path / "dev_text.txt", ReadOptions()).labels) == ["yes", "no"]
+    (tmp_path / "dev_labels.txt").write_text("1\x0b\n0\n")
+    assert len(inspect(tmp_path / "dev_text.txt", ReadOptions()).labels) == 2, "a line ends with a line feed only"
     (tmp_path / "dev_labels.txt").write_text("1\n")
     assert re.search("2 lines, but .* has 1", refusal(inspect, tmp_path / "dev_text.txt", ReadOptions()))
 

@@ -257,11 +257,20 @@ def test_splitting_csv_keeps_columns_and_quotes(tmp_path: Path) -> None:
         (["--rows", "5", "--seed", str(2**32)], "--seed 4294967296 is not a number from 0 to 4294967295"),
         (["--rows", "5", "--train-rows", "99"], "35 rows are left to train on"),
         (["--rows", "5", "--text-column", "review"], "no column 'review'"),
-        (["--rows", "5", "--dev-share", "0.9"], "has 40 rows, which leaves none for train; split off fewer or more"),
         (["--rows", "5", "--output-dir", "."], "--output-dir . already exists"),
     ],
 )
 def test_wrong_use_of_split(tmp_path: Path, options: list[str], says: str) -> None:
     source = write_tsv(tmp_path / "t.tsv", [f"text number {n}" for n in range(40)])
     assert says in user_error(run_split, source, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [["--dev-share", "0.5", "--test-share", "0.5"], ["--rows", "2", "--dev-share", "0.9"]]
+)
+def test_a_file_too_small_to_split(tmp_path: Path, options: list[str]) -> None:
+    source = write_tsv(tmp_path / "t.tsv", ["one", "two", "three"])
+    words = ["--train-file", str(source), "--output-dir", str(tmp_path / "out"), *options]
+    assert "has 3 rows, which leaves none for" in user_error(split.main, words)
     assert not (tmp_path / "out").exists()
