@@ -91,6 +91,8 @@ def find_layout(path: Path, asked: ReadOptions = ReadOptions()) -> Layout:
 
 @functools.lru_cache(maxsize=64)
 def _find_layout(path: Path, asked: ReadOptions, *_: int) -> Layout:
+    if (path / "dataset_dict.json").is_file():
+        raise UserError(f"{path} has several splits; name one of its folders, or train with --data-dir {path}")
     if path.is_dir():
         kind = "arrow" if (path / "state.json").is_file() else "folder"
     else:

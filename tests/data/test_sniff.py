@@ -194,6 +194,8 @@ def test_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "dev_labels.txt").write_text("1\x0b\n0\n")
     assert len(inspect(tmp_path / "dev_text.txt", ReadOptions()).labels) == 2, "a line ends with a line feed only"
     (tmp_path / "dev_labels.txt").write_text("1\n")
+    (tmp_path / "folder" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert "has several splits; name one of its folders" in refusal(inspect, tmp_path / "folder", ReadOptions())
     assert re.search("2 lines, but .* has 1", refusal(inspect, tmp_path / "dev_text.txt", ReadOptions()))
 
 
